@@ -7,6 +7,8 @@ whichever commit is measured.
 import http.client
 import json
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -72,6 +74,27 @@ class Engine:
                 raise EngineError(response.status, data.decode("utf-8", "replace"))
             return data
         raise AssertionError("unreachable")
+
+    def drain(self, path: str, silence_s: float) -> tuple[int, float]:
+        """GET ``path`` on a connection of its own and throw the body away.
+
+        Gives its length and the seconds until its last byte; a stream that is silent for ``silence_s`` has ended.
+        """
+        connection = _UnixConnection(self.path, silence_s)
+        try:
+            began = last = time.monotonic()
+            connection.request("GET", f"/{API_VERSION}{path}")
+            response = connection.getresponse()
+            if response.status >= 400:
+                raise EngineError(response.status, response.read().decode("utf-8", "replace"))
+            received = 0
+            with suppress(TimeoutError):
+                while chunk := response.read1(1 << 20):
+                    received += len(chunk)
+                    last = time.monotonic()
+            return received, last - began
+        finally:
+            connection.close()
 
     def call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """JSON in, JSON out.  ``query`` values that are dicts are encoded as JSON (``filters``)."""

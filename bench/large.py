@@ -204,6 +204,8 @@ async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable
         backups=nothing,
         diagnostics=nothing,
         external=nothing,
+        tunnels=nothing,
+        all_events=nothing,
         events=nothing,
         clock=SystemClock(),
         new_id=nothing,

@@ -93,14 +93,15 @@ def _table(values: Values, title: str) -> str:
     ]
     lines.append("|---|---|---|---|---|---|")
     for request, by_system in values.items():
-        docker = _quantile(by_system["docker"], 0.5) if "docker" in by_system else float("nan")
+        docker = quantile(by_system["docker"], 0.5) if "docker" in by_system else float("nan")
         for system, found in by_system.items():
-            p10, p50, p90 = (_quantile(found, share) for share in (0.1, 0.5, 0.9))
+            p10, p50, p90 = (quantile(found, share) for share in (0.1, 0.5, 0.9))
             lines.append(f"| {request} | {system} | {p10:.2f} | {p50:.2f} | {p90:.2f} | {p50 / docker:.2f} |")
     return "\n".join(lines) + "\n"
 
 
-def _quantile(values: list[float], share: float) -> float:
+def quantile(values: list[float], share: float) -> float:
+    """The value below which ``share`` of them are."""
     return sorted(values)[int(len(values) * share)]
 
 

@@ -20,6 +20,9 @@ POLL_MANY_S = 0.05
 """Between two looks at many tasks: a list of 50 costs both systems processor time, which is what is being measured."""
 CHURN_BATCHES = 20
 """Of 50 services each."""
+LOG_REPLICAS, LOG_LINES, LOG_LINE_BYTES = 20, 50_000, 100
+LOG_SILENCE_S = 15.0
+"""A stream that neither ends nor goes on for so long is given up; that time does not count."""
 Metrics = dict[str, float]
 
 
@@ -195,6 +198,38 @@ def _latency_ms(lab: Any, path: str, times: int = 30) -> float:
     return median(values)
 
 
+def logs(lab: Any) -> Metrics:
+    """``docker service logs`` of 100 MB that 20 tasks have written, by one client that throws it away."""
+    line = "x" * (LOG_LINE_BYTES - 1)
+    id = service(
+        lab,
+        "logs",
+        LOG_REPLICAS,
+        RestartPolicy={"Condition": "none"},
+        ContainerSpec={
+            "Image": lab.image,
+            "Command": ["sh", "-c", f"yes {line} | head -n {LOG_LINES}"],
+        },
+    )
+    wait_for(
+        lambda: (
+            [t["Status"]["State"] for t in lab.engine.get("/tasks", filters={"service": [id]})]
+            == ["complete"] * LOG_REPLICAS
+        ),
+        poll_s=POLL_MANY_S,
+    )
+    busy = busy_s()
+    received, took = lab.engine.drain(f"/services/{id}/logs?stdout=1&tail=all", LOG_SILENCE_S)
+    spent = busy_s() - busy
+    clear(lab)
+    lines = received / (LOG_LINE_BYTES + 8)  # each has a frame
+    return {
+        "service logs of 100 MB, s per 100 MB received": took / received * 1e8,
+        "service logs of 100 MB, processor s": spent,
+        "service logs of 100 MB, lines that did not come": LOG_REPLICAS * LOG_LINES - lines,
+    }
+
+
 SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "start1": start(1),
     "start20": start(20),
@@ -205,6 +240,7 @@ SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "listing1000": listing(1000),
     "listing3000": listing(3000),
     "churn": churn,
+    "logs": logs,
 }
 FRESH = frozenset({"churn"})
 """Scenarios that begin on nodes of their own: what a node grows by depends on what it has been through."""

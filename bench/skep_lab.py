@@ -17,8 +17,11 @@ class SkepLab:
 
     system = "skep"
 
-    def __init__(self, directory: Path, name: str = "bench", skep: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, name: str = "bench", skep: Path | None = None, *, workers: int = 0
+    ) -> None:
         """``name``: of the playground; two at a time need two.  ``skep``: another clone's command."""
+        self._workers = workers
         self.directory = directory
         self.name = name
         self.image = ""
@@ -33,7 +36,16 @@ class SkepLab:
     def up_alone(self) -> None:
         """Start the playground with the image it brings along."""
         self.down()
-        options = ["--managers", "1", "--workers", "0", "--dir", str(self.directory), "--name", self.name]
+        options = [
+            "--managers",
+            "1",
+            "--workers",
+            str(self._workers),
+            "--dir",
+            str(self.directory),
+            "--name",
+            self.name,
+        ]
         subprocess.run(
             [self._skep, "playground", "up", "--no-relay", *options], check=True, stdout=subprocess.DEVNULL
         )

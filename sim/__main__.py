@@ -2,13 +2,17 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from sim import run
-from sim.seeds import Simulate, failures, report, results
+from sim.record import Record
+from sim.seeds import Simulate, chunked, failures, report, results
 from sim.store_only import run as store_only
 from skep.aio.clock import SystemClock
 
 TRACE_LINES = 400
+RECORDED = 100
+"""Seeds of one line of a record."""
 
 
 def main() -> int:
@@ -19,10 +23,15 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=0, help="default: one per processor")
     parser.add_argument("--store", action="store_true", help="simulate the store only, which is cheaper")
+    parser.add_argument(
+        "--record", type=Path, help="append the result to this file, and continue after its last seed"
+    )
     args = parser.parse_args()
     simulate: Simulate = store_only.simulate if args.store else run.simulate
     if args.seed is not None:
         return _run_one(args.seed, simulate)
+    if args.record is not None:
+        return _run_recorded(args, simulate)
     clock = SystemClock()
     began, failed = clock.monotonic(), 0
     for result in failures(range(args.first, args.first + args.seeds), args.processes, simulate):
@@ -31,6 +40,20 @@ def main() -> int:
     took_s = clock.monotonic() - began
     _print(f"{args.seeds} runs, {failed} failed, {took_s:.0f} s, {args.seeds / took_s:.1f} per second")
     return 1 if failed else 0
+
+
+def _run_recorded(args: argparse.Namespace, simulate: Simulate) -> int:
+    """Simulate the seeds that the file does not have, in parts that are recorded one by one."""
+    record, clock = Record(args.record, "store" if args.store else "whole"), SystemClock()
+    first = max(args.first, record.next_seed())
+    for seeds in chunked(range(first, args.first + args.seeds), RECORDED):
+        began, failed = clock.monotonic(), []
+        for result in failures(seeds, args.processes, simulate):
+            failed.append(result.seed)
+            _print(report(result))
+        record.add(seeds, failed, clock.monotonic() - began)
+    _print(record.summary())
+    return 1 if record.failed() else 0
 
 
 def _run_one(seed: int, simulate: Simulate) -> int:

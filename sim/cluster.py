@@ -60,6 +60,8 @@ T = TypeVar("T")
 
 ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
 """The engine that every worker reports: one with the overlay driver."""
+LOOK_S = 2.0
+"""Longest interval between two looks at durations, such as that without a leader."""
 STEP_S = 0.05
 """Interval at which ``run_until`` tests its condition."""
 WRAPPING_KEY = bytes(32)
@@ -100,7 +102,7 @@ class SimulatedCluster:
             history_limit: see ``joined``.
         """
         self.random = Random(seed)
-        self.loop = VirtualLoop(turns_max)
+        self.loop = VirtualLoop(turns_max, seed)
         self._history_limit = history_limit
         self.poisoned: set[str] = set()
         """Services for which every decision raises an error."""
@@ -357,6 +359,19 @@ class SimulatedCluster:
         if not keeps_containers:
             self.nodes[id].lose_power()
 
+    def give_managers(self) -> None:
+        """As an operator: set the managers of nodes that know none of the present ones, and restart their processes.
+
+        Such a node was away while every manager that it knew was replaced; it says so, and what to do.
+        """
+        for id in self.workers:
+            node = self.nodes[id]
+            if not {peer.node_id for peer in node.managers}.intersection(self.managers):
+                self.trace.add(f"operator: {id} is given the managers")
+                self.kill_node(id, keeps_containers=True)
+                node.set_managers(tuple(Peer(manager, address_of(manager)) for manager in self.managers))
+                self.start_node(id)
+
     def kill_container(self, task: Task, exit_code: int = 137) -> None:
         """End the process of a running task."""
         self.disturb()
@@ -423,9 +438,8 @@ class SimulatedCluster:
         found = [
             f"{id} {text}" for id, manager in self.running_managers.items() for text in manager.leftovers()
         ]
-        timers = self.loop.timers()
-        if timers > TIMERS_MAX * (len(self.managers) + len(self.workers)):
-            found.append(f"{timers} timers run, more than {TIMERS_MAX} for each machine")
+        if self.loop.timers() > TIMERS_MAX * (len(self.managers) + len(self.workers)):
+            found.append(f"more than {TIMERS_MAX} timers run for each machine")
         return found
 
     def observe_with(self, kind: type[Observer]) -> None:
@@ -444,8 +458,15 @@ class SimulatedCluster:
     # -- time --------------------------------------------------------------------------------------------------
 
     def run_for(self, seconds: float) -> None:
-        """Let virtual time pass."""
-        self.do(asyncio.sleep(seconds))
+        """Let virtual time pass, and check the rules on durations at intervals."""
+        until = self.loop.time() + seconds
+        self.do(asyncio.sleep(min(seconds, LOOK_S)))
+        self._look()
+        while (left_s := until - self.loop.time()) > 0:
+            self.do(asyncio.sleep(min(left_s, LOOK_S)))
+            self._look()
+
+    def _look(self) -> None:
         self.observer.check_durations()
         self.observer.note(self.loop.time(), self._leaderless())
         for id, manager in self.running_managers.items():
@@ -504,9 +525,16 @@ class SimulatedCluster:
         return id in self.raft.members and bool(self.raft.members[id].corrupted)
 
     def _leaderless(self) -> Iterable[str]:
-        """A majority of healthy managers has a leader within ``LED_S``."""
-        now = self.loop.time()
-        if self._is_majority_healthy() and not any(one.leads for one in self.running_managers.values()):
+        """A majority of healthy managers has a leader within ``LED_S``, unless the raft leader's disk hangs."""
+        now, leads = self.loop.time(), self.raft.current
+        is_led = (
+            leads is None or leads.member.held is None
+        )  # one whose disk hangs stays leader in the simulation
+        if (
+            is_led
+            and self._is_majority_healthy()
+            and not any(one.leads for one in self.running_managers.values())
+        ):
             if now - self._led_at > LED_S:
                 self._led_at = inf  # reported once
                 yield f"no leader, although a majority of managers has been healthy for {LED_S} s"

@@ -1,7 +1,7 @@
 """Stands for certificates and sockets in the agent of a simulated node: an identity, and the simulated network."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import cast
 
@@ -51,7 +51,7 @@ class SimulatedCredentials:
 class NoLogs:
     """Simulated tasks write no logs.  Implements ``LogSource`` of the agent."""
 
-    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        nothing: tuple[LogLine, ...] = ()
-        for line in nothing:
-            yield line
+    async def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+        nothing: tuple[Sequence[LogLine], ...] = ()
+        for lines in nothing:
+            yield lines

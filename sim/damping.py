@@ -55,10 +55,14 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
 
 
 def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
-    """Whether the service has converged, and none of its tasks ends by itself or is stopped by its node."""
-    status = service.update_status
+    """Whether the service has converged, and none of its tasks ends by itself or is stopped by its node.
+
+    Nor would a task of its present spec, which an update may not have come to.
+    """
+    status, container = service.update_status, service.spec.task_template.container_spec
     return (
         service.removed_at is None
+        and (container is None or container.image not in HOPELESS)
         and disconnect_policy(service.spec.labels).action is not OnDisconnect.STOP
         and service.job_status is None
         and (status is None or status.state not in UNDER_WAY)

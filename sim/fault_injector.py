@@ -77,7 +77,7 @@ class FaultInjector:
         """End the faults whose time is over."""
         now = self._cluster.loop.time()
         for fault in [one for one in self._active if one.until <= now]:
-            self._end(fault)
+            self._end_early(fault)
 
     def end_all(self) -> None:
         """End all faults; a hanging disk only when its time is over."""
@@ -85,7 +85,7 @@ class FaultInjector:
         now = self._cluster.loop.time()
         self._cluster.run_for(max(hanging, default=now) - now)
         for fault in list(self._active):
-            self._end(fault)
+            self._end_early(fault)  # the end of one may end another
         if self._written_at > self._cluster.loop.time():
             self._cluster.run_for(self._written_at - self._cluster.loop.time() + NODES_BACK_S)
 

@@ -1,7 +1,9 @@
 """Short runs of small clusters that focus on one part of the managers, many times cheaper than a complete run.
 
 ``allocations``: services and networks are created and removed, some with the same subnet.  ``sessions``: managers fail,
-nodes change their manager, and replicas lag.  Then all faults end, and the cluster must converge.
+nodes change their manager, and replicas lag.  ``reports``: tasks end while nothing can be written, for less time than
+their sessions last.  ``volumes``: tasks with local volumes end, and their nodes go and come.  Then all faults end, and
+the cluster must converge.
 """
 
 from collections import Counter
@@ -17,22 +19,24 @@ from sim.run import RunResult
 from skep.agent.executor.simulated import Behaviour
 from skep.errors import SkepError
 from skep.manager.control.networks import remove_network
-from skep.model.container import ContainerSpec
+from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NetworkId, NodeId, ServiceId
+from skep.model.labels import VOLUMES
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
-from skep.model.node import Node
+from skep.model.node import Availability, Node
 from skep.model.service import (
     EndpointSpec,
     NetworkAttachmentConfig,
     PortConfig,
     ReplicatedService,
+    RestartPolicy,
     Service,
     ServiceMode,
     ServiceSpec,
     TaskSpec,
 )
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction, Updated, View
 
@@ -44,6 +48,12 @@ WELL_S = 30.0
 LAGS_S = (2.5, 4.0)
 """Longer than the leader's timeout for a manager, and than the reconnection of a node."""
 GONE_S = 8.0
+HANGS_S = (5.5, 9.0)
+"""Longer than a write is waited for."""
+REPLICAS = 3
+VOLUME_STEPS = 8
+SETTLED_S = 15.0
+"""Longer than what the rule on local volumes lets pass."""
 
 
 def allocations(seed: int) -> RunResult:
@@ -80,6 +90,46 @@ def sessions(seed: int) -> RunResult:
         for member in cluster.raft.members.values():
             member.watch_lag_s = 0.0
         _until(cluster, lambda: [id for id in cluster.workers if not cluster.is_ready(id)], "are not ready")
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+def reports(seed: int) -> RunResult:
+    """Containers end while the disk of the only manager hangs; then its etcd is started again."""
+    random = Random(seed)
+    with SimulatedCluster(managers=1, workers=2, seed=seed) as cluster:
+        cluster.create(a_spec_of("web"))
+        cluster.run_until(lambda: cluster.containers("web") == REPLICAS, within_s=WELL_S)
+        (manager,) = cluster.managers
+        cluster.raft.hang(manager)
+        cluster.run_for(random.uniform(0.0, 1.0))
+        for task in random.sample(cluster.tasks("web"), random.randint(1, REPLICAS)):
+            cluster.kill_container(task)
+        cluster.run_for(random.uniform(*HANGS_S))
+        cluster.raft.crash(manager)  # what waited for the disk is lost
+        cluster.raft.resume(manager)
+        cluster.raft.start(manager)
+        _until(cluster, lambda: range(cluster.containers("web"), REPLICAS), "are not replaced")
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+def volumes(seed: int) -> RunResult:
+    """Tasks with local volumes are killed and updated, and their nodes go and come."""
+    random = Random(seed)
+    with SimulatedCluster(managers=1, workers=4, seed=seed) as cluster:
+        names = ("kept", "returning")
+        for name, policy in zip(names, ("keep", "return"), strict=True):
+            cluster.create(replace(a_spec_with_volumes(name), labels={VOLUMES: policy}))
+        _until(cluster, lambda: [one for one in names if cluster.containers(one) < REPLICAS], "do not run")
+        cluster.run_for(SETTLED_S)
+        for _ in range(VOLUME_STEPS):
+            action = random.choice((_end_task, _end_task, _lose_node, _drain_node))
+            action(cluster, random)
+            cluster.run_for(random.uniform(0.5, 8.0))
+            if cluster.observer.violations:
+                break
+        for id in cluster.workers:
+            cluster.set_availability(id, Availability.ACTIVE)
+        _until(cluster, lambda: [one for one in names if cluster.containers(one) < REPLICAS], "do not run")
         return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
 
 
@@ -155,6 +205,51 @@ def _request(cluster: SimulatedCluster, body: Callable[[Transaction], object]) -
         cluster.write(body)
     except SkepError as error:
         cluster.trace.add(f"refused: {error}")
+
+
+# -- of reports ----------------------------------------------------------------------------------------------------
+
+
+def a_spec_of(name: str) -> ServiceSpec:
+    """A service whose tasks are replaced soon after they have ended."""
+    template = TaskSpec(
+        container_spec=ContainerSpec(image="app:1"), restart_policy=RestartPolicy(delay=SECOND_NS // 10)
+    )
+    mode = ServiceMode(replicated=ReplicatedService(replicas=REPLICAS))
+    return ServiceSpec(name=name, task_template=template, mode=mode)
+
+
+# -- of volumes ----------------------------------------------------------------------------------------------------
+
+
+def a_spec_with_volumes(name: str) -> ServiceSpec:
+    """The same, with a local volume of each slot."""
+    spec = a_spec_of(name)
+    mount = Mount(type="volume", source=name + "-{{.Task.Slot}}", target="/data")
+    template = replace(spec.task_template, container_spec=ContainerSpec(image="app:1", mounts=(mount,)))
+    return replace(spec, task_template=template)
+
+
+def _end_task(cluster: SimulatedCluster, random: Random) -> None:
+    name = random.choice(("kept", "returning"))
+    if running := [one for one in cluster.tasks(name) if one.status.state is TaskState.RUNNING]:
+        cluster.kill_container(random.choice(running))
+
+
+def _lose_node(cluster: SimulatedCluster, random: Random) -> None:
+    """Until it is down."""
+    id = random.choice(cluster.workers)
+    cut = cluster.links.cut([id], cluster.managers)
+    cluster.run_until(lambda: not cluster.is_ready(id), within_s=30)
+    cluster.run_for(random.uniform(0.0, GONE_S))
+    cluster.links.mend(cut)
+
+
+def _drain_node(cluster: SimulatedCluster, random: Random) -> None:
+    """One after the other: at most one is drained."""
+    drained = random.choice(cluster.workers)
+    for id in cluster.workers:
+        cluster.set_availability(id, Availability.DRAIN if id == drained else Availability.ACTIVE)
 
 
 # -- of sessions ---------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
+from skep.manager.scheduler.returning import Returning
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import IdSource, NodeId, ServiceId, SessionId, TaskId
 from skep.model.labels import DisconnectPolicy
@@ -408,6 +409,10 @@ def _any_term() -> list[Patch]:
     return [Patch(election, "msgspec", Msgspec)]
 
 
+def _homeless() -> list[Patch]:
+    return [Patch(Returning, "has_home", lambda self, task, view: False)]
+
+
 # -- changes of leader ---------------------------------------------------------------------------------------------
 
 
@@ -452,7 +457,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("keep", "on-disconnect keep: tasks of a node that is down are not replaced", _always_replaced),
     Mutant("stop", "on-disconnect stop: a disconnected node stops its tasks by itself", _never_stopped),
     Mutant("done once", "a completed run of a job is not repeated", _again_and_again),
-    Mutant("reports kept", "a report that could not be sent is sent later", _reports_once),
+    Mutant("reports kept", "a report that could not be sent is sent later", _reports_once, focused.reports),
+    Mutant("local volumes", "a task returns to the volumes of its slot", _homeless, focused.volumes),
     Mutant("causes", "an update is paused or rolled back only after a failure", _suspects_all),
     Mutant(
         "adopt",

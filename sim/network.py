@@ -139,7 +139,10 @@ class Network:
             try:
                 yield
             finally:
-                del self._listeners[address]
+                if (
+                    self._listeners[address] is listener
+                ):  # not that of the process that has followed a killed one
+                    del self._listeners[address]
                 listener.close()
 
     @asynccontextmanager

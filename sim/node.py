@@ -67,6 +67,8 @@ class SimulatedNode:
         self._description = description
         self._network = network
         self._managers = managers
+        self._list: ManagerList | None = None
+        """That of the running process."""
         self._clock = clock
         self._random = random
         self._behaviour = behaviour
@@ -93,6 +95,15 @@ class SimulatedNode:
         remembered = (one.assigned.task.id for one in self.disk.written())
         return sorted({*remembered, *self.machine.processes})
 
+    @property
+    def managers(self) -> tuple[Peer, ...]:
+        """The managers that the node knows."""
+        return self._list.peers if self._list is not None else self._managers
+
+    def set_managers(self, managers: tuple[Peer, ...]) -> None:
+        """The setting ``managers``, for the next start."""
+        self._managers = managers
+
     async def run(self) -> None:
         """Run the node process until cancelled; its containers continue."""
         reports = Reports()
@@ -108,7 +119,7 @@ class SimulatedNode:
         tables = NetworkTables(
             StoredTables(None, self._clock), (), session_state, self._clock, self._random.random
         )
-        managers = ManagerList(self._managers)
+        managers = self._list = ManagerList(self._managers)
         agent = Agent(
             credentials=SimulatedCredentials(self._identity, self._network, self._renew),
             managers=managers,
@@ -129,6 +140,7 @@ class SimulatedNode:
         finally:
             self._registered = None
             self._managers = managers.peers  # a node keeps the last list of managers
+            self._list = None
 
     def lose_power(self) -> None:
         """End every process; the disk is kept."""

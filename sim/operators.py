@@ -194,9 +194,10 @@ class Operators:
     async def _demoted(self, id: NodeId) -> bool:
         """Demote; returns False if it is refused for ``GIVEN_UP_S`` because the others would lose their quorum."""
         until = self._cluster.loop.time() + GIVEN_UP_S
-        while not await self._users.set_role(id, NodeRole.WORKER):
-            # An attempt whose outcome was unknown may have been committed: the operator sees it.
-            if self._cluster.loop.time() > until and not self._is_to_be_worker(id):
+        while not (is_done := await self._users.set_role(id, NodeRole.WORKER)):
+            # An attempt whose outcome was unknown may have been committed, or may be later: the operator sees it.
+            is_refused = is_done is False and not self._is_to_be_worker(id)
+            if is_refused and self._cluster.loop.time() > until:
                 return False
             await asyncio.sleep(RETRY_S)
         await _until(lambda: id not in self._cluster.raft.members)

@@ -28,6 +28,7 @@ from sim.targeted_faults import (
 )
 from sim.users import Users
 from skep.agent.executor.simulated import Behaviour
+from skep.manager.failures import LONGEST_DELAY_S
 from skep.model.ids import NodeId
 from skep.model.service import Service
 from skep.store.space import COMPACT_AT, QUOTA_BYTES
@@ -39,6 +40,8 @@ CONVERGED_S = 90.0
 """Limit from the end of the last fault until the cluster has converged."""
 TURNS_MAX = 240_000
 """Iterations of the event loop in one run; the average is 24,000.  More than ten times that is a busy loop."""
+LONGEST_WAIT_S = LONGEST_DELAY_S + 10.0
+"""Limit for leftovers of finished work to go: the longest delay between two attempts, and a margin."""
 POLL_S = 0.5
 STOPPED_S = 2.0
 """Time for the slowest container to stop, and for its report."""
@@ -104,6 +107,7 @@ def _simulate(cluster: SimulatedCluster, steps: int) -> None:
     injector.end_all()
     cluster.trace.add("all faults ended")
     _until(cluster, lambda: [f"{name} does not end" for name in operators.under_way])
+    cluster.give_managers()
     cluster.do(users.finished())
     cluster.do(users.activate_all())
     _converge(cluster)
@@ -166,10 +170,14 @@ def _check_quiescence(cluster: SimulatedCluster) -> None:
     """The invariants of a cluster at rest."""
     note, now = cluster.observer.note, cluster.loop.time
     # Services with crashing containers are never at rest, so only violations that persist count.
-    before = {*cluster.rest_violations(), *cluster.leftovers()}
+    before, left = set(cluster.rest_violations()), set(cluster.leftovers())
     cluster.run_for(STOPPED_S)
-    after = [*cluster.rest_violations(), *cluster.leftovers()]
-    note(now(), [violation for violation in after if violation in before])
+    note(now(), [violation for violation in cluster.rest_violations() if violation in before])
+    # A write to a leader that is gone, or a failed decision, waits for its timeout or its next attempt.
+    until = now() + LONGEST_WAIT_S
+    while (left := left.intersection(cluster.leftovers())) and now() < until:
+        cluster.run_for(POLL_S)
+    note(now(), sorted(left))
     note(now(), allocation_violations(cluster.view))
     acknowledgements = cluster.observer.acknowledgements
     note(now(), acknowledgements.broken(cluster.view, acknowledgements.given()))

@@ -5,9 +5,14 @@ only the time of its computation.
 """
 
 import asyncio
-import selectors
+import random
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
+from heapq import heapify, heappop, heappush
 from itertools import count
+from math import inf
 from typing import Any, TypeVar
 
 from skep.model.times import SECOND_NS
@@ -16,6 +21,11 @@ T = TypeVar("T")
 
 EPOCH_NS = 1_700_000_000 * SECOND_NS
 """Start of the simulated wall clock (November 2023)."""
+RESOLUTION_S = time.get_clock_info("monotonic").resolution
+JUMP_S_MAX = 24 * 3600.0
+CANCELLED_MIN = 100
+CANCELLED_SHARE = 0.5
+"""As in asyncio's loops."""
 
 
 class Deadlock(Exception):
@@ -26,14 +36,28 @@ class Spinning(Exception):
     """The limit of iterations is reached: a busy loop, in which hardly any time passes."""
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop on virtual time, beginning at 0."""
+class VirtualLoop(asyncio.BaseEventLoop):
+    """An event loop on virtual time, beginning at 0.
 
-    def __init__(self, turns_max: int | None = None) -> None:
-        """``turns_max``: number of iterations after which ``Spinning`` is raised, once; None: no limit."""
+    Callbacks run in the order of asyncio's own loop, without its system calls and debugging: two thirds of the turns of
+    a run do next to nothing, so what a turn costs is a large part of the whole.
+    """
+
+    def __init__(self, turns_max: int | None = None, seed: int = 0) -> None:
+        """
+        Args:
+            turns_max: number of iterations after which ``Spinning`` is raised, once; None: no limit.
+            seed: of ``random``, which back-offs use that are not given a source of their own.
+        """
+        random.seed(seed)
         self._now = 0.0
-        self._turns_left = turns_max
-        super().__init__(_JumpingSelector(self))
+        self._turns_left = inf if turns_max is None else turns_max
+        self._due: deque[_Call] = deque()
+        self._timers: list[tuple[float, _Timer]] = []
+        """A heap, as that of asyncio: timers of the same instant run in the order in which its loop would run them."""
+        self._cancelled_timers = 0
+        self._stopping = False
+        super().__init__()
         numbers = count()
         self.set_task_factory(
             lambda loop, work, **rest: _NumberedTask(next(numbers), work, loop=loop, **rest)
@@ -41,6 +65,30 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._now
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> "_Call":
+        call = _Call(callback, args, context or copy_context())
+        self._due.append(call)
+        return call
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> "_Call":
+        return self.call_soon(callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> "_Timer":
+        timer = _Timer(when, callback, args, context or copy_context(), self)
+        heappush(self._timers, (when, timer))
+        return timer
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> "_Timer":
+        return self.call_at(self._now + delay, callback, *args, context=context)
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
@@ -59,16 +107,121 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def timers(self) -> int:
         """Number of pending timers."""
-        return sum(not timer.cancelled() for timer in self._scheduled)  # type: ignore[attr-defined]
+        return sum(not timer.cancelled() for _, timer in self._timers)
 
-    def turn(self) -> None:
-        """Count an iteration of the loop.  Raises: Spinning."""
-        if self._turns_left is None:
+    def timer_cancelled(self) -> None:
+        """A timer that is still in the heap was cancelled."""
+        self._cancelled_timers += 1
+
+    def _run_once(self) -> None:
+        """Run iterations of the loop until it is stopped; ``run_forever`` calls this.  Raises: Deadlock, Spinning."""
+        due, take = self._due, self._due.popleft
+        while True:
+            self._forget_cancelled()
+            self._wait()
+            timers, until = self._timers, self._now + RESOLUTION_S
+            while timers and timers[0][0] < until:
+                timer = heappop(timers)[1]
+                timer.is_scheduled = False
+                due.append(timer)
+            # Only these: what they call soon runs in the next iteration.
+            for _ in range(len(due)):
+                call = take()
+                if call.is_cancelled:
+                    continue
+                try:
+                    call.context.run(call.callback, *call.args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    text = f"Exception in callback {call.callback}"
+                    self.call_exception_handler({"message": text, "exception": error, "handle": call})
+            if self._stopping:
+                return
+
+    def _forget_cancelled(self) -> None:
+        """Remove cancelled timers from the head of the heap, or all when they are many, as asyncio does."""
+        timers = self._timers
+        if len(timers) > CANCELLED_MIN and self._cancelled_timers / len(timers) > CANCELLED_SHARE:
+            for _, timer in timers:
+                timer.is_scheduled = not timer.is_cancelled
+            self._timers = [entry for entry in timers if entry[1].is_scheduled]
+            heapify(self._timers)
+            self._cancelled_timers = 0
             return
+        while timers and timers[0][1].is_cancelled:
+            self._cancelled_timers -= 1
+            heappop(timers)[1].is_scheduled = False
+
+    def _wait(self) -> None:
+        """Advance the clock to the next timer unless a callback is due, and count the iteration."""
         self._turns_left -= 1
         if self._turns_left < 0:
-            self._turns_left = None  # so that the clean-up can run
+            self._turns_left = inf  # so that the clean-up can run
             raise Spinning(f"the limit of iterations of the event loop is reached, at {self._now:.3f} s")
+        if self._due or self._stopping:
+            return
+        if not self._timers:
+            raise Deadlock("every task waits, and no timer is pending")
+        left_s = self._timers[0][0] - self._now
+        if left_s > 0:
+            self._now += min(left_s, JUMP_S_MAX)
+
+
+class _Call(asyncio.Handle):
+    """A callback that is due, without what a handle of asyncio has for debugging."""
+
+    __slots__ = ("args", "callback", "context", "is_cancelled")
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context) -> None:
+        self.callback = callback
+        self.args = args
+        self.context = context
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.callback, self.args = _nothing, ()
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.callback}>"
+
+
+class _Timer(_Call):
+    """A callback at a time of the loop."""
+
+    __slots__ = ("_at_s", "_loop_of", "is_scheduled")
+
+    def __init__(
+        self,
+        at_s: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: Context,
+        loop: VirtualLoop,
+    ) -> None:
+        self.callback = callback
+        self.args = args
+        self.context = context
+        self.is_cancelled = False
+        self.is_scheduled = True
+        """Whether it is in the loop's heap."""
+        self._at_s = at_s
+        self._loop_of = loop
+
+    def when(self) -> float:
+        return self._at_s
+
+    def cancel(self) -> None:
+        if not self.is_cancelled and self.is_scheduled:
+            self._loop_of.timer_cancelled()
+        super().cancel()
+
+    def __lt__(self, other: object) -> bool:
+        return False  # asked for only when the times are equal
 
 
 class _NumberedTask(asyncio.Task[Any]):
@@ -80,25 +233,6 @@ class _NumberedTask(asyncio.Task[Any]):
 
     def __hash__(self) -> int:
         return self._number
-
-
-class _JumpingSelector(selectors.SelectSelector):
-    """Does not wait: advances the loop's clock by the timeout.
-
-    File descriptors are not polled, which saves a system call in every iteration; a simulation has none.
-    """
-
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        self._loop.turn()
-        if timeout is None:
-            raise Deadlock("every task waits, and no timer is pending")
-        if timeout > 0:
-            self._loop.jump(timeout)
-        return []
 
 
 class VirtualClock:
@@ -138,6 +272,24 @@ class VirtualClock:
         return self._began_s + self._loop.time() * self._drift
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(max(seconds, 0.0) / self._drift)
+        if seconds > 0:
+            loop = self._loop
+            woken = loop.create_future()
+            timer = loop.call_at(loop.time() + seconds / self._drift, _wake, woken)
+            try:
+                await woken
+            finally:
+                timer.cancel()
+        else:
+            await asyncio.sleep(0)
         if self._wait_running is not None:
             await self._wait_running()
+
+
+def _wake(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _nothing() -> None:
+    """The callback of a cancelled call."""

@@ -311,11 +311,11 @@ class Users:
 
         await self._set_node(self._random.choice(self._cluster.workers), labelled)
 
-    async def _set_availability(self, id: NodeId, availability: Availability) -> bool:
+    async def _set_availability(self, id: NodeId, availability: Availability) -> bool | None:
         return await self._set_node(id, lambda spec: replace(spec, availability=availability))
 
-    async def set_role(self, id: NodeId, role: NodeRole) -> bool:
-        """Returns whether the requested role of the node is now ``role``."""
+    async def set_role(self, id: NodeId, role: NodeRole) -> bool | None:
+        """Returns whether the requested role of the node is now ``role``; None: that is not known."""
         return await self._set_node(id, lambda spec: replace(spec, role=role))
 
     async def resign(self, id: NodeId) -> None:
@@ -326,8 +326,8 @@ class Users:
         self._responses.requested(SetNode(id, spec, node.version.index), self._responses.present)
         await store.update(resign, id)
 
-    async def _set_node(self, id: NodeId, change: Callable[[NodeSpec], NodeSpec]) -> bool:
-        """Returns whether the node has the requested spec."""
+    async def _set_node(self, id: NodeId, change: Callable[[NodeSpec], NodeSpec]) -> bool | None:
+        """Returns whether the node has the requested spec; None: that is not known."""
         since = self._responses.present
         try:
             store = await self._store()
@@ -339,6 +339,8 @@ class Users:
             if spec != node.spec:
                 writing = store.update(update_node, id, spec, version)
                 await self._compared(SetNode(id, spec, version), since, writing)
+        except Unavailable:
+            return None
         except SkepError:
             return False
         return True

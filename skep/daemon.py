@@ -32,10 +32,13 @@ from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.dataplane import process as net_process
 from skep.dataplane.wireguard import process as wireguard_go
-from skep.errors import FailedPrecondition, SkepError
+from skep.engine.log_drivers.drivers import sending_drivers
+from skep.engine.log_drivers.options import log_config
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.linux.detached import detached, held_lock, read_pid_file, set_title
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
+from skep.model.meta import Driver
 from skep.node import requirements
 from skep.node.conditions import Conditions
 from skep.node.environment import Environment
@@ -209,8 +212,16 @@ class Daemon:
         self._zygote.notify("READY=1")
 
     def _check_machine(self) -> Mapping[str, str]:
-        """Versions of what this node starts.  Raises: Unfit."""
+        """Versions of what this node starts.  Raises: Unfit; FailedPrecondition."""
         configuration = self._configuration
+        try:
+            log_config(
+                Driver(name=configuration.log_driver, options=configuration.log_opts), sending_drivers()
+            )
+        except InvalidArgument as error:
+            raise FailedPrecondition(
+                f"failed to set log opts: {error}: correct log-driver or log-opts"
+            ) from error
         configuration.paths.run.mkdir(mode=0o711, parents=True, exist_ok=True)  # etcd's version is kept there
         tools = {
             requirements.RUNC: configuration.runc,

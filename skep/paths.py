@@ -82,6 +82,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "volumes"
 
     @property
+    def cluster_volumes(self) -> Path:
+        """Directory where cluster volumes are mounted, and of what is known of them."""
+        return self.data / "csi"
+
+    @property
     def manager(self) -> Path:
         """State of the manager on this node; absent on a worker."""
         return self.data / "manager"
@@ -147,6 +152,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.manager / "incarnation.json"
 
     # --- run directory ----------------------------------------------------------------------------------------
+
+    @property
+    def csi_sockets(self) -> Path:
+        """Where the sockets of CSI drivers are."""
+        return self.run / "csi"
 
     @property
     def features(self) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.promises import ROOT, Outcomes, exists, not_shown, rows, shown_by
+from tests.support.promises import HARDENING, ROOT, Outcomes, exists, not_shown, rows, shown_by
 
 A, B = "tests/unit/test_a.py", "tests/unit/test_b.py"
 
@@ -18,6 +18,13 @@ def test_every_promise_is_shown_by_something() -> None:
 def test_whatever_the_promises_name_exists() -> None:
     names = [name for row in rows() for name in shown_by(row)]
     assert [name for name in names if not exists(name)] == []
+
+
+def test_whatever_the_page_of_failures_and_attacks_names_exists() -> None:
+    table = rows(HARDENING)
+    assert len(table) > 80
+    assert [row[0] for row in table if not shown_by(row)] == []
+    assert [name for row in table for name in shown_by(row) if not exists(name)] == []
 
 
 def outcomes() -> Outcomes:

@@ -9,10 +9,11 @@ import click
 import pytest
 
 from docs.reference import generate
+from docs.reference.label_table import LABELS
+from skep.aio.clock import SystemClock
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import Arguments, combine
 from skep.manager.events import messages_of
-from skep.model.labels import LABELS
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.secret import Config, Secret
@@ -20,6 +21,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.store.interface import Created
+from skep.store.memory import MemoryStore
 from tests.support.sources import parsed
 
 ROOT = Path(__file__).parents[1]
@@ -98,10 +100,11 @@ def test_every_event_of_the_cluster_is_described() -> None:
 def test_the_types_of_the_clusters_events_are_those_of_its_objects() -> None:
     """Of created objects.  A removed service gives its event while it still has tasks, before it is deleted."""
     kinds = (Service, Task, Node, Secret, Config, Network, Swarm)
+    view = MemoryStore(SystemClock()).view()
     of_created = {
         (message.type, message.action)
         for kind in kinds
-        for message in messages_of(Created(kind(id="i", created_at="2023-11-14T22:13:20Z")), 0)
+        for message in messages_of(Created(kind(id="i", created_at="2023-11-14T22:13:20Z")), 0, view)
     }
     described = {
         (type, action)

@@ -31,6 +31,7 @@ READS_THE_CLOCK = {
     "aio": "the clock that everyone is given",
     "cli": "a command is an edge: what it shows is about now",
     "playground": "it waits for real processes",
+    "top": "as cli: it shows ages",
 }
 """Folders or modules below skep/ that may read the machine's clock, and why.  Others take `now` or a Clock."""
 
@@ -62,6 +63,22 @@ def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str, str]]:
 def part(path: Path) -> str:
     """The folder or module directly below skep/."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_trees_are_removed_by_descriptors_alone() -> None:
+    """``shutil.rmtree`` recurses: a container that nests directories would end what removes them (decision 34).
+
+    A command removes what its own user has.
+    """
+    recursive = {"rmtree", "removedirs", "fwalk"}
+    daemons = [(path, tree) for path, tree in modules() if path.relative_to(PACKAGE).parts[0] != "cli"]
+    found = [
+        f"{path}:{call.lineno}"
+        for path, tree in daemons
+        for call, _, name in calls(tree)
+        if name in recursive
+    ]
+    assert found == []
 
 
 def test_only_the_clock_reads_the_clock() -> None:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import click
 import msgspec
 
+from docs.reference.captures import screens
+from docs.reference.label_table import LABELS, LabelTarget
 from skep import __version__
 from skep.api.errors import RPC_CODES, STATUSES
 from skep.cli.main import main
@@ -23,7 +25,7 @@ from skep.configuration.configuration import Configuration
 from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML, EXAMPLES
 from skep.manager import events as manager_events
-from skep.model.labels import LABELS, LabelTarget
+from skep.manager import node_events as from_nodes
 from skep.node import events as node_events
 from skep.rpc.errors import STATUS_OF
 
@@ -197,7 +199,14 @@ def cli() -> str:
         ),
         *paragraph(
             "Results go to stdout, everything else to stderr. The exit code is 0 on success, 1 when the command failed",
-            "or found a problem, and 2 when it was called wrongly.",
+            "or found a problem, and 2 when it was called wrongly. `skep status` has two more, for health checks: 3",
+            "when a node or a service is not as wanted, 4 when there is no leader. `skep stack plan` ends with 2 when",
+            "something would change; `skep exec` and `skep run` with the code of the command that they ran.",
+        ),
+        *paragraph(
+            "What lists or shows takes `-o wide|json|yaml`, `--format TEMPLATE` (a Go template, with `json` as in",
+            "docker's commands) and `--watch`. Colours and lines cut to the width are for terminals; what is piped is",
+            "plain and whole. `NO_COLOR` turns colours off. [screens.md](screens.md) shows what they look like.",
         ),
     ]
     for context in commands():
@@ -482,7 +491,17 @@ CLUSTER_EVENTS = (
         ("swarm",),
         ("freeze", "resume"),
         "replacement of tasks is suspended because many nodes went down at once, and goes on (*Skep*)",
-        ("messages_of",),
+        ("_dockers",),
+    ),
+    ClusterEvent(
+        ("task",),
+        ("create", "start", "die", "reject", "lost", "remove"),
+        "*Skep*, by `skep events` and with the filter `type=task` only; `start`: its process runs and is healthy; "
+        "`lost`: its node is down or was removed",
+        ("_task",),
+    ),
+    ClusterEvent(
+        ("stream",), ("progress",), "`skep events` only: nothing happened up to its cursor (*Skep*)"
     ),
     ClusterEvent(("config", "network", "secret"), ("create", "remove", "update"), ""),
 )
@@ -540,9 +559,9 @@ def events() -> str:
                 "*Skep*: not in Docker.",
             ),
             *paragraph(
-                f"A node and a manager keep the last {node_events.KEPT:,} events each in memory; `since` reaches no",
-                f"further back. A client that is more than {manager_events.BEHIND_MAX:,} events behind loses its",
-                "stream, so that no stream has gaps.",
+                f"A node keeps the last {node_events.KEPT:,} events in memory, a manager {manager_events.KEPT:,};",
+                f"`since` reaches no further back. A client that is more than {manager_events.BEHIND_MAX:,} events",
+                "behind loses its stream, so that no stream has gaps.",
             ),
             "## The cluster",
             "",
@@ -550,6 +569,24 @@ def events() -> str:
             *table(("type", "action", "when", "attributes beside `name`"), cluster_rows),
             "",
             *paragraph("`NAME.*` stands for `NAME.old` and `NAME.new`; only what changed is there."),
+            *paragraph(
+                "`skep events` (`GET /skep/events`) shows them with those of tasks, from any manager. Each has a",
+                "`Cursor`; `--after CURSOR` goes on behind that event, at this manager or another, and is refused",
+                "if events in between are not kept any more. Events of one change may come twice then, none is missed.",
+            ),
+            *paragraph(
+                "`skep events --nodes all` (or names of nodes) has those of containers, images and volumes of nodes",
+                f"among them, at any manager, with the attributes `{from_nodes.ID}` and `{from_nodes.NAME}`.",
+                "The cursor then has a part for each node; a node goes on after it, also after a break of its own",
+                "connection. Messages of type `stream` say what becomes of a node's events: `follow` (they are read",
+                "from here on), `away` (they cannot be read, with the `reason`), `gap` (not all that follow are kept,",
+                "or an event is longer than 128 KiB).",
+                f"At most {from_nodes.NODES_MAX} nodes, and {from_nodes.STREAMS_MAX} such clients of a manager.",
+                "`docker events --filter scope=swarm --filter type=container` (`image`, `volume`) shows the same to",
+                "every client; without the scope it shows this node's, as in Docker. Docker Engines among the nodes,",
+                "and beside a node, are not read. Clients of workers do not see them: they have the command",
+                "lines of every `docker exec`.",
+            ),
             "## Containers",
             "",
             *paragraph("`scope` is `local`. The attributes are the container's labels, `image` and `name`."),
@@ -558,7 +595,15 @@ def events() -> str:
             "## Images",
             "",
             *paragraph(f"`scope` is `local`: {_quoted(sorted(image_actions()))}."),
-            "Networks that are local to a node, and volumes, have no events.",
+            "",
+            "## Volumes",
+            "",
+            *paragraph(
+                "`scope` is `local`: `create` and `destroy` with `driver`; `mount` and `unmount` when a container",
+                "with it starts and has ended, with `driver` and `container`, and with `destination`, `read/write`",
+                "and `propagation`; `prune` with `reclaimed`.",
+            ),
+            "Networks that are local to a node have no events.",
             "",
         ]
     )
@@ -591,10 +636,10 @@ def _attributes_in(function: ast.FunctionDef) -> Iterator[str]:
 
 def cluster_actions() -> set[str]:
     """Actions of all messages that ``skep.manager.events`` makes."""
-    found = set()
+    found = set(manager_events.TASK_ACTIONS.values())
     for call in ast.walk(ast.parse(inspect.getsource(manager_events))):
         match call:
-            case ast.Call(func=ast.Name(id="_message"), args=[ast.Constant(value=str(action)), *_]):
+            case ast.Call(func=ast.Name(id="_message" | "_task"), args=[ast.Constant(value=str(action)), *_]):
                 found.add(action)
             case ast.Call(func=ast.Name(id="Message"), keywords=keywords):
                 found |= {
@@ -718,6 +763,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/configuration.md": configuration,
     "docs/reference/labels.md": labels,
     "docs/reference/cli.md": cli,
+    "docs/reference/screens.md": screens,
     "docs/reference/limits.md": limits,
     "docs/reference/events.md": events,
     "docs/reference/errors.md": api_errors,

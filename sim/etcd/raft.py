@@ -427,11 +427,16 @@ class Raft:
             stream.lose("no leader")
 
     def _votes(self, candidate: Member, *, moving: bool = False) -> bool:
-        """Whether more than half of the voters would vote for ``candidate``."""
-        if not candidate.is_voter or not candidate.is_running:
+        """Whether more than half of the voters would vote for ``candidate``.
+
+        A member writes its vote to its disk before it sends it, its own for itself as well: one whose disk hangs
+        neither votes nor wins.
+        """
+        if not candidate.is_voter or not candidate.is_running or candidate.held is not None:
             return False
         votes = sum(
             voter.is_running
+            and voter.held is None
             and self._links.is_joined(candidate.id, voter.id, Port.PEER)
             and voter.logged <= candidate.logged
             and (moving or not self._has_leader(voter))

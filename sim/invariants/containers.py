@@ -164,14 +164,18 @@ class Containers:
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
             was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)
-            if was_lost and self._must_have_stopped(other.task, own.task, now, service):
+            is_removed = view.lookup(Node, node_id) is None
+            if was_lost and not is_removed and self._must_have_stopped(other.task, own.task, now, service):
                 yield f"task {task.id} started while {id}, which {node_id} was to stop by itself, still ran there"
             is_overdue = now - own.created_at > STOP_TIMEOUT_S * TOLERANCE
             if not is_reported and not was_lost and not is_overdue:
                 yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
 
     def _must_have_stopped(self, other: Task, successor: Task, now: float, service: Service) -> bool:
-        """Whether the partitioned node of ``other`` had time to stop it before its successor started."""
+        """Whether the partitioned node of ``other`` had time to stop it before its successor started.
+
+        A node that a user has removed counts as gone, whatever the policy.
+        """
         policy = disconnect_policy(service.spec.labels)
         if policy.action is not OnDisconnect.STOP or other.spec != successor.spec:
             return False

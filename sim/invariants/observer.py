@@ -11,6 +11,7 @@ from sim.invariants.bookkeeping import CachesMatchStore
 from sim.invariants.causes import UpdateStopsHaveCauses
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable
+from sim.invariants.dependencies import DependenciesComeFirst
 from sim.invariants.disconnection import DisconnectPolicies
 from sim.invariants.liveness import NoFalseDown
 from sim.invariants.placement import global_jobs_run_once
@@ -25,6 +26,7 @@ from sim.invariants.tasks import (
     slots_are_filled_once,
     tasks_move_forward,
 )
+from sim.invariants.volumes import LocalVolumesStay
 from sim.invariants.writers import one_leader_writes, session_owners_report, sessions_are_claimed
 from sim.links import Isolation, Uptime
 from sim.trace import Trace
@@ -58,6 +60,7 @@ class Observer:
         """
         self.containers = Containers(uptime.since, isolation.since)
         self.restarts = RestartPolicies()
+        self.dependencies = DependenciesComeFirst()
         self.caches = CachesMatchStore()
         self.acknowledgements = Acknowledgements()
         """Added to the rules when there are simulated users."""
@@ -92,8 +95,10 @@ class Observer:
             global_jobs_run_once,
             self.containers,
             self.restarts,
+            self.dependencies,
             UniqueAllocations(),
             networks_are_apart,
+            LocalVolumesStay(),
         ]
         committed.watchers.append(self._check)
 
@@ -121,6 +126,7 @@ class Observer:
         now = self._committed.now()
         self._trace.add(f"{node_id} starts task {task.id[:6]}")
         self.started[task.service_id] += 1
+        self.dependencies.started(task)
         self.note(now, self.containers.started(node_id, task, now, self._committed.view))
 
     def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
@@ -129,6 +135,7 @@ class Observer:
 
     def container_ended(self, node_id: NodeId, task_id: TaskId) -> None:
         self.containers.ended(task_id)
+        self.dependencies.ended(task_id, self._committed.now())
 
     def _check(self, change: Change, view: View) -> None:
         self._trace.commit(change, view)

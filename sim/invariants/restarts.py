@@ -7,6 +7,7 @@ import msgspec
 
 from sim.committed import Change
 from skep.model.ids import NodeId
+from skep.model.meta import Version
 from skep.model.service import RestartCondition, RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
@@ -36,6 +37,8 @@ class RestartPolicies:
 
     def __init__(self) -> None:
         self._slots: dict[str, list[_Begun]] = {}
+        self._retired: dict[str, Version | None] = {}
+        """Version of the task that was retired last in a slot, until the next one is created there."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -47,9 +50,13 @@ class RestartPolicies:
                     slot.append(_Begun(task, change.time_s, change.term, ended_at))
                     service = view.lookup(Service, task.service_id)
                     is_same = service is not None and service.spec_version == task.spec_version
-                    if before and is_same and not _replaces_another_version(task, change):
+                    retired = self._retired.pop(_slot_of(task), task.spec_version)
+                    is_first = retired != task.spec_version or _replaces_another_version(task, change)
+                    if before and is_same and not is_first:
                         yield from self._surplus(before, task, change)
                 case Updated(Task() as old, Task() as task) if task.job_iteration is None:
+                    if old.is_wanted and not task.is_wanted:
+                        self._retired[_slot_of(task)] = task.spec_version
                     for one in self._slots.get(_slot_of(task), ()):
                         if one.task.id == task.id:
                             one.task = task
@@ -58,6 +65,7 @@ class RestartPolicies:
                 case Deleted(Service() as service):
                     for key in [key for key in self._slots if key.startswith(f"{service.id}/")]:
                         del self._slots[key]
+                        self._retired.pop(key, None)
 
     def is_given_up(self, service: Service, key: int | NodeId) -> bool:
         """Whether the last task of a slot ended and its policy allows no further restart."""
@@ -100,8 +108,8 @@ class RestartPolicies:
 
 
 def _replaces_another_version(task: Task, change: Change) -> bool:
-    """Whether the task takes over from one of another version, which lost its node beside given-up attempts at this
-    one: for swarmkit, too, that is no restart of this version."""
+    """Whether the task takes over, in one commit, from one of another version, which lost its node beside given-up
+    attempts at this one: for swarmkit, too, that is no restart of this version."""
     return any(
         old.is_wanted and not new.is_wanted and new.spec_version != task.spec_version
         for event in change.events

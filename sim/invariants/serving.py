@@ -7,27 +7,36 @@ from sim.committed import Change
 from sim.invariants.placement import constraints_of, meets
 from skep.manager.orchestrator.situation import ROLLBACKS
 from skep.manager.orchestrator.update import step_seconds_max
-from skep.model.ids import ServiceId
+from skep.model.ids import ServiceId, TaskId
+from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, UpdateConfig
 from skep.model.task import Task, TaskState
-from skep.store.interface import Deleted, Updated, View
+from skep.store.interface import Created, Deleted, Updated, View
 
 
 class UpdateParallelism:
     """An update takes no slot out of service while as many as its parallelism are already out because of updates.
 
     A slot is out of service from the retirement of its running task for one of another spec until a task runs in it
-    again.  It no longer counts when its new task has failed or missed the progress deadline.
+    again.  It no longer counts when its new task has failed or missed the progress deadline; nor does one that is
+    taken out for a further attempt after a failure that the update tolerates.
     """
 
     def __init__(self) -> None:
         self._out: defaultdict[ServiceId, dict[int, float]] = defaultdict(dict)
-        """Slots that are out of service, and the times of their retirement."""
+        """Slots that are out of service, and when their new tasks were created: the deadline counts from then."""
+        self._created: dict[TaskId, float] = {}
+        self._failed: dict[ServiceId, tuple[Version | None, set[int]]] = {}
+        """The last version of which a task failed, and the slots in which one did."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
+                case Created(Task() as task):
+                    self._created[task.id] = change.time_s
+                case Deleted(Task() as task):
+                    self._created.pop(task.id, None)
                 case Updated(Task() as old, Task() as new) if new.slot:
                     if _is_taken_out(old, new, view):
                         yield from self._take_out(new, view, change.time_s)
@@ -36,14 +45,26 @@ class UpdateParallelism:
                         and (new.status.state is TaskState.RUNNING or new.status.state.is_terminal)
                     ) or new.desired_state is TaskState.REMOVE:
                         self._out[new.service_id].pop(new.slot, None)
+                        if new.is_wanted and new.status.state.is_terminal:
+                            self._note_failed(new)
                 case Deleted(Service() as service):
                     self._out.pop(service.id, None)
+                    self._failed.pop(service.id, None)
+
+    def _note_failed(self, task: Task) -> None:
+        version, slots = self._failed.get(task.service_id, (None, set()))
+        if version != task.spec_version:
+            slots = set()
+        self._failed[task.service_id] = task.spec_version, slots | {task.slot}
 
     def _take_out(self, task: Task, view: View, now: float) -> Iterable[str]:
         service = view.get(Service, task.service_id)
+        version, failed = self._failed.get(service.id, (None, set()))
+        if version == service.spec_version and task.slot in failed:
+            return
         before, deadline_s = self._out[service.id], step_seconds_max(service.spec)
         out = {slot: since for slot, since in before.items() if now - since < deadline_s}
-        out[task.slot] = now
+        out[task.slot] = min((self._created.get(one.id, now) for one in _successors(task, view)), default=now)
         self._out[service.id] = out
         parallelism = _config(service).parallelism
         if parallelism and len(out) > parallelism:
@@ -62,9 +83,15 @@ def _is_taken_out(old: Task, new: Task, view: View) -> bool:
         return False
     if not meets(constraints_of(service.spec), node):
         return False
-    successors = [one for one in view.find(Task, slot=f"{service.id}/{new.slot}") if one.is_wanted]
-    runs_on = any(successor.status.state is TaskState.RUNNING for successor in successors)
-    return not runs_on and any(successor.spec != new.spec for successor in successors)
+    wanted = [one for one in view.find(Task, slot=f"{service.id}/{new.slot}") if one.is_wanted]
+    runs_on = any(one.status.state is TaskState.RUNNING for one in wanted)
+    return not runs_on and bool(_successors(new, view))
+
+
+def _successors(task: Task, view: View) -> list[Task]:
+    """The wanted tasks of another spec in the slot."""
+    slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
+    return [one for one in slot if one.is_wanted and one.spec != task.spec]
 
 
 def _config(service: Service) -> UpdateConfig:

@@ -6,6 +6,7 @@ from math import inf
 
 from sim.committed import Change
 from sim.invariants.placement import constraints_of, host_ports, meets
+from skep.manager.orchestrator.slots import age
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
@@ -106,8 +107,9 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
 class TasksAreSpread:
     """While no node changes, a task is assigned to a node with the fewest tasks of its service.
 
-    One more is allowed: the leader's replica may not show the last end yet.  The old task of its own slot does not
-    count: it is retired when the new one runs.  Nor do nodes that a manager cannot read (``unreadable``).
+    One more is allowed: the leader's replica may not show the last end yet.  Old tasks of slots that have a newer one
+    do not count where the task went, since they are retired when the newer ones run; the scheduler disregards those of
+    the slots that it fills at the same time.  Nor do nodes that a manager cannot read (``unreadable``).
     """
 
     QUIET_S = 5.0
@@ -150,13 +152,15 @@ class TasksAreSpread:
         if task.service_id in self._failed:
             return  # nodes where tasks failed are avoided
         staying = [one for one in others if one.is_active and one.slot != task.slot]
+        newest = {one.slot: one.id for one in sorted(staying, key=age)}
         copies = Counter(one.node_id for one in staying if one.node_id)
+        lasting = Counter(one.node_id for one in staying if newest[one.slot] == one.id)
         unreadable = self._unreadable()
         nodes = [node.id for node in view.find(Node) if _takes_tasks(node) and node.id not in unreadable]
         least = min((copies[id] for id in nodes), default=0)
-        if copies[task.node_id] > least + self.SLACK:
+        if lasting[task.node_id] > least + self.SLACK:
             yield (
-                f"task {task.id} went to {task.node_id} with {copies[task.node_id]} others of {task.service_id}, "
+                f"task {task.id} went to {task.node_id} with {lasting[task.node_id]} others of {task.service_id}, "
                 f"while a node has {least}"
             )
 

@@ -91,7 +91,7 @@ class StoreRun:
         self.random = Random(seed)
         self.violations: list[str] = []
         self.trace: list[str] = []
-        self.loop = VirtualLoop(TURNS_MAX)
+        self.loop = VirtualLoop(TURNS_MAX, seed)
         self.links = Links()
         self.raft = Raft(self.loop, self.random, self.links, LATENCY_S)
         self.committed = CommittedState(self.loop.time)

@@ -156,6 +156,8 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             if self._services.serve_images is not None:  # first, so that the first session names the port
                 group.create_task(self._services.serve_images(), name="serve images")
+            if self._services.tunnels is not None:
+                group.create_task(self._services.tunnels.run(), name="tunnels")
             group.create_task(self._keep_session(), name="keep a session")
             group.create_task(self._credentials.run(self._manager_to_renew_with), name="keep a certificate")
             group.create_task(self._services.seen.run(), name="keep the revision")

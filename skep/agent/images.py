@@ -15,12 +15,14 @@ import structlog
 from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
+from skep.engine.images import serving
 from skep.engine.images.reference import DEFAULT_TAG, Reference
 from skep.engine.images.registry import Document
 from skep.engine.images.serving import ServedImages
 from skep.engine.images.spreading import FindSources, Source
 from skep.errors import PermissionDenied, Unavailable
 from skep.model.node import NodeRole
+from skep.rpc.client import Bounds
 from skep.security.identity import ROLE_NAMES
 from skep.security.keypair import KeyPair
 from skep.security.tls import ServerTls, client_context
@@ -38,6 +40,9 @@ CHECKED_S = 30.0
 """For so long a node counts as one of the cluster after a manager has said so."""
 CHECKED_MAX = 4096
 MANIFEST_S = 15.0
+BOUNDS = Bounds(stream_window=4 << 20, connection_window=16 << 20, message=(4 << 20) + (64 << 10))
+"""Of what another node sends, which is not trusted as a manager is: a manifest is 4 MiB long at most, as one of a
+registry, a piece of a layer half a MiB."""
 BIND_AGAIN_S_MAX = 30.0
 
 T = TypeVar("T")
@@ -97,7 +102,7 @@ class ImagePort:
         """The handlers for ``wire.server.serve``."""
         return (
             unary(methods.IMAGE_MANIFEST, self._manifest),
-            server_stream(methods.IMAGE_BLOB, self._blob),
+            server_stream(methods.IMAGE_BLOB, self._blob, taken_s=serving.STALLED_S),
         )
 
     async def _manifest(
@@ -252,7 +257,7 @@ class NodeSource:
                 present = self._pair()
                 role = NodeRole.MANAGER if self.is_manager else NodeRole.WORKER
                 self._channel = await self._stack.enter_async_context(
-                    connected(self._addr, client_context(present), ROLE_NAMES[role])
+                    connected(self._addr, client_context(present), ROLE_NAMES[role], bounds=BOUNDS)
                 )
             return self._channel
 

@@ -4,7 +4,7 @@ Each subscription is published on a stream of its own, so a reader that is slow 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 import structlog
@@ -26,8 +26,8 @@ SUBSCRIPTIONS_MAX = 80
 class LogSource(Protocol):
     """Reads the logs of this node's tasks."""
 
-    def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        """Lines of all tasks of this node that ``query`` means, each task's in their order.
+    def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+        """Lines of all tasks of this node that ``query`` means, some at a time, each task's in their order.
 
         Ends when everything is read, or with ``follow`` only when the iterator is closed.
         """
@@ -76,9 +76,9 @@ class LogPublisher:
             async with self._channel.stream(methods.PUBLISH_LOGS) as call:
                 lines = self._logs.read(query)
                 try:
-                    async for line in lines:
+                    async for batch in lines:
                         entry = pb.PublishLogsMessage(
-                            subscription_id=subscription_id, messages=[line_to_pb(line)]
+                            subscription_id=subscription_id, messages=[line_to_pb(line) for line in batch]
                         )
                         await call.send(entry)
                 finally:

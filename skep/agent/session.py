@@ -5,7 +5,7 @@ lies between sessions (statuses not delivered, the revision seen) is kept by the
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -19,6 +19,7 @@ from skep.agent.reports import Reports
 from skep.agent.revisions import SeenRevision
 from skep.agent.session_state import SessionState
 from skep.agent.table_stream import TableSink, TableStream
+from skep.agent.tunnels import TunnelHost
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
@@ -26,7 +27,7 @@ from skep.aio.groups import first_alone
 from skep.aio.race import Preempted, run_unless, wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import TaskId
+from skep.model.ids import TaskId, VolumeId
 from skep.model.node import NodeDescription
 from skep.model.revisions import Revision
 from skep.model.task import TaskStatus
@@ -37,7 +38,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Call, Channel
 from skep.wire.convert.assignments import assignments_from_pb
 from skep.wire.convert.node import description_to_pb
-from skep.wire.convert.task import status_to_pb
+from skep.wire.convert.task import end_to_pb, status_to_pb
 from skep.wire.convert.values import duration_from_pb
 
 log = structlog.get_logger(__name__)
@@ -52,6 +53,7 @@ STATUS_SECONDS_MAX = 15.0
 
 
 PART_RETRY_S_MAX = 5.0
+VOLUME_REPORTS_MAX = 500
 STATUS_TRIES_MAX = 4
 """Until another manager is tried: a short loss of quorum is no reason to leave one."""
 
@@ -72,6 +74,16 @@ class AssignmentSink(Protocol):
         """The present status of every task known here; the agent reports all of them in each new session."""
 
 
+class VolumeSource(Protocol):
+    """Says which cluster volumes were given up (``agent/cluster_volumes.py``)."""
+
+    async def take_reports(self) -> Sequence[VolumeId]:
+        """Wait for some; given again until ``reported``."""
+
+    def reported(self, ids: Iterable[VolumeId]) -> None:
+        """A manager has taken the reports."""
+
+
 class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     """What the sessions of a node deliver to, and report from.
 
@@ -80,6 +92,8 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         tables: is given the network tables; None: the node has no cluster networks.
         probes: of other nodes; None: there are none.
         seen: the newest revision of assignments.
+        tunnels: to this node's containers; None: it has none.
+        volumes: cluster volumes that the node has given up; None: it has none.
         serve_images: serves this node's images to other nodes, until cancelled; None: it has none.
     """
 
@@ -90,7 +104,9 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     load: Callable[[], float | None] = unknown_load
     tables: TableSink | None = None
     probes: ProbeSource | None = None
+    tunnels: TunnelHost | None = None
     serve_images: Callable[[], Coroutine[Any, Any, None]] | None = None
+    volumes: VolumeSource | None = None
 
 
 class SessionHost(Protocol):
@@ -179,21 +195,27 @@ class Session:
             "description": self._watch_description,
         }
         if self._tables is not None:
-            parts["tables"] = partial(self._run_if_implemented, self._tables)
+            parts["tables"] = partial(self._run_if_implemented, "tables", self._tables.run)
         if self._probes is not None:
-            parts["probes"] = partial(self._run_if_implemented, self._probes)
+            parts["probes"] = partial(self._run_if_implemented, "probes", self._probes.run)
+        if self._services.volumes is not None:
+            report = partial(self._report_volumes, self._services.volumes)
+            parts["volumes"] = partial(self._run_if_implemented, "volumes", report)
+        if self._services.tunnels is not None:
+            orders = partial(self._services.tunnels.receive_orders, self._channel)
+            parts["tunnels"] = partial(self._run_if_implemented, "tunnels", orders)
         return parts
 
-    async def _run_if_implemented(self, stream: TableStream | ProbeStream) -> None:
+    async def _run_if_implemented(self, name: str, run: Callable[[str], Coroutine[Any, Any, None]]) -> None:
         """Docker managers, and those of earlier versions, lack some streams; the session goes on without them."""
         try:
             with first_alone(SkepError):
-                await stream.run(self._id)
+                await run(self._id)
         except Unimplemented as error:
             log.info(
                 "not implemented by this manager",
                 manager=self._channel.address,
-                stream=type(stream).__name__,
+                stream=name,
                 reason=str(error),
             )
 
@@ -320,6 +342,20 @@ class Session:
 
     # -- statuses -------------------------------------------------------------------------------------------------
 
+    async def _send_statuses(
+        self, request: pb.UpdateTaskStatusRequest, ends: Mapping[str, skep.TaskEnd]
+    ) -> None:
+        """With why tasks ended, where the manager takes that."""
+        if ends:
+            reported = skep.ReportedStatuses(request=request, ends=ends)
+            try:
+                await self._channel.call(methods.REPORT_STATUSES, reported, timeout_s=STATUS_SECONDS_MAX)
+            except Unimplemented:  # a Docker manager, or one of an earlier version
+                pass
+            else:
+                return
+        await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=STATUS_SECONDS_MAX)
+
     async def _report(self) -> None:
         """One call at a time; meanwhile later statuses replace earlier ones."""
         backoff, failures = Backoff(0.5, 5.0, rng=self._rng), 0
@@ -332,8 +368,9 @@ class Session:
                     for task_id, status in batch.items()
                 ],
             )
+            ends = {str(id): end_to_pb(status.end) for id, status in batch.items() if status.end is not None}
             try:
-                await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=STATUS_SECONDS_MAX)
+                await self._send_statuses(request, ends)
             except PermissionDenied as error:
                 # It would be refused again in every session.
                 log.warning("statuses refused", tasks=sorted(batch), error=str(error))
@@ -350,6 +387,18 @@ class Session:
             else:
                 failures = 0
                 backoff.reset()
+
+    async def _report_volumes(self, volumes: VolumeSource, session_id: str) -> None:
+        """A manager that does not write the reports ends the session: the next one is told again."""
+        while True:
+            ids = await volumes.take_reports()
+            updates = [
+                pb.UpdateVolumeStatusRequest.VolumeStatusUpdate(id=id, unpublished=True)
+                for id in ids[:VOLUME_REPORTS_MAX]
+            ]
+            request = pb.UpdateVolumeStatusRequest(session_id=session_id, updates=updates)
+            await self._channel.call(methods.UPDATE_VOLUME_STATUS, request, timeout_s=STATUS_SECONDS_MAX)
+            volumes.reported(ids[:VOLUME_REPORTS_MAX])
 
 
 def _seconds(period: Duration) -> float:

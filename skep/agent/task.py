@@ -19,13 +19,14 @@ import structlog
 from skep.agent.executor.interface import Controller, TaskExit
 from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
-from skep.aio.failures import describe_error, log_error, retry
+from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.model.ids import TaskId
 from skep.model.labels import drain_s
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, Task, TaskState, TaskStatus
+from skep.model.task_end import TaskEnd, words_of
 from skep.model.times import SECOND_NS, timestamp
 
 log = structlog.get_logger()
@@ -223,9 +224,19 @@ class TaskDriver:
             log.exception("task failed by a bug", task=self.task.task.id, verb=step.verb.value)
             error = describe_error(failure)
         if error:
-            self._reach(failed_state(self.status.state), self.status.message, error)
+            end = await self._end()
+            self._reach(failed_state(self.status.state), self.status.message, error, end)
+        elif step.state.is_terminal:
+            end = await self._end()
+            # Docker has no words for a container that did not stop in time, and an end that was wanted has no error.
+            error = words_of(end) if end is not None and step.state is TaskState.SHUTDOWN else ""
+            self._reach(step.state, self._stopped or step.message, error, end)
         else:
             self._reach(step.state, self._stopped or step.message)
+
+    async def _end(self) -> TaskEnd | None:
+        """Why the process ended, as far as it is known."""
+        return await isolate(self.controller.ended(), "end of task not known", task=self.task.task.id)
 
     async def _ask(self, verb: Verb) -> str:
         """Carry out ``verb``; gives what went wrong with the task's process, empty if nothing."""
@@ -288,7 +299,7 @@ class TaskDriver:
         await self.controller.start()
         self._reach(TaskState.RUNNING, f"started again without a manager (attempt {self.attempts})")
 
-    def _reach(self, state: TaskState, message: str, error: str = "") -> None:
+    def _reach(self, state: TaskState, message: str, error: str = "", end: TaskEnd | None = None) -> None:
         assert state >= self.status.state, f"{self.task.task.id} would go back to {state}"
         container, ports, warnings = self._observed(state)
         if state is TaskState.RUNNING:
@@ -300,6 +311,7 @@ class TaskDriver:
             err=error,
             container_status=container,
             port_status=ports,
+            end=end,
         )
         self._on_status(self.task.task.id, self.status)
 

@@ -4,14 +4,16 @@ The container's labels give the task of each line, so tasks that have ended stil
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 import structlog
 
 from skep.aio.groups import errors_as_they_are
-from skep.engine.container import Container, LogFilter, Stream
+from skep.engine.container import Container, LogEntry, LogFilter, Stream
 from skep.engine.engine import Engine
+from skep.engine.log_drivers.facts import attributes_of
 from skep.errors import SkepError, Unimplemented
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.labels import LABEL_NODE_ID, LABEL_SERVICE_ID, LABEL_TASK_ID
@@ -19,8 +21,9 @@ from skep.model.logs import LogLine, LogQuery, LogStream
 
 log = structlog.get_logger(__name__)
 
-_LINES_AHEAD_MAX = 1000
+_BATCHES_AHEAD_MAX = 4
 """Read and not yet taken; a slow reader then holds the reading of all its tasks."""
+_BATCH_LINES_MAX, _BATCH_BYTES_MAX = 512, 128 << 10
 _STREAMS = {LogStream.STDOUT: Stream.STDOUT, LogStream.STDERR: Stream.STDERR}
 _BACK = {stream: name for name, stream in _STREAMS.items()}
 
@@ -31,21 +34,21 @@ class TaskLogs:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        """Lines of all tasks of this node that ``query`` means, each task's in their order.
+    async def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
+        """Lines of all tasks of this node that ``query`` means, some at a time, each task's in their order.
 
         With ``follow`` this ends only when the iterator is closed, and includes tasks that start later.
         """
-        lines: asyncio.Queue[LogLine | None] = asyncio.Queue(_LINES_AHEAD_MAX)
+        lines: asyncio.Queue[Sequence[LogLine] | None] = asyncio.Queue(_BATCHES_AHEAD_MAX)
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             reading = group.create_task(self._read_all(query, lines))
             try:
-                while (line := await lines.get()) is not None:
-                    yield line
+                while (batch := await lines.get()) is not None:
+                    yield batch
             finally:
                 reading.cancel()
 
-    async def _read_all(self, query: LogQuery, lines: "asyncio.Queue[LogLine | None]") -> None:
+    async def _read_all(self, query: LogQuery, lines: "asyncio.Queue[Sequence[LogLine] | None]") -> None:
         with self._engine.events.subscribed() as events:  # before the first look: no start falls between
             async with asyncio.TaskGroup() as group:
                 seen = set()
@@ -67,7 +70,11 @@ class TaskLogs:
         await lines.put(None)
 
     async def _read_one(
-        self, container: Container, query: LogQuery, tail: int | None, lines: "asyncio.Queue[LogLine | None]"
+        self,
+        container: Container,
+        query: LogQuery,
+        tail: int | None,
+        lines: "asyncio.Queue[Sequence[LogLine] | None]",
     ) -> None:
         """One container's lines.  One that is removed meanwhile, or cannot be read, does not end the others' lines."""
         try:
@@ -76,7 +83,11 @@ class TaskLogs:
             log.info("log of a container ended", container=container.id, reason=str(error))
 
     async def _read_container(
-        self, container: Container, query: LogQuery, tail: int | None, lines: "asyncio.Queue[LogLine | None]"
+        self,
+        container: Container,
+        query: LogQuery,
+        tail: int | None,
+        lines: "asyncio.Queue[Sequence[LogLine] | None]",
     ) -> None:
         filter = LogFilter(
             streams=frozenset(_STREAMS[stream] for stream in query.streams or tuple(LogStream)),
@@ -84,26 +95,40 @@ class TaskLogs:
             tail=tail,
             since_ns=query.since_ns,
         )
-        attributes = attributes_of(container)
-        async with aclosing(self._engine.logs(container.id, filter)) as entries:
-            async for entry in entries:
-                await lines.put(
-                    LogLine(
-                        task_id=TaskId(container.labels[LABEL_TASK_ID]),
-                        service_id=ServiceId(container.labels.get(LABEL_SERVICE_ID, "")),
-                        node_id=NodeId(container.labels.get(LABEL_NODE_ID, "")),
-                        stream=_BACK[entry.stream],
-                        timestamp_ns=entry.timestamp_ns,
-                        data=entry.data,
-                        attrs=attributes,
+        new_line = partial(
+            LogLine,
+            task_id=TaskId(container.labels[LABEL_TASK_ID]),
+            service_id=ServiceId(container.labels.get(LABEL_SERVICE_ID, "")),
+            node_id=NodeId(container.labels.get(LABEL_NODE_ID, "")),
+            attrs=attributes_of(container),
+        )
+        async with aclosing(self._engine.log_batches(container.id, filter)) as batches:
+            async for entries in batches:
+                for some in bounded(entries):
+                    await lines.put(
+                        [
+                            new_line(stream=_BACK[stream], timestamp_ns=timestamp_ns, data=data)
+                            for timestamp_ns, stream, data in some
+                        ]
                     )
-                )
+
+
+def bounded(entries: Sequence[LogEntry]) -> Iterator[Sequence[LogEntry]]:
+    """``entries`` in parts that a message may have."""
+    start = size = 0
+    for index, entry in enumerate(entries):
+        if index > start and (index - start >= _BATCH_LINES_MAX or size + len(entry.data) > _BATCH_BYTES_MAX):
+            yield entries[start:index]
+            start, size = index, 0
+        size += len(entry.data)
+    if start < len(entries):
+        yield entries[start:]
 
 
 class NoLogs:
     """``LogSource`` of the ``process`` executor: a task's output is a file on its node."""
 
-    def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+    def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
         """Raises: Unimplemented."""
         raise Unimplemented(
             "tasks of the process executor have no logs: their output is a file on their node"
@@ -120,20 +145,3 @@ def is_meant(container: Container, query: LogQuery) -> bool:
         or labels.get(LABEL_SERVICE_ID) in query.services
         or labels.get(LABEL_NODE_ID) in query.nodes
     )
-
-
-def attributes_of(container: Container) -> dict[str, str]:
-    """What the log options ``labels`` and ``env`` add to each line: values by name, of those there are.
-
-    Source: moby, daemon/logger/loginfo.go (ExtraAttributes).
-    """
-    options = container.config.log.options
-    found = {}
-    for name in options.get("labels", "").split(","):
-        if name in container.labels:
-            found[name] = container.labels[name]
-    environment = dict(entry.partition("=")[::2] for entry in container.config.env)
-    for name in options.get("env", "").split(","):
-        if name in environment:
-            found[name] = environment[name]
-    return found

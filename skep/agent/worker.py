@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from skep.agent.cluster_volumes import ClusterVolumes
 from skep.agent.executor.interface import Controller, Executor, Rejected, Running, TaskExit
 from skep.agent.reports import Reports
 from skep.agent.session_state import SessionState
@@ -68,8 +69,10 @@ class Worker:
         clock: Clock,
         session_state: SessionState,
         payloads: PayloadSink | None = None,
+        volumes: ClusterVolumes | None = None,
     ) -> None:
-        """``payloads``: None for an executor that mounts nothing."""
+        """``payloads``, ``volumes``: None for an executor that mounts nothing."""
+        self._volumes = volumes
         self._executor = executor
         self._files = files
         self._reports = reports
@@ -105,6 +108,9 @@ class Worker:
         await self._ready.wait()
         if self._payloads is not None:
             self._put_payloads(self._payloads, change)
+        if self._volumes is not None:
+            await self._volumes.wait_ready()
+            self._volumes.assign(change)
         named = {assigned.task.id for assigned in change.tasks}
         if change.complete:
             found = await isolate(self._executor.leftovers(), "leftovers not listed")
@@ -300,6 +306,9 @@ class BrokenController:
     async def wait(self) -> TaskExit:
         """The error as the end of the task."""
         return TaskExit(exit_code=1, message=describe_error(self._error))
+
+    async def ended(self) -> None:
+        """Nothing is known of it."""
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Nothing runs."""

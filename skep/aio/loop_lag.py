@@ -38,6 +38,7 @@ class Lag(msgspec.Struct, frozen=True, rename="pascal"):
 
     looks: int
     ms_max: float
+    ms_sum: float
     ms_p999: float
     """Rounded up to one of ``bounds_ms``, at most the largest lag."""
     bounds_ms: tuple[int, ...]
@@ -50,6 +51,7 @@ class LoopLag:
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_MS) + 1)
         self._ms_max = 0.0
+        self._ms_sum = 0.0
 
     async def run(self, clock: Clock) -> None:
         """Measure until cancelled; a lag of ``LATE_S`` is logged, with its cause and the stack of the loop."""
@@ -69,6 +71,7 @@ class LoopLag:
         lag_ms = max(lag_s * 1000, 0.0)
         self._counts[bisect_left(BOUNDS_MS, lag_ms)] += 1
         self._ms_max = max(self._ms_max, lag_ms)
+        self._ms_sum += lag_ms
 
     def seen(self) -> Lag:
         """Everything since the start."""
@@ -79,6 +82,7 @@ class LoopLag:
         return Lag(
             looks=looks,
             ms_max=self._ms_max,
+            ms_sum=self._ms_sum,
             ms_p999=min(bound, self._ms_max),
             bounds_ms=BOUNDS_MS,
             counts=tuple(self._counts),

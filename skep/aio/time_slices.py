@@ -1,7 +1,7 @@
 """Long computations in time slices, between which the event loop runs other tasks."""
 
 import asyncio
-from collections.abc import Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TypeAlias, TypeVar
 
 from skep.aio.clock import Clock
@@ -25,11 +25,13 @@ class TimeSlices:
         self._clock = clock
         self._began = clock.monotonic()
 
-    async def yield_if_due(self) -> None:
-        """Let other tasks run if the present slice is over."""
-        if self._clock.monotonic() - self._began >= SLICE_S:
-            await asyncio.sleep(0)
-            self._began = self._clock.monotonic()
+    async def yield_if_due(self) -> bool:
+        """Let other tasks run if the present slice is over; whether it was."""
+        if self._clock.monotonic() - self._began < SLICE_S:
+            return False
+        await asyncio.sleep(0)
+        self._began = self._clock.monotonic()
+        return True
 
 
 def run_at_once(work: SlicedWork[T]) -> T:
@@ -49,8 +51,10 @@ async def run_in_slices(work: Iterable[None], clock: Clock) -> None:
         await slices.yield_if_due()
 
 
-async def result_in_slices(work: SlicedWork[T], clock: Clock) -> T:
-    """The result of ``work``; other tasks run in between."""
+async def result_in_slices(
+    work: SlicedWork[T], clock: Clock, resumed: Callable[[], Awaitable[object]] | None = None
+) -> T:
+    """The result of ``work``; other tasks run in between.  ``resumed``: awaited after each pause."""
     slices = TimeSlices(clock)
     while True:
         try:
@@ -58,7 +62,8 @@ async def result_in_slices(work: SlicedWork[T], clock: Clock) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
-        await slices.yield_if_due()
+        if await slices.yield_if_due() and resumed is not None:
+            await resumed()
 
 
 def collect_in_slices(things: Iterable[T], into: "list[T]") -> SlicedWork[None]:

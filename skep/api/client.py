@@ -284,10 +284,16 @@ class Client:
         body: Any = None,
         filters: Filters | None = None,
         headers: Mapping[str, str] | None = None,
+        buffer_bytes: int = _LINE_BYTES_MAX,
         **query: str,
     ) -> AsyncGenerator["Stream", None]:
-        """A response that is read while it arrives.  Raises: as ``get``, before the first byte."""
-        async with self._exchange(method, path, body, query, filters, headers) as response:
+        """A response that is read while it arrives.  Raises: as ``get``, before the first byte.
+
+        ``buffer_bytes``: twice as many wait for a slow reader; no line may be longer.
+        """
+        async with self._exchange(
+            method, path, body, query, filters, headers, buffer_bytes=buffer_bytes
+        ) as response:
             yield Stream(response)
 
     @asynccontextmanager
@@ -299,6 +305,8 @@ class Client:
         query: Mapping[str, str] | None,
         filters: Filters | None,
         headers: Mapping[str, str] | None,
+        *,
+        buffer_bytes: int = _LINE_BYTES_MAX,
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         session = self._open_session
         version = await self._agreed_version()
@@ -314,7 +322,9 @@ class Client:
             body = msgspec.json.encode(body)
             sent.setdefault("Content-Type", "application/json")
         try:
-            async with session.request(method, target, data=body, headers=sent) as response:
+            async with session.request(
+                method, target, data=body, headers=sent, read_bufsize=buffer_bytes
+            ) as response:
                 if response.status >= 300:
                     raise error_of(response.status, _message(await response.read(), response.reason))
                 yield response

@@ -8,6 +8,7 @@ Source: moby 20.10, api/types/filters/parse.go.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from skep.api.bodies import parse
@@ -42,6 +43,13 @@ class Filters:
         for key in sorted(self._values):
             if key not in known:
                 raise InvalidArgument(f"Invalid filter '{key}'")
+
+    def json(self, *without: str) -> str:
+        """As a client writes them, but for the keys ``without``; empty: there are none."""
+        kept = {
+            key: dict.fromkeys(wanted, True) for key, wanted in self._values.items() if key not in without
+        }
+        return msgspec.json.encode(kept).decode() if kept else ""
 
     def __contains__(self, key: str) -> bool:
         return key in self._values

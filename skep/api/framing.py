@@ -214,6 +214,12 @@ def is_for_manager(path: str) -> bool:
     return _MANAGER.fullmatch(path) is not None
 
 
+def is_readable(method: str, path: str) -> bool:
+    """Whether a worker may have a manager answer the request, where the cluster allows it: it changes nothing, and
+    shows no secret."""
+    return method == "GET" and _READABLE.fullmatch(path) is not None
+
+
 def path_of(target: str) -> str:
     """The path in ``target`` without its version: ``/v1.41/info?x=1`` -> ``/info``."""
     path = target.partition("#")[0].partition("?")[0]
@@ -225,5 +231,6 @@ _MANAGER = re.compile(
     # the node's own membership works without a manager; everything else about the swarm is the manager's
     r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
     r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
-    r"|/skep/(?:backup|quorum|doctor/network|cluster/.+|(?:tasks|services)/.+)"
+    r"|/skep/(?:backup|events|quorum|doctor/network|cluster/.+|(?:tasks|services)/.+)"
 )
+_READABLE = re.compile(r"/(?:services|tasks|nodes|networks)(?:/[^/]+)?|/(?:skep/)?events")

@@ -80,6 +80,20 @@ async def begin_response(request: web.Request, _response: web.StreamResponse) ->
         hook.connection.state = State.RESPONDING
 
 
+def take_over(request: web.Request, protocol: asyncio.Protocol) -> None:
+    """Make the connection of ``request`` that of ``protocol``, which also writes the response.
+
+    What is left of the request's body is still read by ``request.content``; ``protocol`` gets what follows it.  The
+    connection is closed when the handler has returned.
+
+    Raises: Unavailable: the connection was not passed, or its client has gone.
+    """
+    hook = request.protocol.access_logger
+    if not isinstance(hook, ResponseHook) or hook.connection is None or request.transport is None:
+        raise Unavailable("the client's connection cannot be joined with another: use the socket of the node")
+    hook.connection.take_over(protocol)
+
+
 class PassedConnections:
     """Accepts connections that node processes pass, and serves them.
 
@@ -256,6 +270,10 @@ class _Connection(asyncio.BufferedProtocol):
         self._exchange: _Exchange | None = None
         self._phase = _Phase.SERVING
         self._is_paused = False
+        self._taken: asyncio.Protocol | None = None
+        """What gets all that follows the request (``take_over``)."""
+        self._has_ended = False
+        """The client sends nothing more; only where the connection is taken over, or will be."""
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         """When the present request began, the last one was answered, or a long body went on."""
@@ -301,21 +319,32 @@ class _Connection(asyncio.BufferedProtocol):
         self._unread += _read_buffer[:nbytes]
         self._advance()
 
-    def eof_received(self) -> None:
+    def eof_received(self) -> bool:
+        """True: the other direction stays open."""
+        self._has_ended = True
+        if self._taken is not None:
+            return bool(self._taken.eof_received())
         if self._exchange is None and not self._unread:
             self.state = State.IDLE  # what there was to read was the end: no response is owed
+        return self._exchange is not None and self._exchange.is_last
 
     def pause_writing(self) -> None:
         self._handler.pause_writing()
+        if self._taken is not None:
+            self._taken.pause_writing()
 
     def resume_writing(self) -> None:
         self._handler.resume_writing()
+        if self._taken is not None:
+            self._taken.resume_writing()
         if self._phase is _Phase.LEAVING:
             self._pass_back()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._owner.closed(self)
         self._handler.connection_lost(error)
+        if self._taken is not None:
+            self._taken.connection_lost(error)
         if self._phase is _Phase.PASSED_BACK or self._owner.is_stopping:
             return  # the node process has it, or goes on by its state when this process has ended
         with suppress(OSError):  # the node process has a duplicate: closing ours would not end the connection
@@ -324,8 +353,22 @@ class _Connection(asyncio.BufferedProtocol):
 
     # --- requests ---------------------------------------------------------------------------------------------
 
+    def take_over(self, protocol: asyncio.Protocol) -> None:
+        """See ``take_over`` of the module."""
+        self._taken = protocol
+        self.state = State.RESPONDING  # no other process can respond to it any more
+        protocol.connection_made(self._transport)
+        self._advance()
+        if self._has_ended:
+            protocol.eof_received()
+
     def _advance(self) -> None:
         """Give the handler what it may have of what was read."""
+        if self._taken is not None and (self._exchange is None or self._exchange.body.is_complete):
+            data, self._unread = self._unread, b""
+            if data:
+                self._taken.data_received(data)
+            return
         while self._unread and self._phase is _Phase.SERVING:
             if self._exchange is None:
                 if not self._begin_request():
@@ -361,15 +404,16 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _feed(self, exchange: _Exchange, head: bytes, data: bytes) -> None:
         """Give the handler ``head`` and what of ``data`` belongs to the body of ``exchange``."""
+        is_malformed = False
         try:
             mine, self._unread = exchange.body.take(data)
         except Malformed:
-            mine, self._unread, exchange.is_last = data, b"", True  # aiohttp refuses it
+            mine, self._unread, exchange.is_last, is_malformed = data, b"", True, True  # aiohttp refuses it
         if not exchange.is_small:
             self._since = self._loop.time()
         self._handler.data_received(head + mine)
-        if exchange.is_last:
-            self._handler.close()
+        if exchange.is_last and (is_malformed or exchange.body.is_complete):
+            self._handler.close()  # it takes nothing any more, so not before the body is whole
         self._end_exchange()
 
     def end_response(self, *, is_last: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -168,3 +169,21 @@ class OutputFrames(ChunkedAnswer):
     async def send(self, stream: OutputStream, data: bytes) -> None:
         """Send one message.  Raises: ConnectionResetError: the client has gone."""
         await self.response.write(data if self._tty else frame(stream, data))
+
+    async def send_all(self, messages: Iterable[tuple[OutputStream, bytes]]) -> None:
+        """Send several at once.  Raises: ConnectionResetError: the client has gone."""
+        await self.response.write(
+            b"".join(data if self._tty else frame(stream, data) for stream, data in messages)
+        )
+
+
+class Hijacked(web.StreamResponse):
+    """What a handler returns for a connection that is no longer HTTP: nothing is written for it."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write no head: it was sent when the connection was taken over."""
+        self.force_close()
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Write no end: the connection was closed by its user."""

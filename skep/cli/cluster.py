@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from skep.cli.endpoint import HostOptions
+from skep.cli.recover import recover
 from skep.cli.running import run_requests
-from skep.model.labels import HEARTBEAT_GRACE
+from skep.model.labels import FORGET_NODES, HEARTBEAT_GRACE, WORKER_READS, allows_worker_reads
 from skep.model.rights import ALLOW_LABEL
 
 _ANSWERS_WITHIN_S = 15.0
@@ -21,8 +22,11 @@ def cluster() -> None:
     Examples:
       skep cluster grace 10s
       skep cluster pools --add 10.20.0.0/16
-      skep cluster resume
+      skep cluster recover --dry-run
     """
+
+
+cluster.add_command(recover)
 
 
 @cluster.command()
@@ -50,6 +54,25 @@ def grace(host: HostOptions, duration: str | None) -> None:
       skep cluster grace default
     """
     click.echo(run_requests(_grace(host, duration)))
+
+
+@cluster.command("forget-nodes")
+@click.argument("duration", required=False)
+@click.pass_obj
+def forget_nodes(host: HostOptions, duration: str | None) -> None:
+    """Show or set how long a worker that is down is kept before it is removed (DURATION, or "never").
+
+    At least a minute.  Managers are never removed, nor anything unless more than half of all nodes are ready, nor
+    nodes with tasks that are to stay there (skep.on-disconnect=keep, skep.volumes=keep).  A removed node that
+    comes back has to join again.  skep node forget removes one now.
+
+    \b
+    Examples:
+      skep cluster forget-nodes 24h
+      skep cluster forget-nodes never
+    """
+    value = "" if duration == "never" else duration
+    click.echo(run_requests(_label(host, FORGET_NODES, value)) or "never")
 
 
 @cluster.command()
@@ -83,7 +106,7 @@ def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: in
 @click.pass_obj
 def allow(host: HostOptions, rights: tuple[str, ...]) -> None:
     """Show or set the rights over their nodes that services may have (RIGHT: privileged, devices, gpus,
-    namespaces, resources; "all"; "none").
+    namespaces, resources, api, api-inspect; "all"; "none").
 
     Services ask for them by labels of their containers, such as skep.devices=/dev/ttyUSB0.  What was allowed stays with
     the services that have it until they are updated.
@@ -94,6 +117,22 @@ def allow(host: HostOptions, rights: tuple[str, ...]) -> None:
       skep cluster allow none
     """
     click.echo(run_requests(_allow(host, rights)))
+
+
+@cluster.command("worker-reads")
+@click.argument("switch", required=False, type=click.Choice(["on", "off"]))
+@click.pass_obj
+def worker_reads(host: HostOptions, switch: str | None) -> None:
+    """Show or set whether clients of workers may read services, tasks, nodes, networks and events there.
+
+    Proxies and dashboards need no manager then.  They see what clients of managers see, the environment of services
+    among it.
+
+    \b
+    Examples:
+      skep cluster worker-reads on
+    """
+    click.echo(run_requests(_worker_reads(host, switch)))
 
 
 @cluster.command("rotate-keys")
@@ -140,6 +179,11 @@ async def _grace(host: HostOptions, duration: str | None) -> str:
 async def _allow(host: HostOptions, rights: tuple[str, ...]) -> str:
     value = "" if rights == ("none",) else ",".join(rights) or None
     return await _label(host, ALLOW_LABEL, value) or "none"
+
+
+async def _worker_reads(host: HostOptions, switch: str | None) -> str:
+    value = None if switch is None else "true" if switch == "on" else ""
+    return "on" if allows_worker_reads({WORKER_READS: await _label(host, WORKER_READS, value)}) else "off"
 
 
 async def _label(host: HostOptions, name: str, value: str | None) -> str:

@@ -10,12 +10,16 @@ import hashlib
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from skep.api.client import Client
+from skep.api.raw import RawClient
+from skep.api.requests import PlainRequests
 from skep.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from skep.api.client import Client
 
 DEFAULT_HOST = "unix:///run/skep/skep.sock"
 _DEFAULT_CONTEXT = "default"
@@ -58,13 +62,25 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     tls: TlsFiles | None = None
     docker_flags: tuple[str, ...] = ()
 
-    def client(self) -> Client:
+    def client(self) -> "Client":
         """Raises: InvalidArgument: ``host`` is no address of an API, or its certificates cannot be used."""
+        from skep.api.client import Client
+
+        return Client.at(self.host, tls=self._tls_context())
+
+    def raw_client(self) -> RawClient:
+        """For connections that become streams.  Raises: InvalidArgument: the certificates cannot be used."""
+        return RawClient(self.host, self._tls_context())
+
+    def requests(self) -> PlainRequests:
+        """For requests whose responses are read whole.  Raises: InvalidArgument: the certificates cannot be used."""
+        return PlainRequests(self.raw_client())
+
+    def _tls_context(self) -> ssl.SSLContext | None:
         try:
-            tls = self.tls.context() if self.tls is not None else None
+            return self.tls.context() if self.tls is not None else None
         except (OSError, ssl.SSLError) as error:
             raise InvalidArgument(f"the certificates for {self.host} cannot be used: {error}") from error
-        return Client.at(self.host, tls=tls)
 
 
 class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,12 +102,21 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
             return Endpoint(host=host, tls=self._tls_of_environment(), docker_flags=("--host", host))
         return self._of_context(env.get("DOCKER_CONTEXT") or self._current_context())
 
-    def client(self) -> Client:
+    def client(self) -> "Client":
         """Raises: as ``endpoint`` and ``Endpoint.client``."""
         return self.endpoint().client()
 
+    def raw_client(self) -> RawClient:
+        """Raises: as ``endpoint`` and ``Endpoint.raw_client``."""
+        return self.endpoint().raw_client()
+
+    def requests(self) -> PlainRequests:
+        """Raises: as ``endpoint`` and ``Endpoint.requests``."""
+        return self.endpoint().requests()
+
     @property
-    def _configuration(self) -> Path:
+    def docker_folder(self) -> Path:
+        """Where the docker command keeps its configuration."""
         return Path(self.environment.get("DOCKER_CONFIG") or self.home / ".docker")
 
     def _tls_of_environment(self) -> TlsFiles | None:
@@ -100,22 +125,22 @@ class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
         verifies = bool(env.get("DOCKER_TLS_VERIFY"))
         if not verifies and not env.get("DOCKER_TLS"):
             return None
-        directory = Path(env.get("DOCKER_CERT_PATH") or self._configuration)
+        directory = Path(env.get("DOCKER_CERT_PATH") or self.docker_folder)
         return TlsFiles.within(directory, skips_verification=not verifies) or TlsFiles()
 
     def _current_context(self) -> str:
-        written = _json(self._configuration / "config.json")
+        written = _json(self.docker_folder / "config.json")
         return str(written.get("currentContext") or _DEFAULT_CONTEXT) if written else _DEFAULT_CONTEXT
 
     def _of_context(self, name: str) -> Endpoint:
         if name == _DEFAULT_CONTEXT:
             return Endpoint(docker_flags=("--host", DEFAULT_HOST))
-        contexts = self._configuration / "contexts"
+        contexts = self.docker_folder / "contexts"
         id = hashlib.sha256(name.encode()).hexdigest()
         path = contexts / "meta" / id / "meta.json"
         described = _json(path)
         if described is None:
-            raise InvalidArgument(f'context "{name}" is not found in {contexts}: see `docker context ls`')
+            raise InvalidArgument(f'context "{name}" is not found in {contexts}: see `skep context ls`')
         try:
             docker = described["Endpoints"]["docker"]
             host, skips = docker["Host"], bool(docker.get("SkipTLSVerify"))

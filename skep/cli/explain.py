@@ -1,77 +1,195 @@
-"""``skep explain``: why a service or a task is not as wanted."""
+"""``skep explain``: why a service, task, node or network is not as wanted."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import click
 
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import duration
+from skep.cli.formatting import age, duration, seconds_since
+from skep.cli.output import Output, Screen, Shown, shows
 from skep.cli.quorum import headers_for
-from skep.cli.running import run_requests
 from skep.errors import NotFound
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.task_end import printable
 
 _ANSWERS_WITHIN_S = 10.0
+_PAUSED = ("paused", "rollback_paused")
 
 
 @click.command()
 @click.argument("name")
+@shows
 @click.pass_obj
-def explain(host: HostOptions, name: str) -> None:
-    """Explain why a service or a task is not as its spec says.  NAME: of a service; id or name of a task.
+def explain(host: HostOptions, name: str, output: Output) -> None:
+    """Explain why a service, task, node or network is not as it is wanted.
+
+    NAME: of a service, of a task (web.2, or its id), of a node or a network; prefixes of ids do as well.
 
     \b
     Examples:
       skep explain web
-      skep explain web.3.kq4d1pzqx0wjv7h2m1o9d8s3t
+      skep explain web.3
+      skep explain w1 --watch
     """
-    lines = run_requests(_ask(host, name))
-    for line in lines:
-        click.echo(line)
+    output.show(lambda: _ask(host, name))
 
 
-async def _ask(host: HostOptions, name: str) -> list[str]:
-    """The explanation, line by line.  Raises: NotFound: there is neither such a service nor such a task."""
-    async with host.client() as client:
+async def _ask(host: HostOptions, name: str) -> Shown:
+    """Raises: NotFound: nothing has this name."""
+    async with host.requests() as client:
         headers = await headers_for(client)
         get = partial(client.get, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+        now = time.time()
+        for path, about in (
+            (f"/skep/services/{name}/explain", about_service),
+            (f"/skep/tasks/{name}/explain", about_task),
+        ):
+            try:
+                found = await get(path)
+            except NotFound:
+                continue
+            return _report(name, found, about, now)
         try:
-            explanation = await get(f"/skep/services/{name}/explain")
-            return list(about_service(name, explanation, time.time()))
+            node = await get(f"/nodes/{name}")
         except NotFound:
             pass
+        else:
+            tasks = await get("/tasks", filters={"node": [node["ID"]]})
+            states = Counter(task["Status"]["State"] for task in tasks)
+            return _report(name, {**node, "TaskStates": dict(states)}, about_node, now)
         try:
-            explanation = await get(f"/skep/tasks/{name}/explain")
+            network = await get(f"/networks/{name}")
         except NotFound:
-            raise NotFound(f"no such service or task: {name}") from None
-        return list(about_task(name, explanation))
+            raise NotFound(f"no such service, task, node or network: {name}") from None
+        services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
+        return _report(name, {**network, "ServiceNames": sorted(services)}, about_network, now)
+
+
+_About = Callable[[str, Mapping[str, Any], float], Iterator[str]]
+
+
+def _report(name: str, found: Mapping[str, Any], about: _About, now: float) -> Shown:
+    def lines(screen: Screen) -> Iterator[str]:
+        for number, line in enumerate(about(name, found, now)):
+            indent = len(line) - len(line.lstrip()) + 2
+            for part in screen.fitted(line, indent=indent):
+                yield screen.styled(part, bold=number == 0)
+
+    return Shown(data=found, lines=lines)
+
+
+def _targets(service: Mapping[str, Any]) -> list[str]:
+    spec = service["Spec"]
+    attached = spec["TaskTemplate"].get("Networks") or spec.get("Networks") or ()
+    return [one["Target"] for one in attached]
+
+
+def about_node(_: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
+    """A node as text, without control characters: its state and since when, then what it is."""
+    return map(printable, _node_lines(node, now))
+
+
+def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
+    description, status, spec = node["Description"], node["Status"], node["Spec"]
+    message = f": {status['Message']}" if status.get("Message") else ""
+    yield f"{description.get('Hostname') or node['ID']}: {status['State']}{message}"
+    if status["State"] == "down":
+        yield "  its tasks run elsewhere when it was silent for too long; if it is lost for good: skep node forget"
+    if spec["Availability"] != "active":
+        word = spec["Availability"]
+        yield f"  it gets no tasks: its availability is {word} (docker node update --availability active)"
+    manager = node.get("ManagerStatus")
+    role = spec["Role"] if manager is None else "manager, leader" if manager.get("Leader") else "manager"
+    if manager is not None and manager.get("Reachability") != "reachable":
+        role += f", {manager.get('Reachability')}"
+    resources = description.get("Resources") or {}
+    cpus, memory = resources.get("NanoCPUs", 0) / 1e9, resources.get("MemoryBytes", 0) / (1 << 30)
+    engine = (description.get("Engine") or {}).get("EngineVersion", "")
+    yield f"  {role}, at {status.get('Addr') or 'no address'}, {cpus:g} CPUs, {memory:.1f} GiB, {engine}"
+    tasks = ", ".join(f"{count} {state}" for state, count in sorted(node["TaskStates"].items()))
+    yield f"  tasks: {tasks or 'none'}"
+    yield f"  part of the cluster for {age(node['CreatedAt'], now)}, id {node['ID']}"
+
+
+def about_network(_: str, network: Mapping[str, Any], now: float) -> Iterator[str]:
+    """A network as text, without control characters."""
+    return map(printable, _network_lines(network, now))
+
+
+def _network_lines(network: Mapping[str, Any], now: float) -> Iterator[str]:
+    services = network["ServiceNames"]
+    used = f"used by {', '.join(services)}" if services else "no service uses it"
+    yield f"{network['Name']}: {network['Driver']} network of the {network['Scope']}, {used}"
+    for subnet in (network.get("IPAM") or {}).get("Config") or ():
+        yield f"  {subnet.get('Subnet')}" + (
+            f", gateway {subnet['Gateway']}" if subnet.get("Gateway") else ""
+        )
+    kinds = [
+        word for word, key in (("internal", "Internal"), ("attachable", "Attachable")) if network.get(key)
+    ]
+    if kinds:
+        yield f"  {', '.join(kinds)}"
+    yield f"  there for {age(network['Created'], now)}, id {network['Id']}"
 
 
 def about_service(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
-    """A service's explanation as text.  ``now``: seconds since the epoch."""
+    """A service's explanation as text, without control characters.  ``now``: seconds since the epoch."""
+    return map(printable, _service_lines(name, explanation, now))
+
+
+def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
     ended = explanation.get("EndedAt", "")
-    ago = f", {duration(now - unix_ns(ended) / SECOND_NS)} ago" if ended else ""
+    ago = f", {age(ended, now)} ago" if ended else ""
     yield f"{name}: {explanation['Summary']}{ago}"
     update = explanation.get("UpdateStatus") or {}
     if update.get("Message"):
         yield f"  update: {update['Message']}"
+    if (state := update.get("State")) in _PAUSED:
+        other = f", or skep update abort {name}" if state == "paused" else ""
+        yield f"  it is paused: skep update resume {name}{other}"
     if progress := explanation.get("Update"):
-        until = f", until {progress['Deadline']}" if progress.get("Deadline") else ""
+        left = seconds_since(progress.get("Deadline", ""), now)
+        until = f", for {duration(-left)} more" if left is not None else ""
         yield f"  update: {progress['Step']}; it waits for {progress['WaitingFor']}{until}"
     for title, reasons in (("waiting", explanation["Reasons"]), ("failed", explanation["Failures"])):
         for reason in reasons:
-            yield f"  {reason['Tasks']} {title}: {reason['Summary']}  (skep explain {reason['Example']})"
+            example = reason.get("Name") or reason["Example"]
+            yield f"  {reason['Tasks']} {title}: {reason['Summary']}  (skep explain {example})"
 
 
-def about_task(name: str, explanation: Mapping[str, Any]) -> Iterator[str]:
-    """A task's explanation as text; with a table of nodes where one is waited for."""
-    yield f"{name}: {explanation['State']} since {explanation['Since']}, wanted: {explanation['DesiredState']}"
-    yield f"  {explanation['Summary']}"
-    nodes = explanation.get("Nodes") or ()
-    yield from (f"  {line}" for line in _table([_row(node) for node in nodes]))
+def about_task(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
+    """A task's explanation as text, without control characters; with a table of nodes where one is waited for."""
+    return map(printable, _task_lines(name, explanation, now))
+
+
+def _task_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:
+    yield f"{name}: {explanation['Summary']}"
+    state, wanted = explanation["State"], explanation["DesiredState"]
+    yield f"  {state} for {age(explanation['Since'], now)}" + (
+        f", wanted: {wanted}" if wanted != state else ""
+    )
+    yield from (f"  {line}" for line in _end(explanation.get("End") or {}))
+    rows = sorted(_row(node) for node in explanation.get("Nodes") or ())
+    reasons = {reason for _, reason in rows}
+    if len(rows) > 1 and len(reasons) == 1:
+        yield f"  all {len(rows)} nodes: {reasons.pop()}"
+    else:
+        yield from (f"  {line}" for line in _table(rows))
+
+
+def _end(end: Mapping[str, Any]) -> Iterator[str]:
+    """Why it ended."""
+    if end.get("Cause"):
+        yield f"cause: {end['Cause']}" + (f" ({end['Signal']})" if end.get("Signal") else "")
+    if output := end.get("HealthOutput", "").strip():
+        yield "last failed health check:"
+        yield from (f"  | {line}" for line in output.splitlines())
+    if lines := end.get("Lines"):
+        yield "last lines of output:"
+        yield from (f"  | {line['Text']}" for line in lines)
 
 
 def _row(node: Mapping[str, Any]) -> tuple[str, str]:

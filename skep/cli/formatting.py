@@ -1,5 +1,10 @@
 """Times and numbers for people."""
 
+from collections.abc import Iterator, Sequence
+
+from skep.errors import InvalidArgument
+from skep.model.times import SECOND_NS, Timestamp, unix_ns
+
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
@@ -15,6 +20,27 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def seconds_since(stamp: str, now: float) -> float | None:
+    """Seconds from ``stamp`` to ``now`` (since the epoch), negative before it; None: it is no time."""
+    try:
+        return now - unix_ns(Timestamp(stamp)) / SECOND_NS
+    except InvalidArgument:
+        return None
+
+
+def age(stamp: str, now: float) -> str:
+    """How long ago ``stamp`` was: ``4m 10s``; what is no time is shown as it is."""
+    seconds = seconds_since(stamp, now)
+    return stamp if seconds is None else duration(seconds)
+
+
 def counted(number: int, noun: str) -> str:
     """``1 node``, ``2 nodes``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows of a table as lines, columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

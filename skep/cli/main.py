@@ -29,21 +29,50 @@ COMMANDS = {
     "playground": Command(
         "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
     ),
+    "exec": Command("skep.cli.exec:exec_command", "Run a command in a task's container, on any node."),
+    "attach": Command("skep.cli.through_docker:attach", "Attach to a task's container, on any node."),
+    "cp": Command("skep.cli.through_docker:cp", "Copy files to or from a task's container, on any node."),
+    "port-forward": Command(
+        "skep.cli.port_forward:port_forward", "Forward ports of this machine into a task's container."
+    ),
+    "run": Command("skep.cli.run:run", "Run a command once, as a task of a service would."),
+    "stats": Command("skep.cli.through_docker:stats", "Show what tasks' containers use, on any node."),
+    "task": Command("skep.cli.through_docker:task", "Tasks: the processes in their containers."),
     "explain": Command(
         "skep.cli.explain:explain", "Explain why a service or a task is not as its spec says."
     ),
     "doctor": Command("skep.cli.doctor:doctor", "Measure whether nodes reach each other."),
     "cluster": Command(
         "skep.cli.cluster:cluster",
-        "The cluster: grace period, address pools, data keys, resumed replacement.",
+        "The cluster: its settings, and recovery after the loss of most managers.",
     ),
-    "node": Command("skep.cli.node:node", "Nodes: docker's commands, and eviction."),
+    "node": Command("skep.cli.node:node", "Nodes: docker's commands; drain, forget, evict."),
+    "service": Command("skep.cli.service:service", "Services: docker's commands, and wait."),
+    "update": Command("skep.cli.update:update", "Updates of services: pause, resume, abort."),
     "network": Command("skep.cli.network:network", "Networks: docker's commands, and further subnets."),
+    "volume": Command("skep.cli.volume:volume", "Volumes: docker's commands, and forget."),
     "secret": Command("skep.cli.rotation:secret", "Secrets: docker's commands, rotate and prune."),
     "config": Command("skep.cli.rotation:config", "Configs: docker's commands, rotate and prune."),
+    "stack": Command("skep.cli.stack:stack", "Stacks: docker's commands, Compose files read whole, plans."),
+    "import": Command(
+        "skep.cli.imports:imports",
+        "Stack files from old Compose files, fleet's units, services, a Docker Swarm.",
+    ),
     "backup": Command("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
     "restore": Command("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
+    "up": Command("skep.cli.up:up", "Make machines into a cluster over ssh: look, install, start, join."),
+    "context": Command(
+        "skep.cli.context:context", "Contexts: names for nodes, shared with docker; over ssh, too."
+    ),
+    "version": Command(
+        "skep.cli.version:version", "Show versions: --all of every node, else as docker version."
+    ),
+    "events": Command(
+        "skep.cli.events:events", "Show the events of the whole cluster, and go on from any of them."
+    ),
     "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
+    "completion": Command("skep.cli.completion:completion", "Print the completion script of a shell."),
+    "top": Command("skep.top.command:top", "Show the cluster live, full-screen."),
     "status": Command("skep.cli.status:status", "Show the state of this node and its cluster."),
 }
 """In the order of the help; ``location`` is ``module:attribute``."""
@@ -119,6 +148,8 @@ def main(ctx: click.Context, host: str | None, context: str | None) -> None:
       skep status                        how the cluster is
       skep service ls                    the same as docker service ls
     """
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False  # https://no-color.org, for whatever a command prints
     ctx.obj = HostOptions(
         host=host or "", context=context or "", environment=os.environ, home=Path(os.path.expanduser("~"))
     )

@@ -1,32 +1,32 @@
-"""``skep node``: docker's commands, and evict: revoking and replacing every secret that a node has had."""
+"""``skep node``: docker's commands; drain and forget; evict: replacing every secret that a node has had."""
 
 import asyncio
 import getpass
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
 
+from skep.api.client import Client
+from skep.api.updates import update
+from skep.api.waiting import persistently
 from skep.cli import passthrough
 from skep.cli.endpoint import HostOptions
-from skep.cli.running import run_requests
-from skep.errors import SkepError, Unavailable
+from skep.cli.formatting import counted
+from skep.cli.running import run_requests, say
+from skep.errors import FailedPrecondition, SkepError, Unavailable
 
 _ANSWERS_WITHIN_S = 15.0
 _LOOK_S = 0.5
 _PATH = "/skep/cluster/evict"
+_NAMED_MAX = 5
+_ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 
 
-class _Node(click.Group):
-    """Docker's commands, except for those that are defined here."""
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return super().get_command(ctx, cmd_name) or passthrough.command("node", cmd_name)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_paragraph()
-        formatter.write_text("Everything else is docker's: skep node ls, inspect, ps, update, rm, ...")
+class _Node(passthrough.WithDockers):
+    dockers = "ls, inspect, ps, update, rm"
 
 
 @click.group(cls=_Node)
@@ -36,8 +36,98 @@ def node() -> None:
     \b
     Examples:
       skep node ls
+      skep node drain w2
       skep node evict m3
     """
+
+
+@node.command()
+@click.option("--detach", "-d", is_flag=True, help="Do not wait until the tasks have moved.")
+@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@click.argument("name", metavar="NODE")
+@click.pass_obj
+def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
+    """Give a node no more tasks, and wait until those it has are gone: then it may be switched off.
+
+    docker node update --availability active NODE takes it back.
+
+    \b
+    Examples:
+      skep node drain w2
+    """
+    run_requests(_drain(host, name, None if detach else timeout))
+    if not detach:
+        click.echo(f"{name} has no more tasks")
+
+
+async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
+    async with host.client() as client:
+        await update(
+            client,
+            "nodes",
+            name,
+            lambda node: node["Spec"] | {"Availability": "drain"},
+            timeout_s=_ANSWERS_WITHIN_S,
+        )
+        if wait_s is None:
+            return
+        services = await client.get("/services", timeout_s=_ANSWERS_WITHIN_S)
+        names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
+        shown = ""
+        try:
+            async with asyncio.timeout(wait_s):
+                while left := await persistently(partial(_tasks_of, client, name), say):
+                    some = sorted(_task_name(task, names) for task in left)[:_NAMED_MAX]
+                    text = f"{counted(len(left), 'task')} left: {', '.join(some)}"
+                    if text != shown:
+                        click.echo(text, err=True)
+                    shown = text
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            raise Unavailable(f"not done within {wait_s:g} s: {shown}") from None
+
+
+async def _tasks_of(client: Client, name: str) -> Sequence[Mapping[str, Any]]:
+    """The tasks on a node that have not ended."""
+    tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=_ANSWERS_WITHIN_S)
+    return [task for task in tasks if task["Status"]["State"] not in _ENDED]
+
+
+def _task_name(task: Mapping[str, Any], services: Mapping[str, str]) -> str:
+    """``web.3``, or ``web`` of a global service; of a service that is gone, the task's id."""
+    name, slot = services.get(task.get("ServiceID", "")), task.get("Slot")
+    return f"{name}.{slot}" if name and slot else name or str(task["ID"])
+
+
+@node.command()
+@click.argument("names", metavar="NODE...", nargs=-1, required=True)
+@click.pass_obj
+def forget(host: HostOptions, names: tuple[str, ...]) -> None:
+    """Remove nodes that left or were lost for good, and what is known of them.
+
+    A node that still answers is refused: it would come back.  See skep node evict for one that is no longer trusted.
+
+    \b
+    Examples:
+      skep node forget w2 w3
+    """
+    for name in run_requests(_forget(host, names)):
+        click.echo(name)
+
+
+async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
+    done: list[str] = []
+    async with host.client() as client:
+        for name in names:
+            found = await client.get(f"/nodes/{name}", timeout_s=_ANSWERS_WITHIN_S)
+            state = found["Status"]["State"]
+            if state != "down":
+                raise FailedPrecondition(
+                    f"{name} is {state}, not down: drain it and let it leave, or skep node evict {name}"
+                )
+            await client.delete(f"/nodes/{found['ID']}", force="1", timeout_s=_ANSWERS_WITHIN_S)
+            done.append(name)
+    return done
 
 
 @node.command()
@@ -79,10 +169,8 @@ async def _evict(host: HostOptions, name: str) -> str:
         state = await client.post(_PATH, {"Node": name, "By": by}, timeout_s=_ANSWERS_WITHIN_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
-            try:
-                state = await client.get(_PATH, timeout_s=_ANSWERS_WITHIN_S)
-            except (Unavailable, OSError) as error:  # the manager's etcd restarts, too
-                progress.note(str(error))
+            # The manager's etcd restarts, too.
+            state = await persistently(partial(client.get, _PATH, timeout_s=_ANSWERS_WITHIN_S), progress.note)
         try:
             response = await client.get("/swarm/unlockkey", timeout_s=_ANSWERS_WITHIN_S)
         except SkepError as error:

@@ -38,12 +38,17 @@ def command(*nouns: str) -> click.Command:
     @click.argument("words", nargs=-1, type=click.UNPROCESSED)
     @click.pass_obj
     def run(host: HostOptions, words: Sequence[str]) -> None:
-        docker = find_docker()
-        with errors_shown():
-            flags = host.endpoint().docker_flags
-        os.execv(docker, [docker, *flags, *nouns, *words])
+        execute(host, nouns, words)
 
     return run
+
+
+def execute(host: HostOptions, nouns: Sequence[str], words: Sequence[str]) -> None:
+    """Become ``docker NOUNS WORDS`` against the same endpoint.  Raises: click.ClickException: there is no docker."""
+    docker = find_docker()
+    with errors_shown():
+        flags = host.endpoint().docker_flags
+    os.execv(docker, [docker, *flags, *nouns, *words])
 
 
 def find_docker() -> str:
@@ -59,3 +64,17 @@ def find_docker() -> str:
     raise click.ClickException(
         "no docker command found: run `make setup`, or install docker-cli (Debian 13) or docker.io"
     )
+
+
+class WithDockers(click.Group):
+    """Docker's commands of a noun, except for those that are defined here."""
+
+    dockers = "ls, create, inspect, rm"
+    """Some of them, for the help."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, cmd_name) or command(str(self.name), cmd_name)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write_text(f"Everything else is docker's: skep {self.name} {self.dockers}")

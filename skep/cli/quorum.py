@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from skep.api.client import Client
+from skep.api.requests import Requests
 from skep.errors import SkepError
 
 STALE = {"X-Skep-Stale": "1"}
@@ -13,7 +13,7 @@ STALE = {"X-Skep-Stale": "1"}
 _ANSWERS_WITHIN_S = 5.0
 
 
-async def headers_for(client: Client) -> Mapping[str, str]:
+async def headers_for(client: Requests) -> Mapping[str, str]:
     """The headers of a read: ``STALE``, with a warning on stderr, while there is no leader."""
     quorum = await quorum_of(client)
     if quorum is None or quorum["HasLeader"]:
@@ -23,7 +23,7 @@ async def headers_for(client: Client) -> Mapping[str, str]:
     return STALE
 
 
-async def quorum_of(client: Client) -> Mapping[str, Any] | None:
+async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
     """The manager's own view; None: this node has no manager that responds."""
     try:
         response: Mapping[str, Any] = await client.get("/skep/quorum", timeout_s=_ANSWERS_WITHIN_S)
@@ -48,6 +48,6 @@ def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
         count = needed - answering
         them = "it" if len(silent) == 1 else f"{count} of them"
         yield f"either start {them} again, or repair the network to {them} (port 2377 and the peer port)"
-        yield "or, if they are lost for good: docker swarm init --force-new-cluster   (docs/guide/recovery.md)"
+        yield "or, if they are lost for good: skep cluster recover   (a plan is shown first; docs/guide/recovery.md)"
     else:
         yield "the managers that answer are enough: see their logs, and `skep doctor network`, for why they elect none"

@@ -10,22 +10,23 @@ import base64
 import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, BinaryIO
 
 import click
 import msgspec
 
 from skep.api.client import Client
+from skep.api.updates import update
+from skep.api.waiting import persistently
 from skep.cli import passthrough
 from skep.cli.endpoint import HostOptions
-from skep.cli.running import run_requests
-from skep.errors import InvalidArgument, NotFound, OutOfSequence, SkepError, Unavailable
+from skep.cli.running import run_requests, say
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.labels import ROTATION_OF
 
 _ANSWERS_WITHIN_S = 20.0
 _LOOK_S = 0.5
-_UPDATES_MAX = 10
-"""Attempts to update a service that others update, too."""
 _FILE_BYTES_MAX = 1 << 20
 _STUCK = ("paused", "rollback_started", "rollback_paused", "rollback_completed")
 
@@ -205,28 +206,20 @@ class _Rotation:
         return False
 
     async def _move_one(self, id: str, old: Collection[str], new: Mapping[str, Any]) -> None:
-        for attempt in range(_UPDATES_MAX):
-            service = await self._client.get(f"/services/{id}", timeout_s=_ANSWERS_WITHIN_S)
-            spec = moved(self._kind, service["Spec"], old, new)
-            if spec is None:
-                return
-            version = str(service["Version"]["Index"])
-            try:
-                await self._client.post(
-                    f"/services/{id}/update", spec, timeout_s=_ANSWERS_WITHIN_S, version=version
-                )
-                return
-            except SkepError as error:
-                is_race = isinstance(error, OutOfSequence) or "update out of sequence" in str(error)
-                if not is_race or attempt == _UPDATES_MAX - 1:
-                    raise
+        await update(
+            self._client,
+            "services",
+            id,
+            lambda service: moved(self._kind, service["Spec"], old, new),
+            timeout_s=_ANSWERS_WITHIN_S,
+        )
 
     async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> list[str]:
         """Show progress until every task has ``new``; gives a line for each service that is stuck."""
         waiting, stuck = list(ids), []
         while waiting:
             for id in tuple(waiting):
-                service, found = await self._standing(id, new)
+                service, found = await persistently(partial(self._standing, id, new), say)
                 if found is None:
                     waiting.remove(id)
                     continue
@@ -302,23 +295,12 @@ Examples:
 """
 
 
-class _WithDockers(click.Group):
-    """Docker's commands, except for those that are defined here."""
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return super().get_command(ctx, cmd_name) or passthrough.command(str(self.name), cmd_name)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_paragraph()
-        formatter.write_text(f"Everything else is docker's: skep {self.name} ls, create, inspect, rm")
-
-
 def _commands(kind: Kind) -> click.Group:
     """Docker's commands of ``kind``, and those below."""
 
     @click.group(
         kind.noun,
-        cls=_WithDockers,
+        cls=passthrough.WithDockers,
         help=f"""{kind.noun.title()}s: docker's commands, rotate and prune.
 
         \b

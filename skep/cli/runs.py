@@ -1,66 +1,80 @@
 """``skep runs``: what ended of a service or job, with exit codes and last lines."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
 from skep.cli.endpoint import HostOptions
-from skep.cli.running import run_requests
+from skep.cli.formatting import age
+from skep.cli.output import Output, Screen, Shown, shows, table
+from skep.model.task_end import printable
 
 _ANSWERS_WITHIN_S = 20.0
-_HEAD = ("SLOT", "RUN", "STATE", "EXIT", "ENDED", "TASK")
+_HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
 
 
 @click.command()
 @click.argument("service")
 @click.option("--tail", "-n", default=3, show_default=True, help="Last lines of output of each task.")
+@shows
 @click.pass_obj
-def runs(host: HostOptions, service: str, tail: int) -> None:
+def runs(host: HostOptions, service: str, tail: int, output: Output) -> None:
     """List ended tasks of a service or job, with exit codes and last lines.
 
     \b
     Examples:
       skep runs nightly
       skep runs nightly --tail 20
+      skep runs nightly --format '{{.Name}} {{.ExitCode}}'
     """
-    response = run_requests(_runs(host, service, tail))
-    for line in shown(response):
-        click.echo(line)
+
+    async def fetch() -> Shown:
+        found = await _runs(host, service, tail)
+        return Shown(data=found, rows=found["Runs"], lines=lambda screen: shown(found, screen, time.time()))
+
+    output.show(fetch)
 
 
 async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
     async with host.client() as client:
         path = f"/skep/services/{service}/runs"
         response: dict[str, Any] = await client.get(path, timeout_s=_ANSWERS_WITHIN_S, tail=str(tail))
-        return response
+        nodes = await client.get("/nodes", timeout_s=_ANSWERS_WITHIN_S)
+        found = await client.get(f"/services/{service}", timeout_s=_ANSWERS_WITHIN_S)
+    hostnames = {node["ID"]: node["Description"].get("Hostname") or node["ID"] for node in nodes}
+    mode = found["Spec"].get("Mode") or {}
+    is_global = "Global" in mode or "GlobalJob" in mode
+    for run in response["Runs"]:
+        run["Hostname"] = hostnames.get(run.get("NodeID", ""), run.get("NodeID", ""))
+        run["Name"] = f"{found['Spec']['Name']}.{run['Hostname'] if is_global else run['Slot']}"
+    return response
 
 
-def shown(response: Mapping[str, Any]) -> Iterator[str]:
-    """The table, each run's lines below it."""
-    rows = [_row(run) for run in response["Runs"]]
-    widths = [max(map(len, column)) for column in zip(_HEAD, *rows, strict=True)]
-    yield _padded(_HEAD, widths)
-    for run, row in zip(response["Runs"], rows, strict=True):
-        yield _padded(row, widths)
-        if run.get("Err"):
-            yield f"    {run['Err']}"
-        yield from (f"    | {line}" for line in run["Lines"])
+def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
+    """The table, each run's lines below it.  ``now``: seconds since the epoch."""
+    more = ("ID",) if screen.is_wide else ()
+    lines = table((*_HEAD, *more), [_row(run, screen, now) for run in response["Runs"]], screen)
+    yield next(lines)
+    for run, line in zip(response["Runs"], lines, strict=True):
+        yield line
+        if run.get("Err") and not run["Err"].startswith("task: non-zero exit"):  # which EXIT has said
+            yield f"    {printable(run['Err'])}"
+        yield from (f"    | {printable(line)}" for line in run["Lines"])
     if response.get("Incomplete"):
-        yield f"Some lines may be missing: {response['Incomplete']}"
+        yield f"Some lines may be missing: {printable(response['Incomplete'])}"
 
 
-def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(run: Mapping[str, Any], screen: Screen, now: float) -> tuple[str, ...]:
     iteration = run.get("JobIteration")
-    return (
-        str(run["Slot"]),
+    cells = (
+        run["Name"],
+        run["Hostname"],
         str(iteration.get("Index", 0)) if iteration is not None else "",
         run["State"],
-        str(run.get("ExitCode", "")),
-        run["EndedAt"].partition(".")[0].rstrip("Z"),
-        run["TaskID"],
+        " ".join(filter(None, (str(run.get("ExitCode", "")), (run.get("End") or {}).get("Signal", "")))),
+        f"{age(run['EndedAt'], now)} ago",
+        *((run["TaskID"],) if screen.is_wide else ()),
     )
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return tuple(map(printable, cells))

@@ -1,71 +1,153 @@
-"""``skep status``: one screen about the cluster, as one of its nodes sees it."""
+"""``skep status``: the cluster on one screen, as one of its nodes sees it, with a reason beside what is not well."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
+import msgspec
 
-from skep.api.client import Client
+from skep.api.requests import Requests
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import counted
+from skep.cli.formatting import age, counted
+from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.quorum import STALE, no_leader, quorum_of
-from skep.cli.running import run_requests
 from skep.errors import SkepError
+from skep.model.task_end import printable
+
+DEGRADED, LEADERLESS = 3, 4
+"""Exit codes: something is not as wanted; there is no leader.  0: all is well, 1: the node does not answer."""
 
 _ANSWERS_WITHIN_S = 10.0
-_BUSIEST = 10
-"""Nodes whose load is listed."""
 _EXPLAINED = 10
 """Services whose explanation is requested."""
+_NODES_SHOWN, _SERVICES_SHOWN = 20, 30
+"""Rows of a table; of more, those that are not well come first.  ``-o wide`` shows all."""
+_TASKS_COUNTED_MAX = 5_000
+"""With more tasks they are not counted by node: the list would take longer than all the rest."""
+_PAUSED = ("paused", "rollback_paused")
+_DONE = ("completed", "rollback_completed")
 
 Row = tuple[str, str]
+T = TypeVar("T", "NodeRow", "ServiceRow")
+
+
+class NodeRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """A node of the cluster."""
+
+    name: str
+    id: str = msgspec.field(name="ID")
+    role: str
+    state: str
+    availability: str = "active"
+    tasks: int | None = None
+    """That are wanted and run; None: not counted."""
+    load: float | None = None
+    version: str = ""
+    is_reachable: bool = True
+    """As a manager."""
+    why: str = ""
+
+    @property
+    def is_well(self) -> bool:
+        """A node that is drained or paused is as its user wants it; a condition of one that is ready only warns."""
+        return self.state == "ready" and self.is_reachable
+
+
+class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """A service.  ``wanted`` of a job: how many of its tasks have to complete, if that is known."""
+
+    name: str
+    id: str = msgspec.field(name="ID")
+    running: int
+    wanted: int
+    update: str = ""
+    why: str = ""
+    is_well: bool = True
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """What a manager knows."""
+
+    id: str = msgspec.field(name="ID", default="")
+    leader: str = ""
+    nodes: tuple[NodeRow, ...] = ()
+    services: tuple[ServiceRow, ...] = ()
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """Everything that is shown; ``-o json`` has it in this form.
+
+    ``health``: ``ok``, ``degraded``, ``no leader``; ``node``: facts about the node that was asked.
+    """
+
+    health: str
+    node: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    """About the leader that is missing, or what could not be read."""
+    cluster: Cluster | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command."""
+        return {"ok": 0, "degraded": DEGRADED}.get(self.health, LEADERLESS)
 
 
 @click.command()
+@shows
 @click.pass_obj
-def status(host: HostOptions) -> None:
-    """Show the state of this node and its cluster.
+def status(host: HostOptions, output: Output) -> None:
+    """Show the cluster on one screen: its nodes, its services, and why what is not well is not.
+
+    Exit code 0: all is as wanted; 3: a node or a service is not; 4: there is no leader; 1: the node does not answer.
 
     \b
     Examples:
       skep status
-      skep --host unix:///var/tmp/skep-demo/m1/skep.sock status
+      skep status --watch
+      skep status -o json | jq '.Cluster.Services[] | select(.IsWell | not)'
       skep --host ssh://root@manager1 status
     """
-    rows = run_requests(_rows(host))
-    width = max(len(title) for title, _ in rows)
-    for title, text in rows:
-        click.echo(f"{title.ljust(width)}  {text}")
+
+    async def fetch() -> Shown:
+        found = await _status(host)
+        return Shown(data=found, lines=lambda screen: lines_of(found, screen), exit_code=found.exit_code)
+
+    output.show(fetch)
 
 
-async def _rows(host: HostOptions) -> list[Row]:
-    """All rows.  A row that is not available has the reason: a node without a leader still has a status.
+async def _status(host: HostOptions) -> Status:
+    """What is not available has the reason: a node without a leader still has a status.
 
     Raises: Unavailable: the node itself does not respond.
     """
-    async with host.client() as client:
+    async with host.requests() as client:
         info: dict[str, Any] = await client.get("/info", timeout_s=_ANSWERS_WITHIN_S)
         quorum = await quorum_of(client) if info["Swarm"].get("ControlAvailable") else None
-        if quorum is not None and not quorum["HasLeader"]:
-            lines = no_leader(quorum)
-            rows = [
-                *about_node(info, shows_error=False),
-                ("swarm", next(lines)),
-                *(("", line) for line in lines),
-            ]
-            headers = STALE
-        else:
-            rows, headers = list(about_node(info)), {}
         if quorum is None:
-            return rows
+            state = info["Swarm"].get("LocalNodeState") or "inactive"
+            is_part = state in ("active", "inactive") and not info["Swarm"].get("Error")
+            return Status(health="ok" if is_part else "degraded", node=tuple(about_node(info)))
+        is_led = bool(quorum["HasLeader"])
+        notes = [] if is_led else list(no_leader(quorum))
+        node = [*about_node(info, shows_error=is_led), await _store(client)]
+        cluster: Cluster | None = None
         try:
-            return [*rows, *await _about_swarm(client, headers)]
+            cluster = await _cluster(client, info, {} if is_led else STALE)
         except SkepError as error:
-            return [*rows, ("cluster", f"not known: {error}")]
+            notes.append(f"the cluster is not known: {error}")
+        health = "no leader" if not is_led else "ok" if is_well(cluster) else "degraded"
+        return Status(health=health, node=tuple(node), notes=tuple(notes), cluster=cluster)
 
 
-async def _store(client: Client) -> Row:
+def is_well(cluster: Cluster | None) -> bool:
+    """Whether all nodes and services are."""
+    if cluster is None:
+        return False
+    return all(row.is_well for row in cluster.nodes) and all(row.is_well for row in cluster.services)
+
+
+async def _store(client: Requests) -> Row:
     """How full this manager's copy of the store is."""
     try:
         response = await client.get("/skep/cluster/store", timeout_s=_ANSWERS_WITHIN_S)
@@ -74,32 +156,40 @@ async def _store(client: Client) -> Row:
     return "store", f"{response['Summary']}, file {response['Size'] >> 20} MiB"
 
 
-async def _about_swarm(client: Client, headers: Mapping[str, str]) -> list[Row]:
+async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[str, str]) -> Cluster:
     """Raises: SkepError."""
     nodes = await client.get("/nodes", headers=headers, timeout_s=_ANSWERS_WITHIN_S)
     services = await client.get("/services", headers=headers, timeout_s=_ANSWERS_WITHIN_S, status="true")
-    wanting = {service["ID"]: "" for service in services if not is_as_wanted(service)}
-    for id in [*wanting][:_EXPLAINED]:
+    explained: dict[str, Mapping[str, Any]] = {}
+    for id in [service["ID"] for service in services if not is_as_wanted(service)][:_EXPLAINED]:
+        path = f"/skep/services/{id}/explain"
         try:
-            path = f"/skep/services/{id}/explain"
-            response = await client.get(path, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+            explained[id] = await client.get(path, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
         except SkepError:
             continue  # it was removed meanwhile
-        if response["IsAsWanted"]:
-            del wanting[id]
-        else:
-            wanting[id] = response["Summary"]
-    rows = about_cluster(nodes, is_led=not headers)
-    return [*rows, await _store(client), *about_services(services, wanting)]
+    running = None
+    if sum(_count(service, "RunningTasks") for service in services) <= _TASKS_COUNTED_MAX:
+        filters = {"desired-state": ["running"]}
+        tasks = await client.get("/tasks", filters=filters, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+        running = [task["NodeID"] for task in tasks if task["Status"]["State"] == "running"]
+    rows = node_rows(nodes, running)
+    leaders = [node["ID"] for node in nodes if (node.get("ManagerStatus") or {}).get("Leader")]
+    return Cluster(
+        id=str((info["Swarm"].get("Cluster") or {}).get("ID", "")),
+        leader=next((row.name for row in rows if row.id in leaders and not headers), ""),
+        nodes=tuple(rows),
+        services=tuple(service_rows(services, explained, time.time())),
+    )
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
 
 
 def about_node(info: Mapping[str, Any], *, shows_error: bool = True) -> Iterator[Row]:
     """The node itself, from ``/info``."""
     swarm = info["Swarm"]
-    yield (
-        "node",
-        f"{info['Name']}, skep {info['ServerVersion']}, {info['NCPU']} CPUs, {info['MemTotal'] >> 20} MiB",
-    )
+    memory = info["MemTotal"] / (1 << 30)
+    yield "node", f"{info['Name']}, skep {info['ServerVersion']}, {info['NCPU']} CPUs, {memory:.1f} GiB"
     yield "swarm", _membership(swarm)
     if shows_error and (error := swarm.get("Error")):
         yield "error", error
@@ -133,33 +223,70 @@ def _looked_for(swarm: Mapping[str, Any]) -> str:
     )
 
 
-def about_cluster(nodes: Iterable[Mapping[str, Any]], *, is_led: bool = True) -> Iterator[Row]:
-    """The nodes, counted by state; by name the busiest, those that are not ready, and those with a message."""
-    known = sorted(nodes, key=lambda node: node["Description"].get("Hostname", ""))
-    states = Counter(node["Status"]["State"] for node in known)
-    yield "nodes", ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    leaders = [node for node in known if (node.get("ManagerStatus") or {}).get("Leader")]
-    if is_led:
-        yield "leader", leaders[0]["Description"].get("Hostname", "") if leaders else "none"
-    if busy := sorted((node for node in known if node.get("Load")), key=lambda node: -node["Load"]):
-        words = [f"{node['Description'].get('Hostname', node['ID'])} {node['Load']:.0%}" for node in busy]
-        yield "load", ", ".join(words[:_BUSIEST]).replace("%", " %")
-    for node in known:
-        message = node["Status"].get("Message", "")
-        if node["Status"]["State"] != "ready" or message:
-            name = node["Description"].get("Hostname", node["ID"])
-            yield "node", f"{name} is {node['Status']['State']}" + (f": {message}" if message else "")
+def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None = None) -> list[NodeRow]:
+    """The nodes, managers first, by name.  ``running``: the node of each running task; None: not counted."""
+    rows = []
+    for node in nodes:
+        manager = node.get("ManagerStatus")
+        role = "worker" if manager is None else "leader" if manager.get("Leader") else "manager"
+        why = node["Status"].get("Message", "")
+        is_reachable = manager is None or manager.get("Reachability", "reachable") == "reachable"
+        if manager is not None and not is_reachable:
+            why = "; ".join(filter(None, (f"the manager is {manager['Reachability']}", why)))
+        rows.append(
+            NodeRow(
+                name=node["Description"].get("Hostname") or node["ID"],
+                id=node["ID"],
+                role=role,
+                state=node["Status"]["State"],
+                availability=(node.get("Spec") or {}).get("Availability", "active"),
+                tasks=running.count(node["ID"]) if running is not None else None,
+                load=node.get("Load"),
+                version=(node["Description"].get("Engine") or {}).get("EngineVersion", ""),
+                is_reachable=is_reachable,
+                why=why,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.role == "worker", row.name, row.id))
 
 
-def about_services(services: Iterable[Mapping[str, Any]], wanting: Mapping[str, str]) -> Iterator[Row]:
-    """How many services have all their tasks; the others by name.  ``wanting``: their ids, with the reason if
-    known."""
-    known = sorted(services, key=lambda service: service["Spec"]["Name"])
-    yield "services", f"{len(known)}, {len(known) - len(wanting)} of them as wanted"
-    for service in known:
-        if (reason := wanting.get(service["ID"])) is not None:
-            tasks = f"{_count(service, 'RunningTasks')} of {_count(service, 'DesiredTasks')} tasks run"
-            yield "service", f"{service['Spec']['Name']}: {reason or tasks}"
+def service_rows(
+    services: Iterable[Mapping[str, Any]], explained: Mapping[str, Mapping[str, Any]], now: float
+) -> Iterator[ServiceRow]:
+    """The services by name; ``explained``: explanations of those that are not as wanted, by id."""
+    for service in sorted(services, key=lambda service: str(service["Spec"]["Name"])):
+        found = explained.get(service["ID"])
+        running, wanted = _count(service, "RunningTasks"), _count(service, "DesiredTasks")
+        update = service.get("UpdateStatus") or {}
+        is_well = bool(found["IsAsWanted"]) if found is not None else is_as_wanted(service)
+        why = "" if is_well or found is None else _reason(found["Summary"])
+        if update.get("State") in _PAUSED:
+            why, is_well = "; ".join(filter(None, (why, update.get("Message", "")))), False
+        yield ServiceRow(
+            name=service["Spec"]["Name"],
+            id=service["ID"],
+            running=running,
+            wanted=wanted,
+            update=_update(update, now),
+            why=why or ("" if is_well else f"{running} of {wanted} tasks run"),
+            is_well=is_well,
+        )
+
+
+def _reason(summary: str) -> str:
+    """What follows the count, which has a column of its own."""
+    count, separator, reason = summary.partition(" tasks run; ")
+    return reason if separator and count.replace(" of ", "").isdigit() else summary
+
+
+def _update(update: Mapping[str, Any], now: float) -> str:
+    state = str(update.get("State") or "")
+    words = state.replace("_", " ")
+    if state in _DONE and update.get("CompletedAt"):
+        return f"{words} {age(update['CompletedAt'], now)} ago"
+    if state and update.get("StartedAt"):
+        return f"{words} for {age(update['StartedAt'], now)}"
+    return words
 
 
 def is_as_wanted(service: Mapping[str, Any]) -> bool:
@@ -177,3 +304,95 @@ def is_as_wanted(service: Mapping[str, Any]) -> bool:
 
 def _count(service: Mapping[str, Any], field: str) -> int:
     return int((service.get("ServiceStatus") or {}).get(field, 0))
+
+
+# -- the screen ------------------------------------------------------------------------------------------------------
+
+
+def lines_of(status: Status, screen: Screen) -> Iterator[str]:
+    """The headline, what is wrong, nodes, services, and the command to go on with."""
+    health = status.health.upper()
+    colour = {"ok": "green", "degraded": "yellow"}.get(status.health, "red")
+    first, *further = screen.fitted(_headline(status), indent=2)
+    yield first.replace(health, screen.styled(health, colour, bold=True), 1)
+    yield from further
+    for note in status.notes:
+        yield from (screen.styled(line, "red") for line in screen.fitted(printable(note), indent=2))
+    width = max(len(word) for word, _ in status.node) + 2
+    for word, text in status.node:
+        yield from screen.fitted(f"{word.ljust(width)}{printable(text)}", indent=width)
+    if status.cluster is None:
+        return
+    yield ""
+    yield from _nodes(status.cluster.nodes, screen)
+    if status.cluster.services:
+        yield ""
+        yield from _services(status.cluster.services, screen)
+    bad = [row.name for row in status.cluster.services if not row.is_well]
+    lost = [row.name for row in status.cluster.nodes if row.state == "down"]
+    if bad or lost:
+        yield f"next: skep explain {printable((bad or lost)[0])}"
+
+
+def _headline(status: Status) -> str:
+    words = [f"cluster  {status.health.upper()}"]
+    if (cluster := status.cluster) is not None:
+        managers = [row for row in cluster.nodes if row.role != "worker"]
+        leader = f" (leader {printable(cluster.leader)})" if cluster.leader else ""
+        workers = len(cluster.nodes) - len(managers)
+        ready = sum(row.state == "ready" for row in cluster.nodes)
+        well = sum(row.is_well for row in cluster.services)
+        nodes = f"{ready} of {len(cluster.nodes)} nodes ready"
+        words.append(f"{counted(len(managers), 'manager')}{leader}, {counted(workers, 'worker')}, {nodes}")
+        words.append(f"{well} of {counted(len(cluster.services), 'service')} as wanted")
+    return "  ".join(words)
+
+
+def _nodes(rows: Sequence[NodeRow], screen: Screen) -> Iterator[str]:
+    shown = _first(rows, _NODES_SHOWN, screen)
+    cells: list[list[str | Cell]] = [
+        [
+            row.name,
+            row.role,
+            Cell(_state(row), "" if row.state == "ready" else "red"),
+            "-" if row.tasks is None else str(row.tasks),
+            "-" if row.load is None else f"{row.load:.0%}",
+            *([row.id, row.version] if screen.is_wide else []),
+            Cell(row.why, "yellow"),
+        ]
+        for row in shown
+    ]
+    more = ["ID", "VERSION"] if screen.is_wide else []
+    yield from table(("NODE", "ROLE", "STATE", "TASKS", "LOAD", *more, "WHY"), cells, screen)
+    if len(shown) < len(rows):
+        yield f"and {counted(len(rows) - len(shown), 'node')} more: skep status -o wide"
+
+
+def _state(row: NodeRow) -> str:
+    state = row.state if row.state == "ready" else row.state.upper()
+    return state if row.availability == "active" else f"{state}, {row.availability}"
+
+
+def _services(rows: Sequence[ServiceRow], screen: Screen) -> Iterator[str]:
+    shown = _first(rows, _SERVICES_SHOWN, screen)
+    cells: list[list[str | Cell]] = [
+        [
+            row.name,
+            Cell(f"{row.running}/{row.wanted}", "" if row.is_well else "red"),
+            row.update,
+            *([row.id] if screen.is_wide else []),
+            Cell(row.why, "yellow"),
+        ]
+        for row in shown
+    ]
+    more = ["ID"] if screen.is_wide else []
+    yield from table(("SERVICE", "TASKS", "UPDATE", *more, "WHY"), cells, screen)
+    if len(shown) < len(rows):
+        yield f"and {counted(len(rows) - len(shown), 'service')} more: skep status -o wide"
+
+
+def _first(rows: Sequence[T], most: int, screen: Screen) -> Sequence[T]:
+    """All rows, or as many as a screen has room for, those that are not well first."""
+    if screen.is_wide or len(rows) <= most:
+        return rows
+    return sorted(rows, key=lambda row: row.is_well)[:most]

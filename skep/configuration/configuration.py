@@ -81,6 +81,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     image_port: int = 0
     """TCP, for other nodes that fetch images from this one.  0: 2374, or any free one if that is taken."""
 
+    metrics_addr: tuple[str, int] | None = None
+    """Where Prometheus reads by plain HTTP; None: nowhere but on the API's hosts."""
+
     managers: tuple[str, ...] = ()
     """Where managers may be found that are not where they were."""
 

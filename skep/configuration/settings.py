@@ -124,6 +124,12 @@ SETTINGS = (
         help="TCP port where other nodes fetch images from this one (2374, or a free one if that is taken)",
         read=values.port,
     ),
+    Setting(
+        name="metrics-addr",
+        help="address:port where Prometheus reads /metrics and /sd by plain HTTP (none); whoever reaches it reads it",
+        read=values.listening_addr,
+        docker_key="metrics-addr",
+    ),
     Setting(name="debug", help="log more", read=values.boolean, docker_key="debug", reloads=True),
     Setting(name="log-format", help="text or json", read=values.one_of("text", "json")),
     Setting(
@@ -199,7 +205,7 @@ SETTINGS = (
     ),
     Setting(
         name="log-driver",
-        help="log driver of containers that name none (json-file)",
+        help="log driver of containers that name none (json-file, local, none, journald, syslog, ...)",
         read=values.log_driver,
         docker_key="log-driver",
     ),

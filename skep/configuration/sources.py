@@ -11,6 +11,7 @@ import msgspec
 
 from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost
 from skep.configuration.settings import SETTINGS
+from skep.configuration.values import LOG_DRIVERS
 from skep.paths import SOCKET_PATH_BYTES_MAX
 
 DEFAULT_TOML = Path("/etc/skep/skep.toml")
@@ -25,7 +26,7 @@ Examples:
 Every setting is a key of the TOML file as well; a flag wins over the file.
 """
 
-_THE_ENGINES_OWN = frozenset({"hosts", "data_dir"})
+_THE_ENGINES_OWN = frozenset({"hosts", "data_dir", "metrics_addr"})
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -144,11 +145,12 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     configuration = Configuration(**fields)
     if together := _problems_together(configuration):
         raise ConfigurationError(*together)
-    if configuration.log_driver != "json-file":
+    if configuration.log_driver not in LOG_DRIVERS:
         warnings.append(
             f"log driver {configuration.log_driver} is not supported: containers log as json-file, "
-            f"set log-driver to json-file to be without this warning"
+            f"set log-driver to one of {', '.join(LOG_DRIVERS)} to be without this warning"
         )
+        configuration = msgspec.structs.replace(configuration, log_driver="json-file", log_opts={})
     return Loaded(configuration, tuple(warnings))
 
 

@@ -25,10 +25,8 @@ _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
 _RESOURCE_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _CGROUP_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
-_LOG_DRIVERS_OF_DOCKER = (
-    *("json-file", "local", "none", "journald", "syslog", "fluentd", "gelf", "awslogs"),
-    *("gcplogs", "splunk", "logentries", "etwlogs"),
-)
+LOG_DRIVERS = ("json-file", "local", "none", "journald", "syslog", "fluentd", "gelf", "splunk")
+_OTHER_LOG_DRIVERS_OF_DOCKER = ("awslogs", "gcplogs", "logentries", "etwlogs")
 
 
 def text(value: Any) -> str:
@@ -41,7 +39,7 @@ def text(value: Any) -> str:
 
 
 def rights(value: Any) -> frozenset[Right]:
-    """``all``, ``none``, or some of ``privileged,devices,gpus,namespaces,resources``."""
+    """``all``, ``none``, or some of ``privileged,devices,gpus,namespaces,resources,api,api-inspect``."""
     try:
         return allowed_rights(text(value))
     except InvalidArgument:
@@ -191,6 +189,17 @@ def peer_addr(value: Any) -> str:
         ) from error
 
 
+def listening_addr(value: Any) -> tuple[str, int]:
+    """An IP address with a port; ``:port`` is every address."""
+    written = text(value)
+    host, _, digits = written.rpartition(":")
+    try:
+        address = str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))) if host else ""
+        return address, port(digits)
+    except ValueError as error:
+        raise ValueError(f"is {written!r}: write an IP address and a port: 127.0.0.1:9323") from error
+
+
 def one_of(*choices: str) -> Any:
     """A function that takes exactly these values."""
 
@@ -316,9 +325,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def log_driver(value: Any) -> str:
-    """``json-file``; for another one of Docker's drivers there is a warning, and it is not used."""
-    if value not in _LOG_DRIVERS_OF_DOCKER:
-        raise ValueError(f"is {value!r}: write json-file")
+    """One of ``LOG_DRIVERS``; for another one of Docker's there is a warning, and it is not used."""
+    if value not in LOG_DRIVERS + _OTHER_LOG_DRIVERS_OF_DOCKER:
+        raise ValueError(f"is {value!r}: write one of {', '.join(LOG_DRIVERS)}")
     return str(value)
 
 

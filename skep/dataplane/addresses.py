@@ -80,7 +80,9 @@ class Addresses:
     def take_requested(self, address: IPv4Address, owner: str) -> IPv4Address:
         """Allocate ``address``.  Raises: InvalidArgument: not of this subnet; FailedPrecondition: it is in use."""
         if not int(self.subnet[1]) <= int(address) <= int(self.subnet[-2]):
-            raise InvalidArgument(f"invalid address {address}: it is no host address of {self.subnet}")
+            raise InvalidArgument(
+                f"Invalid address {address}: It does not belong to any of this network's subnets"
+            )
         if address in self._used or address in self._reserved:
             raise FailedPrecondition("Address already in use")
         self._used[address] = owner

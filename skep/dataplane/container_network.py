@@ -245,6 +245,7 @@ class ContainerNetwork:
             _free_interface(sandbox),
             config.ports,
             is_open=config.mode is NetworkMode.BRIDGE,
+            mac_address=config.mac_address,
             wants_ipv6=has_way_out_by_ipv6([one.config for one in sandbox.endpoints]),
         )
         return msgspec.structs.replace(found, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)

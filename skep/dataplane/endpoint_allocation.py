@@ -7,7 +7,7 @@ import msgspec
 
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import is_local
-from skep.errors import FailedPrecondition
+from skep.errors import FailedPrecondition, Unimplemented
 from skep.model.ids import ContainerId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
 
@@ -83,12 +83,17 @@ class EndpointAllocation:
             if network.id in ids:
                 raise _is_there(container, network.name)
             return await self._local.take(container, network, request)
+        if request.mac_address:
+            raise Unimplemented(
+                f"containers on network {request.network} of the cluster do not have --mac-address: other nodes know "
+                "them by the one that follows from their address"
+            )
         named = msgspec.structs.replace(request, aliases=(container.name, *request.aliases))
         endpoint = await self._cluster.take(container.id, named)
         if endpoint.head.id in ids:
             await self._cluster.give_back(endpoint.attachment)
             raise _is_there(container, endpoint.head.name)
-        return endpoint
+        return msgspec.structs.replace(endpoint, links=request.links)
 
     async def leave(self, container_id: ContainerId, endpoints: Iterable[EndpointConfig]) -> None:
         """Release ``endpoints``; a task's are released by the managers with the end of the task."""

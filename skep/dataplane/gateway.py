@@ -105,11 +105,12 @@ class Gateway:
         *,
         is_open: bool = False,
         wants_ipv6: bool = False,
+        mac_address: str = "",
     ) -> Sandbox:
         """An interface for a container, without address and route so far, and its host-mode ``ports`` published.
 
         ``is_open``: it reaches other open ones by the bridge; ``wants_ipv6``: with IPv6 egress, where the machine has
-        it.  Raises: AlreadyExists: a port is in use; SkepError.
+        it; ``mac_address``: that its user has chosen.  Raises: AlreadyExists: a port is in use; SkepError.
         """
         addresses = self._require_addresses()
         address = addresses.take(container_id)
@@ -127,7 +128,7 @@ class Gateway:
                 address=str(address),
                 prefix_length=addresses.subnet.prefixlen,
                 gateway=str(addresses.gateway),
-                mac_address=mac_of(address),
+                mac_address=mac_address or mac_of(address),
                 network=self._bridge,
                 interface=interface,
                 port=new_port_name(),

@@ -95,6 +95,7 @@ def named_of(config: SandboxConfig, sandbox: Sandbox, node_resolver: str) -> Nam
                 network=one.network_id,
                 task=one.config.attachment or config.task,
                 addresses=tuple(address.partition("/")[0] for address in one.config.addresses),
+                links=one.config.links,
             )
             for one in sandbox.endpoints
         ),

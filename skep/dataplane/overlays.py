@@ -447,5 +447,5 @@ class Overlays:
 
 def _endpoint(config: EndpointConfig, interface: str) -> Endpoint:
     """With ``interface`` in the container, and a bridge port that no earlier start of it had."""
-    mac = mac_for(one.partition("/")[0] for one in config.addresses)
+    mac = config.mac_address or mac_for(one.partition("/")[0] for one in config.addresses)
     return Endpoint(config=config, interface=interface, port=new_port_name(), mac_address=mac)

@@ -41,6 +41,8 @@ class Place(msgspec.Struct, frozen=True):
     network: NetworkId
     task: TaskId = TaskId("")
     addresses: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    """``container:alias``: names of this container alone."""
 
 
 class Named(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ import structlog
 
 from skep.dataplane.dns.messages import Query
 from skep.dataplane.dns.networks import Networks
-from skep.dataplane.dns.records import Decision, decide
+from skep.dataplane.dns.records import Decision, decide, links_of
 from skep.dataplane.dns.rules import ADDRESS, NAME, names_table
 from skep.dataplane.dns.server import ContainerServer, Forwarding, Sockets, open_sockets
 from skep.dataplane.dns.upstream import Forwarder, NameServer
@@ -82,6 +82,7 @@ class ServedContainer:
         self._elements: ElementSocket | None = None
         self._is_closed = False
         self._opening = asyncio.Lock()
+        self._links = {one.network: links_of(one.links) for one in record.named.networks if one.links}
         self._subnets = self._own_subnets()
         loaded = frozenset(one for one in record.loaded if one[0] in self._network_ids())
         self.virtual = VirtualAddresses(environment.networks.backends, self._write, loaded)
@@ -185,7 +186,8 @@ class ServedContainer:
     def resolve(self, query: Query) -> Decision:
         """How to respond to ``query`` at present."""
         networks = self._environment.networks
-        return decide(query, [networks.index(id) for id in self._network_ids()], self._environment.rng())
+        indices = [networks.index(id) for id in self._network_ids()]
+        return decide(query, indices, self._environment.rng(), self._links)
 
     def is_loaded(self, virtual: Services) -> bool:
         """Whether the rules of these services' virtual addresses are in the namespace."""

@@ -14,6 +14,7 @@
                    exec/<exec id>/          the same for an exec
                    parts/<n>                where parts of volumes are mounted while runc starts
                    shm/                     its /dev/shm, if other containers may share it
+                   api/                     its own socket of the Engine API, if it mounts that
 ```
 
 What only a running container needs lies in the run directory, which a reboot empties and which is memory: of the 33
@@ -28,6 +29,7 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +38,13 @@ import structlog
 
 from skep.aio.failures import log_error
 from skep.aio.trees import remove_tree
-from skep.engine import apparmor, devices, overlay, records, spec
+from skep.engine import api_sockets, apparmor, devices, image_mounts, overlay, records, spec
+from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
 from skep.engine.machine import other_container
+from skep.engine.mounts import check_propagation
 from skep.engine.users import identity
 from skep.engine.volumes import Part
 from skep.errors import Unavailable
@@ -88,12 +92,19 @@ class Bundles:
     """The directories of all containers of this node."""
 
     def __init__(
-        self, directory: Path, run: Path, cgroups: Cgroups, capacity: Capacity, resolver: Path
+        self,
+        directory: Path,
+        run: Path,
+        cgroups: Cgroups,
+        capacity: Capacity,
+        resolver: Path,
+        apis: ApiSockets = api_sockets.NONE,
     ) -> None:
         """``directory`` and ``run``: where containers have their directories, on disk and until a reboot.
 
         ``resolver``: the node's /etc/resolv.conf, copied to containers that name no name servers.
         """
+        self.apis = apis
         self._directory = directory
         self._run = run
         self._cgroups = cgroups
@@ -128,6 +139,14 @@ class Bundles:
     def shm(self, id: ContainerId) -> Path:
         """The /dev/shm of a container whose IPC namespace is shareable; mounted while it may run."""
         return self.bundle(id) / "shm"
+
+    def api(self, id: ContainerId) -> Path:
+        """The directory of its own socket of the Engine API."""
+        return self.bundle(id) / "api"
+
+    def _images(self, id: ContainerId) -> Path:
+        """Where images that the container mounts are mounted, while it may run."""
+        return self.bundle(id) / "images"
 
     def log(self, id: ContainerId) -> Path:
         """The file conmon writes to at present; older ones have ``.1``, ``.2``, ... behind."""
@@ -185,19 +204,23 @@ class Bundles:
         ``shared``: what it shares of other containers.  Gives warnings: limits of the configuration that this node
         could not set.
         Raises: OSError; InvalidArgument: unknown user, invalid capability, ...; FailedPrecondition: this node cannot
-        confine it, or a device is missing.
+        confine it, a device is missing, or a mount is not passed on.
         """
         config = container.config
         self._confine(config)
+        check_propagation(config.mounts)
         found = devices.look_up(config.machine, self._capacity.cdi_directories)
         with self._mounts:
             self._mount(container)
+            image_mounts.mount_all(
+                config.mounts, self._images(container.id), self.path(container.id) / "images"
+            )
             self._to_release.discard(container.id)
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
         user = identity(self.rootfs(container.id), config.user, config.groups)
         built = spec.build(
-            self._with_parts(container),
+            self._with_api(self._with_parts(container)),
             user,
             self._capacity,
             rootfs=str(self.rootfs(container.id)),
@@ -206,20 +229,44 @@ class Bundles:
             devices=found,
             shared=shared,
         )
-        (self.bundle(container.id) / "config.json").write_bytes(msgspec.json.encode(built.specification))
+        self._specification(container.id).write_bytes(msgspec.json.encode(built.specification))
         for warning in built.warnings:
             log.warning("limit of this node", container=container.name, warning=warning)
         return built.warnings
 
+    def forget_environment(self, id: ContainerId, entries: Sequence[str]) -> None:
+        """Take variables out of what runc has read: a tmpfs can be swapped out, and a bundle outlives its process."""
+        path = self._specification(id)
+        with suppress(FileNotFoundError):
+            specification = msgspec.json.decode(path.read_bytes())
+            process = specification["process"]
+            process["env"] = [entry for entry in process["env"] if entry not in entries]
+            path.write_bytes(msgspec.json.encode(specification))
+
+    def _specification(self, id: ContainerId) -> Path:
+        return self.bundle(id) / "config.json"
+
     def _with_parts(self, container: Container) -> Container:
-        targets = iter(self.parts(container))
+        """Parts of volumes, and images, by the paths at which this node has them."""
+        targets, images = iter(self.parts(container)), self._images(container.id)
         mounts = tuple(
-            msgspec.structs.replace(point, source=str(next(targets).target)) if point.subpath else point
-            for point in container.config.mounts
+            msgspec.structs.replace(point, source=str(next(targets).target))
+            if point.subpath
+            else (image_mounts.placed(point, number, images) if point.type == "image" else point)
+            for number, point in enumerate(container.config.mounts)
         )
         return msgspec.structs.replace(
             container, config=msgspec.structs.replace(container.config, mounts=mounts)
         )
+
+    def _with_api(self, container: Container) -> Container:
+        """A socket of its own in place of the API's."""
+        own = self.api(container.id)
+        given = self.apis.give(container.config.mounts, own)
+        if given.has_socket:
+            self.apis.open(container, own)
+        config = msgspec.structs.replace(container.config, mounts=given.mounts)
+        return msgspec.structs.replace(container, config=config)
 
     def prepare_exec(self, container: Container, exec_id: str, exec: ExecConfig) -> Path:
         """Directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
@@ -244,6 +291,8 @@ class Bundles:
                 self._to_release.add(id)
             else:
                 syscalls.unmount_if_mounted(self.rootfs(id))
+        self.apis.close(id)
+        image_mounts.unmount_all(self._images(id))
         if self.shm(id).is_dir():
             syscalls.unmount_if_mounted(self.shm(id))
 
@@ -288,7 +337,9 @@ class Bundles:
         The record is removed last, so that an interrupted removal is continued.
         Raises: OSError: something of them is left, the record too.
         """
+        self.apis.close(id)
         await asyncio.to_thread(syscalls.unmount_if_mounted, self.rootfs(id))
+        await asyncio.to_thread(image_mounts.unmount_all, self._images(id))
         await remove_tree(self.bundle(id))
         await remove_tree(self.path(id), keep=records.NAME)
 
@@ -303,7 +354,7 @@ class Bundles:
         for inside, status in walk(upper):
             if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
                 found.append((2, f"/{inside}"))
-            elif any(os.path.lexists(layer / inside) for layer in lower):
+            elif any(_has(layer, inside) for layer in lower):
                 found.append((0, f"/{inside}"))
             else:
                 found.append((1, f"/{inside}"))
@@ -346,7 +397,10 @@ class Bundles:
         config, sandbox, path = container.config, container.sandbox, self.path(container.id)
         taken = {point.destination for point in config.mounts}
         if container.mode is NetworkMode.CONTAINER:  # those of the container whose network it has
-            path = self.path(ContainerId(other_container(container.network_mode)))
+            other = self.path(ContainerId(other_container(container.network_mode)))
+            for name in _NAMES:  # links, as a third container may share this one's
+                (path / name).unlink(missing_ok=True)
+                (path / name).symlink_to(other / name)
             return [_file(path, name) for name in _NAMES if f"/etc/{name}" not in taken]
         addresses = sandbox.own_addresses if sandbox is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
@@ -375,3 +429,18 @@ class Bundles:
 
 def _file(path: Path, name: str) -> MountPoint:
     return MountPoint(type="bind", source=str(path / name), destination=f"/etc/{name}", internal=True)
+
+
+def _has(layer: Path, inside: str) -> bool:
+    """Whether a layer has a path of its own: a link in it is no directory of it, and may lead out of it."""
+    *parents, name = inside.split("/")
+    directory = layer
+    try:
+        for parent in parents:
+            directory /= parent
+            if not stat.S_ISDIR(directory.lstat().st_mode):
+                return False
+        (directory / name).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

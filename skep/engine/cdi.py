@@ -7,13 +7,14 @@ update replaces them.  The files are root's, like the runtime itself: their hook
 Source: cncf-tags/container-device-interface, SPEC.md (0.8), pkg/cdi; moby, daemon/cdi.go.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import structlog
+import yaml
 
 from skep.engine.machine import DeviceRequest
 from skep.errors import FailedPrecondition, InvalidArgument
@@ -25,6 +26,8 @@ DIRECTORIES: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
 """Those of the specification, in the order of their priority: later files prevail."""
 _FILE_BYTES_MAX = 1 << 20
 _FILES_MAX = 256
+_DEPTH_MAX = 64
+"""Of lists and mappings in each other."""
 _HOOKS = frozenset(
     {"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"}
 )
@@ -95,18 +98,29 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     shared: Edits
 
 
-def described(directories: Iterable[Path] = DIRECTORIES) -> Mapping[str, Described]:
-    """Every device of this machine's descriptions, by name.  A file that cannot be read is logged, and is not there."""
+def described(
+    directories: Iterable[Path] = DIRECTORIES, failed: Callable[[OSError], None] = lambda _: None
+) -> Mapping[str, Described]:
+    """Every device of this machine's descriptions, by name.  A file that cannot be read is logged, and is not there.
+
+    Args:
+        failed: called for each file or directory that may be readable a moment later.
+    """
     found: dict[str, Described] = {}
     for directory in directories:
         try:
             files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".yaml", ".yml"))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            failed(error)
             continue
         for path in files[:_FILES_MAX]:
             try:
                 content = _read(path)
             except (OSError, ValueError, msgspec.MsgspecError) as error:
+                if isinstance(error, OSError):
+                    failed(error)
                 _report_unread(str(path), str(error))
                 continue
             for device in content.devices:
@@ -187,11 +201,37 @@ def oci_hooks(hooks: Iterable[Hook]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _parsed(path: Path) -> Any:
+    """JSON, or YAML without aliases: a few lines of these stand for gigabytes.
+
+    Raises: OSError; ValueError; msgspec.MsgspecError.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        return msgspec.json.decode(content)
+    try:
+        depth = 0
+        for event in yaml.parse(content, yaml.CSafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _DEPTH_MAX:
+                raise ValueError("aliases are not supported" if depth <= _DEPTH_MAX else "it is too deep")
+        return yaml.load(content, yaml.CSafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _read(path: Path) -> _File:
     """Raises: OSError; ValueError; msgspec.MsgspecError."""
-    if path.stat().st_size > _FILE_BYTES_MAX:
+    status = path.stat()
+    if status.st_size > _FILE_BYTES_MAX:
         raise ValueError(f"larger than {_FILE_BYTES_MAX} bytes")
-    content = msgspec.json.decode(path.read_bytes(), type=_File)
+    return _read_as_of(path, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(_FILES_MAX)
+def _read_as_of(path: Path, _inode: int, _mtime_ns: int, _ctime_ns: int) -> _File:
+    """The same, once for each change of the file: nodes look at all descriptions every few seconds."""
+    content = msgspec.convert(_parsed(path), _File)
     for edits in (content.container_edits, *(one.container_edits for one in content.devices)):
         unknown = {hook.hook_name for hook in edits.hooks} - _HOOKS
         if unknown:

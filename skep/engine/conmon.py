@@ -84,11 +84,12 @@ class Conmons:
 
     @asynccontextmanager
     async def started(
-        self, arguments: Sequence[str], directory: Path, *, attach: bool
+        self, arguments: Sequence[str], directory: Path, *, attach: bool, inherited: Sequence[int] = ()
     ) -> AsyncIterator[Pipes]:
         """A conmon waiting for its start byte.  Not to be cancelled before it has responded.
 
-        ``directory``: where it works, and leaves a file ``oom`` when the kernel killed for memory.
+        ``directory``: where it works, and leaves a file ``oom`` when the kernel killed for memory; ``inherited``:
+        descriptors that it keeps until the container ends.
         Raises: Unavailable: it did not respond in time.
         """
         responses, conmon_responses = os.pipe()
@@ -107,7 +108,8 @@ class Conmons:
             if attach:
                 environment["_OCI_ATTACHPIPE"] = str(conmon_ready)
             try:
-                process = await self._on_thread(_spawn, arguments, environment, theirs, directory)
+                given = (*theirs, *inherited)
+                process = await self._on_thread(_spawn, arguments, environment, given, directory)
                 self._cgroups.join_monitors(process.pid)
             finally:
                 for descriptor in theirs:

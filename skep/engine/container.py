@@ -15,6 +15,7 @@ from skep.engine.machine import MachineOptions
 from skep.errors import AlreadyExists
 from skep.model.container import HealthConfig, Mount, Ulimit
 from skep.model.ids import ContainerId
+from skep.model.rights import ApiAccess
 from skep.model.sandbox import EndpointConfig, EndpointRequest, NetworkMode, PublishedPort, Sandbox
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
@@ -88,6 +89,8 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     """A volume made for this container alone, and removed with it."""
     subpath: str = ""
     """What is mounted of the volume, relative to it; empty: all of it."""
+    layers: tuple[str, ...] = ()
+    """Of an image that is mounted, whose id is ``name``: directories of its files, top first."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +100,12 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
     options: Mapping[str, str] = {}
     max_size_bytes: int = 0
     max_files: int = 1
+    compress: bool = False
+    """Files that are not written to any more."""
+    is_readable: bool = True
+    """Whether ``docker logs`` shows it; False: its user has disabled the cache, or it is not kept at all."""
+    attributes: Mapping[str, str] | None = None
+    """What the options add to each line; None: a version before these wrote the record."""
 
 
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +159,8 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     exposed_ports: tuple[str, ...] = ()
     machine: MachineOptions = MachineOptions()
     """What it is given of the machine, as its user asked for it."""
+    api: ApiAccess = ApiAccess.READ
+    """What it may call on the Engine API, if it mounts the socket."""
     binds: tuple[str, ...] = ()
     """``HostConfig.Binds`` of the request; it and the next two are kept to be shown."""
     requested_mounts: tuple[Mount, ...] | None = None
@@ -175,6 +186,8 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
     """With ``NETWORKS``, in the order of its interfaces."""
     network_mode: str = "default"
     """As the user gave it."""
+    mac_address: str = ""
+    """On the node's bridge; empty: any."""
     restart: RestartPolicy = RestartPolicy()
     auto_remove: bool = False
     restarts: int = 0
@@ -187,6 +200,8 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
     """As the user gave them."""
     attached: tuple[str, ...] = ()
     """Streams that the client attached when it was created: stdin, stdout, stderr."""
+    is_step: bool = False
+    """Of a build: it is removed by its build, or by the next process if that of the build has ended."""
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):
@@ -320,7 +335,7 @@ class Exec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something happened to a container (``docker events``).
+    """Something happened to a container, or to another object of the engine (``docker events``).
 
     ``action``: create, start, die, oom, kill, stop, pause, unpause, attach, resize, ``exec_create: <command>``,
     ``exec_start: <command>``, exec_die, ``health_status: <status>``, update, destroy.  ``attributes``: Docker's
@@ -329,8 +344,10 @@ class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     action: str
     container_id: ContainerId
+    """Of a volume: its name."""
     time_ns: int
     attributes: Mapping[str, str] = {}
+    type: str = "container"
 
 
 class Top(NamedTuple):

@@ -8,11 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from skep.api.gosyntax import BOOLEANS, parse_size
+from msgspec.structs import replace
+
+from skep.api.gosyntax import BOOLEANS
 from skep.engine import apparmor, health, machine
-from skep.engine.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
+from skep.engine.container import ContainerConfig, PlainOptions, RestartPolicy
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.limits import nano_cpus_of
+from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.machine import MachineOptions
 from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, TaskOptions, refused
 from skep.engine.signals import signal_number
@@ -21,6 +24,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from skep.model.addresses import parsed
 from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
 from skep.model.meta import Driver
+from skep.model.rights import api_access
 from skep.model.sandbox import EndpointRequest, NetworkMode, PublishedPort
 from skep.model.service import PublishMode
 from skep.model.times import SECOND_NS
@@ -31,12 +35,12 @@ MEMORY_BYTES_MIN = 6 << 20
 """What a process needs to start at all: moby's linuxMinMemory."""
 NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empty'
 
+_MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(-[0-9A-Fa-f]{2}){5}")
+_LINK = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*(:[a-zA-Z0-9][a-zA-Z0-9_.-]*)?")
 _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 _IGNORED_BIND_OPTIONS = frozenset({"", "rw", "z", "Z", "consistent", "cached", "delegated"})
 _HOST_GATEWAY = "host-gateway"
-LOG_DRIVERS = ("json-file", "local")
-"""Those that keep what a container writes; ``none`` is there everywhere."""
 
 
 class NodeDefaults(NamedTuple):
@@ -47,6 +51,8 @@ class NodeDefaults(NamedTuple):
     """The node's address for its containers; empty: there is none."""
     log: Driver
     """Log driver of containers that name none."""
+    log_drivers: Mapping[str, Check] = {}
+    """Drivers that send elsewhere, each with what refuses its options."""
 
 
 def plain_options(request: CreateRequest) -> PlainOptions:
@@ -58,6 +64,7 @@ def plain_options(request: CreateRequest) -> PlainOptions:
     if host.auto_remove and restart.name != "no":
         raise InvalidArgument("can't create 'AutoRemove' container with restart policy")
     mode, networks = _networks(request)
+    mac_address = _mac_address(request)
     streams = {
         "stdin": request.attach_stdin,
         "stdout": request.attach_stdout,
@@ -67,6 +74,7 @@ def plain_options(request: CreateRequest) -> PlainOptions:
         mode=mode,
         networks=networks,
         network_mode=host.network_mode or "default",
+        mac_address=mac_address if mode is NetworkMode.BRIDGE else "",
         restart=restart,
         auto_remove=host.auto_remove,
         security_options=host.security_opt,
@@ -96,11 +104,42 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
                 raise InvalidArgument(
                     "network-scoped alias is supported only for containers in user defined networks"
                 )
+            if request.host_config.links or any(one.links for one in endpoints.values()):
+                raise refused("--link on a network that containers have no names on")
             if others and kind is not NetworkMode.BRIDGE:
                 raise InvalidArgument("conflicting options: host and none networks stand alone")
         case _:
-            kind, others = NetworkMode.NETWORKS, {mode: endpoints.get(mode, EndpointSettings()), **endpoints}
+            own = endpoints.get(mode, EndpointSettings())
+            links = dict.fromkeys((*own.links, *request.host_config.links))
+            main = replace(own, mac_address=own.mac_address or request.mac_address, links=tuple(links))
+            rest = {name: one for name, one in endpoints.items() if name != mode}
+            kind, others = NetworkMode.NETWORKS, {mode: main, **rest}
     return kind, tuple(endpoint_request(name, one) for name, one in others.items())
+
+
+def _mac_address(request: CreateRequest) -> str:
+    """Of a container on the node's bridge.  Raises: InvalidArgument: none, or two."""
+    mode, endpoints = request.host_config.network_mode, request.networking_config.endpoints_config
+    names = ("default", "bridge", "") if mode in ("", "default", "bridge") else (mode,)
+    own = next((one for name in names if (one := endpoints.get(name)) is not None), EndpointSettings())
+    if own.mac_address and request.mac_address not in ("", own.mac_address):
+        raise InvalidArgument(
+            "the container-wide MAC address must match the endpoint-specific MAC address for the main network, "
+            "or be left empty"
+        )
+    return _checked_mac(own.mac_address or request.mac_address)
+
+
+def _checked_mac(text: str) -> str:
+    """Raises: InvalidArgument: an interface cannot have it."""
+    if not text:
+        return ""
+    if not _MAC.fullmatch(text):
+        raise InvalidArgument(f"address {text[:64]}: invalid MAC address")
+    found = text.lower().replace("-", ":")
+    if int(found[:2], 16) & 1 or not found.strip("0:"):
+        raise InvalidArgument(f"address {text}: a container's is the address of one interface")
+    return found
 
 
 def _check_shared(request: CreateRequest) -> None:
@@ -110,8 +149,16 @@ def _check_shared(request: CreateRequest) -> None:
     """
     host = request.host_config
     if host.network_mode == "container:":
-        raise InvalidArgument("invalid container format container:<name|id>")
-    if machine.other_container(host.network_mode):
+        raise InvalidArgument("Invalid network mode: invalid container format container:<name|id>")
+    is_shared = bool(machine.other_container(host.network_mode))
+    if host.links and (is_shared or host.network_mode == "host"):
+        kind = "container type network" if is_shared else "host type networking"
+        raise InvalidArgument(
+            f"conflicting options: {kind} can't be used with links. This would result in undefined behavior"
+        )
+    if request.mac_address and (is_shared or host.network_mode in ("host", "none")):
+        raise InvalidArgument("conflicting options: mac-address and the network mode")
+    if is_shared:
         for is_given, what in (
             (request.hostname, "hostname and the network mode"),
             (host.dns, "dns and the network mode"),
@@ -137,15 +184,22 @@ def volumes_from(text: str) -> tuple[str, bool]:
     if not name:
         raise InvalidArgument(f"malformed volumes-from specification: {text}")
     if mode not in ("", "ro", "rw", "z", "Z"):
-        raise InvalidArgument(f"invalid mode for volumes-from: {mode}")
+        raise InvalidArgument(f"invalid mode: {mode}")
     return name, mode == "ro"
 
 
 def endpoint_request(network: str, settings: EndpointSettings) -> EndpointRequest:
-    """One network of a plain container."""
+    """One network of a plain container.  Raises: InvalidArgument."""
     ipam = settings.ipam_config
+    for link in settings.links:
+        if not _LINK.fullmatch(link):
+            raise InvalidArgument(f"bad format for links: {link[:256]}")
     return EndpointRequest(
-        network=network, aliases=settings.aliases, address=ipam.ipv4_address if ipam is not None else ""
+        network=network,
+        aliases=settings.aliases,
+        address=ipam.ipv4_address if ipam is not None else "",
+        mac_address=_checked_mac(settings.mac_address),
+        links=settings.links,
     )
 
 
@@ -190,8 +244,7 @@ def container_config(
 ) -> ContainerConfig:
     """The container's configuration; its mounts are the task's files alone.
 
-    ``task``: None for a plain container.
-    Raises: InvalidArgument, Unimplemented, FailedPrecondition.
+    ``task``: None for a plain container.  Raises: InvalidArgument, Unimplemented, FailedPrecondition.
     """
     host = request.host_config
     entrypoint, command = invocation(request, image)
@@ -237,19 +290,20 @@ def container_config(
         ports=() if is_on_host else (*task.ports, *_ports(request, exposed)),
         endpoints=task.endpoints,
         machine=machine_options(host),
+        api=api_access(request.labels),  # an image's labels count for nothing
         is_on_host=is_on_host,
         exposed_ports=tuple(sorted(exposed)),
         binds=host.binds,
         requested_mounts=host.mounts,
         tmpfs=host.tmpfs,
         healthcheck=health.merged(request.healthcheck, image.healthcheck),
-        log=log_config(_log_driver(host, node)),
+        log=log_config(_log_driver(host, node), node.log_drivers),
     )
 
 
 def _log_driver(host: HostConfig, node: NodeDefaults) -> Driver:
     given = host.log_config
-    return Driver(name=given.type, options=given.config) if given.type else node.log
+    return with_defaults(Driver(name=given.type, options=given.config), node.log)
 
 
 def machine_options(host: HostConfig) -> MachineOptions:
@@ -470,23 +524,4 @@ def _bind(text: str) -> Mount:
         target=target,
         read_only="ro" in options,
         volume_options=VolumeOptions(no_copy="nocopy" in options),
-    )
-
-
-def log_config(driver: Driver) -> LogConfig:
-    """Raises: InvalidArgument: no such driver here, or an option that cannot be."""
-    if driver.name not in ("", "none", *LOG_DRIVERS):
-        raise InvalidArgument(f"logger: no log driver named '{driver.name}' is registered")
-    try:
-        max_files = int(driver.options.get("max-file", "1"))
-    except ValueError:
-        raise InvalidArgument(f"invalid value for max-file: {driver.options['max-file']}") from None
-    if max_files < 1:
-        raise InvalidArgument("max-file cannot be less than 1")
-    max_size = driver.options.get("max-size", "-1")
-    return LogConfig(
-        type=driver.name or "json-file",
-        options=driver.options,
-        max_size_bytes=0 if max_size.startswith("-") else parse_size(max_size),
-        max_files=max_files,
     )

@@ -8,14 +8,18 @@ opencontainers/runc, libcontainer/devices/device_unix.go (HostDevices).
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
 from skep.engine import cdi
 from skep.engine.machine import DeviceMapping, MachineOptions
 from skep.errors import FailedPrecondition
+
+Failed: TypeAlias = Callable[[OSError], None]
+"""Called for what cannot be read at the moment, which says nothing about what it has."""
 
 DEV = Path("/dev")
 _NOT_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"})
@@ -75,18 +79,36 @@ def machine_devices(dev: Path = DEV) -> Iterator[DeviceNode]:
                 yield node
 
 
-def device_paths(dev: Path = DEV) -> Iterator[str]:
+def device_directories(dev: Path, failed: Failed) -> Iterator[str]:
+    """The directories that ``device_paths`` looks into: a device that comes or goes changes the time of one."""
+    for directory, _ in _walk(dev, failed):
+        yield directory
+
+
+def device_paths(dev: Path, failed: Failed) -> Iterator[str]:
     """The paths of the machine's devices, names by which links show them included (``/dev/serial/by-id/...``)."""
-    for directory, names, files in os.walk(dev):
-        names[:] = sorted(name for name in names if name not in _NOT_DEVICES)
+    for directory, files in _walk(dev, failed):
         for name in sorted(files):
             path = os.path.join(directory, name)
             try:
                 mode = os.stat(path).st_mode
-            except OSError:
+            except FileNotFoundError:  # it went away, or is a link that leads nowhere
+                continue
+            except OSError as error:
+                failed(error)
                 continue
             if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
                 yield path
+
+
+def _walk(dev: Path, failed: Failed) -> Iterator[tuple[str, list[str]]]:
+    def note(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it went away
+            failed(error)
+
+    for directory, names, files in os.walk(dev, onerror=note):
+        names[:] = sorted(name for name in names if name not in _NOT_DEVICES)
+        yield directory, files
 
 
 def device_at(path: Path, shown: str = "", access: str = "rwm") -> DeviceNode | None:

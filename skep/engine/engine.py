@@ -24,6 +24,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -31,7 +32,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
-from skep.engine import create, logs, sharing, top
+from skep.engine import create, image_mounts, logs, sharing, top
 from skep.engine.attachment import Attachment, attach
 from skep.engine.container import (
     Container,
@@ -50,6 +51,9 @@ from skep.engine.files import Files
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
+from skep.engine.log_drivers.drivers import sending_drivers
+from skep.engine.log_drivers.facts import with_attributes, with_tag
+from skep.engine.log_forwarding import LogForwarding
 from skep.engine.networking import Networking, sandbox_config
 from skep.engine.request import CreateRequest, TaskOptions
 from skep.engine.restart import RestartMonitor
@@ -138,6 +142,7 @@ class Engine:
         self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
+        self.log_forwarding = LogForwarding(self.bundles, config.hostname, self.events, self.list)
         self._restarts = RestartMonitor(self, clock)
 
     @asynccontextmanager
@@ -149,6 +154,14 @@ class Engine:
         async with self._lifecycle.running():
             rotating = retry(self.log_rotation.run, "log rotation ended", clock=self._clock)
             self._lifecycle.spawn(rotating, name="log-rotation")
+            forwarding = retry(self.log_forwarding.run, "logs not sent", clock=self._clock)
+            self._lifecycle.spawn(forwarding, name="log-forwarding")
+            for container in self.plain_containers():
+                if container.plain is not None and container.plain.is_step:
+                    remove = partial(self.remove, container.id, force=True, with_volumes=True)
+                    event = "container of an interrupted build not removed"
+                    removing = retry(remove, event, clock=self._clock, passes=(NotFound,))
+                    self._lifecycle.spawn(removing, name=f"remove-{container.id[:12]}")
             yield
 
     async def run_restart_policies(self) -> None:
@@ -207,23 +220,17 @@ class Engine:
         return await top.processes(self._cgroups.pids(container.id), ps_args or "-ef")
 
     async def stats(self, word: str) -> Stats:
-        """One sample of what the container uses; zeros when it does not run.  Raises: NotFound."""
+        """One sample of what the container uses; zeros when it does not run.  Raises: NotFound; Unavailable."""
         container = self.get(word)
         return await asyncio.to_thread(sample, container, self._cgroups, self._clock.now_ns())
 
     def logs(self, word: str, filter: LogFilter) -> AsyncGenerator[LogEntry, None]:
-        """Its output, oldest first; with ``follow`` until it has ended.  Raises: NotFound, at once."""
-        id = self.get(word).id
+        """Its output, oldest first; with ``follow`` until it has ended.  Raises at once: NotFound, Unimplemented."""
+        return logs.singly(self.log_batches(word, filter))
 
-        def has_ended() -> bool:
-            present = self._store.lookup(id)
-            return present is None or (present.was_started and not present.is_running)
-
-        async def wait_ended() -> None:
-            while not has_ended():
-                await self._store.wait_changed(id)
-
-        return logs.read(self.bundles.log(id), filter, has_ended=has_ended, wait_ended=wait_ended)
+    def log_batches(self, word: str, filter: LogFilter) -> AsyncGenerator[Sequence[LogEntry], None]:
+        """The same, some entries at a time."""
+        return logs.of_container(self.get(word), filter, self.bundles, self._store)
 
     def changes(self, word: str) -> Sequence[tuple[int, str]]:
         """Paths that differ from the image, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""
@@ -256,6 +263,7 @@ class Engine:
         name: str = "",
         task: TaskOptions | None = None,
         image: Image | None = None,
+        is_step: bool = False,
     ) -> Container:
         """Create a container that is not started.
 
@@ -263,31 +271,35 @@ class Engine:
             name: empty: one is made up.
             task: what a task has beside the request; None: a plain container.
             image: the image of the request; None: it is looked up.
+            is_step: of a build; see ``PlainOptions``.
 
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; InvalidArgument; Unimplemented;
         SkepError: something of the request cannot be had.
         """
         chosen = _checked_name(name) if name else self._free_name()
-        request = sharing.with_ids(request, self._store.get)
+        request = sharing.with_ids(request, chosen, self._store.get)
         plain = create.plain_options(request) if task is None else None
+        if plain is not None and is_step:
+            plain = msgspec.structs.replace(plain, is_step=True)
         self._store.check_free(chosen)  # before any volume is made
         image = image or self.images.get(request.image)
         defaults = image.config.defaults
         mounts = create.mounts(request)
         labels = create.labels(request, defaults, task)
-        config = create.container_config(
-            request,
-            defaults,
-            task,
-            create.NodeDefaults(self._config.hostname, self._network.host_gateway, self._config.log_default),
+        node = create.NodeDefaults(
+            self._config.hostname, self._network.host_gateway, self._config.log_default, sending_drivers()
         )
+        config = create.container_config(request, defaults, task, node)
         config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
         own = {mount.target for mount in mounts}
         inherited = sharing.inherited_mounts(request.host_config.volumes_from, own, self._store.get)
-        of_image = set(defaults.volumes or ()) - {point.destination for point in inherited}
-        points = self.volumes.mount_points(mounts, of_image)
+        pictures = image_mounts.image_points(self.images, mounts)
+        of_image = set(defaults.volumes or ()) - {point.destination for point in (*inherited, *pictures)}
+        await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
+        await self.volumes.create_of_plugins(mounts)
+        points = pictures + self.volumes.mount_points(image_mounts.others(mounts), of_image)
         try:
-            async with self.images.pinned(image.chain):
+            async with self.images.pinned((*image.chain, *image_mounts.chains(self.images, pictures))):
                 container = await self.add(
                     NewContainer(
                         name=chosen,
@@ -324,7 +336,7 @@ class Engine:
         Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of it cannot be had.
         """
         id = self._config.new_id()
-        config = new.config
+        config = await with_attributes(new.config, new.labels)
         if not config.hostname:  # Docker's: the short id
             config = msgspec.structs.replace(config, hostname=id[:12])
         container = Container(
@@ -338,6 +350,7 @@ class Engine:
             created_at=timestamp(self._clock.now_ns()),
             plain=new.plain,
         )
+        container = with_tag(container, self._config.hostname)
         self._store.add(container)
         container = await self._lifecycle.prepare(container)
         self.events.publish("create", container)
@@ -352,21 +365,25 @@ class Engine:
 
     # --- start and stop -----------------------------------------------------------------------------------------
 
-    async def start(self, word: str) -> Container:
+    async def start(self, word: str, *, secret_env: tuple[str, ...] = ()) -> Container:
         """Start it for its user; return when runc has let its command begin.  Nothing happens when it runs already.
 
         Resets the count of restarts.  A container with ``--rm`` that cannot be started is removed.
+
+        Args:
+            secret_env: further variables (``NAME=value``) for this run; they are in no record.
+
         Raises: NotFound; StartError: the runtime refused, with its words; the exit code is in the record too.
         """
         container = self.get(word)
         if container.plain is None:
-            return await self._lifecycle.start(container.id)
+            return await self._lifecycle.start(container.id, secret_env)
         self._restarts.reset(container.id)
         plain = msgspec.structs.replace(container.plain, is_stopped=False, restarts=0)
         self._store.change(container.id, plain=plain)
         try:
             async with self._network_locks[container.id]:
-                return await self._lifecycle.start(container.id)
+                return await self._lifecycle.start(container.id, secret_env)
         except SkepError:
             if plain.auto_remove:
                 await self.remove(container.id, force=True, with_volumes=True)
@@ -556,6 +573,8 @@ class Engine:
         Raises: NotFound; StillRunning: it runs and ``force`` was not given.
         """
         container = self.get(word)
+        if force or not container.is_running:
+            await self.log_forwarding.hold(container)
         await self._lifecycle.remove(container.id, force=force)
         self._restarts.reset(container.id)
         self._network_locks.pop(container.id, None)

@@ -1,4 +1,4 @@
-"""Events of the node's containers (``docker events``).
+"""Events of the node's containers and volumes (``docker events``).
 
 The last events are kept in memory, as the engine does (256), so that ``--since`` finds the recent past.
 """
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from skep.aio.clock import Clock
 from skep.engine.container import Container, ContainerEvent
 from skep.errors import ResourceExhausted
+from skep.model.ids import ContainerId
 
 RECENT_MAX = 256
 PENDING_MAX = 4096
@@ -46,7 +47,7 @@ class Subscription:
 
 
 class Events:
-    """The node's container events."""
+    """The events of the node's containers and volumes."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -55,12 +56,45 @@ class Events:
 
     def publish(self, action: str, container: Container, **attributes: str) -> None:
         """Give an event of ``container`` to all subscribers; Docker's attributes are filled in."""
-        event = ContainerEvent(
-            action=action,
-            container_id=container.id,
-            time_ns=self._clock.now_ns(),
-            attributes={**attributes_of(container), **attributes},
+        self._publish(
+            ContainerEvent(
+                action=action,
+                container_id=container.id,
+                time_ns=self._clock.now_ns(),
+                attributes={**attributes_of(container), **attributes},
+            )
         )
+
+    def publish_volume(self, action: str, name: str, attributes: Mapping[str, str]) -> None:
+        """Give an event of a volume to all subscribers."""
+        self._publish(
+            ContainerEvent(
+                action=action,
+                container_id=ContainerId(name),
+                time_ns=self._clock.now_ns(),
+                attributes=attributes,
+                type="volume",
+            )
+        )
+
+    def publish_mounts(self, action: str, container: Container) -> None:
+        """Give an event of each volume that ``container`` has: ``mount`` or ``unmount``.
+
+        Source: moby 20.10, daemon/volumes_unix.go (setupMounts), container/container_unix.go (UnmountVolumes).
+        """
+        for point in container.config.mounts:
+            if point.type != "volume" or not point.name:
+                continue
+            attributes = {"driver": point.driver or "local", "container": container.id}
+            if action == "mount":
+                attributes |= {
+                    "destination": point.destination,
+                    "read/write": str(not point.read_only).lower(),
+                    "propagation": point.propagation,
+                }
+            self.publish_volume(action, point.name, attributes)
+
+    def _publish(self, event: ContainerEvent) -> None:
         self._recent.append(event)
         for subscription in self._subscriptions:
             subscription.offer(event)

@@ -7,6 +7,7 @@ is kept in memory only, as in Docker, until its container is removed or this pro
 import asyncio
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -105,6 +106,10 @@ class Execs:
                 )
         except BaseException as error:
             self._finish(exec_id, error.exit_code if isinstance(error, StartError) else 126)
+            # Health checks fail again and again; the container's other files stay for as long as it does.
+            failed = self._bundles.exec_path(container.id, exec_id)
+            with suppress(RuntimeError):  # this process ends: it goes with the container
+                self._spawn(discard_tree(failed), name=f"failed exec {exec_id[:12]}")
             raise
         try:
             self._execs[exec_id] = msgspec.structs.replace(self.get(exec_id), pid=started.pid)

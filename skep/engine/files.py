@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -88,17 +89,28 @@ class Files:
 
         Raises: as ``status``.
         """
+        container = self._find(word)
         async with self._worker(word, "read", path) as worker:
             async with _deadline(_LOOK_DEADLINE_S):
                 status = _status(await worker.line())
-            self._events.publish("archive-path", worker.container)
+            self._events.publish("archive-path", container)
             yield status, worker.pieces()
 
     @asynccontextmanager
     async def export(self, word: str) -> AsyncIterator[AsyncIterator[bytes]]:
         """The whole root file system as an archive in pieces, without volumes."""
+        container = self._find(word)
         async with self._worker(word, "export", "/") as worker:
-            self._events.publish("export", worker.container)
+            self._events.publish("export", container)
+            yield worker.pieces()
+
+    @asynccontextmanager
+    async def archive(self, root: Path) -> AsyncIterator[AsyncIterator[bytes]]:
+        """A tree that is no container's, as a mounted image, as an archive in pieces."""
+        async with (
+            self._places,
+            self._started(self._settings(root, "export", "/"), "/", "the tree") as worker,
+        ):
             yield worker.pieces()
 
     async def write(self, word: str, target: ArchiveTarget, archive: AsyncIterable[bytes]) -> None:
@@ -107,11 +119,12 @@ class Files:
         Raises: NotFound: there is no such directory; ResourceExhausted; Untranslated: it cannot be done, in Docker's
         words (read-only, no directory, no archive).
         """
+        container = self._find(word)
         async with self._worker(word, "write", target.path, target) as worker:
             await worker.feed(archive)
             async with _deadline(self._images.limits.unpack_s):
                 await worker.line()
-            self._events.publish("extract-to-dir", worker.container)
+            self._events.publish("extract-to-dir", container)
 
     @asynccontextmanager
     async def _worker(
@@ -119,15 +132,9 @@ class Files:
     ) -> AsyncIterator["_Worker"]:
         container = self._find(word)
         async with self._places, self._mounted(container.id) as (root, binds):
-            settings = files_worker.Settings(
-                root=str(root),
-                action=action,
-                path=path,
-                binds=[] if action == "export" else list(binds),
-                bytes_max=self._images.limits.archive_bytes_max,
-                entries_max=self._images.limits.entries_max,
-                spare_bytes=self._images.limits.spare_on(root),
-            )
+            settings = self._settings(root, action, path)
+            if action != "export":
+                settings.binds = list(binds)
             if target is not None:
                 settings.keeps_kinds = target.keeps_kinds
                 settings.volumes = [(one.target, one.read_only) for one in binds]
@@ -135,36 +142,51 @@ class Files:
                 if target.as_user and container.config.user:
                     user = await asyncio.to_thread(identity, root, container.config.user)
                     settings.owner = (user.uid, user.gid)
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-m", files_worker.__name__, json.dumps(vars(settings))),
-                stdin=asyncio.subprocess.PIPE if action == "write" else asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=_LINE_BYTES_MAX,
-                cwd="/",
-                env={"LANG": "C.UTF-8"},
-            )
-            try:
-                yield _Worker(process, container, word, path)
-            finally:
-                if process.returncode is None:
-                    with suppress(ProcessLookupError):
-                        process.kill()
-                    with suppress(TimeoutError):  # a file system that does not respond keeps it
-                        async with asyncio.timeout(_END_DEADLINE_S):
-                            await asyncio.shield(process.wait())
+            async with self._started(settings, path, f"container {word}") as worker:
+                yield worker
+
+    def _settings(self, root: Path, action: str, path: str) -> files_worker.Settings:
+        return files_worker.Settings(
+            root=str(root),
+            action=action,
+            path=path,
+            bytes_max=self._images.limits.archive_bytes_max,
+            entries_max=self._images.limits.entries_max,
+            spare_bytes=self._images.limits.spare_on(root),
+        )
+
+    @asynccontextmanager
+    async def _started(
+        self, settings: files_worker.Settings, path: str, whose: str
+    ) -> AsyncIterator["_Worker"]:
+        """A worker, which is ended with the block.  ``whose``: of what the files are, for messages."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-m", files_worker.__name__, json.dumps(vars(settings))),
+            stdin=asyncio.subprocess.PIPE if settings.action == "write" else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES_MAX,
+            cwd="/",
+            env={"LANG": "C.UTF-8"},
+        )
+        try:
+            yield _Worker(process, path, whose)
+        finally:
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                with suppress(TimeoutError):  # a file system that does not respond keeps it
+                    async with asyncio.timeout(_END_DEADLINE_S):
+                        await asyncio.shield(process.wait())
 
 
 class _Worker:
     """A running worker."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, container: Container, word: str, path: str
-    ) -> None:
-        self.container = container
+    def __init__(self, process: asyncio.subprocess.Process, path: str, whose: str) -> None:
         self._process = process
-        self._word = word
         self._path = path
+        self._whose = whose
 
     async def line(self) -> dict[str, Any]:
         """Its next result.  Raises: NotFound; ResourceExhausted; Untranslated: it has failed."""
@@ -181,7 +203,7 @@ class _Worker:
         message = str(result.get("error", ""))
         match result.get("kind"):
             case "missing":
-                raise NotFound(f"Could not find the file {self._path} in container {self._word}")
+                raise NotFound(f"Could not find the file {self._path} in {self._whose}")
             case "limit":
                 raise ResourceExhausted(message)
             case "refused":

@@ -7,11 +7,12 @@ reaches no other container.
 import asyncio
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
@@ -24,7 +25,6 @@ from skep.engine.attachment import WaitingClients
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
-from skep.engine.events import Events
 from skep.engine.execs import Execs
 from skep.engine.health import HealthMonitor
 from skep.engine.networking import Networking, has_sandbox, sandbox_config
@@ -74,7 +74,7 @@ class Lifecycle:
         self._network = network
         self._volumes = volumes
         self._store = store
-        self.events = Events(clock)
+        self.events = volumes.events
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)
@@ -94,6 +94,7 @@ class Lifecycle:
             await self._restore()
             self.spawn(self._store.run(self._clock), name="records")
             self.spawn(self._keep_sweeping(), name="network-sweep")
+            self.spawn(self._keep_unmounting(), name="unfinished-volumes")
             try:
                 yield
             finally:
@@ -107,8 +108,12 @@ class Lifecycle:
         """Make everything that a new container needs; it is gone again if that fails.  Raises: SkepError."""
         return await run_to_end(self._exclusively(container.id, self._prepare_new(container)))
 
-    async def start(self, id: ContainerId) -> Container:
-        """Start its process; nothing happens when it runs.  Raises: NotFound; StartError; MountFailed."""
+    async def start(self, id: ContainerId, secret_env: Sequence[str] = ()) -> Container:
+        """Start its process; nothing happens when it runs.
+
+        ``secret_env``: further variables, for this run alone and in no record.
+        Raises: NotFound; StartError; MountFailed.
+        """
         container = self._store.require(id)
         if not container.is_running:
             # Before its turn: a mount that waits for a server takes no other container's.
@@ -119,7 +124,7 @@ class Lifecycle:
                 raise
         try:
             async with self._starting:
-                return await run_to_end(self._exclusively(id, self._start(id)))
+                return await run_to_end(self._exclusively(id, self._start(id, secret_env)))
         except BaseException:
             await asyncio.shield(self._unmount_unless_used(container))
             raise
@@ -179,6 +184,8 @@ class Lifecycle:
             self._bundles.make(container)
             if container.plain is None:
                 container = await self._connect_all(container)
+            else:  # it may not be started for a long time
+                container = self._store.change(container.id)
             return await self._write(container, spec.NOTHING_SHARED)
         except BaseException as error:
             await asyncio.shield(self._free(self._discard(container.id), container.id))
@@ -195,7 +202,7 @@ class Lifecycle:
             await asyncio.shield(self._free(self._network.detach(container.id, sandbox), container.id))
             raise
 
-    async def _start(self, id: ContainerId) -> Container:
+    async def _start(self, id: ContainerId, secret_env: Sequence[str]) -> Container:
         container = self._store.require(id)
         if container.is_running:
             return container
@@ -203,7 +210,10 @@ class Lifecycle:
             # Its sandbox was freed when it ended; a plain container never had one.
             if container.was_started or container.plain is not None:
                 await self._wait_settled(id)
-                container = await self._prepare_again(container)
+                container = await self._prepare_again(container, secret_env)
+            elif secret_env:
+                shared = shared_by(container, self._store.get, self._bundles.shm)
+                container = await self._write(container, shared, secret_env)
             await self._mount(container)  # again, if the end of its last run has unmounted something
             started = await self._runtime.create(container)
             self._volumes.release_parts(self._bundles.parts(container))
@@ -213,6 +223,9 @@ class Lifecycle:
         except BaseException as error:
             await asyncio.shield(self._abandon_start(id, error))
             raise
+        finally:
+            if secret_env:
+                self._bundles.forget_environment(id, secret_env)
         container = self._store.observe(
             id,
             state=ContainerState.RUNNING,
@@ -224,17 +237,23 @@ class Lifecycle:
             health=health.initial(container.config.healthcheck),
         )
         self._watch(container)
+        self.events.publish_mounts("mount", container)
         self.events.publish("start", container)
         return container
 
-    async def _prepare_again(self, container: Container) -> Container:
+    async def _prepare_again(self, container: Container, secret_env: Sequence[str] = ()) -> Container:
         shared = shared_by(container, self._store.get, self._bundles.shm)
         container = await self._connect_all(container)
-        return await self._write(container, shared)
+        return await self._write(container, shared, secret_env)
 
-    async def _write(self, container: Container, shared: spec.Shared) -> Container:
+    async def _write(
+        self, container: Container, shared: spec.Shared, secret_env: Sequence[str] = ()
+    ) -> Container:
         """Write what the runtime reads, and record what this node could not give the container."""
-        warnings = await asyncio.to_thread(self._bundles.prepare, container, shared)
+        config = container.config
+        written = msgspec.structs.replace(config, env=spec.merged_environment(config.env, secret_env))
+        run = msgspec.structs.replace(container, config=written)
+        warnings = await asyncio.to_thread(self._bundles.prepare, run, shared)
         if warnings == container.warnings:
             return container
         return self._store.observe(container.id, warnings=warnings)
@@ -310,6 +329,7 @@ class Lifecycle:
         await self._free(self._runtime.clear(id), id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
         await self._unmount(container)
+        self.events.publish_mounts("unmount", container)
 
     async def _retire(self, id: ContainerId) -> None:
         container = self._store.require(id)
@@ -361,13 +381,21 @@ class Lifecycle:
             await self._free(self._network.detach(container.id, container.sandbox), container.id)
 
     async def _free(self, work: Awaitable[None], id: ContainerId) -> None:
-        """Free one resource; a failure is logged, and what is left is found by the next start of the node process."""
+        """Free one resource; a failure is logged, and what is left is found by a sweep, or at the next start."""
         await isolate(work, "not freed", container=id)
 
     async def _keep_sweeping(self) -> None:
         while True:
             await self._clock.sleep(SWEEP_SECONDS)
             await isolate(self.sweep(), "leftovers of networks not removed yet")
+
+    async def _keep_unmounting(self) -> None:
+        """Apart from the other sweeps: a device or a plug-in that does not respond holds up nothing else."""
+        while True:
+            await self._clock.sleep(SWEEP_SECONDS)
+            await retry(
+                self._volumes.unmount_unfinished, "volumes not unmounted yet", clock=self._clock, first_s=1.0
+            )
 
     def _needs_network(self, id: ContainerId) -> bool:
         """Whether it has a sandbox, or is getting or losing one at this moment."""
@@ -447,9 +475,14 @@ class Lifecycle:
             )
         elif container.is_running:
             self._volumes.adopt(container.id, container.config.mounts)
+            await self._adopt_api(container)
             self._watch(container)  # settles at once what ended meanwhile
         elif not container.was_started and not container.is_retired:
             await self._adopt_created(container, has_network=has_network)
+
+    async def _adopt_api(self, container: Container) -> None:
+        own = self._bundles.api(container.id)
+        await self._free(asyncio.to_thread(self._bundles.apis.adopt, container, own), container.id)
 
     async def _adopt_created(self, container: Container, *, has_network: bool) -> None:
         """It may have been started just before the process ended: runc has its state.  Otherwise prepare it anew."""
@@ -458,6 +491,7 @@ class Lifecycle:
             started_at = timestamp(self._clock.now_ns())
             self._volumes.adopt(id, container.config.mounts)
             container = self._store.observe(id, state=ContainerState.RUNNING, started_at=started_at)
+            await self._adopt_api(container)
             self._watch(container)
             return
         await self._runtime.delete(id)

@@ -180,8 +180,10 @@ def _check_modes(options: MachineOptions) -> None:
     )
     for what, mode, known in modes:
         is_shared = what in ("PID mode", "IPC mode") and bool(other_container(mode))
+        if mode == "container:" and what == "IPC mode":
+            raise InvalidArgument('can\'t join IPC of container : invalid name or ID supplied: ""')
         if mode not in known and not is_shared:
-            raise InvalidArgument(f"invalid {what}: {mode}")
+            raise InvalidArgument(f"{'Invalid' if what == 'IPC mode' else 'invalid'} {what}: {mode}")
 
 
 def _check_memory(options: MachineOptions, memory_bytes: int) -> None:

@@ -56,6 +56,7 @@ def sandbox_config(container: Container) -> SandboxConfig:
         mode=container.mode,
         networks=container.plain.networks if container.plain is not None else (),
         endpoints=config.endpoints,
+        mac_address=container.plain.mac_address if container.plain is not None else "",
         ports=config.ports,
         sysctls=config.sysctls,
         nameservers=config.nameservers,

@@ -86,6 +86,7 @@ class HostConfig(MachineOptions):
     ulimits: tuple[Ulimit, ...] = ()
     init: bool | None = None
     volumes_from: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
 
 
 class EndpointIPAM(ApiObject):
@@ -103,6 +104,8 @@ class EndpointSettings(ApiObject):
 
     ipam_config: EndpointIPAM | None = None
     aliases: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    mac_address: str = ""
 
 
 class NetworkingConfig(ApiObject):
@@ -137,6 +140,7 @@ class CreateRequest(ApiObject):
     labels: Mapping[str, str] = {}
     stop_signal: str = ""
     stop_timeout: GoInt | None = None
+    mac_address: str = ""
     host_config: HostConfig = HostConfig()
     networking_config: NetworkingConfig = NetworkingConfig()
 
@@ -206,6 +210,7 @@ _HOST_OPTIONS: Final = frozenset(
         *("memoryreservation", "nanocpus", "cpuperiod", "cpuquota", "pidslimit", "ulimits", "init"),
         *(
             "volumesfrom",
+            "links",
             "privileged",
             "devices",
             "devicecgrouprules",
@@ -235,14 +240,14 @@ _CONFIG_OPTIONS: Final = frozenset(
             "volumes",
             "workingdir",
         ),
-        *("labels", "stopsignal", "stoptimeout", "hostconfig", "networkingconfig"),
+        *("labels", "stopsignal", "stoptimeout", "hostconfig", "networkingconfig", "macaddress"),
         # Of images: ``docker build`` reads them, running does not.
         *("onbuild", "shell", "argsescaped"),
     }
 )
 _ENDPOINT_OPTIONS: Final = frozenset(
     {
-        *("ipamconfig", "aliases"),
+        *("ipamconfig", "aliases", "links", "macaddress"),
         # Filled in by an engine; clients that copy a response send them back.
         *(
             "networkid",
@@ -273,7 +278,6 @@ _FLAGS: Final[Mapping[str, str]] = {
     "storageopt": "--storage-opt",
     "isolation": "--isolation",
     "domainname": "--domainname",
-    "macaddress": "--mac-address",
     "driveropts": "--network driver-opt",
     "linklocalips": "--link-local-ip",
     "ipv6address": "--ip6",

@@ -13,7 +13,7 @@ of this process:
 
 import asyncio
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -104,9 +104,12 @@ class Runtime:
         arguments += ["-l", _log_driver(container, self.bundles.log(id))]
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
-        async with self._conmons.started(arguments, path, attach=False) as pipes:
-            pipes.proceed()
-            pid = await read_pid(pipes.responses)
+        with ExitStack() as given:
+            api = self.bundles.apis.take(id)
+            inherited = () if api is None else (given.enter_context(api).fileno(),)
+            async with self._conmons.started(arguments, path, attach=False, inherited=inherited) as pipes:
+                pipes.proceed()
+                pid = await read_pid(pipes.responses)
         process = find(pid)
         monitor = find(int((bundle / "conmon.pid").read_text()))
         if process is None or monitor is None:

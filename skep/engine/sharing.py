@@ -15,21 +15,35 @@ from skep.engine.container import Container, ContainerConfig, MountPoint, NotRun
 from skep.engine.machine import CONTAINER, other_container
 from skep.engine.request import CreateRequest
 from skep.engine.spec import Shared
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, NotFound
 from skep.model.ids import ContainerId
 
 Get: TypeAlias = Callable[[str], Container]
 
 
-def with_ids(request: CreateRequest, get: Get) -> CreateRequest:
-    """``request`` with ids in the place of containers' names.  Raises: NotFound: there is none of a name."""
+def with_ids(request: CreateRequest, own_name: str, get: Get) -> CreateRequest:
+    """``request`` with ids in the place of containers' names.
+
+    Raises: InvalidArgument: there is none of a name.  (The docker command takes a missing container for a missing
+    image, and pulls it.)
+    """
     host, ids = request.host_config, {}
     for field in ("network_mode", "pid_mode", "ipc_mode"):
         if name := other_container(getattr(host, field)):
-            ids[field] = f"{CONTAINER}{get(name).id}"
+            if name == own_name and field == "network_mode":
+                raise InvalidArgument("cannot join own network")
+            ids[field] = f"{CONTAINER}{_existing(name, get).id}"
     if not ids:
         return request
     return msgspec.structs.replace(request, host_config=msgspec.structs.replace(host, **ids))
+
+
+def _existing(name: str, get: Get) -> Container:
+    """Raises: InvalidArgument: there is none."""
+    try:
+        return get(name)
+    except NotFound as error:
+        raise InvalidArgument(str(error)) from error
 
 
 def with_hostname(config: ContainerConfig, network_mode: str, get: Get) -> ContainerConfig:
@@ -41,12 +55,12 @@ def with_hostname(config: ContainerConfig, network_mode: str, get: Get) -> Conta
 def inherited_mounts(specs: Sequence[str], taken: Collection[str], get: Get) -> tuple[MountPoint, ...]:
     """The mounts of ``--volumes-from`` but where the container has one of its own.
 
-    ``taken``: destinations of its own.  Raises: NotFound; InvalidArgument.
+    ``taken``: destinations of its own.  Raises: InvalidArgument.
     """
     found: dict[str, MountPoint] = {}
     for text in specs:
         name, is_read_only = create.volumes_from(text)
-        for point in get(name).config.mounts:
+        for point in _existing(name, get).config.mounts:
             if not point.internal and point.destination not in taken:
                 read_only = point.read_only or is_read_only
                 found[point.destination] = msgspec.structs.replace(point, read_only=read_only)

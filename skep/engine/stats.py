@@ -4,15 +4,16 @@ One sample; the previous one that docker subtracts (``precpu_stats``) is kept by
 Source: moby, daemon/stats_unix.go; fields of cgroup v1 and v2 are brought to the same names there.
 """
 
+import errno
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container
+from skep.errors import Unavailable, reason_of
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -109,9 +110,19 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
-    """What ``container`` has used so far; only its names when it does not run."""
+    """What ``container`` has used so far; only its names when it does not run.
+
+    Raises: Unavailable: the machine refuses to say; zeros would be taken for what it uses.
+    """
     if not container.is_running:
         return Stats(read=ZERO_TIME, name=f"/{container.name}", id=container.id)
+    try:
+        return _sample(container, cgroups, now_ns)
+    except OSError as error:
+        raise Unavailable(f"statistics of container {container.name}: {reason_of(error)}") from error
+
+
+def _sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
     files = _Files(container, cgroups)
     cpu = _cpu_v2(files) if cgroups.is_v2 else _cpu_v1(files)
     return Stats(
@@ -276,6 +287,12 @@ def _at_most_the_node(limit: int) -> int:
 
 
 def _read(path: Path) -> str:
-    with suppress(OSError):
+    """A file of the kernel; nothing of one that is not there.  Raises: OSError: it cannot be read at the moment."""
+    try:
         return path.read_text()
-    return ""
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    except OSError as error:
+        if error.errno == errno.ENODEV:  # of a group that is being removed
+            return ""
+        raise

@@ -1,38 +1,44 @@
-"""Local volumes: directories of the node that outlive the containers which use them; and mounts of containers."""
+"""Volumes: directories of the node that outlive the containers which use them, and what plug-ins give."""
 
 import asyncio
+import hashlib
 import os
 import re
 import secrets
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
-from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 
+from skep.aio.clock import SystemClock
 from skep.aio.failures import describe_error, isolate, log_error
 from skep.aio.trees import remove_tree
-from skep.api.gosyntax import parse_size
+from skep.engine.bind_sources import BindSources
 from skep.engine.container import MountPoint
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.engine.events import Events
+from skep.engine.mounts import check_local_options, check_subpath, copy_up, has_directory, mount_point
+from skep.engine.volume_plugins import LOCAL, PluginRefused, VolumePlugins
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux import mounting
-from skep.linux.commands import communicate
 from skep.linux.files import replace_file
-from skep.linux.syscalls import open_in_root, unmount
-from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
+from skep.linux.syscalls import unmount
+from skep.model.container import Mount, VolumeOptions
 from skep.model.meta import Driver
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
-_COPY_DEADLINE_S = 600.0
 _MOUNT_DEADLINE_S = 120.0
 """For all mounts of one container.  The kernel's own limits for NFS are longer, and some waits have none."""
 _KILL_DEADLINE_S = 1.0
 """For the end of a process that was killed: in the kernel it may wait for longer, and is left alone."""
-_LABELS, _OPTIONS = "labels.json", "options.json"
+_LABELS, _OPTIONS, _USES = "labels.json", "options.json", "uses.json"
+_DRIVER, _MOUNTS = "driver.json", "mounts.json"
+"""Of a volume of a plug-in: the plug-in's name, and the users for which it was told to mount the volume."""
+_USES_MAX = 64
+"""Names that a volume keeps of those that used it, the latest ones."""
 _NAMELESS = re.compile(r"[0-9a-f]{64}")
 ANONYMOUS = "com.docker.volume.anonymous"
 """Docker's label of a volume without a name."""
@@ -53,7 +59,8 @@ class Part(NamedTuple):
 class Volumes:
     """The volumes of one node, each at ``<data>/volumes/<name>/_data``; labels and options beside, as JSON.
 
-    A volume with options (NFS, for example) is mounted there from its first user's start to its last one's end.
+    A volume with options (NFS, for example) is mounted there from its first user's start to its last one's end, and so
+    is the directory of a plug-in's volume.
     Users are containers, by id.  Nothing here looks into a volume that is mounted: its server may be silent.
     """
 
@@ -61,15 +68,26 @@ class Volumes:
         self,
         directory: Path,
         *,
+        plugins: VolumePlugins | None = None,
         mount_deadline_s: float = _MOUNT_DEADLINE_S,
         command: Sequence[str] = (sys.executable, "-I", "-m", mounting.__name__),
+        events: Events | None = None,
+        run: Path | None = None,
     ) -> None:
-        """``command``: mounts and unmounts, by a request on its input."""
+        """``command``: mounts and unmounts, by a request on its input.  ``events``: the engine's; None: its own.
+        ``run``: the node's run directory, whose sockets no volume has."""
+        self._refused = [str(run)] if run is not None else []
+        self.events = events or Events(SystemClock())
+        self.plugins = plugins or VolumePlugins()
         self._directory = directory
         self._deadline_s = mount_deadline_s
         self._command = command
+        self.bind_sources = BindSources()
         self._users: defaultdict[str, set[str]] = defaultdict(set)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._unfinished: set[str] = set()
+        """Volumes whose last unmount failed, perhaps because their plug-in was not reached."""
+        self._uses: dict[str, Mapping[str, int]] = {}
 
     def path(self, name: str) -> Path:
         """Where a volume's files are.  Raises: InvalidArgument, with Docker's words: no name for a volume."""
@@ -104,21 +122,30 @@ class Volumes:
         return self.path(name).parent.stat().st_mtime_ns
 
     def ensure(
-        self, name: str, labels: Mapping[str, str] | None = None, options: Mapping[str, str] | None = None
+        self,
+        name: str,
+        labels: Mapping[str, str] | None = None,
+        options: Mapping[str, str] | None = None,
+        driver: str = LOCAL,
     ) -> Path:
         """The volume's directory, made if there is none, with ``labels`` and ``options`` then; one that is there
-        keeps its own.
+        keeps its own.  ``driver``: a plug-in, which has made it.
         """
         path = self.path(name)
         if self.has(name):
             return path
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # of one whose removal failed
+            (path.parent / left).unlink(missing_ok=True)
         # Before the directory, with which the volume is there.
         if labels is not None:
             replace_file(path.parent / _LABELS, msgspec.json.encode(labels))
         if options is not None:  # a password may be among them
             replace_file(path.parent / _OPTIONS, msgspec.json.encode(options), mode=0o600)
+        if driver != LOCAL:
+            replace_file(path.parent / _DRIVER, msgspec.json.encode(driver))
         path.mkdir(mode=0o755, exist_ok=True)
+        self.events.publish_volume("create", name, {"driver": driver})
         return path
 
     def options(self, name: str) -> Mapping[str, str]:
@@ -134,6 +161,19 @@ class Volumes:
             return None
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Unavailable(f"options of volume {name} cannot be read: {describe_error(error)}") from error
+
+    def driver(self, name: str) -> str:
+        """``local``, or the plug-in that has it.  Raises: Unavailable: that cannot be read."""
+        try:
+            return msgspec.json.decode((self.path(name).parent / _DRIVER).read_bytes(), type=str)
+        except FileNotFoundError:
+            return LOCAL
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Unavailable(f"driver of volume {name} cannot be read: {describe_error(error)}") from error
+
+    def _is_mounted(self, name: str) -> bool:
+        """Whether its files are elsewhere, and mounted while it is used.  Raises: Unavailable."""
+        return self.driver(name) != LOCAL or _is_mounted(self.options(name))
 
     def has_options(self, name: str) -> bool:
         """Whether it was made with driver options: what it mounts may not be on this node."""
@@ -152,29 +192,143 @@ class Volumes:
             log_error(error, "labels of a volume not read", volume=name)
             return None
 
-    async def remove(self, name: str) -> None:
+    # --- what has used them ---------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Read what has used the volumes; to be called once, in a thread."""
+        for name in self.names():
+            try:
+                content = (self.path(name).parent / _USES).read_bytes()
+                self._uses[name] = msgspec.json.decode(content, type=dict[str, int])
+            except FileNotFoundError:
+                continue  # nothing that said so
+            except Exception as error:  # one volume's error does not reach others
+                log_error(error, "uses of a volume not read", volume=name)
+
+    @property
+    def uses(self) -> Mapping[str, Mapping[str, int]]:
+        """Volumes -> names of what has used them -> the latest time of each, as it was given."""
+        return self._uses
+
+    async def note_use(self, name: str, user: str, at: int) -> None:
+        """Keep that ``user`` has data in the volume, beyond the life of its containers; not if it mounts something.
+
+        Raises: Unavailable: it cannot be written.
+        """
+        async with self._locks[name]:
+            known = self._uses.get(name, {})
+            if known.get(user, -1) >= at or self._is_mounted(name):
+                return
+            latest = dict(sorted({**known, user: at}.items(), key=lambda use: -use[1])[:_USES_MAX])
+            path, content = self.path(name).parent / _USES, msgspec.json.encode(latest)
+            try:
+                await asyncio.to_thread(replace_file, path, content, is_durable=False)
+            except OSError as error:
+                raise Unavailable(f"use of volume {name} not kept: {describe_error(error)}") from error
+            self._uses[name] = latest
+
+    async def create(
+        self,
+        name: str,
+        driver: str = "",
+        labels: Mapping[str, str] | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a volume if there is none, by a plug-in if ``driver`` names one.
+
+        Raises: InvalidArgument; NotFound: no such plug-in; AlreadyExists: another driver has it; PluginRefused: the
+        plug-in refuses; Unavailable: it does not respond.
+        """
+        self.path(name)
+        known = self.driver(name) if self.has(name) else ""
+        if known and driver not in ("", known):
+            raise AlreadyExists(
+                f"create {name}: driver '{known}' already has volume '{name}': volume name must be unique"
+            )
+        driver = known or driver or LOCAL
+        if driver != LOCAL:
+            try:
+                plugin = await self.plugins.get(driver)
+                async with self._locks[name]:
+                    if await plugin.get(name) is None:
+                        await plugin.create(name, options or (self.options(name) if known else {}))
+            except (PluginRefused, NotFound, Unavailable) as error:
+                raise type(error)(f"create {name}: {error}") from error
+        self.ensure(name, labels, options, driver)
+
+    async def create_of_plugins(self, mounts: Iterable[Mount]) -> None:
+        """Make the volumes that mounts have of plug-ins.
+
+        Raises: InvalidArgument: one can never be made; PluginRefused; Unavailable.
+        """
+        for mount in mounts:
+            given = mount.volume_options or VolumeOptions()
+            driver = given.driver_config or Driver()
+            if mount.type not in ("volume", "") or driver.name in ("", LOCAL):
+                continue
+            if not mount.source:
+                raise InvalidArgument(f"a volume of plugin {driver.name} needs a name")
+            try:
+                await self.create(mount.source, driver.name, given.labels, driver.options)
+            except (NotFound, AlreadyExists) as error:
+                raise InvalidArgument(str(error)) from error
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
         """Remove a volume with everything in it, but not what is on the device that it mounts.
 
-        Raises: Unavailable: something of it is left.
+        Args:
+            force: also if its plug-in does not remove it, or is gone.
+
+        Raises: Unavailable: something of it is left; PluginRefused; NotFound: its plug-in is gone.
         """
         try:
-            if self.options(name):
+            if self._is_mounted(name):
                 await self._unmount_unused(name)
-            await remove_tree(self.path(name).parent)
+                if mounting.is_target(self.path(name)):  # what is mounted is not ours to remove
+                    raise Unavailable(f"cannot remove volume {name}: it is mounted")
+            if (driver := self.driver(name)) != LOCAL:
+                await self._remove_of_plugin(name, driver, force=force)
+            is_there = self.has(name)
+            await remove_tree(self.path(name).parent, keep=self._last_entry(name))
+            self._uses.pop(name, None)
+            if is_there:
+                self.events.publish_volume("destroy", name, {"driver": driver})
         except OSError as error:
             raise Unavailable(f"cannot remove volume {name}: {describe_error(error)}") from error
+
+    def _last_entry(self, name: str) -> str:
+        """What goes last of a volume.
+
+        With ``_data`` it is there, and can be removed again if that fails; one of a plug-in or with options would be
+        a plain one without its file.
+        """
+        if (self.path(name).parent / _DRIVER).exists():
+            return _DRIVER
+        return _OPTIONS if self.has_options(name) else "_data"
+
+    async def _remove_of_plugin(self, name: str, driver: str, *, force: bool) -> None:
+        try:
+            plugin = await self.plugins.get(driver)
+            await plugin.remove(name)
+        except (PluginRefused, NotFound, Unavailable) as error:
+            if not force:
+                raise type(error)(f"remove {name}: {error}") from error
+            log_error(error, "plugin did not remove a volume", volume=name, driver=driver)
 
     # --- volumes with options, and parts of volumes ---------------------------------------------------------------
 
     async def mount(self, user: str, points: Iterable[MountPoint], parts: Sequence[Part] = ()) -> None:
         """Mount what ``user`` needs to start: its volumes with options, and ``parts``.  Harmless when it is mounted.
 
-        Raises: MountFailed, in Docker's words, with the kernel's reason: nothing is mounted for the user; Unavailable.
+        Raises: MountFailed, in Docker's words, with the kernel's reason: nothing is mounted for the user; SourceSilent;
+        Unavailable.
         """
+        points = tuple(points)
+        await self.bind_sources.wait(points)
         needed = [
             point
             for point in points
-            if point.type == "volume" and point.name and _is_mounted(self.options(point.name))
+            if point.type == "volume" and point.name and self._is_mounted(point.name)
         ]
         if not needed and not parts:
             return
@@ -201,19 +355,64 @@ class Volumes:
     async def _mount(self, user: str, point: MountPoint) -> None:
         async with self._locks[point.name]:
             users = self._users[point.name]
-            is_mounted = _is_target(Path(point.source))
+            is_mounted = mounting.is_target(Path(point.source))
+            if is_mounted and user in users:
+                return
             if is_mounted and not users:  # by a process that was killed, perhaps half
                 await self._run({"unmount": point.source})
                 is_mounted = False
-            if not is_mounted:
-                try:
-                    await self._run({"mount": point.source, "options": dict(self.options(point.name))})
-                except MountFailed as error:
-                    raise MountFailed(f"error while mounting volume '{point.source}': {error}") from error
-            users.add(user)
+            users.add(user)  # whatever becomes of it is undone by its end
+            try:
+                request = await self._source(point, user)
+                if not is_mounted:
+                    await self._run(request)
+            except (MountFailed, PluginRefused, NotFound) as error:
+                raise MountFailed(f"error while mounting volume '{point.source}': {error}") from error
+
+    async def _source(self, point: MountPoint, user: str) -> Mapping[str, Any]:
+        """The request that mounts a volume; a plug-in makes it available first.
+
+        Raises: PluginRefused; NotFound; Unavailable.
+        """
+        driver = self.driver(point.name)
+        if driver == LOCAL:
+            return {"mount": point.source, "options": self.options(point.name), "refused": self._refused}
+        plugin, id = await self.plugins.get(driver), _mount_id(user)
+        self._keep_mounts(point.name, self._mounts(point.name) | {id})
+        directory = await plugin.mount(point.name, id)
+        own = [str(self._directory.parent), *self._refused]
+        return {"directory": directory, "target": point.source, "refused": own}
+
+    def _mounts(self, name: str) -> set[str]:
+        """The users for which a plug-in was told to mount a volume; those of an earlier process, too."""
+        try:
+            return set(msgspec.json.decode((self.path(name).parent / _MOUNTS).read_bytes(), type=list[str]))
+        except FileNotFoundError:
+            return set()
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            log_error(error, "mounts of a volume not read", volume=name)
+            return set()
+
+    def _keep_mounts(self, name: str, ids: Collection[str]) -> None:
+        path = self.path(name).parent / _MOUNTS
+        replace_file(path, msgspec.json.encode(sorted(ids)), is_durable=False)
+
+    async def _give_back(self, name: str) -> None:
+        """Tell the plug-in of a volume which of its users have ended.  Raises: Unavailable; its id is kept."""
+        driver = self.driver(name)
+        ended = self._mounts(name) - set(map(_mount_id, self._users[name])) if driver != LOCAL else ()
+        for id in sorted(ended):
+            try:
+                plugin = await self.plugins.get(driver)
+                await plugin.unmount(name, id)
+            except PluginRefused as error:  # it does not know of it, or will never let go
+                log_error(error, "plugin did not unmount a volume", volume=name, driver=driver)
+            except NotFound as error:
+                raise Unavailable(f"cannot unmount volume {name}: {error}") from error
+            self._keep_mounts(name, self._mounts(name) - {id})
 
     async def _bind(self, part: Part) -> None:
-        if not _is_target(part.target):
+        if not mounting.is_target(part.target):
             root = str(self.path(part.volume))
             await self._run({"bind": str(part.target), "root": root, "part": part.subpath})
 
@@ -226,7 +425,7 @@ class Volumes:
     async def unmount(self, user: str, parts: Iterable[Part] = ()) -> None:
         """The user has ended: unmount ``parts``, and volumes that it was the last one of.
 
-        Raises: Unavailable: something is mounted still; the next user of the volume unmounts it first.
+        Raises: Unavailable: something is mounted still, until ``unmount_unfinished`` or the volume's next user.
         """
         self.release_parts(parts)
         left = [name for name, users in self._users.items() if user in users]
@@ -234,9 +433,15 @@ class Volumes:
             self._users[name].discard(user)
         await self._unmount_each(left)
 
+    async def unmount_unfinished(self) -> None:
+        """Try again what failed.  Raises: Unavailable."""
+        await self._unmount_each(sorted(self._unfinished))
+
     async def unmount_unused(self) -> None:
         """Unmount volumes whose users have ended while no node process ran.  Raises: Unavailable."""
-        await self._unmount_each([name for name in self.names() if _is_target(self.path(name))])
+        await self._unmount_each(
+            [name for name in self.names() if mounting.is_target(self.path(name)) or self._mounts(name)]
+        )
 
     async def _unmount_each(self, names: Iterable[str]) -> None:
         """Raises: Unavailable: one is mounted still; the others are not."""
@@ -244,7 +449,9 @@ class Volumes:
         for name in names:
             try:
                 await self._unmount_unused(name)
+                self._unfinished.discard(name)
             except SkepError as error:
+                self._unfinished.add(name)
                 failed = failed or error
         if failed is not None:
             raise failed
@@ -252,21 +459,21 @@ class Volumes:
     async def _unmount_unused(self, name: str) -> None:
         """Raises: Unavailable."""
         async with self._locks[name]:
-            if self._users[name]:
-                return
-            if _is_target(self.path(name)):
-                try:
-                    async with asyncio.timeout(self._deadline_s):
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    if not self._users[name] and mounting.is_target(self.path(name)):
                         await self._run({"unmount": str(self.path(name))})
-                except (MountFailed, TimeoutError) as error:
-                    raise Unavailable(f"cannot unmount volume {name}: {describe_error(error)}") from error
-        self._users.pop(name, None)
+                    await self._give_back(name)
+            except (MountFailed, TimeoutError) as error:
+                raise Unavailable(f"cannot unmount volume {name}: {describe_error(error)}") from error
+            if not self._users[name]:
+                del self._users[name]
 
     @staticmethod
     def release_parts(parts: Iterable[Part]) -> None:
         """Unmount parts that a container has mounted itself meanwhile, or does not any more."""
         for part in parts:
-            if _is_target(part.target):
+            if mounting.is_target(part.target):
                 with suppress(OSError):  # taken off meanwhile, or with the container's directory later
                     unmount(part.target)
 
@@ -311,14 +518,6 @@ class Volumes:
     def _mount_point(self, mount: Mount) -> MountPoint:
         match mount.type:
             case "bind":
-                if not os.path.exists(mount.source):
-                    options = mount.bind_options
-                    if options is None or not options.create_mountpoint:
-                        raise InvalidArgument(
-                            'invalid mount config for type "bind": bind source path does not exist: '
-                            f"{mount.source}"
-                        )
-                    os.makedirs(mount.source)
                 return mount_point(mount, mount.source, "")
             case "volume" | "":
                 return self._volume_point(mount)
@@ -333,19 +532,22 @@ class Volumes:
         labels = given.labels if given.labels or given.driver_config is not None else None
         if not mount.source and labels is not None:
             labels = {**labels, ANONYMOUS: ""}
-        if driver.name not in ("", "local"):
-            raise InvalidArgument(
-                f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
-            )
         if given.subpath:
             check_subpath(mount.source, given.subpath)
         name = mount.source or self.new_name()
-        check_local_options(name, driver.options)
+        if driver.name in ("", LOCAL):
+            check_local_options(name, driver.options)
+        elif not self.has(name) or self.driver(name) != driver.name:  # see ``create_of_plugins``
+            raise InvalidArgument(
+                f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
+            )
         if driver.options and self.has(name) and self.options(name) != driver.options:
             raise InvalidArgument(f"volume {name} exists with other options than those of the mount")
         path = self.ensure(name, labels, driver.options if given.driver_config is not None else None)
         point = mount_point(mount, str(path), name)
-        return msgspec.structs.replace(point, anonymous=not mount.source, subpath=given.subpath)
+        return msgspec.structs.replace(
+            point, anonymous=not mount.source, subpath=given.subpath, driver=self.driver(name)
+        )
 
     async def fill(
         self, user: str, points: Sequence[MountPoint], mounts: Iterable[Mount], root: Path
@@ -358,10 +560,9 @@ class Volumes:
         for point in points:
             if point.type != "volume" or point.destination in unfilled or point.subpath:
                 continue
-            is_mounted = _is_mounted(self.options(point.name))
-            if not is_mounted:
+            if not self._is_mounted(point.name):
                 await copy_up(root, point.destination, self.path(point.name))
-            elif _has_directory(root, point.destination):
+            elif has_directory(root, point.destination):
                 await self._fill_mounted(f"{user} fills {point.name}", point, root)
 
     async def _fill_mounted(self, user: str, point: MountPoint, root: Path) -> None:
@@ -386,173 +587,10 @@ class Volumes:
         return secrets.token_hex(32)
 
 
-_NEEDED: Final = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
-"""Options of a volume, and the others that each needs."""
-
-
 def _is_mounted(options: Mapping[str, str]) -> bool:
     return bool(options.get("device") or options.get("type"))
 
 
-def _is_target(path: Path) -> bool:
-    """Whether something is mounted at ``path``, whose parent is a directory of this node."""
-    return os.path.join(os.path.realpath(path.parent), path.name) in mounting.mount_targets()
-
-
-def check_local_options(name: str, options: Mapping[str, str]) -> None:
-    """Options of a volume of the driver ``local``.  Raises: InvalidArgument, in Docker's words.
-
-    Source: moby 28, volume/local/local_unix.go (validateOpts).
-    """
-    for option in options:
-        if option not in (*_NEEDED, "size"):
-            raise InvalidArgument(f'create {name}: invalid option: "{option}"')
-    if options.get("type") == "cifs":
-        try:
-            port = urlsplit(options.get("device", "")).port
-        except ValueError as error:
-            raise InvalidArgument(f"create {name}: error parsing mount device url: {error}") from error
-        if port is not None:
-            raise InvalidArgument(
-                f"create {name}: port not allowed in CIFS device URL, include 'port' in 'o='"
-            )
-    if "size" in options and _size(name, options["size"]) > 0:
-        raise InvalidArgument(f"create {name}: quota size requested but no quota support")
-    for option, others in _NEEDED.items():
-        for other in others if option in options else ():
-            if other not in options:
-                raise InvalidArgument(f'create {name}: missing required option: "{other}"')
-
-
-def _size(name: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"create {name}: {error}") from error
-
-
-def check_subpath(volume: str, subpath: str) -> None:
-    """A part of a volume.  Raises: InvalidArgument, in Docker's words.
-
-    Source: moby 28, volume/mounts/linux_parser.go.
-    """
-    if not volume:
-        raise InvalidArgument(
-            'invalid mount config for type "volume": must not set Subpath when using anonymous volumes'
-        )
-    depth = 0
-    for word in PurePosixPath(subpath).parts:
-        depth += -1 if word == ".." else 1
-        if depth < 0 or word == "/" or "\0" in word:
-            raise InvalidArgument(
-                'invalid mount config for type "volume": subpath must be a relative path within the volume'
-            )
-
-
-_COPY_INTO_EMPTY = '[ -n "$(ls -A -- "$1")" ] || exec cp -a -- "$0" "$1"'
-
-
-def _has_directory(root: Path, path: str) -> bool:
-    try:
-        os.close(open_in_root(root, path, os.O_PATH | os.O_DIRECTORY))
-    except OSError:
-        return False
-    return True
-
-
-async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: bool = False) -> None:
-    """Fill an empty volume with what the image has at its mount point, owner and mode of the directory
-    included.
-
-    Args:
-        is_mounted: the volume is no directory of this node, and a process looks whether it is empty.
-
-    Raises: Unavailable: the copy failed.
-    """
-    if not is_mounted and any(volume.iterdir()):
-        return
-    try:
-        source = open_in_root(root, destination, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return  # the image has nothing there
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *("sh", "-c", _COPY_INTO_EMPTY, f"/proc/self/fd/{source}/.", str(volume)),
-            pass_fds=(source,),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        _, errors = await communicate(process, _COPY_DEADLINE_S)
-    except TimeoutError as error:
-        raise Unavailable(f"cannot fill volume {volume.parent.name}: it takes too long") from error
-    finally:
-        os.close(source)
-    if process.returncode:
-        raise Unavailable(
-            f"cannot fill volume {volume.parent.name}: {errors.decode(errors='replace').strip()}"
-        )
-
-
-def mount_point(mount: Mount, source: str, name: str) -> MountPoint:
-    """One mount.  ``source``: the path on this node; ``name``: the volume's.  Raises: InvalidArgument."""
-    if not mount.target.startswith("/"):
-        raise InvalidArgument(f"invalid mount target, must be an absolute path: {mount.target}")
-    match mount.type:
-        case "bind":
-            options = mount.bind_options
-            if options is not None and options.read_only_force_recursive:
-                if not mount.read_only:
-                    raise InvalidArgument(
-                        "mount options conflict: !ReadOnly && BindOptions.ReadOnlyForceRecursive"
-                    )
-                if options.read_only_non_recursive:
-                    raise InvalidArgument(
-                        "mount options conflict: ReadOnlyNonRecursive && BindOptions.ReadOnlyForceRecursive"
-                    )
-            return MountPoint(
-                type="bind",
-                source=source,
-                destination=mount.target,
-                read_only=mount.read_only,
-                propagation=options.propagation if options else "",
-                options=("bind",) if options and options.non_recursive else (),
-                read_only_below=_read_only_below(options),
-            )
-        case "volume" | "":
-            return MountPoint(
-                type="volume",
-                source=source,
-                name=name,
-                driver="local",
-                destination=mount.target,
-                read_only=mount.read_only,
-            )
-        case "tmpfs":
-            return MountPoint(
-                type="tmpfs",
-                destination=mount.target,
-                read_only=mount.read_only,
-                options=_tmpfs_options(mount.tmpfs_options or TmpfsOptions()),
-            )
-        case _:
-            raise InvalidArgument(f'mount type "{mount.type}" is not supported by this node')
-
-
-def _read_only_below(options: BindOptions | None) -> bool | None:
-    if options is not None and options.read_only_force_recursive:
-        return True
-    return False if options is not None and options.read_only_non_recursive else None
-
-
-def _tmpfs_options(options: TmpfsOptions) -> tuple[str, ...]:
-    chosen = ["noexec", "nosuid", "nodev", "rprivate"]
-    if options.mode:
-        chosen.append(f"mode={options.mode:o}")
-    if options.size_bytes:
-        chosen.append(f"size={options.size_bytes}")
-    for option in options.options:
-        word = "=".join(option)
-        opposite = word.removeprefix("no") if word.startswith("no") else f"no{word}"
-        chosen = [one for one in chosen if one not in (word, opposite)] + [word]
-    return tuple(chosen)
+def _mount_id(user: str) -> str:
+    """What a plug-in is told of a user: 64 hexadecimal digits, as an engine gives it."""
+    return hashlib.sha256(user.encode()).hexdigest()

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 BESIDE = ".new"
@@ -17,8 +18,13 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: b
         is_durable: it outlives a power loss; False saves two syncs for what a reboot forgets anyway.
     """
     beside = path.with_name(path.name + BESIDE)
-    write_new(beside, content, mode=mode, is_synced=is_durable)
-    os.replace(beside, path)
+    try:
+        write_new(beside, content, mode=mode, is_synced=is_durable)
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):  # on a full disk it would take the room that the next attempt needs
+            beside.unlink()
+        raise
     if is_durable:
         sync_directory(path.parent)
 

@@ -16,6 +16,7 @@ import socket
 import stat
 import sys
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 
 from skep.linux import syscalls
@@ -71,9 +72,11 @@ def main() -> int:
     try:
         match request:
             case {"mount": str() as target, "options": dict() as options}:
-                mount_volume(Path(target), options)
+                mount_volume(Path(target), options, request.get("refused", ()))
             case {"bind": str() as target, "root": str() as root, "part": str() as part}:
                 bind_part(root, part, Path(target))
+            case {"directory": str() as source, "target": str() as target, "refused": list() as refused}:
+                bind_directory(source, Path(target), refused)
             case {"unmount": str() as target}:
                 syscalls.unmount(Path(target), syscalls.MNT_DETACH)
     except MountFailed as error:
@@ -108,8 +111,11 @@ def parse_options(text: str) -> tuple[int, str]:
     return flags, ",".join(data)
 
 
-def mount_volume(target: Path, options: dict[str, str]) -> None:
-    """Mount ``options["device"]`` on ``target``.  Raises: MountFailed, without passwords; OSError."""
+def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] = ()) -> None:
+    """Mount ``options["device"]`` on ``target``, but no directory that has one of ``refused``, or is in one.
+
+    Raises: MountFailed, without passwords; OSError.
+    """
     kind, device = options.get("type", ""), options.get("device", "")
     if not device:
         raise MountFailed("missing device in volume options")
@@ -118,12 +124,32 @@ def mount_volume(target: Path, options: dict[str, str]) -> None:
         device, given = resolved(kind, device, given)
     flags, data = parse_options(given)
     try:
-        _mount(device, target, kind, flags, data)
+        source = _opened(device, flags, refused) if flags & syscalls.MS_BIND else device
+        _mount(source, target, kind, flags, data)
     except OSError as error:
         shown = f", flags: {flags & ~_PROPAGATION:#x}" if flags & ~_PROPAGATION else ""
         shown += f", data: {data}" if data else ""
         text = f"failed to mount local volume: mount {device}:{target}{shown}: {_words(error.errno or 0)}"
         raise MountFailed(_without_password(text, given)) from error
+
+
+def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
+    """What a bind mount of ``device`` mounts, whatever its path leads to a moment later.
+
+    Raises: MountFailed; OSError.
+    """
+    descriptor = os.open(device, os.O_PATH | os.O_CLOEXEC)
+    real = os.readlink(f"/proc/self/fd/{descriptor}")
+    for one in map(os.path.realpath, refused):
+        is_inside = f"{real}/".startswith(f"{one}/")
+        is_around = real == "/" or one.startswith(f"{real}/")
+        if is_inside or (
+            is_around and (flags & syscalls.MS_REC or os.fstat(descriptor).st_dev == os.stat(one).st_dev)
+        ):
+            raise MountFailed(
+                f"failed to mount local volume: {device} has sockets of this node: mount it as a bind, not as a volume"
+            )
+    return f"/proc/self/fd/{descriptor}"
 
 
 def _mount(device: str, target: Path, type: str, flags: int, data: str) -> None:
@@ -204,13 +230,69 @@ def bind_part(root: str, part: str, target: Path) -> None:
     syscalls.mount("", target, None, syscalls.MS_PRIVATE | syscalls.MS_REC)
 
 
+_NO_VOLUMES = (
+    *(
+        "/",
+        "/bin",
+        "/boot",
+        "/etc",
+        "/home",
+        "/lib",
+        "/lib64",
+        "/mnt",
+        "/opt",
+        "/root",
+        "/run",
+        "/sbin",
+        "/srv",
+    ),
+    *("/tmp", "/usr", "/var", "/var/lib", "/var/run"),
+)
+_OF_THE_KERNEL = ("/proc", "/sys", "/dev")
+
+
+def bind_directory(source: str, target: Path, refused: list[str]) -> None:
+    """Bind a directory that a program names as a volume's; what is mounted below it later is seen, too.
+
+    Neither it nor what its links lead to may be a directory of the system, or in one of ``refused``.  What was opened
+    is mounted.  Raises: MountFailed; OSError.
+    """
+    descriptor = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    real = os.readlink(f"/proc/self/fd/{descriptor}")
+    if real in _NO_VOLUMES or any(f"{real}/".startswith(f"{one}/") for one in (*_OF_THE_KERNEL, *refused)):
+        raise MountFailed(f"{source} is no volume: it is {real}")
+    syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
+    syscalls.mount("", target, None, _SLAVE | syscalls.MS_REC)
+
+
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def mount_targets() -> set[str]:
     """Where this process has mounts, as mountinfo(5) lists them; no file system is asked."""
     lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    return {_ESCAPED.sub(lambda code: chr(int(code[1], 8)), line.split(" ", 5)[4]) for line in lines}
+    return {_unescaped(line.split(" ", 5)[4]) for line in lines}
+
+
+def is_target(path: Path) -> bool:
+    """Whether something is mounted at ``path`` itself, whose parent is a directory of this node."""
+    return os.path.join(os.path.realpath(path.parent), path.name) in mount_targets()
+
+
+def containing_mount(path: str) -> tuple[str, tuple[str, ...]]:
+    """The mount that has ``path``, which has no links, and how it passes mounts on: ``shared:7``, ``master:3``."""
+    found: tuple[str, tuple[str, ...]] = ("/", ())
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        words = line.split(" ")
+        target = _unescaped(words[4])
+        is_above = target == "/" or f"{path}/".startswith(f"{target}/")
+        if is_above and len(target) >= len(found[0]):
+            found = target, tuple(words[6 : words.index("-")])
+    return found
+
+
+def _unescaped(target: str) -> str:
+    return _ESCAPED.sub(lambda code: chr(int(code[1], 8)), target)
 
 
 if __name__ == "__main__":

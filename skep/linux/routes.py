@@ -12,7 +12,10 @@ _LOOPBACK = "lo"
 
 
 def read_routes(proc: Path = Path("/proc/net")) -> list[tuple[IPv4Network | IPv6Network, str]]:
-    """Every network with the interface it is reached by, without default routes and the machine's own addresses."""
+    """Every network with the interface it is reached by, without default routes and the machine's own addresses.
+
+    Raises: OSError: a list cannot be read, which says nothing about what it has.
+    """
     return [*_routes_4(_text(proc / "route")), *_routes_6(_text(proc / "ipv6_route"))]
 
 
@@ -20,7 +23,7 @@ def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return file.read(_BYTES_MAX).decode("ascii", "replace").rpartition("\n")[0]
-    except OSError:  # a kernel without IPv6 has no such file
+    except FileNotFoundError:  # of a kernel without IPv6
         return ""
 
 

@@ -1,7 +1,11 @@
 """Events of the cluster's objects in the Engine API, derived from commits.
 
-Every manager derives them for itself.  The last ones are kept for clients that request the past (``since``).  The
-stream of a client that does not read ends: an incomplete stream would be worse.
+Every manager derives them for itself from the same commits.  The last ones are kept for clients that request the past
+(``since``), or that go on where another stream ended, at this manager or another (``after``).  The stream of a client
+that does not read ends: an incomplete stream would be worse.
+
+A *cursor* is ``INCARNATION-REVISION``: after it come the events of later revisions.  All events of one revision but the
+last have the cursor of the revision before, so that a stream that ended between them repeats some, and misses none.
 
 Source: moby 20.10, daemon/events.go (generateClusterEvent), daemon/events/{events,filter}.go.
 """
@@ -9,12 +13,14 @@ Source: moby 20.10, daemon/events.go (generateClusterEvent), daemon/events/{even
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.ca.admission import stamp
 from skep.manager.ca.expiry import Expiry
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
@@ -23,21 +29,37 @@ from skep.model.conditions import condition_messages
 from skep.model.draining import begins_to_drain
 from skep.model.encoding import ApiObject, always
 from skep.model.network import Network
-from skep.model.node import CutOff, FailingPath, Node
+from skep.model.node import CutOff, FailingPath, Node, NodeState
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
-from skep.store.interface import Created, Deleted, Event, Store, Updated, WatchLagged
+from skep.store.interface import Created, Deleted, Event, Store, Updated, View, WatchLagged
 from skep.store.kinds import Payload
 
-KEPT = 1024
+KEPT = 4096
 """Past events that are kept (the engine keeps 256)."""
 BEHIND_MAX = 1024
 """Events a client may be behind before its stream ends."""
 
+PROGRESS_S = 10.0
+"""Between two messages that give the cursor of a stream in which nothing happens."""
+
 Action = Literal["create", "update", "remove", "freeze", "resume", "drain"]
+
+TASK_ACTIONS: Mapping[TaskState, str] = {
+    TaskState.RUNNING: "start",
+    TaskState.COMPLETE: "die",
+    TaskState.SHUTDOWN: "die",
+    TaskState.FAILED: "die",
+    TaskState.REJECTED: "reject",
+    TaskState.ORPHANED: "lost",
+}
+
+
+class EventsLost(FailedPrecondition):
+    """The events that the client needs are not there (any more)."""
 
 
 class Actor(ApiObject):
@@ -56,6 +78,16 @@ class Message(ApiObject):
     time: int = msgspec.field(name="time")
     time_nano: int = msgspec.field(name="timeNano")
     scope: str = msgspec.field(name="scope", default_factory=lambda: "swarm")
+    cursor: str = msgspec.field(name="Cursor", default="")
+    """Of ``GET /skep/events``: where a later stream goes on after this event."""
+
+
+class _Kept(msgspec.Struct, frozen=True, gc=False):
+    """``after``: the revision after which a stream goes on that ended with this message."""
+
+    message: Message
+    revision: int
+    after: int
 
 
 class ClusterEvents:
@@ -64,8 +96,12 @@ class ClusterEvents:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._past: deque[Message] = deque(maxlen=KEPT)
-        self._readers: set[asyncio.Queue[Message | None]] = set()
+        self._past: deque[_Kept] = deque()
+        self._readers: set[asyncio.Queue[_Kept | None]] = set()
+        self._floor: int | None = None
+        """All events of later revisions are in ``_past``; None: commits are not followed yet."""
+        self._revision = 0
+        """The last one whose events were derived."""
 
     async def run(self) -> None:
         """Derive events from commits until cancelled."""
@@ -73,6 +109,7 @@ class ClusterEvents:
             try:
                 await self._follow()
             except WatchLagged:
+                self._floor = None
                 # Missed events cannot be delivered, so all streams end.
                 for reader in self._readers:
                     _end(reader)
@@ -80,33 +117,61 @@ class ClusterEvents:
     async def _follow(self) -> None:
         kinds = (Service, Task, Node, Secret, Config, Network, Swarm, Payload)
         async with self._store.watch(*kinds) as watch:
+            self._past.clear()
+            self._floor = self._revision = watch.snapshot.revision
             async for commit in watch:
+                messages: list[Message] = []
                 for event in commit.events:
                     with isolated("event", object_id(event)):
-                        for message in messages_of(event, self._clock.now_ns()):
-                            self._publish(message)
+                        messages += messages_of(event, self._clock.now_ns(), self._store.view())
+                for left, message in zip(reversed(range(len(messages))), messages, strict=True):
+                    after = commit.revision if not left else self._revision
+                    self._publish(_Kept(message, commit.revision, after))
+                self._revision = commit.revision
 
     def expires(self, expiry: Expiry) -> None:
         """Publish that a certificate expires soon, which no commit shows."""
         now_ns = self._clock.now_ns()
         attributes = {"name": expiry.name, "notafter": stamp(expiry.not_after)}
-        self._publish(
-            Message(
-                type=expiry.kind,
-                action="expire",
-                actor=Actor(id=expiry.id, attributes=attributes),
-                time=now_ns // SECOND_NS,
-                time_nano=now_ns,
-            )
+        message = Message(
+            type=expiry.kind,
+            action="expire",
+            actor=Actor(id=expiry.id, attributes=attributes),
+            time=now_ns // SECOND_NS,
+            time_nano=now_ns,
         )
+        self._publish(_Kept(message, self._revision, self._revision))
 
-    def _publish(self, message: Message) -> None:
-        self._past.append(message)
+    def _publish(self, kept: _Kept) -> None:
+        self._past.append(kept)
+        if len(self._past) > KEPT:
+            self._floor = self._past.popleft().revision
         for reader in self._readers:
             try:
-                reader.put_nowait(message)
+                reader.put_nowait(kept)
             except asyncio.QueueFull:
                 _end(reader)
+
+    def cursor(self, revision: int | None = None) -> str:
+        """Of the last events that were derived, or of ``revision``."""
+        return f"{self._store.incarnation}-{self._revision if revision is None else revision}"
+
+    def revision_after(self, cursor: str) -> int:
+        """The revision in ``cursor``.
+
+        Raises: InvalidArgument: it is no cursor; EventsLost: this manager has not all events after it.
+        """
+        incarnation, _, revision = cursor.partition("-")
+        if not (incarnation.isdecimal() and revision.isdecimal() and cursor.isascii() and len(cursor) < 40):
+            raise InvalidArgument(f"invalid cursor {cursor!r}: want one of an event, like {self.cursor()}")
+        if int(incarnation) != self._store.incarnation:
+            raise EventsLost(f"cursor {cursor} is of another life of the cluster: read its objects anew")
+        if self._floor is None or int(revision) < self._floor:
+            raise EventsLost(
+                f"not all events after cursor {cursor} are kept by this manager: ask another one, or read the "
+                f"cluster's objects anew and go on after {self.cursor()}"
+            )
+        return int(revision)
 
     async def subscribe(
         self, since_ns: int | None, until_ns: int | None, fits: Callable[[Message], bool]
@@ -115,35 +180,65 @@ class ClusterEvents:
 
         Ends at that time, or when the reader falls behind.
         """
-        reader: asyncio.Queue[Message | None] = asyncio.Queue(BEHIND_MAX)
-        past = tuple(self._past) if since_ns is not None else ()
+
+        def is_past(kept: _Kept) -> bool:
+            return since_ns is not None and _is_between(kept.message, since_ns, until_ns)
+
+        with suppress(EventsLost):
+            async with aclosing(self._read(is_past, until_ns)) as reading:
+                async for kept in reading:
+                    if kept is not None and fits(kept.message):
+                        yield kept.message
+
+    async def subscribe_after(
+        self, after: int | None, until_ns: int | None, fits: Callable[[Message], bool]
+    ) -> AsyncGenerator[Message, None]:
+        """Events of revisions later than ``after`` (None: new ones) with their cursors, until ``until_ns``.
+
+        Begins with a message that has the cursor only, and has one again whenever nothing happens.
+        Raises: EventsLost: the reader has fallen behind.
+        """
+        first = self._revision if after is None else after
+        yield _progress(self.cursor(first), self._clock.now_ns())
+        async with aclosing(self._read(lambda kept: kept.revision > first, until_ns)) as reading:
+            async for kept in reading:
+                if kept is None:
+                    yield _progress(self.cursor(), self._clock.now_ns())
+                elif kept.revision > first and fits(kept.message):
+                    yield replace(kept.message, cursor=self.cursor(max(kept.after, first)))
+
+    async def _read(
+        self, is_past: Callable[[_Kept], bool], until_ns: int | None
+    ) -> AsyncGenerator[_Kept | None, None]:
+        """Past events that ``is_past`` accepts, then new ones until ``until_ns``; None when none came for a while.
+
+        Raises: EventsLost: the reader has fallen behind.
+        """
+        reader: asyncio.Queue[_Kept | None] = asyncio.Queue(BEHIND_MAX)
         self._readers.add(reader)
+        past = tuple(filter(is_past, self._past))
         try:
-            for message in past:
-                if _is_between(message, since_ns, until_ns) and fits(message):
-                    yield message
-            async with aclosing(self._coming(reader, until_ns)) as coming:
-                async for message in coming:
-                    if fits(message):
-                        yield message
+            for kept in past:
+                yield kept
+            while True:
+                left_s = (until_ns - self._clock.now_ns()) / SECOND_NS if until_ns is not None else PROGRESS_S
+                try:
+                    found = await asyncio.wait_for(reader.get(), min(left_s, PROGRESS_S))
+                except TimeoutError:
+                    if left_s <= PROGRESS_S and until_ns is not None:
+                        return
+                    yield None
+                    continue
+                if found is None:
+                    raise EventsLost(
+                        "the client was too slow and has lost events: go on after its last cursor"
+                    )
+                yield found
         finally:
             self._readers.discard(reader)
 
-    async def _coming(
-        self, reader: asyncio.Queue[Message | None], until_ns: int | None
-    ) -> AsyncGenerator[Message, None]:
-        while True:
-            remaining_s = None if until_ns is None else (until_ns - self._clock.now_ns()) / SECOND_NS
-            try:
-                message = await asyncio.wait_for(reader.get(), remaining_s)
-            except TimeoutError:
-                return
-            if message is None:
-                return
-            yield message
 
-
-def _end(reader: asyncio.Queue[Message | None]) -> None:
+def _end(reader: asyncio.Queue[_Kept | None]) -> None:
     """Drop a slow reader's queue, so that it gets the end next."""
     while not reader.empty():
         reader.get_nowait()
@@ -156,8 +251,37 @@ def _is_between(message: Message, since_ns: int | None, until_ns: int | None) ->
     )
 
 
-def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
-    """The API's messages about one object's change: usually one, none for internal objects."""
+def is_dockers(message: Message) -> bool:
+    """Whether a client that asks for no type gets it: tasks have no events in Docker, and many in a cluster."""
+    return message.type != "task" or message.action == "drain"
+
+
+def messages_of(event: Event, now_ns: int, view: View | None = None) -> Iterator[Message]:
+    """The messages about one object's change, none for internal objects.
+
+    ``view``: where names are; None: only what is in the Engine API, and the draining of tasks.
+    """
+    if view is not None:
+        yield from _messages_of_tasks(event, now_ns, view)
+    yield from _dockers(event, now_ns)
+
+
+def _messages_of_tasks(event: Event, now_ns: int, view: View) -> Iterator[Message]:
+    match event:
+        case Created(Task() as task):
+            yield _task("create", task, view, now_ns)
+        case Deleted(Task() as task):
+            yield _task("remove", task, view, now_ns)
+        case Updated(Task() as old, Task() as new) if old.status.state is not new.status.state:
+            if action := TASK_ACTIONS.get(new.status.state):
+                yield _task(action, new, view, now_ns)
+        case Updated(Node() as before, Node() as after) if _went_down(before, after):
+            for task in view.find(Task, node_id=after.id):
+                if task.status.state is TaskState.RUNNING:
+                    yield _task("lost", task, view, now_ns)
+
+
+def _dockers(event: Event, now_ns: int) -> Iterator[Message]:
     match event:
         case Created(Payload() as payload) | Updated(_, Payload() as payload):
             if payload.id == EVICTION_ID:  # the other payloads are internal
@@ -206,6 +330,46 @@ def _eviction(eviction: Eviction, at_ns: int) -> Message:
     }
     actor = Actor(id=eviction.node_id, attributes=attributes)
     return Message(type="node", action="evict", actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
+
+
+def _went_down(old: Node, new: Node) -> bool:
+    return new.status.state is NodeState.DOWN and old.status.state is not NodeState.DOWN
+
+
+def _task(action: str, task: Task, view: View, at_ns: int) -> Message:
+    """Not in Docker.  The name and labels are those of the task's container; an end has its cause."""
+    status, service = task.status, view.lookup(Service, task.service_id)
+    attributes = {
+        "name": f"{service.spec.name if service is not None else ''}.{task.shown_slot or task.node_id}.{task.id}",
+        "com.docker.swarm.task.id": task.id,
+        "com.docker.swarm.service.id": task.service_id,
+        "com.docker.swarm.service.name": service.spec.name if service is not None else "",
+        "com.docker.swarm.node.id": task.node_id,
+        "state": status.state.value,
+    }
+    if action in ("die", "reject"):
+        attributes |= {"error": status.err}
+    if action == "die":
+        container, end = status.container_status, status.end
+        attributes |= {
+            "exitCode": str(container.exit_code) if container is not None and container.container_id else "",
+            "cause": end.cause if end is not None else "",
+            "signal": end.signal if end is not None else "",
+        }
+    actor = Actor(id=task.id, attributes={name: value for name, value in attributes.items() if value})
+    return Message(type="task", action=action, actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
+
+
+def _progress(cursor: str, at_ns: int) -> Message:
+    """Nothing happened up to here; for readers that go on later."""
+    return Message(
+        type="stream",
+        action="progress",
+        actor=Actor(),
+        time=at_ns // SECOND_NS,
+        time_nano=at_ns,
+        cursor=cursor,
+    )
 
 
 def _drain(task: Task, at_ns: int) -> Message:

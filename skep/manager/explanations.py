@@ -3,7 +3,6 @@
 Everything is read from the objects; nothing is stored for it.
 """
 
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -12,11 +11,13 @@ from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.manager.scheduler.explain import NodeVerdict
+from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import UNDER_WAY, Service, UpdateStatus
 from skep.model.task import Restart, Task, TaskState
+from skep.model.task_end import TaskEnd, signal_of
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 
 REASONS_MAX = 10
@@ -24,8 +25,6 @@ REASONS_MAX = 10
 
 _LOOP_FROM = 2
 """So many failures in a row are called a crash loop."""
-_SIGNALED = 128
-"""Shells and Docker report the signal that ended a process as 128 + its number."""
 
 
 class TaskExplanation(ApiObject):
@@ -45,6 +44,8 @@ class TaskExplanation(ApiObject):
     node_id: NodeId = NodeId("")
     exit_code: int | None = None
     signal: str = ""
+    end: TaskEnd | None = None
+    """Why it ended, with its last lines."""
     nodes: tuple[NodeVerdict, ...] = ()
 
 
@@ -52,6 +53,8 @@ class Reason(ApiObject):
     """Why some tasks of a service are not running."""
 
     example: TaskId
+    name: str = ""
+    """Of the example: ``web.2``, or ``web.w1`` of a global service."""
     summary: str = always("")
     tasks: int = always(0)
 
@@ -100,6 +103,7 @@ def explain_task(task: Task, node: Node | None, verdicts: Sequence[NodeVerdict] 
         node_id=task.node_id,
         exit_code=code,
         signal=signal_of(code) if code is not None else "",
+        end=task.status.end,
         nodes=tuple(verdicts),
     )
 
@@ -130,11 +134,12 @@ def explain_service(
                 waiting.append((task, summary(task, nodes.get(task.node_id))))
         elif task.status.state in (TaskState.FAILED, TaskState.REJECTED):
             failed.append((task, summary(task, nodes.get(task.node_id))))
-    reasons, failures = _counted(waiting), _counted(failed)
+    reasons, failures = _counted(waiting, service, nodes), _counted(failed)
     if is_job:
         text, is_as_wanted = _of_job(service, tasks, running, reasons, nodes)
     else:
-        text, is_as_wanted = _of_service(running, wanted, reasons, failures)
+        loop = _crash_loop([task for task, _ in waiting], [task for task, _ in failed])
+        text, is_as_wanted = _of_service(running, wanted, reasons, failures, loop)
     return ServiceExplanation(
         service_id=service.id,
         summary=text,
@@ -156,7 +161,8 @@ def summary(task: Task, node: Node | None) -> str:
         case TaskState.NEW:
             return status.err or "it waits for its networks and ports"
         case TaskState.PENDING:
-            return status.err or "it waits for a node"
+            is_held = status.err.startswith(WAITS_FOR)
+            return f"it {status.err}" if is_held else status.err or "it waits for a node"
         case TaskState.ASSIGNED:
             return f"{where} has not taken it yet"
         case TaskState.ACCEPTED | TaskState.PREPARING:
@@ -199,14 +205,6 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-def signal_of(exit_code: int) -> str:
-    """``SIGKILL`` for 137; empty where the code names no signal."""
-    try:
-        return signal.Signals(exit_code - _SIGNALED).name if exit_code > _SIGNALED else ""
-    except ValueError:
-        return ""
-
-
 _NEVER_STARTED = "starting container failed"
 _CONTAINER_GONE = "No such container"
 
@@ -224,6 +222,8 @@ def _ending(task: Task) -> str:
 
 
 def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
+    if task.status.err.startswith(WAITS_FOR):
+        return f"it {task.status.err}"
     willing = sum(not one.refusals for one in verdicts)
     if willing:
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
@@ -231,17 +231,50 @@ def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
 
 
 def _of_service(
-    running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason]
+    running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason], crash_loop: str = ""
 ) -> tuple[str, bool]:
     """The summary, and whether the service is in its desired state."""
     if running >= wanted and not reasons:
         return f"{running} of {wanted} tasks run: as wanted", True
     text = f"{running} of {wanted} tasks run"
+    if crash_loop:
+        return f"{text}; {crash_loop}", False
     if reasons:
         return f"{text}; {reasons[0].tasks} wait: {reasons[0].summary}", False
     if failures:
         return f"{text}; {failures[0].tasks} failed: {failures[0].summary}", False
     return text, False
+
+
+def _crash_loop(waiting: Sequence[Task], failed: Sequence[Task]) -> str:
+    """That tasks of a slot fail again and again, and of what: more to the point than what the next one waits for."""
+    loops = [task for task in waiting if task.restart is not None and task.restart.failures >= _LOOP_FROM]
+    if not loops or not failed:
+        return ""
+    worst = max(loops, key=lambda task: (task.restart.failures if task.restart is not None else 0, task.id))
+    slot = _slot(worst)
+    last = max(
+        [task for task in failed if _slot(task) == slot] or failed,
+        key=lambda task: (task.created_at, task.id),
+    )
+    assert worst.restart is not None
+    lines = last.status.end.lines if last.status.end is not None else ()
+    said = f', last line "{lines[-1].text}"' if lines else ""
+    attempt = ""
+    if worst.status.state is TaskState.READY and worst.restart.delay:
+        attempt = f"; next attempt at {worst.restart.not_before[11:19]} UTC"
+    return f"crash loop, {worst.restart.failures} failures in a row: {_ending_in_short(last)}{said}{attempt}"
+
+
+def _ending_in_short(task: Task) -> str:
+    """``exit 3``, ``exit 137 (SIGKILL)``, or as ``summary`` where no process ended."""
+    code = _exit_code(task)
+    if task.status.state is not TaskState.FAILED or code is None:
+        return task.status.err or _ending(task)
+    if task.status.err.startswith((_NEVER_STARTED, _CONTAINER_GONE)):
+        return _ending(task)
+    name = signal_of(code)
+    return f"exit {code}" + (f" ({name})" if name else "")
 
 
 def _of_job(
@@ -281,16 +314,33 @@ def _last_end(tasks: Iterable[Task]) -> Timestamp:
     return max(stamps, key=unix_ns, default=Timestamp(""))
 
 
-def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:
+def _counted(
+    tasks: Iterable[tuple[Task, str]],
+    service: Service | None = None,
+    nodes: Mapping[NodeId, Node] | None = None,
+) -> tuple[Reason, ...]:
+    """``service`` and ``nodes``: of tasks that are wanted, whose names mean them."""
     counts: Counter[str] = Counter()
-    examples: dict[str, TaskId] = {}
+    examples: dict[str, Task] = {}
     for task, words in tasks:
         counts[words] += 1
-        examples.setdefault(words, task.id)
+        examples.setdefault(words, task)
     return tuple(
-        Reason(summary=words, tasks=number, example=examples[words])
+        Reason(
+            summary=words,
+            tasks=number,
+            example=examples[words].id,
+            name=_name(examples[words], service, nodes or {}) if service is not None else "",
+        )
         for words, number in counts.most_common(REASONS_MAX)
     )
+
+
+def _name(task: Task, service: Service, nodes: Mapping[NodeId, Node]) -> str:
+    """As ``docker service ps`` shows it; empty: a task of a global service whose node is not known."""
+    node = nodes.get(task.node_id)
+    place = task.shown_slot or (node.description.hostname if node is not None else "")
+    return f"{service.spec.name}.{place}" if place else ""
 
 
 def _exit_code(task: Task) -> int | None:
@@ -340,10 +390,11 @@ def explain_update(
         words = "the monitor time of the last step" if is_last else "the delay before the next step"
         return UpdateExplanation(step=step, waiting_for=words)
     first = min(leads, key=lambda task: (task.created_at, task.id))
+    due_ns = unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)
     return UpdateExplanation(
         step=step,
         waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
-        deadline=timestamp(unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)),
+        deadline=None if first.status.err.startswith(WAITS_FOR) else timestamp(due_ns),
     )
 
 

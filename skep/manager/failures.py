@@ -61,7 +61,8 @@ class Failures:
         self._forget_above = WRITE_FAILURES_MAX
 
     def caught(self, key: str) -> "_Caught":
-        """Context for one object's decision: records and swallows every ``Exception`` but ``NotLeader``."""
+        """Context for one object's decision: records and swallows every ``Exception`` but ``NotLeader`` and
+        ``WatchLagged``."""
         return _Caught(self, key)
 
     def record(self, key: str, error: Exception) -> None:
@@ -165,7 +166,7 @@ class _Caught:
         if error is None:
             self._failures.clear(self._key)
             return False
-        if isinstance(error, NotLeader) or not isinstance(error, Exception):
+        if isinstance(error, NotLeader | WatchLagged) or not isinstance(error, Exception):
             return False
         self._failures.record(self._key, error)
         return True

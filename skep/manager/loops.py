@@ -9,8 +9,10 @@ from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
+from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.volumes.loop import ClusterVolumes, FindDriver, no_drivers
 from skep.model.ids import IdSource
 from skep.store.interface import LoopStore
 
@@ -27,13 +29,16 @@ def loops(
     new_id: IdSource,
     random: Random,
     incarnation: int = 0,
+    *,
+    find_driver: FindDriver = no_drivers,
 ) -> list[Loop]:
     """The loops of one term, each to be run as a task of its own.
 
-    ``incarnation``: of the cluster.
+    ``incarnation``: of the cluster; ``find_driver``: of cluster volumes, on this machine.
     """
-    kinds = (Orchestrator, Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
+    kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, KeyRotation, CertificateAuthority)
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
+        ClusterVolumes(term, clock, random, find_driver),
     ]

@@ -22,6 +22,7 @@ from skep.aio.loop_lag import LoopLag
 from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.api.server import runner
 from skep.bootstrap import ManagerConfig
+from skep.csi.drivers import Drivers
 from skep.errors import Unavailable
 from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
@@ -59,12 +60,16 @@ from skep.manager.membership.loop import Managers
 from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
 from skep.manager.membership.peer_search import PeerSearch
 from skep.manager.membership.service import MembersService
+from skep.manager.metrics import ClusterMetrics, StartTimes
+from skep.manager.node_events import AllEvents
 from skep.manager.peer_reports import PeerReports
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
 from skep.manager.store_space import StoreSpace
+from skep.manager.tunnels import Tunnels
+from skep.manager.worker_reads import WorkerReads
 from skep.model.addresses import parted
 from skep.model.ids import IdSource, NodeId
 from skep.model.readable import names_from
@@ -125,6 +130,7 @@ class Manager:
         self._dispatcher = Dispatcher(
             store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, reports=reports
         )
+        self._starts = StartTimes(store, clock)
         self._incarnation = Incarnation(store.incarnation)
         self._link = ManagerLink(
             store,
@@ -137,6 +143,7 @@ class Manager:
         )
         self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
         self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to)
+        self._tunnels = Tunnels(store, config.node_id, self._session, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
         self._image_directory = ImageDirectory(store.view, config.cluster_id, random)
@@ -179,19 +186,23 @@ class Manager:
                 await asyncio.Event().wait()
 
     def _api(self, events: ClusterEvents) -> ManagerApi:
+        lag, own = LoopLag(), self._config.node_id
         return ManagerApi(
             store=self._store,
             logs=self._logs,
             backups=Backups(self._config, self._store, self._keys.disk.load, self._clock),
             events=events,
+            all_events=AllEvents(self._tunnels, self._store.view, self._clock),
             clock=self._clock,
             new_id=self._new_id,
             new_name=names_from(self._random),
             diagnostics=self._diagnostics,
             external=self._external,
+            tunnels=self._tunnels,
             quorum=self._quorum,
-            lag=LoopLag(),
-            own=self._config.node_id,
+            lag=lag,
+            metrics=ClusterMetrics(self._store, own, self._starts, self._dispatcher.session_count, lag),
+            own=own,
             own_error=self._member.error,
         )
 
@@ -206,8 +217,10 @@ class Manager:
             *self._probes.services(),
             *self._diagnostics.services(),
             *self._logs.services(),
+            *self._tunnels.services(),
             *self._attachments.services(),
             *self._image_directory.services(),
+            *WorkerReads(self._store.view, self._config.paths.manager_socket).services(),
             *self._link.services(),
             *self._members.services(),
             *self._member.peer_search.services(),
@@ -230,6 +243,7 @@ class Manager:
             ("link", self._link.run()),
             ("incarnation", _retrying(incarnation, "incarnation", clock, random)),
             ("events", events.run()),
+            ("times of starts", self._starts.run()),
             ("gossip relay", Relay(store, host, clock, random).run()),
             ("peer addresses", _retrying(addresses, "peer addresses", clock, random)),
             ("manager status", self._status.run()),
@@ -313,6 +327,7 @@ class Manager:
                     self._new_id,
                     self._random,
                     self._store.incarnation,
+                    find_driver=Drivers(self._config.paths.csi_sockets, self._clock).get,
                 ):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:

@@ -32,6 +32,8 @@ class Quorum(ApiObject):
     since: Timestamp = Timestamp("")
     managers: tuple[PeerManager, ...] = always(())
     own_error: str = msgspec.field(default="", name="Trouble")
+    revision: int = 0
+    """Of this manager's replica: of several without a leader, the one with the highest has seen most."""
 
 
 def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Timestamp) -> Quorum:
@@ -54,4 +56,4 @@ def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Tim
         if node.manager_status is not None
     ]
     managers.sort(key=lambda manager: (manager.hostname, manager.id))
-    return Quorum(has_leader=not lost_at, since=lost_at, managers=tuple(managers))
+    return Quorum(has_leader=not lost_at, since=lost_at, managers=tuple(managers), revision=view.revision)

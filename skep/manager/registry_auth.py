@@ -1,5 +1,6 @@
 """Registry credentials of services: kept apart from their specs, used for the tasks that are placed from now on."""
 
+from skep.model.images import registry_of
 from skep.model.service import Service
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
@@ -32,9 +33,3 @@ def follow_rollback(tx: Transaction, service: Service) -> None:
     present, before = (registry_of(one.image) if one is not None else "" for one in images)
     keep_auth(tx, current, newest or older if present == before else older)
     keep_auth(tx, previous, newest)
-
-
-def registry_of(image: str) -> str:
-    """The registry of an image's reference; empty for Docker Hub."""
-    first, slash, _ = image.partition("/")
-    return first if slash and ("." in first or ":" in first or first == "localhost") else ""

@@ -10,6 +10,7 @@ import msgspec
 from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.meta import Driver
 from skep.model.task import AssignedTask
+from skep.model.volume import VolumeAssignment
 
 
 class SecretFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,5 +52,9 @@ class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
     removed_secrets: tuple[SecretId, ...] = ()
     configs: tuple[ConfigFile, ...] = ()
     removed_configs: tuple[ConfigId, ...] = ()
+    volumes: tuple[VolumeAssignment, ...] = ()
+    """Cluster volumes that are published on the node."""
+    removed_volumes: tuple[VolumeAssignment, ...] = ()
+    """Those to be given up, in a complete set too: the node reports when it has, or has none of them."""
     registry_auths: Mapping[TaskId, str] = {}
     """Registry credentials (``X-Registry-Auth``: base64 of JSON) of tasks in ``tasks``."""

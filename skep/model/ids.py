@@ -15,6 +15,7 @@ TaskId = NewType("TaskId", str)
 NetworkId = NewType("NetworkId", str)
 SecretId = NewType("SecretId", str)
 ConfigId = NewType("ConfigId", str)
+VolumeId = NewType("VolumeId", str)
 SessionId = NewType("SessionId", str)
 ContainerId = NewType("ContainerId", str)
 

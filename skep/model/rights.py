@@ -17,6 +17,8 @@ import msgspec
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec
 
+API_LABEL: Final = "skep.api"
+"""On containers that mount the API's socket: what they may call (``ApiAccess``)."""
 ALLOW_LABEL: Final = "skep.allow"
 """On the cluster: the kinds of rights that services may have; reported by nodes: those that they give."""
 DEVICES_LABEL: Final = "skep.devices"
@@ -38,6 +40,17 @@ _UNLISTED = re.compile(
 )
 
 
+class ApiAccess(Enum):
+    """What a container may call on its own socket of the Engine API, as ``skep.api`` names it."""
+
+    READ = "read"
+    """Lists and details, without the values of environment variables and without the data of configs."""
+    INSPECT = "inspect"
+    """All details, and logs."""
+    FULL = "full"
+    """Everything that root of the machine may."""
+
+
 class Right(Enum):
     """A kind of right, as ``skep.allow`` names it."""
 
@@ -49,6 +62,10 @@ class Right(Enum):
     """Processes, shared memory and host name of the machine."""
     RESOURCES = "resources"
     """Sizes and limits that a service's ``--limit`` does not have."""
+    API = "api"
+    """The whole Engine API, for containers that mount its socket."""
+    API_INSPECT = "api-inspect"
+    """To read with it what others may have as secrets: environment variables, configs, logs."""
 
 
 ALL_RIGHTS: Final = frozenset(Right)
@@ -88,6 +105,8 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
     memory_swap: int = 0
     """Memory and swap together, in bytes; -1: without a limit."""
     memory_swappiness: int | None = None
+    api_full: bool = False
+    api_inspect: bool = False
     blkio_weight: int = 0
     read_bps: tuple[tuple[str, int], ...] = ()
     """Path of a block device, and bytes in a second; the next three likewise."""
@@ -103,6 +122,8 @@ class MachineRights(msgspec.Struct, frozen=True, kw_only=True):
             Right.DEVICES: ("devices", "cdi_devices", "device_rules"),
             Right.GPUS: ("gpus",),
             Right.NAMESPACES: ("pid", "ipc", "uts"),
+            Right.API: ("api_full",),
+            Right.API_INSPECT: ("api_inspect",),
         }
         rest = set(self.__struct_fields__) - {name for names in groups.values() for name in names}
         groups[Right.RESOURCES] = tuple(rest)
@@ -118,7 +139,7 @@ _NOTHING: Final = MachineRights()
 
 def rights_of(container: ContainerSpec | None) -> MachineRights:
     """What a service's container is to have.  Raises: InvalidArgument: a label cannot be read."""
-    if container is None:
+    if container is None or _READERS.keys().isdisjoint(container.labels):
         return _NOTHING
     found: dict[str, Any] = {}
     for name, read in _READERS.items():
@@ -130,6 +151,16 @@ def rights_of(container: ContainerSpec | None) -> MachineRights:
         except ValueError as error:
             raise InvalidArgument(f"invalid label {name}={text}: {error}") from None
     return MachineRights(**found) if found else _NOTHING
+
+
+def api_access(labels: Mapping[str, str]) -> ApiAccess:
+    """What the labels of a container let it call on its own API socket.  Raises: InvalidArgument."""
+    text = labels.get(API_LABEL, ApiAccess.READ.value)
+    try:
+        _api(text)
+    except ValueError as error:
+        raise InvalidArgument(f"invalid label {API_LABEL}={text}: {error}") from None
+    return ApiAccess(text)
 
 
 def check_service_rights(container: ContainerSpec | None, service_labels: Iterable[str]) -> None:
@@ -164,6 +195,11 @@ def allowed_by(labels: Mapping[str, str]) -> frozenset[Right]:
         return allowed_rights(labels.get(ALLOW_LABEL, ""))
     except InvalidArgument:
         return frozenset()
+
+
+def reported_rights(rights: frozenset[Right]) -> str:
+    """The kinds as a node reports them; without their names where managers of other versions may not know one."""
+    return "all" if rights == ALL_RIGHTS else rights_text(rights)
 
 
 def rights_text(rights: Iterable[Right]) -> str:
@@ -221,6 +257,12 @@ def _boolean(text: str) -> dict[str, Any]:
     if text not in ("true", "false"):
         raise ValueError("want true or false")
     return {"privileged": text == "true"}
+
+
+def _api(text: str) -> dict[str, Any]:
+    if text not in ("read", "inspect", "full"):
+        raise ValueError("want read, inspect or full")
+    return {} if text == "read" else {f"api_{text}": True}
 
 
 def _devices(text: str) -> dict[str, Any]:
@@ -331,6 +373,7 @@ def _operations(text: str) -> int:
 
 
 _READERS: Final[Mapping[str, Callable[[str], dict[str, Any]]]] = {
+    API_LABEL: _api,
     "skep.privileged": _boolean,
     "skep.devices": _devices,
     "skep.device-rules": _rules,

@@ -36,6 +36,10 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
     address: str = ""
     """``--ip``; empty: any."""
+    mac_address: str = ""
+    """``--mac-address``; empty: one that follows from its address."""
+    links: tuple[str, ...] = ()
+    """``container:alias``: further names that this container alone has for others."""
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +49,10 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     aliases: tuple[str, ...] = ()
     """Further names of this container alone."""
+    mac_address: str = ""
+    """That its user has chosen; empty: none."""
+    links: tuple[str, ...] = ()
+    """As in ``EndpointRequest``."""
     attachment: TaskId = TaskId("")
     """The attachment task by which the cluster reserves this endpoint for a plain container; empty: none."""
 
@@ -97,6 +105,8 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Requested networks, in the order of its interfaces, on which it gets endpoints when it starts."""
     endpoints: tuple[EndpointConfig, ...] = ()
     """Endpoints that it has been given already (a task's), likewise."""
+    mac_address: str = ""
+    """On the gateway bridge where that is its network; empty: one that follows from its address."""
     ports: tuple[PublishedPort, ...] = ()
     """Host-mode ports to publish on the node."""
     sysctls: Mapping[str, str] = {}

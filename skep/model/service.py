@@ -323,6 +323,10 @@ class UpdateState(Enum):
 
 UNDER_WAY = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
 """States in which tasks are being replaced."""
+PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
+"""States in which no further task is replaced until a user says so."""
+ENDED = (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
+"""States of an update that is over."""
 
 
 class UpdateStatus(ApiObject):
@@ -332,6 +336,9 @@ class UpdateStatus(ApiObject):
     started_at: Timestamp | None = None
     completed_at: Timestamp | None = None
     message: str = ""
+    tolerated_until: Timestamp | None = None
+    """Failures of tasks that were created until then do not count: a user resumed the update after them.  Not in
+    Docker's API.  A manager of an older version keeps it and does not heed it."""
 
 
 class ServiceStatus(ApiObject):

@@ -54,6 +54,17 @@ class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
     parent: ParentLink | None = None
     """Of networks of a node alone; None: an overlay, or a bridge."""
 
+    @property
+    def is_of_node(self) -> bool:
+        """Whether one node makes it for itself, with a gateway of its own: it has no VXLAN."""
+        return not any(one.vni for one in self.segments)
+
+    @property
+    def gateway(self) -> str:
+        """Of its containers, as the Engine API shows it; empty: they have none there."""
+        is_shut = self.is_internal and self.parent is not None
+        return self.segments[0].gateway if self.segments and self.is_of_node and not is_shut else ""
+
 
 class TableNode(msgspec.Struct, frozen=True, kw_only=True):
     """A node with containers on the network."""

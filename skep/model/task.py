@@ -10,6 +10,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.network import Network
 from skep.model.service import EndpointVirtualIP, GenericResource, PortConfig, TaskSpec
+from skep.model.task_end import TaskEnd
 from skep.model.times import ZERO_TIME, Timestamp
 
 
@@ -96,6 +97,8 @@ class TaskStatus(ApiObject):
     err: str = ""
     container_status: ContainerStatus | None = None
     port_status: PortStatus = always(PortStatus())
+    end: TaskEnd | None = None
+    """Why it ended.  Not in Docker's API; None from docker nodes and from nodes of earlier versions."""
 
 
 class NetworkAttachment(ApiObject):

@@ -13,6 +13,8 @@ PORTS_LABEL: Final = "skep.ports"
 PORTS_MAX = 1000
 """Ports in the label, the lowest ones of each protocol."""
 _LABEL_CHARACTERS_MAX = 16 * 1024
+_REMEMBERED_CHARACTERS_MAX = 512
+"""Longer labels are read each time: a node that reports a new one every second would fill the memory with them."""
 
 UsedPort: TypeAlias = tuple[str, int]
 """Protocol and number."""
@@ -30,10 +32,10 @@ def ports_label(ports: Iterable[UsedPort]) -> str:
 
 def used_ports_of(node: Node) -> frozenset[UsedPort]:
     """The ports in the node's label; what cannot be read is ignored."""
-    return _read(node.description.engine.labels.get(PORTS_LABEL, "")[:_LABEL_CHARACTERS_MAX])
+    label = node.description.engine.labels.get(PORTS_LABEL, "")[:_LABEL_CHARACTERS_MAX]
+    return _remembered(label) if len(label) <= _REMEMBERED_CHARACTERS_MAX else _read(label)
 
 
-@lru_cache(4096)
 def _read(label: str) -> frozenset[UsedPort]:
     return frozenset(
         (protocol, int(number))
@@ -41,3 +43,6 @@ def _read(label: str) -> frozenset[UsedPort]:
         for number in numbers.split(",")
         if number.isascii() and number.isdigit() and len(number) <= 5
     )
+
+
+_remembered = lru_cache(4096)(_read)

@@ -1,29 +1,32 @@
 """What a node reports of itself to the managers when it registers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from msgspec.structs import replace
 
 from skep import __version__
+from skep.agent.cluster_volumes import ClusterVolumes
 from skep.configuration.configuration import Configuration
-from skep.engine.cdi import described
 from skep.engine.container import Container
-from skep.engine.create import LOG_DRIVERS
-from skep.engine.devices import device_paths
-from skep.linux.ports import read_listening_ports
-from skep.linux.routes import read_routes
+from skep.engine.engine import Engine
+from skep.engine.log_drivers.drivers import log_drivers
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
-from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, is_listed, rights_text
-from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
+from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, reported_rights
+from skep.model.routes import ROUTES_LABEL, routes_label
+from skep.model.secret_env import PLUGIN as SECRET_ENV
 from skep.model.service import Platform, Resources
+from skep.model.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
 from skep.model.used_ports import PORTS_LABEL, UsedPort, ports_label
 from skep.node.conditions import Conditions
 from skep.node.features import Features, labels
 from skep.node.machine import Machine
+from skep.node.offers import OfferReader
 
 _PLUGINS = (
     *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "ipvlan", "macvlan", "null")),
-    *(EnginePlugin(type="Log", name=name) for name in LOG_DRIVERS),
     EnginePlugin(type="Volume", name="local"),
+    EnginePlugin(type=SECRET_ENV[0], name=SECRET_ENV[1]),
 )
 _OVERLAY = EnginePlugin(type="Network", name="overlay")
 _LIST_BYTES_MAX = 16_384
@@ -32,10 +35,13 @@ _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
 """Without one of these the overlay plugin is not listed, so that tasks on overlay networks are placed elsewhere."""
 
 
-def port_labels(containers: Iterable[Container], mesh: frozenset[UsedPort]) -> Mapping[str, str]:
+def port_labels(
+    containers: Iterable[Container], mesh: frozenset[UsedPort], listening: frozenset[UsedPort]
+) -> Mapping[str, str]:
     """The label of the ports that no task has: what listens on this machine, and what plain containers publish.
 
     ``mesh``: ports of the routing mesh, which serves them on every node: each node would report each.
+    ``listening``: what programs of this machine listen on, containers among them.
     """
     by_tasks: set[UsedPort] = set(mesh)
     by_others: set[UsedPort] = set()
@@ -43,8 +49,37 @@ def port_labels(containers: Iterable[Container], mesh: frozenset[UsedPort]) -> M
         ports = container.sandbox.ports if container.sandbox is not None else ()
         owner = by_tasks if container.plain is None else by_others
         owner.update((port.protocol, port.published_port) for port in ports)
-    label = ports_label(read_listening_ports() - by_tasks | by_others)
+    label = ports_label(listening - by_tasks | by_others)
     return {PORTS_LABEL: label} if label else {}
+
+
+def volume_labels(uses: Mapping[str, Mapping[str, int]]) -> Mapping[str, str]:
+    """The label of the slots with data in volumes of this node; ``uses``: volume -> ``service.slot`` -> time."""
+    found = (
+        SlotVolume(volume, service, int(slot), at_ms)
+        for volume, users in uses.items()
+        for user, at_ms in users.items()
+        for service, _, slot in (user.rpartition("."),)
+        if slot.isascii() and slot.isdigit()
+    )
+    label = slot_volumes_label(found)
+    return {SLOT_VOLUMES_LABEL: label} if label else {}
+
+
+def volume_drivers(engine: Engine | None) -> Sequence[str]:
+    """Plug-ins of this node that give volumes."""
+    return engine.volumes.plugins.drivers if engine is not None else ()
+
+
+def with_plugins(
+    description: NodeDescription, engine: Engine | None, cluster_volumes: ClusterVolumes | None = None
+) -> NodeDescription:
+    """``description`` with the volume plug-ins of the node, and its drivers of cluster volumes."""
+    if cluster_volumes is not None:
+        description = replace(description, csi_info=cluster_volumes.drivers)
+    plugins = tuple(EnginePlugin(type="Volume", name=name) for name in volume_drivers(engine))
+    all = (*description.engine.plugins, *plugins)
+    return replace(description, engine=replace(description.engine, plugins=all)) if plugins else description
 
 
 def has_overlays(features: Features) -> bool:
@@ -69,7 +104,7 @@ class NodeDescriber:
     """Makes the description, at any time.
 
     Args:
-        configuration: gives the present one, which may be reloaded.
+        offers: what was read of the machine's files last.
         further_labels: give those of its parts, such as how this node encrypts overlay networks.
         image_port: gives where it serves its images to other nodes; 0: it does not.
         has_probes: whether it probes other nodes.
@@ -79,7 +114,7 @@ class NodeDescriber:
         self,
         machine: Machine,
         features: Features,
-        configuration: Callable[[], Configuration],
+        offers: OfferReader,
         conditions: Conditions,
         further_labels: Callable[[], Mapping[str, str]],
         *,
@@ -88,29 +123,33 @@ class NodeDescriber:
     ) -> None:
         self._machine = machine
         self._features = features
-        self._configuration = configuration
+        self._offers = offers
         self._conditions = conditions
         self._further_labels = further_labels
         self._image_port = image_port
         self._has_probes = has_probes
 
-    def _offers(self, configuration: Configuration) -> Mapping[str, str]:
+    def _offer_labels(self, configuration: Configuration) -> Mapping[str, str]:
         """What of this machine tasks may be given."""
         if configuration.executor != "oci":
             return {}
         return {
-            ALLOW_LABEL: rights_text(configuration.allow),
-            DEVICES_LABEL: listed(path for path in device_paths() if is_listed(path)),
-            CDI_LABEL: listed(sorted(described(configuration.cdi_spec_dirs))),
+            ALLOW_LABEL: reported_rights(configuration.allow),
+            DEVICES_LABEL: listed(self._offers.present.devices),
+            CDI_LABEL: listed(self._offers.present.cdi_devices),
         }
+
+    def _plugins(self) -> tuple[EnginePlugin, ...]:
+        logs = tuple(EnginePlugin(type="Log", name=name) for name in log_drivers())
+        return (*_PLUGINS, *logs, *((_OVERLAY,) if has_overlays(self._features) else ()))
 
     def describe(self, data_path_addr: str = "") -> NodeDescription:
         """``data_path_addr``: where VXLAN packets are to be sent; empty: to the address that the node connects from."""
-        configuration = self._configuration()
+        configuration = self._offers.configuration()
         own = {
             NODE_LABEL: "true",
-            **self._offers(configuration),
-            ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes()),
+            **self._offer_labels(configuration),
+            ROUTES_LABEL: routes_label(self._offers.present.routes),
         }
         if self._has_probes:
             own[PATHS_LABEL] = "1"
@@ -135,6 +174,6 @@ class NodeDescriber:
                     **own,
                     **self._conditions.labels(),
                 },
-                plugins=(*_PLUGINS, _OVERLAY) if has_overlays(self._features) else _PLUGINS,
+                plugins=self._plugins(),
             ),
         )

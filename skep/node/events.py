@@ -4,9 +4,10 @@ Source: moby, daemon/events/{events,filter}.go.
 """
 
 import asyncio
+import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -25,6 +26,8 @@ KEPT = 1024
 """Past events that a client can request (Docker keeps 256)."""
 BEHIND_MAX = 1024
 READERS_MAX = 256
+PROGRESS_S = 10.0
+"""Between two messages that give the cursor of a stream in which nothing happens."""
 
 KINDS = ("container", "daemon", "volume", "plugin", "network", "service", "node", "secret", "config")
 """Filters by id or name.  As in Docker they are compared with id and name of any event: ``service=web`` also takes
@@ -75,10 +78,21 @@ class Reader:
 class NodeEvents:
     """The events of this node: the last ``KEPT``, and the queues of clients that read on."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, life: str = "") -> None:
+        """``life``: names the events of this process, which are numbered; empty: a name that no other has."""
         self.clock = clock
+        self._life = life or secrets.token_hex(4)
         self._past: deque[Message] = deque(maxlen=KEPT)
         self._readers: set[Reader] = set()
+        self.published = 0
+        """Events since the start; the last one has this number."""
+        self._followers = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def readers(self) -> int:
+        """Clients that read on."""
+        return len(self._readers)
 
     def publish(
         self, type: str, action: str, id: str, attributes: Mapping[str, str], at_ns: int | None = None
@@ -86,6 +100,9 @@ class NodeEvents:
         """Send every client the event ``action``."""
         message = message_of(type, action, id, attributes, self.clock.now_ns() if at_ns is None else at_ns)
         self._past.append(message)
+        self.published += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
         for reader in self._readers:
             reader.offer(message)
 
@@ -97,7 +114,7 @@ class NodeEvents:
         """Publish the events of the engine's containers until cancelled."""
         with containers.subscribed() as subscription:
             async for event in subscription:
-                self.publish("container", event.action, event.container_id, event.attributes, event.time_ns)
+                self.publish(event.type, event.action, event.container_id, event.attributes, event.time_ns)
 
     @contextmanager
     def _reading(self) -> Iterator[Reader]:
@@ -148,6 +165,66 @@ class NodeEvents:
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
+    async def follow(
+        self, cursor: str, since_ns: int | None, until_ns: int | None, filters: Filters
+    ) -> AsyncGenerator[Message, None]:
+        """This node's own events, each with the cursor behind which another stream goes on; for managers.
+
+        Begins with a message that has the cursor only, and has one again whenever nothing happens.  Where events are
+        missing there is a message ``gap`` in their place.
+
+        Args:
+            cursor: of the event after which to begin; empty: with the first one after ``since_ns``, or that is kept.
+
+        Raises: ResourceExhausted: too many clients.
+        """
+        if self._followers >= READERS_MAX:
+            raise ResourceExhausted(f"{READERS_MAX} managers' clients follow the events of this node already")
+        self._followers += 1
+        try:
+            known = self._position(cursor, since_ns)
+            position = self.published - len(self._past) if known is None else known
+            yield self._mark("gap" if known is None else "progress", position)
+            while until_ns is None or self.clock.now_ns() < until_ns or position < self.published:
+                changed, before = self._changed, position
+                if position < (first := self.published - len(self._past)):
+                    position = first
+                    yield self._mark("gap", position)
+                for message in list(self._past)[position - first :]:
+                    position += 1
+                    if fits(message, filters) and (until_ns is None or message["timeNano"] <= until_ns):
+                        yield {**message, "Cursor": self._cursor(position)}
+                if position == before:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._patience_s(until_ns)):
+                            await changed.wait()
+                            continue
+                    yield self._mark("progress", position)
+        finally:
+            self._followers -= 1
+
+    def _patience_s(self, until_ns: int | None) -> float:
+        left_s = (until_ns - self.clock.now_ns()) / SECOND_NS if until_ns is not None else PROGRESS_S
+        return max(0.0, min(left_s, PROGRESS_S))
+
+    def _position(self, cursor: str, since_ns: int | None) -> int | None:
+        """The number of the event behind which a stream begins; None: not all that follow are kept."""
+        first = self.published - len(self._past)
+        if not cursor:
+            return first + sum(since_ns is not None and int(one["timeNano"]) < since_ns for one in self._past)
+        life, _, number = cursor.partition(".")
+        is_number = number.isascii() and number.isdecimal() and len(number) < 16
+        if life != self._life or not is_number or not first <= int(number) <= self.published:
+            return None
+        return int(number)
+
+    def _cursor(self, position: int) -> str:
+        return f"{self._life}.{position}"
+
+    def _mark(self, action: str, position: int) -> Message:
+        mark = message_of("stream", action, "", {}, self.clock.now_ns())
+        return {**mark, "Cursor": self._cursor(position)}
+
     async def _end_at(self, until_ns: int, reader: Reader) -> None:
         await self.clock.sleep((until_ns - self.clock.now_ns()) / SECOND_NS)
         reader.offer(None)
@@ -167,6 +244,11 @@ def message_of(type: str, action: str, id: str, attributes: Mapping[str, str], a
         "time": at_ns // SECOND_NS,
         "timeNano": at_ns,
     }
+
+
+def gap_in_place_of(message: Message) -> Message:
+    """For an event of ``follow`` that is not sent."""
+    return {**message_of("stream", "gap", "", {}, message["timeNano"]), "Cursor": message["Cursor"]}
 
 
 def fits(message: Message, filters: Filters) -> bool:

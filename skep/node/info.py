@@ -16,7 +16,7 @@ from skep.configuration.configuration import Configuration
 from skep.dataplane.wireguard.methods import choose
 from skep.engine import apparmor
 from skep.engine.container import Counts
-from skep.engine.create import LOG_DRIVERS
+from skep.engine.log_drivers.drivers import log_drivers
 from skep.model.times import Timestamp
 from skep.model.wireguard import ENCRYPTION_LABEL, Method
 from skep.node.features import Features
@@ -91,7 +91,7 @@ def info(
             "Volume": ["local"],
             "Network": ["bridge", "host", "null", "overlay"],
             "Authorization": None,
-            "Log": list(LOG_DRIVERS),
+            "Log": list(log_drivers()),
         },
         **_limits(features),
         "IPv4Forwarding": True,
@@ -102,7 +102,7 @@ def info(
         "OomKillDisable": "memory" in features.controllers and features.cgroup_version == 1,
         "NGoroutines": 0,
         "SystemTime": now,
-        "LoggingDriver": "json-file",
+        "LoggingDriver": configuration.log_driver,
         "CgroupDriver": "cgroupfs",
         "CgroupVersion": str(features.cgroup_version),
         "NEventsListener": 0,

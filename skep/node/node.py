@@ -6,11 +6,9 @@ and the Engine API.  A layer is given the layers below it when it is made.
 
 import asyncio
 import os
-import ssl
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any
 
 import structlog
 from aiohttp import web
@@ -32,15 +30,12 @@ from skep.agent.session_state import SessionState
 from skep.agent.task_files import TaskFiles
 from skep.agent.task_logs import NoLogs, TaskLogs
 from skep.agent.worker import Worker
-from skep.aio.clock import Clock
-from skep.aio.failures import isolate, retry
+from skep.aio.failures import isolate
 from skep.aio.gc_settings import freeze
-from skep.aio.groups import first_alone
-from skep.aio.race import Preempted, run_unless
 from skep.api.client import Client
-from skep.api.server import application, runner
+from skep.api.server import application
 from skep.api.versions import NEWEST
-from skep.configuration.configuration import Configuration
+from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.client import NetClient
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
@@ -55,16 +50,17 @@ from skep.dataplane.tables.network_tables import NetworkTables
 from skep.dataplane.wireguard.methods import Refusal, choose, reasons_for_fallback
 from skep.dataplane.wireguard.tunnels import Options
 from skep.engine import apparmor
-from skep.engine.api.containers import create_routes, image_users
-from skep.engine.api.routes import engine_routes
+from skep.engine.api.containers import image_users
+from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
+from skep.engine.container import Counts
 from skep.engine.engine import EngineConfig
 from skep.engine.images.registry import Policy
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore
-from skep.errors import SkepError
+from skep.engine.usage import Usage
 from skep.linux.name_files import RESOLVER
 from skep.linux.processes import boot_id
 from skep.model.conditions import NEIGHBOURS
@@ -73,32 +69,38 @@ from skep.model.meta import Driver
 from skep.model.node import NodeRole
 from skep.model.wireguard import Method
 from skep.node import info
+from skep.node.cluster_reads import ClusterReads
 from skep.node.cluster_work import NodeWork
-from skep.node.description import NodeDescriber, has_overlays, port_labels
+from skep.node.container_access import tunnel_host
+from skep.node.container_apis.server import ContainerApis
+from skep.node.description import NodeDescriber, has_overlays, port_labels, volume_labels, with_plugins
 from skep.node.disk_check import DiskCheck
-from skep.node.docker_engine import DockerEngine, with_containers_of
+from skep.node.docker_engine import DockerEngine
 from skep.node.engine_images import EngineImages
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
 from skep.node.features import Features
+from skep.node.front.application import close_after_response, serving, tls_of
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
-from skep.node.front.server import Front, tls_context
+from skep.node.front.server import Front
 from skep.node.image_sharing import ImageSharing
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
 from skep.node.local import LocalNode
 from skep.node.manager_files import ManagerFiles
 from skep.node.membership import Membership
+from skep.node.metrics import NodeMetrics, Sources
+from skep.node.metrics_server import metrics_routes, serving_metrics
+from skep.node.offers import OfferReader
+from skep.node.parts import run_after, run_part, wait_briefly
 from skep.node.reaping import reap_orphans
-from skep.node.routes.beside_engine import with_objects_of
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
-from skep.node.routes.plain_containers import plain_container_routes
+from skep.node.routes.objects import object_routes
 from skep.node.routes.swarm import swarm_routes
 from skep.node.routes.system import NodeSystem, engine_id, last_routes, system_routes
 from skep.node.runner import Dependencies
-from skep.node.supervision.zygote import ZygoteGone
 from skep.node.swarm_info import why_waiting
 from skep.security.locking import KeyLock
 
@@ -109,8 +111,6 @@ _CONTAINERS_FOUND_S_MAX = 15.0
 
 _REVISION_FILE = "seen.json"
 """Newest assignments that this node has received.  In the certificates' directory, with which it is removed."""
-
-_Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Node:
@@ -131,11 +131,13 @@ class Node:
         self._image_sources = ClusterSources(self._session)
         self._engine_images: EngineImages | None = None
         # Containers.  With the executor ``process`` there are none: tasks are plain commands.
+        self._container_apis = ContainerApis(self._clock, lambda: self._engine)
         self._executor = self._make_executor()
         oci = self._executor if isinstance(self._executor, OciExecutor) else None
         self._engine = oci.engine if oci is not None else None
         self._data_plane = oci.data_plane if oci is not None else None
         self._payloads = oci.payloads if oci is not None else None
+        self._cluster_volumes = oci.cluster_volumes if oci is not None else None
         # Networks of the cluster.
         self._shared_tables = SharedTables(self._paths.tables)
         self._tables = self._network_tables()
@@ -149,18 +151,19 @@ class Node:
         self._load = LoadMeter(
             reader_of(environment.machine, Cgroups(configuration.cgroup_parent)), self._clock
         )
+        self._offers = OfferReader(self._clock, lambda: self._configuration)
         self._describer = NodeDescriber(
             environment.machine,
             environment.features,
-            lambda: self._configuration,
+            self._offers,
             environment.conditions,
             self._part_labels,
             image_port=self._image_sharing.port,
             has_probes=self._probes is not None,
         )
-        # The cluster, and the API.
         self._membership = self._make_membership()
         self._system = self._node_system()
+        self._metrics = self._node_metrics()
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Run until cancelled; calls ``ready`` once the API is served.
@@ -168,26 +171,33 @@ class Node:
         Raises: SkepError: a host cannot be listened on, the data directory is damaged.
         """
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-            run = partial(_run_part, group, self._clock)
+            run = partial(run_part, group, self._clock)
             run(self._environment.processes.net.run, "net process")
             await self._open_apis(stack)
+            run(await self._offers.begun(), "offers of the machine")
             if self._engine is not None:
                 await self._engine.images.open()
+                await asyncio.to_thread(self._engine.volumes.open)
             if self._paths.node_json.exists():
                 await self._tables.restore(self._shared_tables)
             app = await self._application()
-            front = self._front(await stack.enter_async_context(_serving(app)))
+            front = self._front(await stack.enter_async_context(serving(app)))
             self._run_checks(run)
             group.create_task(self._worker.run(), name="worker")
             self._run_networks(run)
+            group.create_task(self._membership.run(), name="membership")
+            if self._cluster_volumes is not None:
+                run(self._cluster_volumes.run, "cluster volumes")
             if self._engine is not None:
                 run(partial(self._events.forward, self._engine.events), "events")
-            group.create_task(self._membership.run(), name="membership")
-            if self._engine is not None:
+                run(self._engine.volumes.plugins.run, "volume plugins")
                 restarts = self._engine.run_restart_policies
-                run(partial(_run_after, self._worker.wait_ready, restarts), "plain containers")
-            await _wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
-            async with front.listening(self._configuration.api_hosts, _tls_of(self._configuration)):
+                run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
+            await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
+            await stack.enter_async_context(serving_metrics(self._configuration.metrics_addr, self._metrics))
+            async with front.listening(self._configuration.api_hosts, tls_of(self._configuration)):
+                if self._engine is not None:
+                    run(partial(self._container_apis.run, front.serve), "API of containers")
                 freeze()
                 ready()
                 await asyncio.Event().wait()
@@ -232,7 +242,7 @@ class Node:
             EngineConfig(
                 starts_max=2 * (os.cpu_count() or 1),
                 hostname=environment.machine.hostname,
-                log_default=Driver(name="json-file", options=configuration.log_opts),
+                log_default=Driver(name=configuration.log_driver, options=configuration.log_opts),
                 report_restore=environment.conditions.reporter("restore"),
             ),
             self._clock,
@@ -241,6 +251,12 @@ class Node:
             cdi_directories=configuration.cdi_spec_dirs,
             allowed=configuration.allow,
             bring=self._engine_images.bring if self._engine_images is not None else nothing_beside,
+            apis=ApiSockets(
+                [host.path for host in configuration.api_hosts if isinstance(host, UnixHost)],
+                self._paths.run,
+                self._container_apis,
+                self._paths.volumes,
+            ),
         )
 
     def _image_users(self) -> Collection[ImageUser]:
@@ -305,6 +321,7 @@ class Node:
             reports=self._reports,
             clock=self._clock,
             payloads=self._payloads,
+            volumes=self._cluster_volumes,
             session_state=self._session,
         )
 
@@ -313,8 +330,10 @@ class Node:
         plane = self._data_plane
         encryption = plane.tunnels.labels() if plane is not None else {}
         mesh = plane.mesh.published if plane is not None else frozenset()
-        ports = port_labels(self._engine.list(), mesh) if self._engine is not None else {}
-        return {**encryption, **ports}
+        if self._engine is None:
+            return encryption
+        ports = port_labels(self._engine.list(), mesh, self._offers.present.listening)
+        return {**encryption, **ports, **volume_labels(self._engine.volumes.uses)}
 
     def _node_probes(self) -> NodeProbes | None:
         """Probes of other nodes, where this one can have overlay networks."""
@@ -345,6 +364,8 @@ class Node:
             tables=self._tables,
             probes=self._probes,
             seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
+            tunnels=tunnel_host(self._engine, self._events, credentials.connected),
+            volumes=self._cluster_volumes,
             serve_images=partial(self._image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(
@@ -356,7 +377,9 @@ class Node:
         return Agent(
             credentials=credentials,
             managers=managers,
-            describe=lambda: self._describer.describe(node.data_path_addr),
+            describe=lambda: with_plugins(
+                self._describer.describe(node.data_path_addr), self._engine, self._cluster_volumes
+            ),
             services=services,
             clock=self._clock,
             random=self._environment.random,
@@ -389,6 +412,7 @@ class Node:
                 session=self._session,
                 probes=self._probes,
             ),
+            look=self._offers.refresh,
         )
         return Membership(
             dependencies,
@@ -411,7 +435,7 @@ class Node:
         return NodeSystem(
             node,
             membership=self._membership,
-            manager_api=self._manager_api,
+            reads=ClusterReads(self._session, self._manager_api),
             events=self._events,
             engine=self._engine,
             docker=self._docker,
@@ -420,6 +444,23 @@ class Node:
                 *environment.conditions.warnings(),
                 *self._network_warnings(),
             ),
+        )
+
+    def _node_metrics(self) -> NodeMetrics:
+        engine, cgroups = self._engine, Cgroups(self._configuration.cgroup_parent)
+        return NodeMetrics(
+            Sources(
+                node=self._system.node,
+                counts=engine.counts if engine is not None else Counts,
+                events=self._events,
+                conditions=self._environment.conditions,
+                session=self._session,
+                load=self._load.load,
+                data_plane=self._data_plane,
+                usage=Usage(engine.list, cgroups, self._clock) if engine is not None else None,
+                reads=self._system.reads,
+                has_manager=lambda: self._membership.is_manager,
+            )
         )
 
     def _network_warnings(self) -> tuple[str, ...]:
@@ -451,7 +492,7 @@ class Node:
         await isolate(asyncio.to_thread(local.open), "networks of this node not read yet")
         cluster = ClusterNetworks(
             member=self._membership,
-            manager=self._manager_api,
+            reads=self._system.reads,
             tasks=self._worker,
             tables=self._tables,
             containers=engine.list if engine is not None else tuple,
@@ -466,27 +507,16 @@ class Node:
         )
         app = application(
             system_routes(self._system),
+            metrics_routes(self._metrics),
             swarm_routes(self._membership),
-            self._container_routes(network_routes(networks), cluster),
+            object_routes(
+                engine, docker, self._engine_images, self._clock, network_routes(networks), cluster
+            ),
             last_routes,
             newest=NEWEST if docker is None else lambda: docker.api_version,
         )
-        app.on_response_prepare.append(_close_after_response)
+        app.on_response_prepare.append(close_after_response)
         return app
-
-    def _container_routes(
-        self, networks: web.RouteTableDef, cluster: ClusterNetworks
-    ) -> tuple[web.AbstractRouteDef, ...]:
-        """Routes of networks, containers and images, merged with the Docker Engine's where there is one."""
-        engine, docker = self._engine, self._docker
-        own = engine_routes(engine, self._clock) if engine is not None else ()
-        if docker is not None:
-            images = self._engine_images
-            beside = plain_container_routes(docker, engine, images, cluster.may_have)
-            if engine is not None and images is not None:
-                own = with_objects_of(docker, images, engine.volumes, own)
-            return (*networks, *with_containers_of(docker, own), *beside)
-        return (*networks, *own, *(create_routes(engine) if engine is not None else ()))
 
     def _front(self, here: web.Server) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)
@@ -496,6 +526,7 @@ class Node:
             ownership=LocalObjects(self._engine, has_docker_engine=self._docker is not None),
             membership=self._membership,
             engine_socket=self._configuration.engine_socket,
+            divert=self._container_apis.divert,
         )
 
     def _run_checks(self, run: Callable[..., None]) -> None:
@@ -508,6 +539,7 @@ class Node:
             run(self._engine.images.settle, "images")
             run(self._image_sharing.collect, "image collection")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
+        run(self._metrics.run, "usage of containers")
         if self._data_plane is not None:
             run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:
@@ -534,60 +566,6 @@ def _encryption(features: Features, setting: str) -> Method | Refusal:
 
 def _docker_engine(configuration: Configuration) -> DockerEngine | None:
     """The machine's Docker Engine, where the configuration names its socket."""
-    socket = configuration.engine_socket
-    return (
-        DockerEngine(Client.local(socket, f"the Docker Engine at {socket}")) if socket is not None else None
-    )
-
-
-@asynccontextmanager
-async def _serving(app: web.Application) -> AsyncIterator[web.Server]:
-    """The protocol factory of ``app`` while the context is open."""
-    here = runner(app)
-    await here.setup()
-    try:
-        assert here.server is not None, "set up just now"
-        yield here.server
-    finally:
-        await here.cleanup()
-
-
-async def _close_after_response(_request: web.Request, response: web.StreamResponse) -> None:
-    """The next request on a connection may be for the manager or the engine: clients open another one for it."""
-    if response.status != 101:
-        response.force_close()
-        response.headers["Connection"] = "close"
-
-
-def _tls_of(configuration: Configuration) -> ssl.SSLContext | None:
-    """TLS for tcp:// hosts.  Raises: FailedPrecondition."""
-    certificate, key, authority = configuration.tls_cert, configuration.tls_key, configuration.tls_ca
-    if certificate is None or key is None or authority is None:
+    if (socket := configuration.engine_socket) is None:
         return None
-    return tls_context(certificate, key, authority)
-
-
-def _run_part(group: asyncio.TaskGroup, clock: Clock, work: _Work, name: str) -> None:
-    """Run a part of the node in ``group``, again after every failure, with growing pauses."""
-
-    async def run() -> None:
-        with first_alone(SkepError):
-            await work()
-
-    # Only another node process has another zygote.
-    repeated = retry(run, "part of the node failed", clock=clock, passes=(ZygoteGone,), part=name)
-    group.create_task(repeated, name=name)
-
-
-async def _wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
-    """Wait until the containers of earlier processes are known, so that no list lacks one."""
-    try:
-        await run_unless(ready, clock.sleep(seconds))
-    except Preempted:
-        log.warning("not all containers are found again yet", after_s=seconds)
-
-
-async def _run_after(ready: _Work, work: _Work) -> None:
-    """``work``, once ``ready`` has returned."""
-    await ready()
-    await work()
+    return DockerEngine(Client.local(socket, f"the Docker Engine at {socket}"))

@@ -38,6 +38,8 @@ class Request(msgspec.Struct, frozen=True):
     """As the client wrote it, such as ``5S``."""
     build_id: str = ""
     """The build that a call of BuildKit's protocol belongs to."""
+    session: tuple[tuple[str, str], ...] = ()
+    """What a client of BuildKit's protocol says of a session that it opens by a call: names in lower case, values."""
 
 
 class Table:
@@ -51,6 +53,8 @@ class Table:
         """As the protocol counts it."""
         self.size_max = size_max
 
+
+_SESSION = b"x-docker-expose-session-"
 
 EMPTY = Table((), 0, 4096)
 """What a connection begins with."""
@@ -67,11 +71,20 @@ def _decoded(table: Table, block: bytes) -> tuple[Request, Table]:
     inner.dynamic_entries = deque(table.entries)
     inner._current_size, inner._maxsize = table.size, table.size_max
     try:
-        headers = dict(decoder.decode(block, raw=True))
+        pairs = decoder.decode(block, raw=True)
     except HPACKError as error:
         raise Violation(f"headers that cannot be decoded: {error}", Code.COMPRESSION_ERROR) from error
     names = (b":method", b":path", b"content-type", b"grpc-timeout", b"buildkit-controlapi-buildid")
-    request = Request(*(headers.get(name, b"").decode("ascii", "replace") for name in names))
+    headers = dict(pairs)
+    session = tuple(
+        (name.decode("ascii", "replace"), value.decode("ascii", "replace"))
+        for name, value in pairs
+        if name.startswith(_SESSION)
+    )
+    method, path, content_type, timeout, build = (
+        headers.get(name, b"").decode("ascii", "replace") for name in names
+    )
+    request = Request(method, path, content_type, timeout, build, session)
     entries = tuple(inner.dynamic_entries)
     if entries == table.entries and inner._maxsize == table.size_max:
         return request, table

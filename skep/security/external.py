@@ -8,6 +8,7 @@ Source: swarmkit, ca/external.go, ca/certificates.go (PrepareCSR, ValidateCertCh
 
 from datetime import datetime, timedelta
 from secrets import token_hex
+from urllib.parse import urlsplit
 
 import msgspec
 from cryptography import x509
@@ -41,12 +42,35 @@ def check_external_authorities(config: CAConfig) -> None:
     for one in config.external_cas:
         if one.protocol.lower() != "cfssl":
             raise InvalidArgument(f'invalid protocol: "{one.protocol}"')
+        shown = shown_url(one.url)
         if not one.url.startswith("https://") or len(one.url) > URL_LENGTH_MAX or not one.url.isprintable():
-            raise InvalidArgument(f"the URL of an external CA must begin with https://: {one.url[:100]!r}")
+            raise InvalidArgument(f"the URL of an external CA must begin with https://: {shown[:100]!r}")
+        if not _has_host(one.url):
+            raise InvalidArgument(f"the URL of an external CA must have a host: {shown[:100]!r}")
         if one.options:
             raise InvalidArgument(f"external CAs have no option {min(one.options)!r}")
         if one.ca_cert and not normalized(one.ca_cert):
-            raise InvalidArgument(f"the CA certificate of the external CA {one.url} cannot be read")
+            raise InvalidArgument(f"the CA certificate of the external CA {shown} cannot be read")
+
+
+def _has_host(url: str) -> bool:
+    """Whether it names a host, and no port but one that can be."""
+    try:
+        where = urlsplit(url)
+        return bool(where.hostname) and (where.port is None or where.port > 0)
+    except ValueError:
+        return False
+
+
+def shown_url(url: str) -> str:
+    """``url`` for logs and errors: the password in it is left out, as Go's ``URL.Redacted`` does.
+
+    What it is in one that cannot be read: all between the first colon and the last ``@``.
+    """
+    scheme, separator, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{separator}{name}:xxxxx{at}{host}" if colon else url
 
 
 def normalized(certificates_pem: str) -> bytes:

@@ -9,7 +9,7 @@ key that it wrote and every object that it read with ``get``.  The results of ``
 in use or publish one port twice.
 """
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
@@ -156,6 +156,12 @@ class Watch(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Commit]:
         """Raises: WatchLagged."""
+
+    def waiting(self) -> Iterator[Commit]:
+        """Take the commits that the replica shows already and that nothing has taken, without waiting for more.
+
+        Raises: WatchLagged.
+        """
 
 
 class NotLeader(Unavailable):

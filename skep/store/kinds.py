@@ -7,7 +7,7 @@ from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
 from skep.model.meta import Version
 from skep.model.node import IssuedSerial
-from skep.model.service import ServiceSpec
+from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.times import Timestamp
 from skep.store.interface import View
@@ -99,6 +99,19 @@ def filled(task: Task, version: SpecVersion | None) -> Task:
 
 
 def spec_of(view: View, task: Task) -> ServiceSpec | None:
-    """The service's spec from which ``task`` was made, if it is still stored."""
+    """The service's spec from which ``task`` was made, if it is still stored and can be read."""
     version = spec_version_of(view, task)
-    return version.spec if version is not None else None
+    if version is not None:
+        return version.spec
+    if has_unreadable_spec(view, task):
+        service = view.lookup(Service, task.service_id)
+        if service is not None and service.spec_version == task.spec_version:
+            return service.spec  # it is the same spec
+    return None
+
+
+def has_unreadable_spec(view: View, task: Task) -> bool:
+    """Whether the stored spec of ``task``'s spec version cannot be read."""
+    if task.spec_version is None:
+        return False
+    return spec_version_id(task.service_id, task.spec_version) in view.unreadable(SpecVersion)

@@ -9,8 +9,11 @@ from typing import Final
 
 from skep.errors import FailedPrecondition
 
-LEVEL: Final = 1
+LEVEL: Final = 2
 """The newest level that this version can read."""
+
+CLUSTER_VOLUMES: Final = 2
+"""From this level on there may be objects of the kind ``volume``."""
 
 LOWEST: Final = 1
 """The level of managers that do not report one."""

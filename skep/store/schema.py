@@ -24,6 +24,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.volume import Volume
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import HEAD, name_claim, port_claim, subnet_claim, vxlan_claim
 from skep.store.kinds import Payload, Revocation, SpecVersion
@@ -92,6 +93,11 @@ def _task_references(task: Task) -> Sequence[tuple[str, str]]:
 def _task_slot(task: Task) -> str:
     """``<service>/<slot>``; for a task of a global service the node takes the place of the slot."""
     return f"{task.service_id}/{task.slot or task.node_id}"
+
+
+def _volume_references(volume: Volume) -> Iterator[tuple[str, str]]:
+    """Its secrets: the driver needs them until the volume is gone."""
+    yield from (("secret", one.secret) for one in volume.spec.secrets)
 
 
 def _name_claims(kind: str) -> Callable[[Any], Iterable[str]]:
@@ -243,6 +249,15 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         claims=_name_claims("config"),
         taken=_name_taken("config"),
         is_referable=True,
+        indexes={"name": _spec_name},
+    ),
+    KindSchema(
+        name="volume",
+        type=Volume,
+        parts={"info": ("is_creating", "info", "message"), "publish": ("publish_status",)},
+        claims=_name_claims("volume"),
+        taken=_name_taken("volume"),
+        references=_volume_references,
         indexes={"name": _spec_name},
     ),
     KindSchema(name="payload", type=Payload, taken=_nothing_taken),

@@ -253,9 +253,10 @@ class LocalTransaction:
             holder = self._holder(claim)
             if holder is not None and holder != owner:
                 raise self._taken(schema, claim, new, holder)
-        for claim in before.difference(schema.claims(new)):
+        # In order: a transaction is written the same way in every process.
+        for claim in sorted(before.difference(schema.claims(new))):
             self._release(claim, owner)
-        for claim in wanted:
+        for claim in sorted(wanted):
             self._claimed[claim] = owner
 
     def _release(self, claim: str, owner: Owner) -> None:

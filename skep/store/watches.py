@@ -39,11 +39,19 @@ class WatchQueue:
         # A reloaded replica has another state object; a reference here would keep the old one in memory.
         self._snapshot = None
         while not self._commits:
-            if self._is_lagged:
-                raise WatchLagged(f"more than {self._capacity} commits behind")
+            self._check_lag()
             self._arrived.clear()
             await self._arrived.wait()
         return self._commits.popleft()
+
+    def waiting(self) -> Iterator[Commit]:
+        while self._commits:
+            yield self._commits.popleft()
+        self._check_lag()
+
+    def _check_lag(self) -> None:
+        if self._is_lagged:
+            raise WatchLagged(f"more than {self._capacity} commits behind")
 
     def offer(self, commit: Commit) -> None:
         """Add a commit of ``kinds``; never waits."""

@@ -77,6 +77,11 @@ class Channel:
         self._connection = connection
         self._name = name
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether no call can be made on it any more."""
+        return self._connection.is_lost
+
     async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = CALL_SECONDS_MAX) -> A:
         """Raises: Unavailable: no response in time; otherwise the error of the manager's status."""
         with peer_errors(self.address):
@@ -98,27 +103,34 @@ class Channel:
 
 @asynccontextmanager
 async def connected(
-    address: str, tls: ssl.SSLContext, name: str, *, timeout_s: float = CONNECT_SECONDS_MAX
+    address: str,
+    tls: ssl.SSLContext,
+    name: str,
+    *,
+    timeout_s: float = CONNECT_SECONDS_MAX,
+    bounds: Bounds = BOUNDS,
 ) -> AsyncIterator[Channel]:
     """A connection to the manager at ``address`` (``ip:port``), whose certificate must be for ``name``.
+
+    ``bounds``: of what the other side sends.
 
     Raises: Unavailable: not reachable, or not trusted; InvalidArgument: no address.
     """
     host, port = split_address(address)
     with peer_errors(address):
         async with asyncio.timeout(timeout_s):
-            connection = await _connect(host, port, tls, name)
+            connection = await _connect(host, port, tls, name, bounds)
     try:
         yield Channel(address, connection, name)
     finally:
         connection.close()
 
 
-async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str) -> ClientConnection:
+async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str, bounds: Bounds) -> ClientConnection:
     """Raises: Unavailable: the address is not reachable; otherwise the error of the TLS handshake."""
     try:
         return await connect(
-            lambda: ClientConnection(BOUNDS, coalesces=True), host, port, tls, server_name=name
+            lambda: ClientConnection(bounds, coalesces=True), host, port, tls, server_name=name
         )
     except OSError as error:
         if isinstance(error, ssl.SSLError | TimeoutError):

@@ -19,6 +19,8 @@ REQUEST_BYTES_MAX = 64 * 1024
 """Largest request of most methods: a few ids and words."""
 DESCRIPTION_BYTES_MAX = 1024 * 1024
 """Of those that describe a node: its labels, its networks, what it found on its paths."""
+TUNNEL_PIECE_BYTES_MAX = 160 * 1024
+"""Of a tunnel: 64 KiB of data, or the head of a request."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """Of those with as many statuses or log lines as have gathered; SwarmKit's limit for every message."""
 
@@ -104,6 +106,12 @@ UPDATE_TASK_STATUS = Unary(
     swarm.UpdateTaskStatusResponse,
     request_bytes_max=MESSAGE_BYTES_MAX,
 )
+UPDATE_VOLUME_STATUS = Unary(
+    f"{_SWARM}Dispatcher/UpdateVolumeStatus",
+    swarm.UpdateVolumeStatusRequest,
+    swarm.UpdateVolumeStatusResponse,
+    request_bytes_max=DESCRIPTION_BYTES_MAX,
+)
 LISTEN_SUBSCRIPTIONS = ServerStream(
     f"{_SWARM}LogBroker/ListenSubscriptions", swarm.ListenSubscriptionsRequest, swarm.SubscriptionMessage
 )
@@ -178,6 +186,12 @@ SIGN_EXTERNALLY = Unary(
     skep.SignExternallyResponse,
     Access.MANAGER,
 )
+REPORT_STATUSES = Unary(
+    "/skep.v1.NodeLink/ReportStatuses",
+    skep.ReportedStatuses,
+    swarm.UpdateTaskStatusResponse,
+    request_bytes_max=MESSAGE_BYTES_MAX,
+)
 DESCRIBE = Unary(
     "/skep.v1.NodeLink/Describe",
     skep.DescribeRequest,
@@ -187,6 +201,7 @@ DESCRIBE = Unary(
 RENEW_EXPIRED = Unary(
     "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN
 )
+READ = ServerStream("/skep.v1.ClusterReads/Read", skep.ReadRequest, skep.ReadPiece)
 FIND_IMAGE = Unary("/skep.v1.ImageDirectory/FindImage", skep.FindImageRequest, skep.FindImageResponse)
 CHECK_NODE = Unary("/skep.v1.ImageDirectory/CheckNode", skep.CheckNodeRequest, skep.CheckNodeResponse)
 NEEDED_IMAGES = Unary(
@@ -194,3 +209,17 @@ NEEDED_IMAGES = Unary(
 )
 IMAGE_MANIFEST = Unary("/skep.v1.Images/Manifest", skep.ImageManifestRequest, skep.ImageManifestResponse)
 IMAGE_BLOB = ServerStream("/skep.v1.Images/Blob", skep.ImageBlobRequest, skep.ImageBlobPiece)
+TUNNEL_ORDERS = BothStream("/skep.v1.NodeLink/TunnelOrders", skep.TunnelNews, skep.TunnelOrder)
+TUNNEL = BothStream(
+    "/skep.v1.NodeLink/Tunnel",
+    skep.TunnelPiece,
+    skep.TunnelPiece,
+    request_bytes_max=TUNNEL_PIECE_BYTES_MAX,
+)
+RELAY_TUNNEL = BothStream(
+    "/skep.v1.ManagerLink/RelayTunnel",
+    skep.TunnelPiece,
+    skep.TunnelPiece,
+    Access.MANAGER,
+    request_bytes_max=TUNNEL_PIECE_BYTES_MAX,
+)

@@ -70,11 +70,19 @@ def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) ->
     return Handler(method, serve)
 
 
-def server_stream(method: ServerStream[Q, A], function: Callable[[Q, Caller], AsyncIterator[A]]) -> Handler:
-    """A method with one request; ends after the iterator's last item."""
+def server_stream(
+    method: ServerStream[Q, A],
+    function: Callable[[Q, Caller], AsyncIterator[A]],
+    *,
+    taken_s: float | None = None,
+) -> Handler:
+    """A method with one request; ends after the iterator's last item.
+
+    ``taken_s``: how long the caller may take for one item, after which the call ends; None: any time.
+    """
 
     async def serve(stream: Stream, caller: Caller) -> None:
-        await _send_all(stream, function(await _only_request(stream, method, caller), caller))
+        await _send_all(stream, function(await _only_request(stream, method, caller), caller), taken_s)
 
     return Handler(method, serve)
 
@@ -139,12 +147,13 @@ async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
         raise CallFailed(Status.INTERNAL, "internal error") from error
 
 
-async def _send_all(stream: Stream, replies: AsyncIterator[A]) -> None:
+async def _send_all(stream: Stream, replies: AsyncIterator[A], taken_s: float | None = None) -> None:
     # Headers first: a peer that waits for them would otherwise wait for the first reply.
     await stream.send_initial_metadata()
     try:
         async for reply in replies:
-            await stream.send_message(reply)
+            async with asyncio.timeout(taken_s):
+                await stream.send_message(reply)
             del reply  # a stream may wait for hours for its next one
     finally:
         close = getattr(replies, "aclose", None)

@@ -3020,6 +3020,264 @@ class UpdateTaskStatusResponse(_message.Message):
 Global___UpdateTaskStatusResponse: _TypeAlias = UpdateTaskStatusResponse
 
 @_typing.final
+class UpdateVolumeStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VolumeStatusUpdate(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ID_FIELD_NUMBER: _builtins.int
+        UNPUBLISHED_FIELD_NUMBER: _builtins.int
+        id: _builtins.str
+        unpublished: _builtins.bool
+        def __init__(
+            self,
+            *,
+            id: _builtins.str = ...,
+            unpublished: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "unpublished", b"unpublished"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    @_builtins.property
+    def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateVolumeStatusRequest.VolumeStatusUpdate]: ...
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        updates: _abc.Iterable[Global___UpdateVolumeStatusRequest.VolumeStatusUpdate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "updates", b"updates"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateVolumeStatusRequest: _TypeAlias = UpdateVolumeStatusRequest
+
+@_typing.final
+class UpdateVolumeStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateVolumeStatusResponse: _TypeAlias = UpdateVolumeStatusResponse
+
+@_typing.final
+class VolumeAccessMode(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Scope:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType
+
+    class _ScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[VolumeAccessMode._Scope.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SINGLE_NODE: VolumeAccessMode._Scope.ValueType  # 0
+        MULTI_NODE: VolumeAccessMode._Scope.ValueType  # 1
+
+    class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper): ...
+    SINGLE_NODE: VolumeAccessMode.Scope.ValueType  # 0
+    MULTI_NODE: VolumeAccessMode.Scope.ValueType  # 1
+
+    class _Sharing:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType
+
+    class _SharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[VolumeAccessMode._Sharing.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        NONE: VolumeAccessMode._Sharing.ValueType  # 0
+        READ_ONLY: VolumeAccessMode._Sharing.ValueType  # 1
+        ONE_WRITER: VolumeAccessMode._Sharing.ValueType  # 2
+        ALL: VolumeAccessMode._Sharing.ValueType  # 3
+
+    class Sharing(_Sharing, metaclass=_SharingEnumTypeWrapper): ...
+    NONE: VolumeAccessMode.Sharing.ValueType  # 0
+    READ_ONLY: VolumeAccessMode.Sharing.ValueType  # 1
+    ONE_WRITER: VolumeAccessMode.Sharing.ValueType  # 2
+    ALL: VolumeAccessMode.Sharing.ValueType  # 3
+
+    @_typing.final
+    class BlockVolume(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class MountVolume(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FS_TYPE_FIELD_NUMBER: _builtins.int
+        MOUNT_FLAGS_FIELD_NUMBER: _builtins.int
+        fs_type: _builtins.str
+        @_builtins.property
+        def mount_flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def __init__(
+            self,
+            *,
+            fs_type: _builtins.str = ...,
+            mount_flags: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["fs_type", b"fs_type", "mount_flags", b"mount_flags"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    SHARING_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
+    MOUNT_FIELD_NUMBER: _builtins.int
+    scope: Global___VolumeAccessMode.Scope.ValueType
+    sharing: Global___VolumeAccessMode.Sharing.ValueType
+    @_builtins.property
+    def block(self) -> Global___VolumeAccessMode.BlockVolume: ...
+    @_builtins.property
+    def mount(self) -> Global___VolumeAccessMode.MountVolume: ...
+    def __init__(
+        self,
+        *,
+        scope: Global___VolumeAccessMode.Scope.ValueType = ...,
+        sharing: Global___VolumeAccessMode.Sharing.ValueType = ...,
+        block: Global___VolumeAccessMode.BlockVolume | None = ...,
+        mount: Global___VolumeAccessMode.MountVolume | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access_type", b"access_type", "block", b"block", "mount", b"mount"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_type", b"access_type", "block", b"block", "mount", b"mount", "scope", b"scope", "sharing", b"sharing"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_access_type: _TypeAlias = _typing.Literal["block", "mount"]
+    _WhichOneofArgType_access_type: _TypeAlias = _typing.Literal["access_type", b"access_type"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_access_type) -> _WhichOneofReturnType_access_type | None: ...
+
+Global___VolumeAccessMode: _TypeAlias = VolumeAccessMode
+
+@_typing.final
+class VolumeSecret(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    secret: _builtins.str
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        secret: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "secret", b"secret"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VolumeSecret: _TypeAlias = VolumeSecret
+
+@_typing.final
+class VolumeAssignment(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VolumeContextEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PublishContextEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    VOLUME_ID_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    VOLUME_CONTEXT_FIELD_NUMBER: _builtins.int
+    PUBLISH_CONTEXT_FIELD_NUMBER: _builtins.int
+    ACCESS_MODE_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    volume_id: _builtins.str
+    @_builtins.property
+    def driver(self) -> Global___Driver: ...
+    @_builtins.property
+    def volume_context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def publish_context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def access_mode(self) -> Global___VolumeAccessMode: ...
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeSecret]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        volume_id: _builtins.str = ...,
+        driver: Global___Driver | None = ...,
+        volume_context: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        publish_context: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        access_mode: Global___VolumeAccessMode | None = ...,
+        secrets: _abc.Iterable[Global___VolumeSecret] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access_mode", b"access_mode", "driver", b"driver"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_mode", b"access_mode", "driver", b"driver", "id", b"id", "publish_context", b"publish_context", "secrets", b"secrets", "volume_context", b"volume_context", "volume_id", b"volume_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VolumeAssignment: _TypeAlias = VolumeAssignment
+
+@_typing.final
 class AssignmentsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -3045,24 +3303,28 @@ class Assignment(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> Global___Task: ...
     @_builtins.property
     def secret(self) -> Global___Secret: ...
     @_builtins.property
     def config(self) -> Global___Config: ...
+    @_builtins.property
+    def volume(self) -> Global___VolumeAssignment: ...
     def __init__(
         self,
         *,
         task: Global___Task | None = ...,
         secret: Global___Secret | None = ...,
         config: Global___Config | None = ...,
+        volume: Global___VolumeAssignment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "item", b"item", "secret", b"secret", "task", b"task"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "item", b"item", "secret", b"secret", "task", b"task", "volume", b"volume"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "item", b"item", "secret", b"secret", "task", b"task"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "item", b"item", "secret", b"secret", "task", b"task", "volume", b"volume"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["task", "secret", "config"]
+    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["task", "secret", "config", "volume"]
     _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_item) -> _WhichOneofReturnType_item | None: ...
 

@@ -4,6 +4,7 @@ from contextlib import AbstractAsyncContextManager
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from skep.errors import (
     InvalidArgument,
@@ -15,6 +16,8 @@ from skep.model.node import NodeState
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
+from skep.model.task_end import KeptLine, TaskEnd
+from skep.model.times import timestamp
 from skep.store.kinds import Payload
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -162,6 +165,60 @@ async def test_a_session_outlives_its_managers_restart_by_a_new_one(tmp_path):
             await cluster.until(lambda view: view.get(Task, task.id).status.state is TaskState.RUNNING)
             await until(lambda: other.id in worker.tasks)
             assert cluster.node(agent.node_id).status.state is NodeState.READY
+
+
+KILLED = TaskEnd(
+    cause="signal",
+    signal="SIGKILL",
+    lines=tuple(KeptLine(timestamp=timestamp(n), stream="stderr", text=f"line {n}") for n in range(1, 4)),
+)
+
+
+async def test_why_a_task_ended_is_kept_with_it(cluster, tmp_path):
+    worker = FakeWorker()
+    async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path, worker) as (agent, _):
+        service, task = service_task(agent.node_id)
+        await put(cluster, service, task)
+        await until(lambda: task.id in worker.tasks)
+        worker.report(task.id, TaskState.FAILED, end=KILLED)
+        await cluster.until(lambda view: view.get(Task, task.id).status.state is TaskState.FAILED)
+        assert cluster.view.get(Task, task.id).status.end == KILLED
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+async def test_the_cluster_says_how_many_lines_are_kept(cluster, tmp_path, lines):
+    worker = FakeWorker()
+    labels = {"skep.last-lines": str(lines)}
+    await cluster.store.update(
+        lambda tx: tx.put(replace(cluster.swarm, spec=replace(cluster.swarm.spec, labels=labels)))
+    )
+    async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path, worker) as (agent, _):
+        service, task = service_task(agent.node_id)
+        await put(cluster, service, task)
+        await until(lambda: task.id in worker.tasks)
+        worker.report(task.id, TaskState.FAILED, end=KILLED)
+        await cluster.until(lambda view: view.get(Task, task.id).status.state is TaskState.FAILED)
+        assert cluster.view.get(Task, task.id).status.end == replace(KILLED, lines=KILLED.lines[3 - lines :])
+
+
+class WithoutEnds(Cluster):
+    """A manager of an earlier version."""
+
+    def _services(self, *arguments):
+        return [one for one in super()._services(*arguments) if one.method is not methods.REPORT_STATUSES]
+
+
+async def test_a_manager_that_knows_no_ends_gets_the_statuses_alone(tmp_path):
+    async with WithoutEnds().serving() as cluster:
+        worker = FakeWorker()
+        async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path, worker) as (agent, _):
+            service, task = service_task(agent.node_id)
+            await put(cluster, service, task)
+            await until(lambda: task.id in worker.tasks)
+            worker.report(task.id, TaskState.FAILED, "lost", end=KILLED)
+            await cluster.until(lambda view: view.get(Task, task.id).status.state is TaskState.FAILED)
+            kept = cluster.view.get(Task, task.id).status
+            assert (kept.message, kept.end) == ("lost", None)
 
 
 class Restartable:

@@ -1,7 +1,9 @@
 """BuildKit's protocols over real connections: sessions, files of clients, builds, and clients that are hostile."""
 
 import asyncio
+import tarfile
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,17 @@ from skep.engine.container import Stream
 from skep.engine.images.digest import Digest
 from skep.engine.images.layers import Limits
 from skep.rpc.status import CallFailed, Status
-from tests.support.buildkit_client import FileServer, Tree, a_file, a_link, control, session
+from tests.support.archives import a_file as archived
+from tests.support.archives import a_tar, an_entry
+from tests.support.buildkit_client import (
+    FileServer,
+    Tree,
+    a_file,
+    a_link,
+    control,
+    session,
+    session_by_call,
+)
 
 IMAGE = Digest("sha256:" + "1" * 64)
 DOCKERFILE = a_file("Dockerfile", "FROM scratch\nCOPY . /\n")
@@ -62,6 +74,15 @@ class ReadingBuilds:
         progress.finished(step, IMAGE)
         return BuildResult(image_id=IMAGE)
 
+    @asynccontextmanager
+    async def archive(self, image_id: Digest) -> AsyncIterator[AsyncIterator[bytes]]:
+        assert image_id == IMAGE
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield a_tar(an_entry("dir", tarfile.DIRTYPE), archived("dir/file", b"content"))
+
+        yield pieces()
+
 
 @dataclass
 class Rig:
@@ -75,8 +96,8 @@ class Rig:
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     builds, sessions, limits = ReadingBuilds(), Sessions(), Limits(archive_bytes_max=10_000)
     contexts = Contexts(tmp_path / "contexts", limits)
-    solver = Solver(builds, sessions, contexts, SystemClock())
-    kit = BuildKit(sessions, solver, Control(solver, None))  # type: ignore[arg-type]  # no cache is asked for
+    solver = Solver(builds, builds.archive, sessions, contexts, SystemClock())
+    kit = BuildKit(sessions, solver, Control(sessions, solver, None))  # type: ignore[arg-type]  # no cache is asked for
     runner = web.AppRunner(application(buildkit_routes(kit)), handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "api")).start()
@@ -210,6 +231,38 @@ async def test_a_build_ends_with_its_call(rig: Rig) -> None:
             await rig.builds.cancelled.wait()
 
 
+async def test_a_session_within_a_call_serves_several_builds(rig: Rig) -> None:
+    """As buildx opens it for the targets of a bake that share a directory."""
+    large = a_file("large", "x" * 5000)
+    trees = [[DOCKERFILE], NOTHING, [large]] * 2
+    async with control(rig.socket) as calls:
+        async with session_by_call(calls, "s", FileServer(*trees)):
+            for ref in ("r1", "r2"):
+                await calls.solve(a_request(ref, "s"))
+                assert rig.builds.files == {"large": "x" * 5000}
+        async with asyncio.timeout(60):
+            while len(rig.kit.sessions):  # noqa: ASYNC110 - the server notices the end by itself
+                await asyncio.sleep(0.01)
+
+
+async def test_a_build_ends_with_a_session_within_a_call(rig: Rig) -> None:
+    files = FileServer([a_file("Dockerfile", "FROM scratch\nRUN sleep\n")])
+    async with control(rig.socket) as calls:
+        async with session_by_call(calls, "s", files):
+            solving = asyncio.create_task(calls.solve(a_request("r", "s")))
+            async with asyncio.timeout(60):
+                await rig.builds.sleeps.wait()
+        with pytest.raises(CallFailed, match="the client of the build is gone"):
+            await solving
+    assert rig.builds.cancelled.is_set()
+
+
+async def test_a_session_within_a_call_needs_an_id(rig: Rig) -> None:
+    async with control(rig.socket) as calls:
+        with pytest.raises(CallFailed, match="a session needs an id"):
+            await calls.call("/moby.buildkit.v1.Control/Session", pb.BytesMessage(), pb.BytesMessage)
+
+
 async def test_the_number_of_sessions_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert SESSIONS_MAX >= 16
     monkeypatch.setattr(sessions_module, "SESSIONS_MAX", 1)
@@ -258,9 +311,36 @@ async def test_a_client_that_fails_between_its_calls_fails_the_build(rig: Rig) -
             await solving
 
 
+async def test_after_the_end_of_its_job_a_client_builds_nothing(rig: Rig) -> None:
+    bridge = "/moby.buildkit.v1.frontend.LLBBridge/"
+    refused, sleeping = pb.SolveRequest(ref="r", session="s"), pb.SolveRequest(ref="r2", session="s")
+    refused.exporters.add(type="nosuch")
+    inner = pb.BridgeSolveRequest(frontend="dockerfile.v0")
+    failed = pb.ReturnRequest(error=pb.RpcStatus(code=Status.INVALID_ARGUMENT, message="not like this"))
+    dockerfile = [a_file("Dockerfile", "FROM scratch\nRUN sleep\n")]
+    async with session(rig.socket, "s", FileServer(dockerfile, NOTHING)), control(rig.socket) as calls:
+        with pytest.raises(CallFailed, match="nosuch"):
+            await calls.solve(refused)
+        with pytest.raises(CallFailed, match="no such job r"):
+            await calls.call(f"{bridge}Solve", inner, pb.BridgeSolveResponse, build="r")
+        assert not rig.builds.requests
+        solving = asyncio.create_task(calls.solve(sleeping))
+        building = asyncio.create_task(
+            calls.call(f"{bridge}Solve", inner, pb.BridgeSolveResponse, build="r2")
+        )
+        await rig.builds.sleeps.wait()
+        await calls.call(f"{bridge}Return", failed, pb.ReturnResponse, build="r2")
+        with pytest.raises(CallFailed, match="not like this"):
+            await solving
+        with pytest.raises(CallFailed, match="job r2 has ended"):
+            await building
+        assert rig.builds.cancelled.is_set()
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        (pb.SolveRequest(frontend_attrs={"force-network-mode": "host"}), "network.host is not allowed"),
         (pb.SolveRequest(definition=pb.Definition(**{"def": [b"x"]})), "LLB definitions"),
         (
             pb.SolveRequest(cache=pb.CacheOptions(exports=[pb.CacheOptionsEntry(type="gha")])),
@@ -279,6 +359,37 @@ async def test_what_is_not_done_is_refused_by_name(rig: Rig, change: pb.SolveReq
     request.MergeFrom(change)
     async with session(rig.socket, "s", FileServer([DOCKERFILE], NOTHING)), control(rig.socket) as calls:
         with pytest.raises(CallFailed, match=text):
+            await calls.solve(request)
+
+
+@pytest.mark.parametrize(
+    ("packets", "text"),
+    [
+        ([pb.Packet(type=REQ, id=0)], "asked for something else than a file: 0"),
+        ([pb.Packet(type=REQ, id=7)], "asked for something else than a file: 7"),
+        ([pb.Packet(type=STAT)], "asked for something else than a file"),
+        ([pb.Packet(type=pb.Packet.ERR, data=b"disk full")], "error from receiver: disk full"),
+        ([], "ended the transfer of the result early"),
+    ],
+)
+async def test_a_hostile_receiver_gets_an_error_and_leaves_nothing(
+    rig: Rig, packets: Sequence[pb.Packet], text: str
+) -> None:
+    request = a_request("r", "s")
+    request.exporters[0].type, request.exporters[0].attrs["name"] = "local", ""
+    files = FileServer([DOCKERFILE], NOTHING, NOTHING, receives=packets)
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        with pytest.raises(CallFailed, match=text):
+            await calls.solve(request)
+    assert not list(rig.directory.iterdir())
+
+
+async def test_a_client_that_takes_no_files_is_refused(rig: Rig) -> None:
+    request = a_request("r", "s")
+    request.exporters[0].type, request.exporters[0].attrs["name"] = "tar", ""
+    files = FileServer([DOCKERFILE], NOTHING, NOTHING)
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        with pytest.raises(CallFailed, match="FileSend/DiffCopy not supported by the client"):
             await calls.solve(request)
 
 

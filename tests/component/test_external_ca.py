@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from skep.agent.certificates import join, renew
 from skep.aio.clock import SystemClock
@@ -23,6 +24,7 @@ from skep.model.ids import NodeId, new_id
 from skep.model.node import NodeRole
 from skep.model.swarm import CAConfig, ExternalCA
 from skep.security.authority import Authority
+from skep.security.external import check_external_authorities
 from skep.security.identity import Identity
 from skep.security.keys import new_private_key, signing_request
 from skep.store.interface import Store
@@ -150,6 +152,17 @@ async def test_the_key_of_the_present_root_goes_to_an_authority_and_comes_back(c
         ({}, "there must be at least one valid, reachable external CA corresponding to the desired CA"),
         ({"external_cas": (ExternalCA(protocol="acme", url="https://x"),)}, 'invalid protocol: "acme"'),
         ({"external_cas": (ExternalCA(protocol="cfssl", url="http://x"),)}, "must begin with https://"),
+        *(
+            ({"external_cas": (ExternalCA(protocol="cfssl", url=url),)}, "must have a host")
+            for url in (
+                "https://",
+                "https:///sign",
+                "https://:8888/",
+                "https://x:99999/",
+                "https://[::1/",
+                "https://x:0",
+            )
+        ),
         ({"external_cas": (ExternalCA(protocol="cfssl", url="https://x", ca_cert="x"),)}, "cannot be read"),
         ({"external_cas": (ExternalCA(protocol="cfssl", url="https://x"),) * 17}, "at most 16 external CAs"),
         (
@@ -368,3 +381,42 @@ async def test_a_certificate_that_would_count_as_revoked_is_refused(cluster):
         authority.lie = lambda it: setattr(it, "not_before", NOW - timedelta(days=1))
         with pytest.raises(SkepError, match="it counts as revoked"):
             await renew(cluster.address, pair, CLOCK)
+
+
+async def test_authorities_that_are_silent_are_tried_together(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request of the API waits for them: sixteen after one another would take more than a minute."""
+    monkeypatch.setattr(external, "CALL_S", 30.0)
+    connected: set[asyncio.StreamWriter] = set()
+    all_there = asyncio.Event()
+
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.add(writer)
+        if len(connected) == 16:
+            all_there.set()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    urls = [f"https://127.0.0.1:{port}/{number}" for number in range(16)]
+    asked = asyncio.create_task(cluster.external.is_reachable(urls, OWN.root_pem))
+    await all_there.wait()
+    for writer in connected:
+        writer.close()
+    assert not await asked
+    server.close()
+
+
+@pytest.mark.parametrize("path", ["", "/sign"])
+async def test_the_password_of_an_authority_is_in_no_log_and_no_error(cluster: Cluster, path: str) -> None:
+    url = f"https://ca:hush-7391@127.0.0.1:1{path}"
+    with capture_logs() as logs:
+        assert not await cluster.external.is_reachable([url], OWN.root_pem)
+        with pytest.raises(Unavailable, match=f"https://ca:xxxxx@127.0.0.1:1{path}: ") as raised:
+            await cluster.external.sign([url], b"", OWN.root_pem, lambda certificate: certificate)
+    assert len(logs) == 2
+    assert "hush-7391" not in f"{logs} {raised.value}"
+    wrong = ExternalCA(protocol="cfssl", url=f"https://ca:hush-7391@x:99999{path}")
+    with pytest.raises(InvalidArgument) as refused:
+        check_external_authorities(CAConfig(external_cas=(wrong,)))
+    assert "hush-7391" not in str(refused.value)

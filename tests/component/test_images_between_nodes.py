@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
@@ -15,10 +16,11 @@ from skep.engine.images.collecting import ImageCollector, Marks
 from skep.engine.images.digest import Digest
 from skep.engine.images.layers import NO_BLOB
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import RegistryError
+from skep.engine.images.registry import DOCKER_MANIFEST, Document, RegistryError
 from skep.engine.images.serving import COPIES_MAX
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 from skep.model.ids import new_id
+from skep.rpc.client import ClientStream
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -214,6 +216,61 @@ async def test_a_node_sends_a_layer_to_few_others_at_one_time(cluster: ImageClus
                 await stream.__aexit__(None, None, None)
 
 
+async def test_nodes_that_take_nothing_give_their_places_to_others(
+    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "STALLED_S", 1.0)
+    made, source = an_image(20_000_000), await cluster.add()  # it serves with the patched bound
+    stalled, worker = await cluster.add(), await cluster.add()
+    await give(source, made, with_manifest=True)
+    await cluster.run_service(at_digest(made), source)
+    async with (
+        connected(source.address, client_context(stalled.pair), "swarm-worker") as channel,
+        AsyncExitStack() as stack,
+    ):
+        request = skep.ImageBlobRequest(digest=made.digests[0], last_resort=True)
+        for _ in range(COPIES_MAX):
+            call = await stack.enter_async_context(channel.stream(methods.IMAGE_BLOB))
+            await call.send(request, end=True)
+            assert await call.receive() is not None
+        assert source.served.uploads == COPIES_MAX
+        await until(lambda: not source.served.uploads)
+        with pytest.raises(Unavailable, match="took too long"):
+            async for _piece in call:
+                pass
+    assert source.served.copies(made.digests[0]) == 0
+    assert (await worker.images.pull(at_digest(made))).id == sha256(made.config)
+
+
+@pytest.mark.parametrize("kind", ["huge", "another", "no manifest"])
+async def test_a_node_that_gives_a_wrong_manifest_is_passed_over(
+    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made, liar, victim = an_image(5000), await cluster.add(), await cluster.add()
+    await give(cluster.manager, made, with_manifest=True)
+    await cluster.run_service(at_digest(made), liar)
+    content = {"huge": b" " * (5 << 20), "another": an_image(1).manifest, "no manifest": b"[]"}[kind]
+    asked = []
+
+    async def lie(target: str) -> Document:
+        asked.append(target)
+        return Document(content, DOCKER_MANIFEST)
+
+    monkeypatch.setattr(liar.served, "manifest", lie)
+    cluster.manager.port.delay_s = 0.2
+    received = []
+    take_data = ClientStream.take_data
+
+    def counted(stream: ClientStream, data: bytes, window_bytes: int) -> None:
+        received.append(len(data))
+        take_data(stream, data, window_bytes)
+
+    monkeypatch.setattr(ClientStream, "take_data", counted)
+    assert (await victim.images.pull(at_digest(made))).id == sha256(made.config)
+    assert asked, "it was asked"
+    assert sum(received) < 1 << 20
+
+
 async def test_what_is_no_image_is_refused(cluster: ImageCluster) -> None:
     worker = await cluster.add()
     async with connected(cluster.manager.address, client_context(worker.pair), "swarm-manager") as channel:
@@ -365,3 +422,17 @@ async def test_an_image_that_came_again_a_moment_ago_is_not_collected(cluster: I
     assert await collector.collect() == []
     os.utime(worker.images.config_file(image), (0, 0))
     assert await collector.collect() == [image.id]
+
+
+async def test_a_blob_that_is_taken_too_slowly_on_average_is_not_sent_on(
+    cluster: ImageCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = an_image(2_000_000)
+    await give(cluster.manager, made)
+    monkeypatch.setattr(serving, "STALLED_S", 0.0)
+    monkeypatch.setattr(serving, "BYTES_PER_S_MIN", 1 << 60)
+    async with cluster.manager.served.blob(made.digests[0]) as blob:
+        assert 0 < len(await anext(blob.pieces)) < blob.size
+        with pytest.raises(Unavailable, match="taken too slowly"):
+            await anext(blob.pieces)
+    assert not cluster.manager.served.uploads

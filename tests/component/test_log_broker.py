@@ -1,15 +1,18 @@
 """Logs of tasks, from nodes to readers."""
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from skep.manager.logbroker.broker import IncompleteLogs
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import NodeState
-from skep.model.task import Task, TaskState
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.task_end import KeptLine, TaskEnd
+from skep.model.times import timestamp
 from tests.support.builders import a_task
 from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, put, service_task, until
 
@@ -80,6 +83,38 @@ async def test_nodes_that_do_not_answer_are_named(cluster, tmp_path):
             pass
     assert f"node {pair.identity.node_id} is not available" in str(caught.value)
     assert "task t-nowhere has not been scheduled" in str(caught.value)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_what_is_kept_with_the_tasks_of_a_gone_node_is_shown_and_marked(cluster, tmp_path, follow):
+    pair = await a_worker(cluster, tmp_path)
+    service, task = service_task(pair.identity.node_id)
+    lines = tuple(KeptLine(timestamp=timestamp(n), stream="stderr", text=f"line {n}") for n in range(1, 5))
+    end = TaskEnd(cause="exit", lines=(KeptLine(timestamp=timestamp(1), text="out"), *lines))
+    await put(cluster, service, replace(task, status=TaskStatus(state=TaskState.FAILED, end=end)))
+    query = LogQuery(services=(service.id,), streams=(LogStream.STDERR,), since_ns=2, tail=2, follow=follow)
+    found = []
+    with suppress(IncompleteLogs):
+        async with aclosing(cluster.logs.subscribe(query)) as reading:
+            async for line in reading:
+                found.append(line)
+                if follow and len(found) == 3:
+                    break
+    assert [line.data for line in found[1:]] == [b"line 3\n", b"line 4\n"]
+    assert found[0].data.startswith(f"skep: node {pair.identity.node_id} does not answer".encode())
+    assert all("skep-kept" in line.attrs for line in found)
+
+
+async def test_the_lines_of_a_node_that_answers_are_not_shown_twice(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, task = service_task(agent.node_id)
+        end = TaskEnd(cause="exit", lines=(KeptLine(text="kept"),))
+        await put(cluster, service, replace(task, status=TaskStatus(state=TaskState.FAILED, end=end)))
+        worker.lines = [a_line(task, b"kept\n")]
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+        lines = [line async for line in cluster.logs.subscribe(LogQuery(tasks=(task.id,)))]
+        assert [line.attrs for line in lines] == [{}]
 
 
 async def test_lines_of_other_nodes_tasks_are_dropped(cluster, tmp_path):

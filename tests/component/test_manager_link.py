@@ -238,12 +238,11 @@ async def missing(manager: Manager, service_id: str) -> str:
 class TaskOutput(FakeWorker):
     """A node's log source that begins where the question says, as a real one does."""
 
-    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+    async def read(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
         lines = super().read(query)
         try:
-            async for entry in lines:
-                if entry.timestamp_ns >= query.since_ns:
-                    yield entry
+            async for entries in lines:
+                yield [entry for entry in entries if entry.timestamp_ns >= query.since_ns]
         finally:
             await lines.aclose()  # type: ignore[attr-defined]
 

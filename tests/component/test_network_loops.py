@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
+from skep.api.service_form import settled
 from skep.manager.control.networks import add_subnets, create_network, remove_network
-from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service, remove_service
 from skep.model.ids import NodeId, new_id
 from skep.model.meta import Driver

@@ -13,7 +13,7 @@ from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.control.swarm import Rotations, update_swarm
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
 from skep.model.ids import NodeId, new_id
-from skep.model.node import Node, NodeRole
+from skep.model.node import Node, NodeRole, NodeState
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
@@ -203,3 +203,33 @@ async def test_connections_outlive_a_rotation_but_none_that_an_eviction_asked_fo
         root = cluster.swarm.tls_info.trust_root.encode()
         await until(lambda: cluster.tls.pair.root_pem == root)
         assert isinstance(await call(channel, "HEARTBEAT"), Unavailable) is is_evicting
+
+
+async def test_no_rotation_begins_that_a_node_which_missed_the_end_of_the_last_one_could_not_survive(
+    cluster, tmp_path
+):
+    missing, late = await a_worker(cluster, tmp_path / "missing"), await a_worker(cluster, tmp_path / "late")
+    id = missing.identity.node_id
+    async with cluster.own_agent(tmp_path / "manager"):
+        async with an_agent(cluster, late, tmp_path / "late"):
+            pass
+        await rotate(cluster)
+        async with an_agent(cluster, missing, tmp_path / "missing") as (agent, _):
+            await cluster.until(
+                lambda view: is_issued_by(view.get(Node, id).description.tls_info, cluster.swarm.tls_info)
+            )
+            renewed = pair_of(agent)
+        assert renewed.root_pem == missing.root_pem
+        async with an_agent(cluster, late, tmp_path / "late"):
+            await rotated(cluster)
+            await cluster.until(lambda view: view.get(Node, id).status.state is NodeState.DOWN)
+            with pytest.raises(FailedPrecondition, match="nodes that are away still trust the root before"):
+                await rotate(cluster)
+            async with an_agent(cluster, renewed, tmp_path / "missing") as (agent, _):
+                await until(lambda: pair_of(agent).root_pem == cluster.swarm.tls_info.trust_root.encode())
+                await cluster.until(
+                    lambda view: view.get(Node, id).description.tls_info == cluster.swarm.tls_info
+                )
+                await rotate(cluster)
+                await rotated(cluster)
+                await until(lambda: pair_of(agent).root_pem == cluster.swarm.tls_info.trust_root.encode())

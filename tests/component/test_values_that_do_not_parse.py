@@ -93,17 +93,17 @@ async def test_what_cannot_be_put_into_a_table_leaves_the_rest_of_it(
 async def test_a_commit_without_a_presentable_event_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     real = events.messages_of
 
-    def messages_of(event: Any, now_ns: int) -> Any:
+    def messages_of(event: Any, now_ns: int, view: Any) -> Any:
         if "bad" in str(event):
             raise ValueError("a label of another version")
-        return real(event, now_ns)
+        return real(event, now_ns, view)
 
     monkeypatch.setattr(events, "messages_of", messages_of)
     store = MemoryStore(CLOCK)
     reported = ClusterEvents(store, CLOCK)
     async with running(reported):
         await put(store, a_service("bad"), a_service("good"))
-        await until(lambda: [message.actor.id for message in reported._past] == ["good"])
+        await until(lambda: [kept.message.actor.id for kept in reported._past] == ["good"])
 
 
 async def test_a_node_that_the_dispatcher_makes_nothing_of_costs_no_other_its_session(

@@ -51,6 +51,10 @@ class CannedLogs:
         for line in self.lines:
             yield line
 
+    async def batches(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
+        async for line in self.subscribe(query):
+            yield [line]
+
 
 @asynccontextmanager
 async def a_manager_api(
@@ -67,7 +71,9 @@ async def a_manager_api(
         backups=cast("Any", None),  # ours, not Docker's
         diagnostics=cast("Any", None),  # likewise
         external=ExternalAuthorities(lambda: cast("Any", None), clock, Random(1)),
+        tunnels=cast("Any", None),  # ours, not Docker's
         events=ClusterEvents(store, clock),
+        all_events=cast("Any", None),  # ours, not Docker's
         clock=clock,
         new_id=new_id,
         new_name=names_from(Random(1)),

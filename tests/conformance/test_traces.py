@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from skep.manager.control.service_form import settled
+from skep.api.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.manager.orchestrator import restart, update
 from skep.model.ids import ServiceId

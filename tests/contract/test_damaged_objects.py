@@ -17,6 +17,7 @@ from skep.manager.control.services import create_service
 from skep.manager.dispatcher.assignments import everything
 from skep.manager.dispatcher.registration import Registration, take_session
 from skep.manager.dispatcher.statuses import Report, record_status
+from skep.manager.membership.service import resign
 from skep.manager.routes import application
 from skep.manager.routes.shown import damage_of
 from skep.manager.routes.warnings import damage_warnings
@@ -176,6 +177,17 @@ async def test_a_service_that_cannot_be_read_keeps_its_tasks(rig: DamageRig) -> 
         await store.update(lambda tx: tx.delete(Service, "web"))
     with pytest.raises(AlreadyExists, match="belongs to service web, which cannot be read"):
         await store.update(lambda tx: tx.put(a_service("web", id="second")))
+
+
+async def test_a_manager_that_cannot_read_a_node_does_not_overwrite_its_spec_when_it_leaves(
+    rig: DamageRig,
+) -> None:
+    status = ManagerStatus(addr="10.0.0.1:2377", reachability=Reachability.REACHABLE)
+    await put_all(rig.store, replace(a_node("n1"), manager_status=status), a_node("n2"))
+    await rig.damage("o/node/n1")
+    store = await rig.loaded()
+    with pytest.raises(Unavailable, match="node n1 cannot be read by this manager"):
+        await store.update(resign, NodeId("n1"))
 
 
 async def test_a_node_that_cannot_be_read_keeps_its_tasks_its_session_and_its_role(rig: DamageRig) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,13 @@ def test_a_build_that_fails_says_why_and_tags_nothing(m1: TestNode, tmp_path: Pa
             ("--cache-to", "type=local,dest=/nonexistent"),
             "Cache export is not supported for the docker driver",
         ),
-        (("--output", "type=local,dest=/nonexistent"), "output local is not supported"),
+        (("--output", "type=oci,dest=/dev/null"), "OCI exporter is not supported for the docker driver"),
+        (
+            ("--output", "type=docker,dest=/dev/null"),
+            "Docker exporter is not supported for the docker driver",
+        ),
+        (("--cache-to", "type=inline"), "cache export is not supported: inline"),
+        (("--cache-from", "some/image"), "cache import is not supported: registry"),
         (("--call", "check"), "unsupported request frontend.lint"),
         (("--build-context", "a=https://localhost:1/x.git"), "named context a is not supported"),
         (("--allow", "security.insecure"), "granting entitlement security.insecure is not allowed"),
@@ -113,6 +120,37 @@ def test_what_is_not_done_is_refused_by_name(
     refused = build(m1, tmp_path, *options, context(tmp_path / "context", f"FROM {IMAGE}\n"), check=False)
     assert refused.returncode != 0
     assert text in refused.stdout
+
+
+def test_the_files_of_a_result_are_written_to_the_clients_directory_or_to_an_archive(
+    m1: TestNode, tmp_path: Path
+) -> None:
+    """Links, modes, owners and times as in the image; what a client has already is not sent again."""
+    place = context(
+        tmp_path / "context",
+        f"FROM {IMAGE} AS made\n"
+        "RUN mkdir -p /out/a.b /out/a && echo one > /out/a/file && ln /out/a/file /out/a.b/first"
+        " && ln -s a/file /out/link && touch /out/empty && chmod 2750 /out/a && chown 5:6 /out/empty"
+        " && head -c 3000000 /dev/zero > /out/large && touch -t 200102030405 /out/large\n"
+        "FROM scratch\nCOPY --from=made /out /\n",
+    )
+    for _ in range(2):
+        build(m1, tmp_path, "--output", str(tmp_path / "out"), place)
+    build(m1, tmp_path, "-t", "unused:1", "--output", f"type=tar,dest={tmp_path / 'out.tar'}", place)
+    assert "unused" not in m1.docker("images").stdout
+    with tarfile.open(tmp_path / "out.tar") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="fully_trusted")
+    for root in (tmp_path / "out", tmp_path / "unpacked"):
+        found = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+        assert found == ["a", "a.b", "a.b/first", "a/file", "empty", "large", "link"]
+        assert (root / "link").readlink() == Path("a/file")
+        assert (root / "a.b/first").read_text() == "one\n"
+        assert (root / "a/file").samefile(root / "a.b/first")
+        assert (root / "a").stat().st_mode & 0o7777 == 0o2750
+        assert (root / "large").read_bytes() == bytes(3_000_000)
+        assert int((root / "large").stat().st_mtime) == 981_173_100
+    status = (tmp_path / "unpacked/empty").stat()
+    assert (status.st_uid, status.st_gid) == (5, 6)
 
 
 def test_the_build_cache_and_the_last_builds_are_shown_and_removed(m1: TestNode, tmp_path: Path) -> None:
@@ -144,7 +182,39 @@ def test_compose_builds_services_with_what_their_files_say(m1: TestNode, tmp_pat
         "services:\n"
         "  one: {image: 'composed:1', build: {context: first, args: {WORD: first}}}\n"
         "  two: {image: 'composed:2', build: {context: second, args: {WORD: second}, labels: {a: b}}}\n"
+        "  three: {image: 'composed:3', build: {context: second, args: {WORD: third}}}\n"
     )
     run(m1, tmp_path, "docker-compose", "--project-directory", str(tmp_path), "build", COMPOSE_BAKE=bakes)
-    for number, word in ((1, "first\n"), (2, "second\n")):
+    for number, word in ((1, "first\n"), (2, "second\n"), (3, "third\n")):
         assert m1.docker("run", "--rm", f"composed:{number}", "cat", "/word").stdout == word
+
+
+def test_targets_of_one_folder_are_baked_together(m1: TestNode, tmp_path: Path) -> None:
+    """Their common session is opened by a call of the control connection."""
+    place = Path(
+        context(
+            tmp_path / "context",
+            f"FROM {IMAGE} AS one\nCOPY data /one\nFROM {IMAGE} AS two\nCOPY data /two\nRUN cat /two > /three\n",
+            data="x" * (3 << 20),
+        )
+    )
+    (place / "docker-bake.hcl").write_text(
+        'group "default" { targets = ["one", "two"] }\n'
+        'target "one" {\n  target = "one"\n  tags = ["baked:1"]\n}\n'
+        'target "two" {\n  target = "two"\n  tags = ["baked:2"]\n}\n'
+    )
+    words = ("bake", "--progress", "plain", "--metadata-file", str(tmp_path / "meta"))
+    files = ("-f", str(place / "docker-bake.hcl"), "--set", f"*.context={place}")
+    run(m1, tmp_path, "docker-buildx", *words, *files, BUILDX_BAKE_ENTITLEMENTS_FS="0")
+    meta = json.loads((tmp_path / "meta").read_text())
+    for number, (target, path) in enumerate((("one", "/one"), ("two", "/three")), 1):
+        (image,) = json.loads(m1.docker("image", "inspect", f"baked:{number}").stdout)
+        assert meta[target]["containerimage.digest"] == image["Id"]
+        assert m1.docker("run", "--rm", f"baked:{number}", "wc", "-c", path).stdout.split()[0] == str(3 << 20)
+
+
+def test_the_id_of_an_image_is_written_to_a_file(m1: TestNode, tmp_path: Path) -> None:
+    place = context(tmp_path / "context", f"FROM {IMAGE}\n")
+    build(m1, tmp_path, "--iidfile", str(tmp_path / "id"), "-t", "named:1", place)
+    (image,) = json.loads(m1.docker("image", "inspect", "named:1").stdout)
+    assert (tmp_path / "id").read_text() == image["Id"]

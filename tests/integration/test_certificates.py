@@ -66,6 +66,20 @@ def refusal(node: TestNode, *words: str) -> str:
     return done.stderr
 
 
+def rotated(node: TestNode, *words: str) -> str:
+    """What ``docker swarm ca --rotate`` prints, once every node trusts the present root (decision 82)."""
+
+    def all_trust_it() -> bool:
+        root = node.client().info()["Swarm"]["Cluster"]["TLSInfo"]["TrustRoot"]
+        found = [
+            (one["Status"]["State"], one["Description"]["TLSInfo"]["TrustRoot"]) for one in nodes_of(node)
+        ]
+        return set(found) == {("ready", root)}
+
+    wait_until(all_trust_it, "every node trusts the present root", 60)
+    return said(node, "swarm", "ca", "--rotate", *words)
+
+
 def certificate_of(cluster: TestCluster, name: str) -> x509.Certificate:
     path = cluster.directory / name / "data" / "certificates" / "swarm-node.crt"
     return x509.load_pem_x509_certificate(path.read_bytes())
@@ -84,7 +98,7 @@ def test_swarm_ca_rotate_ends_with_a_new_root_everywhere_and_no_task_moved(trio:
     old, old_root = swarm_of(m1), said(m1, "swarm", "ca").strip()
     certificates = {name: certificate_of(trio, name) for name in ("m1", "w1", "w2")}
 
-    shown = said(m1, "swarm", "ca", "--rotate")
+    shown = rotated(m1)
 
     new, new_root = swarm_of(m1), said(m1, "swarm", "ca").strip()
     assert "desired root digest" in shown
@@ -137,7 +151,7 @@ def test_an_external_root_is_accepted_and_its_key_never_shown(
     certificate_of(trio, "w1").verify_directly_issued_by(ROOT.certificate)
     # The same again is no rotation, and a counted one goes on from it.
     rotate_to(m1, ROOT, tmp_path)
-    said(m1, "swarm", "ca", "--rotate", "--detach")
+    rotated(m1, "--detach")
     wait_until(lambda: not swarm_of(m1)["RootRotationInProgress"], "the rotation in the background has ended")
     assert said(m1, "swarm", "ca").strip() != ROOT.root_pem.decode().strip()
 
@@ -151,7 +165,7 @@ def test_nodes_renew_and_join_with_certificates_of_an_external_authority(
     present = said(m1, "swarm", "ca").strip()
     with an_authority(m1, theirs, present, tmp_path) as url:
         external = f"protocol=cfssl,url={url},cacert={certificate}"
-        said(m1, "swarm", "ca", "--rotate", "-q", "--ca-cert", str(certificate), "--external-ca", external)
+        rotated(m1, "-q", "--ca-cert", str(certificate), "--external-ca", external)
         assert said(m1, "swarm", "ca").strip() == theirs.root_pem.decode().strip()
         for name in ("m1", "w1", "w2"):
             certificate_of(trio, name).verify_directly_issued_by(theirs.certificate)
@@ -164,7 +178,7 @@ def test_nodes_renew_and_join_with_certificates_of_an_external_authority(
 
         (shown,) = swarm_of(m1)["Spec"]["CAConfig"]["ExternalCAs"]
         assert (shown["Protocol"], shown["URL"]) == ("cfssl", url)
-        said(m1, "swarm", "ca", "--rotate", "-q")
+        rotated(m1, "-q")
         assert said(m1, "swarm", "ca").strip() not in {present, theirs.root_pem.decode().strip()}
     said(m1, "swarm", "update", "--cert-expiry", "720h")  # the authority is not needed any more
 
@@ -191,7 +205,7 @@ def rotate_to(m1: TestNode, root: Authority, directory: Path) -> None:
     certificate, key = directory / "root.crt", directory / "root.key"
     certificate.write_bytes(root.root_pem)
     key.write_bytes(root.key_pem)
-    said(m1, "swarm", "ca", "--rotate", "-q", "--ca-cert", str(certificate), "--ca-key", str(key))
+    rotated(m1, "-q", "--ca-cert", str(certificate), "--ca-key", str(key))
 
 
 @pytest.mark.slow
@@ -252,7 +266,7 @@ def test_a_join_that_cannot_work_says_why_and_leaves_nothing(
     said(m1, "swarm", "join-token", "--rotate", "-q", "worker")
     words = refusal(outsider, "swarm", "join", "--token", worker, where(trio))
     assert "A valid join token is necessary to join this cluster" in words
-    said(m1, "swarm", "ca", "--rotate", "-q")
+    rotated(m1, "-q")
     words = refusal(outsider, "swarm", "join", "--token", worker, where(trio))
     assert "remote CA does not match fingerprint" in words
     words = refusal(outsider, "swarm", "join", "--token", "SWMTKN-1-no-token", where(trio))
@@ -312,7 +326,7 @@ def test_an_unmodified_engine_goes_through_a_rotation_and_keeps_its_tasks():
         create(m1, "web", 4, "--endpoint-mode", "dnsrr")
         wait_running(m1, "web", 4, within_s=60)
         tasks = sorted(task["ID"] for task in m1.client().api.tasks())
-        said(m1, "swarm", "ca", "--rotate", "-q")
+        rotated(m1, "-q")
         root = said(m1, "swarm", "ca").strip()
         descriptions = {node["Description"]["Hostname"]: node["Description"] for node in nodes_of(m1)}
         assert descriptions["d1"]["TLSInfo"]["TrustRoot"].strip() == root

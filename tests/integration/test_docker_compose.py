@@ -1,6 +1,5 @@
 """docker-compose 1, unchanged, against a node of Skep without a Docker Engine: a project of two plain containers."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.compose import Compose
 from tests.support.playground_rig import TestNode, wait_until
 
 
@@ -61,40 +61,20 @@ volumes:
 """
 
 
-class Compose:
-    """The command in the directory of one project."""
-
-    def __init__(self, node: TestNode, directory: Path) -> None:
-        self.node, self.directory = node, directory
-
-    def __call__(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": "/nonexistent",
-            "DOCKER_HOST": self.node.socket,
-            # Version 1 reads ContainerConfig of images, which Docker's API has no more since 1.45.
-            "COMPOSE_API_VERSION": "1.41",
-        }
-        done = subprocess.run(
-            ["docker-compose", "--ansi", "never", "-p", "shop", *words],
-            cwd=self.directory,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=90,
-            check=False,
-        )
-        assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}{done.stdout}"
-        return done
-
-    def ids(self) -> set[str]:
-        return set(self("ps", "-q").stdout.split())
+def ids(compose: Compose) -> set[str]:
+    return set(compose("ps", "-q").split())
 
 
 @pytest.fixture
 def compose(m1: TestNode, tmp_path: Path) -> Iterator[Compose]:
     (tmp_path / "docker-compose.yml").write_text(PROJECT)
-    compose = Compose(m1, tmp_path)
+    compose = Compose(
+        m1,
+        tmp_path,
+        ["docker-compose", "-p", "shop"],
+        # Version 1 reads ContainerConfig of images, which Docker's API has no more since 1.45.
+        {"COMPOSE_API_VERSION": "1.41"},
+    )
     yield compose
     compose("down", "-v", "-t", "1", check=False)
 
@@ -102,29 +82,27 @@ def compose(m1: TestNode, tmp_path: Path) -> Iterator[Compose]:
 def test_a_project_comes_up_is_used_and_goes_down(m1: TestNode, compose: Compose) -> None:
     compose("up", "-d")
 
-    shown = compose("ps").stdout
+    shown = compose("ps")
     assert "shop_store_1" in shown
     assert "Up (healthy)" in shown
-    ids = compose.ids()
-    assert len(ids) == 2
-    wait_until(
-        lambda: "fetched" in compose("logs", "front").stdout, "the other service was reached by its alias"
-    )
-    assert "serving" in compose("logs", "--tail", "10", "store").stdout
-    assert compose("exec", "-T", "store", "sh", "-c", "echo $GREETING").stdout == "hello\n"
-    assert compose("exec", "-T", "front", "sh", "-c", "exit 7", check=False).returncode == 7
-    assert compose("exec", "-T", "front", "wget", "-q", "-O", "-", "http://store/ready").stdout == ""
-    assert compose("port", "front", "80").stdout.startswith("127.0.0.1:")
+    found = ids(compose)
+    assert len(found) == 2
+    wait_until(lambda: "fetched" in compose("logs", "front"), "the other service was reached by its alias")
+    assert "serving" in compose("logs", "--tail", "10", "store")
+    assert compose("exec", "-T", "store", "sh", "-c", "echo $GREETING") == "hello\n"
+    assert compose.run("exec", "-T", "front", "sh", "-c", "exit 7", check=False).returncode == 7
+    assert compose("exec", "-T", "front", "wget", "-q", "-O", "-", "http://store/ready") == ""
+    assert compose("port", "front", "80").startswith("127.0.0.1:")
 
     compose("up", "-d")
-    assert compose.ids() == ids, "nothing has changed, so nothing is made anew"
+    assert ids(compose) == found, "nothing has changed, so nothing is made anew"
     (compose.directory / "docker-compose.yml").write_text(PROJECT.replace("hello", "good day"))
     compose("up", "-d", "-t", "1")
-    assert compose("exec", "-T", "store", "sh", "-c", "echo $GREETING").stdout == "good day\n"
-    assert compose("exec", "-T", "store", "ls", "/data").stdout == "ready\n", "its volume has stayed"
+    assert compose("exec", "-T", "store", "sh", "-c", "echo $GREETING") == "good day\n"
+    assert compose("exec", "-T", "store", "ls", "/data") == "ready\n", "its volume has stayed"
     compose("restart", "-t", "1", "front")
     compose("stop", "-t", "1")
-    assert "Exit" in compose("ps").stdout
+    assert "Exit" in compose("ps")
     compose("start")
 
     compose("down", "-v", "-t", "1")
@@ -136,12 +114,12 @@ def test_a_project_comes_up_is_used_and_goes_down(m1: TestNode, compose: Compose
 @pytest.mark.slow
 def test_a_project_is_scaled_paused_and_killed(compose: Compose) -> None:
     compose("up", "-d", "--scale", "front=2")
-    assert len(compose.ids()) == 3
-    assert "httpd" in compose("top", "store").stdout
+    assert len(ids(compose)) == 3
+    assert "httpd" in compose("top", "store")
     compose("pause", "store")
-    assert "Paused" in compose("ps").stdout
+    assert "Paused" in compose("ps")
     compose("unpause", "store")
     compose("kill", "store")
-    wait_until(lambda: "Exit 137" in compose("ps").stdout, "the end of the killed container is shown")
+    wait_until(lambda: "Exit 137" in compose("ps"), "the end of the killed container is shown")
     compose("rm", "-f", "store")
-    assert len(compose.ids()) == 2
+    assert len(ids(compose)) == 2

@@ -191,6 +191,13 @@ def test_events_of_services_and_containers_come_in_one_stream(
 
 
 def test_images_are_listed_tagged_saved_loaded_and_removed(client: docker.DockerClient) -> None:
+    client.images.build(fileobj=io.BytesIO(f"FROM {IMAGE}\nENV A=1\nENV B=1\n".encode()))
+
+    def are_named() -> bool:
+        client.images.prune()  # with the steps before, and what builds of earlier tests have left
+        return all(one.tags for one in client.images.list(all=True))
+
+    wait_until(are_named, "images that containers of earlier tests still had are gone")
     image = client.images.get(IMAGE)
     assert IMAGE in image.tags
     assert image.tag("again", "1")

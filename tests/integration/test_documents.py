@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     ("bench/README.md", 1): "run by hand before a release; its results are kept",
     ("bench/README.md", 2): "run by hand before a release; its results are kept",
     ("bench/README.md", 3): "run by hand before a release; its results are kept",
+    ("bench/README.md", 4): "run by hand before a release; its results are kept",
 }
 """Blocks of documents (page, number on the page) that other tests run, and which."""
 
@@ -43,6 +44,9 @@ UPGRADE = "docs/guide/upgrade.md"
 OPERATE = "docs/guide/operate.md"
 MIGRATE = "docs/guide/migrate.md"
 IMAGES = "docs/guide/images.md"
+STACKS = "docs/guide/stacks.md"
+LOGS = "docs/guide/logs.md"
+DASHBOARDS = "docs/guide/dashboards.md"
 
 SYSTEMCTL = """
 start() {
@@ -109,9 +113,12 @@ def test_no_block_is_forgotten() -> None:
         *((DOCTOR, number) for number in range(3)),
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
-        *((OPERATE, number) for number in range(4)),
-        *((IMAGES, number) for number in range(4)),
-        (MIGRATE, 0),
+        *((OPERATE, number) for number in range(8)),
+        *((IMAGES, number) for number in range(6)),
+        *((STACKS, number) for number in range(4)),
+        (LOGS, 0),
+        (DASHBOARDS, 0),
+        *((MIGRATE, number) for number in range(2)),
     }
     assert blocks - set(RUN_ELSEWHERE) == run_here
 
@@ -184,28 +191,60 @@ def test_the_guides_to_installing_and_upgrading(checkout: Path) -> None:
 
 
 def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
-    how, why, maintenance, grace = shell_blocks(OPERATE)
+    how, why, private, container, reads, maintenance, forgotten, grace = shell_blocks(OPERATE)
     where = {"DOCKER_HOST": m1.socket}
     assert "m1" in run(how, checkout, **where)
     assert "scheduling constraints not satisfied on 1 node" in run(why, checkout, **where)
     wait_running(m1, "report", 1)
+    run(private, checkout, **where)
+    assert "select 1\n" in run(container, checkout, **where)
+    run(reads, checkout, **where)
+    run("skep cluster worker-reads off", checkout, **where)
     run(maintenance, checkout, **where)
     wait_running(m1, "report", 1)
+    assert run(forgotten, checkout, **where) == "24h\n24h\nnever\n"
     assert run(grace, checkout, **where).split("\n")[:2] == ["10s", "10s"]
 
 
 def test_the_guide_to_images(own_cluster: TestCluster, checkout: Path) -> None:
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    build, secret, volume, device = shell_blocks(IMAGES)
+    build, secret, volume, slots, device, cluster = shell_blocks(IMAGES)
     run(build, checkout, **where)
     assert in_task(m1, "greeter", "cat", "/greeting") == "hello\n"
     run(secret, checkout, **where)
     assert in_task(m1, "reader", "cat", "/run/secrets/password") == "two"
     assert '"type": "tmpfs"' in run(volume, checkout, **where)
+    assert "db: " in run(slots, checkout, **where)
     assert "10240" in in_task(m1, "worker", "df", "-k", "/scratch")
     run(device, checkout, **where)
     assert in_task(m1, "clock", "head", "-c", "1", "/dev/zero") == "\0"
     assert "16384" in in_task(m1, "clock", "df", "-k", "/dev/shm")
+    assert '"State": "to be created by its driver"' in run(cluster, checkout, **where)
+    wait_until(lambda: "orders" not in m1.docker("volume", "ls").stdout, "what no driver made is forgotten")
+
+
+def test_the_guide_to_stacks(m1: TestNode, checkout: Path) -> None:
+    where = {"DOCKER_HOST": m1.socket}
+    deploy, change, revert, remove = shell_blocks(STACKS)
+    assert "+ service shop_migrate" in run(deploy, checkout, **where)
+    wait_running(m1, "shop_web", 2)
+    assert "ConfigName: shop_site-" in run(change, checkout, **where)
+    wait_running(m1, "shop_web", 2)
+    assert "ConfigName: shop_site-" in run(revert, checkout, **where)
+    wait_running(m1, "shop_web", 2)
+    run(remove, checkout, **where)
+    assert m1.docker("stack", "ls").stdout.count("shop") == 0
+
+
+def test_the_guide_to_logs(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(LOGS)
+    lines = run(block, checkout, DOCKER_HOST=m1.socket).splitlines()
+    assert sum("line " in line and "Z talker." in line for line in lines) >= 2, lines
+
+
+def test_the_guide_to_dashboards(m1: TestNode, checkout: Path) -> None:
+    (block,) = shell_blocks(DASHBOARDS)
+    run(block, checkout, DOCKER_HOST=m1.socket)
 
 
 def in_task(node: TestNode, service: str, *command: str) -> str:
@@ -217,10 +256,12 @@ def in_task(node: TestNode, service: str, *command: str) -> str:
 def test_the_guide_to_migrating(m1: TestNode, checkout: Path) -> None:
     (stack,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / MIGRATE).read_text(), re.MULTILINE | re.DOTALL)
     (checkout / "stack.yml").write_text(stack)
-    (block,) = shell_blocks(MIGRATE)
+    deploy, without_files = shell_blocks(MIGRATE)
     try:
-        run(block, checkout, DOCKER_HOST=m1.socket)
+        run(deploy, checkout, DOCKER_HOST=m1.socket)
         wait_running(m1, "shop_web", 2)
+        assert "Stack shop: nothing to change" in run(without_files, checkout, DOCKER_HOST=m1.socket)
+        assert "docker secret create password FILE" in (checkout / "moved/MOVING.md").read_text()
     finally:
         m1.docker("stack", "rm", "shop")
         wait_until(

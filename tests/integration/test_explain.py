@@ -41,11 +41,14 @@ def test_a_service_that_runs_says_so_and_its_failures_name_code_and_signal(m1: T
 def test_what_does_not_exist_is_said_to_be_neither(m1: TestNode) -> None:
     command = [SKEP, "--host", m1.socket, "explain", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stderr.strip()) == (1, "Error: no such service or task: nothing")
+    assert (done.returncode, done.stderr.strip()) == (
+        1,
+        "Error: no such service, task, node or network: nothing",
+    )
 
 
 def test_a_task_with_a_cluster_volume_waits_and_says_so_in_dockers_words(m1: TestNode) -> None:
-    """Cluster volumes do not exist, as in a cluster of engines without that volume."""
+    """It does not exist, as in a cluster of engines without that volume."""
     mount = ("--mount", "type=cluster,source=data,target=/data")
     m1.docker("service", "create", "--detach", "--name", "web", *mount, IMAGE, "sleep", "60")
     refusal = "no suitable node (cannot fulfill requested CSI volume mounts on 1 node)"

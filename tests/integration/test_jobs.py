@@ -71,8 +71,8 @@ def test_what_ended_is_listed_with_exit_codes_and_last_lines_in_one_call(m1: Tes
 
     shown = wait_until(lambda: text if "failed" in (text := listed()) else "", "the run is listed")
     _, row, *lines = shown.splitlines()
-    assert row.split()[:4] == ["0", "0", "failed", "4"]
-    assert lines == ["    task: non-zero exit (4)", "    | two", "    | three"]
+    assert row.split()[:5] == ["job.0", "m1", "0", "failed", "4"]
+    assert lines == ["    | two", "    | three"]
 
 
 def test_a_job_with_a_time_to_live_goes_by_itself(m1: TestNode) -> None:

@@ -83,9 +83,9 @@ def test_a_worker_that_is_busy_with_foreign_work_gets_fewer_tasks_and_keeps_what
     with foreign_work(trio, "w1", processes=4):
         wait_until(lambda: (load(m1, "w1") or 0) >= BUSY, "w1 tells that it is busy", 4 * TIME_CONSTANT_S)
         status = subprocess.run(
-            [SKEP, "--host", m1.socket, "status"], capture_output=True, text=True, check=True
+            [SKEP, "--host", m1.socket, "status"], capture_output=True, text=True, check=False
         )
-        assert re.search(r"^load +.*w1 [2-9]0 %", status.stdout, re.MULTILINE)
+        assert re.search(r"^w1 +worker +ready .* [2-9]0%", status.stdout, re.MULTILINE), status.stdout
         counts = placed(m1, range(24))
         assert counts["w1"] < counts["w2"], (load(m1, "w1"), load(m1, "w2"))
         assert counts["w1"] > 0

@@ -1,6 +1,7 @@
 """Networks on the machines' own devices (macvlan): of plain containers, and of services on several nodes."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,7 @@ def test_containers_of_two_nodes_meet_on_the_machines_own_network(cluster: TestC
     w1, ids = cluster.node("w1"), []
     for node, part in ((m1, "10.77.0.64/26"), (w1, "10.77.0.128/26")):
         words = ("-d", "macvlan", "--subnet", "10.77.0.0/24", "--ip-range", part, "-o", "parent=eth0")
+        words = (*words, "--gateway", "10.77.0.1")
         node.docker("network", "create", *words, "lan")
         ids.append(node.docker("run", "-d", "--network", "lan", IMAGE, *IDLE).stdout.strip())
     try:
@@ -93,7 +95,7 @@ def test_tasks_of_a_service_are_on_the_nodes_own_network(cluster: TestCluster, m
         wait_running(m1, "web", 2, within_s=60)
         (here,), (there,) = (containers(node, "web") for node in nodes)
         address = networks_of(nodes[1], there["Id"])["lan"]["IPAddress"]
-        assert address == "10.79.0.128"
+        assert address == "10.79.0.129"  # the first of its node's range is the gateway's, as in Docker
         wait_until(lambda: pings(m1, here["Id"], address), "the task on the other node answers")
         m1.docker("service", "rm", "web")
 
@@ -106,3 +108,49 @@ def test_tasks_of_a_service_are_on_the_nodes_own_network(cluster: TestCluster, m
         m1.docker("network", "rm", "lan")
         for node in nodes:
             node.docker("network", "rm", "lanconf")
+
+
+def has_devices(kind: str) -> bool:
+    """Whether this machine's kernel makes devices of ``kind``, tried on an interface of its own."""
+    made = subprocess.run(
+        ["ip", "link", "add", "skep-try", "type", "veth", "peer", "name", "skep-try2"], check=False
+    )
+    assert made.returncode == 0
+    try:
+        words = ["ip", "link", "add", "link", "skep-try", "name", "skep-try3", "type", kind]
+        return subprocess.run(words, check=False, capture_output=True).returncode == 0
+    finally:
+        subprocess.run(["ip", "link", "del", "skep-try"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("driver", "mode"),
+    [
+        *(("macvlan", mode) for mode in ("bridge", "private", "vepa", "passthru")),
+        *(("ipvlan", mode) for mode in ("l2", "l3", "l3s")),
+    ],
+)
+def test_a_mode_is_the_kernels_or_the_kernel_is_named(m1: TestNode, driver: str, mode: str) -> None:
+    words = ("-d", driver, "--subnet", "10.76.0.0/24", "-o", "parent=eth0", "-o", f"{driver}_mode={mode}")
+    m1.docker("network", "create", *words, "modal")
+    try:
+        run = m1.docker("run", "-d", "--name", "modal", "--network", "modal", IMAGE, *IDLE, check=False)
+        if not has_devices(driver):
+            assert f"the kernel of this node has no {driver} devices" in run.stderr
+            return
+        assert run.returncode == 0, run.stderr
+        (shown,) = json.loads(m1.docker("inspect", "modal").stdout)
+        enter = ("nsenter", "-t", str(shown["State"]["Pid"]), "-n")
+        (link,) = json.loads(subprocess.check_output([*enter, "ip", "-d", "-j", "link", "show", "eth0"]))
+        assert (link["linkinfo"]["info_kind"], link["linkinfo"]["info_data"]["mode"]) == (driver, mode)
+    finally:
+        m1.docker("rm", "-f", "modal", check=False)
+        m1.docker("network", "rm", "modal")
+
+
+@pytest.mark.parametrize("driver", ["macvlan", "ipvlan"])
+def test_a_vlan_that_is_not_there_is_refused_by_name(m1: TestNode, driver: str) -> None:
+    words = ("-d", driver, "--subnet", "10.76.0.0/24", "-o", "parent=eth0.10", "vlan")
+    refused = m1.docker("network", "create", *words, check=False)
+    assert refused.returncode != 0
+    assert "make it first (ip link add link eth0 name eth0.10 type vlan id 10)" in refused.stderr

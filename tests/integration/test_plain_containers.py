@@ -444,6 +444,39 @@ def test_a_node_that_leaves_releases_endpoints_and_its_containers_run_on(m1: Tes
     run(w1, "three")
 
 
+def test_what_takes_room_is_counted_and_a_name_leads_to_the_node(m1: TestNode) -> None:
+    """``docker system df``, and ``host-gateway`` by effect."""
+
+    def usage() -> dict[str, dict[str, str]]:
+        lines = m1.docker("system", "df", "--format", "{{json .}}").stdout.splitlines()
+        return {one["Type"]: one for one in map(json.loads, lines)}
+
+    before = usage()
+    run(m1, "full", "-v", "/data", "--add-host", "gate:host-gateway")
+    try:
+        inside(
+            m1,
+            "full",
+            "sh",
+            "-c",
+            "head -c 3000000 /dev/zero >/root/here; head -c 5000000 /dev/zero >/data/there",
+        )
+        after = usage()
+        assert after["Containers"] | {"Size": "3MB", "Active": "1"} == after["Containers"]
+        assert int(after["Containers"]["TotalCount"]) == int(before["Containers"]["TotalCount"]) + 1
+        assert (after["Local Volumes"]["Active"], after["Local Volumes"]["Size"]) == ("1", "5MB")
+        assert after["Images"]["Active"] == "1"
+        assert after["Build Cache"]["Size"] == "0B"
+        (gateway,) = (
+            line.split()[0] for line in inside(m1, "full", "cat", "/etc/hosts").splitlines() if "gate" in line
+        )
+        (address,) = m1.docker("inspect", "-f", "{{.NetworkSettings.Gateway}}", "full").stdout.split()
+        assert gateway == address
+        assert " 0% packet loss" in inside(m1, "full", "ping", "-c", "1", "-W", "2", "gate")
+    finally:
+        m1.docker("rm", "-f", "-v", "full", check=False)
+
+
 @pytest.mark.parametrize("cli", CLIS)
 def test_volumes_are_made_and_pruned_and_the_system_is(w1: TestNode, cli: str) -> None:
     """As nightly jobs do it: what is in use stays, with its content."""
@@ -465,5 +498,5 @@ def test_volumes_are_made_and_pruned_and_the_system_is(w1: TestNode, cli: str) -
     finally:
         w1.docker("rm", "-f", "keeper", check=False)
         w1.docker("volume", "rm", "-f", "kept", "spare", nameless, check=False)
-    assert 'plugin "nosuch" not found' in refused(w1, "volume", "create", "-d", "nosuch", "x")
+    assert 'plugin "nosuch" not found' in refused(w1, "volume", "create", "-d", "nosuch", "data")
     assert 'missing required option: "device"' in refused(w1, "volume", "create", "-o", "type=tmpfs", "x")

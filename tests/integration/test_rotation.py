@@ -1,12 +1,21 @@
 """``skep secret rotate`` and ``skep config rotate`` on a whole node."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import SKEP, TestNode, create, remove_services, running, wait_running
+from tests.support.playground_rig import (
+    SKEP,
+    TestNode,
+    create,
+    remove_services,
+    running,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -84,3 +93,29 @@ def test_a_service_that_is_stuck_is_named_and_the_rotation_is_finished_later(
     missing = skep(node, "secret", "rotate", "nothing", str(tmp_path / "new"), check=False)
     assert missing.returncode == 1
     assert missing.stderr.startswith("Error: there is no nothing: ")
+
+
+def test_a_secret_is_a_variable_only_where_the_option_says_so_and_is_shown_nowhere(node: TestNode) -> None:
+    node.docker("secret", "create", "key", "-", stdin="hidden-value")
+    script = 'echo "with ${#PASSWORD} characters"; trap "exit 0" TERM; while :; do sleep 1; done'
+    for name, options in (("plain", ()), ("web", ("--container-label", "skep.secret-env=PASSWORD=pass"))):
+        create(node, name, 1, "--secret", "source=key,target=pass", *options, command=("sh", "-c", script))
+    (task,) = wait_running(node, "web", 1, 60)
+    id = task["Status"]["ContainerStatus"]["ContainerID"]
+    wait_running(node, "plain", 1, 60)
+    wait_until(lambda: "with 12 characters" in node.docker("service", "logs", "web").stdout, "it has it")
+    wait_until(lambda: "with 0 characters" in node.docker("service", "logs", "plain").stdout, "it has it not")
+    api = node.client().api
+    shown = [api.inspect_container(id), api.inspect_service("web"), api.inspect_task(task["ID"])]
+    shown.append(node.docker("events", "--since", "10m", "--until", "0s", "--format", "{{json .}}").stdout)
+    assert "hidden-value" not in json.dumps(shown)
+    assert "PASSWORD" not in node.docker("exec", id, "env").stdout
+    without = node.docker("restart", id, check=False)
+    assert (without.returncode, "is started by its task only" in without.stderr) == (1, True)
+
+    spec = api.inspect_service("web")["Spec"] | {"Name": "again"}
+    made = api._result(api._post_json(api._url("/services/create"), data=spec), json=True)
+    assert "secrets are in the environment (PASSWORD)" in made["Warnings"][0]
+    spec["TaskTemplate"]["ContainerSpec"]["Labels"] = {"skep.secret-env": "PASSWORD=other"}
+    refused = api._post_json(api._url("/services/create"), data=spec | {"Name": "refused"})
+    assert (refused.status_code, "no secret with the target other" in refused.text) == (400, True)

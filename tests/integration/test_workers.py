@@ -1,10 +1,13 @@
 """A manager and two workers: services spread, workers fall and return, leave and are forgotten."""
 
+import contextlib
 import io
 import json
+import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from tests.support.archives import a_docker_archive, a_file, a_tar, sha256
 from tests.support.playground_rig import (
     IMAGE,
+    SKEP,
     TestCluster,
     TestNode,
     a_playground,
@@ -421,3 +425,44 @@ def test_a_tag_that_one_worker_alone_has_is_used_there_and_everywhere_once_a_man
     )
     m1.client().api.load_image(archive)
     wait_running(m1, "local", 3, within_s=60)
+
+
+def refused(worker: TestNode, *words: str) -> bool:
+    done = worker.docker(*words, check=False)
+    return (
+        done.returncode == 1 and "This node is not a swarm manager. Worker nodes can't be used" in done.stderr
+    )
+
+
+def test_a_worker_shows_the_cluster_to_its_clients_where_that_is_allowed(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    w1 = trio.node("w1")
+    create(m1, "web", 2)
+    wait_running(m1, "web", 2)
+    assert refused(w1, "service", "ls")
+    assert refused(w1, "node", "ls")
+    switch = partial(subprocess.run, check=True, timeout=30)
+    switch([SKEP, "--host", m1.socket, "cluster", "worker-reads", "on"])
+    try:
+        wait_until(lambda: not refused(w1, "service", "ls"), "the cluster allows it")
+        ours, theirs = (node.client().api for node in (m1, w1))
+        assert [one["Spec"]["Name"] for one in theirs.services()] == ["web"]
+        assert theirs.inspect_service("web") == ours.inspect_service("web")
+        tasks = theirs.tasks(filters={"service": "web", "desired-state": "running"})
+        assert {task["ID"] for task in tasks} == {task["ID"] for task in running(m1, "web")}
+        assert {one["ID"] for one in theirs.nodes()} == {one["ID"] for one in ours.nodes()}
+        m1.docker("network", "create", "--driver", "overlay", "far")
+        assert "far" in w1.docker("network", "ls", "--format", "{{.Name}}").stdout.split()
+        with contextlib.closing(theirs.events(decode=True, filters={"type": "service"})) as events:
+            m1.docker("service", "update", "--detach", "--label-add", "seen=1", "web")
+            event = next(events)
+            assert (event["Type"], event["Actor"]["Attributes"]["name"]) == ("service", "web")
+        # It reads only.
+        assert refused(w1, "service", "rm", "web")
+        assert refused(w1, "secret", "ls")
+        assert w1.docker("service", "inspect", "nothing", check=False).returncode == 1
+        m1.docker("network", "rm", "far")
+    finally:
+        switch([SKEP, "--host", m1.socket, "cluster", "worker-reads", "off"])
+    wait_until(lambda: refused(w1, "service", "ls"), "the cluster does not allow it any more")

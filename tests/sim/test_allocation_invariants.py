@@ -138,6 +138,29 @@ def test_no_slot_is_restarted_more_often_than_it_may_be() -> None:
     assert after(within, TaskState.FAILED, 5, apart_s=30.0) == []
 
 
+@pytest.mark.parametrize(("node_was_down", "is_wrong"), [(True, False), (False, True)])
+def test_a_task_that_takes_over_from_another_version_is_no_restart_also_when_its_node_was_down_between(
+    node_was_down: bool, is_wrong: bool
+) -> None:
+    history = History(RestartPolicies())
+    service = replace(a_service(), spec=a_service_spec(restart=RestartPolicy(max_attempts=1)))
+    history.put(service)
+    old = history.state.find(type(service))[0]
+    running = replace(a_task("old", node=W1, state=TaskState.RUNNING), spec_version=old.spec_version)
+    history.put(replace(old, spec=replace(old.spec, labels={"a": "b"})))
+    version = history.state.find(type(service))[0].spec_version
+    spec = service.spec.task_template
+    history.put(running)
+    attempts = [replace(a_task(f"t{number}", node=W1), spec=spec, spec_version=version) for number in (1, 2)]
+    for task in attempts:
+        history.put(task)
+        history.after(1).put(replace(task, status=replace(task.status, state=TaskState.REJECTED)))
+    if node_was_down:
+        history.put(replace(running, desired_state=TaskState.SHUTDOWN))
+    history.after(1).put(replace(a_task("t3", node=W1), spec=spec, spec_version=version))
+    assert history.violations == (["task t3 is restart 2 of its slot, of 1"] if is_wrong else [])
+
+
 def test_a_slot_is_given_up_when_its_policy_has_had_all_that_it_asks_for() -> None:
     assert simulated(RestartPolicy(condition=RestartCondition.NONE), TaskState.FAILED, 0)[1]
     assert not simulated(RestartPolicy(max_attempts=1), TaskState.FAILED, 0)[1]

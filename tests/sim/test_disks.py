@@ -50,6 +50,21 @@ def test_a_hanging_disk_delays_writes_in_order_and_causes_no_election(
         assert cluster.leader == leader
 
 
+def test_a_member_whose_disk_hangs_neither_votes_nor_wins_an_election() -> None:
+    with SimulatedCluster(managers=3, workers=1, seed=1) as cluster:
+        cluster.run_for(1)
+        old, raft = cluster.leader, cluster.raft
+        hanging, other = (id for id in cluster.managers if id != old)
+        raft.hang(hanging)
+        assert not raft.transfer(hanging)
+        cluster.crash(old)
+        cluster.run_for(5)
+        assert raft.current is None, "one of three could vote"
+        raft.resume(hanging)
+        cluster.run_until(lambda: raft.current is not None, within_s=5)
+        assert cluster.leader in (hanging, other)
+
+
 def test_what_a_hanging_disk_holds_is_lost_with_its_leader() -> None:
     with SimulatedCluster(managers=3, workers=1, seed=1) as cluster:
         cluster.run_for(1)

@@ -1,4 +1,4 @@
-"""Short runs around the allocator and around sessions."""
+"""Short runs around the allocator, around sessions and around reports."""
 
 import pytest
 
@@ -9,7 +9,9 @@ QUICK, SEEDS = 5, 100
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("simulate", [focused.allocations, focused.sessions])
+@pytest.mark.parametrize(
+    "simulate", [focused.allocations, focused.sessions, focused.reports, focused.volumes]
+)
 @pytest.mark.parametrize(
     "seeds", [range(QUICK), pytest.param(range(QUICK, SEEDS), marks=pytest.mark.slow)], ids=["few", "many"]
 )

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.liveness import NoFalseDown, lease_violations
@@ -111,6 +112,20 @@ def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
     assert history.violations == []
     history.put(a_task("t3", slot=3, node="w1", state=TaskState.ASSIGNED))
     assert len(history.violations) == 1
+
+
+def test_a_task_whose_slot_has_a_newer_one_does_not_count_where_tasks_go() -> None:
+    history = History(TasksAreSpread(frozenset))
+    history.put(a_node(W1), a_node(W2), a_service())
+    old = [a_task(f"old{slot}", slot=slot, node="w1", state=TaskState.RUNNING) for slot in range(1, 5)]
+    new = [
+        replace(a_task(f"new{slot}", slot=slot), created_at="2026-01-01T00:00:00Z") for slot in range(1, 5)
+    ]
+    history.put(*old, *new)
+    history.after(10)
+    for task, node in zip(new, (W1, W2, W1, W2), strict=True):
+        history.put(replace(task, node_id=node, status=TaskStatus(state=TaskState.ASSIGNED)))
+    assert history.violations == []
 
 
 def test_with_start_first_a_task_that_stops_before_its_replacement_runs_is_rejected() -> None:

@@ -9,8 +9,10 @@ from sim.convergence import unmet
 from sim.invariants.containers import Containers
 from sim.invariants.disconnection import DisconnectPolicies
 from sim.invariants.placement import global_jobs_run_once, meets, port_violations
+from sim.invariants.volumes import LocalVolumesStay
+from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
+from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, VOLUMES
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.service import (
@@ -268,3 +270,52 @@ def test_an_update_that_is_still_under_way_is_not_settled() -> None:
     updating = UpdateStatus(state=UpdateState.UPDATING)
     reported = lacking(a_spec(), a_task("t1", node=W1, state=RUNNING), update_status=updating)
     assert reported == ["web is still being updated"]
+
+
+# -- local volumes ---------------------------------------------------------------------------------------------------
+
+
+def a_slot_with_data(policy: str, **node: object) -> tuple[History, Task]:
+    """A task of a slot has had its volume on w1 for a while, and has ended; gives the next one, without a node."""
+    history = History(LocalVolumesStay())
+    spec = a_spec(labels={VOLUMES: policy})
+    mount = Mount(type="volume", source="data", target="/data")
+    template = replace(spec.task_template, container_spec=ContainerSpec(image="app:1", mounts=(mount,)))
+    history.put(Service(id=ServiceId("web"), spec=replace(spec, task_template=template)))
+    history.put(replace(a_node(W1), **node), a_node(W2))
+    before, after = (
+        replace(a_task(id), spec=template, service_id=ServiceId("web"), slot=1, status=TaskStatus())
+        for id in ("t1", "t2")
+    )
+    for one in (
+        replace(before, node_id=NodeId("")),
+        replace(before, node_id=W1, status=TaskStatus(state=TaskState.ASSIGNED)),
+        replace(before, node_id=W1, status=TaskStatus(state=RUNNING)),
+        replace(before, node_id=W1, status=TaskStatus(state=TaskState.FAILED)),
+        replace(after, node_id=NodeId("")),
+    ):
+        history.put(one)
+    return history.after(60), after
+
+
+DRAINED = NodeSpec(availability=Availability.DRAIN)
+
+
+@pytest.mark.parametrize(
+    ("policy", "home", "node", "is_wrong"),
+    [
+        ("keep", NodeSpec(), W1, False),
+        ("keep", NodeSpec(), W2, True),
+        ("keep", DRAINED, W2, True),
+        ("return", NodeSpec(), W2, True),
+        ("return", DRAINED, W2, False),
+        ("spread", NodeSpec(), W2, False),
+    ],
+)
+def test_a_task_that_starts_away_from_its_volumes_is_rejected(
+    policy: str, home: NodeSpec, node: NodeId, is_wrong: bool
+) -> None:
+    history, task = a_slot_with_data(policy, spec=home)
+    history.put(replace(task, node_id=node, status=TaskStatus(state=TaskState.ASSIGNED)))
+    words = f"task t2 of web got {node}: its volumes are on ['w1']"
+    assert history.violations == ([words] if is_wrong else [])

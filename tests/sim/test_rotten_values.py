@@ -1,10 +1,13 @@
 """A leader whose own disk has lost single values: all goes on as it was, and what is written anew is whole again."""
 
 import pytest
+from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
+from skep.model.ids import ServiceId
+from skep.model.meta import Version
 from skep.model.node import Node
-from skep.model.service import Service
+from skep.model.service import JobStatus, ReplicatedJob, Service, ServiceMode
 from skep.model.task import Task
 from skep.store.etcd.requests import etcd_key
 from tests.support.builders import a_service_spec
@@ -36,6 +39,27 @@ def test_a_leader_with_values_that_it_cannot_read_changes_nothing(seed: int) -> 
         cluster.run_for(60)
         assert {task.id for task in cluster.view.find(Task)} == tasks
         assert (cluster.running("web"), cluster.containers("web")) == (REPLICAS, REPLICAS)
+
+
+def test_a_leader_that_cannot_read_the_run_of_a_job_stops_none_of_its_tasks() -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
+        run = ReplicatedJob(max_concurrent=2, total_completions=2)
+        job = replace(a_service_spec("job"), mode=ServiceMode(replicated_job=run))
+        status = JobStatus(job_iteration=Version(index=1))
+        cluster.write(lambda tx: tx.put(Service(id=ServiceId("job"), spec=job, job_status=status)))
+        cluster.run_until(lambda: cluster.containers("job") == 2, within_s=10)
+        (service,) = cluster.view.find(Service)
+        tasks = {task.id for task in cluster.view.find(Task)}
+        rotten = next(id for id in cluster.managers if id != cluster.leader)
+        cluster.crash(rotten)
+        assert cluster.raft.corrupt(rotten, etcd_key(f"o/service/{service.id}.job"))
+        cluster.start_manager(rotten)
+        cluster.run_for(5)
+        assert cluster.raft.transfer(rotten)
+        cluster.run_until(lambda: cluster.leader == rotten, within_s=10)
+        cluster.run_for(30)
+        assert {task.id for task in cluster.view.find(Task)} == tasks
+        assert cluster.containers("job") == 2
 
 
 def test_nodes_keep_their_sessions_with_a_manager_that_cannot_read_the_cluster_itself() -> None:

@@ -20,6 +20,24 @@ FAILED_ONCE = (
     4005530,  # a node of a global service that becomes active gets its task at once
     4005550,  # a new leader took a task that was stopped with its node for one that was given up
     4005588,  # under a new leader an update whose failures are tolerated did not end
+    5000057,  # an update took the next slot when the first task was orphaned with its node
+    5000110,  # a node that was removed by force was expected to have stopped its containers first
+    5000133,  # a leader that could not read the run of a job stopped the job's tasks
+    5000206,  # a service was taken for steady whose present spec cannot run
+    5000276,  # a restart counted from the start of the term, as the end had not been recorded
+    5000299,  # an update failed as late that had just begun, as its first task had not been recorded
+    5000358,  # tasks that newer ones replace were counted where tasks went
+    5000369,  # a member whose disk hung won an election
+    5001302,  # an update that overtook a failing one stopped more slots than it may
+    5000443,  # a node was away while its only manager was replaced: an operator has to name the new one
+    5000748,  # a write to a leader that was gone was taken for one that never ends
+    5010078,  # a manager that could not read the spec of a node that left replaced it
+    5001114,  # a long wait counted as time without a leader
+    5020847,  # an orphan kept the task whose failure counts out of a slot's history: the update never ended
+    5021068,  # a leader that could not read a version of a spec gave a host port twice
+    5021535,  # a slot was filled again before its node had stopped the task that a scale-down had left there
+    5021768,  # tasks of an earlier version that could not be read were replaced
+    5022254,  # tasks that never came to run kept the host ports that new ones waited for
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
 

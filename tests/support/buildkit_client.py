@@ -1,8 +1,8 @@
 """A client of BuildKit's protocols, as buildx is one, that can also be hostile."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.sessions import BOUNDS
-from skep.rpc.client import ClientConnection
+from skep.rpc.client import ClientConnection, ClientStream
 from skep.rpc.core import MESSAGE_HEAD
 from skep.rpc.headers import request_block
 from skep.rpc.server import Limits, ServerConnection, ServerStream
@@ -19,6 +19,7 @@ from skep.rpc.status import CallFailed, Status
 A = TypeVar("A", bound=Message)
 
 _DIFF_COPY = "/moby.filesync.v1.FileSync/DiffCopy"
+_FILE_SEND = "/moby.filesync.v1.FileSend/DiffCopy"
 LIMIT_S = 60.0
 
 
@@ -36,8 +37,19 @@ Tree = Sequence[tuple[pb.Stat, bytes]]
 class FileServer:
     """Serves directories, one each time it is asked: the Dockerfile's, that of ``.dockerignore``, the context."""
 
-    def __init__(self, *trees: Tree, packets: Sequence[pb.Packet] | None = None, stays: bool = True) -> None:
-        """``packets``: sent instead of the last tree, whatever is asked; then the call ends unless it ``stays``."""
+    def __init__(
+        self,
+        *trees: Tree,
+        packets: Sequence[pb.Packet] | None = None,
+        stays: bool = True,
+        receives: Sequence[pb.Packet] | None = None,
+    ) -> None:
+        """``packets``: sent instead of the last tree, whatever is asked; then the call ends unless it ``stays``.
+
+        ``receives``: sent to an engine that offers the files of a result; None: the client takes none.
+        """
+        self.methods = [_DIFF_COPY] if receives is None else [_DIFF_COPY, _FILE_SEND]
+        self._receives = receives or ()
         self._trees = list(trees)
         self._packets = packets
         self._stays = stays
@@ -45,6 +57,11 @@ class FileServer:
         """Paths of the files whose content was asked for."""
 
     async def handle(self, stream: ServerStream) -> None:
+        if stream.request.path == _FILE_SEND:
+            for packet in self._receives:
+                await stream.send_message(packet)
+            await stream.send_status()
+            return
         if stream.request.path != _DIFF_COPY:
             await stream.send_status(CallFailed(Status.UNIMPLEMENTED, "not served"))
             return
@@ -98,13 +115,13 @@ class _Head(asyncio.Protocol):
 async def _upgraded(
     socket: Path,
     target: str,
-    headers: Mapping[str, str],
+    headers: Sequence[tuple[str, str]],
     begin: Callable[[asyncio.Transport], asyncio.Protocol],
 ) -> asyncio.Transport:
     """A connection with the protocol that ``begin`` gives.  Raises: ConnectionError: with the response's body."""
     transport, response = await asyncio.get_running_loop().create_unix_connection(_Head, str(socket))
     lines = [f"POST {target} HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: h2c"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += [f"{name}: {value}" for name, value in headers]
     transport.write("\r\n".join((*lines, "", "")).encode())
     async with asyncio.timeout(LIMIT_S):
         await response.is_whole.wait()
@@ -130,11 +147,8 @@ async def session(
         connection.begin(transport, Limits(streams=32, stream_window=1 << 20, connection_window=8 << 20))
         return connection
 
-    headers = {
-        "X-Docker-Expose-Session-Uuid": id,
-        "X-Docker-Expose-Session-Sharedkey": key,
-        "X-Docker-Expose-Session-Grpc-Method": _DIFF_COPY,
-    }
+    headers = [("X-Docker-Expose-Session-Uuid", id), ("X-Docker-Expose-Session-Sharedkey", key)]
+    headers += [("X-Docker-Expose-Session-Grpc-Method", method) for method in files.methods]
     transport = await _upgraded(socket, "/session", headers, begin)
     try:
         yield transport
@@ -156,6 +170,13 @@ class Calls:
                 stream.begin(request_block(method, None, metadata), request.SerializeToString(), is_last=True)
                 return response.FromString(await stream.only_message())
 
+    @contextmanager
+    def stream(self, method: str, metadata: tuple[tuple[str, str], ...]) -> Iterator[ClientStream]:
+        """A call in which both sides send; it is abandoned at the end of the block."""
+        with self._connection.stream() as stream:
+            stream.begin(request_block(method, None, metadata), None, is_last=False)
+            yield stream
+
     async def solve(self, request: pb.SolveRequest) -> pb.SolveResponse:
         return await self.call("/moby.buildkit.v1.Control/Solve", request, pb.SolveResponse)
 
@@ -171,6 +192,53 @@ class Calls:
         return found
 
 
+class _Sending(asyncio.Transport):
+    """Sends what is written as messages of a call."""
+
+    def __init__(self, stream: ClientStream) -> None:
+        super().__init__()
+        self._stream = stream
+        self._is_closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._is_closed and not self._stream.has_ended:
+            self._stream.send(pb.BytesMessage(data=bytes(data)).SerializeToString())
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._is_closed = True
+
+    abort = close
+
+
+@asynccontextmanager
+async def session_by_call(calls: Calls, id: str, files: FileServer) -> AsyncIterator[None]:
+    """A session that serves ``files`` by a call of the control connection, while the block runs."""
+    metadata = ("x-docker-expose-session-uuid", id), ("x-docker-expose-session-grpc-method", _DIFF_COPY)
+    served = ServerConnection(files.handle)
+    with calls.stream("/moby.buildkit.v1.Control/Session", metadata) as stream:
+        limits = Limits(streams=32, stream_window=1 << 20, connection_window=8 << 20)
+        served.begin(_Sending(stream), limits)
+
+        async def receive() -> None:
+            while (data := await stream.receive()) is not None:
+                served.data_received(pb.BytesMessage.FromString(data).data)
+
+        receiving = asyncio.create_task(receive())
+        try:
+            yield
+        finally:
+            receiving.cancel()
+            await asyncio.wait([receiving])
+            served.abort()
+            await served.wait_closed()
+
+
 @asynccontextmanager
 async def control(socket: Path) -> AsyncIterator[Calls]:
     """A control connection while the block runs."""
@@ -180,7 +248,7 @@ async def control(socket: Path) -> AsyncIterator[Calls]:
         connection.connection_made(transport)
         return connection
 
-    await _upgraded(socket, "/grpc", {}, begin)
+    await _upgraded(socket, "/grpc", (), begin)
     try:
         yield Calls(connection)
     finally:

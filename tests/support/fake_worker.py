@@ -11,6 +11,7 @@ from skep.model.assignment import AssignmentSet
 from skep.model.ids import TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.model.task_end import TaskEnd
 from skep.model.times import SECOND_NS, timestamp
 from skep.wire.client import Channel
 
@@ -47,19 +48,21 @@ class FakeWorker:
     def statuses(self) -> Mapping[TaskId, TaskStatus]:
         return dict(self.known)
 
-    def report(self, id: TaskId, state: TaskState, message: str = "") -> None:
-        status = TaskStatus(timestamp=timestamp(1_700_000_000 * SECOND_NS), state=state, message=message)
+    def report(self, id: TaskId, state: TaskState, message: str = "", end: TaskEnd | None = None) -> None:
+        status = TaskStatus(
+            timestamp=timestamp(1_700_000_000 * SECOND_NS), state=state, message=message, end=end
+        )
         self.known[id] = status
         self.reports.report(id, status)
 
-    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+    async def read(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
         self.queries.append(query)
         sent = 0
         try:
             while True:
                 while sent < len(self.lines):
                     sent += 1
-                    yield self.lines[sent - 1]
+                    yield [self.lines[sent - 1]]
                 if not query.follow:
                     return
                 self.more_lines.clear()

@@ -1,4 +1,7 @@
-"""A node's ``/networks`` with a real manager behind it; tasks, containers and the gateway bridge are made up."""
+"""A node's ``/networks`` and ``/volumes`` with a real manager behind it.
+
+Tasks, containers and the gateway bridge are made up.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,18 +14,23 @@ import msgspec
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
+from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.server import application
 from skep.dataplane.local.networks import LocalNetworks
+from skep.engine.api.volumes import volume_routes
 from skep.engine.container import Container
+from skep.engine.volumes import Volumes
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi
 from skep.manager.routes import application as manager_application
 from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.tables import Table
 from skep.model.task import AssignedTask, TaskStatus
+from skep.node.cluster_reads import ClusterReads
 from skep.node.routes.cluster_networks import ClusterNetworks
+from skep.node.routes.cluster_volumes import with_cluster_volumes
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
 from tests.conformance.manager import a_manager_api
@@ -121,7 +129,7 @@ async def a_rig(folder: Path, *, has_engine: bool = True) -> AsyncIterator[Rig]:
         local.open()
         cluster = ClusterNetworks(
             member=member,
-            manager=api,
+            reads=ClusterReads(SessionState(SystemClock()), api),
             tasks=work,
             tables=work,
             containers=work.list,
@@ -134,5 +142,7 @@ async def a_rig(folder: Path, *, has_engine: bool = True) -> AsyncIterator[Rig]:
             engine=work if has_engine else None,
             docker=None,
         )
-        client = await stack.enter_async_context(TestClient(TestServer(application(network_routes(parts)))))
+        volumes = with_cluster_volumes(cluster, tuple(volume_routes(Volumes(folder / "volumes"), work.list)))
+        app = application(network_routes(parts), volumes)
+        client = await stack.enter_async_context(TestClient(TestServer(app)))
         yield Rig(client, manager, member, work, gateway, local)

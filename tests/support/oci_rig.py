@@ -25,6 +25,7 @@ from skep.model.ids import ContainerId, TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.sandbox import EndpointRequest, Sandbox, SandboxConfig
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.model.task_end import TaskEnd
 
 Fault = Callable[[str, str], None]
 """Called with a verb and the container's id before each call: raises what it is to meet."""
@@ -229,6 +230,10 @@ class ContainerController:
     async def wait(self) -> TaskExit:
         container = await self._engine.wait(self._require().id)
         return TaskExit(exit_code=container.exit_code)
+
+    async def ended(self) -> TaskEnd | None:
+        """Nothing more is known than the exit code."""
+        return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         container = self._container()

@@ -24,7 +24,7 @@ from tests.support import last_logs as last_words
 T = TypeVar("T")
 
 SKEP = str(Path(sys.executable).with_name("skep"))
-_UNPACKED = Path(sys.prefix) / "libexec/skep"
+UNPACKED = Path(sys.prefix) / "libexec/skep"
 
 
 def docker_version(cli: str) -> str:
@@ -35,7 +35,7 @@ def docker_version(cli: str) -> str:
 
 def _docker_commands() -> tuple[str, ...]:
     """One of each version, the distribution's release first."""
-    places = (str(_UNPACKED / "release/docker"), str(_UNPACKED / "docker"), shutil.which("docker"))
+    places = (str(UNPACKED / "release/docker"), str(UNPACKED / "docker"), shutil.which("docker"))
     found = {docker_version(cli): cli for cli in reversed(places) if cli and os.access(cli, os.X_OK)}
     return tuple(reversed(found.values()))
 

@@ -9,6 +9,8 @@ from tests.support.sources import parsed
 
 ROOT = Path(__file__).parents[2]
 PROMISES = ROOT / "docs" / "promises.md"
+HARDENING = ROOT / "docs" / "conformance" / "hardening.md"
+"""A page of the same form."""
 
 
 class Outcomes:
@@ -36,11 +38,15 @@ def bare(id: str) -> str:
     return id.partition("[")[0]
 
 
-def rows() -> list[list[str]]:
+def rows(page: Path = PROMISES) -> list[list[str]]:
     """The cells of every row of the page's tables: the promise, what shows it."""
-    lines = [line for line in PROMISES.read_text().splitlines() if line.startswith("|")]
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [cells for cells in table if cells[0] != "promise" and not set(cells[0]) <= set("-: ")]
+    return [
+        cells
+        for cells in table
+        if cells[0] not in ("promise", "what is true") and not set(cells[0]) <= set("-: ")
+    ]
 
 
 def shown_by(row: list[str]) -> list[str]:

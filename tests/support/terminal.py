@@ -1,9 +1,12 @@
 """A command on a terminal of its own, as a person would use it."""
 
+import fcntl
 import os
 import pty
 import select
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +22,10 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Draw the window to another size; only a session with this terminal as its own notices."""
+        fcntl.ioctl(self._descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def wait_shown(self, text: str, within_s: float = 20) -> None:
         """Read until ``text`` is on the screen.  Fails the test after ``within_s``."""

@@ -20,6 +20,7 @@ from skep.agent.revisions import SeenRevision
 from skep.agent.session import NodeServices, unknown_load
 from skep.agent.session_state import SessionState
 from skep.agent.table_stream import TableSink
+from skep.agent.tunnels import ContainerAccess, TunnelHost
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable, Unimplemented
 from skep.manager.attachment_service import AttachmentService
@@ -46,6 +47,7 @@ from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.streams import ProbeStreams
+from skep.manager.tunnels import Tunnels
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import (
     EngineDescription,
@@ -104,6 +106,7 @@ class Cluster:
         self.draining: Draining
         self.paths: ProbeStreams
         self.diagnostics: Diagnostics
+        self.tunnels: Tunnels
         self.knows_paths = True
         self.tls: ServerTls
         self.bound: Bound
@@ -155,6 +158,12 @@ class Cluster:
                 clock,
             )
             self.diagnostics = Diagnostics(self.store, MANAGER_ID, self.paths, self.channel)
+            self.tunnels = Tunnels(
+                self.store,
+                MANAGER_ID,
+                lambda node, session: self.dispatcher.session(node, session),
+                self.channel,
+            )
             self.logs = LogBroker(self.store, new_id, clock)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             self.external = ExternalAuthorities(lambda: self.tls.pair, clock, Random(1))
@@ -187,6 +196,7 @@ class Cluster:
             self.logs,
             self.discovery,
             attachments,
+            self.tunnels,
             *self.path_parts,
         )
         return [handler for part in parts for handler in part.services()]
@@ -346,11 +356,13 @@ async def an_agent_of(
     load: Callable[[], float | None] = unknown_load,
     tables: TableSink | None = None,
     paths: ProbeSource | None = None,
+    containers: ContainerAccess | None = None,
 ) -> AsyncIterator[Agent]:
     """An agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
+    credentials = KeyPairCredentials(directory, SystemClock(), random)
     agent = Agent(
-        credentials=KeyPairCredentials(directory, SystemClock(), random),
+        credentials=credentials,
         managers=ManagerList(managers),
         describe=partial(describe, probes=paths is not None),
         services=NodeServices(
@@ -361,6 +373,7 @@ async def an_agent_of(
             load=load,
             tables=tables,
             probes=paths,
+            tunnels=TunnelHost(containers, credentials.connected) if containers is not None else None,
         ),
         clock=SystemClock(),
         random=random,

@@ -28,6 +28,7 @@ class World:
         self.tasks = {task.id: task for task in tasks}
         self.nodes = {node.id: node for node in nodes}
         self.specs = {service.spec_version: service.spec}
+        self.unreadable: set[Version | None] = set()
         self.seen = ObservedTimes(0.0)
         self.now = 0.0
         self._numbers = count(1)
@@ -43,6 +44,7 @@ class World:
             node=self.nodes.get,
             overcommitted=self._overcommitted,
             spec_of=self._spec_of,
+            is_unknown=lambda task: task.spec_version in self.unreadable,
             seen=self.seen,
             now=self.now,
         )
@@ -122,8 +124,12 @@ class World:
         """One object at a time is written here, so nothing can change meanwhile."""
         return self.lookup(kind, id)
 
-    def find(self, kind: type[Task], slot: str) -> list[Task]:
+    def find(self, kind: type[Any], slot: str = "", service_id: str = "") -> list[Any]:
+        if kind is Service:
+            return [self.service]
         assert kind is Task
+        if not slot:
+            return [t for t in self.tasks.values() if t.service_id == service_id]
         return [t for t in self.tasks.values() if f"{t.service_id}/{t.slot or t.node_id}" == slot]
 
     def put(self, object: Any) -> Any:

@@ -6,6 +6,7 @@ What differs from the same request without the field is honoured; an error that 
 neither is irrelevant for the reason here.
 """
 
+import asyncio
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,6 +19,7 @@ import pytest
 from skep.agent.executor.adapter import NodeFacts, create_request, task_options
 from skep.agent.executor.payloads import Payloads
 from skep.api.bodies import from_builtins
+from skep.api.service_form import UNRECOGNIZED, settled
 from skep.engine import create
 from skep.engine.container import Container
 from skep.engine.devices import look_up
@@ -27,7 +29,6 @@ from skep.engine.spec import build
 from skep.engine.users import Identity
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError
-from skep.manager.control.service_form import UNRECOGNIZED, settled
 from skep.manager.control.service_rules import check_service_spec
 from skep.model.container import ContainerSpec
 from skep.model.ids import ContainerId, NodeId, ServiceId, TaskId
@@ -195,7 +196,7 @@ HOST: dict[str, tuple[Any, dict[str, Any]]] = {
     "GroupAdd": (["8"], {}),
     "IpcMode": ("host", {}),
     "Cgroup": ("container:x", {}),
-    "Links": (["x:y"], {}),
+    "Links": (["x:y"], {"NetworkMode": "n"}),
     "OomScoreAdj": (5, {}),
     "PidMode": ("host", {}),
     "Privileged": (True, {}),
@@ -302,7 +303,7 @@ REFUSED = {
     "Privileges.CredentialSpec.Registry": "credentialspec=registry://x",
     **{f"Privileges.SELinuxContext.{one}": "no SELinux labels" for one in ("User", "Role", "Type", "Level")},
     "Mounts.0.VolumeOptions.DriverConfig.Name": 'plugin "nfs" not found',
-    "Mounts.0.ImageOptions.Subpath": "invalid MountType: 'image'",
+    "Mounts.0.ImageOptions.Subpath": 'invalid MountType: "image"',
     "Isolation": "invalid isolation 'hyperv' on linux",
 }
 """A part of the error of each field of a service that is refused."""
@@ -320,7 +321,6 @@ REFUSED_HOST = {
     "DeviceRequests": "could not select device driver",  # this machine has no GPU
     "VolumeDriver": "--volume-driver",
     "Cgroup": "cgroup",
-    "Links": "--link",
     "StorageOpt": "--storage-opt",
     "Runtime": "--runtime",
     "Isolation": "--isolation",
@@ -328,11 +328,8 @@ REFUSED_HOST = {
 REFUSED_BODY = {
     "Domainname": "--domainname",
     "NetworkDisabled": "networkdisabled",
-    "MacAddress": "--mac-address",
     "NetworkingConfig.EndpointsConfig.n.IPAMConfig.IPv6Address": "--ip6",
     "NetworkingConfig.EndpointsConfig.n.IPAMConfig.LinkLocalIPs": "--link-local-ip",
-    "NetworkingConfig.EndpointsConfig.n.Links": "--link",
-    "NetworkingConfig.EndpointsConfig.n.MacAddress": "--mac-address",
     "NetworkingConfig.EndpointsConfig.n.DriverOpts": "driver-opt",
 }
 
@@ -357,6 +354,7 @@ def of_request(request: CreateRequest, task: TaskOptions | None, directory: Path
     )
     config = msgspec.structs.replace(config, binds=(), requested_mounts=None, tmpfs={})  # are only shown
     volumes = Volumes(directory / "volumes")
+    asyncio.run(volumes.bind_sources.check(mounts))
     points = volumes.mount_points(mounts, ())
     config = msgspec.structs.replace(config, mounts=(*points, *config.mounts))
     container = Container(id=ContainerId("c"), name="c", image=request.image, image_id="i", config=config)

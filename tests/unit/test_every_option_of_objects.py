@@ -6,6 +6,7 @@ allocator's networks, ports and addresses, the network's properties in the data 
 that only count over time, of restarts and updates, name the test that sets them.
 """
 
+import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from skep.agent.executor.adapter import NodeFacts, create_request, network_head, task_options
 from skep.api.bodies import from_builtins, parse
 from skep.api.networks import NetworkBody, check_form, check_name
+from skep.api.service_form import UNRECOGNIZED, settled
 from skep.dataplane.local.bridge_request import bridge_of
 from skep.engine.api.volumes import VolumeRequest, check_volume
 from skep.engine.volumes import Volumes
@@ -27,10 +29,10 @@ from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NetworkAllocations, allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.control.network_specs import check_network_spec
-from skep.manager.control.service_form import UNRECOGNIZED, settled
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.orchestrator.replicated import reconcile
 from skep.manager.routes.networks import spec_of_body
+from skep.manager.routes.volumes import CreateBody
 from skep.manager.scheduler.requirements import requirements_of
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.meta import Driver
@@ -249,7 +251,7 @@ VOLUME: dict[str, Row] = {
     "DriverOpts[size]": ({"size": "1g"}, {"Name": "v1"}),
     "DriverOpts[any other]": ({"x": "1"}, {"Name": "v1"}),
     "Labels": ({"a": "b"}, {"Name": "v1"}),
-    "ClusterVolumeSpec": ({"Group": "g"}, {"Name": "v1"}),
+    "ClusterVolumeSpec": ({"AccessMode": {"MountVolume": {}}}, {"Name": "v1"}),
 }
 """Of ``POST /volumes/create``."""
 
@@ -287,7 +289,6 @@ REFUSED_VOLUME = {
     "Driver": 'error looking up volume plugin nosuch: plugin "nosuch" not found',
     "DriverOpts[size]": "quota size requested but no quota support",
     "DriverOpts[any other]": 'invalid option: "x"',
-    "ClusterVolumeSpec": "cluster volumes (CSI) are not supported",
 }
 _DEFAULT_IPAM = "of other IPAM drivers: the driver `default` reads none, as in an engine"
 IRRELEVANT_CLUSTER_NETWORK = {
@@ -408,8 +409,10 @@ def of_volume(body: Mapping[str, Any], directory: Path) -> Any:
     volumes = Volumes(directory / "volumes")
     try:
         asked = from_builtins(body, VolumeRequest)
+        if asked.cluster_volume_spec is not None:
+            return from_builtins(body, CreateBody).spec
         check_volume(asked, asked.name)
-        volumes.ensure(asked.name, asked.labels, asked.driver_opts)
+        asyncio.run(volumes.create(asked.name, asked.driver, asked.labels, asked.driver_opts))
         return asked.name, volumes.labels(asked.name), volumes.options(asked.name)
     except SkepError as error:
         return str(error)

@@ -7,9 +7,11 @@ container_operations.go (ingress comes first).
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_interface, ip_network
+from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.agent.executor.interface import Rejected
 from skep.engine.container import MountPoint
@@ -17,7 +19,7 @@ from skep.engine.machine import DeviceMapping, DeviceRequest, ThrottleDevice
 from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptions
 from skep.gotemplate import Struct
 from skep.model import templates
-from skep.model.container import ContainerSpec, Privileges
+from skep.model.container import ContainerSpec, Mount, Privileges
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
@@ -65,8 +67,16 @@ def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
     )
 
 
-def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
-    """The request for the task's container.  Raises: Rejected; InvalidArgument: a placeholder's."""
+def create_request(
+    task: AssignedTask, node: NodeFacts, cluster_volumes: Sequence[Path] = ()
+) -> CreateRequest:
+    """The request for the task's container.
+
+    Args:
+        cluster_volumes: the directories of its mounts of type ``cluster``, in their order.
+
+    Raises: Rejected; InvalidArgument: a placeholder's.
+    """
     spec = templates.expand_container(container_spec(task), context_of(task, node))
     _refuse_driver_options(task.task)
     if spec.isolation not in ("", "default"):
@@ -91,7 +101,7 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
         stop_signal=spec.stop_signal,
         stop_timeout=math.ceil(spec.stop_grace_ns / SECOND_NS),
         host_config=HostConfig(
-            log_config=LogOptions(type=driver.name or "json-file", config=driver.options)
+            log_config=LogOptions(type=driver.name, config=driver.options)
             if driver is not None
             else LogOptions(),
             cap_add=spec.capability_add,
@@ -103,7 +113,7 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
             oom_score_adj=spec.oom_score_adj,
             readonly_rootfs=spec.read_only,
             security_opt=_security_options(spec.privileges or Privileges()),
-            mounts=spec.mounts,
+            mounts=_bound(spec.mounts, cluster_volumes),
             sysctls=spec.sysctls,
             network_mode=_network_mode(task.task),
             memory=limits.memory_bytes if limits else 0,
@@ -114,6 +124,20 @@ def create_request(task: AssignedTask, node: NodeFacts) -> CreateRequest:
             init=spec.init,
             **_machine_options(rights_of(spec), node),
         ),
+    )
+
+
+def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[Path]) -> tuple[Mount, ...]:
+    """``mounts`` with those of cluster volumes as bind mounts.  Raises: Rejected: the task has no volume for one."""
+    wanted = sum(mount.type == "cluster" for mount in mounts)
+    if wanted != len(cluster_volumes):
+        raise Rejected("the task has not been given its cluster volumes")
+    left = iter(cluster_volumes)
+    return tuple(
+        replace(mount, type="bind", source=str(next(left)), cluster_options=None)
+        if mount.type == "cluster"
+        else mount
+        for mount in mounts
     )
 
 

@@ -23,6 +23,7 @@ from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.ids import ContainerId, NetworkId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.model.task_end import TaskEnd
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 
@@ -218,6 +219,9 @@ class AttachmentController:
     async def wait(self) -> TaskExit:
         await self._attachments.wait_released(self._task.task.id)
         return TaskExit(exit_code=0)
+
+    async def ended(self) -> TaskEnd | None:
+        return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """The cluster takes the endpoint back: its container leaves the network and runs on."""

@@ -21,6 +21,7 @@ from skep.errors import SkepError
 from skep.model.ids import TaskId
 from skep.model.service import PortConfig
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.model.task_end import TaskEnd
 
 
 class Rejected(SkepError):
@@ -70,6 +71,10 @@ class Controller(Protocol):
 
     async def wait(self) -> TaskExit:
         """Return when the process has ended, however that came.  May be awaited any number of times."""
+
+    async def ended(self) -> TaskEnd | None:
+        """Why the process ended, with its last lines, asked after its end; None: nothing is known, or it was
+        stopped and ended in time."""
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Stop signal, then kill after the task's grace period; return when the process is gone.

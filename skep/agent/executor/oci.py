@@ -11,37 +11,47 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import structlog
 
+from skep.agent.cluster_volumes import ClusterVolumes
 from skep.agent.executor import adapter
 from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
+from skep.agent.executor.ends import end_of, with_last_lines
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.payloads import Payloads
 from skep.agent.executor.pulling import Bring, ImagePuller, nothing_beside
 from skep.aio.clock import Clock
-from skep.aio.failures import retry
+from skep.aio.failures import isolate, retry
+from skep.csi.drivers import Drivers
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns.connections import inbound_of
-from skep.engine import cdi
+from skep.engine import api_sockets, cdi
+from skep.engine.api_sockets import ApiSockets
 from skep.engine.bundle import Bundles
 from skep.engine.capacity import Programs, capacity_of, find_programs
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, HealthStatus, NotRunning
 from skep.engine.engine import Engine, EngineConfig
+from skep.engine.events import Events
 from skep.engine.images.store import ImageStore
 from skep.engine.runtime import Runtime
+from skep.engine.volume_plugins import VolumePlugins
 from skep.engine.volumes import Volumes
 from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.linux import mounting
 from skep.linux.name_files import RESOLVER
 from skep.model import templates
 from skep.model.ids import TaskId
-from skep.model.labels import LABEL_TASK_ID
+from skep.model.labels import LABEL_TASK_ID, last_lines
 from skep.model.network import Network
 from skep.model.planes import driver_of, is_overlay
 from skep.model.rights import ALL_RIGHTS, Right
+from skep.model.slot_volumes import created_ms
 from skep.model.tables import NetworkHead
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.model.task_end import TaskEnd, words_of
 from skep.paths import Paths
 
 log = structlog.get_logger()
@@ -51,6 +61,13 @@ DRAIN_POLL_S = 0.05
 
 UNHEALTHY = "dockerexec: unhealthy container"
 """Docker's text, in ``docker service ps``."""
+
+
+class TaskStorage(msgspec.Struct, frozen=True):
+    """What tasks are given of the cluster's storage: secrets and configs, and cluster volumes."""
+
+    payloads: Payloads
+    cluster_volumes: ClusterVolumes
 
 
 class OciExecutor:
@@ -63,7 +80,7 @@ class OciExecutor:
         *,
         engine: Engine,
         data_plane: DataPlane,
-        payloads: Payloads,
+        storage: TaskStorage,
         attachments: ClusterAttachments,
         clock: Clock,
         node: NodeFacts,
@@ -74,9 +91,10 @@ class OciExecutor:
             attachments: plain containers' endpoints on the cluster's networks, which are tasks too.
             bring: see ``ImagePuller``.
         """
+        self.cluster_volumes = storage.cluster_volumes
         self.engine = engine
         self.data_plane = data_plane
-        self.payloads = payloads
+        self.payloads = storage.payloads
         self.attachments = attachments
         self.image_puller = ImagePuller(engine.images, clock, bring)
         self.clock = clock
@@ -128,6 +146,8 @@ def oci_executor(
     cdi_directories: tuple[Path, ...] = cdi.DIRECTORIES,
     allowed: frozenset[Right] = ALL_RIGHTS,
     bring: Bring = nothing_beside,
+    plugins: VolumePlugins | None = None,
+    apis: ApiSockets = api_sockets.NONE,
 ) -> OciExecutor:
     """The executor of one node, with its engine.
 
@@ -137,6 +157,8 @@ def oci_executor(
         cdi_directories: where descriptions of devices are.
         allowed: rights over the node that tasks may have.
         bring: see ``ImagePuller``.
+        plugins: of volumes; None: those of the machine.
+        apis: what containers are given that mount the Engine API's socket.
     """
     cgroups, programs = Cgroups(cgroup_parent), programs or find_programs()
     capacity = capacity_of(cgroups, programs, cdi_directories)
@@ -144,27 +166,48 @@ def oci_executor(
         runc=programs.runc,
         conmon=programs.conmon,
         root=paths.runc,
-        bundles=Bundles(paths.containers, paths.bundles, cgroups, capacity, RESOLVER),
+        bundles=Bundles(paths.containers, paths.bundles, cgroups, capacity, RESOLVER, apis),
         cgroups=cgroups,
         capacity=capacity,
     )
     engine = Engine(
         runtime=runtime,
         images=images,
-        volumes=Volumes(paths.volumes),
+        volumes=Volumes(paths.volumes, plugins=plugins, events=Events(clock), run=paths.run),
         network=data_plane.containers,
         clock=clock,
         config=config,
     )
+    payloads = Payloads(paths.secrets)
     return OciExecutor(
         engine=engine,
         data_plane=data_plane,
-        payloads=Payloads(paths.secrets),
+        storage=TaskStorage(payloads, _cluster_volumes(paths, engine, payloads, clock)),
         attachments=attachments,
         clock=clock,
         node=NodeFacts(hostname=config.hostname, architecture=os.uname().machine, allowed=allowed),
         bring=bring,
     )
+
+
+def _cluster_volumes(paths: Paths, engine: Engine, payloads: Payloads, clock: Clock) -> ClusterVolumes:
+    return ClusterVolumes(
+        paths.cluster_volumes,
+        Drivers(paths.csi_sockets, clock),
+        clock,
+        secret=payloads.text_of_secret,
+        users_of=partial(_users_of, engine),
+        is_mounted=mounting.is_target,
+    )
+
+
+def _users_of(engine: Engine, path: Path) -> Sequence[str]:
+    """Containers with a mount of that directory that run, or may be started."""
+    return [
+        one.id
+        for one in engine.list()
+        if (one.is_running or not one.was_started) and any(at.source == str(path) for at in one.config.mounts)
+    ]
 
 
 class OciController:
@@ -175,6 +218,7 @@ class OciController:
         self._engine = executor.engine
         self._task = task
         self._registry_auth = registry_auth
+        self._was_stopped = False
 
     def observed(self) -> Running | None:
         """From the container's record."""
@@ -190,14 +234,35 @@ class OciController:
         image = await executor.image_puller.image(spec.image, self._registry_auth)
         secrets = executor.payloads.mounts(task.task.id, spec.secrets, spec.configs)
         try:
-            await self._engine.create(
-                adapter.create_request(task, executor.node),
-                name=task.name,
-                task=adapter.task_options(task, secrets, adapter.own_networks(task.task, self._network_here)),
-                image=image,
-            )
+            async with self._cluster_volumes() as volumes:
+                await self._engine.create(
+                    adapter.create_request(task, executor.node, volumes),
+                    name=task.name,
+                    task=adapter.task_options(
+                        task, secrets, adapter.own_networks(task.task, self._network_here)
+                    ),
+                    image=image,
+                )
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
+        await self._note_volumes()
+
+    @asynccontextmanager
+    async def _cluster_volumes(self) -> AsyncIterator[Sequence[Path]]:
+        """The directories of the task's cluster volumes, mounted.  Raises: SkepError: one is not."""
+        async with self._executor.cluster_volumes.mounted(self._task.task.volumes) as paths:
+            yield paths
+
+    async def _note_volumes(self) -> None:
+        """Keep which volumes have data of the task's slot, so that later tasks of it return to this node."""
+        container, task = self._container(), self._task.task
+        if container is None or not task.slot:
+            return
+        volumes, slot = self._engine.volumes, f"{self._task.service_name}.{task.slot}"
+        for point in container.config.mounts:
+            if point.type == "volume" and point.name and not point.anonymous:
+                noting = volumes.note_use(point.name, slot, created_ms(task))
+                await isolate(noting, "use of a volume not kept", volume=point.name)
 
     def _network_here(self, network: Network) -> NetworkHead:
         """A network of the cluster on a device of this machine.  Raises: Rejected: it cannot be made here."""
@@ -222,7 +287,11 @@ class OciController:
         try:
             # In a thread: expanding templates may take a while.
             await asyncio.to_thread(self._executor.payloads.materialize, self._task.task.id, spec, seen)
-            container = await self._engine.start(container.id)
+            secret_env = await asyncio.to_thread(self._executor.payloads.environment, spec, seen)
+            async with (
+                self._cluster_volumes()
+            ):  # again: the node may have been started anew since ``prepare``
+                container = await self._engine.start(container.id, secret_env=secret_env)
         except SkepError as error:
             raise SkepError(f"starting container failed: {error}") from error
         return await self._healthy(container)
@@ -237,9 +306,9 @@ class OciController:
         container = await self._engine.health.wait(container.id, HealthStatus.HEALTHY, HealthStatus.UNHEALTHY)
         if _is_unhealthy(container):
             await self._engine.stop(container.id)
-            raise SkepError(UNHEALTHY)
+            raise SkepError(_with_words(UNHEALTHY, self._engine.get(container.id)))
         if not container.is_running and container.exit_code:
-            raise SkepError(_exit_of(container, container.error).message)
+            raise SkepError(_exit_of(container).message)
         return _running(container)
 
     async def wait(self) -> TaskExit:
@@ -250,14 +319,22 @@ class OciController:
         if _is_unhealthy(container):
             reason = UNHEALTHY
             await self._engine.stop(id)
-        container = await self._engine.wait(id)
-        return _exit_of(container, reason or container.error)
+        return _exit_of(await self._engine.wait(id), reason)
+
+    async def ended(self) -> TaskEnd | None:
+        """From the container's record and its log."""
+        container = self._container()
+        end = end_of(container, was_stopped=self._was_stopped) if container is not None else None
+        if container is None or end is None:
+            return None
+        return await with_last_lines(self._engine, container.id, end, last_lines(self._task.service_labels))
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Wait for the last connection, then stop the container and free its networks."""
         container = self._container()
         if container is not None:
             await self._drain(container, drain_s)
+            self._was_stopped = self._was_stopped or self._engine.get(container.id).is_running
             await self._engine.stop(container.id)
             await self._engine.retire(container.id)
 
@@ -326,12 +403,18 @@ def _is_unhealthy(container: Container) -> bool:
     return container.is_running and found is not None and found.status is HealthStatus.UNHEALTHY
 
 
-def _exit_of(container: Container, reason: str) -> TaskExit:
+def _exit_of(container: Container, reason: str = "") -> TaskExit:
+    """Docker's words; where it gives no reason beside the exit code, Skep's."""
     code = container.exit_code
     message = f"task: non-zero exit ({code})" if code else ""
-    if code and reason:
+    if code and (reason := _with_words(reason or container.error, container)):
         message += f": {reason}"
     return TaskExit(exit_code=code, message=message, oom_killed=container.oom_killed)
+
+
+def _with_words(reason: str, container: Container) -> str:
+    end = end_of(container, was_stopped=False)
+    return ": ".join(filter(None, (reason, words_of(end) if end is not None else "")))
 
 
 def _running(container: Container) -> Running:

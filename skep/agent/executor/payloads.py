@@ -20,6 +20,7 @@ from skep.model import templates
 from skep.model.assignment import ConfigFile, SecretFile
 from skep.model.container import ConfigReference, ContainerSpec, SecretReference
 from skep.model.ids import ConfigId, SecretId
+from skep.model.secret_env import environment_entry, secret_variables
 
 _SECRETS_DIRECTORY = "/run/secrets"
 
@@ -63,6 +64,10 @@ class Payloads:
                 for path in directory.iterdir():
                     if path.stem not in ids:
                         path.unlink(missing_ok=True)
+
+    def text_of_secret(self, id: str) -> str:
+        """The data of a secret, for a driver of volumes.  Raises: SkepError."""
+        return to_text(_read(self._secrets, "secret", id)[0])
 
     # --- what a container sees --------------------------------------------------------------------------------
 
@@ -113,6 +118,17 @@ class Payloads:
             replace_file(path, data, mode=0o600, is_durable=False)
             os.chown(path, _owner(target.uid), _owner(target.gid))
             path.chmod(target.mode & 0o7777)
+
+    def environment(self, container: ContainerSpec, seen: Struct) -> tuple[str, ...]:
+        """The variables that are secrets, as ``NAME=value``, for one start: they are kept nowhere.
+
+        Raises: SkepError: as ``materialize``; InvalidArgument: a secret cannot be a variable's value.
+        """
+        expanded = _Expanded(self._secrets, self._configs, container, seen)
+        return tuple(
+            environment_entry(name, expanded.secret(secret.secret_id))
+            for name, secret in secret_variables(container).items()
+        )
 
     def forget(self, key: str) -> None:
         """Remove the files of ``key``'s container."""

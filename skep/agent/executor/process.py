@@ -25,6 +25,7 @@ from skep.linux.files import replace_file
 from skep.model.container import ContainerSpec
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.model.task_end import TaskEnd
 
 _START_DEADLINE_S = 10.0
 _WRAPPER = """\
@@ -144,6 +145,10 @@ class ProcessController:
             await wait_gone(started.command)
             code = 255  # the waiting shell was killed: the exit code is lost
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
+
+    async def ended(self) -> TaskEnd | None:
+        """Nothing more is known than the exit code."""
+        return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Stop signal, then kill; nothing is drained."""

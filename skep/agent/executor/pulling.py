@@ -17,6 +17,7 @@ from skep.aio.clock import Clock
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError, Unavailable
+from skep.model.images import registry_of
 
 log = structlog.get_logger()
 
@@ -66,7 +67,7 @@ class ImagePuller:
             reference.removeprefix("sha256:")
         ):
             return True
-        failed_at = self._failed_at.get(_registry_of(reference))
+        failed_at = self._failed_at.get(registry_of(reference))
         return failed_at is not None and self._clock.monotonic() - failed_at < RETRY_AFTER_S
 
     async def _pull(self, reference: str, auth: str) -> None:
@@ -90,7 +91,7 @@ class ImagePuller:
             raise outcome
 
     async def _fetched(self, reference: str, auth: str) -> Image | SkepError:
-        registry = _registry_of(reference)
+        registry = registry_of(reference)
         try:
             image = await self._images.pull(reference, auth)
         except SkepError as error:
@@ -113,10 +114,3 @@ class ImagePuller:
 def _why_not(reference: str, error: SkepError | None) -> str:
     words = f"No such image: {reference}"
     return f"{words}: {error}" if error is not None and str(error) != words else words
-
-
-def _registry_of(reference: str) -> str:
-    """The host part of a reference; empty for the default registry."""
-    first, separator, _ = reference.partition("/")
-    is_host = separator and ("." in first or ":" in first or first == "localhost")
-    return first if is_host else ""

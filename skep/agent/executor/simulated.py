@@ -17,6 +17,7 @@ from skep.aio.race import wait_first
 from skep.errors import NotFound
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus
+from skep.model.task_end import TaskEnd
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,6 +158,10 @@ class SimulatedController:
             await self._run_for(process, behaviour.run_s)
         code = process.exit_code or 0
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
+
+    async def ended(self) -> TaskEnd | None:
+        """Nothing more is known than the exit code."""
+        return None
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """End the process after the time that stopping takes."""

@@ -6,14 +6,15 @@ types, so such a name is never forwarded.  Source: moby, libnetwork/sandbox.go (
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
 import msgspec
 
 from skep.dataplane.dns.index import Index, Known
-from skep.dataplane.dns.messages import AAAA, ANY, IN, PTR, SRV, A, Query, Record, encoded
+from skep.dataplane.dns.messages import AAAA, ANY, IN, PTR, SRV, A, Query, Record, encoded, key
 from skep.model.ids import NetworkId, ServiceId
 
 T = TypeVar("T")
@@ -49,7 +50,19 @@ class Foreign(msgspec.Struct, frozen=True):
 Decision: TypeAlias = Found | Missing | Foreign
 
 
-def decide(query: Query, networks: Sequence[Index], rng: float) -> Decision:
+Links: TypeAlias = Mapping[NetworkId, Mapping[str, str]]
+"""Further names that one container has for others: by network, the name that each stands for."""
+
+
+def links_of(links: Sequence[str]) -> Mapping[str, str]:
+    """``container:alias`` as a mapping from alias to container; without an alias it is the container's name."""
+    pairs = (link.removeprefix("/").partition(":") for link in links)
+    return {key(alias or name): key(name) for name, _, alias in pairs}
+
+
+def decide(
+    query: Query, networks: Sequence[Index], rng: float, links: Links = MappingProxyType({})
+) -> Decision:
     """How to respond to ``query`` of a container on ``networks``, in the container's order.
 
     ``rng``: in [0, 1); which of several addresses comes first.
@@ -61,7 +74,7 @@ def decide(query: Query, networks: Sequence[Index], rng: float) -> Decision:
     if query.type == PTR or name.endswith((_REVERSE_IPV4, _REVERSE_IPV6)):
         return _reverse(query, networks) or foreign
     for index, local in _candidates(name, networks):
-        known = index.find(local)
+        known = index.find(links.get(index.id, {}).get(local, local))
         if known is not None:
             return _addresses(query.type, index.id, known, rng)
         if query.type == SRV:

@@ -59,6 +59,7 @@ def bridge_of(
         driver="bridge",
         created_at=created_at,
         configs=(settled_subnet([one for one in configs if one != SubnetBody()], list(taken)),),
+        shown=shown_configs(configs),
         ipam_options=ipam.options,
         config_from=body.config_source,
         is_internal=body.internal,
@@ -103,20 +104,31 @@ def settled_subnet(configs: list[SubnetBody], taken: list[IPv4Network]) -> Subne
             raise Forbidden("Pool overlaps with other one on this address space")
     else:
         subnet = free_subnet(taken)
-    gateway = _inside(config.gateway, subnet, "gateway") if config.gateway else subnet[1]
+    pool = _range(config.ip_range, subnet) if config.ip_range else subnet
+    # As an engine's, the gateway that is not named is the first address of the range.
+    first = max(pool[0], subnet[1])
+    gateway = _inside(config.gateway, subnet, "gateway") if config.gateway else first
     for address in config.auxiliary_addresses.values():
         _inside(address, subnet, "auxiliary address")
-    if config.ip_range:
-        _check_range(config.ip_range, subnet)
     return msgspec.structs.replace(config, subnet=str(subnet), gateway=str(gateway))
 
 
-def _check_range(text: str, subnet: IPv4Network) -> None:
+def shown_configs(configs: Iterable[SubnetBody]) -> tuple[SubnetBody, ...]:
+    """What a user sees of the subnets: what was asked for; empty: what was settled.
+
+    Source: moby 20.10, daemon/network.go, buildIPAMResources.
+    """
+    return tuple(one for one in configs if one.subnet)
+
+
+def _range(text: str, subnet: IPv4Network) -> IPv4Network:
     try:
-        if not IPv4Network(text, strict=False).subnet_of(subnet):
+        pool = IPv4Network(text, strict=False)
+        if not pool.subnet_of(subnet):
             raise ValueError
     except ValueError:
         raise InvalidArgument(f"no matching subnet for range {text}") from None
+    return pool
 
 
 def _inside(text: str, subnet: IPv4Network, what: str) -> IPv4Address:

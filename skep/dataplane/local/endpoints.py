@@ -15,7 +15,7 @@ from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, gateway_of, head_of, is_local, subnet_of
 from skep.dataplane.name_registration import NameRegistration
-from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
@@ -77,6 +77,8 @@ class LocalEndpoints:
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: no such address; SkepError.
         """
+        if request.mac_address and network.driver == "ipvlan":
+            raise Unimplemented("ipvlan interfaces do not support custom mac address assignment")
         addresses = self._addresses_of(network)
         if request.address:
             address = addresses.take_requested(_parsed(request.address), container.id)
@@ -86,6 +88,8 @@ class LocalEndpoints:
             head=head_of(network),
             addresses=(f"{address}/{addresses.subnet.prefixlen}",),
             aliases=request.aliases,
+            mac_address=request.mac_address,
+            links=request.links,
         )
         try:
             self._enter(container, config)

@@ -166,9 +166,14 @@ class LocalNetworks:
         return network
 
     def remove_configuration(self, id: str) -> None:
-        """Forget settings.  Raises: NotFound."""
+        """Forget settings.  Raises: NotFound; Forbidden: a network is made by them."""
         kept = self._opened()
         rest = tuple(one for one in kept.configurations if one.id != id)
+        for gone in kept.configurations:
+            if gone.id == id and any(one.config_from == gone.name for one in kept.bridges):
+                raise Forbidden(
+                    f'error while removing network: configuration network "{gone.name}" is in use'
+                )
         if len(rest) == len(kept.configurations):
             raise NotFound(f"network {id} not found")
         self._keep(replace(kept, configurations=rest))
@@ -243,6 +248,7 @@ class LocalNetworks:
                 created_at=self._now(),
                 others=kept.bridges,
                 devices=devices,
+                routes=routes,
                 configuration=configuration,
             )
         else:

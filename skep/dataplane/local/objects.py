@@ -39,6 +39,8 @@ class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
     driver: str
     created_at: Timestamp
     configs: tuple[SubnetBody, ...] = ()
+    shown: tuple[SubnetBody, ...] = ()
+    """Its subnets as its user has named them, without the gateway that was chosen; empty: ``configs`` are shown."""
     ipam_driver: str = "default"
     ipam_options: Mapping[str, str] | None = None
     is_configuration: bool = False
@@ -77,7 +79,7 @@ def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str,
         "IPAM": {
             "Driver": network.ipam_driver,
             "Options": network.ipam_options,
-            "Config": list(network.configs),
+            "Config": list(network.shown or network.configs),
         },
         "Internal": network.is_internal,
         "Attachable": network.is_attachable,

@@ -3,17 +3,21 @@
 Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go, macvlan_network.go, and ipvlan's (the words).
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
+from ipaddress import IPv4Network
 
 from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
-from skep.dataplane.local.bridge_request import settled_subnet
-from skep.dataplane.local.objects import PARENT_MODES, PARENT_OPTION, LocalNetwork, parent_of
+from skep.dataplane.local.bridge_request import settled_subnet, shown_configs
+from skep.dataplane.local.objects import PARENT_MODES, PARENT_OPTION, LocalNetwork, parent_of, subnet_of
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.network import MTU_OPTION, MTUS
 from skep.model.times import Timestamp
 
-_NAME_LENGTH_MAX = 15
+_VLANS = range(1, 4095)
+_DUMMIES = {"macvlan": "dm", "ipvlan": "di"}
+"""How an engine names a network in its message: by the device that it would make for one without a parent."""
 
 
 def parent_network_of(
@@ -23,6 +27,7 @@ def parent_network_of(
     created_at: Timestamp,
     others: Collection[LocalNetwork],
     devices: Collection[str],
+    routes: Iterable[IPv4Network] = (),
     configuration: LocalNetwork | None = None,
 ) -> LocalNetwork:
     """The network that ``body`` asks for.
@@ -30,6 +35,7 @@ def parent_network_of(
     Args:
         others: the node's networks.
         devices: names of the machine's network interfaces.
+        routes: what the machine reaches, which a subnet that is not named is beside.
         configuration: where its settings are from; None: the body itself.
 
     Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
@@ -46,7 +52,8 @@ def parent_network_of(
         name=body.name,
         driver=body.driver,
         created_at=created_at,
-        configs=(_subnet(configs, body.driver),),
+        configs=(_subnet(configs, others, routes),),
+        shown=shown_configs(configs),
         ipam_options=ipam.options,
         config_from=body.config_source,
         is_internal=body.internal,
@@ -58,13 +65,19 @@ def parent_network_of(
     return network
 
 
-def _subnet(configs: Collection[SubnetBody], driver: str) -> SubnetBody:
+def _subnet(
+    configs: Collection[SubnetBody], others: Collection[LocalNetwork], routes: Iterable[IPv4Network]
+) -> SubnetBody:
+    """A named one may be the machine's own network, which it usually is, but no other network's.
+
+    As with an engine, a range of its own makes the same subnet another's.
+    """
     named = [one for one in configs if one != SubnetBody()]
+    shared = {one.subnet for one in named if one.ip_range}
+    taken = [subnet for one in others if str(subnet := subnet_of(one)) not in shared]
     if not any(one.subnet for one in named):
-        raise InvalidArgument(
-            f"a {driver} network of this node needs the subnet of its parent's network (--subnet)"
-        )
-    return settled_subnet(named, [])
+        taken += routes
+    return settled_subnet(named, taken)
 
 
 def _check_options(network: LocalNetwork, others: Collection[LocalNetwork], devices: Collection[str]) -> None:
@@ -86,11 +99,27 @@ def _check_options(network: LocalNetwork, others: Collection[LocalNetwork], devi
         raise Unimplemented(f"a {driver} network of this node needs a parent interface (-o parent=eth0)")
     if parent == "lo":
         raise InvalidArgument(f"loopback interface is not a valid {driver} parent link")
-    if len(parent) > _NAME_LENGTH_MAX or parent not in devices:
-        raise InvalidArgument(
-            f"invalid subinterface vlan name {parent[:40]}, or the parent interface is not there: make it first "
-            f"(ip link add link eth0 name eth0.10 type vlan id 10)"
+    if parent not in devices:
+        _check_vlan(parent[:40], devices)
+        raise Unimplemented(
+            f"the parent interface {parent[:40]} is not there, and this node makes no VLAN interfaces: make it first "
+            f"(ip link add link {parent.partition('.')[0]} name {parent} type vlan id {parent.partition('.')[2]})"
         )
     for other in others:
-        if (held := parent_of(other)) is not None and held.device == parent:
-            raise Forbidden(f"network {other.id[:12]} is already using parent interface {parent}")
+        if (held := parent_of(other)) is not None and (held.kind, held.device) == (driver, parent):
+            raise Forbidden(
+                f"network {_DUMMIES[driver]}-{other.id[:12]} is already using parent interface {parent}"
+            )
+
+
+def _check_vlan(parent: str, devices: Collection[str]) -> None:
+    """Whether ``parent`` names a VLAN of a device that is there.  Raises: InvalidArgument, in the engine's words."""
+    device, dot, number = parent.partition(".")
+    if not dot:
+        raise InvalidArgument(f"invalid subinterface vlan name {parent}, example formatting is eth0.10")
+    if not re.fullmatch("[0-9]{1,9}", number):
+        raise InvalidArgument(f"unable to parse a valid vlan id from: {number} (ex. eth0.10 for vlan 10)")
+    if device not in devices:
+        raise InvalidArgument(f"-o parent interface does was not found on the host: {device}")
+    if int(number) not in _VLANS:
+        raise InvalidArgument(f"vlan id must be between 1-4094, received: {int(number)}")

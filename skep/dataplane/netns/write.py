@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ _SELF, _MASTER = 0x02, 0x04
 _PERMANENT, _STATIC = 0x80, 0x40
 _DESTINATION, _MAC = 1, 2
 _SCOPE_LINK, _SCOPE_HOST = 253, 254
+_BROADCAST_LENGTH = 31
+"""Networks with a longer prefix have no broadcast address (RFC 3021)."""
 _KERNEL_METRIC6 = 256
 """IP6_RT_PRIO_ADDRCONF."""
 
@@ -202,7 +205,13 @@ class _Changes:
             if not found:
                 raise KernelRefused(f"the parent interface {parent.device} of a network is not there")
             with _opened(str(self._path)) as namespace:
-                await _tolerating(_PRESENT, route.link("add", link=found[0], net_ns_fd=namespace, **options))
+                try:
+                    made = route.link("add", link=found[0], net_ns_fd=namespace, **options)
+                    await _tolerating(_PRESENT, made)
+                except NetlinkError as error:
+                    if error.code != errno.EOPNOTSUPP:
+                        raise
+                    raise KernelRefused(f"the kernel of this node has no {parent.kind} devices") from error
 
     async def _add_vxlan(self, link: Link, options: dict[str, Any]) -> None:
         assert link.vxlan is not None, "a wanted VXLAN has its parameters"
@@ -278,7 +287,11 @@ def _address_options(address: str, length: int) -> dict[str, Any]:
         "prefixlen": length,
         "family": socket.AF_INET6 if ":" in address else socket.AF_INET,
     }
-    return options | {"scope": _SCOPE_HOST} if address.startswith("127.") else options
+    if address.startswith("127."):
+        return options | {"scope": _SCOPE_HOST}
+    if ":" not in address and length < _BROADCAST_LENGTH:
+        options["broadcast"] = str(IPv4Interface(f"{address}/{length}").network.broadcast_address)
+    return options
 
 
 def _route_options(route: Route, index: int) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 Source: moby 20.10, api/server/router/build/build_routes.go, builder/dockerfile (what it prints).
 """
 
-import asyncio
 import base64
 import binascii
+from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -36,6 +35,9 @@ _REFUSED = {"cpushares": "0", "memswap": "0", "cpusetcpus": "", "cpusetmems": ""
 _ALWAYS_REMOVED = "[Warning] --rm=false has no effect: no step leaves its container\n"
 _HUB = frozenset({"index.docker.io", "registry-1.docker.io"})
 _CREDENTIALS_MAX = 256
+_KEPT_CHARACTERS_MAX = 1 << 20
+_SILENT_S = 300.0
+"""A client that sends nothing of its context for so long gives its slot to another."""
 
 T = TypeVar("T")
 
@@ -54,24 +56,26 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
     template = _template(request)
 
     async def build(report: Report) -> None:
-        shown = _ClassicProgress((lambda _: None) if is_quiet else report)
+        kept = _KeptMessages()
+        shown = _ClassicProgress(kept.add if is_quiet else report)
         keeps_containers = "rm" in request.query and not flag(request, "rm")
-        async with builder.images.workspace("context") as directory:
+        # Before anything is unpacked: a request that waits has a connection, and neither a process nor files.
+        async with builder.slots.taken(), builder.images.workspace("context") as directory:
+            name = request.query.get("dockerfile") or context.DEFAULT_NAME
+            received = context.Context(directory, builder.images.limits, name)
             try:
-                await context.receive(pieces_of(request), directory, builder.images.limits)
+                await received.receive(pieces_of(request, silent_s=_SILENT_S), builder.contexts)
             except SkepError:
                 await drain(request)
                 raise
-            name = request.query.get("dockerfile") or context.DEFAULT_NAME
-            text = await asyncio.to_thread(context.read_dockerfile, directory, name)
-
-            async def opened() -> Path:
-                return directory
-
-            wanted = msgspec.structs.replace(template, dockerfile=text)
+            wanted = msgspec.structs.replace(template, dockerfile=await received.dockerfile())
             if keeps_containers and not is_quiet:  # docker-py's default
                 report(Message(stream=_ALWAYS_REMOVED))
-            result = await builder.build(wanted, opened, shown)
+            try:
+                result = await builder.build_in_slot(wanted, received.directory, shown, known=received.known)
+            except SkepError:
+                kept.give(report)
+                raise
         if is_quiet:
             report(Message(stream=f"{result.image_id}\n"))
         else:
@@ -105,6 +109,30 @@ def _report_end(report: Report, request: BuildRequest, result: BuildResult) -> N
     report(Message(stream=f"Successfully built {short(result.image_id)}\n"))
     for tag in request.tags:
         report(Message(stream=f"Successfully tagged {tag.familiar}\n"))
+
+
+class _KeptMessages:
+    """What a quiet build shows only if it fails; of much output the end."""
+
+    def __init__(self) -> None:
+        self._messages: deque[Message] = deque()
+        self._characters = 0
+
+    def add(self, message: Message) -> None:
+        """Keep one."""
+        self._messages.append(message)
+        self._characters += _characters_of(message)
+        while self._characters > _KEPT_CHARACTERS_MAX:
+            self._characters -= _characters_of(self._messages.popleft())
+
+    def give(self, report: Report) -> None:
+        """Show them."""
+        for message in self._messages:
+            report(message)
+
+
+def _characters_of(message: Message) -> int:
+    return 100 + len(message.stream) + len(message.status) + len(message.progress)
 
 
 class _ClassicProgress:

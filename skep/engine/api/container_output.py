@@ -6,11 +6,13 @@ daemon/stats.go.
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from urllib.parse import quote_plus
 
 import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.api.responses import Hijacked
 from skep.api.server import (
     ApiVersion,
     JsonLines,
@@ -23,12 +25,13 @@ from skep.api.server import (
 from skep.api.tables import Table
 from skep.api.timestamps import parse_unix_time
 from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import MULTIPLEXED, RAW, Duplex, Hijacked, hijacked
+from skep.engine.api.hijack import MULTIPLEXED, RAW, Duplex, hijacked
 from skep.engine.api.terminal import join
 from skep.engine.container import Container, LogEntry, LogFilter, NotRunning, Stream
 from skep.engine.engine import Engine
+from skep.engine.log_drivers.facts import attributes_of
 from skep.engine.stats import Stats
-from skep.errors import InvalidArgument, NotFound
+from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.model.times import ZERO_TIME, timestamp
 
 _NAMES_ITS_FORM = ApiVersion("1.42")
@@ -114,12 +117,18 @@ async def _follow(
 
 
 async def _samples(engine: Engine, container: Container, clock: Clock) -> AsyncIterator[Stats]:
-    """A sample each second, each with the one before it, until the container is gone."""
+    """A sample each second, each with the one before it, until the container is gone.
+
+    Raises: Unavailable: the first one cannot be had; later ones are left out.
+    """
     try:
         before = await engine.stats(container.id)
         while True:
             await clock.sleep(_STATS_PERIOD_S)
-            sample = await engine.stats(container.id)
+            try:
+                sample = await engine.stats(container.id)
+            except Unavailable:
+                continue
             if sample.read != ZERO_TIME and before.read != ZERO_TIME:
                 yield msgspec.structs.replace(sample, preread=before.read, precpu_stats=before.cpu_stats)
             else:
@@ -163,21 +172,13 @@ def _fixed_timestamp(moment_ns: int) -> str:
 
 
 def _details(container: Container) -> str:
-    """Labels and variables that the log options name: ``env=a,labels=b``.
+    """Labels and variables that the log options name, and the tag: ``a=1,b=two+words``.
 
-    Source: moby 20.10, daemon/logger/loginfo.go (ExtraAttributes).
+    Source: moby, api/server/httputils/write_log_stream.go (stringAttrs).
     """
-    options = container.config.log.options
-    variables = dict(variable.partition("=")[::2] for variable in container.config.env)
-    found = {
-        name: container.labels[name] for name in _names(options.get("labels")) if name in container.labels
-    }
-    found |= {name: variables[name] for name in _names(options.get("env")) if name in variables}
-    return ",".join(f"{name}={value}" for name, value in sorted(found.items()))
-
-
-def _names(text: str | None) -> list[str]:
-    return [name for name in (text or "").split(",") if name]
+    return ",".join(
+        f"{quote_plus(name)}={quote_plus(value)}" for name, value in sorted(attributes_of(container).items())
+    )
 
 
 def _content_type(request: web.Request, container: Container) -> str | None:

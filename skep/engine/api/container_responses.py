@@ -13,7 +13,14 @@ import msgspec
 from skep.engine import apparmor
 from skep.engine.api.network_settings import network_settings, networks
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container, ContainerConfig, ContainerState, HealthStatus, MountPoint
+from skep.engine.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    HealthStatus,
+    MountPoint,
+    PlainOptions,
+)
 from skep.engine.images.store import ImageStore
 from skep.engine.limits import swap_bytes
 from skep.model.times import ZERO_TIME, unix_ns
@@ -276,9 +283,16 @@ def config_of(container: Container) -> dict[str, Any]:
         response["ExposedPorts"] = {port: {} for port in config.exposed_ports}
     if config.healthcheck is not None:
         response["Healthcheck"] = config.healthcheck
+    if container.plain is not None and (mac_address := _chosen_mac(container.plain)):
+        response["MacAddress"] = mac_address
     if config.stop_signal:
         response["StopSignal"] = config.stop_signal
     return response
+
+
+def _chosen_mac(plain: PlainOptions) -> str:
+    """The one of ``--mac-address``: on the first of its networks."""
+    return plain.networks[0].mac_address if plain.networks else plain.mac_address
 
 
 def _host_config(container: Container) -> dict[str, Any]:

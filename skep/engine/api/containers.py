@@ -37,12 +37,14 @@ from skep.engine.api.queries import integer
 from skep.engine.container import Container, ContainerState, NotRunning, WaitCondition
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
+from skep.engine.image_mounts import images_of
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import nano_cpus_of
 from skep.engine.request import read_create
 from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.encoding import ApiObject
+from skep.model.secret_env import SECRET_ENV_LABEL
 
 _LINES_AT_ONCE = 128
 _WITHOUT_NULL_ERROR = ApiVersion("1.42")
@@ -61,8 +63,8 @@ class Limits(ApiObject):
 
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
-    """Every container, as a user of its image."""
-    return [ImageUser(one.id, one.image_id, one.is_running) for one in engine.list()]
+    """Every container, as a user of its image and of those that it mounts."""
+    return [ImageUser(one.id, image, one.is_running) for one in engine.list() for image in images_of(one)]
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -97,7 +99,10 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
     """Create a plain container from the body of ``request``."""
     body = read_create(await read_body(request))
     container = await engine.create(body, name=request.query.get("name", ""))
-    return json_answer({"Id": container.id, "Warnings": list(container.warnings)}, 201)
+    warnings = list(container.warnings)
+    if body.host_config.network_mode == "host" and body.host_config.port_bindings:
+        warnings.append("Published ports are discarded when using host network mode")
+    return json_answer({"Id": container.id, "Warnings": warnings}, 201)
 
 
 @_table.get("/containers/json")
@@ -198,6 +203,7 @@ async def start(served: Served, request: web.Request) -> web.StreamResponse:
     container = served.engine.get(request.match_info["id"])
     if container.is_running:
         raise NotModified
+    _require_startable(container)
     await served.engine.start(container.id)
     return web.Response(status=204)
 
@@ -205,10 +211,24 @@ async def start(served: Served, request: web.Request) -> web.StreamResponse:
 @_table.post("/containers/{id}/restart")
 async def restart(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker restart``: stop and start, also of one that does not run."""
-    container = served.engine.get(request.match_info["id"])
-    await served.engine.stop(container.id, _grace(request))
-    await served.engine.start(container.id)
+    word = request.match_info["id"]
+    container = served.engine.get(word)
+    _require_startable(container)
+    try:
+        await served.engine.stop(container.id, _grace(request))
+        await served.engine.start(container.id)
+    except (NotFound, NotRunning) as error:
+        raise type(error)(f"Cannot restart container {word}: {error}") from error
     return web.Response(status=204)
+
+
+def _require_startable(container: Container) -> None:
+    """Raises: Unimplemented: only its task has its secrets, and it would run without them."""
+    if container.plain is None and SECRET_ENV_LABEL in container.labels:
+        raise Unimplemented(
+            f"The container of a task with {SECRET_ENV_LABEL} is started by its task only, which has the secrets: "
+            "use docker service update --force."
+        )
 
 
 @_table.post("/containers/{id}/pause")

@@ -14,6 +14,7 @@ from skep.api.server import Routes, api_version, json_answer
 from skep.engine.api import container_responses, image_responses
 from skep.engine.api import volumes as volume_routes
 from skep.engine.api.images import shared_bytes
+from skep.engine.build.cache import CacheMounts
 from skep.engine.engine import Engine
 from skep.engine.images.listing import ImageFilter, select
 from skep.engine.images.untar import tree_bytes
@@ -21,8 +22,11 @@ from skep.engine.images.untar import tree_bytes
 _TYPES = ("container", "image", "volume", "build-cache")
 
 
-def disk_usage_routes(engine: Engine, clock: Clock) -> Routes:
-    """``GET /system/df``.  Counts at each request; nothing is cached."""
+def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Routes:
+    """``GET /system/df``.  Counts at each request; nothing is cached.
+
+    The build cache is what ``docker builder prune`` would remove: results of steps are images, and counted there.
+    """
     table = Routes()
 
     @table.get("/system/df")
@@ -31,7 +35,8 @@ def disk_usage_routes(engine: Engine, clock: Clock) -> Routes:
         for type in wanted:
             if type not in _TYPES:
                 raise Untranslated(f"unknown object type: {type}")
-        response: dict[str, Any] = {"LayersSize": 0, "Images": None, "Containers": None, "Volumes": None}
+        response: dict[str, Any] = dict.fromkeys(("Images", "Containers", "Volumes", "BuildCache"))
+        response["LayersSize"] = response["BuilderSize"] = 0
         if "image" in wanted:
             response["LayersSize"] = engine.images.bytes_used()
             response["Images"] = _image_lines(engine, request)
@@ -39,7 +44,10 @@ def disk_usage_routes(engine: Engine, clock: Clock) -> Routes:
             response["Containers"] = await _container_lines(engine, clock)
         if "volume" in wanted:
             response["Volumes"] = await _volume_lines(engine)
-        return json_answer({**response, "BuildCache": None, "BuilderSize": 0})
+        if "build-cache" in wanted:
+            response["BuildCache"] = await _cache_lines(mounts)
+            response["BuilderSize"] = sum(one["Size"] for one in response["BuildCache"])
+        return json_answer(response)
 
     return table
 
@@ -56,6 +64,21 @@ def _image_lines(engine: Engine, request: web.Request) -> list[Any]:
             containers=users.count(one.image.id),
         )
         for one in listed
+    ]
+
+
+async def _cache_lines(mounts: CacheMounts) -> list[Any]:
+    sizes = await asyncio.to_thread(mounts.sizes)
+    return [
+        {
+            "ID": name,
+            "Type": "exec.cachemount",
+            "Description": "directory of RUN --mount=type=cache",
+            "InUse": mounts.is_used(name),
+            "Shared": False,
+            "Size": size,
+        }
+        for name, size in sizes.items()
     ]
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from aiohttp import web
 
 from skep.api.errors import Untranslated
+from skep.api.responses import Hijacked
 from skep.api.server import OutputStream, json_answer, read_body, read_json
 from skep.api.tables import Table
 from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import Duplex, Hijacked, hijacked
+from skep.engine.api.hijack import Duplex, hijacked
 from skep.engine.api.queries import integer
 from skep.engine.api.terminal import join
 from skep.engine.container import Exec, ExecConfig

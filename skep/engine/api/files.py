@@ -3,7 +3,6 @@
 Source: moby 20.10, api/server/router/container/copy.go, container_routes.go (getContainersExport).
 """
 
-import asyncio
 import base64
 from collections.abc import AsyncIterator, Iterable
 
@@ -12,13 +11,10 @@ from aiohttp import web
 
 from skep.api.server import flag
 from skep.api.tables import Table
-from skep.engine.api.uploads import drain, pieces_of
+from skep.engine.api.uploads import drain, pieces_of, send_piece
 from skep.engine.engine import Engine
 from skep.engine.files import ArchiveTarget, PathStatus
 from skep.errors import InvalidArgument, SkepError
-
-_TAKEN_S = 300.0
-"""A client that takes nothing of an archive for this long is given up."""
 
 _table = Table[Engine]()
 
@@ -95,11 +91,5 @@ async def _sent(
     response = web.StreamResponse(headers={"Content-Type": "application/x-tar", **headers})
     await response.prepare(request)
     async for piece in pieces:
-        try:
-            async with asyncio.timeout(_TAKEN_S):
-                await response.write(piece)
-        except TimeoutError as error:  # the container's files stay mounted as long as this runs
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the client takes no archive") from error
+        await send_piece(request, response, piece)
     return response

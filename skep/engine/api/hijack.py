@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_protocol import RequestHandler
 
 from skep.aio.backoff import Backoff
@@ -165,18 +164,6 @@ class _Reporting(asyncio.Protocol):
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
-
-
-class Hijacked(web.StreamResponse):
-    """What a handler returns for a connection that is no longer HTTP: nothing is written for it."""
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write no head: it was sent when the connection was taken over."""
-        self.force_close()
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Write no end: the connection was closed by its user."""
 
 
 class _Raw(asyncio.StreamReaderProtocol):

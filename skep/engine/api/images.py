@@ -20,7 +20,7 @@ from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
 from skep.engine.api.commits import import_image
 from skep.engine.api.progress import answer_with_progress
-from skep.engine.api.uploads import drain, pieces_of
+from skep.engine.api.uploads import drain, pieces_of, send_piece
 from skep.engine.images import pulling
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
@@ -120,9 +120,9 @@ async def _saved(served: Served, request: web.Request, names: list[str]) -> web.
         first = await anext(pieces, b"")  # an unknown image is still a status
         response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
         await response.prepare(request)
-        await response.write(first)
+        await send_piece(request, response, first)
         async for piece in pieces:
-            await response.write(piece)
+            await send_piece(request, response, piece)
     return response
 
 

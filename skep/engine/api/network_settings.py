@@ -1,11 +1,13 @@
 """The networks of a container as the Engine API shows them: ``NetworkSettings``."""
 
 import hashlib
-from ipaddress import ip_interface
-from typing import Any
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from typing import Any, TypeAlias
 
 from skep.engine.container import Container
 from skep.model.sandbox import Endpoint, NetworkMode
+
+Interface: TypeAlias = IPv4Interface | IPv6Interface
 
 _NO_NETWORK: dict[str, Any] = {
     "IPAMConfig": None,
@@ -76,7 +78,9 @@ def networks(container: Container) -> dict[str, Any]:
     if sandbox is None:
         requested = container.plain.networks if container.plain is not None else ()
         return {
-            one.network: _NO_NETWORK | {"Aliases": list(one.aliases) or None} for one in requested
+            one.network: _NO_NETWORK
+            | {"Aliases": list(one.aliases) or None, "Links": list(one.links) or None}
+            for one in requested
         } or _alone(container)
     if sandbox.endpoints:
         return {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
@@ -108,23 +112,35 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
     held = [ip_interface(one) for one in endpoint.config.addresses]
     v4 = next((one for one in held if one.version == 4), None)
     v6 = next((one for one in held if one.version == 6), None)
-    requested = {"IPv4Address": str(v4.ip)} if v4 is not None else {}
-    requested |= {"IPv6Address": str(v6.ip)} if v6 is not None else {}
     response = _NO_NETWORK | {
-        "IPAMConfig": requested,
+        "IPAMConfig": _requested(container, endpoint, v4, v6),
         "Aliases": _aliases(container, endpoint),
+        "Links": list(endpoint.config.links) or None,
         "NetworkID": endpoint.network_id,
     }
     if not container.is_running:
         return response
     return response | {
         "EndpointID": _endpoint_id(container, endpoint),
+        "Gateway": endpoint.config.head.gateway,
         "IPAddress": str(v4.ip) if v4 is not None else "",
         "IPPrefixLen": v4.network.prefixlen if v4 is not None else 0,
         "GlobalIPv6Address": str(v6.ip) if v6 is not None else "",
         "GlobalIPv6PrefixLen": v6.network.prefixlen if v6 is not None else 0,
         "MacAddress": endpoint.mac_address,
     }
+
+
+def _requested(
+    container: Container, endpoint: Endpoint, v4: Interface | None, v6: Interface | None
+) -> dict[str, str] | None:
+    """The addresses that its user chose; on the cluster's networks those that the managers gave, as in Docker."""
+    if container.plain is not None and endpoint.config.head.is_of_node:
+        names = (endpoint.network_id, endpoint.network_name)
+        chosen = next((one.address for one in container.plain.networks if one.network in names), "")
+        return {"IPv4Address": chosen} if chosen else None
+    given = {"IPv4Address": str(v4.ip)} if v4 is not None else {}
+    return given | ({"IPv6Address": str(v6.ip)} if v6 is not None else {})
 
 
 def _aliases(container: Container, endpoint: Endpoint) -> list[str]:

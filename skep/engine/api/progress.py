@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from skep.aio.failures import describe_error, log_error
 from skep.api.server import JsonLines
 from skep.engine.build.runs import StepFailed
 from skep.engine.images.progress import Message, Report, failure
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 
 _PENDING_MAX = 1000
 _TEXT_BYTES_MAX = 16 << 20
@@ -104,6 +105,11 @@ async def _outcome(work: Callable[[Report], Awaitable[object]], pending: Pending
         await work(pending.report)
     except SkepError as error:
         return error
+    except ConnectionError:  # the client's
+        raise
+    except OSError as error:  # of a file: after the first message no status can say so any more
+        log_error(error, "work with images failed")
+        return Unavailable(describe_error(error))
     finally:
         pending.end()
     return None

@@ -27,7 +27,7 @@ def engine_routes(engine: Engine, clock: Clock) -> tuple[web.AbstractRouteDef, .
         *container_routes(engine, clock),
         *commit_routes(engine, clock),
         *volume_routes(engine.volumes, engine.list),
-        *disk_usage_routes(engine, clock),
+        *disk_usage_routes(engine, builder.mounts, clock),
         *with_sessions(buildkit_for(builder, clock), build_routes(builder)),
         *absent_routes(),
     )

@@ -1,19 +1,37 @@
-"""Bodies of requests that are read piece by piece."""
+"""Bodies that are read and sent piece by piece."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from skep.errors import Unavailable
+
 _PIECE_BYTES = 1 << 18
 _REST_BYTES_MAX = 64 << 20
 """How much of a refused upload is still read, so that its sender gets the response and not a broken pipe."""
 _REST_DEADLINE_S = 10.0
+TAKEN_S = 300.0
+"""A client that takes nothing of an archive for this long is given up."""
 
 
-async def pieces_of(request: web.Request) -> AsyncIterator[bytes]:
-    """The body as it arrives."""
-    async for piece in request.content.iter_chunked(_PIECE_BYTES):
+async def pieces_of(request: web.Request, *, silent_s: float | None = None) -> AsyncIterator[bytes]:
+    """The body as it arrives.
+
+    Args:
+        silent_s: longest time between two pieces, None: without a bound.
+
+    Raises:
+        Unavailable: nothing came for so long.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(silent_s):
+                piece = await request.content.read(_PIECE_BYTES)
+        except TimeoutError as error:
+            raise Unavailable(f"the client has sent nothing for {silent_s:.0f} s") from error
+        if not piece:
+            return
         yield piece
 
 
@@ -28,3 +46,14 @@ async def drain(request: web.Request) -> None:
                     return
     except (TimeoutError, ConnectionError):
         return
+
+
+async def send_piece(request: web.Request, response: web.StreamResponse, piece: bytes) -> None:
+    """Send a piece of an archive.  Raises: ConnectionResetError: the client takes nothing, or is gone."""
+    try:
+        async with asyncio.timeout(TAKEN_S):
+            await response.write(piece)
+    except TimeoutError as error:  # what is being sent is kept on the disk, or mounted, for as long
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client takes no archive") from error

@@ -18,8 +18,10 @@ from skep.api.versions import ApiVersion
 from skep.engine.api.pruning import has_prunable_labels
 from skep.engine.container import Container
 from skep.engine.images.untar import tree_bytes
-from skep.engine.volumes import ANONYMOUS, Volumes, check_local_options
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError
+from skep.engine.mounts import check_local_options
+from skep.engine.volume_plugins import LOCAL, PluginVolume
+from skep.engine.volumes import ANONYMOUS, Volumes
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.encoding import ApiObject
 from skep.model.times import timestamp
 
@@ -64,8 +66,8 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
     name = body.name or served.volumes.new_name()
     check_volume(body, name)
     labels = body.labels if body.name else {**(body.labels or {}), ANONYMOUS: ""}
-    served.volumes.ensure(name, labels, body.driver_opts)
-    return json_answer(shown_volume(served.volumes, name), status=201)
+    await served.volumes.create(name, body.driver, labels, body.driver_opts)
+    return json_answer(await _inspected(served.volumes, name), status=201)
 
 
 @_table.post("/volumes/prune")
@@ -80,7 +82,7 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
     removed, reclaimed = [], 0
     for name in served.volumes.names():
         labels = served.volumes.labels(name) or {}
-        if served.volumes.has_options(name):
+        if served.volumes.has_options(name) or _driver(served.volumes, name) != LOCAL:
             continue
         if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
             continue
@@ -95,6 +97,7 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
             continue
         removed.append(name)
         reclaimed += size
+    served.volumes.events.publish_volume("prune", "", {"reclaimed": str(reclaimed)})
     return json_answer({"VolumesDeleted": removed, "SpaceReclaimed": reclaimed})
 
 
@@ -104,29 +107,65 @@ async def list_volumes(served: Served, request: web.Request) -> web.StreamRespon
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "label", "name")
     used = users_by_volume(served.containers())
-    found = [
-        one
-        for name in served.volumes.names()
-        if _is_wanted(one := shown_volume(served.volumes, name), filters, used)
-    ]
-    return json_answer({"Volumes": found, "Warnings": None})
+    known = [shown_volume(served.volumes, name) for name in served.volumes.names()]
+    others, warnings = await _of_plugins(served.volumes)
+    names = {one["Name"] for one in known}
+    listed = known + [one for one in others if one["Name"] not in names]
+    found = [one for one in listed if _is_wanted(one, filters, used)]
+    return json_answer({"Volumes": found, "Warnings": warnings or None})
+
+
+async def _of_plugins(volumes: Volumes) -> tuple[Sequence[dict[str, Any]], Sequence[str]]:
+    """The volumes that plug-ins list, and what is to be said of plug-ins that do not."""
+    found: list[dict[str, Any]] = []
+    warnings: list[str] = []
+
+    async def ask(driver: str) -> None:
+        plugin = volumes.plugins.known(driver)
+        try:
+            listed = await plugin.list() if plugin is not None else ()
+        except SkepError as error:
+            warnings.append(f"list {driver}: {error}")
+            return
+        found.extend(_of_plugin(driver, plugin.scope, one) for one in listed if plugin is not None)
+
+    async with asyncio.TaskGroup() as group:
+        for driver in volumes.plugins.drivers:
+            group.create_task(ask(driver), name=f"volumes-of-{driver[:32]}")
+    return sorted(found, key=lambda one: str(one["Name"])), sorted(warnings)
+
+
+def _of_plugin(driver: str, scope: str, volume: PluginVolume) -> dict[str, Any]:
+    shown = {
+        "CreatedAt": volume.created_at,
+        "Driver": driver,
+        "Labels": None,
+        "Mountpoint": volume.mountpoint,
+        "Name": volume.name,
+        "Options": None,
+        "Scope": scope,
+    }
+    return {**shown, "Status": volume.status} if volume.status else shown
 
 
 @_table.get("/volumes/{name}")
 async def inspect_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume inspect``."""
-    return json_answer(shown_volume(served.volumes, _known(served.volumes, request.match_info["name"])))
+    return json_answer(await _inspected(served.volumes, request.match_info["name"]))
 
 
 @_table.delete("/volumes/{name}")
 async def remove_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume rm``."""
-    name = request.match_info["name"]
-    if name not in served.volumes.names() and flag(request, "force"):
-        return web.Response(status=204)
-    if users := users_by_volume(served.containers()).get(_known(served.volumes, name)):
+    name, is_forced = request.match_info["name"], flag(request, "force")
+    if not served.volumes.has(name):
+        if is_forced:
+            return web.Response(status=204)
+        driver = (await _found_in_plugin(served.volumes, name))["Driver"]
+        await served.volumes.create(name, driver)  # what a plug-in lists is removed like what was made here
+    if users := users_by_volume(served.containers()).get(name):
         raise AlreadyExists(f"remove {name}: volume is in use - [{', '.join(users)}]")
-    await served.volumes.remove(name)
+    await served.volumes.remove(name, force=is_forced)
     return web.Response(status=204)
 
 
@@ -139,16 +178,58 @@ def users_by_volume(containers: Collection[Container]) -> Mapping[str, Sequence[
     return users
 
 
+async def _inspected(volumes: Volumes, name: str) -> dict[str, Any]:
+    """``docker volume inspect``; of a plug-in's volume with what the plug-in says.
+
+    Raises: NotFound; Unavailable: the plug-in does not respond.
+    """
+    if not volumes.has(name):
+        return await _found_in_plugin(volumes, name)
+    shown = shown_volume(volumes, name)
+    if (driver := shown["Driver"]) == LOCAL:
+        return shown
+    try:
+        plugin = await volumes.plugins.get(driver)
+        volume = await plugin.get(name)
+    except SkepError as error:
+        reason = f'error while checking if volume "{name}" exists in driver "{driver}": {error}'
+        raise Unavailable(f"get {name}: {reason}") from error
+    if volume is None:
+        raise NotFound(f"get {name}: no such volume")
+    described = _of_plugin(driver, plugin.scope, volume)
+    return {**described, "Labels": shown["Labels"], "Options": shown["Options"]}
+
+
+async def _found_in_plugin(volumes: Volumes, name: str) -> dict[str, Any]:
+    """A volume that was not made here.  Raises: NotFound."""
+    listed, _ = await _of_plugins(volumes)
+    found = next((one for one in listed if one["Name"] == name), None)
+    if found is None:
+        raise NotFound(f"get {name}: no such volume")
+    return found
+
+
+def _driver(volumes: Volumes, name: str) -> str:
+    """As it is shown: one volume's error does not reach the others of a list."""
+    try:
+        return volumes.driver(name)
+    except SkepError as error:
+        log_error(error, "driver of a volume not shown", volume=name)
+        return ""
+
+
 def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
-    """``docker volume inspect``."""
+    """``docker volume inspect``, without asking a plug-in."""
+    driver = _driver(volumes, name)
+    plugin = volumes.plugins.known(driver)
     return {
         "CreatedAt": timestamp(volumes.created_ns(name) // _SECOND_NS * _SECOND_NS),
-        "Driver": "local",
+        "Driver": driver,
         "Labels": volumes.labels(name),
         "Mountpoint": str(volumes.path(name)),
         "Name": name,
         "Options": _options(volumes, name),
-        "Scope": "local",
+        "Scope": plugin.scope if plugin is not None else LOCAL,
     }
 
 
@@ -164,21 +245,12 @@ def _options(volumes: Volumes, name: str) -> Mapping[str, str] | None:
 _SECOND_NS = 1_000_000_000
 
 
-def _known(volumes: Volumes, name: str) -> str:
-    if name not in volumes.names():
-        raise NotFound(f"get {name}: no such volume")
-    return name
-
-
 def check_volume(body: VolumeRequest, name: str) -> None:
-    """Raises: InvalidArgument, NotFound: what this node has no volumes of."""
+    """Raises: InvalidArgument: what this node has no volumes of."""
     if body.cluster_volume_spec is not None:
-        raise InvalidArgument(f"create {name}: cluster volumes (CSI) are not supported")
-    if body.driver not in ("", "local"):
-        raise NotFound(
-            f'create {name}: error looking up volume plugin {body.driver}: plugin "{body.driver}" not found'
-        )
-    check_local_options(name, body.driver_opts or {})
+        raise InvalidArgument(f"create {name}: cluster volumes (CSI) need API version 1.42 or later")
+    if body.driver in ("", LOCAL):
+        check_local_options(name, body.driver_opts or {})
 
 
 def _is_true(filters: Filters, name: str) -> bool:
@@ -194,7 +266,7 @@ def _is_wanted(volume: Mapping[str, Any], filters: Filters, used: Mapping[str, S
     is_dangling = "true" if name not in used else "false"
     return (
         (not filters["name"] or any(part in name for part in filters["name"]))
-        and filters.matches("driver", "local")
+        and filters.matches("driver", str(volume["Driver"]))
         and filters.matches_labels("label", volume["Labels"] or {})
         and (not filters["dangling"] or filters["dangling"][0].replace("1", "true") == is_dangling)
     )

@@ -28,8 +28,10 @@ from skep.engine.build.config import (
     expanded,
     variables_of,
 )
+from skep.engine.build.context import KnownContext, KnownContexts
 from skep.engine.build.copying import digest_of_sources, find
 from skep.engine.build.dockerfile import parse
+from skep.engine.build.inputs import Inputs
 from skep.engine.build.instructions import (
     Arg,
     Copy,
@@ -53,6 +55,7 @@ from skep.engine.build.interface import (
     Step,
 )
 from skep.engine.build.mounts import RunMount, parse_mount
+from skep.engine.build.slots import BuildSlots
 from skep.engine.build.stage import (
     Changes,
     Made,
@@ -62,7 +65,7 @@ from skep.engine.build.stage import (
     mounted_image,
     new_work,
 )
-from skep.engine.build.substitution import substituted
+from skep.engine.build.substitution import Budget, substituted
 from skep.engine.container import Stream
 from skep.engine.engine import Engine
 from skep.engine.images import child
@@ -77,6 +80,8 @@ from skep.model.times import timestamp
 SCRATCH = "scratch"
 BUILDS_MAX = 16
 """At once; others wait."""
+WAITING_MAX = 64
+"""Further ones are refused."""
 _CONFIG_BYTES_MAX = 1 << 20
 _BUILDKIT = "buildkit.dockerfile.v0"
 
@@ -91,8 +96,9 @@ class Builder(Builds):
         self.containers = runs.Containers(engine)
         self.steps = StepCache(directory / "steps.json", engine.images)
         self.mounts = CacheMounts(directory / "mounts")
+        self.contexts = KnownContexts()
         self.clock = clock
-        self._slots = asyncio.Semaphore(BUILDS_MAX)
+        self.slots = BuildSlots(BUILDS_MAX, WAITING_MAX)
 
     async def build(
         self,
@@ -101,50 +107,35 @@ class Builder(Builds):
         progress: Progress,
         provider: Provider | None = None,
     ) -> BuildResult:
-        """Build an image and tag it.  Cancelling ends its container; nothing is left but finished steps.
+        """Build an image and tag it, in a slot.  Cancelling ends its container; nothing is left but finished steps.
 
         Raises: SkepError: in Docker's words; nothing was tagged.
         """
-        parsed = parse(request.dockerfile)
-        stages = targets.chosen(stages_of(parsed), request)
+        async with self.slots.taken():
+            return await self.build_in_slot(request, context, progress, provider)
+
+    async def build_in_slot(
+        self,
+        request: BuildRequest,
+        context: OpenContext,
+        progress: Progress,
+        provider: Provider | None = None,
+        known: KnownContext | None = None,
+    ) -> BuildResult:
+        """``build`` for a caller that has taken a slot already.
+
+        ``known``: what is known of the context, which is opened only where that is not enough.
+        """
+        parsed = await asyncio.to_thread(parse, request.dockerfile)
+        stages = targets.chosen(await asyncio.to_thread(stages_of, parsed), request)
         targets.require_platform(request.platform)
-        async with self._slots, AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             workspace = await stack.enter_async_context(self.images.workspace("build"))
-            build = Build(self, request, _Inputs(context, provider), progress, workspace, stack)
+            build = Build(self, request, Inputs(context, provider, known), progress, workspace, stack)
             try:
                 return await build.run(stages, parsed.warnings)
             finally:
                 await asyncio.shield(self.steps.save())
-
-
-class _Inputs:
-    """What a build gets from its client."""
-
-    def __init__(self, context: OpenContext, provider: Provider | None) -> None:
-        self._open = context
-        self._directory: Path | None = None
-        self._further: dict[str, Path] = {}
-        self.provider = provider
-
-    async def context(self) -> Path:
-        """The directory of the context."""
-        if self._directory is None:
-            self._directory = await self._open()
-        return self._directory
-
-    async def named(self, request: BuildRequest, name: str) -> Path | None:
-        """The directory of a further context; None: there is none of this name."""
-        name = name.lower()
-        if name not in self._further:
-            if name not in request.directories:
-                return None
-            self._further[name] = await request.directories[name]()
-        return self._further[name]
-
-    async def credentials(self, request: BuildRequest, domain: str) -> str:
-        """The ``X-Registry-Auth`` value for a registry, which the client may be asked for."""
-        auth = request.credentials.get(domain, "")
-        return auth if auth or self.provider is None else await self.provider.credentials(domain)
 
 
 class Build:
@@ -154,7 +145,7 @@ class Build:
         self,
         builder: Builder,
         request: BuildRequest,
-        inputs: _Inputs,
+        inputs: Inputs,
         progress: Progress,
         workspace: Path,
         stack: AsyncExitStack,
@@ -173,6 +164,7 @@ class Build:
             for what, value in (("PLATFORM", str(here)), ("OS", here.os), ("ARCH", here.architecture))
         }
         self._arguments = Arguments(request.arguments, platform if request.is_buildkit else {})
+        self._budget = Budget()
         self._stages = Stages(stages=())
         self._done: dict[int, Made | None] = {}
         self._stage = 0
@@ -196,7 +188,7 @@ class Build:
                 self._arguments.declare(name, value, before_stages=True)
             self._progress.finished(step, None)
         needed = (
-            await asyncio.to_thread(targets.needed, stages, dict(self._arguments.of_stages))
+            await asyncio.to_thread(targets.needed, stages, dict(self._arguments.of_stages), self._budget)
             if self._request.is_buildkit
             else everything
         )
@@ -335,10 +327,10 @@ class Build:
 
     async def _expanded(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
         # In a thread: patterns in substitutions may take seconds of computation.
-        return await asyncio.to_thread(expanded, instruction, variables, self._stages.escape)
+        return await asyncio.to_thread(expanded, instruction, variables, self._stages.escape, self._budget)
 
     async def _substituted(self, word: str, variables: Mapping[str, str]) -> str:
-        return await asyncio.to_thread(substituted, word, variables, self._stages.escape)
+        return await asyncio.to_thread(substituted, word, variables, self._stages.escape, self._budget)
 
     async def _change(self, step: Step, instruction: Instruction) -> None:
         """An instruction that changes the configuration; WORKDIR makes its directory, too."""
@@ -367,21 +359,34 @@ class Build:
         """COPY and ADD."""
         state = self._position.state
         copies.check_copy(copy, is_buildkit=self._request.is_buildkit)
+        known = self._inputs.known if copy.sources and not copy.origin else None
+        if known is not None and self._may_be_cached:
+            digest = known.digest(copy.sources, is_add=copy.is_add)
+            if digest and await self._take_cached(step, state, self._key_of_copy(copy, state, digest)[1]):
+                return
         async with AsyncExitStack() as stack:
             root = await self._sources(step, copy, stack)
-            prepared = await copies.prepare(self._images, copy, root, self._workspace)
+            prepared = await copies.prepare(
+                self._images, copy, root, self._workspace, is_buildkit=self._request.is_buildkit
+            )
             digest = digest_of_sources(prepared.sources) if prepared.sources else "inline"
-            shown = copies.shown_copy(copy, digest)
-            config = msgspec.structs.replace(state.config, cmd=(*state.shell, f"#(nop) {shown}"))
-            container = _options(config)
-            documents = "".join(f"{one.name}\0{one.text}\0" for one in copy.documents)
+            if known is not None:
+                known.note(copy.sources, digest, is_add=copy.is_add)
+            container, key = self._key_of_copy(copy, state, digest)
             line = f"{copy.text} # buildkit" if self._request.is_buildkit else ""
-            key = self._key(container, state, copy.chmod, documents)
             if await self._take_cached(step, state, key):
                 return
             changes = self._changes()
             await copies.perform(self._images, copy, prepared, changes, state.config.working_dir)
             await self._commit_changes(state, container, key, line, changes.upper)
+
+    def _key_of_copy(self, copy: Copy, state: StageState, digest: str) -> tuple[dict[str, Any], str]:
+        """The container configuration of a COPY or ADD of sources with this digest, and its key."""
+        shown = copies.shown_copy(copy, digest)
+        config = msgspec.structs.replace(state.config, cmd=(*state.shell, f"#(nop) {shown}"))
+        documents = "".join(f"{one.name}\0{one.text}\0" for one in copy.documents)
+        container = _options(config)
+        return container, self._key(container, state, copy.chmod, documents)
 
     async def _sources(self, step: Step, copy: Copy, stack: AsyncExitStack) -> Path | None:
         """The tree that the sources are in; None: there are none but here-documents."""
@@ -419,7 +424,7 @@ class Build:
         shown = command_of_step(command, self._arguments, beside)
         container = _options(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
         variables = variables_of(state, beside)
-        expand = partial(substituted, variables=variables, escape=self._stages.escape)
+        expand = partial(substituted, variables=variables, escape=self._stages.escape, budget=self._budget)
         mounts = [await asyncio.to_thread(parse_mount, text, expand) for text in run.mounts]
         async with AsyncExitStack() as stack:
             trees = await self._bound_trees(step, mounts, stack)
@@ -454,7 +459,7 @@ class Build:
             self._progress.running(step, container.id)
             missing = await asyncio.to_thread(containers.missing_targets, container, prepared.mounts)
             output, is_buildkit = partial(self._progress.output, step), self._request.is_buildkit
-            await containers.run(container, prepared.command, output, is_buildkit=is_buildkit)
+            await containers.run(container, prepared, output, is_buildkit=is_buildkit)
             upper = await containers.changes_of(container, missing)
             await self._commit_changes(*made, upper, without=runs.MADE_BY_THE_RUNTIME)
         self._progress.removed(step, container.id)

@@ -45,6 +45,7 @@ class StepCache:
         self._file = file
         self._images = images
         self._steps: dict[str, Digest] | None = None
+        self._is_changed = False
         self._saving = asyncio.Lock()
 
     def find(self, key: str) -> Image | None:
@@ -55,12 +56,16 @@ class StepCache:
     def note(self, key: str, id: Digest) -> None:
         """The step gave this image."""
         steps = self._read()
+        self._is_changed = True
         steps.pop(key, None)
         steps[key] = id
 
     async def save(self) -> None:
-        """Write the index, without what is gone."""
+        """Write the index, without what is gone, if a result was noted."""
+        if not self._is_changed:
+            return
         steps = self._read()
+        self._is_changed = False
         present = {image.id for image in self._images.images()}
         kept = {key: id for key, id in steps.items() if id in present}
         self._steps = dict(list(kept.items())[-STEPS_MAX:])

@@ -29,7 +29,7 @@ from skep.engine.build.instructions import (
     Workdir,
     instruction_of,
 )
-from skep.engine.build.substitution import VALUE_BYTES_MAX, split, substituted
+from skep.engine.build.substitution import VALUE_BYTES_MAX, Budget, split, substituted
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.signals import signal_number
 from skep.engine.spec import DEFAULT_PATH
@@ -139,12 +139,24 @@ def begun(base: ContainerDefaults) -> StageState:
     return StageState(config=msgspec.structs.replace(base, env=env))
 
 
-def expanded(instruction: Instruction, variables: Mapping[str, str], escape: str) -> Instruction:
-    """The instruction with its variables substituted.  Raises: InvalidArgument."""
+def expanded(
+    instruction: Instruction, variables: Mapping[str, str], escape: str, budget: Budget | None = None
+) -> Instruction:
+    """The instruction with its variables substituted, for which ``budget`` pays.  Raises: InvalidArgument."""
     if isinstance(instruction, Expose):
-        ports = [port for text in instruction.ports for port in split(text, variables, escape)]
+        ports = [port for text in instruction.ports for port in split(text, variables, escape, budget)]
         return msgspec.structs.replace(instruction, ports=tuple(ports))
-    return instruction.expanded(lambda word: substituted(word, variables, escape))
+    length = 0
+
+    def expand(word: str) -> str:
+        nonlocal length
+        text = substituted(word, variables, escape, budget)
+        length += len(text)
+        if length > VALUE_BYTES_MAX:
+            raise InvalidArgument(f"{instruction.keyword} has more than {VALUE_BYTES_MAX} characters")
+        return text
+
+    return instruction.expanded(expand)
 
 
 def variables_of(state: StageState, arguments: Mapping[str, str]) -> Mapping[str, str]:
@@ -236,9 +248,9 @@ def apply_changes(config: ContainerDefaults, lines: Sequence[str]) -> ContainerD
         if line.keyword.upper() not in {type.__name__.upper() for type in _CHANGES}:
             raise InvalidArgument(f"{line.keyword.lower()} is not a valid change command")
     instructions = [instruction_of(line) for line in parsed.lines]
-    state = StageState(config=config)
+    state, budget = StageState(config=config), Budget()
     for instruction in instructions:
-        ready = expanded(instruction, variables_of(state, {}), parsed.escape)
+        ready = expanded(instruction, variables_of(state, {}), parsed.escape, budget)
         state, _ = changed(state, ready)
     return state.config
 

@@ -61,7 +61,9 @@ def check_copy(copy: Copy, *, is_buildkit: bool) -> None:
             )
 
 
-async def prepare(images: ImageStore, copy: Copy, root: Path | None, place: Path) -> Prepared:
+async def prepare(
+    images: ImageStore, copy: Copy, root: Path | None, place: Path, *, is_buildkit: bool
+) -> Prepared:
     """Find the sources and read them for their digests.
 
     Args:
@@ -75,6 +77,8 @@ async def prepare(images: ImageStore, copy: Copy, root: Path | None, place: Path
 
     def act() -> Prepared:
         found = find(directory, copy.sources, work, is_context=not copy.origin)
+        if not is_buildkit and not copy.origin:  # there a file is named by what a link leads to
+            found = [one._replace(path=one.resolved) for one in found]
         unpacked = frozenset(one.resolved for one in found if copy.is_add and _is_archive(one))
         return Prepared(tuple(found), unpacked)
 

@@ -373,7 +373,7 @@ def _copy(line: Line, flags: _Flags) -> Copy:
     if len(line.arguments) < 2:
         raise InvalidArgument(
             f"{keyword} requires at least two arguments, but only one was provided."
-            " Destination could not be determined."
+            " Destination could not be determined"
         )
     if keyword == "ADD":
         flags.parse(

@@ -54,6 +54,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     command: tuple[str, ...]
     env: tuple[str, ...] = ()
+    secret_env: tuple[str, ...] = ()
+    """Variables with secrets, which are in no record."""
     mounts: tuple[Mount, ...] = ()
     network: str = ""
 
@@ -90,12 +92,13 @@ class Containers:
         """A container for one command; it ends and goes with the block."""
         name = f"build-{secrets.token_hex(6)}"
         try:
-            yield await self._engine.create(_create_request(image, request, prepared), name=name, image=image)
+            wanted = _create_request(image, request, prepared)
+            yield await self._engine.create(wanted, name=name, image=image, is_step=True)
         finally:
             await asyncio.shield(self._discard(name))
 
     async def run(
-        self, container: Container, command: Sequence[str], output: Output, *, is_buildkit: bool = False
+        self, container: Container, prepared: Prepared, output: Output, *, is_buildkit: bool = False
     ) -> None:
         """Start it, pass on what it writes, return when it has ended.  Raises: StepFailed; SkepError."""
         async with asyncio.TaskGroup() as group:
@@ -103,7 +106,7 @@ class Containers:
             reading = group.create_task(self._read(container, output), name="output of a build step")
             error = None
             try:
-                await self._engine.start(container.id)
+                await self._engine.start(container.id, secret_env=prepared.secret_env)
             except SkepError as refused:  # a group would hide it
                 error = refused
                 reading.cancel()
@@ -112,7 +115,7 @@ class Containers:
         ended = await self._engine.wait(container.id)
         if ended.exit_code:
             reason = "out of memory" if ended.oom_killed else ""
-            raise StepFailed(command, ended.exit_code, reason, is_buildkit=is_buildkit)
+            raise StepFailed(prepared.command, ended.exit_code, reason, is_buildkit=is_buildkit)
 
     def missing_targets(self, container: Container, mounts: Sequence[Mount]) -> list[str]:
         """Targets of mounts, and directories above them, that the runtime will make; the deepest first.
@@ -212,7 +215,7 @@ class MountSources:
         self, command: tuple[str, ...], script: str, env: Mapping[str, str], mounts: Sequence[RunMount]
     ) -> Prepared:
         """Raises: InvalidArgument, NotFound: something that a mount needs is not there."""
-        variables, found = dict(env), list[Mount]()
+        variables, hidden, found = dict(env), dict[str, str](), list[Mount]()
         if script:
             path = self._file("script", script.encode("utf-8", "surrogateescape"), 0o755)
             found.append(Mount(type="bind", source=str(path), target=command[0], read_only=True))
@@ -226,12 +229,13 @@ class MountSources:
                     options = TmpfsOptions(size_bytes=mount.size_bytes)
                     found.append(Mount(type="tmpfs", target=mount.target, tmpfs_options=options))
                 case "secret":
-                    found += await self._secret(mount, variables)
+                    found += await self._secret(mount, hidden)
                 case "ssh":
                     found += await self._ssh(mount, variables)
         return Prepared(
             command=command,
-            env=tuple(f"{name}={value}" for name, value in variables.items()),
+            env=_pairs(variables),
+            secret_env=_pairs(hidden),
             mounts=tuple(found),
         )
 
@@ -302,6 +306,10 @@ class MountSources:
         path.write_bytes(content)
         path.chmod(mode)
         return path
+
+
+def _pairs(variables: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name}={value}" for name, value in variables.items())
 
 
 def network_of(run: Run) -> str:

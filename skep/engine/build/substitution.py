@@ -10,6 +10,7 @@ from typing import Final
 from skep.errors import InvalidArgument
 
 VALUE_BYTES_MAX = 1 << 20
+BUDGET = 64_000_000
 _PATTERN_STEPS_MAX = 4_000_000
 """Comparisons for one pattern: of a value with 1,000 characters, four are left to each."""
 _SPECIAL = frozenset("@*#?-$!0")
@@ -18,14 +19,37 @@ _STAR: Final = "*"
 _ANY: Final = "?"
 
 
-def substituted(word: str, variables: Mapping[str, str], escape: str = "\\") -> str:
-    """``word`` with its variables replaced and its quotes taken away.  Raises: InvalidArgument, in BuildKit's words."""
-    return _Reader(word, variables, escape).run()[0]
+class Budget:
+    """What the substitutions of one build may cost together: characters written, and comparisons of patterns.
+
+    The bound of a value is none of their sum: a line has room for ten thousand variables, also such as are dropped.
+    """
+
+    def __init__(self, steps: int = BUDGET) -> None:
+        self._total = self._left = steps
+
+    def spend(self, steps: int) -> None:
+        """Raises: InvalidArgument: there is not so much left."""
+        self._left -= steps
+        if self._left < 0:
+            raise InvalidArgument(f"substitutions take more than {self._total} steps")
 
 
-def split(word: str, variables: Mapping[str, str], escape: str = "\\") -> list[str]:
+def substituted(
+    word: str, variables: Mapping[str, str], escape: str = "\\", budget: Budget | None = None
+) -> str:
+    """``word`` with its variables replaced and its quotes taken away.
+
+    ``budget`` None: one of its own.  Raises: InvalidArgument, in BuildKit's words.
+    """
+    return _Reader(word, variables, escape, budget=budget).run()[0]
+
+
+def split(
+    word: str, variables: Mapping[str, str], escape: str = "\\", budget: Budget | None = None
+) -> list[str]:
     """The same, as the words that it is after substitution.  Raises: InvalidArgument."""
-    return _Reader(word, variables, escape).run()[1]
+    return _Reader(word, variables, escape, budget=budget).run()[1]
 
 
 def raw_words(line: str) -> list[str]:
@@ -85,7 +109,9 @@ class _Reader:
         *,
         raw_quotes: bool = False,
         raw_escapes: bool = False,
+        budget: Budget | None = None,
     ) -> None:
+        self._budget = budget or Budget()
         self._source = source
         self._variables = variables
         self._escape = escape
@@ -140,6 +166,7 @@ class _Reader:
             result.append(text)
             length += len(text)
             _check_size(length)
+            self._budget.spend(len(text))
         else:
             if stop:
                 raise InvalidArgument(f"unexpected end of statement while looking for matching {stop}")
@@ -173,6 +200,7 @@ class _Reader:
                     result.append(self._dollar())
                     length += len(result[-1])
                     _check_size(length)
+                    self._budget.spend(len(result[-1]))
                 case _:
                     self._next()
                     if character == self._escape:
@@ -210,7 +238,16 @@ class _Reader:
         word = self._word("}", raw_escapes=modifier in ("#", "%"))
         if self._variables is None:
             return f"${{{name}{modifier}{word}}}"
-        return _modified(name, self._variables.get(name), modifier, word)
+        value = self._variables.get(name)
+        if modifier in ("#", "%"):
+            self._compare(len(value or "") * len(word))
+        return _modified(name, value, modifier, word)
+
+    def _compare(self, steps: int) -> None:
+        """Take ``steps`` comparisons of a pattern from the budget.  Raises: InvalidArgument: they are too many."""
+        if steps > _PATTERN_STEPS_MAX:
+            raise InvalidArgument("the value is too long for a pattern")
+        self._budget.spend(steps)
 
     def _replacement(self, name: str) -> str:
         """``${name/pattern/replacement}``, or with ``//`` for every match."""
@@ -221,7 +258,9 @@ class _Reader:
         replacement = self._word("}", raw_escapes=True)
         if self._variables is None:
             return f"${{{name}/{pattern}/{replacement}}}"
-        return _replaced(self._variables.get(name, ""), _tokens(pattern), replacement, every=every)
+        value, tokens = self._variables.get(name, ""), _tokens(pattern)
+        self._compare(len(value) ** 2 * len(tokens))
+        return _replaced(value, tokens, replacement, every=every)
 
     def _word(self, stop: str, *, raw_escapes: bool) -> str:
         try:
@@ -310,18 +349,12 @@ def _closed(states: set[int], tokens: list[str]) -> set[int]:
     return found
 
 
-def _check_length(steps: int) -> None:
-    if steps > _PATTERN_STEPS_MAX:
-        raise InvalidArgument("the value is too long for a pattern")
-
-
 def _check_size(length: int) -> None:
     if length > VALUE_BYTES_MAX:
         raise InvalidArgument(f"a value has more than {VALUE_BYTES_MAX} characters")
 
 
 def _trimmed(value: str, tokens: list[str], *, at_start: bool, greedy: bool) -> str:
-    _check_length(len(value) * len(tokens))
     if not at_start:
         return _trimmed(value[::-1], tokens[::-1], at_start=True, greedy=greedy)[::-1]
     ends = list(_ends(tokens, value, 0))
@@ -329,7 +362,6 @@ def _trimmed(value: str, tokens: list[str], *, at_start: bool, greedy: bool) -> 
 
 
 def _replaced(value: str, tokens: list[str], replacement: str, *, every: bool) -> str:
-    _check_length(len(value) ** 2 * len(tokens))
     result, at, length = [], 0, 0
     while at <= len(value):
         end = max(_ends(tokens, value, at), default=None)

@@ -7,7 +7,7 @@ import msgspec
 from skep.engine.build.instructions import Copy, OptionLabel, Run, Stages
 from skep.engine.build.interface import BuildRequest
 from skep.engine.build.mounts import parse_mount
-from skep.engine.build.substitution import substituted
+from skep.engine.build.substitution import Budget, substituted
 from skep.engine.images.pulling import parse_platform, this_platform
 from skep.errors import InvalidArgument, Unimplemented
 
@@ -43,8 +43,11 @@ def require_platform(platform: str) -> None:
             raise Unimplemented(f"this node builds for {here}, and not for {wanted}")
 
 
-def needed(stages: Stages, arguments: Mapping[str, str]) -> Collection[int]:
-    """The last stage and those that it is made from.  ``arguments``: what FROM may use."""
+def needed(stages: Stages, arguments: Mapping[str, str], budget: Budget | None = None) -> Collection[int]:
+    """The last stage and those that it is made from.
+
+    ``arguments``: what FROM may use; ``budget``: pays for their substitution.  Raises: InvalidArgument.
+    """
     found, pending = set[int](), [len(stages.stages) - 1]
     while pending:
         number = pending.pop()
@@ -52,7 +55,7 @@ def needed(stages: Stages, arguments: Mapping[str, str]) -> Collection[int]:
             continue
         found.add(number)
         stage = stages.stages[number]
-        names = [substituted(stage.base.base, arguments, stages.escape)]
+        names = [substituted(stage.base.base, arguments, stages.escape, budget)]
         for one in stage.instructions:
             if isinstance(one, Copy):
                 names.append(one.origin)

@@ -30,7 +30,6 @@ class Contexts:
         self.directory = directory
         """Private to this engine: files below it have owners and modes of other machines."""
         self._limits = limits
-        self._is_cleared = False
         self._kept: OrderedDict[tuple[str, str], KeptTree] = OrderedDict()
         self._used: dict[Path, int] = {}
         """Trees that builds read, or take files from, at this moment."""
@@ -61,9 +60,6 @@ class Contexts:
         key = (session.shared_key, selection.name)
         can_keep = bool(session.shared_key) and not selection.follow
         limits = TreeLimits(bytes=bytes_max or self._limits.archive_bytes_max)
-        if not self._is_cleared:
-            self._is_cleared = True
-            await self._sweep()  # what earlier processes left
         kept = self._kept.get(key) if can_keep else None
         root = self._new()
         uses = [root] if kept is None else [root, kept.root]
@@ -95,6 +91,10 @@ class Contexts:
             yield root
         finally:
             await self._release(root)
+
+    def room_on(self, directory: Path) -> int:
+        """Bytes that may still be written to one of the directories."""
+        return self._limits.room_on(directory)
 
     def _new(self) -> Path:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -5,18 +5,20 @@ Source: moby/buildkit, api/services/control/control.proto, frontend/gateway/pb; 
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
 
 from google.protobuf.message import Message
 
 from skep import __version__
 from skep.engine.build.builder import Builder
 from skep.engine.buildkit import buildkit_pb2 as pb
-from skep.engine.buildkit.serving import Streaming, Unary
+from skep.engine.buildkit.serving import Both, Method, Streaming, Unary
+from skep.engine.buildkit.sessions import SessionInfo, Sessions
 from skep.engine.buildkit.solver import Solver
+from skep.engine.buildkit.tunnel import carry
 from skep.engine.images.pulling import this_platform
 from skep.errors import InvalidArgument, Unimplemented
 from skep.rpc.headers import Request
+from skep.rpc.server import ServerStream
 
 _CONTROL = "/moby.buildkit.v1.Control/"
 _BRIDGE = "/moby.buildkit.v1.frontend.LLBBridge/"
@@ -29,13 +31,15 @@ _LLB_CAPS = ("source.image", "source.local", "exec.mount.bind", "file.base", "co
 class Control:
     """Serves the calls of one connection."""
 
-    def __init__(self, solver: Solver, builder: Builder) -> None:
+    def __init__(self, sessions: Sessions, solver: Solver, builder: Builder) -> None:
+        self._sessions = sessions
         self._solver = solver
         self._builder = builder
 
-    def methods(self) -> Mapping[str, Unary[Any] | Streaming[Any]]:
+    def methods(self) -> Mapping[str, Method]:
         """All calls by their paths."""
         return {
+            f"{_CONTROL}Session": Both(self._session),
             f"{_CONTROL}Solve": Unary(pb.SolveRequest, self._solve),
             f"{_CONTROL}Status": Streaming(pb.StatusRequest, self._status),
             f"{_CONTROL}DiskUsage": Unary(pb.DiskUsageRequest, self._disk_usage),
@@ -56,6 +60,10 @@ class Control:
     async def _status(self, request: pb.StatusRequest, _call: Request) -> AsyncGenerator[Message, None]:
         async for event in self._solver.status(request.ref):
             yield event
+
+    async def _session(self, stream: ServerStream) -> None:
+        async with self._sessions.opened(SessionInfo.of(stream.request.session)) as session:
+            await session.keep_checking_while(carry(session, stream))
 
     async def _history(
         self, request: pb.BuildHistoryRequest, _call: Request

@@ -11,6 +11,8 @@ from skep.errors import NotFound, Unimplemented
 
 RECORDS_MAX = 50
 """As many as BuildKit keeps."""
+BYTES_MAX = 16 << 20
+"""Of all records together: one has the options of its build, which a client may make as long as a message."""
 
 
 class History:
@@ -22,8 +24,11 @@ class History:
     def keep(self, record: pb.BuildHistoryRecord) -> None:
         """A build has begun, or has ended."""
         self._records[record.ref] = record
-        while len(self._records) > RECORDS_MAX:
+        while len(self._records) > RECORDS_MAX or self._size_bytes() > BYTES_MAX:
             self._records.popitem(last=False)
+
+    def _size_bytes(self) -> int:
+        return sum(record.ByteSize() for record in self._records.values())
 
     def update(self, request: pb.UpdateBuildHistoryRequest) -> None:
         """Remove a record.  Raises: NotFound, Unimplemented."""

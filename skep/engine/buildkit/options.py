@@ -32,6 +32,10 @@ class Output(Enum):
 
     IMAGE = "image"
     """The engine's image store."""
+    LOCAL = "local"
+    """A directory of the client."""
+    TAR = "tar"
+    """A file of the client."""
     NONE = "none"
 
 
@@ -245,6 +249,8 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
     if len(exporters) > 1:
         raise Unimplemented("multiple outputs are not supported")
     for kind, attributes in exporters:
+        if kind == "image" and _is_true(attributes.get("push", "")):  # of "moby" the client pushes afterwards
+            raise Unimplemented("output option push is not supported: push the image by docker push")
         if kind in ("moby", "image"):
             left = {name for name, value in attributes.items() if value} - {"name", *_EXPORT_IGNORED}
             if left:
@@ -254,7 +260,12 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
                 output=Output.IMAGE,
                 tags=tuple(parse_reference(name).with_default_tag() for name in names if name),
             )
-        raise Unimplemented(f"output {kind} is not supported")
+        if kind not in (Output.LOCAL.value, Output.TAR.value):
+            raise Unimplemented(f'exporter "{kind}" could not be found')
+        for name, value in attributes.items():
+            if value and name not in ("dest", "context") and (name, value) != ("platform-split", "false"):
+                raise Unimplemented(f"output option {name} is not supported")
+        return Exported(output=Output(kind))
     return Exported()
 
 
@@ -262,6 +273,12 @@ def check_cache_exports(kinds: Sequence[str]) -> None:
     """Raises: Unimplemented."""
     for kind in kinds:
         raise Unimplemented(f"cache export is not supported: {kind}")
+
+
+def check_network(build: Asked, entitlements: Sequence[str]) -> None:
+    """Raises: PermissionDenied, in BuildKit's words: the host's network is wanted without its entitlement."""
+    if build.network == "host" and "network.host" not in entitlements:
+        raise PermissionDenied("network.host is not allowed")
 
 
 def check_entitlements(entitlements: Sequence[str]) -> None:

@@ -44,6 +44,11 @@ class BuildLog:
             self._events.append(encoded)
             self._wake()
 
+    @property
+    def size_bytes(self) -> int:
+        """What is kept."""
+        return sum(map(len, self._events))
+
     def end(self) -> None:
         """Nothing more will come."""
         self.has_ended = True

@@ -7,6 +7,7 @@ import asyncio
 import secrets
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,21 +15,21 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
+from skep.api.responses import Hijacked
 from skep.api.server import JsonLines
 from skep.api.tables import Table
-from skep.engine.api.hijack import Hijacked, upgraded
+from skep.engine.api.hijack import upgraded
 from skep.engine.build.builder import Builder
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.contexts import Contexts
 from skep.engine.buildkit.control import Control
+from skep.engine.buildkit.filesend import image_archive
 from skep.engine.buildkit.serving import CONNECTIONS_MAX, LIMITS, connection
 from skep.engine.buildkit.sessions import SessionInfo, Sessions
 from skep.engine.buildkit.solver import Solver
 from skep.engine.images.progress import Message, failure
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
 from skep.rpc.status import CallFailed
-
-_SESSION = "X-Docker-Expose-Session-"
 
 
 class BuildKit:
@@ -50,9 +51,9 @@ def buildkit_for(builder: Builder, clock: Clock) -> BuildKit:
     """BuildKit's protocols before the builder of an engine."""
     images = builder.images
     sessions = Sessions()
-    contexts = Contexts(images.builds / "contexts", images.limits)
-    solver = Solver(builder, sessions, contexts, clock)
-    return BuildKit(sessions, solver, Control(solver, builder))
+    contexts = Contexts(images.contexts, images.limits)
+    solver = Solver(builder, partial(image_archive, builder.engine), sessions, contexts, clock)
+    return BuildKit(sessions, solver, Control(sessions, solver, builder))
 
 
 def with_sessions(buildkit: BuildKit, routes: Iterable[web.RouteDef]) -> list[web.RouteDef]:
@@ -79,17 +80,9 @@ def buildkit_routes(buildkit: BuildKit) -> list[web.RouteDef]:
 async def open_session(buildkit: BuildKit, request: web.Request) -> web.StreamResponse:
     """Take the connection over: from now on the engine calls the client."""
     _require_http2(request)
-    info = SessionInfo(
-        request.headers.get(f"{_SESSION}Uuid", ""),
-        request.headers.get(f"{_SESSION}Sharedkey", ""),
-        request.headers.getall(f"{_SESSION}Grpc-Method", []),
-    )
-    if not info.id:
-        raise InvalidArgument("a session needs an id")
-    async with buildkit.sessions.opened(info) as session, asyncio.TaskGroup() as group:
-        checking = group.create_task(session.keep_checking(), name="check session")
-        await upgraded(request, session.connection, session.connection.connection_made)
-        checking.cancel()
+    async with buildkit.sessions.opened(SessionInfo.of(request.headers.items())) as session:
+        connection = session.connection
+        await session.keep_checking_while(upgraded(request, connection, connection.connection_made))
     return Hijacked()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 from google.protobuf.message import DecodeError, Message
@@ -33,8 +33,9 @@ class Unary(Generic[Q]):
         self.request = request
         self._serve = serve
 
-    async def respond(self, request: Q, stream: ServerStream) -> None:
+    async def respond(self, stream: ServerStream) -> None:
         """Serve one call."""
+        request = await _only_request(self.request, stream)
         await stream.send_message(await self._serve(request, stream.request))
 
 
@@ -47,18 +48,34 @@ class Streaming(Generic[Q]):
         self.request = request
         self._serve = serve
 
-    async def respond(self, request: Q, stream: ServerStream) -> None:
+    async def respond(self, stream: ServerStream) -> None:
         """Serve one call."""
+        request = await _only_request(self.request, stream)
         await stream.send_initial_metadata()
         async with aclosing(self._serve(request, stream.request)) as responses:
             async for response in responses:
                 await stream.send_message(response)
 
 
-Method: TypeAlias = Unary[Message] | Streaming[Message]
+class Both:
+    """A method in which both sides send as they please."""
+
+    def __init__(self, serve: Callable[[ServerStream], Awaitable[None]]) -> None:
+        self._serve = serve
+
+    async def respond(self, stream: ServerStream) -> None:
+        """Serve one call."""
+        await self._serve(stream)
 
 
-def connection(methods: "Mapping[str, Unary[Q] | Streaming[Q]]") -> ServerConnection:
+class Method(Protocol):
+    """Serves calls of one kind."""
+
+    async def respond(self, stream: ServerStream) -> None:
+        """Serve one call.  Raises: SkepError, CallFailed: its status."""
+
+
+def connection(methods: Mapping[str, Method]) -> ServerConnection:
     """The protocol of a connection whose client calls ``methods``, which are named by their paths."""
 
     async def handle(stream: ServerStream) -> None:
@@ -73,13 +90,13 @@ def connection(methods: "Mapping[str, Unary[Q] | Streaming[Q]]") -> ServerConnec
     return ServerConnection(handle)
 
 
-async def _serve(methods: "Mapping[str, Unary[Q] | Streaming[Q]]", stream: ServerStream) -> None:
+async def _serve(methods: Mapping[str, Method], stream: ServerStream) -> None:
     """Raises: CallFailed: the status of whatever went wrong."""
     method = methods.get(stream.request.path)
     try:
         if method is None:
             raise Unimplemented(f"unknown method {stream.request.path}")
-        await method.respond(await _only_request(method.request, stream), stream)
+        await method.respond(stream)
     except SkepError as error:
         raise to_status(error) from error
     except TimeoutError as error:
@@ -93,10 +110,27 @@ async def _serve(methods: "Mapping[str, Unary[Q] | Streaming[Q]]", stream: Serve
 
 async def _only_request(kind: type[Q], stream: ServerStream) -> Q:
     """Raises: InvalidArgument, ResourceExhausted, TimeoutError."""
+    data = await receive_message(stream, _MESSAGE_S)
+    if data is None:
+        raise InvalidArgument("the request is missing")
     try:
-        head = await stream.recv_data(MESSAGE_HEAD.size, _MESSAGE_S)
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidArgument("the message cannot be decoded") from error
+
+
+async def receive_message(stream: ServerStream, within_s: float | None = None) -> bytes | None:
+    """The next message of a client, encoded; None after the last.
+
+    Args:
+        within_s: how long it may take to come.
+
+    Raises: InvalidArgument, ResourceExhausted, TimeoutError.
+    """
+    try:
+        head = await stream.recv_data(MESSAGE_HEAD.size, within_s)
         if not head:
-            raise InvalidArgument("the request is missing")
+            return None
         is_compressed, size = MESSAGE_HEAD.unpack(head)
         if is_compressed:
             raise Unimplemented("compressed messages are not supported")
@@ -104,6 +138,6 @@ async def _only_request(kind: type[Q], stream: ServerStream) -> Q:
             raise ResourceExhausted(
                 f"grpc: received message larger than max ({size} vs. {MESSAGE_BYTES_MAX})"
             )
-        return kind.FromString(await stream.recv_data(size, _MESSAGE_S))
-    except (DecodeError, AssertionError) as error:
+        return await stream.recv_data(size, _MESSAGE_S)
+    except AssertionError as error:
         raise InvalidArgument("the message cannot be decoded") from error

@@ -8,14 +8,23 @@ Source: moby/buildkit, session/manager.go, session/grpc.go.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote_plus
 
 from google.protobuf.message import Message
 
-from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unavailable, Unimplemented
+from skep.aio.groups import errors_as_they_are
+from skep.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SkepError,
+    Unavailable,
+    Unimplemented,
+)
 from skep.rpc.client import Bounds, ClientConnection, ClientStream
 from skep.rpc.errors import peer_errors
 from skep.rpc.headers import request_block
@@ -34,6 +43,7 @@ BOUNDS = Bounds(stream_window=1 << 20, connection_window=8 << 20, message=16 << 
 """The longest message is BuildKit's own."""
 
 _HEALTH = "/grpc.health.v1.Health/Check"
+_HEADER = "x-docker-expose-session-"
 _WHO = "the client of the build"
 
 
@@ -47,6 +57,17 @@ class SessionInfo:
         self.shared_key = shared_key
         """The same for the same directory, whenever it is built."""
         self.methods = frozenset(method.lower() for method in methods)
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[str, str]]) -> "SessionInfo":
+        """What the headers of a request say that opens one.  Raises: InvalidArgument."""
+        found: dict[str, list[str]] = {}
+        for name, value in headers:
+            found.setdefault(name.lower().removeprefix(_HEADER), []).append(value)
+        (id, *_), (key, *_) = found.get("uuid", [""]), found.get("sharedkey", [""])
+        if not id:
+            raise InvalidArgument("a session needs an id")
+        return cls(id, key, found.get("grpc-method", []))
 
 
 class Session:
@@ -91,8 +112,14 @@ class Session:
             finally:
                 self.connection.release(stream)
 
-    async def keep_checking(self) -> None:
-        """Return when the client does not respond any more."""
+    async def keep_checking_while(self, serving: Coroutine[Any, Any, None]) -> None:
+        """Serve the connection, and end it when the client does not respond any more."""
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            checking = group.create_task(self._keep_checking(), name="check session")
+            await serving
+            checking.cancel()
+
+    async def _keep_checking(self) -> None:
         while True:
             await asyncio.sleep(_CHECK_EVERY_S)
             try:

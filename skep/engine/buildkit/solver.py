@@ -26,6 +26,7 @@ from skep.engine.build.interface import BuildRequest, Builds, OpenContext
 from skep.engine.build.patterns import ignored_patterns
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.filesend import OpenArchive, send_archive, send_tree, spool
 from skep.engine.buildkit.filesync import Selection
 from skep.engine.buildkit.history import History
 from skep.engine.buildkit.options import (
@@ -37,6 +38,7 @@ from skep.engine.buildkit.options import (
     check_cache_exports,
     check_cache_imports,
     check_entitlements,
+    check_network,
     check_syntax,
     exported,
 )
@@ -59,6 +61,8 @@ JOBS_MAX = 32
 """Builds at one time."""
 ENDED_JOBS_MAX = 8
 """Of which the log is kept for a while: a client may ask for it when its build has ended already."""
+ENDED_LOGS_BYTES_MAX = 64 << 20
+"""Of all of them together; the last one stays in any case."""
 _JOB_WAIT_S = 15.0
 """A client asks for the progress of a build, or calls it, before the build is there."""
 _DEFINITION_BYTES_MAX = 16 << 20
@@ -79,6 +83,7 @@ class Job:
         self.returned: asyncio.Future[pb.ReturnRequest] = asyncio.get_running_loop().create_future()
         self.started_ns = now_ns()
         self.ended_ns = 0
+        self.ended = asyncio.Event()
         self.error = ""
         self.response: Mapping[str, str] = {}
 
@@ -107,8 +112,11 @@ class Job:
 class Solver:
     """All builds that clients of BuildKit's protocol have asked for."""
 
-    def __init__(self, builds: Builds, sessions: Sessions, contexts: Contexts, clock: Clock) -> None:
+    def __init__(
+        self, builds: Builds, archives: OpenArchive, sessions: Sessions, contexts: Contexts, clock: Clock
+    ) -> None:
         self._builds = builds
+        self._archives = archives
         self._sessions = sessions
         self.contexts = contexts
         self._clock = clock
@@ -131,14 +139,23 @@ class Solver:
             return job.response
 
     async def bridge_solve(self, ref: str, request: pb.BridgeSolveRequest) -> pb.BridgeSolveResponse:
-        """Build what a client of the job ``ref`` asks for; the job's result is what it returns afterwards."""
+        """Build what a client of the job ``ref`` asks for; the job's result is what it returns afterwards.
+
+        Raises: NotFound: the job has ended, and with it what would become of the result; SkepError.
+        """
         job = await self.job(ref)
+        if job.ended.is_set():
+            raise NotFound(f"no such job {ref}")
         if request.definition.ByteSize():
             raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
         if request.frontend_inputs:
             raise Unimplemented("results of other builds as contexts are not supported")
         session = await self._sessions.get(job.request.session)
-        image = await self._build(job, session, request.frontend, request.frontend_opt)
+        work = self._build(job, session, request.frontend, request.frontend_opt)
+        try:
+            image = await run_unless(work, job.ended.wait())
+        except Preempted as error:
+            raise Unavailable(f"job {ref} has ended") from error
         response = pb.BridgeSolveResponse()
         response.result.ref.id = secrets.token_hex(12)
         job.results[response.result.ref.id] = image
@@ -188,12 +205,16 @@ class Solver:
             raise
         finally:
             job.ended_ns = self._clock.now_ns()
+            job.ended.set()
             job.vertices.fail_open(job.error or "canceled")
             job.log.end()
             self._record(job)
             del self._jobs[request.ref]
             self._ended[request.ref] = job
-            while len(self._ended) > ENDED_JOBS_MAX:
+            while len(self._ended) > ENDED_JOBS_MAX or (
+                len(self._ended) > 1
+                and sum(one.log.size_bytes for one in self._ended.values()) > ENDED_LOGS_BYTES_MAX
+            ):
                 self._ended.popitem(last=False)
 
     def _record(self, job: Job) -> None:
@@ -208,7 +229,25 @@ class Solver:
             image = _returned(job, await job.returned)
         if image is None or job.exported.output is Output.NONE:
             return {}
+        if job.exported.output is not Output.IMAGE:
+            await self._send(job, session, image)
+            return {}
         return self._exported(job, image)
+
+    async def _send(self, job: Job, session: Session, image: Digest) -> None:
+        """Give the client the files of the result.  Raises: SkepError."""
+        is_tar = job.exported.output is Output.TAR
+        with job.vertices.doing(f"exporting to client {'tarball' if is_tar else 'directory'}") as vertex:
+            shown = "sending tarball" if is_tar else "copying files"
+            progress = partial(job.vertices.figure, vertex, shown)
+            async with self._archives(image) as pieces:
+                if is_tar:
+                    await send_archive(session, pieces, progress)
+                    return
+                async with self.contexts.scratch() as place:
+                    file = place / "result"
+                    await spool(pieces, file, self.contexts.room_on(place))
+                    await send_tree(session, file, progress)
 
     def _exported(self, job: Job, image: Digest) -> Mapping[str, str]:
         export: Exported = job.exported
@@ -225,6 +264,7 @@ class Solver:
         self, job: Job, session: Session, frontend: str, attributes: Mapping[str, str]
     ) -> Digest:
         build = asked(frontend, attributes)
+        check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for its record
         definition = await self._definition(job, await self._session_of(session, build.dockerfile), build)
         provider = ClientProvider(session, self.contexts.scratch)

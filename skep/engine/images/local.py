@@ -96,12 +96,16 @@ class LocalImages:
         self.scratch = root / "tmp"
         self.builds = root / "builds"
         """What builds keep from one to the next."""
+        self.contexts = self.builds / "contexts"
+        """Directories of clients of builds, of use to the process that has received them alone."""
         self._root = root
         self._clock = clock or SystemClock()
         self._on_event = on_event
         self._report = report
         self._catalog = Catalog()
         self._knows_catalog = False
+        self._is_written = True
+        """Whether the file has the catalog: of a write that failed nobody knows what is on the disk."""
         self._configs: dict[str, ImageConfig] = {}
         self._damaged: dict[str, Damage] = {}
         self._images: dict[str, Image] = {}
@@ -270,7 +274,8 @@ class LocalImages:
                 else:
                     await asyncio.to_thread(self._touch, id)
                 self._damaged.pop(id, None)
-                await self._put(catalog)
+                if catalog != self._catalog or id not in self._images or not self._is_written:
+                    await self._put(catalog)
             self._report(self._problem())
         return self._images[id]
 
@@ -410,11 +415,12 @@ class LocalImages:
 
     def _set_aside(self) -> None:
         """What earlier processes did not finish may be large: it is removed once everything else runs."""
-        try:
-            if self.scratch.exists():
-                self.scratch.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")
-        except OSError as error:
-            log_error(error, "leftovers of images not set aside", directory=str(self.scratch))
+        for directory in (self.scratch, self.contexts):
+            try:
+                if directory.exists():
+                    directory.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")
+            except OSError as error:
+                log_error(error, "leftovers of images not set aside", directory=str(directory))
 
     async def _read_or_report(self) -> None:
         try:
@@ -526,7 +532,9 @@ class LocalImages:
     async def _put(self, catalog: Catalog) -> None:
         """Write the catalog, then show it.  Under ``_writing``.  Raises: Unavailable: it could not be read."""
         self._require_catalog()
+        self._is_written = False
         await self._replace(self._root / "catalog.json", msgspec.json.encode(catalog))
+        self._is_written = True
         self._catalog = catalog
         self._index()
 

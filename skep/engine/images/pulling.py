@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from skep.aio.backoff import Backoff
+from skep.aio.failures import describe_error
 from skep.aio.groups import first_alone
 from skep.engine.images.digest import Digest, chain_ids, digest_of, parse_digest, short
 from skep.engine.images.image import Image, ImageConfig, parse_config
@@ -416,6 +417,8 @@ async def _pull_layers(
                         repository, images, descriptor, directory / f"layer-{number}", report
                     )
                 await _unpack(images, path, descriptor, chain_id, diff_id, report)
+            except OSError as error:
+                raise UnpackFailed(f"failed to register layer: {describe_error(error)}") from error
             finally:
                 images.arriving.discard(descriptor.digest)
 

@@ -24,7 +24,7 @@ from skep.engine.images.image import Image
 from skep.engine.images.local import LocalImages
 from skep.engine.images.reference import Reference, parse_any
 from skep.engine.images.registry import DOCKER_MANIFEST, Document
-from skep.errors import NotFound, ResourceExhausted, RetryLater
+from skep.errors import NotFound, ResourceExhausted, RetryLater, Unavailable
 
 _CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 _LAYER_TYPE = "application/vnd.docker.image.rootfs.diff.tar.gzip"
@@ -40,6 +40,10 @@ UPLOADS_MAX = 6
 UPLOADS_OF_LAYER_MAX = 3
 """Of one layer, at one time."""
 PIECE_BYTES = 512 << 10
+STALLED_S = 60.0
+"""A node that takes nothing of a blob for so long gives its place to another."""
+BYTES_PER_S_MIN = 32 << 10
+"""So does one that takes it more slowly, after a first minute: half of what a node expects of those that send."""
 ARRIVING_AFTER_S = 0.5
 
 
@@ -105,11 +109,17 @@ class ServedImages:
 
     def __init__(self, images: LocalImages, clock: Clock) -> None:
         self._images = images
+        self._clock = clock
         self._uploads: Counter[str] = Counter()
         self._copies = Copies(clock)
         self._digests: dict[str, Digest] = {}
         """Of the compressed layers that came from no registry, by chain id."""
         self._reading: dict[Digest, asyncio.Future[Digest]] = {}
+
+    @property
+    def uploads(self) -> int:
+        """Blobs that are being sent."""
+        return self._uploads.total()
 
     def copies(self, digest: str) -> int:
         """How often this blob was sent lately."""
@@ -143,6 +153,7 @@ class ServedImages:
     async def blob(self, digest: str, *, last_resort: bool = False) -> AsyncIterator[Blob]:
         """A configuration or a layer.
 
+        Its pieces raise Unavailable when they are taken too slowly.
         Raises: NotFound: it is not here; RetryLater: it will be soon; ResourceExhausted: others have to be asked.
         """
         digest = parse_digest(digest)
@@ -161,14 +172,17 @@ class ServedImages:
         assert path is not None, "it is present"
         self._uploads[digest] += 1
         self._copies.add(digest)
-        is_sent = False
+        is_sent, taken, began = False, 0, self._clock.monotonic()
         try:
             with path.open("rb") as file:  # a removal meanwhile does no harm
 
                 async def pieces() -> AsyncIterator[bytes]:
-                    nonlocal is_sent
+                    nonlocal is_sent, taken
                     while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
                         yield piece
+                        taken += len(piece)
+                        if self._clock.monotonic() - began > STALLED_S + taken / BYTES_PER_S_MIN:
+                            raise Unavailable(f"blob {digest} is taken too slowly")
                     is_sent = True
 
                 yield Blob(path.stat().st_size, pieces())

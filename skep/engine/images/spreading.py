@@ -227,7 +227,7 @@ class Spread:
         except NotFound:
             self._responded(source, started)
             return None
-        except SkepError as error:
+        except (SkepError, OSError) as error:  # whatever it is, it is one node's
             self._failed(source, error)
             return None
         self._responded(source, started)
@@ -240,7 +240,7 @@ class Spread:
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """All of a blob, from one node: what two nodes sent of it could not be told apart.
 
-        Raises: NotFound: no node has it; RegistryError: the transfer broke off, or none sends it in time.
+        Raises: NotFound: no node has it; RegistryError: the transfer broke off; Unavailable: none sends it in time.
         """
         async with AsyncExitStack() as stack:
             source, pieces = await self._opened(stack, digest)
@@ -273,7 +273,8 @@ class Spread:
             last_resort = step is Step.INSIST
             empty_rounds = 0 if {Outcome.BUSY, Outcome.ARRIVING} & set(outcomes) else empty_rounds + 1
             if self._clock.monotonic() - began > WAIT_S_MAX:
-                raise RegistryError(f"no node of the cluster sends {digest}: all that have it are busy")
+                # No RegistryError, after which a download waits as long again, and again.
+                raise Unavailable(f"no node of the cluster sends {digest}: all that have it are busy")
             await pauses.sleep(self._clock)
 
     async def _requested(
@@ -291,7 +292,7 @@ class Spread:
             outcome = Outcome.ARRIVING
         except ResourceExhausted:
             outcome = Outcome.BUSY
-        except SkepError as error:
+        except (SkepError, OSError) as error:
             return self._failed(source, error), None
         else:
             self._responded(source, started)

@@ -209,13 +209,18 @@ class ImageStore(LocalImages):
     async def prune(
         self, chosen: Callable[[Image], bool], *, users: Collection[ImageUser]
     ) -> tuple[Removed, int]:
-        """Delete the images that are ``chosen`` and unused; also: how many bytes that freed."""
+        """Delete the images that are ``chosen`` and unused, with parents that nothing needs any more.
+
+        Also: how many bytes that freed.
+        """
         used = {user.image_id for user in users}
-        gone = [
-            image
-            for image in self.images()
-            if image.id not in used and not self.children(image.id) and chosen(image)
-        ]
+        left = {image.id: image for image in self.images()}
+        gone: list[Image] = []
+        for image in tuple(left.values()):
+            if image.id in used or self.children(image.id) or not chosen(image):
+                continue
+            needless = ancestors_to_prune(image, tuple(left.values()), users)
+            gone += [left.pop(one.id) for one in (image, *needless)]
         before = self.bytes_used()
         names = [(image.id, reference) for image in gone for reference in image.references]
         removed = await self._take(names, gone, users)

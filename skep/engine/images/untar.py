@@ -83,36 +83,63 @@ class Settings:
 
 
 class PlainStream:
-    """The plain tar: decompressed whatever it came in, counted, hashed, and copied on the way."""
+    """The plain tar: decompressed whatever it came in, counted, hashed, and copied on the way.
+
+    It is read forwards.  ``tarfile`` has a reader for such streams (mode ``r|``), which copies what is left of its
+    buffer for each header and file.
+    """
 
     def __init__(self, source: BinaryIO, settings: Settings) -> None:
         self._hash = hashlib.sha256()
         self._settings = settings
         self._chunks = plain_chunks(source)
-        self._pending = b""
+        self._chunk = b""
+        self._position = 0
         self._copy = _compressed_copy(settings.copy_to) if settings.copy_to else None
         self.bytes_read = 0
 
     def read(self, size: int) -> bytes:
-        """Up to ``size`` bytes; empty at the end."""
-        while not self._pending:
+        """``size`` bytes, fewer only at the end."""
+        pieces = []
+        while size and self._has_more():
+            pieces.append(self._chunk[self._position : self._position + size])
+            self._position += len(pieces[-1])
+            size -= len(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def tell(self) -> int:
+        """How far the tar was read, in bytes."""
+        return self.bytes_read - len(self._chunk) + self._position
+
+    def seek(self, position: int) -> None:
+        """Go on to ``position``, or to the end if that comes first.  Raises: tarfile.StreamError: it is behind."""
+        distance = position - self.tell()
+        if distance < 0:
+            raise tarfile.StreamError("seeking backwards is not allowed")
+        while distance and self._has_more():
+            step = min(distance, len(self._chunk) - self._position)
+            self._position += step
+            distance -= step
+
+    def _has_more(self) -> bool:
+        """Whether there is a chunk with something left."""
+        while self._position == len(self._chunk):
             chunk = next(self._chunks, b"")
             if not chunk:
-                return b""
+                return False
             self.bytes_read += len(chunk)
             if self.bytes_read > self._settings.bytes_max:
                 raise LimitExceeded(f"unpacks to more than {self._settings.bytes_max} bytes")
             self._hash.update(chunk)
             if self._copy is not None:
                 self._copy.write(chunk)
-            self._pending = chunk
-        data, self._pending = self._pending[:size], self._pending[size:]
-        return data
+            self._chunk, self._position = chunk, 0
+        return True
 
     def finish(self) -> str:
         """Read what follows the archive's end marker (it belongs to the digest); the digest of it all."""
-        while self.read(_CHUNK_BYTES):
-            pass
+        while self._has_more():
+            self._position = len(self._chunk)
         if self._copy is not None:
             self._copy.close()
         return "sha256:" + self._hash.hexdigest()
@@ -162,17 +189,18 @@ class Unpacker:
     def unpack(self, stream: PlainStream) -> None:
         """Everything in ``stream``.  Raises: Malformed, LimitExceeded, OSError."""
         try:
-            with tarfile.open(
-                fileobj=stream,  # type: ignore[call-overload]
-                mode="r|",
-                bufsize=_CHUNK_BYTES,
+            with tarfile.TarFile(
+                fileobj=stream,  # type: ignore[arg-type]
+                mode="r",
                 tarinfo=Header,
                 encoding="utf-8",
                 errors="surrogateescape",
             ) as archive:
-                for member in archive:
+                last: tarfile.TarInfo | None = None
+                while (member := _next_member(archive, stream, last)) is not None:
                     self._member(archive, member)
-                    archive.members.clear()  # else a million headers stay in memory
+                    last = member
+                    archive.members.clear()  # type: ignore[attr-defined]  # else a million headers stay in memory
         except tarfile.ReadError as error:
             if not self._names and str(error) == "empty file":
                 return
@@ -281,6 +309,22 @@ class Unpacker:
             space = os.statvfs("/")
             if space.f_bavail * space.f_frsize < self._settings.spare_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _next_member(
+    archive: tarfile.TarFile, stream: PlainStream, last: tarfile.TarInfo | None
+) -> tarfile.TarInfo | None:
+    """The member after ``last``; None: there is none.
+
+    An archive may end where the content of its last file does, as that of ``docker build -f -``, which is never closed:
+    Go's reader misses neither the padding nor the end marker.
+    """
+    try:
+        return archive.next()
+    except tarfile.ReadError:
+        if last is not None and stream.tell() >= last.offset_data + last.size:
+            return None
+        raise
 
 
 def _compressed_copy(path: str) -> Any:

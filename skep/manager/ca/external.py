@@ -27,6 +27,7 @@ from skep.security.external import (
     checked_cross_signed,
     cross_sign_request,
     root_with_a_name_of_its_own,
+    shown_url,
     urls_of,
 )
 from skep.security.keypair import KeyPair
@@ -82,8 +83,8 @@ class ExternalAuthorities:
                     try:
                         return accept(certificate_in(await self._response(url, body, roots_pem)))
                     except Unavailable as error:
-                        log.warning("external CA gave no certificate", url=url, reason=str(error))
-                        reasons.append(f"{url}: {error}")
+                        log.warning("external CA gave no certificate", url=shown_url(url), reason=str(error))
+                        reasons.append(f"{shown_url(url)}: {error}")
         except TimeoutError:
             reasons.append(f"no response within {ALL_S:g} s")
         raise Unavailable(f"no external CA has signed the certificate: {'; '.join(reasons)}")
@@ -121,7 +122,8 @@ class ExternalAuthorities:
         except TimeoutError as error:
             raise Unavailable(f"no response within {CALL_S:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise Unavailable(f"unable to perform certificate signing request: {error}") from error
+            reason = str(error).replace(url, shown_url(url))
+            raise Unavailable(f"unable to perform certificate signing request: {reason}") from error
         if response.status >= 500:
             raise Unavailable(f"unexpected status code in CSR response: {response.status}")
         return response.status, bytes(content)
@@ -136,15 +138,24 @@ class ExternalAuthorities:
 
     async def is_reachable(self, urls: Iterable[str], root_pem: bytes) -> bool:
         """Whether a TLS connection to one of them can be made, and its certificate is of this root."""
-        for url in urls:
-            try:
-                async with asyncio.timeout(CALL_S):
-                    await self._connect(url, root_pem)
-            except (TimeoutError, OSError, ValueError) as error:
-                log.warning("external CA is unreachable or invalid", url=url, reason=reason_of(error))
-            else:
-                return True
+        async with asyncio.TaskGroup() as group:  # together: a request of the API waits for it
+            tries = [group.create_task(self._connects(url, root_pem), name="external CA") for url in urls]
+            for ended in asyncio.as_completed(tries):
+                if await ended:
+                    for other in tries:
+                        other.cancel()
+                    return True
         return False
+
+    async def _connects(self, url: str, root_pem: bytes) -> bool:
+        try:
+            async with asyncio.timeout(CALL_S):
+                await self._connect(url, root_pem)
+        except (TimeoutError, OSError, ValueError) as error:
+            reason = reason_of(error)
+            log.warning("external CA is unreachable or invalid", url=shown_url(url), reason=reason)
+            return False
+        return True
 
     async def _connect(self, url: str, root_pem: bytes) -> None:
         where = urlsplit(url)

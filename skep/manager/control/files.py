@@ -14,6 +14,7 @@ from skep.model.meta import Version
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
 from skep.model.times import Timestamp
+from skep.model.volume import Volume
 from skep.store.interface import InUse, Transaction
 from skep.store.kinds import Payload
 
@@ -109,5 +110,9 @@ def _is_same_data(tx: Transaction, id: SecretId, data: bytes | None) -> bool:
 def _in_use(tx: Transaction, noun: str, name: str, error: InUse) -> InvalidArgument:
     users = [tx.lookup(Service, id) for kind, id in error.users if kind == "service"]
     names = [user.spec.name for user in users if user is not None]
+    if not names:  # Docker lets a volume lose its secrets
+        volumes = [tx.lookup(Volume, id) for kind, id in error.users if kind == "volume"]
+        words = ", ".join(one.spec.name for one in volumes if one is not None)
+        return InvalidArgument(f"{noun} '{name}' is in use by cluster volumes: {words}")
     services = "service" if len(names) == 1 else "services"
     return InvalidArgument(f"{noun} '{name}' is in use by the following {services}: {', '.join(names)}")

@@ -21,6 +21,7 @@ from skep.model.container import (
 from skep.model.labels import check_service_labels
 from skep.model.publishing import check_publishing
 from skep.model.rights import check_service_rights
+from skep.model.secret_env import check_secret_env
 from skep.model.service import (
     REPLICAS_MAX,
     EndpointSpec,
@@ -50,6 +51,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
     check_service_labels(spec.labels)
     check_publishing(spec)
     check_service_rights(spec.task_template.container_spec, spec.labels)
+    check_secret_env(spec.task_template.container_spec, spec.labels)
     _check_template(spec.task_template)
     _check_mode(spec.mode)
     if spec.mode.name in {"replicated-job", "global-job"}:

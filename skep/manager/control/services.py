@@ -23,6 +23,7 @@ from skep.errors import (
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.service_rules import check_service_spec
+from skep.manager.dependents import next_job, refuse_cycles, restart_dependents
 from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, ServiceId
@@ -72,6 +73,7 @@ def create_service(
     if not spec.name:
         spec = replace(spec, name=_free_name(tx, new_name))
     check_service_spec(spec)
+    refuse_cycles(tx, spec)
     _check_rights(tx, spec)
     _check_attachments(tx, spec)
     _check_ingress(tx, spec)
@@ -107,7 +109,7 @@ def update_service(
         OutOfSequence: the service is at another version.
     """
     service = _changeable(tx, id, spec, version)
-    _check_rights(tx, spec)
+    _check_rights(tx, spec, service.spec)
     current_auth, previous_auth = (
         auth_of(tx, registry_auth_id(id)),
         auth_of(tx, previous_registry_auth_id(id)),
@@ -116,13 +118,14 @@ def update_service(
         registry_auth = previous_auth if registry_auth_from == "previous-spec" else current_auth
     keep_auth(tx, registry_auth_id(id), registry_auth)
     keep_auth(tx, previous_registry_auth_id(id), current_auth)
+    restart_dependents(tx, service, spec.task_template, now)
     return tx.put(
         replace(
             service,
             spec=spec,
             previous_spec=service.spec,
             update_status=None,
-            job_status=_next_job(service, now),
+            job_status=next_job(service, now),
         )
     )
 
@@ -138,8 +141,10 @@ def rollback_service(
     service = _changeable(tx, id, spec, version)
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
-    _check_rights(tx, service.previous_spec)
+    refuse_cycles(tx, service.previous_spec)
+    _check_rights(tx, service.previous_spec, service.spec)
     follow_rollback(tx, service)
+    restart_dependents(tx, service, service.previous_spec.task_template, now)
     return tx.put(
         replace(
             service,
@@ -148,7 +153,7 @@ def rollback_service(
             update_status=UpdateStatus(
                 state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback", started_at=now
             ),
-            job_status=_next_job(service, now),
+            job_status=next_job(service, now),
         )
     )
 
@@ -204,6 +209,7 @@ def _free_name(tx: Transaction, new_name: NameSource) -> str:
 def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
     """The service ``id``, to which ``spec`` may be applied.  The order of the checks is SwarmKit's."""
     check_service_spec(spec)
+    refuse_cycles(tx, spec)
     _check_attachments(tx, spec)
     service = _present(tx, id)
     if (
@@ -229,10 +235,13 @@ def _present(tx: Transaction, id: ServiceId) -> Service:
     return service
 
 
-def _check_rights(view: View, spec: ServiceSpec) -> None:
-    """Raises: PermissionDenied: the cluster does not allow its services what the spec asks for."""
+def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
+    """Raises: PermissionDenied: the cluster does not allow its services what the spec asks for.
+
+    Tasks as those of ``present`` are not asked about again: scaling goes on when the cluster allows less than before.
+    """
     kinds = rights_of(spec.task_template.container_spec).kinds
-    if not kinds:
+    if not kinds or (present is not None and spec.task_template == present.task_template):
         return
     refused = kinds - allowed_by(cluster_of(view).spec.labels)
     if refused:
@@ -286,14 +295,6 @@ def _check_known(
 
 def _is_job(spec: ServiceSpec) -> bool:
     return spec.mode.name in {"replicated-job", "global-job"}
-
-
-def _next_job(service: Service, now: Timestamp) -> JobStatus | None:
-    """An update of a job runs it again."""
-    if service.job_status is None:
-        return None
-    index = service.job_status.job_iteration.index + 1
-    return JobStatus(job_iteration=Version(index=index), last_execution=now)
 
 
 def auth_source(word: str, service: Service) -> AuthSource:

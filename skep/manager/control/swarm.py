@@ -18,7 +18,7 @@ from skep.manager.control.networks import first_networks
 from skep.model.ids import IdSource
 from skep.model.labels import check_swarm_labels
 from skep.model.meta import Version
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.swarm import (
     RENEW_WINDOW_LABEL,
     CAConfig,
@@ -41,6 +41,9 @@ from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Paylo
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 FROZEN = "replacement of tasks is frozen"
 """First words of the reason; ``/info`` of the nodes recognises it by them."""
+
+NAMED_MAX = 5
+"""Nodes named in an error."""
 
 
 class Rotations(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +98,7 @@ def update_swarm(
     Raises:
         InvalidArgument: the spec can never work.
         OutOfSequence: the cluster is at another version.
+        FailedPrecondition: the root would be rotated while a node that is away trusts an older one than the present.
     """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     check_swarm_name(spec)
@@ -104,10 +108,31 @@ def update_swarm(
     rooted = _with_root(tx, swarm, ca_config, now, new_root, prepared)
     if swarm.version != Version(index=version):
         raise OutOfSequence
+    if rooted.rotation is not None and rooted.rotation != swarm.rotation:
+        _check_all_can_return(tx, swarm)
     tokens = _rotated(swarm, rotations, new_id)
     is_locked = spec.encryption_config.auto_lock_managers
     _keep_unlock_key(tx, is_wanted=is_locked, is_rotated=rotations.unlock_key, new_key=new_key)
     return tx.put(replace(rooted, spec=spec, join_tokens=tokens))
+
+
+def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
+    """Raises: FailedPrecondition: a node that is away missed the end of the last rotation.
+
+    It accepts the managers by the certificate that signs the present root with the one before; during another rotation
+    theirs is another one.  SwarmKit does not check this, and loses the node.
+    """
+    root = swarm.tls_info.trust_root
+    behind = [
+        node.description.hostname or node.id
+        for node in tx.find(Node)
+        if node.status.state is not NodeState.READY and node.description.tls_info.trust_root not in ("", root)
+    ]
+    if behind:
+        raise FailedPrecondition(
+            f"nodes that are away still trust the root before the present one, and could not return after another "
+            f"rotation: {', '.join(sorted(behind)[:NAMED_MAX])}. Start them, or remove them (docker node rm --force)"
+        )
 
 
 def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:

@@ -5,9 +5,11 @@ Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTa
 
 from msgspec.structs import replace
 
+from skep.manager.volume_reasons import unpublished
 from skep.model.node import Node, NodeState
 from skep.model.service import EndpointSpec, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.task_end import EndCause, TaskEnd
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
@@ -15,9 +17,12 @@ from skep.store.kinds import spec_of
 def known_status(view: View, task: Task) -> TaskStatus:
     """The last reported status; UNKNOWN for a task that was assigned to a node which is down.
 
-    A task that has ended, or that no node had yet, keeps its status.
+    A task that has ended, or that no node had yet, keeps its status.  One that waits for a cluster volume has the
+    driver's words as its error.
     """
     status = task.status
+    if task.volumes and not status.err and TaskState.ASSIGNED <= status.state < TaskState.STARTING:
+        status = replace(status, err=unpublished(view, task))
     if not TaskState.ASSIGNED < status.state <= TaskState.RUNNING:
         return status
     node = view.lookup(Node, task.node_id)
@@ -29,6 +34,8 @@ def known_status(view: View, task: Task) -> TaskStatus:
         state=TaskState.UNKNOWN,
         timestamp=node.silent_since or status.timestamp,
         message=f"node {name} is down; the task was last known to be {status.state.value}",
+        err=status.err or f"node {name} is down",
+        end=TaskEnd(cause=EndCause.NODE_LOST.value),
     )
 
 

@@ -11,22 +11,26 @@ message and a ``SentState`` to compare with the next time.
 Source: swarmkit, manager/dispatcher/assignments.go.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec.structs import replace
 
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
-from skep.model.ids import ConfigId, NodeId, SecretId, TaskId
+from skep.model.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
 from skep.model.labels import DRAIN
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service
 from skep.model.task import AssignedTask, Task, TaskState
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAssignment, VolumeInfo
 from skep.store.interface import View
 from skep.store.kinds import Payload, registry_auth_id
+
+VolumesOf: TypeAlias = Callable[[NodeId], Iterable[VolumeId]]
+"""The volumes that may concern a node; without it all volumes are looked at."""
 
 
 class SentState(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,20 +39,37 @@ class SentState(msgspec.Struct, frozen=True, kw_only=True):
     tasks: Mapping[TaskId, Task] = {}
     secrets: frozenset[SecretId] = frozenset()
     configs: frozenset[ConfigId] = frozenset()
+    volumes: Mapping[VolumeId, VolumeAssignment] = {}
+    """Those that are published on the node."""
+    leaving: Mapping[VolumeId, VolumeAssignment] = {}
+    """Those that it is to give up, whether it has them or not: it says so in a report."""
 
 
-def everything(view: View, node_id: NodeId) -> tuple[AssignmentSet, SentState]:
+def everything(
+    view: View, node_id: NodeId, volumes_of: VolumesOf | None = None
+) -> tuple[AssignmentSet, SentState]:
     """All assignments of a node, as the first message of a stream.
 
     If tasks in the store cannot be read, their nodes are not known: then nothing is removed from the node.
     """
     tasks = {task.id: task for task in view.find(Task, node_id=node_id) if _is_due(view, task)}
-    sent = SentState(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
+    volumes, leaving = _volumes_on(view, node_id, volumes_of)
+    sent = SentState(
+        tasks=tasks,
+        secrets=_secrets_of(tasks.values()) | _secrets_for(volumes),
+        configs=_configs_of(tasks.values()),
+        volumes=volumes,
+        leaving=leaving,
+    )
     return _message(view, SentState(), sent, tasks.values(), complete=not view.unreadable(Task)), sent
 
 
 def difference(
-    view: View, node_id: NodeId, sent: SentState, changed: Iterable[TaskId]
+    view: View,
+    node_id: NodeId,
+    sent: SentState,
+    changed: Iterable[TaskId],
+    volumes_of: VolumesOf | None = None,
 ) -> tuple[AssignmentSet | None, SentState]:
     """The message after ``changed`` tasks changed; None: nothing the node needs."""
     tasks = dict(sent.tasks)
@@ -64,11 +85,13 @@ def difference(
         if before is None or sent_fields(before) != sent_fields(task):
             updated.append(task)
     # Going through all tasks of the node is the expensive part, and most tasks need neither secrets nor configs.
-    now = (
-        SentState(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
-        if referring
-        else SentState(tasks=tasks, secrets=sent.secrets, configs=sent.configs)
-    )
+    volumes, leaving = _volumes_on(view, node_id, volumes_of)
+    if referring or volumes != sent.volumes:
+        secrets = _secrets_of(tasks.values()) | _secrets_for(volumes)
+        now = SentState(tasks=tasks, secrets=secrets, configs=_configs_of(tasks.values()))
+    else:
+        now = SentState(tasks=tasks, secrets=sent.secrets, configs=sent.configs)
+    now = replace(now, volumes=volumes, leaving=leaving)
     message = _message(view, sent, now, updated, complete=False)
     is_empty = not (
         message.tasks
@@ -77,6 +100,8 @@ def difference(
         or message.removed_secrets
         or message.configs
         or message.removed_configs
+        or message.volumes
+        or message.removed_volumes
     )
     return (None if is_empty else message), now
 
@@ -140,6 +165,8 @@ def _message(
         removed_secrets=tuple(sorted(before.secrets - now.secrets)),
         configs=tuple(_config_files(view, sorted(now.configs - before.configs))),
         removed_configs=tuple(sorted(before.configs - now.configs)),
+        volumes=tuple(one for id, one in sorted(now.volumes.items()) if before.volumes.get(id) != one),
+        removed_volumes=_removed_volumes(before, now),
         registry_auths=_registry_auths(view, tasks),
     )
 
@@ -196,6 +223,52 @@ def _configs_of(tasks: Iterable[Task]) -> frozenset[ConfigId]:
         if task.spec.container_spec is not None and _needs(task)
         for reference in task.spec.container_spec.configs
     )
+
+
+def _volumes_on(
+    view: View, node_id: NodeId, volumes_of: VolumesOf | None
+) -> tuple[dict[VolumeId, VolumeAssignment], dict[VolumeId, VolumeAssignment]]:
+    """The volumes that the node is to have, and those that it is to give up.
+
+    Source: swarmkit, manager/dispatcher/assignments.go (addOrUpdateVolume).
+    """
+    has: dict[VolumeId, VolumeAssignment] = {}
+    leaving: dict[VolumeId, VolumeAssignment] = {}
+    ids = view.ids(Volume) if volumes_of is None else volumes_of(node_id)
+    for id in ids:
+        volume = view.lookup(Volume, id)
+        status = volume.status_on(node_id) if volume is not None else None
+        if volume is None or status is None or volume.info is None:
+            continue
+        if status.state is PublishState.PUBLISHED:
+            has[volume.id] = _volume_assignment(volume, volume.info, status)
+        elif status.state is PublishState.PENDING_NODE_UNPUBLISH:
+            leaving[volume.id] = _volume_assignment(volume, volume.info, status)
+    return has, leaving
+
+
+def _volume_assignment(volume: Volume, info: VolumeInfo, status: PublishStatus) -> VolumeAssignment:
+    return VolumeAssignment(
+        id=volume.id,
+        volume_id=info.volume_id,
+        driver=volume.spec.driver,
+        volume_context=info.volume_context,
+        publish_context=status.publish_context,
+        access_mode=volume.spec.access_mode,
+        secrets=volume.spec.secrets,
+    )
+
+
+def _removed_volumes(before: SentState, now: SentState) -> tuple[VolumeAssignment, ...]:
+    """To be given up now; also those of which nothing is left in the store (removed with force)."""
+    gone = {id: one for id, one in before.volumes.items() if id not in now.volumes and id not in now.leaving}
+    new = {id: one for id, one in now.leaving.items() if id not in before.leaving}
+    return tuple(one for _, one in sorted({**gone, **new}.items()))
+
+
+def _secrets_for(volumes: Mapping[VolumeId, VolumeAssignment]) -> frozenset[SecretId]:
+    """What the drivers need for the volumes."""
+    return frozenset(SecretId(secret.secret) for one in volumes.values() for secret in one.secrets)
 
 
 def _secret_files(view: View, ids: Iterable[SecretId]) -> Iterator[SecretFile]:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from random import Random
 
 import structlog
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.hang_detection import RunningTime
@@ -38,20 +39,24 @@ from skep.manager.dispatcher.registration import (
 )
 from skep.manager.dispatcher.repeats import RepeatedReports
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
-from skep.manager.dispatcher.statuses import Report, bounded, record_status
+from skep.manager.dispatcher.statuses import Report, bounded, record_status, record_unpublished
 from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
+from skep.manager.dispatcher.volumes import VolumeIndex
 from skep.manager.failures import isolated
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.manager.informer import run_informer
 from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.model.gossip import GossipKey, decoded_keys
-from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId
+from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId, VolumeId
+from skep.model.labels import last_lines
 from skep.model.node import Node, NodeState, differ_in_load_alone
 from skep.model.planes import is_docker_node
 from skep.model.swarm import Swarm
-from skep.model.task import Task
+from skep.model.task import Task, TaskStatus
+from skep.model.task_end import LAST_LINES_MAX
 from skep.model.times import SECOND_NS
+from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from skep.wire import methods
@@ -59,7 +64,7 @@ from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.convert.node import description_from_pb
-from skep.wire.convert.task import status_from_pb
+from skep.wire.convert.task import end_from_pb, status_from_pb
 from skep.wire.convert.values import duration_to_pb
 from skep.wire.service import Handler, both_stream, server_stream, unary
 
@@ -98,7 +103,8 @@ class Dispatcher:
         self._random = random
         self._reports = reports or PeerReports()
         self._sessions = Sessions()
-        self._assignments = AssignmentStreams(store, self._sessions)
+        self._volumes = VolumeIndex()
+        self._assignments = AssignmentStreams(store, self._sessions, self._volumes)
         self._stops = Stops(store, self._sessions, clock, wait_unused)
         self._balancing = Balancing(
             store,
@@ -136,12 +142,18 @@ class Dispatcher:
             both_stream(methods.HEARTBEATS, self._heartbeats),
             *self._assignments.services(),
             unary(methods.UPDATE_TASK_STATUS, self._update_task_status),
+            unary(methods.REPORT_STATUSES, self._report_statuses),
+            unary(methods.UPDATE_VOLUME_STATUS, self._update_volume_status),
             unary(methods.DESCRIBE, self._describe),
         )
 
     def session(self, node_id: NodeId, session_id: str) -> LiveSession:
         """A session held here.  Raises: NotRegistered; SessionInvalid: the node has a later one."""
         return self._sessions.require(node_id, session_id)
+
+    def session_count(self) -> int:
+        """How many nodes have their session here."""
+        return sum(self._sessions.count())
 
     def is_current(self) -> bool:
         """Whether this manager had contact with a quorum within the last ``CURRENT_WITHIN_S``."""
@@ -155,7 +167,7 @@ class Dispatcher:
         """Follow the store and mark silent nodes down, until cancelled."""
         await run_informer(
             self._store,
-            (Node, Task, Swarm, Payload),
+            (Node, Task, Swarm, Payload, Volume),
             on_snapshot=self._on_snapshot,
             on_commit=self._on_commit,
             work=self._run_tasks,
@@ -181,6 +193,7 @@ class Dispatcher:
         for node in nodes:
             with isolated("session", node.id):
                 self._on_node(node, grace_s)
+        self._volumes.reset(view.find(Volume))
         for session in self._sessions.all():
             session.messages.wake()
             session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))
@@ -206,6 +219,12 @@ class Dispatcher:
                 case Deleted(Node() as node):
                     has_new_managers |= node.manager_status is not None
                     self._sessions.lose(node.id, None, NotRegistered())
+                case Created(Volume() as volume):
+                    self._wake_for(None, volume)
+                case Deleted(Volume() as volume):
+                    self._wake_for(volume, None)
+                case Updated(Volume() as old, Volume() as volume):
+                    self._wake_for(old, volume)
                 case Updated(Swarm(), Swarm()):
                     has_new_managers = True  # or new roots, which every session message contains
                 case Created(Payload(id=id)) | Updated(_, Payload(id=id)) if id == GOSSIP_KEYS_ID:
@@ -215,6 +234,12 @@ class Dispatcher:
             self._managers = managers_of(self._store.view().find(Node), self._own)
             for session in self._sessions.all():
                 session.messages.wake()
+
+    def _wake_for(self, old: Volume | None, new: Volume | None) -> None:
+        """Send the nodes on which the volume is, or was, what has changed."""
+        for node_id in self._volumes.change(old, new):
+            if (session := self._sessions.live(node_id)) is not None:
+                session.wake_assignments(())
 
     def _on_node(self, node: Node, grace_s: float | None = None) -> None:
         """Handle a changed node; ``grace_s``: if it is ours and not connected; None: the grace of its kind."""
@@ -412,17 +437,23 @@ class Dispatcher:
     async def _update_task_status(
         self, request: pb.UpdateTaskStatusRequest, caller: Caller
     ) -> pb.UpdateTaskStatusResponse:
+        return await self._report_statuses(skep.ReportedStatuses(request=request), caller)
+
+    async def _report_statuses(
+        self, reported: skep.ReportedStatuses, caller: Caller
+    ) -> pb.UpdateTaskStatusResponse:
         """Responds when the statuses are written: a node keeps what was not acknowledged and sends it again.
 
         Too frequent repetitions of a state are written later (``RepeatedReports``).
         """
+        request = reported.request
         session = self._sessions.require(caller.node_id, request.session_id)
         reports = {
             update.task_id: Report(
                 node_id=session.node_id,
                 session_id=session.id,
                 task_id=TaskId(update.task_id),
-                status=bounded(status_from_pb(update.status)),
+                status=bounded(_status_of(reported, update), self._last_lines_max()),
             )
             for update in request.updates
         }
@@ -431,6 +462,22 @@ class Dispatcher:
                 raise result
         return pb.UpdateTaskStatusResponse()
 
+    async def _update_volume_status(
+        self, request: pb.UpdateVolumeStatusRequest, caller: Caller
+    ) -> pb.UpdateVolumeStatusResponse:
+        """Responds when it is written."""
+        session = self._sessions.require(caller.node_id, request.session_id)
+        ids = [VolumeId(update.id) for update in request.updates if update.unpublished]
+        reports = [(session.node_id, session.id, id) for id in sorted(set(ids))]
+        for result in await self._store.update_each(record_unpublished, reports):
+            if isinstance(result, SkepError):
+                raise result
+        return pb.UpdateVolumeStatusResponse()
+
+    def _last_lines_max(self) -> int:
+        swarm = _swarm_of(self._store.view())
+        return last_lines(swarm.spec.labels) if swarm is not None else LAST_LINES_MAX
+
     async def _describe(self, request: skep.DescribeRequest, caller: Caller) -> skep.DescribeResponse:
         """A node's certificate, trusted roots or resources have changed."""
         session = self._sessions.require(caller.node_id, request.session_id)
@@ -438,6 +485,15 @@ class Dispatcher:
         description = description_from_pb(request.description)
         await self._store.update(describe_node, session.node_id, session.id, description)
         return skep.DescribeResponse()
+
+
+def _status_of(
+    reported: skep.ReportedStatuses, update: pb.UpdateTaskStatusRequest.TaskStatusUpdate
+) -> TaskStatus:
+    status = status_from_pb(update.status)
+    if not status.state.is_terminal or update.task_id not in reported.ends:
+        return status
+    return replace(status, end=end_from_pb(reported.ends[update.task_id]))
 
 
 def _is_down(node: Node) -> bool:

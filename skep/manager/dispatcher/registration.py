@@ -7,6 +7,7 @@ at least as new as what any manager sent before.
 import msgspec
 
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
+from skep.manager.dispatcher.slot_reports import with_seen_volumes
 from skep.model.addresses import host_of, parsed
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId
@@ -85,7 +86,7 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
     return tx.put(
         msgspec.structs.replace(
             node,
-            description=_without_others_address(tx, node.id, status.addr, registration.description),
+            description=_believed(tx, node, status.addr, registration.description),
             status=status,
             silent_since=None,
             silent_together=False,
@@ -145,8 +146,16 @@ def describe_node(
     """Write a node's description.  Raises: SessionInvalid; InvalidArgument: it is invalid."""
     _check_description(description)
     node = require_session(tx, node_id, session_id)
-    description = _without_others_address(tx, node.id, node.status.addr, description)
+    description = _believed(tx, node, node.status.addr, description)
     tx.put(msgspec.structs.replace(node, description=description))
+
+
+def _believed(
+    tx: Transaction, node: Node, connects_from: str, description: NodeDescription
+) -> NodeDescription:
+    """``description`` without what the node cannot say of itself."""
+    description = with_seen_volumes(tx, node, description)
+    return _without_others_address(tx, node.id, connects_from, description)
 
 
 def _without_others_address(

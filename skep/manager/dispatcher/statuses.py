@@ -10,9 +10,12 @@ from msgspec.structs import replace
 
 from skep.errors import PermissionDenied
 from skep.manager.dispatcher.registration import require_session
+from skep.manager.volume_reasons import unpublished
 from skep.model.encoding import to_json
-from skep.model.ids import NodeId, SessionId, TaskId
+from skep.model.ids import NodeId, SessionId, TaskId, VolumeId
 from skep.model.task import PortStatus, Task, TaskState, TaskStatus
+from skep.model.task_end import LAST_LINES_MAX, bounded_end, cut
+from skep.model.volume import NOT_PUBLISHED, PublishState, Volume
 from skep.store.interface import Transaction
 
 STATUS_BYTES_MAX = 16 * 1024
@@ -22,17 +25,22 @@ ERR_BYTES_MAX = 2048
 CONTAINER_ID_BYTES_MAX = 128
 
 
-def bounded(status: TaskStatus) -> TaskStatus:
-    """``status`` within the limits: long texts are cut, then names of ports are dropped, then the last ports."""
+def bounded(status: TaskStatus, lines_max: int = LAST_LINES_MAX) -> TaskStatus:
+    """``status`` within the limits: long texts are cut, then names of ports are dropped, then the last ports.
+
+    ``lines_max``: lines of output that the cluster keeps with an ended task.
+    """
+    if status.end is not None:
+        status = replace(status, end=bounded_end(status.end, lines_max))
     if len(to_json(status)) <= STATUS_BYTES_MAX:
         return status
     container = status.container_status
     if container is not None:
-        container = replace(container, container_id=_cut(container.container_id, CONTAINER_ID_BYTES_MAX))
+        container = replace(container, container_id=cut(container.container_id, CONTAINER_ID_BYTES_MAX))
     status = replace(
         status,
-        message=_cut(status.message, MESSAGE_BYTES_MAX),
-        err=_cut(status.err, ERR_BYTES_MAX),
+        message=cut(status.message, MESSAGE_BYTES_MAX),
+        err=cut(status.err, ERR_BYTES_MAX),
         container_status=container,
     )
     if len(to_json(status)) <= STATUS_BYTES_MAX:
@@ -43,13 +51,6 @@ def bounded(status: TaskStatus) -> TaskStatus:
             ports = ports[: len(ports) * STATUS_BYTES_MAX // size]
         status = replace(status, port_status=PortStatus(ports=ports))
     return status
-
-
-def _cut(text: str, most: int) -> str:
-    """The beginning of ``text`` that takes at most so many bytes, encoded."""
-    while (size := len(to_json(text))) > most:
-        text = text[: len(text) * most // size]
-    return text
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,5 +95,28 @@ def record_status(tx: Transaction, report: Report) -> bool:
     status = newer_status(task.status, report.status)
     if status is None:
         return False
+    if NOT_PUBLISHED in status.err and (reason := unpublished(tx, task)):
+        status = bounded(replace(status, err=f"{status.err}: {reason}"))
     tx.put(replace(task, status=status))
     return True
+
+
+def record_unpublished(tx: Transaction, report: tuple[NodeId, SessionId, VolumeId]) -> None:
+    """A node has given a volume up, and will not use it again: the one step of its status that is not the leader's.
+
+    A report about a volume that it is not to give up is ignored: it is late.
+    Raises: SessionInvalid: the session belongs to another manager, or is not the node's last one.
+    """
+    node_id, session_id, id = report
+    require_session(tx, node_id, session_id)
+    volume = tx.rely_on(Volume, id)
+    if volume is None:
+        return
+    statuses = tuple(
+        replace(one, state=PublishState.PENDING_UNPUBLISH, message="")
+        if one.node_id == node_id and one.state is PublishState.PENDING_NODE_UNPUBLISH
+        else one
+        for one in volume.publish_status
+    )
+    if statuses != volume.publish_status:
+        tx.put(replace(volume, publish_status=statuses))

@@ -10,6 +10,7 @@ import structlog
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import difference, everything
 from skep.manager.dispatcher.sessions import Sessions
+from skep.manager.dispatcher.volumes import VolumeIndex
 from skep.model.assignment import AssignmentSet
 from skep.store.interface import Store
 from skep.wire import methods
@@ -28,8 +29,9 @@ TASKS_AT_ONCE = 50
 class AssignmentStreams:
     """Assignments for nodes with a session here.  Engines get SwarmKit's messages, skep nodes the revision as well."""
 
-    def __init__(self, store: Store, sessions: Sessions) -> None:
+    def __init__(self, store: Store, sessions: Sessions, volumes: VolumeIndex) -> None:
         self._store = store
+        self._volumes = volumes
         self._sessions = sessions
 
     def services(self) -> Sequence[Handler]:
@@ -63,14 +65,16 @@ class AssignmentStreams:
         """The messages of one stream, with their revisions."""
         session = self._sessions.require(caller.node_id, request.session_id)
         with session.assignment_signal() as signal:
-            change, sent = everything(self._store.view(), session.node_id)
+            change, sent = everything(self._store.view(), session.node_id, self._volumes.on)
             number = 1
             yield change.revision, await encoded(change, "", str(number))
             del change
             while True:
                 changed = await signal.wait()
                 session.require_open()
-                update, sent = difference(self._store.view(), session.node_id, sent, changed)
+                update, sent = difference(
+                    self._store.view(), session.node_id, sent, changed, self._volumes.on
+                )
                 if update is None:
                     continue
                 applies_to, number = str(number), number + 1

@@ -21,9 +21,9 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
 from skep.manager.informer import run_informer
-from skep.manager.logbroker.selection import matches, selected, shortfall
+from skep.manager.logbroker.selection import kept_lines, matches, selected, shortfall
 from skep.manager.logbroker.subscription import Subscription
-from skep.model.ids import IdSource, NodeId
+from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import Node
 from skep.model.task import Task
@@ -42,6 +42,8 @@ RESPONSE_SECONDS_MAX = 10.0
 NO_MANAGER = NodeId("")
 RELAYED_LINES = 100
 """Lines in one message to another manager."""
+READ_LINES = 256
+"""Lines that a reader gets at once."""
 SUBSCRIPTIONS_MAX = 1000
 """Concurrent readers on this manager."""
 
@@ -89,8 +91,15 @@ class LogBroker:
             server_stream(methods.RELAY_LOGS, self._relay_to_manager),
         )
 
-    async def subscribe(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        """Lines of all tasks that ``query`` matches, each node's in the order it sent them.
+    async def subscribe(self, query: LogQuery) -> AsyncGenerator[LogLine, None]:
+        """Lines of all tasks that ``query`` matches; see ``batches``."""
+        async with aclosing(self.batches(query)) as batches:
+            async for lines in batches:
+                for line in lines:
+                    yield line
+
+    async def batches(self, query: LogQuery) -> AsyncGenerator[Sequence[LogLine], None]:
+        """Lines of all tasks that ``query`` matches, some at a time, each node's in the order it sent them.
 
         Ends when every node has sent everything; with ``follow`` only when the iterator is closed.
 
@@ -101,12 +110,16 @@ class LogBroker:
         subscription = self._open(query)
         try:
             self._request(subscription, sorted(selected(self._store.view(), query).nodes))
+            if kept := self._take_kept(subscription):
+                yield kept
             while True:
-                while (line := subscription.take()) is not None:
-                    yield line
+                while lines := subscription.take_many(READ_LINES):
+                    yield lines
                 if subscription.is_complete:
                     break
                 await self._wait_update(subscription)
+            if kept := self._take_kept(subscription):
+                yield kept
             missing = shortfall(selected(self._store.view(), query), subscription.reasons)
             if missing:
                 raise IncompleteLogs(missing)
@@ -134,6 +147,11 @@ class LogBroker:
         subscription = Subscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
         self._subscriptions[subscription.id] = subscription
         return subscription
+
+    def _take_kept(self, subscription: Subscription) -> Sequence[LogLine]:
+        """What is kept with the tasks of nodes that do not answer; of a node that has sent nothing, and once."""
+        nodes = subscription.take_silent()
+        return list(kept_lines(self._store.view(), subscription.query, nodes)) if nodes else ()
 
     # -- readers --------------------------------------------------------------------------------------------------
 
@@ -256,11 +274,10 @@ class LogBroker:
             ) as messages:
                 async for message in messages:
                     subscription.backoff.reset()
-                    for entry in message.messages:
-                        line = line_from_pb(entry)
-                        checked = self._checked(line, line.node_id) if line.node_id in relay.nodes else None
-                        if checked is not None and not await subscription.put(checked):
-                            return
+                    lines = [line_from_pb(entry) for entry in message.messages]
+                    sent = [line for line in lines if line.node_id in relay.nodes]
+                    if not await subscription.put(self._checked(sent)):
+                        return
                     ended = NodeId(message.ended_node_id)
                     # A followed node may not be connected yet: that manager requests its logs when it is.
                     if ended in relay.nodes and not is_followed:
@@ -343,10 +360,8 @@ class LogBroker:
                     source = subscription.sources[node_id]
                 elif subscription.sources[node_id] is not source:
                     return pb.PublishLogsResponse()  # requested elsewhere since: the rest comes from there
-                for entry in message.messages:
-                    line = self._checked(line_from_pb(entry), node_id)
-                    if line is not None and not await subscription.put(line):
-                        return pb.PublishLogsResponse()
+                if not await subscription.put(self._checked(map(line_from_pb, message.messages), node_id)):
+                    return pb.PublishLogsResponse()
                 if message.close:
                     reason = ""
                     break
@@ -366,14 +381,24 @@ class LogBroker:
             raise NotFound("no such subscription")
         return subscription
 
-    def _checked(self, line: LogLine, node_id: NodeId) -> LogLine | None:
-        """The line, if it is of a task of the node."""
-        if line.node_id not in ("", node_id):
-            raise PermissionDenied("a node may only send its own logs")
-        task = self._store.view().lookup(Task, line.task_id)
-        if task is None or task.node_id != node_id:
-            return None
-        return msgspec.structs.replace(line, node_id=node_id, service_id=task.service_id)
+    def _checked(self, lines: Iterable[LogLine], sender: NodeId = NO_MANAGER) -> list[LogLine]:
+        """Those that are of a task of their node.  ``sender``: the only node whose lines these may be."""
+        view = self._store.view()
+        found: list[LogLine] = []
+        tasks: dict[TaskId, Task | None] = {}
+        for line in lines:
+            if sender and line.node_id not in ("", sender):
+                raise PermissionDenied("a node may only send its own logs")
+            node_id = sender or line.node_id
+            if line.task_id not in tasks:
+                tasks[line.task_id] = view.lookup(Task, line.task_id)
+            task = tasks[line.task_id]
+            if task is None or task.node_id != node_id:
+                continue
+            if line.node_id != node_id or line.service_id != task.service_id:
+                line = msgspec.structs.replace(line, node_id=node_id, service_id=task.service_id)
+            found.append(line)
+        return found
 
 
 async def _nothing() -> None:

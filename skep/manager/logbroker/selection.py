@@ -3,12 +3,24 @@
 Source: swarmkit, manager/logbroker/subscription.go (match).
 """
 
+from collections.abc import Collection, Iterator
+
 import msgspec
+from msgspec.structs import replace
 
 from skep.model.ids import NodeId, TaskId
-from skep.model.logs import LogQuery
+from skep.model.logs import LogLine, LogQuery, LogStream
+from skep.model.node import Node
 from skep.model.task import Task
+from skep.model.times import unix_ns
 from skep.store.interface import View
+
+KEPT = "skep-kept"
+"""Attribute of lines that are kept with their task: its node did not send them.  With ``KEPT_HEAD`` as its value that
+of the sentence before them, which is no line of the task's."""
+KEPT_HEAD = "head"
+
+_STREAMS = {"stdout": LogStream.STDOUT, "stderr": LogStream.STDERR}
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +32,50 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
 def selected(view: View, query: LogQuery) -> Selection:
     """The present nodes and tasks of ``query``."""
+    tasks = _tasks(view, query)
+    return Selection(
+        nodes=frozenset(task.node_id for task in tasks if task.node_id),
+        unscheduled=frozenset(task.id for task in tasks if not task.node_id),
+    )
+
+
+def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterator[LogLine]:
+    """The lines that are kept with ended tasks of ``nodes``, which do not answer; a sentence before each task's."""
+    for task in sorted(_tasks(view, query), key=lambda task: (task.status.timestamp, task.id)):
+        end = task.status.end
+        if end is None or task.node_id not in nodes:
+            continue
+        lines = [
+            LogLine(
+                task_id=task.id,
+                service_id=task.service_id,
+                node_id=task.node_id,
+                stream=_STREAMS.get(line.stream, LogStream.STDOUT),
+                timestamp_ns=unix_ns(line.timestamp),
+                data=f"{line.text}\n".encode(),
+                attrs={KEPT: "true"},
+            )
+            for line in end.lines
+        ]
+        wanted = [line for line in lines if _is_wanted(query, line)]
+        if query.tail is not None:
+            wanted = wanted[len(wanted) - min(query.tail, len(wanted)) :]
+        if wanted:
+            head = f"skep: {_name(view, task.node_id)} does not answer; the last lines kept with the task:\n"
+            yield replace(wanted[0], data=head.encode(), attrs={KEPT: KEPT_HEAD})
+            yield from wanted
+
+
+def _is_wanted(query: LogQuery, line: LogLine) -> bool:
+    return line.timestamp_ns >= query.since_ns and (not query.streams or line.stream in query.streams)
+
+
+def _name(view: View, node_id: NodeId) -> str:
+    node = view.lookup(Node, node_id)
+    return f"node {(node.description.hostname if node is not None else '') or node_id}"
+
+
+def _tasks(view: View, query: LogQuery) -> Collection[Task]:
     tasks: dict[TaskId, Task] = {}
     for service_id in query.services:
         tasks.update((task.id, task) for task in view.find(Task, service_id=service_id))
@@ -29,10 +85,7 @@ def selected(view: View, query: LogQuery) -> Selection:
         task = view.lookup(Task, task_id)
         if task is not None:
             tasks[task.id] = task
-    return Selection(
-        nodes=frozenset(task.node_id for task in tasks.values() if task.node_id),
-        unscheduled=frozenset(task.id for task in tasks.values() if not task.node_id),
-    )
+    return tasks.values()
 
 
 def matches(query: LogQuery, task: Task) -> bool:

@@ -41,6 +41,8 @@ class Subscription:
         """Nodes that still have lines to send."""
         self.reasons: list[str] = []
         """Why lines are missing."""
+        self.silent: set[NodeId] = set()
+        """Nodes that gave no lines, or not all, and whose kept lines the reader has not got yet."""
         self.ended: deque[tuple[NodeId, str]] = deque()
         """Nodes that have sent everything or will not, with the reason; bounded by the number of nodes."""
         self._opened_ns = opened_ns
@@ -52,23 +54,26 @@ class Subscription:
         self._updated = asyncio.Event()
         self._room = asyncio.Event()
 
-    async def put(self, line: LogLine) -> bool:
-        """Add a line, waiting for room; repeated lines are dropped.  False: the reader has closed its end."""
-        if line.timestamp_ns <= self._floors_ns.get(line.node_id, {}).get(line.task_id, -1):
-            return not self.is_closed
+    async def put(self, lines: Iterable[LogLine]) -> bool:
+        """Add lines, waiting for room before the first; repeated ones are dropped.  False: the reader has gone."""
         while len(self._lines) >= LINES_MAX and not self.is_closed:
             self._room.clear()
             await self._room.wait()
         if self.is_closed:
             return False
-        self._lines.append(line)
-        self._see(line)
+        for line in lines:
+            floors_ns = self._floors_ns.get(line.node_id)
+            if not floors_ns or line.timestamp_ns > floors_ns.get(line.task_id, -1):
+                self._lines.append(line)
+                self._see(line)
         self._updated.set()
         return True
 
     def finish(self, node_id: NodeId, reason: str = "") -> None:
         """A node has sent everything, or (``reason``) will not.  Followers continue to wait."""
         self.pending.discard(node_id)
+        if reason:
+            self.silent.add(node_id)
         if self.query.follow:
             return  # the node is requested again when it is back
         if self.only is not None:
@@ -105,13 +110,11 @@ class Subscription:
         """Whether no more lines will come."""
         return not self.query.follow and not self.pending
 
-    def take(self) -> LogLine | None:
-        """The next line, if there is one."""
-        if not self._lines:
-            return None
-        line = self._lines.popleft()
-        self._room.set()
-        return line
+    def take_silent(self) -> frozenset[NodeId]:
+        """Nodes that do not answer and have sent nothing; each is given once."""
+        found = frozenset(self.silent - self._seen_ns.keys())
+        self.silent.clear()
+        return found
 
     async def wait_update(self) -> None:
         """Wait for a line, or for a node to finish."""
@@ -120,9 +123,9 @@ class Subscription:
 
     def take_many(self, most: int) -> list[LogLine]:
         """The next lines, at most ``most``."""
-        lines: list[LogLine] = []
-        while len(lines) < most and (line := self.take()) is not None:
-            lines.append(line)
+        lines = [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
+        if lines:
+            self._room.set()
         return lines
 
     def _resume_ns(self, node_id: NodeId) -> int:
@@ -132,7 +135,9 @@ class Subscription:
         return max(min(seen), max(seen) - BEHIND_NS_MAX)
 
     def _see(self, line: LogLine) -> None:
-        seen = self._seen_ns.setdefault(line.node_id, {})
+        seen = self._seen_ns.get(line.node_id)
+        if seen is None:
+            seen = self._seen_ns[line.node_id] = {}
         if line.task_id not in seen:  # a long-running reader sees many tasks: drop those without recent lines
             old_ns = line.timestamp_ns - BEHIND_NS_MAX
             for task_id in [id for id, stamp_ns in seen.items() if stamp_ns < old_ns]:

@@ -162,7 +162,13 @@ def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
 
 
 def resign(tx: Transaction, node_id: NodeId) -> None:
-    """Set the node's role to worker.  Raises: FailedPrecondition: the others would have no quorum."""
+    """Set the node's role to worker.
+
+    Raises: FailedPrecondition: the others would have no quorum; Unavailable: the node's spec cannot be read here, and
+    would be lost.
+    """
+    if node_id in tx.unreadable(Node):
+        raise Unavailable(f"node {node_id} cannot be read by this manager: leave by another one")
     node = tx.lookup(Node, node_id)
     if node is not None and node.spec.role is NodeRole.MANAGER:
         check_demotion(tx, node)

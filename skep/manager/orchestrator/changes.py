@@ -11,10 +11,11 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import SkepError
+from skep.manager.dependents import restart_dependents
 from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
-from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.service import ENDED, PAUSED, Service, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
@@ -182,7 +183,15 @@ def _is_current(tx: Transaction, change: FillSlot) -> bool:
         service is not None
         and service.removed_at is None
         and service.spec_version == change.service.spec_version
+        and not _is_paused_since(service, change.service)
     )
+
+
+def _is_paused_since(service: Service, decided: Service) -> bool:
+    """Whether the update was paused after the decision: what it would begin with is not wanted any more."""
+    before = decided.update_status.state if decided.update_status is not None else None
+    now = service.update_status.state if service.update_status is not None else None
+    return now in PAUSED and before not in PAUSED
 
 
 def _after(slot: Iterable[Task], now: Timestamp) -> Timestamp:
@@ -212,17 +221,18 @@ def _set_update_status(
     tx: Transaction, wanted: Service, state: UpdateState, message: str, now: Timestamp
 ) -> None:
     service = tx.lookup(Service, wanted.id)
-    if service is None or service.spec_version != wanted.spec_version:
+    if service is None or service.spec_version != wanted.spec_version or _is_paused_since(service, wanted):
         return
     before = service.update_status or UpdateStatus()
     if before.state == state and before.message == message:
         return
-    is_final = state in (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
+    is_final = state in ENDED
     status = UpdateStatus(
         state=state,
         started_at=before.started_at or now,
         completed_at=now if is_final else None,
         message=message,
+        tolerated_until=before.tolerated_until,
     )
     tx.put(replace(service, update_status=status))
 
@@ -232,9 +242,12 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     service = tx.get(Service, wanted.id)
     if service.spec_version != wanted.spec_version or service.previous_spec is None:
         return
+    if _is_paused_since(service, wanted):
+        return
     before = service.update_status or UpdateStatus()
     status = UpdateStatus(
         state=UpdateState.ROLLBACK_STARTED, started_at=before.started_at or now, message=message
     )
     follow_rollback(tx, service)
+    restart_dependents(tx, service, service.previous_spec.task_template, now)
     tx.put(replace(service, spec=service.previous_spec, previous_spec=None, update_status=status))

@@ -29,9 +29,12 @@ def is_dirty(task: Task, situation: Situation) -> bool:
 
 
 def is_same(task: Task, situation: Situation) -> bool:
-    """Whether the present spec asks for ``task`` as it is, on any node; true of all tasks of its version or none."""
+    """Whether the present spec asks for ``task`` as it is, on any node; true of all tasks of its version or none.
+
+    A task of an earlier version that cannot be read is left alone (decision 21).
+    """
     service = situation.service
-    if task.spec_version == service.spec_version:
+    if task.spec_version == service.spec_version or situation.is_unknown(task):
         return True
     return task.spec == service.spec.task_template and not _has_other_ports(task, situation)
 

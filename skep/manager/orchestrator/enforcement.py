@@ -19,6 +19,7 @@ from skep.model.ids import TaskId
 from skep.model.node import Availability, Node
 from skep.model.service import Resources
 from skep.model.task import Task, TaskState
+from skep.model.volume import Volume, VolumeAvailability
 
 _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 
@@ -29,6 +30,14 @@ def violates_constraints(task: Task, node: Node) -> bool:
     if not constraints:
         return False
     return node.spec.availability is Availability.ACTIVE and not is_satisfied(constraints, node)
+
+
+def is_drained(volume: Volume | None) -> bool:
+    """Whether a cluster volume is to have no tasks.
+
+    Source: swarmkit, manager/orchestrator/volumeenforcer/volume_enforcer.go.
+    """
+    return volume is not None and volume.spec.availability is VolumeAvailability.DRAIN
 
 
 def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:

@@ -11,25 +11,26 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices, result_in_slices, run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
-from skep.manager.informer import batches_of, run_informer
+from skep.manager.informer import CatchUp, batches_of, run_exact_informer
 from skep.manager.orchestrator.changes import Change, Recheck, apply, fallback_for
 from skep.manager.orchestrator.convergence import deciding
 from skep.manager.orchestrator.disruption_mode import DisruptionMode
-from skep.manager.orchestrator.enforcement import overcommitted, violates_constraints
+from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.manager.work_queue import WorkQueue
-from skep.model.ids import IdSource, NodeId, ServiceId, TaskId
+from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.node import Node
 from skep.model.service import Service, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
+from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import spec_of
+from skep.store.kinds import has_unreadable_spec, spec_of
 
 log = structlog.get_logger()
 
@@ -70,8 +71,8 @@ class Orchestrator:
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Node, Swarm)
-        await run_informer(
+        kinds = (Service, Task, Node, Swarm, Volume)
+        await run_exact_informer(
             self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._run_tasks
         )
 
@@ -124,12 +125,19 @@ class Orchestrator:
                 case Deleted(Node() as node):
                     self._overcommitted.pop(node.id, None)
                     yield from self._services_of_node(node)
+                case Updated(Volume() as was, Volume() as volume) if is_drained(was) != is_drained(volume):
+                    yield from self._services_with(volume.id)
                 case Updated(Node() as before, Node() as after):
                     if before.spec != after.spec or before.description != after.description:
                         self._overcommitted.pop(after.id, None)
                         yield from self._services_of_node(after)
                     elif is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after):
                         yield from self._services_of_node(after)
+
+    def _services_with(self, id: VolumeId) -> Iterable[ServiceId]:
+        """Services with a task that has a cluster volume."""
+        tasks = self._term.view().find(Task)
+        return sorted({task.service_id for task in tasks if any(one.id == id for one in task.volumes)})
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
         """Whether the task was assigned to a node that went away, or was labelled anew, at the same moment."""
@@ -149,20 +157,20 @@ class Orchestrator:
     def _requeue_all(self) -> None:
         self._queue.add(service.id for service in self._term.view().find(Service))
 
-    async def _run_tasks(self) -> None:
+    async def _run_tasks(self, catch_up: CatchUp) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._disruption.run(), name="disruption mode")
             group.create_task(run_in_slices(self._loading, self._clock), name="tasks without a service")
-            await self._work()
+            await self._work(catch_up)
 
-    async def _work(self) -> None:
+    async def _work(self, catch_up: CatchUp) -> None:
         while True:
             changes: list[tuple[ServiceId, Change]] = []
             due = await self._queue.take(BATCH)
             slices = TimeSlices(self._clock)
             for service_id in due:
                 if not self._is_throttled(service_id):
-                    changes += await self._decided(service_id)
+                    changes += await self._decided(service_id, catch_up)
                     await slices.yield_if_due()
             await self._commit(changes)
 
@@ -177,12 +185,12 @@ class Orchestrator:
         del self._throttled_until[service_id]
         return False
 
-    async def _decided(self, service_id: ServiceId) -> list[tuple[ServiceId, Change]]:
+    async def _decided(self, service_id: ServiceId, catch_up: CatchUp) -> list[tuple[ServiceId, Change]]:
         """The changes for one service; if the decision raises, the error is written to the service and the decision
         retried."""
         changes: list[Change] = []
         with self._failures.caught(service_id):
-            for step in await self._steps(service_id):
+            for step in await self._steps(service_id, catch_up):
                 if isinstance(step, Recheck):
                     self._queue.add_at(service_id, step.at)
                 else:
@@ -207,8 +215,10 @@ class Orchestrator:
         elif error is None and _has_error(service):
             await self._term.update(_clear_error, service_id)
 
-    async def _steps(self, service_id: ServiceId) -> Sequence[Change | Recheck]:
+    async def _steps(self, service_id: ServiceId, catch_up: CatchUp) -> Sequence[Change | Recheck]:
         """The decision about one service; empty if its inputs changed while it was made."""
+        # What the view shows and is not recorded would count as observed at the start of the term, long ago.
+        await catch_up()
         view = self._term.view()
         tasks = tuple(view.find(Task, service_id=service_id))
         if (rest := throttle_s(len(tasks))) > 0:
@@ -216,6 +226,8 @@ class Orchestrator:
         service = view.lookup(Service, service_id)
         if service is None:
             return () if service_id in view.unreadable(Service) else retire_all(tasks)
+        if "job" in view.damaged(Service).get(service_id, ()):
+            return ()  # which run its tasks belong to is not known: all would be stopped as those of another
         situation = Situation(
             service=service,
             tasks=tasks,
@@ -224,13 +236,15 @@ class Orchestrator:
             node=lambda node_id: self._term.view().lookup(Node, node_id),
             overcommitted=self._overcommitted_on,
             spec_of=lambda task: spec_of(self._term.view(), task),
+            is_unknown=lambda task: has_unreadable_spec(self._term.view(), task),
+            is_drained=lambda volume: is_drained(self._term.view().lookup(Volume, VolumeId(volume))),
             seen=self._seen,
             now=self._clock.monotonic(),
             is_frozen=self._disruption.is_frozen,
             replaces_from=self._disruption.replaces_from,
             sound_nodes=self._sound_nodes,
         )
-        steps = await result_in_slices(deciding(situation), self._clock)
+        steps = await result_in_slices(deciding(situation), self._clock, resumed=catch_up)
         # Each change checks for tasks that changed meanwhile; a freeze or a new spec would affect all of them.
         is_same = (
             self._term.view().lookup(Service, service_id) is service

@@ -6,6 +6,7 @@ for delays only.  Where a number of events or a duration is judged, ``saw_create
 must be checked first, or every old restart would count as one of this moment.
 """
 
+from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
@@ -23,6 +24,8 @@ class ObservedTimes:
         """``began``: when the watch's snapshot was taken."""
         self._began = began
         self._created: dict[TaskId, float] = {}
+        self._waited: dict[TaskId, float] = {}
+        """When tasks ended to wait for other services."""
         self._running: dict[TaskId, float] = {}
         self._ran_at_start: set[TaskId] = set()
         """Tasks that were running when the term began."""
@@ -33,6 +36,12 @@ class ObservedTimes:
     def created(self, task: Task) -> float:
         """When the task appeared."""
         return self._created.get(task.id, self._began)
+
+    def could_start(self, task: Task) -> float | None:
+        """Since when nothing but the task itself keeps it from starting; None: it waits for another service."""
+        if _waits(task):
+            return None
+        return self._waited.get(task.id, self.created(task))
 
     def running(self, task: Task) -> float | None:
         """When the task was first observed running; None if it never was, as far as this leader can tell."""
@@ -90,9 +99,12 @@ class ObservedTimes:
                     if old.status.state is TaskState.RUNNING and task.id not in self._running:
                         self._running[task.id] = self._began
                         self._ran_at_start.add(task.id)
+                    if _waits(old) and not _waits(task):
+                        self._waited[task.id] = now
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
-                    self._record_state(task, now)
+                    if not old.status.state.is_terminal:  # else it may have ended before the term
+                        self._record_state(task, now)
                 case Updated(Node() as before, Node() as node) if before.status.state != node.status.state:
                     self._down.pop(node.id, None)
                     if node.status.state is NodeState.DOWN:
@@ -100,7 +112,7 @@ class ObservedTimes:
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
                 case Deleted(Task() as task):
-                    for stamps in (self._created, self._running, self._retired, self._ended):
+                    for stamps in (self._created, self._waited, self._running, self._retired, self._ended):
                         stamps.pop(task.id, None)
                     self._ran_at_start.discard(task.id)
 
@@ -109,3 +121,8 @@ class ObservedTimes:
             self._running.setdefault(task.id, now)
         elif task.status.state.is_terminal:
             self._ended.setdefault(task.id, now)
+
+
+def _waits(task: Task) -> bool:
+    status = task.status
+    return status.state is TaskState.PENDING and status.err.startswith(WAITS_FOR)

@@ -88,7 +88,10 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
         if _waits_for_update(task, slot, situation):
             continue  # the update retires its predecessor first
         starts_at = start_time(task, slot, situation)
-        yield StartTask(task) if starts_at <= situation.now else Recheck(starts_at)
+        if starts_at <= situation.now:
+            yield StartTask(task)
+        elif starts_at < inf:
+            yield Recheck(starts_at)
 
 
 def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
@@ -140,8 +143,7 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
         return situation.now
     delay = task.restart.delay if task.restart is not None else 0
     starts_at = situation.seen.created(task) + delay / SECOND_NS
-    retired_at = [situation.seen.retired(other) for other in _still_stopping(slot, situation)]
-    return max([starts_at, *(at + STOP_TIMEOUT_S for at in retired_at)])
+    return max([starts_at, *(_stopped_at(other, situation) for other in _still_stopping(slot, situation))])
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
@@ -213,5 +215,17 @@ def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
 
 
 def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
-    """Tasks of the slot that are still stopping, on nodes that can be expected to report it."""
-    return [task for task in slot if is_stopping(task) and not is_lost(situation.node_of(task))]
+    """Tasks of the slot that are still stopping, on nodes that will report it, or stop them by themselves."""
+    return [
+        task
+        for task in slot
+        if is_stopping(task)
+        and (not is_lost(situation.node_of(task)) or situation.node_stops_at(task) > situation.now)
+    ]
+
+
+def _stopped_at(task: Task, situation: Situation) -> float:
+    """When a task that is still stopping counts as stopped, whatever its node reports."""
+    if is_lost(situation.node_of(task)):
+        return situation.node_stops_at(task)
+    return situation.seen.retired(task) + STOP_TIMEOUT_S

@@ -10,10 +10,11 @@ from skep.manager.orchestrator.enforcement import violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.slots import is_unusable
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import disconnect_policy
+from skep.model.labels import OnDisconnect, disconnect_policy
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task
+from skep.model.times import unix_ns
 
 ROLLBACKS = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
 _DEFAULTS = UpdateConfig(parallelism=1)
@@ -29,11 +30,15 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     node: Callable[[NodeId], Node | None]
     spec_of: Callable[[Task], ServiceSpec | None]
     """The service's spec that a task was made from; None when it is no longer kept."""
+    is_unknown: Callable[[Task], bool]
+    """Whether the spec that a task was made from is kept and cannot be read."""
     overcommitted: Callable[[NodeId], frozenset[TaskId]]
     """Tasks of a node that exceed its resources."""
     seen: ObservedTimes
     now: float
     """Seconds on the clock of ``seen``."""
+    is_drained: Callable[[str], bool] = lambda _: False
+    """Whether the cluster volume with this id is to have no tasks."""
     is_frozen: bool = False
     """Whether tasks of down nodes keep their slots (``disruption_mode``)."""
     replaces_from: float = -inf
@@ -48,6 +53,12 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         is_rollback = status is not None and status.state in ROLLBACKS
         return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
 
+    def is_tolerated(self, task: Task) -> bool:
+        """Whether the task is from before a user resumed the update: it fails no update any more."""
+        status = self.service.update_status
+        until = status.tolerated_until if status is not None else None
+        return until is not None and unix_ns(task.created_at) <= unix_ns(until)
+
     def node_of(self, task: Task) -> Node | None:
         """The task's node; None: it has none, or the node was removed."""
         return self.node(task.node_id) if task.node_id else None
@@ -61,7 +72,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
             return True
         if _is_down_only(node):
             return self.leaves_at(task) <= self.now
-        if is_unusable(node):
+        if is_unusable(node) or any(self.is_drained(one.id) for one in task.volumes):
             return True
         return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
 
@@ -82,6 +93,12 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         policy = disconnect_policy(self.service.spec.labels)
         down_at = max(self.seen.down(node), self.replaces_from)
         return replaced_at(policy, task, down_at, is_frozen=self.is_frozen)
+
+    def node_stops_at(self, task: Task) -> float:
+        """When a node that is down has certainly stopped the task by itself; -infinity: it is not asked to."""
+        node = self.node_of(task)
+        is_asked = disconnect_policy(self.service.spec.labels).action is OnDisconnect.STOP
+        return self.leaves_at(task) if is_asked and node is not None and _is_down_only(node) else -inf
 
     def keeps_slot(self, task: Task) -> bool:
         """Whether the task keeps its slot though its node is down."""

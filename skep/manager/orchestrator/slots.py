@@ -79,6 +79,14 @@ def is_stopping(task: Task) -> bool:
     return not task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
 
 
+def has_reported_end(task: Task) -> bool:
+    """Whether its node reported that the task ended.
+
+    A manager writes that a task is orphaned, once its node was removed; what became of it is not known.
+    """
+    return task.status.state.is_terminal and task.status.state is not TaskState.ORPHANED
+
+
 def first_state(slot: Slot) -> TaskState:
     """Desired state of a new task: in a slot where a task is still stopping, the new one waits (READY)."""
     return TaskState.READY if any(map(is_stopping, slot)) else TaskState.RUNNING

@@ -11,6 +11,8 @@ An update has no state of its own: its progress is read from the slots.
 * A lead that ends before it ran for the monitor time is a failure, and so is one that is not settled within
   the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
   or are ignored; the update's message names the last one and its cause.
+* A user may pause an update, and resume one (``manager/control/updates.py``).  Tasks from before a resume fail no
+  update.
 * The update is complete when every slot was started with and the monitor time has passed since the last lead settled.
   An old task may then still run beside the attempts at a new one.
 
@@ -30,7 +32,8 @@ Source: swarmkit, manager/orchestrator/update/updater.go.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from itertools import islice, takewhile
+from math import inf
 
 import msgspec
 from msgspec.structs import replace
@@ -49,11 +52,21 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
-from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, age, history, is_lost, wanted
+from skep.manager.orchestrator.slots import (
+    ENDED_BY_ITSELF,
+    Slot,
+    age,
+    has_reported_end,
+    history,
+    is_lost,
+    wanted,
+)
 from skep.manager.resources import reservations_of
+from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
 from skep.model.service import (
+    PAUSED,
     UNDER_WAY,
     Placement,
     PublishMode,
@@ -70,8 +83,6 @@ from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
 
-_PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
-
 
 class _SlotView(msgspec.Struct, frozen=True):
     """One slot as the update sees it."""
@@ -82,9 +93,9 @@ class _SlotView(msgspec.Struct, frozen=True):
     outdated: Slot
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     lead: Task | None
-    """The first task of the present version that counts as success or failure (``_leads``)."""
+    """The attempt of the present version that counts as success or failure (``_leads``)."""
     first: Task | None
-    """The lead, or an earlier task of the present version whose run a new leader has not observed."""
+    """The lead, or an earlier attempt whose run a new leader has not observed: only ``_Rollout._settled_at`` asks."""
     started: Task | None
     """The task the slot was started with: its lead, or one of an earlier version with the same task spec
     (``_started``)."""
@@ -124,12 +135,14 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> SlicedWork[list
     rollout = _Rollout(service, views, situation)
     yield
     steps: list[Step] = []
+    if any(view.current and view.outdated for view in views):
+        yield from rollout.count_stopped()
     for number, view in enumerate(views):
         steps += rollout.finish(view)
         if number % STEP == 0:
             yield
     state = rollout.state
-    if state in _PAUSED:
+    if state in PAUSED:
         return steps
     yield
     outdated = [view for view in views if view.outdated]
@@ -153,12 +166,15 @@ class _Rollout:
         self._views = views
         self._started = [view.started for view in views if view.started is not None]
         self._settled: dict[TaskId, float | None] = {}
-        """When each of these settled; see ``observe``."""
+        """When the slot of each of these settled; see ``observe``."""
         self._failed: list[Task] = []
         """Failed leads."""
+        self._stopped = 0
+        """Slots without a running task whose new one is not settled."""
         self._seen = situation.seen
         self._now = situation.now
         self._spec_of = situation.spec_of
+        self._is_tolerated = situation.is_tolerated
         self.state = service.update_status.state if service.update_status else None
         self._is_rollback = self.state in ROLLBACKS
         config, spec = situation.rollout_config, service.spec
@@ -173,18 +189,27 @@ class _Rollout:
         if not view.current:
             return
         serving = [task for task in view.outdated if _serves(task)]
-        if not serving or any(self._can_take_over(task, serving) for task in view.current):
+        if not serving or self._may_take_over(view, serving):
             yield from (RetireTask(task) for task in view.outdated if task.desired_state <= TaskState.RUNNING)
         if len(view.current) > 1:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
             yield from (RetireTask(task) for task in view.current if task is not best)
+
+    def count_stopped(self) -> SlicedWork[None]:
+        """Count the slots that are out of service because of the update; ``finish`` stops no more than may be."""
+        for number, view in enumerate(self._views):
+            if view.started is not None and not view.serves and self._settled_at(view) is None:
+                self._stopped += 1
+            if number % STEP == 0:
+                yield
 
     def start_slots(self, waiting: list[_SlotView]) -> SlicedWork[list[Step]]:
         """Start with as many further slots as ``parallelism`` allows; recheck when a delay ends.
 
         Slots without a running task come first, and one with a running task is only started with if ``parallelism``
         leaves room for all of the idle ones as well: an earlier update may have stopped those, and with as many more
-        stopped the service could be left without any.
+        stopped the service could be left without any.  Beyond ``parallelism``, an idle slot is started with where its
+        task holds what a new one was refused: the new one would wait for that for ever.
         """
         busy, room_at = 0, []
         for task in self._started:
@@ -203,7 +228,8 @@ class _Rollout:
             if number % STEP == 0:
                 yield
         steps: list[Step] = []
-        for number, view in enumerate([*idle, *serving][: max(room, 0)]):
+        room = max(room, 0)
+        for number, view in enumerate([*idle, *serving][:room] + self._holders(idle[room:])):
             steps += self._replace(view)
             if number % STEP == 0:
                 yield
@@ -211,11 +237,22 @@ class _Rollout:
             steps.append(Recheck(min(room_at)))
         return [*steps, *self._recheck_progress()]
 
+    def _holders(self, idle: list[_SlotView]) -> list[_SlotView]:
+        """Of slots without a running task as many as new tasks were refused something that those hold."""
+        refused = [task for task in self._started if self._settled[task.id] is None and task.status.err]
+        kinds = {task.status.state: task for task in refused}.values()
+        holders = (
+            view
+            for view in idle
+            if any(_holds(old, task, self._spec_of(old)) for old in view.outdated for task in kinds)
+        )
+        return list(islice(holders, len(refused)))
+
     def observe(self) -> SlicedWork[None]:
         """Find out which leads are settled and which have failed; the other methods rely on it."""
         for number, view in enumerate(self._views):
             if view.started is not None:
-                self._settled[view.started.id] = self._settled_at(view.started)
+                self._settled[view.started.id] = self._settled_at(view)
             if view.lead is not None and self._has_failed(view.lead):
                 self._failed.append(view.lead)
             if number % STEP == 0:
@@ -247,16 +284,7 @@ class _Rollout:
         """No slot is left to start with: the update is over once every lead was monitored for the monitor time."""
         if self.state not in UNDER_WAY:
             return
-        failed = {task.id for task in self._failed}  # and tolerated
-        leads = [
-            # A new leader's lead may be another one after each restart, as the history is bounded: the monitor time
-            # of one that failed counts from the first.
-            self._settled_at(view.first)
-            if view.first and view.lead.id in failed
-            else self._settled[view.lead.id]
-            for view in self._views
-            if view.lead is not None
-        ]
+        leads = [self._settled[view.lead.id] for view in self._views if view.lead is not None]
         settled = [at for at in leads if at is not None]
         if len(settled) < len(leads):
             yield from self._recheck_progress()
@@ -292,16 +320,43 @@ class _Rollout:
             yield ReplaceTask(others.pop(), successor) if others else successor
         yield from map(RetireTask, others)
 
-    def _can_take_over(self, task: Task, serving: list[Task]) -> bool:
-        """Whether the ``serving`` tasks may be retired for ``task``: it runs, or (stop-first) could start at once."""
-        if task.status.state is TaskState.RUNNING:
+    def _may_take_over(self, view: _SlotView, serving: list[Task]) -> bool:
+        """Whether the ``serving`` tasks of a slot may be retired for a current one.
+
+        It runs, or (stop-first) could start at once, and ``parallelism`` leaves room for one more slot that is stopped.
+        More slots than that have a current task where a restart made it: the one before was of a version that this
+        update overtook.
+        """
+        if any(task.status.state is TaskState.RUNNING for task in view.current):
             return True
+        if not any(self._can_take_over(task, serving) for task in view.current):
+            return False
+        if view.started is not None and self._settled_at(view) is not None:
+            return True  # its first task has failed, which is tolerated: the update does not wait for it any more
+        parallelism = self._config.parallelism
+        if parallelism and self._stopped >= parallelism:
+            return False
+        self._stopped += 1
+        return True
+
+    def _can_take_over(self, task: Task, serving: list[Task]) -> bool:
+        """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired."""
         if self._starts_first:
             return False
         is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
         return is_prepared or any(_blocks(old, task, self._spec_of(old)) for old in serving)
 
-    def _settled_at(self, lead: Task) -> float | None:
+    def _settled_at(self, view: _SlotView) -> float | None:
+        """When the slot's lead began to run, ended or was overdue: parallelism, delay and monitor time go by this.
+
+        Where the lead failed, and that is tolerated, they go by the first attempt: an earlier leader has counted it,
+        and a new one's lead may be another attempt after each restart, as the history is bounded.
+        """
+        if view.lead is not None and view.first is not None and self._has_failed(view.lead):
+            return self._ended_waiting_at(view.first)
+        return self._ended_waiting_at(view.started) if view.started is not None else None
+
+    def _ended_waiting_at(self, lead: Task) -> float | None:
         moments = (self._seen.running(lead), self._seen.ended(lead))
         settled_at = min((at for at in moments if at is not None), default=None)
         if settled_at is None and self._is_overdue(lead):
@@ -311,11 +366,13 @@ class _Rollout:
     def _recheck_progress(self) -> Iterator[Step]:
         """Decide again when the first deadline of the unsettled leads has passed."""
         due = [self._due_at(task) for task in self._started if self._settled[task.id] is None]
-        if due:
-            yield Recheck(min(due))
+        if due and (first := min(due)) < inf:
+            yield Recheck(first)
 
     def _due_at(self, lead: Task) -> float:
-        return self._seen.created(lead) + self._deadline_s
+        """Infinity: it waits for another service, which has deadlines of its own; the time begins when that ends."""
+        since = self._seen.could_start(lead)
+        return inf if since is None else since + self._deadline_s
 
     def _is_overdue(self, lead: Task) -> bool:
         is_open = self._seen.running(lead) is None and self._seen.ended(lead) is None
@@ -332,6 +389,8 @@ class _Rollout:
 
     def _has_failed(self, lead: Task) -> bool:
         """Whether the task ended before the monitor time, not being stopped, or made no progress until the deadline."""
+        if self._is_tolerated(lead):
+            return False
         if self._is_overdue(lead):
             return True
         if lead.status.state not in ENDED_BY_ITSELF or _is_unseen(lead, self._seen, self._monitor_s):
@@ -367,9 +426,13 @@ def _serves(task: Task) -> bool:
     return task.desired_state <= TaskState.RUNNING and task.status.state is TaskState.RUNNING
 
 
+def _holds(old: Task, task: Task, spec: ServiceSpec | None) -> bool:
+    return old.is_active and old.status.state >= TaskState.ASSIGNED and _blocks(old, task, spec)
+
+
 def _blocks(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
     """Whether ``task`` was refused an address or a node, and ``serving``, of a service's ``spec``, has the same."""
-    if not task.status.err:
+    if not task.status.err or task.status.err.startswith(WAITS_FOR):
         return False
     if task.status.state is TaskState.NEW:
         return bool(serving.networks_attachments)
@@ -395,19 +458,21 @@ def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
 def _leads(past: Slot, situation: Situation) -> tuple[Task | None, Task | None]:
     """The first task of the present version, and the first one that counts; not one given up on a lost node.
 
-    One whose run a new leader has not observed counts neither as success nor as failure; the next attempt does.
+    One whose run a new leader has not observed, or that ended before the update was resumed, counts neither as success
+    nor as failure; the next attempt does.
     """
     made = [task for task in past if task.spec_version == situation.service.spec_version]
     if not made:
         return None, None
     first: Task | None = None
     for task in made[:-1]:
-        is_reported = task.status.state.is_terminal or situation.seen.running(task) is not None
+        is_reported = has_reported_end(task) or situation.seen.running(task) is not None
         if not (task.is_wanted or is_reported or not is_lost(situation.node_of(task))):
             continue
         first = first or task
         is_past = task.status.state in ENDED_BY_ITSELF
-        if not (is_past and _is_unseen(task, situation.seen, monitor_s(situation.rollout_config))):
+        is_unseen = is_past and _is_unseen(task, situation.seen, monitor_s(situation.rollout_config))
+        if not (is_unseen or (is_past and situation.is_tolerated(task))):
             return first, task
     return first or made[-1], made[-1]
 

@@ -1,8 +1,8 @@
 """What the request handlers work with: the store, the clock, and the manager's parts."""
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -16,16 +16,20 @@ from skep.api.gosyntax import BOOLEANS
 from skep.api.responses import KnownJson
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
+from skep.manager.metrics import ClusterMetrics
+from skep.manager.node_events import AllEvents
 from skep.manager.quorum import Quorum
 from skep.model.ids import IdSource, NodeId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.paths import DiagnosticsResult
 from skep.model.readable import NameSource
 from skep.model.swarm import CAConfig, Swarm
+from skep.model.task import Task
 from skep.model.times import Timestamp, timestamp
 from skep.security.rotation import Prepared, Roots
 from skep.store.interface import Store, Transaction, View
 from skep.store.space import refusal
+from skep.wire.tunnel import Tunnel
 
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -42,6 +46,9 @@ class Logs(Protocol):
         Raises:
             SkepError: at the end, naming the nodes that did not respond.
         """
+
+    def batches(self, query: LogQuery) -> AsyncGenerator[Sequence[LogLine], None]:
+        """The same, some lines at a time."""
 
 
 class Backing(Protocol):
@@ -70,21 +77,34 @@ class ExternalRoots(Protocol):
         """Do it, within seconds.  Raises: InvalidArgument, Unavailable."""
 
 
+class Tunnelling(Protocol):
+    """Connections to the containers of all nodes (``manager.tunnels``)."""
+
+    def open(self, task: Task, *, head: bytes = b"", port: int = 0) -> AbstractAsyncContextManager[Tunnel]:
+        """A tunnel to the container of ``task``: an exchange of HTTP that begins with ``head``, or to its ``port``.
+
+        Raises: SkepError: there is none, with the reason.
+        """
+
+
 class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     """What the request handlers use of a manager."""
 
     store: Store
     logs: Logs
     events: ClusterEvents
+    all_events: AllEvents
     clock: Clock
     new_id: IdSource
     new_name: NameSource
     backups: Backing
     diagnostics: Diagnostics
     external: ExternalRoots
+    tunnels: Tunnelling
     quorum: Callable[[], Quorum] = Quorum
     """Whether there is a leader, from local knowledge."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
+    metrics: ClusterMetrics | None = None
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
     own: NodeId = NodeId("")
@@ -125,6 +145,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
 
 
 MANAGER = web.AppKey("manager", ManagerApi)
+OF_WORKER = "X-Skep-Worker"
+"""A header of requests that are answered for a client of a worker: its id."""
 
 
 def manager_of(request: web.Request) -> ManagerApi:

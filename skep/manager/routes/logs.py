@@ -6,7 +6,7 @@ api/server/httputils/write_log_stream.go.
 
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from urllib.parse import quote_plus
 
 from aiohttp import web
@@ -85,11 +85,13 @@ def _container(spec: ContainerSpec | None) -> ContainerSpec:
 async def _stream(request: web.Request, query: LogQuery, *, tty: bool) -> web.StreamResponse:
     details, timestamps = flag(request, "details"), flag(request, "timestamps")
     frames = OutputFrames(request, tty=tty, content_type=_content_type(request, tty))
-    async with frames, closing(manager_of(request).logs.subscribe(query)) as entries:
+    async with frames, aclosing(manager_of(request).logs.batches(query)) as batches:
         try:
-            async for entry in entries:
-                line = _line(entry, details=details, timestamps=timestamps)
-                await frames.send(_FRAMES[entry.stream], line)
+            async for lines in batches:
+                await frames.send_all(
+                    (_FRAMES[line.stream], _line(line, details=details, timestamps=timestamps))
+                    for line in lines
+                )
         except SkepError as error:
             # The response has begun, so the error can only be sent here; clients print it and fail.
             await frames.send(OutputStream.SYSTEM, f"Error grabbing logs: {error}\n".encode())

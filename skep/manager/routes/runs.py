@@ -4,10 +4,12 @@ import asyncio
 from collections import deque
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
 from skep.api.server import Routes, json_answer
 from skep.errors import InvalidArgument, SkepError
+from skep.manager.logbroker.selection import KEPT, KEPT_HEAD
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.logs import closing
 from skep.model.encoding import ApiObject, always
@@ -16,6 +18,7 @@ from skep.model.logs import LogQuery
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.task_end import TaskEnd
 from skep.model.times import Timestamp
 
 routes = Routes()
@@ -40,6 +43,8 @@ class Run(ApiObject):
     state: TaskState = always(TaskState.COMPLETE)
     exit_code: int | None = None
     err: str = ""
+    end: TaskEnd | None = None
+    """Why it ended; without its lines, which are in ``lines``."""
     lines: tuple[str, ...] = always(())
 
 
@@ -83,7 +88,8 @@ async def _collect(request: web.Request, lines: dict[TaskId, deque[str]], tail: 
             closing(manager_of(request).logs.subscribe(query)) as entries,
         ):
             async for entry in entries:
-                if (kept := lines.get(entry.task_id)) is not None:
+                kept = lines.get(entry.task_id)
+                if kept is not None and entry.attrs.get(KEPT) != KEPT_HEAD:
                     kept.append(entry.data[:LINE_BYTES_MAX].decode(errors="replace").rstrip("\r\n"))
     except TimeoutError:
         return f"not all nodes have responded within {LOGS_SECONDS_MAX:g} s"
@@ -106,5 +112,6 @@ def _run(task: Task, lines: tuple[str, ...]) -> Run:
         state=status.state,
         exit_code=container.exit_code if has_code and container is not None else None,
         err=status.err,
+        end=replace(status.end, lines=()) if status.end is not None else None,
         lines=lines,
     )

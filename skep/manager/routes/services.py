@@ -20,22 +20,28 @@ from skep.api.server import (
     known_list_answer,
     read_json,
 )
+from skep.api.service_form import UNRECOGNIZED, settled
+from skep.errors import InvalidArgument, SkepError
 from skep.manager.allocator.addresses import NEARLY_FULL, usage_of
 from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
-from skep.manager.control.service_form import UNRECOGNIZED, settled
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
 from skep.model.container import ContainerSpec
+from skep.model.encoding import ApiObject
+from skep.model.ids import ServiceId
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.planes import is_overlay
+from skep.model.secret_env import secret_env_warning
 from skep.model.service import Service, ServiceSpec
-from skep.store.interface import View
+from skep.store.interface import Transaction, View
 
 routes = Routes()
 
 _V1_40, _V1_41 = ApiVersion("1.40"), ApiVersion("1.41")
+_TOGETHER_MAX = 1_000
+"""Services in one request."""
 _V1_44, _V1_46 = ApiVersion("1.44"), ApiVersion("1.46")
 
 
@@ -95,6 +101,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         registry_auth=request.headers.get("X-Registry-Auth", ""),
     )
     warnings = room_warnings(manager.store.view(), service) if control.names_networks(spec) else []
+    warnings += _secret_warnings(spec)
     return json_answer({"ID": service.id, **({"Warnings": warnings} if warnings else {})}, 201)
 
 
@@ -135,8 +142,65 @@ async def update_service(request: web.Request) -> web.StreamResponse:
             raise Untranslated(f"unrecognized rollback option {word}")
     view = manager.store.view()
     changed = view.lookup(Service, service.id)
-    warnings = room_warnings(view, changed) if changed is not None else []
+    warnings = room_warnings(view, changed) + _secret_warnings(changed.spec) if changed is not None else []
     return json_answer({"Warnings": warnings or None})
+
+
+class ServiceChange(ApiObject):
+    """A service to create, or one to update that is still at ``version``."""
+
+    spec: ServiceSpec
+    id: ServiceId = ServiceId("")
+    version: int = 0
+    registry_auth: str = ""
+    """As in ``X-Registry-Auth``."""
+
+
+class ServiceChanged(ApiObject):
+    """``error``: why this one was not changed."""
+
+    id: ServiceId = ServiceId("")
+    error: str = ""
+
+
+@routes.post("/skep/services/changes")
+async def change_services(request: web.Request) -> web.StreamResponse:
+    """Create or update services: as the requests for each, whatever becomes of the others, in far fewer writes.
+
+    An update without credentials for a registry keeps those that the service has.
+    """
+    changes = await read_json(request, tuple[ServiceChange, ...], unrecognized=UNRECOGNIZED)
+    if len(changes) > _TOGETHER_MAX:
+        raise InvalidArgument(f"at most {_TOGETHER_MAX} services at once")
+    manager = manager_of(request)
+    await manager.require_room(creates=any(not one.id for one in changes))
+    view = await current_view(request)
+    now = manager.now()
+
+    def change(tx: Transaction, one: ServiceChange) -> Service:
+        spec = settled(control.with_network_ids(view, one.spec))
+        if one.id:
+            return control.update_service(
+                tx, one.id, spec, one.version, now=now, registry_auth=one.registry_auth
+            )
+        return control.create_service(
+            tx,
+            spec,
+            new_id=manager.new_id,
+            new_name=manager.new_name,
+            now=now,
+            registry_auth=one.registry_auth,
+        )
+
+    results = await manager.store.update_each(change, changes)
+    return json_answer(
+        [
+            ServiceChanged(error=str(one) or type(one).__name__)
+            if isinstance(one, SkepError)
+            else ServiceChanged(id=one.id)
+            for one in results
+        ]
+    )
 
 
 @routes.delete("/services/{id}")
@@ -200,6 +264,10 @@ def _container_known_to(version: ApiVersion, container: ContainerSpec) -> Contai
 
 _SERVICES_MAX = 2_000
 """With more services nothing is counted, because a create must not block the event loop."""
+
+
+def _secret_warnings(spec: ServiceSpec) -> list[str]:
+    return [text] if (text := secret_env_warning(spec.task_template.container_spec)) else []
 
 
 def room_warnings(view: View, service: Service) -> list[str]:

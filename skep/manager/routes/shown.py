@@ -7,7 +7,7 @@ from typing import TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from skep.manager.control.service_form import with_defaults
+from skep.api.service_form import with_defaults
 from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
 from skep.manager.explanations import next_attempt
@@ -16,7 +16,7 @@ from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
 from skep.model.node import Availability, Node, NodeState
-from skep.model.service import Service, ServiceStatus
+from skep.model.service import Service, ServiceStatus, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
@@ -65,9 +65,16 @@ def shown_service(
         service,
         spec=with_defaults(service.spec) if insert_defaults else service.spec,
         spec_version=None,
+        update_status=_shown_update(service.update_status),
         service_status=status,
         damage=problems.damages.get(service.id, ""),
     )
+
+
+def _shown_update(status: UpdateStatus | None) -> UpdateStatus | None:
+    if status is None or status.tolerated_until is None:
+        return status
+    return replace(status, tolerated_until=None)
 
 
 def shown_node(problems: Problems, node: Node) -> Node:

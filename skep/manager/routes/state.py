@@ -1,7 +1,7 @@
 """The state of this manager, from what it knows locally: the routes respond also without a leader.  Ours, not Docker's.
 
 ``/skep/quorum``: whether there is a leader; ``/skep/cluster/store``: how full its copy of the store is;
-``/_skep/lag``, on the manager's own socket only: the delays of its event loop since its start.
+on the manager's own socket only, ``/_skep/lag``: the delays of its event loop since its start, and ``/_skep/metrics``.
 """
 
 from aiohttp import web
@@ -39,6 +39,15 @@ async def store_space(request: web.Request) -> web.Response:
         raise Unavailable("this manager's store has no file")
     summary = f"{space.summary}; reached its quota" if space.has_alarm else space.summary
     return json_answer(StoreAnswer(size=space.size, in_use=space.in_use, quota=space.quota, summary=summary))
+
+
+@routes.get("/_skep/metrics")
+async def metrics(request: web.Request) -> web.Response:
+    """The families of this manager, for the node's page.  Raises: Unavailable: it has none (tests)."""
+    found = manager_of(request).metrics
+    if found is None:
+        raise Unavailable("this manager has no metrics")
+    return json_answer(await found.families())
 
 
 @routes.get("/_skep/lag")

@@ -14,11 +14,15 @@ import msgspec
 from skep.manager.resources import GenericStock, reservations_of
 from skep.manager.scheduler.load import MeanLoad
 from skep.manager.scheduler.requirements import HostPort, Requirements, host_ports
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.manager.scheduler.volumes import VolumeUse, VolumeUses, uses_of
+from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.node import Node
+from skep.model.planes import is_docker_node
+from skep.model.rights import Right, allowed_by
 from skep.model.service import GenericResource, TaskSpec
 from skep.model.task import Task, TaskState
 from skep.model.used_ports import used_ports_of
+from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
@@ -42,13 +46,17 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     host_ports: tuple[HostPort, ...]
     is_active: bool
     """Whether it counts as a task of its service on this node; a task that is being stopped does not."""
+    volumes: tuple[VolumeUse, ...] = ()
+    """Its cluster volumes."""
 
 
 class Account:
     """One node and its free resources."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, volumes: VolumeUses) -> None:
         self.node = node
+        self.volumes = volumes
+        """All cluster volumes, shared by the accounts."""
         self.active = 0
         """Wanted tasks on the node, of all services."""
         self.load = 0.0
@@ -118,6 +126,12 @@ class Account:
         self.used_ports = used_ports_of(node)
         """Ports that no task has: plain containers and other programs of the machine use them."""
 
+    @property
+    def given_rights(self) -> frozenset[Right]:
+        """Rights over itself that the node gives tasks.  A Docker Engine gives none, whatever labels it has: it would
+        run the task without them."""
+        return frozenset() if is_docker_node(self.node) else allowed_by(self.node.description.engine.labels)
+
     def has_port(self, port: HostPort) -> bool:
         """Whether a task, or anything else on the node, uses the port."""
         return bool(self.host_ports[port]) or port in self.used_ports
@@ -128,6 +142,7 @@ class Accounting:
 
     def __init__(self) -> None:
         self.accounts: dict[NodeId, Account] = {}
+        self.volumes = VolumeUses()
         self._usages: dict[NodeId, dict[TaskId, Usage]] = {}
         self._node_of: dict[TaskId, NodeId] = {}
         self._copies: dict[ServiceId, Counter[NodeId]] = {}
@@ -179,7 +194,7 @@ class Accounting:
         account = self.accounts.get(node.id)
         held = self._usages.setdefault(node.id, {})
         if account is None:
-            account = self.accounts[node.id] = Account(node)
+            account = self.accounts[node.id] = Account(node, self.volumes)
             account.add_all(held.values())
         else:
             account.update(node, held.values())
@@ -191,6 +206,16 @@ class Accounting:
         if self.accounts.pop(node_id, None) is not None:
             self._set_load(node_id, None)
             self._record_change(node_id)
+
+    def set_volume(self, volume: Volume) -> None:
+        """A cluster volume was created or changed."""
+        self.volumes.set_volume(volume)
+        self._record_change_everywhere()
+
+    def remove_volume(self, id: VolumeId) -> None:
+        """A cluster volume was removed."""
+        self.volumes.remove_volume(id)
+        self._record_change_everywhere()
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
         """Reserve for ``task`` on its node, in place of its earlier reservation."""
@@ -212,6 +237,8 @@ class Accounting:
             if copies is None:
                 copies = self._copies[usage.service_id] = Counter()
             copies[node_id] = copies.get(node_id, 0) + 1  # a Counter's own default for missing keys is slow
+        if usage.volumes:
+            self.volumes.hold(task_id, node_id, usage.volumes)
         account = self.accounts.get(node_id)
         if account is not None:
             account.add(usage)
@@ -222,6 +249,9 @@ class Accounting:
         if node_id is None:
             return False
         usage = self._usages[node_id].pop(task_id)
+        if usage.volumes:
+            self.volumes.release(task_id, usage.volumes)
+            self._record_change_everywhere()
         if usage.is_active and usage.service_id:
             copies = self._copies[usage.service_id]
             copies[node_id] -= 1
@@ -267,6 +297,11 @@ class Accounting:
         if (own := self.accounts.get(node_id)) is not None:
             own.set_load(load if load is not None else self._loads.mean)
 
+    def _record_change_everywhere(self) -> None:
+        """What was released may help on any node."""
+        for id in self.accounts:
+            self._record_change(id)
+
     def _record_change(self, node_id: NodeId) -> None:
         self._changes += 1
         self._changed.pop(node_id, None)
@@ -287,7 +322,7 @@ class Usages:
     def of(self, task: Task, view: View) -> Usage:
         """The usage of ``task``."""
         version = task.spec_version
-        if version is None or task.generic_resources:
+        if version is None or task.generic_resources or task.volumes:
             return usage_of(task, host_ports(spec_of(view, task)))
         key = task.service_id, version.index, task.desired_state.number
         known = self._cached.get(key)
@@ -308,4 +343,5 @@ def usage_of(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:
         generic=task.generic_resources,
         host_ports=host_ports,
         is_active=task.is_wanted,
+        volumes=uses_of(task) if task.volumes else (),
     )

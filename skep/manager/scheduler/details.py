@@ -8,7 +8,8 @@ from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import meets
 from skep.model.labels import IGNORE_PATHS
 from skep.model.node import NodeState
-from skep.model.rights import allowed_by, missing_devices, rights_text
+from skep.model.planes import is_docker_node
+from skep.model.rights import missing_devices, rights_text
 
 _CPU_NANO = 1_000_000_000
 _MEBIBYTE = 1024**2
@@ -61,7 +62,9 @@ def platform(requirements: Requirements, account: Account, copies: int) -> str:
 
 def rights(requirements: Requirements, account: Account, copies: int) -> str:
     """The rights over the machine that the node does not give."""
-    refused = requirements.rights.kinds - allowed_by(account.node.description.engine.labels)
+    refused = requirements.rights.kinds - account.given_rights
+    if is_docker_node(account.node):
+        return f"rights over the machine not given: {rights_text(refused)} (a Docker Engine gives tasks none)"
     return f"rights over the machine not given: {rights_text(refused)} (the node's setting `allow`)"
 
 
@@ -88,8 +91,9 @@ def replicas(requirements: Requirements, account: Account, copies: int) -> str:
 
 
 def cluster_volumes(requirements: Requirements, account: Account, copies: int) -> str:
-    """The required cluster volumes, none of which exists."""
-    return f"no such cluster volume: {', '.join(requirements.cluster_volumes)}"
+    """Why the node cannot have the task's cluster volumes."""
+    chosen = account.volumes.choose(requirements.cluster_volumes, account.node)
+    return chosen if isinstance(chosen, str) else ""
 
 
 def _shortages(requirements: Requirements, account: Account) -> Iterator[str]:

@@ -18,7 +18,7 @@ from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
 from skep.model.node import Availability, EnginePlugin, NodeState
 from skep.model.planes import DOCKER, SKEP, plane_of_node
-from skep.model.rights import allowed_by, missing_devices
+from skep.model.rights import missing_devices
 from skep.model.service import Platform
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -92,7 +92,7 @@ def _fits(wanted: Platform, actual: Platform) -> bool:
 
 
 def _gives_rights(requirements: Requirements, account: Account, copies: int) -> bool:
-    return requirements.rights.kinds <= allowed_by(account.node.description.engine.labels)
+    return requirements.rights.kinds <= account.given_rights
 
 
 def _has_devices(requirements: Requirements, account: Account, copies: int) -> bool:
@@ -112,8 +112,7 @@ def _is_below_max_replicas(requirements: Requirements, account: Account, copies:
 
 
 def _has_cluster_volumes(requirements: Requirements, account: Account, copies: int) -> bool:
-    """Cluster volumes are not supported: as in a cluster of engines without any, none can be found."""
-    return False
+    return not isinstance(account.volumes.choose(requirements.cluster_volumes, account.node), str)
 
 
 FILTERS = (
@@ -208,7 +207,6 @@ FILTERS = (
         _has_cluster_volumes,
         "cannot fulfill requested CSI volume mounts on {nodes}",
         details.cluster_volumes,
-        is_lasting=True,
     ),
 )
 

@@ -1,8 +1,10 @@
 """The scheduler's loop: updates the accounting, and assigns pending tasks to nodes.
 
 Tasks of one service and version have the same requirements and are decided together as a *group*; a global service's
-task has its node already and is a group of its own.  A refused group is decided again when something changes that
-could help: a node, or the end of a task.
+task has its node already and is a group of its own, and so is a task that returns to the node with its slot's volumes
+as long as that node can run it or is to be waited for.  A refused group is decided again when something changes that
+could help: a node, or the end of a task.  A group that waits for another service (``dependencies``) is decided again
+when that service changes.
 """
 
 import asyncio
@@ -20,16 +22,20 @@ from skep.manager.failures import Failures, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
+from skep.manager.scheduler.dependencies import Looked, Waits
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
 from skep.manager.scheduler.requirements import Requirements, RequirementsCache
+from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
 from skep.manager.work_queue import WorkQueue
-from skep.model.ids import IdSource, NodeId, TaskId
+from skep.model.ids import IdSource, NodeId, TaskId, VolumeId
+from skep.model.labels import volume_policy
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
+from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
 from skep.store.updates import batched
 
@@ -57,7 +63,7 @@ class Scheduler:
 
     async def run(self) -> None:
         """Assign until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Node)
+        kinds = (Service, Task, Node, Volume)
         await run_informer(
             self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
@@ -75,7 +81,11 @@ class Scheduler:
         self._pending: dict[Group, dict[TaskId, None]] = {}
         """The tasks of a group, those that wait longest first; not of a single task, whose group is its id."""
         self._refused: set[Group] = set()
+        self._waits = Waits(self._clock.monotonic())
         self._requirements = RequirementsCache()
+        self._returning = Returning(self._accounting)
+        self._away: dict[TaskId, str] = {}
+        """Why pending tasks may go elsewhere than to the node with their slot's volumes; they are in common groups."""
         self._deciding: set[TaskId] = set()
         """Tasks whose decision is being written: commits about them are ignored until then, so they keep their
         reservation."""
@@ -88,6 +98,12 @@ class Scheduler:
 
     def _load(self) -> Iterator[None]:
         """Enter the present objects, with pauses."""
+        for volume in self._term.view().find(Volume):
+            self._accounting.set_volume(volume)
+        for nodes in batches_of(self._term.view, Node):
+            for node in nodes:  # before tasks ask for it
+                self._returning.volumes.set_node(node)
+            yield
         for tasks in batches_of(self._term.view, Task):
             self._enter_tasks(tasks)
             yield
@@ -106,6 +122,7 @@ class Scheduler:
 
     def _on_commit(self, commit: Commit) -> None:
         has_room = False
+        self._queue.add(self._waits.record(commit, self._clock.monotonic()))
         for event in commit.events:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
@@ -115,6 +132,12 @@ class Scheduler:
                     assert isinstance(event.old, Node)
                     self._update_node(event.new.id)
                     has_room |= not differ_in_load_alone(event.old, event.new)
+                elif isinstance(event.new, Volume):
+                    self._accounting.set_volume(event.new)
+                    has_room = True
+                elif isinstance(event.new, Service):
+                    assert isinstance(event.old, Service)
+                    has_room |= _has_other_policy(event.old, event.new)
                 continue
             match event.object:
                 case Task() as task if isinstance(event, Created) and is_pending(task) and not task.node_id:
@@ -123,6 +146,9 @@ class Scheduler:
                     has_room |= self._update_task(task.id)
                 case Node() as node:
                     self._update_node(node.id)
+                    has_room = True
+                case Volume() as volume:
+                    self._update_volume(volume.id)
                     has_room = True
                 case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
@@ -151,8 +177,17 @@ class Scheduler:
         node = self._term.view().lookup(Node, id)
         if node is None:
             self._accounting.remove_node(id)
+            self._returning.volumes.remove_node(id)
         else:
             self._accounting.set_node(node)
+            self._returning.volumes.set_node(node)
+
+    def _update_volume(self, id: VolumeId) -> None:
+        volume = self._term.view().lookup(Volume, id)
+        if volume is None:
+            self._accounting.remove_volume(id)
+        else:
+            self._accounting.set_volume(volume)
 
     def _update_task(self, id: TaskId) -> bool:
         """Account for the present state of a task; gives whether it released something."""
@@ -177,11 +212,20 @@ class Scheduler:
         return has_room
 
     def _enqueue(self, task: Task) -> None:
-        group, before = _group_of(task), self._group_of.get(task.id)
+        before = self._group_of.get(task.id)
+        if task.id in self._away:  # decided already
+            return
+        group = _group_of(task)
+        with self._accounting_failures.caught(task.id):
+            if self._returning.has_home(task, self._term.view()):
+                group = task.id
         if before == group:
             return
         if before is not None:
             self._dequeue(task.id)
+        self._enter_group(task, group)
+
+    def _enter_group(self, task: Task, group: Group) -> None:
         self._group_of[task.id] = group
         if group != task.id:
             self._pending.setdefault(group, {})[task.id] = None
@@ -189,6 +233,7 @@ class Scheduler:
 
     def _dequeue(self, id: TaskId) -> None:
         group = self._group_of.pop(id, None)
+        self._away.pop(id, None)
         if group is None:
             return
         if group != id:
@@ -198,6 +243,7 @@ class Scheduler:
                 return
             del self._pending[group]
         self._refused.discard(group)
+        self._waits.forget(group)
         self._failures.clear(group)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
@@ -205,11 +251,11 @@ class Scheduler:
     async def _work(self) -> None:
         await run_in_slices(self._loading, self._clock)
         while True:
-            groups = await self._queue.take(BATCH)
+            due = await self._queue.take(BATCH)
             now = self._clock.monotonic()
-            firsts, others = self._partition(groups, now)
             assignments: list[Assignment] = []
-            refusals: list[Refusal] = []
+            groups, refusals = self._without_waiting(due, now)
+            firsts, others = self._partition(groups, now)
             for shape, tasks in firsts.items():
                 placed = self._place_first_tasks(shape, tasks, now)
                 assignments += placed.assignments
@@ -225,6 +271,25 @@ class Scheduler:
                 room -= len(placed.assignments) or 1
             await self._commit(assignments, [one for one in refusals if not _is_already_shown(one)])
 
+    def _without_waiting(self, groups: Sequence[Group], now: float) -> tuple[list[Group], list[Refusal]]:
+        """The groups that wait for no service, and the tasks of the others with what they wait for."""
+        ready: list[Group] = []
+        refusals: list[Refusal] = []
+        view = self._term.view()
+        found: Looked = {}
+        for group in groups:
+            waiting = None
+            tasks = self._tasks_of(group, 1)
+            with self._accounting_failures.caught(f"dependencies of {group}"):
+                waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
+            if waiting is None:
+                ready.append(group)
+                continue
+            refusals += _refusals(self._tasks_of(group), waiting.reason)
+            if waiting.until is not None:
+                self._queue.add_at(group, waiting.until)
+        return ready, refusals
+
     def _partition(self, groups: Sequence[Group], now: float) -> tuple[Firsts, Sequence[Group]]:
         """Single tasks that may be assigned together, and the groups that must be decided separately."""
         firsts: Firsts = {}
@@ -235,7 +300,7 @@ class Scheduler:
         with self._accounting_failures.caught("single tasks"):
             for group in groups:
                 task = self._single(group, view)
-                if task is None or task.node_id:
+                if task is None or task.node_id or _returns(task, group) or task.id in self._away:
                     others.append(group)
                     continue
                 requirements = self._requirements.of(task, view)
@@ -278,6 +343,11 @@ class Scheduler:
                     return Placed(assignments=(assignment,))
                 case Refusal() as refusal:
                     return Placed(refusals=(refusal,))
+        if _returns(tasks[0], group):
+            return self._return(tasks[0], requirements)
+        returned: Sequence[Assignment] = ()
+        if self._away:
+            tasks, returned = self._returned(tasks, requirements)
         is_last = self._pending_count(group) <= limit
         # A service without any assigned task, the usual case, has nothing in its slots.
         leaving_by_node = (
@@ -286,12 +356,53 @@ class Scheduler:
         placed = place(
             tasks, requirements, self._choices, now=now, limit=limit, is_last=is_last, leaving=leaving_by_node
         )
+        if self._away or returned:
+            placed = replace(placed, assignments=(*returned, *map(self._with_note, placed.assignments)))
         if placed.refusals:
             # A refusal holds for all tasks with the same requirements.
             chosen = {assignment.task.id for assignment in placed.assignments}
             refused = [task for task in self._tasks_of(group) if task.id not in chosen]
             placed = replace(placed, refusals=_refusals(refused, placed.refusals[0].reason))
         return placed
+
+    def _return(self, task: Task, requirements: Requirements) -> Placed:
+        """The node with the volumes of the task's slot, or a wait for it, or the service's common group."""
+        match self._returning.decide(task, requirements, self._term.view()):
+            case Assignment() as assignment:
+                return Placed(assignments=(assignment,))
+            case Refusal() as refusal:
+                return Placed(refusals=(refusal,))
+            case str() as why:
+                self._dequeue(task.id)
+                self._enter_group(task, _group_of(task))
+                self._away[task.id] = why
+        return Placed()
+
+    def _returned(
+        self, tasks: Sequence[Task], requirements: Requirements
+    ) -> tuple[list[Task], Sequence[Assignment]]:
+        """``tasks`` without those whose node is to run them after all, and the assignments of these."""
+        left: list[Task] = []
+        assignments: list[Assignment] = []
+        for task in tasks:
+            if task.id not in self._away:
+                left.append(task)
+                continue
+            match self._returning.decide(task, requirements, self._term.view()):
+                case Assignment() as assignment:
+                    assignments.append(assignment)
+                case Refusal():
+                    self._dequeue(task.id)
+                    self._enter_group(task, task.id)
+                case str() as why:
+                    self._away[task.id] = why
+                    left.append(task)
+        return left, assignments
+
+    def _with_note(self, assignment: Assignment) -> Assignment:
+        """With the reason why the task's data is elsewhere."""
+        why = self._away.get(assignment.task.id)
+        return replace(assignment, message=f"{assignment.message}; {why}") if why else assignment
 
     def _place_first_tasks(self, shape: Requirements, tasks: list[Task], now: float) -> Placed:
         """Nodes for single tasks, with equal requirements, of services without any other task."""
@@ -405,6 +516,15 @@ def _group_of(task: Task) -> Group:
     if task.node_id or task.spec_version is None:
         return task.id
     return f"{task.service_id}/{task.spec_version.index}"
+
+
+def _returns(task: Task, group: Group) -> bool:
+    """Whether the task is a group of its own for the volumes of its slot."""
+    return group == task.id and task.spec_version is not None and not task.node_id
+
+
+def _has_other_policy(old: Service, new: Service) -> bool:
+    return volume_policy(old.spec.labels) is not volume_policy(new.spec.labels)
 
 
 def _refusals(tasks: Iterable[Task], reason: str) -> tuple[Refusal, ...]:

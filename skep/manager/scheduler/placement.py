@@ -5,14 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.manager.scheduler.accounting import Account, Accounting, Usage
 from skep.manager.scheduler.filters import explanation, filters_for
 from skep.manager.scheduler.requirements import Requirements
 from skep.manager.scheduler.spread import Choices
+from skep.manager.scheduler.volumes import uses_of
 from skep.model.ids import NodeId
 from skep.model.service import GenericResource
-from skep.model.task import Task
+from skep.model.task import Task, VolumeAttachment
 from skep.store.interface import View
 
 ASSIGNED = "scheduler assigned task to node"
@@ -25,6 +27,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     task: Task
     node_id: NodeId
     generic_resources: tuple[GenericResource, ...] = ()
+    volumes: tuple[VolumeAttachment, ...] = ()
     message: str = ASSIGNED
 
 
@@ -73,7 +76,7 @@ def place(
             account = choice.next()
             if account is None:
                 break
-            assignments.append(_assigned(task, account, requirements, accounting, ASSIGNED))
+            assignments.append(assigned(task, account, requirements, accounting, ASSIGNED))
     finally:
         choice.close()
     refused = batch[len(assignments) :]
@@ -108,15 +111,21 @@ def confirm(task: Task, requirements: Requirements, accounting: Accounting) -> A
     if all(
         filter.passes(requirements, account, copies[task.node_id]) for filter in filters_for(requirements)
     ):
-        return _assigned(task, account, requirements, accounting, CONFIRMED)
+        return assigned(task, account, requirements, accounting, CONFIRMED)
     return Refusal(task, explanation(requirements, [account], copies))
 
 
-def _assigned(
+def assigned(
     task: Task, account: Account, requirements: Requirements, accounting: Accounting, message: str
 ) -> Assignment:
+    """The assignment of ``task`` to a node, reserved in ``accounting``."""
     node_id = account.node.id
     generic = account.generic.chosen(requirements.generic) if requirements.generic else ()
+    volumes: tuple[VolumeAttachment, ...] = ()
+    if requirements.cluster_volumes:
+        chosen = account.volumes.choose(requirements.cluster_volumes, account.node)
+        assert not isinstance(chosen, str), "the filters have passed"
+        volumes = chosen
     usage = Usage(
         service_id=task.service_id,
         nano_cpus=requirements.nano_cpus,
@@ -124,9 +133,10 @@ def _assigned(
         generic=generic,
         host_ports=requirements.host_ports,
         is_active=True,
+        volumes=uses_of(replace(task, volumes=volumes)) if volumes else (),
     )
     accounting.reserve(task.id, node_id, usage)
-    return Assignment(task=task, node_id=node_id, generic_resources=generic, message=message)
+    return Assignment(task=task, node_id=node_id, generic_resources=generic, volumes=volumes, message=message)
 
 
 def _reason(requirements: Requirements, accounting: Accounting) -> str:

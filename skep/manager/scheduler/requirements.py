@@ -6,6 +6,7 @@ from typing import TypeAlias
 import msgspec
 
 from skep.manager.resources import reservations_of
+from skep.manager.scheduler.volumes import ClusterMount
 from skep.model.constraints import Constraint, parsed
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Version
@@ -14,6 +15,8 @@ from skep.model.overlays import is_encrypted
 from skep.model.paths import PathCheck
 from skep.model.planes import is_overlay, plane_of
 from skep.model.rights import MachineRights, rights_of
+from skep.model.secret_env import PLUGIN as SECRET_ENV_PLUGIN
+from skep.model.secret_env import SECRET_ENV_LABEL
 from skep.model.service import (
     GenericResource,
     Placement,
@@ -52,8 +55,7 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """The checks of overlay traffic that must pass on its node; the ingress network counts."""
     rights: MachineRights = MachineRights()
     """What its containers are given of their node."""
-    cluster_volumes: tuple[str, ...] = ()
-    """Sources of its mounts of type ``cluster``: a volume's name, or ``group:`` and the name of a group."""
+    cluster_volumes: tuple[ClusterMount, ...] = ()
 
 
 def requirements_of(
@@ -159,13 +161,17 @@ def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
     )
 
 
-def _cluster_volumes(task: Task) -> Iterator[str]:
+def _cluster_volumes(task: Task) -> Iterator[ClusterMount]:
     container = task.spec.container_spec
-    yield from (mount.source for mount in container.mounts if mount.type == "cluster") if container else ()
+    for mount in container.mounts if container else ():
+        if mount.type == "cluster":
+            yield ClusterMount(mount.source, mount.target, mount.read_only)
 
 
 def _plugins(task: Task) -> Iterator[Plugin]:
     container = task.spec.container_spec
+    if container is not None and SECRET_ENV_LABEL in container.labels:
+        yield SECRET_ENV_PLUGIN
     for mount in container.mounts if container else ():
         driver = mount.volume_options.driver_config if mount.volume_options else None
         if mount.type == "volume" and driver is not None and driver.name not in ("", "local"):

@@ -8,12 +8,14 @@ from msgspec.structs import replace
 from skep.manager.failures import ERROR_CHARACTERS_MAX
 from skep.manager.scheduler.placement import Assignment, Refusal
 from skep.manager.scheduler.requirements import overlays_of
+from skep.manager.scheduler.volumes import still_fits
 from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeState
 from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
+from skep.model.volume import Volume
 from skep.store.interface import Transaction
 
 Decision: TypeAlias = Assignment | Refusal
@@ -43,6 +45,8 @@ class DecisionWriter:
                 node = tx.lookup(Node, decision.node_id)
                 if node is None or not _is_available(node):
                     return
+                if not all(still_fits(tx.rely_on(Volume, one.id), node.id) for one in decision.volumes):
+                    return
                 if task.networks_attachments and not self._settle_planes(tx, task, node):
                     return
                 tx.put(
@@ -50,6 +54,7 @@ class DecisionWriter:
                         task,
                         node_id=decision.node_id,
                         generic_resources=decision.generic_resources,
+                        volumes=decision.volumes,
                         status=self._status(decision.message),
                     )
                 )

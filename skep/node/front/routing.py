@@ -136,6 +136,7 @@ _RULES = (
     _rule(r"/networks(?:/.*)?", _here),
     # Skep's own paths
     _rule(r"/skep/restore", _here),
+    _rule(r"/metrics", _here),
     # containers: the node's own, tasks' and plain ones; the others are the engine's
     _rule(r"/containers/(?:json|create)", _here),  # both query the engine as well
     _rule(r"/containers/prune", _others),

@@ -5,7 +5,7 @@ import grp
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ import structlog
 from aiohttp import web
 
 from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes, source_of
+from skep.api.connection import Connection, Gone
 from skep.api.errors import status_of
-from skep.api.framing import Malformed, is_for_manager, parse_request, path_of, read_head
+from skep.api.framing import Malformed, is_for_manager, is_readable, parse_request, path_of, read_head
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.unix_sockets import private_socket
-from skep.node.front.connection import Connection, Gone
 from skep.node.front.handover import Handover, Passed, Returned
 from skep.node.front.routing import Destination, Ownership, route
 from skep.node.front.splice import relay, splice
@@ -42,6 +42,8 @@ _IDLE_S = 300.0
 _ACCEPTED_AT_ONCE = 64
 """Connections accepted before other work of the event loop has its turn."""
 _FIRST_BYTES = 64 * 1024
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
+"""For clients by TCP that vanish without a word: as Docker's, whose are Go's defaults."""
 _GROUP = "docker"
 
 
@@ -58,6 +60,7 @@ class Front:
     Args:
         here: the application for what the node answers itself; it closes the connection after each response, since
             the next request on it may not be its own.
+        divert: takes over a new connection to a unix socket that is not to be served as root's; whether it did.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class Front:
         ownership: Ownership,
         membership: Membership,
         engine_socket: Path | None,
+        divert: Callable[[socket.socket], bool] = lambda _: False,
     ) -> None:
         self._here = here
         self._handover = handover
         self._ownership = ownership
         self._membership = membership
         self._engine_socket = engine_socket
+        self._divert = divert
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
         self._unread: set[socket.socket] = set()
@@ -83,6 +88,15 @@ class Front:
         self._tcp_tasks: set[asyncio.Task[None]] = set()
         """Serving clients of TCP hosts."""
         self._remote = _Remote()
+        self._group: asyncio.TaskGroup | None = None
+        """While it listens."""
+
+    def serve(self, connected: socket.socket) -> None:
+        """Serve a connection of this process as one of a client by TCP."""
+        if self._group is None:
+            connected.close()
+            return
+        self._start(self._group, self._go_on(Returned(Passed(connected, is_remote=True))), is_remote=True)
 
     @asynccontextmanager
     async def listening(
@@ -95,10 +109,12 @@ class Front:
         with ExitStack() as bound:
             sockets = [(host, bound.enter_context(_listening_socket(host))) for host in hosts]
             async with asyncio.TaskGroup() as group:
+                self._group = group
                 try:
                     await self._listen(group, sockets, tls)
                     yield
                 finally:
+                    self._group = None
                     for server in self._servers:
                         server.close()
                     self._close_local(sockets)
@@ -144,6 +160,7 @@ class Front:
         if not self._remote.admit(client.transport):
             client.abort()
             return
+        _probe_when_idle(client)
         self._start(group, self._serve(client, is_remote=True, is_relayed=True), is_remote=True)
 
     def _accept_local(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
@@ -162,6 +179,8 @@ class Front:
                 connected.close()
                 continue
             connected.setblocking(False)
+            if self._divert(connected):
+                continue
             self._unread.add(connected)
             loop.add_reader(connected, self._read_first, group, connected)
 
@@ -257,6 +276,9 @@ class Front:
         match route(request.method, request.target, self._ownership):
             case Destination.MANAGER:
                 if (reason := self._membership.manager_refusal()) is not None:
+                    if is_readable(request.method, path_of(request.target)):
+                        self._hand_to_application(client, raw)
+                        return
                     raise Unavailable(reason)
                 await self._handover.wait_manager()
                 if is_relayed:
@@ -289,6 +311,14 @@ class Front:
         handler.data_received(raw + waiting)
         if ended:
             handler.eof_received()
+
+
+def _probe_when_idle(client: Connection) -> None:
+    """Have the kernel end the connection of a client that does not answer any more."""
+    connected: socket.socket = client.transport.get_extra_info("socket")
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE.items():
+        connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class _Remote:

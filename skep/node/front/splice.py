@@ -9,9 +9,9 @@ unchanged. Half-closes are passed on: that is what ends the standard input of ``
 import asyncio
 from pathlib import Path
 
+from skep.api.connection import Connection, Gone
 from skep.api.framing import Request
 from skep.errors import Unavailable
-from skep.node.front.connection import Connection, Gone
 
 _CONNECT_TIMEOUT_S = 10.0
 
@@ -43,17 +43,29 @@ async def relay(client: Connection, server: Connection, head: bytes, *, is_one_e
     try:
         async with asyncio.TaskGroup() as group:
             up = group.create_task(_upwards(head, client, server), name="to the server")
+            watching = group.create_task(_watch(client, up), name="client lost")
             await _copy(server, client)
             if is_one_exchange:
                 up.cancel()  # the response is complete
                 server.abort()
+                watching.cancel()
                 await client.linger()
+            else:
+                await asyncio.wait([up])
+                watching.cancel()
     except ExceptionGroup as ended:
         if ended.split(Gone)[1] is not None:
             raise
     finally:
         server.abort()
         client.close()
+
+
+async def _watch(client: Connection, up: asyncio.Task[None]) -> None:
+    """Once all that the client has sent is passed on.  Raises: Gone: it broke the connection, or has vanished."""
+    await asyncio.wait([up])
+    await client.wait_lost()
+    raise Gone("closed by the other end")
 
 
 async def _upwards(head: bytes, client: Connection, server: Connection) -> None:

@@ -1,6 +1,7 @@
 """The cluster's networks: on a manager from its manager process, on a worker from its own tasks."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -9,15 +10,16 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api import network_form
-from skep.api.client import Client, Response
+from skep.api.client import Response
 from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts, fits
 from skep.api.server import Filters, flag
 from skep.engine.container import Container
-from skep.errors import AlreadyExists, Unavailable
+from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.model.ids import NetworkId, TaskId
 from skep.model.network import Network
 from skep.model.tables import Table, TableEndpoint, TableService
 from skep.model.task import AssignedTask, TaskStatus
+from skep.node.cluster_reads import ClusterReads
 from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
 
 _MANAGER_WAIT_S = 5.0
@@ -64,7 +66,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     """Networks of scope swarm."""
 
     member: Member
-    manager: Client
+    reads: ClusterReads
     tasks: Tasks
     tables: Tables
     containers: Callable[[], Collection[Container]]
@@ -79,6 +81,8 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     async def list_all(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
         """Those that match ``filters``; on a worker only those that a task of its own uses."""
         if not self.member.is_manager:
+            with suppress(SkepError):  # not allowed, or no manager answers: what this node knows
+                return list(msgspec.json.decode(await self.reads.body(request.raw_path)))
             attached = self._attached().values()
             return [network_form.flat_form(one) for one in attached if fits(_facts(one), filters)]
         response = await self.forward_to_manager(request)
@@ -102,25 +106,25 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
         """Whether ``word`` may mean a network of the cluster; on a worker not all are known."""
         if not self.member.is_manager:
             return self.member.is_in_swarm
-        response = await self._request("GET", f"/networks/{quote(word, safe='')}", b"", {})
+        response = await self.request_manager("GET", f"/networks/{quote(word, safe='')}", b"", {})
         return response.status == 200 and PREDEFINED_LABEL not in (
             msgspec.json.decode(response.body)["Labels"] or ()
         )
 
     async def check_lacks(self, name: str) -> None:
         """Raises: AlreadyExists: a network of the cluster has that name."""
-        response = await self._request("GET", f"/networks/{quote(name, safe='')}", b"", {})
+        response = await self.request_manager("GET", f"/networks/{quote(name, safe='')}", b"", {})
         if response.status == 200 and msgspec.json.decode(response.body)["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
     async def forward_to_manager(self, request: web.Request, body: bytes = b"") -> Response:
         """The manager's response to the same request.  Raises: Unavailable."""
-        return await self._request(request.method, request.path_qs, body, forwarded_headers(request))
+        return await self.request_manager(request.method, request.path_qs, body, forwarded_headers(request))
 
     async def _from_manager(self, request: web.Request, word: str) -> dict[str, Any] | None:
         verbose = request.query.get("verbose", "")
         path = f"/networks/{quote(word, safe='')}?verbose={quote(verbose, safe='')}"
-        response = await self._request("GET", path, b"", forwarded_headers(request))
+        response = await self.request_manager("GET", path, b"", forwarded_headers(request))
         if response.status == 404:
             return None
         if response.status >= 300:
@@ -145,14 +149,16 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     def _attached(self) -> dict[str, Network]:
         return networks_in_use(self.tasks.tasks(), self.tasks.statuses())
 
-    async def _request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Response:
+    async def request_manager(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> Response:
         """The manager's response; waits for one that restarts.  Raises: Unavailable."""
         if (refusal := self.member.manager_refusal()) is not None:
             raise Unavailable(refusal)
         for attempts_left in (1, 0) if method == "GET" else (0,):
-            await self.manager.wait_listening(self.clock, self.rng, _MANAGER_WAIT_S)
+            await self.reads.own.wait_listening(self.clock, self.rng, _MANAGER_WAIT_S)
             try:
-                return await self.manager.send(method, path, body, headers)
+                return await self.reads.own.send(method, path, body, headers)
             except Unavailable:
                 if not attempts_left:
                     raise

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 from aiohttp import web
 
-from skep.api.client import Client
+from skep.api.responses import ChunkedAnswer
 from skep.api.server import Filters, JsonLines, Routes, json_answer
 from skep.api.tables import Table
 from skep.api.timestamps import period_of
@@ -20,12 +21,17 @@ from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.engine.container import Counts
 from skep.engine.engine import Engine
-from skep.errors import NotFound, Unimplemented
+from skep.errors import NotFound, SkepError, Unavailable, Unimplemented
 from skep.model.times import timestamp
 from skep.node import features, info
+from skep.node.cluster_reads import ClusterReads
+from skep.node.description import volume_drivers
 from skep.node.docker_engine import DockerEngine
-from skep.node.events import EventRequest, Message, NodeEvents
+from skep.node.events import EventLines, EventRequest, Message, NodeEvents
 from skep.node.membership import Membership
+from skep.node.swarm_info import NOT_A_MANAGER
+
+log = structlog.get_logger()
 
 
 class NodeSystem:
@@ -42,7 +48,7 @@ class NodeSystem:
         node: info.Node,
         *,
         membership: Membership,
-        manager_api: Client,
+        reads: ClusterReads,
         events: NodeEvents,
         engine: Engine | None,
         docker: DockerEngine | None,
@@ -50,11 +56,16 @@ class NodeSystem:
     ) -> None:
         self._node = node
         self._membership = membership
-        self._manager_api = manager_api
+        self.reads = reads
         self._events = events
         self._engine = engine
         self._docker = docker
         self._warnings = warnings
+
+    @property
+    def node(self) -> info.Node:
+        """As it is now."""
+        return self._node
 
     def configure(self, configuration: Configuration) -> None:
         """Show ``configuration`` from now on (it was reloaded)."""
@@ -83,7 +94,7 @@ class NodeSystem:
         counts = self._engine.counts() if self._engine is not None else Counts()
         if self._docker is not None:
             counts += await self._docker.counts()
-        return info.info(
+        shown = info.info(
             self._node,
             counts=counts,
             swarm=swarm,
@@ -94,13 +105,36 @@ class NodeSystem:
             ),
             now=timestamp(self._events.clock.now_ns()),
         )
+        shown["Plugins"]["Volume"] += volume_drivers(self._engine)
+        return shown
 
     async def stream_events(self, request: EventRequest, send: Callable[[Message], Awaitable[None]]) -> None:
         """Events of this node, of its manager, and of the Docker Engine."""
-        sources = [self._manager_api] if self._membership.is_manager else []
+        sources: list[EventLines] = [self.reads.own if self._membership.is_manager else self.reads]
         if self._docker is not None:
             sources.append(self._docker.api)
         await self._events.stream(request, sources, send)
+
+    async def read_cluster(self, request: web.Request) -> web.StreamResponse:
+        """What a manager answers to a request of a worker's client.
+
+        Raises: Unavailable, in Docker's words: this node has a manager of its own, or is in no cluster, or the
+        cluster does not allow it, or no manager answers.
+        """
+        reason = self._membership.manager_refusal() or NOT_A_MANAGER
+        if reason != NOT_A_MANAGER:
+            raise Unavailable(reason)
+        try:
+            async with self.reads.pieces(request.raw_path) as pieces:
+                async with ChunkedAnswer(request, content_type="application/json") as answer:
+                    async for piece in pieces:
+                        await answer.response.write(piece)
+                return answer.response
+        except NotFound:
+            raise
+        except SkepError as error:
+            log.debug("not read from a manager", path=request.path, reason=str(error))
+            raise Unavailable(reason) from error
 
 
 def engine_id(data_dir: Path) -> str:
@@ -158,6 +192,17 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
     async with JsonLines(request) as lines:
         await system.stream_events(wanted, lines.send)
     return lines.response
+
+
+@_table.get("/services")
+@_table.get("/services/{id}")
+@_table.get("/tasks")
+@_table.get("/tasks/{id}")
+@_table.get("/nodes")
+@_table.get("/nodes/{id}")
+async def read_cluster(system: NodeSystem, request: web.Request) -> web.StreamResponse:
+    """On workers only: the node process passes these requests on to a manager of its own."""
+    return await system.read_cluster(request)
 
 
 _SUPPORTED_FAMILIES = (

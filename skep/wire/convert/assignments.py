@@ -8,6 +8,7 @@ from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.task import registry_auth_of, task_from_pb, task_to_pb
 from skep.wire.convert.values import driver_from_pb, driver_to_pb
+from skep.wire.convert.volume import volume_from_pb, volume_to_pb
 
 
 def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
@@ -19,6 +20,8 @@ def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
         *(_remove(task=pb.Task(id=id)) for id in change.removed_tasks),
         *(_remove(secret=pb.Secret(id=id)) for id in change.removed_secrets),
         *(_remove(config=pb.Config(id=id)) for id in change.removed_configs),
+        *(_put(volume=volume_to_pb(volume)) for volume in change.volumes),
+        *(_remove(volume=volume_to_pb(volume)) for volume in change.removed_volumes),
     ]
 
 
@@ -39,6 +42,8 @@ def assignments_from_pb(message: pb.AssignmentsMessage, revision: int = 0) -> As
         removed_secrets=tuple(SecretId(item.secret.id) for item in _items(removed, "secret")),
         configs=tuple(_config_from_pb(item.config) for item in _items(updated, "config")),
         removed_configs=tuple(ConfigId(item.config.id) for item in _items(removed, "config")),
+        volumes=tuple(volume_from_pb(item.volume) for item in _items(updated, "volume")),
+        removed_volumes=tuple(volume_from_pb(item.volume) for item in _items(removed, "volume")),
         registry_auths={id: auth for id, auth in auths.items() if auth},
     )
 
@@ -48,24 +53,29 @@ _REMOVE = pb.AssignmentChange.REMOVE
 
 
 def _items(assignments: Iterable[pb.Assignment], kind: str) -> Sequence[pb.Assignment]:
-    # Other kinds (cluster volumes) are for engines only and are passed over.
     return [assignment for assignment in assignments if assignment.WhichOneof("item") == kind]
 
 
 def _put(
-    *, task: pb.Task | None = None, secret: pb.Secret | None = None, config: pb.Config | None = None
+    *,
+    task: pb.Task | None = None,
+    secret: pb.Secret | None = None,
+    config: pb.Config | None = None,
+    volume: pb.VolumeAssignment | None = None,
 ) -> pb.AssignmentChange:
-    return pb.AssignmentChange(
-        assignment=pb.Assignment(task=task, secret=secret, config=config), action=_UPDATE
-    )
+    assignment = pb.Assignment(task=task, secret=secret, config=config, volume=volume)
+    return pb.AssignmentChange(assignment=assignment, action=_UPDATE)
 
 
 def _remove(
-    *, task: pb.Task | None = None, secret: pb.Secret | None = None, config: pb.Config | None = None
+    *,
+    task: pb.Task | None = None,
+    secret: pb.Secret | None = None,
+    config: pb.Config | None = None,
+    volume: pb.VolumeAssignment | None = None,
 ) -> pb.AssignmentChange:
-    return pb.AssignmentChange(
-        assignment=pb.Assignment(task=task, secret=secret, config=config), action=_REMOVE
-    )
+    assignment = pb.Assignment(task=task, secret=secret, config=config, volume=volume)
+    return pb.AssignmentChange(assignment=assignment, action=_REMOVE)
 
 
 def _secret_to_pb(secret: SecretFile) -> pb.Secret:

@@ -12,7 +12,9 @@ from skep.model.task import (
     TaskStatus,
     VolumeAttachment,
 )
-from skep.model.times import ZERO_TIME
+from skep.model.task_end import LAST_LINES_MAX, KeptLine, TaskEnd
+from skep.model.times import ZERO_TIME, timestamp, unix_ns
+from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.network import attachment_from_pb, attachment_to_pb, port_from_pb, port_to_pb
 from skep.wire.convert.resources import generic_from_pb, generic_to_pb
@@ -28,6 +30,7 @@ from skep.wire.convert.values import (
 
 _TEXT_CHARACTERS_MAX = 4096
 _PORTS_MAX = 1024
+_NS_MAX = 2**63 - 1
 
 
 def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
@@ -157,6 +160,42 @@ def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
         ),
         port_status=PortStatus(
             ports=tuple(port_from_pb(port) for port in message.port_status.ports[:_PORTS_MAX])
+        ),
+    )
+
+
+def end_to_pb(end: TaskEnd) -> skep.TaskEnd:
+    """Why a task ended.  No message of SwarmKit's has it."""
+    return skep.TaskEnd(
+        cause=end.cause,
+        signal=end.signal,
+        grace=end.grace,
+        health_output=end.health_output,
+        lines=[
+            skep.TaskEnd.Line(
+                timestamp=max(unix_ns(line.timestamp), 0),
+                stream=pb.LOG_STREAM_STDERR if line.stream == "stderr" else pb.LOG_STREAM_STDOUT,
+                text=line.text,
+            )
+            for line in end.lines
+        ],
+    )
+
+
+def end_from_pb(message: skep.TaskEnd) -> TaskEnd:
+    """As a node reports it, and as long (``bounded_end``).  A stream we do not know counts as standard output."""
+    return TaskEnd(
+        cause=message.cause,
+        signal=message.signal,
+        grace=message.grace,
+        health_output=message.health_output,
+        lines=tuple(
+            KeptLine(
+                timestamp=timestamp(min(max(line.timestamp, 0), _NS_MAX)),
+                stream="stderr" if line.stream == pb.LOG_STREAM_STDERR else "stdout",
+                text=line.text,
+            )
+            for line in message.lines[-LAST_LINES_MAX:]
         ),
     )
 

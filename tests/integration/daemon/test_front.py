@@ -184,7 +184,7 @@ async def test_a_request_may_come_in_pieces_and_may_have_its_body_asked_for(fron
 
 async def test_outside_of_a_swarm_dockers_words_are_given(front_rig: Rig) -> None:
     front_rig.member.refusal = "This node is not a swarm manager."
-    async with front_rig.client() as client, client.get("/services") as response:
+    async with front_rig.client() as client, client.get("/secrets") as response:
         assert response.status == 503
         assert response.headers["Content-Type"] == "application/json"
         assert await response.json() == {"message": "This node is not a swarm manager."}

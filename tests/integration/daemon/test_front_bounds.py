@@ -1,6 +1,9 @@
 """What clients of the API by TCP may keep to themselves: connections, time, and never root's socket."""
 
 import asyncio
+import socket
+import struct
+import subprocess
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -8,10 +11,12 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.api import passed
+from skep.api import connection, passed
+from skep.api.connection import Connection
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.node.front import server
+from skep.node.front.splice import relay
 from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
@@ -143,3 +148,36 @@ async def test_handshakes_are_bounded_and_delay_no_others(
         assert await is_answered(rig)
         for _, writer in silent:
             writer.close()
+
+
+async def test_clients_by_tcp_that_vanish_are_noticed(front_rig: Rig) -> None:
+    """By the kernel, which asks each that is silent."""
+    _, writer = await asyncio.open_connection("127.0.0.1", front_rig.port)
+    writer.write(b"GET /info HTTP/1.1\r\nHost: d\r\n")
+    await writer.drain()
+    ours = writer.get_extra_info("sockname")
+    command = ["ss", "-tnoH", "dport", f"= :{ours[1]}"]
+    shown = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+    assert "timer:(keepalive," in shown.stdout
+    writer.close()
+
+
+async def test_a_client_that_breaks_off_behind_its_request_is_relayed_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "CHECK_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+    ours, manager = socket.socketpair()
+    with manager:
+        ends = await Connection.over(accepted), await Connection.over(ours)
+        client.shutdown(socket.SHUT_WR)
+        relaying = asyncio.ensure_future(relay(*ends, b"", is_one_exchange=False))
+        assert await asyncio.to_thread(manager.recv, 1) == b""
+        assert not relaying.done()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        async with asyncio.timeout(PATIENCE_S):
+            await relaying
+        assert ends[1].is_lost

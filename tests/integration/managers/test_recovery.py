@@ -1,11 +1,13 @@
 """Two managers of three are lost: one goes on alone, the others find out when they come back, and join again."""
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.managers_rig import can_write, secrets, wait_managers, write
 from tests.support.playground_rig import (
+    SKEP,
     TestCluster,
     TestNode,
     a_playground,
@@ -22,6 +24,14 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 def own() -> Iterator[TestCluster]:
     with a_playground("rec", managers=3, workers=1) as cluster:
         yield cluster
+
+
+def skep(node: TestNode, *words: str, code: int = 0) -> str:
+    """What ``skep cluster recover`` prints."""
+    command = [SKEP, "--host", node.socket, "cluster", "recover", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == code, done
+    return done.stdout + done.stderr
 
 
 def listed(node: TestNode) -> dict[str, tuple[str, str]]:
@@ -50,8 +60,16 @@ def test_two_managers_of_three_are_lost_and_join_again(own: TestCluster) -> None
     wait_until(lambda: not can_write(m1, "probe"), "without a quorum nothing is written")
     kept = {node.name: container_pids(node, "web") for node in (m1, w1)}
 
-    forced = m1.docker("swarm", "init", "--force-new-cluster")
-    assert "Swarm initialized" in forced.stdout
+    planned = skep(m1, "--dry-run")
+    assert "NO LEADER  1 of 3 managers answers, 2 are needed" in planned
+    assert planned.count("GONE") == 2
+    assert "of m1: 1 service, " in planned
+    assert not can_write(m1, "probe"), "a dry run changes nothing"
+    recovered = skep(m1, "--yes")
+    assert "m1 is the only manager of the cluster now." in recovered
+    assert "docker node demote m2 && docker node rm --force m2" in recovered
+    refused = skep(m1, "--yes", code=1)
+    assert "the cluster has a leader: there is nothing to recover" in refused
     assert {listed(m1)[lost][0] for lost in ("m2", "m3")} <= {"unknown", "down"}, "not ready for a moment"
     assert "before" in secrets(m1)
     write(m1, "alone")

@@ -13,6 +13,7 @@ from skep.agent.executor.oci import OciExecutor
 from skep.engine.container import Container, ContainerConfig, LogFilter, NewContainer, Stream
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
+from tests.support.api_lab import Api, serving
 from tests.support.runc_lab import IMAGE, IMAGE_ID, Lab
 
 
@@ -44,6 +45,21 @@ async def images(tmp_path: Path) -> ImageStore:
     store = ImageStore(tmp_path / "images")
     await store.open()
     return store
+
+
+@pytest.fixture
+async def lab_with_images(tmp_path: Path, images: ImageStore) -> AsyncIterator[Lab]:
+    """For tests whose ``lab`` has the images that their ``images`` loads, instead of one made up."""
+    lab = Lab(tmp_path)
+    lab.images = images  # type: ignore[assignment]  # a store like the other
+    async with lab.running():
+        yield lab
+
+
+@pytest.fixture
+async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:
+    async with serving(tmp_path, executor) as api:
+        yield api
 
 
 class Runner:

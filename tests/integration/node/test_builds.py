@@ -8,14 +8,17 @@ import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.engine.build import context as contexts
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, Step
 from skep.engine.container import Stream
+from skep.engine.images import layers
 from skep.engine.images.digest import Digest
 from skep.engine.images.layers import Limits
 from skep.engine.images.progress import Message
@@ -209,6 +212,68 @@ async def test_a_build_that_fails_says_why_and_leaves_nothing(node: BuildLab) ->
     assert failed.exit == 3
 
 
+async def test_a_quiet_build_that_fails_shows_its_steps(node: BuildLab) -> None:
+    context = node.context("FROM busybox:1\nRUN echo shown\nRUN exit 3\n")
+    failed = await node.build(context, "-q")
+    assert failed.exit == 3
+    assert "Step 2/3 : RUN echo shown" in failed.output
+    assert "returned a non-zero code: 3" in failed.output
+    (context / "Dockerfile").write_text("FROM busybox:1\nRUN echo shown\n")
+    built = await node.build(context, "-q")
+    assert built.exit == 0
+    assert "Step" not in built.output
+
+
+async def test_a_dockerfile_comes_by_standard_input_beside_its_context(node: BuildLab) -> None:
+    """The docker command does not close the archive that it makes then: its last file is not padded."""
+    context = node.context("", {"file": "content\n"})
+    dockerfile = b"FROM busybox:1\nCOPY file /x/\n"
+    built = await node.docker("build", "-t", "mine", "-f", "-", str(context), stdin=dockerfile)
+    assert built.exit == 0, built.output
+    assert node.text("mine", "x/file") == "content\n"
+    broken = a_tar(a_file("Dockerfile", dockerfile), a_file("file", b"x" * 600)).rstrip(b"\0")
+    assert (await post(node, broken))[0] == 200
+    status, said = await post(node, broken[:-1])
+    assert (status, "unexpected EOF" in said) == (400, True)
+
+
+async def test_a_context_that_comes_again_is_unpacked_only_for_steps_that_are_not_cached(
+    node: BuildLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked: list[Path] = []
+    unpack = layers.unpack
+
+    async def counted(source: Any, target: Path, **options: Any) -> Any:
+        unpacked.append(target)
+        return await unpack(source, target, **options)
+
+    monkeypatch.setattr(contexts, "unpack", counted)
+    context = node.context("FROM busybox:1\nCOPY a /x/\nADD b c /x/\n", {"a": "1", "b": "2", "c": "3"})
+
+    async def build(*options: str) -> tuple[int, int]:
+        """How often it was unpacked, and how many steps were cached."""
+        unpacked.clear()
+        said = await node.build(context, "-t", "mine", *options)
+        assert said.exit == 0, said.output
+        return len(unpacked), said.output.count("Using cache")
+
+    assert await build() == (1, 0)
+    first = node.images.lookup("mine")
+    assert first is not None
+    assert await build() == (0, 2)
+    assert node.images.lookup("mine") == first
+    (context / "c").write_text("other")
+    assert await build() == (1, 1)
+    assert node.text("mine", "x/c") == "other"
+    assert await build("--no-cache") == (1, 0)
+    assert node.text("mine", "x/c") == "other"
+    await node.docker("rmi", "-f", "mine", first.id)
+    assert (await build())[0] == 1, "its results are gone"
+    monkeypatch.setattr(contexts, "_COMPARED_BYTES_MAX", 1000)
+    assert await build() == (1, 2), "too large to be compared"
+    assert not node.remains()
+
+
 async def test_a_request_that_cannot_be_built_is_refused(node: BuildLab) -> None:
     good = a_file("Dockerfile", b"FROM busybox:1\n")
     platform = "linux/s390x"
@@ -278,7 +343,9 @@ async def test_a_build_ends_with_its_client(node: BuildLab) -> None:
     context = node.context("FROM busybox:1\nRUN echo begun; sleep 600\n")
     client = await node.started("build", "-t", "mine", str(context))
     assert client.stdout is not None
-    while (line := await client.stdout.readline()) and b"begun" not in line:
+    while (
+        line := await client.stdout.readline()
+    ) and line.strip() != b"begun":  # the step shows its command first
         pass
     assert line, "the step runs"
     assert len(node.engine.list()) == 1
@@ -438,6 +505,8 @@ async def test_buildkits_language_has_mounts_secrets_and_here_documents(node: Bu
     assert error is None
     assert node.text("mine", "both") == "b\ntool\n"
     assert node.text("mine", "n") == "x\nx\n", "a cache stays"
+    status = await node.docker("system", "df", "--format", "{{.Type}}: {{.Size}} {{.Reclaimable}}")
+    assert "Build Cache: 4B 4B" in status.output, status.output
     status = await node.docker("builder", "prune", "--force")
     assert "Total reclaimed space: 4B" in status.output, status.output
     assert not node.remains()

@@ -18,7 +18,7 @@ import pytest
 from skep.agent.executor.oci import OciExecutor
 from skep.engine.images.store import ImageStore
 from skep.playground.busybox import busybox_archive
-from tests.support.api_lab import Api, serving
+from tests.support.api_lab import Api
 from tests.support.archives import a_file, a_tar, an_entry
 from tests.support.runc_lab import Lab
 
@@ -39,17 +39,8 @@ async def images(tmp_path: Path) -> ImageStore:
 
 
 @pytest.fixture
-async def lab(tmp_path: Path, images: ImageStore) -> AsyncIterator[Lab]:
-    lab = Lab(tmp_path)
-    lab.images = images  # type: ignore[assignment]  # a store like the other
-    async with lab.running():
-        yield lab
-
-
-@pytest.fixture
-async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:
-    async with serving(tmp_path, executor) as api:
-        yield api
+def lab(lab_with_images: Lab) -> Lab:
+    return lab_with_images
 
 
 async def create(api: Api, *command: str, **host: Any) -> str:

@@ -2,21 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from skep.agent.executor.oci import OciExecutor
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.api_lab import Api, serving
-
-
-@pytest.fixture
-async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:
-    async with serving(tmp_path, executor) as api:
-        yield api
-
+from tests.support.api_lab import Api
 
 # --- looking ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What goes into a container and comes out of it: logs, attach, exec."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -22,7 +23,7 @@ from skep.engine.container import (
     Stream,
 )
 from skep.engine.engine import Engine
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
 from tests.integration.node.conftest import Runner
@@ -55,6 +56,10 @@ async def take(entries: AsyncIterator[LogEntry], number: int) -> list[bytes]:
         if len(found) == number:
             break
     return found
+
+
+def follow(engine: Engine, container: Container) -> AsyncIterator[LogEntry]:
+    return engine.logs(container.id, LogFilter(follow=True))
 
 
 # --- logs --------------------------------------------------------------------------------------------------------
@@ -128,6 +133,41 @@ async def test_a_very_long_line_comes_whole(run: Runner, engine: Engine) -> None
     assert output == "xy" * 50000 + "\nnext\n"
 
 
+async def test_a_thousand_followers_get_every_line_and_leave_nothing(run: Runner, engine: Engine) -> None:
+    """More than there are watches for files: those without one look now and then."""
+    script = "for i in 1 2 3 4 5; do echo $i; sleep 0.2; done; read -r _; echo last"
+    container = await run.start("sh", "-c", script, open_stdin=True)
+    before = len(os.listdir("/proc/self/fd"))
+    gone = [asyncio.create_task(take(follow(engine, container), 9)) for _ in range(20)]
+
+    async def all_of_it() -> list[bytes]:
+        return [entry.data async for entry in follow(engine, container)]
+
+    async with asyncio.TaskGroup() as group:
+        followers = [group.create_task(all_of_it()) for _ in range(1000)]
+        attachment = await engine.attach(container.id)
+        for one in gone:  # while they wait for further lines
+            one.cancel()
+        await asyncio.wait(gone)
+        await attachment.write(b"\n")
+    attachment.close()
+    assert {tuple(one.result()) for one in followers} == {(b"1\n", b"2\n", b"3\n", b"4\n", b"5\n", b"last\n")}
+    assert len(os.listdir("/proc/self/fd")) <= before + 5
+
+
+async def test_bytes_of_any_kind_and_a_line_without_an_end_come_as_they_were_written(
+    run: Runner, engine: Engine
+) -> None:
+    script = r"printf '\000\377\033[2J\r'; i=0; "
+    script += r"while [ $i -lt 64 ]; do printf '%065536d' 0; i=$((i+1)); done; printf '\200'"
+    container = await run.start("sh", "-c", script)
+    await engine.wait(container.id)
+    entries = [entry async for entry in engine.logs(container.id, LogFilter())]
+    written = b"\0\xff\x1b[2J\r" + b"0" * (64 * 65536) + b"\x80"
+    assert b"".join(entry.data for entry in entries) == written + b"\n"
+    assert max(len(entry.data) for entry in entries) <= 16 << 10, "in pieces, as Docker's"
+
+
 async def test_rotation_loses_no_line(lab: Lab, run: Runner, engine: Engine) -> None:
     """A follower and a later reader see each of 6,000 lines once, over many files."""
     config = LogConfig(max_size_bytes=60_000, max_files=50)
@@ -166,7 +206,8 @@ async def test_only_so_many_old_logs_are_kept(lab: Lab, run: Runner, engine: Eng
 async def test_a_container_may_keep_no_logs(lab: Lab, run: Runner, engine: Engine) -> None:
     container = await run.start("echo", "hello", log=LogConfig(type="none"))
     await engine.wait(container.id)
-    assert await run.logs(container) == ""
+    with pytest.raises(Unimplemented, match="configured logging driver does not support reading"):
+        await run.logs(container)
 
 
 # --- attach ------------------------------------------------------------------------------------------------------
@@ -190,6 +231,21 @@ async def test_a_terminal_has_the_size_it_is_given(run: Runner, engine: Engine) 
     await engine.resize(container.id, 33, 77)
     assert b"33 77" in await read_until(attachment, b"33 77")
     attachment.close()
+
+
+async def test_a_terminal_that_is_resized_a_thousand_times_has_its_last_size(
+    run: Runner, engine: Engine
+) -> None:
+    container = await run.start("sh", "-c", "read -r _; stty size", tty=True, open_stdin=True)
+    attachment = await engine.attach(container.id)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        for number in range(999):
+            group.create_task(engine.resize(container.id, 20 + number % 50, 80))
+    await engine.resize(container.id, 44, 99)
+    await attachment.write(b"\n")
+    assert b"44 99" in await read_until(attachment, b"44 99")
+    attachment.close()
+    assert (await engine.wait(container.id)).exit_code == 0
 
 
 async def test_one_cannot_attach_to_what_does_not_run(run: Runner, engine: Engine) -> None:

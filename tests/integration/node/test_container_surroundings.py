@@ -196,3 +196,18 @@ async def test_many_starts_at_once_all_come_up(run: Runner, engine: Engine) -> N
     assert len({container.pid for container in started}) == 12
     assert len({container.sandbox.address for container in started if container.sandbox}) == 12
     await asyncio.gather(*(engine.remove(container.id, force=True) for container in started))
+
+
+async def test_variables_of_a_start_are_in_no_record(run: Runner, engine: Engine) -> None:
+    container = await run.create("sh", "-c", "echo ${#A}", env=("A=record",))
+    await engine.start(container.id, secret_env=("A=hidden value",))
+    await engine.wait(container.id)
+    assert await run.logs(container) == "12\n"
+    assert engine.get(container.id).config.env == ("A=record",)
+    kept = engine.bundles.path(container.id).rglob("*")
+    records = [path.read_bytes() for path in kept if path.is_file() and not path.is_symlink()]
+    assert any(b"A=record" in content for content in records)
+    assert not any(b"hidden value" in content for content in records)
+    run_files = [path for path in engine.bundles.bundle(container.id).rglob("*.json") if path.is_file()]
+    assert run_files, "what runc has read"
+    assert not any(b"hidden value" in path.read_bytes() for path in run_files)

@@ -13,7 +13,7 @@ from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, NotRunning
 from skep.engine.engine import Engine
 from skep.engine.request import read_create
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.errors import FailedPrecondition, InvalidArgument
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_oci_tasks import a_task
 from tests.support.runc_lab import IMAGE, Lab
@@ -253,7 +253,7 @@ async def test_a_namespace_that_cannot_be_shared_is_refused_in_dockers_words(
     created = await plain.create("true", host={"IpcMode": "container:donor"})
     with pytest.raises(InvalidArgument, match="non-shareable IPC"):
         await engine.start(created.id)
-    with pytest.raises(NotFound, match="No such container: nosuch"):
+    with pytest.raises(InvalidArgument, match="No such container: nosuch"):
         await plain.create("true", host={"NetworkMode": "container:nosuch"})
 
 

@@ -178,8 +178,9 @@ async def rotate_under_load(pair: Pair, seconds: float) -> None:
                 await pair.publish(number)
                 await pings.wait_arrived(20)
             used |= {one.key for node in pair.nodes for one in node.public_keys()}
-        content = TEXT * 20_000
-        assert await asyncio.to_thread(transfer, *pair.ends, content) == content
+    # Not beside the pings: a transfer fills the queues that they are in, and then the kernel drops some.
+    content = TEXT * 20_000
+    assert await asyncio.to_thread(transfer, *pair.ends, content) == content
     assert len(used) >= 6, "each node had three keys at least"
     assert [number for number, _ in pings.arrived] == list(range(pings.sent))
     assert pings.sent > 2000

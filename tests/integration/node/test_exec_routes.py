@@ -1,21 +1,10 @@
 """``docker exec`` over plain sockets: both directions of a connection that was taken over."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from skep.agent.executor.oci import OciExecutor
 from tests.integration.node.conftest import Runner
-from tests.support.api_lab import Api, serving
-
-
-@pytest.fixture
-async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:
-    async with serving(tmp_path, executor) as api:
-        yield api
+from tests.support.api_lab import Api
 
 
 async def an_exec(api: Api, id: str, *command: str, **config: Any) -> str:

@@ -63,7 +63,10 @@ async def test_a_task_that_becomes_unhealthy_is_stopped(executor: OciExecutor) -
     container = executor.engine.get(task.name)
     (executor.engine.bundles.rootfs(container.id) / "tmp/broken").touch()
     ended = await controller.wait()
-    assert ended.message == "task: non-zero exit (143): dockerexec: unhealthy container"
+    assert (
+        ended.message
+        == "task: non-zero exit (143): dockerexec: unhealthy container: last health check: /tmp/broken"
+    )
     await controller.remove()
 
 

@@ -301,13 +301,14 @@ async def test_the_logs_of_a_service_are_gathered_from_its_tasks(executor: OciEx
         await controller.start()
         await controller.wait()
     query = LogQuery(services=(ServiceId("service1"),), streams=(LogStream.STDOUT,))
-    lines = [line async for line in logs.read(query)]
+    lines = [line async for batch in logs.read(query) for line in batch]
     assert {(line.task_id, line.data) for line in lines} == {
         (tasks[0].task.id, b"out 1\n"),
         (tasks[1].task.id, b"out 2\n"),
     }
     assert {(line.service_id, line.node_id) for line in lines} == {("service1", "node1")}
-    one = [line.data async for line in logs.read(LogQuery(tasks=(tasks[0].task.id,), tail=1))]
+    of_one = LogQuery(tasks=(tasks[0].task.id,), tail=1)
+    one = [line.data async for batch in logs.read(of_one) for line in batch]
     assert one == [b"err\n"]
 
 
@@ -319,11 +320,11 @@ async def test_followed_logs_go_on_with_tasks_that_come_later(executor: OciExecu
     await for_first.start()
     entries = logs.read(LogQuery(services=(ServiceId("service1"),), follow=True))
     async with asyncio.timeout(10):
-        assert (await anext(entries)).data == b"first\n"
+        assert [line.data for line in await anext(entries)] == [b"first\n"]
         for_second = executor.controller(second)
         await for_second.prepare()
         await for_second.start()
-        assert (await anext(entries)).data == b"second\n"
+        assert [line.data for line in await anext(entries)] == [b"second\n"]
     await entries.aclose()  # type: ignore[attr-defined]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from skep.engine.container import ContainerState, LogFilter
 from skep.engine.engine import Engine
 from skep.engine.processes import is_alive
+from skep.engine.request import CreateRequest, HostConfig
 from tests.integration.node.conftest import Runner, eventually
-from tests.support.runc_lab import Lab
+from tests.support.runc_lab import IMAGE, Lab
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,6 +49,31 @@ async def test_containers_that_ended_unobserved_are_settled_at_the_next_start(la
         ended = await second.engine.wait(container.id)
         assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 6)
         await second.engine.remove(container.id)
+    assert lab.remains() == []
+
+
+async def test_a_step_of_a_build_ends_with_the_process_that_built_and_its_secret_is_in_no_file(
+    lab: Lab,
+) -> None:
+    command = "case $TOKEN in hush*) touch /tmp/ok;; esac; sleep 600"
+    request = CreateRequest(
+        image=IMAGE, cmd=("sh", "-c", command), host_config=HostConfig(network_mode="none")
+    )
+    first = lab.executor()
+    async with first.running():
+        step = await first.engine.create(request, name="build-0123", is_step=True)
+        kept = await first.engine.create(request, name="build-4567")
+        await first.engine.start(step.id, secret_env=("TOKEN=hush-7391",))
+        made = first.engine.bundles.path(step.id) / "upper/tmp/ok"
+        await eventually(made.exists, "its command has the secret")
+        files = [path for path in lab.paths.data.rglob("*") if path.is_file()]
+        assert files
+        assert not [path for path in files if b"hush-7391" in path.read_bytes()]
+    second = lab.executor()
+    async with second.running():
+        await eventually(lambda: not second.engine.has(step.id), "the step is gone", within_s=30)
+        assert [one.id for one in second.engine.list()] == [kept.id]
+        await second.engine.remove(kept.id)
     assert lab.remains() == []
 
 

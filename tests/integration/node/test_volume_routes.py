@@ -110,7 +110,7 @@ async def test_a_volume_is_made_with_its_labels_and_another_time_is_what_it_is(
             400,
             'create v1: missing required option: "type"',
         ),
-        ({"ClusterVolumeSpec": {}}, 400, "create v1: cluster volumes (CSI) are not supported"),
+        ({"ClusterVolumeSpec": {}}, 400, "create v1: cluster volumes (CSI) need API version 1.42 or later"),
         ({"Name": "v"}, 400, "create v: volume name is too short"),
         ({"Name": "../v"}, 400, 'create ../v: "../v" includes invalid characters for a local volume name'),
     ],

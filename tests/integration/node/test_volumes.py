@@ -14,13 +14,15 @@ from skep.agent.executor.oci import OciExecutor
 from skep.engine.volumes import MountFailed, Part, Volumes
 from skep.errors import SkepError
 from skep.linux.mounting import mount_targets
-from skep.linux.syscalls import mount, unmount
-from skep.model.container import Mount, VolumeOptions
+from skep.linux.syscalls import MNT_DETACH, MS_BIND, MS_PRIVATE, mount, unmount
+from skep.model.container import BindOptions, Mount, VolumeOptions
 from skep.model.meta import Driver
+from skep.model.task import AssignedTask
 from tests.integration.node.conftest import eventually
 from tests.integration.node.test_oci_tasks import a_task, output
 from tests.support.runc_lab import Lab
 
+MS_SHARED = 1 << 20
 MEMORY = {"type": "tmpfs", "device": "tmpfs", "o": "size=64k,noexec"}
 
 
@@ -227,7 +229,115 @@ async def test_a_mount_that_hangs_fails_its_container_alone(
         assert engine.volumes.names()
 
 
+async def test_a_bind_source_that_hangs_fails_its_task_alone_and_stops_nothing_else(
+    tmp_path: Path, lab: Lab, executor: OciExecutor
+) -> None:
+    executor.engine.volumes.bind_sources.deadline_s = 1.0
+    source = tmp_path / "source"
+    source.mkdir()
+    made = executor.controller(
+        a_task("true", slot=1, mounts=(Mount(type="bind", source=str(source), target="/x"),))
+    )
+    await made.prepare()
+    source.rmdir()
+    with silent_directory(source) as silent:
+        never = executor.controller(
+            a_task("true", slot=2, mounts=(Mount(type="bind", source=str(silent / "x"), target="/x"),))
+        )
+        async with asyncio.TaskGroup() as group:
+            waiting = [group.create_task(_failure(one)) for one in (never.prepare(), made.start())]
+            assert await output(executor, a_task("echo", "hello", slot=3)) == "hello\n"
+        for one in waiting:
+            assert "it does not respond within 1 s" in one.result()
+        await made.remove()
+
+
+@contextmanager
+def mounted(target: Path, source: str, type: str | None, flags: int = 0) -> Iterator[None]:
+    mount(source, target, type, flags)
+    try:
+        yield
+    finally:
+        unmount(target, MNT_DETACH)
+
+
+def bound(source: Path, propagation: str) -> Mount:
+    options = BindOptions(propagation=propagation)
+    return Mount(type="bind", source=str(source), target="/data", bind_options=options)
+
+
+def mounts_of(executor: OciExecutor, task: AssignedTask) -> dict[str, str]:
+    """Where the task has mounts below /data, and of which type."""
+    lines = Path(f"/proc/{executor.engine.get(task.name).pid}/mountinfo").read_text().splitlines()
+    found = ((line.split()[4], line.partition(" - ")[2].split()[0]) for line in lines)
+    return {target: type for target, type in found if target.startswith("/data/")}
+
+
+async def test_mounts_that_are_made_later_reach_a_task_as_its_own_mount_says(
+    tmp_path: Path, executor: OciExecutor
+) -> None:
+    source = tmp_path / "source"
+    for name in ("later", "fuse", "inner"):
+        (source / name).mkdir(parents=True)
+    tasks = {
+        one: a_task("sleep", "1000", slot=slot, mounts=(bound(source, one),)) for slot, one in enumerate(WAYS)
+    }
+    controllers = {one: executor.controller(task) for one, task in tasks.items()}
+    with mounted(source, str(source), None, MS_BIND):
+        mount("", source, None, MS_PRIVATE)
+        for one, words in (("rshared", "shared"), ("rslave", "shared or slave")):
+            refused = f"path {source} is mounted on {source} but it is not a {words} mount"
+            assert refused in await _failure(controllers[one].prepare())
+            await controllers[one].remove()
+        mount("", source, None, MS_SHARED)
+        for controller in controllers.values():
+            await controller.prepare()
+            await controller.start()
+        (source / "fuse").rmdir()
+        with mounted(source / "later", "tmpfs", "tmpfs"), silent_directory(source / "fuse"):
+            (source / "later" / "file").write_text("later\n")
+            for one, task in tasks.items():
+                reached = {"/data/later": "tmpfs", "/data/fuse": "fuse"} if one != "rprivate" else {}
+                assert mounts_of(executor, task) == reached, one
+            pid = executor.engine.get(tasks["rslave"].name).pid
+            assert Path(f"/proc/{pid}/root/data/later/file").read_text() == "later\n"
+        for one in ("rslave", "rshared"):
+            command = ("mount", "-t", "tmpfs", "tmpfs", "/data/inner")
+            pid = executor.engine.get(tasks[one].name).pid
+            entered = await asyncio.create_subprocess_exec("nsenter", f"--mount=/proc/{pid}/ns/mnt", *command)
+            assert await entered.wait() == 0
+            assert (str(source / "inner") in mount_targets()) == (one == "rshared")
+        unmount(source / "inner", MNT_DETACH)
+        for controller in controllers.values():
+            await controller.terminate()
+            await controller.wait()
+            await controller.remove()
+
+
+WAYS = ("rprivate", "rslave", "rshared")
+
+
 async def _failure(work: object) -> str:
     with pytest.raises(SkepError) as failed:
         await work  # type: ignore[misc]
     return str(failed.value)
+
+
+@pytest.mark.parametrize("options", ["bind", "rbind", "bind,ro"])
+async def test_no_volume_binds_a_directory_with_the_nodes_sockets(
+    tmp_path: Path, executor: OciExecutor, options: str
+) -> None:
+    """A bind mount of it is covered by the container's own socket (``engine.api_sockets``), a volume could not be."""
+    run = Path(executor.engine.volumes._refused[0])
+    (tmp_path / "link").symlink_to(run)
+    for number, device in enumerate((run, run.parent, tmp_path / "link", "/")):
+        if device == "/" and options != "rbind" and os.stat("/").st_dev != os.stat(run).st_dev:
+            continue  # without the other file systems there is none of the node's sockets in it
+        given = {"type": "none", "o": options, "device": str(device)}
+        name = f"sockets{number}"
+        controller = executor.controller(a_task("true", mounts=(with_options(name, given),)))
+        await controller.prepare()
+        with pytest.raises(SkepError, match="has sockets of this node: mount it as a bind, not as a volume"):
+            await controller.start()
+        assert str(executor.engine.volumes.path(name)) not in mount_targets()
+        await controller.remove()

@@ -62,6 +62,14 @@ def clear(node: TestNode) -> None:
         api.remove_secret(secret["ID"])
     for config in api.configs():
         api.remove_config(config["ID"])
+    remove_volumes(node)
+
+
+def remove_volumes(node: TestNode) -> None:
+    """Those of earlier tests: some groups count volumes."""
+    api = node.client().api
+    for volume in api.volumes()["Volumes"] or ():
+        api.remove_volume(volume["Name"], force=True)
 
 
 def _difference(recorded: records.Record, answer: records.Record) -> str:

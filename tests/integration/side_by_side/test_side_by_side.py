@@ -9,13 +9,13 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from tests.integration.side_by_side import records
-from tests.integration.side_by_side.compare import clear, differences, place_of
+from tests.integration.side_by_side.compare import clear, differences, place_of, remove_volumes
 from tests.integration.side_by_side.lines import groups, script
 from tests.support.playground_rig import CLIS, TestCluster, TestNode, docker_version
 
 RECORDED = records.load()
 KNOWN_CLIS = [cli for cli in CLIS if docker_version(cli) in RECORDED]
-SLOW = ("containers", "service_create", "services")
+SLOW = ("build_files", "builds", "containers", "service_create", "services")
 """Groups that take more than a few seconds."""
 
 
@@ -59,6 +59,7 @@ def test_a_swarm_is_made_changed_and_left_as_with_a_real_engine(
 
 
 def _compare(node: TestNode, scratch: Path, group: str, cli: str) -> None:
+    remove_volumes(node)
     found = differences(group, place_of(node, cli, scratch))
     clear(node)
     assert not found, "\n".join(["- the engine, + Skep", *found])

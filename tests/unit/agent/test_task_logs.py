@@ -35,15 +35,15 @@ class SomeUnreadable:
             for id in ("gone", "there")
         ]
 
-    async def logs(self, word: str, _wish: LogFilter) -> AsyncGenerator[LogEntry, None]:
+    async def log_batches(self, word: str, _wish: LogFilter) -> AsyncGenerator[Sequence[LogEntry], None]:
         if word == "gone":
             raise self._error
         for number in range(3):
-            yield LogEntry(stream=Stream.STDOUT, timestamp_ns=number, data=b"%d" % number)
+            yield [LogEntry(stream=Stream.STDOUT, timestamp_ns=number, data=b"%d" % number)]
 
 
 async def test_a_container_with_unreadable_logs_does_not_end_those_of_others() -> None:
     query = LogQuery(tasks=(TaskId("gone"), TaskId("there")))
     for error in (NotFound("No such container: gone"), FileNotFoundError("log")):
         logs = TaskLogs(cast("Engine", SomeUnreadable(error)))
-        assert [line.data async for line in logs.read(query)] == [b"0", b"1", b"2"]
+        assert [line.data async for lines in logs.read(query) for line in lines] == [b"0", b"1", b"2"]

@@ -353,6 +353,20 @@ async def test_a_removal_that_fails_is_tried_again(node: Node) -> None:
     assert Stubborn.tries == 2
 
 
+async def test_the_end_of_an_earlier_removal_does_not_hide_a_later_one(node: Node) -> None:
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await node.reports.wait("a", RUNNING)
+        earlier = asyncio.create_task(asyncio.sleep(0))
+        await earlier
+        await worker.assign(complete())
+        later = worker._removing[TaskId("a")]
+        worker._forget_removal(TaskId("a"), earlier)
+        assert worker._removing[TaskId("a")] is later
+        await later
+        assert TaskId("a") not in worker._removing
+
+
 class Counted(SimulatedController):
     updates: tuple[int, ...] = ()
 

@@ -142,3 +142,9 @@ async def test_a_whole_response_is_given_whatever_its_status(local):
     assert refused.status == 404
     assert isinstance(refused.error(), NotFound)
     assert str(refused.error()) == "not here"
+
+
+async def test_little_waits_for_a_reader_that_said_so(client):
+    async with client.stream("/lines", buffer_bytes=1000) as response:
+        assert response._response.content.get_read_buffer_limits() == (1000, 2000)
+        assert [line async for line in response.objects()] == [{"n": 0}, {"n": 1}, {"n": 2}]

@@ -1,5 +1,8 @@
 """The skep command finds its commands, and docker's."""
 
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner
 
@@ -46,3 +49,63 @@ def test_a_word_that_is_nearly_one_is_answered_with_it(typed: str, meant: str) -
     result = CliRunner().invoke(cli.main, [typed])
     assert result.exit_code == 2
     assert f"No such command '{typed}'. Did you mean {meant}?" in result.output
+
+
+def test_no_command_but_top_waits_for_textual() -> None:
+    """The modules of all commands are imported, ``skep top``'s too: Textual only when that runs.
+
+    The playground's has structlog, which takes ``rich`` where it finds it.
+    """
+    found = {entry.location.partition(":")[0] for entry in cli.COMMANDS.values()}
+    modules = sorted(found - {"skep.playground.cli"})
+    script = f"import sys, {', '.join(modules)}; sys.exit('textual' in sys.modules or 'rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=50, check=False).returncode == 0
+
+
+def completed(*words: str) -> list[str]:
+    """What a shell offers for the last word."""
+    from click.shell_completion import ShellComplete
+
+    *before, last = words
+    found = ShellComplete(cli.main, {}, "skep", "_SKEP_COMPLETE").get_completions(before, last)
+    return [item.value for item in found]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("update", ""), ["abort", "pause", "resume"]),
+        (("cluster", "re"), ["recover", "resume"]),
+        (("cluster", "recover", "--d"), ["--dry-run"]),
+        (("cluster", "fo"), ["forget-nodes"]),
+        (("context", ""), ["create", "ls", "rm", "show", "use"]),
+        (("version", "--a"), ["--all"]),
+        (("status", "-o", "w"), ["wide"]),
+        (("update", "some-container", "--"), ["--help"]),
+    ],
+)
+def test_a_shell_completes_every_verb_and_runs_no_docker_for_it(
+    words: tuple[str, ...], offered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*args: object) -> None:
+        raise AssertionError(f"started {args}")
+
+    monkeypatch.setattr("os.execv", started)
+    assert completed(*words) == offered
+
+
+def test_version_without_all_and_update_of_a_container_are_dockers(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def execv(path: str, argv: list[str]) -> None:
+        started.append(argv)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(passthrough, "find_docker", lambda: "/usr/bin/docker")
+    monkeypatch.setattr("os.execv", execv)
+    CliRunner().invoke(cli.main, ["-H", "unix:///x.sock", "version", "--format", "x"])
+    CliRunner().invoke(cli.main, ["-H", "unix:///x.sock", "update", "--memory", "1g", "c1"])
+    assert [argv[3:] for argv in started] == [
+        ["version", "--format", "x"],
+        ["update", "--memory", "1g", "c1"],
+    ]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from skep.api import waiting
 from skep.cli.rotation import (
     CONFIG,
     SECRET,
@@ -15,7 +16,7 @@ from skep.cli.rotation import (
     unused,
     versions,
 )
-from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.labels import ROTATION_OF
 
 
@@ -134,13 +135,13 @@ class _Services:
             raise NotFound(path)
         return found[0]
 
-    async def post(self, path: str, spec: Any, *, timeout_s: float, version: str) -> None:
+    async def request(self, method: str, path: str, *, body: Any, **_: Any) -> None:
         id = path.split("/")[2]
         if id in self._refused:
             if isinstance(self._refused[id], NotFound) and id == "removed":
                 del self._specs[id]
             raise self._refused[id]
-        self._specs[id] = spec
+        self._specs[id] = body
         self.moved.append(id)
 
 
@@ -155,3 +156,34 @@ async def test_a_service_that_cannot_be_updated_is_named_and_the_others_are_upda
     using, failed = await rotation.move({"i1"}, an_object("i2", "key-v2", "key"))
     assert using == services.moved == ["whole"]
     assert failed == ["broken: no such mount", "without-network: network gone"]
+
+
+class _Flaky(_Services):
+    """Between two leaders for the next ``outage`` requests."""
+
+    outage = 0
+
+    async def get(self, path: str, *, timeout_s: float, **query: Any) -> Any:
+        if self.outage:
+            self.outage -= 1
+            raise Unavailable("The swarm does not have a leader.")
+        return (
+            [a_task("i3"), a_task("i3")] if path == "/tasks" else await super().get(path, timeout_s=timeout_s)
+        )
+
+
+async def test_a_rotation_is_waited_for_over_a_change_of_leader(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "_FIRST_S", 0.01)
+    services = _Flaky({}, "web")
+    rotation = _Rotation(SECRET, services)  # type: ignore[arg-type]
+    new = an_object("i3", "key-v3")
+    ids, _ = await rotation.move({"i1"}, new)
+    services.outage = 3
+    assert await rotation.wait(ids, new) == []
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == [
+        "no answer, is asked again: The swarm does not have a leader.",
+        "web: 2 of 2 tasks have key-v3",
+    ]

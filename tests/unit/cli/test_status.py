@@ -2,9 +2,24 @@
 
 from typing import Any
 
+from skep.cli.output import Screen, width_of
 from skep.cli.quorum import no_leader
-from skep.cli.status import about_cluster, about_node, about_services, is_as_wanted
+from skep.cli.status import (
+    DEGRADED,
+    Cluster,
+    Status,
+    about_node,
+    is_as_wanted,
+    is_well,
+    lines_of,
+    node_rows,
+    service_rows,
+)
 from skep.node.swarm_info import NO_LEADER, lost_quorum
+
+NOW = 1_769_860_800.0
+"""2026-01-31T12:00:00Z"""
+CRASH_LOOP = 'crash loop, 5 failures in a row: exit 3, last line "boom: cannot connect to db"'
 
 
 def an_info(**swarm: Any) -> dict[str, Any]:
@@ -39,30 +54,88 @@ def test_the_reason_why_a_node_is_not_well_is_shown() -> None:
     assert rows["error"] == "the manager crashed 5 times"
 
 
-def test_a_node_that_is_down_is_named() -> None:
-    rows = list(about_cluster([a_node("w1", "down"), a_node("m1", leader=True)]))
-    assert ("nodes", "1 down, 1 ready") in rows
-    assert ("leader", "m1") in rows
-    assert ("node", "w1 is down") in rows
+def a_status(nodes: list[Any], services: list[Any], explained: dict[str, Any]) -> Status:
+    cluster = Cluster(
+        id="c1",
+        leader="m1",
+        nodes=tuple(node_rows(nodes, ["m1", "m1", "w1"])),
+        services=tuple(service_rows(services, explained, NOW)),
+    )
+    return Status(
+        health="ok" if is_well(cluster) else "degraded", node=(("node", "m1, skep 0.1.0"),), cluster=cluster
+    )
 
 
-def test_the_busiest_nodes_are_named_and_those_that_say_nothing_are_not() -> None:
-    quiet = [a_node("w3") | {"Load": 0.0}, a_node("d1")]
-    rows = dict(about_cluster([a_node("w1") | {"Load": 0.2}, a_node("w2") | {"Load": 0.9}, *quiet]))
-    assert rows["load"] == "w2 90 %, w1 20 %"
-    assert "load" not in dict(about_cluster(quiet))
-    many = [a_node(f"n{number}") | {"Load": 0.5} for number in range(30)]
-    assert len(dict(about_cluster(many))["load"].split(", ")) == 10
+def a_degraded_one() -> Status:
+    nodes = [a_node("w1", "down") | {"Load": 0.2}, a_node("m1", leader=True) | {"Load": 0.9}]
+    nodes[0]["Status"]["Message"] = "heartbeat failure"
+    web = a_service("web", 2, 2)
+    web["UpdateStatus"] = {"State": "completed", "CompletedAt": "2026-01-31T11:57:00Z"}
+    explained = {"id-boom": {"Summary": f"0 of 2 tasks run; {CRASH_LOOP}", "IsAsWanted": False}}
+    return a_status(nodes, [web, a_service("boom", 0, 2)], explained)
 
 
-def test_services_that_are_not_as_wanted_are_named_with_the_reason() -> None:
-    services = [a_service("web", 2, 3), a_service("db", 1, 1), a_service("api", 0, 2)]
-    wanting = {"id-web": "", "id-api": "0 of 2 tasks run; 2 wait: no suitable node"}
-    assert list(about_services(services, wanting)) == [
-        ("services", "3, 1 of them as wanted"),
-        ("service", "api: 0 of 2 tasks run; 2 wait: no suitable node"),
-        ("service", "web: 2 of 3 tasks run"),
+def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_is_not_well() -> None:
+    found = a_degraded_one()
+    assert list(lines_of(found, Screen())) == [
+        "cluster  DEGRADED  1 manager (leader m1), 1 worker, 1 of 2 nodes ready  1 of 2 services as wanted",
+        "node  m1, skep 0.1.0",
+        "",
+        "NODE  ROLE    STATE  TASKS  LOAD  WHY",
+        "m1    leader  ready  2      90%",
+        "w1    worker  DOWN   1      20%   heartbeat failure",
+        "",
+        "SERVICE  TASKS  UPDATE            WHY",
+        f"boom     0/2                      {CRASH_LOOP}",
+        "web      2/2    completed 3m ago",
+        "next: skep explain boom",
     ]
+    assert found.exit_code == DEGRADED
+
+
+def test_a_narrow_terminal_is_kept_to_and_has_colours() -> None:
+    narrow = list(lines_of(a_degraded_one(), Screen(columns=60)))
+    assert max(map(width_of, narrow)) <= 60
+    assert any(line.endswith("…") for line in narrow)
+    coloured = "\n".join(lines_of(a_degraded_one(), Screen(has_colours=True)))
+    assert "\x1b[33m\x1b[1mDEGRADED" in coloured
+    assert "\x1b[31mDOWN" in coloured
+
+
+def test_a_large_cluster_shows_first_what_is_not_well() -> None:
+    nodes = [a_node(f"n{number:03}") for number in range(100)] + [a_node("z", "down")]
+    services = [a_service(f"s{number:03}", 1, 1) for number in range(100)] + [a_service("zz", 0, 1)]
+    found = a_status(nodes, services, {})
+    lines = list(lines_of(found, Screen()))
+    assert len(lines) < 62
+    assert "and 81 nodes more: skep status -o wide" in lines
+    assert "and 71 services more: skep status -o wide" in lines
+    assert any(line.startswith("z ") for line in lines)
+    assert any(line.startswith("zz ") and "0 of 1 tasks run" in line for line in lines)
+    assert len(list(lines_of(found, Screen(is_wide=True)))) > 200
+
+
+def test_a_cluster_in_which_all_is_well_says_so_and_a_drained_node_is_well() -> None:
+    node = a_node("m1", leader=True) | {"Spec": {"Availability": "drain"}}
+    found = a_status([node], [a_service("web", 1, 1)], {})
+    assert (found.health, found.exit_code) == ("ok", 0)
+    assert "ready, drain" in "\n".join(lines_of(found, Screen()))
+
+
+def test_a_paused_update_is_not_well() -> None:
+    web = a_service("web", 2, 2)
+    web["UpdateStatus"] = {
+        "State": "paused",
+        "Message": "manually paused",
+        "StartedAt": "2026-01-31T11:00:00Z",
+    }
+    (row,) = service_rows([web], {}, NOW)
+    assert (row.is_well, row.update, row.why) == (False, "paused for 1h", "manually paused")
+
+
+def test_a_manager_that_is_not_reached_is_not_well() -> None:
+    (row,) = node_rows([a_node("m2") | {"ManagerStatus": {"Reachability": "unreachable"}}])
+    assert (row.role, row.is_well, row.why) == ("manager", False, "the manager is unreachable")
 
 
 def test_a_job_is_as_wanted_when_it_has_completed() -> None:
@@ -97,10 +170,10 @@ def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> N
     reported = list(no_leader(a_quorum(True, False, False)))
     assert reported[0] == "NO LEADER since 2026-11-21 18:38:04 UTC: 1 of 3 managers answers (m2, m3 do not)"
     assert "start 1 of them again" in reported[2]
-    assert "docker swarm init --force-new-cluster" in reported[3]
+    assert "skep cluster recover" in reported[3]
     reported = list(no_leader(a_quorum(True, True, False)))
     assert reported[0].endswith("2 of 3 managers answer (m3 does not)")
-    assert "force-new-cluster" not in "".join(reported)
+    assert "cluster recover" not in "".join(reported)
 
 
 def test_a_manager_that_lacks_something_itself_says_what() -> None:

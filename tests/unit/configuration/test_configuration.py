@@ -112,8 +112,9 @@ def test_beside_an_engine_its_sockets_and_data_stay_its_own() -> None:
 
 
 def test_a_log_driver_of_docker_that_is_not_supported_is_a_warning() -> None:
-    loaded = combined(docker={"log-driver": "journald"})
-    assert "log driver journald is not supported" in loaded.warnings[0]
+    loaded = combined(docker={"log-driver": "awslogs", "log-opts": {"awslogs-group": "a"}})
+    assert "log driver awslogs is not supported" in loaded.warnings[0]
+    assert (loaded.configuration.log_driver, loaded.configuration.log_opts) == ("json-file", {})
 
 
 def test_labels_may_hold_blanks_and_equals_signs() -> None:
@@ -233,7 +234,7 @@ BAD = [
     ("credential-helper", "https://r.example.com=ecr", "without http://"),
     ("credential-helper", "r.example.com=../bin/sh", "docker-credential-NAME"),
     ("credential-helper", "r.example.com", "docker-credential-NAME"),
-    ("log-driver", "printer", "write json-file"),
+    ("log-driver", "printer", "write one of json-file"),
     ("log-opt", "max-size", "write key=value"),
     ("default-address-pool", "10.0.0.0/8", "write base="),
     ("default-address-pool", "base=10.0.0.0/16,size=8", "a prefix length from 16 to 32"),

@@ -8,7 +8,7 @@ from skep.aio.clock import SystemClock
 from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.dataplane.local.networks import LocalNetworks
-from skep.dataplane.local.objects import LocalNetwork, head_of
+from skep.dataplane.local.objects import LocalNetwork, flat_form, head_of
 from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import SkepError
 from skep.model.ids import new_container_id
@@ -43,7 +43,7 @@ def made(
 def test_containers_are_on_the_parent_in_the_drivers_mode(driver, options, mode):
     head = head_of(made(driver, **options))
     assert head.parent == ParentLink(kind=driver, device="eth0", mode=mode)
-    assert head.segments[0].gateway == "10.77.0.1"
+    assert head.segments[0].gateway == "10.77.0.64", "the first address of the range"
     assert head.mtu == 0
 
 
@@ -52,8 +52,16 @@ def test_containers_are_on_the_parent_in_the_drivers_mode(driver, options, mode)
     [
         ("macvlan", {"parent": ""}, "needs a parent interface"),
         ("macvlan", {"parent": "lo"}, "loopback interface is not a valid macvlan parent link"),
-        ("macvlan", {"parent": "eth9"}, "the parent interface is not there"),
-        ("macvlan", {"parent": "e" * 16}, "the parent interface is not there"),
+        ("macvlan", {"parent": "eth9"}, "invalid subinterface vlan name eth9, example formatting is eth0.10"),
+        ("macvlan", {"parent": "e" * 99}, f"invalid subinterface vlan name {'e' * 40}, example"),
+        ("macvlan", {"parent": "eth0.x"}, "unable to parse a valid vlan id from: x"),
+        ("macvlan", {"parent": "eth9.10"}, "-o parent interface does was not found on the host: eth9"),
+        ("ipvlan", {"parent": "eth0.4095"}, "vlan id must be between 1-4094, received: 4095"),
+        (
+            "ipvlan",
+            {"parent": "eth0.10"},
+            "make it first .ip link add link eth0 name eth0.10 type vlan id 10",
+        ),
         (
             "macvlan",
             {"macvlan_mode": "x"},
@@ -73,16 +81,50 @@ def test_what_cannot_be_is_refused_by_name(driver, options, words):
         made(driver, **options)
 
 
-def test_a_network_without_a_subnet_is_refused():
-    with pytest.raises(SkepError, match="needs the subnet"):
-        made(ipam=IPAMBody())
+def test_a_network_without_a_subnet_has_a_free_one_of_dockers_pool():
+    first = made(ipam=IPAMBody(), parent="eth1")
+    assert [one.subnet for one in first.configs] == ["172.18.0.0/16"]
+    assert flat_form(first, {})["IPAM"]["Config"] == list(first.configs)
+    assert made(others=(first,), ipam=IPAMBody()).configs[0].subnet == "172.19.0.0/16"
 
 
-def test_a_parent_has_one_network():
-    first = made()
-    with pytest.raises(SkepError, match="network aaaaaaaaaaaa is already using parent interface eth0"):
-        made(others=(first,))
-    assert made(others=(first,), parent="eth1")
+def test_a_gateway_that_was_not_named_is_not_shown():
+    (shown,) = flat_form(made(), {})["IPAM"]["Config"]
+    assert shown == LAN.config[0]
+
+
+def test_a_parent_has_one_network_of_each_driver():
+    first, elsewhere = made(), IPAMBody(config=(SubnetBody(subnet="10.78.0.0/24"),))
+    with pytest.raises(SkepError, match="network dm-aaaaaaaaaaaa is already using parent interface eth0"):
+        made(others=(first,), ipam=elsewhere)
+    assert made("ipvlan", others=(first,), ipam=elsewhere)
+    assert made(others=(first,), ipam=elsewhere, parent="eth1")
+
+
+@pytest.mark.parametrize(("subnet", "part"), [("10.77.0.0/24", ""), ("10.77.0.0/16", "10.77.1.0/24")])
+def test_a_subnet_belongs_to_one_network_whatever_its_parent(subnet, part):
+    again = IPAMBody(config=(SubnetBody(subnet=subnet, ip_range=part),))
+    with pytest.raises(Forbidden, match="Pool overlaps with other one on this address space"):
+        made(others=(made(),), ipam=again, parent="eth1")
+
+
+def test_ranges_of_one_subnet_are_two_networks():
+    other = IPAMBody(config=(SubnetBody(subnet="10.77.0.0/24", ip_range="10.77.0.128/26"),))
+    assert made(others=(made(),), ipam=other, parent="eth1")
+
+
+def test_a_configuration_in_use_is_not_removed(tmp_path: Path) -> None:
+    local = LocalNetworks(tmp_path / "local", None, clock=SystemClock(), new_id=new_container_id)
+    kept = local.add_configuration(
+        NetworkBody(name="lan", config_only=True, ipam=LAN, options={"parent": "eth0"})
+    )
+    body = NetworkBody(name="web", driver="macvlan", config_from=ConfigReference(network="lan"))
+    network = local.of_cluster("c1", body, ["eth0"], lambda network: True)
+    with pytest.raises(Forbidden, match='configuration network "lan" is in use'):
+        local.remove_configuration(kept.id)
+    local.remove_bridge(network.id)
+    local.remove_configuration(kept.id)
+    assert not local.configurations()
 
 
 def test_a_network_of_the_cluster_that_no_container_came_to_gives_its_device_back(tmp_path: Path) -> None:

@@ -71,6 +71,56 @@ def test_a_file_that_cannot_be_read_hides_no_other(tmp_path: Path, content: byte
     assert list(described((tmp_path, tmp_path / "nosuch"))) == ["acme.com/gpu=0"]
 
 
+YAML = """\
+# As a vendor's tool writes it.
+cdiVersion: 0.5.0
+kind: acme.com/gpu
+devices:
+- name: "0"
+  containerEdits:
+    deviceNodes:
+    - path: /dev/acme0
+      major: 195
+      fileMode: 438
+    mounts:
+    - {hostPath: /usr/lib/libacme.so, containerPath: /usr/lib/libacme.so, options: [ro, nosuid]}
+containerEdits:
+  env: [COMMON=1]
+"""
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.yml"])
+def test_descriptions_may_be_yaml(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(YAML)
+    edits = edits_for([request(-1)], (tmp_path,))
+    assert edits.env == ("COMMON=1",)
+    assert [(one.path, one.major, one.file_mode) for one in edits.nodes] == [("/dev/acme0", 195, 0o666)]
+    assert [(one.host_path, one.options) for one in edits.mounts] == [
+        ("/usr/lib/libacme.so", ("ro", "nosuid"))
+    ]
+    (tmp_path / name).write_text(YAML.replace('"0"', '"1"'))
+    assert list(described((tmp_path,))) == ["acme.com/gpu=1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("kind: [", "did not find expected node content"),
+        ("kind: &a x\ndevices: [*a]\n", "aliases are not supported"),
+        ("[" * 100, "it is too deep"),
+        ("!!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_reported_and_hides_no_other(
+    tmp_path: Path, content: str, words: str
+) -> None:
+    a_file(tmp_path, "b.json")
+    (tmp_path / "a.yaml").write_text(content)
+    with capture_logs() as logs:
+        assert list(described((tmp_path,))) == ["acme.com/gpu=0"]
+    assert words in logs[0]["error"]
+
+
 def test_a_file_with_an_unknown_hook_is_not_used(tmp_path: Path) -> None:
     a_file(tmp_path, hooks=[{"hookName": "sometime", "path": "/bin/true"}])
     assert described((tmp_path,)) == {}

@@ -15,11 +15,11 @@ from skep.engine.create import (
     container_config,
     invocation,
     labels,
-    log_config,
     mounts,
     plain_options,
 )
 from skep.engine.images.image import ContainerDefaults
+from skep.engine.log_drivers.options import log_config
 from skep.engine.request import CreateRequest, read_connect, read_create
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.meta import Driver
@@ -86,8 +86,11 @@ def test_an_option_that_is_not_honoured_is_refused_by_its_name(host: dict[str, A
 
 
 def test_options_of_a_network_that_are_not_honoured_are_refused_too() -> None:
-    with pytest.raises(Unimplemented, match="--mac-address"):
-        body(endpoints={"net1": {"MacAddress": "02:42:00:00:00:01"}})
+    with pytest.raises(Unimplemented, match="--link-local-ip"):
+        body(endpoints={"net1": {"IPAMConfig": {"LinkLocalIPs": ["169.254.1.1"]}}})
+    for links in ({"Links": ["a:b"]}, {"Links": ["a:b"], "NetworkMode": "none"}):
+        with pytest.raises(Unimplemented, match="--link"):
+            plain_options(body(links))
     with pytest.raises(Unimplemented, match="--ip6"):
         read_connect(b'{"Container": "box", "EndpointConfig": {"IPAMConfig": {"IPv6Address": "fd00::1"}}}')
 
@@ -121,6 +124,71 @@ def test_options_of_a_network_that_are_not_honoured_are_refused_too() -> None:
 def test_what_can_never_work_is_refused(host: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         everything(host)
+
+
+MAC, OTHER_MAC = "02:00:00:00:00:1a", "02:00:00:00:00:02"
+
+
+def test_a_mac_address_is_that_of_the_first_network() -> None:
+    assert plain_options(read_create(json.dumps({"MacAddress": MAC.upper()}).encode())).mac_address == MAC
+    own = {"MacAddress": MAC, "HostConfig": {"NetworkMode": "net1"}}
+    plain = plain_options(read_create(json.dumps(own).encode()))
+    assert (plain.mac_address, plain.networks[0].mac_address) == ("", MAC)
+    both = {"net2": {"MacAddress": OTHER_MAC}, "net1": {"MacAddress": MAC}}
+    plain = plain_options(body({"NetworkMode": "net1"}, both))
+    assert [(one.network, one.mac_address) for one in plain.networks] == [("net1", MAC), ("net2", OTHER_MAC)]
+    for name in ("bridge", "default"):
+        plain = plain_options(body({}, {name: {"MacAddress": MAC}}))
+        assert (plain.mac_address, plain.networks) == (MAC, ())
+
+
+@pytest.mark.parametrize(
+    ("host", "mac_address", "said"),
+    [
+        ({}, "bogus", "address bogus: invalid MAC address"),
+        ({}, "02:00:00:00:00:1", "invalid MAC address"),
+        ({"NetworkMode": "net1"}, "03:00:00:00:00:01", "a container's is the address of one interface"),
+        ({}, "00:00:00:00:00:00", "a container's is the address of one interface"),
+        ({"NetworkMode": "host"}, MAC, "conflicting options: mac-address and the network mode"),
+        ({"NetworkMode": "none"}, MAC, "conflicting options: mac-address and the network mode"),
+        ({"NetworkMode": "container:x"}, MAC, "conflicting options: mac-address and the network mode"),
+        ({"NetworkMode": "net1", "_": OTHER_MAC}, MAC, "must match the endpoint-specific MAC address"),
+    ],
+)
+def test_a_mac_address_that_cannot_be_is_refused(host: dict[str, Any], mac_address: str, said: str) -> None:
+    host = dict(host)
+    endpoints = {"net1": {"MacAddress": other}} if (other := host.pop("_", "")) else {}
+    whole = {
+        "MacAddress": mac_address,
+        "HostConfig": host,
+        "NetworkingConfig": {"EndpointsConfig": endpoints},
+    }
+    with pytest.raises(InvalidArgument, match=said):
+        plain_options(read_create(json.dumps(whole).encode()))
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("container:x", "conflicting options: container type network can't be used with links"),
+        ("host", "conflicting options: host type networking can't be used with links"),
+    ],
+)
+def test_links_need_a_network_of_the_containers_own(mode: str, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        plain_options(body({"NetworkMode": mode, "Links": ["a:b"]}))
+
+
+def test_links_of_a_request_belong_to_its_first_network() -> None:
+    plain = plain_options(
+        body(
+            {"NetworkMode": "net1", "Links": ["db:store", "db"]},
+            {"net1": {"Links": ["db", "x:y"]}, "net2": {}},
+        )
+    )
+    assert [one.links for one in plain.networks] == [("db", "x:y", "db:store"), ()]
+    with pytest.raises(InvalidArgument, match="bad format for links: a:b:c"):
+        plain_options(body({"NetworkMode": "net1", "Links": ["a:b:c"]}))
 
 
 def test_networks_come_with_their_aliases_and_addresses() -> None:
@@ -251,9 +319,9 @@ def test_command_and_arguments_stand_over_the_images(
 
 
 def test_log_options_become_bounds() -> None:
-    config = log_config(Driver(name="", options={"max-size": "10k", "max-file": "3"}))
+    config = log_config(Driver(name="", options={"max-size": "10k", "max-file": "3"}), {})
     assert (config.type, config.max_size_bytes, config.max_files) == ("json-file", 10240, 3)
-    assert log_config(Driver(name="local", options={"max-size": "-1"})).max_size_bytes == 0
+    assert log_config(Driver(name="local", options={"max-size": "-1"}), {}).max_size_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["", "INT", "SIGTERM", "15", "RTMIN+3"])

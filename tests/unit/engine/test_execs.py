@@ -33,10 +33,12 @@ class Counting:
         raise StartError("no such file", "exec")
 
 
-async def test_no_more_than_a_few_are_started_at_the_same_moment() -> None:
+async def test_no_more_than_a_few_are_started_at_the_same_moment(tmp_path: Path) -> None:
     runtime, running = Counting(), Container(**{**_fields(a_container()), "state": ContainerState.RUNNING})
     execs = Execs(
-        cast("Bundles", SimpleNamespace(prepare_exec=lambda *_: Path())),
+        cast(
+            "Bundles", SimpleNamespace(prepare_exec=lambda *_: Path(), exec_path=lambda *_: tmp_path / "gone")
+        ),
         cast("Runtime", runtime),
         Events(SystemClock()),
         SystemClock(),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.engine.container import LogConfig, LogEntry, Stream
-from skep.engine.logs import PIECE_BYTES_MAX, Assembler, generations, rotate
+from skep.engine.log_files import PIECE_BYTES_MAX, Assembler, generations, rotate
 from skep.engine.signals import signal_number
 from skep.engine.stats import NetworkStats, flat_keyed, network_counters
 from skep.engine.top import parse
@@ -20,8 +20,7 @@ STAMP_NS = 1_769_860_800_123_456_789
 
 def entries(*lines: bytes) -> list[LogEntry]:
     assembler = Assembler()
-    found = [entry for line in lines if (entry := assembler.feed(line)) is not None]
-    return [*found, *assembler.finish()]
+    return [*assembler.feed(lines), *assembler.finish()]
 
 
 def test_a_line_has_its_time_stream_and_newline() -> None:
@@ -46,7 +45,7 @@ def test_an_endless_line_is_given_out_in_pieces() -> None:
     piece = b"x" * 8000
     found = entries(*(STAMP + b" stdout P " + piece for _ in range(10)))
     assert b"".join(entry.data for entry in found) == piece * 10 + b"\n"
-    assert all(len(entry.data) < PIECE_BYTES_MAX + len(piece) for entry in found)
+    assert [len(entry.data) for entry in found] == [PIECE_BYTES_MAX] * 4 + [80_000 % PIECE_BYTES_MAX + 1]
 
 
 def test_what_was_not_ended_becomes_a_line() -> None:
@@ -76,6 +75,15 @@ def test_rotation_renames_and_forgets_the_oldest(tmp_path: Path) -> None:
     assert not rotate(current, config, lambda: reopened.append(current))
     assert [path.read_text() for path in generations(current)] == ["3---", "4---", "5"]
     assert len(reopened) == 5
+
+
+def test_a_log_that_is_to_have_fewer_files_loses_the_oldest(tmp_path: Path) -> None:
+    current = tmp_path / "current"
+    for number in range(1, 6):
+        (tmp_path / f"current.{number}").write_text(str(number))
+    current.write_text("0---")
+    assert rotate(current, LogConfig(max_size_bytes=4, max_files=3), current.touch)
+    assert [path.read_text() for path in generations(current)] == ["1", "0---", ""]
 
 
 def test_a_log_without_a_bound_is_never_rotated(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.engine.volumes import ANONYMOUS, Volumes, check_local_options, check_subpath, mount_point
+from skep.engine.mounts import check_local_options, check_subpath, mount_point
+from skep.engine.volumes import ANONYMOUS, Volumes
 from skep.errors import InvalidArgument, Unavailable
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
@@ -115,3 +116,30 @@ def test_a_servers_name_without_an_address_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(mounting.MountFailed, match=r"lookup nosuch\.example: no such host"):
         mounting.resolved("nfs", ":/x", "addr=nosuch.example")
+
+
+async def test_a_volume_keeps_what_has_used_it_until_it_is_removed(tmp_path: Path) -> None:
+    volumes = Volumes(tmp_path)
+    for name in ("data", "bad"):
+        volumes.ensure(name)
+        await volumes.note_use(name, "web.1", 5)
+    await volumes.note_use("data", "web.2", 7)
+    await volumes.note_use("data", "web.1", 3)  # of an earlier task, whose container is made late
+    volumes.ensure("far", None, {"type": "nfs", "device": ":/x", "o": "addr=10.0.0.1"})
+    await volumes.note_use("far", "web.1", 5)
+    (tmp_path / "bad" / "uses.json").write_text("{")
+    again = Volumes(tmp_path)
+    again.open()
+    assert again.uses == {"data": {"web.1": 5, "web.2": 7}}
+    await again.remove("data")
+    assert again.uses == {}
+    with pytest.raises(Unavailable, match="use of volume data not kept"):
+        await again.note_use("data", "web.1", 9)
+
+
+async def test_a_volume_keeps_the_latest_of_many_uses(tmp_path: Path) -> None:
+    volumes = Volumes(tmp_path)
+    volumes.ensure("data")
+    for number in range(80):
+        await volumes.note_use("data", f"web.{number}", number)
+    assert sorted(volumes.uses["data"].values()) == list(range(16, 80))

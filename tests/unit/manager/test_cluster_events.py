@@ -1,21 +1,24 @@
 """Events of the cluster, derived from commits."""
 
 import asyncio
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.filters import Filters
-from skep.manager.events import BEHIND_MAX, ClusterEvents, Message, messages_of
+from skep.errors import InvalidArgument
+from skep.manager.events import BEHIND_MAX, KEPT, ClusterEvents, EventsLost, Message, messages_of
 from skep.manager.routes.events import fits
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SecretId
 from skep.model.node import Availability, CutOff, FailingPath, Node, NodeSpec, NodeState, NodeStatus
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
-from skep.model.task import NetworkAttachment, TaskState
+from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState
+from skep.model.task_end import TaskEnd
 from skep.model.times import SECOND_NS, Timestamp
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.memory import MemoryStore
@@ -224,3 +227,197 @@ async def test_a_reader_that_is_behind_loses_its_stream(events):
             await put(store, f"s{number}")
         await idle()
         assert len([message async for message in stream]) <= BEHIND_MAX
+
+
+class Named:
+    """A view that has one service, and tasks."""
+
+    def __init__(self, service: Service, *tasks: Task) -> None:
+        self._service, self._tasks = service, tasks
+
+    def lookup(self, kind, id):
+        return self._service if id == self._service.id else None
+
+    def find(self, kind, **by):
+        return [task for task in self._tasks if task.node_id == by["node_id"]]
+
+
+def told(event, *tasks: Task) -> list[Message]:
+    return list(messages_of(event, NOW_NS, Named(WEB, *tasks)))
+
+
+WEB = a_service("web")
+RUNS = a_task("t1", node="n1", service=WEB)
+
+
+def now(task: Task, state: TaskState, **more) -> Task:
+    return replace(task, status=replace(task.status, state=state, **more))
+
+
+def test_a_tasks_life_is_told_with_its_containers_names_and_the_reason_of_its_end():
+    starts = now(RUNS, TaskState.STARTING)
+    end = TaskEnd(cause="out-of-memory", signal="SIGKILL")
+    failed = now(
+        RUNS,
+        TaskState.FAILED,
+        err="task: non-zero exit (137): out of memory",
+        container_status=ContainerStatus(container_id="c", exit_code=137),
+        end=end,
+    )
+    life = [
+        Created(now(RUNS, TaskState.NEW)),
+        Updated(now(RUNS, TaskState.READY), starts),
+        Updated(starts, RUNS),
+        Updated(RUNS, replace(RUNS, status=replace(RUNS.status, message="again"))),
+        Updated(RUNS, failed),
+        Updated(starts, now(RUNS, TaskState.REJECTED, err="No such image")),
+        Updated(RUNS, now(RUNS, TaskState.ORPHANED)),
+        Deleted(failed),
+    ]
+    messages = [message for event in life for message in told(event)]
+    assert [one.action for one in messages] == ["create", "start", "die", "reject", "lost", "remove"]
+    assert {one.type for one in messages} == {"task"}
+    died = messages[2].actor
+    assert died.id == "t1"
+    assert died.attributes == {
+        "name": "web.1.t1",
+        "com.docker.swarm.task.id": "t1",
+        "com.docker.swarm.service.id": WEB.id,
+        "com.docker.swarm.service.name": "web",
+        "com.docker.swarm.node.id": "n1",
+        "state": "failed",
+        "error": "task: non-zero exit (137): out of memory",
+        "exitCode": "137",
+        "cause": "out-of-memory",
+        "signal": "SIGKILL",
+    }
+    assert messages[3].actor.attributes["error"] == "No such image"
+
+
+def test_tasks_that_run_on_a_node_that_goes_down_are_lost():
+    up = Node(id=NodeId("n1"), status=NodeStatus(state=NodeState.READY))
+    down = replace(up, status=NodeStatus(state=NodeState.DOWN))
+    elsewhere = a_task("t2", node="n2", service=WEB)
+    ended = now(a_task("t3", node="n1", service=WEB), TaskState.FAILED)
+    lost = [one.actor.id for one in told(Updated(up, down), RUNS, elsewhere, ended) if one.type == "task"]
+    assert lost == ["t1"]
+    assert [one.type for one in told(Updated(down, down), RUNS)] == []
+
+
+def test_docker_events_has_those_of_tasks_only_when_they_are_asked_for():
+    (created,) = told(Created(RUNS))
+    assert not fits(created, Filters())
+    assert not fits(created, Filters({"type": ["service"]}))
+    assert fits(created, Filters({"type": ["task"]}))
+    assert fits(created, Filters({"type": ["task"], "service": ["web"]}))
+    assert not fits(created, Filters({"type": ["task"], "service": ["db"]}))
+    (drain,) = reported_drain()
+    assert fits(drain, Filters())
+
+
+def reported_drain() -> list[Message]:
+    place = NetworkAttachment(network=an_overlay("net1"), addresses=("10.0.1.7/24",))
+    runs = replace(RUNS, networks_attachments=(place,))
+    return list(messages_of(Updated(runs, replace(runs, desired_state=TaskState.SHUTDOWN)), NOW_NS))
+
+
+async def read_after(events: ClusterEvents, cursor: str, count: int) -> list[Message]:
+    """The next ``count`` events after ``cursor``."""
+    found: list[Message] = []
+    async with aclosing(events.subscribe_after(events.revision_after(cursor), None, everything)) as stream:
+        async for message in stream:
+            if message.type != "stream":
+                found.append(message)
+            if len(found) == count:
+                break
+    return found
+
+
+async def test_a_stream_goes_on_at_another_manager_where_it_ended(events):
+    store, events = events
+    async with other_manager(store) as other:
+        start = events.cursor()
+        for name in "abcd":
+            await put(store, name)
+        await idle()
+        first_two = await read_after(events, start, 2)
+        assert [one.actor.id for one in first_two] == ["a", "b"]
+        for manager in (events, other):
+            rest = await read_after(manager, first_two[-1].cursor, 2)
+            assert [one.actor.id for one in rest] == ["c", "d"]
+
+
+async def test_of_one_change_all_events_come_again_rather_than_not(events):
+    store, events = events
+    start = events.cursor()
+    await store.update(
+        lambda tx: [tx.put(Secret(id=SecretId(name), spec=SecretSpec(name=name))) for name in "abc"]
+    )
+    await idle()
+    first_one, _, last = await read_after(events, start, 3)
+    assert [one.actor.id for one in await read_after(events, first_one.cursor, 3)] == ["a", "b", "c"]
+    await put(store, "d")
+    assert [one.actor.id for one in await read_after(events, last.cursor, 1)] == ["d"]
+
+
+async def test_a_stream_begins_with_the_cursor_of_what_is_past(events):
+    store, events = events
+    await put(store, "a")
+    await idle()
+    async with aclosing(events.subscribe_after(None, None, everything)) as stream:
+        begins = await anext(stream)
+        assert (begins.type, begins.action, begins.cursor) == ("stream", "progress", events.cursor())
+        await put(store, "b")
+        assert (await anext(stream)).actor.id == "b"
+    await idle()
+    assert [one.actor.id for one in await read_after(events, begins.cursor, 1)] == ["b"]
+
+
+@asynccontextmanager
+async def other_manager(store: MemoryStore) -> AsyncIterator[ClusterEvents]:
+    """It follows the same commits."""
+    events = ClusterEvents(store, SystemClock())
+    async with asyncio.TaskGroup() as group:
+        following = group.create_task(events.run())
+        await asyncio.sleep(0)
+        yield events
+        following.cancel()
+
+
+async def test_what_is_not_kept_is_refused_and_not_left_out(events):
+    store, events = events
+    start = events.cursor()
+    await put(store, "a")
+    await idle()
+    async with other_manager(store) as younger:
+        with pytest.raises(EventsLost, match="not all events after cursor"):
+            younger.revision_after(start)
+        for number in range(KEPT + 1):
+            await put(store, f"s{number}")
+            if not number % 500:
+                await idle()
+        await idle()
+        with pytest.raises(EventsLost, match="ask another one, or read"):
+            events.revision_after(start)
+    with pytest.raises(EventsLost, match="of another life of the cluster"):
+        events.revision_after(f"{store.incarnation + 1}-5")
+    for cursor in ("5", "1-", "-5", "1-x", "1-5-6", "\u0661-5", "1-" + "9" * 60):
+        with pytest.raises(InvalidArgument, match="invalid cursor"):
+            events.revision_after(cursor)
+
+
+async def test_a_slow_reader_is_told_that_it_lost_events_and_holds_up_nobody(events):
+    store, events = events
+    async with (
+        aclosing(events.subscribe_after(None, None, everything)) as slow,
+        aclosing(events.subscribe_after(None, None, everything)) as quick,
+    ):
+        await anext(slow)
+        await anext(quick)
+        await put(store, "first")
+        assert (await anext(slow)).actor.id == "first"
+        for number in range(BEHIND_MAX + 2):
+            await put(store, f"s{number}")
+            assert (await anext(quick)).actor.id == ("first" if not number else f"s{number - 1}")
+        with pytest.raises(EventsLost, match="too slow"):
+            [message async for message in slow]

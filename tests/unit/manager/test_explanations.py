@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.explanations import explain_service, explain_task, next_attempt, signal_of, summary
+from skep.manager.explanations import explain_service, explain_task, next_attempt, summary
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.requirements import requirements_of
@@ -12,6 +12,7 @@ from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, Resources, Service, ServiceMode
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
+from skep.model.task_end import KeptLine, TaskEnd, signal_of
 from skep.model.times import timestamp
 from tests.support.builders import a_node, a_service, a_task
 
@@ -122,10 +123,27 @@ def test_a_service_counts_what_its_tasks_wait_for_and_failed_of() -> None:
     ]
     reported = explain_service(web, tasks, wanted=4, nodes={a_node("n1").id: a_node("n1")})
     assert reported.summary == f"1 of 4 tasks run; 2 wait: {refused.err}"
-    assert [(reason.tasks, reason.example) for reason in reported.reasons] == [(2, tasks[1].id)]
+    assert [(one.tasks, one.example, one.name) for one in reported.reasons] == [(2, tasks[1].id, "web.2")]
     assert [reason.summary for reason in reported.failures] == [
         "its process ended with code 1: task: non-zero exit (1)"
     ]
+
+
+def test_a_crash_loop_is_the_headline_with_exit_code_last_line_and_next_attempt() -> None:
+    web = a_service("web", replicas=2)
+    end = TaskEnd(lines=(KeptLine(text="starting"), KeptLine(text="boom: cannot connect to db")))
+    failed = failed_with(3, "task: non-zero exit (3)")
+    failed = replace(failed, slot=1, service_id=web.id, status=replace(failed.status, end=end))
+    waits = replace(a_task_that_waits(5), slot=1, service_id=web.id)
+    reported = explain_service(
+        web, [a_task(service=web, slot=2, node="n1"), failed, waits], wanted=2, nodes={}
+    )
+    assert reported.summary == (
+        '1 of 2 tasks run; crash loop, 5 failures in a row: exit 3, last line "boom: cannot connect to db"; '
+        "next attempt at 00:01:46 UTC"
+    )
+    once = explain_service(web, [failed, replace(waits, restart=None)], wanted=2, nodes={})
+    assert "crash loop" not in once.summary
 
 
 def test_a_service_as_wanted_says_so() -> None:
@@ -219,3 +237,10 @@ def test_a_task_that_waits_for_its_next_attempt_says_when_that_is() -> None:
     assert next_attempt(started, now_ns) == ""
     reported = summary(a_task_that_waits(3), a_node("n1"))
     assert reported == "next attempt at 00:01:46 UTC (crash loop, 3rd)"
+
+
+def test_a_task_that_waits_for_a_service_says_so_whatever_the_nodes_could_take() -> None:
+    task = a_task(service=a_service("web"), state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err="waits for db to be healthy"))
+    assert explain_task(task, None, verdicts(task, a_node("good"))).summary == "it waits for db to be healthy"
+    assert summary(task, None) == "it waits for db to be healthy"

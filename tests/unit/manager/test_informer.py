@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from random import Random
 
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.manager.informer import run_informer
+from skep.manager.failures import Failures
+from skep.manager.informer import BATCH, CatchUp, run_exact_informer, run_informer
 from skep.model.ids import NodeId
-from skep.store.interface import Term, Transaction
+from skep.store.interface import Commit, Created, Term, Transaction
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
+from skep.store.watches import WatchQueue
 
 CAPACITY = 3
 WRITE_S = 1.0
@@ -55,6 +58,124 @@ def rig() -> Iterator[Rig]:
     yield Rig(loop)
     loop.close()
     asyncio.set_event_loop(None)
+
+
+def test_work_can_handle_what_the_view_shows_before_it_decides(rig: Rig) -> None:
+    recorded: list[int] = []
+    behind: list[bool] = []
+
+    async def run() -> None:
+        term = await anext(rig.store.terms(NodeId("m1"), ""))
+
+        async def work(catch_up: CatchUp) -> None:
+            for number in range(3):
+                await term.update(put, f"w{number}")
+                shown = term.view().revision
+                behind.append(recorded[-1:] != [shown])
+                await catch_up()
+                assert recorded[-1] == shown
+            rig.is_done.set()
+
+        leading = asyncio.create_task(
+            run_exact_informer(
+                term,
+                (Payload,),
+                on_snapshot=lambda _: None,
+                on_commit=lambda commit: recorded.append(commit.revision),
+                work=work,
+            )
+        )
+        await asyncio.wait([leading], timeout=60)
+        leading.cancel()
+        await asyncio.wait([leading])
+
+    rig.loop.run_until_complete(run())
+    assert rig.is_done.is_set()
+    assert any(behind), "the work ran after the handlers anyway"
+    assert len(recorded) == len(set(recorded)) == 3
+
+
+def test_work_that_fell_behind_decides_nothing_but_begins_again(rig: Rig) -> None:
+    starts: list[int] = []
+    decided: list[int] = []
+
+    async def run() -> None:
+        term = await anext(rig.store.terms(NodeId("m1"), ""))
+        failures = Failures(VirtualClock(rig.loop), Random(1))
+
+        async def work(catch_up: CatchUp) -> None:
+            if len(starts) == 1:
+                for number in range(CAPACITY + 1):  # as of one moment: nothing is read in between
+                    watch().offer(Commit(number, ()))
+            with failures.caught("s"):
+                await catch_up()
+                decided.append(len(starts))
+            rig.is_done.set()
+
+        def watch() -> WatchQueue:
+            return next(iter(rig.store._replica._watches._queues))
+
+        await run_exact_informer(
+            term,
+            (Payload,),
+            on_snapshot=lambda view: starts.append(view.revision),
+            on_commit=lambda _: None,
+            work=work,
+        )
+
+    async def main() -> None:
+        leading = asyncio.create_task(run())
+        await asyncio.wait([leading], timeout=60)
+        leading.cancel()
+        await asyncio.wait([leading])
+
+    rig.loop.run_until_complete(main())
+    assert decided == [2]
+
+
+@pytest.mark.parametrize("by", ["work", "reader"])
+def test_a_long_queue_of_commits_is_read_with_pauses_and_in_order(rig: Rig, by: str) -> None:
+    """Ten thousand commits, read in one turn of the event loop, would hold every request up."""
+    store = MemoryStore(VirtualClock(rig.loop), watch_capacity=10_000)
+    event = Created(Payload(id="p"))
+    handled: list[int] = []
+    most: list[int] = []
+
+    async def count_turns() -> None:
+        before = 0
+        while True:
+            await asyncio.sleep(0)
+            most.append(len(handled) - before)
+            before = len(handled)
+
+    async def run() -> None:
+        term = await anext(store.terms(NodeId("m1"), ""))
+
+        async def work(catch_up: CatchUp) -> None:
+            turns = asyncio.create_task(count_turns())
+            await asyncio.sleep(0)
+            for number in range(10_000):
+                next(iter(store._replica._watches._queues)).offer(Commit(number, (event,)))
+            if by == "work":
+                await catch_up()
+                assert len(handled) == 10_000
+            while len(handled) < 10_000:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            turns.cancel()
+            raise InterruptedError
+
+        await run_exact_informer(
+            term,
+            (Payload,),
+            on_snapshot=lambda _: None,
+            on_commit=lambda commit: handled.append(commit.revision),
+            work=work,
+        )
+
+    with pytest.raises(ExceptionGroup):
+        rig.loop.run_until_complete(run())
+    assert handled == list(range(10_000))
+    assert max(most) <= 2 * (BATCH + 1)  # the work and the reader
 
 
 @pytest.mark.parametrize("lag_s", [0.0, 2.0])

@@ -9,15 +9,18 @@ from skep.model.rights import (
     ALL_RIGHTS,
     CDI_LABEL,
     DEVICES_LABEL,
+    ApiAccess,
     Device,
     Gpus,
     MachineRights,
     Right,
     allowed_by,
     allowed_rights,
+    api_access,
     check_service_rights,
     is_listed,
     missing_devices,
+    reported_rights,
     rights_of,
     rights_text,
 )
@@ -61,6 +64,8 @@ def test_a_service_without_labels_asks_for_nothing() -> None:
         ("gpus", "all", MachineRights(gpus=Gpus(count=-1)), Right.GPUS),
         ("gpus", "2", MachineRights(gpus=Gpus(count=2)), Right.GPUS),
         ("gpus", "device=0,GPU-ab", MachineRights(gpus=Gpus(ids=("0", "GPU-ab"))), Right.GPUS),
+        ("api", "full", MachineRights(api_full=True), Right.API),
+        ("api", "inspect", MachineRights(api_inspect=True), Right.API_INSPECT),
         ("pid", "host", MachineRights(pid="host"), Right.NAMESPACES),
         ("ipc", "host", MachineRights(ipc="host"), Right.NAMESPACES),
         ("uts", "host", MachineRights(uts="host"), Right.NAMESPACES),
@@ -102,6 +107,7 @@ def test_a_label_asks_for_a_right(name: str, value: str, expected: MachineRights
         ("gpus", "device="),
         ("gpus", "some"),
         ("pid", "container:x"),
+        ("api", "write"),
         ("shm_size", "-1"),
         ("shm_size", "0"),
         ("shm_size", "9999999999999t"),
@@ -128,11 +134,24 @@ def test_a_right_is_the_containers_not_the_services() -> None:
         check_service_rights(ContainerSpec(image="i"), {"skep.pid": "host"})
 
 
+def test_reading_the_api_needs_no_right() -> None:
+    assert rights(api="read") == MachineRights()
+    assert api_access({}) is api_access({"skep.api": "read"}) is ApiAccess.READ
+    assert api_access({"skep.api": "full"}) is ApiAccess.FULL
+    with pytest.raises(InvalidArgument, match=r"invalid label skep\.api=all: want read, inspect or full"):
+        api_access({"skep.api": "all"})
+
+
+def test_managers_of_other_versions_can_read_what_a_node_reports() -> None:
+    assert reported_rights(ALL_RIGHTS) == "all", "also where one does not know every kind"
+    assert reported_rights(frozenset((Right.GPUS, Right.DEVICES))) == "devices,gpus"
+
+
 def test_the_cluster_names_what_it_allows() -> None:
     assert allowed_rights("all") == ALL_RIGHTS
     assert allowed_rights("none") == allowed_rights("") == frozenset()
     assert allowed_rights("gpus, devices") == {Right.GPUS, Right.DEVICES}
-    assert rights_text(ALL_RIGHTS) == "devices,gpus,namespaces,privileged,resources"
+    assert rights_text(ALL_RIGHTS) == "api,api-inspect,devices,gpus,namespaces,privileged,resources"
     assert allowed_by({"skep.allow": "everything"}) == frozenset()
     with pytest.raises(InvalidArgument, match="want all, none, or some of privileged"):
         check_swarm_labels({"skep.allow": "devices,everything"})

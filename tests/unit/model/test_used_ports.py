@@ -2,6 +2,7 @@
 
 from msgspec.structs import replace
 
+from skep.model import used_ports
 from skep.model.used_ports import PORTS_MAX, ports_label, used_ports_of
 from tests.support.builders import a_node
 
@@ -17,6 +18,15 @@ def test_ports_are_read_as_they_were_written() -> None:
     assert ports_label(ports) == "tcp=22,80 udp=53"
     assert read(ports_label(ports)) == ports
     assert ports_label(()) == ""
+
+
+def test_long_labels_are_not_remembered() -> None:
+    before = used_ports._remembered.cache_info().currsize
+    for first in range(1, 20):
+        assert len(read(ports_label(("tcp", number) for number in range(first, first + 900)))) == 900
+    assert used_ports._remembered.cache_info().currsize == before
+    assert read("tcp=4711") == {("tcp", 4711)}
+    assert used_ports._remembered.cache_info().currsize == before + 1
 
 
 def test_a_label_is_bounded_and_what_cannot_be_read_is_ignored() -> None:

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.cli.status import about_cluster
+from skep.cli.status import node_rows
 from skep.manager.events import messages_of
 from skep.manager.routes.shown import Problems, shown_node
 from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
@@ -88,8 +88,9 @@ def test_skep_status_lists_ready_nodes_that_say_what_is_wrong():
         },
         {"ID": "b", "Description": {"Hostname": "w2"}, "Status": {"State": "ready"}},
     ]
-    assert [row for row in about_cluster(nodes) if row[0] == "node"] == [
-        ("node", "w1 is ready: the disk is full")
+    assert [(row.name, row.why, row.is_well) for row in node_rows(nodes)] == [
+        ("w1", "the disk is full", True),
+        ("w2", "", True),
     ]
 
 

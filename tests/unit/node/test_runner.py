@@ -27,11 +27,13 @@ class FakeAgent:
         self.role = role
         self.registered = asyncio.Event()
         self.tries = 0
+        self.is_running = False
 
     def renew_certificate(self) -> None:
         pass
 
     async def run(self) -> None:
+        self.is_running = True
         await asyncio.Event().wait()
 
     def try_now(self) -> None:
@@ -81,6 +83,8 @@ class Fakes:
 
     def __init__(self, paths: Paths, role: NodeRole) -> None:
         self.agent = FakeAgent(role)
+        self.has_looked = False
+        """Whether the machine was looked at before the agent ran."""
         self.processes = FakeProcesses()
         self.save_managers: Callable[[tuple[Peer, ...]], None] = lambda _: None
         configuration = Configuration(data_dir=paths.data, run_dir=paths.run)
@@ -92,7 +96,11 @@ class Fakes:
             processes=self.processes,
             new_agent=self._new_agent,
             work=FakeWork(),
+            look=self._look,
         )
+
+    async def _look(self) -> None:
+        self.has_looked = not self.agent.is_running
 
     def _new_agent(
         self,
@@ -152,3 +160,10 @@ async def test_a_worker_keeps_no_spare_manager_process_once_it_has_a_session(pat
         assert fakes.processes.has_spare
         fakes.agent.registered.set()
         await until(lambda: not fakes.processes.has_spare)
+
+
+async def test_the_machine_is_looked_at_before_its_first_description(paths: Paths) -> None:
+    """The first networks of a cluster avoid those of its machine, also one of a moment ago."""
+    async with running(paths, NodeRole.WORKER) as fakes:
+        await until(lambda: fakes.agent.is_running)
+        assert fakes.has_looked

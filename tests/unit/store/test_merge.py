@@ -14,6 +14,7 @@ from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.store.codec import PartCodec
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.keys import object_key
+from skep.store.kinds import SpecVersion, has_unreadable_spec, spec_of
 from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange, Table
@@ -184,8 +185,6 @@ def test_an_answer_counts_only_for_the_spec_it_answers(spec_version, answers):
 
 
 def test_tasks_are_filled_when_their_spec_comes_later_and_emptied_when_it_goes():
-    from skep.store.kinds import SpecVersion
-
     service = a_service("web", version=4)
     bare = replace(a_task("t1", service=service), spec=a_task().spec)
     spec = SpecVersion(id="web/4", service_id=service.id, index=4, spec=service.spec)
@@ -198,6 +197,19 @@ def test_tasks_are_filled_when_their_spec_comes_later_and_emptied_when_it_goes()
     (deleted, emptied) = state.apply(3, [KeyChange("o/spec/web/4", None, 3)])
     assert deleted == Deleted(spec)
     assert emptied == Updated(replace(bare, spec=service.spec.task_template), bare)
+
+
+def test_the_present_spec_of_a_service_stands_for_its_version_that_cannot_be_read():
+    """Host ports are known by it, and so is what a task needs; an earlier one that cannot be read is not known."""
+    service = a_service("web", version=4)
+    state = State()
+    state.apply(1, changes_of(service))
+    state.apply(2, [KeyChange(f"o/spec/web/{index}", b"", 2, 2, damage="rotten") for index in (3, 4)])
+    present, earlier = (replace(a_task("t1", service=service), spec_version=Version(index=n)) for n in (4, 3))
+    assert has_unreadable_spec(state, present)
+    assert spec_of(state, present) == service.spec
+    assert has_unreadable_spec(state, earlier)
+    assert spec_of(state, earlier) is None
 
 
 @given(st.lists(tasks, max_size=3), st.lists(tasks, max_size=3))

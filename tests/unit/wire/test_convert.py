@@ -59,6 +59,7 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.task_end import LAST_LINES_MAX, KeptLine, TaskEnd
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.assignments import assignments_from_pb, changes_to_pb
@@ -76,6 +77,8 @@ from skep.wire.convert.node import (
     role_from_pb,
 )
 from skep.wire.convert.task import (
+    end_from_pb,
+    end_to_pb,
     registry_auth_of,
     status_from_pb,
     status_to_pb,
@@ -107,6 +110,7 @@ WITHOUT_WORDS: dict[type, dict[str, Any]] = {
     },
     ManagerStatus: {"has_vote": True, "level": 0, "peer_addr": ""},
     Task: {"restart": None},
+    TaskStatus: {"end": None},
     NodeCertificate: {
         "not_after": Timestamp(""),
         "last_not_after": Timestamp(""),
@@ -177,6 +181,10 @@ SPECIAL: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     PortConfig: {"protocol": st.sampled_from(["tcp", "udp", "sctp"])},
     NodeNetwork: {"network": TEXTS.filter(bool)},
     RestartPolicy: {"condition": st.sampled_from(RestartCondition), "max_attempts": NUMBERS},
+    KeptLine: {
+        "stream": st.sampled_from(["stdout", "stderr"]),
+        "timestamp": st.integers(0, 2**63 - 1).map(timestamp),
+    },
     NodeCertificate: {"state": st.sampled_from(["", "issued", "rotate"])},
     ContainerSpec: {
         "isolation": st.sampled_from(["", "process", "hyperv"]),
@@ -265,6 +273,13 @@ def test_tasks_survive(assigned):
 @given(structs(TaskStatus))
 def test_statuses_survive(status):
     assert status_from_pb(over_the_wire(status_to_pb(status))) == status
+
+
+@thorough
+@given(structs(TaskEnd))
+def test_the_ends_of_tasks_survive(end):
+    sent = msgspec.structs.replace(end, lines=end.lines[-LAST_LINES_MAX:])
+    assert end_from_pb(over_the_wire(end_to_pb(sent))) == sent
 
 
 def node_from_pb(message: pb.Node) -> Node:

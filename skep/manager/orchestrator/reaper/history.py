@@ -10,7 +10,7 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
 
 from collections.abc import Iterable, Sequence
 
-from skep.manager.orchestrator.slots import Slot, age
+from skep.manager.orchestrator.slots import Slot, age, has_reported_end
 from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import RestartPolicy, Service
@@ -54,21 +54,33 @@ def surplus_history(
 
     ``limit`` counts the tasks of the slot that ended and one that is to run; negative: no limit.  Whatever the limit,
     tasks that decisions depend on are kept: the youngest task of the slot (its delay, and that the slot was given up);
-    the completed tasks of a job's present ``iteration``, which would be run once more; and the first task of the
-    version to which an update is under way (``updating``), whose failure counts.
+    the completed tasks of a job's present ``iteration``, which would be run once more; and those by which the update
+    to the version ``updating``, which is under way, is judged.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
     present = [task for task in slot if not _is_past(task)]
     ordered = sorted(slot, key=age)
-    lead = next((task for task in ordered if updating is not None and task.spec_version == updating), None)
+    judged = _judged([task for task in ordered if updating is not None and task.spec_version == updating])
     past = [
-        task for task in ordered[:-1] if _is_past(task) and task is not lead and not _counts(task, iteration)
+        task
+        for task in ordered[:-1]
+        if _is_past(task) and task not in judged and not _counts(task, iteration)
     ]
     # Of the unfinished tasks only one that is wanted counts: one that is still stopping, or on a lost node, must not
     # displace a task that restarts are counted by.  A slot that is given up would be filled again, and again.
     counted = len(slot) - len(present) + any(task.is_wanted for task in present)
     return tuple(past[: max(counted - limit, 0)])
+
+
+def _judged(attempts: Sequence[Task]) -> Sequence[Task]:
+    """Those of a slot's ``attempts``, of one version, that ``update`` may take for the slot's lead.
+
+    The first one that reported its end, as earlier ones were given up with their nodes; and the last one that did, as
+    a new leader does not judge by one that ended before its term.
+    """
+    ended = [task for task in attempts if has_reported_end(task)]
+    return (*ended[:1], *ended[-1:])
 
 
 def _counts(task: Task, iteration: Version | None) -> bool:

@@ -28,6 +28,7 @@ from skep.model.node import Node
 from skep.model.service import UNDER_WAY, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.task_end import EndCause, TaskEnd
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
 from skep.store.kinds import SpecVersion
@@ -193,7 +194,12 @@ def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
             task = tx.lookup(Task, wanted.id)
             if task is not None and is_orphaned(task, tx.lookup(Node, task.node_id)):
                 message = "Task belonged to a node that has been deleted"
-                status = TaskStatus(timestamp=now, state=TaskState.ORPHANED, message=message)
+                status = TaskStatus(
+                    timestamp=now,
+                    state=TaskState.ORPHANED,
+                    message=message,
+                    end=TaskEnd(cause=EndCause.NODE_LOST.value),
+                )
                 tx.put(replace(task, status=status))
         case DeleteTask(wanted):
             if tx.lookup(Task, wanted.id) is not None:

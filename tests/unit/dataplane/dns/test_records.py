@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.dataplane.dns.index import Index
 from skep.dataplane.dns.messages import AAAA, MX, PTR, SRV, A, Query, encoded
-from skep.dataplane.dns.records import Decision, Foreign, Found, Missing, decide, rotated
+from skep.dataplane.dns.records import Decision, Foreign, Found, Missing, decide, links_of, rotated
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.tables import Table
 from tests.support.tables import a_container, a_network, a_served
@@ -110,6 +110,21 @@ def test_what_does_not_serve_is_known_and_has_no_address(name: str) -> None:
 @pytest.mark.parametrize("name", ["9.web", "9.www.front", "77.rr"])
 def test_a_slot_that_there_is_not_is_missing_at_once(name: str) -> None:
     assert decided(name) == Missing()
+
+
+def test_a_link_is_a_name_of_one_container_alone_on_its_network() -> None:
+    links = {FRONT.head.id: links_of(["/Tool:Friend", "web"])}
+    indices = [Index(table) for table in (BACK, FRONT)]
+
+    def linked(name: str) -> Decision:
+        return decide(Query(1, 0, name, A, 1, b""), indices, 0, links)
+
+    for name in ("friend", "friend.front"):
+        answer = linked(name)
+        assert isinstance(answer, Found)
+        assert [socket.inet_ntop(socket.AF_INET, one.data) for one in answer.answers] == ["10.0.1.40"]
+    assert isinstance(linked("friend.back"), Foreign)
+    assert isinstance(decided("friend"), Foreign)
 
 
 def test_the_first_network_that_knows_a_name_answers() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from skep.engine.api import files
+from skep.engine.api import files, uploads
 
 
 async def test_a_client_that_takes_nothing_of_an_archive_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_TAKEN_S", 0.2)
+    monkeypatch.setattr(uploads, "TAKEN_S", 0.2)
     ended = asyncio.Event()
 
     async def endless() -> AsyncIterator[bytes]:

@@ -8,8 +8,9 @@ import docker
 import pytest
 from aiohttp import web
 
+from skep.api.responses import Hijacked
 from skep.api.server import OutputStream, Routes, application, frame, runner
-from skep.engine.api.hijack import Hijacked, hijacked
+from skep.engine.api.hijack import hijacked
 
 
 class Server:

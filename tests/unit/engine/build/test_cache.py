@@ -10,6 +10,7 @@ import pytest
 from skep.aio.trees import discard_tree
 from skep.engine.build import cache
 from skep.engine.build.cache import CacheMounts, StepCache
+from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
 from skep.linux.files import replace_file
 
@@ -61,6 +62,11 @@ async def test_results_of_builds_that_end_at_once_are_written_one_after_the_othe
 
     monkeypatch.setattr(cache, "replace_file", noted)
     steps = StepCache(tmp_path / "steps.json", ImageStore(tmp_path / "images"))
-    await asyncio.gather(*(steps.save() for _ in range(50)))
+
+    async def end_of_build(number: int) -> None:
+        steps.note(f"{number}", Digest("sha256:" + "0" * 64))  # whose image is gone
+        await steps.save()
+
+    await asyncio.gather(*map(end_of_build, range(50)))
     assert not overlaps
     assert (tmp_path / "steps.json").read_bytes() == b"{}"

@@ -91,7 +91,7 @@ def test_names_and_patterns_mean_files(tree: Path, names: list[str], found: list
 async def test_a_device_is_no_archive_and_is_not_opened_to_see_that(tree: Path, tmp_path: Path) -> None:
     os.mknod(tree / "device", 0o20600, os.makedev(450, 7))  # no driver has it: it cannot be opened
     add = Copy(keyword="ADD", text="", sources=("device",), destination="/", is_add=True)
-    prepared = await prepare(ImageStore(tmp_path / "images"), add, tree, tmp_path)
+    prepared = await prepare(ImageStore(tmp_path / "images"), add, tree, tmp_path, is_buildkit=False)
     assert [one.resolved for one in prepared.sources] == ["device"]
     assert not prepared.archives
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.build.substitution import VALUE_BYTES_MAX, split, substituted
+from skep.engine.build.substitution import VALUE_BYTES_MAX, Budget, split, substituted
 from skep.errors import InvalidArgument
 
 VARIABLES = {"A": "one", "EMPTY": "", "PATH": "/usr/bin:/bin", "F": "a.tar.gz", "PORTS": "80 443"}
@@ -113,3 +113,26 @@ def test_a_value_that_grows_too_long_is_refused_before_it_is_put_together(word: 
     finally:
         tracemalloc.stop()
     assert peak < 40 * VALUE_BYTES_MAX
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "${NOSUCH:+$L}" * 100,
+        "${NOSUCH:+'$L'\"$L\"}" * 100,
+        "${NOSUCH:+${A//a/b}}" * 1000,
+        "${NOSUCH:+${A%a*b}}" * 10_000,
+    ],
+)
+def test_what_is_dropped_again_is_paid_for_too(word: str) -> None:
+    variables = {"L": "x" * 20_000, "A": "a" * 100}
+    with pytest.raises(InvalidArgument, match="substitutions take more than 1000000 steps"):
+        substituted(word, variables, budget=Budget(1_000_000))
+
+
+def test_the_words_of_one_build_have_one_budget() -> None:
+    budget = Budget(1000)
+    for _ in range(9):
+        assert len(substituted("$L", {"L": "x" * 100}, budget=budget)) == 100
+    with pytest.raises(InvalidArgument, match="substitutions take more than 1000 steps"):
+        substituted("$L$L", {"L": "x" * 100}, budget=budget)

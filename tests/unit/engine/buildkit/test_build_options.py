@@ -4,6 +4,8 @@ import pytest
 from multidict import MultiDict
 
 from skep.engine.build.interface import StepLimits
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, History
 from skep.engine.buildkit.options import (
     Output,
     Source,
@@ -11,6 +13,7 @@ from skep.engine.buildkit.options import (
     check_cache_exports,
     check_cache_imports,
     check_entitlements,
+    check_network,
     check_syntax,
     exported,
 )
@@ -137,15 +140,17 @@ def test_outputs_are_images_files_or_nothing() -> None:
     assert image.output is Output.IMAGE
     assert image.tags == (parse_reference("a:latest"), parse_reference("b:1"))
     assert exported([]).output is Output.NONE
+    assert exported([("local", {"dest": "x"})]).output is Output.LOCAL
+    assert exported([("tar", {})]).output is Output.TAR
 
 
 @pytest.mark.parametrize(
     ("exporters", "text"),
     [
-        ([("local", {"dest": "x"})], "output local is not supported"),
-        ([("tar", {})], "output tar is not supported"),
-        ([("oci", {})], "output oci is not supported"),
-        ([("docker", {"dest": "x"})], "output docker is not supported"),
+        ([("local", {"platform-split": "true"})], "output option platform-split is not supported"),
+        ([("tar", {"compression": "zstd"})], "output option compression is not supported"),
+        ([("oci", {})], 'exporter "oci" could not be found'),
+        ([("docker", {"dest": "x"})], 'exporter "docker" could not be found'),
         ([("moby", {"compression": "zstd"})], "output option compression is not supported"),
         ([("moby", {}), ("tar", {})], "multiple outputs are not supported"),
     ],
@@ -153,6 +158,32 @@ def test_outputs_are_images_files_or_nothing() -> None:
 def test_other_outputs_are_refused_by_name(exporters: list[tuple[str, dict[str, str]]], text: str) -> None:
     with pytest.raises(Unimplemented, match=text):
         exported(exporters)
+
+
+def test_a_push_that_no_client_makes_itself_is_refused() -> None:
+    assert exported([("image", {"name": "a", "push": "false"})]).tags
+    with pytest.raises(Unimplemented, match="output option push is not supported"):
+        exported([("image", {"name": "a", "push": "true"})])
+
+
+def test_the_hosts_network_needs_its_entitlement() -> None:
+    build = asked("dockerfile.v0", {"force-network-mode": "host"})
+    check_network(build, ["network.host"])
+    check_network(asked("dockerfile.v0", {}), [])
+    with pytest.raises(PermissionDenied, match=r"network\.host is not allowed"):
+        check_network(build, [])
+
+
+def test_records_of_builds_are_bounded_together() -> None:
+    history = History()
+    for number in range(RECORDS_MAX + 2):
+        history.keep(pb.BuildHistoryRecord(ref=f"small-{number}"))
+    assert len(history._records) == RECORDS_MAX
+    for number in range(4):
+        record = pb.BuildHistoryRecord(ref=f"large-{number}")
+        record.frontend_attrs["x"] = "x" * (BYTES_MAX // 3)
+        history.keep(record)
+    assert list(history._records) == ["large-2", "large-3"]
 
 
 def test_caches_and_entitlements_that_are_not_done_are_refused_by_name() -> None:

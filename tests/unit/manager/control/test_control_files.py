@@ -3,6 +3,7 @@
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.api.service_form import settled
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfSequence
 from skep.manager.control.files import (
     create_config,
@@ -13,7 +14,6 @@ from skep.manager.control.files import (
     update_secret,
 )
 from skep.manager.control.networks import create_network, first_networks, ingress_network, remove_network
-from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service, remove_service
 from skep.model.container import ContainerSpec, FileTarget, SecretReference
 from skep.model.ids import SecretId, new_id

@@ -4,10 +4,10 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.api.service_form import settled
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.allocator.subnets import NetworkAllocations, allocated, is_allocated
 from skep.manager.control.networks import add_subnets, create_network, first_networks, remove_network
-from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service
 from skep.model.ids import NetworkId, NodeId, TaskId, new_id
 from skep.model.meta import Driver

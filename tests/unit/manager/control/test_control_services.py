@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.api.service_form import settled
 from skep.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -17,7 +18,6 @@ from skep.errors import (
     Unimplemented,
 )
 from skep.manager.control.networks import first_networks
-from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.model.ids import ClusterId, new_id
 from skep.model.service import (
@@ -25,6 +25,7 @@ from skep.model.service import (
     GlobalService,
     PortConfig,
     ReplicatedJob,
+    ReplicatedService,
     Service,
     ServiceMode,
     ServiceSpec,
@@ -260,6 +261,29 @@ async def test_a_service_gets_no_right_over_its_nodes_that_the_cluster_does_not_
     assert store.view().get(Service, service.id).spec == settled(plain)
     await allow(store, "all")
     assert (await rollback(store, service, plain)).spec == settled(privileged)
+
+
+async def test_what_leaves_the_tasks_as_they_are_is_not_refused_when_the_cluster_allows_less(store):
+    await allow(store, "all")
+    service = await create(store, with_labels(a_service_spec("web"), **{"skep.devices": "/dev/ttyUSB0"}))
+    await allow(store, "none")
+    present = service.spec
+    more = replace(present, mode=ServiceMode(replicated=ReplicatedService(replicas=7)))
+    service = await update(store, service, more)
+    assert service.spec.replicas == 7
+    service = await rollback(store, service, service.spec)
+    assert service.spec == present
+    words = "the cluster does not allow its services: devices"
+    container = present.task_template.container_spec
+    for changed in (
+        with_labels(present, **{"skep.devices": "/dev/sda"}),
+        replace(
+            present,
+            task_template=replace(present.task_template, container_spec=replace(container, image="other")),
+        ),
+    ):
+        with pytest.raises(PermissionDenied, match=words):
+            await update(store, service, changed)
 
 
 async def test_a_right_that_cannot_be_read_or_is_the_services_own_label_is_refused(store):

@@ -45,11 +45,11 @@ async def test_a_node_waits_while_the_reader_is_behind():
     subscription = Subscription("s", LogQuery())
     line = LogLine(task_id=TaskId("t1"), node_id=N1)
     for _ in range(LINES_MAX):
-        assert await subscription.put(line)
-    waiting = asyncio.ensure_future(subscription.put(line))
+        assert await subscription.put([line])
+    waiting = asyncio.ensure_future(subscription.put([line]))
     await asyncio.sleep(0)
     assert not waiting.done()
-    assert subscription.take() == line
+    assert subscription.take_many(1) == [line]
     assert await waiting
 
 
@@ -57,12 +57,12 @@ async def test_a_node_does_not_wait_for_a_reader_that_has_gone():
     subscription = Subscription("s", LogQuery())
     line = LogLine(task_id=TaskId("t1"), node_id=N1)
     for _ in range(LINES_MAX):
-        await subscription.put(line)
-    waiting = asyncio.ensure_future(subscription.put(line))
+        await subscription.put([line])
+    waiting = asyncio.ensure_future(subscription.put([line]))
     await asyncio.sleep(0)
     subscription.close()
     assert not await waiting
-    assert subscription.take() is None
+    assert subscription.take_many(1) == []
 
 
 async def test_a_subscription_is_complete_when_every_node_has_finished_and_never_while_following():

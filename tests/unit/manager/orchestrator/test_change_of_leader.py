@@ -21,7 +21,7 @@ from skep.model.service import (
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.rollouts import a_spec, state
+from tests.support.rollouts import a_spec, a_world, advance, state, wanted
 from tests.support.worlds import World
 
 RUNNING, FAILED = TaskState.RUNNING, TaskState.FAILED
@@ -203,3 +203,21 @@ def test_a_task_that_ran_for_long_and_crashed_once_rolls_nothing_back(change: in
     life.live(change, ())
     life.live(30, {0})
     assert state(life.world) is UpdateState.UPDATING
+
+
+def test_a_task_that_crashed_as_the_leader_changed_is_not_seen_to_end_when_it_is_replaced() -> None:
+    """Its end would count as one after no time at all."""
+    update = UpdateConfig(delay=600 * SECOND_NS, failure_action=UpdateFailureAction.ROLLBACK, parallelism=1)
+    world = a_world(update)
+    world.update(a_spec("app:2", update=update))
+    advance(world)
+    (lead,) = wanted(world, "app:2")
+    world.now += 98.0
+    world.report(lead.id, TaskState.FAILED)
+    world.now += 0.1
+    world.seen = ObservedTimes(world.now)
+    for _ in range(20):
+        world.now += 0.5
+        advance(world)
+    assert world.tasks[lead.id].desired_state is TaskState.SHUTDOWN
+    assert state(world) is UpdateState.UPDATING

@@ -65,11 +65,19 @@ def test_a_failure_stays_until_its_successor_is_there(state: TaskState, iteratio
 
 
 def test_what_an_update_may_fail_by_stays_until_it_is_over() -> None:
-    old, lead, retry = a_past_task(), a_past_task(), a_past_task()
-    lead, retry = (replace(task, spec_version=Version(index=7)) for task in (lead, retry))
-    slot = [old, lead, retry, a_task(state=TaskState.PREPARING)]
+    old = a_past_task()
+    lead, retry, last = (replace(a_past_task(), spec_version=Version(index=7)) for _ in range(3))
+    slot = [old, lead, retry, last, a_task(state=TaskState.PREPARING)]
     assert surplus_history(slot, limit=0, updating=Version(index=7)) == (old, retry)
-    assert surplus_history(slot, limit=0) == (old, lead, retry)
+    assert surplus_history(slot, limit=0) == (old, lead, retry, last)
+
+
+def test_an_attempt_that_was_given_up_with_its_node_stands_for_no_other() -> None:
+    """An update is judged by the first one that reported its end, and by the last one under a new leader."""
+    given_up = a_task(node="gone", state=TaskState.ORPHANED, desired=SHUTDOWN, version=7)
+    first, second, last = (replace(a_past_task(), spec_version=Version(index=7)) for _ in range(3))
+    slot = [given_up, first, second, last, a_task(state=TaskState.PREPARING, version=7)]
+    assert surplus_history(slot, limit=0, updating=Version(index=7)) == (given_up, second)
 
 
 def test_what_is_to_be_removed_goes_once_it_has_stopped_or_never_began() -> None:

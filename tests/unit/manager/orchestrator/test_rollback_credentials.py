@@ -6,7 +6,6 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control.services import rollback_service
-from skep.manager.registry_auth import registry_of
 from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
 from skep.model.times import timestamp
@@ -83,15 +82,3 @@ def test_a_users_rollback_keeps_the_newest_credentials_of_a_registry(
     assert led.service.spec == old
     assert kept(led, registry_auth_id("web")) == expected
     assert kept(led, previous_registry_auth_id("web")) == stored[0]
-
-
-def test_the_registry_of_an_image_is_the_host_it_begins_with() -> None:
-    assert [
-        registry_of(image) for image in ("app", "team/app:1", "localhost/app", "r:5000/app", "r.io/a/b@x")
-    ] == [
-        "",
-        "",
-        "localhost",
-        "r:5000",
-        "r.io",
-    ]

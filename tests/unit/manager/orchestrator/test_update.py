@@ -16,6 +16,7 @@ from skep.model.service import (
     Resources,
     RestartCondition,
     RestartPolicy,
+    TaskSpec,
     UpdateConfig,
     UpdateFailureAction,
     UpdateOrder,
@@ -281,6 +282,17 @@ def test_new_constraints_move_only_tasks_whose_nodes_do_not_meet_them() -> None:
         advance(world)
     assert task.id in {task.id for task in wanted(world)}
     assert len(wanted(world)) == 2
+
+
+def test_a_task_whose_spec_cannot_be_read_is_left_alone() -> None:
+    """Of the version before the present one, which says the same: only the leader's disk is damaged."""
+    world = a_world(replicas=1)
+    (task,) = wanted(world)
+    world.update(replace(world.service.spec, labels={"a": "b"}))
+    world.tasks[task.id] = replace(task, spec=TaskSpec())
+    assert world.changes() != [], "the case that is to be tested"
+    world.unreadable.add(task.spec_version)
+    assert world.changes() == []
 
 
 def test_an_update_during_an_update_starts_over_with_the_newest_spec() -> None:

@@ -1,8 +1,14 @@
 """Updates that go wrong: what counts as a failure, what follows from it, and what the user sees."""
 
+import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Recheck
+from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.reaper.history import surplus_history
+from skep.manager.orchestrator.slots import age
+from skep.model.dependencies import WAITS_FOR
+from skep.model.ids import NodeId
 from skep.model.node import NodeState
 from skep.model.service import (
     RestartCondition,
@@ -14,7 +20,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
-from skep.model.task import TaskState
+from skep.model.task import TaskState, TaskStatus
 from skep.model.times import SECOND_NS
 from tests.support.builders import a_node
 from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
@@ -76,6 +82,22 @@ def test_an_update_goes_on_when_the_node_of_its_first_task_is_lost() -> None:
     assert len(wanted(world, "app:2")) == 2
 
 
+def test_a_task_that_is_orphaned_with_its_node_lets_an_update_start_with_no_further_slot() -> None:
+    world = a_world(replicas=2)
+    world.nodes[a_node("n2").id] = a_node("n2")
+    world.update(a_spec("app:2", replicas=2))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    world.put(replace(lead, node_id=a_node("n2").id, status=replace(lead.status, state=TaskState.PREPARING)))
+    del world.nodes[a_node("n2").id]
+    world.settle()
+    world.report(lead.id, TaskState.ORPHANED)
+    world.now += 60
+    world.settle()
+    assert not world.tasks[lead.id].is_wanted
+    assert len(wanted(world, "app:2")) == 1
+
+
 def deadline(seconds: int, action: UpdateFailureAction = UpdateFailureAction.PAUSE) -> ServiceSpec:
     update = UpdateConfig(parallelism=1, failure_action=action, monitor=SECOND_NS)
     spec = a_spec("app:2", replicas=2, update=update)
@@ -95,6 +117,27 @@ def test_a_task_that_gets_nowhere_ends_the_update_after_its_deadline() -> None:
     world.settle()
     words = f"update paused because task {lead.id} made no progress within 40 s: it is new"
     assert (state(world), message(world)) == (UpdateState.PAUSED, words)
+
+
+def test_time_in_which_a_task_waits_for_another_service_is_not_that_of_the_deadline() -> None:
+    world = a_world(replicas=2)
+    world.update(deadline(30))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    status = TaskStatus(state=TaskState.PENDING, err=f"{WAITS_FOR}db to be healthy")
+    world.put(replace(world.tasks[lead.id], status=status))
+    for now in (39.0, 41.0, 3_600.0):
+        world.now = now
+        world.settle()
+        assert state(world) is UpdateState.UPDATING
+        assert not [step for step in world.steps() if isinstance(step, Recheck)]
+    world.report(lead.id, TaskState.ASSIGNED)
+    world.now = 3_639.9
+    world.settle()
+    assert state(world) is UpdateState.UPDATING
+    world.now = 3_640.0
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
 
 
 def test_a_task_that_is_not_restarted_and_whose_node_is_lost_fails_the_update_at_its_deadline() -> None:
@@ -185,6 +228,44 @@ def test_an_update_that_goes_on_in_spite_of_failures_comes_to_an_end() -> None:
     world.settle()
     assert state(world) is UpdateState.COMPLETED
     assert len(wanted(world, "app:1")) == 2
+
+
+@pytest.mark.parametrize("incident", ["the leader changes", "the first attempt is given up with its node"])
+def test_an_update_in_spite_of_a_crash_loop_goes_on_whatever_history_is_kept(incident: str) -> None:
+    """Restarts come faster than the update's delay ends: it counts from one attempt, which is kept."""
+    update = UpdateConfig(
+        parallelism=1, delay=6 * SECOND_NS, failure_action=UpdateFailureAction.CONTINUE, monitor=3 * SECOND_NS
+    )
+    world = a_world(update, replicas=3)
+    world.nodes[NodeId("n2")] = a_node("n2")
+    spec = a_spec("app:2", replicas=3, update=update)
+    policy = RestartPolicy(delay=2 * SECOND_NS)
+    world.update(replace(spec, task_template=replace(spec.task_template, restart_policy=policy)))
+    advance(world)
+    (lead,) = wanted(world, "app:2")
+    if incident == "the leader changes":
+        world.report(lead.id, TaskState.FAILED)
+        world.now += 1.0
+        world.seen = ObservedTimes(world.now)
+    else:
+        world.tasks[lead.id] = replace(
+            lead, node_id=NodeId("gone"), status=TaskStatus(state=TaskState.ASSIGNED)
+        )
+        world.seen = ObservedTimes(world.now)
+        world.settle()
+        world.report(lead.id, TaskState.ORPHANED)
+    for _ in range(120):
+        world.now += 0.5
+        for task in wanted(world, "app:2"):
+            if task.status.state is TaskState.RUNNING:
+                world.report(task.id, TaskState.FAILED)
+        advance(world)
+        for slot in (1, 2, 3):
+            past = sorted((one for one in world.tasks.values() if one.slot == slot), key=age)
+            for surplus in surplus_history(past, 0, updating=world.service.spec_version):
+                del world.tasks[surplus.id]
+    assert state(world) is UpdateState.COMPLETED
+    assert {task.slot for task in wanted(world, "app:2")} == {1, 2, 3}
 
 
 def test_a_rollback_returns_to_the_previous_spec_and_says_why_to_the_end() -> None:

@@ -7,11 +7,19 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.ids import NodeId
-from skep.model.service import UpdateConfig, UpdateOrder, UpdateState
+from skep.model.service import (
+    PortConfig,
+    PublishMode,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateOrder,
+    UpdateState,
+)
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
-from tests.support.builders import a_node, a_service, a_task
-from tests.support.rollouts import a_spec, state, wanted
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.rollouts import AT_ONCE, a_spec, state, wanted
 from tests.support.worlds import World
 
 READY, RUNNING = TaskState.READY, TaskState.RUNNING
@@ -129,3 +137,46 @@ def test_slots_that_do_not_serve_come_first_and_as_many_at_a_time_as_any() -> No
     assert {task.slot for task in wanted(world, "app:2")} == {3, 4}
     Slow(world, (1, 1, 1)).live(60)
     assert len(wanted(world, "app:2")) == 5
+
+
+def test_an_update_that_overtakes_a_failing_one_stops_no_more_slots_than_it_may() -> None:
+    """The failing one went on to the second slot; restarts in both slots make tasks of the new version."""
+    world = a_running_service(3)
+    tolerant = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.CONTINUE)
+    world.update(a_spec("app:2", replicas=3, update=tolerant))
+    for _ in range(2):
+        world.settle()
+        for task in wanted(world, "app:2"):
+            world.report(task.id, TaskState.REJECTED)
+    world.update(a_spec("app:3", replicas=3, update=tolerant))
+    world.settle()
+    attempts = wanted(world, "app:3")
+    assert len(attempts) == 2, "the case that is to be tested"
+    for task in attempts:
+        world.report(task.id, READY)
+    world.settle()
+    assert len(slots_without_service(world.tasks.values())) == 1
+    Slow(world, (1, 1, 1)).live(60)
+    assert len(wanted(world, "app:3")) == 3
+
+
+def test_a_task_that_never_came_to_run_does_not_keep_new_ones_from_a_node_for_ever() -> None:
+    """It holds the host port of the only node, and ``parallelism`` waits for the slot that is refused it."""
+    port = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)
+
+    def a_spec_of(image: str) -> ServiceSpec:
+        return a_service_spec(replicas=2, image=image, ports=(port,), restart=AT_ONCE)
+
+    service = a_service(spec=a_spec_of("hanging:1"))
+    world = World(service, nodes=[a_node("n1")])
+    world.put(a_task(slot=1, service=service, state=TaskState.PENDING))
+    world.put(a_task(slot=2, node="n1", service=service, state=TaskState.PREPARING))
+    world.update(a_spec_of("app:2"))
+    world.settle()
+    (new,) = wanted(world, "app:2")
+    assert new.slot == 1
+    status = replace(new.status, state=TaskState.PENDING, err="no suitable node (...)")
+    world.put(replace(new, status=status))
+    world.settle()
+    assert {task.slot for task in wanted(world, "app:2")} == {1, 2}
+    assert wanted(world, "hanging:1") == []

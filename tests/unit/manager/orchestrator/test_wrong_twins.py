@@ -271,6 +271,16 @@ PROPERTIES = (
     policy=RestartPolicy(condition=RestartCondition.ANY, delay=0, max_attempts=0),
     happenings=[("new image", 0, 0.0), ("goes on", 0, 0.0), ("labels", 0, 0.0), ("goes on", 0, 0.0)],
 )
+@example(
+    config=UpdateConfig(
+        parallelism=1, failure_action=UpdateFailureAction.CONTINUE, order=UpdateOrder.STOP_FIRST
+    ),
+    policy=RestartPolicy(condition=RestartCondition.ANY, delay=0, max_attempts=0),
+    happenings=[
+        *[("new image", 0, 0.0), *[("goes on", 0, 0.0)] * 4],
+        *[("is rejected", 24, 0.0), *[("goes on", 0, 0.0)] * 2],
+    ],
+)
 @settings(max_examples=60, deadline=None)
 def test_a_property_holds_whatever_happens(
     look: Property, config: UpdateConfig, policy: RestartPolicy, happenings: list[Happening]

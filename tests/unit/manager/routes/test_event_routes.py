@@ -1,11 +1,18 @@
 """The stream of events over HTTP."""
 
 import asyncio
+from typing import Any, cast
 
 import msgspec
 from aiohttp.test_utils import TestClient, TestServer
+from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
+from skep.manager.node_events import AllEvents
 from skep.manager.routes import application
+from skep.manager.routes.access import OF_WORKER
+from skep.model.ids import NodeId
+from skep.model.node import Node, NodeState, NodeStatus
 from tests.conformance.manager import a_manager_api
 
 
@@ -38,3 +45,31 @@ async def test_a_stream_can_end_before_it_begins():
         message = "`since` time (5) cannot be after `until` time (1)"
         assert await answer.json() == {"message": message}
         assert await (await client.get("/events?until=1")).read() == b""
+
+
+async def test_a_workers_client_does_not_read_the_command_lines_of_other_nodes():
+    """Those of ``docker exec`` are events of containers, and have passwords in them."""
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        asked = {"headers": {OF_WORKER: "w1"}}
+        refused = await client.get("/skep/events?nodes=all", **asked)
+        assert refused.status == 403
+        filters = '{"type":["container"],"scope":["swarm"]}'
+        shown = await client.get("/events", params={"filters": filters, "since": "1", "until": "2"}, **asked)
+        assert (shown.status, await shown.read()) == (200, b"")
+
+
+async def test_every_message_of_a_stream_has_a_cursor_also_before_the_first_event():
+    """A client goes on after it; the first ones here say which nodes cannot be read."""
+    async with a_manager_api() as api:
+        down = Node(id=NodeId("n1"), status=NodeStatus(state=NodeState.DOWN))
+        await api.store.update(lambda tx: tx.put(down))
+        nodes = AllEvents(cast("Any", None), api.store.view, SystemClock())
+        served = TestServer(application(replace(api, all_events=nodes)))
+        async with TestClient(served) as client, asyncio.timeout(5):
+            answer = await client.get("/skep/events?nodes=n1")
+            line = msgspec.json.decode(await answer.content.readline())
+            assert line["Action"] == "away"
+            again = await client.get("/skep/events", params={"nodes": "n1", "after": line["Cursor"]})
+            assert again.status == 200
+            for one in (answer, again):
+                one.close()

@@ -7,8 +7,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
+from skep.api.service_form import settled
 from skep.errors import Unavailable
-from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service
 from skep.manager.routes import application
 from skep.model.node import Availability, Node, NodeState

@@ -9,6 +9,7 @@ from skep.manager.scheduler.requirements import requirements_of
 from skep.manager.scheduler.spread import Choices
 from skep.model.container import ContainerSpec
 from skep.model.node import EngineDescription, Node
+from skep.model.planes import NODE_LABEL
 from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL
 from skep.model.service import Service
 from skep.model.task import TaskState
@@ -25,7 +26,8 @@ def a_service_with(labels: Mapping[str, str]) -> Service:
 
 def a_node_with(id: str, allow: str, devices: str = "", cdi: str = "") -> Node:
     node = a_node(id)
-    labels = {**node.description.engine.labels, ALLOW_LABEL: allow, DEVICES_LABEL: devices, CDI_LABEL: cdi}
+    given = {NODE_LABEL: "true", ALLOW_LABEL: allow, DEVICES_LABEL: devices, CDI_LABEL: cdi}
+    labels = {**node.description.engine.labels, **given}
     engine = EngineDescription(engine_version="1", labels=labels)
     return replace(node, description=replace(node.description, engine=engine))
 
@@ -43,6 +45,16 @@ def test_a_task_with_a_right_runs_where_the_node_gives_it() -> None:
     assert nodes_of(placed(labels, *nodes)) == {"n2": 1}
     refused = placed(labels, nodes[0], nodes[2], a_docker_node("n4"))
     assert reason(refused) == "no suitable node (rights over the machine not given by 3 nodes)"
+
+
+def test_a_docker_engine_gives_no_right_whatever_its_labels_say() -> None:
+    """A label of its daemon.json is text, and it would run the task without the right."""
+    node = a_docker_node("n1")
+    engine = replace(node.description.engine, labels={ALLOW_LABEL: "all", DEVICES_LABEL: "..."})
+    node = replace(node, description=replace(node.description, engine=engine))
+    refused = placed({"skep.privileged": "true"}, node)
+    assert reason(refused) == "no suitable node (rights over the machine not given by 1 node)"
+    assert nodes_of(placed({}, node)) == {"n1": 1}
 
 
 def test_a_task_with_a_device_runs_where_the_device_is() -> None:

@@ -11,13 +11,14 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager import failures
-from skep.manager.scheduler import spread
+from skep.manager.scheduler import dependencies, spread
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.writes import Decision, DecisionWriter
+from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import new_id
-from skep.model.service import Resources
+from skep.model.service import Resources, Service, UpdateState
 from skep.model.task import Task, TaskState
-from skep.store.interface import Object, Transaction
+from skep.store.interface import Commit, Object, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 
@@ -142,3 +143,38 @@ async def test_what_is_retired_while_its_decision_is_written_takes_no_place() ->
     assert retired.status.state in (TaskState.PENDING, TaskState.ASSIGNED)
     assert sum(held.values()) == 99
     assert max(held.values()) - min(held.values()) <= 1
+
+
+async def test_what_a_service_on_all_nodes_waits_for_is_not_looked_up_for_each_of_its_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = []
+    look = dependencies.awaited
+    monkeypatch.setattr(dependencies, "awaited", lambda *args: looks.append(1) or look(*args))
+    service = a_service("agent", is_global=True)
+    service = replace(service, spec=replace(service.spec, labels={DEPENDS_ON: "db=service_started"}))
+    tasks = [a_task(f"t{n}", service=service, state=TaskState.PENDING, node=f"n{n}") for n in range(300)]
+    store = await a_store(service, *tasks)
+
+    def all_say_why() -> bool:
+        return {one.status.err for one in store.view().find(Task)} == {"waits for db, which does not exist"}
+
+    async with scheduling(store):
+        await wait_for(store, all_say_why)
+    assert 0 < len(looks) < 30
+
+
+async def test_what_waits_is_decided_again_when_a_service_changes_and_not_for_its_updates_progress() -> None:
+    service = a_service("web")
+    service = replace(service, spec=replace(service.spec, labels={DEPENDS_ON: "db=service_started"}))
+    task = a_task("t", service=service, state=TaskState.PENDING)
+    store = await a_store(service, task)
+    waits = dependencies.Waits(0.0)
+    assert waits.of("group", task, store.view(), 0.0, {}) is not None
+
+    def again(before: Service, after: Service) -> list[str]:
+        return list(waits.record(Commit(1, (Updated(before, after),)), 0.0))
+
+    other = a_service("other")
+    assert again(other, a_service("other", state=UpdateState.UPDATING)) == []
+    assert again(other, a_service("other", replicas=2)) == ["group"]

@@ -51,7 +51,8 @@ UNRECOGNIZED: Unrecognized = {
 """The engine's errors for unknown values of a service's spec; an unknown publish mode means ingress."""
 
 _PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
-_MOUNT_TYPES = frozenset({"bind", "volume", "tmpfs", "npipe", "cluster", "image"})
+_MOUNT_TYPES = frozenset({"bind", "volume", "tmpfs", "npipe", "cluster"})
+"""Those of SwarmKit, which has none of images."""
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 
 

@@ -1,6 +1,7 @@
 """One end of a connection: bytes in and out with back-pressure; half-closes are passed on."""
 
 import asyncio
+import select
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,6 +9,8 @@ from contextlib import suppress
 from skep.api.framing import HEAD_BYTES_MAX, Malformed
 
 _BUFFER_BYTES_MAX = 256 * 1024
+CHECK_S = 5.0
+"""Between two looks whether a client that has closed its direction is still there."""
 LINGER_BYTES_MAX = 256 * 1024 * 1024
 LINGER_S = 5.0
 """What is still read, and for how long, of a request whose response was sent: a connection that is closed while its
@@ -37,6 +40,7 @@ class Connection(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._readable = asyncio.Event()
+        self._closed = asyncio.Event()
 
     @classmethod
     async def over(cls, connected: socket.socket, read: bytes = b"") -> "Connection":
@@ -81,6 +85,7 @@ class Connection(asyncio.Protocol):
         self._lost = True
         self._end()
         self._writable.set()
+        self._closed.set()
 
     def _end(self) -> None:
         self._ended = True
@@ -123,6 +128,21 @@ class Connection(asyncio.Protocol):
         while not self._buffer and not self._ended:
             self._readable.clear()
             await self._readable.wait()
+
+    async def wait_lost(self) -> None:
+        """Return when both directions are closed: by the other end, or because it does not answer any more."""
+        while not self._is_hung_up():
+            # Once the other end has closed its direction, the event loop does not listen to it any more.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_S):
+                    await self._closed.wait()
+
+    def _is_hung_up(self) -> bool:
+        if self.is_lost:
+            return True
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), 0)  # errors and hang-ups are always reported
+        return bool(poll.poll(0))
 
     def head(self, searched: int = 0) -> bytes | None:
         """Everything up to and with the next empty line, if that has arrived.

@@ -1,0 +1,448 @@
+"""Every ``skep.*`` label, as the page of labels shows them."""
+
+from enum import Enum
+
+import msgspec
+
+from skep.model.dependencies import DEPENDS_ON
+from skep.model.labels import (
+    DRAIN,
+    FORGET_NODES,
+    HEARTBEAT_GRACE,
+    IGNORE_PATHS,
+    JOB_TTL,
+    LAST_LINES,
+    ON_DISCONNECT,
+    ON_DISCONNECT_DELAY,
+    PROGRESS_DEADLINE,
+    PUBLISH_NOT_READY,
+    ROTATION_OF,
+    STACK_CHANGES,
+    STACK_FILES,
+    STACK_REVISION,
+    STACK_STATE,
+    VOLUMES,
+    WORKER_READS,
+)
+from skep.model.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
+from skep.model.secret_env import SECRET_ENV_LABEL
+from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
+
+
+class LabelTarget(Enum):
+    """The kind of object with a label; the value is a sentence on how to set or read it."""
+
+    SERVICE = "`docker service create --label NAME=VALUE`, `docker service update --label-add`."
+    CONTAINER = (
+        "`docker service create --container-label NAME=VALUE`, `docker service update --container-label-add`: what the "
+        "containers of a service are given of their nodes, as far as the cluster allows it (`skep.allow`)."
+    )
+    NETWORK = "`docker network create --label NAME=VALUE`."
+    SECRET = "Written by `skep secret rotate`; by `skep config rotate` likewise for configs."
+    REVISION = "Written by `skep stack deploy` on the configs that are the revisions of a stack."
+    NODE = "`docker node update --label-add NAME=VALUE NODE`."
+    CLUSTER = "`Spec.Labels` of `POST /swarm/update`; docker has no flag for it."
+    ENGINE = (
+        "Read-only, in `Description.Engine.EngineLabels` of `docker node inspect`; "
+        "placement constraints see them as `engine.labels.NAME`."
+    )
+
+
+class Label(msgspec.Struct, frozen=True):
+    """One ``skep.*`` label, for the reference.  Upper-case words in ``name`` are placeholders."""
+
+    target: LabelTarget
+    name: str
+    values: str
+    default: str
+    effect: str
+
+
+_PUBLISH = "skep.publish[.PORT[/PROTOCOL]]"
+
+LABELS = (
+    Label(
+        LabelTarget.CONTAINER,
+        STACK_FILES,
+        "`FILE=HASH,...`",
+        "none",
+        "written by `skep stack deploy`: the files beside the Compose file that the service mounts, so that changed "
+        "content updates it",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        ON_DISCONNECT,
+        "`replace`, `keep`, `stop`",
+        "`replace`",
+        "what becomes of tasks on a node that lost all managers: others replace them; they keep their slots for as "
+        "long as the node exists; the node stops them, and only then others replace them. A node that was removed "
+        "counts as gone: its tasks are replaced at once",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        ON_DISCONNECT_DELAY,
+        "duration",
+        "`0s`; with `stop` `30s`",
+        "time before that: with `replace` since the node is down, with `stop` since a manager last heard it",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        PROGRESS_DEADLINE,
+        "duration",
+        "`10m`",
+        "how long an update waits for one task to run or to end before it has failed; the "
+        "time in which it waits for other services (`skep.depends-on`) does not count",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        JOB_TTL,
+        "duration",
+        "kept",
+        "how long a job that has ended is kept before it is removed with its tasks",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        DRAIN,
+        "duration",
+        "`1s`",
+        "how long a task that is to stop waits for nodes that may still send it connections, and then again for its "
+        "last connection to end",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        LAST_LINES,
+        "`0` to `20`",
+        "`20`",
+        "how many last lines of output are kept with a task that ended; `0` for output that holds secrets",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        VOLUMES,
+        "`return`, `keep`, `spread`",
+        "`return`",
+        "where a task goes whose slot has data in a local volume of a node: to that node if it can run the task, else "
+        "to another one; to that node only, for which it waits; to any node, as in Docker",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        PUBLISH_NOT_READY,
+        "`true`, `false`",
+        "`false`",
+        "`true`: the names of tasks (`tasks.SERVICE`, `SLOT.SERVICE`, and `SERVICE` with `--endpoint-mode dnsrr`) "
+        "resolve before the tasks are healthy, for software that needs its peers to become so; virtual addresses and "
+        "published ports reach healthy tasks only",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        DEPENDS_ON,
+        "`NAME=CONDITION[+restart][+optional],...`",
+        "none",
+        "the services that this one waits for before its first task starts, with Compose's conditions: "
+        "`service_started`, `service_healthy`, `service_completed_successfully`; `+restart`: an update of that service "
+        "restarts this one, `+optional`: it is not waited for if it is not there or fails "
+        "([stacks](../guide/stacks.md#dependencies))",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.host-ip",
+        "IP address",
+        "all",
+        "the only address of a node that the port answers on",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.affinity",
+        "`none`, `client-ip`",
+        "`none`",
+        "`client-ip`: one client always reaches the same task, as long as that is healthy",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.local",
+        "`true`, `false`",
+        "`false`",
+        "`true`: a node with healthy tasks of its own sends connections to those only",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.proxy-protocol",
+        "`none`, `v1`, `v2`",
+        "`none`",
+        "each TCP connection begins with a PROXY protocol header that names its client",
+    ),
+    *(
+        Label(LabelTarget.CONTAINER, name, values, default, effect)
+        for name, values, default, effect in (
+            (
+                SECRET_ENV_LABEL,
+                "`VARIABLE=TARGET`, separated by commas",
+                "",
+                "secrets of the service, by their targets, that are variables, too; not in inspect output nor execs",
+            ),
+            (
+                "skep.privileged",
+                "`true`, `false`",
+                "`false`",
+                "as `docker run --privileged` (right `privileged`)",
+            ),
+            (
+                "skep.devices",
+                "`/dev/a`, `/dev/a:/dev/b:rwm`, `vendor.com/class=name`, separated by commas",
+                "none",
+                "devices, directories, and what vendors describe (CDI), on nodes that have it (right `devices`)",
+            ),
+            (
+                "skep.device-rules",
+                "`c 188:* rwm`, separated by commas",
+                "none",
+                "as `--device-cgroup-rule` (right `devices`)",
+            ),
+            (
+                "skep.gpus",
+                "`all`, a number, `device=NAME,...`",
+                "none",
+                "GPUs by CDI, not counted (right `gpus`)",
+            ),
+            (
+                API_LABEL,
+                "`read`, `inspect`, `full`",
+                "`read`",
+                "what it may call on the API's socket, if it mounts that: [dashboards](../guide/dashboards.md)",
+            ),
+            ("skep.pid", "`host`", "its own", "the node's processes (right `namespaces`)"),
+            ("skep.ipc", "`host`", "its own", "the node's shared memory (right `namespaces`)"),
+            ("skep.uts", "`host`", "its own", "the node's host name (right `namespaces`)"),
+            (
+                "skep.shm-size",
+                "size: `256m`",
+                "`64m`",
+                "size of /dev/shm (right `resources`, as all that follow)",
+            ),
+            (
+                "skep.cpu-shares",
+                "`2` to `262144`",
+                "`1024`",
+                "share of the processors beside other containers",
+            ),
+            ("skep.cpuset-cpus", "`0-3,5`", "all", "processors that it runs on"),
+            ("skep.cpuset-mems", "`0,1`", "all", "memory nodes that it uses"),
+            ("skep.memory-swap", "size; `-1`: no limit", "twice the limit", "memory and swap together"),
+            ("skep.memory-swappiness", "`0` to `100`", "the kernel's", "on cgroups v1"),
+            ("skep.blkio-weight", "`10` to `1000`", "the kernel's", "share of block devices"),
+            (
+                "skep.device-read-bps",
+                "`/dev/sda:1m`, separated by commas",
+                "none",
+                "bytes read in a second at most",
+            ),
+            ("skep.device-write-bps", "likewise", "none", "bytes written in a second at most"),
+            (
+                "skep.device-read-iops",
+                "`/dev/sda:1000`, separated by commas",
+                "none",
+                "reads in a second at most",
+            ),
+            ("skep.device-write-iops", "likewise", "none", "writes in a second at most"),
+        )
+    ),
+    Label(
+        LabelTarget.NETWORK,
+        "skep.attach",
+        "constraints, separated by commas",
+        "any node",
+        "nodes whose plain containers may join an attachable network: `node.labels.*`, `node.role` and `node.id` only",
+    ),
+    Label(
+        LabelTarget.NETWORK,
+        "skep.data-plane",
+        "`skep`, `docker`",
+        "by its first task",
+        "the kind of nodes that the overlay is for; as a driver option (`--opt`) too",
+    ),
+    Label(
+        LabelTarget.NETWORK,
+        "skep.allow-overlap",
+        "`true`",
+        "refused",
+        "take a subnet that some node already reaches by itself; as a driver option (`--opt`) too",
+    ),
+    Label(
+        LabelTarget.SECRET,
+        ROTATION_OF,
+        "a name",
+        "",
+        "the first version of a secret or config, on every later version",
+    ),
+    Label(
+        LabelTarget.REVISION,
+        STACK_REVISION,
+        "a number",
+        "",
+        "the config is this revision of its stack, and no service's",
+    ),
+    Label(
+        LabelTarget.REVISION,
+        STACK_STATE,
+        "`deploying`, `deployed`, `failed: CAUSE`",
+        "",
+        "how its deploy ended",
+    ),
+    Label(LabelTarget.REVISION, STACK_CHANGES, "`2 created, 1 updated`", "", "what its deploy changed"),
+    Label(
+        LabelTarget.NODE,
+        IGNORE_PATHS,
+        "`true`",
+        "`false`",
+        "the node gets tasks on overlay networks although other nodes do not reach it",
+    ),
+    Label(
+        LabelTarget.NODE,
+        FORGOTTEN_LABEL,
+        "`VOLUME@TIME ...`",
+        "none",
+        "local volumes of the node that were given up (`skep volume forget`): use up to then attracts no task",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        HEARTBEAT_GRACE,
+        "duration, at most `1h`",
+        "three heartbeats",
+        "how long a silent skep node counts as alive (`skep cluster grace`)",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        FORGET_NODES,
+        "duration, `1m` to `2160h`",
+        "never",
+        "how long a worker that is down is kept before it is removed (`skep cluster forget-nodes`)",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        LAST_LINES,
+        "`0` to `20`",
+        "`20`",
+        "how many last lines of output managers keep with a task that ended, of any service",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        WORKER_READS,
+        "`true`, `false`",
+        "`false`",
+        "`true`: clients of a worker's API may read services, tasks, nodes, networks and events, the environment of "
+        "services among them (`skep cluster worker-reads`)",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        "skep.renew-window",
+        "duration; `0`: never",
+        "`720h`",
+        "how long after its expiry the certificate of a node can be renewed",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        ALLOW_LABEL,
+        "`none`, `all`, or some of `privileged`, `devices`, `gpus`, `namespaces`, `resources`, `api`, `api-inspect`, "
+        "separated by commas",
+        "`none`",
+        "rights over their nodes that services may ask for by labels of their containers (`skep cluster allow`)",
+    ),
+    Label(LabelTarget.ENGINE, "skep.node", "`true`", "", "this is a skep node, not a Docker Engine"),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.condition.NAME",
+        "a sentence",
+        "",
+        "something is wrong with the node: `apparmor`, `disk`, `disk-full`, `images`, `manager`, `neighbours`, "
+        "`networks`, `no-manager`, `restore`, `swarm`",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.without.NAME",
+        "`true`",
+        "",
+        "the kernel lacks something: `bridge`, `ipv6-egress`, `nftables`, `overlayfs`, `route-localnet`, `seccomp`, "
+        "`tun`, `veth`, `vxlan`, `wireguard` and others",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.encryption",
+        "`kernel` or `wireguard-go`",
+        "",
+        "what encrypts overlay networks on the node, WireGuard both; absent: it refuses tasks on encrypted networks",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.wireguard",
+        "`KEY@PORT`, at most two, separated by commas",
+        "",
+        "the node's public WireGuard keys in base64, the oldest first, each with its UDP port",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.data-path-addr",
+        "IP address",
+        "",
+        "the address that VXLAN leaves from and arrives at",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.data-path-addr.refused",
+        "IP address",
+        "",
+        "the same, where a manager refused it: it belongs to another node",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        ALLOW_LABEL,
+        "rights, separated by commas",
+        "",
+        "rights over itself that the node gives tasks (its setting `allow`)",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        DEVICES_LABEL,
+        "paths, separated by commas",
+        "",
+        "the node's devices, without terminals, loop devices and disks by name; `...` at the end: there are more",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        CDI_LABEL,
+        "`vendor.com/class=name`, separated by commas",
+        "",
+        "the devices that descriptions on the node name (CDI)",
+    ),
+    Label(
+        LabelTarget.ENGINE, "skep.paths", "`1`", "", "the node probes other nodes and answers their probes"
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.images-port",
+        "port number",
+        "",
+        "the TCP port at which the node serves its images to other nodes of the cluster",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.ports",
+        "`tcp=22,80 udp=53`",
+        "",
+        "ports that plain containers and other programs of the machine use; host-mode ports are published elsewhere",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        SLOT_VOLUMES_LABEL,
+        "`VOLUME=SERVICE.SLOT@TIME ...`",
+        "",
+        "which slots of services have used the node's local volumes, the latest first (milliseconds, when the task was "
+        "created)",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.routes",
+        "`SUBNET=INTERFACE ...`",
+        "",
+        "networks that the machine reaches by itself; new overlays avoid them",
+    ),
+)
+"""In the order of the reference page."""

@@ -1,0 +1,71 @@
+"""What a service depends on was there before it got nodes: by what the machines run, not by what the store says."""
+
+from collections.abc import Iterable, Iterator
+from math import inf
+
+from sim.committed import Change
+from skep.model.dependencies import Condition, Dependency, dependencies_of
+from skep.model.ids import ServiceId, TaskId
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Updated, View
+
+UNNOTICED_S = 45.0
+"""For so long the end of a container may be unknown to the managers: its node is cut off, or lost with the session."""
+
+
+class DependenciesComeFirst:
+    """A task gets a node when its service runs already, or what the service depends on does, or has completed.
+
+    Services with required dependencies only are checked.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[TaskId, ServiceId] = {}
+        self._ran: dict[ServiceId, float] = {}
+        """When the last container of a service ended."""
+
+    def started(self, task: Task) -> None:
+        """A container was started."""
+        self._running[task.id] = task.service_id
+
+    def ended(self, task_id: TaskId, now: float) -> None:
+        """A container has ended."""
+        service_id = self._running.pop(task_id, None)
+        if service_id is not None:
+            self._ran[service_id] = now
+
+    def __call__(self, change: Change, view: View) -> Iterator[str]:
+        for event in change.events:
+            match event:
+                case Updated(Task() as old, Task() as task) if (
+                    old.status.state < TaskState.ASSIGNED and task.status.state is TaskState.ASSIGNED
+                ):
+                    service = view.lookup(Service, task.service_id)
+                    if service is None or self._serves(service.id, change.time_s):
+                        continue
+                    needed = dependencies_of(service.spec.labels)
+                    for reason in self._missing(needed, view, change.time_s):
+                        yield f"task {task.id} of {service.spec.name} got a node, but {reason}"
+
+    def _missing(self, needed: Iterable[Dependency], view: View, now: float) -> Iterator[str]:
+        for one in needed:
+            found = [each for each in view.find(Service, name=one.service) if each.removed_at is None]
+            if not found or not one.is_required:
+                continue  # it may be removed at the same moment
+            service = found[0]
+            replicated = service.spec.mode.replicated
+            if replicated is not None and replicated.replicas == 0:
+                continue
+            has_completed = any(
+                task.status.state is TaskState.COMPLETE for task in view.find(Task, service_id=service.id)
+            )
+            if one.condition is Condition.COMPLETED and not has_completed:
+                yield f"{one.service} has not completed"
+            elif has_completed and one.condition is not Condition.HEALTHY:
+                yield from self._missing(dependencies_of(service.spec.labels), view, now)
+            elif not self._serves(service.id, now):
+                yield f"{one.service} does not run"
+
+    def _serves(self, id: ServiceId, now: float) -> bool:
+        return id in self._running.values() or self._ran.get(id, -inf) > now - UNNOTICED_S

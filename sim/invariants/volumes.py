@@ -1,0 +1,87 @@
+"""Tasks return to the local volumes of their slots (decision 78)."""
+
+from collections.abc import Iterator
+from math import inf
+
+from sim.committed import Change
+from sim.invariants.placement import may_have_tasks
+from skep.model.ids import NodeId, TaskId
+from skep.model.labels import VolumePolicy, volume_policy
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Created, Deleted, Updated, View
+
+UNNOTICED_S = 10.0
+"""What is newer need not be known to a leader whose replica lags."""
+
+
+class LocalVolumesStay:
+    """A task gets a node that has a volume of its slot, by the slot's tasks in the store.
+
+    With ``keep`` no other; with ``return``, the default, another only if none of these nodes can have tasks.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[TaskId, float] = {}
+        """When a task had its volumes."""
+        self._able: dict[NodeId, float] = {}
+        """Since when a node has been what it is now."""
+
+    def __call__(self, change: Change, view: View) -> Iterator[str]:
+        for event in change.events:
+            match event:
+                case Created(Node() as node):
+                    self._able[node.id] = change.time_s
+                case Updated(Node() as old, Node() as node) if (
+                    old.status.state is not node.status.state or old.spec != node.spec
+                ):
+                    self._able[node.id] = change.time_s
+                case Updated(Task() as old, Task() as task):
+                    state = task.status.state
+                    if state >= TaskState.READY and state is not TaskState.REJECTED:
+                        self._since.setdefault(task.id, change.time_s)
+                    if not old.node_id and task.node_id and task.slot:
+                        yield from self._misplaced(task, change.time_s, view)
+                case Deleted(Task() as task):
+                    self._since.pop(task.id, None)
+
+    def _misplaced(self, task: Task, now: float, view: View) -> Iterator[str]:
+        service, names = view.lookup(Service, task.service_id), _volumes(task)
+        policy = volume_policy(service.spec.labels) if service is not None else VolumePolicy.SPREAD
+        if service is None or policy is VolumePolicy.SPREAD or not names:
+            return
+        homes = {
+            other.node_id
+            for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
+            if other.id != task.id
+            and names & _volumes(other)
+            and self._since.get(other.id, inf) + UNNOTICED_S <= now
+            and view.lookup(Node, other.node_id) is not None
+        }
+        if policy is VolumePolicy.RETURN:
+            homes = {id for id in homes if self._could_have_it(view.get(Node, id), service, now)}
+        if homes and task.node_id not in self._homes_of_any_age(task, names, view):
+            yield (
+                f"task {task.id} of {service.spec.name} got {task.node_id}: its volumes are on {sorted(homes)}"
+            )
+
+    def _homes_of_any_age(self, task: Task, names: set[str], view: View) -> set[NodeId]:
+        return {
+            other.node_id
+            for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
+            if other.id != task.id and names & _volumes(other) and other.id in self._since
+        }
+
+    def _could_have_it(self, node: Node, service: Service, now: float) -> bool:
+        is_settled = self._able.get(node.id, -inf) + UNNOTICED_S <= now
+        return is_settled and may_have_tasks(node, service.spec)
+
+
+def _volumes(task: Task) -> set[str]:
+    """Names of its volumes of the driver ``local``."""
+    container = task.spec.container_spec
+    mounts = container.mounts if container is not None else ()
+    return {
+        one.source for one in mounts if one.type == "volume" and one.source and one.volume_options is None
+    }

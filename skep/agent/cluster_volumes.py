@@ -1,0 +1,369 @@
+"""The cluster volumes of this node: mounted by their drivers as assigned, and given up when asked and out of use.
+
+Each volume has a worker of its own, so one whose driver hangs holds up its own tasks alone; these wait for a bounded
+time.  What a driver may have mounted is written to a file before it is asked, so that a node process that ends anywhere
+leaves nothing mounted for ever.  ``<data>/csi/<id>/``: ``staging`` and ``mount``; ``<data>/csi/<id>.json``: the volume.
+
+Source: swarmkit, agent/csi/volumes.go, agent/csi/plugin/plugin.go.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, isolate, log_error, retry
+from skep.csi.driver import Driver
+from skep.csi.drivers import Drivers
+from skep.errors import SkepError, Unavailable
+from skep.linux.files import replace_file
+from skep.model.assignment import AssignmentSet
+from skep.model.encoding import to_json
+from skep.model.ids import VolumeId
+from skep.model.node import CSIInfo
+from skep.model.task import VolumeAttachment
+from skep.model.unknown import leniently
+from skep.model.volume import NOT_PUBLISHED, VolumeAssignment
+
+log = structlog.get_logger(__name__)
+
+TASK_WAIT_S = 120.0
+"""How long a task waits for a volume; then it fails, with what the driver said last."""
+SCAN_S = 10.0
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
+"""Of one driver, and of all, in the node's description: managers refuse a node whose description is too large."""
+USED_CHECK_S = 1.0
+"""Between two looks whether a volume that is to be given up is still mounted in a container."""
+
+
+class _Held:
+    """One volume, wanted or to be given up."""
+
+    def __init__(self, volume: VolumeAssignment, *, is_wanted: bool) -> None:
+        self.volume = volume
+        self.is_wanted = is_wanted
+        self.is_mounted = False
+        """By this process, which asks once more for what an earlier one had: a reboot may have come between."""
+        self.why = ""
+        """Why it is not as it is to be."""
+        self.holds = 0
+        """Containers that are being made with it."""
+        self.is_dormant = False
+        """Left by an earlier process: nothing is done until a manager or a task names it.  It may be on another node by
+        now."""
+        self.changed = asyncio.Event()
+        self.usable = asyncio.Event()
+        """Set exactly while tasks may have it: one that waits for it would turn without end otherwise."""
+
+    def set(self, *, is_wanted: bool, is_mounted: bool) -> None:
+        """Tasks may have it while it is both."""
+        self.is_wanted, self.is_mounted = is_wanted, is_mounted
+        if is_wanted and is_mounted:
+            self.usable.set()
+        else:
+            self.usable.clear()
+
+    @property
+    def obstacle(self) -> str:
+        """Why no task may have it."""
+        return self.why or ("it is not mounted yet" if self.is_wanted else "it is being given up")
+
+
+class ClusterVolumes:
+    """Takes volumes from assignments, and gives tasks their directories."""
+
+    def __init__(
+        self,
+        folder: Path,
+        drivers: Drivers,
+        clock: Clock,
+        *,
+        secret: Callable[[str], str],
+        users_of: Callable[[Path], Collection[str]],
+        is_mounted: Callable[[Path], bool],
+    ) -> None:
+        """
+        Args:
+            secret: the data of a secret of this node, by id.  Raises: NotFound.
+            users_of: containers with a mount of that directory that run, or are about to.
+            is_mounted: whether something is mounted there, as this process and containers see it.
+        """
+        self._folder = folder
+        self._drivers = drivers
+        self._clock = clock
+        self._secret = secret
+        self._users_of = users_of
+        self._is_mounted = is_mounted
+        self._held: dict[VolumeId, _Held] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._ready = asyncio.Event()
+        self._unreported: dict[VolumeId, bool] = {}
+        """Those given up, and whether that has been taken: a late answer to an earlier report is none to this one."""
+        self._to_report: set[VolumeId] = set()
+        """Those that a manager asked for, given up or not."""
+        self._reportable = asyncio.Event()
+        self._infos: dict[str, tuple[Driver, CSIInfo]] = {}
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            reading = partial(asyncio.to_thread, self._remembered)
+            for volume in await retry(reading, "volumes not read", clock=self._clock, longest_s=10.0):
+                if volume.id not in self._held:
+                    self._hold(volume, is_wanted=True).is_dormant = True
+            self._group = group
+            for id, held in list(self._held.items()):
+                if not held.is_dormant:
+                    self._spawn(id, held)
+            self._ready.set()
+            while True:
+                await isolate(self._scan(), "drivers not looked for")
+                await self._clock.sleep(SCAN_S)
+
+    async def wait_ready(self) -> None:
+        """Return once what an earlier process left is known."""
+        await self._ready.wait()
+
+    @property
+    def drivers(self) -> tuple[CSIInfo, ...]:
+        """The drivers of this node, as it describes itself."""
+        found, left = [], DESCRIPTION_BYTES_MAX
+        for _, (_, info) in sorted(self._infos.items()):
+            left -= len(to_json(info))
+            if left >= 0:
+                found.append(info)
+        return tuple(found)
+
+    # -- assignments and reports -----------------------------------------------------------------------------------
+
+    def assign(self, change: AssignmentSet) -> None:
+        """Take over the volumes of ``change``, after ``wait_ready``; returns at once."""
+        for volume in change.volumes:
+            self._unreported.pop(volume.id, None)
+            self._to_report.discard(volume.id)
+            self._want(volume, is_wanted=True)
+        for volume in change.removed_volumes:
+            self._to_report.add(volume.id)
+            if volume.id in self._held or self._has_traces(volume.id):
+                self._want(volume, is_wanted=False)
+            else:
+                self._report(volume.id)
+        if change.complete:
+            named = {volume.id for volume in (*change.volumes, *change.removed_volumes)}
+            for id, held in list(self._held.items()):
+                if id not in named:  # removed with force while this node was away
+                    self._want(held.volume, is_wanted=False)
+
+    async def take_reports(self) -> Sequence[VolumeId]:
+        """Wait for volumes that were given up; they are reported until ``reported``."""
+        while not self._unreported:
+            self._reportable.clear()
+            await self._reportable.wait()
+        self._unreported = dict.fromkeys(sorted(self._unreported), True)
+        return list(self._unreported)
+
+    def reported(self, ids: Iterable[VolumeId]) -> None:
+        """A manager has taken the reports."""
+        for id in ids:
+            if self._unreported.get(id):
+                del self._unreported[id]
+
+    # -- tasks -----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def mounted(self, attachments: Sequence[VolumeAttachment]) -> AsyncIterator[Sequence[Path]]:
+        """The directories of a task's volumes, in their order, not given up within the block.
+
+        Raises: Unavailable: one is not mounted within ``TASK_WAIT_S``, with the reason.
+        """
+        taken: list[_Held] = []
+        try:
+            until = self._clock.monotonic() + TASK_WAIT_S
+            for attachment in attachments:
+                taken.append(await self._wait_mounted(VolumeId(attachment.id), attachment.source, until))
+                taken[-1].holds += 1
+            yield [self._target(VolumeId(one.id)) for one in attachments]
+        finally:
+            for held in taken:
+                held.holds -= 1
+
+    async def _wait_mounted(self, id: VolumeId, source: str, until: float) -> _Held:
+        while True:
+            held = self._held.get(id)
+            if held is not None and held.usable.is_set():
+                return held
+            if held is not None and held.is_dormant:
+                self._spawn(id, held)
+            if self._clock.monotonic() >= until:
+                why = held.obstacle if held is not None else NOT_PUBLISHED
+                raise Unavailable(f"cluster volume {source} was not mounted in time: {why}")
+            waiting = held.usable.wait() if held is not None else asyncio.Event().wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(waiting, USED_CHECK_S)
+
+    # -- one volume ------------------------------------------------------------------------------------------------
+
+    def _want(self, volume: VolumeAssignment, *, is_wanted: bool) -> None:
+        held = self._held.get(volume.id)
+        if held is None:
+            held = self._hold(volume, is_wanted=is_wanted)
+            if self._group is not None:
+                self._spawn(volume.id, held)
+            return
+        if held.is_dormant and self._group is not None:
+            self._spawn(volume.id, held)
+        if held.is_wanted != is_wanted or held.volume != volume:
+            held.set(is_wanted=is_wanted, is_mounted=held.is_mounted and held.volume == volume)
+            held.volume = volume
+            held.changed.set()
+
+    def _hold(self, volume: VolumeAssignment, *, is_wanted: bool) -> _Held:
+        held = self._held[volume.id] = _Held(volume, is_wanted=is_wanted)
+        return held
+
+    def _spawn(self, id: VolumeId, held: _Held) -> None:
+        assert self._group is not None
+        held.is_dormant = False
+        self._group.create_task(self._drive(id, held), name=f"volume-{id}")
+
+    async def _drive(self, id: VolumeId, held: _Held) -> None:
+        """Bring the volume to where it is wanted, again after each change and failure; ends when it is given up."""
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
+        while True:
+            held.changed.clear()
+            try:
+                is_wanted = held.is_wanted
+                if is_wanted:
+                    if not held.is_mounted:
+                        await self._mount(held)
+                elif await self._give_up(held) and not held.is_wanted:  # or else it is wanted again meanwhile
+                    del self._held[id]
+                    if id in self._to_report:
+                        self._report(id)
+                    return
+                held.why = ""
+            except SkepError as error:
+                held.why = str(error)
+                log.warning("volume not as it is to be", volume=id, reason=held.why)
+            except Exception as error:
+                held.why = describe_error(error)
+                log_error(error, "volume not as it is to be", volume=id)
+            if not held.why:
+                backoff.reset()
+            if held.is_wanted and held.is_mounted:
+                await held.changed.wait()
+            else:
+                delay_s = backoff.next_delay_s() if held.why else USED_CHECK_S
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(held.changed.wait(), delay_s)
+
+    async def _mount(self, held: _Held) -> None:
+        """Raises: SkepError."""
+        volume = held.volume
+        secrets = {one.key: self._secret(one.secret) for one in volume.secrets}
+        driver = await self._drivers.get(volume.driver.name)
+        await asyncio.to_thread(self._remember, volume)
+        await driver.node_publish(volume, self._staging(volume.id), self._target(volume.id), secrets)
+        if not await asyncio.to_thread(self._is_mounted, self._target(volume.id)):
+            # Tasks would write to the node's own disk.
+            raise Unavailable(
+                "its driver says that it is mounted, and nothing is: the mounts of one in a container must be shared"
+            )
+        if held.volume == volume:
+            held.set(is_wanted=held.is_wanted, is_mounted=True)
+            log.info("volume mounted", volume=volume.id, driver=volume.driver.name)
+
+    async def _give_up(self, held: _Held) -> bool:
+        """Whether nothing is left of it.  Raises: SkepError: its driver did not do it."""
+        volume = held.volume
+        users = self._users_of(self._target(volume.id))
+        if held.holds or users:
+            held.why = ""
+            return False
+        held.set(is_wanted=held.is_wanted, is_mounted=False)
+        driver = await self._drivers.get(volume.driver.name)
+        await driver.node_unpublish(volume.volume_id, self._staging(volume.id), self._target(volume.id))
+        await asyncio.to_thread(self._forget, volume.id)
+        log.info("volume given up", volume=volume.id, driver=volume.driver.name)
+        return True
+
+    def _report(self, id: VolumeId) -> None:
+        self._to_report.discard(id)
+        self._unreported[id] = False
+        self._reportable.set()
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _staging(self, id: VolumeId) -> Path:
+        return self._folder / id / "staging"
+
+    def _target(self, id: VolumeId) -> Path:
+        return self._folder / id / "mount"
+
+    def _file(self, id: VolumeId) -> Path:
+        return self._folder / f"{id}.json"
+
+    def _has_traces(self, id: VolumeId) -> bool:
+        return os.path.lexists(self._file(id))
+
+    def _remember(self, volume: VolumeAssignment) -> None:
+        """Blocks.  Raises: SkepError."""
+        if not volume.id.isalnum():
+            raise Unavailable("a volume with an impossible id")
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # It may contain what gives access to the storage.
+            replace_file(self._file(volume.id), to_json(volume), mode=0o600)
+            self._staging(volume.id).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unavailable(f"the volume's directory was not made: {describe_error(error)}") from error
+
+    def _forget(self, id: VolumeId) -> None:
+        """Blocks.  Raises: Unavailable: the driver has left something there; nothing is removed by force."""
+        for path in (self._target(id), self._staging(id), self._folder / id):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise Unavailable(
+                    f"the driver left {path.name} as it was: {describe_error(error)}"
+                ) from error
+        self._file(id).unlink(missing_ok=True)
+
+    def _remembered(self) -> list[VolumeAssignment]:
+        """Blocks."""
+        found = []
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                found.append(leniently(path.read_bytes(), VolumeAssignment))
+            except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+                log_error(error, "volume's file not read", path=str(path))
+        return found
+
+    # -- drivers ---------------------------------------------------------------------------------------------------
+
+    async def _scan(self) -> None:
+        present = await self._drivers.all()
+        self._infos = {name: one for name, one in self._infos.items() if present.get(name) is one[0]}
+        new = [driver for name, driver in present.items() if name not in self._infos]
+        await asyncio.gather(*map(self._introduce, new))
+
+    async def _introduce(self, driver: Driver) -> None:
+        try:
+            info = await driver.node_info()
+            if (size := len(to_json(info))) > DRIVER_BYTES_MAX:
+                raise Unavailable(
+                    f"it describes the node in {size} bytes: at most {DRIVER_BYTES_MAX} are read"
+                )
+            self._infos[driver.name] = driver, info
+        except SkepError as error:  # a controller without a node service, or one that hangs
+            log.info("driver does not describe the node", driver=driver.name, reason=str(error))

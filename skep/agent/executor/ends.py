@@ -1,0 +1,69 @@
+"""Why a task's container ended, as its node has seen it."""
+
+import asyncio
+import signal
+from collections import deque
+
+from msgspec.structs import replace
+
+from skep.aio.failures import isolate
+from skep.engine.container import Container, Health, LogFilter, Stream
+from skep.engine.engine import Engine
+from skep.engine.health import is_failing
+from skep.engine.signals import signal_number
+from skep.model.ids import ContainerId
+from skep.model.task_end import SIGNALED, EndCause, KeptLine, TaskEnd, bounded_end, signal_of
+from skep.model.times import timestamp
+
+LOG_SECONDS_MAX = 2.0
+"""For the last lines of an ended container: its end is reported then, with or without them."""
+
+
+def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
+    """Why ``container`` ended, without its last lines; None: it was stopped, and ended in time.
+
+    ``was_stopped``: it ran when it was to stop because its task was not wanted any more.
+    """
+    code = container.exit_code
+    if container.oom_killed:
+        return TaskEnd(cause=EndCause.OUT_OF_MEMORY.value, signal=signal_of(code))
+    if not container.was_started:
+        return TaskEnd(cause=EndCause.START_FAILED.value) if container.error else None
+    if was_stopped:
+        own = signal_number(container.config.stop_signal or "SIGTERM")
+        grace = container.config.stop_grace_ns
+        if (
+            code != SIGNALED + signal.SIGKILL or own == signal.SIGKILL or not grace
+        ):  # a kill that was asked for
+            return None
+        return TaskEnd(cause=EndCause.STOP_TIMEOUT.value, signal=signal_of(code), grace=grace)
+    if container.health is not None and is_failing(container.config.healthcheck, container.health):
+        output = last_output(container.health)
+        return TaskEnd(cause=EndCause.UNHEALTHY.value, signal=signal_of(code), health_output=output)
+    name = signal_of(code)
+    return TaskEnd(cause=(EndCause.SIGNAL if name else EndCause.EXIT).value, signal=name)
+
+
+def last_output(health: Health) -> str:
+    """Of the last probe that failed; empty: none has."""
+    return next((probe.output for probe in reversed(health.log) if probe.exit_code), "")
+
+
+async def with_last_lines(engine: Engine, id: ContainerId, end: TaskEnd, lines_max: int) -> TaskEnd:
+    """``end`` with the last ``lines_max`` lines of the container's log; without what cannot be read in time."""
+    kept: deque[KeptLine] = deque(maxlen=max(lines_max, 0))
+    if lines_max > 0:
+        await isolate(_read(engine, id, kept), "last lines not read", container=id)
+    return bounded_end(replace(end, lines=tuple(kept)), lines_max)
+
+
+async def _read(engine: Engine, id: ContainerId, kept: deque[KeptLine]) -> None:
+    async with asyncio.timeout(LOG_SECONDS_MAX):
+        async for entry in engine.logs(id, LogFilter(tail=kept.maxlen)):
+            kept.append(
+                KeptLine(
+                    timestamp=timestamp(entry.timestamp_ns),
+                    stream="stderr" if entry.stream is Stream.STDERR else "stdout",
+                    text=entry.data.decode(errors="replace").removesuffix("\n").removesuffix("\r"),
+                )
+            )

@@ -1,0 +1,191 @@
+"""Tunnels from managers to the containers of this node's tasks.
+
+A manager sends orders on a stream of the session.  For each one this node makes a call to that manager, on a
+connection beside the session's, so that copied files never delay heartbeats; it is kept for a while.  A tunnel does not
+end with the session, which may move to another manager.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Protocol
+
+import structlog
+
+from skep.aio.failures import describe_error, log_error
+from skep.api.connection import Connection
+from skep.api.tunnelling import join_container
+from skep.errors import ResourceExhausted, SkepError, Unavailable
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.client import Call, Channel
+from skep.wire.tunnel import Tunnel
+
+log = structlog.get_logger(__name__)
+
+TUNNELS_MAX = 96
+"""Open at one time: fewer than the streams of one connection, and more than a manager orders: one that ends is open
+here for a moment longer than there."""
+KEPT_S = 60.0
+"""A connection without tunnels."""
+CONNECT_S = 5.0
+
+
+class Connect(Protocol):
+    """Connects with this node's certificate."""
+
+    def __call__(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
+
+
+class ContainerAccess(Protocol):
+    """The containers of this node's tasks (``node.container_access``)."""
+
+    def serving(self) -> AbstractAsyncContextManager[None]:
+        """Needed while there are connections."""
+
+    async def connect(self, request: skep.TunnelRequest) -> Connection:
+        """A connection to what ``request`` names.
+
+        Raises: SkepError: it is nothing of a task of this node, or cannot be reached.
+        """
+
+
+class TunnelHost:
+    """The tunnels of this node.  ``run`` runs while it is in a cluster."""
+
+    def __init__(self, access: ContainerAccess, connect: Connect) -> None:
+        self._access = access
+        self._connect = connect
+        self._group: asyncio.TaskGroup | None = None
+        self._managers: dict[str, _Manager] = {}
+        self._count = 0
+
+    async def run(self) -> None:
+        """Carry out orders until cancelled."""
+        async with self._access.serving(), asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self._group = None
+
+    async def receive_orders(self, channel: Channel, session_id: str) -> None:
+        """Receive orders of the session's manager until its stream ends.  Raises: SkepError: why it ended."""
+        async with channel.stream(methods.TUNNEL_ORDERS) as call:
+            await call.send(skep.TunnelNews(session_id=session_id))
+            async for order in call:
+                try:
+                    self._carry_out(order, channel.address, call)
+                except SkepError as error:
+                    await call.send(skep.TunnelNews(id=order.id, error=str(error)))
+        raise Unavailable(f"{channel.address} ended the tunnel orders")
+
+    def _carry_out(
+        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelNews, skep.TunnelOrder]
+    ) -> None:
+        """Raises: ResourceExhausted: there are too many already; Unavailable: this node is about to leave."""
+        if self._group is None:
+            raise Unavailable("the node opens no connections at present")
+        if self._count >= TUNNELS_MAX:
+            raise ResourceExhausted(f"the node has {TUNNELS_MAX} connections to its containers already")
+        self._count += 1
+        self._group.create_task(self._open(order, address, orders), name=f"tunnel {order.id}")
+
+    async def _open(
+        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelNews, skep.TunnelOrder]
+    ) -> None:
+        try:
+            container = await self._access.connect(order.request)
+            try:
+                async with self._channel(address) as channel, channel.stream(methods.TUNNEL) as call:
+                    await call.send(skep.TunnelPiece(id=order.id))
+                    await join_container(container, Tunnel(call.receive, call.send))
+            finally:
+                container.abort()
+        except (SkepError, OSError) as error:
+            log.info("tunnel ended early", task=order.request.task_id, reason=describe_error(error))
+            await _refuse(orders, order, describe_error(error))
+        except Exception as error:  # of this tunnel alone
+            log_error(error, "tunnel failed", task=order.request.task_id)
+            await _refuse(orders, order, "the node failed to open the connection: its log has the details")
+        finally:
+            self._count -= 1
+
+    @asynccontextmanager
+    async def _channel(self, address: str) -> AsyncIterator[Channel]:
+        """The connection for tunnels to a manager, which is shared and kept.  Raises: Unavailable."""
+        assert self._group is not None, "otherwise there are no tunnels"
+        manager = self._managers.get(address)
+        if manager is None or manager.is_lost:
+            manager = self._managers[address] = _Manager()
+            self._group.create_task(self._keep(address, manager), name=f"tunnels to {address}")
+        manager.use()
+        try:
+            yield await asyncio.shield(manager.channel)
+        finally:
+            manager.leave()
+
+    async def _keep(self, address: str, manager: "_Manager") -> None:
+        """Hold one connection until it has had no tunnel for ``KEPT_S``."""
+        try:
+            # A task of its own: a broken connection cancels the task that uses it.
+            async with self._connect(address, timeout_s=CONNECT_S) as channel:
+                manager.channel.set_result(channel)
+                await manager.wait_unused()
+        except SkepError as error:
+            if not manager.channel.done():
+                manager.channel.set_exception(error)
+        finally:
+            manager.is_over = True
+            if not manager.channel.done():
+                manager.channel.cancel()
+            if self._managers.get(address) is manager:
+                del self._managers[address]
+
+
+class _Manager:
+    """A connection to a manager, and how many tunnels are on it."""
+
+    def __init__(self) -> None:
+        self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self.is_over = False
+        self._users = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no tunnel can begin on it."""
+        channel = self.channel
+        return self.is_over or (channel.done() and (channel.cancelled() or channel.result().is_lost))
+
+    def use(self) -> None:
+        self._users += 1
+        self._changed.set()
+
+    def leave(self) -> None:
+        self._users -= 1
+        self._changed.set()
+
+    async def wait_unused(self) -> None:
+        """Return after ``KEPT_S`` without a user."""
+        while True:
+            self._changed.clear()
+            if self._users:
+                await self._changed.wait()
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(KEPT_S):
+                    await self._changed.wait()
+                    continue
+            if not self._users:
+                self.is_over = True
+                return
+
+
+async def _refuse(
+    orders: Call[skep.TunnelNews, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
+) -> None:
+    """Say so; a tunnel that was open already has told the manager itself."""
+    with suppress(SkepError):
+        await orders.send(skep.TunnelNews(id=order.id, error=reason))

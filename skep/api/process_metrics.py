@@ -1,0 +1,47 @@
+"""What every process shows Prometheus of itself: processor time, memory, descriptors, the lag of its event loop."""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from skep.aio.loop_lag import LoopLag
+from skep.api.exposition import Family, Sample, buckets, label_text
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def process_families(process: str, lag: LoopLag | None = None) -> list[Family]:
+    """``process``: node or manager; a label, since the two are one page."""
+    labels = label_text({"process": process})
+    families = [
+        Family(
+            "process_cpu_seconds_total",
+            "counter",
+            "Processor time used.",
+            [Sample(labels, time.process_time())],
+        ),
+        Family("process_resident_memory_bytes", "gauge", "Resident memory.", [Sample(labels, _resident())]),
+        Family("process_open_fds", "gauge", "Open file descriptors.", [Sample(labels, _descriptors())]),
+    ]
+    if lag is not None:
+        seen = lag.seen()
+        found = buckets(
+            [ms / 1000 for ms in seen.bounds_ms], seen.counts, seen.ms_sum / 1000, {"process": process}
+        )
+        families.append(
+            Family("skep_event_loop_lag_seconds", "histogram", "By how much the event loop ran late.", found)
+        )
+    return families
+
+
+def _resident() -> int:
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+    return 0
+
+
+def _descriptors() -> int:
+    with suppress(OSError):
+        return len(os.listdir("/proc/self/fd"))
+    return 0

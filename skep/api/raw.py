@@ -1,0 +1,255 @@
+"""A small client of the Engine API for connections that become streams: exec, attach, archives, ports.
+
+One connection per request.  It imports nothing of aiohttp, whose import alone takes longer than an exec.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, TypeAlias
+from urllib.parse import urlencode, urlsplit
+
+import msgspec
+
+from skep.api.errors import error_of
+from skep.api.ssh import Destination, forwarded
+from skep.errors import InvalidArgument, Unavailable, reason_of
+
+CONNECT_S = 10.0
+HEAD_S = 30.0
+"""For a response's head: a manager waits for a node for 10 s."""
+WRITE_S = 60.0
+"""For the host to take what is written."""
+READ_BYTES = 64 * 1024
+
+Body: TypeAlias = bytes | AsyncIterable[bytes]
+Opener: TypeAlias = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+NO_QUERY: Mapping[str, str] = MappingProxyType({})
+
+
+def json(value: Any) -> bytes:
+    """A body."""
+    return msgspec.json.encode(value)
+
+
+class Exchange:
+    """A response, and the connection it came on.
+
+    ``headers``: names in lower case.  ``reader`` and ``writer``: what follows the head.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.reader = reader
+        self.writer = writer
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it arrives.  Raises: Unavailable: it is incomplete."""
+        try:
+            if self.headers.get("transfer-encoding", "").lower() == "chunked":
+                async for piece in self._chunks():
+                    yield piece
+                return
+            left = int(self.headers["content-length"]) if "content-length" in self.headers else None
+            while left is None or left:
+                piece = await self.reader.read(READ_BYTES if left is None else min(left, READ_BYTES))
+                if not piece and left:
+                    raise Unavailable("the response broke off")
+                if not piece:
+                    return
+                left = left - len(piece) if left is not None else None
+                yield piece
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            raise Unavailable("the response broke off") from error
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        while size := int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            while size:
+                piece = await self.reader.read(min(size, READ_BYTES))
+                if not piece:
+                    raise Unavailable("the response broke off")
+                size -= len(piece)
+                yield piece
+            await self.reader.readexactly(2)
+
+    async def raw_pieces(self) -> AsyncIterator[bytes]:
+        """What comes on a connection that has become a stream, to its end."""
+        with suppress(ConnectionError):
+            while piece := await self.reader.read(READ_BYTES):
+                yield piece
+
+    async def content(self) -> bytes:
+        """The whole body.  Raises: Unavailable."""
+        return b"".join([piece async for piece in self.pieces()])
+
+
+class RawClient:
+    """Requests to one host, each on a connection of its own.  Use as an async context manager.
+
+    Args:
+        host: ``unix:///path``, ``tcp://host:port`` (with ``tls``) or ``ssh://[user@]machine[:port][/path]``.
+    """
+
+    def __init__(self, host: str, tls: ssl.SSLContext | None = None) -> None:
+        self._host = host
+        self._tls = tls
+        self._stack = AsyncExitStack()
+        self._open: Opener | None = None
+
+    async def __aenter__(self) -> Self:
+        """Raises: InvalidArgument: the host is none; Unavailable: ssh does not reach it."""
+        self._open = await self._opener()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    async def get(self, path: str, query: Mapping[str, str] = NO_QUERY) -> Any:
+        """The decoded response.  Raises: the error of its status; Unavailable."""
+        return await self.request("GET", path, query=query)
+
+    async def post(self, path: str, body: Any = None, query: Mapping[str, str] = NO_QUERY) -> Any:
+        """The decoded response to ``body`` as JSON.  Raises: as ``get``."""
+        return await self.request("POST", path, body, query)
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: Mapping[str, str] = NO_QUERY,
+        headers: Mapping[str, str] = NO_QUERY,
+    ) -> Any:
+        """The decoded response; None for an empty one.  Raises: as ``get``."""
+        content = json(body) if body is not None else b""
+        async with self.exchange(method, path, content, query=query, headers=headers) as response:
+            answer = await response.content()
+        return msgspec.json.decode(answer) if answer.strip() else None
+
+    @asynccontextmanager
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        body: Body = b"",
+        *,
+        query: Mapping[str, str] = NO_QUERY,
+        upgrade: bool = False,
+        media_type: str = "application/json",
+        headers: Mapping[str, str] = NO_QUERY,
+    ) -> AsyncIterator[Exchange]:
+        """A request and its response, whose body is read in the block; then the connection is closed.
+
+        Args:
+            upgrade: the connection becomes a stream in both directions.
+
+        Raises: the error of the response's status; Unavailable: there is none.
+        """
+        target = f"{path}?{urlencode(query)}" if query else path
+        lines = [f"{method} {target} HTTP/1.1", "Host: engine"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += ["Connection: Upgrade", "Upgrade: tcp"] if upgrade else ["Connection: close"]
+        if not isinstance(body, bytes):
+            lines += [f"Content-Type: {media_type}", "Transfer-Encoding: chunked"]
+        elif body or method in ("POST", "PUT"):
+            lines += [f"Content-Type: {media_type}", f"Content-Length: {len(body)}"]
+        reader, writer = await self._connected()
+        try:
+            with suppress(ConnectionError):  # a server that refuses the rest of a body has responded
+                await _write(writer, "\r\n".join((*lines, "", "")).encode())
+                await _send_body(writer, body)
+            yield await _response(method, reader, writer)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise Unavailable(f"{self._host} does not answer: {reason_of(error)}") from error
+        except ValueError as error:
+            raise Unavailable(f"{self._host} does not speak HTTP") from error
+        finally:
+            writer.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """A connection for the block, on which nothing was sent.  Raises: Unavailable."""
+        reader, writer = await self._connected()
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Raises: Unavailable."""
+        assert self._open is not None, "used outside of its async with"
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                return await self._open()
+        except OSError as error:  # a time-out is one
+            raise Unavailable(f"{self._host} does not answer: {reason_of(error)}") from error
+
+    async def _opener(self) -> Opener:
+        """Raises: InvalidArgument; Unavailable."""
+        try:
+            parts = urlsplit(self._host)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise InvalidArgument(f"unable to parse docker host `{self._host}`") from error
+        if parts.scheme == "ssh":
+            path = await self._stack.enter_async_context(forwarded(Destination.of(self._host)))
+            return partial(asyncio.open_unix_connection, path)
+        if parts.scheme == "unix" and parts.path:
+            return partial(asyncio.open_unix_connection, parts.path)
+        if parts.scheme in {"tcp", "http", "https"} and host and port:
+            return partial(asyncio.open_connection, host, port, ssl=self._tls)
+        raise InvalidArgument(f"unable to parse docker host `{self._host}`")
+
+
+async def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    async with asyncio.timeout(WRITE_S):
+        await writer.drain()
+
+
+async def _send_body(writer: asyncio.StreamWriter, body: Body) -> None:
+    if isinstance(body, bytes):
+        await _write(writer, body)
+        return
+    async for piece in body:
+        if piece:
+            await _write(writer, b"%x\r\n%b\r\n" % (len(piece), piece))
+    await _write(writer, b"0\r\n\r\n")
+
+
+async def _response(method: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Exchange:
+    """Raises: the error of its status; OSError, IncompleteReadError, ValueError: there is none."""
+    async with asyncio.timeout(HEAD_S):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
+    status = int(first.split(" ", 2)[1])
+    headers = {
+        name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
+    response = Exchange(status, headers, reader, writer)
+    if status >= 300:
+        content = b"" if method == "HEAD" else await response.content()
+        raise error_of(status, _message(content) or first.split(" ", 2)[-1])
+    return response
+
+
+def _message(content: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(content, type=dict[str, Any])["message"])
+    except (msgspec.DecodeError, KeyError):
+        return content.decode(errors="replace").strip()

@@ -1,0 +1,163 @@
+"""``skep context``: named endpoints, in the store of the docker command; its further commands are docker's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from skep.cli import passthrough
+from skep.cli.contexts import DEFAULT, Context, Contexts
+from skep.cli.endpoint import DEFAULT_HOST, Endpoint, HostOptions
+from skep.cli.output import Output, Screen, Shown, shows, table
+from skep.cli.running import errors_shown
+from skep.errors import InvalidArgument
+
+_FILES = {"ca": "ca.pem", "cert": "cert.pem", "key": "key.pem"}
+
+
+class _Context(passthrough.WithDockers):
+    dockers = "inspect, update, export, import"
+
+
+@click.group(cls=_Context)
+def context() -> None:
+    """Contexts: names for nodes, shared with the docker command.
+
+    \b
+    Examples:
+      skep context create prod ssh://root@manager1
+      skep context use prod
+    """
+
+
+@context.command()
+@click.option("--description", default="", help="What it is.")
+@click.option(
+    "--docker", "settings", default="", metavar="KEY=VALUE,...", help="As docker: host=, ca=, cert=, key=."
+)
+@click.option("--use", "uses", is_flag=True, help="Use it from now on.")
+@click.argument("name")
+@click.argument("host", metavar="[URL]", required=False)
+@click.pass_obj
+def create(
+    options: HostOptions, description: str, settings: str, uses: bool, name: str, host: str | None
+) -> None:
+    """Make a context for a node: unix:///path, tcp://address:port, ssh://user@machine.
+
+    \b
+    Examples:
+      skep context create prod ssh://root@manager1 --use
+      skep context create lab --docker host=tcp://lab:2376,ca=ca.pem,cert=cert.pem,key=key.pem
+    """
+    with errors_shown():
+        given = _settings(settings)
+        url = host or given.get("host", "")
+        if not url or (host and "host" in given):
+            raise InvalidArgument("name one node: skep context create NAME ssh://user@machine")
+        Endpoint(host=url).client()  # refuses what is no address
+        tls = {
+            file: Path(given[key]).expanduser().read_bytes() for key, file in _FILES.items() if key in given
+        }
+        skips = given.get("skip-tls-verify", "").lower() in ("1", "true")
+        contexts = Contexts(options.docker_folder)
+        contexts.create(Context(name=name, host=url, description=description, skips_verification=skips), tls)
+        if uses:
+            contexts.use(name)
+    click.echo(name)
+
+
+def _settings(text: str) -> dict[str, str]:
+    settings = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in {"host", "skip-tls-verify", *_FILES}:
+            raise InvalidArgument(
+                f"invalid setting {part!r}: want host=, ca=, cert=, key= or skip-tls-verify="
+            )
+        settings[key] = value
+    return settings
+
+
+@context.command()
+@shows
+@click.pass_obj
+def ls(options: HostOptions, output: Output) -> None:
+    """List contexts; the one that is used has a star.
+
+    \b
+    Examples:
+      skep context ls
+    """
+
+    async def fetch() -> Shown:
+        contexts = Contexts(options.docker_folder)
+        return listed(contexts.all(), options.environment.get("DOCKER_CONTEXT") or contexts.current)
+
+    output.show(fetch)
+
+
+def listed(contexts: list[Context], current: str) -> Shown:
+    """The default and ``contexts``."""
+    default = Context(name=DEFAULT, host=DEFAULT_HOST, description="This machine's node")
+    rows = [
+        {"Name": one.name, "Current": one.name == current, "Description": one.description, "Host": one.host}
+        for one in (default, *contexts)
+    ]
+
+    def lines(screen: Screen) -> Iterator[str]:
+        cells = [
+            (f"{row['Name']}{' *' if row['Current'] else ''}", str(row["Description"]), str(row["Host"]))
+            for row in rows
+        ]
+        return table(("NAME", "DESCRIPTION", "HOST"), cells, screen)
+
+    return Shown(data=rows, rows=rows, lines=lines)
+
+
+@context.command()
+@click.argument("name")
+@click.pass_obj
+def use(options: HostOptions, name: str) -> None:
+    """Use a context from now on, in skep and docker; "default": this machine's node.
+
+    \b
+    Examples:
+      skep context use prod
+    """
+    with errors_shown():
+        Contexts(options.docker_folder).use(name)
+    click.echo(name)
+    for variable in ("SKEP_HOST", "DOCKER_HOST", "DOCKER_CONTEXT"):
+        if options.environment.get(variable):
+            click.echo(f"{variable} is set and wins: unset it, or use --context {name}", err=True)
+
+
+@context.command()
+@click.pass_obj
+def show(options: HostOptions) -> None:
+    """Print the name of the context that is used.
+
+    \b
+    Examples:
+      skep context show
+    """
+    with errors_shown():
+        current = options.environment.get("DOCKER_CONTEXT") or Contexts(options.docker_folder).current
+    click.echo(options.context or current)
+
+
+@context.command()
+@click.option("-f", "--force", is_flag=True, help="Remove the one that is used, too.")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.pass_obj
+def rm(options: HostOptions, force: bool, names: tuple[str, ...]) -> None:
+    """Remove contexts.  The nodes are not touched.
+
+    \b
+    Examples:
+      skep context rm lab
+    """
+    for name in names:
+        with errors_shown():
+            Contexts(options.docker_folder).remove(name, force=force)
+        click.echo(name)

@@ -1,0 +1,113 @@
+"""``skep events``: the cluster's events, tasks' among them, without a gap over a lost connection."""
+
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import click
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock, SystemClock
+from skep.api.client import Client, Filters
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
+from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
+from skep.model.task_end import printable
+from skep.model.times import timestamp
+
+RECONNECT_S_MAX = 10.0
+_TOLD = ("away", "gap")
+"""Of messages about the stream: what may be missing of a node."""
+
+
+@click.command()
+@click.option(
+    "--filter", "-f", "words", multiple=True, metavar="KEY=VALUE", help="As docker events; also task=."
+)
+@click.option("--after", default="", metavar="CURSOR", help="Go on after the event with this cursor.")
+@click.option(
+    "--nodes",
+    default="",
+    metavar="all|NODE,...",
+    help="Those of containers, images and volumes of these nodes, too.",
+)
+@click.option("--json", "is_json", is_flag=True, help="One JSON object per line, with its cursor.")
+@click.pass_obj
+def events(host: HostOptions, words: tuple[str, ...], after: str, nodes: str, *, is_json: bool) -> None:
+    """Show the events of the whole cluster as they come, those of tasks among them.
+
+    A lost connection is made again, and the stream goes on where it ended.  Any manager goes on from a cursor.
+
+    \b
+    Examples:
+      skep events --filter type=task
+      skep events --nodes all --filter event=oom
+      skep events --json --after 1-5042
+    """
+
+    def show(event: Mapping[str, Any]) -> None:
+        if is_json:
+            click.echo(msgspec.json.encode(event).decode())
+        elif event.get("Type") != "stream" or event["Action"] in _TOLD:
+            click.echo(line_of(event))
+        sys.stdout.flush()
+
+    run_requests(_follow(host, filters_of(words), after, nodes, show))
+
+
+def filters_of(words: tuple[str, ...]) -> Filters:
+    """Raises: InvalidArgument: one is not KEY=VALUE."""
+    wanted: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise InvalidArgument(f"invalid filter {word!r}: want KEY=VALUE")
+        wanted.setdefault(key.strip().lower(), []).append(value.strip())
+    return wanted
+
+
+def line_of(event: Mapping[str, Any]) -> str:
+    """As ``docker events`` prints it."""
+    actor = event["Actor"]
+    attributes = ", ".join(f"{name}={value}" for name, value in sorted(actor["Attributes"].items()))
+    words = (timestamp(event["timeNano"]), event["Type"], event["Action"], actor["ID"], f"({attributes})")
+    return printable(" ".join(words))
+
+
+async def _follow(
+    host: HostOptions, filters: Filters, after: str, nodes: str, show: Callable[[Mapping[str, Any]], None]
+) -> None:
+    async with host.client() as client:
+        async for event in followed(client, filters, after, SystemClock(), nodes):
+            show(event)
+
+
+async def followed(
+    client: Client, filters: Filters, after: str, clock: Clock, nodes: str = ""
+) -> AsyncIterator[Mapping[str, Any]]:
+    """Events with their cursors, without a gap, over any number of connections.
+
+    Raises: Unavailable: the first one cannot be made; SkepError: refused, as when events are not kept any more.
+    """
+    backoff, cursor = Backoff(0.2, RECONNECT_S_MAX), after
+    while True:
+        try:
+            more = {key: value for key, value in (("after", cursor), ("nodes", nodes)) if value}
+            async with client.lines("/skep/events", {**_query(filters), **more}) as lines:
+                async for line in lines:
+                    event = msgspec.json.decode(line)
+                    if "message" in event:
+                        raise FailedPrecondition(event["message"])
+                    cursor = event["Cursor"]
+                    backoff.reset()
+                    yield event
+        except (Unavailable, msgspec.DecodeError):  # a line that is cut off is no event
+            if cursor == after:
+                raise
+        await backoff.sleep(clock)
+
+
+def _query(filters: Filters) -> dict[str, str]:
+    wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
+    return {"filters": msgspec.json.encode(wanted).decode()} if wanted else {}

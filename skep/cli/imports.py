@@ -1,0 +1,183 @@
+"""``skep import``: stack files from what people have."""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted
+from skep.cli.running import errors_shown, run_requests
+from skep.errors import InvalidArgument
+from skep.imports import fig as fig_files
+from skep.imports import fleet as fleet_units
+from skep.imports import inspected
+from skep.imports.document import Imported
+from skep.imports.swarm import Move, move_of, notes_of, objects_of
+from skep.model.task_end import printable
+
+_FILE_BYTES_MAX = 16 << 20
+
+
+@click.group("import")
+def imports() -> None:
+    """Make stack files of what you have: old Compose files, fleet's units, services, a Docker Swarm.
+
+    The stack file goes to standard output.  What it does not say of what it was made from is a comment at its top, and
+    goes to standard error.  (To import an image: skep image import.)
+
+    \b
+    Examples:
+      skep import fig fig.yml >compose.yaml
+      skep import fleet 'apache@.service' db.service --stack shop >compose.yaml
+      docker service inspect web db | skep import service --stack shop >compose.yaml
+      skep -H tcp://manager:2376 import swarm --output moved
+    """
+
+
+def _stack_option(command: Any) -> Any:
+    return click.option("--stack", default="", metavar="NAME", help="The stack's name; default: the file's.")(
+        command
+    )
+
+
+@imports.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
+@_stack_option
+def fig(file: Path, stack: str) -> None:
+    """Convert a fig.yml, or a Compose file of version 1.
+
+    \b
+    Example:
+      skep import fig fig.yml --stack shop >compose.yaml
+    """
+    with errors_shown():
+        name = "standard input" if str(file) == "-" else str(file)
+        _show(fig_files.imported(_text(file), name, stack or _name_of(file)))
+
+
+@imports.command()
+@click.argument(
+    "files",
+    nargs=-1,
+    required=True,
+    metavar="FILE...",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@_stack_option
+def fleet(files: tuple[Path, ...], stack: str) -> None:
+    """Convert fleet's units that run containers.
+
+    Several instances of a template (apache@1.service, apache@2.service) are the replicas of one service.
+
+    \b
+    Example:
+      skep import fleet apache@1.service apache@2.service db.service --stack shop >compose.yaml
+    """
+    with errors_shown():
+        texts = {file.name: _text(file) for file in files}
+        _show(fleet_units.imported(texts, stack or _name_of(files[0])))
+
+
+@imports.command()
+@click.argument(
+    "file", default="-", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+)
+@_stack_option
+@click.option(
+    "--networks",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What docker network inspect printed: services name their networks by id.",
+)
+def service(file: Path, stack: str, networks: Path | None) -> None:
+    """Convert what docker service inspect printed (FILE, or standard input).
+
+    \b
+    Example:
+      docker network inspect $(docker network ls -q) >networks.json
+      docker service inspect web db | skep import service --stack shop --networks networks.json >compose.yaml
+    """
+    with errors_shown():
+        found = inspected.specs_in(_text(file))
+        name = stack or inspected.stack_name_of(spec for spec, _ in found)
+        if not name:
+            raise InvalidArgument("these services are not of one stack: name one with --stack")
+        _show(inspected.imported(found, name, _networks(networks)))
+
+
+@imports.command()
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIRECTORY",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A new directory.",
+)
+@click.pass_obj
+def swarm(host: HostOptions, output: Path) -> None:
+    """Write stack files of a whole swarm, its configs, and MOVING.md with the steps.
+
+    Only reads from the swarm.  Values of secrets cannot be read; the page names them.
+
+    \b
+    Example:
+      skep --context old-swarm import swarm --output moved
+    """
+    move = run_requests(_read(host))
+    with errors_shown():
+        _write(move, output)
+    for stack, note in notes_of(move):
+        click.echo(printable(f"{stack}: {note}"), err=True)
+    click.echo(f"{output}: {counted(len(move.stacks), 'stack')}; next: {output / 'MOVING.md'}")
+
+
+async def _read(host: HostOptions) -> Move:
+    async with host.client() as client:
+        return move_of(await objects_of(client))
+
+
+def _write(move: Move, output: Path) -> None:
+    """Raises: InvalidArgument: there is something already; OSError."""
+    if output.exists() and any(output.iterdir()):
+        raise InvalidArgument(f"{output} is not empty: name a new directory")
+    for name, content in move.files.items():
+        file = output / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def _show(made: Imported) -> None:
+    click.echo(made.text, nl=False)
+    for note in made.notes:
+        click.echo(printable(str(note)), err=True)
+
+
+def _text(file: Path) -> str:
+    """Raises: InvalidArgument: too large, or no text."""
+    content = sys.stdin.buffer.read(_FILE_BYTES_MAX + 1) if str(file) == "-" else _bytes(file)
+    if len(content) > _FILE_BYTES_MAX:
+        raise InvalidArgument(f"{file} is larger than {_FILE_BYTES_MAX >> 20} MiB")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"{file} is no text in UTF-8") from None
+
+
+def _bytes(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(_FILE_BYTES_MAX + 1)
+
+
+def _name_of(file: Path) -> str:
+    """A stack's name by the directory of its file, as Compose names projects."""
+    name = re.sub(r"[^a-z0-9_-]", "", file.absolute().parent.name.lower()).lstrip("_-")
+    return name or "stack"
+
+
+def _networks(file: Path | None) -> Mapping[str, Mapping[str, Any]]:
+    if file is None:
+        return {}
+    return inspected.networks_in(_text(file))

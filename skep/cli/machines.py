@@ -1,0 +1,121 @@
+"""What ``skep up`` looks at on a machine, and what keeps it from being a node: pure, but for the scripts."""
+
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+PORTS = (2374, 2377, 2378)
+"""TCP ports that a node listens on."""
+KERNEL_MIN = (5, 10)
+SKEW_S_MAX = 30.0
+"""Certificates hold from the moment they are made: a machine whose clock is behind cannot use one."""
+FREE_KIB_MIN = 1 << 20
+
+PREFLIGHT = f"""
+echo "uid $(id -u)"
+echo "kernel $(uname -r)"
+echo "time $(date +%s)"
+echo "os $(. /etc/os-release 2>/dev/null; echo "${{PRETTY_NAME:-unknown}}")"
+echo "free $(df -Pk /var/lib | awk 'NR == 2 {{ print $4 }}')"
+for port in {" ".join(map(str, PORTS))}; do
+    hexadecimal=$(printf '%04X' "$port")
+    listens=":$hexadecimal [0-9A-F]*:0000 0A"
+    if cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q "$listens"; then echo "taken $port"; fi
+done
+if command -v skep >/dev/null; then echo "skep $(skep --version | awk '{{ print $NF }}')"; fi
+if [ -S /run/skep/skep.sock ]; then echo "runs yes"; fi
+if command -v systemctl >/dev/null; then echo "systemd yes"; fi
+if command -v apt-get >/dev/null; then echo "apt yes"; fi
+echo "end yes"
+"""
+START = """
+systemctl enable --now skep || exit 1
+i=0
+until [ -S /run/skep/skep.sock ]; do
+    i=$((i + 1))
+    if [ $i -gt 60 ]; then echo "skep does not start: journalctl -u skep" >&2; exit 1; fi
+    sleep 0.5
+done
+"""
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the preflight found."""
+
+    uid: int = -1
+    kernel: str = ""
+    time_s: float = 0.0
+    os: str = ""
+    free_kib: int = 0
+    taken: tuple[int, ...] = ()
+    skep: str = ""
+    """Its version; empty: it is not there."""
+    runs: bool = False
+    has_systemd: bool = False
+    has_apt: bool = False
+    is_whole: bool = False
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        state = "runs" if self.runs else "is there" if self.skep else "is to be installed"
+        skep = f"skep {self.skep} {state}" if self.skep else f"skep {state}"
+        return f"{self.os}, kernel {self.kernel}, {self.free_kib >> 20} GiB free, {skep}"
+
+
+def facts_of(text: str) -> Facts:
+    """The facts in the preflight's output; what cannot be read is as if it were not there."""
+    lines = [line.partition(" ") for line in text.splitlines()]
+    found = {key: value.strip() for key, _, value in lines}
+    return Facts(
+        uid=_number(found.get("uid", ""), -1),
+        kernel=found.get("kernel", ""),
+        time_s=_number(found.get("time", ""), 0),
+        os=found.get("os", ""),
+        free_kib=_number(found.get("free", ""), 0),
+        taken=tuple(_number(value.strip(), 0) for key, _, value in lines if key == "taken"),
+        skep=found.get("skep", ""),
+        runs="runs" in found,
+        has_systemd="systemd" in found,
+        has_apt="apt" in found,
+        is_whole="end" in found,
+    )
+
+
+def _number(text: str, otherwise: int) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else otherwise
+
+
+def problems(facts: Facts, before: float, after: float, *, has_package: bool) -> list[str]:
+    """What keeps the machine from being a node, each with what to do.
+
+    ``before``, ``after``: our time when the preflight began and when it had ended.
+    """
+    return list(_problems(facts, before, after, has_package))
+
+
+def _problems(facts: Facts, before: float, after: float, has_package: bool) -> Iterator[str]:
+    if not facts.is_whole:
+        yield "the preflight broke off: a shell and awk are needed there"
+        return
+    if facts.uid != 0:
+        yield "the user is not root: name root@MACHINE"
+    version = re.match(r"(\d+)\.(\d+)", facts.kernel)
+    if version is None or (int(version[1]), int(version[2])) < KERNEL_MIN:
+        yield f"kernel {facts.kernel or 'unknown'}: at least {KERNEL_MIN[0]}.{KERNEL_MIN[1]} is needed"
+    skew_s = max(before - 1 - facts.time_s, facts.time_s - after, 0.0)
+    if skew_s > SKEW_S_MAX:
+        yield f"its clock is wrong by {skew_s:.0f} s: set it (timedatectl set-ntp true)"
+    if facts.free_kib < FREE_KIB_MIN:
+        yield f"{facts.free_kib >> 10} MiB are free below /var/lib: at least 1 GiB is needed"
+    if facts.taken and not facts.runs:
+        yield f"other programs listen on its ports {', '.join(map(str, facts.taken))}"
+    if facts.runs:
+        return
+    if not facts.skep and not has_package:
+        yield "skep is not there: --package skep.deb installs it"
+    elif not facts.skep and not facts.has_apt:
+        yield "apt-get is not there, which installs the package"
+    if not facts.has_systemd:
+        yield "skep does not run there, and there is no systemd to start it"

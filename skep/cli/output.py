@@ -1,0 +1,252 @@
+"""How a command shows what it found: ``-o``, ``--format`` and ``--watch``, in one place for all commands.
+
+A command makes a ``Shown``: its data as the API has them, and its lines for people.  Colours and cut lines are for
+terminals only; what is piped is plain and whole.  ``NO_COLOR`` is honoured for every command (``main``).
+"""
+
+import asyncio
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import update_wrapper
+from typing import Any
+
+import click
+import msgspec
+
+from skep.cli.running import errors_shown
+from skep.errors import InvalidArgument, SkepError
+from skep.model.task_end import printable
+
+FORMS = ("text", "wide", "json", "yaml")
+WATCH_S = 2.0
+_COLUMNS_MIN = 40
+_GAP = "  "
+_CLEAR = "\x1b[H\x1b[2J\x1b[3J"
+
+
+class Screen(msgspec.Struct, frozen=True):
+    """What lines are written for.  ``columns``: None: lines have any length, as in a pipe."""
+
+    columns: int | None = None
+    is_wide: bool = False
+    has_colours: bool = False
+
+    @classmethod
+    def present(cls, *, is_wide: bool) -> "Screen":
+        """Of this command's standard output."""
+        is_terminal = sys.stdout.isatty()
+        columns = (
+            max(shutil.get_terminal_size().columns, _COLUMNS_MIN) if is_terminal and not is_wide else None
+        )
+        return cls(
+            columns=columns, is_wide=is_wide, has_colours=is_terminal and not os.environ.get("NO_COLOR")
+        )
+
+    def styled(self, text: str, colour: str = "", *, bold: bool = False) -> str:
+        """``text`` in a colour, if there are any."""
+        return click.style(text, fg=colour or None, bold=bold or None) if self.has_colours and text else text
+
+    def fitted(self, text: str, *, indent: int = 0) -> list[str]:
+        """``text`` as lines that fit, further ones indented."""
+        if self.columns is None or width_of(text) <= self.columns:
+            return [text]
+        lines, line, room = [], "", self.columns
+        for word in text.split(" "):
+            if line and width_of(line) + 1 + width_of(word) > room:
+                lines.append(line)
+                line, room = " " * indent + word, self.columns
+            else:
+                line = f"{line} {word}" if line else word
+        return [*lines, line]
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """A cell of a table with a colour."""
+
+    text: str
+    colour: str = ""
+
+
+def width_of(text: str) -> int:
+    """Columns that ``text`` takes in a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
+
+
+def shortened(text: str, columns: int) -> str:
+    """``text``, cut where it does not fit."""
+    if width_of(text) <= columns:
+        return text
+    kept = ""
+    for char in text:
+        if width_of(kept + char) > columns - 1:
+            break
+        kept += char
+    return f"{kept}…"
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str | Cell]], screen: Screen, *, indent: int = 0
+) -> Iterator[str]:
+    """A table with aligned columns, without control characters; on a narrow terminal the last column is cut."""
+    cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in (head, *rows)]
+    shown = [[Cell(printable(each.text), each.colour) for each in row] for row in cells]
+    widths = [max(width_of(each.text) for each in column) for column in zip(*shown, strict=True)]
+    if screen.columns is not None:
+        before = indent + sum(width + len(_GAP) for width in widths[:-1])
+        widths[-1] = min(widths[-1], max(screen.columns - before, 8))
+    for number, row in enumerate(shown):
+        line, missing = " " * indent, 0
+        for each, width in zip(row, widths, strict=True):
+            text = shortened(each.text, width)
+            line += " " * missing + screen.styled(text, each.colour, bold=number == 0)
+            missing = width - width_of(text) + len(_GAP)
+        yield line.rstrip()
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command has to show.
+
+    ``data``: for JSON and YAML.  ``rows``: what ``--format`` is applied to, one after the other; None: ``data`` itself.
+    ``lines``: for people.  ``exit_code``: of the command when this is what it showed last.
+    """
+
+    data: Any
+    lines: Callable[[Screen], Iterator[str]]
+    rows: Sequence[Mapping[str, Any]] | None = None
+    exit_code: int = 0
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of one call."""
+
+    form: str = "text"
+    template: str = ""
+    watches: bool = False
+
+    def show(self, fetch: Callable[[], Awaitable[Shown]]) -> None:
+        """Show what ``fetch`` gives, once or again and again.
+
+        Raises: SystemExit: with the report's code; click.ClickException: it cannot be fetched, or the template is
+        wrong.  While it is watched, what cannot be fetched is said and tried again.
+        """
+        with errors_shown():
+            code = asyncio.run(self._watch(fetch) if self.watches else self._once(fetch))
+        if code:
+            raise SystemExit(code)
+
+    async def _once(self, fetch: Callable[[], Awaitable[Shown]]) -> int:
+        report = await fetch()
+        for line in self.lines(report):
+            click.echo(line)
+        return report.exit_code
+
+    async def _watch(self, fetch: Callable[[], Awaitable[Shown]]) -> int:
+        last: list[str] = []
+        while True:
+            try:
+                lines = self.lines(await fetch())
+            except InvalidArgument:
+                raise
+            except (SkepError, OSError) as error:
+                lines = [f"not known now: {printable(str(error))}"]
+            if sys.stdout.isatty():
+                height = shutil.get_terminal_size().lines - 1
+                click.echo(_CLEAR + "\n".join(lines[:height]))
+            elif lines != last:
+                click.echo("\n".join(lines))
+                sys.stdout.flush()
+            last = lines
+            await asyncio.sleep(WATCH_S)
+
+    def lines(self, report: Shown) -> list[str]:
+        """The report in the form that was asked for.  Raises: InvalidArgument: the template is wrong."""
+        if self.template:
+            rows = report.rows if report.rows is not None else [report.data]
+            return [filled(self.template, row) for row in rows]
+        match self.form:
+            case "json":
+                return [msgspec.json.format(msgspec.json.encode(report.data), indent=2).decode()]
+            case "yaml":
+                import yaml  # takes longer to import than most commands take
+
+                plain = msgspec.to_builtins(report.data)
+                return [yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip()]
+        return list(report.lines(Screen.present(is_wide=self.form == "wide")))
+
+
+def filled(template: str, row: Mapping[str, Any]) -> str:
+    """A Go template with the values of ``row``; ``json`` is a function, as in docker's commands.
+
+    Raises: InvalidArgument: it cannot be parsed, or there is no such field.
+    """
+    from skep.gotemplate import Function, Struct, TemplateError, Value, expand
+
+    def value_of(given: Any, name: str) -> Value:
+        if isinstance(given, Mapping):
+            return Struct(name, {key: value_of(each, key) for key, each in given.items()})
+        if given is None or isinstance(given, str | int | float):
+            return given
+        return msgspec.json.encode(given).decode()  # templates know no lists
+
+    def plain(value: Value) -> Any:
+        if isinstance(value, Struct):
+            return {key: plain(each) for key, each in value.fields.items()}
+        return value
+
+    def as_json(value: Value) -> str:
+        if isinstance(value, str) and value[:1] in ("[", "{"):
+            return value
+        return msgspec.json.encode(plain(value)).decode()
+
+    data = value_of(msgspec.to_builtins(row), "Shown")
+    assert isinstance(data, Struct), "a report's rows are objects"
+    text = template.replace("\\t", "\t").replace("\\n", "\n")
+    try:
+        return printable_lines(expand(text, data, {"json": Function(as_json, 1)}))
+    except TemplateError as error:
+        raise InvalidArgument(f"template parsing error: {error}; -o json shows the fields") from error
+
+
+def printable_lines(text: str) -> str:
+    """``text`` without control characters but tabs and line feeds."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+def shows(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that shows something; it gets an ``Output``."""
+
+    def run(*args: Any, form: str, template: str, watches: bool, **options: Any) -> Any:
+        if template and form not in ("text", "wide"):
+            raise click.UsageError("--format and -o cannot be used together")
+        return command(*args, output=Output(form=form, template=template, watches=watches), **options)
+
+    for option in (
+        click.option(
+            "-w", "--watch", "watches", is_flag=True, help="Show it again every two seconds, until ctrl-c."
+        ),
+        click.option(
+            "--format",
+            "template",
+            default="",
+            metavar="TEMPLATE",
+            help="A Go template, as in docker's commands.",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            "form",
+            type=click.Choice(FORMS),
+            default="text",
+            help="wide: nothing is cut, and ids are shown.",
+        ),
+    ):
+        run = option(run)
+    return update_wrapper(run, command)

@@ -1,0 +1,186 @@
+"""``skep cluster recover``: continue with this manager alone after the loss of the quorum; a plan is shown first."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+import msgspec
+
+from skep.api.client import Client
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted, duration
+from skep.cli.quorum import STALE, quorum_of
+from skep.cli.running import errors_shown, run_requests
+from skep.errors import FailedPrecondition, SkepError
+from skep.model.task_end import printable
+
+_ANSWERS_WITHIN_S = 15.0
+_WORD = 11
+"""Width of the first column."""
+_RECOVERS_WITHIN_S = 180.0
+"""The manager takes a snapshot, restores it and starts: up to a minute for each with a large store."""
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What this manager's store has, as far as it can be read while nothing leads."""
+
+    revision: int | None = None
+    counts: Mapping[str, int] | None = None
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and stop.")
+@click.option(
+    "--advertise-addr", default="", help="Address where others reach this manager; default: as before."
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def recover(host: HostOptions, dry_run: bool, advertise_addr: str, yes: bool) -> None:
+    """Continue the cluster with this manager alone, after more than half of the managers are lost for good.
+
+    Shows first which managers are gone, and which state is kept; asks, unless --yes is given.  Services, tasks and
+    networks stay, containers run on.  Refused while the cluster has a leader, or enough managers for one.
+
+    \b
+    Examples:
+      skep cluster recover --dry-run
+      skep cluster recover --yes
+    """
+    info, quorum, kept = run_requests(_look(host))
+    with errors_shown():
+        check(info, quorum)
+    for word, text in plan(info, quorum, kept):
+        click.echo(printable(f"{word.ljust(_WORD)}{text}"))
+    if dry_run:
+        return
+    if not yes:
+        click.confirm("Continue with this manager alone?", abort=True, err=True)
+    run_requests(_recover(host, advertise_addr))
+    click.echo(f"{info['Name']} is the only manager of the cluster now.")
+    for line in afterwards(lost(info, quorum)):
+        click.echo(printable(line))
+
+
+async def _look(host: HostOptions) -> tuple[Mapping[str, Any], Mapping[str, Any] | None, Kept]:
+    async with host.client() as client:
+        info = await client.get("/info", timeout_s=_ANSWERS_WITHIN_S)
+        quorum = await quorum_of(client)
+        return info, quorum, await _kept(client, quorum)
+
+
+async def _kept(client: Client, quorum: Mapping[str, Any] | None) -> Kept:
+    if quorum is None:
+        return Kept()
+    counts: dict[str, int] = {}
+    for kind in ("services", "tasks", "nodes", "networks", "secrets", "configs"):
+        try:
+            found = await client.get(f"/{kind}", headers=STALE, timeout_s=_ANSWERS_WITHIN_S)
+        except SkepError:
+            continue
+        counts[kind] = len(found)
+    return Kept(revision=quorum.get("Revision"), counts=counts)
+
+
+def check(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> None:
+    """Raises: FailedPrecondition: there is nothing to recover, or not here."""
+    swarm = info["Swarm"]
+    match swarm.get("LocalNodeState") or "inactive":
+        case "inactive":
+            raise FailedPrecondition(
+                "this node is in no cluster: skep restore FILE makes it the manager of one in a backup"
+            )
+        case "locked":
+            raise FailedPrecondition("this manager is locked: docker swarm unlock, then look again")
+    if quorum is None:
+        # The manager does not serve: after a restart without a quorum, or with a damaged store.  A worker has none.
+        if not swarm.get("ControlAvailable") and not swarm.get("Error"):
+            raise FailedPrecondition("this node is a worker: recover on a manager that is left")
+        return
+    managers = quorum["Managers"]
+    if quorum["HasLeader"]:
+        raise FailedPrecondition("the cluster has a leader: there is nothing to recover (skep status)")
+    answering = sum(bool(manager["Answers"]) for manager in managers)
+    if 2 * answering > len(managers):
+        raise FailedPrecondition(
+            f"{answering} of {len(managers)} managers answer, which is enough for a leader: see why they elect none by "
+            "skep doctor network and their logs"
+        )
+
+
+def lost(info: Mapping[str, Any], quorum: Mapping[str, Any] | None) -> list[str]:
+    """Names of the other managers, which are cut off; empty: not known."""
+    if quorum is None:
+        return []
+    return [one["Hostname"] for one in quorum["Managers"] if not _is_here(one, info)]
+
+
+def plan(info: Mapping[str, Any], quorum: Mapping[str, Any] | None, kept: Kept) -> Iterator[tuple[str, str]]:
+    """Which managers are gone, what is kept, what is done, what may be lost: a word and a text each."""
+    if quorum is None:
+        peers = [one["Addr"] for one in info["Swarm"].get("RemoteManagers") or ()]
+        yield "here", f"{info['Name']} does not serve: {info['Swarm'].get('Error') or 'it is starting'}"
+        yield (
+            "others",
+            f"{', '.join(peers) or 'not known'}: which of them are gone is not known here, look at each",
+        )
+        yield "kept", "this manager's store, as it is on its disk"
+    else:
+        yield from _managers(info, quorum)
+        words = ", ".join(counted(count, kind[:-1]) for kind, count in (kept.counts or {}).items())
+        number = f"revision {kept.revision}" if kept.revision else "the last revision"
+        yield "kept", f"{number} of {info['Name']}" + (f": {words}" if words else "")
+        others = [one["Hostname"] for one in quorum["Managers"] if one["Answers"] and not _is_here(one, info)]
+        if others:
+            yield (
+                "compare",
+                f"the same with --dry-run on {', '.join(others)}: recover where the revision is highest",
+            )
+    yield (
+        "done",
+        "a snapshot of this store becomes the store of a cluster with this manager alone; services, tasks",
+    )
+    yield "", "and networks stay, containers run on, workers find this manager by the list they keep"
+    yield (
+        "lost",
+        "what others acknowledged and this manager has not seen; they serve no more when they come back",
+    )
+    yield "first", "skep backup FILE keeps a copy of the present state; it needs no leader"
+
+
+def _managers(info: Mapping[str, Any], quorum: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    managers = quorum["Managers"]
+    answering = sum(bool(one["Answers"]) for one in managers)
+    verb = "answers" if answering == 1 else "answer"
+    yield (
+        "NO LEADER",
+        f"{answering} of {len(managers)} managers {verb}, {len(managers) // 2 + 1} are needed",
+    )
+    for one in managers:
+        name = one["Hostname"] + (f" ({one['Addr']})" if one.get("Addr") else "")
+        if _is_here(one, info):
+            yield "here", name
+        elif one["Answers"]:
+            yield "answers", name
+        else:
+            yield "GONE", f"{name}, silent for {duration(one.get('SilentSeconds', 0.0))}"
+
+
+def _is_here(manager: Mapping[str, Any], info: Mapping[str, Any]) -> bool:
+    return bool(manager["ID"] == info["Swarm"].get("NodeID"))
+
+
+def afterwards(names: Sequence[str]) -> Iterator[str]:
+    """What is left to do."""
+    if not names:
+        yield "For each manager that is lost (skep node ls): docker node demote NODE, then skep node forget NODE."
+        return
+    yield f"{counted(len(names), 'manager')} of before to remove, when docker node ls shows them as down:"
+    for name in names:
+        yield f"  docker node demote {name} && docker node rm --force {name}"
+    yield "One that comes back serves nothing: docker swarm leave --force there, then docker swarm join-token manager."
+
+
+async def _recover(host: HostOptions, advertise_addr: str) -> None:
+    body = {"ListenAddr": "0.0.0.0:2377", "AdvertiseAddr": advertise_addr, "ForceNewCluster": True}
+    async with host.client() as client:
+        await client.post("/swarm/init", body, timeout_s=_RECOVERS_WITHIN_S)

@@ -1,0 +1,83 @@
+"""``skep service``: docker's commands, and wait."""
+
+import asyncio
+
+import click
+import msgspec
+
+from skep.api.client import Client
+from skep.cli import passthrough
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
+from skep.errors import Unavailable
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.unknown import leniently
+from skep.stack.progress import Standing, standing
+from skep.stack.waiting import wait_done
+
+_ANSWERS_WITHIN_S = 15.0
+
+
+@click.group(cls=passthrough.WithDockers)
+def service() -> None:
+    """Services.
+
+    \b
+    Examples:
+      skep service ls
+      skep service wait web
+    """
+
+
+@service.command()
+@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def wait(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
+    """Wait until services are as their specs say: all tasks run, or a job has completed.
+
+    Exit status 1: an update was paused or rolled back, tasks ended and are not started again, or the time is over;
+    the error says which, and why.
+
+    \b
+    Examples:
+      docker service update --detach --image web:2 web && skep service wait web
+    """
+    run_requests(_wait(host, names, timeout))
+
+
+async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> None:
+    shown: dict[str, str] = {}
+    open_ = set(names)
+
+    def show(name: str, text: str) -> None:
+        if shown.get(name) != text:
+            shown[name] = text
+            click.echo(f"{name}: {text}", err=True)
+
+    async with host.client() as client:
+
+        async def look(waiting: set[str]) -> dict[str, Standing]:
+            open_.intersection_update(waiting)
+            return {name: await _look(client, name) for name in sorted(waiting, key=names.index)}
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                await wait_done(names, look, show)
+        except TimeoutError:
+            text = "; ".join(f"{name}: {shown.get(name, 'nothing is known')}" for name in sorted(open_))
+            raise Unavailable(f"not done within {timeout_s:g} s: {text}") from None
+
+
+async def _look(client: Client, name: str) -> Standing:
+    found = await client.get(f"/services/{name}", timeout_s=_ANSWERS_WITHIN_S)
+    filters = {"service": [found["ID"]]}
+    return _standing(found, await client.get("/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S))
+
+
+def _standing(service: object, tasks: list[object]) -> Standing:
+    return standing(
+        leniently(msgspec.json.encode(service), Service),
+        [leniently(msgspec.json.encode(task), Task) for task in tasks],
+    )

@@ -1,0 +1,493 @@
+"""``skep stack``: docker's commands, and Compose files read whole: config, plan, deploy, rm."""
+
+import asyncio
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import yaml
+
+from skep.api.requests import Requests
+from skep.cli import passthrough
+from skep.cli.endpoint import HostOptions
+from skep.cli.output import Output, Shown, shows
+from skep.cli.registry_logins import RegistryLogins
+from skep.cli.running import errors_shown, run_requests
+from skep.cli.stack_builds import build_images
+from skep.cli.stack_screens import Progress, line_of, lines_of, revisions, warn
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
+from skep.model.images import registry_of
+from skep.stack.bound_files import with_bound_files
+from skep.stack.conversion import stack_of
+from skep.stack.deploying import NO_LOGINS, Deployment, existing_of, pinned_images, remove, with_placements
+from skep.stack.loading import Choices, Files, Loaded, load
+from skep.stack.planning import Plan, differences, plan_of
+from skep.stack.project import Stack
+from skep.stack.reading import Report
+from skep.stack.recording import carry_out, known_revisions, return_plan, undo
+from skep.stack.revisions import before
+
+_DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
+
+
+class _Given(msgspec.Struct, frozen=True, kw_only=True):
+    """The options that say which files make which stack."""
+
+    files: tuple[str, ...]
+    env_files: tuple[str, ...]
+    profiles: tuple[str, ...]
+    directory: str | None
+    name: str | None
+
+    def read(self) -> tuple[Stack, Loaded]:
+        """The stack; warnings go to stderr.  Raises: Problems; InvalidArgument: a file cannot be read."""
+        paths = self._paths()
+        report = Report()
+        choices = Choices(
+            environment=os.environ,
+            env_files=tuple(map(Path, self.env_files)),
+            profiles=self.profiles + tuple(filter(None, os.environ.get("COMPOSE_PROFILES", "").split(","))),
+            directory=Path(self.directory).absolute() if self.directory else None,
+        )
+        loaded = load(paths, choices, Files(sys.stdin.read() if "-" in paths else ""), report)
+        name = self.name or loaded.name
+        if not name:
+            raise InvalidArgument(
+                "the stack has no name: give one as argument, or write name: at the top of the file"
+            )
+        stack = stack_of(loaded.document, name, loaded.contents, report)
+        if not report.problems:
+            stack = with_bound_files(stack, loaded.directory, report)
+        for warning in report.warnings:
+            warn(warning)
+        report.raise_problems()
+        return stack, loaded
+
+    def _paths(self) -> tuple[str, ...]:
+        if self.files:
+            return self.files
+        if named := os.environ.get("COMPOSE_FILE"):
+            return tuple(named.split(os.environ.get("COMPOSE_PATH_SEPARATOR", ":")))
+        for name in _DEFAULT_FILES:
+            if Path(name).is_file():
+                return (name,)
+        raise InvalidArgument(f"there is no {_DEFAULT_FILES[0]} here: name a file with -c")
+
+
+def _reads_files(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of every command that reads files, and the stack's name; the command gets them as ``given``."""
+
+    @functools.wraps(command)
+    def run(
+        *args: Any,
+        files: tuple[str, ...],
+        env_files: tuple[str, ...],
+        profiles: tuple[str, ...],
+        directory: str | None,
+        name: str | None,
+        **options: Any,
+    ) -> None:
+        given = _Given(files=files, env_files=env_files, profiles=profiles, directory=directory, name=name)
+        command(*args, given=given, **options)
+
+    return _with(
+        run,
+        click.option(
+            "-c",
+            "-f",
+            "--compose-file",
+            "files",
+            multiple=True,
+            metavar="FILE",
+            help="A Compose file, or - for standard input; later ones change earlier ones.  "
+            "Else COMPOSE_FILE, or compose.yaml here.",
+        ),
+        click.option(
+            "--env-file",
+            "env_files",
+            multiple=True,
+            metavar="FILE",
+            help="Variables for the files; else those of .env beside the first one.",
+        ),
+        click.option(
+            "--profile", "profiles", multiple=True, metavar="NAME", help="Services of this profile, too."
+        ),
+        click.option("--project-directory", "directory", metavar="PATH", help="Where relative paths begin."),
+        click.argument("name", required=False),
+    )
+
+
+def _chooses_services(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that compare a stack with the cluster."""
+    return _with(
+        command,
+        click.option("--only", multiple=True, metavar="SERVICE", help="This service only."),
+        click.option(
+            "--resolve-image",
+            type=click.Choice(["always", "never"]),
+            default="always",
+            show_default=True,
+            help="Whether registries are asked for the digests of images.",
+        ),
+    )
+
+
+def _with(command: Callable[..., None], *decorators: Callable[[Any], Any]) -> Callable[..., None]:
+    """The command with these options, in this order."""
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+class _Stack(passthrough.WithDockers):
+    dockers = "ls, ps, services"
+
+
+@click.group(cls=_Stack)
+def stack() -> None:
+    """Stacks: docker's commands, and Compose files read whole.
+
+    \b
+    Examples:
+      skep stack plan -c compose.yaml shop       what a deploy would change
+      skep stack deploy -c compose.yaml shop     and change it
+      skep stack services shop                   the same as docker stack services
+    """
+
+
+# --- config --------------------------------------------------------------------------------------------------------
+
+
+@stack.command()
+@_reads_files
+@click.option("-q", "--quiet", is_flag=True, help="Check the files only.")
+@click.option("--services", "names_only", is_flag=True, help="Print the names of the services, one a line.")
+def config(
+    *,
+    given: _Given,
+    quiet: bool,
+    names_only: bool,
+) -> None:
+    """Check Compose files, and print them merged, with their variables replaced.
+
+    \b
+    Examples:
+      skep stack config -c compose.yaml
+      skep stack config -q -c compose.yaml -c production.yaml
+    """
+    with errors_shown():
+        _, loaded = msgspec.structs.replace(given, name=given.name or "config").read()
+    plain = loaded.document.plain()
+    if names_only:
+        click.echo("\n".join(plain.get("services", {})))
+    elif not quiet:
+        click.echo(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip())
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------
+
+
+async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float) -> str:
+    """After a deploy that failed of ``error``: what was done.  Raises: Unavailable: with both errors."""
+    try:
+        return await undo(client, failed, Progress().show, timeout, warn)
+    except SkepError as problem:
+        raise Unavailable(
+            f"the deploy failed: {error}; what was there before cannot be deployed again: {problem}"
+        ) from error
+
+
+async def _plan(
+    client: Requests,
+    stack: Stack,
+    *,
+    prune: bool,
+    only: Sequence[str],
+    resolve: str,
+    logins: Mapping[str, str] = NO_LOGINS,
+    built: Mapping[str, str] = NO_LOGINS,
+) -> Plan:
+    unknown = [name for name in only if name not in stack.services]
+    if unknown:
+        raise NotFound(f"the files have no service {unknown[0]}: they have {', '.join(stack.services)}")
+    existing = await existing_of(client, stack.name)
+    images: Mapping[str, str] = {}
+    if resolve != "never":
+        local = {
+            one.spec.task_template.container_spec.image
+            for one in stack.services.values()
+            if one.build and one.spec.task_template.container_spec
+        }
+        names = {
+            one.spec.task_template.container_spec.image
+            for name, one in stack.services.items()
+            if one.spec.task_template.container_spec and (not only or name in only)
+        }
+        asked = (name for name in names if name not in local or registry_of(name))
+        images = await pinned_images(client, asked, warn, logins)
+    images = {**images, **built}
+    return plan_of(stack, existing, images=images, prune=prune, only=only)
+
+
+@stack.command()
+@_reads_files
+@click.option("--prune", is_flag=True, help="Plan the removal of services that the files no longer have.")
+@_chooses_services
+@click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="The form of the plan."
+)
+@click.pass_obj
+def plan(
+    host: HostOptions,
+    *,
+    given: _Given,
+    prune: bool,
+    only: tuple[str, ...],
+    resolve_image: str,
+    output: str,
+) -> None:
+    """Show what a deploy would change, field by field, and where it would run.  Nothing is written.
+
+    The cluster's scheduler says which nodes would get the tasks, and why some would not fit.
+
+    Exit status 0: nothing would change; 2: something would; 1: the files or the request are wrong.
+
+    \b
+    Examples:
+      skep stack plan -c compose.yaml shop
+      skep stack plan --prune --only web
+    """
+
+    async def run() -> Plan:
+        made, _ = given.read()
+        async with host.requests() as client:
+            found = await _plan(client, made, prune=prune, only=only, resolve=resolve_image)
+            return await with_placements(client, found, warn)
+
+    found = run_requests(run())
+    if output == "json":
+        changes = [
+            {
+                "Action": one.action.name.lower(),
+                "Kind": one.kind,
+                "Name": one.name,
+                "Restarts": one.restarts,
+                "Placement": found.placements.get(one.name) if one.kind == "service" else None,
+                "Differences": [
+                    {"Path": each.path, "Before": each.before, "After": each.after}
+                    for each in one.differences
+                ],
+            }
+            for one in found.effective
+        ]
+        click.echo(msgspec.json.format(msgspec.json.encode(changes), indent=2).decode())
+    else:
+        click.echo("\n".join(lines_of(found)))
+    if found.effective:
+        raise SystemExit(2)
+
+
+# --- deploy and rm -------------------------------------------------------------------------------------------------
+
+
+def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str, str]:
+    """By image.  Raises: InvalidArgument: what docker login has kept cannot be read."""
+    logins = RegistryLogins(host.docker_folder)
+    images = {
+        one.spec.task_template.container_spec.image
+        for name, one in stack.services.items()
+        if one.spec.task_template.container_spec and (not only or name in only)
+    }
+    return {image: login for image in sorted(images) if (login := logins.of(image))}
+
+
+@stack.command()
+@_reads_files
+@click.option("--prune", is_flag=True, help="Remove services that the files no longer have.")
+@_chooses_services
+@click.option(
+    "--rollback-on-failure",
+    is_flag=True,
+    help="All or nothing: deploy the revision before, if this one fails.",
+)
+@click.option(
+    "--with-registry-auth",
+    is_flag=True,
+    help="Give nodes what docker login has kept for the registries of the images.",
+)
+@click.option("-d", "--detach", is_flag=True, help="Do not wait until the services run.")
+@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@click.pass_obj
+def deploy(
+    host: HostOptions,
+    *,
+    given: _Given,
+    prune: bool,
+    only: tuple[str, ...],
+    resolve_image: str,
+    rollback_on_failure: bool,
+    with_registry_auth: bool,
+    detach: bool,
+    timeout: float,
+) -> None:
+    """Create or update a stack from Compose files, and wait until its services run.
+
+    The tasks of a service that depends on others (depends_on) start when those are as it says.  Secrets and configs
+    have names with their content in it: other content makes a new object, and the services that use it are updated.
+    An interrupted deploy is completed by repeating it.
+
+    \b
+    Examples:
+      skep stack deploy -c compose.yaml shop
+      skep stack deploy --prune --detach
+    """
+    progress = Progress()
+    if rollback_on_failure and (detach or only):
+        raise click.UsageError("--rollback-on-failure waits for the whole stack: not with --detach or --only")
+
+    async def run(made: Stack) -> None:
+        async with host.requests() as client:
+            found = await _plan(
+                client,
+                made,
+                prune=prune,
+                only=only,
+                resolve=resolve_image,
+                logins=logins,
+                built=built,
+            )
+            click.echo("\n".join(lines_of(found)), err=True)
+            wait_s = None if detach else timeout
+            if only:  # a part of a stack is no revision of it
+                await Deployment(client, made, found, progress.show, logins).apply(wait_s)
+                return
+            try:
+                await carry_out(client, made, found, progress.show, wait_s, warn, logins)
+            except SkepError as error:
+                if not rollback_on_failure:
+                    raise
+                click.echo(f"failed: {error}", err=True)
+                done = await _undone(client, found, error, timeout)
+                raise Unavailable(f"the deploy failed, and {done}: {error}") from error
+
+    with errors_shown():
+        made, _ = given.read()
+        docker = (passthrough.find_docker(), *host.endpoint().docker_flags)
+        built = build_images(docker, made, only) if any(one.build for one in made.services.values()) else {}
+        logins = _logins(host, made, only) if with_registry_auth else NO_LOGINS
+    run_requests(run(made))
+
+
+@stack.command()
+@click.option(
+    "--timeout", default=120.0, show_default=True, help="Longest wait for tasks that stop, in seconds."
+)
+@click.argument("names", nargs=-1, required=True)
+@click.pass_obj
+def rm(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
+    """Remove stacks, and return when nothing of them is left: a deploy may follow at once.
+
+    \b
+    Examples:
+      skep stack rm shop
+    """
+    progress = Progress()
+
+    async def run() -> list[str]:
+        async with host.requests() as client:
+            found = await asyncio.gather(*(remove(client, name, progress.show, timeout) for name in names))
+            return [name for name, was_there in zip(names, found, strict=True) if not was_there]
+
+    for name in run_requests(run()):
+        click.echo(f"Nothing found in stack: {name}", err=True)
+
+
+# --- revisions -----------------------------------------------------------------------------------------------------
+
+
+@stack.command()
+@click.argument("name")
+@shows
+@click.pass_obj
+def history(host: HostOptions, name: str, output: Output) -> None:
+    """List the revisions of a stack: when each was deployed, what it changed, and how it ended.
+
+    The last ten are kept, with the stack: docker stack rm removes them.
+
+    \b
+    Examples:
+      skep stack history shop
+    """
+
+    async def run() -> Shown:
+        async with host.requests() as client:
+            found = await known_revisions(client, name)
+        if not found:
+            raise NotFound(f"stack {name} has no revisions: skep stack deploy makes them")
+        return revisions(found)
+
+    output.show(run)
+
+
+@stack.command()
+@click.option(
+    "--to", type=click.IntRange(1), metavar="N", help="This revision; else the deployed one before the last."
+)
+@click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@click.argument("name")
+@click.pass_obj
+def rollback(host: HostOptions, to: int | None, timeout: float, name: str) -> None:
+    """Deploy an earlier revision of a stack again, with the images, secrets and configs that it had.
+
+    Services that it did not have are removed.  The return is a revision itself.
+
+    \b
+    Examples:
+      skep stack rollback shop
+      skep stack rollback --to 3 shop
+    """
+    progress = Progress()
+
+    async def run() -> None:
+        async with host.requests() as client:
+            revision = before(await known_revisions(client, name), to)
+            stack, plan = await return_plan(client, revision)
+            click.echo("\n".join(lines_of(plan)), err=True)
+            await carry_out(client, stack, plan, progress.show, timeout, warn)
+
+    run_requests(run())
+
+
+@stack.command()
+@click.argument("name")
+@click.argument("first", type=click.IntRange(1))
+@click.argument("second", type=click.IntRange(1))
+@click.pass_obj
+def diff(host: HostOptions, name: str, first: int, second: int) -> None:
+    """Show how the services of two revisions of a stack differ, field by field.
+
+    \b
+    Examples:
+      skep stack diff shop 2 3
+    """
+
+    async def run() -> tuple[Stack, Stack]:
+        async with host.requests() as client:
+            revisions = await known_revisions(client, name)
+            return before(revisions, first).stack(), before(revisions, second).stack()
+
+    one, other = run_requests(run())
+    for service in sorted({*one.services, *other.services}):
+        if service not in one.services or service not in other.services:
+            click.echo(f"{'-' if service in one.services else '+'} {service}")
+            continue
+        found = list(differences(one.services[service].spec, other.services[service].spec))
+        if found:
+            click.echo(f"~ {service}")
+        for each in found:
+            click.echo(f"    {line_of(each)}")

@@ -1,0 +1,126 @@
+"""What the commands of stacks print."""
+
+from collections.abc import Sequence
+
+import click
+
+from skep.cli.formatting import counted
+from skep.cli.output import Shown, table
+from skep.model.labels import STACK_FILES
+from skep.model.task_end import printable
+from skep.stack.document import Problem
+from skep.stack.planning import Action, Change, Difference, Placement, Plan
+from skep.stack.revisions import Revision
+
+_COLOURS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
+_VALUE_MAX = 60
+"""Characters of a value in a plan."""
+_NODES_MAX = 8
+"""Nodes that are named for one service."""
+
+
+def warn(warning: Problem | str) -> None:
+    click.echo(f"{click.style('warning', fg='yellow')}: {warning}", err=True)
+
+
+class Progress:
+    """Lines on stderr, each when it changes."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, str] = {}
+
+    def show(self, name: str, text: str) -> None:
+        if self._shown.get(name) != text:
+            self._shown[name] = text
+            click.echo(printable(f"{name}: {text}"), err=True)
+
+
+def _shortened(text: str) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= _VALUE_MAX else f"{text[: _VALUE_MAX - 3]}..."
+
+
+def lines_of(plan: Plan) -> list[str]:
+    """The plan for a terminal: a line for each object, and one for each field that changes."""
+    effective = plan.effective
+    if not effective:
+        return [f"Stack {plan.stack}: nothing to change"]
+    counts = [
+        f"{counted(len(found), 'object')} to {verb}"
+        for verb, action in (("create", Action.CREATE), ("update", Action.UPDATE), ("remove", Action.REMOVE))
+        if (found := [one for one in effective if one.action is action])
+    ]
+    made = [f"Stack {plan.stack}: {', '.join(counts)}"]
+    for one in effective:
+        made.append(
+            click.style(f"  {one.action.value} {one.kind} {one.name}", fg=_COLOURS[one.action]) + _note(one)
+        )
+        made += [f"      {line_of(each)}" for each in one.differences]
+        if (placement := plan.placements.get(one.name)) is not None and one.kind == "service":
+            made += [f"      {line}" for line in placement_lines(placement)]
+    return made
+
+
+def placement_lines(placement: Placement) -> list[str]:
+    """Where the tasks of a service would be, or why not all of them fit.  Texts of nodes are cleaned."""
+    shares = sorted(placement.nodes, key=lambda one: (-one.tasks, one.hostname))
+    named = printable(
+        ", ".join(
+            one.hostname if one.tasks == 1 else f"{one.tasks} on {one.hostname}"
+            for one in shares[:_NODES_MAX]
+        )
+    )
+    others = f" and {len(shares) - _NODES_MAX} more nodes" if len(shares) > _NODES_MAX else ""
+    fitting = sum(one.tasks for one in shares)
+    where = f": {named}{others}" if named else ""
+    if not placement.refusal:
+        return [f"{counted(placement.wanted, 'task')}{where}"] if placement.wanted else []
+    if not placement.wanted:
+        return [click.style(f"would be refused: {printable(placement.refusal)}", fg="red")]
+    head = f"does not fit: {fitting} of {counted(placement.wanted, 'task')} would run{where}"
+    lines = [click.style(head, fg="red"), f"  {printable(placement.refusal)}"]
+    for one in placement.verdicts[:_NODES_MAX]:
+        lines += [printable(f"  {one.hostname}: {reason}") for reason in one.refusals]
+    return lines
+
+
+def revisions(found: Sequence[Revision]) -> Shown:
+    """The revisions of a stack."""
+    rows = [
+        {"Revision": one.number, "Deployed": one.created_at, "Changes": one.changes, "State": one.state}
+        for one in found
+    ]
+    cells = [
+        (str(one.number), one.created_at[:19].replace("T", " "), one.changes, one.state) for one in found
+    ]
+    head = ("REVISION", "DEPLOYED", "CHANGES", "STATE")
+    return Shown(data=rows, rows=rows, lines=lambda screen: table(head, cells, screen))
+
+
+def line_of(difference: Difference) -> str:
+    """One field of a spec, before and after."""
+    before, after = (_shortened(text) or "(unset)" for text in (difference.before, difference.after))
+    return f"{_field(difference.path)}: {before} -> {after}"
+
+
+def _note(change: Change) -> str:
+    if change.action is not Action.UPDATE:
+        return ""
+    if not change.restarts:
+        return "   no task is restarted"
+    config = change.spec.update_config if change.spec is not None else None
+    at_once = config.parallelism if config is not None else 1
+    order = (
+        "start first"
+        if config is not None and config.order is not None and config.order.value == "start-first"
+        else "stop first"
+    )
+    causes = dict.fromkeys(
+        _field(each.path).partition("[")[0] for each in change.differences if each.restarts
+    )
+    return f"   tasks are replaced, {at_once or 'all'} at a time, {order}, for: {', '.join(causes)}"
+
+
+def _field(path: str) -> str:
+    path = path.removeprefix("TaskTemplate.").removeprefix("ContainerSpec.")
+    return "mounted files" if path == f"Labels.{STACK_FILES}" else path

@@ -1,0 +1,166 @@
+"""This command's terminal joined with a process in a container: raw mode, size, input, output."""
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import termios
+import threading
+import tty
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from typing import BinaryIO
+
+from skep.aio.groups import first_alone
+from skep.api.raw import READ_BYTES, Exchange
+from skep.errors import SkepError, Unavailable
+
+RESIZE_S = 0.05
+"""Between two changes of the size: a terminal that is resized a thousand times a second sends the last one."""
+
+_STDOUT = 1
+_BROKEN_PIPE = 141
+"""As a shell shows the end by SIGPIPE."""
+
+Resize = Callable[[int, int], Awaitable[None]]
+"""Sets the size of the process's terminal: rows and columns."""
+
+
+def size() -> tuple[int, int]:
+    """Rows and columns of this terminal."""
+    columns, rows = shutil.get_terminal_size()
+    return rows, columns
+
+
+@contextmanager
+def raw_terminal() -> Iterator[None]:
+    """Every key goes to the process, ctrl-c too; the terminal is as before afterwards."""
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setraw(descriptor)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+@asynccontextmanager
+async def followed(resize: Resize) -> AsyncIterator[None]:
+    """In the block: tell the process the size whenever this terminal's changes."""
+    loop = asyncio.get_running_loop()
+    changed = asyncio.Event()
+
+    async def follow() -> None:
+        while True:
+            await changed.wait()
+            changed.clear()
+            with suppress(SkepError):  # it may not have started yet, or be gone
+                await resize(*size())
+            await asyncio.sleep(RESIZE_S)
+
+    loop.add_signal_handler(signal.SIGWINCH, changed.set)
+    # A window that is drawn larger sends hundreds of signals; one that the loop has not seen yet is as good as all.
+    signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
+    try:
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(follow(), name="size of the terminal")
+            yield
+            following.cancel()
+    finally:
+        loop.remove_signal_handler(signal.SIGWINCH)
+
+
+@asynccontextmanager
+async def controlling(resize: Resize) -> AsyncIterator[None]:
+    """In the block: this command's terminal is the process's, with its size, if it is one."""
+    with raw_terminal() if sys.stdin.isatty() else nullcontext():
+        if not sys.stdout.isatty():
+            yield
+            return
+        with suppress(SkepError):
+            await resize(*size())
+        async with followed(resize):
+            yield
+
+
+async def join(stream: Exchange, *, takes_input: bool, is_tty: bool) -> None:
+    """Copy input and output until the output ends.  Raises: Unavailable: it broke off."""
+    with first_alone(SkepError):
+        async with asyncio.TaskGroup() as group:
+            sending = group.create_task(_send_input(stream), name="input") if takes_input else None
+            pieces = stream.raw_pieces()
+            await (print_pieces(pieces) if is_tty else print_frames(pieces))
+            if sending is not None:
+                sending.cancel()
+
+
+async def _send_input(stream: Exchange) -> None:
+    typed = _Input(asyncio.get_running_loop())
+    while data := await typed.read():
+        stream.writer.write(data)
+        try:
+            await stream.writer.drain()
+        except OSError:
+            return  # the output says why
+    if stream.writer.can_write_eof():
+        with suppress(OSError):
+            stream.writer.write_eof()
+
+
+class _Input:
+    """Standard input, read by a thread: it may be a file, and a terminal that does not block would be the shell's, too.
+
+    The thread may wait in a read for ever, so nothing waits for its end.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        self._room = threading.Semaphore(4)
+        threading.Thread(target=self._read_all, name="standard input", daemon=True).start()
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end."""
+        piece = await self._pieces.get()
+        self._room.release()
+        return piece
+
+    def _read_all(self) -> None:
+        piece = b"-"
+        while piece:
+            self._room.acquire()
+            try:
+                piece = os.read(sys.stdin.fileno(), READ_BYTES)
+            except (OSError, ValueError):
+                piece = b""
+            with suppress(RuntimeError):  # the loop has been closed
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+
+async def print_pieces(pieces: AsyncIterator[bytes]) -> None:
+    """Print the output of a terminal."""
+    async for data in pieces:
+        _print(sys.stdout.buffer, data)
+
+
+async def print_frames(pieces: AsyncIterator[bytes]) -> None:
+    """Print standard output and standard error.  Raises: Unavailable: it broke off in the middle of a frame."""
+    received = bytearray()
+    async for piece in pieces:
+        received += piece
+        while len(received) >= 8 and len(received) >= (end := 8 + int.from_bytes(received[4:8], "big")):
+            _print(sys.stdout.buffer if received[0] == _STDOUT else sys.stderr.buffer, bytes(received[8:end]))
+            del received[:end]
+    if received:
+        raise Unavailable("the connection to the container broke off")
+
+
+def _print(file: BinaryIO, data: bytes) -> None:
+    """Raises: SystemExit: nothing reads the output any more."""
+    try:
+        file.write(data)
+        file.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # else the interpreter complains at its end
+        raise SystemExit(_BROKEN_PIPE) from None

@@ -1,0 +1,307 @@
+"""``skep up``: makes machines into a cluster over ssh: looks at all of them first, installs, starts, joins.
+
+Every step looks whether it is done already, so the same command again continues one that was interrupted, and adds
+machines.  OpenSSH's own client is used, with the user's configuration, and never asks: machines are reached by keys.
+"""
+
+import asyncio
+import ipaddress
+import time
+from asyncio import StreamReader, StreamWriter
+from asyncio.subprocess import PIPE
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from skep.api.client import Client
+from skep.api.ssh import Destination
+from skep.cli.formatting import counted
+from skep.cli.machines import PREFLIGHT, START, Facts, facts_of, problems
+from skep.cli.running import errors_shown
+from skep.cli.stack_screens import Progress
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
+from skep.model.task_end import printable
+
+AT_ONCE = 10
+_LOOKS_WITHIN_S = 30.0
+_INSTALLS_WITHIN_S = 600.0
+_JOINS_WITHIN_S = 120.0
+_ENDS_WITHIN_S = 5.0
+_OUTPUT_BYTES_MAX = 64 << 10
+_INSTALL = """set -e
+umask 077
+package=$(mktemp -d)/skep.deb
+trap 'rm -rf "$(dirname "$package")"' EXIT
+cat >"$package"
+chmod 755 "$(dirname "$package")"; chmod 644 "$package"
+DEBIAN_FRONTEND=noninteractive apt-get install -y --allow-downgrades "$package" >&2 </dev/null
+"""
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """A machine as it was named, and how ssh reaches it."""
+
+    word: str
+    destination: Destination
+
+    @classmethod
+    def of(cls, word: str) -> "Machine":
+        """``machine``, ``user@machine`` or ``ssh://[user@]machine[:port][/path/of.sock]``.  Raises: InvalidArgument."""
+        url = word if word.startswith("ssh://") else f"ssh://{word}"
+        destination = Destination.of(url)
+        if destination.machine.startswith("-"):
+            raise InvalidArgument(f"{word!r} is no name of a machine")
+        return cls(word, destination)
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """ssh that runs ``words`` there and asks nothing."""
+        at = self.destination
+        return [
+            *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ControlPath=none"),
+            *(("-p", str(at.port)) if at.port else ()),
+            *(("-l", at.user) if at.user else ()),
+            *("--", at.machine, *words),
+        ]
+
+    def client(self) -> Client:
+        """Of its node's API."""
+        return Client.at(str(self.destination))
+
+    async def run(self, words: Sequence[str], given: bytes, *, timeout_s: float) -> str:
+        """The output of a command there.  Raises: Unavailable: with the last line of its errors."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self.command(words), stdin=PIPE, stdout=PIPE, stderr=PIPE
+            )
+        except OSError as error:
+            raise Unavailable(f"the command ssh cannot be run: {error.strerror}") from error
+        try:
+            async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
+                out, err = (group.create_task(_end_of(one)) for one in (process.stdout, process.stderr))
+                group.create_task(_give(process.stdin, given))
+                await process.wait()
+        except TimeoutError:
+            raise Unavailable(f"not done within {timeout_s:g} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                with suppress(TimeoutError):  # its end is seen when the pipes have been read
+                    async with asyncio.timeout(_ENDS_WITHIN_S):
+                        await asyncio.gather(_end_of(process.stdout), _end_of(process.stderr), process.wait())
+        if process.returncode:
+            lines = err.result().decode(errors="replace").strip().splitlines()
+            raise Unavailable(lines[-1].strip() if lines else f"ssh ended with code {process.returncode}")
+        return out.result().decode(errors="replace")
+
+
+async def _end_of(stream: StreamReader | None) -> bytes:
+    """The last part of what a machine writes: it may write for ever."""
+    assert stream is not None, "a pipe was asked for"
+    end = b""
+    while data := await stream.read(_OUTPUT_BYTES_MAX):
+        end = (end + data)[-_OUTPUT_BYTES_MAX:]
+    return end
+
+
+async def _give(stream: StreamWriter | None, given: bytes) -> None:
+    """Write the input of a command, which may end before it has read it."""
+    assert stream is not None, "a pipe was asked for"
+    with suppress(ConnectionError):
+        stream.write(given)
+        await stream.drain()
+    stream.close()
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the machines shall become.  ``managers``: how many of the first ones."""
+
+    managers: int = 1
+    package: Path | None = None
+    advertise: str = ""
+
+
+@click.command()
+@click.option(
+    "--managers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="So many of the first are managers.",
+)
+@click.option(
+    "--package",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A Debian package of skep to install where there is none; else machines must have it.",
+)
+@click.option(
+    "--advertise-addr", "advertise", default="", metavar="INTERFACE", help="Of machines with several."
+)
+@click.option("--dry-run", is_flag=True, help="Look at the machines only.")
+@click.argument("hosts", metavar="HOST...", nargs=-1, required=True)
+def up(hosts: tuple[str, ...], managers: int, package: Path | None, advertise: str, dry_run: bool) -> None:
+    """Make machines into a cluster, over ssh; the first HOST is its first manager, or is one already.
+
+    HOST is [USER@]MACHINE, reached by a key.  All machines are looked at first (root, kernel, clock, disk, ports), and
+    nothing is changed unless all will do.  The same command again continues, and adds machines.
+
+    \b
+    Examples:
+      skep up --dry-run root@m1 root@w1 root@w2
+      skep up --package skep.deb root@m1 root@w1 root@w2
+      skep up --managers 3 root@m1 root@m2 root@m3 root@w1
+    """
+    with errors_shown():
+        if package is not None and package.suffix != ".deb":
+            raise InvalidArgument(f"{package} is no Debian package (.deb): install skep there by other means")
+        if _is_address(advertise):
+            raise InvalidArgument(
+                "--advertise-addr is the name of an interface: each machine has its own address"
+            )
+        machines = [Machine.of(word) for word in hosts]
+        if len({str(one.destination) for one in machines}) < len(machines):
+            raise InvalidArgument("a machine is named twice")
+        wanted = Wanted(managers=managers, package=package, advertise=advertise)
+        asyncio.run(_up(machines, wanted, is_dry=dry_run))
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+async def _up(machines: Sequence[Machine], wanted: Wanted, *, is_dry: bool) -> None:
+    """Raises: FailedPrecondition: machines will not do, and nothing was changed; Unavailable: some could not join."""
+    progress = Progress()
+    facts = await _preflight(machines, wanted, progress)
+    if is_dry:
+        return
+    await _each(machines, lambda one: _install(one, facts[one.word], wanted, progress))
+    first, *others = machines
+    address, tokens, members = await _found(first, wanted, progress)
+
+    def joins(one: Machine, role: str) -> Callable[[], Any]:
+        return lambda: _join(one, role, address, tokens, members, wanted, progress)
+
+    for one in others[: wanted.managers - 1]:  # one after the other: each changes the group that votes
+        await _each([one], lambda machine: joins(machine, "Manager")())
+    await _each(others[wanted.managers - 1 :], lambda machine: joins(machine, "Worker")())
+    click.echo(f"{counted(len(machines), 'machine')} in the cluster: skep --host {first.destination} status")
+
+
+async def _each(machines: Sequence[Machine], work: Callable[[Machine], Any]) -> None:
+    """``work`` for all, some at once; one that fails does not keep the others.
+
+    Raises: Unavailable: names each machine that failed, with its reason.
+    """
+    places, failed = asyncio.Semaphore(AT_ONCE), dict[str, str]()
+
+    async def guarded(machine: Machine) -> None:
+        async with places:
+            try:
+                await work(machine)
+            except (SkepError, OSError) as error:
+                failed[machine.word] = printable(str(error))
+
+    async with asyncio.TaskGroup() as group:
+        for machine in machines:
+            group.create_task(guarded(machine), name=machine.word)
+    if failed:
+        lines = [f"{machine.word}: {failed[machine.word]}" for machine in machines if machine.word in failed]
+        raise Unavailable("\n".join([*lines, "the same command again continues with what is missing"]))
+
+
+async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Progress) -> Mapping[str, Facts]:
+    found: dict[str, Facts] = {}
+
+    async def look(machine: Machine) -> None:
+        begun = time.time()
+        text = await machine.run(["sh", "-s"], PREFLIGHT.encode(), timeout_s=_LOOKS_WITHIN_S)
+        facts = facts_of(text)
+        found[machine.word] = facts
+        bad = problems(facts, begun, time.time(), has_package=wanted.package is not None)
+        if bad:
+            raise FailedPrecondition("; ".join(bad))
+        progress.show(machine.word, f"will do: {facts.summary}")
+
+    try:
+        await _each(machines, look)
+    except Unavailable as error:
+        text = str(error).rpartition("\n")[0]
+        raise FailedPrecondition(f"{text}\nnothing was changed") from error
+    return found
+
+
+async def _install(machine: Machine, facts: Facts, wanted: Wanted, progress: Progress) -> None:
+    if not facts.skep and not facts.runs and wanted.package is not None:
+        progress.show(machine.word, f"installs {wanted.package.name}")
+        content = await asyncio.to_thread(wanted.package.read_bytes)
+        await machine.run(["sh", "-c", _quoted(_INSTALL)], content, timeout_s=_INSTALLS_WITHIN_S)
+    if not facts.runs:
+        progress.show(machine.word, "starts skep")
+        await machine.run(["sh", "-s"], START.encode(), timeout_s=_JOINS_WITHIN_S)
+
+
+def _quoted(text: str) -> str:
+    """One word of the shell over there: ssh joins its words by spaces."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+async def _found(
+    first: Machine, wanted: Wanted, progress: Progress
+) -> tuple[str, Mapping[str, str], set[str]]:
+    """The first manager's address, the join tokens, and the ids of the nodes that there are."""
+    async with first.client() as client:
+        info = await client.get("/info", timeout_s=_LOOKS_WITHIN_S)
+        if (info["Swarm"].get("LocalNodeState") or "inactive") == "inactive":
+            body = {"ListenAddr": "0.0.0.0:2377", "AdvertiseAddr": wanted.advertise}
+            await client.post("/swarm/init", body, timeout_s=_JOINS_WITHIN_S)
+            progress.show(first.word, "has founded the cluster")
+            info = await client.get("/info", timeout_s=_LOOKS_WITHIN_S)
+        else:
+            progress.show(first.word, "is in a cluster already")
+        if not info["Swarm"].get("ControlAvailable"):
+            raise FailedPrecondition(
+                f"{first.word} is no manager that works: name one first (skep status there)"
+            )
+        swarm = await client.get("/swarm", timeout_s=_LOOKS_WITHIN_S)
+        nodes = await client.get("/nodes", timeout_s=_LOOKS_WITHIN_S)
+    peers = {one["NodeID"]: one["Addr"] for one in info["Swarm"].get("RemoteManagers") or ()}
+    address = peers.get(info["Swarm"]["NodeID"]) or f"{info['Swarm']['NodeAddr']}:2377"
+    return address, swarm["JoinTokens"], {node["ID"] for node in nodes}
+
+
+async def _join(
+    machine: Machine,
+    role: str,
+    address: str,
+    tokens: Mapping[str, str],
+    members: set[str],
+    wanted: Wanted,
+    progress: Progress,
+) -> None:
+    async with machine.client() as client:
+        swarm = (await client.get("/info", timeout_s=_LOOKS_WITHIN_S))["Swarm"]
+        if (state := swarm.get("LocalNodeState") or "inactive") != "inactive":
+            if swarm.get("NodeID") not in members:
+                raise FailedPrecondition(
+                    f"it is in another cluster ({state}): docker swarm leave there, then the same command again"
+                )
+            promote = f", as a worker: docker node promote {swarm['NodeID']} makes it a manager"
+            is_less = role == "Manager" and not swarm.get("ControlAvailable")
+            progress.show(machine.word, f"is in the cluster already{promote if is_less else ''}")
+            return
+        body = {
+            "ListenAddr": "0.0.0.0:2377",
+            "AdvertiseAddr": wanted.advertise,
+            "RemoteAddrs": [address],
+            "JoinToken": tokens[role],
+        }
+        await client.post("/swarm/join", body, timeout_s=_JOINS_WITHIN_S)
+    progress.show(machine.word, f"has joined as a {role.lower()}")

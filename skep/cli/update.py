@@ -1,0 +1,108 @@
+"""``skep update``: pause, resume and abort the update of a service; else docker's, of containers."""
+
+from typing import Any
+
+import click
+
+from skep.cli import passthrough
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
+from skep.model.task_end import printable
+
+_ANSWERS_WITHIN_S = 15.0
+
+
+class _Update(click.Group):
+    """What begins with none of our words is docker's ``update CONTAINER``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        is_ours = not args or args[0] in {*self.commands, *self.get_help_option_names(ctx)}
+        if not is_ours and not ctx.resilient_parsing:  # a shell that completes the words runs nothing
+            passthrough.execute(ctx.find_object(HostOptions) or HostOptions(), ("update",), args)
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write_text("Everything else is docker's: skep update --memory 1g CONTAINER")
+
+
+@click.group(cls=_Update)
+def update() -> None:
+    """Updates of services while they are under way.
+
+    \b
+    Examples:
+      skep update pause web
+      skep update resume web
+      skep update abort web
+    """
+
+
+@update.command()
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def pause(host: HostOptions, names: tuple[str, ...]) -> None:
+    """Begin with no further task of an update or rollback, until it is resumed or aborted.
+
+    Tasks that it has begun with are completed.  It stays paused when another manager leads.
+
+    \b
+    Examples:
+      skep update pause web
+    """
+    for name in names:
+        service = run_requests(_post(host, name, "pause"))
+        more = f"skep update resume {name}"
+        if service["UpdateStatus"]["State"] == "paused":
+            more += f", or skep update abort {name}"
+        click.echo(f"{_line(service)}; go on with {more}")
+
+
+@update.command()
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def resume(host: HostOptions, names: tuple[str, ...]) -> None:
+    """Let a paused update or rollback go on, whoever or whatever paused it.
+
+    Failures until now do not count any more; those of later tasks do.
+
+    \b
+    Examples:
+      skep update resume web && skep service wait web
+    """
+    for name in names:
+        click.echo(_line(run_requests(_post(host, name, "resume"))))
+
+
+@update.command()
+@click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
+@click.pass_obj
+def abort(host: HostOptions, names: tuple[str, ...]) -> None:
+    """Give up an update, paused or not, and return to the spec before it.
+
+    As docker service rollback, and refused where that would undo an update that has ended.
+
+    \b
+    Examples:
+      skep update abort web
+    """
+    for name in names:
+        click.echo(_line(run_requests(_post(host, name, "abort"))))
+
+
+async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:
+    path = f"/skep/services/{name}/update/{verb}"
+    async with host.client() as client:
+        service: dict[str, Any]
+        if verb == "abort":  # of the update that is seen now, not of one that follows
+            found = await client.get(f"/services/{name}", timeout_s=_ANSWERS_WITHIN_S)
+            version = str(found["Version"]["Index"])
+            service = await client.post(path, timeout_s=_ANSWERS_WITHIN_S, version=version)
+        else:
+            service = await client.post(path, timeout_s=_ANSWERS_WITHIN_S)
+        return service
+
+
+def _line(service: dict[str, Any]) -> str:
+    status = service["UpdateStatus"]
+    return printable(f"{service['Spec']['Name']}: {status['State']}: {status['Message']}")

@@ -1,0 +1,324 @@
+"""One CSI driver: its calls, with their deadlines, and checks of what it says."""
+
+import asyncio
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+from google.protobuf.message import Message
+
+from skep.csi import csi_pb2 as pb
+from skep.errors import ResourceExhausted, SkepError, Unavailable
+from skep.model.node import CSIInfo, Topology
+from skep.model.task_end import printable
+from skep.model.volume import (
+    AccessMode,
+    CapacityRange,
+    TypeMount,
+    Volume,
+    VolumeAssignment,
+    VolumeInfo,
+    VolumeScope,
+    VolumeSharing,
+)
+from skep.rpc.client import Bounds, ClientConnection
+from skep.rpc.errors import peer_errors
+from skep.rpc.headers import request_block
+
+A = TypeVar("A", bound=Message)
+
+CALL_S: Final = 30.0
+"""Deadline of a call that changes something: attaching a disk takes its time.  It is repeated, so a longer one only
+ends later."""
+LOOK_S: Final = 5.0
+"""Of a call that only looks."""
+CALLS_MAX: Final = 8
+"""Calls of one driver at a time: one that hangs holds up its own volumes alone."""
+ID_BYTES_MAX: Final = 256
+MAP_BYTES_MAX: Final = 8 * 1024
+TOPOLOGIES_MAX: Final = 64
+MESSAGE_CHARACTERS_MAX: Final = 500
+SECRET_CHARACTERS_MIN: Final = 4
+"""Shorter values, such as ``yes``, are in many words."""
+_BOUNDS = Bounds(stream_window=256 * 1024, connection_window=1024 * 1024, message=256 * 1024)
+_NAME = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9.]{0,61}[A-Za-z0-9])?")
+_CONTROLLER, _CREATES, _PUBLISHES, _STAGES = 1, 1, 2, 1
+
+_MODES: Final[Mapping[tuple[VolumeScope, VolumeSharing], int]] = {
+    (VolumeScope.SINGLE, VolumeSharing.NONE): 1,
+    (VolumeScope.SINGLE, VolumeSharing.ONE_WRITER): 1,
+    (VolumeScope.SINGLE, VolumeSharing.ALL): 1,
+    (VolumeScope.SINGLE, VolumeSharing.READ_ONLY): 2,
+    (VolumeScope.MULTI, VolumeSharing.READ_ONLY): 3,
+    (VolumeScope.MULTI, VolumeSharing.ONE_WRITER): 4,
+    (VolumeScope.MULTI, VolumeSharing.ALL): 5,
+}
+"""Source: swarmkit, internal/csi/capability/capability.go."""
+
+
+class DriverLies(SkepError):
+    """What the driver said cannot be true, or is of no use."""
+
+
+class Abilities(msgspec.Struct, frozen=True):
+    """Which calls a driver has."""
+
+    creates: bool = False
+    publishes: bool = False
+
+
+class Driver:
+    """A driver that listens on a socket of this machine.  Every call raises a ``SkepError`` with the driver's words."""
+
+    def __init__(self, name: str, socket: Path) -> None:
+        self.name = name
+        self.socket = socket
+        self._calls = asyncio.Semaphore(CALLS_MAX)
+        self._abilities: Abilities | None = None
+        self._stages: bool | None = None
+
+    # --- controller -----------------------------------------------------------------------------------------------
+
+    async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo:
+        """Make the volume, or find it made: a driver knows it by its name.  Raises: DriverLies: not as it was asked."""
+        spec = volume.spec
+        if not (await self._known_abilities()).creates:
+            return VolumeInfo(volume_id=spec.name)  # it exists, under this id
+        request = pb.CreateVolumeRequest(
+            name=spec.name,
+            volume_capabilities=[capability_of(spec.access_mode)],
+            parameters=dict(spec.driver.options),
+            secrets=dict(secrets),
+        )
+        if (capacity := spec.capacity_range) is not None:
+            request.capacity_range.required_bytes = capacity.required_bytes
+            request.capacity_range.limit_bytes = capacity.limit_bytes
+        if (where := spec.accessibility_requirements) is not None:
+            request.accessibility_requirements.requisite.extend(map(_topology_to_pb, where.requisite))
+            request.accessibility_requirements.preferred.extend(map(_topology_to_pb, where.preferred))
+        answer = await self._call("Controller/CreateVolume", request, pb.CreateVolumeResponse)
+        return checked_info(answer.volume)
+
+    async def delete(self, volume_id: str, secrets: Mapping[str, str]) -> None:
+        """Delete the volume; one that does not exist is deleted."""
+        if (await self._known_abilities()).creates:
+            request = pb.DeleteVolumeRequest(volume_id=volume_id, secrets=dict(secrets))
+            await self._call("Controller/DeleteVolume", request, pb.DeleteVolumeResponse)
+
+    async def publish(
+        self, volume: Volume, driver_node_id: str, secrets: Mapping[str, str]
+    ) -> Mapping[str, str]:
+        """Make the volume available on a node; gives what the node's driver needs to know."""
+        assert volume.info is not None, "only a created volume is published"
+        if not (await self._known_abilities()).publishes:
+            return {}
+        request = pb.ControllerPublishVolumeRequest(
+            volume_id=volume.info.volume_id,
+            node_id=driver_node_id,
+            volume_capability=capability_of(volume.spec.access_mode),
+            readonly=False,
+            secrets=dict(secrets),
+            volume_context=dict(volume.info.volume_context),
+        )
+        answer = await self._call(
+            "Controller/ControllerPublishVolume", request, pb.ControllerPublishVolumeResponse
+        )
+        return _checked_map("publish context", answer.publish_context)
+
+    async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None:
+        """Undo ``publish``; harmless where it was not published."""
+        if (await self._known_abilities()).publishes:
+            request = pb.ControllerUnpublishVolumeRequest(
+                volume_id=volume_id, node_id=driver_node_id, secrets=dict(secrets)
+            )
+            await self._call(
+                "Controller/ControllerUnpublishVolume", request, pb.ControllerUnpublishVolumeResponse
+            )
+
+    # --- node -----------------------------------------------------------------------------------------------------
+
+    async def node_info(self) -> CSIInfo:
+        """This node as the driver sees it."""
+        info = await self._call("Node/NodeGetInfo", pb.NodeGetInfoRequest(), pb.NodeGetInfoResponse, LOOK_S)
+        if not 0 < len(info.node_id.encode()) <= ID_BYTES_MAX:
+            raise DriverLies(f"driver {self.name} gave no usable id of this node")
+        has_place = info.HasField("accessible_topology")
+        return CSIInfo(
+            plugin_name=self.name,
+            node_id=info.node_id,
+            max_volumes_per_node=max(0, info.max_volumes_per_node),
+            accessible_topology=_topology_from_pb(info.accessible_topology) if has_place else None,
+        )
+
+    async def node_publish(
+        self, volume: VolumeAssignment, staging: Path, target: Path, secrets: Mapping[str, str]
+    ) -> None:
+        """Mount the volume at ``target``, by way of ``staging`` if the driver has that step."""
+        common: dict[str, Any] = {
+            "volume_id": volume.volume_id,
+            "publish_context": dict(volume.publish_context),
+            "staging_target_path": "",
+            "volume_capability": capability_of(volume.access_mode),
+            "secrets": dict(secrets),
+            "volume_context": dict(volume.volume_context),
+        }
+        if await self._has_staging():
+            common["staging_target_path"] = str(staging)
+            await self._call(
+                "Node/NodeStageVolume", pb.NodeStageVolumeRequest(**common), pb.NodeStageVolumeResponse
+            )
+        request = pb.NodePublishVolumeRequest(
+            target_path=str(target),
+            readonly=volume.access_mode.sharing is VolumeSharing.READ_ONLY,
+            **common,
+        )
+        await self._call("Node/NodePublishVolume", request, pb.NodePublishVolumeResponse)
+
+    async def node_unpublish(self, volume_id: str, staging: Path, target: Path) -> None:
+        """Undo ``node_publish``, however far it got."""
+        request = pb.NodeUnpublishVolumeRequest(volume_id=volume_id, target_path=str(target))
+        await self._call("Node/NodeUnpublishVolume", request, pb.NodeUnpublishVolumeResponse)
+        if await self._has_staging():
+            unstage = pb.NodeUnstageVolumeRequest(volume_id=volume_id, staging_target_path=str(staging))
+            await self._call("Node/NodeUnstageVolume", unstage, pb.NodeUnstageVolumeResponse)
+
+    # --- within ---------------------------------------------------------------------------------------------------
+
+    async def _known_abilities(self) -> Abilities:
+        if self._abilities is None:
+            await self._probe()
+            plugin = await self._call(
+                "Identity/GetPluginCapabilities",
+                pb.GetPluginCapabilitiesRequest(),
+                pb.GetPluginCapabilitiesResponse,
+                LOOK_S,
+            )
+            found = frozenset[int]()
+            if any(one.service.type == _CONTROLLER for one in plugin.capabilities):
+                controller = await self._call(
+                    "Controller/ControllerGetCapabilities",
+                    pb.ControllerGetCapabilitiesRequest(),
+                    pb.ControllerGetCapabilitiesResponse,
+                    LOOK_S,
+                )
+                found = frozenset(one.rpc.type for one in controller.capabilities)
+            self._abilities = Abilities(_CREATES in found, _PUBLISHES in found)
+        return self._abilities
+
+    async def _has_staging(self) -> bool:
+        if self._stages is None:
+            await self._probe()
+            answer = await self._call(
+                "Node/NodeGetCapabilities",
+                pb.NodeGetCapabilitiesRequest(),
+                pb.NodeGetCapabilitiesResponse,
+                LOOK_S,
+            )
+            self._stages = any(one.rpc.type == _STAGES for one in answer.capabilities)
+        return self._stages
+
+    async def _probe(self) -> None:
+        answer = await self._call("Identity/Probe", pb.ProbeRequest(), pb.ProbeResponse, LOOK_S)
+        if answer.HasField("ready") and not answer.ready.value:
+            raise Unavailable(f"driver {self.name} is not ready")
+
+    async def _call(self, method: str, request: Message, reply: type[A], deadline_s: float = CALL_S) -> A:
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._calls.acquire()
+        except TimeoutError as error:
+            raise Unavailable(f"driver {self.name}: {CALLS_MAX} other calls did not end in time") from error
+        try:
+            return await call(self.socket, method, request, reply, deadline_s)
+        except SkepError as error:
+            said = _for_users(str(error), getattr(request, "secrets", {}).values())
+            words = f"driver {self.name}: {method.partition('/')[2]}: {said}"
+            kind = ResourceExhausted if isinstance(error, ResourceExhausted) else type(error)
+            raise kind(words[:MESSAGE_CHARACTERS_MAX]) from error
+        finally:
+            self._calls.release()
+
+
+async def call(socket: Path, method: str, request: Message, reply: type[A], deadline_s: float) -> A:
+    """One call on a connection of its own: they are rare, and a driver that restarts is no special case.
+
+    Raises: SkepError.
+    """
+    loop = asyncio.get_running_loop()
+    with peer_errors("the driver"):
+        async with asyncio.timeout(deadline_s):
+            _, connection = await loop.create_unix_connection(lambda: ClientConnection(_BOUNDS), str(socket))
+            try:
+                with connection.stream() as stream:
+                    block = request_block(f"/csi.v1.{method}", deadline_s)
+                    stream.begin(block, request.SerializeToString(), is_last=True)
+                    return reply.FromString(await stream.only_message())
+            finally:
+                connection.abort()  # what a driver does not read would keep a closed one open
+
+
+def is_name(name: str) -> bool:
+    """Whether CSI allows it as the name of a driver."""
+    return _NAME.fullmatch(name) is not None
+
+
+def capability_of(mode: AccessMode) -> pb.VolumeCapability:
+    """How the volume is used, in CSI's words."""
+    mount = mode.mount_volume or TypeMount()
+    return pb.VolumeCapability(
+        mount=pb.VolumeCapability.MountVolume(fs_type=mount.fs_type, mount_flags=list(mount.mount_flags)),
+        access_mode=pb.VolumeCapability.AccessMode(mode=_MODES.get((mode.scope, mode.sharing), 0)),
+    )
+
+
+def checked_info(volume: pb.Volume) -> VolumeInfo:
+    """Raises: DriverLies: it is none that could be used."""
+    if not 0 < len(volume.volume_id.encode()) <= ID_BYTES_MAX:
+        raise DriverLies("the driver gave the volume no usable id")
+    if volume.capacity_bytes < 0 or len(volume.accessible_topology) > TOPOLOGIES_MAX:
+        raise DriverLies("the driver described the volume with numbers that cannot be")
+    return VolumeInfo(
+        capacity_bytes=volume.capacity_bytes,
+        volume_context=_checked_map("volume context", volume.volume_context),
+        volume_id=volume.volume_id,
+        accessible_topology=tuple(map(_topology_from_pb, volume.accessible_topology)),
+    )
+
+
+def discrepancy(volume: Volume, info: VolumeInfo) -> str:
+    """What of a volume as it was made is not as its user wants it, in a sentence; empty: nothing."""
+    wanted, has = volume.spec.capacity_range or CapacityRange(), info.capacity_bytes
+    if has and has < wanted.required_bytes:
+        return f"the driver made it with {has} bytes: {wanted.required_bytes} are required"
+    if wanted.limit_bytes and has > wanted.limit_bytes:
+        return f"the driver made it with {has} bytes: the limit is {wanted.limit_bytes}"
+    where = volume.spec.accessibility_requirements
+    places: Sequence[Topology] = where.requisite if where is not None else ()
+    if places and info.accessible_topology and not any(map(places.__contains__, info.accessible_topology)):
+        return "the driver made it where none of the required topologies is"
+    return ""
+
+
+def _checked_map(what: str, given: Mapping[str, str]) -> Mapping[str, str]:
+    if sum(len(key.encode()) + len(value.encode()) for key, value in given.items()) > MAP_BYTES_MAX:
+        raise DriverLies(f"the driver's {what} has more than {MAP_BYTES_MAX} bytes")
+    return dict(sorted(given.items()))
+
+
+def _for_users(words: str, secrets: Iterable[str]) -> str:
+    """A driver's words without secrets, as some repeat what they were asked, and without what a terminal obeys: docker
+    prints the errors of tasks as they are."""
+    for secret in sorted((one.strip() for one in secrets), key=len, reverse=True):
+        if len(secret) >= SECRET_CHARACTERS_MIN:
+            words = words.replace(secret, "***")
+    return printable(" ".join(words.split()))
+
+
+def _topology_to_pb(topology: Topology) -> pb.Topology:
+    return pb.Topology(segments=dict(topology.segments))
+
+
+def _topology_from_pb(message: pb.Topology) -> Topology:
+    return Topology(segments=_checked_map("topology", message.segments))

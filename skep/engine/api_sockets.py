@@ -1,0 +1,230 @@
+"""Containers that mount the Engine API's socket, or a directory that has it: what they are given in its place.
+
+A mount of the socket becomes a mount of a socket of the container's own.  In a mount of a directory, the node's run
+directory is covered by one that has nothing but that socket; an API socket elsewhere stays where it is, and the node
+recognizes a container behind a connection by its process.
+
+A mount of a socket is one of its inode, so the listening socket must outlive the node process: the container's conmon
+inherits the descriptor, keeps it until the container ends, and the next node process borrows it from there.
+"""
+
+import grp
+import os
+import socket
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
+import structlog
+
+from skep.engine.container import Container, MountPoint, ProcessName
+from skep.engine.processes import open_pidfd
+from skep.errors import FailedPrecondition, InvalidArgument
+from skep.linux.descriptors import set_aside
+from skep.linux.processes import borrowed
+from skep.linux.unix_sockets import private_socket
+from skep.model.container import Mount
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+NAME: Final = "skep.sock"
+"""Of a container's own socket, in a directory of its own."""
+_USUAL: Final = ("/var/run/docker.sock", "/run/docker.sock")
+"""Where Docker's clients look: these mean this node's API, whether it listens there or not."""
+_VOLUMES: Final = "/var/lib/docker/volumes"
+"""Where Docker's agents look for the files of volumes: this node's, unless an engine has its own there."""
+_BACKLOG = 64
+_GROUP = "docker"
+
+
+class ApiServer(Protocol):
+    """Serves the sockets of containers."""
+
+    def serve(self, container: Container, listener: socket.socket) -> None:
+        """Serve ``listener``, which is the callee's from now on, in place of any before.  Called by any thread."""
+
+    def forget(self, id: ContainerId) -> None:
+        """Serve the container's socket no more, if it has one.  Called by any thread."""
+
+
+class Given(NamedTuple):
+    """What a container mounts.  ``has_socket``: one of its own is among it."""
+
+    mounts: tuple[MountPoint, ...]
+    has_socket: bool
+
+
+class ApiSockets:
+    """The sockets of the API on this node.
+
+    Args:
+        hosts: where the API is served.
+        run: the node's run directory, whose other sockets are nobody else's.
+        volumes: the directory of the node's volumes.
+    """
+
+    def __init__(
+        self, hosts: Collection[Path], run: Path, server: ApiServer, volumes: Path | None = None
+    ) -> None:
+        self._names = {*_USUAL, *map(str, hosts)}
+        self._run = run
+        self._server = server
+        self._volumes = volumes
+        self._opened: dict[ContainerId, socket.socket] = {}
+        """For the conmons of containers that are not started yet."""
+
+    def is_api(self, source: str) -> bool:
+        """Whether a bind mount of ``source`` is one of the API's socket."""
+        return os.path.normpath(source) in self._names or _real(source) in set(map(_real, self._names))
+
+    def others(self, mounts: Iterable[Mount]) -> list[Mount]:
+        """Those of ``mounts`` whose source must be where they say."""
+        return [
+            mount
+            for mount in mounts
+            if mount.type != "bind" or not (self.is_api(mount.source) or self._means_volumes(mount.source))
+        ]
+
+    def _means_volumes(self, source: str) -> bool:
+        return (
+            self._volumes is not None
+            and os.path.normpath(source) == _VOLUMES
+            and not os.path.exists(_VOLUMES)
+        )
+
+    def give(self, points: Sequence[MountPoint], own: Path) -> Given:
+        """What a container with these mounts is to be given; ``own``: the directory of its own socket.
+
+        Raises: InvalidArgument: the node's own files are mounted; FailedPrecondition: a cover would be passed on to
+        the machine.
+        """
+        run = PurePosixPath(_real(str(self._run)))
+        given: list[MountPoint] = []
+        has_socket = False
+        for point in points:
+            if point.type != "bind" or point.internal:
+                given.append(point)
+                continue
+            if self.is_api(point.source):
+                given.append(msgspec.structs.replace(point, source=str(own / NAME)))
+                has_socket = True
+                continue
+            if self._means_volumes(point.source):
+                given.append(msgspec.structs.replace(point, source=str(self._volumes)))
+                continue
+            source = PurePosixPath(_real(point.source))
+            if run in source.parents:
+                raise InvalidArgument(
+                    f'invalid mount config for type "bind": {point.source} belongs to this node'
+                )
+            given.append(point)
+            if run.is_relative_to(source):
+                given.append(_cover(point, run.relative_to(source), own))
+                has_socket = True
+        return Given(tuple(given), has_socket)
+
+    def open(self, container: Container, own: Path) -> None:
+        """A new socket for a container that is about to start.  Raises: OSError."""
+        own.mkdir(mode=0o755, exist_ok=True)
+        listener = _bound(own)
+        listener.listen(_BACKLOG)
+        self._keep(container.id, set_aside(listener.dup()))
+        self._server.serve(container, set_aside(listener))
+
+    def take(self, id: ContainerId) -> socket.socket | None:
+        """The socket that the container's conmon is to inherit; the caller closes it."""
+        return self._opened.pop(id, None)
+
+    def adopt(self, container: Container, own: Path) -> None:
+        """Serve the socket of a container that an earlier process started, borrowed from its conmon."""
+        if container.monitor is None or not self.give(container.config.mounts, own).has_socket:
+            return
+        listener = _inherited(container.monitor)
+        if listener is None:
+            log.warning("API socket is lost until the container starts again", container=container.name)
+        else:
+            self._server.serve(container, set_aside(listener))
+
+    def close(self, id: ContainerId) -> None:
+        """The container has ended."""
+        self._keep(id, None)
+        self._server.forget(id)
+
+    def _keep(self, id: ContainerId, opened: socket.socket | None) -> None:
+        if (before := self._opened.pop(id, None)) is not None:
+            before.close()
+        if opened is not None:
+            self._opened[id] = opened
+
+
+def _cover(point: MountPoint, inside: PurePosixPath, own: Path) -> MountPoint:
+    if point.propagation in ("shared", "rshared"):
+        raise FailedPrecondition(
+            f"path {point.source} contains sockets of this node: it cannot be mounted with propagation "
+            f"{point.propagation}, but with rslave"
+        )
+    destination = str(PurePosixPath(point.destination) / inside)
+    return MountPoint(type="bind", source=str(own), destination=destination, read_only=True, internal=True)
+
+
+def _bound(own: Path) -> socket.socket:
+    """Of the owner and the mode that the API's socket has.  The path may be longer than a socket's can be."""
+    directory = os.open(own, os.O_PATH | os.O_DIRECTORY)
+    try:
+        bound = private_socket(Path(f"/proc/self/fd/{directory}") / NAME)
+    finally:
+        os.close(directory)
+    with suppress(KeyError):  # no such group: root only
+        os.chown(own / NAME, 0, grp.getgrnam(_GROUP).gr_gid)
+        (own / NAME).chmod(0o660)
+    return bound
+
+
+def _inherited(monitor: ProcessName) -> socket.socket | None:
+    """The listening socket of that name among the descriptors of a conmon; None: it has none, or has ended."""
+    process = open_pidfd(monitor)
+    if process is None:
+        return None
+    try:
+        for number in map(int, os.listdir(f"/proc/{monitor.pid}/fd")):
+            if not os.readlink(f"/proc/{monitor.pid}/fd/{number}").startswith("socket:"):
+                continue
+            found = socket.socket(fileno=borrowed(process, number))
+            if _is_own(found):
+                return found
+            found.close()
+    except OSError as error:
+        log.warning("API socket not taken over", conmon=monitor.pid, error=str(error))
+    finally:
+        os.close(process)
+    return None
+
+
+def _is_own(found: socket.socket) -> bool:
+    return (
+        found.family == socket.AF_UNIX
+        and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+        and str(found.getsockname()).endswith(f"/{NAME}")
+    )
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(path)
+
+
+class _Nobody:
+    """Serves no sockets."""
+
+    def serve(self, container: Container, listener: socket.socket) -> None:
+        """Containers are used without a node."""
+        listener.close()
+
+    def forget(self, id: ContainerId) -> None:
+        """There is none."""
+
+
+NONE: Final = ApiSockets((), Path("/nonexistent"), _Nobody())
+"""Of an engine without a node around it: a container's socket is served by nobody."""

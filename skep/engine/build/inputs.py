@@ -1,0 +1,37 @@
+"""What a build gets from its client: directories, and credentials of registries."""
+
+from pathlib import Path
+
+from skep.engine.build.context import KnownContext
+from skep.engine.build.interface import BuildRequest, OpenContext, Provider
+
+
+class Inputs:
+    """What a build gets from its client."""
+
+    def __init__(self, context: OpenContext, provider: Provider | None, known: KnownContext | None) -> None:
+        self._open = context
+        self.known = known
+        self._directory: Path | None = None
+        self._further: dict[str, Path] = {}
+        self.provider = provider
+
+    async def context(self) -> Path:
+        """The directory of the context."""
+        if self._directory is None:
+            self._directory = await self._open()
+        return self._directory
+
+    async def named(self, request: BuildRequest, name: str) -> Path | None:
+        """The directory of a further context; None: there is none of this name."""
+        name = name.lower()
+        if name not in self._further:
+            if name not in request.directories:
+                return None
+            self._further[name] = await request.directories[name]()
+        return self._further[name]
+
+    async def credentials(self, request: BuildRequest, domain: str) -> str:
+        """The ``X-Registry-Auth`` value for a registry, which the client may be asked for."""
+        auth = request.credentials.get(domain, "")
+        return auth if auth or self.provider is None else await self.provider.credentials(domain)

@@ -1,0 +1,216 @@
+"""The result of a build goes to its client: as an archive, or file by file in fsutil's protocol.
+
+The engine lists the files of the result; the client asks for the contents of those that it does not have.  They are
+read from one archive, a file of the engine's own, so nothing of the result is ever unpacked here.
+
+Source: moby/buildkit, session/filesync, exporter/local, exporter/tar; tonistiigi/fsutil, send.go, walker.go, stat.go.
+"""
+
+import asyncio
+import os
+import stat
+import tarfile
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from google.protobuf.message import DecodeError
+
+from skep.aio.groups import errors_as_they_are
+from skep.engine.build.stage import Changes, mounted_image, new_work
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.sessions import Messages, Session
+from skep.engine.engine import Engine
+from skep.engine.files_worker import go_mode
+from skep.engine.images.digest import Digest
+from skep.errors import InvalidArgument, ResourceExhausted, Unavailable
+
+FILE_SEND = "/moby.filesync.v1.FileSend/DiffCopy"
+
+_PIECE_BYTES = 256 << 10
+_SILENT_S = 120.0
+"""A client that neither takes nor asks for anything for this long has gone."""
+_LISTED_AT_ONCE = 256
+_XATTR_RECORD = "SCHILY.xattr."
+_KINDS = {
+    tarfile.DIRTYPE: stat.S_IFDIR,
+    tarfile.SYMTYPE: stat.S_IFLNK,
+    tarfile.FIFOTYPE: stat.S_IFIFO,
+    tarfile.CHRTYPE: stat.S_IFCHR,
+    tarfile.BLKTYPE: stat.S_IFBLK,
+}
+
+
+OpenArchive = Callable[[Digest], AbstractAsyncContextManager[AsyncIterator[bytes]]]
+"""The whole file system of an image as a tar, in pieces, whose end raises if it is not whole.
+
+Raises: NotFound: the image was removed.
+"""
+
+
+@asynccontextmanager
+async def image_archive(engine: Engine, image_id: Digest) -> AsyncIterator[AsyncIterator[bytes]]:
+    """As ``OpenArchive``, of an engine's image."""
+    images = engine.images
+    image = images.get(image_id)
+    async with images.pinned(image.chain), images.workspace("result") as workspace:
+        changes = Changes(workspace, images.layers(image))
+        async with (
+            mounted_image(changes, new_work(images, workspace)) as root,
+            engine.files.archive(root) as pieces,
+        ):
+            yield pieces
+
+
+class SentFile(msgspec.Struct, frozen=True):
+    """An entry of the result; ``begin``: where its content is in the archive, if it is a file with one."""
+
+    stat: pb.Stat
+    begin: int | None = None
+
+
+async def send_archive(
+    session: Session, pieces: AsyncIterable[bytes], progress: Callable[[int], None]
+) -> None:
+    """Give the client an archive (``--output type=tar``).
+
+    Args:
+        progress: called with the bytes that were sent so far.
+
+    Raises: SkepError: of the client's status, or it is gone.
+    """
+    sent = 0
+    async with session.stream(FILE_SEND) as messages:
+        async for piece in pieces:
+            async with asyncio.timeout(_SILENT_S):
+                await messages.send(pb.BytesMessage(data=piece))
+            progress(sent := sent + len(piece))
+        await _end(messages)
+
+
+async def send_tree(session: Session, archive: Path, progress: Callable[[int], None]) -> None:
+    """Give the client the files of ``archive``, a plain tar (``--output type=local``).  Raises: as ``send_archive``."""
+    files = await asyncio.to_thread(listed, archive)
+    descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        async with session.stream(FILE_SEND) as messages, errors_as_they_are(), asyncio.TaskGroup() as group:
+            group.create_task(_list(messages, files), name="list the files of a build")
+            await _serve(messages, files, descriptor, progress)
+            await messages.send(pb.Packet(type=pb.Packet.FIN))
+            await _end(messages)
+    finally:
+        os.close(descriptor)
+
+
+async def _list(messages: Messages, files: Sequence[SentFile]) -> None:
+    for number, file in enumerate(files):
+        async with asyncio.timeout(_SILENT_S):
+            await messages.send(pb.Packet(type=pb.Packet.STAT, stat=file.stat))
+        if number % _LISTED_AT_ONCE == 0:
+            await asyncio.sleep(0)  # a client that reads at once would never let others run
+    await messages.send(pb.Packet(type=pb.Packet.STAT))
+
+
+async def _serve(
+    messages: Messages, files: Sequence[SentFile], descriptor: int, progress: Callable[[int], None]
+) -> None:
+    """Send the contents that the client asks for, until it has all.  Raises: InvalidArgument, Unavailable."""
+    sent = 0
+    while (packet := await _next(messages)).type != pb.Packet.FIN:
+        if packet.type != pb.Packet.REQ or packet.id >= len(files) or files[packet.id].begin is None:
+            raise InvalidArgument(f"the client asked for something else than a file: {packet.id}")
+        async for piece in _content(descriptor, files[packet.id]):
+            async with asyncio.timeout(_SILENT_S):
+                await messages.send(pb.Packet(type=pb.Packet.DATA, id=packet.id, data=piece))
+            progress(sent := sent + len(piece))
+        await messages.send(pb.Packet(type=pb.Packet.DATA, id=packet.id))
+
+
+async def _content(descriptor: int, file: SentFile) -> AsyncIterator[bytes]:
+    assert file.begin is not None
+    position, end = file.begin, file.begin + file.stat.size
+    while position < end:
+        piece = await asyncio.to_thread(os.pread, descriptor, min(_PIECE_BYTES, end - position), position)
+        position += len(piece)
+        yield piece
+
+
+async def _next(messages: Messages) -> pb.Packet:
+    async with asyncio.timeout(_SILENT_S):
+        data = await messages.receive()
+    if data is None:
+        raise Unavailable("the client ended the transfer of the result early")
+    try:
+        packet = pb.Packet.FromString(data)
+    except DecodeError as error:
+        raise InvalidArgument("the client sent a packet that cannot be decoded") from error
+    if packet.type == pb.Packet.ERR:
+        raise Unavailable(f"error from receiver: {packet.data.decode(errors='replace')}")
+    return packet
+
+
+async def _end(messages: Messages) -> None:
+    """Send no more, and wait for the client's status."""
+    async with asyncio.timeout(_SILENT_S):
+        await messages.end()
+        while await messages.receive() is not None:
+            pass
+
+
+async def spool(pieces: AsyncIterable[bytes], target: Path, room_bytes: int) -> None:
+    """Write an archive to a new file.  Raises: ResourceExhausted: it is larger than ``room_bytes``; OSError."""
+    size = 0
+    with target.open("xb") as file:
+        async for piece in pieces:
+            size += len(piece)
+            if size > room_bytes:
+                raise ResourceExhausted("no space left on device for the result of the build")
+            await asyncio.to_thread(file.write, piece)
+
+
+def listed(archive: Path) -> Sequence[SentFile]:
+    """The entries of a plain tar in the order of a walk: names in a directory sorted by their bytes; blocking.
+
+    Of hard links the first in that order has the content, whichever has it in the archive.
+
+    Raises: InvalidArgument: a name that the protocol cannot carry.
+    """
+    with tarfile.open(archive, "r:", encoding="utf-8", errors="surrogateescape") as opened:
+        members = {member.name: member for member in opened if member.name}
+    walk = sorted(members, key=lambda name: name.encode("utf-8", "surrogateescape").split(b"/"))
+    firsts: dict[str, str] = {}
+    found = []
+    for name in walk:
+        member = members[name]
+        content = members[member.linkname] if member.islnk() else member
+        first = firsts.setdefault(content.name, name) if content.isreg() else name
+        found.append(_sent(name, content, link=first if first != name else ""))
+    return found
+
+
+def _sent(name: str, member: tarfile.TarInfo, *, link: str) -> SentFile:
+    """``link``: the path before it of which this is another name."""
+    try:
+        name.encode()
+        (member.linkname if member.issym() else link).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"a name that is not UTF-8 cannot be sent: {name!r}") from error
+    attributes = {
+        record.removeprefix(_XATTR_RECORD): value.encode("utf-8", "surrogateescape")
+        for record, value in member.pax_headers.items()
+        if record.startswith(_XATTR_RECORD)
+    }
+    described = pb.Stat(
+        path=name,
+        mode=go_mode(member.mode | _KINDS.get(member.type, stat.S_IFREG)),
+        uid=member.uid,
+        gid=member.gid,
+        size=member.size if member.isreg() and not link else 0,
+        mod_time=int(member.mtime) * 1_000_000_000,
+        linkname=member.linkname if member.issym() else link,
+        devmajor=member.devmajor,
+        devminor=member.devminor,
+        xattrs={} if link else attributes,
+    )
+    return SentFile(described, member.offset_data if member.isreg() and not link else None)

@@ -1,0 +1,94 @@
+"""Images that containers mount (``--mount type=image``): an image's files under changes of the container's own.
+
+The layers are shared with every container of the image; what the container writes is kept with it, and goes with it.
+
+Source: moby 28, daemon/volumes.go, volume/mounts/linux_parser.go.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from skep.engine import overlay
+from skep.engine.container import Container, MountPoint
+from skep.engine.images.digest import Digest
+from skep.engine.images.store import ImageStore
+from skep.errors import InvalidArgument, Unimplemented
+from skep.linux import syscalls
+from skep.model.container import Mount
+
+_TYPE = "image"
+
+
+def image_points(images: ImageStore, mounts: Iterable[Mount]) -> list[MountPoint]:
+    """The mounts of images among ``mounts``.
+
+    Raises: InvalidArgument; Unimplemented: a part of an image; NotFound: the image is not here.
+    """
+    return [_point(images, mount) for mount in mounts if mount.type == _TYPE]
+
+
+def others(mounts: Iterable[Mount]) -> list[Mount]:
+    """Those of ``mounts`` that are of no image."""
+    return [mount for mount in mounts if mount.type != _TYPE]
+
+
+def _point(images: ImageStore, mount: Mount) -> MountPoint:
+    invalid = f'invalid mount config for type "{_TYPE}"'
+    if not mount.source:
+        raise InvalidArgument(f"{invalid}: field Source must not be empty")
+    if not mount.target.startswith("/"):
+        raise InvalidArgument(f"{invalid}: invalid mount path: '{mount.target}' mount path must be absolute")
+    for name in ("bind_options", "volume_options", "tmpfs_options"):
+        if getattr(mount, name) is not None:
+            field = "".join(map(str.capitalize, name.split("_")))
+            raise InvalidArgument(f"{invalid}: field {field} must not be specified")
+    if mount.image_options is not None and mount.image_options.subpath:
+        raise Unimplemented("a part of an image cannot be mounted (image-subpath): mount the image")
+    image = images.get(mount.source)
+    return MountPoint(
+        type=_TYPE,
+        destination=mount.target,
+        name=image.id,
+        read_only=mount.read_only,
+        layers=tuple(map(str, images.layers(image))),
+    )
+
+
+def chains(images: ImageStore, points: Iterable[MountPoint]) -> list[Digest]:
+    """The layers of images that ``points`` mount.  Raises: NotFound."""
+    return [id for point in points for id in images.get(point.name).chain]
+
+
+def images_of(container: Container) -> Sequence[str]:
+    """Ids of the images that a container needs: its own, and those that it mounts."""
+    return [container.image_id, *(point.name for point in container.config.mounts if point.type == _TYPE)]
+
+
+def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
+    """``point`` as runc gets it, with the path at which ``mount_all`` mounts it."""
+    return MountPoint(
+        type="bind", destination=point.destination, source=str(place / str(number)), read_only=point.read_only
+    )
+
+
+def mount_all(points: Sequence[MountPoint], place: Path, changes: Path) -> None:
+    """Mount the images among ``points``, each by its number below ``place``; harmless when they are mounted.
+
+    ``changes``: a directory that the container keeps.  Raises: OSError; FailedPrecondition: too many layers.
+    """
+    for number, point in enumerate(points):
+        target, own = place / str(number), changes / str(number)
+        if point.type != _TYPE or os.path.ismount(target):
+            continue
+        for directory in (target, own / "upper", own / "work", own / "empty"):
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        layers = [Path(layer) for layer in point.layers] or [own / "empty"]
+        overlay.mount_layers(layers, own / "upper", own / "work", target)
+
+
+def unmount_all(place: Path) -> None:
+    """Undo ``mount_all``.  Raises: OSError."""
+    if place.is_dir():
+        for target in place.iterdir():
+            syscalls.unmount_if_mounted(target)

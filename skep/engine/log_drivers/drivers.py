@@ -1,0 +1,43 @@
+"""The log drivers of a node."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from skep.engine.log_drivers import fluentd, gelf, journald, splunk, syslog
+from skep.engine.log_drivers.facts import LogFacts
+from skep.engine.log_drivers.message import Sink
+from skep.engine.log_drivers.options import FILE_DRIVERS, Check, Options
+
+SINKS: Mapping[str, Callable[[Options, LogFacts], Sink]] = MappingProxyType(
+    {
+        "fluentd": fluentd.Fluentd,
+        "gelf": gelf.Gelf,
+        "journald": journald.Journald,
+        "splunk": splunk.Splunk,
+        "syslog": syslog.Syslog,
+    }
+)
+_CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        "fluentd": fluentd.check,
+        "gelf": gelf.check,
+        "journald": journald.check,
+        "splunk": splunk.check,
+        "syslog": syslog.check,
+    }
+)
+
+
+def sending_drivers() -> Mapping[str, Check]:
+    """Those that send elsewhere, each with what refuses its options.
+
+    A machine without a journal has no driver journald, so that services with it get other nodes.
+    """
+    if journald.SOCKET.exists():
+        return _CHECKS
+    return {name: check for name, check in _CHECKS.items() if name != "journald"}
+
+
+def log_drivers() -> tuple[str, ...]:
+    """Those that the node announces; ``none`` is there everywhere."""
+    return (*FILE_DRIVERS, *sending_drivers())

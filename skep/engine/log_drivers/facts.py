@@ -1,0 +1,204 @@
+"""What a log driver knows of its container, and what a user's options make of it: further attributes, and the tag.
+
+Source: moby, daemon/logger/loginfo.go, daemon/logger/loggerutils/log_tag.go, daemon/logger/templates/templates.go.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterable, Mapping
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.engine.container import Container, ContainerConfig
+from skep.engine.log_drivers.options import FILE_DRIVERS
+from skep.errors import InvalidArgument
+from skep.gotemplate import CallError, Function, Struct, TemplateError, Value, expand
+from skep.linux.commands import communicate
+
+DEFAULT_TAG = "{{.ID}}"
+_REGEX_DEADLINE_S = 10.0
+_COUNT_MAX = 1024
+_MATCH = """
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+try:
+    compiled = re.compile(pattern)
+except re.error as error:
+    print(json.dumps(str(error)))
+else:
+    print(json.dumps([name for name in names if compiled.search(name)]))
+"""
+
+
+class LogFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A container as its log driver sees it.  ``name`` has no slash before it."""
+
+    id: str
+    name: str
+    image_id: str
+    image: str
+    command: str
+    created: str
+    hostname: str
+    """The node's."""
+    attributes: Mapping[str, str] = {}
+    """Labels and variables that the log options name."""
+
+    def struct(self) -> Struct:
+        """The same for templates."""
+        return Struct(
+            "*logger.Info",
+            {
+                "ID": self.id[:12],
+                "FullID": self.id,
+                "Name": self.name,
+                "ImageID": short_id(self.image_id),
+                "ImageFullID": self.image_id,
+                "ImageName": self.image,
+                "Command": self.command,
+                "Hostname": self.hostname,
+                "DaemonName": "docker",
+                "ContainerID": self.id,
+                "ContainerName": f"/{self.name}",
+                "ContainerImageID": self.image_id,
+                "ContainerImageName": self.image,
+            },
+        )
+
+
+def facts_of(container: Container, hostname: str) -> LogFacts:
+    """Those of ``container`` on the node ``hostname``."""
+    config = container.config
+    return LogFacts(
+        id=container.id,
+        name=container.name,
+        image_id=container.image_id,
+        image=container.image,
+        command=" ".join((config.path, *config.args)),
+        created=container.created_at,
+        hostname=hostname,
+        attributes=attributes_of(container),
+    )
+
+
+async def with_attributes(config: ContainerConfig, labels: Mapping[str, str]) -> ContainerConfig:
+    """With what the log options add to each line.  Raises: InvalidArgument."""
+    found = await all_attributes(config.log.options, labels, config.env)
+    return replace(config, log=replace(config.log, attributes=found))
+
+
+def with_tag(container: Container, hostname: str) -> Container:
+    """With the tag, which lines in files have only if the user gives one.  Raises: InvalidArgument."""
+    log = container.config.log
+    if not log.options.get("tag"):
+        return container
+    tag = tag_of(log.options, facts_of(container, hostname))
+    if log.type not in FILE_DRIVERS:
+        return container
+    log = replace(log, attributes={**(log.attributes or {}), "tag": tag})
+    return replace(container, config=replace(container.config, log=log))
+
+
+def short_id(image_id: str) -> str:
+    """The first twelve digits."""
+    return image_id.removeprefix("sha256:")[:12]
+
+
+def tag_of(options: Mapping[str, str], facts: LogFacts, default: str = DEFAULT_TAG) -> str:
+    """The option ``tag`` with its placeholders replaced.  Raises: InvalidArgument."""
+    try:
+        return expand(options.get("tag") or default, facts.struct(), _FUNCTIONS)
+    except TemplateError as error:
+        raise InvalidArgument(f"failed to initialize logging driver: {error}") from error
+
+
+def attributes_of(container: Container) -> Mapping[str, str]:
+    """What the log options ``labels``, ``env`` and their like add to each line."""
+    log = container.config.log
+    if log.attributes is not None:
+        return log.attributes
+    return named_attributes(log.options, container.labels, container.config.env)
+
+
+def named_attributes(
+    options: Mapping[str, str], labels: Mapping[str, str], env: Iterable[str]
+) -> dict[str, str]:
+    """Values of the labels and variables that are named, of those that there are."""
+    found = {name: labels[name] for name in _names(options, "labels") if name in labels}
+    variables = variables_of(env)
+    return found | {name: variables[name] for name in _names(options, "env") if name in variables}
+
+
+async def all_attributes(
+    options: Mapping[str, str], labels: Mapping[str, str], env: Iterable[str]
+) -> dict[str, str]:
+    """The same, with those that a regular expression names.
+
+    The expression is the user's: it is evaluated in a process of its own, as it may take for ever.
+    Raises: InvalidArgument: it is none, or it takes too long.
+    """
+    found = named_attributes(options, labels, env)
+    for option, values in (("labels-regex", labels), ("env-regex", variables_of(env))):
+        if pattern := options.get(option):
+            found |= {name: values[name] for name in await _matching(option, pattern, tuple(values))}
+    return found
+
+
+def variables_of(env: Iterable[str]) -> Mapping[str, str]:
+    """``name=value`` by name."""
+    return dict(one.partition("=")[::2] for one in env if "=" in one)
+
+
+async def _matching(option: str, pattern: str, names: tuple[str, ...]) -> list[str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", "-c", _MATCH),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={"LANG": "C.UTF-8"},
+    )
+    try:
+        output, _ = await communicate(process, _REGEX_DEADLINE_S, json.dumps((pattern, names)).encode())
+        result = msgspec.json.decode(output, type=list[str] | str)
+    except (TimeoutError, msgspec.DecodeError) as error:
+        raise InvalidArgument(f"{option}: the expression could not be evaluated: {pattern}") from error
+    if isinstance(result, str):
+        raise InvalidArgument(f"error parsing regexp: {result}: `{pattern}`")
+    return result
+
+
+def _names(options: Mapping[str, str], option: str) -> list[str]:
+    return [name for name in options.get(option, "").split(",") if name]
+
+
+def _json(value: Value) -> str:
+    if isinstance(value, Struct):
+        value = {name: str(one) for name, one in value.fields.items()}
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _pad(text: str, before: Value, after: Value) -> str:
+    left, right = _count(before), _count(after)
+    return f"{' ' * left}{text}{' ' * right}" if text else text
+
+
+def _truncate(text: str, length: Value) -> str:
+    return text[: _count(length)]
+
+
+def _count(value: Value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _COUNT_MAX:
+        raise CallError(f"expected a number from 0 to {_COUNT_MAX}")
+    return value
+
+
+_FUNCTIONS: Mapping[str, Function] = {
+    "json": Function(_json, 1),
+    "lower": Function(str.lower, 1, texts=1),
+    "upper": Function(str.upper, 1, texts=1),
+    "title": Function(lambda text: text.title(), 1, texts=1),
+    "pad": Function(_pad, 3, texts=1),
+    "truncate": Function(_truncate, 2, texts=1),
+}

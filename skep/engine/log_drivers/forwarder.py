@@ -1,0 +1,267 @@
+"""Sends the output of one container, from its files to the remote of its log driver.
+
+One task reads, the other sends, with a bounded buffer between them.  A remote that is away is tried again with growing
+pauses; meanwhile the files are the buffer, and with ``mode=non-blocking`` the buffer itself, which then drops what
+comes last.  What is lost is counted, and said once when the loss begins and once when the remote is back.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error
+from skep.aio.race import wait_first
+from skep.engine.log_drivers.message import Message, Sink, Undeliverable
+from skep.engine.log_drivers.spool import Spool
+from skep.engine.log_files import Position
+from skep.linux.filewatch import FileWatch
+
+T = TypeVar("T")
+Report = Callable[[str, str, int], None]
+"""Called with an event, the reason, and a number of lines."""
+
+BUFFER_BYTES = 1 << 20
+SAVE_S = 1.0
+_LOOK_S = 1.0
+_MESSAGE_BYTES = 100
+"""What a message costs beside its line."""
+_RETRY_S, _RETRY_S_MAX = 0.1, 30.0
+
+
+class _Chunk(NamedTuple):
+    messages: Sequence[Message]
+    size: int
+    position: Position | None
+    """Everything before it was read when these messages were."""
+
+
+class _Buffer:
+    """``drops``: what does not fit is dropped, instead of waiting for room."""
+
+    def __init__(self, bytes_max: int, *, drops: bool) -> None:
+        self._bytes_max = bytes_max
+        self._drops = drops
+        self._chunks: deque[_Chunk] = deque()
+        self._bytes = 0
+        self._changed = asyncio.Event()
+        self._is_complete = False
+        self.dropped = 0
+
+    async def put(self, messages: Sequence[Message], position: Position | None) -> None:
+        size = sum(_size(message) for message in messages)
+        if self._drops:
+            messages, size = self._fitting(messages)
+            if (
+                not messages and self._chunks
+            ):  # only the position: a chunk for each read would be without bound
+                last = self._chunks[-1]
+                self._chunks[-1] = last._replace(position=position or last.position)
+                return
+        while self._chunks and self._bytes + size > self._bytes_max and not self._drops:
+            await self._wait_changed()
+        self._chunks.append(_Chunk(messages, size, position))
+        self._bytes += size
+        self._changed.set()
+
+    async def first(self) -> _Chunk | None:
+        """The oldest, which stays until ``pop``; None: there is none, and none will come."""
+        while not self._chunks and not self._is_complete:
+            await self._wait_changed()
+        return self._chunks[0] if self._chunks else None
+
+    def complete(self) -> None:
+        """Nothing more will come."""
+        self._is_complete = True
+        self._changed.set()
+
+    def pop(self) -> None:
+        self._bytes -= self._chunks.popleft().size
+        self._changed.set()
+
+    @property
+    def lines(self) -> int:
+        return sum(len(chunk.messages) for chunk in self._chunks)
+
+    def _fitting(self, messages: Sequence[Message]) -> tuple[Sequence[Message], int]:
+        kept: list[Message] = []
+        size = 0
+        for message in messages:
+            if (self._chunks or kept) and self._bytes + size + _size(message) > self._bytes_max:
+                break
+            kept.append(message)
+            size += _size(message)
+        self.dropped += len(messages) - len(kept)
+        return kept, size
+
+    async def _wait_changed(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class Forwarder:
+    """One container's.  ``run`` ends when the container has ended and everything was sent."""
+
+    def __init__(self, spool: Spool, watch: FileWatch, sink: Sink, clock: Clock, report: Report) -> None:
+        self._spool = spool
+        self._watch = watch
+        self._sink = sink
+        self._clock = clock
+        self._report = report
+        self._buffer = _Buffer(BUFFER_BYTES, drops=False)
+        self._ended = asyncio.Event()
+        self._is_open = False
+        self._is_away = False
+        self._is_held = False
+        self._said = 0
+        self._refused = 0
+        self._saved_at = clock.monotonic()
+
+    def bound(self, bytes_max: int) -> "Forwarder":
+        """The same with a buffer of ``bytes_max``, which drops what does not fit; before ``run``."""
+        self._buffer = _Buffer(bytes_max, drops=True)
+        return self
+
+    def end(self) -> None:
+        """The container has ended: nothing more is written."""
+        self._ended.set()
+
+    def hold(self) -> None:
+        """The container is going to be removed: keep its files open, and write none."""
+        self._spool.hold()
+        self._is_held = True
+
+    @property
+    def lost(self) -> int:
+        """Lines that were not sent and never will be."""
+        return self._spool.lost + self._buffer.dropped + self._refused
+
+    async def run(self) -> None:
+        """Send until the container has ended and everything was sent.  Cancelled: how far it came is saved."""
+        last: Position | None = None
+        try:
+            await self._retry(self._open)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read())
+                looking = group.create_task(self._look())
+                while (chunk := await self._buffer.first()) is not None:
+                    await self._deliver(chunk.messages)
+                    self._buffer.pop()
+                    last = chunk.position or last
+                    if last is not None and self._clock.monotonic() - self._saved_at >= SAVE_S:
+                        self._save(last)
+                looking.cancel()
+        finally:
+            if last is not None:
+                self._save(last)
+            if self._is_held:
+                self._refused += self._buffer.lines
+                with suppress(OSError):
+                    self._refused += self._spool.count_rest()
+            self._say_lost()
+            self._watch.close()
+            self._spool.close()
+            await asyncio.shield(self._sink.close())
+
+    async def _read(self) -> None:
+        while True:
+            has_ended = self._ended.is_set()  # evaluated first: what was written before the end is read below
+            messages = await self._retry(self._spool.read)
+            if damage := self._spool.take_damage():
+                self._report("part of a log is damaged and not sent", damage, 0)
+            if messages:
+                await self._buffer.put(messages, self._spool.position)
+                await asyncio.sleep(0)
+                continue
+            if has_ended:
+                break
+            await wait_first(self._watch.wait_changed(), self._ended.wait())
+        if messages := self._spool.finish():
+            await self._buffer.put(messages, self._spool.position)
+        self._buffer.complete()
+
+    def _open(self) -> None:
+        if not self._is_held:
+            self._spool.open()
+
+    async def _retry(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, again after an OSError: a full disk has no room to unpack a file."""
+        backoff = Backoff(_RETRY_S, _RETRY_S_MAX)
+        has_failed = False
+        while True:
+            try:
+                return work()
+            except OSError as error:
+                if not has_failed:
+                    has_failed = True
+                    self._report("log cannot be read", describe_error(error), 0)
+            await backoff.sleep(self._clock)
+
+    async def _look(self) -> None:
+        while True:
+            await self._clock.sleep(_LOOK_S)
+            with suppress(OSError):
+                self._spool.look()
+            self._say_first_loss()
+
+    async def _deliver(self, messages: Sequence[Message]) -> None:
+        """Return when the remote has taken ``messages``; they are sent again until it has."""
+        backoff = Backoff(_RETRY_S, _RETRY_S_MAX)
+        left = 0
+        while True:
+            try:
+                if not self._is_open:
+                    await self._sink.open()
+                    self._is_open = True
+                start = left
+                for message in messages[start:]:
+                    await self._send(message)
+                    left += self._sink.confirms_each
+                await self._sink.flush()
+            except OSError as error:
+                self._is_open = False
+                await self._sink.close()
+                if not self._is_away:
+                    self._is_away = True
+                    self._report("remote of a log driver is away", describe_error(error), 0)
+                await backoff.sleep(self._clock)
+            else:
+                break
+        if self._is_away:
+            self._is_away = False
+            self._report("remote of a log driver is back", "", self.lost - self._said)
+            self._said = self.lost
+
+    async def _send(self, message: Message) -> None:
+        try:
+            await self._sink.send(message)
+        except Undeliverable as error:
+            if not self._refused:
+                self._report("log line cannot be sent", str(error), 1)
+                self._said += 1
+            self._refused += 1
+
+    def _say_first_loss(self) -> None:
+        if self.lost > self._said and self._is_away and not self._said:
+            self._say_lost()
+
+    def _say_lost(self) -> None:
+        if self.lost > self._said:
+            self._report("log lines are lost", "the remote takes none, or too few", self.lost - self._said)
+            self._said = self.lost
+
+    def _save(self, position: Position) -> None:
+        self._saved_at = self._clock.monotonic()
+        if self._is_held:
+            return
+        with suppress(
+            OSError
+        ):  # the container was removed, or the disk is full: then lines may be sent twice
+            self._spool.save(position)
+
+
+def _size(message: Message) -> int:
+    return len(message.line) + _MESSAGE_BYTES

@@ -1,0 +1,93 @@
+"""The log driver journald: the journal's native protocol, a datagram of fields for each line.
+
+Source: moby, daemon/logger/journald/journald.go; systemd, docs/JOURNAL_NATIVE_PROTOCOL.md.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from skep.engine.container import Stream
+from skep.engine.log_drivers.facts import LogFacts, tag_of
+from skep.engine.log_drivers.message import Message
+from skep.engine.log_drivers.options import Options, refuse_unknown
+from skep.engine.log_drivers.transport import Connection, Endpoint, connect
+from skep.model.times import timestamp
+
+SOCKET = Path("/run/systemd/journal/socket")
+
+
+def check(options: Options) -> None:
+    """Raises: InvalidArgument, in Docker's words."""
+    refuse_unknown("journald", options, frozenset())
+
+
+class Journald:
+    """A connection to this machine's journal.  ``socket``: where it listens."""
+
+    def __init__(self, options: Options, facts: LogFacts, socket: Path = SOCKET) -> None:
+        tag = tag_of(options, facts)
+        self._fields: Mapping[str, str] = {
+            "CONTAINER_ID": facts.id[:12],
+            "CONTAINER_ID_FULL": facts.id,
+            "CONTAINER_NAME": facts.name,
+            "CONTAINER_TAG": tag,
+            "IMAGE_NAME": facts.image,
+            "SYSLOG_IDENTIFIER": tag,
+            "CONTAINER_LOG_EPOCH": os.urandom(32).hex(),
+            **{field: value for name, value in facts.attributes.items() if (field := field_name(name))},
+        }
+        self.confirms_each = True
+        self._ordinal = 0
+        self._socket = socket
+        self._connection: Connection | None = None
+
+    async def open(self) -> None:
+        """Connect to the journal."""
+        self._connection = await connect(Endpoint(network="unixgram", path=str(self._socket)))
+
+    async def send(self, message: Message) -> None:
+        assert self._connection is not None, "it is open"
+        await self._connection.send(self.datagram(message))
+
+    async def flush(self) -> None:
+        """A datagram that the socket took is the journal's."""
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def datagram(self, message: Message) -> bytes:
+        """The fields of one line."""
+        self._ordinal += 1
+        fields = {
+            **self._fields,
+            "SYSLOG_TIMESTAMP": timestamp(message.timestamp_ns),
+            "CONTAINER_LOG_ORDINAL": str(self._ordinal),
+            "PRIORITY": "3" if message.stream is Stream.STDERR else "6",
+        }
+        if message.partial is not None:
+            fields |= {
+                "CONTAINER_PARTIAL_ID": message.partial.id,
+                "CONTAINER_PARTIAL_ORDINAL": str(message.partial.ordinal),
+                "CONTAINER_PARTIAL_LAST": "true" if message.partial.last else "false",
+            }
+            if not message.partial.last:
+                fields["CONTAINER_PARTIAL_MESSAGE"] = "true"
+        parts = [_field(name, value.encode(errors="surrogateescape")) for name, value in fields.items()]
+        return b"".join((*parts, _field("MESSAGE", message.line)))
+
+
+def field_name(name: str) -> str:
+    """A label or variable as a field's name: capitals, digits and underscores, none of these in front."""
+    found = "".join(
+        char if "0" <= char <= "9" or "A" <= char <= "Z" else "_"
+        for char in "".join(char.upper() if "a" <= char <= "z" else char for char in name)
+    )
+    return found.lstrip("_")
+
+
+def _field(name: str, value: bytes) -> bytes:
+    if b"\n" not in value:
+        return b"%b=%b\n" % (name.encode(), value)
+    return b"%b\n%b%b\n" % (name.encode(), len(value).to_bytes(8, "little"), value)

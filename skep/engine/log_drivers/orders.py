@@ -1,0 +1,56 @@
+"""What the node process and the process that sends logs say to each other: lines of JSON."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from skep.engine.log_drivers.facts import LogFacts
+
+
+class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Send the output of a container whose newest file is ``current``."""
+
+    id: str
+    current: str
+    driver: str
+    options: Mapping[str, str]
+    facts: LogFacts
+    has_ended: bool
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    """The container has ended."""
+
+    id: str
+
+
+class Hold(msgspec.Struct, frozen=True, tag=True):
+    """The container is going to be removed.  The response is ``Held``."""
+
+    id: str
+
+
+class Held(msgspec.Struct, frozen=True, tag=True):
+    """The files of the container may be removed."""
+
+    id: str
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """Everything of the container that was ordered was sent, or was given up."""
+
+    id: str
+
+
+class Report(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Something for the node's log."""
+
+    id: str
+    driver: str
+    event: str
+    reason: str
+    lines: int
+
+
+Order = Forward | End | Hold
+Response = Held | Done | Report

@@ -1,0 +1,148 @@
+"""The process that sends the output of containers to the remotes of their log drivers.
+
+It is started by the node process (``engine.log_forwarding``) while there is a container that needs it, takes orders on
+its standard input and ends when that ends.  How far each log was sent is on disk, so the next one goes on there.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import SystemClock
+from skep.aio.failures import describe_error
+from skep.engine.log_drivers.drivers import SINKS
+from skep.engine.log_drivers.forwarder import Forwarder
+from skep.engine.log_drivers.options import buffer_bytes
+from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Report, Response
+from skep.engine.log_drivers.spool import Spool
+from skep.linux.filewatch import FileWatch
+
+LINE_BYTES_MAX = 4 << 20
+"""Of an order: a container has its labels and variables in it."""
+_HELD_S = 60.0
+"""For what a removed container has left to send."""
+_END_S = 5.0
+"""The same when this process ends."""
+
+
+class Sender:
+    """All forwarders.  ``respond``: sends a response."""
+
+    def __init__(self, respond: Callable[[Response], None]) -> None:
+        self._respond = respond
+        self._forwarders: dict[str, Forwarder] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._later: dict[str, Forward] = {}
+        """Containers that were started again while what they wrote before is still being sent."""
+        self._held: set[asyncio.Task[None]] = set()
+        self._clock = SystemClock()
+
+    def take(self, order: Order) -> None:
+        """Carry out an order."""
+        match order:
+            case Forward():
+                if order.id in self._forwarders:
+                    self._later[order.id] = order
+                else:
+                    self._start(order)
+            case End(id):
+                if (later := self._later.get(id)) is not None:
+                    self._later[id] = msgspec.structs.replace(later, has_ended=True)
+                elif (forwarder := self._forwarders.get(id)) is not None:
+                    forwarder.end()
+            case Hold(id):
+                self._later.pop(id, None)
+                if (forwarder := self._forwarders.get(id)) is not None:
+                    self._hold(id, forwarder)
+                self._respond(Held(id))
+
+    async def end(self) -> None:
+        """Give what removed containers have left a moment, and stop the rest."""
+        for task in [task for task in self._tasks.values() if task not in self._held]:
+            task.cancel()
+        if self._held:
+            await asyncio.wait(self._held, timeout=_END_S)
+        for task in (*self._tasks.values(), *self._held):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), *self._held, return_exceptions=True)
+
+    def _start(self, order: Forward) -> None:
+        def report(event: str, reason: str, lines: int) -> None:
+            self._respond(Report(id=order.id, driver=order.driver, event=event, reason=reason, lines=lines))
+
+        try:
+            sink = SINKS[order.driver](order.options, order.facts)
+            bytes_max = buffer_bytes(order.options)
+            current = Path(order.current)
+            forwarder = Forwarder(Spool(current), FileWatch(current.parent), sink, self._clock, report)
+        except Exception as error:  # refused at creation, but what it names has gone; others are not affected
+            report("log driver cannot be used", describe_error(error), 0)
+            self._respond(Done(order.id))
+            return
+        if bytes_max:
+            forwarder.bound(bytes_max)
+        if order.has_ended:
+            forwarder.end()
+        self._forwarders[order.id] = forwarder
+        task = asyncio.get_running_loop().create_task(self._run(forwarder, report), name=order.id)
+        self._tasks[order.id] = task
+        task.add_done_callback(lambda done: self._forget(order.id, done))
+
+    async def _run(self, forwarder: Forwarder, report: Callable[[str, str, int], None]) -> None:
+        try:
+            await forwarder.run()
+        except Exception as error:  # one container's error does not reach others
+            report("log not sent any more", describe_error(error), 0)
+
+    def _hold(self, id: str, forwarder: Forwarder) -> None:
+        task = self._tasks[id]
+        self._held.add(task)
+        asyncio.get_running_loop().call_later(_HELD_S, task.cancel)
+        try:
+            forwarder.hold()
+        except Exception as error:  # the same
+            reason = describe_error(error)
+            self._respond(
+                Report(
+                    id=id, driver="", event="log of a removed container may be lost", reason=reason, lines=0
+                )
+            )
+
+    def _forget(self, id: str, task: asyncio.Task[None]) -> None:
+        self._held.discard(task)
+        if self._tasks.get(id) is task:
+            del self._tasks[id], self._forwarders[id]
+            if (later := self._later.pop(id, None)) is not None and not task.cancelled():
+                self._start(later)
+            else:
+                self._respond(Done(id))
+
+
+async def _main() -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=LINE_BYTES_MAX)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(0, "rb", 0))
+    encoder = msgspec.json.Encoder()
+    sender = Sender(lambda response: _write(encoder.encode(response)))
+    decoder = msgspec.json.Decoder(Order)
+    try:
+        while line := await reader.readline():
+            sender.take(decoder.decode(line))
+    finally:
+        await sender.end()
+
+
+def _write(line: bytes) -> None:
+    try:
+        os.write(1, line + b"\n")
+    except OSError:  # the node process has ended
+        return
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
+    sys.stdout.flush()

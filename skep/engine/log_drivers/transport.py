@@ -1,0 +1,207 @@
+"""Connections to the remotes of log drivers."""
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import msgspec
+
+from skep.engine.log_drivers.message import Undeliverable
+from skep.errors import InvalidArgument
+
+CONNECT_S = 10.0
+SEND_S = 30.0
+"""For a remote that takes nothing: then the connection is given up."""
+FILE_BYTES_MAX = 1 << 20
+"""Of a file with certificates or a key."""
+
+
+class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a connection over TLS.  Empty: the system's authorities, no certificate of our own."""
+
+    ca: str = ""
+    is_ca_alone: bool = False
+    """Whether only ``ca`` is trusted, not the system's authorities beside it."""
+    certificate: str = ""
+    key: str = ""
+    verifies: bool = True
+    name: str = ""
+    """Whose certificate is expected; empty: the host's."""
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """``network``: udp, tcp, tls; unix, unixgram, with a path instead of host and port."""
+
+    network: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    tls: TlsFiles | None = None
+
+
+class Connection(Protocol):
+    """Connected."""
+
+    async def send(self, data: bytes) -> None:
+        """One datagram, or a part of a stream.  Raises: Undeliverable: too large; OSError."""
+
+    async def receive(self) -> bytes:
+        """What the remote has sent.  Raises: OSError: it has ended, or sends nothing."""
+
+    def close(self) -> None:
+        """Disconnect."""
+
+
+async def connect(endpoint: Endpoint, deadline_s: float = CONNECT_S) -> Connection:
+    """Raises: OSError."""
+    async with asyncio.timeout(deadline_s):
+        match endpoint.network:
+            case "udp":
+                found = await asyncio.get_running_loop().getaddrinfo(
+                    endpoint.host or "localhost", endpoint.port, type=socket.SOCK_DGRAM
+                )
+                return await _datagrams(found[0][0], found[0][4])
+            case "unixgram":
+                return await _datagrams(socket.AF_UNIX, endpoint.path)
+            case "unix":
+                return _Stream(*await asyncio.open_unix_connection(endpoint.path))
+            case _:
+                context = client_context(endpoint.tls) if endpoint.tls is not None else None
+                name = (endpoint.tls.name or endpoint.host) if endpoint.tls is not None else None
+                host = endpoint.host or "localhost"
+                return _Stream(
+                    *await asyncio.open_connection(
+                        host, endpoint.port, ssl=context, server_hostname=name or host if context else None
+                    )
+                )
+
+
+def client_context(files: TlsFiles) -> ssl.SSLContext:
+    """Raises: OSError: a file cannot be used."""
+    with _content(files.ca) as ca:
+        if files.is_ca_alone:
+            context = ssl.create_default_context(cafile=ca)
+        else:
+            context = ssl.create_default_context()
+            if ca is not None:
+                context.load_verify_locations(ca)
+    if files.certificate or files.key:
+        with _content(files.certificate) as certificate, _content(files.key) as key:
+            context.load_cert_chain(certificate or "", key or "")
+    if not files.verifies:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+@contextmanager
+def _content(path: str) -> Iterator[str | None]:
+    """A path at which OpenSSL reads what the file at ``path`` has now; None for none.
+
+    OpenSSL opens files by itself, and would wait for a writer of a pipe, or read a device without an end.
+
+    Raises: OSError: there is no such file, it is not a regular one or too large.
+    """
+    if not path:
+        yield None
+        return
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        data = file.read(FILE_BYTES_MAX + 1)
+    if len(data) > FILE_BYTES_MAX:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+    with open(os.memfd_create("skep-log-tls"), "wb") as copy:
+        copy.write(data)
+        copy.flush()
+        yield f"/proc/self/fd/{copy.fileno()}"
+
+
+def host_and_port(text: str, default_port: int | None) -> tuple[str, int]:
+    """``host:port``, ``[address]:port``.  Raises: InvalidArgument, in the words of Go's net package."""
+    host, separator, port = text.rpartition(":")
+    if not separator or text.endswith("]"):
+        host, port = text, "" if default_port is None else str(default_port)
+    if not port:
+        raise InvalidArgument(f"address {text}: missing port in address")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise InvalidArgument(f"address {text}: too many colons in address")
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise InvalidArgument(f"address {text}: invalid port")
+    return host.strip("[]"), int(port)
+
+
+async def _datagrams(family: int, address: "str | Sequence[object]") -> "_Datagrams":
+    connection = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        connection.connect(address if isinstance(address, str) else tuple(address))  # no waiting: datagrams
+    except BaseException:
+        connection.close()
+        raise
+    return _Datagrams(connection)
+
+
+class _Datagrams:
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    async def send(self, data: bytes) -> None:
+        try:
+            try:
+                self._socket.send(data)
+            except BlockingIOError:  # a local receiver that does not read
+                async with asyncio.timeout(SEND_S):
+                    await asyncio.get_running_loop().sock_sendall(self._socket, data)
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                raise Undeliverable(f"it has {len(data)} bytes, too many for a datagram") from error
+            raise
+
+    async def receive(self) -> bytes:
+        raise OSError(errno.EOPNOTSUPP, "datagrams have no answers")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _Stream:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    async def send(self, data: bytes) -> None:
+        with self._aborted_by_error():
+            if self._reader.at_eof():
+                raise ConnectionResetError(errno.ECONNRESET, "the remote has closed the connection")
+            self._writer.write(data)
+            async with asyncio.timeout(SEND_S):
+                await self._writer.drain()
+
+    async def receive(self) -> bytes:
+        with self._aborted_by_error():
+            async with asyncio.timeout(SEND_S):
+                data = await self._reader.read(4096)
+            if not data:
+                raise ConnectionResetError(errno.ECONNRESET, "the remote has closed the connection")
+            return data
+
+    def close(self) -> None:
+        self._writer.close()
+        # What was written last is sent first, which a remote that hangs would put off for ever.
+        asyncio.get_running_loop().call_later(SEND_S, self._writer.transport.abort)
+
+    @contextmanager
+    def _aborted_by_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._writer.transport.abort()
+            raise

@@ -1,0 +1,202 @@
+"""Has a process of its own send the output of containers whose log driver sends it elsewhere.
+
+Level-triggered: what the process was told is compared with the containers there are.  A process that ends is started
+again with pauses that grow; nothing is lost by that, as it goes on where the last one stopped.
+"""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+
+import msgspec
+import structlog
+
+from skep.aio.groups import errors_as_they_are
+from skep.engine.bundle import Bundles
+from skep.engine.container import Container, ContainerEvent
+from skep.engine.events import Events
+from skep.engine.log_drivers import sender
+from skep.engine.log_drivers.facts import facts_of
+from skep.engine.log_drivers.options import FILE_DRIVERS
+from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Report, Response
+from skep.errors import Unavailable
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+HOLD_DEADLINE_S = 10.0
+"""For the process to open the files of a container that is going to be removed."""
+_END_S = 7.0
+_ACTIONS = frozenset({"start", "die", "destroy"})
+
+
+def is_sent(container: Container) -> bool:
+    """Whether its log driver sends its output elsewhere, and there can be some."""
+    return container.config.log.type not in (*FILE_DRIVERS, "none") and container.was_started
+
+
+def encoded(order: Order) -> bytes | None:
+    """A line for the process; None: it is longer than the process reads."""
+    line = msgspec.json.encode(order) + b"\n"
+    return line if len(line) <= sender.LINE_BYTES_MAX else None
+
+
+class LogForwarding:
+    """Runs the process.  ``hostname``: the node's; ``containers``: all of them at present."""
+
+    def __init__(
+        self, bundles: Bundles, hostname: str, events: Events, containers: Callable[[], Iterable[Container]]
+    ) -> None:
+        self._bundles = bundles
+        self._hostname = hostname
+        self._events = events
+        self._containers = containers
+        self._told: dict[ContainerId, bool] = {}
+        """What the present process sends, and whether it knows that the container has ended."""
+        self._sending: set[str] = set()
+        """What it has not sent whole, containers that were removed among it."""
+        self.pid = 0
+        """Of the process; 0: none is needed."""
+        self._changed = asyncio.Event()
+        self._holding: dict[str, asyncio.Future[None]] = {}
+
+    async def run(self) -> None:
+        """Keep the process running while it is needed, until cancelled.  Raises: Unavailable: it has ended."""
+        with self._events.subscribed() as events:
+            async with errors_as_they_are(), asyncio.TaskGroup() as group:
+                watching = group.create_task(self._watch(aiter(events)), name="containers with sent logs")
+                try:
+                    while True:
+                        while not any(map(is_sent, self._containers())):
+                            await self._wait_changed()
+                        await self._run_process()
+                finally:
+                    watching.cancel()
+
+    async def hold(self, container: Container) -> None:
+        """Return when the files of a container may be removed; what is in them is sent all the same."""
+        if not is_sent(container):
+            return
+        held = self._holding.get(container.id)
+        if held is None:
+            held = self._holding[container.id] = asyncio.get_running_loop().create_future()
+        self._changed.set()
+        try:
+            async with asyncio.timeout(HOLD_DEADLINE_S):
+                await asyncio.shield(held)
+        except TimeoutError:
+            log.warning("logs of a removed container may be lost", container=container.id)
+        finally:
+            self._holding.pop(container.id, None)
+
+    async def _watch(self, events: AsyncIterator[ContainerEvent]) -> None:
+        async for event in events:
+            if event.action in _ACTIONS:
+                self._changed.set()
+
+    async def _wait_changed(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def _run_process(self) -> None:
+        async with _started() as process:
+            self._told, self._sending, self.pid = {}, set(), process.pid
+            assert process.stdin is not None, "orders go through a pipe"
+            async with errors_as_they_are(), asyncio.TaskGroup() as group:
+                listening = group.create_task(self._listen(process), name="responses of the log sender")
+                try:
+                    while True:
+                        for order in self._orders(self._wanted()):
+                            self._send(process.stdin, order)
+                        if not self._told and not self._sending:
+                            break
+                        with suppress(ConnectionError):  # its end is seen by the listener
+                            await process.stdin.drain()
+                        await self._wait_changed()
+                finally:
+                    self.pid = 0
+                    listening.cancel()
+
+    def _send(self, stdin: asyncio.StreamWriter, order: Order) -> None:
+        line = encoded(order)
+        if line is None:
+            log.warning("log is not sent: its labels and variables are too large", container=order.id)
+            return
+        stdin.write(line)
+        if isinstance(order, Forward):
+            self._sending.add(order.id)
+
+    def _wanted(self) -> dict[ContainerId, Container]:
+        return {one.id: one for one in self._containers() if is_sent(one)}
+
+    def _orders(self, wanted: dict[ContainerId, Container]) -> list[Order]:
+        """What the process is to be told, so that it knows of ``wanted``."""
+        orders: list[Order] = []
+        for id, container in wanted.items():
+            has_ended, known = not container.is_running, self._told.get(id)
+            if known is None or (known and not has_ended):
+                orders.append(self._forward(container))
+            elif has_ended and not known:
+                orders.append(End(id))
+            self._told[id] = has_ended
+            if id in self._holding:
+                orders.append(Hold(id))
+        removed = [id for id in self._told if id not in wanted]
+        return orders + [End(id) for id in removed if not self._told.pop(id)]
+
+    def _forward(self, container: Container) -> Forward:
+        return Forward(
+            id=container.id,
+            current=str(self._bundles.log(container.id)),
+            driver=container.config.log.type,
+            options=container.config.log.options,
+            facts=facts_of(container, self._hostname),
+            has_ended=not container.is_running,
+        )
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None, "responses come in a pipe"
+        while line := await process.stdout.readline():
+            match msgspec.json.decode(line, type=Response):
+                case Held(id):
+                    held = self._holding.get(id)
+                    if held is not None and not held.done():
+                        held.set_result(None)
+                case Done(id):
+                    self._sending.discard(id)
+                    self._changed.set()
+                case Report() as report:
+                    keys = {"reason": report.reason} if report.reason else {}
+                    if report.lines:
+                        keys["lines"] = str(report.lines)
+                    log.warning(report.event, container=report.id, driver=report.driver, **keys)
+        raise Unavailable("the process that sends logs has ended")
+
+
+@asynccontextmanager
+async def _started() -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-m", sender.__name__),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=sender.LINE_BYTES_MAX,
+        start_new_session=True,
+        cwd="/",
+        env={"LANG": "C.UTF-8"},
+    )
+    try:
+        yield process
+    finally:
+        await asyncio.shield(_end(process))
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin is not None, "its end is the sign"
+    process.stdin.close()
+    try:
+        async with asyncio.timeout(_END_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

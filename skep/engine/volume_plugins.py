@@ -1,0 +1,458 @@
+"""Docker's volume plug-ins: programs that give a node volumes, by HTTP on a socket of theirs.
+
+A plug-in is trusted with the volumes that it was asked for and with nothing else: each call has a deadline and a bound,
+one that does not respond is left alone for a while, and what it says is checked.
+
+Source: moby 20.10, pkg/plugins/{discovery,client,plugins}.go, volume/drivers/{proxy,adapter,extpoint}.go.
+"""
+
+import asyncio
+import json
+import os
+import ssl
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock, SystemClock
+from skep.aio.failures import describe_error, log_error
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
+
+SOCKETS: Final = Path("/run/docker/plugins")
+SPECS: Final = (Path("/etc/docker/plugins"), Path("/usr/lib/docker/plugins"))
+LOCAL: Final = "local"
+SCAN_S = 10.0
+LONG_S, SHORT_S = 120.0, 60.0
+"""Deadlines of calls that change or mount volumes, and of those that look; Docker's."""
+LIST_S = 5.0
+"""For a list of all volumes, which one plug-in must not hold up."""
+ANSWER_BYTES_MAX = 1 << 20
+CALLS_MAX = 16
+"""Calls to one plug-in at a time; others wait, each as long as its deadline, before it is sent."""
+PLUGINS_MAX = 64
+VOLUMES_MAX = 10_000
+"""Of a plug-in's list, the first ones are shown."""
+_SPEC_BYTES_MAX = 64 * 1024
+_PATH_CHARACTERS_MAX = 4096
+_ACCEPT = "application/vnd.docker.plugins.v1.2+json"
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class PluginRefused(SkepError):
+    """The plug-in answered with an error; the text is its own."""
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """What a plug-in says; fields that are not known here are passed over."""
+
+
+class _Activated(_Answer, frozen=True):
+    implements: tuple[str, ...] | None = None
+
+
+class _Done(_Answer, frozen=True):
+    err: str = ""
+
+
+class _Mounted(_Answer, frozen=True):
+    err: str = ""
+    mountpoint: str = ""
+
+
+class PluginVolume(_Answer, frozen=True):
+    """A volume as its plug-in describes it."""
+
+    name: str = ""
+    mountpoint: str = ""
+    created_at: str = ""
+    status: Mapping[str, Any] | None = None
+
+
+class _Got(_Answer, frozen=True):
+    err: str = ""
+    volume: PluginVolume | None = None
+
+
+class _Listed(_Answer, frozen=True):
+    err: str = ""
+    volumes: tuple[PluginVolume, ...] | None = None
+
+
+class _Scope(_Answer, frozen=True):
+    scope: str = ""
+
+
+class _Capable(_Answer, frozen=True):
+    err: str = ""
+    capabilities: _Scope | None = None
+
+
+class _Tls(_Answer, frozen=True):
+    insecure_skip_verify: bool = False
+    ca_file: str = msgspec.field(default="", name="CAFile")
+    cert_file: str = ""
+    key_file: str = ""
+
+
+class Endpoint(_Answer, frozen=True):
+    """Where a plug-in listens, as its file says: ``unix:///path``, ``tcp://host:port``, ``http://...``."""
+
+    addr: str = ""
+    tls_config: _Tls | None = msgspec.field(default=None, name="TLSConfig")
+
+
+class VolumePlugin:
+    """One plug-in that gives volumes.  Every call raises PluginRefused, in its words, or Unavailable."""
+
+    def __init__(self, name: str, endpoint: Endpoint, clock: Clock) -> None:
+        self.name = name
+        self.endpoint = endpoint
+        self.gives_volumes = False
+        """Whether it has said so."""
+        self.scope = LOCAL
+        """``global``: every node with this plug-in has the same volumes."""
+        self._clock = clock
+        self._calls = asyncio.Semaphore(CALLS_MAX)
+        self._backoff = Backoff(1.0, 30.0)
+        self._silent_until = 0.0
+
+    async def activate(self) -> None:
+        """Shake hands.  Raises: NotFound: it gives no volumes."""
+        answer = await self._call("Plugin.Activate", None, _Activated, SHORT_S)
+        if "VolumeDriver" not in (answer.implements or ()):
+            raise NotFound(f'plugin "{self.name}" does not implement VolumeDriver')
+        with suppress(PluginRefused):  # older plug-ins do not know the call
+            capable = await self._call("VolumeDriver.Capabilities", {}, _Capable, SHORT_S)
+            is_global = capable.capabilities is not None and capable.capabilities.scope.lower() == "global"
+            self.scope = "global" if is_global else LOCAL
+        self.gives_volumes = True
+
+    async def create(self, name: str, options: Mapping[str, str]) -> None:
+        """Make a volume."""
+        _checked(
+            await self._call("VolumeDriver.Create", {"Name": name, "Opts": dict(options)}, _Done, LONG_S)
+        )
+
+    async def remove(self, name: str) -> None:
+        """Remove a volume."""
+        _checked(await self._call("VolumeDriver.Remove", {"Name": name}, _Done, LONG_S))
+
+    async def mount(self, name: str, id: str) -> str:
+        """Make a volume available for the user ``id``; gives its directory on this node.  Harmless when it is."""
+        answer = await self._call("VolumeDriver.Mount", {"Name": name, "ID": id}, _Mounted, LONG_S)
+        _checked(answer)
+        return checked_path(self.name, answer.mountpoint)
+
+    async def unmount(self, name: str, id: str) -> None:
+        """The user ``id`` does not need the volume any more."""
+        _checked(await self._call("VolumeDriver.Unmount", {"Name": name, "ID": id}, _Done, LONG_S))
+
+    async def get(self, name: str) -> PluginVolume | None:
+        """A volume; None: there is none of that name, or the plug-in refuses to say."""
+        try:
+            answer = await self._call("VolumeDriver.Get", {"Name": name}, _Got, SHORT_S)
+            _checked(answer)
+        except PluginRefused:
+            return None  # "no such volume" has no words of its own
+        return answer.volume if answer.volume is not None and answer.volume.name == name else None
+
+    async def list(self) -> Sequence[PluginVolume]:
+        """All its volumes, at most ``VOLUMES_MAX``."""
+        answer = await self._call("VolumeDriver.List", {}, _Listed, LIST_S)
+        _checked(answer)
+        return (answer.volumes or ())[:VOLUMES_MAX]
+
+    async def _call(self, method: str, body: Any, type: type[T], deadline_s: float) -> T:
+        left_s = self._silent_until - self._clock.monotonic()
+        if left_s > 0:
+            raise Unavailable(f"plugin {self.name} does not respond; it is asked again in {left_s:.0f} s")
+        await self._take_place(method, deadline_s)
+        try:
+            async with asyncio.timeout(deadline_s):
+                status, answer = await self._post(method, body)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            self._silent_until = self._clock.monotonic() + self._backoff.next_delay_s()
+            reason = (
+                f"no answer within {deadline_s:g} s"
+                if isinstance(error, TimeoutError)
+                else describe_error(error)
+            )
+            raise Unavailable(f"{method}: plugin {self.name}: {reason}") from error
+        finally:
+            self._calls.release()
+        self._backoff.reset()
+        if len(answer) > ANSWER_BYTES_MAX:
+            raise Unavailable(
+                f"{method}: plugin {self.name}: its answer is larger than {ANSWER_BYTES_MAX} bytes"
+            )
+        if status != 200:
+            raise PluginRefused(f"{method}: {_refusal(answer)}")
+        try:
+            return msgspec.json.decode(answer, type=type)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Unavailable(f"{method}: plugin {self.name}: its answer cannot be read: {error}") from error
+
+    async def _take_place(self, method: str, deadline_s: float) -> None:
+        """Raises: Unavailable: other calls hold all places, which says nothing about whether the plug-in responds."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._calls.acquire()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"{method}: plugin {self.name}: {CALLS_MAX} other calls did not end within {deadline_s:g} s"
+            ) from error
+
+    async def _post(self, method: str, body: Any) -> tuple[int, bytes]:
+        url, context = await asyncio.to_thread(_address, self.endpoint)
+        async with (
+            aiohttp.ClientSession(connector=_connector(self.endpoint, context)) as session,
+            session.post(
+                f"{url}/{method}",
+                data=b"" if body is None else json.dumps(body).encode(),
+                headers={"Accept": _ACCEPT, "Content-Type": _ACCEPT},
+                allow_redirects=False,
+            ) as response,
+        ):
+            pieces, size = [], 0
+            async for piece in response.content.iter_chunked(64 * 1024):
+                pieces.append(piece)
+                size += len(piece)
+                if size > ANSWER_BYTES_MAX:
+                    break
+            return response.status, b"".join(pieces)
+
+
+def _checked(answer: _Done | _Mounted | _Got | _Listed) -> None:
+    if answer.err:
+        raise PluginRefused(answer.err[:_PATH_CHARACTERS_MAX])
+
+
+def _refusal(answer: bytes) -> str:
+    """The text of an error: the field ``Err``, else all of it."""
+    try:
+        text = msgspec.json.decode(answer, type=_Done).err
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = ""
+    return (text or answer.decode(errors="replace"))[:_PATH_CHARACTERS_MAX]
+
+
+def checked_path(plugin: str, path: str) -> str:
+    """A directory that a plug-in names.  Raises: Unavailable: it is no absolute path without ``..``."""
+    if not path:
+        raise Unavailable(f"plugin {plugin} gave no path of the volume")
+    is_plain = path.startswith("/") and os.path.normpath(path) == path and "\0" not in path
+    if not is_plain or len(path) > _PATH_CHARACTERS_MAX:
+        raise Unavailable(f"plugin {plugin} gave a path that is no volume's: {path[:200]!r}")
+    return path
+
+
+def _address(endpoint: Endpoint) -> tuple[str, ssl.SSLContext | None]:
+    """The URL of its calls, and how they are encrypted.  Blocks; for a thread.
+
+    Raises: OSError: a file of its certificates cannot be read.
+    """
+    url, tls = urlsplit(endpoint.addr), endpoint.tls_config
+    if url.scheme == "unix":
+        return "http://plugin", None
+    if tls is None:
+        return f"http://{url.netloc}", None
+    for path in filter(None, (tls.ca_file, tls.cert_file, tls.key_file)):
+        _check_certificate(Path(path))
+    context = ssl.create_default_context(cafile=tls.ca_file or None)
+    if tls.insecure_skip_verify or not tls.ca_file:  # as an engine: without a CA nothing is verified
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if tls.cert_file:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+    return f"https://{url.netloc}", context
+
+
+def _check_certificate(path: Path) -> None:
+    """Raises: OSError: a pipe or a device, at which a reader would wait, or more than a certificate can be."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > ANSWER_BYTES_MAX:
+        raise OSError(f"{path} is no regular file of at most {ANSWER_BYTES_MAX} bytes")
+
+
+def _connector(endpoint: Endpoint, context: ssl.SSLContext | None) -> aiohttp.BaseConnector:
+    url = urlsplit(endpoint.addr)
+    if url.scheme == "unix":
+        return aiohttp.UnixConnector(url.path, force_close=True)
+    return aiohttp.TCPConnector(ssl=context if context is not None else True, force_close=True)
+
+
+class VolumePlugins:
+    """The volume plug-ins of this node, found by their sockets and files."""
+
+    def __init__(
+        self,
+        sockets: Path = SOCKETS,
+        specs: Sequence[Path] = SPECS,
+        clock: Clock | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_change``: called when there are other drivers."""
+        self._sockets = sockets
+        self._specs = specs
+        self._clock = clock or SystemClock()
+        self._on_change = on_change
+        self._plugins: dict[str, VolumePlugin] = {}
+        self._lock = asyncio.Lock()
+        self._is_unread = False
+
+    @property
+    def drivers(self) -> Sequence[str]:
+        """Names of those that have said that they give volumes, sorted."""
+        return sorted(name for name, plugin in self._plugins.items() if plugin.gives_volumes)
+
+    async def run(self) -> None:
+        """Look for plug-ins until cancelled."""
+        while True:
+            await self.scan()
+            await self._clock.sleep(SCAN_S)
+
+    async def scan(self) -> None:
+        """Shake hands with those that are new, and forget those whose socket or file is gone."""
+        before = self.drivers
+        unread: list[OSError] = []
+        found = await asyncio.to_thread(self._names, unread.append)
+        if unread:  # which says nothing about those that are known
+            self._report(unread[0])
+        else:
+            for name in set(self._plugins) - set(found):
+                del self._plugins[name]
+        self._is_unread = bool(unread)
+        async with asyncio.TaskGroup() as group:
+            for name in found:
+                group.create_task(self._try(name), name=f"plugin-{name[:32]}")
+        if self.drivers != before:
+            self._on_change()
+
+    def _report(self, error: OSError) -> None:
+        if not self._is_unread:
+            log.warning("plugins not looked for everywhere", reason=describe_error(error))
+
+    async def _try(self, name: str) -> None:
+        plugin = self._plugins.get(name)
+        if plugin is not None and plugin.gives_volumes:
+            return
+        try:
+            async with asyncio.timeout(LIST_S):
+                await self.get(name)
+        except NotFound:
+            return  # of networks, or of logs
+        except (SkepError, TimeoutError):
+            return  # asked again with the next scan, or when its back-off is over
+        except Exception as error:  # one plug-in's error does not reach others
+            log_error(error, "plugin not activated", plugin=name)
+
+    async def get(self, name: str) -> VolumePlugin:
+        """A plug-in by name, activated.  Raises: NotFound, in Docker's words; PluginRefused; Unavailable."""
+        try:
+            endpoint = await asyncio.to_thread(self._endpoint, name)
+        except OSError as error:
+            raise Unavailable(f"error looking up volume plugin {name}: {describe_error(error)}") from error
+        if endpoint is None:
+            raise NotFound(f'error looking up volume plugin {name}: plugin "{name}" not found')
+        plugin = self._plugins.get(name)
+        if plugin is None or plugin.endpoint != endpoint:
+            plugin = self._plugins[name] = VolumePlugin(name, endpoint, self._clock)
+        if not plugin.gives_volumes:
+            try:
+                await plugin.activate()
+            except NotFound as error:
+                raise NotFound(f"error looking up volume plugin {name}: {error}") from error
+        return plugin
+
+    def known(self, name: str) -> VolumePlugin | None:
+        """One that has been activated."""
+        plugin = self._plugins.get(name)
+        return plugin if plugin is not None and plugin.gives_volumes else None
+
+    def _names(self, failed: Callable[[OSError], None]) -> list[str]:
+        """Names of plug-ins of every kind, as their sockets and files have them.
+
+        Args:
+            failed: called for each file or directory that cannot be read at the moment.
+        """
+        found = set()
+        for path in _entries(self._sockets, failed):
+            try:
+                if path.suffix == ".sock" and _is_socket(path):
+                    found.add(path.stem)
+            except OSError as error:
+                failed(error)
+        for directory in self._specs:
+            found |= {path.stem for path in _entries(directory, failed) if path.suffix in (".spec", ".json")}
+        return sorted(found)[:PLUGINS_MAX]
+
+    def _endpoint(self, name: str) -> Endpoint | None:
+        """Raises: InvalidArgument: its file is none; OSError."""
+        if not name or "/" in name or name.startswith("."):
+            return None
+        for path in (self._sockets / f"{name}.sock", self._sockets / name / f"{name}.sock"):
+            if _is_socket(path):
+                return Endpoint(addr=f"unix://{path}")
+        for directory in self._specs:
+            for suffix in (".spec", ".json"):
+                for path in (directory / f"{name}{suffix}", directory / name / f"{name}{suffix}"):
+                    if path.is_file():
+                        return _read_endpoint(name, path)
+        return None
+
+
+def _read_endpoint(name: str, path: Path) -> Endpoint:
+    """Raises: InvalidArgument; OSError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_SPEC_BYTES_MAX)
+        if path.suffix == ".json":
+            endpoint = msgspec.json.decode(content, type=Endpoint)
+        else:
+            endpoint = Endpoint(addr=content.decode().strip())
+        scheme = urlsplit(endpoint.addr).scheme
+    except (ValueError, msgspec.DecodeError) as error:
+        raise InvalidArgument(f"plugin {name}: {path} cannot be read: {describe_error(error)}") from error
+    if scheme not in ("unix", "tcp", "http", "https"):
+        raise InvalidArgument(f"plugin {name}: {path}: Unknown protocol")
+    return endpoint
+
+
+def _entries(directory: Path, failed: Callable[[OSError], None]) -> Iterator[Path]:
+    """Files of a directory, and those in directories of it."""
+
+    def listed(one: Path) -> list[Path]:
+        try:
+            return list(one.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            failed(error)
+            return []
+
+    for path in listed(directory):
+        try:
+            is_directory = path.is_dir()
+        except OSError as error:
+            failed(error)
+            continue
+        yield from listed(path) if is_directory else (path,)
+
+
+def _is_socket(path: Path) -> bool:
+    """Raises: OSError."""
+    try:
+        return stat.S_ISSOCK(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

@@ -1,0 +1,104 @@
+"""What an import gives: a Compose document, and notes on what it does not say."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import yaml
+
+from skep.model.task_end import printable
+from skep.stack.conversion import stack_of
+from skep.stack.document import Problem, parse
+from skep.stack.interpolation import interpolated
+from skep.stack.merging import canonical
+from skep.stack.project import Stack
+from skep.stack.reading import Report
+
+FILE: Final = "imported"
+_ROUNDS_MAX: Final = 50
+"""Each removes at least one key that cannot be read, or is the last."""
+
+
+class Note(msgspec.Struct, frozen=True, order=True):
+    """Something that the document does not say, or says in another way.  ``path``: ``services.web.mac_address``."""
+
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}" if self.path else self.text
+
+
+class Imported(msgspec.Struct, frozen=True, kw_only=True):
+    """A Compose document: a stack's name, its sections in order, and notes on them."""
+
+    document: dict[str, Any]
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The file, with the notes as a comment above it."""
+        head = "".join(f"# {line}\n" for line in _wrapped(self.notes))
+        return head + rendered(self.document)
+
+
+def rendered(document: dict[str, Any]) -> str:
+    """As YAML, in the order of the document, without anchors."""
+    copied = json.loads(json.dumps(document))  # PyYAML writes what is in two places as an anchor
+    return yaml.dump(copied, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def escaped(text: str) -> str:
+    """``text`` as a Compose file has it, where a dollar begins a variable."""
+    return text.replace("$", "$$")
+
+
+def read_back(document: dict[str, Any]) -> tuple[Stack, Report]:
+    """The stack that ``skep stack`` makes of the document, without the contents of files."""
+    report = Report()
+    node = canonical(interpolated(parse(rendered(document), FILE), {}, lambda text: None))
+    return stack_of(node, str(document.get("name", "")), {}, report), report
+
+
+def accepted(document: dict[str, Any]) -> Imported:
+    """The document without the keys that a cluster refuses; the notes say what was removed, and what has no effect."""
+    notes: dict[Note, None] = {}
+    for _ in range(_ROUNDS_MAX):
+        _, report = read_back(document)
+        removed = [one for one in report.problems if _remove(document, one)]
+        notes |= {Note(one.path, f"dropped: {one.text}"): None for one in removed}
+        if not removed:
+            break
+    remaining = (Note(one.path, f"to be mended by hand: {one.text}") for one in report.problems)
+    warnings = (Note(one.path, one.text) for one in report.warnings)
+    return Imported(document=document, notes=(*notes, *remaining, *warnings))
+
+
+def _remove(document: dict[str, Any], problem: Problem) -> bool:
+    """Remove the key that a problem names, if it is one that a service can be without."""
+    keys = problem.path.split(".")
+    if len(keys) < 3 or keys[2] in ("image", "build", "depends_on", "networks"):
+        return False
+    parent: Any = document
+    for key in keys[:-1]:
+        parent = parent.get(key) if isinstance(parent, dict) else None
+    last = keys[-1]
+    if not isinstance(parent, dict) or last not in parent:
+        return False
+    del parent[last]
+    return True
+
+
+def _wrapped(notes: tuple[Note, ...]) -> Iterator[str]:
+    if notes:
+        yield "What this file does not say of what it was made from, or says in another way:"
+    for note in notes:
+        yield printable(f"  {' '.join(str(note).split())}")  # YAML has no other characters in comments
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists indented below their keys, as people write them."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)

@@ -1,0 +1,183 @@
+"""``fig.yml`` of 2014, and Compose files of version 1, which are the same: services at the top, links, volumes_from.
+
+Source: docs.docker.com, compose-file version 1 reference; compose-spec, "Legacy versions".
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument
+from skep.imports.document import Imported, Note, accepted
+from skep.stack.document import Node, Place, Problem, Problems, parse
+
+_MACHINE_PATH: Final = re.compile(r"[./~]")
+
+
+def imported(text: str, file: str, stack: str) -> Imported:
+    """A stack file of a file of version 1.  Raises: Problems: it is none."""
+    document = parse(text, file)
+    services = {name: _plain(node) for name, node in _services(document, file).items()}
+    notes: list[Note] = []
+    made: dict[str, Any] = {"name": stack, "services": {}}
+    conversion = _Conversion(services, notes)
+    for name in services:
+        made["services"][name] = conversion.service(name)
+    for name, aliases in conversion.aliases.items():
+        made["services"][name]["networks"] = {"default": {"aliases": sorted(aliases)}}
+    volumes = conversion.volumes | {
+        name: conversion.volumes.get(name) for name in _named_volumes(made["services"])
+    }
+    if volumes:
+        made["volumes"] = dict(sorted(volumes.items()))
+    result = accepted(made)
+    return replace(result, notes=(*notes, *result.notes))
+
+
+def _services(document: Node, file: str) -> Mapping[str, Node]:
+    entries = document.entries
+    if not entries:
+        raise Problems([Problem(Place(file, 1, 1), "", "there are no services in this file")])
+    if "services" in entries or "version" in entries:
+        key = "version" if "version" in entries else "services"
+        place = document.keys.get(key, document.place)
+        text = "this file is not of version 1: skep stack deploy takes it as it is"
+        raise Problems([Problem(place, key, text)])
+    for name, node in entries.items():
+        if node.entries is None or not ({"image", "build", "extends"} & node.entries.keys()):
+            place = document.keys.get(name, node.place)
+            raise Problems([Problem(place, name, "a service of version 1 has an image, build or extends")])
+    return entries
+
+
+def _plain(node: Node) -> dict[str, Any]:
+    """The tree with scalars as they are written: ``1.10`` stays ``1.10``."""
+    found = _as_written(node)
+    assert isinstance(found, dict)
+    return found
+
+
+def _as_written(node: Node) -> Any:
+    if (entries := node.entries) is not None:
+        return {key: _as_written(one) for key, one in entries.items()}
+    if (items := node.items) is not None:
+        return [_as_written(one) for one in items]
+    return node.text if isinstance(node.value, float) else node.value
+
+
+class _Conversion:
+    """One file; ``service`` is called for each of its services."""
+
+    def __init__(self, services: Mapping[str, dict[str, Any]], notes: list[Note]) -> None:
+        self._services = services
+        self._notes = notes
+        self.aliases: dict[str, set[str]] = {}
+        """Names by which links reach services, beside their own."""
+        self.volumes: dict[str, dict[str, Any] | None] = {}
+        """Volumes that the file declares nowhere, as version 1 made them at first use."""
+        for service in services.values():
+            for text in _texts(service.get("volumes_from")):
+                self._name_volumes(text.partition(":")[0])
+
+    def service(self, name: str) -> dict[str, Any]:
+        """The service as the present specification has it."""
+        old = dict(self._services[name])
+        made: dict[str, Any] = {}
+        if "build" in old or "dockerfile" in old:
+            made["build"] = self._build(old.pop("build", "."), old.pop("dockerfile", ""))
+        depends_on = list(self._links(name, old.pop("links", ())))
+        if driver := old.pop("volume_driver", ""):
+            self._driven(_texts(old.get("volumes")), str(driver))
+        if "volumes_from" in old:
+            volumes = [*_texts(old.get("volumes")), *self._volumes_from(name, old.pop("volumes_from"))]
+            old["volumes"] = list(dict.fromkeys(volumes))
+        if net := old.pop("net", ""):
+            self._net(name, str(net), made)
+        if "log_driver" in old or "log_opt" in old:
+            logging = {"driver": old.pop("log_driver", None), "options": old.pop("log_opt", None)}
+            made["logging"] = {key: one for key, one in logging.items() if one}
+        made |= old
+        if depends_on:
+            made["depends_on"] = depends_on
+        return made
+
+    def _build(self, context: Any, dockerfile: Any) -> Any:
+        return {"context": context, "dockerfile": dockerfile} if dockerfile else context
+
+    def _links(self, name: str, links: Any) -> Iterator[str]:
+        for text in _texts(links):
+            target, _, alias = text.partition(":")
+            if target not in self._services:
+                self._notes.append(Note(f"services.{name}.links", f"dropped: {target} is not in this file"))
+                continue
+            if alias and alias != target:
+                self.aliases.setdefault(target, set()).add(alias)
+                text = f"every service of the stack reaches {target} as {alias} now, not this one alone"
+                self._notes.append(Note(f"services.{name}.links", text))
+            yield target
+
+    def _volumes_from(self, name: str, sources: Any) -> Iterator[str]:
+        for text in _texts(sources):
+            source, _, mode = text.partition(":")
+            if source == "container" or source not in self._services:
+                problem = f"dropped: {text!r} is no service of this file"
+                self._notes.append(Note(f"services.{name}.volumes_from", problem))
+                continue
+            shared = _texts(self._services[source].get("volumes"))
+            if nested := self._services[source].get("volumes_from"):
+                problem = f"those that {source} itself has from {nested} are not followed"
+                self._notes.append(Note(f"services.{name}.volumes_from", problem))
+            places = "a volume is on one node: tasks that share it have to be there (placement constraints)"
+            self._notes.append(Note(f"services.{name}.volumes_from", places))
+            yield from (_with_mode(volume, mode) for volume in shared)
+
+    def _name_volumes(self, source: str) -> None:
+        """Give the unnamed volumes of a service names, so that others can mount them."""
+        if volumes := _texts(self._services.get(source, {}).get("volumes")):
+            self._services[source]["volumes"] = [
+                volume if ":" in volume else f"{source}{volume}".replace("/", "-").strip("-") + f":{volume}"
+                for volume in volumes
+            ]
+
+    def _driven(self, volumes: list[str], driver: str) -> None:
+        for volume in volumes:
+            if named := _volume_name(volume):
+                self.volumes[named] = {"driver": driver}
+
+    def _net(self, name: str, net: str, made: dict[str, Any]) -> None:
+        if net in ("host", "none", "bridge"):
+            made["network_mode"] = net
+            return
+        text = (
+            f"dropped: a service of a cluster cannot have the network of {net}; give both a network in common"
+        )
+        self._notes.append(Note(f"services.{name}.net", text))
+
+
+def _texts(found: Any) -> list[str]:
+    """A list of texts; one text is a list of one."""
+    if found is None:
+        return []
+    if isinstance(found, list | tuple):
+        return [str(one) for one in found]
+    if isinstance(found, dict):
+        raise InvalidArgument(f"want a list, not the mapping {found}")
+    return [str(found)]
+
+
+def _volume_name(volume: str) -> str:
+    """The name of the volume that a mount names; empty: a path of the machine, or a volume without a name."""
+    source, separator, _ = volume.partition(":")
+    return source if separator and not _MACHINE_PATH.match(source) else ""
+
+
+def _named_volumes(services: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    for service in services.values():
+        yield from filter(None, map(_volume_name, _texts(service.get("volumes"))))
+
+
+def _with_mode(volume: str, mode: str) -> str:
+    source, target, *_ = volume.split(":")
+    return f"{source}:{target}:{mode}" if mode else volume

@@ -1,0 +1,349 @@
+"""fleet's units, of CoreOS: units of systemd that run containers, and say in ``[X-Fleet]`` where.
+
+Source: coreos/fleet, Documentation/unit-files-and-scheduling.md; systemd.unit(5), "Specifiers".
+"""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument
+from skep.imports.docker_run import Run, service_of
+from skep.imports.document import Imported, Note, accepted, escaped
+from skep.imports.units import Unit, unit_of
+
+_FLEET: Final = "X-Fleet"
+_SECTIONS: Final = ("X-Fleet", "X-ConditionMachine")
+_OF_SYSTEMD: Final = {
+    "User", "Group", "KillMode", "KillSignal", "TimeoutStartSec", "TimeoutSec", "RemainAfterExit", "Type",
+    "NotifyAccess", "SyslogIdentifier", "StandardOutput", "StandardError", "StartLimitInterval", "StartLimitBurst",
+    "LimitNOFILE",
+}  # fmt: skip
+"""Settings of [Service] about the process of the docker command, which is no more."""
+_READ: Final = {
+    "ExecStart", "ExecStartPre", "ExecStartPost", "ExecStop", "ExecStopPost", "ExecReload", "Environment",
+    "EnvironmentFile", "Restart", "RestartSec", "TimeoutStopSec",
+}  # fmt: skip
+_OF_UNIT: Final = {
+    "Description",
+    "Documentation",
+    "After",
+    "Requires",
+    "Wants",
+    "BindsTo",
+    "DefaultDependencies",
+}
+_SPECIFIERS: Final = {"i": "{{.Task.Slot}}", "H": "{{.Node.Hostname}}", "m": "{{.Node.ID}}"}
+"""What the cluster fills in, in the environment, the host name and mounts."""
+_FILLED_IN: Final = ("environment", "hostname", "volumes")
+_CONDITIONS: Final = {
+    "always": "any",
+    "on-success": "any",
+    "on-failure": "on-failure",
+    "on-abnormal": "on-failure",
+    "on-abort": "on-failure",
+    "on-watchdog": "on-failure",
+    "no": "none",
+}
+_PREPARATIONS: Final = ("kill", "rm", "pull", "stop", "start", "wait")
+"""Commands of docker before and after a run that a cluster needs not, as it does the same by itself."""
+
+
+class _Service(msgspec.Struct, frozen=True):
+    name: str
+    unit: Unit
+    instances: int
+    """Units of the same template that were given; 0: it is no template, or only the template was given."""
+
+
+def imported(texts: Mapping[str, str], stack: str) -> Imported:
+    """A stack file of units.
+
+    Args:
+        texts: the files' contents by their names (``apache@.service``).
+    Raises: InvalidArgument: a file is no unit, or runs no container.
+    """
+    notes: list[Note] = []
+    services = list(_services([unit_of(text, name) for name, text in texts.items()]))
+    made: dict[str, Any] = {"name": stack, "services": {}}
+    names = {service.name for service in services}
+    for service in services:
+        if service.name in made["services"]:
+            raise InvalidArgument(f"{service.unit.name}: there is a unit {service.name} already")
+        made["services"][service.name] = _Conversion(service, names, notes).entry()
+    volumes = {
+        source: None
+        for entry in made["services"].values()
+        for source, separator, _ in (str(one).partition(":") for one in entry.get("volumes", ()))
+        if separator and not re.match(r"[./~]", source)
+    }
+    if volumes:
+        made["volumes"] = volumes
+    networks = {
+        one: {"external": True} for entry in made["services"].values() for one in entry.get("networks", ())
+    }
+    if networks:
+        made["networks"] = networks
+    result = accepted(made)
+    return replace(result, notes=(*notes, *result.notes))
+
+
+def _services(units: Sequence[Unit]) -> Iterator[_Service]:
+    """Instances of one template are one service."""
+    seen: dict[str, list[Unit]] = {}
+    for unit in units:
+        if not unit.name.endswith(".service"):
+            raise InvalidArgument(f"{unit.name}: only units of services can run in a cluster")
+        seen.setdefault(unit.name.removesuffix(".service").partition("@")[0], []).append(unit)
+    for name, found in seen.items():
+        instances = sum("@" in unit.name and not unit.name.endswith("@.service") for unit in found)
+        if len(found) > 1 and not all("@" in unit.name for unit in found):
+            raise InvalidArgument(f"{found[0].name} and {found[1].name} would be one service")
+        if any(unit.settings != found[0].settings for unit in found):
+            raise InvalidArgument(f"{found[0].name}: units of one template differ")
+        if not re.fullmatch(r"[a-zA-Z0-9._-]+", name):
+            raise InvalidArgument(
+                f"{found[0].name}: a service's name has letters, digits, dots, dashes and underscores only"
+            )
+        yield _Service(name, found[0], instances)
+
+
+class _Conversion:
+    def __init__(self, service: _Service, names: set[str], notes: list[Note]) -> None:
+        self._service = service
+        self._unit = service.unit
+        self._names = names
+        self._notes = notes
+
+    def _note(self, key: str, text: str) -> None:
+        self._notes.append(Note(f"services.{self._service.name}", f"{key}: {text}"))
+
+    def entry(self) -> dict[str, Any]:
+        run = self._run()
+        entry = dict(run.entry)
+        for key, text in run.notes:
+            self._note(f"ExecStart --{key}", text)
+        environment = [*self._environment(), *entry.pop("environment", ())]
+        if environment:
+            entry["environment"] = environment
+        if files := [one.removeprefix("-") for one in self._unit.all("Service", "EnvironmentFile")]:
+            entry["env_file"] = [*files, *entry.get("env_file", ())]
+            self._note("EnvironmentFile", "it is read at each deploy, on the machine of the deploy")
+        if grace := self._seconds("TimeoutStopSec") or self._stop_seconds():
+            entry["stop_grace_period"] = grace
+        depends_on = [*self._links(entry), *self._after()]
+        if depends_on:
+            entry["depends_on"] = list(dict.fromkeys(depends_on))
+        entry["deploy"] = self._deploy()
+        self._note_rest()
+        return {key: self._filled_in(key, one) for key, one in entry.items() if one not in ({}, [])}
+
+    def _run(self) -> Run:
+        commands = self._unit.all("Service", "ExecStart")
+        if len(commands) != 1:
+            raise InvalidArgument(
+                f"{self._unit.name}: want one ExecStart that runs a container, not {len(commands)}"
+            )
+        words = _words(commands[0], self._unit.name)
+        if words[:2] == ["/bin/sh", "-c"] or words[:2] == ["/bin/bash", "-c"]:
+            words = _words(" ".join(words[2:3]).removeprefix("exec "), self._unit.name)
+        if len(words) < 2 or words[0].rpartition("/")[2] != "docker" or words[1] != "run":
+            raise InvalidArgument(
+                f"{self._unit.name}: ExecStart does not begin with docker run: {commands[0]!r}; "
+                "what is no container cannot run in a cluster"
+            )
+        try:
+            return service_of(words[2:])
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{self._unit.name}: {error}") from None
+
+    def _environment(self) -> Iterator[str]:
+        for line in self._unit.all("Service", "Environment"):
+            yield from _words(line, self._unit.name)
+
+    def _stop_seconds(self) -> str:
+        for command in self._unit.all("Service", "ExecStop"):
+            words = _words(command.removeprefix("-"), self._unit.name)
+            for at, word in enumerate(words):
+                if found := re.fullmatch(r"(?:-t|--time)=?([0-9]+)?", word):
+                    value = found[1] or (words[at + 1] if at + 1 < len(words) else "")
+                    return f"{value}s" if value.isascii() and value.isdigit() else ""
+        return ""
+
+    def _seconds(self, key: str) -> str:
+        text = self._unit.last("Service", key)
+        if not text or text in ("0", "infinity"):
+            return ""
+        match = re.fullmatch(r"([0-9]+)(ms|s|sec|min|m|h)?", text.replace(" ", ""))
+        if match is None:
+            self._note(key, f"dropped: {text!r} is not a number of seconds")
+            return ""
+        unit = {"sec": "s", "min": "m", None: "s"}.get(match[2], match[2])
+        return f"{match[1]}{unit}"
+
+    def _links(self, entry: dict[str, Any]) -> Iterator[str]:
+        for text in entry.pop("links", ()):
+            target = text.partition(":")[0].partition("@")[0]
+            if target in self._names:
+                yield target
+            else:
+                self._note("ExecStart --link", f"dropped: {target} is not among the units")
+
+    def _after(self) -> Iterator[str]:
+        words = {
+            word
+            for key in ("After", "Requires", "Wants", "BindsTo")
+            for line in self._unit.all("Unit", key)
+            for word in line.split()
+        }
+        for word in sorted(words):
+            name = word.removesuffix(".service").partition("@")[0]
+            if name in self._names and name != self._service.name:
+                yield name
+            elif name not in (
+                "docker",
+                "network-online.target",
+                "network.target",
+                "etcd",
+                "etcd2",
+                "fleet",
+                "docker.socket",
+            ):
+                self._note("After", f"dropped: {word} is not among the units")
+
+    # -- where ----------------------------------------------------------------------------------------------------
+
+    def _deploy(self) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        is_job = self._unit.last("Service", "Type") == "oneshot"
+        is_global = any(
+            self._unit.last(section, "Global").lower() in ("true", "yes", "1", "on") for section in _SECTIONS
+        )
+        if is_job or is_global:
+            made["mode"] = ("global" if is_global else "replicated") + ("-job" if is_job else "")
+        if self._service.instances > 1 and not is_global:
+            made["replicas"] = self._service.instances
+        elif self._unit.name.endswith("@.service") and not is_global:
+            self._note("replicas", "the template has no instances among the files: one task")
+        restart = self._restart(is_job)
+        if restart:
+            made["restart_policy"] = restart
+        if placement := self._placement():
+            made["placement"] = placement
+        return made
+
+    def _restart(self, is_job: bool) -> dict[str, Any]:
+        word = self._unit.last("Service", "Restart") or "no"
+        condition = _CONDITIONS.get(word)
+        if condition is None:
+            self._note("Restart", f"dropped: {word!r} is not known")
+            return {}
+        if is_job and condition == "any":
+            condition = "on-failure"
+        delay = self._seconds("RestartSec")
+        return {"condition": condition} | ({"delay": delay} if delay else {})
+
+    def _placement(self) -> dict[str, Any]:
+        constraints: list[str] = []
+        made: dict[str, Any] = {}
+        for key, value in self._located():
+            match key:
+                case "MachineMetadata":
+                    constraints += self._metadata(value)
+                case "MachineID" | "MachineBootID":
+                    self._note(
+                        key, f"dropped: nodes of a cluster have other ids than {value}; give the node a label"
+                    )
+                case "MachineOf":
+                    text = "dropped: a task is not placed with that of another service; name their node by a constraint"
+                    self._note(f"{key}={value}", text)
+                case "Conflicts":
+                    if fnmatchcase(self._unit.name.replace("@.", "@1."), value):
+                        made["max_replicas_per_node"] = 1
+                    else:
+                        text = "dropped: tasks of different services do not keep away from each other"
+                        self._note(f"{key}={value}", text)
+                case "Replaces" | "Weight":
+                    self._note(key, "dropped: there is no such setting")
+                case _ if key != "Global":
+                    self._note(f"[{_FLEET}] {key}", "not known, dropped")
+        return made | ({"constraints": constraints} if constraints else {})
+
+    def _located(self) -> Iterator[tuple[str, str]]:
+        for (section, key), values in self._unit.settings.items():
+            if section in _SECTIONS:
+                yield from ((key, value) for value in values)
+
+    def _metadata(self, line: str) -> Iterator[str]:
+        """Settings of different keys are all to hold; of one key any of them, which constraints cannot say."""
+        wanted: dict[str, list[str]] = {}
+        for word in _words(line, self._unit.name):
+            key, _, value = word.partition("=")
+            wanted.setdefault(key, []).append(value)
+        for key, values in wanted.items():
+            if len(values) == 1:
+                yield f"node.labels.{key}=={values[0]}"
+            else:
+                text = f"dropped: any of {', '.join(values)}; give the nodes that have one of them a label in common"
+                self._note(f"MachineMetadata {key}", text)
+
+    # -- the rest -------------------------------------------------------------------------------------------------
+
+    def _note_rest(self) -> None:
+        for key in ("ExecStartPre", "ExecStartPost", "ExecStop", "ExecStopPost", "ExecReload"):
+            for command in self._unit.all("Service", key):
+                words = _words(command.removeprefix("-"), self._unit.name)
+                is_docker = len(words) > 1 and words[0].rpartition("/")[2] == "docker"
+                if not (is_docker and words[1] in _PREPARATIONS):
+                    self._note(key, f"dropped: {command!r} is no part of the container")
+        for section, key in self._unit.settings:
+            if section == "Service" and key not in _READ | _OF_SYSTEMD:
+                self._note(f"[Service] {key}", "dropped: it concerns the process of the docker command")
+            elif section == "Unit" and key not in _OF_UNIT:
+                self._note(f"[Unit] {key}", "dropped: it concerns units of systemd")
+            elif section not in ("Unit", "Service", "Install", *_SECTIONS):
+                self._note(f"[{section}]", "not known, dropped")
+
+    def _filled_in(self, key: str, value: Any) -> Any:
+        """With systemd's specifiers as the cluster's placeholders, or as text."""
+        if isinstance(value, str):
+            return self._text(key, value)
+        if isinstance(value, list):
+            return [self._filled_in(key, one) for one in value]
+        if isinstance(value, dict):
+            return {name: self._filled_in(key, one) for name, one in value.items()}
+        return value
+
+    def _text(self, key: str, text: str) -> str:
+        prefix = self._unit.name.removesuffix(".service").partition("@")[0]
+
+        def one(match: "re.Match[str]") -> str:
+            letter = match[1]
+            if letter == "%":
+                return "%"
+            if letter == "p":
+                return prefix
+            if letter in ("n", "N"):
+                return self._service.name
+            if letter in _SPECIFIERS and key in _FILLED_IN:
+                return _SPECIFIERS[letter]
+            self._note(key, f"%{letter} is not filled in here: mend {text!r} by hand")
+            return match[0]
+
+        if "$" in text:
+            self._note(
+                key, f"the container gets {text!r} as it is: systemd filled in the variables of the unit"
+            )
+        return escaped(re.sub(r"%(.)", one, text))
+
+
+def _words(command: str, name: str) -> list[str]:
+    try:
+        return shlex.split(command.lstrip("-@+!"))
+    except ValueError as error:
+        raise InvalidArgument(f"{name}: {command!r}: {error}") from None

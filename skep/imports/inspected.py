@@ -1,0 +1,277 @@
+"""``docker service inspect``, or ``GET /services``, as a stack file."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument
+from skep.imports.composing import Names, service_entry
+from skep.imports.document import Imported, Note, read_back
+from skep.model.container import ContainerSpec
+from skep.model.service import EndpointSpec, NetworkAttachmentConfig, ServiceSpec
+from skep.model.unknown import NOTHING, Unknown, UnknownOfItems, divided
+from skep.stack.planning import differences
+from skep.stack.project import IMAGE, NAMESPACE
+
+_NODES_NETWORKS: Final = ("host", "none", "bridge")
+_OF_THE_STACK: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
+"""Labels that a stack gives to what is in it."""
+
+
+def specs_in(text: str) -> list[tuple[ServiceSpec, Unknown]]:
+    """The specs in what ``docker service inspect`` prints, and what of each is not known.  Raises: InvalidArgument."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"this is not what docker service inspect prints: {error}") from None
+    if not isinstance(found, list):
+        found = [found]
+    return [spec_in(one) for one in found]
+
+
+def spec_in(service: Any) -> tuple[ServiceSpec, Unknown]:
+    """The spec of a service as the API has it, and what of it is not known.  Raises: InvalidArgument."""
+    spec = service.get("Spec") if isinstance(service, dict) else None
+    if not isinstance(spec, dict) or not isinstance(spec.get("TaskTemplate"), dict):
+        raise InvalidArgument("this is not what docker service inspect prints: want services with a Spec")
+    try:
+        known, unknown = divided(json.dumps(spec).encode(), ServiceSpec)
+        return msgspec.json.decode(known, type=ServiceSpec), unknown
+    except msgspec.DecodeError as error:
+        raise InvalidArgument(f"service {spec.get('Name')!r} cannot be read: {error}") from None
+
+
+def networks_in(text: str) -> dict[str, Mapping[str, Any]]:
+    """What ``docker network inspect`` prints, by id.  Raises: InvalidArgument."""
+    try:
+        found = json.loads(text)
+        return {str(one["Id"]): one for one in found if isinstance(one["Name"], str)}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InvalidArgument("this is not what docker network inspect prints") from None
+
+
+def stack_name_of(specs: Iterable[ServiceSpec]) -> str:
+    """The stack that all services belong to; empty: there is no such stack."""
+    names = {spec.labels.get(NAMESPACE, "") for spec in specs}
+    return names.pop() if len(names) == 1 else ""
+
+
+def imported(
+    found: Sequence[tuple[ServiceSpec, Unknown]],
+    stack: str,
+    networks: Mapping[str, Mapping[str, Any]],
+) -> Imported:
+    """A stack file of services.
+
+    Args:
+        stack: its name.  A service that is not of this stack already is called STACK_NAME by it.
+        networks: as ``GET /networks`` has them, by id; may be empty.
+    """
+    names_of = {id: str(one["Name"]) for id, one in networks.items()}
+    specs = [_named(spec, names_of) for spec, _ in found]
+    names = _names(specs, stack, networks)
+    document: dict[str, Any] = {
+        "name": stack,
+        "services": {names.services[spec.name]: service_entry(spec, names) for spec in specs},
+    }
+    notes = list(_sections(document, specs, names, stack, networks))
+    made, report = read_back(document)
+    notes += [Note(one.path, f"to be mended by hand: {one.text}") for one in report.problems]
+    for spec, (_, unknown) in zip(specs, found, strict=True):
+        key = names.services[spec.name]
+        notes += [Note(f"services.{key}", f"{path}: not known, dropped") for path in _paths(unknown)]
+        if not _is_plugin(spec):
+            read = made.services[key].spec
+            notes += [Note(f"services.{key}", text) for text in _losses(_expected(spec, key, stack), read)]
+        else:
+            notes.append(Note(f"services.{key}", "it installs a plug-in, which a stack does not: dropped"))
+            del document["services"][key]
+    return Imported(document=document, notes=tuple(dict.fromkeys(notes)))
+
+
+def _is_plugin(spec: ServiceSpec) -> bool:
+    return spec.task_template.container_spec is None
+
+
+def _named(spec: ServiceSpec, names_of: Mapping[str, str]) -> ServiceSpec:
+    """With networks targeted by name, and those of old clients where the new ones are."""
+    template = spec.task_template
+    attached = tuple(
+        replace(one, target=names_of.get(one.target, one.target))
+        for one in template.networks or spec.networks
+    )
+    return replace(spec, networks=(), task_template=replace(template, networks=attached))
+
+
+def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapping[str, Any]]) -> Names:
+    containers = [spec.task_template.container_spec or ContainerSpec() for spec in specs]
+    attached = {one.target for spec in specs for one in spec.task_template.networks}
+    return Names(
+        services=_keys((spec.name for spec in specs), stack),
+        networks=_keys((one for one in sorted(attached) if one not in _NODES_NETWORKS), stack),
+        secrets=_keys(sorted({one.secret_name for each in containers for one in each.secrets}), stack),
+        configs=_keys(sorted({one.config_name for each in containers for one in each.configs}), stack),
+        volumes=_keys(
+            sorted(
+                {
+                    one.source
+                    for each in containers
+                    for one in each.mounts
+                    if one.type == "volume" and one.source
+                }
+            ),
+            stack,
+        ),
+    )
+
+
+def _keys(names: Iterable[str], stack: str) -> dict[str, str]:
+    """Names to keys: without the stack's name in front, unless two would be the same."""
+    made: dict[str, str] = {}
+    for name in names:
+        key = name.removeprefix(f"{stack}_") or name
+        made[name] = name if key in made.values() else key
+    return made
+
+
+# --- the other sections --------------------------------------------------------------------------------------------
+
+
+def _sections(
+    document: dict[str, Any],
+    specs: Sequence[ServiceSpec],
+    names: Names,
+    stack: str,
+    networks: Mapping[str, Mapping[str, Any]],
+) -> Iterator[Note]:
+    by_name = {str(one["Name"]): one for one in networks.values()}
+    made: dict[str, Any] = {}
+    for name, key in names.networks.items():
+        found = by_name.get(name)
+        if found is not None and (found.get("Labels") or {}).get(NAMESPACE) == stack:
+            made[key] = _network(found, name, f"{stack}_{key}")
+        else:
+            made[key] = {"external": True, "name": name}
+            if found is None:
+                yield Note(f"networks.{key}", f"{name} is the id of a network: write its name")
+    sections = {
+        "networks": made,
+        "volumes": dict(_volumes(specs, names, stack)),
+        "secrets": {key: {"external": True, "name": name} for name, key in names.secrets.items()},
+        "configs": {key: {"external": True, "name": name} for name, key in names.configs.items()},
+    }
+    document |= {section: entries for section, entries in sections.items() if entries}
+
+
+def _network(found: Mapping[str, Any], name: str, usual: str) -> dict[str, Any] | None:
+    ipam = found.get("IPAM") or {}
+    pools = [
+        {
+            word: pool[field]
+            for word, field in (
+                ("subnet", "Subnet"),
+                ("gateway", "Gateway"),
+                ("ip_range", "IPRange"),
+                ("aux_addresses", "AuxiliaryAddresses"),
+            )
+            if pool.get(field)
+        }
+        for pool in ipam.get("Config") or ()
+    ]
+    labels = {key: one for key, one in sorted((found.get("Labels") or {}).items()) if key != NAMESPACE}
+    options = {
+        key: one
+        for key, one in sorted((found.get("Options") or {}).items())
+        if key != "com.docker.network.driver.overlay.vxlanid_list"
+    }
+    driver = ipam.get("Driver") if ipam.get("Driver") != "default" else None
+    addresses = {"driver": driver, "config": pools, "options": ipam.get("Options")}
+    made = {
+        "name": name if name != usual else None,
+        "driver": found.get("Driver") if found.get("Driver") != "overlay" else None,
+        "driver_opts": options,
+        "labels": labels,
+        "attachable": bool(found.get("Attachable")) or None,
+        "internal": bool(found.get("Internal")) or None,
+        "enable_ipv6": bool(found.get("EnableIPv6")) or None,
+        "enable_ipv4": False if found.get("EnableIPv4") is False else None,
+        "ipam": {key: one for key, one in addresses.items() if one},
+    }
+    return {key: one for key, one in made.items() if one or one is False} or None
+
+
+def _volumes(specs: Sequence[ServiceSpec], names: Names, stack: str) -> Iterator[tuple[str, Any]]:
+    for spec in specs:
+        for mount in (spec.task_template.container_spec or ContainerSpec()).mounts:
+            if mount.type != "volume" or not mount.source:
+                continue
+            key, options = names.volumes[mount.source], mount.volume_options
+            labels = dict(options.labels) if options is not None else {}
+            driver = options.driver_config if options is not None else None
+            if labels.pop(NAMESPACE, "") != stack and not labels and driver is None:
+                yield key, {"external": True, "name": mount.source}
+                continue
+            made: dict[str, Any] = {} if mount.source == f"{stack}_{key}" else {"name": mount.source}
+            if driver is not None:
+                made |= {"driver": driver.name} if driver.name else {}
+                made |= {"driver_opts": dict(driver.options)} if driver.options else {}
+            yield key, made | ({"labels": labels} if labels else {}) or None
+
+
+# --- what is lost --------------------------------------------------------------------------------------------------
+
+
+def _expected(spec: ServiceSpec, key: str, stack: str) -> ServiceSpec:
+    """The service as a stack would have it: named, reached by its key, with defaults unsaid."""
+    template = spec.task_template
+    attached = tuple(
+        one if one.target in _NODES_NETWORKS else replace(one, aliases=_aliases(one, key))
+        for one in template.networks
+    )
+    endpoint, container = spec.endpoint_spec or EndpointSpec(), template.container_spec
+    if container is not None and container.isolation == "default":
+        container = replace(container, isolation="")
+    runtime = "" if template.runtime == "container" else template.runtime
+    return replace(
+        spec,
+        name=f"{stack}_{key}",
+        task_template=replace(template, networks=attached, container_spec=container, runtime=runtime),
+        endpoint_spec=replace(endpoint, mode=endpoint.mode or "vip"),
+    )
+
+
+def _aliases(one: NetworkAttachmentConfig, key: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*(alias for alias in one.aliases if alias != key), key)))
+
+
+def _losses(before: ServiceSpec, after: ServiceSpec) -> Iterator[str]:
+    attached = before.task_template.networks
+    if not attached:
+        yield "it had no network, and joins the stack's default network"
+        after = replace(after, task_template=replace(after.task_template, networks=()))
+    for one in differences(before, after):
+        if one.path.endswith(_OF_THE_STACK) or one.path.endswith(".Image"):
+            continue
+        if not one.after:
+            yield f"{one.path}: {one.before!r} is dropped"
+        elif not one.before:
+            yield f"{one.path}: {one.after!r} is added"
+        else:
+            yield f"{one.path}: {one.before!r} becomes {one.after!r}"
+
+
+def _paths(unknown: Unknown | UnknownOfItems, path: str = "") -> Iterator[str]:
+    if unknown is NOTHING:
+        return
+    if isinstance(unknown, UnknownOfItems):
+        for _, _, one in unknown.items:
+            yield from _paths(one, path)
+        return
+    for name, value in unknown.fields.items():
+        if value not in (b"null", b'""', b"[]", b"{}", b"false", b"0"):
+            yield f"{path}.{name}" if path else name
+    for name, inside in unknown.inside.items():
+        yield from _paths(inside, f"{path}.{name}" if path else name)

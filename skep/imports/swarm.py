@@ -1,0 +1,255 @@
+"""A running Docker Swarm as stack files, and the steps to move it."""
+
+import base64
+import binascii
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.api.client import Client
+from skep.errors import InvalidArgument
+from skep.imports.document import Imported, Note, escaped
+from skep.imports.inspected import imported, spec_in
+from skep.model.service import ServiceSpec
+from skep.model.unknown import Unknown
+from skep.stack.project import NAMESPACE
+
+_ANSWERS_WITHIN_S: Final = 30.0
+_FILE_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}")
+REST: Final = "services"
+"""The stack of services that belong to none."""
+_START: Final = [
+    "# Moving this swarm",
+    "",
+    "Everything below is to be read before it is run. Nothing was changed in the swarm that this was made from.",
+    "",
+    "## 1. Nodes",
+    "",
+    "Set up a cluster (`skep swarm init`, `skep swarm join`), then give its nodes what these had:",
+    "",
+]
+_VOLUMES: Final = [
+    "## 4. Volumes",
+    "",
+    "The data of a volume is on the node whose tasks used it: copy it before its service starts in the new place.",
+    "",
+]
+_REST: Final = [
+    f"The services in `{REST}.yaml` belonged to no stack: they are called `{REST}_NAME` now, and by their old",
+    "name on the stack's networks.",
+    "",
+]
+
+
+class Objects(msgspec.Struct, frozen=True, kw_only=True):
+    """What a swarm has, as its API shows it."""
+
+    services: Sequence[Mapping[str, Any]] = ()
+    networks: Sequence[Mapping[str, Any]] = ()
+    secrets: Sequence[Mapping[str, Any]] = ()
+    configs: Sequence[Mapping[str, Any]] = ()
+    nodes: Sequence[Mapping[str, Any]] = ()
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """``files``: contents by path.  ``stacks``: by name, in the order to deploy them."""
+
+    files: Mapping[str, bytes]
+    stacks: Mapping[str, Imported]
+
+
+async def objects_of(client: Client) -> Objects:
+    """Everything that the swarm of ``client`` has.  Raises: SkepError: it is no manager's, or does not respond."""
+    found = [
+        await client.get(f"/{kind}", timeout_s=_ANSWERS_WITHIN_S)
+        for kind in ("services", "networks", "secrets", "configs", "nodes")
+    ]
+    if not all(isinstance(one, list) for one in found):
+        raise InvalidArgument("this is not the API of a swarm's manager")
+    return Objects(**dict(zip(Objects.__struct_fields__, found, strict=True)))
+
+
+def move_of(objects: Objects) -> Move:
+    """Stack files, the contents of configs, and a page with the steps."""
+    networks = {str(one["Id"]): one for one in objects.networks if one.get("Scope") == "swarm"}
+    stacks: dict[str, list[tuple[ServiceSpec, Unknown]]] = {}
+    for service in objects.services:
+        spec, unknown = spec_in(service)
+        stacks.setdefault(spec.labels.get(NAMESPACE) or REST, []).append((spec, unknown))
+    contents, labels = dict(_contents(objects.configs)), _labels(objects.configs)
+    made: dict[str, Imported] = {}
+    files: dict[str, bytes] = {}
+    for name, found in sorted(stacks.items()):
+        if not _FILE_NAME.fullmatch(name):
+            raise InvalidArgument(f"the stack {name!r} has a name that no file can have")
+        made[name] = _with_configs(
+            imported(sorted(found, key=lambda one: one[0].name), name, networks), contents, labels
+        )
+        files[f"{name}.yaml"] = made[name].text.encode()
+    files |= {f"configs/{name}": content for name, content in contents.items()}
+    files["MOVING.md"] = _page(objects, made, contents.keys()).encode()
+    return Move(files=files, stacks=made)
+
+
+def _contents(configs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    for config in configs:
+        spec = config.get("Spec") or {}
+        name, data = str(spec.get("Name", "")), spec.get("Data") or ""
+        if _FILE_NAME.fullmatch(name) and not spec.get("Templating"):
+            try:
+                yield name, base64.b64decode(data, validate=True)
+            except (binascii.Error, TypeError, ValueError):
+                continue  # it stays a config that has to exist
+
+
+def _labels(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``labels`` of configs that have some, beside a stack's own, by the configs' names."""
+    found = {
+        str((one.get("Spec") or {}).get("Name", "")): (one.get("Spec") or {}).get("Labels") for one in configs
+    }
+    kept = {
+        name: {key: escaped(str(value)) for key, value in sorted((labels or {}).items()) if key != NAMESPACE}
+        for name, labels in found.items()
+    }
+    return {name: {"labels": labels} for name, labels in kept.items() if labels}
+
+
+def _with_configs(one: Imported, contents: Mapping[str, bytes], labels: Mapping[str, Any]) -> Imported:
+    """With configs made of files, so that a change of a file updates the services."""
+    configs = {
+        key: {"file": f"./configs/{entry['name']}"} | labels.get(entry["name"], {})
+        if entry["name"] in contents
+        else entry
+        for key, entry in one.document.get("configs", {}).items()
+    }
+    return replace(one, document=one.document | ({"configs": configs} if configs else {}))
+
+
+def _page(objects: Objects, stacks: Mapping[str, Imported], in_files: Collection[str]) -> str:
+    return "\n".join(line for section in _sections(objects, stacks, in_files) for line in section) + "\n"
+
+
+def _sections(
+    objects: Objects, stacks: Mapping[str, Imported], in_files: Collection[str]
+) -> Iterator[list[str]]:
+    yield _START
+    yield _block(_node_commands(objects.nodes))
+    yield [
+        "## 2. Secrets",
+        "",
+        "A swarm gives no secret's value away. Create them from where you keep them:",
+        "",
+    ]
+    yield _block([_payload_command("secret", one) for one in objects.secrets])
+    if others := [one for one in objects.configs if (one.get("Spec") or {}).get("Name") not in in_files]:
+        yield ["Templates, and configs with names that no file can have, are in no file here:", ""]
+        yield _block([_payload_command("config", one) for one in others])
+    yield ["## 3. Networks that no stack makes", ""]
+    yield _block(_network_commands(objects.networks, _others_networks(objects.networks, stacks)))
+    yield _VOLUMES
+    yield _list(
+        f"`{(entry or {}).get('name') or f'{name}_{key}'}` of the stack {name}"
+        for name, one in stacks.items()
+        for key, entry in one.document.get("volumes", {}).items()
+    )
+    yield ["## 5. Stacks", ""]
+    yield _block(f"skep stack deploy --compose-file {name}.yaml {name}" for name in stacks)
+    if REST in stacks:
+        yield _REST
+    yield ["## What the files do not say", ""]
+    yield _list(
+        str(replace(note, path=f"{name}.yaml: {note.path}"))
+        for name, one in stacks.items()
+        for note in one.notes
+    )
+
+
+def _payload_command(kind: str, found: Mapping[str, Any]) -> str:
+    """What creates a secret or a config, but for its content."""
+    spec = found.get("Spec") or {}
+    words = ["docker", kind, "create"]
+    for option, key in (("--driver", "Driver"), ("--template-driver", "Templating")):
+        words += [option, str(spec[key].get("Name", ""))] if spec.get(key) else []
+    for key, value in sorted((spec.get("Labels") or {}).items()):
+        words += ["--label", f"{key}={value}"]
+    return f"{shlex.join([*words, str(spec.get('Name', ''))])} FILE"
+
+
+def _others_networks(networks: Sequence[Mapping[str, Any]], stacks: Mapping[str, Imported]) -> list[str]:
+    """Networks that services have of elsewhere, and those that no service has."""
+    external, made = set[str](), set[str]()
+    for stack, one in stacks.items():
+        for key, entry in one.document.get("networks", {}).items():
+            is_external = bool(entry and entry.get("external"))
+            (external if is_external else made).add((entry or {}).get("name") or f"{stack}_{key}")
+    rest = {
+        str(one.get("Name")) for one in networks if one.get("Scope") == "swarm" and not one.get("Ingress")
+    }
+    return sorted(external | rest - made)
+
+
+def _block(lines: Iterator[str] | Sequence[str]) -> list[str]:
+    found = [" ".join(one.split("\n")) for one in lines]
+    return ["```sh", *found, "```", ""] if found else ["None.", ""]
+
+
+def _list(lines: Iterator[str]) -> list[str]:
+    found = [f"* {' '.join(one.split())}" for one in lines]
+    return [*(found or ["None."]), ""]
+
+
+def _node_commands(nodes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for node in nodes:
+        spec, description = node.get("Spec") or {}, node.get("Description") or {}
+        name = shlex.quote(str(description.get("Hostname") or node.get("ID")))
+        labels = "".join(
+            f" --label-add {shlex.quote(f'{key}={value}')}"
+            for key, value in sorted((spec.get("Labels") or {}).items())
+        )
+        availability = spec.get("Availability")
+        paused = (
+            f" --availability {shlex.quote(str(availability))}"
+            if availability not in (None, "active")
+            else ""
+        )
+        if labels or paused:
+            yield f"docker node update{labels}{paused} {name}"
+
+
+def _network_commands(networks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    by_name = {str(one.get("Name")): one for one in networks}
+    for name in names:
+        found = by_name.get(name, {})
+        words = ["docker", "network", "create", "--driver", str(found.get("Driver") or "overlay")]
+        words += ["--attachable"] if found.get("Attachable") else []
+        words += ["--internal"] if found.get("Internal") else []
+        words += ["--ipv6"] if found.get("EnableIPv6") else []
+        words += ["--ipv4=false"] if found.get("EnableIPv4") is False else []
+        words += list(_address_options(found.get("IPAM") or {}))
+        for key, value in sorted((found.get("Options") or {}).items()):
+            words += ["--opt", f"{key}={value}"] if "vxlanid" not in key else []
+        for key, value in sorted((found.get("Labels") or {}).items()):
+            words += ["--label", f"{key}={value}"]
+        yield shlex.join([*words, name])
+
+
+def _address_options(ipam: Mapping[str, Any]) -> Iterator[str]:
+    if ipam.get("Driver") not in (None, "", "default"):
+        yield from ("--ipam-driver", str(ipam["Driver"]))
+    for pool in ipam.get("Config") or ():
+        for option, key in (("--subnet", "Subnet"), ("--gateway", "Gateway"), ("--ip-range", "IPRange")):
+            if pool.get(key):
+                yield from (option, str(pool[key]))
+        for name, address in sorted((pool.get("AuxiliaryAddresses") or {}).items()):
+            yield from ("--aux-address", f"{name}={address}")
+    for key, value in sorted((ipam.get("Options") or {}).items()):
+        yield from ("--ipam-opt", f"{key}={value}")
+
+
+def notes_of(move: Move) -> list[tuple[str, Note]]:
+    """The notes of all stacks, with the stack's name."""
+    return [(name, note) for name, one in move.stacks.items() for note in one.notes]

@@ -1,0 +1,111 @@
+"""Which task a user means who wants to reach into a container: a service, one of its slots, or a task."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from skep.errors import FailedPrecondition, NotFound
+from skep.model.encoding import ApiObject
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import View
+
+
+class Target(ApiObject):
+    """A task as ``GET /skep/tasks/{word}/target`` shows it."""
+
+    task_id: TaskId = msgspec.field(name="TaskID", default=TaskId(""))
+    service_id: ServiceId = msgspec.field(name="ServiceID", default=ServiceId(""))
+    node_id: NodeId = msgspec.field(name="NodeID", default=NodeId(""))
+    name: str = ""
+    """``web.1``, or ``web.m2`` of a global service."""
+    hostname: str = ""
+    """Of its node."""
+    state: str = ""
+
+    @classmethod
+    def of(cls, view: View, task: Task) -> "Target":
+        """What is shown of ``task``."""
+        service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
+        hostname = node.description.hostname if node is not None else ""
+        return cls(
+            task_id=task.id,
+            service_id=task.service_id,
+            node_id=task.node_id,
+            name=f"{service.spec.name if service is not None else task.service_id}."
+            f"{task.shown_slot or hostname or task.node_id}",
+            hostname=hostname,
+            state=task.status.state.value,
+        )
+
+
+def target_of(view: View, word: str) -> Task:
+    """The task that ``word`` means: a task's id (or a prefix of it), ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE``
+    of a global service, or the name of a task's container (``SERVICE.SLOT.TASK``).
+
+    Of a service, or of a slot, it is a running task: that of the lowest slot, and of several the newest.
+
+    Raises: NotFound: no such service or task; FailedPrecondition: none of the service runs there; InvalidArgument: the
+    word is ambiguous.
+    """
+    if (task := view.lookup(Task, TaskId(word))) is not None:
+        return task
+    service, slot = _service_and_slot(view, word)
+    if service is None:
+        try:
+            return view.resolve(Task, word.rpartition(".")[2])
+        except NotFound as error:
+            raise NotFound(f"no such service or task: {word}") from error
+    tasks = [task for task in view.find(Task, service_id=service.id) if not slot or _is_at(view, task, slot)]
+    running = [task for task in tasks if task.status.state is TaskState.RUNNING and task.is_wanted]
+    if not running:
+        if not tasks and slot:
+            raise FailedPrecondition(f"service {service.spec.name} has no task {slot}")
+        raise FailedPrecondition(
+            f"{word} has no running task{_states(tasks)}: see skep explain {service.spec.name}"
+        )
+    return min(running, key=lambda task: (task.slot, task.node_id, -task.version.index))
+
+
+def task_named(view: View, word: str) -> Task:
+    """The task that ``word`` means, in whatever state: as ``target_of``, but of a slot the wanted or newest one.
+
+    Raises: NotFound; InvalidArgument: the word is ambiguous.
+    """
+    if (task := view.lookup(Task, TaskId(word))) is not None:
+        return task
+    service, slot = _service_and_slot(view, word)
+    if service is None or not slot:
+        return view.resolve(Task, word.rpartition(".")[2])
+    tasks = [task for task in view.find(Task, service_id=service.id) if _is_at(view, task, slot)]
+    if not tasks:
+        return view.resolve(Task, word.rpartition(".")[2])
+    return max(tasks, key=lambda task: (task.is_wanted, task.created_at, task.id))
+
+
+def _service_and_slot(view: View, word: str) -> tuple[Service | None, str]:
+    """The service that ``word`` begins with, and what follows its name; None: it names none."""
+    name, _, slot = word.partition(".")
+    for candidate, rest in ((word, ""), (name, slot)):
+        try:
+            return view.resolve(Service, candidate), rest
+        except NotFound:
+            continue
+    return None, ""
+
+
+def _is_at(view: View, task: Task, slot: str) -> bool:
+    """Whether ``slot`` means this task: its number, its node's name or id, or either with the task's id behind it."""
+    if task.slot:
+        places = {str(task.shown_slot)}
+    else:
+        node = view.lookup(Node, task.node_id)
+        places = {task.node_id, node.description.hostname if node is not None else ""}
+    return slot in places or slot.removesuffix(f".{task.id}") in places
+
+
+def _states(tasks: Iterable[Task]) -> str:
+    states = sorted({task.status.state.value for task in tasks if task.is_wanted})
+    return f" (it is {', '.join(states)})" if states else ""

@@ -1,0 +1,111 @@
+"""Requests on an update that is under way: pause it, let it go on, give it up.
+
+Docker can only end an update by another one.  Each is done when it is true: asked for twice, it changes nothing.
+"""
+
+from msgspec.structs import replace
+
+from skep.errors import FailedPrecondition, NotFound
+from skep.manager.control.services import rollback_service
+from skep.manager.control.tasks import is_up_to_date
+from skep.model.ids import ServiceId
+from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.task import Task
+from skep.model.times import Timestamp, unix_ns
+from skep.store.interface import Transaction, View
+
+PAUSED_BY_USER = "manually paused"
+"""Message of an update that a user paused; the leader's begin otherwise."""
+
+_PAUSES = {
+    UpdateState.UPDATING: UpdateState.PAUSED,
+    UpdateState.ROLLBACK_STARTED: UpdateState.ROLLBACK_PAUSED,
+}
+_RESUMES = {paused: going for going, paused in _PAUSES.items()}
+
+
+def pause_update(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
+    """Begin with no further task of the update or rollback.  Slots begun with are completed; nothing is judged.
+
+    Raises: FailedPrecondition: none is under way; NotFound: the service was removed.
+    """
+    service = _present(tx, id)
+    state = _state(tx, service)
+    if state in _RESUMES:
+        return service
+    if state not in _PAUSES:
+        raise _nothing_to(service, "pause")
+    status = service.update_status or UpdateStatus(started_at=now)
+    return _put(tx, service, replace(status, state=_PAUSES[state], message=PAUSED_BY_USER))
+
+
+def resume_update(tx: Transaction, id: ServiceId) -> Service:
+    """Let a paused update or rollback go on.
+
+    Failures of the tasks that there are have been seen by whoever resumes it, and count no more: else it would be
+    paused again at once.  Those of later ones do.
+
+    Raises: FailedPrecondition: none is under way; NotFound: the service was removed.
+    """
+    service = _present(tx, id)
+    state = _state(tx, service)
+    if state in _PAUSES:
+        return service
+    if state not in _RESUMES:
+        raise _nothing_to(service, "resume")
+    assert service.update_status is not None
+    # By the tasks' own times: the clock of this manager may be another than the leader's.
+    made = [task.created_at for task in tx.find(Task, service_id=id)]
+    status = replace(
+        service.update_status,
+        state=_RESUMES[state],
+        message="update in progress" if state is UpdateState.PAUSED else "rollback in progress",
+        tolerated_until=max(made, key=unix_ns, default=None),
+    )
+    return _put(tx, service, status)
+
+
+def abort_update(tx: Transaction, id: ServiceId, version: int, *, now: Timestamp) -> Service:
+    """Give up the update at ``version``, paused or not, and return to the previous spec, as a rollback does.
+
+    Raises:
+        FailedPrecondition: none is under way, it is a rollback already, or there is no previous spec.
+        NotFound: the service was removed.
+        OutOfSequence: it is at another version.
+    """
+    service = _present(tx, id)
+    state = _state(tx, service)
+    if state in (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED):
+        more = f": skep update resume {service.spec.name}" if state is UpdateState.ROLLBACK_PAUSED else ""
+        raise FailedPrecondition(f"service {service.spec.name} is rolled back already{more}")
+    if state not in (UpdateState.UPDATING, UpdateState.PAUSED):
+        raise _nothing_to(service, "abort")
+    return rollback_service(tx, id, service.spec, version, now=now)
+
+
+def _present(view: View, id: ServiceId) -> Service:
+    service = view.get(Service, id)
+    if service.removed_at is not None:
+        raise NotFound(f"service {id} not found")
+    return service
+
+
+def _state(view: View, service: Service) -> UpdateState | None:
+    """The state of the update; of one that the leader has not come to yet, the one that it will write."""
+    status = service.update_status
+    if status is not None and status.state is not None:
+        return status.state
+    if service.job_status is not None:
+        return None
+    tasks = view.find(Task, service_id=service.id)
+    is_new = any(task.is_wanted and not is_up_to_date(view, task) for task in tasks)
+    return UpdateState.UPDATING if is_new else None
+
+
+def _nothing_to(service: Service, verb: str) -> FailedPrecondition:
+    name = service.spec.name
+    return FailedPrecondition(f"no update of service {name} is under way: there is nothing to {verb}")
+
+
+def _put(tx: Transaction, service: Service, status: UpdateStatus) -> Service:
+    return tx.put(replace(service, update_status=status))

@@ -1,0 +1,133 @@
+"""Operations on cluster volumes.
+
+Source: swarmkit, manager/controlapi/volume.go; moby, daemon/cluster/volumes.go.
+"""
+
+from msgspec.structs import replace
+
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence
+from skep.model.ids import IdSource, VolumeId
+from skep.model.meta import Version
+from skep.model.secret import Secret
+from skep.model.task import Task
+from skep.model.times import Timestamp
+from skep.model.volume import (
+    AccessMode,
+    CapacityRange,
+    Volume,
+    VolumeAvailability,
+    VolumeScope,
+    VolumeSecret,
+    VolumeSharing,
+    VolumeSpec,
+)
+from skep.store.interface import Transaction, View
+from skep.store.level import CLUSTER_VOLUMES
+
+NAME_BYTES_MAX = 128
+"""CSI's bound of strings, for the name of a volume too."""
+_MAP_BYTES_MAX = 4096
+"""CSI's bound of maps, and of all mount flags together."""
+
+
+def create_volume(tx: Transaction, spec: VolumeSpec, *, new_id: IdSource, now: Timestamp) -> Volume:
+    """Create a volume; its driver makes it afterwards.
+
+    Raises:
+        InvalidArgument: the spec can never work, or a secret does not exist.
+        AlreadyExists: the name is taken.
+        FailedPrecondition: a manager is too old for cluster volumes.
+    """
+    _check_spec(spec)
+    if tx.level < CLUSTER_VOLUMES:
+        raise FailedPrecondition("cluster volumes need managers of this version: upgrade the others first")
+    spec = replace(spec, secrets=_with_ids(tx, spec.secrets))
+    return tx.put(Volume(id=VolumeId(new_id()), created_at=now, spec=spec))
+
+
+def update_volume(
+    tx: Transaction, id: VolumeId, availability: VolumeAvailability | None, version: int
+) -> Volume:
+    """Change the availability, the one part of a volume that Docker's API changes.  Raises: NotFound; OutOfSequence."""
+    volume = tx.get(Volume, id)
+    if volume.version != Version(index=version):
+        raise OutOfSequence
+    if availability is None:
+        return volume
+    return tx.put(replace(volume, spec=replace(volume.spec, availability=availability)))
+
+
+def remove_volume(tx: Transaction, id: VolumeId, *, force: bool) -> None:
+    """Have the driver delete a volume that is in no use; ``force``: forget it, whatever uses it, with no call of its
+    driver.
+
+    Raises: NotFound; FailedPrecondition: it is in use.
+    """
+    volume = tx.get(Volume, id)
+    if force:
+        tx.delete(Volume, id)
+    elif volume.publish_status or _users(tx, id):
+        raise FailedPrecondition("volume is still in use")
+    else:
+        tx.put(replace(volume, pending_delete=True))
+
+
+def _users(tx: View, id: VolumeId) -> bool:
+    """Whether a task that has not ended has the volume."""
+    return any(
+        attachment.id == id
+        for task in tx.find(Task)
+        if task.volumes and not task.status.state.is_terminal
+        for attachment in task.volumes
+    )
+
+
+def _check_spec(spec: VolumeSpec) -> None:
+    """Raises: InvalidArgument."""
+    if not spec.name:
+        raise InvalidArgument("meta: name must be provided")
+    if len(spec.name.encode()) > NAME_BYTES_MAX or not spec.name.isprintable():
+        raise InvalidArgument(f"the name of a volume has at most {NAME_BYTES_MAX} bytes, all printable")
+    if not spec.driver.name:
+        raise InvalidArgument("driver must be specified")
+    if sum(len(key) + len(value) for key, value in spec.driver.options.items()) > _MAP_BYTES_MAX:
+        raise InvalidArgument(f"the driver's options have more than {_MAP_BYTES_MAX} bytes")
+    _check_access(spec.access_mode)
+    _check_capacity(spec.capacity_range or CapacityRange())
+    keys = [one.key for one in spec.secrets]
+    if len(set(keys)) < len(keys):
+        raise InvalidArgument("two secrets of the volume have the same key")
+
+
+def _check_access(mode: AccessMode) -> None:
+    if mode.block_volume is not None:
+        raise InvalidArgument("block volumes are not supported: create the volume with --type mount")
+    if mode.mount_volume is None:
+        raise InvalidArgument("Volume AccessMode must specify either Mount or Block access type")
+    if sum(map(len, mode.mount_volume.mount_flags)) > _MAP_BYTES_MAX:
+        raise InvalidArgument(f"the mount flags have more than {_MAP_BYTES_MAX} bytes")
+    if mode.scope is VolumeScope.MULTI and mode.sharing is VolumeSharing.NONE:
+        # CSI has no such mode, so every driver would refuse it later.
+        raise InvalidArgument("scope multi needs --sharing readonly, onewriter or all")
+
+
+def _check_capacity(capacity: CapacityRange) -> None:
+    required, limit = capacity.required_bytes, capacity.limit_bytes
+    if min(required, limit) < 0 or max(required, limit) >= 2**63:
+        raise InvalidArgument("a capacity is a number of bytes, 0 or more")
+    if limit and limit < required:
+        raise InvalidArgument(f"the limit of {limit} bytes is below the required {required} bytes")
+
+
+def _with_ids(tx: Transaction, secrets: tuple[VolumeSecret, ...]) -> tuple[VolumeSecret, ...]:
+    """With ids in place of names.  Raises: InvalidArgument, naming all that do not exist."""
+    found, missing = [], []
+    for one in secrets:
+        try:
+            found.append(replace(one, secret=tx.resolve(Secret, one.secret).id))
+        except NotFound:
+            missing.append(one.secret)
+    if missing:
+        noun = "secret" if len(missing) == 1 else "secrets"
+        raise InvalidArgument(f"{noun} not found: {', '.join(missing)}")
+    return tuple(found)

@@ -1,0 +1,155 @@
+"""What a manager shows Prometheus: objects of the cluster, how long tasks take to run, its sessions, store and loop.
+
+Names that SwarmKit has are SwarmKit's.  Source: swarmkit, manager/metrics/collector.go.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+from skep.aio.clock import Clock
+from skep.aio.loop_lag import LoopLag
+from skep.api.exposition import Family, Histogram, Sample, by_label, gauge, label_text
+from skep.api.process_metrics import process_families
+from skep.errors import SkepError
+from skep.manager.informer import batches_of, run_informer
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.network import Network
+from skep.model.node import Node, NodeState
+from skep.model.secret import Config, Secret
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Commit, Created, Deleted, Store, Updated
+
+_START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_STARTING_MAX = 100_000
+"""Tasks on their way whose begin is remembered."""
+
+
+class StartTimes:
+    """From the commit that creates a task to the one that shows it running, by this manager's clock."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._begun: dict[TaskId, float] = {}
+        self.histogram = Histogram(_START_BOUNDS_S)
+
+    async def run(self) -> None:
+        """Follow the commits until cancelled."""
+        await run_informer(
+            self._store,
+            (Task,),
+            on_snapshot=lambda _: self._begun.clear(),
+            on_commit=self.note,
+            work=asyncio.Event().wait,
+        )
+
+    def note(self, commit: Commit) -> None:
+        """Tasks that begin, run or end."""
+        now = self._clock.monotonic()
+        for event in commit.events:
+            match event:
+                case Created(object=Task() as task) if len(self._begun) < _STARTING_MAX:
+                    self._begun[task.id] = now
+                case Updated(new=Task() as task) if task.status.state >= TaskState.RUNNING:
+                    begun = self._begun.pop(task.id, None)
+                    if begun is not None and task.status.state is TaskState.RUNNING:
+                        self.histogram.observe(now - begun)
+                case Deleted(object=Task() as task):
+                    self._begun.pop(task.id, None)
+
+
+class ClusterMetrics:
+    """The families of one manager.  ``own``: its node; ``sessions``: how many nodes have theirs with it."""
+
+    def __init__(
+        self, store: Store, own: NodeId, starts: StartTimes, sessions: Callable[[], int], lag: LoopLag
+    ) -> None:
+        self._store = store
+        self._own = own
+        self._starts = starts
+        self._sessions = sessions
+        self._lag = lag
+
+    async def families(self) -> list[Family]:
+        """As the replica has it; other work goes on between pieces of the tasks."""
+        states: Counter[str] = Counter({state.value: 0 for state in TaskState})
+        running: Counter[ServiceId] = Counter()
+        wanted: Counter[ServiceId] = Counter()
+        for piece in batches_of(self._store.view, Task):
+            for task in piece:
+                states[task.status.state.value] += 1
+                if task.is_wanted:
+                    wanted[task.service_id] += 1
+                    running[task.service_id] += task.status.state is TaskState.RUNNING
+            await asyncio.sleep(0)
+        view = self._store.view()
+        nodes, services = view.find(Node), view.find(Service)
+        own = view.lookup(Node, self._own)
+        is_leader = own is not None and own.manager_status is not None and own.manager_status.leader
+        return [
+            gauge("swarm_manager_leader", "Whether this manager leads.", int(is_leader)),
+            by_label("swarm_manager_nodes", "gauge", "The number of nodes.", "state", _node_states(nodes)),
+            by_label("swarm_manager_tasks_total", "gauge", "The number of tasks.", "state", states),
+            gauge("swarm_manager_services_total", "The number of services.", len(services)),
+            gauge("swarm_manager_networks_total", "The number of networks.", len(view.ids(Network))),
+            gauge("swarm_manager_secrets_total", "The number of secrets.", len(view.ids(Secret))),
+            gauge("swarm_manager_configs_total", "The number of configs.", len(view.ids(Config))),
+            *service_families(services, running, wanted),
+            self._starts.histogram.family(
+                "skep_task_start_seconds", "From the creation of a task until it runs, as this manager sees it."
+            ),
+            gauge("skep_manager_sessions", "Nodes that have their session with this manager.", self._sessions()),
+            gauge("skep_store_revision", "The revision of this manager's replica.", view.revision),
+            *await self._space(),
+            *process_families("manager", self._lag),
+        ]  # fmt: skip
+
+    async def _space(self) -> list[Family]:
+        try:
+            space = await self._store.space()
+        except SkepError:
+            return []
+        if space is None:
+            return []
+        return [
+            gauge("skep_store_size_bytes", "The file of this manager's store.", space.size),
+            gauge("skep_store_in_use_bytes", "What is in use of that file.", space.in_use),
+            gauge("skep_store_quota_bytes", "The largest size of that file.", space.quota),
+        ]
+
+
+def _node_states(nodes: Iterable[Node]) -> Mapping[str, float]:
+    found = Counter({state.value: 0 for state in NodeState})
+    found.update(node.status.state.value for node in nodes)
+    return found
+
+
+def service_families(
+    services: Iterable[Service], running: Mapping[ServiceId, int], wanted: Mapping[ServiceId, int]
+) -> list[Family]:
+    """How many tasks of each service run, and how many should; jobs, whose tasks end, are left out."""
+    rows = [
+        (label_text({"service": one.spec.name}), running.get(one.id, 0), _desired(one, wanted))
+        for one in services
+        if one.spec.mode.replicated_job is None and one.spec.mode.global_job is None
+    ]
+    return [
+        Family(
+            "skep_service_running_tasks",
+            "gauge",
+            "Tasks of the service that run.",
+            [Sample(labels, count) for labels, count, _ in rows],
+        ),
+        Family(
+            "skep_service_desired_tasks",
+            "gauge",
+            "Tasks of the service that should run.",
+            [Sample(labels, count) for labels, _, count in rows],
+        ),
+    ]
+
+
+def _desired(service: Service, wanted: Mapping[ServiceId, int]) -> int:
+    return wanted.get(service.id, 0) if service.spec.mode.global_ is not None else service.spec.replicas

@@ -1,0 +1,401 @@
+"""Events of the containers, images and volumes of all nodes beside those of the cluster, in one stream.
+
+A node numbers its events and keeps the last ones; for each client that asks for them a manager reads them through a
+tunnel, so that nothing is sent while nobody asks.  The stream's cursor is that of the cluster's events, followed by
+one for each node: ``INCARNATION-REVISION~NODE.LIFE.NUMBER~...``.  It holds what the client was sent, so another stream
+goes on after it at any manager.  Where events are missing, or a node cannot be read, a message of the stream says so.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlencode
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error
+from skep.aio.groups import errors_as_they_are, first_alone
+from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, SkepError, Unavailable
+from skep.manager.events import Actor, Message
+from skep.manager.tunnels import Tunnels
+from skep.model.ids import NodeId
+from skep.model.node import Node, NodeState
+from skep.model.planes import is_docker_node
+from skep.model.times import SECOND_NS
+from skep.store.interface import View
+from skep.wire.tunnel import Tunnel
+
+NODES_MAX = 128
+"""Whose events one client gets: each has a part of every cursor."""
+STREAMS_MAX = 8
+"""Clients of one manager that read events of nodes: each has a tunnel to every node."""
+LINE_BYTES_MAX = 256 << 10
+"""A node sends a gap in place of a longer event."""
+HEAD_BYTES_MAX = 64 << 10
+SILENT_S_MAX = 30.0
+"""A node has a line to send every ten seconds."""
+LAST_S = 5.0
+"""For the nodes' past events, once the requested end has come."""
+_WAITING_MAX = 64
+_LOOK_S = 1.0
+_KEY_LENGTH = 12
+TYPES = frozenset({"container", "image", "volume"})
+ID, NAME = "com.docker.swarm.node.id", "node.name"
+"""Attributes of a node's events."""
+
+
+class Position(NamedTuple):
+    """Where a stream goes on: the cursor of the cluster's events, and that of each node by the beginning of its id."""
+
+    cluster: str = ""
+    nodes: Mapping[str, str] = {}
+
+    @classmethod
+    def of(cls, text: str) -> "Position":
+        """Raises: InvalidArgument: it is none."""
+        cluster, *parts = text.split("~")
+        nodes: dict[str, str] = {}
+        for part in parts:
+            key, _, cursor = part.partition(".")
+            if not (
+                0 < len(key) <= _KEY_LENGTH and key.isalnum() and part.isascii() and 0 < len(cursor) < 40
+            ):
+                raise InvalidArgument(f"invalid cursor {text[:80]!r}: {part[:60]!r} is of no node")
+            nodes[key] = cursor
+        if len(nodes) > NODES_MAX:
+            raise InvalidArgument(f"invalid cursor: it has more than {NODES_MAX} nodes")
+        return cls(cluster, nodes)
+
+    def __str__(self) -> str:
+        return "~".join([self.cluster, *(f"{key}.{cursor}" for key, cursor in sorted(self.nodes.items()))])
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What a client asks for.
+
+    Args:
+        names: of nodes, or their ids; empty: all.
+        filters: as JSON, for the nodes.
+        begins_at: the cluster's cursor, of messages before the first event.
+        after: where an earlier stream has ended.
+    """
+
+    names: Collection[str] = ()
+    filters: str = ""
+    since: str = ""
+    until_ns: int | None = None
+    begins_at: str = ""
+    after: Position | None = None
+
+
+class _Item(NamedTuple):
+    """``cursor``: where the stream of ``node`` goes on behind it; of the cluster when ``node`` is empty."""
+
+    node: str
+    cursor: str
+    message: Mapping[str, Any] | Message | None
+
+
+class _Actor(msgspec.Struct):
+    id: str = msgspec.field(name="ID")
+    attributes: dict[str, str] = msgspec.field(name="Attributes")
+
+
+class _Line(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What is passed on of a node's event; clients have to be able to read it, and to return its cursor."""
+
+    status: str = ""
+    id: str = ""
+    from_: str = msgspec.field(name="from", default="")
+    type: Literal["container", "image", "volume", "stream"] = msgspec.field(name="Type")
+    action: str = msgspec.field(name="Action")
+    actor: _Actor = msgspec.field(name="Actor")
+    scope: str = ""
+    time_ns: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = msgspec.field(name="timeNano")
+    cursor: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-zA-Z]{1,20}\.[0-9]{1,16}\Z")] = msgspec.field(
+        name="Cursor"
+    )
+
+
+class AllEvents:
+    """The streams of this manager that have events of nodes."""
+
+    def __init__(self, tunnels: Tunnels, view: Callable[[], View], clock: Clock) -> None:
+        self._tunnels = tunnels
+        self._view = view
+        self._clock = clock
+        self._streams = 0
+
+    async def stream(
+        self,
+        wanted: Wanted,
+        cluster: Callable[[], AsyncGenerator[Message, None]],
+        send: Callable[[Mapping[str, Any] | Message], Awaitable[None]],
+    ) -> None:
+        """Send the events until ``cluster``, those of the cluster, ends, each with its cursor.
+
+        Raises: SkepError: it cannot begin, or some events are lost; what ``send`` raises.
+        """
+        self.check(wanted)
+        given = wanted.after or Position()
+        position = {**given.nodes}
+        at = given.cluster or wanted.begins_at
+        queue: asyncio.Queue[_Item | None] = asyncio.Queue(_WAITING_MAX)
+        with self._counted():
+            async with errors_as_they_are():
+                with first_alone(SkepError):
+                    async with asyncio.TaskGroup() as group:
+                        nodes = group.create_task(
+                            self._read_nodes(wanted, position, queue), name="events of nodes"
+                        )
+                        group.create_task(
+                            self._read_cluster(cluster, queue, nodes), name="events of the cluster"
+                        )
+                        while (item := await queue.get()) is not None:
+                            if not item.node:
+                                at = item.cursor
+                            elif item.cursor:
+                                position[item.node] = item.cursor
+                            if item.message is not None:
+                                await send(_with_cursor(item.message, str(Position(at, position))))
+                        nodes.cancel()
+
+    def check(self, wanted: Wanted) -> None:
+        """Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: there is no stream of it."""
+        nodes = self._nodes(wanted)
+        known = {name for node in self._view().find(Node) for name in (node.id, node.description.hostname)}
+        if missing := sorted(set(wanted.names) - known):
+            raise InvalidArgument(f"there is no node {missing[0]}")
+        if len(nodes) > NODES_MAX:
+            raise FailedPrecondition(
+                f"the events of {len(nodes)} nodes are too many for one stream: name at most {NODES_MAX} of them"
+            )
+        if self._streams >= STREAMS_MAX:
+            raise ResourceExhausted(f"{STREAMS_MAX} clients of this manager read the events of nodes already")
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+
+    def _nodes(self, wanted: Wanted) -> list[Node]:
+        found = [
+            node
+            for node in self._view().find(Node)
+            if not wanted.names or {node.id, node.description.hostname} & set(wanted.names)
+        ]
+        return sorted(found, key=lambda node: node.id)
+
+    async def _read_cluster(
+        self,
+        cluster: Callable[[], AsyncGenerator[Message, None]],
+        queue: asyncio.Queue[_Item | None],
+        nodes: asyncio.Task[None],
+    ) -> None:
+        async with aclosing(cluster()) as messages:
+            async for message in messages:
+                await queue.put(_Item("", message.cursor, message))
+        await asyncio.wait([nodes], timeout=LAST_S)  # what they have sent until then is read
+        await queue.put(None)
+
+    def _forget_gone(self, position: dict[str, str]) -> None:
+        """Nodes that were removed: a cursor would have more and more of them, and be refused in the end."""
+        if gone := position.keys() - {id[:_KEY_LENGTH] for id in self._view().ids(Node)}:
+            for key in gone:
+                del position[key]
+
+    # --- nodes ----------------------------------------------------------------------------------------------------
+
+    async def _read_nodes(
+        self, wanted: Wanted, position: dict[str, str], queue: asyncio.Queue[_Item | None]
+    ) -> None:
+        """A reader for each node that is there; ``position`` grows while the stream goes on."""
+        begun_at = self._clock.monotonic()
+        reading: dict[NodeId, asyncio.Task[None]] = {}
+        away: set[NodeId] = set()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._forget_gone(position)
+                reading = {id: task for id, task in reading.items() if not task.done()}
+                for node in self._nodes(wanted):
+                    if node.id in reading:
+                        continue
+                    why = _why_unread(node)
+                    if not why and len(reading) >= NODES_MAX:
+                        why = f"the stream has those of {NODES_MAX} other nodes"
+                    if why:
+                        if node.id not in away:
+                            away.add(node.id)
+                            await queue.put(_notice("away", node, why, position, self._clock.now_ns()))
+                        continue
+                    away.discard(node.id)
+                    age_s = self._clock.monotonic() - begun_at
+                    reader = _Reader(node, wanted, position, queue)
+                    reading[node.id] = group.create_task(
+                        self._read_node(reader, age_s), name=f"events of {node.id}"
+                    )
+                until_ns = wanted.until_ns
+                if until_ns is not None and until_ns <= self._clock.now_ns():
+                    return  # when its readers have, too
+                await self._clock.sleep(_LOOK_S)
+
+    async def _read_node(self, reader: "_Reader", age_s: float) -> None:
+        """Read until the node is away."""
+        backoff = Backoff(0.2, 10.0)
+        is_away, node = False, reader.node
+        while True:
+            try:
+                head = reader.head(age_s)
+                async with self._tunnels.open_events(node, head) as tunnel, aclosing(_lines(tunnel)) as lines:
+                    async for line in lines:
+                        await reader.take(line)
+                        is_away = False
+                        backoff.reset()
+                why = "it has ended its events"
+            except (SkepError, TimeoutError, msgspec.DecodeError) as error:
+                why = describe_error(error)
+            if reader.is_over(self._clock.now_ns()):
+                return
+            present = self._view().lookup(Node, node.id)
+            if present is None:
+                return
+            if not is_away:
+                is_away = True
+                await reader.put_notice("away", why, self._clock.now_ns())
+            if _why_unread(present):
+                return
+            await backoff.sleep(self._clock)
+
+
+class _Reader:
+    """Of one node's events, for one client."""
+
+    def __init__(
+        self, node: Node, wanted: Wanted, position: Mapping[str, str], queue: asyncio.Queue[_Item | None]
+    ) -> None:
+        self.node = node
+        self._key = node.id[:_KEY_LENGTH]
+        self._wanted = wanted
+        self._queue = queue
+        self._position = position
+        self._cursor = position.get(self._key, "")
+        self._is_known = False
+
+    def head(self, age_s: float) -> bytes:
+        """A request for what comes after the last event.
+
+        A node without a cursor is asked for all since the stream began, and for all it has where another has begun it.
+        """
+        query = {"filters": self._wanted.filters} if self._wanted.filters else {}
+        if self._cursor:
+            query["after"] = self._cursor
+        elif self._wanted.since:
+            query["since"] = self._wanted.since
+        elif self._wanted.after is None:
+            query["age"] = str(int(age_s))
+        if self._wanted.until_ns is not None:
+            query["until"] = f"{self._wanted.until_ns // SECOND_NS}.{self._wanted.until_ns % SECOND_NS:09d}"
+        # HTTP/1.0: the end of the connection is that of the lines, which need no frames.
+        return f"GET /events?{urlencode(query)} HTTP/1.0\r\nHost: node\r\n\r\n".encode()
+
+    def is_over(self, now_ns: int) -> bool:
+        """Whether the requested end has come."""
+        return self._wanted.until_ns is not None and self._wanted.until_ns <= now_ns
+
+    async def take(self, line: bytes) -> None:
+        """Raises: msgspec.DecodeError: it is no event."""
+        known = _decoded(line)
+        self._cursor = known.cursor
+        if known.type == "stream":
+            await self._take_mark(known)
+            return
+        known.actor.attributes |= {ID: self.node.id, NAME: self.node.description.hostname}
+        message = msgspec.to_builtins(known)
+        message |= {"scope": "swarm", "time": known.time_ns // SECOND_NS}
+        await self._queue.put(_Item(self._key, self._cursor, message))
+
+    async def _take_mark(self, known: _Line) -> None:
+        if known.action == "gap":
+            await self.put_notice("gap", "it has not kept all events since", known.time_ns)
+        elif not self._is_known:
+            await self.put_notice("follow", "", known.time_ns)
+        else:
+            await self._queue.put(_Item(self._key, self._cursor, None))
+        self._is_known = True
+
+    async def put_notice(self, action: str, reason: str, at_ns: int) -> None:
+        """Tell the client what has become of the node's events."""
+        notice = _notice(action, self.node, reason, self._position, at_ns)
+        await self._queue.put(notice._replace(cursor=self._cursor) if self._cursor else notice)
+
+
+_decode = msgspec.json.Decoder(_Line).decode
+
+
+def _decoded(line: bytes) -> _Line:
+    """Raises: msgspec.DecodeError: it is no event."""
+    try:
+        return _decode(line)
+    except RecursionError as error:
+        raise msgspec.ValidationError("it is nested too deeply") from error
+
+
+def _why_unread(node: Node) -> str:
+    """Empty: its events can be read."""
+    if is_docker_node(node):
+        return "it is a Docker Engine, whose events are at its own API only"
+    if node.status.state is not NodeState.READY:
+        return f"it is {node.status.state.value}"
+    return ""
+
+
+def _notice(action: str, node: Node, reason: str, position: Mapping[str, str], at_ns: int) -> _Item:
+    attributes = {"name": node.description.hostname, "reason": reason}
+    actor = Actor(id=node.id, attributes={name: value for name, value in attributes.items() if value})
+    message = Message(type="stream", action=action, actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
+    key = node.id[:_KEY_LENGTH]
+    return _Item(key, position.get(key, ""), message)
+
+
+def _with_cursor(message: Mapping[str, Any] | Message, cursor: str) -> Mapping[str, Any] | Message:
+    if isinstance(message, Message):
+        return replace(message, cursor=cursor)
+    return {**message, "Cursor": cursor}
+
+
+async def _lines(tunnel: Tunnel) -> AsyncGenerator[bytes, None]:
+    """The lines of a node's response.  Raises: Unavailable: it is none; TimeoutError: the node is silent."""
+    rest = b""
+    while b"\r\n\r\n" not in rest:
+        rest += await _piece(tunnel)
+        if len(rest) > HEAD_BYTES_MAX:
+            raise Unavailable("the node's response has no end of its head")
+    head, _, rest = rest.partition(b"\r\n\r\n")
+    status = head.split(b" ", 2)[1:2]
+    if status != [b"200"]:
+        raise Unavailable(f"the node refuses: {rest[:500].decode(errors='replace')}")
+    while True:
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > LINE_BYTES_MAX:
+            raise Unavailable("an event of the node is too long")
+        data = await _piece(tunnel, may_end=True)
+        if not data:
+            return
+        rest += data
+
+
+async def _piece(tunnel: Tunnel, *, may_end: bool = False) -> bytes:
+    async with asyncio.timeout(SILENT_S_MAX):
+        data = await tunnel.read()
+    if not data and not may_end:
+        raise Unavailable("the node has sent no response")
+    return data

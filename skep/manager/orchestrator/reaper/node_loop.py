@@ -1,0 +1,115 @@
+"""Removes nodes that were lost for longer than the cluster keeps them (``lost_nodes``).  Leader only."""
+
+from random import Random
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.manager.informer import run_informer
+from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
+from skep.manager.revocation import revoke
+from skep.model.ids import IdSource, NodeId
+from skep.model.labels import OnDisconnect, VolumePolicy, disconnect_policy, forget_nodes_s, volume_policy
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.swarm import Swarm
+from skep.model.task import Task
+from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Transaction, Updated, View
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 5.0
+"""Between two looks; the shortest setting is a minute."""
+
+
+class LostNodes:
+    """Removes what is lost for good, if the cluster is set to do so."""
+
+    def __init__(self, term: LoopStore, clock: Clock, new_id: IdSource, random: Random) -> None:
+        self._term = term
+        self._clock = clock
+        self._down: dict[NodeId, float] = {}
+        """Since when this leader has seen these nodes down and no disruption, on its monotonic clock."""
+
+    async def run(self) -> None:
+        """Remove until cancelled."""
+        await run_informer(
+            self._term, (Node,), on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
+        )
+
+    def _on_snapshot(self, view: View) -> None:
+        # A watch that lagged begins anew, as a term does: what was seen before it is not known to have lasted.
+        now = self._clock.monotonic()
+        self._down = {node.id: now for node in view.find(Node) if is_lost_worker(node)}
+
+    def _on_commit(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Node() as node) | Updated(_, Node() as node) if is_lost_worker(node):
+                    self._down.setdefault(node.id, self._clock.monotonic())
+                case Updated(_, Node() as node) | Deleted(Node() as node):
+                    self._down.pop(node.id, None)
+
+    async def _work(self) -> None:
+        while True:
+            await self._clock.sleep(LOOK_S)
+            if self._down:
+                await self._remove()
+
+    async def _remove(self) -> None:
+        view, now, now_ns = self._term.view(), self._clock.monotonic(), self._clock.now_ns()
+        swarm = next(iter(view.find(Swarm)), None)
+        if swarm is None:
+            return
+        nodes, is_frozen = view.find(Node), swarm.freeze is not None
+        if is_disrupted(nodes, is_frozen=is_frozen):
+            # Of the nodes that come back after it, half are ready before the others, which are no more lost for that.
+            self._down = dict.fromkeys(self._down, now)
+            return
+        due = removable(
+            nodes,
+            after_s=forget_nodes_s(swarm.spec.labels),
+            observed_s=lambda node: now - self._down.get(node.id, now),
+            now_ns=now_ns,
+            is_kept=lambda node_id: _keeps_tasks(view, node_id),
+            is_frozen=is_frozen,
+        )
+        if not due:
+            return
+
+        def remove(tx: Transaction, id: NodeId) -> bool:
+            return remove_lost(tx, id, now_ns)
+
+        for id, result in zip(due, await self._term.update_each(remove, due), strict=True):
+            if isinstance(result, NotLeader):
+                raise result
+            if isinstance(result, SkepError):
+                log.warning("lost node not removed, will retry", node=id, reason=str(result))
+            elif result:
+                log.warning("node was lost for longer than the cluster keeps it: removed", node=id)
+
+
+def remove_lost(tx: Transaction, id: NodeId, now_ns: int) -> bool:
+    """Remove the node, as a user would, unless it has come back; gives whether it was removed."""
+    node = tx.rely_on(Node, id)
+    if node is None or not is_lost_worker(node):
+        return False
+    revoke(tx, node, now_ns, is_removed=True)
+    tx.delete(Node, id)
+    return True
+
+
+def _keeps_tasks(view: View, id: NodeId) -> bool:
+    """Whether a task of the node is to stay there, or its successor is to return there."""
+    for task in view.find(Task, node_id=id):
+        service = view.lookup(Service, task.service_id) if task.service_id else None
+        if service is None or service.removed_at is not None:
+            continue
+        labels = service.spec.labels
+        if (
+            disconnect_policy(labels).action is OnDisconnect.KEEP
+            or volume_policy(labels) is VolumePolicy.KEEP
+        ):
+            return True
+    return False

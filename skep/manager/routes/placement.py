@@ -1,0 +1,106 @@
+"""``POST /skep/services/placement``: where services would run, and whether they fit.  Nothing is written."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.aio.time_slices import TimeSlices
+from skep.api.server import Routes, json_answer, read_json
+from skep.api.service_form import UNRECOGNIZED, settled
+from skep.errors import InvalidArgument, SkepError
+from skep.manager.control.service_rules import check_service_spec
+from skep.manager.routes.access import current_view
+from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.dry_run import DryRun, PlannedPlacement
+from skep.manager.scheduler.explain import reserve_for
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.service import REPLICAS_MAX, NetworkAttachmentConfig, ServiceSpec
+from skep.model.task import Task
+from skep.model.volume import Volume
+from skep.store.interface import View
+from skep.store.kinds import spec_of
+from skep.store.updates import batched
+
+routes = Routes()
+
+_PIECE = 250
+"""Objects counted before the event loop gets control."""
+_SERVICES_MAX = 2_000
+_TASKS_MAX = 4 * REPLICAS_MAX
+
+
+@routes.post("/skep/services/placement")
+async def plan_placement(request: web.Request) -> web.StreamResponse:
+    """Where the tasks of each of these specs would be, placed one after the other.
+
+    Networks, secrets and configs may be named that do not exist yet.  A spec that would be refused has the refusal.
+    """
+    specs = await read_json(request, tuple[ServiceSpec, ...], unrecognized=UNRECOGNIZED)
+    view = await current_view(request)
+    number = len(view.ids(Node))
+    if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
+        raise InvalidArgument(f"too much at once: at most {_SERVICES_MAX} services with {_TASKS_MAX} tasks")
+    dry_run = DryRun(view, await accounting_of(view))
+    return json_answer([one async for one in _placements(dry_run, view, specs)])
+
+
+def _tasks(spec: ServiceSpec, nodes: int) -> int:
+    job = spec.mode.replicated_job
+    if spec.mode.name in ("global", "global-job"):
+        return nodes
+    return spec.replicas if job is None else job.max_concurrent or 0
+
+
+async def _placements(
+    dry_run: DryRun, view: View, specs: tuple[ServiceSpec, ...]
+) -> AsyncIterator[PlannedPlacement]:
+    slices = TimeSlices(SystemClock())
+    for spec in specs:
+        try:
+            wanted = settled(_with_ids(view, spec))
+            check_service_spec(wanted)
+            for step in dry_run.placing(wanted):
+                await slices.yield_if_due()
+                if step is not None:
+                    yield step
+        except SkepError as error:
+            yield PlannedPlacement(name=spec.name, refusal=str(error))
+
+
+def _with_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
+    """With the ids of the networks that exist; of secrets and configs, which need not, the names stand for them."""
+
+    def resolved(one: NetworkAttachmentConfig) -> NetworkAttachmentConfig:
+        found = view.find(Network, name=one.target)
+        return replace(one, target=found[0].id) if found else one
+
+    template = spec.task_template
+    container = template.container_spec
+    if container is not None:
+        container = replace(
+            container,
+            secrets=tuple(replace(one, secret_id=one.secret_name) for one in container.secrets),
+            configs=tuple(replace(one, config_id=one.config_name) for one in container.configs),
+        )
+    networks = tuple(map(resolved, template.networks))
+    return replace(spec, task_template=replace(template, container_spec=container, networks=networks))
+
+
+async def accounting_of(view: View) -> Accounting:
+    """What the nodes have, and what tasks hold of it."""
+    accounting = Accounting()
+    for volume in view.find(Volume):
+        accounting.set_volume(volume)
+    for some_nodes in batched(view.find(Node), _PIECE):
+        for node in some_nodes:
+            accounting.set_node(node)
+        await asyncio.sleep(0)
+    for some_tasks in batched(view.find(Task), _PIECE):
+        for one in some_tasks:
+            reserve_for(accounting, one, spec_of(view, one))
+        await asyncio.sleep(0)
+    return accounting

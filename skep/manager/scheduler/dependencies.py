@@ -1,0 +1,266 @@
+"""Services that wait for others before their tasks are given nodes (label ``skep.depends-on``).
+
+A task that waits holds nothing, so it takes no room from what it waits for.  Only a service without a running task
+waits: one that runs is scaled, and its crashed tasks are replaced, whatever becomes of what it depends on.  An update
+waits with its first task, which is why a migration that is deployed together with a service comes before it.
+
+After a loss of power the store still says that everything runs.  What a task's status says counts only when it was
+written after its node's last registration, or when the node has had the time to report otherwise (``Confirmed``).
+
+A job that has completed counts as long as the services that it depends on itself are as it wants them: after a loss of
+power a web service that depends on a migration, which depends on a database, waits for the database.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final, TypeAlias
+
+import msgspec
+
+from skep.manager.dependents import circle, is_same_task
+from skep.manager.heartbeats import configured_heartbeats, grace_period
+from skep.model.dependencies import WAITS_FOR, Condition, Dependency, dependencies_of
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.meta import Version
+from skep.model.node import Node, NodeState, differ_in_load_alone
+from skep.model.service import RestartCondition, Service, ServiceMode, TaskSpec
+from skep.model.task import Task, TaskState
+from skep.store.interface import Commit, Created, Deleted, Updated, View
+
+REPORTED_S: Final = 10.0
+"""A node that has registered reports the states of its tasks within this time."""
+RETURNED_S: Final = 12.0
+"""Longest time in which a node finds a manager again; with a grace of its own, that counts twice."""
+_FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """Why a service waits, and what can change that.  ``until``: it is to be looked at again then."""
+
+    reason: str
+    services: frozenset[ServiceId] = frozenset()
+    until: float | None = None
+
+
+Looked: TypeAlias = dict[tuple[ServiceId, Version | None], Waiting | None]
+"""By service and version, what its tasks wait for."""
+
+
+class Confirmed:
+    """What the cluster's nodes have said in this term."""
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self._registered: dict[NodeId, float] = {}
+        self._reported: dict[TaskId, float] = {}
+
+    def record(self, commit: Commit, now: float) -> None:
+        """Take note of registrations, and of what nodes report."""
+        for event in commit.events:
+            match event:
+                case Updated(Task() as old, Task() as task) if old.status is not task.status:
+                    if task.status.state.is_terminal:
+                        self._reported.pop(task.id, None)
+                    elif old.status.state != task.status.state and task.status.state >= TaskState.STARTING:
+                        self._reported[task.id] = now
+                case Updated(Node() as before, Node() as node) if before.session != node.session:
+                    self._registered[node.id] = now
+                case Deleted(Task() as task):
+                    self._reported.pop(task.id, None)
+                case Deleted(Node() as node):
+                    self._registered.pop(node.id, None)
+
+    def at(self, task: Task, view: View) -> float | None:
+        """When the task's status can be believed; None: not before its node is back."""
+        node = view.lookup(Node, task.node_id)
+        if node is None or node.status.state is not NodeState.READY:
+            return None
+        registered = self._registered.get(task.node_id)
+        reported = self._reported.get(task.id)
+        if reported is not None and (registered is None or reported >= registered):
+            return reported
+        if registered is not None:
+            return registered + REPORTED_S
+        period_s, configured_s = configured_heartbeats(view)
+        return self._began + max(2 * grace_period(period_s, configured_s=configured_s), RETURNED_S)
+
+
+class _Look:
+    """One look at a service and what it depends on."""
+
+    def __init__(
+        self, name: str, view: View, confirmed: Callable[[Task, View], float | None], now: float
+    ) -> None:
+        self._name = name
+        self._view = view
+        self._confirmed = confirmed
+        self._now = now
+        self.services: set[ServiceId] = set()
+        self.until: list[float] = []
+
+    def serves(self, tasks: Iterable[Task], least: TaskState, spec: TaskSpec | None = None) -> bool:
+        """Whether one of the tasks (made from ``spec``) is known to be that far."""
+        for task in tasks:
+            if (
+                task.is_wanted
+                and least <= task.status.state <= TaskState.RUNNING
+                and (spec is None or is_same_task(task.spec, spec))
+            ):
+                at = self._confirmed(task, self._view)
+                if at is not None and at <= self._now:
+                    return True
+                if at is not None:
+                    self.until.append(at)
+        return False
+
+    def unmet(self, dependencies: Iterable[Dependency], path: Collection[str]) -> str:
+        """What is waited for; empty: nothing.  ``path``: services that are being looked at."""
+        for one in dependencies:
+            if one.service in path or not (reason := self._unmet(one, path)):
+                continue
+            # Two transactions at a time may close a circle, or a rollback by the leader.
+            if not circle(self._view, self._name, [one]):
+                return reason
+        return ""
+
+    def _unmet(self, one: Dependency, path: Collection[str]) -> str:
+        found = [each for each in self._view.find(Service, name=one.service) if each.removed_at is None]
+        if not found:
+            return f"{WAITS_FOR}{one.service}, which does not exist" if one.is_required else ""
+        service = found[0]
+        self.services.add(service.id)
+        if _wants_none(service.spec.mode):  # as Compose
+            return ""
+        tasks = self._view.find(Task, service_id=service.id)
+        if not one.is_required and _has_failed(tasks):
+            return ""
+        if one.restarts:
+            tasks = [task for task in tasks if is_same_task(task.spec, service.spec.task_template)]
+        if _has_completed(service, tasks) and one.condition is not Condition.HEALTHY:
+            return self.unmet(dependencies_of(service.spec.labels), {*path, one.service})
+        least = TaskState.STARTING if one.condition is Condition.STARTED else TaskState.RUNNING
+        if one.condition is not Condition.COMPLETED and self.serves(tasks, least):
+            return ""
+        return f"{WAITS_FOR}{one.service} {one.condition.words}"
+
+
+def awaited(
+    task: Task, view: View, confirmed: Callable[[Task, View], float | None], now: float
+) -> Waiting | None:
+    """What ``task`` waits for before it may have a node; None: nothing.
+
+    Args:
+        confirmed: when the status of a task can be believed.
+        now: on the same clock.
+    """
+    service = view.lookup(Service, task.service_id)
+    if service is None or not (dependencies := dependencies_of(service.spec.labels)):
+        return None
+    look = _Look(service.spec.name, view, confirmed, now)
+    if look.serves(view.find(Task, service_id=service.id), TaskState.RUNNING, task.spec):
+        return None
+    reason = look.unmet(dependencies, {service.spec.name})
+    if not reason:
+        return None
+    return Waiting(reason, frozenset({service.id, *look.services}), min(look.until, default=None))
+
+
+def _is_as_far(old: Task, task: Task) -> bool:
+    return old.status.state == task.status.state and old.desired_state == task.desired_state
+
+
+def _asks_for_the_same(before: Service, service: Service) -> bool:
+    """Whether only its update or its addresses went on."""
+    return (before.spec, before.removed_at, before.job_status) == (
+        service.spec,
+        service.removed_at,
+        service.job_status,
+    )
+
+
+def _has_failed(tasks: Sequence[Task]) -> bool:
+    """Whether it is in a crash loop, or was given up."""
+    wanted = [task for task in tasks if task.is_wanted]
+    if wanted:
+        return any(task.restart is not None and task.restart.failures for task in wanted)
+    return any(task.status.state in _FAILED for task in tasks)
+
+
+def _has_completed(service: Service, tasks: Sequence[Task]) -> bool:
+    """Whether every run of a job, or of a service whose tasks are not started again, has completed."""
+    mode, policy = service.spec.mode, service.spec.task_template.restart_policy
+    if service.job_status is not None:
+        tasks = [task for task in tasks if task.job_iteration == service.job_status.job_iteration]
+    elif policy is None or policy.condition in (None, RestartCondition.ANY):
+        return False
+    else:
+        tasks = [task for task in tasks if is_same_task(task.spec, service.spec.task_template)]
+    complete = [task for task in tasks if task.status.state is TaskState.COMPLETE]
+    if mode.global_job is not None or mode.global_ is not None:
+        done = {one.node_id for one in complete}
+        # What was stopped where it may not run any more, on a drained node say, is not missing.
+        return bool(complete) and all(
+            one.node_id in done for one in tasks if one.is_active or one.status.state in _FAILED
+        )
+    job = mode.replicated_job
+    wanted = service.spec.replicas if job is None else job.total_completions or 0
+    return bool(complete) and len({one.slot for one in complete}) >= wanted
+
+
+def _wants_none(mode: ServiceMode) -> bool:
+    """Whether the service is scaled to no task at all."""
+    job, replicated = mode.replicated_job, mode.replicated
+    return (job is not None and not job.total_completions) or (
+        replicated is not None and replicated.replicas == 0
+    )
+
+
+class Waits:
+    """The groups of tasks that wait for services, and what they wait for."""
+
+    def __init__(self, began: float) -> None:
+        self._confirmed = Confirmed(began)
+        self._waiting: dict[str, Waiting] = {}
+
+    def record(self, commit: Commit, now: float) -> Sequence[str]:
+        """Take note of what changed; gives the groups to decide again."""
+        self._confirmed.record(commit, now)
+        if not self._waiting:
+            return ()
+        changed: set[ServiceId] = set()
+        for event in commit.events:
+            match event:
+                case Updated(Task() as old, Task() as task) if _is_as_far(old, task):
+                    continue
+                case Created(Task() as task) | Deleted(Task() as task) | Updated(_, Task() as task):
+                    changed.add(task.service_id)
+                case Updated(Node() as before, Node() as node) if differ_in_load_alone(before, node):
+                    continue
+                case Updated(Service() as before, Service() as service) if _asks_for_the_same(
+                    before, service
+                ):
+                    continue
+                case _:  # a service that one waits for may be there now, a node may be back
+                    return tuple(self._waiting)
+        if not changed:
+            return ()
+        return [group for group, one in self._waiting.items() if not changed.isdisjoint(one.services)]
+
+    def of(self, group: str, task: Task, view: View, now: float, found: Looked) -> Waiting | None:
+        """What the group of ``task`` waits for; None: nothing.
+
+        ``found``: what was found in ``view`` before.  Each task of a global service is a group: a look at all tasks of
+        its service, for each of them, would be quadratic.
+        """
+        key = task.service_id, task.spec_version
+        if key not in found:
+            found[key] = awaited(task, view, self._confirmed.at, now)
+        waiting = found[key]
+        if waiting is None:
+            self.forget(group)
+        else:
+            self._waiting[group] = waiting
+        return waiting
+
+    def forget(self, group: str) -> None:
+        """The group has no pending task, or waits no more."""
+        self._waiting.pop(group, None)

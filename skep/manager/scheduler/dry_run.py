@@ -1,0 +1,234 @@
+"""Where the tasks of specs would run, and why some would not: the scheduler's own decision, nothing written.
+
+Every spec is placed in turn into one accounting, so each takes room from the next.  A service that exists keeps the
+tasks that its new spec does not replace.  With ``stop-first`` the room of those that it replaces counts as free; with
+``start-first`` as many as are updated at once have to fit beside them.
+
+Not asked is what only time shows: which tasks wait for other services or return to volumes, and what becomes of nodes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from msgspec.structs import replace
+
+from skep.aio.time_slices import STEP
+from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.explain import NodeVerdict, verdict
+from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, place
+from skep.manager.scheduler.requirements import Requirements, planes_of, requirements_of
+from skep.manager.scheduler.spread import Choices
+from skep.model.constraints import is_satisfied
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.meta import Driver, Version
+from skep.model.network import Network, NetworkSpec
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import EndpointSpec, Placement, Service, ServiceSpec, TaskSpec, UpdateOrder
+from skep.model.task import NetworkAttachment, Task
+from skep.store.interface import View
+from skep.store.kinds import spec_of
+
+BATCH = 50
+"""Tasks placed between two pauses."""
+VERDICTS_MAX = 20
+"""Nodes of which the reasons are given."""
+
+
+class NodeShare(ApiObject):
+    """How many tasks of a service a node would have."""
+
+    node_id: NodeId
+    hostname: str = always("")
+    tasks: int = always(0)
+
+
+class PlannedPlacement(ApiObject):
+    """Of one service.  Without ``refusal`` all its tasks fit."""
+
+    name: str = always("")
+    wanted: int = always(0)
+    nodes: tuple[NodeShare, ...] = always(())
+    """With all tasks that fit, those that stay too."""
+    refusal: str = always("")
+    verdicts: tuple[NodeVerdict, ...] = always(())
+    """Why nodes take no further task, if one is refused."""
+
+
+class DryRun:
+    """Places specs one after the other.  ``accounting``: what the cluster has and holds; it is changed."""
+
+    def __init__(self, view: View, accounting: Accounting) -> None:
+        self._view = view
+        self._accounting = accounting
+        self._choices = Choices(accounting)
+
+    def placing(self, spec: ServiceSpec) -> Iterator[PlannedPlacement | None]:
+        """Gives None at each pause, and in the end where the tasks of ``spec`` would be.
+
+        Raises: InvalidArgument: the spec cannot be read.
+        """
+        service = self._service(spec)
+        homes: list[NodeId] = []
+        yield from self._homes(spec, homes)
+        kept: list[Task] = []
+        replaced: list[Task] = []
+        yield from self._present(service, len(homes), kept, replaced)
+        nodes = Counter(task.node_id for task in kept)
+        is_global = service.spec.mode.name in ("global", "global-job")
+        missing = [id for id in homes if not nodes[id]] if is_global else homes[len(kept) :]
+        config = spec.update_config
+        number = BATCH
+        if config is not None and config.order is UpdateOrder.START_FIRST:
+            number = min(config.parallelism or BATCH, BATCH)
+        else:
+            self._free(replaced)
+            replaced = []
+        requirements: Requirements | None = None
+        refusal: Refusal | None = None
+        for begin in range(0, len(missing), number):
+            tasks = self._tasks(service, begin, missing[begin : begin + number])
+            requirements = requirements or self._requirements(tasks[0], spec)
+            placed = self._placed(tasks, requirements, is_last=begin + number >= len(missing))
+            nodes.update(one.node_id for one in placed.assignments)
+            self._free(replaced[begin : begin + number])
+            yield None
+            if placed.refusals:
+                refusal = placed.refusals[0]
+                break
+        verdicts: list[NodeVerdict] = []
+        if refusal is not None and requirements is not None:
+            yield from self._verdicts(requirements, verdicts)
+        yield PlannedPlacement(
+            name=spec.name,
+            wanted=len(homes),
+            nodes=tuple(self._shares(nodes)),
+            refusal=refusal.reason if refusal is not None else "",
+            verdicts=tuple(verdicts),
+        )
+
+    def _service(self, spec: ServiceSpec) -> Service:
+        for one in self._view.find(Service, name=spec.name):
+            if one.removed_at is None:
+                return replace(one, spec=spec)
+        return Service(id=ServiceId(f"planned {spec.name}"), spec=spec)
+
+    def _present(
+        self, service: Service, wanted: int, kept: list[Task], replaced: list[Task]
+    ) -> Iterator[None]:
+        """The tasks that stay, and those that are replaced; the room of those that only go is free at once."""
+        for number, task in enumerate(self._view.find(Task, service_id=service.id)):
+            if number % STEP == 0:
+                yield
+            if not (task.is_wanted and task.is_active and task.node_id):
+                continue
+            if not self._stays(task, service.spec):
+                replaced.append(task)
+            elif len(kept) < wanted:
+                kept.append(task)
+            else:
+                self._free((task,))
+
+    def _stays(self, task: Task, spec: ServiceSpec) -> bool:
+        """Whether an update leaves the task where it is (as the orchestrator decides, by ``is_dirty``)."""
+        made_from = spec_of(self._view, task)
+        ports = (made_from.endpoint_spec if made_from is not None else None) or EndpointSpec()
+        node = self._view.lookup(Node, task.node_id)
+        return (
+            _comparable(task.spec) == _comparable(spec.task_template)
+            and ports == (spec.endpoint_spec or EndpointSpec())
+            and node is not None
+            and is_satisfied((spec.task_template.placement or Placement()).constraints, node)
+        )
+
+    def _free(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            self._accounting.remove(task.id)
+
+    def _placed(self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool) -> Placed:
+        if not tasks[0].node_id:
+            return place(tasks, requirements, self._choices, now=0.0, limit=len(tasks), is_last=is_last)
+        made = [confirm(task, requirements, self._accounting) for task in tasks]
+        return Placed(
+            assignments=tuple(one for one in made if isinstance(one, Assignment)),
+            refusals=tuple(one for one in made if isinstance(one, Refusal)),
+        )
+
+    def _homes(self, spec: ServiceSpec, homes: list[NodeId]) -> Iterator[None]:
+        """One for each wanted task: its node, for a global service; else none."""
+        mode = spec.mode
+        if mode.global_ is None and mode.global_job is None:
+            job = mode.replicated_job
+            wanted = (
+                spec.replicas if job is None else min(job.max_concurrent or 0, job.total_completions or 0)
+            )
+            homes += [NodeId("")] * wanted
+            return
+        constraints = (spec.task_template.placement or Placement()).constraints
+        for number, node in enumerate(self._view.find(Node)):
+            if number % STEP == 0:
+                yield
+            if (
+                node.status.state is not NodeState.DOWN
+                and node.spec.availability is Availability.ACTIVE
+                and is_satisfied(constraints, node)
+            ):
+                homes.append(node.id)
+
+    def _tasks(self, service: Service, begin: int, homes: Sequence[NodeId]) -> list[Task]:
+        """Tasks that would be made."""
+        attachments = tuple(self._attachments(service.spec))
+        return [
+            Task(
+                id=TaskId(f"{service.id}/{number}"),
+                spec=service.spec.task_template,
+                service_id=service.id,
+                node_id=node_id,
+                spec_version=Version(),
+                networks_attachments=attachments,
+            )
+            for number, node_id in enumerate(homes, begin)
+        ]
+
+    def _attachments(self, spec: ServiceSpec) -> Iterator[NetworkAttachment]:
+        """Networks that do not exist yet will be overlay networks."""
+        for one in spec.task_template.networks:
+            found = self._view.lookup(Network, one.target)
+            overlay = Driver(name="overlay")
+            wanted = NetworkSpec(name=one.target, driver_configuration=overlay)
+            yield NetworkAttachment(
+                network=found or Network(id=NetworkId(one.target), spec=wanted, driver_state=overlay)
+            )
+
+    def _requirements(self, task: Task, spec: ServiceSpec) -> Requirements:
+        planes = planes_of(task, lambda network_id: self._view.lookup(Network, network_id))
+        return requirements_of(task, spec, planes)
+
+    def _shares(self, nodes: Counter[NodeId]) -> Iterator[NodeShare]:
+        for id, count in nodes.items():
+            node = self._view.lookup(Node, id)
+            hostname = node.description.hostname if node is not None else ""
+            yield NodeShare(node_id=id, hostname=hostname or id, tasks=count)
+
+    def _verdicts(self, requirements: Requirements, found: list[NodeVerdict]) -> Iterator[None]:
+        copies = self._accounting.copies(requirements.service_id)
+        for number, account in enumerate(list(self._accounting.accounts.values())):
+            if number % STEP == 0:
+                yield
+            one = verdict(requirements, account, copies[account.node.id])
+            if one.refusals:
+                found.append(one)
+            if len(found) == VERDICTS_MAX:
+                return
+
+
+def _comparable(template: TaskSpec) -> TaskSpec:
+    """Without what moves no task, and without ids that a plan does not know yet: names stand beside them."""
+    container = template.container_spec
+    if container is not None:
+        container = replace(
+            container,
+            secrets=tuple(replace(one, secret_id="") for one in container.secrets),
+            configs=tuple(replace(one, config_id="") for one in container.configs),
+        )
+    return replace(template, placement=None, container_spec=container)

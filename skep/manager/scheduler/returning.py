@@ -1,0 +1,123 @@
+"""Tasks whose slot has data in a local volume: they return to its node (label ``skep.volumes``)."""
+
+from collections.abc import Sequence
+
+from skep.manager.scheduler.accounting import Account, Accounting, holds_resources
+from skep.manager.scheduler.filters import Filter, filters_for
+from skep.manager.scheduler.placement import ASSIGNED, Assignment, Refusal, assigned
+from skep.manager.scheduler.requirements import Requirements
+from skep.model.ids import NodeId
+from skep.model.labels import VolumePolicy, volume_policy
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Service, UpdateOrder
+from skep.model.slot_volumes import Home, VolumeIndex, homes_of, local_volumes
+from skep.model.task import Task
+from skep.store.interface import View
+
+
+class Returning:
+    """Decides about tasks whose slot has data in a local volume of a node."""
+
+    def __init__(self, accounting: Accounting) -> None:
+        self.volumes = VolumeIndex()
+        self._accounting = accounting
+
+    def has_home(self, task: Task, view: View) -> bool:
+        """Whether a pending task's slot has such data, and its service does not say ``spread``."""
+        if task.node_id or task.spec_version is None or not local_volumes(task.spec):
+            return False
+        service = view.lookup(Service, task.service_id)
+        return service is not None and any(_homes(task, service, view, self.volumes))
+
+    def decide(self, task: Task, requirements: Requirements, view: View) -> Assignment | Refusal | str:
+        """The task's node, or why it waits for it; else why it goes elsewhere: its data is away, or empty.
+
+        An assignment is reserved in the accounting.
+        """
+        service = view.lookup(Service, task.service_id)
+        if service is None:
+            return ""
+        homes = _homes(task, service, view, self.volumes)
+        is_kept = volume_policy(service.spec.labels) is VolumePolicy.KEEP
+        away = ""
+        for home in homes:
+            account = self._accounting.accounts.get(home.node_id)
+            if account is None:
+                continue  # who removes a node gives its volumes up
+            copies = self._accounting.copies(task.service_id)[home.node_id]
+            refusing = first_refusing(requirements, account, copies)
+            if refusing is None:
+                return assigned(task, account, requirements, self._accounting, ASSIGNED)
+            words = away_words(task, home, account.node, _why(refusing, requirements, account, copies))
+            if is_kept or (not refusing.is_lasting and _frees(task, service, home.node_id, view)):
+                return Refusal(task, words)
+            away = away or words
+        return away
+
+
+def _homes(task: Task, service: Service, view: View, index: VolumeIndex) -> Sequence[Home]:
+    if volume_policy(service.spec.labels) is VolumePolicy.SPREAD:
+        return ()
+    past = view.find(Task, slot=f"{task.service_id}/{task.slot}")
+    return homes_of(task, service.spec.name, past, index)
+
+
+def _frees(task: Task, service: Service, node_id: NodeId, view: View) -> bool:
+    """Whether an earlier task of the slot holds resources of the node that it is about to release.
+
+    An update that stops first stops it when the new task is refused; one that starts first never does.
+    """
+    update = service.spec.update_config
+    starts_first = update is not None and update.order is UpdateOrder.START_FIRST
+    return any(
+        other.node_id == node_id and holds_resources(other) and not (other.is_wanted and starts_first)
+        for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
+        if other.id != task.id
+    )
+
+
+def first_refusing(requirements: Requirements, account: Account, copies: int) -> Filter | None:
+    """The first filter that the node does not pass."""
+    for filter in filters_for(requirements):
+        if not filter.passes(requirements, account, copies):
+            return filter
+    return None
+
+
+def _why(filter: Filter, requirements: Requirements, account: Account, copies: int) -> str:
+    return _absence(account.node) or f": {filter.detail(requirements, account, copies)}"
+
+
+def _absence(node: Node) -> str:
+    if node.status.state is not NodeState.READY:
+        return f", which is {node.status.state.value}"
+    if node.spec.availability is not Availability.ACTIVE:
+        return f", whose availability is {node.spec.availability.value}"
+    return ""
+
+
+def volumes_elsewhere(task: Task, view: View) -> Sequence[tuple[NodeId, str]]:
+    """The other nodes with volumes of the task's slot, the latest data first, and a sentence about each."""
+    service = view.lookup(Service, task.service_id)
+    if service is None or not local_volumes(task.spec):
+        return ()
+    past = view.find(Task, slot=f"{task.service_id}/{task.slot}")
+    found = homes_of(task, service.spec.name, past, VolumeIndex(view.find(Node)))
+    nodes = ((home, view.lookup(Node, home.node_id)) for home in found)
+    return [
+        (node.id, away_words(task, home, node, _absence(node)))
+        for home, node in nodes
+        if node is not None and node.id != task.node_id
+    ]
+
+
+def must_wait(task: Task, view: View) -> bool:
+    """Whether the task goes to the first of these only."""
+    service = view.lookup(Service, task.service_id)
+    return service is not None and volume_policy(service.spec.labels) is VolumePolicy.KEEP
+
+
+def away_words(task: Task, home: Home, node: Node, why: str) -> str:
+    """``volume data of slot 2 is on node w1, which is down``"""
+    name = node.description.hostname or node.id
+    return f"volume {home.volume} of slot {task.slot} is on node {name}{why}"

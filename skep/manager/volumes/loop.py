@@ -1,0 +1,370 @@
+"""The leader's loop over cluster volumes: one piece of work per volume, which ends in calls of its driver.
+
+A volume whose driver hangs or fails is tried again with growing delays, and holds up no other: each is handled by
+itself, and a driver's calls are bounded and have deadlines.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from random import Random
+from typing import Protocol, TypeAlias, assert_never
+
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, log_error
+from skep.aio.groups import first_alone
+from skep.csi.driver import DriverLies, discrepancy
+from skep.errors import FailedPrecondition, NotFound, SkepError
+from skep.manager.informer import CatchUp, run_exact_informer
+from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Step, Unpublish, settled, steps
+from skep.manager.work_queue import WorkQueue
+from skep.model.ids import NodeId, TaskId, VolumeId
+from skep.model.node import Node
+from skep.model.task import Task
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo
+from skep.store.interface import (
+    Commit,
+    Created,
+    Deleted,
+    LoopStore,
+    NotLeader,
+    Transaction,
+    Updated,
+    View,
+    WatchLagged,
+)
+from skep.store.kinds import Payload
+
+log = structlog.get_logger(__name__)
+
+BATCH = 100
+LANES = 8
+"""Steps of one volume at a time: one for a node that hangs does not hold up those for the others."""
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+MESSAGE_CHARACTERS_MAX = 500
+_PUBLISH_PART = "publish"
+_DAMAGED = "where the volume is cannot be read in the store: nothing is done until it is removed with force"
+
+
+class ControllerDriver(Protocol):
+    """The controller's half of ``skep.csi.driver.Driver``."""
+
+    async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo: ...
+
+    async def delete(self, volume_id: str, secrets: Mapping[str, str]) -> None: ...
+
+    async def publish(
+        self, volume: Volume, driver_node_id: str, secrets: Mapping[str, str]
+    ) -> Mapping[str, str]: ...
+
+    async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None: ...
+
+
+FindDriver: TypeAlias = Callable[[str], Awaitable[ControllerDriver]]
+"""The driver of that name on this machine.  Raises: NotFound."""
+
+
+async def no_drivers(name: str) -> ControllerDriver:
+    """Of a manager that has none."""
+    raise NotFound(f'driver "{name}" not found')
+
+
+class ClusterVolumes:
+    """Has cluster volumes made, published where tasks need them, and deleted.  Leader only."""
+
+    def __init__(self, term: LoopStore, clock: Clock, random: Random, find_driver: FindDriver) -> None:
+        self._term = term
+        self._clock = clock
+        self._random = random
+        self._find_driver = find_driver
+        self._reset()
+
+    async def run(self) -> None:
+        """Handle volumes until cancelled."""
+        await run_exact_informer(
+            self._term,
+            (Volume, Task, Node),
+            on_snapshot=self._on_snapshot,
+            on_commit=self._on_commit,
+            work=self._work,
+        )
+
+    def _reset(self) -> None:
+        self._queue: WorkQueue[VolumeId] = WorkQueue(self._clock)
+        self._creation = asyncio.Lock()
+        """One volume after the other gets its id: two that are given the same one would share a disk."""
+        self._backoffs: dict[VolumeId, Backoff] = {}
+        self._users: dict[VolumeId, dict[TaskId, NodeId]] = {}
+        """The tasks that have a volume and have not ended, with their nodes."""
+        self._handled: set[VolumeId] = set()
+        self._again: set[VolumeId] = set()
+        """Those that changed while they were handled."""
+
+    # -- keeping up with the store ---------------------------------------------------------------------------------
+
+    def _on_snapshot(self, view: View) -> None:
+        self._reset()
+        volumes = view.find(Volume)
+        for task in view.find(Task) if volumes else ():
+            self._enter(task)
+        self._queue.add(volume.id for volume in volumes)
+
+    def _on_commit(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Updated(Task() as old, Task() as new):
+                    if old.volumes or new.volumes:
+                        self._leave(old)
+                        self._enter(new)
+                case Deleted(Task() as task):
+                    self._leave(task)
+                case Updated(Volume() as old, Volume() as new):
+                    if _decides(old) != _decides(new):
+                        self._queue.add((new.id,))
+                case Deleted(Volume() as volume):
+                    self._backoffs.pop(volume.id, None)
+                case Updated(Node() as old, Node() as new):
+                    if old.status.state is not new.status.state or _drivers_of(old) != _drivers_of(new):
+                        self._queue_on(new.id)
+                case Deleted(Node() as node):
+                    self._queue_on(node.id)
+                case Created(Task() as task):
+                    self._enter(task)
+                case Created(Volume() as volume):
+                    self._queue.add((volume.id,))
+
+    def _enter(self, task: Task) -> None:
+        if task.volumes and task.node_id and not task.status.state.is_terminal:
+            for attachment in task.volumes:
+                self._users.setdefault(VolumeId(attachment.id), {})[task.id] = task.node_id
+                self._queue.add((VolumeId(attachment.id),))
+
+    def _leave(self, task: Task) -> None:
+        for attachment in task.volumes:
+            id = VolumeId(attachment.id)
+            users = self._users.get(id, {})
+            if users.pop(task.id, None) is not None:
+                self._queue.add((id,))
+                if not users:
+                    del self._users[id]
+
+    def _queue_on(self, node_id: NodeId) -> None:
+        self._queue.add(
+            volume.id for volume in self._term.view().find(Volume) if volume.status_on(node_id) is not None
+        )
+
+    # -- deciding and calling --------------------------------------------------------------------------------------
+
+    async def _work(self, read_waiting: CatchUp) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                ids = await self._queue.take(BATCH)
+                for id in ids:
+                    if id in self._handled:
+                        self._again.add(id)
+                        continue
+                    self._handled.add(id)
+                    group.create_task(self._handle(id, read_waiting), name=f"volume-{id}")
+
+    async def _handle(self, id: VolumeId, read_waiting: CatchUp) -> None:
+        """One look at a volume, and what follows from it; no error but the end of the term reaches others."""
+        try:
+            await read_waiting()
+            is_done = await self._advance(id)
+        except (NotLeader, WatchLagged):
+            raise
+        except Exception as error:
+            log_error(error, "volume not handled", volume=id)
+            is_done = False
+        finally:
+            self._handled.discard(id)
+        if is_done:
+            self._backoffs.pop(id, None)
+        else:
+            backoff = self._backoffs.get(id)
+            if backoff is None:
+                backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
+                self._backoffs[id] = backoff
+            self._queue.add_at(id, self._clock.monotonic() + backoff.next_delay_s())
+        if id in self._again:
+            self._again.discard(id)
+            self._queue.add((id,))
+
+    async def _advance(self, id: VolumeId) -> bool:
+        """Settle the volume and carry its steps out; gives whether all of them succeeded."""
+        needed = frozenset(self._users.get(id, {}).values())
+        volume = await self._term.update(_settle, id, needed)
+        if volume is None:
+            return True
+        left = deque(steps(volume, needed))
+        with first_alone(NotLeader):
+            async with asyncio.TaskGroup() as group:
+                lanes = [
+                    group.create_task(self._carry_out_each(left, volume))
+                    for _ in range(min(LANES, len(left)))
+                ]
+        return all(lane.result() for lane in lanes)
+
+    async def _carry_out_each(self, left: deque[Step], volume: Volume) -> bool:
+        """Take steps and carry them out until none is left; gives whether all of them succeeded."""
+        is_done = True
+        while left:
+            step = left.popleft()
+            try:
+                await self._carry_out(step, volume)
+            except NotLeader:
+                raise
+            except Exception as error:
+                words = (str(error) if isinstance(error, SkepError) else describe_error(error)) or "failed"
+                if not isinstance(error, SkepError):
+                    log_error(error, "step of a volume failed", volume=volume.id, step=type(step).__name__)
+                await self._term.update(_note, volume.id, step, words[:MESSAGE_CHARACTERS_MAX])
+                is_done = False
+        return is_done
+
+    async def _carry_out(self, step: Step, volume: Volume) -> None:
+        """Raises: SkepError."""
+        if isinstance(step, Forget):
+            await self._term.update(_forget, volume.id)
+            return
+        driver = await self._find_driver(volume.spec.driver.name)
+        secrets = self._secrets_of(volume)
+        match step:
+            case Create():
+                if await self._term.update(_announced, volume.id):
+                    await self._enter_created(volume, await driver.create(volume, secrets))
+            case Delete():
+                assert volume.info is not None
+                await driver.delete(volume.info.volume_id, secrets)
+                await self._term.update(_forget, volume.id)
+            case Publish(node_id, driver_node_id):
+                context = await driver.publish(volume, driver_node_id, secrets)
+                await self._term.update(_published, volume.id, node_id, context)
+            case Unpublish(node_id, driver_node_id):
+                assert volume.info is not None
+                await driver.unpublish(volume.info.volume_id, driver_node_id, secrets)
+                await self._term.update(_unpublished, volume.id, node_id)
+            case _:
+                assert_never(step)
+        log.info("volume", volume=volume.spec.name, id=volume.id, done=type(step).__name__.lower())
+
+    async def _enter_created(self, volume: Volume, info: VolumeInfo) -> None:
+        """Raises: DriverLies: it is not what was asked for, or another volume's."""
+        # It is not deleted: drivers find volumes by name, so it may be one with data that was there before.
+        if not volume.pending_delete and (words := discrepancy(volume, info)):
+            raise DriverLies(f"{words}; removing the volume deletes it")
+        async with self._creation:
+            for other in self._term.view().find(Volume):
+                taken = other.info is not None and other.info.volume_id == info.volume_id
+                if taken and other.id != volume.id and other.spec.driver.name == volume.spec.driver.name:
+                    raise DriverLies(
+                        f"the driver gave it the id of volume {other.spec.name}: {info.volume_id}"
+                    )
+            await self._term.update(_created, volume.id, info)
+
+    def _secrets_of(self, volume: Volume) -> Mapping[str, str]:
+        """Raises: FailedPrecondition: one cannot be read."""
+        view, found = self._term.view(), {}
+        for one in volume.spec.secrets:
+            payload = view.lookup(Payload, f"secret/{one.secret}")
+            if payload is None:
+                raise FailedPrecondition(f"secret {one.secret} of the volume cannot be read")
+            found[one.key] = payload.data.decode(errors="replace")
+        return found
+
+
+# -- transactions ------------------------------------------------------------------------------------------------------
+
+
+def _settle(tx: Transaction, id: VolumeId, needed: frozenset[NodeId]) -> Volume | None:
+    volume = tx.rely_on(Volume, id)
+    if volume is None:
+        return None
+    if _PUBLISH_PART in tx.damaged(Volume).get(id, ()):
+        # It looks as if it were nowhere: with another entry it might be on two nodes, and the damage would be covered.
+        tx.put(replace(volume, message=_DAMAGED))
+        return None
+    changed = settled(volume, needed, lambda node_id: tx.lookup(Node, node_id))
+    return tx.put(changed) if changed != volume else volume
+
+
+def _announced(tx: Transaction, id: VolumeId) -> bool:
+    """From here on the driver may have made it; False: it was removed before."""
+    volume = tx.rely_on(Volume, id)
+    if volume is None or volume.info is not None or (volume.pending_delete and not volume.is_creating):
+        return False
+    tx.put(replace(volume, is_creating=True))
+    return True
+
+
+def _created(tx: Transaction, id: VolumeId, info: VolumeInfo) -> None:
+    volume = tx.rely_on(Volume, id)
+    if volume is not None and volume.info is None:
+        tx.put(replace(volume, info=info, is_creating=False, message=""))
+
+
+def _published(tx: Transaction, id: VolumeId, node_id: NodeId, context: Mapping[str, str]) -> None:
+    _change(
+        tx,
+        id,
+        node_id,
+        PublishState.PENDING,
+        lambda one: replace(one, state=PublishState.PUBLISHED, publish_context=context, message=""),
+    )
+
+
+def _unpublished(tx: Transaction, id: VolumeId, node_id: NodeId) -> None:
+    _change(tx, id, node_id, PublishState.PENDING_UNPUBLISH, lambda _: None)
+
+
+def _change(
+    tx: Transaction,
+    id: VolumeId,
+    node_id: NodeId,
+    state: PublishState,
+    change: Callable[[PublishStatus], PublishStatus | None],
+) -> None:
+    """Change the volume's status on a node, if it still is in ``state``."""
+    volume = tx.rely_on(Volume, id)
+    if volume is None:
+        return
+    changed = [
+        change(one) if one.node_id == node_id and one.state is state else one for one in volume.publish_status
+    ]
+    tx.put(replace(volume, publish_status=tuple(one for one in changed if one is not None)))
+
+
+def _forget(tx: Transaction, id: VolumeId) -> None:
+    volume = tx.rely_on(Volume, id)
+    if volume is not None and volume.pending_delete and not volume.publish_status:
+        tx.delete(Volume, id)
+
+
+def _note(tx: Transaction, id: VolumeId, step: Step, words: str) -> None:
+    """Show why a step failed, where the step belongs."""
+    volume = tx.rely_on(Volume, id)
+    if volume is None:
+        return
+    match step:
+        case Publish(node_id) | Unpublish(node_id):
+            statuses = tuple(
+                replace(one, message=words) if one.node_id == node_id else one
+                for one in volume.publish_status
+            )
+            tx.put(replace(volume, publish_status=statuses))
+        case _:
+            tx.put(replace(volume, message=words))
+
+
+def _decides(volume: Volume) -> tuple[object, ...]:
+    """What decisions about the volume depend on: not its messages, or each failure would be tried again at once."""
+    entries: Sequence[object] = [(one.node_id, one.state, one.is_closing) for one in volume.publish_status]
+    return volume.pending_delete, volume.info, tuple(entries)
+
+
+def _drivers_of(node: Node) -> tuple[object, ...]:
+    return node.description.csi_info

@@ -1,0 +1,142 @@
+"""What is to be done about one cluster volume: from its stored state and the nodes that need it.  Pure.
+
+Each driver call is announced in the store before it is made, so the store alone says where a volume may be, whoever led
+when the call was sent and whatever became of it.  An entry on a node only moves forward::
+
+    (none) -> pending-publish -> published -> pending-node-unpublish -> pending-controller-unpublish -> (none)
+                     |                |                                              ^
+                     +----------------+-- not needed and never sent, or the node is gone
+
+The node is sent a volume while it is ``published`` and told to give it up in ``pending-node-unpublish``; only its own
+word ends that state, or its removal from the cluster.  Before it is told, the entry is *closing* for one look: an
+assignment by the scheduler compares the volume, so after that commit there are no tasks but those that are seen.  So a
+volume is never taken from a node that may be using it, and one for a single node is announced for a second node only
+when nothing is left of the first.
+
+Source: swarmkit, manager/csi/manager.go, manager/scheduler/volumes.go (freeVolumes).
+"""
+
+from collections.abc import Callable, Iterator, Set
+from typing import TypeAlias
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.model.ids import NodeId
+from skep.model.node import Node, NodeState
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope
+
+FindNode: TypeAlias = Callable[[NodeId], Node | None]
+
+
+class Create(msgspec.Struct, frozen=True):
+    """Have the driver make the volume, or say how it made it; announced by ``is_creating``."""
+
+
+class Delete(msgspec.Struct, frozen=True):
+    """Have the driver delete the volume."""
+
+
+class Publish(msgspec.Struct, frozen=True):
+    """Have the driver's controller make the volume available on a node."""
+
+    node_id: NodeId
+    driver_node_id: str
+
+
+class Unpublish(msgspec.Struct, frozen=True):
+    """Undo that."""
+
+    node_id: NodeId
+    driver_node_id: str
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """Remove the object: the driver has never been asked for the volume, or has deleted it."""
+
+
+Step: TypeAlias = Create | Delete | Publish | Unpublish | Forget
+
+
+def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
+    """``volume`` with what follows from ``needed`` without a call of its driver.
+
+    Args:
+        needed: the nodes with a task that has the volume and has not ended.
+    """
+    if volume.info is None:
+        return volume
+    driver = volume.spec.driver.name
+    statuses = [
+        moved
+        for status in volume.publish_status
+        if (moved := _moved(status, status.node_id in needed, node(status.node_id), driver)) is not None
+    ]
+    there = {status.node_id for status in statuses}
+    for id in sorted(needed - there):
+        if volume.spec.access_mode.scope is VolumeScope.SINGLE and statuses:
+            break
+        statuses.append(_found(PublishStatus(node_id=id), node(id), driver))
+    return replace(volume, publish_status=tuple(sorted(statuses, key=lambda one: one.node_id)))
+
+
+def steps(volume: Volume, needed: Set[NodeId]) -> Iterator[Step]:
+    """The driver calls that a ``settled`` volume needs now, independent of each other."""
+    if volume.info is None:
+        # What the driver has been asked for may exist: its id is asked for again, to delete it.
+        yield Forget() if volume.pending_delete and not volume.is_creating else Create()
+        return
+    if volume.pending_delete and not volume.publish_status and not needed:
+        yield Delete()
+    for status in volume.publish_status:
+        if status.state is PublishState.PENDING and status.driver_node_id:
+            yield Publish(status.node_id, status.driver_node_id)
+        elif status.state is PublishState.PENDING_UNPUBLISH:
+            yield Unpublish(status.node_id, status.driver_node_id)
+
+
+def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: str) -> PublishStatus | None:
+    """The entry as it is to be; None: nothing of the volume is on that node."""
+    match status.state:
+        case PublishState.PENDING if is_needed and node is not None:
+            return _found(status, node, driver)
+        case PublishState.PENDING:
+            # Without the node's id no call was made; otherwise it may have reached the driver.
+            return replace(status, state=PublishState.PENDING_UNPUBLISH) if status.driver_node_id else None
+        case PublishState.PUBLISHED if node is None:
+            return replace(status, state=PublishState.PENDING_UNPUBLISH, message="")
+        case PublishState.PUBLISHED if is_needed or not status.is_closing:
+            return replace(status, is_closing=not is_needed)
+        case PublishState.PUBLISHED:
+            return _waiting(
+                replace(status, state=PublishState.PENDING_NODE_UNPUBLISH, is_closing=False), node
+            )
+        case PublishState.PENDING_NODE_UNPUBLISH if node is None:
+            # Whoever removes a node from the cluster says that it runs nothing any more.
+            return replace(status, state=PublishState.PENDING_UNPUBLISH, message="")
+        case PublishState.PENDING_NODE_UNPUBLISH:
+            return _waiting(status, node)
+        case _:
+            return status
+
+
+def _found(status: PublishStatus, node: Node | None, driver: str) -> PublishStatus:
+    """With the node's id in the driver; the first that is found stays, as calls may have been made with it."""
+    if status.driver_node_id or node is None:
+        return status
+    for info in node.description.csi_info:
+        if info.plugin_name == driver and info.node_id:
+            return replace(status, driver_node_id=info.node_id, message="")
+    return replace(status, message=f"node {_name(node)} has no driver {driver}")
+
+
+def _waiting(status: PublishStatus, node: Node | None) -> PublishStatus:
+    """With the reason why the node does not give the volume up, if it is known."""
+    if node is None or node.status.state is NodeState.READY:
+        return replace(status, message="")
+    words = "the volume counts as mounted there until it returns, or is removed from the cluster"
+    return replace(status, message=f"node {_name(node)} is {node.status.state.value}: {words}")
+
+
+def _name(node: Node) -> str:
+    return node.description.hostname or node.id

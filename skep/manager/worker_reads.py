@@ -1,0 +1,71 @@
+"""Read-only requests of workers' API clients, answered by this manager's own API where the cluster allows it.
+
+A proxy on a worker reads services, tasks and networks there.  The environment of services is among what it sees, so
+that it is off unless the cluster's label says otherwise.  Events of other nodes' containers are not: they have the
+command lines of every ``docker exec``.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from skep.api.client import Client
+from skep.api.framing import is_readable, path_of
+from skep.errors import PermissionDenied, ResourceExhausted
+from skep.manager.routes.access import OF_WORKER
+from skep.model.labels import allows_worker_reads
+from skep.model.swarm import Swarm
+from skep.store.interface import View
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.service import Handler, server_stream
+
+READS_MAX = 256
+"""At one time, of all nodes."""
+READS_OF_NODE_MAX = 32
+PIECE_BYTES = 32 << 10
+TAKEN_S = 60.0
+"""How long a node may take for one piece."""
+
+
+class WorkerReads:
+    """Serves ``ClusterReads`` on every manager.  ``socket``: of this manager's API."""
+
+    def __init__(self, view: Callable[[], View], socket: Path) -> None:
+        self._view = view
+        self._socket = socket
+        self._reading: list[str] = []
+        """The node of each open read."""
+
+    def services(self) -> Sequence[Handler]:
+        """The handlers for ``wire.server.serve``."""
+        return (server_stream(methods.READ, self._read, taken_s=TAKEN_S),)
+
+    async def _read(self, request: skep.ReadRequest, caller: Caller) -> AsyncIterator[skep.ReadPiece]:
+        """Raises: PermissionDenied; ResourceExhausted; what this manager's API responds with."""
+        self._check(request.target)
+        if len(self._reading) >= READS_MAX or self._reading.count(caller.node_id) >= READS_OF_NODE_MAX:
+            raise ResourceExhausted("too many clients of workers read from this manager")
+        self._reading.append(caller.node_id)
+        try:
+            async with (
+                Client.local(self._socket, "this manager") as client,
+                client.stream(
+                    request.target, buffer_bytes=PIECE_BYTES, headers={OF_WORKER: caller.node_id}
+                ) as response,
+            ):
+                yield skep.ReadPiece()
+                async for data in response.pieces():
+                    for start in range(0, len(data), PIECE_BYTES):
+                        self._check(request.target)  # it may have changed since: events go on for ever
+                        yield skep.ReadPiece(data=data[start : start + PIECE_BYTES])
+        finally:
+            self._reading.remove(caller.node_id)
+
+    def _check(self, target: str) -> None:
+        """Raises: PermissionDenied."""
+        swarm = next(iter(self._view().find(Swarm)), None)
+        if swarm is None or not allows_worker_reads(swarm.spec.labels):
+            raise PermissionDenied("this cluster does not show itself to clients of workers")
+        if not target.startswith("/") or not is_readable("GET", path_of(target)):
+            raise PermissionDenied(f"clients of workers may not read {target[:200]}")

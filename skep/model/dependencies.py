@@ -1,0 +1,98 @@
+"""What a service waits for before its tasks start: its label ``skep.depends-on``.
+
+The value is ``NAME=CONDITION`` for each service it depends on, separated by commas; behind a condition may stand
+``+restart`` (an update of that service restarts this one) and ``+optional`` (nothing waits for a service that is not
+there, or that fails).  Names are those of services, not ids: a service may be removed and created again.
+
+Source: compose-spec, 05-services.md (depends_on), from which the conditions are.
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from skep.errors import InvalidArgument
+
+DEPENDS_ON: Final = "skep.depends-on"
+WAITS_FOR: Final = "waits for "
+"""First words of the error of a task that waits for a service."""
+DEPENDENCIES_MAX: Final = 100
+"""Of one service."""
+_RESTART: Final = "restart"
+_OPTIONAL: Final = "optional"
+
+
+class Condition(Enum):
+    """What has to be true of the other service."""
+
+    STARTED = "service_started"
+    HEALTHY = "service_healthy"
+    COMPLETED = "service_completed_successfully"
+
+    @property
+    def words(self) -> str:
+        """``waits for db`` ..."""
+        match self:
+            case Condition.STARTED:
+                return "to be started"
+            case Condition.HEALTHY:
+                return "to be healthy"
+            case Condition.COMPLETED:
+                return "to complete"
+
+
+class Dependency(msgspec.Struct, frozen=True):
+    """``service``: its name.  ``restarts``: with that service's updates."""
+
+    service: str
+    condition: Condition = Condition.STARTED
+    is_required: bool = True
+    restarts: bool = False
+
+    @property
+    def text(self) -> str:
+        """Its part of the label."""
+        options = [_RESTART] * self.restarts + [_OPTIONAL] * (not self.is_required)
+        return "+".join([f"{self.service}={self.condition.value}", *options])
+
+
+def label_of(dependencies: Iterable[Dependency]) -> dict[str, str]:
+    """The label that says so; none without dependencies."""
+    text = ",".join(one.text for one in sorted(dependencies, key=lambda one: one.service))
+    return {DEPENDS_ON: text} if text else {}
+
+
+def dependencies_of(labels: Mapping[str, str]) -> tuple[Dependency, ...]:
+    """Those in the labels of a service."""
+    try:
+        return parsed_dependencies(labels)
+    except InvalidArgument:
+        return ()
+
+
+def parsed_dependencies(labels: Mapping[str, str]) -> tuple[Dependency, ...]:
+    """The same.  Raises: InvalidArgument: the label cannot be read."""
+    text = labels.get(DEPENDS_ON)
+    if text is None:
+        return ()
+    made = tuple(_dependency(part, text) for part in text.split(",", DEPENDENCIES_MAX - 1))
+    if len({one.service for one in made}) < len(made):
+        raise InvalidArgument(f"invalid label {DEPENDS_ON}={text}: it names a service twice")
+    return made
+
+
+def _dependency(part: str, text: str) -> Dependency:
+    name, _, rest = part.partition("=")
+    word, *options = rest.split("+")
+    try:
+        condition = Condition(word)
+    except ValueError:
+        condition = None
+    if not name or condition is None or not {_RESTART, _OPTIONAL}.issuperset(options):
+        raise InvalidArgument(
+            f"invalid label {DEPENDS_ON}={text}: want SERVICE=CONDITION[+{_RESTART}][+{_OPTIONAL}],... with one of "
+            f"{', '.join(one.value for one in Condition)}, at most {DEPENDENCIES_MAX} services"
+        )
+    return Dependency(name, condition, _OPTIONAL not in options, _RESTART in options)

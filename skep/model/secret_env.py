@@ -1,0 +1,82 @@
+"""Secrets as environment variables: an explicit option of a service's containers, with a warning.
+
+A file is safer: every process that a program starts inherits its environment, and programs print it.  Many images take
+passwords in no other way.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from skep.errors import InvalidArgument
+from skep.model.container import ContainerSpec, SecretReference
+
+SECRET_ENV_LABEL = "skep.secret-env"
+"""On containers: ``VARIABLE=TARGET,...``: the secrets with these targets are environment variables, too."""
+PLUGIN = ("Secret", "skep-env")
+"""What a node lists among its plugins that can do it: tasks of such a service go to no other node."""
+VARIABLES_MAX = 64
+VALUE_BYTES_MAX = 64 << 10
+"""The kernel takes 128 KiB for a variable with its name."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+
+
+def secret_variables(container: ContainerSpec | None) -> Mapping[str, SecretReference]:
+    """The variables of a service's containers, and the secret of each.
+
+    Raises: InvalidArgument: the label cannot be read, or names what is no secret of the service.
+    """
+    text = container.labels.get(SECRET_ENV_LABEL, "") if container is not None else ""
+    if container is None or not text:
+        return {}
+    by_target = {one.file.name or one.secret_name: one for one in container.secrets if one.file is not None}
+    given = {entry.partition("=")[0] for entry in container.env}
+    found: dict[str, SecretReference] = {}
+    for word in text.split(","):
+        name, equals, target = (part.strip() for part in word.partition("="))
+        if not equals or not _NAME.fullmatch(name) or name in found:
+            raise _invalid(text, "want VARIABLE=TARGET, separated by commas, each variable once")
+        if name in given:
+            raise _invalid(text, f"{name} is given by --env, too")
+        if target not in by_target:
+            raise _invalid(text, f"the service has no secret with the target {target}")
+        found[name] = by_target[target]
+    if len(found) > VARIABLES_MAX:
+        raise _invalid(text, f"at most {VARIABLES_MAX} variables")
+    return found
+
+
+def check_secret_env(container: ContainerSpec | None, service_labels: Iterable[str]) -> None:
+    """Raises: InvalidArgument: the label cannot be read, or is the service's where only a container's counts."""
+    if SECRET_ENV_LABEL in service_labels:
+        raise InvalidArgument(
+            f"the label {SECRET_ENV_LABEL} counts on containers only: give it with --container-label, not with --label"
+        )
+    secret_variables(container)
+
+
+def _invalid(text: str, reason: str) -> InvalidArgument:
+    return InvalidArgument(f"invalid label {SECRET_ENV_LABEL}={text[:200]}: {reason}")
+
+
+def secret_env_warning(container: ContainerSpec | None) -> str:
+    """A sentence for who creates or updates the service; empty: it has no such variables."""
+    names = ", ".join(sorted(secret_variables(container)))
+    if not names:
+        return ""
+    return (
+        f"secrets are in the environment ({names}): every process that the container starts inherits them, and crash "
+        "reports and debug pages show them; prefer the files in /run/secrets where the image takes files"
+    )
+
+
+def environment_entry(name: str, data: bytes) -> str:
+    """``NAME=value``.  Raises: InvalidArgument: no variable can have that value; it is not quoted."""
+    try:
+        value = data.decode()
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"the secret of variable {name} is no text (UTF-8)") from None
+    if "\0" in value:
+        raise InvalidArgument(f"the secret of variable {name} has a zero byte")
+    if len(data) > VALUE_BYTES_MAX:
+        raise InvalidArgument(f"the secret of variable {name} is larger than {VALUE_BYTES_MAX} bytes")
+    return f"{name}={value}"

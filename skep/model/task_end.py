@@ -1,0 +1,122 @@
+"""Why a task ended: what its node saw of the end, kept with the task when its container and its node are gone.
+
+Everything in it is bounded, as the store keeps it for every task that ended.
+"""
+
+import signal
+from collections.abc import Iterable
+from enum import Enum
+
+from msgspec.structs import replace
+
+from skep.model.encoding import ApiObject, always, to_json
+from skep.model.times import ZERO_TIME, Timestamp
+
+LAST_LINES_MAX = 20
+LAST_LINES_BYTES_MAX = 4096
+"""Of the texts of all kept lines together, encoded."""
+HEALTH_OUTPUT_BYTES_MAX = 1024
+SIGNALED = 128
+"""Shells and Docker report the signal that ended a process as 128 + its number."""
+_SHOWN_CHARACTERS_MAX = 200
+_WORD_CHARACTERS_MAX = 32
+
+
+class EndCause(Enum):
+    """The causes that nodes of this version report.  Those of later versions are kept and shown as they are."""
+
+    EXIT = "exit"
+    SIGNAL = "signal"
+    OUT_OF_MEMORY = "out-of-memory"
+    UNHEALTHY = "unhealthy"
+    STOP_TIMEOUT = "stop-timeout"
+    START_FAILED = "start-failed"
+    NODE_LOST = "node-lost"
+    """Said by managers: the task's node is down, or was removed with the task on it."""
+
+
+class KeptLine(ApiObject):
+    """A line of output, without its newline.  ``stream``: stdout or stderr."""
+
+    timestamp: Timestamp = always(ZERO_TIME)
+    stream: str = always("stdout")
+    text: str = always("")
+
+
+class TaskEnd(ApiObject):
+    """Why a task ended.  Not in Docker's API.
+
+    ``cause``: the value of an ``EndCause``; ``health_output``: of the last failed health check; ``lines``: the
+    last lines of output, oldest first.
+    """
+
+    cause: str = always("")
+    signal: str = ""
+    grace: int = 0
+    """Nanoseconds after its stop signal in which it did not end (``stop-timeout``)."""
+    health_output: str = ""
+    lines: tuple[KeptLine, ...] = ()
+
+
+def bounded_end(end: TaskEnd, lines_max: int = LAST_LINES_MAX) -> TaskEnd:
+    """``end`` within the limits, with ``lines_max`` lines at most: the last ones are kept, long texts are cut."""
+    return replace(
+        end,
+        cause=end.cause[:_WORD_CHARACTERS_MAX],
+        signal=end.signal[:_WORD_CHARACTERS_MAX],
+        health_output=cut(end.health_output, HEALTH_OUTPUT_BYTES_MAX),
+        lines=_last_lines(end.lines, min(lines_max, LAST_LINES_MAX)),
+    )
+
+
+def _last_lines(lines: Iterable[KeptLine], lines_max: int) -> tuple[KeptLine, ...]:
+    kept: list[KeptLine] = []
+    left = LAST_LINES_BYTES_MAX
+    for line in reversed(tuple(lines)[-lines_max:] if lines_max > 0 else ()):
+        text = cut(line.text, left)
+        left -= len(to_json(text))
+        if text or not line.text:
+            kept.append(replace(line, text=text) if text != line.text else line)
+        if text != line.text or left <= 0:
+            break
+    return tuple(reversed(kept))
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of ``text`` that takes at most so many bytes, encoded."""
+    while text and (size := len(to_json(text))) > most:
+        text = text[: len(text) * most // size]
+    return text
+
+
+def signal_of(exit_code: int) -> str:
+    """``SIGKILL`` for 137; empty where the code names no signal."""
+    try:
+        return signal.Signals(exit_code - SIGNALED).name if exit_code > SIGNALED else ""
+    except ValueError:
+        return ""
+
+
+def words_of(end: TaskEnd) -> str:
+    """What Skep adds to Docker's error about a task that ended; empty: nothing."""
+    match end.cause:
+        case EndCause.OUT_OF_MEMORY.value:
+            return "out of memory"
+        case EndCause.STOP_TIMEOUT.value:
+            return f"killed: it did not end within {end.grace / 1e9:g} s of its stop signal"
+        case EndCause.UNHEALTHY.value if end.health_output.strip():
+            return f"last health check: {on_one_line(end.health_output)}"
+        case _:
+            return ""
+
+
+def on_one_line(text: str) -> str:
+    """The beginning of ``text`` for one line of a terminal: without control characters."""
+    return printable(" ".join(text.split()))[:_SHOWN_CHARACTERS_MAX]
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey; a tab becomes a space."""
+    return "".join(
+        char for char in text.replace("\t", " ") if char.isprintable() or char == "\N{REPLACEMENT CHARACTER}"
+    )

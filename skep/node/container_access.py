@@ -1,0 +1,221 @@
+"""The containers of this node's tasks, as managers reach them: a few requests of the Engine API, and TCP ports.
+
+And the events of this node's containers, images and volumes.
+
+A request is answered by an application that has no other routes, and only if it is about the container that the
+manager named, which has to be that of the task.
+"""
+
+import asyncio
+import re
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from skep.agent.tunnels import Connect, TunnelHost
+from skep.api.connection import Connection
+from skep.api.filters import Filters
+from skep.api.framing import parse_request, path_of
+from skep.api.server import application, runner
+from skep.api.timestamps import period_of
+from skep.dataplane.netns.namespaces import inside
+from skep.engine.api.containers import container_routes
+from skep.engine.container import Container
+from skep.engine.engine import Engine
+from skep.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+    reason_of,
+)
+from skep.model.labels import LABEL_TASK_ID
+from skep.model.times import SECOND_NS
+from skep.node.events import NodeEvents, gap_in_place_of
+from skep.wire import skep_pb2 as skep
+
+log = structlog.get_logger(__name__)
+
+CONNECT_S_MAX = 5.0
+EVENTS = "/events"
+EVENT_BYTES_MAX = 128 << 10
+"""Managers take no event much longer than that: labels and command lines can be."""
+_LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+
+REACHABLE = frozenset(
+    {
+        ("GET", "/containers/{id}/json"),
+        ("GET", "/containers/{id}/top"),
+        ("GET", "/containers/{id}/stats"),
+        ("GET", "/containers/{id}/logs"),
+        ("POST", "/containers/{id}/wait"),
+        ("HEAD", "/containers/{id}/archive"),
+        ("GET", "/containers/{id}/archive"),
+        ("PUT", "/containers/{id}/archive"),
+        ("POST", "/containers/{id}/attach"),
+        ("POST", "/containers/{id}/resize"),
+        ("POST", "/containers/{id}/exec"),
+        ("POST", "/exec/{id}/start"),
+        ("POST", "/exec/{id}/resize"),
+        ("GET", "/exec/{id}/json"),
+    }
+)
+"""Nothing that starts, stops, changes or removes a container: that is the cluster's part."""
+_SUBJECT = re.compile(r"/(?P<kind>containers|exec)/(?P<id>[0-9a-f]+)/[a-z]+")
+
+
+class TaskContainers:
+    """Implements ``agent.tunnels.ContainerAccess`` for the containers of ``engine``."""
+
+    def __init__(self, engine: Engine, events: NodeEvents) -> None:
+        self._engine = engine
+        self._events = events
+        self._server: web.Server | None = None
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Answer requests while the context is open."""
+        app = application(self._routes())
+        app.on_response_prepare.append(_close_after)
+        served = runner(app)
+        await served.setup()
+        self._server = served.server
+        try:
+            yield
+        finally:
+            self._server = None
+            await served.cleanup()
+
+    def _routes(self) -> Sequence[web.RouteDef]:
+        of_containers = [
+            route
+            for route in container_routes(self._engine, self._events.clock)
+            if isinstance(route, web.RouteDef) and (route.method, route.path) in REACHABLE
+        ]
+        return [*of_containers, web.get(EVENTS, self._stream_events)]
+
+    async def _stream_events(self, request: web.Request) -> web.StreamResponse:
+        """See ``NodeEvents.follow``; ``age``: seconds since the first event, by whatever clock."""
+        since, until = period_of(request)
+        if age := request.query.get("age"):
+            since = self._events.clock.now_ns() - parse_age(age)
+        cursor, filters = request.query.get("after", ""), Filters.of(request)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        async with aclosing(self._events.follow(cursor, since, until, filters)) as messages:
+            async for message in messages:
+                line = msgspec.json.encode(message)
+                if len(line) > EVENT_BYTES_MAX:
+                    line = msgspec.json.encode(gap_in_place_of(message))
+                await response.write(line + b"\n")
+        return response
+
+    async def connect(self, request: skep.TunnelRequest) -> Connection:
+        """A connection to what ``request`` names.
+
+        Raises: NotFound: there is no such container; PermissionDenied: it is not the task's; Unavailable: nothing
+        listens on the port.
+        """
+        if not (request.task_id or request.container_id):
+            self._check_events(bytes(request.head))
+        else:
+            container = self._container(request)
+            if not request.head:
+                return await _connected(container, request.port)
+            self._check(container, bytes(request.head))
+        if self._server is None:
+            raise Unavailable("the node is about to stop")
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._server, theirs)
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        connection = await Connection.over(ours)
+        connection.transport.write(bytes(request.head))
+        return connection
+
+    def _check_events(self, head: bytes) -> None:
+        """Raises: PermissionDenied: the request is about something else; Malformed."""
+        request = parse_request(head)
+        if (request.method, path_of(request.target)) != ("GET", EVENTS):
+            raise PermissionDenied("the request is about no container")
+
+    def _container(self, request: skep.TunnelRequest) -> Container:
+        container = self._engine.get(request.container_id)
+        if container.labels.get(LABEL_TASK_ID) != request.task_id or container.id != request.container_id:
+            raise PermissionDenied(f"container {request.container_id} is not that of task {request.task_id}")
+        return container
+
+    def _check(self, container: Container, head: bytes) -> None:
+        """Raises: PermissionDenied: the request is about something else than the container; Malformed."""
+        subject = _SUBJECT.fullmatch(path_of(parse_request(head).target))
+        if subject is None:
+            raise PermissionDenied("the request is about no container")
+        id = (
+            subject["id"]
+            if subject["kind"] == "containers"
+            else self._engine.execs.get(subject["id"]).container_id
+        )
+        if id != container.id:
+            raise PermissionDenied(f"the request is not about container {container.id}")
+
+
+async def _close_after(_request: web.Request, response: web.StreamResponse) -> None:
+    """Only the first request of a connection was checked, so it is the only one."""
+    response.force_close()
+    response.headers["Connection"] = "close"
+
+
+def parse_age(text: str) -> int:
+    """Whole seconds as nanoseconds.  Raises: InvalidArgument."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise InvalidArgument(f"invalid age {text!r}")
+    return int(text) * SECOND_NS
+
+
+def tunnel_host(engine: Engine | None, events: NodeEvents, connect: Connect) -> TunnelHost | None:
+    """The tunnels of a node; None: it has no containers."""
+    return TunnelHost(TaskContainers(engine, events), connect) if engine is not None else None
+
+
+async def _connected(container: Container, port: int) -> Connection:
+    """A connection to a TCP port, as from within the container: programs may listen on its loopback only.
+
+    Raises: FailedPrecondition: it does not run; Unavailable: nothing listens there.
+    """
+    if not container.pid:
+        raise FailedPrecondition(f"Container {container.id} is not running")
+    reasons = []
+    for family, address in _LOOPBACK:
+        try:
+            connected = await asyncio.to_thread(_socket_in, container.pid, family)
+        except OSError as failure:
+            raise NotFound(f"Container {container.id} has just ended: {reason_of(failure)}") from failure
+        try:
+            async with asyncio.timeout(CONNECT_S_MAX):
+                await asyncio.get_running_loop().sock_connect(connected, (address, port))
+            return await Connection.over(connected)
+        except OSError as failure:  # a time-out is one
+            connected.close()
+            reasons.append(reason_of(failure))
+        except BaseException:
+            connected.close()
+            raise
+    raise Unavailable(f"nothing listens on port {port} in container {container.id[:12]}: {reasons[0]}")
+
+
+def _socket_in(pid: int, family: int) -> socket.socket:
+    """A TCP socket in the network namespace of a process.  Raises: OSError."""
+    opened = inside(Path(f"/proc/{pid}/ns/net"), partial(socket.socket, family, socket.SOCK_STREAM))
+    opened.setblocking(False)
+    return opened

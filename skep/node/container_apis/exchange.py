@@ -1,0 +1,186 @@
+"""One connection of a container to its API socket.
+
+With full access it is relayed to the node's front as it is.  Otherwise it carries one exchange: the request is checked,
+its head alone is sent on, over a connection of its own, and nothing that the container sends afterwards reaches a
+server.  So no second request can hide behind the first.
+"""
+
+import asyncio
+import select
+import socket
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.time_slices import result_in_slices
+from skep.api.connection import Connection, Gone
+from skep.api.framing import Request, Sized, parse_request
+from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.model.ids import ContainerId
+from skep.model.rights import ApiAccess
+from skep.node.container_apis.policy import Passing, check
+from skep.node.container_apis.redaction import redacted
+from skep.node.front.server import refusal
+from skep.node.front.splice import relay
+
+log = structlog.get_logger()
+
+HEAD_S = 30.0
+"""For the head of a request to arrive."""
+DOCUMENT_S = 60.0
+"""For a document to be answered and read by the container."""
+DOCUMENT_BYTES_MAX = 64 << 20
+_DOCUMENTS_MAX, _OWN_DOCUMENTS_MAX = 16, 2
+"""Documents that are read and cleaned at a time, of all containers and of one: each may be long, and take long."""
+_HANG_UP_POLL_S = 1.0
+_DROPPED = (b"keep-alive", b"upgrade", b"http2-settings", b"expect", b"accept-encoding", b"te", b"trailer")
+
+Dispatch = Callable[[socket.socket], None]
+"""Serves one end of a connection as the node's front does."""
+
+
+class Exchanges:
+    """Carries out connections.
+
+    Args:
+        dispatch: serves the other end of a connection as the node's front does those of TCP.
+    """
+
+    def __init__(self, dispatch: Dispatch, clock: Clock) -> None:
+        self._dispatch = dispatch
+        self._clock = clock
+        self._documents = asyncio.Semaphore(_DOCUMENTS_MAX)
+        self._own_documents: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
+        """Of each container that waits for a document now."""
+
+    async def carry_out(self, connected: socket.socket, id: ContainerId, access: ApiAccess) -> None:
+        """Serve a connection of a container until its end; closes it."""
+        client = await Connection.over(connected)
+        try:
+            if access is ApiAccess.FULL:
+                await relay(client, await self._front(), b"", is_one_exchange=False)
+            else:
+                await self._answer(client, id, access)
+        except Gone:
+            client.abort()
+        except SkepError as error:
+            await client.refuse(refusal(error))
+        except BaseException:
+            client.abort()
+            raise
+
+    async def _answer(self, client: Connection, id: ContainerId, access: ApiAccess) -> None:
+        """Raises: SkepError, Gone."""
+        try:
+            async with asyncio.timeout(HEAD_S):
+                raw = await client.read_head()
+        except TimeoutError:
+            raw = b""
+        if not raw:
+            client.close()
+            return
+        request = parse_request(raw)
+        passing = check(access, request.method, request.target)
+        body = request.body()
+        if not body.is_complete or (isinstance(body, Sized) and body.bytes_left):
+            raise InvalidArgument("requests with a body are not possible with limited access to the API")
+        if passing is Passing.REDACTED:
+            own = self._own_documents.setdefault(id, asyncio.Semaphore(_OWN_DOCUMENTS_MAX))
+            async with own:  # until the container has read it: a document waits in memory
+                await self._pass_document(client, request)
+        else:
+            await self._pass(client, request)
+
+    async def _pass(self, client: Connection, request: Request) -> None:
+        """Send the response on as it comes, until either end closes."""
+        server = await self._front()
+        try:
+            await server.send(_head(request, request.head.first_line.rpartition(b" ")[2]))
+            async with asyncio.TaskGroup() as group:
+                left = group.create_task(self._end_with(client, server), name="container's API client")
+                while data := await server.read():
+                    await client.send(data)
+                left.cancel()
+        except* Gone:
+            client.abort()
+        finally:
+            server.abort()
+        client.close()
+
+    async def _pass_document(self, client: Connection, request: Request) -> None:
+        """Send a document without its secrets.  Raises: SkepError, Gone."""
+        try:
+            async with asyncio.timeout(DOCUMENT_S), self._documents:
+                # A response to HTTP/1.0 has no chunks, and ends with its connection.
+                head, document = await self._received(request)
+                if document and head.split(b" ", 2)[1].startswith(b"2"):
+                    document = await result_in_slices(redacted(document), self._clock)
+        except TimeoutError as error:
+            raise Unavailable("the response takes too long") from error
+        try:
+            async with asyncio.timeout(DOCUMENT_S):
+                await client.send(_with_length(head, len(document)) + document)
+                await client.linger()
+        except TimeoutError:
+            client.abort()
+
+    async def _received(self, request: Request) -> tuple[bytes, bytes]:
+        """Head and body of the response.  Raises: Unavailable: it is too long."""
+        server = await self._front()
+        try:
+            await server.send(_head(request, b"HTTP/1.0"))
+            head = await server.read_head()
+            if not head:
+                raise Unavailable("the API of this node closed the connection without a response")
+            document = bytearray()
+            while data := await server.read():
+                document += data
+                if len(document) > DOCUMENT_BYTES_MAX:
+                    raise Unavailable("the response is too long for limited access to the API")
+            return head, bytes(document)
+        finally:
+            server.abort()
+
+    async def _end_with(self, client: Connection, server: Connection) -> None:
+        """End the exchange when the client goes away; what it sends is dropped, and it may half-close."""
+        while await client.read():
+            pass
+        while not _has_hung_up(client):
+            await self._clock.sleep(_HANG_UP_POLL_S)
+        server.abort()
+
+    async def _front(self) -> Connection:
+        """A new connection to the node's front.  Raises: Unavailable."""
+        try:
+            ours, theirs = socket.socketpair()
+            self._dispatch(theirs)
+            return await Connection.over(ours)
+        except OSError as error:
+            raise Unavailable(f"the API of this node cannot be reached: {error}") from error
+
+
+def _has_hung_up(client: Connection) -> bool:
+    """Whether the other end reads no more either."""
+    if client.is_lost:
+        return True
+    looking = select.poll()
+    looking.register(client.transport.get_extra_info("socket").fileno(), 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in looking.poll(0))
+
+
+def _head(request: Request, version: bytes) -> bytes:
+    """The request's head, for a connection that carries it alone; by the path that was checked."""
+    line = b"%s %s %s" % (request.method.encode(), request.target.encode(), version)
+    head = type(request.head)(line, request.head.headers)
+    return head.with_headers((b"Connection", b"close"), without=_DROPPED)
+
+
+def _with_length(head: bytes, length: int) -> bytes:
+    """The head of a response whose body has another length now."""
+    first, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
+    dropped = (b"content-length", b"transfer-encoding", b"connection", b"keep-alive")
+    kept = [line for line in lines if line.partition(b":")[0].strip().lower() not in dropped]
+    status = b"HTTP/1.1 " + first.partition(b" ")[2]
+    return b"\r\n".join((status, *kept, b"Content-Length: %d" % length, b"Connection: close", b"", b""))

@@ -1,0 +1,71 @@
+"""Which container is behind a connection to the node's own API socket.
+
+A container can reach that socket without a mount of it: by a directory or a volume that has it.  The kernel knows the
+process that connected, and the process's control group says whose it is.
+"""
+
+import os
+import re
+import select
+import socket
+import struct
+from contextlib import suppress
+from enum import Enum
+from functools import cache
+from pathlib import Path
+
+from skep.model.ids import ContainerId
+
+_SO_PEERPIDFD = 77
+"""Linux 6.5; without it a pid could have been reused since the process connected."""
+_CREDENTIALS = struct.Struct("3i")
+_CONTAINER = re.compile(r"/ctr/([0-9a-f]{64})(?:/|$)", re.MULTILINE)
+
+
+class Peer(Enum):
+    """Who connected, if it is no container that is known by its id."""
+
+    MACHINE = "machine"
+    """A process of the machine, or of one outside."""
+    GONE = "gone"
+    """One that has ended, so that nothing can be said of it: a process that has the connection now may be another's."""
+
+
+def peer_of(connected: socket.socket) -> ContainerId | Peer:
+    """Who connected."""
+    pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
+        0
+    ]
+    if pid in (0, os.getpid()):  # 0: of a namespace of processes around ours, where no container is
+        return Peer.MACHINE
+    try:
+        if os.readlink(f"/proc/{pid}/ns/mnt") == _own_mounts():
+            found: ContainerId | Peer = Peer.MACHINE
+        else:
+            match = _CONTAINER.search(Path(f"/proc/{pid}/cgroup").read_text())
+            found = ContainerId(match[1]) if match else Peer.MACHINE
+    except OSError:  # it has ended, or nothing may be known of it
+        return Peer.GONE
+    return Peer.GONE if _has_ended(connected) else found
+
+
+@cache
+def _own_mounts() -> str:
+    return os.readlink("/proc/self/ns/mnt")
+
+
+def _has_ended(connected: socket.socket) -> bool:
+    """Whether the process that connected has ended; not known before Linux 6.5."""
+    try:
+        descriptor = connected.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:
+        looking = select.poll()
+        looking.register(descriptor, select.POLLIN)
+        return bool(looking.poll(0))
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)

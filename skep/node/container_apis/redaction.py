@@ -1,0 +1,118 @@
+"""What is left out of JSON documents for containers that may only read: values that may be secrets.
+
+Names stay, so that a dashboard still shows which variables there are.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from skep.aio.time_slices import SlicedWork
+from skep.errors import Unavailable
+
+_HEALTH_OUTPUT = re.compile(r"(last health check: ).*", re.DOTALL)
+_USER = re.compile(r"//[^/]*@")
+
+
+def redacted(document: bytes) -> SlicedWork[bytes]:
+    """``document`` without the values of environment variables, options of drivers, data of configs, and tokens.
+
+    Raises: Unavailable: it is no JSON.
+    """
+    try:
+        if not document.lstrip().startswith(b"["):
+            return _encoded(document)
+        found: list[bytes] = []
+        for part in msgspec.json.decode(document, type=list[msgspec.Raw]):
+            found.append(_encoded(part))
+            yield  # lists of services and tasks can be long
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unavailable("the response cannot be shown to this container: it is no JSON") from error
+    return b"[" + b",".join(found) + b"]\n"
+
+
+def _encoded(document: bytes | msgspec.Raw) -> bytes:
+    return msgspec.json.encode(_clean(msgspec.json.decode(document)))
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_clean(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    cleaned = {key: _RULES[key](one) if key in _RULES else _clean(one) for key, one in value.items()}
+    if "Mountpoint" in cleaned:  # a volume
+        cleaned["Options"] = _emptied(value.get("Options"))
+    return cleaned
+
+
+def _names(value: Any) -> Any:
+    """``["A=1"]`` -> ``["A="]``: programs read a variable without ``=`` as one that is not set."""
+    if not isinstance(value, list):
+        return None
+    return [f"{str(one).partition('=')[0]}=" for one in value]
+
+
+def _emptied(value: Any) -> Any:
+    """The same names, and the values of tokens and passwords among them empty."""
+    return dict.fromkeys(value, "") if isinstance(value, dict) else None
+
+
+def _of_driver(value: Any) -> Any:
+    """``Options`` of a driver; a driver that is only a name has none."""
+    if not isinstance(value, dict):
+        return value
+    secret = {key: _emptied(value[key]) for key in ("Options", "Config") if key in value}
+    return {**_clean(value), **secret}
+
+
+def _empty(value: Any) -> Any:
+    """Data of a config; ``GraphDriver.Data`` of a container has directories."""
+    return _clean(value) if isinstance(value, dict) else ""
+
+
+def _of_health(value: Any) -> Any:
+    """State of a health check: what its command wrote is a log."""
+    if not isinstance(value, dict) or not isinstance(value.get("Log"), list):
+        return _clean(value)
+    return {**_clean(value), "Log": [{**_clean(one), "Output": ""} for one in value["Log"]]}
+
+
+def _of_end(value: Any) -> Any:
+    """Of a task: its last lines are its log."""
+    return {**_clean(value), "Lines": [], "HealthOutput": ""} if isinstance(value, dict) else value
+
+
+def _of_error(value: Any) -> Any:
+    """Of a task that was unhealthy: the text ends with what the check wrote."""
+    return _HEALTH_OUTPUT.sub(r"\1", value) if isinstance(value, str) else value
+
+
+def _of_authorities(value: Any) -> Any:
+    """External certificate authorities: their options have credentials."""
+    return [_of_driver(one) for one in value] if isinstance(value, list) else None
+
+
+def _without_user(value: Any) -> Any:
+    return _USER.sub("//", value) if isinstance(value, str) else value
+
+
+_RULES: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "Env": _names,
+    "Data": _empty,
+    "JoinTokens": _emptied,
+    "SigningCAKey": _empty,
+    "Driver": _of_driver,
+    "DriverConfig": _of_driver,
+    "Templating": _of_driver,
+    "ExternalCAs": _of_authorities,
+    "Health": _of_health,
+    "End": _of_end,
+    "Err": _of_error,
+    "LogDriver": _of_driver,
+    "LogConfig": _of_driver,
+    "HttpProxy": _without_user,
+    "HttpsProxy": _without_user,
+}

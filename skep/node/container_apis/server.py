@@ -1,0 +1,204 @@
+"""Serves the Engine API to containers: on their own sockets, and on the node's when a container's process connects."""
+
+import asyncio
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.failures import isolate
+from skep.aio.handshakes import ACCEPT_RETRY_S
+from skep.aio.token_bucket import TokenBucket
+from skep.engine.container import Container
+from skep.engine.engine import Engine
+from skep.model.ids import ContainerId
+from skep.model.rights import ApiAccess
+from skep.node.container_apis.exchange import Dispatch, Exchanges
+from skep.node.container_apis.peers import Peer, peer_of
+from skep.node.container_apis.places import Answer, decide
+
+log = structlog.get_logger()
+
+_BURST, _PER_S = 100.0, 50.0
+"""Connections of one container: with limited access each carries one request."""
+_RATE_PAUSE_S = 0.02
+
+
+class _Listener(NamedTuple):
+    access: ApiAccess
+    socket: socket.socket
+
+
+class ContainerApis:
+    """The API sockets of this node's containers (``engine.api_sockets.ApiServer``).
+
+    Args:
+        engine: of the containers, once it is made.
+    """
+
+    def __init__(self, clock: Clock, engine: Callable[[], Engine | None]) -> None:
+        self._clock = clock
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._wanted: dict[ContainerId, _Listener] = {}
+        self._wake: Callable[[], None] | None = None
+        """Has ``run`` look at ``_wanted``; None: it does not run."""
+        self._serving: dict[ContainerId, tuple[_Listener, asyncio.Task[None]]] = {}
+        self._connections: dict[asyncio.Task[None], ContainerId] = {}
+        """Oldest first."""
+        self._start: Callable[[socket.socket, ContainerId, ApiAccess], None] | None = None
+        self._has_room = asyncio.Event()
+
+    # --- called by the engine, in any thread --------------------------------------------------------------------
+
+    def serve(self, container: Container, listener: socket.socket) -> None:
+        """See ``ApiServer``."""
+        listener.setblocking(False)
+        self._want(container.id, _Listener(container.config.api, listener))
+
+    def forget(self, id: ContainerId) -> None:
+        """See ``ApiServer``."""
+        self._want(id, None)
+
+    def _want(self, id: ContainerId, listener: _Listener | None) -> None:
+        with self._lock:
+            before = self._wanted.pop(id, None)
+            if listener is not None:
+                self._wanted[id] = listener
+            if before is not None and self._wake is None:
+                before.socket.close()  # nobody serves it
+            if self._wake is not None and (before is not None or listener is not None):
+                self._wake()
+
+    # --- in the event loop ----------------------------------------------------------------------------------------
+
+    async def run(self, dispatch: Dispatch) -> None:
+        """Serve until cancelled; ``dispatch`` serves connections as the node's front does."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        changed.set()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(changed.set)
+
+        exchanges = Exchanges(dispatch, self._clock)
+        with self._lock:
+            self._wake = wake
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._start = lambda *what: self._begin(group, exchanges, *what)
+                while True:
+                    await changed.wait()
+                    changed.clear()
+                    self._reconcile(group)
+        finally:
+            self._start = None
+            self._serving.clear()  # the sockets stay for the next run
+            with self._lock:
+                self._wake = None
+
+    def divert(self, connected: socket.socket, own: ContainerId | None = None) -> bool:
+        """Serve a new connection to the node's own socket, if a container's process made it; whether one did.
+
+        Args:
+            own: the container whose socket it is: its processes, too, are served by the caller.
+        """
+        match peer_of(connected):
+            case Peer.MACHINE:
+                return False
+            case id if id == own:
+                return False
+            case Peer.GONE:
+                connected.close()
+            case id:
+                if self._start is None or decide(id, self._counts()) is Answer.WAIT:
+                    connected.close()
+                else:
+                    self._make_room(id)
+                    self._start(connected, id, self._access(id))
+        return True
+
+    def _access(self, id: ContainerId) -> ApiAccess:
+        engine = self._engine()
+        return engine.get(id).config.api if engine is not None and engine.has(id) else ApiAccess.READ
+
+    def _reconcile(self, group: asyncio.TaskGroup) -> None:
+        with self._lock:
+            wanted = dict(self._wanted)
+        for id, (listener, task) in tuple(self._serving.items()):
+            if wanted.get(id) is not listener:
+                del self._serving[id]
+                task.cancel()
+                listener.socket.close()
+                for connection in [one for one, of in self._connections.items() if of == id]:
+                    connection.cancel()
+        for id, listener in wanted.items():
+            if id not in self._serving:
+                accepting = isolate(self._accept(id, listener), "container's API not served", container=id)
+                task = group.create_task(accepting, name=f"container-api-{id[:12]}")
+                self._serving[id] = (listener, task)
+
+    async def _accept(self, id: ContainerId, listener: _Listener) -> None:
+        loop = asyncio.get_running_loop()
+        rate = TokenBucket(_BURST, _PER_S, self._clock.monotonic())
+        while True:
+            try:
+                connected, _ = await loop.sock_accept(listener.socket)
+            except OSError as error:  # no descriptor is free, or the client has gone already
+                log.warning("connection of a container not accepted", container=id, error=str(error))
+                await self._clock.sleep(ACCEPT_RETRY_S)
+                continue
+            # Who reaches another's socket (by /proc, or a mount of a directory) gets no more by it.
+            if self.divert(connected, id):
+                await asyncio.sleep(0)  # a flood of them holds nothing up
+                continue
+            try:
+                while not rate.take(self._clock.monotonic()):
+                    await self._clock.sleep(_RATE_PAUSE_S)
+                while decide(id, self._counts()) is Answer.WAIT:
+                    self._has_room.clear()
+                    await self._has_room.wait()
+            except BaseException:
+                connected.close()
+                raise
+            self._make_room(id)
+            assert self._start is not None, "run runs this"
+            self._start(connected, id, listener.access)
+
+    def _counts(self) -> Counter[ContainerId]:
+        return Counter(self._connections.values())
+
+    def _make_room(self, id: ContainerId) -> None:
+        """Close the oldest connection of the container that is to give up a place, if one is."""
+        match decide(id, self._counts()):
+            case Answer():
+                return
+            case evict:
+                oldest = next(one for one, of in self._connections.items() if of == evict.container)
+                log.warning("connection of a container closed: it has too many", container=evict.container)
+                self._ended(oldest)
+                oldest.cancel()
+
+    def _begin(
+        self,
+        group: asyncio.TaskGroup,
+        exchanges: Exchanges,
+        connected: socket.socket,
+        id: ContainerId,
+        access: ApiAccess,
+    ) -> None:
+        work = isolate(
+            exchanges.carry_out(connected, id, access), "container's API connection failed", container=id
+        )
+        task = group.create_task(work, name=f"container-api-connection-{id[:12]}")
+        self._connections[task] = id
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._connections.pop(task, None)
+        self._has_room.set()

@@ -1,0 +1,152 @@
+"""What a node shows Prometheus: itself, its engine, networks and containers, and its manager process if it has one.
+
+Docker's engine names where the engine has them.  Source: moby, daemon/metrics.go, daemon/events/metrics.go.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+import structlog
+
+from skep import __version__
+from skep.agent.session_state import SessionState
+from skep.api.exposition import Family, Sample, by_label, gauge, label_text, merged, render
+from skep.api.process_metrics import process_families
+from skep.dataplane.dataplane import DataPlane
+from skep.engine.container import Counts
+from skep.engine.usage import Usage
+from skep.errors import SkepError
+from skep.model.ids import NodeId
+from skep.model.paths import PathReport
+from skep.node import info
+from skep.node.cluster_reads import ClusterReads
+from skep.node.conditions import Conditions
+from skep.node.events import NodeEvents
+
+log = structlog.get_logger()
+
+_MANAGER_S = 4.0
+"""Prometheus gives up after ten."""
+
+
+class Sources(NamedTuple):
+    """Where the values of a node come from.  ``usage`` None: it runs no containers."""
+
+    node: info.Node
+    counts: Callable[[], Counts]
+    events: NodeEvents
+    conditions: Conditions
+    session: SessionState
+    load: Callable[[], float | None]
+    data_plane: DataPlane | None
+    usage: Usage | None
+    reads: ClusterReads
+    has_manager: Callable[[], bool]
+
+
+class NodeMetrics:
+    """The page of one node."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    async def run(self) -> None:
+        """Sample what containers use while it is asked for, until cancelled."""
+        if self._sources.usage is not None:
+            await self._sources.usage.run()
+
+    async def text(self) -> bytes:
+        """The page.  What does not answer in time is left out: ``skep_manager_up`` says so of the manager."""
+        async with asyncio.TaskGroup() as group:
+            asked = group.create_task(self._of_manager())
+            used = await self._sources.usage.text() if self._sources.usage is not None else b""
+        return render(merged([*self._own(), *asked.result()])) + used
+
+    async def nodes(self) -> Any:
+        """As ``GET /nodes`` has them.  Raises: SkepError: no manager answers, or workers may not read."""
+        if self._sources.has_manager():
+            return await self._sources.reads.own.get("/nodes", timeout_s=_MANAGER_S)
+        return msgspec.json.decode(await self._sources.reads.body("/nodes"))
+
+    def _own(self) -> list[Family]:
+        one = self._sources
+        plane, load = one.data_plane, one.load()
+        return [
+            *engine_families(one.node, one.counts(), one.events),
+            gauge("skep_node_session", "Whether the node has a session with a manager.", int(one.session.has_session)),
+            *([gauge("skep_node_load", "The load that the scheduler sees, 0 to 1.", load)] if load is not None else ()),
+            by_label(
+                "skep_node_condition", "gauge", "What is wrong with the node.", "condition",
+                dict.fromkeys(one.conditions.present(), 1),
+            ),
+            *(network_families(plane.repairs.counts, plane.prober.reports) if plane is not None else ()),
+            *process_families("node"),
+        ]  # fmt: skip
+
+    async def _of_manager(self) -> list[Family]:
+        if not self._sources.has_manager():
+            return []
+        up, families = 1, []
+        try:
+            response = await self._sources.reads.own.get("/_skep/metrics", timeout_s=_MANAGER_S)
+            families = msgspec.convert(response, list[Family])
+        except (SkepError, msgspec.ValidationError) as error:
+            log.debug("no metrics from the manager", reason=str(error))
+            up = 0
+        return [gauge("skep_manager_up", "Whether this node's manager process answers.", up), *families]
+
+
+def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list[Family]:
+    """What Docker's engine shows, under its names."""
+    machine = node.machine
+    about = {
+        "version": __version__,
+        "architecture": machine.architecture,
+        "graphdriver": "overlay2",
+        "kernel": machine.kernel,
+        "os": machine.os_name,
+        "os_type": "linux",
+        "os_version": machine.os_version,
+        "daemon_id": node.id,
+    }
+    states = {"running": counts.running, "paused": counts.paused, "stopped": counts.stopped}
+    return [
+        Family(
+            "engine_daemon_engine_info",
+            "gauge",
+            "The engine and its machine.",
+            [Sample(label_text(about), 1)],
+        ),
+        gauge("engine_daemon_engine_cpus_cpus", "Processors of the machine.", machine.cpus),
+        gauge("engine_daemon_engine_memory_bytes", "Memory of the machine.", machine.memory_bytes),
+        by_label(
+            "engine_daemon_container_states_containers", "gauge", "Containers by state.", "state", states
+        ),
+        Family(
+            "engine_daemon_events_total", "counter", "Events of this node.", [Sample("", events.published)]
+        ),
+        gauge("engine_daemon_events_subscribers_total", "Clients that read events.", events.readers),
+    ]
+
+
+def network_families(repairs: Mapping[str, int], reports: Mapping[NodeId, PathReport]) -> list[Family]:
+    """Repairs of what other programs had changed, and which nodes the probes reach."""
+    reachable = {id: int(not (report.failing and report.is_settled)) for id, report in reports.items()}
+    mtus = {id: report.mtu for id, report in reports.items() if report.mtu}
+    return [
+        by_label(
+            "skep_network_repairs_total",
+            "counter",
+            "Repairs of what other programs had changed.",
+            "kind",
+            repairs,
+        ),
+        by_label(
+            "skep_peer_reachable", "gauge", "Whether probes of another node succeed.", "peer", reachable
+        ),
+        by_label(
+            "skep_peer_mtu_bytes", "gauge", "The largest packet that reaches another node.", "peer", mtus
+        ),
+    ]

@@ -1,0 +1,152 @@
+"""``metrics-addr``: the node's page for Prometheus, and the list of nodes to ask, by plain HTTP as in Docker.
+
+Whoever reaches the address reads it.  Nothing can be changed there, and no secret or environment is shown.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from skep.api.exposition import CONTENT_TYPE
+from skep.api.server import json_answer
+from skep.api.tables import Table
+from skep.errors import FailedPrecondition, SkepError
+from skep.node.metrics import NodeMetrics
+
+log = structlog.get_logger()
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_CONNECTIONS_MAX = 64
+_AT_ONCE = 4
+"""Pages that are made at the same time."""
+_IDLE_S = 75.0
+
+
+@asynccontextmanager
+async def serving_metrics(addr: tuple[str, int] | None, metrics: NodeMetrics) -> AsyncIterator[None]:
+    """Serve while the context is open.  ``addr`` None: nothing is served.
+
+    Raises: FailedPrecondition: the address cannot be listened on.
+    """
+    if addr is None:
+        yield
+        return
+    host, port = addr
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def page(_request: web.Request) -> web.Response:
+        async with places:
+            return web.Response(body=await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def discovery(_request: web.Request) -> web.StreamResponse:
+        try:
+            return json_answer(targets(await metrics.nodes(), port))
+        except SkepError as error:
+            return web.Response(status=503, text=f"{error}\n")
+
+    busy: set[asyncio.Protocol] = set()
+
+    @web.middleware
+    async def note(request: web.Request, handler: Handler) -> web.StreamResponse:
+        busy.add(request.protocol)
+        try:
+            return await handler(request)
+        finally:
+            busy.discard(request.protocol)
+
+    app = web.Application(middlewares=[note])
+    app.router.add_get("/metrics", page)
+    app.router.add_get("/sd", discovery)
+    runner = web.AppRunner(app, access_log=None, keepalive_timeout=_IDLE_S)
+    await runner.setup()
+    server = runner.server
+    assert server is not None, "set up just now"
+
+    def connection() -> asyncio.Protocol:
+        if len(server.connections) >= _CONNECTIONS_MAX:
+            idle = next((one for one in server.connections if one not in busy), None)
+            if idle is None:
+                return _Refused()
+            idle.force_close()  # whoever reaches the address can open these: they do not keep Prometheus out
+        return server()
+
+    try:
+        async with _listening(connection, host, port):
+            yield
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def _listening(connection: Callable[[], asyncio.Protocol], host: str, port: int) -> AsyncIterator[None]:
+    """Raises: FailedPrecondition."""
+    try:
+        listening = await asyncio.get_running_loop().create_server(connection, host or None, port)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"metrics-addr {host}:{port} cannot be listened on: {error.strerror}"
+        ) from error
+    log.info("metrics served", addr=f"{host}:{port}")
+    try:
+        yield
+    finally:
+        listening.close()
+
+
+_table = Table[NodeMetrics]()
+
+
+def metrics_routes(metrics: NodeMetrics) -> list[web.RouteDef]:
+    """``/metrics`` on the API's hosts; an engine has it on ``metrics-addr`` only."""
+    return _table.bound(metrics)
+
+
+@_table.get("/metrics")
+async def _show(metrics: NodeMetrics, request: web.Request) -> web.StreamResponse:
+    return web.Response(body=await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+class _Refused(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def targets(nodes: list[Mapping[str, Any]], port: int) -> list[Mapping[str, Any]]:
+    """For ``http_sd_configs``: each node, whether it is up or not, so that an alert can tell the difference.
+
+    Source: https://prometheus.io/docs/prometheus/latest/http_sd/
+    """
+    return [_target(node, address, port) for node in nodes if (address := _address(node))]
+
+
+def _address(node: Mapping[str, Any]) -> str:
+    """Empty before its first session: a port alone would be one of the machine that Prometheus runs on."""
+    return str((node.get("Status") or {}).get("Addr") or "")
+
+
+def _target(node: Mapping[str, Any], address: str, port: int) -> Mapping[str, Any]:
+    spec, manager = node["Spec"], node.get("ManagerStatus") or {}
+    labels = {
+        "id": node["ID"],
+        "name": str(node["Description"].get("Hostname") or ""),
+        "role": str(spec.get("Role") or ""),
+        "leader": str(bool(manager.get("Leader"))).lower(),
+        "availability": str(spec.get("Availability") or ""),
+        "state": str(node["Status"].get("State") or ""),
+        **{f"label_{_plain(key)}": str(value) for key, value in (spec.get("Labels") or {}).items()},
+    }
+    host = f"[{address}]" if ":" in address else address
+    return {
+        "targets": [f"{host}:{port}"],
+        "labels": {f"__meta_skep_node_{name}": value for name, value in labels.items()},
+    }
+
+
+def _plain(key: str) -> str:
+    """As Prometheus writes the names of labels: every other character becomes ``_``."""
+    return "".join(char if char.isascii() and char.isalnum() else "_" for char in key)

@@ -1,0 +1,44 @@
+"""Running the parts of a node."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.failures import retry
+from skep.aio.groups import first_alone
+from skep.aio.race import Preempted, run_unless
+from skep.errors import SkepError
+from skep.node.supervision.zygote import ZygoteGone
+
+log = structlog.get_logger()
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+
+
+def run_part(group: asyncio.TaskGroup, clock: Clock, work: Work, name: str) -> None:
+    """Run a part of the node in ``group``, again after every failure, with growing pauses."""
+
+    async def run() -> None:
+        with first_alone(SkepError):
+            await work()
+
+    # Only another node process has another zygote.
+    repeated = retry(run, "part of the node failed", clock=clock, passes=(ZygoteGone,), part=name)
+    group.create_task(repeated, name=name)
+
+
+async def wait_briefly(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
+    """Wait until the containers of earlier processes are known, so that no list lacks one."""
+    try:
+        await run_unless(ready, clock.sleep(seconds))
+    except Preempted:
+        log.warning("not all containers are found again yet", after_s=seconds)
+
+
+async def run_after(ready: Work, work: Work) -> None:
+    """``work``, once ``ready`` has returned."""
+    await ready()
+    await work()

@@ -1,0 +1,156 @@
+"""``/volumes`` of a manager's node: its own volumes, and behind them those of the cluster.
+
+A name means a volume of the node first; Docker has no way to keep the two apart either.
+
+Source: moby, daemon/server/router/volume/volume_routes.go.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+from urllib.parse import quote
+
+import msgspec
+from aiohttp import web
+
+from skep.api.client import Response
+from skep.api.server import api_version, flag, json_answer, read_body
+from skep.api.versions import ApiVersion
+from skep.errors import NotFound, SkepError, Unavailable
+from skep.node.docker_engine import Handler
+from skep.node.routes.cluster_networks import ClusterNetworks, forwarded_headers
+
+_SINCE = ApiVersion("1.42")
+_PATH = "/skep/cluster/volumes"
+
+
+def with_cluster_volumes(
+    cluster: ClusterNetworks, routes: tuple[web.AbstractRouteDef, ...]
+) -> tuple[web.AbstractRouteDef, ...]:
+    """``routes`` of this node, whose volumes include the cluster's."""
+    both = _Both(cluster)
+    wraps: Mapping[tuple[str, str], Callable[[Handler], Handler]] = {
+        ("GET", "/volumes"): both.list_all,
+        ("GET", "/volumes/{name}"): both.inspect,
+        ("DELETE", "/volumes/{name}"): both.remove,
+        ("POST", "/volumes/create"): both.create,
+    }
+
+    def wrapped(route: web.AbstractRouteDef) -> web.AbstractRouteDef:
+        if not isinstance(route, web.RouteDef) or (wrap := wraps.get((route.method, route.path))) is None:
+            return route
+        return web.RouteDef(route.method, route.path, wrap(cast("Handler", route.handler)), route.kwargs)
+
+    return (*(wrapped(route) for route in routes), web.put("/volumes/{name}", both.update))
+
+
+class _Both:
+    """Handlers that ask this node first, then the manager."""
+
+    def __init__(self, cluster: ClusterNetworks) -> None:
+        self._cluster = cluster
+
+    def list_all(self, ours: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            response = await ours(request)
+            if (
+                not self._is_asked(request)
+                or not isinstance(response, web.Response)
+                or response.status != 200
+            ):
+                return response
+            listed: dict[str, Any] = msgspec.json.decode(response.body or b"{}")  # type: ignore[arg-type]
+            try:
+                theirs = await self._manager(request, "GET", f"{_PATH}?{request.query_string}")
+                if theirs.status != 200:
+                    raise theirs.error()
+                listed["Volumes"] = [*(listed.get("Volumes") or ()), *msgspec.json.decode(theirs.body)]
+            except SkepError as error:  # as in Docker: the node's own list is worth having
+                listed["Warnings"] = [*(listed.get("Warnings") or ()), str(error)]
+            return json_answer(listed)
+
+        return handle
+
+    def inspect(self, ours: Handler) -> Handler:
+        return self._ours_or_theirs(ours)
+
+    def remove(self, ours: Handler) -> Handler:
+        """With ``force`` both, as in Docker: the node does not say whether it had one."""
+        either = self._ours_or_theirs(ours)
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if not flag(request, "force") or not self._is_asked(request):
+                return await either(request)
+            response = await ours(request)
+            theirs = await self._named(request) if response.status < 300 else None
+            return response if theirs is None or theirs.status in (204, 404) else _passed_back(theirs)
+
+        return handle
+
+    def create(self, ours: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if api_version(request) < _SINCE or not await _is_for_cluster(request):
+                return await ours(request)
+            self._check_manager()
+            return _passed_back(await self._manager(request, "POST", f"{_PATH}/create"))
+
+        return handle
+
+    async def update(self, request: web.Request) -> web.StreamResponse:
+        """``docker volume update``, which other volumes do not have."""
+        if not self._cluster.member.is_manager:
+            raise Unavailable("volume update only valid for cluster volumes, but swarm is unavailable")
+        return _passed_back(await self._named(request))
+
+    def _ours_or_theirs(self, ours: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                response = await ours(request)
+            except NotFound:
+                if not self._is_asked(request):
+                    raise
+            else:
+                if response.status != 404 or not self._is_asked(request):
+                    return response
+            return _passed_back(await self._named(request))
+
+        return handle
+
+    def _is_asked(self, request: web.Request) -> bool:
+        return self._cluster.member.is_manager and api_version(request) >= _SINCE
+
+    def _check_manager(self) -> None:
+        """Raises: Unavailable, in Docker's words: this node is no manager."""
+        if not self._cluster.member.is_manager:
+            raise Unavailable(self._cluster.member.manager_refusal() or "This node is not a swarm manager.")
+
+    async def _named(self, request: web.Request) -> Response:
+        """The manager's response to the same request for a volume by name."""
+        path = f"{_PATH}/{quote(request.match_info['name'], safe='')}"
+        return await self._manager(request, request.method, f"{path}?{request.query_string}")
+
+    async def _manager(self, request: web.Request, method: str, path: str) -> Response:
+        """Raises: Unavailable."""
+        return await self._cluster.request_manager(
+            method, path, await read_body(request), forwarded_headers(request)
+        )
+
+
+class _Asked(msgspec.Struct):
+    ClusterVolumeSpec: Any = None
+
+
+async def _is_for_cluster(request: web.Request) -> bool:
+    """Whether a creation asks for a cluster volume; what cannot be read is refused by the node's own handler."""
+    try:
+        asked = msgspec.json.decode(await read_body(request) or b"{}", type=_Asked).ClusterVolumeSpec
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return asked is not None
+
+
+def _passed_back(response: Response) -> web.Response:
+    return web.Response(
+        status=response.status,
+        body=response.body,
+        headers={"Content-Type": response.content_type or "application/json"},
+    )

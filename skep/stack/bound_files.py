@@ -1,0 +1,60 @@
+"""Files beside a stack's files that its services mount: changed content updates a service, as that of a config does."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from skep.model.labels import STACK_FILES
+from skep.stack.document import Problem
+from skep.stack.project import Stack, StackService, versioned_name
+from skep.stack.reading import Report
+
+_BYTES_MAX: Final = 8 << 20
+_FILES_MAX: Final = 50
+"""Of one service."""
+
+
+def with_bound_files(stack: Stack, directory: Path, report: Report) -> Stack:
+    """The stack whose services have the content of files below ``directory`` that they mount in a label.
+
+    Not that of directories, of files elsewhere, and of those that are not on this machine: they are the node's own.
+    """
+    return replace(
+        stack,
+        services={name: _with_files(name, one, directory, report) for name, one in stack.services.items()},
+    )
+
+
+def _with_files(name: str, service: StackService, directory: Path, report: Report) -> StackService:
+    def warn(path: Path, why: str) -> None:
+        text = f"a change of {path} updates nothing: {why}"
+        report.warnings.append(Problem(service.place, f"services.{name}.volumes", text))
+
+    found = ",".join(_contents(service, directory, warn))
+    container = service.spec.task_template.container_spec
+    if not found or container is None:
+        return service
+    container = replace(container, labels={**container.labels, STACK_FILES: found})
+    template = replace(service.spec.task_template, container_spec=container)
+    return replace(service, spec=replace(service.spec, task_template=template))
+
+
+def _contents(service: StackService, directory: Path, warn: Callable[[Path, str], None]) -> Iterator[str]:
+    count = 0
+    for path in sorted(set(map(Path, service.binds))):
+        try:
+            if not path.is_relative_to(directory) or not path.is_file():
+                continue
+            count += 1
+            if count > _FILES_MAX:
+                warn(path, f"the service mounts more than {_FILES_MAX} files")
+            elif path.stat().st_size > _BYTES_MAX:
+                warn(path, f"it is larger than {_BYTES_MAX >> 20} MiB")
+            else:
+                name = path.relative_to(directory).as_posix()
+                # A file may hold a password, and labels are read by many: the suffix is one that is slow to guess.
+                yield f"{name}={versioned_name(name, path.read_bytes(), is_secret=True)[-10:]}"
+        except OSError as error:
+            warn(path, error.strerror or str(error))

@@ -1,0 +1,335 @@
+"""A merged document as a stack."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from skep.model.dependencies import Condition, label_of
+from skep.model.encoding import to_json
+from skep.model.labels import JOB_TTL
+from skep.model.meta import Driver
+from skep.model.service import PublishMode
+from skep.stack.containers import Volumes
+from skep.stack.document import Node, Place, Problem
+from skep.stack.project import NAMESPACE, Stack, StackFile, StackNetwork, StackService, versioned_name
+from skep.stack.reading import Reader, Report, meant_by
+from skep.stack.services import Surroundings, service_of
+
+_NAME: Final = re.compile(r"[a-zA-Z0-9._-]+")
+_STACK_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+_FILE_BYTES_MAX: Final = {"secrets": 500 * 1024, "configs": 1000 * 1024}
+_NODES_NETWORKS: Final = ("host", "none", "bridge")
+
+
+def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes], report: Report) -> Stack:
+    """The stack ``name``.
+
+    Args:
+        document: the files, merged; paths in it are absolute, and profiles have been chosen.
+        contents: of secrets and configs by ``("secrets", NAME)``, where they come from a file or the environment.
+        report: takes what is wrong and what has no effect.
+    """
+    top = Reader(document, "", report)
+    if not _STACK_NAME.fullmatch(name):
+        from skep.gotemplate import quoted  # an import that costs more than the conversion of most files
+
+        top.problem(
+            "name", f"invalid stack name {quoted(name)}: want letters, digits, dots, dashes and underscores"
+        )
+    top.skip("version", "name", "include")
+    top.refuse("models", "language models are not served by a cluster: run the model as a service")
+    services = top.named("services")
+    if not services:
+        version_1 = "" if "services" in top else _version_1(document)
+        top.problem("services", f"there are no services{version_1}")
+        if version_1:
+            top.names()
+    networks = _networks(top, name, services)
+    around = Surroundings(
+        stack=name,
+        volumes=Volumes(_volumes(top, name)),
+        networks=networks,
+        secrets=_files(top, "secrets", name, contents),
+        configs=_files(top, "configs", name, contents),
+    )
+    made: dict[str, StackService] = {}
+    for service, node in services.items():
+        if not _NAME.fullmatch(service):
+            report.problems.append(_bad_name(node.place, service))
+        made[service] = service_of(service, node, around, report)
+    top.close()
+    used = {one.target for service in made.values() for one in service.spec.task_template.networks}
+    stack = Stack(
+        name=name,
+        services=made,
+        networks={key: one for key, one in networks.items() if one.name in used},
+        secrets=around.secrets,
+        configs=around.configs,
+    )
+    _check_dependencies(stack, report)
+    _check_names(stack, report)
+    _check_ports(stack, report)
+    return replace(stack, services={key: _with_dependencies(one, stack) for key, one in made.items()})
+
+
+def _version_1(document: Node) -> str:
+    entries = document.entries or {}
+    is_old = any(
+        one.entries is not None and ("image" in one.entries or "build" in one.entries)
+        for one in entries.values()
+    )
+    return ": this is a file of version 1; put everything below services:" if is_old else ""
+
+
+def _bad_name(place: Place, name: str) -> Problem:
+    return Problem(
+        place, f"services.{name}", "a service's name has letters, digits, dots, dashes and underscores only"
+    )
+
+
+def _check_dependencies(stack: Stack, report: Report) -> None:
+    def problem(name: str, text: str) -> None:
+        report.problems.append(Problem(stack.services[name].place, f"services.{name}.depends_on", text))
+
+    for name, service in stack.services.items():
+        for one in service.depends_on:
+            target = stack.services.get(one.service)
+            if target is None and one.is_required:
+                meant = meant_by(one.service, stack.services)
+                problem(name, f"{name} depends on {one.service}, which is not there{meant}")
+            elif (
+                target is not None and one.condition is Condition.COMPLETED and JOB_TTL in target.spec.labels
+            ):
+                problem(
+                    name, f"{one.service} is removed when it has ended (job-ttl): {name} would wait for ever"
+                )
+    if cycle := find_cycle(
+        {name: [one.service for one in service.depends_on] for name, service in stack.services.items()}
+    ):
+        problem(cycle[0], f"services depend on each other in a circle: {' -> '.join(cycle)}")
+
+
+def _check_names(stack: Stack, report: Report) -> None:
+    """Two objects of the cluster have different names; one that exists already may be named twice."""
+    for kind in ("networks", "secrets", "configs"):
+        keys: dict[str, str] = {}
+        objects: Mapping[str, StackNetwork | StackFile] = getattr(stack, kind)
+        for key, one in objects.items():
+            if one.is_external:
+                continue
+            first = keys.setdefault(one.name, key)
+            if first != key:
+                text = (
+                    f"its name in the cluster is {one.name}, which is that of {first}: give it another name"
+                )
+                report.problems.append(Problem(one.place, f"{kind}.{key}", text))
+
+
+def _check_ports(stack: Stack, report: Report) -> None:
+    """A port that is published on all nodes belongs to one service."""
+    owners: dict[tuple[int, str], str] = {}
+    for key, service in stack.services.items():
+        endpoint = service.spec.endpoint_spec
+        for port in endpoint.ports if endpoint is not None else ():
+            if not port.published_port or port.publish_mode is PublishMode.HOST:
+                continue
+            owner = owners.setdefault((port.published_port, port.protocol), key)
+            if owner != key:
+                text = (
+                    f"port {port.published_port}/{port.protocol} is published by {owner} already: "
+                    "publish another one, or in mode host on nodes of their own"
+                )
+                report.problems.append(Problem(service.place, f"services.{key}.ports", text))
+
+
+def _with_dependencies(service: StackService, stack: Stack) -> StackService:
+    """With a label by which the cluster keeps the order."""
+    found = [
+        replace(one, service=stack.services[one.service].spec.name)
+        for one in service.depends_on
+        if one.service in stack.services
+    ]
+    spec = service.spec
+    return replace(service, spec=replace(spec, labels={**spec.labels, **label_of(found)}))
+
+
+def find_cycle(edges: Mapping[str, list[str]]) -> list[str]:
+    """A circle of names, the first again at its end; empty: there is none."""
+    done: set[str] = set()
+    for start in edges:
+        path: list[str] = []
+        pending = [(start, iter(edges.get(start, ())))] if start not in done else []
+        path += [start] if pending else []
+        while pending:
+            name, following = pending[-1]
+            after = next(following, None)
+            if after is None:
+                done.add(name)
+                pending.pop()
+                path.pop()
+            elif after in path:
+                return [*path[path.index(after) :], after]
+            elif after not in done:
+                pending.append((after, iter(edges.get(after, ()))))
+                path.append(after)
+    return []
+
+
+# --- the other sections --------------------------------------------------------------------------------------------
+
+
+def _external(one: Reader) -> tuple[bool, str]:
+    """Whether the object exists already, and its name if that is given; ``external: {name: X}`` is the old form."""
+    found, name = one.node("external"), one.text("name")
+    if found is None:
+        return False, name
+    if found.entries is None:
+        return bool(one.boolean("external")), name
+    old = one.reader("external")
+    assert old is not None
+    given = old.text("name")
+    old.close()
+    if name and given:
+        one.problem("external", "the name stands twice: write external: true, and name")
+    return True, name or given
+
+
+def _refuse_beside_external(one: Reader, *keys: str) -> None:
+    for key in keys:
+        if one.node(key) is not None:
+            one.problem(key, f'conflicting parameters "external" and "{key}"')
+
+
+def _networks(top: Reader, stack: str, services: Mapping[str, Node]) -> dict[str, StackNetwork]:
+    made: dict[str, StackNetwork] = {}
+    for key, node in top.named("networks").items():
+        one = Reader(node, f"networks.{key}", top.report)
+        is_external, name = _external(one)
+        if is_external:
+            _refuse_beside_external(
+                one, "driver", "driver_opts", "ipam", "labels", "internal", "attachable", "enable_ipv6"
+            )
+            one.close()
+            made[key] = StackNetwork(place=node.place, name=name or key, is_external=True)
+            continue
+        name = name or f"{stack}_{key}"
+        made[key] = StackNetwork(place=node.place, name=name, body=_network_body(one, name, stack))
+        one.close()
+    for name in _NODES_NETWORKS[:1]:
+        made.setdefault(name, StackNetwork(place=top.place, name=name, is_external=True))
+    default = f"{stack}_default"
+    body = {"Name": default, "Driver": "overlay", "Labels": {NAMESPACE: stack}, "CheckDuplicate": True}
+    made.setdefault("default", StackNetwork(place=top.place, name=default, body=body))
+    return made
+
+
+def _network_body(one: Reader, name: str, stack: str) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "Name": name,
+        "CheckDuplicate": True,
+        "Driver": one.text("driver") or "overlay",
+        "Labels": one.labels("labels") | {NAMESPACE: stack},
+        "Internal": one.boolean("internal") or False,
+        "Attachable": one.boolean("attachable") or False,
+    }
+    if options := one.labels("driver_opts"):
+        body["Options"] = options
+    if (ipv6 := one.boolean("enable_ipv6")) is not None:
+        body["EnableIPv6"] = ipv6
+    if one.boolean("enable_ipv4") is False:
+        one.problem("enable_ipv4", "networks of a cluster have IPv4")
+    ipam = one.reader("ipam")
+    if ipam is not None:
+        configs = []
+        for node, path in ipam.each("config"):
+            config = Reader(node, path, one.report)
+            parts = {
+                "Subnet": config.text("subnet"),
+                "IPRange": config.text("ip_range"),
+                "Gateway": config.text("gateway"),
+                "AuxiliaryAddresses": config.labels("aux_addresses"),
+            }
+            configs.append({field: value for field, value in parts.items() if value})
+            config.close()
+        body["IPAM"] = {
+            "Driver": ipam.text("driver") or "default",
+            "Config": configs,
+            "Options": ipam.labels("options"),
+        }
+        ipam.close()
+    return body
+
+
+def _volumes(top: Reader, stack: str) -> dict[str, tuple[str, dict[str, str], Driver | None]]:
+    made: dict[str, tuple[str, dict[str, str], Driver | None]] = {}
+    for key, node in top.named("volumes").items():
+        one = Reader(node, f"volumes.{key}", top.report)
+        is_external, name = _external(one)
+        if is_external:
+            _refuse_beside_external(one, "driver", "driver_opts", "labels")
+            made[key] = name or key, {}, None
+        else:
+            driver = Driver(name=one.text("driver"), options=one.labels("driver_opts"))
+            labels = one.labels("labels") | {NAMESPACE: stack}
+            made[key] = name or f"{stack}_{key}", labels, driver if driver != Driver() else None
+        one.refuse(
+            "x-cluster-spec", "cluster volumes are created with docker volume create, and named as external"
+        )
+        one.close()
+    return made
+
+
+def _files(
+    top: Reader, key: str, stack: str, contents: Mapping[tuple[str, str], bytes]
+) -> dict[str, StackFile]:
+    made: dict[str, StackFile] = {}
+    for name, node in top.named(key).items():
+        one = Reader(node, f"{key}.{name}", top.report)
+        is_external, given = _external(one)
+        if is_external:
+            _refuse_beside_external(
+                one, "file", "content", "environment", "driver", "driver_opts", "labels", "template_driver"
+            )
+            made[name] = StackFile(place=node.place, name=given or name, is_external=True)
+        else:
+            made[name] = _file(one, key, name, given, stack, contents.get((key, name)))
+        one.close()
+    return made
+
+
+def _file(one: Reader, key: str, name: str, given: str, stack: str, content: bytes | None) -> StackFile:
+    sources = [
+        source for source in ("file", "content", "environment", "driver") if one.node(source) is not None
+    ]
+    if key == "secrets":
+        one.refuse("content", "a secret's value does not belong into the file: use file or environment")
+    else:
+        one.refuse("driver", "only secrets have drivers")
+    if len(sources) != 1:
+        one.problem(
+            sources[-1] if sources else "file",
+            f"want one of file, content and environment, not {' and '.join(sources) or 'none'}",
+        )
+    text, driver = one.text("content"), one.text("driver")
+    content = text.encode() if "content" in sources else content
+    if content is not None and len(content) > _FILE_BYTES_MAX[key]:
+        one.problem(sources[0] if sources else "file", f"it is larger than {_FILE_BYTES_MAX[key] >> 10} KiB")
+    options, template = one.labels("driver_opts"), one.text("template_driver")
+    if options and not driver:
+        one.problem("driver_opts", "these are options of a driver, and there is none")
+    labels = one.labels("labels") | {NAMESPACE: stack}
+    templating = {"Name": template} if template else None
+    base = f"{stack}_{name}"
+    if not given and content is not None:
+        settings = to_json([labels, template])
+        base = versioned_name(base, content, is_secret=key == "secrets", settings=settings)
+    return StackFile(
+        place=one.place,
+        name=given or base,
+        content=content,
+        labels=labels,
+        driver={"Name": driver, "Options": options} if driver else None,
+        templating=templating,
+    )

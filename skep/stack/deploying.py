@@ -1,0 +1,414 @@
+"""Carrying a plan out: what is new is made, services are updated in the order of their dependencies, then watched.
+
+Repeating a deploy completes one that was interrupted: each step asks for what is to be, not for what is to be done.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.api.requests import Requests
+from skep.api.updates import update
+from skep.api.waiting import persistently
+from skep.errors import AlreadyExists, NotFound, SkepError, Unavailable
+from skep.model.encoding import to_json
+from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task
+from skep.model.unknown import leniently
+from skep.stack.planning import (
+    Action,
+    Change,
+    Existing,
+    Placement,
+    Plan,
+    differences,
+    superseded,
+    waves,
+    with_network_names,
+)
+from skep.stack.progress import Standing, standing
+from skep.stack.project import IMAGE, NAMESPACE, Stack
+from skep.stack.waiting import wait_done
+
+ANSWERS_WITHIN_S: Final = 30.0
+_AT_ONCE: Final = 8
+"""Requests in flight."""
+_TOGETHER: Final = 200
+"""Services in one request: a few megabytes at most, and no longer than a fraction of a second."""
+_LOOK_S: Final = 0.5
+_IN_USE_S: Final = 60.0
+"""How long a network may be in use by tasks that stop."""
+
+NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
+
+Show = Callable[[str, str], None]
+"""Takes the name of an object, and what to say of it."""
+
+
+async def existing_of(client: Requests, stack: str) -> Existing:
+    """What the cluster has: everything of the stack, and all that it may refer to."""
+    label = {"label": [f"{NAMESPACE}={stack}"]}
+    services, networks, secrets, configs = await asyncio.gather(
+        client.get("/services", filters=label, timeout_s=ANSWERS_WITHIN_S),
+        client.get("/networks", timeout_s=ANSWERS_WITHIN_S),
+        client.get("/secrets", timeout_s=ANSWERS_WITHIN_S),
+        client.get("/configs", timeout_s=ANSWERS_WITHIN_S),
+    )
+    return Existing(
+        services=_services(services), networks=tuple(networks), secrets=tuple(secrets), configs=tuple(configs)
+    )
+
+
+def _services(objects: Iterable[Any]) -> tuple[Service, ...]:
+    return tuple(leniently(msgspec.json.encode(one), Service) for one in objects)
+
+
+async def with_placements(client: Requests, plan: Plan, warn: Callable[[str], None]) -> Plan:
+    """The plan, and where the cluster would run its services; a cluster that cannot say so is not an error."""
+    changes = [one for one in plan.of("service", Action.CREATE, Action.UPDATE) if one.spec is not None]
+    if not changes:
+        return plan
+    body = msgspec.Raw(to_json([one.spec for one in changes]))
+    try:
+        found = await client.post("/skep/services/placement", body, timeout_s=ANSWERS_WITHIN_S)
+        placements = msgspec.convert(found, tuple[Placement, ...])
+    except NotFound:  # an earlier version
+        return plan
+    except (SkepError, msgspec.ValidationError) as error:
+        warn(f"the cluster does not say where services would run: {error}")
+        return plan
+    return replace(plan, placements={one.name: one for one in placements})
+
+
+async def pinned_images(
+    client: Requests,
+    names: Iterable[str],
+    warn: Callable[[str], None],
+    logins: Mapping[str, str] = NO_LOGINS,
+) -> dict[str, str]:
+    """Of image names, the names with the digests that their registries give; those that none gives are left out.
+
+    ``logins``: by image name.
+    """
+    limit = asyncio.Semaphore(_AT_ONCE)
+
+    async def pinned(name: str) -> tuple[str, str]:
+        if "@" in name:
+            return name, ""
+        async with limit:
+            try:
+                found = await client.get(
+                    f"/distribution/{name}/json", headers=_auth(logins.get(name)), timeout_s=ANSWERS_WITHIN_S
+                )
+                return name, f"{name}@{found['Descriptor']['digest']}"
+            except (SkepError, KeyError, TypeError) as error:
+                warn(
+                    f"image {name} could not be accessed on a registry to record its digest ({error}): "
+                    "nodes take the version that they find"
+                )
+                return name, ""
+
+    found = await asyncio.gather(*(pinned(name) for name in sorted(set(names))))
+    return {name: image for name, image in found if image}
+
+
+class Deployment:
+    """One deploy on its way."""
+
+    def __init__(
+        self,
+        client: Requests,
+        stack: Stack,
+        plan: Plan,
+        show: Show,
+        logins: Mapping[str, str] = NO_LOGINS,
+    ) -> None:
+        """``logins``: ``X-Registry-Auth`` by the names of images as the files have them."""
+        self._client = client
+        self._logins = logins
+        self._stack = stack
+        self._plan = plan
+        self._show = show
+        self._limit = asyncio.Semaphore(_AT_ONCE)
+        self._ids: dict[tuple[str, str], str] = {}
+        """Of secrets and configs, by kind and name."""
+
+    async def apply(self, wait_s: float | None) -> None:
+        """Make the changes; then wait at most ``wait_s`` until they are true (None: do not).
+
+        Raises:
+            SkepError: a change was refused; those before it stay, and a repetition goes on behind them.
+            Unavailable: it did not become true in time, with the cause.
+        """
+        await self._create("network", self._bodies("network"))
+        await self._create("secret", self._bodies("secret"))
+        await self._create("config", self._bodies("config"))
+        await self._learn_ids()
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._services()
+                for one in self._plan.of("service", Action.REMOVE):
+                    await self._remove("/services", one.name)
+                if wait_s is not None:
+                    await self._wait(self._plan.of("service", Action.CREATE, Action.UPDATE, Action.KEEP))
+        except TimeoutError:
+            raise Unavailable(f"not done within {wait_s:g} s: {await self._unfinished()}") from None
+
+    async def prune(self, kept: Sequence[str] = ()) -> None:
+        """Remove secrets and configs that earlier files had and nothing uses."""
+        existing = await existing_of(self._client, self._stack.name)
+        for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
+            for one in superseded(self._stack, kind, objects, existing.services, kept):
+                try:
+                    await self._client.delete(f"/{kind}s/{one['ID']}", timeout_s=ANSWERS_WITHIN_S)
+                except SkepError:  # something uses it since a moment ago
+                    continue
+                self._show(one["Spec"]["Name"], f"superseded {kind} removed")
+
+    # --- steps
+
+    def _bodies(self, kind: str) -> dict[str, Mapping[str, Any]]:
+        wanted = {one.name for one in self._plan.of(kind, Action.CREATE)}
+        if kind == "network":
+            return {one.name: one.body for one in self._stack.networks.values() if one.name in wanted}
+        files = self._stack.secrets if kind == "secret" else self._stack.configs
+        return {one.name: one.body for one in files.values() if one.name in wanted}
+
+    async def _create(self, kind: str, bodies: Mapping[str, Mapping[str, Any]]) -> None:
+        async def create(name: str, body: Mapping[str, Any]) -> None:
+            async with self._limit:
+                try:
+                    await self._client.post(f"/{kind}s/create", body, timeout_s=ANSWERS_WITHIN_S)
+                except AlreadyExists:  # by a deploy beside this one
+                    return
+            self._show(name, f"{kind} created")
+
+        await _all(create(name, body) for name, body in bodies.items())
+
+    async def _learn_ids(self) -> None:
+        """Of what services refer to."""
+        containers = [
+            one.spec.task_template.container_spec
+            for one in self._plan.of("service", Action.CREATE, Action.UPDATE)
+            if one.spec is not None
+        ]
+        needed = {
+            "secret": any(one is not None and one.secrets for one in containers),
+            "config": any(one is not None and one.configs for one in containers),
+        }
+        for kind in (kind for kind, is_needed in needed.items() if is_needed):
+            for one in await self._client.get(f"/{kind}s", timeout_s=ANSWERS_WITHIN_S):
+                self._ids[kind, one["Spec"]["Name"]] = one["ID"]
+
+    async def _services(self) -> None:
+        found = {one.name: one for one in self._plan.of("service", Action.CREATE, Action.UPDATE)}
+        chosen = {name: one for name, one in self._stack.services.items() if one.spec.name in found}
+        changes = {name: found[one.spec.name] for name, one in chosen.items()}
+        # In the order of their dependencies, without waiting: the cluster does that (``model/dependencies.py``), and a
+        # service that is updated must not find the earlier run of a job that is to run again.
+        for wave in waves(chosen):
+            left = [changes[name] for name in wave]
+            for at in range(0, len(left), _TOGETHER):
+                await self._services_changed(left[at : at + _TOGETHER])
+
+    async def _services_changed(self, changes: Sequence[Change]) -> None:
+        """In one request; those for which that fails, and all if the cluster has none such, each by its own."""
+        body = [self._wanted(one) for one in changes if one.spec is not None]
+        try:
+            results = await self._client.post("/skep/services/changes", body, timeout_s=ANSWERS_WITHIN_S)
+            done = [not one.get("Error") for one in results]
+        except SkepError:
+            done = [False] * len(changes)
+        for change, is_done in zip(changes, done, strict=True):
+            if is_done:
+                self._show(change.name, "created" if change.action is Action.CREATE else "updated")
+        await _all(
+            self._service_changed(one) for one, is_done in zip(changes, done, strict=True) if not is_done
+        )
+
+    def _wanted(self, change: Change) -> dict[str, Any]:
+        assert change.spec is not None
+        made: dict[str, Any] = {"Spec": msgspec.Raw(to_json(self._with_ids(change.spec)))}
+        made["RegistryAuth"] = self._login(change)
+        return made | ({"ID": change.id, "Version": change.version} if change.id else {})
+
+    def _login(self, change: Change) -> str:
+        assert change.spec is not None
+        return self._logins.get(change.spec.labels.get(IMAGE, ""), "")
+
+    async def _service_changed(self, change: Change) -> None:
+        async with self._limit:
+            await (
+                self._create_service(change)
+                if change.action is Action.CREATE
+                else self._update_service(change)
+            )
+
+    def _with_ids(self, spec: ServiceSpec) -> ServiceSpec:
+        template = spec.task_template
+        container = template.container_spec
+        assert container is not None
+        made = replace(
+            container,
+            secrets=tuple(
+                replace(one, secret_id=self._id("secret", one.secret_name)) for one in container.secrets
+            ),
+            configs=tuple(
+                replace(one, config_id=self._id("config", one.config_name)) for one in container.configs
+            ),
+        )
+        return replace(spec, task_template=replace(template, container_spec=made))
+
+    def _id(self, kind: str, name: str) -> Any:
+        if (kind, name) not in self._ids:
+            raise NotFound(f"{kind} {name} was removed meanwhile: deploy again")
+        return self._ids[kind, name]
+
+    async def _create_service(self, change: Change) -> None:
+        assert change.spec is not None
+        body = msgspec.Raw(to_json(self._with_ids(change.spec)))
+        try:
+            await self._client.post(
+                "/services/create", body, headers=_auth(self._login(change)), timeout_s=ANSWERS_WITHIN_S
+            )
+        except AlreadyExists:
+            await self._update_service(change)
+            return
+        self._show(change.name, "created")
+
+    async def _update_service(self, change: Change) -> None:
+        wanted = change.spec
+        assert wanted is not None
+        networks = await self._client.get("/networks", timeout_s=ANSWERS_WITHIN_S)
+        names = {str(one["Id"]): str(one["Name"]) for one in networks}
+
+        def changed(current: Mapping[str, Any]) -> msgspec.Raw | None:
+            (found,) = _services([current])
+            present = with_network_names(found, names).spec
+            force = present.task_template.force_update
+            spec = replace(wanted, task_template=replace(wanted.task_template, force_update=force))
+            # A request without a response may have done it.  Done twice, a job would run twice, and the way back of
+            # the update would lead to the same spec.
+            is_done = present.task_template.container_spec is not None and not any(differences(present, spec))
+            return None if is_done else msgspec.Raw(to_json(self._with_ids(spec)))
+
+        await update(
+            self._client,
+            "services",
+            change.name,
+            changed,
+            headers=_auth(self._login(change)),
+            timeout_s=ANSWERS_WITHIN_S,
+        )
+        self._show(change.name, "updated")
+
+    async def _remove(self, path: str, name: str) -> None:
+        try:
+            await self._client.delete(f"{path}/{name}", timeout_s=ANSWERS_WITHIN_S)
+        except NotFound:
+            return
+        self._show(name, "removed")
+
+    # --- waiting
+
+    async def _wait(self, changes: Sequence[Change]) -> None:
+        await wait_done({one.name for one in changes}, lambda _: self._standings(), self._show)
+
+    async def _standings(self) -> dict[str, Standing]:
+        label = {"label": [f"{NAMESPACE}={self._stack.name}"]}
+        services, tasks = await asyncio.gather(
+            self._client.get("/services", filters=label, timeout_s=ANSWERS_WITHIN_S),
+            self._client.get("/tasks", filters=label, timeout_s=ANSWERS_WITHIN_S),
+        )
+        by_service: dict[str, list[Task]] = {}
+        for one in _tasks(tasks):
+            by_service.setdefault(one.service_id, []).append(one)
+        return {one.spec.name: standing(one, by_service.get(one.id, ())) for one in _services(services)}
+
+    async def _unfinished(self) -> str:
+        standings = await self._standings()
+        wanted = [
+            one.name
+            for one in self._plan.changes
+            if one.kind == "service" and one.action is not Action.REMOVE
+        ]
+        open_ = [
+            f"{name}: {standings[name].text if name in standings else 'not created'}"
+            for name in wanted
+            if name not in standings or not standings[name].is_done
+        ]
+        return "; ".join(open_)
+
+
+def _auth(login: str | None) -> dict[str, str]:
+    return {"X-Registry-Auth": login} if login else {}
+
+
+def _tasks(objects: Iterable[Any]) -> list[Task]:
+    return [leniently(msgspec.json.encode(one), Task) for one in objects]
+
+
+async def _all(work: Iterable[Any]) -> None:
+    """All of them, whatever becomes of each.  Raises: the error of one; Unavailable: with those of several."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    failed = [one for one in results if isinstance(one, BaseException)]
+    if len(failed) > 1 and all(isinstance(one, SkepError) for one in failed):
+        raise Unavailable("; ".join(dict.fromkeys(map(str, failed))))
+    for one in failed:
+        raise one
+
+
+async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> bool:
+    """Remove everything of a stack: services, and when their tasks are gone, the rest.  False: there is none.
+
+    Raises: Unavailable: something is in use for longer than ``wait_s``.
+    """
+    label = {"label": [f"{NAMESPACE}={stack}"]}
+    found = False
+    for kind in ("service", "secret", "config", "network"):
+        objects = await client.get(f"/{kind}s", filters=label, timeout_s=ANSWERS_WITHIN_S)
+        found = found or bool(objects)
+        await _all(_removed(client, kind, one, show, wait_s) for one in objects)
+        if kind == "service":
+            await _wait_tasks_gone(client, label, show, stack, wait_s)
+    return found
+
+
+async def _wait_tasks_gone(
+    client: Requests, label: Mapping[str, Sequence[str]], show: Show, stack: str, wait_s: float
+) -> None:
+    """Return when no task of the stack runs: then its addresses and networks are free."""
+    try:
+        async with asyncio.timeout(wait_s):
+            read = partial(client.get, "/tasks", filters=label, timeout_s=ANSWERS_WITHIN_S)
+            while tasks := await persistently(read, partial(show, stack)):
+                show(stack, f"tasks that still stop: {len(tasks)}")
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        raise Unavailable(
+            f"tasks of {stack} have not stopped within {wait_s:g} s: see docker stack ps {stack}"
+        ) from None
+
+
+async def _removed(client: Requests, kind: str, one: Mapping[str, Any], show: Show, wait_s: float) -> None:
+    name = one["Name"] if kind == "network" else one["Spec"]["Name"]
+    id = one["Id"] if kind == "network" else one["ID"]
+    deadline = asyncio.get_running_loop().time() + wait_s
+    while True:
+        try:
+            await client.delete(f"/{kind}s/{id}", timeout_s=ANSWERS_WITHIN_S)
+        except NotFound:
+            return
+        except SkepError as error:
+            is_in_use = "in use" in str(error) or "active endpoints" in str(error)
+            if not is_in_use or asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(_LOOK_S)
+        else:
+            show(name, f"{kind} removed")
+            return

@@ -1,0 +1,336 @@
+"""YAML documents as trees of nodes that know where they stand in their files.
+
+The dialect is that of Compose: YAML 1.2 with octal numbers that begin with 0, merge keys (``<<``), and the tags
+``!reset`` and ``!override``.  A key that is written twice is an error, as is an anchor that contains itself.
+
+Source: compose-spec, spec.md; go.yaml.in/yaml v3, resolve.go (what a plain scalar is).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import msgspec
+import yaml
+
+from skep.errors import InvalidArgument
+
+FILE_BYTES_MAX: Final = 8 << 20
+_NODES_MAX: Final = 500_000
+"""With every alias counted as what it stands for: a small file can unfold to billions."""
+_DEPTH_MAX: Final = 100
+
+Scalar: TypeAlias = str | int | float | bool | None
+TAGS: Final = ("!reset", "!override")
+
+_BOOLEANS: Final = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
+_DECIMAL: Final = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+_OCTAL: Final = re.compile(r"([-+]?)0o?([0-7_]+)")
+_HEXADECIMAL: Final = re.compile(r"([-+]?)0x([0-9a-fA-F_]+)")
+_FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """A position in a file.  ``line`` and ``column`` begin at 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Something wrong in a file.  ``path``: of the keys to it, ``services.web.image``; empty: of the whole file."""
+
+    place: Place
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.path}: {self.text}" if self.path else f"{self.place}: {self.text}"
+
+
+class Problems(InvalidArgument):
+    """All that is wrong with the files of a stack, in their order."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A value in a document.
+
+    ``value``: a scalar, a mapping of names to nodes, or a sequence of nodes.  ``text``: a scalar as it is written, as
+    ``1.10`` is text where text is wanted.  ``tag``: one of ``TAGS``, or empty.
+    """
+
+    value: "Scalar | Mapping[str, Node] | tuple[Node, ...]"
+    place: Place
+    text: str = ""
+    is_plain: bool = False
+    """A scalar without quotes: what variables make of it is read again as a number or a boolean."""
+    tag: str = ""
+    keys: Mapping[str, Place] = {}
+    """Where the keys of a mapping stand."""
+
+    @property
+    def entries(self) -> "Mapping[str, Node] | None":
+        """Of a mapping; None: it is none."""
+        return self.value if isinstance(self.value, dict) else None
+
+    @property
+    def items(self) -> "tuple[Node, ...] | None":
+        """Of a sequence; None: it is none."""
+        return self.value if isinstance(self.value, tuple) else None
+
+    @property
+    def kind(self) -> str:
+        """What it is, for errors."""
+        match self.value:
+            case None:
+                return "nothing"
+            case bool():
+                return f"the boolean {self.text}"
+            case int() | float():
+                return f"the number {self.text}"
+            case str():
+                return f"the text {self.text!r}"
+            case tuple():
+                return "a list"
+            case _:
+                return "a mapping"
+
+    def plain(self) -> Any:
+        """The tree without positions: what a JSON decoder would give."""
+        if (entries := self.entries) is not None:
+            return {key: node.plain() for key, node in entries.items()}
+        if (items := self.items) is not None:
+            return [node.plain() for node in items]
+        return self.value
+
+
+def scalar(text: str, place: Place, *, is_plain: bool = False) -> Node:
+    """A node of one text; a plain one may be a number, a boolean or nothing."""
+    return Node(resolved(text) if is_plain else text, place, text=text, is_plain=is_plain)
+
+
+def mapping(entries: Mapping[str, Node], place: Place, keys: Mapping[str, Place] | None = None) -> Node:
+    """A node of these entries; ``keys``: where the keys stand, else at their values."""
+    return Node(entries, place, keys={name: node.place for name, node in entries.items()} | dict(keys or {}))
+
+
+def resolved(text: str) -> Scalar:
+    """What a scalar without quotes is."""
+    if text in _NULLS:
+        return None
+    if text in _BOOLEANS:
+        return _BOOLEANS[text]
+    if (
+        text[0] not in "-+.0123456789" or len(text) > 40
+    ):  # longer digits are text: their value is quadratic work
+        return text
+    if _DECIMAL.fullmatch(text):
+        return int(text.replace("_", ""))
+    for pattern, base in ((_OCTAL, 8), (_HEXADECIMAL, 16)):
+        if (match := pattern.fullmatch(text)) and match[2].replace("_", ""):
+            return int(match[1] + match[2].replace("_", ""), base)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+def parse(content: bytes | str, file: str) -> Node:
+    """The mapping at the top of a document.  Raises: Problems."""
+    start = Place(file, 1, 1)
+    if len(content) > FILE_BYTES_MAX:
+        raise Problems(
+            [
+                Problem(
+                    start,
+                    "",
+                    f"the file is larger than {FILE_BYTES_MAX >> 20} MiB: split it, and use include",
+                )
+            ]
+        )
+    try:
+        text = content.decode() if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        line = bytes(content[: error.start]).count(b"\n") + 1  # type: ignore[arg-type]
+        raise Problems([Problem(Place(file, line, 1), "", "the file is not UTF-8 text")]) from None
+    try:
+        top = _Builder(file).build(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = Place(file, mark.line + 1, mark.column + 1) if mark is not None else start
+        raise Problems(
+            [Problem(place, "", f"this is not YAML: {_syntax_error(error, text, place)}")]
+        ) from None
+    except yaml.YAMLError as error:  # characters that YAML does not allow have no mark
+        raise Problems([Problem(start, "", f"this is not YAML: {' '.join(str(error).split())}")]) from None
+    if top is None or top.value is None:
+        raise Problems([Problem(start, "", "the file is empty: it has no services")])
+    if top.entries is None:
+        raise Problems(
+            [Problem(top.place, "", f"the top of the file is {top.kind}, not a mapping with services")]
+        )
+    return top
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, text: str, place: Place) -> str:
+    problem = error.problem or "it cannot be read"
+    lines = text.splitlines()
+    line = lines[place.line - 1] if place.line <= len(lines) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return f"{problem}; the line is indented by a tab: use spaces"
+    return problem
+
+
+class _Open(msgspec.Struct):
+    """A mapping or a sequence that has not ended.  ``key`` and ``key_place``: whose value comes next."""
+
+    is_mapping: bool
+    place: Place
+    tag: str
+    anchor: str | None
+    entries: dict[str, Node]
+    keys: dict[str, Place]
+    items: list[Node]
+    merged: list[Node]
+    key: str | None = None
+    key_place: Place | None = None
+    size: int = 1
+
+
+class _Builder:
+    """Nodes from events, without recursion: the depth of a file is not that of the interpreter's stack."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._open: list[_Open] = []
+        self._anchors: dict[str, tuple[Node, int]] = {}
+        """With the number of nodes below."""
+        self._top: Node | None = None
+        self._count = 0
+
+    def build(self, events: Iterator[Any]) -> Node | None:
+        """The top node.  Raises: Problems; yaml.YAMLError: it is not YAML."""
+        for event in events:
+            self._handle(event)
+        return self._top
+
+    def _handle(self, event: Any) -> None:
+        place = Place(self._file, event.start_mark.line + 1, event.start_mark.column + 1)
+        match event:
+            case yaml.DocumentStartEvent() if self._top is not None:
+                self._refuse(place, "a second document begins here: a stack is one document")
+            case yaml.ScalarEvent():
+                self._scalar(event, place)
+            case yaml.AliasEvent():
+                self._alias(event, place)
+            case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
+                self._begin(event, place)
+            case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
+                self._end()
+
+    def _refuse(self, place: Place, text: str) -> None:
+        path = ".".join(one.key for one in self._open if one.key is not None)
+        raise Problems([Problem(place, path, text)])
+
+    def _grow(self, count: int, place: Place) -> None:
+        self._count += count
+        if self._count > _NODES_MAX:
+            self._refuse(place, f"the document has more than {_NODES_MAX} values, its aliases unfolded")
+
+    def _scalar(self, event: Any, place: Place) -> None:
+        self._grow(1, place)
+        owner = self._open[-1] if self._open else None
+        if owner is not None and owner.is_mapping and owner.key is None:
+            self._begin_entry(owner, event.value, place, is_plain=event.implicit[0])
+            return
+        tag = self._tag(event.tag, place)
+        is_plain = bool(tag) or (event.implicit[0] and not event.style)
+        node = scalar(event.value, place, is_plain=is_plain and event.tag != "tag:yaml.org,2002:str")
+        self._add(msgspec.structs.replace(node, tag=tag) if tag else node, 1, event.anchor)
+
+    def _begin_entry(self, owner: _Open, key: str, place: Place, *, is_plain: bool) -> None:
+        if key in owner.entries and not (key == "<<" and is_plain):
+            before = owner.keys[key]
+            self._refuse(place, f"the key {key!r} is there twice: first in line {before.line}")
+        owner.key, owner.key_place = key, place
+
+    def _tag(self, tag: str | None, place: Place) -> str:
+        if tag is None or tag.startswith("tag:yaml.org,2002:") or tag == "!":
+            return ""
+        if tag not in TAGS:
+            self._refuse(place, f"the tag {tag} is not known: a stack has {' and '.join(TAGS)}")
+        return tag
+
+    def _alias(self, event: Any, place: Place) -> None:
+        if any(one.anchor == event.anchor for one in self._open):
+            self._refuse(place, f"*{event.anchor} stands inside of &{event.anchor}: it would contain itself")
+        found = self._anchors.get(event.anchor)
+        if found is None:
+            self._refuse(place, f"*{event.anchor} refers to nothing: there is no &{event.anchor} before it")
+        assert found is not None
+        node, size = found
+        self._grow(size, place)
+        owner = self._open[-1] if self._open else None
+        if owner is not None and owner.is_mapping and owner.key is None:
+            if isinstance(node.value, dict | tuple):
+                self._refuse(place, "a key is text, not a list or a mapping")
+            self._begin_entry(owner, node.text, place, is_plain=node.is_plain)
+            return
+        self._add(node, size, None)
+
+    def _begin(self, event: Any, place: Place) -> None:
+        self._grow(1, place)
+        if len(self._open) >= _DEPTH_MAX:
+            self._refuse(place, f"values are nested more than {_DEPTH_MAX} levels deep")
+        owner = self._open[-1] if self._open else None
+        if owner is not None and owner.is_mapping and owner.key is None:
+            self._refuse(place, "a key is text, not a list or a mapping: a value with { or [ wants quotes")
+        tag, is_mapping = self._tag(event.tag, place), isinstance(event, yaml.MappingStartEvent)
+        self._open.append(_Open(is_mapping, place, tag, event.anchor, {}, {}, [], []))
+
+    def _end(self) -> None:
+        one = self._open.pop()
+        if not one.is_mapping:
+            self._add(Node(tuple(one.items), one.place, tag=one.tag), one.size, one.anchor)
+            return
+        for merged in one.merged:  # what is written here wins over what is merged, the first over the next
+            entries = merged.entries
+            assert entries is not None
+            for key, node in entries.items():
+                if key not in one.entries:
+                    one.entries[key], one.keys[key] = node, merged.keys[key]
+        self._add(Node(one.entries, one.place, tag=one.tag, keys=one.keys), one.size, one.anchor)
+
+    def _add(self, node: Node, size: int, anchor: str | None) -> None:
+        if anchor is not None:
+            self._anchors[anchor] = node, size
+        if not self._open:
+            self._top = node
+            return
+        owner = self._open[-1]
+        owner.size += size
+        if not owner.is_mapping:
+            owner.items.append(node)
+            return
+        key, place = owner.key, owner.key_place
+        assert key is not None
+        assert place is not None
+        if key == "<<":
+            self._merge(owner, node, place)
+        else:
+            owner.entries[key], owner.keys[key] = node, place
+        owner.key = owner.key_place = None
+
+    def _merge(self, owner: _Open, node: Node, place: Place) -> None:
+        for one in node.items if node.items is not None else (node,):
+            if one.entries is None:
+                self._refuse(place, f"<< merges mappings, and this is {one.kind}")
+            owner.merged.append(one)

@@ -1,0 +1,481 @@
+"""The files of a stack as one document: includes, extensions, several files, variables, profiles.
+
+Source: compose-spec, 13-merge.md, 14-include.md, 15-profiles.md; compose-go, loader/loader.go, loader/extends.go.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument, reason_of
+from skep.stack import dotenv
+from skep.stack.document import FILE_BYTES_MAX, Node, Place, Problem, Problems, mapping, parse, scalar
+from skep.stack.interpolation import interpolated
+from skep.stack.merging import canonical, merged, without_tags
+from skep.stack.reading import Reader, Report
+
+_FILES_MAX: Final = 2000
+_INCLUDES_MAX: Final = 20
+"""Of files in files in files."""
+
+
+class Choices(msgspec.Struct, frozen=True, kw_only=True):
+    """What the caller says.  ``services``: only these and what they depend on; empty: all."""
+
+    environment: Mapping[str, str]
+    env_files: tuple[Path, ...] = ()
+    reads_dotenv: bool = True
+    profiles: tuple[str, ...] = ()
+    directory: Path | None = None
+    """That relative paths begin at; None: that of the first file."""
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """A merged document, the name it gives the stack, and contents of secrets and configs."""
+
+    document: Node
+    name: str
+    contents: Mapping[tuple[str, str], bytes]
+    variables: Mapping[str, str]
+    directory: Path
+    """Where relative paths begin."""
+
+
+class Files:
+    """Reads files from the disk; each must be a regular one of a sane size."""
+
+    def __init__(self, standard_input: str = "") -> None:
+        self._standard_input = standard_input
+        self._count = 0
+
+    def text(self, path: Path | str) -> bytes:
+        """The content; ``-``: standard input.  Raises: InvalidArgument."""
+        if str(path) == "-":
+            return self._standard_input.encode()
+        return self.content(Path(path), FILE_BYTES_MAX + 1)
+
+    def content(self, path: Path, most: int) -> bytes:
+        """At most ``most`` bytes of a file.  Raises: InvalidArgument."""
+        self._count += 1
+        if self._count > _FILES_MAX:
+            raise InvalidArgument(f"the stack has more than {_FILES_MAX} files")
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer
+            with os.fdopen(descriptor, "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise InvalidArgument(f"{path} is not a regular file")
+                return file.read(most)
+        except OSError as error:
+            raise InvalidArgument(f"{path} cannot be read: {reason_of(error)}") from error
+        except ValueError as error:  # a zero byte
+            raise InvalidArgument(f"{str(path)!r} is no path: {error}") from error
+
+
+def load(paths: Sequence[Path | str], choices: Choices, files: Files, report: Report) -> Loaded:
+    """All of a stack's files as one document.  Raises: Problems, InvalidArgument: they cannot be read."""
+    first = Path(paths[0])
+    directory = choices.directory or (Path.cwd() if str(first) == "-" else first.absolute().parent)
+    variables = _variables(directory, choices, files, report)
+    loader = _Loader(files, report)
+    document = loader.project(
+        [path if str(path) == "-" else Path(path).absolute() for path in paths], directory, variables
+    )
+    entries = document.entries or {}
+    name = entries["name"].text if "name" in entries else ""
+    document = _chosen(document, choices.profiles)
+    document = _with_environment(document, variables, files, report)
+    return Loaded(
+        document=document,
+        name=name,
+        contents=_contents(document, variables, files, report),
+        variables=variables,
+        directory=directory,
+    )
+
+
+def _variables(directory: Path, choices: Choices, files: Files, report: Report) -> dict[str, str]:
+    """Those of the environment, then of the files; the environment wins."""
+    made: dict[str, str] = {}
+    paths = list(choices.env_files)
+    beside = directory / ".env"
+    if not paths and choices.reads_dotenv and beside.is_file():
+        report.warnings.append(Problem(Place(str(beside), 1, 1), "", "variables are read from this file"))
+        paths = [beside]
+    for path in paths:
+        text = files.content(path, FILE_BYTES_MAX).decode(errors="replace")
+        try:
+            made |= dotenv.parse(text, {**made, **choices.environment})
+        except ValueError as error:
+            raise InvalidArgument(f"{path}: {error}") from None
+    return {**made, **choices.environment}
+
+
+class _Loader:
+    def __init__(self, files: Files, report: Report) -> None:
+        self._files = files
+        self._report = report
+
+    def project(
+        self,
+        paths: Sequence[Path | str],
+        directory: Path,
+        variables: Mapping[str, str],
+        including: tuple[str, ...] = (),
+    ) -> Node:
+        """Files that belong together, merged in their order."""
+        made: Node | None = None
+        for path in paths:
+            one = self._file(path, directory, variables, including)
+            whole = one if made is None else merged(made, one)
+            if whole is None:
+                raise Problems(
+                    [Problem(one.place, "", "!reset removes a value, not all files before this one")]
+                )
+            made = whole
+        assert made is not None
+        return made
+
+    def _file(
+        self, path: Path | str, directory: Path, variables: Mapping[str, str], including: tuple[str, ...]
+    ) -> Node:
+        if str(path) in including:
+            where = Place(including[-1], 1, 1)
+            raise Problems(
+                [
+                    Problem(
+                        where, "include", f"files include each other: {' -> '.join([*including, str(path)])}"
+                    )
+                ]
+            )
+        if len(including) >= _INCLUDES_MAX:
+            raise Problems(
+                [
+                    Problem(
+                        Place(str(path), 1, 1),
+                        "include",
+                        f"more than {_INCLUDES_MAX} files include each other",
+                    )
+                ]
+            )
+        document = self._read(path, directory, variables)
+        document = self._extended(document, directory, variables, (str(path),))
+        entries = document.entries or {}
+        if "include" not in entries:
+            return document
+        base = self._included(entries["include"], directory, variables, (*including, str(path)))
+        rest = replace(document, value={key: one for key, one in entries.items() if key != "include"})
+        made = merged(base, rest) if base is not None else rest
+        assert made is not None
+        return made
+
+    def _read(self, path: Path | str, directory: Path, variables: Mapping[str, str]) -> Node:
+        name = "standard input" if str(path) == "-" else str(path)
+        document = interpolated(parse(self._files.text(path), name), variables, self._warn_at(name))
+        return with_paths(canonical(document), directory)
+
+    def _warn_at(self, name: str) -> Callable[[str], None]:
+        return lambda text: self._report.warnings.append(Problem(Place(name, 1, 1), "", text))
+
+    def _included(
+        self, node: Node, directory: Path, variables: Mapping[str, str], including: tuple[str, ...]
+    ) -> Node | None:
+        made: Node | None = None
+        for one in node.items if node.items is not None else (node,):
+            reader = Reader(
+                mapping({"path": one}, one.place) if one.entries is None else one, "include", self._report
+            )
+            paths = [_within(directory, text) for text in reader.texts("path")]
+            if not paths:
+                reader.problem("path", "it names no file")
+                continue
+            inner = (
+                _within(directory, reader.text("project_directory"))
+                if reader.text("project_directory")
+                else paths[0].parent
+            )
+            env_files = [_within(directory, text) for text in reader.texts("env_file")]
+            reader.close()
+            report = Report()
+            more = _variables(
+                inner, Choices(environment=variables, env_files=tuple(env_files)), self._files, report
+            )
+            self._report.warnings += report.warnings
+            document = self.project(paths, inner, more, including)
+            made = document if made is None else _united(made, document, one.place, self._report)
+        return made
+
+    # --- extends
+
+    def _extended(
+        self, document: Node, directory: Path, variables: Mapping[str, str], path: tuple[str, ...]
+    ) -> Node:
+        services = (document.entries or {}).get("services")
+        if services is None or services.entries is None:
+            return document
+        made = {
+            name: self._extended_service(name, services.entries, directory, variables, path)
+            for name in services.entries
+        }
+        return replace(
+            document, value={**(document.entries or {}), "services": replace(services, value=made)}
+        )
+
+    def _extended_service(
+        self,
+        name: str,
+        services: Mapping[str, Node],
+        directory: Path,
+        variables: Mapping[str, str],
+        path: tuple[str, ...],
+    ) -> Node:
+        """The service with what it extends below it; ``path``: the file, and the services on the way here."""
+        node = services[name]
+        extends = (node.entries or {}).get("extends")
+        if extends is None or node.entries is None or node.tag == "!reset":
+            return node
+        here = f"{path[0]}:{name}"
+        if here in path[1:]:
+            chain = " -> ".join([*path[1:], here])
+            raise Problems(
+                [Problem(extends.place, f"services.{name}.extends", f"services extend each other: {chain}")]
+            )
+        reader = Reader(
+            mapping({"service": extends}, extends.place) if extends.entries is None else extends,
+            f"services.{name}.extends",
+            self._report,
+        )
+        target, file = reader.text("service"), reader.text("file")
+        reader.close()
+        found, inner, source = services, directory, path[0]
+        if file:
+            source = str(_within(directory, file))
+            inner = Path(source).parent
+            document = self._read(source, inner, variables)
+            below = (document.entries or {}).get("services")
+            found = below.entries if below is not None and below.entries is not None else {}
+        if target not in found:
+            raise Problems(
+                [
+                    Problem(
+                        extends.place, f"services.{name}.extends", f"there is no service {target} in {source}"
+                    )
+                ]
+            )
+        base = self._extended_service(target, found, inner, variables, (source, *path[1:], here))
+        rest = {key: one for key, one in node.entries.items() if key != "extends"}
+        kept = {
+            key: one
+            for key, one in (base.entries or {}).items()
+            if key not in ("depends_on", "links", "volumes_from")
+        }
+        made = merged(replace(base, value=kept), replace(node, value=rest), ("services", name))
+        assert made is not None
+        return made
+
+
+def _united(base: Node, other: Node, place: Place, report: Report) -> Node:
+    """Two documents that are both included: neither changes what the other has."""
+    first, second = base.entries or {}, other.entries or {}
+    for section in ("services", "networks", "volumes", "secrets", "configs"):
+        if section not in first or section not in second:
+            continue
+        mine, theirs = first[section].entries or {}, second[section].entries or {}
+        for name in mine.keys() & theirs.keys():
+            if mine[name].plain() != theirs[name].plain():
+                report.problems.append(
+                    Problem(
+                        theirs[name].place,
+                        f"{section}.{name}",
+                        f"{mine[name].place} has another {name} already",
+                    )
+                )
+    made = merged(base, other)
+    assert made is not None
+    return made
+
+
+# --- paths ---------------------------------------------------------------------------------------------------------
+
+
+def _within(directory: Path, text: str) -> Path:
+    return Path(os.path.normpath(directory / os.path.expanduser(text)))
+
+
+def with_paths(document: Node, directory: Path) -> Node:
+    """The document with its relative paths made absolute."""
+    entries = dict(document.entries or {})
+    for section in ("secrets", "configs"):
+        if (found := entries.get(section)) is not None and found.entries is not None:
+            entries[section] = replace(
+                found,
+                value={name: _path_below(one, directory, "file") for name, one in found.entries.items()},
+            )
+    services = entries.get("services")
+    if services is not None and services.entries is not None:
+        entries["services"] = replace(
+            services, value={name: _service_paths(one, directory) for name, one in services.entries.items()}
+        )
+    return replace(document, value=entries)
+
+
+def _path_below(node: Node, directory: Path, *keys: str) -> Node:
+    if node.entries is None:
+        return node
+    made = dict(node.entries)
+    for key in keys:
+        one = made.get(key)
+        if one is not None and isinstance(one.value, str):
+            made[key] = scalar(str(_within(directory, one.text)), one.place)
+    return replace(node, value=made)
+
+
+def _service_paths(service: Node, directory: Path) -> Node:
+    if service.entries is None:
+        return service
+    made = dict(service.entries)
+    for key in ("env_file", "label_file"):
+        if (found := made.get(key)) is not None and found.items is not None:
+            made[key] = replace(found, value=tuple(_file_path(one, directory) for one in found.items))
+    if (build := made.get("build")) is not None and build.entries is not None:
+        context = build.entries.get("context")
+        is_remote = context is not None and ("://" in context.text or context.text.startswith("git@"))
+        made["build"] = build if is_remote else _path_below(build, directory, "context")
+    if (volumes := made.get("volumes")) is not None and volumes.items is not None:
+        made["volumes"] = replace(volumes, value=tuple(_volume_path(one, directory) for one in volumes.items))
+    return replace(service, value=made)
+
+
+def _file_path(node: Node, directory: Path) -> Node:
+    if isinstance(node.value, str):
+        return scalar(str(_within(directory, node.text)), node.place)
+    return _path_below(node, directory, "path")
+
+
+def _volume_path(node: Node, directory: Path) -> Node:
+    if isinstance(node.value, str):
+        source, separator, rest = node.text.partition(":")
+        is_path = separator and source.startswith((".", "~"))
+        return scalar(f"{_within(directory, source)}:{rest}", node.place) if is_path else node
+    kind = (node.entries or {}).get("type")
+    return _path_below(node, directory, "source") if kind is not None and kind.text == "bind" else node
+
+
+# --- what belongs to services --------------------------------------------------------------------------------------
+
+
+def _chosen(document: Node, profiles: Collection[str]) -> Node:
+    """Without the services of other profiles, and without what ``!reset`` removes."""
+    kept = without_tags(document)
+    assert kept is not None
+    services = (kept.entries or {}).get("services")
+    if services is None or services.entries is None or "*" in profiles:
+        return kept
+    made = {}
+    for name, one in services.entries.items():
+        wanted = (one.entries or {}).get("profiles")
+        names = [item.text for item in wanted.items or ()] if wanted is not None else []
+        if not names or set(names) & set(profiles):
+            made[name] = one
+    return replace(kept, value={**(kept.entries or {}), "services": replace(services, value=made)})
+
+
+def _with_environment(document: Node, variables: Mapping[str, str], files: Files, report: Report) -> Node:
+    """Services with the variables and labels of their files, and values for the names that have none."""
+    services = (document.entries or {}).get("services")
+    if services is None or services.entries is None:
+        return document
+    made = {
+        name: _environment(
+            _labels(one, f"services.{name}", files, report), f"services.{name}", variables, files, report
+        )
+        for name, one in services.entries.items()
+    }
+    return replace(document, value={**(document.entries or {}), "services": replace(services, value=made)})
+
+
+def _environment(
+    service: Node, path: str, variables: Mapping[str, str], files: Files, report: Report
+) -> Node:
+    entries = service.entries
+    if entries is None or not ("environment" in entries or "env_file" in entries):
+        return service
+    reader = Reader(service, path, report)
+    made: dict[str, Node] = {}
+    for node, where in reader.each("env_file"):
+        one = Reader(mapping({"path": node}, node.place) if node.entries is None else node, where, report)
+        found = _env_file(one, variables, files)
+        made |= {name: scalar(value, node.place) for name, value in found.items()}
+    given = entries.get("environment")
+    if given is not None and given.entries is None:
+        return service  # neither a mapping nor a list of texts: the conversion says so
+    for name, node in (given.entries or {}).items() if given is not None else ():
+        if node.value is not None:
+            made[name] = node
+        elif name in variables:
+            made[name] = scalar(variables[name], node.place)
+    place = given.place if given is not None else service.place
+    return replace(service, value={**entries, "environment": mapping(made, place)})
+
+
+def _env_file(one: Reader, variables: Mapping[str, str], files: Files) -> dict[str, str]:
+    path, is_required = one.text("path"), one.boolean("required") is not False
+    is_raw = one.choice("format", "raw") == "raw"
+    one.close()
+    if not is_required and not Path(path).exists():
+        return {}
+    try:
+        return dotenv.parse(
+            files.content(Path(path), FILE_BYTES_MAX).decode(errors="replace"), variables, is_raw=is_raw
+        )
+    except (InvalidArgument, ValueError) as error:
+        one.problem("path", str(error) if isinstance(error, InvalidArgument) else f"{path}: {error}")
+        return {}
+
+
+def _labels(service: Node, path: str, files: Files, report: Report) -> Node:
+    entries = service.entries
+    if entries is None or "label_file" not in entries:
+        return service
+    reader = Reader(service, path, report)
+    made: dict[str, Node] = {}
+    for text in reader.texts("label_file"):
+        try:
+            found = dotenv.parse(files.content(Path(text), FILE_BYTES_MAX).decode(errors="replace"), {})
+        except (InvalidArgument, ValueError) as error:
+            reader.problem("label_file", str(error))
+            continue
+        made |= {name: scalar(value, service.place) for name, value in found.items()}
+    given = entries.get("labels")
+    made |= dict(given.entries or {}) if given is not None else {}
+    return replace(service, value={**entries, "labels": mapping(made, service.place)})
+
+
+def _contents(
+    document: Node, variables: Mapping[str, str], files: Files, report: Report
+) -> dict[tuple[str, str], bytes]:
+    """Of secrets and configs that come from a file or from the environment."""
+    made: dict[tuple[str, str], bytes] = {}
+    for section in ("secrets", "configs"):
+        found = (document.entries or {}).get(section)
+        for name, node in (found.entries or {}).items() if found is not None else ():
+            if node.entries is None or (
+                (outside := node.entries.get("external")) is not None and outside.value
+            ):
+                continue
+            reader = Reader(node, f"{section}.{name}", report)
+            if "file" in reader:
+                try:
+                    made[section, name] = files.content(Path(reader.text("file")), FILE_BYTES_MAX)
+                except InvalidArgument as error:
+                    reader.problem("file", str(error))
+            elif "environment" in reader:
+                variable = reader.text("environment")
+                if variable not in variables:
+                    reader.problem("environment", f"the variable {variable} is not set")
+                made[section, name] = variables.get(variable, "").encode()
+    return made

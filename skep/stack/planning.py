@@ -1,0 +1,397 @@
+"""What a deploy of a stack would change: a pure comparison of its files with what the cluster has."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.api.service_form import settled, with_defaults
+from skep.errors import SkepError
+from skep.model.container import ConfigReference, SecretReference
+from skep.model.encoding import to_json
+from skep.model.labels import STACK_REVISION
+from skep.model.service import Service, ServiceSpec
+from skep.stack.document import Problem, Problems
+from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile, StackNetwork, StackService
+
+_HIDDEN: Final = frozenset({"SecretID", "ConfigID"})
+"""Fields of references that follow from their names."""
+
+
+class Existing(msgspec.Struct, frozen=True, kw_only=True):
+    """What the cluster has: all networks, secrets and configs, and the services of the stack."""
+
+    services: tuple[Service, ...] = ()
+    networks: tuple[Mapping[str, Any], ...] = ()
+    secrets: tuple[Mapping[str, Any], ...] = ()
+    configs: tuple[Mapping[str, Any], ...] = ()
+
+
+class Action(Enum):
+    """What happens to an object; the value is its sign in a plan."""
+
+    CREATE = "+"
+    UPDATE = "~"
+    REMOVE = "-"
+    KEEP = " "
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """A field of a spec: its path, and both values as text; empty: it is not set."""
+
+    path: str
+    before: str
+    after: str
+
+    @property
+    def restarts(self) -> bool:
+        """Whether tasks are replaced for it: placement alone moves only those that no longer fit."""
+        if self.path.startswith("TaskTemplate.Placement."):
+            return False
+        return self.path.startswith(("TaskTemplate.", "EndpointSpec."))
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One object of a plan.  ``kind``: service, network, secret or config."""
+
+    action: Action
+    kind: str
+    name: str
+    differences: tuple[Difference, ...] = ()
+    spec: ServiceSpec | None = None
+    """Of a service that is wanted: what it is to be, without ids of what is created with it."""
+    id: str = ""
+    """Of a service that is there."""
+    version: int = 0
+    """At which it was seen."""
+
+    @property
+    def restarts(self) -> bool:
+        """Whether tasks are replaced."""
+        return self.action is Action.UPDATE and any(one.restarts for one in self.differences)
+
+
+class NodeShare(msgspec.Struct, frozen=True, rename="pascal"):
+    """How many tasks a node would have."""
+
+    hostname: str
+    tasks: int
+
+
+class NodeRefusal(msgspec.Struct, frozen=True, rename="pascal"):
+    """Why a node takes no further task."""
+
+    hostname: str
+    refusals: tuple[str, ...]
+
+
+class Placement(msgspec.Struct, frozen=True, rename="pascal"):
+    """Where the tasks of a service would be, as the cluster's scheduler says.  ``refusal``: not all fit."""
+
+    name: str
+    wanted: int
+    nodes: tuple[NodeShare, ...] = ()
+    refusal: str = ""
+    verdicts: tuple[NodeRefusal, ...] = ()
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """All objects of a stack, in the order in which they are made; those that go come last."""
+
+    stack: str
+    changes: tuple[Change, ...]
+    is_new: bool = False
+    """Whether the cluster has no service of the stack."""
+    placements: Mapping[str, Placement] = {}
+    """Of services that are created or updated, by name; empty: the cluster was not asked."""
+
+    @property
+    def effective(self) -> tuple[Change, ...]:
+        """Without what stays as it is."""
+        return tuple(one for one in self.changes if one.action is not Action.KEEP)
+
+    def of(self, kind: str, *actions: Action) -> tuple[Change, ...]:
+        """The changes of one kind with one of these actions."""
+        return tuple(one for one in self.changes if one.kind == kind and one.action in actions)
+
+
+def plan_of(
+    stack: Stack, existing: Existing, *, images: Mapping[str, str], prune: bool, only: Collection[str] = ()
+) -> Plan:
+    """What a deploy changes.
+
+    Args:
+        images: of image names, the names with the digest that a registry gave.
+        prune: services that the files no longer have are removed.
+        only: names of services in the files; empty: all.
+
+    Raises:
+        Problems: an external object is not there, or a name is taken by something else.
+    """
+    chosen = {name: one for name, one in stack.services.items() if not only or name in only}
+    problems: list[Problem] = []
+    changes = [
+        *_networks(stack, chosen.values(), existing, problems),
+        *_files("secret", stack.secrets.values(), existing.secrets, problems),
+        *_files("config", stack.configs.values(), existing.configs, problems),
+    ]
+    names = {str(one["Id"]): str(one["Name"]) for one in existing.networks}
+    current = {service.spec.name: with_network_names(service, names) for service in existing.services}
+    changes += [_service(one, current.get(one.spec.name), images, problems) for one in chosen.values()]
+    if problems:
+        raise Problems(problems)
+    if prune and not only:
+        kept = {one.spec.name for one in stack.services.values()}
+        gone = sorted(name for name in current if name not in kept)
+        changes += [Change(action=Action.REMOVE, kind="service", name=name) for name in gone]
+    return Plan(stack=stack.name, changes=tuple(changes), is_new=not existing.services)
+
+
+def with_network_names(service: Service, names: Mapping[str, str]) -> Service:
+    """With the names of its networks in place of their ids."""
+    template = service.spec.task_template
+    networks = tuple(replace(one, target=names.get(one.target, one.target)) for one in template.networks)
+    return replace(service, spec=replace(service.spec, task_template=replace(template, networks=networks)))
+
+
+def _networks(
+    stack: Stack, services: Iterable[StackService], existing: Existing, problems: list[Problem]
+) -> Iterator[Change]:
+    used = {one.target for service in services for one in service.spec.task_template.networks}
+    for network in sorted(stack.networks.values(), key=lambda one: one.name):
+        if network.name not in used:
+            continue
+        found = [one for one in existing.networks if one["Name"] == network.name]
+        swarm = next((one for one in found if one.get("Scope") == "swarm"), None)
+        if network.is_external:
+            _check_external(network, found, problems)
+        elif swarm is None:
+            yield Change(action=Action.CREATE, kind="network", name=network.name)
+        else:
+            _check_same(network, swarm, problems)
+            yield Change(action=Action.KEEP, kind="network", name=network.name)
+
+
+def _check_external(
+    network: StackNetwork, found: Sequence[Mapping[str, Any]], problems: list[Problem]
+) -> None:
+    if network.name in ("host", "none", "bridge"):
+        return
+    path = f"networks.{network.name}"
+    if not found:
+        text = (
+            f'network "{network.name}" is declared as external, but could not be found. '
+            "You need to create a swarm-scoped network before the stack is deployed"
+        )
+        problems.append(Problem(network.place, path, text))
+    elif all(one.get("Scope") != "swarm" for one in found):
+        text = (
+            f'network "{network.name}" is declared as external, but it is not in the right scope: '
+            f'"{found[0].get("Scope", "")}" instead of "swarm"'
+        )
+        problems.append(Problem(network.place, path, text))
+
+
+def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[Problem]) -> None:
+    """A network cannot be changed: what differs has to be said, not passed over."""
+    body = network.body
+    wanted: dict[str, Any] = {
+        "Driver": body["Driver"],
+        "Internal": body.get("Internal", False),
+        "Attachable": body.get("Attachable", False),
+    }
+    given = [one["Subnet"] for one in body.get("IPAM", {}).get("Config", ()) if "Subnet" in one]
+    now = [one.get("Subnet", "") for one in (found.get("IPAM") or {}).get("Config") or ()]
+    differing = [
+        f"{key} is {found.get(key) or False}, not {value}"
+        for key, value in wanted.items()
+        if (found.get(key) or False) != value
+    ]
+    if given and sorted(given) != sorted(now):
+        differing.append(f"its subnet is {', '.join(now)}, not {', '.join(given)}")
+    options = found.get("Options") or {}
+    differing += [
+        f"the option {key} is {options.get(key)!r}, not {value!r}"
+        for key, value in body.get("Options", {}).items()
+        if options.get(key) != value
+    ]
+    if differing:
+        text = (
+            f"the network exists and cannot be changed ({'; '.join(differing)}): "
+            "remove it first, or give it another name"
+        )
+        problems.append(Problem(network.place, f"networks.{network.name}", text))
+
+
+def _files(
+    kind: str, files: Iterable[StackFile], existing: Sequence[Mapping[str, Any]], problems: list[Problem]
+) -> Iterator[Change]:
+    found = {one["Spec"]["Name"]: one for one in existing}
+    for file in sorted(files, key=lambda one: one.name):
+        if file.is_external:
+            if file.name not in found:
+                text = f"{kind} {file.name} is declared as external, and there is none"
+                problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
+            continue
+        now = found.get(file.name)
+        if now is not None and kind == "config" and now["Spec"].get("Data", "") != file.body.get("Data", ""):
+            text = (
+                "the config exists with other content, which cannot be changed: leave out its name, "
+                "and each content has a name of its own"
+            )
+            problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
+        yield Change(action=Action.CREATE if now is None else Action.KEEP, kind=kind, name=file.name)
+
+
+def _service(
+    one: StackService, current: Service | None, images: Mapping[str, str], problems: list[Problem]
+) -> Change:
+    wanted = one.spec
+    try:
+        wanted = settled(_with_image(wanted, current, images))
+    except SkepError as error:
+        problems.append(Problem(one.place, f"services.{wanted.name}", str(error)))
+        return Change(action=Action.KEEP, kind="service", name=wanted.name)
+    if current is None:
+        return Change(action=Action.CREATE, kind="service", name=wanted.name, spec=wanted)
+    template = replace(wanted.task_template, force_update=current.spec.task_template.force_update)
+    wanted = replace(wanted, task_template=template)
+    found = tuple(differences(current.spec, wanted))
+    action = Action.UPDATE if found else Action.KEEP
+    return Change(
+        action=action,
+        kind="service",
+        name=wanted.name,
+        differences=found,
+        spec=wanted,
+        id=current.id,
+        version=current.version.index,
+    )
+
+
+def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str, str]) -> ServiceSpec:
+    """With the digest of a registry; while none answers, with the one that it had, if the name is the same."""
+    template = spec.task_template
+    container = template.container_spec
+    assert container is not None
+    image = images.get(container.image, "")
+    if not image and current is not None and current.spec.labels.get(IMAGE) == container.image:
+        now = current.spec.task_template.container_spec
+        image = now.image if now is not None else ""
+    if not image:
+        return spec
+    return replace(spec, task_template=replace(template, container_spec=replace(container, image=image)))
+
+
+def differences(before: ServiceSpec, after: ServiceSpec) -> Iterator[Difference]:
+    """The fields in which two specs differ, defaults filled in, lists without an order sorted."""
+    old, new = dict(_flat(_comparable(before))), dict(_flat(_comparable(after)))
+    for path in [*new, *(path for path in old if path not in new)]:
+        if old.get(path) != new.get(path):
+            yield Difference(path, old.get(path, ""), new.get(path, ""))
+
+
+def _comparable(spec: ServiceSpec) -> Mapping[str, Any]:
+    spec = with_defaults(spec)
+    template = spec.task_template
+    container = template.container_spec
+    assert container is not None
+    template = replace(
+        template,
+        container_spec=replace(
+            container,
+            env=tuple(sorted(container.env)),
+            secrets=tuple(sorted(container.secrets, key=_reference_key)),
+            configs=tuple(sorted(container.configs, key=_reference_key)),
+        ),
+        networks=tuple(sorted(template.networks, key=lambda one: one.target)),
+    )
+    endpoint = spec.endpoint_spec
+    if endpoint is not None:
+        ports = tuple(
+            sorted(endpoint.ports, key=lambda one: (one.published_port, one.target_port, one.protocol))
+        )
+        spec = replace(spec, endpoint_spec=replace(endpoint, ports=ports))
+    decoded = msgspec.json.decode(to_json(replace(spec, task_template=template)))
+    assert isinstance(decoded, dict)
+    return decoded
+
+
+def _reference_key(reference: SecretReference | ConfigReference) -> tuple[str, str]:
+    name = reference.secret_name if isinstance(reference, SecretReference) else reference.config_name
+    return name, reference.file.name if reference.file is not None else ""
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a spec; lists of texts are one leaf, and what is empty is none."""
+    match value:
+        case dict():
+            for key, one in value.items():
+                if key not in _HIDDEN:
+                    yield from _flat(one, f"{path}.{key}" if path else key)
+        case list() if value and all(isinstance(one, str) for one in value):
+            yield path, " ".join(value)
+        case list():
+            for at, one in enumerate(value):
+                yield from _flat(one, f"{path}[{at}]")
+        case None | "" | 0 | False:
+            return
+        case True:
+            yield path, "true"
+        case _:
+            yield path, str(value)
+
+
+def superseded(
+    stack: Stack,
+    kind: str,
+    objects: Sequence[Mapping[str, Any]],
+    services: Sequence[Service],
+    kept: Collection[str] = (),
+) -> list[Mapping[str, Any]]:
+    """Secrets or configs of the stack that its files no longer have, and that no service uses nor returns to.
+
+    ``kept``: names that stay, those of earlier revisions.
+    """
+    wanted = {one.name for one in (stack.secrets if kind == "secret" else stack.configs).values()}
+    used = {
+        name
+        for service in services
+        for spec in (service.spec, service.previous_spec)
+        for name in _names_in(spec, kind)
+    }
+    return [
+        one
+        for one in sorted(objects, key=lambda one: str(one["Spec"]["Name"]))
+        if (one["Spec"].get("Labels") or {}).get(NAMESPACE) == stack.name
+        and STACK_REVISION not in one["Spec"]["Labels"]
+        and one["Spec"]["Name"] not in wanted | used | set(kept)
+    ]
+
+
+def _names_in(spec: ServiceSpec | None, kind: str) -> Iterator[str]:
+    container = spec.task_template.container_spec if spec is not None else None
+    if container is None:
+        return
+    if kind == "secret":
+        yield from (one.secret_name for one in container.secrets)
+    else:
+        yield from (one.config_name for one in container.configs)
+
+
+def waves(services: Mapping[str, StackService]) -> list[list[str]]:
+    """Names of services in the order of their dependencies: each wave needs only earlier ones."""
+    left = {
+        name: {one.service for one in service.depends_on if one.service in services}
+        for name, service in services.items()
+    }
+    made: list[list[str]] = []
+    while left:
+        ready = [name for name, needed in left.items() if not needed & left.keys()]
+        assert ready, "a circle of dependencies was refused before"
+        made.append(ready)
+        for name in ready:
+            del left[name]
+    return made

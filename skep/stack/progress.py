@@ -1,0 +1,96 @@
+"""How far a service is on the way to its spec, from its tasks: pure."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.model.service import RestartCondition, Service, UpdateState
+from skep.model.task import Task, TaskState
+
+_STUCK = (
+    UpdateState.PAUSED,
+    UpdateState.ROLLBACK_STARTED,
+    UpdateState.ROLLBACK_PAUSED,
+    UpdateState.ROLLBACK_COMPLETED,
+)
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """``text``: for people.  ``is_stuck``: it does not go on by itself."""
+
+    text: str
+    is_done: bool = False
+    is_stuck: bool = False
+
+
+def standing(service: Service, tasks: Sequence[Task]) -> Standing:
+    """How far ``service`` is; ``tasks``: its tasks, ended ones too."""
+    if (ended := _ended(service, tasks)) is not None:  # an update takes every early end for a failure
+        return ended
+    update = service.update_status
+    if update is not None and update.state in _STUCK:
+        return Standing(f"the update is {update.state.value}: {update.message}{_cause(tasks)}", is_stuck=True)
+    mode = service.spec.mode
+    if mode.replicated_job is not None or mode.global_job is not None:
+        return _job(service, tasks)
+    wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
+    running = sum(task.status.state is TaskState.RUNNING and _is_current(task, service) for task in wanted)
+    count = max(len(wanted), service.spec.replicas if mode.global_ is None else 0)
+    is_updating = update is not None and update.state is UpdateState.UPDATING
+    if running == count == len(wanted) and not is_updating and (count or mode.global_ is None):
+        return Standing(f"{running} of {count} tasks run", is_done=True)
+    return Standing(f"{running} of {count} tasks run{_cause(tasks) if running < count else ''}")
+
+
+def _ended(service: Service, tasks: Sequence[Task]) -> Standing | None:
+    """Of a service whose tasks may end and are not started again (``restart: no``); None: it is none, or goes on."""
+    policy = service.spec.task_template.restart_policy
+    if policy is None or policy.condition is RestartCondition.ANY:
+        return None
+    current = [task for task in tasks if _is_current(task, service)]
+    complete = sum(task.status.state is TaskState.COMPLETE for task in current)
+    if complete and complete == service.spec.replicas:
+        return Standing(f"{complete} of {complete} tasks completed", is_done=True)
+    is_failed = any(task.status.state in (TaskState.FAILED, TaskState.REJECTED) for task in current)
+    if (
+        policy.condition is RestartCondition.NONE
+        and is_failed
+        and not any(task.is_active for task in current)
+    ):
+        return Standing(f"its tasks ended and are not started again{_cause(current)}", is_stuck=True)
+    return None
+
+
+def _is_current(task: Task, service: Service) -> bool:
+    """Whether the task has the present spec; the API leaves out the runtime of a task that is a container."""
+    return replace(task.spec, runtime="") == replace(service.spec.task_template, runtime="")
+
+
+def _job(service: Service, tasks: Sequence[Task]) -> Standing:
+    iteration = service.job_status.job_iteration if service.job_status is not None else None
+    current = [task for task in tasks if iteration is None or task.job_iteration == iteration]
+    complete = sum(task.status.state is TaskState.COMPLETE for task in current)
+    job = service.spec.mode.replicated_job
+    count = (
+        (job.total_completions if job.total_completions is not None else 1)
+        if job is not None
+        else len(current)
+    )
+    if complete >= count and (count or job is not None):
+        return Standing(f"completed {complete} of {count}", is_done=True)
+    return Standing(f"completed {complete} of {count}{_cause(current)}")
+
+
+def _cause(tasks: Iterable[Task]) -> str:
+    """Why the newest task that is not well is not; empty: nothing is known."""
+    failed = (TaskState.FAILED, TaskState.REJECTED)
+    unwell = [
+        task
+        for task in tasks
+        if task.status.state in failed or (task.status.err and not task.status.state.is_terminal)
+    ]
+    if not unwell:
+        return ""
+    last = max(unwell, key=lambda task: task.status.timestamp)
+    return f" ({last.status.err or last.status.message})"

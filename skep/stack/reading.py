@@ -1,0 +1,327 @@
+"""Keys of a mapping read by their type, with what is wrong collected and no key forgotten.
+
+Whoever reads a mapping asks for every key that exists; ``close`` then knows which keys of the file nobody asked for,
+and which of the known ones is most like them.
+"""
+
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+
+from skep.model.times import duration_ns
+from skep.stack.document import Node, Place, Problem, Problems
+
+T = TypeVar("T")
+
+_SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt]?)i?b?", re.IGNORECASE)
+_FACTORS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class Report:
+    """What is wrong with a stack's files, and what a reader of them should know."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+
+    def raise_problems(self) -> None:
+        """Raises: Problems: all there are, in the order of the files."""
+        if self.problems:
+            raise Problems(sorted(set(self.problems), key=lambda one: msgspec.structs.astuple(one.place)))
+
+
+class Reader:
+    """The keys of one mapping.  Methods give None, or what is empty, for a key that is not there or is wrong."""
+
+    def __init__(self, node: Node, path: str, report: Report) -> None:
+        self.place = node.place
+        self.path = path
+        self.report = report
+        self._node = node
+        self._asked: dict[str, None] = {}
+        entries = node.entries
+        if entries is None and node.value is not None:
+            self._problem(node.place, path, f"want a mapping, not {node.kind}")
+        self._entries = entries or {}
+
+    def __contains__(self, key: str) -> bool:
+        self._asked[key] = None
+        return key in self._entries
+
+    def node(self, key: str) -> Node | None:
+        """The value of ``key``; None, too, where it is nothing."""
+        self._asked[key] = None
+        found = self._entries.get(key)
+        return None if found is None or found.value is None else found
+
+    def at(self, key: str) -> str:
+        """The path of a key."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def problem_at(self, node: Node, path: str, text: str) -> None:
+        """A value somewhere below is wrong."""
+        self._problem(node.place, path, text)
+
+    def problem(self, key: str, text: str) -> None:
+        """``key`` is wrong."""
+        found = self._entries.get(key)
+        self._problem(found.place if found is not None else self.place, self.at(key), text)
+
+    def warn(self, key: str, text: str) -> None:
+        """``key`` has no effect, or another than somebody may expect."""
+        found = self._entries.get(key)
+        self.report.warnings.append(
+            Problem(found.place if found is not None else self.place, self.at(key), text)
+        )
+
+    def refuse(self, key: str, why: str) -> None:
+        """A key that is known and cannot be honoured."""
+        if self.node(key) is not None:
+            self.problem(key, why)
+
+    def ignore(self, key: str, why: str) -> None:
+        """A key that has no effect on a cluster."""
+        if self.node(key) is not None:
+            self.warn(key, why)
+
+    def skip(self, *keys: str) -> None:
+        """Keys that somebody else reads."""
+        self._asked.update(dict.fromkeys(keys))
+
+    def text(self, key: str) -> str:
+        """A text; numbers and booleans as they are written."""
+        found = self.node(key)
+        return self._text(found, self.at(key)) if found is not None else ""
+
+    def integer(self, key: str, least: int = 0, most: int = 2**63 - 1) -> int | None:
+        """A whole number."""
+        found = self.node(key)
+        if found is None:
+            return None
+        value: object = found.value
+        if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{1,19}", value):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.problem(key, f"want a whole number, not {found.kind}")
+            return None
+        if not least <= value <= most:
+            self.problem(key, f"{value} is out of range: want {least} to {most}")
+            return None
+        return value
+
+    def mode(self, key: str) -> int | None:
+        """Permissions of a file: a number as YAML reads it, or a text of octal digits."""
+        found = self.node(key)
+        if (
+            found is not None
+            and isinstance(found.value, str)
+            and re.fullmatch(r"0?o?[0-7]{1,5}", found.value)
+        ):
+            return int(found.value.replace("o", ""), 8)
+        return self.integer(key, 0, 0o7777)
+
+    def number(self, key: str) -> float | None:
+        """A number that is not negative."""
+        found = self.node(key)
+        if found is None:
+            return None
+        value: object = found.value
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}", value):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+            self.problem(key, f"want a number, not {found.kind}")
+            return None
+        return float(value)
+
+    def boolean(self, key: str) -> bool | None:
+        """``true`` or ``false``; also as text, which is what variables give."""
+        found = self.node(key)
+        if found is None:
+            return None
+        if isinstance(found.value, bool):
+            return found.value
+        known = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if isinstance(found.value, str) and found.value.lower() in known:
+            return known[found.value.lower()]
+        self.problem(key, f"want true or false, not {found.kind}")
+        return None
+
+    def duration(self, key: str) -> int | None:
+        """Nanoseconds of ``1m30s``; a number alone is seconds."""
+        found = self.node(key)
+        if found is None:
+            return None
+        text = f"{found.text}s" if isinstance(found.value, int | float) and found.text != "0" else found.text
+        value = _duration(text) if isinstance(found.value, str | int | float) else None
+        if value is None or not 0 <= value < 2**63:
+            self.problem(key, f"want a duration like 10s or 1m30s, not {found.kind}")
+            return None
+        return value
+
+    def size(self, key: str) -> int | None:
+        """Bytes of ``64m``, ``1.5gb`` or ``4096``; -1 for ``-1``."""
+        found = self.node(key)
+        return self.size_of(found, self.at(key)) if found is not None else None
+
+    def size_of(self, node: Node, path: str) -> int | None:
+        """As ``size``, of a node."""
+        if node.text == "-1":
+            return -1
+        match = _SIZE.fullmatch(node.text) if isinstance(node.value, str | int | float) else None
+        if match is None:
+            self._problem(node.place, path, f"want a size like 64m or 1g, not {node.kind}")
+            return None
+        whole = (
+            round(float(match[1]) * _FACTORS[match[2].lower()])
+            if "." in match[1]
+            else int(match[1]) * _FACTORS[match[2].lower()]
+        )
+        if whole >= 2**63:
+            self._problem(node.place, path, f"{node.text} is too large")
+            return None
+        return whole
+
+    def choice(self, key: str, *known: str) -> str:
+        """One of these words; empty without the key."""
+        text = self.text(key)
+        if text and text not in known:
+            self.problem(key, f"{text!r} is not known: want {_either(known)}{meant_by(text, known)}")
+            return ""
+        return text
+
+    def words(self, key: str) -> tuple[str, ...] | None:
+        """Arguments: a list, or a text that is split as a shell would, without running one."""
+        found = self.node(key)
+        if found is None:
+            return None
+        if found.items is not None:
+            return self.texts(key)
+        try:
+            return tuple(shlex.split(self._text(found, self.at(key))))
+        except ValueError as error:
+            self.problem(key, f"it cannot be split into arguments: {str(error).lower()}")
+            return None
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts, or one text."""
+        found = self.node(key)
+        if found is None:
+            return ()
+        if found.items is None:
+            return (self._text(found, self.at(key)),)
+        return tuple(self._text(one, f"{self.at(key)}[{at}]") for at, one in enumerate(found.items))
+
+    def pairs(self, key: str, separators: str = "=") -> dict[str, str | None]:
+        """A mapping, or a list of ``NAME=VALUE``; None: a name without a value."""
+        found = self.node(key)
+        if found is None:
+            return {}
+        if (entries := found.entries) is not None:
+            return {
+                name: None if one.value is None else self._text(one, f"{self.at(key)}.{name}")
+                for name, one in entries.items()
+            }
+        made: dict[str, str | None] = {}
+        for text in self.texts(key):
+            cut = min((at for at in map(text.find, separators) if at > 0), default=-1)
+            made[text if cut < 0 else text[:cut]] = None if cut < 0 else text[cut + 1 :]
+        return made
+
+    def labels(self, key: str) -> dict[str, str]:
+        """``pairs`` in which a name without a value has an empty one."""
+        return {name: value or "" for name, value in self.pairs(key).items()}
+
+    def reader(self, key: str) -> "Reader | None":
+        """The mapping below ``key``."""
+        found = self.node(key)
+        return Reader(found, self.at(key), self.report) if found is not None else None
+
+    def each(self, key: str) -> "list[tuple[Node, str]]":
+        """The items of the list below ``key``, with their paths."""
+        found = self.node(key)
+        if found is None:
+            return []
+        if found.items is None:
+            self.problem(key, f"want a list, not {found.kind}")
+            return []
+        return [(one, f"{self.at(key)}[{at}]") for at, one in enumerate(found.items)]
+
+    def named(self, key: str) -> "dict[str, Node]":
+        """The entries of the mapping below ``key``; of a list of names, entries of nothing."""
+        found = self.node(key)
+        if found is None:
+            return {}
+        if found.entries is not None:
+            return dict(found.entries)
+        if found.items is None:
+            self.problem(key, f"want a mapping or a list of names, not {found.kind}")
+            return {}
+        return {
+            self._text(one, f"{self.at(key)}[{at}]"): Node(None, one.place)
+            for at, one in enumerate(found.items)
+        }
+
+    def names(self) -> dict[str, Node]:
+        """All entries, each asked for; those of extensions (``x-``) left out."""
+        self._asked.update(dict.fromkeys(self._entries))
+        return {name: one for name, one in self._entries.items() if not name.startswith("x-")}
+
+    def checked(self, key: str, make: Callable[[], T]) -> T | None:
+        """What ``make`` gives; a ValueError is a problem of ``key``."""
+        try:
+            return make()
+        except ValueError as error:
+            self.problem(key, str(error))
+            return None
+
+    def close(self, *, hints: dict[str, str] | None = None) -> None:
+        """Report the keys that nobody asked for.  ``hints``: what to say of some."""
+        for name in self._entries:
+            if name in self._asked or name.startswith("x-"):
+                continue
+            place = self._node.keys.get(name, self.place)
+            hint = (hints or {}).get(name, "") or meant_by(name, tuple(self._asked))
+            self._problem(place, self.at(name), f"this key is not known{hint}")
+
+    def _text(self, node: Node, path: str) -> str:
+        if isinstance(node.value, str):
+            return node.value
+        if node.value is None or node.entries is not None or node.items is not None:
+            self._problem(node.place, path, f"want a text, not {node.kind}")
+            return ""
+        return node.text
+
+    def _problem(self, place: Place, path: str, text: str) -> None:
+        self.report.problems.append(Problem(place, path, text))
+
+
+def _duration(text: str) -> int | None:
+    """Go's durations, and Compose's days and weeks."""
+    match = re.fullmatch(r"(?:([0-9]{1,6})w)?(?:([0-9]{1,6})d)?(.*)", text)
+    assert match is not None
+    days = int(match[1] or 0) * 7 + int(match[2] or 0)
+    rest = duration_ns(match[3]) if match[3] else (0 if days else None)
+    return None if rest is None else rest + days * 24 * 3600 * 10**9
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+
+
+def meant_by(text: str, known: Iterable[str]) -> str:
+    """A hint with the nearest of the known words; empty: none is near."""
+    close = difflib.get_close_matches(text, tuple(known), n=1, cutoff=0.7)
+    return f": did you mean {close[0]}?" if close else ""

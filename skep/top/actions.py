@@ -1,0 +1,239 @@
+"""What ``skep top`` can change, and what it says before it does: pure, but for ``perform``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from skep.api.client import Client
+from skep.api.updates import update
+from skep.cli.formatting import counted
+from skep.cli.stack_screens import line_of
+from skep.errors import FailedPrecondition, InvalidArgument
+from skep.model.service import ServiceSpec
+from skep.model.unknown import leniently
+from skep.stack.planning import differences
+from skep.top.snapshot import Snapshot, mode_of, tasks_of
+
+_ANSWERS_WITHIN_S = 20.0
+_NAMED_MAX = 5
+_REPLICAS_MAX = 1_000_000
+
+
+class Action(msgspec.Struct, frozen=True):
+    """A change of one object.
+
+    ``title``: what is asked.  ``consequences``: what would happen, sentence by sentence.  ``done``: said afterwards.
+    ``change``: gives the new spec of the object as it is then; None: there is nothing to change.  It raises
+    FailedPrecondition where that is another change than what was asked.
+    """
+
+    kind: str
+    id: str
+    title: str
+    consequences: tuple[str, ...]
+    done: str
+    change: Callable[[Mapping[str, Any]], Any]
+    query: Mapping[str, str] = {}
+
+
+async def perform(client: Client, action: Action) -> None:
+    """Change the object as it is now.  Raises: SkepError."""
+    await update(
+        client, f"{action.kind}s", action.id, action.change, timeout_s=_ANSWERS_WITHIN_S, query=action.query
+    )
+
+
+def replicas_of(service: Mapping[str, Any]) -> int:
+    """How many tasks, or completions of a job, the spec asks for.
+
+    Raises: InvalidArgument: the mode has no number, in Docker's words.
+    """
+    mode = service["Spec"].get("Mode") or {}
+    match mode_of(service):
+        case "replicated":
+            return int((mode.get("Replicated") or {}).get("Replicas", 1))
+        case "job":
+            return int(mode["ReplicatedJob"].get("TotalCompletions") or 0)
+    raise InvalidArgument("scale can only be used with replicated or replicated-job mode")
+
+
+def scale(service: Mapping[str, Any], typed: str) -> Action:
+    """``typed``: a number, or a difference with its sign.  Raises: InvalidArgument."""
+    now = replicas_of(service)
+    wanted = _number(typed, now)
+    name, is_job = str(service["Spec"]["Name"]), mode_of(service) == "job"
+    if wanted == now:
+        raise InvalidArgument(f"{name} has {counted(now, 'replica')} already")
+    noun = "completion" if is_job else "replica"
+    if wanted > now:
+        effect = f"{counted(wanted - now, 'task')} more will be started, where the scheduler finds room."
+    else:
+        effect = f"{counted(now - wanted, 'task')} will be stopped, on the nodes that hold most of the service first."
+    effects = [effect] + (["No task will be left: nothing answers for the service."] if wanted == 0 else [])
+    return Action(
+        "service",
+        service["ID"],
+        f"Scale {name} from {now} to {counted(wanted, noun)}?",
+        tuple(effects),
+        f"{name} is scaled to {wanted}",
+        lambda found: _scaled(found, now, wanted),
+    )
+
+
+def _number(typed: str, now: int) -> int:
+    text = typed.strip()
+    digits = text[1:] if text[:1] in ("+", "-") else text
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 7:
+        raise InvalidArgument("a number of replicas, or +N or -N")
+    number = now + int(text) if text[0] in "+-" else int(text)
+    if not 0 <= number <= _REPLICAS_MAX:
+        raise InvalidArgument(f"a number from 0 to {_REPLICAS_MAX}")
+    return number
+
+
+def _scaled(service: Mapping[str, Any], shown: int, number: int) -> Mapping[str, Any] | None:
+    present = replicas_of(service)
+    if present == number:
+        return None
+    if present != shown:
+        raise _changed(service, f"it has {counted(present, 'replica')} now")
+    spec, is_job = service["Spec"], mode_of(service) == "job"
+    key, field = ("ReplicatedJob", "TotalCompletions") if is_job else ("Replicated", "Replicas")
+    return {**spec, "Mode": {key: {**(spec["Mode"].get(key) or {}), field: number}}}
+
+
+def image_of(service: Mapping[str, Any]) -> str:
+    """Of its containers, without the digest; empty: it has none."""
+    container = service["Spec"]["TaskTemplate"].get("ContainerSpec") or {}
+    return str(container.get("Image") or "").partition("@")[0]
+
+
+def update_image(service: Mapping[str, Any], typed: str) -> Action:
+    """Another image; the same one: its tasks are replaced all the same.  Raises: InvalidArgument."""
+    name, image, now = str(service["Spec"]["Name"]), typed.strip(), image_of(service)
+    if not now:
+        raise InvalidArgument(f"{name} runs no containers")
+    if not image or not image.isascii() or not image.isprintable() or " " in image:
+        raise InvalidArgument("the name of an image")
+    same = image == now
+    first = "The image stays the same; the tasks are replaced all the same." if same else f"{now} -> {image}"
+    return Action(
+        "service",
+        service["ID"],
+        f"Update the image of {name}?",
+        (first, *_rollout(service, "UpdateConfig")),
+        f"{name} is being updated",
+        lambda found: _with_image(found, now, image),
+    )
+
+
+def _with_image(service: Mapping[str, Any], shown: str, image: str) -> Mapping[str, Any]:
+    spec = service["Spec"]
+    template = spec["TaskTemplate"]
+    if (present := image_of(service)) != shown:
+        raise _changed(service, f"its image is {present} now")
+    changed = {**template, "ContainerSpec": {**template["ContainerSpec"], "Image": image}}
+    if image == shown:
+        changed["ForceUpdate"] = int(template.get("ForceUpdate") or 0) + 1
+        changed["ContainerSpec"] = template["ContainerSpec"]
+    return {**spec, "TaskTemplate": changed}
+
+
+def _rollout(service: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """How its tasks are replaced, by the update or rollback settings of its spec."""
+    settings = service["Spec"].get(key) or {}
+    tasks = int((service.get("ServiceStatus") or {}).get("DesiredTasks") or 0)
+    parallelism = int(settings.get("Parallelism", 1))
+    order = "start first" if settings.get("Order") == "start-first" else "stop first"
+    action = str(settings.get("FailureAction") or "pause")
+    return (
+        f"{counted(tasks, 'task')} will be replaced, {parallelism or 'all'} at a time, {order}.",
+        f"If a new one fails: {action}.",
+    )
+
+
+def roll_back(service: Mapping[str, Any]) -> Action:
+    """To the previous spec, field by field.  Raises: FailedPrecondition: there is none, in Docker's words."""
+    name, previous = str(service["Spec"]["Name"]), service.get("PreviousSpec")
+    if previous is None:
+        raise FailedPrecondition(f"service {name} does not have a previous spec")
+    before, after = (
+        leniently(msgspec.json.encode(spec), ServiceSpec) for spec in (service["Spec"], previous)
+    )
+    fields = [line_of(one) for one in differences(before, after)]
+    shown = fields[:_NAMED_MAX] + (
+        [f"and {len(fields) - _NAMED_MAX} more fields"] if len(fields) > _NAMED_MAX else []
+    )
+    is_replaced = (before.task_template, before.networks) != (after.task_template, after.networks)
+    rollout = _rollout(service, "RollbackConfig") if is_replaced else ("No task is replaced.",)
+    return Action(
+        "service",
+        service["ID"],
+        f"Roll {name} back to its previous spec?",
+        (*(shown or ["Both specs are the same."]), *rollout),
+        f"{name} is being rolled back",
+        lambda found: _rolled_back(found, service),
+        {"rollback": "previous"},
+    )
+
+
+def _rolled_back(found: Mapping[str, Any], shown: Mapping[str, Any]) -> Any:
+    if (found["Spec"], found.get("PreviousSpec")) != (shown["Spec"], shown["PreviousSpec"]):
+        raise _changed(found, "its specs are others now")
+    return found["Spec"]
+
+
+def _changed(service: Mapping[str, Any], how: str) -> FailedPrecondition:
+    return FailedPrecondition(f"{service['Spec']['Name']} has changed meanwhile: {how}; nothing was done")
+
+
+def set_availability(snapshot: Snapshot, node: Mapping[str, Any], availability: str) -> Action:
+    """Drain a node or take it back.  Raises: InvalidArgument: it is so already."""
+    name = snapshot.node_name(node["ID"])
+    if node["Spec"].get("Availability") == availability:
+        raise InvalidArgument(f"{name} is {'drained' if availability == 'drain' else availability} already")
+    if availability == "drain":
+        title, effects = f"Drain {name}?", _drained(snapshot, node["ID"])
+    else:
+        title = f"Let {name} take tasks again?"
+        effects = ["New tasks may go to it.", "Running tasks do not move back by themselves."]
+    return Action(
+        "node",
+        node["ID"],
+        title,
+        tuple(effects),
+        f"{name} is {'being drained' if availability == 'drain' else availability}",
+        lambda found: {**found["Spec"], "Availability": availability},
+    )
+
+
+def _drained(snapshot: Snapshot, id: str) -> list[str]:
+    tasks = [task for task in tasks_of(snapshot, node=id) if task.is_active]
+    if not tasks:
+        return ["It has no tasks, and will get none."]
+    modes = {task.service_id: _mode(snapshot, task.service_id) for task in tasks}
+    moving = [task for task in tasks if "global" not in modes[task.service_id]]
+    names = [snapshot.task_name(task) for task in tasks]
+    more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
+    effects = [f"{counted(len(tasks), 'task')} will be stopped here: {', '.join(names[:_NAMED_MAX])}{more}."]
+    others = [one for one in snapshot.nodes.values() if one["ID"] != id and _takes_tasks(one)]
+    if moving and others:
+        elsewhere = "the other node" if len(others) == 1 else f"the other {len(others)} nodes"
+        effects.append(f"{counted(len(moving), 'task')} will be started on {elsewhere}, where there is room.")
+    elif moving:
+        effects.append(f"No other node takes tasks: {counted(len(moving), 'task')} will wait until one does.")
+    if len(moving) < len(tasks):
+        effects.append(
+            f"{counted(len(tasks) - len(moving), 'task')} of global services will not run elsewhere."
+        )
+    return effects
+
+
+def _mode(snapshot: Snapshot, id: str) -> str:
+    service = snapshot.services.get(id)
+    return mode_of(service) if service is not None else "replicated"
+
+
+def _takes_tasks(node: Mapping[str, Any]) -> bool:
+    return bool(node["Status"]["State"] == "ready" and node["Spec"].get("Availability") == "active")

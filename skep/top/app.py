@@ -1,0 +1,431 @@
+"""The application: tables over snapshots, and keys."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from rich.text import Text
+from textual import work
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
+from textual.widgets import ContentSwitcher, Footer, Input, Static
+
+from skep.errors import SkepError
+from skep.model.task_end import printable
+from skep.top.actions import Action, image_of, replicas_of, roll_back, scale, set_availability, update_image
+from skep.top.describe import HELP, about_node, tasks_listed
+from skep.top.dialogs import Ask, Confirm, Show
+from skep.top.logs import LogLine
+from skep.top.rows import COLUMNS, KnownRow, Row, View, chosen, log_row, rows_of, task_rows
+from skep.top.snapshot import Link, Snapshot, headlines, summary
+from skep.top.table import RowTable
+from skep.top.watching import Cluster
+
+LOG_LINES_MAX = 2000
+_HEADLINES_MAX = 3
+_LOGS_S = 0.2
+_LOG_BATCH, _LOG_REST_S = 500, 0.02
+_DARK, _LIGHT = "textual-dark", "textual-light"
+_ONLY_IN: Mapping[str, tuple[View, ...]] = {
+    "scale": (View.SERVICES, View.TASKS),
+    "image": (View.SERVICES, View.TASKS),
+    "roll_back": (View.SERVICES, View.TASKS),
+    "drain": (View.NODES,),
+    "activate": (View.NODES,),
+    "logs": (View.SERVICES, View.TASKS),
+    "ended": (View.TASKS,),
+    "order": (View.SERVICES, View.TASKS, View.NODES),
+}
+"""Keys that mean something in some views only."""
+
+
+class TopApp(App[None]):
+    """The cluster live.  ``is_light``: on a terminal with a light background."""
+
+    ENABLE_COMMAND_PALETTE = False
+    TITLE = "skep top"
+    CSS = """
+    Screen { overflow: hidden; }
+    ContentSwitcher { height: 1fr; }
+    #title { height: 1; background: $panel; color: $foreground; }
+    #name { width: 1fr; text-style: bold; }
+    #link { width: auto; }
+    #summary, #tabs, #problems { height: auto; }
+    #summary, #problems, #tabs, #name { text-wrap: nowrap; text-overflow: ellipsis; }
+    #summary { height: 1; }
+    #tabs { height: 1; margin-top: 1; }
+    #problems { color: $text-error; }
+    #filter { display: none; }
+    .-no-color #problems { color: $foreground; text-style: bold; }
+    .-no-color RowTable > .table--bad { color: $foreground; }
+    #filter.shown { display: block; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(
+            Binding(str(number), f"view('{view.name}')", view.value, show=False)
+            for number, view in enumerate(View, start=1)
+        ),
+        Binding("tab", "next_view(1)", "Next view", show=False, priority=True),
+        Binding("shift+tab", "next_view(-1)", "Previous view", show=False, priority=True),
+        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("s", "scale", "Scale"),
+        Binding("u", "image", "Update"),
+        Binding("r", "roll_back", "Roll back"),
+        Binding("d", "drain", "Drain"),
+        Binding("a", "activate", "Activate"),
+        Binding("l", "logs", "Logs"),
+        Binding("e", "ended", "Ended"),
+        Binding("o", "order", "Order", show=False),
+        Binding("t", "light", "Light/dark", show=False),
+        Binding("escape", "clear", "Clear", show=False),
+        Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("q", "quit", "Quit"),
+        Binding("ctrl+c", "quit", "Quit", show=False, priority=True),
+    ]
+
+    def __init__(self, cluster: Cluster, *, is_light: bool = False):
+        super().__init__()
+        self._cluster = cluster
+        self._snapshot = Snapshot()
+        self._view = View.SERVICES
+        self._is_stale = False
+        self._rows: dict[View, list[Row]] = {}
+        """Of the present snapshot, as far as they were needed."""
+        self._task_rows: dict[str, KnownRow] = {}
+        self._needle = ""
+        self._with_ended = False
+        self._by_name = False
+        self._lines: deque[Row] = deque(maxlen=LOG_LINES_MAX)
+        self._log_name = ""
+        self.theme = _LIGHT if is_light else _DARK
+
+    def compose(self) -> ComposeResult:
+        with Horizontal(id="title"):
+            yield Static(Text(f" skep top  {printable(self._cluster.name)}"), id="name")
+            yield Static("", id="link", markup=False)
+        yield Static("", id="summary", markup=False)
+        yield Static("", id="problems", markup=False)
+        yield Static("", id="tabs", markup=False)
+        with ContentSwitcher(initial=View.SERVICES.name):
+            for view in View:
+                is_log = view is View.LOGS
+                yield RowTable(COLUMNS[view], empty="", follows_end=is_log, id=view.name)
+        yield Input(
+            placeholder="words that a row must have; enter: keep, esc: clear", id="filter", compact=True
+        )
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Follow the cluster."""
+        self.screen.set_class(self.no_color, "-no-color")  # grey, what is wrong would stand back
+        self.table.focus()
+        self.paint()
+        self.set_interval(1.0, self._age)
+        self.set_interval(_LOGS_S, self._paint_log)
+        self.run_worker(self._cluster.run(self.publish), group="cluster")
+
+    def _age(self) -> None:
+        self.table.refresh()
+
+    @property
+    def table(self) -> RowTable:
+        """Of the present view."""
+        return self.screen_stack[0].query_one(f"#{self._view.name}", RowTable)
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Show ``snapshot`` soon; of several that come at once, the last."""
+        self._snapshot = snapshot
+        self._rows.clear()
+        if not self._is_stale:
+            self._is_stale = True
+            self.call_next(self.paint)
+
+    def paint(self) -> None:
+        """The lines at the top, and the table of the present view."""
+        self._is_stale = False
+        snapshot, screen = self._snapshot, self.screen_stack[0]
+        screen.query_one("#link", Static).update(_link(snapshot))
+        screen.query_one("#summary", Static).update(_summary(snapshot))
+        problems = screen.query_one("#problems", Static)
+        lines = _problems(snapshot)
+        problems.display = bool(lines)
+        problems.update(Text("\n".join(lines)))
+        screen.query_one("#tabs", Static).update(self._tabs())
+        self._paint_table()
+
+    def _paint_table(self) -> None:
+        if self._view is View.LOGS:
+            self._paint_log()
+            return
+        table = self.table
+        table.say_when_empty(self._when_empty())
+        if self._view not in self._rows:
+            self._rows[self._view] = (
+                task_rows(self._snapshot, self._task_rows, with_ended=self._with_ended)
+                if self._view is View.TASKS
+                else rows_of(self._view, self._snapshot)
+            )
+        table.show(chosen(self._rows[self._view], self._needle, by_name=self._by_name))
+
+    def _paint_log(self) -> None:
+        if self._view is View.LOGS:
+            table = self.table
+            table.say_when_empty(
+                "no lines yet" if self._log_name else "l on a service or a task shows its logs here"
+            )
+            table.show(chosen(self._lines, self._needle))
+
+    def _when_empty(self) -> str:
+        if self._needle:
+            return f"nothing has {printable(self._needle)!r}   (esc: clear the filter)"
+        if not self._snapshot.is_loaded:
+            return "asking ..."
+        return f"no {self._view.value.lower()}" + ("" if self._view is not View.EVENTS else " yet")
+
+    def _tabs(self) -> Text:
+        counts = {
+            View.SERVICES: len(self._snapshot.services),
+            View.TASKS: sum(task.is_active for task in self._snapshot.tasks.values()),
+            View.NODES: len(self._snapshot.nodes),
+        }
+        text = Text()
+        for number, view in enumerate(View, start=1):
+            count = f" {counts[view]}" if counts.get(view) else ""
+            style = "reverse bold" if view is self._view else ""
+            label = f" {number} {view.value}{count} "
+            text.append(label, style=style)
+            text.apply_meta({"@click": f"app.view('{view.name}')"}, len(text) - len(label), len(text))
+        if self._view is View.LOGS and self._log_name:
+            text.append(f"  of {printable(self._log_name)}")
+        elif self._needle:
+            text.append(f"  with {printable(self._needle)!r}")
+        return text
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of other views are neither shown nor obeyed."""
+        return action not in _ONLY_IN or self._view in _ONLY_IN[action]
+
+    def action_view(self, name: str) -> None:
+        """Another table."""
+        self._view = View[name]
+        self.screen_stack[0].query_one(ContentSwitcher).current = name
+        self.table.focus()
+        self.refresh_bindings()
+        self.paint()
+
+    def action_next_view(self, by: int) -> None:
+        """The table beside this one; in a dialog, the next field."""
+        if len(self.screen_stack) > 1:
+            self.screen.focus_next() if by > 0 else self.screen.focus_previous()
+            return
+        views = list(View)
+        self.action_view(views[(views.index(self._view) + by) % len(views)].name)
+
+    def action_filter(self) -> None:
+        """Ask for the words that rows must have."""
+        field = self.query_one("#filter", Input)
+        field.add_class("shown")
+        field.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter while typing."""
+        if event.input.id == "filter":
+            self._needle = event.value
+            self.paint()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Keep the filter, back to the table."""
+        if event.input.id == "filter":
+            if not self._needle:
+                event.input.remove_class("shown")
+            self.table.focus()
+
+    def action_clear(self) -> None:
+        """No filter."""
+        field = self.query_one("#filter", Input)
+        field.remove_class("shown")
+        field.value = self._needle = ""
+        self.table.focus()
+        self.paint()
+
+    def action_ended(self) -> None:
+        """Tasks that have ended are shown, or not."""
+        self._with_ended = not self._with_ended
+        self._rows.pop(View.TASKS, None)
+        self.paint()
+
+    def action_order(self) -> None:
+        """By name, or what is wrong first."""
+        self._by_name = not self._by_name
+        self.notify("by name" if self._by_name else "what is wrong first", timeout=2)
+        self.paint()
+
+    def action_light(self) -> None:
+        """The other theme."""
+        self.theme = _DARK if self.theme == _LIGHT else _LIGHT
+
+    def action_help(self) -> None:
+        """The keys."""
+        self.push_screen(Show("Keys", _help))
+
+    def on_row_table_chosen(self) -> None:
+        """Why the object under the cursor is as it is."""
+        snapshot, key = self._snapshot, self.table.key
+        if self._view is View.NODES and (node := snapshot.nodes.get(key)):
+            lines = about_node(snapshot, node)
+
+            async def known() -> list[str]:
+                return lines
+
+            self.push_screen(Show(snapshot.node_name(key), known))
+        elif self._view is View.SERVICES and key in snapshot.services:
+            name = snapshot.service_name(key)
+
+            async def service() -> list[str]:
+                return [
+                    *await self._cluster.details("service", key, name),
+                    *tasks_listed(self._snapshot, key),
+                ]
+
+            self.push_screen(Show(name, service))
+        elif self._view is View.TASKS and (task := snapshot.tasks.get(key)):
+            name = snapshot.task_name(task)
+            self.push_screen(Show(name, lambda: self._cluster.details("task", key, name)))
+        elif self._view in (View.EVENTS, View.LOGS) and (row := self._row(key)):
+
+            async def cells() -> list[str]:
+                titles = (column.title for column in COLUMNS[self._view])
+                return [f"{title}: {cell}" for title, cell in zip(titles, row.cells, strict=True) if cell]
+
+            self.push_screen(Show(self._view.value[:-1], cells))
+
+    def _row(self, key: str) -> Row | None:
+        rows = self._lines if self._view is View.LOGS else self._rows.get(self._view, [])
+        return next((row for row in rows if row.key == key), None)
+
+    def _service(self) -> Mapping[str, Any] | None:
+        """Under the cursor: the service, or that of the task."""
+        key = self.table.key
+        if self._view is View.TASKS and (task := self._snapshot.tasks.get(key)):
+            key = task.service_id
+        return self._snapshot.services.get(key)
+
+    def action_scale(self) -> None:
+        """Another number of replicas."""
+        if service := self._service():
+            name = service["Spec"]["Name"]
+            try:
+                now = replicas_of(service)
+            except SkepError as error:
+                self._complain(error)
+                return
+            self._ask(
+                f"Replicas of {name}", str(now), "a number, +N or -N", lambda typed: scale(service, typed)
+            )
+
+    def action_image(self) -> None:
+        """Another image."""
+        if service := self._service():
+            title = f"Image of {service['Spec']['Name']}"
+            hint = "the same name replaces the tasks, too"
+            self._ask(title, image_of(service), hint, lambda typed: update_image(service, typed))
+
+    def action_roll_back(self) -> None:
+        """The previous spec."""
+        if service := self._service():
+            self._propose(lambda: roll_back(service))
+
+    def action_drain(self) -> None:
+        """No more tasks for the node."""
+        self._set_availability("drain")
+
+    def action_activate(self) -> None:
+        """Tasks for the node again."""
+        self._set_availability("active")
+
+    def _set_availability(self, word: str) -> None:
+        if node := self._snapshot.nodes.get(self.table.key):
+            self._propose(lambda: set_availability(self._snapshot, node, word))
+
+    @work(group="action", exclusive=True)
+    async def _ask(self, title: str, value: str, hint: str, build: Callable[[str], Action]) -> None:
+        if action := await self.push_screen_wait(Ask(title, value, hint, build)):
+            await self._confirm(action)
+
+    @work(group="action", exclusive=True)
+    async def _propose(self, build: Callable[[], Action]) -> None:
+        try:
+            action = build()
+        except SkepError as error:
+            self._complain(error)
+        else:
+            await self._confirm(action)
+
+    async def _confirm(self, action: Action) -> None:
+        """Say what it would do, ask, do it."""
+        if not await self.push_screen_wait(Confirm(action)):
+            return
+        try:
+            await self._cluster.perform(action)
+        except (SkepError, OSError) as error:
+            self._complain(error)
+        else:
+            self.notify(printable(action.done), markup=False)
+
+    def _complain(self, error: Exception) -> None:
+        self.notify(printable(str(error)), severity="error", markup=False, timeout=10)
+
+    def action_logs(self) -> None:
+        """Of the service or task under the cursor."""
+        key, snapshot = self.table.key, self._snapshot
+        if self._view is View.SERVICES and key in snapshot.services:
+            kind, self._log_name = "service", snapshot.service_name(key)
+        elif self._view is View.TASKS and (task := snapshot.tasks.get(key)):
+            kind, self._log_name = "task", snapshot.task_name(task)
+        else:
+            return
+        self._lines.clear()
+        self.run_worker(self._follow_log(kind, key), group="log", exclusive=True)
+        self.action_view(View.LOGS.name)
+
+    async def _follow_log(self, kind: str, id: str) -> None:
+        number = 0
+        try:
+            async for line in self._cluster.logs(kind, id):
+                number += 1
+                self._lines.append(log_row(self._snapshot, number, line))
+                if number % _LOG_BATCH == 0:
+                    await asyncio.sleep(_LOG_REST_S)  # a flood of lines waits at its node, not the keys
+        except (SkepError, OSError) as error:
+            self._lines.append(log_row(self._snapshot, number + 1, LogLine(str(error))))
+
+
+async def _help() -> list[str]:
+    return list(HELP)
+
+
+def _link(snapshot: Snapshot) -> Text:
+    link = snapshot.connection.link
+    text = {Link.CONNECTING: "connecting ", Link.LIVE: "live ", Link.LOST: "NOT CONNECTED "}[link]
+    return Text(text, style="" if link is Link.LIVE else "bold")
+
+
+def _summary(snapshot: Snapshot) -> Text:
+    parts = summary(snapshot) if snapshot.is_loaded else ()
+    shown = (Text.assemble((f"{noun} ", "bold"), printable(words)) for noun, words in parts)
+    return Text(" ") + Text("  ").join(shown)
+
+
+def _problems(snapshot: Snapshot) -> list[str]:
+    """The most serious, each on a line; how many more there are."""
+    lines = [printable(f"{kind} {text}") for kind, text in headlines(snapshot)]
+    connection = snapshot.connection
+    if connection.link is Link.LOST:
+        seen = "what follows is what was seen last; " if snapshot.is_loaded else ""
+        lines.insert(0, printable(f"{connection.reason}; {seen}again in {connection.retry_s:.0f} s"))
+    if len(lines) > _HEADLINES_MAX:
+        more = len(lines) - _HEADLINES_MAX + 1
+        lines = [*lines[: _HEADLINES_MAX - 1], f"and {more} more"]
+    return [f" ! {line}" for line in lines]

@@ -1,0 +1,61 @@
+"""``skep top``: the command.  Textual is imported when it runs, and by no other command."""
+
+import os
+import random
+import sys
+from collections.abc import Mapping
+
+import click
+
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
+from skep.errors import FailedPrecondition
+
+_LIGHT_BACKGROUNDS = ("7", "15")
+
+
+@click.command()
+@click.option(
+    "--theme",
+    type=click.Choice(["auto", "dark", "light"]),
+    default="auto",
+    show_default=True,
+    help="The terminal's background; auto: as COLORFGBG says, else dark.",
+)
+@click.pass_obj
+def top(host: HostOptions, theme: str) -> None:
+    """Show the cluster live, full-screen: services, tasks, nodes, events and logs.
+
+    Scales, updates and rolls back services, drains and activates nodes; each says what it would do, and asks.  The key
+    ? shows all keys.  NO_COLOR is obeyed.
+
+    \b
+    Examples:
+      skep top
+      skep --context production top
+      skep --host ssh://root@manager1 top --theme light
+    """
+    run_requests(
+        _run(host, is_light=theme == "light" or (theme == "auto" and has_light_background(os.environ)))
+    )
+
+
+def has_light_background(environment: Mapping[str, str]) -> bool:
+    """As rxvt, Konsole and others say it: ``COLORFGBG`` ends with the number of the background."""
+    return environment.get("COLORFGBG", "").rpartition(";")[2] in _LIGHT_BACKGROUNDS
+
+
+async def _run(host: HostOptions, *, is_light: bool) -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise FailedPrecondition("skep top needs a terminal: skep status shows the cluster once")
+    from skep.aio.clock import SystemClock
+    from skep.top.app import TopApp
+    from skep.top.watching import LiveCluster
+
+    endpoint = host.endpoint()
+    async with endpoint.client() as client:
+        name = host.context or endpoint.host
+        app = TopApp(LiveCluster(client, name, SystemClock(), random.random), is_light=is_light)
+        await app.run_async()
+        if app.return_code:
+            sys.exit(app.return_code)

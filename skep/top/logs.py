@@ -1,0 +1,102 @@
+"""The logs of a service or a task, followed over any number of connections."""
+
+import re
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.client import Client, Stream
+from skep.api.responses import OutputStream
+from skep.errors import InvalidArgument, Unavailable
+from skep.model.times import SECOND_NS, unix_ns
+
+_TAIL = 200
+_LINE_CHARACTERS_MAX = 2000
+_RECONNECT_S_MAX = 10.0
+_SEQUENCE = re.compile(r"\x1b\[[0-?]{0,64}[ -/]{0,8}[@-~]")
+"""Colours and movements of a terminal: what follows the escape character would be left in the text."""
+_TASK = "com.docker.swarm.task.id="
+
+
+class LogLine(msgspec.Struct, frozen=True):
+    """``task``: its id; empty: of Skep, about the stream.  Nothing in ``text`` is to be trusted."""
+
+    text: str
+    task: str = ""
+    stamp: str = ""
+    is_error: bool = False
+
+
+async def follow_logs(
+    client: Client, kind: str, id: str, clock: Clock, rng: Callable[[], float]
+) -> AsyncGenerator[LogLine, None]:
+    """The last lines, and those that come.  A lost connection is said, and made again where it ended.
+
+    Raises: SkepError: refused, as when the service is gone.
+    """
+    backoff = Backoff(0.5, _RECONNECT_S_MAX, rng=rng)
+    tail, since = str(_TAIL), ""
+    while True:
+        try:
+            is_terminal = await _has_terminal(client, kind, id)
+            path = f"/{kind}s/{id}/logs"
+            async with client.stream(
+                path, stdout="1", stderr="1", follow="1", details="1", timestamps="1", tail=tail, since=since
+            ) as stream:
+                async for data, output in _outputs(stream, is_terminal):
+                    for text in data.decode(errors="replace").splitlines():
+                        line = line_of(text, output)
+                        if line.stamp and (after := _after(line.stamp)):
+                            tail, since = "all", after
+                        backoff.reset()
+                        yield line
+            reason = "the stream ended"
+        except Unavailable as error:
+            reason = str(error)
+        delay_s = backoff.next_delay_s()
+        yield LogLine(f"{reason}; again in {delay_s:.1f} s")
+        await clock.sleep(delay_s)
+
+
+async def _has_terminal(client: Client, kind: str, id: str) -> bool:
+    """Whether its output is one stream without frames."""
+    found = await client.get(f"/{kind}s/{id}")
+    template = found["Spec"]["TaskTemplate"] if kind == "service" else found["Spec"]
+    return bool((template.get("ContainerSpec") or {}).get("TTY"))
+
+
+async def _outputs(stream: Stream, is_terminal: bool) -> AsyncGenerator[tuple[bytes, OutputStream], None]:
+    if not is_terminal:
+        async for output, data in stream.frames():
+            yield data, output
+        return
+    kept = b""
+    async for piece in stream.pieces():
+        *lines, kept = (kept + piece).split(b"\n")
+        kept = kept[-_LINE_CHARACTERS_MAX:]
+        if lines:
+            yield b"\n".join(lines), OutputStream.STDOUT
+
+
+def line_of(text: str, output: OutputStream) -> LogLine:
+    """A line with its time and details, as ``docker service logs`` asks for them."""
+    if output is OutputStream.SYSTEM:
+        return LogLine(text[:_LINE_CHARACTERS_MAX], is_error=True)
+    text = _SEQUENCE.sub("", text)
+    stamp, _, rest = text.partition(" ")
+    details, blank, message = rest.partition(" ")
+    if not blank or _TASK not in details:
+        return LogLine(text[:_LINE_CHARACTERS_MAX], is_error=output is OutputStream.STDERR)
+    task = details.partition(_TASK)[2].partition(",")[0]
+    return LogLine(message[:_LINE_CHARACTERS_MAX], task, stamp, output is OutputStream.STDERR)
+
+
+def _after(stamp: str) -> str:
+    """The moment after ``stamp`` as the API takes it; empty: it is no time."""
+    try:
+        seconds, nanoseconds = divmod(unix_ns(stamp) + 1, SECOND_NS)
+    except InvalidArgument:
+        return ""
+    return f"{seconds}.{nanoseconds:09d}"

@@ -1,0 +1,325 @@
+"""The tables of ``skep top``: what each view shows of a snapshot, filtered and ordered.  Pure.
+
+Texts are as they come from the cluster: the widget that paints them takes out what a terminal would obey.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import msgspec
+
+from skep.cli.status import is_as_wanted
+from skep.errors import InvalidArgument
+from skep.model.times import SECOND_NS, timestamp, unix_ns
+from skep.top.actions import image_of
+from skep.top.logs import LogLine
+from skep.top.snapshot import ENDED, Snapshot, Task, mode_of
+
+
+class Tone(Enum):
+    """How a row is: the words of its cells say the same, for terminals without colours."""
+
+    PLAIN = "plain"
+    GOOD = "good"
+    WARNING = "warning"
+    BAD = "bad"
+    MUTED = "muted"
+
+
+class Column(msgspec.Struct, frozen=True):
+    """``rank``: those of the highest go first where there is no room.  ``is_flexible``: takes what is left.
+
+    ``is_toned``: painted in the tone of its row.  ``is_age``: the cells are timestamps, shown as ages.
+    """
+
+    title: str
+    width_max: int = 40
+    rank: int = 0
+    is_flexible: bool = False
+    is_toned: bool = False
+    is_age: bool = False
+
+
+class Row(msgspec.Struct, frozen=True):
+    """``order``: where it stands among the others; its first part is how urgent it is."""
+
+    key: str
+    cells: tuple[str, ...]
+    tone: Tone = Tone.PLAIN
+    order: tuple[Any, ...] = ()
+
+
+class KnownRow(NamedTuple):
+    """The row of a task as it was, with what it was made of."""
+
+    task: Task
+    service: str
+    node: str
+    row: Row
+
+
+class View(Enum):
+    """What the screen shows; the value is its title."""
+
+    SERVICES = "Services"
+    TASKS = "Tasks"
+    NODES = "Nodes"
+    EVENTS = "Events"
+    LOGS = "Logs"
+
+
+COLUMNS: Mapping[View, tuple[Column, ...]] = {
+    View.SERVICES: (
+        Column("SERVICE", 32, is_toned=True),
+        Column("TASKS", 11, is_toned=True),
+        Column("MODE", 10, rank=3),
+        Column("IMAGE", 36, rank=2),
+        Column("PORTS", 24, rank=4),
+        Column("WHY", is_flexible=True, is_toned=True),
+    ),
+    View.TASKS: (
+        Column("TASK", 34, is_toned=True),
+        Column("STATE", 10, is_toned=True),
+        Column("SINCE", 8, rank=1, is_age=True),
+        Column("NODE", 20, rank=1),
+        Column("IMAGE", 30, rank=3),
+        Column("WHY", is_flexible=True, is_toned=True),
+    ),
+    View.NODES: (
+        Column("NODE", 28, is_toned=True),
+        Column("STATE", 12, is_toned=True),
+        Column("AVAILABILITY", 12, is_toned=True),
+        Column("ROLE", 8, rank=1),
+        Column("TASKS", 6),
+        Column("LOAD", 6, rank=1),
+        Column("ADDRESS", 22, rank=2),
+        Column("VERSION", 12, rank=3),
+        Column("WHY", is_flexible=True, is_toned=True),
+    ),
+    View.EVENTS: (
+        Column("AGO", 8, is_age=True),
+        Column("TYPE", 9, rank=2),
+        Column("ACTION", 10, is_toned=True),
+        Column("NAME", 34),
+        Column("WHAT", is_flexible=True),
+    ),
+    View.LOGS: (
+        Column("TIME", 12, rank=2),
+        Column("TASK", 24, rank=1),
+        Column("LINE", is_flexible=True, is_toned=True),
+    ),
+}
+
+
+def rows_of(view: View, snapshot: Snapshot, *, with_ended: bool = False) -> list[Row]:
+    """All rows of a view but the logs', unordered."""
+    match view:
+        case View.SERVICES:
+            return [_service(snapshot, service) for service in snapshot.services.values()]
+        case View.TASKS:
+            return task_rows(snapshot, {}, with_ended=with_ended)
+        case View.NODES:
+            counts = Counter(task.node_id for task in snapshot.tasks.values() if task.is_active)
+            return [_node(snapshot, node, counts[node["ID"]]) for node in snapshot.nodes.values()]
+        case View.EVENTS:
+            return [_event(snapshot, place, event) for place, event in enumerate(snapshot.events)]
+    return []
+
+
+def task_rows(snapshot: Snapshot, known: dict[str, KnownRow], *, with_ended: bool = False) -> list[Row]:
+    """The rows of tasks; those of tasks that have not changed are taken from ``known``, which is kept up."""
+    services = {id: snapshot.service_name(id) for id in snapshot.services}
+    nodes = {id: snapshot.node_name(id) for id in snapshot.nodes}
+    for gone in known.keys() - snapshot.tasks.keys():
+        del known[gone]
+    rows: list[Row] = []
+    for id, task in snapshot.tasks.items():
+        service, node = services.get(task.service_id, ""), nodes.get(task.node_id, "")
+        found = known.get(id)
+        if found is None or found.task is not task or found.service != service or found.node != node:
+            known[id] = found = KnownRow(task, service, node, _task(snapshot, task))
+        if with_ended or task.is_shown:
+            rows.append(found.row)
+    return rows
+
+
+def chosen(rows: Iterable[Row], needle: str, *, by_name: bool = False) -> list[Row]:
+    """Those with all words of ``needle`` in a cell, upper or lower case; the most urgent first, or by name."""
+    words = needle.casefold().split()
+    found = [row for row in rows if _has(row, words)] if words else list(rows)
+    by: Callable[[Row], tuple[Any, ...]] = (lambda row: row.order[1:]) if by_name else (lambda row: row.order)
+    return sorted(found, key=by)
+
+
+def _has(row: Row, words: Sequence[str]) -> bool:
+    text = "\n".join(row.cells).casefold()
+    return all(word in text for word in words)
+
+
+def _service(snapshot: Snapshot, service: Mapping[str, Any]) -> Row:
+    name, status = str(service["Spec"]["Name"]), service.get("ServiceStatus") or {}
+    reason = snapshot.reasons.get(service["ID"], "")
+    update = service.get("UpdateStatus") or {}
+    is_updating = str(update.get("State") or "") in ("updating", "rollback_started")
+    if reason:
+        tone, why = Tone.BAD, reason
+    elif is_updating:
+        tone, why = Tone.WARNING, str(update.get("Message") or update["State"])
+    elif not is_as_wanted(service) and "job" not in mode_of(service):
+        tone, why = Tone.WARNING, "not as wanted"
+    else:
+        tone, why = Tone.GOOD, ""
+    mode = mode_of(service)
+    done = status.get("CompletedTasks", 0) if "job" in mode else status.get("RunningTasks", 0)
+    cells = (
+        name,
+        f"{done}/{_wanted(service)}",
+        mode,
+        image_of(service),
+        _ports(service),
+        why,
+    )
+    return Row(service["ID"], cells, tone, (_URGENCY[tone], name, service["ID"]))
+
+
+_URGENCY = {Tone.BAD: 0, Tone.WARNING: 1, Tone.PLAIN: 2, Tone.GOOD: 2, Tone.MUTED: 3}
+
+
+def _wanted(service: Mapping[str, Any]) -> int:
+    job = (service["Spec"].get("Mode") or {}).get("ReplicatedJob")
+    if job is not None:
+        return int(job.get("TotalCompletions") or 0)
+    return int((service.get("ServiceStatus") or {}).get("DesiredTasks") or 0)
+
+
+def _ports(service: Mapping[str, Any]) -> str:
+    ports = (service.get("Endpoint") or {}).get("Ports") or ()
+    return " ".join(
+        f"{port.get('PublishedPort', '')}>{port.get('TargetPort', '')}"
+        + ("" if port.get("Protocol", "tcp") == "tcp" else f"/{port['Protocol']}")
+        for port in ports
+    )
+
+
+def _task(snapshot: Snapshot, task: Task) -> Row:
+    state, status = task.status.state, task.status
+    if state in ("failed", "rejected", "orphaned"):
+        tone = Tone.BAD
+    elif state in ENDED:
+        tone = Tone.MUTED
+    elif state == "running":
+        tone = Tone.GOOD if task.desired_state == "running" else Tone.WARNING
+    else:
+        tone = Tone.BAD if status.err else Tone.WARNING
+    why = status.err or ("" if tone is Tone.GOOD else status.message)
+    if task.desired_state not in ("", state) and tone is not Tone.MUTED and state == "running":
+        why = f"to be {task.desired_state}"
+    name = snapshot.task_name(task)
+    node = snapshot.node_name(task.node_id) if task.node_id else ""
+    order = (_URGENCY[tone], snapshot.service_name(task.service_id), task.slot, node, task.id)
+    return Row(task.id, (name, state, status.timestamp, node, task.image, why), tone, order)
+
+
+def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: int) -> Row:
+    state, availability = str(node["Status"]["State"]), str(node["Spec"].get("Availability") or "")
+    message, manager = str(node["Status"].get("Message") or ""), node.get("ManagerStatus") or {}
+    if manager.get("Reachability") == "unreachable" and not message:
+        message = "its manager is unreachable"
+    is_calm = not message and availability == "active"
+    tone = Tone.BAD if state != "ready" else Tone.GOOD if is_calm else Tone.WARNING
+    role = "leader" if manager.get("Leader") else str(node["Spec"].get("Role") or "")
+    load = node.get("Load")
+    name = snapshot.node_name(node["ID"])
+    cells = (
+        name,
+        state,
+        availability,
+        role,
+        str(tasks),
+        f"{load:.0%}" if isinstance(load, int | float) else "",
+        str(node["Status"].get("Addr") or ""),
+        str((node["Description"].get("Engine") or {}).get("EngineVersion") or ""),
+        message,
+    )
+    return Row(node["ID"], cells, tone, (_URGENCY[tone], name, node["ID"]))
+
+
+_BAD_ACTIONS = frozenset({"reject", "lost", "freeze", "expire"})
+_SHOWN_ELSEWHERE = ("name", "com.docker.swarm.")
+
+
+def _event(snapshot: Snapshot, place: int, event: Mapping[str, Any]) -> Row:
+    actor = event.get("Actor") or {}
+    attributes, action = actor.get("Attributes") or {}, str(event.get("Action") or "")
+    id, type = str(actor.get("ID") or ""), str(event.get("Type") or "")
+    task = snapshot.tasks.get(id)
+    name = (
+        snapshot.task_name(task)
+        if task is not None
+        else str(attributes.get("name") or attributes.get("com.docker.swarm.service.name") or id)
+    )
+    what = ", ".join(
+        f"{key}={value}" for key, value in sorted(attributes.items()) if not key.startswith(_SHOWN_ELSEWHERE)
+    )
+    is_failure = action == "die" and str(attributes.get("exitCode", "0")) != "0"
+    tone = Tone.BAD if is_failure or action in _BAD_ACTIONS else Tone.PLAIN
+    stamp = timestamp(int(event.get("timeNano") or 0)) if event.get("timeNano") else ""
+    return Row(f"{place}", (stamp, type, action, name, what), tone, (0, -place))
+
+
+def log_row(snapshot: Snapshot, number: int, line: LogLine) -> Row:
+    """A line of a log: when, of which task."""
+    task = snapshot.tasks.get(line.task)
+    name = snapshot.task_name(task) if task is not None else line.task[:12]
+    if not line.task:
+        return Row(str(number), ("", "", line.text), Tone.WARNING, (0, number))
+    clock = line.stamp.partition("T")[2][:12]
+    return Row(str(number), (clock, name, line.text), Tone.PLAIN, (0, number))
+
+
+def laid_out(columns: Sequence[Column], naturals: Sequence[int], width: int, gap: int = 2) -> list[int]:
+    """The width of each column; 0: not shown, as there is no room.
+
+    Args:
+        naturals: the widest cell of each, its title included.
+        width: of all, with ``gap`` between two.
+    """
+    widths = [
+        0 if column.is_flexible else min(natural, column.width_max)
+        for column, natural in zip(columns, naturals, strict=True)
+    ]
+    wanted = min(
+        max(
+            (natural for column, natural in zip(columns, naturals, strict=True) if column.is_flexible),
+            default=0,
+        ),
+        _FLEXIBLE_MIN,
+    )
+
+    def used() -> int:
+        return sum(one + gap for one in widths if one)
+
+    for rank in sorted({column.rank for column in columns if column.rank}, reverse=True):
+        if used() + wanted <= width:
+            break
+        widths = [0 if column.rank == rank else one for column, one in zip(columns, widths, strict=True)]
+    rest = width - used()
+    return [max(rest, 0) if column.is_flexible else one for column, one in zip(columns, widths, strict=True)]
+
+
+_FLEXIBLE_MIN = 30
+"""Characters that the flexible column gets before others are shown."""
+
+
+def age_of(stamp: str, now: float) -> str:
+    """``12s``, ``4m``, ``3h``, ``2d`` since an RFC 3339 timestamp; empty: it is none.  ``now``: seconds."""
+    try:
+        seconds = int(max(now - unix_ns(stamp) / SECOND_NS, 0))
+    except InvalidArgument:
+        return ""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"

@@ -1,0 +1,317 @@
+"""Follows a cluster through the API: lists once, then events, and of what they name the present state.
+
+One task reads events into a set of ids (beyond ``_ONE_BY_ONE`` of a kind, the kind is listed anew), another reads what
+the set names.  Lists are asked for in proportion to what they cost, so that ten thousand tasks do not keep a manager
+busy.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.client import Client
+from skep.cli.explain import about_service, about_task
+from skep.cli.quorum import STALE, no_leader, quorum_of
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable, reason_of
+from skep.top.actions import Action, perform
+from skep.top.logs import LogLine, follow_logs
+from skep.top.snapshot import Connection, Link, Snapshot, Task, Touched, touched_by, unexplained
+
+_ANSWERS_WITHIN_S = 20.0
+_TASKS_WITHIN_S = 60.0
+_TASKS_BYTES_MAX = 512 << 20
+EVENTS_KEPT = 1000
+_ONE_BY_ONE = 50
+"""Ids of a kind that are read one by one; for more, all are listed."""
+_AT_ONCE = 8
+_EXPLAINED = 20
+"""Services whose explanation is asked for, as ``skep status`` does; the others are shown by their numbers."""
+_GATHER_S = 0.15
+"""Changes are gathered before they are read."""
+_LOOK_S = 2.0
+"""Between two looks at what has no events: tasks on their way, reasons, load."""
+_LIST_SHARE = 10
+"""A list is asked for again after this many times what it took."""
+_RECONNECT_S_MAX = 10.0
+
+Publish = Callable[[Snapshot], None]
+
+
+class Cluster(Protocol):
+    """What the application needs of a cluster."""
+
+    @property
+    def name(self) -> str:
+        """Of the endpoint, for the title."""
+
+    async def run(self, publish: Publish) -> None:
+        """Give every state of the cluster to ``publish`` until cancelled."""
+
+    async def details(self, kind: str, id: str, name: str) -> list[str]:
+        """Why a service or task is as it is.  Raises: SkepError."""
+
+    async def perform(self, action: Action) -> None:
+        """Raises: SkepError."""
+
+    def logs(self, kind: str, id: str) -> AsyncGenerator[LogLine, None]:
+        """The last lines and those that come.  Raises: SkepError: refused."""
+
+
+class LiveCluster:
+    """A cluster behind ``client``."""
+
+    def __init__(self, client: Client, name: str, clock: Clock, rng: Callable[[], float]) -> None:
+        self._client = client
+        self._name = name
+        self._clock = clock
+        self._rng = rng
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def run(self, publish: Publish) -> None:
+        backoff = Backoff(0.5, _RECONNECT_S_MAX, rng=self._rng)
+        state = _State(publish)
+        while True:
+            try:
+                state.connected(Connection())
+                await _Connected(self._client, self._clock, state, backoff).run()
+            except* (SkepError, OSError, msgspec.DecodeError) as errors:
+                delay_s = backoff.next_delay_s()
+                state.connected(Connection(Link.LOST, reason_of(_first(errors)), delay_s))
+            await self._clock.sleep(delay_s)
+
+    async def details(self, kind: str, id: str, name: str) -> list[str]:
+        response = await self._client.get(f"/skep/{kind}s/{id}/explain", timeout_s=_ANSWERS_WITHIN_S)
+        if kind == "task":
+            return list(about_task(name, response, time.time()))
+        return list(about_service(name, response, time.time()))
+
+    async def perform(self, action: Action) -> None:
+        await perform(self._client, action)
+
+    def logs(self, kind: str, id: str) -> AsyncGenerator[LogLine, None]:
+        return follow_logs(self._client, kind, id, self._clock, self._rng)
+
+
+def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class _State:
+    """What is known, and whom to tell."""
+
+    def __init__(self, publish: Publish) -> None:
+        self._publish = publish
+        self.nodes: dict[str, Mapping[str, Any]] = {}
+        self.services: dict[str, Mapping[str, Any]] = {}
+        self.tasks: dict[str, Task] = {}
+        self.reasons: dict[str, str] = {}
+        self.events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.without_leader: tuple[str, ...] = ()
+        self.cursor = ""
+        self._connection = Connection()
+        self._is_loaded = False
+
+    def connected(self, connection: Connection, *, is_loaded: bool = False) -> None:
+        self._connection = connection
+        self._is_loaded = self._is_loaded or is_loaded
+        self.publish()
+
+    def publish(self) -> None:
+        self._publish(
+            Snapshot(
+                nodes=dict(self.nodes),
+                services=dict(self.services),
+                tasks=dict(self.tasks),
+                reasons=dict(self.reasons),
+                events=tuple(self.events),
+                without_leader=self.without_leader,
+                connection=self._connection,
+                is_loaded=self._is_loaded,
+            )
+        )
+
+
+class _Connected:
+    """One connection to the event stream, and the reads beside it."""
+
+    def __init__(self, client: Client, clock: Clock, state: _State, backoff: Backoff) -> None:
+        self._client = client
+        self._clock = clock
+        self._state = state
+        self._backoff = backoff
+        self._touched = Touched()
+        self._changed = asyncio.Event()
+        self._headers: Mapping[str, str] = {}
+        self._tasks_again_at = 0.0
+
+    async def run(self) -> None:
+        """Until the stream ends.  Raises: SkepError, OSError, in a group."""
+        await self._find_leader()
+        query = {"after": self._state.cursor} if self._state.cursor else {}
+        # The stream inside the group: it translates its own errors, and would not those in a group.
+        async with asyncio.TaskGroup() as group, self._client.lines("/skep/events", query) as lines:
+            group.create_task(self._load())
+            async for line in lines:
+                self._take(msgspec.json.decode(line))
+            raise Unavailable("the event stream ended")
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "message" in event:  # events between were lost: the lists are loaded anew in any case
+            self._state.cursor = ""
+            raise FailedPrecondition(str(event["message"]))
+        self._state.cursor = str(event.get("Cursor") or "")
+        if event.get("Type") == "stream":
+            return
+        self._state.events.append(event)
+        self._touched |= touched_by(event)
+        self._changed.set()
+
+    async def _load(self) -> None:
+        state = self._state
+        await self._list_nodes_and_services()
+        await self._list_tasks()
+        await self._find_reasons()
+        self._backoff.reset()
+        state.connected(Connection(Link.LIVE), is_loaded=True)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read_touched())
+            group.create_task(self._look())
+
+    async def _read_touched(self) -> None:
+        """Read again what events named."""
+        while True:
+            await self._changed.wait()
+            await self._clock.sleep(_GATHER_S)
+            self._changed.clear()
+            touched, self._touched = self._touched, Touched()
+            await self._read_tasks(touched.tasks)
+            if touched.nodes:
+                await self._update("nodes", self._state.nodes, touched.nodes)
+            if touched.services:
+                await self._update("services", self._state.services, touched.services)
+            self._state.publish()
+
+    async def _look(self) -> None:
+        """What has no events: tasks before they run, reasons, load, the leader."""
+        took_s = 0.0
+        while True:
+            await self._clock.sleep(max(_LOOK_S, took_s * _LIST_SHARE))
+            begun = self._clock.monotonic()
+            await self._find_leader()
+            moving = [task.id for task in self._state.tasks.values() if not task.is_settled]
+            await self._read_tasks(moving)
+            await self._list_nodes_and_services()
+            await self._find_reasons()
+            self._state.publish()
+            took_s = self._clock.monotonic() - begun
+
+    async def _find_leader(self) -> None:
+        quorum = await quorum_of(self._client)
+        is_led = quorum is None or bool(quorum["HasLeader"])
+        self._headers = {} if is_led else STALE
+        self._state.without_leader = () if quorum is None or is_led else tuple(no_leader(quorum))
+
+    async def _list_nodes_and_services(self) -> None:
+        nodes = await self._get("/nodes")
+        services = await self._get("/services", status="true")
+        self._state.nodes = {node["ID"]: node for node in nodes}
+        self._state.services = {service["ID"]: service for service in services}
+
+    async def _update(self, kind: str, known: dict[str, Mapping[str, Any]], ids: frozenset[str]) -> None:
+        """Read the nodes or services ``ids``; those that are not there are gone."""
+        if len(ids) > _ONE_BY_ONE:
+            await self._list_nodes_and_services()
+            return
+        more = {"status": "true"} if kind == "services" else {}
+        found = {one["ID"]: one for one in await self._get(f"/{kind}", filters={"id": sorted(ids)}, **more)}
+        for id in ids:
+            if id in found:
+                known[id] = found[id]
+            else:
+                known.pop(id, None)
+
+    async def _read_tasks(self, ids: Iterable[str]) -> None:
+        wanted = sorted(ids)
+        if len(wanted) > _ONE_BY_ONE:
+            if self._clock.monotonic() >= self._tasks_again_at:
+                await self._list_tasks()
+                return
+            self._touched |= Touched(tasks=frozenset(wanted[_ONE_BY_ONE:]))
+            wanted = wanted[:_ONE_BY_ONE]
+            self._changed.set()
+        places = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for id in wanted:
+                group.create_task(self._within(places, self._read_task(id)))
+
+    async def _within(self, places: asyncio.Semaphore, work: Coroutine[Any, Any, None]) -> None:
+        async with places:
+            await work
+
+    async def _read_task(self, id: str) -> None:
+        try:
+            self._state.tasks[id] = _task(await self._get(f"/tasks/{id}"))
+        except (NotFound, msgspec.ValidationError):
+            self._state.tasks.pop(id, None)
+
+    async def _list_tasks(self) -> None:
+        """All tasks, decoded as far as they are shown; one that cannot be read is left out."""
+        begun = self._clock.monotonic()
+        body = bytearray()
+        async with (
+            asyncio.timeout(_TASKS_WITHIN_S),
+            self._client.stream("/tasks", headers=self._headers) as all,
+        ):
+            async for piece in all.pieces():
+                body += piece
+                if len(body) > _TASKS_BYTES_MAX:
+                    raise FailedPrecondition("the list of tasks is longer than 512 MiB")
+        self._state.tasks = tasks_in(bytes(body))
+        now = self._clock.monotonic()
+        self._tasks_again_at = now + (now - begun) * _LIST_SHARE
+
+    async def _find_reasons(self) -> None:
+        wanted = unexplained(self._state.services.values())[:_EXPLAINED]
+        found: dict[str, str] = {}
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def ask(id: str) -> None:
+            with suppress(NotFound):  # it was removed meanwhile
+                response = await self._get(f"/skep/services/{id}/explain")
+                if not response["IsAsWanted"]:
+                    found[id] = str(response["Summary"])
+
+        async with asyncio.TaskGroup() as group:
+            for id in wanted:
+                group.create_task(self._within(places, ask(id)))
+        self._state.reasons = found
+
+    async def _get(self, path: str, **query: Any) -> Any:
+        return await self._client.get(path, headers=self._headers, timeout_s=_ANSWERS_WITHIN_S, **query)
+
+
+def tasks_in(body: bytes) -> dict[str, Task]:
+    """The tasks of a list; one that cannot be read is left out."""
+    found: dict[str, Task] = {}
+    for raw in msgspec.json.decode(body, type=list[msgspec.Raw]):
+        with suppress(msgspec.ValidationError):
+            task = msgspec.json.decode(raw, type=Task)
+            found[task.id] = task
+    return found
+
+
+def _task(response: Any) -> Task:
+    return msgspec.convert(response, Task)

@@ -1,0 +1,86 @@
+"""One end of a tunnel: bytes in both directions over one streaming call, each direction ended by itself.
+
+A slow reader stops its sender by the call's flow control, so a tunnel holds a few pieces and no more.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import TypeAlias
+
+from skep.errors import Unavailable
+from skep.rpc.errors import LOST_PEER
+from skep.wire import skep_pb2 as skep
+
+PIECE_BYTES = 64 * 1024
+
+Receive: TypeAlias = Callable[[], Awaitable[skep.TunnelPiece | None]]
+"""The peer's next piece; None: its call has ended."""
+Send: TypeAlias = Callable[[skep.TunnelPiece], Awaitable[None]]
+
+
+class Tunnel:
+    """One end; for one reader and one writer.
+
+    Args:
+        receive, send: of the call; what they raise for a peer that is gone becomes ``Unavailable`` here.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._has_ended = False
+
+    async def read(self) -> bytes:
+        """The next bytes; none after the end of the other side's direction.  Raises: Unavailable: it broke off."""
+        while not self._has_ended:
+            try:
+                piece = await self._receive()
+            except LOST_PEER as error:
+                raise _broken() from error
+            if piece is None:
+                raise _broken()
+            self._has_ended = piece.end
+            if piece.data:
+                return piece.data
+        return b""
+
+    async def send(self, data: bytes) -> None:
+        """Send; waits while the other side reads slowly.  Raises: Unavailable: it is gone."""
+        for start in range(0, len(data), PIECE_BYTES):
+            await self._put(skep.TunnelPiece(data=data[start : start + PIECE_BYTES]))
+
+    async def end(self) -> None:
+        """End our direction.  Raises: Unavailable: the other side is gone."""
+        await self._put(skep.TunnelPiece(end=True))
+
+    async def wait_left(self) -> None:
+        """Return when the other side has ended the call; what it still sends is dropped."""
+        with suppress(Unavailable, *LOST_PEER):
+            while await self._receive() is not None:
+                pass
+
+    async def _put(self, piece: skep.TunnelPiece) -> None:
+        try:
+            await self._send(piece)
+        except LOST_PEER as error:
+            raise _broken() from error
+
+
+def over_requests(pieces: AsyncIterator[skep.TunnelPiece], send: Send) -> Tunnel:
+    """The end of a call's handler."""
+
+    async def receive() -> skep.TunnelPiece | None:
+        return await anext(pieces, None)
+
+    return Tunnel(receive, send)
+
+
+async def copy(source: Tunnel, sink: Tunnel) -> None:
+    """Copy one direction with its end.  Raises: Unavailable: either side is gone."""
+    while data := await source.read():
+        await sink.send(data)
+    await sink.end()
+
+
+def _broken() -> Unavailable:
+    return Unavailable("the connection to the container broke off")

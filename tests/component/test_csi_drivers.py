@@ -1,0 +1,219 @@
+"""Calls of a CSI driver in a process of its own, by another implementation of gRPC."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.csi import csi_pb2 as pb
+from skep.csi.driver import call, discrepancy
+from skep.csi.drivers import Drivers
+from skep.errors import NotFound, SkepError, Unavailable
+from skep.model.ids import VolumeId
+from skep.model.meta import Driver
+from skep.model.node import Topology
+from skep.model.volume import (
+    AccessMode,
+    CapacityRange,
+    TopologyRequirement,
+    TypeMount,
+    Volume,
+    VolumeAssignment,
+    VolumeInfo,
+    VolumeSpec,
+)
+from skep.rpc import frames
+from tests.support.csi_driver import NAME
+from tests.support.csi_storage import Storage
+
+pytestmark = pytest.mark.needs("root")
+MODE = AccessMode(mount_volume=TypeMount())
+A = Topology(segments={"zone": "a"})
+
+
+class Process:
+    """A running driver, and its storage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sockets, self.storage = folder / "sockets", folder / "storage"
+        self.storage.mkdir()
+
+    def state(self) -> Storage:
+        return Storage(json.loads((self.storage / "state.json").read_text()))
+
+    def faults(self, **faults: Any) -> None:
+        (self.storage / "faults.json").write_text(json.dumps(faults))
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Process]:
+    made = Process(tmp_path)
+    command = [sys.executable, "-m", "tests.support.csi_driver", str(made.sockets / "d.sock")]
+    with subprocess.Popen([*command, str(made.storage), "node-1", "a"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield made
+        process.kill()
+
+
+def a_volume(name: str = "data", **spec: Any) -> Volume:
+    return Volume(
+        id=VolumeId("v1"), spec=VolumeSpec(name=name, driver=Driver(name=NAME), access_mode=MODE, **spec)
+    )
+
+
+async def test_a_volume_goes_through_its_life(driver: Process, tmp_path: Path) -> None:
+    drivers = Drivers(driver.sockets, SystemClock())
+    disks = await drivers.get(NAME)
+    with pytest.raises(NotFound, match='driver "other" not found'):
+        await drivers.get("other")
+    info = await disks.node_info()
+    assert (info.node_id, info.accessible_topology) == ("node-1", A)
+    where = TopologyRequirement(requisite=(A,))
+    volume = a_volume(capacity_range=CapacityRange(required_bytes=7), accessibility_requirements=where)
+    made = await disks.create(volume, {"user": "me"})
+    assert (made.capacity_bytes, made.accessible_topology) == (7, (A,))
+    assert made.volume_context == {"secrets": "user=me"}
+    assert await disks.create(volume, {"user": "me"}) == made
+    volume = Volume(id=volume.id, spec=volume.spec, info=made)
+    context = await disks.publish(volume, "node-1", {})
+    assigned = VolumeAssignment(
+        id=volume.id, volume_id=made.volume_id, publish_context=context, access_mode=MODE
+    )
+    staging, target = tmp_path / "staging", tmp_path / "mount"
+    staging.mkdir()
+    for _ in range(2):
+        await disks.node_publish(assigned, staging, target, {})
+    (target / "file").write_text("kept")
+    assert (driver.storage / made.volume_id / "file").read_text() == "kept"
+    for _ in range(2):
+        await disks.node_unpublish(made.volume_id, staging, target)
+    assert not target.exists()
+    for _ in range(2):
+        await disks.unpublish(made.volume_id, "node-1", {})
+    for _ in range(2):
+        await disks.delete(made.volume_id, {})
+    state = driver.state()
+    assert (state.volumes, state.violations, state.created) == ({}, [], ["data"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"id": ""}, "no usable id"),
+        ({"id": "x" * 257}, "no usable id"),
+        ({"size": -1}, "numbers that cannot be"),
+        ({"zone": "z" * 9000}, "more than 8192 bytes"),
+        ({"fail": 1}, "CreateVolume: CreateVolume fails"),
+    ],
+)
+async def test_what_a_driver_says_is_checked(driver: Process, fault: dict[str, Any], words: str) -> None:
+    disks = await Drivers(driver.sockets, SystemClock()).get(NAME)
+    driver.faults(CreateVolume=fault)
+    with pytest.raises(SkepError, match=words):
+        await disks.create(a_volume(), {})
+
+
+def test_a_volume_that_is_not_as_asked_is_told_apart() -> None:
+    asked = a_volume(
+        capacity_range=CapacityRange(required_bytes=5, limit_bytes=9),
+        accessibility_requirements=TopologyRequirement(requisite=(A,)),
+    )
+    made = VolumeInfo(volume_id="x", capacity_bytes=7, accessible_topology=(A,))
+    assert discrepancy(asked, made) == ""
+    assert discrepancy(asked, replace(made, capacity_bytes=0)) == ""
+    assert "5 are required" in discrepancy(asked, replace(made, capacity_bytes=4))
+    assert "the limit is 9" in discrepancy(asked, replace(made, capacity_bytes=10))
+    elsewhere = Topology(segments={"zone": "b"})
+    assert "topologies" in discrepancy(asked, replace(made, accessible_topology=(elsewhere,)))
+
+
+async def test_a_driver_that_hangs_ends_at_the_deadline_and_holds_up_no_other_call(
+    driver: Process,
+) -> None:
+    disks = await Drivers(driver.sockets, SystemClock()).get(NAME)
+    await disks.create(a_volume("first"), {})
+    driver.faults(CreateVolume={"hang": 30})
+    with pytest.raises(Unavailable, match="did not respond in time"):
+        await disks._call(
+            "Controller/CreateVolume",
+            pb.CreateVolumeRequest(name="x"),
+            pb.CreateVolumeResponse,
+            0.2,
+        )
+    assert (await disks.node_info()).node_id == "node-1"
+
+
+async def test_sockets_that_are_no_drivers_are_passed_over(driver: Process) -> None:
+    (driver.sockets / "no.sock").write_text("")
+    (driver.sockets / "folder").mkdir()
+    (driver.sockets / "folder" / "csi.sock").symlink_to(driver.sockets / "d.sock")
+    drivers = Drivers(driver.sockets, SystemClock())
+    assert list(await drivers.all()) == [NAME]
+    (driver.sockets / "d.sock").unlink()
+    assert await drivers.all() == {}
+
+
+@asynccontextmanager
+async def a_silent_socket(path: Path, greeting: bytes = b"") -> AsyncIterator[asyncio.Queue[Any]]:
+    """Accepts connections, says ``greeting`` and nothing more, and reads nothing; gives the connections."""
+    accepted: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(greeting)
+        accepted.put_nowait((reader, writer))
+
+    server = await asyncio.start_unix_server(accept, path, limit=1024)
+    try:
+        yield accepted
+    finally:
+        server.close()
+        while not accepted.empty():
+            accepted.get_nowait()[1].transport.abort()
+
+
+async def test_a_socket_that_gives_no_name_holds_up_no_other_driver(driver: Process) -> None:
+    drivers = Drivers(driver.sockets, SystemClock())
+    disks = await drivers.get(NAME)
+    async with a_silent_socket(driver.sockets / "silent.sock") as accepted:
+        looking = asyncio.create_task(drivers.all())
+        connection = await accepted.get()
+        assert await drivers.get(NAME) is disks
+        assert not looking.done()
+        connection[1].transport.abort()
+        assert list(await looking) == [NAME]
+
+
+async def test_nothing_is_left_of_a_call_to_a_driver_that_does_not_read(tmp_path: Path) -> None:
+    greeting = frames.settings({frames.INITIAL_WINDOW_SIZE: 2**30}) + frames.window_update(0, 2**30)
+    size = 4 * 1024 * 1024
+    async with a_silent_socket(tmp_path / "d.sock", greeting) as accepted:
+        request = pb.CreateVolumeRequest(name="x" * size)
+        with pytest.raises(Unavailable, match="did not respond in time"):
+            await call(tmp_path / "d.sock", "Controller/CreateVolume", request, pb.CreateVolumeResponse, 0.5)
+        reader, _ = accepted.get_nowait()
+        received = 0
+        with suppress(ConnectionError):
+            while data := await reader.read(64 * 1024):
+                received += len(data)
+        assert received < size
+
+
+async def test_an_error_of_a_driver_shows_neither_its_secrets_nor_what_a_terminal_would_obey(
+    driver: Process,
+) -> None:
+    disks = await Drivers(driver.sockets, SystemClock()).get(NAME)
+    driver.faults(
+        CreateVolume={"refuse": "cannot log in:\n\x1b[2J{'password': 'correct horse', 'user': 'me'}"}
+    )
+    with pytest.raises(SkepError) as raised:
+        await disks.create(a_volume(), {"password": "correct horse\n", "user": "me"})
+    assert str(raised.value).endswith("cannot log in: [2J{'password': '***', 'user': 'me'}")

@@ -1,0 +1,118 @@
+"""``skep events`` over connections that break: nothing twice, nothing missed, and an end where something was."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from skep.aio.clock import SystemClock
+from skep.api.client import Client
+from skep.cli.events import filters_of, followed, line_of
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
+
+Reply = Callable[[str], tuple[int, bytes]]
+
+
+def event(number: int) -> bytes:
+    content = {
+        "Type": "task",
+        "Action": "die",
+        "Actor": {"ID": f"t{number}", "Attributes": {"name": "web.1.t", "error": "\x1b[2J"}},
+        "timeNano": number * 10**9,
+        "Cursor": f"1-{number}",
+    }
+    return msgspec.json.encode(content) + b"\n"
+
+
+@asynccontextmanager
+async def a_manager(directory: Path, reply: Reply) -> AsyncIterator[Client]:
+    """Answers each request for events with what ``reply`` gives for its cursor, and closes the connection."""
+    asked: list[Mapping[str, str]] = []
+
+    async def events(request: web.Request) -> web.StreamResponse:
+        asked.append(request.query)
+        status, content = reply(request.query.get("after", ""))
+        response = web.StreamResponse(status=status, headers={"Connection": "close"})
+        await response.prepare(request)
+        await response.write(content)
+        return response
+
+    async def ping(_: web.Request) -> web.Response:
+        return web.Response(headers={"Api-Version": "1.41"})
+
+    app = web.Application()
+    app.add_routes([web.get("/_ping", ping), web.get("/skep/events", events)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    path = directory / "s"
+    await web.UnixSite(runner, str(path)).start()
+    try:
+        async with Client.local(path, "the manager") as client:
+            yield client
+    finally:
+        await runner.cleanup()
+
+
+async def read(client: Client, most: int, after: str = "") -> list[Any]:
+    found = []
+    async with aclosing(followed(client, {"type": ["task"]}, after, SystemClock())) as stream:
+        async for one in stream:
+            found.append(one["Actor"]["ID"])
+            if len(found) == most:
+                break
+    return found
+
+
+async def test_a_stream_that_breaks_goes_on_after_its_last_event(tmp_path):
+    def reply(after: str) -> tuple[int, bytes]:
+        number = int(after.partition("-")[2] or 0)
+        # Cut off in the middle of an event, and refused now and then.
+        return (
+            (503, b'{"message":"no leader"}')
+            if number == 4 and next(tries) == 0
+            else (
+                200,
+                event(number + 1) + event(number + 2) + event(number + 3)[:40],
+            )
+        )
+
+    tries = count()
+    async with a_manager(tmp_path, reply) as client:
+        assert await read(client, 6) == ["t1", "t2", "t3", "t4", "t5", "t6"]
+        assert await read(client, 1, "1-7") == ["t8"]
+
+
+async def test_lost_events_end_the_command_with_the_reason(tmp_path):
+    lost = b'{"message":"the client was too slow and has lost events"}\n'
+    async with a_manager(tmp_path, lambda after: (200, event(1) + lost)) as client:
+        with pytest.raises(FailedPrecondition, match="has lost events"):
+            await read(client, 5)
+    gone = (400, b'{"message":"not all events after cursor 1-1 are kept"}')
+    async with a_manager(tmp_path, lambda after: gone if after else (200, event(1))) as client:
+        with pytest.raises(SkepError, match="not all events after"):
+            await read(client, 5)
+
+
+async def test_a_first_connection_that_fails_is_an_error(tmp_path):
+    async with a_manager(tmp_path, lambda after: (503, b'{"message":"not a manager"}')) as client:
+        with pytest.raises(Unavailable, match="not a manager"):
+            await read(client, 1)
+
+
+def test_events_are_printed_as_docker_prints_them_without_what_a_terminal_obeys():
+    shown = line_of(msgspec.json.decode(event(1)))
+    assert shown == "1970-01-01T00:00:01Z task die t1 (error=[2J, name=web.1.t)"
+
+
+def test_filters_are_key_and_value():
+    assert filters_of(("type=task", "Type = node", "label=a=b")) == {
+        "type": ["task", "node"],
+        "label": ["a=b"],
+    }
+    with pytest.raises(InvalidArgument, match="want KEY=VALUE"):
+        filters_of(("task",))

@@ -1,0 +1,137 @@
+"""``--mount type=image`` of plain containers, on real runc: the files of an image in another one's container."""
+
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.engine.images.store import ImageStore
+from skep.playground.busybox import busybox_archive
+from tests.support.api_lab import Api
+from tests.support.archives import a_docker_archive, a_file, a_tar
+from tests.support.runc_lab import Lab
+
+IMAGE = "busybox:1"
+DATA = "data:1"
+
+
+@pytest.fixture
+async def images(tmp_path: Path) -> ImageStore:
+    images = ImageStore(tmp_path / "images")
+    await images.open()
+    layers = (a_tar(a_file("file", b"one\n"), a_file("hidden", b"")), a_tar(a_file("sub/other", b"two\n")))
+    busybox = await busybox_archive()
+    for archive in (busybox.data, a_docker_archive(*layers, tags=[DATA])):
+
+        async def pieces(content: bytes = archive) -> AsyncIterator[bytes]:
+            yield content
+
+        await images.load(pieces())
+    return images
+
+
+@pytest.fixture
+def lab(lab_with_images: Lab) -> Lab:
+    return lab_with_images
+
+
+def a_body(*command: str, **mount: Any) -> dict[str, Any]:
+    mount = {"Type": "image", "Source": DATA, "Target": "/data", **mount}
+    return {"Image": IMAGE, "Cmd": list(command), "HostConfig": {"NetworkMode": "none", "Mounts": [mount]}}
+
+
+async def run(api: Api, body: dict[str, Any]) -> tuple[str, int, str]:
+    """Id, exit code and output of a container that has ended."""
+    status, created = await api.ask("POST", "/containers/create", body)
+    assert status == 201, created
+    return (created["Id"], *await run_again(api, created["Id"]))
+
+
+async def run_again(api: Api, id: str) -> tuple[int, str]:
+    status, error = await api.ask("POST", f"/containers/{id}/start")
+    assert status == 204, error
+    _, ended = await api.ask("POST", f"/containers/{id}/wait")
+    code, output, _ = await api.docker("logs", "--tail", "1", id)
+    assert code == 0
+    return ended["StatusCode"], output.strip()
+
+
+def mounts() -> list[str]:
+    return [
+        line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines() if "/images/0" in line
+    ]
+
+
+async def test_a_container_has_the_files_of_another_image_under_changes_of_its_own(
+    api: Api, images: ImageStore
+) -> None:
+    id, code, _ = await run(
+        api, a_body("sh", "-c", "cat /data/file /data/sub/other && rm /data/hidden && echo x > /data/new")
+    )
+    assert code == 0
+    _, shown, _ = await api.docker("logs", id)
+    assert shown == "one\ntwo\n"
+    _, answer = await api.ask("GET", f"/containers/{id}/json")
+    (mount,) = answer["Mounts"]
+    image = images.get(DATA)
+    assert (mount["Type"], mount["Destination"], mount["RW"], mount["Name"]) == (
+        "image",
+        "/data",
+        True,
+        image.id,
+    )
+    assert answer["HostConfig"]["Mounts"] == [{"Type": "image", "Source": DATA, "Target": "/data"}]
+    assert not mounts()
+    # What it wrote is there at its next start, and in no other container.
+    status, created = await api.ask(
+        "POST", "/containers/create", a_body("sh", "-c", "ls /data | tr '\\n' ' '", ReadOnly=True)
+    )
+    assert status == 201
+    assert await run_again(api, created["Id"]) == (0, "file hidden sub")
+    again = await api.ask("POST", f"/containers/{id}/start")
+    assert again[0] == 204
+    _, ended = await api.ask("POST", f"/containers/{id}/wait")
+    assert ended["StatusCode"] != 0  # `rm` finds nothing any more
+
+
+async def test_a_read_only_image_is_not_written_to(api: Api) -> None:
+    _, code, _ = await run(api, a_body("sh", "-c", "echo x > /data/file", ReadOnly=True))
+    assert code != 0
+
+
+async def test_an_image_that_a_container_mounts_is_kept_until_the_container_goes(
+    api: Api, images: ImageStore
+) -> None:
+    id, _, _ = await run(api, a_body("true"))
+    layers = images.layers(images.get(DATA))
+    status, refused = await api.ask("DELETE", f"/images/{DATA}")
+    assert (status, "container" in refused["message"]) == (409, True)
+    status, _ = await api.ask("DELETE", f"/images/{DATA}?force=1")
+    assert status == 200
+    assert (await run_again(api, id))[0] == 0
+    assert all(map(os.path.isdir, layers))
+    status, _ = await api.ask("DELETE", f"/containers/{id}")
+    assert status == 204
+    assert not any(map(os.path.isdir, layers))
+    assert not mounts()
+
+
+@pytest.mark.parametrize(
+    ("mount", "status", "text"),
+    [
+        ({"Source": "nosuch:1"}, 404, "No such image: nosuch:1"),
+        ({"Source": ""}, 400, "field Source must not be empty"),
+        ({"Target": "data"}, 400, "mount path must be absolute"),
+        ({"BindOptions": {"Propagation": "private"}}, 400, "field BindOptions must not be specified"),
+        ({"ImageOptions": {"Subpath": "sub"}}, 501, "a part of an image cannot be mounted"),
+    ],
+)
+async def test_a_mount_that_cannot_be_is_refused(
+    api: Api, mount: dict[str, Any], status: int, text: str
+) -> None:
+    found, error = await api.ask("POST", "/containers/create", a_body("true", **mount))
+    assert (found, text in json.dumps(error)) == (status, True), error
+    assert (await api.ask("GET", "/containers/json?all=1"))[1] == []

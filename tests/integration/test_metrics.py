@@ -1,0 +1,46 @@
+"""The page of a node with containers."""
+
+import re
+
+import pytest
+
+from tests.support.daemon_rig import Connection
+from tests.support.documents import ROOT
+from tests.support.playground_rig import TestNode, create, wait_running, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+_NAME = re.compile(r"\b(?:skep|swarm|engine|container|process)_[a-z_]+\b")
+
+
+def page(node: TestNode) -> str:
+    connection = Connection(node.socket.removeprefix("unix://"))
+    try:
+        connection.request("GET", "/metrics")
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return response.read().decode()
+    finally:
+        connection.close()
+
+
+def test_containers_are_on_the_page_by_service_and_every_name_is_in_the_reference(m1: TestNode) -> None:
+    create(m1, "web", 1)
+    wait_running(m1, "web", 1)
+    used = re.compile(
+        r'^container_memory_usage_bytes\{name="web\.1\.\w+",image="busybox:1[^"]*",service="web",'
+        r'task="web\.1\.\w+",stack=""\} [1-9]\d+$',
+        re.MULTILINE,
+    )
+    wait_until(lambda: used.search(page(m1)), "its memory is on the page")
+    found = page(m1)
+    assert 'skep_service_running_tasks{service="web"} 1' in found
+    assert 'engine_daemon_container_states_containers{state="running"} 1' in found
+    assert 'process_resident_memory_bytes{process="manager"}' in found
+    named = set(_NAME.findall((ROOT / "docs/reference/metrics.md").read_text()))
+    shown = {line.split()[2] for line in found.splitlines() if line.startswith("# TYPE ")}
+    assert shown <= named
+    packaged = ("packaging/prometheus/skep-alerts.yml", "packaging/grafana/skep.json")
+    wanted = {name for path in packaged for name in _NAME.findall((ROOT / path).read_text())}
+    assert {name.removesuffix("_bucket") for name in wanted} - {"container_cpu_usage_seconds_total"} <= named

@@ -1,0 +1,247 @@
+"""``skep stack`` on a whole node: plan, deploy, change, fail, remove."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.playground_rig import SKEP, TestNode, running, wait_until
+
+pytestmark = pytest.mark.timeout(240)
+
+FILE = """
+name: shop
+services:
+  web:
+    image: busybox
+    command: sleep 600
+    stop_grace_period: 0s
+    depends_on: {migrate: {condition: service_completed_successfully}}
+    configs: [{source: conf, target: /conf}]
+    secrets: [password]
+    deploy: {replicas: 2, update_config: {parallelism: 2, monitor: 500ms}}
+    x-skep: {drain: 0s}
+  migrate:
+    image: busybox
+    command: sh -c "echo migrated"
+    restart: "no"
+    depends_on: {db: {condition: service_healthy}}
+  db:
+    image: busybox
+    command: sleep 600
+    stop_grace_period: 0s
+    healthcheck: {test: "true", interval: 500ms}
+configs: {conf: {content: "version ${VERSION:-1}"}}
+secrets: {password: {environment: PASSWORD}}
+"""
+
+
+def skep(
+    node: TestNode, *words: str, check: bool = True, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [SKEP, "-H", node.socket, *words],
+        capture_output=True, text=True, timeout=200, check=False, cwd=cwd,
+        env=os.environ | {"PASSWORD": "secret"} | variables,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}{done.stdout}"
+    return done
+
+
+@pytest.fixture
+def folder(m1: TestNode, tmp_path: Path) -> Iterator[Path]:
+    """With the file; the stack is removed before and after."""
+    (tmp_path / "compose.yaml").write_text(FILE)
+    skep(m1, "stack", "rm", "shop")
+    yield tmp_path
+    skep(m1, "stack", "rm", "shop")
+
+
+def deploy(
+    node: TestNode, folder: Path, *words: str, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    words = ("stack", "deploy", "--resolve-image", "never", "--timeout", "100", *words)
+    return skep(node, *words, check=check, cwd=folder, **variables)
+
+
+def names(node: TestNode, noun: str) -> set[str]:
+    field = "{{.Spec.Name}}" if noun in ("config", "secret") else "{{.Name}}"
+    ids = node.docker(noun, "ls", "-q", "--filter", "label=com.docker.stack.namespace=shop").stdout.split()
+    found = node.docker(noun, "inspect", "--format", field, *ids).stdout.split() if ids else []
+    return {name.rpartition("-")[0] if noun in ("config", "secret") else name for name in found}
+
+
+def test_a_stack_is_planned_deployed_changed_and_removed(m1: TestNode, folder: Path) -> None:
+    planned = skep(m1, "stack", "plan", "--resolve-image", "never", check=False, cwd=folder)
+    assert planned.returncode == 2
+    lines = planned.stdout.splitlines()
+    hostname = m1.docker("node", "inspect", "--format", "{{.Description.Hostname}}", "self").stdout.strip()
+    assert lines[lines.index("  + service shop_web") + 1].strip() == f"2 tasks: 2 on {hostname}"
+    assert names(m1, "config") == set(), "a plan wrote something"
+
+    done = deploy(m1, folder)
+    assert "waits for shop_migrate to complete" in done.stderr
+    (migrated,) = json.loads(
+        m1.docker("inspect", *m1.docker("service", "ps", "-q", "shop_migrate").stdout.split()).stdout
+    )
+    assert len(running(m1, "shop_web")) == 2
+    assert all(
+        task["Status"]["Timestamp"] > migrated["Status"]["Timestamp"] for task in running(m1, "shop_web")
+    )
+    assert m1.docker("stack", "ls", "--format", "{{.Name}} {{.Services}}").stdout == "shop 3\n"
+    again = skep(m1, "stack", "plan", "--resolve-image", "never", cwd=folder)
+    assert again.stdout == "Stack shop: nothing to change\n"
+
+    services = m1.docker("service", "inspect", "shop_web", "shop_migrate", "shop_db").stdout
+    networks = m1.docker("network", "inspect", "shop_default").stdout
+    (folder / "services.json").write_text(services)
+    (folder / "networks.json").write_text(networks)
+    imported = skep(m1, "import", "service", "--networks", "networks.json", "services.json", cwd=folder)
+    assert imported.stderr == "", "notes on what is lost"
+    (folder / "imported.yaml").write_text(imported.stdout)
+    again = skep(m1, "stack", "plan", "--resolve-image", "never", "-c", "imported.yaml", "shop", cwd=folder)
+    assert again.stdout == "Stack shop: nothing to change\n"
+
+    before = {task["ID"] for task in running(m1, "shop_db")}
+    deploy(m1, folder, VERSION="2")
+    contents = [
+        m1.docker("exec", task["Status"]["ContainerStatus"]["ContainerID"], "cat", "/conf").stdout
+        for task in running(m1, "shop_web")
+    ]
+    assert contents == ["version 2", "version 2"]
+    assert {task["ID"] for task in running(m1, "shop_db")} == before
+
+    skep(m1, "stack", "rm", "shop")
+    for noun in ("service", "network", "config", "secret"):
+        assert m1.docker(noun, "ls", "-q", "--filter", "label=com.docker.stack.namespace=shop").stdout == ""
+
+
+def test_a_plan_says_why_a_service_would_not_fit(m1: TestNode, folder: Path) -> None:
+    place = "placement: {constraints: ['node.labels.zone==west']}"
+    (folder / "compose.yaml").write_text(
+        f"name: shop\nservices: {{web: {{image: busybox, deploy: {{{place}}}}}}}"
+    )
+    done = skep(m1, "stack", "plan", "--resolve-image", "never", check=False, cwd=folder)
+    assert done.returncode == 2
+    assert "does not fit: 0 of 1 task would run" in done.stdout
+    assert "no suitable node (scheduling constraints not satisfied on 1 node)" in done.stdout
+    assert ": constraints not satisfied: node.labels.zone == west" in done.stdout
+
+
+def test_an_earlier_revision_is_deployed_again(m1: TestNode, folder: Path) -> None:
+    text = (
+        "name: shop\nservices: {web: {image: busybox, command: sleep 600, stop_grace_period: 0s, configs: [c], "
+        "deploy: {update_config: {monitor: 0s}}, x-skep: {drain: 0s}}%s}\nconfigs: {c: {content: '%s'}}"
+    )
+    (folder / "compose.yaml").write_text(text % ("", "one"))
+    deploy(m1, folder)
+    (folder / "compose.yaml").write_text(text % (", more: {image: busybox, deploy: {replicas: 0}}", "two"))
+    deploy(m1, folder)
+    listed = skep(m1, "stack", "history", "shop").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == ["REVISION", "1", "2"]
+    assert all(line.endswith("deployed") for line in listed[1:])
+    assert skep(m1, "stack", "diff", "shop", "1", "2").stdout.splitlines()[0] == "+ more"
+
+    done = skep(m1, "stack", "rollback", "shop")
+    assert "- service shop_more" in done.stderr
+    container = running(m1, "shop_web")[0]["Status"]["ContainerStatus"]["ContainerID"]
+    assert m1.docker("exec", container, "cat", "/c").stdout == "one"
+
+    (folder / "compose.yaml").write_text(
+        text.replace("sleep 600", "no-such-command") % (", x: {image: busybox}", "three")
+    )
+    failed = deploy(m1, folder, "--rollback-on-failure", check=False)
+    assert failed.returncode == 1
+    assert "the deploy failed, and shop is as in revision 3 again: shop_" in failed.stderr.splitlines()[-1]
+    assert m1.docker("stack", "services", "shop", "--format", "{{.Name}}").stdout == "shop_web\n"
+    states = [
+        line.split("  ")[-1].strip() for line in skep(m1, "stack", "history", "shop").stdout.splitlines()[1:]
+    ]
+    assert [state.partition(":")[0] for state in states] == [
+        "deployed",
+        "deployed",
+        "deployed",
+        "failed",
+        "deployed",
+    ]
+
+
+def test_a_service_that_cannot_run_ends_the_deploy_with_its_cause(m1: TestNode, folder: Path) -> None:
+    (folder / "compose.yaml").write_text(FILE.replace('sh -c "echo migrated"', "no-such-command"))
+    done = deploy(m1, folder, check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: shop_migrate: its tasks ended and are not started")
+    assert "no-such-command" in last
+    explained = skep(m1, "explain", "shop_web").stdout
+    assert "0 of 2 tasks run; 2 wait: it waits for shop_migrate to complete" in explained
+    shown = m1.docker(
+        "service", "ps", "--no-trunc", "--format", "{{.CurrentState}} {{.Error}}", "shop_web"
+    ).stdout
+    assert all(line.startswith("Pending") for line in shown.splitlines())
+    assert shown.count("waits for shop_migrate to complete") == 2
+    (folder / "compose.yaml").write_text(FILE)  # repeating completes it
+    deploy(m1, folder)
+    assert len(running(m1, "shop_web")) == 2
+
+
+def test_an_interrupted_deploy_is_completed_by_repeating_it(m1: TestNode, folder: Path) -> None:
+    command = [SKEP, "-H", m1.socket, "stack", "deploy", "--resolve-image", "never"]
+    with subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.DEVNULL, env=os.environ | {"PASSWORD": "x"}
+    ) as process:
+        wait_until(lambda: "shop_default" in names(m1, "network"), "the network")
+        process.kill()
+    deploy(m1, folder, PASSWORD="x")
+    assert len(running(m1, "shop_web")) == 2
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
+def test_a_deploy_may_follow_a_removal_at_once(m1: TestNode, folder: Path, times: int) -> None:
+    service = "{image: busybox, command: sleep 600, stop_grace_period: 0s, x-skep: {drain: 0s}}"
+    text = f"name: shop\nservices: {{web: {service}}}"
+    (folder / "compose.yaml").write_text(text)
+    for _ in range(times):
+        deploy(m1, folder)
+        skep(m1, "stack", "rm", "shop")
+
+
+def test_services_that_the_files_no_longer_have_go_when_asked(m1: TestNode, folder: Path) -> None:
+    service = "{image: busybox, deploy: {replicas: 0}}"
+    (folder / "compose.yaml").write_text(f"name: shop\nservices: {{a: {service}, b: {service}}}")
+    deploy(m1, folder)
+    (folder / "compose.yaml").write_text(f"name: shop\nservices: {{a: {service}}}")
+    planned = skep(
+        m1, "stack", "plan", "--prune", "-o", "json", "--resolve-image", "never", check=False, cwd=folder
+    )
+    assert [(one["Action"], one["Name"]) for one in json.loads(planned.stdout)] == [("remove", "shop_b")]
+    deploy(m1, folder, "--prune")
+    assert m1.docker("stack", "services", "shop", "--format", "{{.Name}}").stdout == "shop_a\n"
+
+
+def test_an_image_is_built_and_its_service_runs(m1: TestNode, folder: Path) -> None:
+    (folder / "app").mkdir()
+    (folder / "app/Dockerfile").write_text('FROM busybox\nARG WORD\nENV WORD=$WORD\nCMD ["sleep", "600"]\n')
+    text = "name: shop\nservices: {app: {build: {context: app, args: {WORD: built}}, stop_grace_period: 0s}}"
+    (folder / "compose.yaml").write_text(text)
+    deploy(m1, folder)
+    container = running(m1, "shop_app")[0]["Status"]["ContainerStatus"]["ContainerID"]
+    assert m1.docker("exec", container, "sh", "-c", "echo $WORD").stdout == "built\n"
+    (folder / "compose.yaml").write_text(text.replace("built", "again"))
+    assert "tasks are replaced, 1 at a time, stop first, for: Image" in deploy(m1, folder).stderr
+    container = running(m1, "shop_app")[0]["Status"]["ContainerStatus"]["ContainerID"]
+    assert m1.docker("exec", container, "sh", "-c", "echo $WORD").stdout == "again\n"
+    assert "nothing to change" in deploy(m1, folder).stderr
+
+
+def test_what_is_wrong_in_a_file_is_said_and_nothing_is_done(m1: TestNode, folder: Path) -> None:
+    (folder / "compose.yaml").write_text(FILE.replace("replicas: 2", "replica: 2"))
+    done = deploy(m1, folder, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "services.web.deploy.replica: this key is not known: did you mean replicas?\n"
+    )
+    assert names(m1, "network") == set()

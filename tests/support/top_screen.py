@@ -1,0 +1,24 @@
+"""The picture of ``skep top`` in the guide: ``python -m tests.support.top_screen`` writes it anew."""
+
+import asyncio
+import re
+from pathlib import Path
+
+from skep.top.app import TopApp
+from tests.support.top_clusters import StillCluster, a_shop
+
+PICTURE = Path(__file__).parents[2] / "docs/guide/skep-top.svg"
+_FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
+
+
+async def picture() -> str:
+    """The first screen; without fonts from another site, which a reader's browser would fetch."""
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=(110, 20)) as pilot:
+        await app.workers.wait_for_complete([w for w in app.workers if w.group == "cluster"])
+        await pilot.pause()
+        return _FONTS.sub("", app.export_screenshot(title="skep top"))
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(asyncio.run(picture()))

@@ -1,0 +1,79 @@
+"""Why a container ended, from its record."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.agent.executor.ends import end_of
+from skep.engine.container import Container, ContainerConfig, ContainerState, Health, HealthStatus, Probe
+from skep.model.container import HealthConfig
+from skep.model.ids import ContainerId
+from skep.model.task_end import TaskEnd, signal_of
+from skep.model.times import SECOND_NS, ZERO_TIME, timestamp
+
+CONFIG = ContainerConfig(path="sh", stop_grace_ns=2 * SECOND_NS)
+ENDED = Container(
+    id=ContainerId("c1"),
+    name="web.1",
+    image="i",
+    image_id="sha256:1",
+    config=CONFIG,
+    state=ContainerState.EXITED,
+    started_at=timestamp(1),
+)
+
+
+def probe(exit_code: int, output: str) -> Probe:
+    return Probe(start=timestamp(1), end=timestamp(2), exit_code=exit_code, output=output)
+
+
+SICK = replace(
+    ENDED,
+    exit_code=143,
+    config=replace(CONFIG, healthcheck=HealthConfig(test=("CMD", "false"), retries=2)),
+    health=Health(
+        status=HealthStatus.UNHEALTHY, failing_streak=2, log=(probe(0, "fine"), probe(1, "a"), probe(7, "b"))
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("container", "was_stopped", "end"),
+    [
+        (ENDED, False, TaskEnd(cause="exit")),
+        (replace(ENDED, exit_code=3), False, TaskEnd(cause="exit")),
+        (replace(ENDED, exit_code=139), False, TaskEnd(cause="signal", signal="SIGSEGV")),
+        (replace(ENDED, exit_code=255), False, TaskEnd(cause="exit")),
+        (
+            replace(ENDED, exit_code=137, oom_killed=True),
+            False,
+            TaskEnd(cause="out-of-memory", signal="SIGKILL"),
+        ),
+        (replace(ENDED, exit_code=143), True, None),
+        (ENDED, True, None),
+        (
+            replace(ENDED, exit_code=137),
+            True,
+            TaskEnd(cause="stop-timeout", signal="SIGKILL", grace=2 * SECOND_NS),
+        ),
+        (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_signal="9")), True, None),
+        (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_grace_ns=0)), True, None),
+        (SICK, False, TaskEnd(cause="unhealthy", signal="SIGTERM", health_output="b")),
+        # What does not run is called unhealthy, whatever its probes have said.
+        (
+            replace(SICK, exit_code=1, health=replace(SICK.health, failing_streak=1)),
+            False,
+            TaskEnd(cause="exit"),
+        ),
+        (
+            replace(ENDED, started_at=ZERO_TIME, error="no"),
+            False,
+            TaskEnd(cause="start-failed"),
+        ),
+    ],
+)
+def test_each_cause_is_told_apart(container: Container, was_stopped: bool, end: TaskEnd | None) -> None:
+    assert end_of(container, was_stopped=was_stopped) == end
+
+
+def test_codes_of_signals_have_their_names() -> None:
+    assert [signal_of(code) for code in (0, 1, 128, 137, 255, 300)] == ["", "", "", "SIGKILL", "", ""]

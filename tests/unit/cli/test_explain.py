@@ -1,0 +1,96 @@
+"""What `skep explain` prints of services, tasks, nodes and networks: the headline first, ages, names before ids."""
+
+from typing import Any
+
+from skep.cli.explain import about_network, about_node, about_service, about_task
+
+NOW = 1_769_860_800.0
+"""2026-01-31T12:00:00Z"""
+
+
+def test_a_task_begins_with_its_headline_and_says_for_how_long() -> None:
+    task = {
+        "Summary": "no suitable node (insufficient resources on 2 nodes)",
+        "State": "pending",
+        "DesiredState": "running",
+        "Since": "2026-01-31T11:56:50Z",
+        "Nodes": [
+            {
+                "Hostname": name,
+                "NodeID": name,
+                "Refusals": ["512000 MiB of memory wanted, 24106 not reserved"],
+            }
+            for name in ("w2", "m1")
+        ],
+    }
+    assert list(about_task("web.1", task, NOW)) == [
+        "web.1: no suitable node (insufficient resources on 2 nodes)",
+        "  pending for 3m 10s, wanted: running",
+        "  all 2 nodes: 512000 MiB of memory wanted, 24106 not reserved",
+    ]
+    task["Nodes"] = [{"Hostname": "w2", "Refusals": ["small"]}, {"Hostname": "m1", "Refusals": ["drained"]}]
+    assert list(about_task("web.1", task, NOW))[2:] == ["  NODE  WHY NOT", "  m1    drained", "  w2    small"]
+
+
+def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_may_go_on() -> None:
+    service = {
+        "Summary": "0 of 1 tasks run",
+        "Update": {
+            "Step": "0 of 1 tasks are new",
+            "WaitingFor": "task x",
+            "Deadline": "2026-01-31T12:09:40Z",
+        },
+        "Reasons": [{"Tasks": 1, "Summary": "it waits", "Example": "4pwj9jbl5hxo", "Name": "web.1"}],
+        "Failures": [{"Tasks": 2, "Summary": "exit 3", "Example": "9x1"}],
+    }
+    assert list(about_service("web", service, NOW)) == [
+        "web: 0 of 1 tasks run",
+        "  update: 0 of 1 tasks are new; it waits for task x, for 9m 40s more",
+        "  1 waiting: it waits  (skep explain web.1)",
+        "  2 failed: exit 3  (skep explain 9x1)",
+    ]
+
+
+def test_a_paused_update_names_the_commands_that_go_on() -> None:
+    service: dict[str, Any] = {"Summary": "2 of 2 tasks run: as wanted", "Reasons": [], "Failures": []}
+    service["UpdateStatus"] = {"State": "paused", "Message": "manually paused"}
+    line = "  it is paused: skep update resume web, or skep update abort web"
+    assert line in list(about_service("web", service, NOW))
+    service["UpdateStatus"]["State"] = "rollback_paused"
+    assert "  it is paused: skep update resume web" in list(about_service("web", service, NOW))
+
+
+def test_a_node_and_a_network_are_explained_as_well() -> None:
+    node = {
+        "ID": "n1",
+        "CreatedAt": "2026-01-31T10:00:00Z",
+        "Description": {"Hostname": "w1", "Resources": {"NanoCPUs": 2 * 10**9, "MemoryBytes": 4 << 30}},
+        "Status": {"State": "down", "Message": "heartbeat failure", "Addr": "192.0.2.1"},
+        "Spec": {"Role": "worker", "Availability": "drain"},
+        "TaskStates": {"running": 2},
+    }
+    lines = list(about_node("w1", node, NOW))
+    assert lines[0] == "w1: down: heartbeat failure"
+    assert "skep node forget" in lines[1]
+    assert "availability is drain" in lines[2]
+    assert lines[3:] == [
+        "  worker, at 192.0.2.1, 2 CPUs, 4.0 GiB, ",
+        "  tasks: 2 running",
+        "  part of the cluster for 2h, id n1",
+    ]
+    network = {
+        "Id": "x1",
+        "Name": "back",
+        "Driver": "overlay",
+        "Scope": "swarm",
+        "Created": "2026-01-31T11:00:00Z",
+        "Internal": True,
+        "IPAM": {"Config": [{"Subnet": "10.0.1.0/24", "Gateway": "10.0.1.1"}]},
+        "ServiceNames": ["db", "web"],
+    }
+    assert list(about_network("back", network, NOW)) == [
+        "back: overlay network of the swarm, used by db, web",
+        "  10.0.1.0/24, gateway 10.0.1.1",
+        "  internal",
+        "  there for 1h, id x1",
+    ]

@@ -1,0 +1,108 @@
+"""One option and one renderer for whatever commands show."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from skep.cli.output import Cell, Output, Screen, Shown, filled, shortened, shows, table, width_of
+from skep.errors import InvalidArgument, Unavailable
+
+ROWS = [
+    {"Name": "web", "Tasks": 2, "Why": {"Code": 3}, "Nodes": ["m1"]},
+    {"Name": "db", "Tasks": 1, "Why": None, "Nodes": []},
+]
+
+
+def lines(screen: Screen) -> Iterator[str]:
+    return table(("NAME", "WHY"), [("web", "a long reason, longer than fits"), ("db", "")], screen)
+
+
+REPORT = Shown(data={"Services": ROWS}, rows=ROWS, lines=lines, exit_code=3)
+
+
+def a_command() -> click.Command:
+    @click.command()
+    @shows
+    def command(output: Output) -> None:
+        """Shows a report."""
+
+        async def fetch() -> Shown:
+            return REPORT
+
+        output.show(fetch)
+
+    return command
+
+
+def ran(*words: str) -> Any:
+    return CliRunner().invoke(a_command(), list(words))
+
+
+def test_what_is_piped_is_plain_and_whole_and_ends_with_the_reports_code() -> None:
+    done = ran()
+    assert done.output.splitlines() == ["NAME  WHY", "web   a long reason, longer than fits", "db"]
+    assert done.exit_code == 3
+
+
+def test_json_and_yaml_have_the_same_data() -> None:
+    import yaml
+
+    assert msgspec.json.decode(ran("-o", "json").output) == REPORT.data
+    assert yaml.safe_load(ran("-o", "yaml").output) == REPORT.data
+
+
+def test_a_template_is_filled_for_each_row() -> None:
+    assert ran("--format", "{{.Name}}\\t{{.Tasks}}").output == "web\t2\ndb\t1\n"
+    assert ran("--format", "{{json .Why}} {{json .Nodes}}").output == '{"Code":3} ["m1"]\nnull []\n'
+    assert filled("{{if .Why}}{{.Why.Code}}{{else}}-{{end}}", ROWS[1]) == "-"
+    wrong = ran("--format", "{{.Nam}}")
+    assert (wrong.exit_code, "-o json shows the fields" in wrong.output) == (1, True)
+    both = ran("--format", "{{.Name}}", "-o", "json")
+    assert (both.exit_code, "cannot be used together" in both.output) == (2, True)
+
+
+def test_what_nodes_say_cannot_steer_the_terminal() -> None:
+    with pytest.raises(InvalidArgument):
+        filled("{{", {"Name": ""})
+    assert "\x1b" not in filled("{{.Name}}", {"Name": "\x1b[2J"})
+    assert not any("\x1b" in line for line in table(("A",), [("\x1b[31mred",)], Screen()))
+
+
+def test_a_narrow_terminal_cuts_the_last_column_and_colours_only_terminals() -> None:
+    narrow = Screen(columns=20)
+    assert list(lines(narrow))[1] == "web   a long reason…"
+    assert all(width_of(line) <= 20 for line in lines(narrow))
+    coloured = list(table(("A", "B"), [(Cell("down", "red"), "x")], Screen(has_colours=True)))
+    assert "\x1b[31mdown" in coloured[1]
+    assert "\x1b" not in "".join(table(("A", "B"), [(Cell("down", "red"), "x")], Screen()))
+    assert (shortened("日本語", 5), width_of("日本")) == ("日本…", 4)
+    assert Screen(columns=12).fitted("one two three four", indent=2) == ["one two", "  three four"]
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert Screen.present(is_wide=False).has_colours
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not Screen.present(is_wide=False).has_colours
+
+
+def test_a_watch_goes_on_when_the_node_does_not_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([REPORT, Unavailable("no leader"), REPORT, KeyboardInterrupt()])
+
+    async def fetch() -> Shown:
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    output = Output(watches=True, template="{{.Name}}")
+    monkeypatch.setattr("skep.cli.output.WATCH_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        output.show(fetch)
+    assert capsys.readouterr().out == "web\ndb\nnot known now: no leader\nweb\ndb\n"

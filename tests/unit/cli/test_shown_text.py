@@ -1,0 +1,60 @@
+"""Texts of nodes reach a terminal without what it would obey."""
+
+import click
+import pytest
+
+from skep.cli import runs
+from skep.cli.explain import about_service, about_task
+from skep.cli.output import Screen
+from skep.cli.port_forward import failure_of
+from skep.cli.running import errors_shown
+from skep.errors import Unavailable
+
+BAD = "a\x1b]0;owned\x07\x9bb\r\n"
+SAFE = "a]0;ownedb"
+
+
+def test_an_explanation_is_cleaned():
+    task = {
+        "State": BAD,
+        "Since": BAD,
+        "DesiredState": BAD,
+        "Summary": BAD,
+        "End": {"Cause": BAD, "Signal": BAD, "HealthOutput": BAD, "Lines": [{"Text": BAD}]},
+        "Nodes": [{"Hostname": BAD, "NodeID": "n1", "Refusals": [BAD]}],
+    }
+    lines = list(about_task("web.1", task, 0.0))
+    assert f"web.1: {SAFE}" in lines
+    assert f"  {SAFE} for {SAFE}" in lines
+    assert f"  cause: {SAFE} ({SAFE})" in lines
+    reason = {"Tasks": 1, "Summary": BAD, "Example": BAD}
+    service = {"Summary": BAD, "UpdateStatus": {"Message": BAD}, "Reasons": [reason], "Failures": [reason]}
+    lines += about_service("web", service, 0.0)
+    assert f"web: {SAFE}" in lines
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_list_of_runs_is_cleaned():
+    run = {
+        "Name": BAD,
+        "Hostname": BAD,
+        "State": BAD,
+        "EndedAt": "2026-01-01T00:00:00Z",
+        "TaskID": BAD,
+        "ExitCode": 1,
+        "End": {"Signal": BAD},
+        "Err": BAD,
+        "Lines": [BAD],
+    }
+    lines = list(runs.shown({"Runs": [run], "Incomplete": BAD}, Screen(is_wide=True), 1767225600.0))
+    assert lines[-1] == f"Some lines may be missing: {SAFE}"
+    assert lines[1].split()[:4] == [SAFE, SAFE, SAFE, "1"]
+    assert lines[1].endswith(SAFE)
+    assert all(line.isprintable() for line in lines)
+
+
+def test_an_error_is_cleaned_but_keeps_its_lines():
+    with pytest.raises(click.ClickException) as raised, errors_shown():
+        raise Unavailable(f"{BAD}second")
+    assert raised.value.message == f"{SAFE}\nsecond"
+    assert failure_of(80, Unavailable(BAD)) == f"connection to port 80: {SAFE}"

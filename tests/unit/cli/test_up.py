@@ -1,0 +1,116 @@
+"""What `skep up` finds on machines, and what it refuses before it changes anything."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from skep.cli.machines import PREFLIGHT, Facts, facts_of, problems
+from skep.cli.main import main
+from skep.cli.stack_screens import Progress
+from skep.cli.up import Machine
+from skep.errors import InvalidArgument, Unavailable
+
+NOW = 1_800_000_000.0
+GOOD = Facts(
+    uid=0, kernel="6.1.0-18-amd64", time_s=NOW, os="Debian 12", free_kib=50 << 20, skep="0.1.0", has_systemd=True,
+    has_apt=True, is_whole=True,
+)  # fmt: skip
+
+
+def bad(*, has_package: bool = False, **changes: object) -> list[str]:
+    return problems(replace(GOOD, **changes), NOW - 1, NOW + 1, has_package=has_package)
+
+
+def test_the_script_finds_the_facts_of_this_machine() -> None:
+    done = subprocess.run(
+        ["sh", "-s"], input=PREFLIGHT, capture_output=True, text=True, check=True, timeout=60
+    )
+    facts = facts_of(done.stdout)
+    assert facts.is_whole
+    assert facts.uid >= 0
+    assert facts.kernel
+    assert facts.os
+    assert facts.free_kib > 0
+    assert facts.time_s > 1_700_000_000
+
+
+def test_a_machine_that_will_do_has_no_problem() -> None:
+    assert bad() == []
+    assert bad(runs=True, taken=(2377,), has_systemd=False) == []
+    assert bad(skep="", has_package=True) == []
+    assert bad(skep="", runs=True) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"is_whole": False}, "the preflight broke off"),
+        ({"uid": 1000}, "name root@MACHINE"),
+        ({"kernel": "4.19.0"}, "at least 5.10 is needed"),
+        ({"kernel": "5.9.1"}, "at least 5.10 is needed"),
+        ({"kernel": "?"}, "at least 5.10 is needed"),
+        ({"time_s": NOW + 60}, "its clock is wrong by 59 s"),
+        ({"time_s": NOW - 60}, "its clock is wrong by 58 s"),
+        ({"free_kib": 100 << 10}, "100 MiB are free"),
+        ({"taken": (2377, 2378)}, "other programs listen on its ports 2377, 2378"),
+        ({"skep": ""}, "--package skep.deb installs it"),
+        ({"skep": "", "has_package": True, "has_apt": False}, "apt-get is not there"),
+        ({"has_systemd": False}, "no systemd to start it"),
+    ],
+)
+def test_each_problem_names_what_to_do(changes: dict[str, object], said: str) -> None:
+    (problem,) = bad(**changes)  # type: ignore[arg-type]
+    assert said in problem
+
+
+def test_a_machine_is_named_as_for_ssh_and_options_cannot_be_smuggled() -> None:
+    command = Machine.of("root@m1").command(["sh", "-s"])
+    assert command[-4:] == ["--", "m1", "sh", "-s"]
+    assert command[command.index("-l") + 1] == "root"
+    assert "BatchMode=yes" in command
+    assert Machine.of("ssh://root@m1:2222/x.sock").destination.port == 2222
+    for word in ("-oProxyCommand=x", "root@-oProxyCommand=x"):
+        with pytest.raises(InvalidArgument):
+            Machine.of(word)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["root@m1", "root@m1"], "a machine is named twice"),
+        (["--advertise-addr", "10.0.0.1", "root@m1"], "each machine has its own address"),
+        (["--package", __file__, "root@m1"], "is no Debian package"),
+    ],
+)
+def test_wrong_calls_reach_no_machine(words: list[str], said: str) -> None:
+    done = CliRunner().invoke(main, ["up", *words])
+    assert (done.exit_code, said in done.output) == (1, True)
+
+
+async def test_of_what_a_machine_writes_the_end_is_kept_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\ncat >/dev/null; head -c 20000000 /dev/zero; echo end yes\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    text = await Machine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=60)
+    assert text.endswith("end yes\n")
+    assert len(text) <= 64 << 10
+    ssh.write_text("#!/bin/sh\nexec >&-; head -c 20000000 /dev/zero >&2; printf '\\nwhy\\n' >&2; exit 1\n")
+    with pytest.raises(Unavailable, match=r"\Awhy\Z"):
+        await Machine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=60)
+    ssh.write_text("#!/bin/sh\nexec cat /dev/zero\n")
+    with pytest.raises(Unavailable, match=r"not done within 0\.5 s"):
+        await Machine.of("root@m1").run(["sh", "-s"], b"x" * 1_000_000, timeout_s=0.5)
+
+
+def test_what_a_machine_says_of_itself_reaches_no_terminal_uncleaned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Progress().show("m1", f"will do: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
+    assert "m1: will do: Debian[2J, kernel" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""``skep volume forget`` before a manager's API."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.api.client import Client
+from skep.cli.volume import _forget
+from skep.errors import FailedPrecondition, NotFound
+from skep.manager.routes import ManagerApi
+from skep.manager.routes import application as manager_application
+from skep.model.container import ContainerSpec, Mount
+from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
+from skep.model.service import TaskSpec
+from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
+from skep.model.task import Task
+from skep.model.times import Timestamp
+from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_node, a_task
+
+
+class Host:
+    """In the place of the command's options."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+
+    def client(self) -> Client:
+        return Client.local(self.socket, "the manager")
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[tuple[ManagerApi, Any]]:
+    async with a_manager_api() as manager:
+        runner = web.AppRunner(manager_application(manager))
+        await runner.setup()
+        await web.UnixSite(runner, str(tmp_path / "m.sock")).start()
+        yield manager, cast("Any", Host(tmp_path / "m.sock"))
+        await runner.cleanup()
+
+
+async def put(manager: ManagerApi, id: str, state: NodeState, label: str, *tasks: Task) -> None:
+    node = a_node(id)
+    engine = EngineDescription(labels={SLOT_VOLUMES_LABEL: label})
+    node = replace(node, description=replace(node.description, engine=engine), status=NodeStatus(state=state))
+    await manager.store.update(lambda tx: [tx.put(one) for one in (node, *tasks)])
+
+
+def forgotten(manager: ManagerApi, id: str) -> str:
+    return manager.store.view().get(Node, id).spec.labels.get(FORGOTTEN_LABEL, "")
+
+
+async def test_a_volume_is_forgotten_on_nodes_that_are_down(cluster: tuple[ManagerApi, Any]) -> None:
+    manager, host = cluster
+    later = replace(a_task("t1", node="w1"), created_at="1970-01-01T00:00:09Z")  # type: ignore[arg-type]
+    await put(manager, "w1", NodeState.DOWN, "db-2=db.2@5000 other=db.1@7000", later)
+    await put(manager, "w2", NodeState.READY, "db-2=db.2@6000")
+    assert await _forget(host, "db-2", "") == ["w1"]
+    assert (forgotten(manager, "w1"), forgotten(manager, "w2")) == ("db-2@9000", "")
+    assert await _forget(host, "other", "w1") == ["w1"]
+    assert forgotten(manager, "w1") == "db-2@9000 other@9000"
+
+
+async def test_a_volume_of_a_node_that_answers_is_removed_there(cluster: tuple[ManagerApi, Any]) -> None:
+    manager, host = cluster
+    await put(manager, "w2", NodeState.READY, "db-2=db.2@6000")
+    with pytest.raises(FailedPrecondition, match="db-2 is on w2, not down: docker volume rm db-2 there"):
+        await _forget(host, "db-2", "")
+    with pytest.raises(NotFound, match="no node has had a local volume db-3"):
+        await _forget(host, "db-3", "")
+    with pytest.raises(NotFound):
+        await _forget(host, "db-2", "w9")
+    assert forgotten(manager, "w2") == ""
+
+
+async def test_a_volume_that_its_node_did_not_report_is_known_by_its_tasks(
+    cluster: tuple[ManagerApi, Any],
+) -> None:
+    manager, host = cluster
+    mount = Mount(type="volume", source="db-{{.Task.Slot}}", target="/data")
+    task = replace(
+        a_task("t1", node="w1"),
+        created_at=Timestamp("1970-01-01T00:00:09Z"),
+        spec=TaskSpec(container_spec=ContainerSpec(mounts=(mount,))),
+    )
+    await put(manager, "w1", NodeState.DOWN, "", task)
+    await put(manager, "w3", NodeState.DOWN, "")
+    with pytest.raises(NotFound, match="no node has had a local volume cache"):
+        await _forget(host, "cache", "")
+    assert await _forget(host, "db-2", "") == ["w1"]
+    assert (forgotten(manager, "w1"), forgotten(manager, "w3")) == ("db-2@9000", "")

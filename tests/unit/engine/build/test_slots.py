@@ -1,0 +1,49 @@
+"""How many builds work, and wait, at one time."""
+
+import asyncio
+
+import pytest
+
+from skep.engine.build.slots import BuildSlots
+from skep.errors import ResourceExhausted
+from tests.support.wire_rig import until
+
+
+async def test_builds_beyond_the_slots_wait_in_their_order_and_beyond_the_bound_are_refused() -> None:
+    slots, begun, ends = BuildSlots(2, 2), list[int](), [asyncio.Event() for _ in range(4)]
+
+    async def build(number: int) -> None:
+        async with slots.taken():
+            begun.append(number)
+            await ends[number].wait()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(4):
+            group.create_task(build(number))
+        await asyncio.sleep(0)
+        assert begun == [0, 1]
+        with pytest.raises(ResourceExhausted, match="2 builds are at work on this node and 2 wait"):
+            await build(9)
+        ends[1].set()
+        await until(lambda: len(begun) == 3)
+        assert begun == [0, 1, 2]
+        for end in ends:
+            end.set()
+    assert begun == [0, 1, 2, 3]
+
+
+async def test_a_build_that_is_cancelled_while_it_waits_leaves_its_place_to_another() -> None:
+    slots = BuildSlots(1, 1)
+
+    async def build() -> str:
+        async with slots.taken():
+            return "built"
+
+    async with slots.taken():
+        waiting = asyncio.create_task(build())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        next_one = asyncio.create_task(build())
+        await asyncio.sleep(0)
+    assert await next_one == "built"

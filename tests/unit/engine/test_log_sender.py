@@ -1,0 +1,234 @@
+"""The process that sends logs: what is wrong with one container, its files or its remote, ends that one's work only."""
+
+import asyncio
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.engine.container import LogConfig
+from skep.engine.log_drivers import transport
+from skep.engine.log_drivers.facts import LogFacts
+from skep.engine.log_drivers.forwarder import Forwarder
+from skep.engine.log_drivers.message import Message
+from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Report, Response
+from skep.engine.log_drivers.sender import LINE_BYTES_MAX, Sender
+from skep.engine.log_drivers.spool import Spool
+from skep.engine.log_drivers.transport import FILE_BYTES_MAX, Endpoint, TlsFiles, client_context, connect
+from skep.engine.log_files import compress, rotate
+from skep.engine.log_forwarding import encoded
+from skep.linux.filewatch import FileWatch
+
+ID = "0123456789abcdef" * 4
+FACTS = LogFacts(
+    id=ID, name="web", image_id="sha256:ab", image="busybox", command="sh", created="", hostname="n1"
+)
+
+
+class Collected:
+    """A sink that takes everything."""
+
+    confirms_each = True
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    async def open(self) -> None:
+        """Nothing."""
+
+    async def send(self, message: Message) -> None:
+        self.lines.append(message.line.decode())
+
+    async def flush(self) -> None:
+        """Nothing."""
+
+    async def close(self) -> None:
+        """Nothing."""
+
+
+def written(current: Path, *numbers: int) -> None:
+    with open(current, "a") as file:
+        file.writelines(f"2026-01-31T12:00:00.{one:09d}+00:00 stdout F {one}\n" for one in numbers)
+
+
+def with_compressed(directory: Path) -> Path:
+    """A log of 1, 2 (compressed), 3."""
+    directory.mkdir()
+    current = directory / "current"
+    written(current, 1, 2)
+    assert rotate(current, LogConfig(max_size_bytes=1, max_files=4), current.touch)
+    compress(current)
+    written(current, 3)
+    return current
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(current: Path) -> AsyncIterator[tuple[Forwarder, Collected, list[str]]]:
+    sink, events = Collected(), list[str]()
+
+    def report(event: str, reason: str, lines: int) -> None:
+        events.append(event)
+
+    forwarder = Forwarder(Spool(current), FileWatch(current.parent), sink, SystemClock(), report)
+    task = asyncio.create_task(forwarder.run())
+    try:
+        yield forwarder, sink, events
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+def no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Nothing can be unpacked until this is called."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    return lambda: monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+async def test_a_log_that_cannot_be_read_is_tried_again(tmp_path: Path, no_room: Callable[[], None]) -> None:
+    async with running(with_compressed(tmp_path / "log")) as (_, sink, events):
+        await eventually(lambda: events)
+        assert events == ["log cannot be read"]
+        assert not sink.lines
+        no_room()
+        await eventually(lambda: len(sink.lines) == 3)
+        assert sink.lines == ["1", "2", "3"]
+
+
+async def test_a_damaged_file_costs_its_own_lines_only_and_is_reported_once(tmp_path: Path) -> None:
+    current = with_compressed(tmp_path / "log")
+    packed = current.with_name("current.1.gz")
+    packed.write_bytes(packed.read_bytes()[:-8] + bytes(8))  # a wrong checksum
+    async with running(current) as (_, sink, events):
+        await eventually(lambda: "3" in sink.lines)
+        written(current, 4)
+        await eventually(lambda: "4" in sink.lines)
+        assert events == ["part of a log is damaged and not sent"]
+
+
+async def test_a_later_file_that_cannot_be_read_is_tried_again(
+    tmp_path: Path, no_room: Callable[[], None]
+) -> None:
+    current = with_compressed(tmp_path / "log")
+    written(current.with_name("current.2"), 0)
+    async with running(current) as (_, sink, events):
+        await eventually(lambda: events)
+        assert (sink.lines, events) == (["0"], ["log cannot be read"])
+        no_room()
+        await eventually(lambda: len(sink.lines) == 4)
+        assert sink.lines == ["0", "1", "2", "3"]
+
+
+async def test_a_removed_log_that_cannot_be_unpacked_is_sent_once_it_can(
+    tmp_path: Path, no_room: Callable[[], None]
+) -> None:
+    current = with_compressed(tmp_path / "log")
+    async with running(current) as (forwarder, sink, events):
+        await eventually(lambda: events)
+        forwarder.hold()
+        forwarder.end()
+        shutil.rmtree(current.parent)
+        no_room()
+        await eventually(lambda: len(sink.lines) == 3)
+        assert sink.lines == ["1", "2", "3"]
+
+
+async def test_an_order_that_fails_ends_that_containers_work_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Spool, "hold", broken)
+    said: list[Response] = []
+    sender = Sender(said.append)
+    options = {"gelf-address": "udp://127.0.0.1:9"}
+    order = Forward(
+        id=ID, current=str(tmp_path / "current"), driver="gelf", options=options, facts=FACTS, has_ended=False
+    )
+    sender.take(order)
+    sender.take(Hold(ID))
+    assert [type(one) for one in said] == [Report, Held]
+    said.clear()
+    wrong = {"mode": "non-blocking", "max-buffer-size": "much", **options}
+    sender.take(msgspec.structs.replace(order, id="other", options=wrong))
+    assert [type(one) for one in said] == [Report, Done]
+    sender.take(End(ID))
+    await eventually(lambda: Done(ID) in said)
+    await sender.end()
+
+
+def test_an_order_that_is_too_long_for_a_line_is_not_sent() -> None:
+    label = "x" * LINE_BYTES_MAX
+    facts = LogFacts(
+        id=ID,
+        name="web",
+        image_id="",
+        image="",
+        command="",
+        created="",
+        hostname="",
+        attributes={"one": label},
+    )
+    order = Forward(id=ID, current="/c", driver="gelf", options={}, facts=facts, has_ended=False)
+    assert encoded(order) is None
+    assert encoded(End(ID)) == b'{"type":"End","id":"%b"}\n' % ID.encode()
+
+
+@pytest.mark.parametrize("field", ["ca", "certificate", "key"])
+def test_certificates_are_regular_files_of_a_bounded_size(tmp_path: Path, field: str) -> None:
+    fifo, large = tmp_path / "fifo", tmp_path / "large"
+    os.mkfifo(fifo)
+    with open(large, "wb") as file:
+        file.truncate(FILE_BYTES_MAX + 1)
+    for path in (str(fifo), "/dev/zero", str(large)):
+        with pytest.raises(OSError, match=path):
+            client_context(TlsFiles(**{field: path}))
+
+
+def test_an_authority_is_trusted_beside_the_systems_or_alone(tmp_path: Path) -> None:
+    command = (
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=one -keyout key -out ca"
+    )
+    subprocess.run(["openssl", *command.split()], check=True, cwd=tmp_path, capture_output=True)
+    ca = str(tmp_path / "ca")
+    systems = len(ssl.create_default_context().get_ca_certs())
+    assert len(client_context(TlsFiles(ca=ca)).get_ca_certs()) == systems + 1
+    alone = client_context(TlsFiles(ca=ca, is_ca_alone=True))
+    assert [dict(part[0] for part in one["subject"]) for one in alone.get_ca_certs()] == [
+        {"commonName": "one"}
+    ]
+    client_context(TlsFiles(certificate=ca, key=str(tmp_path / "key")))
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+async def test_a_connection_whose_remote_hangs_is_given_up_with_what_it_has_not_sent(
+    monkeypatch: pytest.MonkeyPatch, has_failed: bool
+) -> None:
+    """At once after an error, otherwise a while after it was closed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        before = len(os.listdir("/proc/self/fd"))
+        connection = await connect(Endpoint(network="tcp", host="127.0.0.1", port=server.getsockname()[1]))
+        monkeypatch.setattr(transport, "SEND_S", 0.05 if has_failed else 3600)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(3600 if has_failed else 0.05):
+                await connection.send(b"x" * (64 << 20))
+        monkeypatch.setattr(transport, "SEND_S", 3600 if has_failed else 0.05)
+        connection.close()
+        await eventually(lambda: len(os.listdir("/proc/self/fd")) == before)

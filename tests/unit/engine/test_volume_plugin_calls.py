@@ -1,0 +1,94 @@
+"""Calls of volume plug-ins: which of them say that one does not respond, and which files they read."""
+
+import asyncio
+import os
+import ssl
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.engine import volume_plugins
+from skep.engine.volume_plugins import CALLS_MAX, Endpoint, VolumePlugin, VolumePlugins
+from skep.engine.volumes import Volumes
+from skep.errors import Unavailable
+from tests.support.oci_rig import Machine, memory_engine
+from tests.support.volume_plugin import TestPlugin
+
+
+async def test_a_plugin_that_is_busy_counts_as_one_that_responds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with TestPlugin(tmp_path / "disks").listening(tmp_path / "disks.sock"):
+        plugin = VolumePlugin("disks", Endpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
+        for _ in range(CALLS_MAX):
+            await plugin._calls.acquire()  # by calls that take long
+        monkeypatch.setattr(volume_plugins, "LIST_S", 0.01)
+        with pytest.raises(Unavailable, match="16 other calls did not end"):
+            await plugin.list()
+        monkeypatch.undo()
+        for _ in range(CALLS_MAX):
+            plugin._calls.release()
+        await plugin.list()
+
+
+async def test_a_pipe_in_place_of_a_certificate_holds_nothing_up(tmp_path: Path) -> None:
+    pipe = tmp_path / "ca.pem"
+    os.mkfifo(pipe)
+    (tmp_path / "disks.json").write_text(
+        f'{{"Addr": "tcp://127.0.0.1:9", "TLSConfig": {{"CAFile": "{pipe}"}}}}'
+    )
+    with pytest.raises(Unavailable, match="no regular file"):
+        await VolumePlugins(tmp_path / "sockets", (tmp_path,)).get("disks")
+
+
+async def test_certificates_are_read_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def read(**_: Any) -> Any:
+        threads.append(threading.get_ident())
+        raise OSError("cannot be read")
+
+    monkeypatch.setattr(ssl, "create_default_context", read)
+    (tmp_path / "disks.json").write_text('{"Addr": "tcp://127.0.0.1:9", "TLSConfig": {}}')
+    with pytest.raises(Unavailable, match="cannot be read"):
+        await VolumePlugins(tmp_path / "sockets", (tmp_path,)).get("disks")
+    assert threads != [threading.get_ident()]
+
+
+async def test_an_unmount_that_failed_is_tried_again(tmp_path: Path) -> None:
+    server = TestPlugin(tmp_path / "disks")
+    async with server.listening(tmp_path / "sockets" / "disks.sock"):
+        volumes = Volumes(tmp_path / "volumes", plugins=VolumePlugins(tmp_path / "sockets", ()))
+        await volumes.create("data", "disks", {}, {})
+        await (await volumes.plugins.get("disks")).mount("data", "ended")
+        volumes._keep_mounts("data", {"ended"})
+        server.answers["VolumeDriver.Unmount"] = "no answer of a plug-in"
+        with pytest.raises(Unavailable):
+            await volumes.unmount_unused()
+        del server.answers["VolumeDriver.Unmount"]
+        for _ in range(2):  # the second time nothing is left to be done
+            await volumes.unmount_unfinished()
+    assert server.methods[-3:] == ["Mount", "Unmount", "Unmount"]
+    assert not volumes._mounts("data")
+
+
+async def test_the_engine_tries_it_again_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = TestPlugin(tmp_path / "disks")
+    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    volumes = engine.volumes
+    async with server.listening(tmp_path / "sockets" / "disks.sock"), asyncio.timeout(20), engine.running():
+        volumes.plugins = VolumePlugins(tmp_path / "sockets", ())
+        await volumes.create("data", "disks", {}, {})
+        await (await volumes.plugins.get("disks")).mount("data", "c1")
+        volumes._keep_mounts("data", {"c1"})
+        volumes._users["data"].add("c1")
+        server.answers["VolumeDriver.Unmount"] = "no answer of a plug-in"
+        with pytest.raises(Unavailable):
+            await volumes.unmount("c1")
+        del server.answers["VolumeDriver.Unmount"]
+        while volumes._mounts("data"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not server.mounts.get("data")

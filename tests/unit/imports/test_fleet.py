@@ -1,0 +1,160 @@
+"""fleet's units as stack files."""
+
+from typing import Any
+
+import pytest
+
+from skep.errors import InvalidArgument
+from skep.imports.document import read_back
+from skep.imports.fleet import imported
+from skep.imports.units import unit_of
+
+APACHE = """
+[Unit]
+Description=My Apache Frontend
+After=docker.service db.service
+Requires=docker.service
+
+[Service]
+TimeoutStartSec=0
+User=core
+ExecStartPre=-/usr/bin/docker kill apache-%i
+ExecStartPre=-/usr/bin/docker rm apache-%i
+ExecStartPre=/usr/bin/docker pull coreos/apache
+ExecStart=/usr/bin/docker run -rm --name apache-%i -p 80:80 -e N=%i -e 'PRICE=5$' --link db:db \\
+    -v data:/data -it coreos/apache /usr/sbin/apache2ctl -D FOREGROUND
+ExecStop=/usr/bin/docker stop -t 5 apache-%i
+Restart=always
+RestartSec=10s
+
+[X-Fleet]
+Conflicts=apache@*.service
+MachineMetadata="region=us-east-1" "diskType=SSD"
+"""
+DB = """
+[Service]
+ExecStart=/usr/bin/docker run --name db --net=host postgres
+[X-Fleet]
+Global=true
+"""
+
+
+def the_service(unit: str, name: str = "a.service") -> tuple[dict[str, Any], list[str]]:
+    made = imported({name: unit}, "shop")
+    (entry,) = made.document["services"].values()
+    return entry, [str(one) for one in made.notes]
+
+
+def test_instances_of_a_template_are_the_replicas_of_a_service() -> None:
+    made = imported({"apache@1.service": APACHE, "apache@2.service": APACHE, "db.service": DB}, "shop")
+    assert made.document["services"]["apache"] == {
+        "image": "coreos/apache",
+        "command": ["/usr/sbin/apache2ctl", "-D", "FOREGROUND"],
+        "environment": ["N={{.Task.Slot}}", "PRICE=5$$"],
+        "ports": ["80:80"],
+        "volumes": ["data:/data"],
+        "stdin_open": True,
+        "tty": True,
+        "stop_grace_period": "5s",
+        "depends_on": ["db"],
+        "deploy": {
+            "replicas": 2,
+            "restart_policy": {"condition": "any", "delay": "10s"},
+            "placement": {
+                "max_replicas_per_node": 1,
+                "constraints": ["node.labels.region==us-east-1", "node.labels.diskType==SSD"],
+            },
+        },
+    }
+    assert made.document["services"]["db"] == {
+        "image": "postgres",
+        "network_mode": "host",
+        "deploy": {"mode": "global", "restart_policy": {"condition": "none"}},
+    }
+    assert made.document["volumes"] == {"data": None}
+    assert [str(one) for one in made.notes] == [
+        (
+            "services.apache: environment: the container gets 'PRICE=5$' as it is: systemd filled in the "
+            "variables of the unit"
+        )
+    ]
+    stack, report = read_back(made.document)
+    assert not report.problems
+    assert stack.services["apache"].spec.task_template.container_spec is not None
+    assert "PRICE=5$" in stack.services["apache"].spec.task_template.container_spec.env
+
+
+@pytest.mark.parametrize(
+    ("setting", "note"),
+    [
+        ("[X-Fleet]\nMachineOf=db.service", "MachineOf=db.service: dropped"),
+        ("[X-Fleet]\nMachineID=abc", "MachineID: dropped"),
+        ('[X-Fleet]\nMachineMetadata="a=1" "a=2"', "MachineMetadata a: dropped: any of 1, 2"),
+        ("[X-Fleet]\nConflicts=other.service", "Conflicts=other.service: dropped"),
+        ("[X-Fleet]\nFuture=x", "[X-Fleet] Future: not known, dropped"),
+        ("[Service]\nExecStartPre=/bin/etcdctl set x y", "ExecStartPre: dropped"),
+        ("[Service]\nWatchdogSec=3", "[Service] WatchdogSec: dropped"),
+        ("[Unit]\nAfter=gone.service", "After: dropped: gone.service is not among the units"),
+        ("[Service]\nRestart=sometimes", "Restart: dropped"),
+        ("[Unit]\nOnFailure=b.service", "[Unit] OnFailure: dropped"),
+        ("[Odd]\nA=b", "[Odd]: not known, dropped"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_named(setting: str, note: str) -> None:
+    _, notes = the_service(f"[Service]\nExecStart=/usr/bin/docker run busybox\n{setting}\n")
+    assert [one for one in notes if one.startswith(f"services.a: {note}")], notes
+
+
+def test_options_of_docker_run_are_keys_of_the_service() -> None:
+    entry, notes = the_service(
+        "[Service]\nExecStart=docker run -dp 80:80 -e=A=1 -m 1g --ulimit nofile=1:2 --log-driver syslog "
+        "--log-opt a=b --stop-timeout 3 --net front --mystery x --disable-content-trust "
+        "--entrypoint /e busybox\nType=oneshot\n"
+    )
+    assert entry == {
+        "image": "busybox",
+        "ports": ["80:80"],
+        "environment": ["A=1"],
+        "mem_limit": "1g",
+        "ulimits": {"nofile": {"soft": 1, "hard": 2}},
+        "logging": {"driver": "syslog", "options": {"a": "b"}},
+        "stop_grace_period": "3s",
+        "networks": ["front"],
+        "entrypoint": "/e",
+        "deploy": {"mode": "replicated-job", "restart_policy": {"condition": "none"}},
+    }
+    assert notes == [
+        f"services.a: ExecStart --{name}: dropped: --{name} has no key in a stack file"
+        for name in ("mystery", "disable-content-trust")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("unit", "error"),
+    [
+        ("[Service]\nExecStart=/bin/sleep 3", r"a\.service: ExecStart does not begin with docker run"),
+        ("[Service]\n", "want one ExecStart"),
+        ("[Service]\nExecStart=docker run", "names no image"),
+        ("[Service]\nExecStart=docker run -Z x", "has no option -Z"),
+        ("[Service]\nExecStart=docker run --name", "--name wants a value"),
+        ("[Service]\nExecStart=docker run 'x", "No closing quotation"),
+        ("nonsense", r"a\.service:1: want \[SECTION\] or KEY=VALUE, not 'nonsense'"),
+    ],
+)
+def test_what_is_no_unit_of_a_container_is_refused(unit: str, error: str) -> None:
+    with pytest.raises(InvalidArgument, match=error):
+        imported({"a.service": unit}, "shop")
+
+
+def test_units_that_are_no_services_or_differ_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"a\.timer: only units of services"):
+        imported({"a.timer": DB}, "shop")
+    with pytest.raises(InvalidArgument, match="units of one template differ"):
+        imported({"a@1.service": DB, "a@2.service": APACHE}, "shop")
+
+
+def test_a_unit_is_read_as_systemd_reads_it() -> None:
+    unit = unit_of("# a\n[S]\nA=1\nA=2\nB=x \\\n  y\n; b\nC=1\nC=\n", "u")
+    assert unit.all("S", "A") == ("1", "2")
+    assert unit.last("S", "B") == "x    y" or unit.last("S", "B").split() == ["x", "y"]
+    assert unit.all("S", "C") == ()

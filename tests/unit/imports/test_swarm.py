@@ -1,0 +1,131 @@
+"""A whole swarm as stack files and a page of steps."""
+
+import base64
+from typing import Any
+
+import pytest
+
+from skep.errors import InvalidArgument
+from skep.imports.document import read_back
+from skep.imports.swarm import Objects, move_of
+
+
+def a_service(name: str, stack: str, **container: Any) -> dict[str, Any]:
+    labels = {"com.docker.stack.namespace": stack} if stack else {}
+    return {
+        "ID": name,
+        "Spec": {
+            "Name": name,
+            "Labels": labels,
+            "TaskTemplate": {"ContainerSpec": {"Image": "w", **container}, "Networks": [{"Target": "n1"}]},
+            "Mode": {"Replicated": {"Replicas": 1}},
+        },
+    }
+
+
+SECRET = {
+    "SecretName": "key",
+    "SecretID": "s1",
+    "File": {"Name": "key", "UID": "0", "GID": "0", "Mode": 0o444},
+}
+CONFIG = {
+    "ConfigName": "site",
+    "ConfigID": "c1",
+    "File": {"Name": "/site", "UID": "0", "GID": "0", "Mode": 0o444},
+}
+SWARM = Objects(
+    services=(
+        a_service(
+            "shop_web",
+            "shop",
+            Secrets=[SECRET],
+            Configs=[CONFIG],
+            Mounts=[{"Type": "volume", "Source": "shop_data", "Target": "/d"}],
+        ),
+        a_service("lonely", ""),
+    ),
+    networks=(
+        {
+            "Id": "n1",
+            "Name": "front",
+            "Scope": "swarm",
+            "Driver": "overlay",
+            "Attachable": True,
+            "Options": {"encrypted": ""},
+        },
+        {"Id": "b", "Name": "bridge", "Scope": "local", "Driver": "bridge"},
+        {"Id": "i", "Name": "ingress", "Scope": "swarm", "Driver": "overlay", "Ingress": True},
+        {
+            "Id": "n2",
+            "Name": "unused",
+            "Scope": "swarm",
+            "Driver": "overlay",
+            "EnableIPv6": True,
+            "IPAM": {
+                "Driver": "default",
+                "Config": [
+                    {
+                        "Subnet": "10.9.0.0/24",
+                        "Gateway": "10.9.0.9",
+                        "IPRange": "10.9.0.128/25",
+                        "AuxiliaryAddresses": {"a": "10.9.0.8"},
+                    }
+                ],
+            },
+        },
+    ),
+    secrets=({"Spec": {"Name": "key; rm -rf /"}}, {"Spec": {"Name": "k", "Labels": {"a": "b c"}}}),
+    configs=(
+        {
+            "Spec": {
+                "Name": "site",
+                "Data": base64.b64encode(b"\xff\x00hello").decode(),
+                "Labels": {"a": "$b"},
+            }
+        },
+        {"Spec": {"Name": "template", "Data": "", "Templating": {"Name": "golang"}}},
+        {"Spec": {"Name": "../../etc/passwd", "Data": ""}},
+    ),
+    nodes=(
+        {
+            "ID": "x",
+            "Spec": {"Labels": {"zone": "a b"}, "Availability": "drain"},
+            "Description": {"Hostname": "w1"},
+        },
+    ),
+)
+
+
+def test_every_stack_is_a_file_and_the_page_has_what_files_cannot_hold() -> None:
+    move = move_of(SWARM)
+    assert set(move.files) == {"shop.yaml", "services.yaml", "configs/site", "MOVING.md"}
+    assert move.files["configs/site"] == b"\xff\x00hello"
+    shop = move.stacks["shop"].document
+    assert shop["configs"] == {"site": {"file": "./configs/site", "labels": {"a": "$$b"}}}
+    assert shop["networks"] == {"front": {"external": True, "name": "front"}}
+    _, report = read_back({**shop, "configs": {"site": {"external": True}}})
+    assert not report.problems
+    page = move.files["MOVING.md"].decode()
+    assert "ingress" not in page
+    for line in (
+        "docker node update --label-add 'zone=a b' --availability drain w1",
+        "docker secret create 'key; rm -rf /' FILE",
+        "docker secret create --label 'a=b c' k FILE",
+        "docker config create --template-driver golang template FILE",
+        "docker config create ../../etc/passwd FILE",
+        (
+            "docker network create --driver overlay --ipv6 --subnet 10.9.0.0/24 --gateway 10.9.0.9"
+            " --ip-range 10.9.0.128/25 --aux-address a=10.9.0.8 unused"
+        ),
+        "docker network create --driver overlay --attachable --opt encrypted= front",
+        "skep stack deploy --compose-file shop.yaml shop",
+        "* `shop_data` of the stack shop",
+        "The services in `services.yaml` belonged to no stack",
+    ):
+        assert line in page.split("\n") or line in page, line
+
+
+def test_an_empty_swarm_is_a_page_and_no_file_leaves_the_directory() -> None:
+    assert set(move_of(Objects()).files) == {"MOVING.md"}
+    with pytest.raises(InvalidArgument, match="a name that no file can have"):
+        move_of(Objects(services=(a_service("x_web", "../x"),)))

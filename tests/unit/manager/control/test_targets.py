@@ -1,0 +1,86 @@
+"""Which task a word means for ``skep exec`` and the like."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition, NotFound
+from skep.manager.control.targets import Target, target_of
+from skep.model.ids import NodeId, ServiceId
+from skep.model.task import TaskState
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_task
+
+
+@pytest.fixture
+async def view():
+    store = MemoryStore(SystemClock())
+    web, everywhere = a_service("web", id="s1web"), a_service("agent", id="s2agent")
+
+    def fill(tx):
+        for one in (web, everywhere, a_service("idle", id="s3idle"), a_node("n1"), a_node("n2")):
+            tx.put(one)
+        web_task, agent_task = {"service": ServiceId("s1web")}, {"service": ServiceId("s2agent"), "slot": 0}
+        tx.put(
+            a_task("old1", slot=1, node="n1", state=TaskState.FAILED, desired=TaskState.SHUTDOWN, **web_task)
+        )
+        tx.put(a_task("new1", slot=1, node="n1", state=TaskState.STARTING, **web_task))
+        tx.put(a_task("two", slot=2, node="n2", **web_task))
+        tx.put(a_task("three", slot=3, node="n1", **web_task))
+        tx.put(a_task("here", node="n1", **agent_task))
+        tx.put(a_task("there", node="n2", **agent_task))
+
+    await store.update(fill)
+    return store.view()
+
+
+@pytest.mark.parametrize(
+    ("word", "task"),
+    [
+        ("web", "two"),  # the lowest slot that runs
+        ("web.2", "two"),
+        ("web.3", "three"),
+        ("web.3.three", "three"),  # the name of its container
+        ("s1web.3", "three"),
+        ("three", "three"),
+        ("old1", "old1"),  # by its id, whatever has become of it
+        ("thr", "three"),
+        ("agent.n2", "there"),
+        ("agent", "here"),
+    ],
+)
+def test_a_word_means_a_running_task(view, word, task):
+    assert target_of(view, word).id == task
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "text"),
+    [
+        ("web.1", FailedPrecondition, r"web\.1 has no running task \(it is starting\): see skep explain web"),
+        ("web.9", FailedPrecondition, "service web has no task 9"),
+        ("agent.n9", FailedPrecondition, "service agent has no task n9"),
+        ("idle", FailedPrecondition, "idle has no running task"),
+        ("other", NotFound, "no such service or task: other"),
+        ("other.1", NotFound, r"no such service or task: other\.1"),
+        ("", NotFound, "no such service or task: "),
+        (".", NotFound, "no such service or task: "),
+    ],
+)
+def test_what_means_no_running_task_is_explained(view, word, error, text):
+    with pytest.raises(error, match=text):
+        target_of(view, word)
+
+
+def test_a_target_is_shown_by_the_name_that_means_it(view):
+    assert Target.of(view, target_of(view, "web")) == Target(
+        task_id="two", service_id="s1web", node_id="n2", name="web.2", hostname="n2", state="running"
+    )
+    everywhere = Target.of(view, target_of(view, "agent.n2"))
+    assert everywhere.name == "agent.n2"
+    assert target_of(view, everywhere.name).id == "there"
+
+
+def test_of_two_tasks_in_a_slot_the_newest_is_meant(view):
+    task = target_of(view, "web.2")
+    newer = replace(task, id="two-again", version=replace(task.version, index=task.version.index + 1))
+    assert newer.node_id == NodeId("n2")

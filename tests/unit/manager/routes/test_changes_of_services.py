@@ -1,0 +1,73 @@
+"""Many services created and updated by one request: each for itself."""
+
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from skep.manager.routes import application
+from skep.model.service import Service
+from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
+from tests.conformance.manager import a_manager_api
+
+
+@pytest.fixture
+async def cluster():
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        yield api, client
+
+
+def a_spec(name: str, image: str = "busybox:1", **fields: Any) -> dict[str, Any]:
+    return {"Name": name, "TaskTemplate": {"ContainerSpec": {"Image": image}}, **fields}
+
+
+async def changed(client: Any, *changes: dict[str, Any]) -> list[dict[str, str]]:
+    async with client.post("/skep/services/changes", json=changes) as response:
+        assert response.status == 200, await response.text()
+        return await response.json()
+
+
+async def test_each_is_created_updated_or_refused_for_itself(cluster) -> None:
+    api, client = cluster
+    a, b = await changed(client, {"Spec": a_spec("a")}, {"Spec": a_spec("b")})
+    view = api.store.view()
+    assert view.resolve(Service, "a").id == a["ID"]
+    index = view.get(Service, b["ID"]).version.index
+    results = await changed(
+        client,
+        {"Spec": a_spec("a")},
+        {"Spec": a_spec("b", "busybox:2"), "ID": b["ID"], "Version": index},
+        {"Spec": a_spec("a", "busybox:2"), "ID": a["ID"], "Version": 0},
+        {"Spec": a_spec("c", "Not An Image")},
+        {"Spec": a_spec("d", Networks=[{"Target": "nowhere"}])},
+        {"Spec": a_spec("e")},
+    )
+    assert [one.get("Error", "") for one in results] == [
+        "name conflicts with an existing object: service a already exists",
+        "",
+        "update out of sequence",
+        'ContainerSpec: "Not An Image" is not a valid repository/tag',
+        "network nowhere not found",
+        "",
+    ]
+    found = {
+        one.spec.name: one.spec.task_template.container_spec.image for one in api.store.view().find(Service)
+    }
+    assert found == {"a": "busybox:1", "b": "busybox:2", "e": "busybox:1"}
+
+
+async def test_credentials_are_kept_apart_and_stay_without_new_ones(cluster) -> None:
+    api, client = cluster
+    (made,) = await changed(client, {"Spec": a_spec("a"), "RegistryAuth": "secret"})
+    index = api.store.view().get(Service, made["ID"]).version.index
+    await changed(client, {"Spec": a_spec("a", "busybox:2"), "ID": made["ID"], "Version": index})
+    kept = {one.id: one.data for one in api.store.view().find(Payload)}
+    assert kept == {registry_auth_id(made["ID"]): b"secret", previous_registry_auth_id(made["ID"]): b"secret"}
+
+
+async def test_too_many_are_refused(cluster) -> None:
+    _, client = cluster
+    async with client.post(
+        "/skep/services/changes", json=[{"Spec": a_spec(f"s{n}")} for n in range(1001)]
+    ) as response:
+        assert response.status == 400

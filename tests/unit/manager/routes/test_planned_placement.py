@@ -1,0 +1,213 @@
+"""Where services would run, asked of the scheduler: nothing is written, and every one takes room from the next."""
+
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from msgspec.structs import replace
+
+from skep.aio.time_slices import STEP
+from skep.api.service_form import settled
+from skep.manager.routes import ManagerApi, application, placement
+from skep.manager.routes.placement import accounting_of
+from skep.manager.scheduler.dry_run import BATCH, DryRun
+from skep.model.node import Availability
+from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.task import TaskState
+from skep.store.interface import Object
+from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+async def cluster():
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        for node in api.store.view().find(type(a_node("x"))):
+            await put(api, replace(node, spec=replace(node.spec, availability=Availability.DRAIN)))
+        yield api, client
+
+
+async def put(api: ManagerApi, *objects: Object) -> None:
+    for one in objects:
+        await api.store.update(lambda tx, one=one: tx.put(one))
+
+
+async def asked(cluster: Any, *specs: dict[str, Any]) -> list[Any]:
+    api, client = cluster
+    before = api.store.view().revision
+    async with client.post("/skep/services/placement", json=specs) as response:
+        answer = await response.json()
+        assert response.status == 200, answer
+    assert api.store.view().revision == before, "it wrote something"
+    return answer
+
+
+def a_spec(
+    name: str, *, replicas: int = 1, memory: int = 0, constraint: str = "", **fields: Any
+) -> dict[str, Any]:
+    template: dict[str, Any] = {"ContainerSpec": {"Image": "busybox:1"}}
+    if memory:
+        template["Resources"] = {"Reservations": {"MemoryBytes": memory}}
+    if constraint:
+        template["Placement"] = {"Constraints": [constraint]}
+    mode = {"Mode": {"Replicated": {"Replicas": replicas}}}
+    return {"Name": name, "TaskTemplate": template, **mode, **fields}
+
+
+def shares(answer: Any) -> dict[str, int]:
+    return {one["Hostname"]: one["Tasks"] for one in answer["Nodes"]}
+
+
+async def two_nodes(api: ManagerApi) -> None:
+    has = Resources(nano_cpus=4 * 10**9, memory_bytes=4 * GIB)
+    await put(api, a_node("n1", has=has, labels={"zone": "north"}), a_node("n2", has=has))
+
+
+async def test_tasks_are_spread_and_each_service_takes_room_from_the_next(cluster) -> None:
+    await two_nodes(cluster[0])
+    first, second = await asked(
+        cluster, a_spec("a", replicas=3, memory=2 * GIB), a_spec("b", replicas=2, memory=2 * GIB)
+    )
+    assert sorted(shares(first).values()) == [1, 2]
+    assert first["Refusal"] == ""
+    assert sum(shares(second).values()) == 1
+    assert second["Wanted"] == 2
+    assert second["Refusal"].startswith("no suitable node (insufficient resources on 2 nodes")
+    reasons = {one["Hostname"]: one["Refusals"] for one in second["Verdicts"]}
+    assert reasons["n1"] == ["insufficient resources: 2048 MiB of memory wanted, 0 not reserved"]
+
+
+async def test_what_no_node_meets_is_named(cluster) -> None:
+    await two_nodes(cluster[0])
+    north, nowhere = await asked(
+        cluster,
+        a_spec("a", replicas=2, constraint="node.labels.zone==north"),
+        a_spec("b", constraint="node.labels.zone==west"),
+    )
+    assert shares(north) == {"n1": 2}
+    assert shares(nowhere) == {}
+    assert nowhere["Refusal"].startswith("no suitable node (scheduling constraints not satisfied on 2 nodes")
+
+
+async def test_a_global_service_is_on_the_nodes_that_meet_its_constraints(cluster) -> None:
+    await two_nodes(cluster[0])
+    everywhere, north = await asked(
+        cluster,
+        a_spec("a", Mode={"Global": {}}),
+        a_spec("b", constraint="node.labels.zone==north", Mode={"Global": {}}),
+    )
+    assert shares(everywhere) == {"n1": 1, "n2": 1}
+    assert (shares(north), north["Wanted"]) == ({"n1": 1}, 1)
+
+
+async def a_running_service(api: ManagerApi, **fields: Any) -> Service:
+    """Four tasks of 1 GiB on n1."""
+    service = a_service("web", replicas=4, reserve=Resources(memory_bytes=GIB))
+    service = replace(service, spec=settled(replace(service.spec, **fields)))
+    tasks = [
+        a_task(service=service, slot=slot, node="n1", state=TaskState.RUNNING, id=f"t{slot}")
+        for slot in (1, 2, 3, 4)
+    ]
+    await put(api, service, *tasks)
+    return service
+
+
+async def test_tasks_that_are_not_replaced_stay_where_they_are(cluster) -> None:
+    api, _ = cluster
+    await two_nodes(api)
+    await a_running_service(api)
+    (more,) = await asked(cluster, a_spec("web", replicas=6, memory=GIB))
+    assert shares(more) == {"n1": 4, "n2": 2}
+    (fewer,) = await asked(cluster, a_spec("web", replicas=1, memory=GIB))
+    assert shares(fewer) == {"n1": 1}
+
+
+@pytest.mark.parametrize(
+    ("order", "fits"), [(UpdateOrder.STOP_FIRST, True), (UpdateOrder.START_FIRST, False)]
+)
+async def test_the_room_of_tasks_that_are_replaced_counts_as_the_order_has_it(cluster, order, fits) -> None:
+    api, _ = cluster
+    has = Resources(nano_cpus=4 * 10**9, memory_bytes=4 * GIB)
+    await put(api, a_node("n1", has=has))
+    await a_running_service(api, update_config=UpdateConfig(parallelism=1, order=order))
+    spec = a_spec("web", replicas=4, memory=GIB, UpdateConfig={"Parallelism": 1, "Order": order.value})
+    spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
+    (found,) = await asked(cluster, spec)
+    assert (found["Refusal"] == "") is fits
+    assert shares(found) == ({"n1": 4} if fits else {})
+
+
+async def test_secrets_and_configs_need_not_exist_and_do_not_move_tasks(cluster) -> None:
+    api, _ = cluster
+    await two_nodes(api)
+    secret = {"SecretName": "s", "File": {"Name": "s", "UID": "0", "GID": "0", "Mode": 292}}
+    spec = a_spec("a")
+    spec["TaskTemplate"]["ContainerSpec"]["Secrets"] = [secret]
+    (found,) = await asked(cluster, spec)
+    assert (sum(shares(found).values()), found["Refusal"]) == (1, "")
+
+
+async def test_what_leaves_a_service_makes_room_for_the_next(cluster) -> None:
+    api, _ = cluster
+    await put(api, a_node("n1", has=Resources(nano_cpus=4 * 10**9, memory_bytes=4 * GIB)))
+    await a_running_service(api)
+    fewer, more = await asked(
+        cluster, a_spec("web", replicas=1, memory=GIB), a_spec("b", replicas=3, memory=GIB)
+    )
+    assert (shares(fewer), shares(more)) == ({"n1": 1}, {"n1": 3})
+
+
+async def test_start_first_needs_room_for_as_many_as_are_updated_at_once(cluster) -> None:
+    api, _ = cluster
+    await put(api, a_node("n1", has=Resources(nano_cpus=4 * 10**9, memory_bytes=5 * GIB)))
+    await a_running_service(api)
+    for at_once, fits in ((1, True), (2, False)):
+        spec = a_spec(
+            "web", replicas=4, memory=GIB, UpdateConfig={"Parallelism": at_once, "Order": "start-first"}
+        )
+        spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
+        (found,) = await asked(cluster, spec)
+        assert (found["Refusal"] == "") is fits
+
+
+async def test_what_the_cluster_would_refuse_is_said_and_the_others_are_placed(cluster) -> None:
+    await two_nodes(cluster[0])
+    bad, good = await asked(cluster, a_spec("a", constraint="what is this"), a_spec("b"))
+    assert bad["Refusal"] == "constraint expected one operator from ==, !="
+    assert sum(shares(good).values()) == 1
+
+
+async def test_too_many_at_once_are_refused(cluster) -> None:
+    _, client = cluster
+    jobs = {"Mode": {"ReplicatedJob": {"MaxConcurrent": 10**9, "TotalCompletions": 10**9}}}
+    for spec in (a_spec("a", replicas=10**9), a_spec("a", **jobs)):
+        async with client.post("/skep/services/placement", json=[spec]) as response:
+            assert response.status == 400
+            assert "too much at once" in (await response.json())["message"]
+
+
+async def test_services_on_all_nodes_count_against_the_bound_as_often_as_there_are_nodes(
+    cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, client = cluster
+    await two_nodes(api)
+    monkeypatch.setattr(placement, "_TASKS_MAX", 5)  # three nodes, with the manager
+    everywhere = {"Mode": {"Global": {}}}
+    assert [one["Wanted"] for one in await asked(cluster, a_spec("a", **everywhere))] == [2]
+    async with client.post(
+        "/skep/services/placement", json=[a_spec(n, **everywhere) for n in "ab"]
+    ) as response:
+        assert "too much at once" in (await response.json())["message"]
+
+
+async def test_nothing_about_many_nodes_or_tasks_is_looked_at_without_a_pause(cluster) -> None:
+    api, _ = cluster
+    service = a_service("a", spec=settled(a_service_spec("a", is_global=True)))
+    await put(api, *(a_node(f"n{n}") for n in range(4 * STEP)), service)
+    await put(api, *(a_task(f"t{n}", service=service, node=f"n{n}") for n in range(2 * STEP)))
+    view = api.store.view()
+    steps = list(DryRun(view, await accounting_of(view)).placing(service.spec))
+    assert steps[-1].wanted == 4 * STEP
+    assert len(steps) > 4 + 2 + 2 * STEP // BATCH

@@ -1,0 +1,180 @@
+"""Tasks return to the node with their slot's local volumes, or wait for it where their service says so."""
+
+from msgspec.structs import replace
+
+from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
+from skep.model.container import ContainerSpec, Mount
+from skep.model.labels import VOLUMES
+from skep.model.node import Availability, EngineDescription, Node, NodeState
+from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
+from skep.model.task import Task, TaskState
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_task
+from tests.unit.manager.scheduler.test_scheduler_loop import a_store, put, scheduling, wait_for
+
+PENDING, SHUTDOWN = TaskState.PENDING, TaskState.SHUTDOWN
+
+
+def a_stateful_service(policy: str = "", *, source: str = "data", **requested: object) -> Service:
+    service = a_service(**requested)  # type: ignore[arg-type]
+    container = ContainerSpec(image="db:1", mounts=(Mount(type="volume", source=source, target="/data"),))
+    template = replace(service.spec.task_template, container_spec=container)
+    labels = {VOLUMES: policy} if policy else {}
+    return replace(service, spec=replace(service.spec, labels=labels, task_template=template))
+
+
+def past(service: Service, node: str, *, slot: int = 1) -> Task:
+    """A task of the slot that has ended."""
+    return a_task(service=service, slot=slot, node=node, state=SHUTDOWN, desired=SHUTDOWN)
+
+
+def waiting(service: Service, *, slot: int = 1) -> Task:
+    return a_task(service=service, slot=slot, state=PENDING)
+
+
+def down(id: str) -> Node:
+    return a_node(id, state=NodeState.DOWN)
+
+
+def on(store: MemoryStore, task: Task) -> str:
+    return store.view().get(Task, task.id).node_id
+
+
+def reporting(id: str, label: str) -> Node:
+    node = a_node(id)
+    engine = EngineDescription(labels={SLOT_VOLUMES_LABEL: label})
+    return replace(node, description=replace(node.description, engine=engine))
+
+
+async def scheduled(store: MemoryStore, *tasks: Task) -> None:
+    """Return when each of ``tasks`` has a node."""
+    async with scheduling(store):
+        await wait_for(store, lambda: all(on(store, task) for task in tasks))
+
+
+async def test_each_slot_returns_to_the_node_with_its_volume() -> None:
+    service = a_stateful_service(replicas=10)
+    earlier = [past(service, f"n{(slot * 7 + 3) % 10}", slot=slot) for slot in range(1, 11)]
+    tasks = [waiting(service, slot=slot) for slot in range(1, 11)]
+    store = await a_store(service, *earlier, *tasks)
+    await scheduled(store, *tasks)
+    assert [on(store, task) for task in tasks] == [one.node_id for one in earlier]
+
+
+async def test_a_slot_whose_tasks_are_gone_is_found_by_what_nodes_report() -> None:
+    service = a_stateful_service(source="data-{{.Task.Slot}}", replicas=3)
+    tasks = [waiting(service, slot=slot) for slot in range(1, 4)]
+    nodes = [reporting(f"n{8 - slot}", f"data-{slot}=web.{slot}@{slot}") for slot in range(1, 4)]
+    store = await a_store(service, *nodes, *tasks)
+    await scheduled(store, *tasks)
+    assert [on(store, task) for task in tasks] == ["n7", "n6", "n5"]
+
+
+async def test_without_its_node_a_task_goes_elsewhere_and_says_so() -> None:
+    service = a_stateful_service()
+    task = waiting(service)
+    store = await a_store(service, down("n3"), past(service, "n3"), task)
+    await scheduled(store, task)
+    assert on(store, task) != "n3"
+    words = "scheduler assigned task to node; volume data of slot 1 is on node n3, which is down"
+    assert store.view().get(Task, task.id).status.message == words
+    assert volumes_elsewhere(store.view().get(Task, task.id), store.view()) == [
+        ("n3", "volume data of slot 1 is on node n3, which is down")
+    ]
+
+
+async def test_a_kept_task_waits_for_its_node_and_says_so_and_holds_up_no_other() -> None:
+    service = a_stateful_service("keep", replicas=300)
+    kept = [waiting(service, slot=slot) for slot in range(1, 261)]  # more than one batch
+    others = [waiting(service, slot=slot) for slot in range(261, 301)]
+    store = await a_store(service, down("n3"), *(past(service, "n3", slot=one.slot) for one in kept))
+    await store.update_each(put, [*kept, *others])
+    async with scheduling(store):
+        await wait_for(store, lambda: all(on(store, task) for task in others))
+        errors = [f"volume data of slot {one.slot} is on node n3, which is down" for one in kept]
+        await wait_for(store, lambda: [store.view().get(Task, one.id).status.err for one in kept] == errors)
+        assert must_wait(kept[0], store.view())
+        await store.update_each(put, [a_node("n3", has=Resources(memory_bytes=1 << 40))])
+        await wait_for(store, lambda: all(on(store, task) for task in kept))
+    assert {on(store, task) for task in kept} == {"n3"}
+
+
+async def test_a_node_that_is_drained_is_named_with_its_availability() -> None:
+    service = a_stateful_service("keep")
+    task = waiting(service)
+    drained = a_node("n3", availability=Availability.DRAIN)
+    store = await a_store(service, drained, past(service, "n3"), task)
+    words = "volume data of slot 1 is on node n3, whose availability is drain"
+    async with scheduling(store):
+        await wait_for(store, lambda: store.view().get(Task, task.id).status.err == words)
+
+
+async def test_a_kept_task_goes_elsewhere_once_its_volume_is_given_up() -> None:
+    service = a_stateful_service("keep")
+    task = waiting(service)
+    store = await a_store(service, down("n3"), past(service, "n3"), task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
+        spread = replace(service, spec=replace(service.spec, labels={VOLUMES: "spread"}))
+        await store.update_each(put, [spread])
+        await wait_for(store, lambda: bool(on(store, task)))
+    assert on(store, task) != "n3"
+    assert store.view().get(Task, task.id).status.message == "scheduler assigned task to node"
+
+
+async def test_a_kept_task_goes_elsewhere_once_its_node_is_removed() -> None:
+    service = a_stateful_service("keep")
+    task = waiting(service)
+    store = await a_store(service, down("n3"), past(service, "n3"), task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
+        await store.update_each(lambda tx, node: tx.delete(Node, node.id), [down("n3")])
+        await wait_for(store, lambda: bool(on(store, task)))
+    assert on(store, task) != "n3"
+
+
+async def test_a_spread_task_goes_where_there_is_most_room() -> None:
+    service = a_stateful_service("spread")
+    busy = [a_task(node="n3", service="other") for _ in range(5)]
+    task = waiting(service)
+    store = await a_store(service, past(service, "n3"), *busy, task)
+    await scheduled(store, task)
+    assert on(store, task) != "n3"
+
+
+def an_update(order: UpdateOrder) -> tuple[Service, Task, Task]:
+    """A service that is updated, its running task on n3, which fills the node, and the next one."""
+    service = a_stateful_service(reserve=Resources(memory_bytes=6 << 30), update=UpdateConfig(order=order))
+    return service, a_task(service=service, node="n3"), waiting(service)
+
+
+async def test_a_task_waits_for_what_its_predecessor_holds() -> None:
+    service, before, task = an_update(UpdateOrder.STOP_FIRST)
+    store = await a_store(service, a_node("n3"), before, task)
+    async with scheduling(store):
+        await wait_for(store, lambda: bool(store.view().get(Task, task.id).status.err))
+        assert "insufficient resources" in store.view().get(Task, task.id).status.err
+        await store.update_each(put, [replace(before, status=replace(before.status, state=SHUTDOWN))])
+        await wait_for(store, lambda: bool(on(store, task)))
+    assert on(store, task) == "n3"
+
+
+async def test_a_task_that_starts_first_does_not_wait_for_what_its_predecessor_holds() -> None:
+    service, before, task = an_update(UpdateOrder.START_FIRST)
+    store = await a_store(service, a_node("n3"), before, task)
+    await scheduled(store, task)
+    assert on(store, task) != "n3"
+
+
+async def test_a_task_whose_node_comes_back_together_with_others_returns_to_it() -> None:
+    service = a_stateful_service(constraints=("node.labels.disk==ssd",))
+    task = waiting(service)
+    store = await a_store(service, down("n7"), past(service, "n7"), task)
+    ready = [a_node(f"n{number}", labels={"disk": "ssd"}) for number in range(10)]
+    async with scheduling(store):
+        await wait_for(store, lambda: "no suitable node" in store.view().get(Task, task.id).status.err)
+        await store.update_each(lambda tx, nodes: [tx.put(node) for node in nodes], [ready])
+        await wait_for(store, lambda: bool(on(store, task)))
+    assert on(store, task) == "n7"
+    assert store.view().get(Task, task.id).status.message == "scheduler assigned task to node"

@@ -1,0 +1,60 @@
+"""What a manager counts for Prometheus."""
+
+from msgspec.structs import replace
+
+from skep.api.exposition import render
+from skep.manager.metrics import StartTimes, service_families
+from skep.model.ids import ServiceId
+from skep.model.service import GlobalService, ServiceMode
+from skep.model.task import TaskState
+from skep.store.interface import Commit, Created, Deleted, Updated
+from tests.support.builders import a_service, a_service_spec, a_task
+
+
+class Steps:
+    """A clock that a test sets."""
+
+    at = 0.0
+
+    def monotonic(self) -> float:
+        return self.at
+
+
+def test_a_start_is_the_time_between_two_commits_that_were_seen() -> None:
+    clock = Steps()
+    starts = StartTimes(None, clock)  # type: ignore[arg-type]  # no commits are followed here
+    pending = a_task("t1", state=TaskState.PENDING)
+    running = a_task("t1", state=TaskState.RUNNING)
+    failed = a_task("t2", state=TaskState.FAILED)
+
+    def commit(*events: object) -> None:
+        starts.note(Commit(1, events))  # type: ignore[arg-type]
+
+    commit(
+        Created(pending),
+        Created(a_task("t2", state=TaskState.NEW)),
+        Created(a_task("t3", state=TaskState.NEW)),
+    )
+    clock.at = 0.3
+    commit(Updated(pending, running), Updated(pending, failed), Deleted(a_task("t3")))
+    clock.at = 9.0
+    commit(Updated(running, running), Updated(failed, failed))
+    commit(Updated(pending, a_task("t9", state=TaskState.RUNNING)))  # begun before this manager
+    text = render([starts.histogram.family("x", "X.")]).decode()
+    assert 'x_bucket{le="0.25"} 0' in text
+    assert 'x_bucket{le="0.5"} 1' in text
+    assert "x_count 1" in text
+
+
+def test_services_count_what_runs_and_what_should() -> None:
+    services = [
+        a_service("web", id="s1", spec=a_service_spec("web", replicas=3)),
+        a_service(
+            "agent", id="s2", spec=replace(a_service_spec("agent"), mode=ServiceMode(global_=GlobalService()))
+        ),
+    ]
+    found = service_families(services, {ServiceId("s1"): 2, ServiceId("s2"): 4}, {ServiceId("s2"): 5})
+    text = render(found).decode()
+    assert 'skep_service_running_tasks{service="web"} 2' in text
+    assert 'skep_service_desired_tasks{service="web"} 3' in text
+    assert 'skep_service_desired_tasks{service="agent"} 5' in text

@@ -1,0 +1,118 @@
+"""What follows from the stored state of a cluster volume and the nodes that need it."""
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Unpublish, settled, steps
+from skep.model.ids import NodeId, VolumeId
+from skep.model.meta import Driver
+from skep.model.node import CSIInfo, Node, NodeState
+from skep.model.volume import (
+    AccessMode,
+    PublishState,
+    PublishStatus,
+    Volume,
+    VolumeInfo,
+    VolumeScope,
+    VolumeSpec,
+)
+from tests.support.builders import a_node
+
+N1, N2 = NodeId("n1"), NodeId("n2")
+NONE: frozenset[NodeId] = frozenset()
+PENDING, PUBLISHED = PublishState.PENDING, PublishState.PUBLISHED
+LEAVING, UNPUBLISHING = PublishState.PENDING_NODE_UNPUBLISH, PublishState.PENDING_UNPUBLISH
+
+
+def a_volume(*statuses: PublishStatus, multi: bool = False, **fields: Any) -> Volume:
+    scope = VolumeScope.MULTI if multi else VolumeScope.SINGLE
+    spec = VolumeSpec(name="data", driver=Driver(name="d"), access_mode=AccessMode(scope=scope))
+    fields = {"info": VolumeInfo(volume_id="x"), **fields}
+    return Volume(id=VolumeId("v"), spec=spec, publish_status=statuses, **fields)
+
+
+def on(node: NodeId, state: PublishState, **fields: Any) -> PublishStatus:
+    return PublishStatus(node_id=node, state=state, **{"driver_node_id": f"d-{node}", **fields})
+
+
+def node(id: NodeId) -> Node:
+    made = a_node(id)
+    info = CSIInfo(plugin_name="d", node_id=f"d-{id}")
+    return replace(made, description=replace(made.description, csi_info=(info,)))
+
+
+def states(volume: Volume, needed: frozenset[NodeId], find: Any = node) -> dict[str, PublishState]:
+    return {one.node_id: one.state for one in settled(volume, needed, find).publish_status}
+
+
+def test_a_call_that_makes_something_is_announced_first() -> None:
+    assert list(steps(a_volume(info=None), NONE)) == [Create()]
+    (status,) = settled(a_volume(), frozenset({N1}), node).publish_status
+    assert (status.state, status.driver_node_id) == (PENDING, "d-n1")
+
+
+def test_what_was_never_asked_of_the_driver_is_forgotten_and_what_may_have_been_is_found_and_deleted() -> (
+    None
+):
+    assert list(steps(settled(a_volume(info=None, pending_delete=True), NONE, node), NONE)) == [Forget()]
+    unknown = settled(a_volume(info=None, pending_delete=True, is_creating=True), NONE, node)
+    assert list(steps(unknown, NONE)) == [Create()]
+    assert list(steps(a_volume(pending_delete=True), NONE)) == [Delete()]
+
+
+@pytest.mark.parametrize("state", list(PublishState))
+def test_nothing_is_deleted_that_may_be_on_a_node_or_that_a_task_needs(state: PublishState) -> None:
+    volume = a_volume(on(N1, state), pending_delete=True)
+    assert Delete() not in steps(volume, NONE)
+    assert Delete() not in steps(a_volume(pending_delete=True), frozenset({N1}))
+
+
+@pytest.mark.parametrize("state", list(PublishState))
+def test_a_volume_for_one_node_goes_to_no_second_one_while_anything_is_left_of_the_first(
+    state: PublishState,
+) -> None:
+    both = frozenset({N1, N2})
+    assert N2 not in states(a_volume(on(N1, state)), both)
+    assert N2 in states(a_volume(on(N1, state), multi=True), both)
+
+
+def test_a_node_gives_a_volume_up_before_the_controller_takes_it() -> None:
+    volume = settled(a_volume(on(N1, PUBLISHED)), NONE, node)
+    (closing,) = volume.publish_status
+    assert (closing.state, closing.is_closing, closing.takes_tasks) == (PUBLISHED, True, False)
+    (again,) = settled(volume, frozenset({N1}), node).publish_status
+    assert (again.state, again.takes_tasks) == (PUBLISHED, True)
+    volume = settled(volume, NONE, node)
+    assert volume.publish_status[0].state is LEAVING
+    assert not list(steps(volume, NONE))
+    assert states(volume, frozenset({N1})) == {
+        N1: LEAVING
+    }  # forward only: the node may have given it up already
+    assert list(steps(a_volume(on(N1, UNPUBLISHING)), NONE)) == [Unpublish(N1, "d-n1")]
+
+
+def test_a_publication_that_may_have_reached_the_driver_is_undone() -> None:
+    assert list(steps(a_volume(on(N1, PENDING)), frozenset({N1}))) == [Publish(N1, "d-n1")]
+    assert states(a_volume(on(N1, PENDING)), NONE) == {N1: UNPUBLISHING}
+    assert states(a_volume(on(N1, PENDING, driver_node_id="")), NONE) == {}
+
+
+def test_a_node_without_the_driver_is_waited_for_by_name() -> None:
+    (status,) = settled(a_volume(), frozenset({N1}), a_node).publish_status
+    assert status.message == "node n1 has no driver d"
+    assert not list(steps(a_volume(status), frozenset({N1})))
+    (found,) = settled(a_volume(status), frozenset({N1}), node).publish_status
+    assert (found.driver_node_id, found.message) == ("d-n1", "")
+
+
+def test_a_node_that_is_down_keeps_its_volumes_until_it_is_removed_from_the_cluster() -> None:
+    def down(id: NodeId) -> Node:
+        return replace(node(id), status=replace(node(id).status, state=NodeState.DOWN))
+
+    volume = settled(a_volume(on(N1, PUBLISHED, is_closing=True)), NONE, down)
+    assert volume.publish_status[0].state is LEAVING
+    assert volume.publish_status[0].message.startswith("node n1 is down: the volume counts as mounted there")
+    for state in (PUBLISHED, LEAVING):
+        assert states(a_volume(on(N1, state)), NONE, lambda _: None) == {N1: UNPUBLISHING}

@@ -1,0 +1,256 @@
+"""The loop over cluster volumes: one driver holds up no other volume, and errors are shown where they belong."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from random import Random
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from sim.time import VirtualClock, VirtualLoop
+from skep.errors import NotFound, Unavailable
+from skep.manager.control.volumes import remove_volume
+from skep.manager.volumes.loop import ClusterVolumes, ControllerDriver
+from skep.model.ids import NodeId, SecretId, TaskId, VolumeId
+from skep.model.meta import Driver
+from skep.model.node import CSIInfo
+from skep.model.secret import Secret
+from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
+from skep.model.volume import (
+    AccessMode,
+    CapacityRange,
+    PublishState,
+    TypeMount,
+    Volume,
+    VolumeInfo,
+    VolumeScope,
+    VolumeSecret,
+    VolumeSharing,
+    VolumeSpec,
+)
+from skep.store.interface import Transaction
+from skep.store.kinds import Payload
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node
+
+
+class FakeDriver:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.given: Mapping[str, str] = {}
+        self.ids = iter(f"disk-{number}" for number in range(100))
+        self.capacity = 0
+        self.error: Exception | None = None
+        self.hangs = False
+        self.answers_after_s = 0.0
+        self.hangs_on: frozenset[str] = frozenset()
+
+    async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo:
+        self.calls.append(volume.spec.name)
+        self.given = secrets
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.error is not None:
+            raise self.error
+        await asyncio.sleep(self.answers_after_s)
+        return VolumeInfo(volume_id=next(self.ids), capacity_bytes=self.capacity)
+
+    async def delete(self, volume_id: str, secrets: Mapping[str, str]) -> None:
+        self.calls.append(f"delete {volume_id}")
+
+    async def publish(
+        self, volume: Volume, driver_node_id: str, secrets: Mapping[str, str]
+    ) -> Mapping[str, str]:
+        self.calls.append(f"publish on {driver_node_id}")
+        if driver_node_id in self.hangs_on:
+            await asyncio.Event().wait()
+        return {}
+
+    async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None:
+        raise AssertionError("it is published nowhere")
+
+
+class Rig:
+    def __init__(self, loop: VirtualLoop) -> None:
+        self.clock = VirtualClock(loop)
+        self.store = MemoryStore(self.clock)
+        self.drivers = {"good": FakeDriver(), "bad": FakeDriver()}
+
+    async def find(self, name: str) -> ControllerDriver:
+        if name not in self.drivers:
+            raise NotFound(f'driver "{name}" not found')
+        return self.drivers[name]
+
+    async def put(self, name: str, driver: str = "good", **fields: Any) -> None:
+        spec = VolumeSpec(name=name, driver=Driver(name=driver), **fields)
+        await self.store.update(lambda tx: tx.put(Volume(id=VolumeId(name), spec=spec)))
+
+    def volume(self, name: str) -> Volume:
+        return self.store.view().get(Volume, name)
+
+    async def run_for(self, seconds: float) -> None:
+        volumes = ClusterVolumes(self.store, self.clock, Random(1), self.find)
+        running = asyncio.ensure_future(volumes.run())
+        await self.clock.sleep(seconds)
+        running.cancel()
+        await asyncio.wait([running])
+
+
+Body = Callable[[Rig], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def simulated() -> Callable[[Body], None]:
+    def run(body: Body) -> None:
+        loop = VirtualLoop()
+        try:
+            loop.run_until_complete(body(Rig(loop)))
+        finally:
+            loop.close()
+
+    return run
+
+
+def test_a_driver_that_hangs_or_fails_holds_up_no_other_volume(simulated: Callable[[Body], None]) -> None:
+    async def body(rig: Rig) -> None:
+        rig.drivers["bad"].hangs = True
+        await rig.put("a", "bad")
+        await rig.put("b", "none")
+        await rig.put("c", "good")
+        await rig.run_for(5)
+        assert rig.volume("c").info == VolumeInfo(volume_id="disk-0")
+        assert (rig.volume("a").info, rig.volume("a").is_creating) == (None, True)
+        assert rig.volume("b").message == 'driver "none" not found'
+        assert not rig.volume("b").is_creating
+
+    simulated(body)
+
+
+def test_failures_are_tried_again_ever_more_rarely_and_shown_until_they_end(
+    simulated: Callable[[Body], None],
+) -> None:
+    async def body(rig: Rig) -> None:
+        driver = rig.drivers["good"]
+        driver.error = Unavailable("no room")
+        await rig.put("a")
+        await rig.run_for(120)
+        assert 4 <= len(driver.calls) <= 15
+        assert rig.volume("a").message == "no room"
+        driver.error = ValueError("a defect of ours")
+        await rig.run_for(5)
+        assert "a defect of ours" in rig.volume("a").message
+        driver.error = None
+        await rig.run_for(60)
+        assert (rig.volume("a").message, rig.volume("a").is_creating) == ("", False)
+        assert rig.volume("a").info is not None
+
+    simulated(body)
+
+
+def test_what_is_not_as_asked_is_kept_until_it_is_removed_and_another_volumes_id_is_not_taken(
+    simulated: Callable[[Body], None],
+) -> None:
+    async def body(rig: Rig) -> None:
+        driver = rig.drivers["good"]
+        driver.capacity = 5
+        await rig.put("small", capacity_range=CapacityRange(required_bytes=9))
+        await rig.run_for(0.5)
+        # Drivers find volumes by name: it may be one with data, of before.
+        assert driver.calls == ["small"]
+        assert "9 are required; removing the volume deletes it" in rig.volume("small").message
+        await rig.store.update(remove_volume, VolumeId("small"), force=False)
+        await rig.run_for(60)
+        assert driver.calls[-1].startswith("delete disk-")
+        assert not rig.store.view().find(Volume)
+        await rig.put("a")
+        driver.capacity = 0
+        driver.ids = iter(["same", "same"])
+        driver.calls.clear()
+        await rig.run_for(0.2)
+        await rig.put("b")
+        driver.ids = iter(["same"] * 9)
+        await rig.run_for(0.2)
+        assert "the id of volume a: same" in rig.volume("b").message
+        assert "delete same" not in driver.calls[driver.calls.index("b") :]
+
+    simulated(body)
+
+
+def test_drivers_get_the_data_of_secrets(simulated: Callable[[Body], None]) -> None:
+    async def body(rig: Rig) -> None:
+        secret = Secret(id=SecretId("s1"))
+        await rig.store.update(
+            lambda tx: (
+                tx.put(replace(secret, spec=replace(secret.spec, name="pass"))),
+                tx.put(Payload(id="secret/s1", data=b"word")),
+            )
+        )
+        await rig.put("a", secrets=(VolumeSecret(key="k", secret="s1"),))
+        await rig.run_for(1)
+        assert rig.drivers["good"].given == {"k": "word"}
+
+    simulated(body)
+
+
+def test_of_volumes_that_are_given_one_id_at_the_same_time_one_gets_it(
+    simulated: Callable[[Body], None],
+) -> None:
+    async def body(rig: Rig) -> None:
+        rig.drivers["good"].ids = iter(["same"] * 100)
+        rig.drivers["good"].answers_after_s = 1.0
+        await rig.put("a")
+        await rig.put("b")
+        await rig.run_for(10)
+        infos = [rig.volume(name).info for name in "ab"]
+        assert sorted(infos, key=bool) == [None, VolumeInfo(volume_id="same")]
+
+    simulated(body)
+
+
+def test_a_volume_whose_places_cannot_be_read_is_left_as_it_is(simulated: Callable[[Body], None]) -> None:
+    async def body(rig: Rig) -> None:
+        await rig.put("a")
+        await rig.run_for(5)
+        task = Task(
+            id=TaskId("t1"),
+            node_id=NodeId("n2"),
+            volumes=(VolumeAttachment(id="a", source="a", target="/d"),),
+            status=TaskStatus(state=TaskState.ASSIGNED),
+        )
+        await rig.store.update(lambda tx: tx.put(task))
+        before = rig.volume("a")
+        table = rig.store.view().damaged(Volume)
+        assert isinstance(table, dict)
+        table["a"] = {"publish": "rotten"}  # it may be on n1
+        await rig.run_for(60)
+        after = rig.volume("a")
+        assert after.publish_status == before.publish_status == ()
+        assert "where the volume is cannot be read" in after.message
+
+    simulated(body)
+
+
+def test_a_node_for_which_a_call_hangs_holds_up_no_other_node(simulated: Callable[[Body], None]) -> None:
+    async def body(rig: Rig) -> None:
+        rig.drivers["good"].hangs_on = frozenset(("n1", "n2", "n3"))
+        mode = AccessMode(scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL, mount_volume=TypeMount())
+        await rig.put("a", access_mode=mode)
+        await rig.run_for(1)
+        for number in range(1, 6):
+            await rig.store.update(_with_task, f"n{number}")
+        await rig.run_for(1)
+        statuses = {one.node_id: one.state for one in rig.volume("a").publish_status}
+        published = [id for id, state in statuses.items() if state is PublishState.PUBLISHED]
+        assert (len(statuses), published) == (5, ["n4", "n5"])
+
+    simulated(body)
+
+
+def _with_task(tx: Transaction, node_id: str) -> None:
+    node = a_node(node_id)
+    info = CSIInfo(plugin_name="good", node_id=node_id)
+    tx.put(replace(node, description=replace(node.description, csi_info=(info,))))
+    volumes = (VolumeAttachment(id="a", source="a", target="/d"),)
+    status = TaskStatus(state=TaskState.ASSIGNED)
+    tx.put(Task(id=TaskId(f"t-{node_id}"), node_id=node.id, volumes=volumes, status=status))

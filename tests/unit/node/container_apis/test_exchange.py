@@ -1,0 +1,52 @@
+"""Documents of containers: one container that waits for its own keeps no other waiting."""
+
+import asyncio
+import socket
+
+from skep.aio.clock import SystemClock
+from skep.model.ids import ContainerId
+from skep.model.rights import ApiAccess
+from skep.node.container_apis.exchange import Exchanges
+
+A, B = ContainerId("a" * 64), ContainerId("b" * 64)
+DOCUMENT = b'HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{"Env":["A=x"]}'
+
+
+async def test_documents_that_do_not_come_keep_no_other_container_waiting() -> None:
+    silent: list[socket.socket] = []
+    asked = asyncio.Event()
+
+    def dispatch(connected: socket.socket) -> None:
+        """Answers nothing until the test's flag is set, and every request after it."""
+        if answers:
+            connected.sendall(DOCUMENT)
+            connected.shutdown(socket.SHUT_WR)
+        silent.append(connected)
+        asked.set()
+
+    answers = False
+    exchanges = Exchanges(dispatch, SystemClock())
+
+    async def ask(id: ContainerId) -> bytes:
+        ours, theirs = socket.socketpair()
+        serving = asyncio.create_task(exchanges.carry_out(theirs, id, ApiAccess.READ))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        writer.write(b"GET /services HTTP/1.1\r\nHost: d\r\n\r\n")
+        try:
+            return await reader.read()
+        finally:
+            writer.close()
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+    waiting = [asyncio.create_task(ask(A)) for _ in range(32)]
+    async with asyncio.timeout(10):
+        await asked.wait()
+        answers = True
+        assert (await ask(B)).endswith(b'{"Env":["A="]}')
+    assert len(silent) == 3, "two of A were asked for, and one of B"
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    for one in silent:
+        one.close()

@@ -1,0 +1,62 @@
+"""The page of a node, and the list of nodes for Prometheus."""
+
+import pytest
+
+from skep.api.exposition import render
+from skep.configuration.values import listening_addr
+from skep.model.ids import NodeId
+from skep.model.paths import SETTLED_ROUNDS, PathCheck, PathFinding, PathReport
+from skep.node.metrics import network_families
+from skep.node.metrics_server import targets
+
+
+def test_each_node_is_a_target_with_its_labels() -> None:
+    nodes = [
+        {
+            "ID": "n1",
+            "Spec": {"Role": "manager", "Availability": "active", "Labels": {"zone/a": "x"}},
+            "Description": {"Hostname": "m1"},
+            "Status": {"State": "down", "Addr": "fd00::1"},
+            "ManagerStatus": {"Leader": True},
+        }
+    ]
+    (found,) = targets(nodes, 9323)
+    assert found["targets"] == ["[fd00::1]:9323"]
+    assert found["labels"] == {
+        "__meta_skep_node_id": "n1",
+        "__meta_skep_node_name": "m1",
+        "__meta_skep_node_role": "manager",
+        "__meta_skep_node_leader": "true",
+        "__meta_skep_node_availability": "active",
+        "__meta_skep_node_state": "down",
+        "__meta_skep_node_label_zone_a": "x",
+    }
+
+
+def test_a_node_without_an_address_is_no_target() -> None:
+    node = {"ID": "n1", "Spec": {}, "Description": {}, "Status": {"State": "unknown"}}
+    assert targets([node], 9323) == []
+
+
+def test_a_peer_is_unreachable_when_enough_rounds_agree() -> None:
+    lost = PathFinding(check=next(iter(PathCheck)), port="4789/udp", sent=5, lost=5, detail="no answer")
+    reports = {
+        NodeId("a"): PathReport(peer=NodeId("a"), mtu=1450),
+        NodeId("b"): PathReport(peer=NodeId("b"), findings=(lost,), rounds=SETTLED_ROUNDS),
+        NodeId("c"): PathReport(peer=NodeId("c"), findings=(lost,), rounds=SETTLED_ROUNDS - 1),
+    }
+    text = render(network_families({"route": 3}, reports)).decode()
+    assert 'skep_network_repairs_total{kind="route"} 3' in text
+    assert 'skep_peer_reachable{peer="a"} 1' in text
+    assert 'skep_peer_reachable{peer="b"} 0' in text
+    assert 'skep_peer_reachable{peer="c"} 1' in text
+    assert 'skep_peer_mtu_bytes{peer="a"} 1450' in text
+
+
+def test_an_address_to_listen_on_has_a_port() -> None:
+    assert listening_addr("127.0.0.1:9323") == ("127.0.0.1", 9323)
+    assert listening_addr("[::1]:9323") == ("::1", 9323)
+    assert listening_addr(":9323") == ("", 9323)
+    for wrong in ("127.0.0.1", "localhost:9323", "127.0.0.1:0", "127.0.0.1:70000"):
+        with pytest.raises(ValueError, match="write an IP address and a port"):
+            listening_addr(wrong)

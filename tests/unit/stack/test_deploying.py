@@ -1,0 +1,107 @@
+"""The requests of a deploy: many services in one, and each by its own where that fails."""
+
+import json
+from typing import Any
+
+from skep.api.client import Client
+from skep.errors import AlreadyExists, NotFound, SkepError, Unavailable
+from skep.stack.deploying import Deployment, with_placements
+from skep.stack.planning import Existing, plan_of
+from tests.unit.stack.test_planning import a_stack, deployed
+
+TEXT = "services: {a: {image: a, depends_on: [b]}, b: {image: b}, c: {image: c}}"
+
+
+class Cluster(Client):
+    """Notes requests.  ``batch``: its answer, by names, to many changes at once; None: it knows no such request."""
+
+    def __init__(self, batch: dict[str, str] | None, refused: tuple[str, ...] = ()) -> None:
+        super().__init__("http://nowhere")
+        self._batch = batch
+        self._refused = refused
+        self.asked: list[str] = []
+        self.is_cut_off = False
+        """What is asked for together is done, and nobody is told."""
+        self.services: dict[str, Any] = {}
+        self.logins: dict[str, str] = {}
+        self.placement: SkepError = NotFound("page not found")
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        body = json.loads(json.dumps(options.get("body"), default=lambda raw: json.loads(bytes(raw))))
+        match method, path:
+            case "POST", "/skep/services/changes":
+                if self.is_cut_off:
+                    self.services = {one["Spec"]["Name"]: one["Spec"] for one in body}
+                    raise Unavailable("no response within 30 s")
+                if self._batch is None:
+                    raise NotFound("page not found")
+                self.asked.append("+".join(one["Spec"]["Name"] for one in body))
+                self.logins |= {one["Spec"]["Name"]: one["RegistryAuth"] for one in body}
+                return [{"Error": self._batch.get(one["Spec"]["Name"], "")} for one in body]
+            case "POST", "/services/create":
+                self.asked.append(body["Name"])
+                if body["Name"] in self._refused or body["Name"] in self.services:
+                    raise AlreadyExists(f"service {body['Name']} already exists")
+                return {"ID": "x"}
+            case "POST", "/skep/services/placement":
+                raise self.placement
+            case "GET", _ if path.startswith("/services/"):
+                name = path.rpartition("/")[2]
+                spec = self.services.get(name) or {"Name": name, "TaskTemplate": {"ForceUpdate": 3}}
+                return {"ID": "i", "Version": {"Index": 7}, "Spec": spec}
+            case "POST", _:
+                self.asked.append(f"{path} {body.get('TaskTemplate', {}).get('ForceUpdate', '')}".strip())
+        return []
+
+
+async def deploy(cluster: Cluster, existing: Existing, **logins: str) -> list[str]:
+    stack, shown = a_stack(TEXT), []
+    plan = plan_of(stack, existing, images={}, prune=False)
+    await Deployment(cluster, stack, plan, lambda *words: shown.append(" ".join(words)), logins).apply(None)
+    return [one for one in shown if "network" not in one]
+
+
+async def test_services_are_asked_for_together_after_what_they_depend_on() -> None:
+    cluster = Cluster({})
+    shown = await deploy(cluster, Existing(), a="secret")
+    assert cluster.asked == ["/networks/create", "shop_b+shop_c", "shop_a"]
+    assert shown == ["shop_b created", "shop_c created", "shop_a created"]
+    assert cluster.logins == {"shop_a": "secret", "shop_b": "", "shop_c": ""}
+
+
+async def test_what_fails_together_is_asked_for_alone() -> None:
+    cluster = Cluster({"shop_c": "name conflicts with an existing object"}, refused=("shop_c",))
+    shown = await deploy(cluster, Existing())
+    assert cluster.asked == ["/networks/create", "shop_b+shop_c", "shop_c", "/services/i/update 3", "shop_a"]
+    assert "shop_c updated" in shown
+
+
+async def test_what_was_done_without_a_response_is_not_done_again() -> None:
+    cluster = Cluster({})
+    cluster.is_cut_off = True
+    shown = await deploy(cluster, Existing())
+    assert cluster.asked == ["/networks/create", "shop_b", "shop_c", "shop_a"]
+    assert "shop_a updated" in shown
+
+
+async def test_a_cluster_without_the_request_is_asked_for_each() -> None:
+    cluster = Cluster(None)
+    await deploy(cluster, Existing())
+    assert cluster.asked == ["/networks/create", "shop_b", "shop_c", "shop_a"]
+
+
+async def test_a_cluster_that_cannot_say_where_services_would_run_is_no_error() -> None:
+    plan = plan_of(a_stack(TEXT), Existing(), images={}, prune=False)
+    warnings: list[str] = []
+    assert await with_placements(Cluster({}), plan, warnings.append) == plan
+    assert warnings == []
+    cluster = Cluster({})
+    cluster.placement = Unavailable("too busy")
+    assert await with_placements(cluster, plan, warnings.append) == plan
+    assert warnings == ["the cluster does not say where services would run: too busy"]
+
+
+async def test_nothing_is_asked_for_when_nothing_changes() -> None:
+    cluster = Cluster({})
+    assert await deploy(cluster, deployed(a_stack(TEXT))) == []
+    assert cluster.asked == []

@@ -1,0 +1,222 @@
+"""Several files as one document."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.errors import InvalidArgument
+from skep.stack.document import Problems
+from skep.stack.loading import Choices, Files, Loaded, load
+from skep.stack.reading import Report
+
+
+def loaded(
+    folder: Path, *names: str, environment: Mapping[str, str] = {}, report: Report | None = None, **files: str
+) -> Loaded:
+    """The document of the files ``names`` (``a``: all of ``a.yml``), written from ``files`` before."""
+    for name, text in files.items():
+        path = folder / (name.replace("__", "/") + ("" if "_env" in name else ".yml"))
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+    paths = [folder / f"{name}.yml" for name in names]
+    return load(paths, Choices(environment=environment, profiles=("extra",)), Files(), report or Report())
+
+
+def services(one: Loaded) -> Any:
+    return one.document.plain()["services"]
+
+
+def test_a_later_file_changes_an_earlier_one(tmp_path: Path) -> None:
+    base = """
+services:
+  web:
+    image: a
+    command: [a, b]
+    environment: [A=1, B=1]
+    ports: ["80:80", "81:81"]
+    volumes: ["one:/x", "two:/y"]
+    dns: 1.1.1.1
+    networks: [front]
+    logging: {driver: local, options: {a: "1"}}
+    healthcheck: {test: [CMD, a], retries: 3}
+    cap_add: [A]
+"""
+    above = """
+services:
+  web:
+    command: [c]
+    environment: {B: "2", C: "3"}
+    ports: ["80:80", "82:82"]
+    volumes: ["three:/y:ro"]
+    dns: [2.2.2.2]
+    networks: {front: {aliases: [w]}, back: }
+    logging: {options: {b: "2"}}
+    healthcheck: {test: [CMD, b]}
+    cap_add: [B]
+"""
+    assert services(loaded(tmp_path, "base", "above", base=base, above=above))["web"] == {
+        "image": "a",
+        "command": ["c"],
+        "environment": {"A": "1", "B": "2", "C": "3"},
+        "ports": ["80:80", "81:81", "82:82"],
+        "volumes": ["one:/x", "three:/y:ro"],
+        "dns": ["1.1.1.1", "2.2.2.2"],
+        "networks": {"front": {"aliases": ["w"]}, "back": None},
+        "logging": {"driver": "local", "options": {"a": "1", "b": "2"}},
+        "healthcheck": {"test": ["CMD", "b"], "retries": 3},
+        "cap_add": ["A", "B"],
+    }
+
+
+def test_reset_removes_and_override_replaces(tmp_path: Path) -> None:
+    base = "services: {web: {image: a, ports: ['1:1'], environment: {A: 1, B: 2}, read_only: true}}"
+    above = (
+        "services:\n  web:\n    ports: !override ['2:2']\n    environment: {A: !reset null}\n"
+        "    read_only: !reset false\n"
+    )
+    assert services(loaded(tmp_path, "base", "above", base=base, above=above))["web"] == {
+        "image": "a",
+        "ports": ["2:2"],
+        "environment": {"B": 2},
+    }
+
+
+def test_included_files_have_their_own_folder_and_variables(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/c.txt").write_text("content")
+    one = loaded(
+        tmp_path,
+        "main",
+        main="include: [{path: sub/inner.yml, env_file: sub/vars_env}]\nservices: {web: {image: 'w${V-}'}}",
+        sub__inner="services: {db: {image: 'db:${V}', volumes: ['./d:/d']}}\nconfigs: {c: {file: c.txt}}",
+        sub__vars_env="V=7",
+    )
+    assert services(one) == {
+        "db": {"image": "db:7", "volumes": [f"{tmp_path}/sub/d:/d"]},
+        "web": {"image": "w"},
+    }
+    assert one.contents == {("configs", "c"): b"content"}
+
+
+def test_two_included_files_do_not_change_each_other(tmp_path: Path) -> None:
+    report = Report()
+    loaded(
+        tmp_path,
+        "main",
+        report=report,
+        main="include: [a.yml, b.yml]\nservices: {}",
+        a="services: {web: {image: a}}",
+        b="services: {web: {image: b}}",
+    )
+    with pytest.raises(Problems, match=r"b\.yml:1:17: services\.web: .*a\.yml:1:17 has another web already"):
+        report.raise_problems()
+
+
+def test_a_service_extends_one_of_its_file_or_of_another(tmp_path: Path) -> None:
+    one = loaded(
+        tmp_path,
+        "main",
+        main="""
+services:
+  a: {extends: b, environment: {X: "2"}}
+  b: {extends: {file: sub/base.yml, service: base}, command: run}
+""",
+        sub__base="""
+services:
+  base: {extends: root, image: i, depends_on: [x], volumes: ["./v:/v"]}
+  root: {environment: {X: "1", Y: "1"}, user: u}
+""",
+    )
+    both = {"image": "i", "command": "run", "volumes": [f"{tmp_path}/sub/v:/v"], "user": "u"}
+    assert services(one) == {
+        "a": both | {"environment": {"X": "2", "Y": "1"}},
+        "b": both | {"environment": {"X": "1", "Y": "1"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "error"),
+    [
+        ({"main": "include: main.yml\nservices: {}"}, "files include each other: .*main.yml -> .*main.yml"),
+        ({"main": "include: a.yml", "a": "include: main.yml"}, "files include each other: .* -> .* -> "),
+        ({"main": "include: no.yml"}, "no.yml cannot be read: no such file or directory"),
+        (
+            {"main": "services: {a: {extends: b}, b: {extends: a}}"},
+            r"main\.yml:1:25: services\.a\.extends: services extend each other",
+        ),
+        (
+            {"main": "services: {a: {extends: c}}"},
+            r"main\.yml:1:25: services\.a\.extends: there is no service c in ",
+        ),
+        ({"main": "services: {a: {extends: {file: m.yml, service: c}}}"}, "m.yml cannot be read"),
+        ({"main": 'include: "a\\0b"'}, "is no path: embedded null byte"),
+    ],
+)
+def test_files_that_cannot_be_joined_are_an_error(tmp_path: Path, files: dict[str, str], error: str) -> None:
+    with pytest.raises(InvalidArgument, match=error):
+        loaded(tmp_path, "main", **files)
+
+
+def test_services_of_other_profiles_are_left_out(tmp_path: Path) -> None:
+    text = "services: {a: {image: a}, b: {image: b, profiles: [extra]}, c: {image: c, profiles: [other]}}"
+    assert sorted(services(loaded(tmp_path, "main", main=text))) == ["a", "b"]
+
+
+def test_variables_come_from_the_environment_before_the_file_beside(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("A=file\nB=file\n")
+    report = Report()
+    one = loaded(
+        tmp_path, "main", environment={"A": "out"}, report=report, main="services: {w: {image: '$A-$B-$C'}}"
+    )
+    assert services(one)["w"]["image"] == "out-file-"
+    assert [str(one).removeprefix(f"{tmp_path}/") for one in report.warnings] == [
+        ".env:1:1: variables are read from this file",
+        "main.yml:1:1: the variable C is not set: it is taken as empty",
+    ]
+
+
+def test_environments_are_put_together(tmp_path: Path) -> None:
+    text = """
+services:
+  w:
+    image: w
+    env_file: [one_env, {path: no_env, required: false}, {path: raw_env, format: raw}]
+    environment: [A=given, HOST, NOBODY]
+    label_file: labels_env
+    labels: {b: given}
+"""
+    one = loaded(
+        tmp_path, "main", environment={"HOST": "h"}, main=text,
+        one_env="A=1\nB='2'\n", raw_env="R='r'\n", labels_env="a=1\nb=1\n",
+    )  # fmt: skip
+    assert services(one)["w"]["environment"] == {"A": "given", "B": "2", "R": "'r'", "HOST": "h"}
+    assert services(one)["w"]["labels"] == {"a": "1", "b": "given"}
+
+
+def test_secrets_come_from_files_and_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "pw").write_bytes(b"\x00\xff")
+    text = "secrets: {a: {file: pw}, b: {environment: B}, c: {external: true}}\nservices: {}"
+    one = loaded(tmp_path, "main", environment={"B": "x"}, main=text)
+    assert one.contents == {("secrets", "a"): b"\x00\xff", ("secrets", "b"): b"x"}
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    report = Report()
+    loaded(tmp_path, "main", report=report, main="configs: {a: {file: pipe}, b: {file: no}}\nservices: {}")
+    with pytest.raises(Problems) as caught:
+        report.raise_problems()
+    assert [str(one).split(": ", 2)[2] for one in caught.value.problems] == [
+        f"{tmp_path}/pipe is not a regular file",
+        f"{tmp_path}/no cannot be read: no such file or directory",
+    ]
+
+
+def test_a_service_that_is_reset_is_not_there_and_all_files_cannot_be(tmp_path: Path) -> None:
+    text = "services: {a: !reset {extends: c}, b: {image: b}}"
+    assert services(loaded(tmp_path, "main", main=text)) == {"b": {"image": "b"}}
+    with pytest.raises(Problems, match="!reset removes a value, not all files before this one"):
+        loaded(tmp_path, "main", "none", none="!reset {services: {}}")

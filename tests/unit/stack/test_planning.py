@@ -1,0 +1,270 @@
+"""What a deploy changes."""
+
+from typing import Any
+
+import pytest
+from click import unstyle
+from msgspec.structs import replace
+
+from skep.api.service_form import settled
+from skep.cli.stack_screens import lines_of, placement_lines
+from skep.model.ids import ServiceId
+from skep.model.service import Service
+from skep.stack.conversion import stack_of
+from skep.stack.document import Problems, parse
+from skep.stack.planning import (
+    Action,
+    Existing,
+    NodeRefusal,
+    NodeShare,
+    Placement,
+    Plan,
+    plan_of,
+    superseded,
+    waves,
+)
+from skep.stack.project import Stack
+from skep.stack.reading import Report
+
+TEXT = """
+services:
+  web:
+    image: w
+    environment: {B: 1, A: 2}
+    ports: ["81:81", "80:80"]
+    networks: [front]
+    configs: [conf]
+    deploy: {replicas: 2, update_config: {parallelism: 2}}
+  db: {image: d}
+networks: {front: {}}
+configs: {conf: {content: one}}
+"""
+LABELS = {"com.docker.stack.namespace": "shop"}
+
+
+def a_stack(text: str = TEXT) -> Stack:
+    report = Report()
+    made = stack_of(parse(text, "f"), "shop", {}, report)
+    report.raise_problems()
+    return made
+
+
+def deployed(stack: Stack, **images: str) -> Existing:
+    """A cluster that has all of it, with ids as an API gives them."""
+    networks = tuple(
+        {"Id": f"id of {one.name}", "Name": one.name, "Scope": "swarm", **one.body}
+        for one in stack.networks.values()
+    )
+    ids = {one["Name"]: one["Id"] for one in networks}
+    services = []
+    for name, one in stack.services.items():
+        template = one.spec.task_template
+        container = template.container_spec
+        assert container is not None
+        template = replace(
+            template,
+            container_spec=replace(container, image=images.get(name, container.image)),
+            networks=tuple(replace(each, target=ids[each.target]) for each in template.networks),
+        )
+        spec = settled(replace(one.spec, task_template=template))
+        services.append(Service(id=ServiceId(f"id of {name}"), spec=spec))
+    configs = tuple({"ID": f"id of {one.name}", "Spec": one.body} for one in stack.configs.values())
+    return Existing(services=tuple(services), networks=networks, configs=configs)
+
+
+def plan(text: str, existing: Existing, **options: Any) -> Plan:
+    return plan_of(a_stack(text), existing, **{"images": {}, "prune": False} | options)
+
+
+def signs(made: Plan) -> list[str]:
+    return [f"{one.action.value}{one.kind} {one.name}" for one in made.effective]
+
+
+def test_a_new_stack_is_created_in_the_order_of_what_needs_what() -> None:
+    made = plan(TEXT, Existing())
+    assert [one.split("-")[0] for one in signs(made)] == [
+        "+network shop_default",
+        "+network shop_front",
+        "+config shop_conf",
+        "+service shop_web",
+        "+service shop_db",
+    ]
+
+
+def test_the_same_files_change_nothing() -> None:
+    assert signs(plan(TEXT, deployed(a_stack()))) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "path", "restarts"),
+    [
+        ("replicas: 2", "replicas: 3", "Mode.Replicated.Replicas", False),
+        ("image: w", "image: v", "TaskTemplate.ContainerSpec.Image", True),
+        ("A: 2", "A: 3", "TaskTemplate.ContainerSpec.Env", True),
+        ('"80:80"', '"90:80"', "EndpointSpec.Ports[0].PublishedPort", True),
+        ("content: one", "content: two", "TaskTemplate.ContainerSpec.Configs[0].ConfigName", True),
+        ("parallelism: 2", "parallelism: 3", "UpdateConfig.Parallelism", False),
+        (
+            "replicas: 2",
+            "replicas: 2, placement: {constraints: [a == b]}",
+            "TaskTemplate.Placement.Constraints",
+            False,
+        ),
+        ("replicas: 2", "replicas: 2, labels: {x: y}", "Labels.x", False),
+    ],
+)
+def test_a_change_is_one_field_and_says_whether_tasks_are_replaced(
+    before: str, after: str, path: str, restarts: bool
+) -> None:
+    made = plan(TEXT.replace(before, after), deployed(a_stack()))
+    web = next(one for one in made.effective if one.name == "shop_web")
+    assert path in [one.path for one in web.differences]
+    assert (web.action, web.restarts) == (Action.UPDATE, restarts)
+    assert all(one.name != "shop_db" for one in made.effective)
+
+
+def test_services_that_are_gone_are_removed_if_asked() -> None:
+    text = TEXT.replace("  db: {image: d}\n", "")
+    assert signs(plan(text, deployed(a_stack()))) == []
+    assert signs(plan(text, deployed(a_stack()), prune=True)) == ["-service shop_db"]
+    assert signs(plan(text, deployed(a_stack()), prune=True, only=["web"])) == []
+
+
+def test_only_the_services_asked_for_are_changed() -> None:
+    text = TEXT.replace("image: w", "image: v").replace("image: d", "image: e")
+    assert signs(plan(text, deployed(a_stack()), only=["db"])) == ["~service shop_db"]
+
+
+def test_an_image_keeps_its_digest_while_no_registry_answers() -> None:
+    existing = deployed(a_stack(), web="w@sha256:1")
+    assert signs(plan(TEXT, existing)) == []
+    assert signs(plan(TEXT, existing, images={"w": "w@sha256:1"})) == []
+    assert signs(plan(TEXT, existing, images={"w": "w@sha256:2"})) == ["~service shop_web"]
+
+
+def test_a_forced_update_by_others_is_no_change() -> None:
+    existing = deployed(a_stack())
+    first = existing.services[0]
+    template = replace(first.spec.task_template, force_update=3)
+    forced = replace(first, spec=replace(first.spec, task_template=template))
+    made = plan(TEXT, replace(existing, services=(forced, *existing.services[1:])))
+    assert signs(made) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "existing", "problem"),
+    [
+        (
+            "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {external: true}}",
+            Existing(),
+            (
+                'network "n" is declared as external, but could not be found. '
+                "You need to create a swarm-scoped network before the stack is deployed"
+            ),
+        ),
+        (
+            "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {external: true}}",
+            Existing(networks=({"Name": "n", "Id": "1", "Scope": "local"},)),
+            'network "n" is declared as external, but it is not in the right scope: "local" instead of "swarm"',
+        ),
+        (
+            "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {name: m, internal: true}}",
+            Existing(
+                networks=(
+                    {
+                        "Name": "m",
+                        "Id": "1",
+                        "Scope": "swarm",
+                        "Driver": "overlay",
+                        "Internal": False,
+                        "Attachable": False,
+                    },
+                )
+            ),
+            (
+                "the network exists and cannot be changed (Internal is False, not True): "
+                "remove it first, or give it another name"
+            ),
+        ),
+        (
+            "services: {w: {image: w, configs: [c]}}\nconfigs: {c: {content: x, name: m}}",
+            Existing(configs=({"ID": "1", "Spec": {"Name": "m", "Data": "eQ=="}},)),
+            (
+                "the config exists with other content, which cannot be changed: leave out its name, "
+                "and each content has a name of its own"
+            ),
+        ),
+        (
+            "services: {w: {image: w, secrets: [s]}}\nsecrets: {s: {external: true}}",
+            Existing(),
+            "secret s is declared as external, and there is none",
+        ),
+    ],
+)
+def test_what_cannot_be_made_true_is_refused_before_anything_is_done(
+    text: str, existing: Existing, problem: str
+) -> None:
+    with pytest.raises(Problems) as caught:
+        plan(text, existing)
+    assert [one.text for one in caught.value.problems] == [problem]
+
+
+def test_superseded_configs_are_those_that_nothing_uses_nor_returns_to() -> None:
+    old, new = a_stack(), a_stack(TEXT.replace("content: one", "content: two"))
+    before, after = deployed(old), deployed(new)
+    other = {"ID": "x", "Spec": {"Name": "elses", "Labels": {}}}
+    objects = [*before.configs, *after.configs, other]
+    name = next(iter(old.configs.values())).name
+    assert [one["Spec"]["Name"] for one in superseded(new, "config", objects, after.services)] == [name]
+    returning = [replace(one, previous_spec=one.spec) for one in before.services]
+    assert superseded(new, "config", objects, returning) == []
+    assert superseded(new, "config", objects, after.services, kept=[name]) == []
+
+
+def test_services_come_in_the_order_of_their_dependencies() -> None:
+    text = "services: {a: {image: a, depends_on: [b, c]}, b: {image: b, depends_on: [c]}, c: {image: c}, d: {image: d}}"
+    assert waves(a_stack(text).services) == [["c", "d"], ["b"], ["a"]]
+
+
+def test_a_plan_reads_like_a_list_of_changes() -> None:
+    text = (
+        TEXT.replace("image: w", "image: v")
+        .replace("replicas: 2", "replicas: 3")
+        .replace("  db: {image: d}\n", "")
+    )
+    made = plan(text, deployed(a_stack()), prune=True)
+    assert [unstyle(line) for line in lines_of(made)] == [
+        "Stack shop: 1 object to update, 1 object to remove",
+        "  ~ service shop_web   tasks are replaced, 2 at a time, stop first, for: Image",
+        "      Labels.com.docker.stack.image: w -> v",
+        "      Image: w -> v",
+        "      Mode.Replicated.Replicas: 2 -> 3",
+        "  - service shop_db",
+    ]
+    assert lines_of(plan(TEXT, deployed(a_stack()))) == ["Stack shop: nothing to change"]
+
+
+def test_a_plan_says_where_services_would_run_and_why_not() -> None:
+    made = plan(TEXT, Existing())
+    fits = Placement("shop_web", 3, (NodeShare("n1", 1), NodeShare("n2", 2)))
+    refused = (NodeRefusal("n1", ("insufficient resources: 2 CPUs wanted, 1 not reserved",)),)
+    assert [unstyle(line) for line in placement_lines(Placement("a", 0, refusal="no"))] == [
+        "would be refused: no"
+    ]
+    hostile = Placement(
+        "a", 1, (NodeShare("\x1b[2Jn", 1),), "\x1b]0;x\x07", (NodeRefusal("\x1bm", ("\x1bn",)),)
+    )
+    assert not any("\x1b" in unstyle(line) for line in placement_lines(hostile))
+    full = Placement(
+        "shop_db", 2, (NodeShare("n2", 1),), "no suitable node (insufficient resources)", refused
+    )
+    lines = [
+        unstyle(line) for line in lines_of(replace(made, placements={"shop_web": fits, "shop_db": full}))
+    ]
+    at = lines.index("  + service shop_web")
+    assert lines[at + 1 : at + 3] == ["      3 tasks: 2 on n2, n1", "  + service shop_db"]
+    assert lines[at + 3 :] == [
+        "      does not fit: 1 of 2 tasks would run: n2",
+        "        no suitable node (insufficient resources)",
+        "        n1: insufficient resources: 2 CPUs wanted, 1 not reserved",
+    ]

@@ -1,0 +1,57 @@
+"""What follows a deploy that failed: never the removal of something that was there before."""
+
+from typing import Any
+
+import pytest
+
+from skep.api.client import Client
+from skep.errors import InvalidArgument
+from skep.stack.planning import Plan
+from skep.stack.recording import undo
+from tests.unit.stack.test_revisions import body, config
+
+
+class Cluster(Client):
+    """Has configs, and notes what would be changed."""
+
+    def __init__(self, *configs: dict[str, Any]) -> None:
+        super().__init__("http://nowhere")
+        self._configs = configs
+        self.changes: list[str] = []
+
+    async def request(self, method: str, path: str, **_: Any) -> Any:
+        if method != "GET":
+            self.changes.append(f"{method} {path}")
+        return list(self._configs) if path == "/configs" else []
+
+
+async def undone(cluster: Cluster, *, is_new: bool) -> str:
+    plan = Plan(stack="shop", changes=(), is_new=is_new)
+    return await undo(cluster, plan, lambda *_: None, 1.0, lambda _: None)
+
+
+FAILED = config(body(1), **{"skep.stack.state": "failed: x"})
+
+
+@pytest.mark.parametrize(
+    ("configs", "problem"),
+    [
+        ([], "no earlier revision that was deployed"),
+        ([FAILED], "no earlier revision that was deployed"),
+        ([config(body(1), **{"skep.stack.state": "deployed"})], "declared as external, and there is none"),
+        ([config(body(1) | {"Data": "!"}, **{"skep.stack.state": "deployed"})], "revision 1 cannot be read"),
+    ],
+)
+async def test_a_stack_that_was_there_is_left_when_it_cannot_be_deployed_again(
+    configs: list[dict[str, Any]], problem: str
+) -> None:
+    cluster = Cluster(*configs)
+    with pytest.raises(InvalidArgument, match=problem):
+        await undone(cluster, is_new=False)
+    assert cluster.changes == []
+
+
+async def test_a_stack_that_was_new_is_removed() -> None:
+    cluster = Cluster(FAILED)
+    assert await undone(cluster, is_new=True) == "shop was not there before: it was removed"
+    assert cluster.changes == [f"DELETE /configs/{FAILED['ID']}"]

@@ -1,0 +1,249 @@
+"""``skep top`` driven by its keys, on snapshots."""
+
+import time
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, Static
+
+from skep.errors import FailedPrecondition
+from skep.top.app import TopApp
+from skep.top.dialogs import Ask, Confirm, Show
+from skep.top.logs import LogLine
+from skep.top.snapshot import Connection, Link
+from skep.top.table import RowTable
+from tests.support.top_clusters import StillCluster, a_node, a_service, a_shop, a_snapshot, a_task
+from tests.support.top_screen import PICTURE, picture
+
+HOSTILE = "[red]x[/red]\x1b]0;owned\x07\u202e[@click=app.quit]go[/]"
+
+
+def screen_of(app: TopApp) -> str:
+    """All characters on the screen."""
+    return "\n".join(
+        "".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips()
+    )
+
+
+async def settled(pilot: Pilot[None]) -> str:
+    await pilot.app.workers.wait_for_complete([w for w in pilot.app.workers if w.group == "cluster"])
+    await pilot.pause()
+    assert isinstance(pilot.app, TopApp)
+    return screen_of(pilot.app)
+
+
+async def answered(pilot: Pilot[None]) -> str:
+    """The screen after what was confirmed is done."""
+    await pilot.app.workers.wait_for_complete([w for w in pilot.app.workers if w.group == "action"])
+    await pilot.pause()
+    await pilot.pause()
+    assert isinstance(pilot.app, TopApp)
+    return screen_of(pilot.app)
+
+
+async def test_the_first_screen_says_what_is_wrong_and_why() -> None:
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=(120, 30)) as pilot:
+        text = await settled(pilot)
+        assert "1 down, 2 ready" in text
+        assert "! service orders: 0 of 1 tasks run; crash loop: exited with code 3" in text
+        assert text.index("orders ") < text.index("web ")
+
+
+async def test_scaling_asks_says_what_it_would_do_and_does_it() -> None:
+    cluster = StillCluster(a_shop())
+    app = TopApp(cluster)
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await settled(pilot)
+        await pilot.press("end", "s")
+        await pilot.press("backspace", "x", "enter")
+        assert "a number of replicas, or +N or -N" in screen_of(app)
+        await pilot.press("backspace", "5", "enter")
+        assert "2 tasks more will be started" in screen_of(app)
+        assert cluster.performed == []
+        await pilot.press("y")
+        text = await answered(pilot)
+        (action,) = cluster.performed
+        assert (action.id, action.title) == ("id-web", "Scale web from 3 to 5 replicas?")
+        assert "web is scaled to 5" in text
+
+
+@pytest.mark.parametrize("key", ["enter", "n", "escape"])
+async def test_a_stray_key_confirms_nothing(key: str) -> None:
+    cluster = StillCluster(a_shop())
+    app = TopApp(cluster)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+        await pilot.press("3", "down", "d")
+        await pilot.pause()
+        assert "Drain m1?" in screen_of(app)
+        await pilot.press(key)
+        assert "Drain m1?" not in screen_of(app)
+        assert cluster.performed == []
+
+
+async def test_what_the_cluster_refuses_is_said() -> None:
+    cluster = StillCluster(a_shop())
+    cluster.error = FailedPrecondition(f"no [b]way[/b] {HOSTILE}")
+    app = TopApp(cluster)
+    async with app.run_test(size=(100, 24), notifications=True) as pilot:
+        await settled(pilot)
+        await pilot.press("3", "end", "d")
+        await pilot.pause()
+        await pilot.press("y")
+        text = await answered(pilot)
+        assert "no [b]way[/b]" in text
+        assert "[red]x[/red]]0;owned[@click=app.quit]go[/]" in text
+
+
+async def test_a_service_without_a_previous_spec_is_not_rolled_back() -> None:
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await settled(pilot)
+        await pilot.press("end", "r")
+        assert "service web does not have a previous" in await answered(pilot)
+
+
+async def test_the_filter_narrows_every_view_and_escape_clears_it() -> None:
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+        await pilot.press("2", "slash", *"web", "enter")
+        text = screen_of(app)
+        assert "web.3" in text
+        assert "api.1" not in text
+        await pilot.press("escape")
+        assert "api.1" in screen_of(app)
+        assert not app.query_one("#filter", Input).has_class("shown")
+
+
+async def test_names_logs_and_errors_are_never_markup_nor_control_characters() -> None:
+    snapshot = a_snapshot(
+        (a_node(f"n{HOSTILE}", message=HOSTILE, state="down"),),
+        (a_service(f"s{HOSTILE}", 0, 1, image=HOSTILE),),
+        (a_task(f"s{HOSTILE}", 1, f"n{HOSTILE}", state="pending", err=HOSTILE),),
+        reasons={f"id-s{HOSTILE}": HOSTILE},
+        events=(
+            {"Type": HOSTILE, "Action": HOSTILE, "Actor": {"ID": HOSTILE, "Attributes": {HOSTILE: HOSTILE}}},
+        ),
+    )
+    app = TopApp(StillCluster(snapshot, (LogLine(HOSTILE, "t"),)))
+    async with app.run_test(size=(200, 30)) as pilot:
+        await settled(pilot)
+        for keys in ("1", "2", "3", "4", "s", "escape", "u", "enter", "escape", "1", "l"):
+            await pilot.press(keys)
+            await pilot.pause()
+            if keys in "1234":
+                await pilot.press("enter")
+                await pilot.pause()
+                await pilot.press("escape")
+            text = screen_of(app)
+            assert "[red]x[/red]" in text, keys
+            assert "\x1b" not in text
+            assert "\x07" not in text
+            assert "\u202e" not in text
+        assert app.is_running
+
+
+async def test_a_lost_connection_is_said_and_what_was_seen_stays() -> None:
+    lost = Connection(Link.LOST, "connection refused", 4.0)
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+        app.publish(a_snapshot(services=(a_service("web"),), connection=lost))
+        await pilot.pause()
+        text = screen_of(app)
+        assert "NOT CONNECTED" in text
+        assert "connection refused; what follows is what was seen last; again in 4 s" in text
+        assert "web" in text
+
+
+async def test_the_cursor_stays_on_its_row_while_others_come_and_go() -> None:
+    app = TopApp(StillCluster(a_snapshot(services=tuple(map(a_service, "bdf")))))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+        await pilot.press("down")
+        assert app.table.key == "id-d"
+        app.publish(a_snapshot(services=tuple(map(a_service, "abcdef"))))
+        await pilot.pause()
+        assert app.table.key == "id-d"
+        app.publish(a_snapshot())
+        await pilot.pause()
+        assert app.table.key == ""
+
+
+async def test_logs_are_bounded_and_followed_to_their_end() -> None:
+    lines = tuple(
+        LogLine(f"line {number}", "id-web-1-m1", "2026-01-02T03:04:05.1Z") for number in range(5000)
+    )
+    app = TopApp(StillCluster(a_shop(), lines))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+        await pilot.press("end", "l")
+        await app.workers.wait_for_complete([w for w in app.workers if w.group == "log"])
+        while "line 4999" not in (text := screen_of(app)):  # until the test's deadline
+            await pilot.pause()
+        assert "of web" in text
+        assert "web.1" in text
+        await pilot.press("home")
+        assert "line 3000" in screen_of(app)
+
+
+async def test_the_themes_and_no_color_show_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = set()
+    for is_light, no_color in ((False, False), (True, False), (False, True)):
+        if no_color:
+            monkeypatch.setenv("NO_COLOR", "1")
+        app = TopApp(StillCluster(a_shop()), is_light=is_light)
+        async with app.run_test(size=(80, 24)) as pilot:
+            texts.add(await settled(pilot))
+            assert app.no_color is no_color
+    assert len(texts) == 1
+
+
+def test_every_key_does_something_and_every_action_has_a_key() -> None:
+    for kind in (TopApp, RowTable, Ask, Confirm, Show):
+        bound = {one.action.partition("(")[0] for one in kind.BINDINGS} - {"quit", "app.focus_next"}
+        assert bound == {name.removeprefix("action_") for name in vars(kind) if name.startswith("action_")}
+
+
+async def test_the_help_names_every_key() -> None:
+    app = TopApp(StillCluster(a_shop()))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settled(pilot)
+        await pilot.press("question_mark")
+        await pilot.pause()
+        text = str(app.screen.query_one("#text", Static).render())
+        for key in ("/", "o", "e", "l", "t", "s", "u", "r", "d, a"):
+            assert f"\n{key} " in text
+
+
+async def test_five_hundred_nodes_and_ten_thousand_tasks_are_painted_as_few_are() -> None:
+    """As many lines are painted as the screen has, however many rows there are."""
+    nodes = tuple(a_node(f"n{number}") for number in range(500))
+    services = tuple(a_service(f"s{number}", 100, 100) for number in range(100))
+    tasks = tuple(a_task(f"s{n % 100}", n // 100 + 1, f"n{n % 500}") for n in range(10_000))
+    app = TopApp(StillCluster(a_snapshot(nodes, services, tasks)))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settled(pilot)
+        await pilot.press("2")
+        table, painted = app.table, 0
+        paint = table.render_line
+
+        def counted(y: int):  # type: ignore[no-untyped-def]
+            nonlocal painted
+            painted += 1
+            return paint(y)
+
+        table.render_line = counted  # type: ignore[method-assign]
+        begun = time.process_time()
+        for _ in range(10):
+            app.publish(app._snapshot)
+            await pilot.press("pagedown")
+        print(f"{(time.process_time() - begun) / 10:.3f} s of processor for a new snapshot and a page")
+        assert table.virtual_size.height == 10_001
+        assert 0 < painted <= 3 * 10 * table.size.height
+
+
+async def test_the_picture_in_the_guide_is_the_present_screen() -> None:
+    assert PICTURE.read_text() == await picture(), "python -m tests.support.top_screen writes it"
