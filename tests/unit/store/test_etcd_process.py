@@ -11,7 +11,6 @@ from structlog.testing import capture_logs
 from skep.errors import FailedPrecondition, SkepError
 from skep.store.etcd import damage
 from skep.store.etcd.binary import check_upgrade, check_version, find_binary
-from skep.store.etcd.compile import DESCRIPTORS, HERE, STUB, compile_into
 from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, error_of
 from skep.store.etcd.flags import MemberSettings, PeerFiles, arguments, environment
 from skep.store.etcd.output import Output
@@ -185,12 +184,6 @@ def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():
 def test_no_output_confuses_the_reader(line):
     with capture_logs():
         Output().take(line)
-
-
-def test_the_committed_messages_are_those_of_the_proto_file(tmp_path: Path):
-    compile_into(tmp_path)
-    for name in (DESCRIPTORS, STUB):
-        assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes()
 
 
 @pytest.mark.parametrize(
