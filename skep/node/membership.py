@@ -70,6 +70,8 @@ _FOUNDING_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 20.0
 """Docker's swarmConnectTimeout."""
 _MARK_POLL_S = 0.2
+_LOOK_S = 2.0
+"""Time for reading the machine before the first session; later descriptions have what takes longer."""
 
 
 class Membership:
@@ -407,6 +409,8 @@ class Membership:
             await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
             if node.is_manager:
                 await asyncio.to_thread(write_files)
+            await self._look()
+            await self._look()
             self._start(node)
             await self._wait_session(timeout_s)
             if node.is_manager:
@@ -420,6 +424,12 @@ class Membership:
             await self._end()
             raise
         self._apply(Event.ENTERED)
+
+    async def _look(self) -> None:
+        """Read the machine: a moment ago it may not have had the network that the cluster's are to avoid."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_S):
+                await self._dependencies.look()
 
     async def _request_certificate(self, plan: Joining) -> KeyPair:
         """Use the join token.  Raises: SkepError, with Docker's texts."""

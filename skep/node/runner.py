@@ -29,9 +29,6 @@ from skep.paths import Paths
 
 log = structlog.get_logger()
 
-_LOOK_S = 2.0
-"""Time for reading the machine before the first session; later descriptions have what takes longer."""
-
 _OWN_MANAGER_POLL_S = 0.02
 """Between two looks whether the manager of this node serves, until there is a session."""
 
@@ -128,7 +125,6 @@ class NodeRunner:
         self._processes = dependencies.processes
         self._paths = dependencies.paths
         self._clock = dependencies.clock
-        self._look = dependencies.look
         self._refused = refused
         self._error = ""
         self._is_unwritten = asyncio.Event()
@@ -198,10 +194,6 @@ class NodeRunner:
             self._refused()
 
     async def _run_agent(self) -> None:
-        # What was read a few seconds ago may lack the network of this machine that the cluster's are to avoid.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LOOK_S):
-                await self._look()
         try:
             await self._repeat(self._agent.run, "agent")
         except SkepError:  # the cluster refuses this node

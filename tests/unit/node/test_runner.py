@@ -9,13 +9,19 @@ import pytest
 
 from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
+from skep.api.client import Client
 from skep.configuration.configuration import Configuration
-from skep.model.ids import ClusterId, NodeId
+from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import NodeRole
 from skep.node.local import LocalNode
 from skep.node.manager_files import ManagerFiles
+from skep.node.membership import Membership
 from skep.node.runner import Dependencies, NodeRunner
 from skep.paths import Paths
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
 
 
 class FakeAgent:
@@ -112,9 +118,8 @@ class Fakes:
         return self.agent
 
 
-@asynccontextmanager
-async def running(paths: Paths, role: NodeRole) -> AsyncIterator[Fakes]:
-    node = LocalNode(
+def local_node(role: NodeRole) -> LocalNode:
+    return LocalNode(
         node_id=NodeId("n1"),
         cluster_id=ClusterId("c1"),
         is_manager=role is NodeRole.MANAGER,
@@ -122,6 +127,11 @@ async def running(paths: Paths, role: NodeRole) -> AsyncIterator[Fakes]:
         advertise_addr="10.0.0.1:2377",
         local_addr="10.0.0.1",
     )
+
+
+@asynccontextmanager
+async def running(paths: Paths, role: NodeRole) -> AsyncIterator[Fakes]:
+    node = local_node(role)
     fakes = Fakes(paths, role)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         task = group.create_task(NodeRunner(node, fakes.dependencies).run())
@@ -164,6 +174,23 @@ async def test_a_worker_keeps_no_spare_manager_process_once_it_has_a_session(pat
 
 async def test_the_machine_is_looked_at_before_its_first_description(paths: Paths) -> None:
     """The first networks of a cluster avoid those of its machine, also one of a moment ago."""
-    async with running(paths, NodeRole.WORKER) as fakes:
-        await until(lambda: fakes.agent.is_running)
+    fakes = Fakes(paths, NodeRole.WORKER)
+    fakes.processes.has_spare = False
+    fakes.agent.registered.set()
+    authority, key = Authority.create(), new_private_key()
+    node = local_node(NodeRole.WORKER)
+    identity = Identity(node_id=node.node_id, cluster_id=node.cluster_id, role=NodeRole.WORKER)
+    pair = KeyPair(
+        certificate_pem=authority.sign(signing_request(key), identity),
+        key_pem=private_pem(key),
+        root_pem=authority.root_pem,
+    )
+    membership = Membership(
+        fakes.dependencies, manager_api=Client.local(paths.manager_socket, "m"), new_id=new_id
+    )
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(membership.run())
+        await until(lambda: fakes.processes.has_spare)
+        await membership._enter(node, pair, lambda: None, timeout_s=10)
         assert fakes.has_looked
+        running.cancel()
