@@ -1,7 +1,7 @@
 """A service's spec as the keys of a Compose file: the inverse of ``skep.stack.services``."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -22,9 +22,7 @@ from skep.model.service import (
     UpdateConfig,
 )
 from skep.model.times import SECOND_NS
-from skep.stack.project import IMAGE, NAMESPACE
-
-_NODES_NETWORKS: Final = ("host", "none", "bridge")
+from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
 
 class Names(msgspec.Struct, frozen=True, kw_only=True):
@@ -228,7 +226,7 @@ def _reference(name: str, file: Any, keys: Mapping[str, str]) -> dict[str, Any]:
 
 def _networks(spec: ServiceSpec, names: Names) -> dict[str, Any]:
     attached = spec.task_template.networks or spec.networks
-    if len(attached) == 1 and attached[0].target in _NODES_NETWORKS:
+    if len(attached) == 1 and attached[0].target in NODES_NETWORKS:
         return {"network_mode": attached[0].target}
     own = names.services.get(spec.name, spec.name)
     return {

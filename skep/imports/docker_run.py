@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from skep.errors import InvalidArgument
+from skep.stack.project import NODES_NETWORKS
 
 _LISTS: Final = {
     "add-host": "extra_hosts",
@@ -181,7 +182,7 @@ def _value_of(name: str, rest: list[str]) -> str:
 def _others(given: dict[str, list[str]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     network = (given.get("net") or given.get("network") or [""])[-1]
-    if network in ("host", "none", "bridge"):
+    if network in NODES_NETWORKS:
         made["network_mode"] = network
     elif network and not network.startswith("container:"):
         made["networks"] = [network]

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.imports.document import Imported, Note, accepted
 from skep.stack.document import Node, Place, Problem, Problems, parse
+from skep.stack.project import NODES_NETWORKS
 
 _MACHINE_PATH: Final = re.compile(r"[./~]")
 
@@ -147,7 +148,7 @@ class _Conversion:
                 self.volumes[named] = {"driver": driver}
 
     def _net(self, name: str, net: str, made: dict[str, Any]) -> None:
-        if net in ("host", "none", "bridge"):
+        if net in NODES_NETWORKS:
             made["network_mode"] = net
             return
         text = (

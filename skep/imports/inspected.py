@@ -14,9 +14,8 @@ from skep.model.container import ContainerSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, ServiceSpec
 from skep.model.unknown import NOTHING, Unknown, UnknownOfItems, divided
 from skep.stack.planning import differences
-from skep.stack.project import IMAGE, NAMESPACE
+from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS
 
-_NODES_NETWORKS: Final = ("host", "none", "bridge")
 _OF_THE_STACK: Final = (f"Labels.{NAMESPACE}", f"Labels.{IMAGE}")
 """Labels that a stack gives to what is in it."""
 
@@ -111,7 +110,7 @@ def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapp
     attached = {one.target for spec in specs for one in spec.task_template.networks}
     return Names(
         services=_keys((spec.name for spec in specs), stack),
-        networks=_keys((one for one in sorted(attached) if one not in _NODES_NETWORKS), stack),
+        networks=_keys((one for one in sorted(attached) if one not in NODES_NETWORKS), stack),
         secrets=_keys(sorted({one.secret_name for each in containers for one in each.secrets}), stack),
         configs=_keys(sorted({one.config_name for each in containers for one in each.configs}), stack),
         volumes=_keys(
@@ -228,7 +227,7 @@ def _expected(spec: ServiceSpec, key: str, stack: str) -> ServiceSpec:
     """The service as a stack would have it: named, reached by its key, with defaults unsaid."""
     template = spec.task_template
     attached = tuple(
-        one if one.target in _NODES_NETWORKS else replace(one, aliases=_aliases(one, key))
+        one if one.target in NODES_NETWORKS else replace(one, aliases=_aliases(one, key))
         for one in template.networks
     )
     endpoint, container = spec.endpoint_spec or EndpointSpec(), template.container_spec

@@ -410,7 +410,6 @@ class Membership:
             if node.is_manager:
                 await asyncio.to_thread(write_files)
             await self._look()
-            await self._look()
             self._start(node)
             await self._wait_session(timeout_s)
             if node.is_manager:

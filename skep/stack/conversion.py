@@ -20,7 +20,6 @@ from skep.stack.services import Surroundings, service_of
 _NAME: Final = re.compile(r"[a-zA-Z0-9._-]+")
 _STACK_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 _FILE_BYTES_MAX: Final = {"secrets": 500 * 1024, "configs": 1000 * 1024}
-_NODES_NETWORKS: Final = ("host", "none", "bridge")
 
 
 def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes], report: Report) -> Stack:
@@ -217,8 +216,7 @@ def _networks(top: Reader, stack: str, services: Mapping[str, Node]) -> dict[str
         name = name or f"{stack}_{key}"
         made[key] = StackNetwork(place=node.place, name=name, body=_network_body(one, name, stack))
         one.close()
-    for name in _NODES_NETWORKS[:1]:
-        made.setdefault(name, StackNetwork(place=top.place, name=name, is_external=True))
+    made.setdefault("host", StackNetwork(place=top.place, name="host", is_external=True))
     default = f"{stack}_default"
     body = {"Name": default, "Driver": "overlay", "Labels": {NAMESPACE: stack}, "CheckDuplicate": True}
     made.setdefault("default", StackNetwork(place=top.place, name=default, body=body))

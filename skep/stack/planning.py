@@ -14,7 +14,7 @@ from skep.model.encoding import to_json
 from skep.model.labels import STACK_REVISION
 from skep.model.service import Service, ServiceSpec
 from skep.stack.document import Problem, Problems
-from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile, StackNetwork, StackService
+from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFile, StackNetwork, StackService
 
 _HIDDEN: Final = frozenset({"SecretID", "ConfigID"})
 """Fields of references that follow from their names."""
@@ -177,7 +177,7 @@ def _networks(
 def _check_external(
     network: StackNetwork, found: Sequence[Mapping[str, Any]], problems: list[Problem]
 ) -> None:
-    if network.name in ("host", "none", "bridge"):
+    if network.name in NODES_NETWORKS:
         return
     path = f"networks.{network.name}"
     if not found:

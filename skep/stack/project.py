@@ -14,6 +14,8 @@ from skep.stack.document import Place
 NAMESPACE: Final = "com.docker.stack.namespace"
 """Docker's label of everything in a stack: its name."""
 IMAGE: Final = "com.docker.stack.image"
+NODES_NETWORKS: Final = ("host", "none", "bridge")
+"""Names of the networks that every node has of its own."""
 """Docker's label of a service: its image as the file has it."""
 
 

@@ -26,7 +26,7 @@ from skep.stack.containers import Volumes, container_of
 from skep.stack.deploy_section import mode_of, placement_of, resources_of, restart_of, update_of
 from skep.stack.document import Node
 from skep.stack.node_rights import rights_labels
-from skep.stack.project import IMAGE, NAMESPACE, Build, StackFile, StackNetwork, StackService
+from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Build, StackFile, StackNetwork, StackService
 from skep.stack.reading import Reader, Report
 
 _X_SKEP: Final = {
@@ -216,7 +216,7 @@ def _networks(name: str, service: Reader, around: Surroundings) -> tuple[Network
     if mode:
         if attached:
             service.problem("network_mode", "network_mode and networks can't be set at the same time")
-        if mode not in ("host", "none", "bridge"):
+        if mode not in NODES_NETWORKS:
             service.problem("network_mode", f"{mode!r} is not supported: want host or none")
         return (NetworkAttachmentConfig(target=mode),)
     made: list[NetworkAttachmentConfig] = []

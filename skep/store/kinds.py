@@ -104,10 +104,16 @@ def spec_of(view: View, task: Task) -> ServiceSpec | None:
     if version is not None:
         return version.spec
     if has_unreadable_spec(view, task):
-        service = view.lookup(Service, task.service_id)
-        if service is not None and service.spec_version == task.spec_version:
-            return service.spec  # it is the same spec
+        return present_spec(view.lookup(Service, task.service_id), task)
     return None
+
+
+def present_spec(service: Service | None, task: Task) -> ServiceSpec | None:
+    """The spec of ``service``, if it is the one from which ``task`` was made: what is read when the version that was
+    kept cannot be."""
+    if service is None or service.spec_version != task.spec_version:
+        return None
+    return service.spec
 
 
 def has_unreadable_spec(view: View, task: Task) -> bool:

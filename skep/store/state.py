@@ -18,7 +18,7 @@ from skep.model.service import Service
 from skep.model.task import Task
 from skep.store import keys
 from skep.store.interface import Created, Deleted, Event, Updated, nothing
-from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
+from skep.store.kinds import SpecVersion, filled, present_spec, spec_version_id, spec_version_of
 from skep.store.level import LOWEST
 from skep.store.schema import SCHEMAS
 from skep.store.tables import KeyChange, Table
@@ -199,9 +199,9 @@ def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Tas
     id = spec_version_id(task.service_id, task.spec_version)
     version = versions.objects.get(id)
     if version is None and id in versions.unreadable:
-        service = services.get(task.service_id)
-        if service is not None and service.spec_version == task.spec_version:
-            return replace(task, spec=service.spec.task_template)  # it is the same spec
+        spec = present_spec(services.get(task.service_id), task)
+        if spec is not None:
+            return replace(task, spec=spec.task_template)
     return filled(task, version)
 
 
