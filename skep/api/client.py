@@ -10,7 +10,7 @@ process to the manager process and to the machine's Docker Engine (``Client.loca
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.errors import error_of
+from skep.api.requests import TIMEOUT_S, Filters, Requests, parameters_of
 from skep.api.responses import OutputStream
 from skep.api.ssh import Destination, forwarded
 from skep.api.versions import NEWEST, ApiVersion
@@ -31,14 +32,10 @@ from skep.model.unknown import leniently
 
 T = TypeVar("T")
 
-TIMEOUT_S = 60.0
-"""Deadline of a request whose response is read as a whole."""
 _LOCAL_TIMEOUT_S = 5.0
 """The same to a process on this machine."""
 _CONNECT_S = 10.0
 _LINE_BYTES_MAX = 4 * 1024 * 1024
-
-Filters = Mapping[str, Sequence[str]]
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -53,7 +50,7 @@ class Response(msgspec.Struct, frozen=True):
         return error_of(self.status, _message(self.body, None))
 
 
-class Client:
+class Client(Requests):
     """A connection pool to one API endpoint.  Use as an async context manager.
 
     Args:
@@ -168,37 +165,6 @@ class Client:
             self._session = None
         await self._stack.aclose()
 
-    async def get(
-        self,
-        path: str,
-        *,
-        filters: Filters | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-        **query: str,
-    ) -> Any:
-        """The decoded response to ``GET path``.  Raises: the error of the response's status; Unavailable: there is
-        none."""
-        return await self.request(
-            "GET", path, filters=filters, query=query, headers=headers, timeout_s=timeout_s
-        )
-
-    async def post(
-        self,
-        path: str,
-        body: Any = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-        **query: str,
-    ) -> Any:
-        """The decoded response to ``POST path`` with ``body`` as JSON.  Raises: as ``get``."""
-        return await self.request("POST", path, body=body, query=query, headers=headers, timeout_s=timeout_s)
-
-    async def delete(self, path: str, *, timeout_s: float | None = None, **query: str) -> Any:
-        """The decoded response to ``DELETE path``.  Raises: as ``get``."""
-        return await self.request("DELETE", path, query=query, timeout_s=timeout_s)
-
     async def read(self, type_: type[T], path: str, *, filters: Filters | None = None, **query: str) -> T:
         """The response to ``GET path`` as ``type_``.  Raises: as ``get``."""
         return _as(type_, await self.request("GET", path, filters=filters, query=query))
@@ -214,12 +180,6 @@ class Client:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """One request and its whole response: decoded JSON, None if it is empty.
-
-        Raises:
-            SkepError: of the class that the status means, with the server's message.
-            Unavailable: no response within ``timeout_s``.
-        """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         try:
             async with (
@@ -310,10 +270,7 @@ class Client:
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         session = self._open_session
         version = await self._agreed_version()
-        parameters = dict(query or {})
-        if filters:
-            wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
-            parameters["filters"] = msgspec.json.encode(wanted).decode()
+        parameters = {**(query or {}), **parameters_of(filters)}
         target = (f"/v{version}{path}" if version else path) + (
             f"?{urlencode(parameters)}" if parameters else ""
         )

@@ -1,55 +1,51 @@
-"""Requests whose responses are read whole, without aiohttp.
+"""Requests whose responses are read whole: what both clients have of them, and the client that needs no aiohttp.
 
 The import of aiohttp takes longer than the requests of most commands.
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 import msgspec
 
 from skep.api.raw import RawClient
 from skep.errors import SkepError, Unavailable
 
-if TYPE_CHECKING:
-    from skep.api.client import Client
-
 TIMEOUT_S: Final = 60.0
+"""Deadline of a request whose response is read as a whole."""
+
+Filters: TypeAlias = Mapping[str, Sequence[str]]
+"""Values by key, as ``docker ... --filter KEY=VALUE``."""
 
 
-class PlainRequests:
-    """Each on a connection of its own, in the newest version of the API.  Use as an async context manager."""
+def parameters_of(filters: Filters | None) -> dict[str, str]:
+    """``filters`` as a parameter of a query; none, if there are none."""
+    if not filters:
+        return {}
+    wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
+    return {"filters": msgspec.json.encode(wanted).decode()}
 
-    def __init__(self, client: RawClient) -> None:
-        self._client = client
 
-    async def __aenter__(self) -> Self:
-        """Raises: as ``RawClient``."""
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._client.__aexit__(kind, error, trace)
+class Requests(ABC):
+    """What commands and stacks make requests with."""
 
     async def get(
         self,
         path: str,
         *,
-        filters: Mapping[str, Sequence[str]] | None = None,
+        filters: Filters | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         **query: str,
     ) -> Any:
         """The decoded response to ``GET path``.  Raises: the error of the response's status; Unavailable: there is
         none."""
-        if filters:
-            wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
-            query["filters"] = msgspec.json.encode(wanted).decode()
-        return await self.request("GET", path, query=query, headers=headers, timeout_s=timeout_s)
+        return await self.request(
+            "GET", path, filters=filters, query=query, headers=headers, timeout_s=timeout_s
+        )
 
     async def post(
         self,
@@ -67,6 +63,7 @@ class PlainRequests:
         """The decoded response to ``DELETE path``.  Raises: as ``get``."""
         return await self.request("DELETE", path, query=query, timeout_s=timeout_s)
 
+    @abstractmethod
     async def request(
         self,
         method: str,
@@ -74,19 +71,51 @@ class PlainRequests:
         *,
         body: Any = None,
         query: Mapping[str, str] | None = None,
+        filters: Filters | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """The decoded response.  Raises: as ``get``."""
+        """One request and its whole response: decoded JSON, None if it is empty.
+
+        Raises:
+            SkepError: of the class that the status means, with the server's message.
+            Unavailable: no response within ``timeout_s``.
+        """
+
+
+class PlainRequests(Requests):
+    """Each on a connection of its own, in the newest version of the API.  Use as an async context manager."""
+
+    def __init__(self, client: RawClient) -> None:
+        self._client = client
+
+    async def __aenter__(self) -> Self:
+        """Raises: as ``RawClient``."""
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.__aexit__(kind, error, trace)
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        filters: Filters | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
         timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+        parameters = {**(query or {}), **parameters_of(filters)}
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._client.request(method, path, body, query or {}, headers or {})
+                return await self._client.request(method, path, body, parameters, headers or {})
         except TimeoutError:
             raise Unavailable(f"no response within {timeout_s:g} s") from None
         except msgspec.DecodeError as error:
             raise SkepError(f"the response is not JSON: {error}") from error
-
-
-Requests: TypeAlias = "PlainRequests | Client"
-"""What commands and stacks make requests with."""

@@ -9,7 +9,8 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, SystemClock
-from skep.api.client import Client, Filters
+from skep.api.client import Client
+from skep.api.requests import Filters, parameters_of
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -94,7 +95,7 @@ async def followed(
     while True:
         try:
             more = {key: value for key, value in (("after", cursor), ("nodes", nodes)) if value}
-            async with client.lines("/skep/events", {**_query(filters), **more}) as lines:
+            async with client.lines("/skep/events", {**parameters_of(filters), **more}) as lines:
                 async for line in lines:
                     event = msgspec.json.decode(line)
                     if "message" in event:
@@ -106,8 +107,3 @@ async def followed(
             if cursor == after:
                 raise
         await backoff.sleep(clock)
-
-
-def _query(filters: Filters) -> dict[str, str]:
-    wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
-    return {"filters": msgspec.json.encode(wanted).decode()} if wanted else {}
