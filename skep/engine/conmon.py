@@ -4,16 +4,19 @@ conmon daemonizes, so that its parent is pid 1.  Until then communication with i
 pipes whose descriptors it finds in its environment: ``_OCI_STARTPIPE`` (it waits for a byte there, until it
 sits in its own cgroup), ``_OCI_SYNCPIPE`` (it responds with a line of JSON: the pid, or a negative number
 and the runtime's words) and, for an exec, ``_OCI_ATTACHPIPE`` (a line when one can connect to its socket).
-Later it takes commands from the pipe ``ctl``.
+Later it takes commands from the pipe ``ctl``; of several that wait there, conmon before 2.2 obeys the first only.
 
 Source: conmon 2.1, src/conmon.c; podman, libpod/oci_conmon_linux.go.
 """
 
 import asyncio
 import errno
+import fcntl
 import os
 import re
+import struct
 import subprocess
+import termios
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -23,7 +26,10 @@ from typing import ParamSpec, TypeVar
 import msgspec
 
 from skep.engine.cgroups import Cgroups
+from skep.engine.container import ProcessName
+from skep.engine.processes import open_pidfd
 from skep.errors import SkepError, Unavailable
+from skep.linux.processes import borrowed
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -201,6 +207,31 @@ def control(path: Path, command: bytes) -> None:
         os.write(descriptor, command)
     finally:
         os.close(descriptor)
+
+
+def resize_terminal(monitor: ProcessName | None, height: int, width: int) -> None:
+    """Set the size of the terminal that a conmon holds, in characters; one that has none or has ended needs none.
+
+    By the terminal itself: conmon before 2.2 drops sizes that come while another waits in ``ctl``, and so the last one.
+    """
+    process = open_pidfd(monitor) if monitor is not None else None
+    if monitor is None or process is None:
+        return
+    try:
+        for number in map(int, os.listdir(f"/proc/{monitor.pid}/fd")):
+            if os.readlink(f"/proc/{monitor.pid}/fd/{number}").endswith("/ptmx"):
+                terminal = borrowed(process, number)
+                try:
+                    size = struct.pack("4H", height & 0xFFFF, width & 0xFFFF, 0, 0)
+                    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+                finally:
+                    os.close(terminal)
+                return
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EBADF):  # it ends meanwhile
+            raise
+    finally:
+        os.close(process)
 
 
 def plain(errors: bytes) -> str:

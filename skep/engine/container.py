@@ -331,6 +331,9 @@ class Exec(msgspec.Struct, frozen=True, kw_only=True):
     config: ExecConfig
     running: bool = False
     pid: int = 0
+    monitor: ProcessName | None = None
+    console_size: tuple[int, int] | None = None
+    """Rows and columns of its terminal, as they were last set."""
     exit_code: int | None = None
 
 

@@ -34,6 +34,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.engine import create, image_mounts, logs, sharing, top
 from skep.engine.attachment import Attachment, attach
+from skep.engine.conmon import resize_terminal
 from skep.engine.container import (
     Container,
     ContainerState,
@@ -475,7 +476,7 @@ class Engine:
     async def resize(self, word: str, height: int, width: int) -> None:
         """Set the size of its terminal, in characters.  Raises: NotFound; NotRunning."""
         container = self._require_running(word)
-        self._runtime.resize(self.bundles.bundle(container.id), height, width)
+        resize_terminal(container.monitor, height, width)
         self.events.publish("resize", container, height=str(height), width=str(width))
 
     async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:

@@ -18,7 +18,7 @@ from skep.aio.failures import retry
 from skep.aio.trees import discard_tree
 from skep.engine.attachment import Attachment
 from skep.engine.bundle import Bundles
-from skep.engine.conmon import StartError
+from skep.engine.conmon import StartError, resize_terminal
 from skep.engine.container import Container, ContainerState, Exec, ExecConfig, NotRunning, ProcessName
 from skep.engine.events import Events
 from skep.engine.runtime import Runtime
@@ -112,19 +112,26 @@ class Execs:
                 self._spawn(discard_tree(failed), name=f"failed exec {exec_id[:12]}")
             raise
         try:
-            self._execs[exec_id] = msgspec.structs.replace(self.get(exec_id), pid=started.pid)
+            exec = msgspec.structs.replace(self.get(exec_id), pid=started.pid, monitor=started.monitor)
+            self._execs[exec_id] = exec
         except NotFound:  # forgotten with its container, whose end was the process's too
             started.attachment.close()
             raise
         self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
+        if exec.console_size is not None:  # asked for while it started
+            resize_terminal(exec.monitor, *exec.console_size)
         return started.attachment
 
     def resize(self, exec_id: str, height: int, width: int) -> None:
-        """Size of its terminal, in characters.  Raises: NotFound; NotRunning."""
+        """Size of its terminal, in characters; kept for one that is about to start.
+
+        Raises: NotFound; NotRunning.
+        """
         exec = self.get(exec_id)
         if not exec.running:
             raise NotRunning(f"Exec {exec_id} is not running")
-        self._runtime.resize(self._bundles.exec_path(exec.container_id, exec_id), height, width)
+        self._execs[exec_id] = msgspec.structs.replace(exec, console_size=(height, width))
+        resize_terminal(exec.monitor, height, width)
 
     async def wait(self, exec_id: str) -> Exec:
         """Return the exec once it has ended; its exit code is set then.  Raises: NotFound."""

@@ -201,10 +201,6 @@ class Runtime:
             limits["pids"] = {"limit": -1}
         await self.run("update", "--resources", "-", id, stdin=msgspec.json.encode(limits))
 
-    def resize(self, path: Path, height: int, width: int) -> None:
-        """Size of the terminal of the process whose conmon has its directory at ``path``."""
-        control(path, b"1 %d %d\n" % (height, width))
-
     def reopen_log(self, id: ContainerId) -> None:
         """Make conmon open its log file anew, after a rename; nothing is lost."""
         control(self.bundles.bundle(id), b"2 0 0\n")

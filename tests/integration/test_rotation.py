@@ -68,11 +68,11 @@ def test_a_rotation_gives_every_task_the_new_content_under_the_same_name(
     labels = node.docker(noun, "inspect", "key-v2", "--format", "{{json .Spec.Labels}}").stdout
     assert '"team":"red"' in labels
     # What a rollback returns to stays; what no service has any more goes, once it is not returned to.
-    assert skep(node, noun, "prune", "--force").stdout == ""
+    assert "key" not in skep(node, noun, "prune", "--force").stdout
     (tmp_path / "new").write_text("three")
     assert skep(node, noun, "rotate", "key", str(tmp_path / "new")).stdout == "key-v3\n"
     assert contents(node, "web", path) == {"three"}
-    assert skep(node, noun, "prune", "--force").stdout == "key\n"
+    assert "key" in skep(node, noun, "prune", "--force").stdout.splitlines()
 
 
 def test_a_service_that_is_stuck_is_named_and_the_rotation_is_finished_later(

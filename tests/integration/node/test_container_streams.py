@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -23,6 +24,7 @@ from skep.engine.container import (
     Stream,
 )
 from skep.engine.engine import Engine
+from skep.engine.processes import send_signal
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
@@ -238,10 +240,14 @@ async def test_a_terminal_that_is_resized_a_thousand_times_has_its_last_size(
 ) -> None:
     container = await run.start("sh", "-c", "read -r _; stty size", tty=True, open_stdin=True)
     attachment = await engine.attach(container.id)
+    monitor = engine.get(container.id).monitor
+    assert monitor is not None
+    send_signal(monitor, signal.SIGSTOP)  # as on a busy machine: it does nothing in between
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         for number in range(999):
             group.create_task(engine.resize(container.id, 20 + number % 50, 80))
     await engine.resize(container.id, 44, 99)
+    send_signal(monitor, signal.SIGCONT)
     await attachment.write(b"\n")
     assert b"44 99" in await read_until(attachment, b"44 99")
     attachment.close()
@@ -284,6 +290,21 @@ async def test_an_exec_with_a_terminal(run: Runner, engine: Engine) -> None:
     await attachment.write(b"stty size; exit 6\n")
     assert b"41 99\r\n" in (await everything(attachment))[Stream.STDOUT]
     assert (await engine.execs.wait(id)).exit_code == 6
+
+
+async def test_an_exec_has_the_last_size_that_was_asked_for_while_it_started(
+    run: Runner, engine: Engine
+) -> None:
+    container = await run.start("sleep", "100")
+    command = ("sh", "-c", "read -r _; stty size")
+    id = engine.execs.create(container.id, ExecConfig(command=command, tty=True, attach_stdin=True))
+    starting = asyncio.create_task(engine.execs.start(id))
+    await asyncio.sleep(0)  # it has begun
+    for rows in range(20, 60):
+        engine.execs.resize(id, rows, 101)
+    attachment = await starting
+    await attachment.write(b"\n")
+    assert b"59 101\r\n" in (await everything(attachment))[Stream.STDOUT]
 
 
 async def test_an_exec_runs_as_the_user_it_names(run: Runner, engine: Engine) -> None:
