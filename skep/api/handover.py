@@ -10,7 +10,7 @@ response is missing.
 
 A message is one packet of a SOCK_SEQPACKET socket, or several where the bytes read are long (`REST`).  The header:
 kind, flags (1 byte each), slot (the connection's index in the table) and the length of all its data (4 bytes each,
-big-endian).
+big-endian).  Where a flag says so, the client's identity is before the data, with its length (2 bytes).
 """
 
 import asyncio
@@ -34,6 +34,10 @@ _DATA_BYTES = 32 * 1024
 _AT_ONCE = 32
 """Packets read before other work of the event loop has its turn."""
 _REMOTE = 1
+_IDENTIFIED = 2
+_IDENTITY_LENGTH = struct.Struct("!H")
+IDENTITY_BYTES_MAX = 16 * 1024
+"""It is in the first packet."""
 
 
 class State(IntEnum):
@@ -70,6 +74,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     descriptor: int | None = None
     is_remote: bool = False
     """The client is on another machine: what it keeps open is limited in time."""
+    identity: bytes = b""
+    """Of the client (``identity.packed``); empty: what the permissions of the unix socket give."""
 
 
 class Channel:
@@ -101,8 +107,12 @@ class Channel:
         if self.is_closed:
             _close(message.descriptor)
             return
-        data = message.data
-        head = _HEADER.pack(message.kind, message.is_remote and _REMOTE, message.slot, len(data))
+        data, flags = message.data, message.is_remote and _REMOTE
+        if message.identity:
+            assert len(message.identity) <= IDENTITY_BYTES_MAX, "the bindings of a user are bounded"
+            data = _IDENTITY_LENGTH.pack(len(message.identity)) + message.identity + data
+            flags |= _IDENTIFIED
+        head = _HEADER.pack(message.kind, flags, message.slot, len(data))
         self._queue.append((head + data[:_DATA_BYTES], message.descriptor))
         rest = _HEADER.pack(Kind.REST, 0, message.slot, 0)
         for start in range(_DATA_BYTES, len(data), _DATA_BYTES):
@@ -174,8 +184,17 @@ class Channel:
             message, self._partial = self._partial, None
             message = msgspec.structs.replace(message, data=message.data + data)
         else:
+            identity = b""
+            if flags & _IDENTIFIED:
+                end = _IDENTITY_LENGTH.size + _IDENTITY_LENGTH.unpack_from(data)[0]
+                identity, data, size = data[_IDENTITY_LENGTH.size : end], data[end:], size - end
             message = Message(
-                kind=Kind(kind), slot=slot, data=data, descriptor=descriptor, is_remote=bool(flags & _REMOTE)
+                kind=Kind(kind),
+                slot=slot,
+                data=data,
+                descriptor=descriptor,
+                is_remote=bool(flags & _REMOTE),
+                identity=identity,
             )
             self._missing_bytes = size
         self._missing_bytes -= len(data)

@@ -30,6 +30,7 @@ from skep.api.framing import (
     read_head,
 )
 from skep.api.handover import NO_SLOT, SLOTS, Channel, Kind, Message, State, pack_slots
+from skep.api.identity import identify, unpacked
 from skep.errors import Unavailable
 from skep.linux.unix_sockets import private_socket
 
@@ -78,6 +79,12 @@ async def begin_response(request: web.Request, _response: web.StreamResponse) ->
     hook = request.protocol.access_logger
     if isinstance(hook, ResponseHook) and hook.connection is not None:
         hook.connection.state = State.RESPONDING
+
+
+def is_passed(request: web.Request) -> bool:
+    """Whether the connection of ``request`` was passed by the node process."""
+    hook = request.protocol.access_logger
+    return isinstance(hook, ResponseHook) and hook.connection is not None
 
 
 def take_over(request: web.Request, protocol: asyncio.Protocol) -> None:
@@ -265,6 +272,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._peer = peer
         self._slot = passed.slot
         self._is_remote = passed.is_remote
+        self._identity = passed.identity
         self._handler = owner.new_handler()
         self._unread = passed.data
         self._exchange: _Exchange | None = None
@@ -300,6 +308,8 @@ class _Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if self._identity:
+            identify(transport, unpacked(self._identity))
         self._owner.opened(self)
         self._handler.connection_made(transport)
         hook = self._handler.access_logger
@@ -474,6 +484,7 @@ class _Connection(asyncio.BufferedProtocol):
                         data=self._unread,
                         descriptor=descriptor,
                         is_remote=self._is_remote,
+                        identity=self._identity,
                     )
                 )
                 self._phase = _Phase.PASSED_BACK

@@ -29,6 +29,7 @@ from yarl import URL
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
 from skep.api.filters import Filters
+from skep.api.identity import IS_PRIVATE
 from skep.api.responses import (
     JsonLines,
     OutputFrames,
@@ -88,18 +89,22 @@ def application(
     *tables: Iterable[web.AbstractRouteDef],
     newest: ApiVersion | Callable[[], ApiVersion] = NEWEST,
     server: str = "Skep/0.1.0 (linux)",
+    is_private: Callable[[web.Request], bool] = lambda _: False,
 ) -> web.Application:
     """An application with the routes of ``tables``, each under ``/v<version>`` and without it.
 
     Args:
         newest: the highest API version that is spoken and announced (``Api-Version``), or a function that gives the
-        present one. server: the ``Server`` header.
+        present one.
+        server: the ``Server`` header.
+        is_private: which requests came on a socket that only processes of this node open.
     """
     app = web.Application(
         client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _read_version, _close_on_late_error]
     )
     app[_NEWEST] = (lambda: newest) if isinstance(newest, ApiVersion) else newest
     app[_SERVER] = server
+    app[IS_PRIVATE] = is_private
     app.on_response_prepare.append(_add_headers)
     versioned = web.UrlDispatcher()
     for route in (route for table in tables for route in table):

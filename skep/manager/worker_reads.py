@@ -10,8 +10,10 @@ from pathlib import Path
 
 from skep.api.client import Client
 from skep.api.framing import is_readable, path_of
+from skep.api.identity import IDENTITY_HEADER, packed
 from skep.errors import PermissionDenied, ResourceExhausted
 from skep.manager.routes.access import OF_WORKER
+from skep.model.access import Binding, Identity, Origin, Role
 from skep.model.labels import allows_worker_reads
 from skep.model.swarm import Swarm
 from skep.store.interface import View
@@ -50,9 +52,7 @@ class WorkerReads:
         try:
             async with (
                 Client.local(self._socket, "this manager") as client,
-                client.stream(
-                    request.target, buffer_bytes=PIECE_BYTES, headers={OF_WORKER: caller.node_id}
-                ) as response,
+                client.stream(request.target, buffer_bytes=PIECE_BYTES, headers=_headers(caller)) as response,
             ):
                 yield skep.ReadPiece()
                 async for data in response.pieces():
@@ -63,9 +63,14 @@ class WorkerReads:
             self._reading.remove(caller.node_id)
 
     def _check(self, target: str) -> None:
-        """Raises: PermissionDenied."""
+        """Raises: PermissionDenied.  A worker's word about its clients counts for nothing: all are viewers."""
         swarm = next(iter(self._view().find(Swarm)), None)
         if swarm is None or not allows_worker_reads(swarm.spec.labels):
             raise PermissionDenied("this cluster does not show itself to clients of workers")
         if not target.startswith("/") or not is_readable("GET", path_of(target)):
             raise PermissionDenied(f"clients of workers may not read {target[:200]}")
+
+
+def _headers(caller: Caller) -> dict[str, str]:
+    viewer = Identity(name=caller.node_id, origin=Origin.NODE, bindings=(Binding(Role.VIEWER),))
+    return {OF_WORKER: caller.node_id, IDENTITY_HEADER: packed(viewer).decode()}

@@ -6,6 +6,7 @@ transaction, and encode.
 
 from aiohttp import web
 
+from skep.api.passed import is_passed
 from skep.api.server import ApiVersion
 from skep.api.server import application as engine_application
 from skep.api.versions import NEWEST
@@ -60,7 +61,8 @@ _TABLES = (
 
 def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Application:
     """An application that serves requests from ``api``.   ``newest``: the API version it announces."""
-    app = engine_application(*_TABLES, newest=newest)
+    # What is not passed came on the manager's own socket, which the processes of this node open.
+    app = engine_application(*_TABLES, newest=newest, is_private=lambda request: not is_passed(request))
     app[MANAGER] = api
     return app
 

@@ -18,6 +18,7 @@ from skep.aio.time_slices import result_in_slices
 from skep.api.connection import Connection, Gone
 from skep.api.framing import Request, Sized, parse_request
 from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.model.access import ALL, Binding, Identity, Origin, Role
 from skep.model.ids import ContainerId
 from skep.model.rights import ApiAccess
 from skep.node.container_apis.policy import Passing, check
@@ -37,7 +38,7 @@ _DOCUMENTS_MAX, _OWN_DOCUMENTS_MAX = 16, 2
 _HANG_UP_POLL_S = 1.0
 _DROPPED = (b"keep-alive", b"upgrade", b"http2-settings", b"expect", b"accept-encoding", b"te", b"trailer")
 
-Dispatch = Callable[[socket.socket], None]
+Dispatch = Callable[[socket.socket, Identity], None]
 """Serves one end of a connection as the node's front does."""
 
 
@@ -60,7 +61,8 @@ class Exchanges:
         client = await Connection.over(connected)
         try:
             if access is ApiAccess.FULL:
-                await relay(client, await self._front(), b"", is_one_exchange=False)
+                full = Identity(name=id, origin=Origin.CONTAINER, bindings=ALL)
+                await relay(client, await self._front(full), b"", is_one_exchange=False)
             else:
                 await self._answer(client, id, access)
         except Gone:
@@ -83,19 +85,20 @@ class Exchanges:
             return
         request = parse_request(raw)
         passing = check(access, request.method, request.target)
+        viewer = Identity(name=id, origin=Origin.CONTAINER, bindings=(Binding(Role.VIEWER),))
         body = request.body()
         if not body.is_complete or (isinstance(body, Sized) and body.bytes_left):
             raise InvalidArgument("requests with a body are not possible with limited access to the API")
         if passing is Passing.REDACTED:
             own = self._own_documents.setdefault(id, asyncio.Semaphore(_OWN_DOCUMENTS_MAX))
             async with own:  # until the container has read it: a document waits in memory
-                await self._pass_document(client, request)
+                await self._pass_document(client, request, viewer)
         else:
-            await self._pass(client, request)
+            await self._pass(client, request, viewer)
 
-    async def _pass(self, client: Connection, request: Request) -> None:
+    async def _pass(self, client: Connection, request: Request, identity: Identity) -> None:
         """Send the response on as it comes, until either end closes."""
-        server = await self._front()
+        server = await self._front(identity)
         try:
             await server.send(_head(request, request.head.first_line.rpartition(b" ")[2]))
             async with asyncio.TaskGroup() as group:
@@ -109,12 +112,12 @@ class Exchanges:
             server.abort()
         client.close()
 
-    async def _pass_document(self, client: Connection, request: Request) -> None:
+    async def _pass_document(self, client: Connection, request: Request, identity: Identity) -> None:
         """Send a document without its secrets.  Raises: SkepError, Gone."""
         try:
             async with asyncio.timeout(DOCUMENT_S), self._documents:
                 # A response to HTTP/1.0 has no chunks, and ends with its connection.
-                head, document = await self._received(request)
+                head, document = await self._received(request, identity)
                 if document and head.split(b" ", 2)[1].startswith(b"2"):
                     document = await result_in_slices(redacted(document), self._clock)
         except TimeoutError as error:
@@ -126,9 +129,9 @@ class Exchanges:
         except TimeoutError:
             client.abort()
 
-    async def _received(self, request: Request) -> tuple[bytes, bytes]:
+    async def _received(self, request: Request, identity: Identity) -> tuple[bytes, bytes]:
         """Head and body of the response.  Raises: Unavailable: it is too long."""
-        server = await self._front()
+        server = await self._front(identity)
         try:
             await server.send(_head(request, b"HTTP/1.0"))
             head = await server.read_head()
@@ -151,11 +154,11 @@ class Exchanges:
             await self._clock.sleep(_HANG_UP_POLL_S)
         server.abort()
 
-    async def _front(self) -> Connection:
+    async def _front(self, identity: Identity) -> Connection:
         """A new connection to the node's front.  Raises: Unavailable."""
         try:
             ours, theirs = socket.socketpair()
-            self._dispatch(theirs)
+            self._dispatch(theirs, identity)
             return await Connection.over(ours)
         except OSError as error:
             raise Unavailable(f"the API of this node cannot be reached: {error}") from error

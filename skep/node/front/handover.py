@@ -13,7 +13,9 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.handover import SLOTS, Channel, Kind, Message, State, unpack_slots
+from skep.api.identity import packed, unpacked
 from skep.errors import Unavailable
+from skep.model.access import Identity
 
 _CONNECT_WAIT_S = 5.0
 _WAITING_MAX = 256
@@ -28,10 +30,15 @@ ENDED = "the manager of this node ended before it answered: ask again"
 
 
 class Passed(msgspec.Struct, frozen=True):
-    """A client's connection.  ``is_remote``: the client is on another machine, so its idle times are limited."""
+    """A client's connection.
+
+    ``is_remote``: the client is on another machine, so its idle times are limited.  ``identity``: None: the
+    permissions of a unix socket say what the client may.
+    """
 
     socket: socket.socket
     is_remote: bool
+    identity: Identity | None = None
 
 
 class Returned(msgspec.Struct, frozen=True):
@@ -187,6 +194,7 @@ class _Manager:
                 data=data,
                 descriptor=descriptor,
                 is_remote=connection.is_remote,
+                identity=packed(connection.identity) if connection.identity is not None else b"",
             )
         )
 
@@ -212,7 +220,8 @@ class _Manager:
                 if message.descriptor is not None:
                     if held is not None:
                         held.socket.close()
-                    held = Passed(socket.socket(fileno=message.descriptor), message.is_remote)
+                    identity = unpacked(message.identity) if message.identity else None
+                    held = Passed(socket.socket(fileno=message.descriptor), message.is_remote, identity)
                 if held is not None:
                     self._returned.put_nowait(Returned(held, message.data))
 

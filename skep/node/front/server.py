@@ -5,11 +5,11 @@ import grp
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -19,9 +19,11 @@ from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes, source_of
 from skep.api.connection import Connection, Gone
 from skep.api.errors import status_of
 from skep.api.framing import Malformed, is_for_manager, is_readable, parse_request, path_of, read_head
+from skep.api.identity import identify
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.unix_sockets import private_socket
+from skep.model.access import ALL, Identity, Origin
 from skep.node.front.handover import Handover, Passed, Returned
 from skep.node.front.routing import Destination, Ownership, route
 from skep.node.front.splice import relay, splice
@@ -45,6 +47,8 @@ _FIRST_BYTES = 64 * 1024
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
 """For clients by TCP that vanish without a word: as Docker's, whose are Go's defaults."""
 _GROUP = "docker"
+_NAME_MAX = 128
+"""Characters of the name in a client's certificate that are shown."""
 
 
 class Membership(Protocol):
@@ -91,12 +95,13 @@ class Front:
         self._group: asyncio.TaskGroup | None = None
         """While it listens."""
 
-    def serve(self, connected: socket.socket) -> None:
-        """Serve a connection of this process as one of a client by TCP."""
+    def serve(self, connected: socket.socket, identity: Identity) -> None:
+        """Serve a connection of this process as one of a client by TCP, which is ``identity``."""
         if self._group is None:
             connected.close()
             return
-        self._start(self._group, self._go_on(Returned(Passed(connected, is_remote=True))), is_remote=True)
+        passed = Passed(connected, is_remote=True, identity=identity)
+        self._start(self._group, self._go_on(Returned(passed)), is_remote=True)
 
     @asynccontextmanager
     async def listening(
@@ -161,7 +166,9 @@ class Front:
             client.abort()
             return
         _probe_when_idle(client)
-        self._start(group, self._serve(client, is_remote=True, is_relayed=True), is_remote=True)
+        identity = machine_identity(client.transport.get_extra_info("peercert"))
+        serving = self._serve(client, is_remote=True, is_relayed=True, identity=identity)
+        self._start(group, serving, is_remote=True)
 
     def _accept_local(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -244,19 +251,26 @@ class Front:
         if returned.refusal:
             await client.refuse(refusal(Unavailable(returned.refusal)))
         else:
-            await self._serve(client, is_remote=returned.connection.is_remote, is_relayed=False)
+            passed = returned.connection
+            await self._serve(client, is_remote=passed.is_remote, is_relayed=False, identity=passed.identity)
 
-    async def _serve(self, client: Connection, *, is_remote: bool, is_relayed: bool) -> None:
+    async def _serve(
+        self, client: Connection, *, is_remote: bool, is_relayed: bool, identity: Identity | None
+    ) -> None:
         """Have the next request of ``client`` answered; the connection is another's after that, or closed.
 
         Args:
             is_remote: what the client keeps open is limited in time.
             is_relayed: the connection cannot be passed to another process.
+            identity: None: of a unix socket's client.
         """
+        if identity is not None:
+            identify(client.transport, identity)
         try:
             raw = client.head() or await _head(client, _IDLE_S if is_remote else None)
             if raw:
-                await self._answer(client, raw, is_remote=is_remote, is_relayed=is_relayed)
+                passed = partial(Passed, is_remote=is_remote, identity=identity)
+                await self._answer(client, raw, passed, is_relayed=is_relayed)
             else:
                 client.close()
         except Gone:
@@ -270,7 +284,9 @@ class Front:
             client.abort()
             raise
 
-    async def _answer(self, client: Connection, raw: bytes, *, is_remote: bool, is_relayed: bool) -> None:
+    async def _answer(
+        self, client: Connection, raw: bytes, passed: Callable[[socket.socket], Passed], *, is_relayed: bool
+    ) -> None:
         """Raises: SkepError."""
         request = read_head(raw)
         match route(request.method, request.target, self._ownership):
@@ -282,20 +298,20 @@ class Front:
                     raise Unavailable(reason)
                 await self._handover.wait_manager()
                 if is_relayed:
-                    await self._relay(client, raw)
+                    await self._relay(client, raw, passed)
                 elif not client.is_lost:
-                    self._handover.pass_on(Passed(client.duplicate(), is_remote), raw + client.take())
+                    self._handover.pass_on(passed(client.duplicate()), raw + client.take())
                     client.abort()  # of this process's two descriptors one is left
             case Destination.ENGINE if self._engine_socket is not None:
                 await splice(client, parse_request(raw), self._engine_socket)
             case _:
                 self._hand_to_application(client, raw)
 
-    async def _relay(self, client: Connection, raw: bytes) -> None:
+    async def _relay(self, client: Connection, raw: bytes, passed: Callable[[socket.socket], Passed]) -> None:
         """Give the manager process one end of a new connection, and ``client`` the other."""
         ours, theirs = socket.socketpair()
         try:
-            self._handover.pass_on(Passed(theirs, is_remote=True), raw + client.take())
+            self._handover.pass_on(passed(theirs), raw + client.take())
             manager = await Connection.over(ours)
         except BaseException:
             ours.close()
@@ -311,6 +327,13 @@ class Front:
         handler.data_received(raw + waiting)
         if ended:
             handler.eof_received()
+
+
+def machine_identity(certificate: Mapping[str, Any] | None) -> Identity:
+    """Of a client whose certificate, as ``getpeercert`` shows it, is of the authority that the node trusts."""
+    subject = {key: value for names in (certificate or {}).get("subject", ()) for key, value in names}
+    name = subject.get("commonName", "").encode("ascii", "replace").decode()[:_NAME_MAX]
+    return Identity(name=name, origin=Origin.MACHINE, bindings=ALL)
 
 
 def _probe_when_idle(client: Connection) -> None:

@@ -11,6 +11,7 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.api import network_form
 from skep.api.client import Response
+from skep.api.identity import IDENTITY_HEADER, identity_of, packed
 from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts, fits
 from skep.api.server import Filters, flag
 from skep.engine.container import Container
@@ -166,8 +167,9 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def forwarded_headers(request: web.Request) -> dict[str, str]:
-    """Headers that are forwarded."""
-    return {name: request.headers[name] for name in _FORWARDED_HEADERS if name in request.headers}
+    """Headers of the request that a manager gets for ``request``: who makes it, and those that are forwarded."""
+    headers = {name: request.headers[name] for name in _FORWARDED_HEADERS if name in request.headers}
+    return {IDENTITY_HEADER: packed(identity_of(request)).decode(), **headers}
 
 
 def _facts(network: Network) -> Facts:

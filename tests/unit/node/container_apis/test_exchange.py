@@ -4,6 +4,7 @@ import asyncio
 import socket
 
 from skep.aio.clock import SystemClock
+from skep.model.access import Identity
 from skep.model.ids import ContainerId
 from skep.model.rights import ApiAccess
 from skep.node.container_apis.exchange import Exchanges
@@ -16,7 +17,7 @@ async def test_documents_that_do_not_come_keep_no_other_container_waiting() -> N
     silent: list[socket.socket] = []
     asked = asyncio.Event()
 
-    def dispatch(connected: socket.socket) -> None:
+    def dispatch(connected: socket.socket, _: Identity) -> None:
         """Answers nothing until the test's flag is set, and every request after it."""
         if answers:
             connected.sendall(DOCUMENT)

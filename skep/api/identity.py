@@ -1,0 +1,65 @@
+"""Who makes a request.
+
+An identity belongs to a connection: it is found when the connection is accepted, and goes with it from process to
+process.  A connection of a unix socket has none of its own; its client has what the permissions of the socket give.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import msgspec
+from aiohttp import web
+
+from skep.errors import Unauthenticated
+from skep.model.access import ALL, Identity, Origin
+
+IDENTITY_HEADER: Final = "X-Skep-Identity"
+"""Of requests that a process of this node makes for a client, on the manager's own socket."""
+
+_identities: WeakKeyDictionary[asyncio.BaseTransport, Identity] = WeakKeyDictionary()
+IS_PRIVATE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("is_private")
+"""Whether a request came on a socket that only processes of this node open, so that they are to be believed."""
+
+
+def identify(transport: asyncio.BaseTransport, identity: Identity) -> None:
+    """Requests on ``transport`` are those of ``identity``."""
+    _identities[transport] = identity
+
+
+def identity_of(request: web.Request) -> Identity:
+    """Who makes ``request``.  Raises: Unauthenticated: its connection is not known, or has gone."""
+    transport = request.transport
+    known = _identities.get(transport) if transport is not None else None
+    if known is not None:
+        return known
+    header = request.headers.get(IDENTITY_HEADER)
+    is_private = request.app.get(IS_PRIVATE)
+    if header is not None and is_private is not None and is_private(request):
+        return unpacked(header.encode())
+    connected = transport.get_extra_info("socket") if transport is not None else None
+    if connected is None or connected.family != socket.AF_UNIX:
+        raise Unauthenticated("the client of this connection is not known")
+    return of_socket(connected)
+
+
+def of_socket(connected: socket.socket) -> Identity:
+    """The client of a unix socket, which has all rights: the socket is root's and the group's."""
+    _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Identity(name="root" if uid == 0 else f"uid {uid}", origin=Origin.SOCKET, bindings=ALL)
+
+
+def packed(identity: Identity) -> bytes:
+    """``identity`` for another process of this node."""
+    return msgspec.json.encode(identity)
+
+
+def unpacked(data: bytes) -> Identity:
+    """The reverse of ``packed``.  Raises: Unauthenticated."""
+    try:
+        return msgspec.json.decode(data, type=Identity)
+    except msgspec.DecodeError as error:
+        raise Unauthenticated(f"the identity of a connection cannot be read: {error}") from error
