@@ -26,7 +26,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bench-builds bare virtual reference lock
+.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bench-builds bare virtual reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -104,6 +104,9 @@ bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, 
 virtual: setup-run ## limits, isolation and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
 	@mkdir -p bench/results
 	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
+
+site: setup ## the documents as a site, in build/site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "build/site/index.html"
 
 reference: setup ## write the pages of docs/reference/ that follow from the code, and the man page
 	@$(BIN)/python -m docs.reference.generate

@@ -1,0 +1,112 @@
+"""What the site takes from the repository: its pages in the order of the index, and links to files beside ``docs``.
+
+MkDocs calls the functions by their names (https://www.mkdocs.org/dev-guide/plugins/#events).
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT: Final = Path(__file__).parents[2]
+BESIDE: Final = {
+    "README.md": "readme.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+    "bench/README.md": "benchmarks.md",
+}
+"""Pages of the site that lie beside ``docs`` in the repository, and what they are called there."""
+
+_PARTS = re.compile(r"(^```.*?^```$|`[^`\n]*`)|\[([^\]\n]+)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
+_ROW = re.compile(r"^\| \[[^\]]+\]\(([^)#]+)\)", re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Take the navigation from the index."""
+    docs = Path(config.docs_dir)
+    config.nav = list(navigation((docs / "README.md").read_text(), docs))
+    return config
+
+
+def navigation(index: str, docs: Path) -> Iterator[Any]:
+    """A section for each heading of the index, with the pages of its table; folders with all of their pages."""
+    yield {"Skep": ["README.md", BESIDE["README.md"], BESIDE["CHANGELOG.md"], BESIDE["SECURITY.md"]]}
+    for section in index.split("\n## ")[1:]:
+        title, _, text = section.partition("\n")
+        pages = [page for target in _ROW.findall(text) for page in _pages(target, docs)]
+        yield {title: pages}
+
+
+def _pages(target: str, docs: Path) -> Iterator[Any]:
+    path = docs / target
+    if path.is_dir():
+        if target.strip("/") != "design":  # its pages have a table of their own
+            name = target.strip("/").capitalize()
+            yield {name: [str(page.relative_to(docs)) for page in sorted(path.glob("*.md"))]}
+    elif target.endswith(".md"):
+        place = path.resolve()
+        yield (
+            str(place.relative_to(docs))
+            if place.is_relative_to(docs)
+            else BESIDE[str(place.relative_to(ROOT))]
+        )
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the pages beside ``docs``."""
+    for source, name in BESIDE.items():
+        files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page with links that lead somewhere on the site."""
+    sources = {name: source for source, name in BESIDE.items()}
+    uri = page.file.src_uri
+    return linked(markdown, PurePosixPath(sources.get(uri, f"docs/{uri}")), PurePosixPath(uri))
+
+
+def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
+    """``markdown`` of the page ``source`` of the repository, which is ``uri`` on the site: links to other pages lead
+    there, links to anything else of the repository become its path."""
+
+    def link(found: re.Match[str]) -> str:
+        code, text, target = found.groups()
+        if code or "://" in target or target.startswith("#"):
+            return found.group()
+        path, _, heading = target.partition("#")
+        place = _normal(source.parent / path)
+        if place.is_relative_to("docs"):
+            page = place.relative_to("docs")
+            if (ROOT / place).is_dir():
+                return text
+        elif str(place) in BESIDE:
+            page = PurePosixPath(BESIDE[str(place)])
+        else:
+            return text if text.startswith("`") else f"`{place}`"
+        if text.endswith(".md"):
+            text = _title(ROOT / place)
+        up = "../" * (len(uri.parts) - 1)
+        return f"[{text}]({up}{page}{'#' + heading if heading else ''})"
+
+    return _PARTS.sub(link, markdown)
+
+
+def _title(page: Path) -> str:
+    heading = page.read_text().partition("\n")[0]
+    return heading.removeprefix("# ")
+
+
+def _normal(path: PurePosixPath) -> PurePosixPath:
+    parts: list[str] = []
+    for part in path.parts:
+        if part == ".." and parts:
+            parts.pop()
+        else:
+            parts.append(part)
+    return PurePosixPath(*parts)

@@ -1,0 +1,78 @@
+"""The documents as a site: whole, in the order of the index, and nothing in it comes from elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from docs.site.hooks import BESIDE, linked, navigation
+from tests.support.documents import PAGES, ROOT
+
+_LOADED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"' >]+)""")
+_STYLED = re.compile(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with warnings as errors: links, headings, pages that nothing leads to."""
+    directory = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(directory)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_every_page_of_the_repository_is_on_the_site(site: Path) -> None:
+    built = {str(page.relative_to(site)) for page in site.rglob("*.html")} - {"404.html"}
+    assert built == {_built(page) for page in PAGES}
+
+
+def _built(page: Path) -> str:
+    name = str(page.relative_to(ROOT))
+    uri = BESIDE.get(name) or str(Path(name).relative_to("docs"))
+    return uri.replace("README.md", "index.md").replace(".md", ".html")
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        assert _LOADED.findall(page.read_text()) == [], page
+    for style in site.rglob("*.css"):
+        assert _STYLED.findall(style.read_text()) == [], style
+
+
+def test_the_navigation_is_the_index() -> None:
+    docs = ROOT / "docs"
+    first, *sections = navigation((docs / "README.md").read_text(), docs)
+    assert next(iter(first.values()))[0] == "README.md"
+    assert [next(iter(section)) for section in sections] == re.findall(
+        r"^## (.*)$", (docs / "README.md").read_text(), re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("[the index](../README.md)", "[the index](../README.md)"),
+        ("[rules](../../CONTRIBUTING.md#house-rules)", "[rules](../contributing.md#house-rules)"),
+        ("[decisions](../decisions/)", "decisions"),
+        ("[the store](../../skep/store/state.py)", "`skep/store/state.py`"),
+        ("[`state.py`](../../skep/store/state.py)", "`state.py`"),
+        ("[outside](https://docs.docker.com/engine)", "[outside](https://docs.docker.com/engine)"),
+        ("[below](#below)", "[below](#below)"),
+        ("`[no](link.md)`", "`[no](link.md)`"),
+        ("```sh\n[ -f x ] && echo [a](b)\n```", "```sh\n[ -f x ] && echo [a](b)\n```"),
+    ],
+)
+def test_links_lead_somewhere_on_the_site(text: str, seen: str) -> None:
+    page = PurePosixPath("guide/operate.md")
+    assert linked(text, "docs" / page, page) == seen
