@@ -21,7 +21,7 @@ SUITE ?= bookworm
 # kept(NAME): shows the output and keeps it, without the place of this checkout.
 kept = 2>&1 | sed -u 's,$(CURDIR),CLONE,g' | tee bench/results/$(1)-$(STAMP).log
 # What depends on the kernel: its cgroups, AppArmor, file systems.
-VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings.py container_life.py \
+VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings.py container_life.py cgroup_parents.py \
                    survival_of_containers.py cgroup_v2.py apparmor.py escapes.py escapes_beside_docker.py \
                    trees_with_mounts.py encrypted_kernel.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 

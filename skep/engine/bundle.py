@@ -224,7 +224,7 @@ class Bundles:
             user,
             self._capacity,
             rootfs=str(self.rootfs(container.id)),
-            cgroup=self._cgroups.path_of(container.id),
+            cgroup=self._cgroups.path_of(container),
             files=self._write_files(container),
             devices=found,
             shared=shared,

@@ -1,7 +1,8 @@
 """Control groups of this node's containers, on v1 (or hybrid) hierarchies and on v2.
 
 Everything lies below one parent (``skep`` by default): containers at ``<parent>/ctr/<id>``, made by runc; their
-monitors at ``<parent>/monitors``, so that nothing that happens to the node process reaches them.
+monitors at ``<parent>/monitors``, so that nothing that happens to the node process reaches them.  A container with
+``--cgroup-parent`` has its group there; a group is named by its path, the same in every hierarchy.
 
 The version is found as runc finds it: cgroup2 mounted at /sys/fs/cgroup is v2, all else v1.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import structlog
 
+from skep.engine.container import Container
+from skep.errors import InvalidArgument
 from skep.linux.trees import directories
 from skep.model.ids import ContainerId
 
@@ -37,9 +40,28 @@ class Cgroups:
         self.is_v2 = file_system_type(mount_point) == _CGROUP2_SUPER_MAGIC
         self._roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
 
-    def path_of(self, container_id: ContainerId) -> str:
+    def path_of(self, container: Container) -> str:
         """``cgroupsPath`` of the runtime specification."""
-        return f"/{self.parent}/ctr/{container_id}"
+        given = container.config.machine.cgroup_parent
+        return f"{self._group(given) if given else self._containers}/{container.id}"
+
+    def check_parent(self, given: str) -> None:
+        """Refuse a ``--cgroup-parent`` where containers and monitors of this node are: it would end with one of them.
+
+        Raises: InvalidArgument.
+        """
+        group = self._group(given) + "/"
+        if given and group.startswith((f"{self._containers}/", f"/{self.parent}/monitors/")):
+            raise InvalidArgument(f"invalid cgroup parent {given}: it is of other containers of this node")
+
+    @property
+    def _containers(self) -> str:
+        return f"/{self.parent}/ctr"
+
+    def _group(self, given: str) -> str:
+        # Docker leaves a relative one to runc: on v1 below the group of process 1, on v2 beside the daemon's.
+        names = [*([] if given.startswith("/") else [self.parent]), *given.split("/")]
+        return "".join(f"/{name}" for name in names if name)
 
     @property
     def controllers(self) -> frozenset[str]:
@@ -87,10 +109,10 @@ class Cgroups:
                 return (root / file).read_text().strip()
         return ""
 
-    def directory(self, container_id: ContainerId, controller: str) -> Path | None:
+    def directory(self, container: Container, controller: str) -> Path | None:
         """Where files of ``controller`` are for this container, None where it is not mounted."""
         root = self._roots.get("" if self.is_v2 else controller)
-        return None if root is None else root / self.path_of(container_id).lstrip("/")
+        return None if root is None else root / self.path_of(container).lstrip("/")
 
     def parent_directory(self, controller: str) -> Path:
         """Where files of ``controller`` are for everything below the parent.  Raises: KeyError: it is not mounted."""
@@ -101,9 +123,9 @@ class Cgroups:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         return any(f"{line.split(':', 2)[2]}/".startswith(f"/{self.parent}/") for line in lines)
 
-    def pids(self, container_id: ContainerId) -> frozenset[int]:
+    def pids(self, container: Container) -> frozenset[int]:
         """The processes of a container, nested groups included.  Empty when it has none."""
-        directory = self.directory(container_id, "pids") or self.directory(container_id, "memory")
+        directory = self.directory(container, "pids") or self.directory(container, "memory")
         found: set[int] = set()
         if directory is not None:
             for group in directories(directory):
@@ -141,10 +163,16 @@ class Cgroups:
             if error.errno != errno.ESRCH:  # it has ended already
                 log.warning("cgroup of monitors refused", controller="v2", error=str(error))
 
-    def remove(self, container_id: ContainerId) -> bool:
-        """Remove a container's groups, as far as they are there; whether none is left."""
-        path = self.path_of(container_id).lstrip("/")
-        left = [root for root in self._all_roots() if not _remove_tree(root / path)]
+    def remove(self, container: Container) -> bool:
+        """Remove a container's groups, as far as they are there; whether none is left.  Parents stay, as in Docker."""
+        return self._remove(self.path_of(container))
+
+    def remove_unknown(self, container_id: ContainerId) -> None:
+        """The same of a container of which nothing is known but its id: where they are by default."""
+        self._remove(f"{self._containers}/{container_id}")
+
+    def _remove(self, path: str) -> bool:
+        left = [root for root in self._all_roots() if not _remove_tree(root / path.lstrip("/"))]
         return not left
 
     def _all_roots(self) -> Iterable[Path]:

@@ -55,8 +55,11 @@ class NodeDefaults(NamedTuple):
     """Drivers that send elsewhere, each with what refuses its options."""
 
 
-def plain_options(request: CreateRequest) -> PlainOptions:
-    """When a plain container runs, and on which networks.  Raises: InvalidArgument, Unimplemented."""
+def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOptions:
+    """When a plain container runs, and on which networks; ``is_step``: of a build.
+
+    Raises: InvalidArgument, Unimplemented.
+    """
     host = request.host_config
     _check_memory(host)  # of tasks the managers do, which allow less
     _check_shared(request)
@@ -80,6 +83,7 @@ def plain_options(request: CreateRequest) -> PlainOptions:
         security_options=host.security_opt,
         volumes_from=host.volumes_from,
         attached=tuple(name for name, is_attached in streams.items() if is_attached),
+        is_step=is_step,
     )
 
 

@@ -218,7 +218,7 @@ class Engine:
         Raises: NotFound; NotRunning; InvalidArgument: ps does not take the arguments.
         """
         container = self._require_running(word)
-        return await top.processes(self._cgroups.pids(container.id), ps_args or "-ef")
+        return await top.processes(self._cgroups.pids(container), ps_args or "-ef")
 
     async def stats(self, word: str) -> Stats:
         """One sample of what the container uses; zeros when it does not run.  Raises: NotFound; Unavailable."""
@@ -279,9 +279,7 @@ class Engine:
         """
         chosen = _checked_name(name) if name else self._free_name()
         request = sharing.with_ids(request, chosen, self._store.get)
-        plain = create.plain_options(request) if task is None else None
-        if plain is not None and is_step:
-            plain = msgspec.structs.replace(plain, is_step=True)
+        plain = create.plain_options(request, is_step=is_step) if task is None else None
         self._store.check_free(chosen)  # before any volume is made
         image = image or self.images.get(request.image)
         defaults = image.config.defaults
@@ -291,6 +289,7 @@ class Engine:
             self._config.hostname, self._network.host_gateway, self._config.log_default, sending_drivers()
         )
         config = create.container_config(request, defaults, task, node)
+        self._cgroups.check_parent(config.machine.cgroup_parent)
         config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
         own = {mount.target for mount in mounts}
         inherited = sharing.inherited_mounts(request.host_config.volumes_from, own, self._store.get)

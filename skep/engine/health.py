@@ -220,7 +220,7 @@ class HealthMonitor:
             descriptor = os.pidfd_open(exec.pid)
             try:
                 # Checked once the descriptor is open: what is in the container's cgroup then is the container's.
-                if exec.pid in self._cgroups.pids(container.id):
+                if exec.pid in self._cgroups.pids(container):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             finally:
                 os.close(descriptor)

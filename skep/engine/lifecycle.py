@@ -326,7 +326,7 @@ class Lifecycle:
         if ended.oom_killed:
             self.events.publish("oom", container)
         self.events.publish("die", container, exitCode=str(ended.exit_code))
-        await self._free(self._runtime.clear(id), id)
+        await self._free(self._runtime.clear(container), id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
         await self._unmount(container)
         self.events.publish_mounts("unmount", container)
@@ -371,12 +371,12 @@ class Lifecycle:
 
     async def _discard_unknown(self, id: ContainerId) -> None:
         """End and remove a container whose record cannot be decoded: a task's is replaced, as if it had failed."""
-        await self._runtime.delete(id)
+        await self._runtime.delete_unknown(id)
         await self._bundles.discard(id)
 
     async def _free_resources(self, container: Container) -> None:
         """Remove runc's state, the cgroups and the sandbox of a container that does not run."""
-        await self._free(self._runtime.delete(container.id), container.id)
+        await self._free(self._runtime.delete(container), container.id)
         if container.sandbox is not None:
             await self._free(self._network.detach(container.id, container.sandbox), container.id)
 
@@ -422,7 +422,7 @@ class Lifecycle:
             self._store.restore(container)
         for id in found.unreadable:  # its addresses are not known, and may be given to others now
             log.error("container is ended: its record cannot be read", container=id)
-            await self._free(self._runtime.delete(id), id)
+            await self._free(self._runtime.delete_unknown(id), id)
             self.spawn(self._persist(partial(self._read_again, id), id), name=f"record-{id[:12]}")
         for id in found.unknown:
             log.warning("container without a record removed", container=id)
@@ -494,7 +494,7 @@ class Lifecycle:
             await self._adopt_api(container)
             self._watch(container)
             return
-        await self._runtime.delete(id)
+        await self._runtime.delete(container)
         container = self._store.observe(id, process=None, monitor=None)
         if container.plain is not None:
             if container.sandbox is not None:  # the process before this one ended in the middle of its start

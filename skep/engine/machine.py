@@ -18,6 +18,9 @@ from skep.model.encoding import ApiObject, GoInt
 CONTAINER: Final = "container:"
 """Begins a mode that names another container, whose namespace is shared."""
 SWAPPINESS_MAX: Final = 100
+_NAME_MAX: Final = 255
+_PATH_MAX: Final = 2048
+"""In characters.  The kernel's is 4096, with the mount point before and the container's id and files behind."""
 
 _RULE = re.compile(r"([acb]) ([0-9]+|\*):([0-9]+|\*) ([rwm]{1,3})")
 _ACCESS = re.compile(r"[rwm]{1,3}")
@@ -77,6 +80,8 @@ class MachineOptions(ApiObject):
     uts_mode: str = msgspec.field(name="UTSMode", default="")
     userns_mode: str = ""
     cgroupns_mode: str = ""
+    cgroup_parent: str = ""
+    """Where its group is made; empty: with the others of its node."""
     cpu_shares: int = msgspec.field(name="CpuShares", default=0)
     cpuset_cpus: str = msgspec.field(name="CpusetCpus", default="")
     cpuset_mems: str = msgspec.field(name="CpusetMems", default="")
@@ -118,6 +123,7 @@ def check(options: MachineOptions, memory_bytes: int) -> None:
     Raises: InvalidArgument.
     """
     _check_modes(options)
+    _check_cgroup_parent(options.cgroup_parent)
     _check_memory(options, memory_bytes)
     if options.cpu_shares < 0:
         raise InvalidArgument(f"invalid CPU shares ({options.cpu_shares}): value must be a positive integer")
@@ -184,6 +190,16 @@ def _check_modes(options: MachineOptions) -> None:
             raise InvalidArgument('can\'t join IPC of container : invalid name or ID supplied: ""')
         if mode not in known and not is_shared:
             raise InvalidArgument(f"{'Invalid' if what == 'IPC mode' else 'invalid'} {what}: {mode}")
+
+
+def _check_cgroup_parent(path: str) -> None:
+    """Docker takes any; runc would resolve ``..`` and make a group elsewhere than the name says."""
+    names = path.split("/")
+    if {".", ".."} & set(names):
+        raise InvalidArgument(f"invalid cgroup parent {path}: it has . or .. in it")
+    is_long = len(path) > _PATH_MAX or any(len(name.encode()) > _NAME_MAX for name in names)
+    if is_long or not all(char.isprintable() for char in path):
+        raise InvalidArgument(f"invalid cgroup parent {path[:_NAME_MAX]!r}: not the path of a cgroup")
 
 
 def _check_memory(options: MachineOptions, memory_bytes: int) -> None:

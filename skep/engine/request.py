@@ -221,7 +221,7 @@ _HOST_OPTIONS: Final = frozenset(
         *("utsmode", "usernsmode", "cgroupnsmode", "cpushares", "cpusetcpus", "cpusetmems", "blkioweight"),
         *("blkioweightdevice", "blkiodevicereadbps", "blkiodevicewritebps", "blkiodevicereadiops"),
         *("blkiodevicewriteiops", "memoryswap", "memoryswappiness", "oomkilldisable", "annotations"),
-        *("maskedpaths", "readonlypaths"),
+        *("maskedpaths", "readonlypaths", "cgroupparent"),
         # The client's own business.
         *("containeridfile", "consolesize"),
     }
@@ -268,7 +268,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "volumedriver": (None, "", "local"),
 }
 _FLAGS: Final[Mapping[str, str]] = {
-    "cgroupparent": "--cgroup-parent",
     "volumedriver": "--volume-driver",
     "links": "--link",
     "runtime": "--runtime",

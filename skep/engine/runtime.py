@@ -146,26 +146,33 @@ class Runtime:
             EXIT_CODE_UNKNOWN, error="the container's monitor was lost, so its exit code is not known"
         )
 
-    async def delete(self, id: ContainerId) -> None:
+    async def delete(self, container: Container) -> None:
         """Remove runc's state and the container's cgroups; kills what is left of it.  Harmless on nothing."""
+        await self._delete(container.id)
+        self.cgroups.remove(container)
+
+    async def delete_unknown(self, id: ContainerId) -> None:
+        """The same of a container without a record that can be read."""
+        await self._delete(id)
+        self.cgroups.remove_unknown(id)
+
+    async def _delete(self, id: ContainerId) -> None:
         if self._state.has(id):
             with suppress(RuntimeFailed):
                 await self.run("delete", "--force", id)
-        self.cgroups.remove(id)
 
-    async def clear(self, id: ContainerId) -> None:
+    async def clear(self, container: Container) -> None:
         """The same for a container that has ended: it has no process left, so that no runc is needed."""
         backoff = Backoff(first_s=0.001, longest_s=0.02)
         for _ in range(_CLEAR_TRIES_MAX):
-            if await asyncio.to_thread(self.cgroups.remove, id):
-                self._state.forget(id)
+            if await asyncio.to_thread(self.cgroups.remove, container):
+                self._state.forget(container.id)
                 return
             # The kernel counts a process as a group's member until a moment after its end was reported.
             await asyncio.sleep(backoff.next_delay_s())
-        log.warning(
-            "processes of an ended container are killed", container=id, pids=sorted(self.cgroups.pids(id))
-        )
-        await self.delete(id)
+        pids = sorted(self.cgroups.pids(container))
+        log.warning("processes of an ended container are killed", container=container.id, pids=pids)
+        await self.delete(container)
 
     async def pause(self, id: ContainerId) -> None:
         """Raises: RuntimeFailed."""

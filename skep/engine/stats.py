@@ -147,7 +147,7 @@ class _Files:
         self._cgroups = cgroups
 
     def text(self, controller: str, name: str) -> str:
-        directory = self._cgroups.directory(self._container.id, controller)
+        directory = self._cgroups.directory(self._container, controller)
         return "" if directory is None else _read(directory / name)
 
     def number(self, controller: str, name: str) -> int:

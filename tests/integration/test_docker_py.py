@@ -248,6 +248,6 @@ def test_secrets_and_configs_are_kept(client: docker.DockerClient) -> None:
 
 def test_a_plain_container_runs_without_an_engine(client: docker.DockerClient) -> None:
     assert client.containers.run(IMAGE, ["echo", "hello"], remove=True) == b"hello\n"
-    with pytest.raises(APIError, match="--cgroup-parent") as refused:
-        client.containers.run(IMAGE, "true", cgroup_parent="mine")
+    with pytest.raises(APIError, match="--storage-opt") as refused:
+        client.containers.run(IMAGE, "true", storage_opt={"size": "1G"})
     assert refused.value.status_code == 501

@@ -239,7 +239,6 @@ def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode)
     said = refused(m1, "create", "--pull", "never", "nosuch:1")
     assert "No such image: nosuch:1" in said
     for option in (
-        "--cgroup-parent=mine",
         "--runtime=kata",
         "--storage-opt=size=1G",
         "--domainname=example.com",
@@ -266,7 +265,7 @@ def test_what_a_container_is_given_of_the_machine_is_shown_as_it_was_asked_for(m
         "--memory-swappiness=7",
         "--pids-limit=50",
     )
-    options += ("--device-read-bps=/dev/loop0:1mb", "--annotation=a=b")
+    options += ("--device-read-bps=/dev/loop0:1mb", "--annotation=a=b", "--cgroup-parent=mine")
     m1.docker("run", "-d", "--name", "box", *LABEL, *options, IMAGE, "sleep", "1000")
     host = m1.client().api.inspect_container("box")["HostConfig"]
     shown = {
@@ -286,9 +285,22 @@ def test_what_a_container_is_given_of_the_machine_is_shown_as_it_was_asked_for(m
         "PidsLimit": 50,
         "BlkioDeviceReadBps": [{"Path": "/dev/loop0", "Rate": 1 << 20}],
         "Annotations": {"a": "b"},
+        "CgroupParent": "mine",
         "MaskedPaths": None,
     }
     assert {name: host.get(name) for name in shown} == shown
+    within = (
+        "run",
+        "--rm",
+        *LABEL,
+        "--cgroupns=host",
+        "--cgroup-parent=mine",
+        IMAGE,
+        "cat",
+        "/proc/self/cgroup",
+    )
+    assert "-m1/mine/" in m1.docker(*within).stdout
+    assert "invalid cgroup parent ../mine" in refused(m1, "create", "--cgroup-parent=../mine", IMAGE)
     m1.docker(
         "run",
         "-d",

@@ -309,7 +309,6 @@ REFUSED = {
 """A part of the error of each field of a service that is refused."""
 
 REFUSED_HOST = {
-    "CgroupParent": "--cgroup-parent",
     "CpuRealtimePeriod": "--cpu-rt-period",
     "CpuRealtimeRuntime": "--cpu-rt-runtime",
     "KernelMemory": "--kernel-memory",

@@ -9,6 +9,7 @@ import re
 import select
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from functools import cache
@@ -19,7 +20,7 @@ from skep.model.ids import ContainerId
 _SO_PEERPIDFD = 77
 """Linux 6.5; without it a pid could have been reused since the process connected."""
 _CREDENTIALS = struct.Struct("3i")
-_CONTAINER = re.compile(r"/ctr/([0-9a-f]{64})(?:/|$)", re.MULTILINE)
+_GROUP = re.compile(r"(/ctr)?/([0-9a-f]{64})(?=/|$)", re.MULTILINE)
 
 
 class Peer(Enum):
@@ -31,8 +32,8 @@ class Peer(Enum):
     """One that has ended, so that nothing can be said of it: a process that has the connection now may be another's."""
 
 
-def peer_of(connected: socket.socket) -> ContainerId | Peer:
-    """Who connected."""
+def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -> ContainerId | Peer:
+    """Who connected.  ``is_known``: whether a container is this node's."""
     pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
         0
     ]
@@ -42,11 +43,23 @@ def peer_of(connected: socket.socket) -> ContainerId | Peer:
         if os.readlink(f"/proc/{pid}/ns/mnt") == _own_mounts():
             found: ContainerId | Peer = Peer.MACHINE
         else:
-            match = _CONTAINER.search(Path(f"/proc/{pid}/cgroup").read_text())
-            found = ContainerId(match[1]) if match else Peer.MACHINE
+            found = container_in(Path(f"/proc/{pid}/cgroup").read_text(), is_known) or Peer.MACHINE
     except OSError:  # it has ended, or nothing may be known of it
         return Peer.GONE
     return Peer.GONE if _has_ended(connected) else found
+
+
+def container_in(groups: str, is_known: Callable[[ContainerId], bool]) -> ContainerId | None:
+    """The container of a process whose /proc/PID/cgroup reads ``groups``.
+
+    The first one counts: a container can make groups with any name, below its own.  With ``--cgroup-parent`` a
+    container's group may be anywhere, also beside those of a Docker Engine.
+    """
+    for match in _GROUP.finditer(groups):
+        id = ContainerId(match[2])
+        if match[1] or is_known(id):
+            return id
+    return None
 
 
 @cache

@@ -108,7 +108,7 @@ class ContainerApis:
         Args:
             own: the container whose socket it is: its processes, too, are served by the caller.
         """
-        match peer_of(connected):
+        match peer_of(connected, self._is_known):
             case Peer.MACHINE:
                 return False
             case id if id == own:
@@ -122,6 +122,10 @@ class ContainerApis:
                     self._make_room(id)
                     self._start(connected, id, self._access(id))
         return True
+
+    def _is_known(self, id: ContainerId) -> bool:
+        engine = self._engine()
+        return engine is not None and engine.has(id)
 
     def _access(self, id: ContainerId) -> ApiAccess:
         engine = self._engine()

@@ -19,6 +19,8 @@ TESTS = (
     "test_devices.py::test_a_named_device_opens_and_no_other_does",
     "test_devices.py::test_a_rule_opens_every_device_of_its_numbers",
     "test_devices.py::test_a_privileged_container_has_what_its_node_has",
+    "test_cgroup_parents.py::test_a_container_has_its_group_where_it_was_asked_for[False]",
+    "test_cgroup_parents.py::test_a_container_has_its_group_where_it_was_asked_for[True]",
     "test_survival_of_containers.py::test_a_restart_finds_running_containers_and_their_exit_code",
 )
 

@@ -294,7 +294,7 @@ async def test_limits_are_the_kernels(plain: Plain, lab: Lab) -> None:
     groups = Cgroups(lab.cgroup_parent)
 
     def value(controller: str, name: str) -> str:
-        directory = groups.directory(container.id, controller)
+        directory = groups.directory(container, controller)
         assert directory is not None
         return (directory / name).read_text().split("\n")[0]
 
@@ -322,7 +322,7 @@ async def test_limits_of_block_devices_are_the_kernels(plain: Plain, lab: Lab) -
         host={"BlkioDeviceReadBps": [limit], "BlkioDeviceWriteIOps": [limit], "BlkioWeight": 100},
     )
     groups = Cgroups(lab.cgroup_parent)
-    directory = groups.directory(container.id, "blkio")
+    directory = groups.directory(container, "blkio")
     assert directory is not None
     if groups.is_v2:
         assert (

@@ -70,7 +70,6 @@ def test_values_that_the_docker_command_always_sends_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("host", "option"),
     [
-        ({"CgroupParent": "mine"}, "--cgroup-parent"),
         ({"Runtime": "kata"}, "--runtime"),
         ({"KernelMemory": 1 << 20}, "--kernel-memory"),
         ({"SomethingOfTomorrow": "on"}, "somethingoftomorrow"),
