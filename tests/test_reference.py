@@ -66,6 +66,61 @@ def test_every_option_of_a_command_says_what_it_does() -> None:
     assert silent == []
 
 
+ACTIONS = {
+    " ".join(filter(None, ("skep", noun, verb)))
+    for noun, verbs in {
+        "": "daemon exec attach cp port-forward run backup restore up",
+        "playground": "add cut demo down env exec kill load mend pause resume start up",
+        "cluster": "recover resume rotate-keys",
+        "node": "drain evict forget",
+        "service": "wait",
+        "update": "abort pause resume",
+        "network": "update",
+        "volume": "forget",
+        "secret": "prune rotate",
+        "config": "prune rotate",
+        "stack": "deploy rm rollback",
+        "context": "create rm use",
+    }.items()
+    for verb in verbs.split()
+}
+"""What does something.  A line or two say that it is done."""
+FILES = {
+    "skep stack config",
+    "skep import fig",
+    "skep import fleet",
+    "skep import service",
+    "skep import swarm",
+    "skep completion",
+    "skep context show",
+}
+"""What writes a file, or a word for a script."""
+DOCKERS_OR_FULL_SCREEN = {"skep stats", "skep task top", "skep top"}
+AS_IT_HAPPENS = {"skep events"}
+
+
+def test_every_command_that_shows_something_has_the_same_options_for_it() -> None:
+    """A new command has them, or is in one of the lists above."""
+    offers = {
+        context.command_path: {option for each in context.command.params for option in each.opts}
+        for context in generate.commands()
+        if not isinstance(context.command, click.Group)
+    }
+    others = ACTIONS | FILES | DOCKERS_OR_FULL_SCREEN
+    assert others <= set(offers), "no such commands"
+    forms, watch = {"-o", "--output", "--format"}, {"-w", "--watch"}
+    assert [path for path in offers if path not in others and not forms <= offers[path]] == []
+    watched = {path for path in offers if path not in others and watch <= offers[path]}
+    assert set(offers) - others - watched == AS_IT_HAPPENS
+    assert [path for path in others if {"--format", "--watch"} & offers[path]] == [], "they show something"
+
+
+def test_every_exit_code_is_of_a_command() -> None:
+    known = {context.command_path for context in generate.commands()}
+    named = {command.removesuffix(" --all") for _, command, _ in generate.EXIT_CODES if command}
+    assert named - known == {"skep service ls"}
+
+
 def test_every_label_in_the_code_is_in_the_table() -> None:
     """Text of the code that looks like a label of ours; modules and commands in it are named otherwise."""
     known = [re.sub(r"\[[^]]*\]*", "", label.name).replace("NAME", "") for label in LABELS]

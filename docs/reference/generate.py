@@ -198,16 +198,22 @@ def cli() -> str:
             "`skep service ls` is `docker service ls`.",
         ),
         *paragraph(
-            "Results go to stdout, everything else to stderr. The exit code is 0 on success, 1 when the command failed",
-            "or found a problem, and 2 when it was called wrongly. `skep status` has two more, for health checks: 3",
-            "when a node or a service is not as wanted, 4 when there is no leader. `skep stack plan` ends with 2 when",
-            "something would change; `skep exec` and `skep run` with the code of the command that they ran.",
-        ),
-        *paragraph(
-            "What lists or shows takes `-o wide|json|yaml`, `--format TEMPLATE` (a Go template, with `json` as in",
-            "docker's commands) and `--watch`. Colours and lines cut to the width are for terminals; what is piped is",
+            "What lists or shows takes `-o wide|json|yaml`, `--format TEMPLATE` (a Go template, or docker's `json` and",
+            "`table TEMPLATE`) and `--watch`. Colours and lines cut to the width are for terminals; what is piped is",
             "plain and whole. `NO_COLOR` turns colours off. [screens.md](screens.md) shows what they look like.",
         ),
+        "## Exit codes",
+        "",
+        "Results go to stdout, everything else to stderr.",
+        "",
+        *table(
+            ("code", "command", "meaning"),
+            [
+                (str(code), f"`{command}`" if command else "every command", meaning)
+                for code, command, meaning in EXIT_CODES
+            ],
+        ),
+        "",
     ]
     for context in commands():
         path = context.command_path
@@ -220,6 +226,22 @@ def cli() -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
+    (0, "", "Done; what was looked at is as wanted."),
+    (1, "", "It failed, or found a problem; the reason is on stderr."),
+    (2, "", "It was called wrongly: an unknown option, a missing argument."),
+    (2, "skep stack plan", "Something would change."),
+    (3, "skep status", "A node or a service is not as wanted."),
+    (4, "skep status", "There is no leader."),
+    (3, "skep version --all", "Nodes have different versions."),
+    ("any", "skep exec", "That of the command in the container."),
+    ("any", "skep run", "That of the container."),
+    ("any", "skep attach", "That of the container."),
+    ("any", "skep service ls", "That of docker, for all of docker's commands."),
+)
+"""Code, command (none: every command), meaning."""
 
 
 def help_lines(context: click.Context) -> list[str]:
@@ -284,9 +306,7 @@ _MAN_ENTRIES: Mapping[str, Mapping[str, str]] = {
         "/run/skep": "Sockets, secrets of running tasks, and everything else that a reboot may lose.",
     },
     "EXIT STATUS": {
-        "0": "Success.",
-        "1": "The command failed, or found a problem.",
-        "2": "It was called wrongly.",
+        f"{code}{f', {command}' if command else ''}": meaning for code, command, meaning in EXIT_CODES
     },
 }
 

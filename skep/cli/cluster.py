@@ -1,11 +1,12 @@
 """``skep cluster``: operations on the cluster for which Docker has no command."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
 
 from skep.cli.endpoint import HostOptions
+from skep.cli.output import Output, Shown, shows
 from skep.cli.recover import recover
 from skep.cli.running import run_requests
 from skep.model.labels import FORGET_NODES, HEARTBEAT_GRACE, WORKER_READS, allows_worker_reads
@@ -44,8 +45,9 @@ def resume(host: HostOptions) -> None:
 
 @cluster.command()
 @click.argument("duration", required=False)
+@shows
 @click.pass_obj
-def grace(host: HostOptions, duration: str | None) -> None:
+def grace(host: HostOptions, duration: str | None, output: Output) -> None:
     """Show or set how long a silent node counts as alive (DURATION, or "default": three heartbeats).
 
     \b
@@ -53,13 +55,22 @@ def grace(host: HostOptions, duration: str | None) -> None:
       skep cluster grace 10s
       skep cluster grace default
     """
-    click.echo(run_requests(_grace(host, duration)))
+    _show_setting(
+        host,
+        output,
+        HEARTBEAT_GRACE,
+        "" if duration == "default" else duration,
+        lambda value: Shown(
+            data={"Grace": value or "default"}, lines=lambda _: iter([value or "three heartbeat periods"])
+        ),
+    )
 
 
 @cluster.command("forget-nodes")
 @click.argument("duration", required=False)
+@shows
 @click.pass_obj
-def forget_nodes(host: HostOptions, duration: str | None) -> None:
+def forget_nodes(host: HostOptions, duration: str | None, output: Output) -> None:
     """Show or set how long a worker that is down is kept before it is removed (DURATION, or "never").
 
     At least a minute.  Managers are never removed, nor anything unless more than half of all nodes are ready, nor
@@ -71,8 +82,13 @@ def forget_nodes(host: HostOptions, duration: str | None) -> None:
       skep cluster forget-nodes 24h
       skep cluster forget-nodes never
     """
-    value = "" if duration == "never" else duration
-    click.echo(run_requests(_label(host, FORGET_NODES, value)) or "never")
+    _show_setting(
+        host,
+        output,
+        FORGET_NODES,
+        "" if duration == "never" else duration,
+        lambda value: Shown(data={"ForgetNodes": value or "never"}, lines=lambda _: iter([value or "never"])),
+    )
 
 
 @cluster.command()
@@ -83,8 +99,9 @@ def forget_nodes(host: HostOptions, duration: str | None) -> None:
 @click.option(
     "--size", type=int, default=0, metavar="LENGTH", help="Prefix length of further networks' subnets."
 )
+@shows
 @click.pass_obj
-def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: int) -> None:
+def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: int, output: Output) -> None:
     """Show or change the address pools that networks get their subnets from.
 
     Networks keep the subnets they have.
@@ -95,16 +112,23 @@ def pools(host: HostOptions, add: Sequence[str], remove: Sequence[str], size: in
       skep cluster pools --add 10.20.0.0/16 --remove 10.0.0.0/8
       skep cluster pools --size 26
     """
-    change = {"Add": add, "Remove": remove, "SubnetSize": size}
-    shown = run_requests(_pools(host, change if add or remove or size else None))
-    for pool in shown["DefaultAddrPool"]:
-        click.echo(f"{pool}\tsubnets of /{shown['SubnetSize']}")
+    if add or remove or size:
+        run_requests(_change_pools(host, {"Add": add, "Remove": remove, "SubnetSize": size}))
+
+    async def fetch() -> Shown:
+        swarm = await _swarm(host)
+        rows = [{"Subnet": pool, "SubnetSize": swarm["SubnetSize"]} for pool in swarm["DefaultAddrPool"]]
+        lines = [f"{row['Subnet']}\tsubnets of /{row['SubnetSize']}" for row in rows]
+        return Shown(data=rows, rows=rows, lines=lambda _: iter(lines))
+
+    output.show(fetch)
 
 
 @cluster.command()
 @click.argument("rights", metavar="[RIGHT]...", nargs=-1)
+@shows
 @click.pass_obj
-def allow(host: HostOptions, rights: tuple[str, ...]) -> None:
+def allow(host: HostOptions, rights: tuple[str, ...], output: Output) -> None:
     """Show or set the rights over their nodes that services may have (RIGHT: privileged, devices, gpus,
     namespaces, resources, api, api-inspect; "all"; "none").
 
@@ -116,13 +140,22 @@ def allow(host: HostOptions, rights: tuple[str, ...]) -> None:
       skep cluster allow devices resources
       skep cluster allow none
     """
-    click.echo(run_requests(_allow(host, rights)))
+    _show_setting(
+        host,
+        output,
+        ALLOW_LABEL,
+        "" if rights == ("none",) else ",".join(rights) or None,
+        lambda value: Shown(
+            data={"Allowed": value.split(",") if value else []}, lines=lambda _: iter([value or "none"])
+        ),
+    )
 
 
 @cluster.command("worker-reads")
 @click.argument("switch", required=False, type=click.Choice(["on", "off"]))
+@shows
 @click.pass_obj
-def worker_reads(host: HostOptions, switch: str | None) -> None:
+def worker_reads(host: HostOptions, switch: str | None, output: Output) -> None:
     """Show or set whether clients of workers may read services, tasks, nodes, networks and events there.
 
     Proxies and dashboards need no manager then.  They see what clients of managers see, the environment of services
@@ -132,7 +165,13 @@ def worker_reads(host: HostOptions, switch: str | None) -> None:
     Examples:
       skep cluster worker-reads on
     """
-    click.echo(run_requests(_worker_reads(host, switch)))
+
+    def shown(value: str) -> Shown:
+        is_on = allows_worker_reads({WORKER_READS: value})
+        return Shown(data={"WorkerReads": is_on}, lines=lambda _: iter(["on" if is_on else "off"]))
+
+    value = None if switch is None else "true" if switch == "on" else ""
+    _show_setting(host, output, WORKER_READS, value, shown)
 
 
 @cluster.command("rotate-keys")
@@ -150,15 +189,41 @@ def rotate_keys(host: HostOptions) -> None:
     click.echo("A new data key is in use; what was written before is re-encrypted in the background.")
 
 
-async def _pools(host: HostOptions, change: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _show_setting(
+    host: HostOptions, output: Output, label: str, value: str | None, shown: Callable[[str], Shown]
+) -> None:
+    """Set a label of the cluster's spec, as any client may (empty: remove it; None: leave it), and show what holds."""
+    if value is not None:
+        run_requests(_set_label(host, label, value))
+
+    async def fetch() -> Shown:
+        labels = (await _swarm(host))["Spec"].get("Labels") or {}
+        return shown(str(labels.get(label, "")))
+
+    output.show(fetch)
+
+
+async def _swarm(host: HostOptions) -> Mapping[str, Any]:
     async with host.client() as client:
-        if change is None:
-            swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
-            return swarm
-        changed: dict[str, Any] = await client.post(
-            "/skep/cluster/pools", change, timeout_s=_ANSWERS_WITHIN_S
-        )
-        return changed
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
+        return swarm
+
+
+async def _set_label(host: HostOptions, name: str, value: str) -> None:
+    async with host.client() as client:
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
+        labels = dict(swarm["Spec"].get("Labels") or {})
+        labels.pop(name, None)
+        if value:
+            labels[name] = value
+        spec = {**swarm["Spec"], "Labels": labels}
+        version = str(swarm["Version"]["Index"])
+        await client.post("/swarm/update", spec, timeout_s=_ANSWERS_WITHIN_S, version=version)
+
+
+async def _change_pools(host: HostOptions, change: Mapping[str, Any]) -> None:
+    async with host.client() as client:
+        await client.post("/skep/cluster/pools", change, timeout_s=_ANSWERS_WITHIN_S)
 
 
 async def _resume(host: HostOptions) -> None:
@@ -169,33 +234,3 @@ async def _resume(host: HostOptions) -> None:
 async def _rotate_keys(host: HostOptions) -> None:
     async with host.client() as client:
         await client.post("/skep/cluster/rotate-keys", timeout_s=_ANSWERS_WITHIN_S)
-
-
-async def _grace(host: HostOptions, duration: str | None) -> str:
-    value = "" if duration == "default" else duration
-    return await _label(host, HEARTBEAT_GRACE, value) or "three heartbeat periods"
-
-
-async def _allow(host: HostOptions, rights: tuple[str, ...]) -> str:
-    value = "" if rights == ("none",) else ",".join(rights) or None
-    return await _label(host, ALLOW_LABEL, value) or "none"
-
-
-async def _worker_reads(host: HostOptions, switch: str | None) -> str:
-    value = None if switch is None else "true" if switch == "on" else ""
-    return "on" if allows_worker_reads({WORKER_READS: await _label(host, WORKER_READS, value)}) else "off"
-
-
-async def _label(host: HostOptions, name: str, value: str | None) -> str:
-    """Set a label of the cluster's spec, as any client may; empty removes it.  Gives what holds then."""
-    async with host.client() as client:
-        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
-        labels = dict(swarm["Spec"].get("Labels") or {})
-        if value is not None:
-            labels.pop(name, None)
-            if value:
-                labels[name] = value
-            spec = {**swarm["Spec"], "Labels": labels}
-            version = str(swarm["Version"]["Index"])
-            await client.post("/swarm/update", spec, timeout_s=_ANSWERS_WITHIN_S, version=version)
-        return str(labels.get(name, ""))

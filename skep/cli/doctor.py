@@ -10,8 +10,8 @@ import msgspec
 
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
+from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.quorum import headers_for
-from skep.cli.running import run_requests
 from skep.errors import Unavailable
 
 _ANSWERS_WITHIN_S = 40.0
@@ -43,9 +43,10 @@ def doctor() -> None:
 @click.option(
     "--all", "shows_all", is_flag=True, help="Show every check, not only those that fail of each pair."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all results.")
+@click.option("--json", "as_json", is_flag=True, help="As -o json: all results.")
+@shows
 @click.pass_obj
-def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool) -> None:
+def network(host: HostOptions, throughput: bool, shows_all: bool, *, as_json: bool, output: Output) -> None:
     """Measure whether the nodes reach each other: every pair, every port.
 
     All nodes probe each other on the path of containers' packets, which takes some seconds.  What fails is shown
@@ -58,14 +59,20 @@ def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool)
       skep doctor network --throughput
       skep doctor network --json | jq '.[].Paths[] | select(.Findings[].Failing)'
     """
-    results = run_requests(_results(host, throughput=throughput))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(results)).decode())
-    else:
-        for line in shown(results, shows_all=shows_all):
-            click.echo(line)
-    if is_too_early(results) or any(has_problem(result) for result in results):
-        sys.exit(1)
+        output = msgspec.structs.replace(output, form="json")
+
+    async def fetch() -> Shown:
+        results = await _results(host, throughput=throughput)
+        fails = is_too_early(results) or any(has_problem(result) for result in results)
+        return Shown(
+            data=results,
+            rows=results,
+            lines=lambda screen: shown(results, screen, shows_all=shows_all or screen.is_wide),
+            exit_code=int(fails),
+        )
+
+    output.show(fetch)
 
 
 async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
@@ -129,19 +136,20 @@ def has_problem(result: NodeResult) -> bool:
 # -- for people ---------------------------------------------------------------------------------------------------
 
 
-def shown(results: Sequence[NodeResult], *, shows_all: bool = False) -> Iterator[str]:
+def shown(results: Sequence[NodeResult], screen: Screen, *, shows_all: bool = False) -> Iterator[str]:
     """The verdict, a table of pairs (what fails first), and why it fails."""
     yield verdict(results)
     yield ""
     failing, well = _rows(results, shows_all=shows_all)
     hidden = 0 if shows_all or len(well) <= _WELL_ROWS_MAX else len(well)
-    table = [_HEAD, *failing, *(() if hidden else well)]
-    columns = [position for position in range(len(_HEAD)) if any(row[position] for row in table[1:])]
-    widths = [max(len(row[position]) for row in table) for position in columns]
-    for number, row in enumerate(table if len(table) > 1 else ()):
-        cells = (row[position].ljust(width) for position, width in zip(columns, widths, strict=True))
-        line = "  ".join(cells).rstrip()
-        yield click.style(line, fg="red") if 0 < number <= len(failing) else line
+    listed = [*failing, *(() if hidden else well)]
+    columns = [position for position in range(len(_HEAD)) if any(row[position] for row in listed)]
+    cells = [
+        [Cell(row[position], "red" if number < len(failing) else "") for position in columns]
+        for number, row in enumerate(listed)
+    ]
+    if cells:
+        yield from table([_HEAD[position] for position in columns], cells, screen)
     if hidden:
         yield f"{hidden} paths without a problem are not shown (--all)"
     sections = (

@@ -1,6 +1,5 @@
 """``skep events``: the cluster's events, tasks' among them, without a gap over a lost connection."""
 
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from skep.aio.clock import Clock, SystemClock
 from skep.api.client import Client
 from skep.api.requests import Filters, parameters_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.output import Output, shows_as_it_happens
 from skep.cli.running import run_requests
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.model.task_end import printable
@@ -33,9 +33,12 @@ _TOLD = ("away", "gap")
     metavar="all|NODE,...",
     help="Those of containers, images and volumes of these nodes, too.",
 )
-@click.option("--json", "is_json", is_flag=True, help="One JSON object per line, with its cursor.")
+@click.option("--json", "is_json", is_flag=True, help="As -o json: one object per line, with its cursor.")
+@shows_as_it_happens
 @click.pass_obj
-def events(host: HostOptions, words: tuple[str, ...], after: str, nodes: str, *, is_json: bool) -> None:
+def events(
+    host: HostOptions, words: tuple[str, ...], after: str, nodes: str, *, is_json: bool, output: Output
+) -> None:
     """Show the events of the whole cluster as they come, those of tasks among them.
 
     A lost connection is made again, and the stream goes on where it ended.  Any manager goes on from a cursor.
@@ -45,14 +48,15 @@ def events(host: HostOptions, words: tuple[str, ...], after: str, nodes: str, *,
       skep events --filter type=task
       skep events --nodes all --filter event=oom
       skep events --json --after 1-5042
+      skep events --format '{{.Type}} {{.Action}} {{.Actor.Attributes.name}}'
     """
+    if is_json:
+        output = msgspec.structs.replace(output, form="json")
 
     def show(event: Mapping[str, Any]) -> None:
-        if is_json:
-            click.echo(msgspec.json.encode(event).decode())
-        elif event.get("Type") != "stream" or event["Action"] in _TOLD:
-            click.echo(line_of(event))
-        sys.stdout.flush()
+        is_for_people = event.get("Type") != "stream" or event["Action"] in _TOLD
+        cursor = f"{event['Cursor']} " if output.form == "wide" else ""
+        output.show_next(event, f"{cursor}{line_of(event)}" if is_for_people else "")
 
     run_requests(_follow(host, filters_of(words), after, nodes, show))
 

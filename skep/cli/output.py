@@ -1,11 +1,13 @@
 """How a command shows what it found: ``-o``, ``--format`` and ``--watch``, in one place for all commands.
 
-A command makes a ``Shown``: its data as the API has them, and its lines for people.  Colours and cut lines are for
+A command makes a ``Shown``: its data as the API has them, and its lines for people.  One that prints as things happen
+(events) shows each by itself, and needs no ``--watch``.  Colours and cut lines are for
 terminals only; what is piped is plain and whole.  ``NO_COLOR`` is honoured for every command (``main``).
 """
 
 import asyncio
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -168,18 +170,58 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
 
     def lines(self, report: Shown) -> list[str]:
         """The report in the form that was asked for.  Raises: InvalidArgument: the template is wrong."""
+        screen = Screen.present(is_wide=self.form == "wide")
         if self.template:
             rows = report.rows if report.rows is not None else [report.data]
-            return [filled(self.template, row) for row in rows]
+            return list(templated(self.template, rows, screen))
         match self.form:
             case "json":
                 return [msgspec.json.format(msgspec.json.encode(report.data), indent=2).decode()]
             case "yaml":
-                import yaml  # takes longer to import than most commands take
+                return [_yaml(report.data)]
+        return list(report.lines(screen))
 
-                plain = msgspec.to_builtins(report.data)
-                return [yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip()]
-        return list(report.lines(Screen.present(is_wide=self.form == "wide")))
+    def show_next(self, row: Mapping[str, Any], line: str) -> None:
+        """One of the things that a command shows as they happen; ``line``: for people, empty: nothing for them.
+
+        JSON is one object per line, YAML one document each.  Raises: InvalidArgument: the template is wrong.
+        """
+        if self.form == "json":
+            line = msgspec.json.encode(row).decode()
+        elif self.form == "yaml":
+            line = f"---\n{_yaml(row)}"
+        elif self.template and line:
+            (line,) = templated(self.template, [row], Screen())
+        if line:
+            click.echo(line)
+            sys.stdout.flush()
+
+
+def _yaml(data: Any) -> str:
+    import yaml  # takes longer to import than most commands take
+
+    return yaml.safe_dump(msgspec.to_builtins(data), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def templated(template: str, rows: Sequence[Mapping[str, Any]], screen: Screen) -> Iterator[str]:
+    """Each row as ``template`` says, which may be one of docker's words: ``json``, ``table``, ``table TEMPLATE``.
+
+    Raises: InvalidArgument: it cannot be parsed, or there is no such field.
+    """
+    word, _, rest = template.partition(" ")
+    if template == "json":
+        yield from (msgspec.json.encode(row).decode() for row in rows)
+    elif word == "table" and rest:
+        head = [_heading(cell) for cell in rest.replace("\\t", "\t").split("\t")]
+        yield from table(head, [filled(rest, row).split("\t") for row in rows], screen)
+    else:
+        yield from (filled(template, row) for row in rows)
+
+
+def _heading(cell: str) -> str:
+    """``CURRENT STATE`` of ``{{.CurrentState}}``, as docker writes it."""
+    name = cell.strip().strip("{}").strip().rpartition(".")[2]
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).upper()
 
 
 def filled(template: str, row: Mapping[str, Any]) -> str:
@@ -222,22 +264,30 @@ def printable_lines(text: str) -> str:
 
 def shows(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a command that shows something; it gets an ``Output``."""
+    watch = click.option(
+        "-w", "--watch", "watches", is_flag=True, help="Show it again every two seconds, until ctrl-c."
+    )
+    return watch(_with_forms(command))
 
-    def run(*args: Any, form: str, template: str, watches: bool, **options: Any) -> Any:
+
+def shows_as_it_happens(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that shows one thing after the other until ctrl-c; it gets an ``Output``."""
+    return _with_forms(command)
+
+
+def _with_forms(command: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, form: str, template: str, watches: bool = False, **options: Any) -> Any:
         if template and form not in ("text", "wide"):
             raise click.UsageError("--format and -o cannot be used together")
         return command(*args, output=Output(form=form, template=template, watches=watches), **options)
 
     for option in (
         click.option(
-            "-w", "--watch", "watches", is_flag=True, help="Show it again every two seconds, until ctrl-c."
-        ),
-        click.option(
             "--format",
             "template",
             default="",
             metavar="TEMPLATE",
-            help="A Go template, as in docker's commands.",
+            help="A Go template, or json, as in docker's commands.",
         ),
         click.option(
             "-o",

@@ -19,14 +19,15 @@ from skep.cli.output import Output, Shown, shows
 from skep.cli.registry_logins import RegistryLogins
 from skep.cli.running import errors_shown, run_requests
 from skep.cli.stack_builds import build_images
-from skep.cli.stack_screens import Progress, line_of, lines_of, revisions, warn
+from skep.cli.stack_lists import ls, ps, services
+from skep.cli.stack_screens import Progress, compared, lines_of, planned, revisions, warn
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.images import registry_of
 from skep.stack.bound_files import with_bound_files
 from skep.stack.conversion import stack_of
 from skep.stack.deploying import NO_LOGINS, Deployment, existing_of, pinned_images, remove, with_placements
 from skep.stack.loading import Choices, Files, Loaded, load
-from skep.stack.planning import Plan, differences, plan_of
+from skep.stack.planning import Plan, plan_of
 from skep.stack.project import Stack
 from skep.stack.reading import Report
 from skep.stack.recording import carry_out, known_revisions, return_plan, undo
@@ -144,8 +145,15 @@ def _with(command: Callable[..., None], *decorators: Callable[[Any], Any]) -> Ca
     return command
 
 
-class _Stack(passthrough.WithDockers):
-    dockers = "ls, ps, services"
+_ALIASES = {"up": "deploy", "down": "rm", "remove": "rm", "list": "ls"}
+"""Docker's other words for commands of stacks."""
+
+
+class _Stack(click.Group):
+    """Has docker's aliases, too."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, _ALIASES.get(cmd_name, cmd_name))
 
 
 @click.group(cls=_Stack)
@@ -156,8 +164,12 @@ def stack() -> None:
     Examples:
       skep stack plan -c compose.yaml shop       what a deploy would change
       skep stack deploy -c compose.yaml shop     and change it
-      skep stack services shop                   the same as docker stack services
+      skep stack services shop                   how its services are
     """
+
+
+for listing in (ls, services, ps):
+    stack.add_command(listing)
 
 
 # --- config --------------------------------------------------------------------------------------------------------
@@ -238,9 +250,7 @@ async def _plan(
 @_reads_files
 @click.option("--prune", is_flag=True, help="Plan the removal of services that the files no longer have.")
 @_chooses_services
-@click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="The form of the plan."
-)
+@shows
 @click.pass_obj
 def plan(
     host: HostOptions,
@@ -249,7 +259,7 @@ def plan(
     prune: bool,
     only: tuple[str, ...],
     resolve_image: str,
-    output: str,
+    output: Output,
 ) -> None:
     """Show what a deploy would change, field by field, and where it would run.  Nothing is written.
 
@@ -263,33 +273,13 @@ def plan(
       skep stack plan --prune --only web
     """
 
-    async def run() -> Plan:
+    async def fetch() -> Shown:
         made, _ = given.read()
         async with host.requests() as client:
             found = await _plan(client, made, prune=prune, only=only, resolve=resolve_image)
-            return await with_placements(client, found, warn)
+            return planned(await with_placements(client, found, warn))
 
-    found = run_requests(run())
-    if output == "json":
-        changes = [
-            {
-                "Action": one.action.name.lower(),
-                "Kind": one.kind,
-                "Name": one.name,
-                "Restarts": one.restarts,
-                "Placement": found.placements.get(one.name) if one.kind == "service" else None,
-                "Differences": [
-                    {"Path": each.path, "Before": each.before, "After": each.after}
-                    for each in one.differences
-                ],
-            }
-            for one in found.effective
-        ]
-        click.echo(msgspec.json.format(msgspec.json.encode(changes), indent=2).decode())
-    else:
-        click.echo("\n".join(lines_of(found)))
-    if found.effective:
-        raise SystemExit(2)
+    output.show(fetch)
 
 
 # --- deploy and rm -------------------------------------------------------------------------------------------------
@@ -467,8 +457,9 @@ def rollback(host: HostOptions, to: int | None, timeout: float, name: str) -> No
 @click.argument("name")
 @click.argument("first", type=click.IntRange(1))
 @click.argument("second", type=click.IntRange(1))
+@shows
 @click.pass_obj
-def diff(host: HostOptions, name: str, first: int, second: int) -> None:
+def diff(host: HostOptions, name: str, first: int, second: int, output: Output) -> None:
     """Show how the services of two revisions of a stack differ, field by field.
 
     \b
@@ -476,18 +467,9 @@ def diff(host: HostOptions, name: str, first: int, second: int) -> None:
       skep stack diff shop 2 3
     """
 
-    async def run() -> tuple[Stack, Stack]:
+    async def fetch() -> Shown:
         async with host.requests() as client:
             revisions = await known_revisions(client, name)
-            return before(revisions, first).stack(), before(revisions, second).stack()
+            return compared(before(revisions, first).stack(), before(revisions, second).stack())
 
-    one, other = run_requests(run())
-    for service in sorted({*one.services, *other.services}):
-        if service not in one.services or service not in other.services:
-            click.echo(f"{'-' if service in one.services else '+'} {service}")
-            continue
-        found = list(differences(one.services[service].spec, other.services[service].spec))
-        if found:
-            click.echo(f"~ {service}")
-        for each in found:
-            click.echo(f"    {line_of(each)}")
+    output.show(fetch)

@@ -1,15 +1,17 @@
 """What the commands of stacks print."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import click
 
 from skep.cli.formatting import counted
-from skep.cli.output import Shown, table
+from skep.cli.output import Screen, Shown, table
 from skep.model.labels import STACK_FILES
 from skep.model.task_end import printable
 from skep.stack.document import Problem
-from skep.stack.planning import Action, Change, Difference, Placement, Plan
+from skep.stack.planning import Action, Change, Difference, Placement, Plan, differences
+from skep.stack.project import Stack
 from skep.stack.revisions import Revision
 
 _COLOURS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
@@ -35,13 +37,69 @@ class Progress:
             click.echo(printable(f"{name}: {text}"), err=True)
 
 
+def planned(plan: Plan) -> Shown:
+    """A plan; exit code 2 if something would change."""
+    rows = [
+        {
+            "Action": one.action.name.lower(),
+            "Kind": one.kind,
+            "Name": one.name,
+            "Restarts": one.restarts,
+            "Placement": plan.placements.get(one.name) if one.kind == "service" else None,
+            "Differences": [_fields(each) for each in one.differences],
+        }
+        for one in plan.effective
+    ]
+    return Shown(
+        data=rows,
+        rows=rows,
+        lines=lambda screen: iter(lines_of(plan, is_wide=screen.is_wide)),
+        exit_code=2 if rows else 0,
+    )
+
+
+def compared(one: Stack, other: Stack) -> Shown:
+    """How the services of two revisions differ."""
+    rows: list[dict[str, Any]] = []
+    lines: dict[str, list[Difference]] = {}
+    for name in sorted({*one.services, *other.services}):
+        if name not in one.services or name not in other.services:
+            is_gone, found = name in one.services, []
+            action = Action.REMOVE if is_gone else Action.CREATE
+        else:
+            found = list(differences(one.services[name].spec, other.services[name].spec))
+            action = Action.UPDATE
+        if found or action is not Action.UPDATE:
+            rows.append(
+                {
+                    "Action": action.name.lower(),
+                    "Service": name,
+                    "Differences": [_fields(each) for each in found],
+                }
+            )
+            lines[f"{action.value} {name}"] = found
+
+    def shown(screen: Screen) -> Iterator[str]:
+        for line, found in lines.items():
+            yield line
+            yield from (f"    {line_of(each, is_wide=screen.is_wide)}" for each in found)
+
+    return Shown(data=rows, rows=rows, lines=shown)
+
+
+def _fields(difference: Difference) -> Mapping[str, str]:
+    return {"Path": difference.path, "Before": difference.before, "After": difference.after}
+
+
 def _shortened(text: str) -> str:
-    text = text.replace("\n", "\\n")
     return text if len(text) <= _VALUE_MAX else f"{text[: _VALUE_MAX - 3]}..."
 
 
-def lines_of(plan: Plan) -> list[str]:
-    """The plan for a terminal: a line for each object, and one for each field that changes."""
+def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
+    """The plan for a terminal: a line for each object, and one for each field that changes.
+
+    ``is_wide``: long values are not cut.
+    """
     effective = plan.effective
     if not effective:
         return [f"Stack {plan.stack}: nothing to change"]
@@ -55,7 +113,7 @@ def lines_of(plan: Plan) -> list[str]:
         made.append(
             click.style(f"  {one.action.value} {one.kind} {one.name}", fg=_COLOURS[one.action]) + _note(one)
         )
-        made += [f"      {line_of(each)}" for each in one.differences]
+        made += [f"      {line_of(each, is_wide=is_wide)}" for each in one.differences]
         if (placement := plan.placements.get(one.name)) is not None and one.kind == "service":
             made += [f"      {line}" for line in placement_lines(placement)]
     return made
@@ -97,9 +155,10 @@ def revisions(found: Sequence[Revision]) -> Shown:
     return Shown(data=rows, rows=rows, lines=lambda screen: table(head, cells, screen))
 
 
-def line_of(difference: Difference) -> str:
+def line_of(difference: Difference, *, is_wide: bool = False) -> str:
     """One field of a spec, before and after."""
-    before, after = (_shortened(text) or "(unset)" for text in (difference.before, difference.after))
+    values = (text.replace("\n", "\\n") for text in (difference.before, difference.after))
+    before, after = ((text if is_wide else _shortened(text)) or "(unset)" for text in values)
     return f"{_field(difference.path)}: {before} -> {after}"
 
 

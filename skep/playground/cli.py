@@ -2,12 +2,13 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from skep.cli.output import Output, Screen, Shown, shows, table
 from skep.errors import SkepError
 from skep.playground import names
 from skep.playground.commands import find
@@ -123,22 +124,38 @@ def down(directory: Path, name: str | None) -> None:
 
 @playground.command()
 @_verb
-def ps(directory: Path, name: str | None) -> None:
+@shows
+def ps(directory: Path, name: str | None, output: Output) -> None:
     """List the nodes with role, state, address and endpoint, and the published ports.
 
     \b
     Example:
       skep playground ps
     """
-    rows = [("NODE", "ROLE", "STATE", "ADDRESS", "PID", "ENDPOINT")]
-    for node, state in _finish(_open(directory, name).states()):
-        pid = str(daemon_pid(node) or "-")
-        rows.append((node.name, node.role, state, node.addr, pid, node.endpoint))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
-    for published, local in _open(directory, name).relayed_ports().items():
-        click.echo(f"published port {published}: http://127.0.0.1:{local}")
+
+    async def fetch() -> Shown:
+        cluster = _open(directory, name)
+        rows = [
+            {
+                "Node": node.name,
+                "Role": node.role,
+                "State": state,
+                "Address": node.addr,
+                "PID": str(daemon_pid(node) or "-"),
+                "Endpoint": node.endpoint,
+            }
+            for node, state in await cluster.states()
+        ]
+        ports = {str(port): f"http://127.0.0.1:{local}" for port, local in cluster.relayed_ports().items()}
+
+        def lines(screen: Screen) -> Iterator[str]:
+            head = ("NODE", "ROLE", "STATE", "ADDRESS", "PID", "ENDPOINT")
+            yield from table(head, [tuple(row.values()) for row in rows], screen)
+            yield from (f"published port {published}: {url}" for published, url in ports.items())
+
+        return Shown(data={"Nodes": rows, "Ports": ports}, rows=rows, lines=lines)
+
+    output.show(fetch)
 
 
 @playground.command()

@@ -130,6 +130,7 @@ def allowed(m1: TestNode, *rights: str) -> str:
 def strict(m1: TestNode) -> Iterator[TestNode]:
     """A cluster that allows nothing, before and after."""
     assert allowed(m1) == "none"
+    assert allowed(m1, "--format", "json") == '{"Allowed":[]}'
     yield m1
     m1.docker("service", "rm", "right", check=False)
     allowed(m1, "none")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_a_stack_is_planned_deployed_changed_and_removed(m1: TestNode, folder: P
         task["Status"]["Timestamp"] > migrated["Status"]["Timestamp"] for task in running(m1, "shop_web")
     )
     assert m1.docker("stack", "ls", "--format", "{{.Name}} {{.Services}}").stdout == "shop 3\n"
+    assert skep(m1, "stack", "ls", "--format", "{{.Name}} {{.Services}}").stdout == "shop 3\n"
+    of_docker, of_skep = (
+        command(
+            "stack", "services", "shop", "--format", "{{.Name}} {{.Mode}} {{.Replicas}} {{.Image}}"
+        ).stdout
+        for command in (m1.docker, partial(skep, m1))
+    )
+    assert sorted(of_skep.splitlines()) == sorted(of_docker.splitlines())
+    listed = json.loads(skep(m1, "stack", "ps", "-o", "json", "shop").stdout)
+    assert {one["Node"] for one in listed} == {hostname}
+    assert {one["ID"] for one in listed} == {
+        *m1.docker("stack", "ps", "-q", "--no-trunc", "shop").stdout.split()
+    }
     again = skep(m1, "stack", "plan", "--resolve-image", "never", cwd=folder)
     assert again.stdout == "Stack shop: nothing to change\n"
 

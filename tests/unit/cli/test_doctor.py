@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from click import unstyle
 from click.testing import CliRunner
 
 from skep.cli import main as cli
 from skep.cli.doctor import has_problem, is_too_early, shown, verdict
+from skep.cli.output import Screen
 
 
 def a_finding(
@@ -33,7 +35,7 @@ BLOCKED = [
 
 
 def test_a_cluster_that_is_well_is_said_to_be() -> None:
-    assert list(shown(WELL)) == [
+    assert list(shown(WELL, Screen())) == [
         "2 nodes, 1 pair: everything is well",
         "",
         "FROM  TO  CHECK    LOSS  RTT     MTU   STATE",
@@ -52,10 +54,10 @@ def test_a_cluster_whose_nodes_do_not_know_each_other_yet_is_not_said_to_be_well
 
 
 def test_what_fails_comes_first_with_pair_and_port() -> None:
-    lines = list(shown(BLOCKED))
+    lines = list(shown(BLOCKED, Screen(has_colours=True)))
     assert lines[0] == "3 nodes, 3 pairs: 4789/udp (overlay) fails between w1 and w2"
-    assert [line.split("  ")[0].strip() for line in lines[3:5]] == ["\x1b[31mw1", "\x1b[31mw2"]
-    assert lines[3].startswith("\x1b[31mw1    w2  overlay  4789/udp  100 %")
+    assert [line.split("  ")[0].strip() for line in lines[3:5]] == ["\x1b[31mw1\x1b[0m", "\x1b[31mw2\x1b[0m"]
+    assert unstyle(lines[3]).startswith("w1    w2  overlay  4789/udp  100 %")
     assert lines[-2:] == ["Why:", "  w1 -> w2 and 1 more: overlay: nothing came back"]
     assert [has_problem(result) for result in BLOCKED] == [False, True, True]
 
@@ -63,34 +65,37 @@ def test_what_fails_comes_first_with_pair_and_port() -> None:
 def test_a_node_that_does_not_answer_is_named_with_why() -> None:
     results = [*WELL, a_result("w3", error="no response within 25 s")]
     assert verdict(results) == "3 nodes, 1 pair: no response from 1 node"
-    assert list(shown(results))[-2:] == ["Nodes without a response:", "  w3: no response within 25 s"]
+    assert list(shown(results, Screen()))[-2:] == [
+        "Nodes without a response:",
+        "  w3: no response within 25 s",
+    ]
     assert has_problem(results[-1])
 
 
 def test_in_a_large_cluster_only_what_fails_is_listed() -> None:
     names = [f"w{number}" for number in range(10)]
     results = [a_result(name, *(a_path(peer) for peer in names if peer != name)) for name in names]
-    assert list(shown(results))[2:] == ["90 paths without a problem are not shown (--all)"]
-    assert len(list(shown([*BLOCKED, *results]))) == 9
-    assert len(list(shown(results, shows_all=True))) == 3 + 90
+    assert list(shown(results, Screen()))[2:] == ["90 paths without a problem are not shown (--all)"]
+    assert len(list(shown([*BLOCKED, *results], Screen()))) == 9
+    assert len(list(shown(results, Screen(), shows_all=True))) == 3 + 90
 
 
 def test_every_check_is_shown_on_demand() -> None:
     two = [a_result("m1", a_path("w1", a_finding(), a_finding("control", "2377/tcp")))]
-    rows = list(shown(two, shows_all=True))[3:]
+    rows = list(shown(two, Screen(), shows_all=True))[3:]
     assert [row.split()[2:4] for row in rows] == [["overlay", "4789/udp"], ["control", "2377/tcp"]]
 
 
 def test_what_a_node_finds_of_its_own_names_is_no_pair() -> None:
     own = a_result("m1", a_path("m1", a_finding("names", "53/udp", fails=True, Detail="web is 10.0.0.9")))
-    lines = list(shown([own]))
+    lines = list(shown([own], Screen()))
     assert lines[0] == "1 node, 0 pairs: 53/udp (names) fails on m1"
     assert "(itself)" in lines[3]
     assert lines[-1] == "  m1: names: web is 10.0.0.9"
 
 
 def test_speed_is_shown_where_it_was_measured() -> None:
-    lines = list(shown([a_result("m1", a_path("w1", Throughput=125_000_000))]))
+    lines = list(shown([a_result("m1", a_path("w1", Throughput=125_000_000))], Screen()))
     assert "1,000 Mbit/s" in lines[-1]
 
 
@@ -108,7 +113,7 @@ def test_without_a_node_it_is_one_line() -> None:
 
 def test_network_problems_of_a_node_are_problems() -> None:
     results = [WELL[0] | {"Conditions": ["the kernel's table of neighbours overflows"]}, WELL[1]]
-    lines = list(shown(results))
+    lines = list(shown(results, Screen()))
     assert lines[0] == "2 nodes, 1 pair: 1 node with a problem of its own"
     assert lines[-2:] == [
         "What nodes report of themselves:",

@@ -106,3 +106,23 @@ def test_a_watch_goes_on_when_the_node_does_not_answer(
     with pytest.raises(KeyboardInterrupt):
         output.show(fetch)
     assert capsys.readouterr().out == "web\ndb\nnot known now: no leader\nweb\ndb\n"
+
+
+def test_a_template_may_be_one_of_dockers_words() -> None:
+    assert ran("--format", "json").output.splitlines() == [msgspec.json.encode(row).decode() for row in ROWS]
+    assert ran("--format", "table {{.Name}}\\t{{.Tasks}}").output == "NAME  TASKS\nweb   2\ndb    1\n"
+    assert Output(template="table {{.CurrentState}}").lines(
+        Shown(data=None, rows=[{"CurrentState": "Running"}], lines=lines)
+    ) == ["CURRENT STATE", "Running"]
+
+
+def test_what_happens_is_shown_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """For people, what they need not see has no line; programs see everything."""
+    for output in (Output(), Output(form="json"), Output(form="yaml"), Output(template="{{.Name}}")):
+        output.show_next(ROWS[0], "a line")
+        output.show_next(ROWS[1], "")
+    shown = capsys.readouterr().out
+    assert shown.startswith('a line\n{"Name":"web","Tasks":2')
+    assert shown.count('"Name"') == 2
+    assert "---\nName: web\n" in shown
+    assert shown.endswith("\nweb\n")

@@ -1,0 +1,284 @@
+"""``skep stack ls``, ``services`` and ``ps``: what runs of the stacks, however they were deployed.
+
+The options, and the fields for ``--format``, are those of docker's commands.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+
+from skep.api.requests import Filters, Requests
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import age
+from skep.cli.output import Cell, Output, Screen, Shown, shows, table
+from skep.cli.status import is_as_wanted
+from skep.errors import InvalidArgument, NotFound
+
+NAMESPACE = "com.docker.stack.namespace"
+_ANSWERS_WITHIN_S = 15.0
+_PROBLEMS = ("failed", "rejected", "orphaned")
+_MODES = {
+    "Global": "global",
+    "ReplicatedJob": "replicated job",
+    "GlobalJob": "global job",
+    "Replicated": "replicated",
+}
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Ids only.")
+_filter = click.option("-f", "--filter", "words", multiple=True, metavar="KEY=VALUE", help="As docker's.")
+
+Objects = Sequence[Mapping[str, Any]]
+
+
+@click.command()
+@shows
+@click.pass_obj
+def ls(host: HostOptions, output: Output) -> None:
+    """List the stacks, with their services and running tasks.
+
+    \b
+    Examples:
+      skep stack ls
+      skep stack ls --format '{{.Name}} {{.Services}}'
+    """
+
+    async def fetch() -> Shown:
+        async with host.requests() as client:
+            filters = {"label": [NAMESPACE]}
+            found = await client.get("/services", filters=filters, timeout_s=_ANSWERS_WITHIN_S, status="true")
+        return stacks(found)
+
+    output.show(fetch)
+
+
+def stacks(services: Objects) -> Shown:
+    """Each stack, by the labels of its services."""
+    rows: dict[str, dict[str, Any]] = {}
+    for service in services:
+        name = service["Spec"]["Labels"][NAMESPACE]
+        row = rows.setdefault(name, {"Name": name, "Services": 0, "Running": 0, "Desired": 0, "IsWell": True})
+        running, desired = _counts(service)
+        row["Services"] += 1
+        row["Running"] += running
+        row["Desired"] += desired
+        row["IsWell"] = row["IsWell"] and is_as_wanted(service)
+    listed = [rows[name] for name in sorted(rows)]
+    cells = [
+        (
+            str(row["Name"]),
+            str(row["Services"]),
+            Cell(f"{row['Running']}/{row['Desired']}", "" if row["IsWell"] else "red"),
+        )
+        for row in listed
+    ]
+    head = ("NAME", "SERVICES", "TASKS")
+    return Shown(data=listed, rows=listed, lines=lambda screen: table(head, cells, screen))
+
+
+@click.command()
+@_quiet
+@_filter
+@click.argument("name", metavar="STACK")
+@shows
+@click.pass_obj
+def services(host: HostOptions, name: str, words: tuple[str, ...], *, quiet: bool, output: Output) -> None:
+    """List the services of a stack: how many tasks run, of which image, on which ports.
+
+    \b
+    Examples:
+      skep stack services shop
+      skep stack services --filter name=shop_web -o json shop
+    """
+
+    async def fetch() -> Shown:
+        async with host.requests() as client:
+            return services_listed(await _services(client, name, words), is_quiet=quiet)
+
+    output.show(fetch)
+
+
+async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> Objects:
+    """Raises: NotFound: there is no such stack."""
+    filters = _filters(stack, words)
+    found: Objects = await client.get(
+        "/services", filters=filters, timeout_s=_ANSWERS_WITHIN_S, status="true"
+    )
+    if not found and not words:
+        raise NotFound(f"nothing found in stack: {stack} (skep stack ls)")
+    return found
+
+
+def _filters(stack: str, words: Sequence[str]) -> Filters:
+    wanted = {"label": [f"{NAMESPACE}={stack}"]}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise InvalidArgument(f"invalid filter {word!r}: want KEY=VALUE")
+        wanted.setdefault(key.strip().lower(), []).append(value.strip())
+    return wanted
+
+
+def services_listed(found: Objects, *, is_quiet: bool = False) -> Shown:
+    """The services of a stack, by name."""
+    ordered = sorted(found, key=lambda service: str(service["Spec"]["Name"]))
+    rows = [_service_row(service) for service in ordered]
+
+    def lines(screen: Screen) -> Iterator[str]:
+        if is_quiet:
+            return iter([row["ID"] for row in rows])
+        more = ("ID",) if screen.is_wide else ()
+        cells = [
+            (
+                row["Name"],
+                row["Mode"],
+                Cell(row["Replicas"], "" if is_as_wanted(service) else "red"),
+                *((row["ID"],) if screen.is_wide else ()),
+                row["Ports"],
+                row["Image"],
+            )
+            for row, service in zip(rows, ordered, strict=True)
+        ]
+        return table(("NAME", "MODE", "REPLICAS", *more, "PORTS", "IMAGE"), cells, screen)
+
+    return Shown(data=rows, rows=rows, lines=lines)
+
+
+def _service_row(service: Mapping[str, Any]) -> dict[str, str]:
+    spec = service["Spec"]
+    running, desired = _counts(service)
+    mode = spec.get("Mode") or {}
+    job = mode.get("ReplicatedJob")
+    replicas = f"{running}/{desired}"
+    if job is not None:
+        completed = (service.get("ServiceStatus") or {}).get("CompletedTasks", 0)
+        replicas += f" ({completed}/{job.get('TotalCompletions') or 0} completed)"
+    return {
+        "ID": service["ID"],
+        "Name": spec["Name"],
+        "Mode": next((word for key, word in _MODES.items() if mode.get(key) is not None), "replicated"),
+        "Replicas": replicas,
+        "Image": _image(spec["TaskTemplate"]),
+        "Ports": ", ".join(
+            f"*:{port['PublishedPort']}->{port['TargetPort']}/{port.get('Protocol', 'tcp')}"
+            for port in (service.get("Endpoint") or {}).get("Ports") or ()
+            if port.get("PublishedPort")
+        ),
+    }
+
+
+def _counts(service: Mapping[str, Any]) -> tuple[int, int]:
+    """Tasks that run, and that should."""
+    status = service.get("ServiceStatus") or {}
+    return int(status.get("RunningTasks") or 0), int(status.get("DesiredTasks") or 0)
+
+
+def _image(template: Mapping[str, Any]) -> str:
+    """Without the digest."""
+    return str((template.get("ContainerSpec") or {}).get("Image", "")).partition("@")[0]
+
+
+@click.command()
+@_quiet
+@_filter
+@click.option("--no-trunc", is_flag=True, help="As -o wide.")
+@click.option("--no-resolve", is_flag=True, help="Ids of nodes and services in place of names.")
+@click.argument("name", metavar="STACK")
+@shows
+@click.pass_obj
+def ps(
+    host: HostOptions,
+    name: str,
+    words: tuple[str, ...],
+    *,
+    quiet: bool,
+    no_trunc: bool,
+    no_resolve: bool,
+    output: Output,
+) -> None:
+    """List the tasks of a stack: where each is, its state and for how long, and its error.
+
+    \b
+    Examples:
+      skep stack ps shop
+      skep stack ps --filter desired-state=running --format '{{.Name}} {{.Node}}' shop
+    """
+
+    async def fetch() -> Shown:
+        async with host.requests() as client:
+            found = await _services(client, name)
+            tasks = await client.get("/tasks", filters=_filters(name, words), timeout_s=_ANSWERS_WITHIN_S)
+            nodes = await client.get("/nodes", timeout_s=_ANSWERS_WITHIN_S)
+        hostnames = {one["ID"]: one["Description"].get("Hostname") or one["ID"] for one in nodes}
+        names = {one["ID"]: one["Spec"]["Name"] for one in found}
+        if no_resolve:
+            hostnames, names = {}, {}
+        rows = task_rows(tasks, names, hostnames, time.time())
+        return Shown(
+            data=rows,
+            rows=rows,
+            lines=lambda screen: _task_lines(rows, screen, is_whole=no_trunc, is_quiet=quiet),
+        )
+
+    output.show(fetch)
+
+
+def task_rows(
+    tasks: Objects, services: Mapping[str, str], hostnames: Mapping[str, str], now: float
+) -> list[dict[str, str]]:
+    """The tasks by name, the latest of a slot first.
+
+    ``services``, ``hostnames``: names by id.  ``now``: seconds since the epoch.
+    """
+    rows = []
+    for task in sorted(tasks, key=lambda task: str(task["CreatedAt"]), reverse=True):
+        status, node = task["Status"], task.get("NodeID", "")
+        where = task.get("Slot") or hostnames.get(node, node) or task["ID"]
+        rows.append(
+            {
+                "ID": task["ID"],
+                "Name": f"{services.get(task['ServiceID'], task['ServiceID'])}.{where}",
+                "Image": _image(task["Spec"]),
+                "Node": hostnames.get(node, node),
+                "DesiredState": task["DesiredState"].capitalize(),
+                "CurrentState": f"{status['State'].capitalize()} {age(status['Timestamp'], now)} ago",
+                "Error": status.get("Err", ""),
+                "Ports": ", ".join(
+                    f"*:{port['PublishedPort']}->{port['TargetPort']}/{port.get('Protocol', 'tcp')}"
+                    for port in (status.get("PortStatus") or {}).get("Ports") or ()
+                ),
+            }
+        )
+    return sorted(rows, key=lambda row: _by_number(row["Name"]))
+
+
+def _by_number(name: str) -> tuple[str, int, str]:
+    service, _, slot = name.rpartition(".")
+    return service, int(slot) if slot.isdigit() else 0, slot
+
+
+def _task_lines(
+    rows: Sequence[Mapping[str, str]], screen: Screen, *, is_whole: bool, is_quiet: bool
+) -> Iterator[str]:
+    if is_quiet:
+        return iter([row["ID"] for row in rows])
+    is_wide = screen.is_wide or is_whole
+    seen: Counter[str] = Counter()
+    cells = []
+    for row in rows:
+        is_earlier = seen[row["Name"]] > 0  # of the same slot, as docker marks it
+        seen[row["Name"]] += 1
+        state = row["CurrentState"]
+        cells.append(
+            (
+                f"\\_ {row['Name']}" if is_earlier else row["Name"],
+                row["Node"],
+                row["DesiredState"],
+                Cell(state, "red" if state.partition(" ")[0].lower() in _PROBLEMS else ""),
+                *((row["ID"], row["Image"], row["Ports"]) if is_wide else ()),
+                row["Error"],
+            )
+        )
+    more = ("ID", "IMAGE", "PORTS") if is_wide else ()
+    return table(("NAME", "NODE", "DESIRED STATE", "CURRENT STATE", *more, "ERROR"), cells, screen)

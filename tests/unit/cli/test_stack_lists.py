@@ -1,0 +1,72 @@
+"""``skep stack ls``, ``services`` and ``ps``."""
+
+from typing import Any
+
+from skep.cli.output import Output, Screen
+from skep.cli.stack_lists import NAMESPACE, services_listed, stacks, task_rows
+
+NOW = 1_769_860_800.0  # 2026-01-31T12:00:00Z
+
+
+def a_service(stack: str, name: str, running: int, desired: int, **mode: Any) -> dict[str, Any]:
+    template = {"ContainerSpec": {"Image": "registry.example.com/web:2@sha256:0123"}}
+    spec = {"Name": f"{stack}_{name}", "Labels": {NAMESPACE: stack}, "TaskTemplate": template, "Mode": mode}
+    status = {"RunningTasks": running, "DesiredTasks": desired}
+    return {"ID": f"id-{name}", "Spec": spec, "ServiceStatus": status}
+
+
+def a_task(slot: int, state: str, created: str, **more: Any) -> dict[str, Any]:
+    status = {"State": state, "Timestamp": "2026-01-31T11:56:00Z", **more}
+    spec = {"ContainerSpec": {"Image": "web:2"}}
+    return {
+        "ID": f"t{slot}{created}",
+        "ServiceID": "id-web",
+        "Slot": slot,
+        "NodeID": "n1",
+        "DesiredState": "running",
+        "CreatedAt": f"2026-01-31T11:5{created}:00Z",
+        "Spec": spec,
+        "Status": status,
+    }
+
+
+def test_stacks_are_those_of_the_labels_of_services() -> None:
+    found = stacks(
+        [a_service("shop", "web", 1, 2), a_service("blog", "web", 1, 1), a_service("shop", "db", 1, 1)]
+    )
+    assert list(found.lines(Screen())) == [
+        "NAME  SERVICES  TASKS",
+        "blog  1         1/1",
+        "shop  2         2/3",
+    ]
+    assert Output(template="{{.Name}} {{.Services}}").lines(found) == ["blog 1", "shop 2"]
+
+
+def test_services_have_dockers_fields() -> None:
+    web = a_service("shop", "web", 1, 2, Replicated={"Replicas": 2})
+    web["Endpoint"] = {"Ports": [{"PublishedPort": 8080, "TargetPort": 80}, {"TargetPort": 81}]}
+    job = a_service("shop", "nightly", 0, 0, ReplicatedJob={"TotalCompletions": 3})
+    job["ServiceStatus"]["CompletedTasks"] = 3
+    found = services_listed([web, job])
+    template = "{{.Name}}|{{.Mode}}|{{.Replicas}}|{{.Image}}|{{.Ports}}"
+    assert Output(template=template).lines(found) == [
+        "shop_nightly|replicated job|0/0 (3/3 completed)|registry.example.com/web:2|",
+        "shop_web|replicated|1/2|registry.example.com/web:2|*:8080->80/tcp",
+    ]
+    assert list(services_listed([web], is_quiet=True).lines(Screen())) == ["id-web"]
+
+
+def test_tasks_are_named_by_service_and_slot_the_latest_of_a_slot_first() -> None:
+    tasks = [
+        a_task(10, "running", "1"),
+        a_task(2, "failed", "1", Err="task: non-zero exit (3)"),
+        a_task(2, "running", "3"),
+    ]
+    rows = task_rows(tasks, {"id-web": "shop_web"}, {"n1": "m1"}, NOW)
+    assert [(row["Name"], row["Node"], row["CurrentState"], row["Error"]) for row in rows] == [
+        ("shop_web.2", "m1", "Running 4m ago", ""),
+        ("shop_web.2", "m1", "Failed 4m ago", "task: non-zero exit (3)"),
+        ("shop_web.10", "m1", "Running 4m ago", ""),
+    ]
+    (unresolved, *_) = task_rows(tasks, {}, {}, NOW)
+    assert (unresolved["Name"], unresolved["Node"]) == ("id-web.2", "n1")
