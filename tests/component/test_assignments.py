@@ -1,24 +1,29 @@
 """Assignments to nodes and statuses from them, over real mutual TLS on loopback."""
 
+import asyncio
 from contextlib import AbstractAsyncContextManager
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
 from skep.errors import (
     InvalidArgument,
+    NotFound,
     PermissionDenied,
 )
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, Mount, SecretReference
 from skep.model.ids import ConfigId, SecretId
-from skep.model.node import NodeState
+from skep.model.node import Node, NodeState
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
 from skep.model.task_end import KeptLine, TaskEnd
 from skep.model.times import timestamp
+from skep.store.interface import Transaction
 from skep.store.kinds import Payload
+from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from tests.support.wire_rig import (
@@ -31,6 +36,10 @@ from tests.support.wire_rig import (
     service_task,
     until,
 )
+
+
+WATCHED = 20
+"""Commits by which a watch may be behind."""
 
 
 @pytest.fixture
@@ -78,6 +87,32 @@ async def test_a_changed_desired_state_and_a_removed_task_reach_the_node(cluster
         await cluster.store.update(lambda tx: tx.delete(Task, task.id))
         await until(lambda: task.id not in worker.tasks)
         assert [change.complete for change in worker.sets] == [True] + [False] * (len(worker.sets) - 1)
+
+
+async def test_what_is_deleted_while_the_managers_watch_lags_reaches_its_node(tmp_path):
+    cluster = Cluster()
+    cluster.store = MemoryStore(SystemClock(), watch_capacity=WATCHED)
+    elsewhere = MemoryStore(SystemClock(), cluster.store.cluster)
+
+    def remove(tx: Transaction) -> None:
+        tx.delete(Task, task.id)
+        tx.delete(Node, gone.identity.node_id)
+
+    async with cluster.serving():
+        pair, gone = await a_worker(cluster, tmp_path), await a_worker(cluster, tmp_path / "gone")
+        async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+            async with a_session(cluster, gone) as (channel, session_id):
+                service, task = service_task(agent.node_id)
+                await put(cluster, service, task)
+                await until(lambda: task.id in worker.tasks)
+                later = [Payload(id=f"later{number}") for number in range(WATCHED + 2)]
+                await asyncio.gather(
+                    elsewhere.update(remove),
+                    *(elsewhere.update(lambda tx, one=one: tx.put(one)) for one in later),
+                )
+                await until(lambda: task.id not in worker.tasks)
+                with pytest.raises(NotFound, match="node not registered"):
+                    await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=session_id))
 
 
 async def test_a_nodes_own_report_is_not_sent_back_to_it(cluster, tmp_path):

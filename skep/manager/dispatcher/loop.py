@@ -185,8 +185,15 @@ class Dispatcher:
     # -- what changed in the store ------------------------------------------------------------------------------
 
     def _on_snapshot(self, view: View) -> None:
-        """Start from a snapshot: expect the nodes of an earlier run, and wake every stream for everything."""
+        """Start from a snapshot: expect the nodes of an earlier run, and wake every stream for everything.
+
+        What was deleted since an earlier snapshot leaves no trace in this one.
+        """
         nodes = view.find(Node)
+        known = {*view.ids(Node), *view.unreadable(Node)}
+        for session in tuple(self._sessions.all()):
+            if session.node_id not in known:
+                self._sessions.lose(session.node_id, None, NotRegistered())
         self._set_period()
         self._managers = managers_of(nodes, self._own)
         grace_s = grace_after_absence(self._period_s, configured_s=self._configured_grace_s)
@@ -195,8 +202,7 @@ class Dispatcher:
                 self._on_node(node, grace_s)
         self._volumes.reset(view.find(Volume))
         for session in self._sessions.all():
-            session.messages.wake()
-            session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))
+            session.wake_for_all()
 
     def _on_commit(self, commit: Commit) -> None:
         has_new_managers = False

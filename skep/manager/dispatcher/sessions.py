@@ -21,10 +21,11 @@ MISSED_PERIODS = 1.5
 class StreamSignal:
     """Pending work of one open stream."""
 
-    __slots__ = ("_changed", "_event")
+    __slots__ = ("_changed", "_event", "_is_all")
 
     def __init__(self) -> None:
         self._changed: set[TaskId] = set()
+        self._is_all = False
         self._event = Event()
 
     def wake(self, task_ids: Iterable[TaskId] = ()) -> None:
@@ -32,11 +33,17 @@ class StreamSignal:
         self._changed.update(task_ids)
         self._event.set()
 
-    async def wait(self) -> set[TaskId]:
-        """Wait until woken; gives the changed tasks, which may be none."""
+    def wake_for_all(self) -> None:
+        """Wake the stream; any task may have changed, or be gone."""
+        self._is_all = True
+        self._event.set()
+
+    async def wait(self) -> set[TaskId] | None:
+        """Wait until woken; gives the changed tasks, which may be none.  None: it may be any."""
         await self._event.wait()
         self._event.clear()
-        changed, self._changed = self._changed, set()
+        changed = None if self._is_all else self._changed
+        self._changed, self._is_all = set(), False
         return changed
 
 
@@ -113,6 +120,11 @@ class LiveSession:
         for assignment_signal, with_assignments in self._signals.items():
             if with_assignments:
                 assignment_signal.wake(ids)
+
+    def wake_for_all(self) -> None:
+        """Changes were missed: wake every stream for whatever may have changed."""
+        for assignment_signal in self._signals:
+            assignment_signal.wake_for_all()
 
     def require_open(self) -> None:
         """Raises: the error that ended the session."""

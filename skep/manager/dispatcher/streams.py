@@ -12,6 +12,7 @@ from skep.manager.dispatcher.assignments import difference, everything
 from skep.manager.dispatcher.sessions import Sessions
 from skep.manager.dispatcher.volumes import VolumeIndex
 from skep.model.assignment import AssignmentSet
+from skep.model.task import Task
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -72,9 +73,12 @@ class AssignmentStreams:
             while True:
                 changed = await signal.wait()
                 session.require_open()
-                update, sent = difference(
-                    self._store.view(), session.node_id, sent, changed, self._volumes.on
-                )
+                view = self._store.view()
+                if changed is None:  # those that are gone, too: what was sent is the only trace of them
+                    here = (task.id for task in view.find(Task, node_id=session.node_id))
+                    changed = {*sent.tasks, *here}
+                update, sent = difference(view, session.node_id, sent, changed, self._volumes.on)
+                del view
                 if update is None:
                     continue
                 applies_to, number = str(number), number + 1
