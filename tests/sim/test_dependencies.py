@@ -239,6 +239,34 @@ def test_a_job_on_all_nodes_has_completed_without_a_node_that_was_drained_before
         assert TaskState.COMPLETE not in ended
 
 
+def test_a_job_on_all_nodes_has_completed_without_a_node_that_it_failed_on_and_that_is_drained() -> None:
+    failing = replace(ONCE, condition=RestartCondition.ON_FAILURE, delay=30 * SECOND_NS)
+    with SimulatedCluster(workers=3) as cluster:
+        first, *others = cluster.workers
+        for id in cluster.workers:
+            cluster.nodes[id].ending_images["job:1"] = (0.5, 1 if id == first else 0)
+        spec = replace(
+            a_service_spec("job", image="job:1", restart=failing), mode=ServiceMode(global_job=GlobalJob())
+        )
+        cluster.write(
+            lambda tx: tx.put(
+                Service(id=ServiceId("job"), spec=spec, job_status=JobStatus(last_execution=LATER))
+            )
+        )
+        cluster.create(waiting(a_service_spec("web"), "job=service_completed_successfully"))
+        cluster.run_for(5)
+        assert reasons(cluster, "web") == {"waits for job to complete"}
+        cluster.write(
+            lambda tx: tx.put(
+                replace(
+                    tx.get(Node, first),
+                    spec=replace(tx.get(Node, first).spec, availability=Availability.DRAIN),
+                )
+            )
+        )
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=10)
+
+
 def test_services_that_wait_for_each_other_start_all_the_same() -> None:
     """Refused one by one; what two managers write at a time, or a leader rolls back, is not seen by that."""
     with SimulatedCluster(workers=3) as cluster:

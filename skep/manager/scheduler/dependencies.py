@@ -18,11 +18,12 @@ import msgspec
 
 from skep.manager.dependents import circle, is_same_task
 from skep.manager.heartbeats import configured_heartbeats, grace_period
+from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR, Condition, Dependency, dependencies_of
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
-from skep.model.node import Node, NodeState, differ_in_load_alone
-from skep.model.service import RestartCondition, Service, ServiceMode, TaskSpec
+from skep.model.node import Availability, Node, NodeState, differ_in_load_alone
+from skep.model.service import Placement, RestartCondition, Service, ServiceMode, TaskSpec
 from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Created, Deleted, Updated, View
 
@@ -135,7 +136,7 @@ class _Look:
             return ""
         if one.restarts:
             tasks = [task for task in tasks if is_same_task(task.spec, service.spec.task_template)]
-        if _has_completed(service, tasks) and one.condition is not Condition.HEALTHY:
+        if _has_completed(service, tasks, self._view) and one.condition is not Condition.HEALTHY:
             return self.unmet(dependencies_of(service.spec.labels), {*path, one.service})
         least = TaskState.STARTING if one.condition is Condition.STARTED else TaskState.RUNNING
         if one.condition is not Condition.COMPLETED and self.serves(tasks, least):
@@ -185,7 +186,7 @@ def _has_failed(tasks: Sequence[Task]) -> bool:
     return any(task.status.state in _FAILED for task in tasks)
 
 
-def _has_completed(service: Service, tasks: Sequence[Task]) -> bool:
+def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
     """Whether every run of a job, or of a service whose tasks are not started again, has completed."""
     mode, policy = service.spec.mode, service.spec.task_template.restart_policy
     if service.job_status is not None:
@@ -197,13 +198,26 @@ def _has_completed(service: Service, tasks: Sequence[Task]) -> bool:
     complete = [task for task in tasks if task.status.state is TaskState.COMPLETE]
     if mode.global_job is not None or mode.global_ is not None:
         done = {one.node_id for one in complete}
-        # What was stopped where it may not run any more, on a drained node say, is not missing.
+        # What was stopped, or failed, where it may not run any more, on a drained node say, is not missing.
         return bool(complete) and all(
-            one.node_id in done for one in tasks if one.is_active or one.status.state in _FAILED
+            one.node_id in done
+            for one in tasks
+            if one.is_active or (one.status.state in _FAILED and _may_run_there(one, service, view))
         )
     job = mode.replicated_job
     wanted = service.spec.replicas if job is None else job.total_completions or 0
     return bool(complete) and len({one.slot for one in complete}) >= wanted
+
+
+def _may_run_there(task: Task, service: Service, view: View) -> bool:
+    """Whether the node of a global service's task is one that the service wants, be it down for the moment."""
+    node = view.lookup(Node, task.node_id)
+    constraints = (service.spec.task_template.placement or Placement()).constraints
+    return (
+        node is not None
+        and node.spec.availability is not Availability.DRAIN
+        and is_satisfied(constraints, node)
+    )
 
 
 def _wants_none(mode: ServiceMode) -> bool:
