@@ -103,7 +103,7 @@ def _references(kind: Kind, spec: Mapping[str, Any] | None) -> Sequence[dict[str
     return container.get(kind.field) or ()
 
 
-class Standing(msgspec.Struct, frozen=True):
+class VersionProgress(msgspec.Struct, frozen=True):
     """How far a service is: its tasks that run with the new version, of how many; ``stuck``: why it does not go on."""
 
     done: int
@@ -112,9 +112,9 @@ class Standing(msgspec.Struct, frozen=True):
     stuck: str = ""
 
 
-def standing(
+def version_progress(
     kind: Kind, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], new: str
-) -> Standing:
+) -> VersionProgress:
     """``tasks``: those of the service that are wanted.  ``new``: the id of the version."""
     on_it = [task for task in tasks if any(r[kind.id_key] == new for r in _references_of(kind, task))]
     done = sum(task["Status"]["State"] == "running" for task in on_it)
@@ -123,8 +123,8 @@ def standing(
     update = service.get("UpdateStatus") or {}
     state = update.get("State", "")
     if state in _STUCK:
-        return Standing(done, wanted, stuck=update.get("Message") or state)
-    return Standing(done, wanted, is_complete=done == wanted == len(tasks) and state != "updating")
+        return VersionProgress(done, wanted, stuck=update.get("Message") or state)
+    return VersionProgress(done, wanted, is_complete=done == wanted == len(tasks) and state != "updating")
 
 
 def _references_of(kind: Kind, task: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
@@ -219,7 +219,7 @@ class _Rotation:
         waiting, stuck = list(ids), []
         while waiting:
             for id in tuple(waiting):
-                service, found = await persistently(partial(self._standing, id, new), say)
+                service, found = await persistently(partial(self._look, id, new), say)
                 if found is None:
                     waiting.remove(id)
                     continue
@@ -233,7 +233,9 @@ class _Rotation:
                 await asyncio.sleep(_LOOK_S)
         return stuck
 
-    async def _standing(self, id: str, new: Mapping[str, Any]) -> tuple[Mapping[str, Any], Standing | None]:
+    async def _look(
+        self, id: str, new: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], VersionProgress | None]:
         """The service and how far it is; None: it was removed meanwhile."""
         try:
             service = await self._client.get(f"/services/{id}", timeout_s=_ANSWERS_WITHIN_S)
@@ -241,7 +243,7 @@ class _Rotation:
             return {}, None
         filters = {"service": [id], "desired-state": ["running"]}
         tasks = await self._client.get("/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S)
-        return service, standing(self._kind, service, tasks, new["ID"])
+        return service, version_progress(self._kind, service, tasks, new["ID"])
 
     def _show(self, name: str, text: str) -> None:
         if self._shown.get(name) != text:

@@ -13,7 +13,7 @@ from skep.errors import Unavailable
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.unknown import leniently
-from skep.stack.progress import Standing, standing
+from skep.stack.progress import ServiceProgress, progress_of
 from skep.stack.waiting import wait_done
 
 _ANSWERS_WITHIN_S = 15.0
@@ -58,7 +58,7 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> 
 
     async with host.client() as client:
 
-        async def look(waiting: set[str]) -> dict[str, Standing]:
+        async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
             open_.intersection_update(waiting)
             return {name: await _look(client, name) for name in sorted(waiting, key=names.index)}
 
@@ -70,14 +70,11 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> 
             raise Unavailable(f"not done within {timeout_s:g} s: {text}") from None
 
 
-async def _look(client: Client, name: str) -> Standing:
+async def _look(client: Client, name: str) -> ServiceProgress:
     found = await client.get(f"/services/{name}", timeout_s=_ANSWERS_WITHIN_S)
     filters = {"service": [found["ID"]]}
-    return _standing(found, await client.get("/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S))
-
-
-def _standing(service: object, tasks: list[object]) -> Standing:
-    return standing(
-        leniently(msgspec.json.encode(service), Service),
+    tasks = await client.get("/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S)
+    return progress_of(
+        leniently(msgspec.json.encode(found), Service),
         [leniently(msgspec.json.encode(task), Task) for task in tasks],
     )

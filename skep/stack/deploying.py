@@ -31,7 +31,7 @@ from skep.stack.planning import (
     waves,
     with_network_names,
 )
-from skep.stack.progress import Standing, standing
+from skep.stack.progress import ServiceProgress, progress_of
 from skep.stack.project import IMAGE, NAMESPACE, Stack
 from skep.stack.waiting import wait_done
 
@@ -317,9 +317,9 @@ class Deployment:
     # --- waiting
 
     async def _wait(self, changes: Sequence[Change]) -> None:
-        await wait_done({one.name for one in changes}, lambda _: self._standings(), self._show)
+        await wait_done({one.name for one in changes}, lambda _: self._progress(), self._show)
 
-    async def _standings(self) -> dict[str, Standing]:
+    async def _progress(self) -> dict[str, ServiceProgress]:
         label = {"label": [f"{NAMESPACE}={self._stack.name}"]}
         services, tasks = await asyncio.gather(
             self._client.get("/services", filters=label, timeout_s=ANSWERS_WITHIN_S),
@@ -328,19 +328,19 @@ class Deployment:
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
-        return {one.spec.name: standing(one, by_service.get(one.id, ())) for one in _services(services)}
+        return {one.spec.name: progress_of(one, by_service.get(one.id, ())) for one in _services(services)}
 
     async def _unfinished(self) -> str:
-        standings = await self._standings()
+        progress = await self._progress()
         wanted = [
             one.name
             for one in self._plan.changes
             if one.kind == "service" and one.action is not Action.REMOVE
         ]
         open_ = [
-            f"{name}: {standings[name].text if name in standings else 'not created'}"
+            f"{name}: {progress[name].text if name in progress else 'not created'}"
             for name in wanted
-            if name not in standings or not standings[name].is_done
+            if name not in progress or not progress[name].is_done
         ]
         return "; ".join(open_)
 

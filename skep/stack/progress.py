@@ -16,7 +16,7 @@ _STUCK = (
 )
 
 
-class Standing(msgspec.Struct, frozen=True):
+class ServiceProgress(msgspec.Struct, frozen=True):
     """``text``: for people.  ``is_stuck``: it does not go on by itself."""
 
     text: str
@@ -24,13 +24,15 @@ class Standing(msgspec.Struct, frozen=True):
     is_stuck: bool = False
 
 
-def standing(service: Service, tasks: Sequence[Task]) -> Standing:
+def progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     """How far ``service`` is; ``tasks``: its tasks, ended ones too."""
     if (ended := _ended(service, tasks)) is not None:  # an update takes every early end for a failure
         return ended
     update = service.update_status
     if update is not None and update.state in _STUCK:
-        return Standing(f"the update is {update.state.value}: {update.message}{_cause(tasks)}", is_stuck=True)
+        return ServiceProgress(
+            f"the update is {update.state.value}: {update.message}{_cause(tasks)}", is_stuck=True
+        )
     mode = service.spec.mode
     if mode.replicated_job is not None or mode.global_job is not None:
         return _job(service, tasks)
@@ -39,11 +41,11 @@ def standing(service: Service, tasks: Sequence[Task]) -> Standing:
     count = max(len(wanted), service.spec.replicas if mode.global_ is None else 0)
     is_updating = update is not None and update.state is UpdateState.UPDATING
     if running == count == len(wanted) and not is_updating and (count or mode.global_ is None):
-        return Standing(f"{running} of {count} tasks run", is_done=True)
-    return Standing(f"{running} of {count} tasks run{_cause(tasks) if running < count else ''}")
+        return ServiceProgress(f"{running} of {count} tasks run", is_done=True)
+    return ServiceProgress(f"{running} of {count} tasks run{_cause(tasks) if running < count else ''}")
 
 
-def _ended(service: Service, tasks: Sequence[Task]) -> Standing | None:
+def _ended(service: Service, tasks: Sequence[Task]) -> ServiceProgress | None:
     """Of a service whose tasks may end and are not started again (``restart: no``); None: it is none, or goes on."""
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
@@ -51,14 +53,14 @@ def _ended(service: Service, tasks: Sequence[Task]) -> Standing | None:
     current = [task for task in tasks if _is_current(task, service)]
     complete = sum(task.status.state is TaskState.COMPLETE for task in current)
     if complete and complete == service.spec.replicas:
-        return Standing(f"{complete} of {complete} tasks completed", is_done=True)
+        return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True)
     is_failed = any(task.status.state in (TaskState.FAILED, TaskState.REJECTED) for task in current)
     if (
         policy.condition is RestartCondition.NONE
         and is_failed
         and not any(task.is_active for task in current)
     ):
-        return Standing(f"its tasks ended and are not started again{_cause(current)}", is_stuck=True)
+        return ServiceProgress(f"its tasks ended and are not started again{_cause(current)}", is_stuck=True)
     return None
 
 
@@ -67,7 +69,7 @@ def _is_current(task: Task, service: Service) -> bool:
     return replace(task.spec, runtime="") == replace(service.spec.task_template, runtime="")
 
 
-def _job(service: Service, tasks: Sequence[Task]) -> Standing:
+def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     current = [task for task in tasks if iteration is None or task.job_iteration == iteration]
     complete = sum(task.status.state is TaskState.COMPLETE for task in current)
@@ -78,8 +80,8 @@ def _job(service: Service, tasks: Sequence[Task]) -> Standing:
         else len(current)
     )
     if complete >= count and (count or job is not None):
-        return Standing(f"completed {complete} of {count}", is_done=True)
-    return Standing(f"completed {complete} of {count}{_cause(current)}")
+        return ServiceProgress(f"completed {complete} of {count}", is_done=True)
+    return ServiceProgress(f"completed {complete} of {count}{_cause(current)}")
 
 
 def _cause(tasks: Iterable[Task]) -> str:

@@ -6,14 +6,14 @@ from functools import partial
 
 from skep.api.waiting import persistently
 from skep.errors import Unavailable
-from skep.stack.progress import Standing
+from skep.stack.progress import ServiceProgress
 
 _LOOK_S = 0.5
 
 
 async def wait_done(
     names: Iterable[str],
-    look: Callable[[set[str]], Awaitable[Mapping[str, Standing]]],
+    look: Callable[[set[str]], Awaitable[Mapping[str, ServiceProgress]]],
     show: Callable[[str, str], None],
 ) -> None:
     """Look at the services ``names`` until all are done; ``show``: called with what each look finds.

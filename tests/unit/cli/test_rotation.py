@@ -8,11 +8,11 @@ from skep.api import waiting
 from skep.cli.rotation import (
     CONFIG,
     SECRET,
-    Standing,
+    VersionProgress,
     _Rotation,
     moved,
     next_name,
-    standing,
+    version_progress,
     unused,
     versions,
 )
@@ -90,22 +90,22 @@ def a_task(id: str, state: str = "running") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("tasks", "update", "expected"),
     [
-        ([a_task("new"), a_task("new")], {"State": "completed"}, Standing(2, 2, is_complete=True)),
-        ([a_task("new"), a_task("new")], None, Standing(2, 2, is_complete=True)),
-        ([a_task("new"), a_task("new")], {"State": "updating"}, Standing(2, 2)),
-        ([a_task("new"), a_task("old")], None, Standing(1, 2)),
-        ([a_task("new"), a_task("new", "preparing")], None, Standing(1, 2)),
-        ([a_task("new"), a_task("new"), a_task("old")], None, Standing(2, 3)),
-        ([a_task("new")], None, Standing(1, 2)),
-        ([a_task("old")], {"State": "paused", "Message": "why"}, Standing(0, 2, stuck="why")),
-        ([], {"State": "rollback_completed"}, Standing(0, 2, stuck="rollback_completed")),
+        ([a_task("new"), a_task("new")], {"State": "completed"}, VersionProgress(2, 2, is_complete=True)),
+        ([a_task("new"), a_task("new")], None, VersionProgress(2, 2, is_complete=True)),
+        ([a_task("new"), a_task("new")], {"State": "updating"}, VersionProgress(2, 2)),
+        ([a_task("new"), a_task("old")], None, VersionProgress(1, 2)),
+        ([a_task("new"), a_task("new", "preparing")], None, VersionProgress(1, 2)),
+        ([a_task("new"), a_task("new"), a_task("old")], None, VersionProgress(2, 3)),
+        ([a_task("new")], None, VersionProgress(1, 2)),
+        ([a_task("old")], {"State": "paused", "Message": "why"}, VersionProgress(0, 2, stuck="why")),
+        ([], {"State": "rollback_completed"}, VersionProgress(0, 2, stuck="rollback_completed")),
     ],
 )
 def test_a_service_is_done_when_every_wanted_task_runs_with_the_version(
-    tasks: list[dict[str, Any]], update: dict[str, str] | None, expected: Standing
+    tasks: list[dict[str, Any]], update: dict[str, str] | None, expected: VersionProgress
 ) -> None:
     service = {"Spec": a_spec("new"), "UpdateStatus": update}
-    assert standing(SECRET, service, tasks, "new") == expected
+    assert version_progress(SECRET, service, tasks, "new") == expected
 
 
 def test_superseded_versions_that_no_service_uses_or_returns_to_are_pruned() -> None:

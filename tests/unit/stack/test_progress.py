@@ -20,7 +20,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.stack.progress import standing
+from skep.stack.progress import progress_of
 
 TEMPLATE = TaskSpec(container_spec=ContainerSpec(image="w"), runtime="container")
 SERVICE = Service(
@@ -79,31 +79,31 @@ FAILED = a_task(TaskState.FAILED, TaskState.SHUTDOWN, err="no such file")
 def test_a_service_is_done_when_all_its_tasks_run_with_the_present_spec(
     tasks: list[Task], text: str, is_done: bool
 ) -> None:
-    found = standing(SERVICE, tasks)
+    found = progress_of(SERVICE, tasks)
     assert (found.text, found.is_done, found.is_stuck) == (text, is_done, False)
 
 
 def test_an_update_under_way_is_not_done_and_one_that_is_paused_is_stuck() -> None:
     under_way = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.UPDATING))
-    assert not standing(under_way, [RUNS, RUNS]).is_done
+    assert not progress_of(under_way, [RUNS, RUNS]).is_done
     paused = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.PAUSED, message="too many failed"))
-    found = standing(paused, [RUNS, FAILED])
+    found = progress_of(paused, [RUNS, FAILED])
     assert (found.text, found.is_stuck) == ("the update is paused: too many failed (no such file)", True)
 
 
 def test_a_job_is_done_when_its_tasks_of_this_run_have_completed() -> None:
     complete = a_task(TaskState.COMPLETE, TaskState.COMPLETE, of=JOB)
     earlier = replace(complete, job_iteration=Version(index=6))
-    assert standing(JOB, [complete, earlier]).text == "completed 1 of 2"
-    assert standing(JOB, [complete, complete, earlier]).is_done
+    assert progress_of(JOB, [complete, earlier]).text == "completed 1 of 2"
+    assert progress_of(JOB, [complete, complete, earlier]).is_done
 
 
 def test_tasks_that_are_not_started_again_are_done_or_have_failed() -> None:
     complete = a_task(TaskState.COMPLETE, TaskState.SHUTDOWN, of=ONCE)
     failed = a_task(TaskState.FAILED, TaskState.SHUTDOWN, of=ONCE, err="exit 1")
-    assert standing(ONCE, [complete]).is_done
-    assert standing(ONCE, [failed]).is_stuck
-    assert standing(ONCE, [failed]).text == "its tasks ended and are not started again (exit 1)"
-    assert not standing(ONCE, [a_task(TaskState.RUNNING, of=ONCE)]).is_stuck
+    assert progress_of(ONCE, [complete]).is_done
+    assert progress_of(ONCE, [failed]).is_stuck
+    assert progress_of(ONCE, [failed]).text == "its tasks ended and are not started again (exit 1)"
+    assert not progress_of(ONCE, [a_task(TaskState.RUNNING, of=ONCE)]).is_stuck
     paused = UpdateStatus(state=UpdateState.PAUSED, message="early termination of task t")
-    assert standing(replace(ONCE, update_status=paused), [complete]).is_done
+    assert progress_of(replace(ONCE, update_status=paused), [complete]).is_done

@@ -5,17 +5,17 @@ import pytest
 from skep.api import waiting as api_waiting
 from skep.errors import Unavailable
 from skep.stack import waiting
-from skep.stack.progress import Standing
+from skep.stack.progress import ServiceProgress
 from skep.stack.waiting import wait_done
 
 
 class Managers:
     """They answer ``looks`` one after the other."""
 
-    def __init__(self, *looks: Standing | Exception) -> None:
+    def __init__(self, *looks: ServiceProgress | Exception) -> None:
         self._looks = list(looks)
 
-    async def look(self, names: set[str]) -> dict[str, Standing]:
+    async def look(self, names: set[str]) -> dict[str, ServiceProgress]:
         found = self._looks.pop(0)
         if isinstance(found, Exception):
             raise found
@@ -26,7 +26,9 @@ async def test_a_change_of_leader_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(api_waiting, "_FIRST_S", 0.01)
     monkeypatch.setattr(waiting, "_LOOK_S", 0.0)
     gone, shown = Unavailable("no leader"), []
-    managers = Managers(Standing("1 of 2"), gone, gone, OSError("reset"), Standing("2 of 2", is_done=True))
+    managers = Managers(
+        ServiceProgress("1 of 2"), gone, gone, OSError("reset"), ServiceProgress("2 of 2", is_done=True)
+    )
     await wait_done(["web"], managers.look, lambda name, text: shown.append((name, text)))
     assert shown == [
         ("web", "1 of 2"),
