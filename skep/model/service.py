@@ -337,7 +337,7 @@ class UpdateStatus(ApiObject):
     completed_at: Timestamp | None = None
     message: str = ""
     tolerated_until: Timestamp | None = None
-    """Failures of tasks that were created until then do not count: a user resumed the update after them.  Not in
+    """A user resumed the update when no later task was created: what had failed by then does not count.  Not in
     Docker's API.  A manager of an older version keeps it and does not heed it."""
 
 

@@ -37,7 +37,6 @@ from tests.support.wire_rig import (
     until,
 )
 
-
 WATCHED = 20
 """Commits by which a watch may be behind."""
 
@@ -100,19 +99,21 @@ async def test_what_is_deleted_while_the_managers_watch_lags_reaches_its_node(tm
 
     async with cluster.serving():
         pair, gone = await a_worker(cluster, tmp_path), await a_worker(cluster, tmp_path / "gone")
-        async with an_agent(cluster, pair, tmp_path) as (agent, worker):
-            async with a_session(cluster, gone) as (channel, session_id):
-                service, task = service_task(agent.node_id)
-                await put(cluster, service, task)
-                await until(lambda: task.id in worker.tasks)
-                later = [Payload(id=f"later{number}") for number in range(WATCHED + 2)]
-                await asyncio.gather(
-                    elsewhere.update(remove),
-                    *(elsewhere.update(lambda tx, one=one: tx.put(one)) for one in later),
-                )
-                await until(lambda: task.id not in worker.tasks)
-                with pytest.raises(NotFound, match="node not registered"):
-                    await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=session_id))
+        async with (
+            an_agent(cluster, pair, tmp_path) as (agent, worker),
+            a_session(cluster, gone) as (channel, session_id),
+        ):
+            service, task = service_task(agent.node_id)
+            await put(cluster, service, task)
+            await until(lambda: task.id in worker.tasks)
+            later = [Payload(id=f"later{number}") for number in range(WATCHED + 2)]
+            await asyncio.gather(
+                elsewhere.update(remove),
+                *(elsewhere.update(lambda tx, one=one: tx.put(one)) for one in later),
+            )
+            await until(lambda: task.id not in worker.tasks)
+            with pytest.raises(NotFound, match="node not registered"):
+                await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=session_id))
 
 
 async def test_a_nodes_own_report_is_not_sent_back_to_it(cluster, tmp_path):

@@ -242,7 +242,7 @@ def test_a_job_on_all_nodes_has_completed_without_a_node_that_was_drained_before
 def test_a_job_on_all_nodes_has_completed_without_a_node_that_it_failed_on_and_that_is_drained() -> None:
     failing = replace(ONCE, condition=RestartCondition.ON_FAILURE, delay=30 * SECOND_NS)
     with SimulatedCluster(workers=3) as cluster:
-        first, *others = cluster.workers
+        first = cluster.workers[0]
         for id in cluster.workers:
             cluster.nodes[id].ending_images["job:1"] = (0.5, 1 if id == first else 0)
         spec = replace(

@@ -31,6 +31,8 @@ class World:
         self.unreadable: set[Version | None] = set()
         self.seen = ObservedTimes(0.0)
         self.now = 0.0
+        self.held: set[TaskId] = set()
+        """Tasks of which nothing is reported."""
         self._numbers = count(1)
 
     # -- decisions ---------------------------------------------------------------------------------------------
@@ -83,6 +85,8 @@ class World:
     def report(self, task_id: str, state: TaskState) -> None:
         """The task's agent reports a state."""
         task = self.tasks[TaskId(task_id)]
+        if task.id in self.held:
+            return
         self.put(replace(task, status=replace(task.status, state=state)))
 
     def run_all(self) -> None:
@@ -139,6 +143,7 @@ class World:
                 version = Version(index=self.service.spec_version.index + 1)
                 object = replace(object, spec_version=version)
                 self.specs[version] = object.spec
+            self.seen.record(Commit(1, (Updated(self.service, object),)), self.now)
             self.service = object
         else:
             old = self.tasks.get(object.id)

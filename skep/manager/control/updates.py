@@ -42,8 +42,8 @@ def pause_update(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
 def resume_update(tx: Transaction, id: ServiceId) -> Service:
     """Let a paused update or rollback go on.
 
-    Failures of the tasks that there are have been seen by whoever resumes it, and count no more: else it would be
-    paused again at once.  Those of later ones do.
+    Failures until now have been seen by whoever resumes it, and count no more: else it would be paused again at once.
+    Later ones do, and a task that has not started by the progress deadline after it.
 
     Raises: FailedPrecondition: none is under way; NotFound: the service was removed.
     """

@@ -24,7 +24,7 @@ from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.node import Node
-from skep.model.service import Service, UpdateStatus
+from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
@@ -41,6 +41,8 @@ THROTTLE_S_PER_TASK = 25e-6
 THROTTLE_S_MIN, THROTTLE_S_MAX = 0.01, 0.25
 FAILED = "orchestration failed"
 """First words of a service's message when its decision raised."""
+BESIDE = "; the update: "
+"""Between such an error and the message of the service's update."""
 
 
 class Orchestrator:
@@ -326,17 +328,28 @@ def _has_error(service: Service | None, error: str = "") -> bool:
     return status is not None and status.message.startswith(f"{FAILED}: {error}")
 
 
+def _own_message(status: UpdateStatus) -> str:
+    """What the update itself says, as of a pause, whose cause is nowhere else."""
+    if not status.message.startswith(FAILED):
+        return status.message
+    return status.message.rpartition(BESIDE)[2] if BESIDE in status.message else ""
+
+
 def _set_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
-    """Write the error of a decision to the service."""
+    """Write the error of a decision to the service, before what its update says."""
     service = tx.lookup(Service, service_id)
     if service is not None:
         status = service.update_status or UpdateStatus()
-        tx.put(replace(service, update_status=replace(status, message=f"{FAILED}: {error}")))
+        own = _own_message(status)
+        message = f"{FAILED}: {error}" + (f"{BESIDE}{own}" if own else "")
+        tx.put(replace(service, update_status=replace(status, message=message)))
 
 
 def _clear_error(tx: Transaction, service_id: ServiceId) -> None:
-    """Clear the error; an update under way gets swarmkit's message again."""
+    """Clear the error; what the update says stays."""
     service = tx.lookup(Service, service_id)
     if service is not None and service.update_status is not None and _has_error(service):
-        status = replace(service.update_status, message="update in progress")
+        status = service.update_status
+        own = _own_message(status) or ("update in progress" if status.state is UpdateState.UPDATING else "")
+        status = replace(status, message=own)
         tx.put(replace(service, update_status=status if status.state is not None else None))

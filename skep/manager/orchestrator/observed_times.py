@@ -6,9 +6,12 @@ for delays only.  Where a number of events or a duration is judged, ``saw_create
 must be checked first, or every old restart would count as one of this moment.
 """
 
+from math import inf
+
 from skep.model.dependencies import WAITS_FOR
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node, NodeState
+from skep.model.service import PAUSED, UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
 from skep.store.interface import Commit, Created, Deleted, Updated
@@ -32,6 +35,7 @@ class ObservedTimes:
         self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
+        self._resumed: dict[ServiceId, float] = {}
 
     def created(self, task: Task) -> float:
         """When the task appeared."""
@@ -88,6 +92,10 @@ class ObservedTimes:
         """When the node was first observed down, since it was last up."""
         return self._down.get(node.id, self._began)
 
+    def resumed(self, id: ServiceId) -> float:
+        """When a user last resumed the service's update; minus infinity: not in this term."""
+        return self._resumed.get(id, -inf)
+
     def record(self, commit: Commit, now: float) -> None:
         """Record what ``commit`` shows for the first time."""
         for event in commit.events:
@@ -111,6 +119,10 @@ class ObservedTimes:
                         self._down[node.id] = now
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
+                case Updated(Service() as paused, Service() as service) if _is_resumed(paused, service):
+                    self._resumed[service.id] = now
+                case Deleted(Service() as service):
+                    self._resumed.pop(service.id, None)
                 case Deleted(Task() as task):
                     for stamps in (self._created, self._waited, self._running, self._retired, self._ended):
                         stamps.pop(task.id, None)
@@ -121,6 +133,11 @@ class ObservedTimes:
             self._running.setdefault(task.id, now)
         elif task.status.state.is_terminal:
             self._ended.setdefault(task.id, now)
+
+
+def _is_resumed(before: Service, after: Service) -> bool:
+    old, new = before.update_status, after.update_status
+    return old is not None and new is not None and old.state in PAUSED and new.state in UNDER_WAY
 
 
 def _waits(task: Task) -> bool:

@@ -54,10 +54,13 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
 
     def is_tolerated(self, task: Task) -> bool:
-        """Whether the task is from before a user resumed the update: it fails no update any more."""
+        """Whether the task had ended when a user resumed the update: it fails no update any more."""
         status = self.service.update_status
         until = status.tolerated_until if status is not None else None
-        return until is not None and unix_ns(task.created_at) <= unix_ns(until)
+        ended_at = self.seen.ended(task)
+        if until is None or ended_at is None or unix_ns(task.created_at) > unix_ns(until):
+            return False
+        return not self.seen.saw_end(task) or ended_at <= self.seen.resumed(self.service.id)
 
     def node_of(self, task: Task) -> Node | None:
         """The task's node; None: it has none, or the node was removed."""

@@ -11,8 +11,9 @@ An update has no state of its own: its progress is read from the slots.
 * A lead that ends before it ran for the monitor time is a failure, and so is one that is not settled within
   the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
   or are ignored; the update's message names the last one and its cause.
-* A user may pause an update, and resume one (``manager/control/updates.py``).  Tasks from before a resume fail no
-  update.
+* A user may pause an update, and resume one (``manager/control/updates.py``).  Tasks that had ended before a resume
+  fail no update.  One without progress holds up no other slot any more, and has the deadline once again: until then
+  the update is not complete.
 * The update is complete when every slot was started with and the monitor time has passed since the last lead settled.
   An old task may then still run beside the attempts at a new one.
 
@@ -169,6 +170,8 @@ class _Rollout:
         """When the slot of each of these settled; see ``observe``."""
         self._failed: list[Task] = []
         """Failed leads."""
+        self._due: list[float] = []
+        """Deadlines that have not passed of tasks that have neither run nor ended."""
         self._stopped = 0
         """Slots without a running task whose new one is not settled."""
         self._seen = situation.seen
@@ -253,6 +256,8 @@ class _Rollout:
         for number, view in enumerate(self._views):
             if view.started is not None:
                 self._settled[view.started.id] = self._settled_at(view)
+                if self._is_open(view.started) and (due_at := self._due_at(view.started)) > self._now:
+                    self._due.append(due_at)
             if view.lead is not None and self._has_failed(view.lead):
                 self._failed.append(view.lead)
             if number % STEP == 0:
@@ -290,7 +295,9 @@ class _Rollout:
             yield from self._recheck_progress()
             return
         over_at = max(settled, default=self._now) + self._monitor_s
-        if settled and over_at > self._now:
+        if renewed := [*self._recheck_progress()]:
+            yield from renewed
+        elif settled and over_at > self._now:
             yield Recheck(over_at)
         elif self._is_rollback:
             yield SetUpdateStatus(self._service, UpdateState.ROLLBACK_COMPLETED, self._rolled_back())
@@ -359,24 +366,30 @@ class _Rollout:
     def _ended_waiting_at(self, lead: Task) -> float | None:
         moments = (self._seen.running(lead), self._seen.ended(lead))
         settled_at = min((at for at in moments if at is not None), default=None)
-        if settled_at is None and self._is_overdue(lead):
-            return self._due_at(lead)
+        since = self._seen.could_start(lead)
+        if settled_at is None and since is not None and since + self._deadline_s <= self._now:
+            return since + self._deadline_s
         return settled_at
 
     def _recheck_progress(self) -> Iterator[Step]:
-        """Decide again when the first deadline of the unsettled leads has passed."""
-        due = [self._due_at(task) for task in self._started if self._settled[task.id] is None]
-        if due and (first := min(due)) < inf:
+        """Decide again when the first deadline of the leads that have neither run nor ended has passed."""
+        if self._due and (first := min(self._due)) < inf:
             yield Recheck(first)
 
     def _due_at(self, lead: Task) -> float:
-        """Infinity: it waits for another service, which has deadlines of its own; the time begins when that ends."""
+        """Infinity: it waits for another service, which has deadlines of its own; the time begins when that ends.
+
+        And once again when a user resumes the update.
+        """
         since = self._seen.could_start(lead)
-        return inf if since is None else since + self._deadline_s
+        resumed_at = self._seen.resumed(self._service.id)
+        return inf if since is None else max(since, resumed_at) + self._deadline_s
+
+    def _is_open(self, lead: Task) -> bool:
+        return self._seen.running(lead) is None and self._seen.ended(lead) is None
 
     def _is_overdue(self, lead: Task) -> bool:
-        is_open = self._seen.running(lead) is None and self._seen.ended(lead) is None
-        return is_open and self._due_at(lead) <= self._now
+        return self._is_open(lead) and self._due_at(lead) <= self._now
 
     def _reason(self, lead: Task) -> str:
         """Docker's message, with the cause, which Docker omits."""

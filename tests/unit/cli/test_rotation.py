@@ -12,8 +12,8 @@ from skep.cli.rotation import (
     _Rotation,
     moved,
     next_name,
-    version_progress,
     unused,
+    version_progress,
     versions,
 )
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable

@@ -16,7 +16,7 @@ from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.container import ContainerSpec, SecretReference
 from skep.model.ids import SecretId
 from skep.model.secret import Secret, SecretSpec
-from skep.model.service import Service, TaskSpec, UpdateConfig, UpdateFailureAction, UpdateState
+from skep.model.service import Service, TaskSpec, UpdateConfig, UpdateFailureAction, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
@@ -123,3 +123,22 @@ def test_a_refused_change_is_asked_again_later_and_later_and_no_other_waits_for_
     assert {task.slot for task in led.store.view().find(Task)} == {1, 2, 3}
     led.run_for(1)
     assert led.service.update_status is None
+
+
+def test_an_error_leaves_what_a_paused_update_says(led: Led, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(tx: Transaction, change: Any, *rest: Any) -> None:
+        raise ResourceExhausted("transaction too large")
+
+    monkeypatch.setattr("skep.manager.orchestrator.loop.apply", refusing)
+    cause = "update paused due to failure or early termination of task t9"
+    status = UpdateStatus(state=UpdateState.PAUSED, message=cause)
+    led.write(lambda tx: tx.put(replace(a_service(replicas=2), update_status=status)))
+    led.run_for(120)
+    assert led.service.update_status == replace(
+        status,
+        message=f"orchestration failed: ResourceExhausted: transaction too large; the update: {cause}",
+    )
+    monkeypatch.undo()
+    led.run_for(61)
+    assert len(led.store.view().find(Task)) == 2
+    assert led.service.update_status == status

@@ -4,7 +4,9 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control.updates import PAUSED_BY_USER, abort_update, pause_update, resume_update
+from skep.manager.orchestrator.changes import Recheck
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.meta import Version
 from skep.model.service import UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
@@ -94,6 +96,52 @@ def test_a_resumed_update_tolerates_the_failures_before_and_not_those_after() ->
     world.settle()
     assert state(world) is UpdateState.PAUSED
     assert newest.id in message(world)
+
+
+def test_a_task_that_fails_after_the_resume_counts_though_it_is_from_before() -> None:
+    update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.PAUSE, monitor=5 * SECOND_NS)
+    world = a_paused_one(update)
+    resume(world)
+    world.now = 1.0
+    (first, *_) = wanted(world, "app:2")
+    world.report(first.id, TaskState.FAILED)
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+    assert first.id in message(world)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_task_without_progress_holds_up_no_other_after_a_resume_and_has_its_deadline_again(
+    starts: bool,
+) -> None:
+    update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.PAUSE, monitor=5 * SECOND_NS)
+    world = a_world(update)
+    world.update(a_spec("app:2", update=update))
+    world.settle()
+    (stuck,) = wanted(world, "app:2")
+    world.held.add(stuck.id)
+    deadline_s = step_seconds_max(world.service.spec)
+    world.now = deadline_s
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+    assert "made no progress" in message(world)
+    world.now += 3600
+    resume(world)
+    resumed_at = world.now
+    for _ in range(10):
+        advance(world)
+        world.now += 10
+    assert len(wanted(world, "app:2")) == 4
+    assert state(world) is UpdateState.UPDATING
+    assert [step.at for step in world.steps() if isinstance(step, Recheck)] == [resumed_at + deadline_s]
+    world.now = resumed_at + deadline_s - 1
+    if starts:
+        world.held.clear()
+        advance(world)
+    world.now += 10
+    world.settle()
+    assert state(world) is (UpdateState.COMPLETED if starts else UpdateState.PAUSED)
+    assert starts or stuck.id in message(world)
 
 
 @pytest.mark.parametrize("is_paused", [True, False])
