@@ -92,7 +92,7 @@ class SimulatedManager:
         backoff = Backoff(0.1, 1.0, rng=self._random.random)
         while True:
             try:
-                members = RaftMembers(self._client, cast("Member", _Etcd()))
+                members = RaftMembers(self._client, cast("Member", NoProcess()))
                 await members.count()
                 async with store_on(
                     *(self._client, self._id, self._wrapping_key, self._clock),
@@ -221,7 +221,7 @@ class _Counted:
             self._manager.writes -= 1
 
 
-class _Etcd:
+class NoProcess:
     """Stands for the etcd process in ``RaftMembers``."""
 
     def is_one_of_several(self) -> None:

@@ -3,18 +3,23 @@
 from collections import deque
 from collections.abc import Iterable
 from inspect import isfunction
-from typing import Any
+from typing import Any, cast
 
-from sim.cluster import SimulatedCluster
+from sim.cluster import WRAPPING_KEY, SimulatedCluster
 from sim.committed import Change, CommittedState
 from sim.etcd.client import SimulatedClient
 from sim.initial_state import address_of
 from sim.invariants.observer import Observer
+from sim.manager import NoProcess
 from skep.manager.recovery import show_survivor
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
+from skep.store.etcd.client import Client
 from skep.store.etcd.initialize import raise_incarnation_on
+from skep.store.etcd.member import Member
+from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.store import store_on
 from skep.store.interface import Created, View
 
 WITHOUT_S = 5.0
@@ -42,8 +47,21 @@ def restore(cluster: SimulatedCluster, revision: int) -> None:
     client = SimulatedClient(cluster.raft, member, cluster.links, cluster.random)
     now_s = cluster.clocks[survivor].now_ns() // SECOND_NS
     cluster.do(raise_incarnation_on(client, now_s))
+    cluster.do(_finish(cluster, client, survivor))
     cluster.start_manager(survivor)
-    cluster.write(lambda tx: show_survivor(tx, survivor, address_of(survivor)))
+
+
+async def _finish(cluster: SimulatedCluster, client: Client, survivor: NodeId) -> None:
+    """As ``manager.recovery.finish_recovery``: before the manager serves, else a node that it has registered would be
+    shown as unknown."""
+    members = RaftMembers(client, cast("Member", NoProcess()))
+    await members.count()
+    async with store_on(
+        *(client, survivor, WRAPPING_KEY, cluster.clocks[survivor]),
+        rng=cluster.random.random,
+        is_only_member=members.is_only_member,
+    ) as store:
+        await store.update(show_survivor, survivor, address_of(survivor))
 
 
 class StatelessObserver(Observer):

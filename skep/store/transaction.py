@@ -347,9 +347,16 @@ class LocalTransaction:
         return builder.proposal()
 
     def _rely_on_spec(self, builder: "ProposalBuilder", task: Task) -> None:
-        """A new task needs its spec, which must not be removed concurrently."""
+        """A new task needs its spec, which must not be removed concurrently.
+
+        The present one never is.  That it exists is not enough, as it may be removed next, by a transaction whose view
+        does not show the task: so it has to be the present one still.
+        """
         version = spec_version_of(self, task)
-        if version is not None:
+        service = self.lookup(Service, task.service_id)
+        if service is not None and service.spec_version == task.spec_version:
+            builder.rely_on(self._state.table_by_type[Service], service.id, {HEAD})
+        elif version is not None:
             builder.expect(("spec", version.id))
 
 

@@ -38,6 +38,8 @@ FAILED_ONCE = (
     5021535,  # a slot was filled again before its node had stopped the task that a scale-down had left there
     5021768,  # tasks of an earlier version that could not be read were replaced
     5022254,  # tasks that never came to run kept the host ports that new ones waited for
+    5023255,  # a version of a spec was removed while a leader that was behind made tasks of it
+    5023527,  # a node that had registered was shown as unknown by the end of a restore
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
 

@@ -27,6 +27,7 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import ZERO_TIME, Timestamp
+from skep.store.interface import Transaction
 from skep.store.keys import covering_prefix, parsed_object_key, reference_key, shared_key
 from skep.store.kinds import SpecVersion
 from skep.store.memory import MemoryCluster, MemoryStore
@@ -333,3 +334,24 @@ def test_an_object_has_the_size_limit_of_its_kind():
         proposed(replace(service, spec=replace(service.spec, labels={"a": whole + whole[:50_000]})))
     with pytest.raises(ResourceExhausted, match=r"node n1 is too large: \d+ of at most 262144 bytes"):
         proposed(replace(node, spec=replace(node.spec, labels={"a": whole})))
+
+
+async def test_no_task_is_made_from_a_spec_that_is_not_the_present_one_any_more() -> None:
+    """Found by the simulation: such a version was removed as unused at the same time, and the task had no spec."""
+    cluster = MemoryCluster()
+    one, other = MemoryStore(SystemClock(), cluster), MemoryStore(SystemClock(), cluster)
+    old = await one.update(lambda tx: tx.put(a_service("web")))
+    assert await other.update(lambda tx: _made(tx, old)) is not None
+    other.faults.lag_s = 0.05
+    spec = replace(old.spec, labels={"changed": "yes"})
+    await one.update(lambda tx: tx.put(replace(tx.get(Service, "web"), spec=spec)))
+    assert other.view().get(Service, "web").spec_version == old.spec_version, "it is behind"
+    assert await other.update(lambda tx: _made(tx, old)) is None
+
+
+def _made(tx: Transaction, service: Service) -> Task | None:
+    """A task, if ``service`` has its present spec; it is looked up, and not relied on."""
+    present = tx.lookup(Service, service.id)
+    assert present is not None
+    is_present = present.spec_version == service.spec_version
+    return tx.put(a_task(f"t{len(tx.ids(Task))}", service=present)) if is_present else None
