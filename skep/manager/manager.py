@@ -69,6 +69,8 @@ from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
 from skep.manager.store_space import StoreSpace
 from skep.manager.tunnels import Tunnels
+from skep.manager.view.cluster import ClusterRows
+from skep.manager.view.loop import ClusterView
 from skep.manager.worker_reads import WorkerReads
 from skep.model.addresses import parted
 from skep.model.ids import IdSource, NodeId
@@ -164,7 +166,8 @@ class Manager:
     async def run(self) -> None:
         """Run until cancelled.  Any part that fails ends the manager; its supervisor restarts it."""
         events = ClusterEvents(self._store, self._clock)
-        api = self._api(events)
+        view = ClusterView(self._store, self._clock, ClusterRows(self._store, self._clock, self._quorum).row)
+        api = self._api(events, view)
         host, port = parted(self._config.listen_addr)
         check = CallerCheck(self._store.view, self._dispatcher.is_current, self._clock.monotonic)
         async with (
@@ -180,18 +183,20 @@ class Manager:
         ):
             self._start(group, bound, events, host)
             group.create_task(api.lag.run(self._clock), name="loop lag")
+            group.create_task(view.run(), name="cluster view")
             socket = self._config.paths.manager_socket
             async with serving(application(api), socket, self._config.paths.handover_socket):
                 log.info("manager serves", socket=str(socket), listen_addr=self._config.listen_addr)
                 await asyncio.Event().wait()
 
-    def _api(self, events: ClusterEvents) -> ManagerApi:
+    def _api(self, events: ClusterEvents, view: ClusterView) -> ManagerApi:
         lag, own = LoopLag(), self._config.node_id
         return ManagerApi(
             store=self._store,
             logs=self._logs,
             backups=Backups(self._config, self._store, self._keys.disk.load, self._clock),
             events=events,
+            cluster_view=view,
             all_events=AllEvents(self._tunnels, self._store.view, self._clock),
             clock=self._clock,
             new_id=self._new_id,

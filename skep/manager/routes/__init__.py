@@ -28,6 +28,7 @@ from skep.manager.routes import (
     swarm,
     tasks,
     updates,
+    view,
     volumes,
     warnings,
 )
@@ -55,6 +56,7 @@ _TABLES = (
     backup.routes,
     doctor.routes,
     state.routes,
+    view.routes,
     warnings.routes,
 )
 

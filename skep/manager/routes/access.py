@@ -51,6 +51,14 @@ class Logs(Protocol):
         """The same, some lines at a time."""
 
 
+class Sent(msgspec.Struct, frozen=True):
+    """What a viewer of the cluster is sent.  ``event``: snapshot or change."""
+
+    event: str
+    cursor: str
+    data: bytes
+
+
 class Backing(Protocol):
     """Makes backups (``manager.backup``)."""
 
@@ -87,6 +95,19 @@ class Tunnelling(Protocol):
         """
 
 
+class Watching(Protocol):
+    """The cluster as the dashboard shows it (``manager.view``)."""
+
+    async def snapshot(self) -> bytes:
+        """All rows as one JSON object.  Raises: Unavailable."""
+
+    def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
+        """A snapshot, or what changed after ``cursor``; then what changes.  None: nothing has for a while.
+
+        Raises: Unavailable: there are too many viewers.
+        """
+
+
 class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     """What the request handlers use of a manager."""
 
@@ -105,6 +126,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     """Whether there is a leader, from local knowledge."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     metrics: ClusterMetrics | None = None
+    cluster_view: Watching | None = None
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
     own: NodeId = NodeId("")

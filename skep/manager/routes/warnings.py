@@ -32,16 +32,18 @@ _DAMAGED_SHOWN = 10
 async def warnings(request: web.Request) -> web.Response:
     """Sentences, the most urgent first; from local state, so they work without a leader."""
     manager = manager_of(request)
-    now = moment(manager.clock.now_ns())
-    view = manager.store.view()
-    return json_answer(
-        [
-            *(expiry.warning for expiry in expiring(view, now)),
-            *damage_warnings(view),
-            *await _space_warnings(manager.store),
-            *data_path_warnings(view.find(Node)),
-        ]
-    )
+    return json_answer(await warnings_of(manager.store, manager.clock.now_ns()))
+
+
+async def warnings_of(store: Store, now_ns: int) -> list[str]:
+    """The warnings that the replica of one manager gives rise to."""
+    view = store.view()
+    return [
+        *(expiry.warning for expiry in expiring(view, moment(now_ns))),
+        *damage_warnings(view),
+        *await _space_warnings(store),
+        *data_path_warnings(view.find(Node)),
+    ]
 
 
 async def _space_warnings(store: Store) -> list[str]:

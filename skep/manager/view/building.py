@@ -1,0 +1,243 @@
+"""Rows from objects: which rows an event affects, and what each is now.
+
+Level-triggered: an event names keys, and each row is made anew from the present state of the store.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from skep.manager.control.tasks import is_up_to_date, known_status
+from skep.manager.explanations import explain_service
+from skep.manager.routes.shown import service_status
+from skep.manager.view.rows import (
+    STACK_LABEL,
+    Counts,
+    Row,
+    StackRow,
+    is_shown,
+    network_row,
+    networks_of,
+    node_row,
+    payload_row,
+    revision_of,
+    service_row,
+    task_row,
+    volume_row,
+)
+from skep.manager.view.table import CLUSTER_KEY, Key
+from skep.model.ids import ConfigId, NetworkId, NodeId, SecretId, ServiceId, TaskId, VolumeId
+from skep.model.network import Network
+from skep.model.node import Node, differ_in_load_alone
+from skep.model.secret import Config, Secret
+from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceStatus
+from skep.model.swarm import Swarm
+from skep.model.task import Task, TaskState
+from skep.model.volume import Volume
+from skep.store.interface import Event, Object, Updated, View
+
+WATCHED: tuple[type[Object], ...] = (Service, Task, Node, Network, Secret, Config, Volume, Swarm)
+GLOBALS = Key("globals", "")
+"""Not a row: all global services, whose wanted tasks depend on the nodes."""
+_EXPLAINED_MAX = 2_000
+"""Tasks of a service whose state is explained: that takes a few microseconds for each."""
+_KIND_OF: Mapping[type[Object], str] = {
+    Node: "nodes",
+    Task: "tasks",
+    Network: "networks",
+    Secret: "secrets",
+    Config: "configs",
+    Volume: "volumes",
+    Service: "services",
+}
+
+
+def all_keys(view: View) -> Iterator[Key]:
+    """Of every row there may be, but for stacks: those come from their services and configs."""
+    yield CLUSTER_KEY
+    for kind, name in _KIND_OF.items():
+        yield from (Key(name, id) for id in view.ids(kind))
+
+
+def affected_by(event: Event, view: View) -> Iterator[Key]:
+    """Keys of the rows that ``event`` may have changed."""
+    old, new = (event.old, event.new) if isinstance(event, Updated) else (None, event.object)
+    if isinstance(new, Swarm):
+        yield CLUSTER_KEY
+        return
+    yield Key(_KIND_OF[type(new)], new.id)  # type: ignore[attr-defined]
+    match old, new:
+        case _, Task():
+            yield Key("services", new.service_id)
+        case _, Service():
+            if not isinstance(old, Service) or old.spec_version != new.spec_version:
+                yield from (Key("tasks", task.id) for task in view.find(Task, service_id=new.id))
+        case Node(), Node() if differ_in_load_alone(old, new):
+            return
+        case _, Node():
+            yield CLUSTER_KEY
+            yield GLOBALS
+            if not isinstance(old, Node) or old.status.state is not new.status.state:
+                yield from _of_tasks(view.find(Task, node_id=new.id))
+        case _, Volume():
+            used = {one.node_id for one in new.publish_status}
+            for node_id in sorted(used):  # a task that waits for it has its words
+                yield from _of_tasks([task for task in view.find(Task, node_id=node_id) if task.volumes])
+        case _:
+            return
+
+
+def _of_tasks(tasks: Sequence[Task]) -> Iterator[Key]:
+    for task in tasks:
+        yield Key("tasks", task.id)
+        yield Key("services", task.service_id)
+
+
+class Builder:
+    """Makes rows.  It keeps what no object of the store says: which services name a network, secret, config or stack,
+    and which configs record revisions of a stack."""
+
+    def __init__(self) -> None:
+        self._named: dict[str, frozenset[Key]] = {}
+        """By service."""
+        self._users: dict[Key, set[str]] = {}
+        self._revisions: dict[str, dict[str, int]] = {}
+        """Stack -> config -> number."""
+        self._records: dict[str, str] = {}
+        """Config -> stack."""
+
+    async def service(self, view: View, id: str) -> tuple[Row | None, frozenset[Key]]:
+        """The row of a service, None: there is none; and keys of rows that name it or named it until now."""
+        service = view.lookup(Service, ServiceId(id))
+        if service is not None and service.removed_at is not None:
+            service = None
+        named = _named_by(service) if service is not None else frozenset[Key]()
+        before = self._named.pop(id, frozenset[Key]())
+        if named:
+            self._named[id] = named
+        for key in before - named:
+            self._users[key].discard(id)
+            if not self._users[key]:
+                del self._users[key]
+        for key in named - before:
+            self._users.setdefault(key, set()).add(id)
+        if service is None:
+            return None, before ^ named
+        status = await service_status(view, service)
+        return service_row(service, _counts(view, service, status)), before ^ named
+
+    def row(self, view: View, key: Key) -> tuple[Row | None, frozenset[Key]]:
+        """The same for the other kinds, but the cluster."""
+        match key.kind:
+            case "nodes":
+                node = view.lookup(Node, NodeId(key.id))
+                return (node_row(node) if node is not None else None), frozenset()
+            case "tasks":
+                return self._task(view, TaskId(key.id)), frozenset()
+            case "networks":
+                network = view.lookup(Network, NetworkId(key.id))
+                return (
+                    network_row(network, self._users_of(key)) if network is not None else None
+                ), frozenset()
+            case "secrets":
+                secret = view.lookup(Secret, SecretId(key.id))
+                return (payload_row(secret, self._users_of(key)) if secret is not None else None), frozenset()
+            case "configs":
+                return self._config(view, key)
+            case "volumes":
+                volume = view.lookup(Volume, VolumeId(key.id))
+                return (volume_row(volume) if volume is not None else None), frozenset()
+            case "stacks":
+                return self._stack(key), frozenset()
+        raise AssertionError(f"rows of {key.kind} are made elsewhere")
+
+    def _task(self, view: View, id: TaskId) -> Row | None:
+        task = view.lookup(Task, id)
+        if task is None or not is_shown(task):
+            return None
+        return task_row(view, task, is_current=is_up_to_date(view, task))
+
+    def _config(self, view: View, key: Key) -> tuple[Row | None, frozenset[Key]]:
+        config = view.lookup(Config, ConfigId(key.id))
+        record = revision_of(config) if config is not None else None
+        touched = set()
+        if (stack := self._records.pop(key.id, None)) is not None:
+            del self._revisions[stack][key.id]
+            touched.add(Key("stacks", stack))
+        if record is not None:
+            stack, number = record
+            self._records[key.id] = stack
+            self._revisions.setdefault(stack, {})[key.id] = number
+            touched.add(Key("stacks", stack))
+        if config is None or record is not None:
+            return None, frozenset(touched)
+        return payload_row(config, self._users_of(key)), frozenset(touched)
+
+    def _stack(self, key: Key) -> Row | None:
+        services, revisions = self._users_of(key), self._revisions.get(key.id, {})
+        if not services and not revisions:
+            self._revisions.pop(key.id, None)
+            return None
+        return StackRow(
+            id=key.id, name=key.id, services=services, revision=max(revisions.values(), default=None)
+        )
+
+    def _users_of(self, key: Key) -> tuple[str, ...]:
+        return tuple(sorted(self._users.get(key, ())))
+
+
+def _named_by(service: Service) -> frozenset[Key]:
+    container = service.spec.task_template.container_spec
+    named = [Key("networks", id) for id in networks_of(service)]
+    if container is not None:
+        named += [Key("secrets", one.secret_id) for one in container.secrets]
+        named += [Key("configs", one.config_id) for one in container.configs]
+    if stack := service.spec.labels.get(STACK_LABEL):
+        named.append(Key("stacks", stack))
+    return frozenset(named)
+
+
+def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
+    """``state``: *well*: as wanted; *moving*: on its way there; *unwell*: something has to be done, or failed."""
+    update = service.update_status.state if service.update_status is not None else None
+    running, wanted = status.running_tasks, status.desired_tasks
+    tasks = view.find(Task, service_id=service.id)
+    is_well, reason, is_troubled = running >= wanted, "", False
+    if len(tasks) <= _EXPLAINED_MAX:
+        is_troubled = any(_is_troubled(view, task) for task in tasks)
+        if is_troubled or not is_well or service.job_status is not None:
+            nodes = {task.node_id: view.lookup(Node, task.node_id) for task in tasks if task.node_id}
+            known = {id: node for id, node in nodes.items() if node is not None}
+            explained = explain_service(service, tasks, wanted=wanted, nodes=known)
+            is_well, reason = explained.is_as_wanted and not is_troubled, explained.summary
+    elif not is_well:
+        reason = f"{running} of {wanted} tasks run"
+    if update in PAUSED or (is_troubled and not is_well):
+        state = "unwell"
+    else:
+        state = (
+            "well" if is_well and update not in UNDER_WAY and not _is_surplus(service, status) else "moving"
+        )
+    message = service.update_status.message if service.update_status is not None else ""
+    if update in PAUSED or (not reason and update in UNDER_WAY):
+        reason = message or reason
+    return Counts(
+        running=running,
+        wanted=wanted,
+        completed=status.completed_tasks,
+        state=state,
+        reason="" if state == "well" else reason,
+    )
+
+
+def _is_surplus(service: Service, status: ServiceStatus) -> bool:
+    return service.job_status is None and status.running_tasks > status.desired_tasks
+
+
+def _is_troubled(view: View, task: Task) -> bool:
+    """Whether a task that is wanted has failed, or does not come to run."""
+    if not task.is_wanted or task.status.state is TaskState.COMPLETE:
+        return False
+    state = known_status(view, task).state
+    if state is TaskState.RUNNING:
+        return False
+    has_failed = task.restart is not None and task.restart.failures > 0
+    return state.is_terminal or state is TaskState.UNKNOWN or has_failed or bool(task.status.err)

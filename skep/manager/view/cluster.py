@@ -1,0 +1,50 @@
+"""The row about the cluster as a whole: what this manager knows without asking another."""
+
+from collections.abc import Callable
+
+from skep.aio.clock import Clock
+from skep.manager.control.swarm import frozen_message
+from skep.manager.quorum import Quorum
+from skep.manager.routes.warnings import warnings_of
+from skep.manager.view.rows import ClusterRow, ManagersRow
+from skep.model.node import Node
+from skep.model.swarm import Swarm
+from skep.store.interface import Store, View
+
+_WARNINGS_MAX = 20
+
+
+class ClusterRows:
+    """``quorum``: whether there is a leader, from local knowledge."""
+
+    def __init__(self, store: Store, clock: Clock, quorum: Callable[[], Quorum]) -> None:
+        self._store = store
+        self._clock = clock
+        self._quorum = quorum
+
+    async def row(self, view: View) -> ClusterRow:
+        """As ``view`` shows it now."""
+        swarm = next(iter(view.find(Swarm)), None)
+        managers = [node for node in view.find(Node) if node.manager_status is not None]
+        quorum = self._quorum()
+        leaders = [
+            node.id for node in managers if node.manager_status is not None and node.manager_status.leader
+        ]
+        answering = {one.id for one in quorum.managers if one.answers}
+        freeze = swarm.freeze if swarm is not None else None
+        warnings = [
+            *([] if quorum.has_leader else [f"WARNING: the managers have no leader since {quorum.since}"]),
+            *([f"WARNING: {quorum.own_error}"] if quorum.own_error else []),
+            *await warnings_of(self._store, self._clock.now_ns()),
+        ]
+        return ClusterRow(
+            id=swarm.id if swarm is not None else "",
+            name=swarm.spec.name if swarm is not None else "",
+            managers=ManagersRow(
+                total=len(managers),
+                reachable=sum(node.id in answering for node in managers),
+                leader=leaders[0] if leaders and quorum.has_leader else "",
+            ),
+            warnings=tuple(warnings[:_WARNINGS_MAX]),
+            frozen=frozen_message(freeze) if freeze is not None else "",
+        )

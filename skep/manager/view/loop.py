@@ -1,0 +1,217 @@
+"""Keeps the rows of the dashboard while there are viewers, for all of them together.
+
+Nothing is followed, kept or computed while nobody looks.  What changes within a moment is one step; after a step the
+loop rests in proportion to what it cost, so that a storm of changes takes a fiftieth of a processor and each viewer
+sees fewer, larger steps.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.time_slices import TimeSlices
+from skep.errors import Unavailable
+from skep.manager.failures import isolated
+from skep.manager.informer import run_informer
+from skep.manager.routes.access import Sent
+from skep.manager.view.building import GLOBALS, WATCHED, Builder, affected_by, all_keys
+from skep.manager.view.rows import ClusterRow
+from skep.manager.view.table import CLUSTER_KEY, Key, Table
+from skep.model.service import Service
+from skep.model.times import SECOND_NS
+from skep.store.interface import Commit, Store, View
+
+log = structlog.get_logger(__name__)
+
+GATHER_S: Final = 0.1
+"""From a change until the step that shows it."""
+REST: Final = 50.0
+"""So many times as long as a step took the loop rests before the next one."""
+REST_S_MAX: Final = 5.0
+CLUSTER_S: Final = 10.0
+"""Between two looks at what no commit shows: warnings, and whether there is a leader."""
+HEARTBEAT_S: Final = 15.0
+LINGER_S: Final = 30.0
+"""For which the rows are kept after the last viewer: a page that is loaded again costs nothing."""
+READY_S_MAX: Final = 20.0
+VIEWERS_MAX: Final = 32
+
+
+class ClusterView:
+    """The rows of one manager's replica.  ``run`` must be running."""
+
+    def __init__(self, store: Store, clock: Clock, cluster: Callable[[View], Awaitable[ClusterRow]]) -> None:
+        """``cluster``: the row about the cluster as a whole."""
+        self._store = store
+        self._clock = clock
+        self._cluster = cluster
+        self._table: Table | None = None
+        """None: nothing is followed."""
+        self._builder = Builder()
+        self._dirty: set[Key] = set()
+        self._revision = 0
+        """Of the last commit that was noted."""
+        self._changed = asyncio.Event()
+        self._stepped = asyncio.Event()
+        """Of the next step; each has its own."""
+        self._viewers = 0
+        self._came = asyncio.Event()
+        self._left = asyncio.Event()
+
+    @property
+    def viewers(self) -> int:
+        """How many there are now."""
+        return self._viewers
+
+    async def run(self) -> None:
+        """Follow the cluster whenever there are viewers, until cancelled."""
+        while True:
+            await self._came.wait()
+            async with asyncio.TaskGroup() as group:
+                following = group.create_task(self._follow(), name="follow the cluster")
+                await self._wait_left()
+                following.cancel()
+            self._table = None
+
+    async def snapshot(self) -> bytes:
+        """All rows as one JSON object.  Raises: Unavailable."""
+        with self._viewing():
+            return (await self._ready()).snapshot()
+
+    async def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
+        """A snapshot, or what changed after ``cursor``; then what changes.  None: nothing has for a while.
+
+        What a reader has not taken yet is not kept for it: it is sent each row as it is when it takes it.
+        Raises: Unavailable: there are too many viewers.
+        """
+        with self._viewing():
+            known, number = await self._ready(), None
+            if cursor:
+                number = known.number_of(cursor)
+            while True:
+                table, stepped = await self._ready(), self._stepped
+                if table is not known:
+                    known, number = table, None
+                if number != table.number:
+                    change = table.change_after(number) if number is not None else None
+                    number = table.number
+                    if change is None:
+                        yield Sent("snapshot", table.cursor, table.snapshot())
+                    else:
+                        yield Sent("change", table.cursor, change)
+                    continue
+                try:
+                    async with asyncio.timeout(HEARTBEAT_S):
+                        await stepped.wait()
+                except TimeoutError:
+                    yield None
+
+    @contextmanager
+    def _viewing(self) -> Iterator[None]:
+        """Raises: Unavailable."""
+        if self._viewers >= VIEWERS_MAX:
+            raise Unavailable(f"{VIEWERS_MAX} viewers follow the cluster by this manager already: close some")
+        self._viewers += 1
+        self._came.set()
+        try:
+            yield
+        finally:
+            self._viewers -= 1
+            self._left.set()
+
+    async def _ready(self) -> Table:
+        """The table, once it has its first step.  Raises: Unavailable."""
+        try:
+            async with asyncio.timeout(READY_S_MAX):
+                while self._table is None or not self._table.number:
+                    await self._stepped.wait()
+        except TimeoutError as error:
+            raise Unavailable(f"this manager has not read its objects in {READY_S_MAX:g} s") from error
+        return self._table
+
+    async def _wait_left(self) -> None:
+        """Return when there has been no viewer for a while."""
+        while True:
+            while self._viewers:
+                self._left.clear()
+                await self._left.wait()
+            self._came.clear()
+            try:
+                async with asyncio.timeout(LINGER_S):
+                    await self._came.wait()
+            except TimeoutError:
+                return
+
+    # --- while it is followed -----------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        await run_informer(
+            self._store, WATCHED, on_snapshot=self._begin, on_commit=self._note, work=self._work
+        )
+
+    def _begin(self, view: View) -> None:
+        self._table, self._builder = Table(self._store.incarnation), Builder()
+        self._dirty, self._revision = set(all_keys(view)), view.revision
+
+    def _note(self, commit: Commit) -> None:
+        view = self._store.view()
+        for event in commit.events:
+            self._dirty.update(affected_by(event, view))
+        self._revision = commit.revision
+        self._changed.set()
+
+    async def _work(self) -> None:
+        table = self._table
+        assert table is not None, "the informer begins with a snapshot"
+        while True:
+            began = self._clock.monotonic()
+            self._changed.clear()
+            await self._step(table)
+            now = self._clock.monotonic()
+            rest_s = min(REST * (now - began), REST_S_MAX)
+            try:
+                async with asyncio.timeout(CLUSTER_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._dirty.add(CLUSTER_KEY)
+            else:
+                await self._clock.sleep(max(GATHER_S, now + rest_s - self._clock.monotonic()))
+
+    async def _step(self, table: Table) -> None:
+        """Make the rows that may have changed, and show them."""
+        dirty, self._dirty, revision = self._dirty, set(), self._revision
+        slices = TimeSlices(self._clock)
+        if GLOBALS in dirty:
+            services = self._store.view().find(Service)
+            dirty.update(Key("services", one.id) for one in services if one.spec.mode.name == "global")
+        later = {CLUSTER_KEY, GLOBALS}
+        for key in [key for key in dirty if key.kind == "services"]:
+            with isolated("row of a service", key.id):
+                row, touched = await self._builder.service(self._store.view(), key.id)
+                table.put(key, row)
+                dirty |= touched
+            await slices.yield_if_due()
+        stacks: set[Key] = set()
+        for key in dirty - later:
+            if key.kind == "services":
+                continue
+            if key.kind == "stacks":
+                stacks.add(key)
+                continue
+            with isolated(f"row of {key.kind}", key.id):
+                row, touched = self._builder.row(self._store.view(), key)
+                table.put(key, row)
+                stacks |= touched
+            await slices.yield_if_due()
+        for key in stacks:
+            table.put(key, self._builder.row(self._store.view(), key)[0])
+        if CLUSTER_KEY in dirty:
+            with isolated("row of the cluster", ""):
+                table.put(CLUSTER_KEY, await self._cluster(self._store.view()))
+        if table.step(revision, self._clock.now_ns() / SECOND_NS):
+            stepped, self._stepped = self._stepped, asyncio.Event()
+            stepped.set()

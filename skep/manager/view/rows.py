@@ -1,0 +1,377 @@
+"""What the dashboard has of each object: a row, small and without anything secret.  Pure.
+
+No row has environment variables, commands, or the data of secrets and configs.  Times are seconds since the epoch,
+0 where there is none.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.manager.control.tasks import known_status
+from skep.manager.explanations import summary
+from skep.manager.routes.shown import path_message
+from skep.model.conditions import condition_messages
+from skep.model.labels import STACK_REVISION
+from skep.model.network import Network, is_ingress
+from skep.model.node import Node, NodeState
+from skep.model.overlays import is_encrypted
+from skep.model.planes import driver_of
+from skep.model.secret import Config, Secret
+from skep.model.service import Service, UpdateStatus
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS, unix_ns
+from skep.model.volume import Volume
+from skep.store.interface import View
+
+STACK_LABEL = "com.docker.stack.namespace"
+"""The label that names the stack of an object."""
+_TEXT_MAX = 500
+"""Characters of a reason or an error: an error may be a megabyte of a container's output."""
+_LABELS_MAX = 32
+_NANO = 1e9
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Of one object.  ``id``: unique among the rows of its kind."""
+
+    id: str
+
+
+class NodeRow(Row, frozen=True, kw_only=True, gc=False):
+    """``manager``: its reachability; empty: it is no manager.  ``load``: 0 to 1, None where it is not known."""
+
+    name: str
+    role: str
+    manager: str
+    leader: bool
+    state: str
+    availability: str
+    address: str
+    engine: str
+    os: str
+    arch: str
+    labels: Mapping[str, str]
+    cpus: float
+    memory: int
+    load: float | None
+    reason: str
+    version: int
+
+
+class PortRow(msgspec.Struct, frozen=True, gc=False):
+    """A published port."""
+
+    published: int
+    target: int
+    protocol: str
+    mode: str
+
+
+class UpdateRow(msgspec.Struct, frozen=True, gc=False):
+    """Of the last update; ``state`` as in Docker's API."""
+
+    state: str
+    message: str
+    started_at: float
+    completed_at: float
+
+
+class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
+    """``total``: completions that a job is to have.  ``state``: well, moving or unwell."""
+
+    name: str
+    stack: str
+    image: str
+    mode: str
+    wanted: int
+    running: int
+    completed: int
+    total: int
+    state: str
+    reason: str
+    ports: tuple[PortRow, ...]
+    networks: tuple[str, ...]
+    secrets: tuple[str, ...]
+    configs: tuple[str, ...]
+    update: UpdateRow | None
+    can_roll_back: bool
+    version: int
+    updated_at: float
+
+
+class TaskRow(Row, frozen=True, kw_only=True, gc=False):
+    """``current``: made from the present spec of its service."""
+
+    service: str
+    slot: int
+    node: str
+    state: str
+    wanted: str
+    error: str
+    message: str
+    since: float
+    health: str
+    image: str
+    current: bool
+
+
+class NetworkRow(Row, frozen=True, kw_only=True, gc=False):
+    """``services``: ids of those that name it."""
+
+    name: str
+    stack: str
+    driver: str
+    encrypted: bool
+    ingress: bool
+    internal: bool
+    attachable: bool
+    subnets: tuple[str, ...]
+    services: tuple[str, ...]
+
+
+class PayloadRow(Row, frozen=True, kw_only=True, gc=False):
+    """A secret or a config, without its data."""
+
+    name: str
+    stack: str
+    created_at: float
+    updated_at: float
+    labels: Mapping[str, str]
+    services: tuple[str, ...]
+
+
+class VolumeRow(Row, frozen=True, kw_only=True, gc=False):
+    """A cluster volume."""
+
+    name: str
+    stack: str
+    driver: str
+    nodes: tuple[str, ...]
+    state: str
+    availability: str
+    reason: str
+
+
+class StackRow(Row, frozen=True, kw_only=True, gc=False):
+    """Its id is its name.  ``revision``: the last one that was recorded."""
+
+    name: str
+    services: tuple[str, ...]
+    revision: int | None
+
+
+class ManagersRow(msgspec.Struct, frozen=True, gc=False):
+    """``leader``: id of its node; empty: there is none."""
+
+    total: int
+    reachable: int
+    leader: str
+
+
+class ClusterRow(Row, frozen=True, kw_only=True, gc=False):
+    """``frozen``: why tasks of lost nodes are not replaced at present; empty: they are."""
+
+    name: str
+    managers: ManagersRow
+    warnings: tuple[str, ...]
+    frozen: str
+
+
+def node_row(node: Node) -> NodeRow:
+    """``node`` as it is shown."""
+    status, described, manager = node.status, node.description, node.manager_status
+    is_ready = status.state is NodeState.READY
+    reasons = (status.message, path_message(node) if is_ready else "", *condition_messages(described))
+    return NodeRow(
+        id=node.id,
+        name=node.spec.name or described.hostname or node.id,
+        role=node.spec.role.value,
+        manager=manager.reachability.value if manager is not None else "",
+        leader=manager is not None and manager.leader,
+        state=status.state.value,
+        availability=node.spec.availability.value,
+        address=status.addr,
+        engine=described.engine.engine_version,
+        os=described.platform.os,
+        arch=described.platform.architecture,
+        labels=_labels(node.spec.labels),
+        cpus=described.resources.nano_cpus / _NANO,
+        memory=described.resources.memory_bytes,
+        load=node.load,
+        reason=_cut("; ".join(filter(None, reasons))),
+        version=node.version.index,
+    )
+
+
+def service_row(service: Service, counts: "Counts") -> ServiceRow:
+    """``service`` as it is shown, with what its tasks say."""
+    spec = service.spec
+    container = spec.task_template.container_spec
+    job = spec.mode.replicated_job
+    return ServiceRow(
+        id=service.id,
+        name=spec.name,
+        stack=spec.labels.get(STACK_LABEL, ""),
+        image=_image(container.image if container is not None else ""),
+        mode=spec.mode.name,
+        wanted=counts.wanted,
+        running=counts.running,
+        completed=counts.completed,
+        total=(job.total_completions or 0) if job is not None else 0,
+        state=counts.state,
+        reason=_cut(counts.reason),
+        ports=tuple(
+            PortRow(port.published_port, port.target_port, port.protocol, port.publish_mode.value)
+            for port in service.endpoint.ports
+        ),
+        networks=networks_of(service),
+        secrets=tuple(one.secret_id for one in container.secrets) if container is not None else (),
+        configs=tuple(one.config_id for one in container.configs) if container is not None else (),
+        update=_update(service.update_status),
+        can_roll_back=service.previous_spec is not None,
+        version=service.version.index,
+        updated_at=seconds(service.updated_at),
+    )
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What the tasks of a service say of it."""
+
+    running: int
+    wanted: int
+    completed: int
+    state: str
+    reason: str
+
+
+def networks_of(service: Service) -> tuple[str, ...]:
+    """Ids of the networks that it names."""
+    attached = (*service.spec.task_template.networks, *service.spec.networks)
+    return tuple(dict.fromkeys(one.target for one in attached))
+
+
+def is_shown(task: Task) -> bool:
+    """Whether it matters now: it has not ended, or nothing has taken its place."""
+    return task.is_wanted or not task.status.state.is_terminal
+
+
+def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
+    """``task`` as it is shown."""
+    status = known_status(view, task)
+    known = task if status is task.status else msgspec.structs.replace(task, status=status)
+    container = task.spec.container_spec
+    has_check = container is not None and container.healthcheck is not None
+    return TaskRow(
+        id=task.id,
+        service=task.service_id,
+        slot=task.shown_slot,
+        node=task.node_id,
+        state=status.state.value,
+        wanted=task.desired_state.value,
+        error=_cut(_error(view, known)),
+        message=_cut(status.message),
+        since=seconds(status.timestamp),
+        health=_HEALTH.get(status.state, "") if has_check else "",
+        image=_image(container.image if container is not None else ""),
+        current=is_current,
+    )
+
+
+_HEALTH: Mapping[TaskState, str] = {TaskState.STARTING: "starting", TaskState.RUNNING: "healthy"}
+
+
+def _error(view: View, task: Task) -> str:
+    status = task.status
+    is_failed = status.state in (TaskState.FAILED, TaskState.REJECTED)
+    waits = task.restart is not None and task.restart.failures and status.state is TaskState.READY
+    if is_failed or waits:
+        return summary(task, view.lookup(Node, task.node_id))
+    return status.err
+
+
+def network_row(network: Network, services: Sequence[str]) -> NetworkRow:
+    """``network`` as it is shown; ``services``: those that name it."""
+    ipam = network.ipam_options or network.spec.ipam_options
+    return NetworkRow(
+        id=network.id,
+        name=network.spec.name,
+        stack=network.spec.labels.get(STACK_LABEL, ""),
+        driver=driver_of(network),
+        encrypted=is_encrypted(network),
+        ingress=is_ingress(network),
+        internal=network.spec.internal,
+        attachable=network.spec.attachable,
+        subnets=tuple(one.subnet for one in ipam.configs) if ipam is not None else (),
+        services=tuple(services),
+    )
+
+
+def payload_row(payload: Secret | Config, services: Sequence[str]) -> PayloadRow:
+    """A secret or a config as it is shown; ``services``: those that name it."""
+    return PayloadRow(
+        id=payload.id,
+        name=payload.spec.name,
+        stack=payload.spec.labels.get(STACK_LABEL, ""),
+        created_at=seconds(payload.created_at),
+        updated_at=seconds(payload.updated_at),
+        labels=_labels(payload.spec.labels),
+        services=tuple(services),
+    )
+
+
+def volume_row(volume: Volume) -> VolumeRow:
+    """``volume`` as it is shown."""
+    used = tuple(one.node_id for one in volume.publish_status)
+    state = "in use" if used else "created"
+    if volume.info is None or not volume.info.volume_id:
+        state = "creating"
+    if volume.pending_delete:
+        state = "removing"
+    reasons = (volume.message, *(one.message for one in volume.publish_status))
+    return VolumeRow(
+        id=volume.id,
+        name=volume.spec.name,
+        stack=volume.spec.labels.get(STACK_LABEL, ""),
+        driver=volume.spec.driver.name,
+        nodes=used,
+        state=state,
+        availability=volume.spec.availability.value,
+        reason=_cut("; ".join(filter(None, dict.fromkeys(reasons)))),
+    )
+
+
+def revision_of(config: Config) -> tuple[str, int] | None:
+    """The stack and the number of the revision that ``config`` records; None: it is another config."""
+    stack, number = config.spec.labels.get(STACK_LABEL, ""), config.spec.labels.get(STACK_REVISION, "")
+    if not stack or not (number.isascii() and number.isdigit() and len(number) < 10):
+        return None
+    return stack, int(number)
+
+
+def seconds(stamp: str | None) -> float:
+    """Since the epoch; 0 for none, and for the zero time of Go."""
+    try:
+        return max(unix_ns(stamp) / SECOND_NS, 0.0) if stamp else 0.0
+    except InvalidArgument:  # a docker node's
+        return 0.0
+
+
+def _update(status: UpdateStatus | None) -> UpdateRow | None:
+    if status is None or status.state is None:
+        return None
+    begun, ended = seconds(status.started_at), seconds(status.completed_at)
+    return UpdateRow(status.state.value, _cut(status.message), begun, ended)
+
+
+def _image(image: str) -> str:
+    return image.partition("@")[0]
+
+
+def _labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: labels[name][:_TEXT_MAX] for name in sorted(labels)[:_LABELS_MAX]}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TEXT_MAX else text[: _TEXT_MAX - 1] + "…"
