@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -36,6 +36,7 @@ _TYPES: Final[Mapping[str, str]] = {
     "txt": "text/plain; charset=utf-8",
 }
 _INDEX: Final = "index.html"
+_FOLDER: Final = Path(__file__).with_name("static")
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -50,7 +51,7 @@ class Page(msgspec.Struct, frozen=True):
 def pages() -> Mapping[str, Page]:
     """All files by name; the index also by the empty name."""
     found = {}
-    for file in resources.files("skep.dashboard").joinpath("static").iterdir():
+    for file in sorted(_FOLDER.iterdir()):
         content_type = _TYPES.get(file.name.rpartition(".")[2])
         if content_type is not None and file.is_file():
             content = file.read_bytes()
