@@ -50,6 +50,7 @@ from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import Relay
 from skep.manager.image_directory import ImageDirectory
 from skep.manager.incarnation import Incarnation
+from skep.manager.journal.loop import Journal
 from skep.manager.keys import StoreKeys, WrappingKeys
 from skep.manager.link.loop import LinkRelays, ManagerLink
 from skep.manager.logbroker.broker import LogBroker
@@ -153,6 +154,7 @@ class Manager:
             store, config.node_id, config.advertise_addr, config.peer_advertised, clock, random
         )
         self._space = StoreSpace(store, config.node_id, member.consensus, self._channel_to, clock)
+        self._journal = Journal(store, config.node_id, clock, random)
         self._members = MembersService(
             store,
             member.consensus,
@@ -206,6 +208,7 @@ class Manager:
             tunnels=self._tunnels,
             quorum=self._quorum,
             lag=lag,
+            journal=self._journal,
             metrics=ClusterMetrics(self._store, own, self._starts, self._dispatcher.session_count, lag),
             own=own,
             own_error=self._member.error,
@@ -248,6 +251,7 @@ class Manager:
             ("link", self._link.run()),
             ("incarnation", _retrying(incarnation, "incarnation", clock, random)),
             ("events", events.run()),
+            ("journal", self._journal.run()),
             ("times of starts", self._starts.run()),
             ("gossip relay", Relay(store, host, clock, random).run()),
             ("peer addresses", _retrying(addresses, "peer addresses", clock, random)),
@@ -326,6 +330,7 @@ class Manager:
                 )
                 group.create_task(adoption.run(), name="adoption")
                 group.create_task(self._space.keep(), name="store's space")
+                group.create_task(self._journal.lead(term), name="journal")
                 for loop in loops(
                     term,
                     self._clock,

@@ -50,6 +50,9 @@ DEFAULT_DRAIN_S = 1.0
 
 LAST_LINES = "skep.last-lines"
 """On services and on the cluster: how many last lines of output are kept with an ended task."""
+HISTORY = "skep.history"
+"""On the cluster: how many entries of its history are kept; ``0``: none."""
+HISTORY_DEFAULT, HISTORY_MAX = 10_000, 100_000
 WORKER_READS = "skep.worker-reads"
 """On the cluster: ``true``: workers' APIs show its services, tasks, nodes, networks and events."""
 PUBLISH_NOT_READY = "skep.publish-not-ready"
@@ -173,6 +176,14 @@ def last_lines(labels: Mapping[str, str]) -> int:
         return 0
 
 
+def history_entries(labels: Mapping[str, str]) -> int:
+    """How many entries of its history are kept, by the labels of the cluster."""
+    try:
+        return _history_entries(labels)
+    except InvalidArgument:
+        return HISTORY_DEFAULT
+
+
 def volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
     """The policy in the labels of a service."""
     try:
@@ -205,6 +216,7 @@ def check_swarm_labels(labels: Mapping[str, str]) -> None:
     _heartbeat_grace_s(labels)
     _forget_nodes_s(labels)
     _last_lines(labels)
+    _history_entries(labels)
     if (word := labels.get(WORKER_READS, "false")).lower() not in {"true", "false"}:
         raise InvalidArgument(f"invalid label {WORKER_READS}={word}: want true or false")
     allowed_rights(labels.get(ALLOW_LABEL, ""))
@@ -263,6 +275,15 @@ def _last_lines(labels: Mapping[str, str]) -> int:
     text = labels.get(LAST_LINES, str(LAST_LINES_MAX))
     if not (text.isascii() and text.isdigit() and len(text) <= 2 and int(text) <= LAST_LINES_MAX):
         raise InvalidArgument(f"invalid label {LAST_LINES}={text}: want a number from 0 to {LAST_LINES_MAX}")
+    return int(text)
+
+
+def _history_entries(labels: Mapping[str, str]) -> int:
+    text = labels.get(HISTORY, str(HISTORY_DEFAULT))
+    if not (text.isascii() and text.isdigit() and len(text) <= 6 and int(text) <= HISTORY_MAX):
+        raise InvalidArgument(
+            f"invalid label {HISTORY}={text}: want a number of entries from 0 to {HISTORY_MAX}"
+        )
     return int(text)
 
 

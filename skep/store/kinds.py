@@ -69,6 +69,23 @@ class Revocation(ApiObject):
     """Certificates in its name that were issued to another holder: revoked for every purpose."""
 
 
+class JournalChunk(ApiObject):
+    """Some entries of the cluster's history (``manager.journal.chunks``); an older manager ignores the kind."""
+
+    id: str
+    count: int = 0
+    """Of the entries."""
+    revision: int = 0
+    """Of the leader's: the history has every entry up to it.  0: of a manager's requests."""
+    first: int = 0
+    last: int = 0
+    """Times of the first and the last entry, in nanoseconds since 1970."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """Times with the store's revision then, in order."""
+    data: bytes = b""
+    """The entries, compressed."""
+
+
 def registry_auth_id(service_id: str) -> str:
     """The id of the payload with the registry credentials for the service's image."""
     return f"registry/{service_id}"

@@ -27,7 +27,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.volume import Volume
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import HEAD, name_claim, port_claim, subnet_claim, vxlan_claim
-from skep.store.kinds import Payload, Revocation, SpecVersion
+from skep.store.kinds import JournalChunk, Payload, Revocation, SpecVersion
 
 
 def is_removed(service: Service) -> bool:
@@ -262,6 +262,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
     ),
     KindSchema(name="payload", type=Payload, taken=_nothing_taken),
     KindSchema(name="revocation", type=Revocation, taken=_nothing_taken),
+    KindSchema(name="journal", type=JournalChunk, taken=_nothing_taken),
 )
 
 SCHEMA_BY_TYPE: Final = {schema.type: schema for schema in SCHEMAS}

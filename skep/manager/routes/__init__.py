@@ -17,6 +17,7 @@ from skep.manager.routes import (
     evictions,
     explain,
     files,
+    history,
     logs,
     networks,
     nodes,
@@ -33,6 +34,7 @@ from skep.manager.routes import (
     warnings,
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
+from skep.manager.routes.audit import audited
 
 __all__ = ["ManagerApi", "application", "compile_routes"]
 
@@ -47,6 +49,7 @@ _TABLES = (
     networks.routes,
     volumes.routes,
     events.routes,
+    history.routes,
     evictions.routes,
     updates.routes,
     explain.routes,
@@ -66,6 +69,7 @@ def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Applicat
     # What is not passed came on the manager's own socket, which the processes of this node open.
     app = engine_application(*_TABLES, newest=newest, is_private=lambda request: not is_passed(request))
     app[MANAGER] = api
+    app.middlewares.append(audited)  # the innermost: errors have not become responses yet
     return app
 
 

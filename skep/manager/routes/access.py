@@ -16,6 +16,7 @@ from skep.api.gosyntax import BOOLEANS
 from skep.api.responses import KnownJson
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
+from skep.manager.journal.loop import Journal
 from skep.manager.metrics import ClusterMetrics
 from skep.manager.node_events import AllEvents
 from skep.manager.quorum import Quorum
@@ -127,6 +128,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     metrics: ClusterMetrics | None = None
     cluster_view: Watching | None = None
+    journal: Journal | None = None
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
     own: NodeId = NodeId("")

@@ -5,8 +5,6 @@ as the node sent it.  Only the requests of ``FORWARDED`` are passed on, and a no
 """
 
 import re
-import socket
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,6 +19,7 @@ from skep.api.tunnelling import join_client
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.targets import Target, target_of
 from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.audit import client_of, record_reached
 from skep.model.task import Task
 from skep.wire.tunnel import Tunnel
 
@@ -30,7 +29,7 @@ routes = Routes()
 
 _PASSED_HEADERS = ("Content-Type", "X-Registry-Auth")
 _RECORDED = re.compile(r"(?:exec|attach|archive|exec/[0-9a-f]+/start|port/.*)")
-"""Requests that the log has: those that change something, or read files."""
+"""Requests that the log and the history have: those that change something, or read files."""
 
 
 @routes.get("/skep/tasks/{id}/target")
@@ -167,19 +166,12 @@ async def _taken_over(request: web.Request) -> AsyncIterator[Connection]:
 
 def _record(request: web.Request, task: Task, what: str) -> None:
     if _RECORDED.fullmatch(what):
+        by = client_of(request)
         log.info(
             "container reached",
             request=f"{request.method} {what}",
             task=task.id,
             node=task.node_id,
-            client=_client_of(request),
+            client=by.summary,
         )
-
-
-def _client_of(request: web.Request) -> str:
-    """The user and process at the other end of a unix socket."""
-    connected = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if connected is None or connected.family != socket.AF_UNIX:
-        return request.remote or "unknown"
-    pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return f"uid {uid}, pid {pid}"
+        record_reached(request, task, what)

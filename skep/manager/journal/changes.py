@@ -1,0 +1,397 @@
+"""What a change of an object in the store means for the cluster's history.  Pure.
+
+Every manager derives the same entries from the same commits; the leader writes them (``loop``).  Only what someone asks
+about later is an entry: a task that starts, ends, or takes another's place, not each of its states.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from msgspec.structs import replace
+
+from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
+from skep.manager.journal.service_changes import spec_changes
+from skep.model.history import Entry, Severity, stack_of
+from skep.model.network import Network
+from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
+from skep.model.secret import Config, Secret
+from skep.model.service import Service, UpdateState
+from skep.model.swarm import Swarm
+from skep.model.task import Task, TaskState
+from skep.model.task_end import words_of
+from skep.model.times import Timestamp
+from skep.model.volume import Volume
+from skep.store.interface import Created, Deleted, Event, Updated, View
+from skep.store.kinds import Payload
+
+WATCHED = (Service, Task, Node, Secret, Config, Network, Volume, Swarm, Payload)
+"""The kinds whose changes may give entries."""
+_ADMINISTERED = (Secret, Config, Network, Volume)
+
+_ENDS = {
+    TaskState.COMPLETE: ("complete", Severity.INFO),
+    TaskState.SHUTDOWN: ("stop", Severity.INFO),
+    TaskState.FAILED: ("fail", Severity.ERROR),
+    TaskState.REJECTED: ("reject", Severity.ERROR),
+    TaskState.ORPHANED: ("lost", Severity.ERROR),
+}
+_UPDATES = {
+    UpdateState.UPDATING: ("update-started", Severity.INFO, "update started"),
+    UpdateState.PAUSED: ("update-paused", Severity.ERROR, "update paused"),
+    UpdateState.COMPLETED: ("update-completed", Severity.INFO, "update completed"),
+    UpdateState.ROLLBACK_STARTED: ("rollback-started", Severity.WARNING, "rollback started"),
+    UpdateState.ROLLBACK_PAUSED: ("rollback-paused", Severity.ERROR, "rollback paused"),
+    UpdateState.ROLLBACK_COMPLETED: ("rollback-completed", Severity.WARNING, "rollback completed"),
+}
+
+
+def entries_of(event: Event, revision: int, now: Timestamp, view: View) -> Iterator[Entry]:
+    """The entries about one object's change, without ids.  ``view``: of this revision or a later one, for names."""
+    for entry in _entries_of(event, view):
+        yield replace(entry, revision=revision, time=now)
+
+
+def _entries_of(event: Event, view: View) -> Iterator[Entry]:
+    match event:
+        case Created(Task() as task):
+            yield from _created_task(task, view)
+        case Updated(Task() as old, Task() as new):
+            yield from _changed_task(old, new, view)
+        case Created(Service() as service):
+            yield _service(service, "create", f"service {service.spec.name} created: {_summary(service)}")
+        case Updated(Service() as old, Service() as new):
+            yield from _changed_service(old, new)
+        case Created(Node() as node) if node.description.hostname:
+            yield _joined(node)
+        case Updated(Node() as old, Node() as new):
+            yield from _changed_node(old, new)
+        case Deleted(Node() as node):
+            yield _node(node, "remove", f"node {_hostname(node)} was removed", Severity.WARNING)
+        case Updated(Swarm() as old, Swarm() as new):
+            yield from _changed_swarm(old, new)
+        case Created(Payload() as payload) | Updated(_, Payload() as payload) if payload.id == EVICTION_ID:
+            before = event.old if isinstance(event, Updated) else None
+            yield from _eviction(before, payload)
+        case Created(Secret() | Config() | Network() | Volume() as object):
+            yield _object(object, "create")
+        case Deleted(Secret() | Config() | Network() | Volume() as object):
+            yield _object(object, "remove")
+        case Updated(Secret() | Config() | Network() | Volume() as old, object) if _spec(old) != _spec(
+            object
+        ):
+            yield _object(object, "update")
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def _created_task(task: Task, view: View) -> Iterator[Entry]:
+    """A task that takes the place of an earlier one has the reason; the first of its slot is told by its start."""
+    if not task.service_id:
+        return
+    slot = f"{task.service_id}/{task.slot or task.node_id}"
+    earlier = [one for one in view.find(Task, slot=slot) if one.created_at < task.created_at]
+    if task.job_iteration is not None:
+        earlier = [one for one in earlier if one.job_iteration == task.job_iteration]
+    if not earlier:
+        return
+    last = max(earlier, key=lambda one: (one.created_at, one.id))
+    why, severity = replacement_reason(last, task, view)
+    entry = _task(task, "replace", view, severity)
+    yield replace(entry, message=f"task {entry.name} ({last.id}) is replaced: {why}")
+
+
+def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Severity]:
+    """Why ``successor`` takes the place of ``last``: the first of these that holds, by what is in the store."""
+    state, node = last.status.state, view.lookup(Node, last.node_id)
+    if last.spec_version != successor.spec_version:
+        before, after = _image(last), _image(successor)
+        image = f": image {before} → {after}" if before != after else ""
+        return f"its service was updated{image}", Severity.INFO
+    if state in (TaskState.FAILED, TaskState.REJECTED):
+        return f"it {state.value}: {end_of(last)}", Severity.WARNING
+    if state is TaskState.COMPLETE:
+        return "it had ended with exit code 0", Severity.INFO
+    if last.node_id and node is None:
+        return "its node was removed", Severity.WARNING
+    if node is not None:
+        name = _hostname(node)
+        if node.status.state is NodeState.DOWN:
+            because = f": {node.status.message}" if node.status.message else ""
+            return f"its node {name} is down{because}", Severity.WARNING
+        if node.spec.availability is Availability.DRAIN:
+            return f"its node {name} is drained", Severity.INFO
+        if state is TaskState.ORPHANED:
+            return f"its node {name} does not know it", Severity.WARNING
+        return f"it does not fit its node {name} any more, or was stopped", Severity.INFO
+    return "it had no node yet", Severity.INFO
+
+
+def end_of(task: Task) -> str:
+    """How a task ended, in words: its error, its exit code, what its node saw."""
+    container, end = task.status.container_status, task.status.end
+    code = f"exit code {container.exit_code}" if container is not None and container.exit_code else ""
+    error = "" if code and task.status.err.startswith("task: non-zero exit") else task.status.err
+    return (
+        "; ".join(filter(None, (error, code, words_of(end) if end is not None else ""))) or "no reason given"
+    )
+
+
+def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
+    state = new.status.state
+    if old.status.state is state:
+        return
+    if state is TaskState.RUNNING:
+        entry = _task(new, "start", view)
+        yield replace(entry, message=f"task {entry.name} runs on {entry.node or entry.node_id}")
+    elif state in _ENDS:
+        action, severity = _ENDS[state]
+        entry = _task(new, action, view, severity)
+        words = {"stop": "was stopped", "complete": "completed", "lost": "was lost"}.get(action)
+        how = f"{words or state.value}{'' if words else f': {end_of(new)}'}"
+        where = f" on {entry.node}" if entry.node else ""
+        yield replace(entry, message=f"task {entry.name}{where} {how}")
+
+
+def _task(task: Task, action: str, view: View, severity: Severity = Severity.INFO) -> Entry:
+    service, node = view.lookup(Service, task.service_id), view.lookup(Node, task.node_id)
+    owner = service.spec.name if service is not None else ""
+    hostname = _hostname(node) if node is not None else ""
+    place = str(task.shown_slot) if task.slot else hostname or task.node_id
+    return Entry(
+        type="task",
+        action=action,
+        severity=severity,
+        object_id=task.id,
+        task_id=task.id,
+        name=".".join(filter(None, (owner, place))),
+        service_id=task.service_id,
+        service=owner,
+        stack=stack_of(service.spec.labels) if service is not None else "",
+        node_id=task.node_id,
+        node=hostname,
+    )
+
+
+def _image(task: Task) -> str:
+    container = task.spec.container_spec
+    return container.image.partition("@")[0] if container is not None else ""
+
+
+# -- services --------------------------------------------------------------------------------------------------------
+
+
+def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
+    name = new.spec.name
+    if new.removed_at is not None:
+        if old.removed_at is None:
+            yield _service(new, "remove", f"service {name} was removed", Severity.WARNING)
+        return
+    if old.spec != new.spec:
+        changes = "; ".join(spec_changes(old.spec, new.spec)) or "its spec was written again"
+        yield _service(new, "update", f"service {name} updated: {changes}")
+    before = old.update_status.state if old.update_status is not None else None
+    status = new.update_status
+    if status is None or status.state is None or status.state is before:
+        return
+    action, severity, words = _UPDATES[status.state]
+    message = status.message if status.message not in ("", "update in progress", words) else ""
+    told = f": {message}" if message else ""
+    yield _service(new, action, f"{words} of service {name}{told}", severity)
+
+
+def _service(service: Service, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:
+    return Entry(
+        type="service",
+        action=action,
+        severity=severity,
+        object_id=service.id,
+        name=service.spec.name,
+        service_id=service.id,
+        service=service.spec.name,
+        stack=stack_of(service.spec.labels),
+        message=message,
+    )
+
+
+def _summary(service: Service) -> str:
+    container = service.spec.task_template.container_spec
+    image = container.image.partition("@")[0] if container is not None else ""
+    mode = service.spec.mode.name
+    count = f"{service.spec.replicas} × " if mode == "replicated" else ""
+    return f"{count}{image}, {mode}"
+
+
+# -- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
+    name = _hostname(new)
+    if new.description.hostname and not old.description.hostname:
+        yield _joined(new)  # its name comes with its first session
+    elif old.status.state is not new.status.state:
+        if new.status.state is NodeState.DOWN:
+            because = f": {new.status.message}" if new.status.message else ""
+            yield _node(new, "down", f"node {name} is down{because}", Severity.ERROR)
+        elif new.status.state is NodeState.READY:
+            yield _node(new, "up", f"node {name} is ready")
+    if old.spec.availability is not new.spec.availability:
+        words = {Availability.DRAIN: "drain", Availability.PAUSE: "pause", Availability.ACTIVE: "activate"}
+        before, after = old.spec.availability.value, new.spec.availability.value
+        action = words[new.spec.availability]
+        yield _node(new, action, f"availability of node {name}: {before} → {after}")
+    if old.spec.role is not new.spec.role:
+        is_promotion = new.spec.role is NodeRole.MANAGER
+        action, rank = ("promote", "manager") if is_promotion else ("demote", "worker")
+        yield _node(new, action, f"node {name} is to be a {rank}")
+    if old.spec.labels != new.spec.labels:
+        yield _node(new, "update", f"labels of node {name} changed")
+    if new.cut_off and old.cut_off != new.cut_off:
+        why = "; ".join(one.summary for one in new.cut_off)
+        yield _node(new, "cut-off", f"node {name} gets no tasks on networks: {why}", Severity.ERROR)
+    yield from _changed_manager(old, new, name)
+
+
+def _changed_manager(old: Node, new: Node, name: str) -> Iterator[Entry]:
+    before, after = old.manager_status, new.manager_status
+    if after is None:
+        return
+    if after.leader and not (before is not None and before.leader):
+        yield _node(new, "leader", f"manager {name} leads", Severity.WARNING)
+    if before is None or before.reachability is after.reachability:
+        return
+    if after.reachability is Reachability.UNREACHABLE:
+        yield _node(new, "unreachable", f"manager {name} is unreachable", Severity.ERROR)
+    elif before.reachability is Reachability.UNREACHABLE:
+        yield _node(new, "reachable", f"manager {name} is reachable again")
+
+
+def _joined(node: Node) -> Entry:
+    return _node(node, "create", f"node {_hostname(node)} joined as a {node.spec.role.value}")
+
+
+def _node(node: Node, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:
+    return Entry(
+        type="node",
+        action=action,
+        severity=severity,
+        object_id=node.id,
+        name=_hostname(node),
+        node_id=node.id,
+        node=_hostname(node),
+        message=message,
+    )
+
+
+def _hostname(node: Node) -> str:
+    return node.description.hostname or node.id
+
+
+# -- the cluster -----------------------------------------------------------------------------------------------------
+
+
+def _changed_swarm(old: Swarm, new: Swarm) -> Iterator[Entry]:
+    if old.spec != new.spec:
+        parts = [
+            name for name in new.spec.__struct_fields__ if getattr(old.spec, name) != getattr(new.spec, name)
+        ]
+        yield _cluster(new, "update", f"settings of the cluster changed: {', '.join(parts)}")
+    for role in ("worker", "manager"):
+        if getattr(old.join_tokens, role) != getattr(new.join_tokens, role):
+            yield _cluster(new, "rotate", f"the join token of {role}s is new")
+    if new.root_rotation_in_progress != old.root_rotation_in_progress:
+        words = "began" if new.root_rotation_in_progress else "ended"
+        yield _cluster(new, "rotate", f"rotation of the cluster's root certificate {words}")
+    if new.freeze is not None and old.freeze is None:
+        nodes = len(new.freeze.nodes)
+        message = f"tasks of lost nodes are not replaced: {nodes} nodes went down at once"
+        yield _cluster(new, "freeze", message, Severity.ERROR)
+    elif new.freeze is None and old.freeze is not None:
+        yield _cluster(new, "resume", "tasks of lost nodes are replaced again")
+
+
+def _cluster(swarm: Swarm, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:
+    return Entry(type="cluster", action=action, severity=severity, object_id=swarm.id, message=message)
+
+
+def _eviction(before: Any, payload: Payload) -> Iterator[Entry]:
+    """When it begins, and when all is done; its steps are shown by ``skep node evict``."""
+    eviction = decoded_eviction(payload)
+    earlier: Eviction | None = decoded_eviction(before) if before is not None else None
+    is_new = earlier is None or earlier.nodes != eviction.nodes
+    if is_new:
+        message = f"node {eviction.hostname} is evicted, as {eviction.asked_by} asked"
+    elif eviction.next_step is None and earlier is not None and earlier.next_step is not None:
+        message = f"node {eviction.hostname} was evicted: nothing that it had is valid any more"
+    else:
+        return
+    yield Entry(
+        type="node",
+        action="evict",
+        severity=Severity.WARNING,
+        object_id=eviction.node_id,
+        name=eviction.hostname,
+        node_id=eviction.node_id,
+        node=eviction.hostname,
+        message=message,
+    )
+
+
+# -- other objects ---------------------------------------------------------------------------------------------------
+
+
+def _object(object: Any, action: str) -> Entry:
+    kind = type(object).__name__.lower()
+    words = {"create": "created", "remove": "removed", "update": "updated"}[action]
+    name = object.spec.name
+    return Entry(
+        type=kind,
+        action=action,
+        object_id=object.id,
+        name=name,
+        stack=stack_of(object.spec.labels),
+        message=f"{kind} {name} {words}",
+    )
+
+
+def _spec(object: Any) -> Any:
+    return object.spec
+
+
+def folded(entries: Iterable[Entry], alone_max: int = 20) -> list[Entry]:
+    """``entries`` in their order; of those that say the same about tasks of one service only the first few.
+
+    A service that is scaled to thousands must not push everything else out of the history.  The last one kept of a
+    group stands for the rest, with their ``count``.
+    """
+    kept: list[Entry] = []
+    places: dict[tuple[str, ...], tuple[int, int]] = {}
+    for entry in entries:
+        if entry.type != "task" or not entry.service_id:
+            kept.append(entry)
+            continue
+        group = (entry.service_id, entry.action)
+        seen, place = places.get(group, (0, 0))
+        if seen < alone_max:
+            places[group] = seen + 1, len(kept)
+            kept.append(entry)
+        else:
+            places[group] = seen + 1, place
+            kept[place] = replace(kept[place], count=kept[place].count + 1, revision=entry.revision)
+    for seen, place in places.values():
+        if seen > alone_max:
+            entry = kept[place]
+            kept[place] = replace(
+                entry, message=f"{entry.message}, and {entry.count - 1} more tasks of {entry.service}"
+            )
+    return kept
+
+
+def folded_requests(entries: Iterable[Entry]) -> list[Entry]:
+    """``entries`` in their order; of those in which a client asked for the same with the same outcome only the last."""
+    last: dict[tuple[object, ...], Entry] = {}
+    for entry in entries:
+        key = (entry.method, entry.path, entry.status, entry.message, entry.by, entry.object_id)
+        before = last.pop(key, None)
+        last[key] = replace(entry, count=entry.count + before.count) if before is not None else entry
+    return list(last.values())

@@ -1,0 +1,143 @@
+"""How entries are kept in the store: some dozen per object, compressed, within bounds.  Pure.
+
+Two series: ``change-REVISION``, which the leader writes, and ``request-TIME-NODE``, one per manager.  Each may take
+half of the space, so that a client that floods the API does not push out what happened.  The last chunk grows until it
+is full: a chunk per write would be 10,000 objects, and larger ones would be written too often, as etcd keeps every
+version for a while.
+"""
+
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.model.history import Entry
+from skep.model.times import SECOND_NS, unix_ns
+from skep.store.interface import View
+from skep.store.kinds import JournalChunk
+
+ENTRIES_MAX = 50
+"""In a chunk; it takes some 3 KiB."""
+BYTES_MAX = 8 * 1024 * 1024
+"""Of all chunks."""
+MARKS_MAX = 200
+"""In a chunk."""
+_DECODED_BYTES_MAX = 4 * 1024 * 1024
+
+_CHANGES, _REQUESTS = "change-", "request-"
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(tuple[Entry, ...], strict=False)
+
+Mark = tuple[int, int]
+"""A time in nanoseconds since 1970, and the store's revision then."""
+
+
+def changes_id(revision: int) -> str:
+    """Sorts by revision, as the clocks of two leaders may differ."""
+    return f"{_CHANGES}{revision:020d}"
+
+
+def requests_id(at_ns: int, node_id: str) -> str:
+    """Sorts by time."""
+    return f"{_REQUESTS}{at_ns:020d}-{node_id}"
+
+
+def last_of_changes(view: View) -> JournalChunk | None:
+    """The leader's last chunk: its ``revision`` is up to where the history is complete."""
+    ids = view.ids(JournalChunk)
+    place = bisect_left(ids, _REQUESTS) - 1
+    return view.lookup(JournalChunk, ids[place]) if place >= 0 else None
+
+
+def last_of_requests(view: View, node_id: str) -> JournalChunk | None:
+    """The last chunk of one manager."""
+    ids = view.ids(JournalChunk)
+    mine = (id for id in reversed(ids) if id.startswith(_REQUESTS) and id.endswith(f"-{node_id}"))
+    id = next(mine, None)
+    return view.lookup(JournalChunk, id) if id is not None else None
+
+
+def of_changes(view: View) -> Sequence[JournalChunk]:
+    """The chunks of the leaders, oldest first."""
+    return [one for one in view.find(JournalChunk) if one.id.startswith(_CHANGES)]
+
+
+def with_changes(
+    last: JournalChunk | None, entries: Sequence[Entry], done: int, marks: Iterable[Mark]
+) -> list[JournalChunk]:
+    """The chunks to write for new ``entries`` of the leader: all up to revision ``done``, in order."""
+    chunks = _chunks(last, entries, lambda first: changes_id(first.revision))
+    newer = [mark for mark in marks if last is None or mark[1] > last.revision]
+    chunks[-1] = replace(chunks[-1], revision=done, marks=thinned((*chunks[-1].marks, *newer)))
+    return chunks
+
+
+def with_requests(last: JournalChunk | None, entries: Sequence[Entry], node_id: str) -> list[JournalChunk]:
+    """The chunks to write for new requests of one manager."""
+    return _chunks(last, entries, lambda first: requests_id(unix_ns(first.time), node_id))
+
+
+def _chunks(
+    last: JournalChunk | None, entries: Sequence[Entry], id_of: Callable[[Entry], str]
+) -> list[JournalChunk]:
+    chunks: list[JournalChunk] = []
+    if last is not None and last.count < ENTRIES_MAX:
+        known = entries_in(last)
+        room = ENTRIES_MAX - last.count
+        chunks.append(_chunk(last, [*known, *entries[:room]]))
+        entries = entries[room:]
+    for start in range(0, len(entries), ENTRIES_MAX):
+        some = entries[start : start + ENTRIES_MAX]
+        chunks.append(_chunk(JournalChunk(id=id_of(some[0])), some))
+    return chunks
+
+
+def _chunk(base: JournalChunk, entries: Sequence[Entry]) -> JournalChunk:
+    times = [unix_ns(entry.time) for entry in entries]
+    return replace(
+        base,
+        count=len(entries),
+        revision=max(entry.revision for entry in entries) if base.id.startswith(_CHANGES) else 0,
+        first=min(times),
+        last=max(times),
+        data=zlib.compress(_encoder.encode(entries)),
+    )
+
+
+def entries_in(chunk: JournalChunk) -> tuple[Entry, ...]:
+    """The entries of ``chunk``; none if it cannot be read, as one of a newer version may be."""
+    try:
+        decompressor = zlib.decompressobj()
+        return _decoder.decode(decompressor.decompress(chunk.data, _DECODED_BYTES_MAX))
+    except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError):
+        return ()
+
+
+def surplus(chunks: Iterable[JournalChunk], entries_max: int) -> list[str]:
+    """Ids of the chunks to delete, oldest first: each series has half of ``entries_max`` and of ``BYTES_MAX``."""
+    series: dict[bool, list[JournalChunk]] = {True: [], False: []}
+    for chunk in chunks:
+        series[chunk.id.startswith(_CHANGES)].append(chunk)
+    ids: list[str] = []
+    for each in series.values():
+        count = size = 0
+        for chunk in reversed(each):  # their ids sort by age
+            count += chunk.count
+            size += len(chunk.data)
+            if entries_max == 0 or count - chunk.count >= entries_max // 2 or size > BYTES_MAX // 2:
+                ids.append(chunk.id)
+    return sorted(ids)
+
+
+def thinned(marks: Sequence[Mark], most: int = MARKS_MAX) -> tuple[Mark, ...]:
+    """``marks`` in order, at most one a second and ``most`` in all; the last one is kept."""
+    kept: list[Mark] = []
+    for at, revision in sorted(marks):
+        if kept and at - kept[-1][0] < SECOND_NS:
+            kept.pop()
+        kept.append((at, max(revision, kept[-1][1] if kept else 0)))
+    while len(kept) > most:
+        kept = [*kept[:-1:2], kept[-1]]
+    return tuple(kept)

@@ -1,0 +1,78 @@
+"""Entries that are not written yet: bounded, and what did not fit is said by an entry."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from skep.model.history import Entry, Kind, Severity
+from skep.model.times import Timestamp
+
+PENDING_MAX = 10_000
+
+
+class Pending:
+    """The oldest go when there are too many."""
+
+    def __init__(self, kind: Kind, most: int = PENDING_MAX) -> None:
+        self._kind = kind
+        self._most = most
+        self._entries: deque[Entry] = deque()
+        self._lost = 0
+        self._lost_told = 0
+        self._lost_revision = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, entry: Entry) -> None:
+        """Never waits."""
+        self._entries.append(entry)
+        if len(self._entries) > self._most:
+            gone = self._entries.popleft()
+            self._lost += gone.count
+            self._lost_revision = gone.revision
+
+    def add_first(self, entry: Entry) -> None:
+        """Before all others."""
+        self._entries.appendleft(entry)
+
+    def first(self, most: int, now: Timestamp) -> Sequence[Entry]:
+        """The oldest ones, all of a revision; the first one says how many were lost before them."""
+        entries: list[Entry] = []
+        self._lost_told = self._lost
+        if self._lost:
+            words = f"{self._lost} entries are missing here: more came than could be written"
+            entries.append(missing(words, self._kind, self._lost_revision, now))
+        for entry in self._entries:
+            if len(entries) >= most and (not entry.revision or entry.revision != entries[-1].revision):
+                break
+            entries.append(entry)
+        return entries
+
+    def done(self, entries: Iterable[Entry]) -> None:
+        """``entries``, which ``first`` gave, were written."""
+        ids = {entry.id for entry in entries}
+        while self._entries and self._entries[0].id in ids:
+            self._entries.popleft()
+        self._lost -= self._lost_told
+        self._lost_told = 0
+
+    def written_until(self, revision: int) -> None:
+        """Another manager has written everything up to ``revision``."""
+        while self._entries and self._entries[0].revision <= revision:
+            self._entries.popleft()
+        if self._lost_revision <= revision:
+            self._lost = self._lost_told = 0
+
+
+def missing(message: str, kind: Kind, revision: int, now: Timestamp) -> Entry:
+    """The entry that says that others are missing."""
+    return Entry(
+        id=f"lost-{kind.value}-{now}",
+        time=now,
+        revision=revision,
+        kind=kind,
+        type="journal",
+        action="lost-entries",
+        severity=Severity.WARNING,
+        message=message,
+    )

@@ -1,0 +1,130 @@
+"""Questions to the journal: the entries that a query wants, a page at a time, and which revision it was at a time."""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.manager.journal.chunks import Mark, entries_in, of_changes
+from skep.model.history import Entry, HistoryPage, Kind
+from skep.model.times import Timestamp, timestamp, unix_ns
+from skep.store.interface import View
+from skep.store.kinds import JournalChunk
+
+LIMIT_MAX = 1000
+TIME_MAX = 2**63
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True):
+    """Which entries, and in which order.
+
+    ``services``, ``nodes``: ids and names, of which an entry has one; empty: any.
+    ``since_ns``, ``until_ns``: both included; ``cursor``: of the page before.
+    """
+
+    services: frozenset[str] = frozenset()
+    nodes: frozenset[str] = frozenset()
+    stack: str = ""
+    about: frozenset[str] = frozenset()
+    """Ids and names of a service, a node or a stack, whichever it is."""
+    kinds: frozenset[Kind] = frozenset(Kind)
+    since_ns: int = 0
+    until_ns: int = TIME_MAX
+    limit: int = 200
+    is_ascending: bool = False
+    cursor: str = ""
+
+    def wants(self, entry: Entry) -> bool:
+        """Whether the entry is asked for, by all but its time.  What is missing concerns everybody."""
+        if entry.kind not in self.kinds:
+            return False
+        if entry.type == "journal":
+            return True
+        return (
+            (not self.services or bool(self.services & {entry.service_id, entry.service}))
+            and (not self.nodes or bool(self.nodes & {entry.node_id, entry.node}))
+            and (not self.stack or entry.stack == self.stack)
+            and (
+                not self.about
+                or not self.about.isdisjoint(
+                    (entry.service_id, entry.service, entry.node_id, entry.node, entry.stack)
+                )
+            )
+        )
+
+
+Position = tuple[int, str]
+"""Time in nanoseconds and id: the order of entries."""
+
+
+def position_of(entry: Entry) -> Position:
+    """Its place in the order."""
+    return unix_ns(entry.time), entry.id
+
+
+def cursor_of(entry: Entry) -> str:
+    """After it comes the next page."""
+    at, id = position_of(entry)
+    return f"{at}/{id}"
+
+
+def _parsed(cursor: str) -> Position:
+    at, slash, id = cursor.partition("/")
+    if not (slash and at.isascii() and at.isdigit() and len(at) < 20 and len(id) < 200):
+        raise InvalidArgument(f"invalid cursor {cursor[:100]!r}: want the Next of a page")
+    return int(at), id
+
+
+async def page(view: View, query: Query) -> HistoryPage:
+    """One page.  Gives the event loop its turn after each chunk.  Raises: InvalidArgument: the cursor is none."""
+    after = _parsed(query.cursor) if query.cursor else None
+    all_chunks = view.find(JournalChunk)
+    sign = 1 if query.is_ascending else -1
+    wanted = [one for one in all_chunks if one.first <= query.until_ns and one.last >= query.since_ns]
+    wanted.sort(key=lambda one: one.first if query.is_ascending else -one.last)
+    found: list[tuple[Position, Entry]] = []
+    for chunk in wanted:
+        if len(found) > query.limit:
+            found.sort(key=lambda one: one[0], reverse=not query.is_ascending)
+            del found[query.limit + 1 :]
+            edge = chunk.first if query.is_ascending else chunk.last
+            if sign * edge > sign * found[-1][0][0]:
+                break  # all that follows comes after this page
+        for entry in entries_in(chunk):
+            place = position_of(entry)
+            if not query.since_ns <= place[0] <= query.until_ns or not query.wants(entry):
+                continue
+            if after is None or (place > after if query.is_ascending else place < after):
+                found.append((place, entry))
+        await asyncio.sleep(0)
+    found.sort(key=lambda one: one[0], reverse=not query.is_ascending)
+    entries = tuple(entry for _, entry in found[: query.limit])
+    oldest = min((one.first for one in all_chunks), default=0)
+    return HistoryPage(
+        entries=entries,
+        next=cursor_of(entries[-1]) if len(found) > query.limit else "",
+        oldest=timestamp(oldest) if oldest else Timestamp(""),
+        total=sum(one.count for one in all_chunks),
+    )
+
+
+# -- times and revisions ---------------------------------------------------------------------------------------------
+
+
+def marks_in(view: View, own: Iterable[Mark]) -> Sequence[Mark]:
+    """Those of the journal and of this manager, in order."""
+    return sorted({*own, *(mark for chunk in of_changes(view) for mark in chunk.marks)})
+
+
+def revision_at(view: View, own: Iterable[Mark], at_ns: int) -> int | None:
+    """The revision of the last mark until then; None: there is none."""
+    marks = marks_in(view, own)
+    place = bisect_right(marks, (at_ns, TIME_MAX))
+    return max((revision for _, revision in marks[:place]), default=None)
+
+
+def time_of(view: View, own: Iterable[Mark], revision: int) -> int | None:
+    """When the store was at ``revision`` at the latest, in nanoseconds; None: not known."""
+    return min((at for at, one in marks_in(view, own) if one >= revision), default=None)

@@ -1,0 +1,184 @@
+"""The audit log: each request that may change something, with its client and its outcome, becomes an entry of the
+history (``manager.journal``).  Never its body.
+"""
+
+import json
+import pwd
+import re
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.api.errors import status_of
+from skep.api.framing import path_of
+from skep.api.identity import identity_of
+from skep.errors import SkepError, Unauthenticated
+from skep.manager.routes.access import manager_of
+from skep.model.access import Origin
+from skep.model.history import By, Entry, Severity, masked_text, stack_of
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.secret import Config, Secret
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.volume import Volume
+from skep.store.interface import View
+
+_KINDS: dict[str, tuple[str, type[Any]]] = {
+    "services": ("service", Service),
+    "tasks": ("task", Task),
+    "nodes": ("node", Node),
+    "secrets": ("secret", Secret),
+    "configs": ("config", Config),
+    "networks": ("network", Network),
+    "volumes": ("volume", Volume),
+}
+_NO_RECORD = re.compile(
+    r"/skep/services/placement"  # a question
+    r"|/skep/tasks/[^/]+/(?:container|exec|port)/.*"  # recorded at their beginning, which may be hours before the end
+)
+_READS = re.compile(r"/swarm/unlockkey|/skep/backup")
+"""Requests that change nothing, and give what protects the cluster."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Record what may change something, when its outcome is known."""
+    path = path_of(request.path)
+    is_read = request.method in ("GET", "HEAD") and not _READS.fullmatch(path)
+    journal = manager_of(request).journal
+    if is_read or journal is None or _NO_RECORD.fullmatch(path):
+        return await handler(request)
+    entry = entry_of(request, path)
+    try:
+        response = await handler(request)
+    except SkepError as error:
+        journal.record(with_outcome(entry, status_of(error), str(error)))
+        raise
+    except Exception:
+        journal.record(with_outcome(entry, 500, "internal error"))
+        raise
+    journal.record(with_outcome(_created(entry, response, manager_of(request).store.view()), response.status))
+    return response
+
+
+def record_reached(request: web.Request, task: Task, what: str) -> None:
+    """Record a request for the container of ``task``, at its beginning."""
+    manager = manager_of(request)
+    if manager.journal is None:
+        return
+    entry = _about_object(Entry(type="task", action=what.partition("/")[0]), task, manager.store.view())
+    message = f"{entry.action} in the container of task {entry.name}"
+    path = path_of(request.path)
+    manager.journal.record(
+        replace(entry, message=message, method=request.method, path=path, by=client_of(request))
+    )
+
+
+def entry_of(request: web.Request, path: str) -> Entry:
+    """The request as an entry, without its outcome."""
+    view = manager_of(request).store.view()
+    entry = about(path, request.method, view)
+    if request.query.get("rollback") == "previous":
+        entry = replace(entry, action="roll-back")
+    return replace(entry, method=request.method, path=path, by=client_of(request))
+
+
+def about(path: str, method: str, view: View) -> Entry:
+    """What a request is about: ``/services/web/update`` is an update of the service ``web``."""
+    words = [word for word in path.split("/") if word and word != "skep"]
+    noun, *rest = words or ["?"]
+    action = {"DELETE": "remove", "GET": "read"}.get(method) or (rest[-1] if rest else "create")
+    if noun not in _KINDS:
+        return Entry(type="cluster" if noun in ("swarm", "cluster") else noun, action=action)
+    name, kind = _KINDS[noun]
+    entry = Entry(type=name, action=action)
+    if not rest or rest == ["create"]:
+        return replace(entry, action="create")
+    try:
+        found = view.resolve(kind, rest[0])
+    except SkepError:
+        return replace(entry, name=rest[0])
+    return _about_object(entry, found, view)
+
+
+def _about_object(entry: Entry, found: Any, view: View) -> Entry:
+    match found:
+        case Service() as service:
+            name = service.spec.name
+            entry = replace(
+                entry, name=name, service_id=service.id, service=name, stack=stack_of(service.spec.labels)
+            )
+        case Node() as node:
+            hostname = node.description.hostname or node.id
+            entry = replace(entry, name=hostname, node_id=node.id, node=hostname)
+        case Task() as task:
+            owner = view.lookup(Service, task.service_id)
+            service_name = owner.spec.name if owner is not None else ""
+            place = view.lookup(Node, task.node_id)
+            entry = replace(
+                entry,
+                name=f"{service_name}.{task.shown_slot or task.node_id}",
+                task_id=task.id,
+                service_id=task.service_id,
+                service=service_name,
+                node_id=task.node_id,
+                node=place.description.hostname if place is not None else "",
+            )
+        case other:
+            entry = replace(entry, name=other.spec.name, stack=stack_of(other.spec.labels))
+    return replace(entry, object_id=found.id)
+
+
+def _created(entry: Entry, response: web.StreamResponse, view: View) -> Entry:
+    """With the object that the request has made, if the response names it."""
+    if response.status != 201 or not isinstance(response, web.Response) or entry.object_id:
+        return entry
+    try:
+        body = json.loads(response.body or b"")  # type: ignore[arg-type]
+        id = str(body.get("ID") or body.get("Id") or "")
+    except (ValueError, AttributeError):
+        return entry
+    kind = next((kind for name, kind in _KINDS.values() if name == entry.type), None)
+    found = view.lookup(kind, id) if kind is not None else None
+    return _about_object(entry, found, view) if found is not None else replace(entry, object_id=id)
+
+
+def with_outcome(entry: Entry, status: int, error: str = "") -> Entry:
+    """The entry of a request that was answered with ``status``."""
+    what = " ".join(filter(None, (entry.action, entry.type, entry.name)))
+    failed = f": refused with {status}" if status >= 400 else ""
+    because = f": {masked_text(error)}" if error else ""
+    severity = Severity.INFO if status < 400 else Severity.WARNING if status < 500 else Severity.ERROR
+    return replace(entry, status=status, severity=severity, message=f"{what}{failed}{because}")
+
+
+def client_of(request: web.Request) -> By:
+    """The client of ``request``, as far as it is known."""
+    manager = manager_of(request)
+    own = manager.store.view().lookup(Node, manager.own)
+    by = By(node=own.description.hostname if own is not None else manager.own)
+    try:
+        identity = identity_of(request)
+    except Unauthenticated:
+        return by
+    by = replace(by, user=identity.name, through=identity.origin.value)
+    connected = request.transport.get_extra_info("socket") if request.transport is not None else None
+    if identity.origin is not Origin.SOCKET or connected is None or connected.family != socket.AF_UNIX:
+        return by
+    pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return replace(by, user=_account(uid) or identity.name, uid=uid, pid=pid)
+
+
+def _account(uid: int) -> str:
+    """The name of the machine's account; empty: it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return ""

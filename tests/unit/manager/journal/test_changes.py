@@ -1,0 +1,185 @@
+"""What a change of an object in the store means for the history."""
+
+from collections.abc import Sequence
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.journal.changes import entries_of, folded, folded_requests
+from skep.model.history import By, Entry, Kind, Severity
+from skep.model.ids import SecretId
+from skep.model.node import Availability, ManagerStatus, NodeRole, NodeState, NodeStatus
+from skep.model.secret import Secret, SecretSpec
+from skep.model.service import UpdateState, UpdateStatus
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.task_end import TaskEnd
+from skep.model.times import Timestamp
+from skep.store.interface import Created, Deleted, Event, Updated
+from skep.store.kinds import Payload
+from skep.store.state import State
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+
+NOW = Timestamp("2026-01-31T12:00:00Z")
+EARLIER, LATER = Timestamp("2026-01-31T11:00:00Z"), Timestamp("2026-01-31T11:30:00Z")
+
+
+class Known(State):
+    """A view with some objects."""
+
+    def __init__(self, *objects: object) -> None:
+        super().__init__()
+        for one in objects:
+            self.table_by_type[type(one)].store(one.id, None, one, moves=True)  # type: ignore[arg-type, attr-defined]
+
+
+def entries(event: Event, *known: object) -> Sequence[Entry]:
+    return list(entries_of(event, 7, NOW, Known(*known)))
+
+
+def told(event: Event, *known: object) -> list[tuple[str, str]]:
+    return [(entry.action, entry.message) for entry in entries(event, *known)]
+
+
+def at(state: TaskState, **status: object) -> TaskStatus:
+    return TaskStatus(state=state, **status)  # type: ignore[arg-type]
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_task_of_a_slot_is_told_when_it_runs() -> None:
+    task = a_task("t1", service="web", slot=2, node="n1", state=TaskState.ASSIGNED)
+    web, node = a_service("web"), a_node("n1")
+    assert told(Created(task), web, task) == []
+    (entry,) = entries(Updated(task, replace(task, status=at(TaskState.RUNNING))), web, node)
+    assert (entry.action, entry.name, entry.service, entry.node_id) == ("start", "web.2", "web", "n1")
+    assert (entry.revision, entry.time, entry.kind, entry.severity) == (7, NOW, Kind.CHANGE, Severity.INFO)
+
+
+def test_a_task_that_fails_is_told_with_its_end() -> None:
+    task = a_task("t1", service="web", node="n1")
+    end = TaskEnd(cause="out-of-memory")
+    container = ContainerStatus(container_id="c", exit_code=137)
+    failed = at(TaskState.FAILED, err="task: non-zero exit (137)", container_status=container, end=end)
+    (entry,) = entries(Updated(task, replace(task, status=failed)), a_service("web"), a_node("n1"))
+    assert (entry.action, entry.severity) == ("fail", Severity.ERROR)
+    assert entry.message == f"task web.1 on {entry.node} failed: exit code 137; out of memory"
+
+
+def replaced(last: Task, *known: object, **fields: object) -> str:
+    """The reason that is told when a second task comes into the slot of ``last``."""
+    last = replace(last, created_at=EARLIER)
+    next_one = replace(last, id="t2", created_at=LATER, status=at(TaskState.NEW), node_id="", **fields)
+    (entry,) = entries(Created(next_one), a_service("web"), last, next_one, *known)
+    assert (entry.action, entry.task_id, entry.name) == ("replace", "t2", "web.1")
+    return entry.message.partition(" is replaced: ")[2]
+
+
+def test_every_task_that_is_replaced_has_a_reason() -> None:
+    last = a_task("t1", service="web", node="n1")
+    down = replace(a_node("n1"), status=NodeStatus(state=NodeState.DOWN, message="heartbeat failure"))
+    name = down.description.hostname or down.id
+    assert replaced(last, down) == f"its node {name} is down: heartbeat failure"
+    assert replaced(last, a_node("n1", availability=Availability.DRAIN)) == f"its node {name} is drained"
+    assert replaced(last) == "its node was removed"
+    failed = replace(last, status=at(TaskState.FAILED, err="no space left"))
+    assert replaced(failed, a_node("n1")) == "it failed: no space left"
+    assert replaced(replace(last, status=at(TaskState.REJECTED, err="no such image"))) == (
+        "it rejected: no such image"
+    )
+    assert replaced(replace(last, status=at(TaskState.COMPLETE))) == "it had ended with exit code 0"
+    assert replaced(last, a_node("n1")) == f"it does not fit its node {name} any more, or was stopped"
+    assert replaced(replace(last, node_id="")) == "it had no node yet"
+
+
+def test_a_task_that_an_update_replaces_is_told_with_both_images() -> None:
+    last = a_task("t1", service="web", node="n1")
+    new = a_service_spec(image="busybox:2@sha256:1").task_template
+    version = replace(last.spec_version, index=99) if last.spec_version is not None else None
+    assert version is not None
+    reason = replaced(last, a_node("n1"), spec=new, spec_version=version)
+    assert reason.startswith("its service was updated")
+    assert "→ busybox:2" in reason
+
+
+def test_a_thousand_tasks_of_one_service_are_a_few_entries() -> None:
+    many = [
+        Entry(type="task", action="start", service_id="s", service="web", message=f"m{n}", revision=n)
+        for n in range(1000)
+    ]
+    lone = Entry(type="task", action="fail", service_id="s", message="why")
+    found = folded([*many[:500], lone, *many[500:]])
+    assert len(found) == 21
+    assert lone in found
+    assert sum(one.count for one in found) == 1001
+    assert found[19].message == "m19, and 980 more tasks of web"
+
+
+# -- services --------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_names_what_changed_and_no_value() -> None:
+    old = a_service("web", spec=a_service_spec(replicas=1, image="busybox:1"))
+    spec = a_service_spec(replicas=3, image="busybox:2")
+    container = spec.task_template.container_spec
+    assert container is not None
+    container = replace(container, env=("DB_PASSWORD=hunter2", "X=1"))
+    spec = replace(spec, task_template=replace(spec.task_template, container_spec=container))
+    (entry,) = entries(Updated(old, replace(old, spec=spec)))
+    assert entry.message == (
+        "service web updated: image busybox:1 → busybox:2; replicas 1 → 3; environment +DB_PASSWORD +X"
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "action", "severity"),
+    [
+        (UpdateState.PAUSED, "update-paused", Severity.ERROR),
+        (UpdateState.ROLLBACK_STARTED, "rollback-started", Severity.WARNING),
+        (UpdateState.COMPLETED, "update-completed", Severity.INFO),
+    ],
+)
+def test_the_states_of_an_update_are_told_once(state: UpdateState, action: str, severity: Severity) -> None:
+    old = a_service("web")
+    new = replace(old, update_status=UpdateStatus(state=state, message="update paused: task web.1 failed"))
+    (entry,) = entries(Updated(old, new))
+    assert (entry.action, entry.severity) == (action, severity)
+    assert "task web.1 failed" in entry.message
+    status = new.update_status
+    assert status is not None
+    assert entries(Updated(new, replace(new, update_status=replace(status, message="other")))) == []
+
+
+def test_a_removed_service_is_told_when_the_user_removes_it() -> None:
+    old = a_service("web")
+    gone = replace(old, removed_at=NOW)
+    assert told(Updated(old, gone)) == [("remove", "service web was removed")]
+    assert told(Deleted(gone)) == []
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_and_their_managers() -> None:
+    node = a_node("n1", role=NodeRole.MANAGER)
+    name = node.description.hostname or node.id
+    down = replace(node, status=NodeStatus(state=NodeState.DOWN, message="no heartbeat"))
+    assert told(Updated(node, down)) == [("down", f"node {name} is down: no heartbeat")]
+    assert told(Updated(down, node)) == [("up", f"node {name} is ready")]
+    leads = replace(node, manager_status=ManagerStatus(leader=True))
+    assert told(Updated(node, leads)) == [("leader", f"manager {name} leads")]
+    assert told(Updated(leads, leads)) == []
+    assert told(Deleted(node)) == [("remove", f"node {name} was removed")]
+
+
+def test_of_secrets_only_their_names_are_told() -> None:
+    secret = Secret(id=SecretId("s"), spec=SecretSpec(name="db"))
+    assert told(Created(secret)) == [("create", "secret db created")]
+    assert told(Created(Payload(id="secret/s", data=b"hunter2"))) == []
+
+
+def test_the_same_request_many_times_is_one_entry() -> None:
+    ask = Entry(kind=Kind.REQUEST, method="POST", path="/services/x/update", status=404, by=By(uid=0))
+    other = replace(ask, by=By(uid=7))
+    found = folded_requests([replace(ask, id="1"), other, replace(ask, id="2"), replace(ask, id="3")])
+    assert [(one.id, one.count) for one in found] == [("", 1), ("3", 3)]

@@ -1,0 +1,156 @@
+"""How entries are kept: the chunks, their bounds, and what a page has of them."""
+
+import asyncio
+
+import pytest
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument
+from skep.manager.journal import chunks
+from skep.manager.journal.pending import Pending
+from skep.manager.journal.reading import Query, page, position_of, revision_at, time_of
+from skep.model.history import Entry, HistoryPage, Kind, bounded
+from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.store.kinds import JournalChunk
+from skep.store.state import State
+
+
+def an_entry(number: int, kind: Kind = Kind.CHANGE, **fields: object) -> Entry:
+    revision = number if kind is Kind.CHANGE else 0
+    return Entry(
+        id=f"{number}-{kind.value}",
+        time=timestamp(number * SECOND_NS),
+        revision=revision,
+        kind=kind,
+        **fields,
+    )  # type: ignore[arg-type]
+
+
+def view_of(*kept: JournalChunk) -> State:
+    view = State()
+    for one in kept:
+        view.table_by_type[JournalChunk].store(one.id, None, one, moves=True)
+    return view
+
+
+def test_entries_come_back_as_they_were_written() -> None:
+    entries = [an_entry(number, message="web → ✓") for number in range(1, 131)]
+    first = chunks.with_changes(None, entries[:30], 30, [(1, 2)])
+    second = chunks.with_changes(first[-1], entries[30:], 130, [(5 * SECOND_NS, 40)])
+    assert [one.count for one in second] == [50, 50, 30]
+    assert second[0].id == first[0].id
+    assert second[-1].revision == 130
+    assert [entry for one in second for entry in chunks.entries_in(one)] == entries
+
+
+def test_a_chunk_that_cannot_be_read_has_no_entries() -> None:
+    assert chunks.entries_in(JournalChunk(id="change-1", count=3, data=b"?")) == ()
+
+
+def test_each_series_keeps_half_and_the_oldest_go() -> None:
+    changes = [replace(JournalChunk(id=chunks.changes_id(n)), count=50) for n in range(10)]
+    requests = [replace(JournalChunk(id=chunks.requests_id(n, "m1")), count=50) for n in range(2)]
+    assert chunks.surplus([*changes, *requests], 400) == [one.id for one in changes[:6]]
+    assert chunks.surplus([*changes, *requests], 0) == sorted(one.id for one in [*changes, *requests])
+    large = [replace(one, data=bytes(2 * 1024 * 1024)) for one in changes]
+    assert chunks.surplus(large, 100_000) == [one.id for one in large[:8]]
+
+
+def test_marks_are_thinned_and_keep_the_last() -> None:
+    marks = chunks.thinned([(n * SECOND_NS, n) for n in range(1000)], most=100)
+    assert len(marks) <= 100
+    assert marks[-1] == (999 * SECOND_NS, 999)
+    assert marks == tuple(sorted(marks))
+
+
+def test_the_revision_of_a_time_is_that_of_the_last_mark() -> None:
+    (chunk,) = chunks.with_changes(None, [an_entry(10)], 10, [(10 * SECOND_NS, 10), (20 * SECOND_NS, 15)])
+    view, own = view_of(chunk), [(30 * SECOND_NS, 21)]
+    assert revision_at(view, own, 9 * SECOND_NS) is None
+    assert revision_at(view, own, 12 * SECOND_NS) == 10
+    assert revision_at(view, own, 29 * SECOND_NS) == 15
+    assert revision_at(view, own, 99 * SECOND_NS) == 21
+    assert time_of(view, own, 11) == 20 * SECOND_NS
+    assert time_of(view, own, 22) is None
+
+
+# -- pages ---------------------------------------------------------------------------------------------------------
+
+
+def kept(changes: int, requests: int) -> State:
+    one = [an_entry(n, service="web" if n % 2 else "db") for n in range(1, changes + 1)]
+    other = [an_entry(n, Kind.REQUEST, node="m1") for n in range(1, requests + 1)]
+    return view_of(*chunks.with_changes(None, one, changes, ()), *chunks.with_requests(None, other, "m1"))
+
+
+def pages(view: State, query: Query) -> list[HistoryPage]:
+    found = [asyncio.run(page(view, query))]
+    while found[-1].next:
+        found.append(asyncio.run(page(view, replace(query, cursor=found[-1].next))))
+    return found
+
+
+@pytest.mark.parametrize("is_ascending", [False, True])
+@pytest.mark.parametrize("limit", [1, 7, 200])
+def test_pages_have_every_entry_once_and_in_order(limit: int, *, is_ascending: bool) -> None:
+    view = kept(120, 80)
+    found = pages(view, Query(limit=limit, is_ascending=is_ascending))
+    assert all(len(one.entries) == limit for one in found[:-1])
+    entries = [entry for one in found for entry in one.entries]
+    places = [(position_of(entry), entry.kind.value) for entry in entries]
+    assert len(set(places)) == 200
+    assert [at for (at, _), _ in places] == sorted((at for (at, _), _ in places), reverse=not is_ascending)
+    assert found[0].total == 200
+
+
+def test_a_page_has_what_was_asked_for() -> None:
+    view = kept(120, 80)
+
+    def count(query: Query) -> int:
+        return sum(len(one.entries) for one in pages(view, query))
+
+    assert count(Query(services=frozenset({"web"}))) == 60
+    assert count(Query(nodes=frozenset({"m1"}))) == 80
+    assert count(Query(about=frozenset({"web"}))) == 60
+    assert count(Query(kinds=frozenset({Kind.REQUEST}))) == 80
+    assert count(Query(since_ns=100 * SECOND_NS)) == 21
+    assert count(Query(until_ns=10 * SECOND_NS)) == 20
+    with pytest.raises(InvalidArgument, match="cursor"):
+        asyncio.run(page(view, Query(cursor="x")))
+
+
+# -- what is not written yet -----------------------------
+
+
+def test_what_does_not_fit_is_told_by_an_entry() -> None:
+    pending = Pending(Kind.CHANGE, most=3)
+    for number in range(1, 6):
+        pending.add(an_entry(number))
+    first = pending.first(10, Timestamp("2026-01-31T12:00:00Z"))
+    assert [one.action for one in first] == ["lost-entries", "", "", ""]
+    assert first[0].message.startswith("2 entries are missing here")
+    pending.add(an_entry(6))  # meanwhile
+    pending.done(first)
+    assert [one.id for one in pending.first(10, Timestamp(""))][1:] == ["6-change"]
+
+
+def test_all_entries_of_a_revision_are_taken_together() -> None:
+    pending = Pending(Kind.CHANGE)
+    for number, id in ((1, "a"), (2, "b"), (2, "c"), (3, "d")):
+        pending.add(replace(an_entry(number), id=id))
+    assert [one.id for one in pending.first(2, Timestamp(""))] == ["a", "b", "c"]
+
+
+def test_what_another_manager_has_written_is_dropped() -> None:
+    pending = Pending(Kind.CHANGE)
+    for number in (1, 2, 3):
+        pending.add(an_entry(number))
+    pending.written_until(2)
+    assert [one.revision for one in pending.first(9, Timestamp(""))] == [3]
+
+
+def test_an_entry_is_bounded() -> None:
+    entry = bounded(Entry(message="x" * 5000, path="/" * 5000, name="n" * 5000, service="s" * 5000))
+    assert len(entry.message) == 500
+    assert len(entry.path) == 200
+    assert len(entry.name) == len(entry.service) == 100
