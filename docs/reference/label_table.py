@@ -9,6 +9,9 @@ from skep.model.labels import (
     DRAIN,
     FORGET_NODES,
     HEARTBEAT_GRACE,
+    HISTORY,
+    HISTORY_DEFAULT,
+    HISTORY_MAX,
     IGNORE_PATHS,
     JOB_TTL,
     LAST_LINES,
@@ -322,6 +325,13 @@ LABELS = (
         "`0` to `20`",
         "`20`",
         "how many last lines of output managers keep with a task that ended, of any service",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        HISTORY,
+        f"`0` to `{HISTORY_MAX}`",
+        f"`{HISTORY_DEFAULT}`",
+        "how many entries of `skep history` are kept, half of them for requests; `0`: none, and those there are go",
     ),
     Label(
         LabelTarget.CLUSTER,
