@@ -11,7 +11,6 @@ from enum import Enum
 from msgspec.structs import replace
 
 from skep.model.encoding import ApiObject, always
-from skep.model.service import ServiceSpec
 from skep.model.times import Timestamp
 
 STACK_LABEL = "com.docker.stack.namespace"
@@ -143,15 +142,6 @@ def masked_text(text: str) -> str:
 
 
 _ASSIGNMENT = re.compile(r"[\w.-]+=[^\s\"',;]+|\S+://\S+")
-
-
-def without_credentials(spec: ServiceSpec) -> ServiceSpec:
-    """``spec`` with its environment ``masked``."""
-    container = spec.task_template.container_spec
-    if container is None or not container.env:
-        return spec
-    container = replace(container, env=tuple(map(masked, container.env)))
-    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
 
 
 def stack_of(labels: Mapping[str, str]) -> str:
