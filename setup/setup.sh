@@ -30,6 +30,7 @@ fi
 ./python.sh "$python" "$venv" "$extent"
 ./etcd.sh "$venv/libexec/skep"
 [ "$extent" != dev ] || ./plugins.sh "$venv/libexec/skep"
+[ "$extent" != dev ] || ./browser.sh "$venv/libexec/skep"
 # A docker command that was only unpacked is reached like everything else of the environment.
 if [ -x "$venv/libexec/skep/docker" ]; then
     ln -sf ../libexec/skep/docker "$venv/bin/docker"

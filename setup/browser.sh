@@ -1,0 +1,41 @@
+#!/bin/bash
+# Installs Chromium, in which tests drive the dashboard, and the font of its pictures: browser.sh DIRECTORY
+#
+# Only tests use it, and not every distribution has it as a package (Ubuntu's is a snap), so a machine on which it cannot be
+# had is set up nevertheless: the reason is left in DIRECTORY/browser-missing, is tried again a day later, and is why those
+# tests are skipped.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./say.sh
+. ./suite.sh
+
+target=$1
+missing=$target/browser-missing
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+if [ -x /usr/bin/chromium ]; then
+    rm -f "$missing"
+    exit 0
+fi
+if [ -n "$(find "$missing" -mmin -1440 2>/dev/null)" ]; then
+    exit 0
+fi
+
+# without REASON: the machine is set up, without it.
+without() {
+    mkdir -p "$target"
+    printf '%s\n' "$1" >"$missing"
+    say "without Chromium, in which tests drive the dashboard: $1"
+    exit 0
+}
+
+command -v apt-get >/dev/null || without "there is no apt-get to install it with"
+[ "$(id -u)" = 0 ] || without "only root can install it (sudo make setup)"
+[ "$(distribution)" = debian ] || without "the package of this distribution is no browser of its own (Debian's is)"
+say "installing chromium, in which tests drive the dashboard"
+export DEBIAN_FRONTEND=noninteractive
+apt-get -q update </dev/null >"$log" 2>&1 || without "apt-get update failed: $(tail -n 1 "$log")"
+apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-install-recommends chromium fonts-inter </dev/null >"$log" 2>&1 ||
+    without "apt-get install failed: $(tail -n 1 "$log")"
+rm -f "$missing"

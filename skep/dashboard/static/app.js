@@ -1,0 +1,229 @@
+/** The page: what is open, when it is drawn again, keys. */
+
+import { Cluster, KINDS } from "./cluster.js";
+import { Colours } from "./colours.js";
+import { Live } from "./live.js";
+import { Hive } from "./hive.js";
+import { Journal } from "./journal.js";
+import { Logs } from "./logs.js";
+import { ApiError, get } from "./api.js";
+import { Resources } from "./resources.js";
+import { shell } from "./shell.js";
+import { patch } from "./dom.js";
+import { PAGES } from "./pages.js";
+import { showHelp } from "./help.js";
+import { showSearch } from "./search_box.js";
+import { clean, compareNames } from "./text.js";
+
+const TICK_MS = 5000;
+const PAST_AFTER_MS = 150;
+const THEMES = ["auto", "light", "dark"];
+
+class App {
+  /** What is shown: the cluster as it is, or as it was. */
+  cluster = new Cluster();
+  /** The moment that is shown (milliseconds), null for the present. */
+  past = null;
+  logs = new Logs(this);
+  journal = new Journal(get, () => this.invalidate());
+  colours = new Colours();
+  resources = new Resources(() => this.invalidate());
+  /** What the page shows of the connection. */
+  live = { state: "connecting", reason: "" };
+  /** Ages are counted from here: the present, or the moment that is shown. */
+  now = Date.now();
+  realNow = Date.now();
+  route = { page: "hive", kind: "", id: "", tab: "" };
+  scrolled = { top: 0, height: 800 };
+  /** What pages remember while they are open: filters, drafts. */
+  memory = new Map();
+  /** What could not be shown, until the next page. */
+  notice = "";
+  theme = localStorage.getItem("skep-theme") ?? "auto";
+  #frame = 0;
+  #servicesVersion = -1;
+  #drawnVersion = -1;
+  #prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  #chord = "";
+  #present = this.cluster;
+  #pastAsked = 0;
+
+  constructor() {
+    this.hive = new Hive(this.cluster, this.colours, (kind, id) => this.open(kind, id));
+    this.stream = new Live(this.cluster, {
+      changed: () => this.invalidate(),
+      status: (state, reason) => {
+        this.live = { state, reason };
+        this.invalidate();
+      },
+    });
+  }
+
+  start() {
+    addEventListener("hashchange", () => this.#follow());
+    addEventListener("keydown", (event) => this.#key(event));
+    document.addEventListener("visibilitychange", () => this.invalidate());
+    this.#prefersDark.addEventListener("change", () => this.applyTheme());
+    addEventListener("resize", () => this.invalidate());
+    setInterval(() => this.invalidate(), TICK_MS);
+    this.#follow();
+    this.applyTheme();
+    this.stream.start();
+  }
+
+  /** The page is drawn again in the next frame; a hidden one when it is seen again. */
+  invalidate() {
+    if (this.#frame === 0 && !document.hidden) {
+      this.#frame = requestAnimationFrame(() => {
+        this.#frame = 0;
+        this.#render();
+      });
+    }
+  }
+
+  #render() {
+    this.realNow = Date.now();
+    this.now = this.past ?? this.realNow;
+    if (this.#present.cursor !== "") void this.journal.refresh(this.#present.version, this.realNow);
+    const { services } = this.cluster.versions;
+    if (services !== this.#servicesVersion) {
+      this.#servicesVersion = services;
+      this.colours.assign([...this.cluster.all("services")].sort((a, b) => compareNames(a.name, b.name)));
+    }
+    const { page, kind, id } = this.route;
+    const title = id && KINDS.includes(kind) ? this.cluster.name(kind, id) : PAGES.find(({ name }) => name === page).title;
+    document.title = clean(`${title} · ${this.cluster.info.name || "Skep"}`);
+    this.resources.begin();
+    patch(document.body, ...shell(this));
+    this.resources.end();
+    if (this.route.page !== "hive") return;
+    this.hive.select(this.route.id ? this.route : null);
+    if (this.#drawnVersion !== this.cluster.version) {
+      this.#drawnVersion = this.cluster.version;
+      this.hive.update();
+    }
+  }
+
+  /** Shows the cluster as it was at a moment (milliseconds), or as it is (null). */
+  async showPast(at) {
+    this.past = at;
+    this.#pastAsked += 1;
+    const mine = this.#pastAsked;
+    this.invalidate();
+    if (at === null) return this.#show(this.#present);
+    await new Promise((resolve) => setTimeout(resolve, PAST_AFTER_MS));
+    if (mine !== this.#pastAsked) return undefined;
+    const then = new Cluster();
+    try {
+      then.take(await get(`skep/view?at=${Math.floor(at / 1000)}`));
+    } catch (error) {
+      if (!(error instanceof ApiError) || mine !== this.#pastAsked) throw error;
+      this.past = null;
+      this.notice = error.message;
+      return this.#show(this.#present);
+    }
+    return mine === this.#pastAsked ? this.#show(then) : undefined;
+  }
+
+  #show(cluster) {
+    this.cluster = cluster;
+    this.hive.cluster = cluster;
+    this.#servicesVersion = -1;
+    this.#drawnVersion = -1;
+    this.invalidate();
+  }
+
+  colour(service) {
+    return this.colours.of(service, this.isDark);
+  }
+
+  get isDark() {
+    return this.theme === "dark" || (this.theme === "auto" && this.#prefersDark.matches);
+  }
+
+  applyTheme() {
+    document.documentElement.dataset.theme = this.isDark ? "dark" : "light";
+    this.hive.theme(this.isDark);
+    this.#drawnVersion = -1;
+    this.invalidate();
+  }
+
+  nextTheme() {
+    this.theme = THEMES[(THEMES.indexOf(this.theme) + 1) % THEMES.length];
+    localStorage.setItem("skep-theme", this.theme);
+    this.applyTheme();
+  }
+
+  /** The address of something's panel beside the present page. */
+  href(kind, id, tab = "") {
+    return `#/${this.route.page}/${kind}/${encodeURIComponent(id)}${tab ? `/${tab}` : ""}`;
+  }
+
+  open(kind, id, tab = "") {
+    location.hash = this.href(kind, id, tab);
+  }
+
+  go(page) {
+    location.hash = `#/${page}`;
+  }
+
+  close() {
+    if (this.route.id) this.go(this.route.page);
+  }
+
+  #follow() {
+    const [, page = "hive", kind = "", id = "", tab = ""] = location.hash.split("/");
+    const isKnown = PAGES.some(({ name }) => name === page);
+    if (page !== this.route.page) this.scrolled.top = 0;
+    this.route = { page: isKnown ? page : "hive", kind, id: decode(id), tab };
+    this.notice = "";
+    this.invalidate();
+  }
+
+  #key(event) {
+    const isTyping = event.target.closest?.("input, textarea, select, dialog, .terminal");
+    if (isTyping || event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
+    const page = this.#chord === "g" ? PAGES.find(({ key }) => key === event.key) : undefined;
+    this.#chord = event.key === "g" ? "g" : "";
+    const does = {
+      "/": () => showSearch(this),
+      "?": () => showHelp(),
+      d: () => this.nextTheme(),
+      t: () => this.toggleTable(),
+      j: () => this.#row(1),
+      k: () => this.#row(-1),
+      Escape: () => this.close(),
+    }[event.key];
+    if (page) this.go(page.name);
+    else if (does) does();
+    else return;
+    event.preventDefault();
+  }
+
+  toggleTable() {
+    this.memory.set("hive as table", !this.memory.get("hive as table"));
+    this.#drawnVersion = -1;
+    if (this.route.page !== "hive") this.go("hive");
+    this.invalidate();
+  }
+
+  /** Moves the focus to the next or previous row of the list. */
+  #row(step) {
+    const rows = [...document.querySelectorAll("main table.list tbody th a")];
+    const here = rows.indexOf(document.activeElement);
+    rows[Math.min(rows.length - 1, Math.max(0, here + step))]?.focus();
+  }
+}
+
+function decode(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return "";
+  }
+}
+
+const app = new App();
+app.start();
+// For the tests, and for people who look for it in the console.
+globalThis.skep = app;

@@ -1,0 +1,81 @@
+/** The stream of the cluster's changes: one EventSource, begun again with growing delays when it ends. */
+
+const DELAYS_S = [1, 2, 4, 8, 15, 30];
+
+/** Feeds `cluster` and calls `changed()`; `status(state, reason)` is told `connecting`, `live` or `lost`. */
+export class Live {
+  #cluster;
+  #changed;
+  #status;
+  #source = null;
+  #failures = 0;
+  #timer = null;
+
+  constructor(cluster, { changed, status }) {
+    this.#cluster = cluster;
+    this.#changed = changed;
+    this.#status = status;
+  }
+
+  start() {
+    this.stop();
+    const after = this.#cluster.cursor ? `?after=${encodeURIComponent(this.#cluster.cursor)}` : "";
+    const source = new EventSource(`../skep/view/stream${after}`);
+    this.#source = source;
+    this.#status("connecting", "");
+    source.addEventListener("open", () => {
+      this.#failures = 0;
+      this.#status("live", "");
+    });
+    source.addEventListener("snapshot", (event) => this.#receive(event, (data) => this.#cluster.take(data)));
+    source.addEventListener("change", (event) => this.#receive(event, (data) => this.#cluster.apply(data)));
+    source.addEventListener("error", () => {
+      // The browser tries again by itself unless the answer was not 200.
+      if (source.readyState === EventSource.CLOSED) this.#again();
+      else this.#status("connecting", "");
+    });
+  }
+
+  stop() {
+    this.#source?.close();
+    this.#source = null;
+    clearTimeout(this.#timer);
+  }
+
+  #receive(event, take) {
+    let data;
+    try {
+      data = JSON.parse(event.data);
+    } catch {
+      // A half line cannot be applied: everything is asked for again.
+      this.#cluster.cursor = "";
+      this.#again();
+      return;
+    }
+    take(data);
+    this.#changed();
+  }
+
+  async #again() {
+    this.stop();
+    const delay = DELAYS_S[Math.min(this.#failures, DELAYS_S.length - 1)] * (0.75 + Math.random() / 2);
+    this.#failures += 1;
+    // An EventSource does not say why it ended: one request does.
+    this.#status("lost", await reasonOf("../skep/view"));
+    this.#timer = setTimeout(() => this.start(), delay * 1000);
+  }
+}
+
+async function reasonOf(url) {
+  try {
+    const response = await fetch(url, { method: "GET", signal: AbortSignal.timeout(5000) });
+    if (response.status === 401) return "the login has ended: run `skep ui` again";
+    if (response.ok) {
+      await response.body?.cancel();
+      return "the stream ended";
+    }
+    return (await response.json().catch(() => null))?.message ?? `the answer was ${response.status}`;
+  } catch {
+    return "no connection to `skep ui`";
+  }
+}

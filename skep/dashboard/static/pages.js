@@ -1,0 +1,316 @@
+/** The pages of the rail: each lists one kind of object, the first draws the cluster. */
+
+import { h, own } from "./dom.js";
+import { phase, problems } from "./cluster.js";
+import { ago, badge, link, links, meter, swatch, taskGlyph } from "./parts.js";
+import { table } from "./table.js";
+import { count, imageName, percent } from "./text.js";
+import { orderedNodes } from "./scene.js";
+import { eventsPage, timeline } from "./events.js";
+
+const byName = (row) => row.name;
+const sortedBy = (rows, name = byName) => [...rows].sort((a, b) => (name(a) < name(b) ? -1 : 1));
+
+/** A list with its heading. */
+function listPage(app, title, { note, ...list }) {
+  return [
+    h("div", { key: "head", class: "head" }, h("h1", {}, title), note && h("p", {}, note)),
+    table(app, { label: title, isSelected: (row) => row.id === app.route.id, ...list }),
+  ];
+}
+
+// --- the hive
+
+function hivePage(app) {
+  const isTable = app.memory.get("hive as table") === true;
+  return [
+    h("h1", { key: "title", class: "unseen" }, "Hive"),
+    h(
+      "div",
+      { key: "hive", class: "hive" },
+      h(
+        "div",
+        { key: "stage", class: "stage" },
+        isTable ? h("div", { key: "table", class: "scroll", tabindex: "0", role: "region", "aria-label": "the hive as a table" }, hiveTable(app)) : own(app.hive.element, "map"),
+        h("div", { key: "tools", class: "tools", role: "group", "aria-label": "view" },
+          !isTable && [
+            tool("+", "Zoom in", () => app.hive.zoom(1.5)),
+            tool("−", "Zoom out", () => app.hive.zoom(1 / 1.5)),
+            tool("Fit", "Show everything (0)", () => app.hive.fit()),
+          ],
+          tool(isTable ? "Map" : "Table", "Map or table (t)", () => app.toggleTable())),
+      ),
+      h("div", { key: "side", class: "side", tabindex: "0", role: "region", "aria-label": "what to look at, and the services" }, attention(app), legend(app)),
+      timeline(app),
+    ),
+  ];
+}
+
+function tool(label, title, onclick) {
+  return h("button", { key: title, type: "button", title, "aria-label": title, onclick }, label);
+}
+
+function attention(app) {
+  const found = problems(app.cluster);
+  if (found.length === 0) return h("section", { key: "well", class: "well" }, h("h2", {}, "All is well"), h("p", {}, "Every service runs as it should."));
+  return h(
+    "section",
+    { key: "attention", class: "attention" },
+    h("h2", {}, "To look at"),
+    h("ul", {}, found.slice(0, 30).map(({ level, title, detail, target }) =>
+      h("li", { class: level }, h("a", { href: target ? app.href(...target) : "#/nodes" }, title), detail && h("p", {}, detail)))),
+    found.length > 30 && h("p", { class: "quiet" }, `and ${found.length - 30} more`),
+  );
+}
+
+const LEGEND_MAX = 60;
+
+function legend(app) {
+  const chosen = app.memory.get("highlight");
+  const choose = (id) => {
+    const next = id === chosen ? undefined : id;
+    app.memory.set("highlight", next);
+    app.hive.highlight(next === undefined ? null : (task) => task.service === next);
+    app.invalidate();
+  };
+  const services = sortedBy(app.cluster.all("services"));
+  return h(
+    "section",
+    { key: "legend", class: "legend" },
+    h("h2", {}, "Services"),
+    services.length === 0 && h("p", { class: "quiet" }, "None yet: docker service create, or skep run."),
+    h("ul", {}, services.slice(0, LEGEND_MAX).map((service) =>
+      h("li", { key: service.id, class: service.id === chosen ? "chosen" : "" },
+        h("button", { type: "button", "aria-pressed": String(service.id === chosen), onclick: () => choose(service.id), title: "Show only this service's tasks" },
+          swatch(app, service.id), h("span", {}, service.name)),
+        h("a", { class: service.state, href: app.href("services", service.id), "aria-label": `${service.name}: ${replicasText(service)}` }, replicasText(service))))),
+    services.length > LEGEND_MAX && h("p", { class: "quiet" }, h("a", { href: "#/services" }, `all ${services.length} services`)),
+  );
+}
+
+function hiveTable(app) {
+  const tasks = app.cluster.by("tasks", "node");
+  const { cluster } = app;
+  const summary = (node) => {
+    const groups = new Map();
+    for (const task of tasks.get(node.id) ?? []) {
+      const key = `${task.service} ${phase(task)}`;
+      groups.set(key, [...(groups.get(key) ?? []), task]);
+    }
+    return [...groups.values()].map((group, i) => {
+      const slots = group.filter((task) => task.slot).map((task) => task.slot).sort((a, b) => a - b).join(", ");
+      return [i > 0 && ", ", taskGlyph(app, group[0]), " ", link(app, "services", group[0].service), slots ? `.${slots}` : "", phase(group[0]) === "running" ? "" : ` (${phase(group[0])})`];
+    });
+  };
+  const waiting = tasks.get("") ?? [];
+  return [
+    waiting.length > 0 && h("p", { key: "waiting", class: "note" }, `${count(waiting.length, "task")} without a node: `, waiting.slice(0, 50).map((task, i) => [i > 0 && ", ", h("a", { href: app.href("tasks", task.id) }, cluster.taskName(task))])),
+    table(app, {
+      id: "hive",
+      label: "Nodes with their tasks",
+      rows: orderedNodes(cluster),
+      target: (node) => ["nodes", node.id],
+      empty: "No nodes.",
+      columns: [
+        { key: "name", title: "Node", cell: (node) => node.name, sort: byName },
+        { key: "state", title: "State", cell: nodeState, sort: (node) => node.state },
+        { key: "count", title: "Tasks", kind: "number", cell: (node) => String(tasks.get(node.id)?.length ?? 0), sort: (node) => tasks.get(node.id)?.length ?? 0 },
+        { key: "tasks", title: "Running there", cell: summary },
+      ],
+    }),
+  ];
+}
+
+// --- lists
+
+export function replicasText(service) {
+  return service.mode.endsWith("-job") ? `${service.completed}/${service.wanted} done` : `${service.running}/${service.wanted}`;
+}
+
+/** Running tasks of those wanted, as a bar with figures. */
+export function replicas(service) {
+  const isJob = service.mode.endsWith("-job");
+  const done = isJob ? service.completed : service.running;
+  const share = service.wanted ? done / service.wanted : 1;
+  return h("span", { class: "replicas" }, meter(replicasText(service), [{ share, kind: service.state }]), h("span", {}, replicasText(service)));
+}
+
+const LEVELS = { well: "good", moving: "warn", unwell: "bad" };
+
+export function serviceState(service) {
+  const update = service.update?.state;
+  const word = update && update !== "completed" && update !== "rollback_completed" ? update.replaceAll("_", " ") : service.state;
+  return badge(update?.endsWith("paused") ? "bad" : LEVELS[service.state], word);
+}
+
+export function nodeState(node) {
+  const level = node.state !== "ready" ? "bad" : node.availability === "active" ? "good" : "quiet";
+  return badge(level, node.state !== "ready" || node.availability === "active" ? node.state : node.availability);
+}
+
+const PHASE_LEVELS = { running: "good", failed: "bad", unhealthy: "bad", unknown: "bad", waiting: "warn", starting: "warn" };
+
+export function taskState(task) {
+  return badge(PHASE_LEVELS[phase(task)] ?? "quiet", task.health === "unhealthy" ? "unhealthy" : task.state);
+}
+
+function load(node) {
+  if (node.load === null) return h("span", { class: "quiet" }, "–");
+  const kind = node.load > 0.9 ? "unwell" : node.load > 0.75 ? "moving" : "plain";
+  return h("span", { class: "replicas" }, meter(percent(node.load), [{ share: node.load, kind }]), h("span", {}, percent(node.load)));
+}
+
+function servicesPage(app) {
+  return listPage(app, "Services", {
+    id: "services",
+    rows: sortedBy(app.cluster.all("services")),
+    target: (service) => ["services", service.id],
+    empty: "No services yet. Create one with docker service create, skep run or a stack file.",
+    columns: [
+      { key: "name", title: "Name", cell: (service) => [swatch(app, service.id), service.name], sort: byName },
+      { key: "replicas", title: "Tasks", cell: replicas, sort: (service) => service.running / (service.wanted || 1) },
+      { key: "state", title: "State", cell: serviceState, sort: (service) => service.state },
+      { key: "image", title: "Image", kind: "mono", cell: (service) => imageName(service.image), sort: (service) => service.image },
+      { key: "ports", title: "Ports", kind: "wide", cell: (service) => portsText(service.ports) },
+      { key: "updated", title: "Updated", kind: "wide number", cell: (service) => ago(app, service.updated_at), sort: (service) => -service.updated_at },
+      { key: "reason", title: "Reason", kind: "wide rest", cell: (service) => service.reason },
+    ],
+  });
+}
+
+export function portsText(ports) {
+  return ports.map(({ published, target, protocol }) => `${published || "·"}→${target}${protocol === "tcp" ? "" : `/${protocol}`}`).join(" ");
+}
+
+function nodesPage(app) {
+  const tasks = app.cluster.by("tasks", "node");
+  return listPage(app, "Nodes", {
+    id: "nodes",
+    rows: orderedNodes(app.cluster),
+    target: (node) => ["nodes", node.id],
+    empty: "No nodes.",
+    columns: [
+      { key: "name", title: "Name", cell: (node) => node.name, sort: byName },
+      { key: "state", title: "State", cell: nodeState, sort: (node) => node.state + node.availability },
+      { key: "role", title: "Role", cell: (node) => [node.role, node.leader && h("span", { class: "quiet" }, " · leader"), node.manager === "unreachable" && badge("bad", "unreachable")], sort: (node) => node.role },
+      { key: "tasks", title: "Tasks", kind: "number", cell: (node) => String(tasks.get(node.id)?.length ?? 0), sort: (node) => tasks.get(node.id)?.length ?? 0 },
+      { key: "load", title: "Load", cell: load, sort: (node) => node.load ?? -1 },
+      { key: "address", title: "Address", kind: "mono wide", cell: (node) => node.address, sort: (node) => node.address },
+      { key: "engine", title: "Engine", kind: "wide", cell: (node) => node.engine, sort: (node) => node.engine },
+      { key: "reason", title: "Reason", kind: "wide rest", cell: (node) => node.reason },
+    ],
+  });
+}
+
+export function taskColumns(app, { hasNode = true } = {}) {
+  return [
+    { key: "name", title: "Task", cell: (task) => [taskGlyph(app, task), app.cluster.taskName(task)], sort: (task) => app.cluster.taskName(task) },
+    { key: "state", title: "State", cell: taskState, sort: (task) => task.state },
+    hasNode && { key: "node", title: "Node", cell: (task) => (task.node ? link(app, "nodes", task.node) : h("span", { class: "quiet" }, "none yet")), sort: (task) => app.cluster.name("nodes", task.node) },
+    { key: "since", title: "For", kind: "number", cell: (task) => ago(app, task.since), sort: (task) => -task.since },
+    { key: "image", title: "Image", kind: "mono wide", cell: (task) => imageName(task.image), sort: (task) => task.image },
+    { key: "error", title: "Reason", kind: "wide rest", cell: (task) => task.error || (task.node ? "" : task.message) },
+  ].filter(Boolean);
+}
+
+function tasksPage(app) {
+  const tasks = app.cluster.all("tasks");
+  return listPage(app, "Tasks", {
+    id: "tasks",
+    note: `${count(tasks.length, "task")} that matter now; what was replaced is in its service's history.`,
+    rows: tasks,
+    target: (task) => ["tasks", task.id],
+    empty: "No tasks.",
+    columns: taskColumns(app),
+  });
+}
+
+function networksPage(app) {
+  return listPage(app, "Networks", {
+    id: "networks",
+    rows: sortedBy(app.cluster.all("networks")),
+    target: (network) => ["networks", network.id],
+    empty: "No networks.",
+    columns: [
+      { key: "name", title: "Name", cell: (network) => network.name, sort: byName },
+      { key: "driver", title: "Driver", cell: (network) => network.driver, sort: (network) => network.driver },
+      { key: "kind", title: "Kind", cell: networkKind },
+      { key: "subnets", title: "Subnets", kind: "mono", cell: (network) => network.subnets.join(" ") },
+      { key: "services", title: "Services", kind: "rest", cell: (network) => links(app, "services", network.services), sort: (network) => network.services.length },
+    ],
+  });
+}
+
+export function networkKind(network) {
+  const words = ["encrypted", "ingress", "internal", "attachable"].filter((word) => network[word]);
+  return words.map((word) => badge("quiet", word));
+}
+
+function stacksPage(app) {
+  const services = (stack) => stack.services.map((id) => app.cluster.get("services", id)).filter(Boolean);
+  return listPage(app, "Stacks", {
+    id: "stacks",
+    rows: sortedBy(app.cluster.all("stacks")),
+    target: (stack) => ["stacks", stack.id],
+    empty: "No stacks. Deploy one with skep stack deploy or docker stack deploy.",
+    columns: [
+      { key: "name", title: "Name", cell: (stack) => stack.name, sort: byName },
+      { key: "revision", title: "Revision", kind: "number", cell: (stack) => (stack.revision === null ? "–" : String(stack.revision)), sort: (stack) => stack.revision ?? 0 },
+      { key: "state", title: "State", cell: (stack) => stackState(services(stack)) },
+      { key: "services", title: "Services", kind: "rest", cell: (stack) => links(app, "services", stack.services), sort: (stack) => stack.services.length },
+    ],
+  });
+}
+
+export function stackState(services) {
+  const worst = ["unwell", "moving"].find((state) => services.some((service) => service.state === state)) ?? "well";
+  return badge(LEVELS[worst], worst === "well" ? "well" : `${services.filter((service) => service.state === worst).length} ${worst}`);
+}
+
+function volumesPage(app) {
+  return listPage(app, "Volumes", {
+    id: "volumes",
+    note: "Volumes of the cluster. Volumes of one node alone are listed by docker volume ls on that node.",
+    rows: sortedBy(app.cluster.all("volumes")),
+    target: (volume) => ["volumes", volume.id],
+    empty: "No cluster volumes.",
+    columns: [
+      { key: "name", title: "Name", cell: (volume) => volume.name, sort: byName },
+      { key: "driver", title: "Driver", kind: "mono", cell: (volume) => volume.driver, sort: (volume) => volume.driver },
+      { key: "state", title: "State", cell: (volume) => badge(volume.reason ? "bad" : volume.state === "in use" ? "good" : "quiet", volume.state), sort: (volume) => volume.state },
+      { key: "nodes", title: "On", cell: (volume) => links(app, "nodes", volume.nodes) },
+      { key: "reason", title: "Reason", kind: "wide rest", cell: (volume) => volume.reason },
+    ],
+  });
+}
+
+function secretsPage(app) {
+  const of = (kind) => app.cluster.all(kind).map((row) => ({ ...row, kind }));
+  return listPage(app, "Secrets and configs", {
+    id: "secrets",
+    note: "By name and use; their data is never sent to this page.",
+    rows: sortedBy([...of("secrets"), ...of("configs")]),
+    target: (row) => [row.kind, row.id],
+    empty: "No secrets and no configs.",
+    columns: [
+      { key: "name", title: "Name", cell: byName, sort: byName },
+      { key: "kind", title: "Kind", cell: (row) => row.kind.slice(0, -1), sort: (row) => row.kind },
+      { key: "created", title: "Created", kind: "number", cell: (row) => ago(app, row.created_at), sort: (row) => -row.created_at },
+      { key: "stack", title: "Stack", kind: "wide", cell: (row) => row.stack, sort: (row) => row.stack },
+      { key: "services", title: "Used by", kind: "rest", cell: (row) => links(app, "services", row.services), sort: (row) => row.services.length },
+    ],
+  });
+}
+
+/** In the order of the rail; `key` follows `g`; `isMain`: in the bar of a phone. */
+export const PAGES = [
+  { name: "hive", title: "Hive", key: "h", isMain: true, show: hivePage },
+  { name: "services", title: "Services", key: "s", kind: "services", isMain: true, show: servicesPage },
+  { name: "nodes", title: "Nodes", key: "n", kind: "nodes", isMain: true, show: nodesPage },
+  { name: "tasks", title: "Tasks", key: "t", kind: "tasks", show: tasksPage },
+  { name: "networks", title: "Networks", key: "w", kind: "networks", show: networksPage },
+  { name: "stacks", title: "Stacks", key: "k", kind: "stacks", show: stacksPage },
+  { name: "volumes", title: "Volumes", key: "v", kind: "volumes", show: volumesPage },
+  { name: "secrets", title: "Secrets", key: "c", show: secretsPage },
+  { name: "events", title: "Events", key: "e", isMain: true, show: eventsPage },
+];

@@ -1,0 +1,284 @@
+/** The panel beside a page: one object in detail, what can be done with it, its logs, its terminal. */
+
+import { h, own } from "./dom.js";
+import { isEnded, phase } from "./cluster.js";
+import { ago, badge, button, facts, fetched, link, links, section, swatch, taskGlyph, took } from "./parts.js";
+import { networkKind, nodeState, portsText, replicas, serviceState, stackState, taskColumns, taskState } from "./pages.js";
+import { table } from "./table.js";
+import { age, clockTime, compareNames, count, imageName, percent, bytes } from "./text.js";
+import { nodeActions, serviceActions } from "./actions.js";
+
+const KINDS = {
+  services: { one: "service", tabs: ["", "tasks", "logs", "history"], show: servicePanel, actions: serviceActions },
+  tasks: { one: "task", tabs: ["", "logs", "terminal"], show: taskPanel },
+  nodes: { one: "node", tabs: ["", "tasks"], show: nodePanel, actions: nodeActions },
+  networks: { one: "network", tabs: [""], show: networkPanel },
+  stacks: { one: "stack", tabs: [""], show: stackPanel },
+  volumes: { one: "volume", tabs: [""], show: volumePanel },
+  secrets: { one: "secret", tabs: [""], show: secretPanel },
+  configs: { one: "config", tabs: [""], show: secretPanel },
+};
+
+/** The panel of what the address names. */
+export function panel(app) {
+  const { kind, id, tab } = app.route;
+  const found = KINDS[kind];
+  const row = found && app.cluster.get(kind, id);
+  const close = button("×", () => app.close(), { kind: "close", title: "Close (Esc)" });
+  if (!row) {
+    return [
+      h("div", { key: "head", class: "panel-head" }, h("h2", {}, found ? `This ${found.one} is gone` : "Not found"), close),
+      h("p", { key: "gone", class: "note quiet" }, kind === "tasks" ? "It was replaced or removed." : "It was removed, or never was."),
+    ];
+  }
+  const title = kind === "tasks" ? app.cluster.taskName(row) : row.name;
+  const mark = kind === "services" ? swatch(app, id) : kind === "tasks" ? taskGlyph(app, row) : null;
+  return [
+    h("div", { key: `head ${kind}`, class: "panel-head" }, h("h2", {}, mark, title), h("span", { class: "quiet" }, found.one), close),
+    found.actions && h("div", { key: `actions ${kind}`, class: "actions" }, found.actions(app, row)),
+    found.tabs.length > 1 && h("div", { key: "tabs", class: "tabs" }, found.tabs.map((name) => tabLink(app, name))),
+    h("div", { key: `${kind} ${id} ${tab}`, class: `panel-body ${tab}` }, found.show(app, row, tab)),
+  ];
+}
+
+function tabLink(app, name) {
+  const { kind, id, tab } = app.route;
+  const title = name === "" ? "Overview" : name[0].toUpperCase() + name.slice(1);
+  return h("a", { href: app.href(kind, id, name), "aria-current": tab === name ? "true" : undefined }, title);
+}
+
+// --- service
+
+function servicePanel(app, service, tab) {
+  if (tab === "tasks") return tasksOf(app, "service", service.id);
+  if (tab === "logs") return own(app.logs.element, "logs");
+  if (tab === "history") return serviceHistory(app, service);
+  const explained = app.resources.use(`skep/services/${service.id}/explain`, service);
+  return [
+    facts(
+      ["State", [serviceState(service), " ", replicas(service)]],
+      service.reason && ["Reason", service.reason],
+      ["Image", h("code", {}, imageName(service.image))],
+      ["Mode", service.mode],
+      service.stack && ["Stack", link(app, "stacks", service.stack)],
+      service.ports.length > 0 && ["Ports", portsText(service.ports)],
+      service.networks.length > 0 && ["Networks", links(app, "networks", service.networks)],
+      service.secrets.length > 0 && ["Secrets", links(app, "secrets", service.secrets)],
+      service.configs.length > 0 && ["Configs", links(app, "configs", service.configs)],
+      ["Updated", ago(app, service.updated_at)],
+    ),
+    service.update && rollout(app, service),
+    section("Why", fetched(explained, (answer) => explanation(answer))),
+    section("Where", spread(app, service)),
+  ];
+}
+
+/** The present or last update: how many tasks are of the new spec, and what it waits for. */
+function rollout(app, service) {
+  const { update } = service;
+  const tasks = app.cluster.tasksOf("service", service.id).filter((task) => !isEnded(task));
+  const fresh = tasks.filter((task) => task.current).length;
+  const started = update.started_at ? took(app, update.started_at, update.completed_at) : "";
+  return section(
+    update.state.startsWith("rollback") ? "Rollback" : "Update",
+    facts(
+      ["State", update.state.replaceAll("_", " ")],
+      ["Of the new spec", `${fresh} of ${count(tasks.length, "task")}`],
+      update.message && ["Message", update.message],
+      started && [update.completed_at ? "Took" : "Since", started],
+    ),
+  );
+}
+
+/** The answer of `/explain` in sentences. */
+function explanation(answer) {
+  const lines = (items) => (items ?? []).map((item) => h("li", {}, sentence(item)));
+  return [
+    answer.Summary && h("p", {}, answer.Summary),
+    answer.Reasons?.length > 0 && h("ul", { class: "plain" }, lines(answer.Reasons)),
+    answer.Failures?.length > 0 && h("ul", { class: "plain bad" }, lines(answer.Failures)),
+    answer.Update && h("p", { class: "quiet" }, sentence(answer.Update)),
+  ];
+}
+
+/** One entry of an explanation as text: a text as it is, an object by its text fields. */
+function sentence(item) {
+  if (typeof item === "string") return item;
+  const order = ["Summary", "Message", "Reason", "Text", "Error"];
+  const named = order.map((name) => item[name]).filter((value) => typeof value === "string" && value !== "");
+  if (named.length > 0) return named.join(": ");
+  return Object.entries(item)
+    .filter(([, value]) => ["string", "number", "boolean"].includes(typeof value) && value !== "")
+    .map(([name, value]) => `${name} ${value}`)
+    .join(", ");
+}
+
+/** On which nodes a service's tasks are. */
+function spread(app, service) {
+  const byNode = new Map();
+  for (const task of app.cluster.tasksOf("service", service.id)) byNode.set(task.node, [...(byNode.get(task.node) ?? []), task]);
+  if (byNode.size === 0) return h("p", { class: "quiet" }, "No tasks.");
+  const nodes = [...byNode].sort(([a], [b]) => compareNames(app.cluster.name("nodes", a), app.cluster.name("nodes", b)));
+  return h("ul", { class: "spread" }, nodes.map(([node, tasks]) =>
+    h("li", { key: node }, h("span", {}, node ? link(app, "nodes", node) : "no node yet"),
+      h("span", { class: "cells" }, tasks.slice(0, 60).map((task) =>
+        h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(app, task)))))));
+}
+
+function serviceHistory(app, service) {
+  const path = `tasks?filters=${encodeURIComponent(JSON.stringify({ service: [service.id] }))}`;
+  return fetched(app.resources.use(path, service), (tasks) => {
+    const sorted = [...tasks].sort((a, b) => (a.Status?.Timestamp < b.Status?.Timestamp ? 1 : -1)).slice(0, 100);
+    return h("ol", { class: "history" }, sorted.map((task) => {
+      const status = task.Status ?? {};
+      const ended = status.ContainerStatus?.ExitCode;
+      return h("li", { key: task.ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
+        h("time", {}, clockTime(status.Timestamp, app.now)),
+        h("b", {}, task.Slot ? `.${task.Slot}` : app.cluster.name("nodes", task.NodeID)),
+        h("span", {}, status.State, ended ? ` (${ended})` : "", task.NodeID ? [" on ", app.cluster.name("nodes", task.NodeID)] : ""),
+        (status.Err || status.Message) && h("p", {}, status.Err || status.Message));
+    }));
+  });
+}
+
+function tasksOf(app, field, id) {
+  const tasks = [...app.cluster.tasksOf(field, id)].sort((a, b) => compareNames(app.cluster.taskName(a), app.cluster.taskName(b)));
+  return table(app, {
+    id: `tasks of ${field}`,
+    label: "Tasks",
+    rows: tasks.slice(0, 150),
+    target: (task) => ["tasks", task.id],
+    empty: "No tasks.",
+    columns: taskColumns(app, { hasNode: field !== "node" }).filter(({ key }) => key !== "image" && key !== "error"),
+  });
+}
+
+// --- task
+
+function taskPanel(app, task, tab) {
+  if (tab === "logs") return own(app.logs.element, "logs");
+  if (tab === "terminal") return app.terminal(task);
+  const explained = app.resources.use(`skep/tasks/${task.id}/explain`, task);
+  return [
+    facts(
+      ["State", taskState(task)],
+      task.error && ["Reason", h("span", { class: "bad" }, task.error)],
+      task.message && ["Message", task.message],
+      ["For", ago(app, task.since)],
+      ["Service", app.cluster.get("services", task.service) ? link(app, "services", task.service) : app.cluster.name("services", task.service)],
+      ["Node", task.node ? link(app, "nodes", task.node) : "none yet"],
+      ["Image", h("code", {}, imageName(task.image))],
+      ["Spec", task.current ? "the service's present one" : "an earlier one: an update will replace this task"],
+      task.health && ["Health", task.health],
+      ["Id", h("code", {}, task.id)],
+    ),
+    section("Why", fetched(explained, explanation)),
+    section("Before", slotHistory(app, task)),
+  ];
+}
+
+/** The tasks that were in the same slot before. */
+function slotHistory(app, task) {
+  if (!task.service) return null;
+  const path = `tasks?filters=${encodeURIComponent(JSON.stringify({ service: [task.service] }))}`;
+  return fetched(app.resources.use(path, task), (tasks) => {
+    const earlier = tasks
+      .filter((other) => other.ID !== task.id && (task.slot ? other.Slot === task.slot : other.NodeID === task.node))
+      .sort((a, b) => (a.Status?.Timestamp < b.Status?.Timestamp ? 1 : -1));
+    if (earlier.length === 0) return h("p", { class: "quiet" }, "Nothing: it is the first in its place.");
+    return h("ol", { class: "history" }, earlier.map(({ ID, Status: status = {}, NodeID: node }) =>
+      h("li", { key: ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
+        h("time", {}, clockTime(status.Timestamp, app.now)),
+        h("span", {}, status.State, status.ContainerStatus?.ExitCode ? ` (${status.ContainerStatus.ExitCode})` : "", node ? [" on ", app.cluster.name("nodes", node)] : ""),
+        (status.Err || "") && h("p", {}, status.Err))));
+  });
+}
+
+// --- the others
+
+function nodePanel(app, node, tab) {
+  if (tab === "tasks") return tasksOf(app, "node", node.id);
+  const labels = Object.entries(node.labels ?? {});
+  const tasks = app.cluster.tasksOf("node", node.id);
+  return [
+    facts(
+      ["State", [nodeState(node), node.availability !== "active" && node.state === "ready" ? "" : badge("quiet", node.availability)]],
+      node.reason && ["Reason", node.reason],
+      ["Role", [node.role, node.leader ? " · leader" : "", node.manager && node.manager !== "reachable" ? ` · ${node.manager}` : ""]],
+      ["Load", node.load === null ? "not reported" : percent(node.load)],
+      ["Tasks", String(tasks.length)],
+      ["Processors", String(node.cpus)],
+      ["Memory", bytes(node.memory)],
+      ["Address", h("code", {}, node.address)],
+      ["Engine", [node.engine, h("span", { class: "quiet" }, ` ${node.os}/${node.arch}`)]],
+      labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
+      ["Id", h("code", {}, node.id)],
+    ),
+    section("Tasks", h("div", { class: "cells" }, tasks.slice(0, 200).map((task) =>
+      h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(app, task))))),
+  ];
+}
+
+function networkPanel(app, network) {
+  return [
+    facts(
+      ["Driver", network.driver],
+      ["Kind", networkKind(network)],
+      network.subnets.length > 0 && ["Subnets", h("code", {}, network.subnets.join(" "))],
+      network.stack && ["Stack", link(app, "stacks", network.stack)],
+      ["Id", h("code", {}, network.id)],
+    ),
+    section("Services on it", serviceList(app, network.services)),
+  ];
+}
+
+function serviceList(app, ids) {
+  const services = ids.map((id) => app.cluster.get("services", id)).filter(Boolean).sort((a, b) => compareNames(a.name, b.name));
+  if (services.length === 0) return h("p", { class: "quiet" }, "None.");
+  return h("ul", { class: "services" }, services.map((service) =>
+    h("li", { key: service.id }, swatch(app, service.id), link(app, "services", service.id), replicas(service), serviceState(service))));
+}
+
+function stackPanel(app, stack) {
+  const services = stack.services.map((id) => app.cluster.get("services", id)).filter(Boolean);
+  const networks = app.cluster.all("networks").filter((network) => network.stack === stack.name).map(({ id }) => id);
+  return [
+    facts(
+      ["State", stackState(services)],
+      ["Revision", stack.revision === null ? "not kept" : String(stack.revision)],
+      networks.length > 0 && ["Networks", links(app, "networks", networks)],
+    ),
+    section("Services", serviceList(app, stack.services)),
+  ];
+}
+
+function volumePanel(app, volume) {
+  return facts(
+    ["State", volume.state],
+    volume.reason && ["Reason", volume.reason],
+    ["Driver", h("code", {}, volume.driver)],
+    ["Availability", volume.availability],
+    ["On", links(app, "nodes", volume.nodes)],
+    ["Id", h("code", {}, volume.id)],
+  );
+}
+
+/** How many running tasks of its services are of the present spec: those have the secret or config of that name. */
+function secretPanel(app, row) {
+  const labels = Object.entries(row.labels ?? {});
+  const uptake = row.services.map((id) => app.cluster.get("services", id)).filter(Boolean).map((service) => {
+    const tasks = app.cluster.tasksOf("service", service.id).filter((task) => phase(task) === "running");
+    return h("li", { key: service.id }, swatch(app, service.id), link(app, "services", service.id), h("span", {}, `${tasks.filter((task) => task.current).length} of ${count(tasks.length, "running task")}`));
+  });
+  return [
+    facts(
+      ["Created", [ago(app, row.created_at), " ago, ", h("span", { class: "quiet" }, clockTime(row.created_at, app.now))]],
+      row.updated_at !== row.created_at && ["Updated", [age(row.updated_at, app.now), " ago"]],
+      row.stack && ["Stack", link(app, "stacks", row.stack)],
+      labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
+      ["Id", h("code", {}, row.id)],
+    ),
+    section("Used by", uptake.length > 0 ? h("ul", { class: "services" }, uptake) : h("p", { class: "quiet" }, "No service.")),
+    h("p", { class: "quiet small" }, "Data is never sent to this page."),
+  ];
+}

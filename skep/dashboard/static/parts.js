@@ -1,0 +1,91 @@
+/** Small pieces that pages and panels share. */
+
+import { h } from "./dom.js";
+import { phase } from "./cluster.js";
+import { age, clockTime, duration, instant } from "./text.js";
+
+const GLYPHS = {
+  waiting: "M6 1.500 10 3.750v4.500L6 10.500 2 8.250v-4.500z",
+  starting: "M6 1.500 10 3.750v4.500L6 10.500 2 8.250v-4.500zM6 4.500 7.400 5.250v1.500L6 7.500 4.600 6.750v-1.500z",
+  cross: "M3.500 3.500l5 5m0-5l-5 5",
+  bar: "M3.500 6h5",
+};
+
+/** The small hexagon of a task's phase, in the colour of its service: the same shapes as in the hive. */
+export function glyph(phaseName, colour) {
+  const isFull = ["running", "unhealthy", "stopping"].includes(phaseName);
+  return h(
+    "svg",
+    { class: `glyph ${phaseName}`, viewBox: "0 0 12 12", "aria-hidden": "true", vars: { "--service": colour } },
+    h("path", { class: isFull ? "full" : "outline", d: GLYPHS.waiting }),
+    phaseName === "starting" && h("path", { class: "full", d: "M6 3.900 7.900 5v2L6 8.100 4.100 7V5z" }),
+    phaseName === "done" && h("path", { class: "full", d: "M6 4.500 7.400 5.250v1.500L6 7.500 4.600 6.750v-1.500z" }),
+    phaseName === "failed" && h("path", { class: "mark", d: GLYPHS.cross }),
+    ["unhealthy", "unknown"].includes(phaseName) && h("path", { class: "mark", d: GLYPHS.bar }),
+  );
+}
+
+export function taskGlyph(app, task) {
+  return glyph(phase(task), app.colour(task.service));
+}
+
+/** A service's colour as a hexagon. */
+export function swatch(app, id) {
+  return glyph("running", app.colour(id));
+}
+
+/** A word with a state's weight: `good`, `warn`, `bad` or `quiet`. */
+export function badge(level, text) {
+  return h("span", { class: `badge ${level}` }, text);
+}
+
+/** A bar of shares: `[{share, kind}]`. */
+export function meter(label, parts) {
+  return h(
+    "span",
+    { class: "meter", role: "img", "aria-label": label },
+    parts.map(({ share, kind }) => h("i", { class: kind, vars: { width: `${Math.min(100, Math.max(0, share * 100))}%` } })),
+  );
+}
+
+/** How long ago, with the moment itself as title. */
+export function ago(app, at) {
+  return h("time", { title: at ? clockTime(at, app.now) : "" }, at ? age(at, app.now) : "–");
+}
+
+/** Rows of a name and a value; rows without a value are left out. */
+export function facts(...rows) {
+  const shown = rows.filter((row) => row && row[1] !== "" && row[1] !== null && row[1] !== undefined);
+  return h("dl", { class: "facts" }, shown.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+}
+
+export function section(title, ...content) {
+  return h("section", {}, h("h3", {}, title), content);
+}
+
+/** A link to something by its name, with its service's colour where it has one. */
+export function link(app, kind, id) {
+  return h("a", { href: app.href(kind, id) }, app.cluster.name(kind, id));
+}
+
+export function links(app, kind, ids) {
+  if (ids.length === 0) return h("span", { class: "quiet" }, "none");
+  return ids.map((id, i) => [i > 0 && ", ", link(app, kind, id)]);
+}
+
+/** What a request brings: its error, that it is under way, or `show(data)`. */
+export function fetched(entry, show) {
+  if (entry.error) return h("p", { class: "note bad" }, entry.error);
+  if (entry.data === undefined) return h("p", { class: "note quiet" }, "…");
+  return show(entry.data);
+}
+
+export function button(label, onclick, { kind = "", title, disabled } = {}) {
+  return h("button", { type: "button", class: kind, onclick, title, disabled }, label);
+}
+
+/** How long something took, or has taken so far. */
+export function took(app, from, to) {
+  const [start, end] = [instant(from), instant(to)];
+  return start === null ? "–" : duration(((end ?? app.now) - start) / 1000);
+}

@@ -1,0 +1,122 @@
+/** What the hive shows: each node's hexagon, each task's cell, and what moved since the scene before.  No DOM here. */
+
+import { cellPlace, cellRadius, comb, commonRings, rings, seat } from "./honeycomb.js";
+import { phase } from "./cluster.js";
+import { compareNames } from "./text.js";
+
+const WAITING_SIZE = 9;
+const WAITING_ROOM = 52;
+const MARGIN = 14;
+/** More moves than this at once are shown as done: nobody can follow them. */
+const MOVES_MAX = 400;
+
+/** Managers first, then by name: nodes keep their places while tasks come and go. */
+export function orderedNodes(cluster) {
+  return [...cluster.all("nodes")].sort(
+    (a, b) => (a.role === "manager" ? 0 : 1) - (b.role === "manager" ? 0 : 1) || compareNames(a.name, b.name),
+  );
+}
+
+/** Tasks grouped by service and in the order of their slots, which is how an empty node is filled. */
+function ordered(tasks, cluster) {
+  return [...tasks].sort(
+    (a, b) => compareNames(cluster.name("services", a.service), cluster.name("services", b.service)) || a.slot - b.slot,
+  );
+}
+
+const slotOf = (task) => (task.slot ? `${task.service} ${task.slot}` : task.id);
+
+/** Builds scenes; cells that a task has are its own until it goes. */
+export class Scenes {
+  #seats = new Map();
+  #before = null;
+
+  /**
+   * `{radius, nodes: [{row, x, y, size, ring, cells}], waiting: cells, cells: {task id: cell}, moves}`, a cell being
+   * `{task, phase, x, y, size, node}` and a move `{cell, from: {x, y, size} | null}` or `{gone: cell}`.
+   */
+  build(cluster, width, height) {
+    const byNode = cluster.by("tasks", "node");
+    const waitingTasks = ordered(byNode.get("") ?? [], cluster);
+    const rows = orderedNodes(cluster);
+    const room = height - (waitingTasks.length ? WAITING_ROOM : 0);
+    const { radius, places } = comb(rows.length, width - 2 * MARGIN, room - 2 * MARGIN);
+    const common = commonRings(rows.map((row) => byNode.get(row.id)?.length ?? 0));
+    const cells = new Map();
+    const nodes = rows.map((row, i) => {
+      const place = { x: places[i].x + MARGIN, y: places[i].y + MARGIN };
+      return this.#node(row, place, { radius, common, tasks: byNode.get(row.id) ?? [], cluster, cells });
+    });
+    for (const id of this.#seats.keys()) if (!cluster.get("nodes", id)) this.#seats.delete(id);
+    const waiting = waitingTasks.map((task, i) => {
+      const perRow = Math.max(1, Math.floor((width - 160) / (WAITING_SIZE * 2)));
+      const x = 140 + (i % perRow) * WAITING_SIZE * 1.9;
+      const y = height - WAITING_ROOM / 2 + Math.floor(i / perRow) * WAITING_SIZE * 1.8;
+      const cell = { task, phase: phase(task), x, y, size: WAITING_SIZE, node: "" };
+      cells.set(task.id, cell);
+      return cell;
+    });
+    const scene = { width, height, radius, nodes, waiting, cells, moves: [] };
+    scene.moves = moves(this.#before, scene);
+    this.#before = scene;
+    return scene;
+  }
+
+  #node(row, { x, y }, { radius, common, tasks, cluster, cells }) {
+    const known = this.#seats.get(row.id);
+    const hasAll = known?.size === tasks.length && tasks.every((task) => known.has(task.id));
+    const seats = hasAll ? known : seat(known ?? new Map(), ordered(tasks, cluster).map((task) => task.id));
+    this.#seats.set(row.id, seats);
+    const highest = Math.max(-1, ...seats.values());
+    const ring = Math.max(common, rings(highest + 1));
+    const size = cellRadius(radius, ring);
+    const own = tasks.map((task) => {
+      const at = cellPlace(seats.get(task.id), size);
+      const cell = { task, phase: phase(task), x: x + at.x, y: y + at.y, size, node: row.id };
+      cells.set(task.id, cell);
+      return cell;
+    });
+    return { row, x, y, radius, ring, size, cells: own, seats };
+  }
+}
+
+/** What is to be seen moving between two scenes; nothing when the comb itself was laid anew. */
+export function moves(before, after) {
+  if (before === null || before.radius !== after.radius || before.width !== after.width) return [];
+  const found = [];
+  const slots = new Map();
+  for (const [id, cell] of before.cells) if (!after.cells.has(id)) slots.set(slotOf(cell.task), cell);
+  for (const [id, cell] of after.cells) {
+    const old = before.cells.get(id) ?? slots.get(slotOf(cell.task));
+    if (old === undefined) found.push({ cell, from: null });
+    else if (old.node !== cell.node) found.push({ cell, from: old });
+    if (old !== undefined && old.task.id !== id) slots.delete(slotOf(cell.task));
+  }
+  for (const gone of slots.values()) found.push({ gone });
+  return found.length > MOVES_MAX ? [] : found;
+}
+
+/** What a node's drawing depends on: as long as it is the same the node need not be drawn again. */
+export function drawing(node) {
+  const { row } = node;
+  const cells = node.cells.map((cell) => `${cell.task.id}${cell.phase}${cell.task.current ? "" : "-"}`);
+  const load = row.load === null ? "" : Math.round(row.load * 50);
+  return `${row.name} ${row.state} ${row.availability} ${row.role} ${row.leader} ${load} ${node.x} ${node.y} ${node.radius} ${node.ring} ${cells}`;
+}
+
+/** The node and the cell at a point, either may be null. */
+export function at(scene, x, y) {
+  for (const cell of scene.waiting) if (Math.hypot(cell.x - x, cell.y - y) <= cell.size) return { node: null, cell };
+  for (const node of scene.nodes) {
+    if (Math.abs(x - node.x) > node.radius || Math.abs(y - node.y) > node.radius * 0.87) continue;
+    if (1.7320508 * Math.abs(x - node.x) + Math.abs(y - node.y) > 1.7320508 * node.radius) continue;
+    let nearest = null;
+    let distance = node.size;
+    for (const cell of node.cells) {
+      const d = Math.hypot(cell.x - x, cell.y - y);
+      if (d <= distance) [nearest, distance] = [cell, d];
+    }
+    return { node, cell: nearest };
+  }
+  return { node: null, cell: null };
+}

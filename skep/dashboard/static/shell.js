@@ -1,0 +1,133 @@
+/** The frame of the page: rail, top bar, what is open, and the panel beside it. */
+
+import { h } from "./dom.js";
+import { problems, totals } from "./cluster.js";
+import { PAGES } from "./pages.js";
+import { panel } from "./panel.js";
+import { showHelp } from "./help.js";
+import { showSearch } from "./search_box.js";
+import { badge } from "./parts.js";
+import { logsOfPanel } from "./logs.js";
+
+const ICONS = {
+  hive: "M8 1.500 13.600 4.750v6.500L8 14.500l-5.600-3.250v-6.500z",
+  services: "M5 2.500 8 4.250v3.500L5 9.500 2 7.750v-3.500zM11 6.500l3 1.750v3.500l-3 1.750-3-1.750v-3.500z",
+  nodes: "M2.500 3h11v4h-11zM2.500 9h11v4h-11zM5 5h.01M5 11h.01",
+  tasks: "M3 4h1m2 0h7M3 8h1m2 0h7M3 12h1m2 0h7",
+  networks: "M8 3.500v3M4 12.500v-3h8v3M6.500 2h3v2h-3zM2.500 11.500h3v2.500h-3zM10.500 11.500h3v2.500h-3zM8 6.500v3",
+  stacks: "M8 2 14 5 8 8 2 5zM2 8l6 3 6-3M2 11l6 3 6-3",
+  volumes: "M3 4.500c0-3 10-3 10 0v7c0 3-10 3-10 0zM3 4.500c0 2.500 10 2.500 10 0",
+  secrets: "M4 7.500h8v6H4zM5.500 7.500V5a2.500 2.500 0 0 1 5 0v2.500",
+  events: "M8 2.500a5.500 5.500 0 1 0 .01 0M8 5v3.200l2.200 1.600",
+};
+const THEME_ICON = "M8 2.500a5.500 5.500 0 1 0 .01 0M8 2.500v11a5.500 5.500 0 0 0 0-11";
+
+const icon = (path) => h("svg", { class: "icon", viewBox: "0 0 16 16", "aria-hidden": "true" }, h("path", { d: path }));
+
+/** Everything below `<body>`. */
+export function shell(app) {
+  const page = PAGES.find(({ name }) => name === app.route.page);
+  const isOpen = app.route.id !== "";
+  logsOfPanel(app);
+  return [
+    h("a", { key: "skip", class: "skip", href: "#main", onclick: skip }, "Skip to the content"),
+    h("header", { key: "top" }, brand(app), figures(app), searchField(app), connection(app)),
+    rail(app),
+    h(
+      "main",
+      { key: "main", id: "main", tabindex: "-1", class: page.name === "hive" ? "filled" : "", onscroll: (event) => scrolled(app, event) },
+      app.live.state === "lost" && h("p", { key: "lost", class: "banner", role: "alert" }, `Not live: ${app.live.reason}. What you see may be old.`),
+      app.cluster.cursor === "" && app.live.state !== "lost"
+        ? h("p", { key: "wait", class: "empty" }, "Reading the cluster…")
+        : page.show(app),
+    ),
+    isOpen && h("aside", { key: "panel", "aria-label": "details" }, panel(app)),
+  ];
+}
+
+function skip(event) {
+  event.preventDefault();
+  document.getElementById("main").focus();
+}
+
+function scrolled(app, event) {
+  app.scrolled = { top: event.target.scrollTop, height: event.target.clientHeight };
+  app.invalidate();
+}
+
+function brand(app) {
+  const name = app.cluster.info.name;
+  return h(
+    "a",
+    { class: "brand", href: "#/hive" },
+    h("svg", { viewBox: "0 0 32 32", "aria-hidden": "true" }, h("path", { d: "M16 2l12.100 7v14L16 30 3.900 23V9z" }), h("path", { class: "hole", d: "M16 10.500l4.800 2.750v5.500L16 21.500l-4.800-2.750v-5.500z" })),
+    h("b", {}, "skep"),
+    name && h("span", {}, name),
+  );
+}
+
+function figures(app) {
+  const { running, wanted, ready, nodes } = totals(app.cluster);
+  const { managers } = app.cluster.info;
+  const found = problems(app.cluster);
+  const bad = found.filter(({ level }) => level === "bad").length;
+  const figure = (value, of, label, isShort) =>
+    h("span", { class: isShort ? "figure short" : "figure" }, h("b", {}, `${value}`), h("i", {}, `/${of}`), ` ${label}`);
+  return h(
+    "div",
+    { class: "figures", role: "status", "aria-label": "the cluster in figures" },
+    figure(running, wanted, "tasks", running < wanted),
+    figure(ready, nodes, "nodes", ready < nodes),
+    figure(managers.reachable, managers.total, "managers", managers.reachable < managers.total),
+    bad > 0 && badge("bad", `${bad} to look at`),
+  );
+}
+
+function searchField(app) {
+  return h(
+    "button",
+    { class: "search", type: "button", onclick: () => showSearch(app), "aria-keyshortcuts": "/" },
+    h("svg", { class: "icon", viewBox: "0 0 16 16", "aria-hidden": "true" }, h("path", { d: "M7 2.500a4.500 4.500 0 1 0 .01 0M10.300 10.300 13.500 13.500" })),
+    h("span", {}, "Search"),
+    h("kbd", {}, "/"),
+  );
+}
+
+function connection(app) {
+  const words = { live: "live", connecting: "connecting", lost: "not live" };
+  return h("span", { class: `live ${app.live.state}`, role: "status", title: app.live.reason || undefined }, h("i", {}), words[app.live.state]);
+}
+
+function rail(app) {
+  const entry = ({ name, title, kind, isMain }) =>
+    h(
+      "a",
+      {
+        key: name,
+        href: `#/${name}`,
+        class: isMain ? "main" : "more",
+        "aria-current": app.route.page === name ? "page" : undefined,
+      },
+      icon(ICONS[name]),
+      h("span", {}, title),
+      kind && h("i", {}, String(app.cluster.size(kind))),
+    );
+  const isOpen = app.memory.get("more pages") === true;
+  const toggle = () => {
+    app.memory.set("more pages", !isOpen);
+    app.invalidate();
+  };
+  const themes = { auto: "Theme: the system's", light: "Theme: light", dark: "Theme: dark" };
+  return h(
+    "nav",
+    { key: "rail", "aria-label": "pages", class: isOpen ? "open" : "" },
+    PAGES.map(entry),
+    h("button", { key: "more", class: "phone", type: "button", onclick: toggle, "aria-expanded": String(isOpen) }, icon("M3 8h.01M8 8h.01M13 8h.01"), h("span", {}, "More")),
+    h(
+      "div",
+      { key: "foot", class: "foot" },
+      h("button", { type: "button", onclick: () => app.nextTheme(), title: themes[app.theme] }, icon(THEME_ICON), h("span", {}, themes[app.theme])),
+      h("button", { type: "button", onclick: () => showHelp(), title: "Keys" }, h("kbd", {}, "?"), h("span", {}, "Keys")),
+    ),
+  );
+}

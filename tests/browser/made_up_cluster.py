@@ -1,0 +1,586 @@
+"""A cluster of rows for the dashboard: made from a seed, changed at will, served as a manager and ``skep ui`` would.
+
+``python -m tests.browser.made_up_cluster --nodes 5 --tasks 24`` serves one that keeps changing, to look at.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiohttp import WSMsgType, web
+
+STATIC = Path(__file__).parents[2] / "skep" / "dashboard" / "static"
+KEY = "k"
+"""Of the address: the pages are below a path that they do not know."""
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+    "manifest-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+KINDS = ("nodes", "services", "tasks", "networks", "stacks", "volumes", "secrets", "configs")
+NAMES = [
+    "web",
+    "api",
+    "cart",
+    "orders",
+    "payments",
+    "search",
+    "catalog",
+    "users",
+    "sessions",
+    "mail",
+    "images",
+    "thumbnails",
+    "reports",
+    "billing",
+    "queue",
+    "worker",
+    "scheduler",
+    "gateway",
+    "cache",
+    "auth",
+    "feed",
+    "notifications",
+    "audit",
+    "metrics",
+    "ledger",
+    "stock",
+    "prices",
+    "labels",
+    "parcels",
+    "returns",
+]
+LINES = (
+    "GET / 200 3 ms",
+    "GET /healthz 200 0 ms",
+    "POST /orders 201 18 ms",
+    "cache miss, asking the catalog",
+    "\x1b[33mwarning\x1b[0m: slow query, 812 ms",
+)
+
+Row = dict[str, Any]
+
+
+@dataclass
+class MadeUpCluster:
+    """Rows by kind and id as ``/skep/view`` has them.  ``requests``: (method, path, body) of what the page sent."""
+
+    rows: dict[str, dict[str, Row]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    info: Row = field(default_factory=dict)
+    revision: int = 1
+    requests: list[tuple[str, str, Any]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
+    streams: set[asyncio.Queue[Row]] = field(default_factory=set)
+    lines: Sequence[str] = LINES
+    now: float = field(default_factory=time.time)
+    made: int = 0
+
+    def snapshot(self) -> Row:
+        """As ``GET /skep/view``."""
+        lists = {kind: list(rows.values()) for kind, rows in self.rows.items()}
+        return {"cursor": f"1-{self.revision}", "cluster": self.info, **lists}
+
+    def set(self, kind: str, *rows: Row) -> None:
+        """Writes whole rows and sends them to the streams."""
+        self.change({kind: list(rows)}, {})
+
+    def change(self, set: Mapping[str, Any], gone: Mapping[str, list[str]]) -> None:
+        """One change of several kinds."""
+        for kind, rows in set.items():
+            if kind == "cluster":
+                self.info = rows
+            else:
+                self.rows[kind].update({row["id"]: row for row in rows})
+        for kind, ids in gone.items():
+            for id in ids:
+                self.rows[kind].pop(id, None)
+        self.revision += 1
+        message = {
+            "cursor": f"1-{self.revision}",
+            "time": time.time(),
+            "set": dict(set),
+            "gone": dict(gone),
+        }
+        for queue in self.streams:
+            queue.put_nowait(message)
+
+    def log(
+        self, type: str, action: str, row: Row, message: str, severity: str = "info", **more: Any
+    ) -> None:
+        """An entry of the journal."""
+        stamp = more.pop("at", time.time())
+        self.history.append(
+            {
+                "ID": f"e{len(self.history)}",
+                "Time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(stamp))}.{int(stamp % 1 * 1e9):09d}Z",
+                "Kind": "change",
+                "Type": type,
+                "Action": action,
+                "Severity": severity,
+                "ObjectID": row["id"],
+                "Name": row.get("name", ""),
+                "Message": message,
+                **more,
+            }
+        )
+
+    def id(self, kind: str) -> str:
+        self.made += 1
+        return f"{kind}{self.made:05d}{'x' * 12}"
+
+    def task(self, service: Row, slot: int, node: str, **more: Any) -> Row:
+        """A new row of a task, not yet written."""
+        row = {
+            "id": self.id("t"),
+            "service": service["id"],
+            "slot": slot,
+            "node": node,
+            "state": "running",
+            "wanted": "running",
+            "error": "",
+            "message": "started",
+            "since": time.time(),
+            "health": "",
+            "image": service["image"],
+            "current": True,
+        }
+        return row | more
+
+    def tasks_of(self, service: str) -> list[Row]:
+        return [row for row in self.rows["tasks"].values() if row["service"] == service]
+
+    def recount(self, *services: str) -> list[Row]:
+        """The rows of services with their numbers and states as their tasks are now."""
+        found = []
+        for id in services:
+            row = self.rows["services"][id]
+            running = sum(task["state"] == "running" for task in self.tasks_of(id))
+            state = "well" if running >= row["wanted"] else "moving"
+            found.append(row | {"running": running, "state": state})
+        return found
+
+    def kill(self, node: str) -> None:
+        """The node is down and its tasks' replacements wait."""
+        lost = [task for task in self.rows["tasks"].values() if task["node"] == node]
+        new = [
+            self.task(self.rows["services"][task["service"]], task["slot"], "", state="pending")
+            for task in lost
+        ]
+        row = self.rows["nodes"][node]
+        down = row | {"state": "down", "reason": "heartbeat failure"}
+        self.log("node", "down", row, f"node {row['name']} is down: heartbeat failure", "error")
+        self.change({"nodes": [down], "tasks": new}, {"tasks": [task["id"] for task in lost]})
+        self.set("services", *self.recount(*{task["service"] for task in lost}))
+
+    def heal(self) -> None:
+        """Waiting tasks run, each on the ready node with the fewest."""
+        ready = [row["id"] for row in self.rows["nodes"].values() if row["state"] == "ready"]
+        number = dict.fromkeys(ready, 0)
+        for task in self.rows["tasks"].values():
+            if task["node"] in number:
+                number[task["node"]] += 1
+        placed = []
+        for task in [task for task in self.rows["tasks"].values() if not task["node"]]:
+            node = min(ready, key=number.__getitem__)
+            number[node] += 1
+            placed.append(task | {"node": node, "state": "running", "since": time.time()})
+            self.log(
+                "task",
+                "start",
+                {"id": task["id"]},
+                f"task {task['id'][:6]} runs on {self.rows['nodes'][node]['name']}",
+            )
+        self.set("tasks", *placed)
+        self.set("services", *self.recount(*{task["service"] for task in placed}))
+
+
+def make(nodes: int, tasks: int, *, services: int | None = None, seed: int = 1) -> MadeUpCluster:
+    """A cluster in which most is well: one node drained, one service in an update, one task failed."""
+    rng = random.Random(seed)
+    cluster = MadeUpCluster()
+    managers = 1 if nodes < 3 else 3 if nodes < 50 else 5
+    for i in range(nodes):
+        is_manager = i < managers
+        row = {
+            "id": cluster.id("n"),
+            "name": f"m{i + 1}" if is_manager else f"w{i + 1 - managers}",
+            "role": "manager" if is_manager else "worker",
+            "manager": "reachable" if is_manager else "",
+            "leader": i == 0,
+            "state": "ready",
+            "availability": "active",
+            "address": f"10.0.{i // 250}.{i % 250 + 1}",
+            "engine": "skep 0.2.0",
+            "os": "linux",
+            "arch": "x86_64",
+            "labels": {"zone": "abc"[i % 3], "disk": "ssd"} if i % 2 else {},
+            "cpus": 8.0,
+            "memory": 32 << 30,
+            "load": round(rng.betavariate(2, 3), 2),
+            "reason": "",
+            "version": 1,
+        }
+        cluster.rows["nodes"][row["id"]] = row
+    if nodes > 4:
+        list(cluster.rows["nodes"].values())[-1]["availability"] = "drain"
+    _networks(cluster)
+    _services(cluster, tasks, services or max(3, min(24, tasks // 4)), rng)
+    leader = next(iter(cluster.rows["nodes"]))
+    cluster.info = {
+        "id": "c1",
+        "name": "orchard",
+        "managers": {"total": managers, "reachable": managers, "leader": leader},
+        "warnings": [],
+        "frozen": "",
+    }
+    _journal(cluster, rng)
+    return cluster
+
+
+def _networks(cluster: MadeUpCluster) -> None:
+    for name, encrypted in (("ingress", False), ("shop_front", False), ("shop_back", True)):
+        row = {
+            "id": cluster.id("w"),
+            "name": name,
+            "driver": "overlay",
+            "encrypted": encrypted,
+            "ingress": name == "ingress",
+            "internal": False,
+            "attachable": name == "shop_front",
+            "subnets": [f"10.{len(cluster.rows['networks'])}.0.0/24"],
+            "services": [],
+            "stack": name.partition("_")[0] if "_" in name else "",
+        }
+        cluster.rows["networks"][row["id"]] = row
+
+
+def _services(cluster: MadeUpCluster, tasks: int, number: int, rng: random.Random) -> None:
+    shares = [rng.paretovariate(1.2) for _ in range(number)]
+    takes = [row["id"] for row in cluster.rows["nodes"].values() if row["availability"] == "active"]
+    networks = list(cluster.rows["networks"].values())
+    stack: Row = {"id": "shop", "name": "shop", "services": [], "revision": 7}
+    place = 0
+    for i, share in enumerate(shares):
+        wanted = max(1, round(tasks * share / sum(shares)))
+        name = NAMES[i % len(NAMES)] + ("" if i < len(NAMES) else f"-{i // len(NAMES)}")
+        row: Row = {
+            "id": cluster.id("s"),
+            "name": name if i % 3 == 0 else f"shop_{name}",
+            "stack": "" if i % 3 == 0 else "shop",
+            "image": f"registry.example/{name}:{rng.randint(1, 4)}.{rng.randint(0, 20)}",
+            "mode": "replicated",
+            "wanted": wanted,
+            "running": wanted,
+            "completed": 0,
+            "state": "well",
+            "reason": "",
+            "ports": [{"published": 8080 + i, "target": 80, "protocol": "tcp", "mode": "ingress"}]
+            if i % 4 == 0
+            else [],
+            "networks": [networks[i % 3]["id"]],
+            "secrets": [],
+            "configs": [],
+            "update": None,
+            "can_roll_back": i % 2 == 0,
+            "version": 1,
+            "updated_at": cluster.now - rng.randint(60, 400_000),
+        }
+        cluster.rows["services"][row["id"]] = row
+        networks[i % 3]["services"].append(row["id"])
+        if row["stack"]:
+            stack["services"].append(row["id"])
+        for slot in range(1, wanted + 1):
+            task = cluster.task(row, slot, takes[place % len(takes)], since=row["updated_at"])
+            cluster.rows["tasks"][task["id"]] = task
+            place += 1
+    cluster.rows["stacks"]["shop"] = stack
+    _troubles(cluster)
+    _kept(cluster)
+
+
+def _troubles(cluster: MadeUpCluster) -> None:
+    services = list(cluster.rows["services"].values())
+    moving, failing = services[1], services[2]
+    moving["update"] = {
+        "state": "updating",
+        "message": "update in progress",
+        "started_at": cluster.now - 40,
+        "completed_at": 0,
+    }
+    moving["state"] = "moving"
+    tasks = cluster.tasks_of(moving["id"])
+    for task in tasks[len(tasks) // 2 :]:
+        task["current"] = False
+    tasks[0]["state"] = "starting"
+    moving["running"] -= 1
+    broken = cluster.tasks_of(failing["id"])[0]
+    broken |= {
+        "state": "failed",
+        "error": "task: non-zero exit (137): out of memory",
+        "since": cluster.now - 12,
+    }
+    failing |= {"running": failing["running"] - 1, "state": "unwell", "reason": "1 task: out of memory"}
+
+
+def _kept(cluster: MadeUpCluster) -> None:
+    services = list(cluster.rows["services"].values())
+    for kind, name in (
+        ("secrets", "shop_db-password"),
+        ("secrets", "tls-key"),
+        ("configs", "shop_nginx.conf"),
+    ):
+        row: Row = {
+            "id": cluster.id("k"),
+            "name": name,
+            "created_at": cluster.now - 90_000,
+            "updated_at": cluster.now - 90_000,
+            "services": [services[0]["id"]],
+            "stack": "shop" if name.startswith("shop") else "",
+            "labels": {},
+        }
+        cluster.rows[kind][row["id"]] = row
+        services[0][kind].append(row["id"])
+    volume = {
+        "id": cluster.id("v"),
+        "name": "orders",
+        "driver": "csi.example",
+        "nodes": [next(iter(cluster.rows["nodes"]))],
+        "state": "in use",
+        "availability": "active",
+        "reason": "",
+    }
+    cluster.rows["volumes"][volume["id"]] = volume
+
+
+def _journal(cluster: MadeUpCluster, rng: random.Random) -> None:
+    tasks = list(cluster.rows["tasks"].values())
+    begin = cluster.now - 3500
+    for i in range(60):
+        at = begin + i * 58 + rng.random() * 40
+        task = rng.choice(tasks)
+        service = cluster.rows["services"][task["service"]]
+        name = f"{service['name']}.{task['slot']}"
+        if i % 11 == 5:
+            cluster.log("task", "fail", task, f"task {name} failed: exit code 1; replaced", "error", at=at)
+        elif i % 7 == 3:
+            by = {"User": "alice", "Through": "tls"}
+            message = f"service {service['name']} updated: image {service['image']}"
+            cluster.log("service", "update", service, message, at=at, Kind="request", By=by)
+        else:
+            cluster.log("task", "start", task, f"task {name} runs", at=at)
+
+
+# --- the server
+
+
+def app_of(cluster: MadeUpCluster) -> web.Application:
+    """The addresses of ``skep ui``, below ``/KEY/``."""
+    app = web.Application()
+    root = f"/{KEY}"
+
+    async def static(request: web.Request) -> web.Response:
+        name = request.match_info.get("name") or "index.html"
+        file = STATIC / Path(name).name
+        if not file.is_file():
+            raise web.HTTPNotFound
+        headers = {"Content-Security-Policy": CSP, "Cache-Control": "no-cache"}
+        return web.Response(body=file.read_bytes(), content_type=TYPES[file.suffix], headers=headers)
+
+    async def view(request: web.Request) -> web.Response:
+        return web.json_response(cluster.snapshot())
+
+    async def history(request: web.Request) -> web.Response:
+        since = float(request.query.get("since", "0"))
+        kept = [entry for entry in cluster.history if _seconds(entry["Time"]) >= since]
+        oldest = cluster.history[0]["Time"] if cluster.history else ""
+        entries = sorted(kept, key=lambda entry: str(entry["Time"]), reverse=True)[
+            : int(request.query.get("limit", "200"))
+        ]
+        return web.json_response(
+            {
+                "Entries": entries,
+                "Next": "",
+                "Oldest": oldest,
+                "OldestState": oldest,
+                "Total": len(cluster.history),
+            }
+        )
+
+    async def any_request(request: web.Request) -> web.StreamResponse:
+        body = await request.json() if request.can_read_body else None
+        if request.method != "GET":
+            cluster.requests.append((request.method, request.path_qs.removeprefix(root), body))
+        return web.json_response(_answer(cluster, request.path.removeprefix(root), body))
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        return await _stream(cluster, request)
+
+    async def logs(request: web.Request) -> web.StreamResponse:
+        return await _logs(cluster, request)
+
+    app.router.add_get(root + "/ui/", static)
+    app.router.add_get(root + "/ui/{name}", static)
+    app.router.add_get(root + "/skep/view", view)
+    app.router.add_get(root + "/skep/view/stream", stream)
+    app.router.add_get(root + "/skep/history", history)
+    app.router.add_get(root + "/skep/ui/exec", _terminal)
+    app.router.add_get(root + "/v1.43/{kind}/{id}/logs", logs)
+    app.router.add_route("*", root + "/{path:.*}", any_request)
+    return app
+
+
+def _seconds(stamp: str) -> float:
+    return time.mktime(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone
+
+
+def _answer(cluster: MadeUpCluster, path: str, body: Any) -> Any:
+    """The little that the pages read of the Engine API."""
+    match path.strip("/").split("/"):
+        case ["services", id]:
+            row = cluster.rows["services"][id]
+            container = {"Image": row["image"]}
+            spec = {
+                "Name": row["name"],
+                "TaskTemplate": {"ContainerSpec": container, "ForceUpdate": 0},
+                "Mode": {"Replicated": {"Replicas": row["wanted"]}},
+                "UpdateConfig": {"Parallelism": 2, "Order": "start-first", "FailureAction": "rollback"},
+            }
+            return {"ID": id, "Version": {"Index": row["version"]}, "Spec": spec}
+        case ["nodes", id]:
+            row = cluster.rows["nodes"][id]
+            spec = {"Availability": row["availability"], "Role": row["role"], "Labels": row["labels"]}
+            return {"ID": id, "Version": {"Index": row["version"]}, "Spec": spec}
+        case ["skep", "services", "placement"]:
+            wanted = body[0]["Mode"]["Replicated"]["Replicas"]
+            nodes = [row for row in cluster.rows["nodes"].values() if row["availability"] == "active"]
+            shares = [
+                {
+                    "NodeID": row["id"],
+                    "Hostname": row["name"],
+                    "Tasks": wanted // len(nodes) + (i < wanted % len(nodes)),
+                }
+                for i, row in enumerate(nodes)
+            ]
+            return [
+                {"Name": body[0]["Name"], "Wanted": wanted, "Nodes": shares, "Refusal": "", "Verdicts": []}
+            ]
+        case ["skep", "services" | "tasks", id, "explain"]:
+            return {"Summary": "It is as it should be.", "Reasons": [], "Failures": []}
+        case ["tasks"]:
+            return []
+        case _:
+            return {}
+
+
+async def _stream(cluster: MadeUpCluster, request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    await response.prepare(request)
+    queue: asyncio.Queue[Row] = asyncio.Queue()
+    cluster.streams.add(queue)
+
+    async def send(event: str, data: Row) -> None:
+        await response.write(f"id: {data['cursor']}\nevent: {event}\ndata: {json.dumps(data)}\n\n".encode())
+
+    try:
+        await response.write(b"retry: 300\n\n")
+        await send("snapshot", cluster.snapshot())
+        while True:
+            await send("change", await queue.get())
+    except (ConnectionError, asyncio.CancelledError):
+        return response
+    finally:
+        cluster.streams.discard(queue)
+
+
+async def _logs(cluster: MadeUpCluster, request: web.Request) -> web.StreamResponse:
+    kind = "application/vnd.docker.multiplexed-stream"
+    response = web.StreamResponse(headers={"Content-Type": kind})
+    await response.prepare(request)
+    tasks = [
+        row
+        for row in cluster.rows["tasks"].values()
+        if request.match_info["id"] in (row["id"], row["service"])
+    ]
+    for i in range(60):
+        task = tasks[i % len(tasks)]
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(cluster.now - 60 + i))
+        ids = {"node": task["node"], "service": task["service"], "task": task["id"]}
+        details = ",".join(f"com.docker.swarm.{kind}.id={id}" for kind, id in ids.items())
+        line = f"{stamp}.000000000Z {details} {cluster.lines[i % len(cluster.lines)]}\n".encode()
+        await response.write(bytes([2 if i % 5 == 4 else 1, 0, 0, 0]) + len(line).to_bytes(4, "big") + line)
+    await asyncio.sleep(3600)
+    return response
+
+
+async def _terminal(request: web.Request) -> web.WebSocketResponse:
+    """A shell that says again what it is told."""
+    socket = web.WebSocketResponse()
+    await socket.prepare(request)
+    await socket.send_bytes(b"\x1b[1;32m/ # \x1b[0m")
+    async for message in socket:
+        if message.type == WSMsgType.BINARY:
+            text = message.data.replace(b"\r", b"\r\n\x1b[31mnot found\x1b[0m\r\n\x1b[1;32m/ # \x1b[0m")
+            await socket.send_bytes(text)
+            if b"\x04" in message.data:
+                await socket.send_str(json.dumps({"exit_code": 0}))
+                break
+    await socket.close()
+    return socket
+
+
+@asynccontextmanager
+async def served(cluster: MadeUpCluster, port: int = 0) -> AsyncIterator[str]:
+    """Serves the cluster; gives the address of its page."""
+    runner = web.AppRunner(app_of(cluster), shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/{KEY}/ui/"
+    finally:
+        await runner.cleanup()
+
+
+def step(cluster: MadeUpCluster, rng: random.Random) -> None:
+    """One task is replaced on another node."""
+    active = [
+        row["id"]
+        for row in cluster.rows["nodes"].values()
+        if row["availability"] == "active" and row["state"] == "ready"
+    ]
+    old = rng.choice(list(cluster.rows["tasks"].values()))
+    new = cluster.task(cluster.rows["services"][old["service"]], old["slot"], rng.choice(active))
+    cluster.change({"tasks": [new]}, {"tasks": [old["id"]]})
+
+
+async def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=24)
+    parser.add_argument("--port", type=int, default=8099)
+    parser.add_argument("--every", type=float, default=1.0, help="seconds between changes")
+    asked = parser.parse_args()
+    cluster = make(asked.nodes, asked.tasks)
+    rng = random.Random(2)
+    async with served(cluster, asked.port) as url:
+        print(url)
+        while True:
+            await asyncio.sleep(asked.every)
+            step(cluster, rng)
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

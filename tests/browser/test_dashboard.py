@@ -1,0 +1,165 @@
+"""The dashboard in Chromium, on a cluster made up for it: what one sees, what arrives, what is sent."""
+
+import re
+from typing import Any
+
+from playwright.async_api import Page, expect
+
+from tests.browser.made_up_cluster import KINDS, MadeUpCluster, make, served
+from tests.support.browser import a_browser, a_page
+
+HOSTILE = "<img src=x onerror=alert(1)>\u202e<script>alert(2)</script>"
+
+
+async def test_a_cluster_is_seen_searched_changed_and_scaled() -> None:
+    cluster = make(5, 24)
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        await page.goto(url)
+        await expect(page.get_by_role("application")).to_have_attribute(
+            "aria-label", _starts("Map of 5 nodes with 24 tasks")
+        )
+        await expect(page.locator(".live")).to_have_text("live")
+        assert await _drawn_colours(page) > 5
+        await _sees_a_change(page, cluster)
+        await _finds_by_address(page, cluster)
+        await _scales(page, cluster)
+
+
+async def _sees_a_change(page: Page, cluster: MadeUpCluster) -> None:
+    service = next(iter(cluster.rows["services"].values()))
+    cluster.kill(cluster.tasks_of(service["id"])[0]["node"])
+    await expect(page.locator(".attention")).to_contain_text("is down")
+    await expect(page.get_by_role("application")).to_have_attribute(
+        "aria-label", _contains("1 node not ready")
+    )
+    cluster.heal()
+    await expect(page.locator(f".legend a[href$='{service['id']}']")).to_have_text(
+        f"{service['wanted']}/{service['wanted']}"
+    )
+
+
+async def _finds_by_address(page: Page, cluster: MadeUpCluster) -> None:
+    node = list(cluster.rows["nodes"].values())[2]
+    await page.keyboard.press("/")
+    await page.keyboard.type(node["address"])
+    await expect(page.get_by_role("option").first).to_contain_text(node["name"])
+    await page.keyboard.press("Enter")
+    await expect(page.locator("aside h2")).to_have_text(node["name"])
+
+
+async def _scales(page: Page, cluster: MadeUpCluster) -> None:
+    service = next(iter(cluster.rows["services"].values()))
+    await page.goto(f"{page.url.partition('#')[0]}#/services/services/{service['id']}")
+    await page.get_by_role("button", name="Scale", exact=True).click()
+    dialog = page.get_by_role("dialog", name=f"Scale {service['name']}")
+    confirm = dialog.get_by_role("button", name="Scale")
+    await expect(confirm).to_be_disabled()
+    await dialog.get_by_label("Replicas").fill(str(service["wanted"] + 8))
+    await expect(dialog.locator(".preview li.more").first).to_contain_text("→")
+    assert all(path.startswith("/skep/services/placement") for _, path, _ in cluster.requests)
+    await confirm.click()
+    await expect(dialog).to_be_hidden()
+    method, path, body = cluster.requests[-1]
+    assert (method, path) == ("POST", f"/services/{service['id']}/update?version=1")
+    assert body["Mode"] == {"Replicated": {"Replicas": service["wanted"] + 8}}
+    assert body["TaskTemplate"]["ContainerSpec"]["Image"] == service["image"]
+
+
+async def test_hostile_text_is_shown_and_does_nothing() -> None:
+    cluster = make(3, 8)
+    cluster.lines = [f"\x1b[31m{HOSTILE}"]
+    _make_hostile(cluster)
+    task = next(iter(cluster.rows["tasks"]))
+    service = next(iter(cluster.rows["services"]))
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        for place in (
+            *("hive", "services", "nodes", "tasks", "networks", "stacks", "volumes", "secrets", "events"),
+            *(f"{kind}/{kind}/{next(iter(cluster.rows[kind]))}" for kind in KINDS),
+            *(f"services/services/{service}/tasks", f"tasks/tasks/{task}/logs"),
+        ):
+            await page.goto(f"{url}#/{place}")
+            await expect(page.locator("main")).not_to_be_empty()
+            if place != "hive":
+                await expect(page.locator("body")).to_contain_text("onerror=alert(1)")
+            assert await page.locator("img, main script, aside script, [onerror]").count() == 0
+            assert "\u202e" not in (await page.content())
+        await expect(page.locator(".logs .lines div").first).to_contain_text(
+            "<img src=x onerror=alert(1)>\ufffd<script>"
+        )
+        await page.goto(f"{url}#/hive")
+        await page.get_by_role("application").focus()
+        await page.keyboard.press("ArrowRight")
+        await expect(page.locator(".tip")).to_contain_text("onerror")
+        await page.keyboard.press("/")
+        await page.keyboard.type("img")
+        await expect(page.get_by_role("option").first).to_contain_text("<img")
+
+
+def _make_hostile(cluster: MadeUpCluster) -> None:
+    def spoiled(value: Any, name: str = "") -> Any:
+        match value:
+            case str() if name in (
+                "name",
+                "error",
+                "message",
+                "reason",
+                "image",
+                "driver",
+                "engine",
+                "address",
+            ):
+                return f"{value}{HOSTILE}"
+            case dict():
+                return {key: spoiled(one, str(key)) for key, one in value.items()}
+            case _:
+                return value
+
+    for rows in cluster.rows.values():
+        rows.update({id: spoiled(row) for id, row in rows.items()})
+        for row in rows.values():
+            if "labels" in row:
+                row["labels"] = {HOSTILE: HOSTILE}
+    for entry in cluster.history:
+        entry["Message"] += HOSTILE
+
+
+async def test_a_lost_stream_is_said_and_comes_back() -> None:
+    cluster = make(3, 6)
+    async with a_browser() as browser, a_page(browser, may_say="net::ERR") as page:
+        async with served(cluster) as url:
+            await page.goto(url)
+            await expect(page.locator(".live")).to_have_text("live")
+            port = int(url.split(":")[2].partition("/")[0])
+        await expect(page.locator(".live")).not_to_have_text("live")
+        cluster.rows["nodes"].popitem()
+        async with served(cluster, port):
+            await expect(page.locator(".live")).to_have_text("live", timeout=20_000)
+            await expect(page.get_by_role("application")).to_have_attribute(
+                "aria-label", _starts("Map of 2 nodes")
+            )
+
+
+def _starts(text: str) -> re.Pattern[str]:
+    return re.compile(f"^{re.escape(text)}")
+
+
+def _contains(text: str) -> re.Pattern[str]:
+    return re.compile(re.escape(text))
+
+
+async def _drawn_colours(page: Page) -> int:
+    """How many different colours the map has, of those that fill at least a hundred pixels."""
+    return int(
+        await page.evaluate(
+            """() => {
+                const canvas = document.querySelector(".comb canvas");
+                const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                const seen = new Map();
+                for (let i = 0; i < data.length; i += 4) {
+                    const colour = data[i] << 16 | data[i + 1] << 8 | data[i + 2];
+                    seen.set(colour, (seen.get(colour) ?? 0) + 1);
+                }
+                return [...seen.values()].filter((number) => number > 100).length;
+            }"""
+        )
+    )

@@ -1,0 +1,68 @@
+"""Chromium of the distribution, driven by Playwright: ``setup/browser.sh`` installs it."""
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import playwright
+import pytest
+from playwright.async_api import Browser, Page, async_playwright
+
+CHROMIUM = Path("/usr/bin/chromium")
+NODE = Path(playwright.__file__).parent / "driver" / "node"
+"""Node comes with Playwright: what runs the unit tests of the modules."""
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def require_chromium() -> None:
+    """A machine that cannot have it skips the test, with the reason; continuous integration fails."""
+    if CHROMIUM.exists():
+        return
+    missing = Path(sys.prefix) / "libexec" / "skep" / "browser-missing"
+    reason = missing.read_text().strip() if missing.exists() else f"no {CHROMIUM} (make setup, as root)"
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@asynccontextmanager
+async def a_browser(*flags: str) -> AsyncIterator[Browser]:
+    """Chromium, without windows."""
+    require_chromium()
+    async with async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+@asynccontextmanager
+async def a_page(browser: Browser, *, may_say: str = "", **options: Any) -> AsyncIterator[Page]:
+    """A page of its own.  What it says on its console, and any error of a script, fails the test at the end.
+
+    ``may_say``: except for lines with this text.
+    """
+    context = await browser.new_context(**options)
+    page = await context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(f"error: {error.stack}"))
+    page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+    try:
+        yield page
+    finally:
+        await context.close()
+    assert [line for line in said if not may_say or may_say not in line] == []
