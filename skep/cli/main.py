@@ -75,6 +75,7 @@ COMMANDS = {
     ),
     "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
     "completion": Command("skep.cli.completion:completion", "Print the completion script of a shell."),
+    "ui": Command("skep.cli.ui:ui", "Open the dashboard of the cluster in a browser."),
     "top": Command("skep.top.command:top", "Show the cluster live, full-screen."),
     "status": Command("skep.cli.status:status", "Show the state of this node and its cluster."),
 }

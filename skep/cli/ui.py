@@ -1,0 +1,93 @@
+"""``skep ui``: the dashboard of a cluster in a browser of this machine, over the connection of the other commands."""
+
+import asyncio
+import os
+import secrets
+import tempfile
+import webbrowser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from skep.aio.clock import SystemClock
+from skep.api.raw import RawClient
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests, say
+from skep.errors import NotFound, Unavailable, Unimplemented, reason_of
+
+
+@click.command()
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    metavar="PORT",
+    help="Listen on this port of 127.0.0.1.",
+)
+@click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
+@click.pass_obj
+def ui(host: HostOptions, port: int, *, no_browser: bool) -> None:
+    """Open the dashboard of the cluster in a browser, until ctrl-c.
+
+    Listens on 127.0.0.1 and passes the page's requests on to the node of the other commands: its socket, TLS, or ssh.
+    The address works once, for one browser; whoever opens it has the rights of this command's user.
+
+    \b
+    Examples:
+      skep ui
+      skep --host ssh://root@m1 ui
+      skep ui --port 8765 --no-browser
+    """
+    run_requests(_serve(host, port, opens=not no_browser and _has_browser(os.environ)))
+
+
+def _has_browser(environment: Mapping[str, str]) -> bool:
+    """Whether to open one: there is a screen, and it would not run as root."""
+    has_screen = "DISPLAY" in environment or "WAYLAND_DISPLAY" in environment
+    return has_screen and os.geteuid() != 0
+
+
+async def _serve(host: HostOptions, port: int, *, opens: bool) -> None:
+    from skep.dashboard.relay import LOOPBACK, Relay
+
+    async with host.raw_client() as client:
+        await _check(client)
+        relay = Relay(client, lambda: secrets.token_hex(16), SystemClock().monotonic)
+        try:
+            async with relay.listening(port) as address:
+                click.echo(address)
+                say(
+                    "Open this address in a browser of this machine; it works once.  Ctrl-c ends the dashboard."
+                )
+                if opens:
+                    with _opened(address) as opening:
+                        await asyncio.to_thread(webbrowser.open, opening)
+                        await asyncio.Event().wait()
+                await asyncio.Event().wait()
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {LOOPBACK}:{port}: {reason_of(error)}") from error
+
+
+async def _check(client: RawClient) -> None:
+    """Raises: SkepError: there is no dashboard at the other end."""
+    from skep.dashboard.pages import RELAY_HEADER
+
+    try:
+        async with client.exchange("GET", "/ui/", headers={RELAY_HEADER: "1"}):
+            pass
+    except NotFound as error:
+        raise Unimplemented("the Skep of this node has no dashboard: upgrade it") from error
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[str]:
+    """The address of a file of this user that leads to ``address``, which every user would see among the browser's
+    arguments."""
+    with tempfile.TemporaryDirectory(prefix="skep-ui-") as directory:
+        path = Path(directory, "dashboard.html")
+        path.write_text(
+            f'<!doctype html><title>Skep</title><meta http-equiv="refresh" content="0; url={address}">'
+        )
+        yield path.as_uri()

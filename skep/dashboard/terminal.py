@@ -1,0 +1,151 @@
+"""A terminal in the page: a websocket joined with a command in a task's container, as ``skep exec -it`` runs it.
+
+Binary messages are what is typed and what is printed.  Text messages are JSON: from the page
+``{"resize": {"rows": R, "columns": C}}``, to it at the end ``{"exit_code": N}`` or ``{"error": "..."}``.
+"""
+
+import asyncio
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import quote
+
+import msgspec
+from aiohttp import WSMsgType, web
+
+from skep.aio.groups import first_alone
+from skep.api.raw import Exchange, RawClient, json
+from skep.errors import InvalidArgument, SkepError, Unavailable
+
+_MESSAGE_BYTES_MAX: Final = 64 * 1024
+_TAKES_S: Final = 60.0
+_HEARTBEAT_S: Final = 30.0
+_WORDS_MAX: Final = 64
+_SIDE_MAX: Final = 1000
+_HANG_UP: Final = b"\x03\x04"
+"""Typed when the page goes: an idle shell ends, where nothing else would end it."""
+
+
+class _Size(msgspec.Struct, frozen=True):
+    rows: int
+    columns: int
+
+
+class _Control(msgspec.Struct, frozen=True):
+    resize: _Size
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run, and where."""
+
+    task: str
+    words: tuple[str, ...]
+    user: str
+    size: _Size
+
+
+def command_of(request: web.BaseRequest) -> Command:
+    """Raises: InvalidArgument."""
+    query = request.query
+    words = tuple(query.getall("command", [])) or ("/bin/sh",)
+    if not query.get("task") or "/" in query["task"] or len(words) > _WORDS_MAX:
+        raise InvalidArgument("a terminal needs a task, and a command of at most 64 words")
+    size = _checked(_number(query.get("rows", "24")), _number(query.get("columns", "80")))
+    return Command(task=query["task"], words=words, user=query.get("user", ""), size=size)
+
+
+def _number(word: str) -> int:
+    if not (word.isascii() and word.isdigit() and len(word) < 5):
+        raise InvalidArgument(f"invalid size of a terminal: {word[:20]!r}")
+    return int(word)
+
+
+def _checked(rows: int, columns: int) -> _Size:
+    if not (0 < rows <= _SIDE_MAX and 0 < columns <= _SIDE_MAX):
+        raise InvalidArgument(f"a terminal has 1 to {_SIDE_MAX} rows and columns")
+    return _Size(rows, columns)
+
+
+async def join_terminal(request: web.BaseRequest, client: RawClient) -> web.WebSocketResponse:
+    """Run the command that ``request`` names until it or the page ends.  Raises: InvalidArgument: it names none."""
+    command = command_of(request)
+    page = web.WebSocketResponse(max_msg_size=_MESSAGE_BYTES_MAX, heartbeat=_HEARTBEAT_S, compress=False)
+    if not page.can_prepare(request).ok:
+        raise InvalidArgument("a terminal needs a websocket")
+    await page.prepare(request)
+    try:
+        end: dict[str, Any] = {"exit_code": await _run(page, client, command)}
+    except SkepError as error:
+        end = {"error": str(error)}
+    with suppress(ConnectionError, TimeoutError):
+        async with asyncio.timeout(_TAKES_S):
+            if not page.closed:
+                await page.send_str(json(end).decode())
+                await page.close()
+    return page
+
+
+async def _run(page: web.WebSocketResponse, client: RawClient, command: Command) -> int:
+    """The exit code.  Raises: SkepError."""
+    target = await client.get(f"/skep/tasks/{quote(command.task, safe='')}/target")
+    task = f"/skep/tasks/{target['TaskID']}"
+    created = await client.post(
+        f"{task}/container/exec",
+        {
+            "AttachStdin": True,
+            "AttachStdout": True,
+            "AttachStderr": True,
+            "Tty": True,
+            "User": command.user,
+            "Env": ["TERM=xterm-256color"],
+            "Cmd": list(command.words),
+        },
+    )
+    path = f"{task}/exec/{created['Id']}"
+    start = {"Detach": False, "Tty": True, "ConsoleSize": [command.size.rows, command.size.columns]}
+    async with client.exchange("POST", f"{path}/start", json(start), upgrade=True) as stream:
+        try:
+            with first_alone(SkepError):
+                async with asyncio.TaskGroup() as group:
+                    typing = group.create_task(_type(page, stream, client, path), name="typed in a terminal")
+                    await _print(page, stream)
+                    typing.cancel()
+        finally:
+            _hang_up(stream)
+    ended = await client.get(f"{path}/json")
+    return int(ended["ExitCode"] or 0)
+
+
+def _hang_up(stream: Exchange) -> None:
+    if not stream.writer.is_closing():
+        stream.writer.write(_HANG_UP)
+        stream.writer.close()  # after what was written
+
+
+async def _print(page: web.WebSocketResponse, stream: Exchange) -> None:
+    """Until the command ends, or the page.  Raises: Unavailable: the page takes nothing."""
+    with suppress(ConnectionError):
+        async for piece in stream.raw_pieces():
+            try:
+                async with asyncio.timeout(_TAKES_S):
+                    await page.send_bytes(piece)
+            except TimeoutError:
+                raise Unavailable("the page takes nothing") from None
+
+
+async def _type(page: web.WebSocketResponse, stream: Exchange, client: RawClient, path: str) -> None:
+    """What comes from the page, until it goes."""
+    with suppress(ConnectionError):
+        async for message in page:
+            if message.type is WSMsgType.BINARY:
+                stream.writer.write(message.data)
+                await stream.writer.drain()
+            elif message.type is WSMsgType.TEXT:
+                await _resize(client, path, message.data)
+    _hang_up(stream)
+
+
+async def _resize(client: RawClient, path: str, text: str) -> None:
+    with suppress(SkepError, msgspec.DecodeError):  # the command may have ended
+        asked = msgspec.json.decode(text, type=_Control).resize
+        size = _checked(asked.rows, asked.columns)
+        await client.post(f"{path}/resize", query={"h": str(size.rows), "w": str(size.columns)})
