@@ -95,7 +95,7 @@ FILES = {
     "skep context show",
 }
 """What writes a file, or a word for a script."""
-DOCKERS_OR_FULL_SCREEN = {"skep stats", "skep task top", "skep top"}
+DOCKERS_OR_FULL_SCREEN = {"skep stats", "skep task top", "skep top", "skep ui"}
 AS_IT_HAPPENS = {"skep events"}
 
 
