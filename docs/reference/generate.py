@@ -18,6 +18,7 @@ import msgspec
 
 from docs.reference.captures import screens
 from docs.reference.label_table import LABELS, LabelTarget
+from docs.reference.metric_page import metrics
 from skep import __version__
 from skep.api.errors import RPC_CODES, STATUSES
 from skep.cli.main import main
@@ -787,6 +788,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/limits.md": limits,
     "docs/reference/events.md": events,
     "docs/reference/errors.md": api_errors,
+    "docs/reference/metrics.md": metrics,
     "docs/reference/options.md": options,
     "packaging/skep.1": man_page,
 }

@@ -17,6 +17,10 @@ class Reports:
         self._pending: dict[TaskId, TaskStatus] = {}
         self._changed = asyncio.Event()
 
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._pending)
+
     def report(self, task_id: TaskId, status: TaskStatus) -> None:
         """Send ``status`` as soon as there is a session; it replaces one of the same task that is not sent yet."""
         self._pending.pop(task_id, None)  # a task that reports often is queued behind the others

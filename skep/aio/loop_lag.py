@@ -66,6 +66,13 @@ class LoopLag:
                 if lag_s >= LATE_S:
                     _tell(lag_s, spent[0] - last[0], spent[1] - last[1], stood)
 
+    async def sample(self, clock: Clock, period_s: float) -> None:
+        """Measure every ``period_s`` until cancelled, and log nothing: for a process that has to be cheap when idle."""
+        while True:
+            before = clock.monotonic()
+            await clock.sleep(period_s)
+            self.note(clock.monotonic() - before - period_s)
+
     def note(self, lag_s: float) -> None:
         """Count one measurement of ``lag_s``."""
         lag_ms = max(lag_s * 1000, 0.0)

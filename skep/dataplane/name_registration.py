@@ -61,6 +61,10 @@ class NameRegistration:
         """Serve no names to the container any more; harmless when it has none.  Raises: SkepError."""
         await self._service.forget(id)
 
+    async def listing(self) -> Listing:
+        """Everything that the net process holds and has counted.  Raises: SkepError."""
+        return await self._service.listing()
+
     async def served(self) -> frozenset[str]:
         """Ids of the containers that have names.  Raises: SkepError."""
         return frozenset(one.id for one in (await self._service.listing()).served)

@@ -192,7 +192,8 @@ async def _answer(request: Request, reservations: Reservations, serving: ServedC
             reservations.release(kind, port, address)
             return Done()
         case List():
-            return Listing(tuple(reservations.list()), tuple(serving.list()), serving.repairs.total)
+            held, served = tuple(reservations.list()), tuple(serving.list())
+            return Listing(held, served, serving.repairs.total, serving.counts())
         case Serve(named):
             return await _done(serving.serve(named))
         case Forget(id):

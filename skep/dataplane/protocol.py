@@ -128,12 +128,30 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """The request was carried out."""
 
 
+class NameCounts(msgspec.Struct, frozen=True):
+    """What the name servers have done since the process began.
+
+    ``questions``: by type; ``responses``: source, code and number (``dns.counts``); ``in_flight``: queries at other
+    servers now.
+    """
+
+    questions: tuple[tuple[str, int], ...] = ()
+    responses: tuple[tuple[str, str, int], ...] = ()
+    upstream_timeouts: int = 0
+    upstream_failures: int = 0
+    in_flight: int = 0
+
+
 class Listing(msgspec.Struct, frozen=True, tag=True):
-    """``repairs``: how often tables in a container's namespace were repaired that another program had changed."""
+    """``repairs``: how often tables in a container's namespace were repaired that another program had changed.
+
+    ``names``: a process of an older version has none.
+    """
 
     reservations: tuple[Reservation, ...]
     served: tuple[Named, ...] = ()
     repairs: int = 0
+    names: NameCounts = NameCounts()
 
 
 class Label(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from skep.dataplane.dns.server import Sockets
 from skep.dataplane.dns.upstream import Forwarder
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.repairs import Repairs
-from skep.dataplane.protocol import Label, Named, Waiting
+from skep.dataplane.protocol import Label, NameCounts, Named, Waiting
 from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import is_no_file
@@ -59,8 +59,9 @@ class ServedContainers:
         self._clock = clock
         self._rng = rng
         self._start_task = start_task
+        self._forwarder = Forwarder(clock, new_id)
         self._environment = Environment(
-            paths.names, namespaces, self._networks, Forwarder(clock, new_id), rng, start_task
+            paths.names, namespaces, self._networks, self._forwarder, rng, start_task
         )
         self._served: dict[str, ServedContainer] = {}
         self._work: dict[str, _Work] = {}
@@ -70,6 +71,17 @@ class ServedContainers:
     def list(self) -> Sequence[Named]:
         """The containers that are served."""
         return tuple(one.named for one in self._served.values())
+
+    def counts(self) -> NameCounts:
+        """What the name servers of all containers have done."""
+        counts = self._forwarder.counts
+        return NameCounts(
+            questions=tuple(counts.questions.items()),
+            responses=tuple((*key, number) for key, number in counts.responses.items()),
+            upstream_timeouts=counts.upstream_timeouts,
+            upstream_failures=counts.upstream_failures,
+            in_flight=self._forwarder.in_flight,
+        )
 
     def take_over(self, sockets: Mapping[Label, socket.socket], pending: Iterable[Waiting]) -> None:
         """Serve the containers that an earlier process has saved, at its sockets where they were handed over."""

@@ -44,6 +44,7 @@ from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.dispatcher.sessions import LiveSession
+from skep.manager.etcd_metrics import etcd_families
 from skep.manager.events import ClusterEvents
 from skep.manager.eviction.loop import Evictions, end_connections
 from skep.manager.eviction.steps import is_evicting_manager
@@ -209,7 +210,14 @@ class Manager:
             quorum=self._quorum,
             lag=lag,
             journal=self._journal,
-            metrics=ClusterMetrics(self._store, own, self._starts, self._dispatcher.session_count, lag),
+            metrics=ClusterMetrics(
+                self._store,
+                own,
+                self._starts,
+                self._dispatcher.session_count,
+                lag,
+                partial(etcd_families, self._config.paths.etcd_socket),
+            ),
             own=own,
             own_error=self._member.error,
         )

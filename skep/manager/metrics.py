@@ -5,7 +5,7 @@ Names that SwarmKit has are SwarmKit's.  Source: swarmkit, manager/metrics/colle
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
@@ -22,6 +22,7 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Created, Deleted, Store, Updated
 
 _START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_STORE_S = 2.0
 _STARTING_MAX = 100_000
 """Tasks on their way whose begin is remembered."""
 
@@ -61,16 +62,26 @@ class StartTimes:
 
 
 class ClusterMetrics:
-    """The families of one manager.  ``own``: its node; ``sessions``: how many nodes have theirs with it."""
+    """The families of one manager.
+
+    ``own``: its node; ``sessions``: how many nodes have theirs with it; ``of_store``: what its store's program counts.
+    """
 
     def __init__(
-        self, store: Store, own: NodeId, starts: StartTimes, sessions: Callable[[], int], lag: LoopLag
+        self,
+        store: Store,
+        own: NodeId,
+        starts: StartTimes,
+        sessions: Callable[[], int],
+        lag: LoopLag,
+        of_store: Callable[[], Awaitable[list[Family]]],
     ) -> None:
         self._store = store
         self._own = own
         self._starts = starts
         self._sessions = sessions
         self._lag = lag
+        self._of_store = of_store
 
     async def families(self) -> list[Family]:
         """As the replica has it; other work goes on between pieces of the tasks."""
@@ -108,12 +119,14 @@ class ClusterMetrics:
 
     async def _space(self) -> list[Family]:
         try:
-            space = await self._store.space()
-        except SkepError:
+            async with asyncio.timeout(_STORE_S):
+                space, counted = await self._store.space(), await self._of_store()
+        except (SkepError, TimeoutError):
             return []
         if space is None:
-            return []
+            return counted
         return [
+            *counted,
             gauge("skep_store_size_bytes", "The file of this manager's store.", space.size),
             gauge("skep_store_in_use_bytes", "What is in use of that file.", space.in_use),
             gauge("skep_store_quota_bytes", "The largest size of that file.", space.quota),

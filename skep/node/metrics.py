@@ -12,9 +12,12 @@ import structlog
 
 from skep import __version__
 from skep.agent.session_state import SessionState
+from skep.aio.clock import Clock
+from skep.aio.loop_lag import LoopLag
 from skep.api.exposition import Family, Sample, by_label, gauge, label_text, merged, render
 from skep.api.process_metrics import process_families
 from skep.dataplane.dataplane import DataPlane
+from skep.dataplane.protocol import Listing
 from skep.engine.container import Counts
 from skep.engine.usage import Usage
 from skep.errors import SkepError
@@ -29,6 +32,8 @@ log = structlog.get_logger()
 
 _MANAGER_S = 4.0
 """Prometheus gives up after ten."""
+_NET_S = 2.0
+_LAG_PERIOD_S = 0.25
 
 
 class Sources(NamedTuple):
@@ -44,25 +49,32 @@ class Sources(NamedTuple):
     usage: Usage | None
     reads: ClusterReads
     has_manager: Callable[[], bool]
+    reports: Callable[[], int]
+    """Statuses of tasks that wait for a session."""
 
 
 class NodeMetrics:
     """The page of one node."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, clock: Clock) -> None:
         self._sources = sources
+        self._clock = clock
+        self._lag = LoopLag()
 
     async def run(self) -> None:
-        """Sample what containers use while it is asked for, until cancelled."""
-        if self._sources.usage is not None:
-            await self._sources.usage.run()
+        """Sample the event loop, and what containers use while it is asked for, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._lag.sample(self._clock, _LAG_PERIOD_S))
+            if self._sources.usage is not None:
+                group.create_task(self._sources.usage.run())
 
     async def text(self) -> bytes:
         """The page.  What does not answer in time is left out: ``skep_manager_up`` says so of the manager."""
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(self._of_manager())
+            names = group.create_task(self._of_net_process())
             used = await self._sources.usage.text() if self._sources.usage is not None else b""
-        return render(merged([*self._own(), *asked.result()])) + used
+        return render(merged([*self._own(), *names.result(), *asked.result()])) + used
 
     async def nodes(self) -> Any:
         """As ``GET /nodes`` has them.  Raises: SkepError: no manager answers, or workers may not read."""
@@ -82,8 +94,21 @@ class NodeMetrics:
                 dict.fromkeys(one.conditions.present(), 1),
             ),
             *(network_families(plane.repairs.counts, plane.prober.reports) if plane is not None else ()),
-            *process_families("node"),
+            gauge("skep_node_reports_waiting", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
+            *process_families("node", self._lag),
         ]  # fmt: skip
+
+    async def _of_net_process(self) -> list[Family]:
+        """What the name servers of containers count; empty: their process does not answer."""
+        plane = self._sources.data_plane
+        if plane is None or plane.naming is None:
+            return []
+        try:
+            async with asyncio.timeout(_NET_S):
+                return dns_families(await plane.naming.listing())
+        except (SkepError, TimeoutError) as error:
+            log.debug("no metrics from the net process", reason=str(error))
+            return []
 
     async def _of_manager(self) -> list[Family]:
         if not self._sources.has_manager():
@@ -128,6 +153,46 @@ def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list
             "engine_daemon_events_total", "counter", "Events of this node.", [Sample("", events.published)]
         ),
         gauge("engine_daemon_events_subscribers_total", "Clients that read events.", events.readers),
+    ]
+
+
+def dns_families(listing: Listing) -> list[Family]:
+    """What the name servers of this node's containers did."""
+    names = listing.names
+    responses = [
+        Sample(label_text({"source": source, "code": code}), number)
+        for source, code, number in sorted(names.responses)
+    ]
+    return [
+        gauge("skep_dns_containers", "Containers with a name server of their networks.", len(listing.served)),
+        by_label(
+            "skep_dns_questions_total",
+            "counter",
+            "Questions of containers for names, by record type.",
+            "type",
+            dict(names.questions),
+        ),
+        Family(
+            "skep_dns_responses_total",
+            "counter",
+            "Responses to containers: of their networks, forwarded, or none (malformed), by DNS code.",
+            responses,
+        ),
+        by_label(
+            "skep_dns_upstream_errors_total",
+            "counter",
+            "Attempts at other name servers without a response: timeout, or failure.",
+            "reason",
+            {"timeout": names.upstream_timeouts, "failure": names.upstream_failures},
+        ),
+        gauge("skep_dns_forwarded_in_flight", "Questions at other name servers now.", names.in_flight),
+        by_label(
+            "skep_network_repairs_total",
+            "counter",
+            "Repairs of what other programs had changed.",
+            "kind",
+            {"container rules": listing.repairs},
+        ),
     ]
 
 

@@ -460,7 +460,9 @@ class Node:
                 usage=Usage(engine.list, cgroups, self._clock) if engine is not None else None,
                 reads=self._system.reads,
                 has_manager=lambda: self._membership.is_manager,
-            )
+                reports=partial(len, self._reports),
+            ),
+            self._clock,
         )
 
     def _network_warnings(self) -> tuple[str, ...]:
@@ -539,7 +541,7 @@ class Node:
             run(self._engine.images.settle, "images")
             run(self._image_sharing.collect, "image collection")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
-        run(self._metrics.run, "usage of containers")
+        run(self._metrics.run, "metrics")
         if self._data_plane is not None:
             run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:

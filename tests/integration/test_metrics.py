@@ -10,7 +10,7 @@ from tests.support.playground_rig import TestNode, create, wait_running, wait_un
 
 pytestmark = pytest.mark.timeout(120)
 
-_NAME = re.compile(r"\b(?:skep|swarm|engine|container|process)_[a-z_]+\b")
+_NAME = re.compile(r"\b(?:skep|swarm|engine|container|process|etcd)_[a-z_]+\b")
 
 
 def page(node: TestNode) -> str:
@@ -35,6 +35,8 @@ def test_containers_are_on_the_page_by_service_and_every_name_is_in_the_referenc
     )
     wait_until(lambda: used.search(page(m1)), "its memory is on the page")
     found = page(m1)
+    assert re.search(r"^etcd_disk_wal_fsync_duration_seconds_count [1-9]", found, re.MULTILINE)
+    assert "skep_store_in_use_bytes" in found
     assert 'skep_service_running_tasks{service="web"} 1' in found
     assert 'engine_daemon_container_states_containers{state="running"} 1' in found
     assert 'process_resident_memory_bytes{process="manager"}' in found
@@ -44,3 +46,23 @@ def test_containers_are_on_the_page_by_service_and_every_name_is_in_the_referenc
     packaged = ("packaging/prometheus/skep-alerts.yml", "packaging/grafana/skep.json")
     wanted = {name for path in packaged for name in _NAME.findall((ROOT / path).read_text())}
     assert {name.removesuffix("_bucket") for name in wanted} - {"container_cpu_usage_seconds_total"} <= named
+
+
+def test_what_containers_ask_for_names_is_counted(m1: TestNode) -> None:
+    """By the process that answers them, which is not the node's."""
+    m1.docker("network", "create", "--driver", "overlay", "names")
+    create(m1, "web", 1, "--network", "names")
+    (task,) = wait_running(m1, "web", 1)
+
+    def counted(*labels: str) -> int:
+        line = re.compile(
+            rf"^skep_dns_\w+_total{{{','.join(re.escape(label) for label in labels)}}} (\d+)$", re.MULTILINE
+        )
+        return sum(map(int, line.findall(page(m1))))
+
+    in_network = ('source="network"', 'code="NOERROR"')
+    questions, responses = counted('type="A"'), counted(*in_network)
+    container = task["Status"]["ContainerStatus"]["ContainerID"]
+    m1.docker("exec", container, "nslookup", "-type=a", "web")
+    assert counted('type="A"') > questions
+    assert counted(*in_network) > responses

@@ -170,15 +170,16 @@ class ContainerServer:
         if query is None:
             return
         if isinstance(query, bytes):
-            self._send(query, client)
+            self._send(self._counted(None, query), client)
             return
+        self._forwarder.counts.question(query.type)
         decision = self._resolver.resolve(query)
         response = self._immediate(query, decision, query.udp_bytes_max)
         most = PENDING_MAX if isinstance(decision, Foreign) else 2 * PENDING_MAX
         if response is None and len(self._pending) >= most:
             response = reply(query, REFUSED, bytes_max=query.udp_bytes_max)
         if response is not None:
-            self._send(response, client)
+            self._send(self._counted(decision, response), client)
             return
         task = self._start_task(self._respond_later(query, data, decision, client))
         self._pending[task] = (*client, data)
@@ -201,7 +202,14 @@ class ContainerServer:
     async def _respond_later(
         self, query: Query, data: bytes, decision: Decision, client: tuple[str, int]
     ) -> None:
-        self._send(await self._delayed(query, data, decision, query.udp_bytes_max, is_tcp=False), client)
+        response = await self._delayed(query, data, decision, query.udp_bytes_max, is_tcp=False)
+        self._send(self._counted(decision, response), client)
+
+    def _counted(self, decision: Decision | None, response: bytes) -> bytes:
+        """``response``; ``decision`` None: to a malformed query."""
+        source = "none" if decision is None else "forwarded" if isinstance(decision, Foreign) else "network"
+        self._forwarder.counts.response(source, response)
+        return response
 
     def _immediate(self, query: Query, decision: Decision, bytes_max: int) -> bytes | None:
         """The response to ``query`` if it needs no waiting."""
@@ -280,7 +288,10 @@ class ContainerServer:
                 query = parse(data)
                 if query is None:
                     return
-                response = query if isinstance(query, bytes) else await self._respond(query, data)
+                if isinstance(query, bytes):
+                    response = self._counted(None, query)
+                else:
+                    response = await self._respond(query, data)
                 async with asyncio.timeout(IDLE_S):
                     await loop.sock_sendall(connection, len(response).to_bytes(2, "big") + response)
         except (OSError, TimeoutError):
@@ -289,9 +300,12 @@ class ContainerServer:
             connection.close()
 
     async def _respond(self, query: Query, data: bytes) -> bytes:
+        self._forwarder.counts.question(query.type)
         decision = self._resolver.resolve(query)
         response = self._immediate(query, decision, TCP_BYTES_MAX)
-        return response or await self._delayed(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
+        if response is None:
+            response = await self._delayed(query, data, decision, TCP_BYTES_MAX, is_tcp=True)
+        return self._counted(decision, response)
 
 
 def _bound(kind: socket.SocketKind, port: int) -> socket.socket:

@@ -18,6 +18,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.dataplane.dns.counts import DnsCounts
 from skep.dataplane.dns.messages import (
     REFUSED,
     SERVFAIL,
@@ -68,6 +69,7 @@ class Forwarder:
     def __init__(self, clock: Clock, new_id: Callable[[], int]) -> None:
         self._clock = clock
         self._new_id = new_id
+        self.counts = DnsCounts()
         self._in_flight: dict[str, dict[asyncio.Timeout, None]] = {}
         """By container, the oldest query first."""
         self._total = 0
@@ -161,14 +163,17 @@ class Forwarder:
                 async with asyncio.timeout(attempt_s):
                     response = await self._exchange(query, data, server, inside, is_tcp)
             except TimeoutError:
+                self.counts.upstream_timeouts += 1
                 self._mark_unresponsive(server, container)
                 continue
             except (OSError, SkepError, ValueError):
+                self.counts.upstream_failures += 1
                 failed.add(server)
                 continue
             self._mark_responsive(server, container)
             if response_code(response) not in (SERVFAIL, REFUSED):
                 return response
+            self.counts.upstream_failures += 1
             failed.add(server)
         return None
 

@@ -30,6 +30,14 @@ class LateClock:
         self._now += seconds + self._lags_s.pop(0)
 
 
+async def test_lag_is_sampled_without_a_thread() -> None:
+    lag = LoopLag()
+    with pytest.raises(asyncio.CancelledError):
+        await lag.sample(LateClock(0.0, 0.3), 0.25)
+    assert lag.seen().looks == 2
+    assert lag.seen().ms_max == pytest.approx(300)
+
+
 async def measured(*lags_s: float) -> LoopLag:
     lag = LoopLag()
     with suppress(asyncio.CancelledError):

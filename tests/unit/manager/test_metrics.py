@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from skep.api.exposition import render
+from skep.manager.etcd_metrics import chosen
 from skep.manager.metrics import StartTimes, service_families
 from skep.model.ids import ServiceId
 from skep.model.service import GlobalService, ServiceMode
@@ -44,6 +45,37 @@ def test_a_start_is_the_time_between_two_commits_that_were_seen() -> None:
     assert 'x_bucket{le="0.25"} 0' in text
     assert 'x_bucket{le="0.5"} 1' in text
     assert "x_count 1" in text
+
+
+def test_of_etcds_metrics_a_few_are_kept_under_their_names() -> None:
+    page = """
+# HELP etcd_server_has_leader Whether or not a leader exists. 1 is existence, 0 is not.
+# TYPE etcd_server_has_leader gauge
+etcd_server_has_leader 1
+# TYPE etcd_network_peer_round_trip_time_seconds histogram
+etcd_network_peer_round_trip_time_seconds_bucket{To="a b",le="0.0001"} 0
+etcd_network_peer_round_trip_time_seconds_bucket{To="a b",le="+Inf"} 2
+etcd_network_peer_round_trip_time_seconds_sum{To="a b"} 1.5e-03
+etcd_network_peer_round_trip_time_seconds_count{To="a b"} 2
+# TYPE etcd_server_slow_apply_total counter
+etcd_server_slow_apply_total nonsense
+# TYPE go_goroutines gauge
+go_goroutines 90
+"""
+    assert (
+        render(chosen(page)).decode()
+        == """\
+# HELP etcd_server_has_leader Whether a leader exists.
+# TYPE etcd_server_has_leader gauge
+etcd_server_has_leader 1.0
+# HELP etcd_network_peer_round_trip_time_seconds Round trips to other members.
+# TYPE etcd_network_peer_round_trip_time_seconds histogram
+etcd_network_peer_round_trip_time_seconds_bucket{To="a b",le="0.0001"} 0.0
+etcd_network_peer_round_trip_time_seconds_bucket{To="a b",le="+Inf"} 2.0
+etcd_network_peer_round_trip_time_seconds_sum{To="a b"} 0.0015
+etcd_network_peer_round_trip_time_seconds_count{To="a b"} 2.0
+"""
+    )
 
 
 def test_services_count_what_runs_and_what_should() -> None:

@@ -1,12 +1,14 @@
 """The page of a node, and the list of nodes for Prometheus."""
 
+import msgspec
 import pytest
 
 from skep.api.exposition import render
 from skep.configuration.values import listening_addr
+from skep.dataplane.protocol import Listing, NameCounts
 from skep.model.ids import NodeId
 from skep.model.paths import SETTLED_ROUNDS, PathCheck, PathFinding, PathReport
-from skep.node.metrics import network_families
+from skep.node.metrics import dns_families, network_families
 from skep.node.metrics_server import targets
 
 
@@ -51,6 +53,22 @@ def test_a_peer_is_unreachable_when_enough_rounds_agree() -> None:
     assert 'skep_peer_reachable{peer="b"} 0' in text
     assert 'skep_peer_reachable{peer="c"} 1' in text
     assert 'skep_peer_mtu_bytes{peer="a"} 1450' in text
+
+
+def test_name_servers_are_counted_by_what_they_answered() -> None:
+    names = NameCounts(
+        (("A", 3),), (("network", "NOERROR", 2), ("forwarded", "SERVFAIL", 1)), upstream_timeouts=4
+    )
+    text = render(dns_families(Listing((), (), 5, names))).decode()
+    assert 'skep_dns_questions_total{type="A"} 3' in text
+    assert 'skep_dns_responses_total{source="network",code="NOERROR"} 2' in text
+    assert 'skep_dns_responses_total{source="forwarded",code="SERVFAIL"} 1' in text
+    assert 'skep_dns_upstream_errors_total{reason="timeout"} 4' in text
+    assert 'skep_network_repairs_total{kind="container rules"} 5' in text
+    older = msgspec.msgpack.decode(
+        msgspec.msgpack.encode({"type": "Listing", "reservations": ()}), type=Listing
+    )
+    assert "skep_dns_containers 0" in render(dns_families(older)).decode(), "a process of the version before"
 
 
 def test_an_address_to_listen_on_has_a_port() -> None:

@@ -73,6 +73,8 @@ async def test_a_connection_that_finds_no_descriptor_is_taken_later_and_not_trie
         async with asyncio.timeout(WAIT_S):
             answer = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
         assert answer[:2] == QUESTION[:2]
+        assert forwarder.counts.questions == {"A": 1}
+        assert forwarder.counts.responses == {("network", "NXDOMAIN"): 1}
         assert tcp.tries == Scarce.refusals + 1
         assert asyncio.get_running_loop().time() - began >= 0.9 * Scarce.refusals * ACCEPT_PAUSE_S
         writer.close()

@@ -1,0 +1,107 @@
+"""``metrics.md``: names, kinds and help texts of all metrics, from the code that makes them."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+from skep.api import process_metrics
+from skep.engine import usage
+from skep.manager import metrics as manager_metrics
+from skep.manager.etcd_metrics import ETCD
+from skep.node import metrics as node_metrics
+
+_NOTICE = "<!-- Written by `make reference`; edit the code, or docs/reference/metric_page.py. -->"
+_HEAD = """
+`GET /metrics` on the API's hosts, and by plain HTTP on `metrics-addr` ([configuration.md](configuration.md)), as a
+Docker Engine has it there: the node, its containers, and its manager process where it has one. Whoever reaches
+`metrics-addr` reads it; nothing can be changed there. [packaging/prometheus/](../../packaging/prometheus/) has a
+configuration and alert rules, [packaging/grafana/](../../packaging/grafana/) a dashboard.
+
+`GET /sd` on `metrics-addr` is the list of all nodes for `http_sd_configs`, with the same port for each: labels
+`__meta_skep_node_id`, `_name`, `_role`, `_leader`, `_availability`, `_state`, and `_label_KEY` for each of its
+labels. On a worker it needs `skep cluster worker-reads on`. Prometheus' discovery of Docker Swarm works as well.
+"""
+_OF_MANAGERS = """
+Every manager counts the whole cluster: use `max by`, not `sum`. Names that begin with `swarm_manager_` are
+SwarmKit's, those with `etcd_` etcd's, of the manager's own member.
+"""
+_OF_CONTAINERS = """
+Names are cAdvisor's. Labels: `name` (of the container), `image`, `service`, `task`, `stack`; the last three are empty
+for plain containers; those of networks have `interface`, too. Sampled every ten seconds while somebody asks.
+"""
+_LABELS = {
+    "engine_daemon_engine_info": ("version", "architecture", "kernel", "os"),
+    "skep_dns_responses_total": ("source", "code"),
+    "skep_service_running_tasks": ("service",),
+    "skep_service_desired_tasks": ("service",),
+    "process_cpu_seconds_total": ("process",),
+    "process_resident_memory_bytes": ("process",),
+    "process_open_fds": ("process",),
+    "skep_event_loop_lag_seconds": ("process",),
+    "etcd_network_peer_round_trip_time_seconds": ("To",),
+}
+"""Of families whose labels are no argument of their own."""
+
+
+class Metric(NamedTuple):
+    """One row."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+def metrics() -> str:
+    """The page."""
+    sections = {
+        "## Of a node": (*made_in(node_metrics), *made_in(process_metrics)),
+        "## Of a manager": (*made_in(manager_metrics), *_of_etcd()),
+        "## Of containers": tuple(Metric(*family[:3]) for family in usage.families([])),
+    }
+    below = {"## Of a manager": _OF_MANAGERS, "## Of containers": _OF_CONTAINERS}
+    lines = ["# Metrics", "", _NOTICE, _HEAD]
+    for title, found in sections.items():
+        lines += [title, "", *_table(found)]
+        lines.append(below.get(title, ""))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def made_in(module: ModuleType) -> list[Metric]:
+    """The families that a module makes: calls of ``gauge``, ``by_label``, ``Family`` and a histogram's ``family``."""
+    found: dict[str, Metric] = {}
+    calls = [each for each in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(each, ast.Call)]
+    for call in sorted(calls, key=lambda call: call.lineno):
+        texts = [
+            each.value for each in call.args if isinstance(each, ast.Constant) and isinstance(each.value, str)
+        ]
+        match ast.unparse(call.func).rpartition(".")[2], texts:
+            case "gauge", [name, help, *_]:
+                metric = Metric(name, "gauge", help)
+            case "family", [name, help]:
+                metric = Metric(name, "histogram", help)
+            case "by_label", [name, kind, help, label]:
+                metric = Metric(name, kind, help, (label,))
+            case "Family", [name, kind, help]:
+                metric = Metric(name, kind, help)
+            case _:
+                continue
+        found.setdefault(metric.name, metric._replace(labels=_LABELS.get(metric.name, metric.labels)))
+    return list(found.values())
+
+
+def _of_etcd() -> Iterator[Metric]:
+    for name, help in ETCD.items():
+        kind = "histogram" if name.endswith("_seconds") else "counter" if name.endswith("_total") else "gauge"
+        yield Metric(name, kind, help, _LABELS.get(name, ()))
+
+
+def _table(found: tuple[Metric, ...]) -> Iterator[str]:
+    yield "| name | kind | labels | what |"
+    yield "|---|---|---|---|"
+    for one in found:
+        labels = ", ".join(f"`{label}`" for label in one.labels)
+        yield f"| `{one.name}` | {one.kind} | {labels} | {textwrap.shorten(one.help, 200)} |"

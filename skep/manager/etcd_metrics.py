@@ -1,0 +1,56 @@
+"""What of etcd's own metrics is worth a page: how fast its disk is, how large it is, how often the leader changed.
+
+The names are etcd's, which dashboards know.  Source: https://etcd.io/docs/v3.5/metrics/
+"""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from skep.api.client import Client
+from skep.api.exposition import Family, Kind, Sample
+
+ETCD = {
+    "etcd_server_has_leader": "Whether a leader exists.",
+    "etcd_server_is_leader": "Whether this member leads etcd.",
+    "etcd_server_leader_changes_seen_total": "Changes of etcd's leader.",
+    "etcd_server_proposals_pending": "Proposals that wait to be committed.",
+    "etcd_server_proposals_failed_total": "Proposals that failed.",
+    "etcd_server_slow_apply_total": "Slow applications of an entry.",
+    "etcd_disk_wal_fsync_duration_seconds": "Duration of fsync of the log.",
+    "etcd_disk_backend_commit_duration_seconds": "Duration of commits of the database.",
+    "etcd_mvcc_db_total_size_in_bytes": "Size of the database.",
+    "etcd_mvcc_db_total_size_in_use_in_bytes": "What of it is in use.",
+    "etcd_network_peer_round_trip_time_seconds": "Round trips to other members.",
+}
+"""Names, and what they are.  Of some hundred."""
+_TYPE = re.compile(r"# TYPE (\S+) (\S+)")
+_SAMPLE = re.compile(r"([a-z_]+)(\{.*\})? (\S+)")
+_SUFFIXES = ("", "_bucket", "_sum", "_count")
+
+
+async def etcd_families(socket: Path) -> list[Family]:
+    """Of the member at ``socket``.  Raises: Unavailable: it does not answer."""
+    async with Client.local(socket, "etcd") as client:
+        response = await client.send("GET", "/metrics", headers={"Accept-Encoding": "identity"})
+    return chosen(response.body.decode(errors="replace")) if response.status == 200 else []
+
+
+def chosen(page: str) -> list[Family]:
+    """The families of ``ETCD`` in a page of metrics; lines that cannot be read are left out."""
+    kinds: dict[str, str] = {}
+    samples: dict[str, list[Sample]] = {name: [] for name in ETCD}
+    suffixes = {f"{name}{suffix}": (name, suffix) for name in ETCD for suffix in _SUFFIXES}
+    for line in page.splitlines():
+        if found := _TYPE.fullmatch(line):
+            kinds[found[1]] = found[2]
+        elif (found := _SAMPLE.fullmatch(line)) and found[1] in suffixes:
+            name, suffix = suffixes[found[1]]
+            with suppress(ValueError):
+                samples[name].append(Sample(found[2] or "", float(found[3]), suffix))
+    return [
+        Family(name, cast("Kind", kinds[name]), ETCD[name], found)
+        for name, found in samples.items()
+        if found and kinds.get(name) in ("counter", "gauge", "histogram")
+    ]
