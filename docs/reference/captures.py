@@ -1,9 +1,11 @@
 """What the screens of the command look like: the code that prints them, on a cluster with something wrong."""
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 from skep.cli.explain import about_service, about_task
+from skep.cli.history import lines_of as history_lines
 from skep.cli.output import Screen
 from skep.cli.recover import Kept, plan
 from skep.cli.runs import shown
@@ -11,6 +13,7 @@ from skep.cli.status import Cluster, Status, lines_of, node_rows, service_rows
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
+_AT = datetime.fromtimestamp(NOW, UTC)
 _COLUMNS = 110
 _CRASH = (
     '0 of 2 tasks run; crash loop, 8 failures in a row: exit 3, last line "boom: cannot connect to db"; '
@@ -34,6 +37,7 @@ def screens() -> str:
             *_capture("skep explain boom", about_service("boom", _boom(), NOW)),
             *_capture("skep explain stuck.1", about_task("stuck.1", _stuck(), NOW)),
             *_capture("skep runs boom", shown({"Runs": [_run()]}, Screen(columns=_COLUMNS), NOW)),
+            *_capture("skep history boom", history_lines(_HISTORY, Screen(columns=_COLUMNS), _AT)),
             *_capture(
                 "skep cluster recover --dry-run",
                 (f"{word.ljust(11)}{text}" for word, text in plan(_INFO, _QUORUM, _KEPT)),
@@ -91,6 +95,27 @@ def _status() -> Status:
         ("store", "1 % in use, file 12 MiB"),
     )
     return Status(health="degraded", node=about, cluster=cluster)
+
+
+def _entry(clock: str, message: str, severity: str = "info", **more: Any) -> dict[str, Any]:
+    return {"Time": f"2026-01-31T{clock}Z", "Message": message, "Severity": severity, **more}
+
+
+_HISTORY = {
+    "Entries": [
+        _entry("11:48:01", "create service boom", By={"User": "root", "UID": 0, "Node": "m1"}),
+        _entry("11:48:01", "service boom created: 2 × shop/api:7, replicated"),
+        _entry("11:48:02", "task boom.1 on m2 failed: exit code 3", "error"),
+        _entry(
+            "11:48:07",
+            "task boom.1 (5rtugg83s0k5e2d81lhsb36fe) is replaced: it failed: exit code 3",
+            "warning",
+        ),
+        _entry("11:59:30", "node w1 is down: heartbeat failure", "error"),
+    ],
+    "Next": "",
+    "Total": 5,
+}
 
 
 def _boom() -> dict[str, Any]:

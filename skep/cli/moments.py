@@ -20,6 +20,7 @@ _AGO = re.compile(r"(?P<number>\d{1,6}|an?)\s*(?P<unit>[a-z]+)(?:\s+ago)?")
 _CLOCK = re.compile(
     r"(?:(?P<day>today|yesterday|\d{4}-\d\d-\d\d)(?:[ t]|$)\s*)?(?P<time>\d{1,2}:\d\d(?::\d\d)?)?"
 )
+_REVISION = re.compile(r"revision:\d{1,18}")
 EXAMPLES = "'10 min ago', 'yesterday 14:00', '14:00', 2026-01-31T12:00:00Z or revision:N"
 
 
@@ -43,6 +44,11 @@ def moment_of(text: str, now: datetime) -> Timestamp:
         except ValueError:
             pass
     raise InvalidArgument(f"invalid time {text!r}: want {EXAMPLES}")
+
+
+def moment_or_revision(text: str, now: datetime) -> str:
+    """``moment_of``, or ``revision:N`` as it is.  Raises: InvalidArgument."""
+    return text if _REVISION.fullmatch(text) else moment_of(text, now)
 
 
 def _at(day: str, clock: str, now: datetime) -> datetime:

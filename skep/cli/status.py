@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 import click
@@ -10,15 +11,20 @@ import msgspec
 from skep.api.requests import Requests
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import age, counted
+from skep.cli.moments import moment_or_revision
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.quorum import STALE, no_leader, quorum_of
 from skep.errors import SkepError
 from skep.model.task_end import printable
+from skep.model.times import SECOND_NS, unix_ns
 
 DEGRADED, LEADERLESS = 3, 4
 """Exit codes: something is not as wanted; there is no leader.  0: all is well, 1: the node does not answer."""
 
 _ANSWERS_WITHIN_S = 10.0
+_EARLIER_WITHIN_S = 60.0
+_AT = "at"
+"""The word before the time of an earlier state."""
 _EXPLAINED = 10
 """Services whose explanation is requested."""
 _NODES_SHOWN, _SERVICES_SHOWN = 20, 30
@@ -64,6 +70,7 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     update: str = ""
     why: str = ""
     is_well: bool = True
+    image: str = ""
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
@@ -94,9 +101,16 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
 
 @click.command()
+@click.option(
+    "--at",
+    "when",
+    default="",
+    metavar="TIME",
+    help="As it was then: '10 min ago', 'yesterday 14:00', '14:00', RFC 3339, revision:N.",
+)
 @shows
 @click.pass_obj
-def status(host: HostOptions, output: Output) -> None:
+def status(host: HostOptions, when: str, output: Output) -> None:
     """Show the cluster on one screen: its nodes, its services, and why what is not well is not.
 
     Exit code 0: all is as wanted; 3: a node or a service is not; 4: there is no leader; 1: the node does not answer.
@@ -105,12 +119,13 @@ def status(host: HostOptions, output: Output) -> None:
     Examples:
       skep status
       skep status --watch
+      skep status --at '10 min ago'
       skep status -o json | jq '.Cluster.Services[] | select(.IsWell | not)'
       skep --host ssh://root@manager1 status
     """
 
     async def fetch() -> Shown:
-        found = await _status(host)
+        found = await (_status_at(host, when) if when else _status(host))
         return Shown(data=found, lines=lambda screen: lines_of(found, screen), exit_code=found.exit_code)
 
     output.show(fetch)
@@ -138,6 +153,28 @@ async def _status(host: HostOptions) -> Status:
             notes.append(f"the cluster is not known: {error}")
         health = "no leader" if not is_led else "ok" if is_well(cluster) else "degraded"
         return Status(health=health, node=tuple(node), notes=tuple(notes), cluster=cluster)
+
+
+async def _status_at(host: HostOptions, when: str) -> Status:
+    """From the store's history.  Raises: InvalidArgument, FailedPrecondition: there is no such time, or no more."""
+    now = datetime.now().astimezone()
+    async with host.requests() as client:
+        state = await client.get("/skep/state", timeout_s=_EARLIER_WITHIN_S, at=moment_or_revision(when, now))
+    return status_of_state(state, now)
+
+
+def status_of_state(state: Mapping[str, Any], now: datetime) -> Status:
+    """The screen of an earlier state (``GET /skep/state``)."""
+    running = [task["NodeID"] for task in state["Tasks"] if task["State"] == "running"]
+    rows = node_rows(state["Nodes"], running)
+    at = datetime.fromtimestamp(unix_ns(state["Time"]) / SECOND_NS, now.tzinfo)
+    cluster = Cluster(
+        leader=next((row.name for row in rows if row.role == "leader"), ""),
+        nodes=tuple(rows),
+        services=tuple(service_rows(state["Services"], {}, at.timestamp())),
+    )
+    when = f"{at.isoformat(sep=' ', timespec='seconds')} (revision {state['Revision']})"
+    return Status(health="ok" if is_well(cluster) else "degraded", node=((_AT, when),), cluster=cluster)
 
 
 def is_well(cluster: Cluster | None) -> bool:
@@ -270,7 +307,14 @@ def service_rows(
             update=_update(update, now),
             why=why or ("" if is_well else f"{running} of {wanted} tasks run"),
             is_well=is_well,
+            image=_image(service),
         )
+
+
+def _image(service: Mapping[str, Any]) -> str:
+    """Without its digest."""
+    container = (service["Spec"].get("TaskTemplate") or {}).get("ContainerSpec") or {}
+    return str(container.get("Image", "")).partition("@")[0]
 
 
 def _reason(summary: str) -> str:
@@ -323,14 +367,17 @@ def lines_of(status: Status, screen: Screen) -> Iterator[str]:
         yield from screen.fitted(f"{word.ljust(width)}{printable(text)}", indent=width)
     if status.cluster is None:
         return
+    is_past = bool(status.node) and status.node[0][0] == _AT
     yield ""
     yield from _nodes(status.cluster.nodes, screen)
     if status.cluster.services:
         yield ""
-        yield from _services(status.cluster.services, screen)
+        yield from _services(status.cluster.services, screen, shows_images=is_past or screen.is_wide)
     bad = [row.name for row in status.cluster.services if not row.is_well]
     lost = [row.name for row in status.cluster.nodes if row.state == "down"]
-    if bad or lost:
+    if (bad or lost) and is_past:
+        yield f"next: skep history {printable((bad or lost)[0])}"
+    elif bad or lost:
         yield f"next: skep explain {printable((bad or lost)[0])}"
 
 
@@ -373,7 +420,7 @@ def _state(row: NodeRow) -> str:
     return state if row.availability == "active" else f"{state}, {row.availability}"
 
 
-def _services(rows: Sequence[ServiceRow], screen: Screen) -> Iterator[str]:
+def _services(rows: Sequence[ServiceRow], screen: Screen, *, shows_images: bool) -> Iterator[str]:
     shown = _first(rows, _SERVICES_SHOWN, screen)
     cells: list[list[str | Cell]] = [
         [
@@ -381,11 +428,12 @@ def _services(rows: Sequence[ServiceRow], screen: Screen) -> Iterator[str]:
             Cell(f"{row.running}/{row.wanted}", "" if row.is_well else "red"),
             row.update,
             *([row.id] if screen.is_wide else []),
+            *([row.image] if shows_images else []),
             Cell(row.why, "yellow"),
         ]
         for row in shown
     ]
-    more = ["ID"] if screen.is_wide else []
+    more = [*(["ID"] if screen.is_wide else []), *(["IMAGE"] if shows_images else [])]
     yield from table(("SERVICE", "TASKS", "UPDATE", *more, "WHY"), cells, screen)
     if len(shown) < len(rows):
         yield f"and {counted(len(rows) - len(shown), 'service')} more: skep status -o wide"

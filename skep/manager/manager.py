@@ -52,6 +52,7 @@ from skep.manager.gossip.relay import Relay
 from skep.manager.image_directory import ImageDirectory
 from skep.manager.incarnation import Incarnation
 from skep.manager.journal.loop import Journal
+from skep.manager.journal.past import PastStates
 from skep.manager.keys import StoreKeys, WrappingKeys
 from skep.manager.link.loop import LinkRelays, ManagerLink
 from skep.manager.logbroker.broker import LogBroker
@@ -210,6 +211,7 @@ class Manager:
             quorum=self._quorum,
             lag=lag,
             journal=self._journal,
+            past=PastStates(self._store, self._journal.marks, self._clock),
             metrics=ClusterMetrics(
                 self._store,
                 own,

@@ -11,6 +11,7 @@ from enum import Enum
 from msgspec.structs import replace
 
 from skep.model.encoding import ApiObject, always
+from skep.model.service import Service, ServiceSpec
 from skep.model.times import Timestamp
 
 STACK_LABEL = "com.docker.stack.namespace"
@@ -142,6 +143,24 @@ def masked_text(text: str) -> str:
 
 
 _ASSIGNMENT = re.compile(r"[\w.-]+=[^\s\"',;]+|\S+://\S+")
+
+
+def without_credentials(service: Service) -> Service:
+    """``service`` with the environment of its specs ``masked``."""
+    previous = service.previous_spec
+    return replace(
+        service,
+        spec=_without_credentials(service.spec),
+        previous_spec=_without_credentials(previous) if previous is not None else None,
+    )
+
+
+def _without_credentials(spec: ServiceSpec) -> ServiceSpec:
+    container = spec.task_template.container_spec
+    if container is None or not container.env:
+        return spec
+    container = replace(container, env=tuple(map(masked, container.env)))
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
 
 
 def stack_of(labels: Mapping[str, str]) -> str:

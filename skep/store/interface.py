@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
-from skep.errors import SkepError, Unavailable
+from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.model.ids import NodeId
 from skep.store.space import Space
 
@@ -164,6 +164,10 @@ class Watch(Protocol):
         """
 
 
+class HistoryGone(FailedPrecondition):
+    """The store does not keep so old a revision."""
+
+
 class NotLeader(Unavailable):
     """A leader's write found another leader: nothing was written, and nothing more will be in this term."""
 
@@ -230,6 +234,16 @@ class Store(LoopStore, Protocol):
 
     async def compact(self, kept_revisions: int) -> bool:
         """Discard all history but the last revisions; whether there was any to discard.  Raises: Unavailable."""
+
+    async def state_at(self, revision: int) -> View:
+        """The objects as they were at ``revision``, without secrets and configs.
+
+        Raises: HistoryGone: the store does not keep it any more; FailedPrecondition, ResourceExhausted: it cannot be
+        read; Unavailable.
+        """
+
+    async def oldest_revision(self) -> int:
+        """The first revision for which ``state_at`` may have an answer.  Raises: Unavailable."""
 
     async def defragment(self) -> None:
         """Return free pages of this manager's own copy to the disk.  It is blocked meanwhile.  Raises: Unavailable."""

@@ -18,7 +18,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import NodeId
-from skep.store.interface import NotLeader, Term
+from skep.store.interface import HistoryGone, NotLeader, Term, View
 from skep.store.keys import LEADER
 from skep.store.leadership import LeaderRecord, TermState, leader_named
 from skep.store.proposal import Committed, Conflict, Exists, NothingSince, Outcome, Proposal, Unchanged
@@ -254,6 +254,15 @@ class MemoryStore(Updater):
 
     async def compact(self, kept_revisions: int) -> bool:
         return False
+
+    async def state_at(self, revision: int) -> View:
+        """The present only: no history is kept that long."""
+        if revision < self._replica.revision:
+            raise HistoryGone(f"the store does not keep revision {revision} any more")
+        return self.view()
+
+    async def oldest_revision(self) -> int:
+        return self._replica.revision
 
     async def defragment(self) -> None:
         """There is no file."""

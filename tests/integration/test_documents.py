@@ -47,6 +47,7 @@ IMAGES = "docs/guide/images.md"
 STACKS = "docs/guide/stacks.md"
 LOGS = "docs/guide/logs.md"
 DASHBOARDS = "docs/guide/dashboards.md"
+HISTORY = "docs/guide/history.md"
 
 SYSTEMCTL = """
 start() {
@@ -117,6 +118,7 @@ def test_no_block_is_forgotten() -> None:
         *((IMAGES, number) for number in range(6)),
         *((STACKS, number) for number in range(4)),
         (LOGS, 0),
+        *((HISTORY, number) for number in range(2)),
         (DASHBOARDS, 0),
         *((MIGRATE, number) for number in range(2)),
     }
@@ -240,6 +242,19 @@ def test_the_guide_to_logs(m1: TestNode, checkout: Path) -> None:
     (block,) = shell_blocks(LOGS)
     lines = run(block, checkout, DOCKER_HOST=m1.socket).splitlines()
     assert sum("line " in line and "Z talker." in line for line in lines) >= 2, lines
+
+
+def test_the_guide_to_history(m1: TestNode, checkout: Path) -> None:
+    first, second = shell_blocks(HISTORY)
+    environment = {"DOCKER_HOST": m1.socket, "SKEP_HOST": m1.socket}
+    run(first, checkout, **environment)
+    wait_running(m1, "web", 3)
+    assert "web" in run(
+        f"{second.splitlines()[0]} || test $? = 3", checkout, **environment
+    )  # 3: not as wanted
+    run(second.splitlines()[1], checkout, **environment)
+    entries = [json.loads(line) for line in (checkout / "web.ndjson").read_text().splitlines()]
+    assert "service web updated: replicas 2 → 3" in [one["Message"] for one in entries]
 
 
 def test_the_guide_to_dashboards(m1: TestNode, checkout: Path) -> None:

@@ -27,7 +27,6 @@ from skep.manager.informer import run_informer
 from skep.manager.journal import chunks
 from skep.manager.journal.changes import WATCHED, entries_of, folded, folded_requests
 from skep.manager.journal.pending import Pending, missing
-from skep.manager.journal.reading import revision_at
 from skep.model.history import Entry, Kind, bounded
 from skep.model.ids import NodeId
 from skep.model.labels import history_entries
@@ -61,7 +60,8 @@ class Journal:
         self._request_came = asyncio.Event()
         self._change_came = asyncio.Event()
         self._numbers = count()
-        self._marks: deque[chunks.Mark] = deque(maxlen=MARKS_KEPT)
+        self.marks: deque[chunks.Mark] = deque(maxlen=MARKS_KEPT)
+        """Times with the store's revision then, in order."""
         self._begun: tuple[float, int] | None = None
         """Since when, and after which revision, commits are followed."""
 
@@ -73,10 +73,6 @@ class Journal:
         id = f"{now_ns}-{self._own}-{next(self._numbers)}"
         self._requests.add(bounded(replace(entry, id=id, time=timestamp(now_ns), kind=Kind.REQUEST)))
         self._request_came.set()
-
-    def revision_at(self, at_ns: int) -> int | None:
-        """The store's revision at a time in the past; None: not known, it was too long ago."""
-        return revision_at(self._store.view(), self._marks, at_ns)
 
     async def run(self) -> None:
         """Follow commits and write requests until cancelled."""
@@ -98,7 +94,7 @@ class Journal:
         else:
             words = "changes are missing here: this manager could not follow the store"
             self._changes.add(missing(words, Kind.CHANGE, snapshot.revision, timestamp(now_ns)))
-        self._marks.append((now_ns, snapshot.revision))
+        self.marks.append((now_ns, snapshot.revision))
 
     def _derive(self, commit: Commit) -> None:
         view, now_ns = self._store.view(), self._clock.now_ns()
@@ -111,7 +107,7 @@ class Journal:
                     self._changes.add(bounded(replace(entry, id=f"{commit.revision}-{number}")))
                     number += 1
         if number:
-            self._marks.append((now_ns, commit.revision))
+            self.marks.append((now_ns, commit.revision))
             self._change_came.set()
 
     async def _mark(self) -> None:
@@ -119,8 +115,8 @@ class Journal:
         while True:
             await self._clock.sleep(MARK_S)
             view = self._store.view()
-            if not self._marks or self._marks[-1][1] != view.revision:
-                self._marks.append((self._clock.now_ns(), view.revision))
+            if not self.marks or self.marks[-1][1] != view.revision:
+                self.marks.append((self._clock.now_ns(), view.revision))
             self._changes.written_until(journaled(view))
 
     # -- writes ----------------------------------------------------------------------------------------------------
@@ -138,7 +134,7 @@ class Journal:
     async def _write_changes(self, term: Term) -> None:
         while len(self._changes):
             taken = self._changes.first(BATCH, timestamp(self._clock.now_ns()))
-            await term.update(write_changes, taken, tuple(self._marks))
+            await term.update(write_changes, taken, tuple(self.marks))
             self._changes.done(taken)
         view = self._store.view()
         for id in chunks.surplus(view.find(JournalChunk), history_limit(view)):

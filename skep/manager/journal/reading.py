@@ -123,3 +123,8 @@ def revision_at(view: View, own: Iterable[Mark], at_ns: int) -> int | None:
     marks = marks_in(view, own)
     place = bisect_right(marks, (at_ns, TIME_MAX))
     return max((revision for _, revision in marks[:place]), default=None)
+
+
+def time_of(view: View, own: Iterable[Mark], revision: int) -> int | None:
+    """When the store was at ``revision`` at the latest, in nanoseconds; None: not known."""
+    return min((at for at, one in marks_in(view, own) if one >= revision), default=None)

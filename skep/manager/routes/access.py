@@ -17,6 +17,7 @@ from skep.api.responses import KnownJson
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
 from skep.manager.journal.loop import Journal
+from skep.manager.journal.past import PastStates
 from skep.manager.metrics import ClusterMetrics
 from skep.manager.node_events import AllEvents
 from skep.manager.quorum import Quorum
@@ -102,6 +103,9 @@ class Watching(Protocol):
     async def snapshot(self) -> bytes:
         """All rows as one JSON object.  Raises: Unavailable."""
 
+    async def snapshot_of(self, past: View, at_s: float) -> bytes:
+        """The rows of an earlier state, of ``at_s`` seconds since 1970."""
+
     def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
         """A snapshot, or what changed after ``cursor``; then what changes.  None: nothing has for a while.
 
@@ -129,6 +133,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     metrics: ClusterMetrics | None = None
     cluster_view: Watching | None = None
     journal: Journal | None = None
+    past: PastStates | None = None
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
     own: NodeId = NodeId("")
@@ -176,6 +181,14 @@ OF_WORKER = "X-Skep-Worker"
 def manager_of(request: web.Request) -> ManagerApi:
     """The manager that serves ``request``."""
     return request.app[MANAGER]
+
+
+def past_of(request: web.Request) -> PastStates:
+    """The earlier states of the cluster.  Raises: Unavailable."""
+    past = manager_of(request).past
+    if past is None:
+        raise Unavailable("this manager keeps no history")
+    return past
 
 
 async def current_view(request: web.Request) -> View:

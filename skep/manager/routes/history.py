@@ -1,18 +1,26 @@
 """``/skep/history``: what happened in the cluster and why, and who asked for what.  Ours, not Docker's."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 
 from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.server import Routes, json_answer
 from skep.api.timestamps import parse_time
-from skep.errors import InvalidArgument, NotFound
+from skep.errors import InvalidArgument, NotFound, Unavailable
+from skep.manager.control.tasks import known_status
 from skep.manager.journal.reading import LIMIT_MAX, TIME_MAX, Query, page
-from skep.manager.routes.access import OF_WORKER, current_view, manager_of
-from skep.model.history import Kind
+from skep.manager.routes.access import OF_WORKER, current_view, manager_of, past_of
+from skep.manager.routes.shown import problems_of, service_status, shown_node, shown_service
+from skep.model.encoding import ApiObject, always
+from skep.model.history import Kind, without_credentials
+from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp, timestamp
 from skep.store.interface import View
 
 routes = Routes()
@@ -20,6 +28,39 @@ routes = Routes()
 _PARAMETERS = frozenset(
     {"about", "service", "node", "stack", "kind", "since", "until", "limit", "cursor", "order"}
 )
+
+_PIECE = 500
+"""Tasks between two turns of the event loop."""
+
+
+class TaskThen(ApiObject):
+    """A task of an earlier moment, without its spec: there may be thousands."""
+
+    id: TaskId
+    service_id: ServiceId = ServiceId("")
+    slot: int = 0
+    node_id: NodeId = NodeId("")
+    image: str = ""
+    state: TaskState = always(TaskState.NEW)
+    desired_state: TaskState = always(TaskState.NEW)
+    timestamp: Timestamp = always(Timestamp(""))
+    err: str = ""
+
+    @classmethod
+    def of(cls, view: View, task: Task) -> "TaskThen":
+        """``task`` of ``view``."""
+        status, container = known_status(view, task), task.spec.container_spec
+        return cls(
+            id=task.id,
+            service_id=task.service_id,
+            slot=task.shown_slot,
+            node_id=task.node_id,
+            image=container.image if container is not None else "",
+            state=status.state,
+            desired_state=task.desired_state,
+            timestamp=status.timestamp,
+            err=status.err,
+        )
 
 
 @routes.get("/skep/history")
@@ -29,7 +70,55 @@ async def show_history(request: web.Request) -> web.Response:
     query = query_of(request.query, view, manager_of(request).clock.now_ns())
     if OF_WORKER in request.headers:
         query = replace(query, kinds=query.kinds & {Kind.CHANGE})
-    return json_answer(await page(view, query))
+    found = await page(view, query)
+    past = manager_of(request).past
+    if past is not None:
+        with suppress(Unavailable):
+            found = replace(found, oldest_state=await past.oldest())
+    return json_answer(found)
+
+
+class StateAnswer(ApiObject):
+    """The cluster as it was.  ``tasks``: those that were wanted."""
+
+    time: Timestamp
+    revision: int
+    nodes: tuple[Node, ...] = always(())
+    services: tuple[Service, ...] = always(())
+    tasks: tuple[TaskThen, ...] = always(())
+
+
+@routes.get("/skep/state")
+async def show_state(request: web.Request) -> web.Response:
+    """The nodes, services and tasks of an earlier moment.  ``at``: a time, or ``revision:N``.
+
+    Raises: HistoryGone: the store does not keep it any more, with the oldest time that there is.
+    """
+    past = await past_of(request).at(request.query.get("at", ""))
+    view = past.view
+    nodes, services = problems_of(view, Node), problems_of(view, Service)
+    shown = [
+        shown_service(services, without_credentials(service), status=await service_status(view, service))
+        for service in view.find(Service)
+        if service.removed_at is None
+    ]
+    answer = StateAnswer(
+        time=timestamp(past.at_ns),
+        revision=view.revision,
+        nodes=tuple(shown_node(nodes, node) for node in view.find(Node)),
+        services=tuple(shown),
+        tasks=tuple([task async for task in _tasks(view)]),
+    )
+    return json_answer(answer)
+
+
+async def _tasks(view: View) -> AsyncIterator[TaskThen]:
+    """With the event loop's turn after some."""
+    for number, task in enumerate(view.find(Task)):
+        if number % _PIECE == 0:
+            await asyncio.sleep(0)
+        if task.is_wanted:
+            yield TaskThen.of(view, task)
 
 
 def query_of(given: Mapping[str, str], view: View, now_ns: int) -> Query:

@@ -8,7 +8,8 @@ from aiohttp import web
 from skep.api.server import Routes
 from skep.dashboard.pages import RELAY_HEADER, page_response, pages
 from skep.errors import NotFound, Unavailable
-from skep.manager.routes.access import Sent, Watching, manager_of
+from skep.manager.routes.access import Sent, Watching, manager_of, past_of
+from skep.model.times import SECOND_NS
 
 routes = Routes()
 
@@ -19,7 +20,14 @@ _EVENT_STREAM = "text/event-stream"
 
 @routes.get("/skep/view")
 async def view_now(request: web.Request) -> web.StreamResponse:
-    """All rows; from this manager's replica, so it works without a leader."""
+    """All rows; from this manager's replica, so it works without a leader.
+
+    ``at``: of an earlier state: a time, or ``revision:N``.
+    """
+    if when := request.query.get("at", ""):
+        past = await past_of(request).at(when)
+        rows = await _view_of(request).snapshot_of(past.view, past.at_ns / SECOND_NS)
+        return web.Response(body=rows, content_type="application/json")
     return web.Response(body=await _view_of(request).snapshot(), content_type="application/json")
 
 

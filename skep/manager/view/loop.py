@@ -19,6 +19,7 @@ from skep.manager.failures import isolated
 from skep.manager.informer import run_informer
 from skep.manager.routes.access import Sent
 from skep.manager.view.building import GLOBALS, WATCHED, Builder, affected_by, all_keys
+from skep.manager.view.past import snapshot_of
 from skep.manager.view.rows import ClusterRow
 from skep.manager.view.table import CLUSTER_KEY, Key, Table
 from skep.model.service import Service
@@ -81,6 +82,10 @@ class ClusterView:
         """All rows as one JSON object.  Raises: Unavailable."""
         with self._viewing():
             return (await self._ready()).snapshot()
+
+    async def snapshot_of(self, past: View, at_s: float) -> bytes:
+        """The rows of an earlier state."""
+        return await snapshot_of(past, self._store.incarnation, at_s, self._clock)
 
     async def watch(self, cursor: str = "") -> AsyncGenerator[Sent | None, None]:
         """A snapshot, or what changed after ``cursor``; then what changes.  None: nothing has for a while.

@@ -14,6 +14,7 @@ from skep.errors import Unavailable
 from skep.model.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd import past
 from skep.store.etcd.batcher import Batcher
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.client import Client
@@ -23,7 +24,7 @@ from skep.store.etcd.initialize import cluster_in
 from skep.store.etcd.reflector import Reflector
 from skep.store.etcd.requests import etcd_key
 from skep.store.etcd.rotation import KeyRotation
-from skep.store.interface import Term
+from skep.store.interface import HistoryGone, Term, View
 from skep.store.leadership import TermState, leader_named
 from skep.store.replica import Replica
 from skep.store.space import COMPACT_AT, QUOTA_BYTES, Space
@@ -162,6 +163,16 @@ class EtcdStore(Updater):
         written = await self._client.put(etcd_key(PROBE), b"")
         self._compacted = written.header.revision
         return is_more
+
+    async def state_at(self, revision: int) -> View:
+        """From etcd's history."""
+        try:
+            return await past.state_at(self._client, self._cipher.wrapping_key, revision)
+        except Compacted as error:
+            raise HistoryGone(f"the store does not keep revision {revision} any more") from error
+
+    async def oldest_revision(self) -> int:
+        return await past.oldest_revision(self._client, self._replica.revision)
 
     async def defragment(self) -> None:
         """etcd's, of this manager's own member; the next ``space`` is measured anew."""

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.manager.journal import chunks
 from skep.manager.journal.pending import Pending
-from skep.manager.journal.reading import Query, page, position_of, revision_at
+from skep.manager.journal.reading import Query, page, position_of, revision_at, time_of
 from skep.model.history import Entry, HistoryPage, Kind, bounded
 from skep.model.times import SECOND_NS, Timestamp, timestamp
 from skep.store.kinds import JournalChunk
@@ -70,6 +70,8 @@ def test_the_revision_of_a_time_is_that_of_the_last_mark() -> None:
     assert revision_at(view, own, 12 * SECOND_NS) == 10
     assert revision_at(view, own, 29 * SECOND_NS) == 15
     assert revision_at(view, own, 99 * SECOND_NS) == 21
+    assert time_of(view, own, 11) == 20 * SECOND_NS
+    assert time_of(view, own, 22) is None
 
 
 # -- pages ---------------------------------------------------------------------------------------------------------

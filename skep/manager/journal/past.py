@@ -1,0 +1,113 @@
+"""The cluster as it was: which revision a time means, and the objects of then, from the store's history.
+
+One state is read at a time, and the last few are kept for a moment: a timeline is dragged to and fro.
+"""
+
+import asyncio
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.api.timestamps import parse_time
+from skep.errors import InvalidArgument, Unavailable
+from skep.manager.journal.chunks import Mark
+from skep.manager.journal.reading import revision_at, time_of
+from skep.model.times import Timestamp, timestamp
+from skep.store.interface import HistoryGone, Store, View
+
+KEPT_MAX = 3
+KEPT_S = 30.0
+WAITING_MAX = 8
+OLDEST_S = 10.0
+"""For which the oldest revision is believed: it is looked for with every page of the history."""
+
+_REVISION = re.compile(r"revision:([0-9]{1,18})")
+
+
+class Past(msgspec.Struct, frozen=True):
+    """A state, and the time until which it is known to have been so."""
+
+    view: View
+    at_ns: int
+
+
+class PastStates:
+    """Of one manager.  ``marks``: its own (``journal.loop``)."""
+
+    def __init__(self, store: Store, marks: Iterable[Mark], clock: Clock) -> None:
+        self._store = store
+        self._marks = marks
+        self._clock = clock
+        self._reading = asyncio.Lock()
+        self._waiting = 0
+        self._kept: OrderedDict[int, View] = OrderedDict()
+        self._forgetting: asyncio.TimerHandle | None = None
+        self._oldest: tuple[float, int] | None = None
+
+    async def at(self, when: str) -> Past:
+        """The state at ``when``: a time, or ``revision:N``.
+
+        Raises: InvalidArgument: it is neither, or in the future; HistoryGone: with the oldest time that there is;
+        Unavailable.
+        """
+        revision, at_ns = self._meant(when)
+        if revision is None:
+            raise HistoryGone(await self._gone(when))
+        try:
+            return Past(await self._state_at(revision), at_ns)
+        except HistoryGone as error:
+            raise HistoryGone(await self._gone(when)) from error
+
+    def _meant(self, when: str) -> tuple[int | None, int]:
+        """The revision, None if it was too long ago, and its time."""
+        now_ns, view = self._clock.now_ns(), self._store.view()
+        if match := _REVISION.fullmatch(when):
+            revision = int(match[1])
+            if not 0 < revision <= view.revision:
+                raise InvalidArgument(f"revision {revision} is none yet: the store is at {view.revision}")
+            return revision, time_of(view, self._marks, revision) or now_ns
+        at_ns = parse_time(when, now_ns)
+        if at_ns > now_ns:
+            raise InvalidArgument(f"{timestamp(at_ns)} has not come yet: want a time in the past")
+        return revision_at(view, self._marks, at_ns), at_ns
+
+    async def oldest(self) -> Timestamp:
+        """From which time on there are states; empty: not known.  Raises: Unavailable."""
+        now = self._clock.monotonic()
+        if self._oldest is None or now - self._oldest[0] > OLDEST_S:
+            self._oldest = now, await self._store.oldest_revision()
+        at_ns = time_of(self._store.view(), self._marks, self._oldest[1])
+        return timestamp(at_ns) if at_ns is not None else Timestamp("")
+
+    async def _gone(self, when: str) -> str:
+        self._oldest = None
+        oldest = await self.oldest()
+        since = f": it begins at {oldest}" if oldest else ""
+        return f"how the cluster was at {when} is not kept any more by its store{since} (skep history reaches further)"
+
+    async def _state_at(self, revision: int) -> View:
+        if self._waiting >= WAITING_MAX:
+            raise Unavailable(
+                "several earlier states of the cluster are being read already: try again in a moment"
+            )
+        self._waiting += 1
+        try:
+            async with self._reading:
+                if revision not in self._kept:
+                    self._kept[revision] = await self._store.state_at(revision)
+                self._kept.move_to_end(revision)
+                while len(self._kept) > KEPT_MAX:
+                    self._kept.popitem(last=False)
+                self._forget_later()
+                return self._kept[revision]
+        finally:
+            self._waiting -= 1
+
+    def _forget_later(self) -> None:
+        """They take as much memory as the present state."""
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+        self._forgetting = asyncio.get_running_loop().call_later(KEPT_S, self._kept.clear)

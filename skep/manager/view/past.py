@@ -1,0 +1,50 @@
+"""The rows of the cluster as it was: a snapshot of an earlier state, in the form of the present one."""
+
+from skep.aio.clock import Clock
+from skep.aio.time_slices import TimeSlices
+from skep.manager.control.swarm import frozen_message
+from skep.manager.view.building import GLOBALS, Builder, all_keys
+from skep.manager.view.rows import ClusterRow, ManagersRow
+from skep.manager.view.table import CLUSTER_KEY, Key, Table
+from skep.model.node import Node, Reachability
+from skep.model.swarm import Swarm
+from skep.store.interface import View
+
+
+async def snapshot_of(view: View, incarnation: int, at_s: float, clock: Clock) -> bytes:
+    """All rows of ``view`` as one JSON object.  ``at_s``: its time, in seconds since 1970."""
+    table, builder, slices = Table(incarnation), Builder(), TimeSlices(clock)
+    keys = [key for key in all_keys(view) if key not in (CLUSTER_KEY, GLOBALS)]
+    stacks: set[Key] = set()
+    for key in sorted(keys, key=lambda key: key.kind != "services"):  # the other rows name them
+        if key.kind == "services":
+            row, touched = await builder.service(view, key.id)
+            stacks |= {one for one in touched if one.kind == "stacks"}
+        else:
+            row, touched = builder.row(view, key)
+            stacks |= touched
+        table.put(key, row)
+        await slices.yield_if_due()
+    for key in stacks:
+        table.put(key, builder.row(view, key)[0])
+    table.put(CLUSTER_KEY, _cluster(view))
+    table.step(view.revision, at_s)
+    return table.snapshot()
+
+
+def _cluster(view: View) -> ClusterRow:
+    """By what the store had: warnings are of the present only."""
+    swarm = next(iter(view.find(Swarm)), None)
+    managers = {node.id: node.manager_status for node in view.find(Node) if node.manager_status is not None}
+    freeze = swarm.freeze if swarm is not None else None
+    return ClusterRow(
+        id=swarm.id if swarm is not None else "",
+        name=swarm.spec.name if swarm is not None else "",
+        managers=ManagersRow(
+            total=len(managers),
+            reachable=sum(one.reachability is Reachability.REACHABLE for one in managers.values()),
+            leader=next((id for id, one in managers.items() if one.leader), ""),
+        ),
+        warnings=(),
+        frozen=frozen_message(freeze) if freeze is not None else "",
+    )

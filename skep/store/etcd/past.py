@@ -1,0 +1,99 @@
+"""The cluster's objects as they were at an earlier revision, from etcd's own history, as far as it is kept.
+
+Read in pages, beside everything else.  Secrets and configs are left out: their data would be read with them.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from skep.errors import FailedPrecondition, ResourceExhausted
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher, decoded_ring
+from skep.store.etcd.client import LOAD_S, Client, prefix_end
+from skep.store.etcd.errors import Compacted
+from skep.store.etcd.reflector import PAGE_KEYS_FIRST, next_limit
+from skep.store.etcd.requests import change_of, etcd_key
+from skep.store.state import State
+
+KINDS = ("spec", "service", "task", "node", "network", "swarm")
+"""What is read; specs before the tasks that are filled from them."""
+KEYS_MAX = 200_000
+"""Of one state: some 60,000 tasks.  It is in memory beside the present one."""
+
+
+async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
+    """All objects of ``KINDS`` at ``revision``.
+
+    Raises: Compacted: that is not kept any more; FailedPrecondition: its data key is not known here; ResourceExhausted:
+    there are too many; Unavailable.
+    """
+    cipher = await _cipher_of(client, wrapping_key, revision)
+    await _check_size(client, revision)
+    state = State()
+    for kind in KINDS:
+        prefix = etcd_key(f"o/{kind}/")
+        first, limit = prefix, PAGE_KEYS_FIRST
+        while True:
+            page = await client.range(
+                pb.RangeRequest(key=first, range_end=prefix_end(prefix), limit=limit, revision=revision),
+                timeout_s=LOAD_S,
+            )
+            changes = [change_of(kv, cipher) for kv in page.kvs]
+            state.apply(revision, [change for change in changes if change is not None])
+            await asyncio.sleep(0)
+            if not page.more:
+                break
+            first = page.kvs[-1].key + b"\0"
+            limit = next_limit(limit, page.ByteSize())
+    state.revision = revision
+    return state
+
+
+async def _cipher_of(client: Client, wrapping_key: bytes, revision: int) -> Cipher:
+    """With the data keys of that time: those that were replaced since are not in the present ring."""
+    found = await client.range(pb.RangeRequest(key=etcd_key(keys.KEY_RING), revision=revision))
+    if not found.kvs:
+        raise FailedPrecondition("there was no cluster yet")
+    try:
+        return Cipher(decoded_ring(found.kvs[0].value), wrapping_key)
+    except FailedPrecondition as error:
+        raise FailedPrecondition(f"the store's keys have been replaced since then: {error}") from error
+
+
+async def _check_size(client: Client, revision: int) -> None:
+    count = 0
+    for kind in KINDS:
+        prefix = etcd_key(f"o/{kind}/")
+        request = pb.RangeRequest(
+            key=prefix, range_end=prefix_end(prefix), count_only=True, revision=revision
+        )
+        count += (await client.range(request)).count
+    if count > KEYS_MAX:
+        raise ResourceExhausted(f"the cluster had {count} values then: at most {KEYS_MAX} are read at once")
+
+
+async def oldest_revision(client: Client, present: int) -> int:
+    """The first revision that can be read.  etcd does not tell it: it is found by halving, in some 15 small reads."""
+
+    async def is_kept(revision: int) -> bool:
+        request = pb.RangeRequest(key=etcd_key(keys.KEY_RING), count_only=True, revision=revision)
+        try:
+            await client.range(request)
+        except Compacted:
+            return False
+        return True
+
+    return await first_kept(is_kept, present)
+
+
+async def first_kept(is_kept: Callable[[int], Awaitable[bool]], present: int) -> int:
+    """The smallest revision of 1 to ``present`` that is kept, as are all later ones."""
+    low, high = 1, present
+    while low < high:
+        middle = (low + high) // 2
+        if await is_kept(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -1,0 +1,57 @@
+"""Points in time as people write them."""
+
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis.strategies import text
+
+from skep.cli.moments import moment_of, moment_or_revision
+from skep.errors import InvalidArgument
+
+NOW = datetime(2026, 1, 31, 15, 30, 0, tzinfo=timezone(timedelta(hours=2)))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("now", "2026-01-31T13:30:00Z"),
+        ("10 min ago", "2026-01-31T13:20:00Z"),
+        ("10m", "2026-01-31T13:20:00Z"),
+        ("an hour ago", "2026-01-31T12:30:00Z"),
+        ("2 Days ago", "2026-01-29T13:30:00Z"),
+        ("1h30m ago", "2026-01-31T12:00:00Z"),
+        ("14:00", "2026-01-31T12:00:00Z"),
+        ("today 9:05", "2026-01-31T07:05:00Z"),
+        ("yesterday 14:00", "2026-01-30T12:00:00Z"),
+        ("yesterday", "2026-01-29T22:00:00Z"),
+        ("2026-01-02", "2026-01-01T22:00:00Z"),
+        ("2026-01-02 03:04:05", "2026-01-02T01:04:05Z"),
+        ("2026-01-02T03:04", "2026-01-02T01:04:00Z"),
+        ("2026-01-02T03:04:05Z", "2026-01-02T03:04:05Z"),
+        ("2026-01-02t03:04:05.25+01:00", "2026-01-02T02:04:05.25Z"),
+    ],
+)
+def test_times_are_read_in_the_zone_of_the_user(text: str, meant: str) -> None:
+    assert moment_of(text, NOW) == meant
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "soon", "25:00", "2026-02-30", "10 parsecs ago", "99999999999 min ago"]
+)
+def test_what_is_no_time_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="want '10 min ago'"):
+        moment_of(text, NOW)
+
+
+def test_a_revision_is_no_time_but_is_taken_where_one_is_meant() -> None:
+    assert moment_or_revision("revision:42", NOW) == "revision:42"
+    assert moment_or_revision("10m", NOW) == "2026-01-31T13:20:00Z"
+
+
+@given(text())
+def test_any_text_is_a_time_or_refused(words: str) -> None:
+    try:
+        moment_or_revision(words, NOW)
+    except InvalidArgument:
+        pass
