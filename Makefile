@@ -26,7 +26,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bench-builds bare virtual reference site lock
+.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bench-builds bare virtual package bare-package reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -100,6 +100,13 @@ bench-builds: setup ## pulls, builds and starts of images with their limits; res
 bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble); log kept in bench/results/
 	@mkdir -p bench/results
 	@setup/bare.sh $(SUITE) $(call kept,bare-$(SUITE))
+
+package: setup-run ## a wheel and a Debian package in dist/ (VERSION=, else the tag's)
+	@setup/package.sh dist $(VERSION)
+
+bare-package: setup ## the Debian package on bare machines with systemd (SUITE=trixie, noble); log kept in bench/results/
+	@mkdir -p bench/results
+	@$(PYTEST) -s tests/integration/test_packages.py -k $(SUITE) $(call kept,package-$(SUITE))
 
 virtual: setup-run ## limits, isolation and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
 	@mkdir -p bench/results

@@ -1,4 +1,4 @@
-# Sourced by bare.sh and virtual.sh: a newcomer's machine as a directory, with a fresh clone of the present commit.
+# Sourced by bare.sh, virtual.sh and bootable.sh: a newcomer's machine as a directory, with a fresh clone of the present commit.
 
 # know_suite SUITE: sets $distribution, $components, $updates (suites), $kernel (package) and $script (debootstrap's).
 know_suite() {
@@ -35,15 +35,15 @@ keyring_of() {
     echo "$keyring"
 }
 
-# make_machine SUITE DIRECTORY: nothing in it but Python, make, git and the clone in /root/skep.
-make_machine() {
+# make_system SUITE DIRECTORY [PACKAGES]: the suite's base system, and in it python3 and PACKAGES (with commas between them).
+make_system() {
     local log=$2.log keyring suite
     know_suite "$1"
     command -v debootstrap >/dev/null || fail "debootstrap is missing" "apt-get install debootstrap"
     mkdir "$2.keys"
     keyring=$(keyring_of "$distribution" "$2.keys" 2>"$log") || { tail -5 "$log" >&2 && exit 1; }
     debootstrap --variant=minbase --force-check-gpg --keyring "$keyring" --components "$components" \
-        --include=python3,make,git,ca-certificates "$1" "$2" "$(mirror_of "$distribution")" "$script" >"$log" 2>&1 || {
+        --include="python3,ca-certificates${3:+,$3}" "$1" "$2" "$(mirror_of "$distribution")" "$script" >"$log" 2>&1 || {
         tail -5 "$log" >&2
         fail "debootstrap of $1 failed (above)"
     }
@@ -51,16 +51,25 @@ make_machine() {
         sed "s/ $1 / $suite /" <(grep "^deb .* $1 " "$2/etc/apt/sources.list") >>"$2/etc/apt/sources.list.d/updates.list"
     done
     rm -rf "$log" "$2.keys"
+}
 
-    # What belongs to the machine's place in its network, not to the machine.
-    cp -L /etc/resolv.conf "$2/etc/resolv.conf"
-    cp /etc/apt/apt.conf.d/* "$2/etc/apt/apt.conf.d/"
-    [ ! -e /etc/pip.conf ] || grep -v -e file: -e find-links /etc/pip.conf >"$2/etc/pip.conf" || true
-    cp -L /etc/ssl/certs/ca-certificates.crt "$2/etc/ssl/certs/ca-certificates.crt"
+# place_in_network DIRECTORY: what belongs to the machine's place in its network, not to the machine.
+place_in_network() {
+    cp -L /etc/resolv.conf "$1/etc/resolv.conf"
+    [ -e "$1/etc/hosts" ] || printf '127.0.0.1 localhost\n::1 localhost\n' >"$1/etc/hosts"
+    cp /etc/apt/apt.conf.d/* "$1/etc/apt/apt.conf.d/"
+    [ ! -e /etc/pip.conf ] || grep -v -e file: -e find-links /etc/pip.conf >"$1/etc/pip.conf" || true
+    cp -L /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/ca-certificates.crt"
+}
+
+# make_machine SUITE DIRECTORY: nothing in it but Python, make, git and the clone in /root/skep.
+make_machine() {
+    make_system "$1" "$2" make,git
+    place_in_network "$2"
     git clone -q . "$2/root/skep"
 }
 
-# run_inside DIRECTORY COMMAND: in the clone, with the machine as the root of mounts and processes of their own (no chroot
+# run_inside DIRECTORY COMMAND [WHERE]: in the clone or in WHERE, with the machine as the root of mounts and processes of their own (no chroot
 # alone, which who enters those mounts would leave); kernel and network are this machine's, its environment is not.
 run_inside() {
     unshare --mount --pid --fork --kill-child sh -euc '
@@ -73,6 +82,6 @@ run_inside() {
         cd "$1"
         pivot_root . mnt
         exec chroot . env -i HOME=/root PATH="$PATH" TERM=dumb CI=true \
-            sh -c "umount -l /mnt && cd /root/skep && $2"
-    ' sh "$1" "$2"
+            sh -c "umount -l /mnt && cd $3 && $2"
+    ' sh "$1" "$2" "${3:-/root/skep}"
 }

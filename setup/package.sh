@@ -1,0 +1,167 @@
+#!/bin/bash
+# The wheel and the Debian package of the present commit: package.sh DIRECTORY [VERSION]
+# Both get the version of the tag (git describe), or VERSION.  Needs .venv (setup.sh run).
+#
+# The package works on every suite whose Python is in $pythons: its environment has a directory of compiled packages for each of
+# them, and one of those that are the same for all.  pip fetches them for the other Pythons too, checked against the lock file.
+# package.sh --own DIRECTORY [VERSION] leaves the tree of the package there without what is fetched (libraries, etcd), and builds nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. setup/say.sh
+
+pythons="3.11 3.12 3.13" # bookworm, noble, trixie
+glibc="_2_34 _2_28 _2_17 2014" # of bookworm and later; the last is an older name of 2.17
+
+is_own=
+[ "${1:-}" != --own ] || { is_own=yes && shift; }
+target=$(realpath -m "${1:?which directory?}")
+venv=$PWD/.venv
+prefix=/usr/lib/skep
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+umask 022
+
+# tagged_version: v1.2.0 is 1.2.0, four commits after it 1.2.0+4.gabc1234; without a tag that of pyproject.toml.
+tagged_version() {
+    local described
+    if described=$(git describe --tags --match 'v[0-9]*' 2>/dev/null); then
+        sed -E 's/^v//; s/-([0-9]+)-(g[0-9a-f]+)$/+\1.\2/' <<<"$described"
+    else
+        sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml
+    fi
+}
+
+# Debian sorts what begins with ~ before its absence, as a pre-release has to be.
+version=${2:-$(tagged_version)}
+debian_version=$(sed -E 's/-?(a|b|rc|dev)\.?([0-9]+)/~\1\2/' <<<"$version")
+case $version in
+[0-9]*) ;;
+*) fail "$version is no version: it begins with a number" "name the tag v1.2.0" ;;
+esac
+SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
+export SOURCE_DATE_EPOCH
+
+# put MODE SOURCE PATH: a file of the package.
+put() { install -D -m "$1" "$2" "$root$3"; }
+
+# source_tree DIRECTORY: what git knows, as it is now, with the version in it.
+source_tree() {
+    local tree
+    tree=$(git stash create) # nothing, if nothing is changed
+    mkdir "$1"
+    git archive "${tree:-HEAD}" | tar -x -C "$1"
+    sed -i "s/^version = .*/version = \"$version\"/" "$1/pyproject.toml"
+    sed -i "s/^__version__ = .*/__version__ = \"$version\"/" "$1/skep/__init__.py"
+}
+
+# environment: a virtual environment around the machine's python3, wherever that is at: its libraries are found by version.
+environment() {
+    local python
+    mkdir -p "$root$prefix"/{bin,lib/shared}
+    ln -s /usr/bin/python3 "$root$prefix/bin/python"
+    printf 'home = /usr/bin\ninclude-system-site-packages = false\n' >"$root$prefix/pyvenv.cfg"
+    for python in $pythons; do
+        mkdir -p "$root$prefix/lib/python$python/site-packages"
+        echo "$prefix/lib/shared" >"$root$prefix/lib/python$python/site-packages/shared.pth"
+    done
+    cat >"$work/skep" <<EOF
+#!$prefix/bin/python -I
+from skep.cli.main import main
+
+main()
+EOF
+    put 755 "$work/skep" "$prefix/bin/skep"
+    mkdir -p "$root/usr/bin"
+    ln -s "../lib/skep/bin/skep" "$root/usr/bin/skep"
+}
+
+# own_files SOURCES: what of the package is Skep's.
+own_files() {
+    local shell
+    cp -r "$1/skep" "$root$prefix/lib/shared/skep"
+    put 755 packaging/debian/end-containers "$prefix/libexec/skep/end-containers"
+    sed 's,/usr/local/bin/skep,/usr/bin/skep,; s,^# systemd unit.*,# systemd unit of a node.,' packaging/skep.service >"$work/skep.service"
+    put 644 "$work/skep.service" /usr/lib/systemd/system/skep.service
+    put 644 packaging/debian/skep.toml /etc/skep/skep.toml
+    for shell in bash zsh fish; do
+        (cd "$1" && "$venv/bin/python" -c 'from skep.cli.main import main; main(prog_name="skep")' completion $shell) >"$work/$shell"
+    done
+    put 644 "$work/bash" /usr/share/bash-completion/completions/skep
+    put 644 "$work/zsh" /usr/share/zsh/vendor-completions/_skep
+    put 644 "$work/fish" /usr/share/fish/vendor_completions.d/skep.fish
+    gzip -9n <packaging/skep.1 >"$work/skep.1.gz"
+    put 644 "$work/skep.1.gz" /usr/share/man/man1/skep.1.gz
+    gzip -9n <CHANGELOG.md >"$work/changelog.gz"
+    put 644 "$work/changelog.gz" /usr/share/doc/skep/changelog.gz
+    put 644 packaging/debian/copyright /usr/share/doc/skep/copyright
+}
+
+# libraries: the locked packages, those with code for one Python beside it, the others once.
+libraries() {
+    local pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet) python wheel one options
+    # What builds packages is not needed by the built one.
+    sed '/^setuptools==/,$d' setup/requirements.lock >"$work/lock"
+    for python in $pythons; do
+        options=(--no-deps --only-binary :all: --implementation cp --python-version "$python")
+        for one in $glibc; do options+=(--platform "manylinux${one}_$(uname -m)"); done
+        "${pip[@]}" download "${options[@]}" --require-hashes --requirement "$work/lock" --dest "$work/wheels-$python" </dev/null ||
+            fail "pip cannot fetch the packages for Python $python (above)" "check the machine's way to its Python package index"
+        mkdir -p "$work/wheels-shared"
+        for wheel in "$work/wheels-$python"/*.whl; do
+            case $wheel in *-none-any.whl | *-abi3-*) mv "$wheel" "$work/wheels-shared" ;; esac
+        done
+        "${pip[@]}" install "${options[@]}" --no-compile --no-index --target "$work/python$python" "$work/wheels-$python"/*.whl </dev/null
+        cp -r "$work/python$python/." "$root$prefix/lib/python$python/site-packages"
+    done
+    "${pip[@]}" install "${options[@]}" --no-compile --no-index --target "$work/shared" "$work/wheels-shared"/*.whl </dev/null
+    # zstandard's second implementation, for interpreters other than CPython, is a quarter of everything.
+    rm -rf "$work/shared/bin" "$root$prefix"/lib/python*/site-packages/{bin,zstandard/_cffi.*}
+    cp -r "$work/shared/." "$root$prefix/lib/shared"
+}
+
+# etcd_programs: by decision 2, and with the package, so that an upgrade of the machine does not change the version.
+etcd_programs() {
+    setup/etcd.sh "$venv/libexec/skep"
+    local name
+    for name in etcd etcdctl etcdutl; do
+        put 755 "$venv/libexec/skep/$name" "$prefix/libexec/skep/$name"
+    done
+}
+
+# control_files: what dpkg itself reads.
+control_files() {
+    local script size
+    mkdir "$root/DEBIAN"
+    for script in postinst prerm postrm; do
+        install -m 755 "packaging/debian/$script" "$root/DEBIAN/$script"
+    done
+    (cd "$root" && find etc -type f -printf '/%p\n' | sort) >"$root/DEBIAN/conffiles"
+    (cd "$root" && find . -type f -not -path './DEBIAN/*' -printf '%P\0' | sort -z | xargs -0 md5sum) >"$root/DEBIAN/md5sums"
+    size=$(du -sk --apparent-size "$root" | cut -f 1)
+    sed -e "s/@VERSION@/$debian_version/; s/@ARCHITECTURE@/$(dpkg --print-architecture)/; s/@SIZE@/$size/" \
+        -e "s/@PYTHON_MIN@/${pythons%% *}/; s/@PYTHON_BELOW@/3.$((${pythons##*.} + 1))/" packaging/debian/control >"$root/DEBIAN/control"
+}
+
+root=$work/root
+mkdir "$root"
+[ -n "$is_own" ] || say "building version $version"
+source_tree "$work/sources"
+environment
+own_files "$work/sources"
+if [ -n "$is_own" ]; then
+    control_files
+    mkdir -p "$target"
+    cp -a "$root/." "$target"
+    exit 0
+fi
+libraries
+etcd_programs
+control_files
+find "$root" -depth -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
+mkdir -p "$target"
+"$venv/bin/python" -m pip --disable-pip-version-check --quiet wheel --no-index --no-build-isolation --no-deps \
+    --wheel-dir "$target" "$work/sources" </dev/null
+package=$target/skep_${debian_version}_$(dpkg --print-architecture).deb
+dpkg-deb --root-owner-group -Zzstd -z12 --build "$root" "$package" >/dev/null
+say "built $package, $(du -m "$package" | cut -f 1) MiB"

@@ -1,0 +1,124 @@
+"""A bare machine of a distribution with its own systemd as first process, in namespaces and cgroups of its own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import docker
+
+from tests.support.playground_rig import wait_until
+
+ROOT = Path(__file__).parents[2]
+
+
+class BootedMachine:
+    """What a test does on it, as root."""
+
+    def __init__(self, directory: Path, name: str, pid: int) -> None:
+        self.directory, self._name = directory, name
+        self.pid = pid
+        """Of its first process."""
+
+    def run(self, command: str, *, within_s: float = 120) -> str:
+        """What a shell command prints there, errors with it.  Raises: AssertionError: with the same."""
+        done = subprocess.run(
+            [
+                *("nsenter", "-t", str(self.pid), "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup"),
+                *(f"--root=/proc/{self.pid}/root", f"--wd=/proc/{self.pid}/root", "env", "-i"),
+                *("HOME=/root", "TERM=dumb", "DEBIAN_FRONTEND=noninteractive"),
+                *("PATH=/usr/sbin:/usr/bin:/sbin:/bin", "sh", "-c", command),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=within_s,
+            check=False,
+        )
+        print(f"$ {command}\n{done.stdout}")
+        assert done.returncode == 0, f"{command}: {done.stdout}"
+        return done.stdout
+
+    def client(self) -> docker.DockerClient:
+        """docker-py on its node."""
+        return docker.DockerClient(base_url=f"unix:///proc/{self.pid}/root/run/skep/skep.sock", timeout=60)
+
+    def processes(self, pattern: str) -> list[int]:
+        """Its processes whose command line matches, with the pids that this machine knows them by."""
+        return [pid for pid in _pids() if self._has(pid) and re.search(pattern, _command(pid))]
+
+    def _has(self, pid: int) -> bool:
+        with suppress(OSError):
+            return f"/{self._name}/" in Path(f"/proc/{pid}/cgroup").read_text()
+        return False
+
+
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+@contextmanager
+def a_booted_machine(suite: str, directory: Path, package: Path) -> Iterator[BootedMachine]:
+    """One that had ``package`` installed and purged, so that it has what this depends on."""
+    machine, name = directory / suite, f"skep-test-{os.getpid()}"
+    made = subprocess.run(
+        [ROOT / "setup/bootable.sh", suite, machine, package],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert made.returncode == 0, f"{made.stdout[-4000:]}{made.stderr[-2000:]}"
+    with (directory / "boot.log").open("wb") as log:
+        boot = subprocess.Popen(
+            [ROOT / "setup/boot.sh", machine, name],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        pid = wait_until(lambda: _first_process(boot), "systemd has started", 30)
+        booted = BootedMachine(machine, name, pid)
+        wait_until(lambda: _has_booted(booted), "the machine has booted", 120)
+        yield booted
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(boot.pid, signal.SIGKILL)  # ends the first process, and so all of them
+        boot.wait(30)
+        wait_until(lambda: _cgroups_are_gone(name), "its cgroups are removed", 30)
+        shutil.rmtree(machine)
+
+
+def _first_process(boot: "subprocess.Popen[bytes]") -> int:
+    """The pid of systemd, once the shells before it have become it."""
+    assert boot.poll() is None, "setup/boot.sh has ended"
+    children = Path(f"/proc/{boot.pid}/task/{boot.pid}/children").read_text().split()
+    return next((int(pid) for pid in children if "/systemd " in _command(int(pid))), 0)
+
+
+def _has_booted(machine: BootedMachine) -> bool:
+    with suppress(AssertionError):
+        return "running" in machine.run("systemctl is-system-running || test $? = 1").split()
+    return False
+
+
+def _cgroups_are_gone(name: str) -> bool:
+    """Removes them; one whose processes have not quite ended is tried again."""
+    for folder in Path("/sys/fs/cgroup").glob(f"**/{name}"):
+        for path, _, _ in os.walk(folder, topdown=False):
+            with suppress(OSError):
+                os.rmdir(path)
+    return not list(Path("/sys/fs/cgroup").glob(f"*/{name}"))
