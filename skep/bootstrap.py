@@ -60,6 +60,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """``ip:port`` of managers from the configuration, used when the known addresses do not respond."""
     store_quota: int = 4 * 1024**3
     """Size limit of etcd's file, in bytes; the default is ``store.space.QUOTA_BYTES``."""
+    trace_endpoint: str = ""
+    """URL of a collector of traces (OTLP over HTTP); empty: none."""
     etcd_binary: str = ""
     """Empty: the one that set-up installed, or the first on ``$PATH``."""
 

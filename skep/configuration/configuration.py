@@ -82,6 +82,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """TCP, for other nodes that fetch images from this one.  0: 2374, or any free one if that is taken."""
 
     metrics_addr: tuple[str, int] | None = None
+    trace_endpoint: str = ""
+    """URL of a collector of traces (OTLP over HTTP); empty: none."""
     """Where Prometheus reads by plain HTTP; None: nowhere but on the API's hosts."""
 
     managers: tuple[str, ...] = ()

@@ -130,6 +130,11 @@ SETTINGS = (
         read=values.listening_addr,
         docker_key="metrics-addr",
     ),
+    Setting(
+        name="trace-endpoint",
+        help="URL of an OpenTelemetry collector that gets traces of services, http://collector:4318 (none)",
+        read=values.http_url,
+    ),
     Setting(name="debug", help="log more", read=values.boolean, docker_key="debug", reloads=True),
     Setting(name="log-format", help="text or json", read=values.one_of("text", "json")),
     Setting(

@@ -200,6 +200,19 @@ def listening_addr(value: Any) -> tuple[str, int]:
         raise ValueError(f"is {written!r}: write an IP address and a port: 127.0.0.1:9323") from error
 
 
+def http_url(value: Any) -> str:
+    """A URL with ``http`` or ``https``, a host, and no path: ``http://collector:4318``."""
+    written = text(value)
+    try:
+        parts = urlsplit(written)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(f"is {written!r}: write a URL: http://collector:4318")
+    return written.rstrip("/")
+
+
 def one_of(*choices: str) -> Any:
     """A function that takes exactly these values."""
 

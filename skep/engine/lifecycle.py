@@ -37,6 +37,7 @@ from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import NetworkMode
 from skep.model.times import ZERO_TIME, timestamp
+from skep.tracing import within
 
 log = structlog.get_logger()
 
@@ -215,11 +216,13 @@ class Lifecycle:
                 shared = shared_by(container, self._store.get, self._bundles.shm)
                 container = await self._write(container, shared, secret_env)
             await self._mount(container)  # again, if the end of its last run has unmounted something
-            started = await self._runtime.create(container)
+            with within("runc create"):
+                started = await self._runtime.create(container)
             self._volumes.release_parts(self._bundles.parts(container))
             self._store.change(id, process=started.process, monitor=started.monitor)
             await self.waiting.serve(id, self._bundles.bundle(id))
-            await self._runtime.start(id, started.process)
+            with within("runc start"):
+                await self._runtime.start(id, started.process)
         except BaseException as error:
             await asyncio.shield(self._abandon_start(id, error))
             raise

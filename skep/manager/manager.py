@@ -19,6 +19,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import first_alone
 from skep.aio.loop_lag import LoopLag
+from skep.api.otlp import exporter_to
 from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.api.server import runner
 from skep.bootstrap import ManagerConfig
@@ -71,6 +72,7 @@ from skep.manager.probes.streams import ProbeStreams
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
 from skep.manager.store_space import StoreSpace
+from skep.manager.traces import TaskSpans, request_spans
 from skep.manager.tunnels import Tunnels
 from skep.manager.view.cluster import ClusterRows
 from skep.manager.view.loop import ClusterView
@@ -136,6 +138,7 @@ class Manager:
             store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, reports=reports
         )
         self._starts = StartTimes(store, clock)
+        self._exporter = exporter_to(config.trace_endpoint, "manager", config.hostname, clock, random.random)
         self._incarnation = Incarnation(store.incarnation)
         self._link = ManagerLink(
             store,
@@ -188,10 +191,20 @@ class Manager:
             self._start(group, bound, events, host)
             group.create_task(api.lag.run(self._clock), name="loop lag")
             group.create_task(view.run(), name="cluster view")
+            served = self._traced(application(api), group)
             socket = self._config.paths.manager_socket
-            async with serving(application(api), socket, self._config.paths.handover_socket):
+            async with serving(served, socket, self._config.paths.handover_socket):
                 log.info("manager serves", socket=str(socket), listen_addr=self._config.listen_addr)
                 await asyncio.Event().wait()
+
+    def _traced(self, app: web.Application, group: asyncio.TaskGroup) -> web.Application:
+        """With spans of requests and tasks, where these are exported."""
+        if self._exporter is not None:
+            app.middlewares.append(request_spans(self._exporter))
+            group.create_task(self._exporter.run(), name="export of traces")
+            spans = TaskSpans(self._store, self._config.node_id, self._exporter)
+            group.create_task(spans.run(), name="spans of tasks")
+        return app
 
     def _api(self, events: ClusterEvents, view: ClusterView) -> ManagerApi:
         lag, own = LoopLag(), self._config.node_id
@@ -219,6 +232,7 @@ class Manager:
                 self._dispatcher.session_count,
                 lag,
                 partial(etcd_families, self._config.paths.etcd_socket),
+                self._exporter,
             ),
             own=own,
             own_error=self._member.error,

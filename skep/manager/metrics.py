@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
 from skep.api.exposition import Family, Histogram, Sample, by_label, gauge, label_text
+from skep.api.otlp import TraceExporter
 from skep.api.process_metrics import process_families
 from skep.errors import SkepError
 from skep.manager.informer import batches_of, run_informer
@@ -64,7 +65,8 @@ class StartTimes:
 class ClusterMetrics:
     """The families of one manager.
 
-    ``own``: its node; ``sessions``: how many nodes have theirs with it; ``of_store``: what its store's program counts.
+    ``own``: its node; ``sessions``: how many nodes have theirs with it; ``of_store``: what its store's program counts;
+    ``exporter``: of its traces.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ClusterMetrics:
         sessions: Callable[[], int],
         lag: LoopLag,
         of_store: Callable[[], Awaitable[list[Family]]],
+        exporter: TraceExporter | None = None,
     ) -> None:
         self._store = store
         self._own = own
@@ -82,6 +85,7 @@ class ClusterMetrics:
         self._sessions = sessions
         self._lag = lag
         self._of_store = of_store
+        self._exporter = exporter
 
     async def families(self) -> list[Family]:
         """As the replica has it; other work goes on between pieces of the tasks."""
@@ -115,6 +119,7 @@ class ClusterMetrics:
             gauge("skep_store_revision", "The revision of this manager's replica.", view.revision),
             *await self._space(),
             *process_families("manager", self._lag),
+            *(self._exporter.families() if self._exporter is not None else ()),
         ]  # fmt: skip
 
     async def _space(self) -> list[Family]:

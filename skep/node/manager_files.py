@@ -55,6 +55,7 @@ class ManagerFiles:
                 look_at=configuration.managers,
                 etcd_binary=str(configuration.etcd_binary or ""),
                 store_quota=configuration.store_quota,
+                trace_endpoint=configuration.trace_endpoint,
             )
         )
 
@@ -98,6 +99,7 @@ class ManagerFiles:
             advertise_addr=node.advertise_addr or before.advertise_addr,
             look_at=configuration.managers,
             store_quota=configuration.store_quota,
+            trace_endpoint=configuration.trace_endpoint,
         )
         if config != before:
             self._write(config)

@@ -15,6 +15,7 @@ from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
 from skep.api.exposition import Family, Sample, by_label, gauge, label_text, merged, render
+from skep.api.otlp import TraceExporter
 from skep.api.process_metrics import process_families
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.protocol import Listing
@@ -49,6 +50,7 @@ class Sources(NamedTuple):
     usage: Usage | None
     reads: ClusterReads
     has_manager: Callable[[], bool]
+    exporter: TraceExporter | None
     reports: Callable[[], int]
     """Statuses of tasks that wait for a session."""
 
@@ -96,6 +98,7 @@ class NodeMetrics:
             *(network_families(plane.repairs.counts, plane.prober.reports) if plane is not None else ()),
             gauge("skep_node_reports_waiting", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
             *process_families("node", self._lag),
+            *(one.exporter.families() if one.exporter is not None else ()),
         ]  # fmt: skip
 
     async def _of_net_process(self) -> list[Family]:

@@ -15,9 +15,11 @@ from aiohttp import web
 
 from skep.agent.agent import Agent
 from skep.agent.executor.attaching import ClusterAttachments, SessionRequests
+from skep.agent.executor.interface import Executor
 from skep.agent.executor.oci import OciExecutor, oci_executor
 from skep.agent.executor.process import ProcessExecutor
 from skep.agent.executor.pulling import nothing_beside
+from skep.agent.executor.traced import TracedExecutor
 from skep.agent.images import ClusterSources
 from skep.agent.last_seen import LastSeenFile
 from skep.agent.managers import ManagerList, Peer
@@ -33,6 +35,7 @@ from skep.agent.worker import Worker
 from skep.aio.failures import isolate
 from skep.aio.gc_settings import freeze
 from skep.api.client import Client
+from skep.api.otlp import exporter_to
 from skep.api.server import application
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration, UnixHost
@@ -133,6 +136,9 @@ class Node:
         # Containers.  With the executor ``process`` there are none: tasks are plain commands.
         self._container_apis = ContainerApis(self._clock, lambda: self._engine)
         self._executor = self._make_executor()
+        self._exporter = exporter_to(
+            configuration.trace_endpoint, "node", environment.machine.hostname, self._clock, self._random
+        )
         oci = self._executor if isinstance(self._executor, OciExecutor) else None
         self._engine = oci.engine if oci is not None else None
         self._data_plane = oci.data_plane if oci is not None else None
@@ -315,8 +321,11 @@ class Node:
     # --- the agent --------------------------------------------------------------------------------------------
 
     def _make_worker(self) -> Worker:
+        executor: Executor = self._executor
+        if self._exporter is not None:
+            executor = TracedExecutor(executor, self._exporter.add, self._exporter.now_ns)
         return Worker(
-            executor=self._executor,
+            executor=executor,
             files=TaskFiles(self._paths.tasks),
             reports=self._reports,
             clock=self._clock,
@@ -460,6 +469,7 @@ class Node:
                 usage=Usage(engine.list, cgroups, self._clock) if engine is not None else None,
                 reads=self._system.reads,
                 has_manager=lambda: self._membership.is_manager,
+                exporter=self._exporter,
                 reports=partial(len, self._reports),
             ),
             self._clock,
@@ -542,6 +552,8 @@ class Node:
             run(self._image_sharing.collect, "image collection")
         run(DiskCheck((paths.data, paths.run), conditions, clock, paths.store_full).run, "disk check")
         run(self._metrics.run, "metrics")
+        if self._exporter is not None:
+            run(self._exporter.run, "export of traces")
         if self._data_plane is not None:
             run(NeighbourTables(conditions.reporter(NEIGHBOURS), clock).run, "neighbour tables")
         if self._docker is not None:

@@ -31,6 +31,7 @@ from skep.model.times import Timestamp, timestamp
 from skep.security.rotation import Prepared, Roots
 from skep.store.interface import Store, Transaction, View
 from skep.store.space import refusal
+from skep.tracing import within
 from skep.wire.tunnel import Tunnel
 
 R = TypeVar("R")
@@ -150,7 +151,11 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     ) -> R:
         """Run an operation of ``manager.control``; its errors get the wording of SwarmKit's API."""
         try:
-            return await self.store.update(operation, *args, **kwargs)
+            with within("store") as part:
+                result = await self.store.update(operation, *args, **kwargs)
+                if part is not None:
+                    part.result = result
+                return result
         except SkepError:
             with rpc_errors(), self.with_own_error():
                 raise

@@ -1,0 +1,118 @@
+"""An executor whose tasks leave spans: what a node does until a task runs, with the calls of runc in it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+
+from skep.agent.executor.interface import Controller, Executor, Running, TaskExit
+from skep.model.ids import TaskId
+from skep.model.task import AssignedTask, Task
+from skep.model.task_end import TaskEnd
+from skep.tracing import NowNs, Part, Recording, Span, recording, span_id, trace_id
+
+Export = Callable[[Iterable[Span]], None]
+
+
+class TracedExecutor:
+    """Another executor, with spans.  Not made where nothing is traced, so that it costs nothing there."""
+
+    def __init__(self, inner: Executor, export: Export, now_ns: NowNs) -> None:
+        self._inner = inner
+        self._export = export
+        self._now_ns = now_ns
+
+    @property
+    def name(self) -> str:
+        return self._inner.name
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        return self._inner.running()
+
+    def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        return _TracedController(
+            self._inner.controller(task, registry_auth), task.task, self._export, self._now_ns
+        )
+
+    async def leftovers(self) -> Sequence[TaskId]:
+        return await self._inner.leftovers()
+
+    async def discard(self, task_id: TaskId) -> None:
+        await self._inner.discard(task_id)
+
+
+class _TracedController:
+    def __init__(self, inner: Controller, task: Task, export: Export, now_ns: NowNs) -> None:
+        self._inner = inner
+        self._task = task
+        self._export = export
+        self._now_ns = now_ns
+        self._begin_ns = 0
+
+    async def prepare(self) -> None:
+        with recording(self._now_ns) as recorded:
+            self._begin_ns = self._now_ns()
+            try:
+                with recorded.part("prepare"):
+                    await self._inner.prepare()
+            finally:
+                self._export(spans_of_node(self._task, self._begin_ns, recorded, has_ended=False))
+
+    async def start(self) -> Running:
+        with recording(self._now_ns) as recorded:
+            try:
+                with recorded.part("start"):
+                    return await self._inner.start()
+            finally:
+                begin_ns = self._begin_ns or recorded.parts[0].begin_ns
+                self._export(spans_of_node(self._task, begin_ns, recorded, has_ended=True))
+
+    def observed(self) -> Running | None:
+        return self._inner.observed()
+
+    async def wait(self) -> TaskExit:
+        return await self._inner.wait()
+
+    async def ended(self) -> TaskEnd | None:
+        return await self._inner.ended()
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        await self._inner.shutdown(drain_s)
+
+    async def terminate(self) -> None:
+        await self._inner.terminate()
+
+    async def update(self, task: AssignedTask) -> None:
+        await self._inner.update(task)
+
+    async def remove(self) -> None:
+        await self._inner.remove()
+
+
+def spans_of_node(task: Task, begin_ns: int, recorded: Recording, *, has_ended: bool) -> list[Span]:
+    """A verb and its parts; when the work has ended, or failed, the node's span over all verbs, too.
+
+    ``recorded``: the verb, then what was done in it.
+    """
+    if task.spec_version is None:
+        return []
+    trace, node = trace_id(task.service_id, task.spec_version.index), span_id(task.id, "node")
+    about = {"swarm.service.id": task.service_id, "swarm.task.id": task.id, "swarm.node.id": task.node_id}
+    verb, *parts = recorded.parts
+
+    def span(name: str, part: Part, id: str, parent: str, begin_ns: int) -> Span:
+        return Span(
+            trace=trace,
+            id=id,
+            parent=parent,
+            name=name,
+            begin_ns=begin_ns,
+            end_ns=part.end_ns,
+            attributes=about,
+            error=part.error,
+        )
+
+    verb_id = span_id(task.id, verb.name)
+    spans = [span(verb.name, verb, verb_id, node, verb.begin_ns)]
+    spans += [span(one.name, one, span_id(verb_id, one.name), verb_id, one.begin_ns) for one in parts]
+    if has_ended or verb.error:
+        spans.append(span("node", verb, node, span_id(task.id, "task"), begin_ns))
+    return spans

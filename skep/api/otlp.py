@@ -1,0 +1,157 @@
+"""Spans are sent to an OpenTelemetry collector: OTLP over HTTP, in JSON.
+
+Source: https://opentelemetry.io/docs/specs/otlp/#otlphttp
+"""
+
+from asyncio import Event
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import aiohttp
+import msgspec
+import structlog
+
+from skep import __version__
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.exposition import Family, Sample, label_text
+from skep.tracing import Span
+
+log = structlog.get_logger()
+
+WAITING_MAX = 4096
+"""Spans that wait; further ones are dropped, and counted."""
+_BATCH = 512
+_GATHER_S = 1.0
+"""Between the first span and its batch."""
+_SENT_WITHIN_S = 10.0
+_AGAIN = (429, 502, 503, 504)
+"""Status codes after which a batch is sent again.  Source: OTLP's specification, Retryable Response Codes."""
+
+
+class TraceExporter:
+    """Sends the spans of one process, in the background."""
+
+    def __init__(
+        self, endpoint: str, process: str, host: str, clock: Clock, rng: Callable[[], float]
+    ) -> None:
+        """``endpoint``: ``http://collector:4318``; ``process``: node or manager; ``host``: this machine's name."""
+        self._url = f"{endpoint.rstrip('/')}/v1/traces"
+        self._process = process
+        self._host = host
+        self._clock = clock
+        self._backoff = Backoff(1.0, 60.0, rng=rng)
+        self._waiting: deque[Span] = deque()
+        self._is_filled = Event()
+        self._is_failing = False
+        self._sent = self._dropped = 0
+
+    def now_ns(self) -> int:
+        """The time of spans."""
+        return self._clock.now_ns()
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """Send them soon; never waits."""
+        for span in spans:
+            if len(self._waiting) < WAITING_MAX:
+                self._waiting.append(span)
+            else:
+                self._dropped += 1
+        if self._waiting:
+            self._is_filled.set()
+
+    async def run(self) -> None:
+        """Send until cancelled.  While the collector does not answer spans wait, and then are dropped."""
+        timeout = aiohttp.ClientTimeout(total=_SENT_WITHIN_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            while True:
+                await self._is_filled.wait()
+                await self._clock.sleep(_GATHER_S)
+                while self._waiting:
+                    await self._send_batch(session)
+                self._is_filled.clear()
+
+    def families(self) -> list[Family]:
+        """For the page of metrics."""
+        labels = label_text({"process": self._process})
+        return [
+            Family("skep_trace_spans_sent_total", "counter", "Spans sent.", [Sample(labels, self._sent)]),
+            Family(
+                "skep_trace_spans_dropped_total",
+                "counter",
+                "Spans dropped: too many waited, or the collector refused them.",
+                [Sample(labels, self._dropped)],
+            ),
+        ]
+
+    async def _send_batch(self, session: aiohttp.ClientSession) -> None:
+        batch = list(islice(self._waiting, _BATCH))
+        problem, is_final = await self._post(session, batch)
+        if problem and not self._is_failing:
+            log.warning("traces are not sent", url=self._url, reason=problem)
+        self._is_failing = bool(problem)
+        if problem and not is_final:
+            await self._backoff.sleep(self._clock)
+            return
+        self._backoff.reset()
+        for _ in batch:
+            self._waiting.popleft()
+        if problem:
+            self._dropped += len(batch)
+        else:
+            self._sent += len(batch)
+
+    async def _post(self, session: aiohttp.ClientSession, batch: Sequence[Span]) -> tuple[str, bool]:
+        """Why it was not sent (empty: it was), and whether trying again is useless."""
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with session.post(self._url, data=self._body(batch), headers=headers) as response:
+                if response.status < 300:
+                    return "", True
+                return f"the collector answers {response.status}", response.status not in _AGAIN
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return str(error) or type(error).__name__, False
+
+    def _body(self, batch: Sequence[Span]) -> bytes:
+        about = {
+            "service.name": f"skep-{self._process}",
+            "service.version": __version__,
+            "host.name": self._host,
+        }
+        spans = {"scope": {"name": "skep"}, "spans": [otlp(span) for span in batch]}
+        return msgspec.json.encode(
+            {"resourceSpans": [{"resource": {"attributes": _attributes(about)}, "scopeSpans": [spans]}]}
+        )
+
+
+def exporter_to(
+    endpoint: str, process: str, host: str, clock: Clock, rng: Callable[[], float]
+) -> TraceExporter | None:
+    """As ``TraceExporter``; None: ``endpoint`` is empty, nothing is traced."""
+    return TraceExporter(endpoint, process, host, clock, rng) if endpoint else None
+
+
+def otlp(span: Span) -> Mapping[str, Any]:
+    """A span in OTLP's JSON: ids are hexadecimal, times are strings."""
+    found: dict[str, Any] = {
+        "traceId": span.trace,
+        "spanId": span.id,
+        "name": span.name,
+        "kind": 1,  # internal
+        "startTimeUnixNano": str(span.begin_ns),
+        "endTimeUnixNano": str(span.end_ns),
+        "attributes": _attributes(span.attributes),
+    }
+    if span.parent:
+        found["parentSpanId"] = span.parent
+    if span.error:
+        found["status"] = {"code": 2, "message": span.error}
+    if span.link is not None:
+        found["links"] = [{"traceId": span.link[0], "spanId": span.link[1]}]
+    return found
+
+
+def _attributes(values: Mapping[str, str]) -> Sequence[Mapping[str, Any]]:
+    return [{"key": key, "value": {"stringValue": value}} for key, value in values.items()]

@@ -1,0 +1,148 @@
+"""Spans of a manager: requests that change services, with their writes; and tasks, from their creation until they run.
+
+Each manager has the requests that it answers; the tasks are those of the leader, which sees their commits as all do.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from skep.api.otlp import TraceExporter
+from skep.manager.informer import run_informer
+from skep.model.ids import NodeId, TaskId
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Commit, Created, Deleted, Store, Updated
+from skep.tracing import Part, Span, recording, span_id, trace_id
+
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+"""Source: https://www.w3.org/TR/trace-context/#traceparent-header"""
+_FOLLOWED_MAX = 10_000
+"""Tasks on their way that are followed; others have no spans of a manager."""
+_TRACED = re.compile(r"(/v[0-9.]+)?(/skep)?/services(/.*)?")
+
+
+def request_spans(exporter: TraceExporter) -> Middleware:
+    """A middleware: requests that write services are the first spans of their traces."""
+
+    @web.middleware
+    async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != "POST" or not _TRACED.fullmatch(request.path):
+            return await handler(request)
+        with recording(exporter.now_ns) as recorded, recorded.part(f"POST {request.path}") as whole:
+            response = await handler(request)
+        exporter.add(spans_of_request(whole, recorded.parts, request.headers.get("traceparent", "")))
+        return response
+
+    return traced
+
+
+def spans_of_request(whole: Part, parts: list[Part], traceparent: str) -> Iterator[Span]:
+    """A request, and the write of each service in it.  ``traceparent``: of the client."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    for part in parts:
+        services = part.result if isinstance(part.result, list | tuple) else (part.result,)
+        for service in services:
+            if not isinstance(service, Service) or service.spec_version is None:
+                continue
+            trace = _trace(service)
+            about = {"swarm.service.name": service.spec.name, "swarm.service.id": service.id}
+            yield Span(
+                trace=trace,
+                id=_root(trace),
+                name="request",
+                begin_ns=whole.begin_ns,
+                end_ns=whole.end_ns,
+                attributes={**about, "http.route": whole.name},
+                link=(found[1], found[2]) if found else None,
+            )
+            yield Span(
+                trace=trace,
+                id=span_id(trace, "store"),
+                parent=_root(trace),
+                name="store",
+                begin_ns=part.begin_ns,
+                end_ns=part.end_ns,
+                attributes=about,
+            )
+
+
+def _trace(one: Service | Task) -> str:
+    """Of an object whose ``spec_version`` is set."""
+    assert one.spec_version is not None
+    return trace_id(one.service_id if isinstance(one, Task) else one.id, one.spec_version.index)
+
+
+def _root(trace: str) -> str:
+    return span_id(trace, "request")
+
+
+class _Begun(msgspec.Struct, frozen=True):
+    at_ns: int
+    is_scheduled: bool = False
+
+
+class TaskSpans:
+    """Follows tasks from commit to commit.  ``own``: this manager's node."""
+
+    def __init__(self, store: Store, own: NodeId, exporter: TraceExporter) -> None:
+        self._store = store
+        self._own = own
+        self._exporter = exporter
+        self._begun: dict[TaskId, _Begun] = {}
+
+    async def run(self) -> None:
+        """Follow the commits until cancelled."""
+        await run_informer(
+            self._store,
+            (Task,),
+            on_snapshot=lambda _: self._begun.clear(),
+            on_commit=self.note,
+            work=asyncio.Event().wait,
+        )
+
+    def note(self, commit: Commit) -> None:
+        """Tasks that begin, get their node, run or end."""
+        now = self._exporter.now_ns()
+        for event in commit.events:
+            match event:
+                case Created(object=Task() as task) if len(self._begun) < _FOLLOWED_MAX:
+                    self._begun[task.id] = _Begun(now)
+                case Updated(new=Task() as task) if (begun := self._begun.get(task.id)) is not None:
+                    self._note_state(task, begun, now)
+                case Deleted(object=Task() as task):
+                    self._begun.pop(task.id, None)
+
+    def _note_state(self, task: Task, begun: _Begun, now: int) -> None:
+        state = task.status.state
+        if not begun.is_scheduled and state >= TaskState.ASSIGNED:
+            self._begun[task.id] = msgspec.structs.replace(begun, is_scheduled=True)
+            self._add(task, "schedule", span_id(task.id, "task"), begun.at_ns, now)
+        if state >= TaskState.RUNNING:
+            del self._begun[task.id]
+            self._add(task, "task", "", begun.at_ns, now)
+
+    def _add(self, task: Task, name: str, parent: str, begin_ns: int, end_ns: int) -> None:
+        own = self._store.view().lookup(Node, self._own)
+        leads = own is not None and own.manager_status is not None and own.manager_status.leader
+        if not leads or task.spec_version is None:
+            return
+        trace = _trace(task)
+        about = {"swarm.service.id": task.service_id, "swarm.task.id": task.id, "swarm.node.id": task.node_id}
+        failed = task.status.state > TaskState.RUNNING
+        span = Span(
+            trace=trace,
+            id=span_id(task.id, name),
+            parent=parent or _root(trace),
+            name=name,
+            begin_ns=begin_ns,
+            end_ns=end_ns,
+            attributes=about,
+            error=(task.status.err or task.status.state.value) if failed else "",
+        )
+        self._exporter.add((span,))

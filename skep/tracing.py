@@ -1,0 +1,97 @@
+"""Spans of a service's life, for OpenTelemetry: what was done, when, and as a part of what.
+
+Ids of traces and spans are derived from the ids of objects, so that nothing has to travel with them: a trace is one
+version of a service's spec, and every process that has the task knows it (decision 106).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+
+NowNs = Callable[[], int]
+"""Nanoseconds since the epoch."""
+NO_ATTRIBUTES: Mapping[str, str] = {}
+
+
+def trace_id(service: str, spec_version: int) -> str:
+    """Of one version of a service's spec: 32 hexadecimal digits."""
+    return sha256(f"{service}:{spec_version}".encode()).hexdigest()[:32]
+
+
+def span_id(*parts: str) -> str:
+    """Of what ``parts`` name: 16 hexadecimal digits."""
+    return sha256(":".join(parts).encode()).hexdigest()[:16]
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """One step.  ``error``: why it failed; ``link``: trace and span of a client's, by its ``traceparent``."""
+
+    trace: str
+    id: str
+    parent: str = ""
+    name: str
+    begin_ns: int
+    end_ns: int
+    attributes: Mapping[str, str] = NO_ATTRIBUTES
+    error: str = ""
+    link: tuple[str, str] | None = None
+
+
+class Part(msgspec.Struct):
+    """A step within the one that is recorded.  ``result``: what it gave, where the recorder needs it."""
+
+    name: str
+    begin_ns: int
+    end_ns: int = 0
+    error: str = ""
+    result: Any = None
+
+
+class Recording:
+    """Parts of one step, in the order in which they began."""
+
+    def __init__(self, now_ns: NowNs) -> None:
+        self._now_ns = now_ns
+        self.parts: list[Part] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Part]:
+        """Record the block as a part, its failure too."""
+        part = Part(name, self._now_ns())
+        self.parts.append(part)
+        try:
+            yield part
+        except BaseException as error:
+            part.error = str(error) or type(error).__name__
+            raise
+        finally:
+            part.end_ns = self._now_ns()
+
+
+_RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording(now_ns: NowNs) -> Iterator[Recording]:
+    """Record what the block, and the tasks that it starts, do ``within``."""
+    found = Recording(now_ns)
+    token = _RECORDING.set(found)
+    try:
+        yield found
+    finally:
+        _RECORDING.reset(token)
+
+
+@contextmanager
+def within(name: str) -> Iterator[Part | None]:
+    """The block is a part of what is recorded now, if anything is."""
+    found = _RECORDING.get()
+    if found is None:
+        yield None
+    else:
+        with found.part(name) as part:
+            yield part
