@@ -6,6 +6,7 @@ import { Live } from "./live.js";
 import { Hive } from "./hive.js";
 import { Journal } from "./journal.js";
 import { Logs } from "./logs.js";
+import { Terminal } from "./terminal.js";
 import { ApiError, get } from "./api.js";
 import { Resources } from "./resources.js";
 import { shell } from "./shell.js";
@@ -25,6 +26,7 @@ class App {
   /** The moment that is shown (milliseconds), null for the present. */
   past = null;
   logs = new Logs(this);
+  terminal = new Terminal();
   journal = new Journal(get, () => this.invalidate());
   colours = new Colours();
   resources = new Resources(() => this.invalidate());
@@ -94,6 +96,7 @@ class App {
     const title = id && KINDS.includes(kind) ? this.cluster.name(kind, id) : PAGES.find(({ name }) => name === page).title;
     document.title = clean(`${title} · ${this.cluster.info.name || "Skep"}`);
     this.resources.begin();
+    this.terminal.keep(this.route.tab === "terminal" ? this.route.id : "");
     patch(document.body, ...shell(this));
     this.resources.end();
     if (this.route.page !== "hive") return;

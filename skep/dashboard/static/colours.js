@@ -49,7 +49,7 @@ export class Colours {
   of(id, dark) {
     const slot = this.#slots.get(id);
     const level = slot === undefined ? 0 : Math.floor(slot / HUES.length);
-    const lightness = dark ? [0.76, 0.62, 0.86][level] : [0.66, 0.52, 0.76][level];
+    const lightness = dark ? [0.76, 0.62, 0.86][level] : [0.72, 0.61, 0.82][level];
     if (slot === undefined) return `oklch(${lightness} 0.01 80)`;
     return `oklch(${lightness} ${[0.125, 0.12, 0.09][level]} ${HUES[slot % HUES.length]})`;
   }

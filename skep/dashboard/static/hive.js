@@ -1,6 +1,6 @@
 /** The hive: nodes as hexagons with their tasks as cells.  Two canvases: what stays, and over it what moves. */
 
-import { Scenes, at, drawing } from "./scene.js";
+import { Scenes, at } from "./scene.js";
 import { Painter } from "./paint.js";
 import { age, count, imageName } from "./text.js";
 import { h, patch } from "./dom.js";
@@ -8,7 +8,11 @@ import { h, patch } from "./dom.js";
 const MOVE_MS = 650;
 const GROW_MS = 260;
 const ZOOM_MAX = 12;
+const SHARP_AT_ONCE = 1500;
+const SHARP_AFTER_MS = 140;
 const INKS = ["ground", "surface", "line", "faint", "text", "muted", "accent", "bad", "gauge", "on-cell"];
+
+const isInPlace = (node, before) => before !== undefined && before.x === node.x && before.y === node.y && before.radius === node.radius;
 
 const ease = (t) => (t < 0.5 ? 4 * t ** 3 : 1 - (-2 * t + 2) ** 3 / 2);
 
@@ -25,9 +29,14 @@ export class Hive {
   #scenes = new Scenes();
   #scene = null;
   #painter = null;
-  #drawn = new Map();
+  /** The nodes as they are drawn, null: nothing is; and those that have to be drawn again. */
+  #drawn = null;
+  #due = new Set();
   #moves = [];
   #view = { scale: 1, x: 0, y: 0 };
+  /** The view in which the still picture was drawn. */
+  #painted = { scale: 1, x: 0, y: 0 };
+  #sharpen = 0;
   #pointed = { node: null, cell: null };
   #focused = -1;
   #highlight = null;
@@ -63,7 +72,10 @@ export class Hive {
     const scene = this.#scenes.build(this.cluster, width, height);
     this.#scene = scene;
     if (!this.#calm.matches) {
-      for (const move of scene.moves) this.#moves.push({ ...move, since: now, until: now + (move.from ? MOVE_MS : GROW_MS) });
+      for (const move of scene.moves) {
+        this.#moves.push({ ...move, since: now, until: now + (move.from ? MOVE_MS : GROW_MS) });
+        if (move.cell) this.#due.add(move.cell.node);
+      }
     }
     this.element.setAttribute("aria-label", this.#summary());
     this.#ask();
@@ -90,11 +102,15 @@ export class Hive {
     ink.onCell = ink["on-cell"];
     ink.font = style.getPropertyValue("--font").trim();
     this.#isDark = isDark;
-    this.#painter = new Painter(
-      ink,
-      (service) => this.#colours.of(service, this.#isDark),
-      (task) => this.#highlight !== null && !this.#highlight(task),
-    );
+    this.#painter = new Painter(ink, {
+      colour: (service) => this.#colours.of(service, this.#isDark),
+      // Without its stack: in a cell there is room for a word.
+      name: (service) => {
+        const row = this.cluster.get("services", service);
+        return row?.stack && row.name.startsWith(`${row.stack}_`) ? row.name.slice(row.stack.length + 1) : (row?.name ?? "");
+      },
+      isDimmed: (task) => this.#highlight !== null && !this.#highlight(task),
+    });
     this.#redraw();
   }
 
@@ -118,11 +134,17 @@ export class Hive {
       x: Math.min(0, Math.max(width - width * scale, x)),
       y: Math.min(0, Math.max(height - height * scale, y)),
     };
-    this.#redraw();
+    if (this.#scene === null || this.#scene.cells.size < SHARP_AT_ONCE) return this.#redraw();
+    // Many cells: the picture that there is is moved, and drawn sharply when the hand rests.
+    const ratio = scale / this.#painted.scale;
+    this.#still.style.transform = `translate(${this.#view.x - this.#painted.x * ratio}px, ${this.#view.y - this.#painted.y * ratio}px) scale(${ratio})`;
+    clearTimeout(this.#sharpen);
+    this.#sharpen = setTimeout(() => this.#redraw(), SHARP_AFTER_MS);
+    return this.#ask();
   }
 
   #redraw() {
-    this.#drawn.clear();
+    this.#drawn = null;
     this.#ask();
   }
 
@@ -136,17 +158,16 @@ export class Hive {
       canvas.width = Math.round(this.element.clientWidth * ratio);
       canvas.height = Math.round(this.element.clientHeight * ratio);
     }
-    this.#drawn.clear();
+    this.#drawn = null;
     this.#moves = [];
     const { scale, x, y } = this.#view;
     this.#move(scale, x, y);
     this.update();
   }
 
-  #context(canvas) {
+  #context(canvas, { scale, x, y }) {
     const context = canvas.getContext("2d");
     const ratio = canvas.width / Math.max(1, this.element.clientWidth);
-    const { scale, x, y } = this.#view;
     context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * x, ratio * y);
     return context;
   }
@@ -157,7 +178,7 @@ export class Hive {
     this.frames += 1;
     const ended = this.#moves.filter((move) => move.until <= now || !this.#isThere(move));
     this.#moves = this.#moves.filter((move) => !ended.includes(move));
-    for (const { cell } of ended) if (cell) this.#drawn.delete(cell.node);
+    for (const { cell } of ended) if (cell) this.#due.add(cell.node);
     const without = new Set(this.#moves.map((move) => (move.cell ?? move.gone).task.id));
     this.#drawStill(without);
     this.#drawMoving(now);
@@ -169,37 +190,39 @@ export class Hive {
   }
 
   #drawStill(without) {
-    const context = this.#context(this.#still);
-    const { scale } = this.#view;
-    const all = this.#drawn.size === 0;
-    const due = this.#scene.nodes.filter((node) => {
-      const drawingNow = `${drawing(node)} ${node.cells.filter((cell) => without.has(cell.task.id)).length}`;
-      const isDue = this.#drawn.get(node.row.id) !== drawingNow;
-      this.#drawn.set(node.row.id, drawingNow);
-      return isDue && this.#isInSight(node);
-    });
-    const changed = this.#drawn.size !== this.#scene.nodes.length;
-    if (all || changed) {
-      for (const id of this.#drawn.keys()) if (!this.cluster.get("nodes", id)) this.#drawn.delete(id);
+    if (this.#drawn === null) {
+      this.#painted = this.#view;
+      this.#still.style.transform = "";
+      clearTimeout(this.#sharpen);
+    }
+    const { scale } = this.#painted;
+    const context = this.#context(this.#still, this.#painted);
+    const { nodes } = this.#scene;
+    const before = this.#drawn;
+    this.#drawn = new Map(nodes.map((node) => [node.row.id, node]));
+    const isAll = before === null || before.size !== nodes.length || nodes.some((node) => !isInPlace(node, before.get(node.row.id)));
+    if (isAll) {
       context.save();
       context.setTransform(1, 0, 0, 1, 0, 0);
       context.clearRect(0, 0, this.#still.width, this.#still.height);
       context.restore();
-      this.#painter.nodes(context, this.#scene.nodes.filter((node) => this.#isInSight(node)), { scale, without });
-    } else if (due.length > 0) {
+      this.#painter.nodes(context, nodes.filter((node) => this.#isInSight(node)), { scale, without });
+    } else {
+      const due = nodes.filter((node) => (before.get(node.row.id) !== node || this.#due.has(node.row.id)) && this.#isInSight(node));
       for (const node of due) this.#painter.clear(context, node);
       this.#painter.nodes(context, due, { scale, without });
     }
+    this.#due.clear();
   }
 
   #isInSight({ x, y, radius }) {
-    const { scale, x: dx, y: dy } = this.#view;
+    const { scale, x: dx, y: dy } = this.#painted;
     const [px, py, reach] = [x * scale + dx, y * scale + dy, radius * scale];
     return px + reach > 0 && py + reach > 0 && px - reach < this.element.clientWidth && py - reach < this.element.clientHeight;
   }
 
   #drawMoving(now) {
-    const context = this.#context(this.#moving);
+    const context = this.#context(this.#moving, this.#view);
     const { scale } = this.#view;
     context.save();
     context.setTransform(1, 0, 0, 1, 0, 0);

@@ -11,7 +11,7 @@ const NEAR_END_PX = 40;
 /** Follows what the panel shows, and nothing when it shows no logs: a browser has six connections. */
 export function logsOfPanel(app) {
   const { kind, id, tab } = app.route;
-  app.logs.follow(tab === "logs" && app.past === null ? `${kind}/${id}` : "");
+  app.logs.follow(tab === "logs" && app.past === null && app.cluster.cursor !== "" ? `${kind}/${id}` : "");
 }
 
 export class Logs {

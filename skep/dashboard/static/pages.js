@@ -24,21 +24,23 @@ function listPage(app, title, { note, ...list }) {
 function hivePage(app) {
   const isTable = app.memory.get("hive as table") === true;
   return [
-    h("h1", { key: "title", class: "unseen" }, "Hive"),
     h(
       "div",
       { key: "hive", class: "hive" },
       h(
         "div",
         { key: "stage", class: "stage" },
+        h("div", { key: "title", class: "stage-head" },
+          h("h1", {}, "Hive"),
+          h("p", {}, `${count(app.cluster.size("nodes"), "node")}, ${count(app.cluster.size("tasks"), "task")}`),
+          h("div", { class: "tools", role: "group", "aria-label": "view" },
+            !isTable && [
+              tool("+", "Zoom in", () => app.hive.zoom(1.5)),
+              tool("−", "Zoom out", () => app.hive.zoom(1 / 1.5)),
+              tool("Fit", "Show everything (0)", () => app.hive.fit()),
+            ],
+            tool(isTable ? "Map" : "Table", "Map or table (t)", () => app.toggleTable()))),
         isTable ? h("div", { key: "table", class: "scroll", tabindex: "0", role: "region", "aria-label": "the hive as a table" }, hiveTable(app)) : own(app.hive.element, "map"),
-        h("div", { key: "tools", class: "tools", role: "group", "aria-label": "view" },
-          !isTable && [
-            tool("+", "Zoom in", () => app.hive.zoom(1.5)),
-            tool("−", "Zoom out", () => app.hive.zoom(1 / 1.5)),
-            tool("Fit", "Show everything (0)", () => app.hive.fit()),
-          ],
-          tool(isTable ? "Map" : "Table", "Map or table (t)", () => app.toggleTable())),
       ),
       h("div", { key: "side", class: "side", tabindex: "0", role: "region", "aria-label": "what to look at, and the services" }, attention(app), legend(app)),
       timeline(app),
@@ -47,7 +49,7 @@ function hivePage(app) {
 }
 
 function tool(label, title, onclick) {
-  return h("button", { key: title, type: "button", title, "aria-label": title, onclick }, label);
+  return h("button", { key: title, type: "button", title, "aria-label": title === "Map or table (t)" ? undefined : title, onclick }, label);
 }
 
 function attention(app) {

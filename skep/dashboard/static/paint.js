@@ -5,10 +5,11 @@ import { short } from "./text.js";
 
 const NODE_FILL = 0.965;
 const CELL_FILL = 0.9;
-/** Cells smaller than this many pixels are squares, empty ones smaller than the second are left out, numbers below the third. */
+/** Cells smaller than this many pixels are squares, empty ones smaller than the second are left out, numbers and names below the next two. */
 const SQUARE_BELOW = 1.6;
 const EMPTY_FROM = 4;
 const NUMBER_FROM = 11;
+const LABEL_FROM = 26;
 const NAME_FROM = 30;
 const ELLIPSIS_WIDTH = 6.3;
 
@@ -88,23 +89,21 @@ function looksOf(phase, colour, ink, alpha) {
   }
 }
 
-/** Draws with the inks of a theme; `colour(service id)` and `isDimmed(task)` are asked for each cell. */
+/** Draws with the inks of a theme; `palette` is asked for each cell: `colour(service id)`, `name(service id)`, `isDimmed(task)`. */
 export class Painter {
   #ink;
-  #colour;
-  #isDimmed;
+  #palette;
   #looks = new Map();
 
   /** `ink`: the colours `{ground, surface, line, faint, text, muted, accent, bad}` and the `font`. */
-  constructor(ink, colour, isDimmed) {
+  constructor(ink, palette) {
     this.#ink = ink;
-    this.#colour = colour;
-    this.#isDimmed = isDimmed;
+    this.#palette = palette;
   }
 
   #looksOf(cell) {
-    const colour = this.#colour(cell.task.service);
-    const alpha = this.#isDimmed(cell.task) ? 0.12 : 1;
+    const colour = this.#palette.colour(cell.task.service);
+    const alpha = this.#palette.isDimmed(cell.task) ? 0.12 : 1;
     const key = `${cell.phase} ${colour} ${alpha}`;
     let looks = this.#looks.get(key);
     if (!looks) {
@@ -130,7 +129,7 @@ export class Painter {
     for (const node of nodes) {
       this.#gauge(context, node, scale);
       if (node.radius * scale >= NAME_FROM) this.#name(context, node, scale);
-      if (node.size * scale >= NUMBER_FROM) this.#numbers(context, node, without);
+      if (node.size * scale >= NUMBER_FROM) this.#numbers(context, node, without, scale);
     }
   }
 
@@ -173,7 +172,7 @@ export class Painter {
   }
 
   #ground(batches, node, scale) {
-    const { ink } = { ink: this.#ink };
+    const ink = this.#ink;
     const isOff = node.row.state !== "ready" || node.row.availability !== "active";
     batches.add(
       { key: `ground ${isOff}`, shape: flat, fill: isOff ? ink.ground : ink.surface, alpha: 1 },
@@ -257,15 +256,23 @@ export class Painter {
     }
   }
 
-  #numbers(context, node, without) {
-    context.font = `500 ${node.size * 0.72}px ${this.#ink.font}`;
+  #numbers(context, node, without, scale) {
+    const isNamed = node.size * scale >= LABEL_FROM;
+    const letter = Math.min(11.5, node.size * scale * 0.72) / scale;
+    const letters = Math.floor((node.size * 1.5) / (letter * 0.55));
     context.textAlign = "center";
     context.textBaseline = "middle";
+    context.fillStyle = this.#ink.onCell;
     for (const cell of node.cells) {
-      if (!cell.task.slot || without.has(cell.task.id) || (cell.phase !== "running" && cell.phase !== "stopping")) continue;
-      context.globalAlpha = this.#isDimmed(cell.task) ? 0.15 : 1;
-      context.fillStyle = this.#ink.onCell;
-      context.fillText(String(cell.task.slot), cell.x, cell.y + node.size * 0.04);
+      if (without.has(cell.task.id) || (cell.phase !== "running" && cell.phase !== "stopping")) continue;
+      context.globalAlpha = this.#palette.isDimmed(cell.task) ? 0.15 : 1;
+      const slot = cell.task.slot ? String(cell.task.slot) : "";
+      const name = isNamed ? short(this.#palette.name(cell.task.service), letters) : "";
+      const apart = name && slot ? letter * 0.66 : 0;
+      context.font = `600 ${letter}px ${this.#ink.font}`;
+      if (name) context.fillText(name, cell.x, cell.y - apart);
+      context.font = `${name ? 400 : 500} ${letter}px ${this.#ink.font}`;
+      if (slot) context.fillText(slot, cell.x, cell.y + apart);
     }
     context.globalAlpha = 1;
   }

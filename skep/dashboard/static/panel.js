@@ -23,6 +23,7 @@ const KINDS = {
 export function panel(app) {
   const { kind, id, tab } = app.route;
   const found = KINDS[kind];
+  if (app.cluster.cursor === "") return null;
   const row = found && app.cluster.get(kind, id);
   const close = button("×", () => app.close(), { kind: "close", title: "Close (Esc)" });
   if (!row) {
@@ -37,7 +38,7 @@ export function panel(app) {
     h("div", { key: `head ${kind}`, class: "panel-head" }, h("h2", {}, mark, title), h("span", { class: "quiet" }, found.one), close),
     found.actions && h("div", { key: `actions ${kind}`, class: "actions" }, found.actions(app, row)),
     found.tabs.length > 1 && h("div", { key: "tabs", class: "tabs" }, found.tabs.map((name) => tabLink(app, name))),
-    h("div", { key: `${kind} ${id} ${tab}`, class: `panel-body ${tab}` }, found.show(app, row, tab)),
+    h("div", { key: `${kind} ${id} ${tab}`, class: `panel-body tab-${tab}` }, found.show(app, row, tab)),
   ];
 }
 
@@ -157,7 +158,7 @@ function tasksOf(app, field, id) {
 
 function taskPanel(app, task, tab) {
   if (tab === "logs") return own(app.logs.element, "logs");
-  if (tab === "terminal") return app.terminal(task);
+  if (tab === "terminal") return own(app.terminal.of(task), "terminal");
   const explained = app.resources.use(`skep/tasks/${task.id}/explain`, task);
   return [
     facts(

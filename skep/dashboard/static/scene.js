@@ -30,15 +30,21 @@ const slotOf = (task) => (task.slot ? `${task.service} ${task.slot}` : task.id);
 export class Scenes {
   #seats = new Map();
   #before = null;
+  #order = { version: -1, rows: [] };
+  #nodes = new Map();
 
   /**
    * `{radius, nodes: [{row, x, y, size, ring, cells}], waiting: cells, cells: {task id: cell}, moves}`, a cell being
-   * `{task, phase, x, y, size, node}` and a move `{cell, from: {x, y, size} | null}` or `{gone: cell}`.
+   * `{task, phase, x, y, size, node}` and a move `{cell, from: {x, y, size} | null}` or `{gone: cell}`.  A node in which
+   * nothing has changed is the same object as in the scene before.
    */
   build(cluster, width, height) {
     const byNode = cluster.by("tasks", "node");
     const waitingTasks = ordered(byNode.get("") ?? [], cluster);
-    const rows = orderedNodes(cluster);
+    if (this.#order.version !== cluster.versions.nodes || this.#order.cluster !== cluster) {
+      this.#order = { cluster, version: cluster.versions.nodes, rows: orderedNodes(cluster) };
+    }
+    const { rows } = this.#order;
     const room = height - (waitingTasks.length ? WAITING_ROOM : 0);
     const { radius, places } = comb(rows.length, width - 2 * MARGIN, room - 2 * MARGIN);
     const common = commonRings(rows.map((row) => byNode.get(row.id)?.length ?? 0));
@@ -47,7 +53,10 @@ export class Scenes {
       const place = { x: places[i].x + MARGIN, y: places[i].y + MARGIN };
       return this.#node(row, place, { radius, common, tasks: byNode.get(row.id) ?? [], cluster, cells });
     });
-    for (const id of this.#seats.keys()) if (!cluster.get("nodes", id)) this.#seats.delete(id);
+    for (const id of this.#seats.keys()) if (!cluster.get("nodes", id)) {
+      this.#seats.delete(id);
+      this.#nodes.delete(id);
+    }
     const waiting = waitingTasks.map((task, i) => {
       const perRow = Math.max(1, Math.floor((width - 160) / (WAITING_SIZE * 2)));
       const x = 140 + (i % perRow) * WAITING_SIZE * 1.9;
@@ -63,6 +72,12 @@ export class Scenes {
   }
 
   #node(row, { x, y }, { radius, common, tasks, cluster, cells }) {
+    const old = this.#nodes.get(row.id);
+    const isSame = old?.row === row && old.x === x && old.y === y && old.radius === radius && old.common === common;
+    if (isSame && old.cells.length === tasks.length && tasks.every((task, i) => task === old.cells[i].task)) {
+      for (const cell of old.cells) cells.set(cell.task.id, cell);
+      return old;
+    }
     const known = this.#seats.get(row.id);
     const hasAll = known?.size === tasks.length && tasks.every((task) => known.has(task.id));
     const seats = hasAll ? known : seat(known ?? new Map(), ordered(tasks, cluster).map((task) => task.id));
@@ -76,7 +91,9 @@ export class Scenes {
       cells.set(task.id, cell);
       return cell;
     });
-    return { row, x, y, radius, ring, size, cells: own, seats };
+    const node = { row, x, y, radius, common, ring, size, cells: own, seats };
+    this.#nodes.set(row.id, node);
+    return node;
   }
 }
 
@@ -85,8 +102,11 @@ export function moves(before, after) {
   if (before === null || before.radius !== after.radius || before.width !== after.width) return [];
   const found = [];
   const slots = new Map();
-  for (const [id, cell] of before.cells) if (!after.cells.has(id)) slots.set(slotOf(cell.task), cell);
-  for (const [id, cell] of after.cells) {
+  const same = new Set(before.nodes);
+  const changed = (scene, other) => [...scene.waiting, ...scene.nodes.filter((node) => !other.has(node)).flatMap((node) => node.cells)];
+  for (const cell of changed(before, new Set(after.nodes))) if (!after.cells.has(cell.task.id)) slots.set(slotOf(cell.task), cell);
+  for (const cell of changed(after, same)) {
+    const { id } = cell.task;
     const old = before.cells.get(id) ?? slots.get(slotOf(cell.task));
     if (old === undefined) found.push({ cell, from: null });
     else if (old.node !== cell.node) found.push({ cell, from: old });
@@ -94,14 +114,6 @@ export function moves(before, after) {
   }
   for (const gone of slots.values()) found.push({ gone });
   return found.length > MOVES_MAX ? [] : found;
-}
-
-/** What a node's drawing depends on: as long as it is the same the node need not be drawn again. */
-export function drawing(node) {
-  const { row } = node;
-  const cells = node.cells.map((cell) => `${cell.task.id}${cell.phase}${cell.task.current ? "" : "-"}`);
-  const load = row.load === null ? "" : Math.round(row.load * 50);
-  return `${row.name} ${row.state} ${row.availability} ${row.role} ${row.leader} ${load} ${node.x} ${node.y} ${node.radius} ${node.ring} ${cells}`;
 }
 
 /** The node and the cell at a point, either may be null. */

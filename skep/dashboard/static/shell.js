@@ -8,6 +8,7 @@ import { showHelp } from "./help.js";
 import { showSearch } from "./search_box.js";
 import { badge } from "./parts.js";
 import { logsOfPanel } from "./logs.js";
+import { number } from "./text.js";
 
 const ICONS = {
   hive: "M8 1.500 13.600 4.750v6.500L8 14.500l-5.600-3.250v-6.500z",
@@ -72,7 +73,7 @@ function figures(app) {
   const found = problems(app.cluster);
   const bad = found.filter(({ level }) => level === "bad").length;
   const figure = (value, of, label, isShort) =>
-    h("span", { class: isShort ? "figure short" : "figure" }, h("b", {}, `${value}`), h("i", {}, `/${of}`), ` ${label}`);
+    h("span", { class: isShort ? "figure short" : "figure" }, h("b", {}, number(value)), h("i", {}, `/${number(of)}`), ` ${label}`);
   return h(
     "div",
     { class: "figures", role: "status", "aria-label": "the cluster in figures" },
@@ -110,14 +111,14 @@ function rail(app) {
       },
       icon(ICONS[name]),
       h("span", {}, title),
-      kind && h("i", {}, String(app.cluster.size(kind))),
+      kind && h("i", {}, number(app.cluster.size(kind))),
     );
   const isOpen = app.memory.get("more pages") === true;
   const toggle = () => {
     app.memory.set("more pages", !isOpen);
     app.invalidate();
   };
-  const themes = { auto: "Theme: the system's", light: "Theme: light", dark: "Theme: dark" };
+  const themes = { auto: "Theme: automatic", light: "Theme: light", dark: "Theme: dark" };
   return h(
     "nav",
     { key: "rail", "aria-label": "pages", class: isOpen ? "open" : "" },

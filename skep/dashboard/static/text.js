@@ -79,9 +79,12 @@ export function percent(share) {
   return Number.isFinite(share) ? `${Math.round(share * 100)} %` : "–";
 }
 
+/** A number with thin spaces between thousands. */
+export const number = (value) => value.toLocaleString("en").replaceAll(",", "\u202f");
+
 /** `1 task`, `2 tasks`. */
-export function count(number, one, many = `${one}s`) {
-  return `${number.toLocaleString("en").replaceAll(",", "\u202f")} ${number === 1 ? one : many}`;
+export function count(value, one, many = `${one}s`) {
+  return `${number(value)} ${value === 1 ? one : many}`;
 }
 
 /** Names in the order people expect: `web-2` before `web-10`. */
