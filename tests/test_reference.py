@@ -77,6 +77,7 @@ ACTIONS = {
         "update": "abort pause resume",
         "network": "update",
         "volume": "forget",
+        "user": "add renew rm token update",
         "secret": "prune rotate",
         "config": "prune rotate",
         "stack": "deploy rm rollback",

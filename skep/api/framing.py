@@ -231,7 +231,8 @@ _MANAGER = re.compile(
     # the node's own membership works without a manager; everything else about the swarm is the manager's
     r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
     r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
-    r"|/skep/(?:backup|events|history|state|quorum|view(?:/stream)?|doctor/network|cluster/.+|(?:tasks|services)/.+)"
+    r"|/skep/(?:access|backup|events|history|state|quorum|users|view(?:/stream)?|doctor/network"
+    r"|(?:access|cluster|stacks|tasks|services|users)/.+)"
     r"|/ui(?:/.*)?"
 )
 _READABLE = re.compile(r"/(?:services|tasks|nodes|networks)(?:/[^/]+)?|/(?:skep/)?events|/skep/history")

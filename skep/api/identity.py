@@ -20,6 +20,9 @@ from skep.model.access import ALL, Identity, Origin
 IDENTITY_HEADER: Final = "X-Skep-Identity"
 """Of requests that a process of this node makes for a client, on the manager's own socket."""
 
+_THIS_NODE: Final = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
+"""Of requests of this node's processes that are for no client."""
+
 _identities: WeakKeyDictionary[asyncio.BaseTransport, Identity] = WeakKeyDictionary()
 IS_PRIVATE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("is_private")
 """Whether a request came on a socket that only processes of this node open, so that they are to be believed."""
@@ -38,8 +41,8 @@ def identity_of(request: web.Request) -> Identity:
         return known
     header = request.headers.get(IDENTITY_HEADER)
     is_private = request.app.get(IS_PRIVATE)
-    if header is not None and is_private is not None and is_private(request):
-        return unpacked(header.encode())
+    if is_private is not None and is_private(request):
+        return unpacked(header.encode()) if header is not None else _THIS_NODE
     connected = transport.get_extra_info("socket") if transport is not None else None
     if connected is None or connected.family != socket.AF_UNIX:
         raise Unauthenticated("the client of this connection is not known")

@@ -26,6 +26,7 @@ from aiohttp import web
 from aiohttp.web_urldispatcher import AbstractResource
 from yarl import URL
 
+from skep.api.authorization import Objects, authorized
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
 from skep.api.filters import Filters
@@ -78,6 +79,7 @@ _LARGE_BODY = 64 * 1024
 
 _NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")
 _SERVER = web.AppKey("server", str)
+_OBJECTS: web.AppKey[Objects] = web.AppKey("objects")
 _VERSION = web.RequestKey("api_version", ApiVersion)
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
 """Whether the head of a response was sent."""
@@ -90,6 +92,7 @@ def application(
     newest: ApiVersion | Callable[[], ApiVersion] = NEWEST,
     server: str = "Skep/0.1.0 (linux)",
     is_private: Callable[[web.Request], bool] = lambda _: False,
+    objects: Objects | None = None,
 ) -> web.Application:
     """An application with the routes of ``tables``, each under ``/v<version>`` and without it.
 
@@ -98,10 +101,16 @@ def application(
         present one.
         server: the ``Server`` header.
         is_private: which requests came on a socket that only processes of this node open.
+        objects: what is known of the objects that requests are about; None: whoever
+            reaches the application may do everything.
     """
     app = web.Application(
-        client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _read_version, _close_on_late_error]
+        client_max_size=MAX_BODY_BYTES,
+        middlewares=[_translate_errors, _read_version, _close_on_late_error],
     )
+    if objects is not None:
+        app[_OBJECTS] = objects
+        app.middlewares.append(_authorize)
     app[_NEWEST] = (lambda: newest) if isinstance(newest, ApiVersion) else newest
     app[_SERVER] = server
     app[IS_PRIVATE] = is_private
@@ -282,6 +291,11 @@ async def _read_version(request: web.Request, handler: Handler) -> web.StreamRes
     if request.match_info.http_exception is None:
         request[_VERSION] = requested(request.match_info.get("version"), request.app[_NEWEST]())
     return await handler(request)
+
+
+@web.middleware
+async def _authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
+    return await authorized(request, handler, request.app[_OBJECTS])
 
 
 _LAST_WITH_PLAIN_ERRORS = ApiVersion("1.23")

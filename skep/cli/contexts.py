@@ -61,22 +61,30 @@ class Contexts:
                 return one
         raise NotFound(f'context "{name}" is not found in {self._folder}: see `skep context ls`')
 
+    def check_new(self, name: str) -> None:
+        """Raises: InvalidArgument: no context can have that name; AlreadyExists."""
+        if name == DEFAULT:
+            raise InvalidArgument('"default" is a reserved context name')
+        if not _NAME.fullmatch(name):
+            raise InvalidArgument(
+                f'context name "{name}" is invalid, names are validated against regexp "^{_NAME.pattern}$"'
+            )
+        if self._meta(name).exists():
+            raise AlreadyExists(f'context "{name}" already exists: skep context rm {name} first')
+
+    def replace_tls(self, name: str, tls: Mapping[str, bytes]) -> None:
+        """Replace some of a context's files, named as for ``create``.  Raises: NotFound; OSError."""
+        self.get(name)
+        for file, content in tls.items():
+            _write(self._tls(name) / "docker" / file, content)
+
     def create(self, context: Context, tls: Mapping[str, bytes]) -> None:
         """Write a context; ``tls``: the content of ``ca.pem``, ``cert.pem``, ``key.pem``, as far as there are any.
 
-        Raises: InvalidArgument: its name; AlreadyExists; OSError.
+        Raises: as ``check_new``; OSError.
         """
-        if context.name == DEFAULT:
-            raise InvalidArgument('"default" is a reserved context name')
-        if not _NAME.fullmatch(context.name):
-            raise InvalidArgument(
-                f'context name "{context.name}" is invalid, names are validated against regexp "^{_NAME.pattern}$"'
-            )
+        self.check_new(context.name)
         meta, secrets = self._meta(context.name), self._tls(context.name)
-        if meta.exists():
-            raise AlreadyExists(
-                f'context "{context.name}" already exists: skep context rm {context.name} first'
-            )
         for name in _TLS_FILES:
             if name in tls:
                 _write(secrets / "docker" / name, tls[name])

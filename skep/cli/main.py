@@ -64,6 +64,7 @@ COMMANDS = {
     "context": Command(
         "skep.cli.context:context", "Contexts: names for nodes, shared with docker; over ssh, too."
     ),
+    "user": Command("skep.cli.user:user", "Users of the API: roles, certificates, tokens, contexts."),
     "version": Command(
         "skep.cli.version:version", "Show versions: --all of every node, else as docker version."
     ),

@@ -1,12 +1,16 @@
 """Who makes a request, and what the identity's roles reach: the whole cluster, or single stacks."""
 
+import re
 from enum import Enum, IntEnum
 from typing import Final
 
 import msgspec
 
+from skep.errors import InvalidArgument
+
 EVERY_STACK: Final = "*"
 """In place of a stack's name: the whole cluster."""
+_STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
 
 class Role(IntEnum):
@@ -59,9 +63,40 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     origin: Origin
     bindings: tuple[Binding, ...]
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether it may do everything."""
+        return self.role_in(EVERY_STACK) is Role.ADMIN
+
+    @property
+    def stacks(self) -> frozenset[str]:
+        """The stacks to which it is bound; without meaning where it has a role in the cluster."""
+        return frozenset(binding.stack for binding in self.bindings) - {EVERY_STACK}
+
+    def role_in(self, stack: str) -> Role | None:
+        """The highest of its roles that reach ``stack`` (``EVERY_STACK``: the whole cluster)."""
+        reaching = [one.role for one in self.bindings if one.stack in (EVERY_STACK, stack)]
+        return max(reaching, default=None)
+
     def __str__(self) -> str:
         return f"{self.origin.value} {self.name}"
 
 
 ALL: Final = (Binding(Role.ADMIN),)
 """The bindings of an administrator of the cluster."""
+
+
+def parse_binding(text: str) -> Binding:
+    """``operator:shop``, ``viewer``.  Raises: InvalidArgument."""
+    word, colon, stack = text.partition(":")
+    try:
+        role = Role[word.upper()]
+    except KeyError:
+        raise InvalidArgument(f"unknown role {word!r}: want viewer, operator or admin") from None
+    if not colon or stack == EVERY_STACK:
+        return Binding(role)
+    if not _STACK.fullmatch(stack):
+        raise InvalidArgument(f"{stack!r} is not the name of a stack")
+    if role is Role.ADMIN:
+        raise InvalidArgument("an admin is one of the whole cluster: want admin, or operator:STACK")
+    return Binding(role, stack)

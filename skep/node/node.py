@@ -72,6 +72,7 @@ from skep.model.meta import Driver
 from skep.model.node import NodeRole
 from skep.model.wireguard import Method
 from skep.node import info
+from skep.node.authorization import NodeObjects
 from skep.node.cluster_reads import ClusterReads
 from skep.node.cluster_work import NodeWork
 from skep.node.container_access import tunnel_host
@@ -87,6 +88,7 @@ from skep.node.front.application import close_after_response, serving, tls_of
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
 from skep.node.front.server import Front
+from skep.node.front.users import Users
 from skep.node.image_sharing import ImageSharing
 from skep.node.isolation import keep_profile
 from skep.node.load import LoadMeter, reader_of
@@ -187,7 +189,10 @@ class Node:
             if self._paths.node_json.exists():
                 await self._tables.restore(self._shared_tables)
             app = await self._application()
-            front = self._front(await stack.enter_async_context(serving(app)))
+            users = Users(self._manager_api, self._clock, self._random, tls_of(self._configuration))
+            if users.tls is not None:
+                run(users.run, "users of the API")
+            front = self._front(await stack.enter_async_context(serving(app)), users)
             self._run_checks(run)
             group.create_task(self._worker.run(), name="worker")
             self._run_networks(run)
@@ -201,7 +206,7 @@ class Node:
                 run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
             await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
             await stack.enter_async_context(serving_metrics(self._configuration.metrics_addr, self._metrics))
-            async with front.listening(self._configuration.api_hosts, tls_of(self._configuration)):
+            async with front.listening(self._configuration.api_hosts):
                 if self._engine is not None:
                     run(partial(self._container_apis.run, front.serve), "API of containers")
                 freeze()
@@ -526,11 +531,12 @@ class Node:
             ),
             last_routes,
             newest=NEWEST if docker is None else lambda: docker.api_version,
+            objects=NodeObjects(engine, cluster),
         )
         app.on_response_prepare.append(close_after_response)
         return app
 
-    def _front(self, here: web.Server) -> Front:
+    def _front(self, here: web.Server, users: Users) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)
         return Front(
             here,
@@ -538,6 +544,7 @@ class Node:
             ownership=LocalObjects(self._engine, has_docker_engine=self._docker is not None),
             membership=self._membership,
             engine_socket=self._configuration.engine_socket,
+            users=users,
             divert=self._container_apis.divert,
         )
 

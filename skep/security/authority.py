@@ -46,6 +46,10 @@ def issued_s(certificate: Mapping[str, Any]) -> int:
     return ssl.cert_time_to_seconds(certificate["notBefore"]) + int(BACKDATE.total_seconds())
 
 
+USER_UNIT = "skep-user"
+"""Organizational unit in users' certificates."""
+
+
 class Authority:
     """A root certificate with its key, which signs nodes' certificates.
 
@@ -174,6 +178,31 @@ class Authority:
             )
         )
         return pem(builder.sign(self._key, hashes.SHA256())) + self._intermediate_pem
+
+    def issue_user(self, csr_pem: bytes, name: str, now_ns: int, not_after_ns: int) -> tuple[str, bytes]:
+        """A certificate of a user of the API, which is good for clients only; its serial number in hexadecimal
+        digits, and the PEM.  Raises: InvalidArgument: no usable request."""
+        key, serial = requested_key(csr_pem), x509.random_serial_number()
+        subject = x509.Name(
+            [
+                x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, USER_UNIT),
+                x509.NameAttribute(NameOID.COMMON_NAME, name),
+            ]
+        )
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._certificate.subject)
+            .public_key(key)
+            .serial_number(serial)
+            .not_valid_before(moment(now_ns) - BACKDATE)
+            .not_valid_after(min(moment(not_after_ns), self._certificate.not_valid_after_utc))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(digital_signature=True), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=True)
+            .add_extension(self._key_identifier, critical=False)
+        )
+        return f"{serial:x}", pem(builder.sign(self._key, hashes.SHA256()))
 
     def cross_sign(self, other: x509.Certificate) -> bytes:
         """``other``, a root, as an intermediate (PEM) signed by this root.

@@ -21,6 +21,9 @@ NEXT_ROOT_KEY_ID = "root-ca-next"
 GOSSIP_KEYS_ID = "gossip-keys"
 """Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
 
+USERS_ROOT_ID = "users-root-ca"
+"""Id of the payload that holds key and root (PEM) of the authority of users' certificates."""
+
 UNLOCK_KEY_ID = "unlock-key"
 """Id of the payload that holds the unlock key of managers; exists exactly while autolock is on."""
 

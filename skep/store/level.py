@@ -9,11 +9,14 @@ from typing import Final
 
 from skep.errors import FailedPrecondition
 
-LEVEL: Final = 2
+LEVEL: Final = 3
 """The newest level that this version can read."""
 
 CLUSTER_VOLUMES: Final = 2
 """From this level on there may be objects of the kind ``volume``."""
+
+USERS: Final = 3
+"""From this level on there may be objects of the kinds ``user`` and ``quota``."""
 
 LOWEST: Final = 1
 """The level of managers that do not report one."""

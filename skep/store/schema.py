@@ -24,6 +24,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.user import User
 from skep.model.volume import Volume
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import HEAD, name_claim, port_claim, subnet_claim, vxlan_claim
@@ -258,6 +259,13 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         claims=_name_claims("volume"),
         taken=_name_taken("volume"),
         references=_volume_references,
+        indexes={"name": _spec_name},
+    ),
+    KindSchema(
+        name="user",
+        type=User,
+        claims=_name_claims("user"),
+        taken=_name_taken("user"),
         indexes={"name": _spec_name},
     ),
     KindSchema(name="payload", type=Payload, taken=_nothing_taken),

@@ -33,7 +33,7 @@ def a_manager(tx: Transaction, id: str, level: int) -> None:
 
 @pytest.fixture
 def knows_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skep.store.level.LEVEL", 5)
+    monkeypatch.setattr("skep.store.level.LEVEL", 15)
 
 
 @pytest.mark.usefixtures("knows_more")
@@ -44,31 +44,31 @@ async def test_the_level_is_the_lowest_that_every_manager_knows(rig: Rig) -> Non
         assert rig.other.view().level == rig.store.view().level
         return rig.store.view().level
 
-    for id, level in (("m1", 4), ("m2", 0), ("m3", 3)):
+    for id, level in (("m1", 14), ("m2", 0), ("m3", 13)):
         await rig.store.update(a_manager, id, level)
     await rig.store.update(lambda tx: tx.put(a_node("w1")))
     assert lowest_level(rig.store.view().find(Node)) == 1
     founded = rig.store.view().level
-    assert await raised_to() == founded < 3
-    await rig.store.update(a_manager, "m2", 3)
-    assert await raised_to() == 3
+    assert await raised_to() == founded < 13
+    await rig.store.update(a_manager, "m2", 13)
+    assert await raised_to() == 13
 
 
 async def test_a_raised_level_is_seen_by_all_and_raised_once(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skep.store.level.LEVEL", 5)
-    for id, level in (("m1", 4), ("m2", 3)):
+    monkeypatch.setattr("skep.store.level.LEVEL", 15)
+    for id, level in (("m1", 14), ("m2", 13)):
         await rig.store.update(a_manager, id, level)
     await rig.other.barrier()
     await asyncio.gather(rig.store.update(write_level), rig.other.update(write_level))
     for store in (rig.store, rig.other):
         await store.barrier()
-        assert store.view().level == 3
+        assert store.view().level == 13
     revision = rig.store.view().revision
     await rig.store.update(a_manager, "m1", 1)
     await rig.store.update(write_level)
-    assert rig.store.view().level == 3
+    assert rig.store.view().level == 13
     assert rig.store.view().revision == revision + 1
 
 

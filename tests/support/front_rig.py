@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -13,10 +12,12 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from skep.aio.clock import SystemClock
+from skep.api.client import Client
 from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.node.front.handover import Handover
 from skep.node.front.server import Front
+from skep.node.front.users import ApiTls, Users
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MIB = 1 << 20
@@ -73,9 +74,7 @@ class Rig:
         self.connections = 0
 
     @asynccontextmanager
-    async def front(
-        self, answer: Answer | None = None, tls: ssl.SSLContext | None = None
-    ) -> AsyncIterator[None]:
+    async def front(self, answer: Answer | None = None, tls: ApiTls | None = None) -> AsyncIterator[None]:
         """``answer``: the node's own handler; by default it returns the path and the size of the request."""
 
         async def here(request: web.Request) -> web.StreamResponse:
@@ -91,9 +90,12 @@ class Rig:
                 ownership=Owned(),
                 membership=self.member,
                 engine_socket=self.engine_socket,
+                users=Users(
+                    Client.local(self.handover_socket, "no manager"), SystemClock(), lambda: 0.5, tls
+                ),
             )
             hosts: list[Host] = [UnixHost(self.socket), TcpHost("127.0.0.1", self.port)]
-            async with front.listening(hosts, tls):
+            async with front.listening(hosts):
                 yield
 
     @asynccontextmanager

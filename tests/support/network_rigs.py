@@ -143,6 +143,6 @@ async def a_rig(folder: Path, *, has_engine: bool = True) -> AsyncIterator[Rig]:
             docker=None,
         )
         volumes = with_cluster_volumes(cluster, tuple(volume_routes(Volumes(folder / "volumes"), work.list)))
-        app = application(network_routes(parts), volumes)
+        app = application(network_routes(parts), volumes, is_private=lambda _: True)
         client = await stack.enter_async_context(TestClient(TestServer(app)))
         yield Rig(client, manager, member, work, gateway, local)

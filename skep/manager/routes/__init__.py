@@ -29,12 +29,14 @@ from skep.manager.routes import (
     swarm,
     tasks,
     updates,
+    users,
     view,
     volumes,
     warnings,
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
 from skep.manager.routes.audit import audited
+from skep.manager.routes.authorization import ClusterObjects
 
 __all__ = ["ManagerApi", "application", "compile_routes"]
 
@@ -52,6 +54,7 @@ _TABLES = (
     history.routes,
     evictions.routes,
     updates.routes,
+    users.routes,
     explain.routes,
     placement.routes,
     runs.routes,
@@ -67,9 +70,15 @@ _TABLES = (
 def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Application:
     """An application that serves requests from ``api``.   ``newest``: the API version it announces."""
     # What is not passed came on the manager's own socket, which the processes of this node open.
-    app = engine_application(*_TABLES, newest=newest, is_private=lambda request: not is_passed(request))
+    app = engine_application(
+        *_TABLES,
+        newest=newest,
+        is_private=lambda request: not is_passed(request),
+        objects=ClusterObjects(api.store),
+    )
     app[MANAGER] = api
-    app.middlewares.append(audited)  # the innermost: errors have not become responses yet
+    # Refusals are recorded, and errors have not become responses yet: the last one checks the rights.
+    app.middlewares.insert(len(app.middlewares) - 1, audited)
     return app
 
 

@@ -88,7 +88,7 @@ def _fitting(view: View, filters: Filters) -> Iterator[Service]:
 async def create_service(request: web.Request) -> web.StreamResponse:
     """Create a service; the response has its id and does not wait for tasks."""
     manager = manager_of(request)
-    spec = await _read_spec(request)
+    spec = await read_spec(request)
     if control.names_networks(spec):  # otherwise only the transaction reads anything
         spec = control.with_network_ids(await current_view(request), spec)
     await manager.require_room(creates=True)
@@ -119,7 +119,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     """Replace the spec of a service, or swap it with the previous one (``rollback=previous``)."""
     manager = manager_of(request)
     await manager.require_room(creates=False)
-    spec = await _read_spec(request)
+    spec = await read_spec(request)
     version = version_parameter(request, "service")
     view = await current_view(request)
     spec = settled(control.with_network_ids(view, spec))
@@ -169,9 +169,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
 
     An update without credentials for a registry keeps those that the service has.
     """
-    changes = await read_json(request, tuple[ServiceChange, ...], unrecognized=UNRECOGNIZED)
-    if len(changes) > _TOGETHER_MAX:
-        raise InvalidArgument(f"at most {_TOGETHER_MAX} services at once")
+    changes = await read_changes(request)
     manager = manager_of(request)
     await manager.require_room(creates=any(not one.id for one in changes))
     view = await current_view(request)
@@ -203,6 +201,14 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     )
 
 
+async def read_changes(request: web.Request) -> tuple[ServiceChange, ...]:
+    """What the body of ``request`` changes.  Raises: InvalidArgument."""
+    changes = await read_json(request, tuple[ServiceChange, ...], unrecognized=UNRECOGNIZED)
+    if len(changes) > _TOGETHER_MAX:
+        raise InvalidArgument(f"at most {_TOGETHER_MAX} services at once")
+    return changes
+
+
 @routes.delete("/services/{id}")
 async def remove_service(request: web.Request) -> web.StreamResponse:
     """Remove a service; its tasks are stopped afterwards."""
@@ -212,7 +218,8 @@ async def remove_service(request: web.Request) -> web.StreamResponse:
     return web.Response()
 
 
-async def _read_spec(request: web.Request) -> ServiceSpec:
+async def read_spec(request: web.Request) -> ServiceSpec:
+    """The spec in the body of ``request``.  Raises: InvalidArgument."""
     spec = await read_json(request, ServiceSpec, unrecognized=UNRECOGNIZED)
     return known_to(api_version(request), spec)
 

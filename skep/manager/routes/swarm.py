@@ -4,7 +4,9 @@ Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
 """
 
 from aiohttp import web
+from msgspec.structs import replace
 
+from skep.api.identity import identity_of
 from skep.api.server import Routes, json_answer, read_json
 from skep.api.swarm_requests import check_swarm_name
 from skep.errors import AlreadyExists, InvalidArgument
@@ -14,7 +16,7 @@ from skep.manager.control import swarm as control
 from skep.manager.control.pools import PoolChange
 from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
 from skep.manager.routes.shown import shown_swarm
-from skep.model.swarm import SwarmSpec, UnlockRequest
+from skep.model.swarm import JoinTokens, SwarmSpec, UnlockRequest
 from skep.model.times import moment
 from skep.security.locking import shown_unlock_key
 
@@ -23,9 +25,13 @@ routes = Routes()
 
 @routes.get("/swarm")
 async def inspect_swarm(request: web.Request) -> web.StreamResponse:
-    """The cluster with its join tokens."""
+    """The cluster; its join tokens, which make whoever has them a manager, for administrators only."""
     view = await current_view(request)
-    return json_answer(shown_swarm(view, cluster_of(view)))
+    swarm = shown_swarm(view, cluster_of(view))
+    if not identity_of(request).is_admin:
+        ca = replace(swarm.spec.ca_config, external_cas=())
+        swarm = replace(swarm, join_tokens=JoinTokens(), spec=replace(swarm.spec, ca_config=ca))
+    return json_answer(swarm)
 
 
 @routes.post("/swarm/update")

@@ -1,6 +1,5 @@
 """What the node answers itself, served on connections that the front gives it."""
 
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -8,7 +7,7 @@ from aiohttp import web
 
 from skep.api.server import runner
 from skep.configuration.configuration import Configuration
-from skep.node.front.server import tls_context
+from skep.node.front.users import ApiTls
 
 
 @asynccontextmanager
@@ -30,9 +29,9 @@ async def close_after_response(_request: web.Request, response: web.StreamRespon
         response.headers["Connection"] = "close"
 
 
-def tls_of(configuration: Configuration) -> ssl.SSLContext | None:
+def tls_of(configuration: Configuration) -> ApiTls | None:
     """TLS for tcp:// hosts.  Raises: FailedPrecondition."""
     certificate, key, authority = configuration.tls_cert, configuration.tls_key, configuration.tls_ca
     if certificate is None or key is None or authority is None:
         return None
-    return tls_context(certificate, key, authority)
+    return ApiTls(certificate, key, authority)

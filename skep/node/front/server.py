@@ -4,12 +4,11 @@ import asyncio
 import grp
 import os
 import socket
-import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -21,12 +20,13 @@ from skep.api.errors import status_of
 from skep.api.framing import Malformed, is_for_manager, is_readable, parse_request, path_of, read_head
 from skep.api.identity import identify
 from skep.configuration.configuration import Host, TcpHost, UnixHost
-from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
 from skep.linux.unix_sockets import private_socket
-from skep.model.access import ALL, Identity, Origin
+from skep.model.access import Identity
 from skep.node.front.handover import Handover, Passed, Returned
 from skep.node.front.routing import Destination, Ownership, route
 from skep.node.front.splice import relay, splice
+from skep.node.front.users import Users, bearer
 
 log = structlog.get_logger()
 
@@ -47,8 +47,6 @@ _FIRST_BYTES = 64 * 1024
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
 """For clients by TCP that vanish without a word: as Docker's, whose are Go's defaults."""
 _GROUP = "docker"
-_NAME_MAX = 128
-"""Characters of the name in a client's certificate that are shown."""
 
 
 class Membership(Protocol):
@@ -58,12 +56,29 @@ class Membership(Protocol):
         """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
 
 
+class _Client(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a connection.
+
+    ``is_remote``: what it keeps open is limited in time.  ``is_relayed``: the connection cannot be passed to another
+    process; who it is, is to be found.  ``identity``: None: what the permissions of a unix socket give.
+    """
+
+    is_remote: bool
+    is_relayed: bool = False
+    identity: Identity | None = None
+
+    def passed(self, connected: socket.socket) -> Passed:
+        """``connected`` as one of this client."""
+        return Passed(connected, self.is_remote, self.identity)
+
+
 class Front:
     """The API sockets of one node.
 
     Args:
         here: the application for what the node answers itself; it closes the connection after each response, since
             the next request on it may not be its own.
+        users: who the clients of TCP hosts are.
         divert: takes over a new connection to a unix socket that is not to be served as root's; whether it did.
     """
 
@@ -75,6 +90,7 @@ class Front:
         ownership: Ownership,
         membership: Membership,
         engine_socket: Path | None,
+        users: Users,
         divert: Callable[[socket.socket], bool] = lambda _: False,
     ) -> None:
         self._here = here
@@ -82,6 +98,7 @@ class Front:
         self._ownership = ownership
         self._membership = membership
         self._engine_socket = engine_socket
+        self._users = users
         self._divert = divert
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
@@ -104,9 +121,7 @@ class Front:
         self._start(self._group, self._go_on(Returned(passed)), is_remote=True)
 
     @asynccontextmanager
-    async def listening(
-        self, hosts: Sequence[Host], tls: ssl.SSLContext | None = None
-    ) -> AsyncIterator[None]:
+    async def listening(self, hosts: Sequence[Host]) -> AsyncIterator[None]:
         """Serve on ``hosts`` while the context is open.
 
         Raises: FailedPrecondition: one of them cannot be listened on.
@@ -116,7 +131,7 @@ class Front:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 try:
-                    await self._listen(group, sockets, tls)
+                    await self._listen(group, sockets)
                     yield
                 finally:
                     self._group = None
@@ -141,9 +156,9 @@ class Front:
         self,
         group: asyncio.TaskGroup,
         sockets: Sequence[tuple[Host, socket.socket]],
-        tls: ssl.SSLContext | None,
     ) -> None:
         loop = asyncio.get_running_loop()
+        tls = self._users.tls
         new_connection = partial(Connection, partial(self._accepted_remote, group))
         for host, sock in sockets:
             if isinstance(host, UnixHost):
@@ -155,7 +170,7 @@ class Front:
                 self._servers.append(server)
             else:
                 sock.setblocking(False)
-                accepting = Handshakes(new_connection, tls).accept(sock, group)
+                accepting = Handshakes(new_connection, tls.front).accept(sock, group)
                 self._background.append(group.create_task(accepting, name=f"accept connections on {host}"))
             log.info("api served", host=str(host))
         returned = group.create_task(self._take_back(group), name="connections passed back")
@@ -166,9 +181,7 @@ class Front:
             client.abort()
             return
         _probe_when_idle(client)
-        identity = machine_identity(client.transport.get_extra_info("peercert"))
-        serving = self._serve(client, is_remote=True, is_relayed=True, identity=identity)
-        self._start(group, serving, is_remote=True)
+        self._start(group, self._serve(client, _Client(is_remote=True, is_relayed=True)), is_remote=True)
 
     def _accept_local(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -252,25 +265,18 @@ class Front:
             await client.refuse(refusal(Unavailable(returned.refusal)))
         else:
             passed = returned.connection
-            await self._serve(client, is_remote=passed.is_remote, is_relayed=False, identity=passed.identity)
+            await self._serve(client, _Client(is_remote=passed.is_remote, identity=passed.identity))
 
-    async def _serve(
-        self, client: Connection, *, is_remote: bool, is_relayed: bool, identity: Identity | None
-    ) -> None:
-        """Have the next request of ``client`` answered; the connection is another's after that, or closed.
-
-        Args:
-            is_remote: what the client keeps open is limited in time.
-            is_relayed: the connection cannot be passed to another process.
-            identity: None: of a unix socket's client.
-        """
-        if identity is not None:
-            identify(client.transport, identity)
+    async def _serve(self, client: Connection, who: "_Client") -> None:
+        """Have the next request of ``client`` answered; the connection is another's after that, or closed."""
         try:
-            raw = client.head() or await _head(client, _IDLE_S if is_remote else None)
+            raw = client.head() or await _head(client, _IDLE_S if who.is_remote else None)
             if raw:
-                passed = partial(Passed, is_remote=is_remote, identity=identity)
-                await self._answer(client, raw, passed, is_relayed=is_relayed)
+                if who.is_relayed:
+                    who, raw = self._identify(client, who, raw)
+                if who.identity is not None:
+                    identify(client.transport, who.identity)
+                await self._answer(client, raw, who)
             else:
                 client.close()
         except Gone:
@@ -284,9 +290,21 @@ class Front:
             client.abort()
             raise
 
-    async def _answer(
-        self, client: Connection, raw: bytes, passed: Callable[[socket.socket], Passed], *, is_relayed: bool
-    ) -> None:
+    def _identify(self, client: Connection, who: "_Client", raw: bytes) -> "tuple[_Client, bytes]":
+        """The client, and its request as it is passed on.  Raises: Unauthenticated, Unavailable, Malformed."""
+        credential = self._users.proved_by(client.transport)
+        if credential is None:
+            request = parse_request(raw)
+            given = request.head.all(b"authorization")
+            credential = bearer(given[0] if len(given) == 1 else b"")
+            # The next request may be of another user: a proxy has one connection for all.
+            close = () if request.upgrades else ((b"Connection", b"close"),)
+            raw = request.head.with_headers(*close, without=(b"authorization", b"keep-alive"))
+        identity = self._users.identify(credential)
+        self._users.remember(client.transport, credential, identity)
+        return msgspec.structs.replace(who, identity=identity), raw
+
+    async def _answer(self, client: Connection, raw: bytes, who: "_Client") -> None:
         """Raises: SkepError."""
         request = read_head(raw)
         match route(request.method, request.target, self._ownership):
@@ -297,21 +315,26 @@ class Front:
                         return
                     raise Unavailable(reason)
                 await self._handover.wait_manager()
-                if is_relayed:
-                    await self._relay(client, raw, passed)
+                if who.is_relayed:
+                    await self._relay(client, raw, who)
                 elif not client.is_lost:
-                    self._handover.pass_on(passed(client.duplicate()), raw + client.take())
+                    self._handover.pass_on(who.passed(client.duplicate()), raw + client.take())
                     client.abort()  # of this process's two descriptors one is left
             case Destination.ENGINE if self._engine_socket is not None:
+                if who.identity is not None and not who.identity.is_admin:
+                    raise PermissionDenied(
+                        f"{who.identity.name} may not {request.method} {path_of(request.target)}: the Docker Engine of "
+                        "this machine is for administrators only"
+                    )
                 await splice(client, parse_request(raw), self._engine_socket)
             case _:
                 self._hand_to_application(client, raw)
 
-    async def _relay(self, client: Connection, raw: bytes, passed: Callable[[socket.socket], Passed]) -> None:
+    async def _relay(self, client: Connection, raw: bytes, who: "_Client") -> None:
         """Give the manager process one end of a new connection, and ``client`` the other."""
         ours, theirs = socket.socketpair()
         try:
-            self._handover.pass_on(passed(theirs), raw + client.take())
+            self._handover.pass_on(who.passed(theirs), raw + client.take())
             manager = await Connection.over(ours)
         except BaseException:
             ours.close()
@@ -327,13 +350,6 @@ class Front:
         handler.data_received(raw + waiting)
         if ended:
             handler.eof_received()
-
-
-def machine_identity(certificate: Mapping[str, Any] | None) -> Identity:
-    """Of a client whose certificate, as ``getpeercert`` shows it, is of the authority that the node trusts."""
-    subject = {key: value for names in (certificate or {}).get("subject", ()) for key, value in names}
-    name = subject.get("commonName", "").encode("ascii", "replace").decode()[:_NAME_MAX]
-    return Identity(name=name, origin=Origin.MACHINE, bindings=ALL)
 
 
 def _probe_when_idle(client: Connection) -> None:
@@ -441,22 +457,3 @@ def _is_served(path: Path) -> bool:
 def _tcp_listener(host: TcpHost) -> socket.socket:
     family = socket.AF_INET6 if ":" in host.address else socket.AF_INET
     return socket.create_server((host.address, host.port), family=family, backlog=_BACKLOG)
-
-
-def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
-    """TLS for the API: clients need a certificate of ``authority``.
-
-    Raises: FailedPrecondition: a file is not what it should be.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(certificate, key)
-        context.load_verify_locations(authority)
-    except (OSError, ssl.SSLError) as error:
-        raise FailedPrecondition(
-            f"TLS cannot be served with {certificate}, {key} and {authority}: {error}; "
-            "they must be PEM files, the key that of the certificate"
-        ) from error
-    return context

@@ -17,11 +17,11 @@ from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.node.front import server
 from skep.node.front.splice import relay
+from skep.node.front.users import ApiTls
 from skep.security.authority import Authority
 from skep.security.identity import Identity
-from skep.security.keypair import KeyPair
+from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE, KeyPair, save
 from skep.security.keys import new_private_key, private_pem, signing_request
-from skep.security.tls import ServerTls
 from tests.support.front_rig import Rig
 
 PATIENCE_S = 10.0
@@ -142,7 +142,9 @@ async def test_handshakes_are_bounded_and_delay_no_others(
     )
     rig = Rig(tmp_path)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(rig.front(tls=ServerTls(pair).front))
+        save(pair, tmp_path)
+        files = (tmp_path / name for name in (CERTIFICATE_FILE, KEY_FILE, ROOT_FILE))
+        await stack.enter_async_context(rig.front(tls=ApiTls(*files)))
         silent = [await asyncio.open_connection("127.0.0.1", rig.port) for _ in range(11)]
         assert await ended(silent[0][0])  # the oldest makes room
         assert await is_answered(rig)

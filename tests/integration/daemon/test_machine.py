@@ -1,69 +1,19 @@
 """The daemon and its machine: where it serves its API, what it finds out, what it does without."""
 
-import datetime
 import os
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from skep.node import features
+from tests.support.api_authority import an_authority
 from tests.support.daemon_rig import INIT, Connection, DaemonRig, is_running, wait_until
 from tests.support.documents import ROOT
 from tests.support.playground_rig import CLIS
 
 PORT = 2376
-
-
-class Authority:
-    """An authority that signs a server's and a client's certificate; files as dockerd's ``--tls...`` take them."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = _name(directory.name)
-        self.root = self._write("ca.crt", self._certificate(self._name, self._key.public_key(), is_root=True))
-
-    def pair(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key of a server at 127.0.0.1."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        path = self._directory / f"{name}.key"
-        path.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return self._write(f"{name}.crt", self._certificate(_name(name), key.public_key())), path
-
-    def _certificate(
-        self, name: x509.Name, key: ec.EllipticCurvePublicKey, *, is_root: bool = False
-    ) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
-        names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
-        builder = x509.CertificateBuilder(self._name, name, key, x509.random_serial_number())
-        return (
-            builder.not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=is_root, path_length=None), critical=True)
-            .add_extension(names, critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
-
-    def _write(self, name: str, certificate: x509.Certificate) -> Path:
-        path = self._directory / name
-        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        return path
-
-
-def _name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
 def docker(rig: DaemonRig, root: Path, *tls: str) -> subprocess.CompletedProcess[str]:
@@ -87,9 +37,11 @@ def test_tcp_is_served_to_clients_with_a_certificate_of_the_authority_only(
     good = docker(rig, ours.root, *_words(*ours.pair("client")))
     assert good.returncode == 0, good.stderr
     assert "Server:" in good.stdout
-    for refused in (docker(rig, ours.root, *_words(*theirs.pair("client"))), docker(rig, ours.root)):
+    foreign, nameless = docker(rig, ours.root, *_words(*theirs.pair("client"))), docker(rig, ours.root)
+    assert "error during connect" in foreign.stderr  # the alert of TLS, or the end of the connection
+    assert "a certificate is needed, or a token" in nameless.stderr
+    for refused in (foreign, nameless):
         assert refused.returncode != 0
-        assert "error during connect" in refused.stderr  # the alert of TLS, or the end of the connection
         assert "Server:" not in refused.stdout
     assert rig.answers()
 
@@ -154,11 +106,6 @@ def test_systemd_is_notified_when_the_daemon_is_ready_and_when_it_stops(
         assert "READY=1" in systemd.recv(4096).decode().splitlines()
         rig.stop()
         assert "STOPPING=1" in systemd.recv(4096).decode().splitlines()
-
-
-def an_authority(directory: Path) -> Authority:
-    directory.mkdir()
-    return Authority(directory)
 
 
 def _words(certificate: Path, key: Path) -> list[str]:

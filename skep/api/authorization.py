@@ -1,0 +1,83 @@
+"""Refuses requests that their client has no role for, and leaves out of lists what it may not see.
+
+The same on every process that serves the API; what is known of objects differs, and is given by ``Objects``.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+from aiohttp import web
+from aiohttp.payload import Payload
+
+from skep.api.framing import path_of
+from skep.api.identity import identity_of
+from skep.api.permissions import STACK_LABEL, Facts, Rule, Scope, may, rule_for, sees
+from skep.errors import PermissionDenied
+from skep.model.access import EVERY_STACK, Identity, Role
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Objects(Protocol):
+    """What a process knows of the objects that requests are about."""
+
+    async def facts(self, request: web.Request, rule: Rule) -> Facts:
+        """What ``request`` is about.
+
+        An object that the path names is named by its id in ``request.match_info`` afterwards.
+        Raises: SkepError: the object does not exist, the body is none.
+        """
+
+    def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
+        """The stack of an object in a list of ``kind``; empty: it is of none."""
+
+
+async def authorized(request: web.Request, handler: Handler, objects: Objects) -> web.StreamResponse:
+    """The response to ``request``, if its client may make it.  Raises: PermissionDenied; as ``Objects.facts``."""
+    resource = request.match_info.route.resource
+    if request.match_info.http_exception is not None or resource is None:
+        return await handler(request)  # there is no such path
+    identity = identity_of(request)
+    if identity.is_admin:
+        return await handler(request)
+    rule = rule_for(request.method, resource.canonical)
+    why = may(identity, rule)
+    if why is None and _needs_facts(identity, rule):
+        why = may(identity, rule, await objects.facts(request, rule))
+    if why is not None:
+        raise PermissionDenied(f"{identity.name} may not {request.method} {path_of(request.path)}: {why}")
+    response = await handler(request)
+    if rule.scope is Scope.LIST and identity.role_in(EVERY_STACK) is None and response.status == 200:
+        assert isinstance(response, web.Response), "lists are documents"
+        return await _filtered(response, identity, rule.kind, objects)
+    return response
+
+
+def stack_label_of(item: Mapping[str, Any]) -> str:
+    """The stack that an object's JSON names, in its labels or those of its spec."""
+    labels = item.get("Labels") or (item.get("Spec") or {}).get("Labels") or {}
+    return str(labels.get(STACK_LABEL) or "")
+
+
+def _needs_facts(identity: Identity, rule: Rule) -> bool:
+    if rule.scope not in (Scope.OBJECT, Scope.NEW, Scope.CHANGE):
+        return False
+    return rule.role is Role.OPERATOR or identity.role_in(EVERY_STACK) is None
+
+
+async def _filtered(
+    response: web.Response, identity: Identity, kind: str, objects: Objects
+) -> web.StreamResponse:
+    """``response``, a list, or a document with one in it, without what ``identity`` may not see."""
+    body = response.body
+    found = msgspec.json.decode(await body.as_bytes() if isinstance(body, Payload) else body or b"[]")
+
+    def shown(items: Any) -> list[Any]:
+        return [one for one in items or () if sees(identity, objects.stack_of(kind, one))]
+
+    if isinstance(found, dict):  # volumes have warnings beside them
+        found = {key: shown(value) if isinstance(value, list) else None for key, value in found.items()}
+    else:
+        found = shown(found)
+    return web.Response(body=msgspec.json.encode(found) + b"\n", content_type="application/json")

@@ -1,0 +1,283 @@
+"""Which role a request needs: one table of all endpoints, for users and for containers that mount the API's socket.
+
+A path that is not in the table is an administrator's.  Paths are without their version.
+"""
+
+import re
+from collections.abc import Collection
+from enum import Enum, auto
+from typing import Final
+
+import msgspec
+
+from skep.model.access import EVERY_STACK, Identity, Role
+from skep.model.rights import ApiAccess
+
+STACK_LABEL: Final = "com.docker.stack.namespace"
+
+
+class Scope(Enum):
+    """What a request is about, for identities with roles in single stacks."""
+
+    ANY = auto()
+    """Nothing that belongs to a stack: a role in any stack will do."""
+    CLUSTER = auto()
+    """The whole cluster, or what cannot be divided: a role in the whole cluster is needed."""
+    LIST = auto()
+    """Objects of a kind, of which only those of the identity's stacks are shown."""
+    OBJECT = auto()
+    """The object that the path names."""
+    NEW = auto()
+    """An object that the body describes."""
+    CHANGE = auto()
+    """Both: the object becomes what the body describes."""
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests by one of ``methods`` whose path matches.
+
+    ``kind``: of the objects that it is about.  ``container``: what containers need for it; None: full access.
+    ``is_document``: the response is one JSON document, which may contain secrets.
+    """
+
+    methods: frozenset[str]
+    pattern: re.Pattern[str]
+    role: Role
+    scope: Scope
+    kind: str = ""
+    container: ApiAccess | None = None
+    is_document: bool = True
+
+
+class Known(msgspec.Struct, frozen=True, kw_only=True):
+    """What has to be known of an object.  ``stack``: empty: it is of none."""
+
+    id: str
+    stack: str = ""
+    machine_rights: str = ""
+    """What it may do to its machine that only administrators may give; empty: nothing."""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What has to be known of an object that a body describes."""
+
+    name: str
+    stack: str = ""
+    machine_rights: str = ""
+    uses: tuple[tuple[str, Known | None, str], ...] = ()
+    """The other objects that it refers to: kind, object (None: there is none), and the word that names it."""
+    volumes: tuple[str, ...] = ()
+    """Names of local volumes, which have no owner but their name."""
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request is about.  ``stacks``: every stack of the cluster."""
+
+    known: Known | None = None
+    asked: tuple[Asked, ...] = ()
+    stacks: Collection[str] = ()
+
+
+def rule_for(method: str, path: str) -> Rule:
+    """The rule of a request; without one in the table, an administrator's.
+
+    Args:
+        path: as sent, or the pattern of a route: ``/services/{id}``.
+    """
+    method = "GET" if method == "HEAD" else method
+    for rule in RULES:
+        if method in rule.methods and rule.pattern.fullmatch(path):
+            return rule
+    return UNKNOWN
+
+
+def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | None:
+    """Why ``identity`` may not make a request of ``rule``; None: it may.
+
+    Args:
+        facts: None: not known yet; the result is then about the role alone.
+    """
+    if identity.is_admin:
+        return None
+    if rule.role is Role.ADMIN:
+        return "only administrators may do this"
+    in_cluster = (identity.role_in(EVERY_STACK) or 0) >= rule.role
+    somewhere = max((one.role for one in identity.bindings), default=0) >= rule.role
+    if not somewhere or (rule.scope is Scope.CLUSTER and not in_cluster):
+        where = "" if rule.scope is not Scope.CLUSTER else " of the whole cluster"
+        return f"the role {rule.role.word}{where} is needed, it has {_roles(identity)}"
+    if facts is None:
+        return None
+    changes = rule.role is Role.OPERATOR
+    if changes and facts.known is not None and facts.known.machine_rights:
+        return f"it has {facts.known.machine_rights}, which only administrators may give"
+    for asked in facts.asked:
+        if asked.machine_rights:
+            return f"{asked.machine_rights}: only administrators may give that"
+    if in_cluster:
+        return None
+    if facts.known is not None and (why := _outside(identity, rule, facts.known.stack)):
+        return why
+    return next(filter(None, (_why_not_new(identity, rule, one, facts.stacks) for one in facts.asked)), None)
+
+
+def sees(identity: Identity, stack: str) -> bool:
+    """Whether ``identity`` may see an object of ``stack``; empty: of none."""
+    return identity.role_in(stack or EVERY_STACK) is not None
+
+
+def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
+    """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer."""
+    longer = (one for one in stacks if one.startswith(f"{stack}_"))
+    return name.startswith(f"{stack}_") and not any(name.startswith(f"{one}_") for one in longer)
+
+
+def _roles(identity: Identity) -> str:
+    return ", ".join(map(str, identity.bindings)) or "none"
+
+
+def _outside(identity: Identity, rule: Rule, stack: str) -> str:
+    if (identity.role_in(stack) or 0) >= rule.role if stack else False:
+        return ""
+    of = f"of the stack {stack}" if stack else "of no stack"
+    return f"the {rule.kind} is {of}, its roles are {_roles(identity)}"
+
+
+def _why_not_new(identity: Identity, rule: Rule, asked: Asked, stacks: Collection[str]) -> str:
+    """Why an identity with roles in single stacks may not make what is ``asked``; empty: it may."""
+    if not asked.stack:
+        return f"the {rule.kind} {asked.name} needs the label {STACK_LABEL}, its roles are {_roles(identity)}"
+    if why := _outside(identity, rule, asked.stack):
+        return why
+    for name in (asked.name, *asked.volumes):
+        if not is_name_of(name, asked.stack, stacks):
+            return (
+                f"the name {name} is not one of the stack {asked.stack}: it has to begin with {asked.stack}_"
+            )
+    for kind, used, word in asked.uses:
+        if used is None or used.stack != asked.stack:
+            return f"the {kind} {word} is not of the stack {asked.stack}"
+    return ""
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+def _rule(
+    methods: str,
+    pattern: str,
+    role: Role,
+    scope: Scope,
+    kind: str = "",
+    *,
+    container: ApiAccess | None = None,
+    is_document: bool = True,
+) -> Rule:
+    return Rule(
+        methods=frozenset(methods.split()),
+        pattern=re.compile(pattern),
+        role=role,
+        scope=scope,
+        kind=kind,
+        container=container,
+        is_document=is_document,
+    )
+
+
+def _of(kind: str, prefix: str) -> tuple[Rule, ...]:
+    """Of a kind of objects whose details have nothing that the list has not."""
+    name = rf"{prefix}/[^/]+"
+    return (
+        _rule("GET", prefix, _VIEWER, Scope.LIST, kind, container=_READ),
+        _rule("GET", name, _VIEWER, Scope.OBJECT, kind, container=_READ),
+        _rule("POST", f"{prefix}/create", _OPERATOR, Scope.NEW, kind),
+        _rule("POST", f"{name}/update", _OPERATOR, Scope.CHANGE, kind),
+        _rule("DELETE", name, _OPERATOR, Scope.OBJECT, kind),
+    )
+
+
+_VIEWER, _OPERATOR, _ADMIN = Role.VIEWER, Role.OPERATOR, Role.ADMIN
+_READ, _INSPECT = ApiAccess.READ, ApiAccess.INSPECT
+_NAME = r"[^/]+"
+
+UNKNOWN: Final = _rule("", "", _ADMIN, Scope.CLUSTER)
+
+RULES: Final = (
+    _rule("GET", r"/(?:_ping|version)", _VIEWER, Scope.ANY, container=_READ, is_document=False),
+    _rule("GET", r"/info", _VIEWER, Scope.ANY, container=_READ),
+    # Commands that containers ran, and what other stacks do, are among the events.
+    _rule("GET", r"/events", _VIEWER, Scope.CLUSTER, container=_READ, is_document=False),
+    _rule("GET", r"/skep/(?:events|history|state|view|view/stream)", _VIEWER, Scope.CLUSTER),
+    _rule("GET", r"/metrics|/skep/cluster/store|/skep/doctor/network", _VIEWER, Scope.CLUSTER),
+    _rule("GET", r"/ui(?:/.*)?", _VIEWER, Scope.ANY),  # the dashboard's files
+    _rule("GET", r"/skep/quorum|/skep/access", _VIEWER, Scope.ANY),
+    _rule("GET", r"/distribution/.+/json", _OPERATOR, Scope.ANY),
+    # Objects of the cluster.
+    *_of("service", "/services"),
+    _rule("POST", r"/networks/[^/]+/update", _ADMIN, Scope.CLUSTER),  # its subnets
+    *_of("network", "/networks"),
+    *_of("secret", "/secrets"),
+    *_of("config", "/configs"),
+    _rule("GET", r"/tasks", _VIEWER, Scope.LIST, "task", container=_READ),
+    _rule("GET", rf"/tasks/{_NAME}", _VIEWER, Scope.OBJECT, "task", container=_READ),
+    # Nodes are everybody's; so are their names, by which tasks are listed.
+    _rule("GET", r"/nodes(?:/[^/]+)?", _VIEWER, Scope.ANY, container=_READ),
+    # Without join tokens for all but administrators: those make whoever has them a manager.
+    _rule("GET", r"/swarm", _VIEWER, Scope.CLUSTER, container=_READ),
+    _rule(
+        "GET",
+        rf"/services/{_NAME}/logs",
+        *(_VIEWER, Scope.OBJECT, "service"),
+        container=_INSPECT,
+        is_document=False,
+    ),
+    _rule(
+        "GET", rf"/tasks/{_NAME}/logs", _VIEWER, Scope.OBJECT, "task", container=_INSPECT, is_document=False
+    ),
+    _rule("GET", rf"/skep/services/{_NAME}/(?:explain|runs)", _VIEWER, Scope.OBJECT, "service"),
+    _rule("GET", rf"/skep/tasks/{_NAME}/explain", _VIEWER, Scope.OBJECT, "task"),
+    _rule("GET", rf"/skep/tasks/{_NAME}/target", _VIEWER, Scope.OBJECT, "target"),
+    _rule("GET", rf"/skep/tasks/{_NAME}/container/(?:json|top|stats|logs)", _VIEWER, Scope.OBJECT, "target"),
+    _rule(
+        "POST", rf"/skep/services/{_NAME}/update/(?:pause|resume|abort)", _OPERATOR, Scope.OBJECT, "service"
+    ),
+    _rule("POST", r"/skep/services/changes", _OPERATOR, Scope.NEW, "service"),
+    _rule("POST", r"/skep/access/certificates", _VIEWER, Scope.ANY),
+    _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.ANY),  # it changes nothing
+    # To run commands in a container, or to read its files, is to have its secrets.
+    _rule(
+        "GET POST PUT",
+        rf"/skep/tasks/{_NAME}/(?:container/(?:exec|attach|resize|wait|archive)|exec/[^/]+/[a-z]+|port/[^/]+)",
+        *(_OPERATOR, Scope.OBJECT, "target"),
+    ),
+    _rule("GET", rf"/skep/stacks/{_NAME}/quota", _VIEWER, Scope.OBJECT, "stack"),
+    # What belongs to one node.  A local volume can be any directory of the machine.
+    _rule("GET", r"/containers/json", _VIEWER, Scope.LIST, "container", container=_READ),
+    _rule("GET", rf"/containers/{_NAME}/(?:json|top)", _VIEWER, Scope.OBJECT, "container", container=_READ),
+    _rule(
+        "GET",
+        rf"/containers/{_NAME}/stats",
+        *(_VIEWER, Scope.OBJECT, "container"),
+        container=_READ,
+        is_document=False,
+    ),
+    _rule(
+        "GET",
+        rf"/containers/{_NAME}/logs",
+        *(_VIEWER, Scope.OBJECT, "container"),
+        container=_INSPECT,
+        is_document=False,
+    ),
+    _rule("GET", rf"/containers/{_NAME}/changes", _VIEWER, Scope.OBJECT, "container", container=_INSPECT),
+    _rule("GET", r"/volumes", _VIEWER, Scope.LIST, "volume", container=_READ),
+    _rule("GET", rf"/volumes/{_NAME}", _VIEWER, Scope.OBJECT, "volume", container=_READ),
+    _rule("GET", r"/skep/cluster/volumes", _VIEWER, Scope.LIST, "volume"),
+    _rule("GET", r"/skep/cluster/volumes/[^/]+", _VIEWER, Scope.OBJECT, "volume"),
+    _rule("GET", r"/images/json|/images/.+/json", _VIEWER, Scope.CLUSTER, container=_READ),
+    # Its lines have the values of ENV and ARG.
+    _rule("GET", r"/images/.+/history", _VIEWER, Scope.CLUSTER, container=_INSPECT),
+    _rule("GET", r"/exec/[^/]+/json", _VIEWER, Scope.CLUSTER, container=_INSPECT),
+    _rule("GET", r"/system/df", _VIEWER, Scope.CLUSTER, container=_INSPECT),
+    _rule("GET", r"/plugins(?:/.+/json)?", _VIEWER, Scope.CLUSTER),
+)
+"""The first that matches counts."""

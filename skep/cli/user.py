@@ -1,0 +1,378 @@
+"""``skep user``: who may use the API over TCP, and how they prove it: certificates, tokens, docker contexts."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+import msgspec
+
+from skep.cli.contexts import Context, Contexts
+from skep.cli.endpoint import HostOptions
+from skep.cli.output import Output, Screen, Shown, shows, table
+from skep.cli.running import run_requests
+from skep.errors import InvalidArgument
+from skep.linux.files import replace_file
+from skep.model.access import parse_binding
+
+if TYPE_CHECKING:
+    from skep.api.requests import PlainRequests
+
+_DAY_S = 86_400
+_FILES = ("ca.pem", "cert.pem", "key.pem")
+"""As docker names them, in contexts and in ``DOCKER_CERT_PATH``."""
+
+
+class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a certificate goes.  ``context``: a docker context of that name is written; ``out``: a folder."""
+
+    context: str = ""
+    out: Path | None = None
+    address: str = ""
+    ca: Path | None = None
+    days: int = 0
+
+
+@click.group()
+def user() -> None:
+    """Users of the API over TCP: roles, certificates, tokens.
+
+    A role is viewer (reads), operator (changes services and what they use) or admin; viewer and operator can be
+    those of a single stack: operator:shop.
+
+    \b
+    Examples:
+      skep user add ann --role operator:shop --context --address tcp://manager1:2376 --ca ca.pem
+      skep user add ci --role operator:shop --token
+      skep user rm ann
+    """
+
+
+@user.command()
+@click.option(
+    "--role", "roles", multiple=True, required=True, metavar="ROLE[:STACK]", help="What the user may do."
+)
+@click.option(
+    "--token", "makes_token", is_flag=True, help="Make a token and print it: it is not shown again."
+)
+@click.option("--context", "makes_context", is_flag=True, help="Make a docker context with a certificate.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write ca.pem, cert.pem and key.pem into this folder."
+)
+@click.option(
+    "--address", default="", metavar="URL", help="For the context: the API by TCP, tcp://manager1:2376."
+)
+@click.option(
+    "--ca",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The authority of the API's own certificate (the node's setting tls-ca).",
+)
+@click.option(
+    "--days", type=click.IntRange(1, 366), default=30, help="How long a certificate or token is valid."
+)
+@click.argument("name")
+@click.pass_obj
+def add(
+    options: HostOptions,
+    /,
+    name: str,
+    roles: tuple[str, ...],
+    makes_token: bool,
+    makes_context: bool,
+    **where: Any,
+) -> None:
+    """Add a user, with whatever proves who it is.
+
+    \b
+    Examples:
+      skep user add ann --role viewer --context --address tcp://manager1:2376 --ca ca.pem
+      skep user add bob --role operator:shop --role viewer:blog --out bob/ --ca ca.pem
+      skep user add ci --role operator:shop --token --days 90
+    """
+    wanted = _Wanted(context=name if makes_context else "", **where)
+    click.echo(run_requests(_add(options, name, roles, makes_token, wanted)))
+
+
+async def _add(
+    options: HostOptions, name: str, roles: tuple[str, ...], makes_token: bool, wanted: _Wanted
+) -> str:
+    """What to print: the token, or the user's name.  Nothing is made if the command is wrong."""
+    for role in roles:
+        parse_binding(role)
+    has_certificate = bool(wanted.context or wanted.out)
+    authority = _authority(options, wanted) if has_certificate else b""
+    if wanted.context:
+        _address(options, wanted)
+        Contexts(options.docker_folder).check_new(wanted.context)
+    async with options.requests() as client:
+        await client.post("/skep/users/create", {"Name": name, "Roles": roles})
+        if has_certificate:
+            key, certificate = await _issued(client, f"/skep/users/{quote(name)}/certificates", wanted.days)
+            _keep(options, wanted, (authority, certificate, key))
+        if not makes_token:
+            return name
+        body = {"LifetimeSeconds": wanted.days * _DAY_S}
+        return str((await client.post(f"/skep/users/{quote(name)}/tokens", body))["Token"])
+
+
+@user.command()
+@click.option(
+    "--role", "roles", multiple=True, required=True, metavar="ROLE[:STACK]", help="All that the user has."
+)
+@click.argument("name")
+@click.pass_obj
+def update(options: HostOptions, name: str, roles: tuple[str, ...]) -> None:
+    """Replace the roles of a user; its open connections end.
+
+    \b
+    Examples:
+      skep user update ann --role viewer --role operator:shop
+    """
+
+    async def change() -> None:
+        for role in roles:
+            parse_binding(role)
+        async with options.requests() as client:
+            await client.post(f"/skep/users/{quote(name)}/update", {"Name": name, "Roles": roles})
+
+    run_requests(change())
+    click.echo(name)
+
+
+@user.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.pass_obj
+def rm(options: HostOptions, names: tuple[str, ...]) -> None:
+    """Remove users: certificates and tokens count no more, open connections end.
+
+    \b
+    Examples:
+      skep user rm ann
+    """
+
+    async def remove() -> None:
+        async with options.requests() as client:
+            for name in names:
+                await client.delete(f"/skep/users/{quote(name)}")
+                click.echo(name)
+
+    run_requests(remove())
+
+
+@user.command()
+@shows
+@click.pass_obj
+def ls(options: HostOptions, output: Output) -> None:
+    """List users.
+
+    \b
+    Examples:
+      skep user ls
+    """
+
+    async def fetch() -> Shown:
+        async with options.requests() as client:
+            found = await client.get("/skep/users")
+        rows = [
+            {
+                "Name": one["Spec"]["Name"],
+                "Roles": ", ".join(one["Spec"]["Roles"]),
+                "Certificates": len(one["Certificates"]),
+                "Tokens": len(one["Tokens"]),
+                "Until": _until(one)[:10] or "-",
+            }
+            for one in sorted(found, key=lambda one: str(one["Spec"]["Name"]))
+        ]
+        return _table(found, rows)
+
+    output.show(fetch)
+
+
+@user.command()
+@click.argument("name")
+@shows
+@click.pass_obj
+def inspect(options: HostOptions, name: str, output: Output) -> None:
+    """Show a user with its certificates and tokens; never the tokens themselves.
+
+    \b
+    Examples:
+      skep user inspect ann -o json
+    """
+
+    async def fetch() -> Shown:
+        async with options.requests() as client:
+            found = await client.get(f"/skep/users/{quote(name)}")
+        rows = [
+            {"Kind": kind, "ID": one[key], "Created": one["CreatedAt"][:19], "Until": one["NotAfter"][:19]}
+            for kind, key, items in (
+                ("certificate", "Serial", found["Certificates"]),
+                ("token", "ID", found["Tokens"]),
+            )
+            for one in items
+        ]
+        return _table(found, rows)
+
+    output.show(fetch)
+
+
+@user.command()
+@click.option("--rm", "removed", metavar="ID", default="", help="Remove this token instead.")
+@click.option("--days", type=click.IntRange(1, 366), default=90, help="How long it is valid.")
+@click.argument("name")
+@click.pass_obj
+def token(options: HostOptions, name: str, removed: str, days: int) -> None:
+    """Make another token for a user and print it, or remove one.
+
+    \b
+    Examples:
+      skep user token ci
+      skep user token ci --rm 7k2m9x4q1w
+    """
+
+    async def change() -> str:
+        path = f"/skep/users/{quote(name)}/tokens"
+        async with options.requests() as client:
+            if not removed:
+                return str((await client.post(path, {"LifetimeSeconds": days * _DAY_S}))["Token"])
+            await client.delete(f"{path}/{quote(removed)}")
+            return removed
+
+    click.echo(run_requests(change()))
+
+
+@user.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Write the files into this folder.")
+@click.option("--for", "context", metavar="CONTEXT", default="", help="Write them into this docker context.")
+@click.option(
+    "--ca",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="As for skep user add; with --out.",
+)
+@click.option(
+    "--days", type=click.IntRange(1, 366), default=30, help="How long the new certificate is valid."
+)
+@click.argument("name", required=False)
+@click.pass_obj
+def renew(options: HostOptions, /, name: str | None, context: str, **where: Any) -> None:
+    """Get another certificate: your own by the context that you use, or as an administrator that of NAME.
+
+    The former one is valid until it ends.
+
+    \b
+    Examples:
+      skep --context ann user renew
+      skep user renew ann --out ann/ --ca ca.pem
+    """
+    wanted = _Wanted(context=context or ("" if name else options.context), **where)
+
+    async def change() -> str:
+        if not wanted.context and wanted.out is None:
+            raise InvalidArgument(
+                "say where the certificate goes: --out FOLDER, --for CONTEXT, or --context as yours"
+            )
+        authority = _authority(options, wanted) if wanted.out is not None else b""
+        path = f"/skep/users/{quote(name)}/certificates" if name else "/skep/access/certificates"
+        async with options.requests() as client:
+            key, certificate = await _issued(client, path, wanted.days)
+        if wanted.context:
+            files = {"cert.pem": certificate, "key.pem": key}
+            Contexts(options.docker_folder).replace_tls(wanted.context, files)
+        if wanted.out is not None:
+            _write(wanted.out, (authority, certificate, key))
+        return name or wanted.context
+
+    click.echo(run_requests(change()))
+
+
+@user.command()
+@shows
+@click.pass_obj
+def whoami(options: HostOptions, output: Output) -> None:
+    """Show who you are for the node that you talk to, and your roles.
+
+    \b
+    Examples:
+      skep --context ann user whoami
+    """
+
+    async def fetch() -> Shown:
+        async with options.requests() as client:
+            found = await client.get("/skep/access")
+        return _table(found, [{**found, "Roles": ", ".join(found["Roles"])}])
+
+    output.show(fetch)
+
+
+async def _issued(client: "PlainRequests", path: str, days: int) -> tuple[bytes, bytes]:
+    """A key made here, and a certificate for it."""
+    key, request = _key_and_request()
+    body = {"Request": request.decode(), "LifetimeSeconds": days * _DAY_S}
+    return key, str((await client.post(path, body))["Certificate"]).encode()
+
+
+def _key_and_request() -> tuple[bytes, bytes]:
+    """PEM of both.  Only the key of the request counts: the cluster writes the name."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return (
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+        request.public_bytes(serialization.Encoding.PEM),
+    )
+
+
+def _authority(options: HostOptions, wanted: _Wanted) -> bytes:
+    """Of the API's own certificate: that which was given, or by which this command reaches the node."""
+    tls = options.endpoint().tls
+    path = wanted.ca or (tls.ca if tls is not None else None)
+    if path is None:
+        raise InvalidArgument(
+            "name the authority of the API's certificate: --ca FILE (the node's setting tls-ca)"
+        )
+    return path.read_bytes()
+
+
+def _address(options: HostOptions, wanted: _Wanted) -> str:
+    address = wanted.address or options.endpoint().host
+    if not address.startswith("tcp://"):
+        raise InvalidArgument("name the API by TCP for the context: --address tcp://manager1:2376")
+    return address
+
+
+def _keep(options: HostOptions, wanted: _Wanted, content: tuple[bytes, bytes, bytes]) -> None:
+    """``content``: of ``_FILES``."""
+    if wanted.out is not None:
+        _write(wanted.out, content)
+    if wanted.context:
+        made = Context(
+            name=wanted.context, host=_address(options, wanted), description="made by skep user add"
+        )
+        Contexts(options.docker_folder).create(made, dict(zip(_FILES, content, strict=True)))
+
+
+def _write(folder: Path, content: Iterable[bytes]) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, data in zip(_FILES, content, strict=True):
+        replace_file(folder / name, data, mode=0o600)
+
+
+def _until(user: Mapping[str, Any]) -> str:
+    return max((str(one["NotAfter"]) for one in (*user["Certificates"], *user["Tokens"])), default="")
+
+
+def _table(data: Any, rows: list[dict[str, Any]]) -> Shown:
+    def lines(screen: Screen) -> Iterator[str]:
+        names = list(rows[0]) if rows else ["Name"]
+        cells = [tuple(str(value) for value in row.values()) for row in rows]
+        return table(tuple(name.upper() for name in names), cells, screen)
+
+    return Shown(data=data, rows=rows, lines=lines)

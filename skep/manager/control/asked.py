@@ -1,0 +1,133 @@
+"""What has to be known of a new object before a user may make it: its stack, what it uses, what rights it asks for."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from skep.api.networks import NetworkBody
+from skep.api.permissions import STACK_LABEL, Asked, Known
+from skep.errors import SkepError
+from skep.model.container import ContainerSpec, Mount
+from skep.model.network import Network
+from skep.model.rights import rights_of, rights_text
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Service, ServiceSpec
+from skep.model.volume import Volume
+from skep.store.interface import View
+
+_HOST = frozenset(("host", "bridge", "none"))
+"""Networks of a machine that services may name."""
+
+
+def stack_of(labels: Mapping[str, str]) -> str:
+    """The stack that the labels of an object name; empty: none."""
+    return labels.get(STACK_LABEL, "")
+
+
+def stacks_of(view: View) -> frozenset[str]:
+    """Every stack of which there is an object."""
+    found = {stack_of(service.spec.labels) for service in view.find(Service)}
+    found |= {stack_of(network.spec.labels) for network in view.find(Network)}
+    found |= {stack_of(secret.spec.labels) for secret in view.find(Secret)}
+    found |= {stack_of(config.spec.labels) for config in view.find(Config)}
+    return frozenset(found - {""})
+
+
+def asked_service(view: View, spec: ServiceSpec) -> Asked:
+    """Of a service to be made, or updated."""
+    container = spec.task_template.container_spec or ContainerSpec()
+    return Asked(
+        name=spec.name,
+        stack=stack_of(spec.labels),
+        machine_rights=machine_rights(spec),
+        uses=tuple(_uses(view, spec, container)),
+        volumes=tuple(mount.source for mount in container.mounts if mount.type == "volume" and mount.source),
+    )
+
+
+def asked_network(body: NetworkBody) -> Asked:
+    """Of a network to be made."""
+    is_plain = body.driver == "overlay" and not body.ingress and not body.config_source
+    rights = "" if is_plain else "a network that is no overlay, or the ingress network"
+    return Asked(name=body.name, stack=stack_of(body.labels), machine_rights=rights)
+
+
+def asked_file(spec: SecretSpec | ConfigSpec) -> Asked:
+    """Of a secret or config to be made, or updated."""
+    return Asked(name=spec.name, stack=stack_of(spec.labels))
+
+
+def known_service(service: Service) -> Known:
+    """Of a service; with the rights of the spec that a rollback would return to."""
+    specs = [service.spec, *((service.previous_spec,) if service.previous_spec is not None else ())]
+    rights = next(filter(None, map(machine_rights, specs)), "")
+    return Known(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
+
+
+def machine_rights(spec: ServiceSpec) -> str:
+    """What a service could do to its machine that only administrators may give; empty: nothing."""
+    template = spec.task_template
+    if template.plugin_spec is not None or template.network_attachment_spec is not None:
+        return "a task that is no container"
+    return next(_rights(spec, template.container_spec or ContainerSpec()), "")
+
+
+def _rights(spec: ServiceSpec, container: ContainerSpec) -> Iterator[str]:
+    for mount in container.mounts:
+        if what := _mount_right(mount):
+            yield what
+    try:
+        if kinds := rights_of(container).kinds:
+            yield f"rights over its machine ({rights_text(kinds)})"
+    except SkepError as error:
+        yield f"labels that cannot be read ({error})"
+    if container.capability_add:
+        yield f"the capabilities {', '.join(container.capability_add)}"
+    privileges = container.privileges
+    if privileges is not None and (
+        privileges.credential_spec is not None
+        or privileges.selinux_context is not None
+        or (privileges.seccomp is not None and privileges.seccomp.mode not in ("", "default"))
+        or (privileges.app_armor is not None and privileges.app_armor.mode not in ("", "default"))
+    ):
+        yield "security options"
+    if container.oom_score_adj < 0:
+        yield "a lower score for the kernel's out-of-memory killer"
+    for attachment in (*spec.task_template.networks, *spec.networks):
+        if attachment.target in _HOST:
+            yield f"the machine's network {attachment.target}"
+
+
+def _mount_right(mount: Mount) -> str:
+    match mount.type:
+        case "tmpfs" | "cluster":
+            return ""
+        case "volume":
+            driver = mount.volume_options.driver_config if mount.volume_options is not None else None
+            if driver is not None and (driver.options or driver.name not in ("", "local")):
+                return f"options of the driver of the volume {mount.source}"
+            return ""
+        case _:
+            return f"a {mount.type} mount of {mount.source}"
+
+
+def _uses(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator[tuple[str, Known | None, str]]:
+    for attachment in (*spec.task_template.networks, *spec.networks):
+        yield "network", _named(view, Network, attachment.target), attachment.target
+    for secret in container.secrets:
+        yield "secret", _by_id(view.lookup(Secret, secret.secret_id)), secret.secret_name
+    for config in container.configs:
+        yield "config", _by_id(view.lookup(Config, config.config_id)), config.config_name
+    for mount in container.mounts:
+        if mount.type == "cluster":
+            yield "volume", _named(view, Volume, mount.source), mount.source
+
+
+def _named(view: View, kind: type[Network] | type[Volume], word: str) -> Known | None:
+    try:
+        return _by_id(view.resolve(kind, word))
+    except SkepError:
+        return None
+
+
+def _by_id(found: Any) -> Known | None:
+    return Known(id=found.id, stack=stack_of(found.spec.labels)) if found is not None else None

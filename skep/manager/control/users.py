@@ -1,0 +1,144 @@
+"""Operations on users and what proves who they are.
+
+The authority of users' certificates is not the cluster's: a certificate of a user is one of an unknown authority
+wherever nodes and managers meet, so no check can be forgotten there.
+"""
+
+import hashlib
+import re
+import secrets
+from typing import Final, TypeVar
+
+from msgspec.structs import replace
+
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.manager.control.names import check_file_name
+from skep.model.access import parse_binding
+from skep.model.ids import IdSource, UserId
+from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.user import AccessTable, Credentials, User, UserCertificate, UserSpec, UserToken
+from skep.security.authority import Authority
+from skep.store.interface import Transaction, View
+from skep.store.kinds import USERS_ROOT_ID, Payload
+from skep.store.level import USERS
+
+ROOT_NAME: Final = "skep-users"
+TOKEN_PREFIX: Final = "skep_"
+BINDINGS_MAX = 64
+KEPT_MAX = 32
+"""Certificates of a user, and tokens; of certificates the oldest give way."""
+LIFETIME_S_MAX = 366 * 86400
+T = TypeVar("T", UserToken, UserCertificate)
+_PEM = re.compile(rb"-----BEGIN [^-]+-----[^-]+-----END [^-]+-----\s*")
+
+
+def create_user(tx: Transaction, spec: UserSpec, *, new_id: IdSource, now: Timestamp) -> User:
+    """Create a user.  Raises: InvalidArgument; AlreadyExists; FailedPrecondition: a manager is too old for users."""
+    if tx.level < USERS:
+        raise FailedPrecondition("users need managers of this version: upgrade the others first")
+    check_file_name(spec.name)
+    return tx.put(User(id=UserId(new_id()), created_at=now, updated_at=now, spec=_checked(spec)))
+
+
+def set_roles(tx: Transaction, id: UserId, roles: tuple[str, ...], *, now: Timestamp) -> User:
+    """Replace a user's roles.  Raises: NotFound; InvalidArgument."""
+    user = tx.get(User, id)
+    return tx.put(replace(user, updated_at=now, spec=_checked(replace(user.spec, roles=roles))))
+
+
+def remove_user(tx: Transaction, id: UserId) -> None:
+    """Remove a user, and with it its access.  Raises: NotFound."""
+    tx.delete(User, id)
+
+
+def add_token(
+    tx: Transaction, id: UserId, token: str, lifetime_s: int, *, new_id: IdSource, now: Timestamp
+) -> User:
+    """Let ``token`` prove that a client is this user.  Raises: NotFound; InvalidArgument."""
+    user = tx.get(User, id)
+    kept = _living(user.tokens, now)
+    if len(kept) >= KEPT_MAX:
+        raise InvalidArgument(f"user {user.spec.name} has {KEPT_MAX} tokens: remove one")
+    added = UserToken(
+        id=new_id()[:10], digest=digest_of(token), created_at=now, not_after=_end(now, lifetime_s)
+    )
+    return tx.put(replace(user, updated_at=now, tokens=(*kept, added)))
+
+
+def remove_token(tx: Transaction, id: UserId, token_id: str, *, now: Timestamp) -> User:
+    """Raises: NotFound."""
+    user = tx.get(User, id)
+    left = tuple(token for token in user.tokens if token.id != token_id)
+    if len(left) == len(user.tokens):
+        raise NotFound(f"token {token_id} of user {user.spec.name} not found")
+    return tx.put(replace(user, updated_at=now, tokens=left))
+
+
+def add_certificate(
+    tx: Transaction, id: UserId, csr_pem: bytes, lifetime_s: int, fresh: Authority, *, now: Timestamp
+) -> tuple[User, bytes, bytes]:
+    """Issue a certificate for the key of a request.
+
+    Args:
+        fresh: becomes the authority of users if there is none.
+
+    Returns: the user, the certificate and its root, as PEM.  Raises: NotFound; InvalidArgument.
+    """
+    user = tx.get(User, id)
+    end = _end(now, lifetime_s)
+    payload = tx.lookup(Payload, USERS_ROOT_ID)
+    if payload is None:
+        payload = tx.put(Payload(id=USERS_ROOT_ID, data=fresh.key_pem + fresh.root_pem))
+    key, root = _PEM.findall(payload.data)
+    authority = Authority.load(key, root)
+    serial, certificate = authority.issue_user(csr_pem, user.spec.name, unix_ns(now), unix_ns(end))
+    added = UserCertificate(serial=serial, created_at=now, not_after=end)
+    kept = (*_living(user.certificates, now), added)[-KEPT_MAX:]
+    return tx.put(replace(user, updated_at=now, certificates=kept)), certificate, authority.root_pem
+
+
+def new_token() -> str:
+    """A token: 256 random bits behind a prefix."""
+    return TOKEN_PREFIX + secrets.token_urlsafe(32)
+
+
+def digest_of(token: str) -> str:
+    """What is kept of a token.  It is random, so it needs no salt and no slow hash."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def access_table(view: View, *, is_current: bool) -> AccessTable:
+    """What the node process has to know of all users."""
+    payload = view.lookup(Payload, USERS_ROOT_ID)
+    root = _PEM.findall(payload.data)[1] if payload is not None else b""
+    users = tuple(
+        Credentials(
+            name=user.spec.name,
+            bindings=tuple(map(parse_binding, user.spec.roles)),
+            serials={one.serial: unix_ns(one.not_after) for one in user.certificates},
+            tokens={one.digest: unix_ns(one.not_after) for one in user.tokens},
+        )
+        for user in view.find(User)
+    )
+    return AccessTable(root_pem=root.decode(), users=users, is_current=is_current)
+
+
+def _checked(spec: UserSpec) -> UserSpec:
+    """Raises: InvalidArgument."""
+    if len(spec.roles) > BINDINGS_MAX:
+        raise InvalidArgument(f"at most {BINDINGS_MAX} roles")
+    if not spec.roles:
+        raise InvalidArgument("a user needs a role: viewer, operator, operator:STACK or admin")
+    return replace(spec, roles=tuple(sorted({str(parse_binding(role)) for role in spec.roles})))
+
+
+def _end(now: Timestamp, lifetime_s: int) -> Timestamp:
+    if not 0 < lifetime_s <= LIFETIME_S_MAX:
+        raise InvalidArgument(
+            f"a lifetime has to be more than nothing, and at most {LIFETIME_S_MAX // 86400} days"
+        )
+    return timestamp(unix_ns(now) + lifetime_s * SECOND_NS)
+
+
+def _living(items: tuple[T, ...], now: Timestamp) -> tuple[T, ...]:
+    return tuple(one for one in items if unix_ns(one.not_after) > unix_ns(now))

@@ -1,0 +1,126 @@
+"""What a manager knows of the objects that requests are about, for their authorization."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from aiohttp import web
+
+from skep.api.authorization import stack_label_of
+from skep.api.networks import NetworkBody
+from skep.api.permissions import Asked, Facts, Known, Rule, Scope
+from skep.api.server import read_json
+from skep.errors import PermissionDenied
+from skep.manager.control.asked import (
+    asked_file,
+    asked_network,
+    asked_service,
+    known_service,
+    stack_of,
+    stacks_of,
+)
+from skep.manager.control.targets import target_of, task_named
+from skep.manager.routes.access import current_view
+from skep.manager.routes.services import read_changes, read_spec
+from skep.model.network import Network
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task
+from skep.model.volume import Volume
+from skep.store.interface import Store, View
+
+
+class ClusterObjects:
+    """The objects of the cluster (``api.authorization.Objects``)."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def facts(self, request: web.Request, rule: Rule) -> Facts:
+        """See ``Objects``."""
+        bodies = await _READERS[rule.kind](request) if rule.scope in (Scope.NEW, Scope.CHANGE) else ()
+        view = await current_view(request)
+        known = None
+        if rule.scope in (Scope.OBJECT, Scope.CHANGE):
+            key = "id" if "id" in request.match_info else "name"
+            known = _known(view, rule.kind, request.match_info[key])
+            request.match_info[key] = known.id
+        asked = tuple(_asked(view, body) for body in bodies)
+        return Facts(known=known, asked=asked, stacks=stacks_of(view))
+
+    def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
+        """See ``Objects``."""
+        if kind != "task":
+            return stack_label_of(item)
+        service = self._store.view().lookup(Service, item.get("ServiceID") or "")
+        return stack_of(service.spec.labels) if service is not None else ""
+
+
+def _known(view: View, kind: str, word: str) -> Known:
+    """Raises: NotFound, InvalidArgument, FailedPrecondition."""
+    match kind:
+        case "stack":
+            return Known(id=word, stack=word)
+        case "service":
+            return known_service(view.resolve(Service, word))
+        case "task" | "target":
+            task = target_of(view, word) if kind == "target" else task_named(view, word)
+            return _known_task(view, task)
+        case _:
+            found = view.resolve(_KINDS[kind], word)
+            return Known(id=found.id, stack=stack_of(found.spec.labels))
+
+
+def _known_task(view: View, task: Task) -> Known:
+    service = view.lookup(Service, task.service_id)
+    known = known_service(service) if service is not None else Known(id="")
+    return Known(id=task.id, stack=known.stack, machine_rights=known.machine_rights)
+
+
+def _asked(view: View, body: Any) -> Asked:
+    match body:
+        case ServiceSpec():
+            return asked_service(view, body)
+        case NetworkBody():
+            return asked_network(body)
+        case SecretSpec() | ConfigSpec():
+            return asked_file(body)
+        case _:
+            raise AssertionError(f"no object: {type(body).__name__}")
+
+
+async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
+    """Of each path with specs in its body, read as its handler reads it.  Raises: PermissionDenied."""
+    path = request.match_info.route.resource.canonical if request.match_info.route.resource else ""
+    if not path.endswith("/changes"):
+        return (await read_spec(request),)
+    changes = await read_changes(request)
+    view = await current_view(request)
+    for change in changes:
+        # Updates of services by this path are by id; what is not found is refused by the handler.
+        if change.id and (service := view.lookup(Service, change.id)) is not None:
+            if stack_of(service.spec.labels) != stack_of(change.spec.labels):
+                raise PermissionDenied(f"service {service.spec.name} cannot go to another stack")
+            if why := known_service(service).machine_rights:
+                raise PermissionDenied(f"service {service.spec.name} has {why}")
+    return tuple(change.spec for change in changes)
+
+
+def _reader(type_: type[Any]) -> Callable[[web.Request], Awaitable[tuple[Any, ...]]]:
+    async def read(request: web.Request) -> tuple[Any, ...]:
+        return (await read_json(request, type_),)
+
+    return read
+
+
+_READERS: Final[Mapping[str, Callable[[web.Request], Awaitable[tuple[Any, ...]]]]] = {
+    "service": _services,
+    "network": _reader(NetworkBody),
+    "secret": _reader(SecretSpec),
+    "config": _reader(ConfigSpec),
+}
+_KINDS: Final[Mapping[str, type[Any]]] = {
+    "network": Network,
+    "secret": Secret,
+    "config": Config,
+    "volume": Volume,
+}

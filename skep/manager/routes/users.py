@@ -1,0 +1,217 @@
+"""``/skep/users``: users of the API, their tokens and certificates; ``/skep/access``: who the client is.  Ours.
+
+On the manager's own socket only, ``/_skep/access``: what the node process has to know of users, whenever it changes.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.api.identity import identity_of
+from skep.api.server import JsonLines, Routes, json_answer, json_list_answer, read_json
+from skep.errors import InvalidArgument
+from skep.manager.control import users as control
+from skep.manager.routes.access import ManagerApi, current_view, manager_of
+from skep.model.access import Identity, Origin
+from skep.model.encoding import ApiObject, always
+from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.user import AccessTable, User, UserSpec
+from skep.security.authority import Authority
+from skep.store.kinds import Payload
+
+routes = Routes()
+
+BEAT_S = 2.0
+"""Between two messages to the node process, also if nothing changes."""
+TOKEN_S = 90 * 86400
+CERTIFICATE_S = 30 * 86400
+
+
+class NewToken(ApiObject):
+    """Body of a request for a token.  ``lifetime_seconds`` 0: 90 days."""
+
+    lifetime_seconds: int = 0
+
+
+class IssuedToken(ApiObject):
+    """The only response that ever shows a token."""
+
+    id: str
+    token: str
+    not_after: Timestamp = always(ZERO_TIME)
+
+
+class NewCertificate(ApiObject):
+    """Body of a request for a certificate.  ``request``: PEM; ``lifetime_seconds`` 0: 30 days."""
+
+    request: str = ""
+    lifetime_seconds: int = 0
+
+
+class IssuedCertificate(ApiObject):
+    """``certificate``: PEM."""
+
+    user: str
+    serial: str
+    certificate: str
+    not_after: Timestamp = always(ZERO_TIME)
+
+
+class Access(ApiObject):
+    """Who makes a request."""
+
+    name: str
+    origin: str
+    roles: tuple[str, ...] = always(())
+
+
+@routes.get("/skep/access")
+async def show_access(request: web.Request) -> web.StreamResponse:
+    """Who the client is, and what it may do."""
+    who = identity_of(request)
+    return json_answer(Access(name=who.name, origin=who.origin.value, roles=tuple(map(str, who.bindings))))
+
+
+@routes.post("/skep/access/certificates")
+async def renew_own(request: web.Request) -> web.StreamResponse:
+    """Another certificate for the user who makes the request, by a certificate.
+
+    Not by a token: it would outlive the token's removal.
+    """
+    who: Identity = identity_of(request)
+    if who.origin is not Origin.CERTIFICATE:
+        raise InvalidArgument("only a user with a certificate of the cluster can renew it")
+    return await _issue(request, who.name)
+
+
+@routes.get("/skep/users")
+async def list_users(request: web.Request) -> web.StreamResponse:
+    """All users."""
+    return json_list_answer([_shown(user) for user in (await current_view(request)).find(User)])
+
+
+@routes.post("/skep/users/create")
+async def create_user(request: web.Request) -> web.StreamResponse:
+    """Create a user."""
+    manager = manager_of(request)
+    spec = await read_json(request, UserSpec)
+    await manager.require_room(creates=True)
+    user = await manager.update(control.create_user, spec, new_id=manager.new_id, now=manager.now())
+    return json_answer(_shown(user), 201)
+
+
+@routes.get("/skep/users/{id}")
+async def inspect_user(request: web.Request) -> web.StreamResponse:
+    """One user."""
+    return json_answer(_shown(await _named(request)))
+
+
+@routes.post("/skep/users/{id}/update")
+async def update_user(request: web.Request) -> web.StreamResponse:
+    """Replace the roles of a user; open connections with others end."""
+    manager = manager_of(request)
+    spec, user = await read_json(request, UserSpec), await _named(request)
+    changed = await manager.update(control.set_roles, user.id, spec.roles, now=manager.now())
+    return json_answer(_shown(changed))
+
+
+@routes.delete("/skep/users/{id}")
+async def remove_user(request: web.Request) -> web.StreamResponse:
+    """Remove a user; its connections end."""
+    user = await _named(request)
+    await manager_of(request).update(control.remove_user, user.id)
+    return web.Response(status=204)
+
+
+@routes.post("/skep/users/{id}/tokens")
+async def create_token(request: web.Request) -> web.StreamResponse:
+    """Make a token for a user."""
+    manager = manager_of(request)
+    body, user = await read_json(request, NewToken), await _named(request)
+    token = control.new_token()
+    changed = await manager.update(
+        control.add_token,
+        user.id,
+        token,
+        body.lifetime_seconds or TOKEN_S,
+        new_id=manager.new_id,
+        now=manager.now(),
+    )
+    added = changed.tokens[-1]
+    return json_answer(IssuedToken(id=added.id, token=token, not_after=added.not_after), 201)
+
+
+@routes.delete("/skep/users/{id}/tokens/{token}")
+async def remove_token(request: web.Request) -> web.StreamResponse:
+    """Remove a token of a user; its connections end."""
+    manager = manager_of(request)
+    user = await _named(request)
+    await manager.update(control.remove_token, user.id, request.match_info["token"], now=manager.now())
+    return web.Response(status=204)
+
+
+@routes.post("/skep/users/{id}/certificates")
+async def create_certificate(request: web.Request) -> web.StreamResponse:
+    """Issue a certificate for a user."""
+    return await _issue(request, request.match_info["id"])
+
+
+@routes.get("/_skep/access")
+async def follow_access(request: web.Request) -> web.StreamResponse:
+    """Lines of ``AccessTable``: at once, whenever users change, and every 2 s."""
+    manager = manager_of(request)
+    changed = asyncio.Event()
+    async with JsonLines(request) as lines, asyncio.TaskGroup() as group:
+        group.create_task(_watch(manager, changed), name="users watched")
+        while request.transport is not None:  # until the node process has gone
+            changed.clear()
+            await lines.send(_table(manager))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await changed.wait()
+    return lines.response
+
+
+async def _watch(manager: ManagerApi, changed: asyncio.Event) -> None:
+    async with manager.store.watch(User, Payload) as watch:
+        changed.set()
+        async for _ in watch:
+            changed.set()
+
+
+def _table(manager: ManagerApi) -> AccessTable:
+    return control.access_table(manager.store.view(), is_current=manager.quorum().has_leader)
+
+
+async def _named(request: web.Request) -> User:
+    return (await current_view(request)).resolve(User, request.match_info["id"])
+
+
+async def _issue(request: web.Request, word: str) -> web.StreamResponse:
+    manager = manager_of(request)
+    body = await read_json(request, NewCertificate)
+    user = (await current_view(request)).resolve(User, word)
+    changed, certificate, _ = await manager.update(
+        control.add_certificate,
+        user.id,
+        body.request.encode(),
+        body.lifetime_seconds or CERTIFICATE_S,
+        Authority.create(name=control.ROOT_NAME),
+        now=manager.now(),
+    )
+    added = changed.certificates[-1]
+    return json_answer(
+        IssuedCertificate(
+            user=changed.spec.name,
+            serial=added.serial,
+            certificate=certificate.decode(),
+            not_after=added.not_after,
+        ),
+        201,
+    )
+
+
+def _shown(user: User) -> User:
+    return replace(user, tokens=tuple(replace(one, digest="") for one in user.tokens))

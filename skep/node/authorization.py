@@ -1,0 +1,75 @@
+"""What a node knows of the objects that requests are about, for their authorization.
+
+Networks of the cluster are its manager's, which knows their stacks and checks the request again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from aiohttp import web
+
+from skep.api.authorization import stack_label_of
+from skep.api.identity import IDENTITY_HEADER, identity_of, packed
+from skep.api.networks import NetworkBody
+from skep.api.permissions import STACK_LABEL, Facts, Known, Rule, Scope
+from skep.api.server import read_json
+from skep.engine.engine import Engine
+from skep.errors import NotFound, PermissionDenied
+from skep.node.routes.cluster_networks import ClusterNetworks
+
+
+class NodeObjects:
+    """The objects of a node (``api.authorization.Objects``).  ``engine`` None: it has no containers."""
+
+    def __init__(self, engine: Engine | None, cluster: ClusterNetworks) -> None:
+        self._engine = engine
+        self._cluster = cluster
+
+    async def facts(self, request: web.Request, rule: Rule) -> Facts:
+        """See ``Objects``."""
+        if rule.scope is Scope.NEW:
+            body = await read_json(request, NetworkBody)
+            if not body.is_of_cluster:
+                raise PermissionDenied("only administrators may make networks of one node")
+            return Facts()  # the manager to which it is passed on knows more
+        key = "id" if "id" in request.match_info else "name"
+        word = request.match_info[key]
+        match rule.kind:
+            case "container":
+                known = self._container(word)
+            case "volume":
+                known = self._volume(word)
+            case "network":
+                known = await self._network(request, word)
+            case kind:
+                raise PermissionDenied(f"only administrators may reach a {kind} by a node that is no manager")
+        request.match_info[key] = known.id
+        return Facts(known=known)
+
+    def stack_of(self, _kind: str, item: Mapping[str, Any]) -> str:
+        """See ``Objects``."""
+        return stack_label_of(item)
+
+    def _container(self, word: str) -> Known:
+        if self._engine is None:
+            raise NotFound(f"No such container: {word}")
+        container = self._engine.get(word)
+        return Known(id=container.id, stack=container.labels.get(STACK_LABEL, ""))
+
+    def _volume(self, word: str) -> Known:
+        labels = self._engine.volumes.labels(word) if self._engine is not None else None
+        if labels is None:
+            raise NotFound(f"get {word}: no such volume")
+        return Known(id=word, stack=labels.get(STACK_LABEL, ""))
+
+    async def _network(self, request: web.Request, word: str) -> Known:
+        """Raises: the manager's error; of a network that is the node's own, NotFound."""
+        who = {IDENTITY_HEADER: packed(identity_of(request)).decode()}
+        path = f"/networks/{quote(word, safe='')}"
+        response = await self._cluster.request_manager("GET", path, b"", who)
+        if response.status >= 300:
+            raise response.error()
+        found = msgspec.json.decode(response.body)
+        return Known(id=found["Id"], stack=stack_label_of(found))

@@ -1,0 +1,223 @@
+"""Who the clients of TCP hosts are: by their certificates, or by tokens.
+
+The users are the cluster's; the manager process of this node tells them and every change.  A node without one knows
+no users: its clients by TCP have a certificate of the authority in its settings.
+"""
+
+import asyncio
+import hashlib
+import ssl
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.x509.oid import NameOID
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.client import Client
+from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable
+from skep.model.access import ALL, Identity, Origin
+from skep.model.user import AccessTable, Credentials
+from skep.security.authority import USER_UNIT
+
+log = structlog.get_logger()
+
+SILENT_S = 10.0
+"""For so long the users are believed to be as the manager process told last; it tells them every 2 s."""
+_CHECK_S = 1.0
+_NAME_MAX = 128
+"""Characters of the name in a client's certificate that are shown."""
+_TOKEN_BYTES_MAX = 512
+_USERS = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, USER_UNIT)]
+
+
+class Credential(msgspec.Struct, frozen=True):
+    """What a client of a connection has proved.  ``key``: of a user's certificate its serial number, of a token its
+    digest, of a certificate of the machine's authority the name in it."""
+
+    origin: Origin
+    key: str
+
+
+class ApiTls:
+    """TLS for TCP hosts: clients prove who they are by certificate, or by a token later.
+
+    An ``SSLContext`` cannot forget an authority, so each handshake is handed over to the present one.
+    """
+
+    def __init__(self, certificate: Path, key: Path, authority: Path) -> None:
+        """Raises: FailedPrecondition: a file is not what it should be."""
+        self._files = (certificate, key, authority)
+        self._current = tls_context(*self._files)
+        self.front = tls_context(*self._files)
+        self.front.sni_callback = self._hand_over  # also called without a server name
+
+    def trust(self, root_pem: str) -> None:
+        """Trust the authority of users besides the machine's from the next handshake on.  Raises: as the
+        constructor."""
+        context = tls_context(*self._files)
+        if root_pem:
+            context.load_verify_locations(cadata=root_pem)
+        self._current = context
+
+    def _hand_over(self, connection: ssl.SSLObject, _name: str | None, _front: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+
+class Users:
+    """The users as told last, and the connections that are theirs.
+
+    Args:
+        tls: None: no host is served by TCP.
+    """
+
+    def __init__(
+        self, manager_api: Client, clock: Clock, rng: Callable[[], float], tls: ApiTls | None
+    ) -> None:
+        self._manager_api = manager_api
+        self._clock = clock
+        self._rng = rng
+        self.tls = tls
+        self._root: x509.Certificate | None = None
+        self._root_pem = ""
+        self._by_key: dict[str, tuple[Credentials, int]] = {}
+        """Serial numbers and digests -> whose they are, and when they end (unix nanoseconds)."""
+        self._told_at = float("-inf")
+        self._open: dict[asyncio.Transport, tuple[Credential, Identity]] = {}
+
+    async def run(self) -> None:
+        """Follow the manager process, and end connections whose users have no right to them any more."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow(), name="users followed")
+            while True:
+                await self._clock.sleep(_CHECK_S)
+                self._end_revoked()
+
+    # --- who a client is --------------------------------------------------------------------------------------
+
+    def proved_by(self, transport: asyncio.Transport) -> Credential | None:
+        """What a client has proved by its certificate; None: it has none.  Raises: Unauthenticated."""
+        connection = transport.get_extra_info("ssl_object")
+        if connection is None:
+            return Credential(Origin.MACHINE, "")  # a host without TLS, as only tests have
+        encoded = connection.getpeercert(binary_form=True)
+        if not encoded:
+            return None
+        certificate = x509.load_der_x509_certificate(encoded)
+        if self._root is not None and _is_issued_by(certificate, self._root):
+            return Credential(Origin.CERTIFICATE, f"{certificate.serial_number:x}")
+        if certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME) == _USERS:
+            raise Unauthenticated("the certificate is one of an earlier authority of users")
+        return Credential(Origin.MACHINE, _common_name(connection.getpeercert()))
+
+    def identify(self, credential: Credential) -> Identity:
+        """Raises: Unauthenticated: it proves nothing, any more; Unavailable: that is not known at present."""
+        if credential.origin is Origin.MACHINE:
+            return Identity(name=credential.key, origin=Origin.MACHINE, bindings=ALL)
+        if self._clock.monotonic() - self._told_at > SILENT_S:
+            raise Unavailable("users are not known at present: no manager of this node has told them")
+        user, end_ns = self._by_key.get(credential.key, (None, 0))
+        if user is None or end_ns <= self._clock.now_ns():
+            why = "has expired" if user is not None else "is not known, or was revoked"
+            raise Unauthenticated(f"the {credential.origin.value} {why}")
+        return Identity(name=user.name, origin=credential.origin, bindings=user.bindings)
+
+    def remember(self, transport: asyncio.Transport, credential: Credential, identity: Identity) -> None:
+        """End the connection when ``credential`` gives ``identity`` no longer."""
+        if credential.origin is not Origin.MACHINE:
+            self._open = {one: of for one, of in self._open.items() if not one.is_closing()}
+            self._open[transport] = (credential, identity)
+
+    def _end_revoked(self) -> None:
+        for transport, (credential, identity) in tuple(self._open.items()):
+            try:
+                is_same = self.identify(credential) == identity
+            except SkepError:
+                is_same = False
+            if not is_same:
+                log.info("api connection ended: its user's rights have changed", user=identity.name)
+                transport.abort()
+            if not is_same or transport.is_closing():
+                del self._open[transport]
+
+    # --- what the manager process tells -----------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        backoff = Backoff(0.1, 2.0, rng=self._rng)
+        while True:
+            try:
+                async with self._manager_api.lines("/_skep/access", {}) as lines:
+                    backoff.reset()
+                    async for line in lines:
+                        self._take(msgspec.json.decode(line, type=AccessTable))
+            except (SkepError, OSError, msgspec.DecodeError):
+                pass  # there is no manager process at present
+            await backoff.sleep(self._clock)
+
+    def _take(self, table: AccessTable) -> None:
+        if not table.is_current:
+            return  # it does not see removals
+        self._told_at = self._clock.monotonic()
+        self._by_key = {
+            key: (user, end_ns)
+            for user in table.users
+            for key, end_ns in (user.serials | user.tokens).items()
+        }
+        if table.root_pem != self._root_pem:
+            self._root_pem = table.root_pem
+            self._root = x509.load_pem_x509_certificate(table.root_pem.encode()) if table.root_pem else None
+            if self.tls is not None:
+                self.tls.trust(table.root_pem)
+        self._end_revoked()
+
+
+def bearer(authorization: bytes) -> Credential:
+    """The token in a header.  Raises: Unauthenticated: there is none."""
+    scheme, _, token = authorization.strip().partition(b" ")
+    token = token.strip()
+    if scheme.lower() != b"bearer" or not 0 < len(token) <= _TOKEN_BYTES_MAX:
+        raise Unauthenticated("a certificate is needed, or a token: Authorization: Bearer TOKEN")
+    # Found by its digest: a comparison tells nothing of the token by the time that it takes.
+    return Credential(Origin.TOKEN, hashlib.sha256(token).hexdigest())
+
+
+def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+    """TLS for the API: certificates of clients are those of ``authority``.
+
+    Raises: FailedPrecondition: a file is not what it should be.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Who has none may have a token, of which the first request tells; without either it is refused.
+    context.verify_mode = ssl.CERT_OPTIONAL
+    # A resumed session would skip verification with the present authorities.
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    try:
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(authority)
+    except (OSError, ssl.SSLError) as error:
+        raise FailedPrecondition(
+            f"TLS cannot be served with {certificate}, {key} and {authority}: {error}; "
+            "they must be PEM files, the key that of the certificate"
+        ) from error
+    return context
+
+
+def _is_issued_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(root)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _common_name(certificate: Mapping[str, Any] | None) -> str:
+    subject = {key: value for names in (certificate or {}).get("subject", ()) for key, value in names}
+    name: str = subject.get("commonName", "")
+    return name.encode("ascii", "replace").decode()[:_NAME_MAX]

@@ -1,0 +1,151 @@
+"""Users of the API over TCP, with the real docker command: what their roles allow, and the end of their access."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.api_authority import an_authority
+from tests.support.daemon_rig import INIT, SKEP, DaemonRig, wait_until
+from tests.support.documents import shell_blocks
+from tests.support.playground_rig import CLIS
+
+PORT = 2376
+STACK = "com.docker.stack.namespace"
+
+
+class Cluster:
+    """A manager with an API by TLS, and the commands of its users."""
+
+    def __init__(self, rig: DaemonRig, folder: Path) -> None:
+        self.rig = rig
+        self.home = folder / "home"
+        self.home.mkdir()
+        authority = an_authority(folder / "ours")
+        self.ca = authority.root
+        certificate, key = authority.pair("server")
+        rig.start(
+            *("--host", f"unix://{rig.run}/skep.sock", "--host", f"tcp://127.0.0.1:{PORT}"),
+            *("--tls-cert", str(certificate), "--tls-key", str(key), "--tls-ca", str(self.ca)),
+        )
+        assert rig.ask("POST", "/v1.41/swarm/init", INIT)[0] == 200
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        assert self.rig.process is not None
+        return subprocess.run(
+            ["nsenter", "-t", str(self.rig.process.pid), "-n", *words],
+            env={"PATH": os.environ["PATH"], "HOME": str(self.home), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+
+    def admin(self, *words: str) -> str:
+        done = self.run(SKEP, "-H", f"unix://{self.rig.run}/skep.sock", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def add(self, name: str, role: str, *options: str) -> str:
+        address = ("--address", f"tcp://localhost:{PORT}", "--ca", str(self.ca))
+        return self.admin("user", "add", name, "--role", role, "--context", *address, *options)
+
+    def docker(self, user: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.run(CLIS[-1], "--context", user, *words)
+
+    def refused(self, user: str, *words: str) -> str:
+        done = self.docker(user, *words)
+        assert done.returncode != 0, done.stdout
+        return done.stderr
+
+    def done(self, user: str, *words: str) -> str:
+        done = self.docker(user, *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def curl(self, path: str, *options: str) -> tuple[int, str]:
+        done = self.run(
+            *("curl", "-sS", "-m", "10", "-w", "\n%{http_code}", "--cacert", str(self.ca), *options),
+            f"https://localhost:{PORT}{path}",
+        )
+        body, _, status = done.stdout.rpartition("\n")
+        return int(status or 0), body
+
+
+@pytest.fixture
+def cluster(rig: DaemonRig, tmp_path: Path) -> Cluster:
+    return Cluster(rig, tmp_path)
+
+
+def test_users_do_by_docker_what_their_roles_allow(cluster: Cluster) -> None:
+    cluster.add("vera", "viewer")
+    cluster.add("shopper", "operator:shop")
+    create = ("service", "create", "--detach", "--no-resolve-image", "--name")
+    assert "ID" in cluster.done("vera", "service", "ls")
+    cluster.done("vera", "node", "ls")
+    assert "only administrators" in cluster.refused("vera", "run", "none")
+    refusal = cluster.refused("vera", *create, "web", "none")
+    assert "vera may not POST /services/create: the role operator is needed, it has viewer" in refusal
+    # Of its own stack, and of no other.
+    own = ("--label", f"{STACK}=shop")
+    cluster.done("shopper", *create, "shop_web", *own, "none", "sleep", "600")
+    assert "needs the label" in cluster.refused("shopper", *create, "shop_x", "none")
+    other = cluster.refused("shopper", *create, "shop_x", "--label", f"{STACK}=blog", "none")
+    assert "of the stack blog" in other
+    assert "begin with shop_" in cluster.refused("shopper", *create, "blog_web", *own, "none")
+    bind = cluster.refused("shopper", *create, "shop_x", *own, "--mount", "type=bind,src=/,dst=/m", "none")
+    assert "a bind mount of /: only administrators" in bind
+    # Only its own is listed; another's is neither shown nor changed.
+    cluster.admin(*create, "blog_web", "--label", f"{STACK}=blog", "none", "sleep", "600")
+    assert cluster.done("shopper", "service", "ls", "--format", "{{.Name}}") == "shop_web"
+    assert cluster.done("vera", "service", "ls", "-q").count("\n") == 1
+    for words in (("inspect", "blog_web"), ("logs", "blog_web"), ("rm", "blog_web")):
+        assert "of the stack blog" in cluster.refused("shopper", "service", *words)
+    cluster.done("shopper", "service", "scale", "--detach", "shop_web=2")
+    # What gives rights is an administrator's.
+    for words in (
+        ("swarm", "join-token", "-q", "manager"),
+        ("swarm", "unlock-key"),
+        ("events", "--since", "1m"),
+    ):
+        cluster.refused("shopper", *words)
+    assert cluster.docker("vera", "swarm", "join-token", "-q", "manager").stdout.strip() == ""
+
+
+def test_the_removal_of_a_user_ends_its_access_at_once(cluster: Cluster) -> None:
+    cluster.add("vera", "viewer")
+    assert cluster.rig.process is not None
+    following = subprocess.Popen(
+        ["nsenter", "-t", str(cluster.rig.process.pid), "-n", CLIS[-1], "--context", "vera", "events"],
+        env={"PATH": os.environ["PATH"], "HOME": str(cluster.home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    token = cluster.admin("user", "token", "vera")
+    bearer = ("-H", f"Authorization: Bearer {token}")
+    wait_until(lambda: cluster.curl("/services", *bearer)[0] == 200, "the token is known")
+    assert json.loads(cluster.curl("/skep/access", *bearer)[1])["Name"] == "vera"
+    assert cluster.curl("/services/create", *bearer, "-X", "POST", "-d", "{}")[0] == 403
+    for wrong in ((), ("-H", f"Authorization: Bearer {token}x"), (*bearer, *bearer)):
+        assert cluster.curl("/services", *wrong)[0] == 401
+    assert following.poll() is None
+    cluster.admin("user", "rm", "vera")
+    following.communicate(timeout=10)  # the connection that it has is ended
+    wait_until(lambda: cluster.curl("/services", *bearer)[0] == 401, "the token counts no more")
+    assert "is not known, or was revoked" in cluster.refused("vera", "service", "ls")
+    assert cluster.admin("user", "ls", "-o", "json") == "[]"
+
+
+def test_the_guide_to_access(cluster: Cluster) -> None:
+    (block,) = shell_blocks("docs/guide/access.md")
+    where = {
+        "PATH": f"{Path(SKEP).parent}:{Path(CLIS[-1]).parent}:{os.environ['PATH']}",
+        "SKEP_HOST": f"unix://{cluster.rig.run}/skep.sock",
+        "ADDRESS": f"localhost:{PORT}",
+        "CA": str(cluster.ca),
+    }
+    done = cluster.run("sh", "-euc", block, **where)
+    assert done.returncode == 0, done.stderr
+    assert "operator:shop" in done.stdout

@@ -1,0 +1,163 @@
+"""Which role each endpoint needs, and what roles in single stacks reach."""
+
+import importlib
+import pkgutil
+import re
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+import skep.engine.api
+import skep.node.routes
+from skep.api.permissions import RULES, UNKNOWN, Asked, Facts, Known, Scope, is_name_of, may, rule_for, sees
+from skep.api.tables import Table
+from skep.manager.routes import _TABLES
+from skep.model.access import ALL, Binding, Identity, Origin, Role, parse_binding
+
+NODE_TABLES = [
+    value.bound(None)
+    for package in (skep.engine.api, skep.node.routes, skep.node)
+    for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if not info.ispkg
+    for value in vars(importlib.import_module(info.name)).values()
+    if isinstance(value, Table)
+]
+ROUTES = sorted(
+    {
+        (route.method, re.sub(r"\{(\w+)[^}]*\}", r"{\1}", route.path))
+        for table in (*_TABLES, *NODE_TABLES)
+        for route in table
+        if isinstance(route, web.RouteDef)
+    }
+)
+"""Of the manager process, and of the node process as far as they are written as tables."""
+
+OF_ADMINISTRATORS = re.compile(
+    r"""/_skep/.*  # on the manager's own socket
+    |/build(/prune)?|/commit|/containers/.*|/exec/.*|/images/.*|/volumes.*|/networks/.*  # root of a machine
+    |/swarm.*|/nodes/.*|/skep/(users|cluster|backup|restore).*|/skep/access/certificates
+    |/(images|volumes|containers|networks|system)/prune|/session|/grpc|/auth|/\{tail\}""",
+    re.VERBOSE,
+)
+
+
+def a_user(*bindings: str) -> Identity:
+    return Identity(name="ann", origin=Origin.TOKEN, bindings=tuple(map(parse_binding, bindings)))
+
+
+def test_the_tables_of_routes_are_found() -> None:
+    assert len(ROUTES) > 100
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_endpoint_has_a_rule_or_is_known_to_be_an_administrators(method: str, path: str) -> None:
+    if rule_for(method, path) is UNKNOWN:
+        assert OF_ADMINISTRATORS.fullmatch(path), "decide who may do this: a rule in skep/api/permissions.py"
+
+
+@given(st.sampled_from(ROUTES), st.sampled_from(["viewer", "viewer:shop"]))
+def test_a_viewer_never_changes_anything(route: tuple[str, str], role: str) -> None:
+    method, path = route
+    if may(a_user(role), rule_for(method, path)) is None:
+        # A new certificate for itself changes no object that others have.
+        assert method in ("GET", "HEAD") or path == "/skep/access/certificates"
+
+
+@given(
+    st.text(alphabet="/abcservicetaskwm{}.%", max_size=40), st.sampled_from(["GET", "POST", "PUT", "DELETE"])
+)
+def test_a_path_that_is_not_known_is_an_administrators(path: str, method: str) -> None:
+    if not any(rule.pattern.fullmatch(f"/{path}") for rule in RULES):
+        assert may(a_user("operator", "viewer"), rule_for(method, f"/{path}")) is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/swarm/unlockkey"),
+        ("POST", "/swarm/update"),
+        ("POST", "/nodes/{id}/update"),
+        ("POST", "/skep/users/create"),
+        ("POST", "/containers/create"),
+        ("GET", "/containers/{id}/archive"),
+        ("POST", "/volumes/create"),
+        ("GET", "/_skep/access"),
+    ],
+)
+def test_an_operator_gets_no_rights_over_the_cluster_or_a_machine(method: str, path: str) -> None:
+    assert may(a_user("operator"), rule_for(method, path)) == "only administrators may do this"
+    admin = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
+    assert may(admin, rule_for(method, path)) is None
+
+
+CREATE, UPDATE = rule_for("POST", "/services/create"), rule_for("POST", "/services/{id}/update")
+
+
+def why(user: Identity, asked: Asked, known: Known | None = None) -> str:
+    rule = CREATE if known is None else UPDATE
+    return may(user, rule, Facts(known=known, asked=(asked,), stacks={"shop", "shop_eu", "blog"})) or ""
+
+
+def test_what_is_new_belongs_to_the_stack_of_the_operator() -> None:
+    shopper = a_user("operator:shop")
+    assert why(shopper, Asked(name="shop_web", stack="shop")) == ""
+    assert "needs the label" in why(shopper, Asked(name="shop_web"))
+    assert "of the stack blog" in why(shopper, Asked(name="blog_web", stack="blog"))
+    assert "begin with shop_" in why(shopper, Asked(name="web", stack="shop"))
+
+
+def test_the_names_of_a_stack_with_a_longer_name_are_not_taken() -> None:
+    assert is_name_of("shop_eu_web", "shop_eu", {"shop", "shop_eu"})
+    assert not is_name_of("shop_eu_web", "shop", {"shop", "shop_eu"})
+    assert is_name_of("shop_eu_web", "shop", {"shop"})
+
+
+def test_a_service_uses_what_is_of_its_stack_only() -> None:
+    shopper = a_user("operator:shop")
+    own, others = Known(id="1", stack="shop"), Known(id="2", stack="blog")
+    assert why(shopper, Asked(name="shop_a", stack="shop", uses=(("secret", own, "k"),))) == ""
+    for used in (others, Known(id="3"), None):
+        refusal = why(shopper, Asked(name="shop_a", stack="shop", uses=(("secret", used, "k"),)))
+        assert refusal == "the secret k is not of the stack shop"
+    assert "blog_data" in why(shopper, Asked(name="shop_a", stack="shop", volumes=("blog_data",)))
+
+
+def test_rights_over_machines_are_no_operators() -> None:
+    for user in (a_user("operator"), a_user("operator:shop")):
+        asked = Asked(name="shop_a", stack="shop", machine_rights="a bind mount of /")
+        assert "a bind mount of /" in why(user, asked)
+        plain = Asked(name="shop_a", stack="shop")
+        known = Known(id="1", stack="shop", machine_rights="a bind mount of /")
+        assert "which only administrators may give" in why(user, plain, known)
+
+
+def test_no_object_goes_to_another_stack() -> None:
+    shopper = a_user("operator:shop", "viewer")
+    assert "of the stack blog" in why(
+        shopper, Asked(name="shop_a", stack="shop"), Known(id="1", stack="blog")
+    )
+    assert "of the stack blog" in why(
+        shopper, Asked(name="blog_a", stack="blog"), Known(id="1", stack="shop")
+    )
+    assert "of no stack" in why(shopper, Asked(name="shop_a", stack="shop"), Known(id="1"))
+
+
+@given(st.lists(st.sampled_from(["viewer:shop", "operator:shop", "operator:blog"]), min_size=1))
+def test_roles_in_stacks_never_reach_what_is_of_none(roles: list[str]) -> None:
+    user = a_user(*roles)
+    assert not sees(user, "")
+    assert not sees(user, "other")
+    for rule in RULES:
+        if rule.scope is Scope.OBJECT:
+            assert may(user, rule, Facts(known=Known(id="x"))) is not None
+        if rule.scope is Scope.CLUSTER:
+            assert may(user, rule) is not None
+
+
+def test_a_role_in_the_cluster_reaches_every_stack() -> None:
+    viewer = Identity(name="v", origin=Origin.NODE, bindings=(Binding(Role.VIEWER),))
+    assert sees(viewer, "")
+    assert sees(viewer, "shop")
+    assert may(viewer, rule_for("GET", "/services/{id}"), Facts(known=Known(id="x", stack="shop"))) is None
