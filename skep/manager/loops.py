@@ -12,7 +12,7 @@ from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.volumes.loop import ClusterVolumes, FindDriver, no_drivers
+from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, unconfirmed
 from skep.model.ids import IdSource
 from skep.store.interface import LoopStore
 
@@ -31,14 +31,16 @@ def loops(
     incarnation: int = 0,
     *,
     find_driver: FindDriver = no_drivers,
+    confirm: Confirm = unconfirmed,
 ) -> list[Loop]:
     """The loops of one term, each to be run as a task of its own.
 
-    ``incarnation``: of the cluster; ``find_driver``: of cluster volumes, on this machine.
+    ``incarnation``: of the cluster; ``find_driver``: of cluster volumes, on this machine; ``confirm``: the term, before
+    what no fence covers.
     """
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, KeyRotation, CertificateAuthority)
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
-        ClusterVolumes(term, clock, random, find_driver),
+        ClusterVolumes(term, clock, random, find_driver, confirm),
     ]

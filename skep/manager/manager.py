@@ -362,6 +362,7 @@ class Manager:
                     self._random,
                     self._store.incarnation,
                     find_driver=Drivers(self._config.paths.csi_sockets, self._clock).get,
+                    confirm=term.confirm,
                 ):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:

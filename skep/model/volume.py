@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import ClassVar
 
+import msgspec
+
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, VolumeId
 from skep.model.meta import Driver, Version
@@ -20,6 +22,13 @@ NOT_PUBLISHED = "it is not published on this node"
 
 GROUP_PREFIX = "group:"
 """Of a mount's source: any volume of that group."""
+
+
+_ENTRIES_BYTES_MAX = 960 << 10
+_ENTRY_BYTES_MAX = 12 << 10
+"""Of an entry whose driver has not answered yet."""
+_WORDS_BYTES = 700
+"""Of a later message in an entry."""
 
 
 class VolumeScope(Enum):
@@ -195,6 +204,17 @@ class Volume(ApiObject):
     def status_on(self, node_id: NodeId) -> PublishStatus | None:
         """Its status on a node; None: it is not there."""
         return next((one for one in self.publish_status if one.node_id == node_id), None)
+
+
+def room_for_nodes(volume: Volume) -> int:
+    """On how many more nodes it can be published: all its entries are one part of the object, of at most 1 MiB."""
+    kept = sum(
+        _ENTRY_BYTES_MAX
+        if one.state is PublishState.PENDING
+        else len(msgspec.json.encode(one)) + _WORDS_BYTES
+        for one in volume.publish_status
+    )
+    return max(0, (_ENTRIES_BYTES_MAX - kept) // _ENTRY_BYTES_MAX)
 
 
 class VolumeAssignment(ApiObject):

@@ -20,6 +20,7 @@ from skep.model.volume import (
     VolumeScope,
     VolumeSharing,
     fits_topology,
+    room_for_nodes,
 )
 
 
@@ -43,16 +44,20 @@ class VolumeUses:
 
     def __init__(self) -> None:
         self._volumes: dict[VolumeId, Volume] = {}
+        self._room: dict[VolumeId, int] = {}
+        """On how many more nodes each can be published."""
         self._uses: dict[VolumeId, dict[TaskId, tuple[NodeId, bool]]] = {}
         """Volume -> task -> its node, and whether it only reads."""
 
     def set_volume(self, volume: Volume) -> None:
         """A volume was created or changed."""
         self._volumes[volume.id] = volume
+        self._room[volume.id] = room_for_nodes(volume)
 
     def remove_volume(self, id: VolumeId) -> None:
         """A volume was removed."""
         self._volumes.pop(id, None)
+        self._room.pop(id, None)
 
     def hold(self, task_id: TaskId, node_id: NodeId, uses: Iterable[VolumeUse]) -> None:
         """A task on a node has volumes."""
@@ -122,6 +127,9 @@ class VolumeUses:
             return f"{name} is being unpublished from the node"
         if why := _sharing_refusal(spec.access_mode.sharing, readers, read_only=mount.read_only):
             return f"{name} {why}"
+        announced = elsewhere.difference(one.node_id for one in volume.publish_status)
+        if status is None and len(announced) >= self._room[volume.id]:
+            return f"{name} is on as many nodes as can be kept of one volume: {len(elsewhere)}"
         if status is None and not self._has_room(node, info):
             return (
                 f"{name}: the node has its {info.max_volumes_per_node} volumes of driver {info.plugin_name}"

@@ -2,13 +2,19 @@
 
 A volume whose driver hangs or fails is tried again with growing delays, and holds up no other: each is handled by
 itself, and a driver's calls are bounded and have deadlines.
+
+No fence of ours holds in a driver: what a leader has asked for may be done after the next leader's first call.  CSI
+allows several calls for one volume only where they ask for the same.  So a leader confirms its term before each step,
+which ends within ``STEP_S``, and in the first ``SETTLED_S`` of a term undoes nothing of the volumes that there were: to
+make or publish once more what an earlier leader may be making or publishing is harmless, to delete or unpublish it is
+not.  As an entry stays until it has been undone, nothing is made again either that an earlier leader may be undoing.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from random import Random
-from typing import Protocol, TypeAlias, assert_never
+from typing import Protocol, TypeAlias, TypeVar, assert_never
 
 import structlog
 from msgspec.structs import replace
@@ -18,7 +24,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
 from skep.aio.groups import first_alone
 from skep.csi.driver import DriverLies, discrepancy
-from skep.errors import FailedPrecondition, NotFound, SkepError
+from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.informer import CatchUp, run_exact_informer
 from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Step, Unpublish, settled, steps
 from skep.manager.work_queue import WorkQueue
@@ -46,6 +52,11 @@ LANES = 8
 """Steps of one volume at a time: one for a node that hangs does not hold up those for the others."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 MESSAGE_CHARACTERS_MAX = 500
+STEP_S = 45.0
+"""Of all that a step asks of a driver, waiting for its turn included."""
+SETTLED_S = 60.0
+"""After the begin of a term no call of an earlier leader is under way any more."""
+_HELD = "it waits until no call of an earlier leader can be under way"
 _PUBLISH_PART = "publish"
 _DAMAGED = "where the volume is cannot be read in the store: nothing is done until it is removed with force"
 
@@ -64,8 +75,18 @@ class ControllerDriver(Protocol):
     async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None: ...
 
 
+T = TypeVar("T")
+
 FindDriver: TypeAlias = Callable[[str], Awaitable[ControllerDriver]]
 """The driver of that name on this machine.  Raises: NotFound."""
+
+
+Confirm: TypeAlias = Callable[[], Awaitable[None]]
+"""Returns while the term lasts.  Raises: NotLeader; Unavailable."""
+
+
+async def unconfirmed() -> None:
+    """For a store without terms."""
 
 
 async def no_drivers(name: str) -> ControllerDriver:
@@ -76,15 +97,23 @@ async def no_drivers(name: str) -> ControllerDriver:
 class ClusterVolumes:
     """Has cluster volumes made, published where tasks need them, and deleted.  Leader only."""
 
-    def __init__(self, term: LoopStore, clock: Clock, random: Random, find_driver: FindDriver) -> None:
+    def __init__(
+        self, term: LoopStore, clock: Clock, random: Random, find_driver: FindDriver, confirm: Confirm
+    ) -> None:
         self._term = term
         self._clock = clock
         self._random = random
         self._find_driver = find_driver
+        self._confirm = confirm
+        self._inherited: frozenset[VolumeId] = frozenset()
+        """Volumes of which an earlier leader's calls may be under way."""
+        self._settled_at = 0.0
         self._reset()
 
     async def run(self) -> None:
         """Handle volumes until cancelled."""
+        self._inherited = frozenset(self._term.view().ids(Volume))
+        self._settled_at = self._clock.monotonic() + SETTLED_S
         await run_exact_informer(
             self._term,
             (Volume, Task, Node),
@@ -200,7 +229,7 @@ class ClusterVolumes:
         volume = await self._term.update(_settle, id, needed)
         if volume is None:
             return True
-        left = deque(steps(volume, needed))
+        left = deque([step async for step in self._allowed(steps(volume, needed), id)])
         with first_alone(NotLeader):
             async with asyncio.TaskGroup() as group:
                 lanes = [
@@ -208,6 +237,16 @@ class ClusterVolumes:
                     for _ in range(min(LANES, len(left)))
                 ]
         return all(lane.result() for lane in lanes)
+
+    async def _allowed(self, found: Iterable[Step], id: VolumeId) -> AsyncIterator[Step]:
+        """Without what undoes something that an earlier leader may be doing; the volume is looked at again later."""
+        is_settled = id not in self._inherited or self._settled_at <= self._clock.monotonic()
+        for step in found:
+            if is_settled or not isinstance(step, Delete | Unpublish):
+                yield step
+            else:
+                await self._term.update(_note, id, step, _HELD)
+                self._queue.add_at(id, self._settled_at)
 
     async def _carry_out_each(self, left: deque[Step], volume: Volume) -> bool:
         """Take steps and carry them out until none is left; gives whether all of them succeeded."""
@@ -236,21 +275,29 @@ class ClusterVolumes:
         match step:
             case Create():
                 if await self._term.update(_announced, volume.id):
-                    await self._enter_created(volume, await driver.create(volume, secrets))
+                    info = await self._asked(lambda: driver.create(volume, secrets))
+                    await self._enter_created(volume, info)
             case Delete():
-                assert volume.info is not None
-                await driver.delete(volume.info.volume_id, secrets)
+                await self._asked(lambda: driver.delete(_id_of(volume), secrets))
                 await self._term.update(_forget, volume.id)
             case Publish(node_id, driver_node_id):
-                context = await driver.publish(volume, driver_node_id, secrets)
+                context = await self._asked(lambda: driver.publish(volume, driver_node_id, secrets))
                 await self._term.update(_published, volume.id, node_id, context)
             case Unpublish(node_id, driver_node_id):
-                assert volume.info is not None
-                await driver.unpublish(volume.info.volume_id, driver_node_id, secrets)
+                await self._asked(lambda: driver.unpublish(_id_of(volume), driver_node_id, secrets))
                 await self._term.update(_unpublished, volume.id, node_id)
             case _:
                 assert_never(step)
         log.info("volume", volume=volume.spec.name, id=volume.id, done=type(step).__name__.lower())
+
+    async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The result of a driver's call, by the leader.  Raises: NotLeader; SkepError."""
+        await self._confirm()
+        try:
+            async with asyncio.timeout(STEP_S):
+                return await call()
+        except TimeoutError as error:
+            raise Unavailable(f"the driver has not done it within {STEP_S:g} s") from error
 
     async def _enter_created(self, volume: Volume, info: VolumeInfo) -> None:
         """Raises: DriverLies: it is not what was asked for, or another volume's."""
@@ -275,6 +322,11 @@ class ClusterVolumes:
                 raise FailedPrecondition(f"secret {one.secret} of the volume cannot be read")
             found[one.key] = payload.data.decode(errors="replace")
         return found
+
+
+def _id_of(volume: Volume) -> str:
+    assert volume.info is not None, "it is there"
+    return volume.info.volume_id
 
 
 # -- transactions ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
-from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope, room_for_nodes
 
 FindNode: TypeAlias = Callable[[NodeId], Node | None]
 
@@ -73,7 +73,8 @@ def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
         if (moved := _moved(status, status.node_id in needed, node(status.node_id), driver)) is not None
     ]
     there = {status.node_id for status in statuses}
-    for id in sorted(needed - there):
+    room = room_for_nodes(replace(volume, publish_status=tuple(statuses)))
+    for id in sorted(needed - there)[:room]:  # the others when less is to be kept of these
         if volume.spec.access_mode.scope is VolumeScope.SINGLE and statuses:
             break
         statuses.append(_found(PublishStatus(node_id=id), node(id), driver))

@@ -151,3 +151,19 @@ def test_what_changes_between_choice_and_write_is_seen() -> None:
         a_volume(publish_status=(on("n1", is_closing=True),)),
     ):
         assert not still_fits(late, n1)
+
+
+def test_a_volume_on_as_many_nodes_as_can_be_kept_goes_to_no_further_one() -> None:
+    mode = {"scope": VolumeScope.MULTI, "sharing": VolumeSharing.ALL}
+    many = [on(f"x{number}", PublishState.PENDING) for number in range(77)]
+    mounts = [ClusterMount("data", "/d", read_only=False)]
+    fits = a_volume(publish_status=tuple(many), **mode)
+    assert not isinstance(uses(fits).choose(mounts, node()), str)
+    assert not isinstance(uses(fits, a=("data", "x78", False)).choose(mounts, node("x78")), str)
+    held = {f"t{number}": ("data", f"y{number}", False) for number in range(10)}
+    assert "as many nodes as can be kept" in str(uses(fits, **held).choose(mounts, node()))
+    full = a_volume(
+        publish_status=(*many, *(on(f"z{number}", PublishState.PENDING) for number in range(10))), **mode
+    )
+    assert "as many nodes as can be kept" in str(uses(full).choose(mounts, node()))
+    assert not isinstance(uses(full).choose(mounts, node("x1")), str)

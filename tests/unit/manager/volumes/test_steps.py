@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
+from skep.csi.driver import MAP_BYTES_MAX
+from skep.manager.volumes.loop import MESSAGE_CHARACTERS_MAX
 from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Unpublish, settled, steps
 from skep.model.ids import NodeId, VolumeId
 from skep.model.meta import Driver
@@ -18,6 +21,7 @@ from skep.model.volume import (
     VolumeScope,
     VolumeSpec,
 )
+from skep.store.schema import SCHEMA_BY_TYPE
 from tests.support.builders import a_node
 
 N1, N2 = NodeId("n1"), NodeId("n2")
@@ -116,3 +120,26 @@ def test_a_node_that_is_down_keeps_its_volumes_until_it_is_removed_from_the_clus
     assert volume.publish_status[0].message.startswith("node n1 is down: the volume counts as mounted there")
     for state in (PUBLISHED, LEAVING):
         assert states(a_volume(on(N1, state)), NONE, lambda _: None) == {N1: UNPUBLISHING}
+
+
+def test_of_a_volume_for_all_nodes_no_more_is_kept_than_the_store_takes() -> None:
+    """With what drivers may say of each node, and an error of each."""
+    volume, needed = a_volume(multi=True), frozenset(NodeId(f"n{number:04}") for number in range(500))
+    context = {"path": "x" * (MAP_BYTES_MAX - 4)}
+    announced: list[int] = []
+    for _ in range(5):
+        volume = settled(volume, needed, node)
+        announced.append(len(volume.publish_status))
+        done = (
+            replace(one, state=PUBLISHED, publish_context=context, message="x" * MESSAGE_CHARACTERS_MAX)
+            for one in volume.publish_status
+        )
+        volume = replace(volume, publish_status=tuple(done))
+        assert len(msgspec.json.encode(volume.publish_status)) < SCHEMA_BY_TYPE[Volume].max_bytes
+    assert 50 < announced[0] <= announced[-1] < 150
+    small = a_volume(multi=True)
+    for _ in range(6):
+        small = settled(small, needed, node)
+        done = (replace(one, state=PUBLISHED) for one in small.publish_status)
+        small = replace(small, publish_status=tuple(done))
+    assert len(small.publish_status) > 300

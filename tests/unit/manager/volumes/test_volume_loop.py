@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import NotFound, Unavailable
 from skep.manager.control.volumes import remove_volume
-from skep.manager.volumes.loop import ClusterVolumes, ControllerDriver
+from skep.manager.volumes.loop import SETTLED_S, ClusterVolumes, ControllerDriver
 from skep.model.ids import NodeId, SecretId, TaskId, VolumeId
 from skep.model.meta import Driver
 from skep.model.node import CSIInfo
@@ -29,7 +29,7 @@ from skep.model.volume import (
     VolumeSharing,
     VolumeSpec,
 )
-from skep.store.interface import Transaction
+from skep.store.interface import NotLeader, Transaction
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node
@@ -68,13 +68,14 @@ class FakeDriver:
         return {}
 
     async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None:
-        raise AssertionError("it is published nowhere")
+        self.calls.append(f"unpublish on {driver_node_id}")
 
 
 class Rig:
     def __init__(self, loop: VirtualLoop) -> None:
         self.clock = VirtualClock(loop)
         self.store = MemoryStore(self.clock)
+        self.is_deposed = False
         self.drivers = {"good": FakeDriver(), "bad": FakeDriver()}
 
     async def find(self, name: str) -> ControllerDriver:
@@ -86,11 +87,15 @@ class Rig:
         spec = VolumeSpec(name=name, driver=Driver(name=driver), **fields)
         await self.store.update(lambda tx: tx.put(Volume(id=VolumeId(name), spec=spec)))
 
+    async def confirm(self) -> None:
+        if self.is_deposed:
+            raise NotLeader
+
     def volume(self, name: str) -> Volume:
         return self.store.view().get(Volume, name)
 
     async def run_for(self, seconds: float) -> None:
-        volumes = ClusterVolumes(self.store, self.clock, Random(1), self.find)
+        volumes = ClusterVolumes(self.store, self.clock, Random(1), self.find, self.confirm)
         running = asyncio.ensure_future(volumes.run())
         await self.clock.sleep(seconds)
         running.cancel()
@@ -160,7 +165,7 @@ def test_what_is_not_as_asked_is_kept_until_it_is_removed_and_another_volumes_id
         assert driver.calls == ["small"]
         assert "9 are required; removing the volume deletes it" in rig.volume("small").message
         await rig.store.update(remove_volume, VolumeId("small"), force=False)
-        await rig.run_for(60)
+        await rig.run_for(SETTLED_S + 60)
         assert driver.calls[-1].startswith("delete disk-")
         assert not rig.store.view().find(Volume)
         await rig.put("a")
@@ -243,6 +248,61 @@ def test_a_node_for_which_a_call_hangs_holds_up_no_other_node(simulated: Callabl
         statuses = {one.node_id: one.state for one in rig.volume("a").publish_status}
         published = [id for id, state in statuses.items() if state is PublishState.PUBLISHED]
         assert (len(statuses), published) == (5, ["n4", "n5"])
+
+    simulated(body)
+
+
+def test_what_an_earlier_leader_may_be_doing_is_repeated_and_not_undone(
+    simulated: Callable[[Body], None],
+) -> None:
+    async def body(rig: Rig) -> None:
+        driver = rig.drivers["good"]
+        driver.hangs_on = frozenset(("n1",))
+        await rig.put("a")
+        await rig.run_for(5)
+        await rig.store.update(_with_task, "n1")
+        await rig.run_for(5)
+        assert driver.calls[-1] == "publish on n1"
+        driver.calls.clear()
+        await rig.run_for(5)
+        assert driver.calls == ["publish on n1"], "the next leader repeats it"
+        await rig.store.update(lambda tx: tx.delete(Task, TaskId("t-n1")))
+        await rig.put("new")
+        await rig.run_for(SETTLED_S - 1)
+        assert not [call for call in driver.calls if call.startswith("unpublish")]
+        assert [one.message for one in rig.volume("a").publish_status] == [
+            "it waits until no call of an earlier leader can be under way"
+        ]
+        assert rig.volume("new").info is not None
+        await rig.run_for(SETTLED_S + 1)
+        assert "unpublish on n1" in driver.calls
+        assert rig.volume("a").publish_status == ()
+
+    simulated(body)
+
+
+def test_a_volume_of_this_term_is_deleted_at_once(simulated: Callable[[Body], None]) -> None:
+    async def body(rig: Rig) -> None:
+        async def user() -> None:
+            await rig.clock.sleep(1)
+            await rig.put("a")
+            await rig.clock.sleep(2)
+            await rig.store.update(remove_volume, VolumeId("a"), force=False)
+
+        asked = asyncio.ensure_future(user())
+        await rig.run_for(10)
+        await asked
+        assert rig.drivers["good"].calls == ["a", "delete disk-0"]
+
+    simulated(body)
+
+
+def test_a_deposed_leader_asks_nothing_of_a_driver(simulated: Callable[[Body], None]) -> None:
+    async def body(rig: Rig) -> None:
+        rig.is_deposed = True
+        await rig.put("a")
+        await rig.run_for(5)
+        assert rig.drivers["good"].calls == []
 
     simulated(body)
 
