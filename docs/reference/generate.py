@@ -335,6 +335,8 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         Limit("an object, encoded", "skep.store.interface:KindSchema.max_bytes", "refused", "bytes"),
         Limit("a secret", "skep.manager.control.files:SECRET_BYTES_MAX", "refused", "bytes"),
         Limit("a config", "skep.manager.control.files:CONFIG_BYTES_MAX", "refused", "bytes"),
+        Limit("services restarted with updates of one", "skep.manager.dependents:RESTARTED_MAX", "refused"),
+        Limit("their specs together", "skep.manager.dependents:RESTARTED_BYTES_MAX", "refused", "bytes"),
         Limit("subnets of a network", "skep.manager.control.network_specs:SUBNETS_MAX", "refused"),
         Limit(
             "plain containers of a node on cluster networks",

@@ -1,7 +1,8 @@
 """What a change of one service means for those that depend on it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
@@ -13,9 +14,19 @@ from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 
+RESTARTED_MAX = 100
+"""Services that are restarted with the updates of one: they are written in one transaction with it."""
+RESTARTED_BYTES_MAX = 320 << 10
+"""Of their specs together, each of which that transaction has three times."""
 
-def refuse_cycles(view: View, spec: ServiceSpec) -> None:
-    """Raises: InvalidArgument: services would wait for each other, ``spec`` among them."""
+
+def check_dependencies(view: View, spec: ServiceSpec) -> None:
+    """Raises: InvalidArgument: services would wait for each other, ``spec`` among them, or too many would be restarted
+    with one."""
+    for one in dependencies_of(spec.labels):
+        if one.restarts:
+            others = [other for other in _restarted_with(view, one.service) if other.spec.name != spec.name]
+            _refuse_many(one.service, [*(other.spec for other in others), spec])
     if path := circle(view, spec.name, dependencies_of(spec.labels)):
         raise InvalidArgument(
             f"services cannot wait for each other: {' -> '.join(path)} (label {DEPENDS_ON})"
@@ -53,20 +64,41 @@ def is_same_task(one: TaskSpec, other: TaskSpec) -> bool:
     )
 
 
+def _restarted_with(view: View, name: str) -> list[Service]:
+    """The services that are to be restarted with updates of the one with that name."""
+    return [
+        service
+        for service in view.find(Service)
+        if service.removed_at is None
+        and DEPENDS_ON in service.spec.labels
+        and any(one.service == name and one.restarts for one in dependencies_of(service.spec.labels))
+    ]
+
+
+def _refuse_many(name: str, specs: Sequence[ServiceSpec]) -> None:
+    """Raises: InvalidArgument."""
+    what = f"service {name} restarts {len(specs)} services with its updates (label {DEPENDS_ON})"
+    if len(specs) > RESTARTED_MAX:
+        raise InvalidArgument(f"{what}: {RESTARTED_MAX} are possible")
+    size = sum(len(msgspec.json.encode(spec)) for spec in specs)
+    if size > RESTARTED_BYTES_MAX:
+        raise InvalidArgument(f"{what}: their specs have {size} bytes, {RESTARTED_BYTES_MAX} are possible")
+
+
 def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, now: Timestamp) -> None:
     """Update the services that are to be restarted with updates of ``changed``, as ``--force`` does.
 
     Their new tasks wait for those of ``changed``, whose tasks become ``template``; if they stay the same, nothing is
     restarted.
+
+    Raises: InvalidArgument: there are too many, as a cluster of an earlier version may have them.
     """
     if is_same_task(changed.spec.task_template, template):
         return
-    name = changed.spec.name
-    for service in tx.find(Service):
-        if service.removed_at is not None or DEPENDS_ON not in service.spec.labels:
-            continue
-        if any(one.service == name and one.restarts for one in dependencies_of(service.spec.labels)):
-            _restart(tx, service, now)
+    services = _restarted_with(tx, changed.spec.name)
+    _refuse_many(changed.spec.name, [service.spec for service in services])
+    for service in services:
+        _restart(tx, service, now)
 
 
 def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:

@@ -23,7 +23,7 @@ from skep.errors import (
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.service_rules import check_service_spec
-from skep.manager.dependents import next_job, refuse_cycles, restart_dependents
+from skep.manager.dependents import check_dependencies, next_job, restart_dependents
 from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, ServiceId
@@ -73,7 +73,7 @@ def create_service(
     if not spec.name:
         spec = replace(spec, name=_free_name(tx, new_name))
     check_service_spec(spec)
-    refuse_cycles(tx, spec)
+    check_dependencies(tx, spec)
     _check_rights(tx, spec)
     _check_attachments(tx, spec)
     _check_ingress(tx, spec)
@@ -141,7 +141,7 @@ def rollback_service(
     service = _changeable(tx, id, spec, version)
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
-    refuse_cycles(tx, service.previous_spec)
+    check_dependencies(tx, service.previous_spec)
     _check_rights(tx, service.previous_spec, service.spec)
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
@@ -209,7 +209,7 @@ def _free_name(tx: Transaction, new_name: NameSource) -> str:
 def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
     """The service ``id``, to which ``spec`` may be applied.  The order of the checks is SwarmKit's."""
     check_service_spec(spec)
-    refuse_cycles(tx, spec)
+    check_dependencies(tx, spec)
     _check_attachments(tx, spec)
     service = _present(tx, id)
     if (

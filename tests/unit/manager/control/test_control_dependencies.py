@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
+from skep.manager.dependents import RESTARTED_MAX
 from skep.manager.orchestrator.changes import RollBack, apply
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import new_id
@@ -124,3 +125,50 @@ async def test_a_restart_after_scaling_returns_to_no_other_number_of_tasks(store
     web = await update(store, web, replace(a_service_spec("web", replicas=9), labels=web.spec.labels))
     await update(store, database, a_service_spec("db", image="db:2"))
     assert store.view().get(Service, web.id).previous_spec == web.spec
+
+
+async def test_as_many_services_are_restarted_with_one_as_a_transaction_holds_and_more_are_refused(store):
+    database = await create(store, a_service_spec("db"))
+    for number in range(RESTARTED_MAX):
+        await create(store, depending(f"web{number}", "db=service_started+restart"))
+    with pytest.raises(InvalidArgument, match="service db restarts 101 services with its updates"):
+        await create(store, depending("more", "db=service_started+restart"))
+    await create(store, depending("more", "db=service_started"))
+    await update(store, database, a_service_spec("db", image="busybox:2"))
+    await update(store, _named(store, "db"), a_service_spec("db", image="busybox:3"))
+    assert _named(store, "web99").spec.task_template.force_update == 2
+    assert _named(store, "more").spec.task_template.force_update == 0
+    changed = replace(_named(store, "web99").spec, labels={DEPENDS_ON: "db=service_healthy+restart"})
+    await update(store, _named(store, "web99"), changed)
+    with pytest.raises(InvalidArgument, match="restarts 101 services"):
+        await update(store, _named(store, "more"), depending("more", "db=service_started+restart"))
+
+
+async def test_no_more_is_restarted_together_than_a_transaction_has_room_for(store):
+    def large(number: int) -> ServiceSpec:
+        spec = depending(f"web{number}", "db=service_started+restart")
+        return replace(spec, labels=spec.labels | {"text": "x" * 40_000})
+
+    for number in range(8):
+        await create(store, large(number))
+    with pytest.raises(InvalidArgument, match=r"restarts 9 services .*: their specs have 36"):
+        await create(store, large(8))
+    database = await create(store, a_service_spec("db"))
+    await update(store, database, a_service_spec("db", image="busybox:2"))
+    assert _named(store, "web7").spec.task_template.force_update == 1
+
+
+async def test_too_many_of_an_earlier_version_are_named_at_the_update(store):
+    database = await create(store, a_service_spec("db"))
+    for number in range(300):
+        service = replace(
+            database, id=f"web{number}", spec=depending(f"web{number}", "db=service_started+restart")
+        )
+        await store.update(lambda tx, service=service: tx.put(service))
+    with pytest.raises(InvalidArgument, match="service db restarts 300 services with its updates"):
+        await update(store, database, a_service_spec("db", image="busybox:2"))
+
+
+def _named(store, name: str) -> Service:
+    (found,) = store.view().find(Service, name=name)
+    return found
