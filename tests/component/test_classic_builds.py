@@ -11,10 +11,10 @@ import pytest
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
+from skep.aio.slots import Slots
 from skep.api.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
-from skep.engine.build.slots import BuildSlots
 from skep.engine.images.store import ImageStore
 from tests.support.archives import a_file, a_tar
 from tests.support.wire_rig import until
@@ -47,7 +47,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     await images.open()
     engine: Any = SimpleNamespace(images=images)
     builder = Builder(engine, tmp_path / "builds", SystemClock())
-    builder.slots = BuildSlots(1, 1)
+    builder.slots = Slots(1, 1, "builds are at work on this node")
     runner = web.AppRunner(application(builds.build_routes(builder)), handler_cancellation=True)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "api")).start()

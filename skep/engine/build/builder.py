@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.aio.slots import Slots
 from skep.engine.build import copies, runs, targets
 from skep.engine.build.cache import CacheMounts, StepCache, key_of
 from skep.engine.build.config import (
@@ -55,7 +56,6 @@ from skep.engine.build.interface import (
     Step,
 )
 from skep.engine.build.mounts import RunMount, parse_mount
-from skep.engine.build.slots import BuildSlots
 from skep.engine.build.stage import (
     Changes,
     Made,
@@ -98,7 +98,7 @@ class Builder(Builds):
         self.mounts = CacheMounts(directory / "mounts")
         self.contexts = KnownContexts()
         self.clock = clock
-        self.slots = BuildSlots(BUILDS_MAX, WAITING_MAX)
+        self.slots = Slots(BUILDS_MAX, WAITING_MAX, "builds are at work on this node")
 
     async def build(
         self,

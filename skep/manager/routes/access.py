@@ -10,6 +10,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
+from skep.aio.slots import Slots
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
 from skep.api.gosyntax import BOOLEANS
@@ -137,6 +138,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     past: PastStates | None = None
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
+    plans: Slots = msgspec.field(default_factory=lambda: Slots(2, 8, "plans are made by this manager"))
     own: NodeId = NodeId("")
     """This manager's node."""
     own_error: Callable[[], str] = str

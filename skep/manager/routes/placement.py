@@ -8,11 +8,11 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import TimeSlices
-from skep.api.server import Routes, json_answer, read_json
+from skep.api.server import Routes, json_list_answer, read_json
 from skep.api.service_form import UNRECOGNIZED, settled
-from skep.errors import InvalidArgument, SkepError
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 from skep.manager.control.service_rules import check_service_spec
-from skep.manager.routes.access import current_view
+from skep.manager.routes.access import current_view, manager_of
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.dry_run import DryRun, PlannedPlacement
 from skep.manager.scheduler.explain import reserve_for
@@ -30,7 +30,10 @@ routes = Routes()
 _PIECE = 250
 """Objects counted before the event loop gets control."""
 _SERVICES_MAX = 2_000
-_TASKS_MAX = 4 * REPLICAS_MAX
+_TASKS_MAX = REPLICAS_MAX
+"""Of all services together: some seconds for a manager, beside its other work."""
+_WITHIN_S = 30.0
+"""After its turn has come."""
 
 
 @routes.post("/skep/services/placement")
@@ -44,8 +47,17 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
     number = len(view.ids(Node))
     if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
         raise InvalidArgument(f"too much at once: at most {_SERVICES_MAX} services with {_TASKS_MAX} tasks")
-    dry_run = DryRun(view, await accounting_of(view))
-    return json_answer([one async for one in _placements(dry_run, view, specs)])
+    async with manager_of(request).plans.taken():
+        try:
+            async with asyncio.timeout(_WITHIN_S):
+                view = await current_view(request)
+                dry_run = DryRun(view, await accounting_of(view))
+                placements = [one async for one in _placements(dry_run, view, specs)]
+        except TimeoutError as error:
+            raise ResourceExhausted(
+                f"placing {len(specs)} services takes more than {_WITHIN_S:g} s: ask for fewer at once"
+            ) from error
+    return json_list_answer(placements)
 
 
 def _tasks(spec: ServiceSpec, nodes: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.load import effective_tasks, used_share
@@ -28,7 +29,10 @@ class Candidates:
     """Nodes that meet the lasting part of the requirements, by branch of the preferences and in order of preference."""
 
     def __init__(self, requirements: Requirements, accounting: Accounting) -> None:
-        """``requirements``: of any service; the service and its tasks are not used."""
+        """Of no node before the first ``catch_up``.
+
+        ``requirements``: of any service; the service and its tasks are not used.
+        """
         self.levels: Sequence[str] = [over for over in requirements.spread_over if _is_label(over)]
         self.leaves: dict[Leaf, Ranking] = {}
         self.leaf_of: dict[NodeId, Leaf] = {}
@@ -43,15 +47,25 @@ class Candidates:
         self._passing = [filter for filter in filters if not filter.is_lasting]
         self._reserves = bool(requirements.nano_cpus or requirements.memory_bytes)
         self._seen = -1
-        self.catch_up()
+
+    @property
+    def behind(self) -> int:
+        """How many events the next ``catch_up`` has to look at; a new one: all nodes."""
+        behind = self._accounting.changes - self._seen
+        return max(behind, len(self._accounting.accounts)) if self._seen < 0 else behind
 
     def catch_up(self) -> None:
         """Check again the nodes that changed, or on which something was released, since the last call."""
-        if self._seen == self._accounting.changes:
-            return
-        for id in self._accounting.changed_since(self._seen):
-            self._update_node(id)
-        self._seen = self._accounting.changes
+        run_at_once(self.catching_up())
+
+    def catching_up(self) -> SlicedWork[None]:
+        """``catch_up`` with pauses, in which nodes may change: they are checked once more."""
+        while self._seen != (changes := self._accounting.changes):
+            for number, id in enumerate(self._accounting.changed_since(self._seen), 1):
+                self._update_node(id)
+                if number % STEP == 0:
+                    yield
+            self._seen = changes
 
     def rank(self, account: Account) -> Rank:
         """For all services alike: the used share of the tightest resource after the assignment, then the number of
@@ -111,14 +125,27 @@ class Pools:
 
     def candidates(self, requirements: Requirements) -> Candidates:
         """The present candidates for ``requirements``."""
+        pool = self._pool(requirements)
+        pool.catch_up()
+        return pool
+
+    def is_prepared(self, requirements: Requirements) -> bool:
+        """Whether ``candidates`` has little to do."""
+        pool = self._pools.get(shape_of(requirements))
+        return pool is not None and pool.behind <= STEP
+
+    def preparing(self, requirements: Requirements) -> SlicedWork[None]:
+        """What ``candidates`` would do at once: a millisecond for some hundred nodes."""
+        yield from self._pool(requirements).catching_up()
+
+    def _pool(self, requirements: Requirements) -> Candidates:
+        """As it was left."""
         shape = shape_of(requirements)
         pool = self._pools.pop(shape, None)
         if pool is None:
             pool = Candidates(shape, self.accounting)
             if len(self._pools) >= KEPT:
                 del self._pools[next(iter(self._pools))]  # least recently used
-        else:
-            pool.catch_up()
         self._pools[shape] = pool
         return pool
 

@@ -8,14 +8,14 @@ Not asked is what only time shows: which tasks wait for other services or return
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from msgspec.structs import replace
 
-from skep.aio.time_slices import STEP
+from skep.aio.time_slices import STEP, collect_in_slices
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.explain import NodeVerdict, verdict
-from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, place
+from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, placing
 from skep.manager.scheduler.requirements import Requirements, planes_of, requirements_of
 from skep.manager.scheduler.spread import Choices
 from skep.model.constraints import is_satisfied
@@ -88,8 +88,11 @@ class DryRun:
         refusal: Refusal | None = None
         for begin in range(0, len(missing), number):
             tasks = self._tasks(service, begin, missing[begin : begin + number])
-            requirements = requirements or self._requirements(tasks[0], spec)
-            placed = self._placed(tasks, requirements, is_last=begin + number >= len(missing))
+            if requirements is None:
+                requirements = self._requirements(tasks[0], spec)
+                if not is_global:
+                    yield from self._choices.preparing(requirements, now=0.0)
+            placed = yield from self._placed(tasks, requirements, is_last=begin + number >= len(missing))
             nodes.update(one.node_id for one in placed.assignments)
             self._free(replaced[begin : begin + number])
             yield None
@@ -99,10 +102,12 @@ class DryRun:
         verdicts: list[NodeVerdict] = []
         if refusal is not None and requirements is not None:
             yield from self._verdicts(requirements, verdicts)
+        shares: list[NodeShare] = []
+        yield from collect_in_slices(self._shares(nodes), shares)
         yield PlannedPlacement(
             name=spec.name,
             wanted=len(homes),
-            nodes=tuple(self._shares(nodes)),
+            nodes=tuple(shares),
             refusal=refusal.reason if refusal is not None else "",
             verdicts=tuple(verdicts),
         )
@@ -145,9 +150,15 @@ class DryRun:
         for task in tasks:
             self._accounting.remove(task.id)
 
-    def _placed(self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool) -> Placed:
+    def _placed(
+        self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool
+    ) -> Generator[None, None, Placed]:
         if not tasks[0].node_id:
-            return place(tasks, requirements, self._choices, now=0.0, limit=len(tasks), is_last=is_last)
+            return (
+                yield from placing(
+                    tasks, requirements, self._choices, now=0.0, limit=len(tasks), is_last=is_last
+                )
+            )
         made = [confirm(task, requirements, self._accounting) for task in tasks]
         return Placed(
             assignments=tuple(one for one in made if isinstance(one, Assignment)),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.scheduler import details
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
@@ -217,13 +218,22 @@ def filters_for(requirements: Requirements) -> tuple[Filter, ...]:
 
 
 def explanation(requirements: Requirements, accounts: Iterable[Account], copies: Counter[NodeId]) -> str:
+    """``explaining`` without pauses."""
+    return run_at_once(explaining(requirements, accounts, copies))
+
+
+def explaining(
+    requirements: Requirements, accounts: Iterable[Account], copies: Counter[NodeId]
+) -> SlicedWork[str]:
     """Which filter refused how many nodes, most first: ``insufficient resources on 2 nodes; ...``.
 
     Empty if no node was refused (there is none, or some would pass).
     """
     filters = filters_for(requirements)
     refused: Counter[Filter] = Counter()
-    for account in accounts:
+    for number, account in enumerate(accounts, 1):
+        if number % STEP == 0:
+            yield
         refusing = (one for one in filters if not one.passes(requirements, account, copies[account.node.id]))
         if (first := next(refusing, None)) is not None:
             refused[first] += 1

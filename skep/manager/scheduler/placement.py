@@ -7,8 +7,9 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import replace
 
+from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.scheduler.accounting import Account, Accounting, Usage
-from skep.manager.scheduler.filters import explanation, filters_for
+from skep.manager.scheduler.filters import explaining, explanation, filters_for
 from skep.manager.scheduler.requirements import Requirements
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.volumes import uses_of
@@ -57,6 +58,22 @@ def place(
     is_last: bool = True,
     leaving: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> Placed:
+    """``placing`` without pauses."""
+    return run_at_once(
+        placing(tasks, requirements, choices, now=now, limit=limit, is_last=is_last, leaving=leaving)
+    )
+
+
+def placing(
+    tasks: Sequence[Task],
+    requirements: Requirements,
+    choices: Choices,
+    *,
+    now: float,
+    limit: int,
+    is_last: bool = True,
+    leaving: Mapping[NodeId, int] = MappingProxyType({}),
+) -> SlicedWork[Placed]:
     """Nodes for up to ``limit`` of ``tasks``, which all have ``requirements`` (or its shape: ``Choices.is_first``).
 
     Each assignment is reserved in the accounting as it is made, so the next one takes it into account; a caller that
@@ -66,6 +83,8 @@ def place(
         now: on the clock of ``record_failure``.
         is_last: no more tasks with these requirements wait.
         leaving: tasks of the service, by node, whose slots ``tasks`` take over.
+
+    It pauses once everything is chosen, while it explains a refusal; ``Choices.preparing`` has the pauses before.
     """
     batch = tasks[:limit]
     accounting = choices.accounting
@@ -83,7 +102,7 @@ def place(
     refusals: list[Refusal] = []
     if refused:
         # A refusal holds for all tasks with the same requirements.
-        reason = _reason(requirements, accounting)
+        reason = yield from _reason(requirements, accounting)
         refusals = [Refusal(task, reason) for task in (*refused, *tasks[limit:])]
     return Placed(
         assignments=tuple(assignments),
@@ -139,7 +158,7 @@ def assigned(
     return Assignment(task=task, node_id=node_id, generic_resources=generic, volumes=volumes, message=message)
 
 
-def _reason(requirements: Requirements, accounting: Accounting) -> str:
+def _reason(requirements: Requirements, accounting: Accounting) -> SlicedWork[str]:
     copies = accounting.copies(requirements.service_id)
-    refused = explanation(requirements, accounting.accounts.values(), copies)
+    refused = yield from explaining(requirements, tuple(accounting.accounts.values()), copies)
     return f"no suitable node ({refused})" if refused else "no suitable node"

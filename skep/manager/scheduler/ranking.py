@@ -43,6 +43,10 @@ class Ranking:
         self._serials: dict[NodeId, int] = {}
         """The latest entry of each node; older ones in the heap are ignored."""
         self._next_serial = count()
+        self._changes = 0
+        """Of which nodes it has."""
+        self._within: tuple[Ranking, int, int, bool] | None = None
+        """The last answer of ``is_within``, and what it rests on."""
 
     def __len__(self) -> int:
         return len(self._serials)
@@ -52,10 +56,18 @@ class Ranking:
 
     def is_within(self, other: "Ranking") -> bool:
         """Whether all its nodes are also in ``other``."""
-        return len(self) <= len(other) and self._serials.keys() <= other._serials.keys()
+        if len(self) > len(other):
+            return False
+        known = self._within  # asked for each choice, and thousands of ids are compared
+        if known is not None and known[:3] == (other, self._changes, other._changes):
+            return known[3]
+        is_within = self._serials.keys() <= other._serials.keys()
+        self._within = other, self._changes, other._changes, is_within
+        return is_within
 
     def enter(self, account: Account) -> None:
         """Add ``account``, or update it after its rank may have improved."""
+        self._changes += account.node.id not in self._serials
         serial = self._serials[account.node.id] = next(self._next_serial)
         heapq.heappush(self._heap, self._entry(account, serial))
         if len(self._heap) > STALE_MAX + 2 * len(self._serials):
@@ -63,7 +75,7 @@ class Ranking:
 
     def leave(self, id: NodeId) -> None:
         """Remove the node."""
-        self._serials.pop(id, None)
+        self._changes += self._serials.pop(id, None) is not None
 
     def first(self) -> Entry | None:
         """The best account that has room, with its present rank; it is not removed."""
@@ -80,6 +92,7 @@ class Ranking:
             else:
                 heapq.heappop(heap)
                 del serials[account.node.id]
+                self._changes += 1
         return None
 
     def _entry(self, account: Account, serial: int) -> Entry:

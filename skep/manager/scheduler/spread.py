@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.candidates import Candidates, Leaf, Pools
 from skep.manager.scheduler.ranking import Entry, Rank, Ranking, rank_of
@@ -54,22 +55,34 @@ class Spread:
         """Whether assigned tasks count for the next ones.  Not for tasks without a service, nor for first tasks that
         are assigned by their shape."""
         self._leaves: dict[Leaf, _Leaf] = {}
-        self._rebuild()
+        self._revision = self._seen = -1
+        self._root: _Leaf | _Fork
 
     def next(self) -> Account | None:
         """The node for the next task; None if no further node passes."""
         return self._root.take()
 
     def catch_up(self) -> None:
-        """Update after tasks were assigned or ended, or nodes changed, since the last choice."""
+        """Update after tasks were assigned or ended, or nodes changed, since the last choice; before the first one."""
         self._candidates.catch_up()
         if self._revision != self._candidates.revision:
-            self._leaves.clear()
-            self._rebuild()
+            run_at_once(self.rebuilding())
         elif self._seen != self._accounting.changes or len(self._candidates.levels) > 1:
             for id in self._accounting.changed_since(self._seen):
                 self._update_node(id)
             self._build_tree()
+
+    def rebuilding(self) -> SlicedWork[None]:
+        """Begin anew, with pauses; what changes in these is left to ``catch_up``."""
+        self._leaves.clear()
+        self._revision, seen = self._candidates.revision, self._accounting.changes
+        copies = self._accounting.copies(self._requirements.service_id)
+        for number, id in enumerate({**copies, **self.failing}, 1):
+            self._update_node(id)
+            if number % STEP == 0:
+                yield
+        self._build_tree()
+        self._seen = seen
 
     def close(self) -> None:
         """End this batch: other spreads choose next."""
@@ -96,12 +109,6 @@ class Spread:
         """Wanted tasks of the service on the node."""
         return self._accounting.copies(self._requirements.service_id).get(account.node.id, 0)
 
-    def _rebuild(self) -> None:
-        self._revision = self._candidates.revision
-        for id in {**self._accounting.copies(self._requirements.service_id), **self.failing}:
-            self._update_node(id)
-        self._build_tree()
-
     def _update_node(self, id: NodeId) -> None:
         """Take a node into its leaf's own order if the service is, or has failed, there."""
         leaf = self._candidates.leaf_of.get(id)
@@ -119,7 +126,7 @@ class Spread:
         self._seen = self._accounting.changes
         levels = len(self._candidates.levels)
         if not levels:
-            self._root: _Leaf | _Fork = self._leaf(())
+            self._root = self._leaf(())
             return
         tasks: Counter[Leaf] = Counter()
         for id, count in self._accounting.copies(self._requirements.service_id).items():
@@ -171,17 +178,34 @@ class Choices:
         """The spread for one batch, to be closed after it.  ``is_last``: no more tasks of the group wait."""
         failing = failing_nodes(self.accounting, requirements, now)
         if leaving:
-            return Spread(requirements, self._pools, failing, leaving)  # valid for this batch only
+            once = Spread(requirements, self._pools, failing, leaving)  # valid for this batch only
+            once.catch_up()
+            return once
         spread = self._kept.pop(requirements, None)
         if spread is None or spread.failing != failing:
             spread = Spread(requirements, self._pools, failing)
-        else:
-            spread.catch_up()
+        spread.catch_up()
         if not is_last:
-            self._kept[requirements] = spread
-            if len(self._kept) > KEPT_SPREADS:
-                del self._kept[next(iter(self._kept))]  # least recently used
+            self._keep(requirements, spread)
         return spread
+
+    def is_prepared(self, requirements: Requirements) -> bool:
+        """Whether ``spread`` has little to do."""
+        return self._pools.is_prepared(requirements)
+
+    def preparing(self, requirements: Requirements, now: float) -> SlicedWork[None]:
+        """What ``spread`` would do at once: candidates among all nodes, and the order of those that run the service."""
+        yield from self._pools.preparing(requirements)
+        if requirements not in self._kept and len(self.accounting.copies(requirements.service_id)) > STEP:
+            failing = failing_nodes(self.accounting, requirements, now)
+            spread = Spread(requirements, self._pools, failing)
+            yield from spread.rebuilding()
+            self._keep(requirements, spread)
+
+    def _keep(self, requirements: Requirements, spread: Spread) -> None:
+        self._kept[requirements] = spread
+        if len(self._kept) > KEPT_SPREADS:
+            del self._kept[next(iter(self._kept))]  # least recently used
 
 
 def failing_nodes(accounting: Accounting, requirements: Requirements, now: float) -> dict[NodeId, int]:

@@ -112,7 +112,7 @@ class ClusterVolumes:
 
     async def run(self) -> None:
         """Handle volumes until cancelled."""
-        self._inherited = frozenset(self._term.view().ids(Volume))
+        self._inherited = frozenset(volume.id for volume in self._term.view().find(Volume))
         self._settled_at = self._clock.monotonic() + SETTLED_S
         await run_exact_informer(
             self._term,

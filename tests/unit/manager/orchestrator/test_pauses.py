@@ -1,40 +1,20 @@
 """A decision about a large service pauses often: counted are the calls between two pauses, the same on any machine."""
 
-import sys
 from collections.abc import Iterable
-from types import FrameType
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from skep.aio.time_slices import SlicedWork
 from skep.manager.orchestrator.convergence import deciding
 from skep.model.service import Service, UpdateConfig, UpdateState, UpdateStatus
 from skep.model.task import Task
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.counted_calls import most_calls_between_pauses
 from tests.support.worlds import World
 
 SLOTS = 4000
 CALLS_MAX = 2 * SLOTS
 """Two for each slot are a few milliseconds of 20,000."""
-
-
-def most_calls_between_pauses(work: SlicedWork[Any]) -> int:
-    """Of functions, built in or not."""
-    most = calls = 0
-
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        for _ in work:
-            most, calls = max(most, calls), 0
-    finally:
-        sys.setprofile(None)
-    return max(most, calls)
 
 
 @pytest.mark.parametrize("state", [None, UpdateState.UPDATING, UpdateState.PAUSED])

@@ -1,24 +1,31 @@
 """Where services would run, asked of the scheduler: nothing is written, and every one takes room from the next."""
 
+import asyncio
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
 from skep.aio.time_slices import STEP
 from skep.api.service_form import settled
 from skep.manager.routes import ManagerApi, application, placement
 from skep.manager.routes.placement import accounting_of
+from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.dry_run import BATCH, DryRun
 from skep.model.node import Availability
-from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.service import Placement, ResourceRequirements, Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import TaskState
-from skep.store.interface import Object
+from skep.store.interface import Object, View
+from skep.store.memory import MemoryStore
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.counted_calls import most_calls_between_pauses
+from tests.support.wire_rig import until
 
 GIB = 1 << 30
+NODES = 3000
 
 
 @pytest.fixture
@@ -211,3 +218,55 @@ async def test_nothing_about_many_nodes_or_tasks_is_looked_at_without_a_pause(cl
     steps = list(DryRun(view, await accounting_of(view)).placing(service.spec))
     assert steps[-1].wanted == 4 * STEP
     assert len(steps) > 4 + 2 + 2 * STEP // BATCH
+
+
+async def test_two_are_made_at_a_time_and_few_wait(cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, client = cluster
+    may_go_on, begun = asyncio.Event(), 0
+
+    async def slowly(view: View) -> Accounting:
+        nonlocal begun
+        begun += 1
+        await may_go_on.wait()
+        return await accounting_of(view)
+
+    monkeypatch.setattr(placement, "accounting_of", slowly)
+
+    async def ask() -> int:
+        async with client.post("/skep/services/placement", json=[a_spec("a")]) as response:
+            return int(response.status)
+
+    async with asyncio.TaskGroup() as group:
+        asking = [group.create_task(ask()) for _ in range(10)]
+        await until(lambda: begun == 2 and api.plans.waiting == 8)
+        assert await ask() == 500
+        may_go_on.set()
+    assert [one.result() for one in asking] == [200] * 10
+
+
+async def test_one_that_takes_too_long_ends(cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_WITHIN_S", 0.0)
+    _, client = cluster
+    async with client.post("/skep/services/placement", json=[a_spec("a")]) as response:
+        assert response.status == 500
+        assert "ask for fewer at once" in (await response.json())["message"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"placement": Placement(constraints=("node.labels.zone!=a", "node.labels.zone!=b"))},
+        {"placement": Placement(constraints=("node.labels.zone==a",))},
+        {"resources": ResourceRequirements(reservations=Resources(memory_bytes=1 << 60))},
+        {"resources": ResourceRequirements(reservations=Resources(memory_bytes=1))},
+    ],
+)
+async def test_no_step_looks_at_more_than_some_nodes(template: dict[str, Any]) -> None:
+    """Counted are calls between two pauses, which are the same on any machine."""
+    store = MemoryStore(SystemClock())
+    await store.update_each(lambda tx, n: tx.put(a_node(f"n{n}")), range(NODES))
+    view = store.view()
+    dry_run = DryRun(view, await accounting_of(view))
+    spec = settled(a_service_spec("a", replicas=10))
+    spec = replace(spec, task_template=replace(spec.task_template, **template))
+    assert most_calls_between_pauses(dry_run.placing(spec)) < 7 * NODES

@@ -1,7 +1,4 @@
-"""How many builds are at work on a node, and how many may wait for that.
-
-A build takes its slot before anything of its client is unpacked: what waits costs a connection.
-"""
+"""Work of which some is done at one time, and some more may wait for that."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,10 +7,12 @@ from contextlib import asynccontextmanager
 from skep.errors import ResourceExhausted
 
 
-class BuildSlots:
-    """``slots``: builds at work at one time; ``waiting_max``: builds that wait for them."""
+class Slots:
+    """``slots``: pieces of work at one time; ``waiting_max``: how many wait for them."""
 
-    def __init__(self, slots: int, waiting_max: int) -> None:
+    def __init__(self, slots: int, waiting_max: int, busy: str) -> None:
+        """``busy``: what they do, for the refusal of more, as in ``builds are at work on this node``."""
+        self._busy = busy
         self._slots = slots
         self._free = asyncio.Semaphore(slots)
         self._waiting_max = waiting_max
@@ -23,9 +22,7 @@ class BuildSlots:
     async def taken(self) -> AsyncIterator[None]:
         """Hold a slot while the block runs; in the order of asking.  Raises: ResourceExhausted: too many wait."""
         if self._free.locked() and self.waiting >= self._waiting_max:
-            raise ResourceExhausted(
-                f"{self._slots} builds are at work on this node and {self.waiting} wait: try again later"
-            )
+            raise ResourceExhausted(f"{self._slots} {self._busy} and {self.waiting} wait: try again later")
         self.waiting += 1
         try:
             await self._free.acquire()

@@ -4,13 +4,17 @@ import asyncio
 
 import pytest
 
-from skep.engine.build.slots import BuildSlots
+from skep.aio.slots import Slots
 from skep.errors import ResourceExhausted
 from tests.support.wire_rig import until
 
 
 async def test_builds_beyond_the_slots_wait_in_their_order_and_beyond_the_bound_are_refused() -> None:
-    slots, begun, ends = BuildSlots(2, 2), list[int](), [asyncio.Event() for _ in range(4)]
+    slots, begun, ends = (
+        Slots(2, 2, "builds are at work on this node"),
+        list[int](),
+        [asyncio.Event() for _ in range(4)],
+    )
 
     async def build(number: int) -> None:
         async with slots.taken():
@@ -33,7 +37,7 @@ async def test_builds_beyond_the_slots_wait_in_their_order_and_beyond_the_bound_
 
 
 async def test_a_build_that_is_cancelled_while_it_waits_leaves_its_place_to_another() -> None:
-    slots = BuildSlots(1, 1)
+    slots = Slots(1, 1, "builds are at work on this node")
 
     async def build() -> str:
         async with slots.taken():
