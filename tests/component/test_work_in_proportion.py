@@ -79,15 +79,15 @@ async def test_a_change_costs_the_same_in_a_cluster_ten_times_as_large() -> None
 
 async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong twin: a scheduler that begins anew after every batch."""
-    real = Scheduler._commit
+    real = Scheduler._flush
 
-    async def careful(self: Any, *decisions: Any) -> None:
-        await real(self, *decisions)
+    async def careful(self: Any) -> None:
+        await real(self)
         term: LoopStore = self._term
         self._on_snapshot(term.view())
         for _ in self._loading:
             pass
 
-    monkeypatch.setattr(Scheduler, "_commit", careful)
+    monkeypatch.setattr(Scheduler, "_flush", careful)
     small, large = await calls_for_a_change(10), await calls_for_a_change(100)
     assert large > 1.2 * small

@@ -17,7 +17,7 @@ from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.dispatcher.assignments import difference, everything
 from skep.manager.dispatcher.statuses import record_unpublished
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.volumes.loop import ClusterVolumes
+from skep.manager.volumes.loop import ClusterVolumes, unconfirmed
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, SessionId, TaskId, VolumeId
 from skep.model.meta import Driver
@@ -219,7 +219,7 @@ class World:
         random = Random(self.random.random())
         async with asyncio.TaskGroup() as group:
             group.create_task(Scheduler(self.store, self.clock, str, random).run())
-            group.create_task(ClusterVolumes(self.store, self.clock, random, self.driver).run())
+            group.create_task(ClusterVolumes(self.store, self.clock, random, self.driver, unconfirmed).run())
 
     def _found(self, tx: Transaction) -> None:
         tx.raise_level(CLUSTER_VOLUMES)

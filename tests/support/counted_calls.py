@@ -1,7 +1,9 @@
 """Calls between the pauses of sliced work: the same on any machine, however busy."""
 
 import sys
-from collections.abc import Iterable
+from asyncio import Handle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -20,3 +22,20 @@ def most_calls_between_pauses(work: Iterable[object]) -> int:
     finally:
         sys.setprofile(None)
     return max(most, calls)
+
+
+@contextmanager
+def counting_calls_of_callbacks() -> Iterator[list[int]]:
+    """Calls within each callback of the event loop, while the block runs: nothing else runs in between."""
+    counts = [0]
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code is Handle._run.__code__:
+            counts.append(0)
+        counts[-1] += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        yield counts
+    finally:
+        sys.setprofile(None)

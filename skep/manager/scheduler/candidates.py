@@ -50,9 +50,8 @@ class Candidates:
 
     @property
     def behind(self) -> int:
-        """How many events the next ``catch_up`` has to look at; a new one: all nodes."""
-        behind = self._accounting.changes - self._seen
-        return max(behind, len(self._accounting.accounts)) if self._seen < 0 else behind
+        """How many events the next ``catch_up`` has to look at, at most."""
+        return self._accounting.changes - self._seen
 
     def catch_up(self) -> None:
         """Check again the nodes that changed, or on which something was released, since the last call."""
@@ -132,7 +131,8 @@ class Pools:
     def is_prepared(self, requirements: Requirements) -> bool:
         """Whether ``candidates`` has little to do."""
         pool = self._pools.get(shape_of(requirements))
-        return pool is not None and pool.behind <= STEP
+        behind = pool.behind if pool is not None else len(self.accounting.accounts)
+        return behind <= STEP
 
     def preparing(self, requirements: Requirements) -> SlicedWork[None]:
         """What ``candidates`` would do at once: a millisecond for some hundred nodes."""

@@ -16,14 +16,14 @@ from typing import TypeAlias
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.time_slices import run_in_slices
+from skep.aio.time_slices import SlicedWork, result_in_slices, run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.dependencies import Looked, Waits
-from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
+from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, placing
 from skep.manager.scheduler.requirements import Requirements, RequirementsCache
 from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
@@ -86,6 +86,9 @@ class Scheduler:
         self._returning = Returning(self._accounting)
         self._away: dict[TaskId, str] = {}
         """Why pending tasks may go elsewhere than to the node with their slot's volumes; they are in common groups."""
+        self._assignments: list[Assignment] = []
+        self._refusals: list[Refusal] = []
+        """Decisions that are not being written yet."""
         self._deciding: set[TaskId] = set()
         """Tasks whose decision is being written: commits about them are ignored until then, so they keep their
         reservation."""
@@ -253,23 +256,18 @@ class Scheduler:
         while True:
             due = await self._queue.take(BATCH)
             now = self._clock.monotonic()
-            assignments: list[Assignment] = []
-            groups, refusals = self._without_waiting(due, now)
+            groups, waiting = self._without_waiting(due, now)
+            self._refusals += waiting
             firsts, others = self._partition(groups, now)
             for shape, tasks in firsts.items():
-                placed = self._place_first_tasks(shape, tasks, now)
-                assignments += placed.assignments
-                refusals += placed.refusals
+                await self._place_first_tasks(shape, tasks, now)
             room = BATCH - len(groups) + len(others)
             for group in others:
                 if room <= 0:
                     self._queue.add((group,))
                     continue
-                placed = self._decide_group(group, room, now)
-                assignments += placed.assignments
-                refusals += placed.refusals
-                room -= len(placed.assignments) or 1
-            await self._commit(assignments, [one for one in refusals if not _is_already_shown(one)])
+                room -= await self._decide_group(group, room, now) or 1
+            await self._flush()
 
     def _without_waiting(self, groups: Sequence[Group], now: float) -> tuple[list[Group], list[Refusal]]:
         """The groups that wait for no service, and the tasks of the others with what they wait for."""
@@ -315,28 +313,61 @@ class Scheduler:
             return firsts, others
         return {}, groups  # one of them raised: each separately, so that only that one fails
 
-    def _decide_group(self, group: Group, limit: int, now: float) -> Placed:
-        """Decide up to ``limit`` tasks of the group; the rest is queued again."""
+    async def _decide_group(self, group: Group, limit: int, now: float) -> int:
+        """Decide up to ``limit`` tasks of the group; the rest is queued again.  Gives how many are assigned."""
         placed = Placed()
         with self._failures.caught(group):
-            placed = self._place_group(group, limit, now)
+            placed = await self._place_group(group, limit, now)
         if (failure := self._failures.of(group)) is not None:
             self._queue.add_at(group, failure.retry_at)
             tasks = self._tasks_of(group)
             for task in tasks:
                 self._accounting.remove(task.id)
-            return Placed(refusals=_refusals(tasks, f"scheduling failed: {failure.error}"))
+            self._refusals += _refusals(tasks, f"scheduling failed: {failure.error}")
+            return 0
         if placed.refusals:
             self._refused.add(group)
         elif self._pending_count(group) > limit:
             self._queue.add((group,))
-        return placed
+        self._assignments += placed.assignments
+        self._refusals += placed.refusals
+        return len(placed.assignments)
 
-    def _place_group(self, group: Group, limit: int, now: float) -> Placed:
+    async def _prepare(self, requirements: Requirements, now: float) -> bool:
+        """Find the candidates among thousands of nodes, with pauses; gives whether there were any."""
+        if self._choices.is_prepared(requirements):
+            return False
+        await self._flush()
+        await run_in_slices(self._choices.preparing(requirements, now), self._clock)
+        return True
+
+    async def _in_slices(self, work: SlicedWork[Placed], tasks: Sequence[Task]) -> Placed:
+        """The decision about ``tasks``.  Before it pauses, those before it are written: commits about tasks that are
+        decided and not written yet would release their reservations."""
+        try:
+            next(work)
+        except StopIteration as end:
+            placed: Placed = end.value
+            return placed
+        # It explains a refusal from here on: what has room meanwhile has them decided again.
+        self._refused.update(group for task in tasks if (group := self._group_of.get(task.id)) is not None)
+        ids = [task.id for task in tasks if self._accounting.node_of(task.id)]
+        self._deciding.update(ids)
+        try:
+            await self._flush()
+            return await result_in_slices(work, self._clock)
+        finally:
+            self._deciding.difference_update(ids)
+
+    async def _place_group(self, group: Group, limit: int, now: float) -> Placed:
         tasks = self._tasks_of(group, limit)
         if not tasks:
             return Placed()
         requirements = self._requirements.of(tasks[0], self._term.view())
+        if not tasks[0].node_id and await self._prepare(requirements, now):
+            tasks = self._tasks_of(group, limit)  # some may have gone meanwhile
+            if not tasks:
+                return Placed()
         if tasks[0].node_id:
             match confirm(tasks[0], requirements, self._accounting):
                 case Assignment() as assignment:
@@ -353,9 +384,10 @@ class Scheduler:
         leaving_by_node = (
             leaving(tasks, self._term.view()) if self._accounting.copies(requirements.service_id) else {}
         )
-        placed = place(
+        work = placing(
             tasks, requirements, self._choices, now=now, limit=limit, is_last=is_last, leaving=leaving_by_node
         )
+        placed = await self._in_slices(work, [*tasks, *(one.task for one in returned)])
         if self._away or returned:
             placed = replace(placed, assignments=(*returned, *map(self._with_note, placed.assignments)))
         if placed.refusals:
@@ -404,20 +436,24 @@ class Scheduler:
         why = self._away.get(assignment.task.id)
         return replace(assignment, message=f"{assignment.message}; {why}") if why else assignment
 
-    def _place_first_tasks(self, shape: Requirements, tasks: list[Task], now: float) -> Placed:
+    async def _place_first_tasks(self, shape: Requirements, tasks: Sequence[Task], now: float) -> None:
         """Nodes for single tasks, with equal requirements, of services without any other task."""
         placed: Placed | None = None
         with self._accounting_failures.caught("first tasks"):
-            placed = place(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
+            if await self._prepare(shape, now):
+                view = self._term.view()
+                pending = (self._pending_task(task.id, view) for task in tasks)
+                tasks = [task for task in pending if task is not None]
+            work = placing(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
+            placed = await self._in_slices(work, tasks)
         if placed is None:
             # One of them, or a node, raised: each separately, so that only that one fails.
-            alone = [self._decide_group(_group_of(task), 1, now) for task in tasks]
-            return Placed(
-                assignments=tuple(one for some in alone for one in some.assignments),
-                refusals=tuple(one for some in alone for one in some.refusals),
-            )
+            for task in tasks:
+                await self._decide_group(_group_of(task), 1, now)
+            return
         self._refused.update(_group_of(refusal.task) for refusal in placed.refusals)
-        return placed
+        self._assignments += placed.assignments
+        self._refusals += placed.refusals
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""
@@ -446,9 +482,11 @@ class Scheduler:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    async def _commit(self, assignments: list[Assignment], refusals: list[Refusal]) -> None:
-        """Write the decisions, many in one transaction."""
-        decisions: list[Decision] = [*assignments, *refusals]
+    async def _flush(self) -> None:
+        """Write what was decided, many decisions in one transaction."""
+        refusals = (one for one in self._refusals if not _is_already_shown(one))
+        decisions: list[Decision] = [*self._assignments, *refusals]
+        self._assignments, self._refusals = [], []
         if not decisions:
             return
         ids = [decision.task.id for decision in decisions]

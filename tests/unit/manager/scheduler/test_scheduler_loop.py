@@ -5,22 +5,29 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from skep.aio import time_slices
 from skep.aio.clock import SystemClock
+from skep.aio.time_slices import SlicedWork
 from skep.manager import failures
-from skep.manager.scheduler import dependencies, spread
+from skep.manager.scheduler import dependencies, filters, placement, spread
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.writes import Decision, DecisionWriter
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import new_id
+from skep.model.node import Node
 from skep.model.service import Resources, Service, UpdateState
 from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Object, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.counted_calls import counting_calls_of_callbacks
+
+NODES = 1000
 
 
 def put(tx: Transaction, object: Object) -> None:
@@ -178,3 +185,49 @@ async def test_what_waits_is_decided_again_when_a_service_changes_and_not_for_it
     other = a_service("other")
     assert again(other, a_service("other", state=UpdateState.UPDATING)) == []
     assert again(other, a_service("other", replicas=2)) == ["group"]
+
+
+async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_for_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether there are candidates, and why there are none, is found out with pauses: counted are calls, not time."""
+    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+    store = MemoryStore(SystemClock())
+    await store.update_each(put, [a_node(f"n{n}", labels={"zone": "a"}) for n in range(NODES)])
+    services = [
+        a_service(f"s{n}", constraints=(f"node.labels.zone!={n}", "node.labels.zone==b")) for n in range(9)
+    ]
+    services += [a_service(f"m{n}", constraints=(f"node.labels.zone!={n}",)) for n in range(9)]
+    await store.update_each(put, services)
+    with counting_calls_of_callbacks() as counts:
+        async with scheduling(store):
+            await asyncio.sleep(0)
+            await store.update_each(
+                put, [a_task(one.id, service=one, state=TaskState.PENDING) for one in services]
+            )
+            await wait_for(
+                store, lambda: all(one.node_id or one.status.err for one in store.view().find(Task))
+            )
+    assert len([one for one in store.view().find(Task) if one.node_id]) == 9
+    assert max(counts) < 12 * NODES
+
+
+async def test_room_that_comes_while_a_refusal_is_explained_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+    explained, real = asyncio.Event(), filters.explaining
+
+    def slowly(*asked: Any) -> SlicedWork[str]:
+        explained.set()
+        for _ in range(200):
+            yield
+        return (yield from real(*asked))
+
+    monkeypatch.setattr(placement, "explaining", slowly)
+    here, there = waiting(1, constraints=("node.labels.zone==a",)), waiting(1, name="other")
+    store = await a_store(*here, *there)
+    async with scheduling(store):
+        await explained.wait()
+        node = store.view().get(Node, "n3")
+        await store.update(put, replace(node, spec=replace(node.spec, labels={"zone": "a"})))
+        await wait_for(store, lambda: "" not in nodes_of(store))
+    assert store.view().get(Task, here[0].id).node_id == "n3"
