@@ -1,0 +1,58 @@
+"""The tutorials, run from beginning to end as they are written, in a playground under another name."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.documents import ROOT, shell_blocks
+from tests.support.playground_rig import SKEP
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PAGES = [
+    "docs/guide/start.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs/tutorials").glob("*.md")),
+]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Where the commands run.  ``skep`` and ``docker`` are the ones to test; a playground that is left is removed."""
+    with tempfile.TemporaryDirectory(prefix="skep-test-", dir="/var/tmp") as name:
+        directory = Path(name)
+        where = f"--dir {directory}/playground --name tutorial{os.getpid()}"
+        skep = directory / "bin/skep"
+        skep.parent.mkdir()
+        skep.write_text(
+            "#!/bin/sh\n"
+            f'[ "$1" = playground ] || exec {SKEP} "$@"\n'
+            f'verb=$2; shift 2; exec {SKEP} playground "$verb" {where} "$@"\n'
+        )
+        skep.chmod(0o755)
+        yield directory
+        subprocess.run([skep, "playground", "down"], check=False, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_tells_is_so(page: str, directory: Path) -> None:
+    """Pages check themselves: every command has to work, and those that look for something have to find it."""
+    blocks = shell_blocks(page)
+    assert blocks[0].startswith("skep playground up")
+    assert blocks[-1].endswith("skep playground down\n")
+    log = directory / "log"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            ["bash", "-e", "-v", "-c", "".join(blocks)],
+            cwd=directory,
+            env={"PATH": f"{directory}/bin:{os.environ['PATH']}", "HOME": str(directory)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            timeout=280,
+            check=False,
+        )
+    assert done.returncode == 0, log.read_text(errors="replace")[-8000:]
