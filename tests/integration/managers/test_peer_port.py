@@ -76,7 +76,7 @@ def test_a_peer_port_that_is_closed_on_the_way_out_or_on_the_way_in_is_named() -
 
         with lost(m2, "output", "tcp dport 2378"):
             refused = m2.docker("swarm", "join", "--token", token, f"{addresses[0]}:2377", check=False)
-        assert f"this manager cannot reach {addresses[0]}:2378 (etcd's peers): no answer" in refused.stderr
+        assert f"this manager cannot reach {addresses[0]}:2378 (etcd's peers): no response" in refused.stderr
         # The etcd that comes in opens what it needs; the way in is missed when it has to send a snapshot, say.
         with lost(m2, "input", "tcp dport 2378"):
             m2.docker("swarm", "join", "--token", token, f"{addresses[0]}:2377")
