@@ -1,0 +1,105 @@
+"""``skep ui`` in Chromium on a real cluster: a service is scaled, a node lost, what it did comes back; a terminal."""
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.support.browser import a_browser, a_page, require_chromium
+from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestCluster, TestNode, a_playground
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture
+def swarm() -> Iterator[TestCluster]:
+    require_chromium()
+    with a_playground("seen", managers=1, workers=2) as cluster:
+        yield cluster
+
+
+@asynccontextmanager
+async def ui(node: TestNode) -> AsyncIterator[str]:
+    """The address that ``skep ui`` prints."""
+    words = (SKEP, "--host", node.socket, "ui", "--no-browser")
+    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def test_a_cluster_is_operated_from_the_page(swarm: TestCluster, tmp_path: Path) -> None:
+    m1 = swarm.node("m1")
+    place = Path(os.environ.get("SKEP_PICTURES", tmp_path))
+    create = ("service", "create", "--detach", "--name", "web", "--replicas", "2", IMAGE, *IDLE)
+    await asyncio.to_thread(m1.docker, *create)
+    size = {"width": 1280, "height": 800}
+    async with (
+        ui(m1) as address,
+        a_browser() as browser,
+        a_page(browser, may_say="404", viewport=size) as page,
+    ):
+        await page.goto(address)
+        await expect(_replicas(page)).to_have_text("2/2", timeout=60_000)
+        await page.get_by_role("link", name=re.compile("^web: ")).click()
+        await _scale(page, 6)
+        await expect(_replicas(page)).to_have_text("6/6", timeout=60_000)
+        await page.screenshot(path=place / "real-scaled.png")
+        await asyncio.to_thread(swarm.skep, "kill", "w1")
+        await page.keyboard.press("Escape")
+        await expect(page.locator(".attention")).to_contain_text("w1 is down", timeout=60_000)
+        await page.screenshot(path=place / "real-lost.png")
+        await expect(_replicas(page)).to_have_text("6/6", timeout=60_000)
+        await expect(page.get_by_role("application")).to_have_attribute(
+            "aria-label", re.compile("1 node not ready")
+        )
+        await page.screenshot(path=place / "real-healed.png")
+        await _roll_back(page)
+        await expect(_replicas(page)).to_have_text("2/2", timeout=60_000)
+        await _terminal(page)
+        await page.screenshot(path=place / "real-terminal.png")
+        await page.goto(f"{page.url.partition('#')[0]}#/events")
+        await expect(page.locator(".events li").first).to_be_visible()
+        await page.screenshot(path=place / "real-events.png")
+
+
+def _replicas(page: Page):  # type: ignore[no-untyped-def]
+    return page.locator(".legend li", has_text="web").locator("> a")
+
+
+async def _scale(page: Page, replicas: int) -> None:
+    await page.get_by_role("button", name="Scale", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Scale web")
+    await dialog.get_by_label("Replicas").fill(str(replicas))
+    await expect(dialog.locator(".preview li.more").first).to_be_visible()
+    await dialog.get_by_role("button", name="Scale").click()
+    await expect(dialog).to_be_hidden()
+
+
+async def _roll_back(page: Page) -> None:
+    await page.get_by_role("link", name=re.compile("^web: ")).click()
+    await page.get_by_role("button", name="Roll back").click()
+    dialog = page.get_by_role("dialog", name="Roll back web")
+    await expect(dialog.locator(".changes")).to_contain_text("Replicas")
+    await dialog.get_by_role("button", name="Roll back").click()
+    await expect(dialog).to_be_hidden()
+
+
+async def _terminal(page: Page) -> None:
+    tasks = "[...skep.cluster.all('tasks')].filter((task) => task.state === 'running')"
+    task = await page.evaluate(f"{tasks}[0].id")
+    await page.goto(f"{page.url.partition('#')[0]}#/tasks/tasks/{task}/terminal")
+    await page.get_by_role("button", name="Open", exact=True).click()
+    view = page.locator(".terminal")
+    await expect(view).to_contain_text("#", timeout=30_000)
+    await page.keyboard.type("echo $((6*7))")
+    await page.keyboard.press("Enter")
+    await expect(view).to_contain_text("42")
