@@ -5,6 +5,7 @@ import binascii
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain, count
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +22,7 @@ from skep.stack.project import NAMESPACE
 _ANSWERS_WITHIN_S: Final = 30.0
 _FILE_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}")
 REST: Final = "services"
-"""The stack of services that belong to none."""
+"""The stack of services that belong to none, unless one has this name already."""
 _START: Final = [
     "# Moving this swarm",
     "",
@@ -36,11 +37,6 @@ _VOLUMES: Final = [
     "## 4. Volumes",
     "",
     "The data of a volume is on the node whose tasks used it: copy it before its service starts in the new place.",
-    "",
-]
-_REST: Final = [
-    f"The services in `{REST}.yaml` belonged to no stack: they are called `{REST}_NAME` now, and by their old",
-    "name on the stack's networks.",
     "",
 ]
 
@@ -76,10 +72,11 @@ async def objects_of(client: Client) -> Objects:
 def move_of(objects: Objects) -> Move:
     """Stack files, the contents of configs, and a page with the steps."""
     networks = {str(one["Id"]): one for one in objects.networks if one.get("Scope") == "swarm"}
+    specs = [spec_in(service) for service in objects.services]
+    rest = _free_name({spec.labels.get(NAMESPACE, "") for spec, _ in specs})
     stacks: dict[str, list[tuple[ServiceSpec, Unknown]]] = {}
-    for service in objects.services:
-        spec, unknown = spec_in(service)
-        stacks.setdefault(spec.labels.get(NAMESPACE) or REST, []).append((spec, unknown))
+    for spec, unknown in specs:
+        stacks.setdefault(spec.labels.get(NAMESPACE) or rest, []).append((spec, unknown))
     contents, labels = dict(_contents(objects.configs)), _labels(objects.configs)
     made: dict[str, Imported] = {}
     files: dict[str, bytes] = {}
@@ -91,8 +88,14 @@ def move_of(objects: Objects) -> Move:
         )
         files[f"{name}.yaml"] = made[name].text.encode()
     files |= {f"configs/{name}": content for name, content in contents.items()}
-    files["MOVING.md"] = _page(objects, made, contents.keys()).encode()
+    files["MOVING.md"] = _page(objects, made, rest, contents.keys()).encode()
     return Move(files=files, stacks=made)
+
+
+def _free_name(taken: Collection[str]) -> str:
+    """``REST``, with a number if a stack has that name."""
+    numbered = (f"{REST}-{number}" for number in count(2))
+    return next(name for name in chain((REST,), numbered) if name not in taken)
 
 
 def _contents(configs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
@@ -129,12 +132,14 @@ def _with_configs(one: Imported, contents: Mapping[str, bytes], labels: Mapping[
     return replace(one, document=one.document | ({"configs": configs} if configs else {}))
 
 
-def _page(objects: Objects, stacks: Mapping[str, Imported], in_files: Collection[str]) -> str:
-    return "\n".join(line for section in _sections(objects, stacks, in_files) for line in section) + "\n"
+def _page(objects: Objects, stacks: Mapping[str, Imported], rest: str, in_files: Collection[str]) -> str:
+    return (
+        "\n".join(line for section in _sections(objects, stacks, rest, in_files) for line in section) + "\n"
+    )
 
 
 def _sections(
-    objects: Objects, stacks: Mapping[str, Imported], in_files: Collection[str]
+    objects: Objects, stacks: Mapping[str, Imported], rest: str, in_files: Collection[str]
 ) -> Iterator[list[str]]:
     yield _START
     yield _block(_node_commands(objects.nodes))
@@ -158,8 +163,12 @@ def _sections(
     )
     yield ["## 5. Stacks", ""]
     yield _block(f"skep stack deploy --compose-file {name}.yaml {name}" for name in stacks)
-    if REST in stacks:
-        yield _REST
+    if rest in stacks:
+        yield [
+            f"The services in `{rest}.yaml` belonged to no stack: they are called `{rest}_NAME` now, and by their old",
+            "name on the stack's networks.",
+            "",
+        ]
     yield ["## What the files do not say", ""]
     yield _list(
         str(replace(note, path=f"{name}.yaml: {note.path}"))
@@ -176,7 +185,12 @@ def _payload_command(kind: str, found: Mapping[str, Any]) -> str:
         words += [option, str(spec[key].get("Name", ""))] if spec.get(key) else []
     for key, value in sorted((spec.get("Labels") or {}).items()):
         words += ["--label", f"{key}={value}"]
-    return f"{shlex.join([*words, str(spec.get('Name', ''))])} FILE"
+    return f"{shlex.join([*words, *_named(spec.get('Name', ''))])} FILE"
+
+
+def _named(name: object) -> list[str]:
+    """The words for a name, behind options: one that begins with ``-`` is none of these."""
+    return ["--", str(name)] if str(name).startswith("-") else [str(name)]
 
 
 def _others_networks(networks: Sequence[Mapping[str, Any]], stacks: Mapping[str, Imported]) -> list[str]:
@@ -205,7 +219,8 @@ def _list(lines: Iterator[str]) -> list[str]:
 def _node_commands(nodes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for node in nodes:
         spec, description = node.get("Spec") or {}, node.get("Description") or {}
-        name = shlex.quote(str(description.get("Hostname") or node.get("ID")))
+        name = shlex.join(_named(description.get("Hostname") or node.get("ID")))
+        role = " --role manager" if spec.get("Role") == "manager" else ""
         labels = "".join(
             f" --label-add {shlex.quote(f'{key}={value}')}"
             for key, value in sorted((spec.get("Labels") or {}).items())
@@ -216,8 +231,8 @@ def _node_commands(nodes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             if availability not in (None, "active")
             else ""
         )
-        if labels or paused:
-            yield f"docker node update{labels}{paused} {name}"
+        if role or labels or paused:
+            yield f"docker node update{role}{labels}{paused} {name}"
 
 
 def _network_commands(networks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
@@ -234,7 +249,7 @@ def _network_commands(networks: Sequence[Mapping[str, Any]], names: Sequence[str
             words += ["--opt", f"{key}={value}"] if "vxlanid" not in key else []
         for key, value in sorted((found.get("Labels") or {}).items()):
             words += ["--label", f"{key}={value}"]
-        yield shlex.join([*words, name])
+        yield shlex.join([*words, *_named(name)])
 
 
 def _address_options(ipam: Mapping[str, Any]) -> Iterator[str]:

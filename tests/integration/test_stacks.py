@@ -133,6 +133,24 @@ def test_a_stack_is_planned_deployed_changed_and_removed(m1: TestNode, folder: P
         assert m1.docker(noun, "ls", "-q", "--filter", "label=com.docker.stack.namespace=shop").stdout == ""
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stack_is_removed_and_deployed_again_a_hundred_times(m1: TestNode, folder: Path) -> None:
+    """Names, networks and addresses are free when ``rm`` returns."""
+    (folder / "compose.yaml").write_text(
+        "name: shop\nsecrets: {password: {environment: PASSWORD}}\n"
+        "services: {web: {image: busybox, command: sleep 600, stop_grace_period: 0s, secrets: [password]}}\n"
+    )
+    for _ in range(100):
+        deploy(m1, folder, "--detach")
+        skep(m1, "stack", "rm", "shop")
+    deploy(m1, folder)
+    assert len(running(m1, "shop_web")) == 1
+    skep(m1, "stack", "rm", "shop")
+    for noun in ("service", "network", "config", "secret"):
+        assert names(m1, noun) == set()
+
+
 def test_a_plan_says_why_a_service_would_not_fit(m1: TestNode, folder: Path) -> None:
     place = "placement: {constraints: ['node.labels.zone==west']}"
     (folder / "compose.yaml").write_text(

@@ -125,6 +125,29 @@ def test_every_stack_is_a_file_and_the_page_has_what_files_cannot_hold() -> None
         assert line in page.split("\n") or line in page, line
 
 
+def test_names_that_begin_with_a_dash_are_no_options_of_the_steps() -> None:
+    nodes = ({"ID": "x", "Spec": {"Role": "manager"}, "Description": {"Hostname": "-m1"}},)
+    networks = ({"Id": "n", "Name": "--net", "Scope": "swarm", "Driver": "overlay"},)
+    objects = Objects(secrets=({"Spec": {"Name": "-k"}},), networks=networks, nodes=nodes)
+    page = move_of(objects).files["MOVING.md"].decode().split("\n")
+    assert "docker secret create -- -k FILE" in page
+    assert "docker network create --driver overlay -- --net" in page
+    assert "docker node update --role manager -- -m1" in page
+
+
+def test_a_stack_that_is_called_services_keeps_its_services_apart_from_those_of_no_stack() -> None:
+    services = (a_service("services_web", "services"), a_service("web", ""), a_service("x_web", "services-2"))
+    move = move_of(Objects(services=services, networks=SWARM.networks))
+    assert {name: list(one.document["services"]) for name, one in move.stacks.items()} == {
+        "services": ["web"],
+        "services-2": ["x_web"],
+        "services-3": ["web"],
+    }
+    page = move.files["MOVING.md"].decode()
+    assert "The services in `services-3.yaml` belonged to no stack" in page
+    assert "skep stack deploy --compose-file services.yaml services\n" in page
+
+
 def test_an_empty_swarm_is_a_page_and_no_file_leaves_the_directory() -> None:
     assert set(move_of(Objects()).files) == {"MOVING.md"}
     with pytest.raises(InvalidArgument, match="a name that no file can have"):
