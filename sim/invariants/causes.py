@@ -1,13 +1,15 @@
-"""A rule on updates: none is paused or rolled back unless a task of its version failed or missed the deadline."""
+"""Rules on reasons: no update stops without one, and the history tells why each task was replaced."""
 
 from collections.abc import Iterable
 
 from sim.committed import Change
+from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import ServiceId
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp
 from skep.store.interface import Created, Deleted, Updated, View
 
 STOPPED = (ROLLED_BACK, "update paused", "rollback paused")
@@ -48,6 +50,28 @@ class UpdateStopsHaveCauses:
         key = service.id, service.spec_version.index
         deadline_s = TOLERANCE * step_seconds_max(service.spec)
         return key in self._failed or now - self._begun.get(key, now) >= deadline_s
+
+
+def replacements_are_told(change: Change, view: View) -> Iterable[str]:
+    """Each task that takes the place of an earlier one has an entry with its reason."""
+    for event in change.events:
+        if (
+            not isinstance(event, Created)
+            or not isinstance(task := event.object, Task)
+            or not task.service_id
+        ):
+            continue
+        slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+        earlier = [
+            one
+            for one in slot
+            if one.created_at < task.created_at and one.job_iteration == task.job_iteration
+        ]
+        told = [
+            one for one in entries_of(event, change.revision, Timestamp(""), view) if one.action == "replace"
+        ]
+        if len(told) != bool(earlier) or not all(one.message.partition(" is replaced: ")[2] for one in told):
+            yield f"{task.id} in slot {task.slot}: {len(earlier)} tasks before it, history: {told}"
 
 
 def _is_stopped(before: Service, after: Service) -> bool:

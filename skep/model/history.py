@@ -41,7 +41,8 @@ class By(ApiObject):
     """The client of a request, as far as it is known."""
 
     user: str = ""
-    """The name of the user, of the machine's account, or in the certificate."""
+    """The name of the user, or in the certificate; at a unix socket ``root`` or ``uid 1000``, as a look-up of the
+    account's name may ask another machine."""
     uid: int | None = None
     pid: int | None = None
     node: str = ""

@@ -29,6 +29,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     stack: str = ""
     about: frozenset[str] = frozenset()
     """Ids and names of a service, a node or a stack, whichever it is."""
+    stacks: frozenset[str] | None = None
+    """The only stacks that the client may see; None: everything."""
     kinds: frozenset[Kind] = frozenset(Kind)
     since_ns: int = 0
     until_ns: int = TIME_MAX
@@ -42,6 +44,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
             return False
         if entry.type == "journal":
             return True
+        if self.stacks is not None and entry.stack not in self.stacks:
+            return False
         return (
             (not self.services or bool(self.services & {entry.service_id, entry.service}))
             and (not self.nodes or bool(self.nodes & {entry.node_id, entry.node}))

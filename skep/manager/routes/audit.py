@@ -3,7 +3,6 @@ history (``manager.journal``).  Never its body.
 """
 
 import json
-import pwd
 import re
 import socket
 import struct
@@ -173,12 +172,4 @@ def client_of(request: web.Request) -> By:
     if identity.origin is not Origin.SOCKET or connected is None or connected.family != socket.AF_UNIX:
         return by
     pid, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return replace(by, user=_account(uid) or identity.name, uid=uid, pid=pid)
-
-
-def _account(uid: int) -> str:
-    """The name of the machine's account; empty: it has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return ""
+    return replace(by, uid=uid, pid=pid)

@@ -7,13 +7,15 @@ from contextlib import suppress
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.api.identity import identity_of
 from skep.api.server import Routes, json_answer
 from skep.api.timestamps import parse_time
-from skep.errors import InvalidArgument, NotFound, Unavailable
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.control.tasks import known_status
 from skep.manager.journal.reading import LIMIT_MAX, TIME_MAX, Query, page
-from skep.manager.routes.access import OF_WORKER, current_view, manager_of, past_of
+from skep.manager.routes.access import current_view, manager_of, past_of
 from skep.manager.routes.shown import problems_of, service_status, shown_node, shown_service
+from skep.model.access import EVERY_STACK, Identity, Role
 from skep.model.encoding import ApiObject, always
 from skep.model.history import Kind, without_credentials
 from skep.model.ids import NodeId, ServiceId, TaskId
@@ -65,12 +67,10 @@ class TaskThen(ApiObject):
 
 @routes.get("/skep/history")
 async def show_history(request: web.Request) -> web.Response:
-    """A page of entries.  Clients of workers see what happened, not who asked for it."""
+    """A page of entries.  Only administrators see who asked for what; users of stacks see what is about these."""
     view = await current_view(request)
     query = query_of(request.query, view, manager_of(request).clock.now_ns())
-    if OF_WORKER in request.headers:
-        query = replace(query, kinds=query.kinds & {Kind.CHANGE})
-    found = await page(view, query)
+    found = await page(view, limited(query, identity_of(request)))
     past = manager_of(request).past
     if past is not None:
         with suppress(Unavailable):
@@ -92,8 +92,10 @@ class StateAnswer(ApiObject):
 async def show_state(request: web.Request) -> web.Response:
     """The nodes, services and tasks of an earlier moment.  ``at``: a time, or ``revision:N``.
 
-    Raises: HistoryGone: the store does not keep it any more, with the oldest time that there is.
+    Raises: HistoryGone: the store does not keep it any more, with the oldest time that there is; PermissionDenied.
     """
+    if not _sees_all(identity_of(request)):
+        raise PermissionDenied("the state of the whole cluster is not for users of single stacks")
     past = await past_of(request).at(request.query.get("at", ""))
     view = past.view
     nodes, services = problems_of(view, Node), problems_of(view, Service)
@@ -119,6 +121,19 @@ async def _tasks(view: View) -> AsyncIterator[TaskThen]:
             await asyncio.sleep(0)
         if task.is_wanted:
             yield TaskThen.of(view, task)
+
+
+def _sees_all(identity: Identity) -> bool:
+    return any(one.stack == EVERY_STACK for one in identity.bindings)
+
+
+def limited(query: Query, identity: Identity) -> Query:
+    """``query`` for what ``identity`` may see."""
+    if not any(one.role is Role.ADMIN and one.stack == EVERY_STACK for one in identity.bindings):
+        query = replace(query, kinds=query.kinds & {Kind.CHANGE})
+    if not _sees_all(identity):
+        query = replace(query, stacks=frozenset(one.stack for one in identity.bindings))
+    return query
 
 
 def query_of(given: Mapping[str, str], view: View, now_ns: int) -> Query:

@@ -1,0 +1,124 @@
+"""Who may see what of the history, and what a request is recorded as."""
+
+from collections.abc import Mapping
+
+import pytest
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument
+from skep.manager.journal.reading import Query
+from skep.manager.routes.audit import about, with_outcome
+from skep.manager.routes.history import limited, query_of
+from skep.model.access import ALL, Binding, Identity, Origin, Role
+from skep.model.history import Entry, Kind, Severity, masked, masked_text, without_credentials
+from skep.store.state import State
+from tests.support.builders import a_node, a_service, a_service_spec
+
+NOW_NS = 1_800_000_000 * 10**9
+
+
+def a_view() -> State:
+    view = State()
+    for one in (a_service("web"), a_node("n1")):
+        view.table_by_type[type(one)].store(one.id, None, one, moves=True)
+    return view
+
+
+def an_identity(*bindings: Binding) -> Identity:
+    return Identity(name="alice", origin=Origin.TOKEN, bindings=bindings)
+
+
+def test_only_administrators_see_requests() -> None:
+    assert limited(Query(), an_identity(*ALL)) == Query()
+    viewer = limited(Query(), an_identity(Binding(Role.VIEWER)))
+    assert (viewer.kinds, viewer.stacks) == (frozenset({Kind.CHANGE}), None)
+
+
+def test_a_user_of_a_stack_sees_that_stack() -> None:
+    query = limited(Query(), an_identity(Binding(Role.ADMIN, "shop")))
+    assert query.kinds == {Kind.CHANGE}
+    assert query.wants(Entry(stack="shop"))
+    assert not query.wants(Entry(stack="other"))
+    assert not query.wants(Entry())
+    assert not limited(Query(), an_identity()).wants(Entry(stack="shop"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"servce": "web"},
+        {"limit": "0"},
+        {"limit": "1001"},
+        {"limit": "-1"},
+        {"order": "up"},
+        {"kind": "x"},
+        {"since": "soon"},
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(given: Mapping[str, str]) -> None:
+    with pytest.raises(InvalidArgument):
+        query_of(given, a_view(), NOW_NS)
+
+
+def test_services_and_nodes_may_be_named_by_prefix_or_be_gone() -> None:
+    view = a_view()
+    web = a_service("web")
+    assert query_of({"service": "web", "since": "10m"}, view, NOW_NS).services == {web.id}
+    assert query_of({"service": "gone"}, view, NOW_NS).services == {"gone"}
+    assert query_of({"about": "n1"}, view, NOW_NS).about >= {"n1"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "type_", "action", "name"),
+    [
+        ("POST", "/services/create", "service", "create", ""),
+        ("POST", "/services/web/update", "service", "update", "web"),
+        ("DELETE", "/services/gone", "service", "remove", "gone"),
+        ("POST", "/skep/services/web/update/pause", "service", "pause", "web"),
+        ("POST", "/swarm/update", "cluster", "update", ""),
+        ("GET", "/swarm/unlockkey", "cluster", "read", ""),
+        ("POST", "/skep/cluster/evict", "cluster", "evict", ""),
+        ("POST", "/", "?", "create", ""),
+    ],
+)
+def test_what_a_request_is_about(method: str, path: str, type_: str, action: str, name: str) -> None:
+    entry = about(path, method, a_view())
+    assert (entry.type, entry.action, entry.name) == (type_, action, name)
+
+
+def test_a_refusal_is_told_without_what_it_quotes() -> None:
+    entry = with_outcome(Entry(type="service", action="create"), 400, "invalid env DB_PASSWORD=hunter2: no")
+    assert entry.message == "create service: refused with 400: invalid env DB_PASSWORD=*** no"
+    assert (entry.status, entry.severity) == (400, Severity.WARNING)
+    assert with_outcome(entry, 503).severity is Severity.ERROR
+
+
+@pytest.mark.parametrize(
+    ("variable", "shown"),
+    [
+        ("DB_PASSWORD=x", "DB_PASSWORD=***"),
+        ("apiKey=x", "apiKey=***"),
+        ("GITHUB_TOKEN=x", "GITHUB_TOKEN=***"),
+        ("AWS_SECRET_ACCESS_KEY=x", "AWS_SECRET_ACCESS_KEY=***"),
+        ("URL=postgres://app:hunter2@db/x", "URL=postgres://app:***@db/x"),
+        ("MODE=fast", "MODE=fast"),
+        ("PASSWORD", "PASSWORD"),
+        ("KEYBOARD=de", "KEYBOARD=de"),
+    ],
+)
+def test_what_looks_like_a_credential_is_masked(variable: str, shown: str) -> None:
+    assert masked(variable) == shown
+
+
+def test_errors_with_urls_are_masked_and_services_of_then_as_well() -> None:
+    assert masked_text("cannot reach https://a:b@host/x now") == "cannot reach https://a:***@host/x now"
+    spec = a_service_spec("web")
+    container = spec.task_template.container_spec
+    assert container is not None
+    container = replace(container, env=("A_TOKEN=x", "B=y"))
+    spec = replace(spec, task_template=replace(spec.task_template, container_spec=container))
+    shown = without_credentials(a_service("web", spec=spec, previous=spec))
+    for one in (shown.spec, shown.previous_spec):
+        assert one is not None
+        assert one.task_template.container_spec is not None
+        assert one.task_template.container_spec.env == ("A_TOKEN=***", "B=y")
