@@ -365,6 +365,14 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         ),
         Limit("past events kept", "skep.manager.events:KEPT", "forgotten, the oldest first"),
         Limit("events that a client may be behind", "skep.manager.events:BEHIND_MAX", "its stream ends"),
+        Limit("the history, compressed", "skep.manager.journal.chunks:BYTES_MAX", "the oldest entries go"),
+        Limit(
+            "entries of the history that are not written yet, of a manager",
+            "skep.manager.journal.pending:PENDING_MAX",
+            "the oldest are dropped; an entry says how many",
+        ),
+        Limit("entries in one response", "skep.manager.journal.reading:LIMIT_MAX", "refused"),
+        Limit("values of an earlier state that are read", "skep.store.etcd.past:KEYS_MAX", "refused"),
     ),
     "Requests to the API": (
         Limit("body that is read as a whole", "skep.api.server:MAX_BODY_BYTES", "refused", "bytes"),

@@ -9,7 +9,6 @@ from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import ServiceId
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
 from skep.store.interface import Created, Deleted, Updated, View
 
 STOPPED = (ROLLED_BACK, "update paused", "rollback paused")
@@ -67,9 +66,7 @@ def replacements_are_told(change: Change, view: View) -> Iterable[str]:
             for one in slot
             if one.created_at < task.created_at and one.job_iteration == task.job_iteration
         ]
-        told = [
-            one for one in entries_of(event, change.revision, Timestamp(""), view) if one.action == "replace"
-        ]
+        told = [one for one in entries_of(event, view) if one.action == "replace"]
         if len(told) != bool(earlier) or not all(one.message.partition(" is replaced: ")[2] for one in told):
             yield f"{task.id} in slot {task.slot}: {len(earlier)} tasks before it, history: {told}"
 

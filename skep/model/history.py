@@ -107,6 +107,13 @@ class HistoryPage(ApiObject):
 
 def bounded(entry: Entry) -> Entry:
     """``entry`` with its texts cut to their bounds."""
+    names = (entry.object_id, entry.name, entry.service, entry.node, entry.stack)
+    if (
+        len(entry.message) <= MESSAGE_CHARACTERS_MAX
+        and len(entry.path) <= PATH_CHARACTERS_MAX
+        and max(map(len, names)) <= NAME_CHARACTERS_MAX
+    ):
+        return entry
     return replace(
         entry,
         message=cut(entry.message, MESSAGE_CHARACTERS_MAX),

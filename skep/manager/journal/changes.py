@@ -19,7 +19,6 @@ from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import words_of
-from skep.model.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Created, Deleted, Event, Updated, View
 from skep.store.kinds import Payload
@@ -45,13 +44,11 @@ _UPDATES = {
 }
 
 
-def entries_of(event: Event, revision: int, now: Timestamp, view: View) -> Iterator[Entry]:
-    """The entries about one object's change, without ids.  ``view``: of this revision or a later one, for names."""
-    for entry in _entries_of(event, view):
-        yield replace(entry, revision=revision, time=now)
+def entries_of(event: Event, view: View) -> Iterator[Entry]:
+    """The entries about one object's change, without id, time and revision.
 
-
-def _entries_of(event: Event, view: View) -> Iterator[Entry]:
+    ``view``: of this revision or a later one, for names.
+    """
     match event:
         case Created(Task() as task):
             yield from _created_task(task, view)

@@ -9,6 +9,7 @@ version for a while.
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 import msgspec
 from msgspec.structs import replace
@@ -29,6 +30,9 @@ _DECODED_BYTES_MAX = 4 * 1024 * 1024
 _CHANGES, _REQUESTS = "change-", "request-"
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(tuple[Entry, ...], strict=False)
+
+time_ns = lru_cache(maxsize=1024)(unix_ns)
+"""Entries of one commit have one time."""
 
 Mark = tuple[int, int]
 """A time in nanoseconds since 1970, and the store's revision then."""
@@ -76,7 +80,7 @@ def with_changes(
 
 def with_requests(last: JournalChunk | None, entries: Sequence[Entry], node_id: str) -> list[JournalChunk]:
     """The chunks to write for new requests of one manager."""
-    return _chunks(last, entries, lambda first: requests_id(unix_ns(first.time), node_id))
+    return _chunks(last, entries, lambda first: requests_id(time_ns(first.time), node_id))
 
 
 def _chunks(
@@ -95,7 +99,7 @@ def _chunks(
 
 
 def _chunk(base: JournalChunk, entries: Sequence[Entry]) -> JournalChunk:
-    times = [unix_ns(entry.time) for entry in entries]
+    times = [time_ns(entry.time) for entry in entries]
     return replace(
         base,
         count=len(entries),

@@ -100,14 +100,15 @@ class Journal:
         view, now_ns = self._store.view(), self._clock.now_ns()
         if not history_limit(view):
             return
-        number = 0
+        number, revision, now = 0, commit.revision, timestamp(now_ns)
         for event in commit.events:
             with isolated("history", object_id(event)):
-                for entry in entries_of(event, commit.revision, timestamp(now_ns), view):
-                    self._changes.add(bounded(replace(entry, id=f"{commit.revision}-{number}")))
+                for entry in entries_of(event, view):
+                    entry = replace(entry, id=f"{revision}-{number}", revision=revision, time=now)
+                    self._changes.add(bounded(entry))
                     number += 1
         if number:
-            self.marks.append((now_ns, commit.revision))
+            self.marks.append((now_ns, revision))
             self._change_came.set()
 
     async def _mark(self) -> None:

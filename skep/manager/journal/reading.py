@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from skep.errors import InvalidArgument
-from skep.manager.journal.chunks import Mark, entries_in, of_changes
+from skep.manager.journal.chunks import Mark, entries_in, of_changes, time_ns
 from skep.model.history import Entry, HistoryPage, Kind
-from skep.model.times import Timestamp, timestamp, unix_ns
+from skep.model.times import Timestamp, timestamp
 from skep.store.interface import View
 from skep.store.kinds import JournalChunk
 
@@ -65,7 +65,7 @@ Position = tuple[int, str]
 
 def position_of(entry: Entry) -> Position:
     """Its place in the order."""
-    return unix_ns(entry.time), entry.id
+    return time_ns(entry.time), entry.id
 
 
 def cursor_of(entry: Entry) -> str:
