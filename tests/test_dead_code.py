@@ -33,7 +33,6 @@ USED_BY_OTHERS = {
 OBSERVED_BY_TESTS = {
     "comparisons": "a test waits until a namespace was compared so many times",
     "held_bytes": "a test holds a server to its bound",
-    "viewers": "a test waits until a viewer was dropped",
     "write_archive": "tests write images",
 }
 _BY_TEXTUAL = re.compile(r"(action|on)_\w+$|(check_action|compose|display|render_line|virtual_size)$")

@@ -30,6 +30,8 @@ class Api:
         self.bodies.append(await request.read())
         if request.path == "/services/nothing":
             return web.json_response({"message": "service nothing not found"}, status=404)
+        if request.path == "/skep/tasks/nothing/target":
+            return web.json_response({"message": "no such task"}, status=404)
         if request.path == "/skep/view/stream":
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
@@ -293,3 +295,36 @@ async def test_a_flood_of_streams_is_bounded(tmp_path: Path, monkeypatch: pytest
         async with asyncio.timeout(10):
             while await browser.status("/skep/view") != 200:  # noqa: ASYNC110 -- nothing announces it
                 await asyncio.sleep(0.01)
+
+
+async def test_a_terminal_is_for_the_page_itself_and_says_why_there_is_none(tmp_path: Path) -> None:
+    async with a_dashboard(tmp_path) as (browser, api):
+        url, own = f"{browser.base}/skep/ui/exec", {**browser.cookie, "Origin": browser.origin}
+        for headers in ({}, browser.cookie, {**browser.cookie, "Origin": "http://127.0.0.1:1"}):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await browser.session.ws_connect(f"{url}?task=nothing", headers=headers)
+            assert refused.value.status in (401, 403)
+        for query in (
+            "",
+            "task=a/b",
+            "task=a&rows=0",
+            "task=a&columns=99999",
+            "task=a&rows=x",
+            "task=a&command=x" * 70,
+        ):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await browser.session.ws_connect(f"{url}?{query}", headers=own)
+            assert refused.value.status == 400, query
+        assert await browser.status("/skep/ui/exec?task=a") == 400, "it is no websocket"
+        assert api.asked == []
+        async with browser.session.ws_connect(f"{url}?task=nothing", headers=own) as terminal:
+            assert await terminal.receive_json() == {"error": "no such task"}
+
+
+async def test_terminals_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "TERMINALS_MAX", 0)
+    async with a_dashboard(tmp_path) as (browser, _):
+        own = {**browser.cookie, "Origin": browser.origin}
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await browser.session.ws_connect(f"{browser.base}/skep/ui/exec?task=a", headers=own)
+        assert refused.value.status == 503

@@ -76,7 +76,7 @@ class ClusterView:
                 following = group.create_task(self._follow(), name="follow the cluster")
                 await self._wait_left()
                 following.cancel()
-            self._table = None
+            self._table, self._builder, self._dirty = None, Builder(), set()
 
     async def snapshot(self) -> bytes:
         """All rows as one JSON object.  Raises: Unavailable."""

@@ -1,0 +1,262 @@
+"""What the dashboard's view costs a manager with 500 nodes and 10,000 tasks.
+
+::
+
+    .venv/bin/python -m bench.viewing                 # kept in results/
+    .venv/bin/python -m bench.viewing --dry           # printed alone
+
+The view and its routes run on a store in memory, read over a unix socket in the same process.  Processor times are of
+that process: the reader's are in them.
+"""
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import msgspec
+from aiohttp import ClientResponse, ClientSession, UnixConnector
+from msgspec.structs import replace
+
+from bench import loops as cluster
+from bench.holds import name_of
+from bench.machine import noise
+from bench.run import commit, result_name, write_result
+from bench.scheduling import proposal_of
+from skep.aio.clock import SystemClock
+from skep.aio.gc_settings import configure_gc
+from skep.manager.manager import serving
+from skep.manager.quorum import Quorum
+from skep.manager.routes import ManagerApi, application
+from skep.manager.view.cluster import ClusterRows
+from skep.manager.view.loop import ClusterView
+from skep.model.service import Service
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.store.interface import Transaction
+from skep.store.memory import MemoryStore
+
+NODES, TASKS = 500, 10_000
+CHANGES, APART_S = 50, 0.5
+QUIET_S = 20.0
+STORM, TOGETHER, STORM_S = 10_000, 100, 20.0
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """Times in milliseconds."""
+
+    bytes: int
+    first_wall_ms: float
+    first_processor_ms: float
+    again_wall_ms: float
+    change_ms: list[float]
+    """From the commit of one change until a viewer has it."""
+    change_processor_ms: float
+    quiet_processor: float
+    """Share of a processor with a viewer while nothing happens."""
+    storm: dict[str, float]
+    """Viewers -> processor seconds of ``STORM`` reports of tasks, and what follows from them."""
+    longest_ms: float
+    """Callback of the event loop, by the view."""
+    longest: str
+
+
+def main() -> None:
+    """Measure, and keep the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry", action="store_true", help="keep nothing")
+    is_dry = parser.parse_args().dry
+    busy = noise()
+    result = asyncio.run(_measured())
+    text = _text(result, busy)
+    print(text)
+    if not is_dry:
+        now = datetime.now(UTC)
+        write_result(result_name(now, commit(), "viewing"), text, msgspec.to_builtins(result))
+
+
+async def _measured() -> Result:
+    cluster.NODES = NODES
+    store = MemoryStore(SystemClock())
+    services = list(cluster.all_services(TASKS // cluster.REPLICAS))
+    store.cluster.commit(proposal_of(store, [*cluster.all_nodes(), *services]), None)
+    store.cluster.commit(proposal_of(store, list(cluster.all_tasks(store.view().find(Service)))), None)
+    configure_gc()
+    longest = _timed_callbacks()
+    async with _manager(store) as client:
+        storm = {"none": await _storm(store)}
+        wall, processor = time.perf_counter(), time.process_time()
+        content = await _read(client)
+        first_wall, first_processor = time.perf_counter() - wall, time.process_time() - processor
+        again = time.perf_counter()
+        await _read(client)
+        again_wall = time.perf_counter() - again
+        async with AsyncExitStack() as stack:
+            viewer = await stack.enter_async_context(client.get("http://manager/skep/view/stream"))
+            await _event(viewer)
+            processor = time.process_time()
+            await asyncio.sleep(QUIET_S)
+            quiet = (time.process_time() - processor) / QUIET_S
+            processor = time.process_time()
+            changes = [await _change_s(store, viewer, number) for number in range(CHANGES)]
+            each = (time.process_time() - processor) / CHANGES - quiet * APART_S
+            storm["1"] = await _with_readers(store, [viewer])
+            more = [
+                await stack.enter_async_context(client.get("http://manager/skep/view/stream"))
+                for _ in range(7)
+            ]
+            storm["8"] = await _with_readers(store, [viewer, *more])
+    return Result(
+        bytes=len(content),
+        first_wall_ms=first_wall * 1e3,
+        first_processor_ms=first_processor * 1e3,
+        again_wall_ms=again_wall * 1e3,
+        change_ms=[one * 1e3 for one in changes],
+        change_processor_ms=each * 1e3,
+        quiet_processor=quiet,
+        storm=storm,
+        longest_ms=longest[0][0] * 1e3,
+        longest=longest[0][1],
+    )
+
+
+def _timed_callbacks() -> list[tuple[float, str]]:
+    """The longest callback of the loop that is the view's, kept up to date."""
+    longest, run = [(0.0, "")], asyncio.Handle._run
+
+    def timed(handle: Any) -> None:
+        began = time.thread_time()
+        run(handle)
+        took = time.thread_time() - began
+        if took > longest[0][0] and "follow the cluster" in (name := name_of(handle)):
+            longest[0] = (took, name)
+
+    asyncio.Handle._run = timed  # type: ignore[method-assign]
+    return longest
+
+
+@asynccontextmanager
+async def _manager(store: MemoryStore) -> AsyncIterator[ClientSession]:
+    nothing, clock = cast("Any", None), SystemClock()
+    view = ClusterView(store, clock, ClusterRows(store, clock, Quorum).row)
+    api = ManagerApi(
+        store=store,
+        logs=nothing,
+        backups=nothing,
+        diagnostics=nothing,
+        external=nothing,
+        tunnels=nothing,
+        all_events=nothing,
+        events=nothing,
+        clock=clock,
+        new_id=nothing,
+        new_name=nothing,
+        cluster_view=view,
+    )
+    with TemporaryDirectory() as directory:
+        path = Path(directory, "sock")
+        async with (
+            serving(application(api), path, path.with_name("handover.sock")),
+            ClientSession(connector=UnixConnector(str(path), limit=0), read_bufsize=1 << 23) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            following = group.create_task(view.run(), name="view")
+            yield client
+            following.cancel()
+
+
+async def _read(client: ClientSession) -> bytes:
+    async with client.get("http://manager/skep/view") as response:
+        assert response.status == 200, response.status
+        return await response.read()
+
+
+async def _event(viewer: ClientResponse) -> bytes:
+    """The data of the next event."""
+    while not (line := await viewer.content.readline()).startswith(b"data:"):
+        assert line, "the stream has ended"
+    return line
+
+
+async def _change_s(store: MemoryStore, viewer: ClientResponse, number: int) -> float:
+    await asyncio.sleep(APART_S)
+    began = time.perf_counter()
+    await store.update(_report, store.view().ids(Task)[number * 7], f"one-{number}")
+    while b'"one-%d"' % number not in await _event(viewer):
+        pass
+    return time.perf_counter() - began
+
+
+def _report(tx: Transaction, id: str, message: str) -> None:
+    task = tx.get(Task, id)
+    tx.put(replace(task, status=TaskStatus(state=TaskState.RUNNING, message=message)))
+
+
+async def _storm(store: MemoryStore) -> float:
+    """Processor seconds of reports about all tasks, a hundred at a time, over ``STORM_S``."""
+    ids, processor = store.view().ids(Task), time.process_time()
+    for start in range(0, STORM, TOGETHER):
+        report = partial(_report, message=f"report at {processor}")
+        await store.update_each(report, ids[start : start + TOGETHER])
+        await asyncio.sleep(STORM_S * TOGETHER / STORM)
+    return time.process_time() - processor
+
+
+async def _with_readers(store: MemoryStore, viewers: list[ClientResponse]) -> float:
+    async with asyncio.TaskGroup() as group:
+        reading = [group.create_task(_drain(viewer)) for viewer in viewers]
+        await asyncio.sleep(2)
+        took = await _storm(store)
+        for one in reading:
+            one.cancel()
+    return took
+
+
+async def _drain(viewer: ClientResponse) -> None:
+    while True:
+        await _event(viewer)
+
+
+def _text(result: Result, busy: float) -> str:
+    ordered = sorted(result.change_ms)
+    rows = (
+        ("first snapshot, wall, ms", f"{result.first_wall_ms:.0f}"),
+        ("first snapshot, processor, ms", f"{result.first_processor_ms:.0f}"),
+        ("its bytes", f"{result.bytes:,}"),
+        ("a further snapshot, wall, ms", f"{result.again_wall_ms:.0f}"),
+        (
+            "from one commit to the viewer, ms: median (largest)",
+            f"{statistics.median(ordered):.0f} ({ordered[-1]:.0f})",
+        ),
+        ("one change with one viewer, processor, ms", f"{result.change_processor_ms:.1f}"),
+        ("a viewer while nothing happens, share of a processor", f"{result.quiet_processor:.2%}"),
+        *(
+            (
+                f"{STORM:,} reports in {STORM_S:g} s with {viewers} viewers, processor, s",
+                f"{took:.2f} ({(took - result.storm['none']) / STORM_S:+.1%} of a processor)",
+            )
+            for viewers, took in result.storm.items()
+        ),
+        ("longest callback of the view, ms", f"{result.longest_ms:.1f} ({result.longest})"),
+    )
+    head = (
+        f"# The dashboard's view of {NODES} nodes and {TASKS:,} tasks, {datetime.now(UTC):%F %H:%M} UTC, {commit()}",
+        "",
+        f"Other work took {busy:.0%} of the machine just before, which can double times.",
+        "",
+        "| what | figure |",
+        "|---|---|",
+    )
+    return "\n".join((*head, *(f"| {what} | {figure} |" for what, figure in rows), ""))
+
+
+if __name__ == "__main__":
+    main()
