@@ -69,9 +69,10 @@ def test_every_option_of_a_command_says_what_it_does() -> None:
 ACTIONS = {
     " ".join(filter(None, ("skep", noun, verb)))
     for noun, verbs in {
-        "": "daemon exec attach cp port-forward run backup restore up",
+        "": "daemon exec attach cp port-forward run backup restore up upgrade",
         "playground": "add cut demo down env exec kill load mend pause resume start up",
         "cluster": "recover resume rotate-keys",
+        "reboot-lock": "release take",
         "node": "drain evict forget",
         "service": "wait",
         "update": "abort pause resume",

@@ -237,6 +237,8 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
     (3, "skep status", "A node or a service is not as wanted."),
     (4, "skep status", "There is no leader."),
     (3, "skep version --all", "Nodes have different versions."),
+    (2, "skep upgrade", "With --plan: something forbids it now."),
+    (3, "skep reboot-lock status", "A lock is overdue."),
     ("any", "skep exec", "That of the command in the container."),
     ("any", "skep run", "That of the container."),
     ("any", "skep attach", "That of the container."),

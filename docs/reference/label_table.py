@@ -15,6 +15,7 @@ from skep.model.labels import (
     IGNORE_PATHS,
     JOB_TTL,
     LAST_LINES,
+    MAINTENANCE,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
     PROGRESS_DEADLINE,
@@ -325,6 +326,13 @@ LABELS = (
         "`0` to `20`",
         "`20`",
         "how many last lines of output managers keep with a task that ended, of any service",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        MAINTENANCE,
+        "JSON",
+        "",
+        "which nodes are away on purpose; written by `skep reboot-lock` and `skep upgrade`",
     ),
     Label(
         LabelTarget.CLUSTER,

@@ -61,6 +61,13 @@ COMMANDS = {
     "backup": Command("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
     "restore": Command("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
     "up": Command("skep.cli.up:up", "Make machines into a cluster over ssh: look, install, start, join."),
+    "upgrade": Command(
+        "skep.cli.upgrade:upgrade", "Upgrade all nodes, one after the other under drain, with a way back."
+    ),
+    "reboot-lock": Command(
+        "skep.cli.reboot_lock:reboot_lock",
+        "The lock that a node takes before it reboots: one at a time is away.",
+    ),
     "context": Command(
         "skep.cli.context:context", "Contexts: names for nodes, shared with docker; over ssh, too."
     ),

@@ -62,29 +62,39 @@ def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
 
 async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
     async with host.client() as client:
-        await update(
-            client,
-            "nodes",
-            name,
-            lambda node: node["Spec"] | {"Availability": "drain"},
-            timeout_s=_ANSWERS_WITHIN_S,
-        )
         if wait_s is None:
-            return
-        services = await client.get("/services", timeout_s=_ANSWERS_WITHIN_S)
-        names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
-        shown = ""
-        try:
-            async with asyncio.timeout(wait_s):
-                while left := await persistently(partial(_tasks_of, client, name), say):
-                    some = sorted(_task_name(task, names) for task in left)[:_NAMED_MAX]
-                    text = f"{counted(len(left), 'task')} left: {', '.join(some)}"
-                    if text != shown:
-                        click.echo(text, err=True)
-                    shown = text
-                    await asyncio.sleep(_LOOK_S)
-        except TimeoutError:
-            raise Unavailable(f"not done within {wait_s:g} s: {shown}") from None
+            await _set_draining(client, name)
+        else:
+            await drained(client, name, wait_s)
+
+
+async def _set_draining(client: Client, name: str) -> None:
+    await update(
+        client,
+        "nodes",
+        name,
+        lambda node: node["Spec"] | {"Availability": "drain"},
+        timeout_s=_ANSWERS_WITHIN_S,
+    )
+
+
+async def drained(client: Client, name: str, within_s: float) -> None:
+    """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left."""
+    await _set_draining(client, name)
+    services = await client.get("/services", timeout_s=_ANSWERS_WITHIN_S)
+    names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
+    shown = ""
+    try:
+        async with asyncio.timeout(within_s):
+            while left := await persistently(partial(_tasks_of, client, name), say):
+                some = sorted(_task_name(task, names) for task in left)[:_NAMED_MAX]
+                text = f"{counted(len(left), 'task')} left: {', '.join(some)}"
+                if text != shown:
+                    say(text)
+                shown = text
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        raise Unavailable(f"not done within {within_s:g} s: {shown}") from None
 
 
 async def _tasks_of(client: Client, name: str) -> Sequence[Mapping[str, Any]]:

@@ -28,7 +28,7 @@ from skep.model.task_end import printable
 
 AT_ONCE = 10
 _LOOKS_WITHIN_S = 30.0
-_INSTALLS_WITHIN_S = 600.0
+INSTALLS_WITHIN_S = 600.0
 _JOINS_WITHIN_S = 120.0
 _ENDS_WITHIN_S = 5.0
 _OUTPUT_BYTES_MAX = 64 << 10
@@ -242,13 +242,13 @@ async def _install(machine: Machine, facts: Facts, wanted: Wanted, progress: Pro
     if not facts.skep and not facts.runs and wanted.package is not None:
         progress.show(machine.word, f"installs {wanted.package.name}")
         content = await asyncio.to_thread(wanted.package.read_bytes)
-        await machine.run(["sh", "-c", _quoted(_INSTALL)], content, timeout_s=_INSTALLS_WITHIN_S)
+        await machine.run(["sh", "-c", quoted(_INSTALL)], content, timeout_s=INSTALLS_WITHIN_S)
     if not facts.runs:
         progress.show(machine.word, "starts skep")
         await machine.run(["sh", "-s"], START.encode(), timeout_s=_JOINS_WITHIN_S)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """One word of the shell over there: ssh joins its words by spaces."""
     return "'" + text.replace("'", "'\\''") + "'"
 

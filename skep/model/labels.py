@@ -20,6 +20,7 @@ HEARTBEAT_GRACE = "skep.heartbeat-grace"
 GRACE_S_MAX = 3600.0
 
 FORGET_NODES = "skep.forget-nodes"
+MAINTENANCE = "skep.maintenance"
 """On the cluster: how long a worker that is down is kept before it is removed (``24h``); unset: forever."""
 FORGET_S_MIN, FORGET_S_MAX = 60.0, 90 * 24 * 3600.0
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from skep.cli import upgrade
 from skep.playground.busybox import busybox_archive
 from tests.support.booted_machine import ROOT, BootedMachine, a_booted_machine
 from tests.support.playground_rig import wait_until
@@ -111,8 +112,13 @@ def test_the_package_is_installed_upgraded_removed_and_purged(machine: BootedMac
     pid = with_a_service(machine)
 
     machine.run("echo 'labels = [\"kept=yes\"]' >>/etc/skep/skep.toml")
-    for version in (second, first, second):
-        machine.run(f"{INSTALL} /root/{version}.deb")
+    machine.run(upgrade.KEEP_FORMER)
+    for package, version in (
+        (f"/root/{second}.deb", second),
+        (upgrade.FORMER, first),
+        (f"/root/{second}.deb", second),
+    ):
+        machine.run(f"{INSTALL} {package}")
         wait_until(lambda version=version: runs(machine, version), f"{version} runs", 60)
         assert machine.client().info()["Labels"] == ["kept=yes"]
         assert machine.processes("^" + " ".join(SLEEP)) == [pid]

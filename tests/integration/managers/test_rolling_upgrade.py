@@ -3,11 +3,7 @@
 The earlier version is built from this repository's own history.  One node goes back half-way, as after a bad start.
 """
 
-import io
 import os
-import subprocess
-import sys
-import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +17,6 @@ from tests.support import playground_rig as rig
 from tests.support.managers_rig import wait_managers
 from tests.support.playground_rig import (
     TestCluster,
-    TestNode,
     a_playground,
     container_pids,
     create,
@@ -30,10 +25,10 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.versions import Versions, package_of, restart
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[3]
 EARLIER = os.environ.get("SKEP_EARLIER", "05d92a5")
 """The commit from which the upgrade starts."""
 
@@ -44,77 +39,7 @@ SERVICES = {"web": 4, "api": 3}
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the earlier version's package."""
-    archive = subprocess.run(
-        ["git", "-C", str(ROOT), "archive", EARLIER, "skep"], capture_output=True, check=False
-    )
-    assert archive.returncode == 0, (
-        f"commit {EARLIER} is not in this clone: fetch the whole history (git fetch --unshallow), or name "
-        f"another commit in SKEP_EARLIER\n{archive.stderr.decode()}"
-    )
-    folder = tmp_path_factory.mktemp("earlier")
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
-    return folder
-
-
-class Versions:
-    """Which version each node of a playground runs: its daemon is started by a launcher that reads it from a file.
-
-    Each version has an environment of its own: this one's libraries, another package.
-    """
-
-    def __init__(self, folder: Path, earlier: Path) -> None:
-        self._folder = folder
-        self._environments = {
-            is_present: _environment(folder / name, package)
-            for is_present, name, package in ((True, "present", ROOT), (False, "earlier", earlier))
-        }
-        playground = _environment(folder / "playground", ROOT)
-        self.command = playground / "bin/skep-playground"
-        (playground / "bin/skep").rename(self.command)
-        launcher = playground / "bin/skep"
-        node = f"{folder}/$(cat /proc/sys/kernel/hostname)"
-        launcher.write_text(
-            f'#!/bin/sh\nexec "$(cat "{node}" 2>/dev/null || cat "{folder}/all")/bin/skep" "$@"\n'
-        )
-        launcher.chmod(0o755)
-        self._write("all", is_present=False)
-
-    def set(self, name: str, *, is_present: bool) -> None:
-        """What ``name`` runs from its next start on."""
-        self._write(name, is_present=is_present)
-
-    def check(self, node: TestNode, *, is_present: bool) -> None:
-        """The node's processes are of this version."""
-        wanted = str(self._environments[is_present])
-        found = {
-            comm: Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]
-            for pid, comm in node.processes()
-            if comm in ("skep-node", "skep-manager")
-        }
-        assert found
-        assert all(command.startswith(wanted) for command in found.values()), f"{wanted}: {found}"
-
-    def _write(self, name: str, *, is_present: bool) -> None:
-        (self._folder / name).write_text(str(self._environments[is_present]))
-
-
-def _environment(folder: Path, package: Path) -> Path:
-    """A virtual environment with the libraries of this one and the package below ``package``."""
-    real = Path(sys.prefix)
-    library = next((real / "lib").glob("python3*")).name
-    packages = folder / "lib" / library / "site-packages"
-    packages.mkdir(parents=True)
-    # Lines of its own: files like this one are not read in folders that come by such a line.
-    (packages / "packages.pth").write_text(f"{package}\n{real}/lib/{library}/site-packages\n")
-    (folder / "bin").mkdir()
-    (folder / "bin/python").symlink_to((real / "bin/python").resolve())
-    (folder / "libexec").symlink_to(real / "libexec")
-    (folder / "pyvenv.cfg").write_text((real / "pyvenv.cfg").read_text())
-    command = folder / "bin/skep"
-    command.write_text(f"#!{folder}/bin/python\nfrom skep.cli.main import main\n\nmain()\n")
-    command.chmod(0o755)
-    return folder
+    return package_of(EARLIER, tmp_path_factory.mktemp("earlier"))
 
 
 @contextmanager
@@ -131,23 +56,6 @@ def tasks_of(cluster: TestCluster) -> dict[str, tuple[str, str]]:
             tasks = cluster.node(name).client().api.tasks(filters={"desired-state": "running"})
             return {task["ID"]: (task["NodeID"], task["Status"]["State"]) for task in tasks}
     return {}
-
-
-def restart(cluster: TestCluster, name: str) -> None:
-    """End the node's processes, but not its containers, as an upgrade of the package does; it is started again."""
-    node = cluster.node(name)
-    ends = cluster.directory / name / "ends"
-    before = len(ends.read_text().splitlines()) if ends.exists() else 0
-    daemon = node.pids("skep-node")[0]
-    os.kill(daemon, 15)
-    wait_until(lambda: ends.exists() and len(ends.read_text().splitlines()) > before, f"{name} has ended", 60)
-    wait_until(lambda: _answers(node), f"{name} answers", 60)
-
-
-def _answers(node: TestNode) -> bool:
-    with suppress(DockerException, RequestException):
-        return bool(node.client().info()["Swarm"]["LocalNodeState"] == "active")
-    return False
 
 
 class Load:

@@ -1,0 +1,137 @@
+"""The reboot lock: which nodes are away on purpose, as a label of the cluster's spec, changed by compare-and-swap.
+
+As kured and FleetLock have it: whoever wants to take a node away takes the lock for it first, and gives it back when
+the node is well again.  A lock that is overdue is not given up by itself, as its node may be the reason: others may
+take it then.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import msgspec
+
+from skep.api.requests import Requests
+from skep.cli.formatting import counted
+from skep.cli.upgrade_plan import Member, members_of, refusals_of_quorum
+from skep.errors import FailedPrecondition, OutOfSequence, SkepError
+from skep.model.labels import MAINTENANCE
+
+ANSWERS_WITHIN_S: Final = 15.0
+_ATTEMPTS: Final = 10
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """One that holds the lock."""
+
+    node: str
+    """Id; empty: an upgrade between two nodes."""
+    by: str
+    until: datetime
+    is_upgrade: bool = False
+    was_active: bool = False
+    """The upgrade has drained the node, and activates it again."""
+
+    def is_overdue(self, now: datetime) -> bool:
+        """Whether others may take it over."""
+        return now > self.until
+
+
+class _Lock(msgspec.Struct, frozen=True):
+    holders: tuple[Holder, ...] = ()
+
+
+def read(text: str) -> tuple[Holder, ...]:
+    """The holders in the label's value.  Raises: FailedPrecondition: it was damaged by hand."""
+    try:
+        return msgspec.json.decode(text, type=_Lock).holders if text else ()
+    except msgspec.MsgspecError as error:
+        raise FailedPrecondition(
+            f"the label {MAINTENANCE} of the cluster cannot be read ({error}): docker swarm inspect shows it, "
+            "skep reboot-lock release --all removes it"
+        ) from error
+
+
+def written(holders: Sequence[Holder]) -> str:
+    """The label's value; empty: it goes."""
+    return msgspec.json.encode(_Lock(tuple(holders))).decode() if holders else ""
+
+
+def taken(
+    holders: Sequence[Holder], wanted: Holder, members: Sequence[Member], now: datetime, *, at_once: int = 1
+) -> tuple[Holder, ...]:
+    """The holders with ``wanted``.  The same node may take it again, which renews it.
+
+    Raises: FailedPrecondition: why not.
+    """
+    others = [one for one in holders if not is_same(one, wanted)]
+    held = [one for one in others if not one.is_overdue(now)]
+    if len(held) >= at_once or (held and wanted.is_upgrade):
+        raise FailedPrecondition("; ".join(described(one, members, now) for one in held))
+    away = next((one for one in members if one.id == wanted.node), None)
+    if away is not None:
+        absent = [one for one in members if any(one.id == holder.node for holder in held)]
+        nodes = [msgspec.structs.replace(one, is_ready=one.is_ready and one not in absent) for one in members]
+        if reasons := list(refusals_of_quorum(nodes, away)):
+            raise FailedPrecondition("; ".join(reasons))
+    return (*held, wanted)
+
+
+def is_same(one: Holder, other: Holder) -> bool:
+    """Whether both are the same lock, taken again."""
+    if one.is_upgrade or other.is_upgrade:
+        return one.is_upgrade and other.is_upgrade and one.by == other.by
+    return one.node == other.node
+
+
+def described(holder: Holder, members: Sequence[Member], now: datetime) -> str:
+    """For people, louder the longer it is overdue."""
+    names = {one.id: one.name for one in members}
+    what = "an upgrade" if holder.is_upgrade else "the reboot lock"
+    text = f"{what} is held by {holder.by}"
+    if holder.node:
+        text += f" for {names.get(holder.node, holder.node)}"
+    late = now - holder.until
+    if late <= timedelta():
+        return f"{text} for another {counted(max(int(-late.total_seconds()) // 60, 1), 'minute')}"
+    minutes = int(late.total_seconds()) // 60
+    if minutes < 60:
+        return f"{text}, overdue for {counted(max(minutes, 1), 'minute')}"
+    ready = any(one.id == holder.node and one.is_ready for one in members)
+    cause = "it was not given back" if ready or not holder.node else "THE NODE HAS NOT COME BACK"
+    return f"{text}, OVERDUE for {counted(minutes // 60, 'hour')}: {cause}"
+
+
+def overdue(holders: Sequence[Holder], members: Sequence[Member], now: datetime) -> Iterator[str]:
+    """A line for each holder that should have given it back."""
+    return (described(one, members, now) for one in holders if one.is_overdue(now))
+
+
+async def nodes_and_time(client: Requests) -> tuple[list[Member], datetime]:
+    """The nodes, and the time by the manager's clock: locks are compared by those of managers alone."""
+    nodes = await client.get("/nodes", timeout_s=ANSWERS_WITHIN_S)
+    info = await client.get("/info", timeout_s=ANSWERS_WITHIN_S)
+    return members_of(nodes), msgspec.convert(info["SystemTime"], datetime).astimezone(UTC)
+
+
+async def holders_of(client: Requests) -> tuple[Holder, ...]:
+    """Who holds the lock now."""
+    swarm = await client.get("/swarm", timeout_s=ANSWERS_WITHIN_S)
+    return read((swarm["Spec"].get("Labels") or {}).get(MAINTENANCE, ""))
+
+
+async def change(client: Requests, decide: Callable[[str], str]) -> None:
+    """Write ``decide`` of the label's value; read and decided anew where others were faster."""
+    for attempt in range(_ATTEMPTS):
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=ANSWERS_WITHIN_S)
+        labels = dict(swarm["Spec"].get("Labels") or {})
+        value = decide(labels.pop(MAINTENANCE, ""))
+        spec = {**swarm["Spec"], "Labels": labels | ({MAINTENANCE: value} if value else {})}
+        try:
+            version = str(swarm["Version"]["Index"])
+            await client.post("/swarm/update", spec, timeout_s=ANSWERS_WITHIN_S, version=version)
+            return
+        except SkepError as error:
+            is_race = isinstance(error, OutOfSequence) or "update out of sequence" in str(error)
+            if not is_race or attempt == _ATTEMPTS - 1:
+                raise

@@ -1,0 +1,134 @@
+"""``skep reboot-lock``: one node at a time is away on purpose."""
+
+import getpass
+import socket
+from datetime import timedelta
+
+import click
+import msgspec
+
+from skep.api.client import Client
+from skep.cli import maintenance
+from skep.cli.endpoint import HostOptions
+from skep.cli.maintenance import Holder
+from skep.cli.output import Output, Shown, shows
+from skep.cli.running import run_requests
+from skep.cli.upgrade_plan import Member
+from skep.errors import InvalidArgument
+
+
+@click.group("reboot-lock")
+def reboot_lock() -> None:
+    """The lock that a node takes before it reboots, so that one at a time is away.
+
+    It is refused while another node has it, while skep upgrade runs, and where the managers would lose their quorum.
+
+    \b
+    Examples:
+      skep reboot-lock take w1 && skep node drain w1 && ssh root@w1 reboot
+      skep reboot-lock release w1
+    """
+
+
+def whoami() -> str:
+    """What others are told of a holder."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+@reboot_lock.command()
+@click.option("--ttl", default=30.0, show_default=True, help="Minutes until others may take it over.")
+@click.option(
+    "--at-once", default=1, show_default=True, type=click.IntRange(1), help="Nodes that may have it."
+)
+@click.argument("node", metavar="NODE")
+@click.pass_obj
+def take(host: HostOptions, node: str, ttl: float, at_once: int) -> None:
+    """Take the lock for NODE; the same again renews it.  Exit code 1: it is refused, with the reason.
+
+    \b
+    Examples:
+      skep reboot-lock take w1
+      until skep reboot-lock take --ttl 10 "$(hostname)"; do sleep 30; done
+    """
+    run_requests(_take(host, node, ttl, at_once))
+    click.echo(f"{node} has the lock for {ttl:g} minutes")
+
+
+@reboot_lock.command()
+@click.option("--all", "everything", is_flag=True, help="All locks, that of an upgrade too.")
+@click.argument("node", metavar="[NODE]", default="")
+@click.pass_obj
+def release(host: HostOptions, node: str, everything: bool) -> None:
+    """Give the lock of NODE back; nothing happens if it has none.
+
+    \b
+    Examples:
+      skep reboot-lock release w1
+      skep reboot-lock release --all
+    """
+    run_requests(_release(host, node, everything))
+
+
+@reboot_lock.command()
+@shows
+@click.pass_obj
+def status(host: HostOptions, output: Output) -> None:
+    """Show who has the lock.  Exit code 3: one is overdue.
+
+    \b
+    Examples:
+      skep reboot-lock status
+    """
+
+    async def fetch() -> Shown:
+        async with host.client() as client:
+            members, now = await maintenance.nodes_and_time(client)
+            holders = await maintenance.holders_of(client)
+        lines = [maintenance.described(one, members, now) for one in holders] or ["no node has the lock"]
+
+        is_late = any(one.is_overdue(now) for one in holders)
+        rows = [msgspec.to_builtins(one) for one in holders]
+        return Shown(data=rows, rows=rows, lines=lambda _: iter(lines), exit_code=3 if is_late else 0)
+
+    output.show(fetch)
+
+
+def named(members: list[Member], word: str) -> Member:
+    """The node of this name or id.  Raises: InvalidArgument."""
+    found = [one for one in members if word in (one.id, one.name)]
+    if len(found) != 1:
+        raise InvalidArgument(f"{'no node is' if not found else 'several nodes are'} called {word!r}")
+    return found[0]
+
+
+async def _take(host: HostOptions, word: str, ttl: float, at_once: int) -> None:
+    async with host.client() as client:
+        members, now = await maintenance.nodes_and_time(client)
+        wanted = Holder(node=named(members, word).id, by=whoami(), until=now + timedelta(minutes=ttl))
+
+        def decide(text: str) -> str:
+            holders = maintenance.taken(maintenance.read(text), wanted, members, now, at_once=at_once)
+            return maintenance.written(holders)
+
+        await maintenance.change(client, decide)
+
+
+async def _release(host: HostOptions, word: str, everything: bool) -> None:
+    if bool(word) == everything:
+        raise InvalidArgument("name one node, or --all")
+    async with host.client() as client:
+        if everything:
+            await maintenance.change(client, lambda _: "")
+            return
+        await _release_one(client, word)
+
+
+async def _release_one(client: Client, word: str) -> None:
+    members, _ = await maintenance.nodes_and_time(client)
+    node = named(members, word).id
+
+    def decide(text: str) -> str:
+        kept = [one for one in maintenance.read(text) if one.is_upgrade or one.node != node]
+        return maintenance.written(kept)
+
+    await maintenance.change(client, decide)

@@ -1,0 +1,478 @@
+"""``skep upgrade``: a new version on every node, one after the other, under drain.
+
+The command carries it out, and keeps in the cluster (``maintenance``) that it does and which node's turn it is: a
+second one is refused, an interrupted one is continued or aborted.
+"""
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from skep.api.client import Client
+from skep.api.updates import update
+from skep.api.waiting import persistently
+from skep.cli import maintenance
+from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted
+from skep.cli.maintenance import ANSWERS_WITHIN_S, Holder
+from skep.cli.node import drained
+from skep.cli.reboot_lock import whoami
+from skep.cli.running import errors_shown, say
+from skep.cli.up import INSTALLS_WITHIN_S, Machine, quoted
+from skep.cli.upgrade_plan import Member, Plan, Step, plan, running_of
+from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
+
+T = TypeVar("T")
+
+_LEASE = timedelta(minutes=30)
+"""Longer than any part of a step, at each of which it is renewed."""
+_UNSET = datetime.max.replace(tzinfo=UTC)
+_LOOK_S = 0.5
+FORMER = "/var/cache/skep/former.deb"
+
+KEEP_FORMER = f"""set -e
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$work/root/DEBIAN" "$(dirname {FORMER})"
+dpkg-query -L skep | while read -r path; do
+    if [ -h "$path" ] || [ -f "$path" ]; then
+        mkdir -p "$work/root$(dirname "$path")"
+        cp -a "$path" "$work/root$path"
+    fi
+done
+dpkg-query -s skep | awk '/^[^ ]/ {{ kept = !/^(Status|Conffiles):/ }} kept' >"$work/root/DEBIAN/control"
+for script in postinst prerm postrm conffiles; do
+    cp "/var/lib/dpkg/info/skep.$script" "$work/root/DEBIAN/$script"
+done
+dpkg-deb --root-owner-group -Zgzip -z1 --build "$work/root" "$work/former.deb" >&2
+mv "$work/former.deb" {FORMER}
+"""
+"""Packs what is installed, since nobody keeps the file that it came from."""
+_INSTALL = "DEBIAN_FRONTEND=noninteractive apt-get install -y --allow-downgrades {} >&2 </dev/null"
+_REPLACE = f"""{KEEP_FORMER}
+cat >"$work/new.deb"
+chmod 755 "$work"; chmod 644 "$work/new.deb"
+{_INSTALL.format('"$work/new.deb"')}
+"""
+
+
+class Means(msgspec.Struct, frozen=True, kw_only=True):
+    """How a node gets the version: a package over ssh, or commands of the operator's, run here."""
+
+    version: str
+    package: Path | None = None
+    ssh_user: str = "root"
+    command: str = ""
+    rollback: str = ""
+
+    async def upgrade(self, node: Member) -> None:
+        """Raises: Unavailable: it could not be done."""
+        if self.package is None:
+            await _run_here(self.command, node)
+            return
+        content = await asyncio.to_thread(self.package.read_bytes)
+        await self._machine(node).run(["sh", "-c", quoted(_REPLACE)], content, timeout_s=INSTALLS_WITHIN_S)
+
+    async def roll_back(self, node: Member) -> None:
+        """Put the former version back.  Raises: Unavailable."""
+        if self.package is None:
+            await _run_here(self.rollback, node)
+            return
+        await self._machine(node).run(
+            ["sh", "-c", quoted(_INSTALL.format(FORMER))], b"", timeout_s=INSTALLS_WITHIN_S
+        )
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether there is a way back."""
+        return self.package is not None or bool(self.rollback)
+
+    def _machine(self, node: Member) -> Machine:
+        address = f"[{node.address}]" if ":" in node.address else node.address
+        return Machine.of(f"ssh://{self.ssh_user}@{address}")
+
+
+async def _run_here(command: str, node: Member) -> None:
+    environment = {**os.environ, "SKEP_NODE": node.name, "SKEP_ADDRESS": node.address}
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", command), stdin=subprocess.DEVNULL, stdout=2, env=environment
+    )
+    try:
+        async with asyncio.timeout(INSTALLS_WITHIN_S):
+            code = await process.wait()
+    except TimeoutError:
+        raise Unavailable(f"the command is not done within {INSTALLS_WITHIN_S:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if code:
+        raise Unavailable(f"the command ended with code {code}")
+
+
+@click.command()
+@click.option(
+    "--package",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The Debian package to install, over ssh to the nodes' addresses.",
+)
+@click.option("--ssh-user", default="root", show_default=True, help="For --package.")
+@click.option(
+    "--command", default="", help="Run here for each node, with SKEP_NODE and SKEP_ADDRESS set, instead."
+)
+@click.option("--rollback-command", "rollback", default="", help="The way back of --command.")
+@click.option(
+    "--to", "version", default="", metavar="VERSION", help="With --command: what nodes show afterwards."
+)
+@click.option(
+    "--keep-running", is_flag=True, help="No drain: containers run on while their node's daemon restarts."
+)
+@click.option(
+    "--within", default=180.0, show_default=True, help="Seconds that a node may take to come back well."
+)
+@click.option(
+    "--plan", "only_plan", is_flag=True, help="Show the steps and what forbids them; exit code 2: forbidden."
+)
+@click.option("--continue", "continues", is_flag=True, help="Take over from an upgrade that was interrupted.")
+@click.option(
+    "--abort",
+    "aborts",
+    is_flag=True,
+    help="End an interrupted one: its node gets tasks again, the lock goes.",
+)
+@click.pass_obj
+def upgrade(
+    host: HostOptions,
+    package: Path | None,
+    ssh_user: str,
+    command: str,
+    rollback: str,
+    version: str,
+    *,
+    keep_running: bool,
+    within: float,
+    only_plan: bool,
+    continues: bool,
+    aborts: bool,
+) -> None:
+    """Upgrade all nodes, one after the other: workers, managers, the leader last.
+
+    Each is drained, upgraded, waited for, and given tasks again.  One that does not come back well gets its former
+    version again, and the upgrade ends there.  Nothing is begun while a manager is away or a service lacks tasks.
+
+    \b
+    Examples:
+      skep upgrade --plan --package skep_0.2.0_amd64.deb
+      skep upgrade --package skep_0.2.0_amd64.deb
+      skep upgrade --to 0.2.0 --command 'ssh root@$SKEP_ADDRESS skep-install 0.2.0'
+      skep upgrade --abort
+    """
+    with errors_shown():
+        if aborts:
+            asyncio.run(_abort(host))
+            return
+        means = Means(
+            version=_version(package, command, version),
+            package=package,
+            ssh_user=ssh_user,
+            command=command,
+            rollback=rollback,
+        )
+        if only_plan:
+            raise SystemExit(asyncio.run(_show_plan(host, means, drains=not keep_running)))
+        asyncio.run(_upgrade(host, means, drains=not keep_running, within_s=within, continues=continues))
+
+
+def _version(package: Path | None, command: str, version: str) -> str:
+    """What nodes show afterwards.  Raises: InvalidArgument."""
+    if (package is None) == (not command):
+        raise InvalidArgument("name one of --package and --command")
+    if package is None:
+        if not version:
+            raise InvalidArgument("--command needs --to VERSION")
+        return version
+    done = subprocess.run(
+        ["dpkg-deb", "-f", package, "Version"], capture_output=True, text=True, timeout=30, check=False
+    )
+    if done.returncode:
+        raise InvalidArgument(f"{package} is no Debian package: {done.stderr.strip()}")
+    return version or done.stdout.strip().replace("~", "")
+
+
+class _Upgrade:
+    """One run of the command."""
+
+    def __init__(self, client: Client, means: Means, *, drains: bool, within_s: float) -> None:
+        self._client = client
+        self._means = means
+        self._drains = drains
+        self._within_s = within_s
+        self._holder = Holder(node="", by=f"{whoami()}, process {os.getpid()}", until=_UNSET, is_upgrade=True)
+        self._spread: set[str] = set()
+
+    async def take(self, *, continues: bool) -> None:
+        """Take the lock.  Raises: FailedPrecondition: another upgrade, or a node's reboot, has it."""
+        members, now = await maintenance.nodes_and_time(self._client)
+        former = next((one for one in await maintenance.holders_of(self._client) if one.is_upgrade), None)
+        if former is not None:
+            if not continues and not former.is_overdue(now):
+                held = maintenance.described(former, members, now)
+                raise FailedPrecondition(f"{held}: --continue takes over, --abort ends it")
+            self._holder = msgspec.structs.replace(
+                self._holder, node=former.node, was_active=former.was_active
+            )
+        await self._hold(former)
+
+    async def _hold(self, former: Holder | None = None, **changes: Any) -> None:
+        """Renew the lock, with ``changes`` of what it tells, or take it over from ``former``.
+
+        Raises: FailedPrecondition: another one has it, perhaps since it took it over from this one.
+        """
+        self._holder = msgspec.structs.replace(self._holder, **changes)
+
+        async def once() -> None:
+            members, now = await maintenance.nodes_and_time(self._client)
+            renewed = msgspec.structs.replace(self._holder, until=now + _LEASE)
+
+            def decide(text: str) -> str:
+                holders = [one for one in maintenance.read(text) if one != former]
+                return maintenance.written(maintenance.taken(holders, renewed, members, now))
+
+            await maintenance.change(self._client, decide)
+
+        await self._asked(once)
+
+    async def release(self) -> None:
+        """Give the lock back, if it is this one's."""
+
+        def decide(text: str) -> str:
+            holders = maintenance.read(text)
+            return maintenance.written([one for one in holders if not maintenance.is_same(one, self._holder)])
+
+        await self._asked(lambda: maintenance.change(self._client, decide))
+
+    async def run(self) -> int:
+        """Upgrade node after node; gives their number.
+
+        Raises: FailedPrecondition: something forbids the next step; Unavailable: a node did not come back well.
+        """
+        count = 0
+        while True:
+            step = await self._next()
+            if self._holder.node and (step is None or step.node.id != self._holder.node):
+                await self._activate()  # the interrupted one had upgraded it, and got no further
+                continue
+            if step is None:
+                return count
+            if spread := [name for name in step.spread if name not in self._spread]:
+                await self._distribute(spread)
+                self._spread.update(spread)
+                continue
+            await self._make(step)
+            self._spread.clear()
+            count += 1
+
+    async def _next(self) -> Step | None:
+        """The next step.  What forbids it may pass, as tasks start elsewhere.
+
+        Raises: FailedPrecondition: it does not pass.
+        """
+        found = await self._plan()
+        try:
+            async with asyncio.timeout(self._within_s):
+                while found.refusals:
+                    await asyncio.sleep(_LOOK_S)
+                    found = await self._plan()
+        except TimeoutError:
+            raise FailedPrecondition("\n".join(found.refusals)) from None
+        return found.steps[0] if found.steps else None
+
+    async def _plan(self) -> Plan:
+        return await self._asked(
+            lambda: plan_now(
+                self._client,
+                self._means.version,
+                drains=self._drains,
+                spread=self._spread,
+                first=self._holder.node,
+            )
+        )
+
+    async def _make(self, step: Step) -> None:
+        node = step.node
+        was_active = self._holder.was_active or (step.drains and node.availability == "active")
+        await self._hold(node=node.id, was_active=was_active)
+        if step.drains:
+            say(f"{node.name}: is drained")
+            try:
+                await drained(self._client, node.id, self._within_s * 3)
+            except Unavailable:
+                await self._activate()
+                await self.release()
+                raise
+        say(f"{node.name}: is upgraded from {node.version} to {self._means.version}")
+        try:
+            await self._means.upgrade(node)
+            await self._comes_back(node, self._means.version)
+        except Unavailable as error:
+            raise Unavailable(await self._rolled_back(node, str(error))) from error
+        await self._activate()
+        say(f"{node.name}: has {self._means.version}")
+
+    async def _rolled_back(self, node: Member, reason: str) -> str:
+        """Go back, and tell how it is now."""
+        text = f"{node.name} did not come back with {self._means.version}: {reason}"
+        if not self._means.can_roll_back:
+            return f"{text}; it stays drained, and is yours to repair: then --continue, or --abort"
+        say(f"{node.name}: goes back to {node.version}")
+        try:
+            await self._means.roll_back(node)
+            await self._comes_back(node, node.version)
+        except Unavailable as error:
+            return f"{text}; nor with {node.version} again: {error}; it stays drained: then --continue, or --abort"
+        await self._activate()
+        await self.release()
+        return f"{text}; it has {node.version} again, and the upgrade ends here"
+
+    async def _comes_back(self, node: Member, version: str) -> None:
+        """Wait until it is well with ``version``.  Raises: Unavailable."""
+        seen = node
+        try:
+            async with asyncio.timeout(self._within_s):
+                while True:
+                    members, _ = await self._asked(lambda: maintenance.nodes_and_time(self._client))
+                    seen = next((one for one in members if one.id == node.id), seen)
+                    if seen.is_ready and seen.version == version:
+                        return
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            state = "ready" if seen.is_ready else "not ready"
+            raise Unavailable(f"after {self._within_s:g} s it is {state} with {seen.version}") from None
+
+    async def _activate(self) -> None:
+        if self._holder.node and self._holder.was_active:
+            await self._asked(lambda: _set_availability(self._client, self._holder.node, "active"))
+        await self._hold(node="", was_active=False)
+
+    async def _distribute(self, names: Sequence[str]) -> None:
+        """Update services without a change, by their own policy: the scheduler evens out what a drain has crowded."""
+        for name in names:
+            say(f"{name}: is distributed anew")
+            await update(self._client, "services", name, _forced, timeout_s=ANSWERS_WITHIN_S)
+        try:
+            async with asyncio.timeout(self._within_s):
+                left = list(names)
+                while left:
+                    left = [
+                        one for one in left if not await self._asked(partial(_is_updated, self._client, one))
+                    ]
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            raise Unavailable(f"{', '.join(names)}: not distributed within {self._within_s:g} s") from None
+
+    async def _asked(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Over the restart of the manager that answers."""
+        try:
+            async with asyncio.timeout(self._within_s):
+                return await persistently(request, say)
+        except TimeoutError:
+            raise Unavailable(f"no manager answers for {self._within_s:g} s") from None
+
+
+async def plan_now(
+    client: Client, version: str, *, drains: bool, spread: Iterable[str] = (), first: str = ""
+) -> Plan:
+    """The plan for the cluster as it is."""
+    members, _ = await maintenance.nodes_and_time(client)
+    services = await client.get("/services", timeout_s=ANSWERS_WITHIN_S)
+    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=ANSWERS_WITHIN_S)
+    return plan(members, running_of(services, tasks), version, drains=drains, spread=spread, first=first)
+
+
+async def _set_availability(client: Client, node: str, word: str) -> None:
+    await update(
+        client,
+        "nodes",
+        node,
+        lambda found: found["Spec"] | {"Availability": word},
+        timeout_s=ANSWERS_WITHIN_S,
+    )
+
+
+def _forced(service: Mapping[str, Any]) -> Mapping[str, Any]:
+    spec: dict[str, Any] = service["Spec"]
+    task = spec["TaskTemplate"]
+    return spec | {"TaskTemplate": task | {"ForceUpdate": task.get("ForceUpdate", 0) + 1}}
+
+
+async def _is_updated(client: Client, name: str) -> bool:
+    service = await client.get(f"/services/{name}", timeout_s=ANSWERS_WITHIN_S)
+    state = (service.get("UpdateStatus") or {}).get("State", "completed")
+    if state not in ("updating", "completed"):
+        raise FailedPrecondition(
+            f"{name} could not be distributed anew: its update is {state} (skep explain {name})"
+        )
+    return bool(state == "completed")
+
+
+async def _upgrade(
+    host: HostOptions, means: Means, *, drains: bool, within_s: float, continues: bool
+) -> None:
+    async with host.client() as client:
+        run = _Upgrade(client, means, drains=drains, within_s=within_s)
+        await run.take(continues=continues)
+        try:
+            count = await run.run()
+        except FailedPrecondition:
+            await run.release()  # between two steps, all nodes are well
+            raise
+        await run.release()
+    click.echo(f"{counted(count, 'node')} upgraded to {means.version}")
+
+
+async def _show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
+    async with host.client() as client:
+        found = await plan_now(client, means.version, drains=drains)
+        members, now = await maintenance.nodes_and_time(client)
+        held = [maintenance.described(one, members, now) for one in await maintenance.holders_of(client)]
+    for line in _lines(found, means.version):
+        click.echo(line)
+    for reason in (*held, *found.refusals):
+        click.echo(f"forbidden now: {reason}", err=True)
+    return 2 if held or found.refusals else 0
+
+
+def _lines(found: Plan, version: str) -> Iterator[str]:
+    for number, step in enumerate(found.steps, 1):
+        role = "leader" if step.node.is_leader else "manager" if step.node.is_manager else "worker"
+        how = "drain, upgrade, activate" if step.drains else "upgrade while containers run on"
+        yield f"{number}. {step.node.name} ({role}): {how}, from {step.node.version or 'unknown'} to {version}"
+        if step.spread:
+            yield f"   first distributed anew: {', '.join(step.spread)}"
+    if found.done:
+        yield f"have it already: {', '.join(found.done)}"
+    if found.left_out:
+        yield f"left out (docker nodes, workers that are down): {', '.join(found.left_out)}"
+
+
+async def _abort(host: HostOptions) -> None:
+    async with host.client() as client:
+        former = next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
+        if former is None:
+            raise FailedPrecondition("no upgrade is under way")
+        if former.node and former.was_active:
+            await _set_availability(client, former.node, "active")
+
+        def decide(text: str) -> str:
+            return maintenance.written([one for one in maintenance.read(text) if not one.is_upgrade])
+
+        await maintenance.change(client, decide)
+    click.echo("The upgrade is aborted: nodes keep the versions they have (skep version --all).")

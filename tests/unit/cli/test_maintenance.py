@@ -1,0 +1,83 @@
+"""The reboot lock: who gets it, who is refused, and how an overdue one is shown."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from skep.cli.maintenance import Holder, described, overdue, read, taken, written
+from skep.cli.upgrade_plan import Member
+from skep.errors import FailedPrecondition
+
+NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+WORKERS = [Member(id=f"id-{name}", name=name) for name in ("w1", "w2")]
+MANAGERS = [Member(id=f"id-{name}", name=name, is_manager=True) for name in ("m1", "m2", "m3")]
+MEMBERS = [*MANAGERS, *WORKERS]
+
+
+def a_holder(node: str, *, minutes: float = 30, is_upgrade: bool = False, by: str = "ops@desk") -> Holder:
+    return Holder(
+        node=node and f"id-{node}", by=by, until=NOW + timedelta(minutes=minutes), is_upgrade=is_upgrade
+    )
+
+
+def test_a_free_lock_is_given_and_survives_being_written() -> None:
+    holders = taken((), a_holder("w1"), MEMBERS, NOW)
+    assert holders == (a_holder("w1"),)
+    assert read(written(holders)) == holders
+    assert written(()) == ""
+
+
+def test_a_second_node_is_refused_with_the_first_ones_name_and_the_same_one_renews_it() -> None:
+    held = (a_holder("w1", minutes=5),)
+    with pytest.raises(FailedPrecondition, match="held by ops@desk for w1 for another 5 minutes"):
+        taken(held, a_holder("w2"), MEMBERS, NOW)
+    assert taken(held, a_holder("w1"), MEMBERS, NOW) == (a_holder("w1"),)
+
+
+def test_as_many_as_are_allowed_at_once_get_it() -> None:
+    held = (a_holder("w1"),)
+    assert taken(held, a_holder("w2"), MEMBERS, NOW, at_once=2) == (*held, a_holder("w2"))
+
+
+def test_an_overdue_one_may_be_taken_over() -> None:
+    assert taken((a_holder("w1", minutes=-1),), a_holder("w2"), MEMBERS, NOW) == (a_holder("w2"),)
+
+
+def test_a_reboot_and_an_upgrade_exclude_each_other_both_ways() -> None:
+    upgrade = a_holder("", is_upgrade=True)
+    with pytest.raises(FailedPrecondition, match="an upgrade is held"):
+        taken((upgrade,), a_holder("w1"), MEMBERS, NOW)
+    with pytest.raises(FailedPrecondition, match="the reboot lock is held"):
+        taken((a_holder("w1"),), upgrade, MEMBERS, NOW, at_once=5)
+
+
+def test_a_second_upgrade_is_refused_and_the_same_one_renews() -> None:
+    held = (a_holder("w1", is_upgrade=True, by="a"),)
+    with pytest.raises(FailedPrecondition, match="an upgrade is held by a for w1"):
+        taken(held, a_holder("", is_upgrade=True, by="b"), MEMBERS, NOW)
+    assert taken(held, a_holder("w2", is_upgrade=True, by="a"), MEMBERS, NOW)[0].node == "id-w2"
+
+
+def test_a_manager_is_refused_while_another_is_away_or_may_be() -> None:
+    away = [Member(id="id-m2", name="m2", is_manager=True, is_ready=False)]
+    with pytest.raises(FailedPrecondition, match="the manager m2 is not reachable"):
+        taken((), a_holder("m1"), [MANAGERS[0], *away, MANAGERS[2]], NOW)
+    with pytest.raises(FailedPrecondition, match="the manager m2 is not reachable"):
+        taken((a_holder("m2"),), a_holder("m1"), MEMBERS, NOW, at_once=2)
+
+
+def test_the_longer_it_is_overdue_the_louder_it_is_shown() -> None:
+    gone = [Member(id="id-w1", name="w1", is_ready=False)]
+    assert described(a_holder("w1", minutes=-5), gone, NOW).endswith("for w1, overdue for 5 minutes")
+    assert described(a_holder("w1", minutes=-150), gone, NOW).endswith(
+        "OVERDUE for 2 hours: THE NODE HAS NOT COME BACK"
+    )
+    assert described(a_holder("w1", minutes=-150), MEMBERS, NOW).endswith(
+        "OVERDUE for 2 hours: it was not given back"
+    )
+    assert list(overdue((a_holder("w2"),), MEMBERS, NOW)) == []
+
+
+def test_a_damaged_label_is_an_error_that_says_how_to_go_on() -> None:
+    with pytest.raises(FailedPrecondition, match="release --all removes it"):
+        read("{")

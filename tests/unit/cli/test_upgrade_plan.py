@@ -1,0 +1,212 @@
+"""What `skep upgrade` does next, and what forbids it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.cli.upgrade_plan import Member, Running, members_of, plan, running_of
+
+OLD, NEW = "1.0.0", "1.1.0"
+
+
+def a_member(name: str, **fields: Any) -> Member:
+    return Member(id=f"id-{name}", name=name, **{"version": OLD, **fields})
+
+
+def managers(count: int) -> list[Member]:
+    return [a_member(f"m{number}", is_manager=True, is_leader=number == 1) for number in range(1, count + 1)]
+
+
+def a_service(name: str, on: dict[str, int], *, away_max: int = 1, replicas: int | None = None) -> Running:
+    count = sum(on.values()) if replicas is None else replicas
+    return Running(
+        id=f"id-{name}",
+        name=name,
+        replicas=count,
+        away_max=away_max,
+        on={f"id-{k}": v for k, v in on.items()},
+    )
+
+
+CLUSTER = [*managers(3), a_member("w2"), a_member("w1")]
+
+
+def names(members: Sequence[Member], services: Sequence[Running] = (), **options: Any) -> list[str]:
+    return [step.node.name for step in plan(members, services, NEW, **{"drains": True, **options}).steps]
+
+
+def test_workers_come_first_then_managers_the_leader_last() -> None:
+    assert names(CLUSTER) == ["w1", "w2", "m2", "m3", "m1"]
+
+
+def test_what_has_the_version_is_done_and_docker_nodes_and_lost_workers_are_left_out() -> None:
+    members = [
+        *managers(1),
+        a_member("w1", version=NEW),
+        a_member("w2", is_ours=False),
+        a_member("w3", is_ready=False),
+    ]
+    found = plan(members, [], NEW, drains=False)
+    assert ([step.node.name for step in found.steps], found.done, found.left_out) == (
+        ["m1"],
+        ("w1",),
+        ("w2", "w3"),
+    )
+
+
+def test_with_a_manager_away_nothing_is_begun() -> None:
+    members = [replace(CLUSTER[0], is_ready=False), *CLUSTER[1:]]
+    assert plan(members, [], NEW, drains=True).refusals == (
+        "the manager m1 is not reachable: bring it back first (skep status)",
+    )
+
+
+def test_of_two_managers_none_may_be_away_and_one_alone_may() -> None:
+    (refusal,) = plan(managers(2), [], NEW, drains=False).refusals
+    assert "two managers, which need each other" in refusal
+    assert plan(managers(1), [], NEW, drains=False).refusals == ()
+
+
+def test_two_managers_do_not_keep_workers_from_their_turn() -> None:
+    assert plan([*managers(2), a_member("w1")], [], NEW, drains=True).refusals == ()
+
+
+def test_an_interrupted_node_goes_on_first_even_if_it_is_away() -> None:
+    members = [replace(one, is_ready=one.name != "m3") for one in CLUSTER]
+    found = plan(members, [], NEW, drains=True, first="id-m3")
+    assert (found.steps[0].node.name, found.refusals) == ("m3", ())
+
+
+def test_a_service_that_lacks_tasks_forbids_a_drain_but_not_an_upgrade_under_running_containers() -> None:
+    web = a_service("web", {"w1": 1}, replicas=3)
+    (refusal,) = plan(CLUSTER, [web], NEW, drains=True).refusals
+    assert refusal == "web runs 1 of 3 tasks: see skep explain web"
+    assert plan(CLUSTER, [web], NEW, drains=False).refusals == ()
+
+
+def test_more_tasks_on_a_node_than_the_update_policy_takes_away_are_distributed_first_and_then_refused() -> (
+    None
+):
+    web = a_service("web", {"w1": 3, "w2": 1}, away_max=2)
+    found = plan(CLUSTER, [web], NEW, drains=True)
+    assert (found.steps[0].spread, found.refusals) == (("web",), ())
+    (refusal,) = plan(CLUSTER, [web], NEW, drains=True, spread=["web"]).refusals
+    assert refusal.startswith("web has 3 of its 4 tasks on w1, and its update policy takes away 2 at a time")
+
+
+def test_an_update_policy_of_zero_takes_all_away() -> None:
+    found = plan(CLUSTER, [a_service("web", {"w1": 4}, away_max=0)], NEW, drains=True)
+    assert (found.steps[0].spread, found.refusals) == ((), ())
+
+
+def test_tasks_need_another_node_to_go_to() -> None:
+    (refusal,) = plan(managers(1), [a_service("web", {"m1": 1})], NEW, drains=True).refusals
+    assert "no other node could take the tasks of m1" in refusal
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> tuple[list[Member], list[Running]]:
+    members = managers(draw(st.integers(1, 5))) + [
+        a_member(f"w{number}") for number in range(draw(st.integers(0, 4)))
+    ]
+    members = [replace(one, is_ready=draw(st.integers(0, 9)) > 0) for one in members]
+    services = [
+        a_service(
+            f"s{number}",
+            {one.name: draw(st.integers(0, 3)) for one in members if one.is_ready},
+            away_max=draw(st.integers(0, 3)),
+        )
+        for number in range(draw(st.integers(0, 3)))
+    ]
+    return members, services
+
+
+@given(clusters(), st.booleans())
+def test_carried_out_it_keeps_the_quorum_and_every_services_policy(
+    cluster: tuple[list[Member], list[Running]], drains: bool
+) -> None:
+    """Step by step, each planned anew; tasks of a drained node go to another one and stay there."""
+    members, services = cluster
+    turns: list[Member] = []
+    spread: tuple[str, ...] = ()
+    while (found := plan(members, services, NEW, drains=drains, spread=spread)).steps and not found.refusals:
+        step = found.steps[0]
+        if set(step.spread) - set(spread):
+            services = [distributed(one, members) for one in services]
+            spread = step.spread
+            continue
+        spread = ()
+        away = step.node
+        voters = [one for one in members if one.is_manager]
+        present = [one for one in voters if one.is_ready and one.id != away.id]
+        assert not away.is_manager or len(voters) == 1 or len(present) == len(voters) - 1 > len(voters) // 2
+        if drains:
+            for one in services:
+                left = sum(count for node, count in one.on.items() if node != away.id)
+                assert left >= one.replicas - (one.away_max or one.replicas)
+            services = [moved(one, away, members) for one in services]
+        turns.append(away)
+        members = [replace(one, version=NEW, is_ready=True) if one.id == away.id else one for one in members]
+    assert len({one.id for one in turns}) == len(turns)
+    order = [(one.is_manager, one.is_leader) for one in turns]
+    assert order == sorted(order)
+
+
+def moved(service: Running, away: Member, members: Sequence[Member]) -> Running:
+    on = dict(service.on)
+    count = on.pop(away.id, 0)
+    others = [one.id for one in members if one.is_ready and one.id != away.id]
+    if count and others:
+        on[others[0]] = on.get(others[0], 0) + count
+    return replace(service, on=on)
+
+
+def distributed(service: Running, members: Sequence[Member]) -> Running:
+    ready = [one.id for one in members if one.is_ready]
+    on = {
+        id: service.replicas // len(ready) + (place < service.replicas % len(ready))
+        for place, id in enumerate(ready)
+    }
+    return replace(service, on=on)
+
+
+def test_what_the_api_shows_is_read() -> None:
+    node = {
+        "ID": "n1",
+        "Spec": {"Role": "manager", "Availability": "drain"},
+        "Description": {"Hostname": "m1", "Engine": {"EngineVersion": OLD, "Labels": {"skep.node": "1"}}},
+        "Status": {"State": "ready", "Addr": "192.0.2.1"},
+        "ManagerStatus": {"Leader": True, "Reachability": "unreachable"},
+    }
+    assert members_of([node]) == [
+        Member(
+            id="n1",
+            name="m1",
+            version=OLD,
+            address="192.0.2.1",
+            is_manager=True,
+            is_leader=True,
+            is_ready=False,
+            availability="drain",
+        )
+    ]
+    services = [
+        {
+            "ID": "s1",
+            "Spec": {
+                "Name": "web",
+                "Mode": {"Replicated": {"Replicas": 2}},
+                "UpdateConfig": {"Parallelism": 0},
+            },
+        },
+        {"ID": "s2", "Spec": {"Name": "agent", "Mode": {"Global": {}}}},
+    ]
+    states = ["running", "running", "failed"]
+    tasks = [
+        {"ServiceID": "s1", "NodeID": "n1", "Status": {"State": state}, "DesiredState": "running"}
+        for state in states
+    ]
+    assert running_of(services, tasks) == [Running(id="s1", name="web", replicas=2, away_max=0, on={"n1": 2})]
