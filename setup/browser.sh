@@ -14,7 +14,7 @@ missing=$target/browser-missing
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
-if [ -x /usr/bin/chromium ]; then
+if command -v chromium >/dev/null; then
     rm -f "$missing"
     exit 0
 fi

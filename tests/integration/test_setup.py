@@ -85,6 +85,17 @@ def test_without_plug_ins_the_machine_is_set_up_and_the_reason_is_said_once(
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
 
+def test_without_a_browser_the_machine_is_set_up_and_the_reason_is_said_once(
+    scripts: Path, tmp_path: Path
+) -> None:
+    path = a_path_without(tmp_path / "path", "apt", "chromium")
+    first = run(scripts / "browser.sh", tmp_path / "libexec", PATH=path)
+    assert (first.returncode, "there is no apt-get" in first.stderr) == (0, True), first.stderr
+    assert "there is no apt-get" in (tmp_path / "libexec" / "browser-missing").read_text()
+    again = run(scripts / "browser.sh", tmp_path / "libexec", PATH=path)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
 @pytest.fixture
 def without_etcd(tmp_path: Path) -> str:
     """A $PATH on which the distribution's own suite has no etcd."""
