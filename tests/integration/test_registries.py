@@ -17,6 +17,7 @@ from skep.playground.busybox import GROUP, PASSWD, PATH, applets
 from skep.playground.commands import find
 from tests.support.playground_rig import (
     CLIS,
+    SKEP,
     TestCluster,
     TestNode,
     a_playground,
@@ -306,6 +307,50 @@ def test_an_update_with_registry_auth_renews_the_credentials_of_a_service(
     wait_running(m1, "app", 1, 120)
     assert image_of(m1, "app").startswith(f"{name}@sha256:")
     m1.docker("service", "rm", "app")
+
+
+@pytest.mark.slow
+def test_a_stack_takes_the_logins_of_its_client_to_the_nodes(guarded: TestCluster, tmp_path: Path) -> None:
+    """``skep stack deploy --with-registry-auth``; without it the nodes are refused."""
+    m1, name = guarded.node("m1"), f"localhost:{GUARDED}/app:3"
+    has_password(guarded, "secret")
+    login = ("login", "-u", "user", "--password-stdin", f"localhost:{GUARDED}")
+    docker_at(m1, *login, home=tmp_path, stdin="secret")
+    provide(m1, name, "app:stacked", tmp_path)
+    for node in guarded.nodes():
+        node.docker("rmi", name, check=False)
+    (tmp_path / "compose.yaml").write_text(
+        f"name: private\nservices: {{app: {{image: '{name}', deploy: "
+        "{placement: {constraints: [node.hostname==w1]}}}}\n"
+    )
+
+    def deploy(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [SKEP, "--host", m1.socket, "stack", "deploy", "--timeout", "60", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            timeout=120,
+            check=False,
+        )
+
+    sent = deploy("--detach")
+    assert sent.returncode == 0, sent.stderr
+
+    def refusals() -> list[str]:
+        tasks = m1.client().api.tasks(filters={"service": "private_app"})
+        return [task["Status"].get("Err", "") for task in tasks if task["Status"]["State"] == "rejected"]
+
+    wait_until(refusals, "a task is rejected without credentials", 60)
+    assert all("access denied" in error or "No such image" in error for error in refusals()), refusals()
+    done = deploy("--with-registry-auth")
+    assert done.returncode == 0, done.stderr
+    assert len(running(m1, "private_app")) == 1
+    assert image_of(m1, "private_app").startswith(f"{name}@sha256:")
+    (spec,) = m1.client().api.services(filters={"name": "private_app"})
+    assert "secret" not in str(spec)
+    m1.docker("stack", "rm", "private")
 
 
 def test_nodes_pull_from_a_private_registry_with_their_credential_helper(
