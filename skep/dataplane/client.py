@@ -41,14 +41,17 @@ class NetClient:
         self._owner = owner
         self._ipc = IpcClient(path, clock, rng, whom="the net process", bytes_max=FRAME_BYTES_MAX)
 
-    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
 
+        ``target``: the address and port to which what comes there is relayed.
         Raises: AlreadyExists: another program has it; AddressNotHere; FailedPrecondition: it cannot be bound here;
         Unavailable.
         """
         token = f"{self._owner}:{secrets.token_hex(8)}"
-        match await self._ask(Reserve(protocol, port, token, address)):
+        match await self._ask(Reserve(protocol, port, token, address, target)):
             case Reserved(held):
                 return held
             case Refused(message, is_taken, is_elsewhere):

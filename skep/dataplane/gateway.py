@@ -33,7 +33,7 @@ from skep.dataplane.plan.gateway import HostPort, between_table, gateway_table, 
 from skep.dataplane.plan.overlay import USUAL_MTU
 from skep.dataplane.plan.packet_filter import Owner, spoofing_filter
 from skep.dataplane.ports import PortReservations
-from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import ContainerId
 from skep.model.sandbox import PublishedPort, Sandbox
@@ -45,6 +45,8 @@ Network = TypeVar("Network", IPv4Network, IPv6Network)
 
 BRIDGE = "skep-gw"
 _PART = "gateway"
+_TWINS_MAX = 10
+"""Attempts to find a number that is free for IPv4 and for IPv6."""
 _FAMILIES = {IPv4Network: socket.AF_INET, IPv6Network: socket.AF_INET6}
 _HOME_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
@@ -118,10 +120,7 @@ class Gateway:
         try:
             for port in ports:
                 if port.publish_mode is PublishMode.HOST:
-                    number = await self._reservations.reserve(
-                        port.protocol, port.published_port, port.host_ip
-                    )
-                    reserved.append(msgspec.structs.replace(port, published_port=number))
+                    reserved += await self._reserve(port, str(address))
             subnet6 = self._subnet6 if wants_ipv6 else None
             sandbox = Sandbox(
                 netns=str(netns),
@@ -214,7 +213,7 @@ class Gateway:
             self._deferred.soon(_PART, self._home.apply)
         for port in ports:
             if port.publish_mode is PublishMode.HOST:
-                await self._reservations.release(port.protocol, port.published_port, port.host_ip)
+                await self._release(port)
         self._require_addresses().release(IPv4Address(address), container_id)
 
     async def _apply(self) -> None:
@@ -250,19 +249,46 @@ class Gateway:
 
     # --- ports ------------------------------------------------------------------------------------------------
 
+    async def _reserve(self, port: PublishedPort, address: str) -> tuple[PublishedPort, ...]:
+        """What ``port`` publishes of the container with ``address``: with no address of the node, IPv4 and IPv6."""
+        if port.host_ip or port.protocol == "sctp":
+            return (await self._reserve_one(port, address),)
+        for left in reversed(range(_TWINS_MAX)):
+            first = await self._reserve_one(port, address)
+            try:
+                return first, await self._reserve_one(msgspec.structs.replace(first, host_ip="::"), address)
+            except AlreadyExists:
+                await self._release(first)
+                if port.published_port or not left:
+                    raise
+            except FailedPrecondition:  # this node has no IPv6
+                return (first,)
+            except BaseException:
+                await asyncio.shield(self._release(first))
+                raise
+        raise AssertionError("the last try returns or raises")
+
+    async def _reserve_one(self, port: PublishedPort, address: str) -> PublishedPort:
+        target = (address, port.target_port) if ":" in port.host_ip else None
+        number = await self._reservations.reserve(port.protocol, port.published_port, port.host_ip, target)
+        return msgspec.structs.replace(port, published_port=number)
+
+    async def _release(self, port: PublishedPort) -> None:
+        await self._reservations.release(port.protocol, port.published_port, port.host_ip)
+
     async def _restore_ports(self) -> None:
         held = set(await self._reservations.held())
         wanted = {
-            (port.protocol, port.published_port, port.host_ip)
+            (port.protocol, port.published_port, port.host_ip): (port, one.address)
             for one in self._sandboxes.values()
             for port in one.ports
         }
-        for protocol, number, address in sorted(wanted - held):
+        for key in sorted(wanted.keys() - held):
             try:
-                await self._reservations.reserve(protocol, number, address)
+                await self._reserve_one(*wanted[key])
             except SkepError as error:  # the rules publish it nevertheless
-                log.warning("host port not reserved again", protocol=protocol, port=number, error=str(error))
-        for protocol, number, address in sorted(held - wanted):  # of containers that are gone
+                log.warning("host port not reserved again", port=key, error=str(error))
+        for protocol, number, address in sorted(held - wanted.keys()):  # of containers that are gone
             await self._reservations.release(protocol, number, address)
 
     # --- subnet -----------------------------------------------------------------------------------------------
@@ -332,10 +358,11 @@ def new_port_name() -> str:
 
 
 def _host_ports(address: str, ports: Sequence[PublishedPort]) -> list[HostPort]:
+    """Those of IPv4; the net process relays the others."""
     return [
         HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
         for port in ports
-        if port.publish_mode is PublishMode.HOST
+        if port.publish_mode is PublishMode.HOST and ":" not in port.host_ip
     ]
 
 

@@ -26,9 +26,12 @@ from skep.linux.files import is_no_file, replace_file
 class PortReservations(Protocol):
     """Holds ports; the net process does, so that they outlive the node process."""
 
-    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
 
+        ``target``: the address and port to which what comes there is relayed.
         Raises: AlreadyExists: another program has it; AddressNotHere.
         """
 
@@ -99,7 +102,18 @@ class Reservations:
         """In the order of ``list``."""
         return tuple(self._held.values())
 
-    def reserve(self, protocol: str, port: int, token: str, address: str = "") -> int:
+    def held(self) -> Sequence[tuple[Reservation, socket.socket]]:
+        """All with their sockets, which stay this object's."""
+        return tuple(self._held.items())
+
+    def reserve(
+        self,
+        protocol: str,
+        port: int,
+        token: str,
+        address: str = "",
+        target: tuple[str, int] | None = None,
+    ) -> int:
         """Hold ``port`` (0: any free one); the same answer again for the same ``token``.
 
         Raises: AlreadyExists: another program has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be had at
@@ -109,7 +123,7 @@ class Reservations:
             if held.token == token:
                 return held.port
         opened = bind(protocol, port, address)
-        reservation = Reservation(protocol, opened.getsockname()[1], token, address)
+        reservation = Reservation(protocol, opened.getsockname()[1], token, address, target)
         self._held[reservation] = opened
         self.record()
         return reservation.port

@@ -7,6 +7,7 @@ import secrets
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -38,6 +39,7 @@ from skep.dataplane.protocol import (
     decode_request,
     frame,
 )
+from skep.dataplane.proxy.host_ports import HostRelays
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.served_containers import ServedContainers
 from skep.errors import AlreadyExists, SkepError
@@ -47,6 +49,13 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 _PREDECESSOR_ENDS_S = 5.0
+
+
+class Ports(NamedTuple):
+    """The node's ports that are held, and what is relayed from them."""
+
+    held: Reservations
+    relays: HostRelays
 
 
 def run(paths: Paths, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
@@ -73,7 +82,7 @@ async def _run(
     paths: Paths, reservations: Reservations, taken: Taken, beside: Sequence[Callable[[], Awaitable[None]]]
 ) -> None:
     tasks: set[asyncio.Task[None]] = set()
-    namespaces = Namespaces(paths.netns)
+    namespaces, host_relays = Namespaces(paths.netns), HostRelays(SystemClock())
     async with asyncio.TaskGroup() as group:
 
         def start_task(work: Awaitable[None]) -> asyncio.Task[None]:
@@ -91,13 +100,15 @@ async def _run(
             start_task=start_task,
         )
         try:
+            await host_relays.serve(reservations.held())
             relays = Relays(paths.relays, SystemClock(), random.random)
             start_task(retry(relays.run, "relays of ports failed", clock=SystemClock()))
             for work in beside:
                 start_task(work())
             serving.take_over(taken.named, taken.waiting)
-            await _serve(paths, reservations, serving)
+            await _serve(paths, Ports(reservations, host_relays), serving)
         finally:
+            host_relays.close()
             serving.close()
             for task in tasks:
                 task.cancel()
@@ -112,7 +123,7 @@ async def _kept_apart(work: Awaitable[None]) -> None:
         log.exception("unexpected")
 
 
-async def _serve(paths: Paths, reservations: Reservations, serving: ServedContainers) -> None:
+async def _serve(paths: Paths, ports: Ports, serving: ServedContainers) -> None:
     over = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     open_now: set[asyncio.StreamWriter] = set()
@@ -132,13 +143,13 @@ async def _serve(paths: Paths, reservations: Reservations, serving: ServedContai
                 if isinstance(request, HandOver):
                     is_leaving = True
                     try:
-                        await _hand_over(writer, reservations, serving)
+                        await _hand_over(writer, ports.held, serving)
                     except OSError:
                         is_leaving = False
                         raise
                     over.set()
                     break
-                writer.write(frame(await _answer(request, reservations, serving)))
+                writer.write(frame(await _answer(request, ports, serving)))
                 await writer.drain()
         except (SkepError, msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
             log.warning("connection ended by an error", reason=str(error))
@@ -150,8 +161,8 @@ async def _serve(paths: Paths, reservations: Reservations, serving: ServedContai
 
     server = await serve(serve_connection, paths.net_socket)
     with closing(server):  # only that: waiting for it would be waiting for its connections
-        reservations.record()
-        log.info("net process serves", ports=len(reservations.list()), containers=len(serving.list()))
+        ports.held.record()
+        log.info("net process serves", ports=len(ports.held.list()), containers=len(serving.list()))
         await over.wait()
         is_leaving = True
     all_closed.clear()
@@ -177,11 +188,13 @@ async def _hand_over(
         raise
 
 
-async def _answer(request: Request, reservations: Reservations, serving: ServedContainers) -> Answer:
+async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> Answer:
     match request:
-        case Reserve(kind, port, token, address):
+        case Reserve(kind, port, token, address, target):
             try:
-                return Reserved(reservations.reserve(kind, port, token, address))
+                reserved = ports.held.reserve(kind, port, token, address, target)
+                await ports.relays.serve(ports.held.held())
+                return Reserved(reserved)
             except SkepError as error:
                 return Refused(
                     str(error),
@@ -189,10 +202,11 @@ async def _answer(request: Request, reservations: Reservations, serving: ServedC
                     is_elsewhere=isinstance(error, AddressNotHere),
                 )
         case Release(kind, port, address):
-            reservations.release(kind, port, address)
+            ports.relays.end(kind, port, address)
+            ports.held.release(kind, port, address)
             return Done()
         case List():
-            held, served = tuple(reservations.list()), tuple(serving.list())
+            held, served = tuple(ports.held.list()), tuple(serving.list())
             return Listing(held, served, serving.repairs.total, serving.counts())
         case Serve(named):
             return await _done(serving.serve(named))

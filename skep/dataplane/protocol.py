@@ -19,13 +19,15 @@ FRAME_BYTES_MAX = 4 * 1024 * 1024
 class Reservation(msgspec.Struct, frozen=True):
     """A host port that is held.
 
-    ``token``: of the call that reserved it, so that the call may be repeated; ``address`` empty: every IPv4 address.
+    ``token``: of the call that reserved it, so that the call may be repeated; ``address`` empty: every IPv4 address;
+    ``target``: the address and port to which the net process relays what comes there (``proxy/host_ports.py``).
     """
 
     protocol: str
     port: int
     token: str = ""
     address: str = ""
+    target: tuple[str, int] | None = None
 
 
 class NameServer(msgspec.Struct, frozen=True):
@@ -69,6 +71,7 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     port: int
     token: str
     address: str = ""
+    target: tuple[str, int] | None = None
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):

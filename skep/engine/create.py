@@ -20,7 +20,7 @@ from skep.engine.machine import MachineOptions
 from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, TaskOptions, refused
 from skep.engine.signals import signal_number
 from skep.engine.spec import merged_environment
-from skep.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.addresses import parsed
 from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
 from skep.model.meta import Driver
@@ -463,10 +463,6 @@ def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
     host, found = request.host_config, []
     for text, bindings in sorted(host.port_bindings.items()):
         for binding in bindings or ():
-            if ":" in binding.host_ip:
-                raise Unimplemented(f"published ports of containers have no IPv6: {binding.host_ip}")
-            if binding.host_ip and not _is_ipv4(binding.host_ip):
-                raise InvalidArgument(f"invalid IP address: {binding.host_ip}")
             if "-" in binding.host_port:
                 raise refused(f"--publish with a range for one port ({binding.host_port})")
             if binding.host_port and not (binding.host_port.isascii() and binding.host_port.isdigit()):
@@ -474,24 +470,26 @@ def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
             number = int(binding.host_port or 0)
             if number > 65535:
                 raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
-            address = "" if binding.host_ip == "0.0.0.0" else binding.host_ip
-            found.append(_port(text, number, address))
+            found.append(_port(text, number, _host_ip(binding.host_ip)))
     if host.publish_all_ports:
         found += [_port(text, 0, "") for text in sorted(exposed) if not host.port_bindings.get(text)]
     return found
 
 
-def _is_ipv4(text: str) -> bool:
+def _host_ip(text: str) -> str:
+    """Empty: every address of the node."""
     try:
-        return parsed(text).version == 4
+        return str(parsed(text)) if text else ""
     except ValueError:
-        return False
+        raise InvalidArgument(f"invalid IP address: {text}") from None
 
 
 def _port(text: str, published: int, address: str) -> PublishedPort:
     match = _PORT.fullmatch(text)
     if match is None or not 0 < int(match[1]) <= 65535:
         raise InvalidArgument(f'invalid port specification: "{text}"')
+    if match[2] == "sctp" and ":" in address:
+        raise refused(f"--publish of {text} on an address of IPv6")
     return PublishedPort(
         protocol=match[2] or "tcp",
         target_port=int(match[1]),

@@ -93,6 +93,12 @@ class PublishedPort(PortConfig):
     host_ip: str = ""
 
 
+def as_requested(ports: Sequence[PublishedPort]) -> tuple[PublishedPort, ...]:
+    """``ports`` of a sandbox without the IPv6 twins of those that are published on all addresses."""
+    twins = {msgspec.structs.replace(port, host_ip="::") for port in ports if not port.host_ip}
+    return tuple(port for port in ports if port not in twins)
+
+
 class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A container as its networks see it: what its sandbox is made from.  Not serialized."""
 

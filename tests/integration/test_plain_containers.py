@@ -2,12 +2,14 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from skep.engine import apparmor
+from tests.integration.test_published_ports import in_namespace
 from tests.support.docker_engines import attachments, inside, wait_inside
 from tests.support.playground_rig import (
     CLIS,
@@ -186,6 +188,63 @@ def test_bridge_none_and_host_are_what_they_are_in_docker(m1: TestNode) -> None:
     assert len(m1.docker(*links).stdout.splitlines()) == 1
     seen = m1.docker("run", "--rm", *LABEL, "--network", "host", IMAGE, "ip", "-o", "link").stdout
     assert "skep-gw" in seen
+
+
+def test_a_port_is_published_by_ipv6_too(m1: TestNode) -> None:
+    """As docker-proxy does it: without an address on both, by TCP and UDP; ``[::1]`` there alone."""
+    netns = m1.description["netns"]
+    serve = "echo hello > /a; exec httpd -f -p 80 -h /"
+    run(m1, "web", "-p", "8088:80", "-p", "[::1]:8089:80", "-p", "8090:53/udp", command=("sh", "-c", serve))
+
+    def fetched(address: str, port: int) -> str:
+        try:
+            return in_namespace(netns, fetch_page, address, port)
+        except OSError as error:
+            return type(error).__name__
+
+    wait_until(lambda: fetched("127.0.0.1", 8088) == "hello\n", "the port answers")
+    assert (fetched("::1", 8088), fetched("::1", 8089)) == ("hello\n", "hello\n")
+    assert fetched("127.0.0.1", 8089) == "ConnectionRefusedError"
+    pid = m1.client().api.inspect_container("web")["State"]["Pid"]
+    with in_namespace(f"/proc/{pid}/ns/net", bound, 53) as server:
+        server.settimeout(5)
+        with in_namespace(netns, socket.socket, socket.AF_INET6, socket.SOCK_DGRAM) as client:
+            client.settimeout(5)
+            client.sendto(b"over ipv6", ("::1", 8090))
+            said, peer = server.recvfrom(100)
+            server.sendto(said.upper(), peer)
+            assert client.recv(100) == b"OVER IPV6"
+    lines = sorted(m1.docker("port", "web").stdout.splitlines())
+    assert lines == [
+        "53/udp -> 0.0.0.0:8090",
+        "53/udp -> [::]:8090",
+        "80/tcp -> 0.0.0.0:8088",
+        "80/tcp -> [::1]:8089",
+        "80/tcp -> [::]:8088",
+    ]
+    shown = m1.client().api.inspect_container("web")
+    own = [{"HostIp": "", "HostPort": "8088"}, {"HostIp": "::1", "HostPort": "8089"}]
+    assert shown["HostConfig"]["PortBindings"]["80/tcp"] == own
+    taken = m1.docker("run", "-d", "--name", "late", *LABEL, "-p", "[::]:8088:80", IMAGE, *IDLE, check=False)
+    assert "Bind for [::]:8088 failed: port is already allocated" in taken.stderr
+    assert "invalid IP address" in refused(m1, "create", "-p", "[::1%lo]:80:80", IMAGE)
+    said = refused(m1, "create", "-p", "[::1]:80:80/sctp", IMAGE)
+    assert "--publish of 80/sctp on an address of IPv6" in said
+    m1.docker("rm", "-f", "web")
+    m1.docker("start", "late")
+    assert fetched("::1", 8088) == "ConnectionResetError", "nothing listens in the container"
+
+
+def fetch_page(address: str, port: int) -> str:
+    with socket.create_connection((address, port), timeout=5) as connection:
+        connection.sendall(b"GET /a HTTP/1.0\r\n\r\n")
+        return connection.makefile("rb").read().partition(b"\r\n\r\n")[2].decode()
+
+
+def bound(port: int) -> socket.socket:
+    opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    opened.bind(("0.0.0.0", port))
+    return opened
 
 
 @pytest.mark.slow

@@ -88,13 +88,16 @@ class MemoryRuntime:
         self._machine.fault("ended", container.id)
         return Ended(0)
 
-    async def delete(self, id: ContainerId) -> None:
+    async def delete(self, container: Container) -> None:
+        await self.delete_unknown(container.id)
+
+    async def delete_unknown(self, id: ContainerId) -> None:
         self._machine.fault("delete", id)
         if id in self._machine.ended:
             self._machine.end(id)
 
-    async def clear(self, id: ContainerId) -> None:
-        self._machine.fault("clear", id)
+    async def clear(self, container: Container) -> None:
+        self._machine.fault("clear", container.id)
 
     async def status(self, id: ContainerId) -> str:
         self._machine.fault("status", id)

@@ -14,7 +14,9 @@ class OwnReservations:
         self._namespaces = namespaces
         self._sockets: dict[tuple[str, int, str], socket.socket] = {}
 
-    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
         opened = await self._namespaces.run(self._namespaces.home, bind, protocol, port, address)
         chosen: int = opened.getsockname()[1]
         self._sockets[protocol, chosen, address] = opened

@@ -252,11 +252,11 @@ def _network_mode(task: Task) -> str:
 def published_port(port: PortConfig, service_labels: Mapping[str, str]) -> PublishedPort:
     """A port in host mode, on the address that the service's labels name.
 
-    Raises: Rejected: an IPv6 address, which ports in host mode do not support.
+    Raises: Rejected: SCTP on an IPv6 address.
     """
     host_ip = publish_options(service_labels, port).host_ip
-    if ":" in host_ip:
-        raise Rejected(f"port {port.target_port}/{port.protocol} in host mode has no IPv6: {host_ip}")
+    if ":" in host_ip and port.protocol == "sctp":
+        raise Rejected(f"port {port.target_port}/sctp in host mode has no IPv6: {host_ip}")
     return PublishedPort(host_ip=host_ip, **msgspec.structs.asdict(port))
 
 

@@ -48,6 +48,7 @@ from skep.model.labels import LABEL_TASK_ID, last_lines
 from skep.model.network import Network
 from skep.model.planes import driver_of, is_overlay
 from skep.model.rights import ALL_RIGHTS, Right
+from skep.model.sandbox import as_requested
 from skep.model.slot_volumes import created_ms
 from skep.model.tables import NetworkHead
 from skep.model.task import AssignedTask, ContainerStatus
@@ -423,5 +424,5 @@ def _running(container: Container) -> Running:
             container_id=container.id, pid=container.pid, exit_code=container.exit_code
         ),
         warnings=container.warnings,
-        ports=container.sandbox.ports if container.sandbox is not None else (),
+        ports=as_requested(container.sandbox.ports) if container.sandbox is not None else (),
     )

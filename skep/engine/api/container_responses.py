@@ -23,6 +23,7 @@ from skep.engine.container import (
 )
 from skep.engine.images.store import ImageStore
 from skep.engine.limits import swap_bytes
+from skep.model.sandbox import as_requested
 from skep.model.times import ZERO_TIME, unix_ns
 
 _NS = 1_000_000_000
@@ -364,7 +365,8 @@ def _plain_host_config(container: Container) -> dict[str, Any]:
 
 def _bindings(container: Container) -> dict[str, Any]:
     has_opened = container.sandbox is not None and container.plain is None
-    published = container.sandbox.ports if has_opened and container.sandbox else container.config.ports
+    opened = as_requested(container.sandbox.ports) if has_opened and container.sandbox else ()
+    published = opened if has_opened else container.config.ports
     bindings: dict[str, Any] = {}
     for port in published:
         binding = {"HostIp": port.host_ip, "HostPort": str(port.published_port)}

@@ -32,7 +32,9 @@ TABLE = Table(
 class Ports(PortReservations):
     """Port 22 is another program's; an earlier process holds 443."""
 
-    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
         if port == 22:
             raise AlreadyExists("port is already allocated")
         return port

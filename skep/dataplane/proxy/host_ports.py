@@ -1,0 +1,73 @@
+"""Relays what comes to ports of the node by IPv6 to containers, whose addresses on the gateway bridge are IPv4.
+
+As docker-proxy does: the container sees the node's address on the bridge as its client's.  The sockets are those by
+which the ports are held (``ports.Reservations``), so that a port is served or free, and nothing in between.
+"""
+
+import random
+import socket
+from collections.abc import Iterable
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.failures import describe_error
+from skep.dataplane.protocol import Reservation
+from skep.dataplane.proxy.relays import RelayPort
+from skep.dataplane.proxy.tcp import TcpRelay
+from skep.dataplane.proxy.udp import UdpRelay
+from skep.linux.descriptors import set_aside
+
+log = structlog.get_logger()
+
+_Key = tuple[str, int, str]
+
+
+class HostRelays:
+    """The relays of one node's reserved ports."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
+
+    async def serve(self, held: Iterable[tuple[Reservation, socket.socket]]) -> None:
+        """Relay those that have a target, unless they are relayed already."""
+        for reservation, own in held:
+            key = reservation.protocol, reservation.port, reservation.address
+            if reservation.target is None or key in self._relays:
+                continue
+            try:
+                self._relays[key] = await self._opened(reservation, reservation.target, set_aside(own.dup()))
+            except Exception as error:  # one port's error affects no other
+                log.warning("port is not relayed", port=key, reason=describe_error(error))
+
+    def end(self, protocol: str, port: int, address: str) -> None:
+        """Accept nothing more at a port that is let go; open connections go on until the container ends."""
+        relay = self._relays.pop((protocol, port, address), None)
+        if relay is not None:
+            relay.close()
+
+    def close(self) -> None:
+        """End all, with their connections: this process ends."""
+        for relay in self._relays.values():
+            relay.close(ends_connections=True)
+        self._relays.clear()
+
+    async def _opened(
+        self, reservation: Reservation, target: tuple[str, int], listener: socket.socket
+    ) -> TcpRelay | UdpRelay:
+        listener.setblocking(False)
+        port = RelayPort(
+            protocol=reservation.protocol,
+            address=reservation.address,
+            port=reservation.port,
+            backends=(target,),
+        )
+        if port.protocol == "udp":
+            return UdpRelay(port, listener, self._clock, random.random, lambda call: call())
+        # For its connections, which outlive it for a minute: the next container gets the port at once.  While the
+        # socket listens, no other gets the port in any case.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        relay = TcpRelay(port, random.random, lambda call: call())
+        await relay.open(listener)
+        return relay
