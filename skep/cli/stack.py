@@ -20,6 +20,7 @@ from skep.cli.registry_logins import RegistryLogins
 from skep.cli.running import errors_shown, run_requests
 from skep.cli.stack_builds import build_images
 from skep.cli.stack_lists import ls, ps, services
+from skep.cli.stack_quota import quota
 from skep.cli.stack_screens import Progress, compared, lines_of, planned, revisions, warn
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.images import registry_of
@@ -168,7 +169,7 @@ def stack() -> None:
     """
 
 
-for listing in (ls, services, ps):
+for listing in (ls, services, ps, quota):
     stack.add_command(listing)
 
 

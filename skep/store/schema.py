@@ -20,6 +20,7 @@ from skep.model.network import Network, subnet_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.overlays import vxlan_ids
 from skep.model.planes import claimed_underlay, is_overlay
+from skep.model.quota import StackQuota
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import Swarm
@@ -266,6 +267,13 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         type=User,
         claims=_name_claims("user"),
         taken=_name_taken("user"),
+        indexes={"name": _spec_name},
+    ),
+    KindSchema(
+        name="quota",
+        type=StackQuota,
+        claims=_name_claims("quota"),
+        taken=_name_taken("quota"),
         indexes={"name": _spec_name},
     ),
     KindSchema(name="payload", type=Payload, taken=_nothing_taken),

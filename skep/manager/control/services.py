@@ -22,6 +22,7 @@ from skep.errors import (
 )
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
+from skep.manager.control.quotas import check_quota
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.dependents import check_dependencies, next_job, restart_dependents
 from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
@@ -65,7 +66,7 @@ def create_service(
 
     Raises:
         InvalidArgument: the spec can never work, a port is taken, a secret or config is missing.
-        PermissionDenied: the cluster does not allow the rights over nodes that it asks for.
+        PermissionDenied: the cluster does not allow the rights over nodes that it asks for, or its stack has a quota.
         AlreadyExists: the name is taken.
         FailedPrecondition: it publishes ports on the ingress network and there is none.
         Unavailable: what it needs cannot be read.
@@ -75,6 +76,7 @@ def create_service(
     check_service_spec(spec)
     check_dependencies(tx, spec)
     _check_rights(tx, spec)
+    check_quota(tx, spec)
     _check_attachments(tx, spec)
     _check_ingress(tx, spec)
     _check_files(tx, spec)
@@ -110,6 +112,7 @@ def update_service(
     """
     service = _changeable(tx, id, spec, version)
     _check_rights(tx, spec, service.spec)
+    check_quota(tx, spec, service)
     current_auth, previous_auth = (
         auth_of(tx, registry_auth_id(id)),
         auth_of(tx, previous_registry_auth_id(id)),
@@ -143,6 +146,7 @@ def rollback_service(
         raise FailedPrecondition(f"service {id} does not have a previous spec")
     check_dependencies(tx, service.previous_spec)
     _check_rights(tx, service.previous_spec, service.spec)
+    check_quota(tx, service.previous_spec, service)
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
     return tx.put(

@@ -50,7 +50,9 @@ class Cluster:
 
     def add(self, name: str, role: str, *options: str) -> str:
         address = ("--address", f"tcp://localhost:{PORT}", "--ca", str(self.ca))
-        return self.admin("user", "add", name, "--role", role, "--context", *address, *options)
+        printed = self.admin("user", "add", name, "--role", role, "--context", *address, *options)
+        wait_until(lambda: self.docker(name, "version").returncode == 0, "the node knows the user")
+        return printed
 
     def docker(self, user: str, *words: str) -> subprocess.CompletedProcess[str]:
         return self.run(CLIS[-1], "--context", user, *words)
@@ -139,7 +141,7 @@ def test_the_removal_of_a_user_ends_its_access_at_once(cluster: Cluster) -> None
 
 
 def test_the_guide_to_access(cluster: Cluster) -> None:
-    (block,) = shell_blocks("docs/guide/access.md")
+    block = "\n".join(shell_blocks("docs/guide/access.md"))
     where = {
         "PATH": f"{Path(SKEP).parent}:{Path(CLIS[-1]).parent}:{os.environ['PATH']}",
         "SKEP_HOST": f"unix://{cluster.rig.run}/skep.sock",
@@ -149,3 +151,4 @@ def test_the_guide_to_access(cluster: Cluster) -> None:
     done = cluster.run("sh", "-euc", block, **where)
     assert done.returncode == 0, done.stderr
     assert "operator:shop" in done.stdout
+    assert "reserved MiB" in done.stdout
