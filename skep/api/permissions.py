@@ -253,7 +253,9 @@ RULES: Final = (
     _rule("GET", rf"/skep/stacks/{_NAME}/quota", _VIEWER, Scope.OBJECT, "stack"),
     # What belongs to one node.  A local volume can be any directory of the machine.
     _rule("GET", r"/containers/json", _VIEWER, Scope.LIST, "container", container=_READ),
-    _rule("GET", rf"/containers/{_NAME}/(?:json|top)", _VIEWER, Scope.OBJECT, "container", container=_READ),
+    _rule("GET", rf"/containers/{_NAME}/json", _VIEWER, Scope.OBJECT, "container", container=_READ),
+    # command lines, and with options the environment
+    _rule("GET", rf"/containers/{_NAME}/top", _VIEWER, Scope.OBJECT, "container", container=_INSPECT),
     _rule(
         "GET",
         rf"/containers/{_NAME}/stats",

@@ -26,6 +26,8 @@ KEPT = 1024
 """Past events that a client can request (Docker keeps 256)."""
 BEHIND_MAX = 1024
 READERS_MAX = 256
+READER = "X-Skep-Reader"
+"""A header of requests that are answered for a container that may only read."""
 PROGRESS_S = 10.0
 """Between two messages that give the cursor of a stream in which nothing happens."""
 
@@ -244,6 +246,15 @@ def message_of(type: str, action: str, id: str, attributes: Mapping[str, str], a
         "time": at_ns // SECOND_NS,
         "timeNano": at_ns,
     }
+
+
+def without_commands(message: Message) -> Message:
+    """The event without the command line of an exec or health check, in which passwords may be."""
+    name, colon, _ = str(message["Action"]).partition(": ")
+    if not colon or name not in ("exec_create", "exec_start"):
+        return message
+    action = f"{name}: "
+    return {**message, "Action": action, **({"status": action} if "status" in message else {})}
 
 
 def gap_in_place_of(message: Message) -> Message:

@@ -23,6 +23,7 @@ from skep.model.ids import ContainerId
 from skep.model.rights import ApiAccess
 from skep.node.container_apis.policy import Passing, check
 from skep.node.container_apis.redaction import redacted
+from skep.node.events import READER
 from skep.node.front.server import refusal
 from skep.node.front.splice import relay
 
@@ -94,13 +95,16 @@ class Exchanges:
             async with own:  # until the container has read it: a document waits in memory
                 await self._pass_document(client, request, viewer)
         else:
-            await self._pass(client, request, viewer)
+            await self._pass(client, request, viewer, access)
 
-    async def _pass(self, client: Connection, request: Request, identity: Identity) -> None:
+    async def _pass(
+        self, client: Connection, request: Request, identity: Identity, access: ApiAccess
+    ) -> None:
         """Send the response on as it comes, until either end closes."""
         server = await self._front(identity)
+        marks = ((READER.encode(), b"1"),) if access is ApiAccess.READ else ()
         try:
-            await server.send(_head(request, request.head.first_line.rpartition(b" ")[2]))
+            await server.send(_head(request, request.head.first_line.rpartition(b" ")[2], *marks))
             async with asyncio.TaskGroup() as group:
                 left = group.create_task(self._end_with(client, server), name="container's API client")
                 while data := await server.read():
@@ -173,11 +177,11 @@ def _has_hung_up(client: Connection) -> bool:
     return any(events & (select.POLLHUP | select.POLLERR) for _, events in looking.poll(0))
 
 
-def _head(request: Request, version: bytes) -> bytes:
-    """The request's head, for a connection that carries it alone; by the path that was checked."""
+def _head(request: Request, version: bytes, *marks: tuple[bytes, bytes]) -> bytes:
+    """The request's head with ``marks``, for a connection that carries it alone; by the path that was checked."""
     line = b"%s %s %s" % (request.method.encode(), request.target.encode(), version)
     head = type(request.head)(line, request.head.headers)
-    return head.with_headers((b"Connection", b"close"), without=_DROPPED)
+    return head.with_headers((b"Connection", b"close"), *marks, without=_DROPPED)
 
 
 def _with_length(head: bytes, length: int) -> bytes:

@@ -1,7 +1,7 @@
 """Which requests a container may make on its own socket of the Engine API: those that ``api.permissions`` names."""
 
 from enum import Enum
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import unquote
 
 from skep.api.framing import path_of
 from skep.api.permissions import rule_for
@@ -21,15 +21,13 @@ def check(access: ApiAccess, method: str, target: str) -> Passing:
     """How the response to a request is passed on.  Raises: PermissionDenied: the container may not make it."""
     if access is ApiAccess.FULL:
         return Passing.AS_IT_IS
-    path, query = path_of(target), target.partition("?")[2]
+    path = path_of(target)
     if method not in ("GET", "HEAD"):
         raise _refusal(access, f"{method} {path} changes something")
     if not _is_plain(path):
         raise _refusal(access, f"the path {path} is not one of its paths")
     rule = rule_for(method, path)
     if rule.container is ApiAccess.READ or rule.container is access:
-        if access is ApiAccess.READ and not _is_harmless(path, query):
-            raise _refusal(access, "options of ps can show environment variables")
         # Join tokens make whoever has them a manager: they are shown with full access only.
         is_redacted = rule.is_document and (access is ApiAccess.READ or path == "/swarm")
         return Passing.REDACTED if is_redacted else Passing.AS_IT_IS
@@ -48,13 +46,3 @@ def _is_plain(path: str) -> bool:
     """Whether servers behind cannot read another path in it."""
     words = unquote(path).split("/")
     return path.startswith("/") and not {".", ".."} & set(words) and "%2f" not in path.lower()
-
-
-_PS_OPTIONS = frozenset(("", "-ef", "aux", "-aux"))
-
-
-def _is_harmless(path: str, query: str) -> bool:
-    """Whether processes, if it is they that are listed, are listed without their environment (``ps e``)."""
-    if not path.endswith("/top"):
-        return True
-    return all(name != "ps_args" or value in _PS_OPTIONS for name, value in parse_qsl(query, True))

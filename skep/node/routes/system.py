@@ -27,7 +27,7 @@ from skep.node import features, info
 from skep.node.cluster_reads import ClusterReads
 from skep.node.description import volume_drivers
 from skep.node.docker_engine import DockerEngine
-from skep.node.events import EventLines, EventRequest, Message, NodeEvents
+from skep.node.events import READER, EventLines, EventRequest, Message, NodeEvents, without_commands
 from skep.node.membership import Membership
 from skep.node.swarm_info import NOT_A_MANAGER
 
@@ -190,7 +190,11 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
     since, until = period_of(request)
     wanted = EventRequest(since, until, Filters.of(request), dict(request.query))
     async with JsonLines(request) as lines:
-        await system.stream_events(wanted, lines.send)
+
+        async def send(message: Message) -> None:
+            await lines.send(without_commands(message) if READER in request.headers else message)
+
+        await system.stream_events(wanted, send)
     return lines.response
 
 

@@ -8,7 +8,15 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.api.filters import Filters
-from skep.node.events import EventRequest, Message, NodeEvents, fits, message_of, without_tag
+from skep.node.events import (
+    EventRequest,
+    Message,
+    NodeEvents,
+    fits,
+    message_of,
+    without_commands,
+    without_tag,
+)
 
 ATTRIBUTES = {"name": "web.1.abc", "image": "busybox:1", "zone": "a"}
 STARTED = message_of("container", "start", "c0ffee", ATTRIBUTES, 1_500_000_000)
@@ -115,3 +123,13 @@ async def test_what_others_send_and_is_no_event_costs_their_share_only(line: byt
     events = NodeEvents(SystemClock())
     events.publish("container", "start", "c1", {}, 1)
     assert await seen(events, Source(line)) == ["start"]
+
+
+def test_events_for_those_who_only_read_have_no_commands() -> None:
+    ran = message_of("container", "exec_start: sh -c 'mysql -psecret'", "c1", {"execID": "e1"}, 1)
+    shown = without_commands(ran)
+    assert (shown["Action"], shown["status"]) == ("exec_start: ", "exec_start: ")
+    assert "secret" not in str(shown)
+    for action in ("start", "health_status: healthy", "exec_die"):
+        other = message_of("container", action, "c1", {}, 1)
+        assert without_commands(other) == other

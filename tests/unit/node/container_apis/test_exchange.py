@@ -3,6 +3,8 @@
 import asyncio
 import socket
 
+import pytest
+
 from skep.aio.clock import SystemClock
 from skep.model.access import Identity
 from skep.model.ids import ContainerId
@@ -51,3 +53,22 @@ async def test_documents_that_do_not_come_keep_no_other_container_waiting() -> N
     await asyncio.gather(*waiting, return_exceptions=True)
     for one in silent:
         one.close()
+
+
+@pytest.mark.parametrize(("access", "is_marked"), [(ApiAccess.READ, True), (ApiAccess.INSPECT, False)])
+async def test_a_stream_of_events_is_asked_for_as_one_of_a_container_that_only_reads(
+    access: ApiAccess, is_marked: bool
+) -> None:
+    asked = asyncio.Queue[socket.socket]()
+    exchanges = Exchanges(lambda connected, _: asked.put_nowait(connected), SystemClock())
+    ours, theirs = socket.socketpair()
+    serving = asyncio.create_task(exchanges.carry_out(theirs, A, access))
+    _, writer = await asyncio.open_connection(sock=ours)
+    writer.write(b"GET /events HTTP/1.1\r\nHost: d\r\n\r\n")
+    reader, answering = await asyncio.open_connection(sock=await asked.get())
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert (b"X-Skep-Reader: 1" in head) is is_marked
+    for one in (writer, answering):
+        one.close()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)

@@ -25,7 +25,7 @@ def test_what_has_no_secrets_is_passed_as_it_is(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("/info", "/containers/json?all=1", "/containers/a/json", "/containers/a/top?ps_args=-ef"),
+        *("/info", "/containers/json?all=1", "/containers/a/json"),
         *("/images/json", "/images/a/b:c/json", "/networks", "/networks/a", "/volumes"),
         *("/volumes/a", "/services", "/services/a", "/tasks", "/tasks/a", "/nodes", "/nodes/self", "/swarm"),
         *("/secrets", "/secrets/a", "/configs", "/configs/a"),
@@ -45,8 +45,8 @@ def test_documents_are_shown_without_secrets(path: str) -> None:
         *(
             "/images/a/history",
             "/system/df",
-            "/containers/a/top?ps_args=e",
-            "/containers/a/top?x=1&ps_args=auxe",
+            "/containers/a/top",
+            "/containers/a/top?ps_args=-ef",
         ),
     ],
 )
