@@ -111,6 +111,10 @@ def parse_options(text: str) -> tuple[int, str]:
     return flags, ",".join(data)
 
 
+_LAYERS = ("lowerdir", "lowerdir+", "datadir+", "upperdir", "workdir")
+"""Options of an overlay that name directories."""
+
+
 def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] = ()) -> None:
     """Mount ``options["device"]`` on ``target``, but no directory that has one of ``refused``, or is in one.
 
@@ -125,7 +129,9 @@ def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] =
     flags, data = parse_options(given)
     try:
         source = _opened(device, flags, refused) if flags & syscalls.MS_BIND else device
-        _mount(source, target, kind, flags, data)
+        is_layered = kind == "overlay" and not flags & syscalls.MS_BIND
+        opened = _with_opened_layers(data, refused) if is_layered else data
+        _mount(source, target, kind, flags, opened)
     except OSError as error:
         shown = f", flags: {flags & ~_PROPAGATION:#x}" if flags & ~_PROPAGATION else ""
         shown += f", data: {data}" if data else ""
@@ -150,6 +156,22 @@ def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
                 f"failed to mount local volume: {device} has sockets of this node: mount it as a bind, not as a volume"
             )
     return f"/proc/self/fd/{descriptor}"
+
+
+def _with_opened_layers(data: str, refused: Sequence[str]) -> str:
+    """Options of an overlay with what its directories are, whatever their paths lead to a moment later.
+
+    A layer is a view of its directory as a bind mount is, without what is mounted below.
+    Raises: MountFailed; OSError.
+    """
+    words = re.split(r"(?<!\\),", data)
+    for number, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name in _LAYERS:
+            paths = re.split(r"(?<!\\):", value)
+            opened = [one and _opened(re.sub(r"\\(.)", r"\1", one), 0, refused) for one in paths]
+            words[number] = f"{name}={':'.join(opened)}"
+    return ",".join(words)
 
 
 def _mount(device: str, target: Path, type: str, flags: int, data: str) -> None:

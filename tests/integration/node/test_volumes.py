@@ -317,6 +317,39 @@ async def test_mounts_that_are_made_later_reach_a_task_as_its_own_mount_says(
 WAYS = ("rprivate", "rslave", "rshared")
 
 
+async def test_no_volume_has_a_directory_with_the_nodes_sockets_as_a_layer(
+    tmp_path: Path, executor: OciExecutor
+) -> None:
+    run = Path(executor.engine.volumes._refused[0])
+    (tmp_path / "link").symlink_to(run)
+    one, other = tmp_path / "one", tmp_path / "an,other:one"
+    for directory in (one, other):
+        directory.mkdir()
+    (other / "file").write_text("found")
+    escaped = str(other).replace(",", "\\,").replace(":", "\\:")
+    for number, layers in enumerate(
+        (
+            f"lowerdir={one}:{run}",
+            f"lowerdir={tmp_path / 'link'}:{one}",
+            f"lowerdir={run.parent}:{one}",
+            f"lowerdir={one},upperdir={run},workdir={one}",
+        )
+    ):
+        given = {"type": "overlay", "device": "overlay", "o": layers}
+        controller = executor.controller(a_task("true", mounts=(with_options(f"layers{number}", given),)))
+        await controller.prepare()
+        with pytest.raises(SkepError, match="has sockets of this node"):
+            await controller.start()
+        await controller.remove()
+    given = {"type": "overlay", "device": "overlay", "o": f"lowerdir={one}:{escaped}"}
+    mount = with_options("layers", given)
+    controller = executor.controller(a_task(f"grep found {mount.target}/file", mounts=(mount,)))
+    await controller.prepare()
+    await controller.start()
+    await controller.wait()
+    await controller.remove()
+
+
 async def _failure(work: object) -> str:
     with pytest.raises(SkepError) as failed:
         await work  # type: ignore[misc]
