@@ -4,7 +4,7 @@ Docker's engine names where the engine has them.  Source: moby, daemon/metrics.g
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -31,6 +31,8 @@ from skep.node.events import NodeEvents
 
 log = structlog.get_logger()
 
+KEPT_S = 1.0
+"""A page is given to all who ask within this time."""
 _MANAGER_S = 4.0
 """Prometheus gives up after ten."""
 _NET_S = 2.0
@@ -62,6 +64,9 @@ class NodeMetrics:
         self._sources = sources
         self._clock = clock
         self._lag = LoopLag()
+        self._page = b""
+        self._made_at = float("-inf")
+        self._making = asyncio.Lock()
 
     async def run(self) -> None:
         """Sample the event loop, and what containers use while it is asked for, until cancelled."""
@@ -71,12 +76,23 @@ class NodeMetrics:
                 group.create_task(self._sources.usage.run())
 
     async def text(self) -> bytes:
-        """The page.  What does not answer in time is left out: ``skep_manager_up`` says so of the manager."""
+        """The page, one for all who ask within a second: whoever reaches the address can ask as often as they like.
+
+        What does not answer in time is left out: ``skep_manager_up`` says so of the manager.
+        """
+        async with self._making:
+            if self._clock.monotonic() - self._made_at >= KEPT_S:
+                self._page = await self._made()
+                self._made_at = self._clock.monotonic()
+            return self._page
+
+    async def _made(self) -> bytes:
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(self._of_manager())
             names = group.create_task(self._of_net_process())
             used = await self._sources.usage.text() if self._sources.usage is not None else b""
-        return render(merged([*self._own(), *names.result(), *asked.result()])) + used
+        families = [*self._own(), *names.result(), *asked.result()]
+        return await asyncio.to_thread(_joined, families, used)  # a manager has two lines for each service
 
     async def nodes(self) -> Any:
         """As ``GET /nodes`` has them.  Raises: SkepError: no manager answers, or workers may not read."""
@@ -124,6 +140,10 @@ class NodeMetrics:
             log.debug("no metrics from the manager", reason=str(error))
             up = 0
         return [gauge("skep_manager_up", "Whether this node's manager process answers.", up), *families]
+
+
+def _joined(families: Sequence[Family], used: bytes) -> bytes:
+    return render(merged(families)) + used
 
 
 def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list[Family]:

@@ -1,14 +1,18 @@
 """The page of a node, and the list of nodes for Prometheus."""
 
+import asyncio
+from typing import cast
+
 import msgspec
 import pytest
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.api.exposition import render
 from skep.configuration.values import listening_addr
 from skep.dataplane.protocol import Listing, NameCounts
 from skep.model.ids import NodeId
 from skep.model.paths import SETTLED_ROUNDS, PathCheck, PathFinding, PathReport
-from skep.node.metrics import dns_families, network_families
+from skep.node.metrics import KEPT_S, NodeMetrics, Sources, dns_families, network_families
 from skep.node.metrics_server import targets
 
 
@@ -78,3 +82,32 @@ def test_an_address_to_listen_on_has_a_port() -> None:
     for wrong in ("127.0.0.1", "localhost:9323", "127.0.0.1:0", "127.0.0.1:70000"):
         with pytest.raises(ValueError, match="write an IP address and a port"):
             listening_addr(wrong)
+
+
+def test_pages_are_made_one_at_a_time_and_those_who_ask_within_a_second_get_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = VirtualLoop()
+    made = 0
+
+    async def slowly(_: NodeMetrics) -> bytes:
+        nonlocal made
+        made += 1
+        await asyncio.sleep(0.5)
+        return b"page %d" % made
+
+    monkeypatch.setattr(NodeMetrics, "_made", slowly)
+
+    async def body() -> None:
+        clock = VirtualClock(loop)
+        metrics = NodeMetrics(cast("Sources", None), clock)
+        assert await asyncio.gather(*(metrics.text() for _ in range(50))) == [b"page 1"] * 50
+        await clock.sleep(KEPT_S / 2)
+        assert await metrics.text() == b"page 1"
+        await clock.sleep(KEPT_S)
+        assert await metrics.text() == b"page 2"
+
+    try:
+        loop.run_until_complete(body())
+    finally:
+        loop.close()
