@@ -42,20 +42,22 @@ KEEP_FORMER = f"""set -e
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/root/DEBIAN" "$(dirname {FORMER})"
-dpkg-query -L skep | while read -r path; do
+dpkg-query -L skep | grep -v '^/etc/' | while read -r path; do
     if [ -h "$path" ] || [ -f "$path" ]; then
         mkdir -p "$work/root$(dirname "$path")"
         cp -a "$path" "$work/root$path"
     fi
 done
 dpkg-query -s skep | awk '/^[^ ]/ {{ kept = !/^(Status|Conffiles):/ }} kept' >"$work/root/DEBIAN/control"
-for script in postinst prerm postrm conffiles; do
+for script in postinst prerm postrm; do
     cp "/var/lib/dpkg/info/skep.$script" "$work/root/DEBIAN/$script"
 done
 dpkg-deb --root-owner-group -Zgzip -z1 --build "$work/root" "$work/former.deb" >&2
 mv "$work/former.deb" {FORMER}
 """
-"""Packs what is installed, since nobody keeps the file that it came from."""
+"""Packs what is installed, as the file that it came from is usually gone.  Without the
+settings: packed as they are, the operator's changes would be the package's own, which the next version replaces; dpkg
+keeps a file that a package no longer has."""
 _INSTALL = "DEBIAN_FRONTEND=noninteractive apt-get install -y --allow-downgrades {} >&2 </dev/null"
 _REPLACE = f"""{KEEP_FORMER}
 cat >"$work/new.deb"
