@@ -152,3 +152,14 @@ def test_the_guide_to_access(cluster: Cluster) -> None:
     assert done.returncode == 0, done.stderr
     assert "operator:shop" in done.stdout
     assert "reserved MiB" in done.stdout
+
+
+def test_an_operator_deploys_its_stack_and_no_other(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.add("shopper", "operator:shop")
+    file = tmp_path / "stack.yml"
+    file.write_text('version: "3.8"\nservices: {web: {image: none, command: sleep 600}}\n')
+    deploy = ("stack", "deploy", "--resolve-image", "never", "-c", str(file))
+    cluster.done("shopper", *deploy, "shop")
+    assert "shop_web" in cluster.done("shopper", "stack", "services", "shop")
+    assert "the network is of the stack blog" in cluster.refused("shopper", *deploy, "blog")
+    assert "Removing network shop_default" in cluster.done("shopper", "stack", "rm", "shop")
