@@ -83,6 +83,7 @@ class MadeUpCluster:
     revision: int = 1
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
     history: list[Row] = field(default_factory=list)
+    then: Row = field(default_factory=dict)
     streams: set[asyncio.Queue[Row]] = field(default_factory=set)
     lines: Sequence[str] = LINES
     now: float = field(default_factory=time.time)
@@ -400,7 +401,8 @@ def app_of(cluster: MadeUpCluster) -> web.Application:
         return web.Response(body=file.read_bytes(), content_type=TYPES[file.suffix], headers=headers)
 
     async def view(request: web.Request) -> web.Response:
-        return web.json_response(cluster.snapshot())
+        """Of earlier times, ``cluster.then``."""
+        return web.json_response(cluster.then if "at" in request.query else cluster.snapshot())
 
     async def history(request: web.Request) -> web.Response:
         since = float(request.query.get("since", "0"))
@@ -477,6 +479,12 @@ def _answer(cluster: MadeUpCluster, path: str, body: Any) -> Any:
             return [
                 {"Name": body[0]["Name"], "Wanted": wanted, "Nodes": shares, "Refusal": "", "Verdicts": []}
             ]
+        case ["skep", "tasks", id, "explain"] if cluster.rows["tasks"][id]["error"]:
+            lines = [{"Stream": "stderr", "Text": line} for line in cluster.lines]
+            return {
+                "Summary": cluster.rows["tasks"][id]["error"],
+                "End": {"Cause": "out-of-memory", "Lines": lines},
+            }
         case ["skep", "services" | "tasks", id, "explain"]:
             return {"Summary": "It is as it should be.", "Reasons": [], "Failures": []}
         case ["tasks"]:

@@ -13,6 +13,7 @@ HOSTILE = "<img src=x onerror=alert(1)>\u202e<script>alert(2)</script>"
 
 async def test_a_cluster_is_seen_searched_changed_and_scaled() -> None:
     cluster = make(5, 24)
+    cluster.then = make(2, 6).snapshot()
     async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
         await page.goto(url)
         await expect(page.get_by_role("application")).to_have_attribute(
@@ -21,6 +22,7 @@ async def test_a_cluster_is_seen_searched_changed_and_scaled() -> None:
         await expect(page.locator(".live")).to_have_text("live")
         assert await _drawn_colours(page) > 5
         await _sees_a_change(page, cluster)
+        await _goes_back(page)
         await _finds_by_address(page, cluster)
         await _scales(page, cluster)
 
@@ -36,6 +38,16 @@ async def _sees_a_change(page: Page, cluster: MadeUpCluster) -> None:
     await expect(page.locator(f".legend a[href$='{service['id']}']")).to_have_text(
         f"{service['wanted']}/{service['wanted']}"
     )
+
+
+async def _goes_back(page: Page) -> None:
+    map = page.get_by_role("application")
+    await page.get_by_role("slider", name="Time shown").focus()
+    await page.keyboard.press("PageDown")
+    await expect(map).to_have_attribute("aria-label", _starts("Map of 2 nodes"))
+    await expect(page.locator(".banner.past")).to_contain_text("as it was at")
+    await page.get_by_role("button", name="Back to now").click()
+    await expect(map).to_have_attribute("aria-label", _starts("Map of 5 nodes"))
 
 
 async def _finds_by_address(page: Page, cluster: MadeUpCluster) -> None:

@@ -91,27 +91,22 @@ function rollout(app, service) {
   );
 }
 
-/** The answer of `/explain` in sentences. */
+/** The answer of `/explain` in sentences, with the last lines of a task that ended and the nodes that refuse one. */
 function explanation(answer) {
-  const lines = (items) => (items ?? []).map((item) => h("li", {}, sentence(item)));
+  const reasons = (found) => (found ?? []).map(({ Name: name, Summary: summary, Tasks: tasks }) =>
+    h("li", {}, name && h("b", {}, `${name}: `), summary, tasks > 1 && h("span", { class: "quiet" }, ` (${count(tasks, "task")})`)));
+  const { Update: update, End: end, Nodes: nodes } = answer;
+  const lines = end?.Lines ?? [];
   return [
     answer.Summary && h("p", {}, answer.Summary),
-    answer.Reasons?.length > 0 && h("ul", { class: "plain" }, lines(answer.Reasons)),
-    answer.Failures?.length > 0 && h("ul", { class: "plain bad" }, lines(answer.Failures)),
-    answer.Update && h("p", { class: "quiet" }, sentence(answer.Update)),
+    answer.Reasons?.length > 0 && h("ul", { class: "plain" }, reasons(answer.Reasons)),
+    answer.Failures?.length > 0 && h("ul", { class: "plain failures" }, reasons(answer.Failures)),
+    update && h("p", { class: "quiet" }, [update.Step, update.WaitingFor && `waiting for ${update.WaitingFor}`].filter(Boolean).join("; ")),
+    nodes?.length > 0 && h("ul", { class: "plain" }, nodes.slice(0, 50).map(({ Hostname: name, NodeID: id, Refusals: refusals }) =>
+      h("li", { key: id }, h("b", {}, `${name || id}: `), refusals?.length ? refusals.join("; ") : "would take it"))),
+    end?.HealthOutput && h("pre", {}, end.HealthOutput),
+    lines.length > 0 && h("pre", { "aria-label": "Last lines", tabindex: "0" }, lines.map(({ Text: text }) => `${text}\n`)),
   ];
-}
-
-/** One entry of an explanation as text: a text as it is, an object by its text fields. */
-function sentence(item) {
-  if (typeof item === "string") return item;
-  const order = ["Summary", "Message", "Reason", "Text", "Error"];
-  const named = order.map((name) => item[name]).filter((value) => typeof value === "string" && value !== "");
-  if (named.length > 0) return named.join(": ");
-  return Object.entries(item)
-    .filter(([, value]) => ["string", "number", "boolean"].includes(typeof value) && value !== "")
-    .map(([name, value]) => `${name} ${value}`)
-    .join(", ");
 }
 
 /** On which nodes a service's tasks are. */

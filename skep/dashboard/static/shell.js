@@ -8,7 +8,7 @@ import { showHelp } from "./help.js";
 import { showSearch } from "./search_box.js";
 import { badge } from "./parts.js";
 import { logsOfPanel } from "./logs.js";
-import { number } from "./text.js";
+import { clockTime, number } from "./text.js";
 
 const ICONS = {
   hive: "M8 1.500 13.600 4.750v6.500L8 14.500l-5.600-3.250v-6.500z",
@@ -38,6 +38,8 @@ export function shell(app) {
       "main",
       { key: "main", id: "main", tabindex: "-1", class: page.name === "hive" ? "filled" : "", onscroll: (event) => scrolled(app, event) },
       app.live.state === "lost" && h("p", { key: "lost", class: "banner", role: "alert" }, `Not live: ${app.live.reason}. What you see may be old.`),
+      app.notice && h("p", { key: "notice", class: "banner", role: "alert" }, app.notice),
+      app.past !== null && h("p", { key: "past", class: "banner past", role: "status" }, `The cluster as it was at ${clockTime(app.past / 1000, app.realNow)}`),
       app.cluster.cursor === "" && app.live.state !== "lost"
         ? h("p", { key: "wait", class: "empty" }, "Reading the cluster…")
         : page.show(app),
