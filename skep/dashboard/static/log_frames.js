@@ -7,6 +7,9 @@ const STAMP = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[^ ]*) /;
 // Sequences that move or colour in a terminal: their text is shown, they are not.
 const ESCAPES = /\u001b(?:\[[0-?]*[ -/]*[@-~]|\][^\u0007\u001b]*(?:\u0007|\u001b\\)|[@-Z\\-_])/g;
 
+/** Text without the sequences that would move or colour it. */
+export const withoutEscapes = (text) => text.replace(ESCAPES, "");
+
 /** Cuts chunks into `{stream: "stdout"|"stderr", text}`; `multiplexed`: with Docker's headers of 8 bytes. */
 export class Frames {
   #rest = new Uint8Array(0);
@@ -69,5 +72,5 @@ export function parsedLine(line) {
       text = text.slice(detail[0].length);
     }
   }
-  return { at, task, text: text.replace(ESCAPES, "") };
+  return { at, task, text: withoutEscapes(text) };
 }

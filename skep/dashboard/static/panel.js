@@ -5,6 +5,7 @@ import { isEnded, phase } from "./cluster.js";
 import { ago, badge, button, facts, fetched, link, links, section, swatch, taskGlyph, took } from "./parts.js";
 import { networkKind, nodeState, portsText, replicas, serviceState, stackState, taskColumns, taskState } from "./pages.js";
 import { table } from "./table.js";
+import { withoutEscapes } from "./log_frames.js";
 import { age, clockTime, compareNames, count, imageName, percent, bytes } from "./text.js";
 import { nodeActions, serviceActions } from "./actions.js";
 
@@ -105,7 +106,7 @@ function explanation(answer) {
     nodes?.length > 0 && h("ul", { class: "plain" }, nodes.slice(0, 50).map(({ Hostname: name, NodeID: id, Refusals: refusals }) =>
       h("li", { key: id }, h("b", {}, `${name || id}: `), refusals?.length ? refusals.join("; ") : "would take it"))),
     end?.HealthOutput && h("pre", {}, end.HealthOutput),
-    lines.length > 0 && h("pre", { "aria-label": "Last lines", tabindex: "0" }, lines.map(({ Text: text }) => `${text}\n`)),
+    lines.length > 0 && h("pre", { "aria-label": "Last lines", tabindex: "0" }, lines.map(({ Text: text }) => `${withoutEscapes(text)}\n`)),
   ];
 }
 
