@@ -179,6 +179,10 @@ class UpdatesKeepServing:
         self._back_at: dict[NodeId, float] = {}
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:  # first: one commit may have both, and tasks come before nodes in it
+            match event:
+                case Updated(Node() as before, Node() as after) if not _takes_tasks(before):
+                    self._back_at[after.id] = change.time_s
         for event in change.events:
             match event:
                 case Updated(Task() as old, Task() as new) if old.is_wanted and not new.is_wanted:
@@ -187,8 +191,6 @@ class UpdatesKeepServing:
                         yield from self._violations(view, old, new)
                 case Updated(Task() as old, Task() as new) if new.status.state is TaskState.RUNNING:
                     self._running_at.setdefault(new.id, change.time_s)
-                case Updated(Node() as before, Node() as after) if not _takes_tasks(before):
-                    self._back_at[after.id] = change.time_s
 
     def _violations(self, view: View, old: Task, new: Task) -> Iterable[str]:
         service = view.lookup(Service, new.service_id)

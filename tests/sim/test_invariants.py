@@ -139,6 +139,17 @@ def test_with_start_first_a_task_that_stops_before_its_replacement_runs_is_rejec
     assert history.violations == ["task old was stopped before ['new'] ran"]
 
 
+def test_with_start_first_a_task_may_be_stopped_in_the_commit_in_which_its_node_is_back() -> None:
+    history = History(UpdatesKeepServing())
+    old = a_task("old", node="w1", state=TaskState.RUNNING)
+    history.put(a_node(W1, state=NodeState.DOWN), a_service(UpdateOrder.START_FIRST), old)
+    history.put(a_task("new", image="app:2", state=TaskState.PENDING))
+    history.after(60)
+    stopped = a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN)
+    history.commit(lambda tx: (tx.put(stopped), tx.put(a_node(W1))))
+    assert history.violations == []
+
+
 def test_with_start_first_a_task_that_has_just_started_may_be_stopped() -> None:
     history = History(UpdatesKeepServing())
     history.put(a_node(W1), a_service(UpdateOrder.START_FIRST), a_task("old", node="w1"))

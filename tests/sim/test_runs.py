@@ -40,6 +40,7 @@ FAILED_ONCE = (
     5022254,  # tasks that never came to run kept the host ports that new ones waited for
     5023255,  # a version of a spec was removed while a leader that was behind made tasks of it
     5023527,  # a node that had registered was shown as unknown by the end of a restore
+    5024717,  # a task was stopped in the commit that showed its node as back: the rule read the task first
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
 
