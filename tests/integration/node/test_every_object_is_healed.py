@@ -46,8 +46,10 @@ LISTINGS = (
 )
 PATIENCE_SECONDS = 60.0
 """Until something is taken for lost: five seconds are what a machine takes that is not crowded."""
-FOLLOWS = frozenset({"mtu", "forwarding", "mc_forwarding", "stable_secret", "nf_conntrack_count"})
-"""Settings that follow others, or cannot be written."""
+FOLLOWS = frozenset(
+    {"mtu", "forwarding", "accept_redirects", "mc_forwarding", "stable_secret", "nf_conntrack_count"}
+)
+"""Settings that follow others, as the kernel writes ``accept_redirects`` with ``ip_forward``, or cannot be written."""
 
 
 @pytest.fixture
