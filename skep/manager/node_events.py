@@ -40,6 +40,8 @@ SILENT_S_MAX = 30.0
 """A node has a line to send every ten seconds."""
 LAST_S = 5.0
 """For the nodes' past events, once the requested end has come."""
+TAKES_WITHIN_S = 60.0
+"""A client that takes no event for so long loses its place to one that reads."""
 _WAITING_MAX = 64
 _LOOK_S = 1.0
 _KEY_LENGTH = 12
@@ -138,7 +140,8 @@ class AllEvents:
     ) -> None:
         """Send the events until ``cluster``, those of the cluster, ends, each with its cursor.
 
-        Raises: SkepError: it cannot begin, or some events are lost; what ``send`` raises.
+        Raises: SkepError: it cannot begin, or some events are lost; ConnectionResetError: the client takes none;
+        what ``send`` raises.
         """
         self.check(wanted)
         given = wanted.after or Position()
@@ -161,7 +164,8 @@ class AllEvents:
                             elif item.cursor:
                                 position[item.node] = item.cursor
                             if item.message is not None:
-                                await send(_with_cursor(item.message, str(Position(at, position))))
+                                message = _with_cursor(item.message, str(Position(at, position)))
+                                await _taken(send(message))
                         nodes.cancel()
 
     def check(self, wanted: Wanted) -> None:
@@ -362,6 +366,14 @@ def _notice(action: str, node: Node, reason: str, position: Mapping[str, str], a
     message = Message(type="stream", action=action, actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
     key = node.id[:_KEY_LENGTH]
     return _Item(key, position.get(key, ""), message)
+
+
+async def _taken(sending: Awaitable[None]) -> None:
+    try:
+        async with asyncio.timeout(TAKES_WITHIN_S):
+            await sending
+    except TimeoutError:
+        raise ConnectionResetError(f"the client took no event for {TAKES_WITHIN_S:g} s") from None
 
 
 def _with_cursor(message: Mapping[str, Any] | Message, cursor: str) -> Mapping[str, Any] | Message:

@@ -33,6 +33,7 @@ class Stream:
 
     def __init__(self, cluster: Any, **wanted: Any) -> None:
         self.got: list[dict[str, Any]] = []
+        self.reads_on = True
         self.all = cast("AllEvents", cluster.all_events)
         after = wanted.get("after")
         position = cluster.events.revision_after(after.cluster) if after is not None else None
@@ -41,6 +42,8 @@ class Stream:
 
     async def _send(self, message: Mapping[str, Any] | Message) -> None:
         self.got.append(msgspec.json.decode(msgspec.json.encode(message)))
+        if not self.reads_on:
+            await asyncio.Event().wait()
 
     @property
     def cursor(self) -> Position:
@@ -288,6 +291,18 @@ async def test_streams_and_nodes_have_bounds(cluster, node, monkeypatch):
     monkeypatch.setattr(node_events, "NODES_MAX", 0)
     with pytest.raises(FailedPrecondition, match="too many for one stream"):
         every.check(Wanted())
+
+
+async def test_a_client_that_takes_nothing_loses_its_place(cluster, node, events, monkeypatch):
+    monkeypatch.setattr(node_events, "TAKES_WITHIN_S", 0.05)
+    monkeypatch.setattr(node_events, "STREAMS_MAX", 1)
+    stream = Stream(cluster)
+    await until(lambda: stream.got)
+    stream.reads_on = False
+    publish(events, "start")
+    with pytest.raises(ConnectionResetError, match="took no event"):
+        await stream.running
+    cast("AllEvents", cluster.all_events).check(Wanted())
 
 
 async def test_nodes_that_cannot_be_read_are_named(cluster, node):
