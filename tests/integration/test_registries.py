@@ -1,7 +1,6 @@
 """Registries that run as services: used as ``localhost`` from every node, as a mirror, with passwords that change."""
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from skep.playground.archive import Directory, Entry, File, image_archive
-from skep.playground.busybox import GROUP, PASSWD, PATH, applets
+from skep.playground.busybox import PATH, applets
 from skep.playground.commands import find
 from tests.support.playground_rig import (
     CLIS,
@@ -26,7 +25,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.registry_rig import HTPASSWD, HTPASSWD_NEXT, registry_program
+from tests.support.registry_rig import registry_image
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.needs("docker-registry")]
 
@@ -38,36 +37,6 @@ CONFIGURATION = f"""\
 registry-mirrors = ["http://localhost:{MIRROR}"]
 credential-helpers = {{ "localhost:{HELPED}" = "skeptest" }}
 """
-
-
-def registry_image() -> bytes:
-    """docker-registry with the libraries that it is linked to, as ``registry:1``."""
-    entries: dict[str, Entry] = {
-        **asyncio.run(applets(Path(find("busybox")))),
-        "etc/group": GROUP,
-        "etc/passwd": PASSWD,
-        "etc/registry/config.yml": File(
-            json.dumps(
-                {
-                    "version": "0.1",
-                    "log": {"level": "error"},
-                    "storage": {"filesystem": {"rootdirectory": "/registry"}},
-                    "http": {"addr": ":5000"},
-                }
-            ).encode()
-        ),
-        "etc/registry/secret": File(HTPASSWD.encode()),
-        "etc/registry/next": File(HTPASSWD_NEXT.encode()),
-        "registry": Directory(),
-        "tmp": Directory(0o1777),
-        "usr/bin/docker-registry": File(Path(registry_program()).read_bytes(), 0o755),
-    }
-    linked = subprocess.run(["ldd", registry_program()], capture_output=True, text=True, check=True).stdout
-    for word in linked.split():
-        if word.startswith("/"):
-            entries[word.lstrip("/")] = File(Path(word).resolve().read_bytes(), 0o755)
-    config = {"Cmd": ["docker-registry", "serve", "/etc/registry/config.yml"], "Env": [f"PATH={PATH}"]}
-    return image_archive(entries, tags=["registry:1"], created="2026-01-01T00:00:00Z", config=config).data
 
 
 def app_image(version: str) -> bytes:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import aiohttp
 
 from skep.engine.images.registry import DOCKER_MANIFEST
+from skep.playground.archive import Directory, Entry, File, image_archive
+from skep.playground.busybox import GROUP, PASSWD, PATH, applets
+from skep.playground.commands import find
 from tests.conftest import SEARCHED
 from tests.support.archives import a_config, a_file, a_layer, a_tar, sha256
 
@@ -92,3 +96,33 @@ async def _wait_until_it_responds(address: str) -> None:
                     return
             except aiohttp.ClientConnectionError:
                 await asyncio.sleep(0.05)
+
+
+def registry_image(name: str = "registry:1") -> bytes:
+    """An archive of docker-registry with the libraries that it is linked to, for ``docker load``."""
+    entries: dict[str, Entry] = {
+        **asyncio.run(applets(Path(find("busybox")))),
+        "etc/group": GROUP,
+        "etc/passwd": PASSWD,
+        "etc/registry/config.yml": File(
+            json.dumps(
+                {
+                    "version": "0.1",
+                    "log": {"level": "error"},
+                    "storage": {"filesystem": {"rootdirectory": "/registry"}},
+                    "http": {"addr": ":5000"},
+                }
+            ).encode()
+        ),
+        "etc/registry/secret": File(HTPASSWD.encode()),
+        "etc/registry/next": File(HTPASSWD_NEXT.encode()),
+        "registry": Directory(),
+        "tmp": Directory(0o1777),
+        "usr/bin/docker-registry": File(Path(registry_program()).read_bytes(), 0o755),
+    }
+    linked = subprocess.run(["ldd", registry_program()], capture_output=True, text=True, check=True).stdout
+    for word in linked.split():
+        if word.startswith("/"):
+            entries[word.lstrip("/")] = File(Path(word).resolve().read_bytes(), 0o755)
+    config = {"Cmd": ["docker-registry", "serve", "/etc/registry/config.yml"], "Env": [f"PATH={PATH}"]}
+    return image_archive(entries, tags=[name], created="2026-01-01T00:00:00Z", config=config).data
