@@ -338,7 +338,11 @@ class _Rollout:
             return True
         if not any(self._can_take_over(task, serving) for task in view.current):
             return False
-        if view.started is not None and self._settled_at(view) is not None:
+        if (
+            view.started is not None
+            and not self._is_open(view.started)
+            and self._settled_at(view) is not None
+        ):
             return True  # its first task has failed, which is tolerated: the update does not wait for it any more
         parallelism = self._config.parallelism
         if parallelism and self._stopped >= parallelism:

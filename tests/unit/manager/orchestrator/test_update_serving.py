@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import NodeId
 from skep.model.service import (
     PortConfig,
@@ -158,6 +159,30 @@ def test_an_update_that_overtakes_a_failing_one_stops_no_more_slots_than_it_may(
     assert len(slots_without_service(world.tasks.values())) == 1
     Slow(world, (1, 1, 1)).live(60)
     assert len(wanted(world, "app:3")) == 3
+
+
+def test_a_task_that_is_overdue_as_it_waits_for_its_turn_stops_no_further_slot() -> None:
+    """The new task of the first slot hangs; restarts have made those of the others, which are ready."""
+    world = a_running_service(3)
+    tolerant = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.CONTINUE)
+    (hanging,) = [task for task in world.tasks.values() if task.slot == 1]
+    world.update(a_spec("app:2", replicas=3, update=tolerant))
+    stopped = replace(hanging.status, state=TaskState.SHUTDOWN)
+    world.put(replace(hanging, desired_state=TaskState.SHUTDOWN, status=stopped))
+    world.put(a_task(slot=1, node="n1", service=world.service, state=TaskState.PREPARING, desired=READY))
+    for at, slot in ((1, 3), (20, 2)):
+        world.now = at
+        world.put(a_task(slot=slot, node="n1", service=world.service, state=READY, desired=READY))
+        world.settle()
+        assert slots_without_service(world.tasks.values()) == {1}
+    deadline_s = step_seconds_max(world.service.spec)
+    for at in (deadline_s, deadline_s + 2):
+        world.now = at
+        world.settle()
+        assert slots_without_service(world.tasks.values()) == {1, 2}
+    Slow(world, (1, 1, 1)).live(60)
+    assert len(wanted(world, "app:2")) == 3
+    assert slots_without_service(world.tasks.values()) == set()
 
 
 def test_a_task_that_never_came_to_run_does_not_keep_new_ones_from_a_node_for_ever() -> None:
