@@ -1,6 +1,6 @@
 """What a change of one service means for those that depend on it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -23,11 +23,13 @@ RESTARTED_BYTES_MAX = 320 << 10
 def check_dependencies(view: View, spec: ServiceSpec) -> None:
     """Raises: InvalidArgument: services would wait for each other, ``spec`` among them, or too many would be restarted
     with one."""
-    for one in dependencies_of(spec.labels):
-        if one.restarts:
-            others = [other for other in _restarted_with(view, one.service) if other.spec.name != spec.name]
-            _refuse_many(one.service, [*(other.spec for other in others), spec])
-    if path := circle(view, spec.name, dependencies_of(spec.labels)):
+    dependencies = dependencies_of(spec.labels)
+    restarted = _restarted_with(view, {one.service for one in dependencies if one.restarts})
+    sizes = {spec.name: _size_of(spec)}
+    for name, services in restarted.items():
+        others = [service.spec for service in services if service.spec.name != spec.name]
+        _refuse_many(name, [*others, spec], sizes)
+    if path := circle(view, spec.name, dependencies):
         raise InvalidArgument(
             f"services cannot wait for each other: {' -> '.join(path)} (label {DEPENDS_ON})"
         )
@@ -64,25 +66,39 @@ def is_same_task(one: TaskSpec, other: TaskSpec) -> bool:
     )
 
 
-def _restarted_with(view: View, name: str) -> list[Service]:
-    """The services that are to be restarted with updates of the one with that name."""
-    return [
-        service
-        for service in view.find(Service)
-        if service.removed_at is None
-        and DEPENDS_ON in service.spec.labels
-        and any(one.service == name and one.restarts for one in dependencies_of(service.spec.labels))
-    ]
+def _restarted_with(view: View, names: Collection[str]) -> dict[str, list[Service]]:
+    """By name, the services that are to be restarted with updates of the one with that name.
+
+    In one pass, which parses each label once: one label has up to a hundred names, and many services may have it.
+    """
+    found: dict[str, list[Service]] = {name: [] for name in sorted(names)}
+    for service in view.find(Service) if found else ():
+        if service.removed_at is None and DEPENDS_ON in service.spec.labels:
+            for one in dependencies_of(service.spec.labels):
+                if one.restarts and one.service in found:
+                    found[one.service].append(service)
+    return found
 
 
-def _refuse_many(name: str, specs: Sequence[ServiceSpec]) -> None:
-    """Raises: InvalidArgument."""
+def _refuse_many(name: str, specs: Sequence[ServiceSpec], sizes: dict[str, int]) -> None:
+    """Args:
+        sizes: of specs that were looked at before, by service name; it gets those of the others.
+
+    Raises: InvalidArgument.
+    """
     what = f"service {name} restarts {len(specs)} services with its updates (label {DEPENDS_ON})"
     if len(specs) > RESTARTED_MAX:
         raise InvalidArgument(f"{what}: {RESTARTED_MAX} are possible")
-    size = sum(len(msgspec.json.encode(spec)) for spec in specs)
+    for spec in specs:
+        if spec.name not in sizes:
+            sizes[spec.name] = _size_of(spec)
+    size = sum(sizes[spec.name] for spec in specs)
     if size > RESTARTED_BYTES_MAX:
         raise InvalidArgument(f"{what}: their specs have {size} bytes, {RESTARTED_BYTES_MAX} are possible")
+
+
+def _size_of(spec: ServiceSpec) -> int:
+    return len(msgspec.json.encode(spec))
 
 
 def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, now: Timestamp) -> None:
@@ -95,8 +111,9 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     """
     if is_same_task(changed.spec.task_template, template):
         return
-    services = _restarted_with(tx, changed.spec.name)
-    _refuse_many(changed.spec.name, [service.spec for service in services])
+    name = changed.spec.name
+    services = _restarted_with(tx, {name})[name]
+    _refuse_many(name, [service.spec for service in services], {})
     for service in services:
         _restart(tx, service, now)
 

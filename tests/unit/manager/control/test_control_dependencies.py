@@ -4,9 +4,10 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
+from skep.manager import dependents
 from skep.manager.dependents import RESTARTED_MAX
 from skep.manager.orchestrator.changes import RollBack, apply
-from skep.model.dependencies import DEPENDS_ON
+from skep.model.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.ids import new_id
 from skep.model.meta import Version
 from skep.model.service import (
@@ -156,6 +157,19 @@ async def test_no_more_is_restarted_together_than_a_transaction_has_room_for(sto
     database = await create(store, a_service_spec("db"))
     await update(store, database, a_service_spec("db", image="busybox:2"))
     assert _named(store, "web7").spec.task_template.force_update == 1
+
+
+async def test_a_label_with_many_names_is_not_read_once_for_each_of_them(store, monkeypatch):
+    """With a hundred services of a hundred names each that held the manager's loop for three seconds."""
+    label = {DEPENDS_ON: ",".join(f"db{number}=service_started+restart" for number in range(20))}
+    for number in range(20):
+        await create(store, replace(a_service_spec(f"web{number}"), labels=label))
+    read: list[object] = []
+    monkeypatch.setattr(
+        dependents, "dependencies_of", lambda labels: read.append(1) or dependencies_of(labels)
+    )
+    dependents.check_dependencies(store.view(), replace(a_service_spec("more"), labels=label))
+    assert len(read) == 21
 
 
 async def test_too_many_of_an_earlier_version_are_named_at_the_update(store):
