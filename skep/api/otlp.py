@@ -16,7 +16,9 @@ import structlog
 from skep import __version__
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.failures import describe_error
 from skep.api.exposition import Family, Sample, label_text
+from skep.model.history import masked_text
 from skep.tracing import Span
 
 log = structlog.get_logger()
@@ -107,12 +109,18 @@ class TraceExporter:
         """Why it was not sent (empty: it was), and whether trying again is useless."""
         headers = {"Content-Type": "application/json"}
         try:
-            async with session.post(self._url, data=self._body(batch), headers=headers) as response:
+            # Redirected, a POST would become a GET without the spans, whose answer looks like success.
+            async with session.post(
+                self._url, data=self._body(batch), headers=headers, allow_redirects=False
+            ) as response:
                 if response.status < 300:
                     return "", True
-                return f"the collector answers {response.status}", response.status not in _AGAIN
+                where = f" with {response.headers['Location']}" if "Location" in response.headers else ""
+                return f"the collector answers {response.status}{where}", response.status not in _AGAIN
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return str(error) or type(error).__name__, False
+        except ValueError as error:  # such as a text that is no Unicode: the process must not end by it
+            return describe_error(error), True
 
     def _body(self, batch: Sequence[Span]) -> bytes:
         about = {
@@ -147,7 +155,7 @@ def otlp(span: Span) -> Mapping[str, Any]:
     if span.parent:
         found["parentSpanId"] = span.parent
     if span.error:
-        found["status"] = {"code": 2, "message": span.error}
+        found["status"] = {"code": 2, "message": masked_text(span.error)}
     if span.link is not None:
         found["links"] = [{"traceId": span.link[0], "spanId": span.link[1]}]
     return found

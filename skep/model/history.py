@@ -107,7 +107,7 @@ class HistoryPage(ApiObject):
 
 def bounded(entry: Entry) -> Entry:
     """``entry`` with its texts cut to their bounds."""
-    names = (entry.object_id, entry.name, entry.service, entry.node, entry.stack)
+    names = [getattr(entry, name) for name in _NAMES]
     if (
         len(entry.message) <= MESSAGE_CHARACTERS_MAX
         and len(entry.path) <= PATH_CHARACTERS_MAX
@@ -122,7 +122,8 @@ def bounded(entry: Entry) -> Entry:
     )
 
 
-_NAMES = ("object_id", "name", "service", "node", "stack")
+_NAMES = ("type", "action", "object_id", "name", "service", "node", "stack", "method")
+"""``type`` and ``action`` of a request are words of its path, which a client chooses."""
 
 
 def cut(text: str, characters: int) -> str:

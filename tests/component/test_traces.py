@@ -103,3 +103,15 @@ async def test_without_a_collector_what_waits_is_bounded() -> None:
         exporter.add(a_span(number) for number in range(WAITING_MAX + 7))
         await asyncio.sleep(0)
         assert counted(exporter) == {"sent": 0, "dropped": 7}
+
+
+async def test_a_redirection_and_a_text_that_is_no_unicode_drop_their_spans_only(receiver: Receiver) -> None:
+    receiver.statuses = [302, 200]
+    async with exporting(receiver.server_address[1]) as exporter:
+        exporter.add([a_span(1)])
+        await until(exporter, sent=0, dropped=1)
+        exporter.add([a_span(2, error="no such file: \udcff")])
+        await until(exporter, sent=0, dropped=2)
+        exporter.add([a_span(3, error="DB_PASSWORD=hunter2 is wrong")])
+        await until(exporter, sent=1, dropped=2)
+    assert "hunter2" not in receiver.file.read_text()

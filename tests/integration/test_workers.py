@@ -458,6 +458,15 @@ def test_a_worker_shows_the_cluster_to_its_clients_where_that_is_allowed(
             m1.docker("service", "update", "--detach", "--label-add", "seen=1", "web")
             event = next(events)
             assert (event["Type"], event["Actor"]["Attributes"]["name"]) == ("service", "web")
+        history = subprocess.run(
+            [SKEP, "--host", w1.socket, "history", "web"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout
+        assert "service web created" in history
+        assert "create service web" not in history  # who asked is for administrators
         # It reads only.
         assert refused(w1, "service", "rm", "web")
         assert refused(w1, "secret", "ls")

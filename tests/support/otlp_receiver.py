@@ -31,9 +31,17 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.file.open("ab") as file:
                 file.write(body + b"\n")
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"{}")
+
+    def do_GET(self) -> None:
+        """What a client that follows a redirection of its POST asks for."""
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         """Not on stderr."""

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.manager.journal.service_changes import spec_changes
-from skep.model.history import Entry, Severity, stack_of
+from skep.model.history import Entry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
 from skep.model.secret import Config, Secret
@@ -101,12 +101,15 @@ def _created_task(task: Task, view: View) -> Iterator[Entry]:
 def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Severity]:
     """Why ``successor`` takes the place of ``last``: the first of these that holds, by what is in the store."""
     state, node = last.status.state, view.lookup(Node, last.node_id)
-    if last.spec_version != successor.spec_version:
+    # After a rollback tasks of an earlier version stay, where they are as the service wants them.
+    is_other = last.spec_version != successor.spec_version
+    if is_other and last.spec != successor.spec:
         before, after = _image(last), _image(successor)
         image = f": image {before} → {after}" if before != after else ""
         return f"its service was updated{image}", Severity.INFO
     if state in (TaskState.FAILED, TaskState.REJECTED):
-        return f"it {state.value}: {end_of(last)}", Severity.WARNING
+        was = "was " if state is TaskState.REJECTED else ""
+        return f"it {was}{state.value}: {end_of(last)}", Severity.WARNING
     if state is TaskState.COMPLETE:
         return "it had ended with exit code 0", Severity.INFO
     if last.node_id and node is None:
@@ -120,6 +123,8 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
             return f"its node {name} is drained", Severity.INFO
         if state is TaskState.ORPHANED:
             return f"its node {name} does not know it", Severity.WARNING
+        if is_other:
+            return "its service was updated", Severity.INFO
         return f"it does not fit its node {name} any more, or was stopped", Severity.INFO
     return "it had no node yet", Severity.INFO
 
@@ -128,7 +133,7 @@ def end_of(task: Task) -> str:
     """How a task ended, in words: its error, its exit code, what its node saw."""
     container, end = task.status.container_status, task.status.end
     code = f"exit code {container.exit_code}" if container is not None and container.exit_code else ""
-    error = "" if code and task.status.err.startswith("task: non-zero exit") else task.status.err
+    error = "" if code and task.status.err.startswith("task: non-zero exit") else masked_text(task.status.err)
     return (
         "; ".join(filter(None, (error, code, words_of(end) if end is not None else ""))) or "no reason given"
     )
@@ -145,7 +150,8 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
         action, severity = _ENDS[state]
         entry = _task(new, action, view, severity)
         words = {"stop": "was stopped", "complete": "completed", "lost": "was lost"}.get(action)
-        how = f"{words or state.value}{'' if words else f': {end_of(new)}'}"
+        failed = "was rejected" if action == "reject" else state.value
+        how = words or f"{failed}: {end_of(new)}"
         where = f" on {entry.node}" if entry.node else ""
         yield replace(entry, message=f"task {entry.name}{where} {how}")
 
@@ -193,8 +199,9 @@ def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
         return
     action, severity, words = _UPDATES[status.state]
     message = status.message if status.message not in ("", "update in progress", words) else ""
-    told = f": {message}" if message else ""
-    yield _service(new, action, f"{words} of service {name}{told}", severity)
+    told = f": {masked_text(message)}" if message else ""
+    what, _, became = words.partition(" ")
+    yield _service(new, action, f"{what} of service {name} {became}{told}", severity)
 
 
 def _service(service: Service, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:

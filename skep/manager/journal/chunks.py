@@ -72,7 +72,7 @@ def with_changes(
     last: JournalChunk | None, entries: Sequence[Entry], done: int, marks: Iterable[Mark]
 ) -> list[JournalChunk]:
     """The chunks to write for new ``entries`` of the leader: all up to revision ``done``, in order."""
-    chunks = _chunks(last, entries, lambda first: changes_id(first.revision))
+    chunks = _chunks(last, entries, lambda first: changes_id(first.revision), repeated)
     newer = [mark for mark in marks if last is None or mark[1] > last.revision]
     chunks[-1] = replace(chunks[-1], revision=done, marks=thinned((*chunks[-1].marks, *newer)))
     return chunks
@@ -80,22 +80,46 @@ def with_changes(
 
 def with_requests(last: JournalChunk | None, entries: Sequence[Entry], node_id: str) -> list[JournalChunk]:
     """The chunks to write for new requests of one manager."""
-    return _chunks(last, entries, lambda first: requests_id(time_ns(first.time), node_id))
+    # Later chunks sort after earlier ones, also where the clock was set back.
+    newest = int(last.id.removeprefix(_REQUESTS)[:20]) if last is not None else 0
+    return _chunks(last, entries, lambda first: requests_id(max(time_ns(first.time), newest + 1), node_id))
 
 
 def _chunks(
-    last: JournalChunk | None, entries: Sequence[Entry], id_of: Callable[[Entry], str]
+    last: JournalChunk | None,
+    entries: Sequence[Entry],
+    id_of: Callable[[Entry], str],
+    fold: Callable[[Sequence[Entry]], Sequence[Entry]] = tuple,
 ) -> list[JournalChunk]:
     chunks: list[JournalChunk] = []
-    if last is not None and last.count < ENTRIES_MAX:
-        known = entries_in(last)
-        room = ENTRIES_MAX - last.count
-        chunks.append(_chunk(last, [*known, *entries[:room]]))
-        entries = entries[room:]
+    # One that cannot be read, as of a newer version, stays as it is.
+    if last is not None and last.count < ENTRIES_MAX and (known := entries_in(last)):
+        together = fold([*known, *entries])
+        chunks.append(_chunk(last, together[:ENTRIES_MAX]))
+        entries = together[ENTRIES_MAX:]
     for start in range(0, len(entries), ENTRIES_MAX):
         some = entries[start : start + ENTRIES_MAX]
         chunks.append(_chunk(JournalChunk(id=id_of(some[0])), some))
     return chunks
+
+
+def repeated(entries: Sequence[Entry], alone_max: int = 3) -> Sequence[Entry]:
+    """``entries`` in their order; of what happens to one slot of a service again and again the first few and the last.
+
+    The last one stands for those between, with their ``count``: a service that crashes in a loop must not push
+    everything else out of the history within hours.
+    """
+    kept: dict[int, Entry] = {}
+    places: dict[tuple[str, ...], list[int]] = {}
+    for place, entry in enumerate(entries):
+        if entry.type == "task" and entry.service_id:
+            alike = places.setdefault((entry.service_id, entry.name, entry.action), [])
+            if len(alike) > alone_max:
+                before = kept.pop(alike.pop())
+                entry = replace(entry, count=entry.count + before.count)
+            alike.append(place)
+        kept[place] = entry
+    return tuple(kept.values())
 
 
 def _chunk(base: JournalChunk, entries: Sequence[Entry]) -> JournalChunk:

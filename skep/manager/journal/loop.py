@@ -211,7 +211,9 @@ def write_requests(tx: Transaction, taken: Sequence[Entry], own: NodeId) -> None
     """Write ``taken``; those of an earlier try whose outcome was not known are there already."""
     last = chunks.last_of_requests(tx, own)
     known = {entry.id for entry in chunks.entries_in(last)} if last is not None else set()
-    fresh = [entry for entry in taken if entry.id not in known]
+    # Of like entries the last one was written: those before one that is known are in it.
+    done = max((place for place, entry in enumerate(taken, 1) if entry.id in known), default=0)
+    fresh = taken[done:]
     if fresh:
         for chunk in chunks.with_requests(last, folded_requests(fresh), own):
             tx.put(chunk)

@@ -7,6 +7,8 @@ from skep.model.history import Entry, Kind, Severity
 from skep.model.times import Timestamp
 
 PENDING_MAX = 10_000
+BATCH_CHARACTERS = 250_000
+"""In one write: a character takes up to four bytes, and a transaction has 1.5 MB."""
 
 
 class Pending:
@@ -36,14 +38,17 @@ class Pending:
         self._entries.appendleft(entry)
 
     def first(self, most: int, now: Timestamp) -> Sequence[Entry]:
-        """The oldest ones, all of a revision; the first one says how many were lost before them."""
+        """What one write takes: the oldest, all of a revision; the first one says how many were lost before them."""
         entries: list[Entry] = []
         self._lost_told = self._lost
         if self._lost:
             words = f"{self._lost} entries are missing here: more came than could be written"
             entries.append(missing(words, self._kind, self._lost_revision, now))
+        characters = 0
         for entry in self._entries:
-            if len(entries) >= most and (not entry.revision or entry.revision != entries[-1].revision):
+            characters += _characters(entry)
+            is_full = bool(entries) and (len(entries) >= most or characters > BATCH_CHARACTERS)
+            if is_full and (not entry.revision or entry.revision != entries[-1].revision):
                 break
             entries.append(entry)
         return entries
@@ -62,6 +67,12 @@ class Pending:
             self._entries.popleft()
         if self._lost_revision <= revision:
             self._lost = self._lost_told = 0
+
+
+def _characters(entry: Entry) -> int:
+    """Those that users choose, and some for the rest."""
+    names = (entry.type, entry.action, entry.object_id, entry.name, entry.service, entry.node, entry.stack)
+    return 100 + len(entry.message) + len(entry.path) + sum(map(len, names))
 
 
 def missing(message: str, kind: Kind, revision: int, now: Timestamp) -> Entry:

@@ -60,6 +60,9 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
     except SkepError as error:
         journal.record(with_outcome(entry, status_of(error), str(error)))
         raise
+    except web.HTTPException as error:  # aiohttp's own: there is no such route
+        journal.record(with_outcome(entry, error.status, "" if error.status < 400 else error.reason))
+        raise
     except Exception:
         journal.record(with_outcome(entry, 500, "internal error"))
         raise

@@ -204,6 +204,7 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
 @_table.get("/tasks/{id}")
 @_table.get("/nodes")
 @_table.get("/nodes/{id}")
+@_table.get("/skep/history")
 async def read_cluster(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """On workers only: the node process passes these requests on to a manager of its own."""
     return await system.read_cluster(request)

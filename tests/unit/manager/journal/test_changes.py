@@ -85,7 +85,7 @@ def test_every_task_that_is_replaced_has_a_reason() -> None:
     failed = replace(last, status=at(TaskState.FAILED, err="no space left"))
     assert replaced(failed, a_node("n1")) == "it failed: no space left"
     assert replaced(replace(last, status=at(TaskState.REJECTED, err="no such image"))) == (
-        "it rejected: no such image"
+        "it was rejected: no such image"
     )
     assert replaced(replace(last, status=at(TaskState.COMPLETE))) == "it had ended with exit code 0"
     assert replaced(last, a_node("n1")) == f"it does not fit its node {name} any more, or was stopped"
@@ -100,6 +100,22 @@ def test_a_task_that_an_update_replaces_is_told_with_both_images() -> None:
     reason = replaced(last, a_node("n1"), spec=new, spec_version=version)
     assert reason.startswith("its service was updated")
     assert "→ busybox:2" in reason
+    assert replaced(last, a_node("n1"), spec_version=version) == "its service was updated"
+
+
+def test_a_task_that_a_rollback_left_is_replaced_for_what_comes_later() -> None:
+    last = a_task("t1", service="web", node="n1")
+    assert last.spec_version is not None
+    drained = a_node("n1")
+    drained = replace(drained, spec=replace(drained.spec, availability=Availability.DRAIN))
+    reason = replaced(last, drained, spec_version=replace(last.spec_version, index=99))
+    assert reason.endswith("is drained")
+
+
+def test_credentials_in_what_a_node_reports_are_masked() -> None:
+    status = TaskStatus(state=TaskState.REJECTED, err="cannot pull https://bot:hunter2@registry/web")
+    (entry,) = entries(Updated(a_task("t1"), replace(a_task("t1"), status=status)))
+    assert "was rejected: cannot pull https://bot:***@registry/web" in entry.message
 
 
 def test_a_thousand_tasks_of_one_service_are_a_few_entries() -> None:

@@ -1,6 +1,7 @@
 """How entries are kept: the chunks, their bounds, and what a page has of them."""
 
 import asyncio
+from random import Random
 
 import pytest
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from skep.manager.journal.reading import Query, page, position_of, revision_at, 
 from skep.model.history import Entry, HistoryPage, Kind, bounded
 from skep.model.times import SECOND_NS, Timestamp, timestamp
 from skep.store.kinds import JournalChunk
+from skep.store.proposal import MAX_BYTES
 from skep.store.state import State
 
 
@@ -44,7 +46,30 @@ def test_entries_come_back_as_they_were_written() -> None:
 
 
 def test_a_chunk_that_cannot_be_read_has_no_entries() -> None:
-    assert chunks.entries_in(JournalChunk(id="change-1", count=3, data=b"?")) == ()
+    unreadable = JournalChunk(id=chunks.changes_id(1), count=3, revision=1, data=b"?")
+    assert chunks.entries_in(unreadable) == ()
+    (written,) = chunks.with_changes(unreadable, [an_entry(2)], 2, [])
+    assert written.id != unreadable.id
+
+
+def test_requests_after_the_clock_was_set_back_fill_the_newest_chunk() -> None:
+    (last,) = chunks.with_requests(None, [an_entry(9000 + n, Kind.REQUEST) for n in range(50)], "m1")
+    (fresh,) = chunks.with_requests(last, [an_entry(1, Kind.REQUEST)], "m1")
+    assert chunks.last_of_requests(view_of(last, fresh), "m1") == fresh
+    assert chunks.surplus([last, fresh], 2) == [last.id]
+
+
+def test_a_service_that_crashes_in_a_loop_leaves_the_history_of_others() -> None:
+    (last,) = chunks.with_changes(None, [an_entry(1, message="first")], 1, [])
+    for number in range(2, 1000):
+        action = ("start", "fail", "replace")[number % 3]
+        entry = an_entry(number, type="task", action=action, service_id="s", name="web.1")
+        (last,) = chunks.with_changes(last, [entry], number, [])
+    kept = chunks.entries_in(last)
+    assert len(kept) == 13
+    assert kept[0].message == "first"
+    assert sum(entry.count for entry in kept) == last.revision == 999
+    assert [entry.revision for entry in kept[-3:]] == [997, 998, 999]
 
 
 def test_each_series_keeps_half_and_the_oldest_go() -> None:
@@ -154,3 +179,18 @@ def test_an_entry_is_bounded() -> None:
     assert len(entry.message) == 500
     assert len(entry.path) == 200
     assert len(entry.name) == len(entry.service) == 100
+
+
+def test_words_of_a_path_are_bounded() -> None:
+    entry = bounded(Entry(type="t" * 5000, action="a" * 5000, method="m" * 5000))
+    assert len(entry.type) == len(entry.action) == len(entry.method) == 100
+
+
+def test_a_write_of_the_longest_entries_fits_a_transaction() -> None:
+    pending, rng = Pending(Kind.REQUEST), Random(1)
+    for number in range(1000):
+        text = "".join(map(chr, rng.choices(range(0x20000, 0x2A000), k=1000)))
+        entry = an_entry(number, Kind.REQUEST, message=text[:500], path=text[500:700], name=text[700:800])
+        pending.add(replace(entry, type=text[800:900], action=text[900:]))
+    taken = pending.first(1000, Timestamp(""))
+    assert sum(len(chunk.data) for chunk in chunks.with_requests(None, taken, "m1")) < MAX_BYTES
