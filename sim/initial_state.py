@@ -23,6 +23,7 @@ from skep.model.planes import SKEP
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.times import ZERO_TIME
 from skep.store.interface import Transaction
+from skep.store.level import LEVEL
 
 CLUSTER = ClusterId("sim")
 
@@ -39,6 +40,7 @@ def joined(
         kept = replace(spec.orchestration, task_history_retention_limit=history_limit)
         spec = replace(spec, orchestration=kept)
     tx.put(Swarm(id=CLUSTER, spec=spec))
+    tx.raise_level(LEVEL)
     for network in first_networks(new_id=lambda: f"net{next(numbers)}", now=ZERO_TIME):
         tx.put(network)
     for id in managers:

@@ -49,6 +49,13 @@ def identity_of(request: web.Request) -> Identity:
     return of_socket(connected)
 
 
+def is_of_token(request: web.Request) -> bool:
+    """Whether its client is known by a token, which counts for one request: a proxy sends those of all on one
+    connection."""
+    known = _identities.get(request.transport) if request.transport is not None else None
+    return known is not None and known.origin is Origin.TOKEN
+
+
 def of_socket(connected: socket.socket) -> Identity:
     """The client of a unix socket, which has all rights: the socket is root's and the group's."""
     _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

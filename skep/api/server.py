@@ -30,7 +30,7 @@ from skep.api.authorization import Objects, authorized
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
 from skep.api.filters import Filters
-from skep.api.identity import IS_PRIVATE
+from skep.api.identity import IS_PRIVATE, is_of_token
 from skep.api.responses import (
     JsonLines,
     OutputFrames,
@@ -311,6 +311,9 @@ def _error_response(request: web.Request, status: int, message: str) -> web.Resp
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """The headers of every response for a known path."""
     request[_HAS_BEGUN] = True
+    if response.status != 101 and is_of_token(request):
+        response.force_close()
+        response.headers["Connection"] = "close"
     if request.match_info.http_exception is not None:
         response.headers.popall("Server", None)
         return

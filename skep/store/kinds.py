@@ -73,7 +73,7 @@ class Revocation(ApiObject):
 
 
 class JournalChunk(ApiObject):
-    """Some entries of the cluster's history (``manager.journal.chunks``); an older manager ignores the kind."""
+    """Some entries of the cluster's history (``manager.journal.chunks``); from the level ``JOURNAL`` on."""
 
     id: str
     count: int = 0

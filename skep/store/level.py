@@ -18,6 +18,9 @@ CLUSTER_VOLUMES: Final = 2
 USERS: Final = 3
 """From this level on there may be objects of the kinds ``user`` and ``quota``."""
 
+JOURNAL: Final = 3
+"""From this level on there is a journal: a leader that does not know it would not keep it within its bounds."""
+
 LOWEST: Final = 1
 """The level of managers that do not report one."""
 

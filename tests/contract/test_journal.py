@@ -23,8 +23,9 @@ from skep.model.swarm import Swarm
 from skep.model.task import TaskState, TaskStatus
 from skep.store.interface import HistoryGone, NotLeader, Store, Term, Transaction, View
 from skep.store.kinds import JournalChunk
+from skep.store.level import JOURNAL
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.store_rigs import FIRST, SECOND, MemoryRig, Rig, etcd_rig, memory_rig
+from tests.support.store_rigs import FIRST, SECOND, MemoryRig, Rig, etcd_rig, found, memory_rig
 from tests.support.store_transactions import a_secret, change, eventually, put
 
 pytestmark = pytest.mark.timeout(60)
@@ -147,6 +148,22 @@ async def test_the_journal_stays_within_the_bounds_of_the_cluster(rig: Rig) -> N
         assert names == [f"s{number:03}" for number in range(300 - len(names), 300)]
         await rig.store.update(limit, 0)
         await eventually(lambda: not rig.store.view().find(JournalChunk))
+
+
+async def test_nothing_is_journaled_before_every_manager_knows_the_journal() -> None:
+    rig = MemoryRig()
+    await rig.store.update(found)
+    term = await anext(rig.store.terms(FIRST, "127.0.0.1:2377"))
+    async with journal_on(rig.store, FIRST) as journal, leading(journal, term):
+        await rig.store.update(put, a_secret("early"))
+        journal.record(Entry(type="service", action="create", message="early"))
+        assert not rig.store.view().find(JournalChunk)
+        await rig.store.update(lambda tx: tx.raise_level(JOURNAL))
+        await rig.store.update(put, a_secret("late"))
+        journal.record(Entry(type="service", action="create", message="late"))
+        await eventually(lambda: journaled_names(rig.store.view()) == ["late"])
+        (asked,) = await wait_entries(rig.store, 1, Kind.REQUEST)
+        assert asked.message == "late"
 
 
 def journaled_names(view: View) -> list[str]:

@@ -19,6 +19,7 @@ from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
 from skep.store.leadership import LeaderRecord
+from skep.store.level import LEVEL
 from skep.store.memory import Loss, MemoryCluster, MemoryStore
 from tests.support.etcd_rig import Relay, a_member, member_settings
 
@@ -135,6 +136,7 @@ class EtcdRig:
 async def memory_rig() -> AsyncIterator[Rig]:
     rig = MemoryRig()
     await rig.store.update(found)
+    await rig.store.update(lambda tx: tx.raise_level(LEVEL))
     yield rig
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from skep.api.networks import NetworkBody
+from skep.api.networks import PREDEFINED_LABEL, NetworkBody
 from skep.api.permissions import STACK_LABEL, Asked, Known
 from skep.errors import SkepError
 from skep.model.container import ContainerSpec, Mount
@@ -38,7 +38,7 @@ def asked_service(view: View, spec: ServiceSpec) -> Asked:
     return Asked(
         name=spec.name,
         stack=stack_of(spec.labels),
-        machine_rights=machine_rights(spec),
+        machine_rights=machine_rights(view, spec),
         uses=tuple(_uses(view, spec, container)),
         volumes=tuple(mount.source for mount in container.mounts if mount.type == "volume" and mount.source),
     )
@@ -56,22 +56,22 @@ def asked_file(spec: SecretSpec | ConfigSpec) -> Asked:
     return Asked(name=spec.name, stack=stack_of(spec.labels))
 
 
-def known_service(service: Service) -> Known:
+def known_service(view: View, service: Service) -> Known:
     """Of a service; with the rights of the spec that a rollback would return to."""
     specs = [service.spec, *((service.previous_spec,) if service.previous_spec is not None else ())]
-    rights = next(filter(None, map(machine_rights, specs)), "")
+    rights = next(filter(None, (machine_rights(view, spec) for spec in specs)), "")
     return Known(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
 
 
-def machine_rights(spec: ServiceSpec) -> str:
+def machine_rights(view: View, spec: ServiceSpec) -> str:
     """What a service could do to its machine that only administrators may give; empty: nothing."""
     template = spec.task_template
     if template.plugin_spec is not None or template.network_attachment_spec is not None:
         return "a task that is no container"
-    return next(_rights(spec, template.container_spec or ContainerSpec()), "")
+    return next(_rights(view, spec, template.container_spec or ContainerSpec()), "")
 
 
-def _rights(spec: ServiceSpec, container: ContainerSpec) -> Iterator[str]:
+def _rights(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator[str]:
     for mount in container.mounts:
         if what := _mount_right(mount):
             yield what
@@ -93,8 +93,19 @@ def _rights(spec: ServiceSpec, container: ContainerSpec) -> Iterator[str]:
     if container.oom_score_adj < 0:
         yield "a lower score for the kernel's out-of-memory killer"
     for attachment in (*spec.task_template.networks, *spec.networks):
-        if attachment.target in _HOST:
-            yield f"the machine's network {attachment.target}"
+        if name := _network_of_machine(view, attachment.target):
+            yield f"the machine's network {name}"
+
+
+def _network_of_machine(view: View, target: str) -> str:
+    """The name of the machine's network that ``target`` means; empty: it is another.  The docker command sends ids."""
+    if target in _HOST:
+        return target
+    try:
+        spec = view.resolve(Network, target).spec
+    except SkepError:
+        return ""
+    return spec.name if PREDEFINED_LABEL in spec.labels else ""
 
 
 def _mount_right(mount: Mount) -> str:

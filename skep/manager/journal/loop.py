@@ -34,6 +34,7 @@ from skep.model.swarm import Swarm
 from skep.model.times import timestamp
 from skep.store.interface import Commit, NotLeader, Store, Term, Transaction, View
 from skep.store.kinds import JournalChunk
+from skep.store.level import JOURNAL
 
 WRITE_S = 0.5
 """Between two writes: their cost does not grow with the number of entries."""
@@ -187,7 +188,9 @@ class Journal:
 
 
 def history_limit(view: View) -> int:
-    """How many entries the cluster keeps; 0: none."""
+    """How many entries the cluster keeps; 0: none, or a manager does not know the journal yet."""
+    if view.level < JOURNAL:
+        return 0
     swarm = next(iter(view.find(Swarm)), None)
     return history_entries(swarm.spec.labels) if swarm is not None else 0
 

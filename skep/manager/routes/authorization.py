@@ -61,7 +61,7 @@ def _known(view: View, kind: str, word: str) -> Known:
         case "stack":
             return Known(id=word, stack=word)
         case "service":
-            return known_service(view.resolve(Service, word))
+            return known_service(view, view.resolve(Service, word))
         case "task" | "target":
             task = target_of(view, word) if kind == "target" else task_named(view, word)
             return _known_task(view, task)
@@ -72,7 +72,7 @@ def _known(view: View, kind: str, word: str) -> Known:
 
 def _known_task(view: View, task: Task) -> Known:
     service = view.lookup(Service, task.service_id)
-    known = known_service(service) if service is not None else Known(id="")
+    known = known_service(view, service) if service is not None else Known(id="")
     return Known(id=task.id, stack=known.stack, machine_rights=known.machine_rights)
 
 
@@ -100,7 +100,7 @@ async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
         if change.id and (service := view.lookup(Service, change.id)) is not None:
             if stack_of(service.spec.labels) != stack_of(change.spec.labels):
                 raise PermissionDenied(f"service {service.spec.name} cannot go to another stack")
-            if why := known_service(service).machine_rights:
+            if why := known_service(view, service).machine_rights:
                 raise PermissionDenied(f"service {service.spec.name} has {why}")
     return tuple(change.spec for change in changes)
 

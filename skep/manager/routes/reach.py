@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 routes = Routes()
 
 _PASSED_HEADERS = ("Content-Type", "X-Registry-Auth")
+_WHAT = re.compile(r"^.*?/skep/tasks/[^/]+/(?:container/)?")
 _RECORDED = re.compile(r"(?:exec|attach|archive|exec/[0-9a-f]+/start|port/.*)")
 """Requests that the log and the history have: those that change something, or read files."""
 
@@ -91,9 +92,8 @@ async def _task(request: web.Request) -> Task:
 
 async def _forward(request: web.Request, task: Task, path: str) -> web.StreamResponse:
     """One exchange with the Engine API of the task's node.  Raises: SkepError: there is no tunnel to it."""
-    _record(
-        request, task, request.path.partition(f"/{request.match_info['id']}/")[2].removeprefix("container/")
-    )
+    # Not by the id: authorization has replaced what the path names by it.
+    _record(request, task, _WHAT.sub("", request.path))
     async with manager_of(request).tunnels.open(task, head=_head(request, path)) as tunnel:
         if _upgrades(request):
             await tunnel.send(await request.read())

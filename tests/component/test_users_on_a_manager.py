@@ -1,0 +1,125 @@
+"""What users of the API get from a manager's routes, with their objects in a store."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any, cast
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.api.identity import identify
+from skep.api.server import runner
+from skep.errors import Unavailable
+from skep.manager.journal.loop import Journal
+from skep.manager.routes import application
+from skep.manager.routes.access import ManagerApi, Tunnelling
+from skep.model.access import Identity, Origin, parse_binding
+from skep.model.history import Entry
+from skep.model.ids import NodeId
+from skep.model.network import Network
+from skep.model.service import NetworkAttachmentConfig
+from skep.model.task import ContainerStatus, TaskState, TaskStatus
+from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_service, a_task
+from tests.support.store_transactions import put
+
+OPERATOR = "operator"
+
+
+class NoTunnels:
+    def open(self, *_: Any, **__: Any) -> Any:
+        raise Unavailable("there is no node")
+
+
+class Recording(Journal):
+    def __init__(self, api: ManagerApi) -> None:
+        super().__init__(api.store, NodeId("m1"), SystemClock(), Random(1))
+        self.entries: list[Entry] = []
+
+    def record(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+
+class Rig:
+    def __init__(self, api: ManagerApi, new_handler: Any, journal: Recording) -> None:
+        self.api, self._new_handler, self.journal = api, new_handler, journal
+
+    async def exchange(
+        self, role: str, request: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, str, bool]:
+        """Status and body of a response to a user with a token, and whether the connection is closed after it."""
+        ours, theirs = socket.socketpair()
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(self._new_handler, theirs)
+        identify(transport, Identity(name="ann", origin=Origin.TOKEN, bindings=(parse_binding(role),)))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        data = msgspec.json.encode(body) if body is not None else b""
+        sent = {"Host": "m", "Content-Length": str(len(data)), **(headers or {})}
+        head = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
+        writer.write(f"{request} HTTP/1.1\r\n{head}\r\n".encode() + data)
+        try:
+            answered = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(answered.partition("content-length: ")[2].split("\r\n")[0])
+            text = (await reader.readexactly(length)).decode()
+            return int(answered.split()[1]), text, "connection: close" in answered
+        finally:
+            writer.close()
+            transport.abort()
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async with _a_rig() as made:
+        yield made
+
+
+@asynccontextmanager
+async def _a_rig() -> AsyncIterator[Rig]:
+    async with a_manager_api() as api:
+        journal = Recording(api)
+        served = runner(application(replace(api, journal=journal, tunnels=cast("Tunnelling", NoTunnels()))))
+        await served.setup()
+        try:
+            yield Rig(api, served.server, journal)
+        finally:
+            await served.cleanup()
+
+
+async def test_an_operator_gets_no_network_of_the_machine_by_its_id(rig: Rig) -> None:
+    for name in ("host", "bridge"):
+        id = rig.api.store.view().resolve(Network, name).id
+        attached = [{"Target": id}]
+        spec = {"Name": "web", "TaskTemplate": {"ContainerSpec": {"Image": "none"}, "Networks": attached}}
+        status, text, _ = await rig.exchange(OPERATOR, "POST /services/create", spec)
+        assert status == 403, text
+        assert f"the machine's network {name}" in text
+        # Nor is one that an administrator made changed.
+        made = a_service(f"on-{name}")
+        template = replace(made.spec.task_template, networks=(NetworkAttachmentConfig(target=id),))
+        await rig.api.store.update(put, replace(made, spec=replace(made.spec, task_template=template)))
+        assert (await rig.exchange(OPERATOR, f"DELETE /services/on-{name}"))[0] == 403
+
+
+async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(rig: Rig) -> None:
+    service = a_service("web")
+    await rig.api.store.update(put, service)
+    task = a_task("t1", service=service.id, slot=1, node="n1")
+    status = TaskStatus(state=TaskState.RUNNING, container_status=ContainerStatus(container_id="c1"))
+    await rig.api.store.update(put, replace(task, status=status, desired_state=TaskState.RUNNING))
+    for word in ("web", "web.1", "t1"):
+        await rig.exchange(OPERATOR, f"POST /v1.41/skep/tasks/{word}/container/exec", {"Cmd": ["sh"]})
+    assert [one.action for one in rig.journal.entries] == ["exec"] * 3
+
+
+@pytest.mark.parametrize("request_", ["GET /services", "GET /services/none", "POST /session"])
+async def test_a_connection_has_one_request_of_a_token_also_if_it_asks_for_an_upgrade(
+    rig: Rig, request_: str
+) -> None:
+    """A proxy sends requests of several users on one connection."""
+    upgrade = {"Connection": "Upgrade", "Upgrade": "h2c"}
+    _, _, is_closed = await rig.exchange(OPERATOR, request_, headers=upgrade)
+    assert is_closed
