@@ -5,20 +5,31 @@ The import of aiohttp takes longer than the requests of most commands.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
 import msgspec
 
 from skep.api.raw import RawClient
-from skep.errors import SkepError, Unavailable
+from skep.errors import InvalidArgument, SkepError, Unavailable
 
 TIMEOUT_S: Final = 60.0
 """Deadline of a request whose response is read as a whole."""
 
 Filters: TypeAlias = Mapping[str, Sequence[str]]
 """Values by key, as ``docker ... --filter KEY=VALUE``."""
+
+
+def filters_of(words: Iterable[str]) -> dict[str, list[str]]:
+    """``words`` of a command, each ``KEY=VALUE``.  Raises: InvalidArgument: one is not."""
+    wanted: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise InvalidArgument(f"invalid filter {word!r}: want KEY=VALUE")
+        wanted.setdefault(key.strip().lower(), []).append(value.strip())
+    return wanted
 
 
 def parameters_of(filters: Filters | None) -> dict[str, str]:

@@ -9,11 +9,11 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock, SystemClock
 from skep.api.client import Client
-from skep.api.requests import Filters, parameters_of
+from skep.api.requests import Filters, filters_of, parameters_of
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, shows_as_it_happens
 from skep.cli.running import run_requests
-from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
+from skep.errors import FailedPrecondition, Unavailable
 from skep.model.task_end import printable
 from skep.model.times import timestamp
 
@@ -59,17 +59,6 @@ def events(
         output.show_next(event, f"{cursor}{line_of(event)}" if is_for_people else "")
 
     run_requests(_follow(host, filters_of(words), after, nodes, show))
-
-
-def filters_of(words: tuple[str, ...]) -> Filters:
-    """Raises: InvalidArgument: one is not KEY=VALUE."""
-    wanted: dict[str, list[str]] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not (key and equals):
-            raise InvalidArgument(f"invalid filter {word!r}: want KEY=VALUE")
-        wanted.setdefault(key.strip().lower(), []).append(value.strip())
-    return wanted
 
 
 def line_of(event: Mapping[str, Any]) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
-from skep.api.requests import Filters, Requests
+from skep.api.requests import Filters, Requests, filters_of
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import age
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.status import is_as_wanted
-from skep.errors import InvalidArgument, NotFound
+from skep.errors import NotFound
 
 NAMESPACE = "com.docker.stack.namespace"
 _ANSWERS_WITHIN_S = 15.0
@@ -111,13 +111,9 @@ async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> 
 
 
 def _filters(stack: str, words: Sequence[str]) -> Filters:
-    wanted = {"label": [f"{NAMESPACE}={stack}"]}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not (key and equals):
-            raise InvalidArgument(f"invalid filter {word!r}: want KEY=VALUE")
-        wanted.setdefault(key.strip().lower(), []).append(value.strip())
-    return wanted
+    filters = filters_of(words)
+    filters.setdefault("label", []).append(f"{NAMESPACE}={stack}")
+    return filters
 
 
 def services_listed(found: Objects, *, is_quiet: bool = False) -> Shown:

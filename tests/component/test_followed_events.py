@@ -12,7 +12,8 @@ from aiohttp import web
 
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
-from skep.cli.events import filters_of, followed, line_of
+from skep.api.requests import filters_of
+from skep.cli.events import followed, line_of
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 
 Reply = Callable[[str], tuple[int, bytes]]
