@@ -100,7 +100,7 @@ async def _run(
             start_task=start_task,
         )
         try:
-            await host_relays.serve(reservations.held())
+            await host_relays.serve(reservations.held)
             relays = Relays(paths.relays, SystemClock(), random.random)
             start_task(retry(relays.run, "relays of ports failed", clock=SystemClock()))
             for work in beside:
@@ -193,7 +193,7 @@ async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> 
         case Reserve(kind, port, token, address, target):
             try:
                 reserved = ports.held.reserve(kind, port, token, address, target)
-                await ports.relays.serve(ports.held.held())
+                await ports.relays.serve(ports.held.held)
                 return Reserved(reserved)
             except SkepError as error:
                 return Refused(
@@ -202,7 +202,7 @@ async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> 
                     is_elsewhere=isinstance(error, AddressNotHere),
                 )
         case Release(kind, port, address):
-            ports.relays.end(kind, port, address)
+            await ports.relays.end(kind, port, address)
             ports.held.release(kind, port, address)
             return Done()
         case List():

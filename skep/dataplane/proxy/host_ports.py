@@ -4,9 +4,10 @@ As docker-proxy does: the container sees the node's address on the bridge as its
 which the ports are held (``ports.Reservations``), so that a port is served or free, and nothing in between.
 """
 
+import asyncio
 import random
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -29,23 +30,29 @@ class HostRelays:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
+        self._changes = asyncio.Lock()
+        """Held while a relay is opened: one that is opened twice, or after its end, would keep its port for ever."""
 
-    async def serve(self, held: Iterable[tuple[Reservation, socket.socket]]) -> None:
+    async def serve(self, held: Callable[[], Iterable[tuple[Reservation, socket.socket]]]) -> None:
         """Relay those that have a target, unless they are relayed already."""
-        for reservation, own in held:
-            key = reservation.protocol, reservation.port, reservation.address
-            if reservation.target is None or key in self._relays:
-                continue
-            try:
-                self._relays[key] = await self._opened(reservation, reservation.target, set_aside(own.dup()))
-            except Exception as error:  # one port's error affects no other
-                log.warning("port is not relayed", port=key, reason=describe_error(error))
+        async with self._changes:
+            for reservation, own in held():
+                key = reservation.protocol, reservation.port, reservation.address
+                if reservation.target is None or key in self._relays:
+                    continue
+                try:
+                    self._relays[key] = await self._opened(
+                        reservation, reservation.target, set_aside(own.dup())
+                    )
+                except Exception as error:  # one port's error affects no other
+                    log.warning("port is not relayed", port=key, reason=describe_error(error))
 
-    def end(self, protocol: str, port: int, address: str) -> None:
+    async def end(self, protocol: str, port: int, address: str) -> None:
         """Accept nothing more at a port that is let go; open connections go on until the container ends."""
-        relay = self._relays.pop((protocol, port, address), None)
-        if relay is not None:
-            relay.close()
+        async with self._changes:
+            relay = self._relays.pop((protocol, port, address), None)
+            if relay is not None:
+                relay.close()
 
     def close(self) -> None:
         """End all, with their connections: this process ends."""
