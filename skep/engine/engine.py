@@ -139,7 +139,7 @@ class Engine:
             starts_max=config.starts_max,
             report_restore=config.report_restore,
         )
-        self.events = self._lifecycle.events
+        self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
         self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)

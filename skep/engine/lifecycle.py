@@ -83,6 +83,7 @@ class Lifecycle:
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
+        self._has_found = False
         self.waiting = WaitingClients()
         self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
         self.health = HealthMonitor(store, self.execs, self.events, runtime.cgroups, clock)
@@ -400,6 +401,10 @@ class Lifecycle:
                 self._volumes.unmount_unfinished, "volumes not unmounted yet", clock=self._clock, first_s=1.0
             )
 
+    def may_have(self, id: ContainerId) -> bool:
+        """Whether it is a container's id, or could be: not all that run are known until the records are read."""
+        return not self._has_found or self._store.lookup(id) is not None
+
     def _needs_network(self, id: ContainerId) -> bool:
         """Whether it has a sandbox, or is getting or losing one at this moment."""
         lock, container = self._locks.get(id), self._store.lookup(id)
@@ -430,6 +435,7 @@ class Lifecycle:
         for id in found.unknown:
             log.warning("container without a record removed", container=id)
             self.spawn(self._persist(partial(self._discard_unknown, id), id), name=f"remove-{id[:12]}")
+        self._has_found = True
         live = [
             (sandbox_config(one), one.sandbox)
             for one in found.known

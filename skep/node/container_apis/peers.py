@@ -33,7 +33,7 @@ class Peer(Enum):
 
 
 def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -> ContainerId | Peer:
-    """Who connected.  ``is_known``: whether a container is this node's."""
+    """Who connected.  ``is_known``: whether a container is, or may be, this node's."""
     pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
         0
     ]

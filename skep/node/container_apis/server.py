@@ -108,7 +108,7 @@ class ContainerApis:
         Args:
             own: the container whose socket it is: its processes, too, are served by the caller.
         """
-        match peer_of(connected, self._is_known):
+        match peer_of(connected, self.may_be_ours):
             case Peer.MACHINE:
                 return False
             case id if id == own:
@@ -123,9 +123,10 @@ class ContainerApis:
                     self._start(connected, id, self._access(id))
         return True
 
-    def _is_known(self, id: ContainerId) -> bool:
+    def may_be_ours(self, id: ContainerId) -> bool:
+        """Whether a container may be this node's: after a restart each one is, until all are found."""
         engine = self._engine()
-        return engine is not None and engine.has(id)
+        return engine is not None and engine.may_have(id)
 
     def _access(self, id: ContainerId) -> ApiAccess:
         engine = self._engine()

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from skep.aio.clock import SystemClock
 from skep.engine.cgroups import Cgroups
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument
+from skep.model.ids import ContainerId
+from skep.node.container_apis.peers import container_in
+from skep.node.container_apis.server import ContainerApis
 from tests.integration.node.conftest import Runner
 from tests.integration.node.test_devices import Plain
 from tests.support.runc_lab import Lab, remove_cgroups
@@ -91,3 +95,23 @@ async def test_a_group_that_cannot_be_made_fails_the_start_and_leaves_nothing(
     with pytest.raises(Exception, match="OCI runtime create failed"):
         await engine.start(container.id)
     await engine.remove(container.id)
+
+
+async def test_after_a_restart_no_container_is_taken_for_the_machine_until_all_are_found(
+    lab: Lab, elsewhere: str
+) -> None:
+    """Its group does not say that it is a container: the engine has to know, and the API is served before."""
+    first = lab.executor()
+    async with first.running():
+        plain = Plain(first.engine, Runner(lab, first.engine))
+        container = await plain.start("sleep", "100", host={"CgroupParent": f"/{elsewhere}"})
+        assert container.process is not None
+        groups = Path(f"/proc/{container.process.pid}/cgroup").read_text()
+    second = lab.executor()
+    apis = ContainerApis(SystemClock(), lambda: second.engine)
+    docker = ContainerId("0" * 64)
+    assert container_in(groups, apis.may_be_ours) == container.id
+    async with second.running():
+        assert container_in(groups, apis.may_be_ours) == container.id
+        assert container_in(f"0::/docker/{docker}\n", apis.may_be_ours) is None
+        await second.engine.remove(container.id, force=True)
