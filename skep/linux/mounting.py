@@ -164,14 +164,20 @@ def _with_opened_layers(data: str, refused: Sequence[str]) -> str:
     A layer is a view of its directory as a bind mount is, without what is mounted below.
     Raises: MountFailed; OSError.
     """
-    words = re.split(r"(?<!\\),", data)
+    words = _split(data, ",")
     for number, word in enumerate(words):
         name, _, value = word.partition("=")
         if name in _LAYERS:
-            paths = re.split(r"(?<!\\):", value)
+            paths = _split(value, ":")
             opened = [one and _opened(re.sub(r"\\(.)", r"\1", one), 0, refused) for one in paths]
             words[number] = f"{name}={':'.join(opened)}"
     return ",".join(words)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """As the kernel splits options: what follows a backslash, which may be one too, is no separator."""
+    words = re.findall(rf"{separator}(?:\\.?|[^\\{separator}])*", f"{separator}{text}", re.DOTALL)
+    return [word[1:] for word in words]
 
 
 def _mount(device: str, target: Path, type: str, flags: int, data: str) -> None:
