@@ -32,9 +32,11 @@ tagged_version() {
     fi
 }
 
-# Debian sorts what begins with ~ before its absence, as a pre-release has to be.
-version=${2:-$(tagged_version)}
-debian_version=$(sed -E 's/-?(a|b|rc|dev)\.?([0-9]+)/~\1\2/' <<<"$version")
+# Debian sorts what begins with ~ before its absence, as a pre-release has to be.  Otherwise all three are the same word:
+# skep upgrade waits for nodes that show the version of the package.  What follows + is a commit's, with letters of its own.
+version=$(sed -E 's/^([^+a-z]*[0-9])[-.]?(a|b|rc|dev)\.?([0-9]+)/\1~\2\3/' <<<"${2:-$(tagged_version)}")
+debian_version=$version
+version=${version/"~"/}
 case $version in
 [0-9]*) ;;
 *) fail "$version is no version: it begins with a number" "name the tag v1.2.0" ;;

@@ -21,7 +21,9 @@ def held(tmp_path: Path) -> Iterator[Reservations]:
         opened.close()
 
 
-async def test_ports_that_are_reserved_together_are_free_again_once_they_are_released(held: Reservations) -> None:
+async def test_ports_that_are_reserved_together_are_free_again_once_they_are_released(
+    held: Reservations,
+) -> None:
     relays = HostRelays(SystemClock())
 
     async def reserved(token: str) -> int:

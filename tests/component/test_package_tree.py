@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from skep.cli.upgrade import version_of
+
 ROOT = Path(__file__).parents[2]
 VERSION = "7.8.9rc1"
 
@@ -79,6 +81,21 @@ def test_its_version_sorts_before_the_release_and_the_code_has_it_too(tree: Path
     compared = ["dpkg", "--compare-versions", control(tree)["Version"], "lt", "7.8.9"]
     assert subprocess.run(compared, check=False).returncode == 0
     assert f'__version__ = "{VERSION}"\n' in (tree / "usr/lib/skep/lib/shared/skep/__init__.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "debian"),
+    [("7.1.0-rc2", "7.1.0rc2", "7.1.0~rc2"), ("7.1.0+4.g1a2b3c4", "7.1.0+4.g1a2b3c4", "7.1.0+4.g1a2b3c4")],
+)
+def test_nodes_show_the_version_that_an_upgrade_reads_from_the_package(
+    tmp_path: Path, given: str, code: str, debian: str
+) -> None:
+    package = [ROOT / "setup/package.sh", "--own", tmp_path, given]
+    subprocess.run(package, check=True, capture_output=True, timeout=50)
+    assert control(tmp_path)["Version"] == debian
+    assert version_of(debian) == code
+    shipped = tmp_path / "usr/lib/skep/lib/shared/skep/__init__.py"
+    assert f'__version__ = "{code}"\n' in shipped.read_text()
 
 
 def test_it_depends_on_the_programs_that_a_node_runs_and_on_a_python_it_has_libraries_for(tree: Path) -> None:
