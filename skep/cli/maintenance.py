@@ -29,8 +29,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     by: str
     until: datetime
     is_upgrade: bool = False
-    was_active: bool = False
-    """The upgrade has drained the node, and activates it again."""
+    availability: str = ""
+    """What the node had before the upgrade drained it, and gets back; empty: it was not drained."""
 
     def is_overdue(self, now: datetime) -> bool:
         """Whether others may take it over."""

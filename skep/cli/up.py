@@ -32,13 +32,18 @@ INSTALLS_WITHIN_S = 600.0
 _JOINS_WITHIN_S = 120.0
 _ENDS_WITHIN_S = 5.0
 _OUTPUT_BYTES_MAX = 64 << 10
-_INSTALL = """set -e
+APT_INSTALL = (
+    "DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120 -o Dpkg::Options::=--force-confdef "
+    "-o Dpkg::Options::=--force-confold install -y --allow-downgrades"
+)
+"""Waits for another apt, as one runs after the boot, and asks nothing: settings stay as they were changed."""
+_INSTALL = f"""set -e
 umask 077
 package=$(mktemp -d)/skep.deb
 trap 'rm -rf "$(dirname "$package")"' EXIT
 cat >"$package"
 chmod 755 "$(dirname "$package")"; chmod 644 "$package"
-DEBIAN_FRONTEND=noninteractive apt-get install -y --allow-downgrades "$package" >&2 </dev/null
+{APT_INSTALL} "$package" >&2 </dev/null
 """
 
 

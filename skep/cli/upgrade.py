@@ -26,22 +26,24 @@ from skep.cli.maintenance import ANSWERS_WITHIN_S, Holder
 from skep.cli.node import drained
 from skep.cli.reboot_lock import whoami
 from skep.cli.running import errors_shown, say
-from skep.cli.up import INSTALLS_WITHIN_S, Machine, quoted
+from skep.cli.up import APT_INSTALL, INSTALLS_WITHIN_S, Machine, quoted
 from skep.cli.upgrade_plan import Member, Plan, Step, plan, running_of
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 T = TypeVar("T")
 
-_LEASE = timedelta(minutes=30)
-"""Longer than any part of a step, at each of which it is renewed."""
+_LEASE_S_MIN = 1800.0
+_CHECKED_WITHIN_S = 30.0
 _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
 FORMER = "/var/cache/skep/former.deb"
 
-KEEP_FORMER = f"""set -e
+_WORK = """set -e
+umask 022
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/root/DEBIAN" "$(dirname {FORMER})"
+"""
+_KEEP = f"""mkdir -p "$work/root/DEBIAN" "$(dirname {FORMER})"
 dpkg-query -L skep | grep -v '^/etc/' | while read -r path; do
     if [ -h "$path" ] || [ -f "$path" ]; then
         mkdir -p "$work/root$(dirname "$path")"
@@ -55,14 +57,30 @@ done
 dpkg-deb --root-owner-group -Zgzip -z1 --build "$work/root" "$work/former.deb" >&2
 mv "$work/former.deb" {FORMER}
 """
+KEEP_FORMER = _WORK + _KEEP
 """Packs what is installed, as the file that it came from is usually gone.  Without the
 settings: packed as they are, the operator's changes would be the package's own, which the next version replaces; dpkg
 keeps a file that a package no longer has."""
-_INSTALL = "DEBIAN_FRONTEND=noninteractive apt-get install -y --allow-downgrades {} >&2 </dev/null"
-_REPLACE = f"""{KEEP_FORMER}
-cat >"$work/new.deb"
-chmod 755 "$work"; chmod 644 "$work/new.deb"
-{_INSTALL.format('"$work/new.deb"')}
+_INSTALL = f"""if ! {APT_INSTALL} "$package" >"$work/log" 2>&1 </dev/null; then
+    tail -n 5 "$work/log" >&2
+    exit 1
+fi
+"""
+"""Its output goes to a file: an installation whose ssh connection is lost is completed, and not ended by a write."""
+REPLACE = f"""{_WORK}
+package=$work/new.deb
+cat >"$package"
+chmod 755 "$work"
+case "$(dpkg-query -W -f '${{db:Status-Status}} ${{Version}}' skep)" in
+"installed $(dpkg-deb -f "$package" Version)") ;;
+installed\\ *)
+{_KEEP};;
+esac
+{_INSTALL}"""
+"""What an interrupted upgrade has installed is not packed: the way back would lead to the new version."""
+_GO_BACK = f"{_WORK}package={FORMER}\n{_INSTALL}"
+_CHECK = """[ "$(id -u)" = 0 ] || { echo "this user is not root" >&2; exit 1; }
+dpkg-query -s skep >/dev/null 2>&1 || { echo "skep is not installed as a Debian package" >&2; exit 1; }
 """
 
 
@@ -75,22 +93,25 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
     command: str = ""
     rollback: str = ""
 
+    async def check(self, node: Member) -> None:
+        """Whether the node can be upgraded so, before it is drained.  Raises: Unavailable."""
+        if self.package is not None:
+            await self._machine(node).run(["sh", "-c", quoted(_CHECK)], b"", timeout_s=_CHECKED_WITHIN_S)
+
     async def upgrade(self, node: Member) -> None:
         """Raises: Unavailable: it could not be done."""
         if self.package is None:
             await _run_here(self.command, node)
             return
         content = await asyncio.to_thread(self.package.read_bytes)
-        await self._machine(node).run(["sh", "-c", quoted(_REPLACE)], content, timeout_s=INSTALLS_WITHIN_S)
+        await self._machine(node).run(["sh", "-c", quoted(REPLACE)], content, timeout_s=INSTALLS_WITHIN_S)
 
     async def roll_back(self, node: Member) -> None:
         """Put the former version back.  Raises: Unavailable."""
         if self.package is None:
             await _run_here(self.rollback, node)
             return
-        await self._machine(node).run(
-            ["sh", "-c", quoted(_INSTALL.format(FORMER))], b"", timeout_s=INSTALLS_WITHIN_S
-        )
+        await self._machine(node).run(["sh", "-c", quoted(_GO_BACK)], b"", timeout_s=INSTALLS_WITHIN_S)
 
     @property
     def can_roll_back(self) -> bool:
@@ -206,7 +227,12 @@ def _version(package: Path | None, command: str, version: str) -> str:
     )
     if done.returncode:
         raise InvalidArgument(f"{package} is no Debian package: {done.stderr.strip()}")
-    return version or done.stdout.strip().replace("~", "")
+    return version or version_of(done.stdout.strip())
+
+
+def version_of(debian: str) -> str:
+    """What a node shows that has the package of this version (``setup/package.sh``)."""
+    return debian.replace("~", "")
 
 
 class _Upgrade:
@@ -229,7 +255,7 @@ class _Upgrade:
                 held = maintenance.described(former, members, now)
                 raise FailedPrecondition(f"{held}: --continue takes over, --abort ends it")
             self._holder = msgspec.structs.replace(
-                self._holder, node=former.node, was_active=former.was_active
+                self._holder, node=former.node, availability=former.availability
             )
         await self._hold(former)
 
@@ -242,7 +268,9 @@ class _Upgrade:
 
         async def once() -> None:
             members, now = await maintenance.nodes_and_time(self._client)
-            renewed = msgspec.structs.replace(self._holder, until=now + _LEASE)
+            # Renewed before a drain, and before an installation, which may be taken back.
+            lease = timedelta(seconds=max(_LEASE_S_MIN, 3 * self._within_s + 2 * INSTALLS_WITHIN_S))
+            renewed = msgspec.structs.replace(self._holder, until=now + lease)
 
             def decide(text: str) -> str:
                 holders = [one for one in maintenance.read(text) if one != former]
@@ -261,6 +289,14 @@ class _Upgrade:
 
         await self._asked(lambda: maintenance.change(self._client, decide))
 
+    async def end(self) -> None:
+        """Before a node gets the version: it has tasks again, the lock goes, unless another upgrade has it now."""
+        holders = await self._asked(lambda: maintenance.holders_of(self._client))
+        if any(maintenance.is_same(one, self._holder) for one in holders):
+            if self._holder.node and self._holder.availability:
+                await self._restore_availability()
+            await self.release()
+
     async def run(self) -> int:
         """Upgrade node after node; gives their number.
 
@@ -270,7 +306,7 @@ class _Upgrade:
         while True:
             step = await self._next()
             if self._holder.node and (step is None or step.node.id != self._holder.node):
-                await self._activate()  # the interrupted one had upgraded it, and got no further
+                await self._finish_interrupted()
                 continue
             if step is None:
                 return count
@@ -288,9 +324,13 @@ class _Upgrade:
         Raises: FailedPrecondition: it does not pass.
         """
         found = await self._plan()
+        shown: tuple[str, ...] = ()
         try:
             async with asyncio.timeout(self._within_s):
                 while found.refusals:
+                    if found.refusals != shown:
+                        shown = found.refusals
+                        say(f"waits for {self._within_s:g} s at most: {'; '.join(shown)}")
                     await asyncio.sleep(_LOOK_S)
                     found = await self._plan()
         except TimeoutError:
@@ -310,9 +350,17 @@ class _Upgrade:
 
     async def _make(self, step: Step) -> None:
         node = step.node
-        was_active = self._holder.was_active or (step.drains and node.availability == "active")
-        await self._hold(node=node.id, was_active=was_active)
-        if step.drains:
+        try:
+            await self._means.check(node)
+        except Unavailable as error:
+            if self._holder.node:
+                raise Unavailable(f"{node.name}: {error}; repair it: then --continue, or --abort") from error
+            await self.release()
+            raise Unavailable(f"{node.name} cannot be upgraded, and is as it was: {error}") from error
+        drains = step.drains and node.is_ready  # an interrupted one may be away, and its tasks with it
+        before = self._holder.availability or (node.availability if drains else "")
+        await self._hold(node=node.id, availability=before)
+        if drains:
             say(f"{node.name}: is drained")
             try:
                 await drained(self._client, node.id, self._within_s * 3)
@@ -320,6 +368,7 @@ class _Upgrade:
                 await self._activate()
                 await self.release()
                 raise
+        await self._hold()
         say(f"{node.name}: is upgraded from {node.version} to {self._means.version}")
         try:
             await self._means.upgrade(node)
@@ -360,9 +409,27 @@ class _Upgrade:
             raise Unavailable(f"after {self._within_s:g} s it is {state} with {seen.version}") from None
 
     async def _activate(self) -> None:
-        if self._holder.node and self._holder.was_active:
-            await self._asked(lambda: _set_availability(self._client, self._holder.node, "active"))
-        await self._hold(node="", was_active=False)
+        if self._holder.node and self._holder.availability:
+            await self._restore_availability()
+        await self._hold(node="", availability="")
+
+    async def _restore_availability(self) -> None:
+        node, word = self._holder.node, self._holder.availability
+        await self._asked(lambda: _set_availability(self._client, node, word))
+
+    async def _finish_interrupted(self) -> None:
+        """The node whose turn it was has the version, or is gone.  Raises: Unavailable: it does not come back well."""
+        members, _ = await self._asked(lambda: maintenance.nodes_and_time(self._client))
+        node = next((one for one in members if one.id == self._holder.node), None)
+        if node is None:
+            await self._hold(node="", availability="")
+            return
+        try:
+            await self._comes_back(node, self._means.version)
+        except Unavailable as error:
+            text = f"{node.name}, whose turn was interrupted, is not well: {error}"
+            raise Unavailable(f"{text}; repair it: then --continue, or --abort") from error
+        await self._activate()
 
     async def _distribute(self, names: Sequence[str]) -> None:
         """Update services without a change, by their own policy: the scheduler evens out what a drain has crowded."""
@@ -434,7 +501,10 @@ async def _upgrade(
         try:
             count = await run.run()
         except FailedPrecondition:
-            await run.release()  # between two steps, all nodes are well
+            await run.end()
+            raise
+        except asyncio.CancelledError:
+            say("interrupted: the same command with --continue goes on, skep upgrade --abort ends it")
             raise
         await run.release()
     click.echo(f"{counted(count, 'node')} upgraded to {means.version}")
@@ -470,8 +540,8 @@ async def _abort(host: HostOptions) -> None:
         former = next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
         if former is None:
             raise FailedPrecondition("no upgrade is under way")
-        if former.node and former.was_active:
-            await _set_availability(client, former.node, "active")
+        if former.node and former.availability:
+            await _set_availability(client, former.node, former.availability)
 
         def decide(text: str) -> str:
             return maintenance.written([one for one in maintenance.read(text) if not one.is_upgrade])

@@ -84,7 +84,10 @@ def plan(
     """
     nodes = sorted(members, key=_turn)
     ours = [one for one in nodes if one.is_ours]
-    due = [one for one in ours if one.version != version and (one.is_manager or one.is_ready)]
+    left_out = [
+        one for one in nodes if not one.is_ours or not (one.is_manager or one.is_ready or one.id == first)
+    ]
+    due = [one for one in ours if one.version != version and one not in left_out]
     due.sort(key=lambda one: one.id != first)
     refusals = list(refusals_of_quorum(nodes, due[0], first) if due else ())
     steps = []
@@ -96,9 +99,7 @@ def plan(
     return Plan(
         steps=tuple(steps),
         done=tuple(one.name for one in ours if one.version == version),
-        left_out=tuple(
-            one.name for one in nodes if not one.is_ours or (not one.is_manager and not one.is_ready)
-        ),
+        left_out=tuple(one.name for one in left_out),
         refusals=tuple(refusals),
     )
 

@@ -80,6 +80,12 @@ def test_an_interrupted_node_goes_on_first_even_if_it_is_away() -> None:
     assert (found.steps[0].node.name, found.refusals) == ("m3", ())
 
 
+def test_a_worker_whose_turn_was_interrupted_is_not_left_out_while_it_is_away() -> None:
+    members = [replace(one, is_ready=one.name != "w2") for one in CLUSTER]
+    found = plan(members, [], NEW, drains=True, first="id-w2")
+    assert (found.steps[0].node.name, found.left_out) == ("w2", ())
+
+
 def test_a_service_that_lacks_tasks_forbids_a_drain_but_not_an_upgrade_under_running_containers() -> None:
     web = a_service("web", {"w1": 1}, replicas=3)
     (refusal,) = plan(CLUSTER, [web], NEW, drains=True).refusals

@@ -1,0 +1,202 @@
+"""`skep upgrade` against a cluster that is made up: what becomes of a node and of the lock when it does not go well."""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from msgspec.structs import replace
+
+from skep.api.client import Client
+from skep.api.requests import Filters, Requests
+from skep.cli import maintenance, upgrade
+from skep.cli.maintenance import Holder
+from skep.cli.upgrade import Means, _Upgrade
+from skep.cli.upgrade_plan import Member
+from skep.errors import Unavailable
+from skep.model.labels import MAINTENANCE
+
+OLD, NEW = "1.0.0", "1.1.0"
+
+
+class MadeUp(Requests):
+    """A manager and workers without tasks, as the API has them."""
+
+    def __init__(self, *names: str) -> None:
+        self.nodes = {name: self._node(name, is_manager=name == names[0]) for name in names}
+        self.swarm: dict[str, Any] = {"Version": {"Index": 1}, "Spec": {"Labels": {}}}
+
+    @staticmethod
+    def _node(name: str, *, is_manager: bool) -> dict[str, Any]:
+        status = {"ManagerStatus": {"Leader": True, "Reachability": "reachable"}} if is_manager else {}
+        return {
+            "ID": name,
+            "Version": {"Index": 1},
+            "Spec": {"Role": "manager" if is_manager else "worker", "Availability": "active"},
+            "Description": {
+                "Hostname": name,
+                "Engine": {"EngineVersion": OLD, "Labels": {"skep.node": "1"}},
+            },
+            "Status": {"State": "ready", "Addr": "192.0.2.1"},
+            **status,
+        }
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        filters: Filters | None = None,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        match method, path.strip("/").split("/"):
+            case "GET", ["nodes"]:
+                return list(self.nodes.values())
+            case "GET", ["nodes", name]:
+                return self.nodes[name]
+            case "POST", ["nodes", name, "update"]:
+                self.nodes[name]["Spec"] = body
+            case "GET", ["info"]:
+                return {"SystemTime": "2026-01-02T03:04:05Z"}
+            case "GET", ["swarm"]:
+                return self.swarm
+            case "POST", ["swarm", "update"]:
+                self.swarm["Spec"] = body
+            case "GET", ["services" | "tasks"]:
+                return []
+            case other:
+                raise AssertionError(other)
+        return None
+
+    @property
+    def holders(self) -> tuple[Holder, ...]:
+        return maintenance.read(self.swarm["Spec"]["Labels"].get(MAINTENANCE, ""))
+
+    def availability(self, name: str) -> str:
+        return str(self.nodes[name]["Spec"]["Availability"])
+
+    def show(self, name: str, version: str, state: str = "ready") -> None:
+        self.nodes[name]["Description"]["Engine"]["EngineVersion"] = version
+        self.nodes[name]["Status"]["State"] = state
+
+
+class Installing(Means, frozen=True, kw_only=True):
+    """Installs at once; ``breaks``: what goes down with it; ``refuses``: what ssh does not reach."""
+
+    cluster: MadeUp
+    breaks: frozenset[str] = frozenset()
+    refuses: frozenset[str] = frozenset()
+
+    async def check(self, node: Member) -> None:
+        if node.name in self.refuses:
+            raise Unavailable("Host key verification failed.")
+
+    async def upgrade(self, node: Member) -> None:
+        self.cluster.show(node.name, self.version, "down" if node.name in self.breaks else "ready")
+
+
+def a_run(cluster: MadeUp, **options: Any) -> _Upgrade:
+    means = Installing(version=NEW, command="true", cluster=cluster, **options)
+    return _Upgrade(cast("Client", cluster), means, drains=True, within_s=0.05)
+
+
+async def test_a_paused_node_is_paused_again() -> None:
+    cluster = MadeUp("m1", "w1")
+    cluster.nodes["w1"]["Spec"]["Availability"] = "pause"
+    run = a_run(cluster)
+    await run.take(continues=False)
+    assert await run.run() == 2
+    assert (cluster.availability("w1"), cluster.availability("m1")) == ("pause", "active")
+
+
+async def test_a_node_that_cannot_be_reached_to_install_is_not_drained_and_the_lock_goes() -> None:
+    cluster = MadeUp("m1", "w1")
+    run = a_run(cluster, refuses=frozenset({"w1"}))
+    await run.take(continues=False)
+    with pytest.raises(Unavailable, match=r"w1 cannot be upgraded, and is as it was: Host key"):
+        await run.run()
+    assert (cluster.availability("w1"), cluster.holders) == ("active", ())
+
+
+async def test_an_interrupted_one_is_not_continued_past_a_node_that_does_not_come_back() -> None:
+    """w1 went down with the new version, or before it showed that."""
+    for version in (NEW, OLD):
+        cluster = MadeUp("m1", "w1", "w2")
+        first = a_run(cluster, breaks=frozenset({"w1"}))
+        await first.take(continues=False)
+        with pytest.raises(Unavailable, match="it stays drained, and is yours to repair"):
+            await first.run()
+        cluster.show("w1", version, "down")
+        second = a_run(cluster, breaks=frozenset({"w1"}))
+        await second.take(continues=True)
+        with pytest.raises(Unavailable, match=r"w1.*repair"):
+            await second.run()
+        assert cluster.nodes["w2"]["Description"]["Engine"]["EngineVersion"] == OLD
+        assert cluster.availability("w1") == "drain"
+        assert [one.node for one in cluster.holders] == ["w1"]
+        cluster.show("w1", version)
+        third = a_run(cluster)
+        await third.take(continues=True)
+        await third.run()
+        assert {cluster.availability(name) for name in ("m1", "w1", "w2")} == {"active"}
+
+
+async def test_what_another_one_has_taken_over_is_left_to_it() -> None:
+    cluster = MadeUp("m1", "w1")
+    run = a_run(cluster)
+    await run.take(continues=False)
+    run._holder = replace(run._holder, node="w1", availability="active")
+    other = Holder(
+        node="w1",
+        by="other",
+        until=datetime(2026, 1, 2, 4, tzinfo=UTC),
+        is_upgrade=True,
+        availability="active",
+    )
+    cluster.swarm["Spec"] = {"Labels": {MAINTENANCE: maintenance.written([other])}}
+    cluster.nodes["w1"]["Spec"]["Availability"] = "drain"
+    await run.end()
+    assert (cluster.availability("w1"), cluster.holders) == ("drain", (other,))
+
+
+@pytest.mark.parametrize(
+    ("installed", "is_kept"),
+    [("installed 1.0.0", True), ("installed 1.1.0", False), ("half-configured 1.1.0", False)],
+)
+def test_the_way_back_is_packed_from_the_former_version_alone(
+    tmp_path: Path, installed: str, is_kept: bool
+) -> None:
+    """A second attempt finds what an interrupted one has installed; the way back does not lead there."""
+    former, info = tmp_path / "cache/former.deb", tmp_path / "info"
+    info.mkdir()
+    for name in ("postinst", "prerm", "postrm"):
+        (info / f"skep.{name}").touch()
+    programs = {
+        "dpkg-query": f'case $1 in -W) printf %s "{installed}" ;; -s) echo "Package: skep" ;; esac',
+        "dpkg-deb": 'case $1 in -f) echo 1.1.0 ;; *) for last; do :; done; echo former >"$last" ;; esac',
+        "apt-get": f'echo "$@" >{tmp_path}/apt; exit 100',
+    }
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name, text in programs.items():
+        (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
+        (binaries / name).chmod(0o755)
+    script = upgrade.REPLACE.replace(upgrade.FORMER, str(former)).replace("/var/lib/dpkg/info", str(info))
+    done = subprocess.run(
+        ["sh", "-c", f"umask 077\n{script}"],
+        input=b"new",
+        env={"PATH": f"{binaries}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 1, "as apt-get fails"
+    assert former.exists() == is_kept
+    assert "DPkg::Lock::Timeout" in (tmp_path / "apt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("tmp.")) == []
