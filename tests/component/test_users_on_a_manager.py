@@ -104,6 +104,29 @@ async def test_an_operator_gets_no_network_of_the_machine_by_its_id(rig: Rig) ->
         assert (await rig.exchange(OPERATOR, f"DELETE /services/on-{name}"))[0] == 403
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"syslog-address": "tcp+tls://10.0.0.9:6514", "syslog-tls-key": "/var/lib/skep/node.key"},
+        {"syslog-address": "unix:///run/other.sock"},
+        {"syslog-address": " UN\nIX:///run/other.sock"},
+    ],
+)
+async def test_an_operator_gets_no_file_of_the_machine_by_a_log_driver(
+    rig: Rig, options: Mapping[str, str]
+) -> None:
+    template = {
+        "ContainerSpec": {"Image": "none"},
+        "LogDriver": {"Name": "syslog", "Options": options},
+    }
+    spec = {"Name": "web", "TaskTemplate": template}
+    status, text, _ = await rig.exchange(OPERATOR, "POST /services/create", spec)
+    assert status == 403, text
+    assert "a file of its machine (log option syslog-" in text
+    template["LogDriver"] = {"Name": "syslog", "Options": {"syslog-address": "tcp://10.0.0.9:6514"}}
+    assert (await rig.exchange(OPERATOR, "POST /services/create", spec))[0] == 201
+
+
 async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(rig: Rig) -> None:
     service = a_service("web")
     await rig.api.store.update(put, service)

@@ -16,6 +16,8 @@ from skep.store.interface import View
 
 _HOST = frozenset(("host", "bridge", "none"))
 """Networks of a machine that services may name."""
+_LOG_FILES = frozenset(("splunk-capath", "syslog-tls-ca-cert", "syslog-tls-cert", "syslog-tls-key"))
+"""Options of log drivers that name a file, which the node reads as root."""
 
 
 def stack_of(labels: Mapping[str, str]) -> str:
@@ -90,6 +92,10 @@ def _rights(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator
         or (privileges.app_armor is not None and privileges.app_armor.mode not in ("", "default"))
     ):
         yield "security options"
+    log_driver = spec.task_template.log_driver
+    for name, value in (log_driver.options if log_driver is not None else {}).items():
+        if value and (name in _LOG_FILES or (name.endswith("-address") and _is_unix(value))):
+            yield f"a file of its machine (log option {name})"
     if container.oom_score_adj < 0:
         yield "a lower score for the kernel's out-of-memory killer"
     for attachment in (*spec.task_template.networks, *spec.networks):
@@ -106,6 +112,12 @@ def _network_of_machine(view: View, target: str) -> str:
     except SkepError:
         return ""
     return spec.name if PREDEFINED_LABEL in spec.labels else ""
+
+
+def _is_unix(address: str) -> bool:
+    """Parsers of URLs leave out spaces and control characters: so does this."""
+    scheme = "".join(filter(str.isalnum, address.lower().partition(":")[0]))
+    return scheme.startswith("unix")
 
 
 def _mount_right(mount: Mount) -> str:

@@ -140,6 +140,7 @@ def test_the_removal_of_a_user_ends_its_access_at_once(cluster: Cluster) -> None
     assert cluster.admin("user", "ls", "-o", "json") == "[]"
 
 
+@pytest.mark.slow
 def test_the_guide_to_access(cluster: Cluster, tmp_path: Path) -> None:
     block = "\n".join(shell_blocks("docs/guide/access.md"))
     # A new user is known to the node a moment later, which only a reader's typing waits for.
