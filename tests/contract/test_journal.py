@@ -25,7 +25,7 @@ from skep.store.interface import HistoryGone, NotLeader, Store, Term, Transactio
 from skep.store.kinds import JournalChunk
 from skep.store.level import JOURNAL
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
-from tests.support.store_rigs import FIRST, SECOND, MemoryRig, Rig, etcd_rig, found, memory_rig
+from tests.support.store_rigs import FIRST, SECOND, EtcdRig, MemoryRig, Rig, etcd_rig, found, memory_rig
 from tests.support.store_transactions import a_secret, change, eventually, put
 
 pytestmark = pytest.mark.timeout(60)
@@ -177,6 +177,26 @@ def journaled_names(view: View) -> list[str]:
 async def etcd(tmp_path: Path) -> AsyncIterator[Rig]:
     async with etcd_rig(tmp_path) as rig:
         yield rig
+
+
+@pytest.mark.needs("etcd", "setpriv")
+async def test_the_next_leader_goes_on_where_the_last_one_ended(etcd: Rig) -> None:
+    terms, later = etcd.store.terms(FIRST, "127.0.0.1:2377"), etcd.other.terms(SECOND, "127.0.0.1:2378")
+    term = await anext(terms)
+    async with journal_on(etcd.store, FIRST) as first, journal_on(etcd.other, SECOND) as second:
+        async with leading(first, term):
+            await etcd.store.update(put, a_secret("s1"))
+            await wait_entries(etcd.store, 1)
+        following = asyncio.ensure_future(anext(later))
+        for number in (2, 3, 4):
+            await etcd.store.update(put, a_secret(f"s{number}"))
+        await terms.aclose()  # type: ignore[attr-defined]
+        assert isinstance(etcd, EtcdRig)
+        await etcd.give_up_leadership()
+        async with leading(second, await following):
+            await etcd.other.update(put, a_secret("s5"))
+            found = await wait_entries(etcd.other, 5)
+    assert [one.name for one in found] == [f"s{number}" for number in range(1, 6)]
 
 
 @pytest.mark.needs("etcd", "setpriv")

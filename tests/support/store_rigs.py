@@ -111,6 +111,14 @@ class EtcdRig:
         record = msgspec.json.encode(LeaderRecord(node=SECOND, term=1_000_000))
         await self.client.put(name, cipher.encrypt(name, record))
 
+    async def give_up_leadership(self) -> None:
+        """Let the next candidate lead: both have one member, whose term of raft stays the same."""
+        name = etcd_key(keys.LEADER)
+        cipher = Cipher((await cluster_in(self.client)).ring, self._key)
+        await self.client.put(
+            name, cipher.encrypt(name, msgspec.json.encode(LeaderRecord(node=FIRST, term=0)))
+        )
+
     def lose_request(self) -> None:
         self._relay.lose_request_with(PREFIX + b"o/")
 

@@ -1,16 +1,20 @@
 """Who may see what of the history, and what a request is recorded as."""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.manager.journal.reading import Query
+from skep.manager.routes import audit
 from skep.manager.routes.audit import about, with_outcome
 from skep.manager.routes.history import limited, query_of
 from skep.model.access import ALL, Binding, Identity, Origin, Role
-from skep.model.history import Entry, Kind, Severity, masked, masked_text, without_credentials
+from skep.model.history import By, Entry, Kind, Severity, masked, masked_text, without_credentials
 from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_service_spec
 
@@ -122,3 +126,20 @@ def test_errors_with_urls_are_masked_and_services_of_then_as_well() -> None:
         assert one is not None
         assert one.task_template.container_spec is not None
         assert one.task_template.container_spec.env == ("A_TOKEN=***", "B=y")
+
+
+async def test_a_route_that_is_none_is_no_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[Entry] = []
+    manager = SimpleNamespace(
+        journal=SimpleNamespace(record=recorded.append), store=SimpleNamespace(view=a_view), own="m1"
+    )
+    monkeypatch.setattr(audit, "manager_of", lambda _: manager)
+    monkeypatch.setattr(audit, "client_of", lambda _: By())
+
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        raise web.HTTPNotFound
+
+    with pytest.raises(web.HTTPNotFound):
+        await audit.audited(make_mocked_request("POST", "/services/web/nothing"), refuse)
+    (entry,) = recorded
+    assert (entry.status, entry.message) == (404, "nothing service web: refused with 404: Not Found")
