@@ -33,16 +33,16 @@ def moment_of(text: str, now: datetime) -> Timestamp:
         return timestamp(unix_ns(text.strip().upper()))
     except InvalidArgument:
         pass
-    if (ns := duration_ns(words.removesuffix(" ago"))) is not None:
-        return timestamp(_ns(now) - ns)
-    if (ago := _AGO.fullmatch(words)) and (unit := _UNITS_S.get(ago["unit"])):
-        number = int(ago["number"]) if ago["number"].isdigit() else 1
-        return timestamp(_ns(now) - number * unit * SECOND_NS)
-    if words and (found := _CLOCK.fullmatch(words)):
-        try:
+    try:
+        if (ns := duration_ns(words.removesuffix(" ago"))) is not None:
+            return timestamp(_ns(now) - ns)
+        if (ago := _AGO.fullmatch(words)) and (unit := _UNITS_S.get(ago["unit"])):
+            number = int(ago["number"]) if ago["number"].isdigit() else 1
+            return timestamp(_ns(now) - number * unit * SECOND_NS)
+        if words and (found := _CLOCK.fullmatch(words)):
             return timestamp(_ns(_at(found["day"] or "today", found["time"] or "00:00", now)))
-        except ValueError:
-            pass
+    except (ValueError, OverflowError):  # no such day or hour, or before the year 1
+        pass
     raise InvalidArgument(f"invalid time {text!r}: want {EXAMPLES}")
 
 
