@@ -64,6 +64,12 @@ def test_scale_a_kill_and_a_failed_update_are_told_and_the_state_before_is_shown
 
     (pause,) = wait_until(paused, "the update is paused", within_s=60)
     assert pause["Severity"] == "error"
+
+    def asked_for() -> list[dict[str, Any]]:
+        return [one for one in entries(m1, "told") if one["Kind"] == "request"]
+
+    # Changes and requests are written beside each other, each twice a second.
+    wait_until(lambda: len(asked_for()) >= 3, "the requests are told")
     found = entries(m1, "told")
     messages = [one["Message"] for one in found if one["Kind"] == "change"]
     assert "service told updated: replicas 1 → 2" in messages
