@@ -65,7 +65,9 @@ def whole_run(root: Path, folder: str, test: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("folder", ["tests/component", "tests/contract", "tests/integration/node"])
+@pytest.mark.parametrize(
+    "folder", ["tests/browser", "tests/component", "tests/contract", "tests/integration/node"]
+)
 def test_a_failed_test_of_real_processes_is_repeated_and_its_first_failure_is_shown(
     tmp_path: Path, folder: str
 ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import pytest_timeout
 
-REAL = ("tests/component/", "tests/contract/", "tests/integration/")
+REAL = ("tests/browser/", "tests/component/", "tests/contract/", "tests/integration/")
 """Folders whose tests wait for processes, sockets and kernels; what all others do is decided by their code alone."""
 
 
