@@ -3,6 +3,7 @@
 MkDocs calls the functions by their names (https://www.mkdocs.org/dev-guide/plugins/#events).
 """
 
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -80,7 +81,7 @@ def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
         if code or "://" in target or target.startswith("#"):
             return found.group()
         path, _, heading = target.partition("#")
-        place = _normal(source.parent / path)
+        place = PurePosixPath(posixpath.normpath(source.parent / path))
         if place.is_relative_to("docs"):
             page = place.relative_to("docs")
             if (ROOT / place).is_dir():
@@ -100,13 +101,3 @@ def linked(markdown: str, source: PurePosixPath, uri: PurePosixPath) -> str:
 def _title(page: Path) -> str:
     heading = page.read_text().partition("\n")[0]
     return heading.removeprefix("# ")
-
-
-def _normal(path: PurePosixPath) -> PurePosixPath:
-    parts: list[str] = []
-    for part in path.parts:
-        if part == ".." and parts:
-            parts.pop()
-        else:
-            parts.append(part)
-    return PurePosixPath(*parts)
