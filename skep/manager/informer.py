@@ -44,6 +44,18 @@ async def run_informer(
     await run_exact_informer(term, kinds, on_snapshot=on_snapshot, on_commit=on_commit, work=lambda _: work())
 
 
+async def observe_commits(
+    store: LoopStore,
+    kinds: tuple[type[Object], ...],
+    *,
+    on_snapshot: Callable[[View], None],
+    on_commit: Callable[[Commit], None],
+) -> None:
+    """``run_informer`` for what records commits and has no work beside that, until cancelled."""
+    work = asyncio.Event().wait
+    await run_informer(store, kinds, on_snapshot=on_snapshot, on_commit=on_commit, work=work)
+
+
 async def run_exact_informer(
     term: LoopStore,
     kinds: tuple[type[Object], ...],

@@ -13,7 +13,7 @@ from skep.api.exposition import Family, Histogram, Sample, by_label, gauge, labe
 from skep.api.otlp import TraceExporter
 from skep.api.process_metrics import process_families
 from skep.errors import SkepError
-from skep.manager.informer import batches_of, run_informer
+from skep.manager.informer import batches_of, observe_commits
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
@@ -39,12 +39,8 @@ class StartTimes:
 
     async def run(self) -> None:
         """Follow the commits until cancelled."""
-        await run_informer(
-            self._store,
-            (Task,),
-            on_snapshot=lambda _: self._begun.clear(),
-            on_commit=self.note,
-            work=asyncio.Event().wait,
+        await observe_commits(
+            self._store, (Task,), on_snapshot=lambda _: self._begun.clear(), on_commit=self.note
         )
 
     def note(self, commit: Commit) -> None:

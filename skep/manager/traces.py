@@ -3,7 +3,6 @@
 Each manager has the requests that it answers; the tasks are those of the leader, which sees their commits as all do.
 """
 
-import asyncio
 import re
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from skep.api.otlp import TraceExporter
-from skep.manager.informer import run_informer
+from skep.manager.informer import observe_commits
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service
@@ -98,12 +97,8 @@ class TaskSpans:
 
     async def run(self) -> None:
         """Follow the commits until cancelled."""
-        await run_informer(
-            self._store,
-            (Task,),
-            on_snapshot=lambda _: self._begun.clear(),
-            on_commit=self.note,
-            work=asyncio.Event().wait,
+        await observe_commits(
+            self._store, (Task,), on_snapshot=lambda _: self._begun.clear(), on_commit=self.note
         )
 
     def note(self, commit: Commit) -> None:

@@ -19,7 +19,7 @@ from skep.manager.ca.caller_check import is_manager
 from skep.manager.ca.expiry import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.peers import RestartTurn
-from skep.manager.informer import run_informer
+from skep.manager.informer import observe_commits, run_informer
 from skep.manager.revocation import is_foreign, is_revoked, revoke_others
 from skep.model.ids import NodeId
 from skep.model.node import Node
@@ -204,9 +204,7 @@ async def disconnect_revoked(store: Store, disconnect: Disconnect) -> None:
                 case Created(Revocation() as revocation) | Updated(_, Revocation() as revocation):
                     _disconnect(store.view().lookup(Node, revocation.id), revocation, disconnect)
 
-    await run_informer(
-        store, (Revocation,), on_snapshot=on_snapshot, on_commit=on_commit, work=asyncio.Event().wait
-    )
+    await observe_commits(store, (Revocation,), on_snapshot=on_snapshot, on_commit=on_commit)
 
 
 def _disconnect(node: Node | None, revocation: Revocation, disconnect: Disconnect) -> None:
