@@ -5,7 +5,7 @@ Options that would change reachability and that are not implemented are refused,
 Source: moby 20.10, libnetwork/network.go, libnetwork/ipam/allocator.go, drivers/bridge/bridge.go (the words).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
@@ -45,20 +45,49 @@ def bridge_of(
     Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
     """
     _check_driver(body)
+    configs, options = settings_of(body, "bridge", configuration)
+    _check_options(options)
+    subnet = settled_subnet([one for one in configs if one != SubnetBody()], list(taken))
+    return network_of(
+        body, "bridge", id=id, created_at=created_at, configs=configs, subnet=subnet, options=options
+    )
+
+
+def settings_of(
+    body: NetworkBody, driver: str, configuration: LocalNetwork | None
+) -> tuple[Sequence[SubnetBody], Mapping[str, str]]:
+    """Subnets and options of a network of this node, the body's or those of its ``configuration``.
+
+    Raises: InvalidArgument, Unimplemented: no driver of this node has them.
+    """
     ipam = body.ipam or IPAMBody()
-    configs = configuration.configs if configuration is not None else ipam.config
-    options = configuration.options if configuration is not None else body.options
     if body.enable_ipv6 or (configuration is not None and configuration.has_ipv6):
-        raise Unimplemented("bridge networks of this node have IPv4 only (--ipv6)")
+        raise Unimplemented(f"{driver} networks of this node have IPv4 only (--ipv6)")
     if ipam.driver not in ("", "default"):
         raise InvalidArgument(f"could not resolve driver {ipam.driver} in registry")
-    _check_options(options)
+    if configuration is not None:
+        return configuration.configs, configuration.options
+    return ipam.config, body.options
+
+
+def network_of(
+    body: NetworkBody,
+    driver: str,
+    *,
+    id: str,
+    created_at: Timestamp,
+    configs: Iterable[SubnetBody],
+    subnet: SubnetBody,
+    options: Mapping[str, str],
+) -> LocalNetwork:
+    """The network of ``body`` with the ``subnet`` that was settled of ``configs``."""
+    ipam = body.ipam or IPAMBody()
     return LocalNetwork(
         id=id,
         name=body.name,
-        driver="bridge",
+        driver=driver,
         created_at=created_at,
-        configs=(settled_subnet([one for one in configs if one != SubnetBody()], list(taken)),),
+        configs=(subnet,),
         shown=shown_configs(configs),
         ipam_options=ipam.options,
         config_from=body.config_source,

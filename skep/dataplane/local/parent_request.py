@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 from ipaddress import IPv4Network
 
 from skep.api.errors import Forbidden
-from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
-from skep.dataplane.local.bridge_request import settled_subnet, shown_configs
+from skep.api.networks import NetworkBody, SubnetBody
+from skep.dataplane.local.bridge_request import network_of, settings_of, settled_subnet
 from skep.dataplane.local.objects import PARENT_MODES, PARENT_OPTION, LocalNetwork, parent_of, subnet_of
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.network import MTU_OPTION, MTUS
@@ -40,26 +40,10 @@ def parent_network_of(
 
     Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
     """
-    ipam = body.ipam or IPAMBody()
-    configs = configuration.configs if configuration is not None else ipam.config
-    options = configuration.options if configuration is not None else body.options
-    if body.enable_ipv6 or (configuration is not None and configuration.has_ipv6):
-        raise Unimplemented(f"{body.driver} networks of this node have IPv4 only (--ipv6)")
-    if ipam.driver not in ("", "default"):
-        raise InvalidArgument(f"could not resolve driver {ipam.driver} in registry")
-    network = LocalNetwork(
-        id=id,
-        name=body.name,
-        driver=body.driver,
-        created_at=created_at,
-        configs=(_subnet(configs, others, routes),),
-        shown=shown_configs(configs),
-        ipam_options=ipam.options,
-        config_from=body.config_source,
-        is_internal=body.internal,
-        is_attachable=body.attachable,
-        options=options,
-        labels=body.labels,
+    configs, options = settings_of(body, body.driver, configuration)
+    subnet = _subnet(configs, others, routes)
+    network = network_of(
+        body, body.driver, id=id, created_at=created_at, configs=configs, subnet=subnet, options=options
     )
     _check_options(network, others, devices)
     return network
