@@ -42,16 +42,26 @@ ABSOLUTE = {
 
 
 def table(pairs: dict[str, dict[str, list[float]]]) -> str:
-    """``{metric: {"docker": [...], "skep": [...]}}`` -> Markdown."""
+    """``{metric: {"docker": [...], "skep": [...]}}`` -> Markdown; with ``"before"`` its values and a ratio to them."""
+    beside = any("before" in values for values in pairs.values())
     rows = ["| what | Docker Swarm | Skep | ratio | limit | |", "|---|---|---|---|---|---|"]
+    if beside:
+        rows = [rows[0] + " before | ratio to before |", rows[1] + "---|---|"]
     for metric, values in pairs.items():
         docker, skep = values.get("docker", []), values.get("skep", [])
         ratio = median(skep) / median(docker) if docker and skep and median(docker) else None
         rows.append(
             f"| {metric} | {_spread(docker)} | {_spread(skep)} | {'–' if ratio is None else f'{ratio:.2f}'} "
-            f"| {_limit(metric)} | {_verdict(metric, ratio, skep)} |"
+            f"| {_limit(metric)} | {_verdict(metric, ratio, skep)} |" + (_beside(values) if beside else "")
         )
     return "\n".join(rows)
+
+
+def _beside(values: dict[str, list[float]]) -> str:
+    """Two more cells: the values of the earlier commit, and the median of each turn's ratio to them."""
+    before, skep = values.get("before", []), values.get("skep", [])
+    ratios = [now / then for now, then in zip(skep, before, strict=False) if then]
+    return f" {_spread(before)} | {f'{median(ratios):.2f}' if ratios else '–'} |"
 
 
 def _spread(values: list[float]) -> str:
@@ -81,6 +91,7 @@ def document(result: dict[str, Any]) -> str:
         f"{result['machine']}. {result['pairs']} pairs, alternating; medians (smallest .. largest, number).",
         f"They took {result['minutes']:g} minutes." if "minutes" in result else "",
         f"Share of the machine busy before a timed part: median {median(result['noise'] or [0.0]):.0%}.",
+        f"Before is commit {result['beside']}." if result.get("beside") else "",
         "",
         "| | Docker Swarm | Skep |",
         "|---|---|---|",

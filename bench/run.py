@@ -1,4 +1,7 @@
-"""Runs the scenarios on Docker Swarm and on Skep in alternating pairs and keeps the results."""
+"""Runs the scenarios on Docker Swarm and on Skep in alternating pairs and keeps the results.
+
+With ``--beside`` a clone of an earlier commit takes its turn as well: what became slower since then shows in one run.
+"""
 
 import argparse
 import asyncio
@@ -23,14 +26,22 @@ from bench.skep_lab import SkepLab
 from skep.playground.busybox import busybox_archive
 
 RESULTS = Path(__file__).parent / "results"
+BEFORE = "before"
+"""What the system of an earlier commit is called in results."""
 
 
 def main() -> None:
     options = _options()
     archive = asyncio.run(busybox_archive())
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir=options.dir) as directory:
-        docker, skep = DockerLab(Path(directory) / "docker"), SkepLab(Path(directory) / "skep")
-        labs: list[DockerLab | SkepLab] = [docker, skep]
+        labs: list[DockerLab | SkepLab] = [
+            DockerLab(Path(directory) / "docker"),
+            SkepLab(Path(directory) / "skep"),
+        ]
+        if options.beside is not None:
+            before = SkepLab(Path(directory) / BEFORE, BEFORE, options.beside / ".venv/bin/skep")
+            before.system = BEFORE
+            labs.append(before)
         try:
 
             def begin(lab: DockerLab | SkepLab) -> None:
@@ -43,7 +54,7 @@ def main() -> None:
         finally:
             for lab in labs:
                 lab.down()
-    keep(result)
+    keep(result, "-commits" if options.beside else "")
 
 
 def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any], None]) -> dict[str, Any]:
@@ -68,6 +79,7 @@ def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any]
             pair = {}
             for lab in labs if tried % 2 else reversed(labs):
                 pair[lab.system] = SCENARIOS[name](lab)
+            pair = {lab.system: pair[lab.system] for lab in labs}
             if not is_kept(before, tried, kept, wanted):
                 _say(f"{name}: the machine was {before:.0%} busy, once more")
                 continue
@@ -80,6 +92,7 @@ def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
+        "beside": commit(options.beside) if options.beside else "",
         "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.release()}",
         "pairs": options.pairs,
         "minutes": round((time.monotonic() - started) / 60, 1),
@@ -90,9 +103,12 @@ def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any]
 
 
 def _pair_text(pair: dict[str, dict[str, float]]) -> str:
-    docker, skep = pair["docker"], pair["skep"]
+    """``create 1 to running, s: 1.2 / 0.2``: Docker's value, Skep's, that of the earlier commit if there is one."""
+    first, *others = pair.values()
     return "; ".join(
-        f"{metric}: {docker[metric]:.3g} / {skep[metric]:.3g}" for metric in docker if metric in skep
+        f"{metric}: " + " / ".join(f"{values[metric]:.3g}" for values in (first, *others))
+        for metric in first
+        if all(metric in values for values in others)
     )
 
 
@@ -116,9 +132,8 @@ def write_result(name: str, text: str, result: Any) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def commit() -> str:
-    """The short name of the commit that is checked out."""
-    top = Path(__file__).parent
+def commit(top: Path = Path(__file__).parent) -> str:
+    """The short name of the commit that is checked out in the clone at ``top``."""
     answer = subprocess.run(
         ["git", "-C", str(top), "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
     )
@@ -137,6 +152,7 @@ def _options() -> argparse.Namespace:
         default=list(SCENARIOS),
         help=f"comma-separated: {', '.join(SCENARIOS)}",
     )
+    parser.add_argument("--beside", type=Path, help="a clone of an earlier commit, with its .venv")
     options = parser.parse_args()
     unknown = sorted(set(options.scenarios) - set(SCENARIOS))
     if unknown:

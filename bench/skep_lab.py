@@ -36,6 +36,10 @@ class SkepLab:
     def up_alone(self) -> None:
         """Start the playground with the image it brings along."""
         self.down()
+        up = [self._skep, "playground", "up"]
+        # A relay is a process more, for people; commands of earlier commits have neither relay nor option.
+        if "--no-relay" in subprocess.run([*up, "--help"], check=True, capture_output=True, text=True).stdout:
+            up.append("--no-relay")
         options = [
             "--managers",
             "1",
@@ -46,9 +50,7 @@ class SkepLab:
             "--name",
             self.name,
         ]
-        subprocess.run(
-            [self._skep, "playground", "up", "--no-relay", *options], check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([*up, *options], check=True, stdout=subprocess.DEVNULL)
         description = json.loads((self.directory / "cluster.json").read_text())
         self.node: dict[str, Any] = description["nodes"][0]
         self.engine = Engine(Path(self.node["endpoint"].removeprefix("unix://")))

@@ -1,5 +1,6 @@
 """How figures are judged, and which pairs count."""
 
+from bench import report
 from bench.figures import Figure, alternated, at_quantile, ratio
 from bench.machine import is_kept
 
@@ -36,3 +37,18 @@ async def test_each_way_has_as_many_turns_first() -> None:
     found = await alternated(["a", "b"], 1, 4, turn)
     assert asked == ["a", "b", "b", "a"] * 2
     assert found["a"] == found["b"] == 4.5
+
+
+def test_an_earlier_commit_is_compared_turn_by_turn() -> None:
+    values = {"docker": [4.0, 4.0, 4.0], "skep": [1.0, 2.0, 6.0], "before": [1.0, 1.0, 2.0]}
+    rows = report.table({"create 1 to running, s": values, "remove 1": {"skep": [1.0]}}).splitlines()
+    assert rows[0].endswith("| before | ratio to before |")
+    assert rows[2].endswith("| kept | 1 (1 .. 2, n=3) | 2.00 |")
+    assert rows[3].endswith("| – | – |")
+    assert {row.count("|") for row in rows} == {9}
+
+
+def test_without_an_earlier_commit_there_are_two_systems() -> None:
+    rows = report.table({"crash": {"docker": [1.0], "skep": [0.5]}}).splitlines()
+    assert "before" not in rows[0]
+    assert {row.count("|") for row in rows} == {7}
