@@ -114,10 +114,13 @@ def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | Non
     for asked in facts.asked:
         if asked.machine_rights:
             return f"{asked.machine_rights}: only administrators may give that"
+    if facts.known is not None:
+        if not in_cluster and (why := _outside(identity, rule, facts.known.stack)):
+            return why
+        if any(asked.stack != facts.known.stack for asked in facts.asked):
+            return f"only administrators may move a {rule.kind} to another stack"
     if in_cluster:
         return None
-    if facts.known is not None and (why := _outside(identity, rule, facts.known.stack)):
-        return why
     return next(filter(None, (_why_not_new(identity, rule, one, facts.stacks) for one in facts.asked)), None)
 
 

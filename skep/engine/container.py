@@ -237,6 +237,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """It never ran and never will: its sandbox is freed."""
     warnings: tuple[str, ...] = ()
     """What of its configuration this node could not give it when it was last prepared."""
+    stack: str = ""
+    """That of its task's service.  Not what its label says: that may be its image's."""
 
     @property
     def mode(self) -> NetworkMode:
@@ -281,6 +283,7 @@ class NewContainer(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str] = {}
     plain: PlainOptions | None = None
     """A plain container has no sandbox before its start; None: a task's, which has."""
+    stack: str = ""
 
 
 class Stream(Enum):

@@ -309,6 +309,7 @@ class Engine:
                         config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
                         labels=labels,
                         plain=plain,
+                        stack=task.stack if task is not None else "",
                     )
                 )
         except SkepError:
@@ -349,6 +350,7 @@ class Engine:
             layers=new.layers,
             created_at=timestamp(self._clock.now_ns()),
             plain=new.plain,
+            stack=new.stack,
         )
         container = with_tag(container, self._config.hostname)
         self._store.add(container)

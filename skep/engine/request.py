@@ -157,6 +157,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     """Lines of /etc/hosts: ``address name...``."""
     stop_grace_ns: Nanoseconds
+    stack: str = ""
+    """That of its service."""
 
 
 class ConnectRequest(ApiObject):

@@ -48,15 +48,20 @@ class NodeObjects:
         request.match_info[key] = known.id
         return Facts(known=known)
 
-    def stack_of(self, _kind: str, item: Mapping[str, Any]) -> str:
+    def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
         """See ``Objects``."""
-        return stack_label_of(item)
+        if kind != "container":
+            return stack_label_of(item)
+        try:
+            return self._container(str(item.get("Id"))).stack
+        except NotFound:  # it was removed meanwhile
+            return ""
 
     def _container(self, word: str) -> Known:
         if self._engine is None:
             raise NotFound(f"No such container: {word}")
         container = self._engine.get(word)
-        return Known(id=container.id, stack=container.labels.get(STACK_LABEL, ""))
+        return Known(id=container.id, stack=container.stack)
 
     def _volume(self, word: str) -> Known:
         labels = self._engine.volumes.labels(word) if self._engine is not None else None

@@ -20,6 +20,7 @@ from skep.engine.request import CreateRequest, HostConfig, LogOptions, TaskOptio
 from skep.gotemplate import Struct
 from skep.model import templates
 from skep.model.container import ContainerSpec, Mount, Privileges
+from skep.model.history import stack_of
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.network import MTU_OPTION, MTUS, Network
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
@@ -211,6 +212,7 @@ def task_options(
         mounts=tuple(mounts),
         hosts=spec.hosts,
         stop_grace_ns=spec.stop_grace_ns,
+        stack=stack_of(task.service_labels),
     )
 
 

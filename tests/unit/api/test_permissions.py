@@ -138,9 +138,14 @@ def test_no_object_goes_to_another_stack() -> None:
     assert "of the stack blog" in why(
         shopper, Asked(name="shop_a", stack="shop"), Known(id="1", stack="blog")
     )
-    assert "of the stack blog" in why(
-        shopper, Asked(name="blog_a", stack="blog"), Known(id="1", stack="shop")
-    )
+    known, moved = Known(id="1", stack="shop_eu"), Asked(name="shop_eu_web", stack="shop")
+    for user in (a_user("operator:shop", "operator:shop_eu"), a_user("operator")):
+        assert why(user, moved, known) == "only administrators may move a service to another stack"
+        assert "to another stack" in why(user, Asked(name="shop_eu_web"), known)
+        assert why(user, Asked(name="shop_eu_web", stack="shop_eu"), known) == ""
+    admin = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
+    assert why(admin, moved, known) == ""
+    assert "to another stack" in why(shopper, Asked(name="blog_a", stack="blog"), Known(id="1", stack="shop"))
     assert "of no stack" in why(shopper, Asked(name="shop_a", stack="shop"), Known(id="1"))
 
 

@@ -17,6 +17,7 @@ from skep.model.container import (
     SeccompOpts,
     SELinuxContext,
 )
+from skep.model.history import STACK_LABEL
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
@@ -162,3 +163,10 @@ def test_a_right_that_is_not_granted_rejects_the_task() -> None:
     with pytest.raises(Rejected, match="this node does not allow its tasks: devices,privileged"):
         create_request(with_labels(privileged="true", devices="/dev/fuse"), node)
     assert not create_request(with_labels(), node).host_config.privileged
+
+
+def test_a_container_is_of_the_stack_of_its_service_and_not_of_that_in_its_own_labels() -> None:
+    spec = ContainerSpec(image="busybox:1", labels={STACK_LABEL: "blog"})
+    task = replace(a_task("t1"), spec=TaskSpec(container_spec=spec))
+    assert task_options(AssignedTask(task=task, service_labels={STACK_LABEL: "shop"}), ()).stack == "shop"
+    assert task_options(AssignedTask(task=task), ()).stack == ""
