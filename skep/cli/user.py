@@ -1,5 +1,6 @@
 """``skep user``: who may use the API over TCP, and how they prove it: certificates, tokens, docker contexts."""
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,12 +8,14 @@ from urllib.parse import quote
 
 import click
 import msgspec
+from msgspec.structs import replace
 
+from skep.aio.backoff import Backoff
 from skep.cli.contexts import Context, Contexts
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Screen, Shown, shows, table
-from skep.cli.running import run_requests
-from skep.errors import InvalidArgument
+from skep.cli.running import run_requests, say
+from skep.errors import InvalidArgument, Unauthenticated, Unavailable
 from skep.linux.files import replace_file
 from skep.model.access import parse_binding
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from skep.api.requests import PlainRequests
 
 _DAY_S = 86_400
+_KNOWN_WITHIN_S = 10.0
+"""Managers tell the nodes their users within some milliseconds, and again every two seconds."""
 _FILES = ("ca.pem", "cert.pem", "key.pem")
 """As docker names them, in contexts and in ``DOCKER_CERT_PATH``."""
 
@@ -110,10 +115,35 @@ async def _add(
         if has_certificate:
             key, certificate = await _issued(client, f"/skep/users/{quote(name)}/certificates", wanted.days)
             _keep(options, wanted, (authority, certificate, key))
-        if not makes_token:
-            return name
-        body = {"LifetimeSeconds": wanted.days * _DAY_S}
-        return str((await client.post(f"/skep/users/{quote(name)}/tokens", body))["Token"])
+        printed = name
+        if makes_token:
+            body = {"LifetimeSeconds": wanted.days * _DAY_S}
+            printed = str((await client.post(f"/skep/users/{quote(name)}/tokens", body))["Token"])
+    if wanted.context:
+        await _wait_known(replace(options, host="", context=wanted.context))
+    return printed
+
+
+async def _wait_known(options: HostOptions) -> None:
+    """Return once the node of a new context lets its user in, or say why it does not.
+
+    The node may be another than the one that added the user, and learns of it a moment later.
+    """
+    endpoint, backoff, error = options.endpoint(), Backoff(0.05, 1.0), ""
+    try:
+        async with asyncio.timeout(_KNOWN_WITHIN_S):
+            while True:
+                try:
+                    async with endpoint.requests() as client:
+                        await client.get("/skep/access")
+                    return
+                except (Unauthenticated, Unavailable) as refusal:
+                    error = str(refusal)
+                await asyncio.sleep(backoff.next_delay_s())
+    except TimeoutError:
+        say(
+            f"the user was added; the context does not work yet: {error or endpoint.host + ' does not answer'}"
+        )
 
 
 @user.command()
