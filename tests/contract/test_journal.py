@@ -146,8 +146,12 @@ async def test_the_journal_stays_within_the_bounds_of_the_cluster(rig: Rig) -> N
         names = journaled_names(rig.store.view())
         assert len(names) >= 100
         assert names == [f"s{number:03}" for number in range(300 - len(names), 300)]
+        kept = len(rig.store.view().find(JournalChunk))
         await rig.store.update(limit, 0)
+        before = rig.store.view().revision
         await eventually(lambda: not rig.store.view().find(JournalChunk))
+        assert kept > 1
+        assert rig.store.view().revision == before + 1  # all in one transaction
 
 
 async def test_nothing_is_journaled_before_every_manager_knows_the_journal() -> None:

@@ -35,11 +35,14 @@ from skep.model.times import timestamp
 from skep.store.interface import Commit, NotLeader, Store, Term, Transaction, View
 from skep.store.kinds import JournalChunk
 from skep.store.level import JOURNAL
+from skep.store.updates import batched
 
 WRITE_S = 0.5
 """Between two writes: their cost does not grow with the number of entries."""
 BATCH = 1000
 """Entries in one write."""
+DELETED_TOGETHER = 200
+"""Chunks in one transaction."""
 MARK_S = 10.0
 MARKS_KEPT = 4096
 SETTLED_S = 10.0
@@ -139,8 +142,9 @@ class Journal:
             await term.update(write_changes, taken, tuple(self.marks))
             self._changes.done(taken)
         view = self._store.view()
-        for id in chunks.surplus(view.find(JournalChunk), history_limit(view)):
-            await term.update(_delete, id)
+        surplus = chunks.surplus(view.find(JournalChunk), history_limit(view))
+        for ids in batched(surplus, DELETED_TOGETHER):
+            await term.update(_delete, ids)
 
     async def _until_written(self, write: Callable[[], Awaitable[None]]) -> None:
         await retry(
@@ -222,6 +226,7 @@ def write_requests(tx: Transaction, taken: Sequence[Entry], own: NodeId) -> None
             tx.put(chunk)
 
 
-def _delete(tx: Transaction, id: str) -> None:
-    if tx.lookup(JournalChunk, id) is not None:
-        tx.delete(JournalChunk, id)
+def _delete(tx: Transaction, ids: Sequence[str]) -> None:
+    for id in ids:
+        if tx.lookup(JournalChunk, id) is not None:
+            tx.delete(JournalChunk, id)

@@ -18,6 +18,8 @@ class Pending:
         self._kind = kind
         self._most = most
         self._entries: deque[Entry] = deque()
+        self._taken = 0
+        """So many of the oldest are being written: they stay, beyond ``most``."""
         self._lost = 0
         self._lost_told = 0
         self._lost_revision = 0
@@ -28,13 +30,14 @@ class Pending:
     def add(self, entry: Entry) -> None:
         """Never waits."""
         self._entries.append(entry)
-        if len(self._entries) > self._most:
-            gone = self._entries.popleft()
+        if len(self._entries) - self._taken > self._most:
+            gone = self._entries[self._taken]
+            del self._entries[self._taken]
             self._lost += gone.count
             self._lost_revision = gone.revision
 
     def add_first(self, entry: Entry) -> None:
-        """Before all others."""
+        """Before all others.  Not while some are being written."""
         self._entries.appendleft(entry)
 
     def first(self, most: int, now: Timestamp) -> Sequence[Entry]:
@@ -51,6 +54,7 @@ class Pending:
             if is_full and (not entry.revision or entry.revision != entries[-1].revision):
                 break
             entries.append(entry)
+        self._taken = len(entries) - bool(self._lost)
         return entries
 
     def done(self, entries: Iterable[Entry]) -> None:
@@ -58,6 +62,7 @@ class Pending:
         ids = {entry.id for entry in entries}
         while self._entries and self._entries[0].id in ids:
             self._entries.popleft()
+        self._taken = 0
         self._lost -= self._lost_told
         self._lost_told = 0
 
@@ -65,6 +70,7 @@ class Pending:
         """Another manager has written everything up to ``revision``."""
         while self._entries and self._entries[0].revision <= revision:
             self._entries.popleft()
+            self._taken = max(self._taken - 1, 0)
         if self._lost_revision <= revision:
             self._lost = self._lost_told = 0
 

@@ -156,7 +156,33 @@ def test_what_does_not_fit_is_told_by_an_entry() -> None:
     assert first[0].message.startswith("2 entries are missing here")
     pending.add(an_entry(6))  # meanwhile
     pending.done(first)
-    assert [one.id for one in pending.first(10, Timestamp(""))][1:] == ["6-change"]
+    assert [one.id for one in pending.first(10, Timestamp(""))] == ["6-change"]
+
+
+def test_what_is_being_written_is_not_lost_when_more_comes_than_fits() -> None:
+    pending = Pending(Kind.CHANGE, most=3)
+    for number in (1, 2, 3):
+        pending.add(an_entry(number))
+    taken = pending.first(2, Timestamp(""))
+    assert [one.revision for one in taken] == [1, 2]
+    for number in (4, 5, 6):
+        pending.add(an_entry(number))  # while they are being written
+    pending.done(taken)
+    rest = pending.first(9, Timestamp(""))
+    assert rest[0].message.startswith("1 entries are missing here")
+    assert [one.revision for one in rest[1:]] == [4, 5, 6]
+
+
+def test_what_no_leader_writes_stays_within_its_bound() -> None:
+    pending = Pending(Kind.CHANGE, most=3)
+    for number in range(100):
+        pending.add(an_entry(number))
+        if number == 10:
+            pending.first(3, Timestamp(""))  # and the leader lost its term
+    assert len(pending) == 3 + 2
+    pending.written_until(98)
+    pending.add(an_entry(100))
+    assert [one.revision for one in pending.first(9, Timestamp(""))] == [99, 100]
 
 
 def test_all_entries_of_a_revision_are_taken_together() -> None:
