@@ -227,7 +227,7 @@ class Manager:
             past=PastStates(self._store, self._journal.marks, self._clock),
             metrics=ClusterMetrics(
                 self._store,
-                own,
+                lambda: self._store.leader == own and self._dispatcher.is_current(),
                 self._starts,
                 self._dispatcher.session_count,
                 lag,

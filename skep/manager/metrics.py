@@ -14,7 +14,7 @@ from skep.api.otlp import TraceExporter
 from skep.api.process_metrics import process_families
 from skep.errors import SkepError
 from skep.manager.informer import batches_of, observe_commits
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.ids import ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.secret import Config, Secret
@@ -61,14 +61,14 @@ class StartTimes:
 class ClusterMetrics:
     """The families of one manager.
 
-    ``own``: its node; ``sessions``: how many nodes have theirs with it; ``of_store``: what its store's program counts;
-    ``exporter``: of its traces.
+    ``leads``: whether it leads, and has a quorum; ``sessions``: how many nodes have theirs with it; ``of_store``: what
+    its store's program counts; ``exporter``: of its traces.
     """
 
     def __init__(
         self,
         store: Store,
-        own: NodeId,
+        leads: Callable[[], bool],
         starts: StartTimes,
         sessions: Callable[[], int],
         lag: LoopLag,
@@ -76,7 +76,7 @@ class ClusterMetrics:
         exporter: TraceExporter | None = None,
     ) -> None:
         self._store = store
-        self._own = own
+        self._leads = leads
         self._starts = starts
         self._sessions = sessions
         self._lag = lag
@@ -97,10 +97,8 @@ class ClusterMetrics:
             await asyncio.sleep(0)
         view = self._store.view()
         nodes, services = view.find(Node), view.find(Service)
-        own = view.lookup(Node, self._own)
-        is_leader = own is not None and own.manager_status is not None and own.manager_status.leader
         return [
-            gauge("swarm_manager_leader", "Whether this manager leads.", int(is_leader)),
+            gauge("swarm_manager_leader", "Whether this manager leads.", int(self._leads())),
             by_label("swarm_manager_nodes", "gauge", "The number of nodes.", "state", _node_states(nodes)),
             by_label("swarm_manager_tasks_total", "gauge", "The number of tasks.", "state", states),
             gauge("swarm_manager_services_total", "The number of services.", len(services)),

@@ -66,4 +66,5 @@ def test_a_service_a_path_a_node_and_the_quorum(tmp_path: Path) -> None:
 
             cluster.skep("kill", "m2")
             cluster.skep("kill", "m3")
-            wait_until(lambda: "SkepManagerWithoutQuorum" in prometheus.fired(), "the quorum", within_s=90)
+            lost = {"SkepManagerWithoutQuorum", "SkepNoLeader"}
+            wait_until(lambda: lost <= prometheus.fired(), "the quorum", within_s=90)
