@@ -173,7 +173,7 @@ def status_of_state(state: Mapping[str, Any], now: datetime) -> Status:
         nodes=tuple(rows),
         services=tuple(service_rows(state["Services"], {}, at.timestamp())),
     )
-    when = f"{at.isoformat(sep=' ', timespec='seconds')} (revision {state['Revision']})"
+    when = f"{at:%Y-%m-%d %H:%M:%S %Z} (revision {state['Revision']})"
     return Status(health="ok" if is_well(cluster) else "degraded", node=((_AT, when),), cluster=cluster)
 
 

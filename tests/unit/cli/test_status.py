@@ -1,5 +1,6 @@
 """What `skep status` says."""
 
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from skep.cli.output import Screen, width_of
@@ -14,6 +15,7 @@ from skep.cli.status import (
     lines_of,
     node_rows,
     service_rows,
+    status_of_state,
 )
 from skep.node.swarm_info import NO_LEADER, lost_quorum
 
@@ -181,3 +183,15 @@ def test_a_manager_that_lacks_something_itself_says_what() -> None:
     full = {**a_quorum(True, True, True), "Trouble": "/data: 40 MB of disk space are missing."}
     assert "this manager itself: /data: 40 MB of disk space are missing." in no_leader(full)
     assert lost_quorum(full) == f"{NO_LEADER} /data: 40 MB of disk space are missing."
+
+
+def test_an_earlier_state_has_its_time_with_the_name_of_the_zone() -> None:
+    state: dict[str, Any] = {
+        "Time": "2026-01-31T12:00:00.5Z",
+        "Revision": 7,
+        "Nodes": [],
+        "Services": [],
+        "Tasks": [],
+    }
+    now = datetime.fromtimestamp(NOW, timezone(timedelta(hours=1), "CET"))
+    assert status_of_state(state, now).node == (("at", "2026-01-31 13:00:00 CET (revision 7)"),)
