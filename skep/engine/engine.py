@@ -274,8 +274,7 @@ class Engine:
             image: the image of the request; None: it is looked up.
             is_step: of a build; see ``PlainOptions``.
 
-        Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; InvalidArgument; Unimplemented;
-        SkepError: something of the request cannot be had.
+        Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
         chosen = _checked_name(name) if name else self._free_name()
         request = sharing.with_ids(request, chosen, self._store.get)
