@@ -26,7 +26,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bench-builds bare virtual package bare-package reference site lock
+.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -96,6 +96,9 @@ bench-networks: setup ## all figures of networks with their limits; results kept
 
 bench-builds: setup ## pulls, builds and starts of images with their limits; results kept in bench/results/
 	@$(BIN)/python -m bench.builds
+
+bench-around: setup ## logs, execs, health checks, secrets, docker compose, with their limits; results kept in bench/results/
+	@$(BIN)/python -m bench.around
 
 bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble); log kept in bench/results/
 	@mkdir -p bench/results

@@ -27,11 +27,10 @@ from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from statistics import median
-from typing import Any
 from urllib.parse import urlencode
 
 from bench.docker_lab import DockerLab
-from bench.figures import Figure, ratio, run_alone, undisturbed
+from bench.figures import Figure, Sides, ratio, run_alone, side_by_side
 from bench.scenarios import Metrics, clear, start
 from bench.skep_lab import SkepLab
 from skep.engine.images.reference import parse_reference
@@ -50,8 +49,6 @@ LATER_STARTS = 5
 NODES = 10
 TASKS = 20
 Lab = DockerLab | SkepLab
-Pair = Mapping[str, Metrics]
-"""What each system gave."""
 
 
 def figures(pairs: int) -> list[Figure]:
@@ -67,29 +64,11 @@ def figures(pairs: int) -> list[Figure]:
             stack.enter_context(_registry(lab, place))
         _push(labs[0])
         return [
-            *_pull_figures(*_measured(labs, pairs, _pulled)),
-            *_build_figures(*_measured(labs, pairs, _Builds(place).measure)),
+            *_pull_figures(*side_by_side(labs, pairs, _pulled)),
+            *_build_figures(*side_by_side(labs, pairs, _Builds(place).measure)),
             *_start_figures(labs, pairs),
             *asyncio.run(_spread_figures(place / "spread")),
         ]
-
-
-def _measured(
-    labs: Sequence[Lab], pairs: int, measure: Callable[[Any], Metrics]
-) -> tuple[Sequence[Pair], Sequence[float]]:
-    """Both systems in turn; what each gave, and how busy the machine was before."""
-
-    async def one(number: int) -> Pair:
-        found = {}
-        for lab in labs if number % 2 else reversed(labs):
-            found[lab.system] = await asyncio.to_thread(measure, lab)
-        return found
-
-    return asyncio.run(undisturbed(pairs, one))
-
-
-def _sides(pairs: Sequence[Pair], metric: str) -> dict[str, list[float]]:
-    return {system: [pair[system][metric] for pair in pairs] for system in ("docker", "skep")}
 
 
 @contextmanager
@@ -200,18 +179,23 @@ def _started(lab: Lab, image: str) -> float:
     return took
 
 
-def _pull_figures(pairs: Sequence[Pair], busy: Sequence[float]) -> list[Figure]:
+def _pull_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Figure]:
     size = LAYERS * FILES * FILE_BYTES // 1_000_000
-    own = {
-        "later": [pair["skep"]["later"] for pair in pairs],
-        "first": [pair["skep"]["first"] for pair in pairs],
-    }
-    others = {which: [pair["docker"][which] for pair in pairs] for which in ("later", "first")}
+
+    def first_beside_later(system: str) -> Sides:
+        return {which: sides[which][system] for which in ("later", "first")}
+
     return [
-        ratio(1, f"pull and unpack of {size} MB, s", _sides(pairs, "pull"), limit=1.0, busy=busy),
-        ratio(5, "first start of a fresh image beside later ones, s", own, limit=1.2, busy=busy),
-        ratio(0, "the same of Docker's, s", others),
-        ratio(0, "later starts of a plain container, s", _sides(pairs, "later")),
+        ratio(1, f"pull and unpack of {size} MB, s", sides["pull"], limit=1.0, busy=busy),
+        ratio(
+            5,
+            "first start of a fresh image beside later ones, s",
+            first_beside_later("skep"),
+            limit=1.2,
+            busy=busy,
+        ),
+        ratio(0, "the same of Docker's, s", first_beside_later("docker")),
+        ratio(0, "later starts of a plain container, s", sides["later"]),
     ]
 
 
@@ -267,27 +251,27 @@ def _context(number: int) -> dict[str, bytes]:
     }
 
 
-def _build_figures(pairs: Sequence[Pair], busy: Sequence[float]) -> list[Figure]:
-    again = {which: [pair["skep"][which] for pair in pairs] for which in ("first", "second")}
+def _build_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Figure]:
+    again = {which: sides[which]["skep"] for which in ("first", "second")}
     return [
-        ratio(2, "classic build of ten steps, s", _sides(pairs, "first"), limit=1.0, busy=busy),
-        ratio(3, "the same again, all cached, s", _sides(pairs, "second"), limit=0.5, busy=busy),
+        ratio(2, "classic build of ten steps, s", sides["first"], limit=1.0, busy=busy),
+        ratio(3, "the same again, all cached, s", sides["second"], limit=0.5, busy=busy),
         ratio(3, "cached beside the first time, Skep's own, s", again, limit=0.5),
-        ratio(0, "BuildKit, ten steps, docker command, s", _sides(pairs, "first by BuildKit")),
-        ratio(0, "BuildKit, the same again, s", _sides(pairs, "second by BuildKit")),
+        ratio(0, "BuildKit, ten steps, docker command, s", sides["first by BuildKit"]),
+        ratio(0, "BuildKit, the same again, s", sides["second by BuildKit"]),
     ]
 
 
 def _start_figures(labs: Sequence[Lab], pairs: int) -> list[Figure]:
     found: list[Figure] = []
     for tasks in (1, TASKS):
-        results, busy = _measured(labs, pairs, start(tasks))
+        sides, busy = side_by_side(labs, pairs, start(tasks))
         for what, number, limit in (
             ("create {} to running", 4, 0.25),
             ("remove {} to containers gone", 4, 0.1),
         ):
             text = f"{what.format(tasks)}, s"
-            found.append(ratio(number, f"tasks: {text}", _sides(results, text), limit=limit, busy=busy))
+            found.append(ratio(number, f"tasks: {text}", sides[text], limit=limit, busy=busy))
     return found
 
 

@@ -34,8 +34,11 @@ from skep.aio import gc_settings
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
-from skep.model.ids import ClusterId, NodeId, TaskId, new_id
+from skep.model.container import ContainerSpec, FileTarget, SecretReference
+from skep.model.ids import ClusterId, NodeId, SecretId, ServiceId, TaskId, new_id
 from skep.model.node import Node, NodeRole
+from skep.model.secret import Secret, SecretSpec
+from skep.model.service import Service, ServiceSpec, TaskSpec
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS
@@ -46,6 +49,7 @@ from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import ServerTls
 from skep.store.interface import Object, Transaction
+from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
 from skep.wire.server import serve
 
@@ -73,10 +77,10 @@ def main() -> None:
     keep(measured, busy)
 
 
-def manage(count: int) -> dict[str, float]:
-    """Be the manager's process."""
+def manage(count: int, secret_bytes: int = 0) -> dict[str, float]:
+    """Be the manager's process (``measure``)."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    return asyncio.run(measure(count))
+    return asyncio.run(measure(count, secret_bytes))
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -114,8 +118,8 @@ def keep(measured: dict[int, dict[str, float]], busy: float) -> None:
     print(text)
 
 
-async def measure(count: int) -> dict[str, float]:
-    """Seconds and MiB, by name."""
+async def measure(count: int, secret_bytes: int = 0) -> dict[str, float]:
+    """Seconds and MiB, by name.  ``secret_bytes``: of a secret that every task has; 0: there is none."""
     authority, cluster = Authority.create(), ClusterId(new_id())
     clock = SystemClock()
     store = MemoryStore(clock)
@@ -123,6 +127,7 @@ async def measure(count: int) -> dict[str, float]:
     nodes = [NodeId(f"n{number:05}") for number in range(count)]
     await store.update(lambda tx: tx.put(Swarm(id=cluster, spec=_spec())))
     await store.update_each(_put, [Node(id=id) for id in nodes])
+    template = await _template(store, secret_bytes)
     own = ManagerPeer(node_id=manager, addr="127.0.0.1:1")
     dispatcher = Dispatcher(store, own, clock, new_id, Random(1))
     tls = ServerTls(_pair(authority, cluster, manager, NodeRole.MANAGER))
@@ -155,7 +160,8 @@ async def measure(count: int) -> dict[str, float]:
                 await agents("register")
 
             tasks = [
-                Task(
+                msgspec.structs.replace(
+                    template,
                     id=TaskId(f"t{number:05}"),
                     node_id=id,
                     status=TaskStatus(state=TaskState.ASSIGNED),
@@ -177,6 +183,22 @@ async def measure(count: int) -> dict[str, float]:
             running_tasks = sum(task.status.state is TaskState.RUNNING for task in store.view().find(Task))
             assert running_tasks == count, f"{running_tasks} of {count} statuses were stored"
             return result
+
+
+async def _template(store: MemoryStore, secret_bytes: int) -> Task:
+    """What all tasks have: a secret of this size, if any."""
+    if not secret_bytes:
+        return Task(id=TaskId(""))
+    secret = Secret(id=SecretId("s1"), spec=SecretSpec(name="key"))
+    payload = Payload(id=f"secret/{secret.id}", data=os.urandom(secret_bytes))
+    reference = SecretReference(
+        file=FileTarget(name="key"), secret_id=secret.id, secret_name=secret.spec.name
+    )
+    template = TaskSpec(container_spec=ContainerSpec(image="busybox:1", secrets=(reference,)))
+    service = Service(id=ServiceId("s"), spec=ServiceSpec(name="s", task_template=template))
+    await store.update(lambda tx: [tx.put(one) for one in (secret, payload, service)])
+    stored = store.view().get(Service, service.id)
+    return Task(id=TaskId(""), service_id=stored.id, spec_version=stored.spec_version, spec=template)
 
 
 def _spec() -> SwarmSpec:

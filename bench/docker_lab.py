@@ -15,12 +15,12 @@ from typing import Any
 from bench.engine import Engine
 from skep.aio.trees import discard_tree_now
 
-NAMESPACE = "docker-beside-skep"
-CGROUP = "docker-beside-skep"
 ADDRESS = "192.168.77.11"
 
 # dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
 _START = """
+groups=/sys/fs/cgroup; [ -d $groups/cpuacct ] && groups=$groups/cpuacct
+mkdir -p $groups/{cgroup}/daemons && echo $$ > $groups/{cgroup}/daemons/cgroup.procs
 mkdir -p /etc/docker /run/docker {dir}/cgroups
 mount --rbind /sys/fs/cgroup {dir}/cgroups && mount -t sysfs none /sys && mount --rbind {dir}/cgroups /sys/fs/cgroup
 mount --bind {dir}/etc /etc/docker && mount -t tmpfs none /run/docker
@@ -34,9 +34,11 @@ class DockerLab:
 
     system = "docker"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "docker-beside-skep") -> None:
+        """``name``: of its network namespace and its control group; two at a time need two."""
         self.directory = directory
-        self.netns = Path("/run/netns") / NAMESPACE
+        self.cgroup = name
+        self.netns = Path("/run/netns") / name
         self.image = ""
         self.engine = Engine(directory / "docker.sock")
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,12 +55,12 @@ class DockerLab:
             raise SystemExit("no dockerd found: apt-get install docker.io, then run the benchmark again")
         for part in ("etc", "root", "run"):
             (self.directory / part).mkdir(parents=True)
-        _run("ip", "netns", "add", NAMESPACE)
-        _run("ip", "-n", NAMESPACE, "link", "set", "lo", "up")
-        _run("ip", "-n", NAMESPACE, "link", "add", "eth0", "type", "veth", "peer", "name", "cable")
-        _run("ip", "-n", NAMESPACE, "addr", "add", f"{ADDRESS}/24", "dev", "eth0")
-        _run("ip", "-n", NAMESPACE, "link", "set", "eth0", "up")
-        script = _START.format(dir=self.directory, dockerd=dockerd, cgroup=CGROUP)
+        _run("ip", "netns", "add", self.cgroup)
+        _run("ip", "-n", self.cgroup, "link", "set", "lo", "up")
+        _run("ip", "-n", self.cgroup, "link", "add", "eth0", "type", "veth", "peer", "name", "cable")
+        _run("ip", "-n", self.cgroup, "addr", "add", f"{ADDRESS}/24", "dev", "eth0")
+        _run("ip", "-n", self.cgroup, "link", "set", "eth0", "up")
+        script = _START.format(dir=self.directory, dockerd=dockerd, cgroup=self.cgroup)
         with (self.directory / "dockerd.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*f"nsenter --net={self.netns} unshare -m -u --propagation private sh -c".split(), script],
@@ -87,12 +89,12 @@ class DockerLab:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        for pid in _cgroup_pids(CGROUP) | _namespace_pids(self.netns):
+        for pid in _cgroup_pids(self.cgroup) | _namespace_pids(self.netns):
             _kill(pid)
-        _wait_for(lambda: not (_cgroup_pids(CGROUP) | _namespace_pids(self.netns)), 10)
+        _wait_for(lambda: not (_cgroup_pids(self.cgroup) | _namespace_pids(self.netns)), 10)
         if self.netns.exists():
-            _run("ip", "netns", "del", NAMESPACE)
-        for top in Path("/sys/fs/cgroup").glob(f"*/{CGROUP}"):
+            _run("ip", "netns", "del", self.cgroup)
+        for top in _groups(self.cgroup):
             for root, _, _ in os.walk(top, topdown=False):
                 Path(root).rmdir()
         discard_tree_now(self.directory)
@@ -131,9 +133,16 @@ def _kill(pid: int) -> None:
 
 def _cgroup_pids(cgroup: str) -> set[int]:
     found: set[int] = set()
-    for listing in Path("/sys/fs/cgroup").glob(f"*/{cgroup}/**/cgroup.procs"):
-        found |= {int(word) for word in listing.read_text().split()}
+    for group in _groups(cgroup):
+        for listing in group.glob("**/cgroup.procs"):
+            found |= {int(word) for word in listing.read_text().split()}
     return found
+
+
+def _groups(cgroup: str) -> list[Path]:
+    """Where it is: in every hierarchy of v1, or in that of v2."""
+    top = Path("/sys/fs/cgroup")
+    return [*top.glob(f"*/{cgroup}"), *top.glob(cgroup)]
 
 
 def _namespace_pids(netns: Path) -> set[int]:

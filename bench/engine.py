@@ -8,6 +8,7 @@ import http.client
 import json
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,34 @@ class Engine:
 
         Gives its length and the seconds until its last byte; a stream that is silent for ``silence_s`` has ended.
         """
+        began = last = time.monotonic()
+        received = 0
+        with suppress(TimeoutError):
+            for chunk in self._streamed(path, silence_s):
+                received += len(chunk)
+                last = time.monotonic()
+        return received, last - began
+
+    def listen(self, path: str, window_s: float) -> bytes:
+        """What the stream ``path`` gives within ``window_s``, on a connection of its own."""
+        until = time.monotonic() + window_s
+        received = []
+        with suppress(TimeoutError):
+            for chunk in self._streamed(path, window_s):
+                if time.monotonic() > until:
+                    break
+                received.append(chunk)
+        return b"".join(received)
+
+    def _streamed(self, path: str, silence_s: float) -> Iterator[bytes]:
         connection = _UnixConnection(self.path, silence_s)
         try:
-            began = last = time.monotonic()
             connection.request("GET", f"/{API_VERSION}{path}")
             response = connection.getresponse()
             if response.status >= 400:
                 raise EngineError(response.status, response.read().decode("utf-8", "replace"))
-            received = 0
-            with suppress(TimeoutError):
-                while chunk := response.read1(1 << 20):
-                    received += len(chunk)
-                    last = time.monotonic()
-            return received, last - began
+            while chunk := response.read1(1 << 20):
+                yield chunk
         finally:
             connection.close()
 

@@ -10,10 +10,13 @@ import math
 import os
 import platform
 import signal
+import sys
+import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import median
-from typing import TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -25,6 +28,15 @@ K = TypeVar("K")
 
 PAIRS = 7
 _WINDOW_S = 0.3
+
+
+class System(Protocol):
+    """One of the two that are measured."""
+
+    system: str
+
+
+L = TypeVar("L", bound=System)
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,10 +71,16 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
         return self.value >= self.limit if self.is_least else self.value <= self.limit
 
 
+Sides: TypeAlias = Mapping[str, Sequence[float]]
+"""What each of the two gave, pair by pair."""
+Measure: TypeAlias = Callable[[int], list[Figure]]
+"""Figures of a number of pairs."""
+
+
 def ratio(
     number: int,
     what: str,
-    sides: Mapping[str, Sequence[float]],
+    sides: Sides,
     *,
     limit: float | None = None,
     is_least: bool = False,
@@ -161,16 +179,91 @@ def keep(
     write_result(result_name(now, at, subject), document(title, now, at, figures, notes), result)
 
 
-def run_alone(about: str, subject: str, measure: Callable[[int], list[Figure]]) -> None:
+def run_alone(about: str, subject: str, measure: Measure) -> None:
     """The command of one module: measure, print, keep.  ``measure``: of the number of pairs."""
+    parser = _parser(about)
+    options = parser.parse_args()
+    now = _begin()
+    _finish(about, subject, now, measure(options.pairs), dry=options.dry)
+
+
+def run_parts(about: str, subject: str, parts: Mapping[str, Measure]) -> None:
+    """The command of a module of several parts, of which ``--parts`` names some.
+
+    A part that fails is named in the result, and the others go on.  It ends with 1 if a limit was missed or a part
+    failed.
+    """
+    parser = _parser(about)
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), default=list(parts), help=",".join(parts)
+    )
+    options = parser.parse_args()
+    if unknown := sorted(set(options.parts) - set(parts)):
+        parser.error(f"unknown part {', '.join(unknown)}; known: {', '.join(parts)}")
+    now = _begin()
+    figures, notes = measured_parts({name: parts[name] for name in options.parts}, options.pairs)
+    _finish(about, subject, now, figures, notes, dry=options.dry)
+    if notes or any(one.holds is False for one in figures):
+        raise SystemExit(1)
+
+
+def measured_parts(parts: Mapping[str, Measure], pairs: int) -> tuple[list[Figure], list[str]]:
+    """The figures of all parts by their numbers, and what went wrong in which part."""
+    figures: list[Figure] = []
+    notes: list[str] = []
+    for name, measure in parts.items():
+        began = time.monotonic()
+        try:
+            figures += measure(pairs)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            notes.append(f"{name} failed: {error}")
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return sorted(figures, key=lambda one: one.number or math.inf), notes
+
+
+def side_by_side(
+    labs: Sequence[L], pairs: int, measure: Callable[[L], Mapping[str, float]]
+) -> tuple[Mapping[str, Sides], list[float]]:
+    """Each metric of ``measure`` by system, measured in turn; and how busy the machine was before each pair."""
+
+    async def one(number: int) -> dict[str, Mapping[str, float]]:
+        return {
+            lab.system: await asyncio.to_thread(measure, lab)
+            for lab in (labs if number % 2 else reversed(labs))
+        }
+
+    found, busy = asyncio.run(undisturbed(pairs, one))
+    sides: dict[str, dict[str, list[float]]] = {}
+    for pair in found:
+        for lab in labs:
+            for metric, value in pair[lab.system].items():
+                sides.setdefault(metric, {}).setdefault(lab.system, []).append(value)
+    return sides, busy
+
+
+def _parser(about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--dry", action="store_true", help="keep no result")
-    options = parser.parse_args()
+    return parser
+
+
+def _begin() -> datetime:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after TERM, too
-    now = datetime.now(UTC)
-    figures = measure(options.pairs)
+    return datetime.now(UTC)
+
+
+def _finish(
+    about: str,
+    subject: str,
+    now: datetime,
+    figures: Sequence[Figure],
+    notes: Sequence[str] = (),
+    *,
+    dry: bool,
+) -> None:
     title = about.partition("\n")[0].partition(":")[0]
-    print(document(title, now, commit(), figures))
-    if not options.dry:
-        keep(title, subject, now, figures)
+    print(document(title, now, commit(), figures, notes))
+    if not dry:
+        keep(title, subject, now, figures, notes)

@@ -58,6 +58,16 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
+def group_processor_s(cgroup: str) -> float:
+    """Processor time of a control group and those below it, of which some may be gone by now."""
+    top = Path("/sys/fs/cgroup")
+    v1 = top / "cpuacct" / cgroup / "cpuacct.usage"
+    if v1.exists():
+        return int(v1.read_text()) / 1e9
+    words = (top / cgroup / "cpu.stat").read_text().split()
+    return int(words[words.index("usage_usec") + 1]) / 1e6
+
+
 def _namespace(pid: str, kind: str) -> str | None:
     try:
         return os.readlink(f"/proc/{pid}/ns/{kind}")

@@ -1,63 +1,33 @@
-"""A command in a container: in one of this node and in one of another, beside a Docker Engine.
+"""A command in a container, in every way: in one of this node and in one of another, and in one of a Docker Engine.
 
-    python -m bench.reaching --rounds 40
-
-Each round runs ``true`` once in every way, in turn.  The same docker command talks to both systems; ``requests`` are
-the three of an exec (create, start, inspect) without any command around them.
+The same docker command talks to both systems; ``requests`` are the three of an exec (create, start, inspect) without
+any command around them; ``runc`` is the command that both execute in the end, by itself.
 """
 
-import argparse
-import asyncio
 import json
-import shutil
 import socket
 import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.docker_lab import DockerLab
-from bench.requests import quantile
-from bench.run import commit, result_name, write_result
-from bench.skep_lab import SkepLab
-from skep.playground.busybox import busybox_archive
+from tests.support.playground_rig import CLIS
 
 _IDLE = ["sh", "-c", "while :; do sleep 3600; done"]
 _BODY = {"AttachStdout": True, "AttachStderr": True, "Cmd": ["true"]}
 Ways = Mapping[str, Callable[[], None]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=40)
-    options = parser.parse_args()
-    archive = asyncio.run(busybox_archive())
-    with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory, ExitStack() as stack:
-        skep = SkepLab(Path(directory) / "skep", "reaching", workers=1)
-        docker = DockerLab(Path(directory) / "docker")
-        stack.callback(skep.down)
-        skep.up_alone()
-        stack.callback(docker.down)
-        docker.up(archive.data, archive.image_id)
-        values = _measured(_ways(skep, docker), options.rounds)
-    now = datetime.now(UTC)
-    text = _table(values, f"{now:%Y-%m-%d %H:%M} UTC, commit {commit()}, {options.rounds} rounds")
-    write_result(result_name(now, commit(), "reaching"), text, values)
-    print(text)
-
-
-def _ways(skep: Any, docker: Any) -> Ways:
+def ways(skep: Any, docker: Any) -> Ways:
+    """Each runs ``true`` in a container of its own kind.  ``skep`` has a manager and a worker."""
     here, there, beside = (*_skep_tasks(skep), _docker_container(docker))
-    cli = shutil.which("docker") or "docker"
-    command = str(Path(skep._skep))
     local = skep.engine.get(f"/tasks/{here}")["Status"]["ContainerStatus"]["ContainerID"]
+    command = str(Path(sys.executable).with_name("skep"))
 
     def by_docker(lab: Any, container: str) -> Callable[[], None]:
-        return lambda: _run(cli, "-H", f"unix://{lab.engine.path}", "exec", container, "true")
+        return lambda: _run(CLIS[0], "-H", f"unix://{lab.engine.path}", "exec", container, "true")
 
     def by_skep(task: str) -> Callable[[], None]:
         return lambda: _run(command, "-H", f"unix://{skep.engine.path}", "exec", task, "true")
@@ -65,7 +35,13 @@ def _ways(skep: Any, docker: Any) -> Ways:
     def by_requests(lab: Any, container: str, exec: str) -> Callable[[], None]:
         return lambda: _exec(lab.engine.path, container, exec)
 
-    task = "/skep/tasks/{}"
+    def of_task(task: str) -> Callable[[], None]:
+        return by_requests(skep, f"/skep/tasks/{task}/container", f"/skep/tasks/{task}")
+
+    def by_runc(lab: Any, root: str, container: str) -> Callable[[], None]:
+        inside = ("nsenter", "-m", "-t", str(lab.root_pids[0]))
+        return lambda: _run(*inside, "runc", "--root", root, "exec", container, "true")
+
     return {
         "docker exec, Docker": by_docker(docker, beside),
         "docker exec, Skep": by_docker(skep, local),
@@ -73,12 +49,10 @@ def _ways(skep: Any, docker: Any) -> Ways:
         "skep exec, another node": by_skep(there),
         "requests, Docker": by_requests(docker, f"/containers/{beside}", ""),
         "requests, Skep": by_requests(skep, f"/containers/{local}", ""),
-        "requests, Skep, task of the same node": by_requests(
-            skep, f"{task.format(here)}/container", task.format(here)
-        ),
-        "requests, Skep, task of another node": by_requests(
-            skep, f"{task.format(there)}/container", task.format(there)
-        ),
+        "requests, same node": of_task(here),
+        "requests, another node": of_task(there),
+        "runc, Docker": by_runc(docker, f"{docker.directory}/run/runtime-runc/moby", beside),
+        "runc, Skep": by_runc(skep, "/run/skep/runc", local),
     }
 
 
@@ -133,29 +107,3 @@ def _exchange(path: Path, method: str, target: str, body: Any = None, *, upgrade
     head, _, rest = received.partition(b"\r\n\r\n")
     assert head.split(b" ")[1] in (b"101", b"200", b"201"), received
     return rest
-
-
-def _measured(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds by way; each ran once before."""
-    values: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 1):
-        for way, run in ways.items():
-            began = time.perf_counter()
-            run()
-            if number:
-                values[way].append((time.perf_counter() - began) * 1e3)
-    return values
-
-
-def _table(values: Mapping[str, list[float]], title: str) -> str:
-    lines = [f"# A command in a container, ms ({title})", "", "| way | p10 | p50 | p90 | p50, of Docker's |"]
-    lines.append("|---|---|---|---|---|")
-    for way, found in values.items():
-        docker = values["requests, Docker" if way.startswith("requests") else "docker exec, Docker"]
-        p10, p50, p90 = (quantile(found, share) for share in (0.1, 0.5, 0.9))
-        lines.append(f"| {way} | {p10:.1f} | {p50:.1f} | {p90:.1f} | {p50 / quantile(docker, 0.5):.2f} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -266,8 +266,9 @@ class _PatientAgent(Agent):
         if self._assigned:
             return
         for change in message.changes:
-            self._assigned = change.assignment.task.id
-            self._patients.note_assigned()
+            if change.assignment.HasField("task"):  # what it needs is in the same message
+                self._assigned = change.assignment.task.id
+                self._patients.note_assigned()
 
     async def report(self) -> None:
         """Say that the task runs; returns when the manager has answered."""

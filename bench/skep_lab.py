@@ -66,6 +66,11 @@ class SkepLab:
         return Path(self.node["netns"])
 
     @property
+    def cgroup(self) -> str:
+        """Of the node and its containers, below every hierarchy."""
+        return str(self.node["cgroup"])
+
+    @property
     def root_pids(self) -> list[int]:
         return list(self.node["pids"])
 

@@ -1,7 +1,10 @@
 """How figures are judged, and which pairs count."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from bench import report
-from bench.figures import Figure, alternated, at_quantile, ratio
+from bench.figures import Figure, alternated, at_quantile, measured_parts, ratio, side_by_side
 from bench.machine import is_kept
 
 
@@ -52,3 +55,32 @@ def test_without_an_earlier_commit_there_are_two_systems() -> None:
     rows = report.table({"crash": {"docker": [1.0], "skep": [0.5]}}).splitlines()
     assert "before" not in rows[0]
     assert {row.count("|") for row in rows} == {7}
+
+
+class _Lab(NamedTuple):
+    system: str
+
+
+def test_each_system_is_measured_first_in_every_other_pair() -> None:
+    asked: list[str] = []
+
+    def measure(lab: _Lab) -> Mapping[str, float]:
+        asked.append(lab.system)
+        return {"took": float(len(asked))}
+
+    sides, busy = side_by_side([_Lab("docker"), _Lab("skep")], 2, measure)
+    assert asked[:4] == ["docker", "skep", "skep", "docker"]
+    assert list(sides["took"]) == ["docker", "skep"]
+    assert [len(values) for values in sides["took"].values()] == [len(busy)] * 2 == [2, 2]
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on() -> None:
+    def failing(pairs: int) -> list[Figure]:
+        raise SystemExit(f"no result of {pairs} pairs")
+
+    def working(pairs: int) -> list[Figure]:
+        return [Figure(number=n, what="turn", unit="s", values=(1.0,) * pairs) for n in (0, 2, 1)]
+
+    figures, notes = measured_parts({"logs": failing, "exec": working}, 3)
+    assert [one.number for one in figures] == [1, 2, 0]
+    assert notes == ["logs failed: no result of 3 pairs"]
