@@ -206,6 +206,19 @@ _PLAIN_REQUEST = re.compile(
 )
 
 
+def plain_ping(data: bytes) -> tuple[str, str | None] | None:
+    """Method and version of the request ``data``, if it is a whole ``/_ping`` without anything to read or decide
+    beside it: no body, no word about the connection, no request behind it."""
+    match = _PLAIN_PING.fullmatch(data)
+    if match is None:
+        return None
+    method, version = match.groups()
+    return method.decode(), version.decode() if version is not None else None
+
+
+_PLAIN_PING = re.compile(rb"(GET|HEAD) (?:/v([0-9.]+))?/_ping HTTP/1\.1\r\n(?i:%s)\r\n" % _OTHER_LINES)
+
+
 def is_for_manager(path: str) -> bool:
     """Whether the manager process answers requests for ``path`` (without version and query).
 

@@ -53,6 +53,7 @@ __all__ = [
     "Routes",
     "api_version",
     "application",
+    "common_headers",
     "flag",
     "frame",
     "json_answer",
@@ -77,6 +78,9 @@ _HEAD_BYTES_MAX = 1024 * 1024
 _LARGE_BODY = 64 * 1024
 """Bodies above this are decoded in a thread, so that they never hold the loop."""
 
+SERVER = "Skep/0.1.0 (linux)"
+"""The ``Server`` header."""
+
 _NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")
 _SERVER = web.AppKey("server", str)
 _OBJECTS: web.AppKey[Objects] = web.AppKey("objects")
@@ -90,7 +94,7 @@ Routes = web.RouteTableDef
 def application(
     *tables: Iterable[web.AbstractRouteDef],
     newest: ApiVersion | Callable[[], ApiVersion] = NEWEST,
-    server: str = "Skep/0.1.0 (linux)",
+    server: str = SERVER,
     is_private: Callable[[web.Request], bool] = lambda _: False,
     objects: Objects | None = None,
 ) -> web.Application:
@@ -317,7 +321,14 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     if request.match_info.http_exception is not None:
         response.headers.popall("Server", None)
         return
-    response.headers["Api-Version"] = str(request.app[_NEWEST]())
-    response.headers["Docker-Experimental"] = "false"
-    response.headers["Ostype"] = "linux"
-    response.headers["Server"] = request.app[_SERVER]
+    response.headers.update(common_headers(request.app[_NEWEST](), request.app[_SERVER]))
+
+
+def common_headers(newest: ApiVersion, server: str = SERVER) -> dict[str, str]:
+    """The headers of every response; ``newest``: the highest API version that is spoken."""
+    return {
+        "Api-Version": str(newest),
+        "Docker-Experimental": "false",
+        "Ostype": "linux",
+        "Server": server,
+    }

@@ -37,7 +37,6 @@ from skep.aio.gc_settings import freeze
 from skep.api.client import Client
 from skep.api.otlp import exporter_to
 from skep.api.server import application
-from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration, UnixHost
 from skep.dataplane.client import NetClient
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
@@ -84,7 +83,7 @@ from skep.node.engine_images import EngineImages
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
 from skep.node.features import Features
-from skep.node.front.application import close_after_response, serving, tls_of
+from skep.node.front.application import Application, close_after_response, serving, tls_of
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
 from skep.node.front.server import Front
@@ -104,7 +103,7 @@ from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.objects import object_routes
 from skep.node.routes.swarm import swarm_routes
-from skep.node.routes.system import NodeSystem, engine_id, last_routes, system_routes
+from skep.node.routes.system import NodeSystem, engine_id, last_routes, ping_response, system_routes
 from skep.node.runner import Dependencies
 from skep.node.swarm_info import why_waiting
 from skep.security.locking import KeyLock
@@ -192,7 +191,9 @@ class Node:
             users = Users(self._manager_api, self._clock, self._random, tls_of(self._configuration))
             if users.tls is not None:
                 run(users.run, "users of the API")
-            front = self._front(await stack.enter_async_context(serving(app)), users)
+            front = self._front(
+                await stack.enter_async_context(serving(app, partial(ping_response, self._system))), users
+            )
             self._run_checks(run)
             group.create_task(self._worker.run(), name="worker")
             self._run_networks(run)
@@ -530,13 +531,13 @@ class Node:
                 engine, docker, self._engine_images, self._clock, network_routes(networks), cluster
             ),
             last_routes,
-            newest=NEWEST if docker is None else lambda: docker.api_version,
+            newest=lambda: self._system.newest_version,
             objects=NodeObjects(engine, cluster),
         )
         app.on_response_prepare.append(close_after_response)
         return app
 
-    def _front(self, here: web.Server, users: Users) -> Front:
+    def _front(self, here: Application, users: Users) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)
         return Front(
             here,

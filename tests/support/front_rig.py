@@ -15,6 +15,7 @@ from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
+from skep.node.front.application import Application, Ping, no_ping
 from skep.node.front.handover import Handover
 from skep.node.front.server import Front
 from skep.node.front.users import ApiTls, Users
@@ -74,7 +75,9 @@ class Rig:
         self.connections = 0
 
     @asynccontextmanager
-    async def front(self, answer: Answer | None = None, tls: ApiTls | None = None) -> AsyncIterator[None]:
+    async def front(
+        self, answer: Answer | None = None, tls: ApiTls | None = None, ping: Ping = no_ping
+    ) -> AsyncIterator[None]:
         """``answer``: the node's own handler; by default it returns the path and the size of the request."""
 
         async def here(request: web.Request) -> web.StreamResponse:
@@ -85,7 +88,7 @@ class Rig:
         async with application(answer or here) as runner:
             assert runner.server is not None
             front = Front(
-                runner.server,
+                Application(runner.server, ping),
                 Handover(self.handover_socket, SystemClock(), lambda: 0.5),
                 ownership=Owned(),
                 membership=self.member,

@@ -5,7 +5,7 @@ import grp
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -17,12 +17,21 @@ from aiohttp import web
 from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes, source_of
 from skep.api.connection import Connection, Gone
 from skep.api.errors import status_of
-from skep.api.framing import Malformed, is_for_manager, is_readable, parse_request, path_of, read_head
+from skep.api.framing import (
+    Malformed,
+    is_for_manager,
+    is_readable,
+    parse_request,
+    path_of,
+    plain_ping,
+    read_head,
+)
 from skep.api.identity import identify
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
 from skep.linux.unix_sockets import private_socket
 from skep.model.access import Identity
+from skep.node.front.application import Application
 from skep.node.front.handover import Handover, Passed, Returned
 from skep.node.front.routing import Destination, Ownership, route
 from skep.node.front.splice import relay, splice
@@ -76,15 +85,14 @@ class Front:
     """The API sockets of one node.
 
     Args:
-        here: the application for what the node answers itself; it closes the connection after each response, since
-            the next request on it may not be its own.
+        here: what the node answers itself.
         users: who the clients of TCP hosts are.
         divert: takes over a new connection to a unix socket that is not to be served as root's; whether it did.
     """
 
     def __init__(
         self,
-        here: web.Server,
+        here: Application,
         handover: Handover,
         *,
         ownership: Ownership,
@@ -103,7 +111,7 @@ class Front:
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
         self._unread: set[socket.socket] = set()
-        """Of clients of unix sockets that have not sent anything yet."""
+        """Of clients of unix sockets that have sent nothing yet but pings."""
         self._unix_tasks: set[asyncio.Task[None]] = set()
         """Serving clients of unix sockets."""
         self._tcp_tasks: set[asyncio.Task[None]] = set()
@@ -209,12 +217,22 @@ class Front:
             asyncio.get_running_loop().add_reader(listener, self._accept_local, group, listener)
 
     def _read_first(self, group: asyncio.TaskGroup, connected: socket.socket) -> None:
-        """The first bytes of a local client have come.  The usual request needs no task, and no transport."""
+        """The first bytes of a local client have come.  The usual request needs no task, and no transport.
+
+        A ping is what most clients begin with, each command of docker's too: the next request is read from here again.
+        """
         try:
             data = connected.recv(_FIRST_BYTES)
         except BlockingIOError:
             return
         except OSError:
+            data = b""
+        if (response := self._ping(data)) is not None:
+            with suppress(
+                OSError
+            ):  # the client has gone, or has sent many pings without reading: closed below
+                if connected.send(response) == len(response):
+                    return
             data = b""
         asyncio.get_running_loop().remove_reader(connected)
         self._unread.remove(connected)
@@ -228,6 +246,11 @@ class Front:
                 log.warning("api connection not passed", error=str(error))
         else:
             self._start(group, self._go_on(Returned(local, data)), is_remote=False)
+
+    def _ping(self, data: bytes) -> bytes | None:
+        """The response to ``data``, if that is a ping as clients usually send it."""
+        ping = plain_ping(data)
+        return self._here.ping(*ping) if ping is not None else None
 
     def _is_for_manager(self, data: bytes) -> bool:
         """Whether ``data`` begins with the whole head of a request which is to be passed to the manager."""
@@ -343,7 +366,7 @@ class Front:
 
     def _hand_to_application(self, client: Connection, raw: bytes) -> None:
         """Give the connection, with what was read of it, to the application."""
-        handler = self._here()
+        handler = self._here.server()
         transport, waiting, ended = client.transport, client.take(), client.has_ended
         transport.set_protocol(handler)
         handler.connection_made(transport)

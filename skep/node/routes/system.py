@@ -6,6 +6,7 @@ Source: moby 20.10, api/server/router/system/system_routes.go.
 import hashlib
 from base64 import b32encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ import structlog
 from aiohttp import web
 
 from skep.api.responses import ChunkedAnswer
-from skep.api.server import Filters, JsonLines, Routes, json_answer
+from skep.api.server import Filters, JsonLines, Routes, common_headers, json_answer
 from skep.api.tables import Table
 from skep.api.timestamps import period_of
-from skep.api.versions import NEWEST
+from skep.api.versions import NEWEST, ApiVersion, requested
 from skep.configuration.configuration import Configuration
 from skep.engine.container import Counts
 from skep.engine.engine import Engine
-from skep.errors import NotFound, SkepError, Unavailable, Unimplemented
-from skep.model.times import timestamp
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
+from skep.model.times import SECOND_NS, timestamp
 from skep.node import features, info
 from skep.node.cluster_reads import ClusterReads
 from skep.node.description import volume_drivers
@@ -77,6 +78,15 @@ class NodeSystem:
         return self._engine is not None and self._docker is None
 
     @property
+    def newest_version(self) -> ApiVersion:
+        """The highest version of the API that is spoken: beside a Docker Engine, that one's if it is lower."""
+        return NEWEST if self._docker is None else self._docker.api_version
+
+    def now_s(self) -> float:
+        """Since 1970."""
+        return self._events.clock.now_ns() / SECOND_NS
+
+    @property
     def swarm_header(self) -> str:
         """The ``Swarm`` header of ``/_ping``."""
         return self._membership.header
@@ -84,9 +94,9 @@ class NodeSystem:
     def version(self) -> Mapping[str, Any]:
         """With the version of the Docker Engine, if there is one."""
         if self._docker is None:
-            return info.version(self._node, str(NEWEST))
+            return info.version(self._node, str(self.newest_version))
         node = msgspec.structs.replace(self._node, engine=self._docker.version)
-        return info.version(node, str(self._docker.api_version))
+        return info.version(node, str(self.newest_version))
 
     async def info(self) -> Mapping[str, Any]:
         """Of this node, its membership, and the Docker Engine, if there is one."""
@@ -162,14 +172,33 @@ def system_routes(system: NodeSystem) -> list[web.RouteDef]:
 @_table.get("/_ping")
 async def ping(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """Alive; the headers have the version of the API."""
-    headers = {
+    headers, body = _ping(system, request.method)
+    return web.Response(text=body, headers=headers)
+
+
+def ping_response(system: NodeSystem, method: str, version: str | None) -> bytes | None:
+    """What ``ping`` responds, as bytes, for the front; None: the version is refused, which the application does."""
+    newest = system.newest_version
+    try:
+        requested(version, newest)
+    except InvalidArgument:
+        return None
+    headers, body = _ping(system, method)
+    headers |= common_headers(newest) | {"Date": formatdate(system.now_s(), usegmt=True)}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 200 OK\r\n{lines}\r\n{body}".encode()
+
+
+def _ping(system: NodeSystem, method: str) -> tuple[dict[str, str], str]:
+    body = "" if method == "HEAD" else "OK"
+    return {
         "Cache-Control": "no-cache, no-store, must-revalidate",
         "Pragma": "no-cache",
         "Swarm": system.swarm_header,
         **({"Builder-Version": "2"} if system.builds_images else {}),
-    }
-    body = "" if request.method == "HEAD" else "OK"
-    return web.Response(text=body, headers=headers, content_type="text/plain", charset="utf-8")
+        "Content-Type": "text/plain; charset=utf-8",
+        "Content-Length": str(len(body)),
+    }, body
 
 
 @_table.get("/version")

@@ -50,6 +50,54 @@ async def test_a_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> 
         assert response.status == 200
 
 
+PING, PONG = (
+    b"GET /v1.41/_ping HTTP/1.1\r\nHost: d\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK",
+)
+
+
+async def test_the_connection_of_a_ping_is_kept_for_every_destination(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    async with (
+        rig.front(ping=lambda _method, version: PONG if version == "1.41" else None),
+        rig.manager(echo),
+    ):
+        reader, writer = await asyncio.open_unix_connection(rig.socket)
+        for _ in range(3):
+            writer.write(PING)
+            assert await reader.readexactly(len(PONG)) == PONG
+        writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
+        assert b"X-Of: manager" in await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        reader, writer = await asyncio.open_unix_connection(rig.socket)
+        writer.write(PING)
+        assert await reader.readexactly(len(PONG)) == PONG
+        writer.write(b"GET /v1.99/_ping HTTP/1.1\r\nHost: d\r\n\r\n")
+        assert b'"here": "/v1.99/_ping"' in await reader.read(), (
+            "what is not a plain ping is the application's"
+        )
+        writer.close()
+
+
+async def test_a_client_that_pings_and_reads_nothing_is_dropped(tmp_path: Path) -> None:
+    async def send_pings(client: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await loop.sock_sendall(client, PING)
+            await asyncio.sleep(0)  # so that the front reads each by itself
+
+    rig = Rig(tmp_path)
+    async with rig.front(ping=lambda _method, _version: PONG * 1000):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, str(rig.socket))
+            async with asyncio.timeout(30):
+                with pytest.raises(ConnectionError):
+                    await send_pings(client)
+        async with rig.client() as other, other.get("/info") as response:
+            assert response.status == 200
+
+
 # --- to the manager -------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,32 @@ def test_several_unix_sockets_answer_alike(rig: DaemonRig) -> None:
     assert rig.get("/_ping")[0] == 200
 
 
+def test_a_ping_has_the_same_response_from_the_front_and_from_the_application(rig: DaemonRig) -> None:
+    rig.start()
+
+    def pinged(
+        connection: Connection, method: str, path: str, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        shown = {name.lower(): value for name, value in response.getheaders()}
+        assert shown.pop("date")
+        shown.pop("connection", None)
+        return response.status, shown, response.read()
+
+    kept, closed = Connection(rig.run / "skep.sock"), Connection(rig.run / "skep.sock")
+    for method, path in (
+        ("GET", "/_ping"),
+        ("HEAD", "/_ping"),
+        ("GET", "/v1.41/_ping"),
+        ("GET", "/v9.9/_ping"),
+    ):
+        by_application = pinged(closed, method, path, Connection="close")
+        assert pinged(kept, method, path) == by_application
+        assert by_application[0] == (400 if "v9" in path else 200)
+        assert (kept.sock is None) == ("v9" in path), "the connection of a ping is kept"
+
+
 def test_a_node_runs_plain_commands_without_runc_and_images(rig: DaemonRig, tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
     rig.start("--runc", missing, "--conmon", missing, "--nft", missing)

@@ -14,6 +14,7 @@ from skep.api.framing import (
     is_for_manager,
     parse_request,
     path_of,
+    plain_ping,
     read_head,
 )
 
@@ -119,6 +120,30 @@ def _shape(body: Body) -> tuple[type[Body], int]:
 def test_a_length_that_could_be_read_in_two_ways_is_refused(headers: tuple[str, ...]) -> None:
     with pytest.raises(Malformed):
         read_head(head("POST /x HTTP/1.1", *headers))
+
+
+@pytest.mark.parametrize(
+    ("first_line", "headers", "ping"),
+    [
+        ("GET /_ping HTTP/1.1", ("Host: docker",), ("GET", None)),
+        ("HEAD /_ping HTTP/1.1", ("Host: docker", "User-Agent: Docker-Client/20.10"), ("HEAD", None)),
+        ("GET /v1.41/_ping HTTP/1.1", ("Accept-Encoding: identity",), ("GET", "1.41")),
+        ("GET /_ping HTTP/1.0", ("Host: docker",), None),
+        ("GET /_ping HTTP/1.1", ("Connection: close",), None),
+        ("GET /_ping HTTP/1.1", ("Content-Length: 3",), None),
+        ("GET /_ping HTTP/1.1", ("Transfer-Encoding: chunked",), None),
+        ("GET /_ping?x=1 HTTP/1.1", (), None),
+        ("POST /_ping HTTP/1.1", (), None),
+        ("GET /v1.41/info HTTP/1.1", (), None),
+    ],
+)
+def test_only_a_ping_with_nothing_beside_it_is_a_plain_one(
+    first_line: str, headers: tuple[str, ...], ping: tuple[str, str | None] | None
+) -> None:
+    raw = head(first_line, *headers)
+    assert plain_ping(raw) == ping
+    assert plain_ping(raw[:-1]) is None
+    assert plain_ping(raw + raw) is None
 
 
 def test_an_upgrade_is_seen() -> None:
