@@ -1,6 +1,6 @@
 """What of etcd's own metrics is worth a page: how fast its disk is, how large it is, how often the leader changed.
 
-The names are etcd's, which dashboards know.  Source: https://etcd.io/docs/v3.5/metrics/
+The names are etcd's, which existing dashboards use.  Source: https://etcd.io/docs/v3.5/metrics/
 """
 
 import re

@@ -1,9 +1,10 @@
 """Events of the containers, images and volumes of all nodes beside those of the cluster, in one stream.
 
 A node numbers its events and keeps the last ones; for each client that asks for them a manager reads them through a
-tunnel, so that nothing is sent while nobody asks.  The stream's cursor is that of the cluster's events, followed by
-one for each node: ``INCARNATION-REVISION~NODE.LIFE.NUMBER~...``.  It holds what the client was sent, so another stream
-goes on after it at any manager.  Where events are missing, or a node cannot be read, a message of the stream says so.
+tunnel, so that nothing is sent while there is no client.  The stream's cursor is that of the cluster's events, with
+one for each node after it: ``INCARNATION-REVISION~NODE.LIFE.NUMBER~...``.  It holds what the client was sent, so
+another stream goes on after it at any manager.  Where events are missing, or a node cannot be read,
+a message of the stream says so.
 """
 
 import asyncio
@@ -335,7 +336,7 @@ class _Reader:
         self._is_known = True
 
     async def put_notice(self, action: str, reason: str, at_ns: int) -> None:
-        """Tell the client what has become of the node's events."""
+        """Send the client a message about the node's events: whether some are missing, or cannot be read."""
         notice = _notice(action, self.node, reason, self._position, at_ns)
         await self._queue.put(notice._replace(cursor=self._cursor) if self._cursor else notice)
 

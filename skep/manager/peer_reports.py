@@ -5,7 +5,7 @@
 while any manager is overloaded.
 
 *Missed heartbeats*: nodes that fail at once are spread over the managers, so each manager may miss one only.  A
-manager that marks its one silent node down knows by the others' reports that it is not the only one.
+manager that marks its one silent node down learns from the others' reports that it is not the only one.
 """
 
 import msgspec

@@ -1,4 +1,4 @@
-"""Whether this manager has a leader, and which other managers respond, from local knowledge only."""
+"""Whether this manager has a leader, and which other managers respond, from this manager's own state only."""
 
 from collections.abc import Mapping
 
@@ -37,7 +37,7 @@ class Quorum(ApiObject):
 
 
 def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Timestamp) -> Quorum:
-    """The local knowledge.
+    """This manager's own view.
 
     Args:
         own: this manager, which counts as responding.

@@ -1,4 +1,4 @@
-"""Who signs a node's certificate: this manager with the root's key, or an external authority that the leader calls.
+"""What signs a node's certificate: this manager with the root's key, or an external authority that the leader calls.
 
 Any manager takes requests.  An external authority is called by the leader alone, to which the others relay: its limits
 and its back-off then hold for the whole cluster.

@@ -109,7 +109,7 @@ def first_networks(*, new_id: IdSource, now: Timestamp, has_ipv6: bool = False) 
     """The networks of a new cluster: ingress, and the nodes' own bridge and host.
 
     Args:
-        has_ipv6: the nodes know each other by IPv6: so will clients, whose addresses ingress keeps where it has IPv6.
+        has_ipv6: the nodes reach each other by IPv6: so will clients, and ingress keeps their addresses if it has IPv6.
     """
     ingress = NetworkSpec(
         name="ingress",

@@ -1,4 +1,4 @@
-"""Which task a user means who wants to reach into a container: a service, one of its slots, or a task."""
+"""The task that a user names to reach into a container: by a service, one of its slots, or a task."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Operations on users and what proves who they are.
+"""Operations on users and their credentials.
 
 The authority of users' certificates is not the cluster's: a certificate of a user is one of an unknown authority
 wherever nodes and managers meet, so no check can be forgotten there.
@@ -108,7 +108,7 @@ def digest_of(token: str) -> str:
 
 
 def access_table(view: View, *, is_current: bool) -> AccessTable:
-    """What the node process has to know of all users."""
+    """What the node process needs of all users."""
     payload = view.lookup(Payload, USERS_ROOT_ID)
     root = _PEM.findall(payload.data)[1] if payload is not None else b""
     users = tuple(

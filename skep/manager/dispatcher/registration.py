@@ -189,7 +189,7 @@ def _check_description(description: NodeDescription) -> None:
 
 
 def _reachable(node: Node, address: str) -> str:
-    """The address others know the node by; a manager's own agent comes over loopback."""
+    """The address at which others reach the node; a manager's own agent connects over loopback."""
     is_loopback = address.startswith("127.") or address == "::1"
     if is_loopback and node.manager_status is not None:
         return host_of(node.manager_status.addr) or address

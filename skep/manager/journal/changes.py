@@ -1,7 +1,7 @@
 """What a change of an object in the store means for the cluster's history.  Pure.
 
-Every manager derives the same entries from the same commits; the leader writes them (``loop``).  Only what someone asks
-about later is an entry: a task that starts, ends, or takes another's place, not each of its states.
+Every manager derives the same entries from the same commits; the leader writes them (``loop``).  Only what matters
+later is an entry: a task that starts, ends, or replaces another one, not each of its states.
 """
 
 from collections.abc import Iterable, Iterator
@@ -83,7 +83,8 @@ def entries_of(event: Event, view: View) -> Iterator[Entry]:
 
 
 def _created_task(task: Task, view: View) -> Iterator[Entry]:
-    """A task that takes the place of an earlier one has the reason; the first of its slot is told by its start."""
+    """The entry of a task that replaces an earlier one, with the reason.  The first task of a slot has an entry when it
+    starts."""
     if not task.service_id:
         return
     slot = f"{task.service_id}/{task.slot or task.node_id}"
@@ -101,7 +102,7 @@ def _created_task(task: Task, view: View) -> Iterator[Entry]:
 def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Severity]:
     """Why ``successor`` takes the place of ``last``: the first of these that holds, by what is in the store."""
     state, node = last.status.state, view.lookup(Node, last.node_id)
-    # After a rollback tasks of an earlier version stay, where they are as the service wants them.
+    # After a rollback tasks of an earlier version stay, where they match the service's spec.
     is_other = last.spec_version != successor.spec_version
     if is_other and last.spec != successor.spec:
         before, after = _image(last), _image(successor)
@@ -122,7 +123,7 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
         if node.spec.availability is Availability.DRAIN:
             return f"its node {name} is drained", Severity.INFO
         if state is TaskState.ORPHANED:
-            return f"its node {name} does not know it", Severity.WARNING
+            return f"its node {name} does not have it", Severity.WARNING
         if is_other:
             return "its service was updated", Severity.INFO
         return f"it does not fit its node {name} any more, or was stopped", Severity.INFO
@@ -199,9 +200,9 @@ def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
         return
     action, severity, words = _UPDATES[status.state]
     message = status.message if status.message not in ("", "update in progress", words) else ""
-    told = f": {masked_text(message)}" if message else ""
+    details = f": {masked_text(message)}" if message else ""
     what, _, became = words.partition(" ")
-    yield _service(new, action, f"{what} of service {name} {became}{told}", severity)
+    yield _service(new, action, f"{what} of service {name} {became}{details}", severity)
 
 
 def _service(service: Service, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:

@@ -5,7 +5,7 @@ them, fenced by its term, and each write says up to which revision the journal i
 exactly there, and neither loses nor repeats one.  Requests are written by the manager that served them.
 
 Nothing waits for the journal.  What could not be written, because the store was away for long or managers were not
-running, is told by an entry.
+running, is reported by an entry.
 """
 
 import asyncio
@@ -192,7 +192,7 @@ class Journal:
 
 
 def history_limit(view: View) -> int:
-    """How many entries the cluster keeps; 0: none, or a manager does not know the journal yet."""
+    """How many entries the cluster keeps; 0: none, or a manager of the cluster has no journal yet."""
     if view.level < JOURNAL:
         return 0
     swarm = next(iter(view.find(Swarm)), None)

@@ -22,7 +22,7 @@ KEPT_MAX = 3
 KEPT_S = 30.0
 WAITING_MAX = 8
 OLDEST_S = 10.0
-"""For which the oldest revision is believed: it is looked for with every page of the history."""
+"""For which the oldest revision is cached: every page of the history needs it."""
 
 _REVISION = re.compile(r"revision:([0-9]{1,18})")
 

@@ -1,4 +1,4 @@
-"""Questions to the journal: the entries that a query wants, a page at a time, and which revision it was at a time."""
+"""Queries of the journal: the entries that match, a page at a time, and the store's revision at a time."""
 
 import asyncio
 from bisect import bisect_right
@@ -38,8 +38,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     is_ascending: bool = False
     cursor: str = ""
 
-    def wants(self, entry: Entry) -> bool:
-        """Whether the entry is asked for, by all but its time.  What is missing concerns everybody."""
+    def matches(self, entry: Entry) -> bool:
+        """Whether the entry matches in all but its time.  Entries about missing entries match every query."""
         if entry.kind not in self.kinds:
             return False
         if entry.type == "journal":
@@ -98,7 +98,7 @@ async def page(view: View, query: Query) -> HistoryPage:
                 break  # all that follows comes after this page
         for entry in entries_in(chunk):
             place = position_of(entry)
-            if not query.since_ns <= place[0] <= query.until_ns or not query.wants(entry):
+            if not query.since_ns <= place[0] <= query.until_ns or not query.matches(entry):
                 continue
             if after is None or (place > after if query.is_ascending else place < after):
                 found.append((place, entry))

@@ -1,1 +1,1 @@
-"""Who manages: coming in as a manager, roles, the quorum, and where managers find each other."""
+"""The managers of the cluster: joining as a manager, roles, the quorum, and the managers' addresses."""

@@ -40,7 +40,7 @@ class JoinRefused(SkepError):
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """The response to a new manager.  ``addr``: ``ip:port`` under which the others know it."""
+    """The response to a new manager.  ``addr``: ``ip:port`` where the others reach it."""
 
     peers: tuple[Peer, ...]
     wrapping_key: bytes

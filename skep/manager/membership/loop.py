@@ -116,8 +116,8 @@ class Managers:
             log.info("data level raised", data_level=level)
         overdue, steps = self._decide(await self._consensus.all(), reachable, now)
         if overdue or any(isinstance(step, Withdraw) for step in steps):
-            # Removing a member is not fenced, and this manager's knowledge may be old: decide again with the members
-            # that a quorum knows, and a store that still accepts this term.
+            # Removing a member is not fenced, and this manager's state may be old: decide again with the members as a
+            # quorum has them, and after a write has shown that the store still accepts this term.
             await self._term.confirm()
             overdue, steps = self._decide(await self._consensus.all(is_current=True), reachable, now)
         for learner in overdue:

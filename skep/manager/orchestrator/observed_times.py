@@ -48,7 +48,7 @@ class ObservedTimes:
         return self._waited.get(task.id, self.created(task))
 
     def running(self, task: Task) -> float | None:
-        """When the task was first observed running; None if it never was, as far as this leader can tell."""
+        """When the task was first observed running; None if this leader never observed it running."""
         if task.id in self._running:
             return self._running[task.id]
         return self._began if task.status.state is TaskState.RUNNING else None

@@ -463,7 +463,7 @@ def _blocks(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
 
 
 def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
-    """Whether it ended and this leader cannot tell how long it ran, because its run began or ended before the term."""
+    """Whether it ended and its duration is unknown to this leader, because its run began or ended before the term."""
     if not seen.saw_end(task):
         return task.status.state.is_terminal
     ran_at, ended_at = seen.running(task), seen.ended(task)

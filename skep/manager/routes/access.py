@@ -130,7 +130,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     external: ExternalRoots
     tunnels: Tunnelling
     quorum: Callable[[], Quorum] = Quorum
-    """Whether there is a leader, from local knowledge."""
+    """Whether there is a leader, as this manager sees it."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     metrics: ClusterMetrics | None = None
     cluster_view: Watching | None = None

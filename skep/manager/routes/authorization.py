@@ -1,4 +1,4 @@
-"""What a manager knows of the objects that requests are about, for their authorization."""
+"""The objects that requests are about, as a manager has them, for authorization."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final

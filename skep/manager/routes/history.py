@@ -67,7 +67,7 @@ class TaskThen(ApiObject):
 
 @routes.get("/skep/history")
 async def show_history(request: web.Request) -> web.Response:
-    """A page of entries.  Only administrators see who asked for what; users of stacks see what is about these."""
+    """A page of entries.  Only administrators see requests and their clients; users of stacks see entries of these."""
     view = await current_view(request)
     query = query_of(request.query, view, manager_of(request).clock.now_ns())
     found = await page(view, limited(query, identity_of(request)))

@@ -65,7 +65,7 @@ def shown(view: View, network: Network) -> dict[str, Any]:
 
 
 async def inspected(view: View, network: Network, *, verbose: bool) -> dict[str, Any]:
-    """A cluster's network as ``inspect`` has it: with the nodes that take part, and what the user should know.
+    """A cluster's network as ``inspect`` has it: with the nodes that take part, and warnings for the user.
 
     ``verbose``: with its services and their tasks.
     """
@@ -86,7 +86,8 @@ async def inspected(view: View, network: Network, *, verbose: bool) -> dict[str,
 
 
 class _Users:
-    """Who has an address on the network.  Looks at the tasks of its services, others get their turn meanwhile."""
+    """The users of addresses on the network.  Reads the tasks of its services in slices, so that the event loop stays
+    responsive."""
 
     def __init__(self, view: View, network: Network) -> None:
         self._view = view

@@ -1,4 +1,4 @@
-"""The state of this manager, from what it knows locally: the routes respond also without a leader.  Ours, not Docker's.
+"""The state of this manager, from what it has locally: the routes respond also without a leader.  Ours, not Docker's.
 
 ``/skep/quorum``: whether there is a leader; ``/skep/cluster/store``: how full its copy of the store is;
 on the manager's own socket only, ``/_skep/lag``: the delays of its event loop since its start, and ``/_skep/metrics``.

@@ -1,6 +1,6 @@
 """``/skep/users``: users of the API, their tokens and certificates; ``/skep/access``: who the client is.  Ours.
 
-On the manager's own socket only, ``/_skep/access``: what the node process has to know of users, whenever it changes.
+On the manager's own socket only, ``/_skep/access``: what the node process needs of users, whenever it changes.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class IssuedCertificate(ApiObject):
 
 
 class Access(ApiObject):
-    """Who makes a request."""
+    """The identity of a request."""
 
     name: str
     origin: str
@@ -69,9 +69,10 @@ class Access(ApiObject):
 
 @routes.get("/skep/access")
 async def show_access(request: web.Request) -> web.StreamResponse:
-    """Who the client is, and what it may do."""
-    who = identity_of(request)
-    return json_answer(Access(name=who.name, origin=who.origin.value, roles=tuple(map(str, who.bindings))))
+    """The client's identity, and its roles."""
+    identity = identity_of(request)
+    roles = tuple(map(str, identity.bindings))
+    return json_answer(Access(name=identity.name, origin=identity.origin.value, roles=roles))
 
 
 @routes.post("/skep/access/certificates")
@@ -80,10 +81,10 @@ async def renew_own(request: web.Request) -> web.StreamResponse:
 
     Not by a token: it would outlive the token's removal.
     """
-    who: Identity = identity_of(request)
-    if who.origin is not Origin.CERTIFICATE:
+    identity: Identity = identity_of(request)
+    if identity.origin is not Origin.CERTIFICATE:
         raise InvalidArgument("only a user with a certificate of the cluster can renew it")
-    return await _issue(request, who.name)
+    return await _issue(request, identity.name)
 
 
 @routes.get("/skep/users")

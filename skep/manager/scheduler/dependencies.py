@@ -7,8 +7,8 @@ waits with its first task, which is why a migration that is deployed together wi
 After a loss of power the store still says that everything runs.  What a task's status says counts only when it was
 written after its node's last registration, or when the node has had the time to report otherwise (``Confirmed``).
 
-A job that has completed counts as long as the services that it depends on itself are as it wants them: after a loss of
-power a web service that depends on a migration, which depends on a database, waits for the database.
+A job that has completed counts as long as the services that it depends on itself satisfy its conditions: after a
+loss of power a web service that depends on a migration, which depends on a database, waits for the database.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -71,7 +71,7 @@ class Confirmed:
                     self._registered.pop(node.id, None)
 
     def at(self, task: Task, view: View) -> float | None:
-        """When the task's status can be believed; None: not before its node is back."""
+        """When the task's status counts as confirmed; None: not before its node is back."""
         node = view.lookup(Node, task.node_id)
         if node is None or node.status.state is not NodeState.READY:
             return None
@@ -150,7 +150,7 @@ def awaited(
     """What ``task`` waits for before it may have a node; None: nothing.
 
     Args:
-        confirmed: when the status of a task can be believed.
+        confirmed: when the status of a task counts as confirmed.
         now: on the same clock.
     """
     service = view.lookup(Service, task.service_id)
@@ -210,7 +210,7 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
 
 
 def _may_run_there(task: Task, service: Service, view: View) -> bool:
-    """Whether the node of a global service's task is one that the service wants, be it down for the moment."""
+    """Whether the node of a global service's task is one of the service's nodes, even if it is down at present."""
     node = view.lookup(Node, task.node_id)
     constraints = (service.spec.task_template.placement or Placement()).constraints
     return (

@@ -234,7 +234,7 @@ class DryRun:
 
 
 def _comparable(template: TaskSpec) -> TaskSpec:
-    """Without what moves no task, and without ids that a plan does not know yet: names stand beside them."""
+    """Without what moves no task, and without ids that do not exist yet in a plan: names stand beside them."""
     container = template.container_spec
     if container is not None:
         container = replace(

@@ -43,7 +43,7 @@ class Returning:
         for home in homes:
             account = self._accounting.accounts.get(home.node_id)
             if account is None:
-                continue  # who removes a node gives its volumes up
+                continue  # removing a node gives its volumes up
             copies = self._accounting.copies(task.service_id)[home.node_id]
             refusing = first_refusing(requirements, account, copies)
             if refusing is None:

@@ -1,4 +1,4 @@
-"""The row about the cluster as a whole: what this manager knows without asking another."""
+"""The row about the cluster as a whole: from this manager's own state, without requests to others."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ _WARNINGS_MAX = 20
 
 
 class ClusterRows:
-    """``quorum``: whether there is a leader, from local knowledge."""
+    """``quorum``: whether there is a leader, as this manager sees it."""
 
     def __init__(self, store: Store, clock: Clock, quorum: Callable[[], Quorum]) -> None:
         self._store = store

@@ -1,8 +1,8 @@
 """Keeps the rows of the dashboard while there are viewers, for all of them together.
 
-Nothing is followed, kept or computed while nobody looks.  What changes within a moment is one step; after a step the
-loop rests in proportion to what it cost, so that a storm of changes takes a fiftieth of a processor and each viewer
-sees fewer, larger steps.
+Without viewers nothing is watched, kept or computed.  Changes within a short time are one step; after a step the loop
+pauses in proportion to what the step cost, so that many changes take a fiftieth of a processor and each viewer gets
+fewer, larger steps.
 """
 
 import asyncio

@@ -5,7 +5,7 @@ viewer is nothing but the number of the last step it has: what it lacks is the u
 the rows as they are now.  So a viewer that is slow, or was away, costs nothing and gets each row once.
 
 A *cursor* is ``INCARNATION-REVISION``, as of ``skep.manager.events``: the rows show at least that revision of the
-store.  Any manager may go on from it: it repeats what it cannot tell apart, as rows are whole.
+store.  Any manager may go on from it: rows are whole, so rows that the viewer may already have are sent again.
 """
 
 from collections import deque
@@ -105,7 +105,7 @@ class Table:
         return True
 
     def number_of(self, cursor: str) -> int | None:
-        """The last step that a viewer with ``cursor`` has all rows of; None: that cannot be told."""
+        """The last step that a viewer with ``cursor`` has all rows of; None: unknown."""
         incarnation, _, revision = cursor.partition("-")
         if not (incarnation.isdecimal() and revision.isdecimal() and cursor.isascii() and len(cursor) < 40):
             return None

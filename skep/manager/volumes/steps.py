@@ -1,15 +1,15 @@
 """What is to be done about one cluster volume: from its stored state and the nodes that need it.  Pure.
 
-Each driver call is announced in the store before it is made, so the store alone says where a volume may be, whoever led
-when the call was sent and whatever became of it.  An entry on a node only moves forward::
+Each driver call is announced in the store before it is made, so the store alone says where a volume may be, whichever
+manager led when the call was sent and whatever its result was.  An entry on a node only moves forward::
 
     (none) -> pending-publish -> published -> pending-node-unpublish -> pending-controller-unpublish -> (none)
                      |                |                                              ^
                      +----------------+-- not needed and never sent, or the node is gone
 
-The node is sent a volume while it is ``published`` and told to give it up in ``pending-node-unpublish``; only its own
-word ends that state, or its removal from the cluster.  Before it is told, the entry is *closing* for one look: an
-assignment by the scheduler compares the volume, so after that commit there are no tasks but those that are seen.  So a
+The node is sent a volume while it is ``published``, and the order to unmount it in ``pending-node-unpublish``; only the
+node's report ends that state, or its removal from the cluster.  Before the order is sent, the entry is *closing* for
+one step: an assignment by the scheduler compares the volume, so after that commit no further task can use it.  So a
 volume is never taken from a node that may be using it, and one for a single node is announced for a second node only
 when nothing is left of the first.
 

@@ -1,7 +1,7 @@
 """Which nodes that left or were lost remove themselves from the cluster: the decision of ``node_loop``.
 
 Docker never removes a node by itself, so those of machines that come and go pile up.  A cluster may set a time after
-which a worker that is down is removed.  What speaks against it counts more:
+which a worker that is down is removed.  Exceptions:
 
 * managers, and workers that are becoming managers or were ones a moment ago, are never removed: a quorum counts them;
 * nothing is removed unless more than half of all nodes are ready, and while replacement is frozen: so many nodes are

@@ -41,10 +41,10 @@ def test_only_administrators_see_requests() -> None:
 def test_a_user_of_a_stack_sees_that_stack() -> None:
     query = limited(Query(), an_identity(Binding(Role.ADMIN, "shop")))
     assert query.kinds == {Kind.CHANGE}
-    assert query.wants(Entry(stack="shop"))
-    assert not query.wants(Entry(stack="other"))
-    assert not query.wants(Entry())
-    assert not limited(Query(), an_identity()).wants(Entry(stack="shop"))
+    assert query.matches(Entry(stack="shop"))
+    assert not query.matches(Entry(stack="other"))
+    assert not query.matches(Entry())
+    assert not limited(Query(), an_identity()).matches(Entry(stack="shop"))
 
 
 @pytest.mark.parametrize(
