@@ -129,7 +129,7 @@ class SimulatedCluster:
         self.changing: set[NodeId] = set()
         """Machines that join, leave or change their role; no other fault is injected into them meanwhile."""
         self.renew: Callable[[NodeId], None] = lambda _: None
-        """Called when a manager tells a node to renew its certificate."""
+        """Called when a manager orders a node to renew its certificate."""
         self._skew = skew
         self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
         self._behaviour = behaviour or Behaviour()
@@ -360,7 +360,7 @@ class SimulatedCluster:
             self.nodes[id].lose_power()
 
     def give_managers(self) -> None:
-        """As an operator: set the managers of nodes that know none of the present ones, and restart their processes.
+        """As an operator: set the managers of nodes that have none of the present ones, and restart their processes.
 
         Such a node was away while every manager that it knew was replaced; it says so, and what to do.
         """

@@ -2,7 +2,7 @@
 
 A scenario is generated from its seed: one service, its updates, and the times at which its containers end.  It is
 simulated twice, once with one leader, once with changes of leader.  Slots, their images and the state of the update
-must be the same.  Only the window of a restart policy may be applied less strictly: a new leader does not know the
+must be the same.  Only the window of a restart policy may be applied less strictly: a new leader does not have the
 times of earlier restarts, so a slot may run that the old leader would have given up, but not the other way round.
 """
 

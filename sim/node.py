@@ -97,7 +97,7 @@ class SimulatedNode:
 
     @property
     def managers(self) -> tuple[Peer, ...]:
-        """The managers that the node knows."""
+        """The managers in the node's list."""
         return self._list.peers if self._list is not None else self._managers
 
     def set_managers(self, managers: tuple[Peer, ...]) -> None:

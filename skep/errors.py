@@ -1,7 +1,7 @@
-"""The errors everyone raises; the edges translate them (``api/errors.py``, ``rpc/errors.py``).
+"""The errors of all modules; the edges translate them (``api/errors.py``, ``rpc/errors.py``).
 
-An error is raised by meaning, with a message that a user can act on.  No module below the edges knows
-status codes.
+An error is raised by meaning, with a message that a user can act on.  Status codes are used at the
+edges only.
 """
 
 import os
@@ -24,7 +24,7 @@ class FailedPrecondition(SkepError):
 
 
 class Unauthenticated(SkepError):
-    """The caller did not prove who they are."""
+    """The caller did not prove its identity."""
 
 
 class PermissionDenied(SkepError):

@@ -1,7 +1,7 @@
 """Spans of a service's life, for OpenTelemetry: what was done, when, and as a part of what.
 
 Ids of traces and spans are derived from the ids of objects, so that nothing has to travel with them: a trace is one
-version of a service's spec, and every process that has the task knows it (decision 106).
+version of a service's spec, and every process that has the task can compute it (decision 106).
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -5,7 +5,7 @@ revision up to which its disk holds it.  Raft's guarantees are computed from the
 committed when more than half of the voters are connected to the leader; a member becomes leader when more than half
 of the voters would vote for it, which are those that hold no more on their disks and reach no leader.  So a partitioned
 leader commits nothing and resigns after an election timeout (check-quorum); the entries it had accepted are lost, or
-survive if the next leader had received them: their proposers cannot tell.
+survive if the next leader had received them: their proposers cannot see which.
 
 Source: etcd 3.5, raft with PreVote and CheckQuorum; see docs/design/store.md.
 """

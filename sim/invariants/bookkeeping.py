@@ -176,7 +176,7 @@ def leftovers(
         if len(session._signals) > STREAMS_MAX:
             yield f"has {len(session._signals)} streams in the session of {session.node_id}"
         if unread := {id for line in session._signals for id in line._changed}:
-            yield f"has {sorted(unread)} to tell to {session.node_id}"
+            yield f"has {sorted(unread)} to send to {session.node_id}"
     if dispatcher._stops._withheld:
         yield f"withholds the stop of {sorted(dispatcher._stops._withheld)}"
     live = {session.id for session in sessions.all()}
@@ -209,4 +209,4 @@ def kept_of_writes(store: EtcdStore) -> Iterable[str]:
         if kept:
             yield f"keeps what {name}: {len(kept)}"
     if store._replica._waiting:
-        yield f"keeps {len(store._replica._waiting)} who wait for a revision"
+        yield f"keeps {len(store._replica._waiting)} tasks that wait for a revision"

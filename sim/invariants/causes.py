@@ -1,4 +1,4 @@
-"""Rules on reasons: no update stops without one, and the history tells why each task was replaced."""
+"""Rules on reasons: no update stops without one, and the history has why each task was replaced."""
 
 from collections.abc import Iterable
 
@@ -66,9 +66,11 @@ def replacements_are_told(change: Change, view: View) -> Iterable[str]:
             for one in slot
             if one.created_at < task.created_at and one.job_iteration == task.job_iteration
         ]
-        told = [one for one in entries_of(event, view) if one.action == "replace"]
-        if len(told) != bool(earlier) or not all(one.message.partition(" is replaced: ")[2] for one in told):
-            yield f"{task.id} in slot {task.slot}: {len(earlier)} tasks before it, history: {told}"
+        found = [one for one in entries_of(event, view) if one.action == "replace"]
+        if len(found) != bool(earlier) or not all(
+            one.message.partition(" is replaced: ")[2] for one in found
+        ):
+            yield f"{task.id} in slot {task.slot}: {len(earlier)} tasks before it, history: {found}"
 
 
 def _is_stopped(before: Service, after: Service) -> bool:

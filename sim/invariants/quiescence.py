@@ -39,4 +39,4 @@ def replica_violations(manager: NodeId, replica: State, committed: State) -> Ite
     for event in differences(committed, replica):
         yield f"the replica of {manager} differs: {event}"
     if replica.claims.keys() != committed.claims.keys():
-        yield f"the replica of {manager} knows other names: {replica.claims.keys() ^ committed.claims.keys()}"
+        yield f"the replica of {manager} has other names: {replica.claims.keys() ^ committed.claims.keys()}"

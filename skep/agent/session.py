@@ -389,7 +389,7 @@ class Session:
                 backoff.reset()
 
     async def _report_volumes(self, volumes: VolumeSource, session_id: str) -> None:
-        """A manager that does not write the reports ends the session: the next one is told again."""
+        """A manager that does not write the reports ends the session: they are sent again to the next one."""
         while True:
             ids = await volumes.take_reports()
             updates = [

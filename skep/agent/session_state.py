@@ -1,4 +1,4 @@
-"""Who this node is in its cluster, whether it has a session with a manager, and for how long it has had none.
+"""This node's identity in its cluster, whether it has a session with a manager, and for how long it has had none.
 
 The agent records it.  The worker reads it: what a task may do without a manager depends on it.  What is known after
 joining only (the node's id, the session's connection) is read here by what was made before.  A planned stop of the

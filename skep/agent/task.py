@@ -181,7 +181,7 @@ class TaskDriver:
         return drain_s(self.task.service_labels)
 
     def stop(self, reason: str) -> None:
-        """Stop the task for good, whatever is desired: its node is cut off, and its service wants that.
+        """Stop the task for good, whatever is desired: its node is cut off, and its service's spec requires that.
 
         A repeated call changes nothing: a stop in progress would start again, and its grace period with it.
         """

@@ -1,4 +1,4 @@
-"""What a node remembers of its tasks over a restart: each assignment and the last status that matters.
+"""What a node keeps of its tasks over a restart: each assignment and the last status that matters.
 
 One file per task below ``<data>/tasks``, replaced by rename and synced.  No credentials and no secrets are
 in it.  Writing lags behind a little and only the latest is written: while a manager can be reached, it

@@ -186,6 +186,6 @@ class _Manager:
 async def _refuse(
     orders: Call[skep.TunnelNews, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
 ) -> None:
-    """Say so; a tunnel that was open already has told the manager itself."""
+    """Report a tunnel that could not be opened; one that was open has reported its end to the manager itself."""
     with suppress(SkepError):
         await orders.send(skep.TunnelNews(id=order.id, error=reason))

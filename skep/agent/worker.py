@@ -1,8 +1,8 @@
-"""The tasks assigned to this node: one driver each, remembered over restarts, removed when no longer assigned.
+"""The tasks assigned to this node: one driver each, kept on disk over restarts, removed when no longer assigned.
 
 After a complete set of assignments exactly its tasks are kept: others are removed, also those that an earlier
 process left and no file records.  A difference adds and removes.  Until the first complete set nothing unknown is
-touched: without a manager the node continues with what it remembers.
+touched: without a manager the node continues with the tasks on its disk.
 
 Source: swarmkit, agent/worker.go.
 """

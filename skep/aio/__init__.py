@@ -1,1 +1,1 @@
-"""Asyncio building blocks that know nothing of the domain."""
+"""Asyncio building blocks without anything of clusters."""

@@ -1,4 +1,4 @@
-"""Time as an argument: who needs the time is given a clock, so a whole cluster can run on a simulated one.
+"""Time as an argument: code that needs the time is given a clock, so a whole cluster can run on a simulated one.
 
 ``SystemClock`` is the only place that reads the machine's clocks.
 """

@@ -33,7 +33,7 @@ async def accept(
     *,
     handshake_s: float,
 ) -> None:
-    """Shake hands with who has connected; returns when the protocol has its transport.
+    """Do the server's side of the handshake; returns when the protocol has its transport.
 
     ``connection`` is owned by this function from its first step on.  Raises: OSError: TLS errors are some, too.
     """

@@ -1,1 +1,1 @@
-"""The HTTP API's two ends: ``server`` (applications that speak Docker's dialect) and ``client``."""
+"""The HTTP API's two ends: ``server`` (applications with the conventions of Docker's API) and ``client``."""

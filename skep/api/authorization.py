@@ -20,7 +20,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Objects(Protocol):
-    """What a process knows of the objects that requests are about."""
+    """The objects that requests are about, as a process has them."""
 
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
         """What ``request`` is about.

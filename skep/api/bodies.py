@@ -134,7 +134,7 @@ _MISSING = object()
 
 
 class _Walk:
-    """One pass over a value: keeps what fits its shape, remembers the first thing that does not."""
+    """One pass over a value: keeps what fits its shape, and records the first value that does not."""
 
     def __init__(self, unrecognized: Unrecognized) -> None:
         self.problem: SkepError | None = None

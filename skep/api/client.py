@@ -4,8 +4,8 @@ errors.
     async with Client.at("unix:///run/skep/skep.sock") as client:
         services = await client.get("/services", filters={"name": ["web"]})
 
-Requests carry the version that both ends speak, negotiated by ``/_ping`` before the first one.  Those of the node
-process to the manager process and to the machine's Docker Engine (``Client.local``) carry none.
+Requests carry the highest version that both ends support, negotiated by ``/_ping`` before the first one.  Those of the
+node process to the manager process and to the machine's Docker Engine (``Client.local``) carry none.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class Client(Requests):
     """A connection pool to one API endpoint.  Use as an async context manager.
 
     Args:
-        version: the API version of requests; empty: they carry none; None: the highest that both ends speak.
+        version: the API version of requests; empty: they carry none; None: the highest that both ends support.
         name: what errors call the endpoint; empty: its address.
         timeout_s: deadline of requests that give none of their own.
     """
@@ -86,7 +86,7 @@ class Client(Requests):
         """A client of ``unix:///path``, ``tcp://host:port`` (with ``tls``) or ``ssh://[user@]machine[:port][/path]``.
 
         Args:
-            version: speak this API version instead of negotiating one.
+            version: use this API version instead of negotiating one.
 
         Raises:
             InvalidArgument: ``host`` is none of these.
@@ -289,7 +289,7 @@ class Client(Requests):
             raise Unavailable(f"{self._endpoint} does not answer: {reason_of(error)}") from error
 
     async def _agreed_version(self) -> str:
-        """The highest version that both ends speak; negotiated once."""
+        """The highest version that both ends support; negotiated once."""
         async with self._negotiating:
             if self._version is None:
                 self._version = await self._negotiate()

@@ -96,7 +96,7 @@ def status_of(error: SkepError) -> int:
 def error_of(status: int, message: str) -> SkepError:
     """The error that an answer with ``status`` means to a client.
 
-    A version conflict has no status of its own; clients know it by its text, and so does this.
+    A version conflict has no status of its own: it is recognized by its text, as in other clients.
     """
     if status == 500 and message.endswith("update out of sequence"):
         return OutOfSequence(message)

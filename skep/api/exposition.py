@@ -45,7 +45,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def label_text(labels: Mapping[str, str]) -> str:
-    """``{a="b",c="d"}``.  The names are ours, the values anybody's."""
+    """``{a="b",c="d"}``.  The names are ours; the values may be any text."""
     pairs = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
     return f"{{{pairs}}}" if pairs else ""
 

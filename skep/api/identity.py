@@ -1,4 +1,4 @@
-"""Who makes a request.
+"""The identity of a request.
 
 An identity belongs to a connection: it is found when the connection is accepted, and goes with it from process to
 process.  A connection of a unix socket has none of its own; its client has what the permissions of the socket give.
@@ -25,7 +25,7 @@ _THIS_NODE: Final = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
 
 _identities: WeakKeyDictionary[asyncio.BaseTransport, Identity] = WeakKeyDictionary()
 IS_PRIVATE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("is_private")
-"""Whether a request came on a socket that only processes of this node open, so that they are to be believed."""
+"""Whether a request came on a socket that only processes of this node open, so that its headers are trusted."""
 
 
 def identify(transport: asyncio.BaseTransport, identity: Identity) -> None:
@@ -34,7 +34,7 @@ def identify(transport: asyncio.BaseTransport, identity: Identity) -> None:
 
 
 def identity_of(request: web.Request) -> Identity:
-    """Who makes ``request``.  Raises: Unauthenticated: its connection is not known, or has gone."""
+    """The identity of ``request``.  Raises: Unauthenticated: its connection is not known, or was closed."""
     transport = request.transport
     known = _identities.get(transport) if transport is not None else None
     if known is not None:

@@ -223,9 +223,9 @@ RULES: Final = (
     *_of("config", "/configs"),
     _rule("GET", r"/tasks", _VIEWER, Scope.LIST, "task", container=_READ),
     _rule("GET", rf"/tasks/{_NAME}", _VIEWER, Scope.OBJECT, "task", container=_READ),
-    # Nodes are everybody's; so are their names, by which tasks are listed.
+    # Every user sees nodes and their names, by which tasks are listed.
     _rule("GET", r"/nodes(?:/[^/]+)?", _VIEWER, Scope.ANY, container=_READ),
-    # Without join tokens for all but administrators: those make whoever has them a manager.
+    # Without join tokens for all but administrators: a machine with a token can become a manager.
     _rule("GET", r"/swarm", _VIEWER, Scope.CLUSTER, container=_READ),
     _rule(
         "GET",

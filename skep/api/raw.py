@@ -177,7 +177,7 @@ class RawClient:
         except (OSError, asyncio.IncompleteReadError) as error:
             raise Unavailable(f"{self._host} does not answer: {reason_of(error)}") from error
         except ValueError as error:
-            raise Unavailable(f"{self._host} does not speak HTTP") from error
+            raise Unavailable(f"{self._host} does not respond in HTTP") from error
         finally:
             writer.close()
 

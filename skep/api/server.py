@@ -101,12 +101,12 @@ def application(
     """An application with the routes of ``tables``, each under ``/v<version>`` and without it.
 
     Args:
-        newest: the highest API version that is spoken and announced (``Api-Version``), or a function that gives the
+        newest: the highest API version that is supported and announced (``Api-Version``), or a function that gives the
         present one.
         server: the ``Server`` header.
         is_private: which requests came on a socket that only processes of this node open.
-        objects: what is known of the objects that requests are about; None: whoever
-            reaches the application may do everything.
+        objects: the objects that requests are about; None: every client that reaches the application may do
+            everything.
     """
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
@@ -325,7 +325,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 
 
 def common_headers(newest: ApiVersion, server: str = SERVER) -> dict[str, str]:
-    """The headers of every response; ``newest``: the highest API version that is spoken."""
+    """The headers of every response; ``newest``: the highest API version that is supported."""
     return {
         "Api-Version": str(newest),
         "Docker-Experimental": "false",

@@ -47,7 +47,7 @@ def requested(prefix: str | None, newest: ApiVersion) -> ApiVersion:
     """The version a request is served in: the one of its path (``1.41``), else the newest.
 
     Raises:
-        InvalidArgument: outside of what this server speaks.
+        InvalidArgument: outside of what this server supports.
     """
     if prefix is None:
         return newest

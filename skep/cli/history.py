@@ -1,4 +1,4 @@
-"""``skep history``: what happened and why, and who asked for what."""
+"""``skep history``: what happened and why, and the requests of users."""
 
 import asyncio
 import sys
@@ -52,7 +52,7 @@ def history(
     export: str | None,
     output: Output,
 ) -> None:
-    """Show what happened in the cluster and why, and who asked for what.
+    """Show what happened in the cluster and why, and which users made which requests.
 
     Of everything, or of a service, a node or a stack.
 
@@ -152,9 +152,9 @@ def _by(entry: Mapping[str, Any]) -> str:
     by = entry.get("By")
     if by is None:
         return "-"
-    who = (
+    client = (
         by.get("User")
         or by.get("Certificate")
         or (f"uid {by['UID']}" if "UID" in by else by.get("Through", "?"))
     )
-    return f"{who}@{by['Node']}" if by.get("Node") else str(who)
+    return f"{client}@{by['Node']}" if by.get("Node") else str(client)

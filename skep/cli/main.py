@@ -79,7 +79,7 @@ COMMANDS = {
         "skep.cli.events:events", "Show the events of the whole cluster, and go on from any of them."
     ),
     "history": Command(
-        "skep.cli.history:history", "Show what happened and why, and who asked for what; export it."
+        "skep.cli.history:history", "Show what happened and why, and the requests of users; export it."
     ),
     "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
     "completion": Command("skep.cli.completion:completion", "Print the completion script of a shell."),

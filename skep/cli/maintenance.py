@@ -1,7 +1,7 @@
 """The reboot lock: which nodes are away on purpose, as a label of the cluster's spec, changed by compare-and-swap.
 
-As kured and FleetLock have it: whoever wants to take a node away takes the lock for it first, and gives it back when
-the node is well again.  A lock that is overdue is not given up by itself, as its node may be the reason: others may
+As in kured and FleetLock: before a node is stopped on purpose the lock is taken for it, and it is released when the
+node is ready again.  A lock that is overdue is not released automatically, as its node may be the reason: others may
 take it then.
 """
 
@@ -115,7 +115,7 @@ async def nodes_and_time(client: Requests) -> tuple[list[Member], datetime]:
 
 
 async def holders_of(client: Requests) -> tuple[Holder, ...]:
-    """Who holds the lock now."""
+    """The holders of the lock now."""
     swarm = await client.get("/swarm", timeout_s=ANSWERS_WITHIN_S)
     return read((swarm["Spec"].get("Labels") or {}).get(MAINTENANCE, ""))
 

@@ -1,6 +1,6 @@
 """Points in time as people write them: ``10 min ago``, ``yesterday 14:00``, ``14:00``, RFC 3339.  Pure.
 
-They are read here and not by a manager, as only this machine knows the zone in which its user counts.
+They are read here and not by a manager, as the time zone is that of this machine.
 """
 
 import re

@@ -236,7 +236,7 @@ def filled(template: str, row: Mapping[str, Any]) -> str:
             return Struct(name, {key: value_of(each, key) for key, each in given.items()})
         if given is None or isinstance(given, str | int | float):
             return given
-        return msgspec.json.encode(given).decode()  # templates know no lists
+        return msgspec.json.encode(given).decode()  # templates have no lists
 
     def plain(value: Value) -> Any:
         if isinstance(value, Struct):

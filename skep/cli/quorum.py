@@ -42,8 +42,8 @@ def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     since = quorum["Since"].partition(".")[0].replace("T", " ").rstrip("Z")
     yield f"NO LEADER since {since} UTC: {answering} of {len(managers)} managers {verb}{missing}"
     yield "what follows is this manager's state of that time; containers go on running, nothing can be changed"
-    if trouble := quorum.get("Trouble"):
-        yield f"this manager itself: {trouble}"
+    if error := quorum.get("Trouble"):
+        yield f"this manager itself: {error}"
     if answering < needed:
         count = needed - answering
         them = "it" if len(silent) == 1 else f"{count} of them"

@@ -31,7 +31,7 @@ def reboot_lock() -> None:
 
 
 def whoami() -> str:
-    """What others are told of a holder."""
+    """The holder's name as shown to others."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
@@ -73,7 +73,7 @@ def release(host: HostOptions, node: str, everything: bool) -> None:
 @shows
 @click.pass_obj
 def status(host: HostOptions, output: Output) -> None:
-    """Show who has the lock.  Exit code 3: one is overdue.
+    """Show the holders of the lock.  Exit code 3: one is overdue.
 
     \b
     Examples:

@@ -16,7 +16,7 @@ _ID_CHARACTERS: Final = 12
 def build_images(docker: Sequence[str], stack: Stack, only: Collection[str]) -> Mapping[str, str]:
     """Build with ``docker``, the command and its flags; gives by image the name that services have to have.
 
-    An image of a registry is pushed there: its digest tells its versions apart.  For others nodes ask the managers by
+    An image of a registry is pushed there: its digest distinguishes its versions.  For others nodes ask the managers by
     name; each build gets one of its own, so that a service is updated when its image has changed, and a return to an
     earlier revision finds the image that it had.
 

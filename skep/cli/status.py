@@ -56,7 +56,7 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
     @property
     def is_well(self) -> bool:
-        """A node that is drained or paused is as its user wants it; a condition of one that is ready only warns."""
+        """A node may be drained or paused on purpose; a condition of one that is ready is only a warning."""
         return self.state == "ready" and self.is_reachable
 
 
@@ -74,7 +74,7 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """What a manager knows."""
+    """What a manager reports."""
 
     id: str = msgspec.field(name="ID", default="")
     leader: str = ""

@@ -44,7 +44,7 @@ async def find_target(client: RawClient, word: str) -> Target:
 
 
 async def find_target_or_docker(client: RawClient, word: str) -> Target | None:
-    """As ``find_target``; None: docker may know it: no such service or task, or this node is no manager."""
+    """As ``find_target``; None: docker may have it: no such service or task, or this node is no manager."""
     try:
         return await find_target(client, word)
     except NotFound:

@@ -47,7 +47,7 @@ def raw_terminal() -> Iterator[None]:
 
 @asynccontextmanager
 async def followed(resize: Resize) -> AsyncIterator[None]:
-    """In the block: tell the process the size whenever this terminal's changes."""
+    """In the block: send the process the size whenever this terminal's changes."""
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
 

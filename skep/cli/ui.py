@@ -32,7 +32,7 @@ def ui(host: HostOptions, port: int, *, no_browser: bool) -> None:
     """Open the dashboard of the cluster in a browser, until ctrl-c.
 
     Listens on 127.0.0.1 and passes the page's requests on to the node of the other commands: its socket, TLS, or ssh.
-    The address works once, for one browser; whoever opens it has the rights of this command's user.
+    The address works once, for one browser, which then has the rights of this command's user.
 
     \b
     Examples:

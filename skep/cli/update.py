@@ -62,7 +62,7 @@ def pause(host: HostOptions, names: tuple[str, ...]) -> None:
 @click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
 @click.pass_obj
 def resume(host: HostOptions, names: tuple[str, ...]) -> None:
-    """Let a paused update or rollback go on, whoever or whatever paused it.
+    """Resume a paused update or rollback, whether a user or a failure paused it.
 
     Failures until now do not count any more; those of later tasks do.
 

@@ -260,7 +260,7 @@ class _Upgrade:
         await self._hold(former)
 
     async def _hold(self, former: Holder | None = None, **changes: Any) -> None:
-        """Renew the lock, with ``changes`` of what it tells, or take it over from ``former``.
+        """Renew the lock, with ``changes`` of its contents, or take it over from ``former``.
 
         Raises: FailedPrecondition: another one has it, perhaps since it took it over from this one.
         """
@@ -379,10 +379,10 @@ class _Upgrade:
         say(f"{node.name}: has {self._means.version}")
 
     async def _rolled_back(self, node: Member, reason: str) -> str:
-        """Go back, and tell how it is now."""
+        """Roll the node back; gives the result as a sentence."""
         text = f"{node.name} did not come back with {self._means.version}: {reason}"
         if not self._means.can_roll_back:
-            return f"{text}; it stays drained, and is yours to repair: then --continue, or --abort"
+            return f"{text}; it stays drained: repair it, then --continue, or --abort"
         say(f"{node.name}: goes back to {node.version}")
         try:
             await self._means.roll_back(node)

@@ -1,4 +1,4 @@
-"""``skep user``: who may use the API over TCP, and how they prove it: certificates, tokens, docker contexts."""
+"""``skep user``: users of the API over TCP, and their credentials: certificates, tokens, docker contexts."""
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,7 +87,7 @@ def add(
     makes_context: bool,
     **where: Any,
 ) -> None:
-    """Add a user, with whatever proves who it is.
+    """Add a user, with credentials.
 
     \b
     Examples:
@@ -320,7 +320,7 @@ def renew(options: HostOptions, /, name: str | None, context: str, **where: Any)
 @shows
 @click.pass_obj
 def whoami(options: HostOptions, output: Output) -> None:
-    """Show who you are for the node that you talk to, and your roles.
+    """Show the user that the node takes you for, and its roles.
 
     \b
     Examples:

@@ -126,7 +126,7 @@ SETTINGS = (
     ),
     Setting(
         name="metrics-addr",
-        help="address:port where Prometheus reads /metrics and /sd by plain HTTP (none); whoever reaches it reads it",
+        help="address:port where Prometheus reads /metrics and /sd by plain HTTP (none); not authenticated",
         read=values.listening_addr,
         docker_key="metrics-addr",
     ),

@@ -82,7 +82,7 @@ class Driver:
     # --- controller -----------------------------------------------------------------------------------------------
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo:
-        """Make the volume, or find it made: a driver knows it by its name.  Raises: DriverLies: not as it was asked."""
+        """Make the volume, or find it made: drivers identify it by its name.  Raises: DriverLies: not as requested."""
         spec = volume.spec
         if not (await self._known_abilities()).creates:
             return VolumeInfo(volume_id=spec.name)  # it exists, under this id
@@ -110,7 +110,7 @@ class Driver:
     async def publish(
         self, volume: Volume, driver_node_id: str, secrets: Mapping[str, str]
     ) -> Mapping[str, str]:
-        """Make the volume available on a node; gives what the node's driver needs to know."""
+        """Make the volume available on a node; gives what the node's driver needs."""
         assert volume.info is not None, "only a created volume is published"
         if not (await self._known_abilities()).publishes:
             return {}
@@ -288,7 +288,7 @@ def checked_info(volume: pb.Volume) -> VolumeInfo:
 
 
 def discrepancy(volume: Volume, info: VolumeInfo) -> str:
-    """What of a volume as it was made is not as its user wants it, in a sentence; empty: nothing."""
+    """How a volume as it was made differs from its spec, in a sentence; empty: not at all."""
     wanted, has = volume.spec.capacity_range or CapacityRange(), info.capacity_bytes
     if has and has < wanted.required_bytes:
         return f"the driver made it with {has} bytes: {wanted.required_bytes} are required"

@@ -39,7 +39,7 @@ class NetClient:
 
     def __init__(self, path: Path, clock: Clock, rng: Callable[[], float], owner: str = "") -> None:
         self._owner = owner
-        self._ipc = IpcClient(path, clock, rng, whom="the net process", bytes_max=FRAME_BYTES_MAX)
+        self._ipc = IpcClient(path, clock, rng, server="the net process", bytes_max=FRAME_BYTES_MAX)
 
     async def reserve(
         self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None

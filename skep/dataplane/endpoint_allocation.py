@@ -85,8 +85,8 @@ class EndpointAllocation:
             return await self._local.take(container, network, request)
         if request.mac_address:
             raise Unimplemented(
-                f"containers on network {request.network} of the cluster do not have --mac-address: other nodes know "
-                "them by the one that follows from their address"
+                f"containers on network {request.network} of the cluster do not have --mac-address: other nodes use "
+                "the one that follows from their address"
             )
         named = msgspec.structs.replace(request, aliases=(container.name, *request.aliases))
         endpoint = await self._cluster.take(container.id, named)
@@ -111,8 +111,8 @@ class EndpointAllocation:
         for one in sandbox.endpoints:
             if one.config.attachment:
                 raise FailedPrecondition(
-                    f"the cluster knows the container on network {one.network_name} by its name: stop it first, or "
-                    f"take it from there (docker network disconnect)"
+                    f"the container's name is registered on network {one.network_name} of the cluster: stop it "
+                    "first, or disconnect it (docker network disconnect)"
                 )
         await self._local.rename(container, sandbox)
 

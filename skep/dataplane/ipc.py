@@ -55,13 +55,13 @@ class IpcClient:
     """
 
     def __init__(
-        self, path: Path, clock: Clock, rng: Callable[[], float], *, whom: str, bytes_max: int
+        self, path: Path, clock: Clock, rng: Callable[[], float], *, server: str, bytes_max: int
     ) -> None:
-        """``whom``: the other process, for error texts; ``bytes_max``: of a response."""
+        """``server``: the other process, for error texts; ``bytes_max``: of a response."""
         self._path = path
         self._clock = clock
         self._rng = rng
-        self._whom = whom
+        self._server = server
         self._bytes_max = bytes_max
         self._turn = asyncio.Lock()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
@@ -82,7 +82,7 @@ class IpcClient:
                         self.close()  # a response may still come: the connection cannot be used again
                         raise
         except TimeoutError as error:
-            raise Unavailable(f"{self._whom} does not answer on {self._path}") from error
+            raise Unavailable(f"{self._server} does not answer on {self._path}") from error
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""

@@ -47,7 +47,7 @@ log = structlog.get_logger()
 
 _AT_ONCE = 8
 """Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
-_STRANGERS_PART = "vxlan_filter"
+_FILTER_PART = "vxlan_filter"
 
 
 def node_reconciler(namespaces: Namespaces, repairs: Repairs) -> NetnsReconciler:
@@ -189,13 +189,13 @@ class Overlays:
         """The filter of VXLAN packets, before any device takes them."""
         if self._tables:
             table = vxlan_filter(self._tables, self._node_id, (BRIDGE,))
-            self._home.set_part(_STRANGERS_PART, State(), table)
+            self._home.set_part(_FILTER_PART, State(), table)
         else:
-            self._home.remove_part(_STRANGERS_PART)
+            self._home.remove_part(_FILTER_PART)
         await self._home.apply()
 
     async def _clear_home(self) -> None:
-        """Remove what no network wants at home; not before all have said what they want there."""
+        """Remove what no network needs in the node's own namespace; only after the state of all networks was set."""
         self._home.is_exclusive = True
         self._home.invalidate()
         await self._home.apply()

@@ -1,7 +1,7 @@
 """Ports of the node itself: no other program may listen where a container is published.
 
 A reserved port is a bound socket; the packets go to the container by nftables before they would reach it.  A daemon
-that wants the port meets EADDRINUSE, and so does Skep when another program has it.  The socket does not listen: a
+that binds the port gets EADDRINUSE, and so does Skep when another program has it.  The socket does not listen: a
 client that connects before the rules are there is refused, and not accepted by a socket that never answers.
 
 The net process holds the sockets (``Reservations``) and records them in a file, from which the net process that follows

@@ -62,7 +62,7 @@ class ApiSockets:
 
     Args:
         hosts: where the API is served.
-        run: the node's run directory, whose other sockets are nobody else's.
+        run: the node's run directory, whose other sockets are not for containers.
         volumes: the directory of the node's volumes.
     """
 
@@ -215,7 +215,7 @@ def _real(path: str) -> str:
     return os.path.realpath(path)
 
 
-class _Nobody:
+class _NotServed:
     """Serves no sockets."""
 
     def serve(self, container: Container, listener: socket.socket) -> None:
@@ -226,5 +226,5 @@ class _Nobody:
         """There is none."""
 
 
-NONE: Final = ApiSockets((), Path("/nonexistent"), _Nobody())
-"""Of an engine without a node around it: a container's socket is served by nobody."""
+NONE: Final = ApiSockets((), Path("/nonexistent"), _NotServed())
+"""Of an engine without a node around it: a container's socket is not served."""

@@ -1,8 +1,8 @@
 """AppArmor: Docker's ``docker-default``, where the machine has AppArmor.
 
-The profile confines what a container's processes may write below /proc and /sys and whom they may signal or trace, and
-keeps them from mounting, also where a capability would let them.  It is loaded once and lives in the kernel; a profile
-of that name that is loaded already (a Docker Engine's) is the same and stays.
+The profile confines what a container's processes may write below /proc and /sys, and which processes they may signal
+or trace, and keeps them from mounting, also where a capability would let them.  It is loaded once and stays in the
+kernel; a profile of that name that is loaded already (a Docker Engine's) is the same and stays.
 
 Source: moby/profiles, apparmor (template.go, apparmor.go); containerd, pkg/apparmor (HostSupports).
 """

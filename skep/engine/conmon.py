@@ -73,7 +73,7 @@ class Pipes(msgspec.Struct, frozen=True):
 class Conmons:
     """Starts conmons, in the cgroup of monitors.
 
-    On cgroup v1 a child is born where the *thread* is that forks it, so one thread sits there and starts
+    On cgroup v1 a child starts in the cgroup of the *thread* that forks it, so one thread stays there and starts
     them all: moving each conmon afterwards would cost several milliseconds per hierarchy, in which no
     process of the machine can fork.
     """

@@ -553,7 +553,7 @@ class Engine:
             self._store.change(container.id, plain=msgspec.structs.replace(plain, networks=networks))
 
     async def evict(self, container_id: ContainerId, network_id: str) -> None:
-        """Take a container from a network whose address the cluster wants back."""
+        """Disconnect a container from a network because the cluster reclaims its address."""
         try:
             await self.disconnect(container_id, network_id, network_id)
         except (NotFound, FailedPrecondition) as error:

@@ -98,7 +98,7 @@ def go_mode(mode: int) -> int:
 
 
 def status_of(path: str) -> dict[str, Any]:
-    """What ``docker cp`` is told of a path beforehand.  Raises: OSError."""
+    """What ``docker cp`` gets about a path beforehand.  Raises: OSError."""
     status = os.lstat(path)
     target = os.path.realpath(path) if stat.S_ISLNK(status.st_mode) else ""
     return {

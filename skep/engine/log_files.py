@@ -120,7 +120,7 @@ class Files:
         self._packed = 0
         """The inode of the path that was opened; of a compressed file it is not that of the one that is read."""
         self.has_gap = False
-        """Whether files were rotated away that nobody had read."""
+        """Whether files were rotated away before they were read."""
         self.damage = ""
         """What is wrong with a compressed file of which only a part could be read; its reader clears it."""
 

@@ -1,6 +1,6 @@
-"""Has a process of its own send the output of containers whose log driver sends it elsewhere.
+"""Runs a process that sends the output of containers whose log driver sends it elsewhere.
 
-Level-triggered: what the process was told is compared with the containers there are.  A process that ends is started
+Level-triggered: what was sent to the process is compared with the containers there are.  A process that ends is started
 again with pauses that grow; nothing is lost by that, as it goes on where the last one stopped.
 """
 
@@ -52,8 +52,8 @@ class LogForwarding:
         self._hostname = hostname
         self._events = events
         self._containers = containers
-        self._told: dict[ContainerId, bool] = {}
-        """What the present process sends, and whether it knows that the container has ended."""
+        self._sent: dict[ContainerId, bool] = {}
+        """Containers sent to the present process, and whether the end of the container was sent, too."""
         self._sending: set[str] = set()
         """What it has not sent whole, containers that were removed among it."""
         self.pid = 0
@@ -101,7 +101,7 @@ class LogForwarding:
 
     async def _run_process(self) -> None:
         async with _started() as process:
-            self._told, self._sending, self.pid = {}, set(), process.pid
+            self._sent, self._sending, self.pid = {}, set(), process.pid
             assert process.stdin is not None, "orders go through a pipe"
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 listening = group.create_task(self._listen(process), name="responses of the log sender")
@@ -109,7 +109,7 @@ class LogForwarding:
                     while True:
                         for order in self._orders(self._wanted()):
                             self._send(process.stdin, order)
-                        if not self._told and not self._sending:
+                        if not self._sent and not self._sending:
                             break
                         with suppress(ConnectionError):  # its end is seen by the listener
                             await process.stdin.drain()
@@ -131,19 +131,19 @@ class LogForwarding:
         return {one.id: one for one in self._containers() if is_sent(one)}
 
     def _orders(self, wanted: dict[ContainerId, Container]) -> list[Order]:
-        """What the process is to be told, so that it knows of ``wanted``."""
+        """What to send to the process, so that it has all of ``wanted``."""
         orders: list[Order] = []
         for id, container in wanted.items():
-            has_ended, known = not container.is_running, self._told.get(id)
+            has_ended, known = not container.is_running, self._sent.get(id)
             if known is None or (known and not has_ended):
                 orders.append(self._forward(container))
             elif has_ended and not known:
                 orders.append(End(id))
-            self._told[id] = has_ended
+            self._sent[id] = has_ended
             if id in self._holding:
                 orders.append(Hold(id))
-        removed = [id for id in self._told if id not in wanted]
-        return orders + [End(id) for id in removed if not self._told.pop(id)]
+        removed = [id for id in self._sent if id not in wanted]
+        return orders + [End(id) for id in removed if not self._sent.pop(id)]
 
     def _forward(self, container: Container) -> Forward:
         return Forward(

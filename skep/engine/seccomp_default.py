@@ -55,7 +55,7 @@ _IRREGULAR: Final = {
     "getfsuid32": None,
     "getfsgid32": None,
 }
-"""What the patterns above give too much, and what it is in truth."""
+"""Exceptions from the patterns above, with their value."""
 
 
 class Condition(NamedTuple):

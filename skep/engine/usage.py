@@ -1,7 +1,7 @@
-"""What containers use, for Prometheus: sampled beside the event loop while somebody asks, never by the request itself.
+"""What containers use, for Prometheus: sampled beside the event loop while there are requests, not by these.
 
-The names are cAdvisor's, which dashboards know.  A thousand containers are some hundred milliseconds of reading files
-of the kernel: a request gets the text of the last round.
+The names are cAdvisor's, which existing dashboards use.  A thousand containers are some hundred milliseconds of reading
+files of the kernel: a request gets the text of the last round.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from skep.model.times import SECOND_NS, unix_ns
 
 ROUND_S = 10.0
 """Between two rounds."""
-ASKED_S = 60.0
+REQUESTED_S = 60.0
 """Rounds go on for so long after a request."""
 _FIRST_S = 5.0
 """A request waits so long for the first round."""
@@ -45,15 +45,15 @@ class Usage:
         self._containers = containers
         self._cgroups = cgroups
         self._clock = clock
-        self._asked_at = float("-inf")
-        self._asked = asyncio.Event()
+        self._requested_at = float("-inf")
+        self._requested = asyncio.Event()
         self._first = asyncio.Event()
         self._text = b""
 
     async def text(self) -> bytes:
-        """Of running containers, at most ``ROUND_S`` old while it is asked for regularly."""
-        self._asked_at = self._clock.monotonic()
-        self._asked.set()
+        """Of running containers, at most ``ROUND_S`` old while it is requested regularly."""
+        self._requested_at = self._clock.monotonic()
+        self._requested.set()
         try:
             async with asyncio.timeout(_FIRST_S):
                 await self._first.wait()
@@ -64,12 +64,12 @@ class Usage:
     async def run(self) -> None:
         """Sample while it is asked for, until cancelled."""
         while True:
-            await self._asked.wait()
+            await self._requested.wait()
             self._text = await asyncio.to_thread(_page, await self._round())
             self._first.set()
             await self._clock.sleep(ROUND_S)
-            if self._clock.monotonic() - self._asked_at > ASKED_S:
-                self._asked.clear()
+            if self._clock.monotonic() - self._requested_at > REQUESTED_S:
+                self._requested.clear()
                 self._first.clear()  # what is known then is too old to be given
                 self._text = b""
 

@@ -132,7 +132,7 @@ class VolumePlugin:
         answer = await self._call("Plugin.Activate", None, _Activated, SHORT_S)
         if "VolumeDriver" not in (answer.implements or ()):
             raise NotFound(f'plugin "{self.name}" does not implement VolumeDriver')
-        with suppress(PluginRefused):  # older plug-ins do not know the call
+        with suppress(PluginRefused):  # older plug-ins do not have the call
             capable = await self._call("VolumeDriver.Capabilities", {}, _Capable, SHORT_S)
             is_global = capable.capabilities is not None and capable.capabilities.scope.lower() == "global"
             self.scope = "global" if is_global else LOCAL

@@ -36,7 +36,7 @@ _KILL_DEADLINE_S = 1.0
 """For the end of a process that was killed: in the kernel it may wait for longer, and is left alone."""
 _LABELS, _OPTIONS, _USES = "labels.json", "options.json", "uses.json"
 _DRIVER, _MOUNTS = "driver.json", "mounts.json"
-"""Of a volume of a plug-in: the plug-in's name, and the users for which it was told to mount the volume."""
+"""Of a volume of a plug-in: the plug-in's name, and the users for which it mounted the volume."""
 _USES_MAX = 64
 """Names that a volume keeps of those that used it, the latest ones."""
 _NAMELESS = re.compile(r"[0-9a-f]{64}")
@@ -153,7 +153,7 @@ class Volumes:
         return self.given_options(name) or {}
 
     def given_options(self, name: str) -> Mapping[str, str] | None:
-        """The same; None where whoever made it said nothing of options."""
+        """The same; None where it was made without any."""
         try:
             content = (self.path(name).parent / _OPTIONS).read_bytes()
             return msgspec.json.decode(content, type=dict[str, str])
@@ -384,7 +384,7 @@ class Volumes:
         return {"directory": directory, "target": point.source, "refused": own}
 
     def _mounts(self, name: str) -> set[str]:
-        """The users for which a plug-in was told to mount a volume; those of an earlier process, too."""
+        """The users for which a plug-in mounted a volume; those of an earlier process, too."""
         try:
             return set(msgspec.json.decode((self.path(name).parent / _MOUNTS).read_bytes(), type=list[str]))
         except FileNotFoundError:
@@ -398,14 +398,14 @@ class Volumes:
         replace_file(path, msgspec.json.encode(sorted(ids)), is_durable=False)
 
     async def _give_back(self, name: str) -> None:
-        """Tell the plug-in of a volume which of its users have ended.  Raises: Unavailable; its id is kept."""
+        """Have the plug-in of a volume unmount it for users that have ended.  Raises: Unavailable; the id is kept."""
         driver = self.driver(name)
         ended = self._mounts(name) - set(map(_mount_id, self._users[name])) if driver != LOCAL else ()
         for id in sorted(ended):
             try:
                 plugin = await self.plugins.get(driver)
                 await plugin.unmount(name, id)
-            except PluginRefused as error:  # it does not know of it, or will never let go
+            except PluginRefused as error:  # it has no such mount, or will never unmount it
                 log_error(error, "plugin did not unmount a volume", volume=name, driver=driver)
             except NotFound as error:
                 raise Unavailable(f"cannot unmount volume {name}: {error}") from error
@@ -592,5 +592,5 @@ def _is_mounted(options: Mapping[str, str]) -> bool:
 
 
 def _mount_id(user: str) -> str:
-    """What a plug-in is told of a user: 64 hexadecimal digits, as an engine gives it."""
+    """The id of a user for a plug-in: 64 hexadecimal digits, as an engine gives it."""
     return hashlib.sha256(user.encode()).hexdigest()

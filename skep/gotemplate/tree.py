@@ -1,6 +1,6 @@
 """The tree of a template.
 
-Every node knows its position (in characters) and, as ``str``, its text as Go's errors show it.
+Every node has its position (in characters) and, as ``str``, its text as Go's errors show it.
 
 Source: Go 1.24, text/template/parse/node.go.
 """
@@ -16,7 +16,7 @@ NAME = "expansion"
 
 @dataclass
 class Budget:
-    """What templates may still cost: they come from users, and who expands them is shared."""
+    """What templates may still cost: they come from users, and the process that expands them is shared."""
 
     tokens: int = 50_000
     """Words and signs of the texts."""

@@ -175,7 +175,7 @@ def _value_of(name: str, rest: list[str]) -> str:
     if not re.fullmatch(r"[a-z0-9-]+", name):
         raise InvalidArgument(f"docker run has no option --{name}")
     if not rest:
-        raise InvalidArgument(f"docker run: --{name} wants a value")
+        raise InvalidArgument(f"docker run: --{name} needs a value")
     return rest.pop(0)
 
 
@@ -202,5 +202,5 @@ def _others(given: dict[str, list[str]]) -> dict[str, Any]:
 def _ulimit(text: str) -> Any:
     soft, separator, hard = text.partition(":")
     if not re.fullmatch(r"-?[0-9]{1,19}(:-?[0-9]{1,19})?", text):
-        raise InvalidArgument(f"docker run: --ulimit wants NAME=SOFT[:HARD], not {text!r}")
+        raise InvalidArgument(f"docker run: --ulimit needs NAME=SOFT[:HARD], not {text!r}")
     return {"soft": int(soft), "hard": int(hard)} if separator else int(soft)

@@ -1,1 +1,1 @@
-"""Wrappers of the operating system for all parts; no domain knowledge."""
+"""Wrappers of the operating system for all parts; nothing of clusters."""

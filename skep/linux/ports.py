@@ -13,7 +13,7 @@ _EPHEMERAL = range(32768, 61000)
 def read_listening_ports(
     proc: Path = Path("/proc/net"), settings: Path = Path("/proc/sys/net/ipv4")
 ) -> frozenset[tuple[str, int]]:
-    """``(protocol, port)`` of every listening TCP socket and every UDP socket that waits for anybody's packets.
+    """``(protocol, port)`` of every listening TCP socket and every UDP socket that receives packets of any source.
 
     Ports that the kernel gives to programs that ask for any are left out: clients have them, for moments, as have
     servers of tests, file transfers and remote calls.  Of IPv6 sockets those of all addresses count, since they take

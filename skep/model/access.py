@@ -1,4 +1,4 @@
-"""Who makes a request, and what the identity's roles reach: the whole cluster, or single stacks."""
+"""The identity of a request, and what its roles reach: the whole cluster, or single stacks."""
 
 import re
 from enum import Enum, IntEnum
@@ -40,7 +40,7 @@ class Binding(msgspec.Struct, frozen=True, order=True):
 
 
 class Origin(Enum):
-    """How the client of a request proved who it is."""
+    """How the client of a request proved its identity."""
 
     SOCKET = "socket"
     """By the permissions of a unix socket of this machine."""

@@ -1,4 +1,4 @@
-"""Rights over its machine that a service asks for by labels of its containers, and who allows them.
+"""Rights over its machine that a service asks for by labels of its containers, and what allows them.
 
 Docker's services have no field for devices, privileges, GPUs, shared memory and the machine's namespaces.  Labels of
 the *container* say it, because they belong to the task's spec: a change of them rolls the tasks, a rollback takes it
@@ -198,7 +198,7 @@ def allowed_by(labels: Mapping[str, str]) -> frozenset[Right]:
 
 
 def reported_rights(rights: frozenset[Right]) -> str:
-    """The kinds as a node reports them; without their names where managers of other versions may not know one."""
+    """The kinds as a node reports them; without their names where managers of other versions may not have one."""
     return "all" if rights == ALL_RIGHTS else rights_text(rights)
 
 

@@ -59,7 +59,7 @@ def _invalid(text: str, reason: str) -> InvalidArgument:
 
 
 def secret_env_warning(container: ContainerSpec | None) -> str:
-    """A sentence for who creates or updates the service; empty: it has no such variables."""
+    """A warning for the user that creates or updates the service; empty: it has no such variables."""
     names = ", ".join(sorted(secret_variables(container)))
     if not names:
         return ""

@@ -1,6 +1,6 @@
 """Local volumes with the data of a service's slots: which node has them.
 
-A node reports, in an engine label, which slots have used its volumes, so that managers know it after the tasks are gone
+A node reports, in an engine label, which slots have used its volumes, so that managers have it after the tasks are gone
 and while the node is down.
 """
 

@@ -1,4 +1,4 @@
-"""Users of the API: their roles, and what proves who they are."""
+"""Users of the API: their roles, and their credentials."""
 
 import msgspec
 
@@ -48,7 +48,7 @@ class User(ApiObject):
 
 
 class Credentials(msgspec.Struct, frozen=True, kw_only=True):
-    """What the node process has to know of a user.  Times are unix nanoseconds."""
+    """What the node process needs of a user.  Times are unix nanoseconds."""
 
     name: str
     bindings: tuple[Binding, ...]
@@ -59,7 +59,7 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AccessTable(msgspec.Struct, frozen=True, kw_only=True):
-    """What a manager tells the node process of its machine, whenever it changes.
+    """What a manager sends to the node process of its machine, whenever it changes.
 
     ``root_pem``: of the users' certificates; empty: there are none.  ``is_current``: whether the manager sees
     removals; one without contact to the others does not.

@@ -18,7 +18,7 @@ from skep.model.node import Topology
 from skep.model.times import ZERO_TIME, Timestamp
 
 NOT_PUBLISHED = "it is not published on this node"
-"""In the error of a task that waited for it in vain; the manager adds the reason, which the node is not told."""
+"""In the error of a task that waited for it in vain; the manager adds the reason, which the node does not have."""
 
 GROUP_PREFIX = "group:"
 """Of a mount's source: any volume of that group."""
@@ -137,7 +137,7 @@ class ClusterVolumeSpec(ApiObject):
 
 
 class VolumeSpec(ApiObject):
-    """A volume as its user wants it."""
+    """A volume as its user specifies it."""
 
     name: str = ""
     labels: Mapping[str, str] = always({})
@@ -171,7 +171,7 @@ class PublishStatus(ApiObject):
     driver_node_id: str = ""
     """The node's id in the driver."""
     is_closing: bool = False
-    """While it is published: no task gets it on that node any more, which the node is not told yet."""
+    """While it is published: no task gets it on that node any more, which was not sent to the node yet."""
     message: str = ""
 
     @property

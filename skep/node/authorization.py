@@ -1,6 +1,6 @@
-"""What a node knows of the objects that requests are about, for their authorization.
+"""The objects that requests are about, as a node has them, for authorization.
 
-Networks of the cluster are its manager's, which knows their stacks and checks the request again.
+Networks of the cluster are the manager's, which has their stacks and checks the request again.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class NodeObjects:
             body = await read_json(request, NetworkBody)
             if not body.is_of_cluster:
                 raise PermissionDenied("only administrators may make networks of one node")
-            return Facts()  # the manager to which it is passed on knows more
+            return Facts()  # the manager to which it is passed on checks it
         key = "id" if "id" in request.match_info else "name"
         word = request.match_info[key]
         match rule.kind:
@@ -71,9 +71,9 @@ class NodeObjects:
 
     async def _network(self, request: web.Request, word: str) -> Known:
         """Raises: the manager's error; of a network that is the node's own, NotFound."""
-        who = {IDENTITY_HEADER: packed(identity_of(request)).decode()}
+        headers = {IDENTITY_HEADER: packed(identity_of(request)).decode()}
         path = f"/networks/{quote(word, safe='')}"
-        response = await self._cluster.request_manager("GET", path, b"", who)
+        response = await self._cluster.request_manager("GET", path, b"", headers)
         if response.status >= 300:
             raise response.error()
         found = msgspec.json.decode(response.body)

@@ -4,7 +4,7 @@ Both have a store of their own: services run from this node's, plain containers 
 other one has is copied when it is needed.  What a name means is decided by the store in which it changed last:
 ``theirs_is_newer`` compares the image that the engine has under a name with the one that it had there when it was
 looked at last.  A name that has moved in the engine is taken from this node's image at once (``reconcile``), so that
-the old one is not found any more; the new one comes when a service wants it.
+the old one is not found any more; the new one is copied when a service needs it.
 """
 
 import asyncio

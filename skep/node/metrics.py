@@ -32,7 +32,7 @@ from skep.node.events import NodeEvents
 log = structlog.get_logger()
 
 KEPT_S = 1.0
-"""A page is given to all who ask within this time."""
+"""A page is the response to all requests within this time."""
 _MANAGER_S = 4.0
 """Prometheus gives up after ten."""
 _NET_S = 2.0
@@ -76,7 +76,7 @@ class NodeMetrics:
                 group.create_task(self._sources.usage.run())
 
     async def text(self) -> bytes:
-        """The page, one for all who ask within a second: whoever reaches the address can ask as often as they like.
+        """The page, one for all requests within a second: any client that reaches the address can send many.
 
         What does not answer in time is left out: ``skep_manager_up`` says so of the manager.
         """

@@ -1,6 +1,6 @@
 """``metrics-addr``: the node's page for Prometheus, and the list of nodes to ask, by plain HTTP as in Docker.
 
-Whoever reaches the address reads it.  Nothing can be changed there, and no secret or environment is shown.
+Every client that reaches the address can read it.  Nothing can be changed there, and no secret or environment is shown.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ async def serving_metrics(addr: tuple[str, int] | None, metrics: NodeMetrics) ->
             idle = next((one for one in server.connections if one not in busy), None)
             if idle is None:
                 return _Refused()
-            idle.force_close()  # whoever reaches the address can open these: they do not keep Prometheus out
+            idle.force_close()  # any client that reaches the address can open these: Prometheus still connects
         return server()
 
     try:
@@ -117,7 +117,7 @@ class _Refused(asyncio.Protocol):
 
 
 def targets(nodes: list[Mapping[str, Any]], port: int) -> list[Mapping[str, Any]]:
-    """For ``http_sd_configs``: each node, whether it is up or not, so that an alert can tell the difference.
+    """For ``http_sd_configs``: each node, whether it is up or not, so that an alert can distinguish the two.
 
     Source: https://prometheus.io/docs/prometheus/latest/http_sd/
     """

@@ -341,7 +341,7 @@ class Node:
         )
 
     def _part_labels(self) -> Mapping[str, str]:
-        """Labels of the node that its parts know."""
+        """Labels of the node from its parts."""
         plane = self._data_plane
         encryption = plane.tunnels.labels() if plane is not None else {}
         mesh = plane.mesh.published if plane is not None else frozenset()

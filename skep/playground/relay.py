@@ -1,9 +1,9 @@
 """Published ports of a playground at 127.0.0.1 of the machine that it runs on.
 
-The nodes' addresses exist in the playground's own namespaces only; the machine would send packets for them to whoever
-has them on its network.  So one process listens on loopback for each published TCP port, and connects to the nodes
-from the switch's namespace.  It runs until the playground is removed, and reads the published ports
-from the managers once a second.
+The nodes' addresses exist in the playground's own namespaces only; the machine would send packets for them to another
+machine on its network that has them.  So one process listens on loopback for each published TCP port, and
+connects to the nodes from the switch's namespace.  It runs until the playground is removed, and reads the published
+ports from the managers once a second.
 """
 
 import asyncio

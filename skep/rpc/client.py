@@ -88,7 +88,7 @@ class ClientStream(Stream):
         return self.ends_after_unsent and not self.unsent
 
     def begin(self, block: bytes, message: bytes | None, *, is_last: bool) -> None:
-        """Send the headers and the first message; None: the server speaks first."""
+        """Send the headers and the first message; None: the server sends first."""
         head = frames.frame(frames.HEADERS, frames.END_HEADERS, self.id, block)
         if message is None:
             self._connection.write(head)

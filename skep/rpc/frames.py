@@ -57,7 +57,7 @@ class Code(IntEnum):
 
 
 class Violation(Exception):
-    """The peer does not speak HTTP/2 as agreed, or wants too much: nothing that follows can be understood."""
+    """The peer violates HTTP/2 or a limit: nothing that follows can be interpreted."""
 
     def __init__(self, reason: str, code: Code = Code.PROTOCOL_ERROR) -> None:
         super().__init__(reason)

@@ -2,7 +2,7 @@
 
 Decoding is a function of the block and of the table that the blocks before it have built.  Nodes send each other's
 blocks: the first of each connection is the same for all of a kind, and so is the table after it.  Therefore tables
-are values, shared by all connections that have come to the same one, and the function remembers its last results.  A
+are values, shared by all connections that have come to the same one, and the function caches its last results.  A
 client announces a table of size 0, so that a block of a response can be decoded without state.
 
 Source: RFC 7541, gRPC's PROTOCOL-HTTP2.md.
@@ -23,13 +23,13 @@ from skep.rpc.status import PUSHBACK, CallFailed, encode_message
 HEADER_LIST_BYTES_MAX = 64 * 1024
 """Of one request, decoded."""
 REMEMBERED = 256
-"""Blocks whose meaning, or whose bytes, are remembered among all connections."""
+"""Blocks whose meaning, or whose bytes, are cached for all connections."""
 REMEMBERED_BYTES_MAX = 1024
 """A longer block is decoded each time: the cache stays small whatever peers send."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a server of gRPC has to know of a call's headers; a missing one is empty."""
+    """What a server of gRPC needs of a call's headers; a missing one is empty."""
 
     method: str
     path: str

@@ -173,7 +173,7 @@ class ServerStream(Stream):
             self._reset_unless_ended()
 
     async def refuse(self, http_status: int) -> None:
-        """Send an HTTP status to a client that does not speak gRPC."""
+        """Send an HTTP status to a client that does not use gRPC."""
         await self.drained()
         self._end_with(headers.refusal(http_status))
         self._reset_unless_ended()

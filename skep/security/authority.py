@@ -146,7 +146,7 @@ class Authority:
         """A certificate (PEM chain) of ``identity`` for this key.  It does not outlive its root.
 
         Args:
-            not_before_s: unix seconds; a clock that is behind that counts as standing there.
+            not_before_s: unix seconds; a clock that is behind that counts as that time.
         """
         now = moment(max(self._clock.now_ns(), not_before_s * SECOND_NS))
         not_after = min(now + max(lifetime, NODE_LIFETIME_MIN), self._certificate.not_valid_after_utc)

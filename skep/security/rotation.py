@@ -65,7 +65,7 @@ class Roots(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_about_roots(present: CAConfig, config: CAConfig) -> bool:
-    """Whether a request may change the roots, or who signs with them.
+    """Whether a request may change the roots, or what signs with them.
 
     Others need no external authority, which may be away; SwarmKit calls it for each of them.
     """

@@ -15,7 +15,7 @@ from skep.stack.containers import Volumes
 from skep.stack.document import Node, Place, Problem
 from skep.stack.project import NAMESPACE, Stack, StackFile, StackNetwork, StackService, versioned_name
 from skep.stack.reading import Reader, Report, meant_by
-from skep.stack.services import Surroundings, service_of
+from skep.stack.services import StackObjects, service_of
 
 _NAME: Final = re.compile(r"[a-zA-Z0-9._-]+")
 _STACK_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
@@ -46,7 +46,7 @@ def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes
         if version_1:
             top.names()
     networks = _networks(top, name, services)
-    around = Surroundings(
+    objects = StackObjects(
         stack=name,
         volumes=Volumes(_volumes(top, name)),
         networks=networks,
@@ -57,15 +57,15 @@ def stack_of(document: Node, name: str, contents: Mapping[tuple[str, str], bytes
     for service, node in services.items():
         if not _NAME.fullmatch(service):
             report.problems.append(_bad_name(node.place, service))
-        made[service] = service_of(service, node, around, report)
+        made[service] = service_of(service, node, objects, report)
     top.close()
     used = {one.target for service in made.values() for one in service.spec.task_template.networks}
     stack = Stack(
         name=name,
         services=made,
         networks={key: one for key, one in networks.items() if one.name in used},
-        secrets=around.secrets,
-        configs=around.configs,
+        secrets=objects.secrets,
+        configs=objects.configs,
     )
     _check_dependencies(stack, report)
     _check_names(stack, report)

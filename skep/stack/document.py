@@ -1,4 +1,4 @@
-"""YAML documents as trees of nodes that know where they stand in their files.
+"""YAML documents as trees of nodes with their places in the files.
 
 The dialect is that of Compose: YAML 1.2 with octal numbers that begin with 0, merge keys (``<<``), and the tags
 ``!reset`` and ``!override``.  A key that is written twice is an error, as is an anchor that contains itself.
@@ -292,7 +292,7 @@ class _Builder:
             self._refuse(place, f"values are nested more than {_DEPTH_MAX} levels deep")
         owner = self._open[-1] if self._open else None
         if owner is not None and owner.is_mapping and owner.key is None:
-            self._refuse(place, "a key is text, not a list or a mapping: a value with { or [ wants quotes")
+            self._refuse(place, "a key is text, not a list or a mapping: a value with { or [ needs quotes")
         tag, is_mapping = self._tag(event.tag, place), isinstance(event, yaml.MappingStartEvent)
         self._open.append(_Open(is_mapping, place, tag, event.anchor, {}, {}, [], []))
 

@@ -1,7 +1,7 @@
-"""Keys of a mapping read by their type, with what is wrong collected and no key forgotten.
+"""Keys of a mapping read by their type, with all problems collected and no key passed over.
 
-Whoever reads a mapping asks for every key that exists; ``close`` then knows which keys of the file nobody asked for,
-and which of the known ones is most like them.
+The reader of a mapping reads every key that is supported; ``close`` then reports the keys of the file that were not
+read, each with the supported key that is most like it.
 """
 
 import difflib
@@ -22,7 +22,7 @@ _FACTORS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40
 
 
 class Report:
-    """What is wrong with a stack's files, and what a reader of them should know."""
+    """Problems of a stack's files, and warnings."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -42,19 +42,19 @@ class Reader:
         self.path = path
         self.report = report
         self._node = node
-        self._asked: dict[str, None] = {}
+        self._read: dict[str, None] = {}
         entries = node.entries
         if entries is None and node.value is not None:
             self._problem(node.place, path, f"want a mapping, not {node.kind}")
         self._entries = entries or {}
 
     def __contains__(self, key: str) -> bool:
-        self._asked[key] = None
+        self._read[key] = None
         return key in self._entries
 
     def node(self, key: str) -> Node | None:
         """The value of ``key``; None, too, where it is nothing."""
-        self._asked[key] = None
+        self._read[key] = None
         found = self._entries.get(key)
         return None if found is None or found.value is None else found
 
@@ -72,7 +72,7 @@ class Reader:
         self._problem(found.place if found is not None else self.place, self.at(key), text)
 
     def warn(self, key: str, text: str) -> None:
-        """``key`` has no effect, or another than somebody may expect."""
+        """``key`` has no effect, or one that may be unexpected."""
         found = self._entries.get(key)
         self.report.warnings.append(
             Problem(found.place if found is not None else self.place, self.at(key), text)
@@ -89,8 +89,8 @@ class Reader:
             self.warn(key, why)
 
     def skip(self, *keys: str) -> None:
-        """Keys that somebody else reads."""
-        self._asked.update(dict.fromkeys(keys))
+        """Keys that are read elsewhere."""
+        self._read.update(dict.fromkeys(keys))
 
     def text(self, key: str) -> str:
         """A text; numbers and booleans as they are written."""
@@ -276,7 +276,7 @@ class Reader:
 
     def names(self) -> dict[str, Node]:
         """All entries, each asked for; those of extensions (``x-``) left out."""
-        self._asked.update(dict.fromkeys(self._entries))
+        self._read.update(dict.fromkeys(self._entries))
         return {name: one for name, one in self._entries.items() if not name.startswith("x-")}
 
     def checked(self, key: str, make: Callable[[], T]) -> T | None:
@@ -288,12 +288,12 @@ class Reader:
             return None
 
     def close(self, *, hints: dict[str, str] | None = None) -> None:
-        """Report the keys that nobody asked for.  ``hints``: what to say of some."""
+        """Report the keys that were not read.  ``hints``: what to say of some."""
         for name in self._entries:
-            if name in self._asked or name.startswith("x-"):
+            if name in self._read or name.startswith("x-"):
                 continue
             place = self._node.keys.get(name, self.place)
-            hint = (hints or {}).get(name, "") or meant_by(name, tuple(self._asked))
+            hint = (hints or {}).get(name, "") or meant_by(name, tuple(self._read))
             self._problem(place, self.at(name), f"this key is not known{hint}")
 
     def _text(self, node: Node, path: str) -> str:

@@ -47,7 +47,7 @@ _PORT: Final = re.compile(
 _PROTOCOLS: Final = ("tcp", "udp", "sctp")
 
 
-class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+class StackObjects(msgspec.Struct, frozen=True, kw_only=True):
     """What the services of a stack refer to, by the names in its files."""
 
     stack: str
@@ -57,34 +57,34 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     configs: Mapping[str, StackFile]
 
 
-def service_of(name: str, node: Node, around: Surroundings, report: Report) -> StackService:
+def service_of(name: str, node: Node, objects: StackObjects, report: Report) -> StackService:
     """The service ``name``; what is wrong with it is in ``report``."""
     service = Reader(node, f"services.{name}", report)
     deploy = service.reader("deploy") or Reader(Node({}, node.place), service.at("deploy"), report)
     image, build = service.text("image"), _build(service)
     if service.node("image") is None and build is None:
         service.problem("image", "the service has neither image nor build")
-    image = image or f"{around.stack}-{name}:latest"
+    image = image or f"{objects.stack}-{name}:latest"
     container = replace(
-        container_of(service, around.volumes),
+        container_of(service, objects.volumes),
         image=image,
-        labels=service.labels("labels") | {NAMESPACE: around.stack} | rights_labels(service, deploy),
-        secrets=_secrets(service, around.secrets),
-        configs=_configs(service, around.configs),
+        labels=service.labels("labels") | {NAMESPACE: objects.stack} | rights_labels(service, deploy),
+        secrets=_secrets(service, objects.secrets),
+        configs=_configs(service, objects.configs),
     )
     ports, labels = _ports(service)
-    labels |= deploy.labels("labels") | _x_skep(service) | {NAMESPACE: around.stack, IMAGE: image}
+    labels |= deploy.labels("labels") | _x_skep(service) | {NAMESPACE: objects.stack, IMAGE: image}
     mode = mode_of(service, deploy)
     is_job = mode.replicated_job is not None or mode.global_job is not None
     spec = ServiceSpec(
-        name=f"{around.stack}_{name}",
+        name=f"{objects.stack}_{name}",
         labels=labels,
         task_template=TaskSpec(
             container_spec=container,
             resources=resources_of(service, deploy),
             restart_policy=restart_of(service, deploy),
             placement=placement_of(service, deploy),
-            networks=_networks(name, service, around),
+            networks=_networks(name, service, objects),
             log_driver=_logging(service.reader("logging")),
         ),
         mode=mode,
@@ -210,7 +210,7 @@ def _build(service: Reader) -> Build | None:
 # --- networks and ports --------------------------------------------------------------------------------------------
 
 
-def _networks(name: str, service: Reader, around: Surroundings) -> tuple[NetworkAttachmentConfig, ...]:
+def _networks(name: str, service: Reader, objects: StackObjects) -> tuple[NetworkAttachmentConfig, ...]:
     mode, attached = service.text("network_mode"), service.named("networks")
     alias = [one for one in (service.text("container_name"),) if one]
     if mode:
@@ -222,7 +222,7 @@ def _networks(name: str, service: Reader, around: Surroundings) -> tuple[Network
     made: list[NetworkAttachmentConfig] = []
     for key, node in (attached or {"default": Node(None, service.place)}).items():
         one = Reader(node, f"{service.at('networks')}.{key}", service.report)
-        network = around.networks.get(key)
+        network = objects.networks.get(key)
         if network is None:
             service.problem(
                 "networks", f"there is no network {key}: declare it in the networks at the top of the file"
@@ -264,14 +264,14 @@ def _ports(service: Reader) -> tuple[tuple[PortConfig, ...], dict[str, str]]:
                     )
                 labels[f"{PREFIX}{port.published_port}/{port.protocol}.host-ip"] = address
                 if not port.published_port and len(service.report.problems) == before:
-                    service.problem_at(node, path, "an address of the node wants a published port")
+                    service.problem_at(node, path, "an address of the node needs a published port")
     return tuple(sorted(made, key=lambda one: (one.published_port, one.target_port, one.protocol))), labels
 
 
 def _long_port(port: Reader) -> list[tuple[PortConfig, str]]:
     target = port.integer("target", 1, 65535)
     if target is None and port.node("target") is None:
-        port.problem("target", "a published port wants its target, the port in the container")
+        port.problem("target", "a published port needs its target, the port in the container")
     mode = port.choice("mode", "ingress", "host")
     published, address = port.text("published"), port.text("host_ip")
     protocol = port.choice("protocol", *_PROTOCOLS)

@@ -19,7 +19,7 @@ USERS: Final = 3
 """From this level on there may be objects of the kinds ``user`` and ``quota``."""
 
 JOURNAL: Final = 3
-"""From this level on there is a journal: a leader that does not know it would not keep it within its bounds."""
+"""From this level on there is a journal: a leader of a lower level would not keep it within its bounds."""
 
 LOWEST: Final = 1
 """The level of managers that do not report one."""
@@ -33,6 +33,6 @@ def decoded_level(stored: bytes) -> int:
         raise FailedPrecondition(f"the cluster's level is damaged: {stored!r}") from error
     if level > LEVEL:
         raise FailedPrecondition(
-            f"the cluster is at level {level}; this version of Skep knows level {LEVEL} only: upgrade this manager"
+            f"the cluster is at level {level}; this version of Skep supports level {LEVEL} only: upgrade this manager"
         )
     return level

@@ -306,7 +306,7 @@ class MemoryStore(Updater):
             self._show(self.delivered)
 
     def partition(self) -> None:
-        """Separate this manager from the others: no quorum, no changes.  The test moves leadership, if it wants to."""
+        """Separate this manager from the others: no quorum, no changes.  The test may move leadership."""
         self.faults.is_partitioned = True
 
     def heal(self) -> None:

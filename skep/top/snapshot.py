@@ -1,4 +1,4 @@
-"""What ``skep top`` knows of a cluster at one moment, and what an event says about it: pure."""
+"""The state of a cluster that ``skep top`` shows, and how an event changes it: pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -110,7 +110,7 @@ def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
 
 
 class _State:
-    """What is known, and whom to tell."""
+    """The cluster as seen until now; ``publish`` gets each new state."""
 
     def __init__(self, publish: Publish) -> None:
         self._publish = publish

@@ -29,7 +29,7 @@ class Access(Enum):
     """Which callers are authorized, by the certificate of the connection."""
 
     OPEN = auto()
-    """Anybody, with or without a certificate: that is how a machine becomes a node."""
+    """Any caller, with or without a certificate: that is how a machine becomes a node."""
     NODE = auto()
     """Every node of this cluster."""
     MANAGER = auto()

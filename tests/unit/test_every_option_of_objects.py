@@ -279,11 +279,11 @@ REFUSED_BRIDGE_NETWORK = {
     "IPAM.Driver": "could not resolve driver nosuch in registry",
     "EnableIPv4": "IPv4 cannot be disabled",
     "EnableIPv6": "IPv4 only (--ipv6)",
-    f"Options[{_BRIDGE}.name]": f"do not know the option {_BRIDGE}.name=br7",
-    f"Options[{_BRIDGE}.enable_icc]": f"do not know the option {_BRIDGE}.enable_icc=false",
-    f"Options[{_BRIDGE}.enable_ip_masquerade]": f"do not know the option {_BRIDGE}.enable_ip_masquerade=false",
-    f"Options[{_BRIDGE}.host_binding_ipv4]": f"do not know the option {_BRIDGE}.host_binding_ipv4=127.0.0.1",
-    "Options[any other]": "do not know the option any other=x",
+    f"Options[{_BRIDGE}.name]": f"do not have the option {_BRIDGE}.name=br7",
+    f"Options[{_BRIDGE}.enable_icc]": f"do not have the option {_BRIDGE}.enable_icc=false",
+    f"Options[{_BRIDGE}.enable_ip_masquerade]": f"do not have the option {_BRIDGE}.enable_ip_masquerade=false",
+    f"Options[{_BRIDGE}.host_binding_ipv4]": f"do not have the option {_BRIDGE}.host_binding_ipv4=127.0.0.1",
+    "Options[any other]": "do not have the option any other=x",
 }
 REFUSED_VOLUME = {
     "Driver": 'error looking up volume plugin nosuch: plugin "nosuch" not found',

@@ -117,7 +117,7 @@ def _check_options(options: Mapping[str, str]) -> None:
             if not (value.isascii() and value.isdigit() and int(value) in MTUS):
                 raise InvalidArgument(f"invalid value for {name}: {value}")
         elif value not in _NEUTRAL.get(name, ()):
-            raise Unimplemented(f"bridge networks of this node do not know the option {name}={value}")
+            raise Unimplemented(f"bridge networks of this node do not have the option {name}={value}")
 
 
 def settled_subnet(configs: list[SubnetBody], taken: list[IPv4Network]) -> SubnetBody:

@@ -1,4 +1,4 @@
-"""Keeps the node's own networks over restarts, and gives the gateway bridge the subnet that the user wants."""
+"""Keeps the node's own networks over restarts, and gives the gateway bridge the subnet that the user specifies."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -272,7 +272,7 @@ class LocalNetworks:
         self._keep(replace(kept, bridges=rest))
 
     async def make_gateway(self, body: NetworkBody) -> LocalNetwork:
-        """The gateway bridge as the user wants it.
+        """Make the gateway bridge as the user specifies it.
 
         Raises: AlreadyExists: it is there; InvalidArgument, Forbidden, Unimplemented: it cannot be so.
         """

@@ -103,7 +103,7 @@ def gateway_of(network: LocalNetwork) -> IPv4Address:
 
 
 def head_of(network: LocalNetwork) -> NetworkHead:
-    """A network as overlays know one: it has no other node to reach."""
+    """A network as overlays have one: it has no other node to reach."""
     parent = parent_of(network)
     return NetworkHead(
         id=NetworkId(network.id),

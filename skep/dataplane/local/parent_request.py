@@ -68,7 +68,7 @@ def _check_options(network: LocalNetwork, others: Collection[LocalNetwork], devi
     driver, known = network.driver, {PARENT_OPTION, MTU_OPTION, f"{network.driver}_mode"}
     for name, value in sorted(network.options.items()):
         if name not in known:
-            raise Unimplemented(f"{driver} networks of this node do not know the option {name}={value}")
+            raise Unimplemented(f"{driver} networks of this node do not have the option {name}={value}")
     mode = network.options.get(f"{driver}_mode", "")
     if mode and mode not in PARENT_MODES[driver]:
         default = PARENT_MODES[driver][0]

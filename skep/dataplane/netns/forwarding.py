@@ -32,8 +32,8 @@ def ipv6_refusal() -> str:
 def forward_ipv6(settings: Path = _IPV6) -> None:
     """Let packets of others pass.  ``settings``: where the kernel shows them.
 
-    A router takes no default route from other routers, unless it is told to go on doing so.  That comes first: the
-    moment it becomes one, such routes are dropped.
+    A router takes no default route from other routers, unless ``accept_ra`` is 2.  That is set first: such routes are
+    dropped in the moment in which it becomes a router.
     """
     for setting in settings.glob("*/accept_ra"):
         with suppress(OSError):  # a device that goes at this moment: a container's, perhaps

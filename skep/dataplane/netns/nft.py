@@ -2,8 +2,8 @@
 
 Threads may call it at once, each in its network namespace: a change waits in the kernel, not on the processor.  One
 thing libnftables keeps for the whole process and without a lock, the names and indexes of interfaces, and it empties
-that list whenever a context is freed.  What may look there (``list``, which prints anybody's rules, but for one
-set; texts with ``iif`` or ``oif``) therefore runs alone.  Ours say ``iifname`` and ``oifname``, which never look.
+that list whenever a context is freed.  What may read it (``list``, which prints the rules of all programs, but for
+one set; texts with ``iif`` or ``oif``) therefore runs alone.  Ours say ``iifname`` and ``oifname``, which never do.
 
 Source: nftables 1.0.6, src/iface.c.
 """

@@ -1,7 +1,7 @@
 """Which nftables tables another writer has changed, from the kernel's notifications.
 
 nftables reports what each transaction changed and, last, the name of the thread that made it.  All threads of a
-``Namespaces`` have its name, so Skep's own transactions are told from others'.
+``Namespaces`` have its name, so Skep's own transactions are recognized.
 
 Source: linux, net/netfilter/nf_tables_api.c (nf_tables_gen_notify).
 """

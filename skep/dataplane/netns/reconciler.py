@@ -107,18 +107,18 @@ class NetnsReconciler:
         return self._namespaces.writer
 
     def set_part(self, part: str, state: State, *tables: NftTable) -> None:
-        """What ``part`` wants from now on, instead of what it wanted before."""
+        """Set the wanted state of ``part``, instead of the one before."""
         self._parts[part] = (state, tables)
         self._wanted = None
 
     def remove_part(self, part: str, tables: Collection[str] = ()) -> None:
-        """``part`` wants nothing any more.  ``tables``: removed even if an earlier process made them."""
+        """``part`` has no wanted state any more.  ``tables``: removed even if an earlier process made them."""
         self._parts.pop(part, None)
         self._stale_tables.update(tables)
         self._wanted = None
 
     def has_part(self, part: str) -> bool:
-        """Whether ``part`` wants anything."""
+        """Whether ``part`` has a wanted state."""
         return part in self._parts
 
     @property

@@ -129,7 +129,7 @@ class Rule(NamedTuple):
 
     @property
     def is_policy(self) -> bool:
-        """Whether it is one of Skep's own, which its priority tells from others'."""
+        """Whether it is one of Skep's own, which is recognized by its priority."""
         return bool(self.mark or self.protocol)
 
 

@@ -234,7 +234,7 @@ def _ways_by(name: str, head: NetworkHead) -> set[Route]:
 
 
 def _ipv6_sysctls(interface: str) -> dict[str, str]:
-    """Of an interface with an IPv6 address that we know to be free, and whose routes we know."""
+    """Of an interface with an IPv6 address that is known to be free, with routes of ours."""
     return {
         f"net/ipv6/conf/{interface}/accept_dad": "0",
         f"net/ipv6/conf/{interface}/accept_ra": "0",

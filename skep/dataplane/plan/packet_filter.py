@@ -18,7 +18,7 @@ from skep.model.sandbox import Endpoint
 from skep.model.tables import Table
 
 SPOOFING = "bridge skep"
-STRANGERS = "inet skep_overlay"
+VXLAN_FILTER = "inet skep_overlay"
 
 _VNI = "@th,96,24"
 """After 8 bytes of UDP and 4 of flags."""
@@ -129,7 +129,7 @@ def _vxlan_filter(ports: Iterable[int], bridges: Iterable[str], elements: set[El
     elements |= {("ports", str(port)) for port in ports}
     elements |= {("bridges", f'"{bridge}"') for bridge in bridges}
     return NftTable(
-        name=STRANGERS,
+        name=VXLAN_FILTER,
         sets=(
             ("ports", "type inet_service"),
             ("bridges", "type ifname"),

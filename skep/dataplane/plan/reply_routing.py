@@ -7,7 +7,7 @@ Mark and table are the node's IPv4 address on the ingress network, so that no nu
 
 * A client (a load balancer before all nodes) may use one port of its own towards several nodes: the same addresses and
   ports for a task that both lead to.  Each node's connections are tracked in a zone of their own in the original
-  direction and in one zone of all in that of the reply: a connection whose replies could not be told from another's
+  direction and in one zone of all in that of the reply: a connection whose replies would be the same as another's
   gets another client port as it arrives, as by any address translation; its address stays.
 * A UDP server that replies from an unbound socket has its source address chosen by the default route, so its reply
   would belong to no connection.  UDP is therefore led to the address of the default route's interface, and conntrack

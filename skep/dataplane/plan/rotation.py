@@ -57,7 +57,7 @@ class Usage(IntEnum):
     UNUSED = 0
     """Every peer that was ever reached has moved."""
     SILENT = 1
-    """Some have not moved, and were not heard of for ``ALIVE_S``.  They may come back with the older key only."""
+    """Some have not moved, and sent nothing for ``ALIVE_S``.  They may come back with the older key only."""
     ALIVE = 2
     """Some exchange packets by the older pair only."""
 

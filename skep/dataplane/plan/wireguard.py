@@ -51,7 +51,7 @@ class KeyPair(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def public(self) -> bytes:
-        """32 bytes, which peers know."""
+        """32 bytes, which peers have."""
         return X25519PrivateKey.from_private_bytes(self.private).public_key().public_bytes_raw()
 
     def __repr__(self) -> str:
@@ -157,7 +157,7 @@ class FoundDevice(msgspec.Struct, frozen=True, kw_only=True):
 def inner_address(public: bytes) -> str:
     """The address of a key inside the tunnels: 64 bits of its hash.
 
-    Among 10,000 keys two have the same one by chance with a probability of 3e-12.  A key with a given address takes
+    Among 10,000 keys two have the same one with a probability of 3e-12.  A key with a given address takes
     2**64 attempts, one with the address of any of 10,000 keys 2**51, within a day; ``plan_of`` then uses neither.
     """
     return str(IPv6Address(_PREFIX + sha256(public).digest()[:8]))

@@ -1,4 +1,4 @@
-"""The probes of one node: when each peer is probed, the latest report of each, and who gets the measurements.
+"""The probes of one node: when each peer is probed, the latest report of each, and the receivers of the measurements.
 
 Each peer has a task, which probes it every ten seconds, at once when it is new.  Measurements go to the managers (in
 reports), to the other nodes (in probe responses), and to this node's overlays (their MTU, and whether they leave

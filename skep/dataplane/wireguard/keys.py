@@ -1,7 +1,7 @@
 """The node's own WireGuard key pairs: made here, kept in one file on tmpfs, never sent anywhere.
 
 Two key pairs exist while the key rotates, each with a WireGuard device of its own (``slot`` 0 or 1) and a UDP port of
-its own (``plan/rotation.py``).  Peers that know only the older key go on with it until they have learned the newer one.
+its own (``plan/rotation.py``).  Peers that have only the older key go on with it until they have got the newer one.
 """
 
 from collections.abc import Sequence

@@ -131,7 +131,7 @@ def _perform(
 
 
 def _owner(copy: Copy, root: Path) -> Identity | None:
-    """Whom the files belong to; None: as before, which is so for files of other images."""
+    """The owner of the files; None: as before, which is so for files of other images."""
     if not copy.chown:
         return None if copy.origin else Identity()
     user, colon, group = copy.chown.partition(":")

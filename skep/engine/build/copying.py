@@ -1,6 +1,6 @@
 """What COPY and ADD do: which files their sources are, what is in them, and where they go.
 
-Sources and destinations are trees that strangers have filled: a context, a container's file system.  No other process
+Sources and destinations are trees with untrusted contents: a context, a container's file system.  No other process
 changes them meanwhile.  A path is resolved inside of its tree as a process with the tree as its root would, then opened
 without following any link; so nothing outside is reached even if the resolution were wrong.
 

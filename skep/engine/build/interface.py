@@ -100,7 +100,7 @@ class Progress(Protocol):
         """Its container is gone."""
 
     def warning(self, step: Step, text: str) -> None:
-        """Something that its author should know."""
+        """A warning for the author of the Dockerfile."""
 
     def finished(self, step: Step, image_id: Digest | None) -> None:
         """It has succeeded.  ``image_id``: the image so far, empty after ``FROM scratch``; None: no stage has begun."""

@@ -102,7 +102,7 @@ class Containers:
     ) -> None:
         """Start it, pass on what it writes, return when it has ended.  Raises: StepFailed; SkepError."""
         async with asyncio.TaskGroup() as group:
-            # It waits for the start before ``start`` is far enough to look who waits.
+            # It waits for the start before ``start`` reads the list of those that wait.
             reading = group.create_task(self._read(container, output), name="output of a build step")
             error = None
             try:

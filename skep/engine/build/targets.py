@@ -1,4 +1,4 @@
-"""What of a Dockerfile a request wants: up to which stage, on which of them it depends, for which platform.  Pure."""
+"""The target of a build: up to which stage, on which of them it depends, for which platform.  Pure."""
 
 from collections.abc import Collection, Mapping
 

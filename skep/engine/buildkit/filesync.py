@@ -45,7 +45,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """Patterns of ``.dockerignore``."""
 
     def headers(self) -> Sequence[tuple[str, str]]:
-        """How the client is told."""
+        """As headers of the request to the client."""
         return (
             *header_values("dir-name", [self.name]),
             *header_values("followpaths", self.follow),

@@ -126,7 +126,7 @@ def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
 
 
 def check_syntax(image: str) -> None:
-    """Whether this engine speaks the language that ``# syntax=`` names.  Raises: Unimplemented."""
+    """Whether this engine supports the language that ``# syntax=`` names.  Raises: Unimplemented."""
     name = image.split()[0] if image.strip() else ""
     name = name.partition("@")[0]
     repository, _, tag = name.removeprefix("docker.io/").partition(":")

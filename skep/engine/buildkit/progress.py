@@ -113,7 +113,7 @@ class Vertices:
         self._log.add(pb.StatusResponse(statuses=[status]))
 
     def warn(self, vertex: str, text: str, detail: Sequence[str] = ()) -> None:
-        """Something that the author of the Dockerfile should know."""
+        """Add a warning for the author of the Dockerfile."""
         self.counts.warnings += 1
         warning = pb.VertexWarning(vertex=vertex, level=1, short=text.encode())
         warning.detail.extend(line.encode() for line in detail)
@@ -165,7 +165,7 @@ class Vertices:
         self._log.add(pb.StatusResponse(logs=[log]))
 
     def warning(self, step: Step, text: str) -> None:
-        """Something that its author should know."""
+        """Add a warning for the author of the Dockerfile."""
         self.warn(self._digest(_key(step)), text)
 
     def finished(self, step: Step, image_id: Digest | None) -> None:

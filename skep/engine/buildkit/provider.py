@@ -113,7 +113,7 @@ async def _listening(place: Path, session: Session, id: str) -> AsyncIterator[No
 async def _forward(
     session: Session, id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """Copy both directions until the agent ends, as it does when it is told that nothing more follows."""
+    """Copy both directions until the agent ends, as it does when the other direction was closed."""
     with suppress(SkepError, CallFailed, Lost, ConnectionError):
         async with (
             session.stream(_FORWARD_AGENT, [("buildkit.ssh.id", id)]) as messages,

@@ -211,7 +211,7 @@ class Sessions:
 
     async def get(self, id: str) -> Session:
         """Waits a moment for a session that is not there yet.  Raises: NotFound."""
-        # A prefix tells uses of one session apart, as BuildKit's clients may send it.
+        # A prefix distinguishes uses of one session, as BuildKit's clients may send it.
         id = id.partition(":")[2] or id
         try:
             async with asyncio.timeout(WAIT_S), self._arrived:

@@ -1,4 +1,4 @@
-"""What a node knows of its images beyond their configurations: names, parents, times; kept in one file."""
+"""The data of a node's images beyond their configurations: names, parents, times; kept in one file."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress

@@ -1,6 +1,6 @@
 """The configuration of an image that is made from another: by a commit, an import, or a step of a build.
 
-Pure; the bytes are those that Docker would write, as far as it knows the fields.
+Pure; the bytes are those that Docker would write, as far as it has the fields.
 
 Source: moby 20.10, image/image.go (NewChildImage), daemon/images/image_commit.go.
 """

@@ -1,9 +1,9 @@
-"""What a worker for archives gives up before it reads a byte of an archive, or of a tree.
+"""The rights that a worker for archives drops before it reads a byte of an archive, or of a tree.
 
 It keeps the capabilities by which files get owners, modes, devices and file capabilities, in a root directory of its
-own and in namespaces without network, mounts or queues of anybody.  A filter refuses system calls that open more of the
-kernel, or another process: they fail with EPERM.  What the machine does not let it give up it keeps: the chroot is what
-holds, the rest is for the case that a parser of archives has a hole.
+own and in namespaces without network, mounts or queues of others.  A filter refuses system calls that open more of the
+kernel, or another process: they fail with EPERM.  What the machine does not let it drop it keeps: the chroot confines
+it, and the rest is for the case that a parser of archives is exploited.
 
 The one thing that needs more, ``trusted.overlay.opaque``, is set and read by a helper that is given nothing but
 descriptors.

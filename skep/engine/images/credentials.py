@@ -159,7 +159,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     assert process.stdout is not None, "it is a pipe"
     with suppress(TimeoutError):  # of something that left the session and holds the output
         async with asyncio.timeout(_END_S):
-            # asyncio knows of the end only when the output was read to its own.
+            # asyncio reports the end of the process only when its output was read to the end.
             while await process.stdout.read(1 << 16):
                 pass
             await process.wait()

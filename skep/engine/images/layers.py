@@ -43,7 +43,7 @@ _SLOW_UNPACKERS_MAX = 6
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What this node takes from strangers.
+    """Limits of what this node accepts from registries and clients.
 
     ``layer_bytes_max``: of one layer, unpacked; ``archive_bytes_max``: of an uploaded archive, unpacked;
     ``spare_bytes``: stays free on the file system, of a small one ``spare_share`` of it; ``unpack_s``: longest time for
@@ -85,7 +85,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Blob(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer's compressed tar, by the digest and size that a registry knows it by."""
+    """A layer's compressed tar, by its digest and size in a registry."""
 
     digest: Digest
     size: int

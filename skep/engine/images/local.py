@@ -1,9 +1,9 @@
-"""The images of this node, without the ways they come and go.
+"""The images of this node, without pulls, pushes and removals.
 
 ``<root>/configs/<id>`` holds each image's configuration, the bytes whose digest is its id; ``catalog.json`` says
 which references name which image; ``layers`` has the files; ``manifests/<id>/<digest>`` has what its registry sent.
 An image exists when its configuration and all its layers do, so it appears and vanishes in one step.  The catalog is
-written beside, synced and renamed before the change is seen by anyone.
+written beside, synced and renamed before the change is visible.
 
 What cannot be read at the start (no descriptor is free, the disk fails) is read later: until then no image changes its
 names, or no layer is deleted, since it is not known which are used.
@@ -105,7 +105,7 @@ class LocalImages:
         self._catalog = Catalog()
         self._knows_catalog = False
         self._is_written = True
-        """Whether the file has the catalog: of a write that failed nobody knows what is on the disk."""
+        """Whether the file has the catalog: after a write that failed its contents are not known."""
         self._configs: dict[str, ImageConfig] = {}
         self._damaged: dict[str, Damage] = {}
         self._images: dict[str, Image] = {}

@@ -24,7 +24,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
-    """One line of the stream.  ``id`` names the layer that ``status`` speaks of."""
+    """One line of the stream.  ``id`` names the layer that ``status`` is about."""
 
     stream: str = ""
     status: str = ""

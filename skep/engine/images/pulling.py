@@ -531,7 +531,7 @@ def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
 async def attempted(action: Callable[[], Awaitable[T]]) -> T:
     """``action``'s result; a failure of the network is tried again, each time after a longer, jittered wait.
 
-    Where the registry says how long it wants to be left alone, not before that.
+    Where the registry names a time to wait, not before that.
     """
     backoff = Backoff(_BACKOFF_S)
     for attempt in range(_ATTEMPTS):

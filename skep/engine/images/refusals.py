@@ -63,7 +63,7 @@ def _first_error(content: bytes, status: int) -> tuple[str, str]:
 
 
 def retry_after(response: aiohttp.ClientResponse) -> float:
-    """Seconds that ``Retry-After`` asks for; bounded, since anybody may send it.
+    """Seconds that ``Retry-After`` asks for; bounded, since it comes from outside.
 
     A date counts from the response's own: the clocks of registries are theirs.
     """

@@ -1,7 +1,7 @@
 """A client of the distribution protocol: manifests and blobs of one repository.
 
 A registry that requires authentication responds with 401 and a challenge at first; the response to that, a
-token or a password, is kept for the rest of the conversation.  It is for the registry alone: redirects, mostly of
+token or a password, is kept for the following requests.  It is for the registry alone: redirects, mostly of
 blobs to another party's store, are followed without it, and a challenge on the other side of one is not answered.
 TLS is verified except for registries configured as insecure and those on loopback, and only these are reached without
 TLS; no redirect leads out of it.
@@ -65,7 +65,7 @@ class RegistryError(SkepError):
 
 
 class NoCredentials(SkepError):
-    """The registry wants a name and a password, and there are none.  ``cause``: Docker's words for that alone."""
+    """The registry requires a name and a password, and there are none.  ``cause``: Docker's words for that alone."""
 
     def __init__(self, request: str) -> None:
         self.cause = "no basic auth credentials"
@@ -85,7 +85,7 @@ class Absent(NotFound):
 
 
 class Denied(Absent):
-    """The same text for an image that is there for others: the registry does not tell."""
+    """The same text, also for an image that exists for other users: the registry does not distinguish the two."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,7 +207,7 @@ class Connection:
         credentials: Credentials,
         scopes: Sequence[str] = (),
     ) -> None:
-        """``scopes``: what a token is asked for (``repository:name:actions``); none: only who the user is."""
+        """``scopes``: of tokens (``repository:name:actions``); none: a token shows the user's identity only."""
         self._session = session
         self._endpoint = endpoint
         self._credentials = Credentials() if endpoint.mirror else credentials
@@ -354,7 +354,7 @@ class Connection:
     async def _token(self, challenge: Mapping[str, str], scopes: Sequence[str]) -> str:
         realm = challenge["realm"]
         if urlsplit(realm).scheme != "https" and self._endpoint.verify:
-            raise PermissionDenied(f"the registry wants credentials sent without TLS, to {realm}")
+            raise PermissionDenied(f"the registry requires credentials to be sent without TLS, to {realm}")
         fields = [("service", challenge.get("service", ""))]
         known = self._credentials
         with _network_errors(realm):
@@ -591,7 +591,7 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
             raise RegistryError(f"{self._request}: {error}") from error
         if isinstance(error, ValueError):  # of a header or a URL; its text may have a part of a secret
             raise PermissionDenied(
-                f"{self._request}: the credentials, or what the registry wants of them, cannot be used"
+                f"{self._request}: the credentials, or the registry's challenge, cannot be used"
             ) from None
 
 

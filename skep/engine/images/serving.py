@@ -48,7 +48,7 @@ ARRIVING_AFTER_S = 0.5
 
 
 class Upload(Enum):
-    """The response to a node that wants a blob."""
+    """The response to a node that requests a blob."""
 
     SENT = "sent"
     BUSY = "busy"
@@ -231,7 +231,7 @@ class ServedImages:
         return {"mediaType": _LAYER_TYPE, "size": path.stat().st_size, "digest": digest}
 
     async def _digest(self, chain_id: Digest, path: Path) -> Digest:
-        """Of a layer's file, read once whoever asks; goes on without them: a large one takes longer than they wait."""
+        """Of a layer's file, read once for all requests; goes on when these have ended: a large one takes longer."""
         reading = self._reading.get(chain_id)
         if reading is None:
             loop = asyncio.get_running_loop()

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 RESPONSE_S = 20.0
 """For a manifest, and for the begin of a blob; connecting included."""
 GRACE_S = 0.05
-"""After the first manifest: whoever responds within it is in the order of the nearest."""
+"""After the first manifest: nodes that respond within it are tried in the order of their responses."""
 PIECE_S = 30.0
 """Between two pieces of a blob."""
 BYTES_PER_S_MIN = 64 << 10
@@ -106,19 +106,19 @@ def after_round(outcomes: Sequence[Outcome], empty_rounds: int) -> Step:
     return Step.GIVE_UP if empty_rounds + 1 >= ROUNDS_WITHOUT_MAX else Step.WAIT
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """What is known of a source: seconds that it took to respond (None: it has not yet), consecutive failures."""
+class SourceRecord(msgspec.Struct, frozen=True):
+    """Earlier requests to a source: seconds that it took to respond (None: it has not yet), consecutive failures."""
 
     response_s: float | None = None
     failures: int = 0
 
 
-def in_order(sources: Sequence[Source], standings: dict[str, Standing]) -> Sequence[Source]:
-    """Those that do not fail first; of these the quickest, then those that were not asked yet, as they come."""
+def in_order(sources: Sequence[Source], records: dict[str, SourceRecord]) -> Sequence[Source]:
+    """Those that do not fail first; of these the fastest, then those without a response yet, as they come."""
 
     def key(source: Source) -> tuple[int, bool, float]:
-        standing = standings.get(source.name, Standing())
-        return standing.failures, standing.response_s is None, standing.response_s or 0.0
+        record = records.get(source.name, SourceRecord())
+        return record.failures, record.response_s is None, record.response_s or 0.0
 
     return sorted(sources, key=key)
 
@@ -172,7 +172,7 @@ class Spread:
         self._clock = clock
         self._rng = rng
         self._distrusted = distrusted
-        self._standings: dict[str, Standing] = {}
+        self._records: dict[str, SourceRecord] = {}
         self._senders: dict[str, Source] = {}
         """Of each blob, the source that sent it last."""
 
@@ -238,7 +238,7 @@ class Spread:
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """All of a blob, from one node: what two nodes sent of it could not be told apart.
+        """All of a blob, from one node: parts from two nodes could not be checked separately.
 
         Raises: NotFound: no node has it; RegistryError: the transfer broke off; Unavailable: none sends it in time.
         """
@@ -262,7 +262,7 @@ class Spread:
         empty_rounds, last_resort = 0, False
         while True:
             outcomes = []
-            for source in in_order(await self._sources(), self._standings):
+            for source in in_order(await self._sources(), self._records):
                 outcome, pieces = await self._requested(stack, source, digest, last_resort)
                 if pieces is not None:
                     return source, pieces
@@ -326,20 +326,20 @@ class Spread:
         ]
 
     def _responded(self, source: Source, started: float) -> None:
-        before = self._standings.get(source.name, Standing()).response_s
+        before = self._records.get(source.name, SourceRecord()).response_s
         took = self._clock.monotonic() - started
-        self._standings[source.name] = Standing(took if before is None else min(took, before))
+        self._records[source.name] = SourceRecord(took if before is None else min(took, before))
 
     def _failed(self, source: Source, error: Exception) -> Outcome:
-        standing = self._standings.get(source.name, Standing())
-        self._standings[source.name] = msgspec.structs.replace(standing, failures=standing.failures + 1)
+        record = self._records.get(source.name, SourceRecord())
+        self._records[source.name] = msgspec.structs.replace(record, failures=record.failures + 1)
         log.info(
             "image not fetched from node",
             node=source.name,
             image=self._reference.familiar,
             reason=str(error) or "timeout",
         )
-        return Outcome.FAILED if standing.failures + 1 < FAILURES_MAX else Outcome.ABSENT
+        return Outcome.FAILED if record.failures + 1 < FAILURES_MAX else Outcome.ABSENT
 
     def _distrust(self, source: Source, what: str) -> None:
         self._distrusted.pop(source.name, None)

@@ -1,4 +1,4 @@
-"""What a log driver knows of its container, and what a user's options make of it: further attributes, and the tag.
+"""What a log driver has of its container, and what a user's options make of it: further attributes, and the tag.
 
 Source: moby, daemon/logger/loginfo.go, daemon/logger/loggerutils/log_tag.go, daemon/logger/templates/templates.go.
 """

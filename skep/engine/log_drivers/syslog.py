@@ -95,7 +95,7 @@ class Syslog:
 
 
 def _head(format: str, priority: int, moment_ns: int, hostname: str, tag: str) -> str:
-    # The server wants the time of day of the sender's zone, as Docker gives it.
+    # The protocol has the time of day of the sender's zone, as Docker gives it.
     moment = datetime.fromtimestamp(moment_ns // SECOND_NS).astimezone()
     pid = os.getpid()
     if format in ("", "rfc3164"):

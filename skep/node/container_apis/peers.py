@@ -1,7 +1,7 @@
 """Which container is behind a connection to the node's own API socket.
 
-A container can reach that socket without a mount of it: by a directory or a volume that has it.  The kernel knows the
-process that connected, and the process's control group says whose it is.
+A container can reach that socket without a mount of it: by a directory or a volume that has it.  The kernel gives the
+process that connected, and the process's control group names its container.
 """
 
 import os
@@ -24,7 +24,7 @@ _GROUP = re.compile(r"(/ctr)?/([0-9a-f]{64})(?=/|$)", re.MULTILINE)
 
 
 class Peer(Enum):
-    """Who connected, if it is no container that is known by its id."""
+    """The other end of a connection, if it is no container of this node."""
 
     MACHINE = "machine"
     """A process of the machine, or of one outside."""
@@ -33,7 +33,7 @@ class Peer(Enum):
 
 
 def peer_of(connected: socket.socket, is_known: Callable[[ContainerId], bool]) -> ContainerId | Peer:
-    """Who connected.  ``is_known``: whether a container is, or may be, this node's."""
+    """The process that connected.  ``is_known``: whether a container is, or may be, this node's."""
     pid = _CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[
         0
     ]

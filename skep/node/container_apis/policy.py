@@ -28,7 +28,7 @@ def check(access: ApiAccess, method: str, target: str) -> Passing:
         raise _refusal(access, f"the path {path} is not one of its paths")
     rule = rule_for(method, path)
     if rule.container is ApiAccess.READ or rule.container is access:
-        # Join tokens make whoever has them a manager: they are shown with full access only.
+        # A machine with a join token can become a manager: tokens are shown with full access only.
         is_redacted = rule.is_document and (access is ApiAccess.READ or path == "/swarm")
         return Passing.REDACTED if is_redacted else Passing.AS_IT_IS
     raise _refusal(access, f"{method} {path} can show what others keep secret")

@@ -71,7 +71,7 @@ class ContainerApis:
             if listener is not None:
                 self._wanted[id] = listener
             if before is not None and self._wake is None:
-                before.socket.close()  # nobody serves it
+                before.socket.close()  # no thread serves it
             if self._wake is not None and (before is not None or listener is not None):
                 self._wake()
 
@@ -158,7 +158,7 @@ class ContainerApis:
                 log.warning("connection of a container not accepted", container=id, error=str(error))
                 await self._clock.sleep(ACCEPT_RETRY_S)
                 continue
-            # Who reaches another's socket (by /proc, or a mount of a directory) gets no more by it.
+            # A container that reaches another's socket (by /proc, or a mount of a directory) gets its own rights only.
             if self.divert(connected, id):
                 await asyncio.sleep(0)  # a flood of them holds nothing up
                 continue

@@ -54,7 +54,7 @@ _ACCEPTED_AT_ONCE = 64
 """Connections accepted before other work of the event loop has its turn."""
 _FIRST_BYTES = 64 * 1024
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
-"""For clients by TCP that vanish without a word: as Docker's, whose are Go's defaults."""
+"""For clients by TCP that vanish without closing: as Docker's, which are Go's defaults."""
 _GROUP = "docker"
 
 
@@ -65,11 +65,11 @@ class Membership(Protocol):
         """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
 
 
-class _Client(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a connection.
+class _Properties(msgspec.Struct, frozen=True, kw_only=True):
+    """Properties of a connection.
 
     ``is_remote``: what it keeps open is limited in time.  ``is_relayed``: the connection cannot be passed to another
-    process; who it is, is to be found.  ``identity``: None: what the permissions of a unix socket give.
+    process, and its identity is not known yet.  ``identity``: None: what the permissions of a unix socket give.
     """
 
     is_remote: bool
@@ -86,7 +86,7 @@ class Front:
 
     Args:
         here: what the node answers itself.
-        users: who the clients of TCP hosts are.
+        users: identities of the clients of TCP hosts.
         divert: takes over a new connection to a unix socket that is not to be served as root's; whether it did.
     """
 
@@ -189,7 +189,7 @@ class Front:
             client.abort()
             return
         _probe_when_idle(client)
-        self._start(group, self._serve(client, _Client(is_remote=True, is_relayed=True)), is_remote=True)
+        self._start(group, self._serve(client, _Properties(is_remote=True, is_relayed=True)), is_remote=True)
 
     def _accept_local(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -288,18 +288,18 @@ class Front:
             await client.refuse(refusal(Unavailable(returned.refusal)))
         else:
             passed = returned.connection
-            await self._serve(client, _Client(is_remote=passed.is_remote, identity=passed.identity))
+            await self._serve(client, _Properties(is_remote=passed.is_remote, identity=passed.identity))
 
-    async def _serve(self, client: Connection, who: "_Client") -> None:
+    async def _serve(self, client: Connection, properties: "_Properties") -> None:
         """Have the next request of ``client`` answered; the connection is another's after that, or closed."""
         try:
-            raw = client.head() or await _head(client, _IDLE_S if who.is_remote else None)
+            raw = client.head() or await _head(client, _IDLE_S if properties.is_remote else None)
             if raw:
-                if who.is_relayed:
-                    who, raw = self._identify(client, who, raw)
-                if who.identity is not None:
-                    identify(client.transport, who.identity)
-                await self._answer(client, raw, who)
+                if properties.is_relayed:
+                    properties, raw = self._identify(client, properties, raw)
+                if properties.identity is not None:
+                    identify(client.transport, properties.identity)
+                await self._answer(client, raw, properties)
             else:
                 client.close()
         except Gone:
@@ -313,7 +313,9 @@ class Front:
             client.abort()
             raise
 
-    def _identify(self, client: Connection, who: "_Client", raw: bytes) -> "tuple[_Client, bytes]":
+    def _identify(
+        self, client: Connection, properties: "_Properties", raw: bytes
+    ) -> "tuple[_Properties, bytes]":
         """The client, and its request as it is passed on.  Raises: Unauthenticated, Unavailable, Malformed."""
         credential = self._users.proved_by(client.transport)
         if credential is None:
@@ -325,9 +327,9 @@ class Front:
             raw = request.head.with_headers(*close, without=(b"authorization", b"keep-alive"))
         identity = self._users.identify(credential)
         self._users.remember(client.transport, credential, identity)
-        return msgspec.structs.replace(who, identity=identity), raw
+        return msgspec.structs.replace(properties, identity=identity), raw
 
-    async def _answer(self, client: Connection, raw: bytes, who: "_Client") -> None:
+    async def _answer(self, client: Connection, raw: bytes, properties: "_Properties") -> None:
         """Raises: SkepError."""
         request = read_head(raw)
         match route(request.method, request.target, self._ownership):
@@ -338,26 +340,26 @@ class Front:
                         return
                     raise Unavailable(reason)
                 await self._handover.wait_manager()
-                if who.is_relayed:
-                    await self._relay(client, raw, who)
+                if properties.is_relayed:
+                    await self._relay(client, raw, properties)
                 elif not client.is_lost:
-                    self._handover.pass_on(who.passed(client.duplicate()), raw + client.take())
+                    self._handover.pass_on(properties.passed(client.duplicate()), raw + client.take())
                     client.abort()  # of this process's two descriptors one is left
             case Destination.ENGINE if self._engine_socket is not None:
-                if who.identity is not None and not who.identity.is_admin:
+                if properties.identity is not None and not properties.identity.is_admin:
                     raise PermissionDenied(
-                        f"{who.identity.name} may not {request.method} {path_of(request.target)}: the Docker Engine of "
-                        "this machine is for administrators only"
+                        f"{properties.identity.name} may not {request.method} {path_of(request.target)}: "
+                        "the Docker Engine of this machine is for administrators only"
                     )
                 await splice(client, parse_request(raw), self._engine_socket)
             case _:
                 self._hand_to_application(client, raw)
 
-    async def _relay(self, client: Connection, raw: bytes, who: "_Client") -> None:
+    async def _relay(self, client: Connection, raw: bytes, properties: "_Properties") -> None:
         """Give the manager process one end of a new connection, and ``client`` the other."""
         ours, theirs = socket.socketpair()
         try:
-            self._handover.pass_on(who.passed(theirs), raw + client.take())
+            self._handover.pass_on(properties.passed(theirs), raw + client.take())
             manager = await Connection.over(ours)
         except BaseException:
             ours.close()
@@ -376,7 +378,7 @@ class Front:
 
 
 def _probe_when_idle(client: Connection) -> None:
-    """Have the kernel end the connection of a client that does not answer any more."""
+    """Have the kernel end the connection of a client that does not respond any more."""
     connected: socket.socket = client.transport.get_extra_info("socket")
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():

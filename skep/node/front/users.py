@@ -1,6 +1,6 @@
-"""Who the clients of TCP hosts are: by their certificates, or by tokens.
+"""Identities of the clients of TCP hosts: by their certificates, or by tokens.
 
-The users are the cluster's; the manager process of this node tells them and every change.  A node without one knows
+The users are the cluster's; the manager process of this node sends them, and every change.  A node without one has
 no users: its clients by TCP have a certificate of the authority in its settings.
 """
 
@@ -28,7 +28,7 @@ from skep.security.authority import USER_UNIT
 log = structlog.get_logger()
 
 SILENT_S = 10.0
-"""For so long the users are believed to be as the manager process told last; it tells them every 2 s."""
+"""For so long the users that the manager process sent last are valid; it sends them every 2 s."""
 _CHECK_S = 1.0
 _NAME_MAX = 128
 """Characters of the name in a client's certificate that are shown."""
@@ -45,9 +45,9 @@ class Credential(msgspec.Struct, frozen=True):
 
 
 class ApiTls:
-    """TLS for TCP hosts: clients prove who they are by certificate, or by a token later.
+    """TLS for TCP hosts: clients prove their identity by certificate, or by a token later.
 
-    An ``SSLContext`` cannot forget an authority, so each handshake is handed over to the present one.
+    No authority can be removed from an ``SSLContext``, so each handshake is handed over to the present one.
     """
 
     def __init__(self, certificate: Path, key: Path, authority: Path) -> None:
@@ -70,7 +70,7 @@ class ApiTls:
 
 
 class Users:
-    """The users as told last, and the connections that are theirs.
+    """The users as received last, and their connections.
 
     Args:
         tls: None: no host is served by TCP.
@@ -86,8 +86,8 @@ class Users:
         self._root: x509.Certificate | None = None
         self._root_pem = ""
         self._by_key: dict[str, tuple[Credentials, int]] = {}
-        """Serial numbers and digests -> whose they are, and when they end (unix nanoseconds)."""
-        self._told_at = float("-inf")
+        """Serial numbers and digests -> the user, and when they expire (unix nanoseconds)."""
+        self._received_at = float("-inf")
         self._open: dict[asyncio.Transport, tuple[Credential, Identity]] = {}
 
     async def run(self) -> None:
@@ -98,7 +98,7 @@ class Users:
                 await self._clock.sleep(_CHECK_S)
                 self._end_revoked()
 
-    # --- who a client is --------------------------------------------------------------------------------------
+    # --- the identity of a client -----------------------------------------------------------------------------
 
     def proved_by(self, transport: asyncio.Transport) -> Credential | None:
         """What a client has proved by its certificate; None: it has none.  Raises: Unauthenticated."""
@@ -119,8 +119,10 @@ class Users:
         """Raises: Unauthenticated: it proves nothing, any more; Unavailable: that is not known at present."""
         if credential.origin is Origin.MACHINE:
             return Identity(name=credential.key, origin=Origin.MACHINE, bindings=ALL)
-        if self._clock.monotonic() - self._told_at > SILENT_S:
-            raise Unavailable("users are not known at present: no manager of this node has told them")
+        if self._clock.monotonic() - self._received_at > SILENT_S:
+            raise Unavailable(
+                "users are not known at present: the manager process of this node has not sent them"
+            )
         user, end_ns = self._by_key.get(credential.key, (None, 0))
         if user is None or end_ns <= self._clock.now_ns():
             why = "has expired" if user is not None else "is not known, or was revoked"
@@ -145,7 +147,7 @@ class Users:
             if not is_same or transport.is_closing():
                 del self._open[transport]
 
-    # --- what the manager process tells -----------------------------------------------------------------------
+    # --- what the manager process sends -----------------------------------------------------------------------
 
     async def _follow(self) -> None:
         backoff = Backoff(0.1, 2.0, rng=self._rng)
@@ -162,7 +164,7 @@ class Users:
     def _take(self, table: AccessTable) -> None:
         if not table.is_current:
             return  # it does not see removals
-        self._told_at = self._clock.monotonic()
+        self._received_at = self._clock.monotonic()
         self._by_key = {
             key: (user, end_ns)
             for user in table.users
@@ -182,7 +184,7 @@ def bearer(authorization: bytes) -> Credential:
     token = token.strip()
     if scheme.lower() != b"bearer" or not 0 < len(token) <= _TOKEN_BYTES_MAX:
         raise Unauthenticated("a certificate is needed, or a token: Authorization: Bearer TOKEN")
-    # Found by its digest: a comparison tells nothing of the token by the time that it takes.
+    # Found by its digest: the time that a comparison takes reveals nothing of the token.
     return Credential(Origin.TOKEN, hashlib.sha256(token).hexdigest())
 
 
@@ -193,7 +195,7 @@ def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Who has none may have a token, of which the first request tells; without either it is refused.
+    # A client without one may have a token, in its first request; without either it is refused.
     context.verify_mode = ssl.CERT_OPTIONAL
     # A resumed session would skip verification with the present authorities.
     context.options |= ssl.OP_NO_TICKET

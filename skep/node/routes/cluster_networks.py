@@ -82,7 +82,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
     async def list_all(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
         """Those that match ``filters``; on a worker only those that a task of its own uses."""
         if not self.member.is_manager:
-            with suppress(SkepError):  # not allowed, or no manager answers: what this node knows
+            with suppress(SkepError):  # not allowed, or no manager responds: the networks of this node
                 return list(msgspec.json.decode(await self.reads.body(request.raw_path)))
             attached = self._attached().values()
             return [network_form.flat_form(one) for one in attached if fits(_facts(one), filters)]
@@ -167,7 +167,7 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def forwarded_headers(request: web.Request) -> dict[str, str]:
-    """Headers of the request that a manager gets for ``request``: who makes it, and those that are forwarded."""
+    """Headers of the request that a manager gets for ``request``: its identity, and those that are forwarded."""
     headers = {name: request.headers[name] for name in _FORWARDED_HEADERS if name in request.headers}
     return {IDENTITY_HEADER: packed(identity_of(request)).decode(), **headers}
 

@@ -79,7 +79,7 @@ class NodeSystem:
 
     @property
     def newest_version(self) -> ApiVersion:
-        """The highest version of the API that is spoken: beside a Docker Engine, that one's if it is lower."""
+        """The highest version of the API that is supported: beside a Docker Engine, that one's if it is lower."""
         return NEWEST if self._docker is None else self._docker.api_version
 
     def now_s(self) -> float:

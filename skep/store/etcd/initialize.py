@@ -115,7 +115,7 @@ async def cluster_in(client: Client) -> ClusterHeader:
         raise Unfinished("the store holds no cluster: its init was not finished")
     if format.value != str(FORMAT).encode():
         raise FailedPrecondition(
-            f"the cluster's data have format {format.value.decode(errors='replace')}; this version of Skep knows "
+            f"the cluster's data have format {format.value.decode(errors='replace')}; this version of Skep supports "
             f"format {FORMAT} only: install the version that wrote them"
         )
     level = await _read(client, keys.LEVEL)

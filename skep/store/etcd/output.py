@@ -28,7 +28,7 @@ class Output:
 
     @property
     def reason(self) -> str:
-        """Why the process ended, as far as its log tells; "no output" if there was none."""
+        """Why the process ended, as far as its log shows; "no output" if there was none."""
         return self._fatal or self._last or "no output"
 
     async def read(self, stderr: asyncio.StreamReader) -> None:

@@ -74,7 +74,7 @@ async def _check_size(client: Client, revision: int) -> None:
 
 
 async def oldest_revision(client: Client, present: int) -> int:
-    """The first revision that can be read.  etcd does not tell it: it is found by halving, in some 15 small reads."""
+    """The first revision that can be read.  etcd has no request for it: found by bisection, in some 15 small reads."""
 
     async def is_kept(revision: int) -> bool:
         request = pb.RangeRequest(key=etcd_key(keys.KEY_RING), count_only=True, revision=revision)

@@ -22,7 +22,7 @@ def query_to_pb(query: LogQuery) -> tuple[pb.LogSelector, pb.LogSubscriptionOpti
 
 
 def query_from_pb(message: pb.SubscriptionMessage) -> LogQuery:
-    """Streams we do not know are passed over."""
+    """Unknown streams are passed over."""
     selector, options = message.selector, message.options
     known = {stream.value: stream for stream in LogStream}
     return LogQuery(
@@ -51,7 +51,7 @@ def line_to_pb(line: LogLine) -> pb.LogMessage:
 
 
 def line_from_pb(message: pb.LogMessage) -> LogLine:
-    """A stream we do not know counts as standard output."""
+    """An unknown stream counts as standard output."""
     context = message.context
     is_stderr = message.stream == LogStream.STDERR.value
     return LogLine(

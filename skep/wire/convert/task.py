@@ -183,7 +183,7 @@ def end_to_pb(end: TaskEnd) -> skep.TaskEnd:
 
 
 def end_from_pb(message: skep.TaskEnd) -> TaskEnd:
-    """As a node reports it, and as long (``bounded_end``).  A stream we do not know counts as standard output."""
+    """As a node reports it, and as long (``bounded_end``).  An unknown stream counts as standard output."""
     return TaskEnd(
         cause=message.cause,
         signal=message.signal,

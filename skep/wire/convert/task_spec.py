@@ -63,7 +63,7 @@ def task_spec_to_pb(spec: TaskSpec) -> pb.TaskSpec:
 
 
 def task_spec_from_pb(message: pb.TaskSpec) -> TaskSpec:
-    """Raises: InvalidArgument: a runtime we do not know, or numbers that mean nothing."""
+    """Raises: InvalidArgument: an unknown runtime, or numbers without a meaning."""
     runtime = message.WhichOneof("runtime")
     pids = message.container.pidsLimit if runtime == "container" else 0
     return TaskSpec(

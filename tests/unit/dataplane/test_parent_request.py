@@ -68,7 +68,7 @@ def test_containers_are_on_the_parent_in_the_drivers_mode(driver, options, mode)
             "requested macvlan mode 'x' is not valid, 'bridge' mode is the macvlan",
         ),
         ("ipvlan", {"ipvlan_mode": "l4"}, "requested ipvlan mode 'l4' is not valid, 'l2' mode is the ipvlan"),
-        ("macvlan", {"ipvlan_mode": "l2"}, "do not know the option ipvlan_mode=l2"),
+        ("macvlan", {"ipvlan_mode": "l2"}, "do not have the option ipvlan_mode=l2"),
         (
             "macvlan",
             {"com__docker__network__driver__mtu": "x"},

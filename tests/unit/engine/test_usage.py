@@ -18,7 +18,7 @@ from skep.engine.stats import (
     PidsStats,
     Stats,
 )
-from skep.engine.usage import ASKED_S, ROUND_S, Usage, Used, families
+from skep.engine.usage import REQUESTED_S, ROUND_S, Usage, Used, families
 from skep.model.ids import ContainerId
 from skep.model.times import Timestamp
 from tests.unit.api.test_exposition import read
@@ -101,7 +101,7 @@ class Steps:
 
     async def sleep(self, seconds: float) -> None:
         self.at += seconds
-        if self.at > ASKED_S:
+        if self.at > REQUESTED_S:
             self.has_passed.set()
         await asyncio.sleep(0)
 
@@ -123,7 +123,7 @@ async def test_containers_are_read_in_rounds_while_somebody_asks_and_never_by_a_
         await clock.has_passed.wait()
         await asyncio.sleep(0.01)  # whatever could begin has begun
         known = len(rounds)
-        assert ASKED_S / ROUND_S <= known <= ASKED_S / ROUND_S + 2
+        assert REQUESTED_S / ROUND_S <= known <= REQUESTED_S / ROUND_S + 2
         assert await usage.text() != b""  # what was known is too old: another round
         assert len(rounds) > known
         running.cancel()

@@ -136,7 +136,7 @@ def test_options_of_docker_run_are_keys_of_the_service() -> None:
         ("[Service]\n", "want one ExecStart"),
         ("[Service]\nExecStart=docker run", "names no image"),
         ("[Service]\nExecStart=docker run -Z x", "has no option -Z"),
-        ("[Service]\nExecStart=docker run --name", "--name wants a value"),
+        ("[Service]\nExecStart=docker run --name", "--name needs a value"),
         ("[Service]\nExecStart=docker run 'x", "No closing quotation"),
         ("nonsense", r"a\.service:1: want \[SECTION\] or KEY=VALUE, not 'nonsense'"),
     ],

@@ -78,7 +78,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ),
         (
             "a: {{ b }}: c",
-            "f:1:5: a: a key is text, not a list or a mapping: a value with { or [ wants quotes",
+            "f:1:5: a: a key is text, not a list or a mapping: a value with { or [ needs quotes",
         ),
         ("a: {<<: 1}", "f:1:5: a.<<: << merges mappings, and this is the number 1"),
         ("a: 1\n---\nb: 2", "f:2:1: a second document begins here: a stack is one document"),

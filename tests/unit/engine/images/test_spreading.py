@@ -22,8 +22,8 @@ from skep.engine.images.serving import (
 from skep.engine.images.spreading import (
     ROUNDS_WITHOUT_MAX,
     Outcome,
+    SourceRecord,
     Spread,
-    Standing,
     Step,
     after_round,
     in_order,
@@ -163,13 +163,13 @@ async def test_a_manifest_beyond_the_limit_is_not_taken() -> None:
 
 
 def test_the_quickest_come_first_and_those_that_fail_last() -> None:
-    standings = {
-        "slow": Standing(0.5),
-        "quick": Standing(0.1),
-        "failed": Standing(0.01, failures=1),
+    records = {
+        "slow": SourceRecord(0.5),
+        "quick": SourceRecord(0.1),
+        "failed": SourceRecord(0.01, failures=1),
     }
     peers = [Peer(name) for name in ("failed", "unknown", "slow", "quick")]
-    assert [peer.name for peer in in_order(peers, standings)] == ["quick", "slow", "unknown", "failed"]
+    assert [peer.name for peer in in_order(peers, records)] == ["quick", "slow", "unknown", "failed"]
 
 
 @pytest.mark.parametrize(
