@@ -2,6 +2,7 @@
 history (``manager.journal``).  Never its body.
 """
 
+import asyncio
 import json
 import re
 import socket
@@ -16,6 +17,7 @@ from skep.api.errors import status_of
 from skep.api.framing import path_of
 from skep.api.identity import identity_of
 from skep.errors import SkepError, Unauthenticated
+from skep.manager.journal.loop import Journal
 from skep.manager.routes.access import manager_of
 from skep.model.access import Origin
 from skep.model.history import By, Entry, Severity, masked_text, stack_of
@@ -43,6 +45,9 @@ _NO_RECORD = re.compile(
 _READS = re.compile(r"/swarm/unlockkey|/skep/backup")
 """Requests that change nothing, and give what protects the cluster."""
 
+_CLIENT_GONE = 499
+"""nginx's status for it, as HTTP has none."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -54,20 +59,50 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
     journal = manager_of(request).journal
     if is_read or journal is None or _NO_RECORD.fullmatch(path):
         return await handler(request)
-    entry = entry_of(request, path)
+    record = _Record(request, path, journal)
+    loop = asyncio.get_running_loop()
+    loop.call_soon(record.begin)  # runs while the handler waits for the store
     try:
         response = await handler(request)
     except SkepError as error:
-        journal.record(with_outcome(entry, status_of(error), str(error)))
+        record.failed(status_of(error), str(error))
         raise
     except web.HTTPException as error:  # aiohttp's own: there is no such route
-        journal.record(with_outcome(entry, error.status, "" if error.status < 400 else error.reason))
+        record.failed(error.status, "" if error.status < 400 else error.reason)
+        raise
+    except asyncio.CancelledError:
+        record.failed(_CLIENT_GONE, "the client was gone before the response: the outcome is not known")
         raise
     except Exception:
-        journal.record(with_outcome(entry, 500, "internal error"))
+        record.failed(500, "internal error")
         raise
-    journal.record(with_outcome(_created(entry, response, manager_of(request).store.view()), response.status))
+    loop.call_soon(record.responded, response)  # runs when a small response has been sent
     return response
+
+
+class _Record:
+    """One request on its way into the journal, beside its handler: no request waits for its entry."""
+
+    def __init__(self, request: web.Request, path: str, journal: Journal) -> None:
+        self._request = request
+        self._path = path
+        self._journal = journal
+        self._entry: Entry | None = None
+
+    def begin(self) -> Entry:
+        """The entry without its outcome; made before the request has an effect, as its object may be removed."""
+        if self._entry is None:
+            self._entry = entry_of(self._request, self._path)
+        return self._entry
+
+    def responded(self, response: web.StreamResponse) -> None:
+        """The handler has a response."""
+        entry = _created(self.begin(), response, manager_of(self._request).store.view())
+        self._journal.record(with_outcome(entry, response.status))
+
+    def failed(self, status: int, error: str) -> None:
+        """The handler has failed."""
+        self._journal.record(with_outcome(self.begin(), status, error))
 
 
 def record_reached(request: web.Request, task: Task, what: str) -> None:
@@ -155,7 +190,7 @@ def _created(entry: Entry, response: web.StreamResponse, view: View) -> Entry:
 def with_outcome(entry: Entry, status: int, error: str = "") -> Entry:
     """The entry of a request that was answered with ``status``."""
     what = " ".join(filter(None, (entry.action, entry.type, entry.name)))
-    failed = f": refused with {status}" if status >= 400 else ""
+    failed = f": refused with {status}" if status >= 400 and status != _CLIENT_GONE else ""
     because = f": {masked_text(error)}" if error else ""
     severity = Severity.INFO if status < 400 else Severity.WARNING if status < 500 else Severity.ERROR
     return replace(entry, status=status, severity=severity, message=f"{what}{failed}{because}")

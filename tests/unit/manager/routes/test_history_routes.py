@@ -1,5 +1,6 @@
 """Who may see what of the history, and what a request is recorded as."""
 
+import asyncio
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -128,14 +129,46 @@ def test_errors_with_urls_are_masked_and_services_of_then_as_well() -> None:
         assert one.task_template.container_spec.env == ("A_TOKEN=***", "B=y")
 
 
-async def test_a_route_that_is_none_is_no_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded: list[Entry] = []
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
+    """What the journal of a manager is given."""
+    entries: list[Entry] = []
     manager = SimpleNamespace(
-        journal=SimpleNamespace(record=recorded.append), store=SimpleNamespace(view=a_view), own="m1"
+        journal=SimpleNamespace(record=entries.append), store=SimpleNamespace(view=a_view), own="m1"
     )
     monkeypatch.setattr(audit, "manager_of", lambda _: manager)
     monkeypatch.setattr(audit, "client_of", lambda _: By())
+    return entries
 
+
+async def test_a_response_does_not_wait_for_its_entry(recorded: list[Entry]) -> None:
+    async def respond(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"ID": "s1"}, status=201)
+
+    response = await audit.audited(make_mocked_request("POST", "/services/create"), respond)
+    assert (response.status, recorded) == (201, [])
+    await asyncio.sleep(0)  # one turn of the event loop
+    assert [(one.status, one.object_id) for one in recorded] == [(201, "s1")]
+
+
+async def test_a_request_whose_client_has_gone_is_recorded(recorded: list[Entry]) -> None:
+    async def wait(_: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    request = make_mocked_request("DELETE", "/services/web")
+    serving = asyncio.ensure_future(audit.audited(request, wait))
+    await asyncio.sleep(0)
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    (entry,) = recorded
+    assert entry.status == 499
+    assert "the client was gone before the response" in entry.message
+    assert "refused" not in entry.message
+
+
+async def test_a_route_that_is_none_is_no_internal_error(recorded: list[Entry]) -> None:
     async def refuse(_: web.Request) -> web.StreamResponse:
         raise web.HTTPNotFound
 
