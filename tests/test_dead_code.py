@@ -3,9 +3,13 @@
 import re
 from functools import cache
 
+import pytest
 from vulture.core import Vulture
 
 from tests.support.documents import ROOT
+
+pytestmark = pytest.mark.timeout(300)
+"""Everything is parsed: ten seconds on an idle machine, minutes on one that runs other tests beside."""
 
 USED_BY_OTHERS = {
     "color": "click reads it of a context",
