@@ -7,30 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TypeAlias
 
+from skep.gotemplate import tree
 from skep.gotemplate.functions import BUILTINS, LOGICAL, CallError, Function
 from skep.gotemplate.parse import TemplateError
-from skep.gotemplate.tree import (
-    NAME,
-    Action,
-    Body,
-    Branch,
-    Budget,
-    Call,
-    Chain,
-    Command,
-    Constant,
-    Dot,
-    Field,
-    Include,
-    Jump,
-    Nil,
-    Operand,
-    Pipeline,
-    Statement,
-    Template,
-    Text,
-    Variable,
-)
+from skep.gotemplate.tree import NAME, Budget
 from skep.gotemplate.values import Struct, Value, is_true, printed, to_bytes, type_name
 
 DEPTH_MAX = 100
@@ -54,7 +34,7 @@ class _Jumped(Exception):
         self.word = word
 
 
-def execute(template: Template, data: Struct, functions: Mapping[str, Function], budget: Budget) -> str:
+def execute(template: tree.Template, data: Struct, functions: Mapping[str, Function], budget: Budget) -> str:
     """What ``template`` prints with ``data`` as ``.``; ``budget`` is reduced.  Raises: TemplateError."""
     run = _Execution(template, functions, budget)
     run.template(NAME, data)
@@ -64,7 +44,7 @@ def execute(template: Template, data: Struct, functions: Mapping[str, Function],
 class _Execution:
     """One execution.  The methods that take a tree's parts and ``dot`` follow the names of the parts."""
 
-    def __init__(self, template: Template, functions: Mapping[str, Function], budget: Budget) -> None:
+    def __init__(self, template: tree.Template, functions: Mapping[str, Function], budget: Budget) -> None:
         self._template = template
         self._functions = {**BUILTINS, **functions}
         self._budget = budget
@@ -80,7 +60,7 @@ class _Execution:
 
     # -- errors and limits -----------------------------------------------------------------------------------
 
-    def _at(self, node: Operand | Command | Statement) -> None:
+    def _at(self, node: tree.Operand | tree.Command | tree.Statement) -> None:
         """Errors from here on are ``node``'s."""
         self._node, self._position = node, node.position
 
@@ -130,34 +110,34 @@ class _Execution:
             self._body(self._template.bodies[name], dot)
         self._variables, self._name = outside
 
-    def _body(self, body: Body, dot: Value) -> None:
+    def _body(self, body: tree.Body, dot: Value) -> None:
         for statement in body:
             self._statement(statement, dot)
 
-    def _statement(self, statement: Statement, dot: Value) -> None:
+    def _statement(self, statement: tree.Statement, dot: Value) -> None:
         self._step()
         match statement:
-            case Text():
+            case tree.Text():
                 self._write(statement.text)
-            case Action():
+            case tree.Action():
                 self._at(statement)
                 value = self._pipeline(statement.pipeline, dot)
                 if not statement.pipeline.variables:
                     self._at(statement)
                     self._write("<no value>" if value is None else printed(value))
-            case Branch():
+            case tree.Branch():
                 with self._deeper():
                     self._branch(statement, dot)
-            case Include():
+            case tree.Include():
                 self._at(statement)
                 if statement.name not in self._template.bodies:
                     self._fail(f'template "{statement.name}" not defined')
                 inner = self._pipeline(statement.pipeline, dot) if statement.pipeline is not None else None
                 self.template(statement.name, inner)
-            case Jump():
+            case tree.Jump():
                 raise _Jumped(statement.word)
 
-    def _branch(self, branch: Branch, dot: Value) -> None:
+    def _branch(self, branch: tree.Branch, dot: Value) -> None:
         scope = len(self._variables)
         if branch.word == "range":
             self._range(branch, dot)
@@ -169,7 +149,7 @@ class _Execution:
                 self._body(branch.otherwise, dot)
         del self._variables[scope:]
 
-    def _range(self, branch: Branch, dot: Value) -> None:
+    def _range(self, branch: tree.Branch, dot: Value) -> None:
         value = self._pipeline(branch.pipeline, dot)
         names = branch.pipeline.variables
         pairs: Sequence[tuple[Value, Value]] | range = ()
@@ -211,7 +191,7 @@ class _Execution:
 
     # -- pipelines -------------------------------------------------------------------------------------------
 
-    def _pipeline(self, pipeline: Pipeline, dot: Value) -> Value:
+    def _pipeline(self, pipeline: tree.Pipeline, dot: Value) -> Value:
         value: _Final = _NOTHING
         for command in pipeline.commands:
             value = self._command(command, dot, value)
@@ -223,46 +203,46 @@ class _Execution:
                 self._variables.append((name, value))
         return value
 
-    def _command(self, command: Command, dot: Value, final: _Final) -> Value:
+    def _command(self, command: tree.Command, dot: Value, final: _Final) -> Value:
         self._step()
         first, *arguments = command.operands
         match first:
-            case Call():
+            case tree.Call():
                 return self._call(first, arguments, dot, final, command)
-            case Field() | Variable() | Chain():
+            case tree.Field() | tree.Variable() | tree.Chain():
                 has_arguments = bool(arguments) or not isinstance(final, _Nothing)
                 return self._operand(first, dot, has_arguments=has_arguments)
         self._at(first)
         if arguments or not isinstance(final, _Nothing):
             self._fail(f"can't give argument to non-function {first}")
-        if isinstance(first, Nil):
+        if isinstance(first, tree.Nil):
             self._fail("nil is not a command")
         return self._operand(first, dot)
 
-    def _operand(self, operand: Operand, dot: Value, *, has_arguments: bool = False) -> Value:
+    def _operand(self, operand: tree.Operand, dot: Value, *, has_arguments: bool = False) -> Value:
         """The value of an operand; a function is called without arguments."""
         self._at(operand)
         match operand:
-            case Constant():
+            case tree.Constant():
                 return operand.value
-            case Nil():
+            case tree.Nil():
                 return None
-            case Dot():
+            case tree.Dot():
                 return dot
-            case Field():
+            case tree.Field():
                 return self._fields(dot, operand.names, has_arguments=has_arguments)
-            case Variable():
+            case tree.Variable():
                 value = next(value for name, value in reversed(self._variables) if name == operand.name)
                 if not operand.names and has_arguments:
                     self._fail(f"can't give argument to non-function {operand}")
                 return self._fields(value, operand.names, has_arguments=has_arguments)
-            case Chain():
+            case tree.Chain():
                 value = self._operand(operand.first, dot)
                 return self._fields(value, operand.names, has_arguments=has_arguments)
-            case Pipeline():
+            case tree.Pipeline():
                 with self._deeper():
                     return self._pipeline(operand, dot)
-            case Call():
+            case tree.Call():
                 return self._call(operand, [], dot, _NOTHING, operand)
 
     def _fields(self, value: Value, names: Sequence[str], *, has_arguments: bool = False) -> Value:
@@ -292,7 +272,12 @@ class _Execution:
     # -- functions -------------------------------------------------------------------------------------------
 
     def _call(
-        self, call: Call, operands: Sequence[Operand], dot: Value, final: _Final, whole: Command | Call
+        self,
+        call: tree.Call,
+        operands: Sequence[tree.Operand],
+        dot: Value,
+        final: _Final,
+        whole: tree.Command | tree.Call,
     ) -> Value:
         """``whole``: what an error of the function itself shows."""
         self._at(call)
@@ -323,12 +308,14 @@ class _Execution:
         self._count([result])
         return result
 
-    def _check_text(self, function: Function, number: int, operand: Operand | None, value: Value) -> None:
+    def _check_text(
+        self, function: Function, number: int, operand: tree.Operand | None, value: Value
+    ) -> None:
         """Refuse an argument that has to be a string and is none.  ``operand``: None: of the command before."""
         if isinstance(value, str) or number >= function.texts:
             return
-        if isinstance(operand, Nil):
+        if isinstance(operand, tree.Nil):
             self._fail("cannot assign nil to string")
-        if isinstance(operand, Constant):
+        if isinstance(operand, tree.Constant):
             self._fail(f"expected string; found {operand}")
         self._fail(f"wrong type for value; expected string; got {type_name(value)}")

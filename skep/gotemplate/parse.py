@@ -7,30 +7,10 @@ import re
 from collections.abc import Collection, Sequence
 
 from skep.errors import InvalidArgument
+from skep.gotemplate import tree
 from skep.gotemplate.functions import BUILTINS
 from skep.gotemplate.lex import Kind, Token, lex
-from skep.gotemplate.tree import (
-    NAME,
-    Action,
-    Body,
-    Branch,
-    Budget,
-    Call,
-    Chain,
-    Command,
-    Constant,
-    Dot,
-    Field,
-    Include,
-    Jump,
-    Nil,
-    Operand,
-    Pipeline,
-    Statement,
-    Template,
-    Text,
-    Variable,
-)
+from skep.gotemplate.tree import NAME, Budget
 from skep.gotemplate.values import quoted, to_bytes, to_text
 
 NESTING_MAX = 100
@@ -47,7 +27,7 @@ class TemplateError(InvalidArgument):
     """A text that is no template, or an execution that failed.  The message is Go's."""
 
 
-def parse(text: str, functions: Collection[str], budget: Budget) -> Template:
+def parse(text: str, functions: Collection[str], budget: Budget) -> tree.Template:
     """The tree of ``text``.  ``functions``: names besides Go's own.  ``budget`` is reduced.  Raises: TemplateError."""
     tokens = lex(text, budget.tokens)
     budget.tokens -= len(tokens)
@@ -63,11 +43,11 @@ class _Parser:
         self._variables = ["$"]
         self._ranges = 0
         self._depth = 0
-        self._bodies: dict[str, Body] = {}
+        self._bodies: dict[str, tree.Body] = {}
 
-    def template(self) -> Template:
+    def template(self) -> tree.Template:
         body = self._list(at_top=True)
-        return Template(self._text, {NAME: body, **self._bodies})
+        return tree.Template(self._text, {NAME: body, **self._bodies})
 
     # -- tokens ----------------------------------------------------------------------------------------------
 
@@ -109,15 +89,15 @@ class _Parser:
 
     # -- statements ------------------------------------------------------------------------------------------
 
-    def _list(self, *, at_top: bool = False) -> Body:
+    def _list(self, *, at_top: bool = False) -> tree.Body:
         """Statements up to the end of the text, or to ``{{else`` or ``{{end``, which stays the next."""
-        found: list[Statement] = []
+        found: list[tree.Statement] = []
         while True:
             token = self._peek()
             match token.kind:
                 case "text":
                     self._take()
-                    found.append(Text(token.position, token.text))
+                    found.append(tree.Text(token.position, token.text))
                 case "left":
                     word = self._word_after(token)
                     if word in ("else", "end"):
@@ -143,7 +123,7 @@ class _Parser:
                 return token.text if token.kind == "keyword" else ""
         return ""
 
-    def _action(self) -> Statement:
+    def _action(self) -> tree.Statement:
         """The statement after an opening delimiter."""
         token = self._skip_space()
         if token.kind == "keyword":
@@ -161,16 +141,16 @@ class _Parser:
                     self._take()
                     return self._jump(token)
         pipeline = self._pipeline("command", "right")
-        return Action(token.position, pipeline)
+        return tree.Action(token.position, pipeline)
 
-    def _branch(self, token: Token) -> Branch:
+    def _branch(self, token: Token) -> tree.Branch:
         self._nested()
         scope = len(self._variables)
         pipeline = self._pipeline(token.text, "right")
         self._ranges += token.text == "range"
         body = self._list()
         self._ranges -= token.text == "range"
-        otherwise: Body = ()
+        otherwise: tree.Body = ()
         self._take()  # {{
         word = self._skip_space()
         self._take()
@@ -182,7 +162,7 @@ class _Parser:
                 otherwise = (self._branch(again),)
                 del self._variables[scope:]
                 self._depth -= 1
-                return Branch(token.position, token.text, pipeline, body, otherwise)
+                return tree.Branch(token.position, token.text, pipeline, body, otherwise)
             self._expect("right", "else")
             otherwise = self._list()
             self._take()
@@ -193,31 +173,31 @@ class _Parser:
         self._expect("right", "end")
         del self._variables[scope:]
         self._depth -= 1
-        return Branch(token.position, token.text, pipeline, body, otherwise)
+        return tree.Branch(token.position, token.text, pipeline, body, otherwise)
 
-    def _jump(self, token: Token) -> Jump:
+    def _jump(self, token: Token) -> tree.Jump:
         following = self._skip_space()
         if following.kind != "right":
             self._unexpected(following, f"{{{{{token.text}}}}}")
         self._take()
         if not self._ranges:
             raise self._fail(f"{{{{{token.text}}}}} outside {{{{range}}}}")
-        return Jump(token.position, token.text)
+        return tree.Jump(token.position, token.text)
 
-    def _include(self) -> Include:
+    def _include(self) -> tree.Include:
         token = self._template_name("template clause")
         pipeline = None
         if self._skip_space().kind == "right":
             self._take()
         else:
             pipeline = self._pipeline("template clause", "right")
-        return Include(token.position, self._unquoted(token), pipeline)
+        return tree.Include(token.position, self._unquoted(token), pipeline)
 
-    def _block(self) -> Include:
+    def _block(self) -> tree.Include:
         token = self._template_name("block clause")
         pipeline = self._pipeline("block clause", "right")
         self._body_of(self._unquoted(token), "block clause")
-        return Include(token.position, self._unquoted(token), pipeline)
+        return tree.Include(token.position, self._unquoted(token), pipeline)
 
     def _define(self) -> None:
         self._skip_space()
@@ -241,7 +221,9 @@ class _Parser:
         self._variables, self._ranges = outside, ranges
         self._depth -= 1
         # An empty one does not replace one with content, as in Go.
-        if name not in self._bodies or any(not isinstance(one, Text) or one.text.strip() for one in body):
+        if name not in self._bodies or any(
+            not isinstance(one, tree.Text) or one.text.strip() for one in body
+        ):
             self._bodies[name] = body
 
     def _template_name(self, context: str) -> Token:
@@ -253,10 +235,10 @@ class _Parser:
 
     # -- pipelines -------------------------------------------------------------------------------------------
 
-    def _pipeline(self, context: str, end: Kind) -> Pipeline:
+    def _pipeline(self, context: str, end: Kind) -> tree.Pipeline:
         position = self._skip_space().position
         variables, assigns = self._declarations(context)
-        commands: list[Command] = []
+        commands: list[tree.Command] = []
         while True:
             token = self._skip_space()
             if token.kind == end:
@@ -270,13 +252,13 @@ class _Parser:
             raise self._fail(f"missing value for {context}")
         for number, command in enumerate(commands[1:], 2):
             first = command.operands[0]
-            if isinstance(first, Constant | Dot | Nil):
+            if isinstance(first, tree.Constant | tree.Dot | tree.Nil):
                 raise self._fail(f"non executable command in pipeline stage {number}")
         if not assigns:
             self._variables.extend(variables)
             if len(self._variables) > VARIABLES_MAX:
                 raise self._fail("too many variables")
-        return Pipeline(position, variables, assigns, tuple(commands))
+        return tree.Pipeline(position, variables, assigns, tuple(commands))
 
     def _declarations(self, context: str) -> tuple[tuple[str, ...], bool]:
         """The variables that a pipeline sets, and whether they exist already."""
@@ -303,10 +285,10 @@ class _Parser:
             if self._skip_space().kind not in ("variable", "right", ")"):
                 raise self._fail("range can only initialize variables")
 
-    def _command(self) -> Command:
+    def _command(self) -> tree.Command:
         """One command; the ``|`` behind it is taken."""
         position = self._skip_space().position
-        operands: list[Operand] = []
+        operands: list[tree.Operand] = []
         while True:
             self._skip_space()
             operand = self._operand()
@@ -325,9 +307,9 @@ class _Parser:
             break
         if not operands:
             raise self._fail("empty command")
-        return Command(position, tuple(operands))
+        return tree.Command(position, tuple(operands))
 
-    def _operand(self) -> Operand | None:
+    def _operand(self) -> tree.Operand | None:
         """A term and the fields behind it; None: there is none."""
         term = self._term()
         if term is None or self._peek().kind != "field":
@@ -337,15 +319,15 @@ class _Parser:
         while self._peek().kind == "field":
             names.append(self._take().text[1:])
         match term:
-            case Field():
-                return Field(position, (*term.names, *names))
-            case Variable():
-                return Variable(position, term.name, (*term.names, *names))
-            case Pipeline() | Call():
-                return Chain(position, term, tuple(names))
+            case tree.Field():
+                return tree.Field(position, (*term.names, *names))
+            case tree.Variable():
+                return tree.Variable(position, term.name, (*term.names, *names))
+            case tree.Pipeline() | tree.Call():
+                return tree.Chain(position, term, tuple(names))
         raise self._fail(f"unexpected . after term {quoted(str(term))}")
 
-    def _term(self) -> Operand | None:
+    def _term(self) -> tree.Operand | None:
         token = self._peek()
         position = token.position
         match token.kind:
@@ -353,29 +335,29 @@ class _Parser:
                 self._take()
                 if token.text not in BUILTINS and token.text not in self._functions:
                     raise self._fail(f"function {quoted(token.text)} not defined")
-                return Call(position, token.text)
+                return tree.Call(position, token.text)
             case "dot":
                 self._take()
-                return Dot(position)
+                return tree.Dot(position)
             case "nil":
                 self._take()
-                return Nil(position)
+                return tree.Nil(position)
             case "variable":
                 self._check_known(token.text)
                 self._take()
-                return Variable(position, token.text)
+                return tree.Variable(position, token.text)
             case "field":
                 self._take()
-                return Field(position, (token.text[1:],))
+                return tree.Field(position, (token.text[1:],))
             case "bool":
                 self._take()
-                return Constant(position, token.text == "true", token.text)
+                return tree.Constant(position, token.text == "true", token.text)
             case "char" | "number":
                 self._take()
-                return Constant(position, self._number(token), token.text)
+                return tree.Constant(position, self._number(token), token.text)
             case "string" | "raw":
                 self._take()
-                return Constant(position, self._unquoted(token), token.text)
+                return tree.Constant(position, self._unquoted(token), token.text)
             case "(":
                 self._take()
                 self._nested()

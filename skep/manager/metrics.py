@@ -13,49 +13,39 @@ from skep.api.exposition import Family, Histogram, Sample, by_label, gauge, labe
 from skep.api.otlp import TraceExporter
 from skep.api.process_metrics import process_families
 from skep.errors import SkepError
-from skep.manager.informer import batches_of, observe_commits
-from skep.model.ids import ServiceId, TaskId
+from skep.manager.informer import batches_of
+from skep.manager.starting_tasks import StartingTasks
+from skep.model.ids import ServiceId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.store.interface import Commit, Created, Deleted, Store, Updated
+from skep.store.interface import Store
 
 _START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _STORE_S = 2.0
 _STARTING_MAX = 100_000
-"""Tasks on their way whose begin is remembered."""
+"""Starting tasks that are timed."""
 
 
-class StartTimes:
+class StartTimes(StartingTasks[float]):
     """From the commit that creates a task to the one that shows it running, by this manager's clock."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
-        self._store = store
+        super().__init__(store, _STARTING_MAX)
         self._clock = clock
-        self._begun: dict[TaskId, float] = {}
         self.histogram = Histogram(_START_BOUNDS_S)
 
-    async def run(self) -> None:
-        """Follow the commits until cancelled."""
-        await observe_commits(
-            self._store, (Task,), on_snapshot=lambda _: self._begun.clear(), on_commit=self.note
-        )
+    def created(self) -> float:
+        """See ``StartingTasks``."""
+        return self._clock.monotonic()
 
-    def note(self, commit: Commit) -> None:
-        """Tasks that begin, run or end."""
-        now = self._clock.monotonic()
-        for event in commit.events:
-            match event:
-                case Created(object=Task() as task) if len(self._begun) < _STARTING_MAX:
-                    self._begun[task.id] = now
-                case Updated(new=Task() as task) if task.status.state >= TaskState.RUNNING:
-                    begun = self._begun.pop(task.id, None)
-                    if begun is not None and task.status.state is TaskState.RUNNING:
-                        self.histogram.observe(now - begun)
-                case Deleted(object=Task() as task):
-                    self._begun.pop(task.id, None)
+    def changed(self, task: Task, value: float) -> float | None:
+        """See ``StartingTasks``; counts the task if it runs."""
+        if task.status.state is TaskState.RUNNING:
+            self.histogram.observe(self._clock.monotonic() - value)
+        return value if task.status.state < TaskState.RUNNING else None
 
 
 class ClusterMetrics:

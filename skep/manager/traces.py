@@ -11,18 +11,18 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from skep.api.otlp import TraceExporter
-from skep.manager.informer import observe_commits
-from skep.model.ids import NodeId, TaskId
+from skep.manager.starting_tasks import StartingTasks
+from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.store.interface import Commit, Created, Deleted, Store, Updated
+from skep.store.interface import Store
 from skep.tracing import Part, Span, recording, span_id, trace_id
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 """Source: https://www.w3.org/TR/trace-context/#traceparent-header"""
 _FOLLOWED_MAX = 10_000
-"""Tasks on their way that are followed; others have no spans of a manager."""
+"""Starting tasks that are followed; others have no spans of a manager."""
 _TRACED = re.compile(r"(/v[0-9.]+)?(/skep)?/services(/.*)?")
 
 
@@ -86,41 +86,28 @@ class _Begun(msgspec.Struct, frozen=True):
     is_scheduled: bool = False
 
 
-class TaskSpans:
-    """Follows tasks from commit to commit.  ``own``: this manager's node."""
+class TaskSpans(StartingTasks[_Begun]):
+    """Spans of tasks.  ``own``: this manager's node."""
 
     def __init__(self, store: Store, own: NodeId, exporter: TraceExporter) -> None:
-        self._store = store
+        super().__init__(store, _FOLLOWED_MAX)
         self._own = own
         self._exporter = exporter
-        self._begun: dict[TaskId, _Begun] = {}
 
-    async def run(self) -> None:
-        """Follow the commits until cancelled."""
-        await observe_commits(
-            self._store, (Task,), on_snapshot=lambda _: self._begun.clear(), on_commit=self.note
-        )
+    def created(self) -> _Begun:
+        """See ``StartingTasks``."""
+        return _Begun(self._exporter.now_ns())
 
-    def note(self, commit: Commit) -> None:
-        """Tasks that begin, get their node, run or end."""
-        now = self._exporter.now_ns()
-        for event in commit.events:
-            match event:
-                case Created(object=Task() as task) if len(self._begun) < _FOLLOWED_MAX:
-                    self._begun[task.id] = _Begun(now)
-                case Updated(new=Task() as task) if (begun := self._begun.get(task.id)) is not None:
-                    self._note_state(task, begun, now)
-                case Deleted(object=Task() as task):
-                    self._begun.pop(task.id, None)
-
-    def _note_state(self, task: Task, begun: _Begun, now: int) -> None:
-        state = task.status.state
-        if not begun.is_scheduled and state >= TaskState.ASSIGNED:
-            self._begun[task.id] = msgspec.structs.replace(begun, is_scheduled=True)
-            self._add(task, "schedule", span_id(task.id, "task"), begun.at_ns, now)
-        if state >= TaskState.RUNNING:
-            del self._begun[task.id]
-            self._add(task, "task", "", begun.at_ns, now)
+    def changed(self, task: Task, value: _Begun) -> _Begun | None:
+        """See ``StartingTasks``; adds the spans that end."""
+        now, state = self._exporter.now_ns(), task.status.state
+        if not value.is_scheduled and state >= TaskState.ASSIGNED:
+            value = msgspec.structs.replace(value, is_scheduled=True)
+            self._add(task, "schedule", span_id(task.id, "task"), value.at_ns, now)
+        if state < TaskState.RUNNING:
+            return value
+        self._add(task, "task", "", value.at_ns, now)
+        return None
 
     def _add(self, task: Task, name: str, parent: str, begin_ns: int, end_ns: int) -> None:
         own = self._store.view().lookup(Node, self._own)

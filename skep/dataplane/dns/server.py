@@ -29,7 +29,7 @@ from skep.dataplane.dns.messages import (
 )
 from skep.dataplane.dns.records import TTL_S, Decision, Foreign, Found, Missing
 from skep.dataplane.dns.rules import ADDRESS
-from skep.dataplane.dns.upstream import Forwarder, NameServer, Open, read_message
+from skep.dataplane.dns.upstream import DEADLINE_S, Forwarded, Forwarder, NameServer, Open, read_message
 from skep.errors import SkepError
 from skep.linux.descriptors import set_aside
 from skep.model.ids import NetworkId, ServiceId
@@ -243,13 +243,9 @@ class ContainerServer:
                 return reply(query, NOERROR, answers, extra, ttl_s=TTL_S, bytes_max=bytes_max)
             case Foreign(is_single_label):
                 found = await self._forwarder.forward(
-                    self._container,
-                    query,
-                    data,
+                    Forwarded(self._container, query, data, self._forwarding.inside, is_tcp),
                     self._forwarding.servers,
-                    inside=self._forwarding.inside,
-                    is_tcp=is_tcp,
-                    **({"deadline_s": SINGLE_LABEL_S} if is_single_label else {}),
+                    SINGLE_LABEL_S if is_single_label else DEADLINE_S,
                 )
                 if found is not None:
                     return fitting(found, query, bytes_max)

@@ -60,6 +60,16 @@ Open = Callable[[socket.SocketKind, socket.AddressFamily], Awaitable[socket.sock
 """Opens a socket in a container's namespace.  Raises: OSError."""
 
 
+class Forwarded(msgspec.Struct, frozen=True):
+    """A query of ``container`` on its way to other name servers.  ``data``: its message."""
+
+    container: str
+    query: Query
+    data: bytes
+    inside: Open
+    is_tcp: bool
+
+
 class Forwarder:
     """Forwards queries of all containers of the node.
 
@@ -86,31 +96,22 @@ class Forwarder:
         return all(self._is_unresponsive(server, container) for server in servers[:SERVERS_MAX])
 
     async def forward(
-        self,
-        container: str,
-        query: Query,
-        data: bytes,
-        servers: Sequence[NameServer],
-        *,
-        inside: Open,
-        is_tcp: bool,
-        deadline_s: float = DEADLINE_S,
+        self, one: Forwarded, servers: Sequence[NameServer], deadline_s: float = DEADLINE_S
     ) -> bytes | None:
-        """The response of the first of ``servers`` that has one to ``query``, whose message is ``data``.
+        """The response of the first of ``servers`` that has one.
 
         Error responses are skipped; None: there was no other, or the query was displaced.  With too many queries of
-        ``container`` in flight, the response is REFUSED.
+        its container in flight, the response is REFUSED.
         """
+        container = one.container
         if not self._has_room(container):
-            return reply(query, REFUSED, bytes_max=query.udp_bytes_max)
+            return reply(one.query, REFUSED, bytes_max=one.query.udp_bytes_max)
         try:
             async with asyncio.timeout(deadline_s) as deadline:
                 self._in_flight.setdefault(container, {})[deadline] = None
                 self._total += 1
                 try:
-                    return await self._try_servers(
-                        container, query, data, servers, inside, is_tcp, deadline_s
-                    )
+                    return await self._try_servers(one, servers, deadline_s)
                 finally:
                     self._leave(container, deadline)
         except TimeoutError:
@@ -142,15 +143,9 @@ class Forwarder:
             self._in_flight.pop(container, None)
 
     async def _try_servers(
-        self,
-        container: str,
-        query: Query,
-        data: bytes,
-        servers: Sequence[NameServer],
-        inside: Open,
-        is_tcp: bool,
-        deadline_s: float,
+        self, one: Forwarded, servers: Sequence[NameServer], deadline_s: float
     ) -> bytes | None:
+        container = one.container
         ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_unresponsive(server, container))
         again = ordered if len(ordered) < SERVERS_MAX else []  # a packet may be lost
         # Leaves time for every attempt, so that each unresponsive server is known.
@@ -161,7 +156,7 @@ class Forwarder:
                 continue
             try:
                 async with asyncio.timeout(attempt_s):
-                    response = await self._exchange(query, data, server, inside, is_tcp)
+                    response = await self._exchange(one, server)
             except TimeoutError:
                 self.counts.upstream_timeouts += 1
                 self._mark_unresponsive(server, container)
@@ -177,28 +172,26 @@ class Forwarder:
             failed.add(server)
         return None
 
-    async def _exchange(
-        self, query: Query, data: bytes, server: NameServer, inside: Open, is_tcp: bool
-    ) -> bytes:
+    async def _exchange(self, one: Forwarded, server: NameServer) -> bytes:
         family = socket.AF_INET6 if ip_address(server.address).version == 6 else socket.AF_INET
-        kind = socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM
-        opened = await inside(kind, family) if server.is_inside else socket.socket(family, kind)
+        kind = socket.SOCK_STREAM if one.is_tcp else socket.SOCK_DGRAM
+        opened = await one.inside(kind, family) if server.is_inside else socket.socket(family, kind)
         with closing(set_aside(opened)) as opened:
             opened.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_connect(opened, (server.address, server.port))
             id = self._new_id()
-            message = forwardable(data, id)
-            if is_tcp:
+            message = forwardable(one.data, id)
+            if one.is_tcp:
                 await loop.sock_sendall(opened, len(message).to_bytes(2, "big") + message)
                 response = await read_message(opened)
-                if not is_response(response, id, query.question):
+                if not is_response(response, id, one.query.question):
                     raise ConnectionError("the response is to another query")
                 return response
             await loop.sock_sendall(opened, message)
             while True:
                 response = await loop.sock_recv(opened, TCP_BYTES_MAX)
-                if is_response(response, id, query.question):
+                if is_response(response, id, one.query.question):
                     return response
 
     def _is_unresponsive(self, server: NameServer, container: str) -> bool:

@@ -14,14 +14,17 @@ from skep.wire.convert.volume import volume_from_pb, volume_to_pb
 def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
     """One entry per object; ``complete`` and ``revision`` belong to the message around them."""
     return [
-        *(_put(secret=_secret_to_pb(secret)) for secret in change.secrets),
-        *(_put(config=_config_to_pb(config)) for config in change.configs),
-        *(_put(task=task_to_pb(task, change.registry_auths.get(task.task.id, ""))) for task in change.tasks),
-        *(_remove(task=pb.Task(id=id)) for id in change.removed_tasks),
-        *(_remove(secret=pb.Secret(id=id)) for id in change.removed_secrets),
-        *(_remove(config=pb.Config(id=id)) for id in change.removed_configs),
-        *(_put(volume=volume_to_pb(volume)) for volume in change.volumes),
-        *(_remove(volume=volume_to_pb(volume)) for volume in change.removed_volumes),
+        *(_put(pb.Assignment(secret=_secret_to_pb(secret))) for secret in change.secrets),
+        *(_put(pb.Assignment(config=_config_to_pb(config))) for config in change.configs),
+        *(
+            _put(pb.Assignment(task=task_to_pb(task, change.registry_auths.get(task.task.id, ""))))
+            for task in change.tasks
+        ),
+        *(_remove(pb.Assignment(task=pb.Task(id=id))) for id in change.removed_tasks),
+        *(_remove(pb.Assignment(secret=pb.Secret(id=id))) for id in change.removed_secrets),
+        *(_remove(pb.Assignment(config=pb.Config(id=id))) for id in change.removed_configs),
+        *(_put(pb.Assignment(volume=volume_to_pb(volume))) for volume in change.volumes),
+        *(_remove(pb.Assignment(volume=volume_to_pb(volume))) for volume in change.removed_volumes),
     ]
 
 
@@ -56,25 +59,11 @@ def _items(assignments: Iterable[pb.Assignment], kind: str) -> Sequence[pb.Assig
     return [assignment for assignment in assignments if assignment.WhichOneof("item") == kind]
 
 
-def _put(
-    *,
-    task: pb.Task | None = None,
-    secret: pb.Secret | None = None,
-    config: pb.Config | None = None,
-    volume: pb.VolumeAssignment | None = None,
-) -> pb.AssignmentChange:
-    assignment = pb.Assignment(task=task, secret=secret, config=config, volume=volume)
+def _put(assignment: pb.Assignment) -> pb.AssignmentChange:
     return pb.AssignmentChange(assignment=assignment, action=_UPDATE)
 
 
-def _remove(
-    *,
-    task: pb.Task | None = None,
-    secret: pb.Secret | None = None,
-    config: pb.Config | None = None,
-    volume: pb.VolumeAssignment | None = None,
-) -> pb.AssignmentChange:
-    assignment = pb.Assignment(task=task, secret=secret, config=config, volume=volume)
+def _remove(assignment: pb.Assignment) -> pb.AssignmentChange:
     return pb.AssignmentChange(assignment=assignment, action=_REMOVE)
 
 

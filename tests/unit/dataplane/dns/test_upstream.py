@@ -11,7 +11,7 @@ from dnslib import DNSRecord
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns import upstream
 from skep.dataplane.dns.messages import REFUSED, Query, parse, response_code
-from skep.dataplane.dns.upstream import CONTAINERS_MIN, Forwarder, NameServer
+from skep.dataplane.dns.upstream import CONTAINERS_MIN, Forwarded, Forwarder, NameServer
 from tests.support import upstream as lab
 from tests.support.upstream import knows
 
@@ -45,7 +45,7 @@ class Asking:
 
         return asyncio.create_task(
             self.forwarder.forward(
-                container, query, QUESTION, [server], inside=inside, is_tcp=False, deadline_s=deadline_s
+                Forwarded(container, query, QUESTION, inside, is_tcp=False), [server], deadline_s
             )
         )
 
