@@ -117,7 +117,7 @@ class Reservations:
         """Hold ``port`` (0: any free one); the same answer again for the same ``token``.
 
         Raises: AlreadyExists: another program has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be had at
-        all.
+        all; OSError: it cannot be recorded.
         """
         for held in self._held:
             if held.token == token:
@@ -125,7 +125,12 @@ class Reservations:
         opened = bind(protocol, port, address)
         reservation = Reservation(protocol, opened.getsockname()[1], token, address, target)
         self._held[reservation] = opened
-        self.record()
+        try:
+            self.record()
+        except OSError:  # the next process would not have it
+            del self._held[reservation]
+            opened.close()
+            raise
         return reservation.port
 
     def release(self, protocol: str, port: int, address: str = "") -> None:

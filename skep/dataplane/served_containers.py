@@ -151,6 +151,8 @@ class ServedContainers:
             self._schedule(id, _Work.APPLY)
         if failed:
             raise Unavailable(f"{len(failed)} of {len(touched)} containers lack the new virtual addresses")
+        if self._networks.unread:
+            raise Unavailable(f"tables of {len(self._networks.unread)} networks cannot be read at present")
 
     def pause(self) -> tuple[Waiting, ...]:
         """Stop serving; returns the pending queries for the next process."""

@@ -12,6 +12,7 @@ import structlog
 
 from skep.dataplane.dns.index import Index
 from skep.dataplane.plan.vip import VipBackends, vip_backends
+from skep.linux.files import is_no_file
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.tables import NetworkHead, Table
 
@@ -38,6 +39,8 @@ class Networks:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._read: dict[NetworkId, _Version] = {}
+        self.unread: set[NetworkId] = set()
+        """Networks whose file could not be read the last time, though it is there: the version before it counts."""
 
     def index(self, id: NetworkId) -> Index:
         """The names of a network."""
@@ -48,13 +51,16 @@ class Networks:
         return self._of(id).backends
 
     def refresh(self, ids: Iterable[NetworkId]) -> Services:
-        """Read these again; returns the services whose backends have changed.
+        """Read these again, and those that could not be read; returns the services whose backends have changed.
 
-        Networks that were not read before are not read now either.
+        Networks that were not asked for before are not read now either.
         """
         changed: set[tuple[NetworkId, ServiceId]] = set()
-        for id in ids:
-            if id in self._read:
+        for id in {*ids, *self.unread}:
+            if id not in self._read:
+                if id in self.unread:
+                    self._of(id)
+            else:
                 before = self._read[id].backends
                 self._read[id] = self._from_file(id)
                 after = self._read[id].backends
@@ -71,19 +77,28 @@ class Networks:
         """Drop all but these."""
         wanted = set(ids)
         self._read = {id: read for id, read in self._read.items() if id in wanted}
+        self.unread &= wanted
 
     def _of(self, id: NetworkId) -> _Version:
-        if id not in self._read:
-            self._read[id] = self._from_file(id)
-        return self._read[id]
+        if id in self._read:
+            return self._read[id]
+        version = self._from_file(id)
+        if id not in self.unread:
+            self._read[id] = version
+        return version
 
     def _from_file(self, id: NetworkId) -> _Version:
+        was_unread = id in self.unread
+        self.unread.discard(id)
         try:
             return _Version(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table))
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:  # not a table, or invalid addresses in it
-            log.error("table of a network cannot be read", network=id, reason=str(error))
+        except (OSError, ValueError) as error:  # ValueError: not a table, or invalid addresses in it
+            if isinstance(error, OSError) and not is_no_file(error):
+                self.unread.add(id)
+            if not was_unread:
+                log.error("table of a network cannot be read", network=id, reason=str(error))
             if id in self._read:
                 return self._read[id]
         return _Version(Table(head=NetworkHead(id=id, name="")))

@@ -41,6 +41,8 @@ class LocalEndpoints:
         self._naming = naming
         self._addresses: dict[str, Addresses] = {}
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
+        self._unwritten: set[str] = set()
+        """Networks whose file has names of containers that are gone: it could not be written."""
 
     def find(self, word: str) -> LocalNetwork | None:
         """The network of this node with the id, name or prefix of an id ``word``; None: there is none.
@@ -112,13 +114,16 @@ class LocalEndpoints:
         )
 
     async def give_back(self, container_id: ContainerId, config: EndpointConfig) -> None:
-        """Release the address and the names of an endpoint.  Harmless when they were released before."""
+        """Release the address and the names of an endpoint.  Harmless when they were released before.
+
+        Raises: OSError: the names are still served; to be called again.
+        """
         id = config.head.id
         if (known := self._addresses.get(id)) is not None:
             known.release(_address(config), container_id)
-        if self._endpoints.get(id, {}).pop(container_id, None) is None:
+        if self._endpoints.get(id, {}).pop(container_id, None) is None and id not in self._unwritten:
             return
-        if not self._endpoints[id]:
+        if id in self._endpoints and not self._endpoints[id]:
             del self._endpoints[id]
             if (network := self.find(id)) is not None and network.cluster_id:
                 self._networks.remove_bridge(id)  # the next task makes it again
@@ -151,12 +156,14 @@ class LocalEndpoints:
         """Write the table of a network, and have it read.  Raises: SkepError; OSError."""
         path, network = self._tables / id, self.find(id)
         endpoints: Mapping[ContainerId, TableEndpoint] = self._endpoints.get(id, {})
+        self._unwritten.add(id)
         if network is None or not endpoints:
             path.unlink(missing_ok=True)
         else:
             self._tables.mkdir(parents=True, exist_ok=True)
             table = Table(head=head_of(network), endpoints={one.task_id: one for one in endpoints.values()})
             replace_file(path, msgspec.msgpack.encode(table), is_durable=False)
+        self._unwritten.discard(id)
         if self._naming is not None:
             await self._naming.refresh((NetworkId(id),))
 

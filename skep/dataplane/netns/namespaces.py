@@ -107,7 +107,8 @@ def _create(path: Path, sysctls: Mapping[str, str]) -> None:
         finally:
             setns(own, CLONE_NEWNET)
     except BaseException:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is left is removed when the node sweeps
+            _destroy(path)
         raise
     finally:
         os.close(own)

@@ -50,6 +50,8 @@ class Relays:
         self._in_namespace = in_namespace
         self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
         self._refused: set[_Key] = set()
+        self._is_unread = False
+        """Whether the plan could not be read the last time."""
 
     async def run(self) -> None:
         """Serve until cancelled; open connections end then."""
@@ -71,11 +73,11 @@ class Relays:
     async def _apply_changes(self, watch: FileWatch, backoff: Backoff) -> None:
         while True:
             await self._apply()
-            if not self._refused:
+            if not self._refused and not self._is_unread:
                 backoff.reset()
                 await watch.wait_changed()
                 continue
-            with suppress(TimeoutError):  # the port may be free by then
+            with suppress(TimeoutError):  # the port may be free by then, and the plan readable
                 async with asyncio.timeout(backoff.next_delay_s()):
                     await watch.wait_changed()
 
@@ -107,11 +109,13 @@ class Relays:
 
     def _read(self) -> tuple[RelayPort, ...]:
         """The wanted relays; the last ones while the file cannot be read."""
+        self._is_unread = False
         try:
             self._planned = msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])
         except FileNotFoundError:
             self._planned = ()
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._is_unread = True
             log.warning("relays cannot be read", file=str(self._plan), reason=describe_error(error))
         return self._planned
 

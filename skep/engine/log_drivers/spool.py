@@ -8,7 +8,7 @@ import msgspec
 
 from skep.engine.log_drivers.message import Message, Pieces
 from skep.engine.log_files import Assembler, Files, Position, generations, identity, lines_in
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 
 POSITION = "sent"
 """File beside the output: how far it was sent."""
@@ -99,7 +99,10 @@ class Spool:
             self.lost += self._waiting.pop(first)
 
     def _saved(self) -> _Saved | None:
+        """None: nothing was sent.  Raises: OSError: that cannot be read now."""
         try:
             return msgspec.json.decode(self._current.with_name(POSITION).read_bytes(), type=_Saved)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and not is_no_file(error):
+                raise  # everything would be sent again
             return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from skep.engine import logs
 from skep.engine.cdi import described
 from skep.engine.container import LogConfig, LogFilter
+from skep.engine.log_drivers.spool import Spool
 from skep.engine.log_files import rotate
 from tests.support.file_faults import Faults, walk
 from tests.unit.engine.test_cdi import a_file
@@ -110,3 +111,43 @@ async def test_a_log_is_rotated_or_stays_whichever_call_fails(tmp_path: Path) ->
     template.mkdir()
     a_log(template)
     await walk(tmp_path / "lives", life, template=template)
+
+
+async def test_a_sender_of_logs_sends_no_line_twice_and_leaves_none_out(tmp_path: Path) -> None:
+    """It is begun again, after a third of the lines."""
+
+    def sent(spool: Spool, faults: Faults) -> list[bytes]:
+        found = []
+        while True:
+            try:
+                messages = spool.read()
+            except OSError:
+                faults.end()
+                continue
+            if not messages:
+                return found
+            found += [one.line + b"\n" for one in messages]
+
+    template = tmp_path / "template"
+    template.mkdir()
+    current = a_log(template)
+    first = Spool(current)
+    first.open()
+    assert len(first.read()) == 10
+    assert first.position is not None
+    first.save(first.position)
+    first.close()
+
+    async def life(place: Path, faults: Faults) -> None:
+        before = descriptors()
+        spool = Spool(place / "ctr.log")
+        try:
+            spool.open()
+        except OSError:
+            faults.end()
+            spool.open()
+        assert sent(spool, faults) == LINES[10:]
+        spool.close()
+        assert descriptors() == before
+
+    assert await walk(tmp_path / "lives", life, template=template) >= CALLS_MIN

@@ -1,0 +1,284 @@
+"""Whichever call on a file of the data plane fails: it says so, goes on when it can, and has told nothing false."""
+
+import asyncio
+import errno
+import os
+from contextlib import suppress
+from ipaddress import IPv4Network
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from skep.aio.failures import retry
+from skep.api.networks import SubnetBody
+from skep.dataplane.dns.networks import Networks
+from skep.dataplane.gateway import stored_subnet
+from skep.dataplane.local.endpoints import LocalEndpoints
+from skep.dataplane.local.objects import LocalNetwork
+from skep.dataplane.netns import namespaces
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.ports import Reservations, reopened
+from skep.dataplane.proxy.relay import Relays
+from skep.dataplane.proxy.relays import RelayPort
+from skep.errors import SkepError
+from skep.linux.mounting import mount_targets
+from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
+from skep.model.sandbox import EndpointRequest, SandboxConfig
+from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint
+from skep.model.times import Timestamp
+from tests.support.file_faults import Faults, walk
+from tests.support.oci_rig import QuickClock
+
+NETWORK = LocalNetwork(
+    id="a" * 64,
+    name="net",
+    driver="bridge",
+    created_at=Timestamp(""),
+    configs=(SubnetBody(subnet="10.5.0.0/24", gateway="10.5.0.1"),),
+)
+
+
+REAL_OPEN, REAL_WRITE = os.open, os.write
+"""They do not count, and do not fail."""
+NET = NetworkId("net1")
+
+
+class OneNetwork:
+    """In the place of ``LocalNetworks``."""
+
+    def all(self) -> list[LocalNetwork]:
+        return [NETWORK]
+
+    bridges = all
+
+
+def names_in(path: Path) -> set[str]:
+    try:
+        table = msgspec.msgpack.decode(path.read_bytes(), type=Table)
+    except FileNotFoundError:
+        return set()
+    return {endpoint.name for endpoint in table.endpoints.values()}
+
+
+def a_container(name: str) -> SandboxConfig:
+    return SandboxConfig(id=ContainerId(name * 64), name=name)
+
+
+async def test_names_on_a_nodes_own_network_are_those_of_its_containers(tmp_path: Path) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        endpoints = LocalEndpoints(cast("Any", OneNetwork()), place / "tables", None)
+        request = EndpointRequest(network=NETWORK.id)
+        taken, left = {}, set[str]()
+        for name in ("b", "c"):
+            with suppress(SkepError, OSError):
+                taken[name] = await endpoints.take(a_container(name), NETWORK, request)
+        for name in [name for name in ("b",) if name in taken]:
+            while True:  # as it is freed: again, until it has been
+                try:
+                    await endpoints.give_back(ContainerId(name * 64), taken[name])
+                    break
+                except (SkepError, OSError):
+                    faults.end()
+            left.add(name)
+        faults.end()
+        taken["d"] = await endpoints.take(a_container("d"), NETWORK, request)
+        assert names_in(place / "tables" / NETWORK.id) == taken.keys() - left
+        addresses = [taken[name].addresses for name in taken if name not in left]
+        assert len(set(addresses)) == len(addresses)
+
+    assert await walk(tmp_path, life) > 8
+
+
+async def test_names_of_the_last_container_go_with_it(tmp_path: Path) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        endpoints = LocalEndpoints(cast("Any", OneNetwork()), place / "tables", None)
+        with suppress(SkepError, OSError):
+            taken = await endpoints.take(a_container("b"), NETWORK, EndpointRequest(network=NETWORK.id))
+            while True:
+                try:
+                    await endpoints.give_back(ContainerId("b" * 64), taken)
+                    break
+                except (SkepError, OSError):
+                    faults.end()
+        faults.end()
+        assert names_in(place / "tables" / NETWORK.id) == set()
+
+    assert await walk(tmp_path, life) > 4
+
+
+async def test_ports_that_a_process_holds_are_held_by_the_next_one_too(tmp_path: Path) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        first = Reservations(place / "ports", {})
+        with suppress(SkepError, OSError):
+            first.reserve("udp", 0, "before")
+        ports = {}
+        for token in ("one", "two"):
+            with suppress(SkepError, OSError):
+                ports[token] = first.reserve("udp", 0, token)
+                if token == "one":
+                    first.release("udp", ports["one"])
+        faults.end()
+        if "two" not in ports:
+            ports["two"] = first.reserve("udp", 0, "two")
+        assert ports["two"] in {one.port for one in first.list()}
+        held = {one.port for one in first.list()}
+        for opened in first.sockets():
+            opened.close()
+        assert {one.port for one in reopened(place / "ports")} >= held, "a port was held that no file has"
+
+    before = len(os.listdir("/proc/self/fd"))
+    assert await walk(tmp_path, life) > 10
+    assert len(os.listdir("/proc/self/fd")) <= before + 1000
+
+
+async def test_a_process_that_cannot_read_which_ports_it_held_does_not_take_them_for_none(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "template").mkdir()
+    first = Reservations(tmp_path / "template" / "ports", {})
+    port = first.reserve("udp", 0, "one")
+    for opened in first.sockets():
+        opened.close()
+
+    async def life(place: Path, faults: Faults) -> None:
+        held: Any = None
+        with suppress(OSError):
+            held = reopened(place / "ports")
+        assert held is None or {one.port for one in held} == {port}
+        for opened in (held or {}).values():
+            opened.close()
+
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 1
+
+
+async def test_the_gateways_subnet_stays_or_is_not_used(tmp_path: Path) -> None:
+    kept, other = IPv4Network("172.19.0.0/16"), IPv4Network("172.20.0.0/16")
+
+    async def life(place: Path, faults: Faults) -> None:
+        with suppress(OSError):
+            assert stored_subnet(place / "kept", [], IPv4Network, lambda: other) == kept
+        new = None
+        with suppress(OSError):
+            new = stored_subnet(place / "run/new", [], IPv4Network, lambda: other)
+        faults.end()
+        assert stored_subnet(place / "kept", [], IPv4Network, lambda: other) == kept
+        again = stored_subnet(place / "run/new", [], IPv4Network, lambda: kept)
+        assert new in (None, again)
+
+    (tmp_path / "template").mkdir()
+    (tmp_path / "template/kept").write_text(f"{kept}\n")
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template") > 4
+
+
+async def test_relays_follow_their_plan(tmp_path: Path) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        plan = place / "relays/plan"
+        relays = Relays(plan, QuickClock(), Random(1).random)
+        running = asyncio.create_task(retry(relays.run, "relays of ports failed", clock=QuickClock()))
+        try:
+            while not (relays._relays or faults.hits):  # noqa: ASYNC110  # nothing tells of it
+                await asyncio.sleep(0)
+            faults.end()
+            while not relays._relays:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    (tmp_path / "template/relays").mkdir(parents=True)
+    (tmp_path / "template/relays/plan").write_bytes(msgspec.json.encode((port(0),)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skep.linux.filewatch._LOOK_S", 0.001)
+        assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 3
+
+
+async def test_a_table_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    def write(directory: Path, *names: str) -> None:
+        endpoints = {
+            TaskId(name): TableEndpoint(
+                task_id=TaskId(name),
+                node_id=NodeId("n1"),
+                name=name,
+                addresses=("10.5.0.9",),
+                is_running=True,
+                is_serving=True,
+            )
+            for name in names
+        }
+        head = NetworkHead(id=NET, name="net", segments=(Segment("10.5.0.0/24", "10.5.0.1", 4097),))
+        (directory / NET).write_bytes(msgspec.msgpack.encode(Table(head=head, endpoints=endpoints)))
+
+    def known(networks: Networks) -> set[str]:
+        return {name for name in ("old", "new") if networks.index(NET).find(name) is not None}
+
+    async def life(place: Path, faults: Faults) -> None:
+        networks = Networks(place)
+        known(networks)
+        real_write(place)
+        networks.refresh([NET])
+        is_unread = bool(networks.unread)
+        faults.end()
+        if is_unread:
+            networks.refresh([NET])
+        assert known(networks) == {"new"}
+        assert not networks.unread
+
+    write(tmp_path, "new")
+    new = (tmp_path / NET).read_bytes()
+
+    def real_write(place: Path) -> None:
+        descriptor = REAL_OPEN(place / NET, os.O_WRONLY | os.O_TRUNC)
+        REAL_WRITE(descriptor, new)
+        os.close(descriptor)
+
+    (tmp_path / "template").mkdir()
+    write(tmp_path / "template", "old")
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 2
+
+
+def port(number: int) -> RelayPort:
+    return RelayPort(protocol="tcp", address="127.0.0.1", port=number, backends=())
+
+
+@pytest.mark.needs("root")
+async def test_a_namespace_that_could_not_be_made_leaves_no_pin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        spaces = Namespaces(place / "netns")
+        try:
+            with suppress(OSError):
+                await spaces.create("one", {})
+                with suppress(OSError):
+                    await spaces.destroy("one")
+            faults.end()
+            if spaces.pinned():
+                await spaces.destroy("one")
+            assert spaces.pinned() == []
+            await spaces.create("one", {})
+            await spaces.destroy("one")
+        finally:
+            spaces.close()
+
+    before = len(os.listdir("/proc/self/fd"))
+    assert await walk(tmp_path, life) > 4
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.needs("root")
+async def test_a_setting_that_the_kernel_refuses_leaves_no_namespace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, value: str) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    spaces = Namespaces(tmp_path / "netns")
+    monkeypatch.setattr(namespaces, "set_sysctl", refuse)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        await spaces.create("one", {"net/ipv4/ip_forward": "1"})
+    assert spaces.pinned() == []
+    assert not [point for point in mount_targets() if point.startswith(str(tmp_path))]
+    spaces.close()
