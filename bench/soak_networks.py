@@ -209,6 +209,11 @@ def _addresses() -> tuple[str, ...]:
     )
 
 
+PINS = "/run/skep/netns/"
+"""Where a node of a playground keeps containers' namespaces.  Mounts of other programs on this machine come along when
+it is started."""
+
+
 def _left_over(nodes: list[tuple[Node, Engine]], present: list[Member]) -> list[str]:
     """Namespaces of no container.  Those of the probes and of networks lie elsewhere."""
     found = []
@@ -219,7 +224,7 @@ def _left_over(nodes: list[tuple[Node, Engine]], present: list[Member]) -> list[
         pinned = {
             words[1].rpartition("/")[2]
             for line in mounts.splitlines()
-            if "/netns/" in (words := line.split())[1] and words[0] == "nsfs"
+            if (words := line.split())[1].startswith(PINS) and words[0] == "nsfs"
         }
         found += [
             f"{node.name}: namespace {id[:12]} of no container" for id in sorted(pinned - running - ready)
