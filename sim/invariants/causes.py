@@ -51,7 +51,7 @@ class UpdateStopsHaveCauses:
         return key in self._failed or now - self._begun.get(key, now) >= deadline_s
 
 
-def replacements_are_told(change: Change, view: View) -> Iterable[str]:
+def replacements_are_recorded(change: Change, view: View) -> Iterable[str]:
     """Each task that takes the place of an earlier one has an entry with its reason."""
     for event in change.events:
         if (

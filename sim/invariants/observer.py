@@ -8,7 +8,7 @@ from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.allocations import UniqueAllocations, networks_are_apart
 from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.bookkeeping import CachesMatchStore
-from sim.invariants.causes import UpdateStopsHaveCauses, replacements_are_told
+from sim.invariants.causes import UpdateStopsHaveCauses, replacements_are_recorded
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable
 from sim.invariants.dependencies import DependenciesComeFirst
@@ -88,7 +88,7 @@ class Observer:
             UpdatesKeepServing(),
             UpdateParallelism(),
             UpdateStopsHaveCauses(),
-            replacements_are_told,
+            replacements_are_recorded,
             NoFalseDown(calm_since, manager_uptime.began),
             DecisionsAreStable(),
             NoRedundantTasks(),

@@ -58,8 +58,8 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     """What it may do to its machine that only administrators may give; empty: nothing."""
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What has to be known of an object that a body describes."""
+class NewObject(msgspec.Struct, frozen=True, kw_only=True):
+    """An object that a body describes, as far as permissions depend on it."""
 
     name: str
     stack: str = ""
@@ -74,7 +74,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What a request is about.  ``stacks``: every stack of the cluster."""
 
     known: Known | None = None
-    asked: tuple[Asked, ...] = ()
+    new: tuple[NewObject, ...] = ()
     stacks: Collection[str] = ()
 
 
@@ -111,17 +111,17 @@ def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | Non
     changes = rule.role is Role.OPERATOR
     if changes and facts.known is not None and facts.known.machine_rights:
         return f"it has {facts.known.machine_rights}, which only administrators may give"
-    for asked in facts.asked:
-        if asked.machine_rights:
-            return f"{asked.machine_rights}: only administrators may give that"
+    for new in facts.new:
+        if new.machine_rights:
+            return f"{new.machine_rights}: only administrators may give that"
     if facts.known is not None:
         if not in_cluster and (why := _outside(identity, rule, facts.known.stack)):
             return why
-        if any(asked.stack != facts.known.stack for asked in facts.asked):
+        if any(new.stack != facts.known.stack for new in facts.new):
             return f"only administrators may move a {rule.kind} to another stack"
     if in_cluster:
         return None
-    return next(filter(None, (_why_not_new(identity, rule, one, facts.stacks) for one in facts.asked)), None)
+    return next(filter(None, (_why_not_new(identity, rule, one, facts.stacks) for one in facts.new)), None)
 
 
 def sees(identity: Identity, stack: str) -> bool:
@@ -146,20 +146,18 @@ def _outside(identity: Identity, rule: Rule, stack: str) -> str:
     return f"the {rule.kind} is {of}, its roles are {_roles(identity)}"
 
 
-def _why_not_new(identity: Identity, rule: Rule, asked: Asked, stacks: Collection[str]) -> str:
-    """Why an identity with roles in single stacks may not make what is ``asked``; empty: it may."""
-    if not asked.stack:
-        return f"the {rule.kind} {asked.name} needs the label {STACK_LABEL}, its roles are {_roles(identity)}"
-    if why := _outside(identity, rule, asked.stack):
+def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collection[str]) -> str:
+    """Why an identity with roles in single stacks may not make what is ``new``; empty: it may."""
+    if not new.stack:
+        return f"the {rule.kind} {new.name} needs the label {STACK_LABEL}, its roles are {_roles(identity)}"
+    if why := _outside(identity, rule, new.stack):
         return why
-    for name in (asked.name, *asked.volumes):
-        if not is_name_of(name, asked.stack, stacks):
-            return (
-                f"the name {name} is not one of the stack {asked.stack}: it has to begin with {asked.stack}_"
-            )
-    for kind, used, word in asked.uses:
-        if used is None or used.stack != asked.stack:
-            return f"the {kind} {word} is not of the stack {asked.stack}"
+    for name in (new.name, *new.volumes):
+        if not is_name_of(name, new.stack, stacks):
+            return f"the name {name} is not one of the stack {new.stack}: it has to begin with {new.stack}_"
+    for kind, used, word in new.uses:
+        if used is None or used.stack != new.stack:
+            return f"the {kind} {word} is not of the stack {new.stack}"
     return ""
 
 

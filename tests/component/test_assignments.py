@@ -244,7 +244,7 @@ class WithoutEnds(Cluster):
         return [one for one in super()._services(*arguments) if one.method is not methods.REPORT_STATUSES]
 
 
-async def test_a_manager_that_knows_no_ends_gets_the_statuses_alone(tmp_path):
+async def test_a_manager_without_ends_gets_the_statuses_alone(tmp_path):
     async with WithoutEnds().serving() as cluster:
         worker = FakeWorker()
         async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path, worker) as (agent, _):

@@ -48,7 +48,7 @@ async def test_a_root_that_is_taken_away_is_not_trusted_any_more():
         await call(address, new.pair(new_id()))
 
 
-async def test_a_server_that_ends_tells_its_peers_at_once():
+async def test_a_server_that_ends_closes_its_connections_at_once():
     cluster = Cluster()
     pair = cluster.pair(new_id())
     async with AsyncExitStack() as stack:

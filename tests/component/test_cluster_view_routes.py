@@ -87,7 +87,7 @@ async def test_a_stream_is_a_snapshot_and_what_changes_and_goes_on_after_its_cur
             assert (await event(response))["event"] == "snapshot"
 
 
-async def test_a_viewer_too_many_is_told_so(tmp_path: Path) -> None:
+async def test_a_viewer_too_many_is_refused(tmp_path: Path) -> None:
     async with a_manager(tmp_path) as (session, _, _):
         streams = [await session.get("/skep/view/stream") for _ in range(VIEWERS_MAX)]
         for one in streams:

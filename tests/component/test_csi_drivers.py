@@ -122,7 +122,7 @@ async def test_what_a_driver_says_is_checked(driver: Process, fault: dict[str, A
         await disks.create(a_volume(), {})
 
 
-def test_a_volume_that_is_not_as_asked_is_told_apart() -> None:
+def test_a_volume_that_is_not_as_requested_is_recognized() -> None:
     asked = a_volume(
         capacity_range=CapacityRange(required_bytes=5, limit_bytes=9),
         accessibility_requirements=TopologyRequirement(requisite=(A,)),

@@ -71,7 +71,7 @@ class Joined:
     def desired(self, task: Task) -> TaskState:
         return self.worker.tasks[task.id].task.desired_state
 
-    def is_told_serving(self, task: Task) -> bool:
+    def is_serving_sent(self, task: Task) -> bool:
         table = self.network_tables.tables.get(NET.id)
         return table is not None and task.id in table.endpoints and table.endpoints[task.id].is_serving
 
@@ -134,7 +134,7 @@ async def test_a_task_is_stopped_after_every_node_has_removed_its_backend(
         second.consumer.gate.clear()
         await stop(cluster, task)
         await until(lambda: task.id not in first.consumer.serving)
-        await until(lambda: not second.is_told_serving(task))
+        await until(lambda: not second.is_serving_sent(task))
         # Other assignments reach the node at once.
         another = a_task(new_id(), node="n1", state=TaskState.ASSIGNED)
         await put(cluster, another)
@@ -176,14 +176,14 @@ async def test_a_stop_is_not_delayed_when_that_helps_no_client(
             )
         await stop(cluster, task)
         if why == "it ended":
-            await until(lambda: not second.is_told_serving(task))
+            await until(lambda: not second.is_serving_sent(task))
             first.worker.report(task.id, TaskState.FAILED)
         if why == "its record goes":
             await cluster.store.update(lambda tx: tx.delete(Task, task.id))
             await until(lambda: task.id not in first.worker.tasks)
             return
         if why == "the user is gone":
-            await until(lambda: not second.is_told_serving(task))
+            await until(lambda: not second.is_serving_sent(task))
             await cluster.store.update(lambda tx: tx.delete(Node, "n2"))
         await until(lambda: first.desired(task) is TaskState.SHUTDOWN)
         assert task.id in second.consumer.serving
@@ -237,7 +237,7 @@ async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_
         second.consumer.gate.clear()
         await stop(cluster, task)
         await until(lambda: task.id not in first.consumer.serving)
-        await until(lambda: not second.is_told_serving(task))
+        await until(lambda: not second.is_serving_sent(task))
         assert first.desired(task) is TaskState.RUNNING  # the link is away
         channels[SECOND] = link
         await until(

@@ -46,7 +46,7 @@ async def test_docker_info_warns_of_a_node_that_has_not_renewed(cluster, tmp_pat
     assert warning.startswith("WARNING: the certificate of node cellar expires on ")
 
 
-async def test_events_and_log_tell_of_it(cluster, tmp_path: Path, capsys):
+async def test_events_and_log_report_it(cluster, tmp_path: Path, capsys):
     await put(cluster, LATE)
     events = ClusterEvents(cluster.store, CLOCK)
     async with aclosing(events.subscribe(None, None, lambda _: True)) as coming:

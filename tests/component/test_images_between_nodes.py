@@ -81,7 +81,7 @@ async def test_a_name_is_not_taken_from_a_worker(cluster: ImageCluster) -> None:
         await other.images.pull(APP)
 
 
-async def test_what_nobody_has_is_the_registrys_error(cluster: ImageCluster) -> None:
+async def test_what_no_node_has_is_the_registrys_error(cluster: ImageCluster) -> None:
     worker = await cluster.add()
     with pytest.raises(RegistryError, match="connection refused"):
         await worker.images.pull("localhost:1/nothing:1")

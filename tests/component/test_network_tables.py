@@ -312,7 +312,7 @@ async def test_tables_end_with_the_session(cluster: Cluster, tmp_path: Path) -> 
             await call.receive()
 
 
-async def test_a_node_goes_on_with_a_manager_that_knows_no_tables(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_node_goes_on_with_a_manager_without_tables(cluster: Cluster, tmp_path: Path) -> None:
     class OlderDiscovery:
         """Serves nothing; the rig answers UNIMPLEMENTED for it."""
 

@@ -122,7 +122,7 @@ async def test_twenty_megabytes_arrive_as_they_were_sent(cluster, containers):
         assert received == piece * count
 
 
-async def test_what_nobody_reads_stops_its_sender(cluster, containers):
+async def test_what_is_not_read_stops_its_sender(cluster, containers):
     async with cluster.tunnels.open(containers.task, head=HEAD):
         _, writer = await containers.ends.get()
         sent, has_room = 0, True
@@ -147,7 +147,7 @@ async def test_the_container_sees_the_end_of_a_client_that_vanishes(cluster, con
     await until(lambda: not cluster.tunnels._open)
 
 
-async def test_a_client_is_told_when_the_node_vanishes(cluster, containers):
+async def test_a_client_gets_an_error_when_the_node_vanishes(cluster, containers):
     async with cluster.tunnels.open(containers.task, head=HEAD) as tunnel:
         await containers.ends.get()
         cluster.bound.disconnect(lambda identity: identity.node_id == containers.task.node_id)

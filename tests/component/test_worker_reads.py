@@ -154,7 +154,7 @@ async def test_what_happens_after_the_permission_ended_is_not_sent(cluster):
             await waiting
 
 
-async def test_a_manager_knows_that_a_workers_client_asks(cluster, reads):
+async def test_a_manager_sees_that_the_client_is_a_workers(cluster, reads):
     await cluster.allow("true")
     await reads.body("/services")
     assert cluster.of_workers == [True]
@@ -170,7 +170,7 @@ async def test_one_node_does_not_take_all_places(cluster, reads, monkeypatch):
     assert await reads.body("/services")
 
 
-async def test_an_earlier_manager_knows_no_such_call(tmp_path):
+async def test_an_earlier_manager_has_no_such_call(tmp_path):
     async with Cluster().serving() as cluster:
         state = SessionState(SystemClock())
         async with a_session(cluster, await a_worker(cluster, tmp_path)) as (channel, _):

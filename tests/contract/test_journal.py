@@ -114,7 +114,7 @@ async def test_a_change_of_leader_neither_loses_an_entry_nor_repeats_one() -> No
         assert [one.name for one in found] == [f"s{number}" for number in range(1, 7)]
 
 
-async def test_what_no_manager_saw_is_told_by_an_entry(rig: Rig) -> None:
+async def test_what_no_manager_saw_is_reported_by_an_entry(rig: Rig) -> None:
     terms = rig.store.terms(FIRST, "127.0.0.1:2377")
     term = await anext(terms)
     async with journal_on(rig.store, FIRST) as journal, leading(journal, term):
@@ -154,7 +154,7 @@ async def test_the_journal_stays_within_the_bounds_of_the_cluster(rig: Rig) -> N
         assert rig.store.view().revision == before + 1  # all in one transaction
 
 
-async def test_nothing_is_journaled_before_every_manager_knows_the_journal() -> None:
+async def test_nothing_is_journaled_before_every_manager_supports_the_journal() -> None:
     rig = MemoryRig()
     await rig.store.update(found)
     term = await anext(rig.store.terms(FIRST, "127.0.0.1:2377"))

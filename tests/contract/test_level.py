@@ -37,7 +37,7 @@ def knows_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("knows_more")
-async def test_the_level_is_the_lowest_that_every_manager_knows(rig: Rig) -> None:
+async def test_the_level_is_the_lowest_of_all_managers(rig: Rig) -> None:
     async def raised_to() -> int:
         await rig.store.update(write_level)
         await rig.other.barrier()
@@ -72,7 +72,7 @@ async def test_a_raised_level_is_seen_by_all_and_raised_once(
     assert rig.store.view().revision == revision + 1
 
 
-async def test_every_manager_says_what_it_knows(rig: Rig) -> None:
+async def test_every_manager_reports_its_level(rig: Rig) -> None:
     await rig.store.update(a_manager, "m1", 0)
     await rig.store.update(write_manager_status, NodeId("m1"), "m1:2377", leads=True)
     status = rig.store.view().get(Node, "m1").manager_status

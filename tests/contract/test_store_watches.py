@@ -100,7 +100,7 @@ async def test_a_replica_that_was_away_resumes_without_a_gap(rig: Rig) -> None:
     assert created == ["t1", "t2", "t3", "t4", "t5"]
 
 
-async def test_after_compaction_a_replica_loads_again_and_tells_exactly_the_difference(rig: Rig) -> None:
+async def test_after_compaction_a_replica_loads_again_and_publishes_exactly_the_difference(rig: Rig) -> None:
     def fill(tx: Transaction) -> None:
         for number in range(4):
             tx.put(a_task(f"t{number}"))

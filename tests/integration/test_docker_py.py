@@ -134,7 +134,7 @@ def test_nodes_are_listed_and_updated(client: docker.DockerClient) -> None:
     assert node.update({**spec, "Labels": {}})
 
 
-def test_the_swarm_tells_its_tokens_and_is_updated(client: docker.DockerClient) -> None:
+def test_the_swarm_shows_its_tokens_and_is_updated(client: docker.DockerClient) -> None:
     client.swarm.reload()
     before = client.swarm.attrs["JoinTokens"]["Worker"]
     assert client.swarm.update(rotate_worker_token=True)

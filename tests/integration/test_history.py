@@ -27,7 +27,7 @@ def entries(node: TestNode, name: str, *words: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_scale_a_kill_and_a_failed_update_are_told_and_the_state_before_is_shown(
+def test_scale_a_kill_and_a_failed_update_are_recorded_and_the_state_before_is_shown(
     m1: TestNode, tmp_path: Path
 ) -> None:
     create(m1, "told", 1)

@@ -96,7 +96,7 @@ def test_without_a_browser_the_machine_is_set_up_and_the_reason_is_said_once(
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
 
-def test_root_tries_what_a_user_was_told_that_root_can_do(scripts: Path, tmp_path: Path) -> None:
+def test_root_tries_what_a_user_was_advised_to_do_as_root(scripts: Path, tmp_path: Path) -> None:
     path, folder = a_path_without(tmp_path / "path", "apt", "chromium"), tmp_path / "libexec"
     folder.mkdir()
     (folder / "browser-missing").write_text("only root can install it (sudo make setup)\n")

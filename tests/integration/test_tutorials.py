@@ -39,7 +39,7 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_tells_is_so(page: str, directory: Path) -> None:
+def test_what_a_page_shows_is_so(page: str, directory: Path) -> None:
     """Pages check themselves: every command has to work, and those that look for something have to find it."""
     if page.endswith("/registry.md"):
         (directory / "registry.tar").write_bytes(registry_image("registry:2"))

@@ -38,7 +38,9 @@ def reported(cluster: SimulatedCluster) -> list[str]:
     return list(cache_differences(manager.loops, cluster.view))
 
 
-def test_books_at_rest_are_as_the_store_has_them_and_nothing_is_left_over(cluster: SimulatedCluster) -> None:
+def test_indexes_at_rest_are_as_the_store_has_them_and_nothing_is_left_over(
+    cluster: SimulatedCluster,
+) -> None:
     assert reported(cluster) == []
     assert cluster.leftovers() == []
     assert cluster.observer.violations == []
@@ -87,7 +89,7 @@ def a_stamp_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
         (a_stamp_too_many, "orchestrator: remembers when task gone, which is gone, was created"),
     ],
 )
-def test_books_that_differ_are_rejected_at_the_second_look(
+def test_indexes_that_differ_are_rejected_at_the_second_check(
     cluster: SimulatedCluster, spoil: Callable[[SimulatedCluster], Callable[[], object]], words: str
 ) -> None:
     mend = spoil(cluster)

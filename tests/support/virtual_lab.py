@@ -24,10 +24,10 @@ async def started(lab: NamesLab, *names: str) -> None:
         await lab.container(id, address)
         await lab.backend(id, address)
     await lab.container("client", CLIENT)
-    await client_knows(lab, web(*names))
+    await client_has(lab, web(*names))
 
 
-async def client_knows(lab: NamesLab, table: Table) -> None:
+async def client_has(lab: NamesLab, table: Table) -> None:
     lab.write(table)
     await lab.serve("client", table)
     assert await (await lab.resolver("client")).addresses("web") == [VIRTUAL]

@@ -282,7 +282,7 @@ class LocalNetworks:
             raise Unimplemented("this node networks no containers: it has no gateway bridge")
         if body.driver not in ("", "bridge"):
             raise Forbidden(f"{GATEWAY} is this node's gateway bridge and cannot be of driver {body.driver}")
-        subnet = _wished_subnet(body)
+        subnet = _requested_subnet(body)
         await self._gateway.move(subnet)
         network = self._new_gateway(body)
         self._keep(replace(self._opened(), gateway=network, is_gateway_removed=False))
@@ -332,7 +332,7 @@ class LocalNetworks:
         return timestamp(self._clock.now_ns())
 
 
-def _wished_subnet(body: NetworkBody) -> IPv4Network | None:
+def _requested_subnet(body: NetworkBody) -> IPv4Network | None:
     """Raises: InvalidArgument: not one IPv4 subnet with its first address as the gateway, and room in it."""
     configs = [one for one in (body.ipam.config if body.ipam is not None else ()) if one != SubnetBody()]
     if not configs:

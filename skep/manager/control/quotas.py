@@ -6,7 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from skep.manager.control.asked import stack_of
+from skep.manager.control.new_objects import stack_of
 from skep.model.ids import IdSource, QuotaId
 from skep.model.node import Node
 from skep.model.quota import QuotaSpec, QuotaState, StackQuota

@@ -7,14 +7,14 @@ from aiohttp import web
 
 from skep.api.authorization import stack_label_of
 from skep.api.networks import NetworkBody
-from skep.api.permissions import Asked, Facts, Known, Rule, Scope
+from skep.api.permissions import Facts, Known, NewObject, Rule, Scope
 from skep.api.server import read_json
 from skep.errors import PermissionDenied
-from skep.manager.control.asked import (
-    asked_file,
-    asked_network,
-    asked_service,
+from skep.manager.control.new_objects import (
     known_service,
+    new_file,
+    new_network,
+    new_service,
     stack_of,
     stacks_of,
 )
@@ -44,8 +44,8 @@ class ClusterObjects:
             key = "id" if "id" in request.match_info else "name"
             known = _known(view, rule.kind, request.match_info[key])
             request.match_info[key] = known.id
-        asked = tuple(_asked(view, body) for body in bodies)
-        return Facts(known=known, asked=asked, stacks=stacks_of(view))
+        new = tuple(_new_object(view, body) for body in bodies)
+        return Facts(known=known, new=new, stacks=stacks_of(view))
 
     def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
         """See ``Objects``."""
@@ -76,14 +76,14 @@ def _known_task(view: View, task: Task) -> Known:
     return Known(id=task.id, stack=known.stack, machine_rights=known.machine_rights)
 
 
-def _asked(view: View, body: Any) -> Asked:
+def _new_object(view: View, body: Any) -> NewObject:
     match body:
         case ServiceSpec():
-            return asked_service(view, body)
+            return new_service(view, body)
         case NetworkBody():
-            return asked_network(body)
+            return new_network(body)
         case SecretSpec() | ConfigSpec():
-            return asked_file(body)
+            return new_file(body)
         case _:
             raise AssertionError(f"no object: {type(body).__name__}")
 

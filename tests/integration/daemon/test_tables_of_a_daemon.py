@@ -88,7 +88,7 @@ def test_a_published_service_is_in_the_tables_of_its_node_whatever_ends_and_come
     wait_until(lambda: tables(swarm) == {}, "no service publishes a port", within_s=40)
 
 
-def test_a_killed_manager_tells_the_same_again_and_goes_on(swarm: DaemonRig) -> None:
+def test_a_killed_manager_sends_the_same_again_and_goes_on(swarm: DaemonRig) -> None:
     (ingress,) = [network for network in swarm.get("/networks")[1] if network["Name"] == "ingress"]
     id = ingress["Id"]
     assert swarm.ask("POST", "/v1.41/services/create", WEB)[0] == 201

@@ -63,7 +63,7 @@ async def test_the_limits_of_the_parent_hold(plain: Plain, lab: Lab, elsewhere: 
     assert "can't fork" in said
 
 
-async def test_the_group_of_another_container_is_nobodys_parent(plain: Plain, lab: Lab) -> None:
+async def test_the_group_of_another_container_is_refused_as_parent(plain: Plain, lab: Lab) -> None:
     other = await plain.start("sleep", "100", host={})
     for given in (f"ctr/{other.id}", f"//{lab.cgroup_parent}/ctr/{other.id}/inner", "monitors", "ctr"):
         with pytest.raises(InvalidArgument, match=r"invalid cgroup parent .*: it is of other containers"):

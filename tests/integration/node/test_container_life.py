@@ -158,7 +158,7 @@ async def test_a_paused_container_stands_still_and_can_be_killed(run: Runner, en
     assert (await engine.wait(container.id)).exit_code == 137
 
 
-async def test_events_tell_the_story(run: Runner, engine: Engine) -> None:
+async def test_events_are_in_the_order_of_the_changes(run: Runner, engine: Engine) -> None:
     with engine.events.subscribed() as events:
         container = await run.start("sleep", "100", labels={"a": "b"})
         await engine.kill(container.id, "KILL")

@@ -205,7 +205,7 @@ async def test_the_gateways_subnet_avoids_the_machines_routes(lab: Lab) -> None:
     assert f"inet {subnet[1]}/16" in await lab.in_home("ip", "addr", "show", "dev", BRIDGE)
 
 
-async def test_a_refused_rule_tells_the_parsers_words(lab: Lab) -> None:
+async def test_a_refused_rule_shows_the_parsers_error(lab: Lab) -> None:
     namespaces = Namespaces(lab.paths.netns, lab.home)
     with pytest.raises(nft.NftFailed, match="syntax error"):
         await namespaces.run(lab.home, nft.run, "add nonsense ip skep")

@@ -32,7 +32,7 @@ class Closing(Answering):
 
 
 @pytest.fixture
-async def knocking(tmp_path: Path) -> AsyncIterator[PortProbe]:
+async def probing(tmp_path: Path) -> AsyncIterator[PortProbe]:
     namespaces = Namespaces(tmp_path)
     yield PortProbe(namespaces, SystemClock(), lambda: 7)
     namespaces.close()
@@ -47,26 +47,26 @@ def refused(error: str) -> Outcome:
     [(Answering, "the response is not TLS"), (Closing, "the connection is closed without an answer")],
 )
 async def test_a_port_without_tls_is_no_manager(
-    knocking: PortProbe, server: type[asyncio.Protocol], error: str
+    probing: PortProbe, server: type[asyncio.Protocol], error: str
 ) -> None:
     async with await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
-        assert await knocking.tls_hello("127.0.0.1", port) == refused(error)
-        assert (await knocking.connect("127.0.0.1", port)).arrived
+        assert await probing.tls_hello("127.0.0.1", port) == refused(error)
+        assert (await probing.connect("127.0.0.1", port)).arrived
 
 
-async def test_a_silent_port_times_out_and_a_closed_one_refuses(knocking: PortProbe) -> None:
+async def test_a_silent_port_times_out_and_a_closed_one_refuses(probing: PortProbe) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and does not read
-        assert await knocking.tls_hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
+        assert await probing.tls_hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
     port = silent_port()
-    assert await knocking.tls_hello("127.0.0.1", port) == refused("connection refused")
-    assert await knocking.connect("127.0.0.1", port) == refused("connection refused")
+    assert await probing.tls_hello("127.0.0.1", port) == refused("connection refused")
+    assert await probing.connect("127.0.0.1", port) == refused("connection refused")
 
 
-async def test_a_tunnels_end_answers_and_one_that_is_not_there_does_not(knocking: PortProbe) -> None:
+async def test_a_tunnels_end_answers_and_one_that_is_not_there_does_not(probing: PortProbe) -> None:
     here = Path("/proc/self/ns/net")
-    assert (await knocking.tunnel(here, "::1")).answered == 1
-    assert (await knocking.tunnel(here, "fd73:6b65:7065:6e63::1")).answered == 0
+    assert (await probing.tunnel(here, "::1")).answered == 1
+    assert (await probing.tunnel(here, "fd73:6b65:7065:6e63::1")).answered == 0
 
 
 def silent_port() -> int:

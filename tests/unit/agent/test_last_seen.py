@@ -5,7 +5,7 @@ from pathlib import Path
 from skep.agent.last_seen import LastSeenFile
 
 
-def test_the_next_process_knows_it(tmp_path: Path) -> None:
+def test_the_next_process_reads_it(tmp_path: Path) -> None:
     LastSeenFile(tmp_path / "heard", lambda: 100.0, "one").record(2.0)
     assert LastSeenFile(tmp_path / "heard", lambda: 130.0, "one").silence_s() == 32.0
 

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 import skep.engine.api
 import skep.node.routes
-from skep.api.permissions import RULES, UNKNOWN, Asked, Facts, Known, Scope, is_name_of, may, rule_for, sees
+from skep.api.permissions import (
+    RULES,
+    UNKNOWN,
+    Facts,
+    Known,
+    NewObject,
+    Scope,
+    is_name_of,
+    may,
+    rule_for,
+    sees,
+)
 from skep.api.tables import Table
 from skep.manager.routes import _TABLES
 from skep.model.access import ALL, Binding, Identity, Origin, Role, parse_binding
@@ -95,17 +106,17 @@ def test_an_operator_gets_no_rights_over_the_cluster_or_a_machine(method: str, p
 CREATE, UPDATE = rule_for("POST", "/services/create"), rule_for("POST", "/services/{id}/update")
 
 
-def why(user: Identity, asked: Asked, known: Known | None = None) -> str:
+def why(user: Identity, new: NewObject, known: Known | None = None) -> str:
     rule = CREATE if known is None else UPDATE
-    return may(user, rule, Facts(known=known, asked=(asked,), stacks={"shop", "shop_eu", "blog"})) or ""
+    return may(user, rule, Facts(known=known, new=(new,), stacks={"shop", "shop_eu", "blog"})) or ""
 
 
 def test_what_is_new_belongs_to_the_stack_of_the_operator() -> None:
     shopper = a_user("operator:shop")
-    assert why(shopper, Asked(name="shop_web", stack="shop")) == ""
-    assert "needs the label" in why(shopper, Asked(name="shop_web"))
-    assert "of the stack blog" in why(shopper, Asked(name="blog_web", stack="blog"))
-    assert "begin with shop_" in why(shopper, Asked(name="web", stack="shop"))
+    assert why(shopper, NewObject(name="shop_web", stack="shop")) == ""
+    assert "needs the label" in why(shopper, NewObject(name="shop_web"))
+    assert "of the stack blog" in why(shopper, NewObject(name="blog_web", stack="blog"))
+    assert "begin with shop_" in why(shopper, NewObject(name="web", stack="shop"))
 
 
 def test_the_names_of_a_stack_with_a_longer_name_are_not_taken() -> None:
@@ -117,18 +128,18 @@ def test_the_names_of_a_stack_with_a_longer_name_are_not_taken() -> None:
 def test_a_service_uses_what_is_of_its_stack_only() -> None:
     shopper = a_user("operator:shop")
     own, others = Known(id="1", stack="shop"), Known(id="2", stack="blog")
-    assert why(shopper, Asked(name="shop_a", stack="shop", uses=(("secret", own, "k"),))) == ""
+    assert why(shopper, NewObject(name="shop_a", stack="shop", uses=(("secret", own, "k"),))) == ""
     for used in (others, Known(id="3"), None):
-        refusal = why(shopper, Asked(name="shop_a", stack="shop", uses=(("secret", used, "k"),)))
+        refusal = why(shopper, NewObject(name="shop_a", stack="shop", uses=(("secret", used, "k"),)))
         assert refusal == "the secret k is not of the stack shop"
-    assert "blog_data" in why(shopper, Asked(name="shop_a", stack="shop", volumes=("blog_data",)))
+    assert "blog_data" in why(shopper, NewObject(name="shop_a", stack="shop", volumes=("blog_data",)))
 
 
 def test_rights_over_machines_are_no_operators() -> None:
     for user in (a_user("operator"), a_user("operator:shop")):
-        asked = Asked(name="shop_a", stack="shop", machine_rights="a bind mount of /")
-        assert "a bind mount of /" in why(user, asked)
-        plain = Asked(name="shop_a", stack="shop")
+        new = NewObject(name="shop_a", stack="shop", machine_rights="a bind mount of /")
+        assert "a bind mount of /" in why(user, new)
+        plain = NewObject(name="shop_a", stack="shop")
         known = Known(id="1", stack="shop", machine_rights="a bind mount of /")
         assert "which only administrators may give" in why(user, plain, known)
 
@@ -136,17 +147,19 @@ def test_rights_over_machines_are_no_operators() -> None:
 def test_no_object_goes_to_another_stack() -> None:
     shopper = a_user("operator:shop", "viewer")
     assert "of the stack blog" in why(
-        shopper, Asked(name="shop_a", stack="shop"), Known(id="1", stack="blog")
+        shopper, NewObject(name="shop_a", stack="shop"), Known(id="1", stack="blog")
     )
-    known, moved = Known(id="1", stack="shop_eu"), Asked(name="shop_eu_web", stack="shop")
+    known, moved = Known(id="1", stack="shop_eu"), NewObject(name="shop_eu_web", stack="shop")
     for user in (a_user("operator:shop", "operator:shop_eu"), a_user("operator")):
         assert why(user, moved, known) == "only administrators may move a service to another stack"
-        assert "to another stack" in why(user, Asked(name="shop_eu_web"), known)
-        assert why(user, Asked(name="shop_eu_web", stack="shop_eu"), known) == ""
+        assert "to another stack" in why(user, NewObject(name="shop_eu_web"), known)
+        assert why(user, NewObject(name="shop_eu_web", stack="shop_eu"), known) == ""
     admin = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
     assert why(admin, moved, known) == ""
-    assert "to another stack" in why(shopper, Asked(name="blog_a", stack="blog"), Known(id="1", stack="shop"))
-    assert "of no stack" in why(shopper, Asked(name="shop_a", stack="shop"), Known(id="1"))
+    assert "to another stack" in why(
+        shopper, NewObject(name="blog_a", stack="blog"), Known(id="1", stack="shop")
+    )
+    assert "of no stack" in why(shopper, NewObject(name="shop_a", stack="shop"), Known(id="1"))
 
 
 @given(st.lists(st.sampled_from(["viewer:shop", "operator:shop", "operator:blog"]), min_size=1))

@@ -114,7 +114,7 @@ async def test_an_error_becomes_its_status_and_message(client, name):
     assert (answer.status, await answer.json()) == (status, {"message": str(error)})
 
 
-async def test_a_bug_is_a_500_that_tells_nothing(client):
+async def test_a_bug_is_a_500_without_details(client):
     answer = await client.get("/errors/bug")
     assert answer.status == 500
     assert "RuntimeError" not in await answer.text()

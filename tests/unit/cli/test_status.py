@@ -156,7 +156,7 @@ def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
     assert failed["error"] == "an earlier incarnation"
 
 
-def test_a_node_that_finds_no_manager_says_where_it_looks_and_how_to_tell_it_another_place() -> None:
+def test_a_node_that_finds_no_manager_shows_its_addresses_and_how_to_set_others() -> None:
     info = an_info(LocalNodeState="pending", NodeID="n1", RemoteManagers=[{"Addr": "192.0.2.1:2377"}])
     reported = dict(about_node(info))["swarm"]
     assert "it tries 192.0.2.1:2377" in reported

@@ -56,7 +56,7 @@ def test_a_cover_is_not_passed_on_to_the_machine(apis: ApiSockets, tmp_path: Pat
         apis.give([bind(tmp_path, propagation="rshared")], OWN)
 
 
-def test_the_nodes_own_files_are_nobody_elses(apis: ApiSockets, tmp_path: Path) -> None:
+def test_the_nodes_own_files_are_not_for_containers(apis: ApiSockets, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="belongs to this node"):
         apis.give([bind(tmp_path / "run/manager.sock")], OWN)
 

@@ -106,7 +106,7 @@ class Steps:
         await asyncio.sleep(0)
 
 
-async def test_containers_are_read_in_rounds_while_somebody_asks_and_never_by_a_request() -> None:
+async def test_containers_are_read_in_rounds_while_there_are_requests_and_never_by_a_request() -> None:
     rounds: list[float] = []
     clock = Steps()
 

@@ -111,7 +111,7 @@ def test_a_service_is_removed_once_when_the_user_removes_it():
     assert reported(Deleted(removed)) == []
 
 
-def test_a_node_tells_which_others_it_does_not_reach_and_what_follows():
+def test_an_event_of_a_node_names_the_nodes_that_it_does_not_reach_and_what_follows():
     well = Node(id="n1", spec=NodeSpec(name="w1"))
     failing = FailingPath(peer=NodeId("n2"), hostname="w2", check="overlay", port="4789/udp")
     sick = replace(well, failing_paths=(failing,))
@@ -125,7 +125,7 @@ def test_a_node_tells_which_others_it_does_not_reach_and_what_follows():
     assert attributes["overlay.refused.new"] == "4789/udp fails between this node and w2"
 
 
-def test_a_node_tells_what_users_can_see_of_it():
+def test_events_of_a_node_have_what_users_can_see_of_it():
     node = Node(id="n", status=NodeStatus(state=NodeState.READY))
     down = replace(node, status=NodeStatus(state=NodeState.DOWN))
     drained = replace(down, spec=NodeSpec(availability=Availability.DRAIN))
@@ -254,7 +254,7 @@ def now(task: Task, state: TaskState, **more) -> Task:
     return replace(task, status=replace(task.status, state=state, **more))
 
 
-def test_a_tasks_life_is_told_with_its_containers_names_and_the_reason_of_its_end():
+def test_events_of_a_task_have_its_containers_names_and_the_reason_of_its_end():
     starts = now(RUNS, TaskState.STARTING)
     end = TaskEnd(cause="out-of-memory", signal="SIGKILL")
     failed = now(
@@ -406,7 +406,7 @@ async def test_what_is_not_kept_is_refused_and_not_left_out(events):
             events.revision_after(cursor)
 
 
-async def test_a_slow_reader_is_told_that_it_lost_events_and_holds_up_nobody(events):
+async def test_a_slow_reader_gets_an_error_and_delays_no_other(events):
     store, events = events
     async with (
         aclosing(events.subscribe_after(None, None, everything)) as slow,

@@ -76,7 +76,7 @@ def failed_with(code: int, err: str) -> Task:
     return replace(a_task(node="n1", desired=TaskState.SHUTDOWN), status=status)
 
 
-def test_a_process_that_never_was_has_no_code_to_tell() -> None:
+def test_a_process_that_never_was_has_no_code() -> None:
     failed = failed_with(
         127, 'starting container failed: OCI runtime create failed: exec: "nosuch": not found'
     )
@@ -85,7 +85,7 @@ def test_a_process_that_never_was_has_no_code_to_tell() -> None:
     assert summary(gone, None) == "its container was gone before it ended: No such container: web.4.x"
 
 
-def test_a_failed_task_tells_its_code_its_signal_and_the_words_of_the_engine() -> None:
+def test_a_failed_task_shows_its_code_its_signal_and_the_error_of_the_engine() -> None:
     task = failed_with(137, "task: non-zero exit (137): out of memory")
     reported = explain_task(task, a_node("n1"))
     assert (reported.exit_code, reported.signal) == (137, "SIGKILL")

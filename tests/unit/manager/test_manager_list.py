@@ -30,7 +30,7 @@ def commit(*events: Event) -> Commit:
     return Commit(7, events)
 
 
-def test_thousands_of_workers_come_change_and_go_unheard() -> None:
+def test_thousands_of_workers_come_change_and_go_without_a_new_list() -> None:
     service = a_service("web")
     assert not affects_managers(
         commit(Created(WORKER), Updated(WORKER, BACK), Deleted(BACK), Created(service))

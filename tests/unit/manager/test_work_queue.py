@@ -65,7 +65,7 @@ def test_a_key_that_becomes_due_wakes_a_waiter_for_a_later_one() -> None:
     assert 5.0 <= at < 5.01
 
 
-def test_a_time_that_is_nearer_than_a_clock_can_tell_comes_all_the_same() -> None:
+def test_a_time_that_is_nearer_than_the_resolution_of_a_clock_comes_all_the_same() -> None:
     loop = VirtualLoop()
     clock = VirtualClock(loop, drift=0.5)
     queue: WorkQueue[str] = WorkQueue(clock)

@@ -40,14 +40,14 @@ def test_a_node_is_what_it_joined_as_whatever_it_says() -> None:
 
 
 def test_an_allocated_value_takes_precedence_over_the_requested_one() -> None:
-    wishing = an_overlay(subnet="", labels={PLANE_OPTION: SKEP})
+    requesting = an_overlay(subnet="", labels={PLANE_OPTION: SKEP})
     assert plane_of(an_overlay()) == ""
-    assert plane_of(wishing) == SKEP
+    assert plane_of(requesting) == SKEP
     by_option = NetworkSpec(
         name="n", driver_configuration=Driver(name="overlay", options={PLANE_OPTION: DOCKER})
     )
-    assert plane_of(replace(wishing, spec=by_option)) == DOCKER
+    assert plane_of(replace(requesting, spec=by_option)) == DOCKER
     assert (
-        plane_of(replace(wishing, driver_state=Driver(name="overlay", options={PLANE_OPTION: DOCKER})))
+        plane_of(replace(requesting, driver_state=Driver(name="overlay", options={PLANE_OPTION: DOCKER})))
         == DOCKER
     )

@@ -33,7 +33,7 @@ def test_quoted_scalars_are_text_and_keys_are_text() -> None:
     assert parse("on: '2'\n1: \"true\"", "f").plain() == {"on": "2", "1": "true"}
 
 
-def test_every_node_knows_its_place() -> None:
+def test_every_node_has_its_place() -> None:
     top = parse("a:\n  - b: 1\n    c: {d: x}\n", "file.yml")
     assert top.entries is not None
     inner = top.entries["a"].items

@@ -143,7 +143,7 @@ def test_minor_versions_change_one_step_at_a_time_and_upwards(served_by, version
         ("", Uncertain),
     ],
 )
-def test_the_text_of_a_refusal_tells_its_meaning(text: str, meaning: type[SkepError]):
+def test_a_refusal_is_translated_by_its_text(text: str, meaning: type[SkepError]):
     assert type(error_of(text)) is meaning
 
 

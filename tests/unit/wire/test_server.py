@@ -104,14 +104,14 @@ async def test_a_mistake_of_ours_is_not_explained():
     ],
     ids=["closed", "reset", "timed out", "unreachable"],
 )
-async def test_what_the_other_kernel_closes_tells_of_the_end_of_a_process(error, has_crashed):
+async def test_a_connection_closed_by_the_other_kernel_means_the_end_of_its_process(error, has_crashed):
     connection = _Connection(_Server([], CLUSTER, lambda *_: None))
     connection.is_open = True
     connection.connection_lost(error)
     assert connection.has_crashed is has_crashed
 
 
-async def test_what_was_closed_from_here_tells_nothing_of_the_other_end():
+async def test_a_connection_closed_from_here_means_nothing_about_the_other_end():
     connection = _Connection(_Server([], CLUSTER, lambda *_: None))
     connection.is_open = False
     connection.connection_lost(None)

@@ -14,7 +14,7 @@ from skep.dataplane.plan.vip import vip_table
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import NamesLab, net_process, wait_until
 from tests.support.tables import a_network, a_served
-from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_knows, started, web, who
+from tests.support.virtual_lab import BACKENDS, CLIENT, VIRTUAL, client_has, started, web, who
 
 
 async def test_rules_that_are_left_from_a_crash_are_replaced(lab: NamesLab) -> None:
@@ -25,7 +25,7 @@ async def test_rules_that_are_left_from_a_crash_are_replaced(lab: NamesLab) -> N
     await lab.container("client", CLIENT)
     await lab.nft("client", whole(vip_table("ip", {VIRTUAL: (BACKENDS["b13"],)})))
     await lab.nft("client", "add table ip skep_names; add chain ip skep_names out")
-    await client_knows(lab, web("b11"))
+    await client_has(lab, web("b11"))
     assert set(await who(lab, 3)) == {"b11"}
 
 

@@ -71,7 +71,7 @@ SICK = replace(
         ),
     ],
 )
-def test_each_cause_is_told_apart(container: Container, was_stopped: bool, end: TaskEnd | None) -> None:
+def test_each_cause_is_distinguished(container: Container, was_stopped: bool, end: TaskEnd | None) -> None:
     assert end_of(container, was_stopped=was_stopped) == end
 
 

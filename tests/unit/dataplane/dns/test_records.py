@@ -127,7 +127,7 @@ def test_a_link_is_a_name_of_one_container_alone_on_its_network() -> None:
     assert isinstance(decided("friend"), Foreign)
 
 
-def test_the_first_network_that_knows_a_name_answers() -> None:
+def test_the_first_network_that_has_a_name_answers() -> None:
     assert addresses("web", tables=(BACK, FRONT)) == ["10.0.2.2"]
 
 

@@ -41,7 +41,7 @@ def test_the_mtu_of_any_way_is_found_in_few_rounds(device: int, data: st.DataObj
     assert rounds <= (5 if device <= 1500 else 7)
 
 
-def test_where_devices_say_the_truth_one_round_is_enough() -> None:
+def test_where_devices_report_their_mtu_one_round_is_enough() -> None:
     assert searched(1500, lambda size: True) == (1500, 1)
 
 

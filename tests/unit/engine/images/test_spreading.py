@@ -110,7 +110,7 @@ async def test_a_node_that_has_it_soon_is_waited_for() -> None:
     assert not any(busy.asked), "another node is about to have it"
 
 
-async def test_a_busy_node_is_told_that_no_other_has_it() -> None:
+async def test_a_busy_node_learns_that_no_other_has_it() -> None:
     busy, without = Peer("busy", ResourceExhausted("busy")), Peer("without", *[NotFound("none")] * 9)
     assert await fetched(a_spread(busy, without)) == BLOB
     assert busy.asked == [False, True]

@@ -30,12 +30,12 @@ steps = st.lists(
 )
 
 
-def wishing(network: Network, *wished: IPAMConfig) -> Network:
+def requesting(network: Network, *wished: IPAMConfig) -> Network:
     options = IPAMOptions(driver=Driver(name="default"), configs=wished)
     return replace(network, spec=replace(network.spec, ipam_options=options))
 
 
-def wished_by(network: Network) -> tuple[IPAMConfig, ...]:
+def requested_by(network: Network) -> tuple[IPAMConfig, ...]:
     options = network.spec.ipam_options
     return (options.configs if options is not None else ()) or (IPAMConfig(),)
 
@@ -51,9 +51,9 @@ def test_networks_never_share_what_they_have(steps: list[tuple[str, str, IPAMCon
             allocations.leave(an_overlay(name).id)
             continue
         if verb == "create" and present is None:
-            wanted = wishing(an_overlay(name, subnet="", ipv6_enabled=has_ipv6), config)
+            wanted = requesting(an_overlay(name, subnet="", ipv6_enabled=has_ipv6), config)
         elif verb == "grow" and present is not None:
-            wanted = wishing(present, *wished_by(present), config)
+            wanted = requesting(present, *requested_by(present), config)
         else:
             continue
         try:

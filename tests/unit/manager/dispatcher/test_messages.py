@@ -14,7 +14,7 @@ OWN = ManagerPeer(node_id=NodeId("m1"), addr="10.0.0.1:2377")
 SWARM = Swarm(id=ClusterId("c1"), tls_info=TLSInfo(trust_root="root\n"), data_path_port=4790)
 
 
-def test_this_manager_is_in_the_list_before_the_store_knows_it():
+def test_this_manager_is_in_the_list_before_the_store_has_it():
     assert managers_of([a_node("m1"), a_node("n1")], OWN) == (OWN,)
 
 

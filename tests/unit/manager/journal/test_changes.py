@@ -47,7 +47,7 @@ def at(state: TaskState, **status: object) -> TaskStatus:
 # -- tasks ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_task_of_a_slot_is_told_when_it_runs() -> None:
+def test_the_first_task_of_a_slot_has_an_entry_when_it_runs() -> None:
     task = a_task("t1", service="web", slot=2, node="n1", state=TaskState.ASSIGNED)
     web, node = a_service("web"), a_node("n1")
     assert told(Created(task), web, task) == []
@@ -56,7 +56,7 @@ def test_the_first_task_of_a_slot_is_told_when_it_runs() -> None:
     assert (entry.kind, entry.severity) == (Kind.CHANGE, Severity.INFO)
 
 
-def test_a_task_that_fails_is_told_with_its_end() -> None:
+def test_a_task_that_fails_has_an_entry_with_its_end() -> None:
     task = a_task("t1", service="web", node="n1")
     end = TaskEnd(cause="out-of-memory")
     container = ContainerStatus(container_id="c", exit_code=137)
@@ -92,7 +92,7 @@ def test_every_task_that_is_replaced_has_a_reason() -> None:
     assert replaced(replace(last, node_id="")) == "it had no node yet"
 
 
-def test_a_task_that_an_update_replaces_is_told_with_both_images() -> None:
+def test_a_task_that_an_update_replaces_has_an_entry_with_both_images() -> None:
     last = a_task("t1", service="web", node="n1")
     new = a_service_spec(image="busybox:2@sha256:1").task_template
     version = replace(last.spec_version, index=99) if last.spec_version is not None else None
@@ -155,7 +155,9 @@ def test_an_update_names_what_changed_and_no_value() -> None:
         (UpdateState.COMPLETED, "update-completed", Severity.INFO),
     ],
 )
-def test_the_states_of_an_update_are_told_once(state: UpdateState, action: str, severity: Severity) -> None:
+def test_the_states_of_an_update_have_one_entry_each(
+    state: UpdateState, action: str, severity: Severity
+) -> None:
     old = a_service("web")
     new = replace(old, update_status=UpdateStatus(state=state, message="update paused: task web.1 failed"))
     (entry,) = entries(Updated(old, new))
@@ -166,7 +168,7 @@ def test_the_states_of_an_update_are_told_once(state: UpdateState, action: str, 
     assert entries(Updated(new, replace(new, update_status=replace(status, message="other")))) == []
 
 
-def test_a_removed_service_is_told_when_the_user_removes_it() -> None:
+def test_a_removed_service_has_an_entry_when_the_user_removes_it() -> None:
     old = a_service("web")
     gone = replace(old, removed_at=NOW)
     assert told(Updated(old, gone)) == [("remove", "service web was removed")]
@@ -188,7 +190,7 @@ def test_nodes_and_their_managers() -> None:
     assert told(Deleted(node)) == [("remove", f"node {name} was removed")]
 
 
-def test_of_secrets_only_their_names_are_told() -> None:
+def test_of_secrets_only_their_names_are_recorded() -> None:
     secret = Secret(id=SecretId("s"), spec=SecretSpec(name="db"))
     assert told(Created(secret)) == [("create", "secret db created")]
     assert told(Created(Payload(id="secret/s", data=b"hunter2"))) == []

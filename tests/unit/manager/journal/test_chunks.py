@@ -147,7 +147,7 @@ def test_a_page_has_what_was_asked_for() -> None:
 # -- what is not written yet -----------------------------
 
 
-def test_what_does_not_fit_is_told_by_an_entry() -> None:
+def test_what_does_not_fit_is_reported_by_an_entry() -> None:
     pending = Pending(Kind.CHANGE, most=3)
     for number in range(1, 6):
         pending.add(an_entry(number))

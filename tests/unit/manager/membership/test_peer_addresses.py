@@ -20,7 +20,7 @@ def a_member(name: str) -> RaftMember:
     return RaftMember(name=name, url=f"https://{name}:2378", id=1)
 
 
-def test_the_book_has_members_and_those_about_to_become_one() -> None:
+def test_the_addresses_are_those_of_members_and_those_about_to_become_one() -> None:
     nodes = [a_manager("a", "10.0.0.1:2377"), a_manager("b", "[fd00::2]:2377"), Node(id=NodeId("w"))]
     assert peers_of(addresses_in(nodes), [a_member("a")], []) == (
         Peer(name="a", url="https://a:2378", ip="10.0.0.1", manager_port=2377),

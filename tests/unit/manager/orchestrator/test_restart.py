@@ -348,7 +348,7 @@ def test_a_crash_loop_of_one_slot_costs_the_others_nothing() -> None:
     assert desired == {1: READY, 2: RUNNING}
 
 
-def test_a_new_spec_knows_nothing_of_the_crashes_before() -> None:
+def test_a_new_spec_counts_no_crashes_before_it() -> None:
     world = a_world(AT_ONCE)
     for _ in range(6):
         crash(world)

@@ -34,7 +34,7 @@ def a_paused_one(update: UpdateConfig | None = None) -> World:
     return world
 
 
-def test_a_paused_update_begins_with_no_further_slot_whoever_leads() -> None:
+def test_a_paused_update_begins_with_no_further_slot_under_any_leader() -> None:
     world = a_paused_one()
     for _ in range(5):
         advance(world)

@@ -91,7 +91,7 @@ def test_what_a_request_is_about(method: str, path: str, type_: str, action: str
     assert (entry.type, entry.action, entry.name) == (type_, action, name)
 
 
-def test_a_refusal_is_told_without_what_it_quotes() -> None:
+def test_a_refusal_is_recorded_without_what_it_quotes() -> None:
     entry = with_outcome(Entry(type="service", action="create"), 400, "invalid env DB_PASSWORD=hunter2: no")
     assert entry.message == "create service: refused with 400: invalid env DB_PASSWORD=*** no"
     assert (entry.status, entry.severity) == (400, Severity.WARNING)

@@ -28,7 +28,7 @@ async def a_network(api: ManagerApi, client: TestClient[Any, Any], name: str, su
     return str(id)
 
 
-def a_wish(name: str, network: str, **fields: Any) -> dict[str, Any]:
+def a_request(name: str, network: str, **fields: Any) -> dict[str, Any]:
     template = {"ContainerSpec": {"Image": "busybox:1"}, "Networks": [{"Target": network}]}
     return {"Name": name, "TaskTemplate": template, **fields}
 
@@ -40,15 +40,15 @@ def replicated(replicas: int) -> dict[str, Any]:
 async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_changed(cluster) -> None:
     api, client = cluster
     id = await a_network(api, client, "tiny", "10.9.0.0/28")  # 13 addresses
-    async with client.post("/services/create", json=a_wish("one", id, **replicated(5))) as answer:
+    async with client.post("/services/create", json=a_request("one", id, **replicated(5))) as answer:
         assert "Warnings" not in await answer.json()
-    async with client.post("/services/create", json=a_wish("two", id, **replicated(5))) as answer:
+    async with client.post("/services/create", json=a_request("two", id, **replicated(5))) as answer:
         made = await answer.json()
     (warning,) = made["Warnings"]
     assert warning.startswith("network tiny has 13 addresses, and its services need 12: skep network update")
     index = (await (await client.get("/services/two")).json())["Version"]["Index"]
     path = f"/services/two/update?version={index}"
-    async with client.post(path, json=a_wish("two", id, **replicated(1))) as answer:
+    async with client.post(path, json=a_request("two", id, **replicated(1))) as answer:
         assert await answer.json() == {"Warnings": None}
 
 
@@ -63,7 +63,7 @@ async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_chan
 async def test_the_number_of_addresses_depends_on_the_mode(cluster, fields, wanted) -> None:
     api, client = cluster
     id = await a_network(api, client, "tiny", "10.9.0.0/30")  # one address
-    async with client.post("/services/create", json=a_wish("web", id, **fields)) as answer:
+    async with client.post("/services/create", json=a_request("web", id, **fields)) as answer:
         (warning,) = (await answer.json())["Warnings"]
     assert f"need {wanted}:" in warning
 

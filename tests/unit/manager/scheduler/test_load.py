@@ -27,7 +27,7 @@ def loaded(id: str, load: float | None, memory: int = 8 * GIB) -> Node:
     return replace(a_node(id, has=Resources(nano_cpus=4_000_000_000, memory_bytes=memory)), load=load)
 
 
-def books_of(*nodes: Node) -> Accounting:
+def accounting_of(*nodes: Node) -> Accounting:
     books = Accounting()
     for node in nodes:
         books.set_node(node)
@@ -49,36 +49,36 @@ def placed(
 
 
 def test_a_node_that_is_half_busy_gets_half_as_many_and_a_burst_spreads() -> None:
-    books = books_of(loaded("a", 0.0), loaded("b", 0.5), loaded("c", 0.0), loaded("d", 0.5))
+    books = accounting_of(loaded("a", 0.0), loaded("b", 0.5), loaded("c", 0.0), loaded("d", 0.5))
     assert placed(books, 60) == {"a": 20, "b": 10, "c": 20, "d": 10}
 
 
 def test_what_is_reserved_shares_what_the_load_leaves() -> None:
     """Of 8 GiB in all each has the same part left of what it can give: (1 - 2/3) * 1 = (1 - 1/3) * 0.5."""
-    books = books_of(loaded("a", 0.0), loaded("b", 0.5))
+    books = accounting_of(loaded("a", 0.0), loaded("b", 0.5))
     counts = placed(books, 200, memory=GIB // 25)
     assert counts["a"] == pytest.approx(200 * 2 / 3, abs=1)
 
 
 def test_replicas_of_one_service_spread_over_all_nodes_and_the_busy_one_comes_last() -> None:
-    books = books_of(loaded("a", 0.8), loaded("b", 0.1), loaded("c", 0.2))
+    books = accounting_of(loaded("a", 0.8), loaded("b", 0.1), loaded("c", 0.2))
     assert placed(books, 1, replicas=2) == {"b": 1, "c": 1}
     assert placed(books, 1, first=1, replicas=3) == {"a": 1, "b": 1, "c": 1}
 
 
 def test_without_loads_only_the_number_of_tasks_counts() -> None:
-    books = books_of(loaded("a", None), loaded("b", None), loaded("c", None))
+    books = accounting_of(loaded("a", None), loaded("b", None), loaded("c", None))
     assert placed(books, 30) == {"a": 10, "b": 10, "c": 10}
 
 
 def test_a_fully_busy_node_still_gets_its_tenth() -> None:
-    books = books_of(loaded("a", 0.0), loaded("b", 1.0))
+    books = accounting_of(loaded("a", 0.0), loaded("b", 1.0))
     counts = placed(books, 110)
     assert counts == {"a": 100, "b": 10}
 
 
 def test_a_node_without_a_load_counts_as_the_mean_of_the_others() -> None:
-    books = books_of(loaded("a", 0.2), loaded("b", 0.6), a_docker_node("d1"))
+    books = accounting_of(loaded("a", 0.2), loaded("b", 0.6), a_docker_node("d1"))
     counts = placed(books, 60)
     assert counts["b"] < counts["d1"] < counts["a"]
     books.set_node(loaded("a", 0.6))
@@ -89,7 +89,7 @@ def test_a_node_without_a_load_counts_as_the_mean_of_the_others() -> None:
 
 
 def test_a_load_that_changes_counts_for_the_next_task() -> None:
-    books = books_of(loaded("a", 0.0), loaded("b", 0.0))
+    books = accounting_of(loaded("a", 0.0), loaded("b", 0.0))
     choices = Choices(books)
 
     def next_node(number: int) -> str:

@@ -1,10 +1,10 @@
-"""What has to be known of a new object before a user may make it: its stack, what it uses, what rights it asks for."""
+"""New objects, as far as the permission to make them depends on it: stack, what they use, requested rights."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skep.api.networks import PREDEFINED_LABEL, NetworkBody
-from skep.api.permissions import STACK_LABEL, Asked, Known
+from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
 from skep.model.container import ContainerSpec, Mount
 from skep.model.network import Network
@@ -34,10 +34,10 @@ def stacks_of(view: View) -> frozenset[str]:
     return frozenset(found - {""})
 
 
-def asked_service(view: View, spec: ServiceSpec) -> Asked:
+def new_service(view: View, spec: ServiceSpec) -> NewObject:
     """Of a service to be made, or updated."""
     container = spec.task_template.container_spec or ContainerSpec()
-    return Asked(
+    return NewObject(
         name=spec.name,
         stack=stack_of(spec.labels),
         machine_rights=machine_rights(view, spec),
@@ -46,16 +46,16 @@ def asked_service(view: View, spec: ServiceSpec) -> Asked:
     )
 
 
-def asked_network(body: NetworkBody) -> Asked:
+def new_network(body: NetworkBody) -> NewObject:
     """Of a network to be made."""
     is_plain = body.driver == "overlay" and not body.ingress and not body.config_source
     rights = "" if is_plain else "a network that is no overlay, or the ingress network"
-    return Asked(name=body.name, stack=stack_of(body.labels), machine_rights=rights)
+    return NewObject(name=body.name, stack=stack_of(body.labels), machine_rights=rights)
 
 
-def asked_file(spec: SecretSpec | ConfigSpec) -> Asked:
+def new_file(spec: SecretSpec | ConfigSpec) -> NewObject:
     """Of a secret or config to be made, or updated."""
-    return Asked(name=spec.name, stack=stack_of(spec.labels))
+    return NewObject(name=spec.name, stack=stack_of(spec.labels))
 
 
 def known_service(view: View, service: Service) -> Known:
