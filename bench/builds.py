@@ -96,11 +96,11 @@ def _registry(lab: Lab, place: Path) -> Iterator[None]:
 
 def _push(lab: Lab) -> None:
     """Have the image in the registry, built, compressed and pushed by the Docker Engine."""
-    chance = random.Random(17)
+    rng = random.Random(17)
     files = {"Dockerfile": b"FROM busybox:1\n" + b"".join(b"COPY %d /%d\n" % (n, n) for n in range(LAYERS))}
     for layer in range(LAYERS):
         for number in range(FILES):
-            noise = chance.randbytes(FILE_BYTES // 2)
+            noise = rng.randbytes(FILE_BYTES // 2)
             files[f"{layer}/{number % 50}/{number}"] = noise + b"a line of text\n" * (FILE_BYTES // 30)
     _build(lab, f"{BIG}:1", _tar(files))
     _docker(lab, "push", f"{BIG}:1")
@@ -243,11 +243,11 @@ def _context(number: int) -> dict[str, bytes]:
         "EXPOSE 8080",
         'CMD ["cat", "built"]',
     )
-    chance = random.Random(10)
+    rng = random.Random(10)
     return {
         "Dockerfile": "\n".join(steps).encode(),
-        "requirements.txt": b"".join(b"package-%d\n" % chance.randrange(1000) for _ in range(100)),
-        **{f"src/{n % 10}/{n}.py": chance.randbytes(2500).hex().encode() for n in range(200)},
+        "requirements.txt": b"".join(b"package-%d\n" % rng.randrange(1000) for _ in range(100)),
+        **{f"src/{n % 10}/{n}.py": rng.randbytes(2500).hex().encode() for n in range(200)},
     }
 
 

@@ -1,7 +1,7 @@
 """What was on while measuring, read from the running systems and never assumed.
 
-One task is started on each system; its process tells whether seccomp filters it and which capabilities bound it,
-the API gives back its log line, and the processes of the node tell whether its store syncs to disk.
+One task is started on each system; its process shows whether seccomp filters it and which capabilities bound it,
+the API gives back its log line, and the processes of the node show whether its store syncs to disk.
 """
 
 import time
@@ -53,7 +53,7 @@ def _container(lab: Any, service: str) -> dict[str, Any]:
             answer: dict[str, Any] = lab.engine.get(f"/containers/{id}/json")
             return answer
         time.sleep(0.05)
-    raise TimeoutError(f"{lab.system}: the task that tells the facts did not run within 30 s")
+    raise TimeoutError(f"{lab.system}: the task that shows the facts did not run within 30 s")
 
 
 def _logs(lab: Any, container: str) -> bytes:

@@ -12,7 +12,7 @@ _RUNNING_S = 180.0
 
 
 class Placed(NamedTuple):
-    """A task that runs.  ``started``: when its node saw it run, as the API tells."""
+    """A task that runs.  ``started``: when its node saw it run, as the API shows."""
 
     id: str
     node: Node
@@ -67,7 +67,7 @@ def scale(lab: ClusterLab, service: str, replicas: int) -> None:
 
 
 def running(lab: ClusterLab, service: str) -> list[dict[str, Any]]:
-    """Its tasks that run and are to, as the API tells."""
+    """Its tasks that run and are to, as the API shows."""
     tasks = engine(lab.nodes[0]).get("/tasks", filters={"service": [service]})
     return [one for one in tasks if one["Status"]["State"] == one["DesiredState"] == "running"]
 

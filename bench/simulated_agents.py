@@ -197,7 +197,7 @@ class Agent(asyncio.Protocol):
             self.take_assignments(skep.RevisedAssignments.FromString(message).message)
 
     def send_statuses(self, stream_id: int, states: Mapping[str, TaskStatus]) -> None:
-        """Tell the manager, in a call on a stream that no call had before."""
+        """Report to the manager, in a call on a stream that no call had before."""
         updates = [
             pb.UpdateTaskStatusRequest.TaskStatusUpdate(task_id=id, status=status_to_pb(status))
             for id, status in states.items()

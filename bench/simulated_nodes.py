@@ -144,7 +144,7 @@ class _Node(Agent):
 
     @property
     def running(self) -> int:
-        """How many tasks run, as the manager knows."""
+        """How many tasks run, as the manager has it."""
         return len(self._running)
 
     def take_assignments(self, message: pb.AssignmentsMessage) -> None:

@@ -1,7 +1,7 @@
 """Load and faults on three managers and three workers: machines are lost, cut off or hang, processes are killed.
 
 Faults come between rounds and last for some of them, so that services change while machines are away: of the
-managers one at most (the others have to be able to decide), of the workers one (more would trip the storm guard, which
+managers one at most (the others have to be able to decide), of the workers one (more would start disruption mode, which
 has tests of its own).  After each round what was asked for has to run on the machines that are there, no more and no
 less; machines that are back have to give up what others took over.
 

@@ -45,7 +45,7 @@ from skep.store.memory import MemoryStore
 NODES, TASKS = 500, 10_000
 CHANGES, APART_S = 50, 0.5
 QUIET_S = 20.0
-STORM, TOGETHER, STORM_S = 10_000, 100, 20.0
+BURST, TOGETHER, BURST_S = 10_000, 100, 20.0
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -60,8 +60,8 @@ class Result(msgspec.Struct, kw_only=True):
     change_processor_ms: float
     quiet_processor: float
     """Share of a processor with a viewer while nothing happens."""
-    storm: dict[str, float]
-    """Viewers -> processor seconds of ``STORM`` reports of tasks, and what follows from them."""
+    burst: dict[str, float]
+    """Viewers -> processor seconds of ``BURST`` reports of tasks, and what follows from them."""
     longest_ms: float
     """Callback of the event loop, by the view."""
     longest: str
@@ -92,7 +92,7 @@ async def _measured() -> Result:
     configure_gc()
     longest = _timed_callbacks()
     async with _manager(store) as client:
-        storm = {"none": await _storm(store)}
+        burst = {"none": await _burst(store)}
         wall, processor = time.perf_counter(), time.process_time()
         content = await _read(client)
         first_wall, first_processor = time.perf_counter() - wall, time.process_time() - processor
@@ -108,12 +108,12 @@ async def _measured() -> Result:
             processor = time.process_time()
             changes = [await _change_s(store, viewer, number) for number in range(CHANGES)]
             each = (time.process_time() - processor) / CHANGES - quiet * APART_S
-            storm["1"] = await _with_readers(store, [viewer])
+            burst["1"] = await _with_readers(store, [viewer])
             more = [
                 await stack.enter_async_context(client.get("http://manager/skep/view/stream"))
                 for _ in range(7)
             ]
-            storm["8"] = await _with_readers(store, [viewer, *more])
+            burst["8"] = await _with_readers(store, [viewer, *more])
     return Result(
         bytes=len(content),
         first_wall_ms=first_wall * 1e3,
@@ -122,7 +122,7 @@ async def _measured() -> Result:
         change_ms=[one * 1e3 for one in changes],
         change_processor_ms=each * 1e3,
         quiet_processor=quiet,
-        storm=storm,
+        burst=burst,
         longest_ms=longest[0][0] * 1e3,
         longest=longest[0][1],
     )
@@ -200,13 +200,13 @@ def _report(tx: Transaction, id: str, message: str) -> None:
     tx.put(replace(task, status=TaskStatus(state=TaskState.RUNNING, message=message)))
 
 
-async def _storm(store: MemoryStore) -> float:
-    """Processor seconds of reports about all tasks, a hundred at a time, over ``STORM_S``."""
+async def _burst(store: MemoryStore) -> float:
+    """Processor seconds of reports about all tasks, a hundred at a time, over ``BURST_S``."""
     ids, processor = store.view().ids(Task), time.process_time()
-    for start in range(0, STORM, TOGETHER):
+    for start in range(0, BURST, TOGETHER):
         report = partial(_report, message=f"report at {processor}")
         await store.update_each(report, ids[start : start + TOGETHER])
-        await asyncio.sleep(STORM_S * TOGETHER / STORM)
+        await asyncio.sleep(BURST_S * TOGETHER / BURST)
     return time.process_time() - processor
 
 
@@ -214,7 +214,7 @@ async def _with_readers(store: MemoryStore, viewers: list[ClientResponse]) -> fl
     async with asyncio.TaskGroup() as group:
         reading = [group.create_task(_drain(viewer)) for viewer in viewers]
         await asyncio.sleep(2)
-        took = await _storm(store)
+        took = await _burst(store)
         for one in reading:
             one.cancel()
     return took
@@ -240,10 +240,10 @@ def _text(result: Result, busy: float) -> str:
         ("a viewer while nothing happens, share of a processor", f"{result.quiet_processor:.2%}"),
         *(
             (
-                f"{STORM:,} reports in {STORM_S:g} s with {viewers} viewers, processor, s",
-                f"{took:.2f} ({(took - result.storm['none']) / STORM_S:+.1%} of a processor)",
+                f"{BURST:,} reports in {BURST_S:g} s with {viewers} viewers, processor, s",
+                f"{took:.2f} ({(took - result.burst['none']) / BURST_S:+.1%} of a processor)",
             )
-            for viewers, took in result.storm.items()
+            for viewers, took in result.burst.items()
         ),
         ("longest callback of the view, ms", f"{result.longest_ms:.1f} ({result.longest})"),
     )

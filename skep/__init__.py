@@ -1,3 +1,3 @@
-"""Skep: a container orchestrator that speaks Docker's API."""
+"""Skep: a container orchestrator with Docker's API."""
 
 __version__ = "0.1.0"

@@ -335,7 +335,7 @@ def _prepare(paths: Paths) -> None:
         replace_file(paths.format, f"{FORMAT}\n".encode())
     elif (found := paths.format.read_text().strip()) != FORMAT:
         raise FailedPrecondition(
-            f"the data dir {paths.data} has layout {found!r} and this version of skep knows {FORMAT!r}: "
+            f"the data dir {paths.data} has layout {found!r} and this version of skep supports {FORMAT!r}: "
             "run the version that wrote it, or name another one with --data-dir"
         )
 

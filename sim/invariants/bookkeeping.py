@@ -80,10 +80,10 @@ def _stamps(loop: Orchestrator, view: View) -> Iterable[str]:
     ):
         for id in stamps:
             if view.lookup(Task, id) is None:
-                yield f"orchestrator: remembers when task {id}, which is gone, was {name}"
+                yield f"orchestrator: keeps when task {id}, which is gone, was {name}"
     for node_id in seen._down:
         if view.lookup(Node, node_id) is None:
-            yield f"orchestrator: remembers when node {node_id}, which is gone, was down"
+            yield f"orchestrator: keeps when node {node_id}, which is gone, was down"
 
 
 def _allocated(allocations: Allocations) -> Mapping[str, object]:

@@ -94,7 +94,7 @@ def status_of(error: SkepError) -> int:
 
 
 def error_of(status: int, message: str) -> SkepError:
-    """The error that an answer with ``status`` means to a client.
+    """The error that a response with ``status`` means to a client.
 
     A version conflict has no status of its own: it is recognized by its text, as in other clients.
     """

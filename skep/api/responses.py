@@ -31,7 +31,7 @@ _encoder = msgspec.json.Encoder()
 class KnownJson:
     """The JSON of objects that never change, cached from one long list to the next.
 
-    An object is known by its id and by being the same one, shown in the same circumstances: whatever else its answer
+    An object is known by its id and by being the same one, shown in the same circumstances: whatever else its response
     depends on.  What is not listed any more is forgotten.
     """
 

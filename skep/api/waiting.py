@@ -28,5 +28,5 @@ async def persistently(read: Callable[[], Awaitable[T]], show: Callable[[str], A
         except (Unavailable, OSError) as error:
             if str(error) != shown:
                 shown = str(error)
-                show(f"no answer, is asked again: {shown}")
+                show(f"no response, trying again: {shown}")
         await asyncio.sleep(backoff.next_delay_s())

@@ -43,7 +43,7 @@ class RegistryLogins:
     def of(self, image: str) -> str:
         """``X-Registry-Auth`` for the registry of ``image``; empty: there is no login.
 
-        Raises: InvalidArgument: the file or the answer of a helper cannot be read.
+        Raises: InvalidArgument: the file or the response of a helper cannot be read.
         """
         server = registry_of(image) or _HUB
         if server not in self._known:

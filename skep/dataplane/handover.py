@@ -88,6 +88,6 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     while len(data) < count:
         piece = connection.recv(count - len(data))
         if not piece:
-            raise ConnectionError("closed in the middle of an answer")
+            raise ConnectionError("closed in the middle of a response")
         data += piece
     return data

@@ -179,7 +179,7 @@ async def _hand_over(
     waiting: tuple[Waiting, ...] = serving.pause()
     try:
         named = serving.sockets()
-        writer.transport.set_write_buffer_limits(0)  # sockets follow when all of the answer is out
+        writer.transport.set_write_buffer_limits(0)  # sockets follow when all of the response is out
         writer.write(frame(HandedOver(tuple(reservations.list()), tuple(named), waiting)))
         await writer.drain()
         handover.give(writer.get_extra_info("socket"), (*named.values(), *reservations.sockets()))

@@ -184,7 +184,7 @@ class VolumePlugin:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             self._silent_until = self._clock.monotonic() + self._backoff.next_delay_s()
             reason = (
-                f"no answer within {deadline_s:g} s"
+                f"no response within {deadline_s:g} s"
                 if isinstance(error, TimeoutError)
                 else describe_error(error)
             )
@@ -194,14 +194,16 @@ class VolumePlugin:
         self._backoff.reset()
         if len(answer) > ANSWER_BYTES_MAX:
             raise Unavailable(
-                f"{method}: plugin {self.name}: its answer is larger than {ANSWER_BYTES_MAX} bytes"
+                f"{method}: plugin {self.name}: its response is larger than {ANSWER_BYTES_MAX} bytes"
             )
         if status != 200:
             raise PluginRefused(f"{method}: {_refusal(answer)}")
         try:
             return msgspec.json.decode(answer, type=type)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Unavailable(f"{method}: plugin {self.name}: its answer cannot be read: {error}") from error
+            raise Unavailable(
+                f"{method}: plugin {self.name}: its response cannot be read: {error}"
+            ) from error
 
     async def _take_place(self, method: str, deadline_s: float) -> None:
         """Raises: Unavailable: other calls hold all places, which says nothing about whether the plug-in responds."""

@@ -95,7 +95,7 @@ class HistoryPage(ApiObject):
     """Response of ``GET /skep/history``.
 
     ``next``: the cursor of the next page, empty: there is none; ``oldest``: time of the oldest entry; ``oldest_state``:
-    from which time on ``GET /skep/state`` has an answer; both empty: not known.
+    from which time on ``GET /skep/state`` has a response; both empty: not known.
     """
 
     entries: tuple[Entry, ...] = always(())

@@ -243,7 +243,7 @@ class Store(LoopStore, Protocol):
         """
 
     async def oldest_revision(self) -> int:
-        """The first revision for which ``state_at`` may have an answer.  Raises: Unavailable."""
+        """The first revision for which ``state_at`` may have a response.  Raises: Unavailable."""
 
     async def defragment(self) -> None:
         """Return free pages of this manager's own copy to the disk.  It is blocked meanwhile.  Raises: Unavailable."""

@@ -86,7 +86,7 @@ def a_stamp_too_many(cluster: SimulatedCluster) -> Callable[[], object]:
         (an_address_too_many, "allocator: addresses are not as in the store"),
         (a_place_too_many, "scheduler: copies are not as in the store"),
         (a_service_forgotten, "orchestrator: global are not as in the store"),
-        (a_stamp_too_many, "orchestrator: remembers when task gone, which is gone, was created"),
+        (a_stamp_too_many, "orchestrator: keeps when task gone, which is gone, was created"),
     ],
 )
 def test_indexes_that_differ_are_rejected_at_the_second_check(
@@ -120,7 +120,7 @@ def an_absence_of_a_node_that_is_gone(manager: SimulatedManager) -> Callable[[],
     return lambda: sessions._absent.pop(NodeId("w9"))
 
 
-def who_waits_for_a_revision(manager: SimulatedManager) -> Callable[[], object]:
+def a_waiter_for_a_revision(manager: SimulatedManager) -> Callable[[], object]:
     assert manager.store is not None
     waiting = manager.store._replica._waiting
     waiting.append((1, 10**9, None))  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def who_waits_for_a_revision(manager: SimulatedManager) -> Callable[[], object]:
     [
         (a_stop_that_is_withheld, "m1 withholds the stop of ['t1']"),
         (an_absence_of_a_node_that_is_gone, "m1 has a session of w9, which is gone"),
-        (who_waits_for_a_revision, "m1 keeps 1 who wait for a revision"),
+        (a_waiter_for_a_revision, "m1 keeps 1 tasks that wait for a revision"),
     ],
 )
 def test_what_is_left_over_is_rejected(

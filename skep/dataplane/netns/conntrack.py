@@ -23,7 +23,7 @@ _TIMEOUT_S = 5.0
 SYSCTLS = {
     # An idle connection is tracked for as long as its ends keep it.
     "net/netfilter/nf_conntrack_tcp_timeout_established": "432000",
-    # One end has closed, the other still works on its answer.  The kernel's own are 120 s and 60 s.
+    # One end has closed, the other still works on its response.  The kernel's own are 120 s and 60 s.
     "net/netfilter/nf_conntrack_tcp_timeout_fin_wait": "7200",
     "net/netfilter/nf_conntrack_tcp_timeout_close_wait": "7200",
     # A segment that looks out of its window belongs to the connection all the same: let the ends judge.
@@ -37,7 +37,7 @@ class Refused(OSError):
 
 
 def opened(timeout_s: float) -> socket.socket:
-    """For the calls below; the caller closes it.  ``timeout_s``: for each answer.  Raises: OSError."""
+    """For the calls below; the caller closes it.  ``timeout_s``: for each response.  Raises: OSError."""
     return netlink.opened(netlink.NETFILTER, timeout_s)
 
 

@@ -35,7 +35,7 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     Packets to a published port are led to the container, from outside (``pre``) and from the node itself
     (``out``).  What containers send elsewhere leaves under the node's address.  A container answers to the
     bridge's address where its client is the node itself or a container that went round by the node's
-    address, because the answer must come back the same way.  Nothing else is forwarded to containers, from outside or
+    address, because the response must come back the same way.  Nothing else is forwarded to containers, from outside or
     from one to another.
     """
     return NftTable(

@@ -264,7 +264,7 @@ def _rules(family: Family) -> tuple[tuple[str, str], ...]:
         ("post", f'oifname "{BRIDGE}" fib saddr type local masquerade'),
         ("input", f"ct state new {bound_key} @bound_refused goto refuse"),
         ("input", f"ct state new {key} @refused goto refuse"),
-        # What was led to a task passes, and the answers; there is no other way through here to tasks or from them.
+        # What was led to a task passes, and the responses; there is no other way through here to tasks or from them.
         ("forward", f'oifname "{BRIDGE}" ct state established,related accept'),
         ("forward", f'iifname "{BRIDGE}" ct state established,related accept'),
         ("forward", f'oifname "{BRIDGE}" ct status dnat accept'),

@@ -1,7 +1,7 @@
 """Filters against packets with others' addresses, from containers and from other machines.  Data only.
 
 A container may send from its own MAC address and its own addresses: what its port takes in is compared with what the
-control plane gave it, the answers to ARP and IPv6 neighbour questions included.  What comes over VXLAN was compared
+control plane gave it, the responses to ARP and IPv6 neighbour questions included.  What comes over VXLAN was compared
 on its own node, and may come from nodes of the network only.  Containers send no VXLAN of their own to where the
 nodes' arrives: by the gateway it would leave under the node's own address.
 """

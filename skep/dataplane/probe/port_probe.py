@@ -61,7 +61,7 @@ class PortProbe:
                 async with asyncio.timeout(TRY_S):
                     error = await probe()
             except TimeoutError:
-                error = "no answer"
+                error = "no response"
             except OSError as refused:
                 # asyncio replaces the kernel's message.
                 error = os.strerror(refused.errno).lower() if refused.errno else str(refused)
@@ -85,7 +85,7 @@ class PortProbe:
             while len(record) < _RECORD_BYTES:
                 part = await loop.sock_recv(connection, _RECORD_BYTES - len(record))
                 if not part:
-                    return "the connection is closed without an answer"
+                    return "the connection is closed without a response"
                 record += part
         return "" if record[0] in (_TLS_HANDSHAKE, _TLS_ALERT) else "the response is not TLS"
 

@@ -27,7 +27,7 @@ async def read_bounded(response: aiohttp.ClientResponse, bytes_max: int) -> byte
     async for piece in response.content.iter_any():
         content += piece
         if len(content) > bytes_max:
-            raise InvalidArgument(f"{response.url}: the answer is larger than {bytes_max} bytes")
+            raise InvalidArgument(f"{response.url}: the response is larger than {bytes_max} bytes")
     return bytes(content)
 
 

@@ -164,7 +164,7 @@ class _Datagrams:
             raise
 
     async def receive(self) -> bytes:
-        raise OSError(errno.EOPNOTSUPP, "datagrams have no answers")
+        raise OSError(errno.EOPNOTSUPP, "datagrams have no responses")
 
     def close(self) -> None:
         self._socket.close()

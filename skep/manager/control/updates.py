@@ -42,7 +42,7 @@ def pause_update(tx: Transaction, id: ServiceId, *, now: Timestamp) -> Service:
 def resume_update(tx: Transaction, id: ServiceId) -> Service:
     """Let a paused update or rollback go on.
 
-    Failures until now have been seen by whoever resumes it, and count no more: else it would be paused again at once.
+    Failures until now do not count any more: else it would be paused again at once.
     Later ones do, and a task that has not started by the progress deadline after it.
 
     Raises: FailedPrecondition: none is under way; NotFound: the service was removed.

@@ -1,4 +1,4 @@
-"""``/skep/history``: what happened in the cluster and why, and who asked for what.  Ours, not Docker's."""
+"""``/skep/history``: what happened in the cluster and why, and the requests of users.  Ours, not Docker's."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping

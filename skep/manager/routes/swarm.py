@@ -25,7 +25,7 @@ routes = Routes()
 
 @routes.get("/swarm")
 async def inspect_swarm(request: web.Request) -> web.StreamResponse:
-    """The cluster; its join tokens, which make whoever has them a manager, for administrators only."""
+    """The cluster; its join tokens, with which a machine can become a manager, for administrators only."""
     view = await current_view(request)
     swarm = shown_swarm(view, cluster_of(view))
     if not identity_of(request).is_admin:

@@ -1,4 +1,4 @@
-"""``/skep/users``: users of the API, their tokens and certificates; ``/skep/access``: who the client is.  Ours.
+"""``/skep/users``: users of the API, their tokens and certificates; ``/skep/access``: the client's identity.  Ours.
 
 On the manager's own socket only, ``/_skep/access``: what the node process needs of users, whenever it changes.
 """

@@ -113,7 +113,7 @@ def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: st
                 replace(status, state=PublishState.PENDING_NODE_UNPUBLISH, is_closing=False), node
             )
         case PublishState.PENDING_NODE_UNPUBLISH if node is None:
-            # Whoever removes a node from the cluster says that it runs nothing any more.
+            # Removing a node from the cluster means that it runs nothing any more.
             return replace(status, state=PublishState.PENDING_UNPUBLISH, message="")
         case PublishState.PENDING_NODE_UNPUBLISH:
             return _waiting(status, node)

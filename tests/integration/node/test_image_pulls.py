@@ -203,7 +203,7 @@ async def test_a_manifest_that_is_none_is_refused(images: ImageStore, rogue: Rog
 
 async def test_an_endless_manifest_is_cut_off(images: ImageStore, rogue: Rogue):
     rogue.manifests["1"] = (b" " * (5 << 20), DOCKER_MANIFEST)
-    with pytest.raises(InvalidArgument, match="the answer is larger than 4194304 bytes"):
+    with pytest.raises(InvalidArgument, match="the response is larger than 4194304 bytes"):
         await images.pull(f"{rogue.address}/app:1")
 
 

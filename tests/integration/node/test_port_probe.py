@@ -44,7 +44,7 @@ def refused(error: str) -> Outcome:
 
 @pytest.mark.parametrize(
     ("server", "error"),
-    [(Answering, "the response is not TLS"), (Closing, "the connection is closed without an answer")],
+    [(Answering, "the response is not TLS"), (Closing, "the connection is closed without a response")],
 )
 async def test_a_port_without_tls_is_no_manager(
     probing: PortProbe, server: type[asyncio.Protocol], error: str
@@ -57,7 +57,7 @@ async def test_a_port_without_tls_is_no_manager(
 
 async def test_a_silent_port_times_out_and_a_closed_one_refuses(probing: PortProbe) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and does not read
-        assert await probing.tls_hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
+        assert await probing.tls_hello("127.0.0.1", silent.getsockname()[1]) == refused("no response")
     port = silent_port()
     assert await probing.tls_hello("127.0.0.1", port) == refused("connection refused")
     assert await probing.connect("127.0.0.1", port) == refused("connection refused")

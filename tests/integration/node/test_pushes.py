@@ -573,7 +573,7 @@ async def test_a_token_server_that_never_ends_ends_the_login(images: ImageStore,
             return response
 
     bent.bend = endless
-    with pytest.raises(InvalidArgument, match="the answer is larger than 1048576 bytes"):
+    with pytest.raises(InvalidArgument, match="the response is larger than 1048576 bytes"):
         await login(images.policy, bent.address, Credentials(username="user", password="secret"))
 
 

@@ -135,11 +135,11 @@ async def test_a_plug_in_that_lies_fails_its_own_tasks_with_the_reason(
     (tmp_path / "link").symlink_to("/etc")
     (tmp_path / "own").symlink_to(executor.engine.volumes._directory)
     for answer, said in (
-        ("{", "its answer cannot be read"),
-        ("[]", "its answer cannot be read"),
-        ('{"Mountpoint": 7}', "its answer cannot be read"),
-        ("[" * 100_000, "its answer cannot be read"),
-        ("x" * (2 << 20), "its answer is larger than 1048576 bytes"),
+        ("{", "its response cannot be read"),
+        ("[]", "its response cannot be read"),
+        ('{"Mountpoint": 7}', "its response cannot be read"),
+        ("[" * 100_000, "its response cannot be read"),
+        ("x" * (2 << 20), "its response is larger than 1048576 bytes"),
         (json.dumps({"Err": "the disk is on fire"}), "the disk is on fire"),
         (json.dumps({"Mountpoint": ""}), "gave no path of the volume"),
         (json.dumps({"Mountpoint": "volumes/one"}), "gave a path that is no volume's"),
@@ -173,7 +173,7 @@ async def test_a_plug_in_that_hangs_stops_its_own_tasks_alone_and_is_left_alone_
     async with asyncio.TaskGroup() as group:
         start = group.create_task(_failure(controller.start()))
         assert await output(executor, a_task("echo", "hello", slot=99)) == "hello\n"
-    assert "no answer within 1 s" in start.result()
+    assert "no response within 1 s" in start.result()
     asked = len(disks.calls)
     assert "does not respond; it is asked again in" in await refusal(executor, of_plugin("one"))
     assert len(disks.calls) == asked
@@ -181,7 +181,7 @@ async def test_a_plug_in_that_hangs_stops_its_own_tasks_alone_and_is_left_alone_
     listed = await (await api.get("/v1.41/volumes")).json()
     assert [one["Name"] for one in listed["Volumes"]] == ["one"]
     (warning,) = listed["Warnings"]
-    assert "no answer within 0.5 s" in warning
+    assert "no response within 0.5 s" in warning
     await controller.remove()
 
 

@@ -184,6 +184,6 @@ async def test_a_rotation_is_waited_for_over_a_change_of_leader(
     assert await rotation.wait(ids, new) == []
     shown = capsys.readouterr().err.splitlines()
     assert shown == [
-        "no answer, is asked again: The swarm does not have a leader.",
+        "no response, trying again: The swarm does not have a leader.",
         "web: 2 of 2 tasks have key-v3",
     ]

@@ -32,8 +32,8 @@ async def test_a_change_of_leader_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     await wait_done(["web"], managers.look, lambda name, text: shown.append((name, text)))
     assert shown == [
         ("web", "1 of 2"),
-        ("managers", "no answer, is asked again: no leader"),
-        ("managers", "no answer, is asked again: reset"),
+        ("managers", "no response, trying again: no leader"),
+        ("managers", "no response, trying again: reset"),
         ("web", "2 of 2"),
     ]
 
