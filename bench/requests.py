@@ -74,7 +74,7 @@ def _round(lab: Any) -> list[tuple[str, float]]:
         engine.close()
 
     lab.engine.raw("GET", "/services")
-    for path in ("/services", "/nodes"):
+    for path in ("/_ping", "/services", "/nodes"):
         for _ in range(_PER_ROUND):
             timed(f"GET {path}", lambda path=path: lab.engine.raw("GET", path))  # type: ignore[misc]
     for number in range(_PER_ROUND // 2):
