@@ -169,7 +169,7 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "etcd-version.json"
 
     @property
-    def last_heard(self) -> Path:
+    def last_seen(self) -> Path:
         """When a manager last responded to this node."""
         return self.run / "last-heard.json"
 

@@ -82,7 +82,7 @@ class LastResort:
 
     def check(self) -> None:
         """Signal the containers whose delay has passed.  Blocks."""
-        at = seen_at(self._paths.last_heard, self._boot_id)
+        at = seen_at(self._paths.last_seen, self._boot_id)
         silence_s = self._clock.since_boot() - at if at is not None else 0.0
         if silence_s < AWAKE_S:
             self._pending, self._scan_at = (), 0.0

@@ -35,7 +35,7 @@ from skep.store.interface import Store, Transaction
 
 log = structlog.get_logger(__name__)
 
-UNHEARD = 'Node moved to "unknown" state due to leadership change in cluster'
+UNKNOWN_STATE = 'Node moved to "unknown" state due to leadership change in cluster'
 """SwarmKit's text."""
 
 
@@ -98,7 +98,7 @@ def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
             continue
         changed = msgspec.structs.replace(node, manager_status=status)
         if node.id != node_id and node.status.state is NodeState.READY:
-            unknown = msgspec.structs.replace(node.status, state=NodeState.UNKNOWN, message=UNHEARD)
+            unknown = msgspec.structs.replace(node.status, state=NodeState.UNKNOWN, message=UNKNOWN_STATE)
             changed = msgspec.structs.replace(changed, status=unknown)
         if changed != node:
             tx.put(changed)

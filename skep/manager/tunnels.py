@@ -221,23 +221,23 @@ class Tunnels:
 
     async def _orders(
         self,
-        news: AsyncIterator[skep.TunnelNews],
+        messages: AsyncIterator[skep.TunnelNews],
         send: Callable[[skep.TunnelOrder], Awaitable[None]],
         caller: Caller,
     ) -> None:
-        session = self._session(caller.node_id, await session_named(news))
+        session = self._session(caller.node_id, await session_named(messages))
         with (
             session.signal() as signal,
             self._streams.open(_Orders(caller.node_id, session, signal)) as stream,
         ):
             await run_stream(
-                stream, news, lambda one: self._refused(caller.node_id, one), stream.send_orders(send)
+                stream, messages, lambda one: self._refused(caller.node_id, one), stream.send_orders(send)
             )
 
-    def _refused(self, node_id: NodeId, news: skep.TunnelNews) -> None:
-        expected = self._expected.get(news.id)
+    def _refused(self, node_id: NodeId, message: skep.TunnelNews) -> None:
+        expected = self._expected.get(message.id)
         if expected is not None and expected.node_id == node_id and not expected.opened.done():
-            expected.opened.set_exception(Unavailable(news.error or "the node has refused the connection"))
+            expected.opened.set_exception(Unavailable(message.error or "the node has refused the connection"))
 
     async def _tunnel(
         self,

@@ -130,7 +130,7 @@ class Node:
         self._docker = _docker_engine(configuration)
         self._events = NodeEvents(self._clock)
         self._session = SessionState(
-            self._clock, LastSeenFile(self._paths.last_heard, self._clock.since_boot, boot_id())
+            self._clock, LastSeenFile(self._paths.last_seen, self._clock.since_boot, boot_id())
         )
         self._image_sources = ClusterSources(self._session)
         self._engine_images: EngineImages | None = None

@@ -315,11 +315,11 @@ def _is_relevant(old: Task, new: Task) -> bool:
     """
     if old.desired_state != new.desired_state:
         return True
-    state, is_news = new.status.state, old.status.state != new.status.state
+    state, has_changed = new.status.state, old.status.state != new.status.state
     if new.desired_state is TaskState.READY:
         is_refused = state < TaskState.ASSIGNED and bool(new.status.err) and not old.status.err
-        return is_refused or (is_news and state >= TaskState.READY)
-    return is_news and state >= TaskState.RUNNING
+        return is_refused or (has_changed and state >= TaskState.READY)
+    return has_changed and state >= TaskState.RUNNING
 
 
 def _has_error(service: Service | None, error: str = "") -> bool:

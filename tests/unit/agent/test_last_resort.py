@@ -52,7 +52,7 @@ class Machine:
         self.resort = LastResort(self.paths, self.clock)
 
     def received(self) -> None:
-        LastSeenFile(self.paths.last_heard, self.clock.since_boot, boot_id()).record(0.0)
+        LastSeenFile(self.paths.last_seen, self.clock.since_boot, boot_id()).record(0.0)
 
     def task(self, id: str, command: str = "exec sleep 1000", **labels: str) -> None:
         process = self.processes[id] = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE)
@@ -143,8 +143,8 @@ def test_containers_stay_when_a_manager_is_reached_again(machine: Machine) -> No
 @pytest.mark.parametrize("content", [None, b"{", b'{"boot_id": "another", "at": 0}'])
 def test_without_a_readable_last_contact_nothing_is_stopped(machine: Machine, content: bytes | None) -> None:
     machine.task("stops", **STOP)
-    machine.paths.last_heard.unlink()
+    machine.paths.last_seen.unlink()
     if content is not None:
-        machine.paths.last_heard.write_bytes(content)
+        machine.paths.last_seen.write_bytes(content)
     machine.look(100 * DELAY_S)
     assert machine.runs("stops")
