@@ -58,8 +58,8 @@ _MODES: Final[Mapping[tuple[VolumeScope, VolumeSharing], int]] = {
 """Source: swarmkit, internal/csi/capability/capability.go."""
 
 
-class DriverLies(SkepError):
-    """What the driver said cannot be true, or is of no use."""
+class UnusableResponse(SkepError):
+    """The driver's response contradicts the request, or cannot be used."""
 
 
 class Abilities(msgspec.Struct, frozen=True):
@@ -82,7 +82,7 @@ class Driver:
     # --- controller -----------------------------------------------------------------------------------------------
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo:
-        """Make the volume, or find it made: drivers identify it by its name.  Raises: DriverLies: not as requested."""
+        """Make the volume, or find it made, by its name.  Raises: UnusableResponse: not as requested."""
         spec = volume.spec
         if not (await self._known_abilities()).creates:
             return VolumeInfo(volume_id=spec.name)  # it exists, under this id
@@ -143,7 +143,7 @@ class Driver:
         """This node as the driver sees it."""
         info = await self._call("Node/NodeGetInfo", pb.NodeGetInfoRequest(), pb.NodeGetInfoResponse, LOOK_S)
         if not 0 < len(info.node_id.encode()) <= ID_BYTES_MAX:
-            raise DriverLies(f"driver {self.name} gave no usable id of this node")
+            raise UnusableResponse(f"driver {self.name} gave no usable id of this node")
         has_place = info.HasField("accessible_topology")
         return CSIInfo(
             plugin_name=self.name,
@@ -274,11 +274,11 @@ def capability_of(mode: AccessMode) -> pb.VolumeCapability:
 
 
 def checked_info(volume: pb.Volume) -> VolumeInfo:
-    """Raises: DriverLies: it is none that could be used."""
+    """Raises: UnusableResponse: it is none that could be used."""
     if not 0 < len(volume.volume_id.encode()) <= ID_BYTES_MAX:
-        raise DriverLies("the driver gave the volume no usable id")
+        raise UnusableResponse("the driver gave the volume no usable id")
     if volume.capacity_bytes < 0 or len(volume.accessible_topology) > TOPOLOGIES_MAX:
-        raise DriverLies("the driver described the volume with numbers that cannot be")
+        raise UnusableResponse("the driver described the volume with invalid numbers")
     return VolumeInfo(
         capacity_bytes=volume.capacity_bytes,
         volume_context=_checked_map("volume context", volume.volume_context),
@@ -303,7 +303,7 @@ def discrepancy(volume: Volume, info: VolumeInfo) -> str:
 
 def _checked_map(what: str, given: Mapping[str, str]) -> Mapping[str, str]:
     if sum(len(key.encode()) + len(value.encode()) for key, value in given.items()) > MAP_BYTES_MAX:
-        raise DriverLies(f"the driver's {what} has more than {MAP_BYTES_MAX} bytes")
+        raise UnusableResponse(f"the driver's {what} has more than {MAP_BYTES_MAX} bytes")
     return dict(sorted(given.items()))
 
 

@@ -110,7 +110,7 @@ async def test_a_volume_goes_through_its_life(driver: Process, tmp_path: Path) -
     [
         ({"id": ""}, "no usable id"),
         ({"id": "x" * 257}, "no usable id"),
-        ({"size": -1}, "numbers that cannot be"),
+        ({"size": -1}, "invalid numbers"),
         ({"zone": "z" * 9000}, "more than 8192 bytes"),
         ({"fail": 1}, "CreateVolume: CreateVolume fails"),
     ],

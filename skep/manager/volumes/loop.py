@@ -23,7 +23,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
 from skep.aio.groups import first_alone
-from skep.csi.driver import DriverLies, discrepancy
+from skep.csi.driver import UnusableResponse, discrepancy
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.informer import CatchUp, run_exact_informer
 from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Step, Unpublish, settled, steps
@@ -300,15 +300,15 @@ class ClusterVolumes:
             raise Unavailable(f"the driver has not done it within {STEP_S:g} s") from error
 
     async def _enter_created(self, volume: Volume, info: VolumeInfo) -> None:
-        """Raises: DriverLies: it is not what was asked for, or another volume's."""
+        """Raises: UnusableResponse: it is not what was asked for, or another volume's."""
         # It is not deleted: drivers find volumes by name, so it may be one with data that was there before.
         if not volume.pending_delete and (words := discrepancy(volume, info)):
-            raise DriverLies(f"{words}; removing the volume deletes it")
+            raise UnusableResponse(f"{words}; removing the volume deletes it")
         async with self._creation:
             for other in self._term.view().find(Volume):
                 taken = other.info is not None and other.info.volume_id == info.volume_id
                 if taken and other.id != volume.id and other.spec.driver.name == volume.spec.driver.name:
-                    raise DriverLies(
+                    raise UnusableResponse(
                         f"the driver gave it the id of volume {other.spec.name}: {info.volume_id}"
                     )
             await self._term.update(_created, volume.id, info)

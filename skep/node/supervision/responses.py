@@ -38,22 +38,22 @@ async def wait_hung(responds: Responds, hand_over: HandOver, clock: Clock) -> st
         responds: whether there was a response in time; None: nothing listens yet, which counts as a response.
         hand_over: makes another manager the leader, if this one's member leads.
     """
-    patience = HangDetector(2 * POLL_S, clock.monotonic())
+    detector = HangDetector(2 * POLL_S, clock.monotonic())
     attempt: asyncio.Task[None] | None = None
     async with asyncio.TaskGroup() as group:
         while True:
             await clock.sleep(POLL_S)
             has_response = await responds()
-            match patience.record(clock.monotonic(), has_response=has_response is not False):
+            match detector.record(clock.monotonic(), has_response=has_response is not False):
                 case Action.HAND_OVER:
-                    log.error("the manager process does not answer", silent_s=round(patience.silent_s, 1))
+                    log.error("the manager process does not answer", silent_s=round(detector.silent_s, 1))
                     # Beside the watch: a member that hangs as well must not put off the end of the process.
                     if attempt is None or attempt.done():
                         attempt = group.create_task(_hand_over(hand_over), name="hand over leadership")
                 case Action.END:
                     if attempt is not None:
                         attempt.cancel()
-                    return f"it did not answer for {patience.silent_s:.0f} s"
+                    return f"it did not answer for {detector.silent_s:.0f} s"
 
 
 async def _hand_over(hand_over: HandOver) -> None:
