@@ -133,7 +133,7 @@ class Bundles:
         return tuple(
             Part(point.name, point.subpath, directory / str(number))
             for number, point in enumerate(container.config.mounts)
-            if point.subpath
+            if point.subpath and point.type == "volume"
         )
 
     def shm(self, id: ContainerId) -> Path:
@@ -250,9 +250,11 @@ class Bundles:
         """Parts of volumes, and images, by the paths at which this node has them."""
         targets, images = iter(self.parts(container)), self._images(container.id)
         mounts = tuple(
-            msgspec.structs.replace(point, source=str(next(targets).target))
+            image_mounts.placed(point, number, images)
+            if point.type == "image"
+            else msgspec.structs.replace(point, source=str(next(targets).target))
             if point.subpath
-            else (image_mounts.placed(point, number, images) if point.type == "image" else point)
+            else point
             for number, point in enumerate(container.config.mounts)
         )
         return msgspec.structs.replace(

@@ -1,11 +1,13 @@
 """Images that containers mount (``--mount type=image``): an image's files under changes of the container's own.
 
 The layers are shared with every container of the image; what the container writes is kept with it, and goes with it.
+Of an image a file or directory can be mounted alone; no link of the image leads out of it.
 
 Source: moby 28, daemon/volumes.go, volume/mounts/linux_parser.go.
 """
 
 import os
+import posixpath
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,18 +15,24 @@ from skep.engine import overlay
 from skep.engine.container import Container, MountPoint
 from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
-from skep.errors import InvalidArgument, Unimplemented
-from skep.linux import syscalls
+from skep.engine.mounts import check_subpath
+from skep.errors import FailedPrecondition, InvalidArgument
+from skep.linux import mounting, syscalls
 from skep.model.container import Mount
 
 _TYPE = "image"
 
 
-def image_points(images: ImageStore, mounts: Iterable[Mount]) -> list[MountPoint]:
+def image_points(images: ImageStore, mounts: Sequence[Mount]) -> list[MountPoint]:
     """The mounts of images among ``mounts``.
 
-    Raises: InvalidArgument; Unimplemented: a part of an image; NotFound: the image is not here.
+    Raises: InvalidArgument; NotFound: the image is not here.
     """
+    for mount in mounts:
+        if mount.type != _TYPE and mount.image_options is not None:
+            raise InvalidArgument(
+                f'invalid mount config for type "{mount.type}": field ImageOptions must not be specified'
+            )
     return [_point(images, mount) for mount in mounts if mount.type == _TYPE]
 
 
@@ -35,22 +43,27 @@ def others(mounts: Iterable[Mount]) -> list[Mount]:
 
 def _point(images: ImageStore, mount: Mount) -> MountPoint:
     invalid = f'invalid mount config for type "{_TYPE}"'
-    if not mount.source:
-        raise InvalidArgument(f"{invalid}: field Source must not be empty")
+    if not mount.target:
+        raise InvalidArgument(f"{invalid}: field Target must not be empty")
+    if posixpath.normpath(mount.target).strip("/") == "":
+        raise InvalidArgument(f"{invalid}: invalid specification: destination can't be '/'")
     if not mount.target.startswith("/"):
         raise InvalidArgument(f"{invalid}: invalid mount path: '{mount.target}' mount path must be absolute")
     for name in ("bind_options", "volume_options", "tmpfs_options"):
         if getattr(mount, name) is not None:
             field = "".join(map(str.capitalize, name.split("_")))
             raise InvalidArgument(f"{invalid}: field {field} must not be specified")
-    if mount.image_options is not None and mount.image_options.subpath:
-        raise Unimplemented("a part of an image cannot be mounted (image-subpath): mount the image")
+    if not mount.source:
+        raise InvalidArgument(f"{invalid}: field Source must not be empty")
+    subpath = mount.image_options.subpath if mount.image_options is not None else ""
+    check_subpath(_TYPE, subpath)
     image = images.get(mount.source)
     return MountPoint(
         type=_TYPE,
         destination=mount.target,
         name=image.id,
         read_only=mount.read_only,
+        subpath=subpath,
         layers=tuple(map(str, images.layers(image))),
     )
 
@@ -67,24 +80,37 @@ def images_of(container: Container) -> Sequence[str]:
 
 def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
     """``point`` as runc gets it, with the path at which ``mount_all`` mounts it."""
+    source = _part(place, number) if point.subpath else place / str(number)
     return MountPoint(
-        type="bind", destination=point.destination, source=str(place / str(number)), read_only=point.read_only
+        type="bind", destination=point.destination, source=str(source), read_only=point.read_only
     )
+
+
+def _part(place: Path, number: int) -> Path:
+    return place / f"{number}.part"
 
 
 def mount_all(points: Sequence[MountPoint], place: Path, changes: Path) -> None:
     """Mount the images among ``points``, each by its number below ``place``; harmless when they are mounted.
 
-    ``changes``: a directory that the container keeps.  Raises: OSError; FailedPrecondition: too many layers.
+    ``changes``: a directory that the container keeps.
+
+    Raises: OSError; FailedPrecondition: too many layers, or an image has no such part.
     """
     for number, point in enumerate(points):
         target, own = place / str(number), changes / str(number)
-        if point.type != _TYPE or os.path.ismount(target):
+        if point.type != _TYPE:
             continue
-        for directory in (target, own / "upper", own / "work", own / "empty"):
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        layers = [Path(layer) for layer in point.layers] or [own / "empty"]
-        overlay.mount_layers(layers, own / "upper", own / "work", target)
+        if not os.path.ismount(target):
+            for directory in (target, own / "upper", own / "work", own / "empty"):
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            layers = [Path(layer) for layer in point.layers] or [own / "empty"]
+            overlay.mount_layers(layers, own / "upper", own / "work", target)
+        if point.subpath and not mounting.is_target(part := _part(place, number)):
+            try:
+                mounting.bind_part(str(target), point.subpath, part)
+            except mounting.MountFailed as error:
+                raise FailedPrecondition(str(error)) from error
 
 
 def unmount_all(place: Path) -> None:

@@ -53,21 +53,17 @@ def _size(name: str, text: str) -> int:
         raise InvalidArgument(f"create {name}: {error}") from error
 
 
-def check_subpath(volume: str, subpath: str) -> None:
-    """A part of a volume.  Raises: InvalidArgument, in Docker's words.
+def check_subpath(type: str, subpath: str) -> None:
+    """A part of a volume or an image; ``type``: of the mount.  Raises: InvalidArgument, in Docker's words.
 
     Source: moby 28, volume/mounts/linux_parser.go.
     """
-    if not volume:
-        raise InvalidArgument(
-            'invalid mount config for type "volume": must not set Subpath when using anonymous volumes'
-        )
     depth = 0
     for word in PurePosixPath(subpath).parts:
         depth += -1 if word == ".." else 1
         if depth < 0 or word == "/" or "\0" in word:
             raise InvalidArgument(
-                'invalid mount config for type "volume": subpath must be a relative path within the volume'
+                f'invalid mount config for type "{type}": subpath must be a relative path within the volume'
             )
 
 

@@ -533,7 +533,11 @@ class Volumes:
         if not mount.source and labels is not None:
             labels = {**labels, ANONYMOUS: ""}
         if given.subpath:
-            check_subpath(mount.source, given.subpath)
+            if not mount.source:
+                raise InvalidArgument(
+                    'invalid mount config for type "volume": must not set Subpath when using anonymous volumes'
+                )
+            check_subpath("volume", given.subpath)
         name = mount.source or self.new_name()
         if driver.name in ("", LOCAL):
             check_local_options(name, driver.options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.support.runc_lab import Lab
 
 IMAGE = "busybox:1"
 DATA = "data:1"
+LINKS = "links:1"
 
 
 @pytest.fixture
@@ -23,8 +25,12 @@ async def images(tmp_path: Path) -> ImageStore:
     images = ImageStore(tmp_path / "images")
     await images.open()
     layers = (a_tar(a_file("file", b"one\n"), a_file("hidden", b"")), a_tar(a_file("sub/other", b"two\n")))
+    links = a_tar(
+        *(a_file(name, type=tarfile.SYMTYPE, linkname=to) for name, to in (("out", "/etc"), ("up", "../..")))
+    )
     busybox = await busybox_archive()
-    for archive in (busybox.data, a_docker_archive(*layers, tags=[DATA])):
+    archives = (a_docker_archive(*layers, tags=[DATA]), a_docker_archive(links, tags=[LINKS]))
+    for archive in (busybox.data, *archives):
 
         async def pieces(content: bytes = archive) -> AsyncIterator[bytes]:
             yield content
@@ -97,6 +103,39 @@ async def test_a_container_has_the_files_of_another_image_under_changes_of_its_o
     assert ended["StatusCode"] != 0  # `rm` finds nothing any more
 
 
+async def test_a_container_has_a_part_of_another_image(api: Api) -> None:
+    id, code, output = await run(
+        api, a_body("sh", "-c", "ls /data && echo x > /data/new", ImageOptions={"Subpath": "sub"})
+    )
+    assert (code, output) == (0, "other")
+    assert not mounts()
+    assert await run_again(api, id) == (0, "other")
+    assert (await api.docker("logs", id))[1] == "other\nnew\nother\n", "what it wrote is there again"
+    _, code, output = await run(
+        api, a_body("cat", "/data", ImageOptions={"Subpath": "sub/other"}, ReadOnly=True)
+    )
+    assert (code, output) == (0, "two")
+    _, answer = await api.ask("GET", f"/containers/{id}/json")
+    assert answer["HostConfig"]["Mounts"][0]["ImageOptions"] == {"Subpath": "sub"}
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ("nosuch", "no such file or directory"),
+        ("out/passwd", "path concatenation escapes the base directory"),
+        ("up", "path concatenation escapes the base directory"),
+    ],
+)
+async def test_no_link_of_an_image_leads_out_of_it(api: Api, part: str, text: str) -> None:
+    body = a_body("true", Source=LINKS, ImageOptions={"Subpath": part})
+    status, error = await api.ask("POST", "/containers/create", body)
+    assert status == 400
+    assert text in error["message"]
+    assert not mounts()
+    assert (await api.ask("GET", "/containers/json?all=1"))[1] == []
+
+
 async def test_a_read_only_image_is_not_written_to(api: Api) -> None:
     _, code, _ = await run(api, a_body("sh", "-c", "echo x > /data/file", ReadOnly=True))
     assert code != 0
@@ -126,7 +165,17 @@ async def test_an_image_that_a_container_mounts_is_kept_until_the_container_goes
         ({"Source": ""}, 400, "field Source must not be empty"),
         ({"Target": "data"}, 400, "mount path must be absolute"),
         ({"BindOptions": {"Propagation": "private"}}, 400, "field BindOptions must not be specified"),
-        ({"ImageOptions": {"Subpath": "sub"}}, 501, "a part of an image cannot be mounted"),
+        ({"VolumeOptions": {"NoCopy": True}}, 400, "field VolumeOptions must not be specified"),
+        ({"TmpfsOptions": {"SizeBytes": 1}}, 400, "field TmpfsOptions must not be specified"),
+        ({"Target": ""}, 400, "field Target must not be empty"),
+        ({"Target": "/x/.."}, 400, "invalid specification: destination can't be '/'"),
+        ({"ImageOptions": {"Subpath": "../sub"}}, 400, "subpath must be a relative path within the volume"),
+        ({"ImageOptions": {"Subpath": "/sub"}}, 400, "subpath must be a relative path within the volume"),
+        (
+            {"Type": "tmpfs", "Source": "", "ImageOptions": {"Subpath": "sub"}},
+            400,
+            "field ImageOptions must not be specified",
+        ),
     ],
 )
 async def test_a_mount_that_cannot_be_is_refused(
