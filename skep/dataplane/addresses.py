@@ -1,10 +1,14 @@
 """Addresses and subnets of the node's own networks.  Pure."""
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from itertools import chain
+from typing import Generic, TypeVar
 
 from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from skep.model.addresses import Address
+
+Network = TypeVar("Network", IPv4Network, IPv6Network)
 
 POOL = (
     *(IPv4Network(f"172.{second}.0.0/16") for second in range(18, 32)),
@@ -36,12 +40,12 @@ def unique_local(rng: int) -> IPv6Network:
     return IPv6Network((0xFD << 120 | rng << 80, 64))
 
 
-def beside(address: IPv4Address, subnet: IPv6Network) -> IPv6Address:
+def beside(address: Address, subnet: IPv6Network) -> IPv6Address:
     """The IPv6 address derived from ``address``: as unique, so it is not allocated."""
     return subnet[int(address)]
 
 
-class Addresses:
+class Addresses(Generic[Network]):
     """The addresses of one subnet.  The first is the gateway's, unless the user chooses another.
 
     The next free one after the last given is taken, so that an address is not reused at once (its
@@ -50,36 +54,37 @@ class Addresses:
 
     def __init__(
         self,
-        subnet: IPv4Network,
+        subnet: Network,
         *,
-        gateway: IPv4Address | None = None,
-        pool: IPv4Network | None = None,
-        reserved: Iterable[IPv4Address] = (),
+        gateway: Address | None = None,
+        pool: Network | None = None,
+        reserved: Iterable[Address] = (),
     ) -> None:
         """``pool``: the part of the subnet for addresses that no user requests; ``reserved``: never allocated."""
-        self.subnet = subnet
+        self.subnet: Network = subnet
         self.gateway = gateway or subnet[1]
         self._reserved = frozenset({self.gateway, *reserved})
         pool = pool or subnet
         self._first = max(int(pool[0]), int(subnet[1]))
         self._last_of_pool = min(int(pool[-1]), int(subnet[-2]))
-        self._used: dict[IPv4Address, str] = {}
+        self._used: dict[Address, str] = {}
         self._last = self._first - 1
 
-    def take(self, owner: str) -> IPv4Address:
+    def take(self, owner: str) -> Address:
         """A free address.  Raises: ResourceExhausted: none is left."""
         first, last = self._first, self._last_of_pool
         for number in chain(range(self._last + 1, last + 1), range(first, self._last + 1)):
-            address = IPv4Address(number)
+            address = self.subnet[number - int(self.subnet[0])]
             if first <= number <= last and address not in self._used and address not in self._reserved:
                 self._used[address] = owner
                 self._last = number
                 return address
         raise ResourceExhausted(f"no address is left in {self.subnet}")
 
-    def take_requested(self, address: IPv4Address, owner: str) -> IPv4Address:
+    def take_requested(self, address: Address, owner: str) -> Address:
         """Allocate ``address``.  Raises: InvalidArgument: not of this subnet; FailedPrecondition: it is in use."""
-        if not int(self.subnet[1]) <= int(address) <= int(self.subnet[-2]):
+        is_inside = int(self.subnet[1]) <= int(address) <= int(self.subnet[-2])
+        if not is_inside or address.version != self.subnet.version:
             raise InvalidArgument(
                 f"Invalid address {address}: It does not belong to any of this network's subnets"
             )
@@ -88,7 +93,7 @@ class Addresses:
         self._used[address] = owner
         return address
 
-    def claim(self, address: IPv4Address, owner: str) -> None:
+    def claim(self, address: Address, owner: str) -> None:
         """Record that ``owner`` has ``address`` already."""
         self._used[address] = owner
         if self._first <= int(address) <= self._last_of_pool:
@@ -98,13 +103,13 @@ class Addresses:
         """Owners of addresses."""
         return tuple(self._used.values())
 
-    def release(self, address: IPv4Address, owner: str) -> None:
+    def release(self, address: Address, owner: str) -> None:
         """Release it; ignored when it is not ``owner``'s."""
         if self._used.get(address) == owner:
             del self._used[address]
 
 
-def mac_of(address: IPv4Address | IPv6Address) -> str:
+def mac_of(address: Address) -> str:
     """Docker's MAC address of a container: 02:42 and its IPv4 address; the last four bytes of another address."""
     return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed[-4:]))
 

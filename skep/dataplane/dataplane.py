@@ -25,6 +25,7 @@ from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.parents import ParentDevices
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.overlays import Overlays, node_reconciler
@@ -117,9 +118,7 @@ class DataPlane:
             ports=net.ports,
             state=paths.networks / "gateway",
         )
-        self.local = LocalNetworks(
-            paths.networks / "local", self.gateway, clock=clock, new_id=new_container_id
-        )
+        self.local = _local_networks(host, self.gateway)
         self._local_endpoints = LocalEndpoints(self.local, paths.tables, net.names)
         self.containers = ContainerNetwork(
             namespaces=namespaces,
@@ -165,6 +164,12 @@ class DataPlane:
             finally:
                 for task in tasks:
                     task.cancel()
+
+
+def _local_networks(host: Host, gateway: Gateway) -> LocalNetworks:
+    """The node's own networks, with the devices that are made for them."""
+    file, devices = host.paths.networks / "local", ParentDevices(host.namespaces)
+    return LocalNetworks(file, gateway, devices, clock=host.clock, new_id=new_container_id)
 
 
 def _data_path(host: Host, home: NetnsReconciler, healer: Healer) -> DataPath:

@@ -77,7 +77,7 @@ class Gateway:
         self._state = state
         self._state6 = state.with_name(f"{state.name}6")
         self._bridge = bridge
-        self._addresses: Addresses | None = None
+        self._addresses: Addresses[IPv4Network] | None = None
         self._subnet6: IPv6Network | None = None
         self._forwards_ipv6 = False
         self._sandboxes: dict[ContainerId, Sandbox] = {}
@@ -308,7 +308,7 @@ class Gateway:
             taken6 = await _networks_except(home, index, IPv6Network)
             return subnet, stored_subnet(self._state6, taken6, IPv6Network, _fresh_unique_local)
 
-    def _require_addresses(self) -> Addresses:
+    def _require_addresses(self) -> Addresses[IPv4Network]:
         if self._addresses is None:
             raise Unavailable("the node's network is not set up yet")
         return self._addresses

@@ -6,6 +6,7 @@ docker command for what it sends.
 
 import re
 from collections.abc import Mapping, Sequence
+from ipaddress import IPv6Address
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
@@ -108,6 +109,8 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
                 raise InvalidArgument(
                     "network-scoped alias is supported only for containers in user defined networks"
                 )
+            if any(_has_address(one) for name, one in endpoints.items() if name not in others):
+                raise InvalidArgument("user specified IP address is supported on user defined networks only")
             if request.host_config.links or any(one.links for one in endpoints.values()):
                 raise refused("--link on a network that containers have no names on")
             if others and kind is not NetworkMode.BRIDGE:
@@ -119,6 +122,11 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
             rest = {name: one for name, one in endpoints.items() if name != mode}
             kind, others = NetworkMode.NETWORKS, {mode: main, **rest}
     return kind, tuple(endpoint_request(name, one) for name, one in others.items())
+
+
+def _has_address(settings: EndpointSettings) -> bool:
+    ipam = settings.ipam_config
+    return ipam is not None and bool(ipam.ipv4_address or ipam.ipv6_address)
 
 
 def _mac_address(request: CreateRequest) -> str:
@@ -201,10 +209,28 @@ def endpoint_request(network: str, settings: EndpointSettings) -> EndpointReques
     return EndpointRequest(
         network=network,
         aliases=settings.aliases,
-        address=ipam.ipv4_address if ipam is not None else "",
+        address=_checked_address(ipam.ipv4_address, 4) if ipam is not None else "",
+        address6=_checked_address(ipam.ipv6_address, 6) if ipam is not None else "",
         mac_address=_checked_mac(settings.mac_address),
         links=settings.links,
     )
+
+
+def _checked_address(text: str, version: int) -> str:
+    """Raises: InvalidArgument: it is no address of that IP version, in the engine's words.
+
+    Source: moby 20.10, daemon/create.go (verifyNetworkingConfig).
+    """
+    if not text:
+        return ""
+    try:
+        address = parsed(text)
+    except ValueError:
+        address = None
+    is_mapped = isinstance(address, IPv6Address) and address.ipv4_mapped is not None
+    if address is None or address.version != version or is_mapped:
+        raise InvalidArgument(f"invalid IPv{version} address: {text[:64]}")
+    return str(address)
 
 
 def labels(request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None) -> Mapping[str, str]:

@@ -94,7 +94,8 @@ class EndpointIPAM(ApiObject):
 
     __go_name__: ClassVar[str | None] = "network.EndpointIPAMConfig"
 
-    ipv4_address: str = ""
+    ipv4_address: str = msgspec.field(name="IPv4Address", default="")
+    ipv6_address: str = msgspec.field(name="IPv6Address", default="")
 
 
 class EndpointSettings(ApiObject):
@@ -281,7 +282,6 @@ _FLAGS: Final[Mapping[str, str]] = {
     "domainname": "--domainname",
     "driveropts": "--network driver-opt",
     "linklocalips": "--link-local-ip",
-    "ipv6address": "--ip6",
 }
 
 
@@ -306,7 +306,7 @@ def _check_endpoint(endpoint: Any) -> None:
             raise refused(name)
         if name == "ipamconfig":
             for inner, _ in _given(value):
-                if inner != "ipv4address":
+                if inner not in ("ipv4address", "ipv6address"):
                     raise refused(inner)
 
 

@@ -16,7 +16,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
-from skep.model.attaching import require_attachable, require_share
+from skep.model.attaching import require_attachable, require_share, require_subnets
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -38,6 +38,8 @@ CONTAINER_ID_CHARACTERS_MAX = 128
 ALIASES_MAX = 32
 ALIAS_CHARACTERS_MAX = 253
 """The maximum of a DNS name."""
+_VERSIONS = 2
+"""Of IP: a container has one address of each on a network."""
 
 
 class AttachmentRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,8 +50,8 @@ class AttachmentRequest(msgspec.Struct, frozen=True, kw_only=True):
     container_id: str
     network: str
     """Id or name."""
-    address: str = ""
-    """``--ip``; empty: any."""
+    addresses: tuple[str, ...] = ()
+    """``--ip`` and ``--ip6``; none of a version: any."""
     aliases: tuple[str, ...] = ()
     """The container's name, then its aliases."""
 
@@ -73,7 +75,7 @@ class AttachmentService:
             node_id=caller.node_id,
             container_id=request.container_id,
             network=request.config.target,
-            address=next(iter(request.config.addresses), ""),
+            addresses=tuple(request.config.addresses[:_VERSIONS]),
             aliases=tuple(request.config.aliases),
         )
         await self._store.update(attach, attachment, timestamp(self._clock.now_ns()))
@@ -93,7 +95,7 @@ def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Ta
     Raises:
         NotFound: no such network.  PermissionDenied: it is not attachable, or the node was removed.
         FailedPrecondition: its data plane is not the node's.
-        InvalidArgument, ResourceExhausted: a container id, aliases or a number of attachments beyond the limits.
+        InvalidArgument, ResourceExhausted: an id, addresses, aliases or a number of attachments that cannot be.
     """
     if not 0 < len(attachment.container_id) <= CONTAINER_ID_CHARACTERS_MAX:
         raise InvalidArgument("the request names no container")
@@ -121,9 +123,8 @@ def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Ta
         raise ResourceExhausted(f"the node has {ATTACHMENTS_MAX} containers on cluster networks already")
     here = sum(network.id in {config.target for config in one.spec.networks} for one in present)
     require_share(network, here, len(tx.find(Node)))
-    requested = NetworkAttachment(
-        network=network, addresses=(attachment.address,) if attachment.address else ()
-    )
+    require_subnets(network, attachment.addresses)
+    requested = NetworkAttachment(network=network, addresses=attachment.addresses)
     return tx.put(
         Task(
             id=attachment.task_id,
@@ -133,7 +134,7 @@ def attach(tx: Transaction, attachment: AttachmentRequest, now: Timestamp) -> Ta
                 networks=(NetworkAttachmentConfig(target=network.id, aliases=attachment.aliases),),
             ),
             node_id=node.id,
-            networks_attachments=(requested,) if attachment.address else (),
+            networks_attachments=(requested,) if attachment.addresses else (),
             status=TaskStatus(timestamp=now, state=TaskState.NEW, message="created"),
             desired_state=TaskState.RUNNING,
         )

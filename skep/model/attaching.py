@@ -3,10 +3,12 @@
 Every node may, on every attachable network, as in Docker, unless a label of the network restricts it.
 """
 
+from collections.abc import Iterable
 from ipaddress import IPv4Network
 
 from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted
 from skep.model import constraints
+from skep.model.addresses import parsed
 from skep.model.network import Network, subnet_of
 from skep.model.node import Node
 
@@ -22,13 +24,13 @@ SHARE = 2
 
 def attach_constraints(label: str) -> tuple[constraints.Constraint, ...]:
     """The constraints of the label.  Raises: InvalidArgument."""
-    parsed = constraints.parsed(tuple(part.strip() for part in label.split(",")))
-    for constraint in parsed:
+    found = constraints.parsed(tuple(part.strip() for part in label.split(",")))
+    for constraint in found:
         if not constraint.key.lower().startswith(_TRUSTED):
             raise InvalidArgument(
                 f"{ATTACH_LABEL}: {constraint.key} is reported by the node: use node.labels, node.role or node.id"
             )
-    return parsed
+    return found
 
 
 def require_attachable(network: Network, node: Node) -> None:
@@ -45,6 +47,20 @@ def require_attachable(network: Network, node: Node) -> None:
         raise PermissionDenied(
             f"network {network.spec.name} accepts only containers of nodes with {label}, which this node does not meet"
         )
+
+
+def require_subnets(network: Network, addresses: Iterable[str]) -> None:
+    """Raises: InvalidArgument: the network, whose subnets are known, does not have a requested address."""
+    configs = network.ipam_options.configs if network.ipam_options is not None else ()
+    for text in addresses:
+        try:
+            address = parsed(text.partition("/")[0])
+        except ValueError:
+            raise InvalidArgument(f"invalid IP address: {text[:64]}") from None
+        if configs and not any(address in subnet_of(config) for config in configs):
+            raise InvalidArgument(
+                f"Invalid address {address}: It does not belong to any of this network's subnets"
+            )
 
 
 def require_share(network: Network, taken: int, nodes: int) -> None:

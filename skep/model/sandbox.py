@@ -36,6 +36,8 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
     address: str = ""
     """``--ip``; empty: any."""
+    address6: str = ""
+    """``--ip6``; empty: any that the network has."""
     mac_address: str = ""
     """``--mac-address``; empty: one that follows from its address."""
     links: tuple[str, ...] = ()

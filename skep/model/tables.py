@@ -30,12 +30,14 @@ class Segment(msgspec.Struct, frozen=True):
 class ParentLink(msgspec.Struct, frozen=True, kw_only=True):
     """The machine's own device that a network of a node is on: containers have devices of ``kind`` on ``device``.
 
-    ``kind``: ``macvlan`` or ``ipvlan``; ``mode``: the driver's word, such as ``bridge`` or ``l2``.
+    ``kind``: ``macvlan`` or ``ipvlan``; ``mode``: the driver's word, such as ``bridge`` or ``l2``.  ``made``: what kind
+    of device the node makes, ``vlan`` (of the device that its name begins with) or ``dummy``; empty: it makes none.
     """
 
     kind: str
     device: str
     mode: str
+    made: str = ""
 
 
 class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +64,17 @@ class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def gateway(self) -> str:
         """Of its containers, as the Engine API shows it; empty: they have none there."""
+        return self._gateway(is_6=False)
+
+    @property
+    def gateway6(self) -> str:
+        """The same of IPv6."""
+        return self._gateway(is_6=True)
+
+    def _gateway(self, *, is_6: bool) -> str:
         is_shut = self.is_internal and self.parent is not None
-        return self.segments[0].gateway if self.segments and self.is_of_node and not is_shut else ""
+        found = [one.gateway for one in self.segments if (":" in one.subnet) is is_6]
+        return found[0] if found and self.is_of_node and not is_shut else ""
 
 
 class TableNode(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.playground_rig import (
     IDLE,
+    IMAGE,
     SKEP,
     TestCluster,
     TestNode,
@@ -115,6 +116,22 @@ def test_containers_of_two_nodes_meet_in_both_versions_of_ip(m1: TestNode, w1: T
             return m1.docker(*words, check=False).returncode == 0
 
         wait_until(answers, f"{address} answers")
+
+
+def test_a_plain_container_has_the_addresses_that_it_asks_for(m1: TestNode, w1: TestNode) -> None:
+    subnets = ("--ipv6", "--subnet", "10.61.0.0/24", "--subnet", "fd00:61::/64")
+    m1.docker("network", "create", "-d", "overlay", "--attachable", *subnets, "mine")
+    asked = ("--network", "mine", "--ip", "10.61.0.77", "--ip6", "fd00:61::77")
+    w1.docker("run", "-d", "--name", "box", *asked, IMAGE, *IDLE)
+    try:
+        (shown,) = json.loads(w1.docker("inspect", "box").stdout)
+        mine = shown["NetworkSettings"]["Networks"]["mine"]
+        assert (mine["IPAddress"], mine["GlobalIPv6Address"]) == ("10.61.0.77", "fd00:61::77")
+        outside = ("run", "--rm", "--network", "mine", "--ip6", "fd00:62::1", IMAGE, "true")
+        refused = w1.docker(*outside, check=False).stderr
+        assert "Invalid address fd00:62::1: It does not belong to any of this network's subnets" in refused
+    finally:
+        w1.docker("rm", "-f", "box")
 
 
 def test_a_service_whose_health_needs_its_peers_finds_them_before_they_are_healthy(

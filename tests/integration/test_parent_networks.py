@@ -117,10 +117,19 @@ def has_devices(kind: str) -> bool:
     )
     assert made.returncode == 0
     try:
-        words = ["ip", "link", "add", "link", "skep-try", "name", "skep-try3", "type", kind]
+        lower = [] if kind == "dummy" else ["link", "skep-try"]
+        words = ["ip", "link", "add", *lower, "name", "skep-try3", "type", kind]
+        words += ["id", "10"] if kind == "vlan" else []
         return subprocess.run(words, check=False, capture_output=True).returncode == 0
     finally:
-        subprocess.run(["ip", "link", "del", "skep-try"], check=True)
+        for name in ("skep-try3", "skep-try"):
+            subprocess.run(["ip", "link", "del", name], check=name == "skep-try", capture_output=True)
+
+
+def links(node: TestNode) -> dict[str, dict[str, Any]]:
+    """The network interfaces of a node, by name."""
+    found = subprocess.check_output(["ip", "-n", node.description["netns"], "-d", "-j", "link"])
+    return {one["ifname"]: one for one in json.loads(found)}
 
 
 @pytest.mark.parametrize(
@@ -149,8 +158,121 @@ def test_a_mode_is_the_kernels_or_the_kernel_is_named(m1: TestNode, driver: str,
 
 
 @pytest.mark.parametrize("driver", ["macvlan", "ipvlan"])
-def test_a_vlan_that_is_not_there_is_refused_by_name(m1: TestNode, driver: str) -> None:
-    words = ("-d", driver, "--subnet", "10.76.0.0/24", "-o", "parent=eth0.10", "vlan")
-    refused = m1.docker("network", "create", *words, check=False)
-    assert refused.returncode != 0
-    assert "make it first (ip link add link eth0 name eth0.10 type vlan id 10)" in refused.stderr
+def test_a_vlan_is_made_with_its_network_and_goes_with_it(
+    cluster: TestCluster, m1: TestNode, driver: str
+) -> None:
+    nodes = (m1, cluster.node("w1"))
+    lan = ("-d", driver, "--subnet", "10.75.0.0/24", "--gateway", "10.75.0.1", "-o", "parent=eth0.10")
+    if not has_devices("vlan"):
+        refused = m1.docker("network", "create", *lan, "lan", check=False)
+        words = "failed to create eth0.10 vlan link: the kernel of this node has no vlan devices"
+        assert words in refused.stderr
+        assert "lan" not in m1.docker("network", "ls", "--format", "{{.Name}}").stdout.split()
+        return
+    if not has_devices(driver):
+        return
+    ids: list[str] = []
+    try:
+        for number, node in enumerate(nodes, 1):
+            node.docker("network", "create", *lan, "--ip-range", f"10.75.0.{64 * number}/26", "lan")
+            made = links(node)["eth0.10"]
+            assert (made["link"], made["linkinfo"]["info_data"]["id"]) == ("eth0", 10)
+            assert "UP" in made["flags"]
+            ids.append(node.docker("run", "-d", "--network", "lan", IMAGE, *IDLE).stdout.strip())
+        there = networks_of(nodes[1], ids[1])["lan"]["IPAddress"]
+        wait_until(lambda: pings(m1, ids[0], there), "a container of the other node answers by the VLAN")
+        # Without the VLAN on the other side nothing answers; the node makes it again for its container.
+        subprocess.run(["ip", "-n", nodes[1].description["netns"], "link", "del", "eth0.10"], check=True)
+        wait_until(lambda: "eth0.10" in links(nodes[1]), "the VLAN is made again")
+        wait_until(lambda: pings(m1, ids[0], there), "the container answers again")
+        other = "ipvlan" if driver == "macvlan" else "macvlan"
+        words = ("-d", other, "--subnet", "10.74.0.0/24", "-o", "parent=eth0.10", "lan2")
+        m1.docker("network", "create", *words)
+        for node, id in zip(nodes, ids, strict=True):
+            node.docker("rm", "-f", id)
+            node.docker("network", "rm", "lan")
+        assert "eth0.10" in links(m1), "another network is on it"
+        assert "eth0.10" not in links(nodes[1])
+        m1.docker("network", "rm", "lan2")
+        assert "eth0.10" not in links(m1)
+    finally:
+        for node in nodes:
+            for id in ids:
+                node.docker("rm", "-f", id, check=False)
+            node.docker("network", "rm", "lan", "lan2", check=False)
+
+
+def test_a_vlan_of_the_machine_stays(m1: TestNode) -> None:
+    if not has_devices("vlan"):
+        return
+    enter = ("ip", "-n", m1.description["netns"], "link")
+    subprocess.run([*enter, "add", "link", "eth0", "name", "eth0.20", "type", "vlan", "id", "20"], check=True)
+    try:
+        words = ("-d", "macvlan", "--subnet", "10.75.0.0/24", "-o", "parent=eth0.20")
+        m1.docker("network", "create", *words, "lan")
+        m1.docker("network", "rm", "lan")
+        assert "eth0.20" in links(m1)
+    finally:
+        subprocess.run([*enter, "del", "eth0.20"], check=True)
+
+
+@pytest.mark.parametrize("driver", ["macvlan", "ipvlan"])
+def test_a_network_without_a_parent_is_on_a_dummy_of_its_own(m1: TestNode, driver: str) -> None:
+    words = ("network", "create", "-d", driver, "--subnet", "10.75.0.0/24", "alone")
+    if not has_devices("dummy"):
+        assert "link: the kernel of this node has no dummy devices" in m1.docker(*words, check=False).stderr
+        return
+    id = m1.docker(*words).stdout.strip()
+    dummy = f"{'dm' if driver == 'macvlan' else 'di'}-{id[:12]}"
+    try:
+        assert links(m1)[dummy]["linkinfo"]["info_kind"] == "dummy"
+        if not has_devices(driver):
+            return
+        for name in ("one", "two"):
+            m1.docker("run", "-d", "--name", name, "--network", "alone", IMAGE, *IDLE)
+        wait_until(lambda: pings(m1, "one", "two"), "containers of the network reach each other")
+        assert "default" not in m1.docker("exec", "one", "ip", "route").stdout
+    finally:
+        m1.docker("rm", "-f", "one", "two", check=False)
+        m1.docker("network", "rm", "alone")
+    assert dummy not in links(m1)
+
+
+@pytest.mark.parametrize("mode", ["l2", "l3"])
+def test_tasks_are_on_ipvlan_devices_of_a_vlan_of_their_nodes(
+    cluster: TestCluster, m1: TestNode, mode: str
+) -> None:
+    nodes = [m1, cluster.node("w1")]
+    for number, node in enumerate(nodes, 1):
+        subnet = ("--subnet", "10.73.0.0/24", "--ip-range", f"10.73.0.{64 * number}/26")
+        words = (*subnet, "-o", "parent=eth0.30", "-o", f"ipvlan_mode={mode}")
+        node.docker("network", "create", "--config-only", *words, "lanconf")
+    m1.docker("network", "create", "-d", "ipvlan", "--scope", "swarm", "--config-from", "lanconf", "lan")
+    try:
+        create(m1, "web", 2, *SPREAD, "--network", "lan", "--constraint", "node.hostname!=w2", command=IDLE)
+        if not has_devices("vlan"):
+            words = "failed to create eth0.30 vlan link: the kernel of this node has no vlan devices"
+            wait_until(lambda: words in m1.docker("service", "ps", "--no-trunc", "web").stdout, "the reason")
+            return
+        if not has_devices("ipvlan"):
+            return
+        wait_running(m1, "web", 2, within_s=120)
+        (here,), (there,) = (containers(node, "web") for node in nodes)
+        (shown,) = json.loads(m1.docker("inspect", here["Id"]).stdout)
+        enter = ("nsenter", "-t", str(shown["State"]["Pid"]), "-n", "ip", "-d", "-j", "link", "show", "eth0")
+        (link,) = json.loads(subprocess.check_output(enter))
+        info = link["linkinfo"]
+        assert (info["info_kind"], info["info_data"]["mode"]) == ("ipvlan", mode)
+        route = m1.docker("exec", here["Id"], "ip", "route").stdout
+        if mode == "l3":  # it routes by itself: between machines the network has to know the way
+            assert "default dev eth0" in route
+        else:
+            address = networks_of(nodes[1], there["Id"])["lan"]["IPAddress"]
+            wait_until(lambda: pings(m1, here["Id"], address), "the task on the other node answers")
+        m1.docker("service", "rm", "web")
+        wait_until(lambda: all("eth0.30" not in links(node) for node in nodes), "the VLANs go with the tasks")
+    finally:
+        remove_services(m1)
+        m1.docker("network", "rm", "lan")
+        for node in nodes:
+            node.docker("network", "rm", "lanconf")

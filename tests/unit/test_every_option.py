@@ -327,7 +327,6 @@ REFUSED_HOST = {
 REFUSED_BODY = {
     "Domainname": "--domainname",
     "NetworkDisabled": "networkdisabled",
-    "NetworkingConfig.EndpointsConfig.n.IPAMConfig.IPv6Address": "--ip6",
     "NetworkingConfig.EndpointsConfig.n.IPAMConfig.LinkLocalIPs": "--link-local-ip",
     "NetworkingConfig.EndpointsConfig.n.DriverOpts": "driver-opt",
 }

@@ -278,7 +278,6 @@ REFUSED_BRIDGE_NETWORK = {
     "ConfigFrom.Network": "user specified configurations are not supported",
     "IPAM.Driver": "could not resolve driver nosuch in registry",
     "EnableIPv4": "IPv4 cannot be disabled",
-    "EnableIPv6": "IPv4 only (--ipv6)",
     f"Options[{_BRIDGE}.name]": f"do not have the option {_BRIDGE}.name=br7",
     f"Options[{_BRIDGE}.enable_icc]": f"do not have the option {_BRIDGE}.enable_icc=false",
     f"Options[{_BRIDGE}.enable_ip_masquerade]": f"do not have the option {_BRIDGE}.enable_ip_masquerade=false",
@@ -398,7 +397,7 @@ def of_bridge_network(body: Mapping[str, Any], directory: Path) -> Any:
     try:
         asked = from_builtins({"Name": "net", **body}, NetworkBody)
         check_form(asked)
-        made = bridge_of(asked, id="n1", created_at=ZERO_TIME, taken=())
+        made = bridge_of(asked, id="f" * 64, created_at=ZERO_TIME, taken=())
         return msgspec.structs.replace(made, ipam_options=None)
     except SkepError as error:
         return str(error)

@@ -75,7 +75,7 @@ class SessionRequests:
         config = pb.NetworkAttachmentConfig(
             target=request.network,
             aliases=request.aliases,
-            addresses=[request.address] if request.address else [],
+            addresses=[one for one in (request.address, request.address6) if one],
         )
         message = pb.AttachNetworkRequest(config=config, container_id=container_id)
         with rpc_words(f"Could not attach to network {request.network}"):

@@ -6,16 +6,18 @@ Source: moby 20.10, libnetwork/network.go, libnetwork/ipam/allocator.go, drivers
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 
 import msgspec
 
 from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
-from skep.dataplane.addresses import free_subnet
+from skep.dataplane.addresses import UNIQUE_LOCAL_BITS, free_subnet, unique_local
 from skep.dataplane.local.objects import LocalNetwork
 from skep.errors import InvalidArgument, Unimplemented
+from skep.model.addresses import Address, parsed
 from skep.model.network import MTU_OPTION, MTUS
+from skep.model.routes import Subnet, overlap
 from skep.model.times import Timestamp
 
 _BRIDGE = "com.docker.network.bridge."
@@ -33,41 +35,40 @@ def bridge_of(
     *,
     id: str,
     created_at: Timestamp,
-    taken: Iterable[IPv4Network],
+    taken: Iterable[Subnet],
     configuration: LocalNetwork | None = None,
 ) -> LocalNetwork:
     """The network that ``body`` asks for.
 
     Args:
+        id: of which the subnet of a network with IPv6 follows whose user names none.
         taken: subnets of the machine's routes and of its other networks.
         configuration: where its settings are from; None: the body itself.
 
     Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
     """
     _check_driver(body)
-    configs, options = settings_of(body, "bridge", configuration)
+    configs, options, has_ipv6 = settings_of(body, configuration)
     _check_options(options)
-    subnet = settled_subnet([one for one in configs if one != SubnetBody()], list(taken))
+    subnets = settled_subnets(configs, list(taken), id if has_ipv6 else "")
     return network_of(
-        body, "bridge", id=id, created_at=created_at, configs=configs, subnet=subnet, options=options
+        body, "bridge", id=id, created_at=created_at, configs=configs, subnets=subnets, options=options
     )
 
 
 def settings_of(
-    body: NetworkBody, driver: str, configuration: LocalNetwork | None
-) -> tuple[Sequence[SubnetBody], Mapping[str, str]]:
-    """Subnets and options of a network of this node, the body's or those of its ``configuration``.
+    body: NetworkBody, configuration: LocalNetwork | None
+) -> tuple[Sequence[SubnetBody], Mapping[str, str], bool]:
+    """Subnets and options of a network of this node, and whether it has IPv6, as body or ``configuration`` say.
 
-    Raises: InvalidArgument, Unimplemented: no driver of this node has them.
+    Raises: InvalidArgument: no driver of this node has them.
     """
     ipam = body.ipam or IPAMBody()
-    if body.enable_ipv6 or (configuration is not None and configuration.has_ipv6):
-        raise Unimplemented(f"{driver} networks of this node have IPv4 only (--ipv6)")
     if ipam.driver not in ("", "default"):
         raise InvalidArgument(f"could not resolve driver {ipam.driver} in registry")
     if configuration is not None:
-        return configuration.configs, configuration.options
-    return ipam.config, body.options
+        return configuration.configs, configuration.options, configuration.has_ipv6
+    return ipam.config, body.options, body.enable_ipv6
 
 
 def network_of(
@@ -77,22 +78,23 @@ def network_of(
     id: str,
     created_at: Timestamp,
     configs: Iterable[SubnetBody],
-    subnet: SubnetBody,
+    subnets: tuple[SubnetBody, ...],
     options: Mapping[str, str],
 ) -> LocalNetwork:
-    """The network of ``body`` with the ``subnet`` that was settled of ``configs``."""
+    """The network of ``body`` with the ``subnets`` that were settled of ``configs``."""
     ipam = body.ipam or IPAMBody()
     return LocalNetwork(
         id=id,
         name=body.name,
         driver=driver,
         created_at=created_at,
-        configs=(subnet,),
+        configs=subnets,
         shown=shown_configs(configs),
         ipam_options=ipam.options,
         config_from=body.config_source,
         is_internal=body.internal,
         is_attachable=body.attachable,
+        has_ipv6=len(subnets) > 1,
         options=options,
         labels=body.labels,
     )
@@ -120,22 +122,52 @@ def _check_options(options: Mapping[str, str]) -> None:
             raise Unimplemented(f"bridge networks of this node do not have the option {name}={value}")
 
 
-def settled_subnet(configs: list[SubnetBody], taken: list[IPv4Network]) -> SubnetBody:
-    """The network's one subnet, with its gateway."""
-    if len(configs) > 1 or any(":" in config.subnet for config in configs):
-        raise Unimplemented("a bridge network of this node has one IPv4 subnet")
-    config = configs[0] if configs else SubnetBody()
-    if config.subnet:
-        subnet = IPv4Network(config.subnet, strict=False)
-        if subnet.num_addresses < 4:
-            raise InvalidArgument(f"subnet {subnet} has no room for a gateway and a container")
-        if any(subnet.overlaps(other) for other in taken if other.prefixlen):
-            raise Forbidden("Pool overlaps with other one on this address space")
-    else:
-        subnet = free_subnet(taken)
+def settled_subnets(
+    configs: Iterable[SubnetBody], taken: Sequence[Subnet], id6: str
+) -> tuple[SubnetBody, ...]:
+    """The network's IPv4 subnet, and its IPv6 subnet if it has IPv6, each with its gateway.
+
+    ``id6``: the network's id if it has IPv6; else empty.
+
+    Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+    """
+    named = [one for one in configs if one != SubnetBody()]
+    four, six = ([one for one in named if (":" in one.subnet) is is_six] for is_six in (False, True))
+    if len(four) > 1 or len(six) > 1:
+        raise Unimplemented("a network of this node has one IPv4 subnet, and one IPv6 subnet (--ipv6)")
+    if six and not id6:
+        raise InvalidArgument(f"subnet {six[0].subnet} needs IPv6, which the network does not have (--ipv6)")
+    config = four[0] if four else SubnetBody()
+    taken4 = [one for one in taken if isinstance(one, IPv4Network)]
+    subnet = _checked(config.subnet, taken) if config.subnet else free_subnet(taken4)
+    found = _settled(config, subnet)
+    if not id6:
+        return (found,)
+    config = six[0] if six else SubnetBody()
+    subnet6 = _checked(config.subnet, taken) if config.subnet else _unique_local(id6)
+    return found, _settled(config, subnet6)
+
+
+def _unique_local(id: str) -> IPv6Network:
+    """The digits of an id are random, so they are those of its subnet: the same again after a restart."""
+    return unique_local(int(id[: UNIQUE_LOCAL_BITS // 4], 16))
+
+
+def _checked(text: str, taken: Iterable[Subnet]) -> Subnet:
+    subnet = ip_network(text, strict=False)
+    if subnet.is_multicast or subnet.is_loopback or (subnet.version == 6 and subnet.is_link_local):
+        raise InvalidArgument(f"invalid subnet {subnet}: a network has addresses of single machines")
+    if subnet.num_addresses < 4:
+        raise InvalidArgument(f"subnet {subnet} has no room for a gateway and a container")
+    if any(overlap(subnet, other) for other in taken if other.prefixlen):
+        raise Forbidden("Pool overlaps with other one on this address space")
+    return subnet
+
+
+def _settled(config: SubnetBody, subnet: Subnet) -> SubnetBody:
     pool = _range(config.ip_range, subnet) if config.ip_range else subnet
     # As an engine's, the gateway that is not named is the first address of the range.
-    first = max(pool[0], subnet[1])
+    first = pool[0] if int(pool[0]) > int(subnet[1]) else subnet[1]
     gateway = _inside(config.gateway, subnet, "gateway") if config.gateway else first
     for address in config.auxiliary_addresses.values():
         _inside(address, subnet, "auxiliary address")
@@ -150,21 +182,22 @@ def shown_configs(configs: Iterable[SubnetBody]) -> tuple[SubnetBody, ...]:
     return tuple(one for one in configs if one.subnet)
 
 
-def _range(text: str, subnet: IPv4Network) -> IPv4Network:
+def _range(text: str, subnet: Subnet) -> Subnet:
     try:
-        pool = IPv4Network(text, strict=False)
-        if not pool.subnet_of(subnet):
+        parsed(text.partition("/")[0])
+        pool = ip_network(text, strict=False)
+        if not overlap(pool, subnet) or pool.prefixlen < subnet.prefixlen:
             raise ValueError
     except ValueError:
         raise InvalidArgument(f"no matching subnet for range {text}") from None
     return pool
 
 
-def _inside(text: str, subnet: IPv4Network, what: str) -> IPv4Address:
+def _inside(text: str, subnet: Subnet, what: str) -> Address:
     try:
-        address = IPv4Address(text)
+        address = parsed(text)
     except ValueError:
         raise InvalidArgument(f"invalid {what} {text}") from None
-    if not int(subnet[0]) < int(address) < int(subnet[-1]):
+    if address not in subnet or address in (subnet[0], subnet[-1]):
         raise InvalidArgument(f"no matching subnet for {what} {text}")
     return address

@@ -5,25 +5,33 @@ last.  Its network table is written here, where the net process reads those of t
 """
 
 from collections.abc import Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import structlog
 
+from skep.api.networks import SubnetBody
 from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
-from skep.dataplane.local.objects import LocalNetwork, find, gateway_of, head_of, is_local, subnet_of
+from skep.dataplane.local.objects import LocalNetwork, find, head_of, is_chosen, is_local
 from skep.dataplane.name_registration import NameRegistration
 from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
 from skep.linux.files import replace_file
+from skep.model.addresses import Address, parsed
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
 from skep.model.sandbox import EndpointConfig, EndpointRequest, Sandbox, SandboxConfig
 from skep.model.tables import Table, TableEndpoint
 
 log = structlog.get_logger()
 
+_Pool: TypeAlias = Addresses[IPv4Network] | Addresses[IPv6Network]
+
 _SHORT_ID_CHARACTERS = 12
+_NO_SUBNET = (
+    "user specified IP address is supported only when connecting to networks with user configured subnets"
+)
 
 
 class LocalEndpoints:
@@ -39,7 +47,8 @@ class LocalEndpoints:
         self._networks = networks
         self._tables = tables
         self._naming = naming
-        self._addresses: dict[str, Addresses] = {}
+        self._pools: dict[str, tuple[_Pool, ...]] = {}
+        """Of each network in use, for IPv4, and for IPv6 if it has that."""
         self._endpoints: dict[str, dict[ContainerId, TableEndpoint]] = {}
         self._unwritten: set[str] = set()
         """Networks whose file has names of containers that are gone: it could not be written."""
@@ -63,7 +72,10 @@ class LocalEndpoints:
             for endpoint in sandbox.endpoints:
                 config = endpoint.config
                 if is_local(config.head.id) and (network := self.find(config.head.id)) is not None:
-                    self._addresses_of(network).claim(_address(config), container.id)
+                    for address in _addresses(config):
+                        for pool in self._pools_of(network):
+                            if pool.subnet.version == address.version:
+                                pool.claim(address, container.id)
                     self._enter(container, config)
         if self._tables.is_dir():
             for path in self._tables.iterdir():
@@ -75,20 +87,15 @@ class LocalEndpoints:
     async def take(
         self, container: SandboxConfig, network: LocalNetwork, request: EndpointRequest
     ) -> EndpointConfig:
-        """An address on ``network``, with its names served.
+        """An address of each IP version on ``network``, with its names served.
 
         Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: no such address; SkepError.
         """
         if request.mac_address and network.driver == "ipvlan":
             raise Unimplemented("ipvlan interfaces do not support custom mac address assignment")
-        addresses = self._addresses_of(network)
-        if request.address:
-            address = addresses.take_requested(_parsed(request.address), container.id)
-        else:
-            address = addresses.take(container.id)
         config = EndpointConfig(
             head=head_of(network),
-            addresses=(f"{address}/{addresses.subnet.prefixlen}",),
+            addresses=self._take(container.id, network, request),
             aliases=request.aliases,
             mac_address=request.mac_address,
             links=request.links,
@@ -119,15 +126,16 @@ class LocalEndpoints:
         Raises: OSError: the names are still served; to be called again.
         """
         id = config.head.id
-        if (known := self._addresses.get(id)) is not None:
-            known.release(_address(config), container_id)
+        for pool in self._pools.get(id, ()):
+            for address in _addresses(config):
+                pool.release(address, container_id)
         if self._endpoints.get(id, {}).pop(container_id, None) is None and id not in self._unwritten:
             return
         if id in self._endpoints and not self._endpoints[id]:
             del self._endpoints[id]
             if (network := self.find(id)) is not None and network.cluster_id:
-                self._networks.remove_bridge(id)  # the next task makes it again
-                self._addresses.pop(id, None)
+                await self._networks.remove_bridge(id)  # the next task makes it again
+                self._pools.pop(id, None)
         try:
             await self._publish(id)
         except SkepError as error:
@@ -140,6 +148,31 @@ class LocalEndpoints:
                 self._enter(container, endpoint.config)
                 await self._publish(endpoint.network_id)
 
+    def _take(
+        self, container_id: ContainerId, network: LocalNetwork, request: EndpointRequest
+    ) -> tuple[str, ...]:
+        """``ip/length`` of each pool.
+
+        Raises: InvalidArgument, FailedPrecondition, ResourceExhausted: nothing is taken.
+        """
+        requested = {4: request.address, 6: request.address6}
+        for version, text in requested.items():
+            if text and not is_chosen(network, version):
+                raise InvalidArgument(_NO_SUBNET)
+        taken: list[tuple[_Pool, Address]] = []
+        try:
+            for pool in self._pools_of(network):
+                if text := requested[pool.subnet.version]:
+                    address = pool.take_requested(parsed(text), container_id)
+                else:
+                    address = pool.take(container_id)
+                taken.append((pool, address))
+        except SkepError:
+            for pool, address in taken:
+                pool.release(address, container_id)
+            raise
+        return tuple(f"{address}/{pool.subnet.prefixlen}" for pool, address in taken)
+
     def _enter(self, container: SandboxConfig, config: EndpointConfig) -> None:
         endpoints = self._endpoints.setdefault(config.head.id, {})
         endpoints[container.id] = TableEndpoint(
@@ -147,7 +180,7 @@ class LocalEndpoints:
             node_id=NodeId(""),
             name=container.name,
             aliases=(container.id[:_SHORT_ID_CHARACTERS], *config.aliases),
-            addresses=(str(_address(config)),),
+            addresses=tuple(map(str, _addresses(config))),
             is_running=True,
             is_serving=True,
         )
@@ -167,25 +200,24 @@ class LocalEndpoints:
         if self._naming is not None:
             await self._naming.refresh((NetworkId(id),))
 
-    def _addresses_of(self, network: LocalNetwork) -> Addresses:
-        known = self._addresses.get(network.id)
+    def _pools_of(self, network: LocalNetwork) -> tuple[_Pool, ...]:
+        known = self._pools.get(network.id)
         if known is None:
-            subnet = network.configs[0]
-            known = self._addresses[network.id] = Addresses(
-                subnet_of(network),
-                gateway=gateway_of(network),
-                pool=IPv4Network(subnet.ip_range, strict=False) if subnet.ip_range else None,
-                reserved=map(IPv4Address, subnet.auxiliary_addresses.values()),
-            )
+            known = self._pools[network.id] = tuple(map(_pool, network.configs))
         return known
 
 
-def _address(config: EndpointConfig) -> IPv4Address:
-    return IPv4Address(config.addresses[0].partition("/")[0])
+def _pool(config: SubnetBody) -> _Pool:
+    subnet, gateway = ip_network(config.subnet), parsed(config.gateway)
+    reserved = map(parsed, config.auxiliary_addresses.values())
+    within = ip_network(config.ip_range, strict=False) if config.ip_range else subnet
+    if isinstance(subnet, IPv6Network):
+        assert isinstance(within, IPv6Network), "of the subnet, as checked when the network was made"
+        return Addresses(subnet, gateway=gateway, pool=within, reserved=reserved)
+    assert isinstance(within, IPv4Network), "of the subnet, as checked when the network was made"
+    return Addresses(subnet, gateway=gateway, pool=within, reserved=reserved)
 
 
-def _parsed(text: str) -> IPv4Address:
-    try:
-        return IPv4Address(text)
-    except ValueError:
-        raise InvalidArgument(f"invalid IPv4 address: {text}") from None
+def _addresses(config: EndpointConfig) -> list[Address]:
+    """Those of an endpoint, without the prefix length."""
+    return [ip_interface(one).ip for one in config.addresses]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -11,15 +12,25 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.failures import describe_error, log_error
+from skep.aio.failures import describe_error, isolate, log_error
 from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
 from skep.dataplane.local.bridge_request import bridge_of
-from skep.dataplane.local.objects import GATEWAY, PARENT_MODES, PARENT_OPTION, LocalNetwork, find, subnet_of
+from skep.dataplane.local.objects import (
+    GATEWAY,
+    PARENT_MODES,
+    LocalNetwork,
+    device_of,
+    find,
+    parent_of,
+    subnets_of,
+)
 from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.linux.files import is_no_file, replace_file
+from skep.model.routes import Subnet
+from skep.model.tables import ParentLink
 from skep.model.times import Timestamp, timestamp
 
 log = structlog.get_logger()
@@ -50,6 +61,16 @@ class GatewayBridge(Protocol):
         """
 
 
+class ParentDevices(Protocol):
+    """The machine's devices that the node makes for networks (``dataplane/netns/parents.py``)."""
+
+    async def make(self, parent: ParentLink) -> None:
+        """Have the device be there.  Raises: SkepError."""
+
+    async def remove(self, parent: ParentLink) -> None:
+        """Harmless if it is gone.  Raises: SkepError."""
+
+
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     """What lies on disk."""
 
@@ -67,18 +88,27 @@ class LocalNetworks:
 
     Args:
         file: where they are kept.
-        gateway: None: this node networks no containers.
+        gateway, devices: None: this node networks no containers.
         new_id: makes ids of 64 hexadecimal digits.
     """
 
     def __init__(
-        self, file: Path, gateway: GatewayBridge | None, *, clock: Clock, new_id: Callable[[], str]
+        self,
+        file: Path,
+        gateway: GatewayBridge | None,
+        devices: ParentDevices | None = None,
+        *,
+        clock: Clock,
+        new_id: Callable[[], str],
     ) -> None:
         self._file = file
         self._gateway = gateway
+        self._devices = devices
         self._clock = clock
         self._new_id = new_id
         self._kept: _Kept | None = None
+        self._leaving: dict[str, str] = {}
+        """Devices that are being removed: a network that is made meanwhile on one has it made again."""
 
     def open(self) -> None:
         """Read what an earlier process kept, as the first use does; what cannot be decoded is begun anew.
@@ -213,16 +243,19 @@ class LocalNetworks:
             created_at=self._now(),
             others=lasting,
             devices=devices,
+            made=self._made_devices(),
             configuration=configuration,
         )
         network = replace(network, cluster_id=cluster_id)
-        device = network.options[PARENT_OPTION]
-        others = [one for one in kept.bridges if one in lasting or one.options.get(PARENT_OPTION) != device]
+        device = device_of(network)
+        others = [one for one in kept.bridges if one in lasting or device_of(one) != device]
         self._keep(replace(kept, bridges=(*others, network)))
         log.info("network of the cluster made on a device of this machine", network=network.name)
         return network
 
-    def add(self, body: NetworkBody, routes: Sequence[IPv4Network], devices: Collection[str]) -> LocalNetwork:
+    async def add(
+        self, body: NetworkBody, routes: Sequence[Subnet], devices: Collection[str]
+    ) -> LocalNetwork:
         """Make a user's bridge network, or one on a device of the machine (macvlan, ipvlan).
 
         Args:
@@ -248,28 +281,55 @@ class LocalNetworks:
                 created_at=self._now(),
                 others=kept.bridges,
                 devices=devices,
+                made=self._made_devices(),
                 routes=routes,
                 configuration=configuration,
             )
         else:
             own = self._gateway.subnet
-            taken = [*routes, *map(subnet_of, kept.bridges), *([own] if own is not None else [])]
+            others = chain.from_iterable(map(subnets_of, kept.bridges))
+            taken = [*routes, *others, *([own] if own is not None else [])]
             network = bridge_of(
                 body, id=self._new_id(), created_at=self._now(), taken=taken, configuration=configuration
             )
         self._keep(replace(kept, bridges=(*kept.bridges, network)))
+        if (parent := parent_of(network)) is not None and parent.made and self._devices is not None:
+            try:
+                await self._devices.make(parent)
+            except BaseException:
+                self._forget(network.id)
+                raise
         log.info(
             "network made", network=network.name, driver=network.driver, subnet=network.configs[0].subnet
         )
         return network
 
-    def remove_bridge(self, id: str) -> None:
-        """Forget a bridge network without containers.  Raises: NotFound."""
+    async def remove_bridge(self, id: str) -> None:
+        """Forget a bridge network without containers, and remove the device that was made for it.  Raises: NotFound."""
+        parent = parent_of(self._forget(id))
+        if parent is None or not parent.made or self._devices is None:
+            return
+        if parent.device in self._made_devices():
+            return
+        self._leaving[parent.device] = parent.made
+        try:
+            removal = self._devices.remove(parent)
+            await isolate(removal, "device of a network not removed", device=parent.device)
+        finally:
+            del self._leaving[parent.device]
+
+    def _forget(self, id: str) -> LocalNetwork:
         kept = self._opened()
-        rest = tuple(one for one in kept.bridges if one.id != id)
-        if len(rest) == len(kept.bridges):
+        gone = next((one for one in kept.bridges if one.id == id), None)
+        if gone is None:
             raise NotFound(f"network {id} not found")
-        self._keep(replace(kept, bridges=rest))
+        self._keep(replace(kept, bridges=tuple(one for one in kept.bridges if one is not gone)))
+        return gone
+
+    def _made_devices(self) -> dict[str, str]:
+        """Of the machine's devices that the node makes for networks, by name, the kind."""
+        parents = map(parent_of, self._opened().bridges)
+        return self._leaving | {one.device: one.made for one in parents if one is not None and one.made}
 
     async def make_gateway(self, body: NetworkBody) -> LocalNetwork:
         """Make the gateway bridge as the user specifies it.

@@ -6,7 +6,7 @@ plain containers.  Where there is an engine, bridge networks are the engine's.
 """
 
 from collections.abc import Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import ip_network
 from typing import Any, Final
 
 import msgspec
@@ -14,6 +14,7 @@ import msgspec
 from skep.api.networks import LOCAL, Facts, SubnetBody
 from skep.model.ids import NetworkId
 from skep.model.network import MTU_OPTION
+from skep.model.routes import Subnet
 from skep.model.tables import NetworkHead, ParentLink, Segment
 from skep.model.times import Timestamp
 
@@ -29,6 +30,9 @@ PARENT_MODES: Final[Mapping[str, tuple[str, ...]]] = {
     "ipvlan": ("l2", "l3", "l3s"),
 }
 """Drivers of networks on the machine's own devices, with their modes, the default first."""
+DUMMIES: Final = {"macvlan": "dm", "ipvlan": "di"}
+"""How the devices of networks without a parent are named, before the beginning of their ids."""
+VLAN, DUMMY = "vlan", "dummy"
 
 
 class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +55,8 @@ class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
     has_ipv6: bool = False
     options: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
+    made: str = ""
+    """Kind of the device that it is on, if the node makes that; empty: it does not."""
     cluster_id: str = ""
     """Id of the cluster's network that this is, on this node, for its tasks; empty: the node's own."""
 
@@ -79,7 +85,7 @@ def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str,
         "IPAM": {
             "Driver": network.ipam_driver,
             "Options": network.ipam_options,
-            "Config": list(network.shown or network.configs),
+            "Config": _shown(network),
         },
         "Internal": network.is_internal,
         "Attachable": network.is_attachable,
@@ -92,14 +98,23 @@ def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str,
     }
 
 
-def subnet_of(network: LocalNetwork) -> IPv4Network:
-    """Of a user's bridge network, which has one."""
-    return IPv4Network(network.configs[0].subnet)
+def _shown(network: LocalNetwork) -> list[SubnetBody]:
+    """Of each version what its user has asked for; where that is nothing, what was settled."""
+    found: list[SubnetBody] = []
+    for settled in network.configs or network.shown:
+        named = [one for one in network.shown if (":" in one.subnet) is (":" in settled.subnet)]
+        found += named or [settled]
+    return found
 
 
-def gateway_of(network: LocalNetwork) -> IPv4Address:
-    """The address of the bridge itself."""
-    return IPv4Address(network.configs[0].gateway)
+def subnets_of(network: LocalNetwork) -> list[Subnet]:
+    """Of a user's network: its IPv4 subnet, then its IPv6 subnet if it has one."""
+    return [ip_network(one.subnet) for one in network.configs]
+
+
+def is_chosen(network: LocalNetwork, version: int) -> bool:
+    """Whether its user has named its subnet of an IP version."""
+    return any((":" in one.subnet) is (version == 6) for one in network.shown)
 
 
 def head_of(network: LocalNetwork) -> NetworkHead:
@@ -108,9 +123,9 @@ def head_of(network: LocalNetwork) -> NetworkHead:
     return NetworkHead(
         id=NetworkId(network.id),
         name=network.name,
-        segments=(Segment(str(subnet_of(network)), str(gateway_of(network)), 0),),
+        segments=tuple(Segment(one.subnet, one.gateway, 0) for one in network.configs),
         mtu=int(network.options.get(MTU_OPTION) or (0 if parent is not None else MTU)),
-        is_internal=network.is_internal,
+        is_internal=network.is_internal or (parent is not None and parent.made == DUMMY),
         parent=parent,
     )
 
@@ -120,7 +135,12 @@ def parent_of(network: LocalNetwork) -> ParentLink | None:
     if network.driver not in PARENT_MODES:
         return None
     mode = network.options.get(f"{network.driver}_mode") or PARENT_MODES[network.driver][0]
-    return ParentLink(kind=network.driver, device=network.options[PARENT_OPTION], mode=mode)
+    return ParentLink(kind=network.driver, device=device_of(network), mode=mode, made=network.made)
+
+
+def device_of(network: LocalNetwork) -> str:
+    """Name of the machine's device that a network is on: as its user has named it, else a dummy of its own."""
+    return network.options.get(PARENT_OPTION) or f"{DUMMIES[network.driver]}-{network.id[:12]}"
 
 
 def is_local(id: str) -> bool:

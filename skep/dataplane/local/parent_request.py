@@ -4,20 +4,33 @@ Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go, macvlan_network
 """
 
 import re
-from collections.abc import Collection, Iterable
-from ipaddress import IPv4Network
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
-from skep.dataplane.local.bridge_request import network_of, settings_of, settled_subnet
-from skep.dataplane.local.objects import PARENT_MODES, PARENT_OPTION, LocalNetwork, parent_of, subnet_of
+from skep.dataplane.local.bridge_request import network_of, settings_of, settled_subnets
+from skep.dataplane.local.objects import (
+    DUMMIES,
+    DUMMY,
+    PARENT_MODES,
+    PARENT_OPTION,
+    VLAN,
+    LocalNetwork,
+    device_of,
+    parent_of,
+    subnets_of,
+)
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.network import MTU_OPTION, MTUS
+from skep.model.routes import Subnet
 from skep.model.times import Timestamp
 
 _VLANS = range(1, 4095)
-_DUMMIES = {"macvlan": "dm", "ipvlan": "di"}
-"""How an engine names a network in its message: by the device that it would make for one without a parent."""
+_DEVICE_CHARACTERS_MAX = 15
+"""The kernel's limit (IFNAMSIZ)."""
 
 
 def parent_network_of(
@@ -27,7 +40,8 @@ def parent_network_of(
     created_at: Timestamp,
     others: Collection[LocalNetwork],
     devices: Collection[str],
-    routes: Iterable[IPv4Network] = (),
+    made: Mapping[str, str] = MappingProxyType({}),
+    routes: Iterable[Subnet] = (),
     configuration: LocalNetwork | None = None,
 ) -> LocalNetwork:
     """The network that ``body`` asks for.
@@ -35,33 +49,36 @@ def parent_network_of(
     Args:
         others: the node's networks.
         devices: names of the machine's network interfaces.
+        made: of those that the node makes for its networks, by name, their kind.
         routes: what the machine reaches, which a subnet that is not named is beside.
         configuration: where its settings are from; None: the body itself.
 
     Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
     """
-    configs, options = settings_of(body, body.driver, configuration)
-    subnet = _subnet(configs, others, routes)
+    configs, options, has_ipv6 = settings_of(body, configuration)
+    subnets = settled_subnets(configs, _taken(configs, others, routes), id if has_ipv6 else "")
     network = network_of(
-        body, body.driver, id=id, created_at=created_at, configs=configs, subnet=subnet, options=options
+        body, body.driver, id=id, created_at=created_at, configs=configs, subnets=subnets, options=options
     )
     _check_options(network, others, devices)
-    return network
+    device = device_of(network)
+    kind = VLAN if options.get(PARENT_OPTION) else DUMMY
+    return replace(network, made=made.get(device, "" if device in devices else kind))
 
 
-def _subnet(
-    configs: Collection[SubnetBody], others: Collection[LocalNetwork], routes: Iterable[IPv4Network]
-) -> SubnetBody:
-    """A named one may be the machine's own network, which it usually is, but no other network's.
+def _taken(
+    configs: Collection[SubnetBody], others: Collection[LocalNetwork], routes: Iterable[Subnet]
+) -> list[Subnet]:
+    """What its subnets are beside.
+
+    A named one may be the machine's own network, which it usually is, but no other network's.
 
     As with an engine, a range of its own makes the same subnet another's.
     """
-    named = [one for one in configs if one != SubnetBody()]
-    shared = {one.subnet for one in named if one.ip_range}
-    taken = [subnet for one in others if str(subnet := subnet_of(one)) not in shared]
-    if not any(one.subnet for one in named):
-        taken += routes
-    return settled_subnet(named, taken)
+    shared = {one.subnet for one in configs if one.ip_range}
+    taken = [subnet for one in others for subnet in subnets_of(one) if str(subnet) not in shared]
+    named = {":" in one.subnet for one in configs if one.subnet}
+    return [*taken, *(one for one in routes if (one.version == 6) not in named)]
 
 
 def _check_options(network: LocalNetwork, others: Collection[LocalNetwork], devices: Collection[str]) -> None:
@@ -80,19 +97,15 @@ def _check_options(network: LocalNetwork, others: Collection[LocalNetwork], devi
         raise InvalidArgument(f"invalid value for {MTU_OPTION}: {mtu}")
     parent = network.options.get(PARENT_OPTION, "")
     if not parent:
-        raise Unimplemented(f"a {driver} network of this node needs a parent interface (-o parent=eth0)")
+        return
     if parent == "lo":
         raise InvalidArgument(f"loopback interface is not a valid {driver} parent link")
     if parent not in devices:
         _check_vlan(parent[:40], devices)
-        raise Unimplemented(
-            f"the parent interface {parent[:40]} is not there, and this node makes no VLAN interfaces: make it first "
-            f"(ip link add link {parent.partition('.')[0]} name {parent} type vlan id {parent.partition('.')[2]})"
-        )
     for other in others:
         if (held := parent_of(other)) is not None and (held.kind, held.device) == (driver, parent):
             raise Forbidden(
-                f"network {_DUMMIES[driver]}-{other.id[:12]} is already using parent interface {parent}"
+                f"network {DUMMIES[driver]}-{other.id[:12]} is already using parent interface {parent}"
             )
 
 
@@ -107,3 +120,5 @@ def _check_vlan(parent: str, devices: Collection[str]) -> None:
         raise InvalidArgument(f"-o parent interface does was not found on the host: {device}")
     if int(number) not in _VLANS:
         raise InvalidArgument(f"vlan id must be between 1-4094, received: {int(number)}")
+    if len(parent) > _DEVICE_CHARACTERS_MAX:
+        raise InvalidArgument(f"failed to create {parent} vlan link: the name has more than 15 characters")

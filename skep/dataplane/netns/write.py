@@ -18,7 +18,7 @@ import structlog
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from skep.dataplane.netns import netlink, read
+from skep.dataplane.netns import netlink, parents, read
 from skep.dataplane.netns.checksums import set_offloads
 from skep.dataplane.netns.diff import (
     AddLink,
@@ -201,12 +201,10 @@ class _Changes:
             options.pop("address", None)  # it has its parent's
         options[f"{parent.kind}_mode"] = _MODES[parent.kind][parent.mode]
         async with self._namespaces.netlink(self._namespaces.home) as route:
-            found = await route.link_lookup(ifname=parent.device)
-            if not found:
-                raise KernelRefused(f"the parent interface {parent.device} of a network is not there")
+            index = await parents.index_of(route, parent)
             with _opened(str(self._path)) as namespace:
                 try:
-                    made = route.link("add", link=found[0], net_ns_fd=namespace, **options)
+                    made = route.link("add", link=index, net_ns_fd=namespace, **options)
                     await _tolerating(_PRESENT, made)
                 except NetlinkError as error:
                     if error.code != errno.EOPNOTSUPP:

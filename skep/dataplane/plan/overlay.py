@@ -224,13 +224,15 @@ def _on_parent(name: str, head: NetworkHead, parent: ParentLink, mac: str) -> Li
 
 
 def _ways_by(name: str, head: NetworkHead) -> set[Route]:
-    """The default route on a device of the machine: by the gateway, or straight where ipvlan routes itself."""
-    gateways = [one.gateway for one in head.segments if one.gateway]
-    if head.is_internal or not head.segments:
+    """The default routes on a device of the machine: by the gateways, or straight where ipvlan routes itself."""
+    if head.is_internal:
         return set()
-    if head.parent is not None and head.parent.mode in ("l3", "l3s"):
-        return {Route(name, "0.0.0.0/0")}
-    return {Route(name, "0.0.0.0/0", gateway) for gateway in gateways[:1]}
+    is_router = head.parent is not None and head.parent.mode in ("l3", "l3s")
+    return {
+        Route(name, "::/0" if ":" in one.subnet else "0.0.0.0/0", "" if is_router else one.gateway)
+        for one in head.segments
+        if is_router or one.gateway
+    }
 
 
 def _ipv6_sysctls(interface: str) -> dict[str, str]:

@@ -123,6 +123,7 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
     return response | {
         "EndpointID": _endpoint_id(container, endpoint),
         "Gateway": endpoint.config.head.gateway,
+        "IPv6Gateway": endpoint.config.head.gateway6,
         "IPAddress": str(v4.ip) if v4 is not None else "",
         "IPPrefixLen": v4.network.prefixlen if v4 is not None else 0,
         "GlobalIPv6Address": str(v6.ip) if v6 is not None else "",
@@ -137,8 +138,11 @@ def _requested(
     """The addresses that its user chose; on the cluster's networks those that the managers gave, as in Docker."""
     if container.plain is not None and endpoint.config.head.is_of_node:
         names = (endpoint.network_id, endpoint.network_name)
-        chosen = next((one.address for one in container.plain.networks if one.network in names), "")
-        return {"IPv4Address": chosen} if chosen else None
+        for one in container.plain.networks:
+            if one.network in names and (one.address or one.address6):
+                chosen = {"IPv4Address": one.address, "IPv6Address": one.address6}
+                return {name: address for name, address in chosen.items() if address}
+        return None
     given = {"IPv4Address": str(v4.ip)} if v4 is not None else {}
     return given | ({"IPv6Address": str(v6.ip)} if v6 is not None else {})
 

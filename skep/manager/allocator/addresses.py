@@ -8,7 +8,7 @@ released is not reused at once.
 Source: moby, libnetwork/ipams/default (RequestAddress, serial allocation); swarmkit, manager/allocator/cnmallocator.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 from socket import AF_INET, inet_pton
 from typing import TypeAlias
@@ -102,14 +102,14 @@ class AddressAllocations:
         """
         return self._allocate(owner, network, requested, 4)
 
-    def allocate_all(self, owner: str, network: Network, requested: str = "") -> tuple[str, ...]:
+    def allocate_all(self, owner: str, network: Network, requested: Sequence[str] = ()) -> tuple[str, ...]:
         """Allocate an address of each IP version, IPv4 first.  Raises: NoAddress: nothing is allocated."""
         before = self._held.get(owner, ())
-        is_6 = ":" in requested
+        wanted = {6 if ":" in one else 4: one for one in requested}
         try:
-            given: tuple[str, ...] = (self._allocate(owner, network, "" if is_6 else requested, 4),)
-            if has_ipv6(network):
-                given = (*given, self._allocate(owner, network, requested if is_6 else "", 6))
+            given: tuple[str, ...] = (self._allocate(owner, network, wanted.get(4, ""), 4),)
+            if has_ipv6(network) or 6 in wanted:
+                given = (*given, self._allocate(owner, network, wanted.get(6, ""), 6))
         except NoAddress:
             self._hold(owner, before)
             raise

@@ -1,6 +1,6 @@
 """All allocations of the cluster: derived from the store, updated with each commit."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from skep.manager.allocator.addresses import AddressAllocations
 from skep.manager.allocator.nodes import occupies_networks
@@ -105,7 +105,7 @@ class Allocations:
         """Allocate an address for a service, task or node.  Raises: NoAddress."""
         return self.addresses.allocate(owner, network, requested)
 
-    def allocate_all(self, owner: str, network: Network, requested: str = "") -> tuple[str, ...]:
+    def allocate_all(self, owner: str, network: Network, requested: Sequence[str] = ()) -> tuple[str, ...]:
         """Allocate an address of each IP version of the network, IPv4 first.  Raises: NoAddress."""
         return self.addresses.allocate_all(owner, network, requested)
 

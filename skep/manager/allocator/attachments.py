@@ -48,18 +48,18 @@ class Networks(msgspec.Struct, frozen=True, kw_only=True):
 def attachments_for(
     spec: ServiceSpec,
     networks: Networks,
-    allocate: Callable[[Network, str], tuple[str, ...]],
+    allocate: Callable[[Network, Sequence[str]], tuple[str, ...]],
     requested: Sequence[NetworkAttachment] = (),
 ) -> Attached | NotAttached:
     """The attachments of a task made from ``spec``, or why there are none yet.
 
     Args:
-        allocate: allocates addresses of a network, one of each IP version; the second argument is a requested one.
+        allocate: allocates addresses of a network, one of each IP version; the second argument: those requested.
             Raises: NoAddress.
-        requested: attachments that name an address (``docker run --ip``).
+        requested: attachments that name addresses (``docker run --ip``, ``--ip6``).
     """
     attachments = []
-    addresses = {one.network.id: one.addresses[0] for one in requested if one.network and one.addresses}
+    addresses = {one.network.id: one.addresses for one in requested if one.network}
     for wanted in wanted_networks(spec, networks.ingress):
         network = networks.find(NetworkId(wanted.target))
         if network is None:
@@ -71,7 +71,7 @@ def attachments_for(
             name = network.spec.name or network.id
             return NotAttached(f"network {name} is not allocated: {networks.failure(network.id)}")
         try:
-            given = allocate(network, addresses.get(network.id, ""))
+            given = allocate(network, addresses.get(network.id, ()))
         except NoAddress as error:
             return NotAttached(str(error))
         attachments.append(NetworkAttachment(network=network, addresses=given, aliases=wanted.aliases))

@@ -1,6 +1,6 @@
 """The allocator's loop: allocates subnets of networks and endpoints of services, then sets tasks to PENDING."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from random import Random
 
@@ -381,7 +381,7 @@ class Allocator:
         spec = spec_or_template(view, task)
         self._allocations.leave_task(task.id)  # of an earlier attempt
 
-        def allocate(network: Network, requested: str) -> tuple[str, ...]:
+        def allocate(network: Network, requested: Sequence[str]) -> tuple[str, ...]:
             return self._allocations.allocate_all(task.id, network, requested)
 
         match attachments_for(spec, networks, allocate, task.networks_attachments):

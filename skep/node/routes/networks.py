@@ -9,7 +9,6 @@ Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.
 
 import asyncio
 import socket
-from ipaddress import IPv4Network
 from typing import Any
 from urllib.parse import quote
 
@@ -150,9 +149,9 @@ class _NodeNetworks:
                 "this node runs no containers, so it has no networks for them: create an overlay network "
                 "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
             )
-        routes = [one for one, _ in await asyncio.to_thread(read_routes) if isinstance(one, IPv4Network)]
+        routes = [one for one, _ in await asyncio.to_thread(read_routes)]
         devices = [name for _, name in socket.if_nameindex()]
-        return _created(self._local.add(body, routes, devices))
+        return _created(await self._local.add(body, routes, devices))
 
     async def remove(self, request: web.Request) -> web.StreamResponse:
         word = request.match_info["name"]
@@ -162,7 +161,7 @@ class _NodeNetworks:
                 f"{own.name if own is not None else word} is a pre-defined network and cannot be removed"
             )
         if own is not None and word in (own.id, own.name):
-            return self._remove_own(own)
+            return await self._remove_own(own)
         if await self._cluster.find(request, word) is not None:
             self._cluster.check_manager()
             return _forwarded(await self._cluster.forward_to_manager(request))
@@ -172,7 +171,7 @@ class _NodeNetworks:
                 return _forwarded(response)
         if own is None:
             raise NotFound(f"network {word} not found")
-        return self._remove_own(own)
+        return await self._remove_own(own)
 
     async def prune(self, request: web.Request) -> web.StreamResponse:
         """Removes unused bridge networks; the gateway bridge is used by every container."""
@@ -189,7 +188,7 @@ class _NodeNetworks:
         for network in self._local.bridges() if self._sources.docker is None else ():
             is_selected = is_prunable(network.created_at, network.labels, filters, now_ns)
             if is_selected and not self._users_of(network):
-                self._remove_own(network)
+                await self._remove_own(network)
                 removed.append(network.name)
         return json_answer({"NetworksDeleted": removed or None})
 
@@ -322,7 +321,7 @@ class _NodeNetworks:
             return on_builtin(network, containers)
         return on_bridge(network.id, containers)
 
-    def _remove_own(self, network: LocalNetwork) -> web.Response:
+    async def _remove_own(self, network: LocalNetwork) -> web.Response:
         if network.name == GATEWAY:
             self._local.remove_gateway()
         elif network.is_configuration:
@@ -334,7 +333,7 @@ class _NodeNetworks:
                     f"error while removing network: network {network.name} id {network.id} has active endpoints "
                     f"(container {named})"
                 )
-            self._local.remove_bridge(network.id)
+            await self._local.remove_bridge(network.id)
         return web.Response(status=204)
 
 

@@ -1,6 +1,6 @@
 """What a user's bridge network is to be, and which addresses are given on it."""
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 import pytest
@@ -9,12 +9,15 @@ from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.bridge_request import bridge_of
-from skep.dataplane.local.objects import LocalNetwork, head_of
+from skep.dataplane.local.objects import LocalNetwork, flat_form, head_of
 from skep.dataplane.plan.gateway import between_table
 from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, SkepError, Unimplemented
 from skep.model.times import ZERO_TIME
 
-TAKEN = (IPv4Network("172.18.0.0/16"), IPv4Network("192.168.1.0/24"), IPv4Network("0.0.0.0/0"))
+TAKEN = (
+    *map(IPv4Network, ("172.18.0.0/16", "192.168.1.0/24", "0.0.0.0/0")),
+    *map(IPv6Network, ("fd00:2::/64", "::/0")),
+)
 
 
 def made(*subnets: SubnetBody, **words: Any) -> LocalNetwork:
@@ -44,7 +47,7 @@ def test_a_network_gets_the_first_free_subnet() -> None:
             "no matching subnet for range",
         ),
         (SubnetBody(subnet="10.1.0.0/31"), InvalidArgument, "no room"),
-        (SubnetBody(subnet="fd00::/64"), Unimplemented, "one IPv4 subnet"),
+        (SubnetBody(subnet="fd00::/64"), InvalidArgument, "subnet fd00::/64 needs IPv6"),
     ],
 )
 def test_a_subnet_that_cannot_be_is_refused(subnet: SubnetBody, error: type[SkepError], said: str) -> None:
@@ -52,11 +55,40 @@ def test_a_subnet_that_cannot_be_is_refused(subnet: SubnetBody, error: type[Skep
         made(subnet)
 
 
+def test_a_network_with_ipv6_has_a_subnet_of_each_version() -> None:
+    named = SubnetBody(subnet="fd00:1::/64", ip_range="fd00:1::80/121", gateway="fd00:1::fe")
+    four, six = made(named, enable_ipv6=True).configs
+    assert (four.subnet, four.gateway) == ("172.19.0.0/16", "172.19.0.1")
+    assert (six.subnet, six.gateway) == ("fd00:1::/64", "fd00:1::fe")
+    network = made(enable_ipv6=True)
+    assert [one.subnet for one in network.configs] == ["172.19.0.0/16", "fdff:ffff:ffff::/64"], "of its id"
+    assert [one.gateway for one in head_of(network).segments] == ["172.19.0.1", "fdff:ffff:ffff::1"]
+    shown = flat_form(made(named, enable_ipv6=True), {})
+    assert (shown["EnableIPv6"], shown["IPAM"]["Config"]) == (True, [four, named])
+
+
+@pytest.mark.parametrize(
+    ("subnets", "said"),
+    [
+        (("fd00:2::/80",), "Pool overlaps with other one"),
+        (("fd00:1::/64", "fd00:3::/64"), "one IPv4 subnet, and one IPv6 subnet"),
+        (("fe80::/64",), "invalid subnet fe80::/64"),
+        (("ff02::/64",), "invalid subnet ff02::/64"),
+        (("fd00:1::/127",), "no room"),
+    ],
+)
+def test_a_subnet_of_ipv6_that_cannot_be_is_refused(subnets: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SkepError, match=said):
+        made(*(SubnetBody(subnet=one) for one in subnets), enable_ipv6=True)
+    with pytest.raises(SkepError, match="no matching subnet for gateway"):
+        made(SubnetBody(subnet="fd00:1::/64", gateway="10.0.0.1"), enable_ipv6=True)
+    with pytest.raises(SkepError, match="no matching subnet for range"):
+        made(SubnetBody(subnet="fd00:1::/64", ip_range="10.0.0.0/24"), enable_ipv6=True)
+
+
 def test_options_that_nothing_acts_on_are_refused() -> None:
     with pytest.raises(Unimplemented, match="enable_icc=false"):
         made(options={"com.docker.network.bridge.enable_icc": "false"})
-    with pytest.raises(Unimplemented, match="--ipv6"):
-        made(enable_ipv6=True)
     with pytest.raises(Unimplemented, match="macvlan"):
         made(driver="macvlan")
     with pytest.raises(InvalidArgument, match="mtu"):
@@ -77,8 +109,20 @@ def test_addresses_are_the_requested_ones_or_from_the_pool() -> None:
     for taken in ("10.1.0.1", "10.1.0.9", "10.1.0.254"):
         with pytest.raises(FailedPrecondition, match="Address already in use"):
             addresses.take_requested(IPv4Address(taken), "e")
-    with pytest.raises(InvalidArgument):
-        addresses.take_requested(IPv4Address("10.2.0.1"), "e")
+    for other in (IPv4Address("10.2.0.1"), IPv6Address("::10.1.0.2")):
+        with pytest.raises(InvalidArgument, match="It does not belong to any of this network's subnets"):
+            addresses.take_requested(other, "e")
+
+
+def test_addresses_of_ipv6_are_given_in_order_too() -> None:
+    addresses = Addresses(IPv6Network("fd00:1::/64"))
+    assert [str(addresses.take(name)) for name in "ab"] == ["fd00:1::2", "fd00:1::3"]
+    assert str(addresses.take_requested(IPv6Address("fd00:1::4"), "c")) == "fd00:1::4"
+    assert str(addresses.take("d")) == "fd00:1::5"
+    with pytest.raises(FailedPrecondition, match="Address already in use"):
+        addresses.take_requested(IPv6Address("fd00:1::3"), "e")
+    addresses.release(IPv6Address("fd00:1::3"), "b")
+    assert addresses.take_requested(IPv6Address("fd00:1::3"), "e")
 
 
 def test_by_the_gateway_only_open_containers_reach_each_other() -> None:

@@ -27,7 +27,11 @@ def made(
     }
     body = NetworkBody(name="lan", driver=driver, ipam=ipam, options=named)
     return parent_network_of(
-        body, id="a" * 64, created_at=Timestamp(""), others=others, devices=["lo", "eth0", "eth1"]
+        body,
+        id="a" * 64,
+        created_at=Timestamp(""),
+        others=others,
+        devices=["lo", "eth0", "eth1", "eth1234567890"],
     )
 
 
@@ -50,17 +54,18 @@ def test_containers_are_on_the_parent_in_the_drivers_mode(driver, options, mode)
 @pytest.mark.parametrize(
     ("driver", "options", "words"),
     [
-        ("macvlan", {"parent": ""}, "needs a parent interface"),
         ("macvlan", {"parent": "lo"}, "loopback interface is not a valid macvlan parent link"),
         ("macvlan", {"parent": "eth9"}, "invalid subinterface vlan name eth9, example formatting is eth0.10"),
         ("macvlan", {"parent": "e" * 99}, f"invalid subinterface vlan name {'e' * 40}, example"),
         ("macvlan", {"parent": "eth0.x"}, "unable to parse a valid vlan id from: x"),
         ("macvlan", {"parent": "eth9.10"}, "-o parent interface does was not found on the host: eth9"),
         ("ipvlan", {"parent": "eth0.4095"}, "vlan id must be between 1-4094, received: 4095"),
+        ("ipvlan", {"parent": "eth0.0"}, "vlan id must be between 1-4094, received: 0"),
+        ("ipvlan", {"parent": "eth0.10.20"}, "unable to parse a valid vlan id from: 10.20"),
         (
-            "ipvlan",
-            {"parent": "eth0.10"},
-            "make it first .ip link add link eth0 name eth0.10 type vlan id 10",
+            "macvlan",
+            {"parent": "eth1234567890.10"},
+            "failed to create eth1234567890.10 vlan link: the name has more than 15 characters",
         ),
         (
             "macvlan",
@@ -113,7 +118,72 @@ def test_ranges_of_one_subnet_are_two_networks():
     assert made(others=(made(),), ipam=other, parent="eth1")
 
 
-def test_a_configuration_in_use_is_not_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("driver", "dummy"), [("macvlan", "dm-aaaaaaaaaaaa"), ("ipvlan", "di-aaaaaaaaaaaa")])
+def test_a_vlan_that_is_not_there_and_a_parent_that_is_not_named_are_made(driver, dummy):
+    assert head_of(made(driver)).parent.made == "", "it is the machine's"
+    vlan = head_of(made(driver, parent="eth0.10"))
+    assert (vlan.parent.device, vlan.parent.made, vlan.is_internal) == ("eth0.10", "vlan", False)
+    alone = head_of(made(driver, parent=""))
+    assert (alone.parent.device, alone.parent.made, alone.is_internal) == (dummy, "dummy", True)
+    assert alone.gateway == "", "it leads nowhere"
+
+
+class Devices:
+    """The machine's devices that networks have made."""
+
+    def __init__(self) -> None:
+        self.present: set[str] = set()
+        self.error: SkepError | None = None
+
+    async def make(self, parent: ParentLink) -> None:
+        if self.error is not None:
+            raise self.error
+        self.present.add(parent.device)
+
+    async def remove(self, parent: ParentLink) -> None:
+        self.present.remove(parent.device)
+
+
+class NoContainers:
+    """A gateway bridge without containers."""
+
+    bridge, subnet = "br", None
+
+    def users(self) -> tuple[str, ...]:
+        return ()
+
+    async def move(self, subnet: object) -> None:
+        raise AssertionError
+
+
+async def test_a_device_that_was_made_goes_with_the_last_network_on_it(tmp_path: Path) -> None:
+    devices = Devices()
+    local = LocalNetworks(
+        tmp_path / "local", NoContainers(), devices, clock=SystemClock(), new_id=new_container_id
+    )
+
+    async def add(driver: str, subnet: str, parent: str) -> str:
+        ipam = IPAMBody(config=(SubnetBody(subnet=subnet),))
+        options = {"parent": parent} if parent else {}
+        body = NetworkBody(name=f"{driver}{parent}", driver=driver, ipam=ipam, options=options)
+        return (await local.add(body, (), ["eth0", *devices.present])).id
+
+    first = await add("macvlan", "10.1.0.0/24", "eth0.10")
+    second = await add("ipvlan", "10.2.0.0/24", "eth0.10")
+    third = await add("macvlan", "10.3.0.0/24", "")
+    assert devices.present == {"eth0.10", f"dm-{third[:12]}"}
+    await local.remove_bridge(first)
+    await local.remove_bridge(third)
+    assert devices.present == {"eth0.10"}, "the second network is on it"
+    await local.remove_bridge(second)
+    assert not devices.present
+    devices.error = SkepError("failed to create eth0.10 vlan link")
+    with pytest.raises(SkepError, match="failed to create"):
+        await add("macvlan", "10.1.0.0/24", "eth0.10")
+    assert not local.bridges(), "a network whose device cannot be made is none"
+
+
+async def test_a_configuration_in_use_is_not_removed(tmp_path: Path) -> None:
     local = LocalNetworks(tmp_path / "local", None, clock=SystemClock(), new_id=new_container_id)
     kept = local.add_configuration(
         NetworkBody(name="lan", config_only=True, ipam=LAN, options={"parent": "eth0"})
@@ -122,7 +192,7 @@ def test_a_configuration_in_use_is_not_removed(tmp_path: Path) -> None:
     network = local.of_cluster("c1", body, ["eth0"], lambda network: True)
     with pytest.raises(Forbidden, match='configuration network "lan" is in use'):
         local.remove_configuration(kept.id)
-    local.remove_bridge(network.id)
+    await local.remove_bridge(network.id)
     local.remove_configuration(kept.id)
     assert not local.configurations()
 

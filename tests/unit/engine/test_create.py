@@ -20,7 +20,7 @@ from skep.engine.create import (
 )
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.log_drivers.options import log_config
-from skep.engine.request import CreateRequest, read_connect, read_create
+from skep.engine.request import CreateRequest, read_create
 from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.sandbox import EndpointRequest, NetworkMode
@@ -90,8 +90,34 @@ def test_options_of_a_network_that_are_not_honoured_are_refused_too() -> None:
     for links in ({"Links": ["a:b"]}, {"Links": ["a:b"], "NetworkMode": "none"}):
         with pytest.raises(Unimplemented, match="--link"):
             plain_options(body(links))
-    with pytest.raises(Unimplemented, match="--ip6"):
-        read_connect(b'{"Container": "box", "EndpointConfig": {"IPAMConfig": {"IPv6Address": "fd00::1"}}}')
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"IPv4Address": "fd00::1"}, "^invalid IPv4 address: fd00::1$"),
+        ({"IPv4Address": "10.0.0.256"}, "^invalid IPv4 address: 10.0.0.256$"),
+        ({"IPv6Address": "10.0.0.1"}, "^invalid IPv6 address: 10.0.0.1$"),
+        ({"IPv6Address": "::ffff:10.0.0.1"}, "^invalid IPv6 address: ::ffff:10.0.0.1$"),
+        ({"IPv6Address": "fe80::1%eth0"}, "^invalid IPv6 address: fe80::1%eth0$"),
+    ],
+)
+def test_an_address_of_the_other_version_is_none(given: dict[str, str], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        plain_options(body({"NetworkMode": "net1"}, endpoints={"net1": {"IPAMConfig": given}}))
+
+
+def test_addresses_are_of_a_users_networks_only() -> None:
+    both = {"IPAMConfig": {"IPv4Address": "10.0.0.1", "IPv6Address": "FD00:0::1"}}
+    (request,) = plain_options(body({"NetworkMode": "net1"}, endpoints={"net1": both})).networks
+    assert (request.address, request.address6) == ("10.0.0.1", "fd00::1")
+    for mode, network in (("default", "default"), ("bridge", "bridge"), ("none", "none")):
+        for version in ("IPv4Address", "IPv6Address"):
+            endpoint = {"IPAMConfig": {version: both["IPAMConfig"][version]}}
+            with pytest.raises(
+                InvalidArgument, match="user specified IP address is supported on user defined"
+            ):
+                plain_options(body({"NetworkMode": mode}, endpoints={network: endpoint}))
 
 
 @pytest.mark.parametrize(

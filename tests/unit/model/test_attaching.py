@@ -3,7 +3,13 @@
 import pytest
 
 from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted
-from skep.model.attaching import ATTACH_LABEL, attach_constraints, require_attachable, require_share
+from skep.model.attaching import (
+    ATTACH_LABEL,
+    attach_constraints,
+    require_attachable,
+    require_share,
+    require_subnets,
+)
 from skep.model.ids import NetworkId, NodeId
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.node import EngineDescription, Node, NodeDescription, NodeRole, NodeSpec
@@ -61,3 +67,14 @@ def test_one_node_of_several_leaves_half_of_the_addresses_to_the_others():
     with pytest.raises(ResourceExhausted, match="half of the 256 addresses of network back"):
         require_share(a_network(), 128, nodes=2)
     require_share(a_network(), 250, nodes=1)
+
+
+def test_an_address_that_the_network_cannot_have_is_refused_at_once() -> None:
+    require_subnets(a_network(), ("10.0.1.9", "fd00::9/64"))
+    unknown = Network(id=NetworkId("n"), spec=NetworkSpec(name="back"))
+    require_subnets(unknown, ("10.9.9.9",))
+    for address in ("10.9.9.9", "fd01::9"):
+        with pytest.raises(InvalidArgument, match="It does not belong to any of this network's subnets"):
+            require_subnets(a_network(), (address,))
+    with pytest.raises(InvalidArgument, match="invalid IP address: x"):
+        require_subnets(a_network(), ("x" * 200,))

@@ -88,8 +88,9 @@ def test_a_network_of_both_versions_gives_an_address_of_each() -> None:
     assert allocations.allocate_all("a", net) == ("10.0.1.2/29", "fd00:1::2/64")
     assert allocations.allocate_all("b", net) == ("10.0.1.3/29", "fd00:1::3/64")
     allocations.release("a")
-    assert allocations.allocate_all("c", net, "10.0.1.2") == ("10.0.1.2/29", "fd00:1::4/64")
-    assert allocations.allocate_all("d", net, "fd00:1::77") == ("10.0.1.4/29", "fd00:1::77/64")
+    assert allocations.allocate_all("c", net, ("10.0.1.2",)) == ("10.0.1.2/29", "fd00:1::4/64")
+    assert allocations.allocate_all("d", net, ("fd00:1::77",)) == ("10.0.1.4/29", "fd00:1::77/64")
+    assert allocations.allocate_all("e", net, ("fd00:1::78", "10.0.1.6")) == ("10.0.1.6/29", "fd00:1::78/64")
 
 
 def test_a_network_that_lacks_addresses_of_one_version_gives_none_of_the_other() -> None:

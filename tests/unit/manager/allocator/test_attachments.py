@@ -6,7 +6,7 @@ from skep.manager.allocator.addresses import AddressAllocations
 from skep.manager.allocator.attachments import Attached, Networks, NotAttached, attachments_for
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
-from skep.model.network import Network, NetworkSpec
+from skep.model.network import IPAMConfig, Network, NetworkSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, PortConfig, PublishMode, ServiceSpec
 from skep.model.task import NetworkAttachment
 from tests.support.builders import a_service_spec, an_overlay
@@ -56,6 +56,26 @@ def test_a_requested_address_is_given_if_it_is_free() -> None:
     assert attachments(attached_to("net1"), wished=outside) == NotAttached(
         "address 10.9.9.9 is not in a subnet of network net1"
     )
+
+
+def test_an_address_of_each_version_is_given_as_requested() -> None:
+    assert OVERLAY.ipam_options is not None
+    configs = (*OVERLAY.ipam_options.configs, IPAMConfig(subnet="fd00::/64", gateway="fd00::1"))
+    dual = replace(OVERLAY, ipam_options=replace(OVERLAY.ipam_options, configs=configs))
+
+    def given(network: Network, *addresses: str) -> Attached | NotAttached:
+        wished = (NetworkAttachment(network=network, addresses=addresses),)
+        return attachments(attached_to("net1"), Networks(find=lambda _: network), wished)
+
+    for requested, expected in (
+        (("10.0.1.77", "fd00::77"), ("10.0.1.77/24", "fd00::77/64")),
+        (("fd00::77",), ("10.0.1.2/24", "fd00::77/64")),
+        (("10.0.1.77",), ("10.0.1.77/24", "fd00::2/64")),
+    ):
+        found = given(dual, *requested)
+        assert isinstance(found, Attached)
+        assert found.attachments[0].addresses == expected
+    assert given(OVERLAY, "fd00::77") == NotAttached("address fd00::77 is not in a subnet of network net1")
 
 
 def test_a_task_waits_for_a_network_that_has_no_addresses_to_give() -> None:

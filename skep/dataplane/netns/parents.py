@@ -1,0 +1,83 @@
+"""Devices of the node's own namespace that its networks are on, where the node makes them: VLANs and dummies.
+
+Such a device is made with its network, and again by the first container that finds it gone, after a start of the
+machine for one; it goes with the last network that is on it.
+
+Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go (the words).
+"""
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from skep.dataplane.netns.namespaces import Namespaces
+from skep.errors import Unavailable
+from skep.model.tables import ParentLink
+
+_DEADLINE_S = 10.0
+
+
+class ParentDevices:
+    """Makes and removes them."""
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
+
+    async def make(self, parent: ParentLink) -> None:
+        """Have the device be there, and up.  Raises: Unavailable: the kernel refused it."""
+        async with self._kernel() as route:
+            await index_of(route, parent)
+
+    async def remove(self, parent: ParentLink) -> None:
+        """Remove the device, if it is of the kind that was made.  Raises: Unavailable: the kernel refused that."""
+        async with self._kernel() as route:
+            for index in await route.link_lookup(ifname=parent.device):
+                (found,) = await route.link("get", index=index)
+                if found.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") == parent.made:
+                    await route.link("del", index=index)
+
+    @asynccontextmanager
+    async def _kernel(self) -> AsyncIterator[AsyncIPRoute]:
+        try:
+            async with asyncio.timeout(_DEADLINE_S), self._namespaces.netlink(self._namespaces.home) as route:
+                yield route
+        except TimeoutError as error:
+            raise Unavailable(f"the kernel did not answer in {_DEADLINE_S:g} s") from error
+        except (OSError, NetlinkError) as error:
+            raise Unavailable(f"the kernel refused a change of the network: {error}") from error
+
+
+async def index_of(route: AsyncIPRoute, parent: ParentLink) -> int:
+    """Index of the device, which is made first if it is not there and is the node's to make.
+
+    Raises: Unavailable: it is not there, or the kernel refused to make it.
+    """
+    if found := await route.link_lookup(ifname=parent.device):
+        return int(found[0])
+    if not parent.made:
+        raise Unavailable(f"the parent interface {parent.device} of a network is not there")
+    options: dict[str, Any] = {"ifname": parent.device, "kind": parent.made, "state": "up"}
+    if parent.made == "vlan":
+        below, _, number = parent.device.partition(".")
+        lower = await route.link_lookup(ifname=below)
+        if not lower:
+            raise Unavailable(f"failed to find master interface {below} on the node")
+        options |= {"link": lower[0], "vlan_id": int(number)}
+    try:
+        await route.link("add", **options)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:  # another container has had it made
+            reason = os.strerror(error.code)
+            if error.code == errno.EOPNOTSUPP:
+                reason = f"the kernel of this node has no {parent.made} devices"
+            raise Unavailable(f"failed to create {parent.device} {parent.made} link: {reason}") from error
+    found = await route.link_lookup(ifname=parent.device)
+    if not found:
+        raise Unavailable(f"the parent interface {parent.device} of a network is not there")
+    return int(found[0])
