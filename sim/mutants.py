@@ -25,6 +25,7 @@ from skep.agent import revisions, worker
 from skep.agent.reports import Reports
 from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
+from skep.aio.time_slices import SlicedWork
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.control import services, tasks
 from skep.manager.dispatcher import adoption, statuses
@@ -138,13 +139,14 @@ def _any_state() -> list[Patch]:
 
 
 def _packed() -> list[Patch]:
-    def fullest(self: spread.Spread) -> Account | None:
+    def fullest(self: spread.Spread) -> SlicedWork[Account | None]:
+        yield
         accounts = self._accounting.accounts
-        able = [accounts[id] for id, passes in self._candidates.can_pass.items() if passes]
+        able = [accounts[id] for id, passes in self.candidates.can_pass.items() if passes and id in accounts]
         with_room = [account for account in able if self.has_room(account)]
         return max(with_room, key=self.copies, default=None)
 
-    return [Patch(spread.Spread, "next", fullest)]
+    return [Patch(spread.Spread, "choosing", fullest)]
 
 
 def _other_order() -> list[Patch]:

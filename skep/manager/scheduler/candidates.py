@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from skep.aio.time_slices import STEP, SlicedWork, run_at_once
+from skep.aio.time_slices import STEP, SlicedWork
 from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.load import effective_tasks, used_share
@@ -29,7 +29,7 @@ class Candidates:
     """Nodes that meet the lasting part of the requirements, by branch of the preferences and in order of preference."""
 
     def __init__(self, requirements: Requirements, accounting: Accounting) -> None:
-        """Of no node before the first ``catch_up``.
+        """Of no node before the first ``catching_up``.
 
         ``requirements``: of any service; the service and its tasks are not used.
         """
@@ -48,17 +48,11 @@ class Candidates:
         self._reserves = bool(requirements.nano_cpus or requirements.memory_bytes)
         self._seen = -1
 
-    @property
-    def behind(self) -> int:
-        """How many events the next ``catch_up`` has to look at, at most."""
-        return self._accounting.changes - self._seen
-
-    def catch_up(self) -> None:
-        """Check again the nodes that changed, or on which something was released, since the last call."""
-        run_at_once(self.catching_up())
-
     def catching_up(self) -> SlicedWork[None]:
-        """``catch_up`` with pauses, in which nodes may change: they are checked once more."""
+        """Check again the nodes that changed, or on which something was released, since the last call.
+
+        With pauses, in which nodes may change: they are checked once more.
+        """
         while self._seen != (changes := self._accounting.changes):
             for number, id in enumerate(self._accounting.changed_since(self._seen), 1):
                 self._update_node(id)
@@ -122,24 +116,8 @@ class Pools:
         self.accounting = accounting
         self._pools: dict[Requirements, Candidates] = {}
 
-    def candidates(self, requirements: Requirements) -> Candidates:
-        """The present candidates for ``requirements``."""
-        pool = self._pool(requirements)
-        pool.catch_up()
-        return pool
-
-    def is_prepared(self, requirements: Requirements) -> bool:
-        """Whether ``candidates`` has little to do."""
-        pool = self._pools.get(shape_of(requirements))
-        behind = pool.behind if pool is not None else len(self.accounting.accounts)
-        return behind <= STEP
-
-    def preparing(self, requirements: Requirements) -> SlicedWork[None]:
-        """What ``candidates`` would do at once: a millisecond for some hundred nodes."""
-        yield from self._pool(requirements).catching_up()
-
-    def _pool(self, requirements: Requirements) -> Candidates:
-        """As it was left."""
+    def pool(self, requirements: Requirements) -> Candidates:
+        """The candidates for ``requirements``, as they were left."""
         shape = shape_of(requirements)
         pool = self._pools.pop(shape, None)
         if pool is None:

@@ -90,8 +90,6 @@ class DryRun:
             tasks = self._tasks(service, begin, missing[begin : begin + number])
             if requirements is None:
                 requirements = self._requirements(tasks[0], spec)
-                if not is_global:
-                    yield from self._choices.preparing(requirements, now=0.0)
             placed = yield from self._placed(tasks, requirements, is_last=begin + number >= len(missing))
             nodes.update(one.node_id for one in placed.assignments)
             self._free(replaced[begin : begin + number])

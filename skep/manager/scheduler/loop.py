@@ -333,14 +333,6 @@ class Scheduler:
         self._refusals += placed.refusals
         return len(placed.assignments)
 
-    async def _prepare(self, requirements: Requirements, now: float) -> bool:
-        """Find the candidates among thousands of nodes, with pauses; gives whether there were any."""
-        if self._choices.is_prepared(requirements):
-            return False
-        await self._flush()
-        await run_in_slices(self._choices.preparing(requirements, now), self._clock)
-        return True
-
     async def _in_slices(self, work: SlicedWork[Placed], tasks: Sequence[Task]) -> Placed:
         """The decision about ``tasks``.  Before it pauses, those before it are written: commits about tasks that are
         decided and not written yet would release their reservations."""
@@ -349,25 +341,25 @@ class Scheduler:
         except StopIteration as end:
             placed: Placed = end.value
             return placed
-        # It explains a refusal from here on: what has room meanwhile has them decided again.
+        # It may come to a refusal: what has room meanwhile has them decided again.
         self._refused.update(group for task in tasks if (group := self._group_of.get(task.id)) is not None)
-        ids = [task.id for task in tasks if self._accounting.node_of(task.id)]
+        ids = [task.id for task in tasks]
         self._deciding.update(ids)
         try:
             await self._flush()
+            await asyncio.sleep(0)  # the first step was in no slice
             return await result_in_slices(work, self._clock)
         finally:
             self._deciding.difference_update(ids)
+            for id in ids:
+                if self._accounting.node_of(id) is None:  # the others are written next, and looked at then
+                    self._update_task(id)
 
     async def _place_group(self, group: Group, limit: int, now: float) -> Placed:
         tasks = self._tasks_of(group, limit)
         if not tasks:
             return Placed()
         requirements = self._requirements.of(tasks[0], self._term.view())
-        if not tasks[0].node_id and await self._prepare(requirements, now):
-            tasks = self._tasks_of(group, limit)  # some may have gone meanwhile
-            if not tasks:
-                return Placed()
         if tasks[0].node_id:
             match confirm(tasks[0], requirements, self._accounting):
                 case Assignment() as assignment:
@@ -440,10 +432,6 @@ class Scheduler:
         """Nodes for single tasks, with equal requirements, of services without any other task."""
         placed: Placed | None = None
         with self._accounting_failures.caught("first tasks"):
-            if await self._prepare(shape, now):
-                view = self._term.view()
-                pending = (self._pending_task(task.id, view) for task in tasks)
-                tasks = [task for task in pending if task is not None]
             work = placing(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
             placed = await self._in_slices(work, tasks)
         if placed is None:

@@ -84,15 +84,16 @@ def placing(
         is_last: no more tasks with these requirements wait.
         leaving: tasks of the service, by node, whose slots ``tasks`` take over.
 
-    It pauses once everything is chosen, while it explains a refusal; ``Choices.preparing`` has the pauses before.
+    It pauses while it finds candidates among thousands of nodes, passes over those that are full, and explains a
+    refusal.
     """
     batch = tasks[:limit]
     accounting = choices.accounting
-    choice = choices.spread(requirements, now, is_last=is_last, leaving=leaving)
+    choice = yield from choices.spreading(requirements, now, is_last=is_last, leaving=leaving)
     assignments: list[Assignment] = []
     try:
         for task in batch:
-            account = choice.next()
+            account = yield from choice.choosing()
             if account is None:
                 break
             assignments.append(assigned(task, account, requirements, accounting, ASSIGNED))

@@ -20,6 +20,9 @@ Entry: TypeAlias = tuple[Any, ...]
 """``(*rank, serial, changes of the account, account)``: flat, as a heap compares tuples in tuples half as fast."""
 
 
+LOOKED_MAX = 100
+"""Accounts that ``first`` drops or ranks again in one go: a millisecond."""
+
 STALE_MAX = 64
 """Outdated entries, beyond the number of nodes, before they are dropped."""
 
@@ -27,6 +30,10 @@ STALE_MAX = 64
 def rank_of(entry: Entry) -> Rank:
     """The rank of an entry's account."""
     return entry[:-3]
+
+
+class Unfinished(Exception):
+    """``first`` has looked at so many accounts that other work should run before it goes on: it is called again."""
 
 
 class Ranking:
@@ -78,9 +85,16 @@ class Ranking:
         self._changes += self._serials.pop(id, None) is not None
 
     def first(self) -> Entry | None:
-        """The best account that has room, with its present rank; it is not removed."""
+        """The best account that has room, with its present rank; it is not removed.
+
+        Raises: Unfinished.
+        """
         heap, serials = self._heap, self._serials
+        looked = 0
         while heap:
+            if looked == LOOKED_MAX:
+                raise Unfinished
+            looked += 1
             entry = heap[0]
             serial, changes, account = entry[-3:]
             if serials.get(account.node.id) != serial:

@@ -8,20 +8,21 @@ they divide the nodes into a tree of branches (by a label's values), and each ta
 tasks of the service; among branches with equally many to the one with the best node.
 
 One ``Spread`` assigns tasks of one service with the same requirements.  Each choice must be reserved in the
-accounting before the next.
+accounting before the next.  For a service on few nodes it skips those in the order that all services share; one on
+many nodes has an order of all nodes of its own.
 
 Source: swarmkit, manager/scheduler/{scheduler,decision_tree,nodeset}.go.
 """
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
-from skep.aio.time_slices import STEP, SlicedWork, run_at_once
+from skep.aio.time_slices import STEP, SlicedWork
 from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.candidates import Candidates, Leaf, Pools
-from skep.manager.scheduler.ranking import Entry, Rank, Ranking, rank_of
+from skep.manager.scheduler.ranking import Entry, Rank, Ranking, Unfinished, rank_of
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId
 
@@ -35,54 +36,72 @@ KEPT_SPREADS = 16
 class Spread:
     """Chooses nodes for tasks with the same requirements, one after another."""
 
-    def __init__(
-        self,
-        requirements: Requirements,
-        pools: Pools,
-        failing: dict[NodeId, int],
-        leaving: Mapping[NodeId, int] = MappingProxyType({}),
-    ) -> None:
-        """Args:
-        failing: see ``failing_nodes``.
-        leaving: tasks of the service, by node, that do not count there; their reservations do.
-        """
-        self._requirements = requirements
-        self._leaving = leaving
-        self._accounting = pools.accounting
-        self._candidates = pools.candidates(requirements)
-        self.failing = failing
+    def __init__(self, requirements: Requirements, accounting: Accounting, candidates: Candidates) -> None:
+        """Of no node before ``catching_up``.  ``candidates``: for ``requirements``."""
+        self.candidates = candidates
+        self.failing: Mapping[NodeId, int] = {}
+        """See ``failing_nodes``."""
         self.counts = bool(requirements.service_id)
         """Whether assigned tasks count for the next ones.  Not for tasks without a service, nor for first tasks that
         are assigned by their shape."""
+        self.ranks_all = False
+        """Whether all nodes are in its own order, as the service is on many."""
+        self._requirements = requirements
+        self._accounting = accounting
+        self._leaving: Mapping[NodeId, int] = {}
         self._leaves: dict[Leaf, _Leaf] = {}
-        self._revision = self._seen = -1
-        self._root: _Leaf | _Fork
+        self.place: dict[NodeId, Leaf] = {}
+        """In which leaf's own order a node is."""
+        self._outdated: dict[NodeId, None] = {}
+        """Nodes of which ``assume`` said something new."""
+        self._seen = -1
+        self._root: _Leaf | _Fork | None = None
 
-    def next(self) -> Account | None:
-        """The node for the next task; None if no further node passes."""
-        return self._root.take()
+    def assume(self, failing: Mapping[NodeId, int], leaving: Mapping[NodeId, int]) -> None:
+        """What is to hold from the next ``catching_up`` on.
 
-    def catch_up(self) -> None:
-        """Update after tasks were assigned or ended, or nodes changed, since the last choice; before the first one."""
-        self._candidates.catch_up()
-        if self._revision != self._candidates.revision:
-            run_at_once(self.rebuilding())
-        elif self._seen != self._accounting.changes or len(self._candidates.levels) > 1:
-            for id in self._accounting.changed_since(self._seen):
+        Args:
+            failing: see ``failing_nodes``.
+            leaving: tasks of the service, by node, that do not count there; their reservations do.
+        """
+        for before, after in ((self.failing, failing), (self._leaving, leaving)):
+            self._outdated.update((id, None) for id, _ in set(before.items()) ^ set(after.items()))
+        self.failing, self._leaving = failing, leaving
+
+    def catching_up(self) -> SlicedWork[None]:
+        """Update after tasks were assigned or ended, or nodes changed, since the last choice; before the first one.
+
+        It pauses; what changes meanwhile is caught up with, too.
+        """
+        if len(self.candidates.levels) > 1:
+            self._root = None
+        while True:
+            yield from self.candidates.catching_up()
+            copies = self._accounting.copies(self._requirements.service_id)
+            if not self.ranks_all and len(copies) > STEP:
+                self.ranks_all, self._seen = True, -1
+            changes = self._accounting.changes
+            if self._seen == changes and not self._outdated:
+                return
+            self._root = None
+            for number, id in enumerate(self._to_update(copies), 1):
                 self._update_node(id)
-            self._build_tree()
+                if number % STEP == 0:
+                    yield
+            self._seen = changes
 
-    def rebuilding(self) -> SlicedWork[None]:
-        """Begin anew, with pauses; what changes in these is left to ``catch_up``."""
-        self._leaves.clear()
-        self._revision, seen = self._candidates.revision, self._accounting.changes
-        copies = self._accounting.copies(self._requirements.service_id)
-        for number, id in enumerate({**copies, **self.failing}, 1):
-            self._update_node(id)
-            if number % STEP == 0:
-                yield
-        self._build_tree()
-        self._seen = seen
+    def choosing(self) -> SlicedWork[Account | None]:
+        """The node for the next task; None if no further node passes.  It pauses where many nodes are full."""
+        while True:
+            try:
+                if self._root is None:
+                    self._root = self._tree()
+                return self._root.take()
+            except Unfinished:
+                self._root = None
+            self.close()
+            yield
+            yield from self.catching_up()
 
     def close(self) -> None:
         """End this batch: other spreads choose next."""
@@ -97,11 +116,11 @@ class Spread:
     def rank(self, account: Account) -> Rank:
         """Rank of a node that has tasks of the service, or where they failed."""
         failing = self.failing.get(account.node.id, 0)
-        return failing, self.copies(account), *self._candidates.rank(account)
+        return failing, self.copies(account), *self.candidates.rank(account)
 
     def has_room(self, account: Account) -> bool:
         """Whether ``max_replicas`` and the node's resources admit one more task."""
-        return self._candidates.has_room(account, self._present(account))
+        return self.candidates.has_room(account, self._present(account))
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -109,42 +128,56 @@ class Spread:
         """Wanted tasks of the service on the node."""
         return self._accounting.copies(self._requirements.service_id).get(account.node.id, 0)
 
-    def _update_node(self, id: NodeId) -> None:
-        """Take a node into its leaf's own order if the service is, or has failed, there."""
-        leaf = self._candidates.leaf_of.get(id)
-        account = self._accounting.accounts.get(id)
-        if leaf is None or account is None:
-            return
-        own = self._leaf(leaf).own
-        if self._candidates.can_pass[id] and (id in self.failing or self.copies(account)):
-            own.enter(account)
-        else:
-            own.leave(id)
+    def _to_update(self, copies: Mapping[NodeId, int]) -> Collection[NodeId]:
+        """The nodes to look at, after the candidates were updated."""
+        outdated, self._outdated = self._outdated, {}
+        if self._seen >= 0:
+            return dict.fromkeys((*self._accounting.changed_since(self._seen), *outdated))
+        return dict.fromkeys(
+            (*self.place, *(self.candidates.leaf_of if self.ranks_all else copies), *self.failing)
+        )
 
-    def _build_tree(self) -> None:
-        """Rebuild the tree with the present number of tasks in each branch."""
-        self._seen = self._accounting.changes
-        levels = len(self._candidates.levels)
+    def _update_node(self, id: NodeId) -> None:
+        """Take a node into its leaf's own order if the service is, or has failed, there, or is on many nodes."""
+        leaf = self.candidates.leaf_of.get(id)
+        account = self._accounting.accounts.get(id)
+        is_own = (
+            leaf is not None
+            and account is not None
+            and self.candidates.can_pass[id]
+            and (self.ranks_all or id in self.failing or bool(self.copies(account)))
+        )
+        before = self.place.get(id)
+        if before is not None and (not is_own or before != leaf):
+            self._leaf(before).own.leave(id)
+            del self.place[id]
+        if is_own:
+            assert leaf is not None
+            assert account is not None
+            self._leaf(leaf).enter(account)
+
+    def _tree(self) -> "_Leaf | _Fork":
+        """The branches with the present number of tasks in each.  Raises: Unfinished."""
+        levels = len(self.candidates.levels)
         if not levels:
-            self._root = self._leaf(())
-            return
+            return self._leaf(())
         tasks: Counter[Leaf] = Counter()
         for id, count in self._accounting.copies(self._requirements.service_id).items():
-            leaf = self._candidates.leaf_of.get(id)
+            leaf = self.candidates.leaf_of.get(id)
             for depth in range(levels if leaf is not None else 0):
                 tasks[leaf[: depth + 1]] += count - self._leaving.get(id, 0)  # type: ignore[index]
-        branches: dict[Leaf, _Leaf | _Fork] = {leaf: self._leaf(leaf) for leaf in self._candidates.leaves}
+        branches: dict[Leaf, _Leaf | _Fork] = {leaf: self._leaf(leaf) for leaf in self.candidates.leaves}
         for depth in reversed(range(levels)):
             forks: dict[Leaf, list[tuple[int, Leaf, _Leaf | _Fork]]] = {(): []} if depth == 0 else {}
             for path in sorted(branches):
                 forks.setdefault(path[:depth], []).append((tasks[path], path, branches[path]))
             branches = {path: _Fork(children, counts=self.counts) for path, children in forks.items()}
-        self._root = branches[()]
+        return branches[()]
 
     def _leaf(self, path: Leaf) -> "_Leaf":
         leaf = self._leaves.get(path)
         if leaf is None:
-            leaf = self._leaves[path] = _Leaf(self, self._candidates, path)
+            leaf = self._leaves[path] = _Leaf(self, path)
         return leaf
 
 
@@ -167,40 +200,24 @@ class Choices:
             and not failing_nodes(self.accounting, requirements, now)
         )
 
-    def spread(
+    def spreading(
         self,
         requirements: Requirements,
         now: float,
         *,
         is_last: bool,
         leaving: Mapping[NodeId, int] = MappingProxyType({}),
-    ) -> Spread:
+    ) -> SlicedWork[Spread]:
         """The spread for one batch, to be closed after it.  ``is_last``: no more tasks of the group wait."""
-        failing = failing_nodes(self.accounting, requirements, now)
-        if leaving:
-            once = Spread(requirements, self._pools, failing, leaving)  # valid for this batch only
-            once.catch_up()
-            return once
+        candidates = self._pools.pool(requirements)
         spread = self._kept.pop(requirements, None)
-        if spread is None or spread.failing != failing:
-            spread = Spread(requirements, self._pools, failing)
-        spread.catch_up()
-        if not is_last:
+        if spread is None or spread.candidates is not candidates:
+            spread = Spread(requirements, self.accounting, candidates)
+        spread.assume(failing_nodes(self.accounting, requirements, now), leaving)
+        yield from spread.catching_up()
+        if not is_last or spread.ranks_all:
             self._keep(requirements, spread)
         return spread
-
-    def is_prepared(self, requirements: Requirements) -> bool:
-        """Whether ``spread`` has little to do."""
-        return self._pools.is_prepared(requirements)
-
-    def preparing(self, requirements: Requirements, now: float) -> SlicedWork[None]:
-        """What ``spread`` would do at once: candidates among all nodes, and the order of those that run the service."""
-        yield from self._pools.preparing(requirements)
-        if requirements not in self._kept and len(self.accounting.copies(requirements.service_id)) > STEP:
-            failing = failing_nodes(self.accounting, requirements, now)
-            spread = Spread(requirements, self._pools, failing)
-            yield from spread.rebuilding()
-            self._keep(requirements, spread)
 
     def _keep(self, requirements: Requirements, spread: Spread) -> None:
         self._kept[requirements] = spread
@@ -220,13 +237,21 @@ def failing_nodes(accounting: Accounting, requirements: Requirements, now: float
 
 
 class _Leaf:
-    """The nodes of one branch: first those without a task of the service, then the others."""
+    """The nodes of one branch: first those without a task of the service, then the others.
 
-    def __init__(self, spread: Spread, candidates: Candidates, path: Leaf) -> None:
+    ``best`` and ``take`` raise Unfinished, as ``Ranking.first`` does; the tree is made anew then.
+    """
+
+    def __init__(self, spread: Spread, path: Leaf) -> None:
         self.own = Ranking(spread.rank, spread.has_room)
         self._spread = spread
-        self._fresh = candidates.leaves.get(path)
+        self._path = path
         self._aside: list[Entry] = []
+
+    def enter(self, account: Account) -> None:
+        """Take a node into the service's own order."""
+        self._spread.place[account.node.id] = self._path
+        self.own.enter(account)
 
     def best(self) -> Rank | None:
         """The rank of the node that ``take`` would return."""
@@ -244,14 +269,14 @@ class _Leaf:
     def put_back(self) -> None:
         """Return what this service skipped to the common ranking."""
         if self._aside:
-            assert self._fresh is not None
+            fresh = self._spread.candidates.leaves[self._path]
             for entry in self._aside:
-                self._fresh.put_back(entry)
+                fresh.put_back(entry)
             self._aside.clear()
 
     def _fresh_first(self) -> Entry | None:
-        fresh = self._fresh
-        if fresh is None:
+        fresh = self._spread.candidates.leaves.get(self._path)
+        if fresh is None or self._spread.ranks_all:
             return None
         if not self._spread.counts:
             return fresh.first()
@@ -263,8 +288,8 @@ class _Leaf:
             if id not in self._spread.failing and not self._spread.copies(account):
                 if self._spread.has_room(account):
                     return first  # if a task is to leave, there is room for one more anyway
-            elif id not in self.own:
-                self.own.enter(account)
+            elif id not in self.own and self._spread.has_room(account):
+                self.enter(account)
             self._aside.append(fresh.set_aside())
         return None
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.aio.time_slices import SlicedWork
 from skep.manager.scheduler import accounting as accounting_module
 from skep.manager.scheduler import candidates as candidates_module
 from skep.manager.scheduler import ranking as ranking_module
@@ -317,6 +318,17 @@ def test_properties_of_choices(check: Callable[[int], None], seed: int) -> None:
     check(seed)
 
 
+@pytest.mark.parametrize("check", CHECKS)
+@given(seed=st.integers(0, 1 << 32))
+@settings(max_examples=60, deadline=None)
+def test_properties_of_choices_of_services_on_many_nodes(check: Callable[[int], None], seed: int) -> None:
+    """Two nodes are many, and it pauses after each node."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spread_module, "STEP", 1)
+        patch.setattr(ranking_module, "LOOKED_MAX", 1)
+        check(seed)
+
+
 # -- wrong twins -------------------------------------------------------------------------------------------------------
 
 
@@ -363,17 +375,17 @@ def deaf(patch: pytest.MonkeyPatch) -> None:
 
 def shy(patch: pytest.MonkeyPatch) -> None:
     """A node takes one task at a time."""
-    real = spread_module.Spread.next
+    real = spread_module.Spread.choosing
     served: set[tuple[int, str]] = set()
 
-    def once(spread: spread_module.Spread) -> Account | None:
-        account = real(spread)
+    def once(spread: spread_module.Spread) -> SlicedWork[Account | None]:
+        account = yield from real(spread)
         if account is None or (id(spread), account.node.id) in served:
             return None
         served.add((id(spread), account.node.id))
         return account
 
-    patch.setattr(spread_module.Spread, "next", once)
+    patch.setattr(spread_module.Spread, "choosing", once)
 
 
 def inventive(patch: pytest.MonkeyPatch) -> None:

@@ -212,6 +212,32 @@ async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_f
     assert max(counts) < 12 * NODES
 
 
+@pytest.mark.parametrize("full", [NODES, NODES - 1])
+async def test_no_step_looks_at_more_than_some_of_the_nodes_that_a_service_is_on(
+    monkeypatch: pytest.MonkeyPatch, full: int
+) -> None:
+    """One task on each node but for one, or on all: the node without one is not found by passing over the others."""
+    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+    store = MemoryStore(SystemClock())
+    service = a_service("web", max_replicas=1, replicas=NODES)
+    await store.update_each(put, [a_node(f"n{n:04}") for n in range(NODES)])
+    await store.update(put, service)
+    running = [
+        a_task(f"t{n:04}", service=service, slot=n + 1, node=f"n{n:04}", state=TaskState.RUNNING)
+        for n in range(full)
+    ]
+    await store.update_each(put, running)
+    async with scheduling(store):
+        await asyncio.sleep(0.1)  # it has entered them, which has a test of its own
+        with counting_calls_of_callbacks() as counts:
+            await store.update(put, a_task("last", service=service, slot=NODES, state=TaskState.PENDING))
+            await wait_for(store, lambda: (task := store.view().get(Task, "last")).node_id or task.status.err)
+    last = store.view().get(Task, "last")
+    assert last.node_id == ("" if full == NODES else f"n{full:04}")
+    assert ("max replicas per node" in last.status.err) == (full == NODES)
+    assert max(counts) < 6 * NODES
+
+
 async def test_room_that_comes_while_a_refusal_is_explained_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     explained, real = asyncio.Event(), filters.explaining
