@@ -65,7 +65,7 @@ class Spread:
             leaving: tasks of the service, by node, that do not count there; their reservations do.
         """
         for before, after in ((self.failing, failing), (self._leaving, leaving)):
-            self._outdated.update((id, None) for id, _ in set(before.items()) ^ set(after.items()))
+            self._outdated.update((id, None) for id, _ in sorted(set(before.items()) ^ set(after.items())))
         self.failing, self._leaving = failing, leaving
 
     def catching_up(self) -> SlicedWork[None]:
