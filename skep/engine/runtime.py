@@ -37,6 +37,7 @@ from skep.engine.container import Container, ContainerConfig, ProcessName
 from skep.engine.limits import resources
 from skep.engine.processes import find, wait_gone
 from skep.engine.runc_state import ProcessEnded, RuncState
+from skep.engine.sealed_program import SealedProgram
 from skep.errors import Unavailable
 from skep.linux.commands import communicate
 from skep.model.ids import ContainerId
@@ -79,6 +80,7 @@ class Runtime:
         self, *, runc: Path, conmon: Path, root: Path, bundles: Bundles, cgroups: Cgroups, capacity: Capacity
     ) -> None:
         self._runc = runc
+        self._sealed_runc = SealedProgram(runc)
         self._conmon = conmon
         self._root = root
         self.bundles = bundles
@@ -90,6 +92,7 @@ class Runtime:
     def close(self) -> None:
         """Free what starting containers needs; they run on."""
         self._conmons.close()
+        self._sealed_runc.close()
 
     async def create(self, container: Container) -> Started:
         """``runc create`` under a conmon of its own.
@@ -278,7 +281,7 @@ class Runtime:
         arguments = [str(self._conmon), "--api-version", "1", "-c", id, "-u", name, "-n", name]
         arguments += [
             "-r",
-            str(self._runc),
+            self._sealed_runc.path(),
             "-b",
             str(path),
             "-p",

@@ -34,6 +34,21 @@ async def test_runc_sees_a_started_container_as_running(lab: Lab, run: Runner, e
     assert '"status": "running"' in state
 
 
+async def test_runc_is_executed_from_memory_that_nothing_can_write_to(
+    run: Runner, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, programs = RuncState.start, list[str]()
+
+    async def look_first(self: RuncState, id: ContainerId, process: ProcessName) -> bool:
+        programs.append(os.readlink(f"/proc/{process.pid}/exe"))  # still runc init
+        return await begin(self, id, process)
+
+    monkeypatch.setattr(RuncState, "start", look_first)
+    container = await run.start("sleep", "100")
+    assert engine.get(container.id).is_running
+    assert programs == ["/memfd:runc (deleted)"]
+
+
 async def test_another_runtimes_state_is_left_to_its_own_start(tmp_path: Path) -> None:
     state = RuncState(tmp_path)
     assert not await state.start(ID, own_process())
