@@ -15,6 +15,7 @@ from skep.api.client import Client
 from skep.errors import InvalidArgument
 from skep.imports.document import Imported, Note, escaped
 from skep.imports.inspected import imported, spec_in
+from skep.model.labels import STACK_REVISION
 from skep.model.service import ServiceSpec
 from skep.model.unknown import Unknown
 from skep.stack.project import NAMESPACE
@@ -71,6 +72,7 @@ async def objects_of(client: Client) -> Objects:
 
 def move_of(objects: Objects) -> Move:
     """Stack files, the contents of configs, and a page with the steps."""
+    objects = replace(objects, configs=[one for one in objects.configs if not _is_revision(one)])
     networks = {str(one["Id"]): one for one in objects.networks if one.get("Scope") == "swarm"}
     specs = [spec_in(service) for service in objects.services]
     rest = _free_name({spec.labels.get(NAMESPACE, "") for spec, _ in specs})
@@ -90,6 +92,11 @@ def move_of(objects: Objects) -> Move:
     files |= {f"configs/{name}": content for name, content in contents.items()}
     files["MOVING.md"] = _page(objects, made, rest, contents.keys()).encode()
     return Move(files=files, stacks=made)
+
+
+def _is_revision(config: Mapping[str, Any]) -> bool:
+    """Whether ``skep stack deploy`` made it: the stacks of the new cluster get revisions of their own."""
+    return STACK_REVISION in ((config.get("Spec") or {}).get("Labels") or {})
 
 
 def _free_name(taken: Collection[str]) -> str:

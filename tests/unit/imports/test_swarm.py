@@ -85,6 +85,7 @@ SWARM = Objects(
         },
         {"Spec": {"Name": "template", "Data": "", "Templating": {"Name": "golang"}}},
         {"Spec": {"Name": "../../etc/passwd", "Data": ""}},
+        {"Spec": {"Name": "shop_revision-1", "Labels": {"skep.stack.revision": "1"}, "Data": "aGVsbG8="}},
     ),
     nodes=(
         {
