@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from skep.engine import apparmor
-from skep.engine.api.network_settings import network_settings, networks
+from skep.engine.api.network_settings import network_settings, networks_in_lists
 from skep.engine.bundle import Bundles
 from skep.engine.container import (
     Container,
@@ -152,7 +152,7 @@ def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, 
         "State": container.state.value,
         "Status": status(container, now_ns),
         "HostConfig": {"NetworkMode": container.network_mode},
-        "NetworkSettings": {"Networks": networks(container)},
+        "NetworkSettings": {"Networks": networks_in_lists(container)},
         "Mounts": _mounts(container),
     }
 

@@ -101,6 +101,14 @@ def networks(container: Container) -> dict[str, Any]:
     }
 
 
+def networks_in_lists(container: Container) -> dict[str, Any]:
+    """The same without aliases and links, which lists of containers leave out.
+
+    Source: moby, container/view.go.
+    """
+    return {name: one | {"Aliases": None, "Links": None} for name, one in networks(container).items()}
+
+
 def _alone(container: Container) -> dict[str, Any]:
     """Of a plain container that does not run and is to have none of its own."""
     if container.plain is None or container.plain.mode in (NetworkMode.NETWORKS, NetworkMode.CONTAINER):

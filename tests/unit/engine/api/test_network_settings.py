@@ -2,7 +2,7 @@
 
 import msgspec
 
-from skep.engine.api.network_settings import network_settings
+from skep.engine.api.network_settings import network_settings, networks_in_lists
 from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.model.ids import ContainerId, NetworkId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
@@ -62,6 +62,11 @@ def test_every_network_is_shown_as_an_engine_shows_it() -> None:
     assert (web["GlobalIPv6Address"], web["GlobalIPv6PrefixLen"]) == ("fd05::3", 64)
     assert [settings[key] for key in ("IPAddress", "Gateway", "MacAddress", "IPPrefixLen")] == ["", "", "", 0]
     assert settings["SandboxKey"] == "/run/netns/c1"
+
+
+def test_lists_show_the_same_without_aliases() -> None:
+    inner = network_settings(RUNNING)["Networks"]["inner"]
+    assert networks_in_lists(RUNNING)["inner"] == inner | {"Aliases": None}
 
 
 def test_what_has_ended_keeps_its_networks_and_has_no_address() -> None:
