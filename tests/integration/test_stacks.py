@@ -177,7 +177,7 @@ def test_an_earlier_revision_is_deployed_again(m1: TestNode, folder: Path) -> No
     assert all(line.endswith("deployed") for line in listed[1:])
     assert skep(m1, "stack", "diff", "shop", "1", "2").stdout.splitlines()[0] == "+ more"
 
-    done = skep(m1, "stack", "rollback", "shop")
+    done = skep(m1, "stack", "rollback", "--to", "1", "shop")
     assert "- service shop_more" in done.stderr
     container = running(m1, "shop_web")[0]["Status"]["ContainerStatus"]["ContainerID"]
     assert m1.docker("exec", container, "cat", "/c").stdout == "one"
@@ -252,6 +252,47 @@ def test_services_that_the_files_no_longer_have_go_when_asked(m1: TestNode, fold
     assert [(one["Action"], one["Name"]) for one in json.loads(planned.stdout)] == [("remove", "shop_b")]
     deploy(m1, folder, "--prune")
     assert m1.docker("stack", "services", "shop", "--format", "{{.Name}}").stdout == "shop_a\n"
+
+
+def test_one_service_is_deployed_and_the_others_stay_as_they_are(m1: TestNode, folder: Path) -> None:
+    service = "{image: busybox, environment: {WORD: '%s'}, deploy: {replicas: 0}}"
+    text = f"name: shop\nservices: {{a: {service}, b: {service}}}"
+    (folder / "compose.yaml").write_text(text.replace("%s", "one"))
+    deploy(m1, folder)
+    (folder / "compose.yaml").write_text(text.replace("%s", "two"))
+    deploy(m1, folder, "--only", "a")
+    shown = m1.docker(
+        "service", "inspect", "--format", "{{.Spec.TaskTemplate.ContainerSpec.Env}}", "shop_a", "shop_b"
+    )
+    assert shown.stdout.split() == ["[WORD=two]", "[WORD=one]"]
+    listed = skep(m1, "stack", "history", "shop", "-o", "json").stdout
+    assert len(json.loads(listed)) == 1, "a part of a stack is no revision of it"
+    unknown = deploy(m1, folder, "--only", "c", check=False)
+    assert (unknown.returncode, unknown.stderr.splitlines()[-1]) == (
+        1,
+        "Error: the files have no service c: they have a, b",
+    )
+
+
+def test_a_mounted_file_with_other_content_updates_its_service(m1: TestNode, folder: Path) -> None:
+    (folder / "site.conf").write_text("one")
+    service = (
+        "{image: busybox, command: sleep 600, stop_grace_period: 0s, volumes: ['./site.conf:/site.conf:ro'], "
+    )
+    service += "deploy: {update_config: {monitor: 0s}}, x-skep: {drain: 0s}}"
+    (folder / "compose.yaml").write_text(f"name: shop\nservices: {{web: {service}}}")
+    deploy(m1, folder)
+    before = running(m1, "shop_web")[0]["ID"]
+    (folder / "new").write_text("two")
+    (folder / "new").rename(folder / "site.conf")  # as editors write: the container has the file that was
+    planned = skep(m1, "stack", "plan", "--resolve-image", "never", check=False, cwd=folder)
+    assert planned.returncode == 2
+    assert "site.conf" in planned.stdout
+    deploy(m1, folder)
+    (task,) = running(m1, "shop_web")
+    assert task["ID"] != before
+    container = task["Status"]["ContainerStatus"]["ContainerID"]
+    assert m1.docker("exec", container, "cat", "/site.conf").stdout == "two"
 
 
 def test_an_image_is_built_and_its_service_runs(m1: TestNode, folder: Path) -> None:
