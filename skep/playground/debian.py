@@ -5,7 +5,7 @@ apt downloads and checks the packages, nothing is installed, and no image regist
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skep.errors import FailedPrecondition, SkepError
@@ -19,17 +19,17 @@ _LIBRARY = re.compile(r"^(?: *\|?Depends: |    )((?:lib|zlib)[a-z0-9.+-]+)$", re
 _LIBRARY_FOLDERS = ("lib", "usr/lib", "lib64", "usr/lib64")
 
 
-async def unpack_with_libraries(package: str, directory: Path) -> None:
-    """Unpack ``package`` and every library package that it depends on into ``directory``.
+async def unpack_with_libraries(directory: Path, *packages: str) -> None:
+    """Unpack ``packages`` and every library package that they depend on into ``directory``.
 
     Raises: FailedPrecondition, Unavailable: apt cannot fetch them, with its words.
     """
     try:
-        await _download(await _with_libraries(package), directory)
+        await _download(await _with_libraries(packages), directory)
     except SkepError:
         # A fresh machine has no package lists yet, or old ones.
         await run("apt-get", "-q", "update", deadline_s=_DOWNLOAD_WITHIN_S)
-        await _download(await _with_libraries(package), directory)
+        await _download(await _with_libraries(packages), directory)
     root = directory / "root"
     for archive in sorted(directory.glob("*.deb")):
         await run("dpkg-deb", "--extract", str(archive), str(root))
@@ -64,10 +64,10 @@ def program(path: str, directory: Path) -> dict[str, Entry]:
     return entries
 
 
-async def _with_libraries(package: str) -> list[str]:
-    """``package`` and the packages that it depends on, directly or not, and that are libraries by their name."""
-    found = {package}
-    waiting = [package]
+async def _with_libraries(packages: Sequence[str]) -> list[str]:
+    """``packages`` and those that they depend on, directly or not, and that are libraries by their name."""
+    found = {*packages}
+    waiting = [*packages]
     while waiting:
         shown = (await run("apt-cache", "depends", "--important", *waiting)).decode()
         named = libraries_named(shown)

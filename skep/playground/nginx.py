@@ -37,7 +37,7 @@ async def nginx_archive() -> Archive:
     """
     with tempfile.TemporaryDirectory(prefix="skep-image-") as temporary:
         directory = Path(temporary)
-        await unpack_with_libraries("nginx", directory)
+        await unpack_with_libraries(directory, "nginx")
         packaged_at = datetime.fromtimestamp(int((directory / "root" / PROGRAM).stat().st_mtime), UTC)
         entries: dict[str, Entry] = {
             **await applets(Path(find("busybox"))),

@@ -31,6 +31,7 @@ from tests.support.playground_rig import (
 )
 from tests.support.raw_calls import call
 from tests.support.stand_ins import image, load, script
+from tests.support.talks import deploy, fetched
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -169,22 +170,9 @@ def m1(three: TestCluster) -> Iterator[TestNode]:
     remove_services(node)
 
 
-def deploy(node: TestNode, directory: Path, name: str, file: str) -> str:
-    """``docker stack deploy``; what it wrote to standard error."""
-    (directory / f"{name}.yml").write_text(file)
-    words = ("stack", "deploy", "--resolve-image", "never", "-c", str(directory / f"{name}.yml"), name)
-    return node.docker(*words).stderr
-
-
 def socket_in(node: TestNode, service: str) -> str:
     (pid,) = container_pids(node, service).values()
     return f"/proc/{pid}/root/var/run/docker.sock"
-
-
-def fetched(node: TestNode, service: str, url: str) -> str:
-    """What a container of ``service`` on ``node`` gets from ``url``; empty: nothing yet."""
-    (id,) = container_pids(node, service)
-    return node.docker("exec", id, "wget", "-q", "-O", "-", url, check=False).stdout
 
 
 def filters(**wanted: Any) -> str:
@@ -321,7 +309,7 @@ def test_coins_are_mined_by_more_workers_and_counted(
         ["redis:latest"],
         {"bin/redis-server": Link("/usr/bin/redis-check-rdb")},  # it looks by which name it was called
         ["redis-server", "--protected-mode", "no"],
-        *("redis-tools", "usr/bin/redis-check-rdb"),
+        *(["redis-tools"], ["usr/bin/redis-check-rdb"]),
     )
     load(m1, tmp_path, redis)
     deploy(m1, tmp_path, "coins", COINS)

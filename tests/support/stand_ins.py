@@ -3,9 +3,11 @@
 import asyncio
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
-from skep.playground.archive import Archive, Directory, Entry, File, image_archive
+from skep.playground import elf
+from skep.playground.archive import Archive, Directory, Entry, File, Link, image_archive
 from skep.playground.busybox import GROUP, PASSWD, PATH, applets
 from skep.playground.commands import find
 from skep.playground.debian import program, unpack_with_libraries
@@ -23,15 +25,23 @@ def image(
     tags: Sequence[str],
     entries: Mapping[str, Entry],
     entrypoint: Sequence[str],
-    package: str = "",
-    path: str = "",
+    packages: Sequence[str] = (),
+    paths: Sequence[str] = (),
 ) -> Archive:
-    """Busybox with ``entries``, and the program at ``path`` of a Debian package with its libraries."""
-    return asyncio.run(_image(tags, entries, entrypoint, package, path))
+    """Busybox with ``entries``, and what is at ``paths`` of Debian packages, with its libraries.
+
+    Args:
+        paths: patterns of programs and folders, without a leading slash.
+    """
+    return asyncio.run(_image(tags, entries, entrypoint, packages, paths))
 
 
 async def _image(
-    tags: Sequence[str], entries: Mapping[str, Entry], entrypoint: Sequence[str], package: str, path: str
+    tags: Sequence[str],
+    entries: Mapping[str, Entry],
+    entrypoint: Sequence[str],
+    packages: Sequence[str],
+    paths: Sequence[str],
 ) -> Archive:
     found: dict[str, Entry] = {
         "dev": Directory(),
@@ -42,12 +52,32 @@ async def _image(
         "etc/passwd": PASSWD,
         **await applets(Path(find("busybox"))),
     }
-    if package:
+    if packages:
         with tempfile.TemporaryDirectory(prefix="skep-image-") as directory:
-            await unpack_with_libraries(package, Path(directory))
-            found |= program(path, Path(directory))
+            await unpack_with_libraries(Path(directory), *packages)
+            for path in paths:
+                found |= _unpacked(path, Path(directory))
     config = {"Entrypoint": list(entrypoint), "Env": [f"PATH={PATH}"]}
     return image_archive({**found, **entries}, tags=tags, created=_CREATED, config=config)
+
+
+def _unpacked(pattern: str, directory: Path) -> dict[str, Entry]:
+    """The programs at ``pattern``, and all that is below the folders there."""
+    root = directory / "root"
+    found: dict[str, Entry] = {}
+    places = sorted(root.glob(pattern))
+    assert places, f"the packages have no {pattern}"
+    for file in chain(places, *(place.rglob("*") for place in places if place.is_dir())):
+        name = str(file.relative_to(root))
+        if file.is_symlink():
+            found[name] = Link(str(file.readlink()))
+        elif file.is_file():
+            content = file.read_bytes()
+            if elf.read(content):
+                found |= program(name, directory)
+            else:
+                found[name] = File(content, file.stat().st_mode & 0o777)
+    return found
 
 
 def load(node: TestNode, directory: Path, *archives: Archive) -> None:

@@ -78,7 +78,7 @@ async def archive() -> Archive:
     """
     with tempfile.TemporaryDirectory(prefix="skep-image-") as temporary:
         directory = Path(temporary)
-        await unpack_with_libraries("haproxy", directory)
+        await unpack_with_libraries(directory, "haproxy")
         packaged_at = datetime.fromtimestamp(int((directory / "root" / PROGRAM).stat().st_mtime), UTC)
         entries: dict[str, Entry] = {
             **program(PROGRAM, directory),
