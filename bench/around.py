@@ -46,6 +46,7 @@ from tests.support.plugins import plugin
 Lab = DockerLab | SkepLab
 TURNS = 5
 """Of each way to execute a command, in a pair."""
+EXECS = 20
 PROBED = 20
 """Two processors are not enough for 100 probes each second of either system."""
 SETTLED_S, WINDOW_S = 3.0, 10.0
@@ -103,8 +104,15 @@ def exec_figures(pairs: int) -> list[Figure]:
         async def one(number: int) -> dict[str, float]:
             return await alternated(list(ways), number, TURNS, turn)
 
+        def spent(lab: Lab) -> Metrics:
+            before = group_processor_s(lab.cgroup)
+            for _ in range(EXECS):
+                ways["requests, Docker" if lab is docker else "requests, Skep"]()
+            return {"ms": (group_processor_s(lab.cgroup) - before) / EXECS * 1e3}
+
         asyncio.run(one(0))  # what only the first one does
         values, busy = asyncio.run(undisturbed(pairs, one))
+        processor, _ = side_by_side((docker, skep), pairs, spent)
 
     def beside(first: str, second: str) -> Sides:
         return {way: [value[way] for value in values] for way in (first, second)}
@@ -123,6 +131,7 @@ def exec_figures(pairs: int) -> list[Figure]:
             beside("requests, same node", "requests, another node"),
             limit=1.5,
         ),
+        ratio(0, "exec: processor ms of its three requests", processor["ms"]),
         ratio(0, "docker exec, ms", beside("docker exec, Docker", "docker exec, Skep")),
         ratio(
             0, "skep exec from another node, ms", beside("skep exec, same node", "skep exec, another node")
