@@ -51,6 +51,13 @@ def members(playground: str, node: str) -> set[int]:
     return pids
 
 
+def thaw(playground: str, node: str) -> None:
+    """Let the processes of paused containers run: v1 keeps them frozen through SIGKILL, v2 does not."""
+    for directory in directories(ROOT / "freezer" / names.cgroup(playground, node)):
+        with suppress(OSError):  # it is gone
+            (directory / "freezer.state").write_text("THAWED")
+
+
 def nodes(playground: str) -> list[str]:
     """Nodes of ``playground`` that have a cgroup somewhere."""
     found = set()

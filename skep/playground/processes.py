@@ -47,6 +47,7 @@ async def kill_all(playground: str, node: str) -> None:
     async def nobody_left() -> bool:
         pids = of_node(playground, node)
         _signal(pids, signal.SIGKILL)
+        cgroups.thaw(playground, node)
         return not pids
 
     await wait_until(nobody_left, f"every process of {node} ends", _GONE_WITHIN_S)
