@@ -106,6 +106,13 @@ class RawClient:
         self._stack = AsyncExitStack()
         self._open: Opener | None = None
 
+    @classmethod
+    def over(cls, name: str, open: Opener) -> Self:
+        """Requests on the connections that ``open`` makes; to be used as it is.  ``name``: of the host, in errors."""
+        client = cls(name)
+        client._open = open
+        return client
+
     async def __aenter__(self) -> Self:
         """Raises: InvalidArgument: the host is none; Unavailable: ssh does not reach it."""
         self._open = await self._opener()

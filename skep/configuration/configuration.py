@@ -60,6 +60,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None
+    dashboard: tuple[str, int] | None = None
+    """Where browsers are served by TLS; None: nowhere."""
+    dashboard_public: bool = False
     engine_socket: Path | None = None
     """The Docker Engine that gets what is not ours; None: such requests are refused."""
 

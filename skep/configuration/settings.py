@@ -65,6 +65,16 @@ SETTINGS = (
         name="tls-ca", help="authority that signs the certificates of clients", read=values.existing_file
     ),
     Setting(
+        name="dashboard",
+        help="address:port where users with a token open the dashboard in a browser, by TLS (none); managers only",
+        read=values.listening_addr,
+    ),
+    Setting(
+        name="dashboard-public",
+        help="serve it on public addresses of this machine, too",
+        read=values.boolean,
+    ),
+    Setting(
         name="engine-socket",
         help="the machine's Docker Engine, which gets what skep does not answer",
         read=values.socket_path,

@@ -12,6 +12,7 @@ import msgspec
 from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost
 from skep.configuration.settings import SETTINGS
 from skep.configuration.values import LOG_DRIVERS
+from skep.model.addresses import is_public, joined
 from skep.paths import SOCKET_PATH_BYTES_MAX
 
 DEFAULT_TOML = Path("/etc/skep/skep.toml")
@@ -172,8 +173,17 @@ def _problems_together(configuration: Configuration) -> list[str]:
             f"{over_tcp[0]} gives root on this machine to every client that reaches it: "
             f"set --tls-cert, --tls-key and --tls-ca so that clients are authenticated, or use unix://"
         )
-    elif any(tls) and None in tls:
+    elif any(tls) and None in (tls if configuration.dashboard is None else tls[:2]):
         problems.append("--tls-cert, --tls-key and --tls-ca belong together: set all three or none")
+    if configuration.dashboard is not None:
+        address, port = configuration.dashboard
+        if not any(tls):
+            problems.append("--dashboard is served by TLS: set --tls-cert and --tls-key")
+        if address and is_public(address) and not configuration.dashboard_public:
+            problems.append(
+                f"--dashboard {joined(address, port)} is a public address: set --dashboard-public if it is to be "
+                "served to the internet, or choose a private one"
+            )
     longest = configuration.paths.handover_socket
     if len(str(longest).encode()) > SOCKET_PATH_BYTES_MAX:
         problems.append(

@@ -1,8 +1,9 @@
 """The identity of a request, and what its roles reach: the whole cluster, or single stacks."""
 
+import hashlib
 import re
 from enum import Enum, IntEnum
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
@@ -10,6 +11,7 @@ from skep.errors import InvalidArgument
 
 EVERY_STACK: Final = "*"
 """In place of a stack's name: the whole cluster."""
+TOKEN_BYTES_MAX: Final = 512
 _STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
 
@@ -54,6 +56,19 @@ class Origin(Enum):
     """By the socket in a container that may use the API."""
     NODE = "node"
     """By the certificate of a worker, for the clients of its API."""
+
+
+class Credential(msgspec.Struct, frozen=True):
+    """What a client has proved.  ``key``: of a user's certificate its serial number, of a token its digest, of a
+    certificate of the machine's authority the name in it."""
+
+    origin: Origin
+    key: str
+
+    @classmethod
+    def of_token(cls, token: bytes) -> Self:
+        """Users are found by the digest: a comparison tells nothing of the token by the time that it takes."""
+        return cls(Origin.TOKEN, hashlib.sha256(token).hexdigest())
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):

@@ -84,3 +84,15 @@ def default_peer_addr(listen_addr: str) -> str:
     """The peer address of the etcd of a manager at ``listen_addr`` (``ip:port``): the next port."""
     host, port = parted(listen_addr)
     return joined(host, int(port) + 1)
+
+
+def plain_address(address: str) -> str:
+    """Without a zone; of an IPv4 address in an IPv6 one, the former."""
+    found = ip_address(address.partition("%")[0])
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return str(mapped or found)
+
+
+def is_public(address: str) -> bool:
+    """Whether ``address`` is one of the internet's."""
+    return ip_address(plain_address(address)).is_global

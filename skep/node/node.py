@@ -84,6 +84,7 @@ from skep.node.environment import Environment
 from skep.node.events import NodeEvents
 from skep.node.features import Features
 from skep.node.front.application import Application, close_after_response, serving, tls_of
+from skep.node.front.browsers import serving_dashboard
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
 from skep.node.front.server import Front
@@ -189,7 +190,7 @@ class Node:
                 await self._tables.restore(self._shared_tables)
             app = await self._application()
             users = Users(self._manager_api, self._clock, self._random, tls_of(self._configuration))
-            if users.tls is not None:
+            if users.tls is not None or self._configuration.dashboard is not None:
                 run(users.run, "users of the API")
             front = self._front(
                 await stack.enter_async_context(serving(app, partial(ping_response, self._system))), users
@@ -207,7 +208,8 @@ class Node:
                 run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
             await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
             await stack.enter_async_context(serving_metrics(self._configuration.metrics_addr, self._metrics))
-            async with front.listening(self._configuration.api_hosts):
+            dashboard = serving_dashboard(self._configuration, users, front, self._clock)
+            async with front.listening(self._configuration.api_hosts), dashboard:
                 if self._engine is not None:
                     run(partial(self._container_apis.run, front.serve), "API of containers")
                 freeze()

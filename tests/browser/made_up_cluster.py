@@ -387,10 +387,9 @@ def _journal(cluster: MadeUpCluster, rng: random.Random) -> None:
 # --- the server
 
 
-def app_of(cluster: MadeUpCluster) -> web.Application:
-    """The addresses of ``skep ui``, below ``/KEY/``."""
+def app_of(cluster: MadeUpCluster, root: str = f"/{KEY}") -> web.Application:
+    """The addresses of ``skep ui``, below ``root``."""
     app = web.Application()
-    root = f"/{KEY}"
 
     async def static(request: web.Request) -> web.Response:
         name = request.match_info.get("name") or "index.html"
@@ -489,6 +488,8 @@ def _answer(cluster: MadeUpCluster, path: str, body: Any) -> Any:
             return {"Summary": "It is as it should be.", "Reasons": [], "Failures": []}
         case ["tasks"]:
             return []
+        case ["skep", "ui", "session"]:
+            return {"user": "", "roles": [], "by_login": False}
         case _:
             return {}
 

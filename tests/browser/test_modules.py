@@ -34,7 +34,9 @@ def test_nothing_is_ever_parsed_as_html() -> None:
 def test_pages_use_relative_addresses_and_nothing_inline() -> None:
     """They are below a path that they do not know, under a policy that refuses inline code and other origins."""
     index = (STATIC / "index.html").read_text()
-    assert not re.search(r"<script>|<style|style=|\son\w+=|(src|href)=\"(/|https?:)", index)
+    inline = r"<script>|<style|style=|\son\w+="
+    assert not re.search(inline + r"|(src|href)=\"(/|https?:)", index)
+    assert not re.search(inline + r"|(src|href)=\"(//|https?:)", (STATIC / "login.html").read_text())
     for path in STATIC.glob("*.js"):
         assert not re.search(
             r"(fetch|EventSource|WebSocket|import)\(?\s*[\"'`](/|https?:|wss?:)", path.read_text()

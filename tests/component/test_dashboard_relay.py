@@ -10,8 +10,10 @@ import pytest
 from aiohttp import web
 
 from skep.api.raw import RawClient
+from skep.dashboard import passing
 from skep.dashboard import relay as relay_module
-from skep.dashboard.relay import Relay, is_allowed
+from skep.dashboard.passing import is_allowed
+from skep.dashboard.relay import Relay
 
 SECRETS = ("token", "key", "cookie", "namename")
 
@@ -273,7 +275,7 @@ async def test_requests_that_are_too_large_or_no_http_are_refused(tmp_path: Path
 async def test_connections_that_say_nothing_are_dropped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "HEAD_S", 0.3)
+    monkeypatch.setattr(passing, "HEAD_S", 0.3)
     monkeypatch.setattr(relay_module, "CONNECTIONS_MAX", 5)
     async with a_dashboard(tmp_path) as (browser, _):
         silent = [raw(browser.origin, b"GET /key/") for _ in range(8)]
@@ -283,7 +285,7 @@ async def test_connections_that_say_nothing_are_dropped_and_counted(
 
 
 async def test_a_flood_of_streams_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "REQUESTS_MAX", 3)
+    monkeypatch.setattr(passing, "REQUESTS_MAX", 3)
     async with a_dashboard(tmp_path) as (browser, _):
         streams = [
             await browser.session.get(f"{browser.base}/skep/view/stream", headers=browser.cookie)
@@ -322,7 +324,7 @@ async def test_a_terminal_is_for_the_page_itself_and_says_why_there_is_none(tmp_
 
 
 async def test_terminals_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "TERMINALS_MAX", 0)
+    monkeypatch.setattr(passing, "TERMINALS_MAX", 0)
     async with a_dashboard(tmp_path) as (browser, _):
         own = {**browser.cookie, "Origin": browser.origin}
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:

@@ -15,7 +15,7 @@ async function request(path, options) {
   try {
     response = await fetch(`../${path}`, { ...options, signal: AbortSignal.timeout(DEADLINE_S * 1000) });
   } catch (error) {
-    throw new ApiError(0, error.name === "TimeoutError" ? `no answer within ${DEADLINE_S} s` : "no connection to `skep ui`");
+    throw new ApiError(0, error.name === "TimeoutError" ? `no answer within ${DEADLINE_S} s` : "no connection");
   }
   const text = await response.text();
   let body = null;

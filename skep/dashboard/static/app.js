@@ -9,6 +9,7 @@ import { Logs } from "./logs.js";
 import { Terminal } from "./terminal.js";
 import { ApiError, get } from "./api.js";
 import { Resources } from "./resources.js";
+import { readSession, savedTheme } from "./session.js";
 import { shell } from "./shell.js";
 import { patch } from "./dom.js";
 import { PAGES } from "./pages.js";
@@ -30,6 +31,8 @@ class App {
   journal = new Journal(get, () => this.invalidate());
   colours = new Colours();
   resources = new Resources(() => this.invalidate());
+  /** Who is logged in; nobody by name with `skep ui`. */
+  session = { user: "", roles: [], by_login: false };
   /** What the page shows of the connection. */
   live = { state: "connecting", reason: "" };
   /** Ages are counted from here: the present, or the moment that is shown. */
@@ -41,7 +44,7 @@ class App {
   memory = new Map();
   /** What could not be shown, until the next page. */
   notice = "";
-  theme = localStorage.getItem("skep-theme") ?? "auto";
+  theme = savedTheme();
   #frame = 0;
   #servicesVersion = -1;
   #drawnVersion = -1;
@@ -71,6 +74,16 @@ class App {
     this.#follow();
     this.applyTheme();
     this.stream.start();
+    void this.#readSession();
+  }
+
+  async #readSession() {
+    try {
+      this.session = await readSession();
+      this.invalidate();
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error; // what it is about, the stream says
+    }
   }
 
   /** The page is drawn again in the next frame; a hidden one when it is seen again. */

@@ -69,13 +69,12 @@ export class Live {
 async function reasonOf(url) {
   try {
     const response = await fetch(url, { method: "GET", signal: AbortSignal.timeout(5000) });
-    if (response.status === 401) return "the login has ended: run `skep ui` again";
     if (response.ok) {
       await response.body?.cancel();
       return "the stream ended";
     }
     return (await response.json().catch(() => null))?.message ?? `the answer was ${response.status}`;
   } catch {
-    return "no connection to `skep ui`";
+    return "no connection";
   }
 }

@@ -8,6 +8,7 @@ import { showHelp } from "./help.js";
 import { showSearch } from "./search_box.js";
 import { badge } from "./parts.js";
 import { logsOfPanel } from "./logs.js";
+import { logOut } from "./session.js";
 import { clockTime, number } from "./text.js";
 
 const ICONS = {
@@ -23,6 +24,8 @@ const ICONS = {
 };
 const THEME_ICON = "M8 2.500a5.500 5.500 0 1 0 .01 0M8 2.500v11a5.500 5.500 0 0 0 0-11";
 
+const LOGOUT_ICON = "M6.500 2.500h-4v11h4M6 8h7.500M10.500 5l3 3-3 3";
+
 const icon = (path) => h("svg", { class: "icon", viewBox: "0 0 16 16", "aria-hidden": "true" }, h("path", { d: path }));
 
 /** Everything below `<body>`. */
@@ -37,7 +40,7 @@ export function shell(app) {
     h(
       "main",
       { key: "main", id: "main", tabindex: "-1", class: page.name === "hive" ? "filled" : "", onscroll: (event) => scrolled(app, event) },
-      app.live.state === "lost" && h("p", { key: "lost", class: "banner", role: "alert" }, `Not live: ${app.live.reason}. What you see may be old.`),
+      app.live.state === "lost" && h("p", { key: "lost", class: "banner", role: "alert" }, `Not live: ${app.live.reason}. What you see may be old. `, app.session.by_login && h("a", { href: "/" }, "Log in")),
       app.notice && h("p", { key: "notice", class: "banner", role: "alert" }, app.notice),
       app.past !== null && h("p", { key: "past", class: "banner past", role: "status" }, `The cluster as it was at ${clockTime(app.past / 1000, app.realNow)}`),
       app.cluster.cursor === "" && app.live.state !== "lost"
@@ -129,6 +132,8 @@ function rail(app) {
     h(
       "div",
       { key: "foot", class: "foot" },
+      app.session.by_login && h("p", { class: "user", title: app.session.roles.join(", ") }, h("b", {}, app.session.user), h("span", {}, ` ${app.session.roles.join(", ")}`)),
+      app.session.by_login && h("button", { type: "button", onclick: logOut, title: `Log out ${app.session.user}` }, icon(LOGOUT_ICON), h("span", {}, "Log out")),
       h("button", { type: "button", onclick: () => app.nextTheme(), title: themes[app.theme] }, icon(THEME_ICON), h("span", {}, themes[app.theme])),
       h("button", { type: "button", onclick: () => showHelp(), title: "Keys" }, h("kbd", {}, "?"), h("span", {}, "Keys")),
     ),

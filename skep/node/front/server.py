@@ -14,7 +14,8 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes, source_of
+from skep.aio.admission import Admission
+from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes
 from skep.api.connection import Connection, Gone
 from skep.api.errors import status_of
 from skep.api.framing import (
@@ -116,7 +117,7 @@ class Front:
         """Serving clients of unix sockets."""
         self._tcp_tasks: set[asyncio.Task[None]] = set()
         """Serving clients of TCP hosts."""
-        self._remote = _Remote()
+        self._remote = Admission("api", _TCP_CONNECTIONS_MAX, _TCP_PER_SOURCE_MAX)
         self._group: asyncio.TaskGroup | None = None
         """While it listens."""
 
@@ -383,33 +384,6 @@ def _probe_when_idle(client: Connection) -> None:
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():
         connected.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-class _Remote:
-    """The connections by TCP that are open, whichever process serves them by now."""
-
-    def __init__(self) -> None:
-        self._transports: dict[asyncio.Transport, str] = {}
-
-    def admit(self, transport: asyncio.Transport) -> bool:
-        """Count a new connection; False: there are too many, of its address or in all."""
-        peer = transport.get_extra_info("peername")
-        source = source_of(str(peer[0])) if peer else ""
-        if not self._has_room(source):
-            for known in tuple(self._transports):
-                if known.is_closing():
-                    del self._transports[known]
-        if not self._has_room(source):
-            log.warning("api connection refused: too many", source=source, of_source=self._count(source))
-            return False
-        self._transports[transport] = source
-        return True
-
-    def _has_room(self, source: str) -> bool:
-        return len(self._transports) < _TCP_CONNECTIONS_MAX and self._count(source) < _TCP_PER_SOURCE_MAX
-
-    def _count(self, source: str) -> int:
-        return sum(one == source for one in self._transports.values())
 
 
 async def _head(client: Connection, idle_s: float | None) -> bytes:

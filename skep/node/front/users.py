@@ -5,7 +5,6 @@ no users: its clients by TCP have a certificate of the authority in its settings
 """
 
 import asyncio
-import hashlib
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client import Client
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable
-from skep.model.access import ALL, Identity, Origin
+from skep.model.access import ALL, TOKEN_BYTES_MAX, Credential, Identity, Origin
 from skep.model.user import AccessTable, Credentials
 from skep.security.authority import USER_UNIT
 
@@ -32,16 +31,7 @@ SILENT_S = 10.0
 _CHECK_S = 1.0
 _NAME_MAX = 128
 """Characters of the name in a client's certificate that are shown."""
-_TOKEN_BYTES_MAX = 512
 _USERS = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, USER_UNIT)]
-
-
-class Credential(msgspec.Struct, frozen=True):
-    """What a client of a connection has proved.  ``key``: of a user's certificate its serial number, of a token its
-    digest, of a certificate of the machine's authority the name in it."""
-
-    origin: Origin
-    key: str
 
 
 class ApiTls:
@@ -182,10 +172,9 @@ def bearer(authorization: bytes) -> Credential:
     """The token in a header.  Raises: Unauthenticated: there is none."""
     scheme, _, token = authorization.strip().partition(b" ")
     token = token.strip()
-    if scheme.lower() != b"bearer" or not 0 < len(token) <= _TOKEN_BYTES_MAX:
+    if scheme.lower() != b"bearer" or not 0 < len(token) <= TOKEN_BYTES_MAX:
         raise Unauthenticated("a certificate is needed, or a token: Authorization: Bearer TOKEN")
-    # Found by its digest: the time that a comparison takes reveals nothing of the token.
-    return Credential(Origin.TOKEN, hashlib.sha256(token).hexdigest())
+    return Credential.of_token(token)
 
 
 def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:

@@ -13,6 +13,7 @@ from tests.support.documents import shell_blocks
 from tests.support.playground_rig import CLIS
 
 PORT = 2376
+DASHBOARD_PORT = 8443
 STACK = "com.docker.stack.namespace"
 
 
@@ -29,6 +30,7 @@ class Cluster:
         rig.start(
             *("--host", f"unix://{rig.run}/skep.sock", "--host", f"tcp://127.0.0.1:{PORT}"),
             *("--tls-cert", str(certificate), "--tls-key", str(key), "--tls-ca", str(self.ca)),
+            *("--dashboard", f"127.0.0.1:{DASHBOARD_PORT}"),
         )
         assert rig.ask("POST", "/v1.41/swarm/init", INIT)[0] == 200
 
@@ -67,10 +69,10 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def curl(self, path: str, *options: str) -> tuple[int, str]:
+    def curl(self, path: str, *options: str, port: int = PORT) -> tuple[int, str]:
         done = self.run(
             *("curl", "-sS", "-m", "10", "-w", "\n%{http_code}", "--cacert", str(self.ca), *options),
-            f"https://localhost:{PORT}{path}",
+            f"https://localhost:{port}{path}",
         )
         body, _, status = done.stdout.rpartition("\n")
         return int(status or 0), body
@@ -138,6 +140,29 @@ def test_the_removal_of_a_user_ends_its_access_at_once(cluster: Cluster) -> None
     wait_until(lambda: cluster.curl("/services", *bearer)[0] == 401, "the token counts no more")
     assert "is not known, or was revoked" in cluster.refused("vera", "service", "ls")
     assert cluster.admin("user", "ls", "-o", "json") == "[]"
+
+
+def test_a_browser_is_the_user_whose_token_logged_it_in(cluster: Cluster, tmp_path: Path) -> None:
+    def ask(path: str, *options: str) -> tuple[int, str]:
+        origin = ("-H", f"Origin: https://localhost:{DASHBOARD_PORT}", "-H", "Sec-Fetch-Site: same-origin")
+        jar = ("-b", str(tmp_path / "jar"), "-c", str(tmp_path / "jar"))
+        return cluster.curl(path, *origin, *jar, *options, port=DASHBOARD_PORT)
+
+    token = cluster.admin("user", "add", "vera", "--role", "viewer", "--token")
+    form = ("--data-urlencode", f"token={token}", "-D", str(tmp_path / "head"))
+    wait_until(lambda: ask("/login", *form)[0] == 303, "the token logs in")
+    location = (tmp_path / "head").read_text().partition("ocation: ")[2].split()[0]
+    page = location.removesuffix("/ui/")
+    assert "<!doctype html>" in ask(location)[1]
+    view = json.loads(ask(f"{page}/skep/view")[1])
+    assert [node["role"] for node in view["nodes"]] == ["manager"]
+    body = ("-X", "POST", "-H", "Content-Type: application/json", "-d", '{"Availability": "drain"}')
+    status, text = ask(f"{page}/nodes/{view['nodes'][0]['id']}/update?version=1", *body)
+    assert (status, "vera may not POST /nodes/" in text) == (403, True), text
+    assert ask(f"{page}/swarm")[0] == 403
+    assert cluster.curl(f"{page}/skep/view", port=DASHBOARD_PORT)[0] == 401
+    cluster.admin("user", "rm", "vera")
+    wait_until(lambda: ask(f"{page}/skep/view")[0] == 401, "the session ends with its user")
 
 
 @pytest.mark.slow

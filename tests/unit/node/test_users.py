@@ -15,12 +15,12 @@ from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.errors import Unauthenticated, Unavailable
 from skep.manager.control.users import ROOT_NAME, digest_of, new_token
-from skep.model.access import Origin, parse_binding
+from skep.model.access import Credential, Origin, parse_binding
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.model.times import SECOND_NS
 from skep.model.user import AccessTable, Credentials
-from skep.node.front.users import SILENT_S, Credential, Users, bearer
+from skep.node.front.users import SILENT_S, Users, bearer
 from skep.security.authority import Authority
 from skep.security.identity import Identity as NodeIdentity
 from skep.security.identity import identity_of

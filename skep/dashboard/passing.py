@@ -1,0 +1,229 @@
+"""Requests of a browser that is logged in, passed on to the API: what ``skep ui`` and a manager's own listener share.
+
+* A request that changes something, or opens a terminal, has the ``Origin`` of the page (CSRF).
+* Only the requests of ``ALLOWED`` are passed on.
+* Bodies, connections, requests, terminals and the time for a head are bounded.
+"""
+
+import asyncio
+import hmac
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+import msgspec
+from aiohttp import web
+
+from skep.api.errors import NotModified, status_of
+from skep.api.framing import path_of
+from skep.api.raw import Exchange, RawClient
+from skep.dashboard.pages import RELAY_HEADER, SECURITY_HEADERS
+from skep.dashboard.terminal import join_terminal
+from skep.errors import InvalidArgument, PermissionDenied, ResourceExhausted, SkepError, Unavailable
+
+HEAD_S: Final = 15.0
+"""For the first request of a connection to arrive."""
+BODY_S: Final = 30.0
+TAKES_S: Final = 60.0
+"""For the browser to take what is written."""
+REQUESTS_MAX: Final = 64
+TERMINALS_MAX: Final = 16
+TERMINAL: Final = "/skep/ui/exec"
+SESSION: Final = "/skep/ui/session"
+"""Who is logged in, as JSON."""
+
+_ID = r"[A-Za-z0-9_.%-]+"
+ALLOWED: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
+    (method, re.compile(pattern.replace("ID", _ID)))
+    for method, pattern in (
+        ("GET", r"/ui/(?:ID)?"),
+        ("GET", r"/skep/(?:view(?:/stream)?|events|history|state|quorum|doctor/network)"),
+        ("GET", r"/skep/services/ID/(?:explain|runs)"),
+        ("GET", r"/skep/tasks/ID/(?:explain|target)"),
+        ("GET", r"/(?:services|tasks|nodes|networks|secrets|configs|volumes)(?:/ID)?"),
+        ("GET", r"/(?:services|tasks)/ID/logs"),
+        ("GET", r"/(?:info|version|events)"),  # not /swarm: it has the tokens of joining
+        ("POST", r"/(?:services|nodes)/ID/update"),
+        ("POST", r"/skep/services/ID/update/(?:pause|resume|abort)"),
+        ("POST", r"/skep/services/placement"),
+    )
+)
+"""What the pages ask for, without the version of the API."""
+
+_PASSED_BACK = ("content-type", "etag", "cache-control")
+_CURSOR = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+_ETAG = re.compile(r'[A-Za-z0-9"/, -]{1,200}')
+_TARGET = re.compile(r"/[!-~]*")
+
+
+def is_allowed(method: str, target: str) -> bool:
+    """Whether the pages may ask for ``target``, path and query as sent."""
+    path = path_of(target)
+    if ".." in path or "#" in target:
+        return False
+    return any(method == allowed and pattern.fullmatch(path) for allowed, pattern in ALLOWED)
+
+
+def target_of(request: web.BaseRequest) -> str:
+    """Path and query as sent.  Raises: InvalidArgument."""
+    if not _TARGET.fullmatch(request.raw_path):
+        raise InvalidArgument("malformed request target")
+    return request.raw_path
+
+
+def require_own_page(request: web.BaseRequest, scheme: str) -> None:
+    """``Host`` was checked.  Raises: PermissionDenied: another site's page has the browser send it."""
+    origins = request.headers.getall("Origin", [])
+    changes = request.method != "GET" or "Upgrade" in request.headers
+    if (changes or origins) and origins != [f"{scheme}://{request.headers['Host']}"]:
+        raise PermissionDenied("requests of other pages are refused")
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        raise PermissionDenied("requests of other pages are refused")
+
+
+def same(one: str, other: str) -> bool:
+    """Whether they are equal, in a time that does not tell how far."""
+    return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())
+
+
+async def body_of(request: web.BaseRequest) -> bytes:
+    """Raises: Unavailable: it does not arrive; HTTPRequestEntityTooLarge."""
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise Unavailable(f"the request did not arrive within {BODY_S:g} s") from None
+
+
+def json_response(content: object) -> web.Response:
+    """For the page alone."""
+    headers = {**SECURITY_HEADERS, "Cache-Control": "no-store"}
+    return web.Response(body=msgspec.json.encode(content), headers=headers, content_type="application/json")
+
+
+def refusal(error: SkepError, status: int = 0) -> web.Response:
+    """The reason as JSON; then the connection is closed."""
+    response = json_response({"message": str(error)})
+    response.set_status(status or status_of(error))
+    response.force_close()
+    return response
+
+
+async def answered(responding: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """The response, or the reason why there is none."""
+    try:
+        return await responding()
+    except SkepError as error:
+        return refusal(error)
+    except web.HTTPRequestEntityTooLarge:
+        return refusal(ResourceExhausted("the request is too large"), status=413)
+
+
+class FirstRequests:
+    """Drops connections whose first request does not arrive in time."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
+
+    def expect(self, protocol: web.RequestHandler) -> None:
+        """A connection was accepted."""
+        self._waiting[protocol] = asyncio.get_running_loop().call_later(HEAD_S, self._drop, protocol)
+
+    def arrived(self, protocol: asyncio.BaseProtocol) -> None:
+        """A request came on it."""
+        if (timer := self._waiting.pop(protocol, None)) is not None:
+            timer.cancel()
+
+    def close(self) -> None:
+        """Nothing is dropped any more."""
+        for timer in self._waiting.values():
+            timer.cancel()
+
+    def _drop(self, protocol: web.RequestHandler) -> None:
+        del self._waiting[protocol]
+        if protocol.transport is not None:
+            protocol.transport.abort()
+
+
+class Passing:
+    """The requests and terminals of one browser that are under way."""
+
+    def __init__(self) -> None:
+        self._requests = self._terminals = 0
+
+    async def respond(self, request: web.BaseRequest, target: str, client: RawClient) -> web.StreamResponse:
+        """Pass on a request for ``target`` of the page itself.  Raises: SkepError; HTTPRequestEntityTooLarge."""
+        if request.method == "GET" and target.partition("?")[0] == TERMINAL:
+            return await self._open_terminal(request, client)
+        if not is_allowed(request.method, target):
+            raise PermissionDenied(f"the dashboard may not ask for {request.method} {path_of(target)[:200]}")
+        with self._counted_request():
+            return await _pass_on(request, target, client)
+
+    @contextmanager
+    def _counted_request(self) -> Iterator[None]:
+        if self._requests >= REQUESTS_MAX:
+            raise Unavailable(f"{REQUESTS_MAX} requests of this dashboard are under way already")
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    async def _open_terminal(self, request: web.BaseRequest, client: RawClient) -> web.StreamResponse:
+        if self._terminals >= TERMINALS_MAX:
+            raise Unavailable(f"{TERMINALS_MAX} terminals of this dashboard are open already: close some")
+        self._terminals += 1
+        try:
+            return await join_terminal(request, client)
+        finally:
+            self._terminals -= 1
+
+
+class Refused(asyncio.Protocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Drop it."""
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()
+
+
+async def _pass_on(request: web.BaseRequest, target: str, client: RawClient) -> web.StreamResponse:
+    body = b""
+    if request.method == "POST":
+        if request.body_exists and request.content_type != "application/json":
+            raise InvalidArgument("the body of a request has to be application/json")
+        body = await body_of(request)
+    try:
+        async with client.exchange(request.method, target, body, headers=_passed_headers(request)) as there:
+            return await _pass_back(request, there)
+    except NotModified:
+        return web.Response(status=304, headers=SECURITY_HEADERS)
+
+
+def _passed_headers(request: web.BaseRequest) -> Mapping[str, str]:
+    """Nothing that the browser adds by itself: no cookie, no origin."""
+    passed = {RELAY_HEADER: "1"}
+    for name, pattern in (("Last-Event-ID", _CURSOR), ("If-None-Match", _ETAG)):
+        if pattern.fullmatch(value := request.headers.get(name, "")):
+            passed[name] = value
+    return passed
+
+
+async def _pass_back(request: web.BaseRequest, there: Exchange) -> web.StreamResponse:
+    """Raises: ConnectionResetError: one side has ended in the middle, or the browser takes nothing."""
+    passed = {name: there.headers[name] for name in _PASSED_BACK if name in there.headers}
+    response = web.StreamResponse(status=there.status, headers={**passed, **SECURITY_HEADERS})
+    await response.prepare(request)
+    try:
+        async for piece in there.pieces():
+            async with asyncio.timeout(TAKES_S):
+                await response.write(piece)
+        await response.write_eof()
+    except (SkepError, TimeoutError) as error:
+        if request.transport is not None:
+            request.transport.abort()  # the head was sent: only the end of the connection can say it
+        raise ConnectionResetError("the response broke off") from error
+    return response

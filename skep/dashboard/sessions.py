@@ -1,0 +1,127 @@
+"""Who is logged in to the dashboard of this node, and how often logging in may be tried.  Time is an argument."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Final
+
+import msgspec
+
+from skep.aio.token_bucket import TokenBucket
+from skep.dashboard.passing import Passing, same
+from skep.model.access import Credential
+from skep.model.addresses import plain_address
+
+LIFE_S: Final = 12 * 3600.0
+"""A session ends then: a working day."""
+OF_USER_MAX: Final = 8
+"""Sessions of one token; with another one, the oldest ends."""
+ATTEMPTS: Final = 10
+"""Logins from one address at once, and then as many a minute."""
+_SOURCES_MAX: Final = 4096
+
+
+class Session(msgspec.Struct, frozen=True, eq=False):
+    """One browser.
+
+    ``key``: begins the path of all its pages.  A cookie goes to every port of its host, where a published service may
+    listen; for an unguessable path it does not.  ``passing``: what it has under way.
+    """
+
+    key: str
+    cookie_name: str
+    cookie: str
+    credential: Credential
+    ends_at: float
+    passing: Passing = msgspec.field(default_factory=Passing)
+
+
+class Sessions:
+    """The sessions of one listener.  ``new_secret``: as of ``Relay``."""
+
+    def __init__(self, new_secret: Callable[[], str]) -> None:
+        self._new_secret = new_secret
+        self._by_key: dict[str, Session] = {}
+        """Oldest first."""
+
+    def open(self, credential: Credential, now: float) -> tuple[Session, tuple[Session, ...]]:
+        """A new session, and those that end for it."""
+        ended = self.end_expired(now)
+        own = [one for one in self._by_key.values() if one.credential == credential]
+        surplus = tuple(own[: max(0, len(own) + 1 - OF_USER_MAX)])
+        for one in surplus:
+            self.end(one)
+        key, cookie, name = self._new_secret(), self._new_secret(), self._new_secret()
+        session = Session(key, f"__Secure-skep-{name[:8]}", cookie, credential, now + LIFE_S)
+        self._by_key[key] = session
+        return session, ended + surplus
+
+    def find(self, key: str, cookie_of: Callable[[str], str], now: float) -> Session | None:
+        """The session of a path, if the browser has its cookie.  ``cookie_of``: the value of a cookie; empty: none."""
+        session = self._by_key.get(key)
+        if (
+            session is None
+            or session.ends_at <= now
+            or not same(cookie_of(session.cookie_name), session.cookie)
+        ):
+            return None
+        return session
+
+    def end(self, session: Session) -> None:
+        """Its cookie opens nothing any more."""
+        self._by_key.pop(session.key, None)
+
+    def end_expired(self, now: float) -> tuple[Session, ...]:
+        """Those whose time is over by now."""
+        ended = tuple(one for one in self._by_key.values() if one.ends_at <= now)
+        for one in ended:
+            self.end(one)
+        return ended
+
+
+class Attempts:
+    """Bounds the logins of each address; the addresses that tried last are kept."""
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    def admit(self, source: str, now: float) -> bool:
+        """Whether ``source`` may try."""
+        bucket = self._buckets.pop(source, None) or TokenBucket(ATTEMPTS, ATTEMPTS / 60, now)
+        self._buckets[source] = bucket
+        if len(self._buckets) > _SOURCES_MAX:
+            self._buckets.popitem(last=False)
+        return bucket.take(now)
+
+
+class Names(msgspec.Struct, frozen=True):
+    """What the server's certificate is for: names in lower case, ``*.example.com`` among them, and addresses."""
+
+    dns: frozenset[str]
+    addresses: frozenset[str]
+
+    def has(self, host: str, local: str) -> bool:
+        """Whether a request with the header ``Host: host`` is for this server.
+
+        A page of an attacker's name that resolves to this server (DNS rebinding) has that name as host.
+
+        Args:
+            local: the address of this machine that it came to.
+        """
+        name = _name_of(host)
+        try:
+            address = str(ip_address(name))
+        except ValueError:
+            first, _, parent = name.partition(".")
+            return name in self.dns or (bool(first and parent) and f"*.{parent}" in self.dns)
+        return address in self.addresses or address == plain_address(local)
+
+    def __str__(self) -> str:
+        return ", ".join((*sorted(self.dns), *sorted(self.addresses))) or "no name"
+
+
+def _name_of(host: str) -> str:
+    """Without port and brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()

@@ -1,0 +1,35 @@
+"""The dashboard for browsers without ``skep ui``, served where the configuration says so."""
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from skep.aio.clock import Clock
+from skep.configuration.configuration import Configuration
+from skep.node.front.server import Front
+from skep.node.front.users import Users
+
+
+@asynccontextmanager
+async def serving_dashboard(
+    configuration: Configuration, users: Users, front: Front, clock: Clock
+) -> AsyncIterator[None]:
+    """Serve the dashboard to browsers while the context is open, where the configuration says so.
+
+    Raises: FailedPrecondition: its address cannot be listened on, its certificate is none.
+    """
+    if configuration.dashboard is None or configuration.tls_cert is None or configuration.tls_key is None:
+        yield
+        return
+    from skep.dashboard.server import DashboardServer, Tls  # few nodes serve it
+
+    server = DashboardServer(
+        Tls.of(configuration.tls_cert, configuration.tls_key),
+        users,
+        front.serve,
+        allows_public=configuration.dashboard_public,
+        clock=clock,
+        new_secret=lambda: secrets.token_hex(16),
+    )
+    async with server.listening(*configuration.dashboard):
+        yield

@@ -1,0 +1,99 @@
+"""The dashboard's own listener before an application that plays the node's API, and its users."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Any
+
+from aiohttp import web
+
+from skep.aio.clock import SystemClock
+from skep.api.connection import Connection
+from skep.api.identity import identify, identity_of
+from skep.dashboard.server import DashboardServer, Tls
+from skep.errors import Unauthenticated, Unavailable
+from skep.model.access import Credential, Identity, Origin, parse_binding
+from tests.support.api_authority import Authority
+
+ROLES = {"ann-token": "viewer", "bob-token": "operator:shop", "eve-token": "admin"}
+
+
+class People:
+    """Users by their tokens, and the connections that they have."""
+
+    def __init__(self) -> None:
+        self.by_credential = {Credential.of_token(word.encode()): word for word in ROLES}
+        self.open: dict[asyncio.Transport, Credential] = {}
+        self.are_known = True
+
+    def identify(self, credential: Credential) -> Identity:
+        if not self.are_known:
+            raise Unavailable("users are not known at present")
+        if (token := self.by_credential.get(credential)) is None:
+            raise Unauthenticated("the token is not known, or was revoked")
+        name = token.partition("-")[0]
+        return Identity(name=name, origin=Origin.TOKEN, bindings=(parse_binding(ROLES[token]),))
+
+    def remember(self, transport: asyncio.Transport, credential: Credential, identity: Identity) -> None:
+        self.open[transport] = credential
+
+    def revoke(self, token: str) -> None:
+        credential = Credential.of_token(token.encode())
+        del self.by_credential[credential]
+        for transport, of in self.open.items():
+            if of == credential:
+                transport.abort()
+
+
+class Clock(SystemClock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+
+def user_of(request: web.Request) -> str:
+    """As whom the dashboard asks."""
+    return identity_of(request).name
+
+
+@asynccontextmanager
+async def a_dashboard_server(
+    app: web.Application, authority: Authority, clock: Clock, *, allows_public: bool = False
+) -> AsyncIterator[tuple[int, People]]:
+    """Its port on the loopback, and its users.  ``app``: the API."""
+    people, numbers, tasks = People(), count(1), set[asyncio.Task[Any]]()
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    new_handler = runner.server
+    assert new_handler is not None
+
+    async def connect(connected: socket.socket, identity: Identity) -> None:
+        client = await Connection.over(connected)
+        transport, handler = client.transport, new_handler()
+        identify(transport, identity)
+        transport.set_protocol(handler)
+        handler.connection_made(transport)
+        if waiting := client.take():
+            handler.data_received(waiting)
+
+    def serve(connected: socket.socket, identity: Identity) -> None:
+        tasks.add(asyncio.get_running_loop().create_task(connect(connected, identity)))
+
+    server = DashboardServer(
+        Tls.of(*authority.pair("server")),
+        people,
+        serve,
+        allows_public=allows_public,
+        clock=clock,
+        new_secret=lambda: f"{next(numbers):032}",
+    )
+    try:
+        async with server.listening("127.0.0.1", 0) as (port,):
+            yield port, people
+    finally:
+        await runner.cleanup()
