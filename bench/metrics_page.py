@@ -1,0 +1,176 @@
+"""What ``/metrics`` of a node with 1,000 containers takes, from the request to the last byte.
+
+::
+
+    .venv/bin/python -m bench.metrics_page            # kept in results/
+    .venv/bin/python -m bench.metrics_page --dry      # printed alone
+
+The page and its server are the node's own; the containers' files of the kernel are not read, as no request reads them.
+"""
+
+import argparse
+import asyncio
+import socket
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import msgspec
+
+from bench.machine import noise
+from bench.run import commit, result_name, write_result
+from skep.aio.clock import SystemClock
+from skep.aio.gc_settings import configure_gc
+from skep.engine.cgroups import Cgroups
+from skep.engine.container import Container, ContainerConfig, ContainerState, Counts
+from skep.engine.stats import CPUStats, CPUUsage, MemoryStats, NetworkStats, PidsStats, Stats
+from skep.engine.usage import Usage, Used
+from skep.model.ids import ContainerId
+from skep.model.times import Timestamp
+from skep.node import metrics as node_metrics
+from skep.node.metrics import NodeMetrics, Sources
+from skep.node.metrics_server import serving_metrics
+
+CONTAINERS = 1000
+REQUESTS = 15
+APART_S = node_metrics.KEPT_S + 0.2
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """Times in milliseconds."""
+
+    bytes: int
+    request_ms: list[float]
+    processor_ms: float
+
+
+class _Known(Usage):
+    """Usage of containers whose numbers need no reading."""
+
+    def _read(self, containers: Iterable[Container]) -> list[Used]:
+        return [Used(one, _stats(number)) for number, one in enumerate(containers)]
+
+
+def main() -> None:
+    """Measure, and keep the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry", action="store_true", help="keep nothing")
+    is_dry = parser.parse_args().dry
+    busy = noise()
+    result = asyncio.run(_measured())
+    text = _text(result, busy)
+    print(text)
+    if not is_dry:
+        name = result_name(datetime.now(UTC), commit(), "metrics-page")
+        write_result(name, text, msgspec.to_builtins(result))
+
+
+async def _measured() -> Result:
+    containers = [_container(number) for number in range(CONTAINERS)]
+    clock = SystemClock()
+    usage = _Known(lambda: containers, Cgroups("none"), clock)
+    page = NodeMetrics(_sources(usage), clock)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    configure_gc()
+    async with serving_metrics(("127.0.0.1", port), page), asyncio.TaskGroup() as group:
+        running = group.create_task(page.run())
+        await _request_s(port)  # it has the containers read for the first time
+        took, size, processor = [], 0, time.process_time()
+        for _ in range(REQUESTS):
+            await asyncio.sleep(APART_S)
+            seconds, size = await _request_s(port)
+            took.append(seconds * 1e3)
+        spent = time.process_time() - processor
+        running.cancel()
+    return Result(bytes=size, request_ms=took, processor_ms=spent / REQUESTS * 1e3)
+
+
+async def _request_s(port: int) -> tuple[float, int]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+    began = time.perf_counter()
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")
+    content = await reader.read()
+    writer.close()
+    assert content.count(b"container_threads{") == CONTAINERS, content[:200]
+    return time.perf_counter() - began, len(content)
+
+
+def _sources(usage: Usage) -> Sources:
+    nothing = cast("Any", None)
+    return Sources(
+        node=nothing, counts=Counts, events=nothing, conditions=nothing, session=nothing, load=nothing,
+        data_plane=None, usage=usage, reads=nothing, has_manager=lambda: False, exporter=None, reports=nothing,
+    )  # fmt: skip
+
+
+@contextmanager
+def _containers_alone() -> Any:
+    """The node's own values, some fifty lines, need a whole node: left out."""
+    own = NodeMetrics._own
+    NodeMetrics._own = lambda _self: []  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        NodeMetrics._own = own  # type: ignore[method-assign]
+
+
+def _container(number: int) -> Container:
+    labels: Mapping[str, str] = {
+        "com.docker.swarm.service.name": f"shop_web{number % 40}",
+        "com.docker.swarm.task.name": f"shop_web{number % 40}.{number}.{number:025}",
+        "com.docker.stack.namespace": "shop",
+    }
+    return Container(
+        id=ContainerId(f"{number:064x}"),
+        name=labels["com.docker.swarm.task.name"],
+        image="registry.example/shop/web:1.27",
+        image_id="sha256:0",
+        config=ContainerConfig(path="sh"),
+        labels=labels,
+        state=ContainerState.RUNNING,
+        started_at=Timestamp("2026-01-02T03:04:05Z"),
+    )
+
+
+def _stats(number: int) -> Stats:
+    return Stats(
+        read=Timestamp("2026-01-02T03:04:06Z"),
+        cpu_stats=CPUStats(cpu_usage=CPUUsage(total_usage=1_500_000_007 * number)),
+        memory_stats=MemoryStats(usage=1000 * number, stats={"inactive_file": 300}, limit=4096, failcnt=2),
+        pids_stats=PidsStats(current=3),
+        networks={"eth0": NetworkStats(rx_bytes=7), "eth1": NetworkStats(rx_bytes=8, tx_dropped=1)},
+    )
+
+
+def _text(result: Result, busy: float) -> str:
+    ordered = sorted(result.request_ms)
+    rows = (
+        ("bytes", f"{result.bytes:,}"),
+        ("request, ms: median", f"{statistics.median(ordered):.1f}"),
+        ("request, ms: smallest, the least disturbed one", f"{ordered[0]:.1f}"),
+        ("request, ms: largest", f"{ordered[-1]:.1f}"),
+        (
+            "processor of a request with its share of the rounds, and its reader, ms",
+            f"{result.processor_ms:.1f}",
+        ),
+    )
+    head = (
+        f"# /metrics of a node with {CONTAINERS:,} containers, {datetime.now(UTC):%F %H:%M} UTC, {commit()}",
+        "",
+        f"Other work took {busy:.0%} of the machine just before, which can double times.",
+        "",
+        "| what | figure |",
+        "|---|---|",
+    )
+    return "\n".join((*head, *(f"| {what} | {figure} |" for what, figure in rows), ""))
+
+
+if __name__ == "__main__":
+    with _containers_alone():
+        main()
