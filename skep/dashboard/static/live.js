@@ -1,5 +1,6 @@
 /** The stream of the cluster's changes: one EventSource, begun again with growing delays when it ends. */
 
+const VIEW = "../skep/view";
 const DELAYS_S = [1, 2, 4, 8, 15, 30];
 
 /** Feeds `cluster` and calls `changed()`; `status(state, reason)` is told `connecting`, `live` or `lost`. */
@@ -10,6 +11,8 @@ export class Live {
   #source = null;
   #failures = 0;
   #timer = null;
+  /** Grows with each beginning: what an earlier one brings is not taken. */
+  #beginning = 0;
 
   constructor(cluster, { changed, status }) {
     this.#cluster = cluster;
@@ -17,12 +20,26 @@ export class Live {
     this.#status = status;
   }
 
-  start() {
+  /** The first snapshot is asked for by itself: the page's head does so already, before any module is there. */
+  async start() {
     this.stop();
+    const mine = this.#beginning;
+    this.#status("connecting", "");
+    if (this.#cluster.cursor === "") {
+      const snapshot = await fetch(VIEW).then((response) => (response.ok ? response.json() : null)).catch(() => null);
+      if (mine !== this.#beginning) return;
+      if (snapshot !== null) {
+        this.#cluster.take(snapshot);
+        this.#changed();
+      }
+    }
+    this.#open();
+  }
+
+  #open() {
     const after = this.#cluster.cursor ? `?after=${encodeURIComponent(this.#cluster.cursor)}` : "";
     const source = new EventSource(`../skep/view/stream${after}`);
     this.#source = source;
-    this.#status("connecting", "");
     source.addEventListener("open", () => {
       this.#failures = 0;
       this.#status("live", "");
@@ -37,6 +54,7 @@ export class Live {
   }
 
   stop() {
+    this.#beginning += 1;
     this.#source?.close();
     this.#source = null;
     clearTimeout(this.#timer);
@@ -61,8 +79,8 @@ export class Live {
     const delay = DELAYS_S[Math.min(this.#failures, DELAYS_S.length - 1)] * (0.75 + Math.random() / 2);
     this.#failures += 1;
     // An EventSource does not say why it ended: one request does.
-    this.#status("lost", await reasonOf("../skep/view"));
-    this.#timer = setTimeout(() => this.start(), delay * 1000);
+    this.#status("lost", await reasonOf(VIEW));
+    this.#timer = setTimeout(() => void this.start(), delay * 1000);
   }
 }
 

@@ -18,10 +18,14 @@ export function orderedNodes(cluster) {
 }
 
 /** Tasks grouped by service and in the order of their slots, which is how an empty node is filled. */
-function ordered(tasks, cluster) {
-  return [...tasks].sort(
-    (a, b) => compareNames(cluster.name("services", a.service), cluster.name("services", b.service)) || a.slot - b.slot,
-  );
+function ordered(tasks, ranks) {
+  return [...tasks].sort((a, b) => (ranks.get(a.service) ?? -1) - (ranks.get(b.service) ?? -1) || a.slot - b.slot);
+}
+
+/** The place of each service in the order of names: to compare names for each two tasks of a large cluster takes a tenth of a second. */
+function ranksOf(cluster) {
+  const services = [...cluster.all("services")].sort((a, b) => compareNames(a.name, b.name));
+  return new Map(services.map(({ id }, i) => [id, i]));
 }
 
 const slotOf = (task) => (task.slot ? `${task.service} ${task.slot}` : task.id);
@@ -31,6 +35,7 @@ export class Scenes {
   #seats = new Map();
   #before = null;
   #order = { version: -1, rows: [] };
+  #ranks = { version: -1, of: new Map() };
   #nodes = new Map();
 
   /**
@@ -40,7 +45,11 @@ export class Scenes {
    */
   build(cluster, width, height) {
     const byNode = cluster.by("tasks", "node");
-    const waitingTasks = ordered(byNode.get("") ?? [], cluster);
+    if (this.#ranks.version !== cluster.versions.services || this.#ranks.cluster !== cluster) {
+      this.#ranks = { cluster, version: cluster.versions.services, of: ranksOf(cluster) };
+    }
+    const ranks = this.#ranks.of;
+    const waitingTasks = ordered(byNode.get("") ?? [], ranks);
     if (this.#order.version !== cluster.versions.nodes || this.#order.cluster !== cluster) {
       this.#order = { cluster, version: cluster.versions.nodes, rows: orderedNodes(cluster) };
     }
@@ -51,7 +60,7 @@ export class Scenes {
     const cells = new Map();
     const nodes = rows.map((row, i) => {
       const place = { x: places[i].x + MARGIN, y: places[i].y + MARGIN };
-      return this.#node(row, place, { radius, common, tasks: byNode.get(row.id) ?? [], cluster, cells });
+      return this.#node(row, place, { radius, common, tasks: byNode.get(row.id) ?? [], ranks, cells });
     });
     for (const id of this.#seats.keys()) if (!cluster.get("nodes", id)) {
       this.#seats.delete(id);
@@ -71,7 +80,7 @@ export class Scenes {
     return scene;
   }
 
-  #node(row, { x, y }, { radius, common, tasks, cluster, cells }) {
+  #node(row, { x, y }, { radius, common, tasks, ranks, cells }) {
     const old = this.#nodes.get(row.id);
     const isSame = old?.row === row && old.x === x && old.y === y && old.radius === radius && old.common === common;
     if (isSame && old.cells.length === tasks.length && tasks.every((task, i) => task === old.cells[i].task)) {
@@ -80,7 +89,7 @@ export class Scenes {
     }
     const known = this.#seats.get(row.id);
     const hasAll = known?.size === tasks.length && tasks.every((task) => known.has(task.id));
-    const seats = hasAll ? known : seat(known ?? new Map(), ordered(tasks, cluster).map((task) => task.id));
+    const seats = hasAll ? known : seat(known ?? new Map(), ordered(tasks, ranks).map((task) => task.id));
     this.#seats.set(row.id, seats);
     const highest = Math.max(-1, ...seats.values());
     const ring = Math.max(common, rings(highest + 1));
