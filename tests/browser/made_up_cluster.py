@@ -1,35 +1,13 @@
-"""A cluster of rows for the dashboard: made from a seed, changed at will, served as a manager and ``skep ui`` would.
+"""A cluster of rows for the dashboard: made from a seed, changed at will."""
 
-``python -m tests.browser.made_up_cluster --nodes 5 --tasks 24`` serves one that keeps changing, to look at.
-"""
-
-import argparse
 import asyncio
-import json
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
-from aiohttp import WSMsgType, web
-
-STATIC = Path(__file__).parents[2] / "skep" / "dashboard" / "static"
-KEY = "k"
-"""Of the address: the pages are below a path that they do not know."""
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
-    "manifest-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
-TYPES = {
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".css": "text/css",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-}
 KINDS = ("nodes", "services", "tasks", "networks", "stacks", "volumes", "secrets", "configs")
 NAMES = [
     "web",
@@ -231,6 +209,8 @@ def make(nodes: int, tasks: int, *, services: int | None = None, seed: int = 1) 
             "cpus": 8.0,
             "memory": 32 << 30,
             "load": round(rng.betavariate(2, 3), 2),
+            "failing": [],
+            "volumes": [],
             "reason": "",
             "version": 1,
         }
@@ -272,7 +252,13 @@ def _services(cluster: MadeUpCluster, tasks: int, number: int, rng: random.Rando
     shares = [rng.paretovariate(1.2) for _ in range(number)]
     takes = [row["id"] for row in cluster.rows["nodes"].values() if row["availability"] == "active"]
     networks = list(cluster.rows["networks"].values())
-    stack: Row = {"id": "shop", "name": "shop", "services": [], "revision": 7}
+    stack: Row = {
+        "id": "shop",
+        "name": "shop",
+        "services": [],
+        "revision": 7,
+        "revisions": _revisions(cluster.now),
+    }
     place = 0
     for i, share in enumerate(shares):
         wanted = max(1, round(tasks * share / sum(shares)))
@@ -312,6 +298,19 @@ def _services(cluster: MadeUpCluster, tasks: int, number: int, rng: random.Rando
     _kept(cluster)
 
 
+def _revisions(now: float) -> list[Row]:
+    ends = {7: "deployed", 6: "failed: service shop_api: task: non-zero exit (1)", 5: "deployed"}
+    return [
+        {
+            "number": number,
+            "state": state,
+            "changes": f"{number % 2 + 1} created, 2 updated",
+            "created_at": now - (8 - number) * 5000,
+        }
+        for number, state in ends.items()
+    ]
+
+
 def _troubles(cluster: MadeUpCluster) -> None:
     services = list(cluster.rows["services"].values())
     moving, failing = services[1], services[2]
@@ -333,6 +332,15 @@ def _troubles(cluster: MadeUpCluster) -> None:
         "error": "task: non-zero exit (137): out of memory",
         "since": cluster.now - 12,
     }
+    nodes = list(cluster.rows["nodes"].values())
+    for node, other in pairwise(nodes[:3]):
+        node["failing"] = [{"peer": other["name"], "check": "overlay", "port": "4789/udp"}]
+    for node in nodes[:3]:
+        used = {"service": moving["name"], "slot": 1, "used_at": cluster.now - 3000}
+        node["volumes"] = [{"name": f"{moving['name']}_data", **used}]
+    moving["ports"] = [{"published": 0, "target": 9000, "protocol": "tcp", "mode": "host"}]
+    for i, task in enumerate(tasks[:2]):
+        task["ports"] = [moving["ports"][0] | {"published": 32768 + i}]
     failing |= {"running": failing["running"] - 1, "state": "unwell", "reason": "1 task: out of memory"}
 
 
@@ -342,6 +350,7 @@ def _kept(cluster: MadeUpCluster) -> None:
         ("secrets", "shop_db-password"),
         ("secrets", "tls-key"),
         ("configs", "shop_nginx.conf"),
+        ("secrets", "tls-key-2"),
     ):
         row: Row = {
             "id": cluster.id("k"),
@@ -350,8 +359,9 @@ def _kept(cluster: MadeUpCluster) -> None:
             "updated_at": cluster.now - 90_000,
             "services": [services[0]["id"]],
             "stack": "shop" if name.startswith("shop") else "",
-            "labels": {},
+            "labels": {"skep.rotation.of": "tls-key"} if name.endswith("-2") else {},
         }
+        row["created_at"] += 500 * len(cluster.rows[kind])
         cluster.rows[kind][row["id"]] = row
         services[0][kind].append(row["id"])
     volume = {
@@ -384,185 +394,6 @@ def _journal(cluster: MadeUpCluster, rng: random.Random) -> None:
             cluster.log("task", "start", task, f"task {name} runs", at=at)
 
 
-# --- the server
-
-
-def app_of(cluster: MadeUpCluster, root: str = f"/{KEY}") -> web.Application:
-    """The addresses of ``skep ui``, below ``root``."""
-    app = web.Application()
-
-    async def static(request: web.Request) -> web.Response:
-        name = request.match_info.get("name") or "index.html"
-        file = STATIC / Path(name).name
-        if not file.is_file():
-            raise web.HTTPNotFound
-        headers = {"Content-Security-Policy": CSP, "Cache-Control": "no-cache"}
-        return web.Response(body=file.read_bytes(), content_type=TYPES[file.suffix], headers=headers)
-
-    async def view(request: web.Request) -> web.Response:
-        """Of earlier times, ``cluster.then``."""
-        return web.json_response(cluster.then if "at" in request.query else cluster.snapshot())
-
-    async def history(request: web.Request) -> web.Response:
-        since = float(request.query.get("since", "0"))
-        kept = [entry for entry in cluster.history if _seconds(entry["Time"]) >= since]
-        oldest = cluster.history[0]["Time"] if cluster.history else ""
-        entries = sorted(kept, key=lambda entry: str(entry["Time"]), reverse=True)[
-            : int(request.query.get("limit", "200"))
-        ]
-        return web.json_response(
-            {
-                "Entries": entries,
-                "Next": "",
-                "Oldest": oldest,
-                "OldestState": oldest,
-                "Total": len(cluster.history),
-            }
-        )
-
-    async def any_request(request: web.Request) -> web.StreamResponse:
-        body = await request.json() if request.can_read_body else None
-        if request.method != "GET":
-            cluster.requests.append((request.method, request.path_qs.removeprefix(root), body))
-        return web.json_response(_answer(cluster, request.path.removeprefix(root), body))
-
-    async def stream(request: web.Request) -> web.StreamResponse:
-        return await _stream(cluster, request)
-
-    async def logs(request: web.Request) -> web.StreamResponse:
-        return await _logs(cluster, request)
-
-    app.router.add_get(root + "/ui/", static)
-    app.router.add_get(root + "/ui/{name}", static)
-    app.router.add_get(root + "/skep/view", view)
-    app.router.add_get(root + "/skep/view/stream", stream)
-    app.router.add_get(root + "/skep/history", history)
-    app.router.add_get(root + "/skep/ui/exec", _terminal)
-    app.router.add_get(root + "/v1.43/{kind}/{id}/logs", logs)
-    app.router.add_route("*", root + "/{path:.*}", any_request)
-    return app
-
-
-def _seconds(stamp: str) -> float:
-    return time.mktime(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone
-
-
-def _answer(cluster: MadeUpCluster, path: str, body: Any) -> Any:
-    """The little that the pages read of the Engine API."""
-    match path.strip("/").split("/"):
-        case ["services", id]:
-            row = cluster.rows["services"][id]
-            container = {"Image": row["image"]}
-            spec = {
-                "Name": row["name"],
-                "TaskTemplate": {"ContainerSpec": container, "ForceUpdate": 0},
-                "Mode": {"Replicated": {"Replicas": row["wanted"]}},
-                "UpdateConfig": {"Parallelism": 2, "Order": "start-first", "FailureAction": "rollback"},
-            }
-            return {"ID": id, "Version": {"Index": row["version"]}, "Spec": spec}
-        case ["nodes", id]:
-            row = cluster.rows["nodes"][id]
-            spec = {"Availability": row["availability"], "Role": row["role"], "Labels": row["labels"]}
-            return {"ID": id, "Version": {"Index": row["version"]}, "Spec": spec}
-        case ["skep", "services", "placement"]:
-            wanted = body[0]["Mode"]["Replicated"]["Replicas"]
-            nodes = [row for row in cluster.rows["nodes"].values() if row["availability"] == "active"]
-            shares = [
-                {
-                    "NodeID": row["id"],
-                    "Hostname": row["name"],
-                    "Tasks": wanted // len(nodes) + (i < wanted % len(nodes)),
-                }
-                for i, row in enumerate(nodes)
-            ]
-            return [
-                {"Name": body[0]["Name"], "Wanted": wanted, "Nodes": shares, "Refusal": "", "Verdicts": []}
-            ]
-        case ["skep", "tasks", id, "explain"] if cluster.rows["tasks"][id]["error"]:
-            lines = [{"Stream": "stderr", "Text": line} for line in cluster.lines]
-            return {
-                "Summary": cluster.rows["tasks"][id]["error"],
-                "End": {"Cause": "out-of-memory", "Lines": lines},
-            }
-        case ["skep", "services" | "tasks", id, "explain"]:
-            return {"Summary": "It is as it should be.", "Reasons": [], "Failures": []}
-        case ["tasks"]:
-            return []
-        case ["skep", "ui", "session"]:
-            return {"user": "", "roles": [], "by_login": False}
-        case _:
-            return {}
-
-
-async def _stream(cluster: MadeUpCluster, request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-    await response.prepare(request)
-    queue: asyncio.Queue[Row] = asyncio.Queue()
-    cluster.streams.add(queue)
-
-    async def send(event: str, data: Row) -> None:
-        await response.write(f"id: {data['cursor']}\nevent: {event}\ndata: {json.dumps(data)}\n\n".encode())
-
-    try:
-        await response.write(b"retry: 300\n\n")
-        await send("snapshot", cluster.snapshot())
-        while True:
-            await send("change", await queue.get())
-    except (ConnectionError, asyncio.CancelledError):
-        return response
-    finally:
-        cluster.streams.discard(queue)
-
-
-async def _logs(cluster: MadeUpCluster, request: web.Request) -> web.StreamResponse:
-    kind = "application/vnd.docker.multiplexed-stream"
-    response = web.StreamResponse(headers={"Content-Type": kind})
-    await response.prepare(request)
-    tasks = [
-        row
-        for row in cluster.rows["tasks"].values()
-        if request.match_info["id"] in (row["id"], row["service"])
-    ]
-    for i in range(60):
-        task = tasks[i % len(tasks)]
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(cluster.now - 60 + i))
-        ids = {"node": task["node"], "service": task["service"], "task": task["id"]}
-        details = ",".join(f"com.docker.swarm.{kind}.id={id}" for kind, id in ids.items())
-        line = f"{stamp}.000000000Z {details} {cluster.lines[i % len(cluster.lines)]}\n".encode()
-        await response.write(bytes([2 if i % 5 == 4 else 1, 0, 0, 0]) + len(line).to_bytes(4, "big") + line)
-    await asyncio.sleep(3600)
-    return response
-
-
-async def _terminal(request: web.Request) -> web.WebSocketResponse:
-    """A shell that says again what it is told."""
-    socket = web.WebSocketResponse()
-    await socket.prepare(request)
-    await socket.send_bytes(b"\x1b[1;32m/ # \x1b[0m")
-    async for message in socket:
-        if message.type == WSMsgType.BINARY:
-            text = message.data.replace(b"\r", b"\r\n\x1b[31mnot found\x1b[0m\r\n\x1b[1;32m/ # \x1b[0m")
-            await socket.send_bytes(text)
-            if b"\x04" in message.data:
-                await socket.send_str(json.dumps({"exit_code": 0}))
-                break
-    await socket.close()
-    return socket
-
-
-@asynccontextmanager
-async def served(cluster: MadeUpCluster, port: int = 0) -> AsyncIterator[str]:
-    """Serves the cluster; gives the address of its page."""
-    runner = web.AppRunner(app_of(cluster), shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", port)
-    await site.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}/{KEY}/ui/"
-    finally:
-        await runner.cleanup()
-
-
 def step(cluster: MadeUpCluster, rng: random.Random) -> None:
     """One task is replaced on another node."""
     active = [
@@ -573,23 +404,3 @@ def step(cluster: MadeUpCluster, rng: random.Random) -> None:
     old = rng.choice(list(cluster.rows["tasks"].values()))
     new = cluster.task(cluster.rows["services"][old["service"]], old["slot"], rng.choice(active))
     cluster.change({"tasks": [new]}, {"tasks": [old["id"]]})
-
-
-async def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=5)
-    parser.add_argument("--tasks", type=int, default=24)
-    parser.add_argument("--port", type=int, default=8099)
-    parser.add_argument("--every", type=float, default=1.0, help="seconds between changes")
-    asked = parser.parse_args()
-    cluster = make(asked.nodes, asked.tasks)
-    rng = random.Random(2)
-    async with served(cluster, asked.port) as url:
-        print(url)
-        while True:
-            await asyncio.sleep(asked.every)
-            step(cluster, rng)
-
-
-if __name__ == "__main__":
-    asyncio.run(_main())

@@ -1,14 +1,54 @@
 """The dashboard in Chromium, on a cluster made up for it: what one sees, what arrives, what is sent."""
 
+import random
 import re
 from typing import Any
 
+import pytest
 from playwright.async_api import Page, expect
 
-from tests.browser.made_up_cluster import KINDS, MadeUpCluster, make, served
+from tests.browser.made_up_cluster import KINDS, MadeUpCluster, make
+from tests.browser.served_cluster import served
 from tests.support.browser import a_browser, a_page
 
 HOSTILE = "<img src=x onerror=alert(1)>\u202e<script>alert(2)</script>"
+
+
+async def test_what_is_behind_the_lists() -> None:
+    """Ports of nodes, load over time, paths between nodes, revisions, volumes of nodes, versions."""
+    cluster = make(5, 24)
+    service = list(cluster.rows["services"].values())[1]
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        await page.goto(f"{url}#/services")
+        await expect(page.get_by_role("row", name=service["name"])).to_contain_text(
+            "32768, 32769→9000 (host)"
+        )
+        await page.goto(f"{url}#/networks")
+        reach = page.get_by_label("paths between nodes")
+        await expect(reach).to_contain_text("2 paths fail")
+        await expect(reach).to_contain_text("m1 → m2 4789/udp (overlay)")
+        await reach.get_by_role("button", name="Examine now").click()
+        await expect(reach).to_contain_text("everything responds; the slowest way back took 1.5 ms")
+        await page.goto(f"{url}#/stacks/stacks/shop")
+        await expect(page.locator("aside")).to_contain_text(
+            "failed: service shop_api: task: non-zero exit (1)"
+        )
+        await expect(page.locator("aside")).to_contain_text("2 created, 2 updated")
+        await page.goto(f"{url}#/volumes")
+        row = page.get_by_role("row", name=f"{service['name']}_data")
+        await expect(row).to_contain_text(f"{service['name']}.1")
+        await page.goto(f"{url}#/secrets")
+        await expect(page.get_by_role("row", name="tls-key-2")).to_contain_text("2 of 2")
+        await page.goto(f"{url}#/nodes/nodes/{next(iter(cluster.rows['nodes']))}")
+        await page.evaluate(
+            "[5, 4, 3, 2, 1, 0].forEach((i) => skep.samples.take(skep.cluster, Date.now() - i * 10_001))"
+        )
+        await page.evaluate("skep.invalidate()")
+        await expect(page.locator("aside .chart.large .line").first).to_have_attribute(
+            "d", re.compile("M.*L.*L")
+        )
+        await expect(page.locator("aside")).to_contain_text("% since")
+        await expect(page.locator("aside")).to_contain_text("Does not reach")
 
 
 async def test_a_cluster_is_seen_searched_changed_and_scaled() -> None:
@@ -135,6 +175,111 @@ def _make_hostile(cluster: MadeUpCluster) -> None:
         entry["Message"] += HOSTILE
 
 
+FRAGMENTS = (
+    *(
+        "<script>hit=1</script>",
+        "<img src=x onerror=hit=1>",
+        "<svg/onload=hit=1>",
+        "</title><style>*{display:none}",
+    ),
+    *(
+        "javascript:hit=1",
+        '"><a href=javascript:hit=1>x',
+        "' onmouseover='hit=1",
+        "{{hit=1}}",
+        "${hit=1}",
+        "`",
+        "&lt;b&gt;",
+    ),
+    *(
+        "__proto__",
+        "constructor",
+        "hasOwnProperty",
+        "\u202e",
+        "\u2066",
+        "\u0000",
+        "\x1b[2J",
+        "\x1b]8;;javascript:hit=1\x07x",
+    ),
+    *(
+        "\ufeff",
+        "a\u0301" * 40,
+        "/../../",
+        "%2e%2e%2f",
+        "#/hive/tasks/x",
+        "]]>",
+        "<!--",
+        "-->",
+        "\r\n\r\n",
+        "💥",
+    ),
+)
+
+
+@pytest.mark.slow
+async def test_no_text_becomes_markup_or_code_wherever_it_stands() -> None:
+    """Names, labels, reasons, images, addresses, events and logs of random fragments, in every page and panel."""
+    rng, cluster = random.Random(20), make(4, 16)
+    plain = {kind: dict(rows) for kind, rows in cluster.rows.items()}
+    keys = (
+        "id",
+        "service",
+        "node",
+        "state",
+        "wanted",
+        "role",
+        "availability",
+        "mode",
+        "protocol",
+        "health",
+        "manager",
+    )
+
+    def text() -> str:
+        return "".join(rng.choices(FRAGMENTS, k=rng.randint(1, 6)))
+
+    def spoiled(value: Any, name: str = "") -> Any:
+        match value:
+            case str() if name not in keys:
+                return text()
+            case dict() if name == "labels":
+                return {text(): text() for _ in range(3)}
+            case dict():
+                return {key: spoiled(one, str(key)) for key, one in value.items()}
+            case list() if name not in ("services", "networks", "secrets", "configs", "nodes"):
+                return [spoiled(one, name) for one in value]
+            case _:
+                return value
+
+    async with served(cluster) as url, a_browser() as browser, a_page(browser) as page:
+        for _ in range(8):
+            cluster.lines = [text() for _ in range(5)]
+            for entry in cluster.history:
+                entry |= {"Message": text(), "Name": text()}
+            cluster.change(
+                {kind: [spoiled(row) for row in rows.values()] for kind, rows in plain.items()}, {}
+            )
+            task = rng.choice(list(plain["tasks"]))
+            for place in (
+                *("hive", "services", "nodes", "tasks", "networks", "stacks", "volumes", "secrets", "events"),
+                *(f"{kind}/{kind}/{rng.choice(list(plain[kind]))}" for kind in KINDS if kind != "stacks"),
+                *(f"tasks/tasks/{task}/logs", f"hive/nodes/{rng.choice(list(plain['nodes']))}"),
+            ):
+                await page.goto(f"{url}#/{place}")
+                await expect(page.locator("main")).not_to_be_empty()
+                assert (
+                    await page.locator("img, iframe, object, main script, aside script, main style").count()
+                    == 0
+                )
+                content = await page.content()
+                assert not re.search("[\u202e\u2066\ufeff]", content)
+                assert not re.search(r"<[^>]+\son\w+=", re.sub(r'"[^"]*"', '""', content))
+                assert await page.evaluate(
+                    "[...document.querySelectorAll('[href]')].every(({ href }) => /^http/.test(href))"
+                )
+        assert await page.evaluate("typeof hit") == "undefined"
+
+
 async def test_a_lost_stream_is_said_and_comes_back() -> None:
     cluster = make(3, 6)
     async with a_browser() as browser, a_page(browser, may_say="net::ERR") as page:
@@ -144,6 +289,7 @@ async def test_a_lost_stream_is_said_and_comes_back() -> None:
             port = int(url.split(":")[2].partition("/")[0])
         await expect(page.locator(".live")).not_to_have_text("live")
         cluster.rows["nodes"].popitem()
+        cluster.revision += 1
         async with served(cluster, port):
             await expect(page.locator(".live")).to_have_text("live", timeout=20_000)
             await expect(page.get_by_role("application")).to_have_attribute(

@@ -12,7 +12,8 @@ import axe_playwright_python
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.browser.made_up_cluster import KINDS, make, served, step
+from tests.browser.made_up_cluster import KINDS, make, step
+from tests.browser.served_cluster import served
 from tests.support.browser import a_browser, a_page
 
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"

@@ -21,6 +21,18 @@ def test_the_modules_decide_as_they_should() -> None:
     assert re.search(r"pass [1-9]\d", done.stdout)
 
 
+def test_every_module_is_asked_for_by_the_first_page() -> None:
+    """One after the other, as each names the next ones, they take several round trips."""
+    found, due = set[str](), {"app.js"}
+    while due:
+        text = (STATIC / due.pop()).read_text()
+        named = set(re.findall(r'from "\./([a-z_]+\.js)"', text)) - found
+        found |= named
+        due |= named
+    index = (STATIC / "index.html").read_text()
+    assert set(re.findall(r'rel="modulepreload" href="([^"]+)"', index)) == found
+
+
 def test_nothing_is_ever_parsed_as_html() -> None:
     found = [
         f"{path.name}:{number} {line.strip()}"

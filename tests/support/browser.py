@@ -65,4 +65,5 @@ async def a_page(browser: Browser, *, may_say: str = "", **options: Any) -> Asyn
         yield page
     finally:
         await context.close()
-    assert [line for line in said if not may_say or may_say not in line] == []
+    unexpected = [line for line in said if not may_say or may_say not in line]
+    assert unexpected == [], unexpected  # pytest shows no values of a helper

@@ -7,8 +7,10 @@ import { Hive } from "./hive.js";
 import { Journal } from "./journal.js";
 import { Logs } from "./logs.js";
 import { Terminal } from "./terminal.js";
-import { ApiError, get } from "./api.js";
+import { ApiError, get, stream } from "./api.js";
+import { Examination } from "./reach.js";
 import { Resources } from "./resources.js";
+import { Samples } from "./samples.js";
 import { readSession, savedTheme } from "./session.js";
 import { shell } from "./shell.js";
 import { patch } from "./dom.js";
@@ -31,6 +33,8 @@ class App {
   journal = new Journal(get, () => this.invalidate());
   colours = new Colours();
   resources = new Resources(() => this.invalidate());
+  samples = new Samples();
+  examination = new Examination(stream, () => this.invalidate());
   /** Who is logged in; nobody by name with `skep ui`. */
   session = { user: "", roles: [], by_login: false };
   /** What the page shows of the connection. */
@@ -70,11 +74,17 @@ class App {
     document.addEventListener("visibilitychange", () => this.invalidate());
     this.#prefersDark.addEventListener("change", () => this.applyTheme());
     addEventListener("resize", () => this.invalidate());
-    setInterval(() => this.invalidate(), TICK_MS);
+    setInterval(() => this.#tick(), TICK_MS);
     this.#follow();
     this.applyTheme();
-    this.stream.start();
+    void this.stream.start();
     void this.#readSession();
+  }
+
+  /** Hidden, too, so that nothing is missing of the last hour. */
+  #tick() {
+    this.samples.take(this.#present, Date.now());
+    this.invalidate();
   }
 
   async #readSession() {

@@ -2,9 +2,12 @@
 
 import { h, own } from "./dom.js";
 import { phase, problems } from "./cluster.js";
-import { ago, badge, link, links, meter, swatch, taskGlyph } from "./parts.js";
+import { ago, badge, button, chart, link, links, loadInWords, meter, swatch, taskGlyph } from "./parts.js";
+import { portsText } from "./ports.js";
+import { examined, failing } from "./reach.js";
+import { families, familyOf, uptake } from "./versions.js";
 import { table } from "./table.js";
-import { count, imageName, percent } from "./text.js";
+import { count, duration, imageName, percent } from "./text.js";
 import { orderedNodes } from "./scene.js";
 import { eventsPage, timeline } from "./events.js";
 
@@ -173,15 +176,11 @@ function servicesPage(app) {
       { key: "replicas", title: "Tasks", cell: replicas, sort: (service) => service.running / (service.wanted || 1) },
       { key: "state", title: "State", cell: serviceState, sort: (service) => service.state },
       { key: "image", title: "Image", kind: "mono", cell: (service) => imageName(service.image), sort: (service) => service.image },
-      { key: "ports", title: "Ports", kind: "wide", cell: (service) => portsText(service.ports) },
+      { key: "ports", title: "Ports", kind: "wide", cell: (service) => portsText(service.ports, app.cluster.tasksOf("service", service.id)) },
       { key: "updated", title: "Updated", kind: "wide number", cell: (service) => ago(app, service.updated_at), sort: (service) => -service.updated_at },
       { key: "reason", title: "Reason", kind: "wide rest", cell: (service) => service.reason },
     ],
   });
-}
-
-export function portsText(ports) {
-  return ports.map(({ published, target, protocol }) => `${published || "·"}→${target}${protocol === "tcp" ? "" : `/${protocol}`}`).join(" ");
 }
 
 function nodesPage(app) {
@@ -197,6 +196,7 @@ function nodesPage(app) {
       { key: "role", title: "Role", cell: (node) => [node.role, node.leader && h("span", { class: "quiet" }, " · leader"), node.manager === "unreachable" && badge("bad", "unreachable")], sort: (node) => node.role },
       { key: "tasks", title: "Tasks", kind: "number", cell: (node) => String(tasks.get(node.id)?.length ?? 0), sort: (node) => tasks.get(node.id)?.length ?? 0 },
       { key: "load", title: "Load", cell: load, sort: (node) => node.load ?? -1 },
+      { key: "hour", title: "Last hour", kind: "wide", cell: (node) => chart(app, node.id, (sample) => sample.load, { label: loadInWords(app, node) }) },
       { key: "address", title: "Address", kind: "mono wide", cell: (node) => node.address, sort: (node) => node.address },
       { key: "engine", title: "Engine", kind: "wide", cell: (node) => node.engine, sort: (node) => node.engine },
       { key: "reason", title: "Reason", kind: "wide rest", cell: (node) => node.reason },
@@ -227,7 +227,41 @@ function tasksPage(app) {
   });
 }
 
+/** Whether nodes reach each other, by the probes; and all of it anew on request. */
+function reachability(app) {
+  const nodes = app.cluster.all("nodes");
+  const wrong = failing(nodes);
+  const found = examined(app.examination.lines);
+  const { isRunning, error, endedAt } = app.examination;
+  return h("section", { key: "reach", class: "reach", "aria-label": "paths between nodes" },
+    h("div", { class: "head" },
+      wrong.length === 0 ? badge("good", "nodes reach each other") : badge("bad", `${count(wrong.length, "path")} ${wrong.length === 1 ? "fails" : "fail"}`),
+      h("p", {}, wrong.length === 0 ? "No probe between nodes fails." : "Found by the probes that nodes send each other:"),
+      h("div", { class: "filters" }, button(isRunning ? `Examining… ${found.done} of ${found.asked}` : "Examine now", () => app.examination.run(), { disabled: isRunning, title: "Every node probes every other one (skep doctor network)" }))),
+    wrong.length > 0 && h("ul", { class: "paths" }, wrong.slice(0, 50).map(({ from, to, check, port }) =>
+      h("li", { key: `${from.id} ${to} ${check}` }, h("a", { href: app.href("nodes", from.id) }, from.name), ` → ${to}`, h("span", { class: "quiet" }, ` ${port} (${check})`)))),
+    error && h("p", { class: "note bad" }, error),
+    endedAt > 0 && !isRunning && !error && examinationText(app, found, endedAt),
+    found.wrong.length + found.errors.length + found.own.length > 0 && h("ul", { class: "paths" },
+      found.wrong.slice(0, 50).map(({ from, to, check, port, lost, sent, detail }, i) => h("li", { key: `w${i}` }, `${from} → ${to}`, h("span", { class: "quiet" }, ` ${port} (${check}): ${lost} of ${sent} lost${detail && `; ${detail}`}`))),
+      found.errors.map(({ name, error: why }, i) => h("li", { key: `e${i}` }, name, h("span", { class: "quiet" }, `: ${why}`))),
+      found.own.map(({ name, text }, i) => h("li", { key: `o${i}` }, name, h("span", { class: "quiet" }, `: ${text}`)))));
+}
+
+function examinationText(app, found, endedAt) {
+  const { slowest } = found;
+  const verdict = found.wrong.length + found.errors.length === 0 ? "everything responds" : `${count(found.wrong.length, "check")} failed, ${count(found.errors.length, "node")} without a result`;
+  return h("p", { class: "note quiet" },
+    `Examined ${duration((app.realNow - endedAt) / 1000)} ago: ${count(found.asked, "node")}, ${count(found.pairs, "path")}: ${verdict}`,
+    slowest && `; the slowest way back took ${slowest.ms.toFixed(1)} ms (${slowest.from} → ${slowest.to})`, ".");
+}
+
 function networksPage(app) {
+  const [head, list] = networkList(app);
+  return [head, reachability(app), list];
+}
+
+function networkList(app) {
   return listPage(app, "Networks", {
     id: "networks",
     rows: sortedBy(app.cluster.all("networks")),
@@ -259,9 +293,15 @@ function stacksPage(app) {
       { key: "name", title: "Name", cell: (stack) => stack.name, sort: byName },
       { key: "revision", title: "Revision", kind: "number", cell: (stack) => (stack.revision === null ? "–" : String(stack.revision)), sort: (stack) => stack.revision ?? 0 },
       { key: "state", title: "State", cell: (stack) => stackState(services(stack)) },
+      { key: "deployed", title: "Last deploy", cell: (stack) => (stack.revisions?.[0] ? [deployState(stack.revisions?.[0]), " ", h("span", { class: "quiet" }, stack.revisions?.[0].changes)] : h("span", { class: "quiet" }, "not kept")), sort: (stack) => -(stack.revisions?.[0]?.created_at ?? 0) },
       { key: "services", title: "Services", kind: "rest", cell: (stack) => links(app, "services", stack.services), sort: (stack) => stack.services.length },
     ],
   });
+}
+
+/** How the deploy of a revision ended. */
+export function deployState({ state }) {
+  return badge(state.startsWith("failed") ? "bad" : state === "deploying" ? "warn" : "good", state.startsWith("failed") ? "failed" : state || "deployed");
 }
 
 export function stackState(services) {
@@ -270,9 +310,41 @@ export function stackState(services) {
 }
 
 function volumesPage(app) {
+  return [...clusterVolumes(app), localVolumes(app)];
+}
+
+/** Volumes of single nodes with the data of services: where each is, of which slot. */
+function localVolumes(app) {
+  const found = new Map();
+  for (const node of app.cluster.all("nodes")) {
+    for (const volume of node.volumes ?? []) {
+      const row = found.get(volume.name) ?? { id: volume.name, name: volume.name, nodes: new Set(), slots: new Set(), used_at: 0, node: node.id };
+      found.set(volume.name, row);
+      row.nodes.add(node.id);
+      row.slots.add(`${volume.service}.${volume.slot}`);
+      row.used_at = Math.max(row.used_at, volume.used_at);
+    }
+  }
+  return h("section", { key: "local", class: "below" },
+    h("h2", {}, "Volumes of nodes"),
+    table(app, {
+      id: "local volumes",
+      label: "Volumes of nodes",
+      rows: sortedBy([...found.values()]),
+      target: (volume) => ["nodes", volume.node],
+      empty: "No service has data in a volume of a node.",
+      columns: [
+        { key: "name", title: "Name", cell: byName, sort: byName },
+        { key: "nodes", title: "On", cell: (volume) => links(app, "nodes", [...volume.nodes]), sort: (volume) => volume.nodes.size },
+        { key: "slots", title: "Data of", kind: "rest", cell: (volume) => [...volume.slots].sort().slice(0, 20).join(", ") + (volume.slots.size > 20 ? ` and ${volume.slots.size - 20} more` : "") },
+        { key: "used", title: "Last given", kind: "number", cell: (volume) => ago(app, volume.used_at), sort: (volume) => -volume.used_at },
+      ],
+    }));
+}
+
+function clusterVolumes(app) {
   return listPage(app, "Volumes", {
     id: "volumes",
-    note: "Volumes of the cluster. Volumes of one node alone are listed by docker volume ls on that node.",
     rows: sortedBy(app.cluster.all("volumes")),
     target: (volume) => ["volumes", volume.id],
     empty: "No cluster volumes.",
@@ -286,8 +358,21 @@ function volumesPage(app) {
   });
 }
 
+/** `3 of 5 tasks` that run have this version. */
+export function uptakeText(app, row) {
+  if (row.services.length === 0) return h("span", { class: "quiet" }, "not used");
+  const { have, wait } = uptake(app.cluster, row);
+  const text = `${have} of ${count(have + wait, "task")}`;
+  return h("span", { class: "replicas" }, meter(text, [{ share: have + wait ? have / (have + wait) : 1, kind: wait ? "moving" : "well" }]), h("span", {}, text));
+}
+
 function secretsPage(app) {
   const of = (kind) => app.cluster.all(kind).map((row) => ({ ...row, kind }));
+  const versions = { secrets: families(app.cluster.all("secrets")), configs: families(app.cluster.all("configs")) };
+  const place = (row) => {
+    const all = versions[row.kind].get(familyOf(row));
+    return all.length === 1 ? "" : `${all.length - all.findIndex(({ id }) => id === row.id)} of ${all.length}`;
+  };
   return listPage(app, "Secrets and configs", {
     id: "secrets",
     note: "By name and use; their data is never sent to this page.",
@@ -297,6 +382,8 @@ function secretsPage(app) {
     columns: [
       { key: "name", title: "Name", cell: byName, sort: byName },
       { key: "kind", title: "Kind", cell: (row) => row.kind.slice(0, -1), sort: (row) => row.kind },
+      { key: "version", title: "Version", kind: "wide", cell: (row) => place(row) || h("span", { class: "quiet" }, "the only one"), sort: (row) => `${familyOf(row)} ${row.created_at}` },
+      { key: "uptake", title: "Uptake", cell: (row) => uptakeText(app, row) },
       { key: "created", title: "Created", kind: "number", cell: (row) => ago(app, row.created_at), sort: (row) => -row.created_at },
       { key: "stack", title: "Stack", kind: "wide", cell: (row) => row.stack, sort: (row) => row.stack },
       { key: "services", title: "Used by", kind: "rest", cell: (row) => links(app, "services", row.services), sort: (row) => row.services.length },

@@ -2,8 +2,11 @@
 
 import { h, own } from "./dom.js";
 import { isEnded, phase } from "./cluster.js";
-import { ago, badge, button, facts, fetched, link, links, section, swatch, taskGlyph, took } from "./parts.js";
-import { networkKind, nodeState, portsText, replicas, serviceState, stackState, taskColumns, taskState } from "./pages.js";
+import { ago, badge, button, chart, facts, fetched, link, links, loadInWords, section, swatch, taskGlyph, took } from "./parts.js";
+import { deployState, networkKind, nodeState, replicas, serviceState, stackState, taskColumns, taskState, uptakeText } from "./pages.js";
+import { portText, portsText } from "./ports.js";
+import { failing } from "./reach.js";
+import { families, familyOf } from "./versions.js";
 import { table } from "./table.js";
 import { withoutEscapes } from "./log_frames.js";
 import { age, clockTime, compareNames, count, imageName, percent, bytes } from "./text.js";
@@ -63,7 +66,7 @@ function servicePanel(app, service, tab) {
       ["Image", h("code", {}, imageName(service.image))],
       ["Mode", service.mode],
       service.stack && ["Stack", link(app, "stacks", service.stack)],
-      service.ports.length > 0 && ["Ports", portsText(service.ports)],
+      service.ports.length > 0 && ["Ports", portsText(service.ports, app.cluster.tasksOf("service", service.id))],
       service.networks.length > 0 && ["Networks", links(app, "networks", service.networks)],
       service.secrets.length > 0 && ["Secrets", links(app, "secrets", service.secrets)],
       service.configs.length > 0 && ["Configs", links(app, "configs", service.configs)],
@@ -165,6 +168,7 @@ function taskPanel(app, task, tab) {
       ["Service", app.cluster.get("services", task.service) ? link(app, "services", task.service) : app.cluster.name("services", task.service)],
       ["Node", task.node ? link(app, "nodes", task.node) : "none yet"],
       ["Image", h("code", {}, imageName(task.image))],
+      task.ports?.length > 0 && ["Ports", task.ports.map((port) => portText(port)).join(" ")],
       ["Spec", task.current ? "the service's present one" : "an earlier one: an update will replace this task"],
       task.health && ["Health", task.health],
       ["Id", h("code", {}, task.id)],
@@ -202,7 +206,7 @@ function nodePanel(app, node, tab) {
       ["State", [nodeState(node), node.availability !== "active" && node.state === "ready" ? "" : badge("quiet", node.availability)]],
       node.reason && ["Reason", node.reason],
       ["Role", [node.role, node.leader ? " · leader" : "", node.manager && node.manager !== "reachable" ? ` · ${node.manager}` : ""]],
-      ["Load", node.load === null ? "not reported" : percent(node.load)],
+      ["Load", loadInWords(app, node)],
       ["Tasks", String(tasks.length)],
       ["Processors", String(node.cpus)],
       ["Memory", bytes(node.memory)],
@@ -211,6 +215,10 @@ function nodePanel(app, node, tab) {
       labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
       ["Id", h("code", {}, node.id)],
     ),
+    section("Load in the last hour", chart(app, node.id, (sample) => sample.load, { size: "large", label: `load: ${loadInWords(app, node)}` })),
+    section("Tasks in the last hour", chart(app, node.id, (sample) => sample.tasks, { size: "large", most: Math.max(4, ...app.samples.of(node.id).map((sample) => sample.tasks)) * 1.1, label: `${count(tasks.length, "task")} now` })),
+    node.failing?.length > 0 && section("Does not reach", h("ul", { class: "plain" }, failing([node]).map(({ to, check, port }) => h("li", { key: `${to} ${check}` }, to, h("span", { class: "quiet" }, ` ${port} (${check})`))))),
+    node.volumes?.length > 0 && section("Volumes", h("ul", { class: "plain" }, node.volumes.map(({ name, service, slot }) => h("li", { key: `${name} ${service} ${slot}` }, h("code", {}, name), h("span", { class: "quiet" }, ` data of ${service}.${slot}`))))),
     section("Tasks", h("div", { class: "cells" }, tasks.slice(0, 200).map((task) =>
       h("a", { key: task.id, href: app.href("tasks", task.id), title: `${app.cluster.taskName(task)}: ${phase(task)}`, "aria-label": `${app.cluster.taskName(task)}, ${phase(task)}` }, taskGlyph(app, task))))),
   ];
@@ -226,7 +234,18 @@ function networkPanel(app, network) {
       ["Id", h("code", {}, network.id)],
     ),
     section("Services on it", serviceList(app, network.services)),
+    section("Paths between its nodes", networkPaths(app, network)),
   ];
+}
+
+/** What the probes say of the nodes that have tasks on a network. */
+function networkPaths(app, network) {
+  const ids = new Set(network.services.flatMap((id) => app.cluster.tasksOf("service", id).map((task) => task.node)));
+  const nodes = [...ids].map((id) => app.cluster.get("nodes", id)).filter(Boolean);
+  const names = new Set(nodes.map((node) => node.name));
+  const wrong = failing(nodes).filter(({ to }) => names.has(to));
+  if (wrong.length === 0) return h("p", { class: "quiet" }, nodes.length < 2 ? `${count(nodes.length, "node")} with tasks on it.` : `No probe fails between the ${nodes.length} nodes with tasks on it.`);
+  return h("ul", { class: "plain failures" }, wrong.map(({ from, to, check, port }) => h("li", { key: `${from.id} ${to} ${check}` }, link(app, "nodes", from.id), ` → ${to}`, h("span", { class: "quiet" }, ` ${port} (${check})`))));
 }
 
 function serviceList(app, ids) {
@@ -246,6 +265,14 @@ function stackPanel(app, stack) {
       networks.length > 0 && ["Networks", links(app, "networks", networks)],
     ),
     section("Services", serviceList(app, stack.services)),
+    section("Revisions", !stack.revisions?.length
+      ? h("p", { class: "quiet" }, "None are kept: it was not deployed by skep stack deploy.")
+      : h("ol", { class: "history" }, stack.revisions.map((revision) => h("li", { key: revision.number, class: revision.state.startsWith("failed") ? "bad" : "" },
+          h("time", {}, clockTime(revision.created_at, app.now)),
+          h("b", {}, String(revision.number)),
+          h("span", {}, deployState(revision), " ", revision.changes || "no changes"),
+          revision.state.startsWith("failed") && h("p", {}, revision.state))))),
+    stack.revisions?.length > 0 && h("p", { class: "quiet small" }, "What a deploy would change: ", h("code", {}, `skep stack plan ${stack.name}`), "; back to a revision: ", h("code", {}, `skep stack rollback ${stack.name} --to N`)),
   ];
 }
 
@@ -263,6 +290,7 @@ function volumePanel(app, volume) {
 /** How many running tasks of its services are of the present spec: those have the secret or config of that name. */
 function secretPanel(app, row) {
   const labels = Object.entries(row.labels ?? {});
+  const versions = families(app.cluster.all(app.route.kind)).get(familyOf(row));
   const uptake = row.services.map((id) => app.cluster.get("services", id)).filter(Boolean).map((service) => {
     const tasks = app.cluster.tasksOf("service", service.id).filter((task) => phase(task) === "running");
     return h("li", { key: service.id }, swatch(app, service.id), link(app, "services", service.id), h("span", {}, `${tasks.filter((task) => task.current).length} of ${count(tasks.length, "running task")}`));
@@ -275,6 +303,8 @@ function secretPanel(app, row) {
       labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
       ["Id", h("code", {}, row.id)],
     ),
+    versions.length > 1 && section("Versions", h("ul", { class: "services" }, versions.map((version) =>
+      h("li", { key: version.id, "aria-current": version.id === row.id ? "true" : undefined }, h("a", { href: app.href(app.route.kind, version.id) }, version.name), uptakeText(app, version), h("span", { class: "quiet" }, ago(app, version.created_at)))))),
     section("Used by", uptake.length > 0 ? h("ul", { class: "services" }, uptake) : h("p", { class: "quiet" }, "No service.")),
     h("p", { class: "quiet small" }, "Data is never sent to this page."),
   ];

@@ -2,7 +2,8 @@
 
 import { h } from "./dom.js";
 import { phase } from "./cluster.js";
-import { age, clockTime, duration, instant } from "./text.js";
+import { SPAN_MS, lines } from "./samples.js";
+import { age, clockTime, duration, instant, percent } from "./text.js";
 
 const GLYPHS = {
   waiting: "M6 1.500 10 3.750v4.500L6 10.500 2 8.250v-4.500z",
@@ -46,6 +47,29 @@ export function meter(label, parts) {
     { class: "meter", role: "img", "aria-label": label },
     parts.map(({ share, kind }) => h("i", { class: kind, vars: { width: `${Math.min(100, Math.max(0, share * 100))}%` } })),
   );
+}
+
+const CHART = { small: [96, 20], large: [320, 72] };
+
+/** The last hour of a node's `value(sample)` as a line; `most`: the top of the chart. */
+export function chart(app, id, value, { size = "small", most = 1, label }) {
+  const [width, height] = CHART[size];
+  const to = app.realNow;
+  const from = to - SPAN_MS;
+  const shown = lines(app.samples.of(id), value, { from, to, most });
+  const paths = shown.map((points) => points.map(([x, y], i) => `${i ? "L" : "M"}${(x * width).toFixed(1)} ${((1 - y) * (height - 2) + 1).toFixed(1)}`).join("") + (points.length === 1 ? "h1" : ""));
+  return h("svg", { class: `chart ${size}`, viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": label },
+    size === "large" && [0.25, 0.5, 0.75].map((part) => h("path", { class: "grid", d: `M0 ${height * part}h${width}` })),
+    h("path", { class: "line", d: paths.join("") }));
+}
+
+/** `34 %, 12–61 % since 10:02` of a node's load. */
+export function loadInWords(app, node) {
+  const loads = app.samples.of(node.id).filter(({ load }) => load !== null);
+  const now = node.load === null ? "not reported" : percent(node.load);
+  if (loads.length < 2) return now;
+  const values = loads.map(({ load }) => load);
+  return `${now}, ${percent(Math.min(...values))} to ${percent(Math.max(...values))} since ${clockTime(loads[0].at / 1000, app.realNow)}`;
 }
 
 /** How long ago, with the moment itself as title. */

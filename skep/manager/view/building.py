@@ -11,8 +11,8 @@ from skep.manager.routes.shown import service_status
 from skep.manager.view.rows import (
     STACK_LABEL,
     Counts,
+    RevisionRow,
     Row,
-    StackRow,
     is_shown,
     network_row,
     networks_of,
@@ -20,6 +20,7 @@ from skep.manager.view.rows import (
     payload_row,
     revision_of,
     service_row,
+    stack_row,
     task_row,
     volume_row,
 )
@@ -99,8 +100,8 @@ class Builder:
         self._named: dict[str, frozenset[Key]] = {}
         """By service."""
         self._users: dict[Key, set[str]] = {}
-        self._revisions: dict[str, dict[str, int]] = {}
-        """Stack -> config -> number."""
+        self._revisions: dict[str, dict[str, RevisionRow]] = {}
+        """Stack -> config -> revision."""
         self._records: dict[str, str] = {}
         """Config -> stack."""
 
@@ -163,9 +164,9 @@ class Builder:
             del self._revisions[stack][key.id]
             touched.add(Key("stacks", stack))
         if record is not None:
-            stack, number = record
+            stack, revision = record
             self._records[key.id] = stack
-            self._revisions.setdefault(stack, {})[key.id] = number
+            self._revisions.setdefault(stack, {})[key.id] = revision
             touched.add(Key("stacks", stack))
         if config is None or record is not None:
             return None, frozenset(touched)
@@ -176,9 +177,7 @@ class Builder:
         if not services and not revisions:
             self._revisions.pop(key.id, None)
             return None
-        return StackRow(
-            id=key.id, name=key.id, services=services, revision=max(revisions.values(), default=None)
-        )
+        return stack_row(key.id, services, revisions.values())
 
     def _users_of(self, key: Key) -> tuple[str, ...]:
         return tuple(sorted(self._users.get(key, ())))

@@ -4,22 +4,25 @@ No row has environment variables, commands, or the data of secrets and configs. 
 0 where there is none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from skep.errors import InvalidArgument
 from skep.manager.control.tasks import known_status
 from skep.manager.explanations import summary
 from skep.manager.routes.shown import path_message
 from skep.model.conditions import condition_messages
-from skep.model.labels import STACK_REVISION
+from skep.model.history import masked, masked_text
+from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.network import Network, is_ingress
 from skep.model.node import Node, NodeState
 from skep.model.overlays import is_encrypted
 from skep.model.planes import driver_of
 from skep.model.secret import Config, Secret
-from skep.model.service import Service, UpdateStatus
+from skep.model.service import PortConfig, Service, UpdateStatus
+from skep.model.slot_volumes import slot_volumes_of
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
 from skep.model.volume import Volume
@@ -30,6 +33,9 @@ STACK_LABEL = "com.docker.stack.namespace"
 _TEXT_MAX = 500
 """Characters of a reason or an error: an error may be a megabyte of a container's output."""
 _LABELS_MAX = 32
+_FAILING_MAX = 50
+_VOLUMES_MAX = 100
+_REVISIONS_MAX = 20
 _NANO = 1e9
 
 
@@ -37,6 +43,23 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Of one object.  ``id``: unique among the rows of its kind."""
 
     id: str
+
+
+class FailingRow(msgspec.Struct, frozen=True, gc=False):
+    """A check of the probes that fails from a node to ``peer``."""
+
+    peer: str
+    check: str
+    port: str
+
+
+class LocalVolumeRow(msgspec.Struct, frozen=True, gc=False):
+    """A volume of a node alone, with the data of a service's slot.  ``used_at``: when a task last got it."""
+
+    name: str
+    service: str
+    slot: int
+    used_at: float
 
 
 class NodeRow(Row, frozen=True, kw_only=True, gc=False):
@@ -56,6 +79,8 @@ class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     cpus: float
     memory: int
     load: float | None
+    failing: tuple[FailingRow, ...]
+    volumes: tuple[LocalVolumeRow, ...]
     reason: str
     version: int
 
@@ -102,7 +127,7 @@ class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
 
 
 class TaskRow(Row, frozen=True, kw_only=True, gc=False):
-    """``current``: made from the present spec of its service."""
+    """``current``: made from the present spec of its service.  ``ports``: those of its node alone, if it has some."""
 
     service: str
     slot: int
@@ -115,6 +140,7 @@ class TaskRow(Row, frozen=True, kw_only=True, gc=False):
     health: str
     image: str
     current: bool
+    ports: tuple[PortRow, ...] | UnsetType = UNSET
 
 
 class NetworkRow(Row, frozen=True, kw_only=True, gc=False):
@@ -154,12 +180,22 @@ class VolumeRow(Row, frozen=True, kw_only=True, gc=False):
     reason: str
 
 
+class RevisionRow(msgspec.Struct, frozen=True, gc=False, order=True):
+    """What a deploy of a stack asked for.  ``state``: how the deploy ended; ``changes``: what its plan was."""
+
+    number: int
+    state: str
+    changes: str
+    created_at: float
+
+
 class StackRow(Row, frozen=True, kw_only=True, gc=False):
-    """Its id is its name.  ``revision``: the last one that was recorded."""
+    """Its id is its name.  ``revision``: the last one that was recorded; ``revisions``: the newest first."""
 
     name: str
     services: tuple[str, ...]
     revision: int | None
+    revisions: tuple[RevisionRow, ...]
 
 
 class ManagersRow(msgspec.Struct, frozen=True, gc=False):
@@ -200,9 +236,22 @@ def node_row(node: Node) -> NodeRow:
         cpus=described.resources.nano_cpus / _NANO,
         memory=described.resources.memory_bytes,
         load=node.load,
+        failing=tuple(
+            FailingRow(one.hostname or one.peer, one.check, one.port)
+            for one in node.failing_paths[:_FAILING_MAX]
+        )
+        if is_ready
+        else (),
+        volumes=_local_volumes(node),
         reason=_cut("; ".join(filter(None, reasons))),
         version=node.version.index,
     )
+
+
+def _local_volumes(node: Node) -> tuple[LocalVolumeRow, ...]:
+    """The last ones; a node has thousands at most."""
+    known = sorted(slot_volumes_of(node), key=lambda one: -one.at_ms)[:_VOLUMES_MAX]
+    return tuple(LocalVolumeRow(one.volume, one.service, one.slot, one.at_ms / 1000) for one in known)
 
 
 def service_row(service: Service, counts: "Counts") -> ServiceRow:
@@ -222,10 +271,7 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         total=(job.total_completions or 0) if job is not None else 0,
         state=counts.state,
         reason=_cut(counts.reason),
-        ports=tuple(
-            PortRow(port.published_port, port.target_port, port.protocol, port.publish_mode.value)
-            for port in service.endpoint.ports
-        ),
+        ports=_ports(service.endpoint.ports),
         networks=networks_of(service),
         secrets=tuple(one.secret_id for one in container.secrets) if container is not None else (),
         configs=tuple(one.config_id for one in container.configs) if container is not None else (),
@@ -233,6 +279,13 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         can_roll_back=service.previous_spec is not None,
         version=service.version.index,
         updated_at=seconds(service.updated_at),
+    )
+
+
+def _ports(ports: Sequence[PortConfig]) -> tuple[PortRow, ...]:
+    return tuple(
+        PortRow(port.published_port, port.target_port, port.protocol, port.publish_mode.value)
+        for port in ports
     )
 
 
@@ -276,6 +329,7 @@ def task_row(view: View, task: Task, *, is_current: bool) -> TaskRow:
         health=_HEALTH.get(status.state, "") if has_check else "",
         image=_image(container.image if container is not None else ""),
         current=is_current,
+        ports=_ports(status.port_status.ports) or UNSET,
     )
 
 
@@ -342,12 +396,21 @@ def volume_row(volume: Volume) -> VolumeRow:
     )
 
 
-def revision_of(config: Config) -> tuple[str, int] | None:
-    """The stack and the number of the revision that ``config`` records; None: it is another config."""
-    stack, number = config.spec.labels.get(STACK_LABEL, ""), config.spec.labels.get(STACK_REVISION, "")
+def revision_of(config: Config) -> tuple[str, RevisionRow] | None:
+    """The stack and the revision that ``config`` records; None: it is another config."""
+    labels = config.spec.labels
+    stack, number = labels.get(STACK_LABEL, ""), labels.get(STACK_REVISION, "")
     if not stack or not (number.isascii() and number.isdigit() and len(number) < 10):
         return None
-    return stack, int(number)
+    state, changes = _cut(labels.get(STACK_STATE, "")), _cut(labels.get(STACK_CHANGES, ""))
+    return stack, RevisionRow(int(number), state, changes, seconds(config.created_at))
+
+
+def stack_row(name: str, services: Sequence[str], revisions: Iterable[RevisionRow]) -> StackRow:
+    """A stack as it is shown."""
+    newest = tuple(sorted(revisions, reverse=True)[:_REVISIONS_MAX])
+    number = newest[0].number if newest else None
+    return StackRow(id=name, name=name, services=tuple(services), revision=number, revisions=newest)
 
 
 def seconds(stamp: str | None) -> float:
@@ -370,8 +433,14 @@ def _image(image: str) -> str:
 
 
 def _labels(labels: Mapping[str, str]) -> Mapping[str, str]:
-    return {name: labels[name][:_TEXT_MAX] for name in sorted(labels)[:_LABELS_MAX]}
+    return {
+        name: masked(f"{name}={labels[name]}")[len(name) + 1 :][:_TEXT_MAX]
+        for name in sorted(labels)[:_LABELS_MAX]
+    }
 
 
 def _cut(text: str) -> str:
+    """The beginning, without what looks like a credential: an error may quote a command or a URL."""
+    if "=" in text or "://" in text:
+        text = masked_text(text[: 4 * _TEXT_MAX])
     return text if len(text) <= _TEXT_MAX else text[: _TEXT_MAX - 1] + "…"

@@ -42,7 +42,7 @@ class Page:
 
 
 def a_row(id: str, revision: int) -> StackRow:
-    return StackRow(id=id, name=f"at {revision}", services=(), revision=revision)
+    return StackRow(id=id, name=f"at {revision}", services=(), revision=revision, revisions=())
 
 
 def fresh(table: Table) -> Page:

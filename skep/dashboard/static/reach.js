@@ -1,0 +1,85 @@
+/** Whether nodes reach each other: what the probes report, and one examination on request.  No DOM here. */
+
+/** What fails by itself, `[{from, to, check, port}]`, `from` being a node's row. */
+export function failing(nodes) {
+  return nodes.flatMap((node) => (node.failing ?? []).map(({ peer, check, port }) => ({ from: node, to: peer, check, port })));
+}
+
+/**
+ * The state of an examination from its lines so far, `{asked, done, errors, pairs, slowest, wrong}`: `errors`: nodes
+ * without a result, and why; `wrong`: `[{from, to, check, port, lost, sent, detail}]`; `slowest`: milliseconds.
+ */
+export function examined(lines) {
+  const [begin, ...results] = lines;
+  const found = { asked: begin?.Nodes?.length ?? 0, done: 0, errors: [], pairs: 0, slowest: null, wrong: [], own: [] };
+  for (const result of results) {
+    found.done += 1;
+    const name = result.Hostname || result.ID;
+    if (result.Error) found.errors.push({ name, error: result.Error });
+    for (const text of result.Conditions ?? []) found.own.push({ name, text });
+    for (const path of result.Paths ?? []) {
+      if (path.PeerID !== result.ID) found.pairs += 1;
+      for (const finding of path.Findings ?? []) {
+        if (finding.Failing) {
+          found.wrong.push({ from: name, to: path.Peer, check: finding.Check, port: finding.Port, lost: finding.Lost, sent: finding.Sent, detail: finding.Detail ?? "" });
+        }
+        const trip = finding.RoundTripMs;
+        if (typeof trip === "number" && trip > (found.slowest?.ms ?? -1)) found.slowest = { ms: trip, from: name, to: path.Peer };
+      }
+    }
+  }
+  return found;
+}
+
+const LINE_MAX = 1 << 20;
+
+/** Splits a stream of bytes into lines of JSON; what is longer than a megabyte ends it. */
+export class JsonLines {
+  lines = [];
+  #rest = "";
+  #decoder = new TextDecoder();
+
+  take(piece) {
+    const parts = (this.#rest + this.#decoder.decode(piece, { stream: true })).split("\n");
+    this.#rest = parts.pop();
+    if (this.#rest.length > LINE_MAX) throw new Error("the answer is too long");
+    for (const part of parts) if (part.trim() !== "") this.lines.push(JSON.parse(part));
+  }
+}
+
+/** Runs one examination at a time; `changed()` with each line. */
+export class Examination {
+  lines = [];
+  error = "";
+  isRunning = false;
+  /** Milliseconds; 0: none yet. */
+  endedAt = 0;
+  #stream;
+  #changed;
+
+  /** `stream(path, signal, take)` as of `api.js`. */
+  constructor(stream, changed) {
+    this.#stream = stream;
+    this.#changed = changed;
+  }
+
+  async run() {
+    if (this.isRunning) return;
+    const json = new JsonLines();
+    this.lines = json.lines;
+    this.error = "";
+    this.isRunning = true;
+    this.#changed();
+    try {
+      await this.#stream("skep/doctor/network", AbortSignal.timeout(60_000), (piece) => {
+        json.take(piece);
+        this.#changed();
+      });
+    } catch (error) {
+      this.error = error.message;
+    }
+    this.isRunning = false;
+    this.endedAt = Date.now();
+    this.#changed();
+  }
+}

@@ -1,0 +1,74 @@
+/** How loaded each node was while this page is open: bounded, and in this page alone.  No DOM here. */
+
+export const SPAN_MS = 3600_000;
+const EVERY_MS = 10_000;
+export const SAMPLES_MAX = SPAN_MS / EVERY_MS;
+
+/** A ring of `[time, load, tasks]` for each node; three numbers of four bytes, an hour is 4 KB. */
+class Ring {
+  #values = new Float32Array(SAMPLES_MAX * 3);
+  #begin = 0;
+  count = 0;
+
+  push(time, load, tasks) {
+    const place = ((this.#begin + this.count) % SAMPLES_MAX) * 3;
+    this.#values.set([time, load, tasks], place);
+    if (this.count < SAMPLES_MAX) this.count += 1;
+    else this.#begin = (this.#begin + 1) % SAMPLES_MAX;
+  }
+
+  *[Symbol.iterator]() {
+    for (let i = 0; i < this.count; i += 1) {
+      const place = ((this.#begin + i) % SAMPLES_MAX) * 3;
+      const [time, load, tasks] = this.#values.subarray(place, place + 3);
+      yield { time, load: Number.isNaN(load) ? null : load, tasks };
+    }
+  }
+}
+
+export class Samples {
+  #rings = new Map();
+  #at = -Infinity;
+  #start = 0;
+
+  /** Takes one sample of each node, at most every ten seconds; nodes that are gone are forgotten. */
+  take(cluster, now) {
+    if (now - this.#at < EVERY_MS || cluster.cursor === "") return;
+    if (this.#at === -Infinity) this.#start = now;
+    this.#at = now;
+    const tasks = cluster.by("tasks", "node");
+    for (const node of cluster.all("nodes")) {
+      const ring = this.#rings.get(node.id) ?? new Ring();
+      this.#rings.set(node.id, ring);
+      // Seconds since this page began: a float of four bytes has too few digits for the time of day.
+      ring.push((now - this.#start) / 1000, node.load ?? NaN, tasks.get(node.id)?.length ?? 0);
+    }
+    for (const id of this.#rings.keys()) if (cluster.get("nodes", id) === undefined) this.#rings.delete(id);
+  }
+
+  /** `[{at, load, tasks}]` of a node, the oldest first; `at` in milliseconds, `load` null where it was not known. */
+  of(id) {
+    return [...(this.#rings.get(id) ?? [])].map(({ time, load, tasks }) => ({ at: this.#start + time * 1000, load, tasks }));
+  }
+}
+
+/**
+ * The lines of a chart: `[[[x, y], …], …]`, with a gap where a value is not known or samples are missing.
+ * `x` is 0 to 1 from `from` to `to`, `y` 0 to 1 of `most`.
+ */
+export function lines(samples, value, { from, to, most }) {
+  const found = [];
+  let last = -Infinity;
+  for (const sample of samples) {
+    const height = value(sample);
+    if (height === null || sample.at < from) {
+      last = -Infinity;
+      continue;
+    }
+    const point = [(sample.at - from) / (to - from), Math.min(1, height / most)];
+    if (sample.at - last > 3 * EVERY_MS) found.push([point]);
+    else found.at(-1).push(point);
+    last = sample.at;
+  }
+  return found;
+}

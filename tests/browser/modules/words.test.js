@@ -1,0 +1,71 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { Cluster } from "../../../skep/dashboard/static/cluster.js";
+import { portText, portsText } from "../../../skep/dashboard/static/ports.js";
+import { Examination, JsonLines, examined, failing } from "../../../skep/dashboard/static/reach.js";
+import { families, uptake } from "../../../skep/dashboard/static/versions.js";
+
+const port = (published, mode = "ingress", protocol = "tcp") => ({ published, target: 80, protocol, mode });
+
+test("a port of nodes has the numbers that they gave it", () => {
+  assert.equal(portText(port(8080)), "8080→80");
+  assert.equal(portText(port(53, "ingress", "udp")), "53→80/udp");
+  assert.equal(portText(port(8080, "host")), "8080→80 (host)");
+  const tasks = [{ ports: [port(32769, "host")] }, {}, { ports: [port(32768, "host"), port(1, "host", "udp")] }];
+  assert.equal(portsText([port(8080), port(0, "host")], tasks), "8080→80 32768, 32769→80 (host)");
+  assert.equal(portsText([port(0, "host")], []), "→80 (host)");
+  const many = Array.from({ length: 9 }, (_, i) => ({ ports: [port(32768 + i, "host")] }));
+  assert.equal(portsText([port(0, "host")], many), "32768–32776→80 (host)");
+});
+
+test("an examination is told by its lines", () => {
+  const finding = { Check: "overlay", Port: "4789/udp", Sent: 4, Lost: 0, Failing: false, RoundTripMs: 1.5, Detail: "" };
+  const lines = [
+    { Nodes: [{ ID: "a" }, { ID: "b" }, { ID: "c" }] },
+    { ID: "a", Hostname: "m1", Paths: [{ PeerID: "b", Peer: "w1", Findings: [finding] }] },
+    { ID: "b", Hostname: "w1", Paths: [{ PeerID: "a", Peer: "m1", Findings: [{ ...finding, Lost: 4, Failing: true, Detail: "no answer" }] }], Conditions: ["no room"] },
+    { ID: "c", Hostname: "", Error: "it is down" },
+  ];
+  const found = examined(lines);
+  assert.deepEqual([found.asked, found.done, found.pairs], [3, 3, 2]);
+  assert.deepEqual(found.wrong, [{ from: "w1", to: "m1", check: "overlay", port: "4789/udp", lost: 4, sent: 4, detail: "no answer" }]);
+  assert.deepEqual(found.errors, [{ name: "c", error: "it is down" }]);
+  assert.deepEqual(found.slowest, { ms: 1.5, from: "m1", to: "w1" });
+  assert.deepEqual(examined([]).wrong, []);
+  assert.deepEqual(failing([{ id: "a", failing: [{ peer: "w1", check: "overlay", port: "4789/udp" }] }]).map(({ to }) => to), ["w1"]);
+});
+
+test("lines come in pieces, one is not endless, and one examination runs at a time", async () => {
+  const json = new JsonLines();
+  const bytes = new TextEncoder().encode('{"a":"é"}\n\n{"b":1}\n');
+  for (const byte of bytes) json.take(Uint8Array.of(byte));
+  assert.deepEqual(json.lines, [{ a: "é" }, { b: 1 }]);
+  assert.throws(() => json.take(new Uint8Array(2 << 20).fill(32)), /too long/);
+  let asked = 0;
+  let end;
+  const stream = (path, _signal, take) => {
+    asked += 1;
+    assert.equal(path, "skep/doctor/network");
+    take(new TextEncoder().encode('{"Nodes":[]}\n'));
+    return new Promise((_, reject) => { end = reject; });
+  };
+  const examination = new Examination(stream, () => {});
+  const running = examination.run();
+  await examination.run();
+  assert.equal(asked, 1);
+  end(new Error("gone"));
+  await running;
+  assert.deepEqual([examination.isRunning, examination.error, examination.lines.length], [false, "gone", 1]);
+});
+
+test("versions of a secret are together, and tasks of the present spec have theirs", () => {
+  const row = (name, created_at, of) => ({ id: name, name, created_at, labels: of ? { "skep.rotation.of": of } : {}, services: ["s"] });
+  const rows = [row("key", 1), row("key-2", 2, "key"), row("other", 3), row("key-3", 9, "key")];
+  assert.deepEqual(families(rows).get("key").map(({ name }) => name), ["key-3", "key-2", "key"]);
+  assert.equal(families(rows).get("other").length, 1);
+  const cluster = new Cluster();
+  const task = (id, current, state = "running") => ({ id, service: "s", node: "n", state, wanted: "running", current });
+  cluster.take({ cursor: "1-1", tasks: [task("a", true), task("b", false), task("c", true, "starting")] });
+  assert.deepEqual(uptake(cluster, rows[3]), { have: 1, wait: 1 });
+});
