@@ -20,13 +20,17 @@ from skep.manager.dispatcher.statuses import STATUS_BYTES_MAX, Report, bounded, 
 from skep.manager.routes.warnings import data_path_warnings
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId, TaskId
-from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState
+from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
 from skep.model.service import PortConfig
 from skep.model.task import ContainerStatus, PortStatus, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.memory import MemoryStore
+from skep.store.proposal import Unchanged
+from skep.store.state import State
+from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_task
+from tests.unit.store.test_transaction import written
 
 NOW_NS = 1_700_000_000 * SECOND_NS
 STATUSES = st.builds(TaskStatus, state=st.sampled_from(TaskState), message=st.sampled_from(["", "x"]))
@@ -45,7 +49,7 @@ def test_a_status_is_kept_as_far_as_there_is_room_for_it(text, name, ports):
         port_status=PortStatus(ports=reported),
     )
     kept = bounded(status)
-    assert len(to_json(kept)) <= STATUS_BYTES_MAX
+    assert len(to_json(kept)) <= STATUS_BYTES_MAX <= 16 * 1024
     assert bounded(kept) == kept
     assert (kept.state, kept.container_status.pid) == (status.state, 7)
     assert text.startswith(kept.message)
@@ -158,6 +162,18 @@ async def test_a_managers_own_agent_is_known_by_the_managers_address(store):
     )
     node = await store.update(take_session, registration("a", address="127.0.0.1"))
     assert node.status.addr == "10.0.0.9"
+
+
+def test_a_session_relies_on_the_status_which_it_may_leave_as_it_is():
+    """A replica that does not show yet that the node is down would take the session and leave it down."""
+    ready = NodeStatus(state=NodeState.READY, addr="10.0.0.2")
+    described = registration("a").description
+    state = written(State(), msgspec.structs.replace(a_node("n1"), status=ready, description=described))
+    tx = LocalTransaction(state, 0)
+    take_session(tx, registration("a"))
+    assert {"o/node/n1.session", "o/node/n1.status"} <= {
+        one.key for one in tx.proposal().compares if isinstance(one, Unchanged)
+    }
 
 
 async def test_a_node_without_an_object_gets_no_session(store):
