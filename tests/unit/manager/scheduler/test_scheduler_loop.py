@@ -216,7 +216,8 @@ async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_f
 async def test_no_step_looks_at_more_than_some_of_the_nodes_that_a_service_is_on(
     monkeypatch: pytest.MonkeyPatch, full: int
 ) -> None:
-    """One task on each node but for one, or on all: the node without one is not found by passing over the others."""
+    """One task on each node but for one, or on all: the node without one, which has more of other services and so comes
+    last, is not found by passing over the others."""
     monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
     store = MemoryStore(SystemClock())
     service = a_service("web", max_replicas=1, replicas=NODES)
@@ -225,6 +226,11 @@ async def test_no_step_looks_at_more_than_some_of_the_nodes_that_a_service_is_on
     running = [
         a_task(f"t{n:04}", service=service, slot=n + 1, node=f"n{n:04}", state=TaskState.RUNNING)
         for n in range(full)
+    ]
+    other = a_service("other")
+    running += [
+        a_task(f"o{n}", service=other, slot=n + 1, node=f"n{NODES - 1:04}", state=TaskState.RUNNING)
+        for n in range(9)
     ]
     await store.update_each(put, running)
     async with scheduling(store):
