@@ -119,6 +119,17 @@ def test_a_stack_is_planned_deployed_changed_and_removed(m1: TestNode, folder: P
     again = skep(m1, "stack", "plan", "--resolve-image", "never", "-c", "imported.yaml", "shop", cwd=folder)
     assert again.stdout == "Stack shop: nothing to change\n"
 
+    skep(m1, "import", "swarm", "--output", "moved", cwd=folder)
+    (config,) = (folder / "moved/configs").iterdir()
+    assert config.read_text() == "version 1"
+    page = (folder / "moved/MOVING.md").read_text()
+    (secret,) = m1.docker("secret", "ls", "--format", "{{.Name}}", "--filter", "name=shop_").stdout.split()
+    assert f"docker secret create --label com.docker.stack.namespace=shop {secret} FILE" in page
+    assert "skep stack deploy --compose-file shop.yaml shop" in page
+    words = ("stack", "plan", "-o", "json", "--resolve-image", "never", "-c", "shop.yaml", "shop")
+    planned = skep(m1, *words, check=False, cwd=folder / "moved")
+    assert {one["Name"] for one in json.loads(planned.stdout) if one["Kind"] == "service"} <= {"shop_web"}
+
     before = {task["ID"] for task in running(m1, "shop_db")}
     deploy(m1, folder, VERSION="2")
     contents = [

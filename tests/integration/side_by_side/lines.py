@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).with_name("script")
 KINDS = ("$", "sorted", "tty", "do", "until", "differs")
 API_VERSION = "1.41"
 """What the recorded engine speaks.  Newer versions have other fields, which are no difference to look for here."""
-UNTIL_S = 30.0
+UNTIL_S = 90.0
 LINE_S = 60.0
 
 
@@ -150,7 +150,7 @@ _RULES = tuple(
         (r"(([Ll]ess than|About) )*(an?|\d+) (second|minute|hour|day|week|month|year)s?( ago)?", "AGO"),
         (r"\b\d{10}\.\d{9}\b", "TIME"),
         (r'"time":\d+,"timeNano":\d+', '"time":N'),
-        (r'"HeartbeatPeriod":1000000000\b', '"HeartbeatPeriod":5000000000'),
+        (r'"HeartbeatPeriod": ?1000000000\b', '"HeartbeatPeriod":5000000000'),
         (r"(Issuer (Subject|Public Key):\s+)\S+", r"\1CERT"),
         (r'"Index": ?\d+', '"Index": N'),
         (r'"(Merged|Upper|Work)Dir": "[^"]*"', r'"\1Dir": "PATH"'),

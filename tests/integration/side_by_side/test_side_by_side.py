@@ -15,7 +15,7 @@ from tests.support.playground_rig import CLIS, TestCluster, TestNode, docker_ver
 
 RECORDED = records.load()
 KNOWN_CLIS = [cli for cli in CLIS if docker_version(cli) in RECORDED]
-SLOW = ("build_files", "builds", "containers", "service_create", "services")
+SLOW = ("build_files", "builds", "containers", "service_create", "services", "stacks")
 """Groups that take more than a few seconds."""
 
 
@@ -42,8 +42,7 @@ def test_a_group_of_commands_is_answered_as_by_a_real_engine(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cli", KNOWN_CLIS)
-@pytest.mark.parametrize("group", SLOW)
+@pytest.mark.parametrize(("group", "cli"), _recorded(list(SLOW)))
 def test_a_long_group_of_commands_is_answered_as_by_a_real_engine(
     m1: TestNode, tmp_path: Path, group: str, cli: str
 ) -> None:
