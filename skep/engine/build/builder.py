@@ -574,7 +574,9 @@ class Build:
         if len(content) > _CONFIG_BYTES_MAX:
             raise InvalidArgument(f"the image's configuration has more than {_CONFIG_BYTES_MAX} bytes")
         await self._stack.enter_async_context(self._images.pinned(chain))
-        image = await self._images.add(content, parent=parent.id if parent is not None else "")
+        image = await self._images.add(
+            content, parent=parent.id if parent is not None else "", is_step=self._request.is_buildkit
+        )
         self._builder.steps.note(key, image.id)
         made = Made(id=image.id, content=content, config=image.config, chain=tuple(chain))
         self._position = Position(state=state, image=made)

@@ -1,6 +1,6 @@
 """The data of a node's images beyond their configurations: names, parents, times; kept in one file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +20,8 @@ class Catalog(msgspec.Struct, frozen=True):
 
     ``references``: reference -> image id.  ``tagged_at``, ``parents``: by image id.  ``retired``: images that were
     removed while containers still use their layers; they are not shown.  ``fetched``: those that came from a registry
-    or another node, and that no user has loaded or tagged.
+    or another node, and that no user has loaded or tagged.  ``steps``: those that a build by BuildKit's protocol made
+    on its way and that no build had as its result.
     """
 
     references: Mapping[str, Digest] = {}
@@ -28,6 +29,7 @@ class Catalog(msgspec.Struct, frozen=True):
     parents: Mapping[str, str] = {}
     retired: frozenset[str] = frozenset()
     fetched: frozenset[str] = frozenset()
+    steps: frozenset[str] = frozenset()
 
 
 def read_catalog(file: Path) -> Catalog:
@@ -53,7 +55,38 @@ def read_catalog(file: Path) -> Catalog:
     return catalog
 
 
+def with_image(
+    catalog: Catalog, id: Digest, *, parent: str, is_fetched: bool, is_step: bool, tagged_at: Timestamp
+) -> Catalog:
+    """The catalog with the image ``id``, which may have been there.  ``parent``, ``tagged_at`` empty: as they were."""
+    return msgspec.structs.replace(
+        catalog,
+        retired=catalog.retired - {id},
+        fetched=catalog.fetched | {id} if is_fetched else catalog.fetched - {id},
+        steps=catalog.steps | {id} if is_step else catalog.steps - {id},
+        parents={**catalog.parents, id: parent} if parent else catalog.parents,
+        tagged_at={**catalog.tagged_at, id: tagged_at} if tagged_at else catalog.tagged_at,
+    )
+
+
 def with_references(catalog: Catalog, references: Iterable[Reference], id: Digest) -> Catalog:
     """The catalog after ``references`` were given to the image ``id``."""
     named = {str(reference): id for reference in references}
-    return msgspec.structs.replace(catalog, references={**catalog.references, **named})
+    steps = catalog.steps - {id} if named else catalog.steps
+    return msgspec.structs.replace(catalog, references={**catalog.references, **named}, steps=steps)
+
+
+def without(
+    catalog: Catalog, references: Collection[Reference], ids: Collection[str], in_use: Collection[str]
+) -> Catalog:
+    """The catalog without ``references`` and the images ``ids``; of these, those ``in_use`` are retired."""
+    texts, away = {str(reference) for reference in references}, set(ids)
+    return msgspec.structs.replace(
+        catalog,
+        references={
+            text: id for text, id in catalog.references.items() if text not in texts and id not in away
+        },
+        retired=catalog.retired | (away & set(in_use)),
+        fetched=catalog.fetched - away,
+        steps=catalog.steps - away,
+    )

@@ -141,6 +141,8 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     parent: str = ""
     tagged_at: Timestamp = ZERO_TIME
     """When a user last tagged it here."""
+    is_step: bool = False
+    """It was made on the way of a build by BuildKit's protocol, and is no build's result."""
 
     @property
     def tags(self) -> Sequence[Reference]:

@@ -3,7 +3,7 @@
 Source: moby 20.10, daemon/images/images.go, daemon/images/image_prune.go.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import msgspec
 
@@ -44,7 +44,8 @@ def created_ns(image: Image) -> int:
 def select(images: Sequence[Image], filter: ImageFilter) -> Sequence[Listed]:
     """The images that match ``filter``, the newest first.
 
-    Without ``all``, an untagged image that is the parent of others is left out: it is a step of their build.
+    Without ``all``, an untagged image that is the parent of others, or of a stage of BuildKit's, is left out: it is a
+    step of a build.
     """
     parents = {image.parent for image in images}
     found = []
@@ -59,10 +60,14 @@ def select(images: Sequence[Image], filter: ImageFilter) -> Sequence[Listed]:
         if references:
             if filter.dangling and image.tags:
                 continue
-        elif filter.patterns or filter.dangling is False or (image.id in parents and not filter.all):
+        elif filter.patterns or filter.dangling is False or (_is_step(image, parents) and not filter.all):
             continue
         found.append(Listed(image, references))
     return sorted(found, key=lambda listed: created_ns(listed.image), reverse=True)
+
+
+def _is_step(image: Image, parents: Container[str]) -> bool:
+    return image.is_step or image.id in parents
 
 
 def prunable(filter: ImageFilter) -> Callable[[Image], bool]:

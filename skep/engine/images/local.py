@@ -42,14 +42,14 @@ from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.race import run_to_end
 from skep.aio.trees import discard_tree, discard_tree_now
-from skep.engine.images.catalog import Catalog, read_catalog, with_references
+from skep.engine.images.catalog import Catalog, read_catalog, with_image, with_references, without
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import Layer, Layers, Limits
 from skep.engine.images.reference import Reference, parse_any, parse_reference
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.linux.files import BESIDE, is_no_file, replace_file
-from skep.model.times import ZERO_TIME, timestamp
+from skep.model.times import ZERO_TIME, Timestamp, timestamp
 
 log = structlog.get_logger()
 
@@ -244,10 +244,12 @@ class LocalImages:
         parent: str = "",
         is_fetched: bool = False,
         is_tagged: bool = False,
+        is_step: bool = False,
     ) -> Image:
         """Make an image of a configuration whose layers are here; its references move from where they were.
 
-        ``is_fetched``: from a registry or another node; ``is_tagged``: by a user, at this moment.
+        ``is_fetched``: from a registry or another node; ``is_tagged``: by a user, at this moment; ``is_step``: on the
+        way of a build, and hidden until it is something else, too.
 
         Raises:
             InvalidArgument: the configuration is none.
@@ -258,15 +260,15 @@ class LocalImages:
         async with self.pinned(chain), self._writing:
             for chain_id in chain:
                 self.layer_store.directory(chain_id)
-            may_go = is_fetched and (id in self._catalog.fetched or id not in self._images)
-            catalog = with_references(self._catalog, references, id)
-            fetched = catalog.fetched | {id} if may_go else catalog.fetched - {id}
-            catalog = msgspec.structs.replace(catalog, retired=catalog.retired - {id}, fetched=fetched)
-            if parent:
-                catalog = msgspec.structs.replace(catalog, parents={**catalog.parents, id: parent})
-            if is_tagged:
-                stamps = {**catalog.tagged_at, id: timestamp(self._clock.now_ns())}
-                catalog = msgspec.structs.replace(catalog, tagged_at=stamps)
+            is_new = id not in self._images
+            catalog = with_image(
+                with_references(self._catalog, references, id),
+                id,
+                parent=parent,
+                is_fetched=is_fetched and (is_new or id in self._catalog.fetched),
+                is_step=is_step and (is_new or id in self._catalog.steps),
+                tagged_at=timestamp(self._clock.now_ns()) if is_tagged else Timestamp(""),
+            )
             async with self._undone_on_error(id):
                 if id not in self._configs:
                     await self._replace(self._root / "configs" / hex_of(id), content)
@@ -319,18 +321,9 @@ class LocalImages:
         The layers of images ``in_use`` by containers stay until ``sweep`` finds them unused.
         """
         async with self._writing:
-            texts = {str(reference) for reference in references}
-            kept = {
-                text: id
-                for text, id in self._catalog.references.items()
-                if text not in texts and id not in image_ids
-            }
-            retired = self._catalog.retired | (set(image_ids) & set(in_use))
-            fetched = self._catalog.fetched - set(image_ids)
-            await self._put(
-                msgspec.structs.replace(self._catalog, references=kept, retired=retired, fetched=fetched)
-            )
-            gone = [id for id in image_ids if id not in retired]
+            catalog = without(self._catalog, references, image_ids, in_use)
+            await self._put(catalog)
+            gone = [id for id in image_ids if id not in catalog.retired]
             await self._forget(gone)
         return await self._collect()
 
@@ -512,6 +505,7 @@ class LocalImages:
                 size_bytes=self._size(config),
                 parent=self._catalog.parents.get(id, ""),
                 tagged_at=self._catalog.tagged_at.get(id, ZERO_TIME),
+                is_step=id in self._catalog.steps,
             )
             for id, config in self._configs.items()
             if id not in self._catalog.retired

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.images.listing import ImageFilter, select
 from tests.support.build_lab import BASE, LIMIT_S, BuildLab, Said, build_lab
 from tests.support.playground_rig import CLIS, wait_until
 
@@ -103,6 +104,8 @@ async def test_a_context_is_built_once_and_found_again(lab: BuildLab) -> None:
     assert lab.text("made:1", "out") == "one\nme\n"
     assert lab.images.get("made:1").id == lab.images.get("made:2").id
     assert "third" not in first.output
+    shown = {one.image.id for one in select(lab.images.images(), ImageFilter())}
+    assert shown == {lab.images.get(name).id for name in ("made:1", BASE)}, "no stage is listed"
     labels = lab.images.get("made:1").config.defaults.labels
     assert {name: labels[name] for name in "ac"} == {"a": "b", "c": "d"}
     again = await built(lab, context, *options)

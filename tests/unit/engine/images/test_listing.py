@@ -1,3 +1,5 @@
+from msgspec.structs import replace
+
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
 from skep.engine.images.listing import ImageFilter, prunable, select
@@ -54,6 +56,14 @@ def test_an_unnamed_image_with_children_is_a_step_and_listed_only_with_all():
     child = Image(id=Digest("sha256:" + "5" * 64), config=ImageConfig(), parent=step.id)
     assert [listed.image for listed in select([step, child], ImageFilter())] == [child]
     assert len(select([step, child], ImageFilter(all=True))) == 2
+
+
+def test_a_stage_of_buildkit_is_listed_with_a_name_or_with_all_only():
+    stage, named = replace(an_image(id="4"), is_step=True), replace(OLD, is_step=True)
+    assert [listed.image for listed in select([stage, named, BARE], ImageFilter())] == [BARE, named]
+    assert [listed.image for listed in select([stage, BARE], ImageFilter(dangling=True))] == [BARE]
+    assert len(select([stage, named, BARE], ImageFilter(all=True))) == 3
+    assert prunable(ImageFilter())(stage)
 
 
 def test_pruning_removes_untagged_images_unless_all_are_requested():
