@@ -1,5 +1,6 @@
 #!/bin/bash
-# Places docker-buildx and docker-compose, plug-ins of the docker command, in a directory: plugins.sh DIRECTORY
+# Places docker-buildx and docker-compose, plug-ins of the docker command, and Ansible's collection community.docker in a
+# directory: plugins.sh DIRECTORY
 #
 # They are unpacked from signed packages of a newer suite, as etcd is (etcd.sh), and not installed: a plug-in of the
 # machine would change what its docker command does.  Only tests use them, so a machine on which they cannot be had is
@@ -12,10 +13,12 @@ cd "$(dirname "$0")"
 
 target=$1
 plugins="docker-buildx docker-compose"
+collection=ansible_collections/community/docker
 missing=$target/plugins-missing
 
-# works DIRECTORY: has plug-ins that run here, buildx of 0.29 and compose of 2.40 or newer.
+# works DIRECTORY: has plug-ins that run here, buildx of 0.29 and compose of 2.40 or newer, and modules for today's requests.
 works() {
+    at_least "$(sed -n 's/^  "version": "\([0-9.]*\).*/\1/p' "$1/$collection/MANIFEST.json" 2>/dev/null)" 4.0 &&
     at_least "$("$1/docker-buildx" version 2>/dev/null | sed -n 's/^[^ ]* v\{0,1\}\([0-9.]*\).*/\1/p')" 0.29 &&
         at_least "$("$1/docker-compose" version --short 2>/dev/null | sed 's/^v//; s/[^0-9.].*//')" 2.40
 }
@@ -23,7 +26,7 @@ works() {
 # Set-up may run at every make: these files are all that it looks at then.
 stamp=$target/plugins-placed
 wanted=$(digest plugin-suites.txt)
-if [ -x "$target/docker-buildx" ] && [ -x "$target/docker-compose" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+if [ -x "$target/docker-buildx" ] && [ -x "$target/docker-compose" ] && [ -d "$target/$collection" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
 if works "$target"; then
@@ -39,7 +42,7 @@ fi
 without() {
     mkdir -p "$target"
     printf '%s\n' "$1" >"$missing"
-    say "without the docker command's plug-ins, which some tests use: $1"
+    say "without the docker command's plug-ins and Ansible's modules, which some tests use: $1"
     exit 0
 }
 
@@ -64,8 +67,14 @@ unpack() {
     (cd "$work" && apt-get $suite_options -q download ${packages//,/ }) >"$work/log" 2>&1 || return 1
     local package plugin
     for package in "$work"/*.deb; do
-        dpkg-deb -x "$package" "$work/unpacked"
+        case ${package##*/} in
+        # A hundred collections, of which one is used.
+        ansible_*) dpkg-deb --fsys-tarfile "$package" | tar -x -C "$work/unpacked" --wildcards "*/$collection" ;;
+        *) dpkg-deb -x "$package" "$work/unpacked" ;;
+        esac
     done
+    mkdir -p "$work/found/${collection%/*}"
+    find "$work/unpacked" -type d -path "*/$collection" -exec cp -r {} "$work/found/$collection" \;
     for plugin in $plugins; do
         find "$work/unpacked" -type f -path "*cli-plugins/$plugin" -exec cp {} "$work/found/$plugin" \;
     done
@@ -80,9 +89,11 @@ for suite in $suites; do
             install -m 0755 "$work/found/$plugin" "$target/.$plugin.new"
             mv "$target/.$plugin.new" "$target/$plugin"
         done
+        rm -rf "${target:?}/${collection%%/*}"
+        cp -r "$work/found/${collection%%/*}" "$target/"
         rm -f "$missing"
         printf '%s\n' "$wanted" >"$stamp"
-        say "docker-buildx and docker-compose are in $target"
+        say "docker-buildx, docker-compose and community.docker are in $target"
         exit 0
     fi
 done

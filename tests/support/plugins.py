@@ -9,7 +9,10 @@ _PLACE = Path(sys.prefix) / "libexec" / "skep"
 
 
 def plugin(name: str) -> Path:
-    """``docker-buildx`` or ``docker-compose``.  A machine that cannot have them skips the test, with the reason."""
+    """``docker-buildx``, ``docker-compose`` or ``ansible_collections``.
+
+    A machine that cannot have them skips the test, with the reason.
+    """
     if not (_PLACE / name).exists():
         missing = _PLACE / "plugins-missing"
         assert missing.exists(), f"{name} is not in {_PLACE}: make setup places it"
