@@ -1,7 +1,7 @@
-"""The talks' larger stacks, by the docker command: logs of every node collected.
+"""The talks' larger stacks, by the docker command: logs of every node collected, RabbitMQ behind HAProxy under load.
 
 The images are small ones of the distribution's programs under the names in the files: rsyslog in place of Fluentd and
-Elasticsearch, busybox's web server in place of Kibana.
+Elasticsearch, busybox's web server in place of Kibana and of the applications; RabbitMQ and HAProxy are themselves.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.playground.archive import File
+from skep.playground.archive import Directory, File
 from tests.support.playground_rig import (
     SKEP,
     TestCluster,
@@ -136,6 +136,121 @@ SHIPPED = ("fluentd", "filebeat", "app", "batch")
 """One on each node."""
 KIBANA = "exec httpd -f -p 5601 -h /w\n"
 
+RABBITS = """\
+version: "3.8"
+x-rabbit: &rabbit
+  image: rabbitmq:3-management
+  environment:
+    RABBITMQ_CONFIG_FILE: /etc/rabbitmq/rabbitmq
+  configs: [{source: rabbitmq, target: /etc/rabbitmq/rabbitmq.conf}]
+  secrets: [{source: cookie, target: cookie, mode: 0400}]
+  networks: [rabbits]
+services:
+  rabbit1:
+    <<: *rabbit
+    hostname: rabbit1
+    volumes: [rabbit1:/var/lib/rabbitmq]
+    deploy: {placement: {constraints: [node.hostname == NODE1]}}
+  rabbit2:
+    <<: *rabbit
+    hostname: rabbit2
+    volumes: [rabbit2:/var/lib/rabbitmq]
+    deploy: {placement: {constraints: [node.hostname == NODE2]}}
+  rabbit3:
+    <<: *rabbit
+    hostname: rabbit3
+    volumes: [rabbit3:/var/lib/rabbitmq]
+    deploy: {placement: {constraints: [node.hostname == NODE3]}}
+  haproxy:
+    image: haproxy:2.6
+    configs: [{source: haproxy, target: /usr/local/etc/haproxy/haproxy.cfg}]
+    ports: ["5672:5672"]
+    networks: [rabbits, apps]
+  orders:
+    image: shop/orders-python
+    ports: ["5000:5000"]
+    networks: [apps]
+    deploy:
+      replicas: 2
+      labels: {skep.drain: 3s}
+  invoices:
+    image: shop/invoices-spring
+    ports: ["8080:8080"]
+    networks: [apps, rabbits]
+  clients:
+    image: shop/clients
+    networks: [apps]
+    deploy: {replicas: 2}
+networks: {rabbits: {}, apps: {}}
+volumes: {rabbit1: {}, rabbit2: {}, rabbit3: {}}
+configs:
+  rabbitmq: {file: ./rabbitmq.conf}
+  haproxy: {file: ./haproxy.cfg}
+secrets:
+  cookie: {file: ./cookie}
+"""
+RABBITMQ = """\
+loopback_users = none
+cluster_formation.peer_discovery_backend = classic_config
+cluster_formation.classic_config.nodes.1 = rabbit@rabbit1
+cluster_formation.classic_config.nodes.2 = rabbit@rabbit2
+cluster_formation.classic_config.nodes.3 = rabbit@rabbit3
+"""
+HAPROXY = """\
+resolvers docker
+    nameserver dns 127.0.0.11:53
+    hold valid 1s
+defaults
+    mode tcp
+    timeout connect 2s
+    timeout client 10m
+    timeout server 10m
+listen amqp
+    bind :5672
+    balance roundrobin
+    default-server check inter 500ms on-marked-down shutdown-sessions resolvers docker init-addr none
+    server rabbit1 rabbit1:5672
+    server rabbit2 rabbit2:5672
+    server rabbit3 rabbit3:5672
+"""
+RABBIT = """\
+export HOME=/var/lib/rabbitmq PATH=/usr/lib/erlang/bin:$PATH RABBITMQ_LOGS=-
+export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 1:1 +sbwt none"
+mkdir -p $HOME && cd $HOME && rm -f .erlang.cookie && cp /run/secrets/cookie .erlang.cookie && chmod 400 .erlang.cookie
+exec /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server
+"""
+ERLANG = "base crypto asn1 eldap inets mnesia os-mon parsetools public-key runtime-tools ssl syntax-tools tools xmerl"
+CLUSTER_MEMBERS = """\
+HOME=/var/lib/rabbitmq /usr/lib/erlang/bin/erl -noinput -hidden -sname look$$ -eval "
+    Others = rpc:call('rabbit@$(hostname)', erlang, nodes, []),
+    [io:format(\\"~s~n\\", [Name]) || Name <- ['rabbit@$(hostname)' | Others]], halt()."
+"""
+ORDERS = "exec httpd -f -p 5000 -h /w\n"
+ORDER = """\
+if amqp-publish -s haproxy -p -r orders -b "$QUERY_STRING" >/dev/null 2>&1; then
+    printf 'Content-Type: text/plain\\r\\n\\r\\naccepted\\n'
+else
+    printf 'Status: 502 Bad Gateway\\r\\n\\r\\n'
+fi
+"""
+INVOICES = """\
+(while ! amqp-declare-queue -s rabbit1 -d -q orders; do sleep 0.5; done
+: >/w/orders
+while :; do amqp-consume -s haproxy -q orders -- sh -c 'cat; echo' >>/w/orders; sleep 0.5; done) &
+exec httpd -f -p 8080 -h /w
+"""
+CLIENTS = """\
+: >/tmp/accepted; : >/tmp/refused; i=0
+while :; do
+    i=$((i+1))
+    if timeout 50 wget -q -O /dev/null "http://orders:5000/cgi-bin/order?$(hostname)-$i"; then
+        echo "$(hostname)-$i" >>/tmp/accepted
+    else
+        echo "$(hostname)-$i" >>/tmp/refused; sleep 0.1
+    fi
+done
+"""
+
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[TestCluster]:
@@ -150,6 +265,18 @@ def m1(three: TestCluster) -> Iterator[TestNode]:
     for stack in node.docker("stack", "ls", "--format", "{{.Name}}").stdout.split():
         node.docker("stack", "rm", stack)
     remove_services(node)
+
+
+def inside(node: TestNode, service: str, *command: str) -> str:
+    (id,) = container_pids(node, service)
+    return node.docker("exec", id, *command).stdout
+
+
+def published(node: TestNode, rest: str) -> str:
+    """What a machine's own client gets from a published port."""
+    where = f"--net={node.description['netns']}"
+    command = ["nsenter", where, "busybox", "wget", "-q", "-O", "-", f"http://127.0.0.1:{rest}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def node_of(cluster: TestCluster, service: str) -> TestNode:
@@ -215,3 +342,94 @@ def test_logs_of_every_node_are_collected(three: TestCluster, m1: TestNode, tmp_
     wait_until(lambda: max(numbers("request", tag)) > before + 50, "what follows is collected", 60)
     lost = set(range(before + 50)) - numbers("request", tag)
     assert len(lost) < 20, f"what was written while no shipper ran is sent afterwards: {sorted(lost)}"
+
+
+def test_orders_go_through_haproxy_to_rabbitmq_under_load(
+    three: TestCluster, m1: TestNode, tmp_path: Path
+) -> None:
+    """A broker on each node, the applications scaled out and in, then a broker killed."""
+    erlang = [f"erlang-{name}" for name in ERLANG.split()]
+    tools = (["amqp-tools"], ["usr/bin/amqp-*"])
+    load(
+        m1,
+        tmp_path,
+        image(
+            ["rabbitmq:3-management"],
+            {"bin/rabbit": script(RABBIT)},
+            ["/bin/rabbit"],
+            ["rabbitmq-server", *erlang],
+            ["usr/lib/erlang", "usr/lib/rabbitmq"],
+        ),
+        image(
+            ["haproxy:2.6"],
+            {},
+            ["haproxy", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"],
+            ["haproxy"],
+            ["usr/sbin/haproxy"],
+        ),
+        image(
+            ["shop/orders-python:latest"],
+            {"bin/o": script(ORDERS), "w/cgi-bin/order": script(ORDER)},
+            ["/bin/o"],
+            *tools,
+        ),
+        image(
+            ["shop/invoices-spring:latest"], {"w": Directory(), "bin/i": script(INVOICES)}, ["/bin/i"], *tools
+        ),
+        image(["shop/clients:latest"], {"bin/c": script(CLIENTS)}, ["/bin/c"]),
+    )
+    (tmp_path / "rabbitmq.conf").write_text(RABBITMQ)
+    (tmp_path / "haproxy.cfg").write_text(HAPROXY)
+    (tmp_path / "cookie").write_text("erlang")
+    file = RABBITS
+    for number, node in enumerate(three.nodes(), 1):
+        file = file.replace(f"NODE{number}", node.name)
+    deploy(m1, tmp_path, "shop", file)
+    brokers = ("shop_rabbit1", "shop_rabbit2", "shop_rabbit3")
+    for name, count in {**dict.fromkeys(brokers, 1), "shop_haproxy": 1, "shop_orders": 2}.items():
+        wait_running(m1, name, count, 120)
+    invoices = node_of(three, "shop_invoices")
+
+    def logged(name: str) -> set[str]:
+        return {
+            line
+            for node in three.nodes()
+            for id in container_pids(node, "shop_clients")
+            for line in node.docker("exec", id, "cat", f"/tmp/{name}").stdout.splitlines()
+        }
+
+    def arrived() -> set[str]:
+        return set(fetched(invoices, "shop_invoices", "http://127.0.0.1:8080/orders").splitlines())
+
+    wait_until(lambda: len(arrived()) > 20, "orders are accepted, and arrive", 180)
+    members = ["rabbit@rabbit1", "rabbit@rabbit2", "rabbit@rabbit3"]
+    for broker in brokers:  # a cluster of three, not three brokers
+        where = node_of(three, broker)
+        wait_until(
+            lambda where=where, broker=broker: (
+                sorted(inside(where, broker, "sh", "-c", CLUSTER_MEMBERS).split()) == members
+            ),
+            f"{broker} is in the cluster",
+            120,
+        )
+    refused = logged("refused")  # while the brokers came up
+    for replicas in (6, 2):
+        m1.docker("service", "scale", "--detach", f"shop_orders={replicas}")
+        wait_running(m1, "shop_orders", replicas, 60)
+        wanted = len(logged("accepted")) + 50
+        wait_until(lambda wanted=wanted: len(logged("accepted")) > wanted, "orders go on", 60)
+    assert logged("refused") == refused, "no order is refused while applications come and go"
+    for node in three.nodes():
+        assert published(node, "5000/cgi-bin/order?by-the-mesh") == "accepted\n"
+        assert published(node, "8080/orders")
+
+    accepted = logged("accepted")
+    third = node_of(three, "shop_rabbit3")
+    (killed,) = container_pids(third, "shop_rabbit3")
+    third.docker("kill", killed)
+    wait_until(lambda: killed not in container_pids(third, "shop_rabbit3"), "the broker is replaced", 60)
+    wait_running(m1, "shop_rabbit3", 1, 120)
+    seen = logged("accepted") | logged("refused")
+    wait_until(lambda: len(logged("accepted") - seen) > 50, "orders go on with the others", 120)
+    later = logged("accepted") - seen
+    wait_until(lambda: accepted | later <= arrived(), "every order that was accepted arrives", 120)
