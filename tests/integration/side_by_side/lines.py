@@ -1,7 +1,7 @@
 """The script of command lines, and how one of them is run and its answer made comparable.
 
-A script is a text file per group of commands (``script/*.txt``).  Each line is a shell line that uses ``docker``, after
-one word that says what it is for:
+A script is a text file per group of commands (``script/*.txt``).  Each line is a shell line that uses ``docker`` (or
+``api``, which makes a request: ``api.py``), after one word that says what it is for:
 
 * ``$``        its answer is compared: exit code, stdout, stderr;
 * ``sorted``   the same, without regard to the order of the output's lines;
@@ -66,6 +66,9 @@ class Place:
         docker = commands / "docker"
         docker.unlink(missing_ok=True)
         docker.symlink_to(self.cli)
+        request = commands / "api"
+        request.unlink(missing_ok=True)
+        request.symlink_to(Path(__file__).with_name("api.py"))
         return {
             "PATH": f"{commands}:{os.environ['PATH']}",
             "HOME": str(self.scratch),

@@ -15,7 +15,7 @@ from tests.support.playground_rig import CLIS, TestCluster, TestNode, docker_ver
 
 RECORDED = records.load()
 KNOWN_CLIS = [cli for cli in CLIS if docker_version(cli) in RECORDED]
-SLOW = ("build_files", "builds", "containers", "service_create", "services", "stacks")
+SLOW = ("build_files", "builds", "containers", "portainer", "service_create", "services", "stacks")
 """Groups that take more than a few seconds."""
 
 
