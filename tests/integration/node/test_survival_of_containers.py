@@ -153,7 +153,7 @@ async def test_directories_without_a_record_are_removed(lab: Lab) -> None:
     executor = lab.executor()
     async with executor.running():
         assert executor.engine.list() == []
-    assert not leftover.exists()
+        await eventually(lambda: not leftover.exists(), "the directory is removed")
 
 
 async def test_a_record_torn_while_it_was_written_has_its_predecessor(lab: Lab) -> None:
