@@ -26,7 +26,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py encrypted_kernel.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
+.PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -87,6 +87,9 @@ escapes: setup ## ways out of a container, tried in Skep's and in a Docker Engin
 
 soak: setup ## an hour of load and faults on 3 managers and 3 workers (MINUTES=120); log kept in bench/results/
 	@$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60)
+
+day: setup ## two hours of ten stacks under load, upgrade and faults on 3 managers and 5 workers (MINUTES=10); a page in bench/results/
+	@$(BIN)/python -m bench.day --minutes $(or $(MINUTES),120)
 
 bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/
 	@$(BIN)/python -m bench.run

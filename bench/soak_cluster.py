@@ -68,12 +68,19 @@ def soak(directory: Path, minutes: float, rng: random.Random, faults: float, log
 class ClusterSoak:
     """One run on one cluster."""
 
-    def __init__(self, playground: Playground, rng: random.Random, faults: float, log: Log) -> None:
+    def __init__(
+        self,
+        playground: Playground,
+        rng: random.Random,
+        faults: float,
+        log: Log,
+        users: Callable[[Callable[[], Engine], str, random.Random], Users] = Users,
+    ) -> None:
         """``faults``: share of the rounds before which one begins."""
         self._playground, self._random, self._fault_share, self._say = playground, rng, faults, log
         cluster = playground.cluster()
         self._nodes = {node.name: node for node in cluster.nodes}
-        self._users = Users(self._a_manager, cluster.image, rng)
+        self._users = users(self._a_manager, cluster.image, rng)
         self._away: dict[str, Away] = {}
         self._kills: dict[str, list[float]] = {}
         self._rounds = self._faults = 0
@@ -235,7 +242,7 @@ class ClusterSoak:
             if node["Status"]["State"] != "ready"
             or (node.get("ManagerStatus") or {}).get("Reachability", "reachable") != "reachable"
         ]
-        return f"{' '.join(lacking)} not ready" if lacking or len(known) != MANAGERS + WORKERS else ""
+        return f"{' '.join(lacking)} not ready" if lacking or len(known) != len(self._nodes) else ""
 
     def _leader(self) -> str:
         """Raises: EngineError: there is no leader at present (503, which is transient)."""

@@ -52,10 +52,11 @@ class Service(msgspec.Struct, frozen=True):
     name: str
     networks: tuple[str, ...] = ()
     published: int = 0
+    secret: bytes = SECRET_DATA
 
     @property
     def page(self) -> bytes:
-        return f"{self.name} ".encode() + SECRET_DATA + b" kept"
+        return f"{self.name} ".encode() + self.secret + b" kept"
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -180,15 +181,20 @@ def page(service: Service, address: str, port: int) -> str:
     """Why what is at ``address`` is not the service; empty: it is."""
     where = f"{service.name} at {address}:{port}"
     try:
-        with socket.create_connection((address, port), timeout=ANSWER_S) as connection:
-            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            answer = b""
-            while piece := connection.recv(4096):
-                answer += piece
+        body = fetched(address, port)
     except OSError as error:
         return f"{where}: {error}"
-    body = answer.partition(b"\r\n\r\n")[2]
-    return "" if body == service.page else f"{where}: {answer[:80]!r} instead of {service.page!r}"
+    return "" if body == service.page else f"{where}: {body[:80]!r} instead of {service.page!r}"
+
+
+def fetched(address: str, port: int) -> bytes:
+    """The page there.  Raises: OSError."""
+    with socket.create_connection((address, port), timeout=ANSWER_S) as connection:
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        answer = b""
+        while piece := connection.recv(4096):
+            answer += piece
+    return answer.partition(b"\r\n\r\n")[2]
 
 
 # -- what is there -------------------------------------------------------------------------------------------------

@@ -1,0 +1,322 @@
+"""A day in production: ten stacks under load on three managers and five workers, and all that happens to a cluster.
+
+Owners update, scale, rotate secrets and run jobs; operators rotate the root certificate, replace a worker, and upgrade
+every node from the commit before (once, in the middle); daemons are killed, machines lose power, hang or are cut off.
+After each of these the checks of the soak hold (``soak_cluster``, ``soak_networks``), nothing that was acknowledged is
+lost, and no request of a customer failed but of those that a lost machine takes along.  Memory is compared between
+calms.  The page about it is written in any case.
+
+    .venv/bin/python -m bench.day --minutes 120
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from bench import soak_networks
+from bench.cluster_lab import engine
+from bench.day_stacks import COMMAND_S, Asked, Customers, Stacks, skep
+from bench.engine import Engine
+from bench.run import RESULTS, commit
+from bench.soak_cluster import ClusterSoak
+from bench.soak_users import Log
+from skep import __version__
+from skep.playground.playground import Playground
+from tests.support.versions import Versions, package_of
+
+MANAGERS, WORKERS = 3, 5
+FAULTS, OPERATIONS = 0.25, 0.15
+"""Shares of the rounds."""
+FORMER = "0.0.9"
+"""What the version is called that the day begins with."""
+UPGRADE_S = 3600.0
+QUIET_S = 2.0
+
+
+class Event(msgspec.Struct):
+    """Something that happened again and again."""
+
+    count: int = 0
+    took_s_max: float = 0.0
+    """Until everything was as wanted again."""
+
+
+class Report(msgspec.Struct):
+    """What the page says."""
+
+    title: str
+    events: dict[str, Event] = {}
+    memory: list[str] = []
+    outcome: str = ""
+
+    def add(self, what: str, took_s: float) -> None:
+        """An event is over."""
+        event = self.events.setdefault(what, Event())
+        event.count += 1
+        event.took_s_max = max(event.took_s_max, took_s)
+
+    def page(self, asked: Mapping[tuple[str, bool], Asked], broken: Sequence[str], acknowledged: int) -> str:
+        """As Markdown."""
+        rows = [
+            f"| {what} | {event.count} | {event.took_s_max:.1f} s |"
+            for what, event in sorted(self.events.items())
+        ]
+        requests = [
+            f"| {what} | {'yes' if is_promised else 'no'} | {one.count} | {one.failed} |"
+            for (what, is_promised), one in sorted(asked.items())
+        ]
+        promised = [one for (_, is_promised), one in asked.items() if is_promised]
+        count, failed = (sum(getattr(one, name) for one in promised) for name in ("count", "failed"))
+        lines = [
+            f"# A day in production: {self.title}",
+            f"**{self.outcome}**",
+            f"{count} promised requests, {failed} failed; {acknowledged} changes were acknowledged.",
+            "## What happened",
+            "\n".join(("| what | times | longest until all was as wanted |", "|---|---|---|", *rows)),
+            "## Requests",
+            "\n".join(("| during | promised | asked | failed |", "|---|---|---|---|", *requests)),
+            *(("\n".join(f"* {one}" for one in broken),) if broken else ()),
+            "## Memory",
+            "\n".join(f"* {one}" for one in self.memory),
+        ]
+        return "\n\n".join(lines) + "\n"
+
+
+class Day(ClusterSoak):
+    """One run on one cluster."""
+
+    def __init__(
+        self,
+        playground: Playground,
+        rng: random.Random,
+        log: Log,
+        report: Report,
+        upgrade: Sequence[str],
+        folder: Path,
+    ) -> None:
+        """``upgrade``: words of ``skep`` that upgrade all nodes.  ``folder``: for the files of the stacks."""
+
+        def stacks(engine: Callable[[], Engine], image: str, rng: random.Random) -> Stacks:
+            return Stacks(engine, image, rng, self._at_a_manager, folder)
+
+        super().__init__(playground, rng, FAULTS, log, stacks)
+        assert isinstance(self._users, Stacks)
+        self.stacks = self._users
+        self._report = report
+        self._upgrade_words = upgrade
+        self._upgrade_at = float("inf")
+        self.customers = Customers(self._there, self._published)
+
+    def run(self, minutes: float) -> None:
+        self._upgrade_at = time.monotonic() + minutes * 60 / 2
+        self._nodes_ready()
+        self.stacks.prepare()
+        self._settle("ten stacks")
+        with self.customers.running():
+            super().run(minutes)
+        assert not self.customers.broken, f"promised requests failed: {self.customers.broken[:5]}"
+
+    # -- rounds ----------------------------------------------------------------------------------------------------
+
+    def _round(self, *, calm: bool = False) -> None:
+        self._rounds += 1
+        if not calm and time.monotonic() >= self._upgrade_at:
+            self._upgrade_at = float("inf")
+            self._operate("upgrade", self._upgrade)
+            return
+        chance = self._random.random()
+        if not calm and chance < OPERATIONS:
+            self._operate(*self._random.choice((
+                ("certificates", self._rotate_certificates),
+                ("node replaced", self._replace_a_worker),
+            )))  # fmt: skip
+        elif not calm and chance < OPERATIONS + FAULTS:
+            self._suffer()
+        else:
+            self._own()
+
+    def _own(self) -> None:
+        """An owner changes something, with machines away or not."""
+        back = self._away and self._return_some()
+        began = time.monotonic()
+        if not back:
+            self.customers.during("changes by owners", is_promised=True)
+        what = self.stacks.step()
+        self._settle(what)
+        self._over(what.split()[0], began)
+
+    def _return_some(self) -> bool:
+        """Machines whose time is over come back; what they answer meanwhile is not promised."""
+        self.customers.during("a machine comes back", is_promised=False)
+        began = time.monotonic()
+        said = self._come_back()
+        if said:
+            self._settle(", ".join(said))
+            self._over("machine back", began)
+        return bool(said)
+
+    def _suffer(self) -> None:
+        self._return_some()
+        began = time.monotonic()
+        self._faults += 1
+        if self._random.random() < 0.5 and (node := self._one_that_may_go()):
+            self.customers.during("a machine is lost", is_promised=False)
+            what, kind = self._take_away(node), "machine lost"
+        else:
+            victim = self._random.choice(self._there())
+            self.customers.during("a daemon is killed", is_promised=True)
+            what, kind = self._kill_a_process(victim), "daemon killed"
+            if "conmon" in what or "forwarder" in what:  # what a single container hangs on
+                self.customers.during("a monitor is killed", is_promised=False)
+        self._settle(what)
+        self._over(kind, began)
+
+    def _operate(self, kind: str, work: Callable[[], None]) -> None:
+        """What operators do with all machines there."""
+        self.customers.during("a machine comes back", is_promised=False)
+        self._come_back(all_of_them=True)
+        self._settle("all are back")
+        self._nodes_ready()
+        began = time.monotonic()
+        self.customers.during(kind, is_promised=True)
+        work()
+        self._settle(kind)
+        self._over(kind, began)
+
+    def _over(self, kind: str, began: float) -> None:
+        self._report.add(kind, time.monotonic() - began)
+        self.customers.during("quiet", is_promised=True)
+
+    def _calm(self) -> dict[str, list[float]]:
+        self.customers.during("a machine comes back", is_promised=False)
+        found = super()._calm()
+        self._report.memory += [
+            f"{role}: {', '.join(f'{one:.1f} MiB' for one in held)}" for role, held in found.items()
+        ]
+        return found
+
+    def _difference(self) -> str:
+        if difference := self.stacks.difference():
+            return difference
+        with self.customers.paused():
+            time.sleep(0.1)  # what is asked ends
+            return super()._difference()
+
+    # -- operators -------------------------------------------------------------------------------------------------
+
+    def _rotate_certificates(self) -> None:
+        def rotate() -> None:
+            manager = self._a_manager()
+            swarm = manager.get("/swarm")
+            spec = swarm["Spec"]
+            spec["CAConfig"]["ForceRotate"] = (spec["CAConfig"].get("ForceRotate") or 0) + 1
+            manager.post("/swarm/update", spec, version=swarm["Version"]["Index"])
+
+        self.stacks.until_answered(rotate)
+        self.stacks.until(
+            lambda: not self._a_manager().get("/swarm").get("RootRotationInProgress"), "the root is rotated"
+        )
+
+    def _replace_a_worker(self) -> None:
+        """A worker is drained, leaves and is removed; the machine joins as a new node."""
+        node = self._random.choice([one for one in self._there() if one.role == "worker"])
+        self._at_a_manager("node", "drain", node.name)
+        del self._nodes[node.name]  # it is asked for nothing any more
+        time.sleep(QUIET_S)
+        worker = engine(node, COMMAND_S)
+        worker.post("/swarm/leave")
+        self._at_a_manager("node", "rm", "--force", node.name)
+        token = self.stacks.until_answered(lambda: self._a_manager().get("/swarm"))["JoinTokens"]["Worker"]
+        manager = next(one for one in self._nodes.values() if one.role == "manager")
+        body = {
+            "ListenAddr": "0.0.0.0:2377",
+            "AdvertiseAddr": node.addr,
+            "RemoteAddrs": [f"{manager.addr}:2377"],
+            "JoinToken": token,
+        }
+        worker.post("/swarm/join", body)
+        self._nodes[node.name] = node
+        self._nodes_ready()
+
+    def _upgrade(self) -> None:
+        self._at_a_manager(*self._upgrade_words, within_s=UPGRADE_S)
+        versions = {
+            node["Description"]["Engine"]["EngineVersion"]
+            for node in self.stacks.until_answered(lambda: self._a_manager().get("/nodes"))
+        }
+        assert versions == {__version__}, f"versions after the upgrade: {versions}"
+        # Their processes are others now.
+        self._nodes = {node.name: node for node in self._playground.cluster().nodes}
+
+    def _nodes_ready(self) -> None:
+        self.stacks.until(lambda: not self._missing(), "all nodes are ready")
+
+    def _at_a_manager(self, *words: str, within_s: float = COMMAND_S) -> str:
+        managers = [one for one in self._there() if one.role == "manager"]
+        return skep(self._random.choice(managers), *words, within_s=within_s)
+
+    def _published(self) -> list[soak_networks.Service]:
+        return [one for one in tuple(self.stacks.services.values()) if one.published]
+
+
+def day(directory: Path, minutes: float, rng: random.Random, log: Log, report: Report, earlier: str) -> None:
+    """Raises: AssertionError: something did not hold; the nodes' logs are then kept beside ``log``."""
+    former = package_of(earlier, directory / "package")
+    (former / "skep/__init__.py").write_text(f'__version__ = "{FORMER}"\n')
+    folder = directory / "versions"
+    folder.mkdir()
+    versions = Versions(folder, former)
+    nodes = directory / "nodes"
+    playground = Playground(nodes, "day", lambda _: None)
+    asyncio.run(playground.down())
+    change = f"{sys.executable} -m tests.support.versions {nodes} day {folder} $SKEP_NODE present"
+    upgrade = ("upgrade", "--to", __version__, "--command", change)
+    run: Day | None = None
+    try:
+        up = (str(versions.command), "playground", "up", "--name", "day", "--dir", str(nodes), "--no-relay")
+        subprocess.run((*up, "--managers", str(MANAGERS), "--workers", str(WORKERS)), check=True, timeout=600)
+        (directory / "stacks").mkdir()
+        run = Day(playground, rng, log, report, upgrade, directory / "stacks")
+        run.run(minutes)
+        report.outcome = "Nothing acknowledged was lost, no promised request failed, memory stayed flat."
+    except BaseException as error:
+        report.outcome = f"It ended early: {error}"
+        for found in nodes.glob("*/skep.log"):
+            shutil.copy(found, log.path.with_suffix(f".{found.parent.name}.skep.log"))
+        raise
+    finally:
+        if run is not None:
+            page = report.page(run.customers.asked, run.customers.broken, run.stacks.acknowledged)
+            log.path.with_suffix(".md").write_text(page)
+        asyncio.run(playground.down())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.day", description="A day in production.")
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
+    parser.add_argument("--dir", default="/var/tmp", help="where nodes keep their state; not on overlayfs")
+    parser.add_argument("--earlier", default="HEAD~1", help="the commit that the day begins with")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
+    RESULTS.mkdir(exist_ok=True)
+    log = Log(RESULTS / f"day-{datetime.now(UTC):%Y-%m-%d-%H%M}-{commit()}.log")
+    title = f"{options.minutes:g} minutes, commit {commit()}, seed {seed}"
+    log(title)
+    with tempfile.TemporaryDirectory(prefix="skep-day-", dir=options.dir) as directory:
+        day(Path(directory), options.minutes, random.Random(seed), log, Report(title=title), options.earlier)
+
+
+if __name__ == "__main__":
+    main()
