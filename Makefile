@@ -23,7 +23,7 @@ kept = 2>&1 | sed -u 's,$(CURDIR),CLONE,g' | tee bench/results/$(1)-$(STAMP).log
 # What depends on the kernel: its cgroups, AppArmor, file systems.
 VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings.py container_life.py cgroup_parents.py \
                    survival_of_containers.py cgroup_v2.py apparmor.py escapes.py escapes_beside_docker.py \
-                   trees_with_mounts.py encrypted_kernel.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
+                   trees_with_mounts.py encrypted_kernel.py network_volumes.py) tests/unit/linux/test_trees.py tests/unit/engine/test_apparmor.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run demo demo-down install check test unit contract component sim mutants conformance integration escapes soak day bench bench-networks bench-builds bench-around bare virtual package bare-package reference site lock
@@ -114,7 +114,7 @@ bare-package: setup ## the Debian package on bare machines with systemd (SUITE=t
 	@mkdir -p bench/results
 	@$(PYTEST) -s tests/integration/test_packages.py -k $(SUITE) $(call kept,package-$(SUITE))
 
-virtual: setup-run ## limits, isolation and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
+virtual: setup-run ## limits, isolation, NFS and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
 	@mkdir -p bench/results
 	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
 

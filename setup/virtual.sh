@@ -1,8 +1,8 @@
 #!/bin/bash
 # Commands on a machine with a kernel of its own: virtual.sh SUITE COMMAND...
 # Makes the bare machine of bare.sh, sets it up, and boots it in an emulator with the kernel of that suite: cgroups of
-# version 2 alone, AppArmor, the distribution's modules (VXLAN, IPVS, WireGuard, ...) and its Docker Engine for comparison,
-# a file system without overlays below it.
+# version 2 alone, AppArmor, the distribution's modules (VXLAN, IPVS, WireGuard, NFS, ...), its Docker Engine for comparison,
+# its servers of NFS and CIFS, a file system without overlays below it.
 # It has no way to the outside; what needs one is done before it boots.  Its processor is emulated, so everything takes
 # some five times as long; KVM=1 asks for the real one.
 # Where this machine is busy, limits of time in tests do not hold there: ICOUNT=3 makes its clock count instructions, of 2^3 ns
@@ -34,7 +34,7 @@ say "$suite: setting it up, with the kernel of $kernel"
 # What the packages would start would run on this machine's kernel.
 printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
 chmod +x "$machine/usr/sbin/policy-rc.d"
-packages="$kernel kmod udev apparmor docker.io"
+packages="$kernel kmod udev apparmor docker.io nfs-kernel-server rpcbind samba smbclient"
 run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommends $packages" \
     </dev/null >"$place/log" 2>&1 || {
     tail -20 "$place/log" >&2
@@ -44,7 +44,7 @@ run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommen
 # The first process of the machine: no service manager, just what the commands need around them.
 cat >"$machine/root/first" <<'EOF'
 #!/bin/bash
-export HOME=/root TERM=dumb CI=true PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export HOME=/root TERM=dumb CI=true SKEP_VIRTUAL=1 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
