@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -42,6 +43,14 @@ DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
 """Of one driver, and of all, in the node's description: managers refuse a node whose description is too large."""
 USED_CHECK_S = 1.0
 """Between two looks whether a volume that is to be given up is still mounted in a container."""
+
+
+class PublishedVolume(NamedTuple):
+    """A volume of a task on this node: a directory with something mounted, or a block device."""
+
+    path: Path
+    device: str = ""
+    """``major:minor`` of a block device."""
 
 
 class _Held:
@@ -89,12 +98,14 @@ class ClusterVolumes:
         secret: Callable[[str], str],
         users_of: Callable[[Path], Collection[str]],
         is_mounted: Callable[[Path], bool],
+        device_at: Callable[[Path], str],
     ) -> None:
         """
         Args:
             secret: the data of a secret of this node, by id.  Raises: NotFound.
             users_of: containers with a mount of that directory that run, or are about to.
             is_mounted: whether something is mounted there, as this process and containers see it.
+            device_at: ``major:minor`` of the block device there; empty: it is none.
         """
         self._folder = folder
         self._drivers = drivers
@@ -102,13 +113,14 @@ class ClusterVolumes:
         self._secret = secret
         self._users_of = users_of
         self._is_mounted = is_mounted
+        self._device_at = device_at
         self._held: dict[VolumeId, _Held] = {}
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
         self._unreported: dict[VolumeId, bool] = {}
         """Those given up, and whether that has been taken: a late answer to an earlier report is none to this one."""
-        self._to_report: set[VolumeId] = set()
-        """Those that a manager asked for, given up or not."""
+        self._to_report: dict[VolumeId, VolumeAssignment] = {}
+        """Those that a manager asked for, and of which something may be left."""
         self._reportable = asyncio.Event()
         self._infos: dict[str, tuple[Driver, CSIInfo]] = {}
 
@@ -148,19 +160,18 @@ class ClusterVolumes:
         """Take over the volumes of ``change``, after ``wait_ready``; returns at once."""
         for volume in change.volumes:
             self._unreported.pop(volume.id, None)
-            self._to_report.discard(volume.id)
+            self._to_report.pop(volume.id, None)
             self._want(volume, is_wanted=True)
         for volume in change.removed_volumes:
-            self._to_report.add(volume.id)
+            self._to_report[volume.id] = volume
             if volume.id in self._held or self._has_traces(volume.id):
                 self._want(volume, is_wanted=False)
-            else:
-                self._report(volume.id)
         if change.complete:
             named = {volume.id for volume in (*change.volumes, *change.removed_volumes)}
             for id, held in list(self._held.items()):
                 if id not in named:  # removed with force while this node was away
                     self._want(held.volume, is_wanted=False)
+        self._report_given_up()
 
     async def take_reports(self) -> Sequence[VolumeId]:
         """Wait for volumes that were given up; they are reported until ``reported``."""
@@ -179,8 +190,10 @@ class ClusterVolumes:
     # -- tasks -----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def mounted(self, attachments: Sequence[VolumeAttachment]) -> AsyncIterator[Sequence[Path]]:
-        """The directories of a task's volumes, in their order, not given up within the block.
+    async def mounted(
+        self, attachments: Sequence[VolumeAttachment]
+    ) -> AsyncIterator[Sequence[PublishedVolume]]:
+        """A task's volumes, in their order, not given up while the context lasts.
 
         Raises: Unavailable: one is not mounted within ``TASK_WAIT_S``, with the reason.
         """
@@ -190,7 +203,7 @@ class ClusterVolumes:
             for attachment in attachments:
                 taken.append(await self._wait_mounted(VolumeId(attachment.id), attachment.source, until))
                 taken[-1].holds += 1
-            yield [self._target(VolumeId(one.id)) for one in attachments]
+            yield await asyncio.to_thread(lambda: [self._published(held.volume) for held in taken])
         finally:
             for held in taken:
                 held.holds -= 1
@@ -246,8 +259,7 @@ class ClusterVolumes:
                         await self._mount(held)
                 elif await self._give_up(held) and not held.is_wanted:  # or else it is wanted again meanwhile
                     del self._held[id]
-                    if id in self._to_report:
-                        self._report(id)
+                    self._report_given_up()
                     return
                 held.why = ""
             except SkepError as error:
@@ -272,7 +284,12 @@ class ClusterVolumes:
         driver = await self._drivers.get(volume.driver.name)
         await asyncio.to_thread(self._remember, volume)
         await driver.node_publish(volume, self._staging(volume.id), self._target(volume.id), secrets)
-        if not await asyncio.to_thread(self._is_mounted, self._target(volume.id)):
+        published = await asyncio.to_thread(self._published, volume)
+        if volume.access_mode.block_volume is not None and not published.device:
+            raise Unavailable("its driver says that it is published, and no block device is there")
+        if volume.access_mode.block_volume is None and not await asyncio.to_thread(
+            self._is_mounted, published.path
+        ):
             # Tasks would write to the node's own disk.
             raise Unavailable(
                 "its driver says that it is mounted, and nothing is: the mounts of one in a container must be shared"
@@ -280,6 +297,13 @@ class ClusterVolumes:
         if held.volume == volume:
             held.set(is_wanted=held.is_wanted, is_mounted=True)
             log.info("volume mounted", volume=volume.id, driver=volume.driver.name)
+
+    def _published(self, volume: VolumeAssignment) -> PublishedVolume:
+        """Blocks."""
+        path = self._target(volume.id)
+        return PublishedVolume(
+            path, self._device_at(path) if volume.access_mode.block_volume is not None else ""
+        )
 
     async def _give_up(self, held: _Held) -> bool:
         """Whether nothing is left of it.  Raises: SkepError: its driver did not do it."""
@@ -295,10 +319,14 @@ class ClusterVolumes:
         log.info("volume given up", volume=volume.id, driver=volume.driver.name)
         return True
 
-    def _report(self, id: VolumeId) -> None:
-        self._to_report.discard(id)
-        self._unreported[id] = False
-        self._reportable.set()
+    def _report_given_up(self) -> None:
+        """Report those of which nothing is left here, nor under an id of before they were removed and made again."""
+        disks = {(held.volume.driver.name, held.volume.volume_id) for held in self._held.values()}
+        for volume in list(self._to_report.values()):
+            if volume.id not in self._held and (volume.driver.name, volume.volume_id) not in disks:
+                del self._to_report[volume.id]
+                self._unreported[volume.id] = False
+                self._reportable.set()
 
     # -- files -----------------------------------------------------------------------------------------------------
 

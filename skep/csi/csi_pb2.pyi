@@ -284,6 +284,19 @@ class VolumeCapability(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class BlockVolume(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class MountVolume(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -324,8 +337,11 @@ class VolumeCapability(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    BLOCK_FIELD_NUMBER: _builtins.int
     MOUNT_FIELD_NUMBER: _builtins.int
     ACCESS_MODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def block(self) -> Global___VolumeCapability.BlockVolume: ...
     @_builtins.property
     def mount(self) -> Global___VolumeCapability.MountVolume: ...
     @_builtins.property
@@ -333,14 +349,17 @@ class VolumeCapability(_message.Message):
     def __init__(
         self,
         *,
+        block: Global___VolumeCapability.BlockVolume | None = ...,
         mount: Global___VolumeCapability.MountVolume | None = ...,
         access_mode: Global___VolumeCapability.AccessMode | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["access_mode", b"access_mode", "mount", b"mount"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access_mode", b"access_mode", "access_type", b"access_type", "block", b"block", "mount", b"mount"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_mode", b"access_mode", "mount", b"mount"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_mode", b"access_mode", "access_type", b"access_type", "block", b"block", "mount", b"mount"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_access_type: _TypeAlias = _typing.Literal["block", "mount"]
+    _WhichOneofArgType_access_type: _TypeAlias = _typing.Literal["access_type", b"access_type"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_access_type) -> _WhichOneofReturnType_access_type | None: ...
 
 Global___VolumeCapability: _TypeAlias = VolumeCapability
 

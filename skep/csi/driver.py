@@ -155,7 +155,7 @@ class Driver:
     async def node_publish(
         self, volume: VolumeAssignment, staging: Path, target: Path, secrets: Mapping[str, str]
     ) -> None:
-        """Mount the volume at ``target``, by way of ``staging`` if the driver has that step."""
+        """Mount the volume, or place its device, at ``target``; by way of ``staging`` if the driver has that step."""
         common: dict[str, Any] = {
             "volume_id": volume.volume_id,
             "publish_context": dict(volume.publish_context),
@@ -266,10 +266,13 @@ def is_name(name: str) -> bool:
 
 def capability_of(mode: AccessMode) -> pb.VolumeCapability:
     """How the volume is used, in CSI's words."""
+    access = pb.VolumeCapability.AccessMode(mode=_MODES.get((mode.scope, mode.sharing), 0))
+    if mode.block_volume is not None:
+        return pb.VolumeCapability(block=pb.VolumeCapability.BlockVolume(), access_mode=access)
     mount = mode.mount_volume or TypeMount()
     return pb.VolumeCapability(
         mount=pb.VolumeCapability.MountVolume(fs_type=mount.fs_type, mount_flags=list(mount.mount_flags)),
-        access_mode=pb.VolumeCapability.AccessMode(mode=_MODES.get((mode.scope, mode.sharing), 0)),
+        access_mode=access,
     )
 
 

@@ -6,7 +6,7 @@ anything else, and each step may be interrupted and repeated:
 1. *wanted*: a snapshot is taken of this manager's store (or is there already, from a backup), and made into a store
    with new ids and no other members.
 2. *restored*: the store's incarnation is raised before any client is served, the other managers are shown as
-   unreachable, and the request is removed.
+   unreachable, cluster volumes count as mounted on every node, and the request is removed.
 
 The incarnation is the time, in seconds, or one more than the last: two restores of one backup have different ones,
 and the later one counts.  A manager of an earlier incarnation stops when it meets a later one
@@ -14,6 +14,7 @@ and the later one counts.  A manager of an earlier incarnation stops when it mee
 """
 
 import os
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import msgspec
@@ -22,16 +23,20 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
 from skep.bootstrap import Recovery, load_recovery, save_recovery
-from skep.model.ids import NodeId
+from skep.manager.volumes.loop import PUBLISH_PART
+from skep.manager.volumes.steps import doubted
+from skep.model.ids import NodeId, VolumeId
 from skep.model.node import ManagerStatus, Node, NodeState, Reachability
+from skep.model.task import Task
 from skep.model.times import SECOND_NS
+from skep.model.volume import Volume
 from skep.paths import Paths
 from skep.store.etcd.binary import Binary
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.initialize import raise_incarnation
 from skep.store.etcd.peers import MEMBERS_FILE
 from skep.store.etcd.snapshots import restore_store, salvage
-from skep.store.interface import Store, Transaction
+from skep.store.interface import Store, Transaction, View
 
 log = structlog.get_logger(__name__)
 
@@ -77,9 +82,32 @@ async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str
     if load_recovery(paths) is None:
         return
     await store.update(show_survivor, node_id, addr)
+    await doubt_volumes(store)
     paths.recovery.unlink(missing_ok=True)
     paths.recovery_snapshot.unlink(missing_ok=True)
     discard_tree_now(paths.etcd / "data.old")
+
+
+async def doubt_volumes(store: Store) -> None:
+    """The store may be older than what nodes and drivers have done: it does not say where volumes are."""
+    needed = _nodes_with_volumes(store.view())
+    for volume in store.view().find(Volume):
+        await store.update(_doubt_volume, volume.id, needed.get(volume.id, frozenset()))
+
+
+def _nodes_with_volumes(view: View) -> Mapping[VolumeId, Set[NodeId]]:
+    """The nodes whose tasks have a cluster volume."""
+    found: dict[VolumeId, set[NodeId]] = {}
+    for task in view.find(Task):
+        if task.node_id and not task.status.state.is_terminal:
+            for attachment in task.volumes:
+                found.setdefault(VolumeId(attachment.id), set()).add(task.node_id)
+    return found
+
+
+def _doubt_volume(tx: Transaction, id: VolumeId, needed: Set[NodeId]) -> None:
+    if PUBLISH_PART not in tx.damaged(Volume).get(id, ()):
+        tx.put(doubted(tx.get(Volume, id), needed, tx.find(Node)))
 
 
 def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:

@@ -24,7 +24,8 @@ GROUP_PREFIX = "group:"
 """Of a mount's source: any volume of that group."""
 
 
-_ENTRIES_BYTES_MAX = 960 << 10
+ENTRIES_BYTES_MAX = 960 << 10
+"""Of all entries of a volume: they are one part of the object, of at most 1 MiB."""
 _ENTRY_BYTES_MAX = 12 << 10
 """Of an entry whose driver has not answered yet."""
 _WORDS_BYTES = 700
@@ -80,7 +81,7 @@ class TypeMount(ApiObject):
 
 
 class TypeBlock(ApiObject):
-    """A block device; refused (``manager.control.volumes``)."""
+    """A block device."""
 
     __go_name__: ClassVar[str | None] = "volume.TypeBlock"
 
@@ -172,6 +173,8 @@ class PublishStatus(ApiObject):
     """The node's id in the driver."""
     is_closing: bool = False
     """While it is published: no task gets it on that node any more, which was not sent to the node yet."""
+    is_doubtful: bool = False
+    """The node may have it mounted in any state: what is stored is older than what was done (``steps.doubted``)."""
     message: str = ""
 
     @property
@@ -207,14 +210,15 @@ class Volume(ApiObject):
 
 
 def room_for_nodes(volume: Volume) -> int:
-    """On how many more nodes it can be published: all its entries are one part of the object, of at most 1 MiB."""
-    kept = sum(
-        _ENTRY_BYTES_MAX
-        if one.state is PublishState.PENDING
-        else len(msgspec.json.encode(one)) + _WORDS_BYTES
-        for one in volume.publish_status
-    )
-    return max(0, (_ENTRIES_BYTES_MAX - kept) // _ENTRY_BYTES_MAX)
+    """On how many more nodes it can be published."""
+    return max(0, (ENTRIES_BYTES_MAX - sum(map(entry_bytes, volume.publish_status))) // _ENTRY_BYTES_MAX)
+
+
+def entry_bytes(status: PublishStatus) -> int:
+    """How large it may become."""
+    if status.state is PublishState.PENDING:
+        return _ENTRY_BYTES_MAX
+    return len(msgspec.json.encode(status)) + _WORDS_BYTES
 
 
 class VolumeAssignment(ApiObject):

@@ -122,7 +122,7 @@ async def test_older_clients_and_workers_see_the_nodes_own_only(rig: Rig) -> Non
 
 async def test_of_a_volume_the_availability_can_be_updated(rig: Rig) -> None:
     version = (await created(rig))["ClusterVolume"]["Version"]["Index"]
-    body = {"Spec": {"Availability": "drain", "Group": "ignored"}}
+    body = {"Spec": {"Availability": "drain"}}
     assert await rig.message("PUT", "/volumes/data?version=x", body) == (
         400,
         "invalid swarm object version 'x': strconv.ParseUint: parsing \"x\": invalid syntax",
@@ -158,6 +158,36 @@ async def test_a_volume_that_is_removed_waits_for_its_driver(rig: Rig) -> None:
     assert shown["Status"]["State"] == "to be deleted by its driver"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"CapacityRange": {"RequiredBytes": 50, "LimitBytes": 90}}, "CapacityRange cannot be updated"),
+        ({"Group": "other"}, "Group cannot be updated"),
+        (
+            {"AccessMode": {"Scope": "single", "Sharing": "none", "BlockVolume": {}}},
+            "AccessMode cannot be updated",
+        ),
+        ({"Secrets": [{"Key": "k", "Secret": "s"}]}, "Secrets cannot be updated"),
+        (
+            {"AccessibilityRequirements": {"Requisite": [{"Segments": {"zone": "a"}}]}},
+            "AccessibilityRequirements cannot be updated",
+        ),
+    ],
+)
+async def test_a_volume_is_not_expanded_nor_changed_otherwise(
+    rig: Rig, change: dict[str, Any], message: str
+) -> None:
+    await created(rig, Group="g", CapacityRange={"RequiredBytes": 5, "LimitBytes": 9})
+    cluster = (await rig.ask("GET", "/volumes/data"))[1]["ClusterVolume"]
+    where, shown = f"/volumes/data?version={cluster['Version']['Index']}", cluster["Spec"]
+    refused = await rig.message("PUT", where, {"Spec": {**shown, **change}})
+    assert refused[0] == 400
+    assert refused[1].endswith(message)
+    assert (await rig.ask("PUT", where, {"Spec": {**shown, "Availability": "pause"}}))[0] == 200
+    after = (await rig.ask("GET", "/volumes/data"))[1]["ClusterVolume"]["Spec"]
+    assert after == {**shown, "Availability": "pause"}
+
+
 async def test_secrets_are_named_or_given_by_id_and_are_kept_while_a_volume_needs_them(rig: Rig) -> None:
     secret = Secret(id="s1")  # type: ignore[arg-type]
     await rig.manager.store.update(lambda tx: tx.put(replace(secret, spec=replace(secret.spec, name="pass"))))
@@ -175,7 +205,7 @@ async def test_secrets_are_named_or_given_by_id_and_are_kept_while_a_volume_need
         ({**a_body(), "Driver": ""}, "driver must be specified"),
         (a_body(AccessMode=None), "AccessMode must not be nil"),
         (a_body(AccessMode={}), "Volume AccessMode must specify either Mount or Block access type"),
-        (a_body(AccessMode={"BlockVolume": {}}), "create the volume with --type mount"),
+        (a_body(AccessMode={**MOUNT, "BlockVolume": {}}), "must specify either Mount or Block access type"),
         (a_body(AccessMode={**MOUNT, "Scope": "multi"}), "scope multi needs --sharing"),
         (a_body(AccessMode={**MOUNT, "Sharing": "some"}), "some"),
         (a_body(CapacityRange={"RequiredBytes": -1, "LimitBytes": 0}), "0 or more"),

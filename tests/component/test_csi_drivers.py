@@ -24,6 +24,7 @@ from skep.model.volume import (
     AccessMode,
     CapacityRange,
     TopologyRequirement,
+    TypeBlock,
     TypeMount,
     Volume,
     VolumeAssignment,
@@ -103,6 +104,30 @@ async def test_a_volume_goes_through_its_life(driver: Process, tmp_path: Path) -
         await disks.delete(made.volume_id, {})
     state = driver.state()
     assert (state.volumes, state.violations, state.created) == ({}, [], ["data"])
+
+
+async def test_a_block_volume_is_a_device_at_its_target(driver: Process, tmp_path: Path) -> None:
+    disks = await Drivers(driver.sockets, SystemClock()).get(NAME)
+    mode = AccessMode(block_volume=TypeBlock())
+    volume = a_volume()
+    volume = replace(volume, spec=replace(volume.spec, access_mode=mode))
+    volume = replace(volume, info=await disks.create(volume, {}))
+    assert volume.info is not None
+    context = await disks.publish(volume, "node-1", {})
+    id = volume.info.volume_id
+    assigned = VolumeAssignment(id=volume.id, volume_id=id, publish_context=context, access_mode=mode)
+    staging, target = tmp_path / "staging", tmp_path / "mount"
+    staging.mkdir()
+    for _ in range(2):
+        await disks.node_publish(assigned, staging, target, {})
+    assert target.is_block_device()
+    with target.open("wb") as device:
+        device.write(b"written")
+    assert (driver.storage / id / "disk").read_bytes()[:7] == b"written"
+    for _ in range(2):
+        await disks.node_unpublish(id, staging, target)
+    assert not target.exists()
+    assert list(driver.storage.glob("*.loop")) == []
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ class Disks:
         (self.folder / "faults.json").write_text(json.dumps(faults))
 
 
+def _detach_loops(storage: Path) -> None:
+    """What a failed test leaves of block volumes."""
+    for loop in storage.glob("*.loop"):
+        subprocess.run(["losetup", "--detach", loop.read_text()], check=False)
+        loop.unlink()
+
+
 @pytest.fixture(scope="module")
 def trio() -> Iterator[TestCluster]:
     """m1, w1 and w2, with a driver each."""
@@ -73,6 +80,7 @@ def trio() -> Iterator[TestCluster]:
                 subprocess.Popen([*command, *words], stdout=subprocess.PIPE, env=environment)
             )
             stack.callback(process.kill)
+            stack.callback(_detach_loops, storage)
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
         yield cluster
@@ -197,3 +205,35 @@ def test_a_driver_that_hangs_fails_its_task_and_holds_up_no_other(m1: TestNode, 
     wait_running(m1, "other", 1)
     assert time.monotonic() - began < 60
     wait_running(m1, "db", 1, 120)
+
+
+def test_a_block_volume_is_a_device_in_its_tasks_and_moves_with_its_data(m1: TestNode, disks: Disks) -> None:
+    m1.docker("volume", "rm", "data")
+    wait_until(lambda: not disks.state().volumes, "the driver has deleted the volume")
+    m1.docker("volume", "create", "--driver", NAME, "--type", "block", "--sharing", "none", "data")
+    wait_until(lambda: "Info" in cluster_volume(m1), "the driver has made the volume")
+    write_once = (
+        "grep -q written /dev/data || { echo written by $(hostname) >/dev/data && sync; }; exec sleep 1000"
+    )
+    options = ("--mount", "type=cluster,source=data,target=/dev/data", *OPTIONS[2:])
+    create(m1, "db", 1, *options, command=("sh", "-c", write_once))
+    (task,) = wait_running(m1, "db", 1)
+    first = node_of(m1, task)
+    (id,) = disks.state().volumes
+    disk = disks.folder / id / "disk"
+    wait_until(lambda: disk.read_bytes().startswith(b"written by "), "the task has written to the device")
+    written = disk.read_bytes()
+    m1.docker("node", "update", "--availability", "drain", first)
+    other = {"w1": "w2", "w2": "w1"}[first]
+    (task,) = wait_until(
+        lambda: [one for one in wait_running(m1, "db", 1) if node_of(m1, one) == other],
+        "it runs elsewhere",
+        60,
+    )
+    wait_published(disks, other)
+    container = task["Status"]["ContainerStatus"]["ContainerID"]
+    read = m1.cluster.node(other).docker("exec", container, "head", "-c", "11", "/dev/data").stdout
+    assert read == "written by "
+    assert disk.read_bytes() == written
+    remove_services(m1)
+    wait_until(lambda: not list(disks.folder.glob("*.loop")), "no node has the device")

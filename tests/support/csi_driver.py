@@ -7,7 +7,8 @@ with ``state.json`` (``csi_storage``), a directory per volume, and ``faults.json
 * ``{"refuse": "..."}``: it fails with these words;
 * ``{"id": "..."}``: the id that ``CreateVolume`` says; ``"size"``: likewise; ``"zone"``: likewise.
 
-Volumes are mounted by bind mounts, in the mount namespace in which the driver runs.
+Volumes are mounted by bind mounts, in the mount namespace in which the driver runs.  Block volumes are loop devices on
+a file ``disk`` in the volume's directory.
 """
 
 import contextlib
@@ -79,6 +80,9 @@ class Driver:
         with self.state() as state:
             made = state.create(request.name, capacity.required_bytes, capacity.limit_bytes, mode, zones)
         (self.storage / made["id"]).mkdir(exist_ok=True)
+        if _is_block(request.volume_capabilities[0]):
+            with (self.storage / made["id"] / "disk").open("ab") as disk:
+                disk.truncate(made["size"])
         volume = pb.Volume(
             volume_id=fault.get("id", made["id"]),
             capacity_bytes=fault.get("size", made["size"]),
@@ -117,10 +121,23 @@ class Driver:
     def node_stage_volume(self, request: Any, fault: Any) -> Any:
         with self.state() as state:
             state.mount(request.volume_id, self.node, dict(request.publish_context))
-        _bind(self.storage / request.volume_id, request.staging_target_path)
+        if not _is_block(request.volume_capability):
+            _bind(self.storage / request.volume_id, request.staging_target_path)
+        elif not self._loop(request.volume_id).exists():
+            disk = str(self.storage / request.volume_id / "disk")
+            loop = subprocess.run(["losetup", "--find", "--show", disk], check=True, stdout=subprocess.PIPE)
+            self._loop(request.volume_id).write_bytes(loop.stdout.strip())
         return pb.NodeStageVolumeResponse()
 
+    def _loop(self, volume_id: str) -> Path:
+        """The file with this node's device of a block volume."""
+        return self.storage / f"{volume_id}.{self.node}.loop"
+
     def node_publish_volume(self, request: Any, fault: Any) -> Any:
+        if _is_block(request.volume_capability):
+            Path(request.target_path).touch()
+            _bind(self._loop(request.volume_id).read_text(), request.target_path)
+            return pb.NodePublishVolumeResponse()
         if not _is_mounted(request.staging_target_path):
             raise Refused("FAILED_PRECONDITION", "it is not staged")
         os.makedirs(request.target_path, exist_ok=True)
@@ -129,15 +146,25 @@ class Driver:
 
     def node_unpublish_volume(self, request: Any, fault: Any) -> Any:
         _unbind(request.target_path)
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(request.target_path)
+        target = Path(request.target_path)
+        if target.is_dir():
+            target.rmdir()
+        else:
+            target.unlink(missing_ok=True)
         return pb.NodeUnpublishVolumeResponse()
 
     def node_unstage_volume(self, request: Any, fault: Any) -> Any:
         _unbind(request.staging_target_path)
+        if (loop := self._loop(request.volume_id)).exists():
+            subprocess.run(["losetup", "--detach", loop.read_text()], check=True)
+            loop.unlink()
         with self.state() as state:
             state.unmount(request.volume_id, self.node)
         return pb.NodeUnstageVolumeResponse()
+
+
+def _is_block(capability: Any) -> bool:
+    return str(capability.WhichOneof("access_type")) == "block"
 
 
 def _is_mounted(path: str) -> bool:

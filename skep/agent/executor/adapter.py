@@ -7,12 +7,12 @@ container_operations.go (ingress comes first).
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_interface, ip_network
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
+from skep.agent.cluster_volumes import PublishedVolume
 from skep.agent.executor.interface import Rejected
 from skep.engine.container import MountPoint
 from skep.engine.machine import DeviceMapping, DeviceRequest, ThrottleDevice
@@ -69,12 +69,12 @@ def context_of(task: AssignedTask, node: NodeFacts) -> Struct:
 
 
 def create_request(
-    task: AssignedTask, node: NodeFacts, cluster_volumes: Sequence[Path] = ()
+    task: AssignedTask, node: NodeFacts, cluster_volumes: Sequence[PublishedVolume] = ()
 ) -> CreateRequest:
     """The request for the task's container.
 
     Args:
-        cluster_volumes: the directories of its mounts of type ``cluster``, in their order.
+        cluster_volumes: those of its mounts of type ``cluster``, in their order.
 
     Raises: Rejected; InvalidArgument: a placeholder's.
     """
@@ -123,27 +123,42 @@ def create_request(
             pids_limit=limits.pids if limits else 0,
             ulimits=spec.ulimits,
             init=spec.init,
-            **_machine_options(rights_of(spec), node),
+            **_machine_options(rights_of(spec), node, volume_device_rules(spec.mounts, cluster_volumes)),
         ),
     )
 
 
-def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[Path]) -> tuple[Mount, ...]:
+def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) -> tuple[Mount, ...]:
     """``mounts`` with those of cluster volumes as bind mounts.  Raises: Rejected: the task has no volume for one."""
     wanted = sum(mount.type == "cluster" for mount in mounts)
     if wanted != len(cluster_volumes):
         raise Rejected("the task has not been given its cluster volumes")
     left = iter(cluster_volumes)
     return tuple(
-        replace(mount, type="bind", source=str(next(left)), cluster_options=None)
+        replace(mount, type="bind", source=str(next(left).path), cluster_options=None)
         if mount.type == "cluster"
         else mount
         for mount in mounts
     )
 
 
-def _machine_options(rights: MachineRights, node: NodeFacts) -> dict[str, Any]:
-    """Options of the request for rights over the machine.  Raises: Rejected: this node does not give one."""
+def volume_device_rules(
+    mounts: Iterable[Mount], cluster_volumes: Iterable[PublishedVolume]
+) -> tuple[str, ...]:
+    """What lets the container use its block volumes: a bind mount of a device alone does not."""
+    ours = [mount for mount in mounts if mount.type == "cluster"]
+    return tuple(
+        f"b {volume.device} {'r' if mount.read_only else 'rw'}"
+        for mount, volume in zip(ours, cluster_volumes, strict=True)
+        if volume.device
+    )
+
+
+def _machine_options(rights: MachineRights, node: NodeFacts, device_rules: tuple[str, ...]) -> dict[str, Any]:
+    """Options of the request for rights over the machine, and for volumes that are devices.
+
+    Raises: Rejected: this node does not give one.
+    """
     refused = rights.kinds - node.allowed
     if refused:
         raise Rejected(f"this node does not allow its tasks: {rights_text(refused)} (its setting `allow`)")
@@ -159,7 +174,7 @@ def _machine_options(rights: MachineRights, node: NodeFacts) -> dict[str, Any]:
             )
             for one in rights.devices
         ),
-        "device_cgroup_rules": rights.device_rules,
+        "device_cgroup_rules": (*rights.device_rules, *device_rules),
         "device_requests": tuple(requests),
         "pid_mode": rights.pid,
         "ipc_mode": rights.ipc,

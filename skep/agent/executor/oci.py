@@ -6,6 +6,7 @@ label, so nothing about tasks is kept here.
 
 import asyncio
 import os
+import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.agent.cluster_volumes import ClusterVolumes
+from skep.agent.cluster_volumes import ClusterVolumes, PublishedVolume
 from skep.agent.executor import adapter
 from skep.agent.executor.adapter import NodeFacts
 from skep.agent.executor.attaching import AttachmentController, ClusterAttachments, is_attachment
@@ -199,7 +200,17 @@ def _cluster_volumes(paths: Paths, engine: Engine, payloads: Payloads, clock: Cl
         secret=payloads.text_of_secret,
         users_of=partial(_users_of, engine),
         is_mounted=mounting.is_target,
+        device_at=_device_at,
     )
+
+
+def _device_at(path: Path) -> str:
+    """Blocks."""
+    with suppress(OSError):
+        status = path.stat()
+        if stat.S_ISBLK(status.st_mode):
+            return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return ""
 
 
 def _users_of(engine: Engine, path: Path) -> Sequence[str]:
@@ -249,10 +260,10 @@ class OciController:
         await self._note_volumes()
 
     @asynccontextmanager
-    async def _cluster_volumes(self) -> AsyncIterator[Sequence[Path]]:
-        """The directories of the task's cluster volumes, mounted.  Raises: SkepError: one is not."""
-        async with self._executor.cluster_volumes.mounted(self._task.task.volumes) as paths:
-            yield paths
+    async def _cluster_volumes(self) -> AsyncIterator[Sequence[PublishedVolume]]:
+        """The task's cluster volumes, mounted.  Raises: SkepError: one is not."""
+        async with self._executor.cluster_volumes.mounted(self._task.task.volumes) as volumes:
+            yield volumes
 
     async def _note_volumes(self) -> None:
         """Keep which volumes have data of the task's slot, so that later tasks of it return to this node."""
@@ -289,9 +300,11 @@ class OciController:
             # In a thread: expanding templates may take a while.
             await asyncio.to_thread(self._executor.payloads.materialize, self._task.task.id, spec, seen)
             secret_env = await asyncio.to_thread(self._executor.payloads.environment, spec, seen)
-            async with (
-                self._cluster_volumes()
-            ):  # again: the node may have been started anew since ``prepare``
+            # Again: the node may have been started anew since ``prepare``, and number its devices otherwise.
+            async with self._cluster_volumes() as volumes:
+                rules = adapter.volume_device_rules(spec.mounts, volumes)
+                if not set(rules).issubset(container.config.machine.device_cgroup_rules):
+                    raise SkepError("a block volume has become another device since the container was made")
                 container = await self._engine.start(container.id, secret_env=secret_env)
         except SkepError as error:
             raise SkepError(f"starting container failed: {error}") from error

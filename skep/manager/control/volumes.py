@@ -14,8 +14,9 @@ from skep.model.times import Timestamp
 from skep.model.volume import (
     AccessMode,
     CapacityRange,
+    ClusterVolumeSpec,
+    TopologyRequirement,
     Volume,
-    VolumeAvailability,
     VolumeScope,
     VolumeSecret,
     VolumeSharing,
@@ -45,16 +46,41 @@ def create_volume(tx: Transaction, spec: VolumeSpec, *, new_id: IdSource, now: T
     return tx.put(Volume(id=VolumeId(new_id()), created_at=now, spec=spec))
 
 
-def update_volume(
-    tx: Transaction, id: VolumeId, availability: VolumeAvailability | None, version: int
-) -> Volume:
-    """Change the availability, the one part of a volume that Docker's API changes.  Raises: NotFound; OutOfSequence."""
+def update_volume(tx: Transaction, id: VolumeId, asked: ClusterVolumeSpec | None, version: int) -> Volume:
+    """Change the availability, the one part of a volume that Docker's API changes.
+
+    Raises: NotFound; OutOfSequence; InvalidArgument: something else is to be changed.
+    """
     volume = tx.get(Volume, id)
     if volume.version != Version(index=version):
         raise OutOfSequence
-    if availability is None:
+    if asked is None:
         return volume
+    _check_unchanged(volume.spec, asked)
+    availability = asked.availability or volume.spec.availability
     return tx.put(replace(volume, spec=replace(volume.spec, availability=availability)))
+
+
+def _check_unchanged(spec: VolumeSpec, asked: ClusterVolumeSpec) -> None:
+    """What is left out is unchanged.  Raises: InvalidArgument, in SwarmKit's words.
+
+    The docker command sends back all that it was shown; Docker's daemon drops it, so that a larger capacity would seem
+    to be taken.
+    """
+    none_required, no_range = TopologyRequirement(), CapacityRange()
+    for name, given, kept in (
+        ("Group", asked.group, spec.group),
+        (
+            "AccessibilityRequirements",
+            asked.accessibility_requirements,
+            spec.accessibility_requirements or none_required,
+        ),
+        ("AccessMode", asked.access_mode, spec.access_mode),
+        ("Secrets", asked.secrets, spec.secrets),
+        ("CapacityRange", asked.capacity_range, spec.capacity_range or no_range),
+    ):
+        if given and given != kept:
+            raise InvalidArgument(f"{name} cannot be updated")
 
 
 def remove_volume(tx: Transaction, id: VolumeId, *, force: bool) -> None:
@@ -100,11 +126,9 @@ def _check_spec(spec: VolumeSpec) -> None:
 
 
 def _check_access(mode: AccessMode) -> None:
-    if mode.block_volume is not None:
-        raise InvalidArgument("block volumes are not supported: create the volume with --type mount")
-    if mode.mount_volume is None:
+    if (mode.mount_volume is None) == (mode.block_volume is None):
         raise InvalidArgument("Volume AccessMode must specify either Mount or Block access type")
-    if sum(map(len, mode.mount_volume.mount_flags)) > _MAP_BYTES_MAX:
+    if mode.mount_volume is not None and sum(map(len, mode.mount_volume.mount_flags)) > _MAP_BYTES_MAX:
         raise InvalidArgument(f"the mount flags have more than {_MAP_BYTES_MAX} bytes")
     if mode.scope is VolumeScope.MULTI and mode.sharing is VolumeSharing.NONE:
         # CSI has no such mode, so every driver would refuse it later.

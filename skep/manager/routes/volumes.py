@@ -62,7 +62,7 @@ class CreateBody(ApiObject):
 
 
 class _UpdateBody(ApiObject):
-    """Body of ``PUT /volumes/{name}``; of the spec the availability alone is taken, as in Docker."""
+    """Body of ``PUT /volumes/{name}``."""
 
     __go_name__ = "volume.UpdateOptions"
 
@@ -102,8 +102,7 @@ async def update_volume(request: web.Request) -> web.StreamResponse:
     version = version_parameter(request, "swarm object")
     body = await read_json(request, _UpdateBody)
     volume = (await current_view(request)).resolve(Volume, request.match_info["name"])
-    availability = body.spec.availability if body.spec is not None else None
-    await manager_of(request).update(control.update_volume, volume.id, availability, version)
+    await manager_of(request).update(control.update_volume, volume.id, body.spec, version)
     return web.Response()
 
 

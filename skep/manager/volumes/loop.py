@@ -26,12 +26,22 @@ from skep.aio.groups import first_alone
 from skep.csi.driver import UnusableResponse, discrepancy
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.informer import CatchUp, run_exact_informer
-from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Step, Unpublish, settled, steps
+from skep.manager.volumes.steps import (
+    Create,
+    Delete,
+    Forget,
+    Publish,
+    Step,
+    Unpublish,
+    doubted,
+    settled,
+    steps,
+)
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.node import Node
 from skep.model.task import Task
-from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeScope
 from skep.store.interface import (
     Commit,
     Created,
@@ -57,7 +67,7 @@ STEP_S = 45.0
 SETTLED_S = 60.0
 """After the begin of a term no call of an earlier leader is under way any more."""
 _HELD = "it waits until no call of an earlier leader can be under way"
-_PUBLISH_PART = "publish"
+PUBLISH_PART = "publish"
 _DAMAGED = "where the volume is cannot be read in the store: nothing is done until it is removed with force"
 
 
@@ -108,6 +118,8 @@ class ClusterVolumes:
         self._inherited: frozenset[VolumeId] = frozenset()
         """Volumes of which an earlier leader's calls may be under way."""
         self._settled_at = 0.0
+        self._doubted: set[VolumeId] = set()
+        """Volumes that all nodes have been asked for: once in a term, as a driver may refuse for other reasons."""
         self._reset()
 
     async def run(self) -> None:
@@ -156,6 +168,7 @@ class ClusterVolumes:
                         self._queue.add((new.id,))
                 case Deleted(Volume() as volume):
                     self._backoffs.pop(volume.id, None)
+                    self._doubted.discard(volume.id)
                 case Updated(Node() as old, Node() as new):
                     if old.status.state is not new.status.state or _drivers_of(old) != _drivers_of(new):
                         self._queue_on(new.id)
@@ -261,6 +274,11 @@ class ClusterVolumes:
                 words = (str(error) if isinstance(error, SkepError) else describe_error(error)) or "failed"
                 if not isinstance(error, SkepError):
                     log_error(error, "step of a volume failed", volume=volume.id, step=type(step).__name__)
+                if isinstance(error, FailedPrecondition) and volume.id not in self._doubted:
+                    # CSI's code for a volume that is on another node, of which the store has nothing: there was one of
+                    # this name before.
+                    self._doubted.add(volume.id)
+                    await self._term.update(_doubt, volume.id, step)
                 await self._term.update(_note, volume.id, step, words[:MESSAGE_CHARACTERS_MAX])
                 is_done = False
         return is_done
@@ -336,7 +354,7 @@ def _settle(tx: Transaction, id: VolumeId, needed: frozenset[NodeId]) -> Volume 
     volume = tx.rely_on(Volume, id)
     if volume is None:
         return None
-    if _PUBLISH_PART in tx.damaged(Volume).get(id, ()):
+    if PUBLISH_PART in tx.damaged(Volume).get(id, ()):
         # It looks as if it were nowhere: with another entry it might be on two nodes, and the damage would be covered.
         tx.put(replace(volume, message=_DAMAGED))
         return None
@@ -365,7 +383,9 @@ def _published(tx: Transaction, id: VolumeId, node_id: NodeId, context: Mapping[
         id,
         node_id,
         PublishState.PENDING,
-        lambda one: replace(one, state=PublishState.PUBLISHED, publish_context=context, message=""),
+        lambda one: replace(
+            one, state=PublishState.PUBLISHED, publish_context=context, is_doubtful=False, message=""
+        ),
     )
 
 
@@ -394,6 +414,18 @@ def _forget(tx: Transaction, id: VolumeId) -> None:
     volume = tx.rely_on(Volume, id)
     if volume is not None and volume.pending_delete and not volume.publish_status:
         tx.delete(Volume, id)
+
+
+def _doubt(tx: Transaction, id: VolumeId, step: Step) -> None:
+    """Have all nodes give the volume up, but the one for which it is published."""
+    volume = tx.rely_on(Volume, id)
+    match step:
+        case Publish(node_id) if volume is not None and volume.spec.access_mode.scope is VolumeScope.SINGLE:
+            tx.put(doubted(volume, frozenset({node_id}), tx.find(Node)))
+        case Delete() if volume is not None and not volume.publish_status:
+            tx.put(doubted(volume, frozenset(), tx.find(Node)))
+        case _:
+            pass
 
 
 def _note(tx: Transaction, id: VolumeId, step: Step, words: str) -> None:

@@ -13,18 +13,31 @@ one step: an assignment by the scheduler compares the volume, so after that comm
 volume is never taken from a node that may be using it, and one for a single node is announced for a second node only
 when nothing is left of the first.
 
+Two things make the store wrong about that: a restored backup, which is older than what was done, and a driver that has
+a volume of that name from before.  Then every node that has the driver is asked to give the volume up (``doubted``),
+those whose tasks need it excepted, and a volume for a single node is published there after all others have done so.
+
 Source: swarmkit, manager/csi/manager.go, manager/scheduler/volumes.go (freeVolumes).
 """
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import TypeAlias
 
 import msgspec
 from msgspec.structs import replace
 
 from skep.model.ids import NodeId
-from skep.model.node import Node, NodeState
-from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope, room_for_nodes
+from skep.model.node import Node, NodeState, Topology
+from skep.model.volume import (
+    ENTRIES_BYTES_MAX,
+    PublishState,
+    PublishStatus,
+    Volume,
+    VolumeScope,
+    entry_bytes,
+    fits_topology,
+    room_for_nodes,
+)
 
 FindNode: TypeAlias = Callable[[NodeId], Node | None]
 
@@ -78,7 +91,45 @@ def settled(volume: Volume, needed: Set[NodeId], node: FindNode) -> Volume:
         if volume.spec.access_mode.scope is VolumeScope.SINGLE and statuses:
             break
         statuses.append(_found(PublishStatus(node_id=id), node(id), driver))
+    if volume.spec.access_mode.scope is VolumeScope.SINGLE:
+        statuses = [_with_others(status, statuses, node) for status in statuses]
     return replace(volume, publish_status=tuple(sorted(statuses, key=lambda one: one.node_id)))
+
+
+def doubted(volume: Volume, needed: Set[NodeId], nodes: Iterable[Node]) -> Volume:
+    """``volume`` as one that may be on every node from which it is accessible, whatever is stored.
+
+    Applying it twice changes nothing.  What is not kept for want of room are nodes without an entry.
+    """
+    driver = volume.spec.driver.name
+    accessible = volume.info.accessible_topology if volume.info is not None else ()
+    by_id = {node.id: node for node in nodes}
+    statuses = [_found(one, by_id.get(one.node_id), driver) for one in volume.publish_status]
+    left = ENTRIES_BYTES_MAX - sum(map(entry_bytes, statuses))
+    for _, node in sorted(by_id.items()):
+        if volume.status_on(node.id) is not None:
+            continue
+        found = _found(PublishStatus(node_id=node.id), node, driver)
+        left -= entry_bytes(_doubtful(found, node.id in needed))
+        if found.driver_node_id and left >= 0 and _is_accessible(node, driver, accessible):
+            statuses.append(found)
+    # A call without the node's id in the driver would mean all nodes.
+    entries = [_doubtful(one, one.node_id in needed) if one.driver_node_id else one for one in statuses]
+    return replace(
+        volume,
+        is_creating=volume.info is None,  # it may have been asked for since
+        publish_status=tuple(sorted(entries, key=lambda one: one.node_id)),
+    )
+
+
+def _is_accessible(node: Node, driver: str, places: tuple[Topology, ...]) -> bool:
+    infos = (one for one in node.description.csi_info if one.plugin_name == driver)
+    return any(fits_topology(one.accessible_topology, places) for one in infos)
+
+
+def _doubtful(status: PublishStatus, is_needed: bool) -> PublishStatus:
+    state = PublishState.PENDING if is_needed else PublishState.PENDING_NODE_UNPUBLISH
+    return replace(status, state=state, publish_context={}, is_closing=False, is_doubtful=True, message="")
 
 
 def steps(volume: Volume, needed: Set[NodeId]) -> Iterator[Step]:
@@ -89,8 +140,9 @@ def steps(volume: Volume, needed: Set[NodeId]) -> Iterator[Step]:
         return
     if volume.pending_delete and not volume.publish_status and not needed:
         yield Delete()
+    is_elsewhere = volume.spec.access_mode.scope is VolumeScope.SINGLE and len(volume.publish_status) > 1
     for status in volume.publish_status:
-        if status.state is PublishState.PENDING and status.driver_node_id:
+        if status.state is PublishState.PENDING and status.driver_node_id and not is_elsewhere:
             yield Publish(status.node_id, status.driver_node_id)
         elif status.state is PublishState.PENDING_UNPUBLISH:
             yield Unpublish(status.node_id, status.driver_node_id)
@@ -101,6 +153,8 @@ def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: st
     match status.state:
         case PublishState.PENDING if is_needed and node is not None:
             return _found(status, node, driver)
+        case PublishState.PENDING if status.is_doubtful and node is not None:
+            return replace(status, state=PublishState.PENDING_NODE_UNPUBLISH, message="")
         case PublishState.PENDING:
             # Without the node's id no call was made; otherwise it may have reached the driver.
             return replace(status, state=PublishState.PENDING_UNPUBLISH) if status.driver_node_id else None
@@ -129,6 +183,19 @@ def _found(status: PublishStatus, node: Node | None, driver: str) -> PublishStat
         if info.plugin_name == driver and info.node_id:
             return replace(status, driver_node_id=info.node_id, message="")
     return replace(status, message=f"node {_name(node)} has no driver {driver}")
+
+
+def _with_others(status: PublishStatus, statuses: Sequence[PublishStatus], node: FindNode) -> PublishStatus:
+    """With the nodes that an announced volume for a single node waits for."""
+    others = [one.node_id for one in statuses if one.node_id != status.node_id]
+    if status.state is not PublishState.PENDING or not others:
+        return status
+    found = [(id, node(id)) for id in others[:_NAMES_MAX]]
+    names = ", ".join(_name(one) if one is not None else id for id, one in found)
+    return replace(status, message=f"it waits until it is certain that it is not mounted on {names}")
+
+
+_NAMES_MAX = 5
 
 
 def _waiting(status: PublishStatus, node: Node | None) -> PublishStatus:

@@ -18,7 +18,7 @@ from skep.model.ids import VolumeId
 from skep.model.meta import Driver
 from skep.model.node import CSIInfo, Topology
 from skep.model.task import VolumeAttachment
-from skep.model.volume import VolumeAssignment, VolumeSecret
+from skep.model.volume import AccessMode, TypeBlock, VolumeAssignment, VolumeSecret
 from tests.support.etcd_calls import until
 
 V1 = VolumeAssignment(id=VolumeId("v1"), volume_id="disk-1", driver=Driver(name="d"))
@@ -46,7 +46,10 @@ class FakeDriver:
         if self.error:
             raise Unavailable(self.error)
         assert staging.is_dir()
-        target.mkdir(exist_ok=True)
+        if volume.access_mode.block_volume is not None and not self.pretends:
+            target.touch()
+        else:
+            target.mkdir(exist_ok=True)
         if self.pretends:
             return
         self.mounted[volume.volume_id] = secrets
@@ -55,13 +58,18 @@ class FakeDriver:
         if self.error:
             raise Unavailable(self.error)
         self.mounted.pop(volume_id, None)
-        if not self.leaves and target.exists():
+        if self.leaves:
+            return
+        if target.is_file():
+            target.unlink()
+        elif target.exists():
             target.rmdir()
 
 
 class Rig:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
+        self.monkeypatch = monkeypatch
         self.drivers = {"d": FakeDriver("d"), "slow": FakeDriver("slow")}
         self.users: list[str] = []
         self.volumes = self.made()
@@ -74,11 +82,16 @@ class Rig:
             secret="data of {}".format,
             users_of=lambda _: self.users,
             is_mounted=self.is_mounted,
+            device_at=self.device_at,
         )
 
     def is_mounted(self, path: Path) -> bool:
         assert path.name == "mount"
         return any(driver.mounted for driver in self.drivers.values())
+
+    def device_at(self, path: Path) -> str:
+        assert path.name == "mount"
+        return "7:5" if path.is_file() else ""
 
     async def all(self) -> Mapping[str, FakeDriver]:
         return self.drivers
@@ -99,18 +112,23 @@ class Rig:
             with suppress(asyncio.CancelledError):
                 await task
 
+    async def refusal(self, *volumes: VolumeAssignment) -> None:
+        """As ``path``, where the volumes are not expected."""
+        with self.monkeypatch.context() as patch:
+            patch.setattr(cluster_volumes, "TASK_WAIT_S", 0.5)
+            await self.path(*volumes)
+
     async def path(self, *volumes: VolumeAssignment) -> list[Path]:
         attachments = [VolumeAttachment(id=one.id, source=one.id, target="/d") for one in volumes]
-        async with self.volumes.mounted(attachments) as paths:
-            return list(paths)
+        async with self.volumes.mounted(attachments) as published:
+            return [one.path for one in published]
 
 
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     monkeypatch.setattr(cluster_volumes, "USED_CHECK_S", 0.01)
     monkeypatch.setattr(cluster_volumes, "FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr(cluster_volumes, "TASK_WAIT_S", 0.3)
-    return Rig(tmp_path / "csi")
+    return Rig(tmp_path / "csi", monkeypatch)
 
 
 def given(*volumes: VolumeAssignment, complete: bool = False) -> AssignmentSet:
@@ -152,7 +170,7 @@ async def test_a_driver_that_hangs_fails_its_task_and_holds_up_no_other(rig: Rig
         volumes.assign(given(V2, V1))
         assert await rig.path(V1)
         with pytest.raises(Unavailable, match="cluster volume v2 was not mounted in time"):
-            await rig.path(V2)
+            await rig.refusal(V2)
 
 
 async def test_a_task_fails_with_the_drivers_words_and_the_next_succeeds(rig: Rig) -> None:
@@ -160,7 +178,7 @@ async def test_a_task_fails_with_the_drivers_words_and_the_next_succeeds(rig: Ri
     async with rig.running() as volumes:
         volumes.assign(given(V1))
         with pytest.raises(Unavailable, match="no such disk"):
-            await rig.path(V1)
+            await rig.refusal(V1)
         rig.drivers["d"].error = ""
         assert await rig.path(V1)
 
@@ -222,6 +240,7 @@ async def test_a_task_whose_volume_is_being_given_up_or_mounted_anew_waits_witho
         secret="{}".format,
         users_of=lambda _: rig.users,
         is_mounted=rig.is_mounted,
+        device_at=rig.device_at,
     )
     async with rig.running() as volumes:
         volumes.assign(given(V1))
@@ -230,13 +249,13 @@ async def test_a_task_whose_volume_is_being_given_up_or_mounted_anew_waits_witho
         volumes.assign(removed(V1))  # removed with force while a container has it
         looks = 0
         with pytest.raises(Unavailable, match="not mounted in time: it is being given up"):
-            await rig.path(V1)
+            await rig.refusal(V1)
         assert looks < 20
         rig.drivers["d"].error = "no such disk"
         volumes.assign(given(replace(V1, publish_context={"device": "new"})))
         looks = 0
         with pytest.raises(Unavailable, match="no such disk"):
-            await rig.path(V1)
+            await rig.refusal(V1)
         assert looks < 20
 
 
@@ -247,9 +266,28 @@ async def test_a_driver_that_only_says_that_it_has_mounted_gives_tasks_no_direct
     async with rig.running() as volumes:
         volumes.assign(given(V1))
         with pytest.raises(Unavailable, match="its driver says that it is mounted, and nothing is"):
-            await rig.path(V1)
+            await rig.refusal(V1)
         rig.drivers["d"].pretends = False
         assert await rig.path(V1)
+
+
+async def test_a_block_volume_is_its_device_and_no_task_gets_anything_else(rig: Rig) -> None:
+    disk = replace(V1, access_mode=AccessMode(block_volume=TypeBlock()))
+    rig.drivers["d"].pretends = True
+    async with rig.running() as volumes:
+        volumes.assign(given(disk))
+        with pytest.raises(
+            Unavailable, match="its driver says that it is published, and no block device is there"
+        ):
+            await rig.refusal(disk)
+        (rig.folder / "v1" / "mount").rmdir()
+        rig.drivers["d"].pretends = False
+        attachment = VolumeAttachment(id=disk.id, source="disk", target="/dev/disk")
+        async with volumes.mounted([attachment]) as published:
+            assert published == [(rig.folder / "v1" / "mount", "7:5")]
+        volumes.assign(removed(disk))
+        assert await volumes.take_reports() == ["v1"]
+        assert list(rig.folder.iterdir()) == []
 
 
 async def test_drivers_that_say_too_much_are_left_out_of_the_nodes_description(rig: Rig) -> None:
@@ -273,3 +311,19 @@ async def test_a_late_answer_to_a_report_does_not_take_the_next_one(rig: Rig) ->
         volumes.reported(["v1"])
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(volumes.take_reports(), 0.05)
+
+
+async def test_a_volume_is_reported_when_nothing_with_its_drivers_id_is_left(rig: Rig) -> None:
+    """It was removed with force, or the store is older than it, and it was created again by its name."""
+    again = replace(V1, id=VolumeId("v1again"))
+    async with rig.running() as volumes:
+        volumes.assign(given(V1))
+        await rig.path(V1)
+        rig.users = ["c1"]
+        volumes.assign(removed(again, complete=True))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(volumes.take_reports(), 0.1)
+        assert "disk-1" in rig.drivers["d"].mounted
+        rig.users = []
+        assert await volumes.take_reports() == ["v1again"]
+        assert rig.drivers["d"].mounted == {}

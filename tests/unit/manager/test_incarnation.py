@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.bootstrap import Recovery, load_recovery, save_recovery
 from skep.errors import FailedPrecondition
 from skep.manager.control.nodes import remove_node, update_node
 from skep.manager.incarnation import (
@@ -17,10 +18,25 @@ from skep.manager.incarnation import (
     read_incarnations,
     write_incarnations,
 )
-from skep.manager.recovery import show_survivor
-from skep.model.ids import NodeId
-from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, NodeState, NodeStatus, Reachability
+from skep.manager.recovery import finish_recovery, show_survivor
+from skep.model.ids import NodeId, TaskId, VolumeId
+from skep.model.meta import Driver
+from skep.model.node import (
+    CSIInfo,
+    ManagerStatus,
+    Node,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
+from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.paths import Paths
+from skep.store.interface import Transaction
+from skep.store.level import CLUSTER_VOLUMES
 from skep.store.memory import MemoryStore
 
 M2 = NodeId("m2")
@@ -105,3 +121,32 @@ async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_dem
     m1 = store.view().get(Node, NodeId("m1"))
     with pytest.raises(FailedPrecondition, match="last manager"):
         await store.update(update_node, m1.id, replace(m1.spec, role=NodeRole.WORKER), m1.version.index)
+
+
+async def test_after_a_restore_a_volume_may_be_on_any_node_with_its_driver(paths: Paths) -> None:
+    store = MemoryStore(SystemClock())
+
+    def put(tx: Transaction) -> None:
+        tx.raise_level(CLUSTER_VOLUMES)
+        for id in ("w1", "w2", "w3"):
+            info = (CSIInfo(plugin_name="d", node_id=f"d-{id}"),) if id != "w3" else ()
+            tx.put(Node(id=NodeId(id), description=NodeDescription(csi_info=info), status=READY))
+        published = PublishStatus(node_id=NodeId("w1"), state=PublishState.PUBLISHED, driver_node_id="d-w1")
+        spec = VolumeSpec(name="data", driver=Driver(name="d"))
+        info = VolumeInfo(volume_id="x")
+        tx.put(Volume(id=VolumeId("v"), spec=spec, info=info, publish_status=(published,)))
+        has = (VolumeAttachment(id="v", source="data", target="/d"),)
+        running = TaskStatus(state=TaskState.RUNNING)
+        tx.put(Task(id=TaskId("t"), node_id=NodeId("w1"), volumes=has, status=running))
+
+    await store.update(put)
+    await finish_recovery(paths, store, NodeId("w1"), "new:2377")
+    assert store.view().get(Volume, VolumeId("v")).publish_status[0].state is PublishState.PUBLISHED
+    save_recovery(paths, Recovery(stage="restored"))
+    await finish_recovery(paths, store, NodeId("w1"), "new:2377")
+    assert load_recovery(paths) is None
+    found = store.view().get(Volume, VolumeId("v")).publish_status
+    assert [(one.node_id, one.state) for one in found] == [
+        ("w1", PublishState.PENDING),
+        ("w2", PublishState.PENDING_NODE_UNPUBLISH),
+    ]

@@ -1,9 +1,12 @@
 """From tasks to create requests: placeholders and options."""
 
+from pathlib import Path
+
 import pytest
 from msgspec.structs import replace
 
-from skep.agent.executor.adapter import NodeFacts, create_request, task_options
+from skep.agent.cluster_volumes import PublishedVolume
+from skep.agent.executor.adapter import NodeFacts, container_spec, create_request, task_options
 from skep.agent.executor.interface import Rejected
 from skep.engine.container import ContainerConfig
 from skep.engine.create import NodeDefaults, container_config, mounts
@@ -170,3 +173,25 @@ def test_a_container_is_of_the_stack_of_its_service_and_not_of_that_in_its_own_l
     task = replace(a_task("t1"), spec=TaskSpec(container_spec=spec))
     assert task_options(AssignedTask(task=task, service_labels={STACK_LABEL: "shop"}), ()).stack == "shop"
     assert task_options(AssignedTask(task=task), ()).stack == ""
+
+
+def test_a_block_volume_is_its_device_and_a_rule_that_allows_its_use() -> None:
+    mounts = tuple(
+        Mount(type="cluster", source=name, target=f"/dev/{name}", read_only=name == "read")
+        for name in ("disk", "read", "files")
+    )
+    task = with_labels(device_rules="c 188:* r")
+    container = replace(container_spec(task), mounts=mounts)
+    task = replace(task, task=replace(task.task, spec=replace(task.task.spec, container_spec=container)))
+    published = [
+        PublishedVolume(Path("/csi/1/mount"), "7:1"),
+        PublishedVolume(Path("/csi/2/mount"), "7:2"),
+        PublishedVolume(Path("/csi/3/mount")),
+    ]
+    host = create_request(task, NODE, published).host_config
+    assert host.device_cgroup_rules == ("c 188:* r", "b 7:1 rw", "b 7:2 r")
+    assert [(one.type, one.source, one.target) for one in host.mounts] == [
+        ("bind", f"/csi/{number}/mount", one.target) for number, one in enumerate(mounts, 1)
+    ]
+    with pytest.raises(Rejected, match="has not been given its cluster volumes"):
+        create_request(task, NODE, published[1:])

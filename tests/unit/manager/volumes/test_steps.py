@@ -8,11 +8,21 @@ from msgspec.structs import replace
 
 from skep.csi.driver import MAP_BYTES_MAX
 from skep.manager.volumes.loop import MESSAGE_CHARACTERS_MAX
-from skep.manager.volumes.steps import Create, Delete, Forget, Publish, Unpublish, settled, steps
+from skep.manager.volumes.steps import (
+    Create,
+    Delete,
+    Forget,
+    Publish,
+    Unpublish,
+    doubted,
+    settled,
+    steps,
+)
 from skep.model.ids import NodeId, VolumeId
 from skep.model.meta import Driver
 from skep.model.node import CSIInfo, Node, NodeState
 from skep.model.volume import (
+    ENTRIES_BYTES_MAX,
     AccessMode,
     PublishState,
     PublishStatus,
@@ -143,3 +153,50 @@ def test_of_a_volume_for_all_nodes_no_more_is_kept_than_the_store_takes() -> Non
         done = (replace(one, state=PUBLISHED) for one in small.publish_status)
         small = replace(small, publish_status=tuple(done))
     assert len(small.publish_status) > 300
+
+
+def test_a_volume_that_may_be_anywhere_is_published_after_all_other_nodes_have_given_it_up() -> None:
+    """As after a restore: what is stored may be older than what was done."""
+    nodes = [node(N1), node(N2), a_node("without the driver")]
+    stored = a_volume(on(N1, PUBLISHED, publish_context={"device": "old"}))
+    volume = doubted(stored, {N1}, nodes)
+    assert doubted(volume, {N1}, nodes) == volume
+    assert [(one.node_id, one.state) for one in volume.publish_status] == [(N1, PENDING), (N2, LEAVING)]
+    assert all(one.is_doubtful and not one.publish_context for one in volume.publish_status)
+    volume = settled(volume, {N1}, node)
+    assert list(steps(volume, {N1})) == []
+    assert volume.publish_status[0].message == "it waits until it is certain that it is not mounted on n2"
+    given_up = replace(volume.publish_status[1], state=UNPUBLISHING)
+    volume = replace(volume, publish_status=(volume.publish_status[0], given_up))
+    assert list(steps(volume, {N1})) == [Unpublish(N2, "d-n2")]
+    volume = replace(volume, publish_status=volume.publish_status[:1])
+    assert list(steps(settled(volume, {N1}, node), {N1})) == [Publish(N1, "d-n1")]
+
+
+def test_a_node_that_may_have_a_volume_is_asked_for_it_before_the_controller_takes_it() -> None:
+    for state in PublishState:
+        volume = doubted(a_volume(on(N1, state)), {N1}, [node(N1)])
+        assert states(volume, NONE) == {N1: LEAVING}
+        assert states(volume, NONE, lambda _: None) == {N1: UNPUBLISHING}
+
+
+def test_no_call_about_a_volume_that_may_be_anywhere_is_about_all_nodes_at_once() -> None:
+    """CSI takes a call without a node's id as one about all nodes."""
+    volume = doubted(a_volume(on(N1, PENDING, driver_node_id="")), NONE, [a_node("n1")])
+    assert settled(volume, NONE, lambda _: a_node("n1")).publish_status == ()
+
+
+def test_a_volume_for_several_nodes_is_published_while_others_are_asked_and_one_not_made_yet_is_asked_for() -> (
+    None
+):
+    volume = doubted(a_volume(on(N1, PUBLISHED), multi=True), {N1}, [node(N1), node(N2)])
+    assert list(steps(settled(volume, {N1}, node), {N1})) == [Publish(N1, "d-n1")]
+    unmade = doubted(a_volume(info=None, pending_delete=True), NONE, [node(N1)])
+    assert (unmade.is_creating, list(steps(unmade, NONE))) == (True, [Create()])
+
+
+def test_of_a_volume_that_may_be_anywhere_no_more_is_kept_than_the_store_takes() -> None:
+    nodes = [node(NodeId(f"n{number:04}")) for number in range(3000)]
+    volume = doubted(a_volume(multi=True), NONE, nodes)
+    assert len(volume.publish_status) > 500
+    assert len(msgspec.json.encode(volume.publish_status)) < ENTRIES_BYTES_MAX
