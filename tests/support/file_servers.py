@@ -86,7 +86,8 @@ def samba(directory: Path, state: Path) -> Iterator[Share]:
 
 @contextmanager
 def _running(*command: str) -> Iterator[None]:
-    with subprocess.Popen(command) as process:
+    # In a group of its own: smbd ends the whole group that it was started in.
+    with subprocess.Popen(command, start_new_session=True) as process:
         try:
             yield
         finally:

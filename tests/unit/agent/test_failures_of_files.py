@@ -130,7 +130,7 @@ async def test_a_cluster_volume_that_may_be_mounted_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def life(place: Path, faults: Faults) -> None:
-        rig = Rig(place / "volumes")
+        rig = Rig(place / "volumes", monkeypatch)
         is_remembered = False
         with suppress(SkepError):
             rig.volumes._remember(V1)
