@@ -1,8 +1,11 @@
 """Operations on secrets, configs and networks, on a store in memory."""
 
+import json
+
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.api.bodies import decode_body
 from skep.api.service_form import settled
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfSequence
 from skep.manager.control.files import (
@@ -15,11 +18,11 @@ from skep.manager.control.files import (
 )
 from skep.manager.control.networks import create_network, first_networks, ingress_network, remove_network
 from skep.manager.control.services import create_service, remove_service
-from skep.model.container import ContainerSpec, FileTarget, SecretReference
+from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
 from skep.model.ids import SecretId, new_id
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
-from skep.model.secret import ConfigSpec, Secret, SecretSpec
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import NetworkAttachmentConfig, PortConfig, ServiceSpec, TaskSpec
 from skep.model.times import Timestamp
 from skep.store.kinds import Payload
@@ -44,10 +47,19 @@ async def a_network(store, name: str = "ov1") -> Network:
 
 
 async def a_service(store, **template) -> str:
-    container = ContainerSpec(image="busybox", secrets=template.pop("secrets", ()))
+    files = {name: template.pop(name, ()) for name in ("secrets", "configs")}
+    container = ContainerSpec(image="busybox", **files)
     spec = ServiceSpec(name="web", task_template=TaskSpec(container_spec=container, **template))
     service = await store.update(create_service, settled(spec), new_id=new_id, new_name=str, now=NOW)
     return service.id
+
+
+async def a_config(store, data: bytes = b"shown") -> Config:
+    return await store.update(create_config, ConfigSpec(name="c1", data=data), new_id=new_id, now=NOW)
+
+
+def config_reference(config: Config) -> ConfigReference:
+    return ConfigReference(config_id=config.id, config_name=config.spec.name, file=FileTarget(name="c"))
 
 
 def reference(secret: Secret) -> SecretReference:
@@ -64,6 +76,49 @@ async def test_the_data_of_a_secret_are_a_payload_of_their_own(store):
 async def test_a_secret_is_neither_empty_nor_large(store, size):
     with pytest.raises(InvalidArgument, match="less than 512000 bytes"):
         await a_secret(store, data=b"x" * size)
+
+
+@pytest.mark.parametrize("size", [0, 1000 * 1024])
+async def test_a_config_is_neither_empty_nor_large(store, size):
+    words = "config data must be larger than 0 and less than 1024000 bytes"
+    with pytest.raises(InvalidArgument, match=f"^{words}$"):
+        await a_config(store, data=b"x" * size)
+    await a_config(store, data=b"x" * (1000 * 1024 - 1))
+
+
+async def test_a_config_in_use_stays(store):
+    config = await a_config(store)
+    service = await a_service(store, configs=(config_reference(config),))
+    with pytest.raises(InvalidArgument, match="config 'c1' is in use by the following service: web"):
+        await store.update(remove_config, config.id)
+    await store.update(remove_service, service, now=NOW)
+    await store.update(remove_config, config.id)
+
+
+async def test_a_secret_or_config_of_a_service_that_does_not_exist_is_refused(store):
+    config, secret = await a_config(store), await a_secret(store)
+    await store.update(remove_config, config.id)
+    await store.update(remove_secret, secret.id)
+    with pytest.raises(InvalidArgument, match="config not found: c1"):
+        await a_service(store, configs=(config_reference(config),))
+    with pytest.raises(InvalidArgument, match="secret not found: s1"):
+        await a_service(store, secrets=(reference(secret),))
+
+
+@pytest.mark.parametrize("kind", ["secret", "config"])
+@pytest.mark.parametrize("mode", [-1, 2**32])
+def test_a_mode_out_of_range_is_refused_as_gos_decoder_does(kind, mode):
+    title = kind.title()
+    file = {
+        f"{title}ID": "x",
+        f"{title}Name": "x",
+        "File": {"Name": "x", "UID": "0", "GID": "0", "Mode": mode},
+    }
+    spec = {"Name": "web", "TaskTemplate": {"ContainerSpec": {"Image": "busybox", f"{title}s": [file]}}}
+    with pytest.raises(
+        InvalidArgument, match=f"cannot unmarshal number {mode} into Go .* of type fs.FileMode"
+    ):
+        decode_body(json.dumps(spec).encode(), ServiceSpec)
 
 
 async def test_only_labels_of_a_secret_change(store):
