@@ -41,6 +41,7 @@ FAILED_ONCE = (
     5023255,  # a version of a spec was removed while a leader that was behind made tasks of it
     5023527,  # a node that had registered was shown as unknown by the end of a restore
     5024717,  # a task was stopped in the commit that showed its node as back: the rule read the task first
+    5025516,  # an attempt of an overtaken update kept the host port that another slot's new task waited for
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

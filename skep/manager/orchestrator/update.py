@@ -212,7 +212,8 @@ class _Rollout:
         Slots without a running task come first, and one with a running task is only started with if ``parallelism``
         leaves room for all of the idle ones as well: an earlier update may have stopped those, and with as many more
         stopped the service could be left without any.  Beyond ``parallelism``, an idle slot is started with where its
-        task holds what a new one was refused: the new one would wait for that for ever.
+        task holds what a new one was refused: the new one would wait for that for ever.  For the same reason a slot
+        that waits gives up attempts of versions that this update overtook, beside its task that runs.
         """
         busy, room_at = 0, []
         for task in self._started:
@@ -234,6 +235,11 @@ class _Rollout:
         room = max(room, 0)
         for number, view in enumerate([*idle, *serving][:room] + self._holders(idle[room:])):
             steps += self._replace(view)
+            if number % STEP == 0:
+                yield
+        for number, view in enumerate(serving[max(room - len(idle), 0) :]):
+            attempts = (task for task in view.outdated if not _serves(task))
+            steps += [RetireTask(task) for task in attempts if task.desired_state <= TaskState.RUNNING]
             if number % STEP == 0:
                 yield
         if len(waiting) > room and room_at:

@@ -205,3 +205,24 @@ def test_a_task_that_never_came_to_run_does_not_keep_new_ones_from_a_node_for_ev
     world.settle()
     assert {task.slot for task in wanted(world, "app:2")} == {1, 2}
     assert wanted(world, "hanging:1") == []
+
+
+def test_an_attempt_of_an_overtaken_update_beside_the_task_that_serves_is_retired_at_once() -> None:
+    """It serves nothing, and holds the host port that another slot's new task is refused."""
+    port = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)
+
+    def a_spec_of(image: str) -> ServiceSpec:
+        return a_service_spec(replicas=2, image=image, ports=(port,), restart=AT_ONCE)
+
+    service = a_service(spec=a_spec_of("app:1"))
+    world = World(service, nodes=[a_node("n1"), a_node("n2")])
+    world.put(a_task(slot=1, node="n1", service=service, state=RUNNING))
+    world.put(a_task(slot=2, service=service, state=TaskState.PENDING))
+    world.update(a_spec_of("hanging:1"))
+    world.put(a_task(slot=1, node="n2", service=world.service, state=TaskState.PREPARING))
+    world.update(a_spec_of("app:2"))
+    world.settle()
+    assert wanted(world, "hanging:1") == []
+    (served,) = wanted(world, "app:1")
+    assert served.slot == 1
+    assert [task.slot for task in wanted(world, "app:2")] == [2]
