@@ -111,8 +111,9 @@ def faults(nodes: list[tuple[Node, Engine]], services: Mapping[str, Service]) ->
         if count > 1
     ]
     left = _left_over(nodes, present)
-    if twice or left:
-        return "; ".join([*twice, *left])
+    gone = [f"{one.service} has a container on {one.node}" for one in present if one.service not in services]
+    if twice or left or gone:  # a container of a removed service may be back with its machine, for a moment
+        return "; ".join([*twice, *left, *gone])
     before = _drops(nodes, present)
     refused = _refused(nodes, present, services)
     if refused:
