@@ -82,10 +82,14 @@ def test_options_that_cannot_be_are_refused_by_name(options: dict[str, str], tex
 @pytest.mark.parametrize("part", ["../x", "a/../../x", "/x", "a/../..", "a\0b"])
 def test_a_part_that_is_not_within_its_volume_is_refused(part: str) -> None:
     with pytest.raises(InvalidArgument, match="subpath must be a relative path within the volume"):
-        check_subpath("data", part)
-    check_subpath("data", "a/../b")
+        check_subpath("volume", part)
+    check_subpath("volume", "a/../b")
+
+
+def test_a_volume_without_a_name_has_no_parts(tmp_path: Path) -> None:
+    mount = Mount(type="volume", target="/v", volume_options=VolumeOptions(subpath="a"))
     with pytest.raises(InvalidArgument, match="must not set Subpath when using anonymous volumes"):
-        check_subpath("", "a")
+        Volumes(tmp_path).mount_points([mount], ())
 
 
 def test_mount_options_are_flags_or_data_of_the_file_system() -> None:
