@@ -51,10 +51,13 @@ async def ended(reader: asyncio.StreamReader) -> bool:
             return True
 
 
-async def test_connections_by_tcp_are_bounded_and_leave_roots_socket_free(
-    front_rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def few_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_TCP_CONNECTIONS_MAX", 5)
+
+
+@pytest.mark.usefixtures("few_connections")
+async def test_connections_by_tcp_are_bounded_and_leave_roots_socket_free(front_rig: Rig) -> None:
     opened = [await asyncio.open_connection("127.0.0.1", front_rig.port) for _ in range(6)]
     assert await ended(opened[5][0])
     assert await is_answered(front_rig)
@@ -67,10 +70,13 @@ async def test_connections_by_tcp_are_bounded_and_leave_roots_socket_free(
         each.close()
 
 
-async def test_one_address_does_not_take_all_connections(
-    front_rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def few_of_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_TCP_PER_SOURCE_MAX", 3)
+
+
+@pytest.mark.usefixtures("few_of_one_address")
+async def test_one_address_does_not_take_all_connections(front_rig: Rig) -> None:
     greedy = [
         await asyncio.open_connection("127.0.0.1", front_rig.port, local_addr=("127.0.0.7", 0))
         for _ in range(4)
