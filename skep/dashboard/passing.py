@@ -181,15 +181,6 @@ class Passing:
             self._terminals -= 1
 
 
-class Refused(asyncio.Protocol):
-    """A connection too many."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Drop it."""
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
-
-
 async def _pass_on(request: web.BaseRequest, target: str, client: RawClient) -> web.StreamResponse:
     body = b""
     if request.method == "POST":

@@ -23,7 +23,6 @@ from skep.dashboard.passing import (
     SESSION,
     FirstRequests,
     Passing,
-    Refused,
     answered,
     json_response,
     require_own_page,
@@ -84,7 +83,7 @@ class Relay:
 
     def _accepted(self) -> asyncio.BaseProtocol:
         if len(self._server.connections) >= CONNECTIONS_MAX:
-            return Refused()
+            return _Refused()
         protocol = self._server()
         self._first.expect(protocol)
         return protocol
@@ -125,3 +124,12 @@ class Relay:
             self._cookie_name, self._cookie, path=f"/{self._key}/", httponly=True, samesite="Strict"
         )
         return response
+
+
+class _Refused(asyncio.Protocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Drop it."""
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()

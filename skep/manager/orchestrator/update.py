@@ -193,7 +193,7 @@ class _Rollout:
             return
         serving = [task for task in view.outdated if _serves(task)]
         if not serving or self._may_take_over(view, serving):
-            yield from (RetireTask(task) for task in view.outdated if task.desired_state <= TaskState.RUNNING)
+            yield from _retired(view.outdated)
         if len(view.current) > 1:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
             yield from (RetireTask(task) for task in view.current if task is not best)
@@ -238,8 +238,7 @@ class _Rollout:
             if number % STEP == 0:
                 yield
         for number, view in enumerate(serving[max(room - len(idle), 0) :]):
-            attempts = (task for task in view.outdated if not _serves(task))
-            steps += [RetireTask(task) for task in attempts if task.desired_state <= TaskState.RUNNING]
+            steps += _retired(task for task in view.outdated if not _serves(task))
             if number % STEP == 0:
                 yield
         if len(waiting) > room and room_at:
@@ -443,6 +442,11 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     current = kept if not outdated else tuple([task for task in kept if task not in outdated])
     first, lead = _leads(past, situation)
     return _SlotView(slot, current, outdated, lead, first, lead or _started(past, current, situation))
+
+
+def _retired(tasks: Iterable[Task]) -> Iterator[Step]:
+    """Retire those of ``tasks`` that are not yet."""
+    return (RetireTask(task) for task in tasks if task.desired_state <= TaskState.RUNNING)
 
 
 def _serves(task: Task) -> bool:

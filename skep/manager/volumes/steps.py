@@ -41,6 +41,9 @@ from skep.model.volume import (
 
 FindNode: TypeAlias = Callable[[NodeId], Node | None]
 
+_NAMES_MAX = 5
+"""Nodes that a message names."""
+
 
 class Create(msgspec.Struct, frozen=True):
     """Have the driver make the volume, or say how it made it; announced by ``is_creating``."""
@@ -193,9 +196,6 @@ def _with_others(status: PublishStatus, statuses: Sequence[PublishStatus], node:
     found = [(id, node(id)) for id in others[:_NAMES_MAX]]
     names = ", ".join(_name(one) if one is not None else id for id, one in found)
     return replace(status, message=f"it waits until it is certain that it is not mounted on {names}")
-
-
-_NAMES_MAX = 5
 
 
 def _waiting(status: PublishStatus, node: Node | None) -> PublishStatus:

@@ -229,9 +229,8 @@ class Front:
         except OSError:
             data = b""
         if (response := self._ping(data)) is not None:
-            with suppress(
-                OSError
-            ):  # the client has gone, or has sent many pings without reading: closed below
+            # Closed below: a client that has gone, or that has sent many pings without reading.
+            with suppress(OSError):
                 if connected.send(response) == len(response):
                     return
             data = b""
