@@ -18,7 +18,7 @@ from tests.support.playground_rig import (
     a_playground,
     container_pids,
     containers,
-    remove_services,
+    remove_stacks,
     running,
     wait_running,
     wait_until,
@@ -262,9 +262,7 @@ def three() -> Iterator[TestCluster]:
 def m1(three: TestCluster) -> Iterator[TestNode]:
     node = three.node("m1")
     yield node
-    for stack in node.docker("stack", "ls", "--format", "{{.Name}}").stdout.split():
-        node.docker("stack", "rm", stack)
-    remove_services(node)
+    remove_stacks(node)
 
 
 def inside(node: TestNode, service: str, *command: str) -> str:

@@ -25,7 +25,7 @@ from tests.support.playground_rig import (
     TestNode,
     a_playground,
     container_pids,
-    remove_services,
+    remove_stacks,
     wait_running,
     wait_until,
 )
@@ -165,9 +165,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
 def m1(three: TestCluster) -> Iterator[TestNode]:
     node = three.node("m1")
     yield node
-    for stack in node.docker("stack", "ls", "--format", "{{.Name}}").stdout.split():
-        node.docker("stack", "rm", stack)
-    remove_services(node)
+    remove_stacks(node)
 
 
 def socket_in(node: TestNode, service: str) -> str:

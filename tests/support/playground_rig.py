@@ -219,6 +219,13 @@ def ready(seen_by: TestNode) -> set[str]:
     return {name for name, node in nodes_by_name(seen_by).items() if node["Status"]["State"] == "ready"}
 
 
+def remove_stacks(node: TestNode) -> None:
+    """Those of the docker command, and all services."""
+    for stack in node.docker("stack", "ls", "--format", "{{.Name}}").stdout.split():
+        node.docker("stack", "rm", stack)
+    remove_services(node)
+
+
 def remove_services(node: TestNode) -> None:
     """All there are; returns when no task is left, because what they ran on the nodes of the cluster is killed.
 
