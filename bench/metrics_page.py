@@ -8,7 +8,6 @@
 The page and its server are the node's own; the containers' files of the kernel are not read, as no request reads them.
 """
 
-import argparse
 import asyncio
 import socket
 import statistics
@@ -20,8 +19,7 @@ from typing import Any, cast
 
 import msgspec
 
-from bench.machine import noise
-from bench.run import commit, result_name, write_result
+from bench.run import commit, measure_alone
 from skep.aio.clock import SystemClock
 from skep.aio.gc_settings import configure_gc
 from skep.engine.cgroups import Cgroups
@@ -56,18 +54,7 @@ class _Known(Usage):
 
 def main() -> None:
     """Measure, and keep the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dry", action="store_true", help="keep nothing")
-    is_dry = parser.parse_args().dry
-    busy = noise()
-    result = asyncio.run(_measured())
-    text = _text(result, busy)
-    print(text)
-    if not is_dry:
-        name = result_name(datetime.now(UTC), commit(), "metrics-page")
-        write_result(name, text, msgspec.to_builtins(result))
+    measure_alone(__doc__ or "", "metrics-page", _measured, _text)
 
 
 async def _measured() -> Result:

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from bench.docker_lab import DockerLab
 from bench.facts import facts
@@ -25,6 +27,7 @@ from bench.scenarios import FRESH, SCENARIOS, clear
 from bench.skep_lab import SkepLab
 from skep.playground.busybox import busybox_archive
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 BEFORE = "before"
 """What the system of an earlier commit is called in results."""
@@ -119,6 +122,27 @@ def keep(result: dict[str, Any], subject: str = "") -> None:
     text = document(result)
     write_result(f"{minute}-{result['commit']}{subject}", text, result)
     print(text)
+
+
+def measure_alone(
+    doc: str, subject: str, measured: Callable[[], Coroutine[Any, Any, T]], text: Callable[[T, float], str]
+) -> None:
+    """A benchmark of Skep alone, as a command: ``--dry`` keeps nothing.
+
+    Args:
+        measured: gives the result, which is kept for programs.
+        text: the result for people, with the share of the machine that was busy before.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="keep nothing")
+    is_dry = parser.parse_args().dry
+    busy = noise()
+    result = asyncio.run(measured())
+    document_text = text(result, busy)
+    print(document_text)
+    if not is_dry:
+        name = result_name(datetime.now(UTC), commit(), subject)
+        write_result(name, document_text, msgspec.to_builtins(result))
 
 
 def result_name(now: datetime, at: str, subject: str) -> str:

@@ -9,7 +9,6 @@ The view and its routes run on a store in memory, read over a unix socket in the
 that process: the reader's are in them.
 """
 
-import argparse
 import asyncio
 import statistics
 import time
@@ -27,8 +26,7 @@ from msgspec.structs import replace
 
 from bench import loops as cluster
 from bench.holds import name_of
-from bench.machine import noise
-from bench.run import commit, result_name, write_result
+from bench.run import commit, measure_alone
 from bench.scheduling import proposal_of
 from skep.aio.clock import SystemClock
 from skep.aio.gc_settings import configure_gc
@@ -69,18 +67,7 @@ class Result(msgspec.Struct, kw_only=True):
 
 def main() -> None:
     """Measure, and keep the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dry", action="store_true", help="keep nothing")
-    is_dry = parser.parse_args().dry
-    busy = noise()
-    result = asyncio.run(_measured())
-    text = _text(result, busy)
-    print(text)
-    if not is_dry:
-        now = datetime.now(UTC)
-        write_result(result_name(now, commit(), "viewing"), text, msgspec.to_builtins(result))
+    measure_alone(__doc__ or "", "viewing", _measured, _text)
 
 
 async def _measured() -> Result:
