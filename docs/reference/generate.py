@@ -250,13 +250,13 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
 def help_lines(context: click.Context) -> list[str]:
     if context.command_path == "skep daemon":
         usage = "Usage: skep daemon [--config FILE] [--daemon-json FILE] [SETTINGS]"
-        told = "Every setting: configuration.md, or skep.toml's keys as flags."
+        settings = "Every setting: configuration.md, or skep.toml's keys as flags."
         return [
             usage,
             "",
             "  Run this machine's node (what the systemd unit starts).",
             "",
-            told,
+            settings,
             "",
             *EXAMPLES.splitlines(),
         ]

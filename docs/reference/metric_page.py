@@ -30,7 +30,7 @@ SwarmKit's, those with `etcd_` etcd's, of the manager's own member.
 """
 _OF_CONTAINERS = """
 Names are cAdvisor's. Labels: `name` (of the container), `image`, `service`, `task`, `stack`; the last three are empty
-for plain containers; those of networks have `interface`, too. Sampled every ten seconds while somebody asks.
+for plain containers; those of networks have `interface`, too. Sampled every ten seconds while there are requests.
 """
 _LABELS = {
     "engine_daemon_engine_info": ("version", "architecture", "kernel", "os"),
