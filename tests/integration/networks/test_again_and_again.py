@@ -1,7 +1,7 @@
 """A service that comes and goes many times, and one that is asked many times who it is."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,16 @@ from tests.integration.networks.lab import (
     virtual_address,
 )
 from tests.integration.networks.resolving import ask, ask_all
-from tests.integration.networks.traces import leaving_nothing
-from tests.support.playground_rig import TestCluster, a_playground, create, wait_running, wait_until
+from tests.integration.networks.traces import leaving_nothing, run_directory
+from tests.support.playground_rig import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    create,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -108,3 +116,40 @@ def by_name(count: int) -> Counter[str]:
 def by_address(address: str, count: int) -> Counter[str]:
     """Who answers at the published port."""
     return Counter(hostname_of(address, 8080) for _ in range(count))
+
+
+def test_tasks_that_are_replaced_before_they_start_leave_no_namespace_and_hold_no_address(
+    cluster: TestCluster,
+) -> None:
+    m1 = cluster.node("m1")
+    words = ("--network", "net1", "--update-parallelism", "0", "--stop-grace-period", "10m")
+    create(m1, "ready", 6, *words, command=("sleep", "3600"))  # SIGTERM does not end it
+    wait_running(m1, "ready", 6, 60)
+    replaced: set[str] = set()
+    for number in range(2):
+        m1.docker("service", "update", "--detach", "--quiet", "--env-add", f"N={number}", "ready")
+        # Prepared, and not started as long as their predecessors run.
+        prepared = wait_until(partial(six_prepared, m1, "ready", replaced), "six tasks are prepared", 60)
+        replaced |= prepared
+    for name in NODES:
+        for container in container_pids(cluster.node(name), "ready"):
+            cluster.node(name).client().api.kill(container)
+    tasks = wait_running(m1, "ready", 6, 120)
+    assert {task["ID"] for task in tasks} == prepared
+    assert len(addresses(m1, "ready", "net1")) == 6
+    for name in NODES:
+        node = cluster.node(name)
+        wait_until(partial(is_tidy, node), f"{name} has no namespace without a container", 60)
+
+
+def six_prepared(node: TestNode, service: str, earlier: Collection[str]) -> set[str]:
+    """Ids of the tasks that are ready to be started, other than ``earlier``; empty: not six."""
+    tasks = node.client().api.tasks(filters={"service": service})
+    found = {task["ID"] for task in tasks if task["Status"]["State"] == task["DesiredState"] == "ready"}
+    return found - set(earlier) if len(found - set(earlier)) == 6 else set()
+
+
+def is_tidy(node: TestNode) -> bool:
+    """Whether each namespace of a container belongs to one that runs."""
+    pinned = {path.name for path in (run_directory(node) / "netns").iterdir()}
+    return pinned == {one["Id"] for one in node.client().api.containers()}
