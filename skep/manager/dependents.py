@@ -5,14 +5,14 @@ from collections.abc import Collection, Iterable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, Unavailable
 from skep.manager.registry_auth import auth_of, keep_auth
 from skep.model.dependencies import DEPENDS_ON, Dependency, dependencies_of
 from skep.model.meta import Version
 from skep.model.service import ENDED, JobStatus, Service, ServiceSpec, TaskSpec
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
-from skep.store.kinds import previous_registry_auth_id, registry_auth_id
+from skep.store.kinds import has_unreadable_run, previous_registry_auth_id, registry_auth_id
 
 RESTARTED_MAX = 100
 """Services that are restarted with the updates of one: they are written in one transaction with it."""
@@ -107,7 +107,9 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     Their new tasks wait for those of ``changed``, whose tasks become ``template``; if they stay the same, nothing is
     restarted.
 
-    Raises: InvalidArgument: there are too many, as a cluster of an earlier version may have them.
+    Raises:
+        InvalidArgument: there are too many, as a cluster of an earlier version may have them.
+        Unavailable: the present run of one that is a job cannot be read.
     """
     if is_same_task(changed.spec.task_template, template):
         return
@@ -139,13 +141,18 @@ def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
             spec=spec,
             previous_spec=previous,
             update_status=status,
-            job_status=next_job(service, now),
+            job_status=next_job(tx, service, now),
         )
     )
 
 
-def next_job(service: Service, now: Timestamp) -> JobStatus | None:
-    """The next run of a job, which each update is; None: the service is none."""
+def next_job(view: View, service: Service, now: Timestamp) -> JobStatus | None:
+    """The next run of a job, which each update is; None: the service is none.
+
+    Raises: Unavailable: its present run cannot be read; another manager may read it.
+    """
+    if has_unreadable_run(view, service.id):
+        raise Unavailable(f"the present run of job {service.id} cannot be read by this manager")
     if service.job_status is None:
         return None
     index = service.job_status.job_iteration.index + 1

@@ -141,3 +141,8 @@ def has_unreadable_spec(view: View, task: Task) -> bool:
     if task.spec_version is None:
         return False
     return spec_version_id(task.service_id, task.spec_version) in view.unreadable(SpecVersion)
+
+
+def has_unreadable_run(view: View, service_id: str) -> bool:
+    """Whether the present run of a job cannot be read: which of its tasks are of that run is not known then."""
+    return "job" in view.damaged(Service).get(service_id, ())

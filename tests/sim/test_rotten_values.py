@@ -4,12 +4,22 @@ import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from skep.model.ids import ServiceId
+from skep.model.dependencies import DEPENDS_ON
+from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import Node
-from skep.model.service import JobStatus, ReplicatedJob, Service, ServiceMode
-from skep.model.task import Task
+from skep.model.service import (
+    JobStatus,
+    ReplicatedJob,
+    RestartCondition,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+)
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, timestamp
 from skep.store.etcd.requests import etcd_key
+from skep.store.etcd.store import EtcdStore
 from tests.support.builders import a_service_spec
 
 REPLICAS = 6
@@ -41,25 +51,82 @@ def test_a_leader_with_values_that_it_cannot_read_changes_nothing(seed: int) -> 
         assert (cluster.running("web"), cluster.containers("web")) == (REPLICAS, REPLICAS)
 
 
+def a_job(*, run: int = 1) -> Service:
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=2))
+    policy = RestartPolicy(condition=RestartCondition.ON_FAILURE)
+    spec = replace(a_service_spec("job", restart=policy), mode=mode)
+    return Service(id=ServiceId("job"), spec=spec, job_status=JobStatus(job_iteration=Version(index=run)))
+
+
+def lead_without(cluster: SimulatedCluster, key: str) -> EtcdStore:
+    """The store of a new leader, which has never read the value of ``key``."""
+    rotten = next(id for id in cluster.managers if id != cluster.leader)
+    cluster.crash(rotten)
+    assert cluster.raft.corrupt(rotten, etcd_key(key))
+    cluster.start_manager(rotten)
+    cluster.run_for(5)
+    assert cluster.raft.transfer(rotten)
+    cluster.run_until(lambda: cluster.leader == rotten, within_s=10)
+    store = cluster.running_managers[rotten].store
+    assert store is not None
+    return store
+
+
 def test_a_leader_that_cannot_read_the_run_of_a_job_stops_none_of_its_tasks() -> None:
     with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
-        run = ReplicatedJob(max_concurrent=2, total_completions=2)
-        job = replace(a_service_spec("job"), mode=ServiceMode(replicated_job=run))
-        status = JobStatus(job_iteration=Version(index=1))
-        cluster.write(lambda tx: tx.put(Service(id=ServiceId("job"), spec=job, job_status=status)))
+        cluster.write(lambda tx: tx.put(a_job()))
         cluster.run_until(lambda: cluster.containers("job") == 2, within_s=10)
-        (service,) = cluster.view.find(Service)
         tasks = {task.id for task in cluster.view.find(Task)}
-        rotten = next(id for id in cluster.managers if id != cluster.leader)
-        cluster.crash(rotten)
-        assert cluster.raft.corrupt(rotten, etcd_key(f"o/service/{service.id}.job"))
-        cluster.start_manager(rotten)
-        cluster.run_for(5)
-        assert cluster.raft.transfer(rotten)
-        cluster.run_until(lambda: cluster.leader == rotten, within_s=10)
+        lead_without(cluster, "o/service/job.job")
         cluster.run_for(30)
         assert {task.id for task in cluster.view.find(Task)} == tasks
         assert cluster.containers("job") == 2
+
+
+def test_a_leader_that_cannot_read_the_run_of_a_job_removes_none_of_its_completed_tasks() -> None:
+    """Or they would be run once more; where the run can be read, the tasks that failed after it are removed."""
+    with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
+        past = a_past_run(1, TaskState.COMPLETE)
+        failed = [a_past_run(number, TaskState.FAILED) for number in range(2, 9)]
+        cluster.write(lambda tx: [tx.put(one) for one in (a_job(), past)])
+        store = lead_without(cluster, "o/service/job.job")
+        cluster.write(lambda tx: [tx.put(task) for task in failed])
+        cluster.run_for(10)
+        assert store.view().damaged(Service)
+        assert {past.id, *(task.id for task in failed)} <= {task.id for task in cluster.view.find(Task)}
+        assert cluster.raft.transfer(next(id for id in cluster.managers if id != cluster.leader))
+        cluster.run_for(20)
+        assert len({task.id for task in failed} & {task.id for task in cluster.view.find(Task)}) < len(failed)
+        assert cluster.view.lookup(Task, past.id) is not None
+
+
+def test_what_waits_for_a_job_whose_run_cannot_be_read_waits_on() -> None:
+    """The tasks of its earlier run have completed, with the same spec."""
+    with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
+        past = [a_past_run(1, TaskState.COMPLETE), replace(a_past_run(2, TaskState.COMPLETE), slot=2)]
+        cluster.write(lambda tx: [tx.put(one) for one in (a_job(run=2), *past)])
+        cluster.run_until(lambda: cluster.containers("job") == 2, within_s=10)
+        lead_without(cluster, "o/service/job.job")
+        labels = {DEPENDS_ON: "job=service_completed_successfully"}
+        cluster.create(replace(a_service_spec("web"), labels=labels))
+        cluster.run_for(10)
+        assert cluster.containers("web") == 0
+        assert {task.status.err for task in cluster.wanted("web")} == {"waits for job to complete"}
+
+
+def a_past_run(number: int, state: TaskState) -> Task:
+    """The task of the first slot and the first run of the job that ended as ``number``-th."""
+    return Task(
+        id=TaskId(f"past{number}"),
+        created_at=timestamp(number * SECOND_NS),
+        service_id=ServiceId("job"),
+        spec=a_job().spec.task_template,
+        slot=1,
+        node_id=NodeId("w1"),
+        status=TaskStatus(timestamp=timestamp(number * SECOND_NS), state=state),
+        desired_state=TaskState.COMPLETE if state is TaskState.COMPLETE else TaskState.SHUTDOWN,
+        job_iteration=Version(index=1),
+    )
 
 
 def test_nodes_keep_their_sessions_with_a_manager_that_cannot_read_the_cluster_itself() -> None:

@@ -1,6 +1,6 @@
 """A service with its tasks and nodes on which orchestration decisions are applied: no store, no loop, no clock."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -127,6 +127,9 @@ class World:
     def rely_on(self, kind: type[Any], id: str, *parts: str) -> Any:
         """One object at a time is written here, so nothing can change meanwhile."""
         return self.lookup(kind, id)
+
+    def damaged(self, kind: type[Any]) -> Mapping[str, Mapping[str, str]]:
+        return {}
 
     def find(self, kind: type[Any], slot: str = "", service_id: str = "") -> list[Any]:
         if kind is Service:

@@ -109,6 +109,7 @@ def update_service(
         NotFound: it was removed.
         Unimplemented: the update changes the mode, the name, or networks in the old place.
         OutOfSequence: the service is at another version.
+        Unavailable: it is a job, or restarts one, whose present run this manager cannot read.
     """
     service = _changeable(tx, id, spec, version)
     _check_rights(tx, spec, service.spec)
@@ -128,7 +129,7 @@ def update_service(
             spec=spec,
             previous_spec=service.spec,
             update_status=None,
-            job_status=next_job(service, now),
+            job_status=next_job(tx, service, now),
         )
     )
 
@@ -157,7 +158,7 @@ def rollback_service(
             update_status=UpdateStatus(
                 state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback", started_at=now
             ),
-            job_status=next_job(service, now),
+            job_status=next_job(tx, service, now),
         )
     )
 

@@ -30,7 +30,7 @@ from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import has_unreadable_spec, spec_of
+from skep.store.kinds import has_unreadable_run, has_unreadable_spec, spec_of
 
 log = structlog.get_logger()
 
@@ -228,8 +228,8 @@ class Orchestrator:
         service = view.lookup(Service, service_id)
         if service is None:
             return () if service_id in view.unreadable(Service) else retire_all(tasks)
-        if "job" in view.damaged(Service).get(service_id, ()):
-            return ()  # which run its tasks belong to is not known: all would be stopped as those of another
+        if has_unreadable_run(view, service_id):
+            return ()  # all its tasks would be stopped as those of another run
         situation = Situation(
             service=service,
             tasks=tasks,

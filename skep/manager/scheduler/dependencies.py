@@ -26,6 +26,7 @@ from skep.model.node import Availability, Node, NodeState, differ_in_load_alone
 from skep.model.service import Placement, RestartCondition, Service, ServiceMode, TaskSpec
 from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Created, Deleted, Updated, View
+from skep.store.kinds import has_unreadable_run
 
 REPORTED_S: Final = 10.0
 """A node that has registered reports the states of its tasks within this time."""
@@ -189,6 +190,8 @@ def _has_failed(tasks: Sequence[Task]) -> bool:
 def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
     """Whether every run of a job, or of a service whose tasks are not started again, has completed."""
     mode, policy = service.spec.mode, service.spec.task_template.restart_policy
+    if has_unreadable_run(view, service.id):
+        return False
     if service.job_status is not None:
         tasks = [task for task in tasks if task.job_iteration == service.job_status.job_iteration]
     elif policy is None or policy.condition in (None, RestartCondition.ANY):

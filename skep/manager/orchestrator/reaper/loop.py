@@ -31,7 +31,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import SpecVersion
+from skep.store.kinds import SpecVersion, has_unreadable_run
 
 BATCH = 500
 """Slots and services decided before their changes are committed together."""
@@ -151,7 +151,8 @@ class Reaper:
         ]
         yield from map(DeleteTask, disposable)
         service = view.lookup(Service, key.partition("/")[0])
-        if service is not None:
+        # Without a readable run the completed tasks of the present one are not known: they would be run once more.
+        if service is not None and not has_unreadable_run(view, service.id):
             limit = history_limit(service, _cluster_limit(view))
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None

@@ -15,10 +15,12 @@ from skep.errors import (
     OutOfSequence,
     PermissionDenied,
     SkepError,
+    Unavailable,
     Unimplemented,
 )
 from skep.manager.control.networks import first_networks
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import ClusterId, new_id
 from skep.model.service import (
     EndpointSpec,
@@ -149,6 +151,25 @@ async def test_an_update_of_a_job_runs_it_again(store):
     job = await create(store, spec)
     assert job.job_status.job_iteration.index == 0
     assert (await update(store, job, spec)).job_status.job_iteration.index == 1
+
+
+async def test_a_job_whose_run_cannot_be_read_is_not_changed(store):
+    """Without the number of its next run it would be no job any more, for no manager."""
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1))
+    spec = replace(a_service_spec("job"), mode=mode)
+    job = await update(store, await create(store, spec), spec)
+    other = replace(a_service_spec("other"), mode=mode, labels={DEPENDS_ON: "web=service_started+restart"})
+    web, dependent = await create(store, a_service_spec("web")), await create(store, other)
+    for id in (job.id, dependent.id):
+        store.view().damaged(Service)[id] = {"job": "rotten"}
+    for changing in (
+        update(store, job, spec),
+        rollback(store, job, spec),
+        update(store, web, a_service_spec("web", image="busybox:2")),
+    ):
+        with pytest.raises(Unavailable, match=r"run of job .* cannot be read by this manager"):
+            await changing
+    assert [store.view().get(Service, one.id) for one in (job, web, dependent)] == [job, web, dependent]
 
 
 async def test_credentials_are_kept_apart_and_never_in_the_service(store):
