@@ -11,7 +11,7 @@ from sim.invariants.placement import port_violations
 from sim.invariants.tasks import may_start_first
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
-from skep.model.node import Node, NodeState
+from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
@@ -40,6 +40,8 @@ class Record(msgspec.Struct):
     """When its desired state passed running."""
     failed_at: float | None = None
     """When the store showed that it ended by itself."""
+    leaves_drained: bool = False
+    """Whether the node of the task before it in its slot was drained when it was created."""
 
 
 class Containers:
@@ -75,8 +77,11 @@ class Containers:
         for event in change.events:
             match event:
                 case Created(Task() as task):
-                    self._records[task.id] = Record(task, change.time_s)
-                    self._slots.setdefault(_slot_of(task), []).append(task.id)
+                    slot = self._slots.setdefault(_slot_of(task), [])
+                    before = view.lookup(Node, self._records[slot[-1]].task.node_id) if slot else None
+                    is_drained = before is not None and before.spec.availability is Availability.DRAIN
+                    self._records[task.id] = Record(task, change.time_s, leaves_drained=is_drained)
+                    slot.append(task.id)
                 case Updated(Task() as old, Task() as new):
                     self._note(self._records[new.id], old, new, change.time_s)
                 case Created(Node() as node) | Deleted(Node() as node):
@@ -184,6 +189,10 @@ class Containers:
         )
 
     def _early(self, task: Task, now: float) -> Iterable[str]:
+        """The delay holds for a successor of the same spec; not for one of a task that failed on a drained node.
+
+        Source: swarmkit, manager/orchestrator/restart/restart.go (Restart).
+        """
         own = self._records.get(task.id)  # as committed: on the wire defaults are explicit
         if own is None:
             return
@@ -195,6 +204,7 @@ class Containers:
         if (
             before.failed_at is None
             or before.failed_at > own.created_at
+            or own.leaves_drained
             or not _is_same(before.task, own.task)
         ):
             return

@@ -9,7 +9,7 @@ from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable, surplus_violations
 from skep.model.ids import ServiceId, TaskId
-from skep.model.node import NodeState
+from skep.model.node import Availability, NodeSpec, NodeState
 from skep.model.service import (
     Service,
     UpdateOrder,
@@ -227,6 +227,20 @@ def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> N
     assert history.violations == []
     history.after(-4).note(rule.started(W1, successor, history.now, history.state))
     assert history.violations == ["task t2 started 2.00 s after t1 failed, not 4.95"]
+
+
+@pytest.mark.parametrize("is_drained_first", [True, False])
+def test_the_successor_of_a_task_that_failed_on_a_drained_node_has_no_delay(is_drained_first: bool) -> None:
+    rule = Containers()
+    history = History(rule)
+    failed = a_task("t1", node="w1", state=TaskState.RUNNING, delay_s=5)
+    drained = msgspec.structs.replace(a_node(W1), spec=NodeSpec(availability=Availability.DRAIN))
+    history.put(a_node(W1), a_service(), failed)
+    history.put(msgspec.structs.replace(failed, status=TaskStatus(state=TaskState.FAILED)))
+    successor = a_task("t2", node="w2", state=TaskState.STARTING, delay_s=5)
+    history.put(*([drained, successor] if is_drained_first else [successor, drained]))
+    history.note(rule.started(W2, successor, history.now, history.state))
+    assert len(history.violations) == (0 if is_drained_first else 1)
 
 
 def test_the_place_of_a_run_is_what_was_committed_though_its_node_counts_otherwise() -> None:

@@ -46,6 +46,7 @@ FAILED_ONCE = (
     5032192,  # the same, of a global job
     5032929,  # the same, and then a rollback that counted its runs from the start
     5033761,  # the same, with one manager
+    5032014,  # a task that failed as its node was drained has a successor at once: the rule waited for the delay
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

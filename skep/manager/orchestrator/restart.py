@@ -199,13 +199,14 @@ def _nth(delays_s: tuple[float, ...], index: int) -> float:
 def _is_delayed(predecessor: Task, situation: Situation) -> bool:
     """Whether the restart delay applies to the successor of ``predecessor``, if the spec is the same.
 
-    Not if it was stopped on purpose or had to leave a drained node.
+    Not if it was stopped on purpose or its node is drained, even if it failed there.
     """
+    node = situation.node_of(predecessor)
+    if node is not None and node.spec.availability is Availability.DRAIN:
+        return False
     if predecessor.status.state.is_terminal:
         return predecessor.status.state is not TaskState.SHUTDOWN
-    node = situation.node_of(predecessor)
-    is_drained = node is not None and node.spec.availability is Availability.DRAIN
-    return is_lost(node) and bool(predecessor.node_id) and not is_drained
+    return is_lost(node) and bool(predecessor.node_id)
 
 
 def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
