@@ -82,35 +82,37 @@ class ProbeStream:
         Raises: SkepError: why it ended; Unimplemented: the manager requests no probes.
         """
         async with self._channel.stream(methods.PATHS) as call, asyncio.TaskGroup() as group:
-            await call.send(skep.PathNews(session_id=session_id))
+            await call.send(skep.ProbeUpdate(session_id=session_id))
             diagnosing: asyncio.Task[None] | None = None
             reporting: asyncio.Task[None] | None = None
             async for order in call:
-                if order.HasField("wish"):
-                    self._targets = targets_from_pb(order.wish)
+                if order.HasField("targets"):
+                    self._targets = targets_from_pb(order.targets)
                     self._source.set_targets(self._targets)
                 if reporting is None:
                     # Earlier reports concern the targets of this manager only, so they follow its first list.
                     reporting = group.create_task(self._report(call), name="probe reports")
-                if order.HasField("examination"):
+                if order.HasField("diagnostics"):
                     if diagnosing is not None:
                         diagnosing.cancel()  # its requester has gone
                     diagnosing = group.create_task(
-                        self._diagnose(call, order.examination), name="diagnostics"
+                        self._diagnose(call, order.diagnostics), name="diagnostics"
                     )
             raise Unavailable(f"{self._channel.address} ended the paths")
 
-    async def _report(self, call: Call[skep.PathNews, skep.PathOrder]) -> None:
+    async def _report(self, call: Call[skep.ProbeUpdate, skep.ProbeOrder]) -> None:
         """All reports, then those that change."""
         reports = tuple(self._source.reports.values())
         while True:
             if reports:
-                await self._send(call, skep.PathNews(reports=reports_to_pb(reports)))
+                await self._send(call, skep.ProbeUpdate(reports=reports_to_pb(reports)))
             reports = await self._source.next_reports()
 
-    async def _diagnose(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.Examination) -> None:
+    async def _diagnose(
+        self, call: Call[skep.ProbeUpdate, skep.ProbeOrder], message: skep.DiagnosticsRequest
+    ) -> None:
         own = self._targets.node if self._targets is not None else None
-        response = skep.PathNews(examination=message.number)
+        response = skep.ProbeUpdate(diagnostics=message.number)
         try:
             async with asyncio.timeout(DIAGNOSTICS_SECONDS_MAX):
                 reports = await self._source.diagnose(own, diagnostics_from_pb(message))
@@ -124,6 +126,6 @@ class ProbeStream:
             response.error = describe_error(error)
         await self._send(call, response)
 
-    async def _send(self, call: Call[skep.PathNews, skep.PathOrder], message: skep.PathNews) -> None:
+    async def _send(self, call: Call[skep.ProbeUpdate, skep.ProbeOrder], message: skep.ProbeUpdate) -> None:
         async with self._sending:
             await call.send(message)

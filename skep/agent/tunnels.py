@@ -73,16 +73,16 @@ class TunnelHost:
     async def receive_orders(self, channel: Channel, session_id: str) -> None:
         """Receive orders of the session's manager until its stream ends.  Raises: SkepError: why it ended."""
         async with channel.stream(methods.TUNNEL_ORDERS) as call:
-            await call.send(skep.TunnelNews(session_id=session_id))
+            await call.send(skep.TunnelUpdate(session_id=session_id))
             async for order in call:
                 try:
                     self._carry_out(order, channel.address, call)
                 except SkepError as error:
-                    await call.send(skep.TunnelNews(id=order.id, error=str(error)))
+                    await call.send(skep.TunnelUpdate(id=order.id, error=str(error)))
         raise Unavailable(f"{channel.address} ended the tunnel orders")
 
     def _carry_out(
-        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelNews, skep.TunnelOrder]
+        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
         """Raises: ResourceExhausted: there are too many already; Unavailable: this node is about to leave."""
         if self._group is None:
@@ -93,7 +93,7 @@ class TunnelHost:
         self._group.create_task(self._open(order, address, orders), name=f"tunnel {order.id}")
 
     async def _open(
-        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelNews, skep.TunnelOrder]
+        self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
         try:
             container = await self._access.connect(order.request)
@@ -184,8 +184,8 @@ class _Manager:
 
 
 async def _refuse(
-    orders: Call[skep.TunnelNews, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
+    orders: Call[skep.TunnelUpdate, skep.TunnelOrder], order: skep.TunnelOrder, reason: str
 ) -> None:
     """Report a tunnel that could not be opened; one that was open has reported its end to the manager itself."""
     with suppress(SkepError):
-        await orders.send(skep.TunnelNews(id=order.id, error=reason))
+        await orders.send(skep.TunnelUpdate(id=order.id, error=reason))

@@ -221,7 +221,7 @@ class Tunnels:
 
     async def _orders(
         self,
-        messages: AsyncIterator[skep.TunnelNews],
+        messages: AsyncIterator[skep.TunnelUpdate],
         send: Callable[[skep.TunnelOrder], Awaitable[None]],
         caller: Caller,
     ) -> None:
@@ -234,7 +234,7 @@ class Tunnels:
                 stream, messages, lambda one: self._refused(caller.node_id, one), stream.send_orders(send)
             )
 
-    def _refused(self, node_id: NodeId, message: skep.TunnelNews) -> None:
+    def _refused(self, node_id: NodeId, message: skep.TunnelUpdate) -> None:
         expected = self._expected.get(message.id)
         if expected is not None and expected.node_id == node_id and not expected.opened.done():
             expected.opened.set_exception(Unavailable(message.error or "the node has refused the connection"))

@@ -175,10 +175,10 @@ NETWORKS = BothStream(
     request_bytes_max=DESCRIPTION_BYTES_MAX,
 )
 PATHS = BothStream(
-    "/skep.v1.NodeLink/Paths", skep.PathNews, skep.PathOrder, request_bytes_max=DESCRIPTION_BYTES_MAX
+    "/skep.v1.NodeLink/Paths", skep.ProbeUpdate, skep.ProbeOrder, request_bytes_max=DESCRIPTION_BYTES_MAX
 )
-RELAY_EXAMINATIONS = BothStream(
-    "/skep.v1.ManagerLink/RelayExaminations", skep.ExaminationRelay, skep.RelayedExamination, Access.MANAGER
+RELAY_DIAGNOSTICS = BothStream(
+    "/skep.v1.ManagerLink/RelayExaminations", skep.DiagnosticsRelay, skep.RelayedDiagnostics, Access.MANAGER
 )
 SIGN_EXTERNALLY = Unary(
     "/skep.v1.ManagerLink/SignExternally",
@@ -209,7 +209,7 @@ NEEDED_IMAGES = Unary(
 )
 IMAGE_MANIFEST = Unary("/skep.v1.Images/Manifest", skep.ImageManifestRequest, skep.ImageManifestResponse)
 IMAGE_BLOB = ServerStream("/skep.v1.Images/Blob", skep.ImageBlobRequest, skep.ImageBlobPiece)
-TUNNEL_ORDERS = BothStream("/skep.v1.NodeLink/TunnelOrders", skep.TunnelNews, skep.TunnelOrder)
+TUNNEL_ORDERS = BothStream("/skep.v1.NodeLink/TunnelOrders", skep.TunnelUpdate, skep.TunnelOrder)
 TUNNEL = BothStream(
     "/skep.v1.NodeLink/Tunnel",
     skep.TunnelPiece,

@@ -27,7 +27,7 @@ async def test_what_is_behind_the_lists() -> None:
         reach = page.get_by_label("paths between nodes")
         await expect(reach).to_contain_text("2 paths fail")
         await expect(reach).to_contain_text("m1 → m2 4789/udp (overlay)")
-        await reach.get_by_role("button", name="Examine now").click()
+        await reach.get_by_role("button", name="Probe now").click()
         await expect(reach).to_contain_text("everything responds; the slowest way back took 1.5 ms")
         await page.goto(f"{url}#/stacks/stacks/shop")
         await expect(page.locator("aside")).to_contain_text(

@@ -179,10 +179,10 @@ async def test_managers_ask_docker_nodes_for_gossip(cluster: Cluster, tmp_path: 
         assert requested.node.control == cluster.address
 
 
-# -- examinations ---------------------------------------------------------------------------------------------------
+# -- diagnostics ----------------------------------------------------------------------------------------------------
 
 
-async def examined(diagnostics: Diagnostics, within_s: float = 5.0) -> dict[str, DiagnosticsResult]:
+async def diagnosed(diagnostics: Diagnostics, within_s: float = 5.0) -> dict[str, DiagnosticsResult]:
     found: dict[str, DiagnosticsResult] = {}
 
     async def tell(one: DiagnosticsResult) -> None:
@@ -193,13 +193,13 @@ async def examined(diagnostics: Diagnostics, within_s: float = 5.0) -> dict[str,
     return found
 
 
-async def test_all_nodes_are_examined_and_silent_ones_are_named(cluster: Cluster, tmp_path: Path) -> None:
+async def test_all_nodes_are_diagnosed_and_silent_ones_are_named(cluster: Cluster, tmp_path: Path) -> None:
     async with probing(cluster, tmp_path, 3) as nodes:
         (one, of_one), (other, of_other), (third, of_third) = nodes
         of_one.answers = (a_report(other.node_id, a_finding(fails=True)),)
         of_other.answers = (a_report(one.node_id), a_report(third.node_id))
         of_third.may_answer.clear()
-        found = await examined(cluster.diagnostics, within_s=1.0)
+        found = await diagnosed(cluster.diagnostics, within_s=1.0)
         assert found[one.node_id].reports == of_one.answers
         assert found[other.node_id].reports == of_other.answers
         assert found[third.node_id].error == "no response within 1 s"
@@ -207,7 +207,7 @@ async def test_all_nodes_are_examined_and_silent_ones_are_named(cluster: Cluster
         assert {peer.node_id for peer in of_one.diagnosed[0].peers} == {other.node_id, third.node_id}
         # The next one finds nothing of the earlier one in its way.
         of_third.may_answer.set()
-        assert (await examined(cluster.diagnostics))[third.node_id].error == ""
+        assert (await diagnosed(cluster.diagnostics))[third.node_id].error == ""
 
 
 async def test_another_manager_asks_over_the_link(cluster: Cluster, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ async def test_another_manager_asks_over_the_link(cluster: Cluster, tmp_path: Pa
             return channel
 
         without_nodes = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), link)  # type: ignore[arg-type]
-        found = await examined(without_nodes)
+        found = await diagnosed(without_nodes)
         assert asked == [MANAGER_ID]
         assert found[nodes[0][0].node_id].reports == nodes[0][1].answers
         assert found[nodes[1][0].node_id].error == ""
@@ -235,7 +235,7 @@ async def test_a_manager_that_cannot_be_asked_is_the_reason_for_its_nodes(
 ) -> None:
     async with probing(cluster, tmp_path, 1) as nodes:
         without_link = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), cluster.channel)  # type: ignore[arg-type]
-        found = await examined(without_link)
+        found = await diagnosed(without_link)
         why = f"its manager is not reachable: manager {MANAGER_ID} cannot be reached"
         assert found[nodes[0][0].node_id].error == why
 
@@ -256,13 +256,13 @@ async def test_a_stream_without_a_session_or_with_too_much_to_say_ends(
     pair = await a_worker(cluster, tmp_path)
     async with a_session(cluster, pair) as (channel, session_id):
         with pytest.raises(SkepError):
-            await _say(channel, skep.PathNews(session_id="another"))
+            await _say(channel, skep.ProbeUpdate(session_id="another"))
         too_many = [skep.PathReport(peer=f"n{number}") for number in range(REPORTS_MAX + 1)]
         with pytest.raises(InvalidArgument):
-            await _say(channel, skep.PathNews(session_id=session_id), skep.PathNews(reports=too_many))
+            await _say(channel, skep.ProbeUpdate(session_id=session_id), skep.ProbeUpdate(reports=too_many))
 
 
-async def _say(channel: Channel, *changed: skep.PathNews) -> None:
+async def _say(channel: Channel, *changed: skep.ProbeUpdate) -> None:
     """Send all messages, and receive until the stream ends."""
     async with channel.stream(methods.PATHS) as call:
         for one in changed:

@@ -142,8 +142,8 @@ async def test_a_task_waits_while_the_ingress_network_has_no_addresses_yet(store
         taken = an_overlay("net1", subnet="10.0.9.0/24")
         await store.update(remove_network, NetworkId("ingress"))
         bare = an_overlay("again", subnet="", ingress=True)
-        wished = an_overlay("again", subnet="10.0.9.0/24", ingress=True).ipam_options
-        bare = replace(bare, spec=replace(bare.spec, ipam_options=wished))
+        requested = an_overlay("again", subnet="10.0.9.0/24", ingress=True).ipam_options
+        bare = replace(bare, spec=replace(bare.spec, ipam_options=requested))
         await store.update(lambda tx: [tx.put(taken), tx.put(bare)])
         await store.update(lambda tx: tx.put(a_service("web", ports=(MESH,))))
 

@@ -313,8 +313,8 @@ def test_the_guide_to_networks(own_cluster: TestCluster, checkout: Path) -> None
 
 def test_the_guide_to_the_doctor(own_cluster: TestCluster, checkout: Path) -> None:
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    examine, watch, ignore = shell_blocks(DOCTOR)
-    printed = run(examine, checkout, **where)
+    diagnose, watch, ignore = shell_blocks(DOCTOR)
+    printed = run(diagnose, checkout, **where)
     assert "everything is well" in printed
     assert [answer["Hostname"] for answer in json.loads((checkout / "network.json").read_text())] == ["m1"]
     assert run(watch, checkout, **where).startswith("ready")

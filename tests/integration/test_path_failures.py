@@ -99,7 +99,7 @@ def wait_well(quartet: TestCluster) -> None:
     wait_until(lambda: not any(message(m1, name) for name in nodes_by_name(m1)), "all paths are well", 60)
 
 
-def test_a_cluster_that_is_well_is_examined_in_seconds(quartet: TestCluster, m1: TestNode) -> None:
+def test_a_cluster_that_is_well_is_diagnosed_in_seconds(quartet: TestCluster, m1: TestNode) -> None:
     wait_well(quartet)
     wait_until(lambda: "4 nodes, 6 pairs" in doctor(m1).stdout, "all know of each other")
     done = doctor(m1)

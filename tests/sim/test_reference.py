@@ -256,9 +256,9 @@ def test_a_refused_request_that_takes_effect_is_rejected() -> None:
 @pytest.mark.parametrize("action", list(UpdateFailureAction))
 def test_an_automatic_rollback_needs_the_failure_action(action: UpdateFailureAction) -> None:
     history, responses = a_watched_history()
-    wish = replace(NEXT, update_config=UpdateConfig(failure_action=action))
-    responses.requested(Update(WEB, wish, version(history)), responses.present)
-    history.put(replace(the_service(history), spec=wish, previous_spec=SPEC))
+    requested_spec = replace(NEXT, update_config=UpdateConfig(failure_action=action))
+    responses.requested(Update(WEB, requested_spec, version(history)), responses.present)
+    history.put(replace(the_service(history), spec=requested_spec, previous_spec=SPEC))
     history.put(replace(the_service(history), spec=SPEC, previous_spec=None))
     is_right = action is UpdateFailureAction.ROLLBACK
     assert history.violations == (

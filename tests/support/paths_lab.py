@@ -1,4 +1,4 @@
-"""What tests of probes need beside ``overlay_lab``: wishes for all pairs, and servers at the ports that are asked."""
+"""What tests of probes need beside ``overlay_lab``: targets for all pairs, and servers at the ports that are asked."""
 
 import asyncio
 import socket

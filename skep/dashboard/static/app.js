@@ -8,7 +8,7 @@ import { Journal } from "./journal.js";
 import { Logs } from "./logs.js";
 import { Terminal } from "./terminal.js";
 import { ApiError, get, stream } from "./api.js";
-import { Examination } from "./reach.js";
+import { Diagnostics } from "./reach.js";
 import { Resources } from "./resources.js";
 import { Samples } from "./samples.js";
 import { readSession, savedTheme } from "./session.js";
@@ -34,7 +34,7 @@ class App {
   colours = new Colours();
   resources = new Resources(() => this.invalidate());
   samples = new Samples();
-  examination = new Examination(stream, () => this.invalidate());
+  diagnostics = new Diagnostics(stream, () => this.invalidate());
   /** Who is logged in; nobody by name with `skep ui`. */
   session = { user: "", roles: [], by_login: false };
   /** What the page shows of the connection. */

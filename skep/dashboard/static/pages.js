@@ -4,7 +4,7 @@ import { h, own } from "./dom.js";
 import { phase, problems } from "./cluster.js";
 import { ago, badge, button, chart, link, links, loadInWords, meter, swatch, taskGlyph } from "./parts.js";
 import { portsText } from "./ports.js";
-import { examined, failing } from "./reach.js";
+import { diagnosed, failing } from "./reach.js";
 import { families, familyOf, uptake } from "./versions.js";
 import { table } from "./table.js";
 import { count, duration, imageName, percent } from "./text.js";
@@ -231,28 +231,28 @@ function tasksPage(app) {
 function reachability(app) {
   const nodes = app.cluster.all("nodes");
   const wrong = failing(nodes);
-  const found = examined(app.examination.lines);
-  const { isRunning, error, endedAt } = app.examination;
+  const found = diagnosed(app.diagnostics.lines);
+  const { isRunning, error, endedAt } = app.diagnostics;
   return h("section", { key: "reach", class: "reach", "aria-label": "paths between nodes" },
     h("div", { class: "head" },
       wrong.length === 0 ? badge("good", "nodes reach each other") : badge("bad", `${count(wrong.length, "path")} ${wrong.length === 1 ? "fails" : "fail"}`),
       h("p", {}, wrong.length === 0 ? "No probe between nodes fails." : "Found by the probes that nodes send each other:"),
-      h("div", { class: "filters" }, button(isRunning ? `Examining… ${found.done} of ${found.asked}` : "Examine now", () => app.examination.run(), { disabled: isRunning, title: "Every node probes every other one (skep doctor network)" }))),
+      h("div", { class: "filters" }, button(isRunning ? `Probing… ${found.done} of ${found.asked}` : "Probe now", () => app.diagnostics.run(), { disabled: isRunning, title: "Every node probes every other one (skep doctor network)" }))),
     wrong.length > 0 && h("ul", { class: "paths" }, wrong.slice(0, 50).map(({ from, to, check, port }) =>
       h("li", { key: `${from.id} ${to} ${check}` }, h("a", { href: app.href("nodes", from.id) }, from.name), ` → ${to}`, h("span", { class: "quiet" }, ` ${port} (${check})`)))),
     error && h("p", { class: "note bad" }, error),
-    endedAt > 0 && !isRunning && !error && examinationText(app, found, endedAt),
+    endedAt > 0 && !isRunning && !error && diagnosticsText(app, found, endedAt),
     found.wrong.length + found.errors.length + found.own.length > 0 && h("ul", { class: "paths" },
       found.wrong.slice(0, 50).map(({ from, to, check, port, lost, sent, detail }, i) => h("li", { key: `w${i}` }, `${from} → ${to}`, h("span", { class: "quiet" }, ` ${port} (${check}): ${lost} of ${sent} lost${detail && `; ${detail}`}`))),
       found.errors.map(({ name, error: why }, i) => h("li", { key: `e${i}` }, name, h("span", { class: "quiet" }, `: ${why}`))),
       found.own.map(({ name, text }, i) => h("li", { key: `o${i}` }, name, h("span", { class: "quiet" }, `: ${text}`)))));
 }
 
-function examinationText(app, found, endedAt) {
+function diagnosticsText(app, found, endedAt) {
   const { slowest } = found;
   const verdict = found.wrong.length + found.errors.length === 0 ? "everything responds" : `${count(found.wrong.length, "check")} failed, ${count(found.errors.length, "node")} without a result`;
   return h("p", { class: "note quiet" },
-    `Examined ${duration((app.realNow - endedAt) / 1000)} ago: ${count(found.asked, "node")}, ${count(found.pairs, "path")}: ${verdict}`,
+    `Probed ${duration((app.realNow - endedAt) / 1000)} ago: ${count(found.asked, "node")}, ${count(found.pairs, "path")}: ${verdict}`,
     slowest && `; the slowest way back took ${slowest.ms.toFixed(1)} ms (${slowest.from} → ${slowest.to})`, ".");
 }
 

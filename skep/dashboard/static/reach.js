@@ -1,4 +1,4 @@
-/** Whether nodes reach each other: what the probes report, and one examination on request.  No DOM here. */
+/** Whether nodes reach each other: what the probes report, and diagnostics on request.  No DOM here. */
 
 /** What fails by itself, `[{from, to, check, port}]`, `from` being a node's row. */
 export function failing(nodes) {
@@ -6,10 +6,10 @@ export function failing(nodes) {
 }
 
 /**
- * The state of an examination from its lines so far, `{asked, done, errors, pairs, slowest, wrong}`: `errors`: nodes
+ * The state of diagnostics from their lines so far, `{asked, done, errors, pairs, slowest, wrong}`: `errors`: nodes
  * without a result, and why; `wrong`: `[{from, to, check, port, lost, sent, detail}]`; `slowest`: milliseconds.
  */
-export function examined(lines) {
+export function diagnosed(lines) {
   const [begin, ...results] = lines;
   const found = { asked: begin?.Nodes?.length ?? 0, done: 0, errors: [], pairs: 0, slowest: null, wrong: [], own: [] };
   for (const result of results) {
@@ -47,8 +47,8 @@ export class JsonLines {
   }
 }
 
-/** Runs one examination at a time; `changed()` with each line. */
-export class Examination {
+/** Runs diagnostics, one run at a time; `changed()` with each line. */
+export class Diagnostics {
   lines = [];
   error = "";
   isRunning = false;

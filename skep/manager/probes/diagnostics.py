@@ -32,7 +32,7 @@ AT_ONCE = 64
 
 
 SendResult = Callable[[DiagnosticsResult], Awaitable[None]]
-Send = Callable[[skep.RelayedExamination], Awaitable[None]]
+Send = Callable[[skep.RelayedDiagnostics], Awaitable[None]]
 
 
 class Diagnostics:
@@ -53,7 +53,7 @@ class Diagnostics:
 
     def services(self) -> Sequence[Handler]:
         """The handlers for ``wire.server.serve``."""
-        return (duplex(methods.RELAY_EXAMINATIONS, self._relay),)
+        return (duplex(methods.RELAY_DIAGNOSTICS, self._relay),)
 
     async def run_all(
         self, send: SendResult, *, throughput: bool = False, within_s: float = RESPONSE_SECONDS_MAX
@@ -90,8 +90,8 @@ class Diagnostics:
     ) -> None:
         """``errors``: gets the error of a manager that cannot be reached."""
         try:
-            async with self._channel(manager).stream(methods.RELAY_EXAMINATIONS) as call:
-                await call.send(skep.ExaminationRelay(throughput=throughput), end=True)
+            async with self._channel(manager).stream(methods.RELAY_DIAGNOSTICS) as call:
+                await call.send(skep.DiagnosticsRelay(throughput=throughput), end=True)
                 async for message in call:
                     reports = reports_from_pb(message.reports)
                     await send(
@@ -105,7 +105,7 @@ class Diagnostics:
     # -- the nodes here -------------------------------------------------------------------------------------------
 
     async def _relay(
-        self, requests: AsyncIterator[skep.ExaminationRelay], send: Send, _caller: Caller
+        self, requests: AsyncIterator[skep.DiagnosticsRelay], send: Send, _caller: Caller
     ) -> None:
         request = await anext(requests, None)
         if request is None:
@@ -113,7 +113,7 @@ class Diagnostics:
 
         async def send_result(one: DiagnosticsResult) -> None:
             reports = reports_to_pb(one.reports)
-            await send(skep.RelayedExamination(node_id=one.node_id, reports=reports, error=one.error))
+            await send(skep.RelayedDiagnostics(node_id=one.node_id, reports=reports, error=one.error))
 
         try:
             async with asyncio.timeout(RESPONSE_SECONDS_MAX):

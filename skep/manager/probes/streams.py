@@ -52,7 +52,7 @@ AT_ONCE = 200
 REPORTS_MAX = 256
 """Reports in one message: more than any node has peers."""
 
-Send = Callable[[skep.PathOrder], Awaitable[None]]
+Send = Callable[[skep.ProbeOrder], Awaitable[None]]
 
 
 class Networks(Protocol):
@@ -223,7 +223,7 @@ class ProbeStreams:
 
     # -- streams --------------------------------------------------------------------------------------------------
 
-    async def _paths(self, requests: AsyncIterator[skep.PathNews], send: Send, caller: Caller) -> None:
+    async def _paths(self, requests: AsyncIterator[skep.ProbeUpdate], send: Send, caller: Caller) -> None:
         session = self._session(caller.node_id, await session_named(requests))
         node = self._store.view().lookup(Node, caller.node_id)
         results = ProbeResults(node.failing_paths if node is not None else ())
@@ -313,15 +313,15 @@ class _Stream(NodeStream):
         self.is_dirty = True
         self.signal.wake()
 
-    def receive(self, message: skep.PathNews) -> None:
+    def receive(self, message: skep.ProbeUpdate) -> None:
         """A node's message.  Raises: InvalidArgument: more reports than any node has."""
         if len(message.reports) > REPORTS_MAX:
             raise InvalidArgument(f"more than {REPORTS_MAX} reports of paths at once")
         reports = reports_from_pb(message.reports)
-        if not message.examination:
+        if not message.diagnostics:
             self.results.record(reports, self._peers)
             self.is_dirty = True
-        elif message.examination == self._numbers and self._result is not None and not self._result.done():
+        elif message.diagnostics == self._numbers and self._result is not None and not self._result.done():
             self._result.set_result((reports, message.error))
 
     async def run_diagnostics(self, diagnostics: DiagnosticsRequest) -> tuple[tuple[PathReport, ...], str]:
@@ -341,12 +341,12 @@ class _Stream(NodeStream):
         """Send targets whenever they change, and requests for diagnostics.  Raises: the error that ended the stream."""
         while True:
             self.require_open()
-            order = skep.PathOrder()
+            order = skep.ProbeOrder()
             if self.targets is not None and self.targets != self._sent:
-                order.wish.CopyFrom(targets_to_pb(self.targets))
+                order.targets.CopyFrom(targets_to_pb(self.targets))
                 self._sent = self.targets
             if self._diagnostics is not None:
-                order.examination.CopyFrom(diagnostics_to_pb(*self._diagnostics))
+                order.diagnostics.CopyFrom(diagnostics_to_pb(*self._diagnostics))
                 self._diagnostics = None
             if order.ByteSize():
                 await send(order)

@@ -65,7 +65,7 @@ class NodeResult(ApiObject):
 
 
 @routes.get("/skep/doctor/network")
-async def examine_network(request: web.Request) -> web.StreamResponse:
+async def diagnose_network(request: web.Request) -> web.StreamResponse:
     """One JSON object per line: the nodes, then each node's result as it arrives, within 25 s.
 
     ``throughput``: measure it as well, which moves up to 32 MiB between each two nodes.

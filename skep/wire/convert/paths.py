@@ -21,19 +21,18 @@ FINDINGS_MAX = 16
 PORT_CHARACTERS_MAX = 32
 
 
-def targets_to_pb(targets: ProbeTargets) -> pb.PathWish:
-    """``PathWish`` and ``Examination`` are the messages' names in the protocol, which do not change."""
-    return pb.PathWish(node=_peer_to_pb(targets.node), peers=map(_peer_to_pb, targets.peers))
+def targets_to_pb(targets: ProbeTargets) -> pb.ProbeTargets:
+    return pb.ProbeTargets(node=_peer_to_pb(targets.node), peers=map(_peer_to_pb, targets.peers))
 
 
-def targets_from_pb(message: pb.PathWish) -> ProbeTargets:
+def targets_from_pb(message: pb.ProbeTargets) -> ProbeTargets:
     """The reverse of ``targets_to_pb``."""
     return ProbeTargets(node=_peer_from_pb(message.node), peers=tuple(map(_peer_from_pb, message.peers)))
 
 
-def diagnostics_to_pb(number: int, request: DiagnosticsRequest) -> pb.Examination:
+def diagnostics_to_pb(number: int, request: DiagnosticsRequest) -> pb.DiagnosticsRequest:
     """``number``: distinguishes the requests on one stream; the reply repeats it."""
-    return pb.Examination(
+    return pb.DiagnosticsRequest(
         number=number,
         peers=map(_peer_to_pb, request.peers),
         throughput=request.throughput,
@@ -51,7 +50,7 @@ def diagnostics_to_pb(number: int, request: DiagnosticsRequest) -> pb.Examinatio
     )
 
 
-def diagnostics_from_pb(message: pb.Examination) -> DiagnosticsRequest:
+def diagnostics_from_pb(message: pb.DiagnosticsRequest) -> DiagnosticsRequest:
     return DiagnosticsRequest(
         peers=tuple(map(_peer_from_pb, message.peers)),
         throughput=message.throughput,

@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import { Cluster } from "../../../skep/dashboard/static/cluster.js";
 import { portText, portsText } from "../../../skep/dashboard/static/ports.js";
-import { Examination, JsonLines, examined, failing } from "../../../skep/dashboard/static/reach.js";
+import { Diagnostics, JsonLines, diagnosed, failing } from "../../../skep/dashboard/static/reach.js";
 import { families, uptake } from "../../../skep/dashboard/static/versions.js";
 
 const port = (published, mode = "ingress", protocol = "tcp") => ({ published, target: 80, protocol, mode });
@@ -19,7 +19,7 @@ test("a port of nodes has the numbers that they gave it", () => {
   assert.equal(portsText([port(0, "host")], many), "32768–32776→80 (host)");
 });
 
-test("an examination is told by its lines", () => {
+test("the state of diagnostics follows from their lines", () => {
   const finding = { Check: "overlay", Port: "4789/udp", Sent: 4, Lost: 0, Failing: false, RoundTripMs: 1.5, Detail: "" };
   const lines = [
     { Nodes: [{ ID: "a" }, { ID: "b" }, { ID: "c" }] },
@@ -27,16 +27,16 @@ test("an examination is told by its lines", () => {
     { ID: "b", Hostname: "w1", Paths: [{ PeerID: "a", Peer: "m1", Findings: [{ ...finding, Lost: 4, Failing: true, Detail: "no answer" }] }], Conditions: ["no room"] },
     { ID: "c", Hostname: "", Error: "it is down" },
   ];
-  const found = examined(lines);
+  const found = diagnosed(lines);
   assert.deepEqual([found.asked, found.done, found.pairs], [3, 3, 2]);
   assert.deepEqual(found.wrong, [{ from: "w1", to: "m1", check: "overlay", port: "4789/udp", lost: 4, sent: 4, detail: "no answer" }]);
   assert.deepEqual(found.errors, [{ name: "c", error: "it is down" }]);
   assert.deepEqual(found.slowest, { ms: 1.5, from: "m1", to: "w1" });
-  assert.deepEqual(examined([]).wrong, []);
+  assert.deepEqual(diagnosed([]).wrong, []);
   assert.deepEqual(failing([{ id: "a", failing: [{ peer: "w1", check: "overlay", port: "4789/udp" }] }]).map(({ to }) => to), ["w1"]);
 });
 
-test("lines come in pieces, one is not endless, and one examination runs at a time", async () => {
+test("lines come in pieces, one is not endless, and diagnostics run one at a time", async () => {
   const json = new JsonLines();
   const bytes = new TextEncoder().encode('{"a":"é"}\n\n{"b":1}\n');
   for (const byte of bytes) json.take(Uint8Array.of(byte));
@@ -50,13 +50,13 @@ test("lines come in pieces, one is not endless, and one examination runs at a ti
     take(new TextEncoder().encode('{"Nodes":[]}\n'));
     return new Promise((_, reject) => { end = reject; });
   };
-  const examination = new Examination(stream, () => {});
-  const running = examination.run();
-  await examination.run();
+  const diagnostics = new Diagnostics(stream, () => {});
+  const running = diagnostics.run();
+  await diagnostics.run();
   assert.equal(asked, 1);
   end(new Error("gone"));
   await running;
-  assert.deepEqual([examination.isRunning, examination.error, examination.lines.length], [false, "gone", 1]);
+  assert.deepEqual([diagnostics.isRunning, diagnostics.error, diagnostics.lines.length], [false, "gone", 1]);
 });
 
 test("versions of a secret are together, and tasks of the present spec have theirs", () => {

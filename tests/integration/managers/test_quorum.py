@@ -79,10 +79,10 @@ def says_so_at_once(node: TestNode) -> None:
     assert explained.returncode == 0, explained.stderr
     assert "web: 1 of 1 tasks run" in explained.stdout
     assert "NO LEADER" in explained.stderr
-    examined = skep("doctor", "network")
-    assert "NO LEADER" in examined.stderr
-    assert examined.returncode == 1
-    assert "m2" in examined.stdout
+    diagnosed = skep("doctor", "network")
+    assert "NO LEADER" in diagnosed.stderr
+    assert diagnosed.returncode == 1
+    assert "m2" in diagnosed.stdout
 
 
 def _restart(cluster: TestCluster, name: str) -> None:

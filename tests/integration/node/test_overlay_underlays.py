@@ -51,15 +51,15 @@ async def test_nodes_on_two_routed_networks(lab: OverlayLab) -> None:
 async def test_the_mtu_follows_the_underlay_and_the_option(lab: OverlayLab) -> None:
     for node in lab.nodes:
         await shell(node.home, "ip link set under mtu 1400")
-    wished = msgspec.structs.replace(TWO_SUBNETS, mtu=1200)
+    smaller = msgspec.structs.replace(TWO_SUBNETS, mtu=1200)
     async with lab.networks() as networks:
-        end = await lab.nodes[0].attach(networks[0], place(WEB, "10.0.1.5/24"), place(wished, "10.0.2.5/24"))
+        end = await lab.nodes[0].attach(networks[0], place(WEB, "10.0.1.5/24"), place(smaller, "10.0.2.5/24"))
         assert "mtu 1450" in await shell(end.netns, "ip link show eth0"), (
             "nothing is known of the underlay yet"
         )
         other = await lab.nodes[1].attach(networks[1], place(WEB, "10.0.1.6/24"))
         lab.tell(WEB)
-        lab.tell(wished)
+        lab.tell(smaller)
         await lab.apply(networks)
         assert "mtu 1350" in await shell(end.netns, "ip link show eth0")
         assert "mtu 1200" in await shell(end.netns, "ip link show eth1")

@@ -114,7 +114,7 @@ async def test_a_listener_gets_changed_and_settled_results_only(lab: OverlayLab)
         assert is_whole(networks[0].prober.reports[second.id])
 
 
-async def test_an_examination_answers_at_once_with_throughput(lab: OverlayLab) -> None:
+async def test_diagnostics_are_made_at_once_with_throughput(lab: OverlayLab) -> None:
     """Results of peers without earlier targets are shown too, if they have the same targets."""
     first, second, third = lab.nodes
     async with lab.networks() as networks:

@@ -27,7 +27,7 @@ OLD, NEW = Authority.create(), Authority.create()
 ROOTS = Roots(root_pem=OLD.root_pem, key_pem=OLD.key_pem)
 
 
-def wished(config: CAConfig, roots: Roots = ROOTS, *, is_forced: bool = False) -> Roots:
+def after_change(config: CAConfig, roots: Roots = ROOTS, *, is_forced: bool = False) -> Roots:
     return requested_roots(roots, config, is_forced=is_forced, now=NOW, create=lambda: NEW)
 
 
@@ -60,11 +60,11 @@ def a_pair(authority: Authority, root_pem: bytes) -> KeyPair:
 
 
 def test_without_a_requested_rotation_nothing_changes():
-    assert wished(CAConfig()) is ROOTS
+    assert after_change(CAConfig()) is ROOTS
 
 
 def test_a_rotation_that_is_counted_makes_a_new_root():
-    roots = wished(CAConfig(), is_forced=True)
+    roots = after_change(CAConfig(), is_forced=True)
     assert roots.root_pem == OLD.root_pem
     assert roots.next is not None
     assert roots.next.root_pem == NEW.root_pem
@@ -75,14 +75,14 @@ def test_a_rotation_that_is_counted_makes_a_new_root():
 )
 def test_a_root_of_the_users_own_is_taken(key):
     root_pem = a_root(key)
-    roots = wished(brought(key, root_pem))
+    roots = after_change(brought(key, root_pem))
     assert roots.next is not None
     assert roots.next.root_pem == root_pem
 
 
 def test_a_peer_that_trusts_the_old_root_accepts_a_certificate_of_the_new_one():
     """With OpenSSL, which takes a certificate with equal names for self-signed unless it names its issuer's key."""
-    next_root = wished(CAConfig(), is_forced=True).next
+    next_root = after_change(CAConfig(), is_forced=True).next
     assert next_root is not None
     authority = Authority.load(
         next_root.key_pem, next_root.root_pem, intermediate_pem=next_root.cross_signed_pem
@@ -111,7 +111,7 @@ def shake_hands(server: KeyPair, client: KeyPair) -> None:
 
 
 def test_a_node_reports_its_issuer_before_during_and_after_a_rotation():
-    next_root = wished(CAConfig(), is_forced=True).next
+    next_root = after_change(CAConfig(), is_forced=True).next
     assert next_root is not None
     during = Authority.load(
         next_root.key_pem, next_root.root_pem, intermediate_pem=next_root.cross_signed_pem
@@ -125,9 +125,9 @@ def test_a_node_reports_its_issuer_before_during_and_after_a_rotation():
 
 
 def test_another_rotation_starts_over_from_the_present_root():
-    first = wished(CAConfig(), is_forced=True)
+    first = after_change(CAConfig(), is_forced=True)
     key = new_private_key()
-    second = wished(brought(key, a_root(key)), first)
+    second = after_change(brought(key, a_root(key)), first)
     assert second.root_pem == OLD.root_pem
     assert second.next is not None
     crossed = x509.load_pem_x509_certificate(second.next.cross_signed_pem)
@@ -135,13 +135,13 @@ def test_another_rotation_starts_over_from_the_present_root():
 
 
 def test_the_root_to_which_the_cluster_rotates_already_changes_nothing():
-    first = wished(CAConfig(), is_forced=True)
-    assert wished(brought(NEW._key, NEW.root_pem), first) == first
+    first = after_change(CAConfig(), is_forced=True)
+    assert after_change(brought(NEW._key, NEW.root_pem), first) == first
 
 
 def test_the_present_root_ends_a_rotation():
-    first = wished(CAConfig(), is_forced=True)
-    assert wished(brought(OLD._key, OLD.root_pem), first) == ROOTS
+    first = after_change(CAConfig(), is_forced=True)
+    assert after_change(brought(OLD._key, OLD.root_pem), first) == ROOTS
 
 
 KEY = new_private_key()
@@ -163,7 +163,7 @@ KEY = new_private_key()
 )
 def test_an_impossible_ca_config_is_refused_with_dockers_message(config, message):
     with pytest.raises(InvalidArgument, match=message):
-        wished(config)
+        after_change(config)
 
 
 def test_a_next_root_says_nothing_of_its_key_in_the_log():

@@ -59,7 +59,7 @@ NAMES = st.builds(
 @given(st.builds(ProbeTargets, node=PEERS, peers=LISTS))
 def test_probe_targets_survive_the_round_trip(targets: ProbeTargets) -> None:
     sent = convert.targets_to_pb(targets).SerializeToString()
-    assert convert.targets_from_pb(pb.PathWish.FromString(sent)) == targets
+    assert convert.targets_from_pb(pb.ProbeTargets.FromString(sent)) == targets
 
 
 @given(
@@ -71,16 +71,18 @@ def test_probe_targets_survive_the_round_trip(targets: ProbeTargets) -> None:
     ),
     SMALL,
 )
-def test_examinations_survive(examination: DiagnosticsRequest, number: int) -> None:
-    sent = pb.Examination.FromString(convert.diagnostics_to_pb(number, examination).SerializeToString())
+def test_requests_for_diagnostics_survive(diagnostics: DiagnosticsRequest, number: int) -> None:
+    sent = pb.DiagnosticsRequest.FromString(
+        convert.diagnostics_to_pb(number, diagnostics).SerializeToString()
+    )
     assert sent.number == number
-    assert convert.diagnostics_from_pb(sent) == examination
+    assert convert.diagnostics_from_pb(sent) == diagnostics
 
 
 @given(st.lists(REPORTS, max_size=3).map(tuple))
 def test_reports_survive(reports: tuple[PathReport, ...]) -> None:
-    sent = pb.PathNews(reports=convert.reports_to_pb(reports)).SerializeToString()
-    assert convert.reports_from_pb(pb.PathNews.FromString(sent).reports) == reports
+    sent = pb.ProbeUpdate(reports=convert.reports_to_pb(reports)).SerializeToString()
+    assert convert.reports_from_pb(pb.ProbeUpdate.FromString(sent).reports) == reports
 
 
 def test_what_a_later_version_checks_is_left_out_and_what_is_too_long_is_cut() -> None:

@@ -142,7 +142,7 @@ def test_the_ingress_bridge_has_the_nodes_own_address() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wished", "underlay", "mtu"),
+    ("requested", "underlay", "mtu"),
     [
         (0, Underlay("192.0.2.1"), 1450),
         (0, Underlay("192.0.2.1", 9000), 8950),
@@ -151,8 +151,8 @@ def test_the_ingress_bridge_has_the_nodes_own_address() -> None:
         (1400, Underlay("fd09::1"), 1400),
     ],
 )
-def test_the_mtu_leaves_room_for_vxlan(wished: int, underlay: Underlay | None, mtu: int) -> None:
-    assert mtu_of(msgspec.structs.replace(HEAD, mtu=wished), underlay) == mtu
+def test_the_mtu_leaves_room_for_vxlan(requested: int, underlay: Underlay | None, mtu: int) -> None:
+    assert mtu_of(msgspec.structs.replace(HEAD, mtu=requested), underlay) == mtu
 
 
 def test_a_container_has_the_other_subnets_on_its_link_and_the_gateway_last() -> None:

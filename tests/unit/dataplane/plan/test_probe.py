@@ -18,7 +18,7 @@ def a_node(id: str, data_path: str) -> PathPeer:
     return PathPeer(node_id=NodeId(id), hostname=id, data_path=data_path)
 
 
-WISH = ProbeTargets(
+TARGETS = ProbeTargets(
     node=a_node("me", "192.0.2.1"),
     peers=(a_node("two", "192.0.2.2"), a_node("six", "fd09::6"), a_node("docker", "")),
 )
@@ -33,11 +33,11 @@ def test_an_address_is_one_of_a_host_and_always_the_same(id: NodeId) -> None:
 
 
 def test_peers_on_the_same_kind_of_underlay_are_reached() -> None:
-    assert {peer.node_id for peer in reached(WISH).values()} == {"two"}
+    assert {peer.node_id for peer in reached(TARGETS).values()} == {"two"}
 
 
 def test_a_peer_has_its_entries_and_the_device_never_fragments() -> None:
-    state = probe_state(WISH, Underlay("192.0.2.1", 1500), offloads=None)
+    state = probe_state(TARGETS, Underlay("192.0.2.1", 1500), offloads=None)
     link = state.links[DEVICE]
     assert link.mtu == 1450
     assert link.vxlan is not None
@@ -63,7 +63,7 @@ def test_every_address_has_one_peer(ids: list[NodeId]) -> None:
 
 
 def test_only_peers_are_let_in() -> None:
-    elements = probe_filter(WISH, ("skep-gw",)).elements
+    elements = probe_filter(TARGETS, ("skep-gw",)).elements
     assert {value for name, value in elements if name == "peers4"} == {f"192.0.2.2 . {PROBE_VNI}"}
     assert {value for name, value in elements if name == "peers6"} == {f"fd09::6 . {PROBE_VNI}"}
     assert ("vnis", str(PROBE_VNI)) in elements

@@ -26,11 +26,11 @@ def attached_to(*targets: str) -> ServiceSpec:
 
 
 def attachments(
-    spec: ServiceSpec, networks: Networks = NETWORKS, wished: tuple[NetworkAttachment, ...] = ()
+    spec: ServiceSpec, networks: Networks = NETWORKS, explicit: tuple[NetworkAttachment, ...] = ()
 ) -> Attached | NotAttached:
     allocations = AddressAllocations()
     return attachments_for(
-        spec, networks, lambda network, address: allocations.allocate_all("task", network, address), wished
+        spec, networks, lambda network, address: allocations.allocate_all("task", network, address), explicit
     )
 
 
@@ -48,12 +48,12 @@ def test_on_an_overlay_a_task_has_an_address_of_its_own() -> None:
 
 
 def test_a_requested_address_is_given_if_it_is_free() -> None:
-    wished = (NetworkAttachment(network=OVERLAY, addresses=("10.0.1.77",)),)
-    given = attachments(attached_to("net1"), wished=wished)
+    explicit = (NetworkAttachment(network=OVERLAY, addresses=("10.0.1.77",)),)
+    given = attachments(attached_to("net1"), explicit=explicit)
     assert isinstance(given, Attached)
     assert given.attachments[0].addresses == ("10.0.1.77/24",)
     outside = (NetworkAttachment(network=OVERLAY, addresses=("10.9.9.9",)),)
-    assert attachments(attached_to("net1"), wished=outside) == NotAttached(
+    assert attachments(attached_to("net1"), explicit=outside) == NotAttached(
         "address 10.9.9.9 is not in a subnet of network net1"
     )
 
@@ -64,8 +64,8 @@ def test_an_address_of_each_version_is_given_as_requested() -> None:
     dual = replace(OVERLAY, ipam_options=replace(OVERLAY.ipam_options, configs=configs))
 
     def given(network: Network, *addresses: str) -> Attached | NotAttached:
-        wished = (NetworkAttachment(network=network, addresses=addresses),)
-        return attachments(attached_to("net1"), Networks(find=lambda _: network), wished)
+        explicit = (NetworkAttachment(network=network, addresses=addresses),)
+        return attachments(attached_to("net1"), Networks(find=lambda _: network), explicit)
 
     for requested, expected in (
         (("10.0.1.77", "fd00::77"), ("10.0.1.77/24", "fd00::77/64")),

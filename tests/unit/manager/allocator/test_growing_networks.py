@@ -30,8 +30,8 @@ steps = st.lists(
 )
 
 
-def requesting(network: Network, *wished: IPAMConfig) -> Network:
-    options = IPAMOptions(driver=Driver(name="default"), configs=wished)
+def requesting(network: Network, *ipam_configs: IPAMConfig) -> Network:
+    options = IPAMOptions(driver=Driver(name="default"), configs=ipam_configs)
     return replace(network, spec=replace(network.spec, ipam_options=options))
 
 

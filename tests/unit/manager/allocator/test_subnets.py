@@ -165,8 +165,8 @@ def test_an_ingress_network_with_ipv6_is_of_both_data_planes() -> None:
 
 
 def test_engines_give_ipv6_addresses_for_themselves() -> None:
-    wished = an_overlay("n", subnet="", ipv6_enabled=True, labels={PLANE_OPTION: DOCKER})
-    assert config_of(allocated(wished, NetworkAllocations(), POOLS, 24)).subnet == "10.0.0.0/24"
+    requested = an_overlay("n", subnet="", ipv6_enabled=True, labels={PLANE_OPTION: DOCKER})
+    assert config_of(allocated(requested, NetworkAllocations(), POOLS, 24)).subnet == "10.0.0.0/24"
 
 
 def test_the_gateway_is_no_auxiliary_address() -> None:

@@ -102,8 +102,8 @@ def test_no_update_takes_away_more_than_its_policy_allows_whenever_it_comes(
     for gap_s in range(5, 36, 6):
         world = a_running_service(3)
         slow = Slow(world, (1, 1, 10))
-        for wished in ("app:2", "app:4", image):
-            world.update(a_spec(wished, replicas=3, update=config))
+        for requested in ("app:2", "app:4", image):
+            world.update(a_spec(requested, replicas=3, update=config))
             slow.live(gap_s)
         world.seen = ObservedTimes(world.now)
         slow.live(70)

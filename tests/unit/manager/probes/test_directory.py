@@ -47,7 +47,7 @@ def test_managers_ask_each_other_in_a_cluster_of_any_size() -> None:
     assert {name for name, etcd in reported.items() if etcd} == {"m2", "m3", "m4", "m5"}
 
 
-def test_an_examination_has_the_same_targets() -> None:
+def test_diagnostics_have_the_same_targets() -> None:
     directory = directory_of((a_manager("m1", 1), a_manager("m2", 2), a_node("w1", 3)), 4789)
     asked = PathPeer(node_id=NodeId("m2"), hostname="m2", control="10.0.0.2:2377")
     assert managers_for(NodeId("m1"), directory) == (replace(asked, etcd="10.0.0.2:2378"),)
