@@ -1,6 +1,6 @@
 """Balances the nodes' sessions over the managers, as decided by ``shares``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import structlog
 
@@ -25,15 +25,19 @@ class Balancing:
         clock: Clock,
         *,
         redirect: Callable[[NodeId], None],
-        can_redirect: Callable[[], bool],
+        movable: Callable[[], Collection[NodeId]],
     ) -> None:
-        """``redirect``: ends a node's session here and expects the node for long enough to find another manager."""
+        """
+        Args:
+            redirect: ends a node's session here and expects the node for long enough to find another manager.
+            movable: the nodes that can be redirected now.
+        """
         self._store = store
         self._own = own
         self._sessions = sessions
         self._clock = clock
         self._redirect = redirect
-        self._can_redirect = can_redirect
+        self._movable = movable
         self.weights: Mapping[NodeId, int] = {}
         """Weight of each manager; those that are missing have ``shares.WEIGHT``."""
 
@@ -47,7 +51,7 @@ class Balancing:
                 self.weights = weights
                 for session in self._sessions.all():
                     session.messages.wake()
-            elif self._can_redirect():
-                for node_id in shares.to_redirect(held, self._own, self._sessions.skep_nodes()):
+            else:
+                for node_id in shares.to_redirect(held, self._own, self._movable()):
                     log.info("node redirected: this manager has more than its share", node=node_id)
                     self._redirect(node_id)

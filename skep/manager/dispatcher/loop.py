@@ -112,9 +112,7 @@ class Dispatcher:
             self._sessions,
             clock,
             redirect=self._redirect,
-            can_redirect=lambda: (
-                self._is_current and not self._reports.is_overloaded_anywhere(clock.monotonic())
-            ),
+            movable=self._movable,
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
         self._repeats = RepeatedReports(store, self._sessions.live, clock)
@@ -431,6 +429,12 @@ class Dispatcher:
                     self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
                 self._is_current = True
                 self._current_at = self._clock.monotonic()
+
+    def _movable(self) -> Sequence[NodeId]:
+        """The nodes that find another manager, if they are redirected now."""
+        if not self._is_current or self._reports.is_overloaded_anywhere(self._clock.monotonic()):
+            return ()
+        return self._sessions.movable(self._time.seconds, self._period_s)
 
     def _redirect(self, node_id: NodeId) -> None:
         """End a node's session so that it connects to another manager."""

@@ -205,9 +205,16 @@ class Sessions:
                 session_id=session_id, deadline=last_seen + grace_s, last_seen=last_seen
             )
 
-    def skep_nodes(self) -> list[NodeId]:
-        """Connected skep nodes."""
-        return [session.node_id for session in self._live.values() if session.is_skep]
+    def movable(self, now: float, period_s: float) -> list[NodeId]:
+        """Skep nodes that can be redirected at ``now`` (own time): those that have missed no heartbeat.
+
+        A redirected node gets time to find another manager, which one that may be gone must not have.
+        """
+        return [
+            session.node_id
+            for session in self._live.values()
+            if session.is_skep and not _has_missed(session, now, period_s)
+        ]
 
     def redirect(self, node_id: NodeId, error: SkepError, *, now: float, grace_s: float) -> None:
         """End one node's session so that it connects to another manager."""
@@ -227,7 +234,7 @@ class Sessions:
 
     def missed(self, now: float, period_s: float) -> int:
         """How many nodes have missed a heartbeat at ``now`` (own time), ``period_s`` being between two of them."""
-        return sum([now - session.last_seen > MISSED_PERIODS * period_s for session in self._live.values()])
+        return sum([_has_missed(session, now, period_s) for session in self._live.values()])
 
     def silent(self, now: float, *, with_others: bool = False) -> list[SilentNode]:
         """Nodes whose grace has passed at ``now`` (own time), in order of their ids.
@@ -278,3 +285,7 @@ class Sessions:
         """Number of connected Skep nodes and of others."""
         skep_nodes = sum([session.is_skep for session in self._live.values()])
         return skep_nodes, len(self._live) - skep_nodes
+
+
+def _has_missed(session: LiveSession, now: float, period_s: float) -> bool:
+    return now - session.last_seen > MISSED_PERIODS * period_s

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.shares import WEIGHT, WEIGHT_HEAVY, WEIGHT_LIGHT, held, to_redirect, weights
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import ManagerStatus, Node, NodeSession, NodeState, NodeStatus, Reachability
@@ -67,6 +68,17 @@ def test_no_node_is_sent_to_the_manager_of_its_own_machine():
 
 def test_what_cannot_move_quickly_stays():
     assert to_redirect({M1: 9, M2: 0}, M1, []) == ()
+
+
+def test_a_node_that_may_be_gone_gets_no_time_to_find_another_manager():
+    """Or it would be down so much later; and up again, if that was being written when it was redirected."""
+    sessions = Sessions()
+    for id, seen, is_skep in (("w1", 9.0, True), ("w2", 8.0, True), ("w3", 9.0, False)):
+        session = LiveSession(NodeId(id), SessionId(id), lambda: None, deadline=seen + 3.0, last_seen=seen)
+        session.is_skep = is_skep
+        sessions.add(session)
+    assert sessions.movable(9.4, period_s=1.0) == ["w1", "w2"]
+    assert sessions.movable(9.6, period_s=1.0) == ["w1"]
 
 
 @given(st.lists(st.integers(0, 200), min_size=2, max_size=7))
