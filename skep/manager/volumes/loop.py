@@ -274,11 +274,11 @@ class ClusterVolumes:
                 words = (str(error) if isinstance(error, SkepError) else describe_error(error)) or "failed"
                 if not isinstance(error, SkepError):
                     log_error(error, "step of a volume failed", volume=volume.id, step=type(step).__name__)
-                if isinstance(error, FailedPrecondition) and volume.id not in self._doubted:
-                    # CSI's code for a volume that is on another node, of which the store has nothing: there was one of
-                    # this name before.
+                # CSI's code for a volume that is on another node, of which the store has nothing: there was one of this
+                # name before.
+                is_elsewhere = isinstance(error, FailedPrecondition) and volume.id not in self._doubted
+                if is_elsewhere and await self._term.update(_doubt, volume.id, step):
                     self._doubted.add(volume.id)
-                    await self._term.update(_doubt, volume.id, step)
                 await self._term.update(_note, volume.id, step, words[:MESSAGE_CHARACTERS_MAX])
                 is_done = False
         return is_done
@@ -332,12 +332,12 @@ class ClusterVolumes:
             await self._term.update(_created, volume.id, info)
 
     def _secrets_of(self, volume: Volume) -> Mapping[str, str]:
-        """Raises: FailedPrecondition: one cannot be read."""
+        """Raises: Unavailable: one cannot be read."""
         view, found = self._term.view(), {}
         for one in volume.spec.secrets:
             payload = view.lookup(Payload, f"secret/{one.secret}")
             if payload is None:
-                raise FailedPrecondition(f"secret {one.secret} of the volume cannot be read")
+                raise Unavailable(f"secret {one.secret} of the volume cannot be read")
             found[one.key] = payload.data.decode(errors="replace")
         return found
 
@@ -416,8 +416,9 @@ def _forget(tx: Transaction, id: VolumeId) -> None:
         tx.delete(Volume, id)
 
 
-def _doubt(tx: Transaction, id: VolumeId, step: Step) -> None:
-    """Have all nodes give the volume up, but the one for which it is published."""
+def _doubt(tx: Transaction, id: VolumeId, step: Step) -> bool:
+    """Have all nodes give the volume up, but the one for which it is published.  False: the step says nothing of
+    other nodes."""
     volume = tx.rely_on(Volume, id)
     match step:
         case Publish(node_id) if volume is not None and volume.spec.access_mode.scope is VolumeScope.SINGLE:
@@ -425,7 +426,8 @@ def _doubt(tx: Transaction, id: VolumeId, step: Step) -> None:
         case Delete() if volume is not None and not volume.publish_status:
             tx.put(doubted(volume, frozenset(), tx.find(Node)))
         case _:
-            pass
+            return False
+    return True
 
 
 def _note(tx: Transaction, id: VolumeId, step: Step, words: str) -> None:

@@ -113,8 +113,10 @@ def doubted(volume: Volume, needed: Set[NodeId], nodes: Iterable[Node]) -> Volum
         if volume.status_on(node.id) is not None:
             continue
         found = _found(PublishStatus(node_id=node.id), node, driver)
-        left -= entry_bytes(_doubtful(found, node.id in needed))
-        if found.driver_node_id and left >= 0 and _is_accessible(node, driver, accessible):
+        if found.driver_node_id and _is_accessible(node, driver, accessible):
+            left -= entry_bytes(_doubtful(found, node.id in needed))
+            if left < 0:
+                break
             statuses.append(found)
     # A call without the node's id in the driver would mean all nodes.
     entries = [_doubtful(one, one.node_id in needed) if one.driver_node_id else one for one in statuses]

@@ -200,3 +200,9 @@ def test_of_a_volume_that_may_be_anywhere_no_more_is_kept_than_the_store_takes()
     volume = doubted(a_volume(multi=True), NONE, nodes)
     assert len(volume.publish_status) > 500
     assert len(msgspec.json.encode(volume.publish_status)) < ENTRIES_BYTES_MAX
+
+
+def test_nodes_without_the_driver_take_no_room_from_those_that_may_have_the_volume() -> None:
+    others = [a_node(f"n{number:04}") for number in range(3000)]
+    volume = doubted(a_volume(), NONE, [*others, node(NodeId("z"))])
+    assert [one.node_id for one in volume.publish_status] == ["z"]

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.errors import NotFound, Unavailable
+from skep.errors import FailedPrecondition, NotFound, Unavailable
 from skep.manager.control.volumes import remove_volume
 from skep.manager.volumes.loop import SETTLED_S, ClusterVolumes, ControllerDriver
 from skep.model.ids import NodeId, SecretId, TaskId, VolumeId
@@ -45,6 +45,7 @@ class FakeDriver:
         self.hangs = False
         self.answers_after_s = 0.0
         self.hangs_on: frozenset[str] = frozenset()
+        self.is_elsewhere = False
 
     async def create(self, volume: Volume, secrets: Mapping[str, str]) -> VolumeInfo:
         self.calls.append(volume.spec.name)
@@ -65,6 +66,8 @@ class FakeDriver:
         self.calls.append(f"publish on {driver_node_id}")
         if driver_node_id in self.hangs_on:
             await asyncio.Event().wait()
+        if self.is_elsewhere:
+            raise FailedPrecondition("it is published on another node")
         return {}
 
     async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None:
@@ -307,10 +310,62 @@ def test_a_deposed_leader_asks_nothing_of_a_driver(simulated: Callable[[Body], N
     simulated(body)
 
 
-def _with_task(tx: Transaction, node_id: str) -> None:
+def test_all_nodes_are_asked_for_a_volume_that_its_driver_has_on_another_one(
+    simulated: Callable[[Body], None],
+) -> None:
+    """Also if an earlier call of the term was refused with the same code."""
+
+    async def body(rig: Rig) -> None:
+        driver = rig.drivers["good"]
+
+        async def user() -> None:
+            driver.error = FailedPrecondition("not now")
+            await rig.put("a")
+            await rig.clock.sleep(1)
+            driver.error, driver.is_elsewhere = None, True
+            await rig.store.update(_with_node, "n2")
+            await rig.store.update(_with_task, "n1")
+
+        asked = asyncio.ensure_future(user())
+        await rig.run_for(60)
+        await asked
+        assert {one.node_id: one.state for one in rig.volume("a").publish_status} == {
+            "n1": PublishState.PENDING,
+            "n2": PublishState.PENDING_NODE_UNPUBLISH,
+        }
+
+    simulated(body)
+
+
+def test_no_node_is_asked_for_a_volume_of_which_a_secret_is_missing(
+    simulated: Callable[[Body], None],
+) -> None:
+    async def body(rig: Rig) -> None:
+        payload = Payload(id="secret/s1", data=b"word")
+        await rig.store.update(lambda tx: (tx.put(Secret(id=SecretId("s1"))), tx.put(payload)))
+        await rig.put("a", secrets=(VolumeSecret(key="k", secret="s1"),))
+        await rig.run_for(5)
+        await rig.store.update(lambda tx: tx.delete(Payload, "secret/s1"))
+        await rig.store.update(_with_node, "n2")
+        await rig.store.update(_with_task, "n1")
+        await rig.run_for(60)
+        (status,) = rig.volume("a").publish_status
+        assert (status.node_id, status.message) == ("n1", "secret s1 of the volume cannot be read")
+        await rig.store.update(lambda tx: tx.put(payload))
+        await rig.run_for(60)
+        assert [one.state for one in rig.volume("a").publish_status] == [PublishState.PUBLISHED]
+
+    simulated(body)
+
+
+def _with_node(tx: Transaction, node_id: str) -> None:
     node = a_node(node_id)
     info = CSIInfo(plugin_name="good", node_id=node_id)
     tx.put(replace(node, description=replace(node.description, csi_info=(info,))))
+
+
+def _with_task(tx: Transaction, node_id: str) -> None:
+    _with_node(tx, node_id)
     volumes = (VolumeAttachment(id="a", source="a", target="/d"),)
     status = TaskStatus(state=TaskState.ASSIGNED)
-    tx.put(Task(id=TaskId(f"t-{node_id}"), node_id=node.id, volumes=volumes, status=status))
+    tx.put(Task(id=TaskId(f"t-{node_id}"), node_id=NodeId(node_id), volumes=volumes, status=status))
