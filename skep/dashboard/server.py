@@ -29,6 +29,7 @@ from skep.api.connection import Connection
 from skep.api.errors import status_of
 from skep.api.permissions import may, rule_for
 from skep.api.raw import RawClient
+from skep.api.tls import server_context
 from skep.dashboard.pages import SECURITY_HEADERS, page_response, pages
 from skep.dashboard.passing import (
     SESSION,
@@ -94,17 +95,12 @@ class Tls(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, certificate: Path, key: Path) -> "Tls":
         """Raises: FailedPrecondition: a file is not what it should be."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context = server_context(certificate, key)
         context.set_alpn_protocols(["http/1.1"])
         try:
-            context.load_cert_chain(certificate, key)
             names = _names_in(x509.load_pem_x509_certificate(certificate.read_bytes()))
-        except (OSError, ssl.SSLError, ValueError) as error:
-            raise FailedPrecondition(
-                f"the dashboard cannot be served with {certificate} and {key}: {error}; "
-                "they must be PEM files, the key that of the certificate"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise FailedPrecondition(f"the names in {certificate} cannot be read: {error}") from error
         return cls(context, names)
 
 

@@ -19,7 +19,8 @@ from cryptography.x509.oid import NameOID
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client import Client
-from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable
+from skep.api.tls import server_context
+from skep.errors import SkepError, Unauthenticated, Unavailable
 from skep.model.access import ALL, TOKEN_BYTES_MAX, Credential, Identity, Origin
 from skep.model.user import AccessTable, Credentials
 from skep.security.authority import USER_UNIT
@@ -182,21 +183,12 @@ def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext
 
     Raises: FailedPrecondition: a file is not what it should be.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = server_context(certificate, key, authority)
     # A client without one may have a token, in its first request; without either it is refused.
     context.verify_mode = ssl.CERT_OPTIONAL
     # A resumed session would skip verification with the present authorities.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
-    try:
-        context.load_cert_chain(certificate, key)
-        context.load_verify_locations(authority)
-    except (OSError, ssl.SSLError) as error:
-        raise FailedPrecondition(
-            f"TLS cannot be served with {certificate}, {key} and {authority}: {error}; "
-            "they must be PEM files, the key that of the certificate"
-        ) from error
     return context
 
 
