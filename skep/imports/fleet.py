@@ -5,7 +5,7 @@ Source: coreos/fleet, Documentation/unit-files-and-scheduling.md; systemd.unit(5
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -128,8 +128,7 @@ class _Conversion:
         entry = dict(run.entry)
         for key, text in run.notes:
             self._note(f"ExecStart --{key}", text)
-        environment = [*self._environment(), *entry.pop("environment", ())]
-        if environment:
+        if environment := self._environment(entry.pop("environment", ())):
             entry["environment"] = environment
         if files := [one.removeprefix("-") for one in self._unit.all("Service", "EnvironmentFile")]:
             entry["env_file"] = [*files, *entry.get("env_file", ())]
@@ -162,9 +161,24 @@ class _Conversion:
         except InvalidArgument as error:
             raise InvalidArgument(f"{self._unit.name}: {error}") from None
 
-    def _environment(self) -> Iterator[str]:
-        for line in self._unit.all("Service", "Environment"):
-            yield from _words(line, self._unit.name)
+    def _environment(self, options: Iterable[str]) -> list[str]:
+        """The unit's variables, then ``options``: ``NAME=VALUE`` of ``-e``, or ``NAME`` alone for the unit's value."""
+        found = [
+            word
+            for line in self._unit.all("Service", "Environment")
+            for word in _words(line, self._unit.name)
+        ]
+        names = {word.partition("=")[0] for word in found}
+        for option in options:
+            if "=" in option:
+                found.append(option)
+            elif option not in names:
+                found.append(option)
+                text = (
+                    f"{option} has no value here: at each deploy it gets the one of the command's environment"
+                )
+                self._note("ExecStart --env", text)
+        return found
 
     def _stop_seconds(self) -> str:
         for command in self._unit.all("Service", "ExecStop"):

@@ -158,3 +158,17 @@ def test_a_unit_is_read_as_systemd_reads_it() -> None:
     assert unit.all("S", "A") == ("1", "2")
     assert unit.last("S", "B") == "x    y" or unit.last("S", "B").split() == ["x", "y"]
     assert unit.all("S", "C") == ()
+
+
+def test_a_variable_without_a_value_gets_that_of_the_unit() -> None:
+    unit = (
+        "[Service]\nEnvironment=WORD=x\n"
+        "ExecStart=/usr/bin/docker run -e WORD -e OTHER -e WORD=y -e A=1 busybox"
+    )
+    made = imported({"a.service": unit}, "s")
+    assert made.document["services"]["a"]["environment"] == ["WORD=x", "OTHER", "WORD=y", "A=1"]
+    (note,) = map(str, made.notes)
+    assert note == (
+        "services.a: ExecStart --env: OTHER has no value here: at each deploy it gets the one of the command's "
+        "environment"
+    )
