@@ -195,7 +195,10 @@ def what_serves_gives_way_to_what_is_ready(world: World, changes: list[Change]) 
 
 
 def no_more_slots_are_begun_than_may_be(world: World, changes: list[Change]) -> None:
-    """The slots whose first task of the present version neither ran nor ended are at most ``parallelism``."""
+    """The slots whose first task of the present version neither ran nor ended are at most ``parallelism``.
+
+    Not if it follows one with the same task spec that failed: labels that change start a slot with nothing.
+    """
     config = world.service.spec.update_config or UpdateConfig()
     replaced = {
         slot
@@ -204,8 +207,13 @@ def no_more_slots_are_begun_than_may_be(world: World, changes: list[Change]) -> 
     }
     busy = 0
     for slot, tasks in group_by_slot(world.tasks.values()).items():
-        made = [task for task in tasks if task.spec_version == world.service.spec_version]
-        busy += bool(slot in replaced and made and made[0].is_active and made[0].status.state < RUNNING)
+        of_version = [task.spec_version == world.service.spec_version for task in tasks]
+        if slot not in replaced or not any(of_version):
+            continue
+        number = of_version.index(True)
+        first, before = tasks[number], tasks[:number][-1:]
+        is_retry = any(one.spec == first.spec and one.status.state in slots.ENDED_BY_ITSELF for one in before)
+        busy += first.is_active and first.status.state < RUNNING and not is_retry
     assert not config.parallelism or busy <= config.parallelism
 
 
@@ -265,6 +273,13 @@ PROPERTIES = (
     config=UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.CONTINUE),
     policy=RestartPolicy(condition=RestartCondition.ANY, delay=0, max_attempts=0),
     happenings=[("new image", 0, 0.0), ("labels", 0, 0.0), ("is rejected", 13, 0.0)],
+)
+@example(
+    config=UpdateConfig(
+        parallelism=1, failure_action=UpdateFailureAction.CONTINUE, order=UpdateOrder.STOP_FIRST
+    ),
+    policy=RestartPolicy(condition=RestartCondition.ANY, delay=0, max_attempts=0),
+    happenings=[("new image", 0, 0.0), ("labels", 0, 0.0), ("is rejected", 3, 0.0)],
 )
 @example(
     config=UpdateConfig(parallelism=1, order=UpdateOrder.STOP_FIRST),
