@@ -4,10 +4,10 @@ An update has no state of its own: its progress is read from the slots.
 
 * A slot is *outdated* if a wanted task in it (or its last task, which ended for good) was made from a spec that
   differs in what a task is (``dirty``).
-* An updated slot has a *lead*: the first task of the present version, unless it was given up on a lost node.  The
-  lead is *settled* once it was observed running or ended.  Until then, and for the update delay after it, the slot
-  counts against ``parallelism``.  So does a slot without a running task that the update has not started with: an
-  update that this one overtook may have left it so.
+* An updated slot has a *lead*: the first task of the present version, unless it was stopped before it ran, as its
+  node was lost or drained.  The lead is *settled* once it was observed running or ended.  Until then, and for the
+  update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that the
+  update has not started with: an update that this one overtook may have left it so.
 * A lead that ends before it ran for the monitor time is a failure, and so is one that is not settled within
   the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
   or are ignored; the update's message names the last one and its cause.
@@ -57,9 +57,7 @@ from skep.manager.orchestrator.slots import (
     ENDED_BY_ITSELF,
     Slot,
     age,
-    has_reported_end,
     history,
-    is_lost,
     wanted,
 )
 from skep.manager.resources import reservations_of
@@ -483,21 +481,21 @@ def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
 
 
 def _leads(past: Slot, situation: Situation) -> tuple[Task | None, Task | None]:
-    """The first task of the present version, and the first one that counts; not one given up on a lost node.
+    """The first task of the present version, and the first one that counts; not one that was stopped before it ran.
 
-    One whose run a new leader has not observed, or that ended before the update was resumed, counts neither as success
-    nor as failure; the next attempt does.
+    Such a one says nothing of the version, and its slot is still out of service.  One whose run a new leader has not
+    observed, or that ended before the update was resumed, counts neither as success nor as failure; the next attempt
+    does.
     """
     made = [task for task in past if task.spec_version == situation.service.spec_version]
     if not made:
         return None, None
     first: Task | None = None
     for task in made[:-1]:
-        is_reported = has_reported_end(task) or situation.seen.running(task) is not None
-        if not (task.is_wanted or is_reported or not is_lost(situation.node_of(task))):
+        is_past = task.status.state in ENDED_BY_ITSELF
+        if not (task.is_wanted or is_past or situation.seen.running(task) is not None):
             continue
         first = first or task
-        is_past = task.status.state in ENDED_BY_ITSELF
         is_unseen = is_past and _is_unseen(task, situation.seen, monitor_s(situation.rollout_config))
         if not (is_unseen or (is_past and situation.is_tolerated(task))):
             return first, task

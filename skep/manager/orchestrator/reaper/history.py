@@ -10,7 +10,7 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
 
 from collections.abc import Iterable, Sequence
 
-from skep.manager.orchestrator.slots import Slot, age, has_reported_end
+from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, age, has_reported_end
 from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import RestartPolicy, Service
@@ -76,11 +76,13 @@ def surplus_history(
 def _judged(attempts: Sequence[Task]) -> Sequence[Task]:
     """Those of a slot's ``attempts``, of one version, that ``update`` may take for the slot's lead.
 
-    The first one that reported its end, as earlier ones were given up with their nodes; and the last one that did, as
-    a new leader does not judge by one that ended before its term.
+    The first one that reported its end, as it may have run, and the first one that ended by itself, as earlier ones may
+    have been stopped before they ran; and the last one, as a new leader does not judge by one that ended before its
+    term.
     """
     ended = [task for task in attempts if has_reported_end(task)]
-    return (*ended[:1], *ended[-1:])
+    failed = [task for task in ended if task.status.state in ENDED_BY_ITSELF]
+    return (*ended[:1], *failed[:1], *ended[-1:])
 
 
 def _counts(task: Task, iteration: Version | None) -> bool:

@@ -80,6 +80,13 @@ def test_an_attempt_that_was_given_up_with_its_node_stands_for_no_other() -> Non
     assert surplus_history(slot, limit=0, updating=Version(index=7)) == (given_up, second)
 
 
+def test_an_attempt_that_was_stopped_before_it_ran_stands_for_no_other() -> None:
+    stopped = a_task(node="n1", state=SHUTDOWN, desired=SHUTDOWN, version=7)
+    first, second, last = (replace(a_past_task(), spec_version=Version(index=7)) for _ in range(3))
+    slot = [stopped, first, second, last, a_task(state=TaskState.PREPARING, version=7)]
+    assert surplus_history(slot, limit=0, updating=Version(index=7)) == (second,)
+
+
 def test_what_is_to_be_removed_goes_once_it_has_stopped_or_never_began() -> None:
     assert is_disposable(a_task(state=FAILED, desired=REMOVE))
     assert is_disposable(a_task(state=TaskState.PENDING, desired=REMOVE))

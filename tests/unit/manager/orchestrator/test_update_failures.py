@@ -9,7 +9,7 @@ from skep.manager.orchestrator.reaper.history import surplus_history
 from skep.manager.orchestrator.slots import age
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId
-from skep.model.node import NodeState
+from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     RestartCondition,
     RestartPolicy,
@@ -96,6 +96,30 @@ def test_a_task_that_is_orphaned_with_its_node_lets_an_update_start_with_no_furt
     world.settle()
     assert not world.tasks[lead.id].is_wanted
     assert len(wanted(world, "app:2")) == 1
+
+
+@pytest.mark.parametrize(
+    "node", [a_node("n2", state=NodeState.DOWN), a_node("n2", availability=Availability.DRAIN)]
+)
+def test_a_task_that_is_stopped_before_it_ran_lets_an_update_start_with_no_further_slot(node: Node) -> None:
+    """It was stopped with its node, which reports that; the next one in its slot is only prepared."""
+    world = a_world(replicas=2)
+    world.nodes[node.id] = a_node("n2")
+    world.update(a_spec("app:2", replicas=2))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    world.put(replace(lead, node_id=node.id, status=replace(lead.status, state=TaskState.PREPARING)))
+    world.nodes[node.id] = node
+    world.settle()
+    assert not world.tasks[lead.id].is_wanted
+    world.report(lead.id, TaskState.SHUTDOWN)
+    world.nodes[node.id] = a_node("n2")
+    world.settle()
+    assert len(wanted(world, "app:2")) == 1
+    for _ in range(3):
+        world.now += 6
+        advance(world)
+    assert (state(world), len(wanted(world, "app:2"))) == (UpdateState.COMPLETED, 2)
 
 
 def deadline(seconds: int, action: UpdateFailureAction = UpdateFailureAction.PAUSE) -> ServiceSpec:
@@ -230,7 +254,14 @@ def test_an_update_that_goes_on_in_spite_of_failures_comes_to_an_end() -> None:
     assert len(wanted(world, "app:1")) == 2
 
 
-@pytest.mark.parametrize("incident", ["the leader changes", "the first attempt is given up with its node"])
+@pytest.mark.parametrize(
+    "incident",
+    [
+        "the leader changes",
+        "the first attempt is given up with its node",
+        "the first attempt is stopped with its node",
+    ],
+)
 def test_an_update_in_spite_of_a_crash_loop_goes_on_whatever_history_is_kept(incident: str) -> None:
     """Restarts come faster than the update's delay ends: it counts from one attempt, which is kept."""
     update = UpdateConfig(
@@ -253,7 +284,8 @@ def test_an_update_in_spite_of_a_crash_loop_goes_on_whatever_history_is_kept(inc
         )
         world.seen = ObservedTimes(world.now)
         world.settle()
-        world.report(lead.id, TaskState.ORPHANED)
+        is_gone = incident == "the first attempt is given up with its node"
+        world.report(lead.id, TaskState.ORPHANED if is_gone else TaskState.SHUTDOWN)
     for _ in range(120):
         world.now += 0.5
         for task in wanted(world, "app:2"):
