@@ -48,6 +48,7 @@ FAILED_ONCE = (
     5032929,  # the same, and then a rollback that counted its runs from the start
     5033761,  # the same, with one manager
     5032014,  # a task that failed as its node was drained has a successor at once: the rule waited for the delay
+    5026284,  # a task that an earlier update had stopped was taken for the first attempt of one with the same spec
     5027221,  # a task that was stopped with its node before it ran let an update take the next slot
     5029423,  # the same, and its node was back before its successor ran
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it

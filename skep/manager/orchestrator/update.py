@@ -503,13 +503,17 @@ def _leads(past: Slot, situation: Situation) -> tuple[Task | None, Task | None]:
 
 
 def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
-    """The first matching task in the row that a slot without a lead ends with.
+    """The first matching task in the row that a slot without a lead ends with: its last attempts.
 
     Labels that change in the middle of an update make a new version with the same task spec: a slot that the earlier
     version has started with still counts against ``parallelism``.  The attempts after the first do not count, as
-    after a lead.
+    after a lead.  One that was stopped is of an earlier update if it matches: its history may lack what replaced it.
     """
     if not current:
         return None
-    row = takewhile(lambda task: task in current or not is_dirty(task, situation), reversed(past))
+
+    def is_attempt(task: Task) -> bool:
+        return task in current or (task.status.state in ENDED_BY_ITSELF and not is_dirty(task, situation))
+
+    row = takewhile(is_attempt, reversed(past))
     return min(row, key=age, default=None)

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import NodeId
+from skep.model.meta import Version
 from skep.model.service import (
     PortConfig,
     PublishMode,
@@ -226,3 +227,27 @@ def test_an_attempt_of_an_overtaken_update_beside_the_task_that_serves_is_retire
     (served,) = wanted(world, "app:1")
     assert served.slot == 1
     assert [task.slot for task in wanted(world, "app:2")] == [2]
+
+
+def test_a_task_that_is_stopped_does_not_stand_for_a_new_one_with_the_same_spec() -> None:
+    """Its slot returns to its spec while it stops, labels change, and the history has nothing of the update between."""
+    world = a_running_service(2)
+    (other,) = [task for task in world.tasks.values() if task.slot == 2]
+    world.put(replace(other, spec=replace(other.spec, force_update=1), spec_version=Version(index=0)))
+    world.update(a_spec("app:2", replicas=2))
+    world.settle()
+    (between,) = wanted(world, "app:2")
+    world.report(between.id, READY)
+    world.settle()
+    assert slots_without_service(world.tasks.values()) == {1}
+    world.update(a_spec("app:1", replicas=2))
+    world.settle()
+    del world.tasks[between.id]
+    world.update(replace(world.service.spec, labels={"more": "words"}))
+    world.settle()
+    world.prepare_all()
+    world.settle()
+    assert slots_without_service(world.tasks.values()) == {1}
+    Slow(world, (1, 1, 10)).live(60)
+    assert not any(task.spec.force_update for task in wanted(world))
+    assert slots_without_service(world.tasks.values()) == set()
