@@ -16,7 +16,7 @@ from skep.manager.orchestrator.changes import Change, Recheck, apply, fallback_f
 from skep.manager.orchestrator.convergence import deciding
 from skep.manager.orchestrator.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
-from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.situation import Situation
@@ -310,16 +310,21 @@ def _is_global(service: Service) -> bool:
 def _is_relevant(old: Task, new: Task) -> bool:
     """Whether a change of a task can change a decision: what its agent does between ASSIGNED and RUNNING cannot.
 
-    The exception is a task that is prepared while its predecessor runs: the decision waits for it to be ready or
-    refused.
+    The exceptions: a task that is refused an address or a node (its update may retire those that hold it), one that no
+    longer waits for another service (its progress deadline begins), and one that is prepared while its predecessor
+    runs (the decision waits for it to be ready).
     """
-    if old.desired_state != new.desired_state:
+    if old.desired_state != new.desired_state or (_is_refused(new) and not _is_refused(old)):
         return True
-    state, has_changed = new.status.state, old.status.state != new.status.state
-    if new.desired_state is TaskState.READY:
-        is_refused = state < TaskState.ASSIGNED and bool(new.status.err) and not old.status.err
-        return is_refused or (has_changed and state >= TaskState.READY)
-    return has_changed and state >= TaskState.RUNNING
+    if is_waiting(old) and not is_waiting(new):
+        return True
+    prepares = new.desired_state is TaskState.READY
+    first_state = TaskState.READY if prepares else TaskState.RUNNING
+    return old.status.state != new.status.state and new.status.state >= first_state
+
+
+def _is_refused(task: Task) -> bool:
+    return task.status.state < TaskState.ASSIGNED and bool(task.status.err) and not is_waiting(task)
 
 
 def _has_error(service: Service | None, error: str = "") -> bool:

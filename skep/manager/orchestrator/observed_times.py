@@ -43,7 +43,7 @@ class ObservedTimes:
 
     def could_start(self, task: Task) -> float | None:
         """Since when nothing but the task itself keeps it from starting; None: it waits for another service."""
-        if _waits(task):
+        if is_waiting(task):
             return None
         return self._waited.get(task.id, self.created(task))
 
@@ -107,7 +107,7 @@ class ObservedTimes:
                     if old.status.state is TaskState.RUNNING and task.id not in self._running:
                         self._running[task.id] = self._began
                         self._ran_at_start.add(task.id)
-                    if _waits(old) and not _waits(task):
+                    if is_waiting(old) and not is_waiting(task):
                         self._waited[task.id] = now
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
@@ -140,6 +140,7 @@ def _is_resumed(before: Service, after: Service) -> bool:
     return old is not None and new is not None and old.state in PAUSED and new.state in UNDER_WAY
 
 
-def _waits(task: Task) -> bool:
+def is_waiting(task: Task) -> bool:
+    """Whether the task waits for another service (``skep.depends-on``)."""
     status = task.status
     return status.state is TaskState.PENDING and status.err.startswith(WAITS_FOR)
