@@ -51,6 +51,7 @@ FAILED_ONCE = (
     5026284,  # a task that an earlier update had stopped was taken for the first attempt of one with the same spec
     5027221,  # a task that was stopped with its node before it ran let an update take the next slot
     5029423,  # the same, and its node was back before its successor ran
+    5028229,  # a session began at a manager that had lost contact while it was written, and never ended
     5028640,  # no decision followed when new tasks were refused what tasks that never came to run held
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
 )

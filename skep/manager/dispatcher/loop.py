@@ -75,6 +75,7 @@ TICK_S = 0.2
 CURRENT_CHECK_S = 0.5
 CURRENT_WITHIN_S = 2.0
 """A manager that cannot reach a quorum for this long ends its sessions, so that its nodes move on."""
+NO_QUORUM = "this manager has lost contact with the others"
 PERIOD_JITTER = 0.1
 
 
@@ -300,7 +301,7 @@ class Dispatcher:
         """Write the session once there is a slot, and return when this replica shows it.  Raises: RetryLater."""
         self._rate.note(caller.node_id, self._clock.monotonic())
         if not self._is_current:
-            raise Unavailable("this manager has lost contact with the others")
+            raise Unavailable(NO_QUORUM)
         async with self._admission.slot():
             return await self._take_session(request, caller)
 
@@ -323,6 +324,8 @@ class Dispatcher:
         node = self._store.view().lookup(Node, node_id)
         if node is None or node.session is None or node.session.session_id != session_id:
             raise SessionInvalid  # it registered again meanwhile
+        if not self._is_current:
+            raise Unavailable(NO_QUORUM)  # meanwhile: the sessions that there were have been ended
         now = self._time.seconds
         deadline = now + grace_period(self._period_s, configured_s=self._configured_grace_s)
         session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline, last_seen=now)
@@ -418,7 +421,7 @@ class Dispatcher:
                 if self._is_current:
                     self._is_current = False
                     lost = self._sessions.release_all(
-                        Unavailable("this manager has lost contact with the others"),
+                        Unavailable(NO_QUORUM),
                         now=self._time.seconds,
                         grace_s=grace_after_absence(self._period_s, configured_s=self._configured_grace_s),
                     )
