@@ -366,6 +366,8 @@ class Overlays:
                 return
             table, underlay = self._carried(id)
             head = table.head if table is not None else self._head_of(id)
+            if table is not None and head.is_encrypted:
+                self._tunnels.require_keys()
             state = network_state(
                 head,
                 table,
@@ -428,9 +430,10 @@ class Overlays:
 
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
+        in_use = self._reconcilers.keys() | self._tables.keys() | self._endpoints.keys()
         for id in self._pins.pinned():
             if (
-                id not in self._reconcilers
+                id not in in_use  # without a reconciler: it could not be settled yet
                 and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked()
             ):
                 log.info("namespace of a network that is gone removed", network=id)

@@ -5,16 +5,16 @@ its own (``plan/rotation.py``).  Peers that have only the older key go on with i
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import structlog
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from skep.aio.failures import log_error
+from skep.aio.trees import discard_tree_now
 from skep.dataplane.plan.wireguard import KeyPair
-from skep.linux.files import replace_file
-
-log = structlog.get_logger()
+from skep.linux.files import is_no_file, replace_file
 
 
 def new_private_key() -> bytes:
@@ -26,18 +26,31 @@ def new_private_key() -> bytes:
 
 
 def load(path: Path) -> tuple[KeyPair, ...]:
-    """What an earlier node process of this boot left; empty: there is none, or it cannot be read."""
+    """What an earlier node process of this boot left; empty: there is none.
+
+    A file that is no list of key pairs is kept beside it (``.damaged``), and counts as none.
+    Raises: OSError: it cannot be read now.
+    """
     try:
         pairs = msgspec.msgpack.decode(path.read_bytes(), type=tuple[KeyPair, ...])
+        if len({pair.slot for pair in pairs}) < len(pairs) or not all(map(_is_valid, pairs)):
+            raise msgspec.ValidationError("no key pairs of two slots")
     except FileNotFoundError:
         return ()
-    except (OSError, msgspec.DecodeError) as error:
-        log.warning("wireguard keys not read, new ones are made", error=str(error))
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
+        aside = path.with_name(path.name + ".damaged")
+        log_error(error, "wireguard keys damaged, new ones are made", file=str(path), kept_as=str(aside))
+        with suppress(OSError):
+            discard_tree_now(aside)
+            path.rename(aside)
         return ()
-    is_valid = len({pair.slot for pair in pairs}) == len(pairs) and all(
-        len(pair.private) == 32 and pair.slot in (0, 1) for pair in pairs
-    )
-    return pairs if is_valid else ()
+    return pairs
+
+
+def _is_valid(pair: KeyPair) -> bool:
+    return len(pair.private) == 32 and pair.slot in (0, 1)
 
 
 def save(path: Path, pairs: Sequence[KeyPair]) -> None:

@@ -17,6 +17,7 @@ import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
+from skep.aio.failures import describe_error, log_error
 from skep.aio.race import is_set_within
 from skep.dataplane.netns import pinned
 from skep.dataplane.netns.namespaces import Namespaces
@@ -53,7 +54,7 @@ from skep.dataplane.plan.wireguard import (
 from skep.dataplane.wireguard import keys
 from skep.dataplane.wireguard.devices import Devices, KernelDevices, UserSpaceDevices
 from skep.dataplane.wireguard.methods import Refusal
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.model.ids import NetworkId, NodeId
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.model.tables import NetworkHead, Table
@@ -150,6 +151,9 @@ class Tunnels:
         self._tables: tuple[Table, ...] | None = None
         self._underlay = Underlay("")
         self._pairs: tuple[KeyPair, ...] = ()
+        self._unread = ""
+        """Why the keys of an earlier process cannot be read now: until they are, no key is used, and none made."""
+        self._are_saved = True
         self._plan = Plan()
         self._handshakes: Mapping[Session, Handshake] | None = None
         """None: the devices were not read yet."""
@@ -173,14 +177,24 @@ class Tunnels:
     # --- for the node's description ---------------------------------------------------------------------------
 
     def labels(self) -> Mapping[str, str]:
-        """Engine labels: how this node encrypts, and its public keys.  Empty: it does not."""
+        """Engine labels: how this node encrypts, and its public keys.  Empty: it does not.
+
+        Raises: Unavailable: its keys cannot be read, and it is not known yet which ones its peers have.
+        """
         method = self._options.method
         if isinstance(method, Refusal):
             return {}
-        published = (
-            PublicKey(pair.public, own_port(pair.slot, self._vxlan_port, self._options.port))
-            for pair in self._own_keys()
-        )
+        try:
+            published = tuple(
+                PublicKey(pair.public, own_port(pair.slot, self._vxlan_port, self._options.port))
+                for pair in self._own_keys()
+            )
+        except Unavailable:
+            if self._tables is None:
+                raise
+            # Its peers go on with those: without any they would end the tunnels, which work.
+            own = (table.nodes[self._node] for table in self._tables if self._node in table.nodes)
+            published = next((node.wireguard_keys for node in own), ())
         return {ENCRYPTION_LABEL: method.value, PUBLIC_KEYS_LABEL: public_keys_label(published)}
 
     # --- for the overlays -------------------------------------------------------------------------------------
@@ -194,7 +208,8 @@ class Tunnels:
     async def apply(self, node: NodeId, tables: Iterable[Table], underlay: Underlay) -> None:
         """Carry the encrypted ones of ``tables`` from now on.
 
-        ``underlay``: of this node, as its device is.  When this returns, their VXLANs can be made.  Raises: OSError.
+        ``underlay``: of this node, as its device is.  When this returns, their VXLANs can be made.
+        Raises: OSError; Unavailable: see ``require_keys``.
         """
         self._node, self._underlay = node, underlay
         every = tuple(tables)
@@ -202,10 +217,17 @@ class Tunnels:
         self._tables = tuple(table for table in every if table.head.is_encrypted)
         carried = {table.head.id for table in self._tables}
         self._tunnelled = {id: one for id, one in self._tunnelled.items() if id in carried}
-        if self._tables and not isinstance(self._options.method, Refusal):
-            await self._open()
-        self._decide()
-        self._changed.set()
+        try:
+            if self._tables and not isinstance(self._options.method, Refusal):
+                await self._open()
+            self._decide()
+        finally:
+            self._changed.set()
+
+    def require_keys(self) -> None:
+        """Raises: Unavailable: the keys cannot be read, so that no peer is known; what is in force has to stay."""
+        if self._unread:
+            raise Unavailable(self._unread)
 
     def table(self, table: Table) -> Table:
         """An encrypted network's, as its VXLANs need it."""
@@ -292,7 +314,7 @@ class Tunnels:
         self._say(unreachable(self._plan))
 
     def _decide(self) -> None:
-        """Plan and choice from what is known by now."""
+        """Plan and choice from what is known by now.  Raises: Unavailable: see ``require_keys``."""
         if isinstance(self._options.method, Refusal):
             return
         pairs = self._own_keys()
@@ -300,8 +322,8 @@ class Tunnels:
         self._choice = chosen(self._plan, self._handshakes or ())
 
     def _own_keys(self) -> tuple[KeyPair, ...]:
-        """As they are due now."""
-        pairs, now = self._pairs or keys.load(self._keys_path), self._clock.monotonic()
+        """As they are due now.  Raises: Unavailable: see ``require_keys``."""
+        pairs, now = self._pairs or self._loaded(), self._clock.monotonic()
         if self._handshakes is not None or self._tables == ():
             self._overlap = observed(self._overlap, pairs, self._plan.peers, self._handshakes or {}, now)
         self._keep(
@@ -316,14 +338,28 @@ class Tunnels:
         )
         return self._pairs
 
+    def _loaded(self) -> tuple[KeyPair, ...]:
+        """Those of an earlier process.  New ones would end the tunnels with every other node."""
+        try:
+            pairs = keys.load(self._keys_path)
+        except OSError as error:
+            self._unread = f"this node's WireGuard keys cannot be read: {describe_error(error)}"
+            self._say(self._unread)
+            raise Unavailable(self._unread) from error
+        self._unread = ""
+        return pairs
+
     def _keep(self, pairs: tuple[KeyPair, ...]) -> None:
-        if pairs == self._pairs:
+        if pairs == self._pairs and self._are_saved:
             return
         try:
             keys.save(self._keys_path, pairs)
-        except OSError as error:  # the next node process makes a new one
-            log.warning("wireguard keys not kept", error=str(error))
-        if self._pairs:
+            self._are_saved = True
+        except OSError as error:  # until they are saved the next node process would make others
+            if self._are_saved:
+                log_error(error, "wireguard keys not saved, trying again")
+            self._are_saved = False
+        if self._pairs and pairs != self._pairs:
             log.info("wireguard key rotated", keys=len(pairs))
         self._pairs = pairs
 

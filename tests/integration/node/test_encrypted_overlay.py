@@ -4,6 +4,8 @@ The sniff test: the underlay is captured while one container sends a text to ano
 """
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,9 +17,11 @@ import pytest
 from skep.dataplane.netns.namespaces import inside
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.rotation import Limits
-from skep.dataplane.plan.wireguard import device_name
+from skep.dataplane.plan.wireguard import KeyPair, device_name
+from skep.dataplane.wireguard import keys as wireguard_keys
 from skep.dataplane.wireguard.devices import SOCKETS
 from skep.dataplane.wireguard.tunnels import Options
+from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.model.wireguard import Method
@@ -305,7 +309,14 @@ async def test_a_node_that_is_gone_from_the_tables_is_no_peer_at_once(tmp_path: 
 
 
 async def test_a_node_process_that_follows_goes_on_with_keys_and_sessions(tmp_path: Path) -> None:
-    """The first node's process ends, as by an orderly stop; its tunnels go on, and the next one changes nothing."""
+    """The first node's process ends, as by an orderly stop; its tunnels go on, and the next one changes nothing.
+
+    Not even while it cannot read the keys.
+    """
+
+    def unreadable(_: Path) -> tuple[KeyPair, ...]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
     async with secure_lab(tmp_path, 2) as secure:
         lab, networks = secure.lab, secure.networks
         one = await lab.nodes[0].attach(networks[0], place(SECURE_TWO, f"{ADDRESSES[0]}/24"))
@@ -321,8 +332,14 @@ async def test_a_node_process_that_follows_goes_on_with_keys_and_sessions(tmp_pa
             await secure.stop(0)
             await pings.wait_arrived(50)
             async with lab.nodes[0].running() as network:
-                assert lab.nodes[0].public_keys() == keys
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(wireguard_keys, "load", unreadable)
+                    with pytest.raises(SkepError, match="WireGuard keys cannot be read: Too many open files"):
+                        await network.overlays.apply(lab.id_of(network), lab.tables, frozenset(lab.tables))
+                    assert lab.nodes[0].public_keys() == keys
+                    await pings.wait_arrived(50)
                 await network.overlays.apply(lab.id_of(network), lab.tables, frozenset(lab.tables))
+                assert lab.nodes[0].public_keys() == keys
                 await pings.wait_arrived(300)
         assert pings.sent == len(pings.arrived)
         assert secure.processes["n1", 0].process is process, "it was not started anew"

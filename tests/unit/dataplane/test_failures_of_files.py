@@ -3,7 +3,8 @@
 import asyncio
 import errno
 import os
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 from random import Random
@@ -20,17 +21,24 @@ from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import LocalNetwork
 from skep.dataplane.netns import namespaces
 from skep.dataplane.netns.namespaces import Namespaces
+from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.ports import Reservations, reopened
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
-from skep.errors import SkepError
+from skep.dataplane.wireguard import keys
+from skep.dataplane.wireguard.tunnels import Options, Tunnels
+from skep.errors import SkepError, Unavailable
 from skep.linux.mounting import mount_targets
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
 from skep.model.sandbox import EndpointRequest, SandboxConfig
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint
 from skep.model.times import Timestamp
+from skep.model.wireguard import Method, published_keys
+from skep.paths import Paths
 from tests.support.file_faults import Faults, walk
 from tests.support.oci_rig import QuickClock
+from tests.support.wireguard import a_pair, a_secure_table
 
 NETWORK = LocalNetwork(
     id="a" * 64,
@@ -282,3 +290,65 @@ async def test_a_setting_that_the_kernel_refuses_leaves_no_namespace(
     assert spaces.pinned() == []
     assert not [point for point in mount_targets() if point.startswith(str(tmp_path))]
     spaces.close()
+
+
+# --- keys of encrypted networks -----------------------------------------------------------------------------------
+
+KEPT_PAIR = a_pair(1)
+ENCRYPTED = a_secure_table({"n1": (KEPT_PAIR,), "n2": (a_pair(2),)})
+
+
+@asynccontextmanager
+async def a_nodes_tunnels(place: Path) -> AsyncIterator[Tunnels]:
+    """Of node n1, in a process of its own."""
+    paths = Paths(place / "data", place / "run")
+    options = Options(method=Method.USER_SPACE, since_boot=lambda: 1.0)
+    pins, spaces = Namespaces(paths.tunnels), Namespaces(paths.netns)
+    try:
+        yield Tunnels(paths, spaces, options, Repairs(), QuickClock())
+    finally:
+        for name in pins.pinned():
+            await pins.destroy(name)
+        pins.close()
+        spaces.close()
+
+
+def keys_of(tunnels: Tunnels) -> list[bytes]:
+    return [one.key for one in published_keys(tunnels.labels())]
+
+
+@pytest.mark.needs("root")
+async def test_a_node_that_cannot_read_its_keys_publishes_no_others(tmp_path: Path) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        async with a_nodes_tunnels(place) as tunnels:
+            with suppress(Unavailable):  # its peers are not known yet
+                assert keys_of(tunnels) == [KEPT_PAIR.public]
+            with suppress(SkepError, OSError):
+                await tunnels.apply(NodeId("n1"), [ENCRYPTED], Underlay("192.0.2.1"))
+            assert keys_of(tunnels) == [KEPT_PAIR.public]
+            faults.end()
+            await tunnels.apply(NodeId("n1"), [ENCRYPTED], Underlay("192.0.2.1"))
+            tunnels.require_keys()
+            assert keys_of(tunnels) == [KEPT_PAIR.public]
+            assert tunnels.address_of(NodeId("n2"))
+        assert keys.load(place / "run/wireguard.keys") == (KEPT_PAIR,)
+
+    (tmp_path / "template/run").mkdir(parents=True)
+    keys.save(tmp_path / "template/run/wireguard.keys", (KEPT_PAIR,))
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template", count=3) > 5
+
+
+async def test_keys_that_could_not_be_saved_are_saved_later(tmp_path: Path) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        found: list[bytes] = []
+        async with a_nodes_tunnels(place) as tunnels:
+            with suppress(Unavailable):
+                found = keys_of(tunnels)
+            faults.end()
+            assert keys_of(tunnels) == (found or keys_of(tunnels))
+            found = keys_of(tunnels)
+        async with a_nodes_tunnels(place) as tunnels:
+            assert keys_of(tunnels) == found
+
+    (tmp_path / "template/run").mkdir(parents=True)
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template") > 4

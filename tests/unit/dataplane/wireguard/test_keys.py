@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import msgspec
+
 from skep.dataplane.plan.wireguard import KeyPair
 from skep.dataplane.wireguard.keys import load, new_private_key, save
 from tests.support.wireguard import a_pair
@@ -15,16 +17,19 @@ def test_a_private_key_is_clamped_and_its_public_key_has_32_bytes() -> None:
     assert private != new_private_key()
 
 
-def test_the_file_is_readable_by_root_alone_and_a_damaged_one_counts_as_none(tmp_path: Path) -> None:
+def test_the_file_is_readable_by_root_alone_and_a_damaged_one_is_kept_aside(tmp_path: Path) -> None:
     path = tmp_path / "wireguard.keys"
     assert load(path) == ()
     pairs = (a_pair(1), a_pair(2, slot=1))
     save(path, pairs)
     assert path.stat().st_mode & 0o777 == 0o600
     assert load(path) == pairs
-    for damaged in (b"", b"\x00", path.read_bytes()[:-5]):
+    whole = path.read_bytes()
+    for damaged in (b"", b"\x00", whole[:-5], msgspec.msgpack.encode((pairs[0], pairs[0]))):
         path.write_bytes(damaged)
         assert load(path) == ()
+        assert (tmp_path / "wireguard.keys.damaged").read_bytes() == damaged
+        assert not path.exists()
 
 
 def test_no_private_key_is_shown() -> None:
