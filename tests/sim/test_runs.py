@@ -53,6 +53,7 @@ FAILED_ONCE = (
     5029423,  # the same, and its node was back before its successor ran
     5028229,  # a session began at a manager that had lost contact while it was written, and never ended
     5028640,  # no decision followed when new tasks were refused what tasks that never came to run held
+    5026561,  # a slot that was given up was filled by a rollback to the same spec without the restart delay
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

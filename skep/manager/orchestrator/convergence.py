@@ -13,7 +13,7 @@ from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.converged import converged_slots
-from skep.manager.orchestrator.restart import restart_steps, start_steps
+from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot
 from skep.manager.orchestrator.update import is_outdated, update_steps
@@ -50,6 +50,7 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
         case "replicated-job" | "global-job":
             return jobs.next_steps(situation)
     yield
+    steps = [_refilled(step, slots, situation) for step in steps]
     changed = set(map(_slot_of, steps))
     kept = {key: slot for key, slot in slots.items() if key not in changed}
     yield
@@ -68,6 +69,12 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
         if number % STEP == 0:
             yield
     return steps
+
+
+def _refilled(step: Step, slots: Mapping[Any, Slot], situation: Situation) -> Step:
+    if not isinstance(step, FillSlot):
+        return step
+    return refill(step, slots.get(step.slot or step.node_id, ()), situation)
 
 
 def _slots(situation: Situation) -> SlicedWork[tuple[dict[int, Slot], Collection[int]]]:

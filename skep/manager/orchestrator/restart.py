@@ -20,6 +20,8 @@ Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrat
 from collections.abc import Iterator
 from math import inf
 
+from msgspec.structs import replace
+
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.observed_times import ObservedTimes
@@ -144,6 +146,26 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     delay = task.restart.delay if task.restart is not None else 0
     starts_at = situation.seen.created(task) + delay / SECOND_NS
     return max([starts_at, *(_stopped_at(other, situation) for other in _still_stopping(slot, situation))])
+
+
+def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
+    """``fill``, which a rollback makes where a slot was given up: what is left of the restart delay holds.
+
+    SwarmKit creates such a task without a delay, again and again if it fails at once.
+    """
+    past = history(slot)
+    if (
+        not past
+        or past[-1].status.state not in ENDED_BY_ITSELF
+        or should_restart(past[-1], slot, situation.seen)
+    ):
+        return fill
+    successor = _successor(past[-1], slot, situation)
+    ended_at = situation.seen.ended(past[-1])
+    waited_s = situation.now - ended_at if ended_at is not None else 0.0
+    if (left_s := successor.delay_s - waited_s) > 0:
+        return replace(successor, delay_s=left_s)
+    return replace(fill, failures=successor.failures)
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:

@@ -11,7 +11,7 @@ from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, Re
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.ids import NodeId
 from skep.model.node import Availability, NodeState
-from skep.model.service import RestartCondition, RestartPolicy
+from skep.model.service import RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, timestamp, unix_ns
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -144,6 +144,49 @@ def test_attempts_are_counted_per_slot_and_end_at_the_maximum() -> None:
         world.settle()
     assert len(world.tasks) == 2 + 2
     assert [task.slot for task in wanted(world)] == [2]
+
+
+def given_up(policy: RestartPolicy) -> World:
+    """A slot whose second task has failed, too; one restart is allowed."""
+    world = a_world(replace(policy, max_attempts=1))
+    for _ in range(2):
+        (task,) = wanted(world)
+        world.report(task.id, TaskState.FAILED)
+        world.apply(world.changes())
+        world.now += 3.0
+        world.apply(world.changes())
+    assert wanted(world) == []
+    return world
+
+
+def roll_back(world: World) -> Task:
+    """The task that fills the slot again."""
+    rolling_back = UpdateStatus(state=UpdateState.ROLLBACK_STARTED)
+    world.service = replace(world.service, update_status=rolling_back)
+    world.apply([one for one in world.changes() if isinstance(one, FillSlot)])
+    (task,) = wanted(world)
+    return task
+
+
+def test_a_slot_that_was_given_up_and_is_filled_by_a_rollback_waits_for_the_rest_of_the_delay() -> None:
+    world = given_up(RestartPolicy(delay=5 * SECOND_NS))
+    assert world.steps() == []
+    task = roll_back(world)
+    assert task.desired_state is READY
+    assert Recheck(world.now + 2.0) in world.steps()
+    world.now += 2.0
+    assert StartTask(task) in world.steps()
+
+
+def test_a_rollback_fills_a_slot_at_once_where_the_delay_is_over() -> None:
+    task = roll_back(given_up(RestartPolicy(delay=2 * SECOND_NS)))
+    assert task.desired_state is RUNNING
+
+
+def test_a_rollback_to_another_spec_does_not_wait() -> None:
+    world = given_up(RestartPolicy(delay=60 * SECOND_NS))
+    world.update(a_service_spec(image="other:1"))
+    assert roll_back(world).desired_state is RUNNING
 
 
 def test_a_new_spec_starts_with_a_full_number_of_attempts() -> None:
