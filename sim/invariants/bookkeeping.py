@@ -15,9 +15,8 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.failures import Failures
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.orchestrator.loop import Orchestrator
-from skep.manager.scheduler.accounting import Accounting, holds_resources
+from skep.manager.scheduler.accounting import Accounting, holds_resources, usage_in
 from skep.manager.scheduler.loop import Scheduler
-from skep.manager.scheduler.requirements import host_ports
 from skep.manager.scheduler.writes import is_pending
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import NodeId
@@ -26,7 +25,6 @@ from skep.model.service import Service
 from skep.model.task import Task
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import View
-from skep.store.kinds import spec_of
 
 STREAMS_MAX = 5
 """Streams of one session: its messages, its assignments, and those of tables, keys and probes."""
@@ -123,7 +121,7 @@ def _accounted(view: View) -> Accounting:
         fresh.set_node(node)
     for task in view.find(Task):
         if holds_resources(task):
-            fresh.add(task, host_ports(spec_of(view, task) if task.spec_version is not None else None))
+            fresh.reserve(task.id, task.node_id, usage_in(view, task))
     return fresh
 
 
@@ -136,6 +134,7 @@ def _placed(accounting: Accounting) -> Mapping[str, object]:
                 account.active,
                 account.load,
                 +account.host_ports,
+                account.unknown,
                 account.node.spec,
                 account.node.status.state,
             )

@@ -24,6 +24,9 @@ GOSSIP_KEYS_ID = "gossip-keys"
 USERS_ROOT_ID = "users-root-ca"
 """Id of the payload that holds key and root (PEM) of the authority of users' certificates."""
 
+UNKNOWN_SPEC = "the spec that it was made from cannot be read on the manager that leads"
+"""Why a task waits for which ``has_unknown_spec`` holds."""
+
 UNLOCK_KEY_ID = "unlock-key"
 """Id of the payload that holds the unlock key of managers; exists exactly while autolock is on."""
 
@@ -134,6 +137,14 @@ def present_spec(service: Service | None, task: Task) -> ServiceSpec | None:
     if service is None or service.spec_version != task.spec_version:
         return None
     return service.spec
+
+
+def has_unknown_spec(view: View, task: Task) -> bool:
+    """Whether what ``task`` was made from is kept and cannot be read, nor is it the present spec of its service.
+
+    The spec that the task shows is then empty, and says nothing of what it needs and holds.
+    """
+    return has_unreadable_spec(view, task) and spec_of(view, task) is None
 
 
 def has_unreadable_spec(view: View, task: Task) -> bool:

@@ -5,6 +5,7 @@ publishes the events.
 """
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -14,6 +15,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument, Unavailable
+from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.store import keys
@@ -161,6 +163,9 @@ class State:
         """Copy what cannot be read here from ``before``, the state that this one replaces, as far as it has that."""
         for table, old in zip(self.tables, before.tables, strict=True):
             table.keep_unreadable(old)
+        versions = self.table_by_type[SpecVersion]
+        kept = {id for id in versions.unreadable if id in versions.objects}
+        deque(self._refilled(kept, ()), maxlen=0)  # the difference between the states has the events
 
     def _merged(self, by_kind: dict[str, dict[str, dict[str, KeyChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
@@ -173,8 +178,23 @@ class State:
                 if kind is SpecVersion and not isinstance(event, Updated):
                     specs.add(id)
                 yield event
+                if isinstance(event, Updated) and isinstance(event.old, Service):
+                    assert isinstance(event.new, Service)
+                    yield from self._last_spec(event.old, event.new.spec_version)
         if specs:
             yield from self._refilled(specs, by_kind.get("task", {}).keys())
+
+    def _last_spec(self, service: Service, present: Version | None) -> Iterable[Event]:
+        """``service`` has another version of its spec now: the last one is known by it, if it cannot be read."""
+        versions, last = self.table_by_type[SpecVersion], service.spec_version
+        if not versions.unreadable or last is None or last == present:
+            return
+        id = spec_version_id(service.id, last)
+        if id in versions.unreadable and id not in versions.objects:
+            kept = SpecVersion(id=id, service_id=service.id, index=last.index, spec=service.spec)
+            event = versions.store(id, None, kept)
+            if event is not None:
+                yield event
 
     def _refilled(self, spec_ids: set[str], done: Collection[str]) -> Iterable[Event]:
         """Events of tasks whose spec version was stored after them, or was removed."""

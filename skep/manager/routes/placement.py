@@ -22,7 +22,6 @@ from skep.model.service import REPLICAS_MAX, NetworkAttachmentConfig, ServiceSpe
 from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import View
-from skep.store.kinds import spec_of
 from skep.store.updates import batched
 
 routes = Routes()
@@ -113,6 +112,6 @@ async def accounting_of(view: View) -> Accounting:
         await asyncio.sleep(0)
     for some_tasks in batched(view.find(Task), _PIECE):
         for one in some_tasks:
-            reserve_for(accounting, one, spec_of(view, one))
+            reserve_for(accounting, one, view)
         await asyncio.sleep(0)
     return accounting

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.manager.resources import GenericStock, reservations_of
 from skep.manager.scheduler.load import MeanLoad
@@ -24,7 +25,7 @@ from skep.model.task import Task, TaskState
 from skep.model.used_ports import used_ports_of
 from skep.model.volume import Volume
 from skep.store.interface import View
-from skep.store.kinds import spec_of
+from skep.store.kinds import has_unknown_spec, spec_of
 
 _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 _NO_COPIES: Counter[NodeId] = Counter()
@@ -48,6 +49,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Whether it counts as a task of its service on this node; a task that is being stopped does not."""
     volumes: tuple[VolumeUse, ...] = ()
     """Its cluster volumes."""
+    is_unknown: bool = False
+    """Whether its spec cannot be read: it may have any ports and resources."""
 
 
 class Account:
@@ -59,6 +62,8 @@ class Account:
         """All cluster volumes, shared by the accounts."""
         self.active = 0
         """Wanted tasks on the node, of all services."""
+        self.unknown = 0
+        """Tasks on the node whose usage is not known."""
         self.load = 0.0
         """The measured load, as a share of the node; for a node that does not report it, the mean of those that do."""
         self.changes = 0
@@ -85,6 +90,7 @@ class Account:
         if usage.host_ports:
             self.host_ports.update(usage.host_ports)
         self.active += usage.is_active
+        self.unknown += usage.is_unknown
         self.changes += 1
 
     def add_all(self, usages: Iterable[Usage]) -> None:
@@ -94,6 +100,7 @@ class Account:
             nano_cpus += usage.nano_cpus
             memory_bytes += usage.memory_bytes
             active += usage.is_active
+            self.unknown += usage.is_unknown
             if usage.generic:
                 self.generic.take(usage.generic)
             if usage.host_ports:
@@ -110,6 +117,7 @@ class Account:
         if usage.host_ports:
             self.host_ports.subtract(usage.host_ports)
         self.active -= usage.is_active
+        self.unknown -= usage.is_unknown
         self.changes += 1
 
     def _take(self, usage: Usage) -> None:
@@ -323,14 +331,20 @@ class Usages:
         """The usage of ``task``."""
         version = task.spec_version
         if version is None or task.generic_resources or task.volumes:
-            return usage_of(task, host_ports(spec_of(view, task)))
+            return usage_in(view, task)
         key = task.service_id, version.index, task.desired_state.number
         known = self._cached.get(key)
         if known is None or known[0] is not task.spec:
             if len(self._cached) >= USAGES_MAX:
                 self._cached.clear()
-            known = self._cached[key] = task.spec, usage_of(task, host_ports(spec_of(view, task)))
+            known = self._cached[key] = task.spec, usage_in(view, task)
         return known[1]
+
+
+def usage_in(view: View, task: Task) -> Usage:
+    """The usage of a task as ``view`` shows it."""
+    usage = usage_of(task, host_ports(spec_of(view, task)))
+    return replace(usage, is_unknown=True) if has_unknown_spec(view, task) else usage
 
 
 def usage_of(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:

@@ -85,6 +85,12 @@ def ports(requirements: Requirements, account: Account, copies: int) -> str:
     return f"host-mode port already in use: {', '.join(taken)}"
 
 
+def unknown(requirements: Requirements, account: Account, copies: int) -> str:
+    """How many of the node's tasks may have what the task needs."""
+    tasks = "1 task" if account.unknown == 1 else f"{account.unknown} tasks"
+    return f"what {tasks} of the node reserve cannot be read: they may have the ports and resources it needs"
+
+
 def replicas(requirements: Requirements, account: Account, copies: int) -> str:
     """How many tasks of the service the node has."""
     return f"max replicas per node: {copies} of {requirements.max_replicas} are there"

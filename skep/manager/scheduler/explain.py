@@ -4,13 +4,13 @@ The loop counts refusals by filter, which is cheap enough for every decision; th
 on request.  It needs only a view, so every manager can serve the request.
 """
 
-from skep.manager.scheduler.accounting import Account, Accounting, holds_resources
+from skep.manager.scheduler.accounting import Account, Accounting, holds_resources, usage_in
 from skep.manager.scheduler.filters import filters_for
-from skep.manager.scheduler.requirements import Requirements, host_ports
+from skep.manager.scheduler.requirements import Requirements
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
-from skep.model.service import ServiceSpec
 from skep.model.task import Task
+from skep.store.interface import View
 
 
 class NodeVerdict(ApiObject):
@@ -32,7 +32,7 @@ def verdict(requirements: Requirements, account: Account, copies: int) -> NodeVe
     return NodeVerdict(node_id=node.id, hostname=node.description.hostname, refusals=refusals)
 
 
-def reserve_for(accounting: Accounting, task: Task, spec: ServiceSpec | None) -> None:
-    """Reserve what ``task``, which was made from ``spec``, has."""
+def reserve_for(accounting: Accounting, task: Task, view: View) -> None:
+    """Reserve what ``task`` has."""
     if holds_resources(task):
-        accounting.add(task, host_ports(spec))
+        accounting.reserve(task.id, task.node_id, usage_in(view, task))

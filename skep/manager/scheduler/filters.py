@@ -53,6 +53,10 @@ def _has_resources(requirements: Requirements, account: Account, copies: int) ->
     )
 
 
+def _is_known(requirements: Requirements, account: Account, copies: int) -> bool:
+    return not account.unknown
+
+
 def _has_plugins(requirements: Requirements, account: Account, copies: int) -> bool:
     plugins = account.node.description.engine.plugins
     return all(_has_plugin(type, name, plugins) for type, name in requirements.plugins)
@@ -196,6 +200,15 @@ FILTERS = (
         _has_ports,
         "host-mode port already in use on {nodes}",
         details.ports,
+    ),
+    # Not SwarmKit's, which does not serve with damage (decision 21).
+    Filter(
+        lambda requirements: bool(
+            requirements.nano_cpus or requirements.memory_bytes or requirements.host_ports
+        ),
+        _is_known,
+        "specs of tasks cannot be read on {nodes}",
+        details.unknown,
     ),
     Filter(
         lambda requirements: bool(requirements.max_replicas),

@@ -37,6 +37,7 @@ from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
+from skep.store.kinds import UNKNOWN_SPEC, has_unknown_spec
 from skep.store.updates import batched
 
 Group: TypeAlias = str
@@ -165,13 +166,14 @@ class Scheduler:
             return False
         if _has_failed(old, task):
             self._accounting.record_failure(task, self._clock.monotonic())
-        return self._update_task(task.id)
+        return self._update_task(task.id) or task.spec is not old.spec
 
     def _is_accounted(self, old: Task, task: Task) -> bool:
         """Whether the accounting has it already: most commits are reports of running tasks."""
         return (
             task.id not in self._group_of
             and task.desired_state is old.desired_state
+            and task.spec is old.spec
             and holds_resources(task)
             and self._accounting.node_of(task.id) == task.node_id
         )
@@ -270,7 +272,10 @@ class Scheduler:
             await self._flush()
 
     def _without_waiting(self, groups: Sequence[Group], now: float) -> tuple[list[Group], list[Refusal]]:
-        """The groups that wait for no service, and the tasks of the others with what they wait for."""
+        """The groups that wait for nothing, and the tasks of the others with what they wait for.
+
+        That is another service, or a spec: without it a task would go to any node, with nothing reserved.
+        """
         ready: list[Group] = []
         refusals: list[Refusal] = []
         view = self._term.view()
@@ -278,6 +283,10 @@ class Scheduler:
         for group in groups:
             waiting = None
             tasks = self._tasks_of(group, 1)
+            if tasks and has_unknown_spec(view, tasks[0]):
+                self._refused.add(group)
+                refusals += _refusals(self._tasks_of(group), UNKNOWN_SPEC)
+                continue
             with self._accounting_failures.caught(f"dependencies of {group}"):
                 waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
             if waiting is None:

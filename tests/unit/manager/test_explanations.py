@@ -14,6 +14,7 @@ from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, Resources, S
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd, signal_of
 from skep.model.times import timestamp
+from skep.store.state import State
 from tests.support.builders import a_node, a_service, a_task
 
 
@@ -22,7 +23,7 @@ def verdicts(task: Task, *nodes: Node, others: tuple[Task, ...] = ()) -> list[No
     for node in nodes:
         books.set_node(node)
     for other in others:
-        reserve_for(books, other, None)
+        reserve_for(books, other, State())
     requested = requirements_of(task, None)
     return [
         verdict(requested, account, books.copies(task.service_id)[id])

@@ -9,12 +9,12 @@ from msgspec.structs import replace
 
 from skep.model.meta import Version
 from skep.model.node import Node, NodeSession
-from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.service import Service, TaskSpec, UpdateState, UpdateStatus
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.store.codec import PartCodec
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.keys import object_key
-from skep.store.kinds import SpecVersion, has_unreadable_spec, spec_of
+from skep.store.kinds import SpecVersion, has_unknown_spec, has_unreadable_spec, spec_of
 from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange, Table
@@ -210,6 +210,43 @@ def test_the_present_spec_of_a_service_stands_for_its_version_that_cannot_be_rea
     assert spec_of(state, present) == service.spec
     assert has_unreadable_spec(state, earlier)
     assert spec_of(state, earlier) is None
+
+
+def with_an_unreadable_present_version() -> tuple[Service, Task, State]:
+    service = a_service("web", version=4)
+    task = a_task("t1", service=service)
+    state = State()
+    state.apply(1, changes_of(service))
+    damaged = KeyChange("o/spec/web/4", b"", 2, 2, damage="rotten")
+    state.apply(2, [damaged, *changes_of(replace(task, spec=TaskSpec()), revision=2)])
+    return service, task, state
+
+
+def test_what_stood_for_a_version_that_cannot_be_read_is_kept_when_the_service_has_another():
+    service, task, state = with_an_unreadable_present_version()
+    state.apply(3, changes_of(a_service("web", image="other:2", version=5), revision=3))
+    found = state.get(Task, task.id)
+    assert found.spec == service.spec.task_template
+    assert spec_of(state, found) == service.spec
+    assert has_unreadable_spec(state, found)
+    assert not has_unknown_spec(state, found)
+    state.apply(4, [KeyChange("o/spec/web/4", None, 4)])
+    assert spec_of(state, state.get(Task, task.id)) is None
+
+
+def test_a_version_that_cannot_be_read_any_more_fills_in_the_tasks_of_a_state_loaded_anew():
+    service, task, _ = with_an_unreadable_present_version()
+    version = SpecVersion(id="web/4", service_id="web", index=4, spec=service.spec)
+    before, after = State(), State()
+    other = a_service("web", image="other:2", version=5)
+    bare = replace(task, spec=TaskSpec())
+    before.apply(1, changes_of(other, version, bare))
+    damaged = KeyChange("o/spec/web/4", b"", 2, 2, damage="rotten")
+    after.apply(2, [damaged, *changes_of(other, bare, revision=2)])
+    assert has_unknown_spec(after, after.get(Task, task.id))
+    after.keep_unreadable(before)
+    assert after.get(Task, task.id) == before.get(Task, task.id)
+    assert after.get(Task, task.id).spec == service.spec.task_template
 
 
 @given(st.lists(tasks, max_size=3), st.lists(tasks, max_size=3))
