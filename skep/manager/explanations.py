@@ -159,10 +159,9 @@ def summary(task: Task, node: Node | None) -> str:
     status, where = task.status, _hostname(node, task)
     match status.state:
         case TaskState.NEW:
-            return status.err or "it waits for its networks and ports"
+            return _waiting(task) or "it waits for its networks and ports"
         case TaskState.PENDING:
-            is_held = status.err.startswith(WAITS_FOR)
-            return f"it {status.err}" if is_held else status.err or "it waits for a node"
+            return _waiting(task) or "it waits for a node"
         case TaskState.ASSIGNED:
             return f"{where} has not taken it yet"
         case TaskState.ACCEPTED | TaskState.PREPARING:
@@ -221,9 +220,13 @@ def _ending(task: Task) -> str:
     return f"its process ended with code {code}" + (f" ({name})" if name else "") + _because(task.status.err)
 
 
+def _waiting(task: Task) -> str:
+    return f"it {task.status.err}" if task.status.err.startswith(WAITS_FOR) else task.status.err
+
+
 def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
     if task.status.err.startswith(WAITS_FOR):
-        return f"it {task.status.err}"
+        return _waiting(task)
     willing = sum(not one.refusals for one in verdicts)
     if willing:
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"

@@ -3,6 +3,7 @@
 import msgspec
 from msgspec.structs import replace
 
+from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
 from skep.model.meta import Version
@@ -24,7 +25,7 @@ GOSSIP_KEYS_ID = "gossip-keys"
 USERS_ROOT_ID = "users-root-ca"
 """Id of the payload that holds key and root (PEM) of the authority of users' certificates."""
 
-UNKNOWN_SPEC = "the spec that it was made from cannot be read on the manager that leads"
+UNKNOWN_SPEC = f"{WAITS_FOR}the spec that it was made from, which cannot be read on the manager that leads"
 """Why a task waits for which ``has_unknown_spec`` holds."""
 
 UNLOCK_KEY_ID = "unlock-key"

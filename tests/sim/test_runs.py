@@ -56,6 +56,8 @@ FAILED_ONCE = (
     5026561,  # a slot that was given up was filled by a rollback to the same spec without the restart delay
     5028419,  # a leader that could not read an earlier version of a spec took the host ports of its tasks for free
     5030292,  # a task whose spec the leader could not read was placed as if it needed nothing
+    5026345,  # a leader that could not read the addresses of a task gave one to another task
+    5028514,  # the same, with one manager
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

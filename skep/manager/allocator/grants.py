@@ -89,6 +89,8 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
                 tx.put(replace(task, status=status, networks_attachments=attachments))
         case Explain(wanted_task, reason):
             task, reason = tx.lookup(Task, wanted_task.id), reason[:ERROR_CHARACTERS_MAX]
+            if "status" in tx.damaged(Task).get(wanted_task.id, ()):
+                return  # it counts as NEW and may be PENDING: a state never goes back
             if task is not None and task.status.state is TaskState.NEW and task.status.err != reason:
                 tx.put(replace(task, status=replace(task.status, timestamp=now, err=reason)))
         case _:

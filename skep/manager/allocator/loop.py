@@ -1,7 +1,6 @@
 """The allocator's loop: allocates subnets of networks and endpoints of services, then sets tasks to PENDING."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from random import Random
 
 import structlog
@@ -38,6 +37,7 @@ from skep.manager.allocator.grants import (
 from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
+from skep.manager.allocator.unread import Unread, check_known
 from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.failures import Failures, for_each_isolated, write_each
 from skep.manager.informer import batches_of, run_informer
@@ -62,6 +62,7 @@ from skep.store.interface import (
     Updated,
     View,
 )
+from skep.store.kinds import UNKNOWN_SPEC, has_unknown_spec
 
 log = structlog.get_logger()
 
@@ -90,6 +91,8 @@ class Allocator:
         self._fullness = FullnessWarnings()
         self._has_waiting_tasks = False
         """Whether a task waits for an address: then a released address requeues all waiting tasks."""
+        self._unread: dict[str, set[str]] = {}
+        """Owner whose addresses cannot be read -> keys that wait for one of its networks until it changes."""
 
     async def run(self) -> None:
         """Allocate until cancelled.  Runs on the leader only."""
@@ -104,6 +107,7 @@ class Allocator:
         self._allocations = Allocations()
         self._new.clear()
         self._unallocated.clear()
+        self._unread.clear()
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
@@ -127,6 +131,8 @@ class Allocator:
         """Enter the *present* state of each object: an older state would release what was allocated since."""
         for event in commit.events:
             self._on_event(event)
+            if self._unread:
+                self._queue.add(sorted(self._unread.pop(_owner_of(event), ())))
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -308,11 +314,16 @@ class Allocator:
             return []
         with self._failures.caught(service_id):
             owner = service_owner(service_id)
-            virtual_ips = virtual_ips_for(
-                service,
-                networks,
-                lambda network, version: self._allocations.allocate_virtual(owner, network, version),
-            )
+
+            def allocate(network: Network, version: int) -> str:
+                self._check_known(owner, service_id, network)
+                return self._allocations.allocate_virtual(owner, network, version)
+
+            try:
+                virtual_ips = virtual_ips_for(service, networks, allocate)
+            except Unread:
+                self._allocations.enter_service(service)
+                return []  # its tasks say so, which need an address of the same network
             endpoint = endpoint_for(service, self._allocations.ports.is_free_for(service_id), virtual_ips)
             if endpoint != service.endpoint:
                 # Entered at once, so that the next service of this batch gets another port.
@@ -332,17 +343,31 @@ class Allocator:
             ingress = networks.ingress if networks.ingress and is_allocated(networks.ingress) else None
             is_published = bool(self._allocations.publishing)
             wanted = networks_of_node(node, tasks, ingress, upcoming, is_published=is_published)
-            attachments = node_attachments(
-                node,
-                wanted,
-                partial(self._node_addresses, node_owner(node_id), is_docker=is_docker_node(node)),
-            )
+            owner, is_docker = node_owner(node_id), is_docker_node(node)
+
+            def allocate(network: Network) -> tuple[str, ...]:
+                self._check_known(owner, node_key(node_id), network)
+                return self._node_addresses(owner, network, is_docker=is_docker)
+
+            try:
+                attachments = node_attachments(node, wanted, allocate)
+            except Unread:
+                self._allocations.enter_node(node)
+                return []
             if attachments != node.attachments:
                 self._allocations.enter_node(replace(node, attachments=attachments))
                 return [AttachNode(node.id, attachments)]
         if (failure := self._failures.of(node_key(node_id))) is not None:
             self._queue.add_at(node_key(node_id), failure.retry_at)
         return []
+
+    def _check_known(self, owner: str, key: str, network: Network) -> None:
+        """Raises: Unread: the ``key`` of ``owner`` is queued again when the other owner changes."""
+        try:
+            check_known(self._term.view(), owner, network)
+        except Unread as error:
+            self._unread.setdefault(error.owner, set()).add(key)
+            raise
 
     def _node_addresses(self, owner: str, network: Network, *, is_docker: bool) -> tuple[str, ...]:
         """A node's own: of each IP version, but engines choose IPv6 addresses for themselves.  Raises: NoAddress."""
@@ -378,10 +403,13 @@ class Allocator:
         return tasks
 
     def _release(self, view: View, task: Task, networks: Networks) -> Grant:
+        if has_unknown_spec(view, task):
+            return Explain(task, UNKNOWN_SPEC)
         spec = spec_or_template(view, task)
         self._allocations.leave_task(task.id)  # of an earlier attempt
 
         def allocate(network: Network, requested: Sequence[str]) -> tuple[str, ...]:
+            self._check_known(task.id, task.service_id, network)
             return self._allocations.allocate_all(task.id, network, requested)
 
         match attachments_for(spec, networks, allocate, task.networks_attachments):
@@ -442,6 +470,19 @@ class Allocator:
                     self._allocations.enter_node(node)
             case Explain() | Claim():
                 pass
+
+
+def _owner_of(event: Event) -> str:
+    """The name under which a service, node or task has addresses."""
+    object = event.new if isinstance(event, Updated) else event.object
+    match object:
+        case Service():
+            return service_owner(object.id)
+        case Node():
+            return node_owner(object.id)
+        case Task():
+            return object.id
+    return ""
 
 
 def _pools(swarm: Swarm) -> tuple[tuple[str, ...], int]:

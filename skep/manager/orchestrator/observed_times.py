@@ -143,4 +143,4 @@ def _is_resumed(before: Service, after: Service) -> bool:
 def is_waiting(task: Task) -> bool:
     """Whether the task waits for another service (``skep.depends-on``)."""
     status = task.status
-    return status.state is TaskState.PENDING and status.err.startswith(WAITS_FOR)
+    return status.state <= TaskState.PENDING and status.err.startswith(WAITS_FOR)
