@@ -7,7 +7,7 @@ from skep.manager.journal.changes import entries_of
 from skep.manager.orchestrator.changes import ROLLED_BACK
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import ServiceId
-from skep.model.service import Service
+from skep.model.service import Service, UpdateStatus
 from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
 
@@ -74,6 +74,10 @@ def replacements_are_recorded(change: Change, view: View) -> Iterable[str]:
 
 
 def _is_stopped(before: Service, after: Service) -> bool:
-    was = before.update_status.message if before.update_status is not None else ""
-    now = after.update_status.message if after.update_status is not None else ""
-    return now != was and now.startswith(STOPPED) and not was.startswith(STOPPED)
+    """Whether the leader has stopped the update just now.
+
+    Not if only the message of an earlier stop is shown again, after the error of a decision that was shown beside it.
+    """
+    was, now = before.update_status or UpdateStatus(), after.update_status or UpdateStatus()
+    is_new = (before.spec_version, was.state) != (after.spec_version, now.state)
+    return is_new and now.message.startswith(STOPPED)

@@ -52,6 +52,17 @@ def test_one_that_is_stopped_for_a_failure_a_deadline_or_by_its_user_is_not() ->
     assert failed.violations == overdue.violations == users.violations == []
 
 
+def test_a_reason_that_is_shown_again_after_an_error_stops_nothing_twice() -> None:
+    history = an_update(TaskState.RUNNING)
+    for message in (f"decision failed: boom; {MESSAGES[1]}", MESSAGES[1]):
+        (service,) = history.state.find(Service)
+        status = UpdateStatus(state=UpdateState.ROLLBACK_STARTED, message=message)
+        history.put(replace(service, update_status=status))
+    assert history.violations == []
+    stop(history, MESSAGES[2])
+    assert history.violations == [f"web: {MESSAGES[2]}, though no task of it has failed"]
+
+
 @pytest.mark.parametrize("is_well", [True, False])
 def test_a_healthy_majority_without_a_leader_is_rejected(is_well: bool) -> None:
     with SimulatedCluster(managers=3, workers=0, seed=1) as cluster:
