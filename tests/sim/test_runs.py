@@ -43,6 +43,7 @@ FAILED_ONCE = (
     5024717,  # a task was stopped in the commit that showed its node as back: the rule read the task first
     5025516,  # an attempt of an overtaken update kept the host port that another slot's new task waited for
     5031740,  # a dead node was redirected while it was marked down, and got tasks once more
+    5033048,  # a leader that was behind replaced a task whose node was back, and started the next one beside it
     5034775,  # the reason of a rollback, shown again after an error, was taken for another rollback
     5030379,  # a job was updated through a manager that could not read its run, and was no job any more
     5032192,  # the same, of a global job

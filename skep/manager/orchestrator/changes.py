@@ -12,9 +12,11 @@ from msgspec.structs import replace
 
 from skep.errors import SkepError
 from skep.manager.dependents import restart_dependents
+from skep.manager.orchestrator.slots import is_lost
 from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
+from skep.model.node import Node
 from skep.model.service import ENDED, PAUSED, Service, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
@@ -44,10 +46,14 @@ class RetireTask(msgspec.Struct, frozen=True):
 
 
 class ReplaceTask(msgspec.Struct, frozen=True):
-    """Retire ``task`` and fill its slot again, both or neither."""
+    """Retire ``task`` and fill its slot again, both or neither.
+
+    ``is_cut_off``: because its node is down; if that is back when this is written, nothing is.
+    """
 
     task: Task
     successor: FillSlot
+    is_cut_off: bool = False
 
 
 class StartTask(msgspec.Struct, frozen=True):
@@ -122,7 +128,10 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             _fill(tx, change, new_id, now)
         case RetireTask(task, desired):
             _retire(tx, task.id, desired, now)
-        case ReplaceTask(task, successor):
+        case ReplaceTask(task, successor, is_cut_off):
+            # Managers write that their nodes are back beside the leader: its own view may not show that yet.
+            if is_cut_off and not is_lost(tx.rely_on(Node, task.node_id, "status")):
+                return
             # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
             if _is_current(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
                 _fill(tx, successor, new_id, now)

@@ -63,7 +63,7 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
             # be requested in a tight loop.
             steps.append(Recheck(starts_at))
         else:
-            steps.append(ReplaceTask(task, _successor(task, slot, situation)))
+            steps.append(ReplaceTask(task, _successor(task, slot, situation), _is_cut_off(task, situation)))
     return steps
 
 
@@ -166,6 +166,12 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
     if (left_s := successor.delay_s - waited_s) > 0:
         return replace(successor, delay_s=left_s)
     return replace(fill, failures=successor.failures)
+
+
+def _is_cut_off(task: Task, situation: Situation) -> bool:
+    """Whether ``task`` may run on, on a node that is down and can come back."""
+    node = situation.node_of(task)
+    return not task.status.state.is_terminal and node is not None and is_lost(node)
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:

@@ -7,13 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask
+from skep.aio.clock import SystemClock
+from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, apply
 from skep.manager.orchestrator.observed_times import ObservedTimes
-from skep.model.ids import NodeId
-from skep.model.node import Availability, NodeState
+from skep.model.ids import NodeId, new_id
+from skep.model.node import Availability, Node, NodeState
 from skep.model.service import RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, timestamp, unix_ns
+from skep.model.times import SECOND_NS, ZERO_TIME, timestamp, unix_ns
+from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.worlds import World
 
@@ -442,6 +444,33 @@ def test_a_task_on_a_removed_node_is_replaced() -> None:
     world = a_world(AT_ONCE)
     del world.nodes[a_node("n1").id]
     assert world.steps() == [ReplaceTask(only(world), FillSlot(world.service, 1, desired=RUNNING))]
+
+
+def test_a_task_whose_node_is_back_before_its_replacement_is_written_stays() -> None:
+    world = a_world(AT_ONCE)
+    world.nodes["n1"] = a_node("n1", state=NodeState.DOWN)
+    changes = world.changes()
+    world.nodes["n1"] = a_node("n1")
+    world.apply(changes)
+    assert [task.id for task in wanted(world)] == [only(world).id]
+    world.nodes["n1"] = a_node("n1", state=NodeState.DOWN)
+    world.apply(changes)
+    assert [task.id for task in wanted(world)] != [only(world).id]
+
+
+async def test_a_leader_that_is_behind_replaces_no_task_whose_node_is_back() -> None:
+    world = a_world(AT_ONCE)
+    world.nodes["n1"] = a_node("n1", state=NodeState.DOWN)
+    (change,) = world.changes()
+    other = MemoryStore(SystemClock())
+    leader = MemoryStore(SystemClock(), other.cluster)
+    for one in (world.service, world.nodes["n1"], only(world)):
+        await other.update(lambda tx, one=one: tx.put(one))
+    leader.faults.lag_s = 0.05
+    await other.update(lambda tx: tx.put(a_node("n1")))
+    assert leader.view().get(Node, NodeId("n1")).status.state is NodeState.DOWN
+    await leader.update_each(lambda tx, change: apply(tx, change, new_id, ZERO_TIME), [change])
+    assert [task.id for task in other.view().find(Task) if task.is_wanted] == [only(world).id]
 
 
 def test_a_task_that_no_node_ever_got_is_closed_at_once() -> None:
