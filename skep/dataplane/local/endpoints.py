@@ -4,6 +4,7 @@ A bridge network is made like an overlay without other nodes: a namespace with a
 last.  Its network table is written here, where the net process reads those of the cluster's networks.
 """
 
+import socket
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 from pathlib import Path
@@ -17,7 +18,7 @@ from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, head_of, is_chosen, is_local
 from skep.dataplane.name_registration import NameRegistration
-from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
+from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.linux.files import replace_file
 from skep.model.addresses import Address, parsed
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
@@ -111,11 +112,10 @@ class LocalEndpoints:
     async def fill(self, container: SandboxConfig, wanted: EndpointConfig) -> EndpointConfig:
         """An endpoint of a task on a network of the cluster that this node makes, with its address.
 
-        Raises: NotFound: it is not there any more; as ``take``.
+        Raises: NotFound: it cannot be made any more; as ``take``.
         """
-        network = self.find(wanted.head.id)
-        if network is None:
-            raise NotFound(f"network {wanted.head.name} not found")
+        devices = [name for _, name in socket.if_nameindex()]
+        network = await self._networks.for_start(wanted.head.id, devices, self.is_used)
         return await self.take(
             container, network, EndpointRequest(network=network.id, aliases=wanted.aliases)
         )
@@ -134,8 +134,8 @@ class LocalEndpoints:
         if id in self._endpoints and not self._endpoints[id]:
             del self._endpoints[id]
             if (network := self.find(id)) is not None and network.cluster_id:
-                await self._networks.remove_bridge(id)  # the next task makes it again
                 self._pools.pop(id, None)
+                await self._networks.remove_bridge(id)  # the next task makes it again
         try:
             await self._publish(id)
         except SkepError as error:

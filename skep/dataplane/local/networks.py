@@ -1,5 +1,6 @@
 """Keeps the node's own networks over restarts, and gives the gateway bridge the subnet that the user specifies."""
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network
@@ -29,6 +30,7 @@ from skep.dataplane.local.objects import (
 from skep.dataplane.local.parent_request import parent_network_of
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.linux.files import is_no_file, replace_file
+from skep.model.network import ConfigReference
 from skep.model.routes import Subnet
 from skep.model.tables import ParentLink
 from skep.model.times import Timestamp, timestamp
@@ -38,6 +40,7 @@ log = structlog.get_logger()
 _PREDEFINED = {"bridge": "bridge", "host": "host", "none": "null"}
 _CONFIGURATIONS_MAX = 1000
 _BRIDGES_MAX = 1000
+_LEFT_MAX = 32
 
 
 class GatewayBridge(Protocol):
@@ -81,6 +84,8 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     is_gateway_removed: bool = False
     configurations: tuple[LocalNetwork, ...] = ()
     bridges: tuple[LocalNetwork, ...] = ()
+    left: tuple[LocalNetwork, ...] = ()
+    """Networks of the cluster that their last containers have left: others that were created before start later."""
 
 
 class LocalNetworks:
@@ -109,6 +114,7 @@ class LocalNetworks:
         self._kept: _Kept | None = None
         self._leaving: dict[str, str] = {}
         """Devices that are being removed: a network that is made meanwhile on one has it made again."""
+        self._removing = asyncio.Lock()
 
     def open(self) -> None:
         """Read what an earlier process kept, as the first use does; what cannot be decoded is begun anew.
@@ -253,6 +259,26 @@ class LocalNetworks:
         log.info("network of the cluster made on a device of this machine", network=network.name)
         return network
 
+    async def for_start(
+        self, id: str, devices: Collection[str], is_used: Callable[[str], bool]
+    ) -> LocalNetwork:
+        """The network with this id, for a container that was created earlier and starts now.
+
+        One of the cluster that its last container has left since is made again, as ``of_cluster`` does.
+
+        Raises: NotFound; as ``of_cluster``.
+        """
+        async with self._removing:  # its device is not removed below the container
+            kept = self._opened()
+            if found := next((one for one in kept.bridges if one.id == id), None):
+                return found
+            left = next((one for one in kept.left if one.id == id), None)
+            if left is None:
+                raise NotFound(f"network {id} not found")
+            source = ConfigReference(network=left.config_from)
+            body = NetworkBody(name=left.name, driver=left.driver, config_from=source)
+            return self.of_cluster(left.cluster_id, body, devices, is_used)
+
     async def add(
         self, body: NetworkBody, routes: Sequence[Subnet], devices: Collection[str]
     ) -> LocalNetwork:
@@ -309,21 +335,23 @@ class LocalNetworks:
         parent = parent_of(self._forget(id))
         if parent is None or not parent.made or self._devices is None:
             return
-        if parent.device in self._made_devices():
-            return
-        self._leaving[parent.device] = parent.made
-        try:
-            removal = self._devices.remove(parent)
-            await isolate(removal, "device of a network not removed", device=parent.device)
-        finally:
-            del self._leaving[parent.device]
+        async with self._removing:
+            if parent.device in self._made_devices():
+                return
+            self._leaving[parent.device] = parent.made
+            try:
+                removal = self._devices.remove(parent)
+                await isolate(removal, "device of a network not removed", device=parent.device)
+            finally:
+                del self._leaving[parent.device]
 
     def _forget(self, id: str) -> LocalNetwork:
         kept = self._opened()
         gone = next((one for one in kept.bridges if one.id == id), None)
         if gone is None:
             raise NotFound(f"network {id} not found")
-        self._keep(replace(kept, bridges=tuple(one for one in kept.bridges if one is not gone)))
+        left = (*kept.left, gone)[-_LEFT_MAX:] if gone.cluster_id else kept.left
+        self._keep(replace(kept, bridges=tuple(one for one in kept.bridges if one is not gone), left=left))
         return gone
 
     def _made_devices(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Networks on a device of the machine, as users ask for them."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
+from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, flat_form, head_of
 from skep.dataplane.local.parent_request import parent_network_of
-from skep.errors import SkepError
-from skep.model.ids import new_container_id
+from skep.errors import NotFound, SkepError
+from skep.model.ids import ContainerId, new_container_id
 from skep.model.network import ConfigReference
+from skep.model.sandbox import EndpointConfig, SandboxConfig
 from skep.model.tables import ParentLink
 from skep.model.times import Timestamp
 
@@ -134,6 +137,8 @@ class Devices:
     def __init__(self) -> None:
         self.present: set[str] = set()
         self.error: SkepError | None = None
+        self.may_end = asyncio.Event()
+        self.may_end.set()
 
     async def make(self, parent: ParentLink) -> None:
         if self.error is not None:
@@ -141,6 +146,7 @@ class Devices:
         self.present.add(parent.device)
 
     async def remove(self, parent: ParentLink) -> None:
+        await self.may_end.wait()
         self.present.remove(parent.device)
 
 
@@ -181,6 +187,43 @@ async def test_a_device_that_was_made_goes_with_the_last_network_on_it(tmp_path:
     with pytest.raises(SkepError, match="failed to create"):
         await add("macvlan", "10.1.0.0/24", "eth0.10")
     assert not local.bridges(), "a network whose device cannot be made is none"
+
+
+async def test_a_container_that_was_created_before_the_last_one_left_starts_on_the_network(
+    tmp_path: Path,
+) -> None:
+    """As in an update that stops first: the new task is prepared while the old one runs."""
+    devices = Devices()
+    local = LocalNetworks(
+        tmp_path / "local", NoContainers(), devices, clock=SystemClock(), new_id=new_container_id
+    )
+    local.add_configuration(
+        NetworkBody(name="lan", config_only=True, ipam=LAN, options={"parent": "eth0.10"})
+    )
+    body = NetworkBody(name="web", driver="macvlan", config_from=ConfigReference(network="lan"))
+    endpoints = LocalEndpoints(local, tmp_path / "tables", None)
+    made = local.of_cluster("c1", body, ["eth0"], endpoints.is_used)
+    wanted = EndpointConfig(head=head_of(made), addresses=())
+    old, new = (SandboxConfig(id=ContainerId(one * 64), name=one) for one in "on")
+    first = await endpoints.fill(old, wanted)
+    devices.present.add("eth0.10")  # by the container
+    devices.may_end.clear()
+    leaving = asyncio.ensure_future(endpoints.give_back(old.id, first))
+    await asyncio.sleep(0)
+    starting = asyncio.ensure_future(endpoints.fill(new, wanted))
+    await asyncio.sleep(0)
+    assert not starting.done(), "the device is being removed"
+    devices.may_end.set()
+    await leaving
+    second = await starting
+    (present,) = local.all()
+    assert (second.head, second.addresses) == (head_of(present), first.addresses)
+    assert present.cluster_id == "c1"
+    assert endpoints.is_used(present.id)
+    again = LocalNetworks(tmp_path / "local", NoContainers(), clock=SystemClock(), new_id=new_container_id)
+    assert await again.for_start(made.id, ["eth0"], lambda _: True) == present, "after a restart of the node"
+    with pytest.raises(NotFound):
+        await local.for_start("0" * 64, ["eth0"], endpoints.is_used)
 
 
 async def test_a_configuration_in_use_is_not_removed(tmp_path: Path) -> None:
