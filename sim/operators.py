@@ -141,7 +141,7 @@ class Operators:
     async def promote(self, id: NodeId) -> None:
         """``node promote``; complete when the node has renewed its certificate and its member is a voter."""
         self._log(f"promote {id}")
-        if await self._users.set_role(id, NodeRole.MANAGER):
+        if await self._promoted(id):
             await _until(lambda: id in self._cluster.managers)
         self._cluster.changing.discard(id)
 
@@ -190,6 +190,20 @@ class Operators:
         self._cluster.newer.add(id)
         self._cluster.start_manager(id)
         self._cluster.changing.discard(id)
+
+    async def _promoted(self, id: NodeId) -> bool:
+        """Promote; returns False if it is refused.
+
+        An attempt of unknown outcome may be committed at any later time: the operator repeats it until the node is to
+        be a manager.
+        """
+        may_be_committed = False
+        while not (is_done := await self._users.set_role(id, NodeRole.MANAGER)):
+            may_be_committed |= is_done is None
+            if not may_be_committed:
+                return False
+            await asyncio.sleep(RETRY_S)
+        return True
 
     async def _demoted(self, id: NodeId) -> bool:
         """Demote; returns False if it is refused for ``GIVEN_UP_S`` because the others would lose their quorum."""

@@ -63,6 +63,22 @@ def test_a_manager_that_joins_and_a_worker_that_is_promoted_get_their_votes(mana
             cluster.run_until(lambda: cluster.raft.has_quorum, within_s=5)
 
 
+def test_a_promotion_of_unknown_outcome_goes_on_until_it_is_committed() -> None:
+    """The operator would remove the node otherwise, which is refused once it is to be a manager."""
+    with SimulatedCluster(managers=3, workers=3, seed=2) as cluster:
+        operators = operators_of(cluster)
+        cluster.run_for(2)
+        leader = cluster.leader
+        cluster.raft.hang(leader)
+        promotion = cluster.loop.create_task(operators.promote(W1))
+        cluster.run_for(15)
+        assert cluster.view.get(Node, W1).spec.role is NodeRole.WORKER
+        assert not promotion.done()
+        cluster.raft.resume(leader)
+        cluster.run_until(promotion.done, within_s=20)
+        assert W1 in cluster.managers
+
+
 def test_managers_are_demoted_to_the_last_which_stays() -> None:
     with SimulatedCluster(managers=3, workers=3, seed=3) as cluster:
         cluster.create(a_service_spec("web", replicas=6))
