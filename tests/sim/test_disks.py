@@ -9,8 +9,10 @@ from msgspec.structs import replace
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from skep.errors import Unavailable
+from skep.model.ids import NodeId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
+from skep.model.node import Node, NodeState
 from skep.model.overlays import VXLAN_OPTION
 from skep.model.service import ReplicatedService, Service, ServiceMode
 from skep.store.etcd import etcd_pb2 as pb
@@ -198,3 +200,28 @@ def test_a_slow_disk_slows_everything_in_proportion_and_has_a_leader(entry_s: fl
             lambda: any(one.leads for one in cluster.running_managers.values()), within_s=3 + 2 * entry_s
         )
         assert cluster.observer.violations == []
+
+
+@pytest.mark.parametrize("hangs_s", [9.0, 20.0])
+def test_a_node_with_heartbeats_is_ready_though_it_is_marked_down_late(hangs_s: float) -> None:
+    """The mark times out while the disk hangs, and is committed after the next heartbeat."""
+    w1 = NodeId("w1")
+    with SimulatedCluster(managers=1, workers=2, seed=1) as cluster:
+        cluster.run_for(20)
+        cluster.raft.hang("m1")
+        cluster.links.freeze(w1)
+        cluster.run_for(hangs_s)
+        cluster.links.thaw(w1)
+        cluster.run_for(1.5)
+        assert cluster.is_ready(w1)
+        was_down = False
+
+        def look(change: Change, view: View) -> None:
+            nonlocal was_down
+            was_down |= view.get(Node, w1).status.state is NodeState.DOWN
+
+        cluster.committed.watchers.append(look)
+        cluster.raft.resume("m1")
+        cluster.run_for(3)
+        assert was_down, "the case that is to be tested"
+        assert cluster.is_ready(w1)

@@ -34,10 +34,11 @@ async def mark_nodes_down(
                 log.info("node is down", node=silent_node.node_id)
         elif result:
             log.info("heartbeat while the node was marked down: reverting", node=silent_node.node_id)
-            await _revert(store, sessions, silent_node)
+            await revert(store, sessions, silent_node)
 
 
-async def _revert(store: Store, sessions: Sessions, silent_node: SilentNode) -> None:
+async def revert(store: Store, sessions: Sessions, silent_node: SilentNode) -> None:
+    """Write that a node which was marked down is ready; if that fails, end its session."""
     try:
         await store.update(revert_down, silent_node.node_id, silent_node.session_id)
     except SkepError as error:

@@ -17,7 +17,7 @@ from skep.aio.hang_detection import RunningTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.admission import Admission
 from skep.manager.dispatcher.balancing import Balancing
-from skep.manager.dispatcher.down_nodes import mark_nodes_down
+from skep.manager.dispatcher.down_nodes import mark_nodes_down, revert
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
     SUSPENDED_S_MAX,
@@ -34,6 +34,7 @@ from skep.manager.dispatcher.registration import (
     Registration,
     RegistrationRate,
     SessionInvalid,
+    SilentNode,
     describe_node,
     take_session,
 )
@@ -128,6 +129,8 @@ class Dispatcher:
 
         A manager that starts may be the one that restores the quorum.
         """
+        self._shown_down: set[NodeId] = set()
+        """Nodes that have a session here and were shown as down."""
         self._is_current = True
         self._current_at = clock.monotonic()
         self._period_s = DEFAULT_PERIOD_S
@@ -254,6 +257,8 @@ class Dispatcher:
         session = self._sessions.live(node.id)
         if session is not None:
             session.messages.wake()
+            if _is_down(node):
+                self._shown_down.add(node.id)
         elif held is not None and held.manager_id == self._own.node_id and not _is_down(node):
             # A session of an earlier run of this manager, or adopted from a lost one.
             if grace_s is None:
@@ -396,11 +401,24 @@ class Dispatcher:
             self._time = self._time.after(now, TICK_S, is_current=is_counted)
             missed += self._reports.missed_elsewhere(now)
             silent = self._sessions.silent(self._time.seconds, with_others=missed > 1)
-            if not silent:
-                continue
-            await mark_nodes_down(
-                self._store, self._sessions, silent, lambda: self._time.seconds, self._clock.now_ns()
-            )
+            if silent:
+                await mark_nodes_down(
+                    self._store, self._sessions, silent, lambda: self._time.seconds, self._clock.now_ns()
+                )
+            await self._revert_late_marks()
+
+    async def _revert_late_marks(self) -> None:
+        """Nodes that are shown as down, with heartbeats here, are ready.
+
+        A mark whose outcome was unknown may be committed after the next heartbeat.
+        """
+        for id in sorted(self._shown_down):
+            node, session = self._store.view().lookup(Node, id), self._sessions.live(id)
+            if node is None or session is None or not _is_down(node):
+                self._shown_down.discard(id)
+            elif session.deadline > self._time.seconds:
+                log.info("heartbeats of a node that is marked down: reverting", node=id)
+                await revert(self._store, self._sessions, SilentNode(node_id=id, session_id=session.id))
 
     def _is_suspended(self, now: float) -> bool:
         """Whether missed heartbeats are ignored: thousands of nodes reconnect, and some were sent ``RetryLater``."""
