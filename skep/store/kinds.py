@@ -155,6 +155,17 @@ def has_unreadable_spec(view: View, task: Task) -> bool:
     return spec_version_id(task.service_id, task.spec_version) in view.unreadable(SpecVersion)
 
 
+def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    """``tasks`` of ``service``, those whose own spec cannot be read with the present one.
+
+    Without one they would have no restart policy: they would be restarted at once, and for ever.
+    """
+    if not view.unreadable(SpecVersion):
+        return tasks
+    present = service.spec.task_template
+    return tuple([replace(task, spec=present) if has_unreadable_spec(view, task) else task for task in tasks])
+
+
 def has_unreadable_run(view: View, service_id: str) -> bool:
     """Whether the present run of a job cannot be read: which of its tasks are of that run is not known then."""
     return "job" in view.damaged(Service).get(service_id, ())

@@ -114,6 +114,27 @@ def test_what_waits_for_a_job_whose_run_cannot_be_read_waits_on() -> None:
         assert {task.status.err for task in cluster.wanted("web")} == {"waits for job to complete"}
 
 
+@pytest.mark.parametrize("condition", [RestartCondition.ANY, RestartCondition.NONE])
+def test_a_task_whose_spec_cannot_be_read_is_restarted_as_the_present_one_says(
+    condition: RestartCondition,
+) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
+        id = cluster.create(
+            a_service_spec("web", restart=RestartPolicy(condition=condition, delay=5 * SECOND_NS))
+        )
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=10)
+        (task,) = cluster.tasks("web")
+        assert task.spec_version is not None
+        cluster.update("web", lambda spec: replace(spec, labels={"team": "a"}))
+        cluster.run_for(1)
+        lead_without(cluster, f"o/spec/{id}/{task.spec_version.index}")
+        cluster.kill_container(task)
+        cluster.run_for(3)
+        assert cluster.containers("web") == 0
+        cluster.run_for(10)
+        assert cluster.containers("web") == cluster.created("web") - 1 == (condition is RestartCondition.ANY)
+
+
 def a_past_run(number: int, state: TaskState) -> Task:
     """The task of the first slot and the first run of the job that ended as ``number``-th."""
     return Task(

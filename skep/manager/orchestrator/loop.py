@@ -30,7 +30,7 @@ from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import has_unreadable_run, has_unreadable_spec, spec_of
+from skep.store.kinds import has_unreadable_run, has_unreadable_spec, spec_of, with_readable_specs
 
 log = structlog.get_logger()
 
@@ -232,7 +232,7 @@ class Orchestrator:
             return ()  # all its tasks would be stopped as those of another run
         situation = Situation(
             service=service,
-            tasks=tasks,
+            tasks=with_readable_specs(view, service, tasks),
             # A view is valid until the next pause, and the decision pauses.
             nodes=lambda: tuple(self._term.view().find(Node)),
             node=lambda node_id: self._term.view().lookup(Node, node_id),
