@@ -3,12 +3,17 @@
 Every slot has a running task of the requested image on a suitable node, or a pending one that no node can take because
 of its constraints, a port or the limit of replicas per node.  Every run of a job is completed.  With an image that
 never works there are as many attempts as slots, and an update to it ends.
+
+An update waits until its progress deadline for as many pending tasks as its parallelism.  Slots that it has not come to
+keep their tasks meanwhile, and one whose new task an earlier update has prepared keeps that as well.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeAlias
 
 from sim.invariants.placement import completed_on, is_unplaceable, may_have_tasks, meets
+from sim.invariants.serving import config_of
 from sim.node import image_of
 from sim.random_specs import HOPELESS
 from skep.model.ids import NodeId
@@ -19,6 +24,8 @@ from skep.model.task import Task, TaskState
 from skep.model.times import ZERO_TIME, unix_ns
 from skep.store.interface import View
 
+Slot: TypeAlias = list[Task]
+"""The wanted tasks of a slot."""
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
@@ -70,11 +77,30 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         yield f"{service.id} is still being updated"
     is_held_up = is_under_way and bool(waiting)
     for key, slot in slots.items():
-        if is_held_up and len(slot) == 1 and _runs(slot[0]):
+        if is_held_up and (
+            (len(slot) == 1 and _runs(slot[0])) or _waits_for_its_turn(slot, slots, waiting, service)
+        ):
             continue  # not updated yet: the update waits for as many unplaceable tasks as its parallelism
         right = [task for task in slot if _runs(task) and image_of(task) == container.image]
         if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
             yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
+
+
+def _waits_for_its_turn(
+    slot: Slot, slots: Mapping[int | NodeId, Slot], waiting: Collection[Task], service: Service
+) -> bool:
+    """Whether a task of the slot runs, the others are prepared to follow it, and the update may stop no further slot.
+
+    In as many slots as it may stop no task runs, as no node can take theirs: a scale-up may have made these.
+    """
+    others = [task for task in slot if not _runs(task)]
+    are_prepared = all(
+        task.desired_state is TaskState.READY and task.status.state is TaskState.READY for task in others
+    )
+    idle = [
+        one for one in slots.values() if any(task in waiting for task in one) and not any(map(_runs, one))
+    ]
+    return len(others) < len(slot) and are_prepared and 0 < config_of(service).parallelism <= len(idle)
 
 
 def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
@@ -118,8 +144,8 @@ def _eligible(view: View, service: Service) -> list[Node]:
     return [node for node in view.find(Node) if may_have_tasks(node, service.spec)]
 
 
-def _by_slot(tasks: Iterable[Task]) -> Mapping[int | NodeId, list[Task]]:
-    slots: dict[int | NodeId, list[Task]] = {}
+def _by_slot(tasks: Iterable[Task]) -> Mapping[int | NodeId, Slot]:
+    slots: dict[int | NodeId, Slot] = {}
     for task in tasks:
         slots.setdefault(task.slot or task.node_id, []).append(task)
     return slots

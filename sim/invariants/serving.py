@@ -66,7 +66,7 @@ class UpdateParallelism:
         out = {slot: since for slot, since in before.items() if now - since < deadline_s}
         out[task.slot] = min((self._created.get(one.id, now) for one in _successors(task, view)), default=now)
         self._out[service.id] = out
-        parallelism = _config(service).parallelism
+        parallelism = config_of(service).parallelism
         if parallelism and len(out) > parallelism:
             yield f"slots {sorted(out)} of {service.spec.name} are out of service, {parallelism} may be"
 
@@ -94,7 +94,8 @@ def _successors(task: Task, view: View) -> list[Task]:
     return [one for one in slot if one.is_wanted and one.spec != task.spec]
 
 
-def _config(service: Service) -> UpdateConfig:
+def config_of(service: Service) -> UpdateConfig:
+    """Settings of the service's update, or of its rollback during one."""
     status, spec = service.update_status, service.spec
     is_rollback = status is not None and status.state in ROLLBACKS
     return (spec.rollback_config if is_rollback else spec.update_config) or UpdateConfig(parallelism=1)

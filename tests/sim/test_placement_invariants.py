@@ -25,6 +25,7 @@ from skep.model.service import (
     Service,
     ServiceMode,
     ServiceSpec,
+    UpdateConfig,
     UpdateState,
     UpdateStatus,
 )
@@ -270,6 +271,38 @@ def test_an_update_that_is_still_under_way_is_not_settled() -> None:
     updating = UpdateStatus(state=UpdateState.UPDATING)
     reported = lacking(a_spec(), a_task("t1", node=W1, state=RUNNING), update_status=updating)
     assert reported == ["web is still being updated"]
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "desired", "is_settled"),
+    [
+        (1, TaskState.READY, True),
+        (2, TaskState.READY, False),
+        (0, TaskState.READY, False),
+        (1, RUNNING, False),
+    ],
+)
+def test_a_prepared_task_waits_for_its_turn_only_while_the_update_may_stop_no_further_slot(
+    parallelism: int, desired: TaskState, is_settled: bool
+) -> None:
+    """No node has a port left for slot 2, which counts against the parallelism."""
+    config = UpdateConfig(parallelism=parallelism)
+    spec = replace(a_service_spec("web", replicas=2, update=config, image="app:1"), endpoint_spec=HOST_PORT)
+    old = a_task("t1", node=W1, state=RUNNING, image="app:0")
+    new = of(a_task("t2", node=W2, state=TaskState.READY, desired=desired), spec)
+    refused = of(a_task("t3", slot=2, state=PENDING), spec)
+    updating = UpdateStatus(state=UpdateState.UPDATING)
+    reported = lacking(spec, old, new, refused, update_status=updating)
+    assert bool(reported) is not is_settled
+    assert all(one.startswith("slot 1 of web does not run app:1") for one in reported)
+
+
+def test_a_prepared_task_does_not_wait_for_its_turn_without_a_slot_that_is_out_of_service() -> None:
+    spec = a_service_spec("web", replicas=1, update=UpdateConfig(parallelism=1), image="app:1")
+    old = a_task("t1", node=W1, state=RUNNING, image="app:0")
+    new = of(a_task("t2", node=W2, state=TaskState.READY, desired=TaskState.READY), spec)
+    (*_, reported) = lacking(spec, old, new, update_status=UpdateStatus(state=UpdateState.UPDATING))
+    assert reported.startswith("slot 1 of web does not run app:1")
 
 
 # -- local volumes ---------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ FAILED_ONCE = (
     5027221,  # a task that was stopped with its node before it ran let an update take the next slot
     5029423,  # the same, and its node was back before its successor ran
     5028229,  # a session began at a manager that had lost contact while it was written, and never ended
+    5029874,  # a prepared task waits for its turn while no node can take as many others as the update may stop
     5032568,  # a node was marked down by a write that had timed out, after its next heartbeat, and stayed so
     5034338,  # an operator took a promotion of unknown outcome for refused, and removed the node for ever
     5028640,  # no decision followed when new tasks were refused what tasks that never came to run held
