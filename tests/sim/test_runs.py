@@ -64,6 +64,7 @@ FAILED_ONCE = (
     5026345,  # a leader that could not read the addresses of a task gave one to another task
     5028514,  # the same, with one manager
     6200130,  # a leader that could not read the spec of a task restarted it without its delay
+    5029057,  # a start-first update stopped the old task just after the new one had failed
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

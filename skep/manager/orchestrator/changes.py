@@ -39,10 +39,14 @@ class FillSlot(msgspec.Struct, frozen=True):
 
 
 class RetireTask(msgspec.Struct, frozen=True):
-    """Stop a task.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped."""
+    """Stop a task.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped.
+
+    ``successor``: the task that takes over; not if it has ended meanwhile, which the leader may not see yet.
+    """
 
     task: Task
     desired: TaskState = TaskState.SHUTDOWN
+    successor: TaskId | None = None
 
 
 class ReplaceTask(msgspec.Struct, frozen=True):
@@ -126,8 +130,9 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)
-        case RetireTask(task, desired):
-            _retire(tx, task.id, desired, now)
+        case RetireTask(task, desired, successor):
+            if successor is None or _can_take_over(tx, successor):
+                _retire(tx, task.id, desired, now)
         case ReplaceTask(task, successor, is_cut_off):
             # Managers write that their nodes are back beside the leader: its own view may not show that yet.
             if is_cut_off and not is_lost(tx.rely_on(Node, task.node_id, "status")):
@@ -210,6 +215,12 @@ def _after(slot: Iterable[Task], now: Timestamp) -> Timestamp:
     """
     youngest_ns = max((unix_ns(task.created_at) for task in slot), default=0)
     return now if unix_ns(now) > youngest_ns else timestamp(youngest_ns + 1)
+
+
+def _can_take_over(tx: Transaction, successor: TaskId) -> bool:
+    """Whether the task still has not ended when the transaction is committed."""
+    task = tx.rely_on(Task, successor, "status")
+    return task is not None and task.is_active
 
 
 def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp) -> bool:

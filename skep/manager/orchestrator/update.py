@@ -190,8 +190,12 @@ class _Rollout:
         if not view.current:
             return
         serving = [task for task in view.outdated if _serves(task)]
-        if not serving or self._may_take_over(view, serving):
+        if not serving:
             yield from _retired(view.outdated)
+        elif self._may_take_over(view, serving):
+            active = [task for task in view.current if task.is_active]
+            successor = max(active, key=lambda task: task.status.state.number)
+            yield from (replace(step, successor=successor.id) for step in _retired(view.outdated))
         if len(view.current) > 1:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
             yield from (RetireTask(task) for task in view.current if task is not best)
@@ -442,7 +446,7 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     return _SlotView(slot, current, outdated, lead, first, lead or _started(past, current, situation))
 
 
-def _retired(tasks: Iterable[Task]) -> Iterator[Step]:
+def _retired(tasks: Iterable[Task]) -> Iterator[RetireTask]:
     """Retire those of ``tasks`` that are not yet."""
     return (RetireTask(task) for task in tasks if task.desired_state <= TaskState.RUNNING)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import Recheck, SetUpdateStatus
+from skep.manager.orchestrator.changes import Recheck, RetireTask, SetUpdateStatus, apply
 from skep.model.ids import TaskId
 from skep.model.node import Node
 from skep.model.service import (
@@ -24,6 +24,11 @@ from skep.model.service import (
 )
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS
+from skep.store.keys import object_key
+from skep.store.proposal import Unchanged
+from skep.store.state import State
+from skep.store.tables import KeyChange
+from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
 from tests.support.worlds import World
@@ -203,6 +208,29 @@ def test_start_first_keeps_the_old_task_until_the_new_one_runs() -> None:
     world.report(wanted(world, "app:2")[0].id, RUNNING)
     world.settle()
     assert wanted(world, "app:1") == []
+
+
+def test_the_old_task_runs_on_if_the_new_one_ends_before_its_retirement_is_written() -> None:
+    world = a_world(UpdateConfig(order=UpdateOrder.START_FIRST), replicas=1)
+    world.update(a_spec("app:2", replicas=1, update=UpdateConfig(order=UpdateOrder.START_FIRST)))
+    world.settle()
+    world.run_all()
+    (old,), (new,) = wanted(world, "app:1"), wanted(world, "app:2")
+    changes = world.changes()
+    assert [change.task for change in changes if isinstance(change, RetireTask)] == [old]
+    state = State()
+    tx = LocalTransaction(state, 0)
+    tx.put(old)
+    tx.put(new)
+    proposal = tx.proposal()
+    state.apply(1, [KeyChange(key, value, 1, 1) for key, value in proposal.puts])
+    for change in changes:
+        tx = LocalTransaction(state, 0)
+        apply(tx, change, lambda: "another", "2026-01-01T00:00:00Z")
+    assert Unchanged(object_key("task", new.id, "status"), 1) in tx.proposal().compares
+    world.report(new.id, TaskState.FAILED)
+    world.apply(changes)
+    assert wanted(world, "app:1") == [old]
 
 
 def test_start_first_tries_again_while_the_old_task_runs_on() -> None:
