@@ -166,6 +166,11 @@ def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -
     return tuple([replace(task, spec=present) if has_unreadable_spec(view, task) else task for task in tasks])
 
 
+def has_unreadable_status(view: View, task: Task) -> bool:
+    """Whether the status of ``task`` cannot be read: it shows the last one known, or that the task is assigned."""
+    return "status" in view.damaged(Task).get(task.id, ())
+
+
 def has_unreadable_run(view: View, service_id: str) -> bool:
     """Whether the present run of a job cannot be read: which of its tasks are of that run is not known then."""
     return "job" in view.damaged(Service).get(service_id, ())

@@ -15,6 +15,8 @@ from skep.model.service import (
     RestartPolicy,
     Service,
     ServiceMode,
+    UpdateConfig,
+    UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
@@ -148,6 +150,28 @@ def a_past_run(number: int, state: TaskState) -> Task:
         desired_state=TaskState.COMPLETE if state is TaskState.COMPLETE else TaskState.SHUTDOWN,
         job_iteration=Version(index=1),
     )
+
+
+@pytest.mark.parametrize("order", list(UpdateOrder))
+def test_an_update_keeps_a_task_whose_status_its_leader_cannot_read_until_the_new_one_is_ready(
+    order: UpdateOrder,
+) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
+        for node in cluster.nodes.values():
+            node.broken_images.add("broken:1")
+        config = UpdateConfig(parallelism=1, order=order)
+        cluster.create(a_service_spec("web", replicas=1, image="app:1", update=config))
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=10)
+        (task,) = cluster.wanted("web")
+        store = lead_without(cluster, f"o/task/{task.id}.status")
+        for image in ("broken:1", "app:2"):
+            new = a_service_spec("web", replicas=1, image=image, update=config)
+            assert store.view().damaged(Task)
+            cluster.update("web", lambda _, new=new: new)  # type: ignore[misc]
+            cluster.run_for(20)
+            assert cluster.running("web", image="app:1") == (image == "broken:1")
+        assert cluster.running("web", image="app:2") == 1
+        cluster.check_invariants()
 
 
 def test_nodes_keep_their_sessions_with_a_manager_that_cannot_read_the_cluster_itself() -> None:

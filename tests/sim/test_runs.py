@@ -65,6 +65,8 @@ FAILED_ONCE = (
     5028514,  # the same, with one manager
     6200130,  # a leader that could not read the spec of a task restarted it without its delay
     5029057,  # a start-first update stopped the old task just after the new one had failed
+    5030764,  # a leader that could not read the status of a task that ran stopped it for an update at once
+    5034705,  # the same, of a replicated service
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

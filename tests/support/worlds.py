@@ -29,6 +29,8 @@ class World:
         self.nodes = {node.id: node for node in nodes}
         self.specs = {service.spec_version: service.spec}
         self.unreadable: set[Version | None] = set()
+        self.unknown: set[TaskId] = set()
+        """Tasks whose status cannot be read."""
         self.seen = ObservedTimes(0.0)
         self.now = 0.0
         self.held: set[TaskId] = set()
@@ -47,6 +49,7 @@ class World:
             overcommitted=self._overcommitted,
             spec_of=self._spec_of,
             is_unknown=lambda task: task.spec_version in self.unreadable,
+            has_unknown_status=lambda task: task.id in self.unknown,
             seen=self.seen,
             now=self.now,
         )

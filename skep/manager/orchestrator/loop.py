@@ -30,7 +30,13 @@ from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import has_unreadable_run, has_unreadable_spec, spec_of, with_readable_specs
+from skep.store.kinds import (
+    has_unreadable_run,
+    has_unreadable_spec,
+    has_unreadable_status,
+    spec_of,
+    with_readable_specs,
+)
 
 log = structlog.get_logger()
 
@@ -239,6 +245,7 @@ class Orchestrator:
             overcommitted=self._overcommitted_on,
             spec_of=lambda task: spec_of(self._term.view(), task),
             is_unknown=lambda task: has_unreadable_spec(self._term.view(), task),
+            has_unknown_status=lambda task: has_unreadable_status(self._term.view(), task),
             is_drained=lambda volume: is_drained(self._term.view().lookup(Volume, VolumeId(volume))),
             seen=self._seen,
             now=self._clock.monotonic(),

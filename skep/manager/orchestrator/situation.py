@@ -32,6 +32,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """The service's spec that a task was made from; None when it is no longer kept."""
     is_unknown: Callable[[Task], bool]
     """Whether the spec that a task was made from is kept and cannot be read."""
+    has_unknown_status: Callable[[Task], bool]
+    """Whether the status of a task cannot be read: the task may have come further than it shows."""
     overcommitted: Callable[[NodeId], frozenset[TaskId]]
     """Tasks of a node that exceed its resources."""
     seen: ObservedTimes

@@ -91,6 +91,8 @@ class _SlotView(msgspec.Struct, frozen=True):
     """Wanted tasks made from the present spec."""
     outdated: Slot
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
+    serving: Slot
+    """Those of them that run, or may run, as their status cannot be read."""
     lead: Task | None
     """The attempt of the present version that counts as success or failure (``_leads``)."""
     first: Task | None
@@ -101,8 +103,8 @@ class _SlotView(msgspec.Struct, frozen=True):
 
     @property
     def serves(self) -> bool:
-        """Whether a task of the slot runs and is wanted."""
-        return any(map(_serves, self.slot))
+        """Whether a task of the slot runs, or may run, and is wanted."""
+        return bool(self.serving) or any(map(_serves, self.current))
 
     @property
     def stops(self) -> bool:
@@ -189,10 +191,9 @@ class _Rollout:
         """Retire what a current task of the same slot replaces."""
         if not view.current:
             return
-        serving = [task for task in view.outdated if _serves(task)]
-        if not serving:
+        if not view.serving:
             yield from _retired(view.outdated)
-        elif self._may_take_over(view, serving):
+        elif self._may_take_over(view):
             active = [task for task in view.current if task.is_active]
             successor = max(active, key=lambda task: task.status.state.number)
             yield from (replace(step, successor=successor.id) for step in _retired(view.outdated))
@@ -240,7 +241,7 @@ class _Rollout:
             if number % STEP == 0:
                 yield
         for number, view in enumerate(serving[max(room - len(idle), 0) :]):
-            steps += _retired(task for task in view.outdated if not _serves(task))
+            steps += _retired(task for task in view.outdated if task not in view.serving)
             if number % STEP == 0:
                 yield
         if len(waiting) > room and room_at:
@@ -320,22 +321,23 @@ class _Rollout:
     def _replace(self, view: _SlotView) -> Iterator[Step]:
         """Start with one slot.  Of several outdated tasks (this update overtook another) the best counts."""
         *others, best = sorted(
-            view.outdated, key=lambda task: (task.status.state is TaskState.RUNNING, age(task))
+            view.outdated,
+            key=lambda task: (task.status.state is TaskState.RUNNING, task in view.serving, age(task)),
         )
         others = [task for task in others if task.desired_state <= TaskState.RUNNING]
         fill = FillSlot(self._service, best.slot, NodeId("") if best.slot else best.node_id)
         prepared = replace(fill, desired=TaskState.READY)
         if best.desired_state > TaskState.RUNNING:
             yield fill
-        elif not _serves(best):
+        elif best not in view.serving:
             yield ReplaceTask(best, prepared if view.stops else fill)
         else:
             successor = fill if self._starts_first else prepared
             yield ReplaceTask(others.pop(), successor) if others else successor
         yield from map(RetireTask, others)
 
-    def _may_take_over(self, view: _SlotView, serving: list[Task]) -> bool:
-        """Whether the ``serving`` tasks of a slot may be retired for a current one.
+    def _may_take_over(self, view: _SlotView) -> bool:
+        """Whether the serving tasks of a slot may be retired for a current one.
 
         It runs, or (stop-first) could start at once, and ``parallelism`` leaves room for one more slot that is stopped.
         More slots than that have a current task where a restart made it: the one before was of a version that this
@@ -343,7 +345,7 @@ class _Rollout:
         """
         if any(task.status.state is TaskState.RUNNING for task in view.current):
             return True
-        if not any(self._can_take_over(task, serving) for task in view.current):
+        if not any(self._can_take_over(task, view.serving) for task in view.current):
             return False
         if (
             view.started is not None
@@ -357,7 +359,7 @@ class _Rollout:
         self._stopped += 1
         return True
 
-    def _can_take_over(self, task: Task, serving: list[Task]) -> bool:
+    def _can_take_over(self, task: Task, serving: Slot) -> bool:
         """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired."""
         if self._starts_first:
             return False
@@ -442,8 +444,11 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     kept = wanted(past)
     outdated = _outdated(kept, past, situation)
     current = kept if not outdated else tuple([task for task in kept if task not in outdated])
+    serving = tuple([task for task in outdated if _may_serve(task, situation)]) if outdated else ()
     first, lead = _leads(past, situation)
-    return _SlotView(slot, current, outdated, lead, first, lead or _started(past, current, situation))
+    return _SlotView(
+        slot, current, outdated, serving, lead, first, lead or _started(past, current, situation)
+    )
 
 
 def _retired(tasks: Iterable[Task]) -> Iterator[RetireTask]:
@@ -453,6 +458,14 @@ def _retired(tasks: Iterable[Task]) -> Iterator[RetireTask]:
 
 def _serves(task: Task) -> bool:
     return task.desired_state <= TaskState.RUNNING and task.status.state is TaskState.RUNNING
+
+
+def _may_serve(task: Task, situation: Situation) -> bool:
+    """Whether an old task runs, or its status cannot be read: one unreadable value stops no task (decision 21)."""
+    if _serves(task):
+        return True
+    is_begun = task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+    return is_begun and situation.has_unknown_status(task)
 
 
 def _holds(old: Task, task: Task, spec: ServiceSpec | None) -> bool:

@@ -180,6 +180,27 @@ def test_a_task_that_does_not_run_is_nothing_to_hold_on_to(order: UpdateOrder, s
     assert old.status.state is (TaskState.SHUTDOWN if stage is TaskState.NEW else stage)
 
 
+@pytest.mark.parametrize("order", list(UpdateOrder))
+def test_a_task_whose_status_cannot_be_read_is_held_on_to_like_one_that_runs(order: UpdateOrder) -> None:
+    update = UpdateConfig(parallelism=1, order=order)
+    service = a_service(spec=a_spec(update=update, replicas=2))
+    world = World(service, nodes=[a_node("n1")])
+    for slot, status in ((1, TaskState.ASSIGNED), (2, RUNNING)):
+        world.put(a_task(f"old{slot}", slot=slot, node="n1", service=service, state=status))
+    world.unknown.add(TaskId("old1"))
+    world.update(a_spec("app:2", replicas=2, update=update))
+    world.settle()
+    assert {task.id for task in wanted(world, "app:1")} == {"old1", "old2"}
+    (new,) = wanted(world, "app:2")
+    world.report(new.id, TaskState.REJECTED)
+    world.settle()
+    assert {task.id for task in wanted(world, "app:1")} == {"old1", "old2"}
+    world.update(a_spec("app:3", replicas=2, update=update))
+    for _ in range(3):
+        advance(world)
+    assert [image_of(task) for task in wanted(world)] == ["app:3"] * 2
+
+
 def test_a_service_that_never_came_to_run_is_updated_to_one_that_does() -> None:
     """Every task of it is rejected again and again; the update does not wait for any of them."""
     world = a_world(replicas=3)
