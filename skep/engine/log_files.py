@@ -336,12 +336,14 @@ def rotate(current: Path, config: LogConfig, reopen: Callable[[], None]) -> bool
     if not config.max_size_bytes:
         return False
     numbered = {_number(path): path for path in generations(current)}
-    if 0 not in numbered:
-        if numbered:
-            reopen()  # the last rotation failed after its renames
-        return bool(numbered)
-    if current.stat().st_size < config.max_size_bytes:
+    if not numbered or (0 in numbered and current.stat().st_size < config.max_size_bytes):
         return False
+    # conmon writes to this file first and renames it; where it cannot make it, it ends, and its container's output is
+    # lost.  Made here, that is an error of this rotation.
+    current.with_name(f"{current.name}.tmp").touch(mode=0o600)
+    if 0 not in numbered:
+        reopen()  # the last rotation failed after its renames
+        return True
     free = next(number for number in count(1) if number not in numbered)
     for number, path in sorted(numbered.items(), reverse=True):  # the oldest first
         if number and path.suffix != _SUFFIX:

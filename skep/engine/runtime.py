@@ -6,7 +6,8 @@ ends writes the exit code to a file and ends.  So three questions can be answere
 of this process:
 
 * has it ended?  conmon's pidfd is readable (it ends last);
-* how?  the exit file, written before conmon ends;
+* how?  the exit file, written before conmon ends: first in memory, where a full disk does not matter (conmon writes
+  no other file once one has failed), then on disk, where it outlives a reboot;
 * and if conmon was killed?  there is no exit file: the container runs on unwatched until its own pidfd is
   readable, and its exit code is unknown: 255.
 """
@@ -100,10 +101,12 @@ class Runtime:
         Raises: StartError: runc refused; Unavailable: no response in time.
         """
         id, path, bundle = container.id, self.bundles.path(container.id), self.bundles.bundle(container.id)
-        for stale in (path / id, path / "oom", bundle / "attach", bundle / "ctl", bundle / "pidfile"):
-            stale.unlink(missing_ok=True)  # of an earlier start
+        for stale in (*_exit_files(path, bundle, id), *_oom_files(path, bundle)):  # of an earlier start
+            stale.unlink(missing_ok=True)
+        for name in ("attach", "ctl", "pidfile"):
+            (bundle / name).unlink(missing_ok=True)
         arguments = self._conmon_arguments(id, id, bundle, path, terminal=container.config.tty)
-        arguments += ["--persist-dir", str(path), "-P", str(bundle / "conmon.pid")]
+        arguments += ["--persist-dir", str(bundle), "-P", str(bundle / "conmon.pid")]
         arguments += ["-l", _log_driver(container, self.bundles.log(id))]
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
@@ -298,12 +301,20 @@ class Runtime:
         return arguments
 
     def _read_exit(self, container: Container) -> Ended | None:
-        path = self.bundles.path(container.id)
-        try:
-            code = int((path / container.id).read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return Ended(code, oom_killed=(path / "oom").exists())
+        path, bundle = self.bundles.path(container.id), self.bundles.bundle(container.id)
+        for file in _exit_files(path, bundle, container.id):
+            with suppress(FileNotFoundError, ValueError):
+                code = int(file.read_text())
+                return Ended(code, oom_killed=any(one.exists() for one in _oom_files(path, bundle)))
+        return None
+
+
+def _exit_files(path: Path, bundle: Path, id: ContainerId) -> tuple[Path, Path]:
+    return bundle / "exit", path / id
+
+
+def _oom_files(path: Path, bundle: Path) -> tuple[Path, Path]:
+    return bundle / "oom", path / "oom"
 
 
 def _log_driver(container: Container, path: Path) -> str:

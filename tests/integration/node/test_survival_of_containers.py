@@ -6,12 +6,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
-from skep.engine.container import ContainerState, LogFilter
+import pytest
+
+from skep.engine.container import ContainerState, LogConfig, LogFilter
 from skep.engine.engine import Engine
 from skep.engine.processes import is_alive
 from skep.engine.request import CreateRequest, HostConfig
+from skep.linux import syscalls
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.runc_lab import IMAGE, Lab
 
@@ -134,6 +140,59 @@ async def test_without_its_monitor_a_container_runs_on_and_its_exit_code_is_unkn
     ended = await engine.wait(container.id)
     assert ended.exit_code == 255
     assert "monitor was lost" in ended.error
+
+
+@pytest.fixture
+def small_disk(lab: Lab) -> Iterator[Path]:
+    """The data directory of ``lab`` as a disk of 4 MB and 1,000 files."""
+    lab.paths.data.mkdir()
+    syscalls.mount("skep-disk", lab.paths.data, "tmpfs", 0, "size=4m,nr_inodes=1000")
+    try:
+        yield lab.paths.data
+    finally:
+        syscalls.unmount(lab.paths.data, syscalls.MNT_DETACH)
+
+
+async def test_the_end_of_a_container_whose_log_fills_the_disk_is_seen_with_its_exit_code(
+    lab: Lab, small_disk: Path
+) -> None:
+    executor = lab.executor()
+    async with executor.running():
+        run = Runner(lab, executor.engine)
+        container = await run.start("sh", "-c", f"yes 0123456789abcdef | head -c {5 << 20}; exit 5")
+        async with asyncio.timeout(30):
+            ended = await executor.engine.wait(container.id)
+        assert os.statvfs(small_disk).f_bavail == 0
+        assert (ended.state, ended.exit_code, ended.error) == (ContainerState.EXITED, 5, "")
+        await executor.engine.remove(container.id)
+    assert lab.remains() == []
+
+
+async def test_a_disk_without_room_for_another_file_ends_no_monitor_that_is_to_begin_another_log(
+    lab: Lab, small_disk: Path
+) -> None:
+    executor = lab.executor()
+    async with executor.running():
+        engine = executor.engine
+        container = await Runner(lab, engine).start(
+            "sh",
+            "-c",
+            "trap 'echo last; exit 5' TERM; seq 100; while :; do sleep 0.05; done",
+            log=LogConfig(max_size_bytes=100, max_files=2),
+        )
+        current = engine.bundles.log(container.id)
+        await eventually(lambda: current.stat().st_size > 100, "its log is due")
+        with suppress(OSError):
+            for number in count():
+                (small_disk / f"filler-{number}").touch()
+        for _ in range(2):
+            engine.log_rotation.rotate(container)
+        async with asyncio.timeout(30):
+            await engine.kill(container.id, "SIGTERM")
+            ended = await engine.wait(container.id)
+        assert (ended.exit_code, ended.error) == (5, "")
+        assert (await Runner(lab, engine).logs(container)).endswith("last\n")
+        await engine.remove(container.id)
 
 
 async def test_a_container_that_was_made_but_not_started_can_be_started_after_a_restart(lab: Lab) -> None:
