@@ -137,7 +137,8 @@ class ServedContainers:
 
         Raises: Unavailable: some are not yet.
         """
-        changed = self._networks.refresh(tuple(networks) or self._networks.known())
+        ids = tuple(networks) or self._networks.known()
+        changed = self._networks.refresh(ids)
         touched = {id: served for id, served in self._served.items() if served.virtual.mark_changed(changed)}
         for id, served in self._served.items():
             if served.has_other_subnets():
@@ -151,8 +152,8 @@ class ServedContainers:
             self._schedule(id, _Work.APPLY)
         if failed:
             raise Unavailable(f"{len(failed)} of {len(touched)} containers lack the new virtual addresses")
-        if self._networks.unread:
-            raise Unavailable(f"tables of {len(self._networks.unread)} networks cannot be read at present")
+        if unread := self._networks.unread.intersection(ids):
+            raise Unavailable(f"tables of {len(unread)} networks cannot be read at present")
 
     def pause(self) -> tuple[Waiting, ...]:
         """Stop serving; returns the pending queries for the next process."""

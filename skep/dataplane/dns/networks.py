@@ -57,16 +57,17 @@ class Networks:
         """
         changed: set[tuple[NetworkId, ServiceId]] = set()
         for id in {*ids, *self.unread}:
-            if id not in self._read:
-                if id in self.unread:
-                    self._of(id)
-            else:
+            if id in self._read:
                 before = self._read[id].backends
                 self._read[id] = self._from_file(id)
-                after = self._read[id].backends
-                changed |= {
-                    (id, one) for one in before.keys() | after.keys() if before.get(one) != after.get(one)
-                }
+            elif id in self.unread:
+                before = {}
+            else:
+                continue
+            after = self._of(id).backends
+            changed |= {
+                (id, one) for one in before.keys() | after.keys() if before.get(one) != after.get(one)
+            }
         return frozenset(changed)
 
     def known(self) -> tuple[NetworkId, ...]:

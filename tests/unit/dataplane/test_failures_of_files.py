@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from skep.aio.failures import retry
 from skep.api.networks import SubnetBody
@@ -26,17 +27,18 @@ from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.ports import Reservations, reopened
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
+from skep.dataplane.served_containers import ServedContainers
 from skep.dataplane.wireguard import keys
 from skep.dataplane.wireguard.tunnels import Options, Tunnels
 from skep.errors import SkepError, Unavailable
 from skep.linux.mounting import mount_targets
-from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
+from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
 from skep.model.sandbox import EndpointRequest, SandboxConfig
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint
+from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableService
 from skep.model.times import Timestamp
 from skep.model.wireguard import Method, published_keys
 from skep.paths import Paths
-from tests.support.file_faults import Faults, walk
+from tests.support.file_faults import Faults, file_faults, walk
 from tests.support.oci_rig import QuickClock
 from tests.support.wireguard import a_pair, a_secure_table
 
@@ -245,6 +247,46 @@ async def test_a_table_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_pat
     (tmp_path / "template").mkdir()
     write(tmp_path / "template", "old")
     assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 2
+
+
+async def test_a_table_that_cannot_be_read_fails_no_change_of_another_network(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "data", tmp_path / "run")
+    paths.tables.mkdir(parents=True)
+    other = NetworkId("net2")
+    for id in (NET, other):
+        (paths.tables / id).write_bytes(msgspec.msgpack.encode(Table(head=NetworkHead(id=id, name=id))))
+    serving = ServedContainers(
+        paths,
+        cast("Namespaces", None),
+        clock=QuickClock(),
+        rng=lambda: 0.5,
+        new_id=lambda: 1,
+        start_task=asyncio.ensure_future,  # type: ignore[arg-type]
+    )
+    for id in (NET, other):
+        serving._networks.index(id)
+    with file_faults(paths.tables / NET) as faults, capture_logs():
+        faults.plan(0, errno.EIO, 100)
+        with pytest.raises(Unavailable, match="tables of 1 networks cannot be read"):
+            await serving.refresh([NET])
+        await serving.refresh([other])
+        faults.end()
+        await serving.refresh([other])
+    assert not serving._networks.unread, "it was read with the other one"
+
+
+async def test_the_backends_of_a_table_that_is_readable_again_are_changed_ones(tmp_path: Path) -> None:
+    service = TableService(id=ServiceId("web"), name="web", virtual_ips=("10.5.0.2",))
+    table = Table(head=NetworkHead(id=NET, name="net"), services={service.id: service})
+    (tmp_path / NET).write_bytes(msgspec.msgpack.encode(table))
+    networks = Networks(tmp_path)
+    with file_faults(tmp_path) as faults, capture_logs():
+        faults.plan(0, errno.EMFILE, 100)
+        assert not networks.backends(NET)
+        assert not networks.refresh([NET])
+        faults.end()
+        assert networks.refresh([]) == {(NET, service.id)}
+    assert networks.backends(NET) == {service.id: {"10.5.0.2": ()}}
 
 
 def port(number: int) -> RelayPort:
