@@ -58,10 +58,16 @@ async def index_of(route: AsyncIPRoute, parent: ParentLink) -> int:
 
     Raises: Unavailable: it is not there, or the kernel refused to make it.
     """
-    if found := await route.link_lookup(ifname=parent.device):
-        return int(found[0])
-    if not parent.made:
+    found = await route.link_lookup(ifname=parent.device)
+    if not found and parent.made:
+        await _make(route, parent)
+        found = await route.link_lookup(ifname=parent.device)
+    if not found:
         raise Unavailable(f"the parent interface {parent.device} of a network is not there")
+    return int(found[0])
+
+
+async def _make(route: AsyncIPRoute, parent: ParentLink) -> None:
     options: dict[str, Any] = {"ifname": parent.device, "kind": parent.made, "state": "up"}
     if parent.made == "vlan":
         below, _, number = parent.device.partition(".")
@@ -72,12 +78,9 @@ async def index_of(route: AsyncIPRoute, parent: ParentLink) -> int:
     try:
         await route.link("add", **options)
     except NetlinkError as error:
-        if error.code != errno.EEXIST:  # another container has had it made
-            reason = os.strerror(error.code)
-            if error.code == errno.EOPNOTSUPP:
-                reason = f"the kernel of this node has no {parent.made} devices"
-            raise Unavailable(f"failed to create {parent.device} {parent.made} link: {reason}") from error
-    found = await route.link_lookup(ifname=parent.device)
-    if not found:
-        raise Unavailable(f"the parent interface {parent.device} of a network is not there")
-    return int(found[0])
+        if error.code == errno.EEXIST:  # another container has had it made
+            return
+        reason = os.strerror(error.code)
+        if error.code == errno.EOPNOTSUPP:
+            reason = f"the kernel of this node has no {parent.made} devices"
+        raise Unavailable(f"failed to create {parent.device} {parent.made} link: {reason}") from error
