@@ -10,7 +10,7 @@ log = structlog.get_logger()
 
 
 class Admission:
-    """The connections of one kind that are open, whoever serves them by now.  ``kind`` names them in the log."""
+    """The open connections of one kind, whichever process serves them.  ``kind`` names them in the log."""
 
     def __init__(self, kind: str, most: int, most_of_source: int) -> None:
         self._kind = kind

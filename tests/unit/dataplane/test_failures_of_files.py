@@ -1,4 +1,4 @@
-"""Whichever call on a file of the data plane fails: it says so, goes on when it can, and has told nothing false."""
+"""Whichever call on a file of the data plane fails: the error is named, and nothing false is served."""
 
 import asyncio
 import errno
