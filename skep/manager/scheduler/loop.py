@@ -354,14 +354,16 @@ class Scheduler:
         self._refused.update(group for task in tasks if (group := self._group_of.get(task.id)) is not None)
         ids = [task.id for task in tasks]
         self._deciding.update(ids)
+        decided: Placed | None = None
         try:
             await self._flush()
             await asyncio.sleep(0)  # the first step was in no slice
-            return await result_in_slices(work, self._clock)
+            decided = await result_in_slices(work, self._clock)
+            return decided
         finally:
             self._deciding.difference_update(ids)
-            for id in ids:
-                if self._accounting.node_of(id) is None:  # the others are written next, and looked at then
+            for id in ids:  # what was decided is written next, and looked at then
+                if decided is None or self._accounting.node_of(id) is None:
                     self._update_task(id)
 
     async def _place_group(self, group: Group, limit: int, now: float) -> Placed:

@@ -263,3 +263,32 @@ async def test_room_that_comes_while_a_refusal_is_explained_is_used(monkeypatch:
         await store.update(put, replace(node, spec=replace(node.spec, labels={"zone": "a"})))
         await wait_for(store, lambda: "" not in nodes_of(store))
     assert store.view().get(Task, here[0].id).node_id == "n3"
+
+
+async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    explained, removed = asyncio.Event(), asyncio.Event()
+
+    def failing(*_asked: Any) -> SlicedWork[str]:
+        explained.set()
+        while not removed.is_set():
+            yield
+        for _ in range(200):  # the commit arrives
+            yield
+        raise RuntimeError("a bad node")
+
+    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+    monkeypatch.setattr(placement, "explaining", failing)
+    store = MemoryStore(SystemClock())
+    room = a_node("n1").description.resources.memory_bytes
+    services = [a_service(name, reserve=Resources(memory_bytes=room)) for name in ("large", "later")]
+    await store.update_each(put, [a_node("n1"), *services])
+    large = [a_task(f"t{n}", service=services[0], slot=n, state=TaskState.PENDING) for n in (1, 2)]
+    await store.update_each(put, large)
+    async with scheduling(store):
+        await explained.wait()  # the first has the node, and there is none for the second
+        await store.update(lambda tx: [tx.delete(Task, one.id) for one in large])
+        removed.set()
+        await store.update(put, a_task("last", service=services[1], slot=1, state=TaskState.PENDING))
+        await wait_for(store, lambda: store.view().get(Task, "last").node_id == "n1")
