@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import msgspec
 import structlog
-import yaml
 
 from skep.engine.machine import DeviceRequest
 from skep.errors import FailedPrecondition, InvalidArgument
@@ -209,6 +208,8 @@ def _parsed(path: Path) -> Any:
     content = path.read_bytes()
     if path.suffix == ".json":
         return msgspec.json.decode(content)
+    import yaml  # 0.7 MB in every process of the node, and few nodes have such files
+
     try:
         depth = 0
         for event in yaml.parse(content, yaml.CSafeLoader):
