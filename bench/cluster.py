@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.cluster_lab import ANSWER_S, MANAGERS, WORKERS, ClusterLab, System, answered, engine, until
+from bench.cluster_lab import MANAGERS, RESPONSE_S, WORKERS, ClusterLab, System, answered, engine, until
 from bench.engine import EngineError
 from bench.facts import fsync
 from bench.machine import noise
@@ -117,7 +117,7 @@ class Round:
         self, which: int, what: str, lose: Callable[[Node], None], give_back: Callable[[Node], None]
     ) -> None:
         """A worker goes -> the service's tasks run on the other one."""
-        victim, via = self.lab.workers[which], engine(self.lab.nodes[0], ANSWER_S)
+        victim, via = self.lab.workers[which], engine(self.lab.nodes[0], RESPONSE_S)
         lost = self.lab.ids()[victim.name]
         service = self._service("standing", REPLICAS, Constraints=["node.role==worker"])
         had = len(self._running(via, service)) - len(self._running(via, service, without=lost))
@@ -148,7 +148,7 @@ class Round:
         service = self._service("standing", REPLICAS)
         leader = self.lab.leader()
         lost = self.lab.ids()[leader.name]
-        via = engine(self.lab.nodes[0], ANSWER_S)
+        via = engine(self.lab.nodes[0], RESPONSE_S)
         had = REPLICAS - len(self._running(via, service, without=lost))
         survivors = [node for node in self.lab.managers if node.name != leader.name]
         self.noise.append(noise())
@@ -161,7 +161,7 @@ class Round:
         finally:
             writes.end()
         self._note("leader lost: first write accepted, s", accepted_at - began)
-        through = engine(survivor, ANSWER_S)
+        through = engine(survivor, RESPONSE_S)
         until(lambda: bool(self._running(through, written, without=lost)), "the written service runs")
         self._note("leader lost: that service's task running, s", time.monotonic() - began)
         until(
@@ -246,14 +246,16 @@ class _Writes:
     def end(self) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(2 * ANSWER_S)
+            thread.join(2 * RESPONSE_S)
 
     def _try(self, node: Node, spec: Callable[[str], dict[str, Any]]) -> None:
         attempt = 0
         while not self._over.is_set() and not self._seen.is_set():
             attempt += 1
             try:
-                id = engine(node, ANSWER_S).post("/services/create", spec(f"by-{node.name}-{attempt}"))["ID"]
+                id = engine(node, RESPONSE_S).post("/services/create", spec(f"by-{node.name}-{attempt}"))[
+                    "ID"
+                ]
             except (OSError, EngineError):
                 time.sleep(RETRY_S)
                 continue

@@ -19,7 +19,7 @@ from skep.playground.playground import Playground
 
 MANAGERS, WORKERS = 3, 2
 PORT = 2377
-ANSWER_S = 3.0
+RESPONSE_S = 3.0
 """Patience with one request: without a leader dockerd does not refuse a write, it holds it."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 System = Literal["docker", "skep"]
@@ -121,8 +121,8 @@ class ClusterLab:
     # -- what it costs ---------------------------------------------------------------------------------------------
 
     def version(self) -> str:
-        answer: dict[str, Any] = engine(self.nodes[0]).get("/version")
-        return f"{self.system} {answer['Version']}"
+        response: dict[str, Any] = engine(self.nodes[0]).get("/version")
+        return f"{self.system} {response['Version']}"
 
     def memory_mib(self, node: Node) -> float:
         """PSS of the machine's daemons."""

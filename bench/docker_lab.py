@@ -76,8 +76,8 @@ class DockerLab:
         self.engine.post("/swarm/init", {"ListenAddr": listen, "AdvertiseAddr": ADDRESS})
 
     def version(self) -> str:
-        answer: dict[str, Any] = self.engine.get("/version")
-        return f"dockerd {answer['Version']}"
+        response: dict[str, Any] = self.engine.get("/version")
+        return f"dockerd {response['Version']}"
 
     def down(self) -> None:
         """End dockerd and its containers, and remove every trace."""

@@ -50,8 +50,8 @@ def _container(lab: Any, service: str) -> dict[str, Any]:
         tasks = lab.engine.get("/tasks", filters={"service": [service]})
         if tasks and tasks[0]["Status"]["State"] == "running":
             id = tasks[0]["Status"]["ContainerStatus"]["ContainerID"]
-            answer: dict[str, Any] = lab.engine.get(f"/containers/{id}/json")
-            return answer
+            response: dict[str, Any] = lab.engine.get(f"/containers/{id}/json")
+            return response
         time.sleep(0.05)
     raise TimeoutError(f"{lab.system}: the task that shows the facts did not run within 30 s")
 

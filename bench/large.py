@@ -219,9 +219,9 @@ async def _client(store: MemoryStore) -> AsyncIterator[Callable[[str], Awaitable
         ):
 
             async def read(path: str) -> None:
-                async with client.get(f"http://manager{path}") as answer:
-                    assert answer.status == 200, answer.status
-                    async for _ in answer.content.iter_any():
+                async with client.get(f"http://manager{path}") as response:
+                    assert response.status == 200, response.status
+                    async for _ in response.content.iter_any():
                         pass
 
             yield read

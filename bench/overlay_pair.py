@@ -150,7 +150,7 @@ class OverlayPair:
             inner,
             "self",
         )
-        _answer_for(own, other, ENCRYPTED)
+        _response_for(own, other, ENCRYPTED)
 
     def carry(self, device: str) -> None:
         """Both bridges have this device as their port, and no other."""
@@ -184,10 +184,10 @@ class OverlayPair:
             sh("ip", "-n", own.node, "link", "set", PLAIN, "netns", own.overlay)
             forward = ("fdb", "replace", other.mac_text, "dev", PLAIN, "dst", other.underlay, "self")
             sh("bridge", "-n", own.overlay, *forward, "permanent")
-            _answer_for(own, other, PLAIN)
+            _response_for(own, other, PLAIN)
 
 
-def _answer_for(own: Side, other: Side, device: str) -> None:
+def _response_for(own: Side, other: Side, device: str) -> None:
     sh("ip", "-n", own.overlay, "link", "set", device, "up")
     neighbour = (other.address, "lladdr", other.mac_text, "dev", device, "nud", "permanent")
     sh("ip", "-n", own.overlay, "neigh", "replace", *neighbour)

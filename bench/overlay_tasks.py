@@ -24,10 +24,10 @@ class Placed(NamedTuple):
 
 def create_network(lab: ClusterLab, name: str) -> str:
     """An overlay network; gives its id."""
-    answer: dict[str, str] = engine(lab.nodes[0]).post(
+    response: dict[str, str] = engine(lab.nodes[0]).post(
         "/networks/create", {"Name": name, "Driver": "overlay"}
     )
-    return answer["Id"]
+    return response["Id"]
 
 
 def specification(
@@ -54,8 +54,8 @@ def specification(
 
 def create_service(lab: ClusterLab, requested: dict[str, Any]) -> str:
     """Gives its id."""
-    answer: dict[str, str] = engine(lab.nodes[0]).post("/services/create", requested)
-    return answer["ID"]
+    response: dict[str, str] = engine(lab.nodes[0]).post("/services/create", requested)
+    return response["ID"]
 
 
 def scale(lab: ClusterLab, service: str, replicas: int) -> None:

@@ -158,10 +158,10 @@ def write_result(name: str, text: str, result: Any) -> None:
 
 def commit(top: Path = Path(__file__).parent) -> str:
     """The short name of the commit that is checked out in the clone at ``top``."""
-    answer = subprocess.run(
+    response = subprocess.run(
         ["git", "-C", str(top), "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
     )
-    return answer.stdout.strip() or "unknown"
+    return response.stdout.strip() or "unknown"
 
 
 def _options() -> argparse.Namespace:

@@ -33,8 +33,8 @@ def service(lab: Any, name: str, replicas: int, **template: Any) -> str:
         "TaskTemplate": {"ContainerSpec": {"Image": lab.image, "Command": WORKLOAD}, **template},
         "Mode": {"Replicated": {"Replicas": replicas}},
     }
-    answer: dict[str, str] = lab.engine.post("/services/create", spec)
-    return answer["ID"]
+    response: dict[str, str] = lab.engine.post("/services/create", spec)
+    return response["ID"]
 
 
 def running(lab: Any, service_id: str) -> list[dict[str, Any]]:
@@ -73,8 +73,8 @@ def on_overlay(lab: Any, name: str, subnet: str = "") -> str:
     requested: dict[str, Any] = {"Name": name, "Driver": "overlay"}
     if subnet:
         requested["IPAM"] = {"Config": [{"Subnet": subnet}]}
-    answer: dict[str, str] = lab.engine.post("/networks/create", requested)
-    return answer["Id"]
+    response: dict[str, str] = lab.engine.post("/networks/create", requested)
+    return response["Id"]
 
 
 def start(replicas: int, *, weighs: bool = False, overlay: str = "") -> Callable[[Any], Metrics]:

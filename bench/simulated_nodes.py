@@ -26,7 +26,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel, connected
 
 JOINING_AT_ONCE = 8
-ANSWER_S = 60.0
+RESPONSE_S = 60.0
 RETURN_S = 1.0
 """After which a node that lost its session tries again, on the average."""
 ENDED = TaskStatus(state=TaskState.SHUTDOWN, message="shutdown")
@@ -49,7 +49,7 @@ async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
     pairs: list[KeyPair] = []
 
     async def ask() -> None:
-        async with connected(address, joining_context(root_pem), ROOT_NAME, timeout_s=ANSWER_S) as channel:
+        async with connected(address, joining_context(root_pem), ROOT_NAME, timeout_s=RESPONSE_S) as channel:
             while waiting:
                 waiting.pop()
                 pairs.append(await _joined(channel, root_pem, token))
@@ -61,11 +61,11 @@ async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
 async def _joined(channel: Channel, root_pem: bytes, token: str) -> KeyPair:
     key = new_private_key()
     request = pb.IssueNodeCertificateRequest(csr=signing_request(key), token=token)
-    reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=ANSWER_S)
+    reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=RESPONSE_S)
     status = await channel.call(
         methods.NODE_CERTIFICATE_STATUS,
         pb.NodeCertificateStatusRequest(node_id=reply.node_id),
-        timeout_s=ANSWER_S,
+        timeout_s=RESPONSE_S,
     )
     return KeyPair(
         certificate_pem=status.certificate.certificate, key_pem=private_pem(key), root_pem=root_pem

@@ -75,8 +75,8 @@ class SkepLab:
         return list(self.node["pids"])
 
     def version(self) -> str:
-        answer: dict[str, Any] = self.engine.get("/version")
-        return f"skep {answer['Version']}"
+        response: dict[str, Any] = self.engine.get("/version")
+        return f"skep {response['Version']}"
 
     def down(self) -> None:
         command = [self._skep, "playground", "down", "--dir", str(self.directory), "--name", self.name]

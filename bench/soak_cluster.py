@@ -37,7 +37,7 @@ MEASURE_EVERY_S = 600.0
 CALM_ROUNDS = 15
 """Without faults before memory is taken: no manager is judged that has just been started."""
 MEMORY_GROWTH_MAX = 1.2
-ANSWER_S = 10.0
+RESPONSE_S = 10.0
 LATE_S = 10.0
 """From then on a round's line says what it waited for."""
 
@@ -133,13 +133,13 @@ class ClusterSoak:
         containers = counted(
             container["Labels"]["com.docker.swarm.service.name"]
             for node in self._there()
-            for container in engine(node, ANSWER_S).get("/containers/json")
+            for container in engine(node, RESPONSE_S).get("/containers/json")
         )
         wanted = self._users.wanted_running()
         if containers != wanted:
             return f"containers {containers} instead of {wanted}"
         return soak_networks.faults(
-            [(node, engine(node, ANSWER_S)) for node in self._there()], self._users.services
+            [(node, engine(node, RESPONSE_S)) for node in self._there()], self._users.services
         )
 
     # -- faults ----------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class ClusterSoak:
 
     def _a_manager(self) -> Engine:
         return engine(
-            self._random.choice([node for node in self._there() if node.role == "manager"]), ANSWER_S
+            self._random.choice([node for node in self._there() if node.role == "manager"]), RESPONSE_S
         )
 
     def _calm(self) -> dict[str, list[float]]:

@@ -34,7 +34,7 @@ NETWORKS: dict[str, dict[str, str]] = {"plain": {}, "other": {}, "secret": {"enc
 SECRET = "soak-secret"
 SECRET_DATA = b"open sesame"
 PORT = 80
-ANSWER_S = 5.0
+RESPONSE_S = 5.0
 AT_ONCE = 16
 OWN_SUBNETS = "10."
 """What addresses on overlays begin with; those of gateway bridges are each node\'s own."""
@@ -151,8 +151,8 @@ def _refused(
                         )
                     )
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        answers = threads.map(lambda one: _tried(one[0], one[2]), asked)
-        return [f"{who}: {wrong}" for (_, who, _), wrong in zip(asked, answers, strict=True) if wrong]
+        responses = threads.map(lambda one: _tried(one[0], one[2]), asked)
+        return [f"{who}: {wrong}" for (_, who, _), wrong in zip(asked, responses, strict=True) if wrong]
 
 
 def _tried(space: Path, ask: Callable[[], str]) -> str:
@@ -166,15 +166,15 @@ def by_name(service: Service) -> str:
     """Why a service does not answer by its name from the present namespace; empty: it does."""
     question = DNSRecord.question(service.name)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
-        opened.settimeout(ANSWER_S)
+        opened.settimeout(RESPONSE_S)
         try:
             opened.sendto(question.pack(), ("127.0.0.11", 53))
-            answer = DNSRecord.parse(opened.recv(4096))
+            response = DNSRecord.parse(opened.recv(4096))
         except OSError as error:
             return f"{service.name} is not resolved: {error}"
-    addresses = [str(one.rdata) for one in answer.rr if one.rtype == QTYPE.A]
+    addresses = [str(one.rdata) for one in response.rr if one.rtype == QTYPE.A]
     if not addresses:
-        return f"{service.name} has no address: {QTYPE.A} {answer.header.rcode}"
+        return f"{service.name} has no address: {QTYPE.A} {response.header.rcode}"
     return next((wrong for one in addresses if (wrong := page(service, one, PORT))), "")
 
 
@@ -190,12 +190,12 @@ def page(service: Service, address: str, port: int) -> str:
 
 def fetched(address: str, port: int) -> bytes:
     """The page there.  Raises: OSError."""
-    with socket.create_connection((address, port), timeout=ANSWER_S) as connection:
+    with socket.create_connection((address, port), timeout=RESPONSE_S) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        answer = b""
+        response = b""
         while piece := connection.recv(4096):
-            answer += piece
-    return answer.partition(b"\r\n\r\n")[2]
+            response += piece
+    return response.partition(b"\r\n\r\n")[2]
 
 
 # -- what is there -------------------------------------------------------------------------------------------------

@@ -188,14 +188,14 @@ class SimulatedClient(Client):
         """The result of ``work``.  Raises: Uncertain: no response in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await work
+                response = await work
         except TimeoutError as error:
             await self._links.wait_thawed(self._member.id)
             raise Uncertain(NO_LEADER) from error
         await self._links.wait_thawed(self._member.id)
         if not self._member.is_running:
             raise Uncertain("the store does not respond: connection lost")
-        return answer
+        return response
 
 
 class _Header(msgspec.Struct, frozen=True):

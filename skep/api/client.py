@@ -230,10 +230,10 @@ class Client(Requests):
     ) -> T:
         """The response, as ``type_``, to ``POST path`` with a body that is read while it is sent.  Raises: as
         ``get``."""
-        answer = await self.request(
+        response = await self.request(
             "POST", path, body=content, query=query, headers=headers, timeout_s=timeout_s
         )
-        return _as(type_, answer)
+        return _as(type_, response)
 
     @asynccontextmanager
     async def stream(

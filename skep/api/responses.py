@@ -60,25 +60,25 @@ class KnownJson:
             self._known = {id: known for id, known in self._known.items() if id in wanted}
 
 
-def json_answer(value: Any, status: int = 200) -> web.Response:
+def json_response(value: Any, status: int = 200) -> web.Response:
     """``value`` as Docker's JSON, with the newline that ends it."""
     return web.Response(body=_encoder.encode(value) + b"\n", status=status, content_type="application/json")
 
 
-def json_list_answer(items: Sequence[T], show: Callable[[T], Any] = lambda item: item) -> web.Response:
+def json_list_response(items: Sequence[T], show: Callable[[T], Any] = lambda item: item) -> web.Response:
     """A list of objects, each as ``show`` makes it; a long one goes out in pieces while it is being encoded."""
     shown = map(show, items)
     if len(items) <= _PIECE:
-        return json_answer(list(shown))
+        return json_response(list(shown))
     return web.Response(body=_list_of(_pieces(shown)), content_type="application/json")
 
 
-def known_list_answer(
+def known_list_response(
     items: Sequence[T], show: Callable[[C, T], Any], circumstances: C, known: KnownJson
 ) -> web.Response:
     """The same for all objects of a kind, which have an ``id``; of a long list only new objects are encoded."""
     if len(items) <= _PIECE:
-        return json_list_answer(items, partial(show, circumstances))
+        return json_list_response(items, partial(show, circumstances))
     pieces = _known_pieces(items, show, known.agreed(circumstances), known)
     return web.Response(body=_list_of(pieces), content_type="application/json")
 
@@ -109,7 +109,7 @@ async def _known_pieces(
     known.keep_only(ids)
 
 
-class ChunkedAnswer:
+class ChunkedResponse:
     """A response that is sent in pieces while its context is open.  ``response``: what the handler returns then."""
 
     def __init__(self, request: web.Request, status: int = 200, content_type: str | None = None) -> None:
@@ -127,7 +127,7 @@ class ChunkedAnswer:
         pass
 
 
-class JsonLines(ChunkedAnswer):
+class JsonLines(ChunkedResponse):
     """One JSON object per line, each sent at once."""
 
     def __init__(self, request: web.Request, status: int = 200) -> None:
@@ -156,7 +156,7 @@ def frame(stream: OutputStream, data: bytes) -> bytes:
     return bytes((stream, 0, 0, 0)) + len(data).to_bytes(4, "big") + data
 
 
-class OutputFrames(ChunkedAnswer):
+class OutputFrames(ChunkedResponse):
     """A process's output: framed, or raw where it had a terminal.
 
     Up to API 1.41 it has no content type (clients look at the container); from 1.42 on it has.

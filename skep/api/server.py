@@ -4,7 +4,7 @@
 
     @table.get("/services/{id}")
     async def inspect_service(request: web.Request) -> web.StreamResponse:
-        return json_answer(...)
+        return json_response(...)
 
     app = application(table)
 
@@ -36,9 +36,9 @@ from skep.api.responses import (
     OutputFrames,
     OutputStream,
     frame,
-    json_answer,
-    json_list_answer,
-    known_list_answer,
+    json_list_response,
+    json_response,
+    known_list_response,
 )
 from skep.api.versions import NEWEST, ApiVersion, requested
 from skep.errors import ResourceExhausted, SkepError
@@ -56,9 +56,9 @@ __all__ = [
     "common_headers",
     "flag",
     "frame",
-    "json_answer",
-    "json_list_answer",
-    "known_list_answer",
+    "json_list_response",
+    "json_response",
+    "known_list_response",
     "read_body",
     "read_json",
     "runner",
@@ -309,7 +309,7 @@ def _error_response(request: web.Request, status: int, message: str) -> web.Resp
     prefix = request.match_info.get("version")
     if prefix is not None and ApiVersion(prefix) <= _LAST_WITH_PLAIN_ERRORS:
         return web.Response(text=message + "\n", status=status, headers={"X-Content-Type-Options": "nosniff"})
-    return json_answer({"message": message}, status)
+    return json_response({"message": message}, status)
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

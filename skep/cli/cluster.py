@@ -12,7 +12,7 @@ from skep.cli.running import run_requests
 from skep.model.labels import FORGET_NODES, HEARTBEAT_GRACE, WORKER_READS, allows_worker_reads
 from skep.model.rights import ALLOW_LABEL
 
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 
 
 @click.group()
@@ -205,32 +205,32 @@ def _show_setting(
 
 async def _swarm(host: HostOptions) -> Mapping[str, Any]:
     async with host.client() as client:
-        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_RESPONSE_TIMEOUT_S)
         return swarm
 
 
 async def _set_label(host: HostOptions, name: str, value: str) -> None:
     async with host.client() as client:
-        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_RESPONSE_TIMEOUT_S)
         labels = dict(swarm["Spec"].get("Labels") or {})
         labels.pop(name, None)
         if value:
             labels[name] = value
         spec = {**swarm["Spec"], "Labels": labels}
         version = str(swarm["Version"]["Index"])
-        await client.post("/swarm/update", spec, timeout_s=_ANSWERS_WITHIN_S, version=version)
+        await client.post("/swarm/update", spec, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
 
 
 async def _change_pools(host: HostOptions, change: Mapping[str, Any]) -> None:
     async with host.client() as client:
-        await client.post("/skep/cluster/pools", change, timeout_s=_ANSWERS_WITHIN_S)
+        await client.post("/skep/cluster/pools", change, timeout_s=_RESPONSE_TIMEOUT_S)
 
 
 async def _resume(host: HostOptions) -> None:
     async with host.client() as client:
-        await client.post("/skep/cluster/resume", timeout_s=_ANSWERS_WITHIN_S)
+        await client.post("/skep/cluster/resume", timeout_s=_RESPONSE_TIMEOUT_S)
 
 
 async def _rotate_keys(host: HostOptions) -> None:
     async with host.client() as client:
-        await client.post("/skep/cluster/rotate-keys", timeout_s=_ANSWERS_WITHIN_S)
+        await client.post("/skep/cluster/rotate-keys", timeout_s=_RESPONSE_TIMEOUT_S)

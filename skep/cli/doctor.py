@@ -14,7 +14,7 @@ from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.quorum import headers_for
 from skep.errors import Unavailable
 
-_ANSWERS_WITHIN_S = 40.0
+_RESPONSE_TIMEOUT_S = 40.0
 """The manager gives nodes 25 s, and names those that need longer."""
 _HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "STATE")
 _WELL_ROWS_MAX = 40
@@ -79,10 +79,10 @@ async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
     """Every node's result, in order of host names.  Shows progress on a terminal."""
     results: list[NodeResult] = []
     try:
-        async with asyncio.timeout(_ANSWERS_WITHIN_S):
+        async with asyncio.timeout(_RESPONSE_TIMEOUT_S):
             total = await _read(host, results, throughput=throughput)
     except TimeoutError:
-        raise Unavailable(f"the probes did not end within {_ANSWERS_WITHIN_S:g} s") from None
+        raise Unavailable(f"the probes did not end within {_RESPONSE_TIMEOUT_S:g} s") from None
     if len(results) < total:
         raise Unavailable(f"the manager ended the response after {len(results)} of {total} nodes")
     return sorted(results, key=lambda result: (result["Hostname"], result["ID"]))

@@ -15,7 +15,7 @@ from skep.cli.quorum import headers_for
 from skep.errors import NotFound
 from skep.model.task_end import printable
 
-_ANSWERS_WITHIN_S = 10.0
+_RESPONSE_TIMEOUT_S = 10.0
 _PAUSED = ("paused", "rollback_paused")
 
 
@@ -41,7 +41,7 @@ async def _ask(host: HostOptions, name: str) -> Shown:
     """Raises: NotFound: nothing has this name."""
     async with host.requests() as client:
         headers = await headers_for(client)
-        get = partial(client.get, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+        get = partial(client.get, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
         now = time.time()
         for path, about in (
             (f"/skep/services/{name}/explain", about_service),

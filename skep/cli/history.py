@@ -17,7 +17,7 @@ from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.running import errors_shown, say
 from skep.model.times import SECOND_NS, unix_ns
 
-_ANSWERS_WITHIN_S = 20.0
+_RESPONSE_TIMEOUT_S = 20.0
 _PAGE = 1000
 _COLOURS = {"error": "red", "warning": "yellow"}
 
@@ -98,7 +98,7 @@ def query_of(name: str, since: str, until: str, kind: str | None, now: datetime)
 
 
 async def _page(client: Requests, query: Mapping[str, str]) -> Any:
-    return await client.request("GET", "/skep/history", query=query, timeout_s=_ANSWERS_WITHIN_S)
+    return await client.request("GET", "/skep/history", query=query, timeout_s=_RESPONSE_TIMEOUT_S)
 
 
 async def _pages(host: HostOptions, query: Mapping[str, str]) -> AsyncIterator[Sequence[Mapping[str, Any]]]:

@@ -17,7 +17,7 @@ from skep.cli.upgrade_plan import Member, members_of, refusals_of_quorum
 from skep.errors import FailedPrecondition, OutOfSequence, SkepError
 from skep.model.labels import MAINTENANCE
 
-ANSWERS_WITHIN_S: Final = 15.0
+RESPONSE_TIMEOUT_S: Final = 15.0
 _ATTEMPTS: Final = 10
 
 
@@ -109,27 +109,27 @@ def overdue(holders: Sequence[Holder], members: Sequence[Member], now: datetime)
 
 async def nodes_and_time(client: Requests) -> tuple[list[Member], datetime]:
     """The nodes, and the time by the manager's clock: locks are compared by those of managers alone."""
-    nodes = await client.get("/nodes", timeout_s=ANSWERS_WITHIN_S)
-    info = await client.get("/info", timeout_s=ANSWERS_WITHIN_S)
+    nodes = await client.get("/nodes", timeout_s=RESPONSE_TIMEOUT_S)
+    info = await client.get("/info", timeout_s=RESPONSE_TIMEOUT_S)
     return members_of(nodes), msgspec.convert(info["SystemTime"], datetime).astimezone(UTC)
 
 
 async def holders_of(client: Requests) -> tuple[Holder, ...]:
     """The holders of the lock now."""
-    swarm = await client.get("/swarm", timeout_s=ANSWERS_WITHIN_S)
+    swarm = await client.get("/swarm", timeout_s=RESPONSE_TIMEOUT_S)
     return read((swarm["Spec"].get("Labels") or {}).get(MAINTENANCE, ""))
 
 
 async def change(client: Requests, decide: Callable[[str], str]) -> None:
     """Write ``decide`` of the label's value; read and decided anew where others were faster."""
     for attempt in range(_ATTEMPTS):
-        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=ANSWERS_WITHIN_S)
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=RESPONSE_TIMEOUT_S)
         labels = dict(swarm["Spec"].get("Labels") or {})
         value = decide(labels.pop(MAINTENANCE, ""))
         spec = {**swarm["Spec"], "Labels": labels | ({MAINTENANCE: value} if value else {})}
         try:
             version = str(swarm["Version"]["Index"])
-            await client.post("/swarm/update", spec, timeout_s=ANSWERS_WITHIN_S, version=version)
+            await client.post("/swarm/update", spec, timeout_s=RESPONSE_TIMEOUT_S, version=version)
             return
         except SkepError as error:
             is_race = isinstance(error, OutOfSequence) or "update out of sequence" in str(error)

@@ -18,7 +18,7 @@ from skep.cli.formatting import counted
 from skep.cli.running import run_requests, say
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 _LOOK_S = 0.5
 _PATH = "/skep/cluster/evict"
 _NAMED_MAX = 5
@@ -74,14 +74,14 @@ async def _set_draining(client: Client, name: str) -> None:
         "nodes",
         name,
         lambda node: node["Spec"] | {"Availability": "drain"},
-        timeout_s=_ANSWERS_WITHIN_S,
+        timeout_s=_RESPONSE_TIMEOUT_S,
     )
 
 
 async def drained(client: Client, name: str, within_s: float) -> None:
     """Drain a node and wait until its tasks have ended.  Raises: Unavailable: some are left."""
     await _set_draining(client, name)
-    services = await client.get("/services", timeout_s=_ANSWERS_WITHIN_S)
+    services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
     names = {one["ID"]: str(one["Spec"]["Name"]) for one in services}
     shown = ""
     try:
@@ -99,7 +99,7 @@ async def drained(client: Client, name: str, within_s: float) -> None:
 
 async def _tasks_of(client: Client, name: str) -> Sequence[Mapping[str, Any]]:
     """The tasks on a node that have not ended."""
-    tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=_ANSWERS_WITHIN_S)
+    tasks = await client.get("/tasks", filters={"node": [name]}, timeout_s=_RESPONSE_TIMEOUT_S)
     return [task for task in tasks if task["Status"]["State"] not in _ENDED]
 
 
@@ -129,13 +129,13 @@ async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
     done: list[str] = []
     async with host.client() as client:
         for name in names:
-            found = await client.get(f"/nodes/{name}", timeout_s=_ANSWERS_WITHIN_S)
+            found = await client.get(f"/nodes/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
             state = found["Status"]["State"]
             if state != "down":
                 raise FailedPrecondition(
                     f"{name} is {state}, not down: drain it and let it leave, or skep node evict {name}"
                 )
-            await client.delete(f"/nodes/{found['ID']}", force="1", timeout_s=_ANSWERS_WITHIN_S)
+            await client.delete(f"/nodes/{found['ID']}", force="1", timeout_s=_RESPONSE_TIMEOUT_S)
             done.append(name)
     return done
 
@@ -176,13 +176,15 @@ async def _evict(host: HostOptions, name: str) -> str:
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     async with host.client() as client:
         progress = _Progress()
-        state = await client.post(_PATH, {"Node": name, "By": by}, timeout_s=_ANSWERS_WITHIN_S)
+        state = await client.post(_PATH, {"Node": name, "By": by}, timeout_s=_RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
             # The manager's etcd restarts, too.
-            state = await persistently(partial(client.get, _PATH, timeout_s=_ANSWERS_WITHIN_S), progress.note)
+            state = await persistently(
+                partial(client.get, _PATH, timeout_s=_RESPONSE_TIMEOUT_S), progress.note
+            )
         try:
-            response = await client.get("/swarm/unlockkey", timeout_s=_ANSWERS_WITHIN_S)
+            response = await client.get("/swarm/unlockkey", timeout_s=_RESPONSE_TIMEOUT_S)
         except SkepError as error:
             raise Unavailable(f"all is done, and the unlock key could not be read: {error}") from error
         return str(response.get("UnlockKey") or "")

@@ -10,7 +10,7 @@ from skep.errors import SkepError
 
 STALE = {"X-Skep-Stale": "1"}
 """Read this manager's replica, without a barrier at the other managers."""
-_ANSWERS_WITHIN_S = 5.0
+_RESPONSE_TIMEOUT_S = 5.0
 
 
 async def headers_for(client: Requests) -> Mapping[str, str]:
@@ -26,7 +26,7 @@ async def headers_for(client: Requests) -> Mapping[str, str]:
 async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
     """The manager's own view; None: this node has no manager that responds."""
     try:
-        response: Mapping[str, Any] = await client.get("/skep/quorum", timeout_s=_ANSWERS_WITHIN_S)
+        response: Mapping[str, Any] = await client.get("/skep/quorum", timeout_s=_RESPONSE_TIMEOUT_S)
     except SkepError:
         return None
     return response

@@ -14,7 +14,7 @@ from skep.cli.running import errors_shown, run_requests
 from skep.errors import FailedPrecondition, SkepError
 from skep.model.task_end import printable
 
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 _WORD = 11
 """Width of the first column."""
 _RECOVERS_WITHIN_S = 180.0
@@ -63,7 +63,7 @@ def recover(host: HostOptions, dry_run: bool, advertise_addr: str, yes: bool) ->
 
 async def _look(host: HostOptions) -> tuple[Mapping[str, Any], Mapping[str, Any] | None, Kept]:
     async with host.client() as client:
-        info = await client.get("/info", timeout_s=_ANSWERS_WITHIN_S)
+        info = await client.get("/info", timeout_s=_RESPONSE_TIMEOUT_S)
         quorum = await quorum_of(client)
         return info, quorum, await _kept(client, quorum)
 
@@ -74,7 +74,7 @@ async def _kept(client: Client, quorum: Mapping[str, Any] | None) -> Kept:
     counts: dict[str, int] = {}
     for kind in ("services", "tasks", "nodes", "networks", "secrets", "configs"):
         try:
-            found = await client.get(f"/{kind}", headers=STALE, timeout_s=_ANSWERS_WITHIN_S)
+            found = await client.get(f"/{kind}", headers=STALE, timeout_s=_RESPONSE_TIMEOUT_S)
         except SkepError:
             continue
         counts[kind] = len(found)

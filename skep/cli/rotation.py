@@ -25,7 +25,7 @@ from skep.cli.running import run_requests, say
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.labels import ROTATION_OF
 
-_ANSWERS_WITHIN_S = 20.0
+_RESPONSE_TIMEOUT_S = 20.0
 _LOOK_S = 0.5
 _FILE_BYTES_MAX = 1 << 20
 _STUCK = ("paused", "rollback_started", "rollback_paused", "rollback_completed")
@@ -158,7 +158,7 @@ class _Rotation:
 
     async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
         """The version to have, and the ids of the older ones.  ``data`` None: the latest there is."""
-        objects = await self._client.get(self._kind.path, timeout_s=_ANSWERS_WITHIN_S)
+        objects = await self._client.get(self._kind.path, timeout_s=_RESPONSE_TIMEOUT_S)
         known = versions(objects, name)
         if data is None:
             return known[-1], {one["ID"] for one in known[:-1]}
@@ -168,7 +168,7 @@ class _Rotation:
             "Labels": (before.get("Labels") or {}) | {ROTATION_OF: root_of(known[-1])},
             "Data": base64.b64encode(data).decode(),
         }
-        made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=_ANSWERS_WITHIN_S)
+        made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=_RESPONSE_TIMEOUT_S)
         click.echo(f"{spec['Name']} created", err=True)
         return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
 
@@ -178,7 +178,7 @@ class _Rotation:
         Then a line for each service that cannot be updated: the others are, nevertheless.
         """
         using, failed = list[str](), list[str]()
-        for service in await self._client.get("/services", timeout_s=_ANSWERS_WITHIN_S):
+        for service in await self._client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S):
             name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
             is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
             if is_job and moved(self._kind, service["Spec"], old, new) is not None:
@@ -186,7 +186,7 @@ class _Rotation:
                 continue
             try:
                 await self._move_one(service["ID"], old, new)
-                current = await self._client.get(f"/services/{service['ID']}", timeout_s=_ANSWERS_WITHIN_S)
+                current = await self._client.get(f"/services/{service['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
             except SkepError as error:
                 if not (isinstance(error, NotFound) and await self._is_gone(service["ID"])):
                     failed.append(f"{name}: {error}")
@@ -198,7 +198,7 @@ class _Rotation:
     async def _is_gone(self, id: str) -> bool:
         """Whether the service was removed meanwhile; else it is its update that finds something missing."""
         try:
-            await self._client.get(f"/services/{id}", timeout_s=_ANSWERS_WITHIN_S)
+            await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
         except NotFound:
             return True
         except SkepError:
@@ -211,7 +211,7 @@ class _Rotation:
             "services",
             id,
             lambda service: moved(self._kind, service["Spec"], old, new),
-            timeout_s=_ANSWERS_WITHIN_S,
+            timeout_s=_RESPONSE_TIMEOUT_S,
         )
 
     async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> list[str]:
@@ -238,11 +238,11 @@ class _Rotation:
     ) -> tuple[Mapping[str, Any], VersionProgress | None]:
         """The service and how far it is; None: it was removed meanwhile."""
         try:
-            service = await self._client.get(f"/services/{id}", timeout_s=_ANSWERS_WITHIN_S)
+            service = await self._client.get(f"/services/{id}", timeout_s=_RESPONSE_TIMEOUT_S)
         except NotFound:
             return {}, None
         filters = {"service": [id], "desired-state": ["running"]}
-        tasks = await self._client.get("/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S)
+        tasks = await self._client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
         return service, version_progress(self._kind, service, tasks, new["ID"])
 
     def _show(self, name: str, text: str) -> None:
@@ -273,11 +273,11 @@ async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, 
 
 async def _prune(host: HostOptions, kind: Kind, *, all: bool) -> None:
     async with host.client() as client:
-        objects = await client.get(kind.path, timeout_s=_ANSWERS_WITHIN_S)
-        services = await client.get("/services", timeout_s=_ANSWERS_WITHIN_S)
+        objects = await client.get(kind.path, timeout_s=_RESPONSE_TIMEOUT_S)
+        services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
         for one in unused(kind, objects, services, all=all):
             try:
-                await client.delete(f"{kind.path}/{one['ID']}", timeout_s=_ANSWERS_WITHIN_S)
+                await client.delete(f"{kind.path}/{one['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
             except SkepError as error:  # a service uses it since a moment ago
                 click.echo(f"{one['Spec']['Name']}: {error}", err=True)
             else:

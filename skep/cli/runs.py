@@ -11,7 +11,7 @@ from skep.cli.formatting import age
 from skep.cli.output import Output, Screen, Shown, shows, table
 from skep.model.task_end import printable
 
-_ANSWERS_WITHIN_S = 20.0
+_RESPONSE_TIMEOUT_S = 20.0
 _HEAD = ("TASK", "NODE", "RUN", "STATE", "EXIT", "ENDED")
 
 
@@ -40,9 +40,9 @@ def runs(host: HostOptions, service: str, tail: int, output: Output) -> None:
 async def _runs(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
     async with host.client() as client:
         path = f"/skep/services/{service}/runs"
-        response: dict[str, Any] = await client.get(path, timeout_s=_ANSWERS_WITHIN_S, tail=str(tail))
-        nodes = await client.get("/nodes", timeout_s=_ANSWERS_WITHIN_S)
-        found = await client.get(f"/services/{service}", timeout_s=_ANSWERS_WITHIN_S)
+        response: dict[str, Any] = await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S, tail=str(tail))
+        nodes = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
+        found = await client.get(f"/services/{service}", timeout_s=_RESPONSE_TIMEOUT_S)
     hostnames = {node["ID"]: node["Description"].get("Hostname") or node["ID"] for node in nodes}
     mode = found["Spec"].get("Mode") or {}
     is_global = "Global" in mode or "GlobalJob" in mode

@@ -16,7 +16,7 @@ from skep.model.unknown import leniently
 from skep.stack.progress import ServiceProgress, progress_of
 from skep.stack.waiting import wait_done
 
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 
 
 @click.group(cls=passthrough.WithDockers)
@@ -71,9 +71,9 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> 
 
 
 async def _look(client: Client, name: str) -> ServiceProgress:
-    found = await client.get(f"/services/{name}", timeout_s=_ANSWERS_WITHIN_S)
+    found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
     filters = {"service": [found["ID"]]}
-    tasks = await client.get("/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S)
+    tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
     return progress_of(
         leniently(msgspec.json.encode(found), Service),
         [leniently(msgspec.json.encode(task), Task) for task in tasks],

@@ -18,7 +18,7 @@ from skep.cli.status import is_as_wanted
 from skep.errors import NotFound
 
 NAMESPACE = "com.docker.stack.namespace"
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 _PROBLEMS = ("failed", "rejected", "orphaned")
 _MODES = {
     "Global": "global",
@@ -47,7 +47,9 @@ def ls(host: HostOptions, output: Output) -> None:
     async def fetch() -> Shown:
         async with host.requests() as client:
             filters = {"label": [NAMESPACE]}
-            found = await client.get("/services", filters=filters, timeout_s=_ANSWERS_WITHIN_S, status="true")
+            found = await client.get(
+                "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
+            )
         return stacks(found)
 
     output.show(fetch)
@@ -103,7 +105,7 @@ async def _services(client: Requests, stack: str, words: Sequence[str] = ()) -> 
     """Raises: NotFound: there is no such stack."""
     filters = _filters(stack, words)
     found: Objects = await client.get(
-        "/services", filters=filters, timeout_s=_ANSWERS_WITHIN_S, status="true"
+        "/services", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S, status="true"
     )
     if not found and not words:
         raise NotFound(f"nothing found in stack: {stack} (skep stack ls)")
@@ -204,8 +206,8 @@ def ps(
     async def fetch() -> Shown:
         async with host.requests() as client:
             found = await _services(client, name)
-            tasks = await client.get("/tasks", filters=_filters(name, words), timeout_s=_ANSWERS_WITHIN_S)
-            nodes = await client.get("/nodes", timeout_s=_ANSWERS_WITHIN_S)
+            tasks = await client.get("/tasks", filters=_filters(name, words), timeout_s=_RESPONSE_TIMEOUT_S)
+            nodes = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
         hostnames = {one["ID"]: one["Description"].get("Hostname") or one["ID"] for one in nodes}
         names = {one["ID"]: one["Spec"]["Name"] for one in found}
         if no_resolve:

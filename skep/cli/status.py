@@ -21,7 +21,7 @@ from skep.model.times import SECOND_NS, unix_ns
 DEGRADED, LEADERLESS = 3, 4
 """Exit codes: something is not as wanted; there is no leader.  0: all is well, 1: the node does not answer."""
 
-_ANSWERS_WITHIN_S = 10.0
+_RESPONSE_TIMEOUT_S = 10.0
 _EARLIER_WITHIN_S = 60.0
 _AT = "at"
 """The word before the time of an earlier state."""
@@ -137,7 +137,7 @@ async def _status(host: HostOptions) -> Status:
     Raises: Unavailable: the node itself does not respond.
     """
     async with host.requests() as client:
-        info: dict[str, Any] = await client.get("/info", timeout_s=_ANSWERS_WITHIN_S)
+        info: dict[str, Any] = await client.get("/info", timeout_s=_RESPONSE_TIMEOUT_S)
         quorum = await quorum_of(client) if info["Swarm"].get("ControlAvailable") else None
         if quorum is None:
             state = info["Swarm"].get("LocalNodeState") or "inactive"
@@ -187,7 +187,7 @@ def is_well(cluster: Cluster | None) -> bool:
 async def _store(client: Requests) -> Row:
     """How full this manager's copy of the store is."""
     try:
-        response = await client.get("/skep/cluster/store", timeout_s=_ANSWERS_WITHIN_S)
+        response = await client.get("/skep/cluster/store", timeout_s=_RESPONSE_TIMEOUT_S)
     except SkepError as error:
         return "store", f"not known: {error}"
     return "store", f"{response['Summary']}, file {response['Size'] >> 20} MiB"
@@ -195,19 +195,19 @@ async def _store(client: Requests) -> Row:
 
 async def _cluster(client: Requests, info: Mapping[str, Any], headers: Mapping[str, str]) -> Cluster:
     """Raises: SkepError."""
-    nodes = await client.get("/nodes", headers=headers, timeout_s=_ANSWERS_WITHIN_S)
-    services = await client.get("/services", headers=headers, timeout_s=_ANSWERS_WITHIN_S, status="true")
+    nodes = await client.get("/nodes", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
+    services = await client.get("/services", headers=headers, timeout_s=_RESPONSE_TIMEOUT_S, status="true")
     explained: dict[str, Mapping[str, Any]] = {}
     for id in [service["ID"] for service in services if not is_as_wanted(service)][:_EXPLAINED]:
         path = f"/skep/services/{id}/explain"
         try:
-            explained[id] = await client.get(path, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+            explained[id] = await client.get(path, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
         except SkepError:
             continue  # it was removed meanwhile
     running = None
     if sum(_count(service, "RunningTasks") for service in services) <= _TASKS_COUNTED_MAX:
         filters = {"desired-state": ["running"]}
-        tasks = await client.get("/tasks", filters=filters, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+        tasks = await client.get("/tasks", filters=filters, headers=headers, timeout_s=_RESPONSE_TIMEOUT_S)
         running = [task["NodeID"] for task in tasks if task["Status"]["State"] == "running"]
     rows = node_rows(nodes, running)
     leaders = [node["ID"] for node in nodes if (node.get("ManagerStatus") or {}).get("Leader")]

@@ -9,7 +9,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
 from skep.model.task_end import printable
 
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 
 
 class _Update(click.Group):
@@ -95,11 +95,11 @@ async def _post(host: HostOptions, name: str, verb: str) -> dict[str, Any]:
     async with host.client() as client:
         service: dict[str, Any]
         if verb == "abort":  # of the update that is seen now, not of one that follows
-            found = await client.get(f"/services/{name}", timeout_s=_ANSWERS_WITHIN_S)
+            found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
             version = str(found["Version"]["Index"])
-            service = await client.post(path, timeout_s=_ANSWERS_WITHIN_S, version=version)
+            service = await client.post(path, timeout_s=_RESPONSE_TIMEOUT_S, version=version)
         else:
-            service = await client.post(path, timeout_s=_ANSWERS_WITHIN_S)
+            service = await client.post(path, timeout_s=_RESPONSE_TIMEOUT_S)
         return service
 
 

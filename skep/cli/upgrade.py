@@ -22,7 +22,7 @@ from skep.api.waiting import persistently
 from skep.cli import maintenance
 from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
-from skep.cli.maintenance import ANSWERS_WITHIN_S, Holder
+from skep.cli.maintenance import RESPONSE_TIMEOUT_S, Holder
 from skep.cli.node import drained
 from skep.cli.reboot_lock import whoami
 from skep.cli.running import errors_shown, say
@@ -435,7 +435,7 @@ class _Upgrade:
         """Update services without a change, by their own policy: the scheduler evens out what a drain has crowded."""
         for name in names:
             say(f"{name}: is distributed anew")
-            await update(self._client, "services", name, _forced, timeout_s=ANSWERS_WITHIN_S)
+            await update(self._client, "services", name, _forced, timeout_s=RESPONSE_TIMEOUT_S)
         try:
             async with asyncio.timeout(self._within_s):
                 left = list(names)
@@ -461,8 +461,8 @@ async def plan_now(
 ) -> Plan:
     """The plan for the cluster as it is."""
     members, _ = await maintenance.nodes_and_time(client)
-    services = await client.get("/services", timeout_s=ANSWERS_WITHIN_S)
-    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=ANSWERS_WITHIN_S)
+    services = await client.get("/services", timeout_s=RESPONSE_TIMEOUT_S)
+    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=RESPONSE_TIMEOUT_S)
     return plan(members, running_of(services, tasks), version, drains=drains, spread=spread, first=first)
 
 
@@ -472,7 +472,7 @@ async def _set_availability(client: Client, node: str, word: str) -> None:
         "nodes",
         node,
         lambda found: found["Spec"] | {"Availability": word},
-        timeout_s=ANSWERS_WITHIN_S,
+        timeout_s=RESPONSE_TIMEOUT_S,
     )
 
 
@@ -483,7 +483,7 @@ def _forced(service: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 async def _is_updated(client: Client, name: str) -> bool:
-    service = await client.get(f"/services/{name}", timeout_s=ANSWERS_WITHIN_S)
+    service = await client.get(f"/services/{name}", timeout_s=RESPONSE_TIMEOUT_S)
     state = (service.get("UpdateStatus") or {}).get("State", "completed")
     if state not in ("updating", "completed"):
         raise FailedPrecondition(

@@ -12,7 +12,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 
 
 class _OrDockers(click.Command):
@@ -43,7 +43,7 @@ def version(host: HostOptions, all_nodes: bool, output: Output) -> None:
 
     async def fetch() -> Shown:
         async with host.client() as client:
-            return versions(await client.get("/nodes", timeout_s=_ANSWERS_WITHIN_S))
+            return versions(await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S))
 
     output.show(fetch)
 

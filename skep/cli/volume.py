@@ -24,7 +24,7 @@ from skep.model.slot_volumes import (
 from skep.model.task_end import printable
 from skep.model.times import Timestamp, unix_ns
 
-_ANSWERS_WITHIN_S = 15.0
+_RESPONSE_TIMEOUT_S = 15.0
 
 
 class _Volume(passthrough.WithDockers):
@@ -64,7 +64,7 @@ async def _forget(host: HostOptions, name: str, only: str) -> list[str]:
     done: list[str] = []
     async with host.client() as client:
         path = f"/nodes/{quote(only, safe='')}" if only else ""
-        nodes = [await client.get(path, timeout_s=_ANSWERS_WITHIN_S)] if path else await _nodes(client)
+        nodes = [await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S)] if path else await _nodes(client)
         having = [one for one in nodes if name in _volumes_of(one) or await _had(client, one, name)]
         if not having:
             raise NotFound(f"no node has had a local volume {name} of a service's slot")
@@ -76,13 +76,13 @@ async def _forget(host: HostOptions, name: str, only: str) -> list[str]:
             )
         for one in lost:
             change = partial(_with_forgotten, name, await _latest_ms(client, one, name))
-            await update(client, "nodes", one["ID"], change, timeout_s=_ANSWERS_WITHIN_S)
+            await update(client, "nodes", one["ID"], change, timeout_s=_RESPONSE_TIMEOUT_S)
             done.append(_hostname(one))
     return sorted(done)
 
 
 async def _nodes(client: Client) -> Sequence[Mapping[str, Any]]:
-    found: Sequence[Mapping[str, Any]] = await client.get("/nodes", timeout_s=_ANSWERS_WITHIN_S)
+    found: Sequence[Mapping[str, Any]] = await client.get("/nodes", timeout_s=_RESPONSE_TIMEOUT_S)
     return found
 
 
@@ -98,7 +98,7 @@ async def _had(client: Client, node: Mapping[str, Any], name: str) -> bool:
 async def _tasks_of(client: Client, node: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     filters = {"node": [node["ID"]]}
     tasks: Sequence[Mapping[str, Any]] = await client.get(
-        "/tasks", filters=filters, timeout_s=_ANSWERS_WITHIN_S
+        "/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S
     )
     return tasks
 

@@ -98,8 +98,8 @@ class Driver:
         if (where := spec.accessibility_requirements) is not None:
             request.accessibility_requirements.requisite.extend(map(_topology_to_pb, where.requisite))
             request.accessibility_requirements.preferred.extend(map(_topology_to_pb, where.preferred))
-        answer = await self._call("Controller/CreateVolume", request, pb.CreateVolumeResponse)
-        return checked_info(answer.volume)
+        response = await self._call("Controller/CreateVolume", request, pb.CreateVolumeResponse)
+        return checked_info(response.volume)
 
     async def delete(self, volume_id: str, secrets: Mapping[str, str]) -> None:
         """Delete the volume; one that does not exist is deleted."""
@@ -122,10 +122,10 @@ class Driver:
             secrets=dict(secrets),
             volume_context=dict(volume.info.volume_context),
         )
-        answer = await self._call(
+        response = await self._call(
             "Controller/ControllerPublishVolume", request, pb.ControllerPublishVolumeResponse
         )
-        return _checked_map("publish context", answer.publish_context)
+        return _checked_map("publish context", response.publish_context)
 
     async def unpublish(self, volume_id: str, driver_node_id: str, secrets: Mapping[str, str]) -> None:
         """Undo ``publish``; harmless where it was not published."""
@@ -210,18 +210,18 @@ class Driver:
     async def _has_staging(self) -> bool:
         if self._stages is None:
             await self._probe()
-            answer = await self._call(
+            response = await self._call(
                 "Node/NodeGetCapabilities",
                 pb.NodeGetCapabilitiesRequest(),
                 pb.NodeGetCapabilitiesResponse,
                 LOOK_S,
             )
-            self._stages = any(one.rpc.type == _STAGES for one in answer.capabilities)
+            self._stages = any(one.rpc.type == _STAGES for one in response.capabilities)
         return self._stages
 
     async def _probe(self) -> None:
-        answer = await self._call("Identity/Probe", pb.ProbeRequest(), pb.ProbeResponse, LOOK_S)
-        if answer.HasField("ready") and not answer.ready.value:
+        response = await self._call("Identity/Probe", pb.ProbeRequest(), pb.ProbeResponse, LOOK_S)
+        if response.HasField("ready") and not response.ready.value:
             raise Unavailable(f"driver {self.name} is not ready")
 
     async def _call(self, method: str, request: Message, reply: type[A], deadline_s: float = CALL_S) -> A:

@@ -75,7 +75,7 @@ class Drivers:
 
     async def _introduce(self, socket: _Identity) -> None:
         try:
-            answer = await call(
+            response = await call(
                 Path(socket[0]),
                 "Identity/GetPluginInfo",
                 pb.GetPluginInfoRequest(),
@@ -88,10 +88,10 @@ class Drivers:
             log.info("driver gave no name", socket=socket[0], reason=str(error))
             return
         self._silent.pop(socket, None)
-        if is_name(answer.name):
-            self._known[socket] = Driver(answer.name, Path(socket[0]))
+        if is_name(response.name):
+            self._known[socket] = Driver(response.name, Path(socket[0]))
         else:
-            log.warning("driver's name is none of CSI", socket=socket[0], name=answer.name[:100])
+            log.warning("driver's name is none of CSI", socket=socket[0], name=response.name[:100])
 
 
 def _sockets(folder: Path) -> Iterator[_Identity]:

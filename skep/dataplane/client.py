@@ -11,7 +11,6 @@ from skep.dataplane.ipc import IpcClient
 from skep.dataplane.ports import AddressNotHere
 from skep.dataplane.protocol import (
     FRAME_BYTES_MAX,
-    Answer,
     Done,
     Forget,
     List,
@@ -23,8 +22,9 @@ from skep.dataplane.protocol import (
     Request,
     Reserve,
     Reserved,
+    Response,
     Serve,
-    decode_answer,
+    decode_response,
 )
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId
@@ -63,9 +63,9 @@ class NetClient:
 
     async def release(self, protocol: str, port: int, address: str = "") -> None:
         """Let ``port`` go; ignored when it is not held.  Raises: Unavailable."""
-        answer = await self._ask(Release(protocol, port, address))
-        if not isinstance(answer, Done):
-            raise _unexpected(answer)
+        response = await self._ask(Release(protocol, port, address))
+        if not isinstance(response, Done):
+            raise _unexpected(response)
 
     async def held(self) -> Iterable[tuple[str, int, str]]:
         """What is held for this owner: (protocol, port, address).  Raises: Unavailable."""
@@ -77,10 +77,10 @@ class NetClient:
 
     async def listing(self) -> Listing:
         """Everything it holds and serves.  Raises: Unavailable."""
-        answer = await self._ask(List())
-        if not isinstance(answer, Listing):
-            raise _unexpected(answer)
-        return answer
+        response = await self._ask(List())
+        if not isinstance(response, Listing):
+            raise _unexpected(response)
+        return response
 
     async def serve(self, named: Named) -> None:
         """Serve names and virtual addresses in a container's namespace, in place of those it had.
@@ -97,9 +97,9 @@ class NetClient:
 
     async def forget(self, id: str) -> None:
         """Serve none to container ``id`` any more; harmless when it has none.  Raises: Unavailable."""
-        answer = await self._ask(Forget(id))
-        if not isinstance(answer, Done):
-            raise _unexpected(answer)
+        response = await self._ask(Forget(id))
+        if not isinstance(response, Done):
+            raise _unexpected(response)
 
     async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
         """The tables of ``networks`` (none: all) have changed; returns when they are applied in every namespace.
@@ -118,8 +118,8 @@ class NetClient:
         """Close the connection; the next call opens another."""
         self._ipc.close()
 
-    async def _ask(self, request: Request) -> Answer:
-        return decode_answer(await self._ipc.ask(msgspec.msgpack.encode(request)))
+    async def _ask(self, request: Request) -> Response:
+        return decode_response(await self._ipc.ask(msgspec.msgpack.encode(request)))
 
 
 def _owner(token: str) -> str:
@@ -127,5 +127,5 @@ def _owner(token: str) -> str:
     return token.rpartition(":")[0]
 
 
-def _unexpected(answer: Answer) -> Unavailable:
-    return Unavailable(f"the net process answered {type(answer).__name__}, which was not asked for")
+def _unexpected(response: Response) -> Unavailable:
+    return Unavailable(f"the net process answered {type(response).__name__}, which was not asked for")

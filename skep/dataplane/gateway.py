@@ -375,10 +375,10 @@ async def _index(route: AsyncIPRoute, name: str) -> int:
 async def _networks_except(route: AsyncIPRoute, index: int, version: type[Network]) -> list[Network]:
     """Destinations of the node's routes, without those through the link ``index``."""
     networks = []
-    async for answer in await route.route("dump", family=_FAMILIES[version]):
-        destination = answer.get("dst")
-        if destination and answer.get("oif") != index:
-            networks.append(version(f"{destination}/{answer['dst_len']}", strict=False))
+    async for response in await route.route("dump", family=_FAMILIES[version]):
+        destination = response.get("dst")
+        if destination and response.get("oif") != index:
+            networks.append(version(f"{destination}/{response['dst_len']}", strict=False))
     return networks
 
 

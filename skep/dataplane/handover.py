@@ -16,7 +16,7 @@ from skep.dataplane.protocol import (
     HandOver,
     Label,
     Waiting,
-    decode_answer,
+    decode_response,
     frame,
 )
 from skep.linux.descriptors import set_aside_descriptor
@@ -53,9 +53,9 @@ def take(path: Path) -> Taken | None:
             connection.connect(str(path))
             connection.sendall(frame(HandOver()))
             length = int.from_bytes(_exactly(connection, LENGTH_BYTES), "big")
-            answer = decode_answer(_exactly(connection, min(length, FRAME_BYTES_MAX)))
-            if not isinstance(answer, HandedOver):
-                raise ConnectionError(f"unexpected answer {type(answer).__name__}")
+            response = decode_response(_exactly(connection, min(length, FRAME_BYTES_MAX)))
+            if not isinstance(response, HandedOver):
+                raise ConnectionError(f"unexpected answer {type(response).__name__}")
             received = _sockets(connection)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
@@ -63,14 +63,14 @@ def take(path: Path) -> Taken | None:
         log.warning("predecessor has not handed over", reason=str(error))
         return None
     # One of a version before sends no labels.
-    named = dict(zip(answer.labels, received, strict=False))
+    named = dict(zip(response.labels, received, strict=False))
     by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received[len(named) :]}
     names = {
         one: (PROTOCOL_NUMBERS[one.protocol], one.address or "0.0.0.0", one.port)
-        for one in answer.reservations
+        for one in response.reservations
     }
     held = {one: by_name[name] for one, name in names.items() if name in by_name}
-    return Taken(held, named, answer.waiting)
+    return Taken(held, named, response.waiting)
 
 
 def _sockets(connection: socket.socket) -> list[socket.socket]:

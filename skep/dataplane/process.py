@@ -21,7 +21,6 @@ from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere, Reservations, reopened
 from skep.dataplane.protocol import (
     FRAME_BYTES_MAX,
-    Answer,
     Done,
     Forget,
     HandedOver,
@@ -34,6 +33,7 @@ from skep.dataplane.protocol import (
     Request,
     Reserve,
     Reserved,
+    Response,
     Serve,
     Waiting,
     decode_request,
@@ -188,7 +188,7 @@ async def _hand_over(
         raise
 
 
-async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> Answer:
+async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> Response:
     match request:
         case Reserve(kind, port, token, address, target):
             try:

@@ -182,10 +182,10 @@ class HandedOver(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = Reserve | Release | List | Serve | Forget | Refresh | HandOver
-Answer = Reserved | Refused | Done | Listing | HandedOver
+Response = Reserved | Refused | Done | Listing | HandedOver
 
 
-def frame(message: Request | Answer) -> bytes:
+def frame(message: Request | Response) -> bytes:
     """``message`` with its length before it."""
     return framed(msgspec.msgpack.encode(message))
 
@@ -195,6 +195,6 @@ def decode_request(body: bytes) -> Request:
     return cast("Request", msgspec.msgpack.decode(body, type=Request))
 
 
-def decode_answer(body: bytes) -> Answer:
+def decode_response(body: bytes) -> Response:
     """Raises: msgspec.DecodeError; UnicodeDecodeError."""
-    return cast("Answer", msgspec.msgpack.decode(body, type=Answer))
+    return cast("Response", msgspec.msgpack.decode(body, type=Response))

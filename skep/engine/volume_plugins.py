@@ -34,7 +34,7 @@ LONG_S, SHORT_S = 120.0, 60.0
 """Deadlines of calls that change or mount volumes, and of those that look; Docker's."""
 LIST_S = 5.0
 """For a list of all volumes, which one plug-in must not hold up."""
-ANSWER_BYTES_MAX = 1 << 20
+RESPONSE_BYTES_MAX = 1 << 20
 CALLS_MAX = 16
 """Calls to one plug-in at a time; others wait, each as long as its deadline, before it is sent."""
 PLUGINS_MAX = 64
@@ -53,24 +53,24 @@ class PluginRefused(SkepError):
     """The plug-in answered with an error; the text is its own."""
 
 
-class _Answer(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+class _Response(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """What a plug-in says; fields that are not known here are passed over."""
 
 
-class _Activated(_Answer, frozen=True):
+class _Activated(_Response, frozen=True):
     implements: tuple[str, ...] | None = None
 
 
-class _Done(_Answer, frozen=True):
+class _Done(_Response, frozen=True):
     err: str = ""
 
 
-class _Mounted(_Answer, frozen=True):
+class _Mounted(_Response, frozen=True):
     err: str = ""
     mountpoint: str = ""
 
 
-class PluginVolume(_Answer, frozen=True):
+class PluginVolume(_Response, frozen=True):
     """A volume as its plug-in describes it."""
 
     name: str = ""
@@ -79,33 +79,33 @@ class PluginVolume(_Answer, frozen=True):
     status: Mapping[str, Any] | None = None
 
 
-class _Got(_Answer, frozen=True):
+class _Got(_Response, frozen=True):
     err: str = ""
     volume: PluginVolume | None = None
 
 
-class _Listed(_Answer, frozen=True):
+class _Listed(_Response, frozen=True):
     err: str = ""
     volumes: tuple[PluginVolume, ...] | None = None
 
 
-class _Scope(_Answer, frozen=True):
+class _Scope(_Response, frozen=True):
     scope: str = ""
 
 
-class _Capable(_Answer, frozen=True):
+class _Capable(_Response, frozen=True):
     err: str = ""
     capabilities: _Scope | None = None
 
 
-class _Tls(_Answer, frozen=True):
+class _Tls(_Response, frozen=True):
     insecure_skip_verify: bool = False
     ca_file: str = msgspec.field(default="", name="CAFile")
     cert_file: str = ""
     key_file: str = ""
 
 
-class Endpoint(_Answer, frozen=True):
+class Endpoint(_Response, frozen=True):
     """Where a plug-in listens, as its file says: ``unix:///path``, ``tcp://host:port``, ``http://...``."""
 
     addr: str = ""
@@ -129,8 +129,8 @@ class VolumePlugin:
 
     async def activate(self) -> None:
         """Shake hands.  Raises: NotFound: it gives no volumes."""
-        answer = await self._call("Plugin.Activate", None, _Activated, SHORT_S)
-        if "VolumeDriver" not in (answer.implements or ()):
+        response = await self._call("Plugin.Activate", None, _Activated, SHORT_S)
+        if "VolumeDriver" not in (response.implements or ()):
             raise NotFound(f'plugin "{self.name}" does not implement VolumeDriver')
         with suppress(PluginRefused):  # older plug-ins do not have the call
             capable = await self._call("VolumeDriver.Capabilities", {}, _Capable, SHORT_S)
@@ -150,9 +150,9 @@ class VolumePlugin:
 
     async def mount(self, name: str, id: str) -> str:
         """Make a volume available for the user ``id``; gives its directory on this node.  Harmless when it is."""
-        answer = await self._call("VolumeDriver.Mount", {"Name": name, "ID": id}, _Mounted, LONG_S)
-        _checked(answer)
-        return checked_path(self.name, answer.mountpoint)
+        response = await self._call("VolumeDriver.Mount", {"Name": name, "ID": id}, _Mounted, LONG_S)
+        _checked(response)
+        return checked_path(self.name, response.mountpoint)
 
     async def unmount(self, name: str, id: str) -> None:
         """The user ``id`` does not need the volume any more."""
@@ -161,17 +161,17 @@ class VolumePlugin:
     async def get(self, name: str) -> PluginVolume | None:
         """A volume; None: there is none of that name, or the plug-in refuses to say."""
         try:
-            answer = await self._call("VolumeDriver.Get", {"Name": name}, _Got, SHORT_S)
-            _checked(answer)
+            response = await self._call("VolumeDriver.Get", {"Name": name}, _Got, SHORT_S)
+            _checked(response)
         except PluginRefused:
             return None  # "no such volume" has no words of its own
-        return answer.volume if answer.volume is not None and answer.volume.name == name else None
+        return response.volume if response.volume is not None and response.volume.name == name else None
 
     async def list(self) -> Sequence[PluginVolume]:
         """All its volumes, at most ``VOLUMES_MAX``."""
-        answer = await self._call("VolumeDriver.List", {}, _Listed, LIST_S)
-        _checked(answer)
-        return (answer.volumes or ())[:VOLUMES_MAX]
+        response = await self._call("VolumeDriver.List", {}, _Listed, LIST_S)
+        _checked(response)
+        return (response.volumes or ())[:VOLUMES_MAX]
 
     async def _call(self, method: str, body: Any, type: type[T], deadline_s: float) -> T:
         left_s = self._silent_until - self._clock.monotonic()
@@ -180,7 +180,7 @@ class VolumePlugin:
         await self._take_place(method, deadline_s)
         try:
             async with asyncio.timeout(deadline_s):
-                status, answer = await self._post(method, body)
+                status, response = await self._post(method, body)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             self._silent_until = self._clock.monotonic() + self._backoff.next_delay_s()
             reason = (
@@ -192,14 +192,14 @@ class VolumePlugin:
         finally:
             self._calls.release()
         self._backoff.reset()
-        if len(answer) > ANSWER_BYTES_MAX:
+        if len(response) > RESPONSE_BYTES_MAX:
             raise Unavailable(
-                f"{method}: plugin {self.name}: its response is larger than {ANSWER_BYTES_MAX} bytes"
+                f"{method}: plugin {self.name}: its response is larger than {RESPONSE_BYTES_MAX} bytes"
             )
         if status != 200:
-            raise PluginRefused(f"{method}: {_refusal(answer)}")
+            raise PluginRefused(f"{method}: {_refusal(response)}")
         try:
-            return msgspec.json.decode(answer, type=type)
+            return msgspec.json.decode(response, type=type)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Unavailable(
                 f"{method}: plugin {self.name}: its response cannot be read: {error}"
@@ -230,23 +230,23 @@ class VolumePlugin:
             async for piece in response.content.iter_chunked(64 * 1024):
                 pieces.append(piece)
                 size += len(piece)
-                if size > ANSWER_BYTES_MAX:
+                if size > RESPONSE_BYTES_MAX:
                     break
             return response.status, b"".join(pieces)
 
 
-def _checked(answer: _Done | _Mounted | _Got | _Listed) -> None:
-    if answer.err:
-        raise PluginRefused(answer.err[:_PATH_CHARACTERS_MAX])
+def _checked(response: _Done | _Mounted | _Got | _Listed) -> None:
+    if response.err:
+        raise PluginRefused(response.err[:_PATH_CHARACTERS_MAX])
 
 
-def _refusal(answer: bytes) -> str:
+def _refusal(response: bytes) -> str:
     """The text of an error: the field ``Err``, else all of it."""
     try:
-        text = msgspec.json.decode(answer, type=_Done).err
+        text = msgspec.json.decode(response, type=_Done).err
     except (msgspec.DecodeError, UnicodeDecodeError):
         text = ""
-    return (text or answer.decode(errors="replace"))[:_PATH_CHARACTERS_MAX]
+    return (text or response.decode(errors="replace"))[:_PATH_CHARACTERS_MAX]
 
 
 def checked_path(plugin: str, path: str) -> str:
@@ -283,8 +283,8 @@ def _address(endpoint: Endpoint) -> tuple[str, ssl.SSLContext | None]:
 def _check_certificate(path: Path) -> None:
     """Raises: OSError: a pipe or a device, at which a reader would wait, or more than a certificate can be."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > ANSWER_BYTES_MAX:
-        raise OSError(f"{path} is no regular file of at most {ANSWER_BYTES_MAX} bytes")
+    if not stat.S_ISREG(status.st_mode) or status.st_size > RESPONSE_BYTES_MAX:
+        raise OSError(f"{path} is no regular file of at most {RESPONSE_BYTES_MAX} bytes")
 
 
 def _connector(endpoint: Endpoint, context: ssl.SSLContext | None) -> aiohttp.BaseConnector:

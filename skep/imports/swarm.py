@@ -20,7 +20,7 @@ from skep.model.service import ServiceSpec
 from skep.model.unknown import Unknown
 from skep.stack.project import NAMESPACE
 
-_ANSWERS_WITHIN_S: Final = 30.0
+_RESPONSE_TIMEOUT_S: Final = 30.0
 _FILE_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}")
 REST: Final = "services"
 """The stack of services that belong to none, unless one has this name already."""
@@ -62,7 +62,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 async def objects_of(client: Client) -> Objects:
     """Everything that the swarm of ``client`` has.  Raises: SkepError: it is no manager's, or does not respond."""
     found = [
-        await client.get(f"/{kind}", timeout_s=_ANSWERS_WITHIN_S)
+        await client.get(f"/{kind}", timeout_s=_RESPONSE_TIMEOUT_S)
         for kind in ("services", "networks", "secrets", "configs", "nodes")
     ]
     if not all(isinstance(one, list) for one in found):

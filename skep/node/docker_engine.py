@@ -16,7 +16,7 @@ from aiohttp import web
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.client import Client
-from skep.api.server import json_answer
+from skep.api.server import json_response
 from skep.api.versions import NEWEST, ApiVersion
 from skep.engine.container import Counts
 from skep.errors import NotFound, SkepError
@@ -135,6 +135,6 @@ def _merged(engine: DockerEngine, ours: Any) -> Handler:
         if response.status != 200 or not isinstance(response.body, bytes):
             return response
         containers = msgspec.json.decode(response.body) + await engine.containers(request)
-        return json_answer(sorted(containers, key=lambda one: int(one.get("Created", 0)), reverse=True))
+        return json_response(sorted(containers, key=lambda one: int(one.get("Created", 0)), reverse=True))
 
     return list_containers

@@ -12,7 +12,7 @@ import structlog
 from aiohttp import web
 
 from skep.api.exposition import CONTENT_TYPE
-from skep.api.server import json_answer
+from skep.api.server import json_response
 from skep.api.tables import Table
 from skep.errors import FailedPrecondition, SkepError
 from skep.node.metrics import NodeMetrics
@@ -45,7 +45,7 @@ async def serving_metrics(addr: tuple[str, int] | None, metrics: NodeMetrics) ->
 
     async def discovery(_request: web.Request) -> web.StreamResponse:
         try:
-            return json_answer(targets(await metrics.nodes(), port))
+            return json_response(targets(await metrics.nodes(), port))
         except SkepError as error:
             return web.Response(status=503, text=f"{error}\n")
 

@@ -22,7 +22,7 @@ SERVICE = "web"
 REPLICAS = 3
 WORKERS = 2
 _CREATE_WITHIN_S = 120
-_ANSWERS_WITHIN_S = 10
+_RESPONSE_TIMEOUT_S = 10
 
 
 async def demo(playground: Playground) -> None:
@@ -100,7 +100,7 @@ async def _a_port(cluster: Cluster) -> int:
 
 def _get(address: str) -> str:
     """The service's response to this machine.  Raises: Unavailable."""
-    connection = HTTPConnection(address, timeout=_ANSWERS_WITHIN_S)
+    connection = HTTPConnection(address, timeout=_RESPONSE_TIMEOUT_S)
     try:
         connection.request("GET", "/")
         return connection.getresponse().read().decode(errors="replace").strip()

@@ -3,14 +3,14 @@
 from skep.api.client import Client
 from skep.errors import FailedPrecondition, SkepError
 
-_ANSWERS_WITHIN_S = 2.0
+_RESPONSE_TIMEOUT_S = 2.0
 
 
 async def is_up(endpoint: str) -> bool:
     """Whether the node at ``endpoint`` responds."""
     try:
         async with Client.at(endpoint) as client:
-            await client.get("/version", timeout_s=_ANSWERS_WITHIN_S)
+            await client.get("/version", timeout_s=_RESPONSE_TIMEOUT_S)
     except SkepError:
         return False
     return True

@@ -18,7 +18,7 @@ from skep.rpc.core import MESSAGE_HEAD, Connection, Stream, framed
 from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, parse_pushback, status_of
 
-ANSWERS_WHILE_PAUSED_MAX = 1000
+RESPONSES_WHILE_PAUSED_MAX = 1000
 """To pings and settings of a server that does not read."""
 
 
@@ -251,7 +251,7 @@ class ClientStream(Stream):
 class ClientConnection(Connection[ClientStream]):
     """One connection, and the calls on it."""
 
-    __slots__ = ("_answers_owed", "_coalesces", "_next_id", "_spent_bytes", "bounds")
+    __slots__ = ("_coalesces", "_next_id", "_responses_owed", "_spent_bytes", "bounds")
 
     def __init__(self, bounds: Bounds, *, coalesces: bool = False) -> None:
         """``coalesces``: what is written in one turn of the event loop leaves in one piece, as TLS is dear."""
@@ -260,7 +260,7 @@ class ClientConnection(Connection[ClientStream]):
         self._coalesces = coalesces
         self._next_id = 1
         self._spent_bytes = 0
-        self._answers_owed = 0
+        self._responses_owed = 0
 
     @property
     def is_lost(self) -> bool:
@@ -329,7 +329,7 @@ class ClientConnection(Connection[ClientStream]):
 
     def resume_writing(self) -> None:
         """The server reads again."""
-        self._answers_owed = 0
+        self._responses_owed = 0
         super().resume_writing()
 
     # -- frames -----------------------------------------------------------------------------------------------------
@@ -371,11 +371,11 @@ class ClientConnection(Connection[ClientStream]):
             self._transport.abort()
         self._lose(Lost(f"not HTTP/2 as agreed: {fault}"))
 
-    def hold_answer(self) -> None:
+    def hold_response(self) -> None:
         """As in ``Connection``."""
         # Unlike a server, a client goes on reading while the peer does not: both would wait for ever.
-        self._answers_owed += 1
-        if self._answers_owed > ANSWERS_WHILE_PAUSED_MAX:
+        self._responses_owed += 1
+        if self._responses_owed > RESPONSES_WHILE_PAUSED_MAX:
             raise Violation("a server that sends pings and does not read", Code.ENHANCE_YOUR_CALM)
 
     def _lose(self, error: Lost) -> None:

@@ -126,7 +126,7 @@ class Connection(asyncio.Protocol, Generic[S]):
     def fail(self, fault: Violation) -> None:
         """The peer has violated the protocol: end the connection."""
 
-    def hold_answer(self) -> None:
+    def hold_response(self) -> None:
         """An acknowledgement has to wait, as the peer does not read.  Raises: Violation: there are too many."""
 
     # -- called by the transport --------------------------------------------------------------------------------------
@@ -280,5 +280,5 @@ class Connection(asyncio.Protocol, Generic[S]):
 
     def _acknowledge(self, frame: bytes) -> None:
         if self.is_paused:
-            self.hold_answer()
+            self.hold_response()
         self.write(frame)

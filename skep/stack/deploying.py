@@ -35,7 +35,7 @@ from skep.stack.progress import ServiceProgress, progress_of
 from skep.stack.project import IMAGE, NAMESPACE, Stack
 from skep.stack.waiting import wait_done
 
-ANSWERS_WITHIN_S: Final = 30.0
+RESPONSE_TIMEOUT_S: Final = 30.0
 _AT_ONCE: Final = 8
 """Requests in flight."""
 _TOGETHER: Final = 200
@@ -54,10 +54,10 @@ async def existing_of(client: Requests, stack: str) -> Existing:
     """What the cluster has: everything of the stack, and all that it may refer to."""
     label = {"label": [f"{NAMESPACE}={stack}"]}
     services, networks, secrets, configs = await asyncio.gather(
-        client.get("/services", filters=label, timeout_s=ANSWERS_WITHIN_S),
-        client.get("/networks", timeout_s=ANSWERS_WITHIN_S),
-        client.get("/secrets", timeout_s=ANSWERS_WITHIN_S),
-        client.get("/configs", timeout_s=ANSWERS_WITHIN_S),
+        client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
+        client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S),
+        client.get("/secrets", timeout_s=RESPONSE_TIMEOUT_S),
+        client.get("/configs", timeout_s=RESPONSE_TIMEOUT_S),
     )
     return Existing(
         services=_services(services), networks=tuple(networks), secrets=tuple(secrets), configs=tuple(configs)
@@ -75,7 +75,7 @@ async def with_placements(client: Requests, plan: Plan, warn: Callable[[str], No
         return plan
     body = msgspec.Raw(to_json([one.spec for one in changes]))
     try:
-        found = await client.post("/skep/services/placement", body, timeout_s=ANSWERS_WITHIN_S)
+        found = await client.post("/skep/services/placement", body, timeout_s=RESPONSE_TIMEOUT_S)
         placements = msgspec.convert(found, tuple[Placement, ...])
     except NotFound:  # an earlier version
         return plan
@@ -103,7 +103,9 @@ async def pinned_images(
         async with limit:
             try:
                 found = await client.get(
-                    f"/distribution/{name}/json", headers=_auth(logins.get(name)), timeout_s=ANSWERS_WITHIN_S
+                    f"/distribution/{name}/json",
+                    headers=_auth(logins.get(name)),
+                    timeout_s=RESPONSE_TIMEOUT_S,
                 )
                 return name, f"{name}@{found['Descriptor']['digest']}"
             except (SkepError, KeyError, TypeError) as error:
@@ -165,7 +167,7 @@ class Deployment:
         for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
             for one in superseded(self._stack, kind, objects, existing.services, kept):
                 try:
-                    await self._client.delete(f"/{kind}s/{one['ID']}", timeout_s=ANSWERS_WITHIN_S)
+                    await self._client.delete(f"/{kind}s/{one['ID']}", timeout_s=RESPONSE_TIMEOUT_S)
                 except SkepError:  # something uses it since a moment ago
                     continue
                 self._show(one["Spec"]["Name"], f"superseded {kind} removed")
@@ -183,7 +185,7 @@ class Deployment:
         async def create(name: str, body: Mapping[str, Any]) -> None:
             async with self._limit:
                 try:
-                    await self._client.post(f"/{kind}s/create", body, timeout_s=ANSWERS_WITHIN_S)
+                    await self._client.post(f"/{kind}s/create", body, timeout_s=RESPONSE_TIMEOUT_S)
                 except AlreadyExists:  # by a deploy beside this one
                     return
             self._show(name, f"{kind} created")
@@ -202,7 +204,7 @@ class Deployment:
             "config": any(one is not None and one.configs for one in containers),
         }
         for kind in (kind for kind, is_needed in needed.items() if is_needed):
-            for one in await self._client.get(f"/{kind}s", timeout_s=ANSWERS_WITHIN_S):
+            for one in await self._client.get(f"/{kind}s", timeout_s=RESPONSE_TIMEOUT_S):
                 self._ids[kind, one["Spec"]["Name"]] = one["ID"]
 
     async def _services(self) -> None:
@@ -220,7 +222,7 @@ class Deployment:
         """In one request; those for which that fails, and all if the cluster has none such, each by its own."""
         body = [self._wanted(one) for one in changes if one.spec is not None]
         try:
-            results = await self._client.post("/skep/services/changes", body, timeout_s=ANSWERS_WITHIN_S)
+            results = await self._client.post("/skep/services/changes", body, timeout_s=RESPONSE_TIMEOUT_S)
             done = [not one.get("Error") for one in results]
         except SkepError:
             done = [False] * len(changes)
@@ -274,7 +276,7 @@ class Deployment:
         body = msgspec.Raw(to_json(self._with_ids(change.spec)))
         try:
             await self._client.post(
-                "/services/create", body, headers=_auth(self._login(change)), timeout_s=ANSWERS_WITHIN_S
+                "/services/create", body, headers=_auth(self._login(change)), timeout_s=RESPONSE_TIMEOUT_S
             )
         except AlreadyExists:
             await self._update_service(change)
@@ -284,7 +286,7 @@ class Deployment:
     async def _update_service(self, change: Change) -> None:
         wanted = change.spec
         assert wanted is not None
-        networks = await self._client.get("/networks", timeout_s=ANSWERS_WITHIN_S)
+        networks = await self._client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S)
         names = {str(one["Id"]): str(one["Name"]) for one in networks}
 
         def changed(current: Mapping[str, Any]) -> msgspec.Raw | None:
@@ -303,13 +305,13 @@ class Deployment:
             change.name,
             changed,
             headers=_auth(self._login(change)),
-            timeout_s=ANSWERS_WITHIN_S,
+            timeout_s=RESPONSE_TIMEOUT_S,
         )
         self._show(change.name, "updated")
 
     async def _remove(self, path: str, name: str) -> None:
         try:
-            await self._client.delete(f"{path}/{name}", timeout_s=ANSWERS_WITHIN_S)
+            await self._client.delete(f"{path}/{name}", timeout_s=RESPONSE_TIMEOUT_S)
         except NotFound:
             return
         self._show(name, "removed")
@@ -322,8 +324,8 @@ class Deployment:
     async def _progress(self) -> dict[str, ServiceProgress]:
         label = {"label": [f"{NAMESPACE}={self._stack.name}"]}
         services, tasks = await asyncio.gather(
-            self._client.get("/services", filters=label, timeout_s=ANSWERS_WITHIN_S),
-            self._client.get("/tasks", filters=label, timeout_s=ANSWERS_WITHIN_S),
+            self._client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
+            self._client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
         )
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
@@ -371,7 +373,7 @@ async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> boo
     label = {"label": [f"{NAMESPACE}={stack}"]}
     found = False
     for kind in ("service", "secret", "config", "network"):
-        objects = await client.get(f"/{kind}s", filters=label, timeout_s=ANSWERS_WITHIN_S)
+        objects = await client.get(f"/{kind}s", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
         found = found or bool(objects)
         await _all(_removed(client, kind, one, show, wait_s) for one in objects)
         if kind == "service":
@@ -385,7 +387,7 @@ async def _wait_tasks_gone(
     """Return when no task of the stack runs: then its addresses and networks are free."""
     try:
         async with asyncio.timeout(wait_s):
-            read = partial(client.get, "/tasks", filters=label, timeout_s=ANSWERS_WITHIN_S)
+            read = partial(client.get, "/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
             while tasks := await persistently(read, partial(show, stack)):
                 show(stack, f"tasks that still stop: {len(tasks)}")
                 await asyncio.sleep(_LOOK_S)
@@ -401,7 +403,7 @@ async def _removed(client: Requests, kind: str, one: Mapping[str, Any], show: Sh
     deadline = asyncio.get_running_loop().time() + wait_s
     while True:
         try:
-            await client.delete(f"/{kind}s/{id}", timeout_s=ANSWERS_WITHIN_S)
+            await client.delete(f"/{kind}s/{id}", timeout_s=RESPONSE_TIMEOUT_S)
         except NotFound:
             return
         except SkepError as error:

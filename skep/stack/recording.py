@@ -7,7 +7,7 @@ from skep.api.requests import Requests
 from skep.api.updates import update
 from skep.errors import AlreadyExists, InvalidArgument, SkepError, Unavailable
 from skep.model.labels import STACK_STATE
-from skep.stack.deploying import ANSWERS_WITHIN_S, NO_LOGINS, Deployment, Show, existing_of, remove
+from skep.stack.deploying import NO_LOGINS, RESPONSE_TIMEOUT_S, Deployment, Show, existing_of, remove
 from skep.stack.planning import Plan, plan_of
 from skep.stack.project import Stack
 from skep.stack.revisions import (
@@ -26,7 +26,7 @@ _ATTEMPTS = 5
 
 async def known_revisions(client: Requests, stack: str) -> list[Revision]:
     """The revisions of a stack, the oldest first."""
-    return revisions_of(stack, await client.get("/configs", timeout_s=ANSWERS_WITHIN_S))
+    return revisions_of(stack, await client.get("/configs", timeout_s=RESPONSE_TIMEOUT_S))
 
 
 async def carry_out(
@@ -76,7 +76,7 @@ async def _recorded(
             warn(f"{error}: there will be no return to it")
             return ""
         try:
-            made = await client.post("/configs/create", body, timeout_s=ANSWERS_WITHIN_S)
+            made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
         except AlreadyExists:
             continue
         return str(made["ID"])
@@ -89,14 +89,14 @@ async def _set_state(client: Requests, id: str, state: str, warn: Callable[[str]
         return {**spec, "Labels": {**spec["Labels"], STACK_STATE: state}}
 
     try:
-        await update(client, "configs", id, with_state, timeout_s=ANSWERS_WITHIN_S)
+        await update(client, "configs", id, with_state, timeout_s=RESPONSE_TIMEOUT_S)
     except SkepError as error:
         warn(f"how the deploy ended could not be recorded: {error}")
 
 
 async def _forget(client: Requests, revision: Revision) -> None:
     try:
-        await client.delete(f"/configs/{revision.id}", timeout_s=ANSWERS_WITHIN_S)
+        await client.delete(f"/configs/{revision.id}", timeout_s=RESPONSE_TIMEOUT_S)
     except SkepError:  # another deploy has removed it, or the next one will
         return
 

@@ -15,7 +15,7 @@ from skep.model.unknown import leniently
 from skep.stack.planning import differences
 from skep.top.snapshot import Snapshot, mode_of, tasks_of
 
-_ANSWERS_WITHIN_S = 20.0
+_RESPONSE_TIMEOUT_S = 20.0
 _NAMED_MAX = 5
 _REPLICAS_MAX = 1_000_000
 
@@ -40,7 +40,7 @@ class Action(msgspec.Struct, frozen=True):
 async def perform(client: Client, action: Action) -> None:
     """Change the object as it is now.  Raises: SkepError."""
     await update(
-        client, f"{action.kind}s", action.id, action.change, timeout_s=_ANSWERS_WITHIN_S, query=action.query
+        client, f"{action.kind}s", action.id, action.change, timeout_s=_RESPONSE_TIMEOUT_S, query=action.query
     )
 
 

@@ -24,7 +24,7 @@ from skep.top.actions import Action, perform
 from skep.top.logs import LogLine, follow_logs
 from skep.top.snapshot import Connection, Link, Snapshot, Task, Touched, touched_by, unexplained
 
-_ANSWERS_WITHIN_S = 20.0
+_RESPONSE_TIMEOUT_S = 20.0
 _TASKS_WITHIN_S = 60.0
 _TASKS_BYTES_MAX = 512 << 20
 EVENTS_KEPT = 1000
@@ -90,7 +90,7 @@ class LiveCluster:
             await self._clock.sleep(delay_s)
 
     async def details(self, kind: str, id: str, name: str) -> list[str]:
-        response = await self._client.get(f"/skep/{kind}s/{id}/explain", timeout_s=_ANSWERS_WITHIN_S)
+        response = await self._client.get(f"/skep/{kind}s/{id}/explain", timeout_s=_RESPONSE_TIMEOUT_S)
         if kind == "task":
             return list(about_task(name, response, time.time()))
         return list(about_service(name, response, time.time()))
@@ -300,7 +300,7 @@ class _Connected:
         self._state.reasons = found
 
     async def _get(self, path: str, **query: Any) -> Any:
-        return await self._client.get(path, headers=self._headers, timeout_s=_ANSWERS_WITHIN_S, **query)
+        return await self._client.get(path, headers=self._headers, timeout_s=_RESPONSE_TIMEOUT_S, **query)
 
 
 def tasks_in(body: bytes) -> dict[str, Task]:

@@ -134,9 +134,9 @@ async def test_a_caller_that_is_no_manager_gets_the_incarnation_and_is_not_belie
             channel.stream(methods.PINGS) as pings,
         ):
             await pings.send(skep.Ping(incarnation=1 << 40, node_id=one.id))
-            answer = await pings.receive()
-            assert answer is not None
-            assert answer.node_id == one.id
+            response = await pings.receive()
+            assert response is not None
+            assert response.node_id == one.id
         assert observe_incarnation == []
         two = Manager(cluster, 2)
         async with two.serving():

@@ -74,8 +74,8 @@ class Asking:
 
     def check(self, method: str, path: str, body: bytes = b"") -> int:
         async def ask() -> tuple[int, bytes]:
-            async with self._rig.client.request(method, path, data=body) as answer:
-                return answer.status, await answer.read()
+            async with self._rig.client.request(method, path, data=body) as response:
+                return response.status, await response.read()
 
         status, content = self._runner.run(ask())
         if status >= 400:

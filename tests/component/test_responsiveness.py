@@ -95,10 +95,10 @@ async def test_with_100_000_tasks_nothing_holds_the_event_loop(tmp_path: Path) -
                 '/tasks?filters={"name":["web"]}',
                 "/services?status=true",
             ):
-                async with turns() as measured, client.get(f"http://manager{path}") as answer:
-                    async for _ in answer.content.iter_any():
+                async with turns() as measured, client.get(f"http://manager{path}") as response:
+                    async for _ in response.content.iter_any():
                         pass
-                assert answer.status == 200
+                assert response.status == 200
                 held[path] = measured.held_s
     finally:
         gc.unfreeze()

@@ -119,8 +119,8 @@ async def test_a_message_of_any_size_goes_and_comes_back(peer: Peer, calls: Clie
 
 async def test_many_calls_share_the_connection_and_its_window(peer: Peer, calls: Client) -> None:
     messages = [bytes([number]) * 1_000_000 for number in range(20)]
-    answers = await asyncio.gather(*(calls.unary("/t/echo", message, TIMEOUT_S) for message in messages))
-    assert answers == messages
+    responses = await asyncio.gather(*(calls.unary("/t/echo", message, TIMEOUT_S) for message in messages))
+    assert responses == messages
 
 
 async def test_a_refusal_says_why(peer: Peer, calls: Client) -> None:

@@ -33,21 +33,21 @@ class Memory:
         self._words: dict[str, str] = {}
         self._beginnings: Counter[str] = Counter()
 
-    def keep(self, name: str, answer: Any) -> None:
+    def keep(self, name: str, response: Any) -> None:
         """Remember the object in ``answer``: its id, the beginning of that, and its version."""
-        if isinstance(answer, str):
-            answer = {"ID": answer}
-        if not isinstance(answer, dict):
+        if isinstance(response, str):
+            response = {"ID": response}
+        if not isinstance(response, dict):
             return
-        id = answer.get("ID") or answer.get("Id")
+        id = response.get("ID") or response.get("Id")
         if id:
             self._words[f"{{{name}}}"] = id
             self._words[f"{{{name}.prefix}}"] = id[:18]
             if name.startswith("twin"):
                 self._beginnings[id[0]] += 1
                 self._words["{twins}"] = self._beginnings.most_common(1)[0][0]
-        if "Version" in answer:
-            self._words[f"{{{name}.version}}"] = str(answer["Version"]["Index"])
+        if "Version" in response:
+            self._words[f"{{{name}.version}}"] = str(response["Version"]["Index"])
 
     def fill(self, text: str) -> str:
         """``text`` with the words it stands for."""
@@ -85,25 +85,27 @@ _TOKEN = re.compile(r"SWMTKN-1-[0-9a-z-]+")
 def recorded(step: Step, status: int, headers: Mapping[str, str], content: bytes, memory: Memory) -> Recorded:
     """What is kept of an answer, and remembered of its object."""
     try:
-        answer = msgspec.json.decode(content) if content.strip() else None
+        response = msgspec.json.decode(content) if content.strip() else None
         is_json = content.strip() != b""
     except msgspec.DecodeError:
-        answer, is_json = None, False
+        response, is_json = None, False
     if step.keep and status < 300:
-        memory.keep(step.keep, answer)
+        memory.keep(step.keep, response)
     message = None
     if status >= 400:
         message = (
-            answer["message"] if isinstance(answer, dict) else content.decode(errors="replace").rstrip("\n")
+            response["message"]
+            if isinstance(response, dict)
+            else content.decode(errors="replace").rstrip("\n")
         )
         message = _neutral(message, memory)
-        answer = None
+        response = None
     return Recorded(
         name=step.name,
         status=status,
         headers={name: headers[name] for name in HEADERS if name in headers},
         message=message,
-        body=_neutral_value(answer, memory) if is_json else None,
+        body=_neutral_value(response, memory) if is_json else None,
     )
 
 

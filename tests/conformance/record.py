@@ -49,20 +49,20 @@ def ask(engine: Path, step: Step, memory: Memory) -> Recorded:
     try:
         with contextlib.suppress(BrokenPipeError):  # an answer may come before a large body has been sent
             connection.request(step.method, path, body=body, headers=headers)
-        answer = connection.getresponse()
-        content = answer.read()
+        response = connection.getresponse()
+        content = response.read()
     finally:
         connection.close()
-    return recorded(step, answer.status, dict(answer.getheaders()), content, memory)
+    return recorded(step, response.status, dict(response.getheaders()), content, memory)
 
 
 def ask_all(engine: Path, steps: Iterable[Step], memory: Memory) -> list[Recorded]:
     """The answers to ``steps``, in order."""
-    answers = []
+    responses = []
     for step in steps:
-        answers.append(ask(engine, step, memory))
-        print(f"{answers[-1].status} {step.name}: {answers[-1].message or ''}"[:160], flush=True)
-    return answers
+        responses.append(ask(engine, step, memory))
+        print(f"{responses[-1].status} {step.name}: {responses[-1].message or ''}"[:160], flush=True)
+    return responses
 
 
 @contextlib.contextmanager
@@ -132,9 +132,9 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def write(name: str, answers: list[Recorded]) -> None:
+def write(name: str, responses: list[Recorded]) -> None:
     """Keep ``answers`` as readable JSON."""
-    text = msgspec.json.format(msgspec.json.encode(answers), indent=1)
+    text = msgspec.json.format(msgspec.json.encode(responses), indent=1)
     (RECORDED / f"{name}.json").write_bytes(text + b"\n")
 
 
@@ -156,8 +156,8 @@ def main() -> None:
                 sys.exit(f"init failed: {first.message}")
             kept = {} if len(sys.argv) < 2 else {one.name: one for one in recorded_before("in_swarm")}
             steps = [step for step in IN_SWARM if step.name not in kept]
-            new = {answer.name: answer for answer in ask_all(engine, steps, memory)}
-            answers = [(kept | new)[step.name] for step in IN_SWARM]
+            new = {response.name: response for response in ask_all(engine, steps, memory)}
+            responses = [(kept | new)[step.name] for step in IN_SWARM]
             ask(engine, Step(name="leave", method="POST", path="/swarm/leave?force=1"), memory)
     finally:
         if os.environ.get("SKEP_KEEP") != "1":
@@ -166,7 +166,7 @@ def main() -> None:
     RECORDED.mkdir(exist_ok=True)
     write("before_init", before)
     write("inits", inits)
-    write("in_swarm", answers)
+    write("in_swarm", responses)
 
 
 def unmount_all(folder: Path) -> None:

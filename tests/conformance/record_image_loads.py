@@ -94,12 +94,12 @@ def running_engine(folder: Path) -> Iterator[Path]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="skep-record-") as folder, running_engine(Path(folder)) as engine:
-        answers = {name: ask(engine, make()) for name, make in HOSTILE.items() if name not in HANGS}
+        responses = {name: ask(engine, make()) for name, make in HOSTILE.items() if name not in HANGS}
         ids = {}
         for name, make in GOOD.items():
             ask(engine, make())
             ids[name] = identify(engine, name)
-    for file, content in (("image_loads.json", answers), ("image_ids.json", ids)):
+    for file, content in (("image_loads.json", responses), ("image_ids.json", ids)):
         text = msgspec.json.format(msgspec.json.encode(content), indent=1)
         (RECORDED / file).write_bytes(text + b"\n")
 

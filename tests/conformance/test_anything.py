@@ -42,8 +42,8 @@ class Manager:
         """Status and text of the answer."""
 
         async def ask() -> tuple[int, str]:
-            async with self._client.request(method, path, data=BytesIO(body)) as answer:
-                return answer.status, await answer.text()
+            async with self._client.request(method, path, data=BytesIO(body)) as response:
+                return response.status, await response.text()
 
         return self._runner.run(ask())
 

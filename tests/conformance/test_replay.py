@@ -48,7 +48,7 @@ OF_THE_NODE = frozenset({"another init", "a join of what has joined", "a leave o
 @cache
 def recording(name: str) -> dict[str, Recorded]:
     answers = msgspec.json.decode((FOLDER / "recorded" / f"{name}.json").read_bytes(), type=list[Recorded])
-    return {answer.name: answer for answer in answers}
+    return {response.name: response for response in answers}
 
 
 @pytest.fixture(scope="module", params=["memory", pytest.param("etcd", marks=pytest.mark.needs("etcd"))])
@@ -77,9 +77,9 @@ async def ask(client: TestClient[Any, Any], step: Step, memory: Memory) -> Recor
     if body is not None:
         headers["Content-Type"] = "application/json"
     data = BytesIO(body) if body is not None else None
-    async with client.request(step.method, path, data=data, headers=headers) as answer:
-        content = await answer.read()
-        return recorded(step, answer.status, answer.headers, content, memory)
+    async with client.request(step.method, path, data=data, headers=headers) as response:
+        content = await response.read()
+        return recorded(step, response.status, response.headers, content, memory)
 
 
 def each(steps: Sequence[Step]) -> pytest.MarkDecorator:
@@ -164,18 +164,18 @@ def test_bodies_too_large_are_refused_as_the_engine_does(problems: list[str]) ->
     assert problems == []
 
 
-def differences(answer: Recorded, expected: Recorded) -> list[str]:
+def differences(response: Recorded, expected: Recorded) -> list[str]:
     """What ``answer`` does otherwise: its status, its message, its content type, the fields and specs of objects."""
     problems = []
-    if answer.status != expected.status:
-        problems.append(f"status {answer.status}, the engine has {expected.status} ({answer.message})")
-    elif answer.message != expected.message:
-        problems.append(f"says {answer.message!r}, the engine {expected.message!r}")
-    if expected.body is not None and answer.headers.get("Content-Type") != expected.headers.get(
+    if response.status != expected.status:
+        problems.append(f"status {response.status}, the engine has {expected.status} ({response.message})")
+    elif response.message != expected.message:
+        problems.append(f"says {response.message!r}, the engine {expected.message!r}")
+    if expected.body is not None and response.headers.get("Content-Type") != expected.headers.get(
         "Content-Type"
     ):
-        problems.append(f"content type {answer.headers.get('Content-Type')}")
-    problems += list(unlike(answer.body, expected.body))
+        problems.append(f"content type {response.headers.get('Content-Type')}")
+    problems += list(unlike(response.body, expected.body))
     return problems
 
 
@@ -201,23 +201,23 @@ _LATER = frozenset({"NoNewPrivileges", "Volumes"})
 """Always written since API 1.42 (Volumes) and 1.46; the recorded engine is older."""
 
 
-def unlike(answer: Any, expected: Any, place: str = "") -> list[str]:
+def unlike(response: Any, expected: Any, place: str = "") -> list[str]:
     """Where two JSON values differ, apart from what depends on the machine."""
-    if isinstance(expected, dict) and isinstance(answer, dict):
-        found = [f"{place} lacks {key}" for key in sorted(expected.keys() - answer.keys() - _LEADERS)]
-        found += [f"{place} has {key} besides" for key in sorted(answer.keys() - expected.keys() - _LATER)]
-        for key in sorted((expected.keys() & answer.keys()) - _OTHERWISE):
-            found += unlike(answer[key], expected[key], f"{place}.{key}")
+    if isinstance(expected, dict) and isinstance(response, dict):
+        found = [f"{place} lacks {key}" for key in sorted(expected.keys() - response.keys() - _LEADERS)]
+        found += [f"{place} has {key} besides" for key in sorted(response.keys() - expected.keys() - _LATER)]
+        for key in sorted((expected.keys() & response.keys()) - _OTHERWISE):
+            found += unlike(response[key], expected[key], f"{place}.{key}")
         return found
-    if isinstance(expected, list) and isinstance(answer, list):
-        if len(expected) != len(answer):
-            return [f"{place} has {len(answer)} items, not {len(expected)}"]
+    if isinstance(expected, list) and isinstance(response, list):
+        if len(expected) != len(response):
+            return [f"{place} has {len(response)} items, not {len(expected)}"]
         return [
             problem
-            for index, (mine, theirs) in enumerate(zip(answer, expected, strict=True))
+            for index, (mine, theirs) in enumerate(zip(response, expected, strict=True))
             for problem in unlike(mine, theirs, f"{place}[{index}]")
         ]
-    return [] if answer == expected else [f"{place} is {answer!r}, not {expected!r}"]
+    return [] if response == expected else [f"{place} is {response!r}, not {expected!r}"]
 
 
 INTERFACES = {

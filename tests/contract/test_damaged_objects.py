@@ -146,10 +146,10 @@ async def test_an_object_with_a_part_that_cannot_be_read_says_so_itself(
         id = {"service": "web", "task": "t1", "node": "n1", "network": "net1"}.get(kind, swarm.id)
 
         async def reported() -> str:
-            answer: Any = await (await client.get(path)).json()
+            response: Any = await (await client.get(path)).json()
             for name in told_in.split("."):
-                answer = answer.get(name, "")
-            return str(answer)
+                response = response.get(name, "")
+            return str(response)
 
         assert "cannot be read" not in await reported()
         damage(store.cluster, kind, id, part)

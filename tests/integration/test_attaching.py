@@ -80,8 +80,8 @@ def impostor(cluster: TestCluster, network: str, attachment: str) -> dict[str, s
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answers: dict[str, str] = json.loads(done.stdout)
-    return answers
+    responses: dict[str, str] = json.loads(done.stdout)
+    return responses
 
 
 def test_a_worker_joins_what_its_labels_allow_and_gives_its_address_back(
@@ -120,14 +120,14 @@ def test_other_workers_and_other_networks_are_refused(cluster: TestCluster, m1: 
 def test_a_worker_that_says_it_is_another_is_still_itself(cluster: TestCluster, m1: TestNode) -> None:
     run(cluster.node("w1"), "box", "--network", "inner", "--ip", ADDRESS)
     (place,) = attachments(m1)
-    answers = impostor(cluster, "inner", place["ID"])
-    assert answers["attach"].startswith(
+    responses = impostor(cluster, "inner", place["ID"])
+    assert responses["attach"].startswith(
         "PermissionDenied: network inner accepts only containers of nodes with"
     )
-    assert answers["detach"] == f"PermissionDenied: attachment {place['ID']} doesn't belong to this node"
+    assert responses["detach"] == f"PermissionDenied: attachment {place['ID']} doesn't belong to this node"
     # What a node joined as decides its kind.
-    answers = impostor(cluster, "engines", place["ID"])
-    assert answers["attach"] == (
+    responses = impostor(cluster, "engines", place["ID"])
+    assert responses["attach"] == (
         "FailedPrecondition: network engines belongs to docker nodes: containers of a skep node cannot join it"
     )
     assert [one["ID"] for one in attachments(m1)] == [place["ID"]]

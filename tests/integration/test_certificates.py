@@ -45,8 +45,8 @@ def m1(trio: TestCluster) -> Iterator[TestNode]:
 
 
 def swarm_of(node: TestNode) -> dict[str, Any]:
-    answer: dict[str, Any] = node.client().api.inspect_swarm()
-    return answer
+    response: dict[str, Any] = node.client().api.inspect_swarm()
+    return response
 
 
 def nodes_of(node: TestNode) -> list[dict[str, Any]]:

@@ -70,8 +70,8 @@ def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_tra
     wait_until(lambda: victim not in node.docker("ps", "--quiet").stdout, "the container is gone")
     wait_running(node, "web", 9)
     assert "GET / " in node.docker("service", "logs", "web").stdout
-    with urlopen(url, timeout=10) as answer:
-        assert answer.read().startswith(b"nginx in container ")
+    with urlopen(url, timeout=10) as response:
+        assert response.read().startswith(b"nginx in container ")
 
     living = inhabitants(NAME)
     make("demo-down", place)

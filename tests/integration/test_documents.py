@@ -316,7 +316,9 @@ def test_the_guide_to_the_doctor(own_cluster: TestCluster, checkout: Path) -> No
     diagnose, watch, ignore = shell_blocks(DOCTOR)
     printed = run(diagnose, checkout, **where)
     assert "everything is well" in printed
-    assert [answer["Hostname"] for answer in json.loads((checkout / "network.json").read_text())] == ["m1"]
+    assert [response["Hostname"] for response in json.loads((checkout / "network.json").read_text())] == [
+        "m1"
+    ]
     assert run(watch, checkout, **where).startswith("ready")
     run(ignore, checkout, **where)
     (node,) = m1.client().nodes.list()

@@ -372,11 +372,11 @@ async def _offer(settings: MemberSettings, context: ssl.SSLContext) -> None:
         try:
             writer.write(b"GET /version HTTP/1.1\r\nHost: m1\r\nConnection: close\r\n\r\n")
             await writer.drain()
-            answer = await reader.readline()
+            response = await reader.readline()
         finally:
             writer.close()
-    if not answer.startswith(b"HTTP/1.1 200"):
-        raise ConnectionError(f"refused: {answer[:40]!r}")
+    if not response.startswith(b"HTTP/1.1 200"):
+        raise ConnectionError(f"refused: {response[:40]!r}")
 
 
 def _context(settings: MemberSettings, files: object = None) -> ssl.SSLContext:
@@ -439,6 +439,6 @@ async def test_the_peer_port_never_speaks_plain_http(settings: MemberSettings) -
         host, _, number = settings.peer_listen.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(number))
         writer.write(b"GET /version HTTP/1.1\r\nHost: m1\r\nConnection: close\r\n\r\n")
-        answer = await reader.readline()
+        response = await reader.readline()
         writer.close()
-    assert b"200" not in answer
+    assert b"200" not in response

@@ -77,10 +77,10 @@ def fetch(address: str, port: int) -> str:
     """``<container> <client's address>`` as the task says it."""
     with socket.create_connection((address, port), timeout=3) as connection:
         connection.sendall(b"GET /cgi-bin/whoami HTTP/1.0\r\n\r\n")
-        answer = b""
+        response = b""
         while piece := connection.recv(4096):
-            answer += piece
-    return answer.decode().strip().splitlines()[-1].replace("[", "").replace("]", "")
+            response += piece
+    return response.decode().strip().splitlines()[-1].replace("[", "").replace("]", "")
 
 
 def a_socket(address: str, port: int) -> socket.socket:
@@ -143,7 +143,7 @@ def test_a_service_answers_across_nodes_and_published_ports_show_the_clients_add
                 return set()
 
         told = wait_until(lambda: got if len(got := found()) == 3 else set(), f"{address} answers", 60)
-        assert {answer.split()[1] for answer in told} == {CLIENT}
+        assert {response.split()[1] for response in told} == {CLIENT}
 
 
 def test_udp_over_ipv6_reaches_a_task_from_every_node_and_keeps_the_clients_address(

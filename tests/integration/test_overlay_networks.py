@@ -58,8 +58,8 @@ def inside(node: TestNode, service: str, *command: str) -> "subprocess.Completed
 
 
 def fetches(node: TestNode, service: str, address: str) -> bool:
-    answer = inside(node, service, "wget", "-q", "-O", "-", f"http://{address}/hosts")
-    return "localhost" in answer.stdout
+    response = inside(node, service, "wget", "-q", "-O", "-", f"http://{address}/hosts")
+    return "localhost" in response.stdout
 
 
 def adopted(node: TestNode, service: str) -> dict[str, int] | None:

@@ -73,12 +73,12 @@ def doctor(node: TestNode, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def failing(answers: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+def failing(responses: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
     """(from, to, port) of what fails."""
     return {
-        (answer["Hostname"], path["Peer"], finding["Port"])
-        for answer in answers
-        for path in answer["Paths"]
+        (response["Hostname"], path["Peer"], finding["Port"])
+        for response in responses
+        for path in response["Paths"]
         for finding in path["Findings"]
         if finding["Failing"]
     }
@@ -106,14 +106,14 @@ def test_a_cluster_that_is_well_is_diagnosed_in_seconds(quartet: TestCluster, m1
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("4 nodes, 6 pairs: everything is well")
     assert "\x1b" not in done.stdout + done.stderr
-    answers = json.loads(doctor(m1, "--json").stdout)
-    assert {answer["Hostname"]: len(answer["Paths"]) for answer in answers} == {
+    responses = json.loads(doctor(m1, "--json").stdout)
+    assert {response["Hostname"]: len(response["Paths"]) for response in responses} == {
         "m1": 3,
         "w1": 3,
         "w2": 3,
         "w3": 3,
     }
-    assert all(path["MTU"] == 1500 for answer in answers for path in answer["Paths"])
+    assert all(path["MTU"] == 1500 for response in responses for path in response["Paths"])
     refused = doctor(quartet.node("w1"))
     assert refused.returncode == 1
     assert "This node is not a swarm manager" in refused.stderr
@@ -262,11 +262,11 @@ def test_the_gossip_port_of_a_docker_node_is_named() -> None:
 
 def _looks_at(node: TestNode, port: str) -> bool:
     """Whether some node checks this port of another, and finds it open."""
-    answers = json.loads(doctor(node, "--json").stdout)
+    responses = json.loads(doctor(node, "--json").stdout)
     findings = [
         finding
-        for answer in answers
-        for path in answer["Paths"]
+        for response in responses
+        for path in response["Paths"]
         for finding in path["Findings"]
         if finding["Port"] == port
     ]

@@ -64,10 +64,10 @@ def fetch(address: str, port: int) -> str:
     """``<container> <client's address>`` as the task says it."""
     with socket.create_connection((address, port), timeout=3) as connection:
         connection.sendall(b"GET /cgi-bin/whoami HTTP/1.0\r\n\r\n")
-        answer = b""
+        response = b""
         while piece := connection.recv(4096):
-            answer += piece
-    return answer.decode().strip().splitlines()[-1].replace("[::ffff:", "").replace("]", "")
+            response += piece
+    return response.decode().strip().splitlines()[-1].replace("[::ffff:", "").replace("]", "")
 
 
 def client_of(cluster: TestCluster) -> tuple[str, str]:
@@ -119,7 +119,7 @@ def test_every_node_answers_and_rotates_over_all_tasks_with_the_clients_own_addr
     publish(nodes, "--publish", "8080:80")
     for node in nodes.values():
         answers = served(node, client, 8080, lambda found: len(found) == 3)
-        assert {answer.split()[1] for answer in answers} == {own_address}
+        assert {response.split()[1] for response in answers} == {own_address}
         for address in ("127.0.0.1", "::1", node.description["addr"]):
             wait_until(partial(_answers, node, address), f"{node.name} answers itself at {address}")
     nodes["m1"].docker("service", "rm", "web")
@@ -133,8 +133,8 @@ def test_a_node_without_a_task_leads_to_it_and_so_it_does_when_the_task_has_move
     client, own_address = client_of(mesh_cluster)
     publish(nodes, "--publish", "8080:80", "--constraint", "node.hostname==w2", replicas=1)
     for node in nodes.values():
-        (answer,) = served(node, client, 8080, lambda found: len(found) == 1)
-        assert answer.split()[1] == own_address
+        (response,) = served(node, client, 8080, lambda found: len(found) == 1)
+        assert response.split()[1] == own_address
     before = {one["ID"] for one in running(nodes["m1"], "web")}
     words = ("--constraint-rm", "node.hostname==w2", "--constraint-add", "node.hostname==w1")
     nodes["m1"].docker("service", "update", "--detach", *words, "web")
@@ -148,7 +148,7 @@ def test_a_node_without_a_task_leads_to_it_and_so_it_does_when_the_task_has_move
     moved = {pid[:12] for pid in container_pids(nodes["w1"], "web")}
     for node in nodes.values():
         answers = served(node, client, 8080, lambda found: {one.split()[0] for one in found} == moved)
-        assert {answer.split()[1] for answer in answers} == {own_address}
+        assert {response.split()[1] for response in answers} == {own_address}
 
 
 def test_udp_keeps_the_clients_own_address(mesh_cluster: TestCluster, nodes: dict[str, TestNode]) -> None:

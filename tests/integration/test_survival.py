@@ -49,8 +49,8 @@ def test_the_first_answer_of_a_new_node_process_names_every_container(m1: TestNo
     for pid in old:
         m1.kill(pid)
     wait_until(lambda: not set(m1.pids("skep-node")) & set(old), "the killed process is gone")
-    answer = wait_until(lambda: _listing(m1), "the API answers again")
-    assert answer == [before]
+    response = wait_until(lambda: _listing(m1), "the API answers again")
+    assert response == [before]
 
 
 def test_a_killed_conmon_does_not_take_its_container_along(m1: TestNode) -> None:

@@ -328,8 +328,8 @@ def lose_w1_during_an_update(trio: TestCluster, m1: TestNode, replicas: int, *wo
 def waiting_update(manager: TestNode) -> dict[str, Any] | None:
     """Where the update stands, once it waits for something with a deadline."""
     api = manager.client().api
-    answer = api._result(api._get(api._url("/skep/services/web/explain")), json=True)
-    update: dict[str, Any] = answer.get("Update") or {}
+    response = api._result(api._get(api._url("/skep/services/web/explain")), json=True)
+    update: dict[str, Any] = response.get("Update") or {}
     return update if "no suitable node" in update.get("WaitingFor", "") and update.get("Deadline") else None
 
 

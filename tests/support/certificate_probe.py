@@ -44,13 +44,13 @@ async def watch(address: str, pair: KeyPair, *, is_alone: bool) -> dict[str, Any
     print(f"{first} {address}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + LONGEST_S
     while len(after) < AGAIN and time.monotonic() < deadline:
-        answer = await ask(address, pair)
+        response = await ask(address, pair)
         if refused_at is not None:
-            after.append(answer)
-        elif answer == "taken":
+            after.append(response)
+        elif response == "taken":
             taken += 1
-        elif answer != "no contact" or is_alone:
-            refused_at, how = time.time(), answer
+        elif response != "no contact" or is_alone:
+            refused_at, how = time.time(), response
         await asyncio.sleep(0.05)
     return {"taken": taken, "refused_at": refused_at, "how": how, "retaken": after.count("taken")}
 
@@ -80,11 +80,11 @@ async def ask_peer(address: str, pair: KeyPair) -> str:
         async with asyncio.timeout(5):
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
             writer.write(b"GET /version HTTP/1.1\r\nHost: m\r\nConnection: close\r\n\r\n")
-            answer = await reader.read(100)
+            response = await reader.read(100)
             writer.close()
     except (OSError, ssl.SSLError, TimeoutError) as error:
         return type(error).__name__
-    return "taken" if answer.startswith(b"HTTP/1.1 200") else "closed"
+    return "taken" if response.startswith(b"HTTP/1.1 200") else "closed"
 
 
 if __name__ == "__main__":

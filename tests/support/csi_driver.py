@@ -213,12 +213,12 @@ def handler_of(driver: Driver, method: str) -> Any:
         if "refuse" in fault:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, fault["refuse"])
         try:
-            answer = serve(request, fault)
+            response = serve(request, fault)
         except Refused as refused:
             context.abort(grpc.StatusCode[refused.code], str(refused))
         if fails:
             context.abort(grpc.StatusCode.INTERNAL, f"{method} fails after its work")
-        return answer
+        return response
 
     request_type = getattr(pb, f"{method}Request")
     return grpc.unary_unary_rpc_method_handler(

@@ -61,5 +61,5 @@ def answers(address: str) -> tuple[str, ...]:
 
 def attachments(m1: TestNode) -> list[dict[str, Any]]:
     """The tasks that stand for plain containers on cluster networks."""
-    answer: list[dict[str, Any]] = m1.client().api.tasks(filters={"runtime": "attachment"})
-    return answer
+    response: list[dict[str, Any]] = m1.client().api.tasks(filters={"runtime": "attachment"})
+    return response

@@ -39,8 +39,8 @@ async def main(certificates: Path, manager: str, hostname: str, network: str, at
         detach = channel.call(
             methods.DETACH_NETWORK, pb.DetachNetworkRequest(attachment_id=attachment), timeout_s=WITHIN_S
         )
-        answers = {"attach": await outcome(attach), "detach": await outcome(detach)}
-    sys.stdout.write(json.dumps(answers))
+        responses = {"attach": await outcome(attach), "detach": await outcome(detach)}
+    sys.stdout.write(json.dumps(responses))
 
 
 async def outcome(call: Coroutine[Any, Any, object]) -> str:

@@ -44,12 +44,12 @@ async def datagrams(address: "Path | int") -> AsyncIterator[Datagrams]:
 class Streams:
     """What came over connections, joined.  ``reading``: cleared, nothing is read from then on."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, response: Answer) -> None:
         self.received = b""
         self.connections = 0
         self.reading = asyncio.Event()
         self.reading.set()
-        self._answer = answer
+        self._answer = response
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -63,8 +63,8 @@ class Streams:
                     if not data:
                         break
                     self.received += data
-                    if answer := self._answer(data):
-                        writer.write(answer)
+                    if response := self._answer(data):
+                        writer.write(response)
         finally:
             self._writers.discard(writer)
             writer.close()
@@ -77,10 +77,10 @@ class Streams:
 
 @asynccontextmanager
 async def streams(
-    address: "Path | int", answer: Answer = lambda _: b"", tls: Any = None
+    address: "Path | int", response: Answer = lambda _: b"", tls: Any = None
 ) -> AsyncIterator[Streams]:
     """A server at a path, or at a port of the loopback."""
-    found = Streams(answer)
+    found = Streams(response)
     if isinstance(address, Path):
         server = await asyncio.start_unix_server(found.serve, address)
     else:

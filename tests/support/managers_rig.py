@@ -42,8 +42,8 @@ def wait_managers(seen_by: TestNode, *names: str) -> str:
 
     def settled() -> str:
         shown = {name: status for name, status in roles(seen_by).items() if status != WORKER}
-        answer = set(shown) == set(names) and all(s in {LEADER, REACHABLE} for s in shown.values())
-        return leader(seen_by) if answer else ""
+        response = set(shown) == set(names) and all(s in {LEADER, REACHABLE} for s in shown.values())
+        return leader(seen_by) if response else ""
 
     return wait_until(settled, f"{', '.join(names)} manage, as {seen_by.name} sees it", 60)
 

@@ -99,19 +99,19 @@ class Rig(msgspec.Struct):
     local: LocalNetworks
 
     async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        async with self.client.request(method, path, json=body) as answer:
-            raw = await answer.read()
-            return answer.status, msgspec.json.decode(raw) if raw else None
+        async with self.client.request(method, path, json=body) as response:
+            raw = await response.read()
+            return response.status, msgspec.json.decode(raw) if raw else None
 
     async def message(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
-        status, answer = await self.ask(method, path, body)
-        return status, answer["message"]
+        status, response = await self.ask(method, path, body)
+        return status, response["message"]
 
     async def names(self, **filters: str) -> set[str]:
         wanted = msgspec.json.encode({key: [value] for key, value in filters.items()}).decode()
-        async with self.client.get("/networks", params={"filters": wanted}) as answer:
-            assert answer.status == 200, await answer.text()
-            return {one["Name"] for one in await answer.json()}
+        async with self.client.get("/networks", params={"filters": wanted}) as response:
+            assert response.status == 200, await response.text()
+            return {one["Name"] for one in await response.json()}
 
 
 @asynccontextmanager

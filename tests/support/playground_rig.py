@@ -146,8 +146,8 @@ class TestCluster:
 
     @property
     def description(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads((self.directory / "cluster.json").read_text())
-        return answer
+        response: dict[str, Any] = json.loads((self.directory / "cluster.json").read_text())
+        return response
 
     def node(self, name: str) -> TestNode:
         return TestNode(self, name)
@@ -272,8 +272,8 @@ def wait_running(node: TestNode, service: str, count: int, within_s: float = 30)
 def containers(node: TestNode, service: str) -> list[dict[str, Any]]:
     """Running containers of ``service`` on this node."""
     label = f"com.docker.swarm.service.name={service}"
-    answer: list[dict[str, Any]] = node.client().api.containers(filters={"label": label})
-    return answer
+    response: list[dict[str, Any]] = node.client().api.containers(filters={"label": label})
+    return response
 
 
 def container_pids(node: TestNode, service: str) -> dict[str, int]:

@@ -41,11 +41,11 @@ async def is_taken(directory: Path, address: str) -> bool:
     try:
         reader, writer = await opened(directory, address)
         async with asyncio.timeout(WITHIN_S):
-            answer = await reader.read(100)
+            response = await reader.read(100)
         writer.close()
     except (OSError, ssl.SSLError, TimeoutError):
         return False
-    return bool(answer)
+    return bool(response)
 
 
 async def hold(directory: Path, address: str) -> None:
@@ -62,8 +62,8 @@ async def hold(directory: Path, address: str) -> None:
 
 
 async def once(directory: Path, *addresses: str) -> None:
-    answers = await asyncio.gather(*(is_taken(directory, address) for address in addresses))
-    sys.stdout.write(json.dumps(dict(zip(addresses, answers, strict=True))))
+    responses = await asyncio.gather(*(is_taken(directory, address) for address in addresses))
+    sys.stdout.write(json.dumps(dict(zip(addresses, responses, strict=True))))
 
 
 if __name__ == "__main__":

@@ -40,5 +40,5 @@ def _asked(device: str, command: int, value: int) -> int:
     address, _ = held.buffer_info()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
         fcntl.ioctl(asking, _SIOCETHTOOL, _REQUEST.pack(device.encode(), address))
-    _, answer = _VALUE.unpack(held)
-    return int(answer)
+    _, reply = _VALUE.unpack(held)
+    return int(reply)

@@ -41,7 +41,7 @@ ERROR, DONE = 2, 3
 """Types of messages: an error number (0: an acknowledgement), the end of a dump."""
 _INTERRUPTED = 0x10
 _DUMP_TRIES = 8
-_ANSWER_BYTES = 1 << 17
+_REPLY_BYTES = 1 << 17
 _RECEIVE_BYTES = 4 << 20
 _BATCH = 64
 """Messages sent before their answers are read: those must fit into the socket."""
@@ -163,30 +163,30 @@ def _dump(connection: socket.socket, kind: int, body: bytes) -> list[Message] | 
     found: list[Message] = []
     is_whole = True
     while True:
-        data = memoryview(connection.recv(_ANSWER_BYTES))
+        data = memoryview(connection.recv(_REPLY_BYTES))
         position = 0
         while position + _HEADER.size <= len(data):
-            length, answer, flags, _, _ = _HEADER.unpack_from(data, position)
+            length, reply, flags, _, _ = _HEADER.unpack_from(data, position)
             content = data[position + _HEADER.size : position + length]
             position += (length + 3) & ~3
             is_whole = is_whole and not flags & _INTERRUPTED
-            if answer == DONE:
+            if reply == DONE:
                 return found if is_whole else None
-            if answer == ERROR:
+            if reply == ERROR:
                 number = error_number(content)
                 raise OSError(number, os.strerror(number))
-            found.append((answer, content))
+            found.append((reply, content))
 
 
 def _acknowledged(connection: socket.socket, count: int) -> list[int]:
     results = [0] * count
     missing = count
     while missing:
-        data = memoryview(connection.recv(_ANSWER_BYTES))
+        data = memoryview(connection.recv(_REPLY_BYTES))
         position = 0
         while position + _HEADER.size <= len(data):
-            length, answer, _, number, _ = _HEADER.unpack_from(data, position)
-            if answer == ERROR and number < count:
+            length, reply, _, number, _ = _HEADER.unpack_from(data, position)
+            if reply == ERROR and number < count:
                 results[number] = error_number(data[position + _HEADER.size :])
                 missing -= 1
             position += (length + 3) & ~3

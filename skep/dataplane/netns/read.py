@@ -96,10 +96,10 @@ def read_namespace(selects: Selection, wanted: State) -> ReadState:
 
 
 def _links() -> tuple[dict[str, int], dict[int, Link]]:
-    answers = dumped(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0))
+    replies = dumped(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0))
     indices: dict[str, int] = {}
     details: dict[int, tuple[int, dict[int, memoryview]]] = {}
-    for _, body in answers:
+    for _, body in replies:
         _, _, index, flags, _ = _IFINFO.unpack_from(body)
         found = dict(attributes(body[_IFINFO.size :]))
         indices[_text(found[3])] = index

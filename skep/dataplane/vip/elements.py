@@ -35,7 +35,7 @@ _EDGE = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_SUBSYSTEM))
 _BEGIN, _END = (netlink.request(kind, 0, _EDGE) for kind in (0x10, 0x11))
 """Begin and end of a batch: the messages between them are one transaction."""
 _TIMEOUT_S = 5.0
-_ANSWER_BYTES = 1 << 16
+_REPLY_BYTES = 1 << 16
 
 
 class ElementSocket:
@@ -57,8 +57,8 @@ class ElementSocket:
         self._socket.send(_BEGIN + b"".join(messages) + _END)
         missing = len(messages)
         while missing:
-            for kind, answer in netlink.messages(self._socket.recv(_ANSWER_BYTES)):
-                code = netlink.error_number(answer) if kind == netlink.ERROR else 0
+            for kind, reply in netlink.messages(self._socket.recv(_REPLY_BYTES)):
+                code = netlink.error_number(reply) if kind == netlink.ERROR else 0
                 if code:
                     raise NftFailed(f"elements of {NAME} cannot be changed: {os.strerror(code)}")
                 missing -= kind == netlink.ERROR
@@ -70,13 +70,13 @@ class ElementSocket:
         self._socket.send(netlink.request(_GET_ELEMENTS, netlink.DUMP, body))
         found: set[str] = set()
         while True:
-            for type_, answer in netlink.messages(self._socket.recv(_ANSWER_BYTES)):
+            for type_, reply in netlink.messages(self._socket.recv(_REPLY_BYTES)):
                 if type_ == netlink.DONE:
                     return frozenset(found)
                 if type_ == netlink.ERROR:
-                    code = netlink.error_number(answer)
+                    code = netlink.error_number(reply)
                     raise OSError(code, f"elements of {NAME} cannot be listed")
-                found |= {socket.inet_ntop(kind, key) for key in _keys(answer)}
+                found |= {socket.inet_ntop(kind, key) for key in _keys(reply)}
 
 
 @lru_cache(maxsize=8)
@@ -121,9 +121,9 @@ def _packed(address: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6 if is_ipv6(address) else socket.AF_INET, address)
 
 
-def _keys(answer: bytes) -> Iterator[bytes]:
+def _keys(reply: bytes) -> Iterator[bytes]:
     """Keys of the elements in a message."""
-    listed = dict(netlink.attributes(answer[4:])).get(_ELEMENTS, b"")
+    listed = dict(netlink.attributes(reply[4:])).get(_ELEMENTS, b"")
     for _, element in netlink.attributes(listed):
         key = dict(netlink.attributes(element)).get(_KEY, b"")
         yield dict(netlink.attributes(key)).get(_DATA_BYTES, b"")

@@ -112,7 +112,7 @@ def destinations(data: bytes) -> frozenset[str]:
 def _configure(opened: socket.socket, type_: int, value: bytes) -> None:
     head = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_GROUP))
     opened.send(netlink.request(_CONFIGURE, netlink.ACK, head + netlink.attribute(type_, value)))
-    for kind, answer in netlink.messages(opened.recv(1 << 12)):
-        code = netlink.error_number(answer) if kind == netlink.ERROR else 0
+    for kind, reply in netlink.messages(opened.recv(1 << 12)):
+        code = netlink.error_number(reply) if kind == netlink.ERROR else 0
         if code:
             raise OSError(code, "nfnetlink_log is not available")

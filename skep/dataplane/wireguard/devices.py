@@ -24,8 +24,8 @@ from skep.errors import Unavailable
 
 SOCKETS = Path("/var/run/wireguard")
 """Where wireguard-go makes its sockets; it is built so."""
-_ANSWER_S_MAX = 5.0
-_ANSWER_BYTES_MAX = 1 << 24
+_REPLY_S_MAX = 5.0
+_REPLY_BYTES_MAX = 1 << 24
 
 
 class Devices(Protocol):
@@ -108,19 +108,19 @@ class UserSpaceDevices:
     async def _answered(self, name: str, request: str) -> str:
         """wireguard-go's response.  Raises: Unavailable: no process serves the socket, or it refused the request."""
         try:
-            async with asyncio.timeout(_ANSWER_S_MAX):
+            async with asyncio.timeout(_REPLY_S_MAX):
                 path = str(SOCKETS / f"{name}.sock")
-                reader, writer = await asyncio.open_unix_connection(path, limit=_ANSWER_BYTES_MAX)
+                reader, writer = await asyncio.open_unix_connection(path, limit=_REPLY_BYTES_MAX)
                 try:
                     writer.write(request.encode())
-                    answer = (await reader.readuntil(b"\n\n")).decode()
+                    reply = (await reader.readuntil(b"\n\n")).decode()
                 finally:
                     writer.close()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             raise Unavailable(f"wireguard-go does not answer for {name}: {error}") from error
-        if (number := answer.rstrip("\n").rpartition("errno=")[2]) != "0":
+        if (number := reply.rstrip("\n").rpartition("errno=")[2]) != "0":
             raise Unavailable(f"wireguard-go refuses a change of {name}: errno {number}")
-        return answer
+        return reply
 
 
 def socket_message(change: Change) -> str:

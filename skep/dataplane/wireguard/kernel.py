@@ -31,8 +31,8 @@ _PEERS_AT_ONCE = 100
 def read_device(name: str) -> FoundDevice:
     """The device ``name`` of the calling thread's namespace.  Raises: OSError."""
     body = _HEADER.pack(_GET_DEVICE, _VERSION) + attribute(_IFNAME, name.encode() + b"\0")
-    answers = dumped(_family_id(), body, GENERIC)
-    return decoded(bytes(body[_HEADER.size :]) for _, body in answers)
+    replies = dumped(_family_id(), body, GENERIC)
+    return decoded(bytes(body[_HEADER.size :]) for _, body in replies)
 
 
 def change_device(name: str, change: Change) -> None:

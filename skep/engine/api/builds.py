@@ -14,9 +14,9 @@ from aiohttp import web
 
 from skep.api.bodies import decode_body
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, flag, json_answer
+from skep.api.server import Filters, flag, json_response
 from skep.api.tables import Table
-from skep.engine.api.progress import answer_with_progress
+from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.queries import integer
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build import context
@@ -81,7 +81,7 @@ async def build_image(builder: Builder, request: web.Request) -> web.StreamRespo
         else:
             _report_end(report, wanted, result)
 
-    return await answer_with_progress(request, build, early_errors=True)
+    return await respond_with_progress(request, build, early_errors=True)
 
 
 @_table.post("/build/prune")
@@ -96,9 +96,9 @@ async def prune_build_cache(builder: Builder, request: web.Request) -> web.Strea
     if integer(request, "keep-storage", 0):
         raise Unimplemented("docker builder prune --keep-storage is not supported")
     if any(filters[name] for name in ("label", "label!", "until")):
-        return json_answer({"CachesDeleted": None, "SpaceReclaimed": 0})
+        return json_response({"CachesDeleted": None, "SpaceReclaimed": 0})
     gone, freed_bytes = await builder.mounts.prune()
-    return json_answer({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
+    return json_response({"CachesDeleted": gone or None, "SpaceReclaimed": freed_bytes})
 
 
 def _report_end(report: Report, request: BuildRequest, result: BuildResult) -> None:

@@ -10,9 +10,9 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api.bodies import decode_body
-from skep.api.server import Routes, flag, json_answer, read_body
+from skep.api.server import Routes, flag, json_response, read_body
 from skep.engine.api.container_responses import config_of
-from skep.engine.api.progress import answer_with_progress
+from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.uploads import drain, pieces_of
 from skep.engine.build.config import apply_changes
 from skep.engine.commits import CommitRequest, commit
@@ -48,7 +48,7 @@ def commit_routes(engine: Engine, clock: Clock) -> Routes:
             changes=_changes(request),
         )
         image = await commit(engine, container.id, options, own, timestamp(clock.now_ns()))
-        return json_answer({"Id": image.id}, 201)
+        return json_response({"Id": image.id}, 201)
 
     return table
 
@@ -80,7 +80,7 @@ async def import_image(images: ImageStore, clock: Clock, request: web.Request) -
             raise
         report(Message(status=image.id))
 
-    return await answer_with_progress(request, work, early_errors=True)
+    return await respond_with_progress(request, work, early_errors=True)
 
 
 def _reference(repository: str, tag: str) -> Reference | None:

@@ -20,7 +20,7 @@ from skep.api.server import (
     OutputStream,
     api_version,
     flag,
-    json_answer,
+    json_response,
 )
 from skep.api.tables import Table
 from skep.api.timestamps import parse_unix_time
@@ -87,10 +87,10 @@ async def show_stats(served: Served, request: web.Request) -> web.StreamResponse
     container = served.engine.get(request.match_info["id"])
     streams = flag(request, "stream") if "stream" in request.query else True
     if not streams and (flag(request, "one-shot") or not container.is_running):
-        return json_answer(await served.engine.stats(container.id))
+        return json_response(await served.engine.stats(container.id))
     samples = _samples(served.engine, container, served.clock)
     if not streams:
-        return json_answer(await anext(samples))
+        return json_response(await anext(samples))
     async with JsonLines(request) as lines:
         async for sample in samples:
             await lines.send(sample)

@@ -20,8 +20,8 @@ from skep.api.server import (
     Routes,
     api_version,
     flag,
-    json_answer,
-    json_list_answer,
+    json_list_response,
+    json_response,
     read_body,
     read_json,
 )
@@ -102,7 +102,7 @@ async def create_container(engine: Engine, request: web.Request) -> web.StreamRe
     warnings = list(container.warnings)
     if body.host_config.network_mode == "host" and body.host_config.port_bindings:
         warnings.append("Published ports are discarded when using host network mode")
-    return json_answer({"Id": container.id, "Warnings": warnings}, 201)
+    return json_response({"Id": container.id, "Warnings": warnings}, 201)
 
 
 @_table.get("/containers/json")
@@ -122,7 +122,7 @@ async def list_containers(served: Served, request: web.Request) -> web.StreamRes
         lines.append(container_responses.summary(container, served.engine.images, now_ns) | size)
         if number % _LINES_AT_ONCE == 0:
             await asyncio.sleep(0)  # lets other requests run
-    return json_list_answer(lines)
+    return json_list_response(lines)
 
 
 @_table.get("/containers/{id}/json")
@@ -133,7 +133,7 @@ async def inspect_container(served: Served, request: web.Request) -> web.StreamR
     response = container_responses.inspected(container, served.engine.bundles, exec_ids)
     if flag(request, "size"):
         response |= await _sizes(served, container)
-    return json_answer(response)
+    return json_response(response)
 
 
 async def _sizes(served: Served, container: Container) -> dict[str, int]:
@@ -147,14 +147,14 @@ async def _sizes(served: Served, container: Container) -> dict[str, int]:
 async def show_processes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker top``."""
     top = await served.engine.top(request.match_info["id"], request.query.get("ps_args", ""))
-    return json_answer({"Processes": top.processes, "Titles": top.titles})
+    return json_response({"Processes": top.processes, "Titles": top.titles})
 
 
 @_table.get("/containers/{id}/changes")
 async def show_changes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker diff``; null: the container changed nothing."""
     changes = await asyncio.to_thread(served.engine.changes, request.match_info["id"])
-    return json_answer([{"Path": path, "Kind": kind} for kind, path in changes] or None)
+    return json_response([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
 
 @_table.post("/containers/{id}/wait")
@@ -264,7 +264,7 @@ async def update(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker update``: limits of a container that runs; what the body leaves out stays."""
     container = served.engine.get(request.match_info["id"])
     await served.engine.update(container.id, **_limits(container, await read_json(request, Limits)))
-    return json_answer({"Warnings": None})
+    return json_response({"Warnings": None})
 
 
 @_table.post("/containers/prune")
@@ -284,7 +284,7 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
             await served.engine.remove(container.id)
             removed.append(container.id)
     await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
-    return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
+    return json_response({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
 
 
 @_table.delete("/containers/{id}")

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api.errors import Untranslated
-from skep.api.server import Routes, api_version, json_answer
+from skep.api.server import Routes, api_version, json_response
 from skep.engine.api import container_responses, image_responses
 from skep.engine.api import volumes as volume_routes
 from skep.engine.api.images import shared_bytes
@@ -47,7 +47,7 @@ def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Rout
         if "build-cache" in wanted:
             response["BuildCache"] = await _cache_lines(mounts)
             response["BuilderSize"] = sum(one["Size"] for one in response["BuildCache"])
-        return json_answer(response)
+        return json_response(response)
 
     return table
 

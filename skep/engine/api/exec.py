@@ -9,7 +9,7 @@ from aiohttp import web
 
 from skep.api.errors import Untranslated
 from skep.api.responses import Hijacked
-from skep.api.server import OutputStream, json_answer, read_body, read_json
+from skep.api.server import OutputStream, json_response, read_body, read_json
 from skep.api.tables import Table
 from skep.engine.api.detach import DetachKeys, parse_keys
 from skep.engine.api.hijack import Duplex, hijacked
@@ -69,7 +69,7 @@ async def create_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
     except InvalidArgument as error:
         raise Untranslated(f"Invalid escape keys ({body.detach_keys}) provided") from error
     exec_id = execs.create(request.match_info["id"], _config_of(body))
-    return json_answer({"Id": exec_id}, 201)
+    return json_response({"Id": exec_id}, 201)
 
 
 @_table.post("/exec/{id}/start")
@@ -106,7 +106,7 @@ async def _run(execs: Execs, client: Duplex, exec: Exec, options: ExecStart) -> 
 @_table.get("/exec/{id}/json")
 async def inspect_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
     """Whether it runs, and its exit code."""
-    return json_answer(_inspected(execs.get(request.match_info["id"])))
+    return json_response(_inspected(execs.get(request.match_info["id"])))
 
 
 @_table.post("/exec/{id}/resize")

@@ -14,12 +14,12 @@ from aiohttp import web
 from skep.aio.clock import Clock, SystemClock
 from skep.api.bodies import decode_body
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer, read_body
+from skep.api.server import Filters, api_version, flag, json_list_response, json_response, read_body
 from skep.api.tables import Table
 from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
 from skep.engine.api.commits import import_image
-from skep.engine.api.progress import answer_with_progress
+from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.uploads import drain, pieces_of, send_piece
 from skep.engine.images import pulling
 from skep.engine.images.digest import is_digest
@@ -64,7 +64,7 @@ async def list_images(served: Served, request: web.Request) -> web.StreamRespons
     listed = select(served.images.images(), _replaced(filter, all=flag(request, "all")))
     version = api_version(request)
     shared = shared_bytes(served.images, listed) if flag(request, "shared-size") else {}
-    return json_list_answer(
+    return json_list_response(
         [image_responses.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
     )
 
@@ -81,7 +81,7 @@ async def create_image(served: Served, request: web.Request) -> web.StreamRespon
     async def pull(report: Report) -> None:
         await served.images.pull_all(reference, auth, report, platform=platform)
 
-    return await answer_with_progress(request, pull, early_errors=True)
+    return await respond_with_progress(request, pull, early_errors=True)
 
 
 @_table.post("/images/load")
@@ -100,7 +100,7 @@ async def load_images(served: Served, request: web.Request) -> web.StreamRespons
             await drain(request)
             raise
 
-    return await answer_with_progress(request, load, early_errors=False)
+    return await respond_with_progress(request, load, early_errors=False)
 
 
 @_table.get("/images/get")
@@ -135,7 +135,7 @@ async def prune_images(served: Served, request: web.Request) -> web.StreamRespon
         prunable(_filter(served.images, filters, served.clock)), users=served.users()
     )
     response = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
-    return json_answer(response)
+    return json_response(response)
 
 
 @_table.get("/images/{name:.+}/json")
@@ -146,13 +146,13 @@ async def inspect_image(served: Served, request: web.Request) -> web.StreamRespo
         image = served.images.get(name)
     except (NotFound, InvalidArgument) as error:
         raise type(error)(f"no such image: {name}: {error}") from error
-    return json_answer(image_responses.inspected(image, served.images, api_version(request)))
+    return json_response(image_responses.inspected(image, served.images, api_version(request)))
 
 
 @_table.get("/images/{name:.+}/history")
 async def image_history(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker history``."""
-    return json_list_answer(
+    return json_list_response(
         image_responses.history(served.images.get(request.match_info["name"]), served.images)
     )
 
@@ -186,7 +186,7 @@ async def push_image(served: Served, request: web.Request) -> web.StreamResponse
     async def push(report: Report) -> None:
         await served.images.push(reference, auth, report)
 
-    return await answer_with_progress(request, push, early_errors=True)
+    return await respond_with_progress(request, push, early_errors=True)
 
 
 class _WantedPlatform(msgspec.Struct, frozen=True):
@@ -229,7 +229,7 @@ async def search_images(served: Served, request: web.Request) -> web.StreamRespo
         raise InvalidArgument(f'strconv.Atoi: parsing "{text}": invalid syntax') from error
     credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
     found = await search(served.images.policy, request.query.get("term", ""), credentials, limit, wanted)
-    return json_list_answer([shown(one) for one in found])
+    return json_list_response([shown(one) for one in found])
 
 
 def _truth(filters: Filters, key: str) -> bool | None:
@@ -258,7 +258,7 @@ async def check_credentials(served: Served, request: web.Request) -> web.StreamR
     wanted = decode_body(body, _Login)
     credentials = decode_body(body, Credentials)
     token = await login(served.images.policy, _domain(wanted.serveraddress), credentials)
-    return json_answer({"Status": "Login Succeeded", "IdentityToken": token})
+    return json_response({"Status": "Login Succeeded", "IdentityToken": token})
 
 
 class _Login(msgspec.Struct, frozen=True):
@@ -287,7 +287,7 @@ async def remove_image(served: Served, request: web.Request) -> web.StreamRespon
     removed = await served.images.remove(
         name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=served.users()
     )
-    return json_answer(_removed(removed))
+    return json_response(_removed(removed))
 
 
 @_table.get("/distribution/{name:.+}/json")
@@ -298,7 +298,7 @@ async def inspect_distribution(served: Served, request: web.Request) -> web.Stre
         raise InvalidArgument(f"unknown image reference format: {name}")
     reference = parse_reference(name).with_default_tag()
     auth = request.headers.get("X-Registry-Auth", "")
-    return json_answer(await served.images.inspect_remote(reference, auth))
+    return json_response(await served.images.inspect_remote(reference, auth))
 
 
 def _wanted(name: str, tag: str) -> Reference:

@@ -68,7 +68,7 @@ class Pending:
         return message
 
 
-async def answer_with_progress(
+async def respond_with_progress(
     request: web.Request, work: Callable[[Report], Awaitable[object]], *, early_errors: bool
 ) -> web.StreamResponse:
     """Run ``work``, sending what it reports.  A client that disconnects stops it.

@@ -3,7 +3,7 @@
 from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.engine.api.builds import build_routes
 from skep.engine.api.commits import commit_routes
 from skep.engine.api.containers import container_routes, image_users
@@ -42,7 +42,7 @@ def absent_routes() -> Routes:
 
     @table.get("/plugins")
     async def list_plugins(request: web.Request) -> web.StreamResponse:
-        return json_answer([])
+        return json_response([])
 
     @table.get("/plugins/{name:.+}/json")
     async def inspect_plugin(request: web.Request) -> web.StreamResponse:

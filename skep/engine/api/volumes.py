@@ -12,7 +12,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.failures import log_error
-from skep.api.server import Filters, api_version, flag, json_answer, read_json
+from skep.api.server import Filters, api_version, flag, json_response, read_json
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
 from skep.engine.api.pruning import has_prunable_labels
@@ -67,7 +67,7 @@ async def create_volume(served: Served, request: web.Request) -> web.StreamRespo
     check_volume(body, name)
     labels = body.labels if body.name else {**(body.labels or {}), ANONYMOUS: ""}
     await served.volumes.create(name, body.driver, labels, body.driver_opts)
-    return json_answer(await _inspected(served.volumes, name), status=201)
+    return json_response(await _inspected(served.volumes, name), status=201)
 
 
 @_table.post("/volumes/prune")
@@ -98,7 +98,7 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
         removed.append(name)
         reclaimed += size
     served.volumes.events.publish_volume("prune", "", {"reclaimed": str(reclaimed)})
-    return json_answer({"VolumesDeleted": removed, "SpaceReclaimed": reclaimed})
+    return json_response({"VolumesDeleted": removed, "SpaceReclaimed": reclaimed})
 
 
 @_table.get("/volumes")
@@ -112,7 +112,7 @@ async def list_volumes(served: Served, request: web.Request) -> web.StreamRespon
     names = {one["Name"] for one in known}
     listed = known + [one for one in others if one["Name"] not in names]
     found = [one for one in listed if _is_wanted(one, filters, used)]
-    return json_answer({"Volumes": found, "Warnings": warnings or None})
+    return json_response({"Volumes": found, "Warnings": warnings or None})
 
 
 async def _of_plugins(volumes: Volumes) -> tuple[Sequence[dict[str, Any]], Sequence[str]]:
@@ -151,7 +151,7 @@ def _of_plugin(driver: str, scope: str, volume: PluginVolume) -> dict[str, Any]:
 @_table.get("/volumes/{name}")
 async def inspect_volume(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker volume inspect``."""
-    return json_answer(await _inspected(served.volumes, request.match_info["name"]))
+    return json_response(await _inspected(served.volumes, request.match_info["name"]))
 
 
 @_table.delete("/volumes/{name}")

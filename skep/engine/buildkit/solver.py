@@ -416,8 +416,8 @@ def _check(request: pb.SolveRequest) -> None:
     check_cache_imports([*(entry.type for entry in request.cache.imports), *request.cache.import_refs])
 
 
-def _returned(job: Job, answer: pb.ReturnRequest) -> Digest | None:
+def _returned(job: Job, response: pb.ReturnRequest) -> Digest | None:
     """The image that a client has returned; None: it asked for none.  Raises: CallFailed: it has failed."""
-    if answer.HasField("error"):
-        raise CallFailed(status_of(str(answer.error.code)), answer.error.message)
-    return job.results.get(answer.result.ref.id)
+    if response.HasField("error"):
+        raise CallFailed(status_of(str(response.error.code)), response.error.message)
+    return job.results.get(response.result.ref.id)

@@ -26,7 +26,7 @@ from skep.errors import InvalidArgument, SkepError
 
 LIMIT_DEFAULT = 25
 _LIMIT_MAX = 100
-_ANSWER_BYTES_MAX = 4 << 20
+_RESPONSE_BYTES_MAX = 4 << 20
 _INDEX = "https://index.docker.io"
 
 
@@ -40,7 +40,7 @@ class Found(msgspec.Struct, frozen=True):
     is_automated: bool = False
 
 
-class _Answer(msgspec.Struct, frozen=True):
+class _Response(msgspec.Struct, frozen=True):
     results: tuple[Found, ...] | None = None
 
 
@@ -100,14 +100,14 @@ async def _found(connection: Connection, query: str) -> Sequence[Found]:
             raise Refusal(f"Unexpected status code {response.status}")
         content = await _content(response)
     try:
-        return msgspec.json.decode(content, type=_Answer).results or ()
+        return msgspec.json.decode(content, type=_Response).results or ()
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Refusal(f"error decoding registry search results: {error}") from error
 
 
 async def _content(response: aiohttp.ClientResponse) -> bytes:
     try:
-        return await read_bounded(response, _ANSWER_BYTES_MAX)
+        return await read_bounded(response, _RESPONSE_BYTES_MAX)
     except InvalidArgument as error:
         raise Refusal(f"error decoding registry search results: {error}") from error
 

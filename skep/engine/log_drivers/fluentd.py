@@ -114,14 +114,14 @@ class Fluentd:
         while True:
             received += await connection.receive()
             try:
-                answer = msgspec.msgpack.decode(received, type=dict[str, str])
+                response = msgspec.msgpack.decode(received, type=dict[str, str])
             except msgspec.ValidationError as error:
                 raise ConnectionError("the server has sent no acknowledgement") from error
             except msgspec.DecodeError as error:
                 if len(received) > 4096:
                     raise ConnectionError("the server has sent no acknowledgement") from error
                 continue
-            if answer.get("ack", "").encode() != self._chunk:
+            if response.get("ack", "").encode() != self._chunk:
                 raise ConnectionError("the server has acknowledged another message")
             return
 

@@ -3,7 +3,7 @@
 import structlog
 from aiohttp import web
 
-from skep.api.server import Routes, json_answer, read_json
+from skep.api.server import Routes, json_response, read_json
 from skep.errors import NotFound
 from skep.manager.eviction.steps import TEXTS, Eviction, begin, eviction_of
 from skep.manager.routes.access import current_view, manager_of
@@ -61,7 +61,7 @@ async def evict(request: web.Request) -> web.StreamResponse:
         by=by,
         manager=manager.own,
     )
-    return json_answer(shown(eviction))
+    return json_response(shown(eviction))
 
 
 @routes.get("/skep/cluster/evict")
@@ -70,7 +70,7 @@ async def show_eviction(request: web.Request) -> web.StreamResponse:
     eviction = eviction_of(await current_view(request))
     if eviction is None:
         raise NotFound("no node was evicted yet")
-    return json_answer(shown(eviction))
+    return json_response(shown(eviction))
 
 
 def shown(eviction: Eviction) -> ShownEviction:

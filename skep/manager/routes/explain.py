@@ -3,7 +3,7 @@
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import is_up_to_date, known_status
 from skep.manager.explanations import explain_service, explain_task
@@ -38,7 +38,7 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     if task.node_id and elsewhere:
         summary = f"{explanation.summary}; earlier data: {elsewhere[0][1]}"
         explanation = replace(explanation, summary=summary)
-    return json_answer(explanation)
+    return json_response(explanation)
 
 
 @routes.get("/skep/services/{id}/explain")
@@ -58,7 +58,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         is_new=lambda task: is_up_to_date(view, task),
     )
     damage = damage_of(view, Service, service.id)
-    return json_answer(
+    return json_response(
         replace(explanation, summary=f"{explanation.summary}; {damage}") if damage else explanation
     )
 

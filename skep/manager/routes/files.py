@@ -7,7 +7,15 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from skep.api.server import ApiVersion, Filters, Routes, api_version, json_answer, json_list_answer, read_json
+from skep.api.server import (
+    ApiVersion,
+    Filters,
+    Routes,
+    api_version,
+    json_list_response,
+    json_response,
+    read_json,
+)
 from skep.errors import InvalidArgument
 from skep.manager.control import files as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
@@ -59,13 +67,13 @@ async def create_secret(request: web.Request) -> web.StreamResponse:
     secret = await manager.update(
         control.create_secret, body.spec, body.data or b"", new_id=manager.new_id, now=manager.now()
     )
-    return json_answer(Created(id=secret.id), 201)
+    return json_response(Created(id=secret.id), 201)
 
 
 @routes.get("/secrets/{id}")
 async def inspect_secret(request: web.Request) -> web.StreamResponse:
     """One secret, without its data."""
-    return json_answer(await _named(request, Secret))
+    return json_response(await _named(request, Secret))
 
 
 @routes.post("/secrets/{id}/update")
@@ -103,13 +111,13 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     _refuse_templating(request, spec, "config")
     await manager.require_room(creates=True)
     config = await manager.update(control.create_config, spec, new_id=manager.new_id, now=manager.now())
-    return json_answer(Created(id=config.id), 201)
+    return json_response(Created(id=config.id), 201)
 
 
 @routes.get("/configs/{id}")
 async def inspect_config(request: web.Request) -> web.StreamResponse:
     """One config with its data."""
-    return json_answer(await _named(request, Config))
+    return json_response(await _named(request, Config))
 
 
 @routes.post("/configs/{id}/update")
@@ -137,7 +145,7 @@ async def _listed(request: web.Request, kind: type[File], *known: str) -> web.St
     filters = Filters.of(request)
     filters.refuse_unknown(*known)
     view = await current_view(request)
-    return json_list_answer([file for file in view.find(kind) if _fits(file, filters)])
+    return json_list_response([file for file in view.find(kind) if _fits(file, filters)])
 
 
 def _fits(file: Secret | Config, filters: Filters) -> bool:

@@ -8,7 +8,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.identity import identity_of
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.api.timestamps import parse_time
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.control.tasks import known_status
@@ -75,10 +75,10 @@ async def show_history(request: web.Request) -> web.Response:
     if past is not None:
         with suppress(Unavailable):
             found = replace(found, oldest_state=await past.oldest())
-    return json_answer(found)
+    return json_response(found)
 
 
-class StateAnswer(ApiObject):
+class StateResponse(ApiObject):
     """The cluster as it was.  ``tasks``: those that were wanted."""
 
     time: Timestamp
@@ -104,14 +104,14 @@ async def show_state(request: web.Request) -> web.Response:
         for service in view.find(Service)
         if service.removed_at is None
     ]
-    answer = StateAnswer(
+    response = StateResponse(
         time=timestamp(past.at_ns),
         revision=view.revision,
         nodes=tuple(shown_node(nodes, node) for node in view.find(Node)),
         services=tuple(shown),
         tasks=tuple([task async for task in _tasks(view)]),
     )
-    return json_answer(answer)
+    return json_response(response)
 
 
 async def _tasks(view: View) -> AsyncIterator[TaskThen]:

@@ -18,7 +18,7 @@ from skep.api.networks import (
     check_name,
     fits,
 )
-from skep.api.server import Filters, Routes, json_answer, json_list_answer, read_json
+from skep.api.server import Filters, Routes, json_list_response, json_response, read_json
 from skep.api.timestamps import parse_time
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
@@ -42,7 +42,7 @@ async def list_networks(request: web.Request) -> web.StreamResponse:
     view = await current_view(request)
     used = used_networks(view) if filters["dangling"] else frozenset[str]()
     found = [network for network in _visible(view) if fits(facts_of(network, used), filters)]
-    return json_list_answer(found, partial(shown, view))
+    return json_list_response(found, partial(shown, view))
 
 
 @routes.get("/networks/{id}")
@@ -51,7 +51,7 @@ async def inspect_network(request: web.Request) -> web.StreamResponse:
     verbose = wrapped_flag(request, "verbose")
     view = await current_view(request)
     network = _resolve(view, request.match_info["id"])
-    return json_answer(await inspected(view, network, verbose=verbose))
+    return json_response(await inspected(view, network, verbose=verbose))
 
 
 @routes.post("/networks/create")
@@ -66,7 +66,7 @@ async def create_network(request: web.Request) -> web.StreamResponse:
     network = await manager.update(
         control.create_network, spec_of_body(body), new_id=manager.new_id, now=manager.now()
     )
-    return json_answer({"Id": network.id, "Warning": ""}, 201)
+    return json_response({"Id": network.id, "Warning": ""}, 201)
 
 
 @routes.post("/networks/prune")
@@ -88,7 +88,7 @@ async def prune_networks(request: web.Request) -> web.StreamResponse:
             log.debug("network not pruned", network=network.spec.name, reason=str(error))
             continue
         removed.append(network.spec.name)
-    return json_answer({"NetworksDeleted": removed or None})
+    return json_response({"NetworksDeleted": removed or None})
 
 
 @routes.post("/networks/{id}/update")

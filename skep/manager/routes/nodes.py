@@ -10,7 +10,15 @@ from typing import TypeVar
 from aiohttp import web
 
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, Routes, flag, json_answer, json_list_answer, known_list_answer, read_json
+from skep.api.server import (
+    Filters,
+    Routes,
+    flag,
+    json_list_response,
+    json_response,
+    known_list_response,
+    read_json,
+)
 from skep.manager.control import nodes as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.shown import has_labels, problems_of, shown_node
@@ -37,8 +45,8 @@ async def list_nodes(request: web.Request) -> web.StreamResponse:
     view = await current_view(request)
     problems = problems_of(view, Node)
     if not filters:
-        return known_list_answer(view.find(Node), shown_node, problems, manager_of(request).nodes)
-    return json_list_answer(_fitting(view, filters), partial(shown_node, problems))
+        return known_list_response(view.find(Node), shown_node, problems, manager_of(request).nodes)
+    return json_list_response(_fitting(view, filters), partial(shown_node, problems))
 
 
 def _fitting(view: View, filters: Filters) -> list[Node]:
@@ -70,7 +78,7 @@ def _members(cls: type[E], filters: Filters, key: str) -> set[E]:
 async def inspect_node(request: web.Request) -> web.StreamResponse:
     """One node."""
     view = await current_view(request)
-    return json_answer(shown_node(problems_of(view, Node), view.resolve(Node, request.match_info["id"])))
+    return json_response(shown_node(problems_of(view, Node), view.resolve(Node, request.match_info["id"])))
 
 
 @routes.post("/nodes/{id}/update")

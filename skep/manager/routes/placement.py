@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import TimeSlices
-from skep.api.server import Routes, json_list_answer, read_json
+from skep.api.server import Routes, json_list_response, read_json
 from skep.api.service_form import UNRECOGNIZED, settled
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 from skep.manager.control.service_rules import check_service_spec
@@ -56,7 +56,7 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
             raise ResourceExhausted(
                 f"placing {len(specs)} services takes more than {_WITHIN_S:g} s: ask for fewer at once"
             ) from error
-    return json_list_answer(placements)
+    return json_list_response(placements)
 
 
 def _tasks(spec: ServiceSpec, nodes: int) -> int:

@@ -3,7 +3,7 @@
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.server import Routes, json_answer, read_json
+from skep.api.server import Routes, json_response, read_json
 from skep.errors import NotFound
 from skep.manager.control import quotas as control
 from skep.manager.routes.access import current_view, manager_of
@@ -19,7 +19,7 @@ async def show_quota(request: web.Request) -> web.StreamResponse:
     quota = control.quota_of(view, name)
     if quota is None:
         raise NotFound(f"stack {name} has no quota")
-    return json_answer(control.quota_state(view, quota))
+    return json_response(control.quota_state(view, quota))
 
 
 @routes.put("/skep/stacks/{name}/quota")
@@ -29,7 +29,7 @@ async def set_quota(request: web.Request) -> web.StreamResponse:
     spec = replace(await read_json(request, QuotaSpec), name=request.match_info["name"])
     await manager.require_room(creates=True)
     quota = await manager.update(control.set_quota, spec, new_id=manager.new_id, now=manager.now())
-    return json_answer(control.quota_state(manager.store.view(), quota))
+    return json_response(control.quota_state(manager.store.view(), quota))
 
 
 @routes.delete("/skep/stacks/{name}/quota")

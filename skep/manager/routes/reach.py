@@ -14,7 +14,7 @@ from aiohttp import web
 from skep.api.connection import Connection
 from skep.api.passed import take_over
 from skep.api.responses import Hijacked
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.api.tunnelling import join_client
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.targets import Target, target_of
@@ -37,7 +37,7 @@ _RECORDED = re.compile(r"(?:exec|attach|archive|exec/[0-9a-f]+/start|port/.*)")
 async def find_target(request: web.Request) -> web.StreamResponse:
     """The running task that ``SERVICE``, ``SERVICE.SLOT``, ``SERVICE.NODE`` or the id of a task means."""
     view = await current_view(request)
-    return json_answer(Target.of(view, target_of(view, request.match_info["id"])))
+    return json_response(Target.of(view, target_of(view, request.match_info["id"])))
 
 
 @routes.post("/skep/tasks/{id}/container/exec")

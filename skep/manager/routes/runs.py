@@ -7,7 +7,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.logbroker.selection import KEPT, KEPT_HEAD
 from skep.manager.routes.access import current_view, manager_of
@@ -68,7 +68,7 @@ async def list_runs(request: web.Request) -> web.StreamResponse:
     tasks = sorted(tasks, key=lambda task: (task.status.timestamp, task.id))[-RUNS_MAX:]
     lines: dict[TaskId, deque[str]] = {task.id: deque(maxlen=tail) for task in tasks}
     incomplete = await _collect(request, lines, tail) if tail and tasks else ""
-    return json_answer(
+    return json_response(
         Runs(runs=tuple(_run(task, tuple(lines[task.id])) for task in tasks), incomplete=incomplete)
     )
 

@@ -15,9 +15,9 @@ from skep.api.server import (
     Filters,
     Routes,
     api_version,
-    json_answer,
-    json_list_answer,
-    known_list_answer,
+    json_list_response,
+    json_response,
+    known_list_response,
     read_json,
 )
 from skep.api.service_form import UNRECOGNIZED, settled
@@ -55,11 +55,11 @@ async def list_services(request: web.Request) -> web.StreamResponse:
     services = list(_fitting(view, filters) if filters else _all(view))
     problems = problems_of(view, Service)
     if not status and not filters:
-        return known_list_answer(services, shown_service, problems, manager_of(request).services)
+        return known_list_response(services, shown_service, problems, manager_of(request).services)
     if not status:
-        return json_list_answer(services, partial(shown_service, problems))
+        return json_list_response(services, partial(shown_service, problems))
     store = manager_of(request).store
-    return json_list_answer(
+    return json_list_response(
         [
             shown_service(problems, service, status=await service_status(store.view(), service))
             for service in services
@@ -102,7 +102,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     )
     warnings = room_warnings(manager.store.view(), service) if control.names_networks(spec) else []
     warnings += _secret_warnings(spec)
-    return json_answer({"ID": service.id, **({"Warnings": warnings} if warnings else {})}, 201)
+    return json_response({"ID": service.id, **({"Warnings": warnings} if warnings else {})}, 201)
 
 
 @routes.get("/services/{id}")
@@ -111,7 +111,7 @@ async def inspect_service(request: web.Request) -> web.StreamResponse:
     insert_defaults = wrapped_flag(request, "insertDefaults")
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
-    return json_answer(shown_service(problems_of(view, Service), service, insert_defaults=insert_defaults))
+    return json_response(shown_service(problems_of(view, Service), service, insert_defaults=insert_defaults))
 
 
 @routes.post("/services/{id}/update")
@@ -143,7 +143,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     view = manager.store.view()
     changed = view.lookup(Service, service.id)
     warnings = room_warnings(view, changed) + _secret_warnings(changed.spec) if changed is not None else []
-    return json_answer({"Warnings": warnings or None})
+    return json_response({"Warnings": warnings or None})
 
 
 class ServiceChange(ApiObject):
@@ -191,7 +191,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
         )
 
     results = await manager.store.update_each(change, changes)
-    return json_answer(
+    return json_response(
         [
             ServiceChanged(error=str(one) or type(one).__name__)
             if isinstance(one, SkepError)

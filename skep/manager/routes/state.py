@@ -7,7 +7,7 @@ on the manager's own socket only, ``/_skep/lag``: the delays of its event loop s
 from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.routes.access import manager_of
 from skep.model.encoding import ApiObject
@@ -19,10 +19,10 @@ routes = Routes()
 async def show_quorum(request: web.Request) -> web.Response:
     """For ``docker info`` and ``skep status``, before any request that would wait for a leader."""
     manager = manager_of(request)
-    return json_answer(replace(manager.quorum(), own_error=manager.own_error()))
+    return json_response(replace(manager.quorum(), own_error=manager.own_error()))
 
 
-class StoreAnswer(ApiObject):
+class StoreResponse(ApiObject):
     """In bytes: the file, what is in use of it, and the quota."""
 
     size: int
@@ -38,7 +38,9 @@ async def store_space(request: web.Request) -> web.Response:
     if space is None:
         raise Unavailable("this manager's store has no file")
     summary = f"{space.summary}; reached its quota" if space.has_alarm else space.summary
-    return json_answer(StoreAnswer(size=space.size, in_use=space.in_use, quota=space.quota, summary=summary))
+    return json_response(
+        StoreResponse(size=space.size, in_use=space.in_use, quota=space.quota, summary=summary)
+    )
 
 
 @routes.get("/_skep/metrics")
@@ -47,10 +49,10 @@ async def metrics(request: web.Request) -> web.Response:
     found = manager_of(request).metrics
     if found is None:
         raise Unavailable("this manager has no metrics")
-    return json_answer(await found.families())
+    return json_response(await found.families())
 
 
 @routes.get("/_skep/lag")
 async def loop_lag(request: web.Request) -> web.Response:
     """The measure that benchmarks and tests of responsiveness read."""
-    return json_answer(manager_of(request).lag.seen())
+    return json_response(manager_of(request).lag.seen())

@@ -7,7 +7,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.identity import identity_of
-from skep.api.server import Routes, json_answer, read_json
+from skep.api.server import Routes, json_response, read_json
 from skep.api.swarm_requests import check_swarm_name
 from skep.errors import AlreadyExists, InvalidArgument
 from skep.manager.cluster import cluster_of
@@ -31,7 +31,7 @@ async def inspect_swarm(request: web.Request) -> web.StreamResponse:
     if not identity_of(request).is_admin:
         ca = replace(swarm.spec.ca_config, external_cas=())
         swarm = replace(swarm, join_tokens=JoinTokens(), spec=replace(swarm.spec, ca_config=ca))
-    return json_answer(swarm)
+    return json_response(swarm)
 
 
 @routes.post("/swarm/update")
@@ -79,14 +79,14 @@ async def change_pools(request: web.Request) -> web.StreamResponse:
     """Add and remove address pools; gives all there are then, as ``GET /swarm`` shows them."""
     change = await read_json(request, PoolChange)
     swarm = await manager_of(request).update(pools.change_pools, change)
-    return json_answer({"DefaultAddrPool": swarm.default_addr_pool, "SubnetSize": swarm.subnet_size})
+    return json_response({"DefaultAddrPool": swarm.default_addr_pool, "SubnetSize": swarm.subnet_size})
 
 
 @routes.get("/swarm/unlockkey")
 async def show_unlock_key(request: web.Request) -> web.StreamResponse:
     """The key that unlocks managers after a restart; none while they are not locked."""
     key = control.unlock_key_of(await current_view(request))
-    return json_answer(UnlockRequest(unlock_key=shown_unlock_key(key) if key is not None else ""))
+    return json_response(UnlockRequest(unlock_key=shown_unlock_key(key) if key is not None else ""))
 
 
 @routes.post("/swarm/unlock")

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from aiohttp import web
 
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, Routes, json_answer, json_list_answer
+from skep.api.server import Filters, Routes, json_list_response, json_response
 from skep.manager.control.tasks import is_up_to_date
 from skep.manager.informer import batches_of
 from skep.manager.routes.access import current_view, manager_of
@@ -44,14 +44,14 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
         tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
         await asyncio.sleep(0)  # give the event loop control
         view = manager_of(request).store.view()
-    return json_list_answer(tasks, partial(shown_task, view, manager_of(request).clock.now_ns()))
+    return json_list_response(tasks, partial(shown_task, view, manager_of(request).clock.now_ns()))
 
 
 @routes.get("/tasks/{id}")
 async def inspect_task(request: web.Request) -> web.StreamResponse:
     """One task."""
     view = await current_view(request)
-    return json_answer(
+    return json_response(
         shown_task(view, manager_of(request).clock.now_ns(), view.resolve(Task, request.match_info["id"]))
     )
 

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.manager.control import updates as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.shown import problems_of, shown_service
@@ -37,4 +37,4 @@ async def abort_update(request: web.Request) -> web.StreamResponse:
 
 
 def _shown(request: web.Request, service: Service) -> web.StreamResponse:
-    return json_answer(shown_service(problems_of(manager_of(request).store.view(), Service), service))
+    return json_response(shown_service(problems_of(manager_of(request).store.view(), Service), service))

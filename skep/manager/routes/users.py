@@ -10,7 +10,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.identity import identity_of
-from skep.api.server import JsonLines, Routes, json_answer, json_list_answer, read_json
+from skep.api.server import JsonLines, Routes, json_list_response, json_response, read_json
 from skep.errors import InvalidArgument
 from skep.manager.control import users as control
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
@@ -72,7 +72,7 @@ async def show_access(request: web.Request) -> web.StreamResponse:
     """The client's identity, and its roles."""
     identity = identity_of(request)
     roles = tuple(map(str, identity.bindings))
-    return json_answer(Access(name=identity.name, origin=identity.origin.value, roles=roles))
+    return json_response(Access(name=identity.name, origin=identity.origin.value, roles=roles))
 
 
 @routes.post("/skep/access/certificates")
@@ -90,7 +90,7 @@ async def renew_own(request: web.Request) -> web.StreamResponse:
 @routes.get("/skep/users")
 async def list_users(request: web.Request) -> web.StreamResponse:
     """All users."""
-    return json_list_answer([_shown(user) for user in (await current_view(request)).find(User)])
+    return json_list_response([_shown(user) for user in (await current_view(request)).find(User)])
 
 
 @routes.post("/skep/users/create")
@@ -100,13 +100,13 @@ async def create_user(request: web.Request) -> web.StreamResponse:
     spec = await read_json(request, UserSpec)
     await manager.require_room(creates=True)
     user = await manager.update(control.create_user, spec, new_id=manager.new_id, now=manager.now())
-    return json_answer(_shown(user), 201)
+    return json_response(_shown(user), 201)
 
 
 @routes.get("/skep/users/{id}")
 async def inspect_user(request: web.Request) -> web.StreamResponse:
     """One user."""
-    return json_answer(_shown(await _named(request)))
+    return json_response(_shown(await _named(request)))
 
 
 @routes.post("/skep/users/{id}/update")
@@ -115,7 +115,7 @@ async def update_user(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     spec, user = await read_json(request, UserSpec), await _named(request)
     changed = await manager.update(control.set_roles, user.id, spec.roles, now=manager.now())
-    return json_answer(_shown(changed))
+    return json_response(_shown(changed))
 
 
 @routes.delete("/skep/users/{id}")
@@ -141,7 +141,7 @@ async def create_token(request: web.Request) -> web.StreamResponse:
         now=manager.now(),
     )
     added = changed.tokens[-1]
-    return json_answer(IssuedToken(id=added.id, token=token, not_after=added.not_after), 201)
+    return json_response(IssuedToken(id=added.id, token=token, not_after=added.not_after), 201)
 
 
 @routes.delete("/skep/users/{id}/tokens/{token}")
@@ -203,7 +203,7 @@ async def _issue(request: web.Request, word: str) -> web.StreamResponse:
         now=manager.now(),
     )
     added = changed.certificates[-1]
-    return json_answer(
+    return json_response(
         IssuedCertificate(
             user=changed.spec.name,
             serial=added.serial,

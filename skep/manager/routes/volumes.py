@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 from msgspec import to_builtins
 
-from skep.api.server import Filters, Routes, flag, json_answer, read_json
+from skep.api.server import Filters, Routes, flag, json_response, read_json
 from skep.errors import InvalidArgument
 from skep.manager.control import volumes as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
@@ -76,7 +76,7 @@ async def list_volumes(request: web.Request) -> web.StreamResponse:
     filters.refuse_unknown(*FILTERS)
     view = await current_view(request)
     found = sorted((one for one in view.find(Volume) if _fits(one, filters)), key=lambda one: one.spec.name)
-    return json_answer([shown_volume(one, view) for one in found])
+    return json_response([shown_volume(one, view) for one in found])
 
 
 @routes.post(f"{PATH}/create")
@@ -86,14 +86,14 @@ async def create_volume(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, CreateBody)
     await manager.require_room(creates=True)
     volume = await manager.update(control.create_volume, body.spec, new_id=manager.new_id, now=manager.now())
-    return json_answer(shown_volume(volume, manager.store.view()), 201)
+    return json_response(shown_volume(volume, manager.store.view()), 201)
 
 
 @routes.get(PATH + "/{name}")
 async def inspect_volume(request: web.Request) -> web.StreamResponse:
     """One volume, by name or id."""
     view = await current_view(request)
-    return json_answer(shown_volume(view.resolve(Volume, request.match_info["name"]), view))
+    return json_response(shown_volume(view.resolve(Volume, request.match_info["name"]), view))
 
 
 @routes.put(PATH + "/{name}")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from aiohttp import web
 
-from skep.api.server import Routes, json_answer
+from skep.api.server import Routes, json_response
 from skep.errors import Unavailable
 from skep.manager.ca.expiry import expiring
 from skep.manager.routes.access import manager_of
@@ -32,7 +32,7 @@ _DAMAGED_SHOWN = 10
 async def warnings(request: web.Request) -> web.Response:
     """Sentences, the most urgent first; from local state, so they work without a leader."""
     manager = manager_of(request)
-    return json_answer(await warnings_of(manager.store, manager.clock.now_ns()))
+    return json_response(await warnings_of(manager.store, manager.clock.now_ns()))
 
 
 async def warnings_of(store: Store, now_ns: int) -> list[str]:

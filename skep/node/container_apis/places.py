@@ -13,7 +13,7 @@ ALL_MAX = 512
 """Of all containers of this node."""
 
 
-class Answer(Enum):
+class Decision(Enum):
     """What becomes of a new connection without an eviction."""
 
     SERVE = "serve"
@@ -28,7 +28,7 @@ class Evict(msgspec.Struct, frozen=True):
 
 def decide(
     id: ContainerId, counts: Mapping[ContainerId, int], each_max: int = EACH_MAX, all_max: int = ALL_MAX
-) -> Answer | Evict:
+) -> Decision | Evict:
     """What becomes of a new connection of ``id``.
 
     When all places are taken, the container with the most gives one to a container with at least two fewer: so every
@@ -39,8 +39,8 @@ def decide(
     """
     own = counts.get(id, 0)
     if own >= each_max:
-        return Answer.WAIT
+        return Decision.WAIT
     if sum(counts.values()) < all_max:
-        return Answer.SERVE
+        return Decision.SERVE
     most = max(counts, key=lambda one: (counts[one], one))
-    return Evict(most) if counts[most] >= own + 2 else Answer.WAIT
+    return Evict(most) if counts[most] >= own + 2 else Decision.WAIT

@@ -20,7 +20,7 @@ from skep.model.ids import ContainerId
 from skep.model.rights import ApiAccess
 from skep.node.container_apis.exchange import Dispatch, Exchanges
 from skep.node.container_apis.peers import Peer, peer_of
-from skep.node.container_apis.places import Answer, decide
+from skep.node.container_apis.places import Decision, decide
 
 log = structlog.get_logger()
 
@@ -116,7 +116,7 @@ class ContainerApis:
             case Peer.GONE:
                 connected.close()
             case id:
-                if self._start is None or decide(id, self._counts()) is Answer.WAIT:
+                if self._start is None or decide(id, self._counts()) is Decision.WAIT:
                     connected.close()
                 else:
                     self._make_room(id)
@@ -165,7 +165,7 @@ class ContainerApis:
             try:
                 while not rate.take(self._clock.monotonic()):
                     await self._clock.sleep(_RATE_PAUSE_S)
-                while decide(id, self._counts()) is Answer.WAIT:
+                while decide(id, self._counts()) is Decision.WAIT:
                     self._has_room.clear()
                     await self._has_room.wait()
             except BaseException:
@@ -181,7 +181,7 @@ class ContainerApis:
     def _make_room(self, id: ContainerId) -> None:
         """Close the oldest connection of the container that is to give up a place, if one is."""
         match decide(id, self._counts()):
-            case Answer():
+            case Decision():
                 return
             case evict:
                 oldest = next(one for one, of in self._connections.items() if of == evict.container)

@@ -12,7 +12,7 @@ import structlog
 from aiohttp import web
 
 from skep.api.client import Response
-from skep.api.server import api_version, json_answer, read_body
+from skep.api.server import api_version, json_response, read_body
 from skep.api.versions import ApiVersion
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError
@@ -75,7 +75,7 @@ class _Beside:
                 log.info("images of the engine are missing", reason=str(error))
                 theirs = []
             untagged = _NO_NAMES if api_version(request) < _EMPTY_LISTS else {}
-            return json_answer(merged(listed, theirs, untagged))
+            return json_response(merged(listed, theirs, untagged))
 
         return handle
 
@@ -98,7 +98,7 @@ class _Beside:
             here, there = _content(response), _content(_passed_back(theirs))
             if here is None or there is None:
                 return response
-            return json_answer([*here, *(one for one in there if one not in here)])
+            return json_response([*here, *(one for one in there if one not in here)])
 
         return handle
 
@@ -121,7 +121,7 @@ class _Beside:
             deleted = list(here.get(field) or ())
             deleted += [one for one in there.get(field) or () if one not in deleted]
             freed = int(here.get("SpaceReclaimed") or 0) + int(there.get("SpaceReclaimed") or 0)
-            return json_answer({field: deleted or there.get(field), "SpaceReclaimed": freed})
+            return json_response({field: deleted or there.get(field), "SpaceReclaimed": freed})
 
         return handle
 
@@ -135,7 +135,7 @@ class _Beside:
             listed = list(there.get("Volumes") or ())
             names = {one.get("Name") for one in listed}
             listed += [one for one in here["Volumes"] or () if one["Name"] not in names]
-            return json_answer({**there, "Volumes": listed})
+            return json_response({**there, "Volumes": listed})
 
         return handle
 

@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import web
 
 from skep.api.client import Response
-from skep.api.server import api_version, flag, json_answer, read_body
+from skep.api.server import api_version, flag, json_response, read_body
 from skep.api.versions import ApiVersion
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.node.docker_engine import Handler
@@ -66,7 +66,7 @@ class _Both:
                 listed["Volumes"] = [*(listed.get("Volumes") or ()), *msgspec.json.decode(theirs.body)]
             except SkepError as error:  # as in Docker: the node's own list is worth having
                 listed["Warnings"] = [*(listed.get("Warnings") or ()), str(error)]
-            return json_answer(listed)
+            return json_response(listed)
 
         return handle
 

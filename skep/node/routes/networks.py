@@ -31,7 +31,7 @@ from skep.api.networks import (
     check_name,
     fits,
 )
-from skep.api.server import Filters, Routes, json_answer, read_body
+from skep.api.server import Filters, Routes, json_response, read_body
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.engine.api.pruning import is_prunable
@@ -101,21 +101,21 @@ class _NodeNetworks:
             used = bool(self._users_of(network))
             if network.name not in names and fits(facts_of(network, is_used=used), filters):
                 shown.append(flat_form(network, {}))
-        return json_answer(shown)
+        return json_response(shown)
 
     async def inspect(self, request: web.Request) -> web.StreamResponse:
         word, scope = request.match_info["name"], request.query.get("scope", "")
         own = find(self._own(), word) if scope in ("", LOCAL) else None
         if own is not None and word in (own.id, own.name):
-            return json_answer(self._shown(own))
+            return json_response(self._shown(own))
         if scope in ("", SWARM) and (found := await self._cluster.find(request, word)) is not None:
-            return json_answer(found)
+            return json_response(found)
         if scope in ("", LOCAL) and self._sources.docker is not None:
             response = await self._sources.docker.send("GET", request.path_qs)
             if response.status != 404:
                 return _forwarded(response)
         if own is not None:
-            return json_answer(self._shown(own))
+            return json_response(self._shown(own))
         raise NotFound(f"network {word} not found")
 
     # --- changing ---------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class _NodeNetworks:
             if is_selected and not self._users_of(network):
                 await self._remove_own(network)
                 removed.append(network.name)
-        return json_answer({"NetworksDeleted": removed or None})
+        return json_response({"NetworksDeleted": removed or None})
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
         """``connect`` and ``disconnect``: of plain containers; refused for containers of tasks."""
@@ -343,4 +343,4 @@ def _forwarded(response: Response) -> web.Response:
 
 
 def _created(network: LocalNetwork) -> web.StreamResponse:
-    return json_answer({"Id": network.id, "Warning": ""}, 201)
+    return json_response({"Id": network.id, "Warning": ""}, 201)

@@ -8,7 +8,7 @@ import base64
 from aiohttp import web
 
 from skep.api.backups import KEY_HEADER
-from skep.api.server import flag, json_answer, read_json
+from skep.api.server import flag, json_response, read_json
 from skep.api.tables import Table
 from skep.errors import InvalidArgument
 from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
@@ -25,7 +25,7 @@ def swarm_routes(membership: Membership) -> list[web.RouteDef]:
 @_table.post("/swarm/init")
 async def init(membership: Membership, request: web.Request) -> web.StreamResponse:
     """``docker swarm init``."""
-    return json_answer(await membership.init(await read_json(request, InitRequest)))
+    return json_response(await membership.init(await read_json(request, InitRequest)))
 
 
 @_table.post("/swarm/join")
@@ -62,4 +62,4 @@ async def restore(membership: Membership, request: web.Request) -> web.StreamRes
         request.query.get("advertiseAddr", ""),
         is_dry=flag(request, "dryRun"),
     )
-    return json_answer(plan)
+    return json_response(plan)

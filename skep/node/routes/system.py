@@ -14,8 +14,8 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.api.responses import ChunkedAnswer
-from skep.api.server import Filters, JsonLines, Routes, common_headers, json_answer
+from skep.api.responses import ChunkedResponse
+from skep.api.server import Filters, JsonLines, Routes, common_headers, json_response
 from skep.api.tables import Table
 from skep.api.timestamps import period_of
 from skep.api.versions import NEWEST, ApiVersion, requested
@@ -136,10 +136,10 @@ class NodeSystem:
             raise Unavailable(reason)
         try:
             async with self.reads.pieces(request.raw_path) as pieces:
-                async with ChunkedAnswer(request, content_type="application/json") as answer:
+                async with ChunkedResponse(request, content_type="application/json") as response:
                     async for piece in pieces:
-                        await answer.response.write(piece)
-                return answer.response
+                        await response.response.write(piece)
+                return response.response
         except NotFound:
             raise
         except SkepError as error:
@@ -204,13 +204,13 @@ def _ping(system: NodeSystem, method: str) -> tuple[dict[str, str], str]:
 @_table.get("/version")
 async def show_version(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """``docker version``."""
-    return json_answer(system.version())
+    return json_response(system.version())
 
 
 @_table.get("/info")
 async def show_info(system: NodeSystem, request: web.Request) -> web.StreamResponse:
     """``docker info``."""
-    return json_answer(await system.info())
+    return json_response(await system.info())
 
 
 @_table.get("/events")

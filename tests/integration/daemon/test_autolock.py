@@ -17,24 +17,24 @@ SPEC: dict[str, Any] = {"EncryptionConfig": {"AutoLockManagers": True}}
 def init(rig: DaemonRig, *, is_locked: bool = True) -> str:
     """Found a cluster; its unlock key."""
     rig.start()
-    answer = rig.ask(
+    response = rig.ask(
         "POST", "/swarm/init", INIT | ({"Spec": SPEC, "AutoLockManagers": True} if is_locked else {})
     )
-    assert answer[0] == 200, answer
+    assert response[0] == 200, response
     return unlock_key(rig)
 
 
 def unlock_key(rig: DaemonRig) -> str:
-    status, answer = rig.get("/swarm/unlockkey")
+    status, response = rig.get("/swarm/unlockkey")
     assert status == 200
-    return str(answer["UnlockKey"])
+    return str(response["UnlockKey"])
 
 
 def update(rig: DaemonRig, *, is_locked: bool, query: str = "") -> None:
     swarm = rig.get("/swarm")[1]
     spec = swarm["Spec"] | {"EncryptionConfig": {"AutoLockManagers": is_locked}}
-    answer = rig.ask("POST", f"/swarm/update?version={swarm['Version']['Index']}{query}", spec)
-    assert answer[0] == 200, answer
+    response = rig.ask("POST", f"/swarm/update?version={swarm['Version']['Index']}{query}", spec)
+    assert response[0] == 200, response
 
 
 def power_loss(rig: DaemonRig) -> None:

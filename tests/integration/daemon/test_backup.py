@@ -196,8 +196,8 @@ def test_dockers_own_procedure_a_copy_of_the_directory_on_another_machine_at_ano
         assert other.swarm()["LocalNodeState"] == "locked"
         assert other.ask("POST", "/swarm/unlock", {"UnlockKey": unlock_key})[0] == 200
     moved = {"ListenAddr": "127.0.0.9:2377", "AdvertiseAddr": "127.0.0.9", "ForceNewCluster": True}
-    answer = other.ask("POST", "/swarm/init", moved)
-    assert answer[0] == 200, (answer, other.log.read_text())
+    response = other.ask("POST", "/swarm/init", moved)
+    assert response[0] == 200, (response, other.log.read_text())
     assert secrets(other) == before
     swarm = other.swarm()
     assert (swarm["NodeID"], swarm["NodeAddr"]) == (node, "127.0.0.9")

@@ -35,12 +35,12 @@ def test_a_node_outside_of_a_swarm_says_what_it_is(rig: DaemonRig) -> None:
     }
     version = rig.get("/version")[1]
     assert {component["Name"] for component in version["Components"]} >= {"Engine", "etcd"}
-    status, answer = rig.get("/v1.41/services")
+    status, response = rig.get("/v1.41/services")
     assert status == 503
-    assert answer["message"].startswith('This node is not a swarm manager. Use "docker swarm init"')
-    status, answer = rig.get("/v1.41/volumes")
+    assert response["message"].startswith('This node is not a swarm manager. Use "docker swarm init"')
+    status, response = rig.get("/v1.41/volumes")
     assert status == 501
-    assert "--engine-socket" in answer["message"]
+    assert "--engine-socket" in response["message"]
     assert rig.get("/v1.41/containers/x/bogus") == (404, {"message": "page not found"})
 
 
@@ -211,9 +211,9 @@ BAD_INITS: list[tuple[dict[str, Any], int, str]] = [
 def test_a_bad_init_gets_dockers_words_and_leaves_nothing(rig: DaemonRig) -> None:
     rig.start()
     for body, status, words in BAD_INITS:
-        answer = rig.ask("POST", "/v1.41/swarm/init", body)
-        assert answer[0] == status, (body, answer)
-        assert words in answer[1]["message"], (body, answer)
+        response = rig.ask("POST", "/v1.41/swarm/init", body)
+        assert response[0] == status, (body, response)
+        assert words in response[1]["message"], (body, response)
     assert rig.swarm()["LocalNodeState"] == "inactive"
     assert not (rig.data / "manager").exists()
     assert not (rig.data / "certificates").exists()
@@ -222,18 +222,18 @@ def test_a_bad_init_gets_dockers_words_and_leaves_nothing(rig: DaemonRig) -> Non
 def test_what_cannot_be_asked_of_a_node_in_its_state_gets_dockers_words(rig: DaemonRig) -> None:
     rig.start()
     assert rig.ask("POST", "/swarm/leave") == (503, {"message": "This node is not part of a swarm"})
-    status, answer = rig.ask(
+    status, response = rig.ask(
         "POST", "/swarm/join", INIT | {"RemoteAddrs": ["127.0.0.1:1"], "JoinToken": "bad"}
     )
-    assert (status, answer) == (500, {"message": "invalid join token"})
+    assert (status, response) == (500, {"message": "invalid join token"})
     assert rig.ask("POST", "/swarm/init", INIT)[0] == 200
     for path in ("/swarm/init", "/swarm/join"):
-        status, answer = rig.ask("POST", path, INIT)
+        status, response = rig.ask("POST", path, INIT)
         assert status == 503
-        assert answer["message"].startswith("This node is already part of a swarm.")
-    status, answer = rig.ask("POST", "/swarm/leave")
+        assert response["message"].startswith("This node is already part of a swarm.")
+    status, response = rig.ask("POST", "/swarm/leave")
     assert status == 503
-    assert "Removing the last manager erases all current state of the swarm." in answer["message"]
+    assert "Removing the last manager erases all current state of the swarm." in response["message"]
 
 
 def test_leaving_forgets_everything_and_a_new_cluster_can_be_founded(swarm: DaemonRig) -> None:
@@ -302,9 +302,9 @@ def test_five_crashes_within_a_minute_stop_the_manager_and_info_says_why(swarm: 
     wait_until(lambda: swarm.swarm()["LocalNodeState"] == "error", "the manager is given up", within_s=50)
     section = swarm.swarm()
     assert "the manager process ended 5 times within 60 s" in section["Error"]
-    status, answer = swarm.get("/services")
+    status, response = swarm.get("/services")
     assert status == 503
-    assert "ended 5 times" in answer["message"]
+    assert "ended 5 times" in response["message"]
     assert swarm.ask("POST", "/swarm/leave?force=1")[0] == 200
     assert swarm.swarm()["LocalNodeState"] == "inactive"
 

@@ -12,16 +12,16 @@ from tests.support.daemon_rig import DaemonRig, wait_until
 
 
 @contextmanager
-def engine(path: Path, answer: bytes) -> Iterator[None]:
+def engine(path: Path, response: bytes) -> Iterator[None]:
     """Something that gives ``answer`` to every request on the unix socket ``path``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer)))
+            self.send_header("Content-Length", str(len(response)))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(response)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -63,8 +63,8 @@ def test_an_engine_that_starts_later_is_found_and_lowers_the_api_version(
 
 def test_invalid_responses_of_an_engine_do_no_harm(rig: DaemonRig, tmp_path: Path) -> None:
     path = tmp_path / "engine.sock"
-    for answer in (b"", b"{", b"[]", b'{"Version": 1}', b"null"):
-        with engine(path, answer):
+    for response in (b"", b"{", b"[]", b'{"Version": 1}', b"null"):
+        with engine(path, response):
             rig.start("--engine-socket", str(path))
             assert announced(rig) == "1.47"
             rig.stop()

@@ -29,8 +29,10 @@ def shown(rig: DaemonRig) -> dict[str, Any]:
 
 
 def force(rig: DaemonRig, **more: Any) -> None:
-    answer = rig.ask("POST", "/swarm/init", {"ListenAddr": "127.0.0.1:2377", "ForceNewCluster": True} | more)
-    assert answer[0] == 200, (answer, rig.log.read_text())
+    response = rig.ask(
+        "POST", "/swarm/init", {"ListenAddr": "127.0.0.1:2377", "ForceNewCluster": True} | more
+    )
+    assert response[0] == 200, (response, rig.log.read_text())
 
 
 def segments(rig: DaemonRig) -> list[Path]:
@@ -96,9 +98,9 @@ def test_a_damaged_log_is_named_and_the_database_is_the_way_back(rig: DaemonRig,
     error = stopped_error(rig)
     assert "log is damaged" in error, error
     assert "docker swarm init --force-new-cluster" in error
-    status, answer = rig.get("/services")
+    status, response = rig.get("/services")
     assert status == 503
-    assert "log is damaged" in answer["message"]
+    assert "log is damaged" in response["message"]
     force(rig)
     after = shown(rig)
     assert after == before
@@ -113,9 +115,11 @@ def test_a_damaged_database_is_named_and_only_a_backup_is_the_way_back(rig: Daem
     error = stopped_error(rig)
     assert "database is damaged" in error, error
     assert "skep restore" in error
-    status, answer = rig.ask("POST", "/swarm/init", {"ListenAddr": "127.0.0.1:2377", "ForceNewCluster": True})
+    status, response = rig.ask(
+        "POST", "/swarm/init", {"ListenAddr": "127.0.0.1:2377", "ForceNewCluster": True}
+    )
     assert status == 503
-    assert "restore a backup" in answer["message"], answer
+    assert "restore a backup" in response["message"], response
 
 
 @pytest.mark.slow

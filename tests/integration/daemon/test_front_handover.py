@@ -156,9 +156,9 @@ async def test_what_no_manager_should_see_is_refused_as_on_a_new_connection(
             if not is_new:
                 await client.get("/nodes")
             client.writer.write(sent)
-            answer = await client.reader.read()
-            assert answer.split()[1] == status, answer
-            assert b"manager" not in answer
+            response = await client.reader.read()
+            assert response.split()[1] == status, response
+            assert b"manager" not in response
 
 
 async def test_an_upgrade_that_the_manager_does_not_do_is_answered_and_ends_the_connection(
@@ -275,8 +275,8 @@ async def test_a_manager_without_a_free_descriptor_answers_what_it_has(
 ) -> None:
     async with process("manager", tmp_path, descriptors=40):
         clients = [await Client.of(front_rig) for _ in range(50)]
-        answers = [await client.get("/nodes") for client in clients]
-        statuses = [status for status, _ in answers]
+        responses = [await client.get("/nodes") for client in clients]
+        statuses = [status for status, _ in responses]
         assert statuses.count(200) > 10
         assert statuses.count(503) > 5
         assert set(statuses) == {200, 503}

@@ -44,11 +44,11 @@ def free_bytes(rig: DaemonRig) -> int:
 def check_said(rig: DaemonRig) -> None:
     """Reads and writes are refused with what is wrong, and so says the node's state."""
     for method, path in (("GET", "/configs"), ("POST", "/configs/create")):
-        status, answer = rig.ask(method, path, {"Name": "refused", "Data": "eA=="})
+        status, response = rig.ask(method, path, {"Name": "refused", "Data": "eA=="})
         assert status == 503
-        assert answer["message"].startswith("The swarm does not have a leader.")
-        assert f"{rig.data}/manager/etcd: " in answer["message"]
-        assert MISSING in answer["message"]
+        assert response["message"].startswith("The swarm does not have a leader.")
+        assert f"{rig.data}/manager/etcd: " in response["message"]
+        assert MISSING in response["message"]
     assert MISSING in rig.swarm()["Error"]
 
 

@@ -88,8 +88,8 @@ def test_a_node_runs_plain_commands_without_runc_and_images(rig: DaemonRig, tmp_
     assert rig.ask("POST", "/v1.41/swarm/init", INIT)[0] == 200
     template = {"ContainerSpec": {"Image": "none", "Command": ["sleep", "600"]}}
     spec = {"Name": "plain", "TaskTemplate": template, "Mode": {"Replicated": {"Replicas": 2}}}
-    status, answer = rig.ask("POST", "/v1.41/services/create", spec)
-    assert status == 201, answer
+    status, response = rig.ask("POST", "/v1.41/services/create", spec)
+    assert status == 201, response
 
     def pids() -> list[int]:
         tasks = rig.get("/v1.41/tasks")[1]

@@ -41,8 +41,8 @@ def test_prometheus_finds_the_nodes_reads_them_and_alerts(rig: DaemonRig, tmp_pa
     assert rig.ask("POST", "/swarm/init", INIT)[0] == 200
     wait_until(lambda: "swarm_manager_leader 1" in metrics(), "the manager is on it")
     for name, constraint in (("web", "node.role==manager"), ("nowhere", "node.labels.x==y")):
-        status, answer = rig.ask("POST", "/services/create", a_service(name, constraint))
-        assert status == 201, answer
+        status, response = rig.ask("POST", "/services/create", a_service(name, constraint))
+        assert status == 201, response
     wait_until(lambda: 'skep_service_running_tasks{service="web"} 2' in metrics(), "its tasks run")
     page = metrics()
     assert 'skep_service_desired_tasks{service="nowhere"} 2' in page

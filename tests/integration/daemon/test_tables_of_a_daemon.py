@@ -49,8 +49,8 @@ def test_a_published_service_is_in_the_tables_of_its_node_whatever_ends_and_come
     assert ingress["IPAM"]["Config"] == [{"Subnet": "10.0.0.0/24", "Gateway": "10.0.0.1"}]
     id, node_id = ingress["Id"], swarm.swarm()["NodeID"]
     assert tables(swarm) == {}
-    status, answer = swarm.ask("POST", "/v1.41/services/create", WEB)
-    assert status == 201, answer
+    status, response = swarm.ask("POST", "/v1.41/services/create", WEB)
+    assert status == 201, response
     wait_until(lambda: serving(swarm, id) == 2, "both tasks serve in the table")
     table = tables(swarm)[id]
     (service,) = table.services.values()
@@ -83,8 +83,8 @@ def test_a_published_service_is_in_the_tables_of_its_node_whatever_ends_and_come
     swarm.start()
     wait_until(lambda: serving(swarm, id) == 2, "both tasks serve again", within_s=40)
 
-    status, answer = swarm.ask("DELETE", "/v1.41/services/web")
-    assert status == 200, answer
+    status, response = swarm.ask("DELETE", "/v1.41/services/web")
+    assert status == 200, response
     wait_until(lambda: tables(swarm) == {}, "no service publishes a port", within_s=40)
 
 
@@ -102,8 +102,8 @@ def test_a_killed_manager_sends_the_same_again_and_goes_on(swarm: DaemonRig) -> 
     wait_until(lambda: swarm.get("/nodes")[0] == 200, "the new manager answers", within_s=40)
     version = swarm.get("/v1.41/services/web")[1]["Version"]["Index"]
     more: dict[str, Any] = {**WEB, "Mode": {"Replicated": {"Replicas": 3}}}
-    status, answer = swarm.ask("POST", f"/v1.41/services/web/update?version={version}", more)
-    assert status == 200, answer
+    status, response = swarm.ask("POST", f"/v1.41/services/web/update?version={version}", more)
+    assert status == 200, response
     wait_until(lambda: serving(swarm, id) == 3, "the third task serves too", within_s=40)
     after = tables(swarm)[id]
     assert after.revision > before.revision

@@ -227,9 +227,9 @@ async def test_a_port_that_the_nodes_own_server_has_stays_its_own_until_it_is_fr
             assert await lab.ask(lab.nodes[1].address, 8080) == f"t1 {CLIENT}"
         await eventually(lambda: not node.mesh.warnings(), "the port is published", within_s=20)
         async with asyncio.timeout(5):
-            while (answer := await asked(lab, node)) == "refused":
+            while (response := await asked(lab, node)) == "refused":
                 pass
-        assert answer == f"t1 {CLIENT}"
+        assert response == f"t1 {CLIENT}"
     finally:
         retries.cancel()
         await asyncio.wait([retries])

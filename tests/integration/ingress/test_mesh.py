@@ -69,10 +69,10 @@ async def test_a_client_on_a_node_is_seen_as_the_nodes_ingress_address(lab: Mesh
 async def test_connections_are_spread_evenly_over_all_tasks(lab: MeshLab, node_count: int) -> None:
     """160 connections; a share differs by chance by less than five standard deviations."""
     await spread_tasks(lab, *([1, 2, 3] * 2)[:node_count])
-    answers = Counter([await lab.ask(lab.nodes[0].address, 8080) for _ in range(160)])
+    responses = Counter([await lab.ask(lab.nodes[0].address, 8080) for _ in range(160)])
     share = 160 / node_count
-    assert len(answers) == node_count
-    assert all(abs(count - share) < 5 * (share * (1 - 1 / node_count)) ** 0.5 for count in answers.values())
+    assert len(responses) == node_count
+    assert all(abs(count - share) < 5 * (share * (1 - 1 / node_count)) ** 0.5 for count in responses.values())
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
@@ -82,8 +82,8 @@ async def test_tasks_that_come_later_serve_every_protocol(lab: MeshLab, protocol
     for count in range(2, 5):
         await lab.add_task(f"t{count}", lab.nodes[count % 3])
         await lab.spread()
-        answers = {await lab.ask(lab.nodes[0].address, 8080, protocol) for _ in range(40)}
-        assert len(answers) == count
+        responses = {await lab.ask(lab.nodes[0].address, 8080, protocol) for _ in range(40)}
+        assert len(responses) == count
 
 
 async def test_a_port_without_a_serving_task_refuses_at_once(lab: MeshLab) -> None:
@@ -242,8 +242,8 @@ async def test_a_client_that_sticks_meets_one_task_by_every_node(lab: MeshLab) -
     for number in range(1, 6):
         await lab.add_task(f"t{number}", lab.nodes[number % 3])
     await lab.spread()
-    answers = {await lab.ask(node.address, 8080) for node in lab.nodes for _ in range(5)}
-    assert len(answers) == 1
+    responses = {await lab.ask(node.address, 8080) for node in lab.nodes for _ in range(5)}
+    assert len(responses) == 1
     clients = [f"192.0.2.{number}" for number in range(110, 150)]
     await lab.batch("client", *(f"addr add {address}/24 dev eth0" for address in clients))
     before = {client: await lab.in_client(ask_as, client, lab.nodes[0].address) for client in clients}

@@ -88,8 +88,8 @@ async def test_the_proxy_protocol_names_the_client_in_both_versions(plain_lab: M
     await lab.spread()
     node = lab.nodes[0]
     async with node.relaying():
-        answer = await relayed(lab, node.address)
-        assert answer.startswith(f"t1 {node.ingress[0]} PROXY TCP4 {CLIENT} {node.address} ")
+        response = await relayed(lab, node.address)
+        assert response.startswith(f"t1 {node.ingress[0]} PROXY TCP4 {CLIENT} {node.address} ")
         assert (await relayed(lab, node.address_ipv6)).startswith(
             f"t1 {node.ingress[0]} PROXY TCP6 {CLIENT_IPV6} {node.address_ipv6} "
         )

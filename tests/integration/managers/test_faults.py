@@ -315,9 +315,9 @@ def test_a_partitioned_manager_refuses_requests_for_lack_of_a_leader(five: TestC
 def stale_secrets(node: TestNode) -> set[str]:
     """What this manager has seen, whether it is the newest or not."""
     api = node.client().api
-    answer = api.get(api.base_url + "/v1.41/secrets", headers={"X-Skep-Stale": "1"}, timeout=10)
-    answer.raise_for_status()
-    return {secret["Spec"]["Name"] for secret in answer.json()}
+    response = api.get(api.base_url + "/v1.41/secrets", headers={"X-Skep-Stale": "1"}, timeout=10)
+    response.raise_for_status()
+    return {secret["Spec"]["Name"] for secret in response.json()}
 
 
 # --- a damaged disk ---------------------------------------------------------------------------------------------------

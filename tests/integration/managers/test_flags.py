@@ -40,14 +40,14 @@ def _ip(node: TestNode, *words: str) -> None:
 
 def swarm(node: TestNode) -> dict[str, Any]:
     """The ``Swarm`` section of ``docker info``."""
-    answer: dict[str, Any] = json.loads(node.docker("info", "--format", "{{json .Swarm}}").stdout)
-    return answer
+    response: dict[str, Any] = json.loads(node.docker("info", "--format", "{{json .Swarm}}").stdout)
+    return response
 
 
 def itself(node: TestNode) -> dict[str, Any]:
     """The node as it inspects itself."""
-    answer: dict[str, Any] = json.loads(node.docker("node", "inspect", "self").stdout)[0]
-    return answer
+    response: dict[str, Any] = json.loads(node.docker("node", "inspect", "self").stdout)[0]
+    return response
 
 
 def test_a_machine_with_several_addresses_names_them_and_stays_outside(m2: TestNode) -> None:

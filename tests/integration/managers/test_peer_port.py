@@ -27,8 +27,8 @@ def peer_addr(node: TestNode) -> str:
         connection.settimeout(20)
         connection.connect(node.socket.removeprefix("unix://"))
         connection.sendall(b"GET /v1.41/info HTTP/1.0\r\nHost: skep\r\n\r\n")
-        with connection.makefile("rb") as answer:
-            body = answer.read().partition(b"\r\n\r\n")[2]
+        with connection.makefile("rb") as response:
+            body = response.read().partition(b"\r\n\r\n")[2]
     return str(json.loads(body)["Swarm"]["PeerAddr"])
 
 

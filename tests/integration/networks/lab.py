@@ -57,8 +57,8 @@ def hostname_of(address: str, port: int = 80, within_s: float = 10) -> str:
     """What the server at ``address`` is called; in the thread's namespace.  Raises: OSError."""
     with socket.create_connection((address, port), timeout=within_s) as connection:
         connection.sendall(b"GET /hostname HTTP/1.0\r\n\r\n")
-        answer = b"".join(iter(lambda: connection.recv(4096), b""))
-    return answer.decode().split()[-1]
+        response = b"".join(iter(lambda: connection.recv(4096), b""))
+    return response.decode().split()[-1]
 
 
 # -- places ----------------------------------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ def ask(name: str, kind: str = "A") -> tuple[str, ...]:
         asking.settimeout(WITHIN_S)
         asking.connect(SERVER)
         asking.send(question.pack())
-        answer = DNSRecord.parse(asking.recv(65535))
-    if answer.header.id != question.header.id or answer.q != question.q:
-        raise OSError(f"asked for {name}, answered: {answer}")
-    if answer.header.rcode:
-        return (RCODE.get(answer.header.rcode),)
+        response = DNSRecord.parse(asking.recv(65535))
+    if response.header.id != question.header.id or response.q != question.q:
+        raise OSError(f"asked for {name}, answered: {response}")
+    if response.header.rcode:
+        return (RCODE.get(response.header.rcode),)
     wanted = getattr(QTYPE, kind)
-    return tuple(str(record.rdata) for record in answer.rr if record.rtype == wanted)
+    return tuple(str(record.rdata) for record in response.rr if record.rtype == wanted)
 
 
 def ask_all(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

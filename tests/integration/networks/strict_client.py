@@ -31,10 +31,10 @@ def ask(connection: http.client.HTTPConnection, path: str) -> bool:
     began = time.time()
     try:
         connection.request("GET", path)
-        answer = connection.getresponse()
-        server = answer.read().split()[0].decode()
-        if answer.status != http.HTTPStatus.OK:
-            raise http.client.HTTPException(f"{answer.status} {answer.reason}")
+        response = connection.getresponse()
+        server = response.read().split()[0].decode()
+        if response.status != http.HTTPStatus.OK:
+            raise http.client.HTTPException(f"{response.status} {response.reason}")
     except (OSError, http.client.HTTPException, IndexError) as error:
         with turn:
             failed.append(f"{began:.3f} {connection.host}:{connection.port} {type(error).__name__}: {error}")
@@ -42,7 +42,7 @@ def ask(connection: http.client.HTTPConnection, path: str) -> bool:
         return False
     with turn:
         answered[server] = answered.get(server, 0) + 1
-    return not answer.will_close
+    return not response.will_close
 
 
 def run(url: str, keeps: bool) -> None:

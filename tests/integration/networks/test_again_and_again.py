@@ -78,7 +78,7 @@ def serves(place: Path, address: str) -> bool:
 def answers(place: Path, wanted: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether those are the answers there, in whatever order."""
     found = in_place(place, ask_all, wanted)
-    return {name: tuple(sorted(answer)) for name, answer in found.items()} == wanted
+    return {name: tuple(sorted(response)) for name, response in found.items()} == wanted
 
 
 def test_requests_to_the_name_and_to_the_published_port_rotate_over_all_replicas(

@@ -122,8 +122,8 @@ def follows(m1: TestNode, proxy: Path) -> bool:
 
 def server_by(address: str) -> str:
     """The name of the server that answers there.  Raises: URLError."""
-    with urlopen(f"http://{address}:80/", timeout=10) as answer:
-        return str(answer.read().split()[0].decode())
+    with urlopen(f"http://{address}:80/", timeout=10) as response:
+        return str(response.read().split()[0].decode())
 
 
 def own_address(peer: str) -> str:

@@ -91,7 +91,7 @@ def load(cluster: TestCluster, *, at_least: int = 0) -> Iterator[tuple[Seen, See
 def answers_in(place: Path) -> set[str]:
     """As ``strict_names.py`` has them."""
     found = in_place(place, ask_all, ("web", "tasks.web"))
-    return {f"{name}={','.join(sorted(answer))}" for name, answer in found.items()}
+    return {f"{name}={','.join(sorted(response))}" for name, response in found.items()}
 
 
 def expected_answers(cluster: TestCluster) -> set[str]:

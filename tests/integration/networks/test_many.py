@@ -94,11 +94,11 @@ class Truth:
             addresses.add(place["Addresses"][0].partition("/")[0])
 
 
-def names_are_right(answers: Mapping[str, tuple[str, ...]], truth: Truth, network: str) -> None:
+def names_are_right(responses: Mapping[str, tuple[str, ...]], truth: Truth, network: str) -> None:
     """``answers`` for each service of the network and ``tasks.`` each are what the store has."""
     wanted = {name: (address,) for name, address in truth.virtual[network].items()}
     wanted |= {f"tasks.{name}": tuple(sorted(truth.tasks[name])) for name in truth.virtual[network]}
-    assert {name: tuple(sorted(answer)) for name, answer in answers.items()} == wanted
+    assert {name: tuple(sorted(response)) for name, response in responses.items()} == wanted
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
@@ -118,9 +118,9 @@ def test_networks_with_a_service_each_know_their_own_alone_and_go_without_a_trac
         for name in ("w1", "w2"):
             for service, place in places(cluster.node(name)).items():
                 network, other = networks[service], f"s{(int(service[1:]) + 1) % count}"
-                answers = in_place(place, ask_all, (service, f"tasks.{service}", other))
-                assert answers.pop(other) == ("NXDOMAIN",)
-                names_are_right(answers, truth, network)
+                responses = in_place(place, ask_all, (service, f"tasks.{service}", other))
+                assert responses.pop(other) == ("NXDOMAIN",)
+                names_are_right(responses, truth, network)
                 reached = in_place(place, hostnames, (truth.virtual[network][service], *truth.tasks[service]))
                 assert set(reached.values()) == {service}
 
@@ -152,10 +152,10 @@ def test_services_on_one_network_are_found_from_another_node_and_go_without_a_tr
         place = place_of(m1, "client")
         asked = [f"{prefix}{name}" for name in truth.virtual["wide"] for prefix in ("", "tasks.")]
 
-        answers = in_place(place, ask_all, asked)
+        responses = in_place(place, ask_all, asked)
         reached = in_place(place, hostnames, [truth.virtual["wide"][name] for name in names])
 
-        names_are_right(answers, truth, "wide")
+        names_are_right(responses, truth, "wide")
         assert reached == {truth.virtual["wide"][name]: name for name in names}
         assert len(truth.tasks) == count + 1
         assert all(len(truth.tasks[name]) == replicas for name in names)

@@ -143,12 +143,12 @@ def test_a_stop_waits_for_the_last_request_and_no_longer(
     with slow_requests(web, 8, seconds) as requests:
         cause(m1)
         wait_until(lambda: before - tasks_of(m1), "tasks are to stop", 60)
-        answers = [one.communicate(timeout=seconds + 60)[0] for one in requests]
+        responses = [one.communicate(timeout=seconds + 60)[0] for one in requests]
         answered_at = time.monotonic()
 
-    assert all(one.returncode == 0 for one in requests), answers
+    assert all(one.returncode == 0 for one in requests), responses
     # The last are stopped only when they get no more requests.
-    assert {answer.split()[2] for answer in answers} == {"serving"}
+    assert {response.split()[2] for response in responses} == {"serving"}
     if cause is update:
         wait_until(lambda: len(tasks_of(m1) - before) == 4, "all tasks are new", 60)
     wait_stopped(m1, before - tasks_of(m1))
@@ -163,8 +163,8 @@ def test_a_stop_waits_for_connections_no_longer_than_the_service_says(web: TestC
     m1.docker("service", "update", "--detach", "--label-add", "skep.drain=1s", "web")
     with slow_requests(web, 8, 10) as requests:
         scale_in(m1)
-        answers = [one.communicate(timeout=60)[0] for one in requests]
-    states = [answer.split()[2] for answer in answers]
+        responses = [one.communicate(timeout=60)[0] for one in requests]
+    states = [response.split()[2] for response in responses]
     assert states.count("stopping") > 0, "stopped in the middle of a request, which it then finished"
 
 

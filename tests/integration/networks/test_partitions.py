@@ -40,7 +40,7 @@ CAUGHT_UP_WITHIN_S = 10
 """A manager that was cut off answers again, with what the others decided."""
 REQUESTS = 12
 """To each virtual address from each node: 72 in all, of which none may go to a task that is gone."""
-ANSWERS_WITHIN_S = 0.9
+RESPONSE_TIMEOUT_S = 0.9
 """Less than the kernel takes to send a lost SYN again: a look is short, and what it finds is of now."""
 
 
@@ -207,4 +207,4 @@ def wait_right(
 
 def reached_by(address: str, count: int) -> set[str]:
     """The tasks that answer at a virtual address.  Raises: OSError: one does not answer at once."""
-    return {hostname_of(address, within_s=ANSWERS_WITHIN_S) for _ in range(count)}
+    return {hostname_of(address, within_s=RESPONSE_TIMEOUT_S) for _ in range(count)}

@@ -83,9 +83,9 @@ def loaded() -> dict[str, str]:
 async def shown(run: Runner, executor: OciExecutor, **config: str) -> str:
     """What ``docker inspect`` says of a container."""
     container = await run.create("true", **config)
-    answer = inspected(container, executor.engine.bundles, ())
+    response = inspected(container, executor.engine.bundles, ())
     await executor.engine.remove(container.id)
-    return str(answer["AppArmorProfile"])
+    return str(response["AppArmorProfile"])
 
 
 async def test_the_default_profile_is_in_force(run: Runner, executor: OciExecutor) -> None:

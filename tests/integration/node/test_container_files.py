@@ -319,12 +319,12 @@ async def test_a_commit_is_an_image_with_the_containers_changes(
 ) -> None:
     changes = "echo -n new > /new; rm /etc/group; rm -r /var/tmp; mkdir /var/tmp; touch /var/tmp/x; chmod 4755 /bin/ls"
     id = await run(api, changes, Env=["A=1"], Labels={"x": "y"})
-    status, answer = await made(
+    status, response = await made(
         api, id, repo="made", tag="1", author="me", comment="mine", changes=["ENV B=2", 'CMD ["cat","/new"]']
     )
     assert status == 201
     image = images.get("made:1")
-    assert answer == {"Id": image.id}
+    assert response == {"Id": image.id}
     assert (image.config.author, image.config.defaults.cmd) == ("me", ("cat", "/new"))
     assert {"A=1", "B=2"} < set(image.config.defaults.env or ())
     assert (image.config.history or ())[-1].comment == "mine"
@@ -348,9 +348,9 @@ async def test_a_container_is_frozen_while_it_is_committed_and_runs_on(
 ) -> None:
     id = await start(api, "sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > /a; echo $i > /b; done")
     for _ in range(3):
-        status, answer = await made(api, id)
+        status, response = await made(api, id)
         assert status == 201
-        layer = executor.engine.images.layers(executor.engine.images.get(answer["Id"]))[0]
+        layer = executor.engine.images.layers(executor.engine.images.get(response["Id"]))[0]
         texts = [(layer / name).read_text() for name in ("a", "b")]
         numbers = [int(text) for text in texts if text]  # a file is empty between its opening and its content
         assert len(numbers) < 2 or numbers[0] - numbers[1] in (0, 1)
@@ -375,8 +375,8 @@ async def test_a_commit_that_cannot_be_made_leaves_nothing(
     api: Api, images: ImageStore, query: dict[str, str], status: int, message: str
 ) -> None:
     id = await create(api, "true")
-    answer_status, answer = await made(api, **{"container": id, **query})
-    assert (answer_status, answer["message"].lower()) == (status, message.lower())
+    response_status, response = await made(api, **{"container": id, **query})
+    assert (response_status, response["message"].lower()) == (status, message.lower())
     assert [image.tags for image in images.images()] == [images.get(IMAGE).tags]
 
 

@@ -45,10 +45,10 @@ async def fetch(lab: Lab, address: str, port: int) -> bytes:
     def ask() -> bytes:
         with socket.create_connection((address, port), timeout=3) as connection:
             connection.sendall(b"GET /group HTTP/1.0\r\n\r\n")
-            answer = b""
+            response = b""
             while piece := connection.recv(4096):
-                answer += piece
-            return answer
+                response += piece
+            return response
 
     try:
         return await namespaces.run(lab.home, ask)

@@ -147,8 +147,8 @@ async def test_a_bad_request_is_answered_with_dockers_words(
 ):
     container = await run.start("sleep", "100")
     body = {} if path.endswith(("/exec", "/start")) else None
-    answer = await api.ask(method, path.format(id=container.id), body)
-    assert answer == (status, {"message": message.format(id=container.id)})
+    response = await api.ask(method, path.format(id=container.id), body)
+    assert response == (status, {"message": message.format(id=container.id)})
 
 
 async def test_an_ended_container_refuses_what_needs_a_process(api: Api, run: Runner):
@@ -228,17 +228,17 @@ async def test_stop_kill_pause_and_remove(api: Api, run: Runner):
 
 async def test_limits_change_while_it_runs(api: Api, run: Runner):
     container = await run.start("sleep", "100", memory_bytes=64 << 20)
-    status, answer = await api.ask("POST", f"/containers/{container.id}/update", {"PidsLimit": 50})
-    assert (status, answer) == (200, {"Warnings": None})
+    status, response = await api.ask("POST", f"/containers/{container.id}/update", {"PidsLimit": 50})
+    assert (status, response) == (200, {"Warnings": None})
     found = run.engine.get(container.id).config
     assert (found.pids, found.memory_bytes) == (50, 64 << 20)
 
 
 async def test_a_tasks_container_is_not_renamed(api: Api, run: Runner):
     container = await run.start("sleep", "100")
-    status, answer = await api.ask("POST", f"/containers/{container.id}/rename?name=x")
+    status, response = await api.ask("POST", f"/containers/{container.id}/rename?name=x")
     assert status == 501
-    assert answer["message"].endswith(".")
+    assert response["message"].endswith(".")
 
 
 # --- the docker command -----------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from tests.support.api_lab import Api
 
 async def an_exec(api: Api, id: str, *command: str, **config: Any) -> str:
     requested = {"AttachStdout": True, "AttachStderr": True, "Cmd": list(command), **config}
-    status, answer = await api.ask("POST", f"/containers/{id}/exec", requested)
+    status, response = await api.ask("POST", f"/containers/{id}/exec", requested)
     assert status == 201
-    return str(answer["Id"])
+    return str(response["Id"])
 
 
 async def test_output_continues_after_the_end_of_the_input(api: Api, run: Runner):

@@ -40,7 +40,7 @@ from tests.support.archives import (
 )
 from tests.support.own_time import own_time
 
-ANSWERS = msgspec.json.decode((RECORDED / "image_loads.json").read_bytes(), type=dict[str, Answer])
+RESPONSES = msgspec.json.decode((RECORDED / "image_loads.json").read_bytes(), type=dict[str, Answer])
 IDS = msgspec.json.decode((RECORDED / "image_ids.json").read_bytes(), type=dict[str, str])
 
 DIFFERENCES = {
@@ -84,7 +84,7 @@ async def test_an_archive_is_answered_as_the_engine_answers_it(
         assert answer == Answer(status=200, error=DIFFERENCES[name])
     else:
         # the engine had loaded others before; that it says so is not about this archive
-        expected = ANSWERS[name]
+        expected = RESPONSES[name]
         stream = "".join(line for line in expected.stream.splitlines(True) if line.startswith("Loaded"))
         assert answer == msgspec.structs.replace(expected, stream=stream)
     if answer.error:

@@ -80,8 +80,8 @@ async def test_a_container_has_the_files_of_another_image_under_changes_of_its_o
     assert code == 0
     _, shown, _ = await api.docker("logs", id)
     assert shown == "one\ntwo\n"
-    _, answer = await api.ask("GET", f"/containers/{id}/json")
-    (mount,) = answer["Mounts"]
+    _, response = await api.ask("GET", f"/containers/{id}/json")
+    (mount,) = response["Mounts"]
     image = images.get(DATA)
     assert (mount["Type"], mount["Destination"], mount["RW"], mount["Name"]) == (
         "image",
@@ -89,7 +89,7 @@ async def test_a_container_has_the_files_of_another_image_under_changes_of_its_o
         True,
         image.id,
     )
-    assert answer["HostConfig"]["Mounts"] == [{"Type": "image", "Source": DATA, "Target": "/data"}]
+    assert response["HostConfig"]["Mounts"] == [{"Type": "image", "Source": DATA, "Target": "/data"}]
     assert not mounts()
     # What it wrote is there at its next start, and in no other container.
     status, created = await api.ask(
@@ -115,8 +115,8 @@ async def test_a_container_has_a_part_of_another_image(api: Api) -> None:
         api, a_body("cat", "/data", ImageOptions={"Subpath": "sub/other"}, ReadOnly=True)
     )
     assert (code, output) == (0, "two")
-    _, answer = await api.ask("GET", f"/containers/{id}/json")
-    assert answer["HostConfig"]["Mounts"][0]["ImageOptions"] == {"Subpath": "sub"}
+    _, response = await api.ask("GET", f"/containers/{id}/json")
+    assert response["HostConfig"]["Mounts"][0]["ImageOptions"] == {"Subpath": "sub"}
 
 
 @pytest.mark.parametrize(

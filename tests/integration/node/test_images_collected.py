@@ -90,11 +90,11 @@ async def test_nothing_is_removed_while_no_manager_says_what_services_need(
     await give(cluster.manager, made)
     image = await worker.images.pull("localhost:1/app:1")
     clock.later_s = 2 * AGE_S_MIN
-    answers: list[SkepError] = [Unavailable("no manager is reached at present")]
+    responses: list[SkepError] = [Unavailable("no manager is reached at present")]
 
     async def needed() -> list[str]:
-        if answers:
-            raise answers.pop()
+        if responses:
+            raise responses.pop()
         return []
 
     collector = ImageCollector(worker.images, list, needed, clock, lambda: Marks(1, 0))

@@ -192,8 +192,8 @@ async def test_nonsense_of_a_peer_does_no_harm(lab: OverlayLab) -> None:
         assert found is not None
         assert found[0] == 7
         flood = [encode_request(number, 0) for number in range(2000)]
-        answers = await ask(inside, asked, source, target, *flood)
-        assert 100 <= len(answers) <= 500, "so many questions of one peer are not answered"
+        responses = await ask(inside, asked, source, target, *flood)
+        assert 100 <= len(responses) <= 500, "so many questions of one peer are not answered"
         assert is_whole((await one.prober.diagnose((a_peer(third),)))[0])
         async with asyncio.timeout(20):  # until that peer may ask again
             while not is_whole((await other.prober.diagnose((a_peer(first),)))[0]):

@@ -134,7 +134,7 @@ async def test_a_plug_in_that_lies_fails_its_own_tasks_with_the_reason(
     assert "full" not in executor.engine.volumes.names()
     (tmp_path / "link").symlink_to("/etc")
     (tmp_path / "own").symlink_to(executor.engine.volumes._directory)
-    for answer, said in (
+    for response, said in (
         ("{", "its response cannot be read"),
         ("[]", "its response cannot be read"),
         ('{"Mountpoint": 7}', "its response cannot be read"),
@@ -151,8 +151,8 @@ async def test_a_plug_in_that_lies_fails_its_own_tasks_with_the_reason(
         (json.dumps({"Mountpoint": str(tmp_path / "nosuch")}), "no such file or directory"),
         (json.dumps({"Mountpoint": "/etc/passwd"}), "not a directory"),
     ):
-        disks.answers["VolumeDriver.Mount"] = answer
-        assert said in await refusal(executor, of_plugin("one")), answer[:100]
+        disks.answers["VolumeDriver.Mount"] = response
+        assert said in await refusal(executor, of_plugin("one")), response[:100]
     del disks.answers["VolumeDriver.Mount"]
     assert await output(executor, a_task("echo", "fine", mounts=(of_plugin("one"),))) == "fine\n"
     assert not disks.mounts["one"], "every failed user was given back"

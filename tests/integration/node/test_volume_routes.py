@@ -46,13 +46,13 @@ async def api(volumes: Volumes) -> AsyncIterator[Api]:
     ],
 )
 async def test_volumes_are_listed(api: Api, query: str, names: list[str]) -> None:
-    answer = await (await api.get(f"/v1.41/volumes{query}")).json()
-    assert [volume["Name"] for volume in answer["Volumes"]] == names
+    response = await (await api.get(f"/v1.41/volumes{query}")).json()
+    assert [volume["Name"] for volume in response["Volumes"]] == names
 
 
 async def test_a_volume_is_inspected(api: Api, volumes: Volumes) -> None:
-    answer = await (await api.get("/volumes/used")).json()
-    assert (answer["Mountpoint"], answer["Driver"], answer["Scope"]) == (
+    response = await (await api.get("/volumes/used")).json()
+    assert (response["Mountpoint"], response["Driver"], response["Scope"]) == (
         str(volumes.path("used")),
         "local",
         "local",
@@ -77,8 +77,8 @@ async def test_a_volume_is_removed_unless_a_container_has_it(api: Api, volumes: 
 async def test_what_is_not_there_is_said_so_and_docker_inspect_looks_further(
     api: Api, path: str, message: str
 ) -> None:
-    answer = await api.get(path)
-    assert (answer.status, (await answer.json())["message"]) == (404, message)
+    response = await api.get(path)
+    assert (response.status, (await response.json())["message"]) == (404, message)
 
 
 async def test_a_volume_is_made_with_its_labels_and_another_time_is_what_it_is(
@@ -118,9 +118,9 @@ async def test_a_volume_is_made_with_its_labels_and_another_time_is_what_it_is(
 async def test_volumes_that_cannot_be_are_refused_by_name(
     api: Api, volumes: Volumes, body: dict[str, Any], status: int, message: str
 ) -> None:
-    answer = await api.post("/volumes/create", json={"Name": "v1", **body})
-    assert answer.status == status
-    assert (await answer.json())["message"].startswith(message)
+    response = await api.post("/volumes/create", json={"Name": "v1", **body})
+    assert response.status == status
+    assert (await response.json())["message"].startswith(message)
     assert volumes.names() == ["free", "used"]
 
 

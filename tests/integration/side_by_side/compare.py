@@ -37,8 +37,8 @@ def differences(group: str, place: Place) -> list[str]:
     lines = script(group)
     said = [f"{line.kind} {line.command}" for line in lines if line.is_compared]
     assert said == [record["line"] for record in recorded], f"record {group} again: its script has changed"
-    answers, failures = records.answers(lines, place)
-    pairs = zip((_again_comparable(record, place) for record in recorded), answers, strict=True)
+    responses, failures = records.answers(lines, place)
+    pairs = zip((_again_comparable(record, place) for record in recorded), responses, strict=True)
     return failures + [difference for pair in pairs if (difference := _difference(*pair))]
 
 
@@ -72,10 +72,10 @@ def remove_volumes(node: TestNode) -> None:
         api.remove_volume(volume["Name"], force=True)
 
 
-def _difference(recorded: records.Record, answer: records.Record) -> str:
+def _difference(recorded: records.Record, response: records.Record) -> str:
     changes: list[str] = []
     for part in ("exit", "stdout", "stderr"):
-        before, after = (f"{each[part]}".splitlines() for each in (recorded, answer))
+        before, after = (f"{each[part]}".splitlines() for each in (recorded, response))
         changes += (f"{part} {change}" for change in _changes(before, after))
     return "\n".join([recorded["line"], *changes, ""]) if changes else ""
 

@@ -26,9 +26,9 @@ def answers(lines: list[Line], place: Place) -> tuple[list[Record], list[str]]:
     """Run all lines.  Gives the answers of those that are compared, and which conditions did not come true."""
     records, failures = [], []
     for line in lines:
-        answer = run(line, place)
+        response = run(line, place)
         if line.is_compared:
-            records.append({"line": f"{line.kind} {line.command}", **asdict(answer)})
-        elif line.kind == "until" and answer.exit:
+            records.append({"line": f"{line.kind} {line.command}", **asdict(response)})
+        elif line.kind == "until" and response.exit:
             failures.append(f"not within {UNTIL_S:.0f} s: {line.command}\n")
     return records, failures

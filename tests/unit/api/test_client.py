@@ -17,7 +17,7 @@ from skep.api.server import (
     OutputStream,
     Routes,
     application,
-    json_answer,
+    json_response,
     read_body,
 )
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, OutOfSequence, SkepError, Unavailable
@@ -35,7 +35,7 @@ async def client():
 
     @table.post("/echo")
     async def echo(request: web.Request) -> web.StreamResponse:
-        return json_answer([request.path_qs, (await read_body(request)).decode()], 201)
+        return json_response([request.path_qs, (await read_body(request)).decode()], 201)
 
     @table.get("/errors/{index}")
     async def fail(request: web.Request) -> web.StreamResponse:

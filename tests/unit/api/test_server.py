@@ -7,7 +7,15 @@ import pytest
 from aiohttp import ClientPayloadError, ClientSession, UnixConnector, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import ApiVersion, Routes, application, json_answer, json_list_answer, read_json, runner
+from skep.api.server import (
+    ApiVersion,
+    Routes,
+    application,
+    json_list_response,
+    json_response,
+    read_json,
+    runner,
+)
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, OutOfSequence, Unavailable
 from skep.model.service import ServiceSpec
 
@@ -32,17 +40,17 @@ async def client():
 
     @table.post("/services/create")
     async def create(request: web.Request) -> web.StreamResponse:
-        return json_answer({"ID": (await read_json(request, ServiceSpec)).name}, 201)
+        return json_response({"ID": (await read_json(request, ServiceSpec)).name}, 201)
 
     @table.get("/numbers/{count}")
     async def numbers(request: web.Request) -> web.StreamResponse:
-        return json_list_answer(list(range(int(request.match_info["count"]))))
+        return json_list_response(list(range(int(request.match_info["count"]))))
 
     @table.get("/broken/{name}")
     async def break_off(request: web.Request) -> web.StreamResponse:
-        answer = web.StreamResponse()
-        await answer.prepare(request)
-        await answer.write(b"the beginning\n")
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"the beginning\n")
         return await fail(request)
 
     app = application(table, newest=ApiVersion("1.47"), server="Skep/test (linux)")
@@ -51,30 +59,30 @@ async def client():
 
 
 async def test_answers_carry_the_engines_headers_and_end_in_a_newline(client):
-    answer = await client.post("/v1.41/services/create", data=b'{"Name": "web"}')
-    assert answer.status == 201
-    assert await answer.text() == '{"ID":"web"}\n'
-    assert answer.headers["Content-Type"] == "application/json"
-    assert answer.headers["Api-Version"] == "1.47"
-    assert answer.headers["Ostype"] == "linux"
-    assert answer.headers["Docker-Experimental"] == "false"
-    assert answer.headers["Server"] == "Skep/test (linux)"
+    response = await client.post("/v1.41/services/create", data=b'{"Name": "web"}')
+    assert response.status == 201
+    assert await response.text() == '{"ID":"web"}\n'
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.headers["Api-Version"] == "1.47"
+    assert response.headers["Ostype"] == "linux"
+    assert response.headers["Docker-Experimental"] == "false"
+    assert response.headers["Server"] == "Skep/test (linux)"
 
 
 @pytest.mark.parametrize("name", ["missing", "nosuch"])
 async def test_an_answer_that_breaks_off_is_seen_to_be_cut_short(client, name):
-    answer = await client.get(f"/broken/{name}")
-    assert await answer.content.readline() == b"the beginning\n"
+    response = await client.get(f"/broken/{name}")
+    assert await response.content.readline() == b"the beginning\n"
     with pytest.raises(ClientPayloadError):
-        await asyncio.wait_for(answer.read(), 5)
+        await asyncio.wait_for(response.read(), 5)
 
 
 @pytest.mark.parametrize("path", ["/nosuch", "/v1.41/nosuch", "/", "/v1.41/numbers/1/2"])
 async def test_an_unknown_path_is_a_page_not_found_without_our_headers(client, path):
-    answer = await client.get(path)
-    assert (answer.status, await answer.json()) == (404, {"message": "page not found"})
-    assert "Api-Version" not in answer.headers
-    assert "Server" not in answer.headers
+    response = await client.get(path)
+    assert (response.status, await response.json()) == (404, {"message": "page not found"})
+    assert "Api-Version" not in response.headers
+    assert "Server" not in response.headers
 
 
 async def test_another_method_of_a_known_path_is_a_page_not_found(client):
@@ -92,17 +100,17 @@ async def test_a_path_without_a_version_is_served(client):
 
 
 async def test_a_newer_version_is_refused(client):
-    answer = await client.get("/v1.48/numbers/2")
-    assert answer.status == 400
+    response = await client.get("/v1.48/numbers/2")
+    assert response.status == 400
     message = "client version 1.48 is too new. Maximum supported API version is 1.47"
-    assert await answer.json() == {"message": message}
+    assert await response.json() == {"message": message}
 
 
 async def test_a_version_from_before_json_errors_is_refused_in_plain_text(client):
-    answer = await client.get("/v1.11/numbers/2")
-    assert answer.status == 400
-    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
-    assert (await answer.text()).startswith(
+    response = await client.get("/v1.11/numbers/2")
+    assert response.status == 400
+    assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert (await response.text()).startswith(
         "client version 1.11 is too old. Minimum supported API version is 1.24"
     )
 
@@ -110,22 +118,22 @@ async def test_a_version_from_before_json_errors_is_refused_in_plain_text(client
 @pytest.mark.parametrize("name", ERRORS)
 async def test_an_error_becomes_its_status_and_message(client, name):
     error, status = ERRORS[name]
-    answer = await client.get(f"/errors/{name}")
-    assert (answer.status, await answer.json()) == (status, {"message": str(error)})
+    response = await client.get(f"/errors/{name}")
+    assert (response.status, await response.json()) == (status, {"message": str(error)})
 
 
 async def test_a_bug_is_a_500_without_details(client):
-    answer = await client.get("/errors/bug")
-    assert answer.status == 500
-    assert "RuntimeError" not in await answer.text()
-    assert "a bug" not in await answer.text()
+    response = await client.get("/errors/bug")
+    assert response.status == 500
+    assert "RuntimeError" not in await response.text()
+    assert "a bug" not in await response.text()
 
 
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 1000])
 async def test_lists_of_any_length_are_whole(client, count):
-    answer = await client.get(f"/numbers/{count}")
-    assert await answer.json() == list(range(count))
-    assert (await answer.text()).endswith("]\n")
+    response = await client.get(f"/numbers/{count}")
+    assert await response.json() == list(range(count))
+    assert (await response.text()).endswith("]\n")
 
 
 async def test_a_request_may_name_many_objects(tmp_path):
@@ -134,22 +142,24 @@ async def test_a_request_may_name_many_objects(tmp_path):
 
     @table.get("/length")
     async def length(request: web.Request) -> web.StreamResponse:
-        return json_answer(len(request.query["filters"]))
+        return json_response(len(request.query["filters"]))
 
     socket = str(tmp_path / "api.sock")
     serves = runner(application(table))
     await serves.setup()
     await web.UnixSite(serves, socket).start()
     async with ClientSession("http://api", connector=UnixConnector(socket)) as session:
-        answer = await session.get("/length", params={"filters": "x" * 500_000})
-        assert await answer.json() == 500_000
+        response = await session.get("/length", params={"filters": "x" * 500_000})
+        assert await response.json() == 500_000
     await serves.cleanup()
 
 
 async def test_a_body_over_the_bound_is_refused(client):
-    answer = await client.post("/services/create", data=BytesIO(b'{"Name": "' + b"x" * 5_000_000 + b'"}'))
-    assert answer.status == 500
-    assert (await answer.json())["message"].endswith("received message larger than max (5000012 vs. 4194304)")
+    response = await client.post("/services/create", data=BytesIO(b'{"Name": "' + b"x" * 5_000_000 + b'"}'))
+    assert response.status == 500
+    assert (await response.json())["message"].endswith(
+        "received message larger than max (5000012 vs. 4194304)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,13 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_watch_goes_on_when_the_node_does_not_answer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([REPORT, Unavailable("no leader"), REPORT, KeyboardInterrupt()])
+    responses = iter([REPORT, Unavailable("no leader"), REPORT, KeyboardInterrupt()])
 
     async def fetch() -> Shown:
-        answer = next(answers)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        response = next(responses)
+        if isinstance(response, BaseException):
+            raise response
+        return response
 
     output = Output(watches=True, template="{{.Name}}")
     monkeypatch.setattr("skep.cli.output.WATCH_S", 0.0)

@@ -163,8 +163,8 @@ def test_a_node_that_finds_no_manager_shows_its_addresses_and_how_to_set_others(
     assert 'managers = ["address:2377"]' in reported
 
 
-def a_quorum(*answers: bool) -> dict[str, Any]:
-    managers = [{"Hostname": f"m{number}", "Answers": it} for number, it in enumerate(answers, 1)]
+def a_quorum(*responses: bool) -> dict[str, Any]:
+    managers = [{"Hostname": f"m{number}", "Answers": it} for number, it in enumerate(responses, 1)]
     return {"HasLeader": False, "Since": "2026-11-21T18:38:04.123Z", "Managers": managers}
 
 

@@ -79,9 +79,9 @@ def verdicts(machine: str) -> Iterator[str]:
             )
             for name, rules in sorted(by_name(profile).items()):
                 is_conditional = any(rule.get("args") for rule in rules)
-                answers = [verdict(rules, one) for one in (ARGUMENTS if is_conditional else [(0, 0)])]
-                if set(answers) != {REFUSED}:
-                    yield f"{name} {'|'.join(answers)}"
+                responses = [verdict(rules, one) for one in (ARGUMENTS if is_conditional else [(0, 0)])]
+                if set(responses) != {REFUSED}:
+                    yield f"{name} {'|'.join(responses)}"
 
 
 @pytest.mark.parametrize("machine", sorted(DIGESTS))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.rpc import frames, headers
-from skep.rpc.client import ANSWERS_WHILE_PAUSED_MAX, Bounds, ClientConnection, ClientStream
+from skep.rpc.client import RESPONSES_WHILE_PAUSED_MAX, Bounds, ClientConnection, ClientStream
 from skep.rpc.frames import Code
 from skep.rpc.status import CallFailed, Lost, Status
 from tests.support.http2_rig import BROKEN, Wire
@@ -137,7 +137,7 @@ async def test_a_server_that_asks_and_does_not_read_is_not_answered_for_ever(
 ) -> None:
     connection.pause_writing()
     ping = frames.frame(frames.PING, 0, 0, b"12345678")
-    connection.data_received(ping * ANSWERS_WHILE_PAUSED_MAX)
+    connection.data_received(ping * RESPONSES_WHILE_PAUSED_MAX)
     assert not wire.is_aborted
     connection.data_received(ping)
     assert wire.is_aborted

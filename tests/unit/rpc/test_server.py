@@ -75,17 +75,17 @@ async def test_large_messages_pass_through_small_windows(rig):
     rig.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1000})
     await rig.turn()
     stream_id = rig.open()
-    sending, answer = framed(b"x" * 200_000), b""
+    sending, response = framed(b"x" * 200_000), b""
     while sending:
         room = min(rig.client.local_flow_control_window(stream_id) - 256, 16_000)
         if room > 0:
             rig.client.send_data(stream_id, sending[:room], pad_length=200)
             sending = sending[room:]
-        answer += b"".join(event.data for event in of(DataReceived, await rig.turn()))
+        response += b"".join(event.data for event in of(DataReceived, await rig.turn()))
     rig.client.end_stream(stream_id)
-    while len(answer) < 200_000:
-        answer += b"".join(event.data for event in of(DataReceived, await rig.turn()))
-    assert answer == framed(b"x" * 200_000)
+    while len(response) < 200_000:
+        response += b"".join(event.data for event in of(DataReceived, await rig.turn()))
+    assert response == framed(b"x" * 200_000)
 
 
 async def test_half_messages_hold_no_more_than_the_connections_window(rig):

@@ -312,10 +312,10 @@ class Slow(Taking):
         self, request: pb.TxnRequest, *, timeout_s: float
     ) -> asyncio.Future[pb.TxnResponse]:
         self.timeouts_s.append(timeout_s)
-        answer = super().txn(request, timeout_s=timeout_s)
+        response = super().txn(request, timeout_s=timeout_s)
         if self.is_slow:
-            answer.set_exception(Uncertain("no answer in time"))
-        return answer
+            response.set_exception(Uncertain("no answer in time"))
+        return response
 
 
 async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_attempt_waits_longer():

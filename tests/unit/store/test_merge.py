@@ -167,11 +167,11 @@ def test_a_removed_part_takes_its_defaults():
     assert event == Updated(node, replace(node, session=None))
 
 
-def answered(spec_version: int, answers: int) -> Service:
+def answered(spec_version: int, responses: int) -> Service:
     """A service at one spec version, with an update status that answers another."""
     table = a_table(Service)
     status = UpdateStatus(state=UpdateState.UPDATING)
-    table.apply("web", whole(replace(a_service("web", version=answers), update_status=status)))
+    table.apply("web", whole(replace(a_service("web", version=responses), update_status=status)))
     table.apply("web", change("", parts_of(a_service("web", version=spec_version))[""], 2, 1))
     service = table.objects["web"]
     assert isinstance(service, Service)
@@ -179,9 +179,9 @@ def answered(spec_version: int, answers: int) -> Service:
 
 
 @given(st.integers(1, 5), st.integers(1, 5))
-def test_an_answer_counts_only_for_the_spec_it_answers(spec_version, answers):
-    service = answered(spec_version, answers)
-    assert (service.update_status is not None) is (spec_version == answers)
+def test_an_answer_counts_only_for_the_spec_it_answers(spec_version, responses):
+    service = answered(spec_version, responses)
+    assert (service.update_status is not None) is (spec_version == responses)
 
 
 def test_tasks_are_filled_when_their_spec_comes_later_and_emptied_when_it_goes():

@@ -56,8 +56,8 @@ async def test_a_request_that_is_not_grpc_gets_an_http_error(headers, status):
 
 
 async def test_an_unknown_method_is_unimplemented_in_words_that_grpc_go_takes_for_that():
-    answer = await answer_to(path="/x/Y")
-    assert answer == {
+    response = await answer_to(path="/x/Y")
+    assert response == {
         ":status": "200",
         "content-type": "application/grpc+proto",
         "grpc-status": "12",
@@ -66,9 +66,9 @@ async def test_an_unknown_method_is_unimplemented_in_words_that_grpc_go_takes_fo
 
 
 async def test_an_engine_with_the_manager_token_gets_instructions():
-    answer = await answer_to(path="/docker.swarmkit.v1.RaftMembership/Join")
-    assert answer["grpc-status"] == "9"
-    assert "join with the worker token" in answer["grpc-message"]
+    response = await answer_to(path="/docker.swarmkit.v1.RaftMembership/Join")
+    assert response["grpc-status"] == "9"
+    assert "join with the worker token" in response["grpc-message"]
 
 
 async def test_a_call_ends_when_its_client_waits_no_longer():
@@ -90,8 +90,8 @@ async def test_a_mistake_of_ours_is_not_explained():
     def broken(_identity: Identity, _access: Access) -> None:
         raise ZeroDivisionError("secret")
 
-    answer = await answer_to(check_certificate=broken)
-    assert (answer["grpc-status"], answer["grpc-message"]) == ("13", "internal error")
+    response = await answer_to(check_certificate=broken)
+    assert (response["grpc-status"], response["grpc-message"]) == ("13", "internal error")
 
 
 @pytest.mark.parametrize(

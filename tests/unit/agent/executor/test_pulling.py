@@ -19,8 +19,8 @@ IMAGE = Image(id="sha256:" + "a" * 64, config=ImageConfig())
 class Registry:
     """Images of which some are here; each pull waits for ``answer`` and then gives it."""
 
-    def __init__(self, local: Image | None, answer: SkepError | None) -> None:
-        self.local, self.answer = local, answer
+    def __init__(self, local: Image | None, response: SkepError | None) -> None:
+        self.local, self.answer = local, response
         self.asked = 0
         self.answers = asyncio.Event()
 
@@ -61,8 +61,8 @@ async def test_tasks_that_come_together_share_one_failed_attempt_and_run_the_loc
 
 async def test_without_a_local_image_each_of_them_is_rejected() -> None:
     registry = Registry(None, Unavailable("no route"))
-    answers = await _together(ImagePuller(registry, SystemClock()), registry, 3)
-    assert [(type(answer), str(answer)) for answer in answers] == [
+    responses = await _together(ImagePuller(registry, SystemClock()), registry, 3)
+    assert [(type(response), str(response)) for response in responses] == [
         (Rejected, "No such image: web:1: no route")
     ] * 3
     assert registry.asked == 1

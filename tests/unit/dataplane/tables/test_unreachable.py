@@ -136,13 +136,13 @@ class HandClock(SystemClock):
 
 
 async def watched(until_s: float, **happens: float) -> list[tuple[float, Unreachable]]:
-    """What is left out, and when.  ``gained``, ``lost``: when there is a session; ``answers``: m2 from then on."""
+    """What is left out, and when.  ``gained``, ``lost``: times of a session; ``responses``: when m2 responds again."""
     clock = HandClock()
     session_state = SessionState(clock)
     said: list[tuple[float, Unreachable]] = []
 
     def latest() -> Mapping[NodeId, PathReport]:
-        return reports(m2=clock.now < happens.get("answers", 1e9), w1=False)
+        return reports(m2=clock.now < happens.get("responses", 1e9), w1=False)
 
     def exclude(silence: Unreachable) -> None:
         if not said or said[-1][1] != silence:
@@ -169,7 +169,7 @@ async def test_probes_count_only_after_a_time_without_a_manager() -> None:
 
 
 async def test_the_first_answer_brings_a_peer_back() -> None:
-    assert await watched(30, answers=20) == [
+    assert await watched(30, responses=20) == [
         (LOST_SECONDS, Unreachable(plain=nodes("m2"))),
         (20, NONE_UNREACHABLE),
     ]

@@ -17,7 +17,7 @@ CHANGE = Change(
     removed=(OTHER,),
     put=(Peer(public=KEY, endpoint="192.0.2.7", port=4800, inner="fd73::7"),),
 )
-ANSWER = f"""private_key={PRIVATE.hex()}
+RESPONSE = f"""private_key={PRIVATE.hex()}
 listen_port=4799
 public_key={KEY.hex()}
 preshared_key={"0" * 64}
@@ -85,7 +85,7 @@ def test_many_peers_go_in_several_messages_that_fit() -> None:
 
 
 def test_what_the_socket_answers_is_read_whole() -> None:
-    assert parsed_device(ANSWER) == FoundDevice(
+    assert parsed_device(RESPONSE) == FoundDevice(
         private=PRIVATE,
         port=4799,
         peers={

@@ -19,20 +19,20 @@ from tests.conformance.manager import a_manager_api
 async def test_a_stream_begins_at_once_and_brings_events_as_they_come():
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
         async with asyncio.timeout(5):
-            answer = await client.get("/events", params={"filters": '{"type": ["secret"]}'})
-            assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+            response = await client.get("/events", params={"filters": '{"type": ["secret"]}'})
+            assert (response.status, response.headers["Content-Type"]) == (200, "application/json")
             await client.post("/secrets/create", json={"Name": "s1", "Data": "aGk="})
-            line = msgspec.json.decode(await answer.content.readline())
+            line = msgspec.json.decode(await response.content.readline())
         assert (line["Type"], line["Action"], line["scope"]) == ("secret", "create", "swarm")
         assert line["Actor"]["Attributes"] == {"name": "s1"}
-        answer.close()
+        response.close()
 
 
 async def test_a_client_that_has_gone_is_forgotten():
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
-        answer = await client.get("/events")
+        response = await client.get("/events")
         assert len(api.events._readers) == 1
-        answer.close()
+        response.close()
         async with asyncio.timeout(5):
             while api.events._readers:  # noqa: ASYNC110 - the server's end of a closed connection
                 await asyncio.sleep(0)
@@ -40,10 +40,10 @@ async def test_a_client_that_has_gone_is_forgotten():
 
 async def test_a_stream_can_end_before_it_begins():
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
-        answer = await client.get("/events?since=5&until=1")
-        assert answer.status == 400
+        response = await client.get("/events?since=5&until=1")
+        assert response.status == 400
         message = "`since` time (5) cannot be after `until` time (1)"
-        assert await answer.json() == {"message": message}
+        assert await response.json() == {"message": message}
         assert await (await client.get("/events?until=1")).read() == b""
 
 
@@ -66,10 +66,10 @@ async def test_every_message_of_a_stream_has_a_cursor_also_before_the_first_even
         nodes = AllEvents(cast("Any", None), api.store.view, SystemClock())
         served = TestServer(application(replace(api, all_events=nodes)))
         async with TestClient(served) as client, asyncio.timeout(5):
-            answer = await client.get("/skep/events?nodes=n1")
-            line = msgspec.json.decode(await answer.content.readline())
+            response = await client.get("/skep/events?nodes=n1")
+            line = msgspec.json.decode(await response.content.readline())
             assert line["Action"] == "away"
             again = await client.get("/skep/events", params={"nodes": "n1", "after": line["Cursor"]})
             assert again.status == 200
-            for one in (answer, again):
+            for one in (response, again):
                 one.close()

@@ -37,9 +37,9 @@ async def put(api, *objects) -> None:
 
 async def ids(client, path: str, **filters: str) -> list[str]:
     wanted = msgspec.json.encode({key.replace("_", "-"): [value] for key, value in filters.items()}).decode()
-    answer = await client.get(path, params={"filters": wanted})
-    assert answer.status == 200, await answer.text()
-    return [item["ID"] for item in await answer.json()]
+    response = await client.get(path, params={"filters": wanted})
+    assert response.status == 200, await response.text()
+    return [item["ID"] for item in await response.json()]
 
 
 async def test_tasks_are_found_by_whose_and_where_they_are(cluster):
@@ -152,8 +152,8 @@ async def test_a_removed_service_is_hidden_and_its_tasks_are_not(cluster):
     assert (await client.delete("/services/web")).status == 200
     assert await ids(client, "/services") == []
     assert await ids(client, "/tasks") == ["t1"]
-    answer = await client.get("/tasks", params={"filters": '{"service": ["web"]}'})
-    assert (answer.status, await answer.json()) == (404, {"message": "service web not found"})
+    response = await client.get("/tasks", params={"filters": '{"service": ["web"]}'})
+    assert (response.status, await response.json()) == (404, {"message": "service web not found"})
 
 
 async def test_three_thousand_tasks_are_listed_without_holding_the_loop(cluster):
@@ -196,17 +196,17 @@ async def test_without_a_quorum_reads_fail_in_dockers_words_unless_stale_ones_ar
         "/networks",
         "/configs",
     ):
-        answer = await client.get(path)
-        assert (answer.status, await answer.json()) == (503, {"message": NO_LEADER}), path
-    answer = await client.get("/services", headers={"X-Skep-Stale": "1"})
-    assert (answer.status, await answer.json()) == (200, [])
+        response = await client.get(path)
+        assert (response.status, await response.json()) == (503, {"message": NO_LEADER}), path
+    response = await client.get("/services", headers={"X-Skep-Stale": "1"})
+    assert (response.status, await response.json()) == (200, [])
 
 
 async def test_bits_of_javascript_and_paths_in_names_are_only_words(cluster):
     _, client = cluster
     for word in ("..", "%2e%2e%2fetc", "a%00b", "%3Cscript%3E", "x" * 5000):
-        answer = await client.get(f"/services/{word}")
-        assert answer.status == 404
+        response = await client.get(f"/services/{word}")
+        assert response.status == 404
 
 
 async def listed(client, path: str) -> dict[str, dict]:

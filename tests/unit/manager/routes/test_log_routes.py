@@ -34,8 +34,8 @@ async def read(logs: CannedLogs, query: str, *, version: str = "1.41", tty: bool
     async with a_manager_api(logs) as api, TestClient(TestServer(application(api))) as client:
         spec = service("web", container={"TTY": tty})
         assert (await client.post("/services/create", json=spec)).status == 201
-        answer = await client.get(f"/v{version}/services/web/logs?{query}")
-        return answer.headers.get("Content-Type"), await answer.read()
+        response = await client.get(f"/v{version}/services/web/logs?{query}")
+        return response.headers.get("Content-Type"), await response.read()
 
 
 async def test_lines_come_in_frames_without_a_content_type():

@@ -21,8 +21,8 @@ async def cluster():
 
 async def a_network(api: ManagerApi, client: TestClient[Any, Any], name: str, subnet: str) -> str:
     body = {"Name": name, "Driver": "overlay", "IPAM": {"Config": [{"Subnet": subnet}]}}
-    async with client.post("/networks/create", json=body) as answer:
-        id = (await answer.json())["Id"]
+    async with client.post("/networks/create", json=body) as response:
+        id = (await response.json())["Id"]
     network = api.store.view().get(Network, id)
     await api.store.update(lambda tx: tx.put(allocated(network, NetworkAllocations(), (), 24)))
     return str(id)
@@ -40,16 +40,16 @@ def replicated(replicas: int) -> dict[str, Any]:
 async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_changed(cluster) -> None:
     api, client = cluster
     id = await a_network(api, client, "tiny", "10.9.0.0/28")  # 13 addresses
-    async with client.post("/services/create", json=a_request("one", id, **replicated(5))) as answer:
-        assert "Warnings" not in await answer.json()
-    async with client.post("/services/create", json=a_request("two", id, **replicated(5))) as answer:
-        made = await answer.json()
+    async with client.post("/services/create", json=a_request("one", id, **replicated(5))) as response:
+        assert "Warnings" not in await response.json()
+    async with client.post("/services/create", json=a_request("two", id, **replicated(5))) as response:
+        made = await response.json()
     (warning,) = made["Warnings"]
     assert warning.startswith("network tiny has 13 addresses, and its services need 12: skep network update")
     index = (await (await client.get("/services/two")).json())["Version"]["Index"]
     path = f"/services/two/update?version={index}"
-    async with client.post(path, json=a_request("two", id, **replicated(1))) as answer:
-        assert await answer.json() == {"Warnings": None}
+    async with client.post(path, json=a_request("two", id, **replicated(1))) as response:
+        assert await response.json() == {"Warnings": None}
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_chan
 async def test_the_number_of_addresses_depends_on_the_mode(cluster, fields, wanted) -> None:
     api, client = cluster
     id = await a_network(api, client, "tiny", "10.9.0.0/30")  # one address
-    async with client.post("/services/create", json=a_request("web", id, **fields)) as answer:
-        (warning,) = (await answer.json())["Warnings"]
+    async with client.post("/services/create", json=a_request("web", id, **fields)) as response:
+        (warning,) = (await response.json())["Warnings"]
     assert f"need {wanted}:" in warning
 
 
@@ -75,5 +75,5 @@ async def test_a_network_without_addresses_says_why(cluster) -> None:
     options = {"com.docker.network.driver.overlay.vxlanid_list": "1,2"}
     spec = NetworkSpec(name="second", driver_configuration=Driver(name="overlay", options=options))
     await api.store.update(lambda tx: tx.put(Network(id=NetworkId("second"), spec=spec)))
-    async with client.get("/networks/second") as answer:
-        assert (await answer.json())["Warnings"] == ["not allocated: VXLAN ids 1,2 are not 1 free numbers"]
+    async with client.get("/networks/second") as response:
+        assert (await response.json())["Warnings"] == ["not allocated: VXLAN ids 1,2 are not 1 free numbers"]

@@ -21,13 +21,13 @@ async def test_documents_that_do_not_come_keep_no_other_container_waiting() -> N
 
     def dispatch(connected: socket.socket, _: Identity) -> None:
         """Answers nothing until the test's flag is set, and every request after it."""
-        if answers:
+        if responses:
             connected.sendall(DOCUMENT)
             connected.shutdown(socket.SHUT_WR)
         silent.append(connected)
         asked.set()
 
-    answers = False
+    responses = False
     exchanges = Exchanges(dispatch, SystemClock())
 
     async def ask(id: ContainerId) -> bytes:
@@ -45,7 +45,7 @@ async def test_documents_that_do_not_come_keep_no_other_container_waiting() -> N
     waiting = [asyncio.create_task(ask(A)) for _ in range(32)]
     async with asyncio.timeout(10):
         await asked.wait()
-        answers = True
+        responses = True
         assert (await ask(B)).endswith(b'{"Env":["A="]}')
     assert len(silent) == 3, "two of A were asked for, and one of B"
     for task in waiting:
