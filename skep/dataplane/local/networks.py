@@ -85,7 +85,7 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     configurations: tuple[LocalNetwork, ...] = ()
     bridges: tuple[LocalNetwork, ...] = ()
     left: tuple[LocalNetwork, ...] = ()
-    """Networks of the cluster that their last containers have left: others that were created before start later."""
+    """Networks of the cluster that their last containers have left, perhaps while another one was prepared."""
 
 
 class LocalNetworks:
@@ -262,7 +262,7 @@ class LocalNetworks:
     async def for_start(
         self, id: str, devices: Collection[str], is_used: Callable[[str], bool]
     ) -> LocalNetwork:
-        """The network with this id, for a container that was created earlier and starts now.
+        """The network with this id, for a container that was prepared for it and is attached now.
 
         One of the cluster that its last container has left since is made again, as ``of_cluster`` does.
 

@@ -192,7 +192,7 @@ async def test_a_device_that_was_made_goes_with_the_last_network_on_it(tmp_path:
 async def test_a_container_that_was_created_before_the_last_one_left_starts_on_the_network(
     tmp_path: Path,
 ) -> None:
-    """As in an update that stops first: the new task is prepared while the old one runs."""
+    """Between the preparation of a task and its attachment, the last task on the network may end."""
     devices = Devices()
     local = LocalNetworks(
         tmp_path / "local", NoContainers(), devices, clock=SystemClock(), new_id=new_container_id
