@@ -1,12 +1,14 @@
 """Error handling per object (a container, a task, an image, a probe): one that fails does not affect the others.
 
 In a ``TaskGroup`` an exception of one task cancels all the others.  So work about one object raises none: ``isolate``
-does it once, ``retry`` repeats it until it succeeds.  Both log an error when it first appears, with its traceback
-unless it is a ``SkepError``, and pass it to ``on_error``, which shows it on the object.
+does it once, ``retry`` repeats it until it succeeds, ``Rounds`` calls plain functions about many objects.  All log
+an error when it first appears, with its traceback unless it is a ``SkepError``; ``isolate`` and ``retry`` pass it to
+``on_error``, which shows it on the object.
 """
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -63,8 +65,7 @@ async def retry(
         passes: errors that are raised.
         kinds: of errors that are retried; any other is raised, too.
     """
-    backoff = Backoff(first_s, longest_s, rng=rng)
-    before = ""
+    failing = _Failing(event, Backoff(first_s, longest_s, rng=rng), keys)
     while True:
         began = clock.monotonic()
         try:
@@ -73,19 +74,86 @@ async def retry(
             raise
         except kinds as error:
             if clock.monotonic() - began >= longest_s:
-                backoff.reset()
-            delay_s = backoff.next_delay_s()
-            if describe_error(error) != before:
-                before = describe_error(error)
-                log_error(error, event, again_in_s=round(delay_s, 2), **keys)
-            else:
-                log.debug(event, error=before, again_in_s=round(delay_s, 2), **keys)
+                failing.backoff.reset()
+            delay_s = failing.record(error)
             on_error(error)
         else:
-            if before:
-                log.info("works again", after=event, **keys)
+            failing.end()
             return result
         await clock.sleep(delay_s)
+
+
+class Rounds:
+    """Work about many objects that is due in every round; after an error of one, less and less often for that one.
+
+    Args:
+        event: of the log line; the same error again is logged at level debug.
+    """
+
+    def __init__(
+        self,
+        event: str,
+        clock: Clock,
+        *,
+        first_s: float = 1.0,
+        longest_s: float = 60.0,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        self._event = event
+        self._clock = clock
+        self._new_backoff = partial(Backoff, first_s, longest_s, rng=rng)
+        self._failing: dict[str, _Failing] = {}
+
+    def attempt(self, key: str, work: Callable[[], object], **keys: Any) -> None:
+        """Call ``work`` about the object ``key``, unless it failed a short time ago.
+
+        Args:
+            keys: of the log line.
+        """
+        failing = self._failing.get(key)
+        if failing is not None and self._clock.monotonic() < failing.again_at:
+            return
+        try:
+            work()
+        except Exception as error:
+            if failing is None:
+                failing = self._failing[key] = _Failing(self._event, self._new_backoff(), keys)
+            failing.again_at = self._clock.monotonic() + failing.record(error)
+        else:
+            if failing is not None:
+                del self._failing[key]
+                failing.end()
+
+    def keep(self, keys: Collection[str]) -> None:
+        """Forget all objects but these."""
+        for key in self._failing.keys() - keys:
+            del self._failing[key]
+
+
+class _Failing:
+    """Work that is repeated, with the error of its last attempt."""
+
+    def __init__(self, event: str, backoff: Backoff, keys: Mapping[str, Any]) -> None:
+        self.backoff = backoff
+        self.again_at = 0.0
+        self._event = event
+        self._keys = keys
+        self._error = ""
+
+    def record(self, error: Exception) -> float:
+        """Log ``error`` if it is not the one before; seconds until the next attempt."""
+        delay_s, text = self.backoff.next_delay_s(), describe_error(error)
+        if text != self._error:
+            self._error = text
+            log_error(error, self._event, again_in_s=round(delay_s, 2), **self._keys)
+        else:
+            log.debug(self._event, error=text, again_in_s=round(delay_s, 2), **self._keys)
+        return delay_s
+
+    def end(self) -> None:
+        """It works, perhaps again."""
+        if self._error:
+            log.info("works again", after=self._event, **self._keys)
 
 
 def log_error(error: Exception, event: str, **keys: Any) -> None:

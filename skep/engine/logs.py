@@ -3,14 +3,15 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.failures import log_error
+from skep.aio.failures import Rounds
 from skep.aio.race import wait_first
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, LogEntry, LogFilter
@@ -24,6 +25,8 @@ log = structlog.get_logger()
 
 CHECK_S = 1.0
 """Between two checks of sizes; a log may grow past its bound for so long."""
+_ROTATION_RETRY_S_MAX = 10.0
+"""Of a log that could not be rotated, which grows meanwhile."""
 _ENTRIES_AT_ONCE = 512
 
 
@@ -174,6 +177,8 @@ class LogRotation:
         self._reopen = reopen
         self._clock = clock
         self._containers = containers
+        self._rotations = Rounds("log not rotated", clock, longest_s=_ROTATION_RETRY_S_MAX)
+        self._compressions = Rounds("rotated log not compressed", clock)
 
     async def run(self) -> None:
         """Check the sizes of all logs every second until cancelled."""
@@ -184,16 +189,21 @@ class LogRotation:
 
     def rotate(self, container: Container) -> None:
         """Begin a new file, if the present one has reached its size; compress those before it.  One call at a time."""
-        current = self._bundles.log(container.id)
-        try:
-            rotate(current, container.config.log, lambda: self._reopen(container.id))
-            if container.config.log.compress:
-                compress(current)
-        except FileNotFoundError:
-            return  # it was removed
-        except Exception as error:  # one container's error does not reach others
-            log_error(error, "log not rotated", container=container.id)
+        id, config, current = container.id, container.config.log, self._bundles.log(container.id)
+        begin = partial(rotate, current, config, partial(self._reopen, id))
+        self._rotations.attempt(id, partial(_unless_removed, begin), container=id)
+        if config.compress:
+            pack = partial(compress, current)
+            self._compressions.attempt(id, partial(_unless_removed, pack), container=id)
 
-    def _check(self, containers: Iterable[Container]) -> None:
+    def _check(self, containers: Sequence[Container]) -> None:
+        ids = {one.id for one in containers}
+        self._rotations.keep(ids)
+        self._compressions.keep(ids)
         for container in containers:
             self.rotate(container)
+
+
+def _unless_removed(work: Callable[[], object]) -> None:
+    with suppress(FileNotFoundError):
+        work()

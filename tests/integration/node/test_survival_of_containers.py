@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from skep.engine.container import ContainerState, LogConfig, LogFilter
 from skep.engine.engine import Engine
@@ -177,16 +178,18 @@ async def test_a_disk_without_room_for_another_file_ends_no_monitor_that_is_to_b
         container = await Runner(lab, engine).start(
             "sh",
             "-c",
-            "trap 'echo last; exit 5' TERM; seq 100; while :; do sleep 0.05; done",
+            "trap 'echo last; exit 5' TERM; while :; do seq 10; sleep 0.05; done",
             log=LogConfig(max_size_bytes=100, max_files=2),
         )
-        current = engine.bundles.log(container.id)
-        await eventually(lambda: current.stat().st_size > 100, "its log is due")
-        with suppress(OSError):
-            for number in count():
-                (small_disk / f"filler-{number}").touch()
-        for _ in range(2):
-            engine.log_rotation.rotate(container)
+        with capture_logs() as lines:
+            with suppress(OSError):
+                for number in count():
+                    (small_disk / f"filler-{number}").touch()
+            await eventually(lambda: "log not rotated" in [one["event"] for one in lines], "its log is due")
+            for _ in range(2):
+                engine.log_rotation.rotate(container)
+        logged = [one for one in lines if one["event"] == "log not rotated" and one["log_level"] != "debug"]
+        assert len(logged) == 1, "an error that lasts is logged once"
         async with asyncio.timeout(30):
             await engine.kill(container.id, "SIGTERM")
             ended = await engine.wait(container.id)

@@ -7,7 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from skep.aio.clock import SystemClock
-from skep.aio.failures import CHARACTERS_MAX, describe_error, isolate, retry
+from skep.aio.failures import CHARACTERS_MAX, Rounds, describe_error, isolate, retry
 from skep.errors import Unavailable
 
 
@@ -106,6 +106,47 @@ async def test_work_that_went_well_for_long_is_tried_again_soon():
 
     await retry(work, "component ended", clock=clock, first_s=1, longest_s=60, rng=lambda: 1.0)
     assert clock.slept == [1, 2, 1]
+
+
+def test_work_that_is_due_in_every_round_is_attempted_less_often_and_logged_once_while_it_fails():
+    clock = StepClock()
+    rounds = Rounds("log not rotated", clock, first_s=1, longest_s=4, rng=lambda: 1.0)
+    errors: dict[str, Exception | None] = {"a": Bug("full"), "b": None}
+    attempts: dict[str, list[float]] = {"a": [], "b": []}
+
+    def work(key: str) -> None:
+        attempts[key].append(clock.now)
+        if (error := errors[key]) is not None:
+            raise error
+
+    with capture_logs() as lines:
+        for second in range(20):
+            clock.now = float(second)
+            if second == 8:
+                errors["a"] = OSError(5, "damaged")
+            if second == 15:
+                errors["a"] = None
+            for key in attempts:
+                rounds.attempt(key, lambda key=key: work(key), container=key)
+    assert attempts == {"a": [0, 1, 3, 7, 11, 15, 16, 17, 18, 19], "b": list(range(20))}
+    shown = [line for line in lines if line["log_level"] != "debug"]
+    assert [(line["event"], line["container"]) for line in shown] == [
+        ("log not rotated", "a"),
+        ("log not rotated", "a"),
+        ("works again", "a"),
+    ]
+    assert [line["error"] for line in shown[:2]] == ["Bug: full", "damaged"]
+    assert all(line["exc_info"] for line in shown[:2])
+
+
+def test_an_object_that_is_gone_is_not_remembered():
+    clock = StepClock()
+    rounds = Rounds("log not rotated", clock)
+    with capture_logs() as lines:
+        for _ in range(2):
+            rounds.attempt("a", lambda: 1 / 0)
+            rounds.keep({"b"})
+    assert [line["event"] for line in lines] == ["log not rotated"] * 2
 
 
 async def test_some_errors_are_the_callers():
