@@ -139,7 +139,8 @@ def test_the_files_of_a_result_are_written_to_the_clients_directory_or_to_an_arc
     build(m1, tmp_path, "-t", "unused:1", "--output", f"type=tar,dest={tmp_path / 'out.tar'}", place)
     assert "unused" not in m1.docker("images").stdout
     with tarfile.open(tmp_path / "out.tar") as archive:
-        archive.extractall(tmp_path / "unpacked", filter="fully_trusted")
+        archive.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)  # Python 3.11.4 and later
+        archive.extractall(tmp_path / "unpacked")
     for root in (tmp_path / "out", tmp_path / "unpacked"):
         found = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
         assert found == ["a", "a.b", "a.b/first", "a/file", "empty", "large", "link"]

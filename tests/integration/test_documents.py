@@ -228,6 +228,8 @@ def test_the_guide_to_images(own_cluster: TestCluster, checkout: Path) -> None:
     run(device, checkout, **where)
     assert in_task(m1, "clock", "head", "-c", "1", "/dev/zero") == "\0"
     assert "16384" in in_task(m1, "clock", "df", "-k", "/dev/shm")
+    if "--type" not in m1.docker("volume", "create", "--help").stdout:
+        pytest.skip("this docker command has no volumes of the cluster")
     assert '"State": "to be created by its driver"' in run(cluster, checkout, **where)
     wait_until(lambda: "orders" not in m1.docker("volume", "ls").stdout, "what no driver made is forgotten")
 

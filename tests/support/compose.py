@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Compose:
         self.directory = directory
         self._command = command
         self._environment = {
-            "PATH": os.environ["PATH"],
+            # docker-compose 1 runs the docker command for exec; set-up may have put it beside the interpreter only.
+            "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "HOME": "/nonexistent",
             "DOCKER_HOST": node.socket,
             **(environment or {}),

@@ -29,7 +29,8 @@ def package_of(commit: str, folder: Path) -> Path:
         f"another commit in SKEP_EARLIER\n{archive.stderr.decode()}"
     )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
+        files.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
+        files.extractall(folder)
     return folder
 
 
