@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -10,9 +11,10 @@ from urllib.parse import urlsplit
 from skep.api.gosyntax import parse_size
 from skep.engine.container import MountPoint
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
-from skep.linux import mounting
+from skep.linux import mounting, without_links
 from skep.linux.commands import communicate
 from skep.linux.syscalls import open_in_root
+from skep.linux.without_links import open_without_links, path_of
 from skep.model.container import BindOptions, Mount, TmpfsOptions
 
 _COPY_DEADLINE_S = 600.0
@@ -80,7 +82,7 @@ def has_directory(root: Path, path: str) -> bool:
 
 async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: bool = False) -> None:
     """Fill an empty volume with what the image has at its mount point, owner and mode of the directory
-    included.
+    included.  No link in the volume is followed, whoever makes it and whenever.
 
     Args:
         is_mounted: the volume is no directory of this node, and a process looks whether it is empty.
@@ -90,13 +92,20 @@ async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: boo
     if not is_mounted and any(volume.iterdir()):
         return
     try:
-        source = open_in_root(root, destination, os.O_RDONLY | os.O_DIRECTORY)
+        opened = [open_in_root(root, destination, os.O_RDONLY | os.O_DIRECTORY)]
     except OSError:
         return  # the image has nothing there
     try:
+        # Other containers may have the volume, and make links in it meanwhile.
+        command = ["sh", "-c", _COPY_INTO_EMPTY, path_of(opened[0])]
+        if is_mounted:
+            command = [sys.executable, "-I", "-m", without_links.__name__, str(volume), *command]
+        else:
+            opened.append(open_without_links(str(volume)))
+            command.append(path_of(opened[1]))
         process = await asyncio.create_subprocess_exec(
-            *("sh", "-c", _COPY_INTO_EMPTY, f"/proc/self/fd/{source}/.", str(volume)),
-            pass_fds=(source,),
+            *command,
+            pass_fds=opened,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -104,8 +113,11 @@ async def copy_up(root: Path, destination: str, volume: Path, *, is_mounted: boo
         _, errors = await communicate(process, _COPY_DEADLINE_S)
     except TimeoutError as error:
         raise Unavailable(f"cannot fill volume {volume.parent.name}: it takes too long") from error
+    except OSError as error:
+        raise Unavailable(f"cannot fill volume {volume.parent.name}: {error.strerror}") from error
     finally:
-        os.close(source)
+        for descriptor in opened:
+            os.close(descriptor)
     if process.returncode:
         raise Unavailable(
             f"cannot fill volume {volume.parent.name}: {errors.decode(errors='replace').strip()}"

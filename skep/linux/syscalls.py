@@ -35,7 +35,7 @@ _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR 
     442,
 )
 _OPEN_TREE_CLONE = 1
-_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOSYMFOLLOW = 1, 2, 4, 0x200000
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
 _MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
@@ -109,9 +109,15 @@ def clone_mount(path: str, *, recursive: bool = False) -> int:
     return _syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
 
 
-def restrict_mount(mounted: int, *, recursive: bool = False, read_only: bool = False) -> None:
-    """Take devices and set-user-id from an open mount; with ``read_only``, writing too."""
-    flags = _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOSUID | (_MOUNT_ATTR_RDONLY if read_only else 0)
+def restrict_mount(
+    mounted: int, *, recursive: bool = False, read_only: bool = False, follows_links: bool = True
+) -> None:
+    """Take devices and set-user-id from an open mount; with ``read_only``, writing too.
+
+    ``follows_links``: else no path goes through a symbolic link that is in the mount (ELOOP); Linux 5.14.
+    """
+    flags = _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOSUID
+    flags |= (_MOUNT_ATTR_RDONLY if read_only else 0) | (0 if follows_links else _MOUNT_ATTR_NOSYMFOLLOW)
     attributes = _MountAttributes(set=flags)
     where = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     size = ctypes.sizeof(attributes)

@@ -5,14 +5,15 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
+from skep.engine.mounts import copy_up
 from skep.engine.volumes import MountFailed, Part, Volumes
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.linux.mounting import mount_targets
 from skep.linux.syscalls import MNT_DETACH, MS_BIND, MS_PRIVATE, mount, unmount
 from skep.model.container import BindOptions, Mount, VolumeOptions
@@ -188,6 +189,73 @@ async def test_a_part_that_is_swapped_for_a_link_during_the_mount_is_it_or_refus
                 seen.add(",".join(os.listdir(part.target)))
                 await volumes.unmount("user", [part])
     assert seen <= {"mine", "escapes"}
+
+
+@contextmanager
+def directories_become_links(tree: Path, target: Path) -> Iterator[None]:
+    """As soon as a directory is made in ``tree``, it is moved away, and a link to ``target`` is in its place."""
+    ended = threading.Event()
+
+    def replace() -> None:
+        while not ended.is_set():
+            for entry in os.scandir(tree):
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("moved-"):
+                    os.rename(entry.path, tree / f"moved-{entry.name}")
+                    os.symlink(target, entry.path)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("is_mounted", [False, True])
+async def test_a_volume_in_which_directories_become_links_while_it_is_filled_is_all_that_is_written(
+    tmp_path: Path, *, is_mounted: bool
+) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    outside.mkdir()
+    for number in range(20):
+        (root / "data" / str(number)).mkdir(parents=True)
+        for file in range(50):
+            (root / "data" / str(number) / str(file)).touch()
+    for attempt in range(3):
+        volume = tmp_path / str(attempt)
+        volume.mkdir()
+        with directories_become_links(volume, outside), suppress(Unavailable):
+            await copy_up(root, "/data", volume, is_mounted=is_mounted)
+        assert os.listdir(volume)
+        assert not os.listdir(outside)
+
+
+async def test_a_mount_point_in_a_volume_that_is_swapped_for_a_link_leads_nowhere_else(
+    tmp_path: Path, executor: OciExecutor
+) -> None:
+    """One volume within another, which a further container changes while runc mounts them."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    volumes = executor.engine.volumes
+    outer = volumes.ensure("outer")
+    (outer / "within").mkdir()
+    (outer / "link").symlink_to(outside)
+    within = Mount(type="volume", source="inner", target="/data/within")
+    mounts = (Mount(type="volume", source="outer", target="/data"), within)
+    with swapping(outer / "within", outer / "link"):
+        for slot in range(4):
+            controller = executor.controller(a_task("touch", "/data/within/mine", slot=slot, mounts=mounts))
+            await controller.prepare()
+            try:
+                await controller.start()
+                await controller.wait()
+            except SkepError:
+                pass  # the link leads to nothing within the container
+            finally:
+                await controller.remove()
+    assert not os.listdir(outside)
+    assert not [target for target in mount_targets() if target.startswith(str(outside))]
 
 
 @contextmanager
