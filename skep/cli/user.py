@@ -1,6 +1,7 @@
 """``skep user``: users of the API over TCP, and their credentials: certificates, tokens, docker contexts."""
 
 import asyncio
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
+from skep.api.raw import RawClient
 from skep.cli.contexts import Context, Contexts
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Screen, Shown, shows, table
 from skep.cli.running import run_requests, say
-from skep.errors import InvalidArgument, Unauthenticated, Unavailable
+from skep.errors import InvalidArgument, SkepError, Unauthenticated, Unavailable
 from skep.linux.files import replace_file
 from skep.model.access import parse_binding
 
@@ -108,7 +110,8 @@ async def _add(
     has_certificate = bool(wanted.context or wanted.out)
     authority = _authority(options, wanted) if has_certificate else b""
     if wanted.context:
-        _address(options, wanted)
+        async with RawClient(_address(options, wanted)):
+            pass  # it is an address
         Contexts(options.docker_folder).check_new(wanted.context)
     async with options.requests() as client:
         await client.post("/skep/users/create", {"Name": name, "Roles": roles})
@@ -125,7 +128,8 @@ async def _add(
 
 
 async def _wait_known(options: HostOptions) -> None:
-    """Return once the node of a new context lets its user in, or say why it does not.
+    """Return once the node of a new context lets its user in, or say why it does not: the user exists, and the
+    token that was made is printed after this.
 
     The node may be another than the one that added the user, and learns of it a moment later.
     """
@@ -137,13 +141,14 @@ async def _wait_known(options: HostOptions) -> None:
                     async with endpoint.requests() as client:
                         await client.get("/skep/access")
                     return
-                except (Unauthenticated, Unavailable) as refusal:
+                except SkepError as refusal:
                     error = str(refusal)
+                    if not isinstance(refusal, Unauthenticated | Unavailable):
+                        break
                 await asyncio.sleep(backoff.next_delay_s())
     except TimeoutError:
-        say(
-            f"the user was added; the context does not work yet: {error or endpoint.host + ' does not answer'}"
-        )
+        error = error or f"{endpoint.host} does not answer"
+    say(f"the user was added; the context does not work yet: {error}")
 
 
 @user.command()
@@ -368,7 +373,12 @@ def _authority(options: HostOptions, wanted: _Wanted) -> bytes:
         raise InvalidArgument(
             "name the authority of the API's certificate: --ca FILE (the node's setting tls-ca)"
         )
-    return path.read_bytes()
+    content = path.read_bytes()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("ascii"))
+    except (ValueError, ssl.SSLError) as error:  # not ASCII, empty, or not PEM
+        raise InvalidArgument(f"{path} holds no certificate of an authority in PEM: {error}") from error
+    return content
 
 
 def _address(options: HostOptions, wanted: _Wanted) -> str:

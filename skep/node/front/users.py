@@ -49,8 +49,10 @@ class ApiTls:
         self.front.sni_callback = self._hand_over  # also called without a server name
 
     def trust(self, root_pem: str) -> None:
-        """Trust the authority of users besides the machine's from the next handshake on.  Raises: as the
-        constructor."""
+        """Trust the authority of users besides the machine's from the next handshake on.
+
+        Raises: FailedPrecondition: a file is not what it should be any more; the authorities stay as they are.
+        """
         context = tls_context(*self._files)
         if root_pem:
             context.load_verify_locations(cadata=root_pem)
@@ -75,7 +77,10 @@ class Users:
         self._rng = rng
         self.tls = tls
         self._root: x509.Certificate | None = None
-        self._root_pem = ""
+        self._trusted_pem = ""
+        """The authority of users that handshakes trust."""
+        self._trust_backoff = Backoff(1.0, 60.0, rng=rng)
+        self._trust_again_at = float("-inf")
         self._by_key: dict[str, tuple[Credentials, int]] = {}
         """Serial numbers and digests -> the user, and when they expire (unix nanoseconds)."""
         self._received_at = float("-inf")
@@ -161,12 +166,28 @@ class Users:
             for user in table.users
             for key, end_ns in (user.serials | user.tokens).items()
         }
-        if table.root_pem != self._root_pem:
-            self._root_pem = table.root_pem
-            self._root = x509.load_pem_x509_certificate(table.root_pem.encode()) if table.root_pem else None
-            if self.tls is not None:
-                self.tls.trust(table.root_pem)
+        self._root = x509.load_pem_x509_certificate(table.root_pem.encode()) if table.root_pem else None
+        self._trust(table.root_pem)
         self._end_revoked()
+
+    def _trust(self, root_pem: str) -> None:
+        """Have handshakes trust the authority, unless they do; a file of TLS that is damaged is read again later."""
+        if (
+            self.tls is None
+            or root_pem == self._trusted_pem
+            or self._clock.monotonic() < self._trust_again_at
+        ):
+            return
+        try:
+            self.tls.trust(root_pem)
+        except SkepError as error:
+            delay_s = self._trust_backoff.next_delay_s()
+            self._trust_again_at = self._clock.monotonic() + delay_s
+            log.warning("the authority of users is not trusted yet", reason=str(error), again_in_s=delay_s)
+        else:
+            self._trusted_pem = root_pem
+            self._trust_backoff.reset()
+            self._trust_again_at = float("-inf")
 
 
 def bearer(authorization: bytes) -> Credential:

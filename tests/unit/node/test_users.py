@@ -20,11 +20,11 @@ from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.model.times import SECOND_NS
 from skep.model.user import AccessTable, Credentials
-from skep.node.front.users import SILENT_S, Users, bearer
+from skep.node.front.users import SILENT_S, ApiTls, Users, bearer
 from skep.security.authority import Authority
 from skep.security.identity import Identity as NodeIdentity
 from skep.security.identity import identity_of
-from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, KeyPair, save
+from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE, KeyPair, save
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import ServerTls
 
@@ -194,6 +194,43 @@ def test_a_request_for_another_name_or_role_changes_nothing() -> None:
     _, certificate = a_certificate()
     subject = x509.load_pem_x509_certificate(certificate).subject.rfc4514_string()
     assert subject == "CN=ann,OU=skep-user"
+
+
+def test_a_damaged_file_of_tls_delays_the_authority_of_users_and_is_read_again(
+    tmp_path: Path, clock: AClock
+) -> None:
+    """After 1, 2, 4 s and so on; the users are those that were received, meanwhile too."""
+    cluster, key = Authority.create(), new_private_key()
+    identity = NodeIdentity(node_id=NodeId("n"), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
+    certificate = cluster.sign(signing_request(key), identity)
+    save(KeyPair(certificate_pem=certificate, key_pem=private_pem(key), root_pem=cluster.root_pem), tmp_path)
+    files = [tmp_path / name for name in (CERTIFICATE_FILE, KEY_FILE, ROOT_FILE)]
+    tls = ApiTls(*files)
+    users = Users(Client.local(Path("/nonexistent"), "no manager"), clock, lambda: 1.0, tls)
+    serial, _ = a_certificate()
+    table = a_table(serials={serial: LATER})
+
+    def authorities() -> int:
+        return len(tls._current.get_ca_certs())
+
+    files[0].write_text("damaged")
+    for wait_s in (1, 2, 4):
+        users._take(table)
+        clock.ahead_s += wait_s - 0.5
+        users._take(table)
+        clock.ahead_s += 0.6
+    assert users.identify(Credential(Origin.CERTIFICATE, serial)).name == "ann"
+    assert authorities() == 1, "the machine's alone"
+    users._take(table)
+    files[0].write_bytes(certificate)
+    users._take(table)
+    assert authorities() == 1, "the next attempt is in 8 s"
+    clock.ahead_s += 8
+    users._take(table)
+    assert authorities() == 2
+    users._take(a_table(serials={}))
+    users._take(AccessTable())
+    assert authorities() == 1, "a node without a cluster trusts its own authority alone"
 
 
 async def test_a_managers_port_refuses_the_certificate_of_a_user(tmp_path: Path) -> None:
