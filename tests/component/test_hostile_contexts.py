@@ -89,6 +89,18 @@ async def test_a_file_that_shrinks_while_it_is_sent_fails_the_build(
     assert_nothing_is_left(node)
 
 
+@pytest.mark.parametrize("added", [1, 512, 50_000])
+async def test_a_file_that_grows_while_it_is_sent_fails_the_build(
+    node: ImageStore, tmp_path: Path, added: int
+) -> None:
+    """What is beyond the size in its header is taken for the next entry."""
+    whole = a_tar(DOCKERFILE, a_file("data", b"x" * 102_400), a_file("later", b"y" * 100))
+    end = whole.index(b"x" * 100) + 102_400  # a multiple of a block: nothing pads it
+    said = await built(tmp_path / "api", whole[:end] + b"x" * added + whole[end:])
+    assert "archive/tar: invalid tar header" in said, said
+    assert_nothing_is_left(node)
+
+
 @pytest.mark.parametrize("length", [300, 1500, 60_000])
 async def test_an_archive_that_ends_early_fails_the_build(
     node: ImageStore, tmp_path: Path, length: int

@@ -44,7 +44,7 @@ _REDIRECTS_WITH_BODY = frozenset({307, 308})
 _REDIRECTS_MAX = 10
 """As in Go."""
 _TOKEN_BYTES_MAX = 1 << 20
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
+BLOB_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 """A blob may take as long as it likes while bytes keep coming."""
 SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
 """Of requests whose response is small."""
@@ -258,7 +258,7 @@ class Connection:
         *,
         headers: Mapping[str, str] | None = None,
         content: Content | bytes | None = None,
-        timeout: aiohttp.ClientTimeout = _TIMEOUT,
+        timeout: aiohttp.ClientTimeout,
         also: str = "",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response of the registry at ``place`` (a path, or where it said), redirects followed, logged in.
@@ -433,8 +433,7 @@ class Repository(Connection):
             RegistryError.
         """
         path = f"{self.path}/manifests/{target}"
-        accept = {"Accept": _ACCEPT}
-        async with self.request("GET", path, headers=accept, timeout=SHORT_TIMEOUT) as response:
+        async with self.request("GET", path, headers={"Accept": _ACCEPT}, timeout=SHORT_TIMEOUT) as response:
             await self._check(response)
             content = await read_bounded(response, bytes_max)
             media_type = response.content_type
@@ -459,7 +458,8 @@ class Repository(Connection):
         A registry without ranges begins at 0.  Raises: NotFound, PermissionDenied, RegistryError.
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
-        async with self.request("GET", f"{self.path}/blobs/{digest}", headers=headers) as response:
+        path = f"{self.path}/blobs/{digest}"
+        async with self.request("GET", path, headers=headers, timeout=BLOB_TIMEOUT) as response:
             await self._check(response)
             yield start if response.status == 206 else 0, _pieces(response)
 

@@ -37,9 +37,15 @@ class Rogue:
         self.cut_after: int | None = None
         self.guard: Callable[[web.Request], web.Response | None] = lambda _: None
         self.address = ""
+        self.silent_at = ""
+        self.silent_after: int | None = None
+        """The end of a path to which it sends nothing, or a head and so many bytes and nothing more."""
+        self.ended = asyncio.Event()
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(request)
+        if self.silent_at and request.path.endswith(self.silent_at):
+            return await self._silence(request)
         refusal = self.guard(request)
         if refusal is not None:
             return refusal
@@ -54,6 +60,15 @@ class Rogue:
         if kind == "blobs" and name in self.blobs:
             return await self._blob(request, self.blobs[name])
         return web.Response(status=200 if request.path == "/v2/" else 404)
+
+    async def _silence(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        if self.silent_after is not None:
+            response.content_length = 1 << 30
+            await response.prepare(request)
+            await response.write(bytes(self.silent_after))
+        await self.ended.wait()
+        return response
 
     async def _blob(self, request: web.Request, content: bytes) -> web.StreamResponse:
         start = int(request.headers.get("Range", "bytes=0-")[6:-1])
@@ -77,6 +92,7 @@ async def rogue() -> AsyncIterator[Rogue]:
     async with TestServer(app, host="127.0.0.1") as server:
         rogue.address = f"127.0.0.1:{server.port}"
         yield rogue
+        rogue.ended.set()
 
 
 async def test_an_image_is_pulled_layer_by_layer(images: ImageStore, rogue: Rogue):
@@ -205,6 +221,32 @@ async def test_an_endless_manifest_is_cut_off(images: ImageStore, rogue: Rogue):
     rogue.manifests["1"] = (b" " * (5 << 20), DOCKER_MANIFEST)
     with pytest.raises(InvalidArgument, match="the response is larger than 4194304 bytes"):
         await images.pull(f"{rogue.address}/app:1")
+
+
+SILENT = {
+    "ping": "/v2/",
+    "manifest": "/manifests/1",
+    "configuration": f"/blobs/{sha256(CONFIG)}",
+    "layer": f"/blobs/{sha256(BLOBS[1])}",
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "sent"),
+    [*((step, None) for step in SILENT), *((step, 100) for step in SILENT if step != "ping")],
+)
+async def test_a_registry_that_sends_no_more_ends_the_pull(
+    images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch, step: str, sent: int | None
+):
+    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 2)
+    monkeypatch.setattr("skep.engine.images.registry.SHORT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+    monkeypatch.setattr("skep.engine.images.registry.BLOB_TIMEOUT", aiohttp.ClientTimeout(sock_read=0.3))
+    rogue.silent_at, rogue.silent_after = SILENT[step], sent
+    with pytest.raises(RegistryError, match="request canceled"):
+        await asyncio.wait_for(images.pull(f"{rogue.address}/app:1"), 60)
+    assert not images.images()
+    assert not images.layer_store.all()
+    assert not list(images.scratch.iterdir())
 
 
 async def test_a_registry_that_is_not_there_is_named(images: ImageStore):

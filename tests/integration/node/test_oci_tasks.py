@@ -27,7 +27,16 @@ from skep.model.container import (
 from skep.model.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId, new_id
 from skep.model.logs import LogQuery, LogStream
 from skep.model.meta import Driver
-from skep.model.service import Limits, PortConfig, PublishMode, ResourceRequirements, TaskSpec
+from skep.model.service import (
+    DiscreteResource,
+    GenericResource,
+    Limits,
+    NamedResource,
+    PortConfig,
+    PublishMode,
+    ResourceRequirements,
+    TaskSpec,
+)
 from skep.model.task import AssignedTask, Task
 from tests.support.runc_lab import IMAGE, Lab, with_defaults
 
@@ -164,6 +173,16 @@ async def test_secrets_and_configs_are_files_with_their_owner_and_mode(
     on_disk = [path for path in lab.paths.data.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     assert on_disk == []
     assert list((lab.paths.secrets / "files").iterdir()) == []
+
+
+async def test_assigned_generic_resources_are_variables_inside(executor: OciExecutor) -> None:
+    given = (
+        GenericResource(named_resource_spec=NamedResource(kind="gpu", value="UUID1")),
+        GenericResource(discrete_resource_spec=DiscreteResource(kind="ssd", value=2)),
+    )
+    task = a_task("sh", "-c", "env | grep DOCKER_RESOURCE | sort")
+    task = msgspec.structs.replace(task, task=msgspec.structs.replace(task.task, generic_resources=given))
+    assert await output(executor, task) == "DOCKER_RESOURCE_GPU=UUID1\nDOCKER_RESOURCE_SSD=2\n"
 
 
 async def test_a_templated_config_is_expanded_for_its_task_and_outlives_the_node_process(
