@@ -59,7 +59,7 @@ def take(path: Path) -> Taken | None:
             received = _sockets(connection)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
-    except OSError as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("predecessor has not handed over", reason=str(error))
         return None
     # One of a version before sends no labels.

@@ -38,36 +38,55 @@ class NameRegistration:
     def __init__(self, service: NameRegistry, resolver: Path) -> None:
         self._service = service
         self._resolver = resolver
+        self._wanted: dict[str, Named] = {}
+        self._failing: dict[str, str] = {}
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Serve exactly the ``live`` ones.  Failures are logged: these containers run already."""
-        wanted = {config.id: named for config, one in live if (named := self._named(config, one)) is not None}
+        found = ((config.id, self._named(config, one)) for config, one in live)
+        self._wanted = {id: named for id, named in found if named is not None}
         served = {one.id: one for one in (await self._service.listing()).served}
-        for id in served.keys() - wanted.keys():
+        for id in served.keys() - self._wanted.keys():
             await self._service.forget(id)
-        for id, named in wanted.items():
-            if served.get(id) != named:
-                try:
-                    await self._service.serve(named)
-                except SkepError as error:
+        await self._serve_others(served)
+
+    async def served(self) -> frozenset[str]:
+        """Ids of the containers that have names.  Those that should and have none are served first.
+
+        Raises: SkepError: the net process does not respond.
+        """
+        served = {one.id: one for one in (await self._service.listing()).served}
+        await self._serve_others(served)
+        return frozenset(served)
+
+    async def _serve_others(self, served: Mapping[str, Named]) -> None:
+        for id, named in tuple(self._wanted.items()):
+            if served.get(id) == named or self._wanted.get(id) is not named:
+                continue
+            try:
+                await self._service.serve(named)
+            except SkepError as error:
+                if self._failing.get(id) != str(error):
                     log.warning("container without names", container=id, reason=str(error))
+                self._failing[id] = str(error)
+            else:
+                self._failing.pop(id, None)
 
     async def attach(self, config: SandboxConfig, sandbox: Sandbox) -> None:
         """Names are served when this returns.  Raises: SkepError."""
         if (named := self._named(config, sandbox)) is not None:
             await self._service.serve(named)
+            self._wanted[config.id] = named
 
     async def detach(self, id: ContainerId) -> None:
         """Serve no names to the container any more; harmless when it has none.  Raises: SkepError."""
+        self._wanted.pop(id, None)
+        self._failing.pop(id, None)
         await self._service.forget(id)
 
     async def listing(self) -> Listing:
         """Everything that the net process holds and has counted.  Raises: SkepError."""
         return await self._service.listing()
-
-    async def served(self) -> frozenset[str]:
-        """Ids of the containers that have names.  Raises: SkepError."""
-        return frozenset(one.id for one in (await self._service.listing()).served)
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]

@@ -17,6 +17,8 @@ from typing import Protocol
 
 import msgspec
 
+from skep.aio.failures import log_error
+from skep.aio.trees import discard_tree_now
 from skep.dataplane.protocol import Reservation
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkepError, Unavailable
 from skep.linux.descriptors import set_aside
@@ -148,13 +150,20 @@ class Reservations:
 def reopened(state: Path) -> Held:
     """The ports in the file of an earlier process, bound again; those that another program has are left out.
 
-    Raises: OSError: it cannot be read now.
+    A damaged file is kept beside it (``.damaged``), and counts as none.  Raises: OSError: it cannot be read now.
     """
     try:
         reservations = msgspec.json.decode(state.read_bytes(), type=tuple[Reservation, ...])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and not is_no_file(error):
+    except OSError as error:
+        if not is_no_file(error):
             raise
+        return {}
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        aside = state.with_name(state.name + ".damaged")
+        log_error(error, "ports are not held any more: their file is damaged", kept_as=str(aside))
+        discard_tree_now(aside)
+        with suppress(OSError):
+            state.rename(aside)
         return {}
     held: Held = {}
     for reservation in reservations:

@@ -26,7 +26,7 @@ from skep.dataplane.vip.elements import ElementSocket
 from skep.dataplane.vip.neighbours import flush_pending
 from skep.dataplane.vip.virtual_addresses import Services, VirtualAddresses, delete_stale_flows, write_plan
 from skep.errors import SkepError, Unavailable
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import NetworkId, ServiceId
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ class ContainerRecord(msgspec.Struct, frozen=True):
     namespace: tuple[int, int] = (0, 0)
 
     def is_same_namespace(self) -> bool:
-        """Whether the namespace that was served is still there."""
+        """Whether the namespace that was served is still there.  Raises: OSError: that is not known now."""
         return self.namespace == namespace_at(Path(self.named.netns))
 
 
@@ -317,9 +317,11 @@ def _reset_flows(backends: VipBackends) -> None:
 
 
 def namespace_at(path: Path) -> tuple[int, int]:
-    """Device and inode of the namespace at ``path``; zeros: there is none."""
+    """Device and inode of the namespace at ``path``; zeros: there is none.  Raises: OSError: that is not known now."""
     try:
         found = path.stat()
-    except OSError:
-        return 0, 0
+    except OSError as error:
+        if is_no_file(error):
+            return 0, 0
+        raise
     return found.st_dev, found.st_ino

@@ -11,6 +11,8 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.failures import retry
+from skep.aio.trees import discard_tree_now
 from skep.dataplane.dns.networks import Networks
 from skep.dataplane.dns.server import Sockets
 from skep.dataplane.dns.upstream import Forwarder
@@ -19,7 +21,7 @@ from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.protocol import Label, NameCounts, Named, Waiting
 from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.linux.files import is_no_file
+from skep.linux.files import BESIDE, is_no_file
 from skep.model.ids import NetworkId
 from skep.paths import Paths
 
@@ -64,6 +66,8 @@ class ServedContainers:
             paths.names, namespaces, self._networks, self._forwarder, rng, start_task
         )
         self._served: dict[str, ServedContainer] = {}
+        self._handed_over: dict[str, Sockets] = {}
+        """Of containers whose records could not be read yet."""
         self._work: dict[str, _Work] = {}
         self._workers: dict[str, asyncio.Task[None]] = {}
         self.repairs = Repairs()
@@ -84,24 +88,59 @@ class ServedContainers:
         )
 
     def take_over(self, sockets: Mapping[Label, socket.socket], pending: Iterable[Waiting]) -> None:
-        """Serve the containers that an earlier process has saved, at its sockets where they were handed over."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._directory.iterdir()):
-            record = _read(path)
-            if record is None or not record.is_same_namespace():
-                path.unlink(missing_ok=True)
-                continue
-            id = record.named.id
-            udp, tcp = sockets.get(Label(id, "udp")), sockets.get(Label(id, "tcp"))
-            served = self._served[id] = self._new(record)
-            if udp is not None and tcp is not None:
-                served.adopt(Sockets(udp, tcp))
-            self._schedule(id, _Work.OPEN)
+        """Serve the containers that an earlier process has saved, at its sockets where they were handed over.
+
+        A record that cannot be read now is read again until it can; the other containers are served meanwhile.
+        """
+        self._handed_over = {
+            id: Sockets(udp, sockets[Label(id, "tcp")])
+            for (id, kind), udp in ((msgspec.structs.astuple(label), one) for label, one in sockets.items())
+            if kind == "udp" and Label(id, "tcp") in sockets
+        }
+        try:
+            self._take_all()
+        except OSError:
+            again = retry(self._take_again, "containers without names yet", clock=self._clock, rng=self._rng)
+            self._start_task(again)
         self._respond(pending)
+
+    async def _take_again(self) -> None:
+        self._take_all()
+
+    def _take_all(self) -> None:
+        """Serve the containers whose records can be read.  Raises: OSError: another one's cannot."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        failure: OSError | None = None
+        for path in sorted(self._directory.iterdir()):
+            try:
+                self._take(path)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        self._close_handed_over()
+
+    def _take(self, path: Path) -> None:
+        if path.name in self._served:
+            return
+        record = None if path.name.endswith(BESIDE) else _read(path)
+        if record is None or not record.is_same_namespace():
+            discard_tree_now(path)  # it may be a directory
+            return
+        id = record.named.id
+        served = self._served[id] = self._new(record)
+        if (earlier := self._handed_over.pop(id, None)) is not None:
+            served.adopt(earlier)
+        self._schedule(id, _Work.OPEN)
+
+    def _close_handed_over(self) -> None:
+        for sockets in self._handed_over.values():
+            sockets.close()
+        self._handed_over.clear()
 
     async def serve(self, named: Named) -> None:
         """Serve the container ``named``, anew if it has changed.  Raises: FailedPrecondition."""
-        record, earlier = ContainerRecord(named), None
+        record, earlier = ContainerRecord(named), self._handed_over.pop(named.id, None)
         pending: tuple[Waiting, ...] = ()
         old = self._served.get(named.id)
         if old is not None:
@@ -124,9 +163,9 @@ class ServedContainers:
 
     def forget(self, id: str) -> None:
         """Stop serving the container; ignored when it is not served."""
-        served = self._served.pop(id, None)
-        if served is not None:
-            served.close()
+        for held in (self._served.pop(id, None), self._handed_over.pop(id, None)):
+            if held is not None:
+                held.close()
         (self._directory / id).unlink(missing_ok=True)
         self._networks.keep(
             attachment.network for one in self._served.values() for attachment in one.named.networks
@@ -167,18 +206,19 @@ class ServedContainers:
         self._respond(pending)
 
     def sockets(self) -> Mapping[Label, socket.socket]:
-        """The sockets of all containers."""
+        """The sockets of all containers, those whose records are still to be read among them."""
+        held = {id: one.sockets for id, one in self._served.items() if one.sockets is not None}
         return {
             Label(id, kind): opened
-            for id, served in self._served.items()
-            if served.sockets is not None
-            for kind, opened in (("udp", served.sockets.udp), ("tcp", served.sockets.tcp))
+            for id, one in (held | self._handed_over).items()
+            for kind, opened in (("udp", one.udp), ("tcp", one.tcp))
         }
 
     def close(self) -> None:
         """Close all sockets."""
         for served in self._served.values():
             served.close()
+        self._close_handed_over()
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -246,12 +286,19 @@ class ServedContainers:
 
 
 def _read(path: Path) -> ContainerRecord | None:
-    """None: no record.  Raises: OSError: it cannot be read at present."""
+    """None: no record, or a damaged one: the node has the container served anew.
+
+    Raises: OSError: it cannot be read at present.
+    """
     try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=ContainerRecord)
-    except msgspec.DecodeError:
+        record = msgspec.msgpack.decode(path.read_bytes(), type=ContainerRecord)
+        if record.named.id != path.name:
+            raise msgspec.ValidationError(f"it is that of container {record.named.id}")
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        log.warning("record of a container's names removed", path=str(path), reason=str(error))
         return None
     except OSError as error:
         if is_no_file(error):
             return None
         raise
+    return record

@@ -8,11 +8,10 @@ A mount of a socket is one of its inode, so the listening socket must outlive th
 inherits the descriptor, keeps it until the container ends, and the next node process borrows it from there.
 """
 
-import grp
+import errno
 import os
 import socket
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple, Protocol
 
@@ -24,7 +23,7 @@ from skep.engine.processes import open_pidfd
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.linux.descriptors import set_aside
 from skep.linux.processes import borrowed
-from skep.linux.unix_sockets import private_socket
+from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.container import Mount
 from skep.model.ids import ContainerId
 
@@ -37,7 +36,8 @@ _USUAL: Final = ("/var/run/docker.sock", "/run/docker.sock")
 _VOLUMES: Final = "/var/lib/docker/volumes"
 """Where Docker's agents look for the files of volumes: this node's, unless an engine has its own there."""
 _BACKLOG = 64
-_GROUP = "docker"
+_ENDED = (errno.ENOENT, errno.ESRCH, errno.EBADF)
+_REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
 
 class ApiServer(Protocol):
@@ -139,7 +139,10 @@ class ApiSockets:
         return self._opened.pop(id, None)
 
     def adopt(self, container: Container, own: Path) -> None:
-        """Serve the socket of a container that an earlier process started, borrowed from its conmon."""
+        """Serve the socket of a container that an earlier process started, borrowed from its conmon.
+
+        Raises: OSError: not now, for want of descriptors or memory.
+        """
         if container.monitor is None or not self.give(container.config.mounts, own).has_socket:
             return
         listener = _inherited(container.monitor)
@@ -177,14 +180,19 @@ def _bound(own: Path) -> socket.socket:
         bound = private_socket(Path(f"/proc/self/fd/{directory}") / NAME)
     finally:
         os.close(directory)
-    with suppress(KeyError):  # no such group: root only
-        os.chown(own / NAME, 0, grp.getgrnam(_GROUP).gr_gid)
-        (own / NAME).chmod(0o660)
+    try:
+        let_group_in(own / NAME)
+    except BaseException:
+        bound.close()
+        raise
     return bound
 
 
 def _inherited(monitor: ProcessName) -> socket.socket | None:
-    """The listening socket of that name among the descriptors of a conmon; None: it has none, or has ended."""
+    """The listening socket of that name among the descriptors of a conmon; None: it has none, or has ended.
+
+    Raises: OSError: that cannot be found out now.
+    """
     process = open_pidfd(monitor)
     if process is None:
         return None
@@ -197,6 +205,8 @@ def _inherited(monitor: ProcessName) -> socket.socket | None:
                 return found
             found.close()
     except OSError as error:
+        if error.errno not in _ENDED and error.errno not in _REFUSED:
+            raise
         log.warning("API socket not taken over", conmon=monitor.pid, error=str(error))
     finally:
         os.close(process)

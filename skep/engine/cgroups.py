@@ -18,7 +18,8 @@ from pathlib import Path
 import structlog
 
 from skep.engine.container import Container
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, Unavailable
+from skep.linux.files import is_no_file
 from skep.linux.trees import directories
 from skep.model.ids import ContainerId
 
@@ -28,6 +29,8 @@ MOUNT_POINT = Path("/sys/fs/cgroup")
 _CGROUP2_SUPER_MAGIC = 0x63677270
 _WEIGHTS_V1 = ("blkio.weight", "blkio.bfq.weight")
 _WEIGHTS_V2 = ("io.weight", "io.bfq.weight")
+_NO_PROCESSES_OF_ITS_OWN = (errno.ENODEV, errno.EOPNOTSUPP)
+"""It has been removed; it has threads alone, whose processes are listed further up."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -124,13 +127,23 @@ class Cgroups:
         return any(f"{line.split(':', 2)[2]}/".startswith(f"/{self.parent}/") for line in lines)
 
     def pids(self, container: Container) -> frozenset[int]:
-        """The processes of a container, nested groups included.  Empty when it has none."""
+        """The processes of a container, nested groups included.  Empty when it has none.
+
+        Raises: Unavailable: they cannot be read now.
+        """
         directory = self.directory(container, "pids") or self.directory(container, "memory")
         found: set[int] = set()
         if directory is not None:
-            for group in directories(directory):
-                with suppress(OSError):
+            groups = [directory]
+            while groups:
+                group = groups.pop()
+                try:
+                    with os.scandir(group) as entries:
+                        groups += [Path(one) for one in entries if one.is_dir(follow_symlinks=False)]
                     found.update(map(int, (group / "cgroup.procs").read_text().split()))
+                except OSError as error:
+                    if not (is_no_file(error) or error.errno in _NO_PROCESSES_OF_ITS_OWN):
+                        raise Unavailable(f"processes of a container cannot be read: {error}") from error
         return frozenset(found)
 
     def enter_monitors(self) -> None:

@@ -215,7 +215,7 @@ class Engine:
     async def top(self, word: str, ps_args: str = "") -> Top:
         """The processes of a running container as ``ps`` on the node shows them (``ps_args`` empty: ``-ef``).
 
-        Raises: NotFound; NotRunning; InvalidArgument: ps does not take the arguments.
+        Raises: NotFound; NotRunning; InvalidArgument: ps does not take the arguments; Unavailable.
         """
         container = self._require_running(word)
         return await top.processes(self._cgroups.pids(container), ps_args or "-ef")

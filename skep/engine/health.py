@@ -24,7 +24,7 @@ from skep.engine.container import Container, ContainerState, ExecConfig, Health,
 from skep.engine.events import Events
 from skep.engine.execs import Execs
 from skep.engine.state import ContainerStore
-from skep.errors import NotFound, SkepError
+from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
 from skep.model.times import SECOND_NS, timestamp, unix_ns
@@ -216,7 +216,7 @@ class HealthMonitor:
             return
         if not exec.running or not exec.pid:
             return
-        with suppress(ProcessLookupError):
+        try:
             descriptor = os.pidfd_open(exec.pid)
             try:
                 # Checked once the descriptor is open: what is in the container's cgroup then is the container's.
@@ -224,6 +224,10 @@ class HealthMonitor:
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             finally:
                 os.close(descriptor)
+        except ProcessLookupError:
+            pass
+        except (OSError, Unavailable) as error:  # the result of the probe holds all the same
+            log_error(error, "probe not killed", container=container.id)
         with suppress(TimeoutError, NotFound):
             async with asyncio.timeout(_KILLED_S):
                 await self._execs.wait(exec_id)

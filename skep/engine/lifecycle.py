@@ -490,8 +490,13 @@ class Lifecycle:
             await self._adopt_created(container, has_network=has_network)
 
     async def _adopt_api(self, container: Container) -> None:
-        own = self._bundles.api(container.id)
-        await self._free(asyncio.to_thread(self._bundles.apis.adopt, container, own), container.id)
+        apis, id = self._bundles.apis, container.id
+        adopt = partial(asyncio.to_thread, apis.adopt, container, self._bundles.api(id))
+        try:
+            await adopt()
+        except Exception:  # the container runs on meanwhile
+            event = "API socket not taken over yet"
+            self.spawn(retry(adopt, event, clock=self._clock, container=id), name=f"api-{id[:12]}")
 
     async def _adopt_created(self, container: Container, *, has_network: bool) -> None:
         """It may have been started just before the process ended: runc has its state.  Otherwise prepare it anew."""

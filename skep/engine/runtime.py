@@ -176,7 +176,9 @@ class Runtime:
                 return
             # The kernel counts a process as a group's member until a moment after its end was reported.
             await asyncio.sleep(backoff.next_delay_s())
-        pids = sorted(self.cgroups.pids(container))
+        pids: list[int] = []
+        with suppress(Unavailable):  # for the log
+            pids = sorted(self.cgroups.pids(container))
         log.warning("processes of an ended container are killed", container=container.id, pids=pids)
         await self.delete(container)
 

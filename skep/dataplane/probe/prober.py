@@ -23,7 +23,7 @@ from skep.dataplane.probe.findings import is_changed, next_report
 from skep.dataplane.probe.measurements import Measurements, Offload
 from skep.dataplane.probe.port_probe import PortChecks
 from skep.errors import SkepError
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, PathReport, ProbeTargets
 
@@ -64,12 +64,17 @@ class SavedState(msgspec.Struct, frozen=True):
 
 
 def load_state(file: Path) -> SavedState | None:
-    """None: there is none, or it cannot be read, which is logged."""
+    """None: there is none, or it is damaged, which is logged: all is measured again.
+
+    Raises: OSError: it cannot be read now.
+    """
     try:
         return msgspec.msgpack.decode(file.read_bytes(), type=SavedState)
-    except FileNotFoundError:
+    except OSError as error:
+        if not is_no_file(error):
+            raise
         return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("measurements cannot be read", file=str(file), reason=str(error))
         return None
 
@@ -104,6 +109,7 @@ class PathProber:
         self._ports = ports
         self._file = file
         self._saved: SavedState | None = None
+        self._is_unread = False
         self._saving = asyncio.Lock()
         self._remeasured = remeasured
         self._clock = clock
@@ -186,17 +192,26 @@ class PathProber:
     # --- probing ----------------------------------------------------------------------------------------------
 
     async def restore(self) -> None:
-        """Begin with the state of an earlier process of this node, unless there are targets already."""
-        self._saved = await asyncio.to_thread(load_state, self._file)
-        if self._saved is not None and not self._has_targets:
-            self._data_path.measured = self._saved.measured
-            self.set_targets(self._saved.targets)
+        """Begin with the state of an earlier process of this node; ``run`` does, if it cannot be read now."""
+        try:
+            await self._restore()
+        except OSError:
+            self._is_unread = True
+
+    async def _restore(self) -> None:
+        saved = await asyncio.to_thread(load_state, self._file)
+        if saved is not None and not self._has_targets:
+            self._saved = saved
+            self._data_path.measured = saved.measured
+            self.set_targets(saved.targets)
 
     async def run(self) -> None:
         """Probe until cancelled; the kernel's state stays for the next process."""
         try:
             async with asyncio.TaskGroup() as group:
                 keep = partial(retry, clock=self._clock, rng=self._rng)
+                if self._is_unread:
+                    group.create_task(keep(self._restore, "measurements not read yet"), name="measurements")
                 updating = keep(self._update_overlays, "overlays not updated with measurements")
                 group.create_task(updating, name="overlays with measurements")
                 await keep(partial(self._run_namespace, group), "probes have failed")

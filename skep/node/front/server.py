@@ -1,8 +1,6 @@
 """Listens on the API hosts and gives each request to the process that answers it."""
 
 import asyncio
-import grp
-import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -30,7 +28,7 @@ from skep.api.framing import (
 from skep.api.identity import identify
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable
-from skep.linux.unix_sockets import private_socket
+from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.access import Identity
 from skep.node.front.application import Application
 from skep.node.front.handover import Handover, Passed, Returned
@@ -56,7 +54,6 @@ _ACCEPTED_AT_ONCE = 64
 _FIRST_BYTES = 64 * 1024
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 9}
 """For clients by TCP that vanish without closing: as Docker's, which are Go's defaults."""
-_GROUP = "docker"
 
 
 class Membership(Protocol):
@@ -433,10 +430,10 @@ def _unix_listener(path: Path) -> socket.socket:
         )
     sock = private_socket(path)  # no other user may connect before the group is set
     try:
-        os.chown(path, 0, grp.getgrnam(_GROUP).gr_gid)
-        path.chmod(0o660)
-    except KeyError:
-        pass  # no such group: root only
+        let_group_in(path)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Network
@@ -18,6 +19,7 @@ from skep.aio.failures import retry
 from skep.api.networks import SubnetBody
 from skep.dataplane.dns.networks import Networks
 from skep.dataplane.gateway import stored_subnet
+from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import LocalNetwork
 from skep.dataplane.netns import namespaces
@@ -25,16 +27,22 @@ from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.repairs import Repairs
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.ports import Reservations, reopened
+from skep.dataplane.probe.measurements import Measurements
+from skep.dataplane.probe.prober import PathProber, SavedState, load_state, save_state
+from skep.dataplane.protocol import Label, Named
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
+from skep.dataplane.served_container import ContainerRecord, namespace_at
 from skep.dataplane.served_containers import ServedContainers
 from skep.dataplane.wireguard import keys
 from skep.dataplane.wireguard.tunnels import Options, Tunnels
 from skep.errors import SkepError, Unavailable
 from skep.linux.mounting import mount_targets
 from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId
+from skep.model.paths import PathPeer, ProbeTargets
+from skep.model.publishing import PublishOptions
 from skep.model.sandbox import EndpointRequest, SandboxConfig
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableService
+from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TablePort, TableService
 from skep.model.times import Timestamp
 from skep.model.wireguard import Method, published_keys
 from skep.paths import Paths
@@ -54,6 +62,10 @@ NETWORK = LocalNetwork(
 REAL_OPEN, REAL_WRITE = os.open, os.write
 """They do not count, and do not fail."""
 NET = NetworkId("net1")
+STATE = SavedState(
+    ProbeTargets(node=PathPeer(node_id=NodeId("n1"), hostname="m", data_path="192.0.2.1"), peers=()),
+    Measurements({NodeId("n2"): 1400}),
+)
 
 
 class OneNetwork:
@@ -164,6 +176,12 @@ async def test_a_process_that_cannot_read_which_ports_it_held_does_not_take_them
     assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 1
 
 
+def test_a_damaged_list_of_held_ports_is_kept_aside(tmp_path: Path) -> None:
+    (tmp_path / "ports").write_bytes(b"[")
+    assert reopened(tmp_path / "ports") == {}
+    assert (tmp_path / "ports.damaged").read_bytes() == b"["
+
+
 async def test_the_gateways_subnet_stays_or_is_not_used(tmp_path: Path) -> None:
     kept, other = IPv4Network("172.19.0.0/16"), IPv4Network("172.20.0.0/16")
 
@@ -203,6 +221,114 @@ async def test_relays_follow_their_plan(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("skep.linux.filewatch._LOOK_S", 0.001)
         assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 3
+
+
+async def test_relayed_ports_are_those_before_or_those_now(tmp_path: Path) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        plan = place / "relays/plan"
+        mesh = Mesh(
+            namespaces=cast("Any", Kernel()),
+            home=cast("Any", Kernel()),
+            reply_routing=cast("Any", Kernel()),
+            ports=cast("Any", FreePorts()),
+            relays=plan,
+            clock=QuickClock(),
+            rng=Random(1).random,
+        )
+        for port in (81, 82):
+            with suppress(SkepError):
+                await mesh.apply(NodeId("n1"), {NET: published(port)}, frozenset({NET}))
+        faults.end()
+        assert relayed(plan) <= {81, 82}
+        await mesh.apply(NodeId("n1"), {NET: published(82)}, frozenset({NET}))
+        assert relayed(plan) == {82}
+
+    def relayed(plan: Path) -> set[int]:
+        if not plan.exists():
+            return set()
+        return {one.port for one in msgspec.json.decode(plan.read_bytes(), type=tuple[RelayPort, ...])}
+
+    assert await walk(tmp_path, life) > 4
+
+
+def published(port: int) -> Table:
+    """Relayed: it has no backends at this node, and speaks the proxy protocol."""
+    service = TableService(
+        id=ServiceId("web"),
+        name="web",
+        ports=(
+            TablePort(protocol="tcp", published=port, target=80, options=PublishOptions(proxy_protocol=2)),
+        ),
+    )
+    return Table(
+        head=NetworkHead(id=NET, name="ingress", is_ingress=True), services={ServiceId("web"): service}
+    )
+
+
+class Kernel:
+    """Everything about the kernel works."""
+
+    async def run(self, *_: Any) -> None: ...
+
+    async def apply(self, *_: Any) -> None: ...
+
+    def set_part(self, *_: Any) -> None: ...
+
+    def remove_part(self, *_: Any) -> None: ...
+
+
+class FreePorts:
+    async def held(self) -> tuple[()]:
+        return ()
+
+    async def reserve(self, *_: Any) -> int:
+        return 0
+
+    async def release(self, *_: Any) -> None: ...
+
+
+async def test_measurements_of_an_earlier_process_are_used_as_soon_as_they_can_be_read(
+    tmp_path: Path,
+) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        path = DataPathOfNone()
+        prober = PathProber(
+            cast("Any", path),
+            cast("Any", None),
+            place / "paths",
+            Kernel().apply,
+            QuickClock(),
+            Random(1).random,
+        )
+        await prober.restore()
+        running = asyncio.create_task(prober.run())
+        while path.measured != STATE.measured or path.targets != STATE.targets:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        faults.end()
+        running.cancel()
+        await asyncio.wait([running])
+        assert load_state(place / "paths") == STATE
+
+    (tmp_path / "template").mkdir()
+    save_state(tmp_path / "template/paths", STATE)
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 1
+
+
+class DataPathOfNone:
+    """Nothing is sent."""
+
+    failure = ""
+    offload = None
+
+    def __init__(self) -> None:
+        self.measured = Measurements()
+        self.targets: ProbeTargets | None = None
+
+    async def apply(self, targets: ProbeTargets | None) -> str:
+        self.targets = targets
+        return ""
+
+    def close(self) -> None: ...
 
 
 async def test_a_table_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
@@ -332,6 +458,76 @@ async def test_a_setting_that_the_kernel_refuses_leaves_no_namespace(
     assert spaces.pinned() == []
     assert not [point for point in mount_targets() if point.startswith(str(tmp_path))]
     spaces.close()
+
+
+# --- the net process takes over ------------------------------------------------------------------------------------
+
+
+class StuckNamespaces:
+    """Nothing is done in a namespace."""
+
+    writer = "skep-1"
+
+    async def run(self, *_: Any) -> Any:
+        await asyncio.Event().wait()
+
+
+async def test_a_record_that_cannot_be_read_keeps_no_other_container_from_its_names(tmp_path: Path) -> None:
+    template, ids = tmp_path / "template", {"c1", "c2"}
+    (template / "run/names").mkdir(parents=True)
+    for id in ids:
+        named = Named(id=id, netns=str(tmp_path / "template"), networks=())
+        record = ContainerRecord(named, namespace=namespace_at(template))
+        (template / "run/names" / id).write_bytes(msgspec.msgpack.encode(record))
+    (template / "run/names/c3.new").write_bytes(b"half")
+    (template / "run/names/c4").write_bytes(b"\x00")
+
+    async def life(place: Path, faults: Faults) -> None:
+        async with asyncio.TaskGroup() as group:
+            tasks: list[asyncio.Task[None]] = []
+
+            def start(work: Any) -> asyncio.Task[None]:
+                tasks.append(group.create_task(work))
+                return tasks[-1]
+
+            serving = ServedContainers(
+                Paths(place / "data", place / "run"),
+                cast("Any", StuckNamespaces()),
+                clock=QuickClock(),
+                rng=Random(1).random,
+                new_id=lambda: 1,
+                start_task=start,
+            )
+            given = {Label(id, kind): bound(kind) for id in ids for kind in ("udp", "tcp")}
+            serving.take_over(given, ())
+            read = any(f"names/{id}" in hit for hit in faults.hits for id in ids)
+            assert len(serving.list()) >= (1 if read else 0 if faults.hits else 2)
+            assert serving.sockets() == given, "what was handed over is kept, and handed over again"
+            faults.end()
+            while {one.id for one in serving.list()} != ids:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            assert serving.sockets() == given
+            serving.close()
+            for task in tasks:
+                task.cancel()
+
+    def bound(kind: str) -> socket.socket:
+        opened = socket.socket(type=socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM)
+        opened.bind(("127.0.0.1", 0))
+        if kind == "tcp":
+            opened.listen()
+        opened.setblocking(False)
+        return opened
+
+    assert await walk(tmp_path / "lives", life, template=template) > 5
+
+
+def test_a_namespace_that_cannot_be_looked_at_is_not_taken_for_gone(tmp_path: Path) -> None:
+    assert namespace_at(tmp_path / "none") == (0, 0)
+    with file_faults(tmp_path) as faults:
+        faults.plan(0, errno.ENOMEM)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            namespace_at(tmp_path)
 
 
 # --- keys of encrypted networks -----------------------------------------------------------------------------------

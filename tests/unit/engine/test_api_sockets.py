@@ -1,13 +1,22 @@
 """What a container is given in place of the API's socket."""
 
+import asyncio
+import errno
+import gc
+import itertools
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from skep.engine import processes
 from skep.engine.api_sockets import NONE, ApiSockets, Given
-from skep.engine.container import MountPoint
+from skep.engine.container import Container, ContainerConfig, MountPoint
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.container import Mount
+from skep.model.ids import ContainerId
+from tests.support.file_faults import Faults, file_faults, walk
 
 
 @pytest.fixture
@@ -80,3 +89,87 @@ def test_docker_s_directory_of_volumes_is_the_nodes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("os.path.exists", lambda _: True)
     assert apis.give([bind(mount.source)], OWN) == Given((bind(mount.source),), False), "an engine's"
     assert apis.others([mount]) == [mount]
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+class Servers:
+    """What is served, in the place of the node's."""
+
+    def __init__(self) -> None:
+        self.served: dict[str, socket.socket] = {}
+
+    def serve(self, container: Container, listener: socket.socket) -> None:
+        self.served[container.id] = listener
+
+    def forget(self, id: ContainerId) -> None:
+        if (listener := self.served.pop(id, None)) is not None:
+            listener.close()
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.needs("root")
+async def test_whichever_call_fails_a_socket_of_a_container_is_served_or_not_there(tmp_path: Path) -> None:
+    container = Container(
+        id=ContainerId("c1"), name="c1", image="", image_id="", config=ContainerConfig(path="sh")
+    )
+
+    async def life(place: Path, faults: Faults) -> None:
+        servers = Servers()
+        apis = ApiSockets([], place / "run", servers)
+        try:
+            apis.open(container, place / "own")
+        except OSError:
+            assert not servers.served
+            assert apis.take(container.id) is None
+        faults.end()
+        apis.open(container, place / "own")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(place / "own/skep.sock"))
+        apis.close(container.id)
+
+    before = descriptors()
+    assert await walk(tmp_path, life) > 3
+    assert descriptors() == before
+
+
+@pytest.mark.needs("root")
+async def test_a_socket_that_cannot_be_taken_over_now_is_not_taken_for_lost(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "skep.sock"))
+        listener.listen()
+        conmon = await asyncio.create_subprocess_exec("sleep", "600", pass_fds=[listener.fileno()])
+    container = Container(
+        id=ContainerId("c1"),
+        name="c1",
+        image="",
+        image_id="",
+        config=ContainerConfig(path="sh", mounts=(bind("/run/docker.sock"),)),
+        monitor=processes.find(conmon.pid),
+    )
+    try:
+        for n in itertools.count():
+            servers = Servers()
+            apis = ApiSockets([], tmp_path / "run", servers)
+            with file_faults(Path("/proc")) as faults:
+                faults.plan(n, errno.EMFILE)
+                try:
+                    apis.adopt(container, tmp_path)
+                except OSError as error:
+                    assert error.errno == errno.EMFILE  # noqa: PT017
+                    continue
+            assert servers.served.keys() == {"c1"}
+            apis.close(container.id)
+            if not faults.hits:
+                break
+        assert n >= 2
+    finally:
+        conmon.kill()
+        await conmon.wait()
+    apis.adopt(container, tmp_path)
+    assert not servers.served, "it has ended"

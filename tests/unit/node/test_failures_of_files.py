@@ -6,9 +6,10 @@ import hashlib
 import io
 import os
 import shutil
+import socket
 import tarfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from skep.agent.managers import Peer
 from skep.agent.revisions import SeenRevision
 from skep.api.networks import NetworkBody
 from skep.bootstrap import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
+from skep.configuration.configuration import UnixHost
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
@@ -29,7 +31,7 @@ from skep.engine.images.layers import Unpacked
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import DOCKER_MANIFEST, Document
 from skep.engine.images.store import ImageStore
-from skep.errors import SkepError
+from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles
 from skep.manager.incarnation import Incarnations, read_incarnations, write_incarnations
@@ -39,6 +41,7 @@ from skep.manager.process import run as run_manager
 from skep.model.ids import ClusterId, NodeId, new_container_id
 from skep.model.node import NodeRole
 from skep.model.revisions import Revision
+from skep.node.front.server import _listening_socket
 from skep.node.local import LocalNode, read_local_node, write_local_node
 from skep.node.membership import Membership
 from skep.paths import Paths
@@ -296,6 +299,30 @@ async def test_the_newest_revision(tmp_path: Path) -> None:
     seen.advance(Revision(1, 7))
     await seen._write()
     assert await walk(tmp_path / "lives", revisions_are_seen, template=tmp_path / "template") > 5
+
+
+# --- the front ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("root")
+async def test_the_socket_of_the_api(tmp_path: Path) -> None:
+    """It is served by what it should be, or by nothing, and the next attempt is not disturbed."""
+
+    async def life(place: Path, faults: Faults) -> None:
+        host = UnixHost(place / "run/docker.sock")
+        with suppress(FailedPrecondition, OSError), _listening_socket(host) as listener:
+            listener.listen()
+            assert REAL_STAT(host.path).st_mode & 0o117 == 0
+        faults.end()
+        with _listening_socket(host) as listener:
+            listener.listen()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(host.path))
+        assert not host.path.exists()
+
+    before = len(os.listdir("/proc/self/fd"))
+    assert await walk(tmp_path, life) > 5
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --- what a manager keeps ---------------------------------------------------------------------------------------------

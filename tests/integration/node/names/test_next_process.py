@@ -102,6 +102,27 @@ async def test_names_are_there_again_after_a_crash(lab: NamesLab) -> None:
     assert [one.id for one in (await lab.client.listing()).served] == ["c1"]
 
 
+async def test_damaged_records_keep_no_process_from_starting_and_the_node_has_them_replaced(
+    lab: NamesLab, tmp_path: Path
+) -> None:
+    lab.write(FRONT)
+    naming = NameRegistration(lab.client, tmp_path / "none")
+    for id in ("c1", "c2"):
+        await naming.attach(*a_container(id, await lab.container(id)))
+    crashed = net_process(lab.paths)
+    os.kill(crashed.pid, signal.SIGKILL)
+    await wait_end(crashed)
+    (lab.paths.names / "c1").write_bytes(b"\x00")
+    (lab.paths.names / "c3").mkdir()
+    await lab.start_process()
+    assert [one.id for one in (await lab.client.listing()).served] == ["c2"]
+    await naming.served()
+    assert await naming.served() == {"c1", "c2"}
+    for id in ("c1", "c2"):
+        assert await (await lab.resolver(id)).addresses("web") == ["10.0.1.2"]
+    assert {path.name for path in lab.paths.names.iterdir()} == {"c1", "c2"}
+
+
 async def test_entries_removed_between_two_processes_are_not_served_again(lab: NamesLab) -> None:
     await served(lab)
     crashed = net_process(lab.paths)
