@@ -225,3 +225,30 @@ def test_a_node_with_heartbeats_is_ready_though_it_is_marked_down_late(hangs_s: 
         cluster.run_for(3)
         assert was_down, "the case that is to be tested"
         assert cluster.is_ready(w1)
+
+
+def test_history_of_a_write_between_compaction_and_freeing_of_pages_is_discarded_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No other write follows, as in a cluster at rest."""
+    with SimulatedCluster(managers=1, workers=0, seed=1) as cluster:
+        cluster.run_for(5)
+        store = cluster.running_managers["m1"].store
+        assert store is not None
+        compact = store._client.compact
+        compacted: list[int] = []
+
+        async def compact_late(revision: int) -> None:
+            await compact(revision)
+            compacted.append(revision)
+            if len(compacted) == 1:
+                await cluster.write_probe("removed")
+
+        monkeypatch.setattr(store._client, "compact", compact_late)
+
+        def has_compacted() -> bool:
+            cluster.run_for(1)
+            return cluster.do(store.compact(0))
+
+        assert [has_compacted() for _ in range(4)] == [True, True, False, False]
+        assert compacted[1] == compacted[0] + 2

@@ -159,9 +159,11 @@ class EtcdStore(Updater):
         if is_more:
             with suppress(Compacted):  # by etcd itself, or by an earlier leader
                 await self._client.compact(revision)
+            self._compacted = revision
         # Freed pages count as in use until the next write, on each member after its own compaction.
         written = await self._client.put(etcd_key(PROBE), b"")
-        self._compacted = written.header.revision
+        if written.header.revision == self._compacted + 1:
+            self._compacted += 1  # no other write came between: there is nothing more to discard
         return is_more
 
     async def state_at(self, revision: int) -> View:
