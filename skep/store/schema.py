@@ -140,11 +140,15 @@ def _node_fallback(node: Node, unknown: Collection[str]) -> Node:
     return replace(node, spec=NodeSpec(availability=Availability.PAUSE, role=role))
 
 
+UNREAD_STATUS: Final = TaskStatus(state=TaskState.ASSIGNED, message="status cannot be read")
+"""Shown for a task with a node whose status was never readable.  None that is written is equal to it."""
+
+
 def _task_fallback(task: Task, unknown: Collection[str]) -> Task:
     """A task with a node is at least ASSIGNED: the node reports its state when its next session begins."""
     if "status" not in unknown or not task.node_id:
         return task
-    return replace(task, status=TaskStatus(state=TaskState.ASSIGNED))
+    return replace(task, status=UNREAD_STATUS)
 
 
 def _nothing_taken(claim: str, claiming: Object, holder: Object) -> SkepError:

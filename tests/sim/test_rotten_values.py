@@ -9,7 +9,11 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import (
+    EndpointSpec,
+    GlobalService,
     JobStatus,
+    PortConfig,
+    PublishMode,
     ReplicatedJob,
     RestartCondition,
     RestartPolicy,
@@ -135,6 +139,37 @@ def test_a_task_whose_spec_cannot_be_read_is_restarted_as_the_present_one_says(
         assert cluster.containers("web") == 0
         cluster.run_for(10)
         assert cluster.containers("web") == cluster.created("web") - 1 == (condition is RestartCondition.ANY)
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_task_that_may_wait_is_neither_started_nor_stopped_while_its_status_cannot_be_read(
+    runs: bool,
+) -> None:
+    """The node of a global service's task is known before the task is assigned; here another one holds its port."""
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    spec = replace(
+        a_service_spec("web"),
+        mode=ServiceMode(global_=GlobalService()),
+        endpoint_spec=EndpointSpec(ports=(port,)),
+    )
+    holding = replace(spec, name="holder")
+    with SimulatedCluster(managers=1, workers=1, seed=1) as cluster:
+        if not runs:
+            cluster.create(holding)
+            cluster.run_until(lambda: cluster.containers("holder") == 1, within_s=10)
+        cluster.create(spec)
+        cluster.run_until(
+            lambda: cluster.containers("web") == runs and bool(cluster.tasks("web")), within_s=10
+        )
+        cluster.run_for(2)
+        (task,) = cluster.tasks("web")
+        cluster.crash(NodeId("m1"))
+        assert cluster.raft.corrupt(NodeId("m1"), etcd_key(f"o/task/{task.id}.status"))
+        cluster.start_manager(NodeId("m1"))
+        cluster.run_for(20)
+        assert cluster.containers("web") == runs
+        assert cluster.created("web") == 1
+        assert cluster.observer.violations == []
 
 
 def a_past_run(number: int, state: TaskState) -> Task:

@@ -69,6 +69,8 @@ FAILED_ONCE = (
     5034705,  # the same, of a replicated service
     7400140,  # a task that only waited for its turn was overdue, and another slot was stopped for it
     5036370,  # history of a write during a compaction was never discarded, and the store stayed full
+    5035623,  # a task that waited for a port was started by a manager that could not read its status
+    5039168,  # the same, under a leader that could not read it
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
 

@@ -6,6 +6,8 @@ message and a ``SentState`` to compare with the next time.
 * A task is sent from ASSIGNED on, until its record is deleted.  An ended task stays, with its stored status: a node
   that lost its state would otherwise run it again.
 * What the node itself reports (the status) is never sent back, except in ``everything``.
+* A task of a global service has its node before it is assigned.  While its status cannot be read it may still wait for
+  a port or for its predecessor, so it is not sent; if the node has it, the node keeps it and reports its status.
 * Secrets and configs are sent with the first task that needs them, and removed with the last that still runs.
 
 Source: swarmkit, manager/dispatcher/assignments.go.
@@ -27,7 +29,8 @@ from skep.model.service import PortConfig, Service
 from skep.model.task import AssignedTask, Task, TaskState
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAssignment, VolumeInfo
 from skep.store.interface import View
-from skep.store.kinds import Payload, registry_auth_id
+from skep.store.kinds import Payload, has_unreadable_status, registry_auth_id
+from skep.store.schema import UNREAD_STATUS
 
 VolumesOf: TypeAlias = Callable[[NodeId], Iterable[VolumeId]]
 """The volumes that may concern a node; without it all volumes are looked at."""
@@ -50,9 +53,12 @@ def everything(
 ) -> tuple[AssignmentSet, SentState]:
     """All assignments of a node, as the first message of a stream.
 
-    If tasks in the store cannot be read, their nodes are not known: then nothing is removed from the node.
+    If tasks in the store cannot be read, their nodes are not known: then nothing is removed from the node.  Nor if a
+    task is not sent because its status cannot be read: the node may have it.
     """
-    tasks = {task.id: task for task in view.find(Task, node_id=node_id) if _is_due(view, task)}
+    placed = view.find(Task, node_id=node_id)
+    tasks = {task.id: task for task in placed if _is_due(view, task)}
+    is_known = not any(has_unreadable_status(view, task) for task in placed if task.id not in tasks)
     volumes, leaving = _volumes_on(view, node_id, volumes_of)
     sent = SentState(
         tasks=tasks,
@@ -61,7 +67,8 @@ def everything(
         volumes=volumes,
         leaving=leaving,
     )
-    return _message(view, SentState(), sent, tasks.values(), complete=not view.unreadable(Task)), sent
+    complete = is_known and not view.unreadable(Task)
+    return _message(view, SentState(), sent, tasks.values(), complete=complete), sent
 
 
 def difference(
@@ -78,7 +85,9 @@ def difference(
     for id in sorted(set(changed)):
         task, before = view.lookup(Task, id), tasks.pop(id, None)
         referring = referring or _refers(before)
-        if task is None or task.node_id != node_id or not _is_due(view, task):
+        if task is None or task.node_id != node_id:
+            continue
+        if not _is_due(view, task) and (before is None or not _may_wait(view, task)):
             continue
         tasks[id] = task
         referring = referring or _refers(task)
@@ -129,11 +138,20 @@ def affects_node(old: Task, new: Task) -> bool:
         or old.node_id != new.node_id
         or _is_sent(old) != _is_sent(new)
         or old.status.state.is_terminal != new.status.state.is_terminal
+        or old.status == UNREAD_STATUS
     )
 
 
 def _is_sent(task: Task) -> bool:
     return bool(task.status.state >= TaskState.ASSIGNED)
+
+
+def _may_wait(view: View, task: Task) -> bool:
+    """Whether the task may not be assigned yet, though its status says so: that cannot be read.
+
+    A task of another service gets its node with the assignment.
+    """
+    return task.status.state is TaskState.ASSIGNED and not task.slot and has_unreadable_status(view, task)
 
 
 def _is_due(view: View, task: Task) -> bool:
@@ -142,6 +160,8 @@ def _is_due(view: View, task: Task) -> bool:
     A docker node must have an address of its own on a network before the first task on it arrives, else the task
     fails there ("failed to find a load balancer IP"); the allocator writes that a moment after the assignment.
     """
+    if _may_wait(view, task):
+        return False
     if not _is_sent(task) or task.status.state > TaskState.ASSIGNED or not task.networks_attachments:
         return _is_sent(task)
     node = view.lookup(Node, task.node_id)

@@ -14,8 +14,9 @@ from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, 
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import timestamp
 from skep.store.kinds import Payload
-from skep.store.memory import MemoryStore
+from skep.store.memory import MemoryCluster, MemoryStore
 from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.damage_rigs import damage
 
 N1 = NodeId("n1")
 replace = msgspec.structs.replace
@@ -195,3 +196,39 @@ def test_differences_add_up_to_everything(steps):
         assert sent == SentState(tasks=known.tasks, secrets=known.secrets, configs=known.configs)
 
     asyncio.run(play())
+
+
+async def test_a_task_that_may_wait_is_sent_once_its_status_can_be_read_and_stays_where_it_was_sent():
+    service, cluster = a_service(), MemoryCluster()
+    may_wait = replace(a_task("may-wait", node="n1", service=service, state=TaskState.PENDING), slot=0)
+    begun = a_task("begun", node="n1", service=service, state=TaskState.RUNNING)
+    before = MemoryStore(SystemClock(), cluster)
+    await put(before, service, may_wait, begun)
+    for task in (may_wait, begun):
+        damage(cluster, "task", task.id, "status")
+    store = MemoryStore(SystemClock(), cluster)
+    change, sent = everything(store.view(), N1)
+    assert [assigned.task.id for assigned in change.tasks] == ["begun"]
+    assert not change.complete
+    unread = store.view().get(Task, may_wait.id)
+    assert difference(store.view(), N1, sent, [may_wait.id])[0] is None
+    was_sent = replace(sent, tasks={**sent.tasks, may_wait.id: unread})
+    assert difference(store.view(), N1, was_sent, [may_wait.id])[0] is None
+
+    await put(store, with_state(may_wait, TaskState.ASSIGNED))
+    assert affects_node(unread, store.view().get(Task, may_wait.id))
+    change, sent = difference(store.view(), N1, sent, [may_wait.id])
+    assert change is not None
+    assert [assigned.task.id for assigned in change.tasks] == ["may-wait"]
+
+
+async def test_nothing_is_removed_from_a_node_while_a_status_that_was_pending_cannot_be_read():
+    service, cluster = a_service(), MemoryCluster()
+    task = replace(a_task("t1", node="n1", service=service, state=TaskState.PENDING), slot=0)
+    store = MemoryStore(SystemClock(), cluster)
+    await put(store, service, task)
+    assert everything(store.view(), N1)[0].complete
+    damage(cluster, "task", task.id, "status")
+    change, _ = everything(store.view(), N1)
+    assert not change.tasks
+    assert not change.complete
