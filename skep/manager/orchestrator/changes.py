@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from skep.errors import SkepError
 from skep.manager.dependents import restart_dependents
-from skep.manager.orchestrator.slots import is_lost
+from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
@@ -53,6 +53,7 @@ class ReplaceTask(msgspec.Struct, frozen=True):
     """Retire ``task`` and fill its slot again, both or neither.
 
     ``is_cut_off``: because its node is down; if that is back when this is written, nothing is.
+    If ``task`` got a node after the decision, the successor is only prepared: that node has to stop it first.
     """
 
     task: Task
@@ -139,6 +140,8 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
                 return
             # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
             if _is_current(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
+                if _is_assigned_since(tx, task):
+                    successor = replace(successor, desired=TaskState.READY)
                 _fill(tx, successor, new_id, now)
         case StartTask(task):
             current = tx.lookup(Task, task.id)
@@ -215,6 +218,12 @@ def _after(slot: Iterable[Task], now: Timestamp) -> Timestamp:
     """
     youngest_ns = max((unix_ns(task.created_at) for task in slot), default=0)
     return now if unix_ns(now) > youngest_ns else timestamp(youngest_ns + 1)
+
+
+def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
+    """Whether the task, which did not have a node, has been given one since the decision."""
+    task = tx.lookup(Task, decided.id)
+    return decided.status.state < TaskState.ASSIGNED and task is not None and is_stopping(task)
 
 
 def _can_take_over(tx: Transaction, successor: TaskId) -> bool:

@@ -328,9 +328,10 @@ class _Rollout:
         fill = FillSlot(self._service, best.slot, NodeId("") if best.slot else best.node_id)
         prepared = replace(fill, desired=TaskState.READY)
         if best.desired_state > TaskState.RUNNING:
-            yield fill
+            yield prepared if view.stops else fill
         elif best not in view.serving:
-            yield ReplaceTask(best, prepared if view.stops else fill)
+            # Each of several may be given a node before it is retired.
+            yield ReplaceTask(best, prepared if view.stops or others else fill)
         else:
             successor = fill if self._starts_first else prepared
             yield ReplaceTask(others.pop(), successor) if others else successor

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Recheck, RetireTask, SetUpdateStatus, apply
 from skep.model.ids import TaskId
-from skep.model.node import Node
+from skep.model.node import Availability, Node
 from skep.model.service import (
     PortConfig,
     PublishMode,
@@ -178,6 +178,40 @@ def test_a_task_that_does_not_run_is_nothing_to_hold_on_to(order: UpdateOrder, s
     old = world.tasks[TaskId("old")]
     assert [image_of(task) for task in wanted(world)] == ["app:2"]
     assert old.status.state is (TaskState.SHUTDOWN if stage is TaskState.NEW else stage)
+
+
+@pytest.mark.parametrize("waiting", [1, 2], ids=["one", "with that of an overtaken update"])
+def test_an_old_task_that_gets_a_node_before_it_is_retired_is_waited_for(waiting: int) -> None:
+    service = a_service(spec=a_spec(replicas=1))
+    world = World(service, nodes=[a_node("n1")])
+    for number in range(waiting):
+        world.put(a_task(f"old{number}", service=service, state=TaskState.PENDING))
+    world.update(a_spec("app:2", replicas=1))
+    decided = world.changes()
+    for number in range(waiting):
+        world.put(a_task(f"old{number}", node="n1", service=service, state=TaskState.ASSIGNED))
+    world.apply(decided)
+    world.settle()
+    (new,) = wanted(world)
+    assert (image_of(new), new.desired_state) == ("app:2", TaskState.READY)
+    world.stop_all()
+    world.settle()
+    assert world.tasks[new.id].desired_state is RUNNING
+
+
+def test_a_task_that_still_stops_on_a_drained_node_is_waited_for_if_an_update_fills_its_slot() -> None:
+    spec = a_service_spec(replicas=1, restart=RestartPolicy(condition=RestartCondition.NONE))
+    world = World(a_service(spec=spec), nodes=[a_node("n1", availability=Availability.DRAIN), a_node("n2")])
+    world.put(a_task("old", node="n1", service=world.service))
+    world.settle()
+    assert wanted(world) == []
+    world.update(replace(spec, task_template=replace(spec.task_template, force_update=1)))
+    world.settle()
+    (new,) = wanted(world)
+    assert new.desired_state is TaskState.READY
+    world.stop_all()
+    world.settle()
+    assert world.tasks[new.id].desired_state is RUNNING
 
 
 @pytest.mark.parametrize("order", list(UpdateOrder))
