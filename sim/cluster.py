@@ -121,7 +121,7 @@ class SimulatedCluster:
         self._manager_uptime = Uptime(self.loop.time, self.links, lambda: self.raft.requested_at)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
-        self._isolation = Isolation(self.loop.time, self.links, lambda: self.workers, lambda: self.managers)
+        self._isolation = Isolation(self.loop.time, self.links, lambda: self.nodes, lambda: self.managers)
         self.observer = self._observer()
         self.newer: set[NodeId] = set()
         """Managers that run a newer version than the others from their next start on."""

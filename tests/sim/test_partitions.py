@@ -146,6 +146,18 @@ def test_a_machine_that_comes_back_cut_off_begins_nothing_that_runs_elsewhere(se
         assert not cluster.nodes[LOST].containers
 
 
+def test_a_node_whose_removal_is_not_committed_yet_is_connected_again_when_its_links_are() -> None:
+    with SimulatedCluster(managers=1, workers=2) as cluster:
+        settle(cluster, a_spec(on_disconnect="stop", on_disconnect_delay="10s"))
+        cut = cut_off(cluster, [LOST])
+        cluster.run_for(1.0)
+        cluster.workers = tuple(id for id in cluster.workers if id != LOST)
+        mend(cluster, cut)
+        cluster.run_for(30.0)
+        assert cluster.running("web") == REPLICAS
+        assert not cluster.observer.violations
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_storm_freezes_replacement_until_half_are_back(seed: int) -> None:
     with SimulatedCluster(managers=1, workers=6, seed=seed) as cluster:
