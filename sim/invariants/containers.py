@@ -191,7 +191,11 @@ class Containers:
     def _early(self, task: Task, now: float) -> Iterable[str]:
         """The delay holds for a successor of the same spec; not for one of a task that failed on a drained node.
 
-        Source: swarmkit, manager/orchestrator/restart/restart.go (Restart).
+        Nor where a global service fills a node again that has become active, or was down, since the task failed: the
+        task was retired alone, not replaced.
+
+        Source: swarmkit, manager/orchestrator/restart/restart.go (Restart) and manager/orchestrator/global/global.go
+        (reconcileOneNode).
         """
         own = self._records.get(task.id)  # as committed: on the wire defaults are explicit
         if own is None:
@@ -208,8 +212,10 @@ class Containers:
             or not _is_same(before.task, own.task)
         ):
             return
-        if not own.task.slot and self._active_at.get(own.task.node_id, -inf) > before.failed_at:
-            return  # a global service fills a node that becomes active at once
+        node_id = own.task.node_id
+        changed_at = max(self._active_at.get(node_id, -inf), self._down_at.get(node_id, -inf))
+        if not own.task.slot and changed_at > before.failed_at and before.retired_at != own.created_at:
+            return
         delay_s = _delay_s(before.task) * TOLERANCE
         if now < before.failed_at + delay_s:
             waited_s = now - before.failed_at

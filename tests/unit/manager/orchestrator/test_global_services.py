@@ -52,6 +52,15 @@ def test_what_ends_on_a_paused_node_is_not_replaced_there() -> None:
     assert world.steps() == [FillSlot(AGENT, 0, a_node("n1").id)]
 
 
+def test_a_node_that_was_down_since_its_task_failed_gets_the_next_one_at_once() -> None:
+    task = a_task(slot=0, node="n1", service=AGENT, state=TaskState.FAILED)
+    world = World(AGENT, [task], [a_node("n1", state=NodeState.DOWN)])
+    assert world.steps() == [RetireTask(task)]
+    world.settle()
+    world.nodes[a_node("n1").id] = a_node("n1")
+    assert world.steps() == [FillSlot(AGENT, 0, a_node("n1").id)]
+
+
 nodes_of_any_kind = st.lists(
     st.builds(
         a_node,
