@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from sim.committed import Change
 from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.node import Node
+from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
@@ -33,7 +33,8 @@ class DecisionsAreStable:
 
 
     Causes are: a new spec of the service (by a user or a rollback), a change of the task's node, the end of the task,
-    or for a job the completion of another task of the same run.
+    or for a job the completion of another task of the same run. That a node is not there to take tasks is one however
+    long ago it changed: a decision that was proposed before may be committed much later, when a disk hung meanwhile.
 
     Nothing in the product moves a task for another reason, so a decision stands without limit; rebalancing or
     autoscaling would need a cool-down here.
@@ -102,6 +103,8 @@ class DecisionsAreStable:
             _slot_key(task), view.find(Task, service_id=service.id)
         ):
             return  # its run is completed
+        if task.node_id and not _takes_tasks(view.lookup(Node, task.node_id)):
+            return
         decided_at = self._decided_at[task.id]
         caused_at = max(
             self._changed_spec_at.get(task.service_id, 0.0), self._changed_at.get(task.node_id, 0.0)
@@ -122,6 +125,14 @@ def _node_changed(before: Node, after: Node) -> bool:
         before.spec != after.spec
         or before.description != after.description
         or before.status.state is not after.status.state
+    )
+
+
+def _takes_tasks(node: Node | None) -> bool:
+    return (
+        node is not None
+        and node.status.state is NodeState.READY
+        and node.spec.availability is Availability.ACTIVE
     )
 
 

@@ -9,7 +9,7 @@ from sim.invariants.attempts import NoRedundantTasks
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable, surplus_violations
 from skep.model.ids import ServiceId, TaskId
-from skep.model.node import Availability, NodeSpec, NodeState
+from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.service import (
     Service,
     UpdateOrder,
@@ -108,6 +108,18 @@ def test_a_placement_is_taken_back_when_its_node_changes() -> None:
     decided = Decided()
     decided.history.put(a_node(W1, state=NodeState.DOWN))
     decided.end()
+    assert decided.history.violations == []
+
+
+def test_a_placement_on_a_node_that_was_removed_before_it_was_committed_is_taken_back() -> None:
+    decided = Decided()
+    decided.history.commit(lambda tx: tx.delete(Node, W1))
+    decided.history.after(30).put(
+        msgspec.structs.replace(decided.placed, id=TaskId("t4"), slot=4),
+    )
+    decided.history.put(
+        msgspec.structs.replace(decided.placed, id=TaskId("t4"), slot=4, desired_state=TaskState.SHUTDOWN)
+    )
     assert decided.history.violations == []
 
 

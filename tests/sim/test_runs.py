@@ -74,6 +74,7 @@ FAILED_ONCE = (
     5038367,  # an old task was given a node just before it was retired, and its successor did not wait for its end
     5037700,  # a node whose removal was not committed yet counted as disconnected after its links were mended
     5041483,  # a node was down since its task failed, and was filled again at once: the rule waited for the delay
+    8000525,  # decisions were committed long after the removal of their node, as a disk hung: the rule saw no cause
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
 
