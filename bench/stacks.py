@@ -1,7 +1,8 @@
 """Stacks: 200 services planned and deployed, beside ``docker stack deploy`` on Docker Swarm; what the command costs.
 
-Each system has a node of its own in namespaces; both commands read the same file, without asking a registry and
-without waiting for tasks (there are none: all services have no replicas).
+Each system has a node of its own in namespaces; both commands read the same files, without asking a registry.  In the
+first file no service has a replica: what is measured is the command and its requests.  In the second each has one, and
+the deploy ends when all of them run.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.docker_lab import DockerLab
+from bench.engine import Engine
 from bench.figures import Figure, ratio, run_alone
 from bench.machine import noise
 from bench.skep_lab import SkepLab
@@ -22,18 +24,24 @@ from skep.playground.busybox import busybox_archive
 
 SERVICES = 200
 LINES = 10_000
+GONE_S, RUNNING_S = 300.0, 600.0
+LOOK_S = 0.2
 SKEP = str(Path(sys.executable).with_name("skep"))
 
 
-def a_file(services: int) -> str:
+def a_file(services: int, replicas: int = 0) -> str:
     """A Compose file that both commands read."""
     one = (
         "  s{number}:\n    image: {image}\n    command: sleep 600\n    environment:\n      NUMBER: '{number}'\n"
         "    networks: [front]\n    configs: [{{source: site, target: /etc/site}}]\n"
-        "    deploy:\n      replicas: 0\n      labels: {{number: '{number}'}}\n"
+        "    deploy:\n      replicas: {replicas}\n      labels: {{number: '{number}'}}\n"
     )
-    body = "".join(one.format(number=number, image="busybox:1") for number in range(services))
-    return f"version: '3.8'\nservices:\n{body}networks:\n  front: {{}}\nconfigs:\n  site:\n    file: ./site\n"
+    body = "".join(
+        one.format(number=number, image="busybox:1", replicas=replicas) for number in range(services)
+    )
+    # A virtual address for each service and one for each task: more than the /24 of the default pools has.
+    front = "  front:\n    ipam:\n      config: [{subnet: 10.77.0.0/20}]\n"
+    return f"version: '3.8'\nservices:\n{body}networks:\n{front}configs:\n  site:\n    file: ./site\n"
 
 
 def taken_s(*command: str, cwd: Path, host: str = "", statuses: tuple[int, ...] = (0,)) -> float:
@@ -52,39 +60,78 @@ def figures(pairs: int) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir="/var/tmp") as directory:
         folder = Path(directory)
         (folder / "compose.yaml").write_text(a_file(SERVICES))
+        (folder / "running.yaml").write_text(a_file(SERVICES, replicas=1))
         (folder / "site").write_text("colour = green\n")
         docker, skep = DockerLab(folder / "docker"), SkepLab(folder / "skep", name=f"stacks{os.getpid()}")
         try:
             archive = asyncio.run(busybox_archive())
             docker.up(archive.data, archive.image_id)
             skep.up_alone()
-            return [*_beside(folder, docker, skep, pairs), *_alone(folder, skep, pairs)]
+            return [
+                *_beside(folder, docker, skep, pairs),
+                *_alone(folder, skep, pairs),
+                _until_running(folder, docker, skep, pairs),
+            ]
         finally:
             docker.down()
             skep.down()
 
 
 def _beside(folder: Path, docker: DockerLab, skep: SkepLab, pairs: int) -> list[Figure]:
-    hosts = {"docker": f"unix://{docker.directory}/docker.sock", "skep": skep.described.endpoint}
-    files = ("-c", "compose.yaml", "--resolve-image", "never")
-    deploys = {
-        "docker": (find_docker(), "stack", "deploy", *files, "big"),
-        "skep": (SKEP, "stack", "deploy", "--detach", *files, "big"),
-    }
     first: dict[str, list[float]] = {"docker": [], "skep": []}
     again: dict[str, list[float]] = {"docker": [], "skep": []}
     busy: list[float] = []
+    hosts = _hosts(docker, skep)
     for number in range(pairs):
         busy.append(noise(0.3))
         for system in sorted(hosts, reverse=number % 2 == 1):
-            first[system].append(taken_s(*deploys[system], cwd=folder, host=hosts[system]))
-            again[system].append(taken_s(*deploys[system], cwd=folder, host=hosts[system]))
-            taken_s(find_docker(), "stack", "rm", "big", cwd=folder, host=hosts[system])
-            _wait(lambda system=system: not _names(folder, hosts[system]))  # type: ignore[misc]
+            deploy = _deploy(system, "compose.yaml")
+            first[system].append(taken_s(*deploy, cwd=folder, host=hosts[system]))
+            again[system].append(taken_s(*deploy, cwd=folder, host=hosts[system]))
+            _remove(folder, hosts[system])
     return [
-        ratio(1, f"deploy of {SERVICES} new services, docker / skep", first, limit=0.5, busy=busy),
-        ratio(2, f"deploy of {SERVICES} services that are there, docker / skep", again, limit=0.5, busy=busy),
+        ratio(1, f"deploy of {SERVICES} new services, skep / docker", first, limit=0.5, busy=busy),
+        ratio(2, f"deploy of {SERVICES} services that are there, skep / docker", again, limit=0.5, busy=busy),
     ]
+
+
+def _until_running(folder: Path, docker: DockerLab, skep: SkepLab, pairs: int) -> Figure:
+    """From the command until the last of the services has its task running."""
+    taken: dict[str, list[float]] = {"docker": [], "skep": []}
+    busy: list[float] = []
+    hosts = _hosts(docker, skep)
+    for number in range(pairs):
+        busy.append(noise(0.3))
+        for system in sorted(hosts, reverse=number % 2 == 1):
+            began = time.monotonic()
+            taken_s(*_deploy(system, "running.yaml"), cwd=folder, host=hosts[system])
+            engine = Engine(Path(hosts[system].removeprefix("unix://")))
+            _wait(lambda engine=engine: _running(engine) == SERVICES, RUNNING_S)  # type: ignore[misc]
+            taken[system].append(time.monotonic() - began)
+            engine.close()
+            _remove(folder, hosts[system])
+    what = f"deploy of {SERVICES} new services until the task of each runs, skep / docker"
+    return ratio(8, what, taken, limit=0.5, busy=busy)
+
+
+def _running(engine: Engine) -> int:
+    return sum(one["ServiceStatus"]["RunningTasks"] for one in engine.get("/services", status="true"))
+
+
+def _hosts(docker: DockerLab, skep: SkepLab) -> dict[str, str]:
+    return {"docker": f"unix://{docker.directory}/docker.sock", "skep": skep.described.endpoint}
+
+
+def _deploy(system: str, file: str) -> tuple[str, ...]:
+    command = (
+        (find_docker(), "stack", "deploy") if system == "docker" else (SKEP, "stack", "deploy", "--detach")
+    )
+    return (*command, "-c", file, "--resolve-image", "never", "big")
+
+
+def _remove(folder: Path, host: str) -> None:
+    taken_s(find_docker(), "stack", "rm", "big", cwd=folder, host=host)
+    _wait(lambda: not _names(folder, host), GONE_S)
 
 
 def _names(folder: Path, host: str) -> str:
@@ -93,12 +140,12 @@ def _names(folder: Path, host: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def _wait(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+def _wait(is_true: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
     while not is_true():
         if time.monotonic() > deadline:
-            raise TimeoutError("the stack is not gone")
-        time.sleep(0.2)
+            raise TimeoutError(f"the stack is not as wanted after {limit_s:g} s")
+        time.sleep(LOOK_S)
 
 
 def _alone(folder: Path, skep: SkepLab, pairs: int) -> list[Figure]:
