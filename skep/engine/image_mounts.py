@@ -79,10 +79,14 @@ def images_of(container: Container) -> Sequence[str]:
 
 
 def placed(point: MountPoint, number: int, place: Path) -> MountPoint:
-    """``point`` as runc gets it, with the path at which ``mount_all`` mounts it."""
+    """``point`` as runc gets it, with the path at which ``mount_all`` mounts it, which is the node's own."""
     source = _part(place, number) if point.subpath else place / str(number)
     return MountPoint(
-        type="bind", destination=point.destination, source=str(source), read_only=point.read_only
+        type="bind",
+        destination=point.destination,
+        source=str(source),
+        read_only=point.read_only,
+        internal=True,
     )
 
 

@@ -21,6 +21,8 @@ from skep.dataplane.endpoint_allocation import ClusterEndpoints
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.wireguard.tunnels import NO_ENCRYPTION, Options
 from skep.engine import cgroups
+from skep.engine.api_sockets import NONE as NO_API
+from skep.engine.api_sockets import ApiSockets
 from skep.engine.engine import EngineConfig
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
@@ -150,6 +152,7 @@ def an_executor(
         clock,
         cgroup_parent=cgroup_parent,
         cdi_directories=(paths.data.parent / "cdi",),
+        apis=ApiSockets((), paths.run, NO_API._server),  # whose files no container mounts, as of a daemon
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from skep.engine.images.store import ImageStore
 from skep.playground.busybox import busybox_archive
+from tests.integration.node.conftest import eventually
 from tests.support.api_lab import Api
 from tests.support.archives import a_docker_archive, a_file, a_tar
 from tests.support.runc_lab import Lab
@@ -71,6 +72,11 @@ def mounts() -> list[str]:
     ]
 
 
+async def unmounted() -> None:
+    """A container is shown as ended a moment before its images are unmounted."""
+    await eventually(lambda: not mounts(), "its images are unmounted")
+
+
 async def test_a_container_has_the_files_of_another_image_under_changes_of_its_own(
     api: Api, images: ImageStore
 ) -> None:
@@ -90,7 +96,7 @@ async def test_a_container_has_the_files_of_another_image_under_changes_of_its_o
         image.id,
     )
     assert response["HostConfig"]["Mounts"] == [{"Type": "image", "Source": DATA, "Target": "/data"}]
-    assert not mounts()
+    await unmounted()
     # What it wrote is there at its next start, and in no other container.
     status, created = await api.ask(
         "POST", "/containers/create", a_body("sh", "-c", "ls /data | tr '\\n' ' '", ReadOnly=True)
@@ -108,7 +114,7 @@ async def test_a_container_has_a_part_of_another_image(api: Api) -> None:
         api, a_body("sh", "-c", "ls /data && echo x > /data/new", ImageOptions={"Subpath": "sub"})
     )
     assert (code, output) == (0, "other")
-    assert not mounts()
+    await unmounted()
     assert await run_again(api, id) == (0, "other")
     assert (await api.docker("logs", id))[1] == "other\nnew\nother\n", "what it wrote is there again"
     _, code, output = await run(
