@@ -33,6 +33,8 @@ def errors_shown() -> Iterator[None]:
     """Errors that a user can act on end the command with their message, which may be a node's: it is cleaned."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # by what reads the output, such as head: click ends the command without a word
     except (SkepError, OSError) as error:
         text = _RPC.sub("", str(error))
         raise click.ClickException("\n".join(map(printable, text.split("\n")))) from error

@@ -1,5 +1,8 @@
 """One option and one renderer for whatever commands show."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +49,15 @@ def test_what_is_piped_is_plain_and_whole_and_ends_with_the_reports_code() -> No
     done = ran()
     assert done.output.splitlines() == ["NAME  WHY", "web   a long reason, longer than fits", "db"]
     assert done.exit_code == 3
+
+
+def test_a_command_whose_output_is_read_no_more_ends_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"from {__name__} import a_command; a_command()()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_json_and_yaml_have_the_same_data() -> None:
