@@ -18,6 +18,7 @@ from skep.engine.images.image import ContainerDefaults
 from skep.engine.limits import nano_cpus_of
 from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.machine import MachineOptions
+from skep.engine.mounts import check_paths
 from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, TaskOptions, refused
 from skep.engine.signals import signal_number
 from skep.engine.spec import merged_environment
@@ -266,7 +267,10 @@ def mounts(request: CreateRequest) -> list[Mount]:
         twice = next(one for one in targets if [mount.target for mount in found].count(one) > 1)
         raise InvalidArgument(f"Duplicate mount point: {twice}")
     anonymous = sorted(request.volumes.keys() - targets)
-    return found + [Mount(type="volume", target=target) for target in anonymous]
+    found += [Mount(type="volume", target=target) for target in anonymous]
+    for mount in found:
+        check_paths(mount)
+    return found
 
 
 def container_config(
@@ -538,18 +542,14 @@ def _bind(text: str) -> Mount:
     for word in options:
         if word not in _IGNORED_BIND_OPTIONS | _PROPAGATIONS | {"ro", "nocopy"}:
             raise InvalidArgument(f"invalid mode: {words[2]}")
+    mount = Mount(type="volume", source=source, target=target, read_only="ro" in options)
     if source.startswith("/"):
-        return Mount(
-            type="bind",
-            source=source,
-            target=target,
-            read_only="ro" in options,
-            bind_options=BindOptions(propagation=propagation, create_mountpoint=True),
-        )
-    return Mount(
-        type="volume",
-        source=source,
-        target=target,
-        read_only="ro" in options,
-        volume_options=VolumeOptions(no_copy="nocopy" in options),
-    )
+        binding = BindOptions(propagation=propagation, create_mountpoint=True)
+        mount = replace(mount, type="bind", bind_options=binding)
+    else:
+        mount = replace(mount, volume_options=VolumeOptions(no_copy="nocopy" in options))
+    try:
+        check_paths(mount)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"invalid volume specification: '{text}': {error}") from error
+    return mount

@@ -7,7 +7,6 @@ Source: moby 28, daemon/volumes.go, volume/mounts/linux_parser.go.
 """
 
 import os
-import posixpath
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -43,12 +42,6 @@ def others(mounts: Iterable[Mount]) -> list[Mount]:
 
 def _point(images: ImageStore, mount: Mount) -> MountPoint:
     invalid = f'invalid mount config for type "{_TYPE}"'
-    if not mount.target:
-        raise InvalidArgument(f"{invalid}: field Target must not be empty")
-    if posixpath.normpath(mount.target).strip("/") == "":
-        raise InvalidArgument(f"{invalid}: invalid specification: destination can't be '/'")
-    if not mount.target.startswith("/"):
-        raise InvalidArgument(f"{invalid}: invalid mount path: '{mount.target}' mount path must be absolute")
     for name in ("bind_options", "volume_options", "tmpfs_options"):
         if getattr(mount, name) is not None:
             field = "".join(map(str.capitalize, name.split("_")))

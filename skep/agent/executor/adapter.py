@@ -129,7 +129,12 @@ def create_request(
 
 
 def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) -> tuple[Mount, ...]:
-    """``mounts`` with those of cluster volumes as bind mounts.  Raises: Rejected: the task has no volume for one."""
+    """``mounts`` with those of cluster volumes as bind mounts.
+
+    Raises: Rejected: one cannot be, or the task has no volume for it.
+    """
+    for mount in mounts:
+        _check_mount(mount)
     wanted = sum(mount.type == "cluster" for mount in mounts)
     if wanted != len(cluster_volumes):
         raise Rejected("the task has not been given its cluster volumes")
@@ -140,6 +145,19 @@ def _bound(mounts: Sequence[Mount], cluster_volumes: Sequence[PublishedVolume]) 
         else mount
         for mount in mounts
     )
+
+
+def _check_mount(mount: Mount) -> None:
+    """Raises: Rejected, in Docker's words (moby, daemon/cluster/executor/container/validate.go)."""
+    if not mount.target.startswith("/"):
+        raise Rejected(f"invalid mount target, must be an absolute path: {mount.target}")
+    match mount.type:
+        case "bind" if not mount.source.startswith("/"):
+            raise Rejected(f"invalid bind mount source, must be an absolute path: {mount.source}")
+        case "volume" if mount.source.startswith("/"):
+            raise Rejected(f"invalid volume mount source, must not be an absolute path: {mount.source}")
+        case "tmpfs" if mount.source:
+            raise Rejected("invalid tmpfs source, source must be empty")
 
 
 def volume_device_rules(

@@ -144,6 +144,31 @@ def test_addresses_are_of_a_users_networks_only() -> None:
             {"Mounts": [{"Type": "bind", "Target": "/x"}]},
             '^invalid mount config for type "bind": field Source must not be empty$',
         ),
+        (
+            {"Mounts": [{"Type": "bind", "Source": "../..", "Target": "/x"}]},
+            "^invalid mount config for type \"bind\": invalid mount path: '../..' mount path must be absolute$",
+        ),
+        (
+            {"Mounts": [{"Type": "volume", "Source": "data", "Target": "x"}]},
+            "^invalid mount config for type \"volume\": invalid mount path: 'x' mount path must be absolute$",
+        ),
+        (
+            {"Mounts": [{"Type": "bind", "Source": "/etc", "Target": "/x/../.."}]},
+            "^invalid mount config for type \"bind\": invalid specification: destination can't be '/'$",
+        ),
+        (
+            {"Mounts": [{"Type": "volume", "Source": "data"}]},
+            '^invalid mount config for type "volume": field Target must not be empty$',
+        ),
+        (
+            {"Mounts": [{"Type": "tmpfs", "Source": "/etc", "Target": "/x"}]},
+            '^invalid mount config for type "tmpfs": field Source must not be specified$',
+        ),
+        (
+            {"Binds": ["/etc:/:ro"]},
+            "^invalid volume specification: '/etc:/:ro': invalid mount config .*: destination can't be '/'$",
+        ),
+        ({"Tmpfs": {"/": ""}}, "destination can't be '/'"),
     ],
 )
 def test_what_can_never_work_is_refused(host: dict[str, Any], said: str) -> None:

@@ -175,6 +175,29 @@ def test_a_container_is_of_the_stack_of_its_service_and_not_of_that_in_its_own_l
     assert task_options(AssignedTask(task=task), ()).stack == ""
 
 
+@pytest.mark.parametrize(
+    ("mount", "said"),
+    [
+        (Mount(type="tmpfs", target="x"), "invalid mount target, must be an absolute path: x"),
+        (
+            Mount(type="bind", source=".", target="/x"),
+            "invalid bind mount source, must be an absolute path: .",
+        ),
+        (
+            Mount(type="volume", source="/etc", target="/x"),
+            "invalid volume mount source, must not be an absolute path: /etc",
+        ),
+        (Mount(type="tmpfs", source="/etc", target="/x"), "invalid tmpfs source, source must be empty"),
+    ],
+)
+def test_a_mount_that_can_be_nowhere_is_rejected_in_dockers_words(mount: Mount, said: str) -> None:
+    spec = TaskSpec(container_spec=ContainerSpec(image="busybox:1", mounts=(mount,)))
+    task = AssignedTask(task=replace(a_task("t1"), spec=spec))
+    with pytest.raises(Rejected) as error:
+        create_request(task, NODE)
+    assert str(error.value) == said
+
+
 def test_a_block_volume_is_its_device_and_a_rule_that_allows_its_use() -> None:
     mounts = tuple(
         Mount(type="cluster", source=name, target=f"/dev/{name}", read_only=name == "read")
