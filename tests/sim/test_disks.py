@@ -176,9 +176,12 @@ def test_a_leader_that_learns_what_came_of_its_write_keeps_its_term_and_another_
             assert cluster.running("web") == replicas
 
 
-@pytest.mark.parametrize("entry_s", [0.4, 1.2, 4.0])
+@pytest.mark.parametrize(
+    "entry_s",
+    [0.1, 0.4, 1.2, 4.0, *(pytest.param(entry_s, marks=pytest.mark.slow) for entry_s in (0.2, 0.8, 2.0))],
+)
 def test_a_slow_disk_slows_everything_in_proportion_and_has_a_leader(entry_s: float) -> None:
-    """What a serial user gets done in a minute: one write per entry, but for the first, which is given up."""
+    """What a serial user gets done in a minute: one write per entry, beside those of the managers."""
     with SimulatedCluster(managers=3, workers=2, seed=3) as cluster:
         cluster.run_for(1)
         for member in cluster.raft.members.values():
@@ -193,11 +196,16 @@ def test_a_slow_disk_slows_everything_in_proportion_and_has_a_leader(entry_s: fl
             except Unavailable:
                 continue
             done += 1
-        assert done >= 0.7 * 60 / entry_s
-        assert sum(cluster.observer.created.values()) >= 0.7 * done
-        cluster.crash(cluster.leader)
-        cluster.run_until(
+        tasks = sum(cluster.observer.created.values())
+        assert done >= 0.6 * 60 / entry_s
+        assert tasks >= 0.7 * done
+        cluster.run_for(0)  # rules on durations look between steps, and saw none of the minute
+        cluster.kill_manager(cluster.leader)
+        successor_s = cluster.run_until(
             lambda: any(one.leads for one in cluster.running_managers.values()), within_s=3 + 2 * entry_s
+        )
+        print(
+            f"{entry_s:.1f} s an entry: {done} writes, {tasks} tasks, a successor after {successor_s:.1f} s"
         )
         assert cluster.observer.violations == []
 
