@@ -17,6 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from bench import soak_daemons, soak_networks
 from bench.cluster_lab import engine
 from bench.engine import Engine, EngineError
 from bench.soak_users import DEADLINE_S, Log, Users, counted
+from skep.errors import Unavailable
 from skep.node.supervision.restart import CRASH_WINDOW_S
+from skep.playground.commands import wait_until
 from skep.playground.description import Node
+from skep.playground.engine import is_up
 from skep.playground.playground import Playground
 
 MANAGERS, WORKERS = 3, 3
@@ -178,10 +182,19 @@ class ClusterSoak:
             away.rounds_left -= 1
             if all_of_them or away.rounds_left < 0:
                 del self._away[name]
-                asyncio.run(away.bring_back(name))
+                self._bring_back(name, away)
                 self._nodes[name] = self._playground.cluster().node(name)
                 back.append(f"{name} back")
         return back
+
+    def _bring_back(self, name: str, away: Away) -> None:
+        """A daemon may get too little of a busy processor to be up in time: it is waited for once more."""
+        try:
+            asyncio.run(away.bring_back(name))
+        except Unavailable as error:
+            self._say(f"{name}: {str(error).splitlines()[0]}, waiting on")
+            up = partial(is_up, away.node.endpoint)
+            asyncio.run(wait_until(up, f"{name} serves its API", DEADLINE_S))
 
     def _kill_a_process(self, node: Node) -> str:
         now = time.monotonic()
