@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.playground_rig import IDLE, IMAGE, TestCluster, TestNode, a_playground, wait_until
+from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestCluster, TestNode, a_playground, wait_until
 from tests.support.playground_rig import containers as listed
 from tests.unit.linux.test_trees import nest
 
@@ -95,6 +95,16 @@ def message(m1: TestNode, name: str) -> str:
     return str(node["Status"].get("Message", ""))
 
 
+def status(node: TestNode) -> str:
+    """``skep status`` as this node shows it; its exit code is that of the cluster."""
+    command = [SKEP, "--host", node.socket, "status"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def full(said: object) -> bool:
+    return "No space left on device" in str(said)
+
+
 def running(m1: TestNode, *names: str) -> bool:
     api = m1.client().api
     return all(
@@ -119,6 +129,9 @@ def test_a_container_that_fills_the_disk_ends_no_node_process_and_all_is_well_wh
     flood = "yes & i=0; while :; do dd if=/dev/zero of=/f$i bs=64k; i=$((i+1)); sleep 0.1; done"
     service(m1, "flood", *here, IMAGE, "sh", "-c", flood)
     wait_until(lambda: "No space left on device" in message(m1, "w1"), "the node says what is wrong", 90)
+    wait_until(lambda: full(w1.client().info()["Warnings"]), "its docker info says so", 30)
+    for node in (w1, m1):
+        wait_until(lambda node=node: full(status(node)), f"skep status of {node.name} says so", 30)
     for name in others:
         m1.docker("service", "update", "--detach", "--force", name)
     m1.docker("service", "scale", "--detach", "c=0")
@@ -131,4 +144,5 @@ def test_a_container_that_fills_the_disk_ends_no_node_process_and_all_is_well_wh
     m1.docker("service", "scale", "--detach", "c=1")
     wait_until(lambda: running(m1, *others), "all run again", 90)
     wait_until(lambda: "No space" not in message(m1, "w1"), "the node says nothing any more", 90)
+    wait_until(lambda: not full(w1.client().info()["Warnings"]), "nor does its docker info", 30)
     assert (w1.pids("skep-node"), w1.pids("skep-net")) == before
