@@ -151,8 +151,8 @@ class SimulatedManager:
             group.create_task(presence.run(), name=f"{self._id} presence")
             group.create_task(self._stand(store, link, space, presence), name=f"{self._id} election")
 
-    def _connect(self, addr: str) -> AbstractAsyncContextManager[Channel]:
-        """A connection to another manager."""
+    def _connect(self, addr: str, *, bounds: object = None) -> AbstractAsyncContextManager[Channel]:
+        """A connection to another manager; simulated ones have no bounds."""
         identity = Identity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
         # It has the methods of a real one.
         return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))

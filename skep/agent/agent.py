@@ -259,6 +259,10 @@ class Agent:
             self._credentials.want_renewal()
         self._credentials.take_role(role_from_pb(message.node.role))
 
+    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+        """One more connection to a manager, with this node's certificate.  Raises: Unavailable."""
+        return self._credentials.connected(address, timeout_s=timeout_s)
+
     def accept_revision(self, revision: Revision) -> None:
         """Raises: FailedPrecondition: the manager is behind what this node has seen."""
         self._services.seen.advance(revision)

@@ -1,10 +1,13 @@
 """Serves a manager's log subscriptions (``docker service logs``).
 
-Each subscription is published on a stream of its own, so a reader that is slow holds up only itself.
+Each subscription is published on a stream of its own, so a reader that is slow holds up only itself.  The first
+ones are on the session's connection; further ones on connections beside it.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -16,11 +19,15 @@ from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
 from skep.wire.convert.logs import line_to_pb, query_from_pb
+from skep.wire.shared import Connect, SharedConnections
 
 log = structlog.get_logger(__name__)
 
-SUBSCRIPTIONS_MAX = 80
-"""Answered at one time: the manager allows 100 streams per connection, and some are needed for the rest."""
+STREAMS_MAX = 80
+"""Subscriptions on one connection: the manager allows 100 streams, and the session needs some for the rest."""
+SUBSCRIPTIONS_MAX = 1000
+"""Answered at one time: as many as a manager has readers."""
+CONNECT_S = 5.0
 
 
 class LogSource(Protocol):
@@ -36,15 +43,22 @@ class LogSource(Protocol):
 class LogPublisher:
     """Log subscriptions of one session."""
 
-    def __init__(self, channel: Channel, logs: LogSource) -> None:
+    def __init__(self, channel: Channel, logs: LogSource, connect: Connect) -> None:
+        """``connect``: to the session's manager once more."""
         self._channel = channel
         self._logs = logs
+        self._connect = connect
+        self._beside: SharedConnections | None = None
+        self._streams = 0
+        """On the session's connection."""
         self._publishing: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Listen until the session ends.  A manager without a log broker is none that we need to leave."""
         try:
             async with asyncio.TaskGroup() as group:
+                connect = partial(self._connect, timeout_s=CONNECT_S)
+                self._beside = SharedConnections(connect, group, streams_max=STREAMS_MAX)
                 group.create_task(self._listen(group), name="log subscriptions")
         except* Unimplemented:
             log.warning("the manager takes no logs", manager=self._channel.address)
@@ -73,7 +87,7 @@ class LogPublisher:
         subscription_id = message.id
         try:
             query = query_from_pb(message)
-            async with self._channel.stream(methods.PUBLISH_LOGS) as call:
+            async with self._free_channel() as channel, channel.stream(methods.PUBLISH_LOGS) as call:
                 lines = self._logs.read(query)
                 try:
                     async for batch in lines:
@@ -92,3 +106,17 @@ class LogPublisher:
             log.info("log subscription ended", subscription=subscription_id, reason=str(error))
         except Exception as error:
             log_error(error, "log subscription failed", subscription=subscription_id)
+
+    @asynccontextmanager
+    async def _free_channel(self) -> AsyncIterator[Channel]:
+        """A connection with room for one more stream.  Raises: Unavailable."""
+        if self._streams < STREAMS_MAX:
+            self._streams += 1
+            try:
+                yield self._channel
+            finally:
+                self._streams -= 1
+        else:
+            assert self._beside is not None, "there are no subscriptions before it"
+            async with self._beside.channel(self._channel.address) as channel:
+                yield channel

@@ -6,6 +6,7 @@ lies between sessions (statuses not delivered, the revision seen) is kept by the
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -124,6 +125,9 @@ class SessionHost(Protocol):
     def response_timeout_s(self, period_s: float) -> float:
         """How long to wait for the response to a heartbeat; ``period_s``: between two, 0 before the first."""
 
+    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+        """One more connection to a manager, for what its session has no room for.  Raises: Unavailable."""
+
     @property
     def session_state(self) -> SessionState:
         """Where a planned stop is announced, and recorded once the manager has confirmed it."""
@@ -154,7 +158,7 @@ class Session:
         self._describe = describe
         self._description_changed = description_changed
         self._rng = rng
-        self._publisher = LogPublisher(channel, services.logs)
+        self._publisher = LogPublisher(channel, services.logs, host.connected)
         self._tables = TableStream(channel, services.tables) if services.tables is not None else None
         self._probes = ProbeStream(channel, services.probes) if services.probes is not None else None
         self._id = ""

@@ -6,8 +6,8 @@ end with the session, which may move to another manager.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -19,6 +19,7 @@ from skep.errors import ResourceExhausted, SkepError, Unavailable
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import Call, Channel
+from skep.wire.shared import Connect, SharedConnections
 from skep.wire.tunnel import Tunnel
 
 log = structlog.get_logger(__name__)
@@ -26,16 +27,7 @@ log = structlog.get_logger(__name__)
 TUNNELS_MAX = 96
 """Open at one time: fewer than the streams of one connection, and more than a manager orders: one that ends is open
 here for a moment longer than there."""
-KEPT_S = 60.0
-"""A connection without tunnels."""
 CONNECT_S = 5.0
-
-
-class Connect(Protocol):
-    """Connects with this node's certificate."""
-
-    def __call__(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
 
 
 class ContainerAccess(Protocol):
@@ -58,13 +50,16 @@ class TunnelHost:
         self._access = access
         self._connect = connect
         self._group: asyncio.TaskGroup | None = None
-        self._managers: dict[str, _Manager] = {}
+        self._connections: SharedConnections | None = None
         self._count = 0
 
     async def run(self) -> None:
         """Carry out orders until cancelled."""
         async with self._access.serving(), asyncio.TaskGroup() as group:
             self._group = group
+            self._connections = SharedConnections(
+                partial(self._connect, timeout_s=CONNECT_S), group, streams_max=TUNNELS_MAX
+            )
             try:
                 await asyncio.Event().wait()
             finally:
@@ -95,10 +90,14 @@ class TunnelHost:
     async def _open(
         self, order: skep.TunnelOrder, address: str, orders: Call[skep.TunnelUpdate, skep.TunnelOrder]
     ) -> None:
+        assert self._connections is not None, "otherwise there are no tunnels"
         try:
             container = await self._access.connect(order.request)
             try:
-                async with self._channel(address) as channel, channel.stream(methods.TUNNEL) as call:
+                async with (
+                    self._connections.channel(address) as channel,
+                    channel.stream(methods.TUNNEL) as call,
+                ):
                     await call.send(skep.TunnelPiece(id=order.id))
                     await join_container(container, Tunnel(call.receive, call.send))
             finally:
@@ -111,76 +110,6 @@ class TunnelHost:
             await _refuse(orders, order, "the node failed to open the connection: its log has the details")
         finally:
             self._count -= 1
-
-    @asynccontextmanager
-    async def _channel(self, address: str) -> AsyncIterator[Channel]:
-        """The connection for tunnels to a manager, which is shared and kept.  Raises: Unavailable."""
-        assert self._group is not None, "otherwise there are no tunnels"
-        manager = self._managers.get(address)
-        if manager is None or manager.is_lost:
-            manager = self._managers[address] = _Manager()
-            self._group.create_task(self._keep(address, manager), name=f"tunnels to {address}")
-        manager.use()
-        try:
-            yield await asyncio.shield(manager.channel)
-        finally:
-            manager.leave()
-
-    async def _keep(self, address: str, manager: "_Manager") -> None:
-        """Hold one connection until it has had no tunnel for ``KEPT_S``."""
-        try:
-            # A task of its own: a broken connection cancels the task that uses it.
-            async with self._connect(address, timeout_s=CONNECT_S) as channel:
-                manager.channel.set_result(channel)
-                await manager.wait_unused()
-        except SkepError as error:
-            if not manager.channel.done():
-                manager.channel.set_exception(error)
-        finally:
-            manager.is_over = True
-            if not manager.channel.done():
-                manager.channel.cancel()
-            if self._managers.get(address) is manager:
-                del self._managers[address]
-
-
-class _Manager:
-    """A connection to a manager, and how many tunnels are on it."""
-
-    def __init__(self) -> None:
-        self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
-        self.is_over = False
-        self._users = 0
-        self._changed = asyncio.Event()
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether no tunnel can begin on it."""
-        channel = self.channel
-        return self.is_over or (channel.done() and (channel.cancelled() or channel.result().is_lost))
-
-    def use(self) -> None:
-        self._users += 1
-        self._changed.set()
-
-    def leave(self) -> None:
-        self._users -= 1
-        self._changed.set()
-
-    async def wait_unused(self) -> None:
-        """Return after ``KEPT_S`` without a user."""
-        while True:
-            self._changed.clear()
-            if self._users:
-                await self._changed.wait()
-                continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(KEPT_S):
-                    await self._changed.wait()
-                    continue
-            if not self._users:
-                self.is_over = True
-                return
 
 
 async def _refuse(

@@ -81,13 +81,14 @@ from skep.model.addresses import parted
 from skep.model.ids import IdSource, NodeId
 from skep.model.readable import names_from
 from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.rpc.client import Bounds
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import NotLeader, Term
-from skep.wire.client import Channel, connected
+from skep.wire.client import BOUNDS, Channel, connected
 from skep.wire.server import Bound, serve
 from skep.wire.service import Handler
 
@@ -314,9 +315,9 @@ class Manager:
     def _channel_to(self, manager: NodeId) -> Channel:
         return self._link.channel(manager)
 
-    def _connected(self, addr: str) -> AbstractAsyncContextManager[Channel]:
+    def _connected(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager, with this one's certificate."""
-        return connected(addr, client_context(self._tls.pair), MANAGER_NAME)
+        return connected(addr, client_context(self._tls.pair), MANAGER_NAME, bounds=bounds)
 
     async def _lead_when_elected(self) -> None:
         terms = self._store.terms(self._config.node_id, self._config.advertise_addr)

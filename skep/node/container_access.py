@@ -18,7 +18,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.agent.tunnels import Connect, TunnelHost
+from skep.agent.tunnels import TunnelHost
 from skep.api.connection import Connection
 from skep.api.filters import Filters
 from skep.api.framing import parse_request, path_of
@@ -40,6 +40,7 @@ from skep.model.labels import LABEL_TASK_ID
 from skep.model.times import SECOND_NS
 from skep.node.events import NodeEvents, gap_in_place_of
 from skep.wire import skep_pb2 as skep
+from skep.wire.shared import Connect
 
 log = structlog.get_logger(__name__)
 

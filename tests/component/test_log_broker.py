@@ -7,7 +7,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.logbroker.broker import IncompleteLogs
+from skep.errors import Unavailable
+from skep.manager.logbroker.broker import SUBSCRIPTIONS_MAX, IncompleteLogs
 from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.node import NodeState
 from skep.model.task import Task, TaskState, TaskStatus
@@ -145,6 +146,30 @@ async def test_a_slow_reader_holds_up_only_itself(cluster, tmp_path):
             assert cluster.node(agent.node_id).session == session
             assert cluster.node(agent.node_id).status.state is NodeState.READY
         await until(lambda: worker.closed_logs == 1)
+
+
+async def test_a_thousand_followers_get_every_line_and_leave_nothing(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, task = service_task(agent.node_id)
+        await put(cluster, service, task)
+        worker.lines = [a_line(task, b"one\n")]
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+
+        async def follow():
+            async with aclosing(cluster.logs.subscribe(LogQuery(tasks=(task.id,), follow=True))) as lines:
+                return [(await anext(lines)).data for _ in range(2)]
+
+        async with asyncio.TaskGroup() as group:
+            followers = [group.create_task(follow()) for _ in range(SUBSCRIPTIONS_MAX)]
+            await until(lambda: len(worker.queries) == SUBSCRIPTIONS_MAX, 60)
+            with pytest.raises(Unavailable, match="too many log streams are open"):
+                await anext(cluster.logs.subscribe(LogQuery(tasks=(task.id,))))
+            worker.lines.append(a_line(task, b"two\n"))
+            worker.more_lines.set()
+        assert {tuple(one.result()) for one in followers} == {(b"one\n", b"two\n")}
+        await until(lambda: worker.closed_logs == SUBSCRIPTIONS_MAX, 60)
+        assert not cluster.logs._subscriptions
 
 
 async def test_a_node_that_comes_back_goes_on_where_each_of_its_tasks_broke_off(cluster, tmp_path):

@@ -44,7 +44,11 @@ class Manager:
         clock = SystemClock()
         tls = client_context(self.pair)
         self.link = ManagerLink(
-            self.store, self.id, lambda addr: connected(addr, tls, MANAGER_NAME), clock, Random(1)
+            self.store,
+            self.id,
+            lambda addr, **bounds: connected(addr, tls, MANAGER_NAME, **bounds),
+            clock,
+            Random(1),
         )
         self.logs = LogBroker(self.store, new_id, clock, self.id, LinkRelays(self.link))
         own = ManagerPeer(node_id=self.id, addr="127.0.0.1:1")
@@ -294,3 +298,24 @@ async def test_a_relay_that_breaks_while_the_node_stays_is_asked_again(
             worker.lines.append(LogLine(task_id=task.id, timestamp_ns=6, data=b"later\n"))
             worker.more_lines.set()
             assert (await asyncio.wait_for(anext(lines), 10)).data == b"later\n"
+
+
+async def test_many_relayed_followers_that_read_nothing_hold_up_neither_others_nor_the_link(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    async with a_node_of_two(cluster, tmp_path) as (one, two, node_id, worker):
+        service, task = service_task(node_id)
+        await put(cluster, service, task)
+        worker.lines = [line(task.id, b"x" * 100_000)] * 20
+        query = LogQuery(services=(service.id,), follow=True)
+        async with AsyncExitStack() as stack:
+            for _ in range(110):
+                lines = await stack.enter_async_context(aclosing(one.logs.subscribe(query)))  # type: ignore[type-var]
+                assert len((await asyncio.wait_for(anext(lines), 20)).data) == 100_000
+            link = one.link.channel(two.id)
+            async with aclosing(one.logs.subscribe(query)) as lines:  # type: ignore[type-var]
+                for _ in range(20):
+                    assert len((await asyncio.wait_for(anext(lines), 20)).data) == 100_000
+            assert one.link.channel(two.id) is link
+            assert two.id not in one.silent()
+        await until(lambda: not any(manager.logs._subscriptions for manager in (one, two)))

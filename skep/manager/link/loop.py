@@ -1,13 +1,15 @@
-"""Links to all other managers: pings in both directions, and the connections that relays use.
+"""Links to all other managers: pings in both directions, calls, and connections beside them for relayed logs.
 
 Each manager connects to each other one, so between two of them there is a connection in either direction.  A ping in
 either counts, since it was sent and received.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence, Set
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence, Set
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from random import Random
+from typing import Protocol
 
 import structlog
 
@@ -24,14 +26,16 @@ from skep.manager.peer_reports import PeerReport, PeerReports
 from skep.model.ids import NodeId
 from skep.model.logs import LogQuery
 from skep.model.node import Node
+from skep.rpc.client import Bounds
 from skep.store.interface import Commit, Store, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
-from skep.wire.client import Channel
+from skep.wire.client import BOUNDS, Channel
 from skep.wire.convert.logs import query_to_pb
 from skep.wire.methods import Access
 from skep.wire.service import Handler, both_stream
+from skep.wire.shared import SharedConnections
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +45,17 @@ RESPONSE_SECONDS_MAX = 1.5
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 1.0
 """Short: a manager that is back must be seen before it counts as silent."""
+RELAYS_MAX = 80
+"""Logs that one connection relays."""
+RELAY_BOUNDS = Bounds(stream_window=256 * 1024, connection_window=24 * 1024 * 1024, message=BOUNDS.message)
+"""All streams' windows together are smaller than the connection's: readers that do not read hold up no other."""
+
+
+class Connect(Protocol):
+    """Connects with this manager's certificate."""
+
+    def __call__(self, address: str, /, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
+        """A connection to the manager at ``address``, as a manager.  Raises: Unavailable."""
 
 
 class ManagerLink:
@@ -50,16 +65,14 @@ class ManagerLink:
         self,
         store: Store,
         own: NodeId,
-        connect: Callable[[str], AbstractAsyncContextManager[Channel]],
+        connect: Connect,
         clock: Clock,
         random: Random,
         *,
         incarnation: Incarnation | None = None,
         reports: PeerReports | None = None,
     ) -> None:
-        """``connect``: a connection to the manager at an address, as a manager.
-
-        ``incarnation``: the one served here; managers of other ones are ignored.
+        """``incarnation``: the one served here; managers of other ones are ignored.
         ``reports``: sent and received with the pings.
         """
         self._store = store
@@ -73,6 +86,7 @@ class ManagerLink:
         self._time = RunningTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
         self._channels: dict[NodeId, Channel] = {}
+        self._beside: SharedConnections | None = None
         self._changed = asyncio.Event()
 
     def services(self) -> Sequence[Handler]:
@@ -93,6 +107,14 @@ class ManagerLink:
         if channel is None:
             raise Unavailable(f"manager {manager} cannot be reached")
         return channel
+
+    @asynccontextmanager
+    async def channel_beside(self, manager: NodeId) -> AsyncIterator[Channel]:
+        """A connection beside the link, for one more reader; it ends with the link.  Raises: Unavailable."""
+        address = self.channel(manager).address
+        assert self._beside is not None, "there is a link"
+        async with self._beside.channel(address) as channel:
+            yield channel
 
     async def run(self) -> None:
         """Keep a connection to every other manager until cancelled."""
@@ -117,6 +139,9 @@ class ManagerLink:
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
+            self._beside = SharedConnections(
+                partial(self._connect, bounds=RELAY_BOUNDS), group, streams_max=RELAYS_MAX
+            )
             group.create_task(self._live(), name="own time")
             await self._connect_all(group)
 
@@ -159,6 +184,8 @@ class ManagerLink:
                 finally:
                     if self._channels.pop(manager, None) is not None:
                         log.info("link lost", manager=manager)
+                        if self._beside is not None:
+                            self._beside.drop(addr)
         except (SkepError, TimeoutError) as error:
             log.debug("link not established, will retry", manager=manager, address=addr, reason=str(error))
         return self._is_reachable(manager)
@@ -232,7 +259,7 @@ class LinkRelays:
         A manager that falls silent loses the link, and with it this stream.  Raises: Unavailable.
         """
         selector, options = query_to_pb(query)
-        async with self._link.channel(manager).stream(methods.RELAY_LOGS) as call:
+        async with self._link.channel_beside(manager) as channel, channel.stream(methods.RELAY_LOGS) as call:
             await call.send(skep.LogRelay(selector=selector, options=options, node_ids=nodes), end=True)
             async for message in call:
                 yield message

@@ -1,0 +1,123 @@
+"""Connections that streams share: each takes a bounded number of them, and is kept for a while without any.
+
+A peer allows a connection 100 streams, and one that many streams fill delays heartbeats and pings: these connections
+are beside those of sessions and links.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Protocol
+
+from skep.errors import SkepError
+from skep.wire.client import Channel
+
+KEPT_S = 60.0
+"""A connection without streams."""
+
+
+class Connect(Protocol):
+    """Connects with this node's certificate."""
+
+    def __call__(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
+
+
+class SharedConnections:
+    """As many connections to each address as its streams need."""
+
+    def __init__(
+        self,
+        connect: Callable[[str], AbstractAsyncContextManager[Channel]],
+        group: asyncio.TaskGroup,
+        *,
+        streams_max: int,
+    ) -> None:
+        """``group``: where the connections live; ``streams_max``: of one connection."""
+        self._connect = connect
+        self._group = group
+        self._streams_max = streams_max
+        self._open: dict[str, list[_Shared]] = {}
+
+    @asynccontextmanager
+    async def channel(self, address: str) -> AsyncIterator[Channel]:
+        """A connection to ``address`` for one more stream.  Raises: Unavailable: not reachable, or not trusted."""
+        open = self._open.setdefault(address, [])
+        shared = next((one for one in open if one.users < self._streams_max and not one.is_lost), None)
+        if shared is None:
+            shared = _Shared()
+            open.append(shared)
+            self._group.create_task(self._keep(address, shared), name=f"shared connection to {address}")
+        shared.use()
+        try:
+            yield await asyncio.shield(shared.channel)
+        finally:
+            shared.leave()
+
+    def drop(self, address: str) -> None:
+        """End the connections to ``address``, and so their streams."""
+        for shared in self._open.get(address, ()):
+            shared.drop()
+
+    async def _keep(self, address: str, shared: "_Shared") -> None:
+        """Hold one connection until it has had no stream for ``KEPT_S``."""
+        try:
+            # A task of its own: a broken connection cancels the task that uses it.
+            async with self._connect(address) as channel:
+                shared.channel.set_result(channel)
+                await shared.wait_over()
+        except SkepError as error:
+            if not shared.channel.done():
+                shared.channel.set_exception(error)
+        finally:
+            shared.drop()
+            if not shared.channel.done():
+                shared.channel.cancel()
+            open = self._open[address]
+            open.remove(shared)
+            if not open:
+                del self._open[address]
+
+
+class _Shared:
+    """One connection, and how many streams are on it."""
+
+    def __init__(self) -> None:
+        self.channel: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self.users = 0
+        self._is_over = False
+        self._changed = asyncio.Event()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no stream can begin on it."""
+        channel = self.channel
+        return self._is_over or (
+            channel.done()
+            and (channel.cancelled() or channel.exception() is not None or channel.result().is_lost)
+        )
+
+    def use(self) -> None:
+        self.users += 1
+        self._changed.set()
+
+    def leave(self) -> None:
+        self.users -= 1
+        self._changed.set()
+
+    def drop(self) -> None:
+        self._is_over = True
+        self._changed.set()
+
+    async def wait_over(self) -> None:
+        """Return when it was dropped, or after ``KEPT_S`` without a user."""
+        while not self._is_over:
+            self._changed.clear()
+            if self.users:
+                await self._changed.wait()
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(KEPT_S):
+                    await self._changed.wait()
+                    continue
+            self._is_over = not self.users
