@@ -34,9 +34,10 @@ class LogSource(Protocol):
     """Reads the logs of this node's tasks."""
 
     def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
-        """Lines of all tasks of this node that ``query`` means, some at a time, each task's in their order.
+        """Lines of all tasks of this node that ``query`` means, some at a time, in the order of their times.
 
-        Ends when everything is read, or with ``follow`` only when the iterator is closed.
+        Ends when everything is read, or with ``follow`` only when the iterator is closed; an empty batch says that
+        what there was has come.
         """
 
 

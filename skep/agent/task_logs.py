@@ -1,17 +1,21 @@
 """The logs of this node's tasks, for ``docker service logs``.
 
-The container's labels give the task of each line, so tasks that have ended still have their lines.
+The container's labels give the task of each line, so tasks that have ended still have their lines.  What there is comes
+in the order of its times; while following, what is written from then on comes as it is written.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
+from operator import attrgetter
+from typing import TypeAlias
 
 import structlog
 
 from skep.aio.groups import errors_as_they_are
-from skep.engine.container import Container, LogEntry, LogFilter, Stream
+from skep.aio.merging import MergeQueue
+from skep.engine.container import Container, LogFilter, Stream
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import attributes_of
 from skep.errors import SkepError, Unimplemented
@@ -21,11 +25,16 @@ from skep.model.logs import LogLine, LogQuery, LogStream
 
 log = structlog.get_logger(__name__)
 
-_BATCHES_AHEAD_MAX = 4
-"""Read and not yet taken; a slow reader then holds the reading of all its tasks."""
+_AHEAD_MAX = 512
+"""Lines that were read and not yet taken; a slow reader then holds the reading of all its tasks."""
 _BATCH_LINES_MAX, _BATCH_BYTES_MAX = 512, 128 << 10
 _STREAMS = {LogStream.STDOUT: Stream.STDOUT, LogStream.STDERR: Stream.STDERR}
 _BACK = {stream: name for name, stream in _STREAMS.items()}
+
+
+_Lines: TypeAlias = MergeQueue[LogLine]
+_FIRST_LOOK = "the containers that there are"
+"""Waited for until each of them is."""
 
 
 class TaskLogs:
@@ -35,27 +44,42 @@ class TaskLogs:
         self._engine = engine
 
     async def read(self, query: LogQuery) -> AsyncIterator[Sequence[LogLine]]:
-        """Lines of all tasks of this node that ``query`` means, some at a time, each task's in their order.
+        """Lines of all tasks of this node that ``query`` means, some at a time, in the order of their times.
 
-        With ``follow`` this ends only when the iterator is closed, and includes tasks that start later.
+        With ``follow`` this ends only when the iterator is closed, and includes tasks that start later; an empty batch
+        says that what there was has come.
         """
-        lines: asyncio.Queue[Sequence[LogLine] | None] = asyncio.Queue(_BATCHES_AHEAD_MAX)
+        lines: _Lines = MergeQueue(attrgetter("timestamp_ns"), _AHEAD_MAX)
+        lines.open(_FIRST_LOOK)
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             reading = group.create_task(self._read_all(query, lines))
+            reading.add_done_callback(lambda _: lines.wake())
             try:
-                while (batch := await lines.get()) is not None:
-                    yield batch
+                is_past = True
+                while True:
+                    while batch := lines.take(_BATCH_LINES_MAX):
+                        for some in bounded(batch):
+                            yield some
+                    if is_past and not lines.is_waiting:
+                        is_past = False
+                        if query.follow:
+                            yield ()
+                    if not query.follow and reading.done():
+                        break
+                    await lines.wait_update()
             finally:
                 reading.cancel()
 
-    async def _read_all(self, query: LogQuery, lines: "asyncio.Queue[Sequence[LogLine] | None]") -> None:
+    async def _read_all(self, query: LogQuery, lines: _Lines) -> None:
         with self._engine.events.subscribed() as events:  # before the first look: no start falls between
             async with asyncio.TaskGroup() as group:
                 seen = set()
                 for container in self._engine.list():
                     if is_meant(container, query):
                         seen.add(container.id)
+                        lines.open(container.id)
                         group.create_task(self._read_one(container, query, query.tail, lines))
+                lines.end(_FIRST_LOOK)
                 if query.follow:
                     async for event in events:
                         if event.action != "start" or event.container_id in seen:
@@ -67,27 +91,28 @@ class TaskLogs:
                         if is_meant(container, query):
                             seen.add(container.id)
                             group.create_task(self._read_one(container, query, None, lines))
-        await lines.put(None)
 
     async def _read_one(
         self,
         container: Container,
         query: LogQuery,
         tail: int | None,
-        lines: "asyncio.Queue[Sequence[LogLine] | None]",
+        lines: _Lines,
     ) -> None:
         """One container's lines.  One that is removed meanwhile, or cannot be read, does not end the others' lines."""
         try:
             await self._read_container(container, query, tail, lines)
         except (SkepError, OSError) as error:
             log.info("log of a container ended", container=container.id, reason=str(error))
+        finally:
+            lines.end(container.id)
 
     async def _read_container(
         self,
         container: Container,
         query: LogQuery,
         tail: int | None,
-        lines: "asyncio.Queue[Sequence[LogLine] | None]",
+        lines: _Lines,
     ) -> None:
         filter = LogFilter(
             streams=frozenset(_STREAMS[stream] for stream in query.streams or tuple(LogStream)),
@@ -104,25 +129,28 @@ class TaskLogs:
         )
         async with aclosing(self._engine.log_batches(container.id, filter)) as batches:
             async for entries in batches:
-                for some in bounded(entries):
-                    await lines.put(
-                        [
-                            new_line(stream=_BACK[stream], timestamp_ns=timestamp_ns, data=data)
-                            for timestamp_ns, stream, data in some
-                        ]
-                    )
+                if not entries:
+                    lines.end(container.id)
+                    continue
+                await lines.put(
+                    container.id,
+                    [
+                        new_line(stream=_BACK[stream], timestamp_ns=timestamp_ns, data=data)
+                        for timestamp_ns, stream, data in entries
+                    ],
+                )
 
 
-def bounded(entries: Sequence[LogEntry]) -> Iterator[Sequence[LogEntry]]:
-    """``entries`` in parts that a message may have."""
+def bounded(lines: Sequence[LogLine]) -> Iterator[Sequence[LogLine]]:
+    """``lines`` in parts that a message may have."""
     start = size = 0
-    for index, entry in enumerate(entries):
-        if index > start and (index - start >= _BATCH_LINES_MAX or size + len(entry.data) > _BATCH_BYTES_MAX):
-            yield entries[start:index]
+    for index, line in enumerate(lines):
+        if index > start and size + len(line.data) > _BATCH_BYTES_MAX:
+            yield lines[start:index]
             start, size = index, 0
-        size += len(entry.data)
-    if start < len(entries):
-        yield entries[start:]
+        size += len(line.data)
+    if start < len(lines):
+        yield lines[start:]
 
 
 class NoLogs:

@@ -33,7 +33,8 @@ _ENTRIES_AT_ONCE = 512
 def of_container(
     container: Container, filter: LogFilter, bundles: Bundles, store: ContainerStore
 ) -> AsyncGenerator[Sequence[LogEntry], None]:
-    """The output of ``container`` in batches, oldest first; with ``follow`` until it has ended.
+    """The output of ``container`` in batches, oldest first; with ``follow`` until it has ended, an empty one at its
+    present end.
 
     Raises, at once: Unimplemented: its log driver or its options let it not be read.
     """
@@ -67,7 +68,7 @@ async def read(
     has_ended: Callable[[], bool],
     wait_ended: Callable[[], Coroutine[Any, Any, object]],
 ) -> AsyncGenerator[Sequence[LogEntry], None]:
-    """Entries of the log whose newest file is ``current``, some at a time.
+    """Entries of the log whose newest file is ``current``, some at a time; none: it was read to its present end.
 
     Args:
         has_ended: whether its writer has ended; what was not ended by a newline is given out then.
@@ -88,6 +89,7 @@ async def read(
                 continue
             if watch is None or ended:
                 break
+            yield ()
             await wait_first(watch.wait_changed(), wait_ended())
         if has_ended() and not source.is_over:
             yield source.finish()

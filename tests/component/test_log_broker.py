@@ -1,21 +1,33 @@
 """Logs of tasks, from nodes to readers."""
 
 import asyncio
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
 from skep.errors import Unavailable
+from skep.manager.logbroker import broker, subscription
 from skep.manager.logbroker.broker import SUBSCRIPTIONS_MAX, IncompleteLogs
 from skep.model.logs import LogLine, LogQuery, LogStream
-from skep.model.node import NodeState
+from skep.model.node import NodeState, NodeStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
 from skep.model.times import timestamp
-from tests.support.builders import a_task
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, put, service_task, until
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from tests.support.builders import a_service, a_task
+from tests.support.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    a_session,
+    a_worker,
+    an_agent,
+    put,
+    service_task,
+    until,
+)
 
 
 @pytest.fixture
@@ -148,9 +160,87 @@ async def test_a_slow_reader_holds_up_only_itself(cluster, tmp_path):
         await until(lambda: worker.closed_logs == 1)
 
 
-async def test_a_thousand_followers_get_every_line_and_leave_nothing(cluster, tmp_path):
+async def test_the_lines_of_several_nodes_come_in_the_order_of_their_times(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(subscription, "HOLD_S", 60.0)
+    async with AsyncExitStack() as stack:
+        service, workers = a_service(), []
+        await put(cluster, service)
+        for number in range(3):
+            pair = await a_worker(cluster, tmp_path / str(number))
+            agent, worker = await stack.enter_async_context(an_agent(cluster, pair, tmp_path / str(number)))
+            task = a_task(f"t{number}", node=agent.node_id, service=service, slot=number + 1)
+            await put(cluster, task)
+            worker.lines = [
+                LogLine(task_id=task.id, timestamp_ns=stamp, data=b"%d\n" % stamp)
+                for stamp in range(number, 300, 3)
+            ]
+            workers.append((task, worker))
+            await until(lambda agent=agent: agent.node_id in cluster.logs._listeners)
+        lines = [line.data async for line in cluster.logs.subscribe(LogQuery(services=(service.id,)))]
+        assert lines == [b"%d\n" % stamp for stamp in range(300)]
+
+        for _, worker in workers:
+            worker.ends_its_past = True
+        follow = cluster.logs.subscribe(LogQuery(services=(service.id,), follow=True))
+        async with aclosing(follow), asyncio.timeout(20):
+            assert [(await anext(follow)).data for _ in range(300)] == lines
+            task, worker = workers[1]
+            for stamp in (1000, 1001):  # what one of them writes now waits for no other
+                worker.lines.append(LogLine(task_id=task.id, timestamp_ns=stamp, data=b"now\n"))
+                worker.more_lines.set()
+                assert (await anext(follow)).timestamp_ns == stamp
+
+
+async def test_lines_wait_for_a_node_that_sends_none_for_a_moment_only(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(subscription, "HOLD_S", 0.05)
+    pair, other = [await a_worker(cluster, tmp_path / name) for name in ("one", "other")]
+    async with (
+        an_agent(cluster, pair, tmp_path / "one") as (agent, worker),
+        a_session(cluster, other) as (channel, _),
+        channel.stream(methods.LISTEN_SUBSCRIPTIONS) as silent,
+    ):
+        await silent.send(pb.ListenSubscriptionsRequest(), end=True)
+        service, task = service_task(agent.node_id)
+        other_task = a_task("t-silent", node=other.identity.node_id, service=service, slot=2)
+        await put(cluster, service, task, other_task)
+        worker.lines = [a_line(task, b"one\n"), a_line(task, b"two\n")]
+        await until(lambda: {agent.node_id, other.identity.node_id} <= cluster.logs._listeners.keys())
+        async with aclosing(cluster.logs.subscribe(LogQuery(services=(service.id,)))) as lines:
+            async with asyncio.timeout(broker.RESPONSE_SECONDS_MAX):
+                assert [(await anext(lines)).data for _ in range(2)] == [b"one\n", b"two\n"]
+
+
+async def test_a_follower_is_told_of_a_node_that_does_not_answer_any_more(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(subscription, "SILENT_S", 0.05)
     pair = await a_worker(cluster, tmp_path)
-    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+    service, task = service_task(pair.identity.node_id)
+    await put(cluster, service, task)
+    query = LogQuery(services=(service.id,), follow=True)
+    async with aclosing(cluster.logs.subscribe(query)) as lines, asyncio.timeout(20):
+        words = f"skep: node {pair.identity.node_id} does not answer\n".encode()
+        assert (await anext(lines)).data == words, "it was away from the beginning"
+        async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+            worker.lines = [a_line(task, b"one\n")]
+            worker.more_lines.set()
+            assert (await anext(lines)).data == b"one\n"
+            node = cluster.node(agent.node_id)
+            assert node.status.state is NodeState.READY
+            # A machine that stands still keeps its connections.
+            await put(cluster, replace(node, status=NodeStatus(state=NodeState.DOWN)))
+            missed = await anext(lines)
+            assert (missed.data, missed.task_id) == (b"skep: node worker does not answer\n", task.id)
+            worker.lines.append(replace(a_line(task, b"two\n"), timestamp_ns=6))
+            worker.more_lines.set()
+            assert (await anext(lines)).data == b"two\n"
+        assert (await anext(lines)).data == b"skep: node worker does not answer\n"
+
+
+async def test_a_thousand_followers_get_every_line_and_leave_nothing(tmp_path):
+    async with AsyncExitStack() as stack:
+        # A second of one busy processor is no lost session.
+        cluster = await stack.enter_async_context(Cluster(heartbeat_s=10).serving())
+        pair = await a_worker(cluster, tmp_path)
+        agent, worker = await stack.enter_async_context(an_agent(cluster, pair, tmp_path))
         service, task = service_task(agent.node_id)
         await put(cluster, service, task)
         worker.lines = [a_line(task, b"one\n")]
@@ -184,6 +274,7 @@ async def test_a_node_that_comes_back_goes_on_where_each_of_its_tasks_broke_off(
 
     async with aclosing(cluster.logs.subscribe(LogQuery(services=(service.id,), follow=True))) as lines:
         async with an_agent(cluster, pair, tmp_path) as (_, worker):
+            assert (await anext(lines)).data.endswith(b" does not answer\n")
             worker.lines = [at(task, 10), at(other, 50)]
             worker.more_lines.set()
             assert [(await anext(lines)).data for _ in range(2)] == [b"10\n", b"50\n"]

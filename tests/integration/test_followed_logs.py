@@ -56,6 +56,9 @@ def test_a_follower_shows_the_tasks_of_a_node_that_went_down_and_came_back(tmp_p
             wait_until(lambda: shown(output) >= {task["ID"] for task in first}, "four tasks are followed")
             cluster.skep("kill", "w1")
             wait_until(lambda: nodes_by_name(m1)["w1"]["Status"]["State"] == "down", "w1 is down")
+            wait_until(
+                lambda: "skep: node w1 does not answer\n" in output.read_text(), "the follower sees its name"
+            )
             cluster.skep("start", "w1")
             wait_until(lambda: "w1" in ready(m1), "w1 is back", 60)
             m1.docker("node", "update", "--availability", "drain", "w2")

@@ -35,6 +35,8 @@ class FakeWorker:
         self.queries: list[LogQuery] = []
         self.more_lines = asyncio.Event()
         self.closed_logs = 0
+        self.ends_its_past = False
+        """Whether followers get an empty batch after what there was; nodes of earlier versions send none."""
 
     async def assign(self, change: AssignmentSet) -> None:
         self.sets.append(change)
@@ -57,7 +59,7 @@ class FakeWorker:
 
     async def read(self, query: LogQuery) -> AsyncIterator[list[LogLine]]:
         self.queries.append(query)
-        sent = 0
+        sent, is_past = 0, self.ends_its_past
         try:
             while True:
                 while sent < len(self.lines):
@@ -65,6 +67,9 @@ class FakeWorker:
                     yield [self.lines[sent - 1]]
                 if not query.follow:
                     return
+                if is_past:
+                    is_past = False
+                    yield []
                 self.more_lines.clear()
                 await self.more_lines.wait()
         finally:

@@ -11,7 +11,7 @@ Source: swarmkit, manager/logbroker/broker.go.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -21,11 +21,11 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
 from skep.manager.informer import run_informer
-from skep.manager.logbroker.selection import kept_lines, matches, selected, shortfall
+from skep.manager.logbroker.selection import absences, kept_lines, matches, selected, shortfall
 from skep.manager.logbroker.subscription import Subscription
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.task import Task
 from skep.store.interface import Commit, Created, Store, Updated, View
 from skep.wire import methods
@@ -99,7 +99,9 @@ class LogBroker:
                     yield line
 
     async def batches(self, query: LogQuery) -> AsyncGenerator[Sequence[LogLine], None]:
-        """Lines of all tasks that ``query`` matches, some at a time, each node's in the order it sent them.
+        """Lines of all tasks that ``query`` matches, some at a time, merged in the order of their times.
+
+        While following, only those of the past; a node that is silent is not waited for (``subscription.HOLD_S``).
 
         Ends when every node has sent everything; with ``follow`` only when the iterator is closed.
 
@@ -109,17 +111,25 @@ class LogBroker:
         """
         subscription = self._open(query)
         try:
-            self._request(subscription, sorted(selected(self._store.view(), query).nodes))
-            if kept := self._take_kept(subscription):
-                yield kept
+            nodes = sorted(selected(self._store.view(), query).nodes)
+            self._request(subscription, nodes)
+            for node_id in nodes:
+                self._check_state(subscription, node_id)
+            if instead := self._instead(subscription, subscription.take_silent()):
+                yield instead
             while True:
                 while lines := subscription.take_many(READ_LINES):
                     yield lines
                 if subscription.is_complete:
                     break
+                if query.follow:
+                    subscription.take_present()
+                    silent = subscription.take_long_silent(self._clock.monotonic())
+                    if instead := self._instead(subscription, silent):
+                        yield instead
                 await self._wait_update(subscription)
-            if kept := self._take_kept(subscription):
-                yield kept
+            if instead := self._instead(subscription, subscription.take_silent()):
+                yield instead
             missing = shortfall(selected(self._store.view(), query), subscription.reasons)
             if missing:
                 raise IncompleteLogs(missing)
@@ -148,22 +158,35 @@ class LogBroker:
         self._subscriptions[subscription.id] = subscription
         return subscription
 
-    def _take_kept(self, subscription: Subscription) -> Sequence[LogLine]:
-        """What is kept with the tasks of nodes that do not answer; of a node that has sent nothing, and once."""
-        nodes = subscription.take_silent()
-        return list(kept_lines(self._store.view(), subscription.query, nodes)) if nodes else ()
+    def _instead(self, subscription: Subscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
+        """In place of the lines of nodes that do not answer: what is kept with their tasks, unless they have sent
+        lines, and for followers a line that names each."""
+        if not silent:
+            return ()
+        view, query = self._store.view(), subscription.query
+        lines = list(kept_lines(view, query, [one for one in silent if not subscription.has_sent(one)]))
+        if query.follow:
+            unnamed = set(silent) - {line.node_id for line in lines}
+            lines += absences(view, query, unnamed, self._clock.now_ns())
+        return lines
 
     # -- readers --------------------------------------------------------------------------------------------------
 
     async def _wait_update(self, subscription: Subscription) -> None:
         """Wait for lines or ends; give up on nodes that send nothing, unless the reader follows."""
-        if subscription.query.follow:
-            await subscription.wait_update()
-            return
+        now = self._clock.monotonic()
+        hold_s, named_s = subscription.hold_s(now), subscription.until_named_s(now)
+        longest_s = None if subscription.query.follow else RESPONSE_SECONDS_MAX
         try:
-            async with asyncio.timeout(RESPONSE_SECONDS_MAX):
+            limits = [limit for limit in (hold_s, named_s, longest_s) if limit is not None]
+            async with asyncio.timeout(min(limits, default=None)):
                 await subscription.wait_update()
         except TimeoutError:
+            if hold_s is not None:
+                subscription.pass_over()
+                return
+            if subscription.query.follow:
+                return
             for node_id in sorted(subscription.pending):
                 subscription.finish(node_id, f"node {node_id} did not respond in time")
 
@@ -183,6 +206,8 @@ class LogBroker:
                 case Updated(_, Node() as node):
                     self._forget_moved(node.id)
                     self._request_again(node.id)
+                    for subscription in self._subscriptions.values():
+                        self._check_state(subscription, node.id)
 
     def _forget_moved(self, node_id: NodeId) -> None:
         """A node whose session moved to another manager does not listen here any more, even if its old connection is
@@ -198,6 +223,16 @@ class LogBroker:
             if subscription.query.follow and node_id in subscription.sources:
                 self._request(subscription, [node_id])
 
+    def _check_state(self, subscription: Subscription, node_id: NodeId) -> None:
+        """A follower's node that is down is silent, whether or not its connection is open."""
+        node = self._store.view().lookup(Node, node_id)
+        if node is None or not subscription.query.follow or node_id not in subscription.sources:
+            return
+        if node.status.state is NodeState.DOWN:
+            subscription.lose(node_id)
+        elif subscription.sources[node_id] is not None:
+            subscription.silent.discard(node_id)
+
     def _request(self, subscription: Subscription, node_ids: Iterable[NodeId]) -> None:
         """Request logs of nodes that were not requested yet, and of followed nodes that have moved."""
         elsewhere: defaultdict[tuple[NodeId, bool], list[NodeId]] = defaultdict(list)
@@ -212,7 +247,7 @@ class LogBroker:
                 case _Listener():
                     message = _message(subscription, node_id)
                     subscription.sources[node_id] = location
-                    subscription.start_source(node_id)
+                    subscription.start_source(node_id, node_id)
                     location.send(message)
                 case None:
                     subscription.sources[node_id] = None
@@ -257,7 +292,7 @@ class LogBroker:
         relay = _Relay(manager, nodes)
         for node_id in nodes:
             subscription.sources[node_id] = relay
-            subscription.start_source(node_id)
+            subscription.start_source(node_id, relay)
         task = self._group.create_task(self._read_relay(subscription, relay, query), name="log relay")
         relay.task = task
         relaying = self._relaying.setdefault(subscription.id, set())
@@ -274,9 +309,12 @@ class LogBroker:
             ) as messages:
                 async for message in messages:
                     subscription.backoff.reset()
+                    if not message.messages and not message.ended_node_id:
+                        subscription.reach_present(relay)
+                        continue
                     lines = [line_from_pb(entry) for entry in message.messages]
                     sent = [line for line in lines if line.node_id in relay.nodes]
-                    if not await subscription.put(self._checked(sent)):
+                    if not await subscription.put(self._checked(sent), relay):
                         return
                     ended = NodeId(message.ended_node_id)
                     # A followed node may not be connected yet: that manager requests its logs when it is.
@@ -315,6 +353,8 @@ class LogBroker:
                 while subscription.ended:
                     node_id, reason = subscription.ended.popleft()
                     yield skep.RelayedLogs(ended_node_id=node_id, reason=reason)
+                if subscription.take_present():
+                    yield skep.RelayedLogs()
                 if subscription.is_complete:
                     break
                 await self._wait_update(subscription)
@@ -360,8 +400,11 @@ class LogBroker:
                     source = subscription.sources[node_id]
                 elif subscription.sources[node_id] is not source:
                     return pb.PublishLogsResponse()  # requested elsewhere since: the rest comes from there
-                if not await subscription.put(self._checked(map(line_from_pb, message.messages), node_id)):
+                lines = self._checked(map(line_from_pb, message.messages), node_id)
+                if not await subscription.put(lines, node_id):
                     return pb.PublishLogsResponse()
+                if not message.messages:
+                    subscription.reach_present(node_id)
                 if message.close:
                     reason = ""
                     break

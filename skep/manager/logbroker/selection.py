@@ -3,7 +3,7 @@
 Source: swarmkit, manager/logbroker/subscription.go (match).
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 
 import msgspec
 from msgspec.structs import replace
@@ -64,6 +64,24 @@ def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterat
             head = f"skep: {_name(view, task.node_id)} does not answer; the last lines kept with the task:\n"
             yield replace(wanted[0], data=head.encode(), attrs={KEPT: KEPT_HEAD})
             yield from wanted
+
+
+def absences(view: View, query: LogQuery, nodes: Set[NodeId], now_ns: int) -> Iterator[LogLine]:
+    """A line for each of ``nodes`` with a task that ``query`` means, as one of its task's: it does not answer."""
+    stream = LogStream.STDERR if LogStream.STDERR in query.streams or not query.streams else query.streams[0]
+    tasks = {
+        task.node_id: task for task in sorted(_tasks(view, query), key=lambda task: (task.slot, task.id))
+    }
+    for node_id in sorted(nodes & tasks.keys()):
+        yield LogLine(
+            task_id=tasks[node_id].id,
+            service_id=tasks[node_id].service_id,
+            node_id=node_id,
+            stream=stream,
+            timestamp_ns=now_ns,
+            data=f"skep: {_name(view, node_id)} does not answer\n".encode(),
+            attrs={KEPT: KEPT_HEAD},
+        )
 
 
 def _is_wanted(query: LogQuery, line: LogLine) -> bool:

@@ -1,21 +1,27 @@
 """One reader of logs: the nodes it waits for, and a bounded buffer between them and the reader.
 
-A node that sends faster than the reader reads has to wait (its stream is not read, so HTTP/2's flow control stops
-it): a slow reader costs only a buffer.
+What nodes have is merged in the order of its times; while following, what they write from then on comes as it is
+written.  A node that sends faster than the reader reads has to wait (its stream is not read, so HTTP/2's flow control
+stops it): a slow reader costs only a buffer.
 """
 
-import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from operator import attrgetter
 
 import msgspec
 
 from skep.aio.backoff import Backoff
+from skep.aio.merging import MergeQueue
 from skep.model.ids import NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.times import SECOND_NS
 
 LINES_MAX = 1000
+HOLD_S = 1.0
+"""How long the lines of other nodes wait for one that sends none."""
+SILENT_S = 5.0
+"""A follower's node that does not answer for so long is named."""
 BEHIND_NS_MAX = 600 * SECOND_NS
 """How far one task's lines may be behind another's of the same node so that both can be resumed."""
 
@@ -42,36 +48,38 @@ class Subscription:
         self.reasons: list[str] = []
         """Why lines are missing."""
         self.silent: set[NodeId] = set()
-        """Nodes that gave no lines, or not all, and whose kept lines the reader has not got yet."""
+        """Nodes that do not answer, or have not sent everything, and were not named yet."""
+        self._silent_since: dict[NodeId, float] = {}
         self.ended: deque[tuple[NodeId, str]] = deque()
         """Nodes that have sent everything or will not, with the reason; bounded by the number of nodes."""
         self._opened_ns = opened_ns
         self._started: set[NodeId] = set()
         self._seen_ns: dict[NodeId, dict[TaskId, int]] = {}
         self._floors_ns: dict[NodeId, dict[TaskId, int]] = {}
-        self.is_closed = False
-        self._lines: deque[LogLine] = deque()
-        self._updated = asyncio.Event()
-        self._room = asyncio.Event()
+        self._lines: MergeQueue[LogLine] = MergeQueue(attrgetter("timestamp_ns"), LINES_MAX)
+        self._streams: dict[NodeId, Hashable] = {}
+        """The stream that brings each node's lines, of those that have not ended: its own, or that of its manager."""
+        self._holding_since: float | None = None
+        self._is_present_reached = False
 
-    async def put(self, lines: Iterable[LogLine]) -> bool:
+    async def put(self, lines: Iterable[LogLine], stream: Hashable) -> bool:
         """Add lines, waiting for room before the first; repeated ones are dropped.  False: the reader has gone."""
-        while len(self._lines) >= LINES_MAX and not self.is_closed:
-            self._room.clear()
-            await self._room.wait()
-        if self.is_closed:
+        if not await self._lines.wait_room(stream):
             return False
+        new = list[LogLine]()
         for line in lines:
             floors_ns = self._floors_ns.get(line.node_id)
             if not floors_ns or line.timestamp_ns > floors_ns.get(line.task_id, -1):
-                self._lines.append(line)
+                new.append(line)
                 self._see(line)
-        self._updated.set()
+                self.silent.discard(line.node_id)
+        self._lines.add(stream, new)
         return True
 
     def finish(self, node_id: NodeId, reason: str = "") -> None:
         """A node has sent everything, or (``reason``) will not.  Followers continue to wait."""
         self.pending.discard(node_id)
+        self._end_stream(node_id)
         if reason:
             self.silent.add(node_id)
         if self.query.follow:
@@ -80,11 +88,15 @@ class Subscription:
             self.ended.append((node_id, reason))
         if reason:
             self.reasons.append(reason)
-        self._updated.set()
+        self._lines.wake()
 
-    def start_source(self, node_id: NodeId) -> None:
+    def start_source(self, node_id: NodeId, stream: Hashable) -> None:
         """The node is sent the ``remaining`` query: earlier lines that it repeats are dropped."""
         self._started.add(node_id)
+        self.silent.discard(node_id)
+        if not self._is_present_reached:
+            self._streams[node_id] = stream
+            self._lines.open(stream)
         self.pending.add(node_id)
         self._floors_ns[node_id] = dict(self._seen_ns.get(node_id, {}))
 
@@ -101,32 +113,87 @@ class Subscription:
 
     def close(self) -> None:
         """The reader has closed its end."""
-        self.is_closed = True
-        self._lines.clear()
-        self._room.set()
+        self._lines.close()
+
+    def reach_present(self, stream: Hashable) -> None:
+        """A followed stream has brought what there was: from now on it brings lines as they are written."""
+        if self.query.follow:
+            for node_id in [node_id for node_id, own in self._streams.items() if own == stream]:
+                self._end_stream(node_id)
+
+    def take_present(self) -> bool:
+        """Whether all streams of a follower have reached the present; true once."""
+        if not self.query.follow or self._is_present_reached or self._lines.is_waiting:
+            return False
+        self._is_present_reached = True
+        return True
+
+    def hold_s(self, now: float) -> float | None:
+        """How long lines go on waiting for nodes that send none; None: none waits.  ``now``: monotonic seconds."""
+        if not self._lines.is_holding:
+            self._holding_since = None
+            return None
+        if self._holding_since is None:
+            self._holding_since = now
+        return max(0.0, self._holding_since + HOLD_S - now)
+
+    def pass_over(self) -> None:
+        """Give out lines without waiting for the nodes that send none."""
+        silent = self._lines.pass_over()
+        if self.query.follow:
+            for stream in silent:
+                self._lines.end(stream)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the reader has gone."""
+        return self._lines.is_closed
 
     @property
     def is_complete(self) -> bool:
         """Whether no more lines will come."""
         return not self.query.follow and not self.pending
 
+    def has_sent(self, node_id: NodeId) -> bool:
+        """Whether lines of the node have come."""
+        return node_id in self._seen_ns
+
+    def lose(self, node_id: NodeId) -> None:
+        """A follower's node is down; its stream may go on later."""
+        self.silent.add(node_id)
+        self._lines.wake()
+
     def take_silent(self) -> frozenset[NodeId]:
-        """Nodes that do not answer and have sent nothing; each is given once."""
-        found = frozenset(self.silent - self._seen_ns.keys())
+        """Nodes that do not answer; each is given once."""
+        found = frozenset(self.silent)
         self.silent.clear()
         return found
 
+    def take_long_silent(self, now: float) -> frozenset[NodeId]:
+        """Those that have not answered a follower for ``SILENT_S``; each is given once.  ``now``: monotonic seconds."""
+        self._silent_since = {node_id: self._silent_since.get(node_id, now) for node_id in self.silent}
+        found = {node_id for node_id, since in self._silent_since.items() if now >= since + SILENT_S}
+        self.silent -= found
+        return frozenset(found)
+
+    def until_named_s(self, now: float) -> float | None:
+        """Seconds until ``take_long_silent`` may give a node; None: there is none."""
+        since = [since for node_id, since in self._silent_since.items() if node_id in self.silent]
+        return max(0.0, min(since) + SILENT_S - now) if since else None
+
     async def wait_update(self) -> None:
         """Wait for a line, or for a node to finish."""
-        await self._updated.wait()
-        self._updated.clear()
+        await self._lines.wait_update()
 
     def take_many(self, most: int) -> list[LogLine]:
         """The next lines, at most ``most``."""
-        lines = [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
-        if lines:
-            self._room.set()
-        return lines
+        return self._lines.take(most)
+
+    def _end_stream(self, node_id: NodeId) -> None:
+        """A node brings no more lines of its past; its stream may bring those of others."""
+        stream = self._streams.pop(node_id, None)
+        if stream is not None and stream not in self._streams.values():
+            self._lines.end(stream)
 
     def _resume_ns(self, node_id: NodeId) -> int:
         seen = self._seen_ns.get(node_id, {}).values()

@@ -340,6 +340,7 @@ async def test_followed_logs_go_on_with_tasks_that_come_later(executor: OciExecu
     entries = logs.read(LogQuery(services=(ServiceId("service1"),), follow=True))
     async with asyncio.timeout(10):
         assert [line.data for line in await anext(entries)] == [b"first\n"]
+        assert list(await anext(entries)) == [], "what there was has come"
         for_second = executor.controller(second)
         await for_second.prepare()
         await for_second.start()

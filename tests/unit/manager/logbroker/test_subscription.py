@@ -45,8 +45,8 @@ async def test_a_node_waits_while_the_reader_is_behind():
     subscription = Subscription("s", LogQuery())
     line = LogLine(task_id=TaskId("t1"), node_id=N1)
     for _ in range(LINES_MAX):
-        assert await subscription.put([line])
-    waiting = asyncio.ensure_future(subscription.put([line]))
+        assert await subscription.put([line], N1)
+    waiting = asyncio.ensure_future(subscription.put([line], N1))
     await asyncio.sleep(0)
     assert not waiting.done()
     assert subscription.take_many(1) == [line]
@@ -57,8 +57,8 @@ async def test_a_node_does_not_wait_for_a_reader_that_has_gone():
     subscription = Subscription("s", LogQuery())
     line = LogLine(task_id=TaskId("t1"), node_id=N1)
     for _ in range(LINES_MAX):
-        await subscription.put([line])
-    waiting = asyncio.ensure_future(subscription.put([line]))
+        await subscription.put([line], N1)
+    waiting = asyncio.ensure_future(subscription.put([line], N1))
     await asyncio.sleep(0)
     subscription.close()
     assert not await waiting

@@ -1,0 +1,157 @@
+"""A bounded queue that merges several sources, each in its own order, into one sequence in the order of their keys.
+
+An item is given out once no source that is waited for can bring an earlier one.  A source is waited for from ``open``
+until ``end``; one that brings nothing for long is passed over until it brings something again.  What a source brings
+with a smaller key than before stays behind what it brought before: no source's own order changes.
+"""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class MergeQueue(Generic[T]):
+    """Items of several sources in the order of ``key_of``."""
+
+    def __init__(self, key_of: Callable[[T], int], items_max: int) -> None:
+        """``items_max``: items here at one time; a source for which the others wait adds what it has nevertheless."""
+        self._key_of = key_of
+        self._items_max = items_max
+        self._sources: dict[Hashable, _Source[T]] = {}
+        self._missing: set[Hashable] = set()
+        """Sources that are waited for and have brought nothing: as long as there is one, nothing is given out."""
+        self._open: set[Hashable] = set()
+        self._merged: list[T] = []
+        self._held = 0
+        """Items that are not merged yet."""
+        self._updated = asyncio.Event()
+        self._room = asyncio.Event()
+        self.is_closed = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are sources that are waited for."""
+        return bool(self._open)
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether items wait for sources that have brought nothing."""
+        return bool(self._held and self._missing)
+
+    def open(self, source: Hashable) -> None:
+        """Wait for the items of ``source``."""
+        self._open.add(source)
+        if source not in self._sources:
+            self._missing.add(source)
+
+    def end(self, source: Hashable) -> None:
+        """Wait for no further items of ``source``, which may still bring some."""
+        self._open.discard(source)
+        self._missing.discard(source)
+        self.wake()
+
+    def pass_over(self) -> frozenset[Hashable]:
+        """Give out what there is without the sources that have brought nothing, which are returned."""
+        missing = frozenset(self._missing)
+        self._missing.clear()
+        self.wake()
+        return missing
+
+    def wake(self) -> None:
+        """End ``wait_update``."""
+        self._updated.set()
+        self._room.set()
+
+    def close(self) -> None:
+        """The reader has gone."""
+        self.is_closed = True
+        self._sources.clear()
+        self._merged.clear()
+        self._held = 0
+        self.wake()
+
+    async def put(self, source: Hashable, items: Sequence[T]) -> bool:
+        """Add ``items``, waiting for room before the first.  False: the reader has gone."""
+        if not await self.wait_room(source):
+            return False
+        self.add(source, items)
+        return True
+
+    async def wait_room(self, source: Hashable) -> bool:
+        """Wait until ``source`` may add items.  False: the reader has gone."""
+        while not self.is_closed and not self._has_room(source):
+            self._room.clear()
+            await self._room.wait()
+        return not self.is_closed
+
+    def add(self, source: Hashable, items: Sequence[T]) -> None:
+        """Add ``items``, whether or not there is room."""
+        if items:
+            held = self._sources.get(source)
+            if held is None:
+                held = self._sources[source] = _Source()
+            held.add(items, self._key_of)
+            self._held += len(items)
+            self._missing.discard(source)
+        self._updated.set()
+
+    async def wait_update(self) -> None:
+        """Wait for an item, or the end of a source."""
+        await self._updated.wait()
+        self._updated.clear()
+
+    def take(self, most: int) -> list[T]:
+        """The next items, at most ``most``."""
+        if not self._merged and not self._missing:
+            self._merge()
+        items = self._merged[:most]
+        del self._merged[:most]
+        if items:
+            self._room.set()
+        return items
+
+    def _has_room(self, source: Hashable) -> bool:
+        return self._held + len(self._merged) < self._items_max or source in self._missing
+
+    def _merge(self) -> None:
+        """Move what no source that is waited for can precede."""
+        last = min((self._sources[one].keys[-1] for one in self._open if one in self._sources), default=None)
+        keys, items, parts = list[int](), list[T](), 0
+        for source in tuple(self._sources):
+            held = self._sources[source]
+            count = len(held.keys) if last is None else bisect_right(held.keys, last)
+            keys += held.keys[:count]
+            items += held.items[:count]
+            parts += bool(count)
+            if count < len(held.keys):
+                held.drop(count)
+                continue
+            del self._sources[source]
+            if source in self._open:
+                self._missing.add(source)
+        self._held -= len(items)
+        if parts > 1:  # each is in order, which the sort makes use of; it keeps the order of equal keys
+            items = [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
+        self._merged += items
+
+
+class _Source(Generic[T]):
+    """What one source has brought; ``keys`` never decrease."""
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self.items: list[T] = []
+
+    def add(self, items: Sequence[T], key_of: Callable[[T], int]) -> None:
+        keys = [*self.keys[-1:], *map(key_of, items)]
+        if keys != sorted(keys):
+            keys = list(accumulate(keys, max))
+        self.keys += keys[-len(items) :]
+        self.items += items
+
+    def drop(self, count: int) -> None:
+        del self.keys[:count], self.items[:count]
