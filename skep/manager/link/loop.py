@@ -54,8 +54,8 @@ RELAY_BOUNDS = Bounds(stream_window=256 * 1024, connection_window=24 * 1024 * 10
 class Connect(Protocol):
     """Connects with this manager's certificate."""
 
-    def __call__(self, address: str, /, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
-        """A connection to the manager at ``address``, as a manager.  Raises: Unavailable."""
+    def __call__(self, addr: str, *, bounds: Bounds = BOUNDS) -> AbstractAsyncContextManager[Channel]:
+        """A connection to the manager at ``addr``, as a manager.  Raises: Unavailable."""
 
 
 class ManagerLink:
