@@ -26,6 +26,7 @@ from skep.engine.api_sockets import ApiSockets
 from skep.engine.engine import EngineConfig
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
+from skep.engine.images.pulling import this_platform
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, Unavailable
 from skep.linux.syscalls import unmount_if_mounted
@@ -92,7 +93,9 @@ class TreeImages(ImageStore):
     def __init__(self, tree: Path, defaults: ContainerDefaults | None = None) -> None:
         super().__init__(tree.parent / "images")
         self._tree = tree
-        self.image = Image(id=IMAGE_ID, config=ImageConfig(config=defaults or ContainerDefaults(cmd=("sh",))))
+        here, defaults = this_platform(), defaults or ContainerDefaults(cmd=("sh",))
+        config = ImageConfig(os=here.os, architecture=here.architecture, config=defaults)
+        self.image = Image(id=IMAGE_ID, config=config)
         self.pulls = 0
 
     def resolve(self, word: str) -> Image | None:

@@ -38,6 +38,7 @@ from skep.engine.container import Container, ContainerState, NotRunning, WaitCon
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
+from skep.engine.images.pulling import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import nano_cpus_of
@@ -98,6 +99,8 @@ def create_routes(engine: Engine) -> Routes:
 async def create_container(engine: Engine, request: web.Request) -> web.StreamResponse:
     """Create a plain container from the body of ``request``."""
     body = read_create(await read_body(request))
+    if platform := request.query.get("platform"):
+        require_platform(engine.images.get(body.image), body.image, parse_platform(platform))
     container = await engine.create(body, name=request.query.get("name", ""))
     warnings = list(container.warnings)
     if body.host_config.network_mode == "host" and body.host_config.port_bindings:

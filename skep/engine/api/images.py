@@ -201,15 +201,8 @@ def _require_platform(images: ImageStore, reference: Reference, text: str) -> No
     """Raises: InvalidArgument: ``text`` is no platform; NotFound: the image is here for another one."""
     wanted = decode_body(text.encode(), _WantedPlatform)
     image = images.get(str(reference.with_default_tag()))
-    found = image.config
-    if (found.os, found.architecture) != (wanted.os, wanted.architecture) or (
-        wanted.variant and found.variant != wanted.variant
-    ):
-        raise NotFound(
-            f"image with reference {reference.familiar} was found but does not match the specified platform:"
-            f" wanted {pulling.Platform(wanted.os, wanted.architecture, wanted.variant)},"
-            f" actual: {pulling.Platform(found.os, found.architecture, found.variant)}"
-        )
+    platform = pulling.Platform(wanted.os, wanted.architecture, wanted.variant)
+    pulling.require_platform(image, reference.familiar, platform)
 
 
 @_table.get("/images/search")

@@ -133,6 +133,18 @@ def parse_platform(text: str) -> Platform:
     return Platform(*parts)
 
 
+def require_platform(image: Image, name: str, wanted: Platform) -> None:
+    """Raises: NotFound: ``image``, which the user calls ``name``, is here for another platform."""
+    found = image.config
+    if (found.os, found.architecture) != (wanted.os, wanted.architecture) or (
+        wanted.variant and found.variant not in ("", wanted.variant)
+    ):
+        raise NotFound(
+            f"image with reference {name} was found but does not match the specified platform:"
+            f" wanted {wanted}, actual: {Platform(found.os, found.architecture, found.variant)}"
+        )
+
+
 def choose(manifests: Sequence[Descriptor], wanted: Platform) -> Descriptor:
     """The entry of an index for ``wanted``; the first that fits.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.images.pulling import this_platform
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.api_lab import Api
 
@@ -267,3 +268,13 @@ async def test_docker_ps_logs_top_inspect_wait_and_rm(api: Api, run: Runner):
     await api.docker("kill", "c1")
     assert (await waiting)[1] == "137\n"
     assert (await api.docker("rm", "c1"))[:2] == (0, "c1\n")
+
+
+async def test_an_image_for_another_platform_than_the_user_names_is_not_run(api: Api) -> None:
+    here, body = this_platform(), {"Image": "busybox", "Cmd": ["true"]}
+    for platform in ("linux/s390x", f"windows/{here.architecture}"):
+        status, error = await api.ask("POST", f"/containers/create?platform={platform}", body)
+        found = "image with reference busybox was found but does not match the specified platform"
+        assert (status, error["message"]) == (404, f"{found}: wanted {platform}, actual: {here}")
+    assert (await api.ask("POST", "/containers/create?platform=a/b/c/d", body))[0] == 400
+    assert (await api.ask("POST", f"/containers/create?platform={here}", body))[0] == 201
