@@ -130,10 +130,26 @@ class Volumes:
     ) -> Path:
         """The volume's directory, made if there is none, with ``labels`` and ``options`` then; one that is there
         keeps its own.  ``driver``: a plug-in, which has made it.
+
+        Raises: InvalidArgument: as ``path``; SkepError, in Docker's words: the file system refuses it.
         """
         path = self.path(name)
         if self.has(name):
             return path
+        try:
+            self._make(path, labels, options, driver)
+        except OSError as error:
+            raise SkepError(f"error while creating volume path '{path}': {error.strerror}") from error
+        self.events.publish_volume("create", name, {"driver": driver})
+        return path
+
+    def _make(
+        self,
+        path: Path,
+        labels: Mapping[str, str] | None,
+        options: Mapping[str, str] | None,
+        driver: str,
+    ) -> None:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # of one whose removal failed
             (path.parent / left).unlink(missing_ok=True)
@@ -145,8 +161,6 @@ class Volumes:
         if driver != LOCAL:
             replace_file(path.parent / _DRIVER, msgspec.json.encode(driver))
         path.mkdir(mode=0o755, exist_ok=True)
-        self.events.publish_volume("create", name, {"driver": driver})
-        return path
 
     def options(self, name: str) -> Mapping[str, str]:
         """The driver options it was made with.  Raises: Unavailable: they cannot be read."""

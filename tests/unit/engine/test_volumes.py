@@ -8,7 +8,7 @@ import pytest
 
 from skep.engine.mounts import check_local_options, check_subpath, mount_point
 from skep.engine.volumes import ANONYMOUS, Volumes
-from skep.errors import InvalidArgument, Unavailable
+from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
 from skep.model.meta import Driver
@@ -21,6 +21,15 @@ def test_a_volume_is_made_with_the_labels_of_its_mount(tmp_path: Path) -> None:
     assert volumes.labels("data") == {"a": "b"}
     (nameless,) = volumes.mount_points([msgspec.structs.replace(mount, source="")], ())
     assert volumes.labels(nameless.name) == {"a": "b", ANONYMOUS: ""}
+
+
+def test_a_volume_that_the_file_system_refuses_is_refused_in_dockers_words(tmp_path: Path) -> None:
+    volumes = Volumes(tmp_path)
+    with pytest.raises(SkepError) as error:
+        volumes.ensure("a" * 300)
+    path = tmp_path / ("a" * 300) / "_data"
+    assert str(error.value) == f"error while creating volume path '{path}': File name too long"
+    assert volumes.names() == []
 
 
 def test_tmpfs_options_replace_their_opposites() -> None:
