@@ -224,6 +224,34 @@ def test_a_command_runs_once_as_a_task_of_a_service_would(manager: TestNode) -> 
     assert manager.docker("service", "ls", "--format", "{{.Name}}").stdout.split() == ["web"]
 
 
+def test_a_command_runs_with_the_secrets_networks_and_mounts_of_its_service(cluster: TestCluster) -> None:
+    m1 = cluster.node("m1")
+    m1.docker("network", "create", "-d", "overlay", "back")
+    m1.docker("secret", "create", "key", "-", stdin="hidden")
+    m1.docker("config", "create", "settings", "-", stdin="red")
+    m1.docker(
+        *("service", "create", "--detach", "--name", "db", "--network", "back", "--hostname", "db-host"),
+        *("--secret", "source=key,target=pass,mode=0400", "--config", "source=settings,target=/etc/settings"),
+        *("--mount", "type=volume,source=data-of-db,target=/data", "--user", "nobody", "--workdir", "/data"),
+        *("--constraint", "node.hostname == w1", "--stop-grace-period", "1s", IMAGE),
+        *("sh", "-c", "echo kept >/tmp/x; exec sleep 1000"),
+    )
+    try:
+        wait_running(m1, "db", 1, 60)
+        script = "cat /etc/settings; ls /run/secrets; pwd; id -u; nslookup db | grep -c Name"
+        ran = skep(m1, "run", "db", "sh", "-c", script)
+        assert ran.stdout.decode().split("\n")[0] == "redpass", ran
+        assert ran.stdout.decode().split("\n")[1:4] == ["/data", "65534", "1"], ran
+    finally:
+        m1.docker("service", "rm", "db")
+        wait_until(lambda: not m1.client().api.tasks(filters={"name": "db"}), "its task is removed")
+        m1.docker("secret", "rm", "key")
+        m1.docker("config", "rm", "settings")
+        wait_until(
+            lambda: m1.docker("network", "rm", "back", check=False).returncode == 0, "the network is free"
+        )
+
+
 def done(node: TestNode, *words: str) -> bytes:
     """The output of a command that succeeds."""
     ran = skep(node, *words)

@@ -152,6 +152,38 @@ def test_a_kept_slot_waits_for_its_node_until_that_is_back_or_its_data_is_given_
     assert written(trio, m1, "kept")[2] != first[2], "with an empty volume"
 
 
+def test_a_services_volume_has_the_same_options_on_every_node_or_its_task_is_rejected(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    names = ("m1", "w1", "w2")
+    options = {"type": "tmpfs", "device": "tmpfs", "o": "size=64k"}
+    words = ",".join(f'"volume-opt={name}={value}"' for name, value in options.items())
+    mount = f"type=volume,source=memory,target=/data,volume-label=team=red,{words}"
+    trio.node("w2").docker("volume", "create", "memory")  # the same name, without options
+    m1.docker(
+        *("service", "create", "--detach", "--name", "cache", "--mode", "global", "--mount", mount),
+        *("--restart-delay", "1s", "--stop-grace-period", "1s", IMAGE, "sleep", "1000"),
+    )
+    wait_running(m1, "cache", 2, 60)
+    refused = "volume memory exists with other options than those of the mount"
+    wait_until(lambda: "Rejected" in m1.docker("service", "ps", "--no-trunc", "cache").stdout, "w2 refuses")
+    assert refused in m1.docker("service", "ps", "--no-trunc", "cache").stdout
+    trio.node("w2").docker("volume", "rm", "memory")
+    wait_running(m1, "cache", 3, 60)
+    for name in names:
+        volume = trio.node(name).client().volumes.get("memory").attrs
+        assert (volume["Options"], volume["Labels"]) == (options, {"team": "red"}), name
+        (container,) = trio.node(name).client().containers.list(filters={"name": "cache"})
+        assert b"size=64k" in container.exec_run(["grep", " /data ", "/proc/mounts"]).output
+    m1.docker("service", "rm", "cache")
+    for name in names:
+        node = trio.node(name)
+        wait_until(
+            lambda node=node: node.docker("volume", "rm", "-f", "memory", check=False).returncode == 0,  # type: ignore[misc]
+            "the volume is removed",
+        )
+
+
 @pytest.mark.slow
 def test_a_kept_slot_waits_for_a_node_that_is_down_and_another_goes_elsewhere_and_says_what_it_left(
     trio: TestCluster, m1: TestNode

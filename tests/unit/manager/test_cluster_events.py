@@ -13,9 +13,9 @@ from skep.errors import InvalidArgument
 from skep.manager.events import BEHIND_MAX, KEPT, ClusterEvents, EventsLost, Message, messages_of
 from skep.manager.routes.events import fits
 from skep.model.encoding import to_json
-from skep.model.ids import NodeId, SecretId
+from skep.model.ids import ConfigId, NodeId, SecretId
 from skep.model.node import Availability, CutOff, FailingPath, Node, NodeSpec, NodeState, NodeStatus
-from skep.model.secret import Secret, SecretSpec
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState
 from skep.model.task_end import TaskEnd
@@ -93,6 +93,23 @@ def test_an_update_of_a_service_names_what_changed():
             },
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("type", "made"),
+    [
+        ("secret", Secret(id=SecretId("s1"), spec=SecretSpec(name="key"))),
+        ("config", Config(id=ConfigId("c1"), spec=ConfigSpec(name="key"))),
+    ],
+)
+def test_a_secret_or_config_has_events_of_its_life_and_of_its_labels(type, made):
+    labelled = replace(made, spec=replace(made.spec, labels={"team": "red"}))
+    for event, action in (
+        (Created(made), "create"),
+        (Updated(made, labelled), "update"),
+        (Deleted(labelled), "remove"),
+    ):
+        assert reported(event) == [(type, action, {"name": "key"})]
 
 
 def test_service_events_have_the_update_state():

@@ -266,6 +266,14 @@ def test_plugins_are_looked_for_with_and_without_latest() -> None:
     requirements = requirements_of(task[0], web.spec)
     volume = replace(requirements, plugins=(("Volume", "nfs"), ("Log", "json-file")))
     assert nodes_of(place(task, volume, Choices(accounting_of([node])), now=0.0, limit=ALL)) == {"n1": 1}
+    logs = (*engine.plugins, EnginePlugin(type="Log", name="json-file"))
+    announcing = replace(node, description=replace(node.description, engine=replace(engine, plugins=logs)))
+    assert nodes_of(place(task, volume, Choices(accounting_of([announcing])), now=0.0, limit=ALL)) == {
+        "n1": 1
+    }
+    driver = replace(requirements, plugins=(("Log", "journald"),))
+    refused = place(task, driver, Choices(accounting_of([announcing])), now=0.0, limit=ALL)
+    assert reason(refused) == "no suitable node (missing plugin on 1 node)"
     network = replace(requirements, plugins=(("Network", "weave"),))
     refused = place(task, network, Choices(accounting_of([node])), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (missing plugin on 1 node)"
