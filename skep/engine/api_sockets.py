@@ -36,6 +36,8 @@ _USUAL: Final = ("/var/run/docker.sock", "/run/docker.sock")
 _VOLUMES: Final = "/var/lib/docker/volumes"
 """Where Docker's agents look for the files of volumes: this node's, unless an engine has its own there."""
 _BACKLOG = 64
+_DRIVERS: Final = "csi"
+"""In the run directory: sockets of drivers of cluster volumes (``Paths.csi_sockets``), which may run in containers."""
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.EBADF)
 _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
@@ -116,7 +118,7 @@ class ApiSockets:
                 given.append(msgspec.structs.replace(point, source=str(self._volumes)))
                 continue
             source = PurePosixPath(_real(point.source))
-            if run in source.parents:
+            if run in source.parents and not source.is_relative_to(run / _DRIVERS):
                 raise InvalidArgument(
                     f'invalid mount config for type "bind": {point.source} belongs to this node'
                 )

@@ -56,9 +56,15 @@ class BindSources:
 
 
 def _check(mount: Mount, others: Callable[[Iterable[Mount]], list[Mount]]) -> None:
-    """Raises: InvalidArgument: the source is not there."""
-    if not others([mount]) or os.path.exists(mount.source):
-        return
+    """Raises: InvalidArgument: the source is not there, or cannot be looked at."""
+    try:
+        if not others([mount]) or os.path.exists(mount.source):
+            return
+    except (OSError, ValueError) as error:  # ValueError: it has a zero byte
+        reason = error.strerror if isinstance(error, OSError) else "invalid argument"
+        raise InvalidArgument(
+            f'invalid mount config for type "bind": stat {mount.source}: {reason}'
+        ) from error
     options = mount.bind_options
     if options is None or not options.create_mountpoint:
         raise InvalidArgument(

@@ -70,6 +70,15 @@ def test_the_nodes_own_files_are_not_for_containers(apis: ApiSockets, tmp_path: 
         apis.give([bind(tmp_path / "run/manager.sock")], OWN)
 
 
+def test_a_driver_of_cluster_volumes_in_a_container_has_the_directory_of_their_sockets(
+    apis: ApiSockets, tmp_path: Path
+) -> None:
+    points = (bind(tmp_path / "run/csi"), bind(tmp_path / "run/csi/disks"))
+    assert apis.give(points, OWN) == Given(points, False)
+    with pytest.raises(InvalidArgument, match="belongs to this node"):
+        apis.give([bind(tmp_path / "run/csi/../manager.sock")], OWN)
+
+
 def test_other_mounts_stay_as_they_are(apis: ApiSockets, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     points = (
