@@ -28,6 +28,7 @@ from skep.aio.groups import first_alone
 from skep.aio.race import Preempted, run_unless, wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.assignment import AssignmentSet
+from skep.model.autoscaling import TaskUsage
 from skep.model.ids import TaskId, VolumeId
 from skep.model.node import NodeDescription
 from skep.model.revisions import Revision
@@ -40,6 +41,7 @@ from skep.wire.client import Call, Channel
 from skep.wire.convert.assignments import assignments_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import end_to_pb, status_to_pb
+from skep.wire.convert.usages import usages_to_pb
 from skep.wire.convert.values import duration_from_pb
 
 log = structlog.get_logger(__name__)
@@ -85,6 +87,16 @@ class VolumeSource(Protocol):
         """A manager has taken the reports."""
 
 
+class UsageSource(Protocol):
+    """Measures what tasks use (``node/task_usage.py``)."""
+
+    def measure(self, task_ids: Sequence[TaskId]) -> None:
+        """Measure these tasks from now on, and no others."""
+
+    def present(self) -> Mapping[TaskId, TaskUsage]:
+        """What is known of them."""
+
+
 class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     """What the sessions of a node deliver to, and report from.
 
@@ -95,6 +107,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
         seen: the newest revision of assignments.
         tunnels: to this node's containers; None: it has none.
         volumes: cluster volumes that the node has given up; None: it has none.
+        usages: of tasks that a manager asks about, sent with each heartbeat; None: nothing is measured.
         serve_images: serves this node's images to other nodes, until cancelled; None: it has none.
     """
 
@@ -108,6 +121,7 @@ class NodeServices(msgspec.Struct, frozen=True, kw_only=True):
     tunnels: TunnelHost | None = None
     serve_images: Callable[[], Coroutine[Any, Any, None]] | None = None
     volumes: VolumeSource | None = None
+    usages: UsageSource | None = None
 
 
 class SessionHost(Protocol):
@@ -290,8 +304,13 @@ class Session:
     ) -> skep.HeartbeatPeriod | None:
         load = self._services.load()
         thousandths = round(1000 * load) if load is not None else None
-        await call.send(skep.Heartbeat(session_id=self._id, away=is_stopping, load=thousandths))
-        return await call.receive()
+        usages = self._services.usages
+        used = usages_to_pb(usages.present()) if usages is not None else ()
+        await call.send(skep.Heartbeat(session_id=self._id, away=is_stopping, load=thousandths, usages=used))
+        reply = await call.receive()
+        if usages is not None and reply is not None:
+            usages.measure([TaskId(id) for id in reply.measured])
+        return reply
 
     async def _wait_overdue(self, period_s: float) -> None:
         """Return when the response to a heartbeat is overdue.

@@ -139,6 +139,23 @@ def _sample(container: Container, cgroups: Cgroups, now_ns: int) -> Stats:
     )
 
 
+def cpu_and_memory(container: Container, cgroups: Cgroups) -> tuple[int, int] | None:
+    """Nanoseconds of processor time so far, and bytes without caches that can be reclaimed at once.
+
+    From the three files that are needed for it.  None: it has ended.  Raises: OSError: they cannot be read.
+    """
+    files = _Files(container, cgroups)
+    if cgroups.is_v2:
+        cpu_ns = files.table("cpu", "cpu.stat").get("usage_usec", 0) * _NS_PER_US
+        used, cache = files.text("memory", "memory.current").strip(), "inactive_file"
+    else:
+        cpu_ns = files.number("cpuacct", "cpuacct.usage")
+        used, cache = files.text("memory", "memory.usage_in_bytes").strip(), "total_inactive_file"
+    if not cpu_ns or not used.isdigit():
+        return None
+    return cpu_ns, max(int(used) - files.table("memory", "memory.stat").get(cache, 0), 0)
+
+
 class _Files:
     """Files of one container's groups; what is missing reads as nothing."""
 

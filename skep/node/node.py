@@ -107,6 +107,7 @@ from skep.node.routes.swarm import swarm_routes
 from skep.node.routes.system import NodeSystem, engine_id, last_routes, ping_response, system_routes
 from skep.node.runner import Dependencies
 from skep.node.swarm_info import why_waiting
+from skep.node.task_usage import TaskUsageMeter
 from skep.security.locking import KeyLock
 
 log = structlog.get_logger()
@@ -159,6 +160,8 @@ class Node:
         self._load = LoadMeter(
             reader_of(environment.machine, Cgroups(configuration.cgroup_parent)), self._clock
         )
+        containers = self._engine.list if self._engine is not None else tuple
+        self._usages = TaskUsageMeter(containers, Cgroups(configuration.cgroup_parent), self._clock)
         self._offers = OfferReader(self._clock, lambda: self._configuration)
         self._describer = NodeDescriber(
             environment.machine,
@@ -197,6 +200,7 @@ class Node:
             )
             self._run_checks(run)
             group.create_task(self._worker.run(), name="worker")
+            run(self._usages.run, "usage of tasks")
             self._run_networks(run)
             group.create_task(self._membership.run(), name="membership")
             if self._cluster_volumes is not None:
@@ -383,6 +387,7 @@ class Node:
             seen=SeenRevision(certificates / _REVISION_FILE, credentials.identity.cluster_id, self._clock),
             tunnels=tunnel_host(self._engine, self._events, credentials.connected),
             volumes=self._cluster_volumes,
+            usages=self._usages,
             serve_images=partial(self._image_sharing.exchange, credentials, node),
         )
         managers = ManagerList(

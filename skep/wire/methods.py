@@ -180,6 +180,9 @@ PATHS = BothStream(
 RELAY_DIAGNOSTICS = BothStream(
     "/skep.v1.ManagerLink/RelayExaminations", skep.DiagnosticsRelay, skep.RelayedDiagnostics, Access.MANAGER
 )
+COLLECT_USAGES = ServerStream(
+    "/skep.v1.ManagerLink/CollectUsages", skep.CollectUsagesRequest, skep.TaskUsages, Access.MANAGER
+)
 SIGN_EXTERNALLY = Unary(
     "/skep.v1.ManagerLink/SignExternally",
     skep.SignExternallyRequest,

@@ -968,6 +968,7 @@ class Heartbeat(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AWAY_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    USAGES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     away: _builtins.bool
     """The node process stops as planned and is expected back soon: its grace period is longer."""
@@ -975,16 +976,21 @@ class Heartbeat(_message.Message):
     """Thousandths of the node in use, measured and smoothed.  Absent while unknown, and from an older node or a Docker
     Engine; an older manager ignores it.
     """
+    @_builtins.property
+    def usages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskUsage]:
+        """Of tasks that the manager has asked about.  None: not measured yet, or an older node; an older manager ignores them."""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         away: _builtins.bool = ...,
         load: _builtins.int | None = ...,
+        usages: _abc.Iterable[Global___TaskUsage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "load", b"load"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "away", b"away", "load", b"load", "session_id", b"session_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "away", b"away", "load", b"load", "session_id", b"session_id", "usages", b"usages"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__load: _TypeAlias = _typing.Literal["load"]
     _WhichOneofArgType__load: _TypeAlias = _typing.Literal["_load", b"_load"]
@@ -993,22 +999,57 @@ class Heartbeat(_message.Message):
 Global___Heartbeat: _TypeAlias = Heartbeat
 
 @_typing.final
+class TaskUsage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    NANO_CPUS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    nano_cpus: _builtins.int
+    """Averaged over some seconds."""
+    memory_bytes: _builtins.int
+    """Without caches that can be reclaimed at once."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        nano_cpus: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "nano_cpus", b"nano_cpus", "task_id", b"task_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskUsage: _TypeAlias = TaskUsage
+
+@_typing.final
 class HeartbeatPeriod(_message.Message):
     """The response to each heartbeat: how long the node may wait before the next one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PERIOD_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def period(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def measured(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The node's tasks whose usage is to be in its next heartbeats.  None, as from an older manager: nothing is measured;
+        an older node ignores them.
+        """
+
     def __init__(
         self,
         *,
         period: _duration_pb2.Duration | None = ...,
+        measured: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["period", b"period"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["period", b"period"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "period", b"period"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1568,6 +1609,41 @@ class PromoteMemberResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PromoteMemberResponse: _TypeAlias = PromoteMemberResponse
+
+@_typing.final
+class CollectUsagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectUsagesRequest: _TypeAlias = CollectUsagesRequest
+
+@_typing.final
+class TaskUsages(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def usages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskUsage]: ...
+    def __init__(
+        self,
+        *,
+        usages: _abc.Iterable[Global___TaskUsage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["usages", b"usages"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskUsages: _TypeAlias = TaskUsages
 
 @_typing.final
 class SignExternallyRequest(_message.Message):

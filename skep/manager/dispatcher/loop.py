@@ -5,7 +5,7 @@ clock.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from hashlib import sha256
 from random import Random
 
@@ -43,11 +43,13 @@ from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.statuses import Report, bounded, record_status, record_unpublished
 from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
+from skep.manager.dispatcher.usages import Usages
 from skep.manager.dispatcher.volumes import VolumeIndex
 from skep.manager.failures import isolated
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.manager.informer import run_informer
 from skep.manager.peer_reports import PeerReport, PeerReports
+from skep.model.autoscaling import TaskUsage
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId, VolumeId
 from skep.model.labels import last_lines
@@ -66,6 +68,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.convert.node import description_from_pb
 from skep.wire.convert.task import end_from_pb, status_from_pb
+from skep.wire.convert.usages import usages_from_pb
 from skep.wire.convert.values import duration_to_pb
 from skep.wire.service import Handler, both_stream, server_stream, unary
 
@@ -118,6 +121,7 @@ class Dispatcher:
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
         self._repeats = RepeatedReports(store, self._sessions.live, clock)
+        self._usages = Usages(store, self._sessions, clock)
         self._suspension_left_s = SUSPENDED_S_MAX
         self._admission = Admission(clock, random)
         self._rate = RegistrationRate()
@@ -143,6 +147,7 @@ class Dispatcher:
             unary(methods.HEARTBEAT, self._heartbeat),
             both_stream(methods.HEARTBEATS, self._heartbeats),
             *self._assignments.services(),
+            *self._usages.services(),
             unary(methods.UPDATE_TASK_STATUS, self._update_task_status),
             unary(methods.REPORT_STATUSES, self._report_statuses),
             unary(methods.UPDATE_VOLUME_STATUS, self._update_volume_status),
@@ -156,6 +161,10 @@ class Dispatcher:
     def session_count(self) -> int:
         """How many nodes have their session here."""
         return sum(self._sessions.count())
+
+    def usages(self) -> Mapping[TaskId, TaskUsage]:
+        """What the nodes with a session here report of tasks of autoscaled services."""
+        return self._usages.present()
 
     def is_current(self) -> bool:
         """Whether this manager had contact with a quorum within the last ``CURRENT_WITHIN_S``."""
@@ -183,6 +192,7 @@ class Dispatcher:
             group.create_task(self._loads.run(), name="write loads")
             group.create_task(self._stops.run(), name="stops")
             group.create_task(self._repeats.run(), name="repeated reports")
+            group.create_task(self._usages.run(), name="usage of tasks")
 
     # -- what changed in the store ------------------------------------------------------------------------------
 
@@ -354,8 +364,11 @@ class Dispatcher:
                 session.is_skep = True
                 if request.HasField("load"):
                     session.load = load_from_heartbeat(request.load)
+                if request.usages or session.usages:
+                    session.usages = usages_from_pb(request.usages, frozenset(session.measured))
                 yield skep.HeartbeatPeriod(
-                    period=duration_to_pb(self._record_heartbeat(session, is_away=request.away))
+                    period=duration_to_pb(self._record_heartbeat(session, is_away=request.away)),
+                    measured=session.measured,
                 )
                 del request
         finally:

@@ -4,7 +4,7 @@ Nothing here waits or writes; ``loop.py`` does.  A stream's pending work is a se
 node's tasks however slowly the node reads.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
@@ -12,6 +12,7 @@ import msgspec
 from skep.aio.event import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.registration import NotRegistered, SessionInvalid, SilentNode
+from skep.model.autoscaling import TaskUsage
 from skep.model.ids import NodeId, SessionId, TaskId
 
 MISSED_PERIODS = 1.5
@@ -60,8 +61,10 @@ class LiveSession:
         "last_seen",
         "load",
         "load_written",
+        "measured",
         "messages",
         "node_id",
+        "usages",
     )
 
     def __init__(
@@ -85,6 +88,10 @@ class LiveSession:
         """The used share of the node in its last heartbeat, 0 to 1; None: not reported."""
         self.load_written: float | None = None
         """On the manager's clock: when a load was last written in this session."""
+        self.measured: tuple[TaskId, ...] = ()
+        """Tasks of the node whose usage is asked for."""
+        self.usages: Mapping[TaskId, TaskUsage] = {}
+        """Of these, what the last heartbeat reported."""
         self.messages = StreamSignal()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect

@@ -1,0 +1,101 @@
+"""What tasks of autoscaled services use, as the nodes with a session here report it.  In memory only.
+
+The response to a heartbeat names the tasks to measure, the next heartbeat has what they use: nothing is measured or
+sent for other services.  The last report of a session counts until the session ends, which is soon after a node has
+fallen silent.
+"""
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+
+from skep.aio.clock import Clock
+from skep.aio.time_slices import TimeSlices
+from skep.manager.dispatcher.sessions import Sessions
+from skep.manager.informer import run_informer
+from skep.model.autoscaling import TaskUsage, autoscaling_of
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
+from skep.store.updates import batched
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.convert.usages import usages_to_pb
+from skep.wire.service import Handler, server_stream
+
+CHECK_S = 2.0
+"""Between two looks at which tasks are to be measured."""
+MEASURED_MAX = 1000
+"""Tasks of one node that are measured: their report still fits into a heartbeat.  Others count as not measured."""
+_PIECE = 1000
+
+
+class Usages:
+    """Keeps for each session which tasks are measured; what they use is in the session."""
+
+    def __init__(self, store: Store, sessions: Sessions, clock: Clock) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._clock = clock
+        self._services: set[ServiceId] = set()
+
+    def services(self) -> Sequence[Handler]:
+        """The handlers for ``wire.server.serve``."""
+        return (server_stream(methods.COLLECT_USAGES, self._collect),)
+
+    def present(self) -> dict[TaskId, TaskUsage]:
+        """What is reported of the nodes with a session here."""
+        return {id: usage for session in self._sessions.all() for id, usage in session.usages.items()}
+
+    async def run(self) -> None:
+        """Keep the lists until cancelled."""
+        await run_informer(
+            self._store,
+            (Service,),
+            on_snapshot=self._on_snapshot,
+            on_commit=self._on_commit,
+            work=self._work,
+        )
+
+    def _on_snapshot(self, view: View) -> None:
+        self._services = {one.id for one in view.find(Service) if _is_measured(one)}
+
+    def _on_commit(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Service() as service) | Updated(_, Service() as service) if _is_measured(
+                    service
+                ):
+                    self._services.add(service.id)
+                case Updated(_, Service() as service) | Deleted(Service() as service):
+                    self._services.discard(service.id)
+
+    async def _work(self) -> None:
+        was_any = True  # sessions may have lists of services that an earlier run knew
+        while True:
+            if self._services or was_any:
+                await self._update()
+            was_any = bool(self._services)
+            await self._clock.sleep(CHECK_S)
+
+    async def _update(self) -> None:
+        view, slices = self._store.view(), TimeSlices(self._clock)
+        tasks: defaultdict[NodeId, list[TaskId]] = defaultdict(list)
+        for id in sorted(self._services):
+            for task in view.find(Task, service_id=id):
+                if task.node_id and task.is_active:
+                    tasks[task.node_id].append(task.id)
+            if await slices.yield_if_due():
+                view = self._store.view()
+        for session in self._sessions.all():
+            session.measured = tuple(tasks.get(session.node_id, ())[:MEASURED_MAX])
+
+    async def _collect(self, _: skep.CollectUsagesRequest, caller: Caller) -> AsyncIterator[skep.TaskUsages]:
+        present = self.present()
+        for ids in batched(list(present), _PIECE):
+            yield skep.TaskUsages(usages=usages_to_pb({id: present[id] for id in ids}))
+
+
+def _is_measured(service: Service) -> bool:
+    return service.removed_at is None and autoscaling_of(service.spec.labels) is not None

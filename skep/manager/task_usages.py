@@ -1,0 +1,76 @@
+"""What tasks of autoscaled services use, from all managers: each has the reports of the nodes with a session there.
+
+Nothing is stored: whoever decides or explains collects it, so a change of leader loses nothing.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from skep.errors import SkepError
+from skep.model.autoscaling import TaskUsage
+from skep.model.ids import NodeId, TaskId
+from skep.model.node import Node
+from skep.store.interface import Store
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.client import Channel
+from skep.wire.convert.usages import usages_from_pb
+
+log = structlog.get_logger(__name__)
+
+RESPONSE_S = 2.0
+"""A manager that takes longer is left out: its nodes' tasks count as not measured."""
+
+
+class TaskUsages:
+    """Reads the reports of all managers."""
+
+    def __init__(
+        self,
+        store: Store,
+        own: NodeId,
+        reported_here: Callable[[], Mapping[TaskId, TaskUsage]],
+        channel: Callable[[NodeId], Channel],
+    ) -> None:
+        """``channel``: the link's connection to another manager; raises Unavailable."""
+        self._store = store
+        self._own = own
+        self._reported_here = reported_here
+        self._channel = channel
+
+    async def collect(self) -> Mapping[TaskId, TaskUsage]:
+        """What is known now; without the managers that do not respond, or are of a version without such reports."""
+        managers = [
+            node.id
+            for node in self._store.view().find(Node)
+            if node.manager_status is not None and node.id != self._own
+        ]
+        async with asyncio.TaskGroup() as group:
+            asked = [
+                group.create_task(self._of(manager), name=f"usages of {manager}") for manager in managers
+            ]
+        found: dict[TaskId, TaskUsage] = {}
+        for one in asked:
+            found |= one.result()
+        return {**found, **self._reported_here()}
+
+    async def _of(self, manager: NodeId) -> Mapping[TaskId, TaskUsage]:
+        messages: list[skep.TaskUsage] = []
+        try:
+            async with (
+                asyncio.timeout(RESPONSE_S),
+                self._channel(manager).stream(methods.COLLECT_USAGES) as call,
+            ):
+                await call.send(skep.CollectUsagesRequest(), end=True)
+                async for message in call:
+                    messages += message.usages
+        except (SkepError, TimeoutError) as error:
+            log.debug("usages not collected", manager=manager, reason=str(error))
+        return usages_from_pb(messages)
+
+
+async def no_usages() -> Mapping[TaskId, TaskUsage]:
+    """Where nothing is measured."""
+    return {}

@@ -1,0 +1,133 @@
+"""What tasks of this node use, for the autoscaling of their services: only of the tasks that a manager asks about.
+
+Measured beside the event loop and independent of heartbeats, which must not wait for files of a thousand containers.
+Processor time is averaged over ``WINDOW_S``: a shorter time is noise, a longer one shows a step of the load late.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.engine.cgroups import Cgroups
+from skep.engine.container import Container
+from skep.engine.stats import cpu_and_memory
+from skep.model.autoscaling import TaskUsage
+from skep.model.ids import ContainerId, TaskId
+from skep.model.labels import LABEL_TASK_ID
+
+log = structlog.get_logger()
+
+SAMPLE_S = 5.0
+"""Between two readings."""
+WINDOW_S = 10.0
+VALID_S = 3 * SAMPLE_S
+"""A reading that is older is not reported."""
+TASKS_MAX = 1000
+"""A manager asks about no more: their report fits into one heartbeat."""
+_AT_ONCE = 25
+"""Containers that are read before the event loop has its turn."""
+_PAUSE_S = 0.01
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of one container.  ``at``: the clock's monotonic time."""
+
+    container: ContainerId
+    at: float
+    cpu_ns: int
+    memory_bytes: int
+
+
+def kept(readings: Sequence[Reading], new: Reading) -> tuple[Reading, ...]:
+    """``readings`` with a further one, the oldest first: those that an average over the window needs.
+
+    A container that is new, or whose counter went back, begins anew.
+    """
+    if readings and (readings[-1].container != new.container or readings[-1].cpu_ns > new.cpu_ns):
+        return (new,)
+    found = (*readings, new)
+    while len(found) > 2 and new.at - found[1].at >= WINDOW_S:
+        found = found[1:]
+    return found
+
+
+def usage_of(readings: Sequence[Reading], now: float) -> TaskUsage | None:
+    """What a task uses by its readings; None: there are not two yet, or they are too old."""
+    if len(readings) < 2 or now - readings[-1].at > VALID_S:
+        return None
+    first, last = readings[0], readings[-1]
+    elapsed_s = last.at - first.at
+    if elapsed_s <= 0:
+        return None
+    used = TaskUsage(
+        nano_cpus=round((last.cpu_ns - first.cpu_ns) / elapsed_s),  # nanoseconds per second
+        memory_bytes=last.memory_bytes,
+    )
+    return used if used.is_plausible else None
+
+
+class TaskUsageMeter:
+    """Reads the counters of the tasks' containers while a manager asks about any."""
+
+    def __init__(self, containers: Callable[[], Sequence[Container]], cgroups: Cgroups, clock: Clock) -> None:
+        self._containers = containers
+        self._cgroups = cgroups
+        self._clock = clock
+        self._wanted: frozenset[TaskId] = frozenset()
+        self._is_wanted = asyncio.Event()
+        self._readings: dict[TaskId, tuple[Reading, ...]] = {}
+
+    def measure(self, task_ids: Sequence[TaskId]) -> None:
+        """Measure these tasks from now on, and no others."""
+        self._wanted = frozenset(task_ids[:TASKS_MAX])
+        if self._wanted:
+            self._is_wanted.set()
+        else:
+            self._is_wanted.clear()
+
+    def present(self) -> Mapping[TaskId, TaskUsage]:
+        """What is known of them."""
+        now = self._clock.monotonic()
+        found = ((id, usage_of(readings, now)) for id, readings in self._readings.items())
+        return {id: usage for id, usage in found if usage is not None and id in self._wanted}
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        while True:
+            await self._is_wanted.wait()
+            await self._round()
+            await self._clock.sleep(SAMPLE_S)
+
+    async def _round(self) -> None:
+        wanted = [
+            (TaskId(id), one)
+            for one in self._containers()
+            if one.is_running and (id := one.labels.get(LABEL_TASK_ID, "")) in self._wanted
+        ]
+        found: dict[TaskId, tuple[Reading, ...]] = {}
+        for start in range(0, len(wanted), _AT_ONCE):
+            for id, reading in await asyncio.to_thread(self._read, wanted[start : start + _AT_ONCE]):
+                found[id] = kept(self._readings.get(id, ()), reading)
+            await self._clock.sleep(_PAUSE_S)
+        self._readings = found
+
+    def _read(self, containers: Iterable[tuple[TaskId, Container]]) -> list[tuple[TaskId, Reading]]:
+        found = []
+        for id, container in containers:
+            try:
+                counters = cpu_and_memory(container, self._cgroups)
+            except (OSError, ValueError) as error:  # the task counts as not measured
+                log.debug("usage of a task not read", container=container.name, reason=str(error))
+                continue
+            if counters is not None:
+                reading = Reading(
+                    container=container.id,
+                    at=self._clock.monotonic(),
+                    cpu_ns=counters[0],
+                    memory_bytes=counters[1],
+                )
+                found.append((id, reading))
+        return found

@@ -1,0 +1,26 @@
+"""What tasks use, as nodes report it."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from skep.model.autoscaling import TaskUsage
+from skep.model.ids import TaskId
+from skep.wire import skep_pb2 as pb
+
+
+def usages_to_pb(usages: Mapping[TaskId, TaskUsage]) -> list[pb.TaskUsage]:
+    return [
+        pb.TaskUsage(task_id=id, nano_cpus=usage.nano_cpus, memory_bytes=usage.memory_bytes)
+        for id, usage in usages.items()
+    ]
+
+
+def usages_from_pb(
+    messages: Iterable[pb.TaskUsage], about: Collection[str] | None = None
+) -> dict[TaskId, TaskUsage]:
+    """Without what cannot be a measurement, and without other tasks than those ``about`` which there is a question."""
+    found = {}
+    for message in messages:
+        usage = TaskUsage(nano_cpus=message.nano_cpus, memory_bytes=message.memory_bytes)
+        if usage.is_plausible and (about is None or message.task_id in about):
+            found[TaskId(message.task_id)] = usage
+    return found

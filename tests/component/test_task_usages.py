@@ -1,0 +1,64 @@
+"""A node measures the tasks that a manager asks about, and the manager takes its word for these alone."""
+
+import asyncio
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.task_usages import TaskUsages
+from skep.model.autoscaling import TaskUsage
+from skep.model.ids import NodeId
+from skep.model.task import TaskState
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, put
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+async def test_the_response_to_a_heartbeat_names_the_tasks_and_the_next_one_is_believed_for_these(
+    cluster, tmp_path
+):
+    pair = await a_worker(cluster, tmp_path)
+    node = pair.identity.node_id
+    spec = replace(a_service_spec("web"), labels={"skep.autoscale": "1..3"})
+    scaled, plain = a_service("web", spec=spec), a_service("plain")
+    mine = a_task("mine", service=scaled, node=node, state=TaskState.RUNNING)
+    others = a_task("others", service=scaled, slot=2, node="elsewhere", state=TaskState.RUNNING)
+    unscaled = a_task("unscaled", service=plain, node=node, state=TaskState.RUNNING)
+    await put(cluster, scaled, plain, mine, others, unscaled)
+    async with a_session(cluster, pair) as (channel, session_id), channel.stream(methods.HEARTBEATS) as call:
+        async with asyncio.timeout(
+            20
+        ):  # the list is renewed every few seconds; a silent node would be down by then
+            measured: list[str] = []
+            while not measured:
+                await call.send(skep.Heartbeat(session_id=session_id))
+                measured = list((await call.receive()).measured)
+                await asyncio.sleep(0.02)
+        assert measured == ["mine"]
+        reported = [
+            skep.TaskUsage(task_id=id, nano_cpus=7, memory_bytes=8)
+            for id in ("mine", "others", "unscaled", "made-up")
+        ]
+        await call.send(skep.Heartbeat(session_id=session_id, usages=reported))
+        await call.receive()
+        assert cluster.dispatcher.usages() == {"mine": TaskUsage(nano_cpus=7, memory_bytes=8)}
+        absurd = [skep.TaskUsage(task_id="mine", nano_cpus=2**63)]
+        await call.send(skep.Heartbeat(session_id=session_id, usages=absurd))
+        await call.receive()
+        assert cluster.dispatcher.usages() == {}
+        # A node of an earlier version: no reports, and nothing is measured.
+        await call.send(skep.Heartbeat(session_id=session_id))
+        await call.receive()
+        own = TaskUsages(cluster.store, NodeId(MANAGER_ID), cluster.dispatcher.usages, no_link)
+        assert await own.collect() == {}
+
+
+def no_link(manager: NodeId):
+    raise AssertionError(f"there is no other manager: {manager}")
