@@ -133,6 +133,8 @@ class SimulatedCluster:
         self._skew = skew
         self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
         self._behaviour = behaviour or Behaviour()
+        self.nano_cpus: Callable[[Task], int | None] = lambda _: None
+        """What a task uses now; None: its node does not measure it."""
         self.clocks: dict[NodeId, VirtualClock] = {}
         self.nodes: dict[NodeId, SimulatedNode] = {}
         for id in self.managers:
@@ -251,8 +253,12 @@ class SimulatedCluster:
             behaviour=self._behaviour,
             renew=lambda: self.renew(id),
         )
+        node.nano_cpus = self._nano_cpus_of
         node.watchers.append(self.observer)
         return node
+
+    def _nano_cpus_of(self, task: Task) -> int | None:
+        return self.nano_cpus(task)
 
     async def end_node(self, id: NodeId) -> None:
         """Remove a worker's machine and its containers permanently."""

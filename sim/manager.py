@@ -25,6 +25,7 @@ from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
 from skep.manager.peer_reports import PeerReports
 from skep.manager.store_space import StoreSpace
+from skep.manager.task_usages import TaskUsages
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.task import Task
@@ -136,6 +137,7 @@ class SimulatedManager:
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, reports=reports)
         self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
+        usages = TaskUsages(store, self._id, dispatcher.usages, link.channel)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
         handlers = (
             *dispatcher.services(),
@@ -149,7 +151,7 @@ class SimulatedManager:
             group.create_task(discovery.run(), name=f"{self._id} discovery")
             group.create_task(link.run(), name=f"{self._id} link")
             group.create_task(presence.run(), name=f"{self._id} presence")
-            group.create_task(self._stand(store, link, space, presence), name=f"{self._id} election")
+            group.create_task(self._stand(store, link, usages, space, presence), name=f"{self._id} election")
 
     def _connect(self, addr: str, *, bounds: object = None) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager; simulated ones have no bounds."""
@@ -158,24 +160,30 @@ class SimulatedManager:
         return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
 
     async def _stand(
-        self, store: EtcdStore, link: ManagerLink, space: StoreSpace, presence: ManagerStatusWriter
+        self,
+        store: EtcdStore,
+        link: ManagerLink,
+        usages: TaskUsages,
+        space: StoreSpace,
+        presence: ManagerStatusWriter,
     ) -> None:
         async for term in store.terms(self._id, self._addr):
             self.leads = True
             presence.lead(term)
             try:
-                await self._lead(term, link, space)
+                await self._lead(term, link, usages, space)
             except* NotLeader:
                 pass  # wait for the next term
             finally:
                 self.leads = False
                 presence.lead(None)
 
-    async def _lead(self, term: Term, link: ManagerLink, space: StoreSpace) -> None:
+    async def _lead(self, term: Term, link: ManagerLink, usages: TaskUsages, space: StoreSpace) -> None:
         state = FailingTerm(_Counted(term, self), self._poisoned)
         adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
         managers = Managers(term, self._id, self.members, link, self._clock, self._random)
-        own = self.loops = (*loops(state, self._clock, self._new_id, self._random), adoption, managers)
+        control = loops(state, self._clock, self._new_id, self._random, collect_usages=usages.collect)
+        own = self.loops = (*control, adoption, managers)
         try:
             async with asyncio.TaskGroup() as group:
                 running = [

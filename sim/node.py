@@ -4,7 +4,7 @@ The machine (its processes and its disk) outlives the node process; a power loss
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Protocol
 
@@ -26,9 +26,11 @@ from skep.aio.clock import Clock
 from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
-from skep.model.ids import NodeId, TaskId
+from skep.model.autoscaling import TaskUsage
+from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
+from skep.node.task_usage import Reading, kept, usage_of
 from skep.security.identity import Identity
 
 
@@ -56,6 +58,8 @@ class SimulatedNode:
         self.ending_images: dict[str, tuple[float, int]] = {}
         """Images whose containers end after a time in seconds, with an exit code."""
         self.machine = WatchedMachine(self)
+        self.nano_cpus: Callable[[Task], int | None] = lambda _: None
+        """What the process of a task uses now; None: it is not measured."""
         self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
         """The assignment of each process on the machine, for the observer."""
@@ -125,7 +129,12 @@ class SimulatedNode:
             managers=managers,
             describe=lambda: self._description,
             services=NodeServices(
-                sink=worker, reports=reports, logs=NoLogs(), seen=self._seen, tables=tables
+                sink=worker,
+                reports=reports,
+                logs=NoLogs(),
+                seen=self._seen,
+                tables=tables,
+                usages=SimulatedUsages(self, self._clock),
             ),
             clock=self._clock,
             random=self._random,
@@ -146,6 +155,40 @@ class SimulatedNode:
         """End every process; the disk is kept."""
         self._last_seen.forget()
         self.machine.lose_power()
+
+
+class SimulatedUsages:
+    """Averages of counters, as the production meter computes them; the counters are read with each heartbeat."""
+
+    def __init__(self, node: SimulatedNode, clock: Clock) -> None:
+        self._node = node
+        self._clock = clock
+        self._wanted: Sequence[TaskId] = ()
+        self._readings: dict[TaskId, tuple[Reading, ...]] = {}
+
+    def measure(self, task_ids: Sequence[TaskId]) -> None:
+        """Measure these tasks from now on, and no others."""
+        self._wanted = task_ids
+
+    def present(self) -> Mapping[TaskId, TaskUsage]:
+        """What is known of them."""
+        now, containers = self._clock.monotonic(), self._node.containers
+        readings = {
+            id: kept(self._readings.get(id, ()), reading)
+            for id in self._wanted
+            if id in containers and (reading := self._reading(containers[id], now)) is not None
+        }
+        self._readings = readings
+        found = ((id, usage_of(readings[id], now)) for id in readings)
+        return {id: usage for id, usage in found if usage is not None}
+
+    def _reading(self, task: Task, now: float) -> Reading | None:
+        used = self._node.nano_cpus(task)
+        if used is None:
+            return None
+        last = self._readings.get(task.id, ())
+        counted = last[-1].cpu_ns + round(used * (now - last[-1].at)) if last else 0
+        return Reading(container=ContainerId(task.id), at=now, cpu_ns=counted, memory_bytes=0)
 
 
 class ContainerWatcher(Protocol):

@@ -4,6 +4,7 @@ from enum import Enum
 
 import msgspec
 
+from skep.model.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.labels import (
     DRAIN,
@@ -145,6 +146,35 @@ LABELS = (
         "`service_started`, `service_healthy`, `service_completed_successfully`; `+restart`: an update of that service "
         "restarts this one, `+optional`: it is not waited for if it is not there or fails "
         "([stacks](../guide/stacks.md#dependencies))",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE,
+        "`2..10`",
+        "off",
+        "the fewest and the most tasks of a replicated service, between which their number follows what they use "
+        "([autoscaling](../guide/autoscaling.md))",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_CPU,
+        "`1` to `1000`, percent",
+        "`70`; without, if there is a target of memory",
+        "target: processor time of a task, of its limit, else of its reservation, else of one processor",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_MEMORY,
+        "`1` to `100`, percent",
+        "none",
+        "target: memory of a task, of its limit, which it needs",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        AUTOSCALE_DOWN_AFTER,
+        "duration, `15s` to `24h`",
+        "`5m`",
+        "how long fewer tasks have to suffice before there are fewer",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -36,8 +36,8 @@ class DecisionsAreStable:
     or for a job the completion of another task of the same run. That a node is not there to take tasks is one however
     long ago it changed: a decision that was proposed before may be committed much later, when a disk hung meanwhile.
 
-    Nothing in the product moves a task for another reason, so a decision stands without limit; rebalancing or
-    autoscaling would need a cool-down here.
+    Nothing in the product moves a task for another reason, so a decision stands without limit; rebalancing would need a
+    cool-down here.  Autoscaling changes the spec (``AutoscalingIsCalm``).
     """
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ from sim.committed import Change, CommittedState
 from sim.invariants.acknowledgements import Acknowledgements
 from sim.invariants.allocations import UniqueAllocations, networks_are_apart
 from sim.invariants.attempts import NoRedundantTasks
+from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.bookkeeping import CachesMatchStore
 from sim.invariants.causes import UpdateStopsHaveCauses, replacements_are_recorded
 from sim.invariants.containers import Containers
@@ -100,6 +101,7 @@ class Observer:
             UniqueAllocations(),
             networks_are_apart,
             LocalVolumesStay(),
+            AutoscalingIsCalm(),
         ]
         committed.watchers.append(self._check)
 

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from skep.api.bodies import Unrecognized
 from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
+from skep.model.autoscaling import AUTOSCALE
 from skep.model.container import (
     BindOptions,
     ConfigReference,
@@ -70,7 +71,7 @@ def settled(spec: ServiceSpec) -> ServiceSpec:
             restart_policy=_settled_restart(template.restart_policy),
             placement=_settled_placement(template.placement),
         ),
-        mode=_settled_mode(mode),
+        mode=_settled_mode(mode, leaves_number=AUTOSCALE in spec.labels),
         update_config=_settled_update(spec.update_config),
         rollback_config=_settled_update(spec.rollback_config),
         endpoint_spec=_settled_endpoint(spec.endpoint_spec),
@@ -210,7 +211,8 @@ def _settled_ports(ports: Iterable[PortConfig]) -> tuple[PortConfig, ...]:
     )
 
 
-def _settled_mode(mode: ServiceMode) -> ServiceMode:
+def _settled_mode(mode: ServiceMode, *, leaves_number: bool = False) -> ServiceMode:
+    """``leaves_number``: a missing number of replicas stays missing."""
     given = [
         alternative
         for alternative in (mode.global_, mode.replicated, mode.replicated_job, mode.global_job)
@@ -234,7 +236,9 @@ def _settled_mode(mode: ServiceMode) -> ServiceMode:
             )
         case "replicated":
             replicas = mode.replicated.replicas if mode.replicated is not None else None
-            return ServiceMode(replicated=ReplicatedService(replicas=1 if replicas is None else replicas))
+            if replicas is None and not leaves_number:
+                replicas = 1
+            return ServiceMode(replicated=ReplicatedService(replicas=replicas))
 
 
 _DEFAULT_RESTART = RestartPolicy(condition=RestartCondition.ANY, delay=5 * SECOND_NS, max_attempts=0)

@@ -154,10 +154,28 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
         left = seconds_since(progress.get("Deadline", ""), now)
         until = f", for {duration(-left)} more" if left is not None else ""
         yield f"  update: {progress['Step']}; it waits for {progress['WaitingFor']}{until}"
+    yield from _autoscaling(explanation.get("Autoscaling") or {}, now)
     for title, reasons in (("waiting", explanation["Reasons"]), ("failed", explanation["Failures"])):
         for reason in reasons:
             example = reason.get("Name") or reason["Example"]
             yield f"  {reason['Tasks']} {title}: {reason['Summary']}  (skep explain {example})"
+
+
+def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
+    """What an autoscaled service's number of tasks follows."""
+    if not found:
+        return
+    measures = ", ".join(
+        f"{one['Name']} {one['Average']:.0f}%, target {one['Target']}%"
+        if one.get("Average") is not None
+        else f"{one['Name']} not known, target {one['Target']}%"
+        for one in found.get("Measures") or ()
+    )
+    yield f"  autoscaling, {found['Least']} to {found['Most']} tasks: {measures}"
+    yield f"    now: {found['Summary']}"
+    if last := found.get("Last"):
+        before, after = last.get("Before", 0), last.get("After", 0)
+        yield f"    last: {before} → {after}, {age(last['At'], now)} ago: {last['Reason']}"
 
 
 def about_task(name: str, explanation: Mapping[str, Any], now: float) -> Iterator[str]:

@@ -6,16 +6,18 @@ Everything is read from the objects; nothing is stored for it.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from skep.manager.autoscaling.decision import blocked, readings_of, recommendation, shown_reason
 from skep.manager.orchestrator.jobs import is_done, iteration_of
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.manager.scheduler.explain import NodeVerdict
+from skep.model.autoscaling import TaskUsage, autoscaling_of
 from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
-from skep.model.service import UNDER_WAY, Service, UpdateStatus
+from skep.model.service import UNDER_WAY, Autoscaled, Service, UpdateStatus
 from skep.model.task import Restart, Task, TaskState
 from skep.model.task_end import TaskEnd, signal_of
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
@@ -68,6 +70,29 @@ class UpdateExplanation(ApiObject):
     waiting_for: str = always("")
 
 
+class MeasureExplanation(ApiObject):
+    """What autoscaling goes by: ``cpu`` or ``memory``; percent, on average over the measured tasks."""
+
+    name: str = ""
+    target: int = 0
+    average: float | None = None
+    """None: no task is measured."""
+
+
+class AutoscalingExplanation(ApiObject):
+    """Of an autoscaled service."""
+
+    least: int = 0
+    most: int = 0
+    measures: tuple[MeasureExplanation, ...] = ()
+    unknown: int = always(0)
+    """Tasks that are not measured."""
+    summary: str = always("")
+    """Why the number of tasks is as it is."""
+    last: Autoscaled | None = None
+    """Its last change by autoscaling."""
+
+
 class ServiceExplanation(ApiObject):
     """Response of ``GET /skep/services/{id}/explain``."""
 
@@ -86,6 +111,7 @@ class ServiceExplanation(ApiObject):
     update_status: UpdateStatus | None = None
     update: UpdateExplanation | None = None
     """Of an update that is under way."""
+    autoscaling: AutoscalingExplanation | None = None
 
 
 def explain_task(task: Task, node: Node | None, verdicts: Sequence[NodeVerdict] = ()) -> TaskExplanation:
@@ -404,3 +430,36 @@ def explain_update(
 def _slot(task: Task) -> tuple[int, NodeId]:
     """A global service's tasks have their node as slot."""
     return task.slot, NodeId("") if task.slot else task.node_id
+
+
+def explain_autoscaling(
+    service: Service,
+    tasks: Sequence[Task],
+    usages: Mapping[TaskId, TaskUsage],
+    within_quota: Callable[[int], tuple[int, str]],
+) -> AutoscalingExplanation | None:
+    """What the leader goes by, without its window, which it alone knows; None: the service is not autoscaled.
+
+    ``within_quota``: the most tasks up to a number that its stack's quota allows, and why not more.
+    """
+    scaling = autoscaling_of(service.spec.labels)
+    if scaling is None:
+        return None
+    readings = readings_of(service, scaling, tasks, usages)
+    asked = recommendation(service.spec.replicas, scaling, readings)
+    reason = blocked(service) or shown_reason(service.spec.replicas, scaling, readings)
+    if not blocked(service) and asked.replicas > service.spec.replicas:
+        reason = within_quota(asked.replicas)[1] or reason
+    return AutoscalingExplanation(
+        least=scaling.least,
+        most=scaling.most,
+        measures=tuple(
+            MeasureExplanation(
+                name=one.name, target=one.target, average=round(one.average, 1) if one.known else None
+            )
+            for one in readings.measures
+        ),
+        unknown=readings.unknown,
+        summary=reason,
+        last=service.autoscaled,
+    )

@@ -5,13 +5,16 @@ from typing import Protocol
 
 from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
+from skep.manager.autoscaling.loop import Autoscaler, AutoscalingCounts, Collect, Quota
 from skep.manager.ca.loop import CertificateAuthority
+from skep.manager.control.quotas import check_quota, replicas_within_quota
 from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.task_usages import no_usages
 from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, unconfirmed
 from skep.model.ids import IdSource
 from skep.store.interface import LoopStore
@@ -32,15 +35,24 @@ def loops(
     *,
     find_driver: FindDriver = no_drivers,
     confirm: Confirm = unconfirmed,
+    collect_usages: Collect = no_usages,
+    counts: AutoscalingCounts | None = None,
 ) -> list[Loop]:
     """The loops of one term, each to be run as a task of its own.
 
     ``incarnation``: of the cluster; ``find_driver``: of cluster volumes, on this machine; ``confirm``: the term, before
-    what no fence covers.
+    what no fence covers; ``collect_usages``: of tasks of autoscaled services; ``counts``: of their changes.
     """
     kinds = (Orchestrator, Allocator, Scheduler, Reaper, LostNodes, KeyRotation, CertificateAuthority)
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
         ClusterVolumes(term, clock, random, find_driver, confirm),
+        Autoscaler(
+            term,
+            clock,
+            collect_usages,
+            Quota(replicas_within_quota, check_quota),
+            counts or AutoscalingCounts(),
+        ),
     ]

@@ -19,6 +19,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import first_alone
 from skep.aio.loop_lag import LoopLag
+from skep.api.exposition import Family
 from skep.api.otlp import exporter_to
 from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.api.server import runner
@@ -27,6 +28,7 @@ from skep.csi.drivers import Drivers
 from skep.errors import Unavailable
 from skep.manager.attachment_service import AttachmentService
 from skep.manager.autolock import Autolock
+from skep.manager.autoscaling.loop import AutoscalingCounts
 from skep.manager.backup import Backups
 from skep.manager.ca.caller_check import CallerCheck
 from skep.manager.ca.external import ExternalAuthorities
@@ -64,7 +66,7 @@ from skep.manager.membership.loop import Managers
 from skep.manager.membership.peer_addresses import PeerAddresses, sync_peer_addresses
 from skep.manager.membership.peer_search import PeerSearch
 from skep.manager.membership.service import MembersService
-from skep.manager.metrics import ClusterMetrics, StartTimes
+from skep.manager.metrics import ClusterMetrics, StartTimes, autoscaling_families
 from skep.manager.node_events import AllEvents
 from skep.manager.peer_reports import PeerReports
 from skep.manager.probes.diagnostics import Diagnostics
@@ -72,6 +74,7 @@ from skep.manager.probes.streams import ProbeStreams
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
 from skep.manager.store_space import StoreSpace
+from skep.manager.task_usages import TaskUsages
 from skep.manager.traces import TaskSpans, request_spans
 from skep.manager.tunnels import Tunnels
 from skep.manager.view.cluster import ClusterRows
@@ -138,7 +141,7 @@ class Manager:
         self._dispatcher = Dispatcher(
             store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, reports=reports
         )
-        self._starts = StartTimes(store, clock)
+        self._starts, self._autoscaling = StartTimes(store, clock), AutoscalingCounts()
         self._exporter = exporter_to(config.trace_endpoint, "manager", config.hostname, clock, random.random)
         self._incarnation = Incarnation(store.incarnation)
         self._link = ManagerLink(
@@ -152,6 +155,7 @@ class Manager:
         )
         self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
         self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to)
+        self._usages = TaskUsages(store, config.node_id, self._dispatcher.usages, self._channel_to)
         self._tunnels = Tunnels(store, config.node_id, self._session, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
@@ -233,11 +237,17 @@ class Manager:
                 self._dispatcher.session_count,
                 lag,
                 partial(etcd_families, self._config.paths.etcd_socket),
-                self._exporter,
+                self._counted,
             ),
+            collect_usages=self._usages.collect,
             own=own,
             own_error=self._member.error,
         )
+
+    def _counted(self) -> list[Family]:
+        """Of autoscaling and, where they are exported, of traces."""
+        traces = self._exporter.families() if self._exporter is not None else []
+        return [*autoscaling_families(self._autoscaling), *traces]
 
     def _handlers(self) -> Sequence[Handler]:
         """All gRPC methods of this manager."""
@@ -364,6 +374,8 @@ class Manager:
                     self._store.incarnation,
                     find_driver=Drivers(self._config.paths.csi_sockets, self._clock).get,
                     confirm=term.confirm,
+                    collect_usages=self._usages.collect,
+                    counts=self._autoscaling,
                 ):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:

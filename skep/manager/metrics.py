@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
 from skep.api.exposition import Family, Histogram, Sample, by_label, gauge, label_text
-from skep.api.otlp import TraceExporter
 from skep.api.process_metrics import process_families
 from skep.errors import SkepError
+from skep.manager.autoscaling.loop import AutoscalingCounts
 from skep.manager.informer import batches_of
 from skep.manager.starting_tasks import StartingTasks
 from skep.model.ids import ServiceId
@@ -52,7 +52,7 @@ class ClusterMetrics:
     """The families of one manager.
 
     ``leads``: whether it leads, and has a quorum; ``sessions``: how many nodes have theirs with it; ``of_store``: what
-    its store's program counts; ``exporter``: of its traces.
+    its store's program counts; ``of_others``: what other parts of the manager count.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ClusterMetrics:
         sessions: Callable[[], int],
         lag: LoopLag,
         of_store: Callable[[], Awaitable[list[Family]]],
-        exporter: TraceExporter | None = None,
+        of_others: Callable[[], list[Family]] = list,
     ) -> None:
         self._store = store
         self._leads = leads
@@ -71,7 +71,7 @@ class ClusterMetrics:
         self._sessions = sessions
         self._lag = lag
         self._of_store = of_store
-        self._exporter = exporter
+        self._of_others = of_others
 
     async def families(self) -> list[Family]:
         """As the replica has it; other work goes on between pieces of the tasks."""
@@ -103,7 +103,7 @@ class ClusterMetrics:
             gauge("skep_store_revision", "The revision of this manager's replica.", view.revision),
             *await self._space(),
             *process_families("manager", self._lag),
-            *(self._exporter.families() if self._exporter is not None else ()),
+            *self._of_others(),
         ]  # fmt: skip
 
     async def _space(self) -> list[Family]:
@@ -120,6 +120,25 @@ class ClusterMetrics:
             gauge("skep_store_in_use_bytes", "What is in use of that file.", space.in_use),
             gauge("skep_store_quota_bytes", "The largest size of that file.", space.quota),
         ]
+
+
+def autoscaling_families(counts: AutoscalingCounts) -> list[Family]:
+    """What the leader does about autoscaled services; another manager has what it did in its own terms."""
+    return [
+        by_label(
+            "skep_autoscale_changes_total",
+            "counter",
+            "Changes of a number of tasks by autoscaling, made by this manager.",
+            "direction",
+            counts.changes,
+        ),
+        gauge("skep_autoscale_services", "Autoscaled services, on the leader.", counts.services),
+        gauge(
+            "skep_autoscale_unmeasured_tasks",
+            "Their tasks that were not measured at the last decision, on the leader.",
+            counts.unknown,
+        ),
+    ]
 
 
 def _node_states(nodes: Iterable[Node]) -> Mapping[str, float]:

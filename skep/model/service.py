@@ -356,12 +356,21 @@ class JobStatus(ApiObject):
     last_execution: Timestamp | None = None
 
 
+class Autoscaled(ApiObject):
+    """The last change of a service's number of tasks by autoscaling.  Not in Docker's API."""
+
+    before: int = 0
+    after: int = 0
+    reason: str = ""
+    at: Timestamp = ZERO_TIME
+
+
 class Service(ApiObject):
     """A service.
 
     Writers: API: ``spec``, ``previous_spec``, ``version``, ``spec_version``, ``removed_at``; leader:
-    ``update_status``, ``endpoint``, ``job_status``.  ``service_status`` and ``damage`` exist in
-    API responses only.
+    ``update_status``, ``endpoint``, ``job_status``, ``autoscaled``, and with it the replicas of an autoscaled service.
+    ``service_status`` and ``damage`` exist in API responses only.
     """
 
     id: ServiceId
@@ -378,5 +387,7 @@ class Service(ApiObject):
     damage: str = ""
     """The parts that cannot be read; not in Docker's API."""
     job_status: JobStatus | None = None
+    autoscaled: Autoscaled | None = None
+    """A manager of an older version keeps it and does not heed it."""
     removed_at: Timestamp | None = None
     """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""

@@ -28,7 +28,8 @@ from skep.stack.reading import Reader
 _MODES: Final = ("replicated", "global", "replicated-job", "global-job")
 
 
-def mode_of(service: Reader, deploy: Reader) -> ServiceMode:
+def mode_of(service: Reader, deploy: Reader, *, leaves_number: bool = False) -> ServiceMode:
+    """``leaves_number``: a number of replicas that the file does not have stays open."""
     name = deploy.choice("mode", *_MODES) or "replicated"
     replicas, scale = deploy.integer("replicas", 0, 100_000), service.integer("scale", 0, 100_000)
     if replicas is not None and scale is not None and replicas != scale:
@@ -45,7 +46,9 @@ def mode_of(service: Reader, deploy: Reader) -> ServiceMode:
             count = 1 if replicas is None else replicas
             return ServiceMode(replicated_job=ReplicatedJob(max_concurrent=count, total_completions=count))
         case _:
-            return ServiceMode(replicated=ReplicatedService(replicas=1 if replicas is None else replicas))
+            if replicas is None and not leaves_number:
+                replicas = 1
+            return ServiceMode(replicated=ReplicatedService(replicas=replicas))
 
 
 def update_of(deploy: Reader, key: str, is_job: bool) -> UpdateConfig | None:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from skep.api.service_form import settled, with_defaults
 from skep.errors import SkepError
+from skep.model.autoscaling import with_number_kept, with_present_number
 from skep.model.container import ConfigReference, SecretReference
 from skep.model.encoding import to_json
 from skep.model.labels import STACK_REVISION
@@ -255,9 +256,10 @@ def _service(
         problems.append(Problem(one.place, f"services.{wanted.name}", str(error)))
         return Change(action=Action.KEEP, kind="service", name=wanted.name)
     if current is None:
+        wanted = with_number_kept(wanted, None)
         return Change(action=Action.CREATE, kind="service", name=wanted.name, spec=wanted)
     template = replace(wanted.task_template, force_update=current.spec.task_template.force_update)
-    wanted = replace(wanted, task_template=template)
+    wanted = with_present_number(replace(wanted, task_template=template), current.spec)
     found = tuple(differences(current.spec, wanted))
     action = Action.UPDATE if found else Action.KEEP
     return Change(

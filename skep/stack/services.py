@@ -9,12 +9,21 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model import labels as known_labels
+from skep.model.autoscaling import (
+    AUTOSCALE,
+    AUTOSCALE_CPU,
+    AUTOSCALE_DOWN_AFTER,
+    AUTOSCALE_MEMORY,
+    check_autoscaling,
+    parsed_autoscaling,
+)
 from skep.model.container import ConfigReference, FileTarget, SecretReference
 from skep.model.dependencies import Condition, Dependency
 from skep.model.meta import Driver
 from skep.model.publishing import PREFIX
 from skep.model.rights import rights_of
 from skep.model.service import (
+    REPLICAS_MAX,
     EndpointSpec,
     NetworkAttachmentConfig,
     PortConfig,
@@ -74,7 +83,7 @@ def service_of(name: str, node: Node, objects: StackObjects, report: Report) -> 
     )
     ports, labels = _ports(service)
     labels |= deploy.labels("labels") | _x_skep(service) | {NAMESPACE: objects.stack, IMAGE: image}
-    mode = mode_of(service, deploy)
+    mode = mode_of(service, deploy, leaves_number=AUTOSCALE in labels)
     is_job = mode.replicated_job is not None or mode.global_job is not None
     spec = ServiceSpec(
         name=f"{objects.stack}_{name}",
@@ -122,6 +131,7 @@ def _refused_by_labels(spec: ServiceSpec) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for check, key in (
         (lambda: known_labels.check_service_labels(spec.labels), "x-skep"),
+        (lambda: check_autoscaling(spec), "x-skep"),
         (lambda: rights_of(spec.task_template.container_spec), "labels"),
     ):
         try:
@@ -384,13 +394,48 @@ def _logging(logging: Reader | None) -> Driver | None:
     return made if made != Driver() else None
 
 
+def _autoscaling(settings: Reader) -> dict[str, str]:
+    """``autoscale: 2..10``, or a mapping with ``min``, ``max`` and the targets.  Nothing of one that is wrong."""
+    node = settings.node("autoscale")
+    if node is None:
+        return {}
+    if node.entries is None:
+        return _checked_labels(settings, {"autoscale": AUTOSCALE}, {})
+    one, before = Reader(node, settings.at("autoscale"), settings.report), len(settings.report.problems)
+    least, most = one.integer("min", 1, REPLICAS_MAX), one.integer("max", 1, REPLICAS_MAX)
+    if "max" not in one:
+        one.problem("max", "want the most tasks that the service may have")
+    if least is not None and most is not None and least > most:
+        one.problem("min", f"{least} is more than max, which is {most}")
+    made = {AUTOSCALE: f"{least or 1}..{most or REPLICAS_MAX}"}
+    keys = {"cpu": AUTOSCALE_CPU, "memory": AUTOSCALE_MEMORY, "down-after": AUTOSCALE_DOWN_AFTER}
+    made |= _checked_labels(one, keys, made)
+    one.close()
+    return made if len(settings.report.problems) == before else {}
+
+
+def _checked_labels(settings: Reader, keys: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
+    """Labels of the texts at these keys, each checked at its place in the file."""
+    made: dict[str, str] = {}
+    for key, label in keys.items():
+        if not (text := settings.text(key)):
+            continue
+        try:
+            parsed_autoscaling({**beside, label: text})
+            made[label] = text
+        except InvalidArgument as error:
+            settings.problem(key, str(error))
+    return made
+
+
 def _x_skep(service: Reader) -> dict[str, str]:
     """Labels of the service for the settings below ``x-skep``."""
     settings = service.reader("x-skep")
     if settings is None:
         return {}
     made = {label: text for key, label in _X_SKEP.items() if (text := settings.text(key))}
-    for key in ("autoscale", "cron", "priority"):
+    made |= _autoscaling(settings)
+    for key in ("cron", "priority"):
         settings.refuse(key, "Skep has no such setting yet")
     publish = settings.reader("publish")
     if publish is not None:

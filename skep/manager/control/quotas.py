@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from skep.manager.control.new_objects import stack_of
+from skep.model.autoscaling import with_replicas
 from skep.model.ids import IdSource, QuotaId
 from skep.model.node import Node
 from skep.model.quota import QuotaSpec, QuotaState, StackQuota
@@ -76,18 +77,49 @@ def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = No
     quota = quota_of(tx, stack_of(spec.labels))
     if quota is None:
         return
-    nodes = len(tx.ids(Node))
-    others = Usage()
-    for service in _services(tx, quota.spec.name):
-        if present is None or service.id != present.id:
-            others = others.plus(usage_of(service.spec, nodes))
-    was_in_it = present is not None and stack_of(present.spec.labels) == quota.spec.name
-    before = usage_of(present.spec, nodes) if present is not None and was_in_it else Usage()
-    wanted = usage_of(spec, nodes)
-    reserves = all(getattr(wanted, name) for name in _needed_fields(quota.spec)) or not wanted.tasks
-    if why := refusal(quota.spec, before, others, wanted, reserves=reserves):
+    if why := _refusal(tx, quota.spec, spec, present, _others(tx, quota.spec, present)):
         raise PermissionDenied(why)
     tx.put(replace(quota, changes=quota.changes + 1))
+
+
+def replicas_within_quota(view: View, service: Service, replicas: int) -> tuple[int, str]:
+    """The most tasks up to ``replicas`` to which a service may be scaled, and why not more; never fewer than it has."""
+    quota, most = quota_of(view, stack_of(service.spec.labels)), service.spec.replicas
+    if quota is None or replicas <= most:
+        return replicas, ""
+    others = _others(view, quota.spec, service)
+
+    def why_not(number: int) -> str:
+        return _refusal(view, quota.spec, with_replicas(service.spec, number), service, others)
+
+    if not (why := why_not(replicas)):
+        return replicas, ""
+    refused = replicas
+    while refused - most > 1:
+        middle = (most + refused) // 2
+        if why_not(middle):
+            refused = middle
+        else:
+            most = middle
+    return most, why
+
+
+def _others(view: View, quota: QuotaSpec, present: Service | None) -> Usage:
+    """What the other services of the stack take."""
+    nodes, others = len(view.ids(Node)), Usage()
+    for service in _services(view, quota.name):
+        if present is None or service.id != present.id:
+            others = others.plus(usage_of(service.spec, nodes))
+    return others
+
+
+def _refusal(view: View, quota: QuotaSpec, spec: ServiceSpec, present: Service | None, others: Usage) -> str:
+    nodes = len(view.ids(Node))
+    was_in_it = present is not None and stack_of(present.spec.labels) == quota.name
+    before = usage_of(present.spec, nodes) if present is not None and was_in_it else Usage()
+    wanted = usage_of(spec, nodes)
+    reserves = all(getattr(wanted, name) for name in _needed_fields(quota)) or not wanted.tasks
+    return refusal(quota, before, others, wanted, reserves=reserves)
 
 
 def set_quota(tx: Transaction, spec: QuotaSpec, *, new_id: IdSource, now: Timestamp) -> StackQuota:

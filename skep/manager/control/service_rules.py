@@ -11,6 +11,7 @@ from skep.errors import InvalidArgument
 from skep.gotemplate import quoted
 from skep.manager.control.names import check_dns_name
 from skep.model import constraints, templates
+from skep.model.autoscaling import check_autoscaling
 from skep.model.container import (
     ConfigReference,
     ContainerSpec,
@@ -49,6 +50,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
     """Refuse specs that can never work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
     check_dns_name(spec.name)
     check_service_labels(spec.labels)
+    check_autoscaling(spec)
     check_publishing(spec)
     check_service_rights(spec.task_template.container_spec, spec.labels)
     check_secret_env(spec.task_template.container_spec, spec.labels)

@@ -27,6 +27,7 @@ from skep.manager.control.service_rules import check_service_spec
 from skep.manager.dependents import check_dependencies, next_job, restart_dependents
 from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
 from skep.manager.removal import hide_service
+from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
 from skep.model.network import Network, is_ingress
@@ -73,6 +74,7 @@ def create_service(
     """
     if not spec.name:
         spec = replace(spec, name=_free_name(tx, new_name))
+    spec = with_number_kept(spec, None)
     check_service_spec(spec)
     check_dependencies(tx, spec)
     _check_rights(tx, spec)
@@ -112,6 +114,7 @@ def update_service(
         Unavailable: it is a job, or restarts one, whose present run this manager cannot read.
     """
     service = _changeable(tx, id, spec, version)
+    spec = with_number_kept(spec, service.spec)
     _check_rights(tx, spec, service.spec)
     check_quota(tx, spec, service)
     current_auth, previous_auth = (

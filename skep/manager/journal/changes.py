@@ -193,7 +193,11 @@ def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
         return
     if old.spec != new.spec:
         changes = "; ".join(spec_changes(old.spec, new.spec)) or "its spec was written again"
-        yield _service(new, "update", f"service {name} updated: {changes}")
+        scaled = new.autoscaled
+        if scaled is not None and scaled != old.autoscaled:
+            yield _service(new, "autoscale", f"service {name} autoscaled: {changes} ({scaled.reason})")
+        else:
+            yield _service(new, "update", f"service {name} updated: {changes}")
     before = old.update_status.state if old.update_status is not None else None
     status = new.update_status
     if status is None or status.state is None or status.state is before:

@@ -1,7 +1,7 @@
 """What the request handlers work with: the store, the clock, and the manager's parts."""
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -22,7 +22,9 @@ from skep.manager.journal.past import PastStates
 from skep.manager.metrics import ClusterMetrics
 from skep.manager.node_events import AllEvents
 from skep.manager.quorum import Quorum
-from skep.model.ids import IdSource, NodeId
+from skep.manager.task_usages import no_usages
+from skep.model.autoscaling import TaskUsage
+from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.paths import DiagnosticsResult
 from skep.model.readable import NameSource
@@ -129,6 +131,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     diagnostics: Diagnostics
     external: ExternalRoots
     tunnels: Tunnelling
+    collect_usages: Callable[[], Awaitable[Mapping[TaskId, TaskUsage]]] = no_usages
+    """Of tasks of autoscaled services, from all managers."""
     quorum: Callable[[], Quorum] = Quorum
     """Whether there is a leader, as this manager sees it."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)

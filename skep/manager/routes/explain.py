@@ -1,18 +1,22 @@
 """``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why an object is not in its desired state."""
 
+from functools import partial
+
 from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.server import Routes, json_response
+from skep.manager.control.quotas import replicas_within_quota
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import is_up_to_date, known_status
-from skep.manager.explanations import explain_service, explain_task
+from skep.manager.explanations import explain_autoscaling, explain_service, explain_task
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.placement import accounting_of
 from skep.manager.routes.shown import damage_of, service_status, with_damage
 from skep.manager.scheduler.explain import NodeVerdict, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
+from skep.model.autoscaling import AUTOSCALE
 from skep.model.ids import NodeId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -56,6 +60,13 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         wanted=status.desired_tasks,
         nodes=nodes,
         is_new=lambda task: is_up_to_date(view, task),
+    )
+    usages = await manager_of(request).collect_usages() if AUTOSCALE in service.spec.labels else {}
+    explanation = replace(
+        explanation,
+        autoscaling=explain_autoscaling(
+            service, tasks, usages, partial(replicas_within_quota, manager_of(request).store.view(), service)
+        ),
     )
     damage = damage_of(view, Service, service.id)
     return json_response(

@@ -66,6 +66,7 @@ def shown_service(
         spec=with_defaults(service.spec) if insert_defaults else service.spec,
         spec_version=None,
         update_status=_shown_update(service.update_status),
+        autoscaled=None,
         service_status=status,
         damage=problems.damages.get(service.id, ""),
     )

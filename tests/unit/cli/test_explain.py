@@ -51,6 +51,28 @@ def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_
     ]
 
 
+def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> None:
+    service: dict[str, Any] = {"Summary": "4 of 4 tasks run: as wanted", "Reasons": [], "Failures": []}
+    service["Autoscaling"] = {
+        "Least": 2,
+        "Most": 10,
+        "Measures": [{"Name": "cpu", "Target": 60, "Average": 58.2}, {"Name": "memory", "Target": 80}],
+        "Unknown": 0,
+        "Summary": "cpu 58%, target 60%, over 4 tasks",
+        "Last": {
+            "Before": 2,
+            "After": 4,
+            "Reason": "cpu 113%, target 60%",
+            "At": "2026-01-31T11:48:00Z",
+        },
+    }
+    assert list(about_service("web", service, NOW))[1:] == [
+        "  autoscaling, 2 to 10 tasks: cpu 58%, target 60%, memory not known, target 80%",
+        "    now: cpu 58%, target 60%, over 4 tasks",
+        "    last: 2 → 4, 12m ago: cpu 113%, target 60%",
+    ]
+
+
 def test_a_paused_update_names_the_commands_that_go_on() -> None:
     service: dict[str, Any] = {"Summary": "2 of 2 tasks run: as wanted", "Reasons": [], "Failures": []}
     service["UpdateStatus"] = {"State": "paused", "Message": "manually paused"}

@@ -3,10 +3,17 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.explanations import explain_service, explain_task, next_attempt, summary
+from skep.manager.explanations import (
+    explain_autoscaling,
+    explain_service,
+    explain_task,
+    next_attempt,
+    summary,
+)
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.explain import NodeVerdict, reserve_for, verdict
 from skep.manager.scheduler.requirements import requirements_of
+from skep.model.autoscaling import TaskUsage
 from skep.model.container import ContainerSpec
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
@@ -15,7 +22,7 @@ from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatu
 from skep.model.task_end import KeptLine, TaskEnd, signal_of
 from skep.model.times import timestamp
 from skep.store.state import State
-from tests.support.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 
 
 def verdicts(task: Task, *nodes: Node, others: tuple[Task, ...] = ()) -> list[NodeVerdict]:
@@ -245,3 +252,34 @@ def test_a_task_that_waits_for_a_service_says_so_whatever_the_nodes_could_take()
     task = replace(task, status=replace(task.status, err="waits for db to be healthy"))
     assert explain_task(task, None, verdicts(task, a_node("good"))).summary == "it waits for db to be healthy"
     assert summary(task, None) == "it waits for db to be healthy"
+
+
+def test_an_autoscaled_service_says_what_it_goes_by_and_why_it_is_not_scaled() -> None:
+    spec = replace(a_service_spec(replicas=2), labels={"skep.autoscale": "1..2", "skep.autoscale.cpu": "50"})
+    service = a_service("web", spec=spec)
+    tasks = [a_task(f"t{slot}", slot=slot, service=service, state=TaskState.RUNNING) for slot in (1, 2)]
+    usages = {task.id: TaskUsage(nano_cpus=900_000_000, memory_bytes=0) for task in tasks}
+
+    def explained(known: int) -> tuple[str, int]:
+        some = {task.id: usages[task.id] for task in tasks[:known]}
+        found = explain_autoscaling(service, tasks, some, lambda number: (number, ""))
+        assert found is not None
+        return found.summary, found.unknown
+
+    assert explained(2) == (
+        "cpu 90%, target 50%, over 2 of 2 tasks: it has the most tasks that it may have",
+        0,
+    )
+    assert explained(0) == ("none of its 2 tasks is measured", 2)
+    assert explain_autoscaling(a_service("web"), tasks, usages, lambda number: (number, "")) is None
+
+
+def test_a_quota_that_keeps_a_service_from_more_tasks_is_named() -> None:
+    service = a_service("web", spec=replace(a_service_spec(replicas=1), labels={"skep.autoscale": "1..5"}))
+    task = a_task(service=service, state=TaskState.RUNNING)
+    usages = {task.id: TaskUsage(nano_cpus=3_000_000_000, memory_bytes=0)}
+    found = explain_autoscaling(
+        service, [task], usages, lambda _: (1, "the quota of the stack shop is exceeded")
+    )
+    assert found is not None
+    assert found.summary == "the quota of the stack shop is exceeded"

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from skep.api.service_form import settled
 from skep.cli.stack_screens import lines_of, placement_lines
+from skep.model.autoscaling import with_replicas
 from skep.model.ids import ServiceId
 from skep.model.service import Service
 from skep.stack.conversion import stack_of
@@ -121,6 +122,30 @@ def test_a_change_is_one_field_and_says_whether_tasks_are_replaced(
     assert path in [one.path for one in web.differences]
     assert (web.action, web.restarts) == (Action.UPDATE, restarts)
     assert all(one.name != "shop_db" for one in made.effective)
+
+
+def test_the_number_of_an_autoscaled_service_is_the_clusters_whatever_the_file_says() -> None:
+    text = "services: {web: {image: w, deploy: {replicas: 2}, x-skep: {autoscale: 2..9}}}"
+    existing = deployed(a_stack(text))
+    (service,) = existing.services
+    scaled = replace(existing, services=(replace(service, spec=with_replicas(service.spec, 7)),))
+    assert signs(plan(text, scaled)) == []
+    (change,) = plan(text.replace("image: w", "image: v"), scaled).of("service", Action.UPDATE)
+    assert change.spec is not None
+    assert change.spec.replicas == 7
+    assert not [one for one in change.differences if "Replicas" in one.path]
+    off = "services: {web: {image: w, deploy: {replicas: 2}}}"
+    (change,) = plan(off, scaled).of("service", Action.UPDATE)
+    assert ("Mode.Replicated.Replicas", "7", "2") in [
+        (one.path, one.before, one.after) for one in change.differences
+    ]
+
+
+def test_a_new_autoscaled_service_begins_with_the_fewest() -> None:
+    made = plan("services: {web: {image: w, x-skep: {autoscale: 3..9}}}", Existing())
+    (change,) = made.of("service", Action.CREATE)
+    assert change.spec is not None
+    assert change.spec.replicas == 3
 
 
 def test_services_that_are_gone_are_removed_if_asked() -> None:

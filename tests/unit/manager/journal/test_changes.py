@@ -10,7 +10,7 @@ from skep.model.history import By, Entry, Kind, Severity
 from skep.model.ids import SecretId
 from skep.model.node import Availability, ManagerStatus, NodeRole, NodeState, NodeStatus
 from skep.model.secret import Secret, SecretSpec
-from skep.model.service import UpdateState, UpdateStatus
+from skep.model.service import Autoscaled, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.task_end import TaskEnd
 from skep.model.times import Timestamp
@@ -201,3 +201,14 @@ def test_the_same_request_many_times_is_one_entry() -> None:
     other = replace(ask, by=By(uid=7))
     found = folded_requests([replace(ask, id="1"), other, replace(ask, id="2"), replace(ask, id="3")])
     assert [(one.id, one.count) for one in found] == [("", 1), ("3", 3)]
+
+
+def test_a_number_that_autoscaling_has_set_is_told_with_its_reason() -> None:
+    old = a_service("web", replicas=2)
+    done = Autoscaled(before=2, after=4, reason="cpu 140%, target 70%, over 2 tasks", at=NOW)
+    new = replace(old, spec=a_service_spec("web", replicas=4), autoscaled=done)
+    assert told(Updated(old, new)) == [
+        ("autoscale", "service web autoscaled: replicas 2 → 4 (cpu 140%, target 70%, over 2 tasks)")
+    ]
+    by_hand = replace(new, spec=a_service_spec("web", replicas=3))
+    assert told(Updated(new, by_hand)) == [("update", "service web updated: replicas 4 → 3")]

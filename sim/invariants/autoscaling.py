@@ -1,0 +1,44 @@
+"""Rules on numbers of tasks that autoscaling writes, whoever leads."""
+
+from collections.abc import Iterable
+
+from sim.committed import Change
+from skep.model.autoscaling import autoscaling_of
+from skep.model.ids import ServiceId
+from skep.model.service import PAUSED, UNDER_WAY, Service
+from skep.store.interface import Deleted, Updated, View
+
+
+class AutoscalingIsCalm:
+    """Within the range, at most doubled in a step, not during an update, one change of direction per window."""
+
+    def __init__(self) -> None:
+        self._added_at: dict[ServiceId, float] = {}
+        """When autoscaling last added tasks to a service."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Service() as old, Service() as new) if old.autoscaled != new.autoscaled:
+                    yield from self._scaled(old, new, change.time_s)
+                case Deleted(Service() as service):
+                    self._added_at.pop(service.id, None)
+
+    def _scaled(self, old: Service, new: Service, now: float) -> Iterable[str]:
+        scaling, before, after = autoscaling_of(new.spec.labels), old.spec.replicas, new.spec.replicas
+        if scaling is None or old.spec.labels != new.spec.labels:
+            yield f"{new.id} is scaled, which its labels do not say"
+            return
+        if after != scaling.clamped(after):
+            yield f"{new.id} is scaled to {after}, out of {scaling.least} to {scaling.most}"
+        state = old.update_status.state if old.update_status is not None else None
+        if state in (*UNDER_WAY, *PAUSED):
+            yield f"{new.id} is scaled though its update is {state}"
+        if after > before:
+            self._added_at[new.id] = now
+            if after > 2 * before and before >= scaling.least:
+                yield f"{new.id} is scaled from {before} to {after} at once"
+        elif before <= scaling.most:
+            since = now - self._added_at.get(new.id, float("-inf"))
+            if since < scaling.down_after_s:
+                yield f"{new.id} is scaled down {since:.0f} s after it was scaled up"

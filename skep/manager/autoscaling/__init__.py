@@ -1,0 +1,1 @@
+"""Numbers of tasks that follow what the tasks use."""

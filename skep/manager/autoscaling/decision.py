@@ -1,0 +1,206 @@
+"""How many tasks an autoscaled service should have.  Pure.
+
+As Kubernetes' HorizontalPodAutoscaler: the wanted number is what all tasks use together, divided by the target of one.
+Tasks without a measurement count as idle where more tasks are considered.  Where fewer are, those that do not run yet
+or have just started count as exactly at the target, and one that runs and whose node says nothing holds the number:
+which of the tasks would go is not known here.  A difference of up to ``TOLERANCE`` changes nothing.
+
+More tasks come at once, at most twice as many per step.  Fewer come down to the largest number that was recommended
+within the service's window, so that a short pause of the load removes nothing, and after more tasks there are no fewer
+for a whole window: a number changes its direction at most once per window.
+
+Source: kubernetes, pkg/controller/podautoscaler/{horizontal,replica_calculator}.go.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+
+import msgspec
+
+from skep.model.autoscaling import Autoscaling, TaskUsage, memory_of_a_task, nano_cpus_of_a_task
+from skep.model.ids import TaskId
+from skep.model.service import PAUSED, UNDER_WAY, Service
+from skep.model.task import Task, TaskState
+
+PERIOD_S = 15.0
+"""Between two decisions about a service."""
+SETTLE_S = 10.0
+"""A task that runs for less has just started: what it uses is its start, and its share of the load is still to come."""
+TOLERANCE = 0.1
+"""Kubernetes' default."""
+GROWTH_MAX = 2
+"""Times the present number, in one step."""
+
+
+class Measure(msgspec.Struct, frozen=True, kw_only=True):
+    """One measure of a service: what its tasks use in percent, summed over those that are measured."""
+
+    name: str
+    target: int
+    sum: float
+    known: int
+
+    @property
+    def average(self) -> float:
+        """Of the measured tasks, in percent."""
+        return self.sum / self.known if self.known else 0.0
+
+
+class Readings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a service's tasks.
+
+    ``unknown``: how many of those that it should have are not measured; ``silent``: how many of these run for a while.
+    """
+
+    measures: tuple[Measure, ...]
+    unknown: int = 0
+    silent: int = 0
+
+
+class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
+    """The number that the measures ask for, within the range, and in words why."""
+
+    replicas: int
+    reason: str
+
+
+class History:
+    """What one leader has recommended for one service: the maximum within a window, in amortized constant time."""
+
+    def __init__(self, replicas: int, now: float) -> None:
+        """``replicas``: the number that was found; it is not of this leader, so it stays for a window."""
+        self.expected = replicas
+        """The number as of this leader's last look or change; another one is a user's."""
+        self._falling: deque[tuple[float, int]] = deque([(now, replicas)])
+        """Later entries are smaller: one that a later and larger one follows can never be the maximum again."""
+
+    def add(self, replicas: int, now: float) -> None:
+        """Record a recommendation."""
+        while self._falling and self._falling[-1][1] <= replicas:
+            self._falling.pop()
+        self._falling.append((now, replicas))
+
+    def largest(self, window_s: float, now: float) -> int:
+        """The largest recommendation of the window.  There is one: ``add`` comes first."""
+        while len(self._falling) > 1 and self._falling[0][0] <= now - window_s:
+            self._falling.popleft()
+        return self._falling[0][1]
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """``replicas``: the number to write; None: the present one stays, for ``reason``."""
+
+    replicas: int | None
+    reason: str
+
+
+def readings_of(
+    service: Service,
+    scaling: Autoscaling,
+    tasks: Sequence[Task],
+    usages: Mapping[TaskId, TaskUsage],
+    has_settled: Callable[[TaskId], bool] = lambda _: True,
+) -> Readings:
+    """``tasks``: of the service; ``has_settled``: whether a running one runs for a while."""
+    running = [
+        task.id
+        for task in tasks
+        if task.is_wanted and task.status.state is TaskState.RUNNING and has_settled(task.id)
+    ]
+    known = [usages[id] for id in running if id in usages]
+    cpus, memory = nano_cpus_of_a_task(service.spec), memory_of_a_task(service.spec)
+    measures = []
+    if scaling.cpu is not None:
+        total = 100 * sum(usage.nano_cpus for usage in known) / cpus
+        measures.append(Measure(name="cpu", target=scaling.cpu, sum=total, known=len(known)))
+    if scaling.memory is not None and memory:
+        total = 100 * sum(usage.memory_bytes for usage in known) / memory
+        measures.append(Measure(name="memory", target=scaling.memory, sum=total, known=len(known)))
+    return Readings(
+        measures=tuple(measures),
+        unknown=max(service.spec.replicas - len(known), 0),
+        silent=len(running) - len(known),
+    )
+
+
+def recommendation(present: int, scaling: Autoscaling, readings: Readings) -> Recommendation:
+    """Of all measures the one that asks for the most tasks."""
+    asked = [(wanted(present, measure, readings), measure) for measure in readings.measures]
+    if not asked:
+        return Recommendation(replicas=scaling.clamped(present), reason="nothing is measured")
+    number, measure = max(asked, key=lambda one: one[0])
+    tasks = measure.known + readings.unknown
+    reason = (
+        f"{measure.name} {measure.average:.0f}%, target {measure.target}%, over {measure.known} of {tasks} tasks"
+        if measure.known
+        else f"none of its {tasks} tasks is measured"
+    )
+    return Recommendation(replicas=scaling.clamped(number), reason=reason)
+
+
+def wanted(present: int, measure: Measure, readings: Readings) -> int:
+    """The number of tasks by one measure; the present one where nothing speaks clearly for another."""
+    if not measure.known or present <= 0:
+        return present
+    at_least = measure.sum / measure.target
+    """So many tasks at the target do what the measured ones do."""
+    if at_least > present * (1 + TOLERANCE):
+        return ceil(at_least)
+    at_most = at_least + readings.unknown
+    if not readings.silent and at_most < present * (1 - TOLERANCE):
+        return max(ceil(at_most), 1)
+    return present
+
+
+def blocked(service: Service) -> str:
+    """Why the number is not changed whatever the load; empty: it may be."""
+    if not service.spec.replicas:
+        return "it was scaled to 0: autoscaling is off until it has a task again"
+    state = service.update_status.state if service.update_status is not None else None
+    if state in UNDER_WAY:
+        return "an update or a rollback is under way"
+    if state in PAUSED:
+        return "its update is paused"
+    return ""
+
+
+def decide(
+    service: Service, scaling: Autoscaling, readings: Readings, history: History, now: float
+) -> Decision:
+    """What to do about one service at ``now`` (monotonic seconds); records the recommendation in ``history``."""
+    present = service.spec.replicas
+    if why := blocked(service):
+        history.add(present, now)
+        return Decision(replicas=None, reason=why)
+    if (clamped := scaling.clamped(present)) != present:
+        history.add(clamped, now)
+        return Decision(
+            replicas=clamped, reason=f"{present} is outside the range {scaling.least} to {scaling.most}"
+        )
+    asked = recommendation(present, scaling, readings)
+    history.add(asked.replicas, now)
+    if asked.replicas > present:
+        return Decision(replicas=min(asked.replicas, GROWTH_MAX * present), reason=asked.reason)
+    lowest = history.largest(scaling.down_after_s, now)
+    if lowest < present:
+        return Decision(replicas=lowest, reason=asked.reason)
+    return Decision(replicas=None, reason=held(asked, present, scaling, readings))
+
+
+def held(asked: Recommendation, present: int, scaling: Autoscaling, readings: Readings) -> str:
+    """Why the number stays as it is, in words."""
+    if asked.replicas < present:
+        return f"{asked.reason}: {asked.replicas} would do, it waits for {scaling.down_after_s:g} s of that"
+    above = any(measure.sum / measure.target > present * (1 + TOLERANCE) for measure in readings.measures)
+    if above and present == scaling.most:
+        return f"{asked.reason}: it has the most tasks that it may have"
+    return asked.reason
+
+
+def shown_reason(present: int, scaling: Autoscaling, readings: Readings) -> str:
+    """What a manager that does not lead can say: without the leader's window."""
+    asked = recommendation(present, scaling, readings)
+    if asked.replicas > present:
+        return f"{asked.reason}: it needs {asked.replicas}"
+    return held(asked, present, scaling, readings)

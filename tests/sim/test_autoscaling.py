@@ -1,0 +1,131 @@
+"""Autoscaled services on simulated nodes that report a load, with changes of leader and faults."""
+
+from collections.abc import Callable
+
+import pytest
+from msgspec.structs import replace
+
+from sim.cluster import SimulatedCluster
+from sim.damping import pass_time
+from skep.manager.autoscaling.decision import PERIOD_S
+from skep.model.service import ServiceSpec
+from skep.model.task import Task
+from tests.support.builders import a_service_spec
+
+CPU = 1_000_000_000
+MEASURED_S = PERIOD_S + 10.0
+"""From a step of the load until the first decision that sees all of it: the average of a node, and a period."""
+SEEDS = range(3)
+
+
+def autoscaled(least: int, most: int, *, replicas: int, down_after: str = "5m", cpu: int = 50) -> ServiceSpec:
+    labels = {
+        "skep.autoscale": f"{least}..{most}",
+        "skep.autoscale.cpu": str(cpu),
+        "skep.autoscale.down-after": down_after,
+    }
+    return replace(a_service_spec(replicas=replicas), labels=labels)
+
+
+def spread_load(cluster: SimulatedCluster, cpus: Callable[[float], float]) -> None:
+    """The running tasks of the service share a load of so many processors, at a time."""
+
+    def of_task(task: Task) -> int:
+        return round(cpus(cluster.loop.time()) * CPU / max(cluster.containers("web"), 1))
+
+    cluster.nano_cpus = of_task
+
+
+def replicas(cluster: SimulatedCluster) -> int:
+    service = cluster.service("web")
+    assert service is not None
+    return service.spec.replicas
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_step_of_the_load_is_met_within_three_periods_and_the_number_then_stands(seed: int) -> None:
+    with SimulatedCluster(workers=2, seed=seed) as cluster:
+        cluster.create(autoscaled(2, 12, replicas=2))
+        began = cluster.loop.time()
+        spread_load(cluster, lambda now: 4.9 if now - began > 100 else 0.9)
+        cluster.run_for(99.0)
+        assert replicas(cluster) == 2
+        cluster.run_until(lambda: replicas(cluster) == 10, within_s=MEASURED_S + 2 * PERIOD_S)
+        pass_time(cluster, 300.0)
+        assert replicas(cluster) == 10
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_changes_of_leader_change_nothing_under_a_steady_load(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        spread_load(cluster, lambda _: 2.9)
+        cluster.create(autoscaled(2, 10, replicas=6, down_after="1m"))
+        for turn in range(6):
+            pass_time(cluster, cluster.random.uniform(5.0, 60.0))
+            if turn % 3:
+                cluster.depose(quietly=turn % 2 == 0)
+            else:
+                id = cluster.leader
+                cluster.crash(id)
+                pass_time(cluster, 8.0)
+                cluster.start_manager(id)
+        assert replicas(cluster) == 6
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_load_that_comes_and_goes_under_changing_leaders_keeps_the_rules(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        level = [1.0]
+        spread_load(cluster, lambda _: level[0])
+        cluster.create(autoscaled(1, 12, replicas=3, down_after="90s"))
+        for _ in range(8):
+            level[0] = cluster.random.uniform(0.0, 8.0)
+            pass_time(cluster, cluster.random.uniform(10.0, 120.0))
+            if cluster.random.random() < 0.4:
+                cluster.depose(quietly=cluster.random.random() < 0.5)
+        assert not cluster.observer.violations
+
+
+@pytest.mark.parametrize("seed", SEEDS[:1])
+def test_nothing_is_scaled_without_data(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=seed) as cluster:
+        cluster.create(autoscaled(1, 10, replicas=4, down_after="30s"))
+        pass_time(cluster, 180.0)
+        assert replicas(cluster) == 4
+        cluster.check_invariants()
+
+
+def test_nodes_that_report_nothing_do_not_shrink_a_service() -> None:
+    """The tasks of the other nodes are idle."""
+    with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
+        cluster.create(autoscaled(1, 10, replicas=6, down_after="30s"))
+        cluster.nano_cpus = lambda task: 0 if task.node_id != "w1" else None
+        pass_time(cluster, 150.0)
+        assert replicas(cluster) == 6
+        cluster.nano_cpus = lambda _: 0
+        cluster.run_until(lambda: replicas(cluster) == 1, within_s=90.0)
+        assert not cluster.observer.violations
+
+
+def test_less_load_gives_tasks_up_after_the_window() -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=2) as cluster:
+        spread_load(cluster, lambda _: 0.4)
+        cluster.create(autoscaled(2, 10, replicas=8, down_after="2m"))
+        pass_time(cluster, 115.0)
+        assert replicas(cluster) == 8
+        cluster.run_until(lambda: replicas(cluster) == 2, within_s=60.0)
+        cluster.run_until(lambda: cluster.containers("web") == 2, within_s=30.0)
+        pass_time(cluster, 10.0)
+        cluster.check_invariants()
+
+
+def test_a_number_set_by_hand_outside_of_the_range_is_brought_back_without_any_data() -> None:
+    with SimulatedCluster(seed=3) as cluster:
+        cluster.create(autoscaled(2, 5, replicas=9))
+        cluster.run_until(lambda: replicas(cluster) == 5, within_s=30.0)
+        service = cluster.service("web")
+        assert service is not None
+        assert service.autoscaled is not None
+        assert service.autoscaled.reason == "9 is outside the range 2 to 5"

@@ -1,0 +1,111 @@
+"""The labels of an autoscaled service, and the number of tasks that a spec leaves open."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.api.service_form import settled
+from skep.errors import InvalidArgument
+from skep.model.autoscaling import (
+    Autoscaling,
+    TaskUsage,
+    autoscaling_of,
+    check_autoscaling,
+    with_number_kept,
+    with_present_number,
+)
+from skep.model.service import (
+    GlobalJob,
+    GlobalService,
+    ReplicatedJob,
+    ServiceMode,
+    ServiceSpec,
+)
+from tests.support.builders import a_service_spec
+
+
+def labelled(replicas: int | None = 1, **labels: str) -> ServiceSpec:
+    named = {f"skep.{name.replace('__', '.').replace('_', '-')}": value for name, value in labels.items()}
+    return replace(a_service_spec(replicas=replicas), labels=named)
+
+
+def test_a_range_alone_goes_by_processor_time_and_waits_five_minutes() -> None:
+    assert autoscaling_of({"skep.autoscale": "2..10"}) == Autoscaling(
+        least=2, most=10, cpu=70, memory=None, down_after_s=300.0
+    )
+
+
+def test_a_target_of_memory_alone_leaves_processor_time_out() -> None:
+    found = autoscaling_of({"skep.autoscale": "1..3", "skep.autoscale.memory": "80%"})
+    assert found == Autoscaling(least=1, most=3, cpu=None, memory=80)
+
+
+def test_a_service_without_the_label_is_not_autoscaled_nor_one_with_a_label_that_cannot_be_read() -> None:
+    assert autoscaling_of({"skep.autoscale.cpu": "50"}) is None
+    assert autoscaling_of({"skep.autoscale": "many"}) is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"autoscale": "5"}, "want the fewest and the most tasks, like 2..10"),
+        ({"autoscale": "٢..٣"}, "want the fewest and the most tasks"),
+        ({"autoscale": "0..5"}, "a service is not scaled to zero"),
+        ({"autoscale": "5..2"}, "want the smaller number first"),
+        ({"autoscale": "1..999999"}, "at most 100000"),
+        ({"autoscale": "1..2", "autoscale__cpu": "0"}, "want a percentage from 1 to 1000"),
+        ({"autoscale": "1..2", "autoscale__cpu": "nan"}, "want a percentage"),
+        ({"autoscale": "1..2", "autoscale__memory": "101"}, "want a percentage from 1 to 100"),
+        ({"autoscale": "1..2", "autoscale__memory": "50"}, "is a percentage of the memory limit: set one"),
+        ({"autoscale": "1..2", "autoscale__down_after": "1s"}, "want a duration from 15s to 24h"),
+        (
+            {"autoscale": "1..2", "autoscale__requests": "9"},
+            "unknown label skep.autoscale.requests: want one of",
+        ),
+        ({"autoscale__cpu": "50"}, "the label skep.autoscale.cpu needs skep.autoscale"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_in_words(labels: dict[str, str], words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        check_autoscaling(labelled(**labels))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ServiceMode(global_=GlobalService()),
+        ServiceMode(replicated_job=ReplicatedJob()),
+        ServiceMode(global_job=GlobalJob()),
+    ],
+)
+def test_global_services_and_jobs_are_not_autoscaled(mode: ServiceMode) -> None:
+    with pytest.raises(InvalidArgument, match=f"is for replicated services, not for a {mode.name} one"):
+        check_autoscaling(replace(labelled(autoscale="1..2"), mode=mode))
+
+
+def test_a_spec_without_a_number_gets_the_fewest_and_later_keeps_what_there_is() -> None:
+    open_spec = settled(labelled(None, autoscale="2..10"))
+    assert open_spec.mode.replicated is not None
+    assert open_spec.mode.replicated.replicas is None
+    assert with_number_kept(open_spec, None).replicas == 2
+    assert with_number_kept(open_spec, a_service_spec(replicas=7)).replicas == 7
+    assert with_number_kept(open_spec, a_service_spec(replicas=50)).replicas == 10
+    assert with_number_kept(open_spec, a_service_spec(replicas=0)).replicas == 0, "off by hand"
+    assert with_number_kept(labelled(5, autoscale="2..10"), a_service_spec(replicas=7)).replicas == 5
+
+
+def test_without_autoscaling_a_missing_number_is_one_as_in_docker() -> None:
+    spec = settled(labelled(None))
+    assert with_number_kept(spec, a_service_spec(replicas=7)) == spec
+    assert spec.replicas == 1
+
+
+def test_a_file_does_not_reset_the_number_while_autoscaling_stays_on() -> None:
+    file = labelled(3, autoscale="2..10")
+    assert with_present_number(file, labelled(8, autoscale="2..20")).replicas == 8
+    assert with_present_number(file, labelled(8)).replicas == 3
+    assert with_present_number(labelled(3), labelled(8, autoscale="2..20")).replicas == 3
+
+
+@pytest.mark.parametrize("usage", [(-1, 0), (0, -1), (1 << 62, 0), (0, 1 << 51)])
+def test_what_no_machine_has_is_no_measurement(usage: tuple[int, int]) -> None:
+    assert not TaskUsage(nano_cpus=usage[0], memory_bytes=usage[1]).is_plausible
