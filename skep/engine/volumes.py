@@ -129,38 +129,24 @@ class Volumes:
         driver: str = LOCAL,
     ) -> Path:
         """The volume's directory, made if there is none, with ``labels`` and ``options`` then; one that is there
-        keeps its own.  ``driver``: a plug-in, which has made it.
-
-        Raises: InvalidArgument: as ``path``; SkepError, in Docker's words: the file system refuses it.
+        keeps its own.  ``driver``: a plug-in, which has made it.  Raises: SkepError: the file system refuses it.
         """
-        path = self.path(name)
+        path, plug_in = self.path(name), None if driver == LOCAL else driver
         if self.has(name):
             return path
         try:
-            self._make(path, labels, options, driver)
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # of one whose removal failed
+                (path.parent / left).unlink(missing_ok=True)
+            # Before the directory, with which the volume is there.
+            for file, kept in ((_LABELS, labels), (_OPTIONS, options), (_DRIVER, plug_in)):
+                if kept is not None:  # a password may be among the options
+                    replace_file(path.parent / file, msgspec.json.encode(kept), mode=0o600)
+            path.mkdir(mode=0o755, exist_ok=True)
         except OSError as error:
             raise SkepError(f"error while creating volume path '{path}': {error.strerror}") from error
         self.events.publish_volume("create", name, {"driver": driver})
         return path
-
-    def _make(
-        self,
-        path: Path,
-        labels: Mapping[str, str] | None,
-        options: Mapping[str, str] | None,
-        driver: str,
-    ) -> None:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # of one whose removal failed
-            (path.parent / left).unlink(missing_ok=True)
-        # Before the directory, with which the volume is there.
-        if labels is not None:
-            replace_file(path.parent / _LABELS, msgspec.json.encode(labels))
-        if options is not None:  # a password may be among them
-            replace_file(path.parent / _OPTIONS, msgspec.json.encode(options), mode=0o600)
-        if driver != LOCAL:
-            replace_file(path.parent / _DRIVER, msgspec.json.encode(driver))
-        path.mkdir(mode=0o755, exist_ok=True)
 
     def options(self, name: str) -> Mapping[str, str]:
         """The driver options it was made with.  Raises: Unavailable: they cannot be read."""
