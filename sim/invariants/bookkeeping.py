@@ -17,6 +17,7 @@ from skep.manager.logbroker.broker import LogBroker
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.scheduler.accounting import Accounting, holds_resources, usage_in
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.scheduler.preemptor import claim_id
 from skep.manager.scheduler.writes import is_pending
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import NodeId
@@ -59,9 +60,13 @@ def cache_differences(loops: Iterable[object], view: View) -> Iterable[str]:
                 )
                 yield from _differences("allocator", _held(loop._allocations), _holding(view))
             case Scheduler():
-                yield from _differences("scheduler", _placed(loop._accounting), _placed(_accounted(view)))
+                yield from _differences(
+                    "scheduler", _placed(loop._accounting), _placed(_accounted(view, loop))
+                )
                 pending = {task.id for task in view.find(Task) if is_pending(task)}
-                yield from _differences("scheduler", {"waiting": set(loop._group_of)}, {"waiting": pending})
+                claiming = {one.task.id for claims in loop._preemptor._claims.values() for one in claims}
+                yield from _differences("scheduler", {"claiming": claiming}, {"claiming": claiming & pending})
+                yield from _differences("scheduler", {"waiting": set(loop._groups.of)}, {"waiting": pending})
             case Orchestrator():
                 known = {one.id for one in view.find(Service) if one.spec.mode.name.startswith("global")}
                 yield from _differences("orchestrator", {"global": loop._global}, {"global": known})
@@ -115,13 +120,18 @@ def _holding(view: View) -> Mapping[str, object]:
     return {"addresses": held}
 
 
-def _accounted(view: View) -> Accounting:
+def _accounted(view: View, loop: Scheduler) -> Accounting:
+    """What the tasks hold, and the scheduler's claims for pending ones."""
     fresh = Accounting()
     for node in view.find(Node):
         fresh.set_node(node)
     for task in view.find(Task):
         if holds_resources(task):
             fresh.reserve(task.id, task.node_id, usage_in(view, task))
+    for claims in loop._preemptor._claims.values():
+        for one in claims:
+            node_id, id = one.room.node_id, claim_id(one.task)
+            fresh.reserve(id, node_id, loop._accounting.held(node_id)[id])
     return fresh
 
 

@@ -6,7 +6,7 @@ A key is queued once, however often it is added, so the queue is bounded by the 
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from skep.aio.clock import Clock
@@ -18,11 +18,15 @@ LEAST_WAIT_S = 1e-6
 
 
 class WorkQueue(Generic[K]):
-    """Keys in the order in which they became due."""
+    """Keys in the order in which they became due; those of a higher priority first."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, priority: Callable[[K], int] | None = None) -> None:
+        """``priority``: of a key when it becomes due; None: all have the same."""
         self._clock = clock
+        self._priority = priority
         self._due: deque[K] = deque()
+        self._others: dict[int, deque[K]] = {}
+        """Due keys whose priority is not 0, by priority; none is empty."""
         self._is_due: set[K] = set()
         self._later: list[tuple[float, K]] = []
         self._times: dict[K, float] = {}
@@ -33,8 +37,11 @@ class WorkQueue(Generic[K]):
         for key in keys:
             if key not in self._is_due:
                 self._is_due.add(key)
-                self._due.append(key)
-        if self._due:
+                if self._priority is not None and (priority := self._priority(key)):
+                    self._others.setdefault(priority, deque()).append(key)
+                else:
+                    self._due.append(key)
+        if self._is_due:
             self._changed.set()
 
     def add_at(self, key: K, at: float) -> None:
@@ -62,9 +69,17 @@ class WorkQueue(Generic[K]):
             if self._times.get(key) == at:
                 del self._times[key]
                 self.add((key,))
-        keys = [self._due.popleft() for _ in range(min(limit, len(self._due)))]
+        keys: list[K] = []
+        for due in self._in_order() if self._others else (self._due,):
+            keys += [due.popleft() for _ in range(min(limit - len(keys), len(due)))]
+        self._others = {priority: due for priority, due in self._others.items() if due}
         self._is_due.difference_update(keys)
         return keys
+
+    def _in_order(self) -> list[deque[K]]:
+        """The queues of all priorities, the highest first."""
+        queues = {0: self._due, **self._others}
+        return [queues[priority] for priority in sorted(queues, reverse=True)]
 
     def _wait_s(self) -> float | None:
         if not self._later:

@@ -62,6 +62,13 @@ PUBLISH_NOT_READY = "skep.publish-not-ready"
 VOLUMES = "skep.volumes"
 """On services: whether a task returns to the node with the local volumes of its slot."""
 
+PRIORITY = "skep.priority"
+"""On services: whose tasks come first where room is short, the higher ones; 0 without it."""
+PRIORITY_MAX = 1000
+"""The lowest is as far below 0."""
+PREEMPTION = "skep.preemption"
+"""On the cluster: ``true``: tasks are stopped where one of a higher priority finds no room."""
+
 IGNORE_PATHS = "skep.ignore-paths"
 """``true``: the node gets tasks on overlay networks even if other nodes do not reach it."""
 
@@ -193,6 +200,21 @@ def volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
         return VolumePolicy.RETURN
 
 
+def priority_of(labels: Mapping[str, str]) -> int:
+    """The priority of a service's tasks, by its labels."""
+    if PRIORITY not in labels:
+        return 0  # called for each key of a queue
+    try:
+        return _priority(labels)
+    except InvalidArgument:
+        return 0
+
+
+def allows_preemption(labels: Mapping[str, str]) -> bool:
+    """Whether tasks are stopped for ones of a higher priority, by the labels of the cluster."""
+    return labels.get(PREEMPTION, "").lower() == "true"
+
+
 def allows_worker_reads(labels: Mapping[str, str]) -> bool:
     """Whether workers may show what managers show, by the labels of the cluster."""
     return labels.get(WORKER_READS, "").lower() == "true"
@@ -206,10 +228,9 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _drain_s(labels)
     _last_lines(labels)
     _volume_policy(labels)
+    _priority(labels)
     parsed_dependencies(labels)
-    early = labels.get(PUBLISH_NOT_READY, "false")
-    if early.lower() not in {"true", "false"}:
-        raise InvalidArgument(f"invalid label {PUBLISH_NOT_READY}={early}: want true or false")
+    _check_switch(labels, PUBLISH_NOT_READY)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
@@ -218,8 +239,8 @@ def check_swarm_labels(labels: Mapping[str, str]) -> None:
     _forget_nodes_s(labels)
     _last_lines(labels)
     _history_entries(labels)
-    if (word := labels.get(WORKER_READS, "false")).lower() not in {"true", "false"}:
-        raise InvalidArgument(f"invalid label {WORKER_READS}={word}: want true or false")
+    _check_switch(labels, WORKER_READS)
+    _check_switch(labels, PREEMPTION)
     allowed_rights(labels.get(ALLOW_LABEL, ""))
 
 
@@ -243,6 +264,21 @@ def _volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
     except ValueError:
         wanted = ", ".join(policy.value for policy in VolumePolicy)
         raise InvalidArgument(f"invalid label {VOLUMES}={value}: want one of {wanted}") from None
+
+
+def _priority(labels: Mapping[str, str]) -> int:
+    text = labels.get(PRIORITY, "0")
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 4 and int(digits) <= PRIORITY_MAX):
+        raise InvalidArgument(
+            f"invalid label {PRIORITY}={text}: want a whole number from -{PRIORITY_MAX} to {PRIORITY_MAX}"
+        )
+    return int(text)
+
+
+def _check_switch(labels: Mapping[str, str], name: str) -> None:
+    if (word := labels.get(name, "false")).lower() not in {"true", "false"}:
+        raise InvalidArgument(f"invalid label {name}={word}: want true or false")
 
 
 def _progress_deadline_s(labels: Mapping[str, str]) -> float:

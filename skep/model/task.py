@@ -129,6 +129,22 @@ class Restart(ApiObject):
     not_before: Timestamp = always(ZERO_TIME)
 
 
+class Preemption(ApiObject):
+    """For which task of a higher priority a task is stopped.
+
+    ``service`` and ``priority``: as they were then, for display.
+    """
+
+    task_id: TaskId
+    service: str = always("")
+    priority: int = always(0)
+
+    @property
+    def words(self) -> str:
+        """``preempted by a task of web, priority 10``"""
+        return f"preempted by a task of {self.service}, priority {self.priority}"
+
+
 class Task(ApiObject):
     """One task.
 
@@ -154,6 +170,8 @@ class Task(ApiObject):
     spec_version: Version | None = None
     restart: Restart | None = None
     """Not in Docker's API."""
+    preemption: Preemption | None = None
+    """Set by the scheduler: the orchestrator is to stop the task.  Not in Docker's API."""
 
     @property
     def shown_slot(self) -> int:

@@ -43,6 +43,7 @@ from skep.manager.failures import Failures, for_each_isolated, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
+from skep.model.labels import priority_of
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
@@ -79,7 +80,7 @@ class Allocator:
         self._term = term
         self._clock = clock
         self._random = random
-        self._queue: WorkQueue[str] = WorkQueue(clock)
+        self._queue: WorkQueue[str] = WorkQueue(clock, self._priority_of)
         """Services by their ids, networks and nodes by ``network_key`` and ``node_key``."""
         self._failures = Failures(clock, random)
         self._allocations = Allocations()
@@ -126,6 +127,10 @@ class Allocator:
         if one.networks_attachments:
             self._allocations.enter_task(one)
         self._queue_new_task(one)
+
+    def _priority_of(self, key: str) -> int:
+        service = self._term.view().lookup(Service, ServiceId(key)) if "/" not in key else None
+        return priority_of(service.spec.labels) if service is not None else 0
 
     def _on_commit(self, commit: Commit) -> None:
         """Enter the *present* state of each object: an older state would release what was allocated since."""

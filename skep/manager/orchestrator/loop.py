@@ -23,6 +23,7 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
+from skep.model.labels import priority_of
 from skep.model.node import Node
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
@@ -65,7 +66,7 @@ class Orchestrator:
         self._clock = clock
         self._new_id = new_id
         self._random = random
-        self._queue: WorkQueue[ServiceId] = WorkQueue(clock)
+        self._queue: WorkQueue[ServiceId] = WorkQueue(clock, self._priority_of)
         self._failures = Failures(clock, random)
         self._refusals = Refusals(self._failures, clock)
         self._disruption = DisruptionMode(term, clock, self._requeue_all)
@@ -161,6 +162,10 @@ class Orchestrator:
         for task in self._term.view().find(Task, node_id=node.id):
             if task.service_id:
                 yield task.service_id
+
+    def _priority_of(self, id: ServiceId) -> int:
+        service = self._term.view().lookup(Service, id)
+        return priority_of(service.spec.labels) if service is not None else 0
 
     def _requeue_all(self) -> None:
         self._queue.add(service.id for service in self._term.view().find(Service))
@@ -318,12 +323,12 @@ def _is_relevant(old: Task, new: Task) -> bool:
     """Whether a change of a task can change a decision: what its agent does between ASSIGNED and RUNNING cannot.
 
     The exceptions: a task that is refused an address or a node (its update may retire those that hold it), one that no
-    longer waits for another service (its progress deadline begins), and one that is prepared while its predecessor
-    runs (the decision waits for it to be ready).
+    longer waits for another service (its progress deadline begins), one that is preempted, and one that is prepared
+    while its predecessor runs (the decision waits for it to be ready).
     """
     if old.desired_state != new.desired_state or (_is_refused(new) and not _is_refused(old)):
         return True
-    if is_waiting(old) and not is_waiting(new):
+    if (is_waiting(old) and not is_waiting(new)) or old.preemption != new.preemption:
         return True
     prepares = new.desired_state is TaskState.READY
     first_state = TaskState.READY if prepares else TaskState.RUNNING

@@ -69,7 +69,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return self.node(task.node_id) if task.node_id else None
 
     def is_misplaced(self, task: Task) -> bool:
-        """Whether the task is on a node that it must leave."""
+        """Whether the task is on a node that it must leave: for the node's sake, or for a task of higher priority."""
         if not task.node_id:
             return False
         node = self.node(task.node_id)
@@ -78,6 +78,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if _is_down_only(node):
             return self.leaves_at(task) <= self.now
         if is_unusable(node) or any(self.is_drained(one.id) for one in task.volumes):
+            return True
+        if task.preemption is not None:
             return True
         return violates_constraints(task, node) or task.id in self.overcommitted(task.node_id)
 

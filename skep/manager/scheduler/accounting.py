@@ -6,7 +6,7 @@ store, a new leader derives the same figures.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
 import msgspec
@@ -190,6 +190,10 @@ class Accounting:
             for node_id, times in stamps.items()
         }
         return {node_id: count for node_id, count in counts.items() if count}
+
+    def held(self, node_id: NodeId) -> Mapping[TaskId, Usage]:
+        """What the tasks of a node reserve there.  Not to be modified."""
+        return self._usages.get(node_id, {})
 
     def node_of(self, task_id: TaskId) -> NodeId | None:
         """The node on which the task has a reservation, if any."""

@@ -1,17 +1,17 @@
-"""The scheduler's loop: updates the accounting, and assigns pending tasks to nodes.
+"""The scheduler's loop: updates the accounting, and assigns pending tasks to nodes, those of higher priority first.
 
 Tasks of one service and version have the same requirements and are decided together as a *group*; a global service's
 task has its node already and is a group of its own, and so is a task that returns to the node with its slot's volumes
 as long as that node can run it or is to be waited for.  A refused group is decided again when something changes that
 could help: a node, or the end of a task.  A group that waits for another service (``dependencies``) is decided again
-when that service changes.
+when that service changes.  Where the cluster allows it, room for a refused group is made (``preemption``).
 """
 
 import asyncio
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from random import Random
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from msgspec.structs import replace
 
@@ -23,16 +23,21 @@ from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.dependencies import Looked, Waits
+from skep.manager.scheduler.groups import Group, Groups, group_of, returns
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, placing
+from skep.manager.scheduler.preemption import Nomination, Preempt
+from skep.manager.scheduler.preemptor import Preemptor
+from skep.manager.scheduler.priorities import HELD_S
 from skep.manager.scheduler.requirements import Requirements, RequirementsCache
 from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
-from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
+from skep.manager.scheduler.writes import Decision, DecisionWriter, is_already_shown, is_pending, shows
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NodeId, TaskId, VolumeId
 from skep.model.labels import volume_policy
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.model.volume import Volume
@@ -40,14 +45,12 @@ from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, V
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_spec
 from skep.store.updates import batched
 
-Group: TypeAlias = str
-"""Tasks decided together: ``<service>/<version>``, or a single task's id."""
-
 BATCH = 250
 """Tasks decided in one go; about 10 ms on slow machines."""
 TOGETHER = 50
 """Decisions in one transaction: two keys each, and room for the networks whose plane they set (``MAX_OPERATIONS``)."""
 _FAILED = (TaskState.FAILED, TaskState.REJECTED)
+T = TypeVar("T")
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
 """Single tasks of services without any other task, by their requirements: assigned together."""
@@ -64,23 +67,24 @@ class Scheduler:
 
     async def run(self) -> None:
         """Assign until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Node, Volume)
+        kinds = (Service, Task, Node, Volume, Swarm)
         await run_informer(
             self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
 
     def _reset(self) -> None:
-        self._queue: WorkQueue[Group] = WorkQueue(self._clock)
         self._failures = Failures(self._clock, self._random)
         self._accounting_failures = Failures(self._clock, self._random)
         self._loading: Iterator[None] = iter(())
         self._accounting = Accounting()
         self._choices = Choices(self._accounting)
         self._usages = Usages()
-        self._group_of: dict[TaskId, Group] = {}
-        """Of every pending task."""
-        self._pending: dict[Group, dict[TaskId, None]] = {}
-        """The tasks of a group, those that wait longest first; not of a single task, whose group is its id."""
+        self._preemptor = Preemptor(self._accounting, self._term.view)
+        self._priorities = self._preemptor.priorities
+        self._queue: WorkQueue[Group] = WorkQueue(
+            self._clock, lambda group: self._priorities.of_group(group, self._term.view())
+        )
+        self._groups = Groups()
         self._refused: set[Group] = set()
         self._waits = Waits(self._clock.monotonic())
         self._requirements = RequirementsCache()
@@ -89,6 +93,7 @@ class Scheduler:
         """Why pending tasks may go elsewhere than to the node with their slot's volumes; they are in common groups."""
         self._assignments: list[Assignment] = []
         self._refusals: list[Refusal] = []
+        self._preemptions: list[Preempt] = []
         """Decisions that are not being written yet."""
         self._deciding: set[TaskId] = set()
         """Tasks whose decision is being written: commits about them are ignored until then, so they keep their
@@ -102,8 +107,14 @@ class Scheduler:
 
     def _load(self) -> Iterator[None]:
         """Enter the present objects, with pauses."""
+        for swarm in self._term.view().find(Swarm):
+            self._preemptor.set_cluster(swarm)
         for volume in self._term.view().find(Volume):
             self._accounting.set_volume(volume)
+        for services in batches_of(self._term.view, Service):  # before tasks are queued
+            for service in services:
+                self._priorities.set(service)
+            yield
         for nodes in batches_of(self._term.view, Node):
             for node in nodes:  # before tasks ask for it
                 self._returning.volumes.set_node(node)
@@ -142,6 +153,9 @@ class Scheduler:
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
                     has_room |= _has_other_policy(event.old, event.new)
+                    has_room |= self._priorities.set(event.new)
+                elif isinstance(event.new, Swarm):
+                    has_room |= self._preemptor.set_cluster(event.new)
                 continue
             match event.object:
                 case Task() as task if isinstance(event, Created) and is_pending(task) and not task.node_id:
@@ -156,9 +170,19 @@ class Scheduler:
                     has_room = True
                 case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
+                    self._priorities.forget(service.id)
+                case Service() as service:
+                    self._priorities.set(service)
         if has_room and self._refused:
-            self._queue.add(sorted(self._refused))
-            self._refused.clear()
+            self._requeue_refused(self._priorities.of_successors(commit))
+
+    def _requeue_refused(self, held_for: int | None = None) -> None:
+        """Decide refused groups again; those below the priority ``held_for`` a moment later."""
+        at_once, later = self._priorities.divided(sorted(self._refused), held_for, self._term.view())
+        self._refused.clear()
+        self._queue.add(at_once)
+        for group in later:
+            self._queue.add_at(group, self._clock.monotonic() + HELD_S)
 
     def _on_task_update(self, old: Task, task: Task) -> bool:
         """A task changed; gives whether it released something."""
@@ -171,9 +195,10 @@ class Scheduler:
     def _is_accounted(self, old: Task, task: Task) -> bool:
         """Whether the accounting has it already: most commits are reports of running tasks."""
         return (
-            task.id not in self._group_of
+            task.id not in self._groups.of
             and task.desired_state is old.desired_state
             and task.spec is old.spec
+            and task.preemption == old.preemption
             and holds_resources(task)
             and self._accounting.node_of(task.id) == task.node_id
         )
@@ -208,7 +233,10 @@ class Scheduler:
             self._dequeue(id)
             usage = self._usages.of(task, view)
             self._accounting.reserve(id, task.node_id, usage)
+            if task.preemption is not None:
+                self._preemptor.add_victim(id)
             return not usage.is_active
+        self._preemptor.remove_victim(id)
         has_room = self._accounting.remove(id)
         if task is not None and is_pending(task):
             self._enqueue(task)
@@ -217,10 +245,10 @@ class Scheduler:
         return has_room
 
     def _enqueue(self, task: Task) -> None:
-        before = self._group_of.get(task.id)
+        before = self._groups.of.get(task.id)
         if task.id in self._away:  # decided already
             return
-        group = _group_of(task)
+        group = group_of(task)
         with self._accounting_failures.caught(task.id):
             if self._returning.has_home(task, self._term.view()):
                 group = task.id
@@ -231,25 +259,19 @@ class Scheduler:
         self._enter_group(task, group)
 
     def _enter_group(self, task: Task, group: Group) -> None:
-        self._group_of[task.id] = group
-        if group != task.id:
-            self._pending.setdefault(group, {})[task.id] = None
+        self._groups.enter(task.id, group)
         self._queue.add((group,))
 
     def _dequeue(self, id: TaskId) -> None:
-        group = self._group_of.pop(id, None)
         self._away.pop(id, None)
+        group = self._groups.leave(id)
         if group is None:
             return
-        if group != id:
-            others = self._pending[group]
-            del others[id]
-            if others:
-                return
-            del self._pending[group]
         self._refused.discard(group)
         self._waits.forget(group)
         self._failures.clear(group)
+        if self._preemptor.release(group):
+            self._requeue_refused()
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
@@ -260,15 +282,20 @@ class Scheduler:
             now = self._clock.monotonic()
             groups, waiting = self._without_waiting(due, now)
             self._refusals += waiting
-            firsts, others = self._partition(groups, now)
-            for shape, tasks in firsts.items():
-                await self._place_first_tasks(shape, tasks, now)
-            room = BATCH - len(groups) + len(others)
-            for group in others:
+            room = BATCH
+            for level in self._priorities.levels(groups, self._term.view()):
                 if room <= 0:
-                    self._queue.add((group,))
+                    self._queue.add(level)
                     continue
-                room -= await self._decide_group(group, room, now) or 1
+                firsts, others = self._partition(level, now)
+                for shape, tasks in firsts.items():
+                    await self._place_first_tasks(shape, tasks, now)
+                room -= len(level) - len(others)
+                for group in others:
+                    if room <= 0:
+                        self._queue.add((group,))
+                        continue
+                    room -= await self._decide_group(group, room, now) or 1
             await self._flush()
 
     def _without_waiting(self, groups: Sequence[Group], now: float) -> tuple[list[Group], list[Refusal]]:
@@ -292,6 +319,7 @@ class Scheduler:
             if waiting is None:
                 ready.append(group)
                 continue
+            self._preemptor.release(group)
             refusals += _refusals(self._tasks_of(group), waiting.reason)
             if waiting.until is not None:
                 self._queue.add_at(group, waiting.until)
@@ -307,7 +335,10 @@ class Scheduler:
         with self._accounting_failures.caught("single tasks"):
             for group in groups:
                 task = self._single(group, view)
-                if task is None or task.node_id or _returns(task, group) or task.id in self._away:
+                if task is None or task.node_id or returns(task, group) or task.id in self._away:
+                    others.append(group)
+                    continue
+                if self._preemptor.may_preempt(task):
                     others.append(group)
                     continue
                 requirements = self._requirements.of(task, view)
@@ -325,6 +356,9 @@ class Scheduler:
     async def _decide_group(self, group: Group, limit: int, now: float) -> int:
         """Decide up to ``limit`` tasks of the group; the rest is queued again.  Gives how many are assigned."""
         placed = Placed()
+        claims = self._preemptor.claims(group)
+        self._preemptor.release(group)
+        self._queue.add(self._preemptor.release_below(group))
         with self._failures.caught(group):
             placed = await self._place_group(group, limit, now)
         if (failure := self._failures.of(group)) is not None:
@@ -333,28 +367,54 @@ class Scheduler:
             for task in tasks:
                 self._accounting.remove(task.id)
             self._refusals += _refusals(tasks, f"scheduling failed: {failure.error}")
-            return 0
-        if placed.refusals:
+        elif placed.refusals:
             self._refused.add(group)
-        elif self._pending_count(group) > limit:
+        elif self._groups.count(group) > limit:
             self._queue.add((group,))
         self._assignments += placed.assignments
-        self._refusals += placed.refusals
+        if placed.refusals and self._preemptor.may_preempt(placed.refusals[0].task):
+            await self._make_room(group, placed.refusals)
+        else:
+            self._refusals += placed.refusals
+        if claims - self._preemptor.claims(group):
+            self._requeue_refused()
         return len(placed.assignments)
 
-    async def _in_slices(self, work: SlicedWork[Placed], tasks: Sequence[Task]) -> Placed:
+    async def _make_room(self, group: Group, refusals: Sequence[Refusal]) -> None:
+        """Choose nodes for refused tasks, and which tasks have to leave these."""
+        nominations: list[Nomination] = []
+        tasks = [one.task for one in refusals]
+        with self._accounting_failures.caught(f"room for {group}"):
+            requirements = self._requirements.of(tasks[0], self._term.view())
+            work = self._preemptor.nominating(group, tasks, requirements, self._may_go_to(tasks[0], group))
+            nominations = await self._in_slices(work, tasks)
+        words = {one.task.id: self._preemptor.words(one) for one in nominations}
+        self._refusals += [Refusal(one.task, one.reason + words.get(one.task.id, "")) for one in refusals]
+        self._preemptions += filter(None, map(self._preemptor.preemption, nominations))
+        if self._preemptions:
+            await self._flush()  # others choose no victims that are chosen already
+
+    def _may_go_to(self, task: Task, group: Group) -> Sequence[NodeId]:
+        """Nodes on which room may be made."""
+        if task.node_id:
+            return (task.node_id,)
+        if returns(task, group):
+            return self._returning.nodes(task, self._term.view())
+        return list(self._accounting.accounts)
+
+    async def _in_slices(self, work: SlicedWork[T], tasks: Sequence[Task]) -> T:
         """The decision about ``tasks``.  Before it pauses, those before it are written: commits about tasks that are
         decided and not written yet would release their reservations."""
         try:
             next(work)
         except StopIteration as end:
-            placed: Placed = end.value
-            return placed
+            at_once: T = end.value
+            return at_once
         # It may come to a refusal: what has room meanwhile has them decided again.
-        self._refused.update(group for task in tasks if (group := self._group_of.get(task.id)) is not None)
+        self._refused.update(group for task in tasks if (group := self._groups.of.get(task.id)) is not None)
         ids = [task.id for task in tasks]
         self._deciding.update(ids)
-        decided: Placed | None = None
+        decided: T | None = None
         try:
             await self._flush()
             await asyncio.sleep(0)  # the first step was in no slice
@@ -377,12 +437,12 @@ class Scheduler:
                     return Placed(assignments=(assignment,))
                 case Refusal() as refusal:
                     return Placed(refusals=(refusal,))
-        if _returns(tasks[0], group):
+        if returns(tasks[0], group):
             return self._return(tasks[0], requirements)
         returned: Sequence[Assignment] = ()
         if self._away:
             tasks, returned = self._returned(tasks, requirements)
-        is_last = self._pending_count(group) <= limit
+        is_last = self._groups.count(group) <= limit
         # A service without any assigned task, the usual case, has nothing in its slots.
         leaving_by_node = (
             leaving(tasks, self._term.view()) if self._accounting.copies(requirements.service_id) else {}
@@ -409,7 +469,7 @@ class Scheduler:
                 return Placed(refusals=(refusal,))
             case str() as why:
                 self._dequeue(task.id)
-                self._enter_group(task, _group_of(task))
+                self._enter_group(task, group_of(task))
                 self._away[task.id] = why
         return Placed()
 
@@ -448,44 +508,37 @@ class Scheduler:
         if placed is None:
             # One of them, or a node, raised: each separately, so that only that one fails.
             for task in tasks:
-                await self._decide_group(_group_of(task), 1, now)
+                await self._decide_group(group_of(task), 1, now)
             return
-        self._refused.update(_group_of(refusal.task) for refusal in placed.refusals)
+        self._refused.update(group_of(refusal.task) for refusal in placed.refusals)
         self._assignments += placed.assignments
         self._refusals += placed.refusals
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""
         view = self._term.view()
-        tasks = (self._pending_task(id, view) for id in islice(self._ids_of(group), limit))
+        tasks = (self._pending_task(id, view) for id in islice(self._groups.ids(group), limit))
         return [task for task in tasks if task is not None]
 
     def _pending_task(self, id: TaskId, view: View) -> Task | None:
         """The task, if it waits for a decision."""
-        if id not in self._group_of or id in self._deciding:
+        if id not in self._groups.of or id in self._deciding:
             return None
         task = view.lookup(Task, id)
         return task if task is not None and is_pending(task) else None
 
     def _single(self, group: Group, view: View) -> Task | None:
         """The task of a group with a single pending task."""
-        ids = self._ids_of(group)
+        ids = self._groups.ids(group)
         return self._pending_task(next(iter(ids)), view) if len(ids) == 1 else None
-
-    def _ids_of(self, group: Group) -> Collection[TaskId]:
-        return self._pending.get(group) or (TaskId(group),)
-
-    def _pending_count(self, group: Group) -> int:
-        """Number of pending tasks in the group."""
-        return len(self._pending[group]) if group in self._pending else int(group in self._group_of)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     async def _flush(self) -> None:
         """Write what was decided, many decisions in one transaction."""
-        refusals = (one for one in self._refusals if not _is_already_shown(one))
-        decisions: list[Decision] = [*self._assignments, *refusals]
-        self._assignments, self._refusals = [], []
+        refusals = (one for one in self._refusals if not is_already_shown(one))
+        decisions: list[Decision] = [*self._assignments, *refusals, *self._preemptions]
+        self._assignments, self._refusals, self._preemptions = [], [], []
         if not decisions:
             return
         ids = [decision.task.id for decision in decisions]
@@ -498,12 +551,14 @@ class Scheduler:
         view = self._term.view()
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
-            if isinstance(decision, Assignment) and _shows(view, decision):
+            for victim in decision.victims if isinstance(decision, Preempt) else ():
+                self._update_task(victim)
+            if isinstance(decision, Assignment) and shows(view, decision):
                 self._dequeue(id)
                 continue
             # Whatever the result, resync with the store: a decision that was not written has no reservation.
             self._update_task(id)
-            group = self._group_of.get(id)
+            group = self._groups.of.get(id)
             if group is None:
                 continue
             outcomes.append((group, result))
@@ -529,35 +584,8 @@ class Scheduler:
         return written
 
 
-def _is_already_shown(decision: Assignment | Refusal) -> bool:
-    """Whether the task already shows this refusal."""
-    return isinstance(decision, Refusal) and decision.task.status.err == decision.reason
-
-
-def _shows(view: View, decision: Assignment) -> bool:
-    """Whether the store shows an assignment as it was made, so that the accounting is up to date."""
-    task = view.lookup(Task, decision.task.id)
-    return (
-        task is not None
-        and task.node_id == decision.node_id
-        and task.desired_state is decision.task.desired_state
-        and holds_resources(task)
-    )
-
-
 def _has_failed(old: Task, new: Task) -> bool:
     return new.status.state in _FAILED and old.status.state not in _FAILED and bool(new.node_id)
-
-
-def _group_of(task: Task) -> Group:
-    if task.node_id or task.spec_version is None:
-        return task.id
-    return f"{task.service_id}/{task.spec_version.index}"
-
-
-def _returns(task: Task, group: Group) -> bool:
-    """Whether the task is a group of its own for the volumes of its slot."""
-    return group == task.id and task.spec_version is not None and not task.node_id
 
 
 def _has_other_policy(old: Service, new: Service) -> bool:

@@ -29,6 +29,13 @@ class Returning:
         service = view.lookup(Service, task.service_id)
         return service is not None and any(_homes(task, service, view, self.volumes))
 
+    def nodes(self, task: Task, view: View) -> Sequence[NodeId]:
+        """The nodes with such data, the latest first."""
+        service = view.lookup(Service, task.service_id)
+        return (
+            [one.node_id for one in _homes(task, service, view, self.volumes)] if service is not None else ()
+        )
+
     def decide(self, task: Task, requirements: Requirements, view: View) -> Assignment | Refusal | str:
         """The task's node, or why it waits for it; else why it goes elsewhere: its data is away, or empty.
 

@@ -6,7 +6,9 @@ from typing import TypeAlias
 from msgspec.structs import replace
 
 from skep.manager.failures import ERROR_CHARACTERS_MAX
+from skep.manager.scheduler.accounting import holds_resources
 from skep.manager.scheduler.placement import Assignment, Refusal
+from skep.manager.scheduler.preemption import Preempt, is_leaving
 from skep.manager.scheduler.requirements import overlays_of
 from skep.manager.scheduler.volumes import still_fits
 from skep.model.ids import NetworkId
@@ -16,9 +18,9 @@ from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.model.volume import Volume
-from skep.store.interface import Transaction
+from skep.store.interface import Transaction, View
 
-Decision: TypeAlias = Assignment | Refusal
+Decision: TypeAlias = Assignment | Refusal | Preempt
 
 
 class DecisionWriter:
@@ -62,6 +64,12 @@ class DecisionWriter:
                 reason = reason[:ERROR_CHARACTERS_MAX]
                 if task.status.err != reason:
                     tx.put(replace(task, status=replace(task.status, err=reason, timestamp=self._now)))
+            case Preempt(_, ids, preemption):
+                victims = [victim for id in ids if (victim := tx.lookup(Task, id)) and not is_leaving(victim)]
+                if len(victims) < len(ids):
+                    return  # there may be room without the others
+                for victim in victims:
+                    tx.put(replace(victim, preemption=preemption))
 
     def _settle_planes(self, tx: Transaction, task: Task, node: Node) -> bool:
         if self._planes is None or self._planes.tx is not tx:
@@ -80,6 +88,22 @@ class DecisionWriter:
 def is_pending(task: Task) -> bool:
     """Whether the task waits for a node."""
     return task.status.state is TaskState.PENDING and task.is_wanted
+
+
+def is_already_shown(decision: Assignment | Refusal) -> bool:
+    """Whether the task already shows this refusal."""
+    return isinstance(decision, Refusal) and decision.task.status.err == decision.reason
+
+
+def shows(view: View, decision: Assignment) -> bool:
+    """Whether the store shows an assignment as it was made, so that the accounting is up to date."""
+    task = view.lookup(Task, decision.task.id)
+    return (
+        task is not None
+        and task.node_id == decision.node_id
+        and task.desired_state is decision.task.desired_state
+        and holds_resources(task)
+    )
 
 
 class _Planes:

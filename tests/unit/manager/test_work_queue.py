@@ -76,3 +76,17 @@ def test_a_time_that_is_nearer_than_the_resolution_of_a_clock_comes_all_the_same
         return await queue.take(1)
 
     assert run(work(), loop) == ["a"]
+
+
+def test_keys_of_a_higher_priority_come_first_and_equals_keep_their_order() -> None:
+    loop = VirtualLoop()
+    priorities = {"low": -1, "high": 5, "higher": 9}
+    queue: WorkQueue[str] = WorkQueue(VirtualClock(loop), lambda key: priorities.get(key, 0))
+
+    async def work() -> list[list[str]]:
+        queue.add(["b", "low", "high", "a"])
+        first = await queue.take(2)
+        queue.add(["higher", "high", "b"])
+        return [first, await queue.take(2), await queue.take(10)]
+
+    assert run(work(), loop) == [["high", "b"], ["higher", "high"], ["a", "b", "low"]]

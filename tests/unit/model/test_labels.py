@@ -3,7 +3,14 @@
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.model.labels import check_service_labels, drain_s, publishes_not_ready
+from skep.model.labels import (
+    allows_preemption,
+    check_service_labels,
+    check_swarm_labels,
+    drain_s,
+    priority_of,
+    publishes_not_ready,
+)
 
 
 def test_a_task_drains_for_a_second_unless_its_service_says_otherwise() -> None:
@@ -25,3 +32,25 @@ def test_publishing_before_tasks_are_ready_is_true_or_false():
     assert not publishes_not_ready({})
     with pytest.raises(InvalidArgument, match="want true or false"):
         check_service_labels({"skep.publish-not-ready": "yes"})
+
+
+def test_a_priority_is_a_whole_number_within_bounds() -> None:
+    for text in ("-1000", "0", "7", "1000"):
+        check_service_labels({"skep.priority": text})
+        assert priority_of({"skep.priority": text}) == int(text)
+    assert priority_of({}) == 0
+
+
+@pytest.mark.parametrize("text", ["1001", "-1001", "1.5", "high", "", "--1", "+1", "\u0663", "9" * 5000])
+def test_a_priority_that_cannot_be_read_is_refused_and_counts_for_nothing(text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"invalid label skep\.priority=.*number from -1000 to 1000"):
+        check_service_labels({"skep.priority": text})
+    assert priority_of({"skep.priority": text}) == 0
+
+
+def test_preemption_is_off_unless_the_cluster_says_otherwise() -> None:
+    assert not allows_preemption({})
+    check_swarm_labels({"skep.preemption": "True"})
+    assert allows_preemption({"skep.preemption": "True"})
+    with pytest.raises(InvalidArgument, match=r"skep\.preemption=on: want true or false"):
+        check_swarm_labels({"skep.preemption": "on"})

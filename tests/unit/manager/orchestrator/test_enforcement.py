@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
 from skep.manager.orchestrator.enforcement import overcommitted
+from skep.model.ids import TaskId
 from skep.model.node import Availability
 from skep.model.service import (
     DiscreteResource,
@@ -16,7 +17,8 @@ from skep.model.service import (
     RestartCondition,
     RestartPolicy,
 )
-from skep.model.task import Task
+from skep.model.task import Preemption, Task, TaskState
+from skep.model.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 
@@ -102,3 +104,24 @@ def test_what_stays_fits_and_one_application_is_enough(wants: list[int], has: in
     reserved = [task.spec.resources.reservations for task in stay if task.spec.resources]
     assert sum(one.nano_cpus for one in reserved if one is not None) <= has
     assert overcommitted(node, stay) == frozenset()
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+def test_a_preempted_task_is_replaced_without_a_restart_delay(is_global: bool) -> None:
+    """Once it has stopped, its successor may start; until there is room it waits for a node."""
+    service = a_service("web", is_global=is_global, restart=RestartPolicy(delay=60 * SECOND_NS))
+    task = a_task(slot=0 if is_global else 1, service=service, node="n1")
+    world = World(service, [task], [a_node("n1")])
+    assert world.steps() == []
+    reason = Preemption(task_id=TaskId("t9"), service="shop", priority=10)
+    world.tasks[task.id] = replace(task, preemption=reason)
+    (step,) = world.steps()
+    assert isinstance(step, ReplaceTask)
+    assert (step.successor.delay_s, step.successor.desired) == (0.0, TaskState.READY)
+    world.settle()
+    (successor,) = (one for one in world.tasks.values() if one.is_active)
+    assert successor.preemption is None
+    world.stop_all()
+    assert world.tasks[successor.id].desired_state is TaskState.READY
+    world.settle()
+    assert world.tasks[successor.id].desired_state is TaskState.RUNNING

@@ -1,0 +1,331 @@
+"""Preemption: room for a task of a higher priority is made by stopping tasks of lower ones (label ``skep.preemption``).
+
+The scheduler does not stop tasks.  It chooses a node and the *victims* there, and writes to each victim for which task
+it has to leave (``Task.preemption``); the orchestrator replaces it as it would on a drained node.  The task keeps
+waiting meanwhile, with a *claim* on the node's room, so that no task of a lower priority takes what is released.
+
+Claims are not stored.  A task that is leaving anyway counts as gone when victims are chosen, so a new leader, and each
+further decision, comes to the same node without choosing any more of them.
+
+On a node the victims are the tasks of the lowest priorities whose end is enough; in the end each that can stay does,
+the most important first.  Of tasks with the same priority, those go first whose service has others that run, then
+those that give most of what is lacking, then the youngest.  Among nodes the one is taken whose most important victim is
+the least important.
+
+Source: kubernetes, pkg/scheduler/framework/preemption (victims that can stay, nominated nodes); Nomad,
+scheduler/preemption.go (services are not preempted unless the operator allows it).
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, TypeAlias
+
+import msgspec
+
+from skep.aio.time_slices import SlicedWork
+from skep.manager.resources import kind_and_amount
+from skep.manager.scheduler.accounting import Account, Accounting, Usage
+from skep.manager.scheduler.filters import filters_for
+from skep.manager.scheduler.priorities import Priorities
+from skep.manager.scheduler.requirements import HostPort, Requirements
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.labels import PRIORITY_MAX
+from skep.model.node import NodeState
+from skep.model.service import GenericResource
+from skep.model.task import Preemption, Task, TaskState
+from skep.store.interface import View
+
+AT_ONCE: Final = 20
+"""Victims that have not ended, in the whole cluster; one task that needs more gets them when there are none."""
+STEP: Final = 10
+"""Nodes looked at between two pauses; a tenth of a millisecond each."""
+
+Rank: TypeAlias = tuple[int, int, int, int, NodeId]
+"""Of a node, smaller is better: the highest priority of a victim, services that would have no running task left, tasks
+of the service that are there, number of victims."""
+
+
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has for a task when the ``victims``, and what leaves anyway, have ended."""
+
+    rank: Rank
+    victims: tuple[TaskId, ...] = ()
+    generic: tuple[GenericResource, ...] = ()
+    """The generic resources that the task would get."""
+
+    @property
+    def node_id(self) -> NodeId:
+        """Its node."""
+        return self.rank[-1]
+
+
+class Nomination(msgspec.Struct, frozen=True):
+    """The node that is to have room for a pending task."""
+
+    task: Task
+    room: Room
+
+
+class Preempt(msgspec.Struct, frozen=True):
+    """Tasks are to be stopped for a pending one."""
+
+    task: Task
+    victims: tuple[TaskId, ...]
+    preemption: Preemption
+
+
+def reserve_room(accounting: Accounting, id: TaskId, room: Room, requirements: Requirements) -> None:
+    """Reserve what a task will have on a node; it does not count as a task of its service yet."""
+    usage = Usage(
+        service_id=requirements.service_id,
+        nano_cpus=requirements.nano_cpus,
+        memory_bytes=requirements.memory_bytes,
+        generic=room.generic,
+        host_ports=requirements.host_ports,
+        is_active=False,
+    )
+    accounting.reserve(id, room.node_id, usage)
+
+
+class Occupants:
+    """The tasks on nodes: which may be stopped for a task of priority ``below``, and which leave anyway."""
+
+    def __init__(
+        self, view: Callable[[], View], priorities: Priorities, below: int, least: int = -PRIORITY_MAX
+    ) -> None:
+        """``view``: the present one; ``least``: priority of a victim."""
+        self._view = view
+        self._priorities = priorities
+        self._below = below
+        self._least = least
+        self._chosen: set[TaskId] = set()
+        """Victims of this decision, which the view does not show yet."""
+        self._running: dict[ServiceId, int] = {}
+        """How many tasks of a service run and are to run on."""
+
+    def split(self, held: Mapping[TaskId, Usage]) -> tuple[list[Usage], list["_Candidate"]]:
+        """What the tasks of a node that must stay have, and those that may be victims; others leave anyway."""
+        view = self._view()
+        staying: list[Usage] = []
+        candidates: list[_Candidate] = []
+        for id, usage in held.items():
+            task = view.lookup(Task, id)
+            if task is not None and (id in self._chosen or is_leaving(task)):
+                continue
+            priority = self._priorities.of(usage.service_id)
+            is_eligible = bool(usage.service_id) and self._least <= priority < self._below
+            if task is None or usage.is_unknown or not is_eligible:
+                staying.append(usage)  # without a record it is a claim
+            else:
+                candidates.append(_Candidate(task, usage, priority))
+        return staying, candidates
+
+    def running(self, service_id: ServiceId) -> int:
+        """How many tasks of a service run and are to run on."""
+        if service_id not in self._running:
+            tasks = self._view().find(Task, service_id=service_id)
+            self._running[service_id] = sum(map(_serves, tasks))
+        return self._running[service_id]
+
+    def choose(self, victims: Iterable[TaskId]) -> None:
+        """These are victims from now on."""
+        for id in victims:
+            self._chosen.add(id)
+            task = self._view().lookup(Task, id)
+            if task is not None and _serves(task):
+                self._running[task.service_id] = self.running(task.service_id) - 1
+
+
+class _Candidate(msgspec.Struct, frozen=True):
+    """A task that may be a victim."""
+
+    task: Task
+    usage: Usage
+    priority: int
+
+    @property
+    def age(self) -> tuple[str, str]:
+        return self.task.created_at.rstrip("Z"), self.task.id
+
+
+def is_leaving(task: Task) -> bool:
+    """Whether a task is to leave its node, or has ended."""
+    return not task.is_active or task.preemption is not None
+
+
+def frees_own_room(task: Task, accounting: Accounting, view: View) -> bool:
+    """Whether an earlier task of the slot is about to release what this one may be waiting for: its update stops it."""
+    for one in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}"):
+        usage, account = accounting.held(one.node_id).get(one.id), accounting.accounts.get(one.node_id)
+        if (
+            one.id == task.id
+            or usage is None
+            or account is None
+            or account.node.status.state is not NodeState.READY
+        ):
+            continue
+        if not one.is_wanted or usage.nano_cpus or usage.memory_bytes or usage.generic or usage.host_ports:
+            return True
+    return False
+
+
+def making_room(
+    tasks: Sequence[Task],
+    requirements: Requirements,
+    nodes: Iterable[NodeId],
+    accounting: Accounting,
+    occupants: Occupants,
+    *,
+    claim: Callable[[Nomination], None],
+    victims_max: int,
+) -> SlicedWork[list[Nomination]]:
+    """Nodes for as many of ``tasks`` as possible.  They have the same ``requirements``, and no node has room for one.
+
+    Args:
+        nodes: those that may be chosen.
+        claim: called with each nomination as it is made: it reserves the room.
+        victims_max: of all nominations together; a first one may have more if this is ``AT_ONCE``.
+    """
+    found: list[tuple[Rank, Room]] = []
+    for number, id in enumerate(nodes, 1):
+        if (room := room_on(id, requirements, accounting, occupants)) is not None:
+            heapq.heappush(found, (room.rank, room))
+        if number % STEP == 0:
+            yield
+    made: list[Nomination] = []
+    claimed: Counter[NodeId] = Counter()
+    for task in tasks:
+        room = None
+        while found and room is None:
+            _, known = heapq.heappop(found)
+            present = room_on(known.node_id, requirements, accounting, occupants, claimed[known.node_id])
+            if present == known:
+                room = present
+            elif present is not None:  # it changed since it was looked at
+                heapq.heappush(found, (present.rank, present))
+        if room is None or (len(room.victims) > victims_max and (made or victims_max < AT_ONCE)):
+            break
+        victims_max -= len(room.victims)
+        occupants.choose(room.victims)
+        made.append(Nomination(task, room))
+        claim(made[-1])
+        claimed[room.node_id] += 1
+        heapq.heappush(found, (room.rank, room))  # looked at again for the next task
+    return made
+
+
+def room_on(
+    id: NodeId, requirements: Requirements, accounting: Accounting, occupants: Occupants, claimed: int = 0
+) -> Room | None:
+    """What a node has for a task if as few as possible are stopped; None: it has no room even then.
+
+    ``claimed``: claims on the node for other tasks of the service.
+    """
+    account = accounting.accounts.get(id)
+    copies = accounting.copies(requirements.service_id)[id] + claimed
+    filters = filters_for(requirements)
+    if account is None or not all(
+        one.passes(requirements, account, copies) for one in filters if one.is_lasting
+    ):
+        return None
+    staying, candidates = occupants.split(accounting.held(id))
+    trial = _Trial(account, staying)
+
+    def passes() -> bool:
+        return all(one.passes(requirements, trial.account, copies) for one in filters if not one.is_lasting)
+
+    if not passes():
+        return None
+    for one in candidates:
+        trial.put(one)
+    leaving: list[tuple[_Candidate, bool]] = []
+    for one, is_last in _most_expendable_first(candidates, _lacks(requirements, trial.account), occupants):
+        if passes():
+            break
+        trial.take(one)
+        leaving.append((one, is_last))
+    assert passes(), "without all of them it does"
+    victims: list[tuple[_Candidate, bool]] = []
+    for one, is_last in reversed(leaving):
+        trial.put(one)
+        if not passes():
+            trial.take(one)
+            victims.append((one, is_last))
+    highest = max((one.priority for one, _ in victims), default=-PRIORITY_MAX - 1)
+    return Room(
+        rank=(highest, sum(is_last for _, is_last in victims), copies, len(victims), id),
+        victims=tuple(sorted(one.task.id for one, _ in victims)),
+        generic=trial.account.generic.chosen(requirements.generic),
+    )
+
+
+class _Trial:
+    """A node with some of its tasks."""
+
+    def __init__(self, present: Account, staying: Sequence[Usage]) -> None:
+        self.account = Account(present.node, present.volumes)
+        self.account.add_all(staying)
+        self._staying = staying
+        self._added: dict[TaskId, Usage] = {}
+
+    def put(self, one: _Candidate) -> None:
+        """With one more task."""
+        self._added[one.task.id] = one.usage
+        self.account.add(one.usage)
+
+    def take(self, one: _Candidate) -> None:
+        """Without the task."""
+        del self._added[one.task.id]
+        self.account.remove(one.usage)
+        if one.usage.generic:
+            self.account.update(self.account.node, (*self._staying, *self._added.values()))
+
+
+class _Lacks(msgspec.Struct, frozen=True):
+    """What a node has too little of for a task: how much, which kinds of generic resources, which host ports."""
+
+    nano_cpus: int
+    memory_bytes: int
+    kinds: frozenset[str]
+    ports: frozenset[HostPort]
+
+    def share(self, usage: Usage) -> float:
+        """How much of it the end of a task gives, from 0 to the number of resources."""
+        share = float(sum(port in self.ports for port in usage.host_ports))
+        share += sum(kind_and_amount(one)[0] in self.kinds for one in usage.generic)
+        if self.nano_cpus > 0:
+            share += min(usage.nano_cpus / self.nano_cpus, 1.0)
+        if self.memory_bytes > 0:
+            share += min(usage.memory_bytes / self.memory_bytes, 1.0)
+        return share
+
+
+def _lacks(wanted: Requirements, account: Account) -> _Lacks:
+    return _Lacks(
+        wanted.nano_cpus - account.free_nano_cpus,
+        wanted.memory_bytes - account.free_memory_bytes,
+        frozenset(kind_and_amount(one)[0] for one in wanted.generic if not account.generic.has(one)),
+        frozenset(filter(account.has_port, wanted.host_ports)),
+    )
+
+
+def _most_expendable_first(
+    candidates: Iterable[_Candidate], lacks: _Lacks, occupants: Occupants
+) -> Iterator[tuple[_Candidate, bool]]:
+    """Those whose end gives something that is lacking; each with whether no task of its service would run then."""
+    useful = [(one, share) for one in candidates if (share := lacks.share(one.usage))]
+    useful.sort(key=lambda item: item[0].age, reverse=True)
+    useful.sort(key=lambda item: (item[0].priority, -item[1]))
+    gone: Counter[ServiceId] = Counter()
+    ranked: list[tuple[_Candidate, bool]] = []
+    for one, _ in useful:
+        service_id, serves = one.task.service_id, _serves(one.task)
+        gone[service_id] += serves
+        ranked.append((one, serves and gone[service_id] >= occupants.running(service_id)))
+    ranked.sort(key=lambda item: (item[0].priority, item[1]))
+    return iter(ranked)
+
+
+def _serves(task: Task) -> bool:
+    return task.status.state is TaskState.RUNNING and not is_leaving(task)

@@ -1,0 +1,139 @@
+"""What the scheduler's loop keeps of preemption: priorities, claims, and the victims that have not ended."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from skep.aio.time_slices import SlicedWork
+from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.groups import Group
+from skep.manager.scheduler.preemption import (
+    AT_ONCE,
+    Nomination,
+    Occupants,
+    Preempt,
+    frees_own_room,
+    making_room,
+    reserve_room,
+)
+from skep.manager.scheduler.priorities import Priorities
+from skep.manager.scheduler.requirements import Requirements
+from skep.model.ids import NodeId, TaskId
+from skep.model.labels import allows_preemption
+from skep.model.node import NodeState
+from skep.model.service import Service
+from skep.model.swarm import Swarm
+from skep.model.task import Preemption, Task
+from skep.store.interface import View
+
+
+class Preemptor:
+    """Makes room for refused tasks, where the cluster allows it."""
+
+    def __init__(self, accounting: Accounting, view: Callable[[], View]) -> None:
+        """``view``: the present one."""
+        self.priorities = Priorities()
+        self._accounting = accounting
+        self._view = view
+        self._is_allowed = False
+        self._claims: dict[Group, list[Nomination]] = {}
+        """Room that is kept for pending tasks until their victims have ended, as reservations in the accounting."""
+        self._victims: set[TaskId] = set()
+        """Preempted tasks that have not ended."""
+
+    # -- keeping up with the store ---------------------------------------------------------------------------------
+
+    def set_cluster(self, swarm: Swarm) -> bool:
+        """The cluster's settings; gives whether preemption was switched on or off."""
+        before, self._is_allowed = self._is_allowed, allows_preemption(swarm.spec.labels)
+        if not self._is_allowed:
+            for group in list(self._claims):
+                self.release(group)
+        return before is not self._is_allowed
+
+    def add_victim(self, id: TaskId) -> None:
+        """A task is preempted, and has not ended."""
+        self._victims.add(id)
+
+    def remove_victim(self, id: TaskId) -> None:
+        """A task has ended, whether it was preempted or not."""
+        self._victims.discard(id)
+
+    # -- claims ------------------------------------------------------------------------------------------------------
+
+    def claims(self, group: Group) -> Counter[NodeId]:
+        """On which nodes the group has how many claims."""
+        return Counter(one.room.node_id for one in self._claims.get(group, ()))
+
+    def release(self, group: Group) -> bool:
+        """Give up the claims of a group; gives whether it had any."""
+        released = self._claims.pop(group, ())
+        for one in released:
+            self._accounting.remove(claim_id(one.task))
+        return bool(released)
+
+    def release_below(self, group: Group) -> list[Group]:
+        """Give up the claims of groups of a lower priority; gives these groups."""
+        if not self._claims:
+            return []
+        priority = self.priorities.of_group(group, self._view())
+        lower = [one for one in self._claims if self.priorities.of_group(one, self._view()) < priority]
+        return [one for one in lower if self.release(one)]
+
+    # -- deciding ----------------------------------------------------------------------------------------------------
+
+    def may_preempt(self, task: Task) -> bool:
+        """Whether room may be made for a task, if it is refused."""
+        return self._is_allowed and self.priorities.of(task.service_id) > self.priorities.lowest
+
+    def nominating(
+        self, group: Group, refused: Sequence[Task], requirements: Requirements, nodes: Sequence[NodeId]
+    ) -> SlicedWork[list[Nomination]]:
+        """Nodes for tasks of the group that no node has room for, chosen among ``nodes`` and claimed."""
+        view = self._view()
+        tasks = [task for task in refused if not frees_own_room(task, self._accounting, view)]
+
+        def claim(nomination: Nomination) -> None:
+            self._claims.setdefault(group, []).append(nomination)
+            reserve_room(self._accounting, claim_id(nomination.task), nomination.room, requirements)
+
+        return (
+            yield from making_room(
+                tasks,
+                requirements,
+                nodes if tasks else (),
+                self._accounting,
+                Occupants(self._view, self.priorities, self.priorities.of(requirements.service_id)),
+                claim=claim,
+                victims_max=AT_ONCE - self._victims_under_way(),
+            )
+        )
+
+    def preemption(self, nomination: Nomination) -> Preempt | None:
+        """What is to be written for a nomination; None: all that has to leave leaves anyway."""
+        task, victims = nomination.task, nomination.room.victims
+        if not victims:
+            return None
+        service = self._view().lookup(Service, task.service_id)
+        reason = Preemption(
+            task_id=task.id,
+            service=service.spec.name if service is not None else task.service_id,
+            priority=self.priorities.of(task.service_id),
+        )
+        return Preempt(task, victims, reason)
+
+    def words(self, nomination: Nomination) -> str:
+        """What a nominated task waits for."""
+        account = self._accounting.accounts.get(nomination.room.node_id)
+        name = account.node.description.hostname if account is not None else ""
+        return f"; tasks of lower priority stop for it on {name or nomination.room.node_id}"
+
+    def _victims_under_way(self) -> int:
+        """Preempted tasks that will end: on a node that is not ready they may be for ever."""
+        accounts, node_of = self._accounting.accounts, self._accounting.node_of
+        found = (accounts.get(node_of(id) or NodeId("")) for id in self._victims)
+        return sum(one is not None and one.node.status.state is NodeState.READY for one in found)
+
+
+def claim_id(task: Task) -> TaskId:
+    """Not the id of a task."""
+    return TaskId(f"claim of {task.id}")
