@@ -74,7 +74,7 @@ class UpdateParallelism:
 def _is_taken_out(old: Task, new: Task, view: View) -> bool:
     """Whether the only running task of the slot was just retired, for no other reason than an update."""
     is_retired = old.is_wanted and new.desired_state is TaskState.SHUTDOWN
-    if not is_retired or new.status.state is not TaskState.RUNNING:
+    if not is_retired or new.status.state is not TaskState.RUNNING or new.preemption is not None:
         return False
     service, node = view.lookup(Service, new.service_id), view.lookup(Node, new.node_id)
     if service is None or service.removed_at is not None or node is None:
