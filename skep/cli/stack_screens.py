@@ -131,12 +131,14 @@ def placement_lines(placement: Placement) -> list[str]:
     others = f" and {len(shares) - _NODES_MAX} more nodes" if len(shares) > _NODES_MAX else ""
     fitting = sum(one.tasks for one in shares)
     where = f": {named}{others}" if named else ""
+    stopped = ", ".join(f"{counted(one.tasks, 'task')} of {one.name}" for one in placement.preempted)
+    preempts = [click.style(f"stops for it: {printable(stopped)}", fg="yellow")] if stopped else []
     if not placement.refusal:
-        return [f"{counted(placement.wanted, 'task')}{where}"] if placement.wanted else []
+        return [f"{counted(placement.wanted, 'task')}{where}", *preempts] if placement.wanted else []
     if not placement.wanted:
         return [click.style(f"would be refused: {printable(placement.refusal)}", fg="red")]
     head = f"does not fit: {fitting} of {counted(placement.wanted, 'task')} would run{where}"
-    lines = [click.style(head, fg="red"), f"  {printable(placement.refusal)}"]
+    lines = [click.style(head, fg="red"), *preempts, f"  {printable(placement.refusal)}"]
     for one in placement.verdicts[:_NODES_MAX]:
         lines += [printable(f"  {one.hostname}: {reason}") for reason in one.refusals]
     return lines

@@ -349,6 +349,8 @@ def _task(action: str, task: Task, view: View, at_ns: int) -> Message:
     }
     if action in ("die", "reject"):
         attributes |= {"error": status.err}
+    if task.preemption is not None:
+        attributes |= {"preemptedBy": task.preemption.service, "priority": str(task.preemption.priority)}
     if action == "die":
         container, end = status.container_status, status.end
         attributes |= {

@@ -199,12 +199,16 @@ def summary(task: Task, node: Node | None) -> str:
             return "it is prepared and waits for its turn to start" if is_held else f"{where} starts it"
         case TaskState.STARTING:
             return f"{where} waits for it to become healthy" + _because(status.err)
+        case TaskState.RUNNING if task.preemption is not None:
+            return f"it leaves {where}: {task.preemption.words}"
         case TaskState.RUNNING:
             return f"it runs on {where}"
         case TaskState.FAILED:
             return _ending(task)
         case TaskState.REJECTED:
             return f"{where} could not prepare it" + _because(status.err)
+        case TaskState.SHUTDOWN if task.preemption is not None:
+            return f"it was {task.preemption.words}"
         case _:
             return status.err or status.message or status.state.value
 

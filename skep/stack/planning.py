@@ -88,6 +88,13 @@ class NodeRefusal(msgspec.Struct, frozen=True, rename="pascal"):
     refusals: tuple[str, ...]
 
 
+class Preempted(msgspec.Struct, frozen=True, rename="pascal"):
+    """How many tasks of a service with a lower priority would be stopped."""
+
+    name: str
+    tasks: int
+
+
 class Placement(msgspec.Struct, frozen=True, rename="pascal"):
     """Where the tasks of a service would be, as the cluster's scheduler says.  ``refusal``: not all fit."""
 
@@ -96,6 +103,7 @@ class Placement(msgspec.Struct, frozen=True, rename="pascal"):
     nodes: tuple[NodeShare, ...] = ()
     refusal: str = ""
     verdicts: tuple[NodeRefusal, ...] = ()
+    preempted: tuple[Preempted, ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -113,6 +113,8 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
         return f"it {was}{state.value}: {end_of(last)}", Severity.WARNING
     if state is TaskState.COMPLETE:
         return "it had ended with exit code 0", Severity.INFO
+    if last.preemption is not None:
+        return f"it was {last.preemption.words}", Severity.WARNING
     if last.node_id and node is None:
         return "its node was removed", Severity.WARNING
     if node is not None:
@@ -153,6 +155,8 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
         words = {"stop": "was stopped", "complete": "completed", "lost": "was lost"}.get(action)
         failed = "was rejected" if action == "reject" else state.value
         how = words or f"{failed}: {end_of(new)}"
+        if action == "stop" and new.preemption is not None:
+            how = f"{how}: {new.preemption.words}"
         where = f" on {entry.node}" if entry.node else ""
         yield replace(entry, message=f"task {entry.name}{where} {how}")
 

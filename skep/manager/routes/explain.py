@@ -1,10 +1,13 @@
 """``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why an object is not in its desired state."""
 
+from collections.abc import Iterable
 from functools import partial
 
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
+from skep.aio.time_slices import result_in_slices
 from skep.api.server import Routes, json_response
 from skep.manager.control.quotas import replicas_within_quota
 from skep.manager.control.targets import task_named
@@ -13,10 +16,11 @@ from skep.manager.explanations import explain_autoscaling, explain_service, expl
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.placement import accounting_of
 from skep.manager.routes.shown import damage_of, service_status, with_damage
-from skep.manager.scheduler.explain import NodeVerdict, verdict
+from skep.manager.scheduler.explain import NodeVerdict, explaining_priority, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.model.autoscaling import AUTOSCALE
+from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -33,12 +37,14 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     """Why a task is where it is; for one that waits for a node, each node's refusals."""
     view = await current_view(request)
     task = task_named(view, request.match_info["id"])
-    verdicts = await _verdicts(view, task) if task.status.state is TaskState.PENDING else []
+    verdicts, priority = await _verdicts(view, task) if task.status.state is TaskState.PENDING else ([], "")
     elsewhere = volumes_elsewhere(task, view)
     if elsewhere and must_wait(task, view) and not task.node_id:
         verdicts = [_with_home(one, *elsewhere[0]) for one in verdicts]
     task = with_damage(view, replace(task, status=known_status(view, task)))
     explanation = explain_task(task, view.lookup(Node, task.node_id), verdicts)
+    if priority:
+        explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     if task.node_id and elsewhere:
         summary = f"{explanation.summary}; earlier data: {elsewhere[0][1]}"
         explanation = replace(explanation, summary=summary)
@@ -68,10 +74,19 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
             service, tasks, usages, partial(replicas_within_quota, manager_of(request).store.view(), service)
         ),
     )
+    if priority := await _priority(view, tasks):
+        explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     damage = damage_of(view, Service, service.id)
     return json_response(
         replace(explanation, summary=f"{explanation.summary}; {damage}") if damage else explanation
     )
+
+
+async def _priority(view: View, tasks: Iterable[Task]) -> str:
+    """What priorities have to do with the first task that waits for a node; empty: nothing."""
+    waiting = (one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING)
+    task = next(waiting, None)
+    return (await _verdicts(view, task))[1] if task is not None else ""
 
 
 def _with_reason(view: View, task: Task) -> Task:
@@ -86,15 +101,20 @@ def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:
     return one if one.node_id == home else replace(one, refusals=(*one.refusals, words))
 
 
-async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:
-    """Each node's refusals of ``task``, or those of the one node that it was made for."""
+async def _verdicts(view: View, task: Task) -> tuple[list[NodeVerdict], str]:
+    """Each node's refusals of ``task``, or those of the one node that it was made for; what priorities have to do with
+    them, if no node would take it."""
     own_spec = spec_of(view, task)
     accounting = await accounting_of(view)
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
     requirements = requirements_of(task, own_spec, planes)
     copies = accounting.copies(task.service_id)
-    return [
+    verdicts = [
         verdict(requirements, account, copies[account.node.id])
         for account in accounting.accounts.values()
         if task.node_id in ("", account.node.id)
     ]
+    if task.status.err.startswith(WAITS_FOR) or not all(one.refusals for one in verdicts):
+        return verdicts, ""
+    work = explaining_priority(task, requirements, accounting, view)
+    return verdicts, await result_in_slices(work, SystemClock())

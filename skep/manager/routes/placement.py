@@ -16,6 +16,7 @@ from skep.manager.routes.access import current_view, manager_of
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.dry_run import DryRun, PlannedPlacement
 from skep.manager.scheduler.explain import reserve_for
+from skep.model.labels import priority_of
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.service import REPLICAS_MAX, NetworkAttachmentConfig, ServiceSpec
@@ -70,7 +71,7 @@ async def _placements(
     dry_run: DryRun, view: View, specs: tuple[ServiceSpec, ...]
 ) -> AsyncIterator[PlannedPlacement]:
     slices = TimeSlices(SystemClock())
-    for spec in specs:
+    for spec in sorted(specs, key=lambda one: -priority_of(one.labels)):  # as the scheduler would
         try:
             wanted = settled(_with_ids(view, spec))
             check_service_spec(wanted)

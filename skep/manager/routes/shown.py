@@ -129,17 +129,19 @@ def shown_swarm(view: View, swarm: Swarm) -> Swarm:
 def shown_task(view: View, now_ns: int, task: Task) -> Task:
     """``task`` for a response: without its runtime, as in the engine: only a service's spec has it.
 
-    A task whose node is down is shown as unknown, never as running; a task that waits for its restart delay has the
-    end of that delay among its errors, as ``docker service ps`` shows those.
+    A task whose node is down is shown as unknown, never as running; the end of a restart delay that a task waits for,
+    and for which task it was preempted, are among its errors, as ``docker service ps`` shows those.
     """
     task = with_damage(view, task)
     status = known_status(view, task)
-    if waits := next_attempt(task, now_ns):
-        status = replace(status, err="; ".join(filter(None, (status.err, waits))))
+    preempted = task.preemption.words if task.preemption is not None else ""
+    if more := [words for words in (preempted, next_attempt(task, now_ns)) if words]:
+        status = replace(status, err="; ".join(filter(None, (status.err, *more))))
     return replace(
         task,
         status=status,
         restart=None,
+        preemption=None,
         slot=task.shown_slot,
         spec_version=None,
         spec=replace(task.spec, runtime=""),

@@ -14,13 +14,21 @@ from msgspec.structs import replace
 
 from skep.aio.time_slices import STEP, collect_in_slices
 from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.explain import NodeVerdict, verdict
+from skep.manager.scheduler.explain import (
+    NodeVerdict,
+    preempts,
+    priorities_of,
+    verdict,
+    victims_by_service,
+)
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, placing
+from skep.manager.scheduler.preemption import Nomination, Occupants, making_room, reserve_room
 from skep.manager.scheduler.requirements import Requirements, planes_of, requirements_of
 from skep.manager.scheduler.spread import Choices
 from skep.model.constraints import is_satisfied
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.labels import priority_of
 from skep.model.meta import Driver, Version
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
@@ -31,6 +39,8 @@ from skep.store.kinds import spec_of
 
 BATCH = 50
 """Tasks placed between two pauses."""
+PREEMPTED_MAX = 100_000
+"""Tasks that one service may have stopped, over time."""
 VERDICTS_MAX = 20
 """Nodes of which the reasons are given."""
 
@@ -40,6 +50,13 @@ class NodeShare(ApiObject):
 
     node_id: NodeId
     hostname: str = always("")
+    tasks: int = always(0)
+
+
+class Preempted(ApiObject):
+    """How many tasks of a service would be stopped for another one."""
+
+    name: str = always("")
     tasks: int = always(0)
 
 
@@ -53,6 +70,8 @@ class PlannedPlacement(ApiObject):
     refusal: str = always("")
     verdicts: tuple[NodeVerdict, ...] = always(())
     """Why nodes take no further task, if one is refused."""
+    preempted: tuple[Preempted, ...] = ()
+    """Of services with a lower priority, whose tasks would be stopped."""
 
 
 class DryRun:
@@ -62,6 +81,10 @@ class DryRun:
         self._view = view
         self._accounting = accounting
         self._choices = Choices(accounting)
+        self._priorities = priorities_of(view)
+        self._preempts = preempts(view)
+        self._occupants: Occupants | None = None
+        """For the spec that is being placed; None: no room is made for it."""
 
     def placing(self, spec: ServiceSpec) -> Iterator[PlannedPlacement | None]:
         """Gives None at each pause, and in the end where the tasks of ``spec`` would be.
@@ -69,6 +92,10 @@ class DryRun:
         Raises: InvalidArgument: the spec cannot be read.
         """
         service = self._service(spec)
+        priority = priority_of(spec.labels)
+        self._priorities.set(service)
+        is_higher = self._preempts and priority > self._priorities.lowest
+        self._occupants = Occupants(lambda: self._view, self._priorities, priority) if is_higher else None
         homes: list[NodeId] = []
         yield from self._homes(spec, homes)
         kept: list[Task] = []
@@ -86,6 +113,7 @@ class DryRun:
             replaced = []
         requirements: Requirements | None = None
         refusal: Refusal | None = None
+        preempted: list[TaskId] = []
         for begin in range(0, len(missing), number):
             tasks = self._tasks(service, begin, missing[begin : begin + number])
             if requirements is None:
@@ -95,8 +123,12 @@ class DryRun:
             self._free(replaced[begin : begin + number])
             yield None
             if placed.refusals:
-                refusal = placed.refusals[0]
-                break
+                found = yield from self._made_room([one.task for one in placed.refusals], requirements)
+                nodes.update(one.room.node_id for one in found)
+                preempted += [victim for one in found for victim in one.room.victims]
+                if len(found) < len(placed.refusals):
+                    refusal = placed.refusals[0]
+                    break
         verdicts: list[NodeVerdict] = []
         if refusal is not None and requirements is not None:
             yield from self._verdicts(requirements, verdicts)
@@ -107,6 +139,10 @@ class DryRun:
             wanted=len(homes),
             nodes=tuple(shares),
             refusal=refusal.reason if refusal is not None else "",
+            preempted=tuple(
+                Preempted(name=name, tasks=count)
+                for name, count in sorted(victims_by_service(preempted, self._view).items())
+            ),
             verdicts=tuple(verdicts),
         )
 
@@ -162,6 +198,30 @@ class DryRun:
             assignments=tuple(one for one in made if isinstance(one, Assignment)),
             refusals=tuple(one for one in made if isinstance(one, Refusal)),
         )
+
+    def _made_room(
+        self, tasks: Sequence[Task], requirements: Requirements
+    ) -> Generator[None, None, list[Nomination]]:
+        """Nodes for refused tasks, by preemption; its victims are gone at once."""
+        if self._occupants is None:
+            return []
+        made: list[Nomination] = []
+        for some in [tasks] if not tasks[0].node_id else [[task] for task in tasks]:
+            made += yield from making_room(
+                some,
+                requirements,
+                [some[0].node_id] if some[0].node_id else list(self._accounting.accounts),
+                self._accounting,
+                self._occupants,
+                claim=lambda one: self._take_over(one, requirements),
+                victims_max=PREEMPTED_MAX,
+            )
+        return made
+
+    def _take_over(self, nomination: Nomination, requirements: Requirements) -> None:
+        for victim in nomination.room.victims:
+            self._accounting.remove(victim)
+        reserve_room(self._accounting, nomination.task.id, nomination.room, requirements)
 
     def _homes(self, spec: ServiceSpec, homes: list[NodeId]) -> Iterator[None]:
         """One for each wanted task: its node, for a global service; else none."""

@@ -342,7 +342,7 @@ def _error(view: View, task: Task) -> str:
     waits = task.restart is not None and task.restart.failures and status.state is TaskState.READY
     if is_failed or waits:
         return summary(task, view.lookup(Node, task.node_id))
-    return status.err
+    return task.preemption.words if task.preemption is not None else status.err
 
 
 def network_row(network: Network, services: Sequence[str]) -> NetworkRow:

@@ -7,11 +7,11 @@ from msgspec.structs import replace
 
 from skep.manager.journal.changes import entries_of, folded, folded_requests
 from skep.model.history import By, Entry, Kind, Severity
-from skep.model.ids import SecretId
+from skep.model.ids import SecretId, TaskId
 from skep.model.node import Availability, ManagerStatus, NodeRole, NodeState, NodeStatus
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Autoscaled, UpdateState, UpdateStatus
-from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Preemption, Task, TaskState, TaskStatus
 from skep.model.task_end import TaskEnd
 from skep.model.times import Timestamp
 from skep.store.interface import Created, Deleted, Event, Updated
@@ -90,6 +90,16 @@ def test_every_task_that_is_replaced_has_a_reason() -> None:
     assert replaced(replace(last, status=at(TaskState.COMPLETE))) == "it had ended with exit code 0"
     assert replaced(last, a_node("n1")) == f"it does not fit its node {name} any more, or was stopped"
     assert replaced(replace(last, node_id="")) == "it had no node yet"
+
+
+def test_a_task_that_left_for_another_one_says_for_which() -> None:
+    reason = Preemption(task_id=TaskId("t9"), service="shop", priority=10)
+    last = replace(a_task("t1", service="web", node="n1"), preemption=reason)
+    assert replaced(last, a_node("n1")) == "it was preempted by a task of shop, priority 10"
+    stopped = Updated(last, replace(last, status=at(TaskState.SHUTDOWN)))
+    ((action, message),) = told(stopped, a_service("web"), a_node("n1"))
+    assert action == "stop"
+    assert message.endswith("was stopped: preempted by a task of shop, priority 10")
 
 
 def test_a_task_that_an_update_replaces_has_an_entry_with_both_images() -> None:

@@ -16,6 +16,7 @@ from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.dry_run import BATCH, DryRun
 from skep.model.node import Availability
 from skep.model.service import Placement, ResourceRequirements, Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.swarm import Swarm
 from skep.model.task import TaskState
 from skep.store.interface import Object, View
 from skep.store.memory import MemoryStore
@@ -270,3 +271,23 @@ async def test_no_step_looks_at_more_than_some_nodes(template: dict[str, Any]) -
     spec = settled(a_service_spec("a", replicas=10))
     spec = replace(spec, task_template=replace(spec.task_template, **template))
     assert most_calls_between_pauses(dry_run.placing(spec)) < 7 * NODES
+
+
+async def test_a_service_of_higher_priority_comes_first_and_says_what_stops_for_it(cluster) -> None:
+    api, _ = cluster
+    await two_nodes(api)
+    await a_running_service(api)
+    low, high = a_spec("low", memory=4 * GIB), a_spec("high", memory=4 * GIB, Labels={"skep.priority": "1"})
+    first, second = await asked(cluster, low, high)
+    assert (first["Name"], shares(first), first["Refusal"]) == ("high", {"n2": 1}, "")
+    assert second["Refusal"].startswith("no suitable node")
+    (alone,) = await asked(cluster, {**high, "Mode": {"Replicated": {"Replicas": 2}}})
+    assert alone["Refusal"].startswith("no suitable node")
+    assert "Preempted" not in alone
+    (swarm,) = api.store.view().find(Swarm)
+    await put(api, replace(swarm, spec=replace(swarm.spec, labels={"skep.preemption": "true"})))
+    (both,) = await asked(cluster, {**high, "Mode": {"Replicated": {"Replicas": 2}}})
+    assert (shares(both), both["Refusal"]) == ({"n1": 1, "n2": 1}, "")
+    assert both["Preempted"] == [{"Name": "web", "Tasks": 4}]
+    (all_nodes,) = await asked(cluster, {**high, "Mode": {"Global": {}}})
+    assert (shares(all_nodes), all_nodes["Preempted"]) == ({"n1": 1, "n2": 1}, [{"Name": "web", "Tasks": 4}])
