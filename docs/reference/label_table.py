@@ -19,6 +19,9 @@ from skep.model.labels import (
     MAINTENANCE,
     ON_DISCONNECT,
     ON_DISCONNECT_DELAY,
+    PREEMPTION,
+    PRIORITY,
+    PRIORITY_MAX,
     PROGRESS_DEADLINE,
     PUBLISH_NOT_READY,
     ROTATION_OF,
@@ -119,6 +122,14 @@ LABELS = (
         "`0` to `20`",
         "`20`",
         "how many last lines of output are kept with a task that ended; `0` for output that holds secrets",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        PRIORITY,
+        f"`-{PRIORITY_MAX}` to `{PRIORITY_MAX}`",
+        "`0`",
+        "where room is short, tasks of services with a higher one are placed first; above 0 not by operators of single "
+        "stacks",
     ),
     Label(
         LabelTarget.SERVICE,
@@ -378,6 +389,14 @@ LABELS = (
         "`false`",
         "`true`: clients of a worker's API may read services, tasks, nodes, networks and events, the environment of "
         "services among them (`skep cluster worker-reads`)",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        PREEMPTION,
+        "`true`, `false`",
+        "`false`",
+        "`true`: where a task of a higher priority finds no room, tasks of lower ones are stopped for it "
+        "(`skep cluster preemption`)",
     ),
     Label(
         LabelTarget.CLUSTER,

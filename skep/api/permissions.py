@@ -64,6 +64,8 @@ class NewObject(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     stack: str = ""
     machine_rights: str = ""
+    raised_priority: int = 0
+    """The priority of a service, if it is above 0 and above what the service has."""
     uses: tuple[tuple[str, Known | None, str], ...] = ()
     """The other objects that it refers to: kind, object (None: there is none), and the word that names it."""
     volumes: tuple[str, ...] = ()
@@ -155,6 +157,8 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
     for name in (new.name, *new.volumes):
         if not is_name_of(name, new.stack, stacks):
             return f"the name {name} is not one of the stack {new.stack}: it has to begin with {new.stack}_"
+    if new.raised_priority:
+        return f"priority {new.raised_priority}: only users with a role in the whole cluster may give more than 0"
     for kind, used, word in new.uses:
         if used is None or used.stack != new.stack:
             return f"the {kind} {word} is not of the stack {new.stack}"

@@ -9,7 +9,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Shown, shows
 from skep.cli.recover import recover
 from skep.cli.running import run_requests
-from skep.model.labels import FORGET_NODES, HEARTBEAT_GRACE, WORKER_READS, allows_worker_reads
+from skep.model.labels import FORGET_NODES, HEARTBEAT_GRACE, PREEMPTION, WORKER_READS
 from skep.model.rights import ALLOW_LABEL
 
 _RESPONSE_TIMEOUT_S = 15.0
@@ -165,13 +165,25 @@ def worker_reads(host: HostOptions, switch: str | None, output: Output) -> None:
     Examples:
       skep cluster worker-reads on
     """
+    _show_switch(host, output, WORKER_READS, "WorkerReads", switch)
 
-    def shown(value: str) -> Shown:
-        is_on = allows_worker_reads({WORKER_READS: value})
-        return Shown(data={"WorkerReads": is_on}, lines=lambda _: iter(["on" if is_on else "off"]))
 
-    value = None if switch is None else "true" if switch == "on" else ""
-    _show_setting(host, output, WORKER_READS, value, shown)
+@cluster.command()
+@click.argument("switch", required=False, type=click.Choice(["on", "off"]))
+@shows
+@click.pass_obj
+def preemption(host: HostOptions, switch: str | None, output: Output) -> None:
+    """Show or set whether tasks are stopped where one of a service with a higher priority finds no room.
+
+    Services get a priority by their label skep.priority.  As few tasks as possible are stopped, those of the lowest
+    priority first, and wait until there is room again.  When it is off, tasks of higher priority come first only among
+    those that wait.
+
+    \b
+    Examples:
+      skep cluster preemption on
+    """
+    _show_switch(host, output, PREEMPTION, "Preemption", switch)
 
 
 @cluster.command("rotate-keys")
@@ -201,6 +213,17 @@ def _show_setting(
         return shown(str(labels.get(label, "")))
 
     output.show(fetch)
+
+
+def _show_switch(host: HostOptions, output: Output, label: str, name: str, switch: str | None) -> None:
+    """The same of a label that is ``true`` or not."""
+
+    def shown(value: str) -> Shown:
+        is_on = value.lower() == "true"
+        return Shown(data={name: is_on}, lines=lambda _: iter(["on" if is_on else "off"]))
+
+    value = None if switch is None else "true" if switch == "on" else ""
+    _show_setting(host, output, label, value, shown)
 
 
 async def _swarm(host: HostOptions) -> Mapping[str, Any]:

@@ -435,8 +435,10 @@ def _x_skep(service: Reader) -> dict[str, str]:
         return {}
     made = {label: text for key, label in _X_SKEP.items() if (text := settings.text(key))}
     made |= _autoscaling(settings)
-    for key in ("cron", "priority"):
-        settings.refuse(key, "Skep has no such setting yet")
+    priority = settings.integer("priority", -known_labels.PRIORITY_MAX, known_labels.PRIORITY_MAX)
+    if priority is not None:
+        made |= {known_labels.PRIORITY: str(priority)}
+    settings.refuse("cron", "Skep has no such setting yet")
     publish = settings.reader("publish")
     if publish is not None:
         for key, node in publish.names().items():

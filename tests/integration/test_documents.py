@@ -200,7 +200,7 @@ def test_the_guides_to_installing_and_upgrading(checkout: Path) -> None:
 
 
 def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
-    how, why, private, container, reads, maintenance, forgotten, grace = shell_blocks(OPERATE)
+    how, why, private, container, reads, short, maintenance, forgotten, grace = shell_blocks(OPERATE)
     where = {"DOCKER_HOST": m1.socket}
     assert "m1" in run(how, checkout, **where)
     assert "scheduling constraints not satisfied on 1 node" in run(why, checkout, **where)
@@ -209,6 +209,7 @@ def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
     assert "select 1\n" in run(container, checkout, **where)
     run(reads, checkout, **where)
     run("skep cluster worker-reads off", checkout, **where)
+    assert "checkout: " in run(short, checkout, **where)
     run(maintenance, checkout, **where)
     wait_running(m1, "report", 1)
     assert run(forgotten, checkout, **where) == "24h\n24h\nnever\n"

@@ -7,6 +7,7 @@ from skep.api.networks import PREDEFINED_LABEL, NetworkBody
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
 from skep.model.container import ContainerSpec, Mount
+from skep.model.labels import priority_of
 from skep.model.network import Network
 from skep.model.rights import rights_of, rights_text
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
@@ -41,9 +42,18 @@ def new_service(view: View, spec: ServiceSpec) -> NewObject:
         name=spec.name,
         stack=stack_of(spec.labels),
         machine_rights=machine_rights(view, spec),
+        raised_priority=_raised_priority(view, spec),
         uses=tuple(_uses(view, spec, container)),
         volumes=tuple(mount.source for mount in container.mounts if mount.type == "volume" and mount.source),
     )
+
+
+def _raised_priority(view: View, spec: ServiceSpec) -> int:
+    """Its priority, if that is above 0 and above the one that the service has; else 0."""
+    found = view.find(Service, name=spec.name)
+    present = max((priority_of(one.spec.labels) for one in found if one.removed_at is None), default=0)
+    priority = priority_of(spec.labels)
+    return priority if priority > max(present, 0) else 0
 
 
 def new_network(body: NetworkBody) -> NewObject:

@@ -144,6 +144,14 @@ def test_rights_over_machines_are_no_operators() -> None:
         assert "which only administrators may give" in why(user, plain, known)
 
 
+def test_operators_of_single_stacks_put_no_service_before_those_of_others() -> None:
+    raised = NewObject(name="shop_a", stack="shop", raised_priority=10)
+    refusal = "priority 10: only users with a role in the whole cluster may give more than 0"
+    assert why(a_user("operator:shop"), raised) == refusal
+    assert why(a_user("operator:shop"), raised, Known(id="1", stack="shop")) == refusal
+    assert why(a_user("operator"), raised) == ""
+
+
 def test_no_object_goes_to_another_stack() -> None:
     shopper = a_user("operator:shop", "viewer")
     assert "of the stack blog" in why(

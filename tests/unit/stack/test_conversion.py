@@ -479,6 +479,10 @@ volumes: {v: {driver_opts: {type: nfs}}, x: {external: true}}
             "f:1:34: services.w.x-skep: invalid label skep.drain=never: want a duration like 30s or 5m, at most 8760 h",
         ),
         (
+            "services: {w: {image: w, x-skep: {priority: urgent}}}",
+            "f:1:45: services.w.x-skep.priority: want a whole number, not the text 'urgent'",
+        ),
+        (
             "services: {w: {image: w, x-skep: {cron: x}}}",
             "f:1:41: services.w.x-skep.cron: Skep has no such setting yet",
         ),
