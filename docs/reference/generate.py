@@ -360,6 +360,11 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
             "bytes",
         ),
         Limit(
+            "tasks of one node that are measured for autoscaling",
+            "skep.manager.dispatcher.usages:MEASURED_MAX",
+            "the others count as not measured",
+        ),
+        Limit(
             "what a node reports of a task",
             "skep.manager.dispatcher.statuses:STATUS_BYTES_MAX",
             "cut",

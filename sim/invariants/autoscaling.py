@@ -33,7 +33,7 @@ class AutoscalingIsCalm:
             yield f"{new.id} is scaled to {after}, out of {scaling.least} to {scaling.most}"
         state = old.update_status.state if old.update_status is not None else None
         if state in (*UNDER_WAY, *PAUSED):
-            yield f"{new.id} is scaled though its update is {state}"
+            yield f"{new.id} is scaled though its update is {state.value}"
         if after > before:
             self._added_at[new.id] = now
             if after > 2 * before and before >= scaling.least:

@@ -6,13 +6,18 @@ import msgspec
 import pytest
 
 from sim.invariants.attempts import NoRedundantTasks
+from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable, surplus_violations
+from skep.model.autoscaling import with_replicas
 from skep.model.ids import ServiceId, TaskId
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.service import (
+    Autoscaled,
     Service,
     UpdateOrder,
+    UpdateState,
+    UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_task
@@ -291,3 +296,58 @@ def test_the_place_of_a_run_is_what_was_committed_though_its_node_counts_otherwi
     assert history.violations == []
     history.after(10).note(rule.started(W2, msgspec.structs.replace(new, slot=0), history.now, history.state))
     assert history.violations == ["task new started while old, which it replaces, still ran on w1"]
+
+
+def autoscaled(history: History, replicas: int) -> None:
+    """As a leader writes it."""
+    service = history.state.get(Service, "web")
+    before = service.spec.replicas
+    done = Autoscaled(before=before, after=replicas, reason=f"at {history.now}")
+    spec = with_replicas(service.spec, replicas)
+    history.put(msgspec.structs.replace(service, spec=spec, autoscaled=done))
+
+
+def an_autoscaled_service(state: UpdateState | None = None) -> History:
+    history = History(AutoscalingIsCalm())
+    labels = {"skep.autoscale": "2..10", "skep.autoscale.down-after": "1m"}
+    spec = msgspec.structs.replace(a_service_spec("web", replicas=4), labels=labels)
+    status = UpdateStatus(state=state) if state is not None else None
+    history.put(msgspec.structs.replace(a_service(), spec=spec, update_status=status))
+    return history
+
+
+def test_numbers_that_autoscaling_may_write_are_accepted() -> None:
+    history = an_autoscaled_service()
+    autoscaled(history, 8)
+    autoscaled(history.after(15), 10)
+    autoscaled(history.after(61), 3)
+    autoscaled(history.after(15), 2)
+    autoscaled(history.after(15), 4)
+    assert history.violations == []
+
+
+@pytest.mark.parametrize(
+    ("replicas", "violation"),
+    [
+        (1, "web is scaled to 1, out of 2 to 10"),
+        (11, "web is scaled to 11, out of 2 to 10"),
+        (9, "web is scaled from 4 to 9 at once"),
+    ],
+)
+def test_a_number_out_of_the_range_or_more_than_doubled_is_rejected(replicas: int, violation: str) -> None:
+    history = an_autoscaled_service()
+    autoscaled(history, replicas)
+    assert violation in history.violations
+
+
+def test_tasks_that_go_within_the_window_after_others_came_are_rejected() -> None:
+    history = an_autoscaled_service()
+    autoscaled(history, 6)
+    autoscaled(history.after(30), 5)
+    assert history.violations == ["web is scaled down 30 s after it was scaled up"]
+
+
+def test_a_number_that_changes_during_an_update_is_rejected() -> None:
+    history = an_autoscaled_service(UpdateState.UPDATING)
+    autoscaled(history, 6)
+    assert history.violations == ["web is scaled though its update is updating"]
