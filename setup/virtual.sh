@@ -4,7 +4,8 @@
 # version 2 alone, AppArmor, the distribution's modules (VXLAN, IPVS, WireGuard, NFS, ...), its Docker Engine for comparison,
 # its servers of NFS and CIFS, a file system without overlays below it.
 # It has no way to the outside; what needs one is done before it boots.  Its processor is emulated, so everything takes
-# some five times as long; KVM=1 asks for the real one.
+# some five times as long; KVM=1 asks for the real one, which has to have virtualization of its own: on the /dev/kvm of a
+# kernel that does without (PVM), the kernels of distributions get no further than their first instructions.
 # Where this machine is busy, limits of time in tests do not hold there: ICOUNT=3 makes its clock count instructions, of 2^3 ns
 # each, whatever they take here (2 ns with ICOUNT=1: more fits into a limit, and all takes longer).
 # Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (1: several, emulated in parallel, made newer kernels fall
@@ -24,6 +25,9 @@ PATH=$PATH:/usr/sbin:/sbin
 for needed in qemu-system-x86_64 mke2fs; do
     command -v "$needed" >/dev/null || fail "$needed is missing" "apt-get install qemu-system-x86 e2fsprogs"
 done
+
+[ -z "${KVM:-}" ] || grep -qwE 'vmx|svm' /proc/cpuinfo ||
+    fail "KVM=1: this machine's processor has no virtualization" "leave KVM out: the processor is emulated"
 
 place=$(mktemp -d /var/tmp/skep-virtual-XXXXXX)
 trap 'rm -rf --one-file-system "$place"' EXIT
