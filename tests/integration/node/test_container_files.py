@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
+from skep.engine.api import uploads
 from skep.engine.images.store import ImageStore
 from skep.playground.busybox import busybox_archive
 from tests.support.api_lab import Api
@@ -305,6 +306,23 @@ async def test_a_client_that_vanishes_ends_its_copy(api: Api, lab: Lab) -> None:
     async with asyncio.timeout(60):
         while lab.remains():  # noqa: ASYNC110  # nothing announces the end of a process
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", ["archive?path=/large", "export"])
+async def test_a_client_that_takes_nothing_of_an_archive_gives_its_place_to_others(
+    api: Api, executor: OciExecutor, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(uploads, "TAKEN_S", 0.3)
+    executor.engine.files._places = asyncio.Semaphore(1)
+    id = await run(api, "dd if=/dev/zero of=/large bs=1M count=1 seek=500")
+    reader, writer = await asyncio.open_unix_connection(api.socket, limit=1024)
+    writer.write(f"GET /v1.41/containers/{id}/{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    status, _ = await api.ask("GET", f"/containers/{id}/archive?path=/etc/passwd")
+    assert status == 200
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await reader.readexactly(500 << 20)
+    writer.close()
 
 
 # --- commit, import ------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, NotRunning
 from skep.engine.engine import Engine
 from skep.engine.request import read_create
-from skep.errors import FailedPrecondition, InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from tests.integration.node.conftest import Runner
-from tests.integration.node.test_oci_tasks import a_task
+from tests.integration.node.test_oci_tasks import a_task, output
 from tests.support.runc_lab import IMAGE, Lab
 
 ZERO = {"PathOnHost": "/dev/zero", "PathInContainer": "/dev/mine", "CgroupPermissions": "rwm"}
@@ -144,8 +144,9 @@ async def test_an_ordinary_container_has_none_of_it(plain: Plain) -> None:
     assert text.splitlines()[-1] == "1"
 
 
-async def test_a_gpu_is_what_its_description_says(plain: Plain, tmp_path: Path) -> None:
-    (tmp_path / "driver").write_text("the driver's library\n")
+def describe_gpus(directory: Path) -> None:
+    """Two GPUs in a file of CDI's, where the executor of ``directory``'s lab looks."""
+    (directory / "driver").write_text("the driver's library\n")
     description = {
         "cdiVersion": "0.6.0",
         "kind": "vendor.com/gpu",
@@ -157,15 +158,19 @@ async def test_a_gpu_is_what_its_description_says(plain: Plain, tmp_path: Path) 
                     "env": [f"GPU{number}=yes"],
                     "deviceNodes": [{"path": f"/dev/gpu{number}", "hostPath": "/dev/zero"}],
                     "mounts": [
-                        {"hostPath": str(tmp_path / "driver"), "containerPath": f"/usr/lib/{number}.so"}
+                        {"hostPath": str(directory / "driver"), "containerPath": f"/usr/lib/{number}.so"}
                     ],
                 },
             }
             for number in (0, 1)
         ],
     }
-    (tmp_path / "cdi").mkdir()
-    (tmp_path / "cdi" / "vendor.json").write_bytes(msgspec.json.encode(description))
+    (directory / "cdi").mkdir()
+    (directory / "cdi" / "vendor.json").write_bytes(msgspec.json.encode(description))
+
+
+async def test_a_gpu_is_what_its_description_says(plain: Plain, tmp_path: Path) -> None:
+    describe_gpus(tmp_path)
     script = "env | grep -e GPU -e DRIVER | busybox sort; ls /dev/gpu* /usr/lib; busybox cat /usr/lib/1.so"
     one = [{"Driver": "cdi", "DeviceIDs": ["vendor.com/gpu=1"]}]
     text = await plain.output(script, DeviceRequests=one)
@@ -363,6 +368,26 @@ async def test_a_value_that_cannot_be_is_refused_in_dockers_words(
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_is_privileged_and_has_the_gpus_that_its_labels_ask_for(
+    executor: OciExecutor, tmp_path: Path
+) -> None:
+    describe_gpus(tmp_path)
+    script = "grep Seccomp: /proc/self/status; echo $GPU0$GPU1; head -c 4 /dev/gpu1 | wc -c; ls /dev/kmsg /dev/gpu0"
+    ordinary = await output(executor, a_task("sh", "-c", f"({script}) 2>/dev/null"))
+    assert ordinary.split() == ["Seccomp:", "2", "0"]
+    gpu = await output(
+        executor, a_task("sh", "-c", f"({script}) 2>/dev/null", labels={"skep.devices": "vendor.com/gpu=1"})
+    )
+    assert gpu.split() == ["Seccomp:", "2", "yes", "4"]
+    every = await output(
+        executor, a_task("sh", "-c", script, labels={"skep.gpus": "all", "skep.privileged": "true"})
+    )
+    assert every.split() == ["Seccomp:", "0", "yesyes", "4", "/dev/gpu0", "/dev/kmsg"]
+    missing = executor.controller(a_task("true", labels={"skep.devices": "vendor.com/gpu=7"}))
+    with pytest.raises(SkepError, match=r"unresolvable CDI devices vendor\.com/gpu=7"):
+        await missing.prepare()
 
 
 async def test_what_the_node_could_not_give_a_task_is_reported_with_its_start(executor: OciExecutor) -> None:
