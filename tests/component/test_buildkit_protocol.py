@@ -47,6 +47,8 @@ class ReadingBuilds:
     def __init__(self) -> None:
         self.requests: list[BuildRequest] = []
         self.files: dict[str, str] = {}
+        self.padding_bytes = 0
+        """Added to the archive of an image."""
         self.sleeps = asyncio.Event()
         self.cancelled = asyncio.Event()
 
@@ -80,6 +82,7 @@ class ReadingBuilds:
 
         async def pieces() -> AsyncIterator[bytes]:
             yield a_tar(an_entry("dir", tarfile.DIRTYPE), archived("dir/file", b"content"))
+            yield bytes(self.padding_bytes)
 
         yield pieces()
 
@@ -382,6 +385,29 @@ async def test_a_hostile_receiver_gets_an_error_and_leaves_nothing(
         with pytest.raises(CallFailed, match=text):
             await calls.solve(request)
     assert not list(rig.directory.iterdir())
+
+
+@pytest.mark.parametrize("packets", [[], [pb.Packet(type=STAT, stat=DOCKERFILE[0]), pb.Packet(type=STAT)]])
+async def test_a_client_that_sends_nothing_of_its_files_ends_its_build(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, packets: Sequence[pb.Packet]
+) -> None:
+    monkeypatch.setattr(sessions_module, "SILENT_S", 0.3)
+    with pytest.raises(CallFailed, match="the client of the build did not respond in time"):
+        await built(rig, "r", FileServer([DOCKERFILE], NOTHING, NOTHING, packets=packets))
+    assert not list(rig.directory.iterdir())
+
+
+async def test_a_client_that_takes_nothing_of_its_result_ends_its_build(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions_module, "SILENT_S", 0.3)
+    rig.builds.padding_bytes = 8 << 20
+    request = a_request("r", "s")
+    request.exporters[0].type, request.exporters[0].attrs["name"] = "tar", ""
+    files = FileServer([DOCKERFILE], NOTHING, NOTHING, receives=(), takes=False)
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        with pytest.raises(CallFailed, match="the client of the build did not respond in time"):
+            await calls.solve(request)
 
 
 async def test_a_client_that_takes_no_files_is_refused(rig: Rig) -> None:

@@ -43,16 +43,19 @@ class FileServer:
         packets: Sequence[pb.Packet] | None = None,
         stays: bool = True,
         receives: Sequence[pb.Packet] | None = None,
+        takes: bool = True,
     ) -> None:
         """``packets``: sent instead of the last tree, whatever is asked; then the call ends unless it ``stays``.
 
-        ``receives``: sent to an engine that offers the files of a result; None: the client takes none.
+        ``receives``: sent to an engine that offers the files of a result; None: the client takes none.  Without
+        ``takes`` it reads nothing of what follows, and the call does not end.
         """
         self.methods = [_DIFF_COPY] if receives is None else [_DIFF_COPY, _FILE_SEND]
         self._receives = receives or ()
         self._trees = list(trees)
         self._packets = packets
         self._stays = stays
+        self._takes = takes
         self.requested: list[str] = []
         """Paths of the files whose content was asked for."""
 
@@ -60,6 +63,8 @@ class FileServer:
         if stream.request.path == _FILE_SEND:
             for packet in self._receives:
                 await stream.send_message(packet)
+            if not self._takes:
+                await asyncio.Event().wait()
             await stream.send_status()
             return
         if stream.request.path != _DIFF_COPY:

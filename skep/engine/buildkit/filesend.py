@@ -15,11 +15,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import msgspec
-from google.protobuf.message import DecodeError
 
 from skep.aio.groups import errors_as_they_are
 from skep.engine.build.stage import Changes, mounted_image, new_work
 from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit import sessions
 from skep.engine.buildkit.sessions import Messages, Session
 from skep.engine.engine import Engine
 from skep.engine.files_worker import go_mode
@@ -29,8 +29,6 @@ from skep.errors import InvalidArgument, ResourceExhausted, Unavailable
 FILE_SEND = "/moby.filesync.v1.FileSend/DiffCopy"
 
 _PIECE_BYTES = 256 << 10
-_SILENT_S = 120.0
-"""A client that neither takes nor asks for anything for this long has gone."""
 _LISTED_AT_ONCE = 256
 _XATTR_RECORD = "SCHILY.xattr."
 _KINDS = {
@@ -81,12 +79,11 @@ async def send_archive(
     Raises: SkepError: of the client's status, or it is gone.
     """
     sent = 0
-    async with session.stream(FILE_SEND) as messages:
+    async with session.stream(FILE_SEND, silent_s=sessions.SILENT_S) as messages:
         async for piece in pieces:
-            async with asyncio.timeout(_SILENT_S):
-                await messages.send(pb.BytesMessage(data=piece))
+            await messages.send(pb.BytesMessage(data=piece))
             progress(sent := sent + len(piece))
-        await _end(messages)
+        await messages.finish()
 
 
 async def send_tree(session: Session, archive: Path, progress: Callable[[int], None]) -> None:
@@ -94,19 +91,22 @@ async def send_tree(session: Session, archive: Path, progress: Callable[[int], N
     files = await asyncio.to_thread(listed, archive)
     descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        async with session.stream(FILE_SEND) as messages, errors_as_they_are(), asyncio.TaskGroup() as group:
+        async with (
+            session.stream(FILE_SEND, silent_s=sessions.SILENT_S) as messages,
+            errors_as_they_are(),
+            asyncio.TaskGroup() as group,
+        ):
             group.create_task(_list(messages, files), name="list the files of a build")
             await _serve(messages, files, descriptor, progress)
             await messages.send(pb.Packet(type=pb.Packet.FIN))
-            await _end(messages)
+            await messages.finish()
     finally:
         os.close(descriptor)
 
 
 async def _list(messages: Messages, files: Sequence[SentFile]) -> None:
     for number, file in enumerate(files):
-        async with asyncio.timeout(_SILENT_S):
-            await messages.send(pb.Packet(type=pb.Packet.STAT, stat=file.stat))
+        await messages.send(pb.Packet(type=pb.Packet.STAT, stat=file.stat))
         if number % _LISTED_AT_ONCE == 0:
             await asyncio.sleep(0)  # a client that reads at once would never let others run
     await messages.send(pb.Packet(type=pb.Packet.STAT))
@@ -121,8 +121,7 @@ async def _serve(
         if packet.type != pb.Packet.REQ or packet.id >= len(files) or files[packet.id].begin is None:
             raise InvalidArgument(f"the client asked for something else than a file: {packet.id}")
         async for piece in _content(descriptor, files[packet.id]):
-            async with asyncio.timeout(_SILENT_S):
-                await messages.send(pb.Packet(type=pb.Packet.DATA, id=packet.id, data=piece))
+            await messages.send(pb.Packet(type=pb.Packet.DATA, id=packet.id, data=piece))
             progress(sent := sent + len(piece))
         await messages.send(pb.Packet(type=pb.Packet.DATA, id=packet.id))
 
@@ -137,25 +136,13 @@ async def _content(descriptor: int, file: SentFile) -> AsyncIterator[bytes]:
 
 
 async def _next(messages: Messages) -> pb.Packet:
-    async with asyncio.timeout(_SILENT_S):
-        data = await messages.receive()
+    data = await messages.receive()
     if data is None:
         raise Unavailable("the client ended the transfer of the result early")
-    try:
-        packet = pb.Packet.FromString(data)
-    except DecodeError as error:
-        raise InvalidArgument("the client sent a packet that cannot be decoded") from error
+    packet = pb.Packet.FromString(data)
     if packet.type == pb.Packet.ERR:
         raise Unavailable(f"error from receiver: {packet.data.decode(errors='replace')}")
     return packet
-
-
-async def _end(messages: Messages) -> None:
-    """Send no more, and wait for the client's status."""
-    async with asyncio.timeout(_SILENT_S):
-        await messages.end()
-        while await messages.receive() is not None:
-            pass
 
 
 async def spool(pieces: AsyncIterable[bytes], target: Path, room_bytes: int) -> None:

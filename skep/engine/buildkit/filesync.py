@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-from google.protobuf.message import DecodeError
 
 from skep.aio.race import run_to_end
 from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit import sessions
 from skep.engine.buildkit.sessions import Messages, Session, header_values
 from skep.engine.buildkit.tree import Contents, Entry, KeptTree, Listing, TreeLimits, write_tree
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError, Unavailable
@@ -30,8 +30,6 @@ _BATCH_BYTES = 1 << 20
 _LISTED_AT_ONCE = 256
 """Entries that are taken before other tasks run."""
 _REFUSE_S = 5.0
-_SILENT_S = 120.0
-"""A client that sends nothing for this long while something is owed has gone."""
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +69,7 @@ async def receive(
 
     Raises: SkepError: the client gives none, sent something that is not accepted, or is gone.
     """
-    async with session.stream(DIFF_COPY, selection.headers()) as messages:
+    async with session.stream(DIFF_COPY, selection.headers(), silent_s=sessions.SILENT_S) as messages:
         transfer = _Transfer(messages, root, limits, room_bytes, progress)
         try:
             return await transfer.run(kept)
@@ -121,9 +119,7 @@ class _Transfer:
         finally:
             contents.close()
         await self._messages.send(pb.Packet(type=pb.Packet.FIN))
-        await self._messages.end()
-        while await self._next() is not None:
-            pass  # the client's FIN, and its status
+        await self._messages.finish()  # after the client's FIN
         return [entry for entry in listing.entries if entry.path not in contents.changed]
 
     async def _list(self, listing: Listing) -> None:
@@ -165,17 +161,10 @@ class _Transfer:
         return batch
 
     async def _next(self) -> pb.Packet | None:
-        try:
-            async with asyncio.timeout(_SILENT_S):
-                data = await self._messages.receive()
-        except TimeoutError as error:
-            raise Unavailable("the client sends nothing of its files any more") from error
+        data = await self._messages.receive()
         if data is None:
             return None
-        try:
-            packet = pb.Packet.FromString(data)
-        except DecodeError as error:
-            raise InvalidArgument("the client sent a packet that cannot be decoded") from error
+        packet = pb.Packet.FromString(data)
         if packet.type == pb.Packet.ERR:
             raise NotFound(f"error from sender: {packet.data.decode(errors='replace')}")
         return packet

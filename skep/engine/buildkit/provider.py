@@ -116,7 +116,7 @@ async def _forward(
     """Copy both directions until the agent ends, as it does when the other direction was closed."""
     with suppress(SkepError, CallFailed, Lost, ConnectionError):
         async with (
-            session.stream(_FORWARD_AGENT, [("buildkit.ssh.id", id)]) as messages,
+            session.stream(_FORWARD_AGENT, [("buildkit.ssh.id", id)], silent_s=None) as messages,
             errors_as_they_are(),
             asyncio.TaskGroup() as group,
         ):

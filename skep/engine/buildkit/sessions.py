@@ -37,6 +37,8 @@ WAIT_S = 5.0
 """A build may be asked for before its session is there."""
 CALL_S = 60.0
 """A client may ask its user, or a helper of credentials."""
+SILENT_S = 120.0
+"""A client that takes nothing of what it is sent, or sends nothing where something is owed, for this long has gone."""
 _CHECK_EVERY_S, _CHECK_S = 15.0, 60.0
 
 BOUNDS = Bounds(stream_window=1 << 20, connection_window=8 << 20, message=16 << 20)
@@ -99,16 +101,19 @@ class Session:
 
     @asynccontextmanager
     async def stream(
-        self, method: str, metadata: Sequence[tuple[str, str]] = ()
+        self, method: str, metadata: Sequence[tuple[str, str]] = (), *, silent_s: float | None
     ) -> AsyncIterator["Messages"]:
-        """A call in which both sides send; it is abandoned at the end of the block unless it has ended."""
+        """A call in which both sides send; it is abandoned at the end of the block unless it has ended.
+
+        ``silent_s``: the longest wait for the client, for each message; None: without a bound.
+        """
         if not self.serves(method):
             raise Unimplemented(f"method {method} not supported by the client")
         with peer_errors(_WHO):
             stream = self.connection.open()
             try:
                 stream.begin(_uncached_block(method, metadata), None, is_last=False)
-                yield Messages(stream)
+                yield Messages(stream, silent_s)
             finally:
                 self.connection.release(stream)
 
@@ -142,22 +147,38 @@ class Session:
 class Messages:
     """One streaming call: encoded messages out and in."""
 
-    def __init__(self, stream: ClientStream) -> None:
+    def __init__(self, stream: ClientStream, silent_s: float | None) -> None:
         self._stream = stream
+        self._silent_s = silent_s
 
     async def send(self, message: Message) -> None:
-        """Waits while the client reads slowly.  Raises: CallFailed, Lost."""
+        """Waits while the client reads slowly.  Raises: CallFailed, Lost, TimeoutError."""
         self._stream.send(message.SerializeToString())
-        await self._stream.drained()
+        await self._drained()
 
     async def end(self) -> None:
-        """Nothing more is sent."""
-        await self._stream.drained()
+        """Nothing more is sent.  Raises: as ``send``."""
+        await self._drained()
         self._stream.end_sending()
 
+    async def finish(self) -> None:
+        """Send no more, and wait for the client's status; what it sends before that is discarded.
+
+        Raises: as ``receive``.
+        """
+        async with asyncio.timeout(self._silent_s):
+            await self.end()
+            while await self._stream.receive() is not None:
+                pass
+
     async def receive(self) -> bytes | None:
-        """The next message; None after the last.  Raises: CallFailed, Lost."""
-        return await self._stream.receive()
+        """The next message; None after the last.  Raises: CallFailed, Lost, TimeoutError."""
+        async with asyncio.timeout(self._silent_s):
+            return await self._stream.receive()
+
+    async def _drained(self) -> None:
+        async with asyncio.timeout(self._silent_s):
+            await self._stream.drained()
 
     @property
     def has_more(self) -> bool:

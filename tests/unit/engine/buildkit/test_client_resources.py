@@ -31,7 +31,9 @@ class Client:
         return response()
 
     @asynccontextmanager
-    async def stream(self, method: str, metadata: object) -> AsyncIterator["Client"]:
+    async def stream(
+        self, method: str, metadata: object, *, silent_s: float | None
+    ) -> AsyncIterator["Client"]:
         yield self
 
     async def send(self, message: Message) -> None:
