@@ -22,7 +22,7 @@ from skep.engine.buildkit.sessions import SESSIONS_MAX, Sessions
 from skep.engine.buildkit.solver import Solver
 from skep.engine.container import Stream
 from skep.engine.images.digest import Digest
-from skep.engine.images.layers import Limits
+from skep.engine.images.workers import Limits
 from skep.rpc.status import CallFailed, Status
 from tests.support.archives import a_file as archived
 from tests.support.archives import a_tar, an_entry

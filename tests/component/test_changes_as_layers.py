@@ -18,9 +18,10 @@ import zstandard
 from skep.engine.images.child import EMPTY_LAYER, Step, child_config
 from skep.engine.images.digest import chain_ids
 from skep.engine.images.image import Image
-from skep.engine.images.layers import Layer, Limits, UnpackFailed
+from skep.engine.images.layers import Layer
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
+from skep.engine.images.workers import Limits, UnpackFailed
 from skep.engine.overlay import mount_layers
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 from skep.linux.syscalls import unmount_if_mounted

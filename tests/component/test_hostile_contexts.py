@@ -13,8 +13,8 @@ from skep.aio.clock import SystemClock
 from skep.api.server import application
 from skep.engine.api import builds
 from skep.engine.build.builder import Builder
-from skep.engine.images.layers import Limits
 from skep.engine.images.store import ImageStore
+from skep.engine.images.workers import Limits
 from tests.support.archives import a_file, a_tar
 
 pytestmark = pytest.mark.needs("root")

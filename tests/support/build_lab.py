@@ -16,8 +16,8 @@ from skep.aio.clock import SystemClock
 from skep.api.server import application
 from skep.engine.api.routes import engine_routes
 from skep.engine.engine import Engine
-from skep.engine.images.layers import Limits
 from skep.engine.images.store import ImageStore
+from skep.engine.images.workers import Limits
 from tests.support.archives import a_docker_archive
 from tests.support.playground_rig import CLIS
 from tests.support.runc_lab import Lab

@@ -22,9 +22,9 @@ from skep.engine.build.copying import (
 )
 from skep.engine.build.instructions import Copy
 from skep.engine.build.stage import Changes, in_thread, new_work
-from skep.engine.images.layers import unpack
 from skep.engine.images.store import ImageStore
 from skep.engine.images.streams import Malformed, plain_chunks
+from skep.engine.images.workers import unpack
 from skep.engine.users import Identity, identity
 from skep.errors import InvalidArgument, Unimplemented
 

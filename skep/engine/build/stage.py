@@ -15,8 +15,8 @@ from skep.engine.build.config import StageState
 from skep.engine.build.copying import CopyLimits, Work
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ImageConfig
-from skep.engine.images.layers import UnpackFailed
 from skep.engine.images.store import ImageStore
+from skep.engine.images.workers import UnpackFailed
 from skep.linux import syscalls
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from skep.aio.trees import discard_tree
 from skep.engine.buildkit.filesync import Selection, receive
 from skep.engine.buildkit.sessions import Session
 from skep.engine.buildkit.tree import Entry, KeptTree, Kind, TreeLimits
-from skep.engine.images.layers import Limits
+from skep.engine.images.workers import Limits
 
 _KEPT_MAX = 8
 """Trees, the least recently used goes first."""

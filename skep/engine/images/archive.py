@@ -21,12 +21,13 @@ import msgspec
 from skep.api.bodies import decode_body
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest, parse_digest, short
 from skep.engine.images.image import Image, parse_config
-from skep.engine.images.layers import DigestMismatch, unpack
+from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.legacy import legacy_items
 from skep.engine.images.local import LocalImages
 from skep.engine.images.progress import Message, Report, transfer
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.streams import plain_chunks
+from skep.engine.images.workers import unpack
 from skep.errors import InvalidArgument, NotFound
 
 T = TypeVar("T")

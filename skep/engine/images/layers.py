@@ -9,9 +9,7 @@ import asyncio
 import ctypes
 import gzip
 import hashlib
-import json
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping, Sequence
@@ -24,11 +22,11 @@ import structlog
 
 from skep.aio.failures import describe_error, log_error
 from skep.aio.trees import discard_tree, discard_tree_now
-from skep.engine.images import pack, untar
 from skep.engine.images.digest import Digest, chain_id_above, hex_of
 from skep.engine.images.slots import UnpackSlots
 from skep.engine.images.streams import plain_chunks
-from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
+from skep.engine.images.workers import Limits, Unpacked, UnpackFailed, pack_changes, unpack
+from skep.errors import InvalidArgument, NotFound
 from skep.linux.files import is_no_file, replace_file, sync_directory
 
 log = structlog.get_logger()
@@ -40,37 +38,6 @@ _UNPACKERS_MAX = 3
 _PATIENCE_S = 60.0
 _SLOW_UNPACKERS_MAX = 6
 """Further workers, that have held their slots for longer than that."""
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of what this node accepts from registries and clients.
-
-    ``layer_bytes_max``: of one layer, unpacked; ``archive_bytes_max``: of an uploaded archive, unpacked;
-    ``spare_bytes``: stays free on the file system, of a small one ``spare_share`` of it; ``unpack_s``: longest time for
-    one layer, in seconds.
-    """
-
-    layer_bytes_max: int = 64 << 30
-    archive_bytes_max: int = 128 << 30
-    entries_max: int = 2_000_000
-    spare_bytes: int = 1 << 30
-    spare_share: float = 0.05
-    unpack_s: float = 1800.0
-    manifest_bytes_max: int = 4 << 20
-
-    def spare_on(self, directory: Path) -> int:
-        """Bytes that stay free on the file system of ``directory``."""
-        space = os.statvfs(directory)
-        return min(self.spare_bytes, round(self.spare_share * space.f_blocks * space.f_frsize))
-
-    def room_on(self, directory: Path) -> int:
-        """Bytes that may still be written there."""
-        space = os.statvfs(directory)
-        return space.f_bavail * space.f_frsize - self.spare_on(directory)
-
-
-class UnpackFailed(SkepError):
-    """The archive could not be unpacked here: no space, or the file system refused."""
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,14 +57,6 @@ class Blob(msgspec.Struct, frozen=True, kw_only=True):
     digest: Digest
     size: int
     path: Path
-
-
-class Unpacked(msgspec.Struct, frozen=True):
-    """What a worker has unpacked or packed: the digest and length of the plain tar, and the size of its files."""
-
-    digest: Digest
-    plain_bytes: int
-    size_bytes: int
 
 
 class Layers:
@@ -370,153 +329,6 @@ class DigestMismatch(InvalidArgument):
         super().__init__(f"layer has digest {found}, expected {expected}")
         self.expected = expected
         self.found = found
-
-
-async def unpack(
-    source: int | AsyncIterable[bytes],
-    target: Path,
-    *,
-    limits: Limits,
-    is_layer: bool,
-    has_whiteouts: bool = True,
-    copy_to: Path | None = None,
-) -> Unpacked:
-    """Unpack a tar into the empty directory ``target``, by a confined worker.
-
-    Args:
-        source: an open file's descriptor, or the tar's pieces as they arrive; compressed or not.
-        is_layer: owners, devices and whiteouts count (else: plain files, owned by us, readable by us alone).
-        has_whiteouts: of a layer: names that begin with ``.wh.`` say what is removed.
-        copy_to: receives the plain tar, compressed.
-
-    Raises:
-        InvalidArgument, ResourceExhausted, UnpackFailed.
-    """
-    settings = untar.Settings(
-        root=str(target),
-        is_layer=is_layer,
-        bytes_max=limits.layer_bytes_max if is_layer else limits.archive_bytes_max,
-        entries_max=limits.entries_max,
-        spare_bytes=limits.spare_on(target),
-        copy_to=str(copy_to or ""),
-        has_whiteouts=has_whiteouts,
-    )
-    if limits.room_on(target) < 0:
-        raise UnpackFailed(f"{target}: no space left on device")
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-m", untar.__name__, json.dumps(vars(settings))),
-        stdin=source if isinstance(source, int) else asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        cwd="/",
-        env={"LANG": "C.UTF-8"},
-    )
-    try:
-        async with asyncio.timeout(limits.unpack_s):
-            response = await _fed(worker, source)
-    except TimeoutError as error:
-        raise ResourceExhausted(f"unpacking took longer than {limits.unpack_s:.0f} s") from error
-    finally:
-        if worker.returncode is None:
-            worker.kill()
-            await asyncio.shield(worker.wait())
-    return _result_of(response)
-
-
-async def pack_changes(
-    changes: Path, content: Path, *, limits: Limits, without: Collection[str] = (), removes: bool = False
-) -> Unpacked:
-    """Write an overlay's upper directory as a layer's tar, compressed, to ``content``, by a confined worker.
-
-    Args:
-        without: paths below ``changes`` that are left out; ``removes``: they are removed there, too.
-
-    Raises:
-        InvalidArgument, ResourceExhausted, UnpackFailed.
-    """
-    if limits.room_on(content.parent) < 0:
-        raise UnpackFailed(f"{content.parent}: no space left on device")
-    settings = pack.Settings(
-        root=str(changes),
-        content=str(content),
-        bytes_max=limits.layer_bytes_max,
-        entries_max=limits.entries_max,
-        without=tuple(without),
-        removes=removes,
-    )
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-m", pack.__name__, json.dumps(vars(settings))),
-        stdin=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        cwd="/",
-        env={"LANG": "C.UTF-8"},
-    )
-    assert worker.stderr is not None, "its result comes in a pipe"
-    try:
-        async with asyncio.timeout(limits.unpack_s):
-            response = await worker.stderr.read()
-            await worker.wait()
-    except TimeoutError as error:
-        raise ResourceExhausted(f"packing took longer than {limits.unpack_s:.0f} s") from error
-    finally:
-        if worker.returncode is None:
-            worker.kill()
-            await asyncio.shield(worker.wait())
-    return _packed_of(response)
-
-
-def _packed_of(response: bytes) -> Unpacked:
-    """What the packing worker's line of JSON means."""
-    result = _decoded(response)
-    message = str(result.get("error", ""))
-    match result.get("kind"):
-        case None:
-            return msgspec.convert(result, Unpacked)
-        case "malformed":
-            raise InvalidArgument(message)
-        case "limit":
-            raise ResourceExhausted(f"the tree {message}, the limit of this node")
-        case _:
-            raise UnpackFailed(message)
-
-
-def _decoded(response: bytes) -> Mapping[str, str | int]:
-    try:
-        return msgspec.json.decode(response, type=dict[str, str | int])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.warning(
-            "unexpected output of a process for archives", output=response[-2000:].decode(errors="replace")
-        )
-        raise UnpackFailed("the process for archives ended without a response") from error
-
-
-async def _fed(worker: asyncio.subprocess.Process, source: int | AsyncIterable[bytes]) -> bytes:
-    """Give the worker its input, if that comes in pieces, and take its response."""
-    assert worker.stdout is not None, "its output is a pipe"
-    if not isinstance(source, int):
-        assert worker.stdin is not None, "its input is a pipe then"
-        with suppress(ConnectionError):  # it has failed, and its response has the reason
-            async for piece in source:
-                worker.stdin.write(piece)
-                await worker.stdin.drain()
-        worker.stdin.close()
-    response = await worker.stdout.read()
-    await worker.wait()
-    return response
-
-
-def _result_of(response: bytes) -> Unpacked:
-    """What the worker's line of JSON means."""
-    result = _decoded(response)
-    message = str(result.get("error", ""))
-    match result.get("kind"):
-        case None:
-            return msgspec.convert(result, Unpacked)
-        case "malformed":
-            raise InvalidArgument(f"Error processing tar file({message}")
-        case "limit":
-            raise ResourceExhausted(f"the archive {message}, the limit of this node")
-        case _:
-            raise UnpackFailed(f"Error processing tar file({message}")
 
 
 def _as_gzip(

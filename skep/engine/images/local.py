@@ -45,8 +45,9 @@ from skep.aio.trees import discard_tree, discard_tree_now
 from skep.engine.images.catalog import Catalog, read_catalog, with_image, with_references, without
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
-from skep.engine.images.layers import Layer, Layers, Limits
+from skep.engine.images.layers import Layer, Layers
 from skep.engine.images.reference import Reference, parse_any, parse_reference
+from skep.engine.images.workers import Limits
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.linux.files import BESIDE, is_no_file, replace_file
 from skep.model.times import ZERO_TIME, Timestamp, timestamp

@@ -25,7 +25,7 @@ from skep.aio.failures import describe_error
 from skep.aio.groups import first_alone
 from skep.engine.images.digest import Digest, chain_ids, digest_of, parse_digest, short
 from skep.engine.images.image import Image, ImageConfig, parse_config
-from skep.engine.images.layers import DigestMismatch, Limits, UnpackFailed
+from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.local import LocalImages
 from skep.engine.images.progress import Message, Report, step, transfer
 from skep.engine.images.reference import Reference
@@ -43,6 +43,7 @@ from skep.engine.images.registry import (
     connected,
 )
 from skep.engine.images.spreading import NodeFetcher
+from skep.engine.images.workers import Limits, UnpackFailed
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.linux.files import allocate
 

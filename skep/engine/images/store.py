@@ -23,7 +23,6 @@ from skep.engine.images import archive, pulling, pushing
 from skep.engine.images.credentials import CredentialHelpers
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
-from skep.engine.images.layers import Limits
 from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.progress import Report, quiet
 from skep.engine.images.reference import Reference, parse_reference
@@ -37,6 +36,7 @@ from skep.engine.images.registry import (
 )
 from skep.engine.images.removal import ImageUser, ancestors_to_prune, removal
 from skep.engine.images.spreading import NodeFetcher
+from skep.engine.images.workers import Limits
 from skep.errors import PermissionDenied, SkepError
 
 T = TypeVar("T")

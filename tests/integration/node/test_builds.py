@@ -18,11 +18,11 @@ from skep.engine.build import context as contexts
 from skep.engine.build.builder import Builder
 from skep.engine.build.interface import BuildRequest, Step
 from skep.engine.container import Stream
-from skep.engine.images import layers
+from skep.engine.images import workers
 from skep.engine.images.digest import Digest
-from skep.engine.images.layers import Limits
 from skep.engine.images.progress import Message
 from skep.engine.images.reference import parse_reference
+from skep.engine.images.workers import Limits
 from skep.errors import SkepError
 from tests.integration.node.conftest import eventually
 from tests.support.archives import a_file, a_tar, an_entry
@@ -241,7 +241,7 @@ async def test_a_context_that_comes_again_is_unpacked_only_for_steps_that_are_no
     node: BuildLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpacked: list[Path] = []
-    unpack = layers.unpack
+    unpack = workers.unpack
 
     async def counted(source: Any, target: Path, **options: Any) -> Any:
         unpacked.append(target)

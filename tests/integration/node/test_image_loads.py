@@ -21,10 +21,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from skep.api.server import application
 from skep.engine.api.images import image_routes
 from skep.engine.images.archive import Unpackaged, write_archive
-from skep.engine.images.layers import Limits, UnpackFailed
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.store import ImageStore
+from skep.engine.images.workers import Limits, UnpackFailed
 from skep.errors import ResourceExhausted, SkepError
 from tests.conformance.record_image_loads import RECORDED, Answer, answer_of
 from tests.support.archives import (

@@ -11,9 +11,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from skep.engine.images.layers import Limits
 from skep.engine.images.registry import DOCKER_MANIFEST
 from skep.engine.images.store import ImageStore
+from skep.engine.images.workers import Limits
 from skep.errors import SkepError
 from skep.linux.files import allocate
 from tests.integration.node.test_image_pulls import Rogue

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from skep.engine.images.layers import Limits, unpack
+from skep.engine.images.workers import Limits, unpack
 from skep.errors import InvalidArgument
 from tests.support.archives import a_file, a_tar
 

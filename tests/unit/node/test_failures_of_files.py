@@ -27,10 +27,10 @@ from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
 from skep.engine.images import layers, pulling
-from skep.engine.images.layers import Unpacked
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import DOCKER_MANIFEST, Document
 from skep.engine.images.store import ImageStore
+from skep.engine.images.workers import Unpacked
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles

@@ -15,7 +15,7 @@ from skep.engine.buildkit.contexts import Contexts
 from skep.engine.buildkit.filesync import Selection, receive
 from skep.engine.buildkit.provider import ClientProvider
 from skep.engine.buildkit.tree import Contents, TreeLimits
-from skep.engine.images.layers import Limits
+from skep.engine.images.workers import Limits
 
 _STAYS_S = 0.3
 _LIMIT_S = 60.0

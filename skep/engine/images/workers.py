@@ -1,0 +1,202 @@
+"""Confined processes that unpack archives, and pack changes, within the limits of this node.
+
+``untar`` and ``pack`` run in them.  A worker that is not done in time, or whose caller is cancelled, is killed.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from skep.engine.images import pack, untar
+from skep.engine.images.digest import Digest
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError
+
+log = structlog.get_logger()
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of what this node accepts from registries and clients.
+
+    ``layer_bytes_max``: of one layer, unpacked; ``archive_bytes_max``: of an uploaded archive, unpacked;
+    ``spare_bytes``: stays free on the file system, of a small one ``spare_share`` of it; ``unpack_s``: longest time for
+    one layer, in seconds.
+    """
+
+    layer_bytes_max: int = 64 << 30
+    archive_bytes_max: int = 128 << 30
+    entries_max: int = 2_000_000
+    spare_bytes: int = 1 << 30
+    spare_share: float = 0.05
+    unpack_s: float = 1800.0
+    manifest_bytes_max: int = 4 << 20
+
+    def spare_on(self, directory: Path) -> int:
+        """Bytes that stay free on the file system of ``directory``."""
+        space = os.statvfs(directory)
+        return min(self.spare_bytes, round(self.spare_share * space.f_blocks * space.f_frsize))
+
+    def room_on(self, directory: Path) -> int:
+        """Bytes that may still be written there."""
+        space = os.statvfs(directory)
+        return space.f_bavail * space.f_frsize - self.spare_on(directory)
+
+
+class UnpackFailed(SkepError):
+    """The archive could not be unpacked here: no space, or the file system refused."""
+
+
+class Unpacked(msgspec.Struct, frozen=True):
+    """What a worker has unpacked or packed: the digest and length of the plain tar, and the size of its files."""
+
+    digest: Digest
+    plain_bytes: int
+    size_bytes: int
+
+
+async def unpack(
+    source: int | AsyncIterable[bytes],
+    target: Path,
+    *,
+    limits: Limits,
+    is_layer: bool,
+    has_whiteouts: bool = True,
+    copy_to: Path | None = None,
+) -> Unpacked:
+    """Unpack a tar into the empty directory ``target``.
+
+    Args:
+        source: an open file's descriptor, or the tar's pieces as they arrive; compressed or not.
+        is_layer: owners, devices and whiteouts count (else: plain files, owned by us, readable by us alone).
+        has_whiteouts: of a layer: names that begin with ``.wh.`` say what is removed.
+        copy_to: receives the plain tar, compressed.
+
+    Raises:
+        InvalidArgument, ResourceExhausted, UnpackFailed.
+    """
+    _require_room(limits, target)
+    settings = untar.Settings(
+        root=str(target),
+        is_layer=is_layer,
+        bytes_max=limits.layer_bytes_max if is_layer else limits.archive_bytes_max,
+        entries_max=limits.entries_max,
+        spare_bytes=limits.spare_on(target),
+        copy_to=str(copy_to or ""),
+        has_whiteouts=has_whiteouts,
+    )
+    pipe = asyncio.subprocess.PIPE
+    stdin = source if isinstance(source, int) else pipe
+    async with _started(untar.__name__, vars(settings), limits, stdin=stdin, stdout=pipe) as worker:
+        if not isinstance(source, int):
+            await _feed(worker, source)
+        response = await _response(worker, worker.stdout)
+    return _result(response, "the archive", "Error processing tar file(")
+
+
+async def pack_changes(
+    changes: Path, content: Path, *, limits: Limits, without: Collection[str] = (), removes: bool = False
+) -> Unpacked:
+    """Write an overlay's upper directory as a layer's tar, compressed, to ``content``.
+
+    Args:
+        without: paths below ``changes`` that are left out; ``removes``: they are removed there, too.
+
+    Raises:
+        InvalidArgument, ResourceExhausted, UnpackFailed.
+    """
+    _require_room(limits, content.parent)
+    settings = pack.Settings(
+        root=str(changes),
+        content=str(content),
+        bytes_max=limits.layer_bytes_max,
+        entries_max=limits.entries_max,
+        without=tuple(without),
+        removes=removes,
+    )
+    null, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
+    async with _started(pack.__name__, vars(settings), limits, stdin=null, stderr=pipe) as worker:
+        response = await _response(worker, worker.stderr)
+    return _result(response, "the tree")
+
+
+def _require_room(limits: Limits, directory: Path) -> None:
+    if limits.room_on(directory) < 0:
+        raise UnpackFailed(f"{directory}: no space left on device")
+
+
+@asynccontextmanager
+async def _started(
+    module: str,
+    settings: Mapping[str, Any],
+    limits: Limits,
+    *,
+    stdin: int,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A worker that runs ``module``, until the block ends, or its time."""
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-m", module, json.dumps(settings)),
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        cwd="/",
+        env={"LANG": "C.UTF-8"},
+    )
+    try:
+        async with asyncio.timeout(limits.unpack_s):
+            yield worker
+    except TimeoutError as error:
+        raise ResourceExhausted(f"an archive took longer than {limits.unpack_s:.0f} s") from error
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await asyncio.shield(worker.wait())
+
+
+async def _feed(worker: asyncio.subprocess.Process, pieces: AsyncIterable[bytes]) -> None:
+    assert worker.stdin is not None, "its input is a pipe"
+    with suppress(ConnectionError):  # it has failed, and its response has the reason
+        async for piece in pieces:
+            worker.stdin.write(piece)
+            await worker.stdin.drain()
+    worker.stdin.close()
+
+
+async def _response(worker: asyncio.subprocess.Process, pipe: asyncio.StreamReader | None) -> bytes:
+    """What a worker says at its end."""
+    assert pipe is not None, "its response comes in a pipe"
+    response = await pipe.read()
+    await worker.wait()
+    return response
+
+
+def _result(response: bytes, of: str, prefix: str = "") -> Unpacked:
+    """What a worker's line of JSON means.
+
+    ``of``: what is larger than a limit; ``prefix``: of the other errors' texts, as Docker has it.
+    """
+    try:
+        result = msgspec.json.decode(response, type=dict[str, str | int])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        log.warning(
+            "unexpected output of a process for archives", output=response[-2000:].decode(errors="replace")
+        )
+        raise UnpackFailed("the process for archives ended without a response") from error
+    message = str(result.get("error", ""))
+    match result.get("kind"):
+        case None:
+            return msgspec.convert(result, Unpacked)
+        case "malformed":
+            raise InvalidArgument(f"{prefix}{message}")
+        case "limit":
+            raise ResourceExhausted(f"{of} {message}, the limit of this node")
+        case _:
+            raise UnpackFailed(f"{prefix}{message}")
