@@ -54,7 +54,9 @@ class Slow(NetnsReconciler):
 @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.5])
 async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: float) -> None:
     clock = Stopwatch()
-    healing = Healer(Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5)
+    healing = Healer(
+        Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5, processor_s=lambda: clock.worked
+    )
     reconcilers = [Slow(clock, seconds) for _ in range(5)]
     for reconciler in reconcilers:
         healing.take_turns(reconciler)
@@ -65,6 +67,29 @@ async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: fl
     await asyncio.wait([task])
     assert clock.worked / (clock.worked + clock.slept) <= SHARE * 1.05
     assert max(one.compared for one in reconcilers) - min(one.compared for one in reconcilers) <= 1
+
+
+class Waiting(Slow):
+    """Its comparison waits for a busy processor most of the time."""
+
+    async def heal(self, *, is_thorough: bool = True) -> int:
+        self._clock.now += 1.0
+        return await super().heal(is_thorough=is_thorough)
+
+
+async def test_a_wait_for_a_busy_processor_does_not_put_off_the_slow_round() -> None:
+    clock = Stopwatch()
+    healing = Healer(
+        Namespaces(Path("/none")), clock, Repairs(), rng=lambda: 0.5, processor_s=lambda: clock.worked
+    )
+    reconciler = Waiting(clock, 0.01)
+    healing.take_turns(reconciler)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while reconciler.compared < 20:  # noqa: ASYNC110  # there is no event
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert clock.now <= reconciler.compared * (1.0 + 0.01 / SHARE) * 1.05
 
 
 class Broken(Slow):
