@@ -1,4 +1,7 @@
-"""The files of the dashboard: read once, served from memory by name.  No request reaches the file system."""
+"""The files of the dashboard: read once, served from memory by name.  No request reaches the file system.
+
+Modules are served within the script of the page that needs them (``dashboard.script``).
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,6 +11,8 @@ from typing import Final
 
 import msgspec
 from aiohttp import web
+
+from skep.dashboard.script import joined
 
 RELAY_HEADER: Final = "X-Skep-UI"
 """Of requests by ``skep ui``.  A page of another origin cannot have a browser send it."""
@@ -36,6 +41,7 @@ _TYPES: Final[Mapping[str, str]] = {
     "txt": "text/plain; charset=utf-8",
 }
 _INDEX: Final = "index.html"
+_SCRIPTS: Final = ("app", "login")
 _FOLDER: Final = Path(__file__).with_name("static")
 
 
@@ -49,13 +55,16 @@ class Page(msgspec.Struct, frozen=True):
 
 @cache
 def pages() -> Mapping[str, Page]:
-    """All files by name; the index also by the empty name."""
-    found = {}
+    """All by name: files, and a script for each page; the index also by the empty name."""
+    modules = {file.stem: file.read_text() for file in _FOLDER.glob("*.js")}
+    contents = {f"{name}.js": joined(name, modules).encode() for name in _SCRIPTS if name in modules}
     for file in sorted(_FOLDER.iterdir()):
-        content_type = _TYPES.get(file.name.rpartition(".")[2])
-        if content_type is not None and file.is_file():
-            content = file.read_bytes()
-            found[file.name] = Page(content, content_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        if file.is_file() and file.suffix != ".js":
+            contents[file.name] = file.read_bytes()
+    found = {}
+    for name, content in contents.items():
+        if (content_type := _TYPES.get(name.rpartition(".")[2])) is not None:
+            found[name] = Page(content, content_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
     if _INDEX in found:
         found[""] = found[_INDEX]
     return found

@@ -62,7 +62,7 @@ LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
 _IDLE_S = 75.0
 _EXPIRED_CHECK_S = 10.0
-_OPEN = ("login.js", "session.js", "api.js", "style.css", "mark.svg")
+_OPEN = ("login.js", "style.css", "mark.svg")
 """Files of the login page: for everyone."""
 _VIEW = rule_for("GET", "/skep/view")
 _LOGIN_HEADERS = {

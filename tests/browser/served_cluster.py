@@ -10,28 +10,16 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from aiohttp import WSMsgType, web
 
+from skep.dashboard.pages import page_response, pages
 from tests.browser.made_up_cluster import MadeUpCluster, Row, make, step
 
-STATIC = Path(__file__).parents[2] / "skep" / "dashboard" / "static"
 KEY = "k"
 """Of the address: the pages are below a path that they do not know."""
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
-    "manifest-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
-TYPES = {
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".css": "text/css",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-}
 
 
 def app_of(cluster: MadeUpCluster, root: str = f"/{KEY}") -> web.Application:
@@ -39,12 +27,10 @@ def app_of(cluster: MadeUpCluster, root: str = f"/{KEY}") -> web.Application:
     app = web.Application()
 
     async def static(request: web.Request) -> web.Response:
-        name = request.match_info.get("name") or "index.html"
-        file = STATIC / Path(name).name
-        if not file.is_file():
+        page = pages().get(request.match_info.get("name", ""))
+        if page is None:
             raise web.HTTPNotFound
-        headers = {"Content-Security-Policy": CSP, "Cache-Control": "no-cache"}
-        return web.Response(body=file.read_bytes(), content_type=TYPES[file.suffix], headers=headers)
+        return page_response(page, request.headers.get("If-None-Match", ""))
 
     async def view(request: web.Request) -> web.Response:
         """Of earlier times, ``cluster.then``."""

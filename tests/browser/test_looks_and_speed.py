@@ -20,6 +20,11 @@ AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (2560, 1440)}
 PAGES = ("hive", "services", "nodes", "tasks", "networks", "stacks", "volumes", "secrets", "events")
 CHANGES_OF_A_DAY = 10_000
+MARK_FIRST_HIVE = """(function look() {
+    if (globalThis.skep?.hive.frames > 0) performance.mark("first hive");
+    else requestAnimationFrame(look);
+})()"""
+"""By the page's own clock, in the frame after that which drew it."""
 GROWTH_MAX = 4 << 20
 """Bytes of the heap after a day's changes: caches of the engine, not of the page."""
 
@@ -103,10 +108,11 @@ async def test_ten_thousand_tasks_are_first_painted_and_then_drawn_in_time() -> 
     rng = random.Random(1)
     options: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
     async with served(cluster) as url, a_browser() as browser, a_page(browser, **options) as page:
+        await page.add_init_script(MARK_FIRST_HIVE)
         await browser.start_tracing(page=page, categories=["devtools.timeline", "blink.user_timing"])
         await page.goto(url)
-        await _until(page, "globalThis.skep?.hive.frames > 0")
-        first = float(await page.evaluate("performance.now()")) / 1000
+        await _until(page, "performance.getEntriesByName('first hive').length")
+        first = float(await page.evaluate("performance.getEntriesByName('first hive')[0].startTime")) / 1000
         changes = asyncio.create_task(_changes_for(cluster, rng, seconds=4))
         moving = await _frames_while(page, 4.0, "")
         await changes

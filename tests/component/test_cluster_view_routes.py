@@ -118,6 +118,16 @@ async def test_a_viewer_that_takes_nothing_is_dropped(
                 await until(lambda: cluster.viewers == expected)  # noqa: B023  # it has returned by then
 
 
+async def test_the_rows_are_made_when_the_page_is_asked_for(tmp_path: Path) -> None:
+    async with a_manager(tmp_path) as (session, _, cluster):
+        async with session.get("/ui/style.css", headers=RELAYED) as response:
+            assert response.status == 200
+        assert cluster._table is None
+        async with session.get("/ui/", headers=RELAYED) as response:
+            assert response.status == 200
+        await until(lambda: cluster._table is not None and cluster._table.number > 0)
+
+
 async def test_pages_are_served_to_the_relay_alone_by_name(tmp_path: Path) -> None:
     async with a_manager(tmp_path) as (session, _, _):
         async with session.get("/ui/") as response:

@@ -68,6 +68,7 @@ export class Hive {
   update() {
     const { clientWidth: width, clientHeight: height } = this.element;
     if (!width || !height || this.#painter === null) return;
+    this.#fitCanvases();
     const now = performance.now();
     const scene = this.#scenes.build(this.cluster, width, height);
     this.#scene = scene;
@@ -78,7 +79,9 @@ export class Hive {
       }
     }
     this.element.setAttribute("aria-label", this.#summary());
-    this.#ask();
+    // The first picture is drawn in the frame that shows the page: the next frame may be a tenth of a second away.
+    if (this.frames === 0) this.#draw(now);
+    else this.#ask();
   }
 
   /** Only tasks for which `highlight(task)` holds are bright; null: all. */
@@ -153,16 +156,21 @@ export class Hive {
   }
 
   #resize() {
+    if (this.#fitCanvases()) this.update();
+  }
+
+  /** Gives the canvases the size of the element; whether they had another one. */
+  #fitCanvases() {
     const ratio = Math.min(2, devicePixelRatio);
-    for (const canvas of [this.#still, this.#moving]) {
-      canvas.width = Math.round(this.element.clientWidth * ratio);
-      canvas.height = Math.round(this.element.clientHeight * ratio);
-    }
+    const width = Math.round(this.element.clientWidth * ratio);
+    const height = Math.round(this.element.clientHeight * ratio);
+    if (this.#still.width === width && this.#still.height === height) return false;
+    for (const canvas of [this.#still, this.#moving]) Object.assign(canvas, { width, height });
     this.#drawn = null;
     this.#moves = [];
     const { scale, x, y } = this.#view;
     this.#move(scale, x, y);
-    this.update();
+    return true;
   }
 
   #context(canvas, { scale, x, y }) {
@@ -173,6 +181,7 @@ export class Hive {
   }
 
   #draw(now) {
+    cancelAnimationFrame(this.#frame);
     this.#frame = 0;
     if (this.#scene === null || this.#painter === null || !this.element.isConnected) return;
     this.frames += 1;

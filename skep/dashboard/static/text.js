@@ -79,8 +79,8 @@ export function percent(share) {
   return Number.isFinite(share) ? `${Math.round(share * 100)} %` : "–";
 }
 
-/** A number with thin spaces between thousands. */
-export const number = (value) => value.toLocaleString("en").replaceAll(",", "\u202f");
+/** A whole number with thin spaces between thousands.  By hand: the first use of the browser's own takes 20 ms. */
+export const number = (value) => String(value).replace(/\B(?=(?:\d{3})+$)/g, "\u202f");
 
 /** `1 task`, `2 tasks`. */
 export function count(value, one, many = `${one}s`) {

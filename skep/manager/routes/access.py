@@ -104,6 +104,9 @@ class Tunnelling(Protocol):
 class Watching(Protocol):
     """The cluster as the dashboard shows it (``manager.view``)."""
 
+    def prepare(self) -> None:
+        """A viewer is about to come."""
+
     async def snapshot(self) -> bytes:
         """All rows as one JSON object.  Raises: Unavailable."""
 

@@ -81,7 +81,9 @@ async def page(request: web.Request) -> web.StreamResponse:
     """
     if RELAY_HEADER not in request.headers:
         raise NotFound("the dashboard is opened by: skep ui")
-    found = pages().get(request.match_info.get("name", ""))
+    found = pages().get(name := request.match_info.get("name", ""))
     if found is None:
         raise NotFound("page not found")
+    if not name and (view := manager_of(request).cluster_view) is not None:
+        view.prepare()  # the rows of a large cluster are made while the browser starts
     return page_response(found, request.headers.get("If-None-Match", ""))

@@ -78,6 +78,10 @@ class ClusterView:
                 following.cancel()
             self._table, self._builder, self._dirty = None, Builder(), set()
 
+    def prepare(self) -> None:
+        """Begin to follow the cluster, as a viewer is about to come."""
+        self._came.set()
+
     async def snapshot(self) -> bytes:
         """All rows as one JSON object.  Raises: Unavailable."""
         with self._viewing():

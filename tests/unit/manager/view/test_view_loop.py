@@ -226,6 +226,20 @@ def test_nothing_is_followed_before_the_first_viewer_and_after_the_last() -> Non
     run(body)
 
 
+def test_rows_are_there_before_a_viewer_that_is_expected_and_go_when_none_comes() -> None:
+    async def body(rig: Rig) -> None:
+        await rig.put(a_service("web"))
+        async with rig.running():
+            rig.view.prepare()
+            await asyncio.sleep(LINGER_S / 2)
+            assert rig.view._table is not None
+            assert rig.view._table.number
+            await asyncio.sleep(LINGER_S)
+            assert rig.view._table is None
+
+    run(body)
+
+
 def test_there_is_a_bound_of_viewers_and_one_that_leaves_makes_room() -> None:
     async def body(rig: Rig) -> None:
         streams = [rig.view.watch() for _ in range(VIEWERS_MAX)]
