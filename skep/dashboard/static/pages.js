@@ -394,12 +394,12 @@ function secretsPage(app) {
 /** In the order of the rail; `key` follows `g`; `isMain`: in the bar of a phone. */
 export const PAGES = [
   { name: "hive", title: "Hive", key: "h", isMain: true, show: hivePage },
-  { name: "services", title: "Services", key: "s", kind: "services", isMain: true, show: servicesPage },
-  { name: "nodes", title: "Nodes", key: "n", kind: "nodes", isMain: true, show: nodesPage },
-  { name: "tasks", title: "Tasks", key: "t", kind: "tasks", show: tasksPage },
-  { name: "networks", title: "Networks", key: "w", kind: "networks", show: networksPage },
-  { name: "stacks", title: "Stacks", key: "k", kind: "stacks", show: stacksPage },
-  { name: "volumes", title: "Volumes", key: "v", kind: "volumes", show: volumesPage },
-  { name: "secrets", title: "Secrets", key: "c", show: secretsPage },
+  { name: "services", title: "Services", key: "s", kinds: ["services"], isMain: true, show: servicesPage },
+  { name: "nodes", title: "Nodes", key: "n", kinds: ["nodes"], isMain: true, show: nodesPage },
+  { name: "tasks", title: "Tasks", key: "t", kinds: ["tasks"], show: tasksPage },
+  { name: "networks", title: "Networks", key: "w", kinds: ["networks"], show: networksPage },
+  { name: "stacks", title: "Stacks", key: "k", kinds: ["stacks"], show: stacksPage },
+  { name: "volumes", title: "Volumes", key: "v", kinds: ["volumes"], show: volumesPage },
+  { name: "secrets", title: "Secrets", key: "c", kinds: ["secrets", "configs"], show: secretsPage },
   { name: "events", title: "Events", key: "e", isMain: true, show: eventsPage },
 ];

@@ -215,7 +215,11 @@ function nodePanel(app, node, tab) {
       labels.length > 0 && ["Labels", labels.map(([name, value]) => h("code", { class: "label" }, value === "" ? name : `${name}=${value}`))],
       ["Id", h("code", {}, node.id)],
     ),
-    section("Load in the last hour", chart(app, node.id, (sample) => sample.load, { size: "large", label: `load: ${loadInWords(app, node)}` })),
+    section(
+      "Load in the last hour",
+      chart(app, node.id, (sample) => sample.load, { size: "large", label: `load: ${loadInWords(app, node)}` }),
+      app.samples.of(node.id).length < 2 && h("p", { class: "quiet" }, "Kept while this page is open: the line begins now."),
+    ),
     section("Tasks in the last hour", chart(app, node.id, (sample) => sample.tasks, { size: "large", most: Math.max(4, ...app.samples.of(node.id).map((sample) => sample.tasks)) * 1.1, label: `${count(tasks.length, "task")} now` })),
     node.failing?.length > 0 && section("Does not reach", h("ul", { class: "plain" }, failing([node]).map(({ to, check, port }) => h("li", { key: `${to} ${check}` }, to, h("span", { class: "quiet" }, ` ${port} (${check})`))))),
     node.volumes?.length > 0 && section("Volumes", h("ul", { class: "plain" }, node.volumes.map(({ name, service, slot }) => h("li", { key: `${name} ${service} ${slot}` }, h("code", {}, name), h("span", { class: "quiet" }, ` data of ${service}.${slot}`))))),

@@ -105,7 +105,7 @@ function connection(app) {
 }
 
 function rail(app) {
-  const entry = ({ name, title, kind, isMain }) =>
+  const entry = ({ name, title, kinds = [], isMain }) =>
     h(
       "a",
       {
@@ -116,7 +116,7 @@ function rail(app) {
       },
       icon(ICONS[name]),
       h("span", {}, title),
-      kind && h("i", {}, number(app.cluster.size(kind))),
+      kinds.length > 0 && h("i", {}, number(kinds.reduce((sum, kind) => sum + app.cluster.size(kind), 0))),
     );
   const isOpen = app.memory.get("more pages") === true;
   const toggle = () => {
