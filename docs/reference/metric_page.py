@@ -25,7 +25,7 @@ configuration and alert rules, [packaging/grafana/](../../packaging/grafana/) a 
 labels. On a worker it needs `skep cluster worker-reads on`. Prometheus' discovery of Docker Swarm works as well.
 """
 _OF_MANAGERS = """
-Every manager counts the whole cluster: use `max by`, not `sum`. Names that begin with `swarm_manager_` are
+Every manager counts the whole cluster: use `max by`, not `sum`. Names that begin with `swarm_` are
 SwarmKit's, those with `etcd_` etcd's, of the manager's own member.
 """
 _OF_CONTAINERS = """

@@ -364,12 +364,14 @@ class Top(NamedTuple):
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """Containers by state, and images, as ``/info`` shows them."""
+    """Containers by state, and images, as ``/info`` shows them; probes of health checks since the process began."""
 
     running: int = 0
     paused: int = 0
     stopped: int = 0
     images: int = 0
+    health_checks: int = 0
+    failed_health_checks: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})

@@ -194,7 +194,8 @@ class Engine:
         return True
 
     def counts(self) -> Counts:
-        """Containers by state, and images."""
+        """Containers by state, images, and probes."""
+        probes = self._lifecycle.health
         states = [one.state for one in self.list()]
         running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
         return Counts(
@@ -202,6 +203,8 @@ class Engine:
             paused=paused,
             stopped=len(states) - running - paused,
             images=len(self.images.images()),
+            health_checks=probes.count,
+            failed_health_checks=probes.failures,
         )
 
     def find_by_label(self, label: str, value: str) -> Container | None:

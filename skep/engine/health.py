@@ -130,6 +130,8 @@ class HealthMonitor:
         self._events = events
         self._cgroups = cgroups
         self._clock = clock
+        self.count = self.failures = 0
+        """Of probes."""
 
     async def run(self, id: ContainerId) -> None:
         """Probe a running container until it ends."""
@@ -169,6 +171,8 @@ class HealthMonitor:
                 continue
             began_s = self._clock.monotonic() - since
             probe = await self._probe(container, config)
+            self.count += 1
+            self.failures += probe.exit_code != SUCCESS
             if not self._store.get(id).is_running:
                 return  # it ended meanwhile: the result means nothing
             health = after_probe(config, before, probe, began_s)

@@ -1,6 +1,7 @@
 """What a manager shows Prometheus: objects of the cluster, how long tasks take to run, its sessions, store and loop.
 
-Names that SwarmKit has are SwarmKit's.  Source: swarmkit, manager/metrics/collector.go.
+Names that SwarmKit has are SwarmKit's.  Source: swarmkit, manager/metrics/collector.go,
+manager/dispatcher/dispatcher.go.
 """
 
 import asyncio
@@ -98,6 +99,9 @@ class ClusterMetrics:
             *service_families(services, running, wanted),
             self._starts.histogram.family(
                 "skep_task_start_seconds", "From the creation of a task until it runs, as this manager sees it."
+            ),
+            self._starts.histogram.family(
+                "swarm_dispatcher_scheduling_delay_seconds", "The same under SwarmKit's name."
             ),
             gauge("skep_manager_sessions", "Nodes that have their session with this manager.", self._sessions()),
             gauge("skep_store_revision", "The revision of this manager's replica.", view.revision),

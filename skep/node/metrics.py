@@ -1,6 +1,7 @@
 """What a node shows Prometheus: itself, its engine, networks and containers, and its manager process if it has one.
 
-Docker's engine names where the engine has them.  Source: moby, daemon/metrics.go, daemon/events/metrics.go.
+Docker's engine names where the engine has them.  Source: moby, daemon/metrics.go, daemon/events/metrics.go; swarmkit,
+node/node.go.
 """
 
 import asyncio
@@ -105,6 +106,7 @@ class NodeMetrics:
         plane, load = one.data_plane, one.load()
         return [
             *engine_families(one.node, one.counts(), one.events),
+            gauge("swarm_node_manager", "Whether this node is a manager.", int(one.has_manager())),
             gauge("skep_node_session", "Whether the node has a session with a manager.", int(one.session.has_session)),
             *([gauge("skep_node_load", "The load that the scheduler sees, 0 to 1.", load)] if load is not None else ()),
             by_label(
@@ -176,6 +178,18 @@ def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list
             "engine_daemon_events_total", "counter", "Events of this node.", [Sample("", events.published)]
         ),
         gauge("engine_daemon_events_subscribers_total", "Clients that read events.", events.readers),
+        Family(
+            "engine_daemon_health_checks_total",
+            "counter",
+            "Probes of health checks.",
+            [Sample("", counts.health_checks)],
+        ),
+        Family(
+            "engine_daemon_health_checks_failed_total",
+            "counter",
+            "Probes that failed.",
+            [Sample("", counts.failed_health_checks)],
+        ),
     ]
 
 

@@ -26,7 +26,7 @@ def page(node: TestNode) -> str:
 
 
 def test_containers_are_on_the_page_by_service_and_every_name_is_in_the_reference(m1: TestNode) -> None:
-    create(m1, "web", 1)
+    create(m1, "web", 1, "--health-cmd", "true", "--health-interval", "1s")
     wait_running(m1, "web", 1)
     used = re.compile(
         r'^container_memory_usage_bytes\{name="web\.1\.\w+",image="busybox:1[^"]*",service="web",'
@@ -36,6 +36,9 @@ def test_containers_are_on_the_page_by_service_and_every_name_is_in_the_referenc
     wait_until(lambda: used.search(page(m1)), "its memory is on the page")
     found = page(m1)
     assert re.search(r"^etcd_disk_wal_fsync_duration_seconds_count [1-9]", found, re.MULTILINE)
+    assert re.search(r"^engine_daemon_health_checks_total [1-9]", found, re.MULTILINE)
+    assert "engine_daemon_health_checks_failed_total 0" in found
+    assert "swarm_node_manager 1" in found
     assert "skep_store_in_use_bytes" in found
     assert 'skep_service_running_tasks{service="web"} 1' in found
     assert 'engine_daemon_container_states_containers{state="running"} 1' in found

@@ -47,6 +47,8 @@ def test_prometheus_finds_the_nodes_reads_them_and_alerts(rig: DaemonRig, tmp_pa
     page = metrics()
     assert 'skep_service_desired_tasks{service="nowhere"} 2' in page
     assert "skep_task_start_seconds_count 2" in page
+    assert "swarm_dispatcher_scheduling_delay_seconds_count 2" in page
+    assert "swarm_node_manager 1" in page
     assert rig.get("/metrics")[0] == 200
     checked = subprocess.run(
         [UNPACKED / "promtool", "check", "metrics"],
