@@ -1,0 +1,138 @@
+"""Every packaged alert, by Prometheus' own tests of rules: it fires on series of its cause, and on no others.
+
+Where the cause can be made in a minute, ``tests/integration/test_alerts.py`` makes it; a store that fills up or a disk
+that is slow for five minutes cannot.
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.support.playground_rig import UNPACKED
+from tests.support.prometheus_rig import RULES
+
+pytestmark = [pytest.mark.needs("promtool"), pytest.mark.timeout(60)]
+
+MINUTES = 30
+"""At a sample each."""
+
+
+def always(value: float) -> str:
+    return f"{value:g}x{MINUTES}"
+
+
+def growing(by: float) -> str:
+    return f"0+{by:g}x{MINUTES}"
+
+
+def spread(name: str, labels: str, fast: float, slow: float) -> dict[str, str]:
+    """A histogram in which so many values a minute are below its first bound, and so many above all but the last."""
+    inside = f"{labels}," if labels else ""
+    return {
+        f'{name}_bucket{{{inside}le="0.1"}}': growing(fast),
+        f'{name}_bucket{{{inside}le="300"}}': growing(fast + slow),
+        f'{name}_bucket{{{inside}le="+Inf"}}': growing(fast + slow),
+    }
+
+
+def a_cluster(**changed: Mapping[str, str]) -> dict[str, str]:
+    """Series of one manager and its containers, all well; ``changed``: those of an alert instead."""
+    fsync, lag, start = (
+        "etcd_disk_wal_fsync_duration_seconds",
+        "skep_event_loop_lag_seconds",
+        "skep_task_start_seconds",
+    )
+    series = {
+        'up{job="skep",node="m1"}': always(1),
+        'skep_manager_up{node="m1"}': always(1),
+        'swarm_manager_leader{node="m1"}': always(1),
+        'swarm_manager_leader{node="m2"}': always(0),
+        'swarm_manager_nodes{state="down"}': always(0),
+        'swarm_manager_nodes{state="ready"}': always(5),
+        'skep_service_running_tasks{service="web"}': always(2),
+        'skep_service_desired_tasks{service="web"}': always(2),
+        'skep_store_in_use_bytes{node="m1"}': always(10),
+        'skep_store_quota_bytes{node="m1"}': always(100),
+        'etcd_server_has_leader{node="m1"}': always(1),
+        'skep_dns_upstream_errors_total{node="m1",reason="timeout"}': growing(1),
+        'skep_node_session{node="m1"}': always(1),
+        'skep_peer_reachable{node="m1",peer="w1"}': always(1),
+        'skep_network_repairs_total{node="m1",kind="route"}': always(3),
+        'container_memory_working_set_bytes{name="web.1"}': always(50),
+        'container_spec_memory_limit_bytes{name="web.1"}': always(100),
+        **spread(fsync, 'node="m1"', 100, 0),
+        **spread(lag, 'node="m1",process="node"', 100, 0),
+        **spread(start, "", 100, 0),
+    }
+    for replaced in changed.values():
+        series |= replaced
+    return series
+
+
+CAUSES: Mapping[str, Mapping[str, str]] = {
+    "SkepNodeUnreachable": {'up{job="skep",node="m1"}': always(0)},
+    "SkepManagerUnreachable": {'skep_manager_up{node="m1"}': always(0)},
+    "SkepNoLeader": {'swarm_manager_leader{node="m1"}': always(0)},
+    "SkepNodeDown": {'swarm_manager_nodes{state="down"}': always(1)},
+    "SkepServiceNotAsWanted": {'skep_service_running_tasks{service="web"}': always(1)},
+    "SkepStoreNearlyFull": {'skep_store_in_use_bytes{node="m1"}': always(85)},
+    "SkepStoreDiskSlow": spread("etcd_disk_wal_fsync_duration_seconds", 'node="m1"', 50, 50),
+    "SkepManagerWithoutQuorum": {'etcd_server_has_leader{node="m1"}': always(0)},
+    "SkepNameServersSilent": {'skep_dns_upstream_errors_total{node="m1",reason="timeout"}': growing(120)},
+    "SkepNodeCondition": {'skep_node_condition{node="m1",condition="disk"}': always(1)},
+    "SkepNodeWithoutSession": {'skep_node_session{node="m1"}': always(0)},
+    "SkepPeerUnreachable": {'skep_peer_reachable{node="m1",peer="w1"}': always(0)},
+    "SkepNetworkRepairs": {'skep_network_repairs_total{node="m1",kind="route"}': growing(5)},
+    "SkepTasksStartSlowly": spread("skep_task_start_seconds", "", 50, 50),
+    "SkepEventLoopLate": spread("skep_event_loop_lag_seconds", 'node="m1",process="node"', 50, 50),
+    "SkepContainerNearMemoryLimit": {'container_memory_working_set_bytes{name="web.1"}': always(97)},
+}
+"""What is other than in a well cluster."""
+
+
+def fired(series: Mapping[str, str], directory: Path) -> set[str]:
+    """The alerts that fire after half an hour of ``series``: all for which the test of "none" fails."""
+    names = list(CAUSES)
+    document = {
+        "rule_files": [str(RULES)],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "name": name,
+                "input_series": [{"series": one, "values": values} for one, values in series.items()],
+                "alert_rule_test": [{"alertname": name, "eval_time": f"{MINUTES - 5}m", "exp_alerts": []}],
+            }
+            for name in names
+        ],
+    }
+    file = directory / "rules-test.json"
+    file.write_text(json.dumps(document))  # JSON is YAML
+    done = subprocess.run(
+        [UNPACKED / "promtool", "test", "rules", file],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    shown = done.stdout + done.stderr
+    found = set(re.findall(r"alertname:\s*(\w+), time", shown))
+    assert (done.returncode == 0) is (found == set()), shown
+    return found
+
+
+def test_a_well_cluster_has_no_alert(tmp_path: Path) -> None:
+    assert fired(a_cluster(), tmp_path) == set()
+
+
+@pytest.mark.parametrize("alert", CAUSES)
+def test_each_alert_has_its_cause_alone(alert: str, tmp_path: Path) -> None:
+    assert fired(a_cluster(cause=CAUSES[alert]), tmp_path) == {alert}
+
+
+def test_every_packaged_alert_is_here() -> None:
+    assert set(re.findall(r"- alert: (\w+)", RULES.read_text())) == set(CAUSES)
