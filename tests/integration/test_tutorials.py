@@ -2,22 +2,45 @@
 
 import os
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.documents import ROOT, shell_blocks
 from tests.support.playground_rig import SKEP
+from tests.support.plugins import plugin
 from tests.support.registry_rig import registry_image
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(620)]
 
 PAGES = [
     "docs/guide/start.md",
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs/tutorials").glob("*.md")),
 ]
+
+
+def _a_registry(directory: Path) -> dict[str, str]:
+    (directory / "registry.tar").write_bytes(registry_image("registry:2"))
+    return {}
+
+
+def _ansible(directory: Path) -> dict[str, str]:
+    """Its command and collection of this checkout, as a user's would be installed."""
+    (directory / "bin/ansible-playbook").symlink_to(Path(sys.executable).with_name("ansible-playbook"))
+    return {
+        "ANSIBLE_COLLECTIONS_PATH": str(plugin("ansible_collections").parent),
+        "LC_ALL": "C.UTF-8",
+    }
+
+
+PREPARED: dict[str, Callable[[Path], dict[str, str]]] = {
+    "registry.md": _a_registry,
+    "ansible.md": _ansible,
+}
+"""What pages say is there beforehand: files, and variables of the environment."""
 
 
 @pytest.fixture
@@ -41,8 +64,7 @@ def directory() -> Iterator[Path]:
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_is_so(page: str, directory: Path) -> None:
     """Pages check themselves: every command has to work, and those that look for something have to find it."""
-    if page.endswith("/registry.md"):
-        (directory / "registry.tar").write_bytes(registry_image("registry:2"))
+    prepared = PREPARED.get(page.rpartition("/")[2], lambda _: {})(directory)
     blocks = shell_blocks(page)
     assert any(line.startswith("skep playground up") for line in "".join(blocks).splitlines())
     assert blocks[-1].endswith("skep playground down\n")
@@ -51,11 +73,11 @@ def test_what_a_page_shows_is_so(page: str, directory: Path) -> None:
         done = subprocess.run(
             ["bash", "-e", "-v", "-c", "".join(blocks)],
             cwd=directory,
-            env={"PATH": f"{directory}/bin:{os.environ['PATH']}", "HOME": str(directory)},
+            env={"PATH": f"{directory}/bin:{os.environ['PATH']}", "HOME": str(directory), **prepared},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            timeout=280,
+            timeout=600,
             check=False,
         )
     assert done.returncode == 0, log.read_text(errors="replace")[-8000:]
