@@ -121,7 +121,7 @@ def test_no_block_is_forgotten() -> None:
         *((DOCTOR, number) for number in range(3)),
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
-        *((OPERATE, number) for number in range(8)),
+        *((OPERATE, number) for number in range(9)),
         *((IMAGES, number) for number in range(6)),
         *((STACKS, number) for number in range(4)),
         (LOGS, 0),
