@@ -76,11 +76,14 @@ class Conmons:
     On cgroup v1 a child starts in the cgroup of the *thread* that forks it, so one thread stays there and starts
     them all: moving each conmon afterwards would cost several milliseconds per hierarchy, in which no
     process of the machine can fork.
+
+    While a conmon starts, another thread makes the runtime's move into the container's groups a quick one.
     """
 
     def __init__(self, cgroups: Cgroups) -> None:
         self._cgroups = cgroups
         self._thread: ThreadPoolExecutor | None = None
+        self._expecting: asyncio.Future[None] | None = None
 
     def close(self) -> None:
         """End the thread; the next start makes another."""
@@ -98,6 +101,7 @@ class Conmons:
         descriptors that it keeps until the container ends.
         Raises: Unavailable: it did not respond in time.
         """
+        self.expect_move()
         responses, conmon_responses = os.pipe()
         conmon_start, start = os.pipe()
         ready, conmon_ready = os.pipe()
@@ -133,6 +137,15 @@ class Conmons:
             if process is not None:
                 # What we started ended as soon as it had forked the conmon that stays.
                 await self._on_thread(process.wait, _CONMON_ENDS_S)
+
+    def expect_move(self) -> None:
+        """A runtime will move a process into a container's groups in a moment: make that quick, in a thread.
+
+        Does not wait.  One at a time: another move gains nothing while one waits.
+        """
+        if self._expecting is None or self._expecting.done():
+            loop = asyncio.get_running_loop()
+            self._expecting = loop.run_in_executor(None, self._cgroups.expect_move)
 
     async def _on_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._thread is None:

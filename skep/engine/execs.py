@@ -64,6 +64,7 @@ class Execs:
         """
         container = self._running_container(word)
         self._make_room(container.id)
+        self._runtime.expect_exec()
         exec_id = secrets.token_hex(32)
         self._execs[exec_id] = Exec(id=exec_id, container_id=container.id, config=config)
         self._ended[exec_id] = asyncio.Event()

@@ -240,6 +240,10 @@ class Runtime:
             raise RuntimeFailed(plain(errors))
         return output
 
+    def expect_exec(self) -> None:
+        """An exec was created, and is probably started in a moment."""
+        self._conmons.expect_move()
+
     async def exec(
         self, container: Container, exec_id: str, path: Path, *, terminal: bool, stdin: bool
     ) -> "StartedExec":

@@ -199,6 +199,9 @@ async def test_statistics_that_cannot_be_read_are_an_error_and_no_zeros(tmp_path
 class Processes:
     """Starts execs that end at once."""
 
+    def expect_exec(self) -> None:
+        pass
+
     async def exec(self, container: Container, exec_id: str, path: Path, **_: Any) -> StartedExec:
         (path / container.id).write_text("0")
         return StartedExec(1, None, cast("Any", SimpleNamespace(close=lambda: None)))

@@ -21,8 +21,11 @@ class Counting:
     """A runtime whose starts wait for ``gate`` and then fail."""
 
     def __init__(self) -> None:
-        self.begun, self.at_once, self.most = 0, 0, 0
+        self.expected, self.begun, self.at_once, self.most = 0, 0, 0, 0
         self.gate = asyncio.Event()
+
+    def expect_exec(self) -> None:
+        self.expected += 1
 
     async def exec(self, *_: Any, **__: Any) -> None:
         self.begun += 1
@@ -46,6 +49,7 @@ async def test_no_more_than_a_few_are_started_at_the_same_moment(tmp_path: Path)
         spawn=asyncio.create_task,
     )
     ids = [execs.create(running.id, ExecConfig(command=("true",))) for _ in range(3 * STARTS_MAX)]
+    assert runtime.expected == len(ids), "when they are created, before any is started"
     starts = [asyncio.create_task(execs.start(id)) for id in ids]
     async with asyncio.timeout(10):
         while runtime.begun < STARTS_MAX:  # noqa: ASYNC110  # there is no event

@@ -4,6 +4,8 @@ import os
 import threading
 from pathlib import Path
 
+import pytest
+
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig
 from skep.errors import Unavailable
@@ -80,3 +82,44 @@ async def test_monitors_are_started_whichever_group_refuses_them(tmp_path: Path)
         assert (monitors / "cgroup.procs").read_text() == "7"
 
     assert await walk(tmp_path, life) > 4
+
+
+def own_groups() -> str:
+    return Path("/proc/thread-self/cgroup").read_text()
+
+
+def own_group(place: Path, *, is_v2: bool) -> Path:
+    """Where the calling thread is, in a hierarchy at ``place``."""
+    lines = [line.split(":", 2) for line in own_groups().splitlines()]
+    (path,) = [path for _, names, path in lines if ("" if is_v2 else "pids") in names.split(",")]
+    return place / path.lstrip("/")
+
+
+@pytest.mark.parametrize(("is_v2", "name"), [(False, "tasks"), (True, "cgroup.threads")])
+def test_a_move_is_expected_by_one_of_the_thread_to_where_it_is(
+    tmp_path: Path, is_v2: bool, name: str
+) -> None:
+    group, before = own_group(tmp_path, is_v2=is_v2), own_groups()
+    Cgroups("skep").expect_move()
+    assert own_groups() == before
+    group.mkdir(parents=True, exist_ok=True)
+    groups(tmp_path, is_v2=is_v2).expect_move()
+    assert not (group / name).exists(), "nothing is created outside of a control group"
+    (group / name).touch()
+    groups(tmp_path, is_v2=is_v2).expect_move()
+    assert (group / name).read_text() == str(threading.get_native_id())
+
+
+@pytest.mark.parametrize("is_v2", [False, True])
+async def test_a_move_that_cannot_be_expected_costs_time_alone(tmp_path: Path, is_v2: bool) -> None:
+    async def life(place: Path, faults: Faults) -> None:
+        groups(place, is_v2=is_v2).expect_move()
+
+    for template in (tmp_path / "with", tmp_path / "without"):
+        template.mkdir()
+    group = own_group(tmp_path / "with", is_v2=is_v2)
+    group.mkdir(parents=True, exist_ok=True)
+    for name in ("tasks", "cgroup.threads"):
+        (group / name).touch()
+    assert await walk(tmp_path / "a", life, template=tmp_path / "with") >= 2, "open and write"
+    assert await walk(tmp_path / "b", life, template=tmp_path / "without") >= 1
