@@ -33,9 +33,9 @@ class DecisionsAreStable:
 
 
     Causes are: a new spec of the service (by a user or a rollback), a change of the task's node, the end of the task,
-    its preemption, or for a job the completion of another task of the same run. That a node is not there to take tasks
-    is one however long ago it changed: a decision that was proposed before may be committed much later, when a disk
-    hung meanwhile.
+    its preemption, or for a job the completion of another task of the same run. That a node is not there to take tasks,
+    or that a newer run of the job has begun, is one however long ago it changed: a decision that was proposed before
+    may be committed much later, when a disk hung meanwhile.
 
     Nothing in the product moves a task for another reason, so a decision stands without limit; rebalancing would need a
     cool-down here.  Autoscaling changes the spec (``AutoscalingIsCalm``).
@@ -100,6 +100,8 @@ class DecisionsAreStable:
             return
         if task.spec != service.spec.task_template or task.preemption is not None:
             return  # replaced by an update, or stopped for another task
+        if service.job_status is not None and task.job_iteration != service.job_status.job_iteration:
+            return  # a newer run has overtaken it
         if task.job_iteration is not None and _is_completed(
             _slot_key(task), view.find(Task, service_id=service.id)
         ):

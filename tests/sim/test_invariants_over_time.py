@@ -11,9 +11,11 @@ from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable, surplus_violations
 from skep.model.autoscaling import with_replicas
 from skep.model.ids import ServiceId, TaskId
+from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.service import (
     Autoscaled,
+    JobStatus,
     Service,
     UpdateOrder,
     UpdateState,
@@ -126,6 +128,19 @@ def test_a_placement_on_a_node_that_was_removed_before_it_was_committed_is_taken
         msgspec.structs.replace(decided.placed, id=TaskId("t4"), slot=4, desired_state=TaskState.SHUTDOWN)
     )
     assert decided.history.violations == []
+
+
+@pytest.mark.parametrize("is_overtaken", [True, False])
+def test_a_run_of_a_job_that_was_assigned_late_is_taken_back_only_for_a_newer_run(is_overtaken: bool) -> None:
+    decided = Decided()
+    job = msgspec.structs.replace(
+        decided.service, job_status=JobStatus(job_iteration=Version(index=1 + is_overtaken))
+    )
+    run = msgspec.structs.replace(decided.placed, id=TaskId("t4"), slot=4, job_iteration=Version(index=1))
+    decided.history.put(job)
+    decided.history.after(30).put(run)
+    decided.history.put(msgspec.structs.replace(run, desired_state=TaskState.REMOVE))
+    assert bool(decided.history.violations) is not is_overtaken
 
 
 def test_a_restart_that_is_taken_back_because_another_node_is_back_is_rejected() -> None:
