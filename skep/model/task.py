@@ -122,11 +122,14 @@ class Restart(ApiObject):
 
     ``failures``: how many before it failed in a row; ``delay``: from its creation until it may start, in nanoseconds;
     ``not_before``: the end of that by the clock of the leader, for display only.
+
+    ``is_due``: the task was retired for its node's sake while its policy allowed a successor: its slot is not given up.
     """
 
     failures: int = always(0)
     delay: int = 0
     not_before: Timestamp = always(ZERO_TIME)
+    is_due: bool = False
 
 
 class Preemption(ApiObject):

@@ -75,6 +75,8 @@ FAILED_ONCE = (
     5037700,  # a node whose removal was not committed yet counted as disconnected after its links were mended
     5041483,  # a node was down since its task failed, and was filled again at once: the rule waited for the delay
     8000525,  # decisions were committed long after the removal of their node, as a disk hung: the rule saw no cause
+    9000135,  # a task failed on a paused node before the leader changed: its slot was taken for given up
+    8002806,  # the same, of a task that completed (at 7b34ef5a)
     8004706,  # a run of a job was assigned after a newer one had begun: the rule saw no cause (at 7b34ef5a)
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

@@ -42,11 +42,13 @@ class RetireTask(msgspec.Struct, frozen=True):
     """Stop a task.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped.
 
     ``successor``: the task that takes over; not if it has ended meanwhile, which the leader may not see yet.
+    ``is_due``: its slot is not given up, and is to be filled again once its node takes tasks.
     """
 
     task: Task
     desired: TaskState = TaskState.SHUTDOWN
     successor: TaskId | None = None
+    is_due: bool = False
 
 
 class ReplaceTask(msgspec.Struct, frozen=True):
@@ -131,9 +133,9 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)
-        case RetireTask(task, desired, successor):
+        case RetireTask(task, desired, successor, is_due):
             if successor is None or _can_take_over(tx, successor):
-                _retire(tx, task.id, desired, now)
+                _retire(tx, task.id, desired, now, is_due)
         case ReplaceTask(task, successor, is_cut_off):
             # Managers write that their nodes are back beside the leader: its own view may not show that yet.
             if is_cut_off and not is_lost(tx.rely_on(Node, task.node_id, "status")):
@@ -232,12 +234,14 @@ def _can_take_over(tx: Transaction, successor: TaskId) -> bool:
     return task is not None and task.is_active
 
 
-def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp) -> bool:
+def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_due: bool = False) -> bool:
     """Retire the task; gives whether it was not retired before."""
     task = tx.lookup(Task, id)
     if task is None or task.desired_state >= desired:
         return False
     task = replace(task, desired_state=desired)
+    if is_due:
+        task = replace(task, restart=replace(task.restart or Restart(), is_due=True))
     if task.status.state < TaskState.ASSIGNED:
         # It was never assigned, so no agent will report its end.
         status = TaskStatus(timestamp=now, state=TaskState.SHUTDOWN, message="shutdown before assignment")

@@ -21,15 +21,16 @@ def reconcile(
 
     Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
     """
+    seen = seen or ObservedTimes(0.0)
     slots = group_by_node(tasks)
     eligible = {node.id: node for node in nodes if is_eligible(node, service)}
     changes: list[Change] = []
     for node_id, slot in slots.items():
         node = eligible.get(node_id)
         if node is None:
-            changes += [RetireTask(task) for task in wanted(slot)]
+            changes += [_retired(task, slot, seen) for task in wanted(slot)]
         elif node.spec.availability is Availability.PAUSE:
-            changes += [RetireTask(task) for task in wanted(slot) if task.status.state.is_terminal]
+            changes += [_retired(task, slot, seen) for task in wanted(slot) if task.status.state.is_terminal]
     for node_id, node in eligible.items():
         slot = slots.get(node_id, ())
         if node.spec.availability is Availability.ACTIVE and not _is_filled(slot, service, seen):
@@ -43,7 +44,13 @@ def is_eligible(node: Node, service: Service) -> bool:
     return not is_unusable(node) and is_satisfied(constraints, node)
 
 
-def _is_filled(slot: Slot, service: Service, seen: ObservedTimes | None) -> bool:
+def _retired(task: Task, slot: Slot, seen: ObservedTimes) -> RetireTask:
+    """Retires a task for its node's sake, which a later leader must not take for giving its slot up."""
+    is_due = not task.status.state.is_terminal or should_restart(task, slot, seen)
+    return RetireTask(task, is_due=is_due)
+
+
+def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
     """Whether the node has its task: a wanted one, or one that ended for good (which a rollback replaces)."""
     if wanted(slot):
         return True
@@ -52,4 +59,4 @@ def _is_filled(slot: Slot, service: Service, seen: ObservedTimes | None) -> bool
     is_rollback = status is not None and status.state is UpdateState.ROLLBACK_STARTED
     if not past or is_rollback:
         return False
-    return not should_restart(past[-1], past, seen or ObservedTimes(0.0))
+    return not should_restart(past[-1], past, seen)

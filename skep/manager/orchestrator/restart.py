@@ -100,7 +100,8 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
     """Whether the restart policy allows a successor of ``task``, which ended or lost its node.
 
     With a window only restarts of this term count, because the times of earlier ones are not known; and what an
-    earlier leader has given up stays so.
+    earlier leader has given up stays so.  A task that it retired for its node's sake says itself whether it was
+    (``is_due``).
     """
     policy = task.spec.restart_policy or RestartPolicy()
     match policy.condition or RestartCondition.ANY:
@@ -118,7 +119,8 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
         return True
     if not seen.saw_end(task):
         # One that was stopped, as its node was down or drained, was not given up.
-        return task.is_wanted or task.status.state not in ENDED_BY_ITSELF
+        is_due = task.restart is not None and task.restart.is_due
+        return task.is_wanted or is_due or task.status.state not in ENDED_BY_ITSELF
     window_opens_at = ended_at - policy.window / SECOND_NS
     attempts = [
         other

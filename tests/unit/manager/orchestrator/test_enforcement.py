@@ -52,7 +52,7 @@ def test_a_task_that_is_not_restarted_leaves_without_a_successor() -> None:
 def test_a_global_service_leaves_a_node_that_was_labelled_anew() -> None:
     service = a_service("agent", is_global=True, constraints=("node.labels.zone == north",))
     task = a_task(slot=0, service=service, node="n1")
-    assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task)]
+    assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task, is_due=True)]
 
 
 @pytest.mark.parametrize(

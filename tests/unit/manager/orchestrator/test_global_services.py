@@ -6,8 +6,12 @@ from hypothesis import strategies as st
 
 from skep.manager.orchestrator.changes import FillSlot, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
+from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.model.ids import TaskId
 from skep.model.node import Availability, Node, NodeState
+from skep.model.service import RestartPolicy
 from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 
@@ -40,13 +44,13 @@ def test_constraints_choose_the_nodes() -> None:
 def test_a_drained_node_loses_its_task_and_a_paused_one_keeps_it() -> None:
     tasks = [a_task(slot=0, node="n1", service=AGENT), a_task(slot=0, node="n2", service=AGENT)]
     nodes = [a_node("n1", availability=Availability.DRAIN), a_node("n2", availability=Availability.PAUSE)]
-    assert reconcile(AGENT, tasks, nodes) == [RetireTask(tasks[0])]
+    assert reconcile(AGENT, tasks, nodes) == [RetireTask(tasks[0], is_due=True)]
 
 
 def test_what_ends_on_a_paused_node_is_not_replaced_there() -> None:
     task = a_task(slot=0, node="n1", service=AGENT, state=TaskState.FAILED)
     world = World(AGENT, [task], [a_node("n1", availability=Availability.PAUSE)])
-    assert world.steps() == [RetireTask(task)]
+    assert world.steps() == [RetireTask(task, is_due=True)]
     world.settle()
     world.nodes[a_node("n1").id] = a_node("n1")
     assert world.steps() == [FillSlot(AGENT, 0, a_node("n1").id)]
@@ -55,10 +59,67 @@ def test_what_ends_on_a_paused_node_is_not_replaced_there() -> None:
 def test_a_node_that_was_down_since_its_task_failed_gets_the_next_one_at_once() -> None:
     task = a_task(slot=0, node="n1", service=AGENT, state=TaskState.FAILED)
     world = World(AGENT, [task], [a_node("n1", state=NodeState.DOWN)])
-    assert world.steps() == [RetireTask(task)]
+    assert world.steps() == [RetireTask(task, is_due=True)]
     world.settle()
     world.nodes[a_node("n1").id] = a_node("n1")
     assert world.steps() == [FillSlot(AGENT, 0, a_node("n1").id)]
+
+
+WINDOWED = a_service(
+    "agent", is_global=True, restart=RestartPolicy(max_attempts=1, window=3600 * SECOND_NS, delay=0)
+)
+AWAY = [
+    a_node("n1", availability=Availability.PAUSE),
+    a_node("n1", availability=Availability.DRAIN),
+    a_node("n1", state=NodeState.DOWN),
+]
+
+
+@pytest.mark.parametrize("away", AWAY)
+@pytest.mark.parametrize("ended", [TaskState.FAILED, TaskState.COMPLETE])
+@pytest.mark.parametrize("is_first_leader", [True, False])
+def test_a_new_leader_refills_the_slot_of_a_task_that_ended_on_a_node_that_took_none(
+    away: Node, ended: TaskState, is_first_leader: bool
+) -> None:
+    world = World(WINDOWED, [a_task("t", slot=0, node="n1", service=WINDOWED)], [a_node("n1")])
+    world.report("t", ended)
+    world.nodes[away.id] = away
+    if not is_first_leader:
+        world.seen = ObservedTimes(0.0)
+    world.settle()
+    assert not world.tasks[TaskId("t")].is_wanted
+    world.seen = ObservedTimes(world.now)
+    world.nodes[away.id] = a_node("n1")
+    world.settle()
+    assert [task.node_id for task in world.tasks.values() if task.is_active] == ["n1"]
+
+
+@pytest.mark.parametrize("away", AWAY[1:])
+def test_a_new_leader_refills_the_slot_of_a_task_that_failed_as_it_was_stopped_with_its_node(
+    away: Node,
+) -> None:
+    world = World(WINDOWED, [a_task("t", slot=0, node="n1", service=WINDOWED)], [away])
+    world.settle()
+    world.report("t", TaskState.FAILED)
+    world.seen = ObservedTimes(world.now)
+    world.nodes[away.id] = a_node("n1")
+    world.settle()
+    assert [task.node_id for task in world.tasks.values() if task.is_active] == ["n1"]
+
+
+@pytest.mark.parametrize("away", AWAY)
+def test_a_slot_whose_restarts_are_used_up_is_not_due_because_its_node_takes_no_tasks(away: Node) -> None:
+    world = World(WINDOWED, [a_task("t", slot=0, node="n1", service=WINDOWED)], [a_node("n1")])
+    world.report("t", TaskState.FAILED)
+    world.settle()
+    (second,) = (task for task in world.tasks.values() if task.is_wanted)
+    world.report(second.id, TaskState.FAILED)
+    world.nodes[away.id] = away
+    world.settle()
+    world.seen = ObservedTimes(world.now)
+    world.nodes[away.id] = a_node("n1")
+    world.settle()
+    assert not any(task.is_wanted for task in world.tasks.values())
 
 
 nodes_of_any_kind = st.lists(

@@ -37,7 +37,7 @@ def test_a_node_that_joins_gets_its_task_and_one_that_leaves_gives_it_up() -> No
     world.nodes[NodeId("n3")] = a_node("n3")
     assert world.steps() == [FillSlot(world.service, 0, NodeId("n3"))]
     del world.nodes[NodeId("n3")], world.nodes[NodeId("n2")]
-    assert world.steps() == [RetireTask(world.tasks[TaskId("t-n2")])]
+    assert world.steps() == [RetireTask(world.tasks[TaskId("t-n2")], is_due=True)]
 
 
 @pytest.mark.parametrize("state", [TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED])
