@@ -206,20 +206,18 @@ class Operators:
         return True
 
     async def _demoted(self, id: NodeId) -> bool:
-        """Demote; returns False if it is refused for ``GIVEN_UP_S`` because the others would lose their quorum."""
-        until = self._cluster.loop.time() + GIVEN_UP_S
+        """Demote; returns False if it is refused for ``GIVEN_UP_S`` because the others would lose their quorum.
+
+        An attempt of unknown outcome may be committed at any later time: as in ``_promoted``.
+        """
+        until, may_be_committed = self._cluster.loop.time() + GIVEN_UP_S, False
         while not (is_done := await self._users.set_role(id, NodeRole.WORKER)):
-            # An attempt whose outcome was unknown may have been committed, or may be later: the operator sees it.
-            is_refused = is_done is False and not self._is_to_be_worker(id)
-            if is_refused and self._cluster.loop.time() > until:
+            may_be_committed |= is_done is None
+            if not may_be_committed and self._cluster.loop.time() > until:
                 return False
             await asyncio.sleep(RETRY_S)
         await _until(lambda: id not in self._cluster.raft.members)
         return True
-
-    def _is_to_be_worker(self, id: NodeId) -> bool:
-        node = self._cluster.view.lookup(Node, id)
-        return node is not None and node.spec.role is NodeRole.WORKER
 
     async def _end_manager(self, id: NodeId) -> None:
         if id in self._cluster.nodes:

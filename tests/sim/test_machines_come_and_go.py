@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
-from sim.operators import Operators
+from sim.operators import GIVEN_UP_S, Operators
 from sim.restore import restore
 from sim.users import Users
 from sim.versions import FIELD, UnknownFieldsAreKept
@@ -77,6 +77,29 @@ def test_a_promotion_of_unknown_outcome_goes_on_until_it_is_committed() -> None:
         cluster.raft.resume(leader)
         cluster.run_until(promotion.done, within_s=20)
         assert W1 in cluster.managers
+
+
+class RefusedAfterAnUnknownOutcome(Users):
+    """The first change of a role has no response; further ones are refused until after ``GIVEN_UP_S``."""
+
+    requested_at: float | None = None
+
+    async def set_role(self, id: NodeId, role: NodeRole) -> bool | None:
+        now = self._cluster.loop.time()
+        if self.requested_at is None:
+            self.requested_at = now
+            return None
+        return await super().set_role(id, role) if now > self.requested_at + GIVEN_UP_S + 5 else False
+
+
+def test_a_demotion_of_unknown_outcome_is_not_given_up() -> None:
+    """The machine would count as a manager for ever, if it were committed later: seed 8003356 at commit 7b34ef5a."""
+    with SimulatedCluster(managers=3, workers=3, seed=2) as cluster:
+        users = RefusedAfterAnUnknownOutcome(cluster)
+        operators = Operators(cluster, users, lambda: cluster.managers)
+        done(cluster, operators.demote(M2))
+        assert M2 not in cluster.managers
+        assert M2 not in cluster.raft.members
 
 
 def test_managers_are_demoted_to_the_last_which_stays() -> None:
