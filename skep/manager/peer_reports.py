@@ -6,7 +6,12 @@ while any manager is overloaded.
 
 *Missed heartbeats*: nodes that fail at once are spread over the managers, so each manager may miss one only.  A
 manager that marks its one silent node down learns from the others' reports that it is not the only one.
+
+*Without quorum*: the process of a manager answers pings while its etcd member is down, as on a full disk.  It has a
+vote and does not cast it, so it does not count where another manager is to be removed.
 """
+
+from collections.abc import Set
 
 import msgspec
 
@@ -22,6 +27,8 @@ class PeerReport(msgspec.Struct, frozen=True):
     is_overloaded: bool = False
     missed: int = 0
     """How many of its nodes have missed a heartbeat."""
+    is_without_quorum: bool = False
+    """Whether its member has no contact with a quorum, or it is about to stop."""
 
 
 class PeerReports:
@@ -42,6 +49,10 @@ class PeerReports:
     def missed_elsewhere(self, now: float) -> int:
         """How many nodes of other managers have missed a heartbeat at ``now`` (monotonic seconds)."""
         return sum(report.missed for report in self._valid(now))
+
+    def without_quorum(self) -> Set[NodeId]:
+        """Other managers that were without a quorum at their last report."""
+        return {manager for manager, (report, _) in self._others.items() if report.is_without_quorum}
 
     def _valid(self, now: float) -> list[PeerReport]:
         return [report for report, at in self._others.values() if now - at < REPORT_VALID_S]

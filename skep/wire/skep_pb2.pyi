@@ -1786,6 +1786,7 @@ class Ping(_message.Message):
     NODE_ID_FIELD_NUMBER: _builtins.int
     CROWDED_FIELD_NUMBER: _builtins.int
     MISSED_FIELD_NUMBER: _builtins.int
+    WITHOUT_QUORUM_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     """Of the cluster whose state the sender serves."""
     node_id: _builtins.str
@@ -1796,6 +1797,10 @@ class Ping(_message.Message):
     """How many nodes of the sender have missed a heartbeat: nodes that fail at once have different managers.  A manager
     of an earlier version sends none, and its nodes then count alone, as before.
     """
+    without_quorum: _builtins.bool
+    """The sender has no contact with a quorum, or is about to stop: its vote cannot be relied on.  A manager of an earlier
+    version never sends it.
+    """
     def __init__(
         self,
         *,
@@ -1803,10 +1808,11 @@ class Ping(_message.Message):
         node_id: _builtins.str = ...,
         crowded: _builtins.bool = ...,
         missed: _builtins.int = ...,
+        without_quorum: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crowded", b"crowded", "incarnation", b"incarnation", "missed", b"missed", "node_id", b"node_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crowded", b"crowded", "incarnation", b"incarnation", "missed", b"missed", "node_id", b"node_id", "without_quorum", b"without_quorum"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

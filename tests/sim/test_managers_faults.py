@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
@@ -10,6 +11,7 @@ from sim.faults import hang_manager
 from sim.links import Port
 from skep.errors import Unavailable
 from skep.model.ids import NodeId
+from skep.model.node import Node, NodeRole
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import OutOfSpace
 from skep.store.etcd.requests import etcd_key
@@ -55,6 +57,34 @@ def test_a_manager_that_is_killed_behind_a_write_writes_nothing_more() -> None:
         cluster.crash(killed)
         cluster.start_manager(killed)
         cluster.run_until(lambda: cluster.running_managers[killed].store is not None, within_s=10)
+
+
+def test_a_manager_whose_member_is_down_does_not_count_for_the_quorum_of_a_demotion() -> None:
+    """Its manager answers pings: seed 8002191 at commit 7b34ef5a."""
+    with SimulatedCluster(managers=3, workers=1, seed=1) as cluster:
+        cluster.run_for(2)
+        down, demoted = (id for id in cluster.managers if id != cluster.leader)
+        cluster.raft.crash(down)  # its manager continues: the disk has no space, for example
+        cluster.run_for(5)
+        node = cluster.view.get(Node, demoted)
+        cluster.write(lambda tx: tx.put(replace(node, spec=replace(node.spec, role=NodeRole.WORKER))))
+        cluster.run_for(10)
+        assert demoted in cluster.raft.members
+        assert cluster.raft.has_quorum
+        cluster.raft.start(down)
+        cluster.run_until(lambda: demoted not in cluster.raft.members, within_s=10)
+        assert cluster.raft.has_quorum
+
+
+def test_a_manager_that_stops_reports_that_its_vote_does_not_count() -> None:
+    """A leader waits for the outcome of its writes when it stops, and answers pings meanwhile."""
+    with SimulatedCluster(managers=3, workers=1, seed=1) as cluster:
+        dispatcher = cluster.running_managers[cluster.leader]._dispatcher
+        assert dispatcher is not None
+        cluster.run_for(2)
+        assert not dispatcher._reports.own.is_without_quorum
+        cluster.do(cluster.end_manager(cluster.leader))
+        assert dispatcher._reports.own.is_without_quorum
 
 
 @pytest.mark.parametrize("managers", [1, 3])

@@ -176,13 +176,17 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Follow the store and mark silent nodes down, until cancelled."""
-        await run_informer(
-            self._store,
-            (Node, Task, Swarm, Payload, Volume),
-            on_snapshot=self._on_snapshot,
-            on_commit=self._on_commit,
-            work=self._run_tasks,
-        )
+        try:
+            await run_informer(
+                self._store,
+                (Node, Task, Swarm, Payload, Volume),
+                on_snapshot=self._on_snapshot,
+                on_commit=self._on_commit,
+                work=self._run_tasks,
+            )
+        finally:
+            # A leader that stops waits for the outcome of its writes, and answers pings meanwhile.
+            self._reports.own = PeerReport(is_without_quorum=True)
 
     async def _run_tasks(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -409,7 +413,11 @@ class Dispatcher:
             now = self._clock.monotonic()
             self._set_period()
             missed = self._sessions.missed(self._time.seconds, self._period_s)
-            self._reports.own = PeerReport(is_overloaded=self._admission.is_overloaded(), missed=missed)
+            self._reports.own = PeerReport(
+                is_overloaded=self._admission.is_overloaded(),
+                missed=missed,
+                is_without_quorum=not self.is_current(),
+            )
             is_counted = self._is_current and not self._is_suspended(now)
             self._time = self._time.after(now, TICK_S, is_current=is_counted)
             missed += self._reports.missed_elsewhere(now)

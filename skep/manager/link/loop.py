@@ -98,8 +98,9 @@ class ManagerLink:
         return self._last_seen.silent(self._time.after(now, TICK_S).seconds)
 
     def reachable(self, now: float) -> Set[NodeId]:
-        """Managers that have sent pings and are not silent at ``now``."""
-        return self._last_seen.reachable(self._time.after(now, TICK_S).seconds)
+        """Managers that have sent pings, are not silent at ``now``, and have contact with a quorum."""
+        answering = self._last_seen.reachable(self._time.after(now, TICK_S).seconds)
+        return answering - self._reports.without_quorum()
 
     def channel(self, manager: NodeId) -> Channel:
         """The open connection to a manager.  Raises: Unavailable: there is none."""
@@ -226,6 +227,7 @@ class ManagerLink:
             node_id=self._own,
             crowded=report.is_overloaded,
             missed=report.missed,
+            without_quorum=report.is_without_quorum,
         )
 
     def _is_manager(self, caller: Caller) -> bool:
@@ -242,7 +244,7 @@ class ManagerLink:
 
 
 def _report_in(ping: skep.Ping) -> PeerReport:
-    return PeerReport(is_overloaded=ping.crowded, missed=ping.missed)
+    return PeerReport(is_overloaded=ping.crowded, missed=ping.missed, is_without_quorum=ping.without_quorum)
 
 
 class LinkRelays:

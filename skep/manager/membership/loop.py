@@ -48,7 +48,7 @@ class LinkState(Protocol):
         """Managers that do not respond, with the seconds since their last ping."""
 
     def reachable(self, now: float) -> Set[NodeId]:
-        """Managers that have sent pings and are not silent."""
+        """Managers that have sent pings, are not silent, and have contact with a quorum."""
 
 
 class Managers:

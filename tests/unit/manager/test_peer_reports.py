@@ -28,3 +28,12 @@ def test_nodes_of_other_managers_that_missed_heartbeats_are_counted_together() -
     reports.record(M3, PeerReport(missed=0), 2.0)
     assert reports.missed_elsewhere(2.0) == 1
     assert reports.missed_elsewhere(1.0 + REPORT_VALID_S) == 0
+
+
+def test_a_manager_is_without_a_quorum_until_it_reports_that_it_has_one() -> None:
+    reports = PeerReports()
+    reports.record(M2, PeerReport(is_without_quorum=True), 1.0)
+    reports.record(M3, PeerReport(), 1.0)
+    assert reports.without_quorum() == {M2}
+    reports.record(M2, PeerReport(), 2.0)
+    assert reports.without_quorum() == set()
