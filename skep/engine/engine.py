@@ -63,13 +63,7 @@ from skep.engine.signals import signal_number
 from skep.engine.state import ContainerStore
 from skep.engine.stats import Stats, sample
 from skep.engine.volumes import Volumes
-from skep.errors import (
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    ResourceExhausted,
-    SkepError,
-)
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, SkepError
 from skep.model.container import Mount
 from skep.model.ids import ContainerId, new_container_id
 from skep.model.meta import Driver
