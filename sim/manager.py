@@ -171,18 +171,22 @@ class SimulatedManager:
             self.leads = True
             presence.lead(term)
             try:
-                await self._lead(term, link, usages, space)
+                await self._lead(term, store.incarnation, link, usages, space)
             except* NotLeader:
                 pass  # wait for the next term
             finally:
                 self.leads = False
                 presence.lead(None)
 
-    async def _lead(self, term: Term, link: ManagerLink, usages: TaskUsages, space: StoreSpace) -> None:
+    async def _lead(
+        self, term: Term, incarnation: int, link: ManagerLink, usages: TaskUsages, space: StoreSpace
+    ) -> None:
         state = FailingTerm(_Counted(term, self), self._poisoned)
         adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
         managers = Managers(term, self._id, self.members, link, self._clock, self._random)
-        control = loops(state, self._clock, self._new_id, self._random, collect_usages=usages.collect)
+        control = loops(
+            state, self._clock, self._new_id, self._random, incarnation, collect_usages=usages.collect
+        )
         own = self.loops = (*control, adoption, managers)
         try:
             async with asyncio.TaskGroup() as group:

@@ -78,6 +78,7 @@ ACTIONS = {
         "update": "abort pause resume",
         "network": "update",
         "volume": "forget",
+        "job": "retry run",
         "stack quota": "set rm",
         "user": "add renew rm token update",
         "secret": "prune rotate",

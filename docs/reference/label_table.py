@@ -33,6 +33,7 @@ from skep.model.labels import (
     WORKER_READS,
 )
 from skep.model.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
+from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND, CRON_TIME_ZONE
 from skep.model.secret_env import SECRET_ENV_LABEL
 from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 
@@ -106,7 +107,44 @@ LABELS = (
         JOB_TTL,
         "duration",
         "kept",
-        "how long a job that has ended is kept before it is removed with its tasks",
+        "how long a job that has ended is kept before it is removed with its tasks; not for one with a schedule",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        CRON,
+        "five fields of cron, `@hourly`, `@daily` and others; several separated by `;`",
+        "none",
+        "when the job runs, in its time zone ([tutorial](../tutorials/periodic.md)); it does not run when it is "
+        "created, and an update is for the next run",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        CRON_TIME_ZONE,
+        "IANA name: `Europe/Berlin`",
+        "`UTC`",
+        "what the fields of `skep.cron` mean",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        CRON_CONCURRENCY,
+        "`forbid`, `replace`",
+        "`forbid`",
+        "what becomes of a run that is due while the one before is still going: it is skipped, or the one before is "
+        "stopped",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        CRON_DEADLINE,
+        "duration, at least `1s`",
+        "none",
+        "how late a run may begin that was due while no manager led",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        CRON_SUSPEND,
+        "`true`, `false`",
+        "`false`",
+        "`true`: the schedule is paused; what is due meanwhile is not caught up",
     ),
     Label(
         LabelTarget.SERVICE,

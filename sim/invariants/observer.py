@@ -17,6 +17,7 @@ from sim.invariants.disconnection import DisconnectPolicies
 from sim.invariants.liveness import NoFalseDown
 from sim.invariants.placement import global_jobs_run_once
 from sim.invariants.restarts import RestartPolicies
+from sim.invariants.schedules import DueTimesAreDecidedOnce
 from sim.invariants.serving import UpdateParallelism
 from sim.invariants.tasks import (
     TasksAreSpread,
@@ -61,6 +62,7 @@ class Observer:
         """
         self.containers = Containers(uptime.since, isolation.since)
         self.restarts = RestartPolicies()
+        self.due_times = DueTimesAreDecidedOnce()
         self.dependencies = DependenciesComeFirst()
         self.caches = CachesMatchStore()
         self.acknowledgements = Acknowledgements()
@@ -102,6 +104,7 @@ class Observer:
             networks_are_apart,
             LocalVolumesStay(),
             AutoscalingIsCalm(),
+            self.due_times,
         ]
         committed.watchers.append(self._check)
 

@@ -244,7 +244,7 @@ _MANAGER = re.compile(
     # the node's own membership works without a manager; everything else about the swarm is the manager's
     r"/swarm(?!/(?:init|join|leave|unlock)\Z)(?:/.*)?"
     r"|/(?:services|tasks|nodes|secrets|configs)(?:/.*)?"
-    r"|/skep/(?:access|backup|events|history|state|quorum|users|view(?:/stream)?|doctor/network"
+    r"|/skep/(?:access|backup|events|history|jobs|state|quorum|users|view(?:/stream)?|doctor/network"
     r"|(?:access|cluster|stacks|tasks|services|users)/.+)"
     r"|/ui(?:/.*)?"
 )

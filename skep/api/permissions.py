@@ -246,6 +246,8 @@ RULES: Final = (
     _rule(
         "POST", rf"/skep/services/{_NAME}/update/(?:pause|resume|abort)", _OPERATOR, Scope.OBJECT, "service"
     ),
+    _rule("GET", r"/skep/jobs", _VIEWER, Scope.LIST, "service"),
+    _rule("POST", rf"/skep/services/{_NAME}/(?:run|retry)", _OPERATOR, Scope.OBJECT, "service"),
     _rule("POST", r"/skep/services/changes", _OPERATOR, Scope.NEW, "service"),
     _rule("POST", r"/skep/access/certificates", _VIEWER, Scope.ANY),
     _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.ANY),  # it changes nothing

@@ -155,6 +155,8 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
         until = f", for {duration(-left)} more" if left is not None else ""
         yield f"  update: {progress['Step']}; it waits for {progress['WaitingFor']}{until}"
     yield from _autoscaling(explanation.get("Autoscaling") or {}, now)
+    if schedule := explanation.get("Schedule"):
+        yield f"  schedule: {schedule}"
     for title, reasons in (("waiting", explanation["Reasons"]), ("failed", explanation["Failures"])):
         for reason in reasons:
             example = reason.get("Name") or reason["Example"]

@@ -81,6 +81,9 @@ COMMANDS = {
     "history": Command(
         "skep.cli.history:history", "Show what happened and why, and the requests of users; export it."
     ),
+    "job": Command(
+        "skep.cli.job:job", "Jobs: schedules, next and last runs; run one now, retry what failed."
+    ),
     "runs": Command("skep.cli.runs:runs", "List ended tasks with exit codes and last lines."),
     "completion": Command("skep.cli.completion:completion", "Print the completion script of a shell."),
     "ui": Command("skep.cli.ui:ui", "Open the dashboard of the cluster in a browser."),

@@ -62,8 +62,33 @@ def shown(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[s
         if run.get("Err") and not run["Err"].startswith("task: non-zero exit"):  # which EXIT has said
             yield f"    {printable(run['Err'])}"
         yield from (f"    | {printable(line)}" for line in run["Lines"])
+    yield from _schedule(response, screen, now)
     if response.get("Incomplete"):
         yield f"Some lines may be missing: {printable(response['Incomplete'])}"
+
+
+def _schedule(response: Mapping[str, Any], screen: Screen, now: float) -> Iterator[str]:
+    """When and why the runs of a job with a schedule began, and which were skipped."""
+    if not response.get("Schedule"):
+        return
+    yield ""
+    yield f"schedule: {printable(response['Schedule'])}"
+    rows = [_start(one, now) for one in response.get("Starts") or ()]
+    if rows:
+        yield from table(("RUN", "DUE", "BEGAN", "OUTCOME"), rows, screen)
+
+
+def _start(start: Mapping[str, Any], now: float) -> tuple[str, ...]:
+    due, missed = start.get("ScheduledAt", ""), start.get("MissedSince", "")
+    is_skipped = bool(start.get("Skipped"))
+    outcome = f"skipped: {start['Skipped']}" if is_skipped else start.get("Outcome", "")
+    since = f"; due times since {missed} had no leader" if missed else ""
+    return (
+        "" if is_skipped else str((start.get("Iteration") or {}).get("Index", 0)),
+        due or "on request",
+        "" if is_skipped else f"{age(start['At'], now)} ago",
+        f"{outcome}{since}".removeprefix("; "),
+    )
 
 
 def _row(run: Mapping[str, Any], screen: Screen, now: float) -> tuple[str, ...]:

@@ -339,11 +339,19 @@ def is_as_wanted(service: Mapping[str, Any]) -> bool:
     A global job's spec does not contain its number of runs: its explanation does.
     """
     mode = service["Spec"].get("Mode") or {}
+    if has_not_run(service):
+        return True
     if (job := mode.get("ReplicatedJob")) is not None:
         return _count(service, "CompletedTasks") >= int(job.get("TotalCompletions") or 0)
     if mode.get("GlobalJob") is not None:
         return False
     return _count(service, "RunningTasks") == _count(service, "DesiredTasks")
+
+
+def has_not_run(service: Mapping[str, Any]) -> bool:
+    """Whether the service is a job with a schedule that waits for its first run."""
+    job = service.get("JobStatus") or {}
+    return bool(job.get("Schedule")) and not job.get("LastExecution")
 
 
 def _count(service: Mapping[str, Any], field: str) -> int:

@@ -5,14 +5,15 @@ from collections.abc import Collection, Iterable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import InvalidArgument, Unavailable
+from skep.errors import InvalidArgument
+from skep.manager.job_runs import is_going, next_job
 from skep.manager.registry_auth import auth_of, keep_auth
 from skep.model.dependencies import DEPENDS_ON, Dependency, dependencies_of
-from skep.model.meta import Version
-from skep.model.service import ENDED, JobStatus, Service, ServiceSpec, TaskSpec
+from skep.model.schedules import CRON
+from skep.model.service import ENDED, Service, ServiceSpec, TaskSpec
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
-from skep.store.kinds import has_unreadable_run, previous_registry_auth_id, registry_auth_id
+from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 
 RESTARTED_MAX = 100
 """Services that are restarted with the updates of one: they are written in one transaction with it."""
@@ -117,7 +118,8 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     services = _restarted_with(tx, {name})[name]
     _refuse_many(name, [service.spec for service in services], {})
     for service in services:
-        _restart(tx, service, now)
+        if CRON not in service.spec.labels or is_going(tx, service):  # else there is nothing to restart
+            _restart(tx, service, now)
 
 
 def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
@@ -141,19 +143,6 @@ def _restart(tx: Transaction, service: Service, now: Timestamp) -> None:
             spec=spec,
             previous_spec=previous,
             update_status=status,
-            job_status=next_job(tx, service, now),
+            job_status=next_job(tx, service, spec, now),
         )
     )
-
-
-def next_job(view: View, service: Service, now: Timestamp) -> JobStatus | None:
-    """The next run of a job, which each update is; None: the service is none.
-
-    Raises: Unavailable: its present run cannot be read; another manager may read it.
-    """
-    if has_unreadable_run(view, service.id):
-        raise Unavailable(f"the present run of job {service.id} cannot be read by this manager")
-    if service.job_status is None:
-        return None
-    index = service.job_status.job_iteration.index + 1
-    return JobStatus(job_iteration=Version(index=index), last_execution=now)

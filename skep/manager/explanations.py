@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from skep.manager.autoscaling.decision import blocked, readings_of, recommendation, shown_reason
-from skep.manager.orchestrator.jobs import is_done, iteration_of
+from skep.manager.job_listing import schedule_words
+from skep.manager.job_runs import of_present_run
+from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.update import step_seconds_max
@@ -108,6 +110,8 @@ class ServiceExplanation(ApiObject):
     """Of wanted tasks that do not run, the most frequent first."""
     failures: tuple[Reason, ...] = always(())
     """Of tasks that ended by themselves and are kept as history."""
+    schedule: str = ""
+    """Of a job with a schedule: its next run, in a sentence."""
     update_status: UpdateStatus | None = None
     update: UpdateExplanation | None = None
     """Of an update that is under way."""
@@ -148,7 +152,7 @@ def explain_service(
     """
     is_job = service.job_status is not None
     if is_job:
-        tasks = [task for task in tasks if task.job_iteration == iteration_of(service)]
+        tasks = of_present_run(service, tasks)
     waiting: list[tuple[Task, str]] = []
     failed: list[tuple[Task, str]] = []
     running = 0
@@ -175,6 +179,7 @@ def explain_service(
         wanted=wanted,
         reasons=reasons,
         failures=failures,
+        schedule=schedule_words(service),
         update_status=service.update_status,
         update=explain_update(service, tasks, is_new=is_new, nodes=nodes, summary=summary),
     )
@@ -321,6 +326,8 @@ def _of_job(
 
     ``tasks``: of its present iteration.
     """
+    if service.job_status is not None and service.job_status.awaits_first_run:
+        return "it waits for its first run", True
     job = service.spec.mode.replicated_job
     slots: Mapping[int, Slot] | Mapping[NodeId, Slot] = (
         group_by_slot(tasks) if job is not None else group_by_node(tasks)

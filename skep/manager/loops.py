@@ -14,6 +14,7 @@ from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.schedules.loop import Schedules
 from skep.manager.task_usages import no_usages
 from skep.manager.volumes.loop import ClusterVolumes, Confirm, FindDriver, no_drivers, unconfirmed
 from skep.model.ids import IdSource
@@ -47,6 +48,7 @@ def loops(
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayAvoidance(term, clock, random),
+        Schedules(term, clock, random, incarnation),
         ClusterVolumes(term, clock, random, find_driver, confirm),
         Autoscaler(
             term,

@@ -349,11 +349,60 @@ class ServiceStatus(ApiObject):
     completed_tasks: int = always(0)
 
 
+class JobStart(ApiObject):
+    """One decision about a scheduled job: a run that was started, or a due time that was skipped."""
+
+    at: Timestamp = always(ZERO_TIME)
+    """By the clock of the manager that decided."""
+    iteration: Version | None = None
+    """Of the run; None: it was skipped."""
+    scheduled_at: Timestamp | None = None
+    """The due time; None: a user started the run."""
+    missed_since: Timestamp | None = None
+    """The first of the due times before ``scheduled_at`` that passed without a decision, as no manager led."""
+    skipped: str = ""
+    """Why there is no run, as a sentence."""
+    outcome: str = ""
+    """Of the run: ``completed``, ``failed`` or ``stopped``; empty: nothing has followed it yet."""
+
+
+STARTS_KEPT = 20
+"""Of one job, the latest: its part of the store stays below 4 KiB."""
+
+
+class ScheduleStatus(ApiObject):
+    """How far a job with a schedule (``model.schedules``) has come.
+
+    ``settled``: every due time up to it is decided, each once: later decisions are about later times only, whichever
+    manager leads and whatever its clock says.
+    """
+
+    settled: Timestamp = always(ZERO_TIME)
+    starts: tuple[JobStart, ...] = always(())
+    """The oldest first."""
+
+
 class JobStatus(ApiObject):
-    """``job_iteration``: counts the runs of a job; tasks of earlier ones are ignored."""
+    """``job_iteration``: counts the runs of a job; tasks of earlier ones are ignored.
+
+    Not in Docker's API are the rest after ``last_execution``, which is None for a scheduled job that has not run yet.
+    """
 
     job_iteration: Version = always(Version())
     last_execution: Timestamp | None = None
+    schedule: ScheduleStatus | None = None
+    """Of a job with a schedule."""
+    spec_version: Version | None = None
+    """Of the spec that the present run has: an update of a scheduled job is for the next one.  None: the present."""
+    updates: int = 0
+    """Of the spec since the run began: a status that stays the same goes with the spec that it is about."""
+    retried_until: Timestamp | None = None
+    """A user asked for another attempt when no later task was created: what had failed by then does not count."""
+
+    @property
+    def awaits_first_run(self) -> bool:
+        """Whether it is a scheduled job that has not run yet."""
+        return self.schedule is not None and self.last_execution is None
 
 
 class Autoscaled(ApiObject):

@@ -28,9 +28,12 @@ from skep.stack.reading import Reader
 _MODES: Final = ("replicated", "global", "replicated-job", "global-job")
 
 
-def mode_of(service: Reader, deploy: Reader, *, leaves_number: bool = False) -> ServiceMode:
+def mode_name(deploy: Reader) -> str:
+    return deploy.choice("mode", *_MODES) or "replicated"
+
+
+def mode_of(name: str, service: Reader, deploy: Reader, *, leaves_number: bool = False) -> ServiceMode:
     """``leaves_number``: a number of replicas that the file does not have stays open."""
-    name = deploy.choice("mode", *_MODES) or "replicated"
     replicas, scale = deploy.integer("replicas", 0, 100_000), service.integer("scale", 0, 100_000)
     if replicas is not None and scale is not None and replicas != scale:
         service.problem("scale", f"deploy.replicas says {replicas}")

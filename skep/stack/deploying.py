@@ -17,6 +17,7 @@ from skep.api.updates import update
 from skep.api.waiting import persistently
 from skep.errors import AlreadyExists, NotFound, SkepError, Unavailable
 from skep.model.encoding import to_json
+from skep.model.schedules import CRON
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.unknown import leniently
@@ -330,7 +331,7 @@ class Deployment:
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
-        return {one.spec.name: progress_of(one, by_service.get(one.id, ())) for one in _services(services)}
+        return {one.spec.name: _progress_of(one, by_service.get(one.id, ())) for one in _services(services)}
 
     async def _unfinished(self) -> str:
         progress = await self._progress()
@@ -414,3 +415,10 @@ async def _removed(client: Requests, kind: str, one: Mapping[str, Any], show: Sh
         else:
             show(name, f"{kind} removed")
             return
+
+
+def _progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
+    """A job with a schedule is deployed at once: whenever its runs come, they have the new spec."""
+    if CRON in service.spec.labels:
+        return ServiceProgress("it has a schedule", is_done=True)
+    return progress_of(service, tasks)

@@ -70,6 +70,8 @@ def _is_current(task: Task, service: Service) -> bool:
 
 
 def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
+    if service.job_status is not None and service.job_status.awaits_first_run:
+        return ServiceProgress("it waits for its first run", is_done=True)
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     current = [task for task in tasks if iteration is None or task.job_iteration == iteration]
     complete = sum(task.status.state is TaskState.COMPLETE for task in current)

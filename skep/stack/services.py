@@ -22,6 +22,7 @@ from skep.model.dependencies import Condition, Dependency
 from skep.model.meta import Driver
 from skep.model.publishing import PREFIX
 from skep.model.rights import rights_of
+from skep.model.schedules import CRON, SCHEDULE_LABELS, check_schedule
 from skep.model.service import (
     REPLICAS_MAX,
     EndpointSpec,
@@ -32,7 +33,7 @@ from skep.model.service import (
     TaskSpec,
 )
 from skep.stack.containers import Volumes, container_of
-from skep.stack.deploy_section import mode_of, placement_of, resources_of, restart_of, update_of
+from skep.stack.deploy_section import mode_name, mode_of, placement_of, resources_of, restart_of, update_of
 from skep.stack.document import Node
 from skep.stack.node_rights import rights_labels
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Build, StackFile, StackNetwork, StackService
@@ -82,8 +83,10 @@ def service_of(name: str, node: Node, objects: StackObjects, report: Report) -> 
         configs=_configs(service, objects.configs),
     )
     ports, labels = _ports(service)
-    labels |= deploy.labels("labels") | _x_skep(service) | {NAMESPACE: objects.stack, IMAGE: image}
-    mode = mode_of(service, deploy, leaves_number=AUTOSCALE in labels)
+    declared = deploy.labels("labels")
+    named = mode_name(deploy)
+    labels |= declared | _x_skep(service, named) | {NAMESPACE: objects.stack, IMAGE: image}
+    mode = mode_of(named, service, deploy, leaves_number=AUTOSCALE in labels)
     is_job = mode.replicated_job is not None or mode.global_job is not None
     spec = ServiceSpec(
         name=f"{objects.stack}_{name}",
@@ -102,7 +105,7 @@ def service_of(name: str, node: Node, objects: StackObjects, report: Report) -> 
         endpoint_spec=_endpoint(deploy, ports),
     )
     depends_on = _dependencies(service)
-    for problem, key in _refused_by_labels(spec):
+    for problem, key in _refused_by_labels(spec, declared):
         service.problem(key, problem)
     made = StackService(
         place=node.place,
@@ -127,11 +130,16 @@ _HINTS: Final = {
 }
 
 
-def _refused_by_labels(spec: ServiceSpec) -> list[tuple[str, str]]:
+def _refused_by_labels(spec: ServiceSpec, declared: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What is wrong with labels, each with the key that shows it.
+
+    ``declared``: those below ``deploy``; a schedule of ``x-skep`` is checked where it is read.
+    """
     found: list[tuple[str, str]] = []
     for check, key in (
         (lambda: known_labels.check_service_labels(spec.labels), "x-skep"),
         (lambda: check_autoscaling(spec), "x-skep"),
+        (lambda: check_schedule(declared, spec.mode.name), "deploy"),
         (lambda: rights_of(spec.task_template.container_spec), "labels"),
     ):
         try:
@@ -428,7 +436,7 @@ def _checked_labels(settings: Reader, keys: Mapping[str, str], beside: Mapping[s
     return made
 
 
-def _x_skep(service: Reader) -> dict[str, str]:
+def _x_skep(service: Reader, mode: str) -> dict[str, str]:
     """Labels of the service for the settings below ``x-skep``."""
     settings = service.reader("x-skep")
     if settings is None:
@@ -438,7 +446,7 @@ def _x_skep(service: Reader) -> dict[str, str]:
     priority = settings.integer("priority", -known_labels.PRIORITY_MAX, known_labels.PRIORITY_MAX)
     if priority is not None:
         made |= {known_labels.PRIORITY: str(priority)}
-    settings.refuse("cron", "Skep has no such setting yet")
+    made |= _cron(settings, mode, made)
     publish = settings.reader("publish")
     if publish is not None:
         for key, node in publish.names().items():
@@ -453,4 +461,31 @@ def _x_skep(service: Reader) -> dict[str, str]:
             made |= {f"{PREFIX}{key}.{option}": text for option in _PUBLISH if (text := port.text(option))}
             port.close()
     settings.close()
+    return made
+
+
+def _cron(settings: Reader, mode: str, others: Mapping[str, str]) -> dict[str, str]:
+    """The labels of a schedule: ``cron`` is an expression, a list of them, or a mapping with settings beside them.
+
+    ``others``: labels with which it must not be used.
+    """
+    node = settings.node("cron")
+    if node is None:
+        return {}
+    if node.entries is None:
+        made = {CRON: "; ".join(settings.texts("cron"))}
+    else:
+        cron = Reader(node, settings.at("cron"), settings.report)
+        texts = {
+            label: cron.text(label.removeprefix(f"{CRON}.")) for label in SCHEDULE_LABELS if label != CRON
+        }
+        made = {
+            CRON: "; ".join(cron.texts("schedule")),
+            **{label: text for label, text in texts.items() if text},
+        }
+        cron.close()
+    try:
+        check_schedule({**others, **made}, mode)
+    except InvalidArgument as error:
+        settings.problem("cron", str(error))
     return made

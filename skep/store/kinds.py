@@ -166,6 +166,15 @@ def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -
     return tuple([replace(task, spec=present) if has_unreadable_spec(view, task) else task for task in tasks])
 
 
+def as_run(view: View, service: Service) -> Service:
+    """Job ``service`` with the spec of its present run, where an update is for the next one only."""
+    pinned = service.job_status.spec_version if service.job_status is not None else None
+    if pinned is None or pinned == service.spec_version:
+        return service
+    kept = view.lookup(SpecVersion, spec_version_id(service.id, pinned))
+    return replace(service, spec=kept.spec, spec_version=pinned) if kept is not None else service
+
+
 def has_unreadable_status(view: View, task: Task) -> bool:
     """Whether the status of ``task`` cannot be read: it shows the last one known, or that the task is assigned."""
     return "status" in view.damaged(Task).get(task.id, ())

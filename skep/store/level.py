@@ -9,7 +9,7 @@ from typing import Final
 
 from skep.errors import FailedPrecondition
 
-LEVEL: Final = 3
+LEVEL: Final = 4
 """The newest level that this version can read."""
 
 CLUSTER_VOLUMES: Final = 2
@@ -20,6 +20,9 @@ USERS: Final = 3
 
 JOURNAL: Final = 3
 """From this level on there is a journal: a leader of a lower level would not keep it within its bounds."""
+
+SCHEDULES: Final = 4
+"""From this level on jobs may have schedules: a leader of a lower level would run them at once, and never again."""
 
 LOWEST: Final = 1
 """The level of managers that do not report one."""

@@ -22,6 +22,7 @@ from skep.model.container import (
 from skep.model.labels import check_service_labels
 from skep.model.publishing import check_publishing
 from skep.model.rights import check_service_rights
+from skep.model.schedules import check_schedule
 from skep.model.secret_env import check_secret_env
 from skep.model.service import (
     REPLICAS_MAX,
@@ -51,6 +52,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
     check_dns_name(spec.name)
     check_service_labels(spec.labels)
     check_autoscaling(spec)
+    check_schedule(spec.labels, spec.mode.name)
     check_publishing(spec)
     check_service_rights(spec.task_template.container_spec, spec.labels)
     check_secret_env(spec.task_template.container_spec, spec.labels)

@@ -24,7 +24,8 @@ from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.quotas import check_quota
 from skep.manager.control.service_rules import check_service_spec
-from skep.manager.dependents import check_dependencies, next_job, restart_dependents
+from skep.manager.dependents import check_dependencies, restart_dependents
+from skep.manager.job_runs import first_job, next_job
 from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
 from skep.manager.removal import hide_service
 from skep.model.autoscaling import with_number_kept
@@ -33,9 +34,9 @@ from skep.model.meta import Version
 from skep.model.network import Network, is_ingress
 from skep.model.readable import NameSource, free_name
 from skep.model.rights import allowed_by, rights_of, rights_text
+from skep.model.schedules import CRON
 from skep.model.secret import Config, Secret
 from skep.model.service import (
-    JobStatus,
     NetworkAttachmentConfig,
     PublishMode,
     Service,
@@ -46,6 +47,7 @@ from skep.model.service import (
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
+from skep.store.level import SCHEDULES
 
 AuthSource = Literal["spec", "previous-spec"]
 """Source of the registry credentials of an update that has none."""
@@ -76,6 +78,7 @@ def create_service(
         spec = replace(spec, name=_free_name(tx, new_name))
     spec = with_number_kept(spec, None)
     check_service_spec(spec)
+    _check_level(tx, spec)
     check_dependencies(tx, spec)
     _check_rights(tx, spec)
     check_quota(tx, spec)
@@ -87,7 +90,7 @@ def create_service(
             id=ServiceId(new_id()),
             created_at=now,
             spec=spec,
-            job_status=JobStatus(last_execution=now) if _is_job(spec) else None,
+            job_status=first_job(spec, now),
         )
     )
     keep_auth(tx, registry_auth_id(service.id), registry_auth)
@@ -132,7 +135,7 @@ def update_service(
             spec=spec,
             previous_spec=service.spec,
             update_status=None,
-            job_status=next_job(tx, service, now),
+            job_status=next_job(tx, service, spec, now),
         )
     )
 
@@ -161,7 +164,7 @@ def rollback_service(
             update_status=UpdateStatus(
                 state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback", started_at=now
             ),
-            job_status=next_job(tx, service, now),
+            job_status=next_job(tx, service, service.previous_spec, now),
         )
     )
 
@@ -217,6 +220,7 @@ def _free_name(tx: Transaction, new_name: NameSource) -> str:
 def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
     """The service ``id``, to which ``spec`` may be applied.  The order of the checks is SwarmKit's."""
     check_service_spec(spec)
+    _check_level(tx, spec)
     check_dependencies(tx, spec)
     _check_attachments(tx, spec)
     service = _present(tx, id)
@@ -241,6 +245,12 @@ def _present(tx: Transaction, id: ServiceId) -> Service:
     if service.removed_at is not None:
         raise NotFound(f"service {id} not found")
     return service
+
+
+def _check_level(view: View, spec: ServiceSpec) -> None:
+    """Raises: FailedPrecondition: a manager is too old for schedules: with it as leader the job would run at once."""
+    if CRON in spec.labels and view.level < SCHEDULES:
+        raise FailedPrecondition("schedules need managers of this version: upgrade the others first")
 
 
 def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
@@ -299,10 +309,6 @@ def _check_known(
             missing.append(name)
     if missing:
         raise InvalidArgument(f"{noun}{'s' if len(missing) > 1 else ''} not found: {', '.join(missing)}")
-
-
-def _is_job(spec: ServiceSpec) -> bool:
-    return spec.mode.name in {"replicated-job", "global-job"}
 
 
 def auth_source(word: str, service: Service) -> AuthSource:

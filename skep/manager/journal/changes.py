@@ -202,6 +202,7 @@ def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
             yield _service(new, "autoscale", f"service {name} autoscaled: {changes} ({scaled.reason})")
         else:
             yield _service(new, "update", f"service {name} updated: {changes}")
+    yield from _changed_job(old, new)
     before = old.update_status.state if old.update_status is not None else None
     status = new.update_status
     if status is None or status.state is None or status.state is before:
@@ -211,6 +212,28 @@ def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
     details = f": {masked_text(message)}" if message else ""
     what, _, became = words.partition(" ")
     yield _service(new, action, f"{what} of service {name} {became}{details}", severity)
+
+
+def _changed_job(old: Service, new: Service) -> Iterator[Entry]:
+    """The entry of a run that begins without an update, or of a due time that is skipped."""
+    before, after, name = old.job_status, new.job_status, new.spec.name
+    if before is None or after is None or before == after:
+        return
+    starts = after.schedule.starts if after.schedule is not None else ()
+    known = before.schedule.starts if before.schedule is not None else ()
+    last = starts[-1] if starts and (not known or starts[-1].at != known[-1].at) else None
+    if last is not None and last.skipped:
+        message = f"job {name} was not run at {last.scheduled_at}: {last.skipped}"
+        yield _service(new, "skip", message, Severity.WARNING)
+    elif last is not None:
+        why = f"it was due at {last.scheduled_at}" if last.scheduled_at is not None else "on request"
+        late = f", and earlier ones since {last.missed_since}" if last.missed_since is not None else ""
+        yield _service(new, "run", f"run {after.job_iteration.index} of job {name} began: {why}{late}")
+    elif before.job_iteration != after.job_iteration and old.spec == new.spec:
+        yield _service(new, "run", f"run {after.job_iteration.index} of job {name} began: on request")
+    if after.retried_until is not None and before.retried_until != after.retried_until:
+        message = f"what failed in run {after.job_iteration.index} of job {name} is tried again: on request"
+        yield _service(new, "retry", message)
 
 
 def _service(service: Service, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:

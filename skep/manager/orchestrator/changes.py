@@ -16,11 +16,13 @@ from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
+from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import ENDED, PAUSED, Service, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
+from skep.store.kinds import as_run
 
 
 class FillSlot(msgspec.Struct, frozen=True):
@@ -156,7 +158,7 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             _roll_back(tx, service, message, now)
         case RemoveService(ended):
             job = tx.lookup(Service, ended.id)
-            if job is not None and job.spec_version == ended.spec_version:
+            if job is not None and job.spec_version == ended.spec_version and _run_of(job) == _run_of(ended):
                 hide_service(tx, job, now)
         case _:
             assert_never(change)
@@ -166,10 +168,14 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     service = tx.lookup(Service, change.service.id)
     if service is None or not _is_current(tx, change):
         return
+    service = as_run(tx, service)
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
-    if any(task.is_active and task.spec_version == service.spec_version for task in rivals):
-        return
     iteration = service.job_status.job_iteration if service.job_status is not None else None
+    if any(
+        task.is_active and (task.spec_version, task.job_iteration) == (service.spec_version, iteration)
+        for task in rivals
+    ):
+        return
     is_job_start = iteration is not None and change.desired is TaskState.RUNNING
     tx.put(
         Task(
@@ -201,9 +207,16 @@ def _is_current(tx: Transaction, change: FillSlot) -> bool:
     return (
         service is not None
         and service.removed_at is None
-        and service.spec_version == change.service.spec_version
+        and as_run(tx, service).spec_version == change.service.spec_version
+        and _run_of(service) == _run_of(change.service)
         and not _is_paused_since(service, change.service)
     )
+
+
+def _run_of(service: Service) -> Version | None:
+    """The present run of a job; None: it is none, or has not run yet."""
+    job = service.job_status
+    return job.job_iteration if job is not None and not job.awaits_first_run else None
 
 
 def _is_paused_since(service: Service, decided: Service) -> bool:

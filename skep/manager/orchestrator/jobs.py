@@ -13,18 +13,16 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+from skep.manager.job_runs import is_candidate, of_present_run
 from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, RetireTask, Step
-from skep.manager.orchestrator.global_services import is_eligible
 from skep.manager.orchestrator.replicated import check_number
 from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, group_by_slot, history, wanted
 from skep.model.labels import job_ttl_s
 from skep.model.meta import Version
-from skep.model.node import Availability, Node, NodeState
 from skep.model.service import ReplicatedJob, Service
 from skep.model.task import Task, TaskState
-from skep.model.times import unix_ns
 
 
 def next_steps(situation: Situation) -> list[Step]:
@@ -34,8 +32,10 @@ def next_steps(situation: Situation) -> list[Step]:
     """
     service = situation.service
     iteration = iteration_of(service)
-    present = [task for task in situation.tasks if task.job_iteration == iteration]
+    present = of_present_run(service, situation.tasks)
     steps: list[Step] = [_retired(task) for task in situation.tasks if _is_left_over(task, iteration)]
+    if service.job_status is not None and service.job_status.awaits_first_run:
+        return steps
     slots: Mapping[Any, Slot]
     if service.spec.mode.replicated_job is not None:
         slots = group_by_slot(present)
@@ -77,6 +77,9 @@ def is_done(slot: Iterable[Task]) -> bool:
 
 def _end(present: list[Task], situation: Situation) -> list[Step]:
     """Removes a job that has nothing left to do, once its time to live has passed since its last task ended."""
+    job = situation.service.job_status
+    if job is not None and job.schedule is not None:
+        return []  # it has a next run
     ttl_s = job_ttl_s(situation.service.spec.labels)
     ended = [situation.seen.ended(task) for task in present]
     if ttl_s is None or not ended or any(at is None for at in ended):
@@ -110,18 +113,8 @@ def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situa
     return [
         FillSlot(service, 0, node.id, first_state(slots.get(node.id, ())))
         for node in situation.nodes()
-        if _is_candidate(node, service) and not _is_taken(slots.get(node.id, ()), situation)
+        if is_candidate(node, service) and not _is_taken(slots.get(node.id, ()), situation)
     ]
-
-
-def _is_candidate(node: Node, service: Service) -> bool:
-    asked_at = service.job_status.last_execution if service.job_status is not None else None
-    return (
-        is_eligible(node, service)
-        and node.spec.availability is Availability.ACTIVE
-        and node.status.state is NodeState.READY
-        and (asked_at is None or unix_ns(node.created_at) < unix_ns(asked_at))
-    )
 
 
 def _is_taken(slot: Slot, situation: Situation) -> bool:

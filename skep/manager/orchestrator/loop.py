@@ -32,6 +32,7 @@ from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
 from skep.store.kinds import (
+    as_run,
     has_unreadable_run,
     has_unreadable_spec,
     has_unreadable_status,
@@ -241,9 +242,10 @@ class Orchestrator:
             return () if service_id in view.unreadable(Service) else retire_all(tasks)
         if has_unreadable_run(view, service_id):
             return ()  # all its tasks would be stopped as those of another run
+        run = as_run(view, service)
         situation = Situation(
-            service=service,
-            tasks=with_readable_specs(view, service, tasks),
+            service=run,
+            tasks=with_readable_specs(view, run, tasks),
             # A view is valid until the next pause, and the decision pauses.
             nodes=lambda: tuple(self._term.view().find(Node)),
             node=lambda node_id: self._term.view().lookup(Node, node_id),

@@ -27,7 +27,7 @@ from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
-from skep.store.kinds import spec_of
+from skep.store.kinds import as_run, spec_of
 
 routes = Routes()
 
@@ -58,6 +58,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     service = view.resolve(Service, request.match_info["id"])
     status = await service_status(view, service)
     view = manager_of(request).store.view()
+    service = as_run(view, service)
     tasks = [with_damage(view, task) for task in view.find(Task, service_id=service.id)]
     nodes = {node.id: node for node in view.find(Node)}
     explanation = explain_service(

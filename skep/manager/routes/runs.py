@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from skep.api.errors import Untranslated
 from skep.api.server import Routes, json_response
 from skep.errors import InvalidArgument, SkepError
+from skep.manager.job_listing import schedule_words
 from skep.manager.logbroker.selection import KEPT, KEPT_HEAD
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.logs import closing
@@ -16,7 +17,7 @@ from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, TaskId
 from skep.model.logs import LogQuery
 from skep.model.meta import Version
-from skep.model.service import Service
+from skep.model.service import JobStart, Service
 from skep.model.task import Task, TaskState
 from skep.model.task_end import TaskEnd
 from skep.model.times import Timestamp
@@ -55,6 +56,10 @@ class Runs(ApiObject):
     """
 
     runs: tuple[Run, ...] = always(())
+    schedule: str = ""
+    """Of a job with a schedule, in a sentence."""
+    starts: tuple[JobStart, ...] = ()
+    """Of such a job: when and why its last runs began, and which due times were skipped; the oldest first."""
     incomplete: str = ""
 
 
@@ -68,8 +73,14 @@ async def list_runs(request: web.Request) -> web.StreamResponse:
     tasks = sorted(tasks, key=lambda task: (task.status.timestamp, task.id))[-RUNS_MAX:]
     lines: dict[TaskId, deque[str]] = {task.id: deque(maxlen=tail) for task in tasks}
     incomplete = await _collect(request, lines, tail) if tail and tasks else ""
+    job = service.job_status
     return json_response(
-        Runs(runs=tuple(_run(task, tuple(lines[task.id])) for task in tasks), incomplete=incomplete)
+        Runs(
+            runs=tuple(_run(task, tuple(lines[task.id])) for task in tasks),
+            schedule=schedule_words(service),
+            starts=job.schedule.starts if job is not None and job.schedule is not None else (),
+            incomplete=incomplete,
+        )
     )
 
 

@@ -16,10 +16,11 @@ from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
 from skep.model.node import Availability, Node, NodeState
-from skep.model.service import Service, ServiceStatus, UpdateStatus
+from skep.model.service import JobStatus, Service, ServiceStatus, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
+from skep.store.kinds import as_run
 
 _PATHS_SHOWN = 4
 _PIECE = 5_000
@@ -68,8 +69,15 @@ def shown_service(
         update_status=_shown_update(service.update_status),
         autoscaled=None,
         service_status=status,
+        job_status=_shown_job(service.job_status),
         damage=problems.damages.get(service.id, ""),
     )
+
+
+def _shown_job(job: JobStatus | None) -> JobStatus | None:
+    if job is None or (job.updates == 0 and job.retried_until is None):
+        return job
+    return replace(job, spec_version=None, updates=0, retried_until=None)
 
 
 def _shown_update(status: UpdateStatus | None) -> UpdateStatus | None:
@@ -176,11 +184,12 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
         if task.is_wanted:
             node_ids.add(task.node_id)
             wanted += state is not TaskState.COMPLETE  # of a global job
-    mode = service.spec.mode
+    mode = as_run(view, service).spec.mode
     if mode.replicated is not None:
         wanted = service.spec.replicas
     elif mode.replicated_job is not None:
-        wanted = mode.replicated_job.max_concurrent or 0
+        is_idle = service.job_status is not None and service.job_status.awaits_first_run
+        wanted = 0 if is_idle else mode.replicated_job.max_concurrent or 0
     elif mode.global_ is not None:
         wanted = 0
         async for node in _in_turns(view.find(Node)):

@@ -34,6 +34,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.volume import Volume
 from skep.store.interface import Event, Object, Updated, View
+from skep.store.kinds import as_run
 
 WATCHED: tuple[type[Object], ...] = (Service, Task, Node, Network, Secret, Config, Volume, Swarm)
 GLOBALS = Key("globals", "")
@@ -205,7 +206,7 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
         if is_troubled or not is_well or service.job_status is not None:
             nodes = {task.node_id: view.lookup(Node, task.node_id) for task in tasks if task.node_id}
             known = {id: node for id, node in nodes.items() if node is not None}
-            explained = explain_service(service, tasks, wanted=wanted, nodes=known)
+            explained = explain_service(as_run(view, service), tasks, wanted=wanted, nodes=known)
             is_well, reason = explained.is_as_wanted and not is_troubled, explained.summary
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"

@@ -45,6 +45,8 @@ def test_every_label_of_services_has_a_key() -> None:
         value = values.get(label.values) or label.values.split("`")[-2]
         if label.name.startswith(f"{AUTOSCALE}."):
             continue  # below one key
+        if label.name.startswith("skep.cron"):
+            continue  # see test_a_schedule_is_an_expression_a_list_or_a_mapping
         if "publish[" in label.name:
             option = label.name.rpartition(".")[2]
             found = spec(f"ports: ['80:80'], x-skep: {{publish: {{'80/tcp': {{{option}: '{value}'}}}}}}")
@@ -106,6 +108,28 @@ def test_autoscaling_that_cannot_be_honoured_is_refused_at_its_place(text: str, 
 def test_a_global_service_is_not_autoscaled() -> None:
     _, report = read("services: {web: {image: w, deploy: {mode: global}, x-skep: {autoscale: 1..2}}}")
     assert "is for replicated services, not for a global one" in str(report.problems[0])
+
+
+def test_a_schedule_is_an_expression_a_list_or_a_mapping() -> None:
+    def labels(cron: str) -> dict[str, str]:
+        found = spec(f"deploy: {{mode: replicated-job}}, x-skep: {{cron: {cron}}}")["Labels"]
+        return {name: value for name, value in found.items() if name.startswith("skep.cron")}
+
+    assert labels("'*/5 * * * *'") == {"skep.cron": "*/5 * * * *"}
+    assert labels("['@daily', '0 9 * * 1']") == {"skep.cron": "@daily; 0 9 * * 1"}
+    given = (
+        "{schedule: '@daily', time-zone: Asia/Kathmandu, concurrency: replace, deadline: 2h, suspend: true}"
+    )
+    made = labels(given)
+    assert made == {
+        "skep.cron": "@daily",
+        "skep.cron.time-zone": "Asia/Kathmandu",
+        "skep.cron.concurrency": "replace",
+        "skep.cron.deadline": "2h",
+        "skep.cron.suspend": "true",
+    }
+    assert set(made) == {label.name for label in LABELS if label.name.startswith("skep.cron")}
+    assert labels("{schedule: ['@daily', '@hourly']}") == {"skep.cron": "@daily; @hourly"}
 
 
 def test_ports_and_names_that_differ_do_not_collide() -> None:
@@ -483,8 +507,33 @@ volumes: {v: {driver_opts: {type: nfs}}, x: {external: true}}
             "f:1:45: services.w.x-skep.priority: want a whole number, not the text 'urgent'",
         ),
         (
-            "services: {w: {image: w, x-skep: {cron: x}}}",
-            "f:1:41: services.w.x-skep.cron: Skep has no such setting yet",
+            "services: {w: {image: w, x-skep: {cron: '@daily'}}}",
+            (
+                "f:1:41: services.w.x-skep.cron: label skep.cron is for jobs: want mode replicated-job or global-job, "
+                "the service is replicated"
+            ),
+        ),
+        (
+            "services: {w: {image: w, deploy: {mode: global-job}, x-skep: {cron: '0 25 * * *'}}}",
+            "f:1:69: services.w.x-skep.cron: invalid label skep.cron=0 25 * * *: its hour (0 to 23) is invalid",
+        ),
+        (
+            "services: {w: {image: w, deploy: {mode: global-job},\n x-skep: {job-ttl: 1h, cron: '@daily'}}}",
+            (
+                "f:2:30: services.w.x-skep.cron: labels skep.cron and skep.job-ttl cannot be used together: a job with "
+                "a schedule is kept for its next run"
+            ),
+        ),
+        (
+            "services: {w: {image: w, deploy: {mode: global-job},\n x-skep: {cron: {schedule: '@daily', zone: UTC}}}}",
+            "f:2:38: services.w.x-skep.cron.zone: this key is not known",
+        ),
+        (
+            "services: {w: {image: w, deploy: {labels: {skep.cron: '@daily'}}}}",
+            (
+                "f:1:34: services.w.deploy: label skep.cron is for jobs: want mode replicated-job or global-job, the "
+                "service is replicated"
+            ),
         ),
         (
             "services: {w: {image: w, userns_mode: host}}",

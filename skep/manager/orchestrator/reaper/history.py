@@ -105,6 +105,8 @@ def unused_versions(
     used = {task.spec_version.index for task in tasks if task.spec_version is not None}
     if service.spec_version is not None:
         used.add(service.spec_version.index)
+    if service.job_status is not None and service.job_status.spec_version is not None:
+        used.add(service.job_status.spec_version.index)
     return [version for version in versions if version.index not in used]
 
 

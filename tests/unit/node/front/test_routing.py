@@ -41,6 +41,8 @@ ALWAYS = [
     ("GET", "/tasks", MANAGER),
     ("DELETE", "/nodes/w1?force=1", MANAGER),
     ("GET", "/secrets", MANAGER),
+    ("GET", "/skep/jobs", MANAGER),
+    ("POST", "/skep/services/nightly/run", MANAGER),
     ("POST", "/configs/create", MANAGER),
     ("GET", "/containers/json?all=1", HERE),
     ("GET", "/containers/ours/json", HERE),

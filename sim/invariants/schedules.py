@@ -1,0 +1,121 @@
+"""Rules on jobs with a schedule: every due time is decided once, by a run or with the reason why there is none.
+
+Due times are computed here without the code that is checked: for schedules of the form ``*/N * * * *`` in UTC, where N
+divides an hour.
+"""
+
+import re
+from collections.abc import Iterable
+
+from sim.committed import Change
+from skep.model.schedules import CRON, CRON_DEADLINE, CRON_SUSPEND, same_schedule
+from skep.model.service import JobStart, JobStatus, Service
+from skep.model.task import Task
+from skep.model.times import SECOND_NS, unix_ns
+from skep.store.interface import Updated, View
+
+DECIDED_S = 10.0
+"""A due time that is so long ago is decided, if a leader was there since."""
+_EVERY = re.compile(r"\*/([0-9]+) \* \* \* \*")
+
+
+class DueTimesAreDecidedOnce:
+    """No due time has two runs, none is passed over without a word, and no run begins for another reason."""
+
+    def __init__(self) -> None:
+        self._started: set[tuple[str, str]] = set()
+        """Services with the due times of their runs."""
+        self.runs = 0
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Service() as old, Service() as new) if new.removed_at is None:
+                    if old.job_status is not None and new.job_status is not None:
+                        for problem in self._problems(old, new, old.job_status, new.job_status, view):
+                            yield f"job {new.id}: {problem}"
+
+    def _problems(
+        self, old: Service, new: Service, before: JobStatus, after: JobStatus, view: View
+    ) -> Iterable[str]:
+        if CRON not in new.spec.labels or before == after or before.schedule is None:
+            return
+        if after.schedule is None:
+            yield "it has lost its schedule"
+            return
+        is_same = same_schedule(old.spec.labels, new.spec.labels)
+        if is_same and unix_ns(after.schedule.settled) < unix_ns(before.schedule.settled):
+            yield f"settled goes back from {before.schedule.settled} to {after.schedule.settled}"
+        added = after.schedule.starts[-1:] if after.schedule.starts != before.schedule.starts else ()
+        if before.job_iteration != after.job_iteration and not (added and added[0].iteration):
+            yield f"run {after.job_iteration.index} has begun without a word"
+        for start in added:
+            if start.scheduled_at is None:
+                continue
+            if new.spec.labels.get(CRON_SUSPEND) == "true":
+                yield f"it is suspended, and {start.scheduled_at} was decided"
+            yield from self._problems_of(start, new, before, after)
+            if start.skipped:
+                yield from _unfounded(start, new, before, view)
+        if is_same and not added and after.schedule.settled != before.schedule.settled:
+            yield f"due times until {after.schedule.settled} were passed over without a word"
+
+    def _problems_of(
+        self, start: JobStart, service: Service, before: JobStatus, after: JobStatus
+    ) -> Iterable[str]:
+        assert before.schedule is not None
+        assert after.schedule is not None
+        due = due_times(service, before.schedule.settled, after.schedule.settled)
+        scheduled_s = unix_ns(start.scheduled_at or "") // SECOND_NS
+        if not due or scheduled_s != due[-1]:
+            yield f"{start.scheduled_at} is not the last due time until {after.schedule.settled}: {due}"
+            return
+        first_s = unix_ns(start.missed_since) // SECOND_NS if start.missed_since is not None else due[-1]
+        if first_s != due[0]:
+            yield f"of {due} it says that {start.missed_since} was the first"
+        if start.skipped:
+            return
+        key = (service.id, start.scheduled_at or "")
+        if key in self._started:
+            yield f"{start.scheduled_at} has a second run"
+        self._started.add(key)
+        self.runs += 1
+        if unix_ns(start.at) < unix_ns(start.scheduled_at or ""):
+            yield f"the run of {start.scheduled_at} has begun at {start.at}"
+
+
+def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View) -> Iterable[str]:
+    """A reason to skip that does not hold."""
+    if "late" in start.skipped and CRON_DEADLINE not in service.spec.labels:
+        yield f"{start.skipped}, and it has no deadline"
+    if "going" in start.skipped:
+        total = service.spec.mode.replicated_job.total_completions if service.spec.mode.replicated_job else 0
+        tasks = [
+            task
+            for task in view.find(Task, service_id=service.id)
+            if task.job_iteration == before.job_iteration
+        ]
+        if before.awaits_first_run or (
+            len(tasks) >= (total or 0) and all(task.status.state.is_terminal for task in tasks)
+        ):
+            yield f"{start.skipped}, and nothing of it is"
+
+
+def due_times(service: Service, after: str, until: str) -> list[int]:
+    """The due times of a job after one time and until another, in seconds since 1970."""
+    found = _EVERY.fullmatch(service.spec.labels[CRON])
+    assert found is not None, service.spec.labels[CRON]
+    period_s = int(found[1]) * 60
+    first_s = unix_ns(after) // SECOND_NS // period_s * period_s + period_s
+    return list(range(first_s, unix_ns(until) // SECOND_NS + 1, period_s))
+
+
+def undecided(view: View, now: str) -> Iterable[str]:
+    """Due times that are not decided until ``now``."""
+    for service in view.find(Service):
+        labels, job = service.spec.labels, service.job_status
+        if CRON in labels and service.removed_at is None and labels.get(CRON_SUSPEND) != "true":
+            assert job is not None
+            assert job.schedule is not None
+            if due := due_times(service, job.schedule.settled, now):
+                yield f"job {service.id}: {due} are not decided"

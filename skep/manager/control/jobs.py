@@ -1,0 +1,59 @@
+"""Requests on jobs: run one now, try again what has failed of its present run."""
+
+from msgspec.structs import replace
+
+from skep.errors import FailedPrecondition, NotFound, Unavailable
+from skep.manager.job_runs import has_failed, is_going, retried, started, started_plainly
+from skep.model.ids import ServiceId
+from skep.model.service import JobStart, Service
+from skep.model.times import Timestamp
+from skep.store.interface import Transaction
+from skep.store.kinds import has_unreadable_run
+from skep.store.level import SCHEDULES
+
+
+def run_job(tx: Transaction, id: ServiceId, *, now: Timestamp, replaces: bool) -> Service:
+    """Start the next run of a job now, whether it has a schedule or not.
+
+    ``replaces``: the present run is stopped if it is still going.
+    Raises: FailedPrecondition: it is no job, or its present run is still going; NotFound; Unavailable.
+    """
+    service = _job(tx, id)
+    job = service.job_status
+    assert job is not None, "it is a job"
+    if not replaces and is_going(tx, service):
+        raise FailedPrecondition(
+            f"run {job.job_iteration.index} of job {service.spec.name} is still going: wait for its end, or replace it "
+            f"(skep job run --replace {service.spec.name})"
+        )
+    if job.schedule is not None:
+        return tx.put(replace(service, job_status=started(tx, service, job.schedule, JobStart(at=now))))
+    return tx.put(replace(service, job_status=started_plainly(job, now)))
+
+
+def retry_job(tx: Transaction, id: ServiceId) -> Service:
+    """Start again what was given up in the present run of a job; what has completed stays completed.
+
+    Raises: FailedPrecondition: it is no job, or nothing has failed; NotFound; Unavailable.
+    """
+    service = _job(tx, id)
+    if not has_failed(tx, service):
+        raise FailedPrecondition(
+            f"nothing of the present run of job {service.spec.name} has failed: there is nothing to retry"
+        )
+    return tx.put(replace(service, job_status=retried(tx, service)))
+
+
+def _job(tx: Transaction, id: ServiceId) -> Service:
+    service = tx.get(Service, id)
+    if service.removed_at is not None:
+        raise NotFound(f"service {id} not found")
+    if has_unreadable_run(tx, id):
+        raise Unavailable(f"the present run of job {id} cannot be read by this manager")
+    if service.job_status is None:
+        raise FailedPrecondition(
+            f"service {service.spec.name} is no job: it has mode {service.spec.mode.name}"
+        )
+    if tx.level < SCHEDULES:  # an older leader would not retry, nor show how a run began
+        raise FailedPrecondition("this needs managers of this version: upgrade the others first")
+    return service

@@ -1,0 +1,94 @@
+"""Jobs as users see them: what their schedule says, when they run next, and how the last run went.  Pure."""
+
+from collections.abc import Mapping
+
+from skep.errors import InvalidArgument
+from skep.manager.job_runs import is_going, outcome
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import ServiceId
+from skep.model.schedules import CRON, CRON_SUSPEND, CRON_TIME_ZONE, parsed_schedule, schedule_of
+from skep.model.service import JobStart, JobStatus, Service
+from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.store.interface import View
+
+WAITING, RUNNING = "waiting", "running"
+"""States of a job beside the outcomes of its last run."""
+
+
+class Job(ApiObject):
+    """A job in ``GET /skep/jobs``."""
+
+    id: ServiceId = always(ServiceId(""))
+    name: str = always("")
+    mode: str = always("")
+    labels: Mapping[str, str] = always({})
+    """Of the service."""
+    schedule: str = ""
+    """The label ``skep.cron``; empty: it has none."""
+    time_zone: str = ""
+    state: str = always("")
+    """``waiting`` for its first run, ``running``, or how the last run ended: ``completed``, ``failed``."""
+    iteration: int | None = None
+    """Number of the last run; None: there was none."""
+    last_run: Timestamp | None = None
+    next_run: Timestamp | None = None
+    note: str = ""
+    """Why there is no next run, or the last due time had none."""
+    starts: tuple[JobStart, ...] = ()
+    """Of a job with a schedule, the oldest first."""
+
+
+def shown_job(view: View, service: Service) -> Job:
+    """Job ``service`` for a response."""
+    status = service.job_status or JobStatus()
+    labels = service.spec.labels
+    state = RUNNING if is_going(view, service) else outcome(view, service)
+    return Job(
+        id=service.id,
+        name=service.spec.name,
+        mode=service.spec.mode.name,
+        labels=labels,
+        schedule=labels.get(CRON, ""),
+        time_zone=labels.get(CRON_TIME_ZONE, "UTC") if CRON in labels else "",
+        state=state or WAITING,
+        iteration=None if status.awaits_first_run else status.job_iteration.index,
+        last_run=status.last_execution,
+        next_run=next_run(service),
+        note=note(service),
+        starts=status.schedule.starts if status.schedule is not None else (),
+    )
+
+
+def next_run(service: Service) -> Timestamp | None:
+    """The next due time of a job; None: it has no schedule, or that is suspended or cannot be read."""
+    schedule, status = schedule_of(service.spec.labels), service.job_status
+    if schedule is None or schedule.is_suspended or status is None or status.schedule is None:
+        return None
+    at_s = schedule.next_after(unix_ns(status.schedule.settled) // SECOND_NS)
+    return timestamp(at_s * SECOND_NS) if at_s is not None else None
+
+
+def note(service: Service) -> str:
+    """Why a job with a schedule has no next run, or why it was not run last; empty: there is nothing to say."""
+    if CRON not in service.spec.labels:
+        return ""
+    try:
+        schedule = parsed_schedule(service.spec.labels)
+    except InvalidArgument as error:
+        return str(error)
+    if schedule.is_suspended:
+        return f"suspended by the label {CRON_SUSPEND}"
+    status = service.job_status.schedule if service.job_status is not None else None
+    last = status.starts[-1] if status is not None and status.starts else None
+    return f"not run at {last.scheduled_at}: {last.skipped}" if last is not None and last.skipped else ""
+
+
+def schedule_words(service: Service) -> str:
+    """The schedule of a job in a sentence; empty: it has none."""
+    labels = service.spec.labels
+    if CRON not in labels:
+        return ""
+    at, more = next_run(service), note(service)
+    zone = labels.get(CRON_TIME_ZONE, "UTC")
+    words = f"{labels[CRON]} ({zone})" + (f", next run at {at}" if at is not None else "")
+    return f"{words}; {more}" if more else words

@@ -1,0 +1,182 @@
+"""Runs of jobs: when there is a next one, with which spec, and whether the present one is over.  Pure.
+
+Docker's jobs run when they are created and with every update.  A job with a schedule (``model.schedules``) runs at
+its due times, and when a user asks for it: by ``docker service update --force``, or ``skep job run``.  Any other update
+of it is for the runs that follow: the present one goes on with the spec that it has begun with.
+"""
+
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from skep.errors import Unavailable
+from skep.model.constraints import is_satisfied
+from skep.model.meta import Version
+from skep.model.node import Availability, Node, NodeState
+from skep.model.schedules import CRON, JOB_MODES, same_schedule
+from skep.model.service import (
+    STARTS_KEPT,
+    JobStart,
+    JobStatus,
+    Placement,
+    ScheduleStatus,
+    Service,
+    ServiceSpec,
+)
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp, unix_ns
+from skep.store.interface import View
+from skep.store.kinds import as_run, has_unreadable_run
+
+COMPLETED, FAILED, STOPPED = "completed", "failed", "stopped"
+"""Outcomes of a run.  Stopped is one that was still going when another one began."""
+
+
+def first_job(spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
+    """Of a new service; None: it is no job."""
+    if spec.mode.name not in JOB_MODES:
+        return None
+    if CRON in spec.labels:
+        return JobStatus(schedule=ScheduleStatus(settled=now))
+    return JobStatus(last_execution=now)
+
+
+def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
+    """What the update of ``service`` to ``spec`` makes of it; None: it is no job.
+
+    A change of its schedule counts from now on: what was due before, while it was suspended, is not run late.
+
+    Raises: Unavailable: its present run cannot be read; another manager may read it.
+    """
+    if has_unreadable_run(view, service.id):
+        raise Unavailable(f"the present run of job {service.id} cannot be read by this manager")
+    job = service.job_status
+    if job is None:
+        return None
+    if CRON not in spec.labels:
+        return started_plainly(job, now)
+    schedule = job.schedule or ScheduleStatus(settled=now)
+    if not same_schedule(service.spec.labels, spec.labels):
+        schedule = replace(schedule, settled=now)
+    if spec.task_template.force_update != service.spec.task_template.force_update:
+        return started(view, service, schedule, JobStart(at=now))
+    pinned = (job.spec_version or service.spec_version) if job.last_execution is not None else None
+    return replace(job, schedule=schedule, spec_version=pinned, updates=job.updates + 1)
+
+
+def started(view: View, service: Service, schedule: ScheduleStatus, start: JobStart) -> JobStatus:
+    """The status of job ``service`` when its next run begins, with the outcome of the one before."""
+    assert service.job_status is not None, "of jobs only"
+    iteration = _next(service.job_status)
+    starts = [_with_outcome(one, view, service) for one in schedule.starts]
+    starts.append(replace(start, iteration=iteration))
+    return JobStatus(
+        job_iteration=iteration,
+        last_execution=start.at,
+        schedule=replace(schedule, starts=tuple(starts[-STARTS_KEPT:])),
+    )
+
+
+def started_plainly(job: JobStatus, now: Timestamp) -> JobStatus:
+    """The status of a job without a schedule when its next run begins."""
+    return JobStatus(job_iteration=_next(job), last_execution=now)
+
+
+def _next(job: JobStatus) -> Version:
+    """The number of the next run; Docker's first one has 0."""
+    return Version(index=job.job_iteration.index + (not job.awaits_first_run))
+
+
+def _with_outcome(start: JobStart, view: View, service: Service) -> JobStart:
+    job = service.job_status
+    is_last = job is not None and start.iteration == job.job_iteration and not start.skipped
+    return replace(start, outcome=outcome(view, service) or STOPPED) if is_last else start
+
+
+def outcome(view: View, service: Service) -> str:
+    """How the present run of a job has ended; empty: it is still going, or there was none."""
+    if service.job_status is None or service.job_status.awaits_first_run or is_going(view, service):
+        return ""
+    run, slots = as_run(view, service), _slots(view, service)
+    job = run.spec.mode.replicated_job
+    done = sum(map(_is_done, slots.values()))
+    return COMPLETED if done >= (job.total_completions or 0 if job is not None else len(slots)) else FAILED
+
+
+def is_going(view: View, service: Service) -> bool:
+    """Whether the present run of a job has something left to do.
+
+    A slot whose task has failed is over unless it is to be tried again, for which the orchestrator makes the next task
+    at once.
+    """
+    job = service.job_status
+    if job is None or job.awaits_first_run:
+        return False
+    run, slots = as_run(view, service), _slots(view, service)
+    if any(_is_active(slot) for slot in slots.values()):
+        return True
+    if run.spec.mode.replicated_job is not None:
+        return any(
+            number not in slots
+            for number in range(1, (run.spec.mode.replicated_job.total_completions or 0) + 1)
+        )
+    return any(is_candidate(node, run) and node.id not in slots for node in view.find(Node))
+
+
+def has_failed(view: View, service: Service) -> bool:
+    """Whether slots of the present run were given up, which ``retried`` starts again."""
+    return any(not _is_done(slot) and not _is_active(slot) for slot in _slots(view, service).values())
+
+
+def retried(view: View, service: Service) -> JobStatus:
+    """The status of job ``service`` when what has failed in its present run is to be tried again.
+
+    By the tasks' own times: the clock of this manager may be another than the leader's.
+    """
+    assert service.job_status is not None, "of jobs only"
+    made = [task.created_at for task in view.find(Task, service_id=service.id)]
+    return replace(service.job_status, retried_until=max(made, key=unix_ns, default=None))
+
+
+def of_present_run(service: Service, tasks: Iterable[Task]) -> list[Task]:
+    """Those of ``tasks`` that count for the present run of a job: not those that had failed when a user retried it."""
+    job = service.job_status or JobStatus()
+    until_ns = unix_ns(job.retried_until) if job.retried_until is not None else -1
+    return [
+        task
+        for task in tasks
+        if task.job_iteration == job.job_iteration
+        and (
+            until_ns < 0
+            or task.is_active
+            or task.status.state is TaskState.COMPLETE
+            or unix_ns(task.created_at) > until_ns
+        )
+    ]
+
+
+def is_candidate(node: Node, service: Service) -> bool:
+    """Whether the present run of a global job has a task on ``node``: it existed when the run was asked for."""
+    asked_at = service.job_status.last_execution if service.job_status is not None else None
+    constraints = (service.spec.task_template.placement or Placement()).constraints
+    return (
+        node.spec.availability is Availability.ACTIVE
+        and node.status.state is NodeState.READY
+        and is_satisfied(constraints, node)
+        and (asked_at is None or unix_ns(node.created_at) < unix_ns(asked_at))
+    )
+
+
+def _slots(view: View, service: Service) -> dict[int | str, list[Task]]:
+    slots: dict[int | str, list[Task]] = {}
+    for task in of_present_run(service, view.find(Task, service_id=service.id)):
+        slots.setdefault(task.slot or task.node_id, []).append(task)
+    return slots
+
+
+def _is_done(slot: Iterable[Task]) -> bool:
+    return any(task.status.state is TaskState.COMPLETE for task in slot)
+
+
+def _is_active(slot: Iterable[Task]) -> bool:
+    return any(task.is_active for task in slot)

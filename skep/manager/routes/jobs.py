@@ -1,0 +1,55 @@
+"""``/skep/jobs``, ``/skep/services/{id}/run`` and ``/retry``: jobs with their schedules.  Ours, not Docker's."""
+
+import asyncio
+
+from aiohttp import web
+
+from skep.api.server import Routes, json_list_response, json_response
+from skep.errors import InvalidArgument
+from skep.manager.control import jobs as control
+from skep.manager.job_listing import Job, shown_job
+from skep.manager.routes.access import current_view, manager_of
+from skep.model.schedules import JOB_MODES
+from skep.model.service import Service
+
+routes = Routes()
+
+_PIECE = 50
+"""Jobs before the event loop gets control."""
+
+
+@routes.get("/skep/jobs")
+async def list_jobs(request: web.Request) -> web.StreamResponse:
+    """Every job, in order of id, with its last and next run."""
+    view = await current_view(request)
+    ids = [service.id for service in view.find(Service) if service.spec.mode.name in JOB_MODES]
+    jobs: list[Job] = []
+    for number, id in enumerate(ids):
+        service = view.lookup(Service, id)
+        if service is not None and service.removed_at is None:
+            jobs.append(shown_job(view, service))
+        if number % _PIECE == _PIECE - 1:
+            await asyncio.sleep(0)
+            view = manager_of(request).store.view()
+    return json_list_response(jobs)
+
+
+@routes.post("/skep/services/{id}/run")
+async def run_job(request: web.Request) -> web.StreamResponse:
+    """Start the next run of a job now; with ``replace`` even if the present one is still going."""
+    manager = manager_of(request)
+    word = request.query.get("replace", "false")
+    if word not in ("true", "false"):
+        raise InvalidArgument(f"invalid replace {word!r}: want true or false")
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    changed = await manager.update(control.run_job, service.id, now=manager.now(), replaces=word == "true")
+    return json_response(shown_job(manager.store.view(), changed))
+
+
+@routes.post("/skep/services/{id}/retry")
+async def retry_job(request: web.Request) -> web.StreamResponse:
+    """Start again what has failed of the present run of a job."""
+    manager = manager_of(request)
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    changed = await manager.update(control.retry_job, service.id)
+    return json_response(shown_job(manager.store.view(), changed))

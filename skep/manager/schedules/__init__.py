@@ -1,0 +1,1 @@
+"""Scheduled jobs: the leader starts their runs when they are due."""
