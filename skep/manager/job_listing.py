@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from skep.errors import InvalidArgument
-from skep.manager.job_runs import is_going, outcome
+from skep.manager.job_runs import RUNNING, is_going, outcome, past_starts
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
 from skep.model.schedules import CRON, CRON_SUSPEND, CRON_TIME_ZONE, parsed_schedule, schedule_of
@@ -11,8 +11,8 @@ from skep.model.service import JobStart, JobStatus, Service
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import View
 
-WAITING, RUNNING = "waiting", "running"
-"""States of a job beside the outcomes of its last run."""
+WAITING = "waiting"
+"""State of a job without a run, beside the outcomes of its last one."""
 
 
 class Job(ApiObject):
@@ -55,7 +55,7 @@ def shown_job(view: View, service: Service) -> Job:
         last_run=status.last_execution,
         next_run=next_run(service),
         note=note(service),
-        starts=status.schedule.starts if status.schedule is not None else (),
+        starts=past_starts(view, service),
     )
 
 

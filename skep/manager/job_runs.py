@@ -28,8 +28,8 @@ from skep.model.times import Timestamp, unix_ns
 from skep.store.interface import View
 from skep.store.kinds import as_run, has_unreadable_run
 
-COMPLETED, FAILED, STOPPED = "completed", "failed", "stopped"
-"""Outcomes of a run.  Stopped is one that was still going when another one began."""
+COMPLETED, FAILED, STOPPED, RUNNING = "completed", "failed", "stopped", "running"
+"""Outcomes of a run.  Stopped is one that was still going when another one began; running is never stored."""
 
 
 def first_job(spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
@@ -68,7 +68,7 @@ def started(view: View, service: Service, schedule: ScheduleStatus, start: JobSt
     """The status of job ``service`` when its next run begins, with the outcome of the one before."""
     assert service.job_status is not None, "of jobs only"
     iteration = _next(service.job_status)
-    starts = [_with_outcome(one, view, service) for one in schedule.starts]
+    starts = [_with_outcome(one, view, service, going=STOPPED) for one in schedule.starts]
     starts.append(replace(start, iteration=iteration))
     return JobStatus(
         job_iteration=iteration,
@@ -87,10 +87,18 @@ def _next(job: JobStatus) -> Version:
     return Version(index=job.job_iteration.index + (not job.awaits_first_run))
 
 
-def _with_outcome(start: JobStart, view: View, service: Service) -> JobStart:
+def past_starts(view: View, service: Service) -> tuple[JobStart, ...]:
+    """Decisions about a job with a schedule, the oldest first, with what became of their runs until now."""
+    job = service.job_status
+    if job is None or job.schedule is None:
+        return ()
+    return tuple(_with_outcome(one, view, service, going=RUNNING) for one in job.schedule.starts)
+
+
+def _with_outcome(start: JobStart, view: View, service: Service, *, going: str) -> JobStart:
     job = service.job_status
     is_last = job is not None and start.iteration == job.job_iteration and not start.skipped
-    return replace(start, outcome=outcome(view, service) or STOPPED) if is_last else start
+    return replace(start, outcome=outcome(view, service) or going) if is_last else start
 
 
 def outcome(view: View, service: Service) -> str:

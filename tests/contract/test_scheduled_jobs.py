@@ -17,7 +17,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.manager.job_runs import COMPLETED, FAILED, STOPPED
+from skep.manager.job_runs import COMPLETED, FAILED, RUNNING, STOPPED, past_starts
 from skep.manager.schedules.loop import RESTORED, SCHEDULES_ID, Restored, Schedules, note_incarnation
 from skep.model.ids import new_id
 from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND
@@ -157,6 +157,8 @@ async def test_a_run_that_is_still_going_forbids_the_next_one_or_is_replaced(sto
     assert status(store, forbids).job_iteration.index == 0
     assert [one.outcome for one in starts(store, replaces)] == [STOPPED, ""]
     assert status(store, replaces).job_iteration.index == 1
+    shown = past_starts(store.view(), store.view().get(Service, replaces))
+    assert [one.outcome for one in shown] == [STOPPED, RUNNING]
 
 
 async def test_the_next_run_notes_how_the_one_before_has_ended(store: Store) -> None:
@@ -169,6 +171,10 @@ async def test_the_next_run_notes_how_the_one_before_has_ended(store: Store) -> 
         await end(store, bad, TaskState.FAILED)
     assert [one.outcome for one in starts(store, good)] == [COMPLETED, ""]
     assert [one.outcome for one in starts(store, bad)] == [FAILED, ""]
+    assert [one.outcome for one in past_starts(store.view(), store.view().get(Service, bad))] == [
+        FAILED,
+        FAILED,
+    ]
 
 
 async def test_a_restored_cluster_repeats_nothing_that_may_have_run(store: Store) -> None:

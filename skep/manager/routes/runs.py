@@ -10,6 +10,7 @@ from skep.api.errors import Untranslated
 from skep.api.server import Routes, json_response
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.job_listing import schedule_words
+from skep.manager.job_runs import past_starts
 from skep.manager.logbroker.selection import KEPT, KEPT_HEAD
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.logs import closing
@@ -71,14 +72,14 @@ async def list_runs(request: web.Request) -> web.StreamResponse:
     service = view.resolve(Service, request.match_info["id"])
     tasks = [task for task in view.find(Task, service_id=service.id) if task.status.state.is_terminal]
     tasks = sorted(tasks, key=lambda task: (task.status.timestamp, task.id))[-RUNS_MAX:]
+    starts = past_starts(view, service)
     lines: dict[TaskId, deque[str]] = {task.id: deque(maxlen=tail) for task in tasks}
     incomplete = await _collect(request, lines, tail) if tail and tasks else ""
-    job = service.job_status
     return json_response(
         Runs(
             runs=tuple(_run(task, tuple(lines[task.id])) for task in tasks),
             schedule=schedule_words(service),
-            starts=job.schedule.starts if job is not None and job.schedule is not None else (),
+            starts=starts,
             incomplete=incomplete,
         )
     )
