@@ -109,7 +109,7 @@ WITHOUT_WORDS: dict[type, dict[str, Any]] = {
         "cut_off": (),
     },
     ManagerStatus: {"has_vote": True, "level": 0, "peer_addr": ""},
-    Task: {"restart": None},
+    Task: {"restart": None, "preemption": None},
     TaskStatus: {"end": None},
     NodeCertificate: {
         "not_after": Timestamp(""),
