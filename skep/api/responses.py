@@ -110,7 +110,10 @@ async def _known_pieces(
 
 
 class ChunkedResponse:
-    """A response that is sent in pieces while its context is open.  ``response``: what the handler returns then."""
+    """A response that is sent in pieces, from ``begin`` on or while its context is open.
+
+    ``response``: what the handler returns then.
+    """
 
     def __init__(self, request: web.Request, status: int = 200, content_type: str | None = None) -> None:
         self._request = request
@@ -118,9 +121,13 @@ class ChunkedResponse:
         if content_type is not None:
             self.response.headers["Content-Type"] = content_type
 
-    async def __aenter__(self) -> Self:
+    async def begin(self) -> None:
+        """Send the head."""
         self.response.enable_chunked_encoding()
         await self.response.prepare(self._request)
+
+    async def __aenter__(self) -> Self:
+        await self.begin()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -13,11 +13,12 @@ from typing import Any, Protocol, cast
 import msgspec
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.filters import Filters
 from skep.engine.events import Events
 from skep.engine.images.local import ImageEvent
-from skep.errors import ResourceExhausted, SkepError
+from skep.errors import ResourceExhausted, SkepError, Unavailable
 from skep.model.times import SECOND_NS
 
 log = structlog.get_logger()
@@ -28,6 +29,10 @@ BEHIND_MAX = 1024
 READERS_MAX = 256
 READER = "X-Skep-Reader"
 """A header of requests that are answered for a container that may only read."""
+SUBSCRIBE_S = 5.0
+"""For a manager or an engine to begin its stream, before a client's begins without it."""
+AGAIN_S_MAX = 15.0
+"""Between attempts at a source that does not answer."""
 PROGRESS_S = 10.0
 """Between two messages that give the cursor of a stream in which nothing happens."""
 
@@ -130,18 +135,28 @@ class NodeEvents:
             self._readers.discard(reader)
 
     async def stream(
-        self, request: EventRequest, sources: Sequence[EventLines], send: Callable[[Message], Awaitable[None]]
+        self,
+        request: EventRequest,
+        sources: Sequence[EventLines],
+        begin: Callable[[], Awaitable[None]],
+        send: Callable[[Message], Awaitable[None]],
     ) -> None:
         """Send the requested past events, then new ones, until the requested end.
 
+        A stream without an end also ends with that of a source: events of that one would be missing in it.  A source
+        that does not answer is asked again, for what has happened since the stream began.
+
         Args:
             sources: of further events: the manager of this node, the Docker Engine.
+            begin: sends the head of the response.  By then each source is read, or has failed, or took
+                ``SUBSCRIBE_S``: a client that has the head misses nothing of what happens next.
 
-        Raises: what ``send`` raises; ResourceExhausted: too many clients.
+        Raises: what ``begin`` and ``send`` raise; ResourceExhausted: too many clients.
         """
         with self._reading() as reader:
             past = [message for message in self._past if _is_wanted_past(message, request)]
             if request.until_ns is not None and request.until_ns <= self.clock.now_ns():
+                await begin()
                 for source in sources:
                     past += await _past_of(source, request)
                 for message in sorted(past, key=lambda one: int(one["timeNano"])):
@@ -149,14 +164,20 @@ class NodeEvents:
                 return
             try:
                 async with asyncio.TaskGroup() as group:
+                    followed = [_Source(source, request, reader, self.clock) for source in sources]
                     helpers = [
-                        group.create_task(_follow(source, request, reader), name="events of another source")
-                        for source in sources
+                        group.create_task(source.follow(), name="events of another source")
+                        for source in followed
                     ]
                     if request.until_ns is not None:
                         helpers.append(
                             group.create_task(self._end_at(request.until_ns, reader), name="end of events")
                         )
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(SUBSCRIBE_S):
+                            for one in followed:
+                                await one.was_asked.wait()
+                    await begin()
                     for message in past:
                         await send(message)
                     while (upcoming := await reader.next()) is not None:
@@ -313,14 +334,42 @@ async def _past_of(source: EventLines, request: EventRequest) -> list[Message]:
     return found
 
 
-async def _follow(source: EventLines, request: EventRequest, reader: Reader) -> None:
-    """Pass the events of another source on; its end does not end the stream."""
-    try:
-        async with source.lines("/events", request.query) as lines:
-            async for line in lines:
-                reader.offer(_decoded(line))
-    except (SkepError, msgspec.DecodeError) as error:
-        log.info("events of another source ended", reason=str(error))
+class _Source:
+    """A source of a client's stream.  ``was_asked``: it is read, or has failed once."""
+
+    def __init__(self, lines: EventLines, request: EventRequest, reader: Reader, clock: Clock) -> None:
+        self._lines = lines
+        self._request = request
+        self._reader = reader
+        self._clock = clock
+        self.was_asked = asyncio.Event()
+
+    async def follow(self) -> None:
+        """Pass its events on until it ends or refuses.  It is asked again for as long as it does not answer."""
+        backoff = Backoff(0.5, AGAIN_S_MAX)
+        query, now_ns = self._request.query, self._clock.now_ns()
+        later = {"since": f"{now_ns // SECOND_NS}.{now_ns % SECOND_NS:09}", **query}
+        while not await self._is_over(query):
+            query = later
+            await backoff.sleep(self._clock)
+
+    async def _is_over(self, query: Mapping[str, str]) -> bool:
+        is_read = False
+        try:
+            async with self._lines.lines("/events", query) as lines:
+                is_read = True
+                self.was_asked.set()
+                async for line in lines:
+                    self._reader.offer(_decoded(line))
+        except (SkepError, msgspec.DecodeError) as error:
+            if is_read or not self.was_asked.is_set():
+                log.info("events of another source ended", reason=str(error))
+            if not is_read:
+                self.was_asked.set()
+                return not isinstance(error, Unavailable)
+        if self._request.until_ns is None:
+            self._reader.offer(None)
+        return True
 
 
 class _Actor(msgspec.Struct):

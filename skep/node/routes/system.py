@@ -5,7 +5,8 @@ Source: moby 20.10, api/server/router/system/system_routes.go.
 
 import hashlib
 from base64 import b32encode
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,21 @@ class NodeSystem:
         shown["Plugins"]["Volume"] += volume_drivers(self._engine)
         return shown
 
-    async def stream_events(self, request: EventRequest, send: Callable[[Message], Awaitable[None]]) -> None:
-        """Events of this node, of its manager, and of the Docker Engine."""
-        sources: list[EventLines] = [self.reads.own if self._membership.is_manager else self.reads]
+    async def stream_events(
+        self,
+        request: EventRequest,
+        begin: Callable[[], Awaitable[None]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        """Events of this node, of its manager, and of the Docker Engine.  Arguments as of ``NodeEvents.stream``."""
+        sources: list[EventLines] = [self]
         if self._docker is not None:
             sources.append(self._docker.api)
-        await self._events.stream(request, sources, send)
+        await self._events.stream(request, sources, begin, send)
+
+    def lines(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The lines of a response of this node's manager, or where it has none, of the one of its session."""
+        return (self.reads.own if self._membership.is_manager else self.reads).lines(path, query)
 
     async def read_cluster(self, request: web.Request) -> web.StreamResponse:
         """What a manager answers to a request of a worker's client.
@@ -218,12 +228,12 @@ async def stream_events(system: NodeSystem, request: web.Request) -> web.StreamR
     """Events of this node and of the cluster, one JSON object per line, each sent at once."""
     since, until = period_of(request)
     wanted = EventRequest(since, until, Filters.of(request), dict(request.query))
-    async with JsonLines(request) as lines:
+    lines = JsonLines(request)
 
-        async def send(message: Message) -> None:
-            await lines.send(without_commands(message) if READER in request.headers else message)
+    async def send(message: Message) -> None:
+        await lines.send(without_commands(message) if READER in request.headers else message)
 
-        await system.stream_events(wanted, send)
+    await system.stream_events(wanted, lines.begin, send)
     return lines.response
 
 

@@ -1,5 +1,6 @@
-"""Which events of the node a client's filters take."""
+"""Events of a node: which ones a client's filters take, and streams with those of others."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -8,6 +9,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.api.filters import Filters
+from skep.errors import PermissionDenied, SkepError, Unavailable
 from skep.node.events import (
     EventRequest,
     Message,
@@ -98,6 +100,10 @@ class Source:
         yield each()
 
 
+async def nothing() -> None:
+    pass
+
+
 async def seen(events: NodeEvents, *sources: Source) -> list[str]:
     """The actions of all that happened until now."""
     messages: list[Message] = []
@@ -106,7 +112,7 @@ async def seen(events: NodeEvents, *sources: Source) -> list[str]:
         messages.append(message)
 
     requested = EventRequest(since_ns=0, until_ns=SystemClock().now_ns(), filters=Filters({}), query={})
-    await events.stream(requested, sources, send)
+    await events.stream(requested, sources, nothing, send)
     return [message["Action"] for message in messages]
 
 
@@ -123,6 +129,100 @@ async def test_what_others_send_and_is_no_event_costs_their_share_only(line: byt
     events = NodeEvents(SystemClock())
     events.publish("container", "start", "c1", {}, 1)
     assert await seen(events, Source(line)) == ["start"]
+
+
+class Slow(Source):
+    """A source that begins when the test says so, or fails once before, and ends when the test says so."""
+
+    def __init__(self, *lines: bytes, error: SkepError | None = None) -> None:
+        super().__init__(*lines)
+        self._error = error
+        self.may_begin, self.may_end = asyncio.Event(), asyncio.Event()
+        self.queries: list[Mapping[str, str]] = []
+        self.was_asked = asyncio.Event()
+
+    @asynccontextmanager
+    async def lines(self, path: str, query: Mapping[str, str]) -> AsyncIterator[AsyncIterator[bytes]]:
+        self.queries.append(query)
+        self.was_asked.set()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        await self.may_begin.wait()
+
+        async def each() -> AsyncIterator[bytes]:
+            for line in self._lines:
+                yield line
+            await self.may_end.wait()
+
+        yield each()
+
+
+class PausedClock(SystemClock):
+    """``sleep`` lasts until the test says so."""
+
+    def __init__(self) -> None:
+        self.sleeps, self.is_later = 0, asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.sleeps += 1
+        await self.is_later.wait()
+
+
+class Stream:
+    """A client's endless stream with what it got."""
+
+    def __init__(self, clock: SystemClock, source: Source) -> None:
+        self.got: asyncio.Queue[str] = asyncio.Queue()
+        requested = EventRequest(since_ns=None, until_ns=None, filters=Filters({}), query={"filters": "{}"})
+        self.task = asyncio.create_task(
+            NodeEvents(clock).stream(requested, [source], self._begin, self._send)
+        )
+
+    async def _begin(self) -> None:
+        await self.got.put("head")
+
+    async def _send(self, message: Message) -> None:
+        await self.got.put(message["Action"])
+
+
+CREATED = msgspec.json.encode(message_of("service", "create", "s", {}, 2) | {"scope": "swarm"})
+
+
+async def test_a_stream_begins_when_its_sources_are_read_and_ends_with_them() -> None:
+    source = Slow(CREATED)
+    stream = Stream(SystemClock(), source)
+    await source.was_asked.wait()
+    await asyncio.sleep(0)
+    assert stream.got.empty()
+    source.may_begin.set()
+    assert [await stream.got.get(), await stream.got.get()] == ["head", "create"]
+    assert not stream.task.done()
+    source.may_end.set()
+    await stream.task
+
+
+async def test_a_source_that_does_not_answer_is_asked_again_for_what_was_missed() -> None:
+    clock, source = PausedClock(), Slow(CREATED, error=Unavailable("it starts"))
+    source.may_begin.set()
+    stream = Stream(clock, source)
+    before_s = clock.now_ns() / 1e9
+    assert await stream.got.get() == "head"
+    clock.is_later.set()
+    assert await stream.got.get() == "create"
+    assert "since" not in source.queries[0]
+    assert before_s - 1 <= float(source.queries[1]["since"]) <= clock.now_ns() / 1e9
+    source.may_end.set()
+    await stream.task
+
+
+async def test_a_source_that_refuses_is_not_asked_again() -> None:
+    clock, source = PausedClock(), Slow(error=PermissionDenied("not for clients of workers"))
+    stream = Stream(clock, source)
+    assert await stream.got.get() == "head"
+    assert clock.sleeps == 0
+    assert not stream.task.done()
+    stream.task.cancel()
 
 
 def test_events_for_those_who_only_read_have_no_commands() -> None:
