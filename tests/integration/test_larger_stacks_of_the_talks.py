@@ -1,8 +1,4 @@
-"""The talks' larger stacks, by the docker command: logs of every node collected, RabbitMQ behind HAProxy under load.
-
-The images are small ones of the distribution's programs under the names in the files: rsyslog in place of Fluentd and
-Elasticsearch, busybox's web server in place of Kibana and of the applications; RabbitMQ and HAProxy are themselves.
-"""
+"""The talks' larger stacks, by the docker command: logs of every node collected, RabbitMQ behind HAProxy under load."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.playground.archive import Directory, File
+from tests.support.lab import efk_images, shop_images
 from tests.support.playground_rig import (
     SKEP,
     TestCluster,
@@ -23,7 +19,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
-from tests.support.stand_ins import image, load, script
+from tests.support.stand_ins import load
 from tests.support.talks import deploy, fetched
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -110,31 +106,8 @@ template(name="shipped" type="string" string="<14>1 - {{.Node.Hostname}} %app-na
 action(type="omfwd" target="elasticsearch" port="9300" protocol="tcp" template="shipped"
        queue.type="LinkedList" action.resumeRetryCount="-1" action.resumeInterval="1")
 """
-STORE = """\
-(exec httpd -f -p 9200 -h /usr/share/elasticsearch/data) &
-exec rsyslogd -n -iNONE -f /etc/rsyslog.conf
-"""
-SHIPPER = "exec rsyslogd -n -iNONE -f /etc/rsyslog.conf\n"
-BEAT = """\
-api() { curl -s -N --unix-socket /var/run/docker.sock "http://docker/v1.41$1"; }
-follow() {
-    api "/containers/$1/logs?stdout=1&follow=1" | while read -r line; do
-        case $line in *report*) echo "<14>1 - $(hostname) $1 - - - report${line#*report}" ;; esac
-    done | nc elasticsearch 9300
-}
-while sleep 0.5; do
-    for id in $(api /containers/json | grep -o '"Id":"[0-9a-f]*"' | cut -d '"' -f 4); do
-        [ -e "/tmp/$id" ] || { : >"/tmp/$id"; (follow "$id"; rm "/tmp/$id") & }
-    done
-done
-"""
-SEARCH = """\
-printf 'Content-Type: text/plain\\r\\n\\r\\n'
-wget -q -O - "$ELASTICSEARCH_HOSTS/index" | grep "$QUERY_STRING"
-"""
 SHIPPED = ("fluentd", "filebeat", "app", "batch")
 """One on each node."""
-KIBANA = "exec httpd -f -p 5601 -h /w\n"
 
 RABBITS = """\
 version: "3.8"
@@ -213,42 +186,10 @@ listen amqp
     server rabbit2 rabbit2:5672
     server rabbit3 rabbit3:5672
 """
-RABBIT = """\
-export HOME=/var/lib/rabbitmq PATH=/usr/lib/erlang/bin:$PATH RABBITMQ_LOGS=-
-export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="+S 1:1 +sbwt none"
-mkdir -p $HOME && cd $HOME && rm -f .erlang.cookie && cp /run/secrets/cookie .erlang.cookie && chmod 400 .erlang.cookie
-exec /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server
-"""
-ERLANG = "base crypto asn1 eldap inets mnesia os-mon parsetools public-key runtime-tools ssl syntax-tools tools xmerl"
 CLUSTER_MEMBERS = """\
 HOME=/var/lib/rabbitmq /usr/lib/erlang/bin/erl -noinput -hidden -sname look$$ -eval "
     Others = rpc:call('rabbit@$(hostname)', erlang, nodes, []),
     [io:format(\\"~s~n\\", [Name]) || Name <- ['rabbit@$(hostname)' | Others]], halt()."
-"""
-ORDERS = "exec httpd -f -p 5000 -h /w\n"
-ORDER = """\
-if amqp-publish -s haproxy -p -r orders -b "$QUERY_STRING" >/dev/null 2>&1; then
-    printf 'Content-Type: text/plain\\r\\n\\r\\naccepted\\n'
-else
-    printf 'Status: 502 Bad Gateway\\r\\n\\r\\n'
-fi
-"""
-INVOICES = """\
-(while ! amqp-declare-queue -s rabbit1 -d -q orders; do sleep 0.5; done
-: >/w/orders
-while :; do amqp-consume -s haproxy -q orders -- sh -c 'cat; echo' >>/w/orders; sleep 0.5; done) &
-exec httpd -f -p 8080 -h /w
-"""
-CLIENTS = """\
-: >/tmp/accepted; : >/tmp/refused; i=0
-while :; do
-    i=$((i+1))
-    if timeout 50 wget -q -O /dev/null "http://orders:5000/cgi-bin/order?$(hostname)-$i"; then
-        echo "$(hostname)-$i" >>/tmp/accepted
-    else
-        echo "$(hostname)-$i" >>/tmp/refused; sleep 0.1
-    fi
-done
 """
 
 
@@ -283,17 +224,7 @@ def node_of(cluster: TestCluster, service: str) -> TestNode:
 
 def test_logs_of_every_node_are_collected(three: TestCluster, m1: TestNode, tmp_path: Path) -> None:
     """By a log driver that sends to a shipper, and by a shipper that reads the API's socket."""
-    rsyslog = (["rsyslog"], ["usr/sbin/rsyslogd", "usr/lib/*/rsyslog"])
-    index = {"usr/share/elasticsearch/data/index": File(b"")}
-    search = {"w/cgi-bin/search": script(SEARCH)}
-    load(
-        m1,
-        tmp_path,
-        image(["elasticsearch:7.17.0"], index | {"bin/e": script(STORE)}, ["/bin/e"], *rsyslog),
-        image(["fluent/fluentd:v1.14"], {"bin/f": script(SHIPPER)}, ["/bin/f"], *rsyslog),
-        image(["elastic/filebeat:7.17.0"], {"bin/b": script(BEAT)}, ["/bin/b"], ["curl"], ["usr/bin/curl"]),
-        image(["kibana:7.17.0"], search | {"bin/k": script(KIBANA)}, ["/bin/k"]),
-    )
+    load(m1, tmp_path, *efk_images())
     (tmp_path / "elasticsearch.conf").write_text(ELASTICSEARCH)
     (tmp_path / "fluentd.conf").write_text(FLUENTD)
     subprocess.run([SKEP, "--host", m1.socket, "cluster", "allow", "api-inspect"], check=True, timeout=60)
@@ -346,36 +277,7 @@ def test_orders_go_through_haproxy_to_rabbitmq_under_load(
     three: TestCluster, m1: TestNode, tmp_path: Path
 ) -> None:
     """A broker on each node, the applications scaled out and in, then a broker killed."""
-    erlang = [f"erlang-{name}" for name in ERLANG.split()]
-    tools = (["amqp-tools"], ["usr/bin/amqp-*"])
-    load(
-        m1,
-        tmp_path,
-        image(
-            ["rabbitmq:3-management"],
-            {"bin/rabbit": script(RABBIT)},
-            ["/bin/rabbit"],
-            ["rabbitmq-server", *erlang],
-            ["usr/lib/erlang", "usr/lib/rabbitmq"],
-        ),
-        image(
-            ["haproxy:2.6"],
-            {},
-            ["haproxy", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"],
-            ["haproxy"],
-            ["usr/sbin/haproxy"],
-        ),
-        image(
-            ["shop/orders-python:latest"],
-            {"bin/o": script(ORDERS), "w/cgi-bin/order": script(ORDER)},
-            ["/bin/o"],
-            *tools,
-        ),
-        image(
-            ["shop/invoices-spring:latest"], {"w": Directory(), "bin/i": script(INVOICES)}, ["/bin/i"], *tools
-        ),
-        image(["shop/clients:latest"], {"bin/c": script(CLIENTS)}, ["/bin/c"]),
-    )
+    load(m1, tmp_path, *shop_images())
     (tmp_path / "rabbitmq.conf").write_text(RABBITMQ)
     (tmp_path / "haproxy.cfg").write_text(HAPROXY)
     (tmp_path / "cookie").write_text("erlang")

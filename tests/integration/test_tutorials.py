@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.documents import ROOT, shell_blocks
+from tests.support.lab import efk_images, shop_images
 from tests.support.playground_rig import SKEP
 from tests.support.plugins import plugin
 from tests.support.registry_rig import registry_image
@@ -27,6 +28,13 @@ def _a_registry(directory: Path) -> dict[str, str]:
     return {}
 
 
+def _the_lab(directory: Path) -> dict[str, str]:
+    for name, images in (("efk", efk_images()), ("shop", shop_images())):
+        for image in images:
+            (directory / f"{name}-{image.image_id[-12:]}.tar").write_bytes(image.data)
+    return {}
+
+
 def _ansible(directory: Path) -> dict[str, str]:
     """Its command and collection of this checkout, as a user's would be installed."""
     (directory / "bin/ansible-playbook").symlink_to(Path(sys.executable).with_name("ansible-playbook"))
@@ -38,6 +46,7 @@ def _ansible(directory: Path) -> dict[str, str]:
 
 PREPARED: dict[str, Callable[[Path], dict[str, str]]] = {
     "registry.md": _a_registry,
+    "lab.md": _the_lab,
     "ansible.md": _ansible,
 }
 """What pages say is there beforehand: files, and variables of the environment."""
