@@ -131,3 +131,8 @@ def _numbers(ranges: str) -> Iterator[int]:
         first, _, last = part.partition("-")
         if first.isdecimal() and (last or first).isdecimal():
             yield from range(int(first), int(last or first) + 1)
+
+
+def processors() -> int:
+    """Those that this process may run on, as Docker counts them."""
+    return len(os.sched_getaffinity(0))

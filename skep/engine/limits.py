@@ -20,6 +20,19 @@ _THROTTLES: Final = {
 }
 
 
+def check_cpus(nano_cpus: int, available: int) -> None:
+    """Refuse a limit of more processors than there are.  Raises: InvalidArgument, in Docker's words.
+
+    Limits of tasks are not refused: a service may run on larger nodes and on this one, where it has no limit then.
+
+    Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerResources).
+    """
+    if nano_cpus > available * 1_000_000_000:
+        raise InvalidArgument(
+            f"Range of CPUs is from 0.01 to {available}.00, as there are only {available} CPUs available"
+        )
+
+
 def nano_cpus_of(quota_us: int, period_us: int) -> int:
     """Billionths of a processor that a quota in a period is.  ``period_us``: 0 is the kernel's."""
     return quota_us * 1_000_000_000 // (period_us or CPU_PERIOD_US)

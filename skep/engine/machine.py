@@ -139,6 +139,7 @@ def check(options: MachineOptions, memory_bytes: int) -> None:
         for path in (device.path_on_host, device.path_in_container or device.path_on_host):
             if not path.startswith("/"):
                 raise InvalidArgument(f"{path} is not an absolute path")
+            _check_zero(path)
     if "" in options.annotations:
         raise InvalidArgument("invalid Annotations: the empty string is not permitted as an annotation key")
 
@@ -215,10 +216,18 @@ def _check_memory(options: MachineOptions, memory_bytes: int) -> None:
 
 
 def _check_block_io(options: MachineOptions) -> None:
+    for weighted in options.blkio_weight_device:
+        _check_zero(weighted.path)
     for weight in (options.blkio_weight, *(one.weight for one in options.blkio_weight_device)):
         if weight and not 10 <= weight <= 1000:
             raise InvalidArgument("Range of blkio weight is from 10 to 1000")
     for devices in options.throttles.values():
         for device in devices:
+            _check_zero(device.path)
             if device.rate < 0:
                 raise InvalidArgument(f"invalid rate for device: {device.path}:{device.rate}")
+
+
+def _check_zero(path: str) -> None:
+    if "\0" in path:
+        raise InvalidArgument(f"invalid path {path!r}: it has a zero byte")

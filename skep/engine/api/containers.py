@@ -34,6 +34,7 @@ from skep.engine.api.exec import exec_routes
 from skep.engine.api.files import file_routes
 from skep.engine.api.pruning import is_prunable
 from skep.engine.api.queries import integer
+from skep.engine.capacity import processors
 from skep.engine.container import Container, ContainerState, NotRunning, WaitCondition
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
@@ -41,7 +42,7 @@ from skep.engine.image_mounts import images_of
 from skep.engine.images.pulling import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
-from skep.engine.limits import nano_cpus_of
+from skep.engine.limits import check_cpus, nano_cpus_of
 from skep.engine.request import read_create
 from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.encoding import ApiObject
@@ -350,4 +351,5 @@ def _limits(container: Container, limits: Limits) -> dict[str, int]:
         raise InvalidArgument("invalid limit: it must not be negative")
     if 0 < (limits.memory or 0) < MEMORY_BYTES_MIN:
         raise InvalidArgument("Minimum memory limit allowed is 6MB")
+    check_cpus(limits.nano_cpus or 0, processors())
     return found

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from skep.engine.container import ContainerConfig
-from skep.engine.limits import block_io, resources
+from skep.engine.limits import block_io, check_cpus, resources
 from skep.engine.machine import MachineOptions, ThrottleDevice, WeightDevice, check, device_rule, numbers
 from skep.errors import InvalidArgument
 from tests.unit.engine.test_specification import ALL_CAPACITY
@@ -29,6 +29,14 @@ def limits(capacity: Any = V1, memory_bytes: int = 0, **options: Any) -> tuple[d
     warnings: list[str] = []
     config = ContainerConfig(path="true", memory_bytes=memory_bytes, machine=MachineOptions(**options))
     return resources(config, capacity, warnings), warnings
+
+
+def test_no_more_processors_than_there_are() -> None:
+    check_cpus(2_000_000_000, 2)
+    with pytest.raises(
+        InvalidArgument, match=r"^Range of CPUs is from 0.01 to 2.00, as there are only 2 CPUs available$"
+    ):
+        check_cpus(2_010_000_000, 2)
 
 
 def test_limits_are_passed_on_with_dockers_default_of_swap() -> None:
