@@ -11,12 +11,19 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.manager.control.jobs import run_job
+from skep.manager.control.services import create_service
 from skep.manager.scheduler.loop import Scheduler
-from skep.model.service import ReplicatedService, Resources, Service, ServiceMode
+from skep.manager.schedules.loop import Schedules
+from skep.model.ids import new_id
+from skep.model.schedules import CRON
+from skep.model.service import ReplicatedJob, ReplicatedService, Resources, Service, ServiceMode
 from skep.model.task import Task, TaskState
-from skep.store.interface import LoopStore, Object, Transaction
+from skep.model.times import timestamp
+from skep.store.interface import Commit, LoopStore, Object, Transaction
+from skep.store.level import SCHEDULES
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_node, a_service, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.control_loops import leading, wait_for
 
 NODES, REPLICAS = 20, 10
@@ -75,6 +82,54 @@ async def calls_for_a_change(services: int) -> int:
 async def test_a_change_costs_the_same_in_a_cluster_ten_times_as_large() -> None:
     small, large = await calls_for_a_change(10), await calls_for_a_change(100)
     assert large < 1.2 * small, f"{small} calls among 10 services, {large} among 100"
+
+
+async def calls_for_a_run(jobs: int) -> int:
+    """Function calls from the request for a run of one scheduled job until its task has a node."""
+    store = MemoryStore(SystemClock())
+    await store.update_each(put, [a_node("n1", has=Resources(memory_bytes=1 << 40))])
+    await store.update(lambda tx: tx.raise_level(SCHEDULES))
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    specs = [
+        replace(a_service_spec(f"j{number:04}"), mode=mode, labels={CRON: "0 0 29 2 *"})
+        for number in range(jobs)
+    ]
+    now = timestamp(SystemClock().now_ns())
+    ids = [
+        (await store.update(create_service, spec, new_id=new_id, new_name=lambda: "", now=now)).id
+        for spec in specs
+    ]
+
+    async def run(id: str) -> None:
+        await store.update(run_job, id, now=timestamp(SystemClock().now_ns()), replaces=False)
+        await wait_for(store, lambda: any(task.node_id for task in store.view().find(Task, service_id=id)))
+
+    async with leading(store):
+        for id in ids[-2:]:
+            await run(id)
+        profile = cProfile.Profile()
+        profile.enable()
+        await run(ids[0])
+        profile.disable()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+async def test_a_run_costs_the_same_among_ten_times_as_many_scheduled_jobs() -> None:
+    few, many = await calls_for_a_run(10), await calls_for_a_run(100)
+    assert many < 1.2 * few, f"{few} calls among 10 jobs, {many} among 100"
+
+
+async def test_a_look_at_every_job_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong twin: a loop that looks at all jobs after each commit."""
+    real = Schedules._on_commit
+
+    def careful(self: Schedules, commit: Commit) -> None:
+        real(self, commit)
+        self._on_snapshot(self._term.view())
+
+    monkeypatch.setattr(Schedules, "_on_commit", careful)
+    few, many = await calls_for_a_run(10), await calls_for_a_run(100)
+    assert many > 1.2 * few
 
 
 async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
