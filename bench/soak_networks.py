@@ -116,11 +116,11 @@ def faults(nodes: list[tuple[Node, Engine]], services: Mapping[str, Service]) ->
         return "; ".join([*twice, *left, *gone])
     before = _drops(nodes, present)
     refused = _refused(nodes, present, services)
-    if refused:
-        return "; ".join(refused[:5]) + (f" and {len(refused) - 5} more" if len(refused) > 5 else "")
     risen = _drops(nodes, present)
     risen.subtract(before)
-    return "; ".join(f"{name} rose by {number}" for name, number in sorted(risen.items()) if number > 0)
+    drops = [f"{name} rose by {number}" for name, number in sorted(risen.items()) if number > 0]
+    more = [f"{len(refused) - 5} more"] if len(refused) > 5 else []
+    return "; ".join([*refused[:5], *more, *drops])
 
 
 # -- answers -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ DEADLINE_S = 120.0
 """Until a request is taken, and until what was asked for is there."""
 SERVICES_MAX = 8
 REPLICAS_MAX = 5
+TASKS_MAX = 20
+"""Of all services.  Each container has an entry for each other in a table of neighbours that all namespaces of a
+machine share, so all nodes of a playground.  It has 1,024 where it cannot be raised: some 30 containers fill it."""
 T = TypeVar("T")
 
 
@@ -93,16 +96,22 @@ class Users:
     def _create(self) -> str:
         if len(self.wanted) >= SERVICES_MAX:
             return self._remove_one()
-        name, replicas = f"s{self._steps}", self._random.randint(0, REPLICAS_MAX)
+        name = f"s{self._steps}"
+        replicas = self._replicas(name)
         self._patiently("POST", "/services/create", self._spec(name, replicas))
         self.wanted[name] = replicas
         return f"create {name} x {replicas}"
 
     def _scale(self) -> str:
-        name, replicas = self._any(), self._random.randint(0, REPLICAS_MAX)
+        name = self._any()
+        replicas = self._replicas(name)
         self._change(name, lambda spec: spec["Mode"]["Replicated"].update(Replicas=replicas))
         self.wanted[name] = replicas
         return f"scale {name} to {replicas}"
+
+    def _replicas(self, name: str) -> int:
+        others = sum(self.wanted.values()) - self.wanted.get(name, 0)
+        return min(self._random.randint(0, REPLICAS_MAX), TASKS_MAX - others)
 
     def _update(self) -> str:
         name, number = self._any(), self._steps

@@ -21,13 +21,13 @@ _THROTTLES: Final = {
 
 
 def check_cpus(nano_cpus: int, available: int) -> None:
-    """Refuse a limit of more processors than there are.  Raises: InvalidArgument, in Docker's words.
+    """Refuse a limit of more processors than there are, or of less than none.  Raises: InvalidArgument, in Docker's words.
 
     Limits of tasks are not refused: a service may run on larger nodes and on this one, where it has no limit then.
 
     Source: moby 20.10, daemon/daemon_unix.go (verifyPlatformContainerResources).
     """
-    if nano_cpus > available * 1_000_000_000:
+    if not 0 <= nano_cpus <= available * 1_000_000_000:
         raise InvalidArgument(
             f"Range of CPUs is from 0.01 to {available}.00, as there are only {available} CPUs available"
         )

@@ -33,10 +33,12 @@ def limits(capacity: Any = V1, memory_bytes: int = 0, **options: Any) -> tuple[d
 
 def test_no_more_processors_than_there_are() -> None:
     check_cpus(2_000_000_000, 2)
-    with pytest.raises(
-        InvalidArgument, match=r"^Range of CPUs is from 0.01 to 2.00, as there are only 2 CPUs available$"
-    ):
-        check_cpus(2_010_000_000, 2)
+    check_cpus(0, 2)
+    for wrong in (2_010_000_000, -1):
+        with pytest.raises(
+            InvalidArgument, match=r"^Range of CPUs is from 0.01 to 2.00, as there are only 2 CPUs available$"
+        ):
+            check_cpus(wrong, 2)
 
 
 def test_limits_are_passed_on_with_dockers_default_of_swap() -> None:
