@@ -21,7 +21,7 @@ _THROTTLES: Final = {
 
 
 def check_cpus(nano_cpus: int, available: int) -> None:
-    """Refuse a limit of more processors than there are, or of less than none.  Raises: InvalidArgument, in Docker's words.
+    """Refuse a limit of more processors than there are, or below 0.  Raises: InvalidArgument, in Docker's words.
 
     Limits of tasks are not refused: a service may run on larger nodes and on this one, where it has no limit then.
 
