@@ -107,11 +107,14 @@ async def calls_for_a_run(jobs: int) -> int:
     async with leading(store):
         for id in ids[-2:]:
             await run(id)
-        profile = cProfile.Profile()
-        profile.enable()
-        await run(ids[0])
-        profile.disable()
-    return sum(entry.callcount for entry in profile.getstats())
+        calls = []
+        for id in ids[:3]:
+            profile = cProfile.Profile()
+            profile.enable()
+            await run(id)
+            profile.disable()
+            calls.append(sum(entry.callcount for entry in profile.getstats()))
+    return min(calls)  # a round of another loop may have come between
 
 
 async def test_a_run_costs_the_same_among_ten_times_as_many_scheduled_jobs() -> None:
