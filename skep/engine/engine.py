@@ -34,7 +34,6 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.engine import create, image_mounts, logs, sharing, top
 from skep.engine.attachment import Attachment, attach
-from skep.engine.capacity import processors
 from skep.engine.conmon import resize_terminal
 from skep.engine.container import (
     Container,
@@ -53,7 +52,6 @@ from skep.engine.files import Files
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
-from skep.engine.limits import check_cpus
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.facts import with_attributes, with_tag
 from skep.engine.log_forwarding import LogForwarding
@@ -278,8 +276,6 @@ class Engine:
         chosen = _checked_name(name) if name else self._free_name()
         request = sharing.with_ids(request, chosen, self._store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
-        if plain is not None:
-            check_cpus(request.host_config.nano_cpus, processors())
         self._store.check_free(chosen)  # before any volume is made
         image = image or self.images.get(request.image)
         defaults = image.config.defaults

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from skep.engine.capacity import processors
+
 _SECOND_TO_NANO = 1_000_000_000
 
 
@@ -46,7 +48,7 @@ def this_machine() -> Machine:
         kernel=platform.release(),
         os_name=release.get("PRETTY_NAME", "Linux"),
         os_version=release.get("VERSION_ID", ""),
-        cpus=len(os.sched_getaffinity(0)),
+        cpus=processors(),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     )
 

@@ -100,6 +100,7 @@ def create_routes(engine: Engine) -> Routes:
 async def create_container(engine: Engine, request: web.Request) -> web.StreamResponse:
     """Create a plain container from the body of ``request``."""
     body = read_create(await read_body(request))
+    check_cpus(body.host_config.nano_cpus, processors())
     if platform := request.query.get("platform"):
         require_platform(engine.images.get(body.image), body.image, parse_platform(platform))
     container = await engine.create(body, name=request.query.get("name", ""))
