@@ -158,7 +158,7 @@ class Operators:
 
     def _manager_leaves(self) -> Coroutine[None, None, None] | None:
         managers = [id for id in self._cluster.managers if id not in self._cluster.nodes]
-        is_spare = len(self._cluster.managers) > 2 and self._keeps_managers()
+        is_spare = len(self._cluster.managers) > 2 and self._keeps_managers() and not self._has_left_voters()
         id = self._choose(managers, least=0) if is_spare else None
         return self.leave_manager(id) if id is not None else None
 
@@ -307,6 +307,13 @@ class Operators:
     def _keeps_managers(self) -> bool:
         """Whether no manager is changing: removing two at once may lose the quorum."""
         return not any(id in self._cluster.changing for id in self._cluster.managers)
+
+    def _has_left_voters(self) -> bool:
+        """Whether a manager that left still has a vote: if one more leaves so, the others may lose their quorum."""
+        return any(
+            member.is_voter and member.id not in self._cluster.managers
+            for member in self._cluster.raft.members.values()
+        )
 
     def _has_managers_enough(self) -> bool:
         coming = [id for id in self._cluster.changing if id not in self._cluster.managers]

@@ -157,7 +157,9 @@ class TasksAreSpread:
         lasting = Counter(one.node_id for one in staying if newest[one.slot] == one.id)
         unreadable = self._unreadable()
         nodes = [node.id for node in view.find(Node) if _takes_tasks(node) and node.id not in unreadable]
-        least = min((copies[id] for id in nodes), default=0)
+        if not nodes:
+            return
+        least = min(copies[id] for id in nodes)
         if lasting[task.node_id] > least + self.SLACK:
             yield (
                 f"task {task.id} went to {task.node_id} with {lasting[task.node_id]} others of {task.service_id}, "

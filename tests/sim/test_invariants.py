@@ -114,6 +114,15 @@ def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
     assert len(history.violations) == 1
 
 
+def test_a_task_is_not_on_the_fuller_node_while_no_node_that_takes_tasks_can_be_read() -> None:
+    history = History(TasksAreSpread(lambda: {W1}))
+    history.put(a_node(W1), a_service(), *(a_task(f"t{slot}", slot=slot) for slot in (1, 2, 3)))
+    history.after(10)
+    for slot in (1, 2, 3):
+        history.put(a_task(f"t{slot}", slot=slot, node="w1", state=TaskState.ASSIGNED))
+    assert history.violations == []
+
+
 def test_a_task_whose_slot_has_a_newer_one_does_not_count_where_tasks_go() -> None:
     history = History(TasksAreSpread(frozenset))
     history.put(a_node(W1), a_node(W2), a_service())

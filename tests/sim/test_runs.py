@@ -77,6 +77,10 @@ FAILED_ONCE = (
     8000525,  # decisions were committed long after the removal of their node, as a disk hung: the rule saw no cause
     9000135,  # a task failed on a paused node before the leader changed: its slot was taken for given up
     8002806,  # the same, of a task that completed (at 7b34ef5a)
+    8203049,  # a ping that a partition had held back made a dead manager count for the quorum of the others
+    8203560,  # no node that takes tasks could be read, and one without tasks was expected
+    8205756,  # a leader that was behind removed the member of a manager that had just joined
+    8202406,  # an operator had a second manager leave by force while the first one had its vote still
     8004706,  # a run of a job was assigned after a newer one had begun: the rule saw no cause (at 7b34ef5a)
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

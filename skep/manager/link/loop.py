@@ -98,9 +98,8 @@ class ManagerLink:
         return self._last_seen.silent(self._time.after(now, TICK_S).seconds)
 
     def reachable(self, now: float) -> Set[NodeId]:
-        """Managers that have sent pings, are not silent at ``now``, and have contact with a quorum."""
-        answering = self._last_seen.reachable(self._time.after(now, TICK_S).seconds)
-        return answering - self._reports.without_quorum()
+        """Managers that have answered a ping shortly before ``now``, and have contact with a quorum."""
+        return self._last_seen.reachable(now) - self._reports.without_quorum()
 
     def channel(self, manager: NodeId) -> Channel:
         """The open connection to a manager.  Raises: Unavailable: there is none."""
@@ -197,6 +196,7 @@ class ManagerLink:
     async def _ping(self, channel: Channel, manager: NodeId) -> None:
         async with channel.stream(methods.PINGS) as call:
             while True:
+                asked_at = self._clock.monotonic()
                 async with asyncio.timeout(RESPONSE_SECONDS_MAX):
                     await call.send(self._own_ping())
                     reply = await call.receive()
@@ -209,7 +209,7 @@ class ManagerLink:
                 if self._channels.get(manager) is not channel:
                     self._channels[manager] = channel
                     log.info("link established", manager=manager, address=channel.address)
-                self._last_seen.note(manager, self._time.seconds)
+                self._last_seen.note_answer(manager, self._time.seconds, asked_at)
                 self._reports.record(manager, _report_in(reply), self._clock.monotonic())
                 await self._clock.sleep(PING_S)
 

@@ -48,7 +48,7 @@ class LinkState(Protocol):
         """Managers that do not respond, with the seconds since their last ping."""
 
     def reachable(self, now: float) -> Set[NodeId]:
-        """Managers that have sent pings, are not silent, and have contact with a quorum."""
+        """Managers that have answered a ping a moment ago, and have contact with a quorum."""
 
 
 class Managers:
@@ -114,12 +114,14 @@ class Managers:
         if level > view.level and not view.unreadable(Node):
             await self._term.update(write_level)
             log.info("data level raised", data_level=level)
-        overdue, steps = self._decide(await self._consensus.all(), reachable, now)
+        overdue, steps = self._decide(await self._consensus.all())
         if overdue or any(isinstance(step, Withdraw) for step in steps):
             # Removing a member is not fenced, and this manager's state may be old: decide again with the members as a
-            # quorum has them, and after a write has shown that the store still accepts this term.
+            # quorum has them, and after the store has confirmed this term.  In this order: a node is recorded before it
+            # becomes a member, so the state that is shown then has the nodes of all of these members.
+            members = await self._consensus.all(is_current=True)
             await self._term.confirm()
-            overdue, steps = self._decide(await self._consensus.all(is_current=True), reachable, now)
+            overdue, steps = self._decide(members)
         for learner in overdue:
             log.warning("learner did not catch up and is removed", node=learner.name)
             await self._withdraw(learner)
@@ -127,11 +129,10 @@ class Managers:
         for step in steps:
             await self._apply(step)
 
-    def _decide(
-        self, members: Sequence[RaftMember], reachable: Set[NodeId], now: float
-    ) -> tuple[list[RaftMember], list[Step]]:
+    def _decide(self, members: Sequence[RaftMember]) -> tuple[list[RaftMember], list[Step]]:
         """Learners that take too long, and the steps that bring members and certificates nearer to the specs."""
-        view = self._term.view()
+        view, now = self._term.view(), self._clock.monotonic()
+        reachable = self._link.reachable(now)
         names = {member.name for member in members if member.name == self._own or member.name in reachable}
         steps = next_steps(view.find(Node), members, names, self._own, view.unreadable(Node))
         return self._learners.overdue(members, now), steps

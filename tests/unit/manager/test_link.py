@@ -22,14 +22,31 @@ def test_a_manager_is_silent_two_seconds_after_its_last_message() -> None:
 def test_a_manager_without_any_message_is_neither_silent_nor_reachable() -> None:
     reachable = LastSeen()
     reachable.expect([A, B], 10.0)
-    reachable.note(A, 10.5)
-    assert reachable.reachable(11.0) == {A}
+    reachable.note_answer(A, 10.5, 110.4)
+    assert reachable.reachable(111.0) == {A}
     assert reachable.silent(11.0) == {}
-    assert reachable.reachable(13.0) == set()
-    reachable.note(B, 13.0)
+    assert reachable.reachable(112.4) == set()
+    reachable.note_answer(B, 13.0, 113.0)
     reachable.expect([A], 13.0)
     reachable.expect([A, B], 13.0)
-    assert reachable.reachable(13.0) == set()
+    assert reachable.reachable(113.0) == set()
+
+
+def test_a_ping_that_was_long_on_its_way_makes_a_manager_no_longer_reachable() -> None:
+    reachable = LastSeen()
+    reachable.expect([A], 0.0)
+    reachable.note_answer(A, 1.0, 1.0)
+    reachable.note(A, 9.0)
+    assert reachable.silent(9.5) == {}
+    assert reachable.reachable(9.5) == set()
+
+
+def test_time_in_which_this_manager_stood_still_makes_an_answer_older() -> None:
+    reachable = LastSeen()
+    reachable.expect([A], 0.0)
+    reachable.note_answer(A, 1.0, 1.0)
+    assert reachable.silent(1.4) == {}, "it was not silent for longer than this loop could observe"
+    assert reachable.reachable(61.0) == set()
 
 
 def test_only_known_managers_count() -> None:

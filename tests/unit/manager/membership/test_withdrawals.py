@@ -1,6 +1,6 @@
 """Members are removed by a leader that still is one, by what a quorum says, and no later ones of the same name."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from random import Random
 
 import pytest
@@ -49,11 +49,14 @@ class Consensus:
 class Hearing:
     """All but the fourth are reachable."""
 
+    def __init__(self) -> None:
+        self.there: Set[NodeId] = {OTHER, THIRD}
+
     def silent(self, now: float) -> Mapping[NodeId, float]:
         return {}
 
     def reachable(self, now: float) -> Set[NodeId]:
-        return {OTHER, THIRD}
+        return self.there
 
 
 class Rig:
@@ -65,7 +68,9 @@ class Rig:
         self.store = MemoryStore(self.clock, self.cluster)
         self.terms = self.store.terms(OWN, "127.0.0.1:2377")
 
-    async def managers(self, consensus: Consensus, *wanted: NodeId) -> Managers:
+    async def managers(
+        self, consensus: Consensus, *wanted: NodeId, hearing: Hearing | None = None
+    ) -> Managers:
         for id in (OWN, OTHER, THIRD, FOURTH):
             role = NodeRole.MANAGER if id in wanted else NodeRole.WORKER
             node = a_node(id)
@@ -73,7 +78,7 @@ class Rig:
             await self.store.update(
                 lambda tx, node=node, role=role: tx.put(replace(node, spec=replace(node.spec, role=role)))  # type: ignore[misc]
             )
-        return Managers(await anext(self.terms), OWN, consensus, Hearing(), self.clock, Random(1))
+        return Managers(await anext(self.terms), OWN, consensus, hearing or Hearing(), self.clock, Random(1))
 
 
 VOTERS = (a_member(OWN, 1), a_member(OTHER, 2), a_member(THIRD, 3))
@@ -112,6 +117,50 @@ async def test_a_quorum_is_judged_by_what_a_quorum_says_of_the_members():
     rig = Rig()
     consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(OTHER, 2), a_member(FOURTH, 4)))
     managers = await rig.managers(consensus, OWN, THIRD, FOURTH)
+    await managers._check()
+    assert consensus.removed == []
+
+
+class Joining(Consensus):
+    """A node is recorded as a manager and becomes a member just before the members are read."""
+
+    def __init__(self, members: tuple[RaftMember, ...], record: Callable[[], Awaitable[object]]) -> None:
+        super().__init__(members, members)
+        self._record = record
+
+    async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
+        if is_current:
+            await self._record()
+        return await super().all(is_current=is_current)
+
+
+async def test_a_member_that_has_just_joined_stays_though_the_leader_is_behind():
+    rig = Rig()
+    other, fifth = MemoryStore(rig.clock, rig.cluster), a_node(NodeId("m5"))
+    joined = replace(fifth, spec=replace(fifth.spec, role=NodeRole.MANAGER))
+
+    async def record() -> None:
+        rig.store.faults.lag_s = 0.02
+        await other.update(lambda tx: tx.put(fifth))
+        await other.update(lambda tx: tx.put(joined))
+
+    consensus = Joining((*VOTERS, a_member("m5", 5)), record)
+    managers = await rig.managers(consensus, OWN, OTHER, THIRD)
+    await managers._check()
+    assert consensus.removed == []
+
+
+async def test_a_manager_that_falls_silent_while_the_leader_waits_does_not_count_for_the_quorum():
+    rig = Rig()
+    hearing = Hearing()
+
+    class Waiting(Consensus):
+        async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
+            hearing.there = {OTHER} if is_current else hearing.there
+            return await super().all(is_current=is_current)
+
+    consensus = Waiting(VOTERS, VOTERS)
+    managers = await rig.managers(consensus, OWN, THIRD, hearing=hearing)
     await managers._check()
     assert consensus.removed == []
 
