@@ -366,7 +366,7 @@ LABELS = (
     Label(
         LabelTarget.REVISION,
         STACK_STATE,
-        "`deploying`, `deployed`, `failed: CAUSE`",
+        "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`",
         "",
         "how its deploy ended",
     ),

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -420,7 +421,7 @@ def history(host: HostOptions, name: str, output: Output) -> None:
             found = await known_revisions(client, name)
         if not found:
             raise NotFound(f"stack {name} has no revisions: skep stack deploy makes them")
-        return revisions(found)
+        return revisions(found, time.time())
 
     output.show(run)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from skep.cli.formatting import counted
+from skep.cli.formatting import age, counted
 from skep.cli.output import Screen, Shown, table
 from skep.model.labels import STACK_FILES
 from skep.model.task_end import printable
@@ -144,15 +144,13 @@ def placement_lines(placement: Placement) -> list[str]:
     return lines
 
 
-def revisions(found: Sequence[Revision]) -> Shown:
-    """The revisions of a stack."""
+def revisions(found: Sequence[Revision], now: float) -> Shown:
+    """The revisions of a stack.  ``now``: seconds since the epoch."""
     rows = [
         {"Revision": one.number, "Deployed": one.created_at, "Changes": one.changes, "State": one.state}
         for one in found
     ]
-    cells = [
-        (str(one.number), one.created_at[:19].replace("T", " "), one.changes, one.state) for one in found
-    ]
+    cells = [(str(one.number), f"{age(one.created_at, now)} ago", one.changes, one.state) for one in found]
     head = ("REVISION", "DEPLOYED", "CHANGES", "STATE")
     return Shown(data=rows, rows=rows, lines=lambda screen: table(head, cells, screen))
 

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from skep.api.requests import Requests
 from skep.api.updates import update
 from skep.api.waiting import persistently
-from skep.errors import AlreadyExists, NotFound, SkepError, Unavailable
+from skep.errors import AlreadyExists, NotFound, SkepError, Unavailable, reason_of
 from skep.model.encoding import to_json
 from skep.model.schedules import CRON
 from skep.model.service import Service, ServiceSpec
@@ -44,6 +44,8 @@ _TOGETHER: Final = 200
 _LOOK_S: Final = 0.5
 _IN_USE_S: Final = 60.0
 """How long a network may be in use by tasks that stop."""
+_LAST_WORDS_S: Final = 5.0
+"""To ask for the state of a deploy that is interrupted."""
 
 NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -148,6 +150,13 @@ class Deployment:
             SkepError: a change was refused; those before it stay, and a repetition goes on behind them.
             Unavailable: it did not become true in time, with the cause.
         """
+        try:
+            await self._apply(wait_s)
+        except asyncio.CancelledError:
+            self._show("interrupted", f"{await self._state()}; the same command again completes it")
+            raise
+
+    async def _apply(self, wait_s: float | None) -> None:
         await self._create("network", self._bodies("network"))
         await self._create("secret", self._bodies("secret"))
         await self._create("config", self._bodies("config"))
@@ -332,6 +341,14 @@ class Deployment:
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
         return {one.spec.name: _progress_of(one, by_service.get(one.id, ())) for one in _services(services)}
+
+    async def _state(self) -> str:
+        """How far it came, for people."""
+        try:
+            async with asyncio.timeout(_LAST_WORDS_S):
+                return await self._unfinished() or "all services are as wanted"
+        except (SkepError, OSError, TimeoutError) as error:
+            return f"its state is not known ({reason_of(error)})"
 
     async def _unfinished(self) -> str:
         progress = await self._progress()

@@ -5,6 +5,7 @@ everything that can read configs can read it.  It has specs and names, no conten
 kept revisions name are kept, too.
 """
 
+import asyncio
 import base64
 import gzip
 import hashlib
@@ -141,6 +142,8 @@ def state_after(error: BaseException | None) -> str:
     """What a deploy that has ended leaves as the state of its revision."""
     if error is None:
         return DEPLOYED
+    if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
+        return "interrupted"
     text = " ".join(str(error).split()) or type(error).__name__
     return f"failed: {text[:_CAUSE_MAX]}"
 

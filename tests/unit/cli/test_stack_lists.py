@@ -4,6 +4,8 @@ from typing import Any
 
 from skep.cli.output import Output, Screen
 from skep.cli.stack_lists import NAMESPACE, services_listed, stacks, task_rows
+from skep.cli.stack_screens import revisions
+from skep.stack.revisions import Revision
 
 NOW = 1_769_860_800.0  # 2026-01-31T12:00:00Z
 
@@ -70,3 +72,15 @@ def test_tasks_are_named_by_service_and_slot_the_latest_of_a_slot_first() -> Non
     ]
     (unresolved, *_) = task_rows(tasks, {}, {}, NOW)
     assert (unresolved["Name"], unresolved["Node"]) == ("id-web.2", "n1")
+
+
+def test_revisions_have_their_ages_and_for_programs_their_times() -> None:
+    labels = {"skep.stack.state": "interrupted", "skep.stack.changes": "1 created"}
+    created = "2026-01-31T11:56:00Z"
+    one = Revision(number=7, id="c", version=1, created_at=created, labels=labels, data="")
+    found = revisions([one], NOW)
+    assert list(found.lines(Screen())) == [
+        "REVISION  DEPLOYED  CHANGES    STATE",
+        "7         4m ago    1 created  interrupted",
+    ]
+    assert found.data[0]["Deployed"] == created
