@@ -92,7 +92,8 @@ def _sources(usage: Usage) -> Sources:
     nothing = cast("Any", None)
     return Sources(
         node=nothing, counts=Counts, events=nothing, conditions=nothing, session=nothing, load=nothing,
-        data_plane=None, usage=usage, reads=nothing, has_manager=lambda: False, exporter=None, reports=nothing,
+        data_plane=None, usage=usage, actions=list, reads=nothing, member=nothing, has_manager=lambda: False,
+        exporter=None, reports=nothing,
     )  # fmt: skip
 
 

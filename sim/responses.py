@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from sim.committed import Change
 from sim.reference import (
     BAD,
+    Accepted,
     Create,
     Refused,
     Remove,
@@ -156,10 +157,13 @@ class ResponseCheck:
     def _took_effect(
         self, before: State, held: ServiceState | None, is_it: Callable[[Request], bool], id: str
     ) -> Iterable[str]:
-        pending = next((one for one in self._open if one.request.id == id and is_it(one.request)), None)
-        if pending is None:
+        found = [one for one in self._open if one.request.id == id and is_it(one.request)]
+        if not found:
             yield f"{id} was changed without a request"
             return
+        # One of unknown outcome may ask for the same by an earlier version.
+        acceptable = (one for one in found if isinstance(respond(before, one.request), Accepted))
+        pending = next(acceptable, found[0])
         self._open.remove(pending)
         self._done.append(pending)
         pending.is_done = True

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from skep.api import process_metrics
-from skep.engine import usage
+from skep.engine import action_times, usage
 from skep.manager import metrics as manager_metrics
 from skep.manager.etcd_metrics import ETCD
 from skep.node import metrics as node_metrics
@@ -32,8 +32,24 @@ _OF_CONTAINERS = """
 Names are cAdvisor's. Labels: `name` (of the container), `image`, `service`, `task`, `stack`; the last three are empty
 for plain containers; those of networks have `interface`, too. Sampled every ten seconds while there are requests.
 """
+_NOT_THERE = {
+    "builder_builds_*": "not counted: an engine counts builds by its old builder only, and none by BuildKit",
+    "engine_daemon_host_info_functions_seconds": "not measured: `/info` is made from what the node has in memory, "
+    "and a question to its manager",
+    "engine_daemon_network_actions_seconds": "not measured: a container gets its networks as it starts, which "
+    "`engine_daemon_container_actions_seconds` has",
+    "logger_*": "not counted: conmon writes the logs of containers and counts nothing; a full disk is a condition of "
+    "the node (`skep_node_condition`)",
+    "swarm_raft_*": "consensus is etcd's: `etcd_disk_wal_fsync_duration_seconds`, "
+    "`etcd_disk_backend_commit_duration_seconds`",
+    "swarm_store_*": "there is no store in memory with a lock: reads take none, and writes are etcd's; "
+    "`skep_event_loop_lag_seconds` shows a manager that is late",
+}
+"""What a Docker Engine shows and Skep does not, and why."""
 _LABELS = {
     "engine_daemon_engine_info": ("version", "architecture", "kernel", "os"),
+    "engine_daemon_container_actions_seconds": ("action",),
+    "swarm_node_info": ("node_id", "swarm_id"),
     "skep_dns_responses_total": ("source", "code"),
     "skep_service_running_tasks": ("service",),
     "skep_service_desired_tasks": ("service",),
@@ -58,7 +74,7 @@ class Metric(NamedTuple):
 def metrics() -> str:
     """The page."""
     sections = {
-        "## Of a node": (*made_in(node_metrics), *made_in(process_metrics)),
+        "## Of a node": (*made_in(node_metrics), *made_in(action_times), *made_in(process_metrics)),
         "## Of a manager": (*made_in(manager_metrics), *_of_etcd()),
         "## Of containers": tuple(Metric(*family[:3]) for family in usage.families([])),
     }
@@ -67,6 +83,8 @@ def metrics() -> str:
     for title, found in sections.items():
         lines += [title, "", *_table(found)]
         lines.append(below.get(title, ""))
+    lines += ["## What only an engine has", "", "| name | instead |", "|---|---|"]
+    lines += [f"| `{name}` | {why} |" for name, why in _NOT_THERE.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 

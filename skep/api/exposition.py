@@ -86,7 +86,11 @@ class Histogram:
 
     def family(self, name: str, help: str) -> Family:
         """Everything since the start."""
-        return Family(name, "histogram", help, buckets(self._bounds, self._counts, self._sum))
+        return Family(name, "histogram", help, self.samples())
+
+    def samples(self, labels: Mapping[str, str] | None = None) -> list[Sample]:
+        """The same as samples with ``labels``."""
+        return buckets(self._bounds, self._counts, self._sum, labels)
 
 
 def buckets(

@@ -15,14 +15,7 @@ import random
 import re
 import signal
 from collections import defaultdict
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Collection,
-    Iterator,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
@@ -33,6 +26,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.engine import create, image_mounts, logs, sharing, top
+from skep.engine.action_times import ActionTimes, timed
 from skep.engine.attachment import Attachment, attach
 from skep.engine.conmon import resize_terminal
 from skep.engine.container import (
@@ -139,6 +133,7 @@ class Engine:
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
         self.log_forwarding = LogForwarding(self.bundles, config.hostname, self.events, self.list)
         self._restarts = RestartMonitor(self, clock)
+        self.action_times = ActionTimes(clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -254,6 +249,7 @@ class Engine:
 
     # --- create -------------------------------------------------------------------------------------------------
 
+    @timed("create")
     async def create(
         self,
         request: CreateRequest,
@@ -363,6 +359,7 @@ class Engine:
 
     # --- start and stop -----------------------------------------------------------------------------------------
 
+    @timed("start")
     async def start(self, word: str, *, secret_env: tuple[str, ...] = ()) -> Container:
         """Start it for its user; return when runc has let its command begin.  Nothing happens when it runs already.
 
@@ -565,6 +562,7 @@ class Engine:
         """
         await self._lifecycle.retire(self.get(word).id)
 
+    @timed("delete")
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
         """Free everything it holds; ``force`` kills it first; ``with_volumes``: also volumes made for it alone.
 

@@ -29,6 +29,7 @@ from skep.node import info
 from skep.node.cluster_reads import ClusterReads
 from skep.node.conditions import Conditions
 from skep.node.events import NodeEvents
+from skep.node.local import LocalNode
 
 log = structlog.get_logger()
 
@@ -51,7 +52,10 @@ class Sources(NamedTuple):
     load: Callable[[], float | None]
     data_plane: DataPlane | None
     usage: Usage | None
+    actions: Callable[[], Sequence[Family]]
+    """Of its engine."""
     reads: ClusterReads
+    member: Callable[[], LocalNode | None]
     has_manager: Callable[[], bool]
     exporter: TraceExporter | None
     reports: Callable[[], int]
@@ -106,6 +110,8 @@ class NodeMetrics:
         plane, load = one.data_plane, one.load()
         return [
             *engine_families(one.node, one.counts(), one.events),
+            *one.actions(),
+            *member_families(one.member()),
             gauge("swarm_node_manager", "Whether this node is a manager.", int(one.has_manager())),
             gauge("skep_node_session", "Whether the node has a session with a manager.", int(one.session.has_session)),
             *([gauge("skep_node_load", "The load that the scheduler sees, 0 to 1.", load)] if load is not None else ()),
@@ -191,6 +197,14 @@ def engine_families(node: info.Node, counts: Counts, events: NodeEvents) -> list
             [Sample("", counts.failed_health_checks)],
         ),
     ]
+
+
+def member_families(member: LocalNode | None) -> list[Family]:
+    """Of which cluster the node is; nothing: of none."""
+    if member is None:
+        return []
+    ids = label_text({"node_id": member.node_id, "swarm_id": member.cluster_id})
+    return [Family("swarm_node_info", "gauge", "The node and its cluster.", [Sample(ids, 1)])]
 
 
 def dns_families(listing: Listing) -> list[Family]:

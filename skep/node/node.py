@@ -481,6 +481,8 @@ class Node:
                 data_plane=self._data_plane,
                 usage=Usage(engine.list, cgroups, self._clock) if engine is not None else None,
                 reads=self._system.reads,
+                actions=lambda: [engine.action_times.family()] if engine is not None else [],
+                member=lambda: self._membership.node,
                 has_manager=lambda: self._membership.is_manager,
                 exporter=self._exporter,
                 reports=partial(len, self._reports),

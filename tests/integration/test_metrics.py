@@ -39,6 +39,10 @@ def test_containers_are_on_the_page_by_service_and_every_name_is_in_the_referenc
     assert re.search(r"^engine_daemon_health_checks_total [1-9]", found, re.MULTILINE)
     assert "engine_daemon_health_checks_failed_total 0" in found
     assert "swarm_node_manager 1" in found
+    cluster = m1.docker("info", "--format", "{{.Swarm.Cluster.ID}}").stdout.strip()
+    assert re.search(rf'^swarm_node_info\{{node_id="\w+",swarm_id="{cluster}"\}} 1$', found, re.MULTILINE)
+    started = r'^engine_daemon_container_actions_seconds_count\{action="start"\} [1-9]'
+    assert re.search(started, found, re.MULTILINE)
     assert "skep_store_in_use_bytes" in found
     assert 'skep_service_running_tasks{service="web"} 1' in found
     assert 'engine_daemon_container_states_containers{state="running"} 1' in found

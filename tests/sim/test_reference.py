@@ -295,6 +295,17 @@ def test_a_job_that_is_updated_and_not_run_again_is_rejected() -> None:
     assert violation.startswith("update of web made ")
 
 
+def test_an_older_request_of_unknown_outcome_is_not_taken_for_an_equal_change_of_now() -> None:
+    history, responses = a_watched_history()
+    node = history.state.get(Node, W1)
+    drained = replace(node.spec, availability=Availability.DRAIN)
+    responses.requested(SetNode(W1, drained, node.version.index - 1), responses.present)
+    asked = responses.requested(SetNode(W1, drained, node.version.index), responses.present)
+    history.put(replace(node, spec=drained))
+    assert history.violations == []
+    assert list(responses.accepted(asked)) == []
+
+
 def test_a_change_of_a_node_without_a_request_is_rejected() -> None:
     history, responses = a_watched_history()
     node = history.state.get(Node, W1)

@@ -80,6 +80,7 @@ FAILED_ONCE = (
     8203049,  # a ping that a partition had held back made a dead manager count for the quorum of the others
     8203560,  # no node that takes tasks could be read, and one without tasks was expected
     8205756,  # a leader that was behind removed the member of a manager that had just joined
+    8301539,  # an older request of unknown outcome was taken for an equal one that was made again
     8202406,  # an operator had a second manager leave by force while the first one had its vote still
     8004706,  # a run of a job was assigned after a newer one had begun: the rule saw no cause (at 7b34ef5a)
 )

@@ -200,6 +200,8 @@ class _Changes:
         if parent.kind == "ipvlan":
             options.pop("address", None)  # it has its parent's
         options[f"{parent.kind}_mode"] = _MODES[parent.kind][parent.mode]
+        # Kernels before 6.14 refuse a name that the node's own namespace has: its eth0 is no reason to have none here.
+        options["ifname"] = f"new-{link.name}"
         async with self._namespaces.netlink(self._namespaces.home) as route:
             index = await parents.index_of(route, parent)
             with _opened(str(self._path)) as namespace:
@@ -210,6 +212,18 @@ class _Changes:
                     if error.code != errno.EOPNOTSUPP:
                         raise
                     raise KernelRefused(f"the kernel of this node has no {parent.kind} devices") from error
+        await self._rename(options["ifname"], link.name)
+
+    async def _rename(self, name: str, final: str) -> None:
+        """Rename a new link, which is down; it is removed where the final name is taken."""
+        index = await self._require(name)
+        del self._indices[name]
+        try:
+            await self._route.link("set", index=index, ifname=final)
+        except NetlinkError as error:
+            await _tolerating(_ABSENT, self._route.link("del", index=index))
+            if error.code not in _PRESENT:
+                raise
 
     async def _add_vxlan(self, link: Link, options: dict[str, Any]) -> None:
         assert link.vxlan is not None, "a wanted VXLAN has its parameters"

@@ -47,7 +47,8 @@ def commit_routes(engine: Engine, clock: Clock) -> Routes:
             config=decode_body(body, ContainerDefaults) if body.strip() not in (b"", b"null") else None,
             changes=_changes(request),
         )
-        image = await commit(engine, container.id, options, own, timestamp(clock.now_ns()))
+        with engine.action_times.timed("commit"):
+            image = await commit(engine, container.id, options, own, timestamp(clock.now_ns()))
         return json_response({"Id": image.id}, 201)
 
     return table

@@ -158,7 +158,8 @@ async def show_processes(served: Served, request: web.Request) -> web.StreamResp
 @_table.get("/containers/{id}/changes")
 async def show_changes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker diff``; null: the container changed nothing."""
-    changes = await asyncio.to_thread(served.engine.changes, request.match_info["id"])
+    with served.engine.action_times.timed("changes"):
+        changes = await asyncio.to_thread(served.engine.changes, request.match_info["id"])
     return json_response([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
 
