@@ -118,7 +118,7 @@ def container_of(service: Reader, volumes: Volumes) -> ContainerSpec:
         mounts=_mounts(service, volumes),
         stop_grace_period=service.duration("stop_grace_period"),
         healthcheck=_healthcheck(service.reader("healthcheck")),
-        hosts=_hosts(service),
+        hosts=hosts_of(service),
         dns_config=_dns(service),
         sysctls=service.labels("sysctls"),
         capability_add=_capabilities(service.texts("cap_add")),
@@ -185,7 +185,8 @@ def _healthcheck(check: Reader | None) -> HealthConfig | None:
     return made
 
 
-def _hosts(service: Reader) -> tuple[str, ...]:
+def hosts_of(service: Reader) -> tuple[str, ...]:
+    """``extra_hosts`` of a service or a build as lines of a hosts file."""
     made: list[str] = []
     found = service.node("extra_hosts")
     if found is not None and found.entries is not None:

@@ -138,7 +138,7 @@ class _Loader:
                 )
             made = whole
         assert made is not None
-        return made
+        return _with_dockerfiles(made, directory)
 
     def _file(
         self, path: Path | str, directory: Path, variables: Mapping[str, str], including: tuple[str, ...]
@@ -342,12 +342,48 @@ def _service_paths(service: Node, directory: Path) -> Node:
         if (found := made.get(key)) is not None and found.items is not None:
             made[key] = replace(found, value=tuple(_file_path(one, directory) for one in found.items))
     if (build := made.get("build")) is not None and build.entries is not None:
-        context = build.entries.get("context")
-        is_remote = context is not None and ("://" in context.text or context.text.startswith("git@"))
-        made["build"] = build if is_remote else _path_below(build, directory, "context")
+        made["build"] = _build_paths(build, directory)
     if (volumes := made.get("volumes")) is not None and volumes.items is not None:
         made["volumes"] = replace(volumes, value=tuple(_volume_path(one, directory) for one in volumes.items))
     return replace(service, value=made)
+
+
+def _build_paths(build: Node, directory: Path) -> Node:
+    context = (build.entries or {}).get("context")
+    made = build if context is not None and _is_remote(context) else _path_below(build, directory, "context")
+    others = (build.entries or {}).get("additional_contexts")
+    if others is None or others.entries is None:
+        return made
+    local = [name for name, one in others.entries.items() if not _is_remote(one)]
+    return replace(
+        made,
+        value={**(made.entries or {}), "additional_contexts": _path_below(others, directory, *local)},
+    )
+
+
+def _with_dockerfiles(document: Node, directory: Path) -> Node:
+    """The document with the path of each Dockerfile, which begins at its context, when files are merged."""
+    services = (document.entries or {}).get("services")
+    if services is None or services.entries is None:
+        return document
+    made = {name: _with_dockerfile(one, directory) for name, one in services.entries.items()}
+    return replace(document, value={**(document.entries or {}), "services": replace(services, value=made)})
+
+
+def _with_dockerfile(service: Node, directory: Path) -> Node:
+    build = (service.entries or {}).get("build")
+    if build is None or build.entries is None or build.tag:
+        return service
+    context = build.entries.get("context") or scalar(str(directory), build.place)
+    made = replace(build, value={**build.entries, "context": context})
+    if not _is_remote(context):
+        made = _path_below(made, Path(context.text), "dockerfile")
+    return replace(service, value={**(service.entries or {}), "build": made})
+
+
+def _is_remote(context: Node) -> bool:
+    """A repository, an image, an archive: not a directory of this machine."""
+    return "://" in context.text or context.text.startswith(("git@", "github.com/", "service:"))
 
 
 def _file_path(node: Node, directory: Path) -> Node:

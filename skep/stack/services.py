@@ -32,7 +32,7 @@ from skep.model.service import (
     ServiceSpec,
     TaskSpec,
 )
-from skep.stack.containers import Volumes, container_of
+from skep.stack.containers import Volumes, container_of, hosts_of
 from skep.stack.deploy_section import mode_name, mode_of, placement_of, resources_of, restart_of, update_of
 from skep.stack.document import Node
 from skep.stack.node_rights import rights_labels
@@ -191,6 +191,7 @@ def _build(service: Reader) -> Build | None:
             arguments += [option, text]
     for key, option in (
         ("args", "--build-arg"),
+        ("ssh", "--ssh"),
         ("labels", "--label"),
         ("additional_contexts", "--build-context"),
     ):
@@ -199,13 +200,14 @@ def _build(service: Reader) -> Build | None:
     for key, option in (
         ("cache_from", "--cache-from"),
         ("cache_to", "--cache-to"),
-        ("extra_hosts", "--add-host"),
         ("tags", "--tag"),
-        ("ssh", "--ssh"),
         ("platforms", "--platform"),
     ):
         for text in build.texts(key):
             arguments += [option, text]
+    for line in hosts_of(build):
+        address, _, name = line.partition(" ")
+        arguments += ["--add-host", f"{name}:{address}"]
     for key, option in (("no_cache", "--no-cache"), ("pull", "--pull")):
         if build.boolean(key):
             arguments.append(option)

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
 from skep.stack.conversion import stack_of
 from skep.stack.document import Node, Place, mapping, scalar
@@ -36,7 +37,7 @@ def node(value: Any) -> Node:
         return mapping({key: node(one) for key, one in value.items()}, PLACE)
     if isinstance(value, list):
         return Node(tuple(map(node, value)), PLACE)
-    return scalar(value, PLACE)
+    return Node(None, PLACE) if value is None else scalar(value, PLACE)
 
 
 class Sampler:
@@ -93,3 +94,134 @@ def test_no_section_of_the_schema_is_unknown() -> None:
         report = Report()
         stack_of(canonical(node({"services": {"w": {"image": "w"}}, section: {}})), "s", {}, report)
         assert not any("this key is not known" in one.text for one in report.problems), section
+
+
+# --- what is taken has an effect -------------------------------------------------------------------------------------
+
+CANDIDATES: tuple[Any, ...] = (
+    "1", "true", "1s", "a", "/a", "A=b", "a:b", "0.5", "0-1", "80", "s", "other", "1.2.3.4", "10.9.0.0/24", "a:1.2.3.4",
+    "none", "host", "global", "dnsrr", "rollback", "start-first", "pause", "on-failure", "service_healthy", "udp",
+    "no-new-privileges:true", "linux/arm64", "c 1:3 rwm", "rslave", "disabled", "64m", "0400", "/dev/a:/dev/b", "r",
+    "CMD", "false", "127.0.0.1", "gpu", "always", {"kind": "gpu", "value": "2"},
+)  # fmt: skip
+"""Values, of which each key takes some."""
+BESIDE: dict[str, dict[str, Any]] = {
+    "services": {"image": "w"},
+    "secrets": {"file": "f"},
+    "configs": {"file": "f"},
+    "services.secrets[]": {"source": "s"},
+    "services.configs[]": {"source": "c"},
+    "services.ports[]": {"target": "80", "published": "8080"},
+    "services.devices[]": {"source": "/dev/a"},
+    "services.gpus[]": {"capabilities": ["gpu"]},
+    "services.healthcheck": {"test": "a"},
+    "services.healthcheck.disable": {},
+    "services.volumes[]": {"type": "volume", "source": "v", "target": "/t"},
+    "services.volumes[].bind": {"type": "bind", "source": "/v", "target": "/t"},
+    "services.volumes[].tmpfs": {"type": "tmpfs", "target": "/t"},
+    "services.volumes[].image": {"type": "image", "source": "i", "target": "/t"},
+    "services.ulimits.name": {"hard": "5", "soft": "5"},
+    "services.deploy.resources.reservations.devices[]": {"capabilities": ["gpu"]},
+    "secrets.driver_opts": {"driver": "d"},
+}
+"""What stands in a mapping for a key of it to mean something; with a key behind it, for that key."""
+for _limit in ("read_bps", "read_iops", "write_bps", "write_iops"):
+    BESIDE[f"services.blkio_config.device_{_limit}[]"] = {"path": "/dev/a", "rate": "10"}
+for _section in ("secrets", "configs"):
+    for _source in ("file", "content", "environment", "driver", "external"):
+        BESIDE[f"{_section}.{_source}"] = {}
+JOINED = {"env_file", "label_file", "extends", "profiles"}
+"""Keys that are read when files are joined (``skep/stack/loading.py``)."""
+AS_IT_IS = {
+    "services.links[]": "services on one network reach each other by name",
+    "services.pull_policy": "a registry is asked at each deploy, and nodes get what it named",
+    "services.gpus[].capabilities[]": "a GPU is all that a device may be",
+    "services.deploy.resources.reservations.devices[].capabilities": "a GPU is all that a device may be",
+    "networks.enable_ipv4": "every network has it",
+}
+"""What says nothing but what is so in any case."""
+
+
+def steps_of(form: Any) -> list[str]:
+    """The keys down to a leaf, ``[]`` for a list."""
+    made: list[str] = []
+    while isinstance(form, dict | list) and form:
+        key = next(iter(form)) if isinstance(form, dict) else "[]"
+        made.append(key)
+        form = form[key] if isinstance(form, dict) else form[0]
+    return made
+
+
+def document_of(section: str, steps: list[str], value: Any) -> dict[str, Any]:
+    """A document with ``value`` at ``steps`` of an object ``one`` of ``section``; None: without the last key."""
+    made: dict[str, Any] = {
+        "services": {"other": {"image": "o"}, "name": {"image": "n"}},
+        "networks": {"name": {}, "a": {}},
+        "volumes": {"v": {}},
+        "secrets": {"s": {"external": "true"}},
+        "configs": {"c": {"external": "true"}},
+    }
+    last = max(at for at, step in enumerate(steps) if step != "[]")
+    path, at = section, dict(beside(section, steps[0]))
+    made[section]["one"] = at
+    if section != "services":
+        used = "one:/x" if section == "volumes" else "one"
+        made["services"]["other"][section] = [used]
+    for number, step in enumerate(steps[:last]):
+        path += step if step == "[]" else f".{step}"
+        below: Any = [] if steps[number + 1] == "[]" else dict(beside(path, steps[number + 1]))
+        if isinstance(at, list):
+            at.append(below)
+        else:
+            at[step] = below
+        at = below
+    if value == ABSENT:
+        at.pop(steps[last], None)
+    else:
+        at[steps[last]] = value if steps[-1] != "[]" else [value]
+    return made
+
+
+ABSENT = "absent"
+
+
+def beside(path: str, key: str) -> dict[str, Any]:
+    return BESIDE.get(f"{path}.{key}", BESIDE.get(path, {}))
+
+
+def stack_from(section: str, document: dict[str, Any]) -> tuple[str, Report]:
+    """All that a stack asks for, without places; and what is said of the document."""
+    report = Report()
+    made = stack_of(canonical(node(document)), "s", {(section, "one"): b"x"}, report)
+    return repr(to_builtins(made, enc_hook=bytes.hex)), report
+
+
+def fate_of(section: str, steps: list[str]) -> str:
+    """What becomes of a key: it has an ``effect``, it is ``refused`` or ``warned`` of; else what is wrong."""
+    without, report = stack_from(section, document_of(section, steps, ABSENT))
+    is_needed = bool(report.problems)
+    reasons: set[str] = set()
+    found = ""
+    for value in (*CANDIDATES, None) if steps[-1] == "name" else CANDIDATES:
+        made, report = stack_from(section, document_of(section, steps, value))
+        if report.problems:
+            reasons |= {one.text for one in report.problems}
+        elif made != without or is_needed:
+            return "effect"
+        else:
+            found = "warned" if report.warnings else found or "dropped without a word"
+    is_refused = any(not text.startswith("want ") for text in reasons)
+    return found or ("refused" if is_refused else f"takes none of the candidates: {sorted(reasons)}")
+
+
+@pytest.mark.parametrize("section", ["services", "networks", "volumes", "secrets", "configs"])
+def test_no_key_of_the_schema_is_dropped_without_a_word(section: str) -> None:
+    definition = {"services": "service"}.get(section, section.removesuffix("s"))
+    forms = Sampler(schema()).forms({"$ref": f"#/definitions/{definition}"})
+    fates = {
+        f"{section}{paths_of(form)}": fate_of(section, steps_of(form))
+        for form in forms
+        if steps_of(form)[0] not in JOINED
+    }
+    wrong = {key: fate for key, fate in fates.items() if fate not in ("effect", "refused", "warned")}
+    assert wrong == {key: "dropped without a word" for key in AS_IT_IS if key.startswith(section)}

@@ -308,8 +308,11 @@ def test_a_mounted_file_with_other_content_updates_its_service(m1: TestNode, fol
 
 def test_an_image_is_built_and_its_service_runs(m1: TestNode, folder: Path) -> None:
     (folder / "app").mkdir()
-    (folder / "app/Dockerfile").write_text('FROM busybox\nARG WORD\nENV WORD=$WORD\nCMD ["sleep", "600"]\n')
-    text = "name: shop\nservices: {app: {build: {context: app, args: {WORD: built}}, stop_grace_period: 0s}}"
+    (folder / "app/Containerfile").write_text(
+        'FROM busybox\nARG WORD\nENV WORD=$WORD\nCMD ["sleep", "600"]\n'
+    )
+    build = "{context: app, dockerfile: Containerfile, args: {WORD: built}, extra_hosts: ['h:127.0.0.1']}"
+    text = f"name: shop\nservices: {{app: {{build: {build}, stop_grace_period: 0s}}}}"
     (folder / "compose.yaml").write_text(text)
     deploy(m1, folder)
     container = running(m1, "shop_app")[0]["Status"]["ContainerStatus"]["ContainerID"]

@@ -337,6 +337,36 @@ def test_restart_of_a_container_is_that_of_the_service(word: str, policy: dict[s
     assert spec(f"restart: {word}")["TaskTemplate"]["RestartPolicy"] == policy
 
 
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [
+        (
+            "dockerfile: d, target: t, network: host, shm_size: 1g",
+            "--file d --target t --network host --shm-size 1g",
+        ),
+        ("args: {A: 1, B: }, labels: [l=m]", "--build-arg A=1 --build-arg B --label l=m"),
+        ("args: [A=1, B]", "--build-arg A=1 --build-arg B"),
+        ("ssh: [default, k=/k]", "--ssh default --ssh k=/k"),
+        ("ssh: {default: , k: /k}", "--ssh default --ssh k=/k"),
+        ("extra_hosts: ['a:1.2.3.4', 'b=::1']", "--add-host a:1.2.3.4 --add-host b:::1"),
+        ("extra_hosts: {a: [1.2.3.4, 5.6.7.8]}", "--add-host a:1.2.3.4 --add-host a:5.6.7.8"),
+        ("cache_from: [a], cache_to: [b], tags: [t:1]", "--cache-from a --cache-to b --tag t:1"),
+        (
+            "additional_contexts: {x: /y}, platforms: [linux/arm64]",
+            "--build-context x=/y --platform linux/arm64",
+        ),
+        ("no_cache: true, pull: true", "--no-cache --pull"),
+        ("no_cache: false", ""),
+    ],
+)
+def test_a_build_has_the_options_of_docker_build(build: str, arguments: str) -> None:
+    stack, report = read(f"services: {{web: {{build: {{context: /c, {build}}}}}}}")
+    assert not report.problems, [str(one) for one in report.problems]
+    made = stack.services["web"].build
+    assert made is not None
+    assert (made.context, " ".join(made.arguments)) == ("/c", arguments)
+
+
 def test_x_skep_becomes_labels_of_the_service() -> None:
     found = spec(
         "x-skep: {drain: 5s, on-disconnect: keep, publish: {affinity: client-ip, '80': {local: true}}}"

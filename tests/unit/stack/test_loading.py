@@ -101,6 +101,33 @@ def test_included_files_have_their_own_folder_and_variables(tmp_path: Path) -> N
     assert one.contents == {("configs", "c"): b"content"}
 
 
+def test_a_dockerfile_is_in_its_context_and_contexts_are_beside_the_file(tmp_path: Path) -> None:
+    text = """
+services:
+  a: {build: {context: app, dockerfile: d/File, additional_contexts: {x: ../x, y: "docker-image://b"}}}
+  b: {build: ./b}
+  c: {build: {context: "https://r.example/x.git", dockerfile: File}}
+  d: {build: {context: app, dockerfile: /etc/File, additional_contexts: ["z=z"]}}
+  e: {build: {dockerfile: File}}
+"""
+    app, other = f"{tmp_path}/app", tmp_path.parent / "x"
+    assert {name: one["build"] for name, one in services(loaded(tmp_path, "main", main=text)).items()} == {
+        "a": {
+            "context": app,
+            "dockerfile": f"{app}/d/File",
+            "additional_contexts": {"x": str(other), "y": "docker-image://b"},
+        },
+        "b": {"context": f"{tmp_path}/b"},
+        "c": {"context": "https://r.example/x.git", "dockerfile": "File"},
+        "d": {"context": app, "dockerfile": "/etc/File", "additional_contexts": {"z": f"{tmp_path}/z"}},
+        "e": {"context": str(tmp_path), "dockerfile": f"{tmp_path}/File"},
+    }
+    above = "services: {a: {build: {dockerfile: Other}}, b: {build: {target: t}}}"
+    changed = services(loaded(tmp_path, "main", "above", above=above))
+    assert changed["a"]["build"]["dockerfile"] == f"{app}/Other"
+    assert changed["b"]["build"] == {"context": f"{tmp_path}/b", "target": "t"}
+
+
 def test_two_included_files_do_not_change_each_other(tmp_path: Path) -> None:
     report = Report()
     loaded(
