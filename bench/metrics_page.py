@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -23,7 +24,7 @@ from bench.run import commit, measure_alone
 from skep.aio.clock import SystemClock
 from skep.aio.gc_settings import configure_gc
 from skep.engine.cgroups import Cgroups
-from skep.engine.container import Container, ContainerConfig, ContainerState, Counts
+from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.engine.stats import CPUStats, CPUUsage, MemoryStats, NetworkStats, PidsStats, Stats
 from skep.engine.usage import Usage, Used
 from skep.model.ids import ContainerId
@@ -91,9 +92,9 @@ async def _request_s(port: int) -> tuple[float, int]:
 def _sources(usage: Usage) -> Sources:
     nothing = cast("Any", None)
     return Sources(
-        node=nothing, counts=Counts, events=nothing, conditions=nothing, session=nothing, load=nothing,
-        data_plane=None, usage=usage, actions=list, reads=nothing, member=nothing, has_manager=lambda: False,
-        exporter=None, reports=nothing,
+        node=nothing, events=nothing, conditions=nothing, session=nothing, load=nothing,
+        data_plane=None, usage=usage, reads=nothing, membership=cast("Any", SimpleNamespace(is_manager=False)),
+        engine=None, exporter=None, reports=nothing,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from skep.api.process_metrics import process_families
 from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.protocol import Listing
 from skep.engine.container import Counts
+from skep.engine.engine import Engine
 from skep.engine.usage import Usage
 from skep.errors import SkepError
 from skep.model.ids import NodeId
@@ -30,6 +31,7 @@ from skep.node.cluster_reads import ClusterReads
 from skep.node.conditions import Conditions
 from skep.node.events import NodeEvents
 from skep.node.local import LocalNode
+from skep.node.membership import Membership
 
 log = structlog.get_logger()
 
@@ -42,21 +44,18 @@ _LAG_PERIOD_S = 0.25
 
 
 class Sources(NamedTuple):
-    """Where the values of a node come from.  ``usage`` None: it runs no containers."""
+    """Where the values of a node come from.  ``engine`` and ``usage`` None: it runs no containers."""
 
     node: info.Node
-    counts: Callable[[], Counts]
+    engine: Engine | None
     events: NodeEvents
     conditions: Conditions
     session: SessionState
     load: Callable[[], float | None]
     data_plane: DataPlane | None
     usage: Usage | None
-    actions: Callable[[], Sequence[Family]]
-    """Of its engine."""
     reads: ClusterReads
-    member: Callable[[], LocalNode | None]
-    has_manager: Callable[[], bool]
+    membership: Membership
     exporter: TraceExporter | None
     reports: Callable[[], int]
     """Statuses of tasks that wait for a session."""
@@ -101,7 +100,7 @@ class NodeMetrics:
 
     async def nodes(self) -> Any:
         """As ``GET /nodes`` has them.  Raises: SkepError: no manager answers, or workers may not read."""
-        if self._sources.has_manager():
+        if self._sources.membership.is_manager:
             return await self._sources.reads.own.get("/nodes", timeout_s=_MANAGER_S)
         return msgspec.json.decode(await self._sources.reads.body("/nodes"))
 
@@ -109,10 +108,10 @@ class NodeMetrics:
         one = self._sources
         plane, load = one.data_plane, one.load()
         return [
-            *engine_families(one.node, one.counts(), one.events),
-            *one.actions(),
-            *member_families(one.member()),
-            gauge("swarm_node_manager", "Whether this node is a manager.", int(one.has_manager())),
+            *engine_families(one.node, one.engine.counts() if one.engine is not None else Counts(), one.events),
+            *([one.engine.action_times.family()] if one.engine is not None else ()),
+            *member_families(one.membership.node),
+            gauge("swarm_node_manager", "Whether this node is a manager.", int(one.membership.is_manager)),
             gauge("skep_node_session", "Whether the node has a session with a manager.", int(one.session.has_session)),
             *([gauge("skep_node_load", "The load that the scheduler sees, 0 to 1.", load)] if load is not None else ()),
             by_label(
@@ -138,7 +137,7 @@ class NodeMetrics:
             return []
 
     async def _of_manager(self) -> list[Family]:
-        if not self._sources.has_manager():
+        if not self._sources.membership.is_manager:
             return []
         up, families = 1, []
         try:

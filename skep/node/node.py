@@ -56,7 +56,6 @@ from skep.engine.api.containers import image_users
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
-from skep.engine.container import Counts
 from skep.engine.engine import EngineConfig
 from skep.engine.images.registry import Policy
 from skep.engine.images.removal import ImageUser
@@ -473,7 +472,7 @@ class Node:
         return NodeMetrics(
             Sources(
                 node=self._system.node,
-                counts=engine.counts if engine is not None else Counts,
+                engine=engine,
                 events=self._events,
                 conditions=self._environment.conditions,
                 session=self._session,
@@ -481,9 +480,7 @@ class Node:
                 data_plane=self._data_plane,
                 usage=Usage(engine.list, cgroups, self._clock) if engine is not None else None,
                 reads=self._system.reads,
-                actions=lambda: [engine.action_times.family()] if engine is not None else [],
-                member=lambda: self._membership.node,
-                has_manager=lambda: self._membership.is_manager,
+                membership=self._membership,
                 exporter=self._exporter,
                 reports=partial(len, self._reports),
             ),
