@@ -59,8 +59,9 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> 
     async with host.client() as client:
 
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-            open_.intersection_update(waiting)
-            return {name: await _look(client, name) for name in sorted(waiting, key=names.index)}
+            found = {name: await _look(client, name) for name in sorted(waiting, key=names.index)}
+            open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
+            return found
 
         try:
             async with asyncio.timeout(timeout_s):

@@ -192,7 +192,7 @@ async def _up(machines: Sequence[Machine], wanted: Wanted, *, is_dry: bool) -> N
     address, tokens, members = await _found(first, wanted, progress)
 
     def joins(one: Machine, role: str) -> Callable[[], Any]:
-        return lambda: _join(one, role, address, tokens, members, wanted, progress)
+        return lambda: join(one, role, address, tokens, members, wanted, progress)
 
     for one in others[: wanted.managers - 1]:  # one after the other: each changes the group that votes
         await _each([one], lambda machine: joins(machine, "Manager")())
@@ -282,7 +282,7 @@ async def _found(
     return address, swarm["JoinTokens"], {node["ID"] for node in nodes}
 
 
-async def _join(
+async def join(
     machine: Machine,
     role: str,
     address: str,
@@ -291,6 +291,7 @@ async def _join(
     wanted: Wanted,
     progress: Progress,
 ) -> None:
+    """Make a machine a member, unless it is one.  Raises: FailedPrecondition: of another cluster; Unavailable."""
     async with machine.client() as client:
         swarm = (await client.get("/info", timeout_s=_LOOKS_WITHIN_S))["Swarm"]
         if (state := swarm.get("LocalNodeState") or "inactive") != "inactive":

@@ -1,6 +1,7 @@
 """What `skep up` finds on machines, and what it refuses before it changes anything."""
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from skep.cli.machines import PREFLIGHT, Facts, facts_of, problems
+from skep.cli.machines import PORTS, PREFLIGHT, Facts, facts_of, problems
 from skep.cli.main import main
 from skep.cli.stack_screens import Progress
-from skep.cli.up import Machine
-from skep.errors import InvalidArgument, Unavailable
+from skep.cli.up import Machine, Wanted, join
+from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 NOW = 1_800_000_000.0
 GOOD = Facts(
@@ -36,6 +37,21 @@ def test_the_script_finds_the_facts_of_this_machine() -> None:
     assert facts.os
     assert facts.free_kib > 0
     assert facts.time_s > 1_700_000_000
+
+
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_the_script_finds_ports_that_are_taken(family: socket.AddressFamily, address: str) -> None:
+    ports = " ".join(map(str, PORTS))
+    with socket.socket(family) as taken, socket.socket(family) as bound:
+        for one in (taken, bound):
+            one.bind((address, 0))
+        taken.listen()
+        numbers = [one.getsockname()[1] for one in (taken, bound)]
+        script = PREFLIGHT.replace(f"for port in {ports};", f"for port in {numbers[0]} {numbers[1]};")
+        done = subprocess.run(
+            ["sh", "-s"], input=script, capture_output=True, text=True, check=True, timeout=60
+        )
+    assert facts_of(done.stdout).taken == (numbers[0],)
 
 
 def test_a_machine_that_will_do_has_no_problem() -> None:
@@ -89,6 +105,86 @@ def test_a_machine_is_named_as_for_ssh_and_options_cannot_be_smuggled() -> None:
 def test_wrong_calls_reach_no_machine(words: list[str], said: str) -> None:
     done = CliRunner().invoke(main, ["up", *words])
     assert (done.exit_code, said in done.output) == (1, True)
+
+
+SSH = """#!/bin/sh
+for word; do case $word in root|m*) machine=$word ;; esac; done
+echo "$@" >> {folder}/asked
+touch {folder}/here-$machine
+until [ "$(ls {folder}/here-* | wc -l)" -ge 3 ]; do sleep 0.02; done
+case $machine in m2) uid=1000 ;; *) uid=0 ;; esac
+cat <<EOF
+uid $uid
+kernel 6.1.0
+time $(date +%s)
+os Debian
+free 50000000
+skep 0.1.0
+systemd yes
+{end}
+EOF
+"""
+"""Machines that respond when all three have been asked; m2's user is not root."""
+
+
+def up(folder: Path, *words: str, end: str = "end yes") -> tuple[int, str, list[str]]:
+    """Exit code, output, and what ssh was asked for."""
+    (folder / "ssh").write_text(SSH.format(folder=folder, end=end))
+    (folder / "ssh").chmod(0o755)
+    done = CliRunner().invoke(main, ["up", *words], env={"PATH": f"{folder}:{os.environ['PATH']}"})
+    return done.exit_code, done.output, (folder / "asked").read_text().splitlines()
+
+
+def test_machines_are_looked_at_at_once_and_a_dry_run_does_nothing_more(tmp_path: Path) -> None:
+    code, output, asked = up(tmp_path, "--dry-run", "root@m1", "root@m3", "root@m4")
+    assert code == 0, output
+    for machine in ("m1", "m3", "m4"):
+        assert f"root@{machine}: will do: Debian, kernel 6.1.0" in output
+    assert len(asked) == 3
+    assert all(line.endswith("sh -s") for line in asked)
+
+
+def test_nothing_is_changed_unless_all_machines_will_do(tmp_path: Path) -> None:
+    code, output, asked = up(tmp_path, "root@m1", "root@m2", "root@m3")
+    assert code == 1
+    assert output.splitlines()[-2:] == [
+        "Error: root@m2: the user is not root: name root@MACHINE",
+        "nothing was changed",
+    ]
+    assert "root@m1: will do" in output
+    assert len(asked) == 3
+    code, output, _ = up(tmp_path, "root@m1", "root@m3", "root@m4", end="")
+    assert "root@m4: the preflight broke off" in output
+
+
+class Node:
+    """A machine's API, which is in a cluster already."""
+
+    def __init__(self, state: str) -> None:
+        self._state = state
+
+    async def __aenter__(self) -> "Node":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    async def get(self, path: str, **_: object) -> object:
+        assert path == "/info"
+        return {"Swarm": {"LocalNodeState": self._state, "NodeID": "theirs"}}
+
+
+async def test_a_machine_of_another_cluster_is_refused_and_one_of_this_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "client", lambda _: Node("active"))
+    rest = (Machine.of("m2"), "Manager", "192.0.2.1:2377", {})
+    with pytest.raises(
+        FailedPrecondition, match=r"it is in another cluster \(active\): docker swarm leave there"
+    ):
+        await join(*rest, {"ours"}, Wanted(), Progress())
+    await join(*rest, {"theirs"}, Wanted(), Progress())
+    assert "m2: is in the cluster already, as a worker: docker node promote theirs" in capsys.readouterr().err
 
 
 async def test_of_what_a_machine_writes_the_end_is_kept_alone(

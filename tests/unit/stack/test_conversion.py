@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 
-from docs.reference.label_table import LABELS, LabelTarget
-from skep.model.autoscaling import AUTOSCALE
-from skep.model.dependencies import DEPENDS_ON
 from skep.model.encoding import to_json
 from skep.stack.conversion import find_cycle, stack_of
 from skep.stack.document import parse
@@ -34,102 +31,6 @@ def container(service: str, rest: str = "") -> Any:
 
 
 NAMESPACE = {"com.docker.stack.namespace": "shop"}
-
-
-def test_every_label_of_services_has_a_key() -> None:
-    """Below ``x-skep``; ``depends_on`` has its own."""
-    values = {"duration": "3s", "`true`, `false`": "true", "IP address": "127.0.0.1", "`0` to `20`": "3"}
-    for label in LABELS:
-        if label.target is not LabelTarget.SERVICE or label.name == DEPENDS_ON:
-            continue
-        value = values.get(label.values) or label.values.split("`")[-2]
-        if label.name.startswith(f"{AUTOSCALE}."):
-            continue  # below one key
-        if label.name.startswith("skep.cron"):
-            continue  # see test_a_schedule_is_an_expression_a_list_or_a_mapping
-        if "publish[" in label.name:
-            option = label.name.rpartition(".")[2]
-            found = spec(f"ports: ['80:80'], x-skep: {{publish: {{'80/tcp': {{{option}: '{value}'}}}}}}")
-            assert found["Labels"][f"skep.publish.80/tcp.{option}"] == value
-        else:
-            found = spec(f"x-skep: {{{label.name.removeprefix('skep.')}: '{value}'}}")
-            assert found["Labels"][label.name] == value
-
-
-def test_autoscaling_is_a_range_or_a_mapping() -> None:
-    assert spec("x-skep: {autoscale: 2..10}")["Labels"][AUTOSCALE] == "2..10"
-    made = spec(
-        "x-skep: {autoscale: {min: 2, max: 10, cpu: 60%, memory: 80, down-after: 10m}}, "
-        "deploy: {resources: {limits: {memory: 64m}}}"
-    )
-    labels = {name: value for name, value in made["Labels"].items() if name.startswith("skep.")}
-    assert labels == {
-        "skep.autoscale": "2..10",
-        "skep.autoscale.cpu": "60%",
-        "skep.autoscale.memory": "80",
-        "skep.autoscale.down-after": "10m",
-    }
-    assert made["Mode"] == {"Replicated": {}}, "the number is the cluster's"
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (
-            "autoscale: 5",
-            "f:1:48: services.web.x-skep.autoscale: invalid label skep.autoscale=5: want the fewest",
-        ),
-        (
-            "autoscale: {min: 2}",
-            "services.web.x-skep.autoscale.max: want the most tasks that the service may have",
-        ),
-        (
-            "autoscale: {min: 9, max: 2}",
-            "f:1:54: services.web.x-skep.autoscale.min: 9 is more than max, which is 2",
-        ),
-        (
-            "autoscale: {max: 2, cpu: 0}",
-            "f:1:62: services.web.x-skep.autoscale.cpu: invalid label skep.autoscale.cpu=0",
-        ),
-        (
-            "autoscale: {max: 2, memory: 50}",
-            "skep.autoscale.memory is a percentage of the memory limit: set one",
-        ),
-        ("autoscale: {max: 2, requests: 9}", "services.web.x-skep.autoscale.requests: this key is not known"),
-        ("autoscale: {max: 2, down-after: 1s}", "want a duration from 15s to 24h"),
-    ],
-)
-def test_autoscaling_that_cannot_be_honoured_is_refused_at_its_place(text: str, problem: str) -> None:
-    _, report = read(f"services: {{web: {{image: w, x-skep: {{{text}}}}}}}")
-    (found,) = report.problems
-    assert problem in str(found)
-
-
-def test_a_global_service_is_not_autoscaled() -> None:
-    _, report = read("services: {web: {image: w, deploy: {mode: global}, x-skep: {autoscale: 1..2}}}")
-    assert "is for replicated services, not for a global one" in str(report.problems[0])
-
-
-def test_a_schedule_is_an_expression_a_list_or_a_mapping() -> None:
-    def labels(cron: str) -> dict[str, str]:
-        found = spec(f"deploy: {{mode: replicated-job}}, x-skep: {{cron: {cron}}}")["Labels"]
-        return {name: value for name, value in found.items() if name.startswith("skep.cron")}
-
-    assert labels("'*/5 * * * *'") == {"skep.cron": "*/5 * * * *"}
-    assert labels("['@daily', '0 9 * * 1']") == {"skep.cron": "@daily; 0 9 * * 1"}
-    given = (
-        "{schedule: '@daily', time-zone: Asia/Kathmandu, concurrency: replace, deadline: 2h, suspend: true}"
-    )
-    made = labels(given)
-    assert made == {
-        "skep.cron": "@daily",
-        "skep.cron.time-zone": "Asia/Kathmandu",
-        "skep.cron.concurrency": "replace",
-        "skep.cron.deadline": "2h",
-        "skep.cron.suspend": "true",
-    }
-    assert set(made) == {label.name for label in LABELS if label.name.startswith("skep.cron")}
-    assert labels("{schedule: ['@daily', '@hourly']}") == {"skep.cron": "@daily; @hourly"}
 
 
 def test_ports_and_names_that_differ_do_not_collide() -> None:
@@ -367,18 +268,6 @@ def test_a_build_has_the_options_of_docker_build(build: str, arguments: str) -> 
     assert (made.context, " ".join(made.arguments)) == ("/c", arguments)
 
 
-def test_x_skep_becomes_labels_of_the_service() -> None:
-    found = spec(
-        "x-skep: {drain: 5s, on-disconnect: keep, publish: {affinity: client-ip, '80': {local: true}}}"
-    )
-    assert {name: value for name, value in found["Labels"].items() if name.startswith("skep.")} == {
-        "skep.drain": "5s",
-        "skep.on-disconnect": "keep",
-        "skep.publish.affinity": "client-ip",
-        "skep.publish.80.local": "true",
-    }
-
-
 def test_content_is_in_the_names_of_secrets_and_configs() -> None:
     def names(content: bytes, label: str = "a") -> tuple[str, ...]:
         text = (
@@ -396,6 +285,19 @@ def test_content_is_in_the_names_of_secrets_and_configs() -> None:
     assert names(b"1", "b")[0] != one[0]
     assert one[0].startswith("shop_c-")
     assert one[0].rpartition("-")[2] != one[1].rpartition("-")[2]
+
+
+@pytest.mark.parametrize(("section", "kib"), [("secrets", 500), ("configs", 1000)])
+def test_a_secret_or_config_that_is_too_large_is_refused_before_anything_is_sent(
+    section: str, kib: int
+) -> None:
+    text = f"services: {{w: {{image: w}}}}\n{section}: {{c: {{file: x}}}}"
+    _, report = read(text, {(section, "c"): b"x" * (kib << 10)})
+    assert not report.problems
+    _, report = read(text, {(section, "c"): b"x" * ((kib << 10) + 1)})
+    assert [str(one) for one in report.problems] == [
+        f"f:2:{len(section) + 14}: {section}.c.file: it is larger than {kib} KiB"
+    ]
 
 
 def test_a_given_name_is_kept_and_what_is_external_is_not_made() -> None:
@@ -535,6 +437,18 @@ volumes: {v: {driver_opts: {type: nfs}}, x: {external: true}}
         (
             "services: {w: {image: w, x-skep: {priority: urgent}}}",
             "f:1:45: services.w.x-skep.priority: want a whole number, not the text 'urgent'",
+        ),
+        (
+            "services: {w: {image: w, x-skep: {priority: 1001}}}",
+            "f:1:45: services.w.x-skep.priority: 1001 is out of range: want -1000 to 1000",
+        ),
+        (
+            "services: {w: {image: w, scale: 2, deploy: {replicas: 3}}}",
+            "f:1:33: services.w.scale: deploy.replicas says 3",
+        ),
+        (
+            "services: {w: {image: w, deploy: {mode: global-job, update_config: {delay: 1s}}}}",
+            "f:1:68: services.w.deploy.update_config: a job has no updates: its tasks end",
         ),
         (
             "services: {w: {image: w, x-skep: {cron: '@daily'}}}",

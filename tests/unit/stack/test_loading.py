@@ -190,6 +190,21 @@ def test_files_that_cannot_be_joined_are_an_error(tmp_path: Path, files: dict[st
 def test_services_of_other_profiles_are_left_out(tmp_path: Path) -> None:
     text = "services: {a: {image: a}, b: {image: b, profiles: [extra]}, c: {image: c, profiles: [other]}}"
     assert sorted(services(loaded(tmp_path, "main", main=text))) == ["a", "b"]
+    every = load([tmp_path / "main.yml"], Choices(environment={}, profiles=("*",)), Files(), Report())
+    assert sorted(services(every)) == ["a", "b", "c"]
+
+
+def test_a_file_of_variables_and_a_variable_that_are_not_there_are_errors(tmp_path: Path) -> None:
+    report = Report()
+    text = "services: {w: {image: w, env_file: no_env, label_file: no}}\nsecrets: {s: {environment: NO}}"
+    loaded(tmp_path, "main", report=report, main=text)
+    with pytest.raises(Problems) as caught:
+        report.raise_problems()
+    assert [str(one).replace(f"{tmp_path}/", "") for one in caught.value.problems] == [
+        "main.yml:1:36: services.w.env_file[0].path: no_env cannot be read: no such file or directory",
+        "main.yml:1:56: services.w.label_file: no cannot be read: no such file or directory",
+        "main.yml:2:28: secrets.s.environment: the variable NO is not set",
+    ]
 
 
 def test_variables_come_from_the_environment_before_the_file_beside(tmp_path: Path) -> None:

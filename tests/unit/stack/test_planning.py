@@ -212,6 +212,27 @@ def test_a_forced_update_by_others_is_no_change() -> None:
             ),
         ),
         (
+            (
+                "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {name: m, driver_opts: {encrypted: ''},"
+                " ipam: {config: [{subnet: 10.9.0.0/24}]}}}"
+            ),
+            Existing(
+                networks=(
+                    {
+                        "Name": "m",
+                        "Id": "1",
+                        "Scope": "swarm",
+                        "Driver": "overlay",
+                        "IPAM": {"Config": [{"Subnet": "10.8.0.0/24"}]},
+                    },
+                )
+            ),
+            (
+                "the network exists and cannot be changed (its subnet is 10.8.0.0/24, not 10.9.0.0/24; the option "
+                "encrypted is None, not ''): remove it first, or give it another name"
+            ),
+        ),
+        (
             "services: {w: {image: w, configs: [c]}}\nconfigs: {c: {content: x, name: m}}",
             Existing(configs=({"ID": "1", "Spec": {"Name": "m", "Data": "eQ=="}},)),
             (

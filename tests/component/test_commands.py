@@ -1,0 +1,63 @@
+"""Commands that look at services, nodes and networks, against a real manager's API."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.command_rig import HANGS, Cluster, a_cluster
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    """With a service that runs, and one that does not."""
+    async with a_cluster(tmp_path) as made:
+        made.write(
+            f"name: shop\nservices: {{web: {{image: busybox, deploy: {{replicas: 2}}}}, db: {{image: {HANGS}}}}}"
+        )
+        code, _, err = await made.deploy("--detach")
+        assert code == 0, err
+        code, _, err = await made.run("service", "wait", "shop_web")
+        assert (code, err.splitlines()[-1]) == (0, "shop_web: 2 of 2 tasks run")
+        yield made
+
+
+async def test_a_wait_that_is_over_names_what_does_not_run(cluster: Cluster) -> None:
+    code, _, err = await cluster.run("service", "wait", "--timeout", "0.5", "shop_web", "shop_db")
+    assert (code, err.splitlines()[-1]) == (1, "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run")
+
+
+async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster: Cluster) -> None:
+    code, out, err = await cluster.run("explain", "m1")
+    assert code == 0, err
+    assert out.splitlines()[0] == "m1: ready"
+    assert "  tasks: 1 assigned, 2 running" in out.splitlines()
+    _, out, _ = await cluster.run("explain", "shop_default")
+    assert out.splitlines()[0] == "shop_default: overlay network of the swarm, used by shop_db, shop_web"
+    _, out, _ = await cluster.run("explain", "shop_db.1")
+    assert out.startswith("shop_db.1: ")
+    code, _, err = await cluster.run("explain", "shop")
+    assert (code, err) == (1, "Error: no such service, task, node or network: shop\n")
+
+
+async def test_a_node_that_is_there_is_not_forgotten_and_one_that_drains_names_its_tasks(
+    cluster: Cluster,
+) -> None:
+    code, _, err = await cluster.run("node", "forget", "m1")
+    assert (code, "m1 is ready, not down" in err) == (1, True)
+    code, out, err = await cluster.run("node", "drain", "m1")
+    assert (code, out) == (0, "m1 has no more tasks\n"), err
+    _, out, _ = await cluster.run("explain", "m1")
+    assert "its availability is drain" in out
+
+
+async def test_an_update_is_paused_and_aborted(cluster: Cluster) -> None:
+    cluster.write(f"name: shop\nservices: {{web: {{image: {HANGS}, deploy: {{replicas: 2}}}}}}")
+    assert (await cluster.deploy("--detach"))[0] == 0
+    code, out, err = await cluster.run("update", "pause", "shop_web")
+    assert code == 0, err
+    assert out.startswith("shop_web: paused: manually paused; go on with skep update resume shop_web")
+    code, out, err = await cluster.run("update", "abort", "shop_web")
+    assert (code, out) == (0, "shop_web: rollback_started: manually requested rollback\n"), err
+    code, _, err = await cluster.run("service", "wait", "--timeout", "30", "shop_web")
+    assert "rollback" in err

@@ -1,0 +1,110 @@
+"""Commands against a real manager's API, scheduler and orchestrator; only nodes are made up."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.api.raw import RawClient
+from skep.api.requests import PlainRequests
+from skep.api.server import runner
+from skep.manager.routes import application
+from skep.model.node import Node
+from skep.model.planes import NODE_LABEL
+from skep.model.service import Service
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.store.interface import Store, Transaction
+from tests.conformance.manager import a_manager_api
+from tests.support.builders import a_docker_node
+from tests.support.control_loops import leading
+from tests.support.playground_rig import SKEP
+
+HANGS = "hangs"
+"""An image whose tasks never start."""
+
+
+class Cluster:
+    """A folder with a Compose file, and a manager's API on a socket in it."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self.folder = folder
+        self.store = store
+        self.host = f"unix://{folder}/api.sock"
+
+    def write(self, text: str) -> None:
+        (self.folder / "compose.yaml").write_text(text)
+
+    async def start(self, *words: str, **environment: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(SKEP, "--host", self.host, *words),
+            cwd=self.folder,
+            env=os.environ | environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def run(self, *words: str, **environment: str) -> tuple[int | None, str, str]:
+        """Exit code, output and errors of ``skep WORDS``."""
+        process = await self.start(*words, **environment)
+        out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    async def deploy(self, *words: str) -> tuple[int | None, str, str]:
+        return await self.run("stack", "deploy", "--resolve-image", "never", *words)
+
+    def names(self) -> list[str]:
+        return sorted(one.spec.name for one in self.store.view().find(Service))
+
+    def requests(self) -> PlainRequests:
+        return PlainRequests(RawClient(self.host, None))
+
+
+def _with_plugins(tx: Transaction) -> None:
+    """The node can run what a stack has."""
+    (node,) = tx.find(Node)
+    described = a_docker_node().description
+    engine = replace(described.engine, labels={NODE_LABEL: "1"})
+    tx.put(replace(node, description=replace(described, engine=engine, hostname=node.description.hostname)))
+
+
+def _reported(tx: Transaction) -> None:
+    """What nodes would report of their tasks."""
+    for task in list(tx.find(Task)):
+        container = task.spec.container_spec
+        is_ending = task.desired_state > TaskState.RUNNING
+        state = TaskState.SHUTDOWN if is_ending else TaskState.RUNNING
+        if (
+            task.status.state is TaskState.ASSIGNED
+            and container
+            and (is_ending or HANGS not in container.image)
+        ):
+            tx.put(replace(task, status=TaskStatus(state=state)))
+        elif task.status.state is TaskState.RUNNING and is_ending:
+            tx.put(replace(task, status=TaskStatus(state=TaskState.SHUTDOWN)))
+
+
+async def _nodes(store: Store) -> None:
+    async with store.watch(Task) as watch:
+        await store.update(_reported)
+        async for _ in watch:
+            await store.update(_reported)
+
+
+@asynccontextmanager
+async def a_cluster(folder: Path) -> AsyncIterator[Cluster]:
+    async with a_manager_api() as api:
+        await api.store.update(_with_plugins)
+        served = runner(application(api))
+        await served.setup()
+        await web.UnixSite(served, str(folder / "api.sock")).start()
+        try:
+            async with leading(api.store), asyncio.TaskGroup() as group:
+                nodes = group.create_task(_nodes(api.store))
+                yield Cluster(folder, api.store)
+                nodes.cancel()
+        finally:
+            await served.cleanup()
