@@ -4,12 +4,21 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from click import unstyle
+
+from skep.cli.doctor import shown as paths_shown
 from skep.cli.explain import about_service, about_task
 from skep.cli.history import lines_of as history_lines
 from skep.cli.output import Screen
 from skep.cli.recover import Kept, plan
 from skep.cli.runs import shown
+from skep.cli.stack_screens import planned, revisions
 from skep.cli.status import Cluster, Status, lines_of, node_rows, service_rows
+from skep.cli.version import versions
+from skep.model.labels import STACK_CHANGES, STACK_STATE
+from skep.model.service import ServiceSpec, UpdateConfig, UpdateOrder
+from skep.stack.planning import Action, Change, Difference, NodeRefusal, NodeShare, Placement, Plan
+from skep.stack.revisions import Revision
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
@@ -38,6 +47,10 @@ def screens() -> str:
             *_capture("skep explain stuck.1", about_task("stuck.1", _stuck(), NOW)),
             *_capture("skep runs boom", shown({"Runs": [_run()]}, Screen(columns=_COLUMNS), NOW)),
             *_capture("skep history boom", history_lines(_HISTORY, Screen(columns=_COLUMNS), _AT)),
+            *_capture("skep stack plan", planned(_PLAN).lines(Screen(columns=_COLUMNS))),
+            *_capture("skep stack history shop", revisions(_REVISIONS, NOW).lines(Screen(columns=_COLUMNS))),
+            *_capture("skep doctor network", paths_shown(_PATHS, Screen(columns=_COLUMNS))),
+            *_capture("skep version --all", versions(_VERSIONS).lines(Screen(columns=_COLUMNS))),
             *_capture(
                 "skep cluster recover --dry-run",
                 (f"{word.ljust(11)}{text}" for word, text in plan(_INFO, _QUORUM, _KEPT)),
@@ -47,7 +60,7 @@ def screens() -> str:
 
 
 def _capture(command: str, lines: Iterable[str]) -> list[str]:
-    return [f"## `{command}`", "", "```text", *lines, "```", ""]
+    return [f"## `{command}`", "", "```text", *map(unstyle, lines), "```", ""]
 
 
 def _node(name: str, state: str = "ready", message: str = "", **more: Any) -> dict[str, Any]:
@@ -167,3 +180,73 @@ _QUORUM = {
         {"ID": "m3", "Hostname": "m3", "Addr": "192.0.2.13:2377", "Answers": False, "SilentSeconds": 372.0},
     ]
 }
+
+_PLAN = Plan(
+    stack="shop",
+    changes=(
+        Change(action=Action.CREATE, kind="config", name="shop_site-4cb2984f1f"),
+        Change(
+            action=Action.UPDATE,
+            kind="service",
+            name="shop_web",
+            spec=ServiceSpec(update_config=UpdateConfig(parallelism=2, order=UpdateOrder.START_FIRST)),
+            differences=(
+                Difference("TaskTemplate.ContainerSpec.Image", "shop/web:7", "shop/web:8"),
+                Difference("Mode.Replicated.Replicas", "2", "3"),
+            ),
+        ),
+        Change(action=Action.CREATE, kind="service", name="shop_search"),
+        Change(action=Action.REMOVE, kind="service", name="shop_old"),
+    ),
+    placements={
+        "shop_web": Placement(name="shop_web", wanted=3, nodes=(NodeShare("m1", 2), NodeShare("m3", 1))),
+        "shop_search": Placement(
+            name="shop_search",
+            wanted=1,
+            refusal="no suitable node (insufficient resources on 2 nodes)",
+            verdicts=tuple(
+                NodeRefusal(name, ("insufficient resources: 64000 MiB of memory wanted, 24106 not reserved",))
+                for name in ("m1", "m3")
+            ),
+        ),
+    },
+)
+
+
+def _revision(number: int, at: str, changes: str, state: str) -> Revision:
+    labels = {STACK_CHANGES: changes, STACK_STATE: state}
+    return Revision(number=number, id="", version=1, created_at=at, labels=labels, data="")
+
+
+_REVISIONS = [
+    _revision(1, "2026-01-30T09:00:00Z", "5 created", "deployed"),
+    _revision(2, "2026-01-31T11:20:00Z", "1 updated", "failed: shop_web: the update is paused: exit 3"),
+    _revision(3, "2026-01-31T11:57:00Z", "1 created, 1 updated", "deployed"),
+]
+
+
+def _path(peer: str, **found: Any) -> dict[str, Any]:
+    finding = {"Check": "overlay", "Port": "4789/udp", "Sent": 3, "Lost": 0, "Failing": False, **found}
+    return {"PeerID": peer, "Peer": peer, "MTU": 1450, "Findings": [finding]}
+
+
+_LOST = {"Lost": 3, "Failing": True, "Detail": "no response: is UDP port 4789 open between these nodes?"}
+_PATHS = [
+    {"ID": "m1", "Hostname": "m1", "Paths": [_path("m2", RoundTripMs=0.4), _path("w1", **_LOST)]},
+    {"ID": "m2", "Hostname": "m2", "Paths": [_path("m1", RoundTripMs=0.4), _path("w1", RoundTripMs=0.6)]},
+    {"ID": "w1", "Hostname": "w1", "Paths": [_path("m1", **_LOST), _path("m2", RoundTripMs=0.6)]},
+]
+
+
+def _versioned(name: str, role: str, version: str) -> dict[str, Any]:
+    return _node(name) | {
+        "Description": {"Hostname": name, "Engine": {"EngineVersion": version}},
+        "Spec": {"Role": role},
+    }
+
+
+_VERSIONS = [
+    _versioned("m1", "manager", "0.2.0"),
+    _versioned("w1", "worker", "0.2.0"),
+    _versioned("w2", "worker", "0.1.0"),
+]

@@ -42,7 +42,12 @@ def node() -> None:
 
 
 @node.command()
-@click.option("--detach", "-d", is_flag=True, help="Do not wait until the tasks have moved.")
+@click.option(
+    "--detach/--wait",
+    "-d/",
+    default=False,
+    help="Whether to wait until the tasks have moved; default: --wait.",
+)
 @click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
 @click.argument("name", metavar="NODE")
 @click.pass_obj

@@ -1,5 +1,6 @@
 """``skep stack`` as a command: what it waits for, says and leaves behind."""
 
+import asyncio
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from skep.stack.planning import plan_of
 from skep.stack.reading import Report
 from skep.stack.recording import carry_out, known_revisions
 from skep.stack.revisions import KEPT
+from skep.store.level import SCHEDULES
 from tests.support.command_rig import HANGS, Cluster, a_cluster
 
 FILE = "name: shop\nservices: {web: {image: busybox}, db: {image: %s}}\n"
@@ -105,3 +107,22 @@ async def test_ten_revisions_are_kept_and_the_configs_that_only_older_ones_name_
             found = {one["Spec"]["Name"] for one in await client.get(path)}
             wanted = {getattr(one, section)[section[0]].name for one in kept}
             assert {name for name in found if "_revision-" not in name} == wanted
+
+
+async def test_a_job_with_a_schedule_is_deployed_at_once(cluster: Cluster) -> None:
+    """Its first run may be a year away."""
+    await cluster.store.update(lambda tx: tx.raise_level(SCHEDULES))
+    job = "{image: busybox, deploy: {mode: replicated-job}, x-skep: {cron: '0 0 1 1 *'}}"
+    cluster.write(f"name: shop\nservices: {{nightly: {job}}}")
+    code, _, err = await cluster.deploy("--timeout", "30")
+    assert (code, "shop_nightly: it has a schedule" in err) == (0, True), err
+
+
+async def test_deploys_beside_each_other_have_revisions_of_their_own(cluster: Cluster) -> None:
+    made = stack_of(parse(FILE % "busybox", "f"), "shop", {}, Report())
+    async with cluster.requests() as one, cluster.requests() as other:
+        plan = plan_of(made, await existing_of(one, "shop"), images={}, prune=False)
+        both = (carry_out(client, made, plan, lambda *_: None, 30.0, pytest.fail) for client in (one, other))
+        await asyncio.gather(*both)
+        assert [revision.number for revision in await known_revisions(one, "shop")] == [1, 2]
+    assert cluster.names() == ["shop_db", "shop_web"]

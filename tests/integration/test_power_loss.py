@@ -3,16 +3,19 @@
 import os
 import random
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from skep.model.times import unix_ns
 from tests.support.daemon_rig import INIT, DaemonRig, daemon_rig
 from tests.support.playground_rig import (
     IDLE,
     IMAGE,
+    SKEP,
     TestNode,
     containers,
     create,
@@ -173,3 +176,71 @@ def test_an_image_is_whole_or_absent_after_a_power_loss_while_it_is_loaded(
         wait_running(own_m1, f"from{number}", 1)
         own_m1.docker("service", "rm", f"from{number}")
         wait_until(lambda: not own_m1.client().api.containers(all=True), "the service is gone")
+
+
+# --- stacks ---------------------------------------------------------------------------------------------------------
+
+CHAIN = """
+name: chain
+services:
+  web:
+    image: busybox:1
+    command: sleep 600
+    depends_on: {migrate: {condition: service_completed_successfully}}
+  migrate:
+    image: busybox:1
+    command: "true"
+    restart: "no"
+    depends_on: {db: {condition: service_healthy}}
+  db:
+    image: busybox:1
+    command: sh -c "sleep 3; touch /healthy; exec sleep 600"
+    healthcheck: {test: test -f /healthy, interval: 500ms, retries: 100}
+"""
+
+
+def test_a_stack_starts_in_its_order_after_a_power_loss(own_m1: TestNode, tmp_path: Path) -> None:
+    """The web's container waits for the database to be healthy; the migration has completed and does not run again."""
+    (tmp_path / "chain.yaml").write_text(CHAIN)
+    words = (
+        "stack",
+        "deploy",
+        "--resolve-image",
+        "never",
+        "--timeout",
+        "100",
+        "-c",
+        f"{tmp_path}/chain.yaml",
+    )
+    deployed = subprocess.run(
+        [SKEP, "--host", own_m1.socket, *words], capture_output=True, text=True, check=False
+    )
+    assert deployed.returncode == 0, deployed.stderr
+    before = {name: started(own_m1, name) for name in ("chain_db", "chain_web")}
+    runs = own_m1.docker("service", "ps", "-q", "chain_migrate").stdout.split()
+    own_m1.cluster.skep("kill", "m1")
+    own_m1.cluster.skep("start", "m1")
+    wait_until(lambda: own_m1.docker("service", "ls", check=False).returncode == 0, "it answers")
+    wait_until(
+        lambda: all(
+            started(own_m1, name)[0] not in ("", id_before) for name, (id_before, _) in before.items()
+        ),
+        "both are started again",
+        within_s=90,
+    )
+    db, _ = started(own_m1, "chain_db")
+    checks = own_m1.client().api.inspect_container(db)["State"]["Health"]["Log"]
+    healthy = min((one["End"] for one in checks if one["ExitCode"] == 0), key=unix_ns)
+    assert unix_ns(started(own_m1, "chain_web")[1]) > unix_ns(healthy)
+    assert own_m1.docker("service", "ps", "-q", "chain_migrate").stdout.split() == runs
+
+
+def started(node: TestNode, service: str) -> tuple[str, str]:
+    """Id of the one container of a service that runs, and when it was started; empty: none runs."""
+    found = node.client().api.containers(
+        filters={"label": f"com.docker.swarm.service.name={service}", "status": "running"}
+    )
+    if len(found) != 1:
+        return "", ""
+    state = node.client().api.inspect_container(found[0]["Id"])["State"]
+    return found[0]["Id"], state["StartedAt"]
