@@ -211,6 +211,29 @@ class ContainerNetwork:
         await asyncio.shield(self._cut(config, sandbox, left, gone))
         return left
 
+    async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
+        """Put a running plain container on the node's bridge, or take it off, as ``config.mode`` says.
+
+        Its interface on the gateway bridge stays where its other networks need a way out, and is closed to other
+        containers.  Raises: AlreadyExists: a port that it publishes is in use; SkepError.
+        """
+        if not needs_way_out(config.mode, [one.config for one in sandbox.endpoints]):
+            left = Sandbox(netns=sandbox.netns, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
+            await asyncio.shield(self._cut(config, sandbox, left, ()))
+            return left
+        if sandbox.address:
+            changed = msgspec.structs.replace(sandbox, is_open=config.mode is NetworkMode.BRIDGE)
+            await self._gateway.change(config.id, changed)
+            return changed
+        joined = sandbox
+        try:
+            joined = await self._way_out(config, sandbox)
+            await self._overlays.change(config.id, (), joined)
+        except BaseException:
+            await asyncio.shield(self._cut(config, joined, sandbox, ()))
+            raise
+        return joined
+
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
         """Have others find it by ``config.name`` from now on; ``sandbox``: None: it does not run.
 

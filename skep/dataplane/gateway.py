@@ -154,6 +154,15 @@ class Gateway:
             await apply_operations(self._namespaces, self._namespaces.home, [DeleteLink(sandbox.port)])
         await self.disconnect(container_id, sandbox)
 
+    async def change(self, container_id: ContainerId, sandbox: Sandbox) -> None:
+        """``sandbox`` is what a connected container has now: whether it is open differs.  Raises: SkepError."""
+        before, self._sandboxes[container_id] = self._sandboxes[container_id], sandbox
+        try:
+            await self._apply()
+        except BaseException:
+            self._sandboxes[container_id] = before
+            raise
+
     def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
         """The result of ``connect`` of a connected container; None: it is not connected."""
         return self._sandboxes.get(container_id)

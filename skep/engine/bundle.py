@@ -396,17 +396,47 @@ class Bundles:
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
         """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user has mounts there."""
-        config, sandbox, path = container.config, container.sandbox, self.path(container.id)
-        taken = {point.destination for point in config.mounts}
+        path = self.path(container.id)
+        taken = {point.destination for point in container.config.mounts}
         if container.mode is NetworkMode.CONTAINER:  # those of the container whose network it has
             other = self.path(ContainerId(other_container(container.network_mode)))
             for name in _NAMES:  # links, as a third container may share this one's
                 (path / name).unlink(missing_ok=True)
                 (path / name).symlink_to(other / name)
             return [_file(path, name) for name in _NAMES if f"/etc/{name}" not in taken]
+        points = []
+        for name, content in self._name_files(container).items():
+            file = path / name
+            # A task's container may have changed it; a plain one may be on other networks than before.
+            if container.plain is not None or not file.exists():
+                file.write_text(content)
+                file.chmod(0o644)
+            if f"/etc/{name}" not in taken:
+                points.append(_file(path, name))
+        return points
+
+    def refresh_name_files(self, before: Container, after: Container) -> None:
+        """Rewrite the files of ``_name_files`` of a running container whose networks have changed.
+
+        One that the container has written itself stays as it is.  Raises: OSError.
+        """
+        old = self._name_files(before)
+        for name, text in self._name_files(after).items():
+            expected, content = old[name].encode(), text.encode()
+            with (self.path(after.id) / name).open(
+                "r+b"
+            ) as file:  # it is mounted: a new file would not be seen
+                if content != expected and file.read(len(expected) + 1) == expected:
+                    file.seek(0)
+                    file.write(content)
+                    file.truncate()
+
+    def _name_files(self, container: Container) -> Mapping[str, str]:
+        """The text of /etc/hosts, /etc/hostname and /etc/resolv.conf."""
+        config, sandbox = container.config, container.sandbox
         addresses = sandbox.own_addresses if sandbox is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
-        contents: Mapping[str, str] = {
+        return {
             "hosts": hosts_file(config.hostname, addresses, config.hosts),
             "hostname": f"{config.hostname}\n",
             "resolv.conf": resolver_file(
@@ -417,16 +447,6 @@ class Bundles:
                 is_named=sandbox is not None and bool(sandbox.endpoints),
             ),
         }
-        points = []
-        for name, content in contents.items():
-            file = path / name
-            # A task's container may have changed it; a plain one may be on other networks than before.
-            if container.plain is not None or not file.exists():
-                file.write_text(content)
-                file.chmod(0o644)
-            if f"/etc/{name}" not in taken:
-                points.append(_file(path, name))
-        return points
 
 
 def _file(path: Path, name: str) -> MountPoint:

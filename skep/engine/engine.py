@@ -38,7 +38,6 @@ from skep.engine.container import (
     MountPoint,
     NewContainer,
     NotRunning,
-    PlainOptions,
     Top,
     WaitCondition,
 )
@@ -49,6 +48,7 @@ from skep.engine.lifecycle import Lifecycle
 from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.facts import with_attributes, with_tag
 from skep.engine.log_forwarding import LogForwarding
+from skep.engine.network_changes import NetworkChanges
 from skep.engine.networking import Networking, sandbox_config
 from skep.engine.request import CreateRequest, TaskOptions
 from skep.engine.restart import RestartMonitor
@@ -57,12 +57,12 @@ from skep.engine.signals import signal_number
 from skep.engine.state import ContainerStore
 from skep.engine.stats import Stats, sample
 from skep.engine.volumes import Volumes
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, SkepError
+from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
 from skep.model.container import Mount
 from skep.model.ids import ContainerId, new_container_id
 from skep.model.meta import Driver
 from skep.model.readable import NameSource, free_name, names_from
-from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
+from skep.model.sandbox import Sandbox
 from skep.model.times import timestamp
 
 log = structlog.get_logger()
@@ -70,13 +70,6 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
-_SHARES_THE_HOSTS = (
-    "container sharing network namespace with another container or host cannot be connected to any other "
-    "network"
-)
-_HAS_NONE = (
-    "container cannot be connected to multiple networks with one of the networks in private (none) mode"
-)
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +111,7 @@ class Engine:
         self._config = config
         self._store = ContainerStore(self.bundles)
         self._network_locks: defaultdict[ContainerId, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.networks = NetworkChanges(self._store, self.bundles, network, self._network_locks)
         self._lifecycle = Lifecycle(
             runtime=runtime,
             network=network,
@@ -239,13 +233,6 @@ class Engine:
         if not container.is_running:
             raise NotRunning(f"Container {container.id} is not running")
         return container
-
-    def _require_plain(self, word: str) -> tuple[Container, PlainOptions]:
-        """Raises: NotFound; FailedPrecondition: it is a task's."""
-        container = self.get(word)
-        if container.plain is None:
-            raise FailedPrecondition(f"container {container.name} belongs to a task")
-        return container, container.plain
 
     # --- create -------------------------------------------------------------------------------------------------
 
@@ -391,7 +378,7 @@ class Engine:
         Raises: NotFound; SkepError: it cannot be started.
         """
         async with self._network_locks[id]:
-            container, plain = self._require_plain(id)
+            container, plain = self._store.require_plain(id)
             if container.is_running or (plain.is_stopped and not ignore_stop):
                 return False
             changed = msgspec.structs.replace(plain, restarts=plain.restarts + 1, is_stopped=False)
@@ -489,7 +476,7 @@ class Engine:
 
     async def rename(self, word: str, name: str) -> None:
         """Raises: NotFound; AlreadyExists; InvalidArgument; FailedPrecondition: the cluster uses its name."""
-        container, _ = self._require_plain(word)
+        container, _ = self._store.require_plain(word)
         chosen = _checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
@@ -497,61 +484,6 @@ class Engine:
         renamed = sandbox_config(msgspec.structs.replace(container, name=chosen))
         await self._network.rename(renamed, container.sandbox if container.is_running else None)
         self.events.publish("rename", self._store.rename(container.id, chosen))
-
-    # --- networks of plain containers ---------------------------------------------------------------------------
-
-    async def connect(self, word: str, request: EndpointRequest) -> None:
-        """Put it on one more network, now or with its start.
-
-        Raises: NotFound; FailedPrecondition: it is there; SkepError, in Docker's words.
-        """
-        container, _ = self._require_plain(word)
-        async with self._network_locks[container.id]:
-            container, plain = self._require_plain(container.id)
-            if plain.mode in (NetworkMode.HOST, NetworkMode.CONTAINER):
-                raise FailedPrecondition(_SHARES_THE_HOSTS)
-            if plain.mode is NetworkMode.NONE:
-                raise FailedPrecondition(_HAS_NONE)
-            if container.is_running:
-                assert container.sandbox is not None, "a running container has one"
-                sandbox = await self._network.connect(sandbox_config(container), container.sandbox, request)
-                self._store.observe(container.id, sandbox=sandbox)
-            elif any(one.network == request.network for one in plain.networks):
-                raise FailedPrecondition(
-                    f"endpoint with name {container.name} already exists in network {request.network}"
-                )
-            networks = (*plain.networks, request)
-            self._store.change(container.id, plain=msgspec.structs.replace(plain, networks=networks))
-
-    async def disconnect(self, word: str, network: str, network_id: str = "") -> None:
-        """Take it from a network.  ``network``: as its user has given it; ``network_id``: where that is known.
-
-        Raises: NotFound; FailedPrecondition: it is not there; SkepError.
-        """
-        container, _ = self._require_plain(word)
-        async with self._network_locks[container.id]:
-            container, plain = self._require_plain(container.id)
-            known, is_there = {network, network_id}, False
-            sandbox = container.sandbox if container.is_running else None
-            if sandbox is not None:
-                for endpoint in sandbox.endpoints:
-                    if {endpoint.network_id, endpoint.network_name} & known:
-                        is_there = True
-                        known |= {endpoint.network_id, endpoint.network_name}
-                        config = sandbox_config(container)
-                        sandbox = await self._network.disconnect(config, sandbox, endpoint.network_id)
-                        self._store.observe(container.id, sandbox=sandbox)
-            networks = tuple(one for one in plain.networks if one.network not in known)
-            if not is_there and len(networks) == len(plain.networks):
-                raise FailedPrecondition(f"container {container.id} is not connected to network {network}")
-            self._store.change(container.id, plain=msgspec.structs.replace(plain, networks=networks))
-
-    async def evict(self, container_id: ContainerId, network_id: str) -> None:
-        """Disconnect a container from a network because the cluster reclaims its address."""
-        try:
-            await self.disconnect(container_id, network_id, network_id)
-        except (NotFound, FailedPrecondition) as error:
-            log.info("container has left the network already", container=container_id, reason=str(error))
 
     # --- remove -------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,9 @@ class Networking(Protocol):
     async def disconnect(self, config: SandboxConfig, sandbox: Sandbox, network_id: str) -> Sandbox:
         """Remove an endpoint of a running container.  Raises: SkepError."""
 
+    async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
+        """Put a running container on the node's bridge, or take it off, as ``config.mode`` says.  Raises: SkepError."""
+
     async def rename(self, config: SandboxConfig, sandbox: Sandbox | None) -> None:
         """Use ``config.name`` on its networks from now on; ``sandbox``: None: it does not run.
 

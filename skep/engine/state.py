@@ -9,8 +9,8 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.failures import log_error, retry
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container, WaitCondition
-from skep.errors import AlreadyExists, NotFound
+from skep.engine.container import Container, PlainOptions, WaitCondition
+from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME
 
@@ -58,6 +58,13 @@ class ContainerStore:
         if container is None:
             raise NotFound(f"No such container: {id}")
         return container
+
+    def require_plain(self, word: str) -> tuple[Container, PlainOptions]:
+        """``get`` a plain container.  Raises: NotFound; FailedPrecondition: it is a task's."""
+        container = self.get(word)
+        if container.plain is None:
+            raise FailedPrecondition(f"container {container.name} belongs to a task")
+        return container, container.plain
 
     def add(self, container: Container) -> None:
         """A new container, or one of an earlier process.  Raises: AlreadyExists: the name is taken."""

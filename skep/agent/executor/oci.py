@@ -113,7 +113,7 @@ class OciExecutor:
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
         """Raises nothing: errors of the task are raised by ``prepare``."""
         if is_attachment(task):
-            return AttachmentController(self.attachments, self.engine.evict, task)
+            return AttachmentController(self.attachments, self.engine.networks.evict, task)
         return OciController(self, task, registry_auth)
 
     async def leftovers(self) -> Sequence[TaskId]:

@@ -11,6 +11,7 @@ import msgspec
 
 from skep.api.errors import Untranslated
 from skep.api.filters import Filters
+from skep.engine.api.network_settings import networks
 from skep.engine.container import Container, ContainerState
 from skep.engine.images.image import Image
 from skep.errors import InvalidArgument
@@ -66,7 +67,7 @@ def select(containers: Sequence[Container], selection: Selection) -> Sequence[Co
             and (selection.ancestors is None or container.image_id in selection.ancestors)
             and _is_task(container, filters["is-task"])
             and _matches_volume(container, filters["volume"])
-            and filters.matches("network", *_networks(container))
+            and ("network" not in filters or filters.matches("network", *_networks(container)))
             and filters.matches("isolation", "default", "")
             and _matches_ports(filters["publish"], _published(container))
             and _matches_ports(filters["expose"], container.config.exposed_ports)
@@ -147,12 +148,8 @@ def _matches_volume(container: Container, wanted: Sequence[str]) -> bool:
 
 
 def _networks(container: Container) -> Sequence[str]:
-    sandbox = container.sandbox
-    if sandbox is None:
-        return ()
-    if sandbox.endpoints:
-        return [word for one in sandbox.endpoints for word in (one.network_name, one.network_id)]
-    return (sandbox.network,)
+    endpoints = container.sandbox.endpoints if container.sandbox is not None else ()
+    return [*networks(container), *(one.network_id for one in endpoints)]
 
 
 def _published(container: Container) -> Sequence[str]:

@@ -4,8 +4,8 @@ import hashlib
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Any, TypeAlias
 
-from skep.engine.container import Container
-from skep.model.sandbox import Endpoint, NetworkMode
+from skep.engine.container import Container, PlainOptions
+from skep.model.sandbox import Endpoint, NetworkMode, Sandbox
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
 
@@ -59,8 +59,8 @@ def network_settings(container: Container) -> dict[str, Any]:
             {"HostIp": port.host_ip or "0.0.0.0", "HostPort": str(port.published_port)},
         ]
     settings |= {"SandboxID": container.id, "SandboxKey": sandbox.netns, "Ports": bound}
-    if sandbox.endpoints or not sandbox.address:  # Docker fills these in for its own bridge only
-        return settings
+    if not sandbox.address or (sandbox.endpoints and not is_on_bridge(container)):
+        return settings  # Docker fills these in for its own bridge only
     return settings | {
         "Gateway": sandbox.gateway,
         "IPAddress": sandbox.address,
@@ -69,35 +69,48 @@ def network_settings(container: Container) -> dict[str, Any]:
     }
 
 
+def is_on_bridge(container: Container) -> bool:
+    """Whether the node's bridge is one of the networks of a plain container, and no mere way out."""
+    return container.plain is not None and container.mode is NetworkMode.BRIDGE
+
+
 def networks(container: Container) -> dict[str, Any]:
-    """The container's networks by name; its way out shows only where it is all it has.
+    """The container's networks by name; a task's way out shows only where it is all it has.
 
     Source: the responses of an engine of version 20.10 for a task on several overlays.
     """
-    sandbox = container.sandbox if container.plain is None or container.is_running else None
+    if container.plain is not None:
+        return _of_plain(container, container.plain)
+    sandbox = container.sandbox
     if sandbox is None:
-        requested = container.plain.networks if container.plain is not None else ()
-        return {
-            one.network: _NO_NETWORK
-            | {"Aliases": list(one.aliases) or None, "Links": list(one.links) or None}
-            for one in requested
-        } or _alone(container)
+        return {}
     if sandbox.endpoints:
         return {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
-    is_up = container.is_running
-    name = sandbox.network or "bridge"
-    if container.plain is not None and container.mode in (NetworkMode.NETWORKS, NetworkMode.CONTAINER):
-        return {}
-    if container.plain is not None or container.mode is NetworkMode.HOST:
-        name = container.mode.value
-    return {
-        name: {
-            **_NO_NETWORK,
-            "Gateway": sandbox.gateway if is_up else "",
-            "IPAddress": sandbox.address if is_up else "",
-            "IPPrefixLen": sandbox.prefix_length if is_up else 0,
-            "MacAddress": sandbox.mac_address if is_up else "",
+    name = container.mode.value if container.mode is NetworkMode.HOST else sandbox.network or "bridge"
+    return {name: _on_gateway(sandbox) if container.is_running else _NO_NETWORK}
+
+
+def _of_plain(container: Container, plain: PlainOptions) -> dict[str, Any]:
+    sandbox = container.sandbox if container.is_running else None
+    if sandbox is None:
+        others = {
+            one.network: _NO_NETWORK
+            | {"Aliases": list(one.aliases) or None, "Links": list(one.links) or None}
+            for one in plain.networks
         }
+    else:
+        others = {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
+    if plain.mode in (NetworkMode.NETWORKS, NetworkMode.CONTAINER):
+        return others
+    return {plain.mode.value: _on_gateway(sandbox) if sandbox is not None else _NO_NETWORK, **others}
+
+
+def _on_gateway(sandbox: Sandbox) -> dict[str, Any]:
+    return _NO_NETWORK | {
+        "Gateway": sandbox.gateway,
+        "IPAddress": sandbox.address,
+        "IPPrefixLen": sandbox.prefix_length,
+        "MacAddress": sandbox.mac_address,
     }
 
 
@@ -107,13 +120,6 @@ def networks_in_lists(container: Container) -> dict[str, Any]:
     Source: moby, container/view.go.
     """
     return {name: one | {"Aliases": None, "Links": None} for name, one in networks(container).items()}
-
-
-def _alone(container: Container) -> dict[str, Any]:
-    """Of a plain container that does not run and is to have none of its own."""
-    if container.plain is None or container.plain.mode in (NetworkMode.NETWORKS, NetworkMode.CONTAINER):
-        return {}
-    return {container.plain.mode.value: _NO_NETWORK}
 
 
 def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:

@@ -236,13 +236,11 @@ class _NodeNetworks:
                 " other network"
             )
         if own is not None and own.name in BUILTIN:
-            raise Unimplemented(
-                f"a container gets network {own.name} at its creation or not at all: run it with --network {own.name}"
-            )
+            name = own.name
         if is_disconnect:
-            await engine.disconnect(body.container, name, own.id if own is not None else "")
+            await engine.networks.disconnect(body.container, name, own.id if own is not None else "")
         else:
-            await engine.connect(body.container, endpoint_request(name, body.endpoint_config))
+            await engine.networks.connect(body.container, endpoint_request(name, body.endpoint_config))
         return web.Response()
 
     async def update(self, request: web.Request) -> web.StreamResponse:

@@ -1,0 +1,158 @@
+"""Changes of the networks of plain containers: ``docker network connect`` and ``disconnect``.
+
+Source: moby, daemon/container_operations.go (connectToNetwork, DisconnectFromNetwork, updateNetworkSettings).
+"""
+
+import asyncio
+from collections import defaultdict
+
+import structlog
+from msgspec.structs import replace
+
+from skep.engine.bundle import Bundles
+from skep.engine.container import Container, PlainOptions
+from skep.engine.networking import Networking, sandbox_config
+from skep.engine.state import ContainerStore
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.model.ids import ContainerId
+from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
+
+log = structlog.get_logger()
+
+_BUILTIN = {mode.value: mode for mode in (NetworkMode.BRIDGE, NetworkMode.HOST, NetworkMode.NONE)}
+_HAS_ANOTHERS = (
+    "container sharing network namespace with another container or host cannot be connected to any other "
+    "network"
+)
+_HAS_NONE = (
+    "container cannot be connected to multiple networks with one of the networks in private (none) mode"
+)
+_HAS_THE_HOSTS = "container cannot be disconnected from host network or connected to host network"
+
+
+class NetworkChanges:
+    """Puts plain containers on networks and takes them off, while they run or before their start.
+
+    The networks of every node are named ``bridge``, ``host`` and ``none``.  A container on ``bridge`` has the mode
+    BRIDGE, whatever it was created with; one that has left it has NETWORKS.
+    """
+
+    def __init__(
+        self,
+        store: ContainerStore,
+        bundles: Bundles,
+        network: Networking,
+        locks: defaultdict[ContainerId, asyncio.Lock],
+    ) -> None:
+        """``locks``: held while the networks of a container change, or follow from its start."""
+        self._store = store
+        self._bundles = bundles
+        self._network = network
+        self._locks = locks
+
+    async def connect(self, word: str, request: EndpointRequest) -> None:
+        """Put a container on one more network, now or with its start.
+
+        Raises: NotFound; FailedPrecondition: it is there; SkepError, in Docker's words.
+        """
+        container, _ = self._store.require_plain(word)
+        async with self._locks[container.id]:
+            container, plain = self._store.require_plain(container.id)
+            builtin = _BUILTIN.get(request.network)
+            if builtin is NetworkMode.HOST and plain.mode is not NetworkMode.HOST:
+                raise InvalidArgument(_HAS_THE_HOSTS)
+            if plain.mode in (NetworkMode.HOST, NetworkMode.CONTAINER):
+                raise FailedPrecondition(_HAS_ANOTHERS)
+            if NetworkMode.NONE in (plain.mode, builtin):
+                raise FailedPrecondition(_HAS_NONE)
+            if builtin is NetworkMode.BRIDGE:
+                await self._join_bridge(container, plain, request)
+                return
+            if container.is_running:
+                assert container.sandbox is not None, "a running container has one"
+                sandbox = await self._network.connect(sandbox_config(container), container.sandbox, request)
+                await self._observe(container, sandbox)
+            elif any(one.network == request.network for one in plain.networks):
+                raise _is_there(container, request.network)
+            networks = (*plain.networks, request)
+            self._store.change(container.id, plain=replace(plain, networks=networks))
+
+    async def disconnect(self, word: str, network: str, network_id: str = "") -> None:
+        """Take a container off a network.
+
+        ``network``: as its user has given it; ``network_id``: where that is known.
+        Raises: NotFound; FailedPrecondition: it is not there; SkepError.
+        """
+        container, _ = self._store.require_plain(word)
+        async with self._locks[container.id]:
+            container, plain = self._store.require_plain(container.id)
+            if network in _BUILTIN:
+                await self._leave_builtin(container, plain, _BUILTIN[network])
+                return
+            known, is_there = {network, network_id}, False
+            sandbox = container.sandbox if container.is_running else None
+            if sandbox is not None:
+                for endpoint in sandbox.endpoints:
+                    if {endpoint.network_id, endpoint.network_name} & known:
+                        is_there = True
+                        known |= {endpoint.network_id, endpoint.network_name}
+                        config = sandbox_config(container)
+                        sandbox = await self._network.disconnect(config, sandbox, endpoint.network_id)
+                        container = await self._observe(container, sandbox)
+            networks = tuple(one for one in plain.networks if one.network not in known)
+            if not is_there and len(networks) == len(plain.networks):
+                raise _is_not_there(container, network)
+            self._store.change(container.id, plain=replace(plain, networks=networks))
+
+    async def evict(self, container_id: ContainerId, network_id: str) -> None:
+        """Disconnect a container from a network because the cluster reclaims its address."""
+        try:
+            await self.disconnect(container_id, network_id, network_id)
+        except (NotFound, FailedPrecondition) as error:
+            log.info("container has left the network already", container=container_id, reason=str(error))
+
+    async def _join_bridge(self, container: Container, plain: PlainOptions, request: EndpointRequest) -> None:
+        if request.aliases or request.links:
+            raise InvalidArgument(
+                "network-scoped alias is supported only for containers in user defined networks"
+            )
+        if request.address or request.address6:
+            raise InvalidArgument("user specified IP address is supported on user defined networks only")
+        if plain.mode is NetworkMode.BRIDGE:
+            raise _is_there(container, request.network)
+        mac_address = request.mac_address or plain.mac_address
+        joined = replace(plain, mode=NetworkMode.BRIDGE, mac_address=mac_address)
+        await self._change_bridge(container, joined)
+
+    async def _leave_builtin(self, container: Container, plain: PlainOptions, network: NetworkMode) -> None:
+        if plain.mode is not network:
+            raise _is_not_there(container, network.value)
+        if network is NetworkMode.HOST:
+            raise InvalidArgument(_HAS_THE_HOSTS)
+        await self._change_bridge(container, replace(plain, mode=NetworkMode.NETWORKS))
+
+    async def _change_bridge(self, container: Container, plain: PlainOptions) -> None:
+        if container.is_running:
+            assert container.sandbox is not None, "a running container has one"
+            config = replace(sandbox_config(container), mode=plain.mode, mac_address=plain.mac_address)
+            sandbox = await self._network.change_bridge(config, container.sandbox)
+            await self._observe(container, sandbox)
+        self._store.change(container.id, plain=plain)
+
+    async def _observe(self, container: Container, sandbox: Sandbox) -> Container:
+        changed = self._store.observe(container.id, sandbox=sandbox)
+        try:
+            await asyncio.to_thread(self._bundles.refresh_name_files, container, changed)
+        except OSError as error:
+            log.warning(
+                "names of a container's networks not written", container=container.id, reason=str(error)
+            )
+        return changed
+
+
+def _is_there(container: Container, network: str) -> FailedPrecondition:
+    return FailedPrecondition(f"endpoint with name {container.name} already exists in network {network}")
+
+
+def _is_not_there(container: Container, network: str) -> FailedPrecondition:
+    return FailedPrecondition(f"container {container.id} is not connected to network {network}")
