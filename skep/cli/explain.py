@@ -63,7 +63,9 @@ async def _ask(host: HostOptions, name: str) -> Shown:
         try:
             network = await get(f"/networks/{name}")
         except NotFound:
-            raise NotFound(f"no such service, task, node or network: {name}") from None
+            raise NotFound(
+                f"no such service, task, node or network: {name} (skep status; skep service ps SERVICE)"
+            ) from None
         services = [one["Spec"]["Name"] for one in await get("/services") if network["Id"] in _targets(one)]
         return _report(name, {**network, "ServiceNames": sorted(services)}, about_network, now)
 

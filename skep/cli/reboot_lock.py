@@ -97,7 +97,9 @@ def named(members: list[Member], word: str) -> Member:
     """The node of this name or id.  Raises: InvalidArgument."""
     found = [one for one in members if word in (one.id, one.name)]
     if len(found) != 1:
-        raise InvalidArgument(f"{'no node is' if not found else 'several nodes are'} called {word!r}")
+        raise InvalidArgument(
+            f"{'no node is' if not found else 'several nodes are'} called {word!r}: skep node ls"
+        )
     return found[0]
 
 

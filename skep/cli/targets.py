@@ -39,7 +39,7 @@ class Target(msgspec.Struct, frozen=True, rename="pascal"):
 async def find_target(client: RawClient, word: str) -> Target:
     """The running task that ``SERVICE``, ``SERVICE.SLOT`` or ``TASK`` means.  Raises: NotFound, FailedPrecondition."""
     if not word or "/" in word:
-        raise NotFound(f"no such service or task: {word}")
+        raise NotFound(f"no such service or task: {word} (skep service ls; skep service ps SERVICE)")
     return msgspec.convert(await client.get(f"/skep/tasks/{quote(word, safe='')}/target"), Target)
 
 

@@ -37,7 +37,10 @@ async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster:
     _, out, _ = await cluster.run("explain", "shop_db.1")
     assert out.startswith("shop_db.1: ")
     code, _, err = await cluster.run("explain", "shop")
-    assert (code, err) == (1, "Error: no such service, task, node or network: shop\n")
+    assert (code, err) == (
+        1,
+        "Error: no such service, task, node or network: shop (skep status; skep service ps SERVICE)\n",
+    )
 
 
 async def test_a_node_that_is_there_is_not_forgotten_and_one_that_drains_names_its_tasks(

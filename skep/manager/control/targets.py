@@ -57,7 +57,9 @@ def target_of(view: View, word: str) -> Task:
         try:
             return view.resolve(Task, word.rpartition(".")[2])
         except NotFound as error:
-            raise NotFound(f"no such service or task: {word}") from error
+            raise NotFound(
+                f"no such service or task: {word} (skep service ls; skep service ps SERVICE)"
+            ) from error
     tasks = [task for task in view.find(Task, service_id=service.id) if not slot or _is_at(view, task, slot)]
     running = [task for task in tasks if task.status.state is TaskState.RUNNING and task.is_wanted]
     if not running:
