@@ -11,7 +11,7 @@ import pytest
 from playwright.async_api import Page, expect
 
 from tests.support.browser import a_browser, a_page, require_chromium
-from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestCluster, TestNode, a_playground
+from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestCluster, TestNode, a_playground, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -69,6 +69,50 @@ async def test_a_cluster_is_operated_from_the_page(swarm: TestCluster, tmp_path:
         await page.goto(f"{page.url.partition('#')[0]}#/events")
         await expect(page.locator(".events li").first).to_be_visible()
         await page.screenshot(path=place / "real-events.png")
+
+
+async def test_a_node_is_drained_and_promoted_from_the_page(swarm: TestCluster, tmp_path: Path) -> None:
+    m1 = swarm.node("m1")
+    place = Path(os.environ.get("SKEP_PICTURES", tmp_path))
+    spread = ("--replicas", "2", "--constraint", "node.hostname!=w2")  # one of them on w1
+    await asyncio.to_thread(
+        m1.docker, "service", "create", "--detach", "--name", "web", *spread, IMAGE, *IDLE
+    )
+    async with ui(m1) as address, a_browser() as browser, a_page(browser, may_say="404") as page:
+        await page.goto(address)
+        await expect(_replicas(page)).to_have_text("2/2", timeout=60_000)
+        await _of_node(page, "w1")
+        await page.get_by_role("button", name="Drain", exact=True).click()
+        dialog = page.get_by_role("dialog", name="Drain w1")
+        await expect(dialog).to_contain_text("Tasks are stopped here and started on the other 2 nodes: web")
+        await page.screenshot(path=place / "real-drain.png")
+        await dialog.get_by_role("button", name="Drain").click()
+        await expect(dialog).to_be_hidden()
+        await expect(page.get_by_role("button", name="Activate", exact=True)).to_be_visible(timeout=60_000)
+        shown = await asyncio.to_thread(
+            m1.docker, "node", "inspect", "w1", "--format", "{{.Spec.Availability}}"
+        )
+        assert shown.stdout.strip() == "drain"
+
+        await page.get_by_role("button", name="Promote", exact=True).click()
+        dialog = page.get_by_role("dialog", name="Promote w1")
+        await expect(dialog).to_contain_text(
+            "There will be 2 managers; the cluster will survive the loss of 0."
+        )
+        await page.screenshot(path=place / "real-promote.png")
+        await dialog.get_by_role("button", name="Promote").click()
+        await expect(dialog).to_be_hidden()
+        await expect(page.get_by_role("button", name="Demote", exact=True)).to_be_visible(timeout=60_000)
+        wait = ("node", "inspect", "w1", "--format", "{{.ManagerStatus.Reachability}}")
+        await asyncio.to_thread(
+            wait_until, lambda: "reachable" in m1.docker(*wait, check=False).stdout, "w1 is a manager"
+        )
+
+
+async def _of_node(page: Page, name: str) -> None:
+    of_name = f"[...skep.cluster.all('nodes')].find((node) => node.name === '{name}')"
+    id = await page.evaluate(f"{of_name}.id")
+    await page.goto(f"{page.url.partition('#')[0]}#/tasks/nodes/{id}")
 
 
 def _replicas(page: Page):  # type: ignore[no-untyped-def]
