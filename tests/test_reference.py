@@ -99,7 +99,7 @@ FILES = {
     "skep context show",
 }
 """What writes a file, or a word for a script."""
-DOCKERS_OR_FULL_SCREEN = {"skep stats", "skep task top", "skep top", "skep ui"}
+DOCKERS_OR_FULL_SCREEN = {"skep logs", "skep stats", "skep task top", "skep top", "skep ui"}
 AS_IT_HAPPENS = {"skep events"}
 
 

@@ -30,6 +30,7 @@ COMMANDS = {
         "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
     ),
     "exec": Command("skep.cli.exec:exec_command", "Run a command in a task's container, on any node."),
+    "logs": Command("skep.cli.logs:logs", "Show the logs of a service or a task, on any node."),
     "attach": Command("skep.cli.through_docker:attach", "Attach to a task's container, on any node."),
     "cp": Command("skep.cli.through_docker:cp", "Copy files to or from a task's container, on any node."),
     "port-forward": Command(
@@ -134,7 +135,7 @@ class Commands(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
         formatter.write_text(
-            "Everything of docker works as well, against Skep's socket: skep service ls, skep node ps, skep logs, ..."
+            "Everything of docker works as well, against Skep's socket: skep service ls, skep node ps, skep info, ..."
         )
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from skep.model.service import Service
+from skep.model.task import Task
 from tests.support.command_rig import HANGS, Cluster, a_cluster
 
 
@@ -64,3 +66,21 @@ async def test_an_update_is_paused_and_aborted(cluster: Cluster) -> None:
     assert (code, out) == (0, "shop_web: rollback_started: manually requested rollback\n"), err
     code, _, err = await cluster.run("service", "wait", "--timeout", "30", "shop_web")
     assert "rollback" in err
+
+
+async def test_logs_are_those_of_a_service_or_a_task_by_its_name(cluster: Cluster) -> None:
+    service = cluster.store.view().resolve(Service, "shop_web")
+    assert service is not None
+    second = next(
+        one for one in cluster.store.view().find(Task) if (one.service_id, one.slot) == (service.id, 2)
+    )
+    for words in (("shop_web",), ("--tail", "7", "shop_web.2"), ("-n", "7", second.id)):
+        code, _, err = await cluster.run("logs", *words, DOCKER_API_VERSION="1.47")
+        assert code == 0, err
+    whole, by_name, by_id = cluster.logs.asked
+    assert (whole.services, whole.tasks) == ((service.id,), ())
+    assert (by_name.services, by_name.tasks, by_name.tail) == ((), (second.id,), 7)
+    assert by_id == by_name
+    code, _, err = await cluster.run("logs", "some-container", DOCKER_API_VERSION="1.47")
+    assert (code, "page not found" in err) == (1, True), "containers are the node's"
+    assert len(cluster.logs.asked) == 3

@@ -18,7 +18,7 @@ from skep.model.planes import NODE_LABEL
 from skep.model.service import Service
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import Store, Transaction
-from tests.conformance.manager import a_manager_api
+from tests.conformance.manager import CannedLogs, a_manager_api
 from tests.support.builders import a_docker_node
 from tests.support.control_loops import leading
 from tests.support.playground_rig import SKEP
@@ -30,9 +30,10 @@ HANGS = "hangs"
 class Cluster:
     """A folder with a Compose file, and a manager's API on a socket in it."""
 
-    def __init__(self, folder: Path, store: Store) -> None:
+    def __init__(self, folder: Path, store: Store, logs: CannedLogs) -> None:
         self.folder = folder
         self.store = store
+        self.logs = logs
         self.host = f"unix://{folder}/api.sock"
 
     def write(self, text: str) -> None:
@@ -96,7 +97,8 @@ async def _nodes(store: Store) -> None:
 
 @asynccontextmanager
 async def a_cluster(folder: Path) -> AsyncIterator[Cluster]:
-    async with a_manager_api() as api:
+    logs = CannedLogs()
+    async with a_manager_api(logs) as api:
         await api.store.update(_with_plugins)
         served = runner(application(api))
         await served.setup()
@@ -104,7 +106,7 @@ async def a_cluster(folder: Path) -> AsyncIterator[Cluster]:
         try:
             async with leading(api.store), asyncio.TaskGroup() as group:
                 nodes = group.create_task(_nodes(api.store))
-                yield Cluster(folder, api.store)
+                yield Cluster(folder, api.store, logs)
                 nodes.cancel()
         finally:
             await served.cleanup()

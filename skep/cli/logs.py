@@ -1,0 +1,65 @@
+"""``skep logs``: of the tasks of a service, or of one task, on any node; else docker's, of a container."""
+
+from collections.abc import Sequence
+from urllib.parse import quote
+
+import click
+
+from skep.api.raw import RawClient
+from skep.cli import passthrough
+from skep.cli.endpoint import HostOptions
+from skep.cli.running import run_requests
+from skep.cli.targets import OrDocker, find_target_or_docker, to_docker
+from skep.cli.through_docker import arguments_of
+from skep.errors import NotFound, Unavailable
+
+_VALUED = "-[a-z]*n|--tail|--since|--until"
+"""Options whose value is the next word."""
+
+
+@click.command(
+    cls=OrDocker, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS] SERVICE[.SLOT]|TASK")
+@click.pass_context
+def logs(ctx: click.Context, /, words: Sequence[str]) -> None:
+    """Show the logs of a service or a task, wherever its containers are.
+
+    Options are those of docker service logs: --follow, --tail, --since, --timestamps.  What is neither a service nor a
+    task is a container of this node, as for docker logs.
+
+    \b
+    Examples:
+      skep logs --follow --tail 10 web
+      skep logs web.2
+    """
+    host: HostOptions = ctx.obj
+    names = arguments_of(words, _VALUED)
+    meant = run_requests(_meant(host, names[0])) if len(names) == 1 else None
+    if meant is None:
+        to_docker(ctx)
+        return
+    at = len(words) - 1 - list(reversed(words)).index(names[0])
+    passthrough.execute(host, ("service", "logs"), [*words[:at], meant, *words[at + 1 :]])
+
+
+async def _meant(host: HostOptions, name: str) -> str | None:
+    """What docker service logs takes for ``name``; None: docker may have it."""
+    async with host.raw_client() as client:
+        for kind in ("services", "tasks"):
+            if await _is_there(client, kind, name):
+                return name
+        task = await find_target_or_docker(client, name)
+        return task.task_id if task is not None else None
+
+
+async def _is_there(client: RawClient, kind: str, name: str) -> bool:
+    try:
+        await client.get(f"/{kind}/{quote(name, safe='')}")
+    except NotFound:
+        return False
+    except Unavailable as error:  # of a worker
+        if "not a swarm manager" in str(error):
+            return False
+        raise
+    return True
