@@ -44,6 +44,11 @@ def networks_of(node: TestNode, container: str) -> dict[str, Any]:
     return found
 
 
+def in_netns(node: TestNode) -> tuple[str, str]:
+    """What runs a command in the network namespace of a node."""
+    return "nsenter", f"--net={node.description['netns']}"
+
+
 def pings(node: TestNode, container: str, address: str) -> bool:
     return node.docker("exec", container, "ping", "-c", "1", "-W", "2", address, check=False).returncode == 0
 
@@ -128,7 +133,7 @@ def has_devices(kind: str) -> bool:
 
 def links(node: TestNode) -> dict[str, dict[str, Any]]:
     """The network interfaces of a node, by name."""
-    found = subprocess.check_output(["ip", "-n", node.description["netns"], "-d", "-j", "link"])
+    found = subprocess.check_output([*in_netns(node), "ip", "-d", "-j", "link"])
     return {one["ifname"]: one for one in json.loads(found)}
 
 
@@ -182,7 +187,7 @@ def test_a_vlan_is_made_with_its_network_and_goes_with_it(
         there = networks_of(nodes[1], ids[1])["lan"]["IPAddress"]
         wait_until(lambda: pings(m1, ids[0], there), "a container of the other node answers by the VLAN")
         # Without the VLAN on the other side nothing answers; the node makes it again for its container.
-        subprocess.run(["ip", "-n", nodes[1].description["netns"], "link", "del", "eth0.10"], check=True)
+        subprocess.run([*in_netns(nodes[1]), "ip", "link", "del", "eth0.10"], check=True)
         wait_until(lambda: "eth0.10" in links(nodes[1]), "the VLAN is made again")
         wait_until(lambda: pings(m1, ids[0], there), "the container answers again")
         other = "ipvlan" if driver == "macvlan" else "macvlan"
@@ -205,7 +210,7 @@ def test_a_vlan_is_made_with_its_network_and_goes_with_it(
 def test_a_vlan_of_the_machine_stays(m1: TestNode) -> None:
     if not has_devices("vlan"):
         return
-    enter = ("ip", "-n", m1.description["netns"], "link")
+    enter = (*in_netns(m1), "ip", "link")
     subprocess.run([*enter, "add", "link", "eth0", "name", "eth0.20", "type", "vlan", "id", "20"], check=True)
     try:
         words = ("-d", "macvlan", "--subnet", "10.75.0.0/24", "-o", "parent=eth0.20")
