@@ -4,13 +4,18 @@ The schema is the one that Compose's own program has in it.
 """
 
 import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import to_builtins
 
+from skep.errors import InvalidArgument
 from skep.stack.conversion import stack_of
 from skep.stack.document import Node, Place, mapping, scalar
+from skep.stack.loading import Choices, Files, load
 from skep.stack.merging import canonical
 from skep.stack.reading import Report
 from tests.support.plugins import plugin
@@ -18,6 +23,7 @@ from tests.support.plugins import plugin
 PLACE = Place("f", 1, 1)
 
 
+@cache
 def schema() -> dict[str, Any]:
     """The JSON schema, which the program has as text."""
     program = plugin("docker-compose").read_bytes()
@@ -225,3 +231,46 @@ def test_no_key_of_the_schema_is_dropped_without_a_word(section: str) -> None:
     }
     wrong = {key: fate for key, fate in fates.items() if fate not in ("effect", "refused", "warned")}
     assert wrong == {key: "dropped without a word" for key in AS_IT_IS if key.startswith(section)}
+
+
+# --- values of wrong types -------------------------------------------------------------------------------------------
+
+ODD: tuple[Any, ...] = (
+    5, -1, 1e300, True, None, "", "x", "a:b", "9" * 50, [1], [[1]], [None], [""], [{}], [{"a": 1}], {},
+    {"": ""}, {"a": None}, {"a": [1]}, {"a": {"b": [1]}}, {"service": [1]}, {"file": {"a": 1}}, {"context": [1]},
+    {"external": [1]}, {"path": {"x": 1}},
+)  # fmt: skip
+
+
+def documents_with(value: Any) -> Iterator[dict[str, Any]]:
+    """With ``value`` at each key at the top, of each object, and of each group of a service's keys."""
+    whole = schema()
+    web: dict[str, Any] = {"image": "w"}
+    for key in whole["properties"]:
+        yield {"services": {"web": web}, key: value}
+    for section in ("services", "networks", "volumes", "secrets", "configs"):
+        definition = whole["definitions"][{"services": "service"}.get(section, section.removesuffix("s"))]
+        yield {"services": {"web": web}, section: {"one": value}}
+        for key, below in definition["properties"].items():
+            yield {"services": {"web": web}} | {section: {"one": {**beside(section, key), key: value}}}
+            groups = [whole["definitions"].get(below.get("$ref", "").rpartition("/")[2], below)]
+            groups += groups[0].get("oneOf", ())
+            for inner in {name: None for group in groups for name in group.get("properties", {})}:
+                yield {"services": {"web": web}} | {
+                    section: {"one": {**beside(section, key), key: {inner: value}}}
+                }
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_a_value_of_a_wrong_type_is_a_problem_of_the_file_and_no_other_error(
+    value: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "compose.yaml"
+    for document in documents_with(value):
+        file.write_text(json.dumps(document))
+        report = Report()
+        try:
+            loaded = load([file, file], Choices(environment={}, profiles=("*",)), Files(), report)
+            stack_of(loaded.document, "s", loaded.contents, report)
+        except InvalidArgument:  # Problems are, too
+            continue
