@@ -187,7 +187,7 @@ async def _up(machines: Sequence[Machine], wanted: Wanted, *, is_dry: bool) -> N
     facts = await _preflight(machines, wanted, progress)
     if is_dry:
         return
-    await _each(machines, lambda one: _install(one, facts[one.word], wanted, progress))
+    await _each(machines, lambda one: install(one, facts[one.word], wanted, progress))
     first, *others = machines
     address, tokens, members = await _found(first, wanted, progress)
 
@@ -243,7 +243,8 @@ async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Prog
     return found
 
 
-async def _install(machine: Machine, facts: Facts, wanted: Wanted, progress: Progress) -> None:
+async def install(machine: Machine, facts: Facts, wanted: Wanted, progress: Progress) -> None:
+    """Install the package where there is none, and start the node.  Raises: Unavailable."""
     if not facts.skep and not facts.runs and wanted.package is not None:
         progress.show(machine.word, f"installs {wanted.package.name}")
         content = await asyncio.to_thread(wanted.package.read_bytes)

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from skep.cli.machines import PORTS, PREFLIGHT, Facts, facts_of, problems
+from skep.cli.machines import PORTS, PREFLIGHT, START, Facts, facts_of, problems
 from skep.cli.main import main
 from skep.cli.stack_screens import Progress
-from skep.cli.up import Machine, Wanted, join
+from skep.cli.up import Machine, Wanted, install, join
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 NOW = 1_800_000_000.0
@@ -155,6 +155,50 @@ def test_nothing_is_changed_unless_all_machines_will_do(tmp_path: Path) -> None:
     assert len(asked) == 3
     code, output, _ = up(tmp_path, "root@m1", "root@m3", "root@m4", end="")
     assert "root@m4: the preflight broke off" in output
+
+
+REMOTE = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+shift 2
+PATH={folder}/there:$PATH exec sh -c "$*"
+"""
+"""An ssh that runs commands here, with the programs in ``there`` before others."""
+APT = """#!/bin/sh
+for file; do :; done
+echo "$(stat -c %a "$file") $*" >{folder}/installed
+cat "$file" >{folder}/content
+"""
+SYSTEMCTL = """#!/bin/sh
+echo "$*" >>{folder}/started
+[ -e {folder}/broken ] || touch {folder}/skep.sock
+"""
+
+
+async def test_the_package_is_sent_installed_without_a_question_and_the_node_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    for name, text in (("ssh", REMOTE), ("there/apt-get", APT), ("there/systemctl", SYSTEMCTL)):
+        (tmp_path / name).write_text(text.format(folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    start = START.replace("-S /run/skep/skep.sock", f"-e {tmp_path}/skep.sock").replace("-gt 60", "-gt 1")
+    monkeypatch.setattr("skep.cli.up.START", start)
+    package = tmp_path / "skep_1.deb"
+    package.write_bytes(os.urandom(300_000))
+    wanted = Wanted(package=package)
+    await install(Machine.of("root@m1"), replace(GOOD, skep=""), wanted, Progress())
+    mode, _, words = (tmp_path / "installed").read_text().strip().partition(" ")
+    assert (mode, (tmp_path / "content").read_bytes()) == ("644", package.read_bytes())
+    assert " install -y " in words
+    assert not Path(words.rpartition(" ")[2]).exists(), "the package is removed"
+    assert (tmp_path / "started").read_text() == "enable --now skep\n"
+    await install(Machine.of("root@m1"), replace(GOOD, runs=True), wanted, Progress())
+    assert (tmp_path / "started").read_text() == "enable --now skep\n", "a node that runs is left"
+    (tmp_path / "skep.sock").unlink()
+    (tmp_path / "broken").touch()
+    with pytest.raises(Unavailable, match=r"^skep does not start: journalctl -u skep$"):
+        await install(Machine.of("root@m1"), GOOD, wanted, Progress())
 
 
 class Node:
