@@ -43,6 +43,8 @@ services:
     logging: {driver: local, options: {a: "1"}}
     healthcheck: {test: [CMD, a], retries: 3}
     cap_add: [A]
+    deploy: {labels: [a=1, b=1]}
+    build: {args: [A=1, B=1]}
 """
     above = """
 services:
@@ -56,6 +58,8 @@ services:
     logging: {options: {b: "2"}}
     healthcheck: {test: [CMD, b]}
     cap_add: [B]
+    deploy: {labels: {b: "2"}}
+    build: {context: /c, args: {B: "2"}}
 """
     assert services(loaded(tmp_path, "base", "above", base=base, above=above))["web"] == {
         "image": "a",
@@ -68,6 +72,8 @@ services:
         "logging": {"driver": "local", "options": {"a": "1", "b": "2"}},
         "healthcheck": {"test": ["CMD", "b"], "retries": 3},
         "cap_add": ["A", "B"],
+        "deploy": {"labels": {"a": "1", "b": "2"}},
+        "build": {"context": "/c", "args": {"A": "1", "B": "2"}},
     }
 
 
