@@ -1,5 +1,8 @@
-"""What a rotation of secrets decides."""
+"""What a rotation of secrets decides, and what it does before a manager's API."""
 
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -9,6 +12,8 @@ from skep.cli.rotation import (
     CONFIG,
     SECRET,
     VersionProgress,
+    _prune,
+    _rotate,
     _Rotation,
     moved,
     next_name,
@@ -17,7 +22,10 @@ from skep.cli.rotation import (
     versions,
 )
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
+from skep.manager.routes import ManagerApi
 from skep.model.labels import ROTATION_OF
+from skep.model.secret import Secret
+from skep.model.service import Service
 
 
 def an_object(id: str, name: str, of: str = "") -> dict[str, Any]:
@@ -187,3 +195,104 @@ async def test_a_rotation_is_waited_for_over_a_change_of_leader(
         "no response, trying again: The swarm does not have a leader.",
         "web: 2 of 2 tasks have key-v3",
     ]
+
+
+class _Late(_Services):
+    """Nothing runs yet, and the command's deadline is reached behind the first look."""
+
+    looks = 0
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator["_Late"]:
+        yield self
+
+    async def get(self, path: str, *, timeout_s: float, **query: Any) -> Any:
+        if path == "/secrets":
+            return [an_object("i1", "key"), an_object("i2", "key-v2", "key")]
+        if path == "/tasks":
+            self.looks += 1
+            return [a_task("i2", "preparing"), a_task("i1")]
+        if self.looks:
+            raise TimeoutError
+        return await super().get(path, timeout_s=timeout_s)
+
+
+async def test_what_is_not_done_in_time_is_named_with_what_could_not_be_updated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.0)
+    host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "web")
+    text = "not done within 9 s: web: 0 of 2 tasks have key-v2; broken: no such mount"
+    with pytest.raises(Unavailable, match=f"^{text}$"):
+        await _rotate(host, SECRET, "key", None, 9)
+
+
+async def make(host: Any, name: str, data: bytes = b"one", **labels: str) -> str:
+    """A secret by the API; gives its id."""
+    async with host.client() as client:
+        spec = {"Name": name, "Labels": labels, "Data": base64.b64encode(data).decode()}
+        return str((await client.post("/secrets/create", spec, timeout_s=10))["ID"])
+
+
+async def serve(host: Any, name: str, secret: str, secret_name: str, mode: dict[str, Any]) -> str:
+    """A service with the secret as the file ``password``; gives its id."""
+    file = {"Name": "password", "UID": "0", "GID": "0", "Mode": 0o444}
+    reference = {"SecretID": secret, "SecretName": secret_name, "File": file}
+    spec = {
+        "Name": name,
+        "Mode": mode,
+        "TaskTemplate": {"ContainerSpec": {"Image": "app", "Secrets": [reference]}},
+    }
+    async with host.client() as client:
+        return str((await client.post("/services/create", spec, timeout_s=10))["ID"])
+
+
+def secrets_of(manager: ManagerApi, service: str) -> list[tuple[str, str]]:
+    """The names of a service's secrets, and of their files."""
+    container = manager.store.view().get(Service, service).spec.task_template.container_spec  # type: ignore[type-var]
+    assert container is not None
+    return [(one.secret_name, one.file.name) for one in container.secrets if one.file is not None]
+
+
+async def test_a_next_version_has_the_labels_and_moves_every_service_but_jobs(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    key, other = await make(host, "key", team="red"), await make(host, "other")
+    replicated = {"Replicated": {"Replicas": 1}}
+    web = await serve(host, "web", key, "key", replicated)
+    agent = await serve(host, "agent", key, "key", {"Global": {}})
+    bystander = await serve(host, "bystander", other, "other", replicated)
+    job = await serve(host, "job", key, "key", {"ReplicatedJob": {"TotalCompletions": 1}})
+    async with host.client() as client:
+        rotation = _Rotation(SECRET, client)
+        new, old = await rotation.next_version("key", b"two")
+        using, failed = await rotation.move(old, new)
+        assert (set(using), failed) == ({web, agent}, [])
+        made = manager.store.view().get(Secret, new["ID"])
+        assert (made.spec.name, dict(made.spec.labels)) == ("key-v2", {"team": "red", ROTATION_OF: "key"})
+        assert secrets_of(manager, web) == secrets_of(manager, agent) == [("key-v2", "password")]
+        assert secrets_of(manager, bystander) == [("other", "password")]
+        assert secrets_of(manager, job) == [("key", "password")]
+        said = capsys.readouterr().err.splitlines()
+        assert said == ["key-v2 created", "job: a job, which an update would run again: left as it is"]
+        # Without content: the latest version there is, whichever of them is named.
+        later, _ = await rotation.next_version("key-v2", b"three")
+        for name in ("key", "key-v2", "key-v3"):
+            latest, before = await rotation.next_version(name, None)
+            assert (latest["ID"], set(before)) == (later["ID"], {key, new["ID"]})
+
+
+async def test_prune_removes_superseded_versions_and_with_all_whatever_is_unused(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    await make(host, "key")
+    second = await make(host, "key-v2", **{ROTATION_OF: "key"})
+    await make(host, "spare")
+    await serve(host, "web", second, "key-v2", {"Replicated": {"Replicas": 1}})
+    await _prune(host, SECRET, all=False)
+    assert capsys.readouterr().out == "key\n"
+    await _prune(host, SECRET, all=True)
+    assert capsys.readouterr().out == "spare\n"
+    assert [one.spec.name for one in manager.store.view().find(Secret)] == ["key-v2"]

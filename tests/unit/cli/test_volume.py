@@ -1,46 +1,20 @@
 """``skep volume forget`` before a manager's API."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from aiohttp import web
 from msgspec.structs import replace
 
-from skep.api.client import Client
 from skep.cli.volume import _forget
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi
-from skep.manager.routes import application as manager_application
 from skep.model.container import ContainerSpec, Mount
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
 from skep.model.service import TaskSpec
 from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 from skep.model.task import Task
 from skep.model.times import Timestamp
-from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_task
-
-
-class Host:
-    """In the place of the command's options."""
-
-    def __init__(self, socket: Path) -> None:
-        self.socket = socket
-
-    def client(self) -> Client:
-        return Client.local(self.socket, "the manager")
-
-
-@pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[tuple[ManagerApi, Any]]:
-    async with a_manager_api() as manager:
-        runner = web.AppRunner(manager_application(manager))
-        await runner.setup()
-        await web.UnixSite(runner, str(tmp_path / "m.sock")).start()
-        yield manager, cast("Any", Host(tmp_path / "m.sock"))
-        await runner.cleanup()
 
 
 async def put(manager: ManagerApi, id: str, state: NodeState, label: str, *tasks: Task) -> None:
