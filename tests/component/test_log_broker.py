@@ -98,14 +98,21 @@ async def test_nodes_that_do_not_answer_are_named(cluster, tmp_path):
     assert "task t-nowhere has not been scheduled" in str(caught.value)
 
 
-@pytest.mark.parametrize("follow", [False, True])
-async def test_what_is_kept_with_the_tasks_of_a_gone_node_is_shown_and_marked(cluster, tmp_path, follow):
+@pytest.mark.parametrize(
+    ("follow", "since_ns", "tail", "shown"),
+    [(False, 2, 2, (3, 4)), (True, 2, 2, (3, 4)), (False, 4, None, (4,))],
+)
+async def test_what_is_kept_with_the_tasks_of_a_gone_node_is_shown_and_marked(
+    cluster, tmp_path, follow, since_ns, tail, shown
+):
     pair = await a_worker(cluster, tmp_path)
     service, task = service_task(pair.identity.node_id)
     lines = tuple(KeptLine(timestamp=timestamp(n), stream="stderr", text=f"line {n}") for n in range(1, 5))
     end = TaskEnd(cause="exit", lines=(KeptLine(timestamp=timestamp(1), text="out"), *lines))
     await put(cluster, service, replace(task, status=TaskStatus(state=TaskState.FAILED, end=end)))
-    query = LogQuery(services=(service.id,), streams=(LogStream.STDERR,), since_ns=2, tail=2, follow=follow)
+    query = LogQuery(
+        services=(service.id,), streams=(LogStream.STDERR,), since_ns=since_ns, tail=tail, follow=follow
+    )
     found = []
     with suppress(IncompleteLogs):
         async with aclosing(cluster.logs.subscribe(query)) as reading:
@@ -113,7 +120,7 @@ async def test_what_is_kept_with_the_tasks_of_a_gone_node_is_shown_and_marked(cl
                 found.append(line)
                 if follow and len(found) == 3:
                     break
-    assert [line.data for line in found[1:]] == [b"line 3\n", b"line 4\n"]
+    assert [line.data for line in found[1:]] == [f"line {n}\n".encode() for n in shown]
     assert found[0].data.startswith(f"skep: node {pair.identity.node_id} does not answer".encode())
     assert all("skep-kept" in line.attrs for line in found)
 

@@ -68,6 +68,15 @@ def test_the_driver_local_is_bounded_and_compressed_without_options() -> None:
     assert logged("json-file", max_size="1m", max_file="3", compress="true").compress
 
 
+@pytest.mark.parametrize(("options", "is_readable"), [({}, True), ({"cache_disabled": "true"}, False)])
+def test_what_a_driver_sends_is_read_here_unless_its_user_wants_no_cache(
+    options: dict[str, str], *, is_readable: bool
+) -> None:
+    config = logged("gelf", gelf_address="udp://127.0.0.1:12201", **options)
+    assert (config.type, config.is_readable) == ("gelf", is_readable)
+    assert (config.max_size_bytes, config.max_files) == (20 << 20, 5), "as much as the driver local keeps"
+
+
 def test_nothing_is_kept_of_a_container_with_the_driver_none() -> None:
     config = logged("none", whatever="1")
     assert (config.type, config.is_readable) == ("none", False)

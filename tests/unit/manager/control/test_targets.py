@@ -6,14 +6,14 @@ from msgspec.structs import replace
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.control.targets import Target, target_of
-from skep.model.ids import NodeId, ServiceId
-from skep.model.task import TaskState
+from skep.model.ids import ServiceId
+from skep.model.task import Task, TaskState
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
 
 
 @pytest.fixture
-async def view():
+async def store():
     store = MemoryStore(SystemClock())
     web, everywhere = a_service("web", id="s1web"), a_service("agent", id="s2agent")
 
@@ -31,6 +31,11 @@ async def view():
         tx.put(a_task("there", node="n2", **agent_task))
 
     await store.update(fill)
+    return store
+
+
+@pytest.fixture
+def view(store):
     return store.view()
 
 
@@ -80,7 +85,11 @@ def test_a_target_is_shown_by_the_name_that_means_it(view):
     assert target_of(view, everywhere.name).id == "there"
 
 
-def test_of_two_tasks_in_a_slot_the_newest_is_meant(view):
-    task = target_of(view, "web.2")
-    newer = replace(task, id="two-again", version=replace(task.version, index=task.version.index + 1))
-    assert newer.node_id == NodeId("n2")
+@pytest.mark.parametrize("word", ["web", "web.2"])
+async def test_of_two_tasks_in_a_slot_the_newest_that_is_wanted_is_meant(store, word):
+    again = a_task("two-again", service=ServiceId("s1web"), slot=2, node="n2")
+    await store.update(lambda tx: tx.put(again))
+    assert target_of(store.view(), word).id == "two-again"
+    stops = replace(store.view().get(Task, "two-again"), desired_state=TaskState.SHUTDOWN)
+    await store.update(lambda tx: tx.put(stops))
+    assert target_of(store.view(), word).id == "two", "though the other one runs still"
