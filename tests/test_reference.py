@@ -20,6 +20,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
+from skep.model.volume import Volume
 from skep.store.interface import Created
 from skep.store.memory import MemoryStore
 from tests.support.sources import parsed
@@ -158,7 +159,7 @@ def test_every_event_of_the_cluster_is_described() -> None:
 
 def test_the_types_of_the_clusters_events_are_those_of_its_objects() -> None:
     """Of created objects.  A removed service gives its event while it still has tasks, before it is deleted."""
-    kinds = (Service, Task, Node, Secret, Config, Network, Swarm)
+    kinds = (Service, Task, Node, Secret, Config, Network, Swarm, Volume)
     view = MemoryStore(SystemClock()).view()
     of_created = {
         (message.type, message.action)

@@ -542,6 +542,13 @@ CLUSTER_EVENTS = (
         ("stream",), ("progress",), "`skep events` only: nothing happened up to its cursor (*Skep*)"
     ),
     ClusterEvent(("config", "network", "secret"), ("create", "remove", "update"), ""),
+    ClusterEvent(
+        ("volume",),
+        ("create", "remove", "update"),
+        "*Skep*, of cluster volumes, by `skep events` and with the filter `type=volume` only; `update`: its "
+        "availability, the nodes that have it, or what its driver said changed",
+        ("_volume_changes",),
+    ),
 )
 
 CONTAINER_EVENTS = {

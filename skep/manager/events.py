@@ -35,6 +35,7 @@ from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
+from skep.model.volume import PublishState, Volume
 from skep.store.interface import Created, Deleted, Event, Store, Updated, View, WatchLagged
 from skep.store.kinds import Payload
 
@@ -115,7 +116,7 @@ class ClusterEvents:
                     _end(reader)
 
     async def _follow(self) -> None:
-        kinds = (Service, Task, Node, Secret, Config, Network, Swarm, Payload)
+        kinds = (Service, Task, Node, Secret, Config, Network, Volume, Swarm, Payload)
         async with self._store.watch(*kinds) as watch:
             self._past.clear()
             self._floor = self._revision = watch.snapshot.revision
@@ -252,8 +253,11 @@ def _is_between(message: Message, since_ns: int | None, until_ns: int | None) ->
 
 
 def is_dockers(message: Message) -> bool:
-    """Whether a client that asks for no type gets it: tasks have no events in Docker, and many in a cluster."""
-    return message.type != "task" or message.action == "drain"
+    """Whether a client that asks for no type gets it.
+
+    Tasks and cluster volumes have no events in Docker, and tasks many in a cluster.
+    """
+    return message.type not in ("task", "volume") or message.action == "drain"
 
 
 def messages_of(event: Event, now_ns: int, view: View | None = None) -> Iterator[Message]:
@@ -307,6 +311,9 @@ def _dockers(event: Event, now_ns: int) -> Iterator[Message]:
         case Updated(Node() as old, Node() as new):
             changes = _node_changes(old, new)
             if changes or old.version != new.version:
+                yield _message("update", new, changes, now_ns)
+        case Updated(Volume() as old, Volume() as new):
+            if changes := _volume_changes(old, new):
                 yield _message("update", new, changes, now_ns)
         case Updated(Swarm() as old, Swarm() as new):
             if new.freeze is not None and old.freeze is None:
@@ -440,6 +447,18 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
         changes |= _changed("leader", str(before.leader).lower(), str(after.leader).lower())
         changes |= _changed("reachability", before.reachability.value, after.reachability.value)
     return changes
+
+
+def _volume_changes(old: Volume, new: Volume) -> dict[str, str]:
+    changes = _changed("availability", old.spec.availability.value, new.spec.availability.value)
+    changes |= _changed("message", old.message, new.message)
+    changes |= _changed("published", *(_published(one) for one in (old, new)))
+    return changes
+
+
+def _published(volume: Volume) -> str:
+    """The nodes that have it."""
+    return ",".join(one.node_id for one in volume.publish_status if one.state is PublishState.PUBLISHED)
 
 
 def _words(failures: Iterable[FailingPath | CutOff]) -> str:

@@ -100,8 +100,8 @@ async def _send_all(events: Callable[[], AsyncGenerator[Message, None]], lines: 
 
 
 def fits(message: Message, filters: Filters) -> bool:
-    """Whether ``filters`` take ``message`` for ``docker events``: those of tasks if tasks are asked for by name."""
-    return (is_dockers(message) or "task" in filters["type"]) and _matches(message, filters)
+    """Whether ``filters`` take ``message`` for ``docker events``: if Docker does not have it, by its type only."""
+    return (is_dockers(message) or message.type in filters["type"]) and _matches(message, filters)
 
 
 def _matches(message: Message, filters: Filters) -> bool:

@@ -13,13 +13,14 @@ from skep.errors import InvalidArgument
 from skep.manager.events import BEHIND_MAX, KEPT, ClusterEvents, EventsLost, Message, messages_of
 from skep.manager.routes.events import fits
 from skep.model.encoding import to_json
-from skep.model.ids import ConfigId, NodeId, SecretId
+from skep.model.ids import ConfigId, NodeId, SecretId, VolumeId
 from skep.model.node import Availability, CutOff, FailingPath, Node, NodeSpec, NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState
 from skep.model.task_end import TaskEnd
 from skep.model.times import SECOND_NS, Timestamp
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAvailability, VolumeSpec
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_task, an_overlay
@@ -110,6 +111,50 @@ def test_a_secret_or_config_has_events_of_its_life_and_of_its_labels(type, made)
         (Deleted(labelled), "remove"),
     ):
         assert reported(event) == [(type, action, {"name": "key"})]
+
+
+def test_a_cluster_volume_has_events_of_its_life_of_its_nodes_and_of_what_its_driver_said():
+    made = Volume(id=VolumeId("v1"), spec=VolumeSpec(name="data"))
+    asked = replace(made, is_creating=True)
+    failed = replace(asked, message="no room")
+    drained = replace(made, spec=replace(made.spec, availability=VolumeAvailability.DRAIN))
+    pending = replace(made, publish_status=(PublishStatus(node_id=NodeId("n1")),))
+    there = PublishStatus(node_id=NodeId("n1"), state=PublishState.PUBLISHED)
+    published = replace(made, publish_status=(there,))
+    for event, action, attributes in (
+        (Created(made), "create", {}),
+        (Updated(asked, failed), "update", {"message.old": "", "message.new": "no room"}),
+        (Updated(made, drained), "update", {"availability.old": "active", "availability.new": "drain"}),
+        (Updated(pending, published), "update", {"published.old": "", "published.new": "n1"}),
+        (Deleted(made), "remove", {}),
+    ):
+        assert reported(event) == [("volume", action, {"name": "data", **attributes})]
+    assert reported(Updated(made, asked)) == reported(Updated(made, pending)) == []
+    (message,) = messages_of(Created(made), NOW_NS)
+    assert not fits(message, Filters()), "Docker has none"
+    assert fits(message, Filters({"type": ["volume"], "scope": ["swarm"]}))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        a_service("web"),
+        a_task("t1"),
+        Node(id=NodeId("n1")),
+        Secret(id=SecretId("s1"), spec=SecretSpec(name="key")),
+        Config(id=ConfigId("c1"), spec=ConfigSpec(name="key")),
+        an_overlay("net1"),
+        Volume(id=VolumeId("v1"), spec=VolumeSpec(name="data")),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+async def test_objects_of_every_kind_have_events(events, made):
+    store, events = events
+    start = events.cursor()
+    await store.update(lambda tx: tx.put(made))
+    await idle()
+    (message,) = await read_after(events, start, 1)
+    assert (message.type, message.action) == (type(made).__name__.lower(), "create")
 
 
 def test_service_events_have_the_update_state():
