@@ -67,6 +67,9 @@ def test_a_run_is_a_job_like_a_task_of_its_service():
                 "Args": ["serve"],
                 "Env": ["A=b"],
                 "Secrets": [1],
+                "Configs": [2],
+                "Mounts": [3],
+                "Healthcheck": {"Test": ["CMD", "ask"]},
             },
             "RestartPolicy": {"Condition": "any"},
             "Networks": [{"Target": "n1"}],
@@ -81,7 +84,13 @@ def test_a_run_is_a_job_like_a_task_of_its_service():
         ["migrate", "--now"],
     )
     assert container["Env"] == ["A=b", "C=d"]
-    assert container["Secrets"] == [1]
+    assert (container["Secrets"], container["Configs"], container["Mounts"]) == ([1], [2], [3])
+    assert container["Healthcheck"] == {"Test": ["NONE"]}, (
+        "a service's would end a command that serves nothing"
+    )
+    assert (container["TTY"], container["OpenStdin"]) == (False, False)
+    interactive = run_spec(service, [], name="web-run-2", tty=True)["TaskTemplate"]["ContainerSpec"]
+    assert (interactive["TTY"], interactive["OpenStdin"], interactive["Args"]) == (True, True, [])
     assert made["TaskTemplate"]["Networks"] == [{"Target": "n1"}]
     assert made["TaskTemplate"]["RestartPolicy"] == {"Condition": "none"}
     assert made["Mode"] == {"ReplicatedJob": {"MaxConcurrent": 1, "TotalCompletions": 1}}

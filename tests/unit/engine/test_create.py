@@ -21,7 +21,7 @@ from skep.engine.create import (
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.log_drivers.options import log_config
 from skep.engine.request import CreateRequest, read_create
-from skep.errors import InvalidArgument, SkepError, Unimplemented
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.sandbox import EndpointRequest, NetworkMode
 
@@ -231,6 +231,21 @@ def test_a_mac_address_that_cannot_be_is_refused(host: dict[str, Any], mac_addre
 def test_links_need_a_network_of_the_containers_own(mode: str, said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         plain_options(body({"NetworkMode": mode, "Links": ["a:b"]}))
+
+
+@pytest.mark.parametrize("mode", ["", "default", "bridge", "none"])
+def test_links_on_a_network_without_names_are_refused_by_name(mode: str) -> None:
+    said = "--link on a network that containers have no names on"
+    with pytest.raises(Unimplemented, match=said):
+        plain_options(body({"NetworkMode": mode, "Links": ["a:b"]}))
+    with pytest.raises(Unimplemented, match=said):
+        plain_options(body({"NetworkMode": mode}, {mode or "bridge": {"Links": ["a:b"]}}))
+
+
+def test_a_host_gateway_that_the_node_does_not_have_is_refused_in_dockers_words() -> None:
+    node = NodeDefaults(hostname="node", host_gateway="", log=Driver(name="json-file"))
+    with pytest.raises(FailedPrecondition, match="unable to derive the IP value for host-gateway"):
+        container_config(body({"ExtraHosts": ["gate:host-gateway"]}), IMAGE, None, node)
 
 
 def test_links_of_a_request_belong_to_its_first_network() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.engine import volume_plugins
-from skep.engine.volume_plugins import CALLS_MAX, Endpoint, VolumePlugin, VolumePlugins
+from skep.engine.volume_plugins import CALLS_MAX, Endpoint, VolumePlugin, VolumePlugins, checked_path
 from skep.engine.volumes import Volumes
 from skep.errors import Unavailable
 from tests.support.oci_rig import Machine, memory_engine
@@ -32,6 +32,60 @@ async def test_a_plugin_that_is_busy_counts_as_one_that_responds(
         for _ in range(CALLS_MAX):
             plugin._calls.release()
         await plugin.list()
+
+
+class StoppedClock(SystemClock):
+    """Its time is what the test says."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+async def test_a_plugin_that_hangs_is_asked_again_after_a_while_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volume_plugins, "LIST_S", 0.05)
+    clock = StoppedClock()
+    async with TestPlugin(tmp_path / "disks").listening(tmp_path / "disks.sock") as server:
+        plugin = VolumePlugin("disks", Endpoint(addr=f"unix://{tmp_path}/disks.sock"), clock)
+        server.answers["VolumeDriver.List"] = None
+        with pytest.raises(Unavailable, match=r"plugin disks: no response within 0\.05 s"):
+            await plugin.list()
+        with pytest.raises(Unavailable, match="plugin disks does not respond; it is asked again in"):
+            await plugin.get("data")
+        assert [method for method, _ in server.calls] == ["VolumeDriver.List"]
+        clock.now_s += 30.0  # its longest pause
+        assert await plugin.get("data") is None
+
+
+async def test_no_more_is_read_of_an_endless_response_than_one_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        try:
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+        except ConnectionError:
+            writer.close()
+
+    monkeypatch.setattr(volume_plugins, "LIST_S", 5.0)
+    async with await asyncio.start_unix_server(respond, tmp_path / "disks.sock"):
+        plugin = VolumePlugin("disks", Endpoint(addr=f"unix://{tmp_path}/disks.sock"), SystemClock())
+        with pytest.raises(Unavailable, match="its response is larger than 1048576 bytes"):
+            await plugin.list()
+
+
+@pytest.mark.parametrize("path", ["", "volumes/one", "/srv/../etc", "/srv//one", "/a\0b", "/" + "x" * 5000])
+def test_a_path_that_no_volume_can_have_is_refused(path: str) -> None:
+    assert checked_path("disks", "/srv/one") == "/srv/one"
+    with pytest.raises(Unavailable, match="plugin disks gave "):
+        checked_path("disks", path)
 
 
 async def test_a_pipe_in_place_of_a_certificate_holds_nothing_up(tmp_path: Path) -> None:

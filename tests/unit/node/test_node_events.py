@@ -2,15 +2,20 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
 from skep.api.filters import Filters
+from skep.engine.container import Container, ContainerConfig
+from skep.engine.events import Events
+from skep.engine.images.local import ImageEvent
 from skep.errors import PermissionDenied, SkepError, Unavailable
+from skep.model.ids import ContainerId
 from skep.node.events import (
+    KEPT,
     EventRequest,
     Message,
     NodeEvents,
@@ -122,6 +127,42 @@ async def test_the_past_of_all_sources_is_one_stream_in_the_order_of_time() -> N
     events.publish("container", "die", "c1", {}, 3)
     theirs = msgspec.json.encode(message_of("volume", "create", "v", {}, 2))
     assert await seen(events, Source(theirs)) == ["start", "create", "die"]
+
+
+async def test_what_happens_to_containers_volumes_and_images_of_the_engine_is_published() -> None:
+    events, engine = NodeEvents(SystemClock()), Events(SystemClock())
+    container = Container(
+        id=ContainerId("c1"), name="web", image="app", image_id="", config=ContainerConfig(path="sh")
+    )
+    forwarding = asyncio.create_task(events.forward(engine))
+    await asyncio.sleep(0)
+    engine.publish("start", container)
+    engine.publish_volume("create", "data", {"driver": "local"})
+    found: list[tuple[str, str, str]] = []
+    async with asyncio.timeout(10), aclosing(events.follow("", None, None, Filters({}))) as stream:
+        async for one in stream:
+            found.append((one["Type"], one["Action"], one["Actor"]["ID"]))
+            if one["Type"] == "volume":
+                events.publish_image(ImageEvent(action="pull", id="app:1", time_ns=1))
+            if one["Type"] == "image":
+                break
+    forwarding.cancel()
+    assert [one for one in found if one[0] != "stream"] == [
+        ("container", "start", "c1"),
+        ("volume", "create", "data"),
+        ("image", "pull", "app:1"),
+    ]
+
+
+async def test_a_follower_that_is_behind_gets_a_gap_in_place_of_what_is_not_kept_any_more() -> None:
+    events = NodeEvents(SystemClock(), life="one")
+    async with asyncio.timeout(10), aclosing(events.follow("", None, None, Filters({}))) as stream:
+        assert (await anext(stream))["Cursor"] == "one.0"
+        for number in range(KEPT + 2):
+            events.publish("container", "start", f"c{number}", {})
+        missing, kept = await anext(stream), await anext(stream)
+        assert (missing["Type"], missing["Action"], missing["Cursor"]) == ("stream", "gap", "one.2")
+        assert (kept["Actor"]["ID"], kept["Cursor"]) == ("c2", "one.3")
 
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b'{"Type": 1}', b'"text"'])

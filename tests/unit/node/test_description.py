@@ -1,0 +1,60 @@
+"""What a node announces: tasks are placed by it."""
+
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.configuration.configuration import Configuration
+from skep.engine.log_drivers import journald
+from skep.model.node import NodeDescription
+from skep.node.conditions import Conditions
+from skep.node.description import NodeDescriber
+from skep.node.features import Features
+from skep.node.machine import Machine
+from skep.node.offers import OfferReader
+
+MACHINE = Machine(
+    hostname="w1",
+    architecture="x86_64",
+    kernel="6.1",
+    os_name="Debian",
+    os_version="12",
+    cpus=2,
+    memory_bytes=1 << 30,
+)
+
+
+def described(features: Features) -> NodeDescription:
+    offers = OfferReader(SystemClock(), Configuration)
+    conditions = Conditions(SystemClock())
+    return NodeDescriber(
+        MACHINE, features, offers, conditions, dict, image_port=lambda: 0, has_probes=False
+    ).describe()
+
+
+def plugins(description: NodeDescription, type: str) -> set[str]:
+    return {one.name for one in description.engine.plugins if one.type == type}
+
+
+def test_the_log_drivers_that_the_node_has_are_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journald, "SOCKET", tmp_path / "journal")
+    everywhere = {"json-file", "local", "syslog", "gelf", "fluentd", "splunk"}
+    assert plugins(described(Features()), "Log") == everywhere
+    (tmp_path / "journal").touch()
+    assert plugins(described(Features()), "Log") == {*everywhere, "journald"}
+
+
+def test_what_every_node_has_is_announced() -> None:
+    description = described(Features())
+    assert plugins(description, "Volume") == {"local"}
+    assert plugins(description, "Secret") == {"skep-env"}
+    assert (description.resources.nano_cpus, description.resources.memory_bytes) == (2 * 10**9, 1 << 30)
+
+
+@pytest.mark.parametrize("feature", ["veth", "bridge", "vxlan", "nftables"])
+def test_overlay_networks_are_announced_where_they_work(feature: str) -> None:
+    assert "overlay" in plugins(described(Features()), "Network")
+    assert "overlay" not in plugins(described(Features(missing={feature: "not in this kernel"})), "Network")
