@@ -231,17 +231,24 @@ def test_a_command_runs_with_the_secrets_networks_and_mounts_of_its_service(clus
     m1.docker("config", "create", "settings", "-", stdin="red")
     m1.docker(
         *("service", "create", "--detach", "--name", "db", "--network", "back", "--hostname", "db-host"),
-        *("--secret", "source=key,target=pass,mode=0400", "--config", "source=settings,target=/etc/settings"),
+        *(
+            "--secret",
+            "source=key,target=pass,uid=65534,mode=0400",
+            "--config",
+            "source=settings,target=/etc/settings",
+        ),
         *("--mount", "type=volume,source=data-of-db,target=/data", "--user", "nobody", "--workdir", "/data"),
         *("--constraint", "node.hostname == w1", "--stop-grace-period", "1s", IMAGE),
         *("sh", "-c", "echo kept >/tmp/x; exec sleep 1000"),
     )
     try:
         wait_running(m1, "db", 1, 60)
-        script = "cat /etc/settings; ls /run/secrets; pwd; id -u; nslookup db | grep -c Name"
+        script = (
+            "cat /etc/settings /run/secrets/pass; echo; pwd; id -u; nslookup db | grep -c Name; "
+            "grep -c ' /data ' /proc/mounts"
+        )
         ran = skep(m1, "run", "db", "sh", "-c", script)
-        assert ran.stdout.decode().split("\n")[0] == "redpass", ran
-        assert ran.stdout.decode().split("\n")[1:4] == ["/data", "65534", "1"], ran
+        assert ran.stdout.decode().splitlines() == ["redhidden", "/data", "65534", "1", "1"], ran
     finally:
         m1.docker("service", "rm", "db")
         wait_until(lambda: not m1.client().api.tasks(filters={"name": "db"}), "its task is removed")
