@@ -5,13 +5,11 @@ from urllib.parse import quote
 
 import click
 
-from skep.api.raw import RawClient
 from skep.cli import passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
-from skep.cli.targets import OrDocker, find_target_or_docker, to_docker
+from skep.cli.targets import OrDocker, find_target_or_docker, or_docker, to_docker
 from skep.cli.through_docker import arguments_of
-from skep.errors import NotFound, Unavailable
 
 _VALUED = "-[a-z]*n|--tail|--since|--until"
 """Options whose value is the next word."""
@@ -47,19 +45,7 @@ async def _meant(host: HostOptions, name: str) -> str | None:
     """What docker service logs takes for ``name``; None: docker may have it."""
     async with host.raw_client() as client:
         for kind in ("services", "tasks"):
-            if await _is_there(client, kind, name):
+            if await or_docker(client.get(f"/{kind}/{quote(name, safe='')}")) is not None:
                 return name
         task = await find_target_or_docker(client, name)
         return task.task_id if task is not None else None
-
-
-async def _is_there(client: RawClient, kind: str, name: str) -> bool:
-    try:
-        await client.get(f"/{kind}/{quote(name, safe='')}")
-    except NotFound:
-        return False
-    except Unavailable as error:  # of a worker
-        if "not a swarm manager" in str(error):
-            return False
-        raise
-    return True

@@ -4,8 +4,8 @@
 containers of this node are reached as before.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import click
@@ -15,6 +15,8 @@ from skep.api.raw import RawClient
 from skep.cli import passthrough
 from skep.cli.endpoint import HostOptions
 from skep.errors import NotFound, Unavailable
+
+T = TypeVar("T")
 
 
 class Target(msgspec.Struct, frozen=True, rename="pascal"):
@@ -44,9 +46,14 @@ async def find_target(client: RawClient, word: str) -> Target:
 
 
 async def find_target_or_docker(client: RawClient, word: str) -> Target | None:
-    """As ``find_target``; None: docker may have it: no such service or task, or this node is no manager."""
+    """As ``find_target``; None: docker may have it."""
+    return await or_docker(find_target(client, word))
+
+
+async def or_docker(looking: Awaitable[T]) -> T | None:
+    """What ``looking`` finds; None: docker may have it: there is no such object, or this node is no manager."""
     try:
-        return await find_target(client, word)
+        return await looking
     except NotFound:
         return None
     except Unavailable as error:

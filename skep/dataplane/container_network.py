@@ -207,7 +207,7 @@ class ContainerNetwork:
         kept = tuple(one for one in sandbox.endpoints if one.network_id != network_id)
         left = msgspec.structs.replace(sandbox, endpoints=kept)
         if not needs_way_out(config.mode, [one.config for one in kept]):
-            left = Sandbox(netns=sandbox.netns, endpoints=kept, sysctls=sandbox.sysctls)
+            left = _without_way_out(left)
         await asyncio.shield(self._cut(config, sandbox, left, gone))
         return left
 
@@ -218,7 +218,7 @@ class ContainerNetwork:
         containers.  Raises: AlreadyExists: a port that it publishes is in use; SkepError.
         """
         if not needs_way_out(config.mode, [one.config for one in sandbox.endpoints]):
-            left = Sandbox(netns=sandbox.netns, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
+            left = _without_way_out(sandbox)
             await asyncio.shield(self._cut(config, sandbox, left, ()))
             return left
         if sandbox.address:
@@ -316,6 +316,11 @@ def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> boo
             return not is_out and any(not one.head.is_internal for one in endpoints)
         case NetworkMode.NONE | NetworkMode.HOST | NetworkMode.CONTAINER:
             return False
+
+
+def _without_way_out(sandbox: Sandbox) -> Sandbox:
+    """``sandbox`` without its interface on the gateway bridge, and what depends on it."""
+    return Sandbox(netns=sandbox.netns, endpoints=sandbox.endpoints, sysctls=sandbox.sysctls)
 
 
 def _sysctls_of(config: SandboxConfig) -> Mapping[str, str]:

@@ -422,13 +422,14 @@ class Bundles:
         """
         old = self._name_files(before)
         for name, text in self._name_files(after).items():
-            expected, content = old[name].encode(), text.encode()
-            with (self.path(after.id) / name).open(
-                "r+b"
-            ) as file:  # it is mounted: a new file would not be seen
-                if content != expected and file.read(len(expected) + 1) == expected:
+            expected = old[name].encode()
+            if text.encode() == expected:
+                continue
+            # It is mounted: a new file would not be seen.
+            with (self.path(after.id) / name).open("r+b") as file:
+                if file.read(len(expected) + 1) == expected:
                     file.seek(0)
-                    file.write(content)
+                    file.write(text.encode())
                     file.truncate()
 
     def _name_files(self, container: Container) -> Mapping[str, str]:

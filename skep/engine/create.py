@@ -37,6 +37,10 @@ MEMORY_BYTES_MIN = 6 << 20
 """What a process needs to start at all: moby's linuxMinMemory."""
 NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empty'
 
+NO_ALIASES = "network-scoped alias is supported only for containers in user defined networks"
+
+NO_ADDRESS = "user specified IP address is supported on user defined networks only"
+
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(-[0-9A-Fa-f]{2}){5}")
 _LINK = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*(:[a-zA-Z0-9][a-zA-Z0-9_.-]*)?")
 _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
@@ -97,9 +101,7 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
     match mode:
         case _ if machine.other_container(mode):
             if any(one.aliases for one in endpoints.values()):
-                raise InvalidArgument(
-                    "network-scoped alias is supported only for containers in user defined networks"
-                )
+                raise InvalidArgument(NO_ALIASES)
             kind, others = NetworkMode.CONTAINER, {}
         case "" | "default" | "bridge" | "none" | "host":
             kind = {"none": NetworkMode.NONE, "host": NetworkMode.HOST}.get(mode, NetworkMode.BRIDGE)
@@ -107,11 +109,9 @@ def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointReques
                 name: one for name, one in endpoints.items() if name not in ("", mode, "default", "bridge")
             }
             if any(one.aliases for name, one in endpoints.items() if name not in others):
-                raise InvalidArgument(
-                    "network-scoped alias is supported only for containers in user defined networks"
-                )
+                raise InvalidArgument(NO_ALIASES)
             if any(_has_address(one) for name, one in endpoints.items() if name not in others):
-                raise InvalidArgument("user specified IP address is supported on user defined networks only")
+                raise InvalidArgument(NO_ADDRESS)
             if request.host_config.links or any(one.links for one in endpoints.values()):
                 raise refused("--link on a network that containers have no names on")
             if others and kind is not NetworkMode.BRIDGE:

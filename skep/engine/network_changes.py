@@ -9,8 +9,10 @@ from collections import defaultdict
 import structlog
 from msgspec.structs import replace
 
+from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, PlainOptions
+from skep.engine.create import NO_ADDRESS, NO_ALIASES
 from skep.engine.networking import Networking, sandbox_config
 from skep.engine.state import ContainerStore
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -53,15 +55,18 @@ class NetworkChanges:
     async def connect(self, word: str, request: EndpointRequest) -> None:
         """Put a container on one more network, now or with its start.
 
-        Raises: NotFound; FailedPrecondition: it is there; SkepError, in Docker's words.
+        Raises: NotFound; FailedPrecondition: it is there; Forbidden: it has the networks of another; SkepError, in
+        Docker's words.
         """
         container, _ = self._store.require_plain(word)
         async with self._locks[container.id]:
             container, plain = self._store.require_plain(container.id)
+            if plain.mode is NetworkMode.CONTAINER:
+                raise Forbidden(_HAS_ANOTHERS)
             builtin = _BUILTIN.get(request.network)
             if builtin is NetworkMode.HOST and plain.mode is not NetworkMode.HOST:
                 raise InvalidArgument(_HAS_THE_HOSTS)
-            if plain.mode in (NetworkMode.HOST, NetworkMode.CONTAINER):
+            if plain.mode is NetworkMode.HOST:
                 raise FailedPrecondition(_HAS_ANOTHERS)
             if NetworkMode.NONE in (plain.mode, builtin):
                 raise FailedPrecondition(_HAS_NONE)
@@ -81,11 +86,13 @@ class NetworkChanges:
         """Take a container off a network.
 
         ``network``: as its user has given it; ``network_id``: where that is known.
-        Raises: NotFound; FailedPrecondition: it is not there; SkepError.
+        Raises: NotFound; FailedPrecondition: it is not there; Forbidden: it has the networks of another; SkepError.
         """
         container, _ = self._store.require_plain(word)
         async with self._locks[container.id]:
             container, plain = self._store.require_plain(container.id)
+            if plain.mode is NetworkMode.CONTAINER:
+                raise Forbidden(_not_there(container, network))
             if network in _BUILTIN:
                 await self._leave_builtin(container, plain, _BUILTIN[network])
                 return
@@ -101,7 +108,7 @@ class NetworkChanges:
                         container = await self._observe(container, sandbox)
             networks = tuple(one for one in plain.networks if one.network not in known)
             if not is_there and len(networks) == len(plain.networks):
-                raise _is_not_there(container, network)
+                raise FailedPrecondition(_not_there(container, network))
             self._store.change(container.id, plain=replace(plain, networks=networks))
 
     async def evict(self, container_id: ContainerId, network_id: str) -> None:
@@ -113,11 +120,9 @@ class NetworkChanges:
 
     async def _join_bridge(self, container: Container, plain: PlainOptions, request: EndpointRequest) -> None:
         if request.aliases or request.links:
-            raise InvalidArgument(
-                "network-scoped alias is supported only for containers in user defined networks"
-            )
+            raise InvalidArgument(NO_ALIASES)
         if request.address or request.address6:
-            raise InvalidArgument("user specified IP address is supported on user defined networks only")
+            raise InvalidArgument(NO_ADDRESS)
         if plain.mode is NetworkMode.BRIDGE:
             raise _is_there(container, request.network)
         mac_address = request.mac_address or plain.mac_address
@@ -126,7 +131,7 @@ class NetworkChanges:
 
     async def _leave_builtin(self, container: Container, plain: PlainOptions, network: NetworkMode) -> None:
         if plain.mode is not network:
-            raise _is_not_there(container, network.value)
+            raise FailedPrecondition(_not_there(container, network.value))
         if network is NetworkMode.HOST:
             raise InvalidArgument(_HAS_THE_HOSTS)
         await self._change_bridge(container, replace(plain, mode=NetworkMode.NETWORKS))
@@ -134,7 +139,7 @@ class NetworkChanges:
     async def _change_bridge(self, container: Container, plain: PlainOptions) -> None:
         if container.is_running:
             assert container.sandbox is not None, "a running container has one"
-            config = replace(sandbox_config(container), mode=plain.mode, mac_address=plain.mac_address)
+            config = sandbox_config(replace(container, plain=plain))
             sandbox = await self._network.change_bridge(config, container.sandbox)
             await self._observe(container, sandbox)
         self._store.change(container.id, plain=plain)
@@ -154,5 +159,5 @@ def _is_there(container: Container, network: str) -> FailedPrecondition:
     return FailedPrecondition(f"endpoint with name {container.name} already exists in network {network}")
 
 
-def _is_not_there(container: Container, network: str) -> FailedPrecondition:
-    return FailedPrecondition(f"container {container.id} is not connected to network {network}")
+def _not_there(container: Container, network: str) -> str:
+    return f"container {container.id} is not connected to network {network}"

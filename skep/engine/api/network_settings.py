@@ -59,7 +59,7 @@ def network_settings(container: Container) -> dict[str, Any]:
             {"HostIp": port.host_ip or "0.0.0.0", "HostPort": str(port.published_port)},
         ]
     settings |= {"SandboxID": container.id, "SandboxKey": sandbox.netns, "Ports": bound}
-    if not sandbox.address or (sandbox.endpoints and not is_on_bridge(container)):
+    if not sandbox.address or (sandbox.endpoints and not _is_on_bridge(container)):
         return settings  # Docker fills these in for its own bridge only
     return settings | {
         "Gateway": sandbox.gateway,
@@ -69,7 +69,7 @@ def network_settings(container: Container) -> dict[str, Any]:
     }
 
 
-def is_on_bridge(container: Container) -> bool:
+def _is_on_bridge(container: Container) -> bool:
     """Whether the node's bridge is one of the networks of a plain container, and no mere way out."""
     return container.plain is not None and container.mode is NetworkMode.BRIDGE
 

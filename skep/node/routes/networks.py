@@ -49,7 +49,6 @@ from skep.errors import (
 )
 from skep.linux.routes import read_routes
 from skep.model.labels import LABEL_SERVICE_NAME
-from skep.model.sandbox import NetworkMode
 from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, forwarded_headers
 from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 
@@ -227,14 +226,6 @@ class _NodeNetworks:
         self, engine: Engine, own: LocalNetwork | None, raw: bytes, name: str, *, is_disconnect: bool
     ) -> web.Response:
         body = read_connect(raw)
-        container = engine.get(body.container)
-        if container.mode is NetworkMode.CONTAINER:
-            raise Forbidden(
-                f"container {container.id} is not connected to network {name}"
-                if is_disconnect
-                else "container sharing network namespace with another container or host cannot be connected to any"
-                " other network"
-            )
         if own is not None and own.name in BUILTIN:
             name = own.name
         if is_disconnect:
