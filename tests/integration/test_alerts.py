@@ -34,7 +34,7 @@ def test_a_service_a_path_a_node_and_the_quorum(tmp_path: Path) -> None:
         prometheus = Prometheus(("nsenter", f"--net={m1.description['netns']}"))
         with prometheus.running(tmp_path):
             wait_until(
-                lambda: len((prometheus.asked("targets") or {}).get("activeTargets", ())) == len(_NODES),
+                lambda: prometheus.targets() == len(_NODES),
                 "all nodes are found",
                 within_s=60,
             )

@@ -5,12 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.docker_engines import inside, wait_inside
-from tests.support.playground_rig import TestNode, wait_until
+from tests.support.playground_rig import IDLE, IMAGE, TestNode, wait_until
 
 pytestmark = pytest.mark.timeout(120)
-
-IMAGE = "busybox:1"
-IDLE = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done")
 
 
 @pytest.fixture

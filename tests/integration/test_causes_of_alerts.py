@@ -1,7 +1,6 @@
 """The packaged alerts about processes, containers, networks and the store, in a real Prometheus: each by its cause."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -11,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.managers.test_full_disk import store_of
 from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
 from tests.support.prometheus_rig import Prometheus
+from tests.support.store_disks import mounted, store_on_a_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("prometheus", "mkfs.ext4"), pytest.mark.timeout(400)]
 
@@ -54,44 +53,24 @@ def alerts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alerts]:
     configured = {"m1": SETTING + QUOTA, "w1": SETTING}
     with a_playground("causes", configured=configured, managers=1, workers=1) as cluster:
         prometheus = Prometheus(("nsenter", f"--net={cluster.node('m1').description['netns']}"))
-        with a_disk_of_its_own(cluster, "m1", folder) as disk, prometheus.running(folder):
-            wait_until(
-                lambda: len((prometheus.asked("targets") or {}).get("activeTargets", ())) == 2,
-                "both nodes are found",
-                150,
-            )
+        with a_store_on_two_disks(cluster, "m1", folder) as disk, prometheus.running(folder):
+            wait_until(lambda: prometheus.targets() == 2, "both nodes are found", 150)
             yield Alerts(cluster, prometheus, disk)
 
 
 @contextmanager
-def a_disk_of_its_own(cluster: TestCluster, name: str, folder: Path) -> Iterator[Path]:
-    """The store of a manager lies on a file system of its own, from its next start on; afterwards it is off.
+def a_store_on_two_disks(cluster: TestCluster, name: str, folder: Path) -> Iterator[Path]:
+    """The store of a manager lies on a file system that lies on another one, which is given.
 
-    Gives the file system below it: while that is frozen, what is written reaches the memory and not the disk.
+    While that is frozen, what is written reaches the memory and not the disk.
     """
-    store, below = store_of(cluster.node(name)), folder / "below"
-    kept = store.with_name("kept")
+    below = folder / "below"
     below.mkdir()
-    cluster.skep("kill", name)
-    store.rename(kept)
-    store.mkdir(mode=0o700)
-    with mounted(folder / "disk", "600M", below), mounted(below / "disk", "400M", store):
-        shutil.copytree(kept, store, dirs_exist_ok=True)
-        store.chmod(0o700)
-        cluster.skep("start", name)
-        yield below
-        cluster.skep("kill", name)
-
-
-@contextmanager
-def mounted(image: Path, size: str, path: Path) -> Iterator[None]:
-    """A file system in the file ``image``, mounted at ``path``."""
-    subprocess.run(["mkfs.ext4", "-q", image, size], check=True)
-    subprocess.run(["mount", "-o", "loop", image, path], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
+    subprocess.run(["mkfs.ext4", "-q", folder / "disk", "600M"], check=True)
+    with mounted(below, "-o", "loop", folder / "disk"):
+        subprocess.run(["mkfs.ext4", "-q", below / "disk", "400M"], check=True)
+        with store_on_a_disk(cluster, name, "-o", "loop", below / "disk"):
+            yield below
 
 
 @contextmanager
@@ -185,18 +164,17 @@ def test_a_disk_of_the_store_that_is_slow(alerts: Alerts) -> None:
 
 
 def test_a_store_that_is_nearly_full(alerts: Alerts) -> None:
-    m1, made = alerts.m1, 0
-    while not alerts.fires("SkepStoreNearlyFull"):
-        assert made < 60
-        done = subprocess.run(
-            ["docker", "-H", m1.socket, "config", "create", f"large-{made}", "-"],
-            input=os.urandom(450_000),
-            capture_output=True,
-            check=False,
-        )
-        made += 1
-        if done.returncode:
-            alerts.wait_for("SkepStoreNearlyFull")
-    names = [f"large-{number}" for number in range(made)]
-    subprocess.run(["docker", "-H", m1.socket, "config", "rm", *names], capture_output=True, check=False)
+    """Users' objects are refused at nine tenths; what the leader then frees is filled again."""
+    made: list[str] = []
+
+    def is_full() -> bool:
+        name = f"large-{len(made)}"
+        content = os.urandom(225_000).hex()
+        if alerts.m1.docker("config", "create", name, "-", stdin=content, check=False).returncode == 0:
+            made.append(name)
+        return alerts.fires("SkepStoreNearlyFull")
+
+    wait_until(is_full, "the store is nearly full", 180)
+    assert len(made) < 60
+    alerts.m1.docker("config", "rm", *made)
     alerts.wait_for_the_end("SkepStoreNearlyFull", within_s=180)

@@ -32,6 +32,10 @@ class Prometheus:
         text = self.fetched(f"http://127.0.0.1:9090/api/v1/{path}")
         return json.loads(text)["data"] if text else None
 
+    def targets(self) -> int:
+        """How many targets it has found."""
+        return len((self.asked("targets") or {}).get("activeTargets", ()))
+
     def fired(self) -> set[str]:
         """Names of the alerts that fire."""
         alerts = (self.asked("alerts") or {"alerts": []})["alerts"]

@@ -2,10 +2,6 @@
 
 import asyncio
 import os
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,33 +21,13 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.store_disks import store_of, store_on_a_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 MANAGERS = ("m1", "m2", "m3")
+SMALL_DISK = ("-t", "tmpfs", "-o", "size=400m,mode=700", "skep-disk")
 MISSING = "MB of disk space are missing for the store of this manager. Make room: it goes on by itself."
-
-
-def store_of(node: TestNode) -> Path:
-    return Path(node.description["state_dir"]) / "manager/etcd"
-
-
-@contextmanager
-def a_small_disk(cluster: TestCluster, name: str) -> Iterator[Path]:
-    """The store of a manager lies on a disk of its own of 400 MB, from its next start on; afterwards it is off."""
-    store = store_of(cluster.node(name))
-    kept = store.with_name("kept")
-    cluster.skep("kill", name)
-    store.rename(kept)
-    store.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m,mode=700", "skep-disk", store], check=True)
-    try:
-        shutil.copytree(kept, store, dirs_exist_ok=True)
-        cluster.skep("start", name)
-        yield store
-    finally:
-        cluster.skep("kill", name)
-        subprocess.run(["umount", "--lazy", store], check=True)
 
 
 def make_lead(cluster: TestCluster, name: str) -> None:
@@ -106,7 +82,7 @@ def refusal(node: TestNode) -> str:
 
 
 def test_the_leader_of_three_runs_out_of_disk() -> None:
-    with a_playground("full", managers=3) as cluster, a_small_disk(cluster, "m1") as disk:
+    with a_playground("full", managers=3) as cluster, store_on_a_disk(cluster, "m1", *SMALL_DISK) as disk:
         full, other = cluster.node("m1"), cluster.node("m2")
         make_lead(cluster, "m1")
         create(other, "web", 6)
