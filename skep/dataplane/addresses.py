@@ -108,6 +108,11 @@ class Addresses(Generic[Network]):
         if self._used.get(address) == owner:
             del self._used[address]
 
+    def release_all(self, owner: str) -> None:
+        """Release every address of ``owner``."""
+        for address in [address for address, one in self._used.items() if one == owner]:
+            del self._used[address]
+
 
 def mac_of(address: Address) -> str:
     """Docker's MAC address of a container: 02:42 and its IPv4 address; the last four bytes of another address."""

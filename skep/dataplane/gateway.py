@@ -139,14 +139,15 @@ class Gateway:
             self._sandboxes[container_id] = sandbox
             await self._apply()
         except BaseException:
-            await asyncio.shield(self._undo(container_id, str(address), reserved))
+            await asyncio.shield(self._undo(container_id, reserved))
             raise
         return sandbox
 
     async def disconnect(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Release address and ports of ``connect``.  Idempotent."""
-        if sandbox.address:
-            await self._undo(container_id, sandbox.address, sandbox.ports)
+        """Release addresses and ports of ``connect``, whatever ``sandbox`` knows of them.  Idempotent."""
+        if sandbox.address or container_id in self.users():
+            known = self._sandboxes.get(container_id, sandbox)
+            await self._undo(container_id, sandbox.ports or known.ports)
 
     async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """``disconnect`` a running container: its interface is removed, too.  Raises: SkepError."""
@@ -208,22 +209,24 @@ class Gateway:
             _save(self._state, subnet)
         await self.restore({})
 
-    async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[PublishedPort]) -> None:
+    async def _undo(self, container_id: ContainerId, ports: Sequence[PublishedPort]) -> None:
         sandbox = self._sandboxes.pop(container_id, None)
         if sandbox is not None:
             self._home.expect_removal(sandbox.port)
             self._set_part()
-        if any(port.publish_mode is PublishMode.HOST for port in ports):
-            try:
-                await self._home.apply()  # before another container gets the port
-            except SkepError as error:  # the next comparison removes it
-                log.warning("gateway rules not removed", container=container_id, error=str(error))
-        else:
-            self._deferred.soon(_PART, self._home.apply)
-        for port in ports:
-            if port.publish_mode is PublishMode.HOST:
-                await self._release(port)
-        self._require_addresses().release(IPv4Address(address), container_id)
+        try:
+            if any(port.publish_mode is PublishMode.HOST for port in ports):
+                try:
+                    await self._home.apply()  # before another container gets the port
+                except SkepError as error:  # the next comparison removes it
+                    log.warning("gateway rules not removed", container=container_id, error=str(error))
+            else:
+                self._deferred.soon(_PART, self._home.apply)
+            for port in ports:
+                if port.publish_mode is PublishMode.HOST:
+                    await self._release(port)
+        finally:
+            self._require_addresses().release_all(container_id)
 
     async def _apply(self) -> None:
         """Apply bridge, ports and rules.  Raises: SkepError."""

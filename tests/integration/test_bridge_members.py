@@ -13,11 +13,14 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture
 def containers(m1: TestNode) -> Iterator[None]:
     m1.docker("network", "create", "front")
-    for name, *network in (("one",), ("two",), ("own",), ("three", "--network", "front")):
-        m1.docker("run", "-d", "--name", name, *network, IMAGE, *IDLE)
-    yield
-    m1.docker("rm", "-f", "one", "two", "own", "three", check=False)
-    m1.docker("network", "rm", "front", check=False)
+    try:
+        for name, *network in (("one",), ("two",), ("own",), ("three", "--network", "front")):
+            m1.docker("run", "-d", "--name", name, *network, IMAGE, *IDLE)
+        yield
+    finally:
+        wait_until(lambda: serves(m1), "the node process serves")
+        m1.docker("rm", "-f", "one", "two", "own", "three", check=False)
+        m1.docker("network", "rm", "front")
 
 
 def serves(node: TestNode) -> bool:

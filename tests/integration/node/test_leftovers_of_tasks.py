@@ -126,7 +126,8 @@ async def test_what_is_held_for_containers_that_are_gone_is_swept_away(
     before = held(lab, executor)
     namespaces, gone = Namespaces(lab.paths.netns, lab.home), new_container_id()
     netns = await namespaces.create(gone, {})
-    await executor.data_plane.gateway.connect(gone, netns, "eth0", ())
+    for interface in ("eth0", "eth1"):  # the node knows of the later one alone
+        await executor.data_plane.gateway.connect(gone, netns, interface, ())
     bare = new_container_id()
     await namespaces.create(bare, {})
     assert held(lab, executor) == before | {gone, bare}
