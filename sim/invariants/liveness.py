@@ -18,15 +18,22 @@ YOUNG_S = 2.0
 
 
 class NoFalseDown:
-    """No node is marked down after a calm period, nor by a manager that has just started."""
+    """No node that runs is marked down after a calm period, nor any by a manager that has just started."""
 
-    def __init__(self, calm_since: Callable[[], float], began: Callable[[NodeId], float]) -> None:
+    def __init__(
+        self,
+        calm_since: Callable[[], float],
+        up_since: Callable[[NodeId], float],
+        began: Callable[[NodeId], float],
+    ) -> None:
         """
         Args:
             calm_since: the end of the last fault; infinity while a fault is active.
+            up_since: the start of a node's process; infinity where none runs, as after a leave.
             began: the start of a manager's process.
         """
         self._calm_since = calm_since
+        self._up_since = up_since
         self._began = began
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
@@ -35,7 +42,7 @@ class NoFalseDown:
                 case Updated(Node() as before, Node() as after) if (
                     after.status.state is NodeState.DOWN and before.status.state is not NodeState.DOWN
                 ):
-                    calm_s = change.time_s - self._calm_since()
+                    calm_s = change.time_s - max(self._calm_since(), self._up_since(after.id))
                     if calm_s > CALM_S:
                         yield f"{after.id} was marked down after {calm_s:.1f} s without a fault"
                     if (age_s := change.time_s - self._began(change.origin)) < YOUNG_S:

@@ -92,7 +92,7 @@ class Observer:
             UpdateParallelism(),
             UpdateStopsHaveCauses(),
             replacements_are_recorded,
-            NoFalseDown(calm_since, manager_uptime.began),
+            NoFalseDown(calm_since, uptime.since, manager_uptime.began),
             DecisionsAreStable(),
             NoRedundantTasks(),
             DisconnectPolicies(),

@@ -27,7 +27,7 @@ from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_service_spec
 
 LEADER, OTHER = NodeId("m1"), NodeId("m2")
-W1, W2 = NodeId("w1"), NodeId("w2")
+W1, W2, W3 = NodeId("w1"), NodeId("w2"), NodeId("w3")
 
 
 class History:

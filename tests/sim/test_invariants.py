@@ -1,5 +1,7 @@
 """Every rule rejects a history in which it was broken on purpose, and takes the same history without the fault."""
 
+from math import inf
+
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -31,7 +33,7 @@ from skep.model.service import (
 from skep.model.task import TaskState, TaskStatus
 from skep.store.state import State
 from skep.store.transaction import LocalTransaction
-from tests.sim.histories import LEADER, OTHER, W1, W2, History, a_node, a_run, a_service, a_task
+from tests.sim.histories import LEADER, OTHER, W1, W2, W3, History, a_node, a_run, a_service, a_task
 from tests.support.builders import a_service_spec
 
 
@@ -209,16 +211,19 @@ def test_a_session_that_is_given_away_is_rejected() -> None:
 
 
 def test_a_node_marked_down_without_a_fault_is_rejected() -> None:
-    history = History(NoFalseDown(lambda: 90.0, lambda manager: 0.0))
-    history.put(a_node(W1), a_node(W2))
+    up_since = {W1: 0.0, W2: 0.0, W3: inf}
+    history = History(NoFalseDown(lambda: 90.0, up_since.__getitem__, lambda manager: 0.0))
+    history.put(a_node(W1), a_node(W2), a_node(W3))
     history.put(a_node(W1, state=NodeState.DOWN))
     assert history.violations == [], "something was wrong ten seconds ago"
-    history.after(10).put(a_node(W2, state=NodeState.DOWN))
+    history.after(10).put(a_node(W3, state=NodeState.DOWN))
+    assert history.violations == [], "it has left"
+    history.put(a_node(W2, state=NodeState.DOWN))
     assert history.violations == ["w2 was marked down after 20.0 s without a fault"]
 
 
 def test_a_node_marked_down_by_a_manager_that_has_just_started_is_rejected() -> None:
-    history = History(NoFalseDown(lambda: 99.0, lambda manager: 99.0))
+    history = History(NoFalseDown(lambda: 99.0, lambda node: 0.0, lambda manager: 99.0))
     history.put(a_node(W1), a_node(W2))
     history.put(a_node(W1, state=NodeState.DOWN))
     history.after(4).put(a_node(W2, state=NodeState.DOWN))

@@ -446,7 +446,7 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     outdated = _outdated(kept, past, situation)
     current = kept if not outdated else tuple([task for task in kept if task not in outdated])
     serving = tuple([task for task in outdated if _may_serve(task, situation)]) if outdated else ()
-    first, lead = _leads(past, situation)
+    first, lead = _leads(past, situation, is_given_up=bool(outdated) and not current)
     return _SlotView(
         slot, current, outdated, serving, lead, first, lead or _started(past, current, situation)
     )
@@ -498,12 +498,16 @@ def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
     return ended_at - ran_at <= monitor_s
 
 
-def _leads(past: Slot, situation: Situation) -> tuple[Task | None, Task | None]:
+def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task | None, Task | None]:
     """The first task of the present version, and the first one that counts; not one that was stopped before it ran.
 
     Such a one says nothing of the version, and its slot is still out of service.  One whose run a new leader has not
     observed, or that ended before the update was resumed, counts neither as success nor as failure; the next attempt
     does.
+
+    Args:
+        is_given_up: the slot has old tasks alone.  A last attempt that has stopped before it ran is no lead then, as
+            nothing takes its place: the old task was taken for a present one while its spec could not be read.
     """
     made = [task for task in past if task.spec_version == situation.service.spec_version]
     if not made:
@@ -511,13 +515,20 @@ def _leads(past: Slot, situation: Situation) -> tuple[Task | None, Task | None]:
     first: Task | None = None
     for task in made[:-1]:
         is_past = task.status.state in ENDED_BY_ITSELF
-        if not (task.is_wanted or is_past or situation.seen.running(task) is not None):
+        if not _says_something(task, situation):
             continue
         first = first or task
         is_unseen = is_past and _is_unseen(task, situation.seen, monitor_s(situation.rollout_config))
         if not (is_unseen or (is_past and situation.is_tolerated(task))):
             return first, task
+    if is_given_up and made[-1].status.state.is_terminal and not _says_something(made[-1], situation):
+        return first, None
     return first or made[-1], made[-1]
+
+
+def _says_something(task: Task, situation: Situation) -> bool:
+    """Whether it may run yet, has run, or has ended by itself: not one that was stopped before it ran."""
+    return task.is_wanted or task.status.state in ENDED_BY_ITSELF or situation.seen.running(task) is not None
 
 
 def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:

@@ -235,6 +235,23 @@ def test_a_task_whose_status_cannot_be_read_is_held_on_to_like_one_that_runs(ord
     assert [image_of(task) for task in wanted(world)] == ["app:3"] * 2
 
 
+def test_an_update_goes_on_when_the_spec_that_its_old_tasks_were_made_from_can_be_read_again() -> None:
+    """Meanwhile the old task was taken for one of the present version, and the new one beside it was stopped."""
+    world = a_world(replicas=1)
+    made_from = world.service.spec_version
+    world.update(a_spec("app:2", replicas=1))
+    world.settle()
+    assert len(wanted(world)) == 2
+    world.unreadable.add(made_from)
+    for _ in range(3):
+        advance(world)
+    assert [image_of(task) for task in wanted(world)] == ["app:1"]
+    world.unreadable.clear()
+    for _ in range(3):
+        advance(world)
+    assert [image_of(task) for task in wanted(world)] == ["app:2"]
+
+
 def test_a_service_that_never_came_to_run_is_updated_to_one_that_does() -> None:
     """Every task of it is rejected again and again; the update does not wait for any of them."""
     world = a_world(replicas=3)
