@@ -11,8 +11,10 @@ from skep.stack.deploying import NO_LOGINS, RESPONSE_TIMEOUT_S, Deployment, Show
 from skep.stack.planning import Plan, plan_of
 from skep.stack.project import Stack
 from skep.stack.revisions import (
+    DEPLOYED,
     KEPT,
     Revision,
+    asked_for,
     body_of,
     names_kept,
     newest_deployed,
@@ -45,6 +47,7 @@ async def carry_out(
     deployment = Deployment(client, stack, plan, show, logins)
     if not plan.effective:
         await deployment.apply(wait_s)
+        await _complete(client, asked_for(stack, plan), warn)
         return
     revisions = await known_revisions(client, stack.name)
     id = await _recorded(client, stack, plan, revisions, warn)
@@ -81,6 +84,13 @@ async def _recorded(
             continue
         return str(made["ID"])
     raise Unavailable(f"other deploys of {stack.name} are under way: try again when they have ended")
+
+
+async def _complete(client: Requests, asked: Stack, warn: Callable[[str], None]) -> None:
+    """Of a deploy that changed nothing: the last one asked for the same, and may have ended before it could say so."""
+    for last in (await known_revisions(client, asked.name))[-1:]:
+        if last.state != DEPLOYED and last.asked_for(asked):
+            await _set_state(client, last.id, DEPLOYED, warn)
 
 
 async def _set_state(client: Requests, id: str, state: str, warn: Callable[[str], None]) -> None:

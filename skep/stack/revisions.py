@@ -63,6 +63,13 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
         except (OSError, EOFError, ValueError, msgspec.DecodeError) as error:
             raise InvalidArgument(f"revision {self.number} cannot be read: {error}") from error
 
+    def asked_for(self, stack: Stack) -> bool:
+        """Whether it asked for exactly ``stack``; false: it cannot be read."""
+        try:
+            return self.stack() == stack
+        except InvalidArgument:
+            return False
+
 
 def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revision]:
     """The revisions of a stack, the oldest first."""
@@ -85,16 +92,20 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
     return sorted(made, key=lambda one: one.number)
 
 
-def body_of(stack: Stack, plan: Plan, number: int) -> dict[str, Any]:
-    """A revision as ``POST /configs/create`` has it.  Raises: InvalidArgument: it is too large."""
+def asked_for(stack: Stack, plan: Plan) -> Stack:
+    """What a deploy of ``stack`` asks for: with the digests of images, secrets and configs by their names."""
     specs = {one.name: one.spec for one in plan.changes if one.kind == "service"}
-    kept = replace(
+    return replace(
         stack,
         services={name: _with_spec(one, specs.get(one.spec.name)) for name, one in stack.services.items()},
         secrets={name: _by_name(one) for name, one in stack.secrets.items()},
         configs={name: _by_name(one) for name, one in stack.configs.items()},
     )
-    data = gzip.compress(msgspec.json.encode(kept), mtime=0)
+
+
+def body_of(stack: Stack, plan: Plan, number: int) -> dict[str, Any]:
+    """A revision as ``POST /configs/create`` has it.  Raises: InvalidArgument: it is too large."""
+    data = gzip.compress(msgspec.json.encode(asked_for(stack, plan)), mtime=0)
     if len(data) > _BYTES_MAX:
         raise InvalidArgument(f"the stack is too large for a revision: {len(data)} bytes, compressed")
     return {

@@ -51,6 +51,23 @@ async def test_an_interrupted_deploy_says_its_state_and_repeating_completes_it(c
     assert listed == "1 interrupted\n2 deployed\n"
 
 
+async def test_repeating_a_deploy_that_was_killed_records_that_it_is_complete(cluster: Cluster) -> None:
+    """Everything was written before it was killed: there is nothing left to change."""
+    cluster.write(FILE % HANGS)
+    process = await cluster.start("stack", "deploy", "--resolve-image", "never")
+    assert process.stderr is not None
+    while b"shop_db: 0 of 1 tasks run" not in await process.stderr.readline():
+        assert process.returncode is None
+    process.kill()
+    await process.communicate()
+    history = ("stack", "history", "--format", "{{.Revision}} {{.State}}", "shop")
+    assert (await cluster.run(*history))[1] == "1 deploying\n"
+
+    code, _, err_text = await cluster.deploy("--detach")
+    assert code == 0, err_text
+    assert (await cluster.run(*history))[1] == "1 deployed\n"
+
+
 async def test_a_deploy_waits_or_is_detached_and_names_what_does_not_run(cluster: Cluster) -> None:
     cluster.write(FILE % HANGS)
     code, _, err = await cluster.deploy("--timeout", "1")

@@ -240,6 +240,8 @@ def test_an_interrupted_deploy_is_completed_by_repeating_it(m1: TestNode, folder
         process.kill()
     deploy(m1, folder, PASSWORD="x")
     assert len(running(m1, "shop_web")) == 2
+    listed = json.loads(skep(m1, "stack", "history", "shop", "-o", "json").stdout)
+    assert listed[-1]["State"] == "deployed"
 
 
 @pytest.mark.parametrize("times", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
