@@ -25,7 +25,8 @@ from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel, connected
 
-JOINING_AT_ONCE = 8
+JOINING_AT_ONCE, OVER_ONE_CONNECTION = 3, 100
+"""A manager has four connections without a certificate from an address, for a minute each."""
 RESPONSE_S = 60.0
 RETURN_S = 1.0
 """After which a node that lost its session tries again, on the average."""
@@ -49,10 +50,14 @@ async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
     pairs: list[KeyPair] = []
 
     async def ask() -> None:
-        async with connected(address, joining_context(root_pem), ROOT_NAME, timeout_s=RESPONSE_S) as channel:
-            while waiting:
-                waiting.pop()
-                pairs.append(await _joined(channel, root_pem, token))
+        while waiting:
+            async with connected(
+                address, joining_context(root_pem), ROOT_NAME, timeout_s=RESPONSE_S
+            ) as channel:
+                for _ in waiting[:OVER_ONE_CONNECTION]:
+                    if waiting:
+                        waiting.pop()
+                        pairs.append(await _joined(channel, root_pem, token))
 
     await asyncio.gather(*[ask() for _ in range(JOINING_AT_ONCE)])
     return pairs

@@ -127,7 +127,7 @@ class _Run:
             await self._nodes("register")
         self._weigh("without tasks")
         async with self._phase("filling"):
-            large = await asyncio.to_thread(self._fill, tasks)
+            large = await asyncio.to_thread(fill, self._lab.engine(), tasks)
             await self._wait_running(lambda: tasks)
         self._weigh("with all tasks")
         async with self._phase("steady"):
@@ -169,15 +169,6 @@ class _Run:
             "etcd": resident_mib(self._lab.etcd_pid),
         }
 
-    def _fill(self, tasks: int) -> str:
-        """Create services with so many tasks in all; gives the id of the largest."""
-        engine = self._lab.engine()
-        large = _created(engine, _service("large", min(LARGE, tasks)))
-        missing = tasks - min(LARGE, tasks)
-        for number, first in enumerate(range(0, missing, REPLICAS)):
-            _created(engine, _service(f"service{number:04}", min(REPLICAS, missing - first)))
-        return large
-
     def _update(self, service: str) -> None:
         engine = self._lab.engine()
         now = engine.get(f"/services/{service}")
@@ -204,6 +195,15 @@ class _Run:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what}: not within {LONGEST_S:g} s")
             await asyncio.sleep(0.5)
+
+
+def fill(engine: Engine, tasks: int) -> str:
+    """Create services with so many tasks in all; gives the id of the largest."""
+    large = _created(engine, _service("large", min(LARGE, tasks)))
+    missing = tasks - min(LARGE, tasks)
+    for number, first in enumerate(range(0, missing, REPLICAS)):
+        _created(engine, _service(f"service{number:04}", min(REPLICAS, missing - first)))
+    return large
 
 
 def _created(engine: Engine, spec: dict[str, Any]) -> str:

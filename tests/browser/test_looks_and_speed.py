@@ -14,17 +14,12 @@ from playwright.async_api import Page, expect
 
 from tests.browser.made_up_cluster import KINDS, make, step
 from tests.browser.served_cluster import served
-from tests.support.browser import a_browser, a_page
+from tests.support.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
 
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (2560, 1440)}
 PAGES = ("hive", "services", "nodes", "tasks", "networks", "stacks", "volumes", "secrets", "events")
 CHANGES_OF_A_DAY = 10_000
-MARK_FIRST_HIVE = """(function look() {
-    if (globalThis.skep?.hive.frames > 0) performance.mark("first hive");
-    else requestAnimationFrame(look);
-})()"""
-"""By the page's own clock, in the frame after that which drew it."""
 GROWTH_MAX = 4 << 20
 """Bytes of the heap after a day's changes: caches of the engine, not of the page."""
 
@@ -111,7 +106,7 @@ async def test_ten_thousand_tasks_are_first_painted_and_then_drawn_in_time() -> 
         await page.add_init_script(MARK_FIRST_HIVE)
         await browser.start_tracing(page=page, categories=["devtools.timeline", "blink.user_timing"])
         await page.goto(url)
-        await _until(page, "performance.getEntriesByName('first hive').length")
+        await until_true(page, "performance.getEntriesByName('first hive').length")
         first = float(await page.evaluate("performance.getEntriesByName('first hive')[0].startTime")) / 1000
         changes = asyncio.create_task(_changes_for(cluster, rng, seconds=4))
         moving = await _frames_while(page, 4.0, "")
@@ -167,13 +162,6 @@ async def _frames_while(page: Page, seconds: float, doing: str) -> float:
     )
 
 
-async def _until(page: Page, condition: str) -> None:
-    """Playwright's own waiting evaluates a string in the page, which its policy refuses."""
-    async with asyncio.timeout(30):
-        while not await page.evaluate(f"Boolean({condition})"):  # noqa: ASYNC110 -- nothing announces it
-            await asyncio.sleep(0.005)
-
-
 async def _at_rest(page: Page) -> None:
     """Return when nothing moves any more: what moves is drawn in every frame."""
     async with asyncio.timeout(10):
@@ -203,7 +191,7 @@ async def _delay_of_a_change(page: Page, cluster: Any, rng: random.Random) -> fl
     frames = int(await page.evaluate("skep.hive.frames"))
     begin = time.monotonic()
     step(cluster, rng)
-    await _until(page, f"skep.hive.frames > {frames}")
+    await until_true(page, f"skep.hive.frames > {frames}")
     return (time.monotonic() - begin) * 1000
 
 
@@ -221,7 +209,7 @@ async def test_a_days_changes_leave_nothing_behind() -> None:
                 step(cluster, rng)
                 if i % 50 == 0:
                     await asyncio.sleep(0.02)
-            await _until(page, f"skep.cluster.cursor === '1-{cluster.revision}'")
+            await until_true(page, f"skep.cluster.cursor === '1-{cluster.revision}'")
             for place in ("services", "tasks", "hive"):
                 await page.goto(f"{url}#/{place}")
             await asyncio.sleep(1)

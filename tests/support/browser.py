@@ -1,5 +1,6 @@
 """Chromium of the distribution, driven by Playwright: ``setup/browser.sh`` installs it."""
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -24,6 +25,12 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+MARK_FIRST_HIVE = """(function look() {
+    if (globalThis.skep?.hive.frames > 0) performance.mark("first hive");
+    else requestAnimationFrame(look);
+})()"""
+"""By the page's own clock, in the frame after that which drew it."""
 
 
 def require_chromium() -> None:
@@ -67,3 +74,10 @@ async def a_page(browser: Browser, *, may_say: str = "", **options: Any) -> Asyn
         await context.close()
     unexpected = [line for line in said if not may_say or may_say not in line]
     assert unexpected == [], unexpected  # pytest shows no values of a helper
+
+
+async def until_true(page: Page, condition: str) -> None:
+    """Playwright's own waiting evaluates a string in the page, which its policy refuses."""
+    async with asyncio.timeout(30):
+        while not await page.evaluate(f"Boolean({condition})"):  # noqa: ASYNC110 -- nothing announces it
+            await asyncio.sleep(0.005)
