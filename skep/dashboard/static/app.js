@@ -35,7 +35,7 @@ class App {
   resources = new Resources(() => this.invalidate());
   samples = new Samples();
   diagnostics = new Diagnostics(stream, () => this.invalidate());
-  /** Who is logged in; nobody by name with `skep ui`. */
+  /** The user who is logged in; no name with `skep ui`. */
   session = { user: "", roles: [], by_login: false };
   /** What the page shows of the connection. */
   live = { state: "connecting", reason: "" };

@@ -7,7 +7,7 @@ import { compareNames } from "./text.js";
 const WAITING_SIZE = 9;
 const WAITING_ROOM = 52;
 const MARGIN = 14;
-/** More moves than this at once are shown as done: nobody can follow them. */
+/** More moves than this at once are shown as done: too many to follow. */
 const MOVES_MAX = 400;
 
 /** Managers first, then by name: nodes keep their places while tasks come and go. */
