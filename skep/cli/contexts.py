@@ -108,7 +108,9 @@ class Contexts:
     def remove(self, name: str, *, force: bool) -> None:
         """Raises: NotFound; FailedPrecondition: it is used, or the default; InvalidArgument; OSError."""
         if name == DEFAULT:
-            raise FailedPrecondition('context "default" cannot be removed')
+            raise FailedPrecondition(
+                'context "default" cannot be removed: skep context use NAME selects another'
+            )
         if not self._meta(name).exists():
             raise NotFound(f'context "{name}" does not exist: see `skep context ls`')
         if self.current == name:

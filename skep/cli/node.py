@@ -99,7 +99,7 @@ async def drained(client: Client, name: str, within_s: float) -> None:
                 shown = text
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
-        raise Unavailable(f"not done within {within_s:g} s: {shown}") from None
+        raise Unavailable(f"not done within {within_s:g} s: {shown} (skep explain TASK)") from None
 
 
 async def _tasks_of(client: Client, name: str) -> Sequence[Mapping[str, Any]]:

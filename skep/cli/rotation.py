@@ -226,7 +226,7 @@ class _Rotation:
                 name = service["Spec"]["Name"]
                 self._show(name, f"{found.done} of {found.wanted} tasks have {new['Spec']['Name']}")
                 if found.stuck:
-                    stuck.append(f"{name}: {found.stuck}")
+                    stuck.append(f"{name}: {found.stuck} (skep explain {name})")
                 if found.stuck or found.is_complete:
                     waiting.remove(id)
             if waiting:
@@ -265,7 +265,7 @@ async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, 
                 stuck = await rotation.wait(ids, new)
         except TimeoutError:
             text = "; ".join([rotation.unfinished(), *failed])
-            raise Unavailable(f"not done within {timeout_s:g} s: {text}") from None
+            raise Unavailable(f"not done within {timeout_s:g} s: {text} (skep explain SERVICE)") from None
         if problems := failed + stuck:
             raise Unavailable("; ".join(problems))
         return str(new["Spec"]["Name"])

@@ -46,7 +46,7 @@ def run_spec(
     task = copy.deepcopy(dict(service["TaskTemplate"]))
     container = task.get("ContainerSpec")
     if container is None:
-        raise FailedPrecondition(f"service {service['Name']} has no containers")
+        raise FailedPrecondition(f"service {service['Name']} has no containers: name one that has")
     container["Args"] = list(command)
     container["Env"] = [*(container.get("Env") or ()), *env]
     container["Healthcheck"] = {"Test": ["NONE"]}

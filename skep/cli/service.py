@@ -68,7 +68,7 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> 
                 await wait_done(names, look, show)
         except TimeoutError:
             text = "; ".join(f"{name}: {shown.get(name, 'nothing is known')}" for name in sorted(open_))
-            raise Unavailable(f"not done within {timeout_s:g} s: {text}") from None
+            raise Unavailable(f"not done within {timeout_s:g} s: {text} (skep explain SERVICE)") from None
 
 
 async def _look(client: Client, name: str) -> ServiceProgress:

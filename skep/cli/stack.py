@@ -228,7 +228,7 @@ async def _plan(
 ) -> Plan:
     unknown = [name for name in only if name not in stack.services]
     if unknown:
-        raise NotFound(f"the files have no service {unknown[0]}: they have {', '.join(stack.services)}")
+        raise NotFound(f"the files have no service {unknown[0]}: name one of {', '.join(stack.services)}")
     existing = await existing_of(client, stack.name)
     images: Mapping[str, str] = {}
     if resolve != "never":

@@ -11,10 +11,11 @@ from skep.model.labels import STACK_FILES
 from skep.model.task_end import printable
 from skep.stack.document import Problem
 from skep.stack.planning import Action, Change, Difference, Placement, Plan, differences
-from skep.stack.project import Stack
+from skep.stack.project import IMAGE, Stack
 from skep.stack.revisions import Revision
 
 _COLOURS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red"}
+_IMAGE_PATH = "TaskTemplate.ContainerSpec.Image"
 _VALUE_MAX = 60
 """Characters of a value in a plan."""
 _NODES_MAX = 8
@@ -82,13 +83,19 @@ def compared(one: Stack, other: Stack) -> Shown:
     def shown(screen: Screen) -> Iterator[str]:
         for line, found in lines.items():
             yield line
-            yield from (f"    {line_of(each, is_wide=screen.is_wide)}" for each in found)
+            yield from (f"    {line_of(each, is_wide=screen.is_wide)}" for each in _worth_a_line(found))
 
     return Shown(data=rows, rows=rows, lines=shown)
 
 
 def _fields(difference: Difference) -> Mapping[str, str]:
     return {"Path": difference.path, "Before": difference.before, "After": difference.after}
+
+
+def _worth_a_line(found: Sequence[Difference]) -> Iterator[Difference]:
+    """Without the label that repeats the image of the file, if the image changes, too."""
+    has_image = any(each.path == _IMAGE_PATH for each in found)
+    return (each for each in found if not (has_image and each.path == f"Labels.{IMAGE}"))
 
 
 def _shortened(text: str) -> str:
@@ -113,7 +120,7 @@ def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
         made.append(
             click.style(f"  {one.action.value} {one.kind} {one.name}", fg=_COLOURS[one.action]) + _note(one)
         )
-        made += [f"      {line_of(each, is_wide=is_wide)}" for each in one.differences]
+        made += [f"      {line_of(each, is_wide=is_wide)}" for each in _worth_a_line(one.differences)]
         if (placement := plan.placements.get(one.name)) is not None and one.kind == "service":
             made += [f"      {line}" for line in placement_lines(placement)]
     return made

@@ -151,7 +151,7 @@ def up(hosts: tuple[str, ...], managers: int, package: Path | None, advertise: s
     """Make machines into a cluster, over ssh; the first HOST is its first manager, or is one already.
 
     HOST is [USER@]MACHINE, reached by a key.  All machines are looked at first (root, kernel, clock, disk, ports), and
-    nothing is changed unless all will do.  The same command again continues, and adds machines.
+    nothing is changed unless all are suitable.  The same command again continues, and adds machines.
 
     \b
     Examples:
@@ -170,7 +170,7 @@ def up(hosts: tuple[str, ...], managers: int, package: Path | None, advertise: s
         if len({str(one.destination) for one in machines}) < len(machines):
             raise InvalidArgument("a machine is named twice")
         wanted = Wanted(managers=managers, package=package, advertise=advertise)
-        asyncio.run(_up(machines, wanted, is_dry=dry_run))
+        asyncio.run(make_cluster(machines, wanted, is_dry=dry_run))
 
 
 def _is_address(text: str) -> bool:
@@ -181,8 +181,11 @@ def _is_address(text: str) -> bool:
     return True
 
 
-async def _up(machines: Sequence[Machine], wanted: Wanted, *, is_dry: bool) -> None:
-    """Raises: FailedPrecondition: machines will not do, and nothing was changed; Unavailable: some could not join."""
+async def make_cluster(machines: Sequence[Machine], wanted: Wanted, *, is_dry: bool) -> None:
+    """Make ``machines`` into ``wanted``, or only look at them.
+
+    Raises: FailedPrecondition: machines will not do, and nothing was changed; Unavailable: some could not join.
+    """
     progress = Progress()
     facts = await _preflight(machines, wanted, progress)
     if is_dry:
@@ -233,13 +236,15 @@ async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Prog
         bad = problems(facts, begun, time.time(), has_package=wanted.package is not None)
         if bad:
             raise FailedPrecondition("; ".join(bad))
-        progress.show(machine.word, f"will do: {facts.summary}")
+        progress.show(machine.word, f"is suitable: {facts.summary}")
 
     try:
         await _each(machines, look)
     except Unavailable as error:
         text = str(error).rpartition("\n")[0]
-        raise FailedPrecondition(f"{text}\nnothing was changed") from error
+        raise FailedPrecondition(
+            f"{text}\nnothing was changed: mend this, then the same command again"
+        ) from error
     return found
 
 

@@ -210,8 +210,8 @@ def upgrade(
             rollback=rollback,
         )
         if only_plan:
-            raise SystemExit(asyncio.run(_show_plan(host, means, drains=not keep_running)))
-        asyncio.run(_upgrade(host, means, drains=not keep_running, within_s=within, continues=continues))
+            raise SystemExit(asyncio.run(show_plan(host, means, drains=not keep_running)))
+        asyncio.run(carry_out(host, means, drains=not keep_running, within_s=within, continues=continues))
 
 
 def _version(package: Path | None, command: str, version: str) -> str:
@@ -361,7 +361,7 @@ class _Upgrade:
         before = self._holder.availability or (node.availability if drains else "")
         await self._hold(node=node.id, availability=before)
         if drains:
-            say(f"{node.name}: is drained")
+            say(f"{node.name}: is being drained")
             try:
                 await drained(self._client, node.id, self._within_s * 3)
             except Unavailable:
@@ -369,7 +369,7 @@ class _Upgrade:
                 await self.release()
                 raise
         await self._hold()
-        say(f"{node.name}: is upgraded from {node.version} to {self._means.version}")
+        say(f"{node.name}: is being upgraded from {node.version} to {self._means.version}")
         try:
             await self._means.upgrade(node)
             await self._comes_back(node, self._means.version)
@@ -383,7 +383,7 @@ class _Upgrade:
         text = f"{node.name} did not come back with {self._means.version}: {reason}"
         if not self._means.can_roll_back:
             return f"{text}; it stays drained: repair it, then --continue, or --abort"
-        say(f"{node.name}: goes back to {node.version}")
+        say(f"{node.name}: did not come back well, is being put back to {node.version}")
         try:
             await self._means.roll_back(node)
             await self._comes_back(node, node.version)
@@ -391,7 +391,7 @@ class _Upgrade:
             return f"{text}; nor with {node.version} again: {error}; it stays drained: then --continue, or --abort"
         await self._activate()
         await self.release()
-        return f"{text}; it has {node.version} again, and the upgrade ends here"
+        return f"{text}; it has {node.version} again, and the upgrade ends here (journalctl -u skep on {node.name})"
 
     async def _comes_back(self, node: Member, version: str) -> None:
         """Wait until it is well with ``version``.  Raises: Unavailable."""
@@ -434,7 +434,7 @@ class _Upgrade:
     async def _distribute(self, names: Sequence[str]) -> None:
         """Update services without a change, by their own policy: the scheduler evens out what a drain has crowded."""
         for name in names:
-            say(f"{name}: is distributed anew")
+            say(f"{name}: is being distributed anew")
             await update(self._client, "services", name, _forced, timeout_s=RESPONSE_TIMEOUT_S)
         try:
             async with asyncio.timeout(self._within_s):
@@ -445,7 +445,9 @@ class _Upgrade:
                     ]
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
-            raise Unavailable(f"{', '.join(names)}: not distributed within {self._within_s:g} s") from None
+            raise Unavailable(
+                f"{', '.join(names)}: not distributed within {self._within_s:g} s (skep explain SERVICE)"
+            ) from None
 
     async def _asked(self, request: Callable[[], Awaitable[T]]) -> T:
         """Over the restart of the manager that answers."""
@@ -453,7 +455,9 @@ class _Upgrade:
             async with asyncio.timeout(self._within_s):
                 return await persistently(request, say)
         except TimeoutError:
-            raise Unavailable(f"no manager answers for {self._within_s:g} s") from None
+            raise Unavailable(
+                f"no manager answers for {self._within_s:g} s (skep status at another manager)"
+            ) from None
 
 
 async def plan_now(
@@ -492,9 +496,10 @@ async def _is_updated(client: Client, name: str) -> bool:
     return bool(state == "completed")
 
 
-async def _upgrade(
+async def carry_out(
     host: HostOptions, means: Means, *, drains: bool, within_s: float, continues: bool
 ) -> None:
+    """Raises: FailedPrecondition: something forbids it; Unavailable: a node did not come back well."""
     async with host.client() as client:
         run = _Upgrade(client, means, drains=drains, within_s=within_s)
         await run.take(continues=continues)
@@ -510,7 +515,8 @@ async def _upgrade(
     click.echo(f"{counted(count, 'node')} upgraded to {means.version}")
 
 
-async def _show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
+async def show_plan(host: HostOptions, means: Means, *, drains: bool) -> int:
+    """Print the steps and what forbids them; gives the exit code."""
     async with host.client() as client:
         found = await plan_now(client, means.version, drains=drains)
         members, now = await maintenance.nodes_and_time(client)
@@ -539,7 +545,7 @@ async def _abort(host: HostOptions) -> None:
     async with host.client() as client:
         former = next((one for one in await maintenance.holders_of(client) if one.is_upgrade), None)
         if former is None:
-            raise FailedPrecondition("no upgrade is under way")
+            raise FailedPrecondition("no upgrade is under way (skep reboot-lock status)")
         if former.node and former.availability:
             await _set_availability(client, former.node, former.availability)
 

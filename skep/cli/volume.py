@@ -67,7 +67,10 @@ async def _forget(host: HostOptions, name: str, only: str) -> list[str]:
         nodes = [await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S)] if path else await _nodes(client)
         having = [one for one in nodes if name in _volumes_of(one) or await _had(client, one, name)]
         if not having:
-            raise NotFound(f"no node has had a local volume {name} of a service's slot")
+            raise NotFound(
+                f"no node has had a local volume {name} of a service's slot: skep explain TASK names the one that a "
+                "task waits for"
+            )
         lost = [one for one in having if one["Status"]["State"] == "down"]
         if not lost:
             where = ", ".join(sorted(_hostname(one) for one in having))

@@ -169,7 +169,9 @@ class Deployment:
                 if wait_s is not None:
                     await self._wait(self._plan.of("service", Action.CREATE, Action.UPDATE, Action.KEEP))
         except TimeoutError:
-            raise Unavailable(f"not done within {wait_s:g} s: {await self._unfinished()}") from None
+            raise Unavailable(
+                f"not done within {wait_s:g} s: {await self._unfinished()} (skep explain SERVICE)"
+            ) from None
 
     async def prune(self, kept: Sequence[str] = ()) -> None:
         """Remove secrets and configs that earlier files had and nothing uses."""

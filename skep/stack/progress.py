@@ -30,9 +30,7 @@ def progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
         return ended
     update = service.update_status
     if update is not None and update.state in _STUCK:
-        return ServiceProgress(
-            f"the update is {update.state.value}: {update.message}{_cause(tasks)}", is_stuck=True
-        )
+        return ServiceProgress(_stuck(update.state, update.message, _cause(tasks)), is_stuck=True)
     mode = service.spec.mode
     if mode.replicated_job is not None or mode.global_job is not None:
         return _job(service, tasks)
@@ -43,6 +41,14 @@ def progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     if running == count == len(wanted) and not is_updating and (count or mode.global_ is None):
         return ServiceProgress(f"{running} of {count} tasks run", is_done=True)
     return ServiceProgress(f"{running} of {count} tasks run{_cause(tasks) if running < count else ''}")
+
+
+def _stuck(state: UpdateState, message: str, cause: str) -> str:
+    """Why an update does not go on; ``cause``: of a task, which the message may have already."""
+    text = message
+    if not message.startswith(("update ", "rollback ")):  # as of one that was paused by its user
+        text = f"the update is {state.value}: {message}"
+    return text if cause.strip(" ()") in text else f"{text}{cause}"
 
 
 def _ended(service: Service, tasks: Sequence[Task]) -> ServiceProgress | None:

@@ -189,5 +189,5 @@ def newest_deployed(revisions: Sequence[Revision]) -> Revision:
     """What a deploy that failed changed.  Raises: InvalidArgument: there is none."""
     deployed = [one for one in revisions if one.state == DEPLOYED]
     if not deployed:
-        raise InvalidArgument("there is no earlier revision that was deployed")
+        raise InvalidArgument("there is no earlier revision that was deployed (skep stack history STACK)")
     return deployed[-1]

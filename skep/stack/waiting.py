@@ -26,9 +26,9 @@ async def wait_done(
         for name, found in looked.items():
             if name not in waiting:
                 continue
-            show(name, found.text)
             if found.is_stuck:
-                raise Unavailable(f"{name}: {found.text}")
+                raise Unavailable(f"{name}: {found.text} (skep explain {name})")
+            show(name, found.text)
             if found.is_done:
                 waiting.discard(name)
         if waiting:

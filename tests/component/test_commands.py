@@ -26,7 +26,8 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 
 async def test_a_wait_that_is_over_names_what_does_not_run(cluster: Cluster) -> None:
     code, _, err = await cluster.run("service", "wait", "--timeout", "0.5", "shop_web", "shop_db")
-    assert (code, err.splitlines()[-1]) == (1, "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run")
+    text = "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run (skep explain SERVICE)"
+    assert (code, err.splitlines()[-1]) == (1, text)
 
 
 async def test_a_node_a_network_and_a_task_are_explained_by_their_names(cluster: Cluster) -> None:

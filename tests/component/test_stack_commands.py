@@ -72,7 +72,9 @@ async def test_a_deploy_waits_or_is_detached_and_names_what_does_not_run(cluster
     cluster.write(FILE % HANGS)
     code, _, err = await cluster.deploy("--timeout", "1")
     assert code == 1
-    assert err.splitlines()[-1] == "Error: not done within 1 s: shop_db: 0 of 1 tasks run"
+    assert (
+        err.splitlines()[-1] == "Error: not done within 1 s: shop_db: 0 of 1 tasks run (skep explain SERVICE)"
+    )
     cluster.write(FILE.replace("web", "api") % HANGS)
     code, _, err = await cluster.deploy("--detach")
     assert (code, "shop_api created" in err.replace(":", ""), "tasks run" in err) == (0, True, False), err

@@ -283,7 +283,7 @@ def test_one_service_is_deployed_and_the_others_stay_as_they_are(m1: TestNode, f
     unknown = deploy(m1, folder, "--only", "c", check=False)
     assert (unknown.returncode, unknown.stderr.splitlines()[-1]) == (
         1,
-        "Error: the files have no service c: they have a, b",
+        "Error: the files have no service c: name one of a, b",
     )
 
 

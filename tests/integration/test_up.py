@@ -95,7 +95,7 @@ async def test_machines_are_looked_at_and_joined_and_the_same_command_again_adds
         m1, w8, w9 = machine("m1"), machine("w8"), machine("w9")
         code, _, err = await up("--dry-run", m1, w8)
         assert code == 0, err
-        assert f"{w8}: will do: " in err
+        assert f"{w8}: is suitable: " in err
         code, _, err = await up(m1, w8, w9.replace("w9@", "nobody@"))
         assert code == 1
         assert "nothing was changed" in err

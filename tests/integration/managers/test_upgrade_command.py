@@ -88,7 +88,9 @@ def test_every_node_is_upgraded_under_load_and_a_bad_version_is_taken_back(
         done = skep(cluster, "upgrade", "--command", f"{change} present", *back, within_s=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"5 nodes upgraded to {__version__}\n"
-    upgraded = [line.partition(":")[0] for line in done.stderr.splitlines() if "is upgraded from" in line]
+    upgraded = [
+        line.partition(":")[0] for line in done.stderr.splitlines() if "is being upgraded from" in line
+    ]
     assert (sorted(upgraded[:2]), sorted(upgraded[2:])) == (["w1", "w2"], ["m1", "m2", "m3"])
     nodes = nodes_by_name(m1)
     found = {name: node["Description"]["Engine"]["EngineVersion"] for name, node in nodes.items()}

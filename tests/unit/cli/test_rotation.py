@@ -223,7 +223,7 @@ async def test_what_is_not_done_in_time_is_named_with_what_could_not_be_updated(
     monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.0)
     host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "web")
     text = "not done within 9 s: web: 0 of 2 tasks have key-v2; broken: no such mount"
-    with pytest.raises(Unavailable, match=f"^{text}$"):
+    with pytest.raises(Unavailable, match=rf"^{text} \(skep explain SERVICE\)$"):
         await _rotate(host, SECRET, "key", None, 9)
 
 

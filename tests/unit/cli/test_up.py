@@ -139,7 +139,7 @@ def test_machines_are_looked_at_at_once_and_a_dry_run_does_nothing_more(tmp_path
     code, output, asked = up(tmp_path, "--dry-run", "root@m1", "root@m3", "root@m4")
     assert code == 0, output
     for machine in ("m1", "m3", "m4"):
-        assert f"root@{machine}: will do: Debian, kernel 6.1.0" in output
+        assert f"root@{machine}: is suitable: Debian, kernel 6.1.0" in output
     assert len(asked) == 3
     assert all(line.endswith("sh -s") for line in asked)
 
@@ -149,9 +149,9 @@ def test_nothing_is_changed_unless_all_machines_will_do(tmp_path: Path) -> None:
     assert code == 1
     assert output.splitlines()[-2:] == [
         "Error: root@m2: the user is not root: name root@MACHINE",
-        "nothing was changed",
+        "nothing was changed: mend this, then the same command again",
     ]
-    assert "root@m1: will do" in output
+    assert "root@m1: is suitable" in output
     assert len(asked) == 3
     code, output, _ = up(tmp_path, "root@m1", "root@m3", "root@m4", end="")
     assert "root@m4: the preflight broke off" in output
@@ -252,5 +252,5 @@ async def test_of_what_a_machine_writes_the_end_is_kept_alone(
 def test_what_a_machine_says_of_itself_reaches_no_terminal_uncleaned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Progress().show("m1", f"will do: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
-    assert "m1: will do: Debian[2J, kernel" in capsys.readouterr().err
+    Progress().show("m1", f"is suitable: {replace(GOOD, os='Debian' + chr(27) + '[2J').summary}")
+    assert "m1: is suitable: Debian[2J, kernel" in capsys.readouterr().err

@@ -282,7 +282,6 @@ def test_a_plan_reads_like_a_list_of_changes() -> None:
     assert [unstyle(line) for line in lines_of(made)] == [
         "Stack shop: 1 object to update, 1 object to remove",
         "  ~ service shop_web   tasks are replaced, 2 at a time, stop first, for: Image",
-        "      Labels.com.docker.stack.image: w -> v",
         "      Image: w -> v",
         "      Mode.Replicated.Replicas: 2 -> 3",
         "  - service shop_db",

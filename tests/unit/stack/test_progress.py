@@ -91,6 +91,20 @@ def test_an_update_under_way_is_not_done_and_one_that_is_paused_is_stuck() -> No
     assert (found.text, found.is_stuck) == ("the update is paused: too many failed (no such file)", True)
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (UpdateState.PAUSED, "update paused due to failure or early termination of task t: no such file"),
+        (UpdateState.ROLLBACK_COMPLETED, "rollback completed: update rolled back due to t: no such file"),
+    ],
+)
+def test_what_stops_an_update_is_not_said_twice(state: UpdateState, message: str) -> None:
+    """The message begins with the state, and ends with the cause that the failed task has, too."""
+    stopped = replace(SERVICE, update_status=UpdateStatus(state=state, message=message))
+    found = progress_of(stopped, [RUNS, FAILED])
+    assert (found.text, found.is_stuck) == (message, True)
+
+
 def test_a_job_is_done_when_its_tasks_of_this_run_have_completed() -> None:
     complete = a_task(TaskState.COMPLETE, TaskState.COMPLETE, of=JOB)
     earlier = replace(complete, job_iteration=Version(index=6))

@@ -41,3 +41,11 @@ async def test_a_change_of_leader_is_waited_for(monkeypatch: pytest.MonkeyPatch)
 async def test_an_address_where_nothing_answers_is_an_error_at_once() -> None:
     with pytest.raises(Unavailable):
         await wait_done(["web"], Managers(Unavailable("nothing there")).look, lambda *_: None)
+
+
+async def test_what_does_not_go_on_is_an_error_that_names_the_next_step_and_is_not_shown_before() -> None:
+    shown: list[str] = []
+    managers = Managers(ServiceProgress("update paused due to t", is_stuck=True))
+    with pytest.raises(Unavailable, match=r"^web: update paused due to t \(skep explain web\)$"):
+        await wait_done(["web"], managers.look, lambda _, text: shown.append(text))
+    assert shown == []

@@ -1,0 +1,121 @@
+"""An error of a command names what to do next: a command, an option, or what to change."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+
+from skep.cli.main import main
+from tests.support.sources import parsed
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("skep/cli", "skep/stack")
+STATES = ("NotFound", "FailedPrecondition")
+"""What a user has to change something about: what is named, or its state."""
+
+COMMAND = re.compile(r"\b(skep|docker) [a-z-]|(^|\s)-{1,2}[a-z]")
+ADVICE = re.compile(r"([:;,] |\n)(create|deploy|mend|name|recover) ")
+CAUSES_ALONE = {
+    "the task is …: …": "its service is removed again, so there is nothing left to look at",
+}
+"""Messages without a next step, and why."""
+
+
+class Message(NamedTuple):
+    """A literal message of an error that is raised; ``…``: what is filled in."""
+
+    where: str
+    error: str
+    text: str
+
+
+def messages() -> Iterator[Message]:
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(parsed(path)):
+                match node:
+                    case ast.Raise(exc=ast.Call(func=ast.Name(id=error), args=[text, *_])):
+                        yield Message(
+                            f"{path.relative_to(ROOT)}:{node.lineno}", error, "".join(literal(text))
+                        )
+
+
+def literal(text: ast.expr) -> Iterator[str]:
+    match text:
+        case ast.Constant(value=str(part)):
+            yield part
+        case ast.JoinedStr(values=parts):
+            for part in parts:
+                yield from literal(part)
+        case _:
+            yield "…"
+
+
+def has_next_step(text: str) -> bool:
+    return COMMAND.search(text) is not None or ADVICE.search(text) is not None
+
+
+def is_known(words: list[str]) -> bool:
+    """Whether the words behind ``skep`` begin with a command: of groups, down to one that is none."""
+    command: click.Command | None = main
+    context = click.Context(main)
+    for word in words:
+        if not isinstance(command, click.Group):
+            return True
+        command = command.get_command(context, word)
+        if command is None:
+            return False
+    return not isinstance(command, click.Group)
+
+
+def test_every_refusal_of_a_command_names_a_next_step() -> None:
+    refusals = [one for one in messages() if one.error in STATES and one.text.strip("…")]
+    assert len(refusals) > 20
+    silent = {one.text: one.where for one in refusals if not has_next_step(one.text)}
+    assert {text: where for text, where in silent.items() if text not in CAUSES_ALONE} == {}
+    assert set(CAUSES_ALONE) <= set(silent), "gone, or with a next step"
+
+
+def test_every_command_of_skep_that_an_error_names_exists() -> None:
+    named = {
+        (one.where, found[1])
+        for one in messages()
+        for found in re.finditer(r"(?<!install )\bskep ((?:[a-z][a-z-]*\b ?)+)", one.text)
+    }
+    assert len(named) > 20
+    assert [(where, words) for where, words in sorted(named) if not is_known(words.split())] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("nothing found in stack: … (skep stack ls)", True),
+        ("…: --continue takes over", True),
+        ("this node is a worker: recover on a manager that is left", True),
+        ("no node has had a local volume …", False),
+        ("the task is …: …", False),
+        ("well-known, not named", False),
+    ],
+)
+def test_a_next_step_is_a_command_an_option_or_what_to_do(text: str, has: bool) -> None:
+    assert has_next_step(text) is has
+
+
+@pytest.mark.parametrize(
+    ("words", "exists"),
+    [
+        ("explain", True),
+        ("explode", False),
+        ("reboot-lock status", True),
+        ("reboot-lock hold", False),
+        ("service ps", True),
+        ("stack", False),
+        ("status at another manager", True),
+    ],
+)
+def test_a_command_exists_down_to_its_last_word(words: str, exists: bool) -> None:
+    assert is_known(words.split()) is exists
