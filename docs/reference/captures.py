@@ -6,6 +6,14 @@ from typing import Any
 
 from click import unstyle
 
+from docs.reference.captured_runs import (
+    compared_revisions,
+    deployed,
+    happened,
+    made,
+    upgrade_planned,
+    upgraded,
+)
 from skep.cli.doctor import shown as paths_shown
 from skep.cli.explain import about_service, about_task
 from skep.cli.history import lines_of as history_lines
@@ -15,10 +23,11 @@ from skep.cli.runs import shown
 from skep.cli.stack_screens import planned, revisions
 from skep.cli.status import Cluster, Status, lines_of, node_rows, service_rows
 from skep.cli.version import versions
+from skep.errors import Unavailable
 from skep.model.labels import STACK_CHANGES, STACK_STATE
 from skep.model.service import ServiceSpec, UpdateConfig, UpdateOrder
 from skep.stack.planning import Action, Change, Difference, NodeRefusal, NodeShare, Placement, Plan
-from skep.stack.revisions import Revision
+from skep.stack.revisions import Revision, state_after
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
@@ -40,7 +49,8 @@ def screens() -> str:
             "<!-- Written by `make reference`; edit the code, or docs/reference/captures.py. -->",
             "",
             "What `skep` prints on a terminal of 110 columns about a cluster with something wrong; there, what is not",
-            "well is coloured. The commands: [cli.md](cli.md).",
+            "well is coloured. Tables are fitted to the terminal; events, progress and errors are printed whole. The",
+            "commands: [cli.md](cli.md).",
             "",
             *_capture("skep status", lines_of(_status(), Screen(columns=_COLUMNS))),
             *_capture("skep explain boom", about_service("boom", _boom(), NOW)),
@@ -48,9 +58,36 @@ def screens() -> str:
             *_capture("skep runs boom", shown({"Runs": [_run()]}, Screen(columns=_COLUMNS), NOW)),
             *_capture("skep history boom", history_lines(_HISTORY, Screen(columns=_COLUMNS), _AT)),
             *_capture("skep stack plan", planned(_PLAN).lines(Screen(columns=_COLUMNS))),
-            *_capture("skep stack history shop", revisions(_REVISIONS, NOW).lines(Screen(columns=_COLUMNS))),
+            *_capture("skep stack deploy -c compose.yaml shop", deployed()),
+            *_capture(
+                "skep stack deploy -c compose.yaml shop",
+                deployed(fails=True),
+                ", of an image that fails",
+            ),
+            *_capture(
+                "skep stack history shop", revisions(_revisions(), NOW).lines(Screen(columns=_COLUMNS))
+            ),
+            *_capture("skep stack diff shop 1 2", compared_revisions()),
+            *_capture("skep events", happened()),
             *_capture("skep doctor network", paths_shown(_PATHS, Screen(columns=_COLUMNS))),
             *_capture("skep version --all", versions(_VERSIONS).lines(Screen(columns=_COLUMNS))),
+            *_capture(
+                "skep upgrade --plan --package skep_0.2.0_amd64.deb",
+                upgrade_planned(),
+                ", with a manager away",
+            ),
+            *_capture("skep upgrade --package skep_0.2.0_amd64.deb", upgraded()),
+            *_capture(
+                "skep upgrade --package skep_0.2.0_amd64.deb",
+                upgraded(breaks="m1"),
+                ", to one that fails",
+            ),
+            *_capture("skep up --package skep_0.2.0_amd64.deb root@m1 root@w1 root@w2", made()),
+            *_capture(
+                "skep up --package skep_0.2.0_amd64.deb root@m1 root@w1 root@w2",
+                made(kernel="4.19.0", free_kib=200 << 10),
+                ", of which one is not suitable",
+            ),
             *_capture(
                 "skep cluster recover --dry-run",
                 (f"{word.ljust(11)}{text}" for word, text in plan(_INFO, _QUORUM, _KEPT)),
@@ -59,8 +96,8 @@ def screens() -> str:
     )
 
 
-def _capture(command: str, lines: Iterable[str]) -> list[str]:
-    return [f"## `{command}`", "", "```text", *map(unstyle, lines), "```", ""]
+def _capture(command: str, lines: Iterable[str], circumstances: str = "") -> list[str]:
+    return [f"## `{command}`{circumstances}", "", "```text", *map(unstyle, lines), "```", ""]
 
 
 def _node(name: str, state: str = "ready", message: str = "", **more: Any) -> dict[str, Any]:
@@ -218,11 +255,13 @@ def _revision(number: int, at: str, changes: str, state: str) -> Revision:
     return Revision(number=number, id="", version=1, created_at=at, labels=labels, data="")
 
 
-_REVISIONS = [
-    _revision(1, "2026-01-30T09:00:00Z", "5 created", "deployed"),
-    _revision(2, "2026-01-31T11:20:00Z", "1 updated", "failed: shop_web: the update is paused: exit 3"),
-    _revision(3, "2026-01-31T11:57:00Z", "1 created, 1 updated", "deployed"),
-]
+def _revisions() -> list[Revision]:
+    failure = Unavailable(deployed(fails=True)[-1].removeprefix("Error: "))
+    return [
+        _revision(1, "2026-01-30T09:00:00Z", "5 created", "deployed"),
+        _revision(2, "2026-01-31T11:20:00Z", "1 created, 1 updated", state_after(failure)),
+        _revision(3, "2026-01-31T11:57:00Z", "1 created, 1 updated", "deployed"),
+    ]
 
 
 def _path(peer: str, **found: Any) -> dict[str, Any]:
