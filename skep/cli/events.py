@@ -14,10 +14,13 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, shows_as_it_happens
 from skep.cli.running import run_requests
 from skep.errors import FailedPrecondition, Unavailable
+from skep.model.labels import LABEL_NODE_ID
 from skep.model.task_end import printable
 from skep.model.times import timestamp
 
 RECONNECT_S_MAX = 10.0
+_SWARMS_OWN = "com.docker.swarm."
+_ID_CHARACTERS = 12
 _TOLD = ("away", "gap")
 """Of messages about the stream: what may be missing of a node."""
 
@@ -42,6 +45,7 @@ def events(
     """Show the events of the whole cluster as they come, those of tasks among them.
 
     A lost connection is made again, and the stream goes on where it ended.  Any manager goes on from a cursor.
+    With -o wide: cursors, whole ids and every label, as docker events shows them.
 
     \b
     Examples:
@@ -55,18 +59,34 @@ def events(
 
     def show(event: Mapping[str, Any]) -> None:
         is_for_people = event.get("Type") != "stream" or event["Action"] in _TOLD
-        cursor = f"{event['Cursor']} " if output.form == "wide" else ""
-        output.show_next(event, f"{cursor}{line_of(event)}" if is_for_people else "")
+        line = f"{event['Cursor']} {whole_line_of(event)}" if output.form == "wide" else line_of(event)
+        output.show_next(event, line if is_for_people else "")
 
     run_requests(_follow(host, filters_of(words), after, nodes, show))
 
 
 def line_of(event: Mapping[str, Any]) -> str:
+    """For people: the name before the id, and without the labels that swarm mode gives what it makes."""
+    actor = event["Actor"]
+    attributes, id = dict(actor["Attributes"]), str(actor["ID"])
+    name = str(attributes.pop("name", "")).removesuffix(f".{id}")
+    subject = f"{name} ({id[:_ID_CHARACTERS]})" if name and name != id else id
+    if (node := attributes.get(LABEL_NODE_ID)) and "node.name" not in attributes:
+        attributes["node"] = node[:_ID_CHARACTERS]
+    shown = {name: value for name, value in attributes.items() if not name.startswith(_SWARMS_OWN)}
+    return _line(event, subject, " ".join(f"{name}={value}" for name, value in sorted(shown.items())))
+
+
+def whole_line_of(event: Mapping[str, Any]) -> str:
     """As ``docker events`` prints it."""
     actor = event["Actor"]
     attributes = ", ".join(f"{name}={value}" for name, value in sorted(actor["Attributes"].items()))
-    words = (timestamp(event["timeNano"]), event["Type"], event["Action"], actor["ID"], f"({attributes})")
-    return printable(" ".join(words))
+    return _line(event, actor["ID"], f"({attributes})")
+
+
+def _line(event: Mapping[str, Any], subject: str, attributes: str) -> str:
+    words = (timestamp(event["timeNano"]), event["Type"], event["Action"], subject, attributes)
+    return printable(" ".join(filter(None, words)))
 
 
 async def _follow(

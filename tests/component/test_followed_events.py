@@ -13,7 +13,7 @@ from aiohttp import web
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.requests import filters_of
-from skep.cli.events import followed, line_of
+from skep.cli.events import followed, line_of, whole_line_of
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 
 Reply = Callable[[str], tuple[int, bytes]]
@@ -105,9 +105,27 @@ async def test_a_first_connection_that_fails_is_an_error(tmp_path):
             await read(client, 1)
 
 
-def test_events_are_printed_as_docker_prints_them_without_what_a_terminal_obeys():
-    shown = line_of(msgspec.json.decode(event(1)))
-    assert shown == "1970-01-01T00:00:01Z task die t1 (error=[2J, name=web.1.t)"
+def test_events_have_names_before_ids_and_nothing_that_a_terminal_obeys() -> None:
+    died = {
+        "Type": "task",
+        "Action": "die",
+        "Actor": {
+            "ID": "5rtugg83s0k5e2d81lhsb36fe",
+            "Attributes": {
+                "com.docker.swarm.node.id": "7me94608blfye704qouf525ku",
+                "com.docker.swarm.service.name": "web",
+                "error": "\x1b[2J",
+                "name": "web.1.5rtugg83s0k5e2d81lhsb36fe",
+            },
+        },
+        "timeNano": 10**9,
+    }
+    short = "1970-01-01T00:00:01Z task die web.1 (5rtugg83s0k5) error=[2J node=7me94608blfy"
+    assert line_of(died) == short
+    assert whole_line_of(died) == (
+        "1970-01-01T00:00:01Z task die 5rtugg83s0k5e2d81lhsb36fe (com.docker.swarm.node.id=7me94608blfye704qouf525ku, "
+        "com.docker.swarm.service.name=web, error=[2J, name=web.1.5rtugg83s0k5e2d81lhsb36fe)"
+    ), "as docker events has it"
 
 
 def test_filters_are_key_and_value():
