@@ -62,6 +62,35 @@ def test_a_drained_node_is_empty_when_the_command_ends_and_a_lost_one_is_forgott
     assert set(nodes_by_name(m1)) == {"m1"}
 
 
+@pytest.mark.slow
+def test_nodes_that_left_or_were_lost_remove_themselves_and_live_ones_stay() -> None:
+    """Slow: a minute is the shortest setting."""
+    with a_playground("forgets", managers=1, workers=4) as cluster:
+        m1 = cluster.node("m1")
+        assert skep(m1, "cluster", "forget-nodes").stdout == "never\n"
+        assert skep(m1, "cluster", "forget-nodes", "1m").stdout == "1m\n"
+        skep(m1, "node", "drain", "w3")
+        create(m1, "web", 4, "--stop-grace-period", "1s")
+        wait_running(m1, "web", 4, 60)
+
+        cluster.skep("kill", "w1")
+        cluster.node("w2").docker("swarm", "leave")
+        stay = {"m1 Ready Active", "w3 Ready Drain", "w4 Ready Active"}
+        lost = {"w1 Down Active", "w2 Down Active"}
+        wait_until(lambda: _listed(m1) == stay | lost, "w1 and w2 are down", 60)
+        wait_until(lambda: not lost & _listed(m1), "w1 and w2 have removed themselves", 120)
+        assert _listed(m1) == stay
+        nodes = nodes_by_name(m1)
+        wait_running(m1, "web", 4, 60)
+        assert {task["NodeID"] for task in running(m1, "web")} <= {nodes["m1"]["ID"], nodes["w4"]["ID"]}
+
+
+def _listed(node: TestNode) -> set[str]:
+    """``docker node ls``: hostname, status and availability of each."""
+    columns = "{{.Hostname}} {{.Status}} {{.Availability}}"
+    return set(node.docker("node", "ls", "--format", columns).stdout.splitlines())
+
+
 def test_waiting_for_a_service_ends_with_the_cause_when_it_cannot_run(cluster: TestCluster) -> None:
     m1 = cluster.node("m1")
     create(m1, "broken", 1, "--restart-condition", "none", command=["no-such-command"])
