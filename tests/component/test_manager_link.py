@@ -109,6 +109,19 @@ async def test_a_manager_that_goes_is_silent_and_one_that_comes_is_not(cluster: 
             await until(lambda: one.is_linked(again) and again.id not in one.silent())
 
 
+async def test_a_manager_that_died_a_moment_ago_is_reachable_still_and_does_not_answer(
+    cluster: Cluster,
+) -> None:
+    async with Manager(cluster, 1).serving() as one, Manager(cluster, 3).serving() as three:
+        async with Manager(cluster, 2).serving() as two:
+            await until(lambda: one.is_linked(two) and one.is_linked(three))
+            assert await one.link.ask() >= {two.id, three.id}
+        assert two.id in one.link.reachable(SystemClock().monotonic())
+        answered = await one.link.ask()
+        assert three.id in answered
+        assert two.id not in answered
+
+
 async def test_a_worker_has_no_part_in_the_link(cluster: Cluster, tmp_path: Path) -> None:
     pair = await a_worker(cluster, tmp_path)
     async with (

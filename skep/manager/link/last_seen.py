@@ -48,3 +48,7 @@ class LastSeen:
         One that is neither silent nor reachable is new, or slow.
         """
         return {id for id, asked_at in self._asked_at.items() if now - asked_at < SILENT_S}
+
+    def answered(self, since: float) -> Set[NodeId]:
+        """Managers that have answered a ping that was sent after ``since`` (monotonic seconds), or then."""
+        return {id for id, asked_at in self._asked_at.items() if asked_at >= since}

@@ -6,7 +6,7 @@ either counts, since it was sent and received.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence, Set
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from random import Random
 from typing import Protocol
@@ -16,6 +16,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.hang_detection import RunningTime
+from skep.aio.race import wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.caller_check import check_caller
 from skep.manager.incarnation import Incarnation
@@ -88,6 +89,9 @@ class ManagerLink:
         self._channels: dict[NodeId, Channel] = {}
         self._beside: SharedConnections | None = None
         self._changed = asyncio.Event()
+        self._wanted_now = asyncio.Event()
+        """Set to have every other manager pinged at once, and replaced then."""
+        self._answered = asyncio.Event()
 
     def services(self) -> Sequence[Handler]:
         """The handlers for ``wire.server.serve``."""
@@ -100,6 +104,18 @@ class ManagerLink:
     def reachable(self, now: float) -> Set[NodeId]:
         """Managers that have answered a ping shortly before ``now``, and have contact with a quorum."""
         return self._last_seen.reachable(now) - self._reports.without_quorum()
+
+    async def ask(self) -> Set[NodeId]:
+        """Managers that answer a ping from now on, within ``RESPONSE_SECONDS_MAX``, and have contact with a quorum."""
+        began = self._clock.monotonic()
+        self._wanted_now.set()
+        self._wanted_now = asyncio.Event()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RESPONSE_SECONDS_MAX):
+                while not self._channels.keys() <= self._last_seen.answered(began):
+                    self._answered.clear()
+                    await self._answered.wait()
+        return self._last_seen.answered(began) - self._reports.without_quorum()
 
     def channel(self, manager: NodeId) -> Channel:
         """The open connection to a manager.  Raises: Unavailable: there is none."""
@@ -183,6 +199,7 @@ class ManagerLink:
                     await self._ping(channel, manager)
                 finally:
                     if self._channels.pop(manager, None) is not None:
+                        self._answered.set()
                         log.info("link lost", manager=manager)
                         if self._beside is not None:
                             self._beside.drop(addr)
@@ -196,7 +213,7 @@ class ManagerLink:
     async def _ping(self, channel: Channel, manager: NodeId) -> None:
         async with channel.stream(methods.PINGS) as call:
             while True:
-                asked_at = self._clock.monotonic()
+                wanted_now, asked_at = self._wanted_now, self._clock.monotonic()
                 async with asyncio.timeout(RESPONSE_SECONDS_MAX):
                     await call.send(self._own_ping())
                     reply = await call.receive()
@@ -211,7 +228,8 @@ class ManagerLink:
                     log.info("link established", manager=manager, address=channel.address)
                 self._last_seen.note_answer(manager, self._time.seconds, asked_at)
                 self._reports.record(manager, _report_in(reply), self._clock.monotonic())
-                await self._clock.sleep(PING_S)
+                self._answered.set()
+                await wait_first(wanted_now.wait(), self._clock.sleep(PING_S))
 
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
         async for ping in pings:

@@ -50,6 +50,9 @@ class LinkState(Protocol):
     def reachable(self, now: float) -> Set[NodeId]:
         """Managers that have answered a ping a moment ago, and have contact with a quorum."""
 
+    async def ask(self) -> Set[NodeId]:
+        """Those that answer one that is sent now."""
+
 
 class Managers:
     """Reconciles members, certificates and statuses of the managers with the specs.  Leader only."""
@@ -114,14 +117,15 @@ class Managers:
         if level > view.level and not view.unreadable(Node):
             await self._term.update(write_level)
             log.info("data level raised", data_level=level)
-        overdue, steps = self._decide(await self._consensus.all())
+        overdue, steps = self._decide(await self._consensus.all(), reachable)
         if overdue or any(isinstance(step, Withdraw) for step in steps):
             # Removing a member is not fenced, and this manager's state may be old: decide again with the members as a
             # quorum has them, and after the store has confirmed this term.  In this order: a node is recorded before it
-            # becomes a member, so the state that is shown then has the nodes of all of these members.
+            # becomes a member, so the state that is shown then has the nodes of all of these members.  By the managers
+            # that answer then: one that has died a moment ago counts for the quorum of the others no more.
             members = await self._consensus.all(is_current=True)
             await self._term.confirm()
-            overdue, steps = self._decide(members)
+            overdue, steps = self._decide(members, await self._link.ask())
         for learner in overdue:
             log.warning("learner did not catch up and is removed", node=learner.name)
             await self._withdraw(learner)
@@ -129,10 +133,11 @@ class Managers:
         for step in steps:
             await self._apply(step)
 
-    def _decide(self, members: Sequence[RaftMember]) -> tuple[list[RaftMember], list[Step]]:
+    def _decide(
+        self, members: Sequence[RaftMember], reachable: Set[NodeId]
+    ) -> tuple[list[RaftMember], list[Step]]:
         """Learners that take too long, and the steps that bring members and certificates nearer to the specs."""
         view, now = self._term.view(), self._clock.monotonic()
-        reachable = self._link.reachable(now)
         names = {member.name for member in members if member.name == self._own or member.name in reachable}
         steps = next_steps(view.find(Node), members, names, self._own, view.unreadable(Node))
         return self._learners.overdue(members, now), steps

@@ -61,6 +61,9 @@ class Hearing:
     def reachable(self, now: float) -> set[NodeId]:
         return set()
 
+    async def ask(self) -> set[NodeId]:
+        return set()
+
 
 Loop = Callable[[Any, VirtualClock, Random], Coroutine[Any, Any, None]]
 LOOPS: dict[str, Loop] = {

@@ -58,6 +58,9 @@ class Hearing:
     def reachable(self, now: float) -> Set[NodeId]:
         return self.there
 
+    async def ask(self) -> Set[NodeId]:
+        return self.there
+
 
 class Rig:
     """The loop of a leader that is ``m1``; ``m2`` is to be no manager."""
@@ -161,6 +164,18 @@ async def test_a_manager_that_falls_silent_while_the_leader_waits_does_not_count
 
     consensus = Waiting(VOTERS, VOTERS)
     managers = await rig.managers(consensus, OWN, THIRD, hearing=hearing)
+    await managers._check()
+    assert consensus.removed == []
+
+
+async def test_a_manager_that_has_died_a_moment_ago_does_not_count_for_the_quorum():
+    class Dead(Hearing):
+        async def ask(self) -> Set[NodeId]:
+            return self.there - {THIRD}
+
+    rig = Rig()
+    consensus = Consensus(VOTERS, VOTERS)
+    managers = await rig.managers(consensus, OWN, THIRD, hearing=Dead())
     await managers._check()
     assert consensus.removed == []
 
