@@ -1,13 +1,16 @@
 #!/bin/bash
-# A bare machine that boot.sh boots, with all that a Debian package of skep depends on: bootable.sh SUITE DIRECTORY PACKAGE
+# A bare machine that boot.sh boots: bootable.sh SUITE DIRECTORY PACKAGE [FURTHER PACKAGES OF THE SUITE]
 # The suite's base system is kept in $MACHINES (/var/cache/skep-machines) and brought up to date in the copy.
-# Installs the package with the archive's, asks for its version, and purges it again: there is no systemd yet.
+# Installs the package of skep with the archive's, asks for its version, and purges it again: what it depends on is there then.
+# bootable.sh --fetch-only ...: that is only fetched, and what it recommends, for an apt that has no way to the archive.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . setup/say.sh
 . setup/suite.sh
 . setup/machine.sh
 
+is_fetched=
+[ "$1" != --fetch-only ] || { is_fetched=yes && shift; }
 suite=$1
 machine=$2
 base=${MACHINES:-/var/cache/skep-machines}/$suite
@@ -23,7 +26,11 @@ place_in_network "$machine"
 cp "$3" "$machine/root/skep.deb"
 printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
 chmod +x "$machine/usr/sbin/policy-rc.d"
-install="DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends"
-run_inside "$machine" "apt-get -q update && $install /root/skep.deb && skep --version &&
-    DEBIAN_FRONTEND=noninteractive apt-get -q -y purge skep && $install systemd systemd-sysv dbus" /root </dev/null
+apt="DEBIAN_FRONTEND=noninteractive apt-get -q -y"
+install="$apt install --no-install-recommends"
+# There is no systemd yet.  What was fetched lasts until dpkg has run again, so that comes last.
+before="$install /root/skep.deb && skep --version && $apt purge skep"
+after=true
+[ -z "$is_fetched" ] || { before=true && after="$apt install --download-only /root/skep.deb"; }
+run_inside "$machine" "apt-get -q update && $before && $install systemd systemd-sysv dbus ${*:4} && $after" /root </dev/null
 rm "$machine/usr/sbin/policy-rc.d" "$machine/root/skep.deb"

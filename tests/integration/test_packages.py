@@ -13,7 +13,7 @@ import pytest
 
 from skep.cli import upgrade
 from skep.playground.busybox import busybox_archive
-from tests.support.booted_machine import ROOT, BootedMachine, a_booted_machine
+from tests.support.booted_machine import BootedMachine, a_booted_machine, build_package
 from tests.support.playground_rig import wait_until
 
 pytestmark = [
@@ -45,9 +45,8 @@ def _run(*command: str | Path) -> str:
 def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """This commit as two versions, the second packed from the first."""
     folder = tmp_path_factory.mktemp("packages")
-    architecture = _run("dpkg", "--print-architecture").strip()
-    first, second = (folder / f"skep_{version}_{architecture}.deb" for version in VERSIONS)
-    _run(ROOT / "setup/package.sh", folder, VERSIONS[0])
+    first = build_package(folder, VERSIONS[0])
+    second = folder / first.name.replace(*VERSIONS)
     tree = folder / "tree"
     _run("dpkg-deb", "--raw-extract", first, tree)
     for path in (tree / "DEBIAN/control", tree / "usr/lib/skep/lib/shared/skep/__init__.py"):

@@ -14,20 +14,17 @@ import pytest
 
 from tests.conftest import SEARCHED
 from tests.support.playground_rig import CLIS, SKEP, TestNode, wait_until
+from tests.support.ssh_client import a_forwarded_socket, write_client
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("ssh", "sshd"), pytest.mark.timeout(180)]
 
 
 class Machine(NamedTuple):
-    """``address``: ``root@127.0.0.1:PORT``; ``folder`` has an ``ssh`` that knows it, found before the real one."""
+    """``address``: ``root@127.0.0.1:PORT``; ``environment``: of a client elsewhere, whose ``ssh`` knows it."""
 
     address: str
     folder: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of a client elsewhere."""
-        return {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "HOME": str(self.folder)}
+    environment: dict[str, str]
 
     def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -47,15 +44,7 @@ def a_machine(folder: Path, node: TestNode) -> Iterator[Machine]:
         )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    binaries = folder / "bin"
-    binaries.mkdir()
-    (binaries / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/client "$@"\n')
-    (binaries / "ssh").chmod(0o755)
-    public = (folder / "host.pub").read_text().strip()
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {public}\n")
-    (folder / "client").write_text(
-        f"UserKnownHostsFile {folder}/known\nIdentityFile {folder}/user\nIdentitiesOnly yes\n"
-    )
+    environment = write_client(folder, f"[127.0.0.1]:{port}", (folder / "host.pub").read_text())
     # What the docker command asks for at the other end: a connection to the engine there, on stdin and stdout.
     (folder / "there").mkdir()
     (folder / "there/docker").write_text(f'#!/bin/sh\nexec {CLIS[-1]} --host {node.socket} "$@"\n')
@@ -75,7 +64,7 @@ def a_machine(folder: Path, node: TestNode) -> Iterator[Machine]:
         server = subprocess.Popen(["unshare", "--mount", "sh", "-c", inside], stdout=log, stderr=log)
     try:
         wait_until(lambda: "Server listening" in (folder / "log").read_text(), "sshd listens")
-        yield Machine(f"root@127.0.0.1:{port}", folder)
+        yield Machine(f"root@127.0.0.1:{port}", folder, environment)
     finally:
         server.terminate()
         server.wait(10)
@@ -100,22 +89,17 @@ def test_the_docker_command_works_over_ssh(machine: Machine, cli: str) -> None:
 
 
 def test_a_socket_that_ssh_forwards_is_the_node(machine: Machine, m1: TestNode) -> None:
-    local, remote = machine.folder / "forwarded.sock", m1.socket.removeprefix("unix://")
     user, _, port = machine.address.rpartition(":")
-    command = ("ssh", "-N", "-o", "ExitOnForwardFailure=yes", "-p", port, "-L", f"{local}:{remote}", user)
-    with subprocess.Popen(command, env=machine.environment) as tunnel:
-        try:
-            wait_until(local.exists, "the socket is forwarded")
-            client = docker.DockerClient(f"unix://{local}")
-            assert [node.attrs["Description"]["Hostname"] for node in client.nodes.list()] == ["m1"]
-            output = client.containers.run("busybox:1", ["cat", "/etc/hostname"], hostname="far", remove=True)
-            assert output == b"far\n"
-            client.close()
-            status = machine.run(SKEP, "--host", f"unix://{local}", "status")
-            assert status.returncode == 0, status.stderr
-            assert "m1" in status.stdout
-        finally:
-            tunnel.terminate()
+    where = (m1.socket.removeprefix("unix://"), "-p", port, user)
+    with a_forwarded_socket(machine.folder, *where, environment=machine.environment) as forwarded:
+        client = docker.DockerClient(forwarded)
+        assert [node.attrs["Description"]["Hostname"] for node in client.nodes.list()] == ["m1"]
+        output = client.containers.run("busybox:1", ["cat", "/etc/hostname"], hostname="far", remove=True)
+        assert output == b"far\n"
+        client.close()
+        status = machine.run(SKEP, "--host", forwarded, "status")
+        assert status.returncode == 0, status.stderr
+        assert "m1" in status.stdout
 
 
 def test_skep_reaches_the_node_through_the_same_sshd(machine: Machine, m1: TestNode) -> None:

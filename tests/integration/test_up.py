@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import asyncssh
 import pytest
 
 from tests.support.playground_rig import SKEP, TestCluster, a_playground, nodes_by_name
+from tests.support.ssh_client import write_client
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow, pytest.mark.needs("ssh")]
 
@@ -30,8 +30,8 @@ class _Server(asyncssh.SSHServer):
 
 
 @asynccontextmanager
-async def an_ssh_server(cluster: TestCluster, directory: Path) -> AsyncIterator[int]:
-    """Users are nodes: their commands run inside of these.  In ``directory``: an ``ssh`` that is let in."""
+async def an_ssh_server(cluster: TestCluster, directory: Path) -> AsyncIterator[tuple[int, dict[str, str]]]:
+    """Users are nodes: their commands run inside of these.  Gives its port, and the environment of a client."""
     host_key, user_key = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
     (directory / "authorized").write_bytes(user_key.export_public_key())
     user_key.write_private_key(directory / "user")
@@ -62,26 +62,19 @@ async def an_ssh_server(cluster: TestCluster, directory: Path) -> AsyncIterator[
     )
     async with server:
         port = server.get_port()
-        public = host_key.export_public_key().decode().strip()
-        (directory / "known").write_text(f"[127.0.0.1]:{port} {public}\n")
-        (directory / "config").write_text(
-            f"UserKnownHostsFile {directory}/known\nIdentityFile {directory}/user\nIdentitiesOnly yes\n"
-        )
-        wrapper = directory / "ssh"
-        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {directory}/config "$@"\n')
-        wrapper.chmod(0o755)
-        yield port
+        public = host_key.export_public_key().decode()
+        yield port, write_client(directory, f"[127.0.0.1]:{port}", public)
 
 
 async def test_machines_are_looked_at_and_joined_and_the_same_command_again_adds_what_is_missing(
     cluster: TestCluster, tmp_path: Path
 ) -> None:
-    async with an_ssh_server(cluster, tmp_path) as port:
+    async with an_ssh_server(cluster, tmp_path) as (port, environment):
 
         async def up(*words: str) -> tuple[int | None, str, str]:
             process = await asyncio.create_subprocess_exec(
                 *(SKEP, "up", *words),
-                env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/nonexistent"},
+                env=os.environ | environment,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )

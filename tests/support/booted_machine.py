@@ -69,12 +69,34 @@ def _command(pid: int) -> str:
         return ""
 
 
+def build_package(directory: Path, version: str) -> Path:
+    """The Debian package of this commit, as that version."""
+    built = subprocess.run(
+        [ROOT / "setup/package.sh", directory, version],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert built.returncode == 0, f"{built.stdout}{built.stderr}"
+    (package,) = directory.glob(f"skep_{version}_*.deb")
+    return package
+
+
 @contextmanager
-def a_booted_machine(suite: str, directory: Path, package: Path) -> Iterator[BootedMachine]:
-    """One that had ``package`` installed and purged, so that it has what this depends on."""
+def a_booted_machine(
+    suite: str, directory: Path, package: Path, *, has_ssh_alone: bool = False
+) -> Iterator[BootedMachine]:
+    """One that had ``package`` installed and purged, so that it has what this depends on.
+
+    Args:
+        has_ssh_alone: it has an sshd instead, and what the package depends on in apt's cache: no machine here has a
+            way to an archive.
+    """
     machine, name = directory / suite, f"skep-test-{os.getpid()}"
+    options, further = (["--fetch-only"], ["openssh-server"]) if has_ssh_alone else ([], [])
     made = subprocess.run(
-        [ROOT / "setup/bootable.sh", suite, machine, package],
+        [ROOT / "setup/bootable.sh", *options, suite, machine, package, *further],
         capture_output=True,
         text=True,
         timeout=900,
@@ -92,7 +114,7 @@ def a_booted_machine(suite: str, directory: Path, package: Path) -> Iterator[Boo
     try:
         pid = wait_until(lambda: _first_process(boot), "systemd has started", 30)
         booted = BootedMachine(machine, name, pid)
-        wait_until(lambda: _has_booted(booted), "the machine has booted", 120)
+        wait_until(lambda: _has_booted(boot, booted), "the machine has booted", 120)
         yield booted
     finally:
         with suppress(ProcessLookupError):
@@ -109,7 +131,8 @@ def _first_process(boot: "subprocess.Popen[bytes]") -> int:
     return next((int(pid) for pid in children if "/systemd " in _command(int(pid))), 0)
 
 
-def _has_booted(machine: BootedMachine) -> bool:
+def _has_booted(boot: "subprocess.Popen[bytes]", machine: BootedMachine) -> bool:
+    assert boot.poll() is None, f"the machine has ended with {boot.returncode} while it booted"
     with suppress(AssertionError):
         # Degraded: units of the distribution that want what this machine lacks.
         return machine.run("systemctl is-system-running --wait || test $? = 1").strip() in (
