@@ -35,7 +35,8 @@ class DecisionsAreStable:
     Causes are: a new spec of the service (by a user or a rollback), a change of the task's node, the end of the task,
     its preemption, or for a job the completion of another task of the same run. That a node is not there to take tasks,
     or that a newer run of the job has begun, is one however long ago it changed: a decision that was proposed before
-    may be committed much later, when a disk hung meanwhile.
+    may be committed much later, when a disk hung meanwhile. For the same reason a new spec counts from the creation of
+    the task on, though it was assigned later.
 
     Nothing in the product moves a task for another reason, so a decision stands without limit; rebalancing would need a
     cool-down here.  Autoscaling changes the spec (``AutoscalingIsCalm``).
@@ -47,6 +48,7 @@ class DecisionsAreStable:
         self._changed_spec_in: dict[ServiceId, int] = {}
         """The revision of that change."""
         self._changed_at: dict[NodeId, float] = {}
+        self._created_at: dict[TaskId, float] = {}
         self._decided_at: dict[TaskId, float] = {}
         """When a task was created or assigned."""
         self._released: dict[tuple[str, int], tuple[int, float]] = {}
@@ -58,7 +60,7 @@ class DecisionsAreStable:
         for event in change.events:
             match event:
                 case Created(Task() as task):
-                    self._decided_at[task.id] = change.time_s
+                    self._created_at[task.id] = self._decided_at[task.id] = change.time_s
                     yield from self._filled_again(task)
                 case Updated(Task() as old, Task() as new):
                     if old.desired_state < TaskState.REMOVE <= new.desired_state:
@@ -68,6 +70,7 @@ class DecisionsAreStable:
                     if not old.node_id and new.node_id:
                         self._decided_at[new.id] = change.time_s
                 case Deleted(Task() as task):
+                    self._created_at.pop(task.id, None)
                     self._decided_at.pop(task.id, None)
 
     def _note_cause(self, event: object, change: Change) -> None:
@@ -109,10 +112,12 @@ class DecisionsAreStable:
         if task.node_id and not _takes_tasks(view.lookup(Node, task.node_id)):
             return
         decided_at = self._decided_at[task.id]
-        caused_at = max(
-            self._changed_spec_at.get(task.service_id, 0.0), self._changed_at.get(task.node_id, 0.0)
+        spec_changed_at = self._changed_spec_at.get(task.service_id, 0.0)
+        node_changed_at = self._changed_at.get(task.node_id, 0.0)
+        has_cause = (
+            spec_changed_at >= self._created_at[task.id] - KNOWN_S or node_changed_at >= decided_at - KNOWN_S
         )
-        if caused_at < decided_at - KNOWN_S:
+        if not has_cause:
             yield (
                 f"task {task.id} of {task.service_id} is retired {now - decided_at:.1f} s after it was created or "
                 f"assigned, without a cause"

@@ -10,7 +10,7 @@ from sim.invariants.autoscaling import AutoscalingIsCalm
 from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable, surplus_violations
 from skep.model.autoscaling import with_replicas
-from skep.model.ids import ServiceId, TaskId
+from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeSpec, NodeState
 from skep.model.service import (
@@ -128,6 +128,25 @@ def test_a_placement_on_a_node_that_was_removed_before_it_was_committed_is_taken
         msgspec.structs.replace(decided.placed, id=TaskId("t4"), slot=4, desired_state=TaskState.SHUTDOWN)
     )
     assert decided.history.violations == []
+
+
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_a_task_that_was_assigned_late_is_taken_back_for_a_spec_of_after_its_creation(
+    is_scaled: bool,
+) -> None:
+    decided = Decided()
+    late = msgspec.structs.replace(decided.placed, id=TaskId("t4"), slot=4, node_id=NodeId(""))
+    decided.history.put(late)
+    if is_scaled:
+        decided.history.put(msgspec.structs.replace(decided.service, spec=a_service_spec(replicas=0)))
+    decided.history.after(30).put(msgspec.structs.replace(late, node_id=W1))
+    service = decided.history.state.get(Service, decided.service.id)
+    decided.history.put(
+        msgspec.structs.replace(
+            late, node_id=W1, spec=service.spec.task_template, desired_state=TaskState.REMOVE
+        )
+    )
+    assert bool(decided.history.violations) is not is_scaled
 
 
 @pytest.mark.parametrize("is_overtaken", [True, False])

@@ -423,6 +423,7 @@ class Allocator:
                 return Release(task, attachments)
             case NotAttached(reason):
                 self._allocations.leave_task(task.id)
+                self._allocations.enter_task(task)  # it has addresses if its status alone cannot be read
                 self._has_waiting_tasks = True
                 return Explain(task, reason)
 

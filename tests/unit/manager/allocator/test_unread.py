@@ -117,10 +117,11 @@ async def test_the_addresses_of_a_task_that_has_ended_are_free() -> None:
 
 
 @asynccontextmanager
-async def allocating(store: Store) -> AsyncIterator[None]:
+async def allocating(store: Store) -> AsyncIterator[Allocator]:
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(Allocator(store, SystemClock(), new_id, Random(1)).run())
-        yield
+        allocator = Allocator(store, SystemClock(), new_id, Random(1))
+        running = group.create_task(allocator.run())
+        yield allocator
         running.cancel()
 
 
@@ -146,6 +147,21 @@ async def test_a_task_waits_for_an_address_until_the_owner_of_unread_ones_has_en
         await put(store, replace(old, status=TaskStatus(state=SHUTDOWN)))
         await wait_for(store, is_released(store, "db"))
     assert store.view().get(Task, "db").networks_attachments
+
+
+async def test_a_task_keeps_the_addresses_that_are_stored_though_it_counts_as_new_and_waits() -> None:
+    rig = await a_rig()
+    waiting = {"status": TaskStatus(state=TaskState.PENDING), "networks_attachments": on(NET, "10.0.1.4")}
+    await a_task_of(rig.store, a_spec("db", NET), "db", **waiting)
+    virtual = (EndpointVirtualIP(network_id=NET.id, addr="10.0.1.5/24"),)
+    await put(rig.store, replace(rig.store.view().get(Service, "db"), endpoint=Endpoint(virtual_ips=virtual)))
+    for key in ("o/task/old.networks", "o/task/db.status"):
+        await rig.damage(key)
+    store = await rig.loaded()
+    async with allocating(store) as allocator:
+        await a_task_of(store, a_spec("next", NET), "next", status=TaskStatus(state=NEW))
+        await wait_for(store, lambda: bool(store.view().get(Task, "next").status.err))
+        assert allocator._allocations.addresses.release("db") == {NET.id}
 
 
 async def test_unread_addresses_of_services_and_nodes_are_replaced_before_others_get_any() -> None:
