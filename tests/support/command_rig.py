@@ -40,8 +40,9 @@ class Cluster:
         (self.folder / "compose.yaml").write_text(text)
 
     async def start(self, *words: str, **environment: str) -> asyncio.subprocess.Process:
+        # What runs in a shell's background has ctrl-c ignored, and so would its children.
         return await asyncio.create_subprocess_exec(
-            *(SKEP, "--host", self.host, *words),
+            *("env", "--default-signal=INT", SKEP, "--host", self.host, *words),
             cwd=self.folder,
             env=os.environ | environment,
             stdout=asyncio.subprocess.PIPE,
