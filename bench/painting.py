@@ -13,10 +13,8 @@ view, stream and frame in one.  Changes are a second apart: after a step the vie
 took, so that viewers cost a manager at most 2 % of a processor.  The service is the largest, with 1,000 tasks.
 """
 
-import argparse
 import asyncio
 import os
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,14 +29,15 @@ from playwright.async_api import Browser, Page
 
 from bench.crowd import crowd
 from bench.engine import Engine
-from bench.machine import noise
 from bench.manager_lab import ManagerLab, one_manager
-from bench.run import commit, result_name, write_result
+from bench.run import commit, measure_alone
 from bench.thousands import fill
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig
 from skep.model.times import SECOND_NS
 from tests.support.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
+from tests.support.dashboard_rig import skep_ui
 
+NODES, TASKS, TIMES = 500, 10_000, 10
 HEARTBEAT_S = 5
 FILLED_S = 600.0
 APART_S = 1.0
@@ -59,36 +58,33 @@ _LOOK = """([id, version]) => {
 class Result(msgspec.Struct, kw_only=True):
     """Milliseconds."""
 
-    nodes: int
-    tasks: int
-    busy: float
     first_paint_ms: list[float] = []
     change_ms: list[float] = []
 
 
-async def measured(options: argparse.Namespace) -> Result:
-    """Open ``options.times`` pages, and make as many changes before the eyes of the last one."""
-    result = Result(nodes=options.nodes, tasks=options.tasks, busy=noise())
+async def measured() -> Result:
+    """Open ``TIMES`` pages, and make as many changes before the eyes of another one."""
+    result = Result()
     spec = replace(DEFAULT_SWARM_SPEC, dispatcher=DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS))
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="skep-painting-", dir="/var/tmp")))
         lab = stack.enter_context(one_manager(directory, spec))
         token = lab.engine().get("/swarm")["JoinTokens"]["Worker"]
         nodes = await stack.enter_async_context(
-            crowd("bench.simulated_nodes", str(options.nodes), lab.address, token)
+            crowd("bench.simulated_nodes", str(NODES), lab.address, token)
         )
         await nodes("register")
-        service = await asyncio.to_thread(fill, lab.engine(), options.tasks)
+        service = await asyncio.to_thread(fill, lab.engine(), TASKS)
         async with asyncio.timeout(FILLED_S):
-            while await nodes("running") < options.tasks:  # noqa: ASYNC110 -- it is asked
+            while await nodes("running") < TASKS:  # noqa: ASYNC110 -- it is asked
                 await asyncio.sleep(0.5)
         browser = await stack.enter_async_context(a_browser())
-        for _ in range(options.times):
+        for _ in range(TIMES):
             async with _opened(lab, browser) as (page, address):
                 result.first_paint_ms.append(await _first_paint(page, address))
         async with _opened(lab, browser) as (page, address):
             await _first_paint(page, address)
-            for number in range(options.times):
+            for number in range(TIMES):
                 result.change_ms.append(await _change(page, lab.engine(), service, number))
     return result
 
@@ -96,18 +92,12 @@ async def measured(options: argparse.Namespace) -> Result:
 @asynccontextmanager
 async def _opened(lab: ManagerLab, browser: Browser) -> AsyncIterator[tuple[Page, str]]:
     """An empty page, and the address that ``skep ui`` prints."""
-    skep = Path(sys.executable).with_name("skep")
-    words = (str(skep), "--host", f"unix://{lab.paths.manager_socket}", "ui", "--no-browser")
-    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        address = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
-        async with a_page(browser, may_say="404", viewport={"width": 1280, "height": 800}) as page:
-            await page.add_init_script(MARK_FIRST_HIVE)
-            yield page, address
-    finally:
-        process.terminate()
-        await process.wait()
+    async with (
+        skep_ui(f"unix://{lab.paths.manager_socket}") as address,
+        a_page(browser, may_say="404", viewport={"width": 1280, "height": 800}) as page,
+    ):
+        await page.add_init_script(MARK_FIRST_HIVE)
+        yield page, address
 
 
 async def _first_paint(page: Page, address: str) -> float:
@@ -132,14 +122,14 @@ async def _change(page: Page, engine: Engine, service: str, number: int) -> floa
     return (time.monotonic() - began) * 1000
 
 
-def document(result: Result) -> str:
+def document(result: Result, busy: float) -> str:
     """The result for people."""
     now = datetime.now(UTC)
-    size = f"{result.nodes} nodes and {result.tasks:,} tasks"
+    size = f"{NODES} nodes and {TASKS:,} tasks"
     lines = [
         f"# The dashboard by `skep ui`, {size}, {now:%Y-%m-%d %H:%M UTC}, commit {commit()}",
         "",
-        f"{os.cpu_count()} processors for manager, etcd, nodes and browser, {result.busy:.0%} of them busy before.",
+        f"{os.cpu_count()} processors for manager, etcd, nodes and browser, {busy:.0%} of them busy before.",
         "",
         "| what | median | smallest | largest | limit | |",
         "|---|---|---|---|---|---|",
@@ -155,24 +145,8 @@ def document(result: Result) -> str:
     return "\n".join([*lines, ""])
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench.painting", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--nodes", type=int, default=500)
-    parser.add_argument("--tasks", type=int, default=10_000)
-    parser.add_argument("--times", type=int, default=10, help="pages, and changes")
-    parser.add_argument("--dry", action="store_true", help="keep no result")
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = _options()
-    result = asyncio.run(measured(options))
-    text = document(result)
-    if not options.dry:
-        write_result(result_name(datetime.now(UTC), commit(), "painting"), text, msgspec.to_builtins(result))
-    print(text)
+    measure_alone(__doc__ or "", "painting", measured, document)
 
 
 if __name__ == "__main__":

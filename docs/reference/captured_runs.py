@@ -13,7 +13,6 @@ import msgspec
 from msgspec.structs import replace
 
 from sim.time import VirtualLoop
-from skep.api.client import Client
 from skep.api.requests import Filters, Requests
 from skep.cli.endpoint import HostOptions
 from skep.cli.events import line_of
@@ -22,7 +21,6 @@ from skep.cli.running import errors_shown
 from skep.cli.stack_screens import Progress, compared, lines_of, warn
 from skep.cli.up import Machine, Wanted, make_cluster
 from skep.cli.upgrade import Means, carry_out, show_plan
-from skep.cli.upgrade_plan import Member
 from skep.manager.events import messages_of
 from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId, ServiceId, TaskId
@@ -46,6 +44,7 @@ from skep.stack.project import Stack
 from skep.stack.reading import Report
 from skep.stack.recording import carry_out as deploy
 from skep.store.interface import Created, Event, Updated, View
+from tests.support.upgraded_clusters import Installing, UpgradedCluster
 
 _NOW = 1_769_860_800
 _AT = "2026-01-31T12:00:00Z"
@@ -251,101 +250,28 @@ def made(**of_the_last: Any) -> list[str]:
 # --- skep upgrade --------------------------------------------------------------------------------------------------
 
 
-class _OldCluster(Requests):
-    """Three managers and a worker with version 0.1.0, and a service whose tasks move at once from what is drained."""
-
-    def __init__(self, **changes: Mapping[str, Any]) -> None:
-        """``changes``: of nodes, by name."""
-        names = ("m1", "m2", "m3", "w1")
-        self.nodes = {name: self._node(name) | dict(changes.get(name, {})) for name in names}
-        self._swarm: dict[str, Any] = {"Version": {"Index": 1}, "Spec": {"Labels": {}}}
-
-    @staticmethod
-    def _node(name: str) -> dict[str, Any]:
-        manager = {"ManagerStatus": {"Leader": name == "m2", "Reachability": "reachable"}}
-        engine = {"EngineVersion": "0.1.0", "Labels": {"skep.node": "1"}}
-        return {
-            "ID": name,
-            "Version": {"Index": 1},
-            "Spec": {"Role": "manager" if name[0] == "m" else "worker", "Availability": "active"},
-            "Description": {"Hostname": name, "Engine": engine},
-            "Status": {"State": "ready", "Addr": "192.0.2.11"},
-            **(manager if name[0] == "m" else {}),
-        }
-
-    async def request(self, method: str, path: str, *, body: Any = None, **options: Any) -> Any:
-        match method, path.strip("/").split("/"):
-            case "GET", ["nodes"]:
-                return list(self.nodes.values())
-            case "GET", ["nodes", name]:
-                return self.nodes[name]
-            case "POST", ["nodes", name, "update"]:
-                self.nodes[name]["Spec"] = body
-            case "GET", ["info"]:
-                return {"SystemTime": _AT}
-            case "GET", ["swarm"]:
-                return self._swarm
-            case "POST", ["swarm", "update"]:
-                self._swarm["Spec"] = body
-            case "GET", ["services"]:
-                policy = {"UpdateConfig": {"Parallelism": 1}}
-                return [
-                    {"ID": "web", "Spec": {"Name": "web", "Mode": {"Replicated": {"Replicas": 3}}} | policy}
-                ]
-            case "GET", ["tasks"]:
-                return self._tasks((options.get("filters") or {}).get("node", []))
-        return None
-
-    def _tasks(self, nodes: Sequence[str]) -> list[dict[str, Any]]:
-        active = [name for name, one in self.nodes.items() if one["Spec"]["Availability"] == "active"]
-        homes = (active * 3)[:3]
-        return [
-            {
-                "ID": f"t{slot}",
-                "ServiceID": "web",
-                "Slot": slot,
-                "NodeID": name,
-                "DesiredState": "running",
-                "Status": {"State": "running"},
-            }
-            for slot, name in enumerate(homes, 1)
-            if not nodes or name in nodes
-        ]
-
-    @asynccontextmanager
-    async def client(self) -> AsyncIterator[Client]:
-        """As of ``HostOptions``."""
-        yield cast("Client", self)
-
-
-class _Installing(Means, frozen=True, kw_only=True):
-    """Installs at once.  ``breaks``: the node that does not come back with the new version."""
-
-    cluster: _OldCluster
-    breaks: str = ""
-
-    async def upgrade(self, node: Member) -> None:
-        self._show(node.name, self.version, "down" if node.name == self.breaks else "ready")
-
-    async def roll_back(self, node: Member) -> None:
-        self._show(node.name, node.version, "ready")
-
-    def _show(self, name: str, version: str, state: str) -> None:
-        self.cluster.nodes[name]["Description"]["Engine"]["EngineVersion"] = version
-        self.cluster.nodes[name]["Status"]["State"] = state
+def _old_cluster() -> UpgradedCluster:
+    return UpgradedCluster("m1", "m2", "m3", "w1", version="0.1.0", leader="m2", replicas=3)
 
 
 def upgrade_planned() -> list[str]:
     """What ``skep upgrade --plan`` prints while a manager is away."""
-    away = {"ManagerStatus": {"Leader": False, "Reachability": "unreachable"}}
-    host = cast("HostOptions", _OldCluster(m3=away))
+    cluster = _old_cluster()
+    cluster.nodes["m3"]["ManagerStatus"]["Reachability"] = "unreachable"
+    host = cast("HostOptions", cluster)
     return _printed(lambda: show_plan(host, Means(version="0.2.0"), drains=True))
 
 
 def upgraded(*, breaks: str = "") -> list[str]:
     """What ``skep upgrade`` prints."""
-    cluster = _OldCluster()
-    means = _Installing(version="0.2.0", command="true", rollback="true", cluster=cluster, breaks=breaks)
+    cluster = _old_cluster()
+    means = Installing(
+        version="0.2.0",
+        command="true",
+        rollback="true",
+        cluster=cluster,
+        breaks=frozenset({breaks} - {""}),
+    )
     host = cast("HostOptions", cluster)
     return _printed(lambda: carry_out(host, means, drains=True, within_s=180.0, continues=False))
 

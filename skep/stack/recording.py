@@ -89,7 +89,7 @@ async def _recorded(
 async def _complete(client: Requests, asked: Stack, warn: Callable[[str], None]) -> None:
     """Of a deploy that changed nothing: the last one asked for the same, and may have ended before it could say so."""
     for last in (await known_revisions(client, asked.name))[-1:]:
-        if last.state != DEPLOYED and last.asked_for(asked):
+        if last.state != DEPLOYED and last.is_of(asked):
             await _set_state(client, last.id, DEPLOYED, warn)
 
 

@@ -63,10 +63,10 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
         except (OSError, EOFError, ValueError, msgspec.DecodeError) as error:
             raise InvalidArgument(f"revision {self.number} cannot be read: {error}") from error
 
-    def asked_for(self, stack: Stack) -> bool:
-        """Whether it asked for exactly ``stack``; false: it cannot be read."""
+    def is_of(self, asked: Stack) -> bool:
+        """Whether it has exactly what a deploy has ``asked`` for; false: it cannot be read."""
         try:
-            return self.stack() == stack
+            return self.stack() == asked
         except InvalidArgument:
             return False
 

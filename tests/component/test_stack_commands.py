@@ -30,12 +30,18 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
         yield made
 
 
-async def test_an_interrupted_deploy_says_its_state_and_repeating_completes_it(cluster: Cluster) -> None:
+async def a_waiting_deploy(cluster: Cluster) -> asyncio.subprocess.Process:
+    """It has written everything, and waits for a task that will not run."""
     cluster.write(FILE % HANGS)
     process = await cluster.start("stack", "deploy", "--resolve-image", "never")
     assert process.stderr is not None
     while b"shop_db: 0 of 1 tasks run" not in await process.stderr.readline():
         assert process.returncode is None
+    return process
+
+
+async def test_an_interrupted_deploy_says_its_state_and_repeating_completes_it(cluster: Cluster) -> None:
+    process = await a_waiting_deploy(cluster)
     process.send_signal(signal.SIGINT)
     _, err = await process.communicate()
     assert process.returncode == 1
@@ -53,11 +59,7 @@ async def test_an_interrupted_deploy_says_its_state_and_repeating_completes_it(c
 
 async def test_repeating_a_deploy_that_was_killed_records_that_it_is_complete(cluster: Cluster) -> None:
     """Everything was written before it was killed: there is nothing left to change."""
-    cluster.write(FILE % HANGS)
-    process = await cluster.start("stack", "deploy", "--resolve-image", "never")
-    assert process.stderr is not None
-    while b"shop_db: 0 of 1 tasks run" not in await process.stderr.readline():
-        assert process.returncode is None
+    process = await a_waiting_deploy(cluster)
     process.kill()
     await process.communicate()
     history = ("stack", "history", "--format", "{{.Revision}} {{.State}}", "shop")

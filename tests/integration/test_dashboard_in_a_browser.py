@@ -3,15 +3,15 @@
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, expect
 
 from tests.support.browser import a_browser, a_page, require_chromium
-from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestCluster, TestNode, a_playground, wait_until
+from tests.support.dashboard_rig import skep_ui
+from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -23,19 +23,6 @@ def swarm() -> Iterator[TestCluster]:
         yield cluster
 
 
-@asynccontextmanager
-async def ui(node: TestNode) -> AsyncIterator[str]:
-    """The address that ``skep ui`` prints."""
-    words = (SKEP, "--host", node.socket, "ui", "--no-browser")
-    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        yield (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
-    finally:
-        process.terminate()
-        await process.wait()
-
-
 async def test_a_cluster_is_operated_from_the_page(swarm: TestCluster, tmp_path: Path) -> None:
     m1 = swarm.node("m1")
     place = Path(os.environ.get("SKEP_PICTURES", tmp_path))
@@ -43,7 +30,7 @@ async def test_a_cluster_is_operated_from_the_page(swarm: TestCluster, tmp_path:
     await asyncio.to_thread(m1.docker, *create)
     size = {"width": 1280, "height": 800}
     async with (
-        ui(m1) as address,
+        skep_ui(m1.socket) as address,
         a_browser() as browser,
         a_page(browser, may_say="404", viewport=size) as page,
     ):
@@ -78,7 +65,7 @@ async def test_a_node_is_drained_and_promoted_from_the_page(swarm: TestCluster, 
     await asyncio.to_thread(
         m1.docker, "service", "create", "--detach", "--name", "web", *spread, IMAGE, *IDLE
     )
-    async with ui(m1) as address, a_browser() as browser, a_page(browser, may_say="404") as page:
+    async with skep_ui(m1.socket) as address, a_browser() as browser, a_page(browser, may_say="404") as page:
         await page.goto(address)
         await expect(_replicas(page)).to_have_text("2/2", timeout=60_000)
         await _of_node(page, "w1")

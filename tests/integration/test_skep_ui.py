@@ -9,7 +9,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.playground_rig import IDLE, IMAGE, SKEP, TestNode
+from tests.support.dashboard_rig import skep_ui
+from tests.support.playground_rig import IDLE, IMAGE, TestNode
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,20 +53,12 @@ class Page:
 
 @asynccontextmanager
 async def a_page(node: TestNode) -> AsyncIterator[Page]:
-    words = (SKEP, "--host", node.socket, "ui", "--no-browser")
-    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        address = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
-        jar = aiohttp.CookieJar(unsafe=True)  # 127.0.0.1 is no name
-        async with aiohttp.ClientSession(cookie_jar=jar) as session:
-            async with session.get(address) as response:
-                content = await response.text()
-            path = content.partition("url=")[2].partition("/ui/")[0]
-            yield Page(session, address.partition("/login/")[0] + path)
-    finally:
-        process.terminate()
-        await process.wait()
+    jar = aiohttp.CookieJar(unsafe=True)  # 127.0.0.1 is no name
+    async with skep_ui(node.socket) as address, aiohttp.ClientSession(cookie_jar=jar) as session:
+        async with session.get(address) as response:
+            content = await response.text()
+        path = content.partition("url=")[2].partition("/ui/")[0]
+        yield Page(session, address.partition("/login/")[0] + path)
 
 
 async def until(socket: aiohttp.ClientWebSocketResponse, expected: bytes) -> None:

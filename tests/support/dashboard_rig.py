@@ -1,4 +1,4 @@
-"""The dashboard's own listener before an application that plays the node's API, and its users."""
+"""The dashboard: ``skep ui``, and its own listener before an application that plays the node's API, and its users."""
 
 import asyncio
 import socket
@@ -16,6 +16,7 @@ from skep.dashboard.server import DashboardServer, Tls
 from skep.errors import Unauthenticated, Unavailable
 from skep.model.access import Credential, Identity, Origin, parse_binding
 from tests.support.api_authority import Authority
+from tests.support.playground_rig import SKEP
 
 ROLES = {"ann-token": "viewer", "bob-token": "operator:shop", "eve-token": "admin"}
 
@@ -97,3 +98,16 @@ async def a_dashboard_server(
             yield port, people
     finally:
         await runner.cleanup()
+
+
+@asynccontextmanager
+async def skep_ui(host: str) -> AsyncIterator[str]:
+    """The address that ``skep ui`` prints, while it runs."""
+    words = (SKEP, "--host", host, "ui", "--no-browser")
+    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+    finally:
+        process.terminate()
+        await process.wait()

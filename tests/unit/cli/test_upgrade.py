@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -11,68 +10,21 @@ import pytest
 from msgspec.structs import replace
 
 from skep.api.client import Client
-from skep.api.requests import Filters, Requests
 from skep.cli import maintenance, upgrade
 from skep.cli.maintenance import Holder
-from skep.cli.upgrade import Means, _Upgrade
-from skep.cli.upgrade_plan import Member
+from skep.cli.upgrade import _Upgrade
 from skep.errors import Unavailable
 from skep.model.labels import MAINTENANCE
+from tests.support.upgraded_clusters import Installing, UpgradedCluster
 
 OLD, NEW = "1.0.0", "1.1.0"
 
 
-class MadeUp(Requests):
-    """A manager and workers without tasks, as the API has them."""
+class MadeUp(UpgradedCluster):
+    """A manager and workers without tasks."""
 
     def __init__(self, *names: str) -> None:
-        self.nodes = {name: self._node(name, is_manager=name == names[0]) for name in names}
-        self.swarm: dict[str, Any] = {"Version": {"Index": 1}, "Spec": {"Labels": {}}}
-
-    @staticmethod
-    def _node(name: str, *, is_manager: bool) -> dict[str, Any]:
-        status = {"ManagerStatus": {"Leader": True, "Reachability": "reachable"}} if is_manager else {}
-        return {
-            "ID": name,
-            "Version": {"Index": 1},
-            "Spec": {"Role": "manager" if is_manager else "worker", "Availability": "active"},
-            "Description": {
-                "Hostname": name,
-                "Engine": {"EngineVersion": OLD, "Labels": {"skep.node": "1"}},
-            },
-            "Status": {"State": "ready", "Addr": "192.0.2.1"},
-            **status,
-        }
-
-    async def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Any = None,
-        filters: Filters | None = None,
-        query: Mapping[str, str] | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> Any:
-        match method, path.strip("/").split("/"):
-            case "GET", ["nodes"]:
-                return list(self.nodes.values())
-            case "GET", ["nodes", name]:
-                return self.nodes[name]
-            case "POST", ["nodes", name, "update"]:
-                self.nodes[name]["Spec"] = body
-            case "GET", ["info"]:
-                return {"SystemTime": "2026-01-02T03:04:05Z"}
-            case "GET", ["swarm"]:
-                return self.swarm
-            case "POST", ["swarm", "update"]:
-                self.swarm["Spec"] = body
-            case "GET", ["services" | "tasks"]:
-                return []
-            case other:
-                raise AssertionError(other)
-        return None
+        super().__init__(*names, version=OLD)
 
     @property
     def holders(self) -> tuple[Holder, ...]:
@@ -80,25 +32,6 @@ class MadeUp(Requests):
 
     def availability(self, name: str) -> str:
         return str(self.nodes[name]["Spec"]["Availability"])
-
-    def show(self, name: str, version: str, state: str = "ready") -> None:
-        self.nodes[name]["Description"]["Engine"]["EngineVersion"] = version
-        self.nodes[name]["Status"]["State"] = state
-
-
-class Installing(Means, frozen=True, kw_only=True):
-    """Installs at once; ``breaks``: what goes down with it; ``refuses``: what ssh does not reach."""
-
-    cluster: MadeUp
-    breaks: frozenset[str] = frozenset()
-    refuses: frozenset[str] = frozenset()
-
-    async def check(self, node: Member) -> None:
-        if node.name in self.refuses:
-            raise Unavailable("Host key verification failed.")
-
-    async def upgrade(self, node: Member) -> None:
-        self.cluster.show(node.name, self.version, "down" if node.name in self.breaks else "ready")
 
 
 def a_run(cluster: MadeUp, **options: Any) -> _Upgrade:
