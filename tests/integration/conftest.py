@@ -35,12 +35,13 @@ def own_cluster() -> Iterator[TestCluster]:
 
 @pytest.fixture
 def m1(cluster: TestCluster) -> Iterator[TestNode]:
-    """The manager of the shared playground, without services before and after."""
+    """The manager of the shared playground, without services and networks before and after."""
     node = cluster.node("m1")
     yield node
     remove_services(node)
     api = node.client().api
     wait_until(lambda: not api.tasks() and not api.containers(all=True), "everything of the test is removed")
+    api.prune_networks()
 
 
 @pytest.fixture
