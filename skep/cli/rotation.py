@@ -155,6 +155,8 @@ class _Rotation:
         self._kind = kind
         self._client = client
         self._shown: dict[str, str] = {}
+        self.problems: list[str] = []
+        """A line for each service that cannot be updated or is stuck."""
 
     async def next_version(self, name: str, data: bytes | None) -> tuple[Mapping[str, Any], Collection[str]]:
         """The version to have, and the ids of the older ones.  ``data`` None: the latest there is."""
@@ -172,12 +174,12 @@ class _Rotation:
         click.echo(f"{spec['Name']} created", err=True)
         return {"ID": made["ID"], "Spec": spec}, {one["ID"] for one in known}
 
-    async def move(self, old: Collection[str], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    async def move(self, old: Collection[str], new: Mapping[str, Any]) -> list[str]:
         """Update the services that use an older version; gives the ids of those that use ``new`` now.
 
-        Then a line for each service that cannot be updated: the others are, nevertheless.
+        One that cannot be updated is a problem: the others are, nevertheless.
         """
-        using, failed = list[str](), list[str]()
+        using = list[str]()
         for service in await self._client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S):
             name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
             is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
@@ -189,11 +191,11 @@ class _Rotation:
                 current = await self._client.get(f"/services/{service['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
             except SkepError as error:
                 if not (isinstance(error, NotFound) and await self._is_gone(service["ID"])):
-                    failed.append(f"{name}: {error}")
+                    self.problems.append(f"{name}: {error}")
                 continue
             if any(one[self._kind.id_key] == new["ID"] for one in _references(self._kind, current["Spec"])):
                 using.append(service["ID"])
-        return using, failed
+        return using
 
     async def _is_gone(self, id: str) -> bool:
         """Whether the service was removed meanwhile; else it is its update that finds something missing."""
@@ -214,9 +216,9 @@ class _Rotation:
             timeout_s=_RESPONSE_TIMEOUT_S,
         )
 
-    async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> list[str]:
-        """Show progress until every task has ``new``; gives a line for each service that is stuck."""
-        waiting, stuck = list(ids), []
+    async def wait(self, ids: Sequence[str], new: Mapping[str, Any]) -> None:
+        """Show progress until every task has ``new``, but those of services that are stuck: these are problems."""
+        waiting = list(ids)
         while waiting:
             for id in tuple(waiting):
                 service, found = await persistently(partial(self._look, id, new), say)
@@ -226,12 +228,11 @@ class _Rotation:
                 name = service["Spec"]["Name"]
                 self._show(name, f"{found.done} of {found.wanted} tasks have {new['Spec']['Name']}")
                 if found.stuck:
-                    stuck.append(f"{name}: {found.stuck} (skep explain {name})")
+                    self.problems.append(f"{name}: {found.stuck} (skep explain {name})")
                 if found.stuck or found.is_complete:
                     waiting.remove(id)
             if waiting:
                 await asyncio.sleep(_LOOK_S)
-        return stuck
 
     async def _look(
         self, id: str, new: Mapping[str, Any]
@@ -259,15 +260,15 @@ async def _rotate(host: HostOptions, kind: Kind, name: str, data: bytes | None, 
     async with host.client() as client:
         rotation = _Rotation(kind, client)
         new, old = await rotation.next_version(name, data)
-        ids, failed = await rotation.move(old, new)
+        ids = await rotation.move(old, new)
         try:
             async with asyncio.timeout(timeout_s):
-                stuck = await rotation.wait(ids, new)
+                await rotation.wait(ids, new)
         except TimeoutError:
-            text = "; ".join([rotation.unfinished(), *failed])
+            text = "; ".join([rotation.unfinished(), *rotation.problems])
             raise Unavailable(f"not done within {timeout_s:g} s: {text} (skep explain SERVICE)") from None
-        if problems := failed + stuck:
-            raise Unavailable("; ".join(problems))
+        if rotation.problems:
+            raise Unavailable("; ".join(rotation.problems))
         return str(new["Spec"]["Name"])
 
 

@@ -250,12 +250,14 @@ async def _preflight(machines: Sequence[Machine], wanted: Wanted, progress: Prog
 
 async def install(machine: Machine, facts: Facts, wanted: Wanted, progress: Progress) -> None:
     """Install the package where there is none, and start the node.  Raises: Unavailable."""
+    then = "starts skep"
     if not facts.skep and not facts.runs and wanted.package is not None:
         progress.show(machine.word, f"installs {wanted.package.name}")
         content = await asyncio.to_thread(wanted.package.read_bytes)
         await machine.run(["sh", "-c", quoted(_INSTALL)], content, timeout_s=INSTALLS_WITHIN_S)
+        then = "waits until skep serves"  # the package starts it
     if not facts.runs:
-        progress.show(machine.word, "starts skep")
+        progress.show(machine.word, then)
         await machine.run(["sh", "-s"], START.encode(), timeout_s=_JOINS_WITHIN_S)
 
 

@@ -67,8 +67,9 @@ async def _forget(host: HostOptions, name: str, only: str) -> list[str]:
         nodes = [await client.get(path, timeout_s=_RESPONSE_TIMEOUT_S)] if path else await _nodes(client)
         having = [one for one in nodes if name in _volumes_of(one) or await _had(client, one, name)]
         if not having:
+            has_not = f"{only} has not" if only else "no node has"
             raise NotFound(
-                f"no node has had a local volume {name} of a service's slot: skep explain TASK names the one that a "
+                f"{has_not} had a local volume {name} of a service's slot: skep explain TASK names the one that a "
                 "task waits for"
             )
         lost = [one for one in having if one["Status"]["State"] == "down"]

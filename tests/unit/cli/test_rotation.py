@@ -1,6 +1,7 @@
 """What a rotation of secrets decides, and what it does before a manager's API."""
 
 import base64
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -161,9 +162,9 @@ async def test_a_service_that_cannot_be_updated_is_named_and_the_others_are_upda
     }
     services = _Services(refused, "broken", "removed", "without-network", "whole")
     rotation = _Rotation(SECRET, services)  # type: ignore[arg-type]
-    using, failed = await rotation.move({"i1"}, an_object("i2", "key-v2", "key"))
+    using = await rotation.move({"i1"}, an_object("i2", "key-v2", "key"))
     assert using == services.moved == ["whole"]
-    assert failed == ["broken: no such mount", "without-network: network gone"]
+    assert rotation.problems == ["broken: no such mount", "without-network: network gone"]
 
 
 class _Flaky(_Services):
@@ -187,9 +188,10 @@ async def test_a_rotation_is_waited_for_over_a_change_of_leader(
     services = _Flaky({}, "web")
     rotation = _Rotation(SECRET, services)  # type: ignore[arg-type]
     new = an_object("i3", "key-v3")
-    ids, _ = await rotation.move({"i1"}, new)
+    ids = await rotation.move({"i1"}, new)
     services.outage = 3
-    assert await rotation.wait(ids, new) == []
+    await rotation.wait(ids, new)
+    assert rotation.problems == []
     shown = capsys.readouterr().err.splitlines()
     assert shown == [
         "no response, trying again: The swarm does not have a leader.",
@@ -198,9 +200,11 @@ async def test_a_rotation_is_waited_for_over_a_change_of_leader(
 
 
 class _Late(_Services):
-    """Nothing runs yet, and the command's deadline is reached behind the first look."""
+    """Nothing runs yet, a service is stuck, and the command's deadline is reached behind the first look at each."""
 
-    looks = 0
+    def __init__(self, refused: dict[str, SkepError], *ids: str) -> None:
+        super().__init__(refused, *ids)
+        self._looks = 0
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator["_Late"]:
@@ -210,20 +214,23 @@ class _Late(_Services):
         if path == "/secrets":
             return [an_object("i1", "key"), an_object("i2", "key-v2", "key")]
         if path == "/tasks":
-            self.looks += 1
+            self._looks += 1
             return [a_task("i2", "preparing"), a_task("i1")]
-        if self.looks:
+        if self._looks == 2:
             raise TimeoutError
-        return await super().get(path, timeout_s=timeout_s)
+        found = await super().get(path, timeout_s=timeout_s)
+        return found | {"UpdateStatus": {"State": "paused"}} if path == "/services/stuck" else found
 
 
-async def test_what_is_not_done_in_time_is_named_with_what_could_not_be_updated(
+async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not_be_updated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("skep.cli.rotation._LOOK_S", 0.0)
-    host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "web")
-    text = "not done within 9 s: web: 0 of 2 tasks have key-v2; broken: no such mount"
-    with pytest.raises(Unavailable, match=rf"^{text} \(skep explain SERVICE\)$"):
+    host: Any = _Late({"broken": InvalidArgument("no such mount")}, "broken", "stuck", "web")
+    waited = "stuck: 0 of 2 tasks have key-v2; web: 0 of 2 tasks have key-v2"
+    problems = "broken: no such mount; stuck: paused (skep explain stuck)"
+    text = re.escape(f"not done within 9 s: {waited}; {problems} (skep explain SERVICE)")
+    with pytest.raises(Unavailable, match=f"^{text}$"):
         await _rotate(host, SECRET, "key", None, 9)
 
 
@@ -267,8 +274,8 @@ async def test_a_next_version_has_the_labels_and_moves_every_service_but_jobs(
     async with host.client() as client:
         rotation = _Rotation(SECRET, client)
         new, old = await rotation.next_version("key", b"two")
-        using, failed = await rotation.move(old, new)
-        assert (set(using), failed) == ({web, agent}, [])
+        using = await rotation.move(old, new)
+        assert (set(using), rotation.problems) == ({web, agent}, [])
         made = manager.store.view().get(Secret, new["ID"])
         assert (made.spec.name, dict(made.spec.labels)) == ("key-v2", {"team": "red", ROTATION_OF: "key"})
         assert secrets_of(manager, web) == secrets_of(manager, agent) == [("key-v2", "password")]

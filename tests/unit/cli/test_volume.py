@@ -46,6 +46,8 @@ async def test_a_volume_of_a_node_that_answers_is_removed_there(cluster: tuple[M
         await _forget(host, "db-2", "")
     with pytest.raises(NotFound, match="no node has had a local volume db-3"):
         await _forget(host, "db-3", "")
+    with pytest.raises(NotFound, match="w2 has not had a local volume db-3"):
+        await _forget(host, "db-3", "w2")
     with pytest.raises(NotFound):
         await _forget(host, "db-2", "w9")
     assert forgotten(manager, "w2") == ""
