@@ -32,6 +32,7 @@ from bench.run import RESULTS, commit
 from bench.soak_cluster import ClusterSoak
 from bench.soak_users import Log
 from skep import __version__
+from skep.playground.description import Node
 from skep.playground.playground import Playground
 from tests.support.versions import Versions, package_of
 
@@ -116,7 +117,9 @@ class Day(ClusterSoak):
         self._report = report
         self._upgrade_words = upgrade
         self._upgrade_at = float("inf")
-        self.customers = Customers(self._there, self._published)
+        self._new: set[str] = set()
+        """Machines that no balancer sends customers to, as they are not ready yet."""
+        self.customers = Customers(self._open, self._published)
 
     def run(self, minutes: float) -> None:
         self._upgrade_at = time.monotonic() + minutes * 60 / 2
@@ -192,6 +195,7 @@ class Day(ClusterSoak):
         self.customers.during(kind, is_promised=True)
         work()
         self._settle(kind)
+        self._new.clear()
         self._over(kind, began)
 
     def _over(self, kind: str, began: float) -> None:
@@ -217,7 +221,10 @@ class Day(ClusterSoak):
 
     def _rotate_certificates(self) -> None:
         def rotate() -> None:
-            manager = self._a_manager()
+            # It waits until every etcd trusts the root of the rotation before.
+            manager = engine(
+                self._random.choice([one for one in self._there() if one.role == "manager"]), COMMAND_S
+            )
             swarm = manager.get("/swarm")
             spec = swarm["Spec"]
             spec["CAConfig"]["ForceRotate"] = (spec["CAConfig"].get("ForceRotate") or 0) + 1
@@ -246,6 +253,7 @@ class Day(ClusterSoak):
             "JoinToken": token,
         }
         worker.post("/swarm/join", body)
+        self._new.add(node.name)
         self._nodes[node.name] = node
         self._nodes_ready()
 
@@ -265,6 +273,9 @@ class Day(ClusterSoak):
     def _at_a_manager(self, *words: str, within_s: float = COMMAND_S) -> str:
         managers = [one for one in self._there() if one.role == "manager"]
         return skep(self._random.choice(managers), *words, within_s=within_s)
+
+    def _open(self) -> Sequence[Node]:
+        return [one for one in self._there() if one.name not in self._new]
 
     def _published(self) -> list[soak_networks.Service]:
         return [one for one in tuple(self.stacks.services.values()) if one.published]

@@ -10,15 +10,15 @@ from msgspec.structs import replace
 from skep.agent.certificates import join
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, Unavailable
-from skep.manager.control.swarm import Rotations, update_swarm
+from skep.manager.control.swarm import Rotations, rotate_root, update_swarm
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
 from skep.model.ids import NodeId, new_id
-from skep.model.node import Node, NodeRole, NodeState
+from skep.model.node import Node, NodeRole, NodeState, NodeStatus
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.security.tls import client_context
-from skep.security.trust import is_issued_by, tls_info_of
+from skep.security.trust import is_issued_by, root_digest, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 from skep.wire.client import connected
 from tests.support.wire_calls import call
@@ -128,6 +128,24 @@ async def test_a_node_that_is_away_holds_the_rotation_up_until_it_returns(cluste
         assert cluster.swarm.root_rotation_in_progress
         async with an_agent(cluster, pair, tmp_path / "w"):
             await rotated(cluster)
+
+
+async def test_a_rotation_does_not_begin_before_every_etcd_trusts_the_root_of_the_one_before(cluster):
+    """Its peers' certificates are signed by the next root then, which an etcd that is further behind does not know."""
+    there = NodeStatus(state=NodeState.READY)
+    behind = replace(cluster.node(MANAGER_ID), status=there, peer_roots="of the root before")
+    await put(cluster, behind)
+    with pytest.raises(Unavailable, match=f"managers restart their etcds after the last .*: {MANAGER_ID}"):
+        await rotate(cluster)
+    with pytest.raises(Unavailable, match="managers restart their etcds"):
+        await cluster.store.update(rotate_root, datetime.now(UTC))
+    await put(cluster, replace(behind, status=NodeStatus(state=NodeState.DOWN)))
+    with pytest.raises(FailedPrecondition, match=f"nodes that are away .*: {MANAGER_ID}. Start them"):
+        await rotate(cluster)
+    trusted = root_digest(cluster.swarm.tls_info.trust_root.encode())
+    await put(cluster, replace(behind, peer_roots=trusted))
+    await rotate(cluster)
+    assert cluster.swarm.root_rotation_in_progress
 
 
 async def test_a_node_that_was_removed_holds_nothing_up(cluster, tmp_path):

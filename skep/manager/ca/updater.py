@@ -168,18 +168,17 @@ class PeerCertificates:
         if not _is_same(wanted, self._written):
             await asyncio.to_thread(keypair.save, wanted, self.files.directory)
             self._written = wanted
-        node = self._store.view().lookup(Node, self._own)
         if self._peer_roots != roots:
             nodes = self._store.view().find(Node)
-            if not self._turn.has_come(self._own, nodes, root_digest(roots), self._clock.monotonic()):
-                return
-            log.info("restarting etcd: its peers' roots have changed")
-            await self.files.restart()
-            self._peer_roots = roots
-            self._turn = RestartTurn()
-        if node is not None and node.peer_roots != root_digest(roots):
+            if self._turn.has_come(self._own, nodes, root_digest(roots), self._clock.monotonic()):
+                log.info("restarting etcd: its peers' roots have changed")
+                await self.files.restart()
+                self._peer_roots = roots
+                self._turn = RestartTurn()
+        node, trusted = self._store.view().lookup(Node, self._own), root_digest(self._peer_roots)
+        if node is not None and node.peer_roots != trusted:
             show = partial(show_peer_roots, is_evicting=self._is_evicting, window_ns=_window_ns(swarm))
-            await self._store.update(show, self._own, root_digest(roots), _serial_of(pair))
+            await self._store.update(show, self._own, trusted, _serial_of(pair))
 
 
 async def warn_of_expiry(store: Store, on_expiry: Callable[[Expiry], None], clock: Clock) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.api.swarm_requests import check_swarm_name, merged_spec
-from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
+from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import first_networks
 from skep.model.ids import IdSource
@@ -34,7 +34,7 @@ from skep.security.external import check_external_authorities
 from skep.security.locking import new_unlock_key
 from skep.security.rotation import NextRoot, Prepared, Roots, is_about_roots, requested_roots
 from skep.security.tokens import join_token
-from skep.security.trust import tls_info
+from skep.security.trust import root_digest, tls_info
 from skep.store.interface import Transaction, View
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 
@@ -99,6 +99,7 @@ def update_swarm(
         InvalidArgument: the spec can never work.
         OutOfSequence: the cluster is at another version.
         FailedPrecondition: the root would be rotated while a node that is away trusts an older one than the present.
+        Unavailable: so does a manager's etcd, which changes soon (``etcds_behind``).
     """
     swarm = tx.get(Swarm, cluster_of(tx).id)
     check_swarm_name(spec)
@@ -110,6 +111,7 @@ def update_swarm(
         raise OutOfSequence
     if rooted.rotation is not None and rooted.rotation != swarm.rotation:
         _check_all_can_return(tx, swarm)
+        _check_etcds(tx)
     tokens = _rotated(swarm, rotations, new_id)
     is_locked = spec.encryption_config.auto_lock_managers
     _keep_unlock_key(tx, is_wanted=is_locked, is_rotated=rotations.unlock_key, new_key=new_key)
@@ -117,16 +119,17 @@ def update_swarm(
 
 
 def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
-    """Raises: FailedPrecondition: a node that is away missed the end of the last rotation.
+    """Raises: FailedPrecondition: a node that is away, or its etcd, missed the end of the last rotation.
 
     It accepts the managers by the certificate that signs the present root with the one before; during another rotation
     theirs is another one.  SwarmKit does not check this, and loses the node.
     """
-    root = swarm.tls_info.trust_root
+    known = ("", swarm.tls_info.trust_root)
     behind = [
         node.description.hostname or node.id
         for node in tx.find(Node)
-        if node.status.state is not NodeState.READY and node.description.tls_info.trust_root not in ("", root)
+        if node.status.state is not NodeState.READY
+        and (node.description.tls_info.trust_root not in known or _has_etcd_behind(node, swarm))
     ]
     if behind:
         raise FailedPrecondition(
@@ -135,9 +138,37 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
         )
 
 
+def etcds_behind(view: View) -> list[Node]:
+    """Managers that are there, and whose etcd trusts the root before the present one until its restart (``ca.peers``).
+
+    During another rotation it would accept no other's certificate, and the cluster would have no leader.
+    """
+    swarm = cluster_of(view)
+    return [
+        node
+        for node in view.find(Node)
+        if node.status.state is NodeState.READY and _has_etcd_behind(node, swarm)
+    ]
+
+
+def _has_etcd_behind(node: Node, swarm: Swarm) -> bool:
+    known = ("", root_digest(swarm.tls_info.trust_root.encode()))
+    return node.manager_status is not None and node.peer_roots not in known
+
+
+def _check_etcds(tx: Transaction) -> None:
+    """Raises: Unavailable."""
+    if behind := etcds_behind(tx):
+        names = ", ".join(sorted(node.description.hostname or node.id for node in behind)[:NAMED_MAX])
+        raise Unavailable(
+            f"managers restart their etcds after the last rotation of the root, try again: {names}"
+        )
+
+
 def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:
-    """Begin a rotation to a new root, as ``docker swarm ca --rotate`` does."""
+    """Begin a rotation to a new root, as ``docker swarm ca --rotate`` does.  Raises: Unavailable (``update_swarm``)."""
     swarm = tx.get(Swarm, cluster_of(tx).id)
+    _check_etcds(tx)
     present = swarm.spec.ca_config
     ca_config = replace(present, force_rotate=present.force_rotate + 1)
     rooted = _with_root(tx, swarm, ca_config, now, new_root, Prepared())

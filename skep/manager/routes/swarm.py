@@ -14,11 +14,18 @@ from skep.manager.cluster import cluster_of
 from skep.manager.control import pools
 from skep.manager.control import swarm as control
 from skep.manager.control.pools import PoolChange
-from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
+from skep.manager.routes.access import ManagerApi, current_view, manager_of, strict_flag, version_parameter
 from skep.manager.routes.shown import shown_swarm
 from skep.model.swarm import JoinTokens, SwarmSpec, UnlockRequest
 from skep.model.times import moment
 from skep.security.locking import shown_unlock_key
+from skep.security.rotation import is_about_roots
+from skep.store.interface import View
+
+ETCDS_WITHIN_S = 40.0
+"""How long a rotation of the root waits for the restarts of etcds after the one before; nine managers take 30 s."""
+
+LOOK_S = 0.2
 
 routes = Routes()
 
@@ -49,6 +56,8 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
     now = moment(manager.clock.now_ns())
     was_locked = control.unlock_key_of(manager.store.view()) is not None
     view = await current_view(request)
+    if is_about_roots(cluster_of(view).spec.ca_config, spec.ca_config):
+        view = await _with_etcds_restarted(manager)
     swarm = cluster_of(view)
     prepared = await manager.external.prepare(swarm, control.roots_of(view, swarm), spec.ca_config)
     await manager.update(
@@ -58,6 +67,14 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
         # What lies on disks in clear until now shall not open what is written from now on.
         await manager.store.rotate_data_key()
     return web.Response()
+
+
+async def _with_etcds_restarted(manager: ManagerApi) -> View:
+    """The view once every etcd trusts the present root; after ``ETCDS_WITHIN_S`` in any case, to be refused."""
+    until = manager.clock.monotonic() + ETCDS_WITHIN_S
+    while control.etcds_behind(view := manager.store.view()) and manager.clock.monotonic() < until:
+        await manager.clock.sleep(LOOK_S)
+    return view
 
 
 def _rotation(request: web.Request, name: str) -> bool:

@@ -168,3 +168,24 @@ def test_a_leader_whose_process_stands_still_is_replaced_within_seconds(three: T
     wait_managers(watcher, *ALL)
     wait_managers(victim, *ALL)
     watcher.client().api.remove_service("meanwhile")
+
+
+def test_after_two_rotations_of_the_root_right_after_each_other_every_etcd_is_a_member(
+    three: TestCluster,
+) -> None:
+    """The second one waits until every etcd trusts the root of the first."""
+    manager = three.node(others(wait_managers(three.node("m1"), *ALL), *ALL)[0])
+
+    def is_rotated() -> bool:
+        return manager.docker("swarm", "ca", "--rotate", "--quiet", check=False).returncode == 0
+
+    def are_restarted() -> bool:
+        return all(three.node(name).pids("etcd") not in ([], before[name]) for name in ALL)
+
+    for number in range(2):
+        before = {name: three.node(name).pids("etcd") for name in ALL}
+        wait_until(is_rotated, f"rotation {number} ends", 90)
+    wait_until(are_restarted, "every etcd has restarted", 60)
+    for name in ALL:
+        wait_until(lambda name=name: can_write(three.node(name), f"after-rotations-{name}"), f"{name} writes")
+    wait_managers(manager, *ALL)
