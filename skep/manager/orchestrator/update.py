@@ -178,6 +178,7 @@ class _Rollout:
         self._now = situation.now
         self._spec_of = situation.spec_of
         self._is_tolerated = situation.is_tolerated
+        self._has_unknown_status = situation.has_unknown_status
         self.state = service.update_status.state if service.update_status else None
         self._is_rollback = self.state in ROLLBACKS
         config, spec = situation.rollout_config, service.spec
@@ -198,8 +199,13 @@ class _Rollout:
             successor = max(active, key=lambda task: task.status.state.number)
             yield from (replace(step, successor=successor.id) for step in _retired(view.outdated))
         if len(view.current) > 1:
-            best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
+            best = max(view.current, key=lambda task: (task.desired_state.number, *self._progress(task)))
             yield from (RetireTask(task) for task in view.current if task is not best)
+
+    def _progress(self, task: Task) -> tuple[bool, bool, int]:
+        """For comparison.  A task whose status cannot be read may run: only one that runs is certain to be further."""
+        is_begun = task.status.state >= TaskState.ASSIGNED and self._has_unknown_status(task)
+        return task.status.state is TaskState.RUNNING, is_begun, task.status.state.number
 
     def count_stopped(self) -> SlicedWork[None]:
         """Count the slots that are out of service because of the update; ``finish`` stops no more than may be."""

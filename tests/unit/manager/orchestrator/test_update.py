@@ -252,6 +252,24 @@ def test_an_update_goes_on_when_the_spec_that_its_old_tasks_were_made_from_can_b
     assert [image_of(task) for task in wanted(world)] == ["app:2"]
 
 
+@pytest.mark.parametrize(("is_running", "kept"), [(False, "old1"), (True, "new1")])
+def test_of_an_old_task_of_which_nothing_can_be_read_and_a_new_one_the_old_one_stays_until_the_new_one_runs(
+    *, is_running: bool, kept: str
+) -> None:
+    update = UpdateConfig(order=UpdateOrder.START_FIRST)
+    service = a_service(a_spec("app:1", replicas=1, update=update))
+    world = World(service, nodes=[a_node("n1")])
+    world.put(a_task("old1", slot=1, node="n1", service=service, state=TaskState.ASSIGNED))
+    made_from = service.spec_version
+    world.update(a_spec("app:2", replicas=1, update=update))
+    new = a_task("new1", slot=1, node="n1", service=world.service, state=TaskState.PREPARING)
+    world.put(replace(new, status=replace(new.status, state=RUNNING)) if is_running else new)
+    world.unknown.add(TaskId("old1"))
+    world.unreadable.add(made_from)
+    world.settle()
+    assert [task.id for task in wanted(world)] == [kept]
+
+
 def test_a_service_that_never_came_to_run_is_updated_to_one_that_does() -> None:
     """Every task of it is rejected again and again; the update does not wait for any of them."""
     world = a_world(replicas=3)
