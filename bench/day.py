@@ -180,7 +180,7 @@ class Day(ClusterSoak):
             victim = self._random.choice(self._there())
             self.customers.during("a daemon is killed", is_promised=True)
             what, kind = self._kill_a_process(victim), "daemon killed"
-            if "conmon" in what or "forwarder" in what:  # what a single container hangs on
+            if "conmon" in what or "wireguard-go" in what:  # what a container or a tunnel hangs on
                 self.customers.during("a monitor is killed", is_promised=False)
         self._settle(what)
         self._over(kind, began)

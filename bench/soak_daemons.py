@@ -8,8 +8,8 @@ import msgspec
 from bench.machine import daemons
 
 DAEMONS = ("skep-node", "skep-manager", "etcd", "skep-net", "conmon")
-VICTIMS = (*DAEMONS, "skep-forwarder")
-"""What is killed; the forwarder runs where an encrypted network is."""
+VICTIMS = (*DAEMONS, "wireguard-go")
+"""What is killed; wireguard-go runs where an encrypted network is and the kernel has no WireGuard."""
 GIVEN_UP = frozenset({"skep-manager", "etcd"})
 """What the node stops restarting after five ends within a minute, as it should."""
 GIVEN_UP_KILLS_MAX = 3
