@@ -70,6 +70,11 @@ class ContainerNetwork:
         subnet = self._gateway.subnet
         return str(subnet[1]) if subnet is not None else ""
 
+    @property
+    def predefined_ids(self) -> Mapping[str, str]:
+        """Ids of ``bridge``, ``host`` and ``none``, by name."""
+        return self._allocation.predefined_ids
+
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Make the node ready, keep the ``live`` sandboxes, free all others.
 

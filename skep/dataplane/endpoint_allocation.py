@@ -1,6 +1,6 @@
 """Where a plain container's networks come from: this node's bridge networks, or the cluster's."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -34,6 +34,11 @@ class EndpointAllocation:
     def __init__(self, local: LocalEndpoints, cluster: ClusterEndpoints) -> None:
         self._local = local
         self._cluster = cluster
+
+    @property
+    def predefined_ids(self) -> Mapping[str, str]:
+        """Ids of the networks that every node has, by name."""
+        return self._local.predefined_ids
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Keep what ``live`` sandboxes hold."""

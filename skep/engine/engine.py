@@ -15,7 +15,7 @@ import random
 import re
 import signal
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
@@ -153,6 +153,11 @@ class Engine:
         await self._restarts.run()
 
     # --- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def network_ids(self) -> Mapping[str, str]:
+        """Of the networks that every node has, by name."""
+        return self._network.predefined_ids
 
     def list(self) -> Sequence[Container]:
         """All containers, running or not, the newest first (docker's order)."""

@@ -1,7 +1,7 @@
 """The network of containers, as the engine uses it: a dependency that the data plane implements."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from skep.engine.container import Container, ContainerState
@@ -17,6 +17,10 @@ class Networking(Protocol):
     @property
     def host_gateway(self) -> str:
         """The node's address for its containers (``host-gateway``); empty: there is none."""
+
+    @property
+    def predefined_ids(self) -> Mapping[str, str]:
+        """Of ``bridge``, ``host`` and ``none``."""
 
     async def restore(self, live: Sequence[tuple[SandboxConfig, Sandbox]]) -> None:
         """Make the node ready, keep the ``live`` sandboxes, free all others.  Raises: SkepError."""

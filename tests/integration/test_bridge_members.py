@@ -49,6 +49,9 @@ def test_a_container_that_left_the_bridge_reaches_no_other_there_also_under_the_
     m1: TestNode,
 ) -> None:
     other = address(m1, "two", "bridge")
+    bridge = m1.docker("network", "inspect", "bridge", "--format", "{{.ID}}").stdout.strip()
+    listed = m1.docker("ps", "--filter", f"network={bridge}", "--format", "{{.Names}}").stdout
+    assert sorted(listed.split()) == ["one", "own", "two"]
     ping = ("ping", "-c", "1", "-W", "1", other)
     assert " 0% packet loss" in inside(m1, "one", *ping)
     m1.docker("network", "connect", "front", "one")

@@ -114,6 +114,7 @@ class MemoryNetwork:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self.predefined_ids: dict[str, str] = {}
 
     async def connect(self, config: SandboxConfig, sandbox: Sandbox, request: EndpointRequest) -> Sandbox:
         return Sandbox(netns="")

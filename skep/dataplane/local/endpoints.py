@@ -54,6 +54,11 @@ class LocalEndpoints:
         self._unwritten: set[str] = set()
         """Networks whose file has names of containers that are gone: it could not be written."""
 
+    @property
+    def predefined_ids(self) -> Mapping[str, str]:
+        """Ids of the networks that every node has, by name."""
+        return {one.name: one.id for one in self._networks.predefined()}
+
     def find(self, word: str) -> LocalNetwork | None:
         """The network of this node with the id, name or prefix of an id ``word``; None: there is none.
 

@@ -5,7 +5,7 @@ Source: moby 20.10, daemon/list.go.
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 
@@ -28,12 +28,16 @@ _REPETITIONS_MAX = 3
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of the request.  ``limit`` 0: no limit.  ``ancestors``: image ids, None: any."""
+    """The options of the request.  ``limit`` 0: no limit.  ``ancestors``: image ids, None: any.
+
+    ``network_ids``: of the networks that every node has, by name.
+    """
 
     filters: Filters
     all: bool = False
     limit: int = 0
     ancestors: frozenset[str] | None = None
+    network_ids: Mapping[str, str] = {}
 
 
 def ancestors(words: Sequence[str], lookup: Callable[[str], Image | None]) -> frozenset[str] | None:
@@ -67,7 +71,10 @@ def select(containers: Sequence[Container], selection: Selection) -> Sequence[Co
             and (selection.ancestors is None or container.image_id in selection.ancestors)
             and _is_task(container, filters["is-task"])
             and _matches_volume(container, filters["volume"])
-            and ("network" not in filters or filters.matches("network", *_networks(container)))
+            and (
+                "network" not in filters
+                or filters.matches("network", *_networks(container, selection.network_ids))
+            )
             and filters.matches("isolation", "default", "")
             and _matches_ports(filters["publish"], _published(container))
             and _matches_ports(filters["expose"], container.config.exposed_ports)
@@ -147,9 +154,11 @@ def _matches_volume(container: Container, wanted: Sequence[str]) -> bool:
     return not wanted or any(value in (mount.name, mount.destination) for value in wanted for mount in mounts)
 
 
-def _networks(container: Container) -> Sequence[str]:
+def _networks(container: Container, network_ids: Mapping[str, str]) -> Sequence[str]:
     endpoints = container.sandbox.endpoints if container.sandbox is not None else ()
-    return [*networks(container), *(one.network_id for one in endpoints)]
+    names = networks(container, network_ids)
+    known = [network_ids[name] for name in names if name in network_ids]
+    return [*names, *known, *(one.network_id for one in endpoints)]
 
 
 def _published(container: Container) -> Sequence[str]:

@@ -92,8 +92,10 @@ _HOST_DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -> dict[str, Any]:
-    """``GET /containers/{id}/json``."""
+def inspected(
+    container: Container, bundles: Bundles, exec_ids: Sequence[str], network_ids: Mapping[str, str]
+) -> dict[str, Any]:
+    """``GET /containers/{id}/json``.  ``network_ids``: of the networks that every node has, by name."""
     config = container.config
     path = bundles.path(container.id)
     return {
@@ -127,7 +129,7 @@ def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -
         },
         "Mounts": _mounts(container),
         "Config": config_of(container),
-        "NetworkSettings": network_settings(container),
+        "NetworkSettings": network_settings(container, network_ids),
     }
 
 
@@ -138,8 +140,10 @@ def _apparmor_profile(config: ContainerConfig) -> str:
     return apparmor.DEFAULT_PROFILE if config.apparmor == "default" else config.apparmor
 
 
-def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, Any]:
-    """One line of ``docker ps``."""
+def summary(
+    container: Container, images: ImageStore, now_ns: int, network_ids: Mapping[str, str]
+) -> dict[str, Any]:
+    """One line of ``docker ps``.  ``network_ids``: of the networks that every node has, by name."""
     return {
         "Id": container.id,
         "Names": [f"/{container.name}"],
@@ -152,7 +156,7 @@ def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, 
         "State": container.state.value,
         "Status": status(container, now_ns),
         "HostConfig": {"NetworkMode": container.network_mode},
-        "NetworkSettings": {"Networks": networks_in_lists(container)},
+        "NetworkSettings": {"Networks": networks_in_lists(container, network_ids)},
         "Mounts": _mounts(container),
     }
 

@@ -119,12 +119,15 @@ async def list_containers(served: Served, request: web.Request) -> web.StreamRes
         all=flag(request, "all"),
         limit=_limit(request),
         ancestors=ancestors(filters["ancestor"], served.engine.images.lookup),
+        network_ids=served.engine.network_ids,
     )
     found = select(served.engine.list(), selection)
     has_size, now_ns, lines = flag(request, "size"), served.clock.now_ns(), []
     for number, container in enumerate(found, 1):
         size = await _sizes(served, container) if has_size else {}
-        lines.append(container_responses.summary(container, served.engine.images, now_ns) | size)
+        lines.append(
+            container_responses.summary(container, served.engine.images, now_ns, selection.network_ids) | size
+        )
         if number % _LINES_AT_ONCE == 0:
             await asyncio.sleep(0)  # lets other requests run
     return json_list_response(lines)
@@ -135,7 +138,9 @@ async def inspect_container(served: Served, request: web.Request) -> web.StreamR
     """``docker inspect``."""
     container = served.engine.get(request.match_info["id"])
     exec_ids = [exec.id for exec in served.engine.execs.of(container.id)]
-    response = container_responses.inspected(container, served.engine.bundles, exec_ids)
+    response = container_responses.inspected(
+        container, served.engine.bundles, exec_ids, served.engine.network_ids
+    )
     if flag(request, "size"):
         response |= await _sizes(served, container)
     return json_response(response)

@@ -88,7 +88,7 @@ async def _container_lines(engine: Engine, clock: Clock) -> list[Any]:
         changed = await asyncio.to_thread(tree_bytes, str(engine.bundles.path(container.id) / "upper"))
         image = engine.images.lookup(container.image_id)
         sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
-        line = container_responses.summary(container, engine.images, clock.now_ns())
+        line = container_responses.summary(container, engine.images, clock.now_ns(), engine.network_ids)
         lines.append(line | {name: size for name, size in sizes.items() if size})
     return lines
 

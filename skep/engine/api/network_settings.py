@@ -1,11 +1,12 @@
 """The networks of a container as the Engine API shows them: ``NetworkSettings``."""
 
 import hashlib
+from collections.abc import Mapping
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Any, TypeAlias
 
 from skep.engine.container import Container, PlainOptions
-from skep.model.sandbox import Endpoint, NetworkMode, Sandbox
+from skep.model.sandbox import Endpoint, NetworkMode
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
 
@@ -26,8 +27,11 @@ _NO_NETWORK: dict[str, Any] = {
 }
 
 
-def network_settings(container: Container) -> dict[str, Any]:
-    """Where it is reached; empty once it has ended, as in the engine."""
+def network_settings(container: Container, ids: Mapping[str, str]) -> dict[str, Any]:
+    """Where it is reached; empty once it has ended, as in the engine.
+
+    ``ids``: of the networks that every node has, by name.
+    """
     sandbox = container.sandbox if container.is_running else None
     settings: dict[str, Any] = {
         "Bridge": "",
@@ -47,7 +51,7 @@ def network_settings(container: Container) -> dict[str, Any]:
         "IPPrefixLen": 0,
         "IPv6Gateway": "",
         "MacAddress": "",
-        "Networks": networks(container),
+        "Networks": networks(container, ids),
     }
     if sandbox is None:
         return settings
@@ -74,23 +78,23 @@ def _is_on_bridge(container: Container) -> bool:
     return container.plain is not None and container.mode is NetworkMode.BRIDGE
 
 
-def networks(container: Container) -> dict[str, Any]:
+def networks(container: Container, ids: Mapping[str, str]) -> dict[str, Any]:
     """The container's networks by name; a task's way out shows only where it is all it has.
 
     Source: the responses of an engine of version 20.10 for a task on several overlays.
     """
     if container.plain is not None:
-        return _of_plain(container, container.plain)
+        return _of_plain(container, container.plain, ids)
     sandbox = container.sandbox
     if sandbox is None:
         return {}
     if sandbox.endpoints:
         return {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
     name = container.mode.value if container.mode is NetworkMode.HOST else sandbox.network or "bridge"
-    return {name: _on_gateway(sandbox) if container.is_running else _NO_NETWORK}
+    return {name: _predefined(container, ids.get(name, ""))}
 
 
-def _of_plain(container: Container, plain: PlainOptions) -> dict[str, Any]:
+def _of_plain(container: Container, plain: PlainOptions, ids: Mapping[str, str]) -> dict[str, Any]:
     sandbox = container.sandbox if container.is_running else None
     if sandbox is None:
         others = {
@@ -102,11 +106,18 @@ def _of_plain(container: Container, plain: PlainOptions) -> dict[str, Any]:
         others = {endpoint.network_name: _overlay(container, endpoint) for endpoint in sandbox.endpoints}
     if plain.mode in (NetworkMode.NETWORKS, NetworkMode.CONTAINER):
         return others
-    return {plain.mode.value: _on_gateway(sandbox) if sandbox is not None else _NO_NETWORK, **others}
+    name = plain.mode.value
+    return {name: _predefined(container, ids.get(name, "")), **others}
 
 
-def _on_gateway(sandbox: Sandbox) -> dict[str, Any]:
-    return _NO_NETWORK | {
+def _predefined(container: Container, network_id: str) -> dict[str, Any]:
+    """Of a network that every node has; its id from the container's first start on, as in Docker."""
+    sandbox = container.sandbox if container.is_running else None
+    shown = _NO_NETWORK | {"NetworkID": network_id if container.was_started else ""}
+    if sandbox is None:
+        return shown
+    return shown | {
+        "EndpointID": _endpoint_id(container, network_id, sandbox.port),
         "Gateway": sandbox.gateway,
         "IPAddress": sandbox.address,
         "IPPrefixLen": sandbox.prefix_length,
@@ -114,12 +125,12 @@ def _on_gateway(sandbox: Sandbox) -> dict[str, Any]:
     }
 
 
-def networks_in_lists(container: Container) -> dict[str, Any]:
+def networks_in_lists(container: Container, ids: Mapping[str, str]) -> dict[str, Any]:
     """The same without aliases and links, which lists of containers leave out.
 
     Source: moby, container/view.go.
     """
-    return {name: one | {"Aliases": None, "Links": None} for name, one in networks(container).items()}
+    return {name: one | {"Aliases": None, "Links": None} for name, one in networks(container, ids).items()}
 
 
 def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def _overlay(container: Container, endpoint: Endpoint) -> dict[str, Any]:
     if not container.is_running:
         return response
     return response | {
-        "EndpointID": _endpoint_id(container, endpoint),
+        "EndpointID": _endpoint_id(container, endpoint.network_id, endpoint.port),
         "Gateway": endpoint.config.head.gateway,
         "IPv6Gateway": endpoint.config.head.gateway6,
         "IPAddress": str(v4.ip) if v4 is not None else "",
@@ -173,7 +184,7 @@ def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
     return [id, hostname] if hostname not in ("", id) else [id]
 
 
-def _endpoint_id(container: Container, endpoint: Endpoint) -> str:
+def _endpoint_id(container: Container, network_id: str, port: str) -> str:
     """An id like Docker's, another one for each start: the port is."""
-    text = f"{container.id} {endpoint.network_id} {endpoint.port}"
+    text = f"{container.id} {network_id} {port}"
     return hashlib.sha256(text.encode()).hexdigest()

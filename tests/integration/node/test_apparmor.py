@@ -83,7 +83,7 @@ def loaded() -> dict[str, str]:
 async def shown(run: Runner, executor: OciExecutor, **config: str) -> str:
     """What ``docker inspect`` says of a container."""
     container = await run.create("true", **config)
-    response = inspected(container, executor.engine.bundles, ())
+    response = inspected(container, executor.engine.bundles, (), {})
     await executor.engine.remove(container.id)
     return str(response["AppArmorProfile"])
 

@@ -1,12 +1,14 @@
 """``NetworkSettings`` of a container on overlay networks, as an engine shows them."""
 
 import msgspec
+import pytest
 
 from skep.engine.api.network_settings import network_settings, networks_in_lists
-from skep.engine.container import Container, ContainerConfig, ContainerState
+from skep.engine.container import Container, ContainerConfig, ContainerState, PlainOptions
 from skep.model.ids import ContainerId, NetworkId
-from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox
+from skep.model.sandbox import Endpoint, EndpointConfig, NetworkMode, Sandbox
 from skep.model.tables import NetworkHead
+from skep.model.times import Timestamp
 
 
 def connected(name: str, *addresses: str, is_ingress: bool = False) -> Endpoint:
@@ -28,6 +30,7 @@ ENDPOINT = Sandbox(
         connected("inner", "10.5.2.3/24"),
     ),
 )
+IDS = {"bridge": "id-bridge", "host": "id-host", "none": "id-none"}
 RUNNING = Container(
     id=ContainerId("adff84fa287f" + "0" * 52),
     name="s1.1.x",
@@ -40,7 +43,7 @@ RUNNING = Container(
 
 
 def test_every_network_is_shown_as_an_engine_shows_it() -> None:
-    settings = network_settings(RUNNING)
+    settings = network_settings(RUNNING, IDS)
     assert list(settings["Networks"]) == ["ingress", "web", "inner"]
     inner = settings["Networks"]["inner"]
     assert len(inner.pop("EndpointID")) == 64
@@ -65,13 +68,13 @@ def test_every_network_is_shown_as_an_engine_shows_it() -> None:
 
 
 def test_lists_show_the_same_without_aliases() -> None:
-    inner = network_settings(RUNNING)["Networks"]["inner"]
-    assert networks_in_lists(RUNNING)["inner"] == inner | {"Aliases": None}
+    inner = network_settings(RUNNING, IDS)["Networks"]["inner"]
+    assert networks_in_lists(RUNNING, IDS)["inner"] == inner | {"Aliases": None}
 
 
 def test_what_has_ended_keeps_its_networks_and_has_no_address() -> None:
     ended = msgspec.structs.replace(RUNNING, state=ContainerState.EXITED)
-    web = network_settings(ended)["Networks"]["web"]
+    web = network_settings(ended, IDS)["Networks"]["web"]
     assert (web["NetworkID"], web["IPAddress"], web["EndpointID"]) == ("id-web", "", "")
 
 
@@ -79,3 +82,16 @@ def test_its_name_means_its_addresses_on_all_networks_but_ingress() -> None:
     assert ENDPOINT.own_addresses == ["10.5.1.3", "fd05::3", "10.5.2.3"]
     only = msgspec.structs.replace(ENDPOINT, endpoints=ENDPOINT.endpoints[:1])
     assert only.own_addresses == ["172.18.0.3"]
+
+
+@pytest.mark.parametrize("mode", [NetworkMode.BRIDGE, NetworkMode.HOST, NetworkMode.NONE])
+def test_a_network_that_every_node_has_is_named_by_its_id_from_the_first_start_on(mode: NetworkMode) -> None:
+    sandbox = msgspec.structs.replace(ENDPOINT, endpoints=())
+    new = msgspec.structs.replace(RUNNING, plain=PlainOptions(mode=mode), sandbox=sandbox)
+    started = msgspec.structs.replace(new, started_at=Timestamp("2026-01-02T03:04:05Z"))
+    ended = msgspec.structs.replace(started, state=ContainerState.EXITED)
+    shown = [network_settings(one, IDS)["Networks"][mode.value] for one in (new, started, ended)]
+    assert [one["NetworkID"] for one in shown] == ["", f"id-{mode.value}", f"id-{mode.value}"]
+    assert [len(one["EndpointID"]) for one in shown] == [64, 64, 0]
+    listed = networks_in_lists(started, IDS)[mode.value]
+    assert listed["NetworkID"] == f"id-{mode.value}"
