@@ -1,7 +1,7 @@
 """Rules on containers: evaluated when a machine starts or stops one."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import inf
 
 import msgspec
@@ -51,12 +51,15 @@ class Containers:
         self,
         working_since: Callable[[NodeId], float] = lambda _: inf,
         alone_since: Callable[[NodeId], float] = lambda _: inf,
+        unreadable: Callable[[], Collection[NodeId]] = tuple,
     ) -> None:
         """
         Args:
             working_since: start of a node's current uptime (process and machine); infinity: it is down.
             alone_since: the time from which a node has reached no manager; infinity: it reaches one.
+            unreadable: nodes of which a manager's disk has damaged values.
         """
+        self._unreadable = unreadable
         self._working_since = working_since
         self._alone_since = alone_since
         self.live: dict[TaskId, NodeId] = {}
@@ -70,7 +73,7 @@ class Containers:
         self._down_at: dict[NodeId, float] = {}
         """When a node was last not ready."""
         self._active_at: dict[NodeId, float] = {}
-        """When a node last became active."""
+        """When a node last became active, or was paused for a leader that cannot read it."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         """Record a commit; none is a violation by itself."""
@@ -84,6 +87,8 @@ class Containers:
                     slot.append(task.id)
                 case Updated(Task() as old, Task() as new):
                     self._note(self._records[new.id], old, new, change.time_s)
+                    if old.is_wanted and not new.is_wanted and new.node_id in self._unreadable():
+                        self._active_at[new.node_id] = change.time_s
                 case Created(Node() as node) | Deleted(Node() as node):
                     self._down_at[node.id] = change.time_s
                 case Updated(Node() as before, Node() as after):

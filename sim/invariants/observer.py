@@ -60,7 +60,7 @@ class Observer:
             isolation: of nodes from all managers.
             unreadable: nodes of which a manager's disk has damaged values.
         """
-        self.containers = Containers(uptime.since, isolation.since)
+        self.containers = Containers(uptime.since, isolation.since, unreadable)
         self.restarts = RestartPolicies()
         self.due_times = DueTimesAreDecidedOnce()
         self.dependencies = DependenciesComeFirst()

@@ -295,11 +295,12 @@ def test_the_successor_of_a_task_that_failed_on_a_drained_node_has_no_delay(is_d
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["filled again", "replaced"])
-@pytest.mark.parametrize("goes_down", [True, False], ids=["was down", "stays"])
+@pytest.mark.parametrize("cause", ["was down", "unreadable", ""])
 def test_the_successor_on_a_node_that_was_down_since_a_task_of_a_global_service_failed_has_no_delay(
-    goes_down: bool, is_replaced: bool
+    cause: str, is_replaced: bool
 ) -> None:
-    rule = Containers()
+    """Nor does it where the leader could not read the node, and took it for paused."""
+    rule = Containers(unreadable=lambda: [W1] if cause == "unreadable" else [])
     history = History(rule)
     running = a_task("t1", node="w1", slot=0, state=TaskState.RUNNING, delay_s=5)
     failed = msgspec.structs.replace(running, status=TaskStatus(state=TaskState.FAILED))
@@ -307,15 +308,16 @@ def test_the_successor_on_a_node_that_was_down_since_a_task_of_a_global_service_
     successor = a_task("t2", node="w1", slot=0, state=TaskState.STARTING, delay_s=5)
     history.put(a_node(W1), a_service(), running)
     history.put(failed)
-    if goes_down:
-        history.after(1).put(a_node(W1, state=NodeState.DOWN))
+    history.after(1)
+    if cause == "was down":
+        history.put(a_node(W1, state=NodeState.DOWN))
     if not is_replaced:
         history.put(retired)
-    if goes_down:
+    if cause == "was down":
         history.after(0.1).put(a_node(W1))
     history.after(0.1).put(*([retired, successor] if is_replaced else [successor]))
     history.note(rule.started(W1, successor, history.now, history.state))
-    assert len(history.violations) == (0 if goes_down and not is_replaced else 1)
+    assert len(history.violations) == (0 if cause and not is_replaced else 1)
 
 
 def test_the_place_of_a_run_is_what_was_committed_though_its_node_counts_otherwise() -> None:
