@@ -18,7 +18,7 @@ from skep.dataplane.addresses import Addresses
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import LocalNetwork, find, head_of, is_chosen, is_local
 from skep.dataplane.name_registration import NameRegistration
-from skep.errors import InvalidArgument, SkepError, Unimplemented
+from skep.errors import InvalidArgument, SkepError, Unavailable, Unimplemented
 from skep.linux.files import replace_file
 from skep.model.addresses import Address, parsed
 from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId
@@ -56,8 +56,11 @@ class LocalEndpoints:
 
     @property
     def predefined_ids(self) -> Mapping[str, str]:
-        """Ids of the networks that every node has, by name."""
-        return {one.name: one.id for one in self._networks.predefined()}
+        """Ids of the networks that every node has, by name; none while the node's networks cannot be read."""
+        try:
+            return {one.name: one.id for one in self._networks.predefined()}
+        except Unavailable:
+            return {}
 
     def find(self, word: str) -> LocalNetwork | None:
         """The network of this node with the id, name or prefix of an id ``word``; None: there is none.

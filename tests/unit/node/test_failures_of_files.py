@@ -23,6 +23,7 @@ from skep.agent.revisions import SeenRevision
 from skep.api.networks import NetworkBody
 from skep.bootstrap import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
 from skep.configuration.configuration import UnixHost
+from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
@@ -257,6 +258,10 @@ async def test_tables_of_networks(tmp_path: Path) -> None:
 
 async def networks_are_used(directory: Path, faults: Faults) -> None:
     networks = LocalNetworks(directory / "local", None, clock=QuickClock(), new_id=new_container_id)
+    ids = LocalEndpoints(
+        networks, directory / "tables", None
+    ).predefined_ids  # every list of containers asks for them
+    assert set(ids) in (set(), {"bridge", "host", "none"})
     for attempt in range(2):
         try:
             networks.add_configuration(NetworkBody(name=f"new{attempt}"))
