@@ -16,6 +16,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from docker.types import ContainerSpec, RestartPolicy, TaskTemplate
 
 from tests.support.playground_rig import (
     IDLE,
@@ -191,6 +192,21 @@ def test_the_output_of_a_task_is_attached_to(cluster: TestCluster, manager: Test
         client.wait()
         reading.join()
         client.stdout.close()
+
+
+def test_input_reaches_a_task_of_another_node_that_is_attached_to(manager: TestNode) -> None:
+    container = ContainerSpec(IMAGE, ["sh", "-c", "read line; echo got $line"], open_stdin=True)
+    policy = RestartPolicy(condition="none")
+    template = TaskTemplate(container, placement=["node.hostname==w1"], restart_policy=policy)
+    api = manager.client().api
+    service = api.create_service(template, name="reader")
+    try:
+        wait_running(manager, "reader", 1)
+        command = [SKEP, "-H", manager.socket, "attach", "reader"]
+        ran = subprocess.run(command, input=b"hello\n", capture_output=True, timeout=60, check=False)
+        assert (ran.returncode, ran.stdout) == (0, b"got hello\n"), ran.stderr
+    finally:
+        api.remove_service(service["ID"])
 
 
 def test_a_port_of_a_task_is_forwarded_wherever_it_listens(manager: TestNode) -> None:

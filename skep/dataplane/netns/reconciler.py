@@ -154,8 +154,9 @@ class NetnsReconciler:
                 await self._apply_tables()
             assumed = self._assumed
             if assumed is None or not wanted.sysctls.keys() <= assumed.sysctls.keys():
-                assumed = await self._read(wanted)
+                assumed = self._without_departing(await self._read(wanted))
             self._assumed = None
+            wanted = self._goal  # without the links that departed meanwhile
             await self._carry_out(difference(wanted, assumed, is_exclusive=self.is_exclusive))
             if self.scope.is_container:
                 await self._apply_tables()
@@ -193,10 +194,10 @@ class NetnsReconciler:
         """Make the link ``name`` anew, whatever has its name now.  Raises: KernelRefused; OSError."""
         async with self._changing:
             self._assumed = None
-            goal = self._goal or State()
             await apply_operations(self._namespaces, self.path, [DeleteLink(name)])
-            await self._carry_out(difference(goal, await self._read(goal), is_exclusive=self.is_exclusive))
-            self._assumed = goal
+            found = self._without_departing(await self._read(self._goal or State()))
+            await self._carry_out(difference(self._goal or State(), found, is_exclusive=self.is_exclusive))
+            self._assumed = self._goal
 
     async def remove(self, name: str) -> None:
         """Remove the link ``name``; if it is wanted, the next ``apply`` makes it again.  Raises: KernelRefused."""

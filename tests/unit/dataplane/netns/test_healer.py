@@ -1,16 +1,20 @@
 """When namespaces are compared, and what that may cost."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from skep.dataplane.netns import nft
 from skep.dataplane.netns.deferred import DeferredChanges
-from skep.dataplane.netns.diff import AddLink, Put, SetSysctl
+from skep.dataplane.netns.diff import AddLink, DeleteLink, Put, SetSysctl
 from skep.dataplane.netns.healer import SHARE, Healer
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft_table import NftTable, changes, fits, whole
-from skep.dataplane.netns.reconciler import CONTAINER, NetnsReconciler
+from skep.dataplane.netns.read import ReadState
+from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repairs import Repairs, kind_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State
 from skep.errors import Unavailable
@@ -281,3 +285,44 @@ def test_a_link_that_is_going_is_not_wanted_by_the_next_change_of_another_part()
     reconciler.expect_removal("vs1")
     reconciler.set_part("strangers", State())
     assert reconciler.wanted.links == {"vs2": staying}
+
+
+class Departing:
+    """In the place of ``Namespaces``: while it works, a container ends whose link is ``vs1``."""
+
+    def __init__(self, holds: State) -> None:
+        self.reconciler: NetnsReconciler | None = None
+        self._holds = holds
+
+    async def run(self, _path: Path, work: object, *_arguments: object) -> object:
+        assert self.reconciler is not None
+        self.reconciler.expect_removal("vs1")
+        if work is nft.run:
+            return ""
+        return ReadState(self._holds, dict.fromkeys(self._holds.links, 1))
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "read"])
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "still there"])
+async def test_a_link_that_departs_during_a_change_is_neither_made_nor_deleted(
+    monkeypatch: pytest.MonkeyPatch, *, is_known: bool, is_gone: bool
+) -> None:
+    done: list[object] = []
+
+    async def note(_namespaces: object, _path: Path, operations: Sequence[object]) -> None:
+        done.extend(operations)
+
+    monkeypatch.setattr("skep.dataplane.netns.reconciler.apply_operations", note)
+    old = {name: Link(name=name, kind="veth") for name in ("vs1", "vs2")}
+    held = State(links={"vs2": old["vs2"]} if is_gone else old)
+    namespaces: Any = Departing(held)
+    reconciler = NetnsReconciler("net", Path("/none"), namespaces, Repairs(), EXCLUSIVE)
+    namespaces.reconciler = reconciler
+    reconciler.set_part("network", State(links=old))
+    reconciler.adopt()
+    if is_known:
+        reconciler.assume(State(links=old))
+    new = Link(name="vs3", kind="veth")
+    reconciler.set_part("network", State(links={**old, "vs3": new}), TABLE)
+    await reconciler.apply()
+    assert [one for one in done if isinstance(one, AddLink | DeleteLink)] == [AddLink(new)]
