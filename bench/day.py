@@ -236,8 +236,15 @@ class Day(ClusterSoak):
         )
 
     def _replace_a_worker(self) -> None:
-        """A worker is drained, leaves and is removed; the machine joins as a new node."""
-        node = self._random.choice([one for one in self._there() if one.role == "worker"])
+        """A worker is drained, leaves and is removed; the machine joins as a new node.
+
+        A drain stops tasks before others are started, as Docker's does, so that a service that has all its tasks on one
+        node is away meanwhile; ``skep upgrade`` refuses such a node.
+        """
+        workers, homes = [one for one in self._there() if one.role == "worker"], self._only_homes()
+        if not (others := [one for one in workers if one.name not in homes]):
+            self.customers.during("node replaced that has a whole service", is_promised=False)
+        node = self._random.choice(others or workers)
         self._at_a_manager("node", "drain", node.name)
         del self._nodes[node.name]  # it is asked for nothing any more
         time.sleep(QUIET_S)
@@ -256,6 +263,15 @@ class Day(ClusterSoak):
         self._new.add(node.name)
         self._nodes[node.name] = node
         self._nodes_ready()
+
+    def _only_homes(self) -> set[str]:
+        """Nodes that have every task of a service."""
+        manager = self._a_manager()
+        names = {node["ID"]: node["Description"]["Hostname"] for node in manager.get("/nodes")}
+        homes: dict[str, set[str]] = {}
+        for task in manager.get("/tasks", filters={"desired-state": ["running"]}):
+            homes.setdefault(task["ServiceID"], set()).add(names.get(task.get("NodeID", ""), ""))
+        return {next(iter(nodes)) for nodes in homes.values() if len(nodes) == 1}
 
     def _upgrade(self) -> None:
         self._at_a_manager(*self._upgrade_words, within_s=UPGRADE_S)
