@@ -95,6 +95,13 @@ class AddressAllocations:
         """How full an allocated network is.  Cheap: called for every task."""
         return usage_of(network, len(self._taken.get((network.id, 4), ())))
 
+    def leave_room(self, network: Network) -> None:
+        """Go on in the last quarter of the network: addresses in use that are not known are mostly before it."""
+        for pool in _pools(network):
+            key = network.id, pool.version
+            beginning = pool.last - (pool.last - pool.first) // 4
+            self._last[key] = max(self._last.get(key, 0), max(self._taken.get(key, ()), default=0), beginning)
+
     def allocate(self, owner: str, network: Network, requested: str = "") -> str:
         """Allocate an IPv4 address of an allocated network, as ``ip/length``.  ``requested``: this one (``--ip``).
 

@@ -369,7 +369,8 @@ class Allocator:
     def _check_known(self, owner: str, key: str, network: Network) -> None:
         """Raises: Unread: the ``key`` of ``owner`` is queued again when the other owner changes."""
         try:
-            check_known(self._term.view(), owner, network)
+            if check_known(self._term.view(), owner, network):
+                self._allocations.addresses.leave_room(network)
         except Unread as error:
             self._unread.setdefault(error.owner, set()).add(key)
             raise

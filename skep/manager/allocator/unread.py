@@ -31,17 +31,21 @@ class Unread(NoAddress):
         self.owner = owner
 
 
-def check_known(view: View, owner: str, network: Network) -> None:
+def check_known(view: View, owner: str, network: Network) -> bool:
     """Refuse ``owner`` an address of a network on which another owner may have any.  Raises: Unread.
 
-    Services and nodes get others in place of addresses that cannot be read: these do not wait for each other.
+    Services and nodes get others in place of addresses that cannot be read.  These do not wait for each other: gives
+    whether there are several, of which each may get one that another has (``AddressAllocations.leave_room``).
     """
     unread = dict(unread_addresses(view))
+    are_several = False
     for other, networks in unread.items():
-        if other == owner or (owner in unread and "/" in other):
+        if other == owner or not (networks is None or network.id in networks):
             continue
-        if networks is None or network.id in networks:
+        if owner not in unread or "/" not in other:
             raise Unread(other, network)
+        are_several = True
+    return are_several
 
 
 def unread_addresses(view: View) -> Iterator[tuple[str, frozenset[NetworkId] | None]]:

@@ -175,6 +175,23 @@ async def test_unread_addresses_of_services_and_nodes_are_replaced_before_others
         assert store.view().damaged(Service) == {}
 
 
+async def test_of_several_unread_addresses_none_is_given_to_another_owner() -> None:
+    rig = await a_rig()
+    held = {"web": "10.0.1.4/24", "db": "10.0.1.5/24"}
+    await put(rig.store, Service(id="db", spec=a_spec("db", NET)))
+    for id, address in held.items():
+        virtual = (EndpointVirtualIP(network_id=NET.id, addr=address),)
+        service = rig.store.view().get(Service, id)
+        await put(rig.store, replace(service, endpoint=Endpoint(virtual_ips=virtual)))
+        await rig.damage(f"o/service/{id}.endpoint")
+    store = await rig.loaded()
+    async with allocating(store):
+        await wait_for(store, lambda: all(one.endpoint.virtual_ips for one in store.view().find(Service)))
+    given = [one.endpoint.virtual_ips[0].addr for one in store.view().find(Service)]
+    assert not set(given) & set(held.values())
+    assert len(set(given)) == 2
+
+
 @pytest.mark.parametrize("is_status_read", [True, False])
 async def test_a_task_without_a_spec_is_not_released_and_does_not_go_back(is_status_read: bool) -> None:
     rig = MemoryDamage()
