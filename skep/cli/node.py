@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -54,7 +55,8 @@ def node() -> None:
 def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
     """Give a node no more tasks, and wait until those it has are gone: then it may be switched off.
 
-    docker node update --availability active NODE takes it back.
+    A service that has all its tasks there is away until they run elsewhere, and is named; docker service update --force
+    SERVICE spreads it before.  docker node update --availability active NODE takes the node back.
 
     \b
     Examples:
@@ -67,10 +69,24 @@ def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
 
 async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
     async with host.client() as client:
+        for service in await _only_on(client, name):
+            say(f"{service} has all its tasks there, and is away until they run elsewhere")
         if wait_s is None:
             await _set_draining(client, name)
         else:
             await drained(client, name, wait_s)
+
+
+async def _only_on(client: Client, name: str) -> Sequence[str]:
+    """The replicated services of which every task that is wanted is on the node."""
+    node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
+    services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
+    tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=_RESPONSE_TIMEOUT_S)
+    homes: dict[str, set[str]] = {}
+    for task in tasks:
+        homes.setdefault(task.get("ServiceID", ""), set()).add(task.get("NodeID", ""))
+    replicated = [one for one in services if "Replicated" in one["Spec"]["Mode"]]
+    return sorted(str(one["Spec"]["Name"]) for one in replicated if homes.get(one["ID"]) == {node["ID"]})
 
 
 async def _set_draining(client: Client, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What ``skep node evict`` prints while the managers work."""
+"""What ``skep node evict`` prints while the managers work, and ``drain`` before."""
 
 from typing import Any
 
@@ -6,7 +6,11 @@ import pytest
 from click.testing import CliRunner
 
 from skep.cli.main import main
-from skep.cli.node import _Progress
+from skep.cli.node import _drain, _Progress
+from skep.manager.routes import ManagerApi
+from skep.model.node import Availability, Node
+from skep.model.task import TaskState
+from tests.support.builders import a_node, a_service, a_task
 
 
 def a_state(*done: bool, waits_for: str = "", complete: bool = False) -> dict[str, Any]:
@@ -35,3 +39,23 @@ def test_nothing_happens_without_consent() -> None:
     done = CliRunner().invoke(main, ["--host", "unix:///nowhere", "node", "evict", "m3"], input="n\n")
     assert done.exit_code == 1
     assert "Remove m3" in done.output
+
+
+async def test_a_drain_names_the_services_that_have_no_task_elsewhere(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    alone, spread, agent = a_service("alone"), a_service("spread"), a_service("agent", is_global=True)
+    tasks = [
+        a_task(node="w1", service=alone, slot=1),
+        a_task(node="w1", service=alone, slot=2),
+        a_task(node="w2", service=alone, slot=1, state=TaskState.FAILED, desired=TaskState.SHUTDOWN),
+        a_task(node="w1", service=spread, slot=1),
+        a_task(node="w2", service=spread, slot=2),
+        a_task(node="w1", service=agent, slot=0),
+    ]
+    objects = [a_node("w1"), a_node("w2"), alone, spread, agent, *tasks]
+    await manager.store.update(lambda tx: [tx.put(one) for one in objects])
+    await _drain(host, "w1", None)
+    assert capsys.readouterr().err == "alone has all its tasks there, and is away until they run elsewhere\n"
+    assert manager.store.view().get(Node, "w1").spec.availability is Availability.DRAIN
