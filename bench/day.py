@@ -27,7 +27,7 @@ import msgspec
 from bench import soak_networks
 from bench.cluster_lab import engine
 from bench.day_stacks import COMMAND_S, Asked, Customers, Stacks, skep
-from bench.engine import Engine
+from bench.engine import Engine, EngineError
 from bench.run import RESULTS, commit
 from bench.soak_cluster import ClusterSoak
 from bench.soak_users import Log
@@ -217,6 +217,27 @@ class Day(ClusterSoak):
             time.sleep(0.1)  # what is asked ends
             return super()._difference()
 
+    def log_situation(self) -> None:
+        """Where the tasks are and what their services do, for who looks for the cause; as far as a manager answers."""
+        try:
+            manager = self._a_manager()
+            names = {node["ID"]: node["Description"]["Hostname"] for node in manager.get("/nodes")}
+            for node in manager.get("/nodes"):
+                state = node["Status"]["State"], node["Spec"]["Availability"]
+                version = node["Description"]["Engine"]["EngineVersion"]
+                self._log(f"{names[node['ID']]}: {', '.join((*state, version))}")
+            for service in manager.get("/services"):
+                tasks = manager.get("/tasks", filters={"service": [service["ID"]]})
+                where = [
+                    f"{task.get('Slot')} {names.get(task.get('NodeID', ''))} {task['Status']['State']} "
+                    f"{task['DesiredState']} {task['Status'].get('Err', '')}"
+                    for task in sorted(tasks, key=lambda one: (one.get("Slot", 0), one["CreatedAt"]))
+                ]
+                update = (service.get("UpdateStatus") or {}).get("State", "")
+                self._log(f"{service['Spec']['Name']} {update}: {'; '.join(where)}")
+        except (OSError, EngineError, LookupError) as error:
+            self._log(f"nothing more is known: {error}")
+
     # -- operators -------------------------------------------------------------------------------------------------
 
     def _rotate_certificates(self) -> None:
@@ -319,6 +340,8 @@ def day(directory: Path, minutes: float, rng: random.Random, log: Log, report: R
         report.outcome = "Nothing acknowledged was lost, no promised request failed, memory stayed flat."
     except BaseException as error:
         report.outcome = f"It ended early: {error}"
+        if run is not None:
+            run.log_situation()
         for found in nodes.glob("*/skep.log"):
             shutil.copy(found, log.path.with_suffix(f".{found.parent.name}.skep.log"))
         raise
