@@ -29,7 +29,15 @@ from skep.model.service import PortConfig, Service
 from skep.model.task import AssignedTask, Task, TaskState
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAssignment, VolumeInfo
 from skep.store.interface import View
-from skep.store.kinds import Payload, has_unreadable_status, registry_auth_id
+from skep.store.kinds import (
+    Payload,
+    SpecVersion,
+    has_unknown_spec,
+    has_unreadable_spec,
+    has_unreadable_status,
+    present_spec,
+    registry_auth_id,
+)
 from skep.store.schema import UNREAD_STATUS
 
 VolumesOf: TypeAlias = Callable[[NodeId], Iterable[VolumeId]]
@@ -54,11 +62,15 @@ def everything(
     """All assignments of a node, as the first message of a stream.
 
     If tasks in the store cannot be read, their nodes are not known: then nothing is removed from the node.  Nor if a
-    task is not sent because its status cannot be read: the node may have it.
+    task is not sent because its status or its spec cannot be read: the node may have it.
     """
-    placed = view.find(Task, node_id=node_id)
+    placed = [_with_spec(view, task, None) for task in view.find(Task, node_id=node_id)]
     tasks = {task.id: task for task in placed if _is_due(view, task)}
-    is_known = not any(has_unreadable_status(view, task) for task in placed if task.id not in tasks)
+    is_known = not any(
+        has_unreadable_status(view, task) or _lacks_spec(view, task)
+        for task in placed
+        if task.id not in tasks
+    )
     volumes, leaving = _volumes_on(view, node_id, volumes_of)
     sent = SentState(
         tasks=tasks,
@@ -87,7 +99,8 @@ def difference(
         referring = referring or _refers(before)
         if task is None or task.node_id != node_id:
             continue
-        if not _is_due(view, task) and (before is None or not _may_wait(view, task)):
+        task = _with_spec(view, task, before)
+        if not _is_due(view, task) and (before is None or not _is_held_back(view, task)):
             continue
         tasks[id] = task
         referring = referring or _refers(task)
@@ -154,13 +167,35 @@ def _may_wait(view: View, task: Task) -> bool:
     return task.status.state is TaskState.ASSIGNED and not task.slot and has_unreadable_status(view, task)
 
 
+def _with_spec(view: View, task: Task, before: Task | None) -> Task:
+    """``task``; where the spec that it was made from cannot be read, with the same spec from its service, or from
+    ``before``, which the node was sent."""
+    if not view.unreadable(SpecVersion) or not has_unreadable_spec(view, task):
+        return task
+    if (present := present_spec(view.lookup(Service, task.service_id), task)) is not None:
+        return replace(task, spec=present.task_template)
+    return replace(task, spec=before.spec) if before is not None else task
+
+
+def _lacks_spec(view: View, task: Task) -> bool:
+    """Whether the task is to run and what it is to run is not known: the spec that it shows is empty."""
+    if not view.unreadable(SpecVersion) or not task.is_wanted:
+        return False
+    return has_unknown_spec(view, task)
+
+
+def _is_held_back(view: View, task: Task) -> bool:
+    """Whether the task may be assigned and is not sent, as something of it cannot be read."""
+    return _may_wait(view, task) or _lacks_spec(view, task)
+
+
 def _is_due(view: View, task: Task) -> bool:
     """Whether the task is to be sent to the node now.
 
     A docker node must have an address of its own on a network before the first task on it arrives, else the task
     fails there ("failed to find a load balancer IP"); the allocator writes that a moment after the assignment.
     """
-    if _may_wait(view, task):
+    if _is_held_back(view, task):
         return False
     if not _is_sent(task) or task.status.state > TaskState.ASSIGNED or not task.networks_attachments:
         return _is_sent(task)

@@ -1,6 +1,7 @@
 """The assignments that a node gets, and when."""
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,11 +11,12 @@ from skep.model.container import ConfigReference, ContainerSpec, FileTarget, Sec
 from skep.model.ids import ConfigId, NodeId, SecretId
 from skep.model.labels import drain_s
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
-from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, TaskSpec
+from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryCluster, MemoryStore
+from skep.store.proposal import Proposal
 from tests.support.builders import a_service, a_service_spec, a_task
 from tests.support.damage_rigs import damage
 
@@ -220,6 +222,42 @@ async def test_a_task_that_may_wait_is_sent_once_its_status_can_be_read_and_stay
     change, sent = difference(store.view(), N1, sent, [may_wait.id])
     assert change is not None
     assert [assigned.task.id for assigned in change.tasks] == ["may-wait"]
+
+
+@pytest.mark.parametrize("wanted", [TaskState.RUNNING, TaskState.COMPLETE])
+async def test_a_task_whose_spec_cannot_be_read_is_not_sent_unless_its_service_has_the_same(wanted) -> None:
+    """An empty spec would be another container.  What the node has stays, and is stopped when that is wanted."""
+    cluster = MemoryCluster()
+    store = MemoryStore(SystemClock(), cluster)
+    *needed, web = needy_service()
+    await put(store, *needed, web, needy_service("db")[-1])
+    tasks = []
+    for name in ("web", "db"):
+        service = store.view().get(Service, name)
+        task = a_task(f"of-{name}", node="n1", service=service, state=TaskState.RUNNING)
+        tasks.append(replace(task, spec_version=service.spec_version, desired_state=wanted))
+        await put(store, tasks[-1])
+    _, sent = everything(store.view(), N1)
+    db = store.view().get(Service, "db")
+    await put(store, replace(db, spec=a_service_spec("db", image="app:2")))
+    for task in tasks:
+        damaged = f"o/spec/{task.service_id}/{task.spec_version.index}"
+        cluster.commit(Proposal(puts=((damaged, b"{"),)), None)
+    unread = MemoryStore(SystemClock(), cluster)
+
+    change, now = everything(unread.view(), N1)
+    assert [(one.task.id, one.task.spec) for one in change.tasks] == [("of-web", web.spec.task_template)]
+    assert not change.complete
+    assert difference(unread.view(), N1, now, ["of-db"])[0] is None
+    # The node was sent it before.
+    change, kept = difference(unread.view(), N1, sent, ["of-db"])
+    assert (change, kept.tasks["of-db"].spec) == (None, tasks[1].spec)
+    assert kept.secrets == sent.secrets
+    await put(unread, replace(unread.view().get(Task, "of-db"), desired_state=TaskState.SHUTDOWN))
+    for before in (now, sent):
+        change, _ = difference(unread.view(), N1, before, ["of-db"])
+        assert change is not None
+        assert [one.task.desired_state for one in change.tasks] == [TaskState.SHUTDOWN]
 
 
 async def test_nothing_is_removed_from_a_node_while_a_status_that_was_pending_cannot_be_read():
