@@ -225,7 +225,7 @@ class Day(ClusterSoak):
             for node in manager.get("/nodes"):
                 state = node["Status"]["State"], node["Spec"]["Availability"]
                 version = node["Description"]["Engine"]["EngineVersion"]
-                self._log(f"{names[node['ID']]}: {', '.join((*state, version))}")
+                self._say(f"{names[node['ID']]}: {', '.join((*state, version))}")
             for service in manager.get("/services"):
                 tasks = manager.get("/tasks", filters={"service": [service["ID"]]})
                 where = [
@@ -234,9 +234,9 @@ class Day(ClusterSoak):
                     for task in sorted(tasks, key=lambda one: (one.get("Slot", 0), one["CreatedAt"]))
                 ]
                 update = (service.get("UpdateStatus") or {}).get("State", "")
-                self._log(f"{service['Spec']['Name']} {update}: {'; '.join(where)}")
+                self._say(f"{service['Spec']['Name']} {update}: {'; '.join(where)}")
         except (OSError, EngineError, LookupError) as error:
-            self._log(f"nothing more is known: {error}")
+            self._say(f"nothing more is known: {error}")
 
     # -- operators -------------------------------------------------------------------------------------------------
 
