@@ -34,7 +34,7 @@ from bench.soak_users import Log
 from skep import __version__
 from skep.playground.description import Node
 from skep.playground.playground import Playground
-from tests.support.versions import Versions, package_of
+from tests.support.versions import ROOT, Versions, package_of
 
 MANAGERS, WORKERS = 3, 5
 FAULTS, OPERATIONS = 0.25, 0.15
@@ -339,7 +339,8 @@ def day(directory: Path, minutes: float, rng: random.Random, log: Log, report: R
         run.run(minutes)
         report.outcome = "Nothing acknowledged was lost, no promised request failed, memory stayed flat."
     except BaseException as error:
-        report.outcome = f"It ended early: {error}"
+        said = str(error).replace(str(directory), "DIRECTORY").replace(str(ROOT), "CLONE")
+        report.outcome = f"It ended early: {said}"
         if run is not None:
             run.log_situation()
         for found in nodes.glob("*/skep.log"):
