@@ -9,7 +9,10 @@ from typing import Any
 
 import msgspec
 
+from skep.model.labels import VOLUMES, VolumePolicy, volume_policy
 from skep.model.planes import NODE_LABEL
+from skep.model.service import TaskSpec
+from skep.model.slot_volumes import local_volumes
 
 _RUNNING = "running"
 
@@ -40,6 +43,8 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     """How many its update policy takes away at a time; 0: all."""
     on: Mapping[str, int]
     """Node id -> running tasks."""
+    returns: bool = False
+    """Its tasks return to the nodes that have their data in local volumes: an update does not spread them."""
 
     def excess(self, node: str) -> int:
         """How many more would be away with ``node`` than the update policy takes away."""
@@ -92,7 +97,7 @@ def plan(
     refusals = list(refusals_of_quorum(nodes, due[0], first) if due else ())
     steps = []
     for node in due:
-        crowded = [one for one in services if drains and one.excess(node.id)]
+        crowded = [one for one in services if drains and one.excess(node.id) and not one.returns]
         steps.append(Step(node=node, drains=drains, spread=tuple(one.name for one in crowded)))
     if steps and drains:
         refusals += _refusals_of_replicas(steps[0].node, nodes, services, frozenset(spread))
@@ -134,11 +139,17 @@ def _refusals_of_replicas(
         running = sum(one.on.values())
         if running < one.replicas and away.availability == "active":
             yield f"{one.name} runs {running} of {one.replicas} tasks: see skep explain {one.name}"
-        elif one.name in spread and one.excess(away.id):
-            yield (
+        elif one.excess(away.id) and (one.returns or one.name in spread):
+            text = (
                 f"{one.name} has {one.on[away.id]} of its {one.replicas} tasks on {away.name}, and its update policy "
                 f"takes away {one.away_max} at a time: docker service update --update-parallelism, or --keep-running"
             )
+            if one.returns:
+                text += (
+                    "; its tasks return to the data in their local volumes, unless the service has the label "
+                    f"{VOLUMES}={VolumePolicy.SPREAD.value}"
+                )
+            yield text
 
 
 def members_of(nodes: Iterable[Mapping[str, Any]]) -> list[Member]:
@@ -175,6 +186,8 @@ def running_of(services: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[st
         if replicated is None:
             continue
         policy = service["Spec"].get("UpdateConfig") or {}
+        template = msgspec.convert(service["Spec"].get("TaskTemplate") or {}, TaskSpec)
+        is_free = volume_policy(service["Spec"].get("Labels") or {}) is VolumePolicy.SPREAD
         found.append(
             Running(
                 id=service["ID"],
@@ -182,6 +195,7 @@ def running_of(services: Iterable[Mapping[str, Any]], tasks: Iterable[Mapping[st
                 replicas=replicated.get("Replicas", 1),
                 away_max=policy.get("Parallelism", 1),
                 on=on.get(service["ID"], {}),
+                returns=bool(local_volumes(template)) and not is_free,
             )
         )
     return sorted(found, key=lambda one: one.name)

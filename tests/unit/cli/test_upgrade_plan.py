@@ -103,6 +103,19 @@ def test_more_tasks_on_a_node_than_the_update_policy_takes_away_are_distributed_
     assert refusal.startswith("web has 3 of its 4 tasks on w1, and its update policy takes away 2 at a time")
 
 
+def test_tasks_that_return_to_their_data_are_not_distributed_in_vain() -> None:
+    db = replace(a_service("db", {"w1": 2}), returns=True)
+    found = plan(CLUSTER, [db], NEW, drains=True)
+    assert [step.spread for step in found.steps] == [()] * len(found.steps)
+    (refusal,) = found.refusals
+    assert refusal.startswith("db has 2 of its 2 tasks on w1, and its update policy takes away 1 at a time")
+    assert refusal.endswith("local volumes, unless the service has the label skep.volumes=spread")
+    assert (
+        plan(CLUSTER, [replace(a_service("db", {"w1": 1, "w2": 1}), returns=True)], NEW, drains=True).refusals
+        == ()
+    )
+
+
 def test_an_update_policy_of_zero_takes_all_away() -> None:
     found = plan(CLUSTER, [a_service("web", {"w1": 4}, away_max=0)], NEW, drains=True)
     assert (found.steps[0].spread, found.refusals) == ((), ())
@@ -210,9 +223,15 @@ def test_what_the_api_shows_is_read() -> None:
         },
         {"ID": "s2", "Spec": {"Name": "agent", "Mode": {"Global": {}}}},
     ]
+    mounts = {"ContainerSpec": {"Mounts": [{"Type": "volume", "Source": "data", "Target": "/data"}]}}
+    for id, labels in (("s3", {}), ("s4", {"skep.volumes": "spread"})):
+        spec = {"Name": id, "Labels": labels, "Mode": {"Replicated": {}}, "TaskTemplate": mounts}
+        services.append({"ID": id, "Spec": spec})
     states = ["running", "running", "failed"]
     tasks = [
         {"ServiceID": "s1", "NodeID": "n1", "Status": {"State": state}, "DesiredState": "running"}
         for state in states
     ]
-    assert running_of(services, tasks) == [Running(id="s1", name="web", replicas=2, away_max=0, on={"n1": 2})]
+    s3, s4 = (Running(id=id, name=id, replicas=1, away_max=1, on={}) for id in ("s3", "s4"))
+    web = Running(id="s1", name="web", replicas=2, away_max=0, on={"n1": 2})
+    assert running_of(services, tasks) == [replace(s3, returns=True), s4, web]
