@@ -235,6 +235,12 @@ class Node(ApiObject):
     """Failing checks for which placement avoids this node, so that the remaining nodes reach each other; by check."""
 
     @property
+    def has_joined_as_manager(self) -> bool:
+        """Whether it is a manager, and no longer joining."""
+        status = self.manager_status
+        return status is not None and status.reachability is not Reachability.UNKNOWN
+
+    @property
     def is_reachable_manager(self) -> bool:
         """Whether it is a manager that the leader reaches."""
         status = self.manager_status

@@ -10,10 +10,10 @@ from msgspec.structs import replace
 from skep.agent.certificates import join
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, Unavailable
-from skep.manager.control.swarm import Rotations, rotate_root, update_swarm
+from skep.manager.control.swarm import Rotations, etcds_behind, rotate_root, update_swarm
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
 from skep.model.ids import NodeId, new_id
-from skep.model.node import Node, NodeRole, NodeState, NodeStatus
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus, Reachability
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
@@ -133,7 +133,11 @@ async def test_a_node_that_is_away_holds_the_rotation_up_until_it_returns(cluste
 async def test_a_rotation_does_not_begin_before_every_etcd_trusts_the_root_of_the_one_before(cluster):
     """Its peers' certificates are signed by the next root then, which an etcd that is further behind does not know."""
     there = NodeStatus(state=NodeState.READY)
-    behind = replace(cluster.node(MANAGER_ID), status=there, peer_roots="of the root before")
+    status = ManagerStatus(reachability=Reachability.REACHABLE, addr="127.0.0.1:1")
+    joining = replace(cluster.node(MANAGER_ID), status=there, peer_roots="of the root before")
+    await put(cluster, joining)
+    assert etcds_behind(cluster.view) == []
+    behind = replace(joining, manager_status=status)
     await put(cluster, behind)
     with pytest.raises(Unavailable, match=f"managers restart their etcds after the last .*: {MANAGER_ID}"):
         await rotate(cluster)

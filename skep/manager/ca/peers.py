@@ -17,10 +17,12 @@ SETTLED_S = 3.0
 def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
     """Whether the manager ``own`` may restart its member now.
 
+    One that is joining does not count: its certificate is of the new root, and it may wait for these restarts itself.
+
     Args:
         wanted: digest of the roots that every member is to trust.
     """
-    managers = [node for node in nodes if node.manager_status is not None]
+    managers = [node for node in nodes if node.has_joined_as_manager or node.id == own]
     order = sorted(managers, key=lambda node: (_leads(node), node.id))
     staying = sum(node.is_reachable_manager for node in order if node.id != own)
     if staying <= len(managers) // 2 and len(managers) > 2:
@@ -44,7 +46,7 @@ class RestartTurn:
         if not is_my_turn(own, nodes, wanted):
             self._since = None
             return False
-        if sum(node.manager_status is not None for node in nodes) < 2:
+        if sum(node.has_joined_as_manager for node in nodes) < 2:
             return True
         if self._since is None:
             self._since = now

@@ -153,7 +153,7 @@ def etcds_behind(view: View) -> list[Node]:
 
 def _has_etcd_behind(node: Node, swarm: Swarm) -> bool:
     known = ("", root_digest(swarm.tls_info.trust_root.encode()))
-    return node.manager_status is not None and node.peer_roots not in known
+    return node.has_joined_as_manager and node.peer_roots not in known
 
 
 def _check_etcds(tx: Transaction) -> None:

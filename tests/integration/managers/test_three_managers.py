@@ -189,3 +189,14 @@ def test_after_two_rotations_of_the_root_right_after_each_other_every_etcd_is_a_
     for name in ALL:
         wait_until(lambda name=name: can_write(three.node(name), f"after-rotations-{name}"), f"{name} writes")
     wait_managers(manager, *ALL)
+
+
+def test_a_manager_joins_right_after_a_rotation_of_the_root(three: TestCluster) -> None:
+    """Its certificate is of a root that the others' etcds trust after their restarts alone."""
+    manager = three.node(others(wait_managers(three.node("m1"), *ALL), *ALL)[0])
+    manager.docker("swarm", "ca", "--rotate", "--quiet")
+    manager.docker("node", "promote", "w1")
+    wait_managers(manager, *ALL, "w1")
+    manager.docker("node", "demote", "w1")
+    wait_until(lambda: roles(manager).get("w1") == WORKER, "it is a worker again")
+    wait_managers(manager, *ALL)

@@ -49,6 +49,12 @@ def test_where_a_moment_without_a_quorum_cannot_be_avoided_it_is_taken(count):
     assert turns(*managers) == (["m1"] if count == 1 else ["m2"])
 
 
+def test_a_manager_that_is_joining_does_not_count():
+    """The others' etcds do not know the root of its certificate: it joins once they have restarted."""
+    joining = Node(id=NodeId("m0"), manager_status=ManagerStatus(addr="m0:2377"))
+    assert turns(joining, a_manager("m1", leads=True), a_manager("m2"), a_manager("m3")) == ["m2"]
+
+
 def test_workers_do_not_count():
     assert turns(a_manager("m1", leads=True), Node(id=NodeId("a-worker"), peer_roots="new")) == ["m1"]
 
