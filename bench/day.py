@@ -130,6 +130,10 @@ class Day(ClusterSoak):
             super().run(minutes)
         assert not self.customers.broken, f"promised requests failed: {self.customers.broken[:5]}"
 
+    def _remove_all(self) -> None:
+        self.customers.during("the end", is_promised=False)
+        super()._remove_all()
+
     # -- rounds ----------------------------------------------------------------------------------------------------
 
     def _round(self, *, calm: bool = False) -> None:

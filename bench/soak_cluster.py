@@ -107,9 +107,12 @@ class ClusterSoak:
             for then, now_mib in zip(before, last[role], strict=True):
                 grown = f"a {role}'s memory grew from {then:.1f} to {now_mib:.1f} MiB"
                 assert now_mib <= then * MEMORY_GROWTH_MAX, grown
+        self._remove_all()
+        self._say(f"{self._rounds} rounds, {self._faults} faults: all invariants held")
+
+    def _remove_all(self) -> None:
         self._users.remove_all()
         self._settle("after the last removal")
-        self._say(f"{self._rounds} rounds, {self._faults} faults: all invariants held")
 
     # -- rounds ----------------------------------------------------------------------------------------------------
 
