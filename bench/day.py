@@ -225,8 +225,9 @@ class Day(ClusterSoak):
         """Where the tasks are and what their services do, for who looks for the cause; as far as a manager answers."""
         try:
             manager = self._a_manager()
-            names = {node["ID"]: node["Description"]["Hostname"] for node in manager.get("/nodes")}
-            for node in manager.get("/nodes"):
+            nodes = manager.get("/nodes")
+            names = {node["ID"]: node["Description"]["Hostname"] for node in nodes}
+            for node in nodes:
                 state = node["Status"]["State"], node["Spec"]["Availability"]
                 version = node["Description"]["Engine"]["EngineVersion"]
                 self._say(f"{names[node['ID']]}: {', '.join((*state, version))}")
@@ -247,9 +248,7 @@ class Day(ClusterSoak):
     def _rotate_certificates(self) -> None:
         def rotate() -> None:
             # It waits until every etcd trusts the root of the rotation before.
-            manager = engine(
-                self._random.choice([one for one in self._there() if one.role == "manager"]), COMMAND_S
-            )
+            manager = self._a_manager(COMMAND_S)
             swarm = manager.get("/swarm")
             spec = swarm["Spec"]
             spec["CAConfig"]["ForceRotate"] = (spec["CAConfig"].get("ForceRotate") or 0) + 1

@@ -221,9 +221,9 @@ class ClusterSoak:
     def _there(self) -> list[Node]:
         return [node for name, node in self._nodes.items() if name not in self._away]
 
-    def _a_manager(self) -> Engine:
+    def _a_manager(self, within_s: float = RESPONSE_S) -> Engine:
         return engine(
-            self._random.choice([node for node in self._there() if node.role == "manager"]), RESPONSE_S
+            self._random.choice([node for node in self._there() if node.role == "manager"]), within_s
         )
 
     def _calm(self) -> dict[str, list[float]]:

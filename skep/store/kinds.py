@@ -149,8 +149,8 @@ def has_unknown_spec(view: View, task: Task) -> bool:
 
 
 def has_unreadable_spec(view: View, task: Task) -> bool:
-    """Whether the stored spec of ``task``'s spec version cannot be read."""
-    if task.spec_version is None:
+    """Whether the stored spec of ``task``'s spec version cannot be read.  Cheap where all can be."""
+    if task.spec_version is None or not view.unreadable(SpecVersion):
         return False
     return spec_version_id(task.service_id, task.spec_version) in view.unreadable(SpecVersion)
 

@@ -5,7 +5,7 @@ Founding it is one transaction; the requests that lead there are checked in ``ap
 Source: swarmkit, manager/controlapi/cluster.go; moby 20.10, daemon/cluster/swarm.go.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 
 import msgspec
@@ -126,7 +126,7 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
     """
     known = ("", swarm.tls_info.trust_root)
     behind = [
-        node.description.hostname or node.id
+        node
         for node in tx.find(Node)
         if node.status.state is not NodeState.READY
         and (node.description.tls_info.trust_root not in known or _has_etcd_behind(node, swarm))
@@ -134,7 +134,7 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
     if behind:
         raise FailedPrecondition(
             f"nodes that are away still trust the root before the present one, and could not return after another "
-            f"rotation: {', '.join(sorted(behind)[:NAMED_MAX])}. Start them, or remove them (docker node rm --force)"
+            f"rotation: {_names(behind)}. Start them, or remove them (docker node rm --force)"
         )
 
 
@@ -159,10 +159,14 @@ def _has_etcd_behind(node: Node, swarm: Swarm) -> bool:
 def _check_etcds(tx: Transaction) -> None:
     """Raises: Unavailable."""
     if behind := etcds_behind(tx):
-        names = ", ".join(sorted(node.description.hostname or node.id for node in behind)[:NAMED_MAX])
         raise Unavailable(
-            f"managers restart their etcds after the last rotation of the root, try again: {names}"
+            f"managers restart their etcds after the last rotation of the root, try again: {_names(behind)}"
         )
+
+
+def _names(nodes: Iterable[Node]) -> str:
+    """Of the first of ``nodes``."""
+    return ", ".join(sorted(node.description.hostname or node.id for node in nodes)[:NAMED_MAX])
 
 
 def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:

@@ -31,7 +31,6 @@ from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAssignm
 from skep.store.interface import View
 from skep.store.kinds import (
     Payload,
-    SpecVersion,
     has_unknown_spec,
     has_unreadable_spec,
     has_unreadable_status,
@@ -170,7 +169,7 @@ def _may_wait(view: View, task: Task) -> bool:
 def _with_spec(view: View, task: Task, before: Task | None) -> Task:
     """``task``; where the spec that it was made from cannot be read, with the same spec from its service, or from
     ``before``, which the node was sent."""
-    if not view.unreadable(SpecVersion) or not has_unreadable_spec(view, task):
+    if not has_unreadable_spec(view, task):
         return task
     if (present := present_spec(view.lookup(Service, task.service_id), task)) is not None:
         return replace(task, spec=present.task_template)
@@ -179,9 +178,7 @@ def _with_spec(view: View, task: Task, before: Task | None) -> Task:
 
 def _lacks_spec(view: View, task: Task) -> bool:
     """Whether the task is to run and what it is to run is not known: the spec that it shows is empty."""
-    if not view.unreadable(SpecVersion) or not task.is_wanted:
-        return False
-    return has_unknown_spec(view, task)
+    return task.is_wanted and has_unknown_spec(view, task)
 
 
 def _is_held_back(view: View, task: Task) -> bool:
