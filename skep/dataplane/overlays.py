@@ -7,6 +7,7 @@ cleared up when the first tables have come, because before that their owners are
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -366,7 +367,8 @@ class Overlays:
                 return
             table, underlay = self._carried(id)
             head = table.head if table is not None else self._head_of(id)
-            if table is not None and head.is_encrypted:
+            is_tunnelled = table is not None and head.is_encrypted
+            if is_tunnelled:
                 self._tunnels.require_keys()
             state = network_state(
                 head,
@@ -378,7 +380,9 @@ class Overlays:
             )
             reconciler = await self._reconciler(id, head)
             reconciler.set_part(id, state, spoofing_filter(owner(one.endpoint) for one in endpoints))
-            await reconciler.apply()
+            # A container may come before its network's table was applied, or when the last one just went.
+            async with self._tunnels.kept_open() if is_tunnelled else nullcontext():
+                await reconciler.apply()
 
     def _carried(self, id: NetworkId) -> tuple[Table | None, Underlay | None]:
         """The table of a network and what its VXLANs leave from; those of an encrypted one are inside the tunnels."""

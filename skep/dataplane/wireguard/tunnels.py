@@ -7,7 +7,8 @@ missing: the device, its process, a key, a route.
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import AF_INET6
 from typing import Protocol
@@ -144,6 +145,9 @@ class Tunnels:
             KernelDevices(namespaces) if options.method is Method.KERNEL else UserSpaceDevices(namespaces)
         )
         self._opening = asyncio.Lock()
+        """Held while the namespace is made or removed."""
+        self._users = 0
+        """Of ``kept_open``."""
         self._changed = asyncio.Event()
         self._node = NodeId("")
         self._vxlan_port = DEFAULT_DATA_PATH_PORT
@@ -228,6 +232,22 @@ class Tunnels:
         """Raises: Unavailable: the keys cannot be read, so that no peer is known; what is in force has to stay."""
         if self._unread:
             raise Unavailable(self._unread)
+
+    @asynccontextmanager
+    async def kept_open(self) -> AsyncIterator[None]:
+        """VXLANs of encrypted networks can be made meanwhile, whether their tables were applied by now or not.
+
+        Raises: OSError; Unavailable: see ``require_keys``.
+        """
+        self._users += 1
+        try:
+            if not isinstance(self._options.method, Refusal):
+                await self._open()
+            yield
+        finally:
+            self._users -= 1
+            if not self._tables:
+                self._changed.set()
 
     def table(self, table: Table) -> Table:
         """An encrypted network's, as its VXLANs need it."""
@@ -376,13 +396,16 @@ class Tunnels:
                 self._handshakes = await self._found_handshakes()
 
     async def _close(self) -> None:
-        if os.path.exists(self.namespace):
-            await pinned.remove(self._pins, NAMESPACE)
-            log.info("wireguard tunnels removed")
-        self._reconciler.reset()
-        self._placed, self._handshakes = {}, None
-        self._configured.clear()
-        self._say("")
+        async with self._opening:
+            if self._tables or self._users:
+                return
+            if os.path.exists(self.namespace):
+                await pinned.remove(self._pins, NAMESPACE)
+                log.info("wireguard tunnels removed")
+            self._reconciler.reset()
+            self._placed, self._handshakes = {}, None
+            self._configured.clear()
+            self._say("")
 
     async def _found_handshakes(self) -> Mapping[Session, Handshake]:
         """Those of devices that an earlier node process left: traffic goes on by them."""
