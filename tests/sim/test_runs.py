@@ -83,6 +83,7 @@ FAILED_ONCE = (
     8301539,  # an older request of unknown outcome was taken for an equal one that was made again
     8507896,  # a task whose status could not be read lost its addresses in the allocator while it waited
     8605508,  # of an old task of which nothing could be read and a new one, the old one was stopped
+    8803489,  # a task that came to run as it was replaced, as one that did not, was one stopped too many
     8703948,  # of two owners whose addresses could not be read one got the address of the other
     8505483,  # a task was assigned long after its service was scaled, as a disk hung: the rule saw no cause
     8504282,  # a manager that had died a moment before counted for the quorum when the next one was demoted

@@ -57,12 +57,14 @@ class ReplaceTask(msgspec.Struct, frozen=True):
     """Retire ``task`` and fill its slot again, both or neither.
 
     ``is_cut_off``: because its node is down; if that is back when this is written, nothing is.
+    ``is_idle``: because it did not run; if it runs when this is written, nothing is.
     If ``task`` got a node after the decision, the successor is only prepared: that node has to stop it first.
     """
 
     task: Task
     successor: FillSlot
     is_cut_off: bool = False
+    is_idle: bool = False
 
 
 class StartTask(msgspec.Struct, frozen=True):
@@ -138,9 +140,11 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case RetireTask(task, desired, successor, is_due):
             if successor is None or _can_take_over(tx, successor):
                 _retire(tx, task.id, desired, now, is_due)
-        case ReplaceTask(task, successor, is_cut_off):
+        case ReplaceTask(task, successor, is_cut_off, is_idle):
             # Managers write that their nodes are back beside the leader: its own view may not show that yet.
             if is_cut_off and not is_lost(tx.rely_on(Node, task.node_id, "status")):
+                return
+            if is_idle and _runs(tx.rely_on(Task, task.id, "status")):
                 return
             # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
             if _is_current(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
@@ -239,6 +243,10 @@ def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
     """Whether the task, which did not have a node, has been given one since the decision."""
     task = tx.lookup(Task, decided.id)
     return decided.status.state < TaskState.ASSIGNED and task is not None and is_stopping(task)
+
+
+def _runs(task: Task | None) -> bool:
+    return task is not None and task.status.state is TaskState.RUNNING
 
 
 def _can_take_over(tx: Transaction, successor: TaskId) -> bool:

@@ -337,7 +337,9 @@ class _Rollout:
             yield prepared if view.stops else fill
         elif best not in view.serving:
             # Each of several may be given a node before it is retired.
-            yield ReplaceTask(best, prepared if view.stops or others else fill)
+            successor = prepared if view.stops or others else fill
+            # Once it runs, its slot is one of those that serve: of these only so many may be stopped at a time.
+            yield ReplaceTask(best, successor, is_idle=not view.serves and best.is_active)
         else:
             successor = fill if self._starts_first else prepared
             yield ReplaceTask(others.pop(), successor) if others else successor

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import pytest
 from msgspec.structs import replace
 
+from skep.manager.orchestrator.changes import ReplaceTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import NodeId
@@ -139,6 +140,23 @@ def test_slots_that_do_not_serve_come_first_and_as_many_at_a_time_as_any() -> No
     assert {task.slot for task in wanted(world, "app:2")} == {3, 4}
     Slow(world, (1, 1, 1)).live(60)
     assert len(wanted(world, "app:2")) == 5
+
+
+def test_a_task_that_comes_to_run_as_it_is_replaced_is_not_stopped_beside_another_one() -> None:
+    """The decision was about a slot that did not serve; by the time it is written the slot does."""
+    world = a_running_service(3)
+    for task in [task for task in world.tasks.values() if task.slot > 1]:
+        world.report(task.id, TaskState.STARTING)
+    world.update(a_spec("app:2", replicas=3, update=UpdateConfig(parallelism=1, monitor=SECOND_NS)))
+    changes = world.changes()
+    (replaced,) = [change for change in changes if isinstance(change, ReplaceTask)]
+    world.report(replaced.task.id, RUNNING)
+    before = slots_without_service(world.tasks.values())
+    assert len(before) == 1, "the case that is to be tested"
+    world.apply(changes)
+    assert slots_without_service(world.tasks.values()) == before
+    Slow(world, (1, 1, 1)).live(60)
+    assert len(wanted(world, "app:2")) == 3
 
 
 def test_an_update_that_overtakes_a_failing_one_stops_no_more_slots_than_it_may() -> None:
