@@ -18,6 +18,8 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Event, Updated
+from skep.store.keys import HEAD
+from skep.store.schema import SCHEMA_BY_TYPE
 
 
 class World:
@@ -129,6 +131,7 @@ class World:
 
     def rely_on(self, kind: type[Any], id: str, *parts: str) -> Any:
         """One object at a time is written here, so nothing can change meanwhile."""
+        assert {HEAD, *SCHEMA_BY_TYPE[kind].parts} >= {*parts}
         return self.lookup(kind, id)
 
     def damaged(self, kind: type[Any]) -> Mapping[str, Mapping[str, str]]:

@@ -5,6 +5,7 @@ applied twice, or too late, it does nothing.  The watch then shows the newer sta
 """
 
 from collections.abc import Iterable
+from enum import Enum
 from typing import TypeAlias, assert_never
 
 import msgspec
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 
 from skep.errors import SkepError
 from skep.manager.dependents import restart_dependents
+from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
@@ -22,6 +24,7 @@ from skep.model.service import ENDED, PAUSED, Service, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
+from skep.store.keys import HEAD
 from skep.store.kinds import as_run
 
 
@@ -53,18 +56,24 @@ class RetireTask(msgspec.Struct, frozen=True):
     is_due: bool = False
 
 
+class Cause(Enum):
+    """Why a task that has not ended is replaced, where that can pass before the replacement is written."""
+
+    NODE_IS_LOST = "its node is down or gone"
+    NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
+    DOES_NOT_RUN = "it does not run"
+
+
 class ReplaceTask(msgspec.Struct, frozen=True):
     """Retire ``task`` and fill its slot again, both or neither.
 
-    ``is_cut_off``: because its node is down; if that is back when this is written, nothing is.
-    ``is_idle``: because it did not run; if it runs when this is written, nothing is.
+    ``cause``: if it has passed when this is written, nothing is.
     If ``task`` got a node after the decision, the successor is only prepared: that node has to stop it first.
     """
 
     task: Task
     successor: FillSlot
-    is_cut_off: bool = False
-    is_idle: bool = False
+    cause: Cause | None = None
 
 
 class StartTask(msgspec.Struct, frozen=True):
@@ -140,11 +149,8 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case RetireTask(task, desired, successor, is_due):
             if successor is None or _can_take_over(tx, successor):
                 _retire(tx, task.id, desired, now, is_due)
-        case ReplaceTask(task, successor, is_cut_off, is_idle):
-            # Managers write that their nodes are back beside the leader: its own view may not show that yet.
-            if is_cut_off and not is_lost(tx.rely_on(Node, task.node_id, "status")):
-                return
-            if is_idle and _runs(tx.rely_on(Task, task.id, "status")):
+        case ReplaceTask(task, successor, cause):
+            if cause is not None and _has_passed(tx, cause, task):
                 return
             # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
             if _is_current(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
@@ -245,8 +251,18 @@ def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
     return decided.status.state < TaskState.ASSIGNED and task is not None and is_stopping(task)
 
 
-def _runs(task: Task | None) -> bool:
-    return task is not None and task.status.state is TaskState.RUNNING
+def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
+    """Whether the cause no longer holds; the other managers write beside the leader, whose view may not show it yet."""
+    match cause:
+        case Cause.NODE_IS_LOST:
+            return not is_lost(tx.rely_on(Node, task.node_id, "status"))
+        case Cause.NODE_IS_UNFIT:
+            node = tx.rely_on(Node, task.node_id, HEAD)
+            return node is not None and not is_unfit(node, task)
+        case Cause.DOES_NOT_RUN:
+            current = tx.rely_on(Task, task.id, "status")
+            return current is not None and current.status.state is TaskState.RUNNING
+    assert_never(cause)
 
 
 def _can_take_over(tx: Transaction, successor: TaskId) -> bool:

@@ -32,6 +32,11 @@ def violates_constraints(task: Task, node: Node) -> bool:
     return node.spec.availability is Availability.ACTIVE and not is_satisfied(constraints, node)
 
 
+def is_unfit(node: Node, task: Task) -> bool:
+    """Whether the ``task`` must leave its ``node`` by what a user has set there: the node's availability or labels."""
+    return node.spec.availability is Availability.DRAIN or violates_constraints(task, node)
+
+
 def is_drained(volume: Volume | None) -> bool:
     """Whether a cluster volume is to have no tasks.
 

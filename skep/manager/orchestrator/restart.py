@@ -22,8 +22,17 @@ from math import inf
 
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.changes import (
+    Cause,
+    FillSlot,
+    Recheck,
+    ReplaceTask,
+    RetireTask,
+    StartTask,
+    Step,
+)
 from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, history, is_lost, is_stopping, wanted
@@ -63,7 +72,7 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
             # be requested in a tight loop.
             steps.append(Recheck(starts_at))
         else:
-            steps.append(ReplaceTask(task, _successor(task, slot, situation), _is_cut_off(task, situation)))
+            steps.append(ReplaceTask(task, _successor(task, slot, situation), _cause(task, situation)))
     return steps
 
 
@@ -170,10 +179,14 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
     return replace(fill, failures=successor.failures)
 
 
-def _is_cut_off(task: Task, situation: Situation) -> bool:
-    """Whether ``task`` may run on, on a node that is down and can come back."""
+def _cause(task: Task, situation: Situation) -> Cause | None:
+    """Why ``task``, which may run on, leaves its node; None: it has ended, or leaves for another reason."""
     node = situation.node_of(task)
-    return not task.status.state.is_terminal and node is not None and is_lost(node)
+    if task.status.state.is_terminal or node is None:
+        return None
+    if is_lost(node):
+        return Cause.NODE_IS_LOST
+    return Cause.NODE_IS_UNFIT if is_unfit(node, task) else None
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:

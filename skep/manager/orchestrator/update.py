@@ -42,6 +42,7 @@ from msgspec.structs import replace
 from skep.aio.time_slices import STEP, SlicedWork, collect_in_slices
 from skep.manager.orchestrator.changes import (
     ROLLED_BACK,
+    Cause,
     FillSlot,
     Recheck,
     ReplaceTask,
@@ -339,7 +340,8 @@ class _Rollout:
             # Each of several may be given a node before it is retired.
             successor = prepared if view.stops or others else fill
             # Once it runs, its slot is one of those that serve: of these only so many may be stopped at a time.
-            yield ReplaceTask(best, successor, is_idle=not view.serves and best.is_active)
+            is_idle = not view.serves and best.is_active
+            yield ReplaceTask(best, successor, Cause.DOES_NOT_RUN if is_idle else None)
         else:
             successor = fill if self._starts_first else prepared
             yield ReplaceTask(others.pop(), successor) if others else successor

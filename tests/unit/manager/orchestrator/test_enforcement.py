@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
 from skep.manager.orchestrator.enforcement import overcommitted
 from skep.model.ids import TaskId
-from skep.model.node import Availability
+from skep.model.node import Availability, Node
 from skep.model.service import (
     DiscreteResource,
     GenericResource,
@@ -34,6 +34,20 @@ def test_a_task_leaves_a_node_that_was_labelled_anew() -> None:
     world.settle()
     (successor,) = (other for other in world.tasks.values() if other.is_active)
     assert successor.node_id == ""
+
+
+@pytest.mark.parametrize(
+    "unfit", [a_node("n1", labels={"zone": "south"}), a_node("n1", availability=Availability.DRAIN)]
+)
+def test_a_node_that_takes_its_tasks_again_before_they_are_replaced_keeps_them(unfit: Node) -> None:
+    """A replacement that is written all the same stops a task for nothing, beside those that an update may stop."""
+    task = a_task(TaskState.RUNNING, service=NORTH, node="n1")
+    world = World(NORTH, [task], [unfit])
+    changes = world.changes()
+    assert [type(change) for change in changes] == [ReplaceTask], "the case that is to be tested"
+    world.nodes[task.node_id] = a_node("n1", labels={"zone": "north"})
+    world.apply(changes)
+    assert [*world.tasks.values()] == [task]
 
 
 def test_a_paused_node_keeps_a_task_that_its_labels_rule_out() -> None:
