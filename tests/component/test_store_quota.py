@@ -145,3 +145,14 @@ async def test_an_alarm_about_space_stops_nothing_and_ends_by_itself(
             await wait_until(rig, lambda space: not space.has_alarm)
         await rig.raw_put(0)
         assert rig.store.view().get(Service, "web").spec.labels == {"n": "2"}
+
+
+async def test_an_alarm_that_was_cleared_is_not_seen_again(tmp_path: Path) -> None:
+    """A leader that saw it once more would clear it once more, and so on."""
+    async with a_full_store(tmp_path) as rig:
+        member = (await rig.client.status()).header.member_id
+        raised = pb.AlarmRequest(action=pb.AlarmRequest.ACTIVATE, memberID=member, alarm=pb.NOSPACE)
+        await rig.client._call("Maintenance/Alarm", pb.AlarmResponse, raised, 5.0)
+        assert (await rig.store.space()).has_alarm
+        await rig.store.disarm()
+        assert not (await rig.store.space()).has_alarm

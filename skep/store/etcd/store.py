@@ -182,7 +182,9 @@ class EtcdStore(Updater):
         await self._client.defragment()
 
     async def disarm(self) -> None:
+        """etcd's; the next ``space`` is measured anew, or the leader would go on with an alarm that is over."""
         await self._client.disarm()
+        self._space = None
 
     @property
     def wrapping_key(self) -> bytes:
