@@ -14,7 +14,7 @@ from pathlib import Path
 from skep.aio.clock import SystemClock
 from skep.dataplane.netns.diff import AddLink
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Link, Vxlan
 from skep.dataplane.netns.write import apply_operations
 from skep.dataplane.plan.overlay import Underlay

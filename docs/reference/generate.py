@@ -423,7 +423,7 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
             "skep.dataplane.dns.upstream:IN_FLIGHT_PER_CONTAINER_MAX",
             "the query fails",
         ),
-        Limit("time to live of names", "skep.dataplane.dns.records:TTL_S", "", "s"),
+        Limit("time to live of names", "skep.dataplane.dns.resolution:TTL_S", "", "s"),
     ),
     "Nodes and managers": (
         Limit("connections of one node to a manager", "skep.wire.server:NODE_CONNECTIONS_MAX", "closed"),

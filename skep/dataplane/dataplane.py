@@ -27,7 +27,7 @@ from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.parents import ParentDevices
 from skep.dataplane.netns.reconciler import NetnsReconciler
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.overlays import Overlays, node_reconciler
 from skep.dataplane.ports import PortReservations
 from skep.dataplane.probe.data_path import DataPath

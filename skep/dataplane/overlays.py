@@ -22,7 +22,7 @@ from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler, Scope
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Entry, Link, State
 from skep.dataplane.netns.write import KernelRefused
 from skep.dataplane.plan.overlay import (

@@ -11,8 +11,8 @@ import structlog
 
 from skep.dataplane.dns.messages import Query
 from skep.dataplane.dns.networks import Networks
-from skep.dataplane.dns.records import Decision, decide, links_of
-from skep.dataplane.dns.rules import ADDRESS, NAME, names_table
+from skep.dataplane.dns.redirection import ADDRESS, NAME, names_table
+from skep.dataplane.dns.resolution import Decision, decide, links_of
 from skep.dataplane.dns.server import ContainerServer, Forwarding, Sockets, open_sockets
 from skep.dataplane.dns.upstream import Forwarder, NameServer
 from skep.dataplane.netns import conntrack, nft, nft_table

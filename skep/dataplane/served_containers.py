@@ -17,7 +17,7 @@ from skep.dataplane.dns.networks import Networks
 from skep.dataplane.dns.server import Sockets
 from skep.dataplane.dns.upstream import Forwarder
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.protocol import Label, NameCounts, Named, Waiting
 from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
 from skep.errors import FailedPrecondition, SkepError, Unavailable

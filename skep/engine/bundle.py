@@ -38,7 +38,7 @@ import structlog
 
 from skep.aio.failures import log_error
 from skep.aio.trees import remove_tree
-from skep.engine import api_sockets, apparmor, devices, image_mounts, overlay, records, spec
+from skep.engine import api_sockets, apparmor, devices, image_mounts, overlay, records, runtime_spec
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
@@ -198,7 +198,9 @@ class Bundles:
         for name in ("upper", "work", "log"):
             (path / name).mkdir(mode=0o755)
 
-    def prepare(self, container: Container, shared: spec.Shared = spec.NOTHING_SHARED) -> tuple[str, ...]:
+    def prepare(
+        self, container: Container, shared: runtime_spec.Shared = runtime_spec.NOTHING_SHARED
+    ) -> tuple[str, ...]:
         """Mount the root file system and write what runc reads; may be called again after a restart.
 
         ``shared``: what it shares of other containers.  Gives warnings: limits of the configuration that this node
@@ -219,7 +221,7 @@ class Bundles:
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
         user = identity(self.rootfs(container.id), config.user, config.groups)
-        built = spec.build(
+        built = runtime_spec.build(
             self._with_api(self._with_parts(container)),
             user,
             self._capacity,
@@ -278,7 +280,7 @@ class Bundles:
         user = identity(
             self.rootfs(container.id), exec.user or container.config.user, container.config.groups
         )
-        process = spec.exec_process(container, exec, user, self._capacity)
+        process = runtime_spec.exec_process(container, exec, user, self._capacity)
         (path / "process.json").write_bytes(msgspec.json.encode(process))
         return path
 

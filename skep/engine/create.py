@@ -20,8 +20,8 @@ from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.machine import MachineOptions
 from skep.engine.mounts import check_paths
 from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, TaskOptions, refused
+from skep.engine.runtime_spec import merged_environment
 from skep.engine.signals import signal_number
-from skep.engine.spec import merged_environment
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.addresses import parsed
 from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions

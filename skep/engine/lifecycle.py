@@ -20,7 +20,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.groups import errors_as_they_are
 from skep.aio.race import run_to_end
-from skep.engine import health, spec
+from skep.engine import health, runtime_spec
 from skep.engine.attachment import WaitingClients
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
@@ -188,7 +188,7 @@ class Lifecycle:
                 container = await self._connect_all(container)
             else:  # it may not be started for a long time
                 container = self._store.change(container.id)
-            return await self._write(container, spec.NOTHING_SHARED)
+            return await self._write(container, runtime_spec.NOTHING_SHARED)
         except BaseException as error:
             await asyncio.shield(self._free(self._discard(container.id), container.id))
             if isinstance(error, OSError):
@@ -251,11 +251,11 @@ class Lifecycle:
         return await self._write(container, shared, secret_env)
 
     async def _write(
-        self, container: Container, shared: spec.Shared, secret_env: Sequence[str] = ()
+        self, container: Container, shared: runtime_spec.Shared, secret_env: Sequence[str] = ()
     ) -> Container:
         """Write what the runtime reads, and record what this node could not give the container."""
         config = container.config
-        written = msgspec.structs.replace(config, env=spec.merged_environment(config.env, secret_env))
+        written = msgspec.structs.replace(config, env=runtime_spec.merged_environment(config.env, secret_env))
         run = msgspec.structs.replace(container, config=written)
         warnings = await asyncio.to_thread(self._bundles.prepare, run, shared)
         if warnings == container.warnings:
@@ -516,7 +516,7 @@ class Lifecycle:
             return
         try:
             if has_network:
-                await self._write(container, spec.NOTHING_SHARED)
+                await self._write(container, runtime_spec.NOTHING_SHARED)
             elif not container.error:  # with an error its start has failed, and its sandbox was freed
                 await self._prepare_again(container)
         except Exception as error:

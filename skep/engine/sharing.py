@@ -14,7 +14,7 @@ from skep.engine import create
 from skep.engine.container import Container, ContainerConfig, MountPoint, NotRunning
 from skep.engine.machine import CONTAINER, other_container
 from skep.engine.request import CreateRequest
-from skep.engine.spec import Shared
+from skep.engine.runtime_spec import Shared
 from skep.errors import InvalidArgument, NotFound
 from skep.model.ids import ContainerId
 

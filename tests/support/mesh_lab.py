@@ -23,7 +23,7 @@ from skep.dataplane.netns import nft
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces, inside
 from skep.dataplane.netns.reconciler import CONTAINER, NetnsReconciler, Scope
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Link, State
 from skep.dataplane.plan.reply_routing import IngressEndpoint
 from skep.dataplane.proxy.relay import Relays

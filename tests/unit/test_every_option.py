@@ -25,7 +25,7 @@ from skep.engine.container import Container
 from skep.engine.devices import look_up
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.request import CreateRequest, TaskOptions, read_create
-from skep.engine.spec import build
+from skep.engine.runtime_spec import build
 from skep.engine.users import Identity
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError

@@ -21,7 +21,7 @@ from skep.dataplane.dns.messages import (
     encoded,
     is_response,
 )
-from skep.dataplane.dns.rules import ADDRESS
+from skep.dataplane.dns.redirection import ADDRESS
 from skep.dataplane.netns.namespaces import inside
 from skep.model.ids import NetworkId
 from skep.model.paths import DETAIL_CHARACTERS_MAX, NetworkNames, PathCheck, PathFinding

@@ -27,8 +27,8 @@ from skep.dataplane.dns.messages import (
     parse,
     reply,
 )
-from skep.dataplane.dns.records import TTL_S, Decision, Foreign, Found, Missing
-from skep.dataplane.dns.rules import ADDRESS
+from skep.dataplane.dns.redirection import ADDRESS
+from skep.dataplane.dns.resolution import TTL_S, Decision, Foreign, Found, Missing
 from skep.dataplane.dns.upstream import DEADLINE_S, Forwarded, Forwarder, NameServer, Open, read_message
 from skep.errors import SkepError
 from skep.linux.descriptors import set_aside

@@ -21,7 +21,7 @@ from skep.dataplane.netns import netlink
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft_changes import TableWatch, open_notifications
 from skep.dataplane.netns.reconciler import NetnsReconciler
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ from skep.dataplane.netns.kernel_made import RULES_4, RULES_6, completed, is_lin
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft_table import Element, NftTable
 from skep.dataplane.netns.read import Selection
-from skep.dataplane.netns.repairs import Repairs, kind_of
+from skep.dataplane.netns.repair_counts import Repairs, kind_of
 from skep.dataplane.netns.state import Link, Route, Rule, State
 from skep.dataplane.netns.write import KernelRefused, apply_operations
 

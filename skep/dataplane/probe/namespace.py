@@ -8,7 +8,7 @@ from skep.dataplane.netns import checksums, pinned
 from skep.dataplane.netns.healer import Healer
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import State
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.plan.packet_filter import probe_filter

@@ -23,7 +23,7 @@ from skep.aio.race import is_set_within
 from skep.dataplane.netns import pinned
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Address, Link, Route, State
 from skep.dataplane.plan.overlay import LOOPBACK, LOOPBACK_MTU, Underlay
 from skep.dataplane.plan.packet_filter import tunnel_sources

@@ -31,8 +31,8 @@ from skep.engine.build.instructions import (
 )
 from skep.engine.build.substitution import VALUE_BYTES_MAX, Budget, split, substituted
 from skep.engine.images.image import ContainerDefaults
+from skep.engine.runtime_spec import DEFAULT_PATH
 from skep.engine.signals import signal_number
-from skep.engine.spec import DEFAULT_PATH
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
 from skep.model.times import SECOND_NS

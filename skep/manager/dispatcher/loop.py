@@ -17,6 +17,7 @@ from skep.aio.hang_detection import RunningTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.admission import Admission
 from skep.manager.dispatcher.balancing import Balancing
+from skep.manager.dispatcher.delayed_stops import Stops, WaitUnused
 from skep.manager.dispatcher.down_nodes import mark_nodes_down, revert
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
@@ -41,7 +42,6 @@ from skep.manager.dispatcher.registration import (
 from skep.manager.dispatcher.repeats import RepeatedReports
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.statuses import Report, bounded, record_status, record_unpublished
-from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.dispatcher.usages import Usages
 from skep.manager.dispatcher.volumes import VolumeIndex

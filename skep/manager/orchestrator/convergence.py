@@ -12,7 +12,7 @@ from typing import Any
 from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
-from skep.manager.orchestrator.converged import converged_slots
+from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot

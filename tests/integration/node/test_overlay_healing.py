@@ -14,7 +14,7 @@ from skep.dataplane.dataplane import DataPlane
 from skep.dataplane.netns import nft, nft_table
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import EXCLUSIVE, NetnsReconciler
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import Address, Link, State
 from skep.dataplane.plan.packet_filter import vxlan_filter
 from skep.dataplane.tables.validation import valid_table

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from skep.dataplane.addresses import mac_of
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.netns.state import State
 from skep.dataplane.overlays import node_reconciler
 from skep.dataplane.plan.overlay import INGRESS_BRIDGE

@@ -24,7 +24,7 @@ from skep.dataplane.local.endpoints import LocalEndpoints
 from skep.dataplane.local.objects import LocalNetwork
 from skep.dataplane.netns import namespaces
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.ports import Reservations, reopened
 from skep.dataplane.probe.measurements import Measurements

@@ -13,7 +13,7 @@ from skep.agent.executor.adapter import _security_options
 from skep.engine import apparmor
 from skep.engine.capacity import is_in_user_namespace, thermal_throttles
 from skep.engine.container import ExecConfig
-from skep.engine.spec import exec_process
+from skep.engine.runtime_spec import exec_process
 from skep.engine.users import Identity
 from skep.errors import FailedPrecondition
 from skep.model.container import AppArmorOpts, Privileges

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from skep.engine import capabilities, seccomp
 from skep.engine.capacity import Capacity
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.spec import Built, build, exec_process, merged_environment
+from skep.engine.runtime_spec import Built, build, exec_process, merged_environment
 from skep.engine.users import Identity, resolve
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit

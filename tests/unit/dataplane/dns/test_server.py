@@ -7,7 +7,7 @@ import socket
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns.messages import Query
-from skep.dataplane.dns.records import Decision, Missing
+from skep.dataplane.dns.resolution import Decision, Missing
 from skep.dataplane.dns.server import ACCEPT_PAUSE_S, ContainerServer, Forwarding, Services, Sockets
 from skep.dataplane.dns.upstream import Forwarder
 

@@ -15,7 +15,7 @@ from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.nft_table import NftTable, changes, fits, whole
 from skep.dataplane.netns.read import ReadState
 from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler
-from skep.dataplane.netns.repairs import Repairs, kind_of
+from skep.dataplane.netns.repair_counts import Repairs, kind_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State
 from skep.errors import Unavailable
 

@@ -9,7 +9,7 @@ import pytest
 
 from skep.dataplane.netns import pinned
 from skep.dataplane.netns.namespaces import Namespaces
-from skep.dataplane.netns.repairs import Repairs
+from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.plan.overlay import Underlay
 from skep.dataplane.wireguard.tunnels import Options, Tunnels
 from skep.model.ids import NodeId

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument
-from skep.manager.dispatcher.stops import drain_of
+from skep.manager.dispatcher.delayed_stops import drain_of
 from skep.model.ids import NodeId
 from skep.model.labels import check_service_labels
 from skep.model.meta import Driver

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.dataplane.dns.index import Index
 from skep.dataplane.dns.messages import AAAA, MX, PTR, SRV, A, Query, encoded
-from skep.dataplane.dns.records import Decision, Foreign, Found, Missing, decide, links_of, rotated
+from skep.dataplane.dns.resolution import Decision, Foreign, Found, Missing, decide, links_of, rotated
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.tables import Table
 from tests.support.tables import a_container, a_network, a_served

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.orchestrator import convergence, restart
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, Step
-from skep.manager.orchestrator.converged import converged_slots
+from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot
 from skep.model.ids import NodeId, TaskId
