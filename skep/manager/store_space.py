@@ -77,8 +77,9 @@ class StoreSpace:
                 await backoff.sleep(self._clock)
 
     async def _check(self) -> None:
-        """All steps that are due, each after another check.  Raises: SkepError: not now."""
+        """All steps that are due, each once and after another check.  Raises: SkepError: not now."""
         can_compact = True
+        taken: list[Step] = []
         while (space := await self._store.space()) is not None:
             if space.share < COMPACT_AT:
                 self._cut = (-inf, 0)
@@ -89,8 +90,9 @@ class StoreSpace:
                 can_compact = False
                 if not self._may_compact(step.kept_revisions):
                     continue
-            if step is None:
+            if step is None or step in taken:
                 return
+            taken.append(step)
             await self._take(step, members, spaces)
 
     def _may_compact(self, kept_revisions: int) -> bool:

@@ -156,3 +156,24 @@ async def test_an_alarm_that_was_cleared_is_not_seen_again(tmp_path: Path) -> No
         assert (await rig.store.space()).has_alarm
         await rig.store.disarm()
         assert not (await rig.store.space()).has_alarm
+
+
+async def test_what_was_measured_before_an_alarm_was_cleared_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_full_store(tmp_path) as rig:
+        status, is_cleared = await rig.store._client.status(), asyncio.Event()
+        status.errors.append("alarm:NOSPACE")
+
+        async def before() -> pb.StatusResponse:
+            await is_cleared.wait()
+            return status
+
+        with monkeypatch.context() as patched:
+            patched.setattr(rig.store._client, "status", before)
+            measuring = asyncio.create_task(rig.store.space())
+            await asyncio.sleep(0)
+            await rig.store.disarm()
+            is_cleared.set()
+            assert (await measuring).has_alarm
+        assert not (await rig.store.space()).has_alarm

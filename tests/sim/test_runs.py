@@ -92,6 +92,7 @@ FAILED_ONCE = (
     8202406,  # an operator had a second manager leave by force while the first one had its vote still
     8004706,  # a run of a job was assigned after a newer one had begun: the rule saw no cause (at 7b34ef5a)
     9100001,  # a leader cleared an alarm that was over, without an end
+    9100565,  # a leader that could not read what a node is like gave it a global task that its constraints forbid
     9002686,  # tasks were replaced for a drain that had ended
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import Change, Recheck, Step, apply
+from skep.manager.orchestrator.changes import Change, Recheck, Step, apply, decided_for
 from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.enforcement import overcommitted
 from skep.manager.orchestrator.observed_times import ObservedTimes
@@ -64,7 +64,8 @@ class World:
         return next_steps(self.situation)
 
     def changes(self) -> list[Change]:
-        return [step for step in self.steps() if not isinstance(step, Recheck)]
+        steps = [decided_for(self.service, step) for step in self.steps()]
+        return [step for step in steps if not isinstance(step, Recheck)]
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Apply with the orchestrator's own transactions."""
@@ -135,7 +136,7 @@ class World:
         return self.lookup(kind, id)
 
     def damaged(self, kind: type[Any]) -> Mapping[str, Mapping[str, str]]:
-        return {}
+        return {id: {"status": "damaged"} for id in self.unknown} if kind is Task else {}
 
     def find(self, kind: type[Any], slot: str = "", service_id: str = "") -> list[Any]:
         if kind is Service:

@@ -11,7 +11,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.manager.dependents import restart_dependents
 from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
@@ -25,7 +25,7 @@ from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.keys import HEAD
-from skep.store.kinds import as_run
+from skep.store.kinds import as_run, has_unreadable_status
 
 
 class FillSlot(msgspec.Struct, frozen=True):
@@ -43,31 +43,34 @@ class FillSlot(msgspec.Struct, frozen=True):
     failures: int = 0
 
 
-class RetireTask(msgspec.Struct, frozen=True):
-    """Stop a task.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped.
-
-    ``successor``: the task that takes over; not if it has ended meanwhile, which the leader may not see yet.
-    ``is_due``: its slot is not given up, and is to be filled again once its node takes tasks.
-    """
-
-    task: Task
-    desired: TaskState = TaskState.SHUTDOWN
-    successor: TaskId | None = None
-    is_due: bool = False
-
-
 class Cause(Enum):
-    """Why a task that has not ended is replaced, where that can pass before the replacement is written."""
+    """Why a task that has not ended is retired, where that can pass before it is written: then nothing is."""
 
     NODE_IS_LOST = "its node is down or gone"
     NODE_IS_UNFIT = "its node is drained, or does not meet its constraints"
     DOES_NOT_RUN = "it does not run"
 
 
+class RetireTask(msgspec.Struct, frozen=True):
+    """Stop a task.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped.
+
+    ``successor``: the task that takes over; not if it has ended meanwhile, which the leader may not see yet.
+    ``is_due``: its slot is not given up, and is to be filled again once its node takes tasks.
+    ``service``: as it was when this was decided (``decided_for``); if its spec is another one by now, nothing is
+    written.
+    """
+
+    task: Task
+    desired: TaskState = TaskState.SHUTDOWN
+    successor: TaskId | None = None
+    is_due: bool = False
+    cause: Cause | None = None
+    service: Service | None = None
+
+
 class ReplaceTask(msgspec.Struct, frozen=True):
     """Retire ``task`` and fill its slot again, both or neither.
 
-    ``cause``: if it has passed when this is written, nothing is.
     If ``task`` got a node after the decision, the successor is only prepared: that node has to stop it first.
     """
 
@@ -131,6 +134,22 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
     return SetUpdateStatus(change.service, UpdateState.PAUSED, message)
 
 
+def decided_for(service: Service, step: Step) -> Step:
+    """``step`` of a decision about ``service``, which is not taken once the service is another one."""
+    if isinstance(step, RetireTask) and service.removed_at is None:
+        return replace(step, service=service)
+    return step
+
+
+def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
+    """Why ``task``, which may run on, leaves its ``node``; None: it has ended, or leaves for another reason."""
+    if task.status.state.is_terminal or node is None:
+        return None
+    if is_lost(node):
+        return Cause.NODE_IS_LOST
+    return Cause.NODE_IS_UNFIT if is_unfit(node, task) else None
+
+
 def key_of(change: Change) -> str:
     """Which part of its service a change is about: two changes with one key are never decided together."""
     match change:
@@ -146,14 +165,18 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
     match change:
         case FillSlot():
             _fill(tx, change, new_id, now)
-        case RetireTask(task, desired, successor, is_due):
+        case RetireTask(task, desired, successor, is_due, cause, service):
+            if service is not None and not _is_still(tx, service):
+                return
+            if cause is not None and _has_passed(tx, cause, task):
+                return
             if successor is None or _can_take_over(tx, successor):
                 _retire(tx, task.id, desired, now, is_due)
         case ReplaceTask(task, successor, cause):
             if cause is not None and _has_passed(tx, cause, task):
                 return
             # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
-            if _is_current(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
+            if _is_current(tx, successor.service) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
                 if _is_assigned_since(tx, task):
                     successor = replace(successor, desired=TaskState.READY)
                 _fill(tx, successor, new_id, now)
@@ -167,8 +190,9 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case RollBack(service, message):
             _roll_back(tx, service, message, now)
         case RemoveService(ended):
-            job = tx.lookup(Service, ended.id)
-            if job is not None and job.spec_version == ended.spec_version and _run_of(job) == _run_of(ended):
+            job = tx.rely_on(Service, ended.id, HEAD, "job")
+            was_run_or_retried = job is not None and job.job_status != ended.job_status
+            if job is not None and job.spec_version == ended.spec_version and not was_run_or_retried:
                 hide_service(tx, job, now)
         case _:
             assert_never(change)
@@ -176,7 +200,7 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
 
 def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -> None:
     service = tx.lookup(Service, change.service.id)
-    if service is None or not _is_current(tx, change):
+    if service is None or not _is_current(tx, change.service):
         return
     service = as_run(tx, service)
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
@@ -211,16 +235,22 @@ def _restart(change: FillSlot, now: Timestamp) -> Restart | None:
     return Restart(failures=change.failures, delay=delay, not_before=timestamp(unix_ns(now) + delay))
 
 
-def _is_current(tx: Transaction, change: FillSlot) -> bool:
+def _is_current(tx: Transaction, decided: Service) -> bool:
     """Whether the service is still the one the decision was about; if not, a new decision follows."""
-    service = tx.lookup(Service, change.service.id)
+    service = tx.lookup(Service, decided.id)
     return (
         service is not None
         and service.removed_at is None
-        and as_run(tx, service).spec_version == change.service.spec_version
-        and _run_of(service) == _run_of(change.service)
-        and not _is_paused_since(service, change.service)
+        and as_run(tx, service).spec_version == decided.spec_version
+        and _run_of(service) == _run_of(decided)
+        and not _is_paused_since(service, decided)
     )
+
+
+def _is_still(tx: Transaction, decided: Service) -> bool:
+    """``_is_current`` when the transaction is committed.  A new task relies on its service's spec by itself."""
+    tx.rely_on(Service, decided.id, HEAD)
+    return _is_current(tx, decided)
 
 
 def _run_of(service: Service) -> Version | None:
@@ -257,10 +287,12 @@ def _has_passed(tx: Transaction, cause: Cause, task: Task) -> bool:
         case Cause.NODE_IS_LOST:
             return not is_lost(tx.rely_on(Node, task.node_id, "status"))
         case Cause.NODE_IS_UNFIT:
-            node = tx.rely_on(Node, task.node_id, HEAD)
+            node = tx.rely_on(Node, task.node_id, HEAD, "status")
             return node is not None and not is_unfit(node, task)
         case Cause.DOES_NOT_RUN:
             current = tx.rely_on(Task, task.id, "status")
+            if has_unreadable_status(tx, task):
+                raise Unavailable(f"the status of task {task.id} cannot be read")
             return current is not None and current.status.state is TaskState.RUNNING
     assert_never(cause)
 

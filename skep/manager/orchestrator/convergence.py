@@ -18,7 +18,6 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot
 from skep.manager.orchestrator.update import is_outdated, update_steps
 from skep.model.ids import NodeId
-from skep.model.node import Availability
 
 
 def next_steps(situation: Situation) -> list[Step]:
@@ -99,11 +98,11 @@ def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
 
 
 def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:
-    """Slots on active nodes.  On a paused node nothing is restarted or updated."""
+    """Slots on nodes that take new tasks.  On a paused node nothing is restarted or updated."""
     active = {}
     for node_id, slot in slots.items():
         node = situation.node(node_id)
-        if node is not None and node.spec.availability is Availability.ACTIVE:
+        if node is not None and global_services.takes_new_tasks(node):
             active[node_id] = slot
     return active
 

@@ -12,7 +12,7 @@ Source: swarmkit, manager/orchestrator/constraintenforcer/constraint_enforcer.go
 
 from collections.abc import Collection, Iterable
 
-from skep.manager.orchestrator.slots import age
+from skep.manager.orchestrator.slots import age, is_unknown
 from skep.manager.resources import GenericStock, reservations_of
 from skep.model.constraints import is_satisfied
 from skep.model.ids import TaskId
@@ -26,6 +26,8 @@ _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 
 def violates_constraints(task: Task, node: Node) -> bool:
     """Whether the active ``node`` no longer meets the constraints of its ``task``."""
+    if is_unknown(node):
+        return False
     constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
     if not constraints:
         return False
@@ -47,7 +49,7 @@ def is_drained(volume: Volume | None) -> bool:
 
 def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
     """Which of the ``tasks`` of an active ``node`` exceed its resources; the oldest tasks are kept."""
-    if node.spec.availability is not Availability.ACTIVE:
+    if node.spec.availability is not Availability.ACTIVE or is_unknown(node):
         return frozenset()
     resources = node.description.resources
     if _fits_all(resources, tasks):

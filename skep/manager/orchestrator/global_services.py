@@ -2,10 +2,18 @@
 
 from collections.abc import Iterable
 
-from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
+from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask, cause_to_leave
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.restart import should_restart
-from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, history, is_unusable, wanted
+from skep.manager.orchestrator.slots import (
+    Slot,
+    first_state,
+    group_by_node,
+    history,
+    is_unknown,
+    is_unusable,
+    wanted,
+)
 from skep.model.constraints import is_satisfied
 from skep.model.node import Availability, Node
 from skep.model.service import Placement, Service, UpdateState
@@ -17,37 +25,45 @@ def reconcile(
 ) -> list[Change]:
     """Changes that give each eligible node one task of ``service``, and remove those of other nodes.
 
-    A paused node keeps its task and gets no new one.  Applying the result and deciding again gives ``[]``.
+    A paused node, and one of which nothing is known, keeps its task and gets no new one.  Applying the result and
+    deciding again gives ``[]``.
 
     Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
     """
     seen = seen or ObservedTimes(0.0)
     slots = group_by_node(tasks)
-    eligible = {node.id: node for node in nodes if is_eligible(node, service)}
+    every = {node.id: node for node in nodes}
+    eligible = {id: node for id, node in every.items() if is_eligible(node, service)}
     changes: list[Change] = []
     for node_id, slot in slots.items():
         node = eligible.get(node_id)
         if node is None:
-            changes += [_retired(task, slot, seen) for task in wanted(slot)]
-        elif node.spec.availability is Availability.PAUSE:
-            changes += [_retired(task, slot, seen) for task in wanted(slot) if task.status.state.is_terminal]
+            changes += [_retired(task, slot, seen, every.get(node_id)) for task in wanted(slot)]
+        elif not takes_new_tasks(node):
+            ended = (task for task in wanted(slot) if task.status.state.is_terminal)
+            changes += [_retired(task, slot, seen, node) for task in ended]
     for node_id, node in eligible.items():
         slot = slots.get(node_id, ())
-        if node.spec.availability is Availability.ACTIVE and not _is_filled(slot, service, seen):
+        if takes_new_tasks(node) and not _is_filled(slot, service, seen):
             changes.append(FillSlot(service, 0, node_id, first_state(slot)))
     return changes
 
 
 def is_eligible(node: Node, service: Service) -> bool:
-    """Whether ``node`` may run a task of the service: up, not drained, and within the constraints."""
+    """Whether ``node`` may run a task of the service: up, not drained, and within the constraints if it is known."""
     constraints = (service.spec.task_template.placement or Placement()).constraints
-    return not is_unusable(node) and is_satisfied(constraints, node)
+    return not is_unusable(node) and (is_unknown(node) or is_satisfied(constraints, node))
 
 
-def _retired(task: Task, slot: Slot, seen: ObservedTimes) -> RetireTask:
+def takes_new_tasks(node: Node) -> bool:
+    """Whether an eligible node is given a task, and a new one when that has ended."""
+    return node.spec.availability is Availability.ACTIVE and not is_unknown(node)
+
+
+def _retired(task: Task, slot: Slot, seen: ObservedTimes, node: Node | None) -> RetireTask:
     """Retires a task for its node's sake, which a later leader must not take for giving its slot up."""
     is_due = not task.status.state.is_terminal or should_restart(task, slot, seen)
-    return RetireTask(task, is_due=is_due)
+    return RetireTask(task, is_due=is_due, cause=cause_to_leave(task, node))
 
 
 def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:

@@ -14,7 +14,14 @@ from itertools import islice
 from typing import Any
 
 from skep.manager.job_runs import is_candidate, of_present_run
-from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, RetireTask, Step
+from skep.manager.orchestrator.changes import (
+    FillSlot,
+    Recheck,
+    RemoveService,
+    RetireTask,
+    Step,
+    cause_to_leave,
+)
 from skep.manager.orchestrator.replicated import check_number
 from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps
 from skep.manager.orchestrator.situation import Situation
@@ -44,7 +51,7 @@ def next_steps(situation: Situation) -> list[Step]:
         slots = group_by_node(present)
         fills = _missing_nodes(service, slots, situation)
         steps += [
-            RetireTask(task)
+            RetireTask(task, cause=cause_to_leave(task, situation.node_of(task)))
             for slot in slots.values()
             for task in wanted(slot)
             if _must_leave(task, situation)

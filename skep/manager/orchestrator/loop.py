@@ -12,7 +12,16 @@ from skep.aio.time_slices import TimeSlices, result_in_slices, run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import CatchUp, batches_of, run_exact_informer
-from skep.manager.orchestrator.changes import Change, Recheck, apply, fallback_for
+from skep.manager.orchestrator.changes import (
+    Cause,
+    Change,
+    Recheck,
+    ReplaceTask,
+    RetireTask,
+    apply,
+    decided_for,
+    fallback_for,
+)
 from skep.manager.orchestrator.convergence import deciding
 from skep.manager.orchestrator.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
@@ -20,7 +29,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import is_lost, is_unusable
+from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.labels import priority_of
@@ -141,7 +150,7 @@ class Orchestrator:
                     if before.spec != after.spec or before.description != after.description:
                         self._overcommitted.pop(after.id, None)
                         yield from self._services_of_node(after)
-                    elif is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after):
+                    elif _is_another(before, after):
                         yield from self._services_of_node(after)
 
     def _services_with(self, id: VolumeId) -> Iterable[ServiceId]:
@@ -186,7 +195,13 @@ class Orchestrator:
                 if not self._is_throttled(service_id):
                     changes += await self._decided(service_id, catch_up)
                     await slices.yield_if_due()
-            await self._commit(changes)
+            await self._commit([(id, change) for id, change in changes if not self._is_frozen(change)])
+
+    def _is_frozen(self, change: Change) -> bool:
+        """Whether a disruption has begun since ``change`` was decided; all services are decided again then."""
+        if not isinstance(change, ReplaceTask | RetireTask) or change.cause is not Cause.NODE_IS_LOST:
+            return False
+        return self._disruption.is_frozen or self._disruption.replaces_from > self._clock.monotonic()
 
     def _is_throttled(self, service_id: ServiceId) -> bool:
         """Whether a large service was decided a moment ago; it is queued for the end of its throttling."""
@@ -271,7 +286,7 @@ class Orchestrator:
             self._throttled_until.pop(service_id, None)
             self._queue.add((service_id,))
             return ()
-        return steps
+        return [decided_for(run, step) for step in steps]
 
     def _overcommitted_on(self, node_id: NodeId) -> frozenset[TaskId]:
         """Cached per node until it changes: the scheduler never assigns more than the node has."""
@@ -279,8 +294,7 @@ class Orchestrator:
             view = self._term.view()
             node = view.lookup(Node, node_id)
             tasks = view.find(Task, node_id=node_id)
-            is_known = node is not None and "status" not in view.damaged(Node).get(node_id, ())
-            self._overcommitted[node_id] = overcommitted(node, tasks) if node and is_known else frozenset()
+            self._overcommitted[node_id] = overcommitted(node, tasks) if node else frozenset()
         return self._overcommitted[node_id]
 
     async def _commit(self, changes: list[tuple[ServiceId, Change]]) -> None:
@@ -315,6 +329,12 @@ def throttle_s(tasks: int) -> float:
     """
     delay_s = tasks * THROTTLE_S_PER_TASK
     return min(delay_s, THROTTLE_S_MAX) if delay_s >= THROTTLE_S_MIN else 0.0
+
+
+def _is_another(before: Node, after: Node) -> bool:
+    """Whether a change of a node's status can change a decision about its tasks."""
+    is_same = before.status.addr == after.status.addr and is_unknown(before) == is_unknown(after)
+    return not is_same or is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after)
 
 
 def _is_global(service: Service) -> bool:

@@ -23,16 +23,15 @@ from math import inf
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import (
-    Cause,
     FillSlot,
     Recheck,
     ReplaceTask,
     RetireTask,
     StartTask,
     Step,
+    cause_to_leave,
 )
 from skep.manager.orchestrator.dirty import is_dirty
-from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, history, is_lost, is_stopping, wanted
@@ -62,17 +61,18 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
             if (leaves_at := situation.leaves_at(task)) < inf:
                 steps.append(Recheck(leaves_at))
             continue
+        cause = cause_to_leave(task, situation.node_of(task))
         if task is not current[-1]:
             # An update has already created a newer task in the slot.
-            steps.append(RetireTask(task))
+            steps.append(RetireTask(task, cause=cause))
         elif _is_superseded(task, current, situation) or not should_restart(task, slot, situation.seen):
-            steps.append(RetireTask(task))
+            steps.append(RetireTask(task, cause=cause))
         elif (starts_at := start_time(task, slot, situation)) > situation.now:
             # It could not even be prepared: its own delay applies to the next attempt too, or a missing image would
             # be requested in a tight loop.
             steps.append(Recheck(starts_at))
         else:
-            steps.append(ReplaceTask(task, _successor(task, slot, situation), _cause(task, situation)))
+            steps.append(ReplaceTask(task, _successor(task, slot, situation), cause))
     return steps
 
 
@@ -177,16 +177,6 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
     if (left_s := successor.delay_s - waited_s) > 0:
         return replace(successor, delay_s=left_s)
     return replace(fill, failures=successor.failures)
-
-
-def _cause(task: Task, situation: Situation) -> Cause | None:
-    """Why ``task``, which may run on, leaves its node; None: it has ended, or leaves for another reason."""
-    node = situation.node_of(task)
-    if task.status.state.is_terminal or node is None:
-        return None
-    if is_lost(node):
-        return Cause.NODE_IS_LOST
-    return Cause.NODE_IS_UNFIT if is_unfit(node, task) else None
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:

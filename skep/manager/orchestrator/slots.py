@@ -100,6 +100,14 @@ def is_unusable(node: Node | None) -> bool:
     return node is None or node.status.state is NodeState.DOWN or node.spec.availability is Availability.DRAIN
 
 
+def is_unknown(node: Node) -> bool:
+    """Whether what the node is like is not known: it has not registered yet, or that cannot be read.
+
+    Whether it meets constraints, or has room, cannot be judged: it gets no tasks for now, and keeps those it has.
+    """
+    return node.status.state is NodeState.UNKNOWN
+
+
 def is_lost(node: Node | None) -> bool:
     """Whether no further report can be expected from this node."""
     return node is None or node.status.state is NodeState.DOWN

@@ -11,11 +11,11 @@ from skep.api.service_form import with_defaults
 from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
 from skep.manager.explanations import next_attempt
-from skep.manager.orchestrator.global_services import is_eligible
+from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
-from skep.model.node import Availability, Node, NodeState
+from skep.model.node import Node, NodeState
 from skep.model.service import JobStatus, Service, ServiceStatus, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
@@ -193,7 +193,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
     elif mode.global_ is not None:
         wanted = 0
         async for node in _in_turns(view.find(Node)):
-            is_eligible_node = node.spec.availability is Availability.ACTIVE or node.id in node_ids
+            is_eligible_node = takes_new_tasks(node) or node.id in node_ids
             wanted += is_eligible_node and is_eligible(node, service)
     return ServiceStatus(
         running_tasks=running,

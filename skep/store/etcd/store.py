@@ -72,6 +72,8 @@ class EtcdStore(Updater):
         self._quota_bytes = quota_bytes
         self._is_only_member = is_only_member
         self._space: tuple[float, Space] | None = None
+        self._space_changes = 0
+        """What was measured before the last one does not count."""
         self._compacted = 0
         self._group = group
         self._elections: set[asyncio.Task[None]] = set()
@@ -142,6 +144,7 @@ class EtcdStore(Updater):
         now = self._clock.monotonic()
         if self._space is not None and now - self._space[0] < SPACE_S and self._space[1].share < COMPACT_AT:
             return self._space[1]
+        changes = self._space_changes
         status = await self._client.status()
         space = Space(
             size=status.db_size,
@@ -149,7 +152,8 @@ class EtcdStore(Updater):
             quota=self._quota_bytes,
             has_alarm=any("NOSPACE" in error for error in status.errors),
         )
-        self._space = now, space
+        if changes == self._space_changes:
+            self._space = now, space
         return space
 
     async def compact(self, kept_revisions: int) -> bool:
@@ -178,13 +182,18 @@ class EtcdStore(Updater):
 
     async def defragment(self) -> None:
         """etcd's, of this manager's own member; the next ``space`` is measured anew."""
-        self._space = None
         await self._client.defragment()
+        self._measure_anew()
 
     async def disarm(self) -> None:
         """etcd's; the next ``space`` is measured anew, or the leader would go on with an alarm that is over."""
         await self._client.disarm()
+        self._measure_anew()
+
+    def _measure_anew(self) -> None:
+        """Forget the space that was measured, or is being measured, before now."""
         self._space = None
+        self._space_changes += 1
 
     @property
     def wrapping_key(self) -> bytes:

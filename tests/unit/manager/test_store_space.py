@@ -126,6 +126,25 @@ async def test_a_defragmentation_that_fails_is_tried_more_and_more_seldom():
     assert 5 <= len(store.defragmented) <= 20
 
 
+async def test_an_alarm_that_comes_back_at_once_is_not_cleared_without_an_end():
+    clock = QuickClock(20)
+    store = FullStore(clock, size=10, in_use=5)
+    disarmed = []
+
+    async def space() -> Space:
+        return Space(size=10, in_use=5, quota=100, has_alarm=True)
+
+    async def disarm() -> None:
+        disarmed.append(clock.now)
+        if len(disarmed) > 100:
+            raise Over
+
+    store.space, store.disarm = space, disarm  # type: ignore[method-assign, attr-defined]
+    async with asyncio.timeout(5):
+        await kept(store, Members(OWN), clock)
+    assert len(disarmed) == len({*disarmed}) > 1
+
+
 async def test_a_leader_that_is_reelected_at_once_transfers_leadership_again():
     class Keeper(StoreSpace):
         async def _others(self, names: Sequence[str]) -> dict[NodeId, Space]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
+from skep.manager.orchestrator.changes import Cause, ReplaceTask, RetireTask
 from skep.manager.orchestrator.enforcement import overcommitted
 from skep.model.ids import TaskId
 from skep.model.node import Availability, Node
@@ -60,13 +60,15 @@ def test_a_task_that_is_not_restarted_leaves_without_a_successor() -> None:
     never = RestartPolicy(condition=RestartCondition.NONE)
     service = a_service("web", constraints=("node.labels.zone == north",), restart=never)
     task = a_task(service=service, node="n1")
-    assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task)]
+    assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task, cause=Cause.NODE_IS_UNFIT)]
 
 
 def test_a_global_service_leaves_a_node_that_was_labelled_anew() -> None:
     service = a_service("agent", is_global=True, constraints=("node.labels.zone == north",))
     task = a_task(slot=0, service=service, node="n1")
-    assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task, is_due=True)]
+    assert World(service, [task], [a_node("n1")]).steps() == [
+        RetireTask(task, is_due=True, cause=Cause.NODE_IS_UNFIT)
+    ]
 
 
 @pytest.mark.parametrize(

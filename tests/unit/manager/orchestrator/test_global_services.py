@@ -3,13 +3,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import FillSlot, RetireTask
+from skep.manager.orchestrator.changes import Cause, FillSlot, RetireTask
 from skep.manager.orchestrator.global_services import reconcile
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.model.ids import TaskId
-from skep.model.node import Availability, Node, NodeState
-from skep.model.service import RestartPolicy
+from skep.model.node import Availability, Node, NodeDescription, NodeState, NodeStatus
+from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 from tests.support.builders import a_node, a_service, a_task
@@ -44,7 +45,20 @@ def test_constraints_choose_the_nodes() -> None:
 def test_a_drained_node_loses_its_task_and_a_paused_one_keeps_it() -> None:
     tasks = [a_task(slot=0, node="n1", service=AGENT), a_task(slot=0, node="n2", service=AGENT)]
     nodes = [a_node("n1", availability=Availability.DRAIN), a_node("n2", availability=Availability.PAUSE)]
-    assert reconcile(AGENT, tasks, nodes) == [RetireTask(tasks[0], is_due=True)]
+    assert reconcile(AGENT, tasks, nodes) == [RetireTask(tasks[0], is_due=True, cause=Cause.NODE_IS_UNFIT)]
+
+
+NORTH = a_service("agent", is_global=True, constraints=("node.hostname == n1",))
+
+
+@pytest.mark.parametrize("service", [AGENT, NORTH])
+def test_a_node_of_which_nothing_is_known_keeps_its_task_and_gets_none(service: Service) -> None:
+    """What it has written about itself cannot be read: its name and labels are not known, nor what it can run."""
+    unknown = replace(a_node("n1"), description=NodeDescription(), status=NodeStatus())
+    task = a_task(slot=0, node="n1", service=service)
+    assert reconcile(service, [task], [unknown]) == []
+    assert World(service, [task], [unknown]).steps() == []
+    assert World(service, [], [unknown]).steps() == []
 
 
 def test_what_ends_on_a_paused_node_is_not_replaced_there() -> None:

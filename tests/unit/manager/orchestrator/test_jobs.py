@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, RetireTask
+from skep.manager.orchestrator.changes import Cause, FillSlot, Recheck, RemoveService, RetireTask
 from skep.manager.orchestrator.reaper.history import surplus_history
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
@@ -158,7 +158,7 @@ def test_a_global_job_leaves_a_node_that_is_drained() -> None:
     world.settle()
     (task,) = live(world)
     world.nodes[task.node_id] = an_old_node("n1", Availability.DRAIN)
-    assert world.steps() == [RetireTask(task)]
+    assert world.steps() == [RetireTask(task, cause=Cause.NODE_IS_UNFIT)]
 
 
 def test_a_run_whose_node_is_lost_is_repeated_elsewhere() -> None:

@@ -306,8 +306,8 @@ def test_the_old_task_runs_on_if_the_new_one_ends_before_its_retirement_is_writt
     world.settle()
     world.run_all()
     (old,), (new,) = wanted(world, "app:1"), wanted(world, "app:2")
-    changes = world.changes()
-    assert [change.task for change in changes if isinstance(change, RetireTask)] == [old]
+    changes = [step for step in world.steps() if isinstance(step, RetireTask)]
+    assert [change.task for change in changes] == [old]
     state = State()
     tx = LocalTransaction(state, 0)
     tx.put(old)

@@ -25,6 +25,7 @@ from skep.manager.orchestrator.changes import (
     RetireTask,
     RollBack,
     StartTask,
+    decided_for,
 )
 from skep.manager.orchestrator.slots import group_by_slot, is_unusable
 from skep.model.node import Availability, NodeState
@@ -152,7 +153,8 @@ def one_application_is_enough(world: World, changes: list[Change]) -> None:
 def the_order_of_tasks_does_not_matter(world: World, changes: list[Change]) -> None:
     """Given the tasks backwards, the same is decided."""
     backwards = replace(world.situation, tasks=tuple(reversed(world.situation.tasks)))
-    again = [step for step in convergence.next_steps(backwards) if not isinstance(step, Recheck)]
+    steps = [decided_for(world.service, step) for step in convergence.next_steps(backwards)]
+    again = [step for step in steps if not isinstance(step, Recheck)]
     assert sorted(map(repr, again)) == sorted(map(repr, changes))
 
 

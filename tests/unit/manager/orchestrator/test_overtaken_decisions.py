@@ -1,0 +1,157 @@
+"""Decisions that are overtaken: what users, nodes and other managers write comes between a decision and its write."""
+
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import Unavailable
+from skep.manager.orchestrator.changes import (
+    Cause,
+    Change,
+    FillSlot,
+    RemoveService,
+    ReplaceTask,
+    RetireTask,
+)
+from skep.manager.orchestrator.loop import Orchestrator
+from skep.model.ids import NodeId
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import (
+    GlobalJob,
+    JobStatus,
+    ReplicatedJob,
+    RestartCondition,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+    UpdateConfig,
+    UpdateOrder,
+)
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_task
+from tests.support.rollouts import a_spec, a_world, wanted
+from tests.support.worlds import World
+
+N1 = NodeId("n1")
+ASKED_AT = Timestamp("2026-01-02T00:00:00Z")
+OLD = Timestamp("2026-01-01T00:00:00Z")
+UNUSABLE = [a_node("n1", state=NodeState.DOWN), a_node("n1", availability=Availability.DRAIN)]
+
+
+def a_job(mode: ServiceMode, ttl: str = "") -> Service:
+    service = a_service("job")
+    labels = {"skep.job.ttl": ttl} if ttl else {}
+    spec = replace(service.spec, mode=mode, labels=labels)
+    return replace(service, spec=spec, job_status=JobStatus(last_execution=ASKED_AT))
+
+
+def retired(changes: list[Change]) -> list[Task]:
+    return [change.task for change in changes if isinstance(change, RetireTask)]
+
+
+def test_the_old_task_runs_on_if_its_update_was_withdrawn() -> None:
+    start_first = UpdateConfig(order=UpdateOrder.START_FIRST)
+    world = a_world(start_first, replicas=1)
+    world.update(a_spec("app:2", replicas=1, update=start_first))
+    world.settle()
+    world.run_all()
+    (old,) = wanted(world, "app:1")
+    changes = world.changes()
+    assert retired(changes) == [old], "the case that is to be tested"
+    world.update(a_spec("app:1", replicas=1, update=start_first))
+    world.apply(changes)
+    assert wanted(world, "app:1") == [old]
+
+
+def test_tasks_run_on_if_a_service_is_scaled_up_again_as_they_are_to_be_removed() -> None:
+    world = a_world(replicas=3)
+    world.update(a_spec(replicas=1))
+    changes = world.changes()
+    assert len(retired(changes)) == 2, "the case that is to be tested"
+    world.update(a_spec(replicas=3))
+    world.apply(changes)
+    assert len(wanted(world)) == 3
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE)
+def test_a_task_that_is_not_restarted_runs_on_where_its_node_is_well_again(unusable: Node) -> None:
+    """Nothing would fill its slot again."""
+    service = a_service("web", restart=RestartPolicy(condition=RestartCondition.NONE))
+    task = a_task(service=service, node="n1")
+    world = World(service, [task], [unusable])
+    changes = world.changes()
+    assert retired(changes) == [task], "the case that is to be tested"
+    world.nodes[N1] = a_node("n1")
+    world.apply(changes)
+    assert [*world.tasks.values()] == [task]
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE)
+def test_a_task_of_a_global_service_runs_on_where_its_node_is_well_again(unusable: Node) -> None:
+    service = a_service("agent", is_global=True)
+    task = a_task(slot=0, service=service, node="n1")
+    world = World(service, [task], [unusable])
+    changes = world.changes()
+    assert retired(changes) == [task], "the case that is to be tested"
+    world.nodes[N1] = a_node("n1")
+    world.apply(changes)
+    assert [*world.tasks.values()] == [task]
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE)
+def test_a_run_of_a_global_job_goes_on_where_its_node_is_well_again(unusable: Node) -> None:
+    """It would begin again from nothing."""
+    well = replace(a_node("n1"), created_at=OLD)
+    world = World(a_job(ServiceMode(global_job=GlobalJob())), nodes=[well])
+    world.settle()
+    (task,) = world.tasks.values()
+    world.report(task.id, TaskState.RUNNING)
+    (task,) = world.tasks.values()
+    world.nodes[N1] = replace(unusable, created_at=OLD)
+    changes = world.changes()
+    assert retired(changes) == [task], "the case that is to be tested"
+    world.nodes[N1] = well
+    world.apply(changes)
+    assert [*world.tasks.values()] == [task]
+
+
+def test_a_job_that_is_retried_as_it_is_to_be_removed_stays() -> None:
+    world = World(
+        a_job(ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1)), "1s")
+    )
+    world.settle()
+    (task,) = world.tasks.values()
+    world.report(task.id, TaskState.FAILED)
+    world.put(replace(world.tasks[task.id], desired_state=TaskState.SHUTDOWN))
+    removal = RemoveService(world.service)
+    assert world.service.job_status is not None
+    world.put(replace(world.service, job_status=replace(world.service.job_status, retried_until=ASKED_AT)))
+    world.apply([removal])
+    assert world.service.removed_at is None
+
+
+def test_a_task_whose_status_has_become_unreadable_is_not_taken_for_one_that_does_not_run() -> None:
+    world = a_world(replicas=1)
+    (task,) = world.tasks.values()
+    world.report(task.id, TaskState.STARTING)
+    (task,) = world.tasks.values()
+    world.unknown.add(task.id)
+    change = ReplaceTask(task, FillSlot(world.service, 1), Cause.DOES_NOT_RUN)
+    with pytest.raises(Unavailable, match="cannot be read"):
+        world.apply([change])
+    assert [*world.tasks.values()] == [task]
+
+
+def test_no_task_of_a_lost_node_is_replaced_once_a_disruption_has_begun() -> None:
+    orchestrator = Orchestrator(MemoryStore(SystemClock()), SystemClock(), lambda: "t1", Random(1))
+    task, service = a_task(node="n1"), a_service()
+    lost = ReplaceTask(task, FillSlot(service, 1), Cause.NODE_IS_LOST)
+    drained = ReplaceTask(task, FillSlot(service, 1), Cause.NODE_IS_UNFIT)
+    assert not orchestrator._is_frozen(lost)
+    orchestrator._disruption.replaces_from = float("inf")
+    assert orchestrator._is_frozen(lost)
+    assert not orchestrator._is_frozen(drained)
