@@ -6,6 +6,7 @@ Garbage is collected only between runs, since the objects of a run live until it
 import gc
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from sim.run import RunResult, simulate
 
 Simulate = Callable[[int], RunResult]
 
+RUN_CPU_S_MAX = 300.0
+"""Processor seconds of one run; the average is below one."""
 RUNS_PER_COLLECTION = 10
 CHUNK = 25
 
@@ -26,7 +29,9 @@ def results(seeds: Iterable[int], run: Simulate = simulate) -> Iterator[RunResul
     """Simulate one seed after another in this process."""
     with quiet():
         for number, seed in enumerate(seeds, 1):
-            yield run(seed)
+            with interrupted_if_endless():
+                result = run(seed)
+            yield result
             if number % RUNS_PER_COLLECTION == 0:
                 gc.collect()
 
@@ -63,6 +68,26 @@ def quiet() -> Iterator[None]:
         structlog.configure(**before)
         if was_enabled:
             gc.enable()
+
+
+class Endless(Exception):
+    """A run takes longer than any: one turn of its loop does not end."""
+
+
+@contextmanager
+def interrupted_if_endless() -> Iterator[None]:
+    """Raise ``Endless`` where a run is after ``RUN_CPU_S_MAX``, and every second from then on.  Main thread only."""
+
+    def interrupt(*_: object) -> None:
+        raise Endless(f"after {RUN_CPU_S_MAX:g} s of processor time")
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    signal.setitimer(signal.ITIMER_VIRTUAL, RUN_CPU_S_MAX, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def chunked(seeds: Iterable[int], size: int) -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from sim import run, seeds
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.time import Deadlock, Spinning, VirtualLoop
@@ -42,6 +43,17 @@ def test_a_run_that_spins_is_ended_and_what_is_left_ends_in_peace() -> None:
         loop.run_until_complete(asyncio.sleep(1))
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
+
+
+def test_a_run_of_which_one_turn_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_still(cluster: SimulatedCluster, steps: int) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(run, "_simulate", stand_still)
+    monkeypatch.setattr(seeds, "RUN_CPU_S_MAX", 0.2)
+    (result,) = seeds.results([1])
+    assert "Endless: after 0.2 s of processor time" in result.violations[0]
 
 
 def test_an_error_in_a_rule_is_a_violation_and_does_not_reach_the_store() -> None:
