@@ -52,7 +52,10 @@ class Autolock:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            key = unlock_key_of(self._store.view())
+            view = self._store.view()
+            if UNLOCK_KEY_ID in view.unreadable(Payload):
+                continue  # without it the keys on disk would be in clear
+            key = unlock_key_of(view)
             try:
                 if await asyncio.to_thread(self._lock.turn, key):
                     log.info("lock of the keys on disk changed", locked=key is not None)

@@ -23,7 +23,7 @@ UNKNOWN_LIFETIME_NS = 20 * 365 * 24 * 3600 * 10**9
 
 def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> None:
     """Revoke the certificates of ``node``: all of them, or (``is_removed`` False) its certificates as a manager."""
-    before = tx.lookup(Revocation, node.id)
+    before = tx.rely_on(Revocation, node.id)
     certificate = node.certificate
     serials = {serial.serial: serial for serial in before.serials} if before is not None else {}
     if certificate is not None:
@@ -56,7 +56,7 @@ def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: 
     node = tx.rely_on(Node, node_id, "certificate")
     if node is None or node.certificate is None:
         return
-    before = tx.lookup(Revocation, node_id) or Revocation(id=node_id, until=Timestamp(""))
+    before = tx.rely_on(Revocation, node_id) or Revocation(id=node_id, until=Timestamp(""))
     known = {one.serial: one for one in (*before.foreign, *node.certificate.serials)}
     if own_serial not in known:
         return  # its own one cannot be determined

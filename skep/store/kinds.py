@@ -148,6 +148,12 @@ def has_unknown_spec(view: View, task: Task) -> bool:
     return has_unreadable_spec(view, task) and spec_of(view, task) is None
 
 
+def has_unknown_service(view: View, task: Task) -> bool:
+    """Whether the service of ``task`` is there and nothing of it could ever be read: neither name nor labels."""
+    id = task.service_id
+    return bool(id) and id in view.unreadable(Service) and view.lookup(Service, id) is None
+
+
 def has_unreadable_spec(view: View, task: Task) -> bool:
     """Whether the stored spec of ``task``'s spec version cannot be read.  Cheap where all can be."""
     if task.spec_version is None or not view.unreadable(SpecVersion):
@@ -182,4 +188,10 @@ def has_unreadable_status(view: View, task: Task) -> bool:
 
 def has_unreadable_run(view: View, service_id: str) -> bool:
     """Whether the present run of a job cannot be read: which of its tasks are of that run is not known then."""
-    return "job" in view.damaged(Service).get(service_id, ())
+    if "job" in view.damaged(Service).get(service_id, ()):
+        return True
+    service = view.lookup(Service, service_id)
+    pinned = (
+        service.job_status.spec_version if service is not None and service.job_status is not None else None
+    )
+    return pinned is not None and spec_version_id(service_id, pinned) in view.unreadable(SpecVersion)

@@ -22,7 +22,7 @@ from skep.model.overlays import vxlan_ids
 from skep.model.planes import claimed_underlay, is_overlay
 from skep.model.quota import StackQuota
 from skep.model.secret import Config, Secret
-from skep.model.service import PortConfig, PublishMode, Service
+from skep.model.service import PortConfig, PublishMode, Service, UpdateState, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.user import User
@@ -151,6 +151,16 @@ def _task_fallback(task: Task, unknown: Collection[str]) -> Task:
     return replace(task, status=UNREAD_STATUS)
 
 
+UNREAD_UPDATE: Final = UpdateStatus(state=UpdateState.PAUSED, message="the update's state cannot be read")
+"""Shown for a service's update whose status was never readable: it stands still, as one that a user paused has to."""
+
+
+def _service_fallback(service: Service, unknown: Collection[str]) -> Service:
+    if "update" not in unknown:
+        return service
+    return replace(service, update_status=UNREAD_UPDATE)
+
+
 def _nothing_taken(claim: str, claiming: Object, holder: Object) -> SkepError:
     return AlreadyExists(f"{claim} belongs to another object")
 
@@ -177,12 +187,14 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "job": ("job_status",),
         },
         spec_statuses=frozenset({"update", "job"}),
+        irreplaceable=frozenset({"update", "job"}),
         claims=_service_claims,
         shared_claims=_service_shared_claims,
         taken=_service_taken,
         references=_service_references,
         indexes={"name": lambda service: None if is_removed(service) else _spec_name(service)},
         is_hidden=is_removed,
+        safe_fallback=_service_fallback,
     ),
     KindSchema(
         name="task",
@@ -228,6 +240,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "ca": ("join_tokens", "tls_info", "root_rotation_in_progress", "rotation"),
             "freeze": ("freeze",),
         },
+        irreplaceable=frozenset({"ca"}),
         taken=_nothing_taken,
         indexes={"name": _spec_name},
     ),
@@ -235,6 +248,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         name="network",
         type=Network,
         parts={"allocation": ("driver_state", "ipam_options")},
+        irreplaceable=frozenset({"allocation"}),
         claims=_network_claims,
         taken=_network_taken,
         is_referable=True,
@@ -261,6 +275,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         name="volume",
         type=Volume,
         parts={"info": ("is_creating", "info", "message"), "publish": ("publish_status",)},
+        irreplaceable=frozenset({"info", "publish"}),
         claims=_name_claims("volume"),
         taken=_name_taken("volume"),
         references=_volume_references,

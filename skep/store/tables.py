@@ -226,6 +226,10 @@ class Table:
         else:
             self._extras.pop((part, id), None)
 
+    def was_never_read(self, id: str, part: str) -> bool:
+        """Whether the part is damaged and had no readable value before: the object shows its default instead."""
+        return part in self._never_read.get(id, ())
+
     def encoded(self, part: str, id: str, object: Any) -> bytes | None:
         """A part of ``object`` as it is to be stored; None: it needs no key.
 

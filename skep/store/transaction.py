@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError
+from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unavailable
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
@@ -398,6 +398,8 @@ class ProposalBuilder:
             known = table.revision(id, part)
             if value is None and not known:
                 continue
+            if value is not None and part in table.schema.irreplaceable and table.was_never_read(id, part):
+                raise Unavailable(f"{part} of {kind} {id} cannot be read, so it is not written either")
             if value is not None and len(value) > table.schema.max_bytes:
                 most = table.schema.max_bytes
                 raise ResourceExhausted(f"{kind} {id} is too large: {len(value)} of at most {most} bytes")

@@ -287,6 +287,8 @@ class Allocator:
         network, swarms = view.lookup(Network, id), view.find(Swarm)
         if network is None or not swarms or is_allocated(network):
             return []
+        if "allocation" in view.damaged(Network).get(id, ()):
+            return []  # it has one, which cannot be read: with another its tasks would be on two networks
         pools, length = swarms[0].default_addr_pool, swarms[0].subnet_size
         grants: list[Grant] = []
         with self._failures.caught(network_key(id)):

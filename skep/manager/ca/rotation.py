@@ -88,7 +88,7 @@ def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
     if swarm.rotation is None or swarm.rotation.root != root:
         return False
     root_pem = root.encode()
-    if (key := tx.lookup(Payload, NEXT_ROOT_KEY_ID)) is not None:
+    if (key := tx.rely_on(Payload, NEXT_ROOT_KEY_ID)) is not None:
         tx.put(Payload(id=ROOT_KEY_ID, data=key.data))
         tx.delete(Payload, NEXT_ROOT_KEY_ID)
     elif tx.lookup(Payload, ROOT_KEY_ID) is not None:

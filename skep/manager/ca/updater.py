@@ -118,6 +118,8 @@ class CertificateUpdater:
         if self._pair is None or not swarms:
             return
         trusted = trusted_roots(swarms[0])
+        if not trusted:
+            return  # they cannot be read: this manager goes on with those it has
         serial = _serial_of(self._pair)
         if is_foreign(view.lookup(Revocation, self._own), serial):
             # It was being renewed at the moment in which the others were revoked.

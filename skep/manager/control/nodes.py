@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
+from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
 from skep.manager.revocation import revoke
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
@@ -18,6 +18,7 @@ from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
 from skep.model.planes import is_docker_node
 from skep.store.interface import Transaction
+from skep.store.keys import HEAD
 
 E = TypeVar("E", bound=Enum)
 
@@ -80,6 +81,10 @@ def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> Non
         NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.
     """
     node = tx.get(Node, id)
+    if "manager" in tx.damaged(Node).get(id, ()):
+        raise Unavailable(
+            f"it cannot be read whether node {id} is a manager with a vote: try again on another manager"
+        )
     if node.spec.role is NodeRole.MANAGER and node.manager_status is not None and _has_vote(node):
         raise FailedPrecondition(
             f"node {id} is a cluster manager and is a member of the raft cluster. "
@@ -101,6 +106,8 @@ def check_demotion(tx: Transaction, node: Node) -> None:
     managers = [other for other in tx.find(Node) if other.spec.role is NodeRole.MANAGER and _has_vote(other)]
     if len(managers) == 1:
         raise FailedPrecondition("attempting to demote the last manager of the swarm")
+    for other in managers:
+        tx.rely_on(Node, other.id, HEAD, "manager")  # or two managers demote each other at the same moment
     staying = [other for other in managers if other.id != node.id]
     reachable = [other for other in staying if other.is_reachable_manager]
     if len(reachable) <= len(staying) // 2:

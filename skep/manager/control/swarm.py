@@ -231,7 +231,7 @@ def _keep_unlock_key(
     tx: Transaction, *, is_wanted: bool, is_rotated: bool = False, new_key: Callable[[], bytes]
 ) -> None:
     """Have an unlock key exactly if autolock is on; an old one is never restored, as in SwarmKit."""
-    is_there = tx.lookup(Payload, UNLOCK_KEY_ID) is not None
+    is_there = tx.rely_on(Payload, UNLOCK_KEY_ID) is not None
     if is_wanted and (is_rotated or not is_there):
         tx.put(Payload(id=UNLOCK_KEY_ID, data=new_key()))
     elif is_there and not is_wanted:

@@ -86,7 +86,7 @@ def add_certificate(
     """
     user = tx.get(User, id)
     end = _end(now, lifetime_s)
-    payload = tx.lookup(Payload, USERS_ROOT_ID)
+    payload = tx.rely_on(Payload, USERS_ROOT_ID)
     if payload is None:
         payload = tx.put(Payload(id=USERS_ROOT_ID, data=fresh.key_pem + fresh.root_pem))
     key, root = _PEM.findall(payload.data)

@@ -8,7 +8,7 @@ The leader's dispatcher then waits for the adopted nodes with the grace period o
 nodes that are not connected.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import inf
 from random import Random
 
@@ -39,15 +39,17 @@ class Orphan(msgspec.Struct, frozen=True, kw_only=True):
     """The session that is taken over, unless it has changed."""
 
 
-def orphans(nodes: Iterable[Node], silent: Iterable[NodeId], own: NodeId) -> list[Orphan]:
+def orphans(
+    nodes: Iterable[Node], silent: Iterable[NodeId], own: NodeId, unknown: Collection[NodeId] = ()
+) -> list[Orphan]:
     """Sessions to adopt, in order of ``nodes``: those of ``silent`` managers, and of nodes that are no managers any
-    more.
+    more.  ``unknown``: nodes of which it cannot be read whether they are managers.
 
     A node that is down is skipped: it registers again when it is back.
     """
     nodes = tuple(nodes)
     gone = set(silent)
-    managers = {node.id for node in nodes if node.manager_status is not None}
+    managers = {*unknown, *(node.id for node in nodes if node.manager_status is not None)}
     return [
         Orphan(node_id=node.id, session=session)
         for node in nodes
@@ -126,9 +128,11 @@ class Adoption:
         while True:
             await self._clock.sleep(CHECK_S)
             now = self._clock.monotonic()
-            silent, nodes = self._silent(now), self._term.view().find(Node)
+            view = self._term.view()
+            silent, nodes = self._silent(now), view.find(Node)
             living = self._living.living(nodes, silent, now)
-            found = orphans(nodes, silent.keys() - living, self._own)
+            unknown = [NodeId(id) for id, parts in view.damaged(Node).items() if "manager" in parts]
+            found = orphans(nodes, silent.keys() - living, self._own, unknown)
             if not found or await self._adopt(found):
                 backoff.reset()
             else:

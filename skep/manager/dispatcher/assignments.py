@@ -31,6 +31,7 @@ from skep.model.volume import PublishState, PublishStatus, Volume, VolumeAssignm
 from skep.store.interface import View
 from skep.store.kinds import (
     Payload,
+    has_unknown_service,
     has_unknown_spec,
     has_unreadable_spec,
     has_unreadable_status,
@@ -66,7 +67,7 @@ def everything(
     placed = [_with_spec(view, task, None) for task in view.find(Task, node_id=node_id)]
     tasks = {task.id: task for task in placed if _is_due(view, task)}
     is_known = not any(
-        has_unreadable_status(view, task) or _lacks_spec(view, task)
+        has_unreadable_status(view, task) or _lacks_data(view, task)
         for task in placed
         if task.id not in tasks
     )
@@ -181,9 +182,25 @@ def _lacks_spec(view: View, task: Task) -> bool:
     return task.is_wanted and has_unknown_spec(view, task)
 
 
+def _lacks_networks(view: View, task: Task) -> bool:
+    """Whether the task is to run and its networks are not known: it would be started without any."""
+    return (
+        task.is_wanted and not task.networks_attachments and "networks" in view.damaged(Task).get(task.id, ())
+    )
+
+
+def _lacks_data(view: View, task: Task) -> bool:
+    """Whether the task is to run and something that its node needs for that is not known."""
+    return (
+        _lacks_spec(view, task)
+        or _lacks_networks(view, task)
+        or (task.is_wanted and has_unknown_service(view, task))
+    )
+
+
 def _is_held_back(view: View, task: Task) -> bool:
     """Whether the task may be assigned and is not sent, as something of it cannot be read."""
-    return _may_wait(view, task) or _lacks_spec(view, task)
+    return _may_wait(view, task) or _lacks_data(view, task)
 
 
 def _is_due(view: View, task: Task) -> bool:

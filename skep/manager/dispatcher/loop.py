@@ -299,7 +299,7 @@ class Dispatcher:
             keys: tuple[GossipKey, ...] = ()
             if is_docker_node(node):
                 stored = view.lookup(Payload, GOSSIP_KEYS_ID)
-                if stored is None or swarm.id in view.unreadable(Swarm):
+                if stored is None or swarm.id in view.unreadable(Swarm) or not swarm.tls_info.trust_root:
                     # The leader is about to create them; an engine without keys gossips in clear.  One that is sent
                     # no root trusts no manager.
                     await session.messages.wait()

@@ -121,7 +121,7 @@ def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> E
     Raises: NotFound; FailedPrecondition: it is this manager's own node.
     """
     present = _stored(tx)
-    swarm = cluster_of(tx)
+    swarm = tx.get(Swarm, cluster_of(tx).id)  # the roots that are recorded have to be the present ones
     under_way = present if present is not None and present.next_step is not None else None
     if under_way is not None and name == under_way.hostname and not tx.find(Node, name=name.lower()):
         return under_way
@@ -133,11 +133,6 @@ def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> E
     was_manager = _was_manager(tx, target)
     if target.spec.role is NodeRole.MANAGER and tx.lookup(Node, target.id) is not None:
         check_demotion(tx, target)
-    # A root whose key an external authority has was never this node's.
-    keyed = [(ROOT_KEY_ID, swarm.tls_info.trust_root)]
-    if swarm.rotation is not None:
-        keyed.append((NEXT_ROOT_KEY_ID, swarm.rotation.root))
-    roots = [root for key_id, root in keyed if tx.lookup(Payload, key_id) is not None]
     eviction = Eviction(
         node_id=target.id,
         hostname=target.description.hostname,
@@ -145,12 +140,20 @@ def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> E
         asked_by=by,
         asked_through=own,
         asked_at=now,
-        roots=tuple(root_digest(root.encode()) for root in roots),
+        roots=_known_roots(tx, swarm),
     )
     if under_way is not None:
         eviction = merged(under_way, eviction)
     tx.put(Payload(id=EVICTION_ID, data=eviction.encode()))
     return eviction
+
+
+def _known_roots(tx: Transaction, swarm: Swarm) -> tuple[str, ...]:
+    """Digests of the roots whose keys were in the store: a key that an external authority has was never a node's."""
+    keyed = [(ROOT_KEY_ID, swarm.tls_info.trust_root)]
+    if swarm.rotation is not None:
+        keyed.append((NEXT_ROOT_KEY_ID, swarm.rotation.root))
+    return tuple(root_digest(root.encode()) for id, root in keyed if tx.rely_on(Payload, id) is not None)
 
 
 def merged(earlier: Eviction, later: Eviction) -> Eviction:
@@ -208,7 +211,12 @@ def note_done(tx: Transaction, node_id: NodeId, step: Step) -> None:
     """Record that a step is done."""
     present = _stored(tx)
     if present is not None and present.node_id == node_id and step not in present.done:
-        changed = replace(present, done=(*present.done, step), waits_for="")
+        roots = present.roots
+        if step == "keys":
+            # A root that came since the eviction began was written under keys that the node had.
+            known = _known_roots(tx, tx.get(Swarm, cluster_of(tx).id))
+            roots = (*roots, *(root for root in known if root not in roots))
+        changed = replace(present, done=(*present.done, step), waits_for="", roots=roots)
         tx.put(Payload(id=EVICTION_ID, data=changed.encode()))
 
 
@@ -263,7 +271,7 @@ def names(nodes: Iterable[Node], most: int = 5) -> str:
 
 def replace_gossip_keys(tx: Transaction, now: Timestamp, random_bytes: Callable[[int], bytes]) -> None:
     """New keys for the gossip of docker nodes and for their encrypted overlay networks, if there are such nodes."""
-    gossip = tx.lookup(Payload, GOSSIP_KEYS_ID)
+    gossip = tx.rely_on(Payload, GOSSIP_KEYS_ID)
     if gossip is not None:
         fresh = rotated(decoded_keys(gossip.data), random_bytes, now)
         tx.put(Payload(id=GOSSIP_KEYS_ID, data=fresh.encode()))

@@ -114,7 +114,10 @@ class Managers:
             )
             await self._term.update(write_reachability, change)
         level = lowest_level(nodes)
-        if level > view.level and not view.unreadable(Node):
+        is_known = not view.unreadable(Node) and not any(
+            "manager" in one for one in view.damaged(Node).values()
+        )
+        if level > view.level and is_known:
             await self._term.update(write_level)
             log.info("data level raised", data_level=level)
         overdue, steps = self._decide(await self._consensus.all(), reachable)

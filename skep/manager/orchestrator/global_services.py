@@ -9,6 +9,7 @@ from skep.manager.orchestrator.slots import (
     Slot,
     first_state,
     group_by_node,
+    has_unread_end,
     history,
     is_unknown,
     is_unusable,
@@ -68,7 +69,7 @@ def _retired(task: Task, slot: Slot, seen: ObservedTimes, node: Node | None) -> 
 
 def _is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
     """Whether the node has its task: a wanted one, or one that ended for good (which a rollback replaces)."""
-    if wanted(slot):
+    if wanted(slot) or has_unread_end(slot):
         return True
     past = history(slot)
     status = service.update_status

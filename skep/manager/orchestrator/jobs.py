@@ -25,7 +25,15 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.replicated import check_number
 from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, group_by_slot, history, wanted
+from skep.manager.orchestrator.slots import (
+    Slot,
+    first_state,
+    group_by_node,
+    group_by_slot,
+    has_unread_end,
+    history,
+    wanted,
+)
 from skep.model.labels import job_ttl_s
 from skep.model.meta import Version
 from skep.model.service import ReplicatedJob, Service
@@ -66,7 +74,7 @@ def next_steps(situation: Situation) -> list[Step]:
     filled = {fill.slot or fill.node_id for fill in fills}
     steps += fills
     for key, slot in slots.items():
-        if key not in filled and not is_done(slot):
+        if key not in filled and not is_done(slot) and not has_unread_end(slot):
             restarts = restart_steps(slot, situation)
             steps += restarts or start_steps(slot, situation)
     return steps or _end(present, situation)
@@ -129,7 +137,9 @@ def _is_taken(slot: Slot, situation: Situation) -> bool:
 
 
 def _is_given_up(slot: Slot, situation: Situation) -> bool:
-    """Whether the slot's last task failed and its restart policy allows no further one."""
+    """Whether the slot's last task failed and its restart policy allows no further one; true if that is not known."""
+    if has_unread_end(slot):
+        return True
     past = history(slot)
     is_failed = bool(past) and past[-1].status.state in (TaskState.FAILED, TaskState.REJECTED)
     return is_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)

@@ -9,7 +9,7 @@ from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.restart import should_restart
-from skep.manager.orchestrator.slots import Slot, first_state, group_by_slot, history, wanted
+from skep.manager.orchestrator.slots import Slot, first_state, group_by_slot, has_unread_end, history, wanted
 from skep.model.ids import NodeId
 from skep.model.service import REPLICAS_MAX, Service, UpdateState
 from skep.model.task import Task, TaskState
@@ -106,7 +106,7 @@ def is_filled(slot: Slot, service: Service, seen: ObservedTimes) -> bool:
 
     A rollback refills slots that ended for good, so that it always arrives at the state it returns to.
     """
-    if wanted(slot):
+    if wanted(slot) or has_unread_end(slot):
         return True
     past = history(slot)
     if not past:

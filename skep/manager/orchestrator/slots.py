@@ -12,6 +12,7 @@ from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.task import Task, TaskState
+from skep.store.schema import UNREAD_STATUS
 
 PAUSE = 1000
 """Tasks sorted between two pauses; a few tenths of a microsecond each."""
@@ -85,6 +86,11 @@ def has_reported_end(task: Task) -> bool:
     A manager writes that a task is orphaned, once its node was removed; what became of it is not known.
     """
     return task.status.state.is_terminal and task.status.state is not TaskState.ORPHANED
+
+
+def has_unread_end(slot: Slot) -> bool:
+    """Whether the status of a past task of the slot cannot be read, so that it may have ended for good."""
+    return any(task.status == UNREAD_STATUS for task in slot if task.desired_state < TaskState.REMOVE)
 
 
 def first_state(slot: Slot) -> TaskState:

@@ -42,7 +42,7 @@ from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
-from skep.store.kinds import UNKNOWN_SPEC, has_unknown_spec
+from skep.store.kinds import UNKNOWN_SPEC, has_unknown_service, has_unknown_spec
 from skep.store.updates import batched
 
 BATCH = 250
@@ -301,7 +301,8 @@ class Scheduler:
     def _without_waiting(self, groups: Sequence[Group], now: float) -> tuple[list[Group], list[Refusal]]:
         """The groups that wait for nothing, and the tasks of the others with what they wait for.
 
-        That is another service, or a spec: without it a task would go to any node, with nothing reserved.
+        That is another service, or a spec: without it a task would go to any node, with nothing reserved.  Or the own
+        service: without its labels a task would leave its data, or come before what it depends on.
         """
         ready: list[Group] = []
         refusals: list[Refusal] = []
@@ -310,7 +311,7 @@ class Scheduler:
         for group in groups:
             waiting = None
             tasks = self._tasks_of(group, 1)
-            if tasks and has_unknown_spec(view, tasks[0]):
+            if tasks and (has_unknown_spec(view, tasks[0]) or has_unknown_service(view, tasks[0])):
                 self._refused.add(group)
                 refusals += _refusals(self._tasks_of(group), UNKNOWN_SPEC)
                 continue

@@ -35,6 +35,7 @@ from skep.model.node import NodeState
 from skep.model.service import GenericResource
 from skep.model.task import Preemption, Task, TaskState
 from skep.store.interface import View
+from skep.store.kinds import has_unknown_service
 
 AT_ONCE: Final = 20
 """Victims that have not ended, in the whole cluster; one task that needs more gets them when there are none."""
@@ -115,7 +116,7 @@ class Occupants:
                 continue
             priority = self._priorities.of(usage.service_id)
             is_eligible = bool(usage.service_id) and self._least <= priority < self._below
-            if task is None or usage.is_unknown or not is_eligible:
+            if task is None or usage.is_unknown or not is_eligible or has_unknown_service(view, task):
                 staying.append(usage)  # without a record it is a claim
             else:
                 candidates.append(_Candidate(task, usage, priority))

@@ -412,8 +412,11 @@ def _change(
 
 def _forget(tx: Transaction, id: VolumeId) -> None:
     volume = tx.rely_on(Volume, id)
-    if volume is not None and volume.pending_delete and not volume.publish_status:
-        tx.delete(Volume, id)
+    if volume is None or not volume.pending_delete or volume.publish_status:
+        return
+    if tx.damaged(Volume).get(id):
+        return  # the driver may have it
+    tx.delete(Volume, id)
 
 
 def _doubt(tx: Transaction, id: VolumeId, step: Step) -> bool:

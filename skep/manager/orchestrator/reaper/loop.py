@@ -31,7 +31,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import SpecVersion, has_unreadable_run
+from skep.store.kinds import SpecVersion, has_unreadable_run, has_unreadable_status
 
 BATCH = 500
 """Slots and services decided before their changes are committed together."""
@@ -193,7 +193,9 @@ def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
     match removal:
         case Orphan(wanted):
             task = tx.lookup(Task, wanted.id)
-            if task is not None and is_orphaned(task, tx.lookup(Node, task.node_id)):
+            if task is None or has_unreadable_status(tx, task):
+                return  # how it ended is known to others
+            if is_orphaned(task, tx.lookup(Node, task.node_id)):
                 message = "Task belonged to a node that has been deleted"
                 status = TaskStatus(
                     timestamp=now,
@@ -227,8 +229,13 @@ def _updating(service: Service) -> Version | None:
     return service.spec_version if status is not None and status.state in UNDER_WAY else None
 
 
+NO_LIMIT = -1
+
+
 def _cluster_limit(view: View) -> int | None:
     swarms = view.find(Swarm)
+    if not swarms and view.unreadable(Swarm):
+        return NO_LIMIT
     return _limit(swarms[0]) if swarms else None
 
 

@@ -7,6 +7,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.informer import run_informer
+from skep.manager.orchestrator.disruption_mode import is_frozen
 from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
 from skep.manager.revocation import revoke
 from skep.model.ids import IdSource, NodeId
@@ -62,8 +63,8 @@ class LostNodes:
         swarm = next(iter(view.find(Swarm)), None)
         if swarm is None:
             return
-        nodes, is_frozen = view.find(Node), swarm.freeze is not None
-        if is_disrupted(nodes, is_frozen=is_frozen):
+        nodes, has_freeze = view.find(Node), is_frozen(view)
+        if is_disrupted(nodes, is_frozen=has_freeze):
             # Of the nodes that come back after it, half are ready before the others, which are no more lost for that.
             self._down = dict.fromkeys(self._down, now)
             return
@@ -73,7 +74,7 @@ class LostNodes:
             observed_s=lambda node: now - self._down.get(node.id, now),
             now_ns=now_ns,
             is_kept=lambda node_id: _keeps_tasks(view, node_id),
-            is_frozen=is_frozen,
+            is_frozen=has_freeze,
         )
         if not due:
             return
@@ -104,6 +105,8 @@ def _keeps_tasks(view: View, id: NodeId) -> bool:
     """Whether a task of the node is to stay there, or its successor is to return there."""
     for task in view.find(Task, node_id=id):
         service = view.lookup(Service, task.service_id) if task.service_id else None
+        if service is None and task.service_id in view.unreadable(Service):
+            return True
         if service is None or service.removed_at is not None:
             continue
         labels = service.spec.labels

@@ -100,6 +100,21 @@ async def test_a_manager_is_evicted_by_name_or_id_and_the_requester_is_recorded(
     assert eviction.steps == OF_A_MANAGER
 
 
+async def test_a_root_that_came_before_the_keys_were_replaced_is_replaced_too(store):
+    """Its key was written under keys that the node had."""
+    eviction = await evict(store, "m3")
+
+    def rotate(tx):
+        (swarm,) = tx.find(Swarm)
+        tx.put(replace(swarm, tls_info=tls_info(ROOTS[1])))
+
+    await store.update(rotate)
+    (swarm,) = store.view().find(Swarm)
+    assert has_new_root(eviction_of(store.view()), swarm), "the case that is to be tested"
+    await store.update(note_done, eviction.node_id, "keys")
+    assert not has_new_root(eviction_of(store.view()), swarm)
+
+
 async def test_asked_again_it_goes_on(store):
     eviction = await evict(store, "m3")
     await store.update(note_done, eviction.node_id, "remove")
