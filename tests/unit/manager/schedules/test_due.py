@@ -134,7 +134,7 @@ def test_what_failed_before_a_retry_is_started_again_and_what_has_completed_is_n
 def test_a_new_run_stops_the_tasks_of_the_one_before_that_have_the_same_spec() -> None:
     service = a_job(replace(after_a_run(), job_iteration=Version(index=1)))
     old = replace(a_task(service=service), job_iteration=Version(index=0))
-    assert World(service, [old]).changes() == [RetireTask(old, TaskState.REMOVE), FillSlot(service, 1)]
+    assert World(service, [old]).steps() == [RetireTask(old, TaskState.REMOVE), FillSlot(service, 1)]
     world = World(service, [old])
     world.apply(world.changes())
     assert [task.job_iteration for task in world.tasks.values() if task.is_active] == [Version(index=1)]
