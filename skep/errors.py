@@ -50,6 +50,10 @@ class Unavailable(SkepError):
     """Not now, or not here: no manager, no leader, locked, a deadline passed."""
 
 
+class Unreadable(Unavailable):
+    """A stored value cannot be read by this manager, and may be by others."""
+
+
 class ResourceExhausted(SkepError):
     """A bounded queue or a size limit is full."""
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
 from skep.bootstrap import Recovery, load_recovery, save_recovery
-from skep.manager.volumes.loop import PUBLISH_PART
+from skep.manager.volumes.loop import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
 from skep.model.ids import NodeId, VolumeId
 from skep.model.node import ManagerStatus, Node, NodeState, Reachability
@@ -106,8 +107,11 @@ def _nodes_with_volumes(view: View) -> Mapping[VolumeId, Set[NodeId]]:
 
 
 def _doubt_volume(tx: Transaction, id: VolumeId, needed: Set[NodeId]) -> None:
-    if PUBLISH_PART not in tx.damaged(Volume).get(id, ()):
-        tx.put(doubted(tx.get(Volume, id), needed, tx.find(Node)))
+    volume, damaged = tx.get(Volume, id), tx.damaged(Volume).get(id, ())
+    if PUBLISH_PART in damaged:
+        return
+    doubtful = doubted(volume, needed, tx.find(Node))
+    tx.put(replace(doubtful, is_creating=volume.is_creating) if INFO_PART in damaged else doubtful)
 
 
 def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:

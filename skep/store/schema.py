@@ -23,8 +23,9 @@ from skep.model.planes import claimed_underlay, is_overlay
 from skep.model.quota import StackQuota
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service, UpdateState, UpdateStatus
-from skep.model.swarm import Swarm
+from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import ZERO_TIME
 from skep.model.user import User
 from skep.model.volume import Volume
 from skep.store.interface import KindSchema, Object
@@ -161,6 +162,14 @@ def _service_fallback(service: Service, unknown: Collection[str]) -> Service:
     return replace(service, update_status=UNREAD_UPDATE)
 
 
+UNREAD_FREEZE: Final = Freeze(since=ZERO_TIME)
+"""Shown for one that was never readable: its part is there only while it lasts.  It ends by its time, or by a user."""
+
+
+def _swarm_fallback(swarm: Swarm, unknown: Collection[str]) -> Swarm:
+    return replace(swarm, freeze=UNREAD_FREEZE) if "freeze" in unknown else swarm
+
+
 def _nothing_taken(claim: str, claiming: Object, holder: Object) -> SkepError:
     return AlreadyExists(f"{claim} belongs to another object")
 
@@ -243,6 +252,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         irreplaceable=frozenset({"ca"}),
         taken=_nothing_taken,
         indexes={"name": _spec_name},
+        safe_fallback=_swarm_fallback,
     ),
     KindSchema(
         name="network",

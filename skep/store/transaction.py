@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unavailable
+from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unreadable
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
@@ -399,7 +399,7 @@ class ProposalBuilder:
             if value is None and not known:
                 continue
             if value is not None and part in table.schema.irreplaceable and table.was_never_read(id, part):
-                raise Unavailable(f"{part} of {kind} {id} cannot be read, so it is not written either")
+                raise Unreadable(f"{part} of {kind} {id} cannot be read, so it is not written either")
             if value is not None and len(value) > table.schema.max_bytes:
                 most = table.schema.max_bytes
                 raise ResourceExhausted(f"{kind} {id} is too large: {len(value)} of at most {most} bytes")

@@ -13,7 +13,7 @@ from skep.manager.ca.rotation import finish
 from skep.manager.ca.updater import CertificateUpdater
 from skep.manager.control.nodes import check_demotion, remove_node
 from skep.manager.control.services import update_service
-from skep.manager.control.swarm import _keep_unlock_key
+from skep.manager.control.swarm import _keep_unlock_key, resume_replacement
 from skep.manager.dispatcher.adoption import orphans
 from skep.manager.dispatcher.assignments import everything
 from skep.manager.orchestrator import global_services, replicated
@@ -21,6 +21,7 @@ from skep.manager.orchestrator.disruption_mode import is_frozen
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.loop import NO_LIMIT, Orphan, _cluster_limit, _write
 from skep.manager.orchestrator.reaper.node_loop import _keeps_tasks
+from skep.manager.recovery import doubt_volumes
 from skep.manager.revocation import revoke
 from skep.manager.volumes.loop import _forget
 from skep.model.ids import ClusterId, NodeId, ServiceId, SessionId, VolumeId
@@ -46,7 +47,7 @@ from skep.store.state import State
 from skep.store.tables import KeyChange
 from skep.store.transaction import LocalTransaction
 from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
-from tests.support.control_loops import leading
+from tests.support.control_loops import leading, wait_for
 from tests.support.damage_rigs import a_good_service_converges, cluster_with, damage
 
 pytestmark = pytest.mark.timeout(30)
@@ -133,8 +134,12 @@ def test_a_task_whose_end_cannot_be_read_is_not_called_orphaned() -> None:
 
 def test_a_freeze_that_cannot_be_read_is_one() -> None:
     assert not is_frozen(loaded(SWARM, damaged=()).view())
-    frozen = replace(SWARM, freeze=Freeze(since=NOW))
-    assert is_frozen(loaded(frozen, damaged=(("swarm", "s1", "freeze"),)).view())
+    frozen = replace(SWARM, freeze=Freeze(since=NOW, nodes=(NodeId("n1"),)))
+    store = loaded(frozen, damaged=(("swarm", "s1", "freeze"),))
+    assert is_frozen(store.view())
+    asyncio.run(store.update(resume_replacement))
+    assert not is_frozen(store.view())
+    assert not store.view().damaged(Swarm)
 
 
 def test_a_key_that_cannot_be_read_is_not_taken_for_absent() -> None:
@@ -178,6 +183,48 @@ def test_a_volume_of_which_it_cannot_be_read_whether_it_was_made_is_not_forgotte
     store = loaded(volume, damaged=(("volume", "v1", "info"),))
     asyncio.run(store.update(_forget, VolumeId("v1")))
     assert store.view().lookup(Volume, "v1") is not None
+
+
+def test_a_recovery_ends_though_a_volume_cannot_be_read() -> None:
+    volumes = [
+        Volume(id=VolumeId(id), spec=VolumeSpec(name=id), info=VolumeInfo(volume_id=id))
+        for id in ("v1", "v2")
+    ]
+    store = loaded(*volumes, damaged=(("volume", "v1", "info"),))
+    asyncio.run(doubt_volumes(store))
+    assert list(store.view().damaged(Volume)) == ["v1"]
+
+
+def test_a_service_goes_on_though_one_that_depends_on_it_cannot_be_read() -> None:
+    labels = {"skep.depends-on": "db=service_started+restart"}
+    db, web = a_service("db"), a_service("web", spec=replace(a_service_spec("web"), labels=labels))
+    running = UpdateStatus(state=UpdateState.PAUSED)
+    store = loaded(db, replace(web, update_status=running), damaged=(("service", "web", "update"),))
+
+    async def live() -> None:
+        version = store.view().get(Service, "db").version.index
+        await store.update(
+            update_service, ServiceId("db"), a_service_spec("db", image="app:2"), version, now=NOW
+        )
+
+    asyncio.run(live())
+    assert list(store.view().damaged(Service)) == ["web"]
+
+
+def test_a_task_on_a_network_that_cannot_be_read_holds_up_no_other() -> None:
+    plain, attached = a_service("plain"), a_service("attached")
+    waiting = {"state": TaskState.PENDING}
+    on = (NetworkAttachment(network=an_overlay("net1"), addresses=("10.0.1.3/24",)),)
+    task = replace(a_task("t1", service=attached, **waiting), networks_attachments=on)  # type: ignore[arg-type]
+    other = a_task("t2", service=plain, **waiting)  # type: ignore[arg-type]
+    objects = (an_overlay("net1"), plain, attached, a_node("n1"), task, other)
+    store = loaded(*objects, damaged=(("network", "net1", "allocation"),))
+
+    async def live() -> None:
+        async with leading(store):
+            await wait_for(store, lambda: store.view().get(Task, "t2").node_id == "n1")
+
+    asyncio.run(live())
 
 
 def test_sessions_of_a_manager_that_may_be_one_are_not_taken_over() -> None:

@@ -221,7 +221,7 @@ class Tunnels:
         every = tuple(tables)
         self._vxlan_port = next((table.head.port for table in every), self._vxlan_port)
         self._tables = tuple(table for table in every if table.head.is_encrypted)
-        self._awaits_tables = self._users > 0
+        self._awaits_tables = False
         carried = {table.head.id for table in self._tables}
         self._tunnelled = {id: one for id, one in self._tunnelled.items() if id in carried}
         try:

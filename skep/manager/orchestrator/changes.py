@@ -19,7 +19,7 @@ from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.meta import Version
-from skep.model.node import Node
+from skep.model.node import Availability, Node
 from skep.model.service import ENDED, PAUSED, Service, UpdateState, UpdateStatus
 from skep.model.task import Restart, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
@@ -145,7 +145,7 @@ def cause_to_leave(task: Task, node: Node | None) -> Cause | None:
     """Why ``task``, which may run on, leaves its ``node``; None: it has ended, or leaves for another reason."""
     if task.status.state.is_terminal or node is None:
         return None
-    if is_lost(node):
+    if is_lost(node) and node.spec.availability is not Availability.DRAIN:
         return Cause.NODE_IS_LOST
     return Cause.NODE_IS_UNFIT if is_unfit(node, task) else None
 

@@ -116,7 +116,7 @@ class DisruptionMode:
         if now - self._frozen_at >= FROZEN_S_MAX:
             return "it was frozen for ten minutes"
         known = frozenset(node.id for node in self._term.view().find(Node))
-        if is_over(freeze.nodes, frozenset(self._history.ready), known):
+        if freeze.nodes and is_over(freeze.nodes, frozenset(self._history.ready), known):
             return HALF_BACK
         return ""
 
@@ -141,8 +141,8 @@ def end_freeze(tx: Transaction) -> None:
 
 
 def is_frozen(view: View) -> bool:
-    """Whether a freeze is written.  One that cannot be read is one: the part is there only while it lasts."""
-    return _freeze(view) is not None or any("freeze" in parts for parts in view.damaged(Swarm).values())
+    """Whether a freeze is written."""
+    return _freeze(view) is not None
 
 
 def _freezes(view: View) -> Iterator[Freeze]:

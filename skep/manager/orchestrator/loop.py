@@ -195,13 +195,18 @@ class Orchestrator:
                 if not self._is_throttled(service_id):
                     changes += await self._decided(service_id, catch_up)
                     await slices.yield_if_due()
-            await self._commit([(id, change) for id, change in changes if not self._is_frozen(change)])
+            await self._commit([(id, change) for id, change in changes if not self._is_held(id, change)])
 
-    def _is_frozen(self, change: Change) -> bool:
-        """Whether a disruption has begun since ``change`` was decided; all services are decided again then."""
+    def _is_held(self, service_id: ServiceId, change: Change) -> bool:
+        """Whether a disruption has begun, or may have, since ``change`` was decided: decided again when it is over."""
         if not isinstance(change, ReplaceTask | RetireTask) or change.cause is not Cause.NODE_IS_LOST:
             return False
-        return self._disruption.is_frozen or self._disruption.replaces_from > self._clock.monotonic()
+        if self._disruption.is_frozen:
+            return True  # its end queues all services
+        if self._disruption.replaces_from <= self._clock.monotonic():
+            return False
+        self._queue.add_at(service_id, self._disruption.replaces_from)
+        return True
 
     def _is_throttled(self, service_id: ServiceId) -> bool:
         """Whether a large service was decided a moment ago; it is queued for the end of its throttling."""

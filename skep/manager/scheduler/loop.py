@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import SlicedWork, result_in_slices, run_in_slices
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError, Unavailable, Unreadable
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
@@ -578,7 +578,8 @@ class Scheduler:
         results = await write_each(self._term, writer.write_all, list(batched(decisions, TOGETHER)))
         written: list[SkepError | None] = []
         for together, result in zip(batched(decisions, TOGETHER), results, strict=True):
-            if isinstance(result, SkepError) and not isinstance(result, Unavailable) and len(together) > 1:
+            is_refused = isinstance(result, Unreadable) or not isinstance(result, Unavailable)
+            if isinstance(result, SkepError) and is_refused and len(together) > 1:
                 written += await write_each(self._term, writer.write, together)
             else:
                 written += [result] * len(together)

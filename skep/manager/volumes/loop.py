@@ -67,7 +67,7 @@ STEP_S = 45.0
 SETTLED_S = 60.0
 """After the begin of a term no call of an earlier leader is under way any more."""
 _HELD = "it waits until no call of an earlier leader can be under way"
-PUBLISH_PART = "publish"
+INFO_PART, PUBLISH_PART = "info", "publish"
 _DAMAGED = "where the volume is cannot be read in the store: nothing is done until it is removed with force"
 
 

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from skep.aio.clock import SystemClock
+from sim.time import VirtualClock, VirtualLoop
 from skep.errors import Unavailable
 from skep.manager.orchestrator.changes import (
     Cause,
@@ -14,6 +14,7 @@ from skep.manager.orchestrator.changes import (
     RemoveService,
     ReplaceTask,
     RetireTask,
+    cause_to_leave,
 )
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.model.ids import NodeId
@@ -146,12 +147,25 @@ def test_a_task_whose_status_has_become_unreadable_is_not_taken_for_one_that_doe
     assert [*world.tasks.values()] == [task]
 
 
-def test_no_task_of_a_lost_node_is_replaced_once_a_disruption_has_begun() -> None:
-    orchestrator = Orchestrator(MemoryStore(SystemClock()), SystemClock(), lambda: "t1", Random(1))
+def test_no_task_of_a_lost_node_is_replaced_while_a_disruption_may_begin_but_afterwards() -> None:
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    orchestrator = Orchestrator(MemoryStore(clock), clock, lambda: "t1", Random(1))
     task, service = a_task(node="n1"), a_service()
     lost = ReplaceTask(task, FillSlot(service, 1), Cause.NODE_IS_LOST)
     drained = ReplaceTask(task, FillSlot(service, 1), Cause.NODE_IS_UNFIT)
-    assert not orchestrator._is_frozen(lost)
-    orchestrator._disruption.replaces_from = float("inf")
-    assert orchestrator._is_frozen(lost)
-    assert not orchestrator._is_frozen(drained)
+    assert not orchestrator._is_held(service.id, lost)
+    orchestrator._disruption.replaces_from = clock.monotonic() + 7.0
+    assert not orchestrator._is_held(service.id, drained)
+    assert orchestrator._is_held(service.id, lost)
+    assert loop.run_until_complete(orchestrator._queue.take(10)) == [service.id]
+    assert clock.monotonic() >= orchestrator._disruption.replaces_from
+    assert not orchestrator._is_held(service.id, lost)
+    loop.close()
+
+
+def test_tasks_leave_a_node_that_is_drained_while_it_is_down_whatever_is_frozen() -> None:
+    task = a_task(node="n1")
+    assert cause_to_leave(task, a_node("n1", state=NodeState.DOWN)) is Cause.NODE_IS_LOST
+    drained = a_node("n1", state=NodeState.DOWN, availability=Availability.DRAIN)
+    assert cause_to_leave(task, drained) is Cause.NODE_IS_UNFIT
