@@ -1,7 +1,9 @@
-"""The cluster object of a store."""
+"""The cluster object of a store, and what managers have not followed of it yet."""
 
 from skep.errors import FailedPrecondition, Unavailable
+from skep.model.node import Node, NodeState
 from skep.model.swarm import Swarm
+from skep.security.trust import root_digest
 from skep.store.interface import View
 
 
@@ -12,3 +14,22 @@ def cluster_of(view: View) -> Swarm:
     for why in view.unreadable(Swarm).values():
         raise Unavailable(f"the cluster's settings cannot be read: {why}")
     raise FailedPrecondition("this node is not part of a swarm")
+
+
+def etcds_behind(view: View) -> list[Node]:
+    """Managers that are there, and whose etcd trusts the root before the present one until its restart (``ca.peers``).
+
+    During another rotation it would accept no other's certificate, and the cluster would have no leader.
+    """
+    swarm = cluster_of(view)
+    return [
+        node
+        for node in view.find(Node)
+        if node.status.state is NodeState.READY and has_etcd_behind(node, swarm)
+    ]
+
+
+def has_etcd_behind(node: Node, swarm: Swarm) -> bool:
+    """Whether the node is a manager whose etcd trusts other roots than the present one alone."""
+    known = ("", root_digest(swarm.tls_info.trust_root.encode()))
+    return node.has_joined_as_manager and node.peer_roots not in known

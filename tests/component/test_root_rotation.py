@@ -10,7 +10,8 @@ from msgspec.structs import replace
 from skep.agent.certificates import join
 from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, Unavailable
-from skep.manager.control.swarm import Rotations, etcds_behind, rotate_root, update_swarm
+from skep.manager.cluster import etcds_behind
+from skep.manager.control.swarm import Rotations, rotate_root, update_swarm
 from skep.manager.eviction.steps import EVICTION_ID, Eviction
 from skep.model.ids import NodeId, new_id
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus, Reachability

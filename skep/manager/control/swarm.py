@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from skep.api.swarm_requests import check_swarm_name, merged_spec
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unavailable
-from skep.manager.cluster import cluster_of
+from skep.manager.cluster import cluster_of, etcds_behind, has_etcd_behind
 from skep.manager.control.networks import first_networks
 from skep.model.ids import IdSource
 from skep.model.labels import check_swarm_labels
@@ -34,7 +34,7 @@ from skep.security.external import check_external_authorities
 from skep.security.locking import new_unlock_key
 from skep.security.rotation import NextRoot, Prepared, Roots, is_about_roots, requested_roots
 from skep.security.tokens import join_token
-from skep.security.trust import root_digest, tls_info
+from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 
@@ -129,31 +129,13 @@ def _check_all_can_return(tx: Transaction, swarm: Swarm) -> None:
         node
         for node in tx.find(Node)
         if node.status.state is not NodeState.READY
-        and (node.description.tls_info.trust_root not in known or _has_etcd_behind(node, swarm))
+        and (node.description.tls_info.trust_root not in known or has_etcd_behind(node, swarm))
     ]
     if behind:
         raise FailedPrecondition(
             f"nodes that are away still trust the root before the present one, and could not return after another "
             f"rotation: {_names(behind)}. Start them, or remove them (docker node rm --force)"
         )
-
-
-def etcds_behind(view: View) -> list[Node]:
-    """Managers that are there, and whose etcd trusts the root before the present one until its restart (``ca.peers``).
-
-    During another rotation it would accept no other's certificate, and the cluster would have no leader.
-    """
-    swarm = cluster_of(view)
-    return [
-        node
-        for node in view.find(Node)
-        if node.status.state is NodeState.READY and _has_etcd_behind(node, swarm)
-    ]
-
-
-def _has_etcd_behind(node: Node, swarm: Swarm) -> bool:
-    known = ("", root_digest(swarm.tls_info.trust_root.encode()))
-    return node.has_joined_as_manager and node.peer_roots not in known
 
 
 def _check_etcds(tx: Transaction) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection, Mapping
 import structlog
 
 from skep.aio.clock import Clock
+from skep.manager.cluster import etcds_behind
 from skep.manager.dispatcher import shares
 from skep.manager.dispatcher.sessions import Sessions
 from skep.model.ids import NodeId
 from skep.model.node import Node
+from skep.model.swarm import Swarm
 from skep.store.interface import Store
 
 log = structlog.get_logger(__name__)
@@ -45,13 +47,16 @@ class Balancing:
         """Check every ``SPREAD_S`` until cancelled."""
         while True:
             await self._clock.sleep(shares.SPREAD_S)
-            held = shares.held(self._store.view().find(Node), self._own)
+            view = self._store.view()
+            held = shares.held(view.find(Node), self._own)
             weights = shares.weights(held)
             if weights != self.weights:
                 self.weights = weights
                 for session in self._sessions.all():
                     session.messages.wake()
-            else:
+            # A node that is redirected while etcds restart one after another may find no manager that takes it, and
+            # sends connections to tasks that have stopped meanwhile.
+            elif view.find(Swarm) and not etcds_behind(view):
                 for node_id in shares.to_redirect(held, self._own, self._movable()):
                     log.info("node redirected: this manager has more than its share", node=node_id)
                     self._redirect(node_id)

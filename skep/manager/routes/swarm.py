@@ -10,7 +10,7 @@ from skep.api.identity import identity_of
 from skep.api.server import Routes, json_response, read_json
 from skep.api.swarm_requests import check_swarm_name
 from skep.errors import AlreadyExists, InvalidArgument
-from skep.manager.cluster import cluster_of
+from skep.manager.cluster import cluster_of, etcds_behind
 from skep.manager.control import pools
 from skep.manager.control import swarm as control
 from skep.manager.control.pools import PoolChange
@@ -72,7 +72,7 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
 async def _with_etcds_restarted(manager: ManagerApi) -> View:
     """The view once every etcd trusts the present root; after ``ETCDS_WITHIN_S`` in any case, to be refused."""
     until = manager.clock.monotonic() + ETCDS_WITHIN_S
-    while control.etcds_behind(view := manager.store.view()) and manager.clock.monotonic() < until:
+    while etcds_behind(view := manager.store.view()) and manager.clock.monotonic() < until:
         await manager.clock.sleep(LOOK_S)
     return view
 
