@@ -13,7 +13,7 @@ from skep.model.schedules import CRON
 from skep.model.service import ENDED, Service, ServiceSpec, TaskSpec
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
-from skep.store.kinds import has_unreadable_run, previous_registry_auth_id, registry_auth_id
+from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 from skep.store.schema import UNREAD_UPDATE
 
 RESTARTED_MAX = 100
@@ -119,7 +119,7 @@ def restart_dependents(tx: Transaction, changed: Service, template: TaskSpec, no
     services = _restarted_with(tx, {name})[name]
     _refuse_many(name, [service.spec for service in services], {})
     for service in services:
-        if service.update_status == UNREAD_UPDATE or has_unreadable_run(tx, service.id):
+        if service.update_status == UNREAD_UPDATE:
             continue  # which cannot be gone on with, nor hold up this one
         if CRON not in service.spec.labels or is_going(tx, service):  # else there is nothing to restart
             _restart(tx, service, now)

@@ -148,8 +148,6 @@ class Tunnels:
         """Held while the namespace is made or removed."""
         self._users = 0
         """Of ``kept_open``."""
-        self._awaits_tables = False
-        """Whether it was used since tables were applied last: those of the VXLANs that were made may be to come."""
         self._changed = asyncio.Event()
         self._node = NodeId("")
         self._vxlan_port = DEFAULT_DATA_PATH_PORT
@@ -221,7 +219,6 @@ class Tunnels:
         every = tuple(tables)
         self._vxlan_port = next((table.head.port for table in every), self._vxlan_port)
         self._tables = tuple(table for table in every if table.head.is_encrypted)
-        self._awaits_tables = False
         carried = {table.head.id for table in self._tables}
         self._tunnelled = {id: one for id, one in self._tunnelled.items() if id in carried}
         try:
@@ -243,7 +240,6 @@ class Tunnels:
         Raises: OSError; Unavailable: see ``require_keys``.
         """
         self._users += 1
-        self._awaits_tables = True
         try:
             if not isinstance(self._options.method, Refusal):
                 await self._open()
@@ -401,7 +397,7 @@ class Tunnels:
 
     async def _close(self) -> None:
         async with self._opening:
-            if self._tables or self._users or self._awaits_tables:
+            if self._tables or self._users:
                 return
             if os.path.exists(self.namespace):
                 await pinned.remove(self._pins, NAMESPACE)

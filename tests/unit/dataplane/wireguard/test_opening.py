@@ -90,18 +90,3 @@ async def test_the_tunnels_are_there_for_a_container_that_comes_before_its_table
         assert not removal.began.is_set()
     await removal.is_done.wait()
     assert not os.path.exists(tunnels.namespace)
-
-
-async def test_the_tunnels_stay_for_a_network_whose_table_is_to_come(
-    tunnels: Tunnels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    removal = Removal(monkeypatch)
-    removal.may_go_on.set()
-    await tunnels.apply(OWN, [], HERE)
-    async with tunnels.kept_open():
-        pass
-    await asyncio.wait([asyncio.create_task(removal.began.wait())], timeout=0.2)
-    assert os.path.ismount(tunnels.namespace)
-    await tunnels.apply(OWN, [], HERE)
-    await removal.is_done.wait()
-    assert not os.path.exists(tunnels.namespace)
