@@ -17,7 +17,6 @@ from skep.manager.control.swarm import _keep_unlock_key, resume_replacement
 from skep.manager.dispatcher.adoption import orphans
 from skep.manager.dispatcher.assignments import everything
 from skep.manager.orchestrator import global_services, replicated
-from skep.manager.orchestrator.disruption_mode import is_frozen
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.loop import NO_LIMIT, Orphan, _cluster_limit, _write
 from skep.manager.orchestrator.reaper.node_loop import _keeps_tasks
@@ -39,6 +38,7 @@ from skep.model.swarm import DEFAULT_SWARM_SPEC, Freeze, RootRotation, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
 from skep.model.volume import Volume, VolumeInfo, VolumeSpec
+from skep.store.interface import View
 from skep.store.keys import object_key
 from skep.store.kinds import Payload, Revocation, has_unreadable_run
 from skep.store.memory import MemoryCluster, MemoryStore
@@ -63,6 +63,10 @@ def loaded(*objects: object, damaged: tuple[tuple[str, str, str], ...]) -> Memor
     for kind, id, part in damaged:
         damage(cluster, kind, id, part)
     return MemoryStore(SystemClock(), cluster)
+
+
+def is_frozen(view: View) -> bool:
+    return any(swarm.freeze is not None for swarm in view.find(Swarm))
 
 
 def a_manager(id: str) -> Node:

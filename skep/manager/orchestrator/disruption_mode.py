@@ -56,7 +56,7 @@ class DisruptionMode:
         """Start from a snapshot."""
         self._history = NodeHistory(view.find(Node))
         self._detected = None
-        self._frozen_at = self._clock.monotonic() if is_frozen(view) else None
+        self._frozen_at = self._clock.monotonic() if _freeze(view) is not None else None
 
     def note(self, commit: Commit) -> None:
         """Record what changed."""
@@ -64,7 +64,7 @@ class DisruptionMode:
         if self._history.note(commit, now):
             self._detect(now)
             self._delay_replacement(now)
-        is_written = is_frozen(self._term.view())
+        is_written = _freeze(self._term.view()) is not None
         if is_written and self._frozen_at is None:
             self._frozen_at, self._detected = now, None
         elif not is_written and self._frozen_at is not None:
@@ -138,11 +138,6 @@ def end_freeze(tx: Transaction) -> None:
     for swarm in tx.find(Swarm):
         if swarm.freeze is not None:
             tx.put(replace(swarm, freeze=None))
-
-
-def is_frozen(view: View) -> bool:
-    """Whether a freeze is written."""
-    return _freeze(view) is not None
 
 
 def _freezes(view: View) -> Iterator[Freeze]:

@@ -44,6 +44,9 @@ VERSIONS_WITH_SERVICE_MAX = 50
 """Versions of its spec that are deleted in one transaction with a service; more are deleted one by one before it."""
 AGAIN_S = 0.1
 
+NO_LIMIT = -1
+"""Of the history of a slot, in the words of ``surplus_history``."""
+
 
 class Orphan(msgspec.Struct, frozen=True):
     """The task's node is gone: the leader sets its final state, because no agent will report it."""
@@ -227,9 +230,6 @@ def _slot_key(task: Task) -> Key:
 def _updating(service: Service) -> Version | None:
     status = service.update_status
     return service.spec_version if status is not None and status.state in UNDER_WAY else None
-
-
-NO_LIMIT = -1
 
 
 def _cluster_limit(view: View) -> int | None:

@@ -7,7 +7,6 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.informer import run_informer
-from skep.manager.orchestrator.disruption_mode import is_frozen
 from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
 from skep.manager.revocation import revoke
 from skep.model.ids import IdSource, NodeId
@@ -17,6 +16,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Transaction, Updated, View
+from skep.store.kinds import has_unknown_service
 
 log = structlog.get_logger(__name__)
 
@@ -63,8 +63,8 @@ class LostNodes:
         swarm = next(iter(view.find(Swarm)), None)
         if swarm is None:
             return
-        nodes, has_freeze = view.find(Node), is_frozen(view)
-        if is_disrupted(nodes, is_frozen=has_freeze):
+        nodes, is_frozen = view.find(Node), swarm.freeze is not None
+        if is_disrupted(nodes, is_frozen=is_frozen):
             # Of the nodes that come back after it, half are ready before the others, which are no more lost for that.
             self._down = dict.fromkeys(self._down, now)
             return
@@ -74,7 +74,7 @@ class LostNodes:
             observed_s=lambda node: now - self._down.get(node.id, now),
             now_ns=now_ns,
             is_kept=lambda node_id: _keeps_tasks(view, node_id),
-            is_frozen=has_freeze,
+            is_frozen=is_frozen,
         )
         if not due:
             return
@@ -104,9 +104,9 @@ def remove_lost(tx: Transaction, id: NodeId, now_ns: int) -> bool:
 def _keeps_tasks(view: View, id: NodeId) -> bool:
     """Whether a task of the node is to stay there, or its successor is to return there."""
     for task in view.find(Task, node_id=id):
-        service = view.lookup(Service, task.service_id) if task.service_id else None
-        if service is None and task.service_id in view.unreadable(Service):
+        if has_unknown_service(view, task):
             return True
+        service = view.lookup(Service, task.service_id) if task.service_id else None
         if service is None or service.removed_at is not None:
             continue
         labels = service.spec.labels

@@ -54,6 +54,16 @@ def retired(changes: list[Change]) -> list[Task]:
     return [change.task for change in changes if isinstance(change, RetireTask)]
 
 
+def runs_on_where_its_node_is_well_again(world: World, well: Node) -> None:
+    """The only task, which is to be retired, is not if the node is ``well`` before that is written."""
+    (task,) = world.tasks.values()
+    changes = world.changes()
+    assert retired(changes) == [task], "the case that is to be tested"
+    world.nodes[N1] = well
+    world.apply(changes)
+    assert [*world.tasks.values()] == [task]
+
+
 def test_the_old_task_runs_on_if_its_update_was_withdrawn() -> None:
     start_first = UpdateConfig(order=UpdateOrder.START_FIRST)
     world = a_world(start_first, replicas=1)
@@ -83,24 +93,14 @@ def test_a_task_that_is_not_restarted_runs_on_where_its_node_is_well_again(unusa
     """Nothing would fill its slot again."""
     service = a_service("web", restart=RestartPolicy(condition=RestartCondition.NONE))
     task = a_task(service=service, node="n1")
-    world = World(service, [task], [unusable])
-    changes = world.changes()
-    assert retired(changes) == [task], "the case that is to be tested"
-    world.nodes[N1] = a_node("n1")
-    world.apply(changes)
-    assert [*world.tasks.values()] == [task]
+    runs_on_where_its_node_is_well_again(World(service, [task], [unusable]), a_node("n1"))
 
 
 @pytest.mark.parametrize("unusable", UNUSABLE)
 def test_a_task_of_a_global_service_runs_on_where_its_node_is_well_again(unusable: Node) -> None:
     service = a_service("agent", is_global=True)
     task = a_task(slot=0, service=service, node="n1")
-    world = World(service, [task], [unusable])
-    changes = world.changes()
-    assert retired(changes) == [task], "the case that is to be tested"
-    world.nodes[N1] = a_node("n1")
-    world.apply(changes)
-    assert [*world.tasks.values()] == [task]
+    runs_on_where_its_node_is_well_again(World(service, [task], [unusable]), a_node("n1"))
 
 
 @pytest.mark.parametrize("unusable", UNUSABLE)
@@ -111,13 +111,8 @@ def test_a_run_of_a_global_job_goes_on_where_its_node_is_well_again(unusable: No
     world.settle()
     (task,) = world.tasks.values()
     world.report(task.id, TaskState.RUNNING)
-    (task,) = world.tasks.values()
     world.nodes[N1] = replace(unusable, created_at=OLD)
-    changes = world.changes()
-    assert retired(changes) == [task], "the case that is to be tested"
-    world.nodes[N1] = well
-    world.apply(changes)
-    assert [*world.tasks.values()] == [task]
+    runs_on_where_its_node_is_well_again(world, well)
 
 
 def test_a_job_that_is_retried_as_it_is_to_be_removed_stays() -> None:
