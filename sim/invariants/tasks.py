@@ -107,28 +107,30 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
 class TasksAreSpread:
     """While no node changes, a task is assigned to a node with the fewest tasks of its service.
 
-    One more is allowed: the leader's replica may not show the last end yet.  Old tasks of slots that have a newer one
-    do not count where the task went, since they are retired when the newer ones run; the scheduler disregards those of
-    the slots that it fills at the same time.  Nor do nodes that a manager cannot read (``unreadable``).
+    One more is allowed, and tasks that have ended within ``KNOWN_S`` count for a node that could have had the task:
+    the leader's replica may not show their ends yet.  Old tasks of slots that have a newer one do not count where the
+    task went, since they are retired when the newer ones run; the scheduler disregards those of the slots that it fills
+    at the same time.  Nor do nodes that a manager cannot read (``unreadable``).
     """
 
+    KNOWN_S = DEADLINE_S
     QUIET_S = 5.0
     SLACK = 1
 
     def __init__(self, unreadable: Callable[[], Collection[NodeId]]) -> None:
         self._unreadable = unreadable
         self._changed_at = 0.0
+        self._ended_at: dict[TaskId, float] = {}
         self._failed: set[ServiceId] = set()
         """Services with a failed task: its node is avoided even after the task's record is deleted."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
-                case Updated(_, Task() as ended) if ended.status.state in (
-                    TaskState.FAILED,
-                    TaskState.REJECTED,
-                ):
-                    self._failed.add(ended.service_id)
+                case Updated(_, Task() as ended) if ended.status.state.is_terminal:
+                    self._ended_at.setdefault(ended.id, change.time_s)
+                    if ended.status.state in (TaskState.FAILED, TaskState.REJECTED):
+                        self._failed.add(ended.service_id)
                 case Created(Node()):
                     self._changed_at = change.time_s
                 case Updated(Node() as before, Node() as after) if (
@@ -137,9 +139,9 @@ class TasksAreSpread:
                     self._changed_at = change.time_s
                 case Updated(Task() as old, Task() as new) if not old.node_id and new.node_id:
                     if change.time_s - self._changed_at > self.QUIET_S:
-                        yield from self._violations(view, new)
+                        yield from self._violations(view, new, change.time_s)
 
-    def _violations(self, view: View, task: Task) -> Iterable[str]:
+    def _violations(self, view: View, task: Task, now: float) -> Iterable[str]:
         service = view.lookup(Service, task.service_id)
         if (
             reservations(task) != Resources()
@@ -153,7 +155,9 @@ class TasksAreSpread:
             return  # nodes where tasks failed are avoided
         staying = [one for one in others if one.is_active and one.slot != task.slot]
         newest = {one.slot: one.id for one in sorted(staying, key=age)}
-        copies = Counter(one.node_id for one in staying if one.node_id)
+        known_until = now - self.KNOWN_S
+        unseen = [one for one in others if one.is_wanted and self._ended_at.get(one.id, -inf) > known_until]
+        copies = Counter(one.node_id for one in (*staying, *unseen) if one.node_id)
         lasting = Counter(one.node_id for one in staying if newest[one.slot] == one.id)
         unreadable = self._unreadable()
         nodes = [node.id for node in view.find(Node) if _takes_tasks(node) and node.id not in unreadable]

@@ -116,6 +116,21 @@ def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
     assert len(history.violations) == 1
 
 
+@pytest.mark.parametrize(("known_s", "is_wrong"), [(0.1, False), (TasksAreSpread.KNOWN_S + 1, True)])
+def test_an_end_that_the_leader_may_not_have_seen_does_not_make_another_node_the_fuller_one(
+    known_s: float, is_wrong: bool
+) -> None:
+    history = History(TasksAreSpread(frozenset))
+    others = [a_task(f"t{slot}", slot=slot, node="w2", state=TaskState.RUNNING) for slot in (4, 5)]
+    history.put(a_node(W1), a_node(W2), a_service(), *others)
+    history.put(*(a_task(f"t{slot}", slot=slot) for slot in (1, 2, 3)))
+    history.after(10).put(*(replace(one, status=TaskStatus(state=TaskState.SHUTDOWN)) for one in others))
+    history.after(known_s)
+    for slot in (1, 2, 3):
+        history.put(a_task(f"t{slot}", slot=slot, node="w1", state=TaskState.ASSIGNED))
+    assert bool(history.violations) is is_wrong
+
+
 def test_a_task_is_not_on_the_fuller_node_while_no_node_that_takes_tasks_can_be_read() -> None:
     history = History(TasksAreSpread(lambda: {W1}))
     history.put(a_node(W1), a_service(), *(a_task(f"t{slot}", slot=slot) for slot in (1, 2, 3)))
