@@ -133,7 +133,7 @@ class SimulatedManager:
             cast("Store", self._shown), own, self._clock, self._new_id, self._random, reports=reports
         )
         logs = self._logs = LogBroker(store, self._new_id, self._clock)
-        discovery = Discovery(store, dispatcher.session, self._clock)
+        discovery = Discovery(store, self._id, dispatcher.session, self._clock)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, reports=reports)
         self.members = members
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)

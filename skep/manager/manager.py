@@ -135,7 +135,7 @@ class Manager:
         self._external = ExternalAuthorities(lambda: self._tls.pair, clock, random)
         self._signer = CertificateSigner(store, config.node_id, self._external, self._channel_to, clock)
         self._certificates = CertificateService(store, new_id, self._signer)
-        self._discovery = Discovery(store, self._session, clock)
+        self._discovery = Discovery(store, config.node_id, self._session, clock)
         self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
         own, reports = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr), PeerReports()
         self._dispatcher = Dispatcher(

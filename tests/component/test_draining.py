@@ -198,7 +198,9 @@ async def a_second_manager(cluster: Cluster) -> AsyncIterator[str]:
         raise Unavailable(f"manager {manager} cannot be reached")
 
     dispatcher: Dispatcher
-    discovery = Discovery(cluster.store, lambda node, session: dispatcher.session(node, session), clock)
+    discovery = Discovery(
+        cluster.store, SECOND, lambda node, session: dispatcher.session(node, session), clock
+    )
     draining = Draining(cluster.store, SECOND, discovery, unreachable, clock, Random(1))
     own = ManagerPeer(node_id=SECOND, addr="127.0.0.1:1")
     dispatcher = Dispatcher(cluster.store, own, clock, new_id, Random(1), wait_unused=draining.wait_unused)

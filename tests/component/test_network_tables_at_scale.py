@@ -106,7 +106,7 @@ async def test_reading_and_sending_20_000_tasks_does_not_block_the_loop(store: M
         node.id: LiveSession(node.id, SessionId("s"), lambda: None, deadline=1e9)
         for node in store.view().find(Node)
     }
-    discovery = Discovery(store, lambda node_id, _: sessions[node_id], SystemClock())
+    discovery = Discovery(store, NodeId("m"), lambda node_id, _: sessions[node_id], SystemClock())
     (handler,) = discovery.services()
     peers = {id: Peer() for id in sessions}
     async with frozen(), turns() as measured, asyncio.TaskGroup() as group:

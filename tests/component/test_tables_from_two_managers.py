@@ -48,7 +48,7 @@ async def another_manager(cluster: Cluster) -> AsyncIterator[tuple[Dispatcher, s
     clock = SystemClock()
     store = MemoryStore(clock, cluster=cluster.store.cluster)
     dispatcher: Dispatcher
-    discovery = Discovery(store, lambda node, session: dispatcher.session(node, session), clock)
+    discovery = Discovery(store, SECOND, lambda node, session: dispatcher.session(node, session), clock)
     dispatcher = Dispatcher(store, ManagerPeer(node_id=SECOND, addr=""), clock, new_id, Random(1))
     tls = ServerTls(cluster.pair(SECOND, NodeRole.MANAGER))
     handlers = with_all_methods([*dispatcher.services(), *discovery.services()])

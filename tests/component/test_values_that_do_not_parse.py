@@ -83,7 +83,7 @@ async def test_what_cannot_be_put_into_a_table_leaves_the_rest_of_it(
     await put(store, a_node("n1"), NETWORK, a_service("web", replicas=2))
     if not comes_later:
         await put(store, placed("bad", BAD))
-    discovery = Discovery(store, lambda *_: pytest.fail("not called"), CLOCK)
+    discovery = Discovery(store, NodeId("m1"), lambda *_: pytest.fail("not called"), CLOCK)
     async with running(discovery):
         await put(store, placed("bad", BAD), placed("good", GOOD))
         await until(lambda: "good" in discovery._tables.tables[NETWORK.id].endpoints)

@@ -207,7 +207,9 @@ class Cluster:
         return (self.paths, self.diagnostics) if self.knows_paths else ()
 
     def make_discovery(self, clock: SystemClock) -> Discovery:
-        return Discovery(self.store, lambda node, session: self.dispatcher.session(node, session), clock)
+        return Discovery(
+            self.store, MANAGER_ID, lambda node, session: self.dispatcher.session(node, session), clock
+        )
 
     def channel(self, manager: NodeId) -> Channel:
         """The link to another manager; this one has none."""

@@ -1,28 +1,33 @@
 """The revision of each network's table that the nodes of this manager have applied.
 
 A node acknowledges a table once its rules and names are changed.  Until then it may still send connections to a task
-that is about to stop (docs/architecture.md, "Stopping").
+that is about to stop (docs/architecture.md, "Stopping").  It counts as long as its session is this manager's, by the
+store, not as long as it has a stream: when the stream has ended, its data plane goes on with the tables it has.
 
 A thousand nodes acknowledge each change, and a thousand tasks may wait for that: the smallest revision is
 recalculated only when the last node that had it has acknowledged a later one, and waiters are only woken when it has
 risen.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from skep.aio.event import Event
 from skep.model.ids import NetworkId, NodeId
 
 
 class Acknowledgements:
-    """Acknowledgements of the nodes that have a stream of tables to this manager."""
+    """Acknowledgements of the nodes whose sessions are with this manager."""
 
     def __init__(self) -> None:
         self._networks: dict[NetworkId, _Network] = {}
         self._networks_of: dict[NodeId, frozenset[NetworkId]] = {}
+        self._sessions: dict[NodeId, str] = {}
 
-    def set_networks(self, node_id: NodeId, networks: Iterable[NetworkId]) -> None:
-        """Set the networks of a node: of new ones it has acknowledged nothing yet."""
+    def set_networks(self, node_id: NodeId, session_id: str, networks: Iterable[NetworkId]) -> None:
+        """Set the networks of a node: in a new session, and of new ones, it has acknowledged nothing yet."""
+        if self._sessions.get(node_id) != session_id:
+            self.begin_anew(node_id)
+            self._sessions[node_id] = session_id
         before, now = self._networks_of.get(node_id, frozenset()), frozenset(networks)
         if before == now:
             return
@@ -39,10 +44,20 @@ class Acknowledgements:
         if network is not None and revision > network.revisions.get(node_id, revision):
             network.put(node_id, revision)
 
+    def begin_anew(self, node_id: NodeId) -> None:
+        """What the node has acknowledged so far does not count: it may apply tables of an earlier session."""
+        for network_id in self._networks_of.get(node_id, ()):
+            self._network(network_id).put(node_id, 0)
+
     def remove_node(self, node_id: NodeId) -> None:
-        """The node's stream has ended."""
-        self.set_networks(node_id, ())
-        self._networks_of.pop(node_id, None)
+        """The node is down or removed, or has its session elsewhere."""
+        for network_id in self._networks_of.pop(node_id, ()):
+            self._network(network_id).remove(node_id)
+            self._forget_unused(network_id)
+        self._sessions.pop(node_id, None)
+
+    def nodes(self) -> Sequence[NodeId]:
+        return tuple(self._sessions)
 
     def smallest(self, network_id: NetworkId) -> int | None:
         """The smallest revision that every node has applied; None: no node of this manager is on the network."""
@@ -56,15 +71,14 @@ class Acknowledgements:
 
     async def wait_applied(self, network_id: NetworkId, revision: int) -> None:
         """Return when no node uses an earlier table; time-outs are the caller's."""
-        if self.has_applied(network_id, revision):
-            return
-        network, reached = self._network(network_id), Event()
-        network.waiting[reached] = revision
-        try:
-            await reached.wait()
-        finally:
-            network.waiting.pop(reached, None)
-            self._forget_unused(network_id)
+        while not self.has_applied(network_id, revision):  # a node may be back before the waiter goes on
+            network, reached = self._network(network_id), Event()
+            network.waiting[reached] = revision
+            try:
+                await reached.wait()
+            finally:
+                network.waiting.pop(reached, None)
+                self._forget_unused(network_id)
 
     def _network(self, id: NetworkId) -> "_Network":
         return self._networks.setdefault(id, _Network())

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.labels import publishes_not_ready
 from skep.model.network import Network
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeSession, NodeState
 from skep.model.overlays import is_encrypted
 from skep.model.planes import (
     claimed_underlay,
@@ -50,6 +50,12 @@ def unread_services(view: View) -> frozenset[ServiceId]:
     )
     without_head = (id for id in view.unreadable(Service) if view.lookup(Service, id) is None)
     return frozenset(map(ServiceId, (*without_head, *without_endpoint)))
+
+
+def table_session(node: Node) -> NodeSession | None:
+    """The session over which the node gets tables, which it applies; None: it has none."""
+    is_applying = node.status.state is NodeState.READY and not is_docker_node(node)
+    return node.session if is_applying else None
 
 
 def has_endpoint(service: Service) -> bool:

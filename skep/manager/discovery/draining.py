@@ -2,21 +2,21 @@
 
 A task is unused when every node of its networks has applied tables in which it does not serve.  Each manager has the
 acknowledgements of its own nodes; those of the others are requested over the link, once for all tasks that wait for
-the same revision.
+the same revision.  A node that changes its manager meanwhile may count for neither: the next one is asked as well.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
+from skep.manager.discovery.derive import table_session
 from skep.manager.discovery.loop import Discovery
-from skep.model.ids import NetworkId, NodeId
-from skep.model.node import Node, NodeState
-from skep.model.planes import is_docker_node
+from skep.model.ids import NetworkId, NodeId, SessionId
+from skep.model.node import Node
 from skep.model.task import Task
 from skep.store.interface import Store
 from skep.wire import methods
@@ -53,8 +53,8 @@ class Draining:
         self._channel = channel
         self._clock = clock
         self._random = random
-        self._managers: dict[NetworkId, tuple[int, tuple[NodeId, ...]]] = {}
-        """The managers of each network's nodes, as of a revision: tasks that stop together find them once."""
+        self._sessions: dict[NetworkId, _Sessions] = {}
+        """Of the nodes on each network: tasks that stop together find them once."""
         self._acknowledged: dict[tuple[NodeId, NetworkId], _Acknowledged] = {}
 
     def services(self) -> Sequence[Handler]:
@@ -69,55 +69,88 @@ class Draining:
         revisions = await self._discovery.wait_not_serving(task, revision)
         async with asyncio.TaskGroup() as group:
             for network_id, changed_at in revisions.items():
-                for manager in self._managers_of(network_id):
-                    group.create_task(self._wait_applied(manager, network_id, changed_at))
+                group.create_task(self._wait_applied_by_all(network_id, changed_at))
 
-    def _managers_of(self, network_id: NetworkId) -> tuple[NodeId, ...]:
-        """The managers with sessions of nodes on the network, including this one, whose replica may be behind."""
+    async def _wait_applied_by_all(self, network_id: NetworkId, revision: int) -> None:
+        """Return when every node on the network has applied this table, whichever manager it is with.
+
+        Nodes that come to the network meanwhile begin with a later one.
+        """
+        changed_at, first = self._discovery.sessions_changed_at, self._sessions_on(network_id)
+        wanted, asked = first.of, frozenset(first.nodes)
+        while wanted:
+            async with asyncio.TaskGroup() as group:
+                for manager, here in wanted.items():
+                    group.create_task(self._wait_applied(manager, network_id, revision, here))
+            if wanted.keys() - {self._own}:
+                await self._catch_up()  # another one may have seen nodes go that are still here in this view
+            await self._discovery.wait_handled()
+            if self._discovery.sessions_changed_at == changed_at:
+                return
+            changed_at, now = self._discovery.sessions_changed_at, self._sessions_on(network_id)
+            users = frozenset(first.nodes.values())
+            moved = frozenset(id for id, node in now.nodes.items() if id not in asked and node in users)
+            wanted = {manager: new for manager, here in now.of.items() if (new := here & moved)}
+            asked |= moved
+
+    async def _catch_up(self) -> None:
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
+        while True:
+            try:
+                return await self._store.barrier()
+            except SkepError:
+                await backoff.sleep(self._clock)
+
+    def _sessions_on(self, network_id: NetworkId) -> "_Sessions":
         view = self._store.view()
-        revision, acknowledgements = self._managers.get(network_id, (0, ()))
-        if revision == view.revision:
-            return acknowledgements
+        found = self._sessions.get(network_id)
+        if found is not None and found.revision == view.revision:
+            return found
+        sessions = _Sessions(view.revision)
+        of: dict[NodeId, set[SessionId]] = {self._own: set()}  # its replica may be behind
         ids = self._discovery.nodes_on(network_id)
-        nodes = view.find(Node) if ids is None else [view.lookup(Node, id) for id in ids]
-        managers = {
-            node.session.manager_id
-            for node in nodes
-            if node is not None
-            and node.session is not None
-            and node.status.state is NodeState.READY
-            and not is_docker_node(node)
-        }
-        acknowledgements = tuple(sorted(managers | {self._own}))
-        if len(self._managers) >= CACHED_MAX:
-            self._managers.clear()
-        self._managers[network_id] = view.revision, acknowledgements
-        return acknowledgements
+        for node in view.find(Node) if ids is None else (view.lookup(Node, id) for id in ids):
+            session = table_session(node) if node is not None else None
+            if node is not None and session is not None:
+                of.setdefault(session.manager_id, set()).add(session.session_id)
+                sessions.nodes[session.session_id] = node.id
+        sessions.of = {manager: frozenset(of[manager]) for manager in sorted(of)}
+        if len(self._sessions) >= CACHED_MAX:
+            self._sessions.clear()
+        self._sessions[network_id] = sessions
+        return sessions
 
-    async def _wait_applied(self, manager: NodeId, network_id: NetworkId, revision: int) -> None:
+    async def _wait_applied(
+        self, manager: NodeId, network_id: NetworkId, revision: int, here: frozenset[SessionId]
+    ) -> None:
+        """Return when the nodes with the sessions ``here`` at ``manager`` have applied this table, or have gone."""
         if manager == self._own:
+            await self._discovery.wait_handled()
             await self._discovery.acknowledgements.wait_applied(network_id, revision)
             return
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
-        while not await self._has_applied(manager, network_id, revision):
+        while not await self._has_applied(manager, network_id, revision, here):
             await backoff.sleep(self._clock)
 
-    async def _has_applied(self, manager: NodeId, network_id: NetworkId, revision: int) -> bool:
-        """Ask another manager, unless its acknowledgement is known already."""
+    async def _has_applied(
+        self, manager: NodeId, network_id: NetworkId, revision: int, here: frozenset[SessionId]
+    ) -> bool:
+        """Ask another manager, unless its acknowledgement is known already; or none of the nodes is there any more."""
         key = manager, network_id
         if key not in self._acknowledged and len(self._acknowledged) >= CACHED_MAX:
             self._acknowledged.clear()
         acknowledged = self._acknowledged.setdefault(key, _Acknowledged())
         async with acknowledged.one_at_a_time:
-            if acknowledged.applied < revision:
+            if acknowledged.applied < revision or not here <= acknowledged.sessions:
                 request = skep.AwaitTablesRequest(network_id=network_id, revision=revision)
                 try:
                     reply = await self._channel(manager).call(
                         methods.AWAIT_TABLES, request, timeout_s=CALL_SECONDS_MAX
                     )
                 except SkepError:
-                    return False
-                acknowledged.applied = reply.applied
+                    # Those that have gone elsewhere are waited for there.
+                    return here.isdisjoint(self._sessions_on(network_id).of.get(manager, ()))
+                acknowledged.applied, acknowledged.sessions = reply.applied, here
             return acknowledged.applied >= revision
 
     async def _await_tables(
@@ -125,14 +158,34 @@ class Draining:
     ) -> skep.AwaitTablesResponse:
         acknowledgements = self._discovery.acknowledgements
         network_id = NetworkId(request.network_id)
+        are_counted = False
+
+        async def wait_applied() -> None:
+            nonlocal are_counted
+            await self._store.barrier()  # the caller may know nodes that are not here yet in this view
+            await self._discovery.wait_handled()
+            are_counted = True
+            await acknowledgements.wait_applied(network_id, request.revision)
+
         try:
-            await run_unless(
-                acknowledgements.wait_applied(network_id, request.revision), self._clock.sleep(WAIT_S)
-            )
+            await run_unless(wait_applied(), self._clock.sleep(WAIT_S))
         except Preempted:
             pass
         smallest = acknowledgements.smallest(network_id)
+        if not are_counted:
+            return skep.AwaitTablesResponse(applied=0)
         return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
+
+
+class _Sessions:
+    """The sessions of the nodes on a network."""
+
+    def __init__(self, revision: int) -> None:
+        self.revision = revision
+        """Of the store, as of which they are these."""
+        self.of: Mapping[NodeId, frozenset[SessionId]] = {}
+        """By manager; this one is always there."""
+        self.nodes: dict[SessionId, NodeId] = {}
 
 
 class _Acknowledged:
@@ -140,4 +193,6 @@ class _Acknowledged:
 
     def __init__(self) -> None:
         self.applied = 0
+        self.sessions: frozenset[SessionId] = frozenset()
+        """Of the nodes that have applied it; others may have come since."""
         self.one_at_a_time = asyncio.Lock()

@@ -8,9 +8,10 @@ present, so a slow reader gets fewer messages and nothing twice.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 from skep.aio.clock import Clock
 from skep.aio.event import Event
@@ -21,7 +22,8 @@ from skep.manager.discovery.derive import overlay_attachments
 from skep.manager.discovery.encoding import Encoder
 from skep.manager.discovery.network_tables import KINDS, AffectedStreams, NetworkTables
 from skep.manager.discovery.versioned_table import names_in
-from skep.manager.informer import run_informer
+from skep.manager.failures import isolated
+from skep.manager.informer import CatchUp, run_exact_informer
 from skep.manager.node_session import NodeSession, StreamSignal
 from skep.manager.node_streams import NodeStream, NodeStreams, run_stream, session_named
 from skep.model.ids import NetworkId, NodeId
@@ -48,15 +50,21 @@ SET_SECONDS_MAX = 60.0
 NAMED_NETWORKS_MAX = 16
 """Networks of a node whose names are compared by its diagnostics."""
 
+T = TypeVar("T")
+
 Send = Callable[[skep.NetworkTables], Awaitable[None]]
 
 
 class Discovery:
     """The network tables of this manager's nodes."""
 
-    def __init__(self, store: Store, session: Callable[[NodeId, str], NodeSession], clock: Clock) -> None:
-        """``session``: a node's session here, by its id; raises SkepError if there is no such one."""
+    def __init__(
+        self, store: Store, own: NodeId, session: Callable[[NodeId, str], NodeSession], clock: Clock
+    ) -> None:
+        """``own``: this manager; ``session``: a node's session here, by its id; raises SkepError if there is no such
+        one."""
         self._store = store
+        self._own = own
         self._session = session
         self._clock = clock
         self._tables = NetworkTables()
@@ -70,6 +78,8 @@ class Discovery:
         self._waiting: dict[Event, None] = {}
         """Set whenever the tables may have changed."""
         self.acknowledgements = Acknowledgements()
+        self._handled = 0
+        """The revision of the store that the tables and ``acknowledgements`` have reached."""
 
     def services(self) -> Sequence[Handler]:
         """What to hand to ``wire.server.serve``."""
@@ -77,7 +87,7 @@ class Discovery:
 
     async def run(self) -> None:
         """Update the tables until cancelled."""
-        await run_informer(
+        await run_exact_informer(
             self._store, KINDS, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
 
@@ -108,18 +118,39 @@ class Discovery:
 
         Gives the revision of that change, for each of its networks.
         """
+
+        def revisions() -> Mapping[NetworkId, int] | None:
+            tables = [
+                self._tables.tables[id] for id in overlay_attachments(task) if id in self._tables.tables
+            ]
+            found = (table.endpoints.get(task.id) for table in tables)
+            is_serving = any(endpoint is not None and endpoint.is_serving for endpoint in found)
+            if is_serving or self._tables.revision < revision:
+                return None
+            return {table.id: table.endpoint_changed_at(task.id) for table in tables}
+
+        return await self._first(revisions)
+
+    @property
+    def sessions_changed_at(self) -> int:
+        """The revision of the last change of nodes' sessions that ``acknowledgements`` has."""
+        return self._tables.sessions_changed_at
+
+    async def wait_handled(self) -> None:
+        """Return when the tables and ``acknowledgements`` have reached what the store shows now."""
+        revision = self._store.view().revision
+        self._has_commits.set()  # this revision may be of a commit that is not about them
+        await self._first(lambda: self._handled if self._handled >= revision else None)
+
+    async def _first(self, find: Callable[[], T | None]) -> T:
+        """The first that ``find`` gives: it is called now, and whenever the tables may have changed."""
         changed = Event()
         self._waiting[changed] = None
         try:
             while True:
                 await self._is_loaded.wait()
-                tables = [
-                    self._tables.tables[id] for id in overlay_attachments(task) if id in self._tables.tables
-                ]
-                found = (table.endpoints.get(task.id) for table in tables)
-                is_serving = any(endpoint is not None and endpoint.is_serving for endpoint in found)
-                if self._tables.revision >= revision and not is_serving:
-                    return {table.id: table.endpoint_changed_at(task.id) for table in tables}
+                if (found := find()) is not None:
+                    return found
                 changed.clear()
                 await changed.wait()
         finally:
@@ -129,6 +160,7 @@ class Discovery:
 
     def _on_snapshot(self, view: View) -> None:
         self._is_loaded.clear()
+        self._handled = 0
         self._commits.clear()
         self._tables = NetworkTables()
         self._loading = self._tables.begin(view)
@@ -140,22 +172,44 @@ class Discovery:
         self._commits.append(commit)
         self._has_commits.set()
 
-    async def _work(self) -> None:
+    async def _work(self, catch_up: CatchUp) -> None:
         slices = TimeSlices(self._clock)
         for _ in self._loading:
             await slices.yield_if_due()
+        await self._count(dict.fromkeys((*self.acknowledgements.nodes(), *self._tables.nodes())), slices)
         self._is_loaded.set()
         for stream in self._streams.values():
             stream.signal.wake()
         while True:
+            self._has_commits.clear()
+            await catch_up()
+            shown = self._store.view().revision
             while self._commits:
-                self._wake(self._tables.note(self._commits.popleft()))
+                affected = self._tables.note(self._commits.popleft())
+                self._wake(affected)
+                await self._count(
+                    self._tables.nodes() if affected.all_nodes else sorted(affected.nodes), slices
+                )
                 await slices.yield_if_due()
+            self._handled = shown
             for changed in self._waiting:
                 changed.set()
-            self._has_commits.clear()
             await self._has_commits.wait()
             slices = TimeSlices(self._clock)
+
+    async def _count(self, nodes: Iterable[NodeId], slices: TimeSlices) -> None:
+        """Bring the networks of ``nodes`` in ``acknowledgements`` up to the tables."""
+        for id in nodes:
+            with isolated("acknowledgements", id):
+                self._count_node(id)
+            await slices.yield_if_due()
+
+    def _count_node(self, id: NodeId) -> None:
+        session_id = self._tables.session_with(self._own, id)
+        if session_id is None:
+            self.acknowledgements.remove_node(id)
+        else:
+            self.acknowledgements.set_networks(id, session_id, self._tables.networks_of(id))
 
     def _wake(self, affected: AffectedStreams) -> None:
         """Wake the streams that have something to send."""
@@ -178,23 +232,11 @@ class Discovery:
         with (
             session.signal() as signal,
             self._streams.open(_Stream(caller.node_id, session, signal)) as stream,
-            self._acknowledging(stream),
         ):
+            self.acknowledgements.begin_anew(caller.node_id)
             await run_stream(
                 stream, requests, partial(self._on_applied, stream), self._send_changes(stream, send)
             )
-
-    @contextmanager
-    def _acknowledging(self, stream: "_Stream") -> Iterator[None]:
-        """Count a node's acknowledgements while it has a stream; those of earlier streams do not count."""
-        self.acknowledgements.remove_node(stream.node_id)
-        # It may have applied tables of an earlier session.
-        self.acknowledgements.set_networks(stream.node_id, self._tables.networks_of(stream.node_id))
-        try:
-            yield
-        finally:
-            if self._streams.get(stream.node_id) is stream:
-                self.acknowledgements.remove_node(stream.node_id)
 
     def _on_applied(self, stream: "_Stream", request: skep.AppliedTables) -> None:
         """Record what the node has applied."""
@@ -217,7 +259,7 @@ class Discovery:
                 for id in wanted
                 if tables.tables[id].has_changed_since(stream.sent.get(id))
             ]
-            self.acknowledgements.set_networks(stream.node_id, wanted)
+            self._count_node(stream.node_id)  # before it can acknowledge what is sent
             if updates or removed or is_complete:
                 revision = tables.revision
                 for id in removed:

@@ -5,7 +5,7 @@ The cost of a commit is in proportion to what it changes, not to the size of the
 that changed it, so it is the same on all managers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -16,6 +16,7 @@ from skep.manager.discovery.derive import (
     node_on,
     overlay_attachments,
     service_on,
+    table_session,
     unread_services,
 )
 from skep.manager.discovery.versioned_table import VersionedTable, counted
@@ -43,7 +44,7 @@ class AffectedStreams(msgspec.Struct, frozen=True, kw_only=True):
     networks: frozenset[NetworkId] = frozenset()
     """Networks whose tables changed or were removed."""
     nodes: frozenset[NodeId] = frozenset()
-    """Nodes whose set of networks, or session, changed."""
+    """Nodes whose set of networks, or session, changed, or that are down, back or removed."""
     all_nodes: bool = False
     """The set of networks of every node changed."""
 
@@ -57,6 +58,8 @@ class NetworkTables:
         self.tables: dict[NetworkId, VersionedTable] = {}
         self.sessions: dict[NodeId, str] = {}
         """The session of each node, as of ``revision``."""
+        self.sessions_changed_at = revision
+        """The revision of the last change of the sessions over which nodes get tables."""
         self._port = data_path_port(())
         self._nodes: dict[NodeId, Node] = {}
         self._claiming: dict[str, dict[NodeId, None]] = {}
@@ -100,6 +103,15 @@ class NetworkTables:
             table.id for table in self.tables.values() if table.head is not None and table.head.is_ingress
         ]
 
+    def nodes(self) -> Sequence[NodeId]:
+        return tuple(self._nodes)
+
+    def session_with(self, manager: NodeId, id: NodeId) -> str | None:
+        """The session over which ``manager`` sends the node its tables; None: it does not."""
+        node = self._nodes.get(id)
+        session = table_session(node) if node is not None else None
+        return session.session_id if session is not None and session.manager_id == manager else None
+
     # -- keeping up ---------------------------------------------------------------------------------------------
 
     def begin(self, view: View) -> Iterator[None]:
@@ -107,7 +119,7 @@ class NetworkTables:
 
         Objects are taken out of the view before the first pause.
         """
-        self.revision = view.revision
+        self.revision = self.sessions_changed_at = view.revision
         found: list[Object] = [*view.find(Swarm), *view.find(Network), *view.find(Node), *view.find(Service)]
         found += [task for task in view.find(Task) if task.networks_attachments]
         self._unread |= unread_services(view)
@@ -166,6 +178,8 @@ class NetworkTables:
             case Node():
                 self._claim(self._nodes.pop(object.id, None), None)
                 self.sessions.pop(object.id, None)
+                self.sessions_changed_at = self.revision
+                self._stale.resubscribed.add(object.id)
                 self._mark_node(object.id)
             case Network():
                 self._remove_network(object.id)
@@ -267,8 +281,10 @@ class NetworkTables:
         self._nodes[node.id] = node
         self._claim(before, node)
         session_id = node.session.session_id if node.session is not None else ""
-        if self.sessions.get(node.id, "") != session_id:
+        was = table_session(before) if before is not None else None
+        if self.sessions.get(node.id, "") != session_id or was != table_session(node):
             self.sessions[node.id] = session_id
+            self.sessions_changed_at = self.revision
             self._stale.resubscribed.add(node.id)
         if before is None or (before.status, before.description, before.attachments) != (
             node.status,
@@ -360,6 +376,8 @@ class NetworkTables:
         if network is None:
             del self.tables[id]
             changed.add(id)
+            # Nodes with tasks on it are told since the last of those ended.
+            stale.all_nodes |= table.head is not None and table.head.is_ingress
             return
         self._refresh_head(id, changed)
         if network.spec.ingress:
