@@ -209,7 +209,6 @@ async def test_an_update_that_is_not_about_certificates_needs_no_authority(clust
 
 
 ANOTHER_KEY = new_private_key().public_key()
-NOW = datetime.now(UTC)
 LIES: dict[str, tuple[Callable[[Certificate], object], str]] = {
     "another key": (lambda it: setattr(it, "key", ANOTHER_KEY), "it is for another key"),
     "another node": (lambda it: it.subject.__setitem__(-1, ("CN", "n1")), "its subject is another one"),
@@ -221,9 +220,9 @@ LIES: dict[str, tuple[Callable[[Certificate], object], str]] = {
     "an authority": (lambda it: setattr(it, "is_authority", True), "it may sign certificates"),
     "signs": (lambda it: setattr(it, "signs_certificates", True), "its key may sign certificates"),
     "no client": (lambda it: setattr(it, "uses", it.uses[:1]), "not for servers and clients"),
-    "expired": (lambda it: setattr(it, "not_after", NOW - timedelta(minutes=1)), "expires too soon"),
-    "too short": (lambda it: setattr(it, "not_after", NOW + timedelta(minutes=59)), "expires too soon"),
-    "not yet": (lambda it: setattr(it, "not_before", NOW + timedelta(hours=1)), "it is not valid before"),
+    "expired": (lambda it: setattr(it, "not_after", it.not_before + timedelta(minutes=4)), "expires too soon"),
+    "too short": (lambda it: setattr(it, "not_after", it.not_before + timedelta(minutes=64)), "expires too soon"),
+    "not yet": (lambda it: setattr(it, "not_before", it.not_before + timedelta(hours=1)), "it is not valid before"),
     "another root": (lambda it: setattr(it, "root", OWN), "not signed by the cluster's root"),
 }  # fmt: skip
 
@@ -378,7 +377,7 @@ async def test_a_certificate_that_would_count_as_revoked_is_refused(cluster):
         node = cluster.node(pair.identity.node_id)
         now_ns = CLOCK.now_ns()
         await cluster.store.update(lambda tx: revoke(tx, node, now_ns, is_removed=False))
-        authority.lie = lambda it: setattr(it, "not_before", NOW - timedelta(days=1))
+        authority.lie = lambda it: setattr(it, "not_before", it.not_before - timedelta(days=1))
         with pytest.raises(SkepError, match="it counts as revoked"):
             await renew(cluster.address, pair, CLOCK)
 
