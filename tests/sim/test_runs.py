@@ -95,6 +95,7 @@ FAILED_ONCE = (
     9100565,  # a leader that could not read what a node is like gave it a global task that its constraints forbid
     9002686,  # tasks were replaced for a drain that had ended
     9402586,  # tasks had ended on another node just before; the rule took it for the emptier one
+    9500915,  # what runs on a node that was drained while it was cut off ran twice despite on-disconnect "stop"
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
 

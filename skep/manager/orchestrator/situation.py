@@ -102,10 +102,16 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return replaced_at(policy, task, down_at, is_frozen=self.is_frozen)
 
     def node_stops_at(self, task: Task) -> float:
-        """When a node that is down has certainly stopped the task by itself; -infinity: it is not asked to."""
-        node = self.node_of(task)
-        is_asked = disconnect_policy(self.service.spec.labels).action is OnDisconnect.STOP
-        return self.leaves_at(task) if is_asked and node is not None and _is_down_only(node) else -inf
+        """When a node that is down has certainly stopped the task by itself; -infinity: it is not asked to.
+
+        Of a drained node too: it does not know that it is drained.
+        """
+        node, policy = self.node_of(task), disconnect_policy(self.service.spec.labels)
+        if policy.action is not OnDisconnect.STOP or node is None or node.status.state is not NodeState.DOWN:
+            return -inf
+        if _is_down_only(node):
+            return self.leaves_at(task)
+        return replaced_at(policy, task, self.seen.down(node), is_frozen=False)
 
     def keeps_slot(self, task: Task) -> bool:
         """Whether the task keeps its slot though its node is down."""

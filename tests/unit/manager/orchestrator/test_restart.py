@@ -514,11 +514,18 @@ def test_whatever_happens_decisions_settle_and_no_slot_is_filled_twice(
         assert not any(isinstance(step, RetireTask) for step in world.steps())
 
 
-def test_a_new_task_waits_until_a_node_that_is_down_has_stopped_the_last_by_itself() -> None:
-    """A scale-down retired the last one; nothing may run twice where the service says that nodes stop their tasks."""
+@pytest.mark.parametrize("availability", [Availability.ACTIVE, Availability.DRAIN])
+def test_a_new_task_waits_until_a_node_that_is_down_has_stopped_the_last_by_itself(
+    availability: Availability,
+) -> None:
+    """It was retired; nothing may run twice where the service says that nodes stop their tasks.
+
+    A node that was drained while it was cut off does not know it.
+    """
     labels = {"skep.on-disconnect": "stop", "skep.on-disconnect-delay": "20s"}
     world = World(a_service(spec=replace(a_service_spec(restart=AT_ONCE), labels=labels)))
-    world.nodes = {node.id: node for node in (a_node("n1", state=NodeState.DOWN), a_node("n2"))}
+    down = a_node("n1", state=NodeState.DOWN, availability=availability)
+    world.nodes = {node.id: node for node in (down, a_node("n2"))}
     world.put(a_task(node="n1", service=world.service, desired=TaskState.REMOVE, state=RUNNING))
     world.put(a_task("next", node="n2", service=world.service, desired=READY, state=READY))
     assert world.steps() == [Recheck(30.0)], "the delay, and the grace to stop"
