@@ -6,17 +6,16 @@ the same revision.  A node that changes its manager meanwhile may count for neit
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.groups import first_alone
 from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
-from skep.manager.discovery.derive import table_session
 from skep.manager.discovery.loop import Discovery
-from skep.model.ids import NetworkId, NodeId, SessionId
-from skep.model.node import Node
+from skep.model.ids import NetworkId, NodeId
 from skep.model.task import Task
 from skep.store.interface import Store
 from skep.wire import methods
@@ -53,8 +52,6 @@ class Draining:
         self._channel = channel
         self._clock = clock
         self._random = random
-        self._sessions: dict[NetworkId, _Sessions] = {}
-        """Of the nodes on each network: tasks that stop together find them once."""
         self._acknowledged: dict[tuple[NodeId, NetworkId], _Acknowledged] = {}
 
     def services(self) -> Sequence[Handler]:
@@ -67,31 +64,25 @@ class Draining:
         Time-outs are the caller's.  Nodes of a manager that cannot be reached may still use the task.
         """
         revisions = await self._discovery.wait_not_serving(task, revision)
-        async with asyncio.TaskGroup() as group:
-            for network_id, changed_at in revisions.items():
-                group.create_task(self._wait_applied_by_all(network_id, changed_at))
+        with first_alone(SkepError):
+            async with asyncio.TaskGroup() as group:
+                for network_id, changed_at in revisions.items():
+                    group.create_task(self._wait_applied_by_all(network_id, changed_at))
 
     async def _wait_applied_by_all(self, network_id: NetworkId, revision: int) -> None:
-        """Return when every node on the network has applied this table, whichever manager it is with.
-
-        Nodes that come to the network meanwhile begin with a later one.
-        """
-        changed_at, first = self._discovery.sessions_changed_at, self._sessions_on(network_id)
-        wanted, asked = first.of, frozenset(first.nodes)
-        while wanted:
+        """Return when every node on the network has applied this table, whichever manager it is with."""
+        await self._discovery.wait_handled()
+        sessions_at = self._discovery.sessions_changed_at
+        managers = {*self._discovery.managers_on(network_id)}
+        while managers:
             async with asyncio.TaskGroup() as group:
-                for manager, here in wanted.items():
-                    group.create_task(self._wait_applied(manager, network_id, revision, here))
-            if wanted.keys() - {self._own}:
-                await self._catch_up()  # another one may have seen nodes go that are still here in this view
+                for manager in sorted(managers):
+                    group.create_task(self._wait_applied(manager, network_id, revision, sessions_at))
+            if managers != {self._own}:
+                await self._catch_up()  # another one may have seen a node go before this one has
             await self._discovery.wait_handled()
-            if self._discovery.sessions_changed_at == changed_at:
-                return
-            changed_at, now = self._discovery.sessions_changed_at, self._sessions_on(network_id)
-            users = frozenset(first.nodes.values())
-            moved = frozenset(id for id, node in now.nodes.items() if id not in asked and node in users)
-            wanted = {manager: new for manager, here in now.of.items() if (new := here & moved)}
-            asked |= moved
+            managers = self._discovery.managers_of_moved(network_id, sessions_at)
+            sessions_at = self._discovery.sessions_changed_at
 
     async def _catch_up(self) -> None:
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
@@ -101,56 +92,42 @@ class Draining:
             except SkepError:
                 await backoff.sleep(self._clock)
 
-    def _sessions_on(self, network_id: NetworkId) -> "_Sessions":
-        view = self._store.view()
-        found = self._sessions.get(network_id)
-        if found is not None and found.revision == view.revision:
-            return found
-        sessions = _Sessions(view.revision)
-        of: dict[NodeId, set[SessionId]] = {self._own: set()}  # its replica may be behind
-        ids = self._discovery.nodes_on(network_id)
-        for node in view.find(Node) if ids is None else (view.lookup(Node, id) for id in ids):
-            session = table_session(node) if node is not None else None
-            if node is not None and session is not None:
-                of.setdefault(session.manager_id, set()).add(session.session_id)
-                sessions.nodes[session.session_id] = node.id
-        sessions.of = {manager: frozenset(of[manager]) for manager in sorted(of)}
-        if len(self._sessions) >= CACHED_MAX:
-            self._sessions.clear()
-        self._sessions[network_id] = sessions
-        return sessions
-
     async def _wait_applied(
-        self, manager: NodeId, network_id: NetworkId, revision: int, here: frozenset[SessionId]
+        self, manager: NodeId, network_id: NetworkId, revision: int, sessions_at: int
     ) -> None:
-        """Return when the nodes with the sessions ``here`` at ``manager`` have applied this table, or have gone."""
+        """Return when the nodes with sessions at ``manager`` have applied this table, or have gone."""
         if manager == self._own:
-            await self._discovery.wait_handled()
             await self._discovery.acknowledgements.wait_applied(network_id, revision)
             return
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, rng=self._random.random)
-        while not await self._has_applied(manager, network_id, revision, here):
+        while not await self._has_applied(manager, network_id, revision, sessions_at):
             await backoff.sleep(self._clock)
+            await self._discovery.wait_handled()
+            if manager not in self._discovery.managers_on(network_id):
+                return  # where its nodes are now they are waited for next
 
     async def _has_applied(
-        self, manager: NodeId, network_id: NetworkId, revision: int, here: frozenset[SessionId]
+        self, manager: NodeId, network_id: NetworkId, revision: int, sessions_at: int
     ) -> bool:
-        """Ask another manager, unless its acknowledgement is known already; or none of the nodes is there any more."""
+        """Ask another manager, unless its acknowledgement is known already.
+
+        ``sessions_at``: it has to be of the nodes with the sessions of this revision, or of a later one.
+        """
         key = manager, network_id
         if key not in self._acknowledged and len(self._acknowledged) >= CACHED_MAX:
             self._acknowledged.clear()
         acknowledged = self._acknowledged.setdefault(key, _Acknowledged())
         async with acknowledged.one_at_a_time:
-            if acknowledged.applied < revision or not here <= acknowledged.sessions:
+            if acknowledged.applied < revision or acknowledged.sessions_at < sessions_at:
+                asked_at = self._discovery.sessions_changed_at
                 request = skep.AwaitTablesRequest(network_id=network_id, revision=revision)
                 try:
                     reply = await self._channel(manager).call(
                         methods.AWAIT_TABLES, request, timeout_s=CALL_SECONDS_MAX
                     )
                 except SkepError:
-                    # Those that have gone elsewhere are waited for there.
-                    return here.isdisjoint(self._sessions_on(network_id).of.get(manager, ()))
-                acknowledged.applied, acknowledged.sessions = reply.applied, here
+                    return False
+                acknowledged.applied, acknowledged.sessions_at = reply.applied, asked_at
             return acknowledged.applied >= revision
 
     async def _await_tables(
@@ -177,22 +154,11 @@ class Draining:
         return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
 
 
-class _Sessions:
-    """The sessions of the nodes on a network."""
-
-    def __init__(self, revision: int) -> None:
-        self.revision = revision
-        """Of the store, as of which they are these."""
-        self.of: Mapping[NodeId, frozenset[SessionId]] = {}
-        """By manager; this one is always there."""
-        self.nodes: dict[SessionId, NodeId] = {}
-
-
 class _Acknowledged:
     """The last acknowledged revision of a network on another manager."""
 
     def __init__(self) -> None:
         self.applied = 0
-        self.sessions: frozenset[SessionId] = frozenset()
-        """Of the nodes that have applied it; others may have come since."""
+        self.sessions_at = 0
+        """It is of the nodes with the sessions of this revision of the store, or of a later one."""
         self.one_at_a_time = asyncio.Lock()

@@ -7,7 +7,16 @@ present, so a slow reader gets fewer messages and nothing twice.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -109,10 +118,6 @@ class Discovery:
 
     # -- for the draining of tasks ------------------------------------------------------------------------------
 
-    def nodes_on(self, network_id: NetworkId) -> Iterable[NodeId] | None:
-        """The nodes that get the table of a network; None: all nodes."""
-        return self._tables.nodes_on(network_id)
-
     async def wait_not_serving(self, task: Task, revision: int) -> Mapping[NetworkId, int]:
         """Return when the tables have reached ``revision`` and the task serves in none of them.
 
@@ -127,18 +132,29 @@ class Discovery:
             is_serving = any(endpoint is not None and endpoint.is_serving for endpoint in found)
             if is_serving or self._tables.revision < revision:
                 return None
-            return {table.id: table.endpoint_changed_at(task.id) for table in tables}
+            # After a new start from a snapshot the revision of the change is not known; it is this one or before.
+            return {table.id: min(table.endpoint_changed_at(task.id), revision) for table in tables}
 
         return await self._first(revisions)
 
     @property
     def sessions_changed_at(self) -> int:
-        """The revision of the last change of nodes' sessions that ``acknowledgements`` has."""
-        return self._tables.sessions_changed_at
+        """The revision of the last change of the sessions over which nodes get tables."""
+        return self._tables.table_sessions.changed_at
+
+    def managers_on(self, network_id: NetworkId) -> Collection[NodeId]:
+        """The managers that send the network's table to nodes."""
+        return self._tables.managers_on(network_id)
+
+    def managers_of_moved(self, network_id: NetworkId, revision: int) -> set[NodeId]:
+        """The managers of nodes on the network whose sessions changed after ``revision``."""
+        return self._tables.managers_of_moved(network_id, revision)
 
     async def wait_handled(self) -> None:
         """Return when the tables and ``acknowledgements`` have reached what the store shows now."""
         revision = self._store.view().revision
+        if self._handled >= revision:
+            return
         self._has_commits.set()  # this revision may be of a commit that is not about them
         await self._first(lambda: self._handled if self._handled >= revision else None)
 

@@ -5,7 +5,7 @@ The cost of a commit is in proportion to what it changes, not to the size of the
 that changed it, so it is the same on all managers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -19,12 +19,13 @@ from skep.manager.discovery.derive import (
     table_session,
     unread_services,
 )
+from skep.manager.discovery.table_sessions import TableSessions
 from skep.manager.discovery.versioned_table import VersionedTable, counted
 from skep.manager.failures import isolated, object_id
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.labels import publishes_not_ready
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import Node, NodeSession
 from skep.model.overlays import head_of
 from skep.model.planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.service import Service
@@ -58,8 +59,7 @@ class NetworkTables:
         self.tables: dict[NetworkId, VersionedTable] = {}
         self.sessions: dict[NodeId, str] = {}
         """The session of each node, as of ``revision``."""
-        self.sessions_changed_at = revision
-        """The revision of the last change of the sessions over which nodes get tables."""
+        self.table_sessions = TableSessions(revision)
         self._port = data_path_port(())
         self._nodes: dict[NodeId, Node] = {}
         self._claiming: dict[str, dict[NodeId, None]] = {}
@@ -89,7 +89,7 @@ class NetworkTables:
         everywhere = self._ingress() if self._publishing else []
         return sorted({*by_tasks, *everywhere} & self.tables.keys())
 
-    def nodes_on(self, network_id: NetworkId) -> Iterable[NodeId] | None:
+    def nodes_on(self, network_id: NetworkId) -> Collection[NodeId] | None:
         """The nodes that get the table of a network; None: all nodes."""
         table = self.tables.get(network_id)
         if table is None:
@@ -108,9 +108,24 @@ class NetworkTables:
 
     def session_with(self, manager: NodeId, id: NodeId) -> str | None:
         """The session over which ``manager`` sends the node its tables; None: it does not."""
-        node = self._nodes.get(id)
-        session = table_session(node) if node is not None else None
+        session = self.table_sessions.of(id)
         return session.session_id if session is not None and session.manager_id == manager else None
+
+    def managers_on(self, network_id: NetworkId) -> Collection[NodeId]:
+        """The managers that send the network's table to nodes."""
+        if self.nodes_on(network_id) is None:
+            return self.table_sessions.managers.keys()
+        table = self.tables.get(network_id)
+        return table.managers.keys() if table is not None else ()
+
+    def managers_of_moved(self, network_id: NetworkId, revision: int) -> set[NodeId]:
+        """The managers of nodes on the network whose sessions changed after ``revision``."""
+        nodes = self.nodes_on(network_id)
+        return {
+            session.manager_id
+            for id, session in self.table_sessions.changed_since(revision)
+            if nodes is None or id in nodes
+        }
 
     # -- keeping up ---------------------------------------------------------------------------------------------
 
@@ -119,7 +134,7 @@ class NetworkTables:
 
         Objects are taken out of the view before the first pause.
         """
-        self.revision = self.sessions_changed_at = view.revision
+        self.revision = view.revision
         found: list[Object] = [*view.find(Swarm), *view.find(Network), *view.find(Node), *view.find(Service)]
         found += [task for task in view.find(Task) if task.networks_attachments]
         self._unread |= unread_services(view)
@@ -178,8 +193,7 @@ class NetworkTables:
             case Node():
                 self._claim(self._nodes.pop(object.id, None), None)
                 self.sessions.pop(object.id, None)
-                self.sessions_changed_at = self.revision
-                self._stale.resubscribed.add(object.id)
+                self._set_session(object.id, None)
                 self._mark_node(object.id)
             case Network():
                 self._remove_network(object.id)
@@ -223,6 +237,8 @@ class NetworkTables:
             if counted(table.tasks_of_node, task.node_id, by):
                 self._stale.nodes[network_id, task.node_id] = None
                 self._stale.resubscribed.add(task.node_id)
+                if (session := self.table_sessions.of(task.node_id)) is not None:
+                    counted(table.managers, session.manager_id, by)
             if counted(of_service, network_id, by):
                 self._stale.services[network_id, task.service_id] = None
             counted(of_node, network_id, by)
@@ -279,19 +295,30 @@ class NetworkTables:
     def _enter_node(self, node: Node) -> None:
         before = self._nodes.get(node.id)
         self._nodes[node.id] = node
-        self._claim(before, node)
+        self._set_session(node.id, table_session(node))
         session_id = node.session.session_id if node.session is not None else ""
-        was = table_session(before) if before is not None else None
-        if self.sessions.get(node.id, "") != session_id or was != table_session(node):
+        if self.sessions.get(node.id, "") != session_id:
             self.sessions[node.id] = session_id
-            self.sessions_changed_at = self.revision
             self._stale.resubscribed.add(node.id)
+        self._claim(before, node)
         if before is None or (before.status, before.description, before.attachments) != (
             node.status,
             node.description,
             node.attachments,
         ):
             self._mark_node(node.id)
+
+    def _set_session(self, id: NodeId, session: NodeSession | None) -> None:
+        before = self.table_sessions.of(id)
+        if not self.table_sessions.set(id, session, self.revision):
+            return
+        self._stale.resubscribed.add(id)
+        for network_id in self._networks_of_node.get(id, ()):
+            managers = self.tables[network_id].managers
+            if before is not None:
+                counted(managers, before.manager_id, -1)
+            if session is not None:
+                counted(managers, session.manager_id, 1)
 
     def _claim(self, before: Node | None, after: Node | None) -> None:
         """Update the owners of an address: another node may own it now, or lose its own."""

@@ -44,6 +44,8 @@ class VersionedTable:
         self.tasks: dict[TaskId, None] = {}
         """Tasks attached to the network, on any node."""
         self.tasks_of_node: dict[NodeId, int] = {}
+        self.managers: dict[NodeId, int] = {}
+        """The managers that send tables to nodes with tasks on the network, with the number of these nodes."""
         self.changed_at = revision
         self._floor = revision
         """All changes after this revision are in ``_changes``."""

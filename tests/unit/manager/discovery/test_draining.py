@@ -82,13 +82,19 @@ class Rig:
         await self.other.update(lambda tx: tx.put(replace(tx.get(Node, N2), session=own)))
 
     async def join(self, id: str, manager: NodeId, like: Task) -> None:
-        """Another node comes to the network, with a task like ``like``."""
+        """Another node registers, and comes to the network with a task like ``like``."""
+        await self.register(id, manager)
+        await self.attach(id, like)
+
+    async def register(self, id: str, manager: NodeId) -> None:
+        session = NodeSession(manager_id=manager, session_id=SessionId(f"of {id}"))
+        await self.other.update(lambda tx: tx.put(replace(a_node(id), session=session)))
+
+    async def attach(self, id: str, like: Task) -> None:
         task = replace(
             a_task(node=id, slot=9, state=TaskState.RUNNING), networks_attachments=like.networks_attachments
         )
-        session = NodeSession(manager_id=manager, session_id=SessionId(f"of {id}"))
-        for one in (replace(a_node(id), session=session), task):
-            await self.other.update(lambda tx, one=one: tx.put(one))
+        await self.other.update(lambda tx: tx.put(task))
 
     @property
     def revision(self) -> int:
@@ -183,13 +189,40 @@ async def test_a_manager_that_has_died_is_not_waited_for_when_its_nodes_have_gon
 
 async def test_a_node_that_comes_to_the_network_meanwhile_is_not_waited_for(rig: Rig) -> None:
     task = await rig.place_users(SECOND)
+    await rig.register("n3", THIRD)
     waiting = waits(rig, task)
     await until(lambda: rig.links[SECOND].asked)
-    await rig.join("n3", THIRD, task)
+    await rig.attach("n3", task)
     rig.links[SECOND].reply = rig.has_applied
     async with asyncio.timeout(10):
         await waiting
     assert not rig.links[THIRD].asked
+
+
+@pytest.mark.parametrize("manager", [OWN, SECOND])
+async def test_a_node_that_was_taken_for_down_meanwhile_is_waited_for_again(
+    rig: Rig, manager: NodeId
+) -> None:
+    """It keeps its session, and its data plane may go on with the tables of before."""
+    task = await rig.place_users(manager)
+    waiting = waits(rig, task)
+    assert await is_held(waiting, rig)
+    await until(lambda: manager == OWN or rig.links[SECOND].asked)
+    rig.store.partition()  # both changes are seen here at once
+    rig.links[SECOND].reply = rig.has_applied  # as of the moment when it was down
+    for state in (NodeState.DOWN, NodeState.READY):
+        await rig.other.update(
+            lambda tx, state=state: tx.put(replace(tx.get(Node, N2), status=NodeStatus(state=state)))
+        )
+    asked = len(rig.links[SECOND].asked)
+    await until(lambda: manager == OWN or len(rig.links[SECOND].asked) > asked)
+    rig.links[SECOND].reply = None
+    rig.store.heal()
+    assert await is_held(waiting, rig)
+    rig.links[SECOND].reply = rig.has_applied
+    rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
+    async with asyncio.timeout(10):
+        await waiting
 
 
 @pytest.mark.parametrize("manager", [OWN, SECOND])
@@ -247,3 +280,19 @@ async def test_a_manager_whose_replica_is_behind_does_not_say_that_it_has_no_suc
     assert (await rig.draining._await_tables(request, caller)).applied == 0
     rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
     assert (await rig.draining._await_tables(request, caller)).applied >= request.revision
+
+
+async def test_a_manager_that_starts_again_from_a_snapshot_waits_for_no_later_tables_than_of_the_stop() -> (
+    None
+):
+    """Nodes of other managers never get tables of the snapshot's revision when nothing of theirs changes."""
+    rig = Rig()
+    task = await rig.place_users(SECOND)
+    stopped_at = rig.revision
+    await rig.other.update(lambda tx: tx.put(Config(id=ConfigId("c1"), spec=ConfigSpec(name="motd"))))
+    rig.links[SECOND].reply = lambda _: skep.AwaitTablesResponse(applied=stopped_at)
+    running = asyncio.create_task(rig.discovery.run())
+    async with asyncio.timeout(10):
+        await rig.draining.wait_unused(task, stopped_at)
+    running.cancel()
+    await asyncio.wait([running])

@@ -1,7 +1,7 @@
 """Tables that are kept up commit by commit are those that the store's state gives, for every reader."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hypothesis import example, given, settings
@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.discovery import versioned_table
-from skep.manager.discovery.derive import is_publishing, overlay_attachments
+from skep.manager.discovery.derive import is_publishing, overlay_attachments, table_session
 from skep.manager.discovery.network_tables import KINDS, NetworkTables
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.ids import NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import Network
-from skep.model.node import EngineDescription, Node, NodeState
+from skep.model.node import EngineDescription, Node, NodeSession, NodeState
 from skep.model.planes import NODE_LABEL, is_docker_node
 from skep.model.service import Endpoint, EndpointVirtualIP, PortConfig, Service
 from skep.model.swarm import Swarm
@@ -41,7 +41,9 @@ STATES = (TaskState.PENDING, TaskState.ASSIGNED, TaskState.RUNNING, TaskState.FA
 Step = Callable[[Transaction], Any]
 
 
-def put_node(id: str, state: NodeState, is_engine: bool, has_place: bool, address: str) -> Step:
+def put_node(
+    id: str, state: NodeState, is_engine: bool, has_place: bool, address: str, manager: str = ""
+) -> Step:
     node = a_node(id, state=state)
     labels = {} if is_engine else {NODE_LABEL: "true"}
     engine = EngineDescription(engine_version="1", labels=labels)
@@ -54,6 +56,7 @@ def put_node(id: str, state: NodeState, is_engine: bool, has_place: bool, addres
             description=replace(node.description, engine=engine),
             status=replace(node.status, addr=address),
             attachments=own,
+            session=NodeSession(manager_id=NodeId(manager), session_id=SessionId("s")) if manager else None,
         )
     )
 
@@ -112,6 +115,7 @@ STEPS = st.one_of(
         st.booleans(),
         st.booleans(),
         st.sampled_from(["", "192.168.0.1", "192.168.0.2"]),
+        st.sampled_from(["", "m1", "m2"]),
     ),
     st.builds(put_service, st.sampled_from(SERVICES), st.booleans(), st.booleans(), SOME_NETWORKS),
     st.builds(
@@ -151,6 +155,18 @@ def resubscribed(view: View) -> dict[NodeId, list[NetworkId]]:
         id: sorted(everywhere.union(*map(overlay_attachments, view.find(Task, node_id=id))))
         for id in sorted(nodes)
     }
+
+
+def managers_on(view: View, network_id: NetworkId, nodes: Iterable[NodeId]) -> set[NodeId]:
+    """The managers that send the network's table to some of ``nodes``."""
+    on_it = {id for id, networks in resubscribed(view).items() if network_id in networks}
+    found = (view.lookup(Node, id) for id in on_it.intersection(nodes))
+    sessions = (table_session(node) for node in found if node is not None)
+    return {session.manager_id for session in sessions if session is not None}
+
+
+def sessions_of(tables: NetworkTables) -> dict[NodeId, NodeSession | None]:
+    return {NodeId(id): tables.table_sessions.of(NodeId(id)) for id in NODES}
 
 
 class Reader:
@@ -208,6 +224,14 @@ def without_revision(tables: dict[NetworkId, Table]) -> dict[NetworkId, Table]:
     remembered=1,
     begin=0,
 )
+@example(  # a node that is not on the network changes its manager
+    batches=[
+        ([put_network(0, 0), put_node("n1", NodeState.READY, False, False, "192.168.0.1", "m1")], False),
+        ([put_node("n1", NodeState.READY, False, False, "192.168.0.1", "m2")], False),
+    ],
+    remembered=1,
+    begin=0,
+)
 def test_what_is_kept_up_is_what_is_derived_from_scratch(
     batches: list[tuple[list[Step], bool]], remembered: int, begin: int
 ) -> None:
@@ -227,7 +251,12 @@ def test_what_is_kept_up_is_what_is_derived_from_scratch(
                 await store.update(lambda tx, steps=steps: [step(tx) for step in steps])
                 known = {id: table.table(0) for id, table in tables.tables.items()}
                 told_before = {id: tables.networks_of(id) for id in map(NodeId, NODES)}
+                before, sessions = tables.revision, sessions_of(tables)
                 stirred = tables.note(await anext(aiter(watch)))
+                moved = [id for id, session in sessions_of(tables).items() if sessions[id] != session]
+                for id in tables.tables:
+                    assert {*tables.managers_on(id)} == managers_on(store.view(), id, map(NodeId, NODES))
+                    assert tables.managers_of_moved(id, before) == managers_on(store.view(), id, moved)
                 now = {id: table.table(0) for id, table in tables.tables.items()}
                 assert now == without_revision(from_scratch(store.view()))
                 differing = {id for id in known.keys() | now.keys() if known.get(id) != now.get(id)}

@@ -1,0 +1,45 @@
+"""Which manager sends each node its tables, and which of them have changed since a revision of the store."""
+
+from collections.abc import Iterator
+from itertools import takewhile
+
+from skep.manager.discovery.versioned_table import counted
+from skep.model.ids import NodeId
+from skep.model.node import NodeSession
+
+
+class TableSessions:
+    """The sessions over which nodes get tables; a node without one is down, a Docker node or not there."""
+
+    def __init__(self, revision: int) -> None:
+        self.changed_at = revision
+        """The revision of the last change."""
+        self.managers: dict[NodeId, int] = {}
+        """The managers that have such sessions, with their number."""
+        self._sessions: dict[NodeId, NodeSession] = {}
+        self._changes: dict[NodeId, int] = {}
+        """The revision of each session's last change, the earliest first."""
+
+    def of(self, node_id: NodeId) -> NodeSession | None:
+        return self._sessions.get(node_id)
+
+    def set(self, node_id: NodeId, session: NodeSession | None, revision: int) -> bool:
+        """Set the node's session; gives whether that is a change."""
+        before = self._sessions.pop(node_id, None)
+        if session is not None:
+            self._sessions[node_id] = session
+        if session == before:
+            return False
+        self._changes.pop(node_id, None)
+        if before is not None:
+            counted(self.managers, before.manager_id, -1)
+        if session is not None:
+            counted(self.managers, session.manager_id, 1)
+            self._changes[node_id] = revision
+        self.changed_at = revision
+        return True
+
+    def changed_since(self, revision: int) -> Iterator[tuple[NodeId, NodeSession]]:
+        """The sessions that changed after ``revision``; the cost is that of their number."""
+        for node_id, _ in takewhile(lambda change: change[1] > revision, reversed(self._changes.items())):
+            yield node_id, self._sessions[node_id]
