@@ -159,6 +159,24 @@ async def test_a_stop_is_held_back_for_no_longer_than_the_service_says(
         assert task.id in second.consumer.serving
 
 
+async def test_a_drain_that_fails_unexpectedly_delays_one_stop_and_ends_nothing(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("net1")
+
+    async with two_nodes(cluster, tmp_path) as (first, second):
+        task = await a_used_task(cluster, first, second, LONG)
+        second.consumer.gate.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(cluster.discovery, "wait_not_serving", broken)
+            await stop(cluster, task)
+            await until(lambda: first.desired(task) is TaskState.SHUTDOWN)
+        another = a_task(new_id(), node="n1", state=TaskState.ASSIGNED)
+        await put(cluster, another)
+        await until(lambda: another.id in first.worker.tasks)
+
+
 @pytest.mark.parametrize(
     "why", ["the service goes", "no draining", "it ended", "its record goes", "the user is gone"]
 )

@@ -73,7 +73,7 @@ class Draining:
         """Return when every node on the network has applied this table, whichever manager it is with."""
         await self._discovery.wait_handled()
         sessions_at = self._discovery.sessions_changed_at
-        managers = {*self._discovery.managers_on(network_id)}
+        managers = frozenset(self._discovery.managers_on(network_id))
         while managers:
             async with asyncio.TaskGroup() as group:
                 for manager in sorted(managers):
@@ -147,11 +147,12 @@ class Draining:
         try:
             await run_unless(wait_applied(), self._clock.sleep(WAIT_S))
         except Preempted:
-            pass
-        smallest = acknowledgements.smallest(network_id)
-        if not are_counted:
-            return skep.AwaitTablesResponse(applied=0)
-        return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
+            smallest = acknowledgements.smallest(network_id) if are_counted else 0
+            return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
+        # A node that has come since does not count: the caller asks for it if it may have earlier tables.
+        return skep.AwaitTablesResponse(
+            applied=max(request.revision, acknowledgements.smallest(network_id) or 0)
+        )
 
 
 class _Acknowledged:

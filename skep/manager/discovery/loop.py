@@ -146,7 +146,7 @@ class Discovery:
         """The managers that send the network's table to nodes."""
         return self._tables.managers_on(network_id)
 
-    def managers_of_moved(self, network_id: NetworkId, revision: int) -> set[NodeId]:
+    def managers_of_moved(self, network_id: NetworkId, revision: int) -> frozenset[NodeId]:
         """The managers of nodes on the network whose sessions changed after ``revision``."""
         return self._tables.managers_of_moved(network_id, revision)
 
@@ -203,9 +203,8 @@ class Discovery:
             while self._commits:
                 affected = self._tables.note(self._commits.popleft())
                 self._wake(affected)
-                await self._count(
-                    self._tables.nodes() if affected.all_nodes else sorted(affected.nodes), slices
-                )
+                nodes = sorted(affected.nodes)  # some may be removed
+                await self._count((*nodes, *self._tables.nodes()) if affected.all_nodes else nodes, slices)
                 await slices.yield_if_due()
             self._handled = shown
             for changed in self._waiting:

@@ -60,6 +60,8 @@ class NetworkTables:
         self.sessions: dict[NodeId, str] = {}
         """The session of each node, as of ``revision``."""
         self.table_sessions = TableSessions(revision)
+        self._moved: dict[tuple[NetworkId, int], frozenset[NodeId]] = {}
+        """What ``managers_of_moved`` gave as of ``revision``: thousands of stops may wait for the same."""
         self._port = data_path_port(())
         self._nodes: dict[NodeId, Node] = {}
         self._claiming: dict[str, dict[NodeId, None]] = {}
@@ -118,14 +120,17 @@ class NetworkTables:
         table = self.tables.get(network_id)
         return table.managers.keys() if table is not None else ()
 
-    def managers_of_moved(self, network_id: NetworkId, revision: int) -> set[NodeId]:
+    def managers_of_moved(self, network_id: NetworkId, revision: int) -> frozenset[NodeId]:
         """The managers of nodes on the network whose sessions changed after ``revision``."""
-        nodes = self.nodes_on(network_id)
-        return {
-            session.manager_id
-            for id, session in self.table_sessions.changed_since(revision)
-            if nodes is None or id in nodes
-        }
+        moved = self._moved.get((network_id, revision))
+        if moved is None:
+            nodes = self.nodes_on(network_id)
+            moved = self._moved[network_id, revision] = frozenset(
+                session.manager_id
+                for id, session in self.table_sessions.changed_since(revision)
+                if nodes is None or id in nodes
+            )
+        return moved
 
     # -- keeping up ---------------------------------------------------------------------------------------------
 
@@ -151,6 +156,7 @@ class NetworkTables:
     def note(self, commit: Commit) -> AffectedStreams:
         """Handle the next commit."""
         self.revision = commit.revision
+        self._moved.clear()
         for event in commit.events:
             with isolated("tables", object_id(event)):
                 self._handle(event)
@@ -191,9 +197,10 @@ class NetworkTables:
                 self._publish(object.id, is_publishing=False)
                 self._mark_service(object.id, frozenset())
             case Node():
-                self._claim(self._nodes.pop(object.id, None), None)
+                node = self._nodes.pop(object.id, None)
                 self.sessions.pop(object.id, None)
                 self._set_session(object.id, None)
+                self._claim(node, None)
                 self._mark_node(object.id)
             case Network():
                 self._remove_network(object.id)

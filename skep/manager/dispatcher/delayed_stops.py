@@ -17,6 +17,7 @@ from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import affects_node
 from skep.manager.dispatcher.sessions import Sessions
+from skep.manager.failures import isolated
 from skep.model.draining import begins_to_drain
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import drain_s
@@ -90,23 +91,24 @@ class Stops:
     async def _withhold(self, pending: "_PendingStop") -> None:
         assert self._wait_unused is not None, "nothing is withheld without it"
         task = pending.task
-        try:
-            unused = self._wait_unused(task, pending.revision)
-            await run_unless(_awaited(unused), self._clock.sleep(pending.seconds))
-        except Preempted:
-            log.info(
-                "drain time is over: task stops though connections may still be sent to it",
-                task=task.id,
-                after_s=pending.seconds,
-            )
-        except SkepError as error:
-            log.warning(
-                "drain failed: task stops though connections may still be sent to it",
-                task=task.id,
-                reason=str(error),
-            )
-        finally:
-            self.release(task)
+        with isolated("drain of a task", task.id):
+            try:
+                unused = self._wait_unused(task, pending.revision)
+                await run_unless(_awaited(unused), self._clock.sleep(pending.seconds))
+            except Preempted:
+                log.info(
+                    "drain time is over: task stops though connections may still be sent to it",
+                    task=task.id,
+                    after_s=pending.seconds,
+                )
+            except SkepError as error:
+                log.warning(
+                    "drain failed: task stops though connections may still be sent to it",
+                    task=task.id,
+                    reason=str(error),
+                )
+            finally:
+                self.release(task)
 
 
 class _PendingStop(msgspec.Struct, frozen=True):

@@ -15,7 +15,9 @@ from skep.manager.discovery.loop import Discovery
 from skep.model.ids import ConfigId, NodeId, SessionId
 from skep.model.node import Node, NodeSession, NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec
+from skep.model.service import Endpoint, PortConfig
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
@@ -139,6 +141,23 @@ async def test_a_node_without_a_stream_goes_on_with_the_tables_it_has(rig: Rig, 
             await rig.store.update(lambda tx: tx.delete(Node, N2))
         case _:
             rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
+    async with asyncio.timeout(10):
+        await waiting
+
+
+async def test_a_node_that_is_removed_together_with_a_change_of_all_nodes_is_not_waited_for(rig: Rig) -> None:
+    task = await rig.place_users(OWN)
+    waiting = waits(rig, task)
+    assert await is_held(waiting, rig)
+    ports = (PortConfig(target_port=80, published_port=8080),)
+    public = a_service("public", ports=ports)
+    public = replace(public, endpoint=Endpoint(ports=ports))
+
+    def change(tx: Transaction) -> None:
+        tx.delete(Node, N2)
+        tx.put(public)  # the first one with a port: now all nodes get the ingress network
+
+    await rig.store.update(change)
     async with asyncio.timeout(10):
         await waiting
 
