@@ -187,7 +187,7 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     starts_now = (
         delay == 0 and not _still_stopping(slot, situation) and not _waits_for_update(task, slot, situation)
     )
-    starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
+    starts_now = starts_now and (task.status.state.is_terminal or _is_gone(task, situation))
     return FillSlot(
         situation.service,
         task.slot,
@@ -196,6 +196,11 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
         delay,
         failures,
     )
+
+
+def _is_gone(task: Task, situation: Situation) -> bool:
+    """Whether ``task`` counts as stopped, as its node is lost."""
+    return is_lost(situation.node_of(task)) and situation.node_stops_at(task) <= situation.now
 
 
 def _successor_delay_s(last: Task, failures: int) -> float:
@@ -250,12 +255,7 @@ def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
 
 def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
     """Tasks of the slot that are still stopping, on nodes that will report it, or stop them by themselves."""
-    return [
-        task
-        for task in slot
-        if is_stopping(task)
-        and (not is_lost(situation.node_of(task)) or situation.node_stops_at(task) > situation.now)
-    ]
+    return [task for task in slot if is_stopping(task) and not _is_gone(task, situation)]
 
 
 def _stopped_at(task: Task, situation: Situation) -> float:

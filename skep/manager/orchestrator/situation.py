@@ -97,21 +97,20 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         node = self.node_of(task)
         if node is None or not _is_down_only(node):
             return inf
+        if self.is_frozen:
+            return inf
         policy = disconnect_policy(self.service.spec.labels)
-        down_at = max(self.seen.down(node), self.replaces_from)
-        return replaced_at(policy, task, down_at, is_frozen=self.is_frozen)
+        return max(replaced_at(policy, task, self.seen.down(node)), self.replaces_from)
 
     def node_stops_at(self, task: Task) -> float:
         """When a node that is down has certainly stopped the task by itself; -infinity: it is not asked to.
 
-        Of a drained node too: it does not know that it is drained.
+        It knows of no drain, no disruption and no update that began since.
         """
         node, policy = self.node_of(task), disconnect_policy(self.service.spec.labels)
         if policy.action is not OnDisconnect.STOP or node is None or node.status.state is not NodeState.DOWN:
             return -inf
-        if _is_down_only(node):
-            return self.leaves_at(task)
-        return replaced_at(policy, task, self.seen.down(node), is_frozen=False)
+        return replaced_at(policy, task, self.seen.down(node))
 
     def keeps_slot(self, task: Task) -> bool:
         """Whether the task keeps its slot though its node is down."""

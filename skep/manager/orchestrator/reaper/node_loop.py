@@ -7,6 +7,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.informer import run_informer
+from skep.manager.orchestrator.disconnection import replaced_at
 from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
 from skep.manager.revocation import revoke
 from skep.model.ids import IdSource, NodeId
@@ -73,7 +74,7 @@ class LostNodes:
             after_s=forget_nodes_s(swarm.spec.labels),
             observed_s=lambda node: now - self._down.get(node.id, now),
             now_ns=now_ns,
-            is_kept=lambda node_id: _keeps_tasks(view, node_id),
+            is_kept=lambda node_id: _keeps_tasks(view, node_id, now - self._down.get(node_id, now)),
             is_frozen=is_frozen,
         )
         if not due:
@@ -101,18 +102,21 @@ def remove_lost(tx: Transaction, id: NodeId, now_ns: int) -> bool:
     return True
 
 
-def _keeps_tasks(view: View, id: NodeId) -> bool:
-    """Whether a task of the node is to stay there, or its successor is to return there."""
+def _keeps_tasks(view: View, id: NodeId, down_s: float) -> bool:
+    """Whether a task of the node is to stay there for now, or its successor is to return there.
+
+    ``down_s``: for how long the node is down.  The tasks of a node that is removed are replaced at once, even if it has
+    not stopped them yet.
+    """
     for task in view.find(Task, node_id=id):
         if has_unknown_service(view, task):
             return True
         service = view.lookup(Service, task.service_id) if task.service_id else None
         if service is None or service.removed_at is not None:
             continue
-        labels = service.spec.labels
-        if (
-            disconnect_policy(labels).action is OnDisconnect.KEEP
-            or volume_policy(labels) is VolumePolicy.KEEP
-        ):
+        policy = disconnect_policy(service.spec.labels)
+        if policy.action is OnDisconnect.KEEP or volume_policy(service.spec.labels) is VolumePolicy.KEEP:
+            return True
+        if not task.status.state.is_terminal and replaced_at(policy, task, 0.0) > down_s:
             return True
     return False

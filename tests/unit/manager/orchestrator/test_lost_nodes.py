@@ -1,15 +1,21 @@
 """Nodes that were lost for longer than the cluster keeps them."""
 
+from math import inf
+
 import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.manager.orchestrator.reaper.lost_nodes import AT_ONCE, removable
+from skep.manager.orchestrator.reaper.node_loop import _keeps_tasks
 from skep.model.ids import NodeId
 from skep.model.labels import FORGET_NODES, check_swarm_labels, forget_nodes_s
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus
+from skep.model.task import TaskState
 from skep.model.times import SECOND_NS, timestamp
-from tests.support.builders import a_node
+from skep.store.state import State
+from skep.store.transaction import LocalTransaction
+from tests.support.builders import a_node, a_service, a_task
 
 NOW_NS = 1_800_000_000 * SECOND_NS
 HOUR, DAY = 3600.0, 86_400.0
@@ -73,3 +79,26 @@ def test_the_setting_has_bounds(value: str) -> None:
         check_swarm_labels({FORGET_NODES: value})
     assert forget_nodes_s({FORGET_NODES: value}) is None
     assert forget_nodes_s({FORGET_NODES: "1m"}) == 60.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "state", "kept_s"),
+    [
+        ({}, TaskState.RUNNING, 0.0),
+        ({"skep.on-disconnect-delay": "1h"}, TaskState.RUNNING, HOUR),
+        ({"skep.on-disconnect-delay": "1h"}, TaskState.SHUTDOWN, 0.0),
+        ({"skep.on-disconnect": "stop", "skep.on-disconnect-delay": "5m"}, TaskState.RUNNING, 310.0),
+        ({"skep.on-disconnect": "keep"}, TaskState.RUNNING, inf),
+        ({"skep.on-disconnect": "keep"}, TaskState.SHUTDOWN, inf),
+    ],
+)
+def test_a_node_is_kept_until_its_tasks_may_be_replaced(
+    labels: dict[str, str], state: TaskState, kept_s: float
+) -> None:
+    """Those of a node that is removed are replaced at once."""
+    tx = LocalTransaction(State(), 0)
+    web = a_service("web")
+    tx.put(replace(web, spec=replace(web.spec, labels=labels)))
+    tx.put(a_task("t1", node="w1", service=web, state=state))
+    for down_s in (0.0, 60.0, 309.0, 311.0, HOUR - 1, HOUR, DAY):
+        assert _keeps_tasks(tx, NodeId("w1"), down_s) is (down_s < kept_s)

@@ -1,6 +1,7 @@
 """Whether and when an ended task gets a successor."""
 
 from collections.abc import Callable
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -533,3 +534,34 @@ def test_a_new_task_waits_until_a_node_that_is_down_has_stopped_the_last_by_itse
     assert world.steps() == [StartTask(world.tasks["next"])]
     world.now, world.service = 0.0, replace(world.service, spec=replace(world.service.spec, labels={}))
     assert world.steps() == [StartTask(world.tasks["next"])]
+
+
+def test_of_a_node_that_is_drained_when_it_is_down_already_nothing_runs_twice_either() -> None:
+    labels = {"skep.on-disconnect": "stop", "skep.on-disconnect-delay": "20s"}
+    world = World(a_service(spec=replace(a_service_spec(replicas=1, restart=AT_ONCE), labels=labels)))
+    down = a_node("n1", state=NodeState.DOWN, availability=Availability.DRAIN)
+    world.nodes = {node.id: node for node in (down, a_node("n2"))}
+    world.put(a_task("last", node="n1", service=world.service, state=RUNNING))
+    world.now = 5.0
+    world.settle()
+    (successor,) = wanted(world)
+    assert (world.tasks["last"].desired_state, successor.desired_state) == (SHUTDOWN, READY)
+    world.now = 29.0
+    assert world.steps() == [Recheck(30.0)], "the delay, and the grace to stop"
+    world.now = 30.0
+    assert world.steps() == [StartTask(successor)]
+
+
+def test_a_hold_for_a_disruption_does_not_begin_the_delay_of_a_replacement_again() -> None:
+    labels = {"skep.on-disconnect-delay": "60s"}
+    world = World(a_service(spec=replace(a_service_spec(replicas=1, restart=AT_ONCE), labels=labels)))
+    world.nodes = {node.id: node for node in (a_node("n1", state=NodeState.DOWN), a_node("n2"))}
+    lost = a_task("lost", node="n1", service=world.service, state=RUNNING)
+    world.put(lost)
+
+    def leaves_at(**options: object) -> float:
+        return replace(world.situation, **options).leaves_at(lost)
+
+    assert leaves_at(replaces_from=50.0) == 60.0
+    assert leaves_at(replaces_from=70.0) == 70.0
+    assert leaves_at(is_frozen=True) == inf
