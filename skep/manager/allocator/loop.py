@@ -328,10 +328,15 @@ class Allocator:
 
             try:
                 virtual_ips = virtual_ips_for(service, networks, allocate)
+                endpoint = endpoint_for(service, self._allocations.ports.is_free_for(service_id), virtual_ips)
             except Unread:
                 self._allocations.enter_service(service)
                 return []  # its tasks say so, which need an address of the same network
-            endpoint = endpoint_for(service, self._allocations.ports.is_free_for(service_id), virtual_ips)
+            except Exception:
+                self._allocations.enter_service(
+                    service
+                )  # or each attempt would keep addresses of other networks
+                raise
             if endpoint != service.endpoint:
                 # Entered at once, so that the next service of this batch gets another port.
                 self._allocations.enter_service(replace(service, endpoint=endpoint))
@@ -361,6 +366,9 @@ class Allocator:
             except Unread:
                 self._allocations.enter_node(node)
                 return []
+            except Exception:
+                self._allocations.enter_node(node)
+                raise
             if attachments != node.attachments:
                 self._allocations.enter_node(replace(node, attachments=attachments))
                 return [AttachNode(node.id, attachments)]
