@@ -1,10 +1,12 @@
-"""Removal of directory trees in threads of its own: it may take minutes, and no other work waits for them."""
+"""Removal and walks of directory trees in threads of their own: either may take minutes, and no other work waits."""
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, TypeVarTuple
 
 import structlog
 
@@ -12,7 +14,11 @@ from skep.linux import trees
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
+
 _removers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="remove-tree")
+_walkers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="walk-tree")
 
 
 async def remove_tree(path: Path, *, keep: str = "") -> None:
@@ -30,6 +36,11 @@ async def remove_tree(path: Path, *, keep: str = "") -> None:
         await asyncio.wait((work,))  # no thread may remove what is made again afterwards
         work.cancelled() or work.exception()
         raise
+
+
+async def walk_tree(walk: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
+    """The result of ``walk``, which looks at every file of a tree."""
+    return await asyncio.get_running_loop().run_in_executor(_walkers, walk, *arguments)
 
 
 async def discard_tree(path: Path) -> None:

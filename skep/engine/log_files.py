@@ -7,6 +7,9 @@ Rotation renames ``current`` to ``current.1`` (and that to ``.2``, ...) and then
 ``current`` anew; until it does it writes to the renamed file, so nothing is lost.  A reader therefore stays
 with the file it has open until there is a newer one, reads it to its end, and continues with the next newer
 one.  Files that are complete may be compressed (``current.1.gz``).
+
+What may take long, since files have any size, is ``SlicedWork``: no more than ``SLICE_BYTES`` are read between two
+pauses.
 """
 
 import gzip
@@ -22,13 +25,15 @@ from itertools import count
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.engine.container import LogConfig, LogEntry, Stream
 from skep.errors import InvalidArgument
 from skep.linux.files import sync_file
 from skep.model.times import unix_ns
 
 PIECE_BYTES_MAX = 16 << 10
-_CHUNK_BYTES = 256 << 10
+SLICE_BYTES = 256 << 10
+"""Read at a time."""
 _STREAMS = {b"stdout": Stream.STDOUT, b"stderr": Stream.STDERR}
 _NUMBERED = re.compile(r"(.*?)(?:\.(\d+)(\.gz)?)?")
 _SUFFIX = ".gz"
@@ -119,6 +124,7 @@ class Files:
         self._held: list[IO[bytes]] | None = None
         self._packed = 0
         """The inode of the path that was opened; of a compressed file it is not that of the one that is read."""
+        self._is_closed = False
         self.has_gap = False
         """Whether files were rotated away before they were read."""
         self.damage = ""
@@ -134,61 +140,80 @@ class Files:
         """Behind the last line that was read."""
         return self._position
 
-    def open_oldest(self) -> None:
+    def copy(self) -> "Files":
+        """Another reader at the same place, of the same file even if that was renamed or removed.
+
+        Only before anything was read.
+        """
+        other = Files(self._current)
+        if self._file is not None:
+            # Opened anew: a duplicate of the descriptor would share its offset.
+            other._take(open(f"/proc/self/fd/{self._file.fileno()}", "rb", buffering=0))  # noqa: SIM115  # ``close`` does
+            other._to(self._position)
+            other._packed = self._packed
+        return other
+
+    def open_oldest(self) -> SlicedWork[None]:
         """Open the oldest file; nothing happens when there is none."""
         for path in generations(self._current):
-            if self._open(path):
+            if (yield from self._open(path)):
                 return
 
     def open_at(self, position: Position) -> bool:
-        """Open behind what was read before; False: that file is gone, and nothing is open."""
+        """Open behind what was read before; False: that file is gone, and nothing is open.  Without pauses."""
         for path in generations(self._current):
-            if identity(path) == position.first and self._open(path):
+            if identity(path) == position.first and run_at_once(self._open(path)):
                 assert self._file is not None, "it was opened"
                 if self._file.seek(0, os.SEEK_END) < position.offset:
                     continue
-                self._file.seek(position.offset)
-                self._position = position
+                self._to(position)
                 return True
-        self.close()
+        self._let_go()
         return False
 
-    def open_for_tail(self, lines: int) -> None:
-        """Open where about ``lines`` lines are left (never fewer, unless there are none)."""
+    def open_for_tail(self, lines: int) -> SlicedWork[bool]:
+        """Open where about ``lines`` lines are left (never fewer, unless there are none); False: the log has fewer."""
         missing = lines
         for path in reversed(generations(self._current)):
-            if not self._open(path):
+            if not (yield from self._open(path)):
                 continue
             assert self._file is not None, "it was opened"
-            start, found = _start_of_tail(self._file, missing)
-            self._file.seek(start)
-            self._position = Position(b"", start)
+            start, found = yield from _start_of_tail(self._file, missing)
+            self._to(Position(b"", start))
             if found >= missing:
-                return
+                return True
             missing -= found
+        return False
 
-    def read_lines(self) -> list[bytes]:
-        """The next complete lines; empty at the end of what is written so far."""
+    def read_lines(self) -> SlicedWork[list[bytes]]:
+        """The next complete lines; empty at the end of what is written so far, and when this was closed."""
         while True:
+            if self._is_closed:
+                return []
             if self._file is None:
                 if self._held:
-                    self._take_held(self._held)
+                    yield from self._take_held(self._held)
                 else:
-                    self.open_oldest()
+                    yield from self.open_oldest()
                 if self._file is None:
                     return []
-            chunk = self._file.read(_CHUNK_BYTES)
+            chunk = self._file.read(SLICE_BYTES)
             if chunk:
                 lines = (self._rest + chunk).split(b"\n")
                 rest, self._rest = self._rest, lines.pop()
                 if lines:
                     self._note(lines[0], len(rest) + len(chunk) - len(self._rest))
                     return lines
-            elif not self._advance():
+                yield
+            elif not (yield from self._advance()):
                 return []
 
     def close(self) -> None:
-        """Close the file that is open."""
+        """Close the file that is open; no further one is opened."""
+        self._is_closed = True
+        self._let_go()
+
+    def _let_go(self) -> None:
         for file in (self._file, *(self._held or ())):
             if file is not None:
                 file.close()
@@ -229,7 +254,7 @@ class Files:
                     return index
         return -1
 
-    def _advance(self) -> bool:
+    def _advance(self) -> SlicedWork[bool]:
         """Go on to the next newer file, once nothing more can come to this one."""
         assert self._file is not None, "one is open"
         held = self._held
@@ -237,45 +262,47 @@ class Files:
         if not newer and not held:
             return False
         # The newer file exists only after conmon has left this one; what it wrote until then is read first.
-        chunk = self._file.read(_CHUNK_BYTES)
+        chunk = self._file.read(SLICE_BYTES)
         if chunk:
             self._file.seek(-len(chunk), os.SEEK_CUR)
             return True
         if held:
-            self._take_held(held)
+            yield from self._take_held(held)
             return True
         has_gap = self._index(generations(self._current)) < 0
-        if not self._open(newer[0]):
+        if not (yield from self._open(newer[0])):
             return False  # it was renamed since: the next attempt finds it
         self.has_gap = self.has_gap or has_gap
         return True
 
-    def _open(self, path: Path) -> bool:
+    def _open(self, path: Path) -> SlicedWork[bool]:
         """Go on with ``path``; False: it is not there, and what is open stays open."""
         try:
-            file = self._opened(path)
+            file = yield from self._opened(path)
         except FileNotFoundError:
             return False
         self._take(file)
         self._packed = _inode(path)
         return True
 
-    def _take_held(self, held: list[IO[bytes]]) -> None:
+    def _take_held(self, held: list[IO[bytes]]) -> SlicedWork[None]:
         """Go on with the first of ``held``, which stays there if it cannot be unpacked.  Raises: OSError."""
         file = held[0]
         if str(file.name).endswith(_SUFFIX):
             file.seek(0)
-            self._take(self._unpacked(file, Path(file.name)))
+            self._take((yield from self._unpacked(file, Path(file.name))))
             file.close()
         else:
             self._take(file)
         del held[0]
 
-    def _opened(self, path: Path) -> IO[bytes]:
+    def _opened(self, path: Path) -> SlicedWork[IO[bytes]]:
         """Raises: as ``_unpacked``."""
-        return self._unpacked(path, path) if path.suffix == _SUFFIX else open(path, "rb", buffering=0)
+        if path.suffix == _SUFFIX:
+            return (yield from self._unpacked(path, path))
+        return open(path, "rb", buffering=0)
 
-    def _unpacked(self, packed: "Path | IO[bytes]", path: Path) -> IO[bytes]:
+    def _unpacked(self, packed: "Path | IO[bytes]", path: Path) -> SlicedWork[IO[bytes]]:
         """What can be unpacked, in a file without a name.
 
         Raises: FileNotFoundError; OSError: there is no room.
@@ -285,6 +312,7 @@ class Files:
             try:
                 while data := self._whole(source, path):
                     target.write(data)
+                    yield
             except BaseException:
                 target.close()
                 raise
@@ -294,7 +322,7 @@ class Files:
     def _whole(self, source: gzip.GzipFile, path: Path) -> bytes:
         """The next piece; nothing at the end, and where the rest is damaged."""
         try:
-            return source.read1(_CHUNK_BYTES)
+            return source.read1(SLICE_BYTES)
         except _DAMAGE as error:
             self.damage = f"{path.name}: {error}"
             return b""
@@ -303,6 +331,12 @@ class Files:
         if self._file is not None:
             self._file.close()
         self._file, self._rest, self._position = file, b"", Position(b"", 0)
+
+    def _to(self, position: Position) -> None:
+        """Go on at ``position`` of the file that is open."""
+        assert self._file is not None, "one is open"
+        self._file.seek(position.offset)
+        self._position = position
 
 
 def generations(current: Path) -> list[Path]:
@@ -369,7 +403,7 @@ def compress(current: Path) -> None:
             continue
         beside = current.with_name("compressing")
         with open(path, "rb") as source, gzip.open(beside, "wb", compresslevel=1) as target:
-            shutil.copyfileobj(source, target, _CHUNK_BYTES)
+            shutil.copyfileobj(source, target, SLICE_BYTES)
         sync_file(beside)  # else a power loss could leave an empty file in its place
         beside.replace(_packed(path))
         path.unlink()
@@ -379,7 +413,7 @@ def lines_in(path: Path) -> int:
     """Lines of a complete file; 0: it is not there."""
     try:
         with gzip.open(path) if path.suffix == _SUFFIX else open(path, "rb") as file:
-            return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, _CHUNK_BYTES), b""))
+            return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, SLICE_BYTES), b""))
     except (OSError, *_DAMAGE):
         return 0
 
@@ -406,12 +440,12 @@ def _inode(path: Path) -> int:
         return 0
 
 
-def _start_of_tail(file: IO[bytes], lines: int) -> tuple[int, int]:
+def _start_of_tail(file: IO[bytes], lines: int) -> SlicedWork[tuple[int, int]]:
     """Offset at which the last ``lines`` lines begin, and how many there are from it on."""
     position = file.seek(0, os.SEEK_END)
     found = 0
     while position > 0:
-        size = min(_CHUNK_BYTES, position)
+        size = min(SLICE_BYTES, position)
         position -= size
         file.seek(position)
         chunk = file.read(size)
@@ -421,4 +455,5 @@ def _start_of_tail(file: IO[bytes], lines: int) -> tuple[int, int]:
                 return position + newline + 1, found
             found += 1
             end = newline
+        yield
     return 0, found

@@ -1,10 +1,11 @@
 """A container's output as docker reads it, and the rotation of its files."""
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, closing, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import Rounds
 from skep.aio.race import wait_first
+from skep.aio.time_slices import SlicedWork
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, LogEntry, LogFilter
-from skep.engine.log_files import Assembler, Files, compress, rotate
+from skep.engine.log_files import SLICE_BYTES, Assembler, Files, compress, rotate
 from skep.engine.state import ContainerStore
 from skep.errors import Unimplemented
 from skep.linux.filewatch import FileWatch
@@ -28,6 +30,10 @@ CHECK_S = 1.0
 _ROTATION_RETRY_S_MAX = 10.0
 """Of a log that could not be rotated, which grows meanwhile."""
 _ENTRIES_AT_ONCE = 512
+_SLICES_AT_ONCE = (4 << 20) // SLICE_BYTES
+"""In one call of a thread, however few of their entries are wanted."""
+_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="read-log")
+"""Of their own, since starts and probes need asyncio's.  A reader has one call at a time here, so they take turns."""
 
 
 def of_container(
@@ -77,12 +83,9 @@ async def read(
     source = _Source(current, filter)
     watch = FileWatch(current.parent) if filter.follow else None
     try:
-        tail = await asyncio.to_thread(source.start)
-        if tail:
-            yield tail
         while not source.is_over:
             ended = has_ended()  # evaluated first: what was written before the end is read below
-            entries = await asyncio.to_thread(source.next)
+            entries = await source.next()
             if entries:
                 yield entries
             if entries or source.has_more:
@@ -100,66 +103,98 @@ async def read(
 
 
 class _Source:
-    """Reads and filters; runs in a thread, one call at a time."""
+    """Reads and filters in ``_threads``, a piece at a time, so that readers of large logs take turns."""
 
     def __init__(self, current: Path, filter: LogFilter) -> None:
         self._files = Files(current)
         self._assembler = Assembler()
         self._filter = filter
+        self._slices = self._read()
+        self._piece: Future[list[LogEntry]] | None = None
+        self._is_closed = False
         self.has_more = True
         self.is_over = False
 
-    def start(self) -> list[LogEntry]:
-        """With a tail: its entries.  Otherwise nothing: everything comes by ``next``."""
-        tail = self._filter.tail
-        if tail is None:
-            self._files.open_oldest()
-            return []
-        # Lines of the unwanted stream and pieces count as well in the file, so a first guess may be too short.
-        wanted = max(tail, 1)
-        while True:
-            self._files.open_for_tail(wanted)
-            entries, seen = self._read_to_end(tail)
-            if len(entries) >= tail or seen < wanted or tail == 0:
-                return entries
-            self._assembler = Assembler()
-            wanted *= 4
-
-    def next(self) -> list[LogEntry]:
-        """A bounded number of further entries; empty and ``has_more`` False at the present end."""
-        entries: list[LogEntry] = []
-        while len(entries) < _ENTRIES_AT_ONCE and not self.is_over:
-            lines = self._files.read_lines()
-            if not lines:
-                self.has_more = False
-                return entries
-            entries.extend(self._entries(lines))
-        self.has_more = not self.is_over
-        return entries
+    async def next(self) -> list[LogEntry]:
+        """What is wanted of the next piece, perhaps nothing; ``has_more`` False: that was all up to the present end."""
+        self._piece = _threads.submit(self._read_piece)
+        return await asyncio.wrap_future(self._piece)
 
     def finish(self) -> list[LogEntry]:
         return [entry for entry in self._assembler.finish() if self._is_wanted(entry)]
 
     def close(self) -> None:
+        """Read nothing more.  A thread that reads a piece, because its reader was cancelled, closes the files then."""
+        self._is_closed = True
+        if self._piece is None:
+            self._release()
+        else:
+            self._piece.cancel()  # if it is not its turn yet
+            self._piece.add_done_callback(lambda _: self._release())
+
+    def _release(self) -> None:
+        self._slices.close()
         self._files.close()
         if self._files.damage:
             log.warning("part of a log is damaged and not shown", reason=self._files.damage)
 
-    def _read_to_end(self, tail: int) -> tuple[list[LogEntry], int]:
-        entries: deque[LogEntry] = deque(maxlen=tail)
-        seen = 0
-        while lines := self._files.read_lines():
-            seen += len(lines)
-            entries.extend(self._entries(lines))
-        return list(entries), seen
+    def _read_piece(self) -> list[LogEntry]:
+        self.has_more = True
+        entries: list[LogEntry] = []
+        for wanted in islice(self._slices, _SLICES_AT_ONCE):
+            entries += wanted or ()
+            if len(entries) >= _ENTRIES_AT_ONCE or not self.has_more or self._is_closed:
+                break
+        return entries
 
-    def _entries(self, lines: Sequence[bytes]) -> Iterator[LogEntry]:
+    def _read(self) -> Generator[Sequence[LogEntry] | None, None, None]:
+        """What is wanted, slice by slice; goes on behind the present end when it is asked again."""
+        skipped = 0
+        if self._filter.tail is None:
+            yield from self._files.open_oldest()
+        else:
+            skipped = yield from self._open_tail(self._filter.tail)
+        while not self.is_over:
+            lines = yield from self._files.read_lines()
+            self.has_more = bool(lines)
+            entries, self.is_over = self._wanted(lines)
+            yield entries[skipped:]
+            skipped = max(skipped - len(entries), 0)
+
+    def _open_tail(self, tail: int) -> SlicedWork[int]:
+        """Open where the last ``tail`` entries begin, or before; how many others come first.
+
+        They are counted first and read again, since a tail that is kept while its end is looked for may have any size.
+        """
+        # Lines of the unwanted stream and pieces count as well in the file, so a first guess may be too short.
+        lines = max(tail, 1)
+        while True:
+            has_so_many = yield from self._files.open_for_tail(lines)
+            with closing(self._files.copy()) as ahead:
+                found = yield from self._count(ahead)
+            if found >= tail or not has_so_many:
+                return max(found - tail, 0)
+            lines *= 4
+
+    def _count(self, files: Files) -> SlicedWork[int]:
+        """The wanted entries from where ``files`` are."""
+        found, is_over = 0, False
+        while not is_over and (lines := (yield from files.read_lines())):
+            entries, is_over = self._wanted(lines)
+            found += len(entries)
+            yield
+        self._assembler = Assembler()
+        return found
+
+    def _wanted(self, lines: Sequence[bytes]) -> tuple[list[LogEntry], bool]:
+        """The wanted entries that end with ``lines``; whether no later one is wanted."""
+        wanted: list[LogEntry] = []
         for entry in self._assembler.feed(lines):
             if self._filter.until_ns and entry.timestamp_ns > self._filter.until_ns:
-                self.is_over = True
-                return
+                return wanted, True
             if self._is_wanted(entry):
-                yield entry
+                wanted.append(entry)
+        return wanted, False
 
     def _is_wanted(self, entry: LogEntry) -> bool:
         return entry.stream in self._filter.streams and entry.timestamp_ns >= self._filter.since_ns

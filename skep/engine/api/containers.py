@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
+from skep.aio.trees import walk_tree
 from skep.api.errors import NotModified, Untranslated
 from skep.api.server import (
     Filters,
@@ -148,7 +149,7 @@ async def inspect_container(served: Served, request: web.Request) -> web.StreamR
 
 async def _sizes(served: Served, container: Container) -> dict[str, int]:
     image = served.engine.images.lookup(container.image_id)
-    changed = await asyncio.to_thread(tree_bytes, str(served.engine.bundles.path(container.id) / "upper"))
+    changed = await walk_tree(tree_bytes, str(served.engine.bundles.path(container.id) / "upper"))
     total = changed + (image.size_bytes if image is not None else 0)
     return {"SizeRw": changed, "SizeRootFs": total} if changed else {"SizeRootFs": total}
 
@@ -164,7 +165,7 @@ async def show_processes(served: Served, request: web.Request) -> web.StreamResp
 async def show_changes(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker diff``; null: the container changed nothing."""
     with served.engine.action_times.timed("changes"):
-        changes = await asyncio.to_thread(served.engine.changes, request.match_info["id"])
+        changes = await walk_tree(served.engine.changes, request.match_info["id"])
     return json_response([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
 

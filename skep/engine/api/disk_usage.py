@@ -3,12 +3,12 @@
 Source: moby 20.10, api/server/router/system/system_routes.go (getDiskUsage), daemon/disk_usage.go.
 """
 
-import asyncio
 from typing import Any
 
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.trees import walk_tree
 from skep.api.errors import Untranslated
 from skep.api.server import Routes, api_version, json_response
 from skep.engine.api import container_responses, image_responses
@@ -68,7 +68,7 @@ def _image_lines(engine: Engine, request: web.Request) -> list[Any]:
 
 
 async def _cache_lines(mounts: CacheMounts) -> list[Any]:
-    sizes = await asyncio.to_thread(mounts.sizes)
+    sizes = await walk_tree(mounts.sizes)
     return [
         {
             "ID": name,
@@ -85,7 +85,7 @@ async def _cache_lines(mounts: CacheMounts) -> list[Any]:
 async def _container_lines(engine: Engine, clock: Clock) -> list[Any]:
     lines = []
     for container in engine.list():
-        changed = await asyncio.to_thread(tree_bytes, str(engine.bundles.path(container.id) / "upper"))
+        changed = await walk_tree(tree_bytes, str(engine.bundles.path(container.id) / "upper"))
         image = engine.images.lookup(container.image_id)
         sizes = {"SizeRw": changed, "SizeRootFs": changed + (image.size_bytes if image else 0)}
         line = container_responses.summary(container, engine.images, clock.now_ns(), engine.network_ids)
@@ -99,7 +99,7 @@ async def _volume_lines(engine: Engine) -> list[Any]:
     for name in engine.volumes.names():
         if engine.volumes.has_options(name):
             continue  # as in Docker: what it mounts is not on this node
-        size = await asyncio.to_thread(tree_bytes, str(engine.volumes.path(name)))
+        size = await walk_tree(tree_bytes, str(engine.volumes.path(name)))
         usage = {"RefCount": len(users.get(name, ())), "Size": size}
         lines.append({**volume_routes.shown_volume(engine.volumes, name), "UsageData": usage})
     return lines

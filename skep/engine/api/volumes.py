@@ -12,6 +12,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.failures import log_error
+from skep.aio.trees import walk_tree
 from skep.api.server import Filters, api_version, flag, json_response, read_json
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
@@ -86,7 +87,7 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
             continue
         if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
             continue
-        size = await asyncio.to_thread(tree_bytes, str(served.volumes.path(name)))
+        size = await walk_tree(tree_bytes, str(served.volumes.path(name)))
         # Checked last: a container may have been created meanwhile.
         if name in users_by_volume(served.containers()):
             continue

@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from skep.aio.failures import log_error
-from skep.aio.trees import discard_tree
+from skep.aio.trees import discard_tree, walk_tree
 from skep.engine.images.digest import Digest, is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
@@ -137,7 +137,7 @@ class CacheMounts:
 
     async def prune(self) -> tuple[list[str], int]:
         """Remove those that no step uses; gives their names and how many bytes that freed."""
-        sizes = await asyncio.to_thread(self.sizes)
+        sizes = await walk_tree(self.sizes)
         gone = []
         for name in sizes:
             if self.is_used(name):

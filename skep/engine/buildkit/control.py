@@ -3,12 +3,12 @@
 Source: moby/buildkit, api/services/control/control.proto, frontend/gateway/pb; moby, builder/builder-next.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from google.protobuf.message import Message
 
 from skep import __version__
+from skep.aio.trees import walk_tree
 from skep.engine.build.builder import Builder
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit.serving import Both, Method, Streaming, Unary
@@ -116,7 +116,7 @@ class Control:
 
     async def _usage(self) -> Sequence[pb.UsageRecord]:
         """Directories of cache mounts, and contexts that are kept: results of steps are images."""
-        mounts = await asyncio.to_thread(self._builder.mounts.sizes)
+        mounts = await walk_tree(self._builder.mounts.sizes)
         records = [
             pb.UsageRecord(
                 id=name,

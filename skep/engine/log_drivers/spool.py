@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from skep.aio.time_slices import run_at_once
 from skep.engine.log_drivers.message import Message, Pieces
 from skep.engine.log_files import Assembler, Files, Position, generations, identity, lines_in
 from skep.linux.files import is_no_file, replace_file
@@ -42,12 +43,12 @@ class Spool:
         """Go on where the last sender stopped, else at the beginning.  Raises: OSError: may be called again."""
         saved = self._saved()
         if saved is None or not self._files.open_at(Position(saved.first, saved.offset)):
-            self._files.open_oldest()
+            run_at_once(self._files.open_oldest())
 
     def read(self) -> Sequence[Message]:
         """Further messages; empty: there are none at present.  Raises: OSError: may be called again."""
         found: list[Message] = []
-        while not found and (lines := self._files.read_lines()):
+        while not found and (lines := run_at_once(self._files.read_lines())):
             found = list(self._pieces.messages(self._assembler.feed(lines)))
         if self._files.has_gap:
             self._files.has_gap = False

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.aio.time_slices import run_at_once
 from skep.engine.container import LogConfig
 from skep.engine.log_files import Files, Position, compress, generations, identity, lines_in, rotate
 
@@ -13,7 +14,7 @@ STAMP = "2026-01-31T12:00:00.{:09d}+00:00"
 
 def lines_from(files: Files) -> list[str]:
     found: list[str] = []
-    while lines := files.read_lines():
+    while lines := run_at_once(files.read_lines()):
         found += [line.decode().rsplit(" ", 1)[1] for line in lines]
     return found
 
@@ -42,7 +43,7 @@ def test_what_conmon_has_left_is_compressed_and_read_all_the_same(tmp_path: Path
     assert names(current) == ["current.2.gz", "current.1.gz", "current"]
     files = Files(current)
     assert lines_from(files) == ["1", "2", "3", "4", "5"]
-    files.open_for_tail(2)
+    assert run_at_once(files.open_for_tail(2))
     assert lines_from(files)[-2:] == ["4", "5"]
     files.close()
 
@@ -57,6 +58,19 @@ def test_a_reader_goes_on_after_its_file_was_renamed_and_compressed(tmp_path: Pa
     written(current, 4)
     assert lines_from(files) == ["3", "4"], "not from the beginning of the compressed file"
     files.close()
+
+
+def test_a_copy_reads_the_same_lines_after_the_file_was_rotated_away(tmp_path: Path) -> None:
+    current = tmp_path / "current"
+    written(current, 1, 2, 3)
+    files = Files(current)
+    assert run_at_once(files.open_for_tail(2))
+    copy = files.copy()
+    current.unlink()
+    written(current, 4)
+    for one in (copy, files):
+        assert lines_from(one) == ["2", "3", "4"]
+        one.close()
 
 
 def test_a_later_reader_goes_on_where_an_earlier_one_stopped(tmp_path: Path) -> None:
