@@ -436,13 +436,17 @@ class Engine:
         """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
         container = self._require_running(word)
         await self._runtime.pause(container.id)
-        self.events.publish("pause", self._store.observe(container.id, state=ContainerState.PAUSED))
+        paused = self._store.observe_running(
+            container, state=ContainerState.PAUSED
+        )  # it may have ended meanwhile
+        self.events.publish("pause", paused)
 
     async def unpause(self, word: str) -> None:
         """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
         container = self._require_running(word)
         await self._runtime.resume(container.id)
-        self.events.publish("unpause", self._store.observe(container.id, state=ContainerState.RUNNING))
+        running = self._store.observe_running(container, state=ContainerState.RUNNING)
+        self.events.publish("unpause", running)
 
     # --- other operations ---------------------------------------------------------------------------------------
 

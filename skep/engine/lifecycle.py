@@ -48,6 +48,9 @@ SWEEP_SECONDS = 20.0
 _READ_TRIES_MAX = 5
 """Of records that cannot be read: the machine may be short of memory or descriptors for a moment."""
 _RETRY_SECONDS_MAX = 30.0
+KILLED_S_MAX = 60.0
+"""From SIGKILL to the record of the end.  Docker's is 12 s; here the networks are freed before the end is recorded,
+which may take long on an overloaded machine."""
 
 
 class Lifecycle:
@@ -171,9 +174,11 @@ class Lifecycle:
         return await self._network.sweep(self._needs_network)
 
     async def signal(self, container: Container, number: int) -> None:
-        """Send a signal to its first process."""
+        """Send a signal to its first process; where there is none, the end is recorded that was missed."""
         if container.process is not None:
             send_signal(container.process, number)
+        elif container.is_running and container.id not in self._watches:
+            self._watch(container)  # or whoever waits for its end would wait for ever
         self.events.publish("kill", container, signal=str(int(number)))
         if number == signal.SIGKILL and container.state is ContainerState.PAUSED:
             with suppress(SkepError):
@@ -352,12 +357,26 @@ class Lifecycle:
                     " Stop the container before attempting removal or force remove"
                 )
             container = self._store.note_stopped(id)
-            await self.signal(container, signal.SIGKILL)
-            await self._store.wait(container.id)
+            await self._kill(container)
         await self._wait_settled(container.id)
         await self._discard(container.id)
         self.waiting.fail(container.id, NotRunning(f"Container {container.id} was removed"))
         self.events.publish("destroy", container)
+
+    async def _kill(self, container: Container) -> None:
+        """Return when it has ended.  Raises: Unavailable: it does not (a process may wait for a device for ever).
+
+        Bounded, since its other operations wait meanwhile.  Source: moby 24.0, daemon/kill.go, daemon/delete.go.
+        """
+        await self.signal(container, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(KILLED_S_MAX):
+                await self._store.wait(container.id)
+        except TimeoutError as error:
+            raise Unavailable(
+                f'cannot remove container "/{container.name}": could not kill:'
+                " tried to kill container, but did not receive an exit event"
+            ) from error
 
     async def _discard(self, id: ContainerId) -> None:
         """Free everything.  Raises: Unavailable: something is left; the record stays until that has gone."""

@@ -9,7 +9,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.failures import log_error, retry
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container, PlainOptions, WaitCondition
+from skep.engine.container import Container, NotRunning, PlainOptions, WaitCondition
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME
@@ -95,6 +95,16 @@ class ContainerStore:
         self._unsaved.set()
         self._notify(id)
         return container
+
+    def observe_running(self, before: Container, **fields: Any) -> Container:
+        """``observe`` a fact of the run that ``before`` shows; once that has ended, nothing is written.
+
+        Raises: NotFound; NotRunning: it has ended, and may have been started again.
+        """
+        present = self.require(before.id)
+        if not present.is_running or present.process != before.process:
+            raise NotRunning(f"Container {before.id} is not running")
+        return self.observe(before.id, **fields)
 
     def note_stopped(self, id: ContainerId) -> Container:
         """Record that a plain container's user has stopped it; of a task's nothing changes.  Raises: NotFound."""

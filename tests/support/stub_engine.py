@@ -1,0 +1,153 @@
+"""An engine of which runc, the disk and the network are stubs: a test decides when a process ends and what fails."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from skep.aio.clock import Clock
+from skep.engine.bundle import Found
+from skep.engine.container import Container, ContainerConfig, ContainerState, PlainOptions, ProcessName
+from skep.engine.engine import Engine, EngineConfig
+from skep.engine.images.store import ImageStore
+from skep.engine.networking import Networking
+from skep.engine.runtime import Ended, Runtime, Started
+from skep.engine.volumes import Volumes
+from skep.model.ids import ContainerId
+from skep.model.sandbox import Sandbox
+from skep.model.times import timestamp
+
+ID = ContainerId("c" * 64)
+NO_PROCESS = 2**30
+"""A pid that the kernel gives to none."""
+
+
+def a_process(number: int = 0) -> ProcessName:
+    """Signals to it reach nothing."""
+    return ProcessName(NO_PROCESS + number, 1, "no boot")
+
+
+def a_container(**fields: Any) -> Container:
+    """A plain one that runs, unless ``fields`` are others."""
+    present: dict[str, Any] = {
+        "state": ContainerState.RUNNING,
+        "process": a_process(),
+        "started_at": timestamp(1),
+        "plain": PlainOptions(),
+    }
+    config = ContainerConfig(path="sh")
+    return Container(id=ID, name="c", image="i", image_id="sha256:i", config=config, **{**present, **fields})
+
+
+class StubBundles:
+    """In the place of ``Bundles``: ``error`` is what a write raises."""
+
+    def __init__(self, *containers: Container) -> None:
+        self.saved = {one.id: one for one in containers}
+        self.error: OSError | None = None
+        self.apis = SimpleNamespace(adopt=lambda *_: None)
+
+    def load(self) -> Found:
+        return Found(known=list(self.saved.values()))
+
+    def save(self, container: Container) -> None:
+        if self.error is not None:
+            raise self.error
+        self.saved[container.id] = container
+
+    def prepare(self, container: Container, shared: object) -> tuple[str, ...]:
+        if self.error is not None:
+            raise self.error
+        return ()
+
+    def parts(self, container: Container) -> tuple[()]:
+        return ()
+
+    def release(self, id: ContainerId) -> None:
+        pass
+
+    async def discard(self, id: ContainerId) -> None:
+        del self.saved[id]
+
+    def bundle(self, id: ContainerId) -> Path:
+        return Path("/nonexistent")
+
+    api = path = shm = bundle
+
+
+class StubRuntime:
+    """In the place of ``Runtime``: ``end`` ends the process.  ``during``: what happens in ``runc pause|resume``."""
+
+    def __init__(self, bundles: StubBundles) -> None:
+        self.bundles, self.cgroups = bundles, SimpleNamespace()
+        self.during: Callable[[], Awaitable[object]] | None = None
+        self.starts = 0
+        self._exits: asyncio.Queue[Ended] = asyncio.Queue()
+
+    def end(self, exit_code: int = 0) -> None:
+        self._exits.put_nowait(Ended(exit_code))
+
+    async def wait(self, container: Container) -> Ended:
+        if container.process is None:  # as runc's
+            return Ended(255, error="its exit code is not known")
+        return await self._exits.get()
+
+    async def pause(self, id: ContainerId) -> None:
+        if self.during is not None:
+            await self.during()
+
+    resume = pause
+
+    async def create(self, container: Container) -> Started:
+        return Started(a_process(self.starts + 1), a_process())
+
+    async def start(self, id: ContainerId, process: ProcessName) -> None:
+        self.starts += 1
+
+    async def clear(self, container: Container) -> None:
+        pass
+
+    delete = clear
+
+    def close(self) -> None:
+        pass
+
+    reopen_log = release_parts = lambda *_: None
+
+
+class StubNetwork:
+    """In the place of the data plane: it has everything at once."""
+
+    async def attach(self, config: object) -> Sandbox:
+        return Sandbox(netns="/nonexistent")
+
+    async def restore(self, live: object) -> None:
+        pass
+
+    async def detach(self, id: ContainerId, sandbox: Sandbox) -> None:
+        pass
+
+    async def sweep(self, is_needed: object) -> tuple[()]:
+        return ()
+
+
+class StubEngine:
+    """The engine with its stubs, and what was done with its container."""
+
+    def __init__(self, clock: Clock, directory: Path, *containers: Container) -> None:
+        self.bundles = StubBundles(*containers)
+        self.runtime = StubRuntime(self.bundles)
+        self.engine = Engine(
+            runtime=cast("Runtime", self.runtime),
+            images=cast("ImageStore", SimpleNamespace()),
+            volumes=Volumes(directory / "volumes"),
+            network=cast("Networking", StubNetwork()),
+            clock=clock,
+            config=EngineConfig(starts_max=1),
+        )
+
+    async def end(self, exit_code: int = 0) -> None:
+        """Its process ends; return when the engine has recorded that."""
+        self.runtime.end(exit_code)
+        await self.engine.wait(ID)

@@ -1,0 +1,122 @@
+"""A container that ends in the middle of an operation stays ended, and nothing waits for it for ever."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from sim.time import VirtualClock, VirtualLoop
+from skep.engine.container import ContainerState, NotRunning, StillRunning
+from skep.engine.lifecycle import KILLED_S_MAX
+from skep.errors import Unavailable
+from tests.support.stub_engine import ID, StubEngine, a_container
+
+Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
+Run: TypeAlias = Callable[[Body], None]
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Run:
+    """Run a test's body on virtual time, with an engine that has one running container."""
+
+    def run(body: Body) -> None:
+        loop = VirtualLoop()
+
+        async def whole() -> None:
+            stubs = StubEngine(VirtualClock(loop), tmp_path, a_container())
+            async with asyncio.timeout(3600), stubs.engine.running():
+                await body(stubs)
+
+        try:
+            loop.run_until_complete(whole())
+        finally:
+            loop.close()
+
+    return run
+
+
+def actions(stubs: StubEngine) -> list[str]:
+    return [event.action for event in stubs.engine.events.recent(0) if event.type == "container"]
+
+
+@pytest.mark.parametrize("operation", ["pause", "unpause"])
+def test_a_container_that_ends_while_it_is_paused_or_unpaused_stays_ended(
+    simulated: Run, operation: str
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        if operation == "unpause":
+            await stubs.engine.pause(ID)
+        stubs.runtime.during = lambda: stubs.end(7)
+        with pytest.raises(NotRunning, match=f"^Container {ID} is not running$"):
+            await getattr(stubs.engine, operation)(ID)
+        ended = stubs.engine.get(ID)
+        assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 7)
+        assert actions(stubs)[-1] == "die"
+        assert (await stubs.engine.stop(ID)).exit_code == 7
+        await stubs.engine.remove(ID, force=True)
+        assert not stubs.engine.list()
+
+    simulated(body)
+
+
+def test_a_pause_of_a_run_that_has_ended_does_not_mark_the_next_run(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        async def end_and_start() -> None:
+            await stubs.end()
+            await stubs.engine.start(ID)
+
+        stubs.runtime.during = end_and_start
+        with pytest.raises(NotRunning):
+            await stubs.engine.pause(ID)
+        assert stubs.engine.get(ID).state is ContainerState.RUNNING
+
+    simulated(body)
+
+
+def test_a_pause_and_its_end_are_recorded(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.engine.pause(ID)
+        assert stubs.engine.get(ID).state is ContainerState.PAUSED
+        await stubs.engine.unpause(ID)
+        assert stubs.engine.get(ID).state is ContainerState.RUNNING
+        assert actions(stubs) == ["pause", "unpause"]
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("operation", ["stop", "remove"])
+def test_one_that_is_shown_as_running_without_a_process_is_stopped_and_removed(
+    simulated: Run, operation: str
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end()
+        await asyncio.sleep(1)  # everything of its run is freed
+        stubs.engine._store.observe(ID, state=ContainerState.RUNNING)
+        if operation == "stop":
+            assert (await stubs.engine.stop(ID)).state is ContainerState.EXITED
+        else:
+            await stubs.engine.remove(ID, force=True)
+            assert not stubs.engine.list()
+
+    simulated(body)
+
+
+def test_a_removal_that_cannot_kill_ends_in_time_and_frees_the_container_for_others(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        removing = loop.create_task(stubs.engine.remove(ID, force=True))
+        await asyncio.sleep(1)
+        with pytest.raises(StillRunning):  # once it is its turn
+            await stubs.engine.remove(ID)
+        with pytest.raises(Unavailable, match=r"^cannot remove .* but did not receive an exit event$"):
+            await removing
+        assert loop.time() - began == pytest.approx(KILLED_S_MAX)
+        assert stubs.engine.get(ID).is_running
+        stubs.runtime.end(137)  # the device has responded
+        await stubs.engine.remove(ID, force=True)
+        assert not stubs.engine.list()
+
+    simulated(body)
