@@ -380,14 +380,17 @@ class Engine:
         """Start a plain container because of its restart policy; False: it runs, or its user has stopped it.
 
         ``ignore_stop``: it was stopped by its user before the restart was due, and starts nevertheless.
-        Raises: NotFound; SkepError: it cannot be started.
+        Raises: NotFound; SkepError, OSError: it cannot be started.
         """
         async with self._network_locks[id]:
             container, plain = self._store.require_plain(id)
             if container.is_running or (plain.is_stopped and not ignore_stop):
                 return False
-            changed = msgspec.structs.replace(plain, restarts=plain.restarts + 1, is_stopped=False)
-            self._store.change(id, plain=changed)
+            if plain.is_stopped:
+                # Known on a full disk, too: this is retried then, and its user may stop it again meanwhile.
+                plain = msgspec.structs.replace(plain, is_stopped=False)
+                self._store.observe(id, plain=plain)
+            self._store.change(id, plain=msgspec.structs.replace(plain, restarts=plain.restarts + 1))
             await self._lifecycle.start(id)
             return True
 

@@ -5,15 +5,17 @@ Source: moby 20.10, restartmanager/restartmanager.go (the delays, what counts), 
 """
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, TypeAlias, assert_never
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.failures import log_error
-from skep.engine.container import Container, PlainOptions
+from skep.aio.failures import describe_error, log_error, retry
+from skep.engine.container import Container, PlainOptions, StillRunning
 from skep.engine.events import Events
 from skep.errors import NotFound, ResourceExhausted, SkepError
 from skep.model.ids import ContainerId
@@ -95,23 +97,28 @@ class Containers(Protocol):
         """Raises: NotFound."""
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
-        """Start it by its policy; False: it runs, or its user has stopped it.  Raises: NotFound; SkepError."""
+        """Start it by its policy; False: it runs, or its user has stopped it.  Raises: NotFound; SkepError; OSError."""
 
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
-        """Raises: NotFound; SkepError."""
+        """Raises: NotFound; StillRunning; SkepError; OSError."""
 
 
 class RestartMonitor:
     """Restarts or removes plain containers after their end."""
 
-    def __init__(self, containers: Containers, clock: Clock) -> None:
+    def __init__(
+        self, containers: Containers, clock: Clock, rng: Callable[[], float] = random.random
+    ) -> None:
         self._containers = containers
         self._clock = clock
+        self._rng = rng
         self._delays_s: dict[ContainerId, float] = {}
-        self._pending: dict[ContainerId, asyncio.Task[None]] = {}
+        self._pending: set[ContainerId] = set()
+        """Containers that a task of ``run`` restarts or removes."""
 
     async def run(self) -> None:
         """Work until cancelled.  The containers run on afterwards."""
+        self._pending.clear()  # the tasks of a run before this one have ended
         async with asyncio.TaskGroup() as group:
             for container in self._containers.plain_containers():
                 if not container.is_running and container.plain is not None:
@@ -141,46 +148,75 @@ class RestartMonitor:
                 self._check(group, container)
 
     def _check(self, group: asyncio.TaskGroup, container: Container) -> None:
+        self._schedule(group, container.id, self._next(container))
+
+    def _next(self, container: Container) -> Next:
+        """What follows, as the container is now."""
         if container.plain is None or container.is_running or not container.was_started:
-            return
+            return Rest()
         ran_s = (unix_ns(container.finished_at) - unix_ns(container.started_at)) / 1e9
         before_s = self._delays_s.get(container.id, 0.0)
-        next_ = after_end(container.plain, container.exit_code, ran_s, before_s)
-        self._schedule(group, container.id, next_)
+        return after_end(container.plain, container.exit_code, ran_s, before_s)
 
     def _schedule(self, group: asyncio.TaskGroup, id: ContainerId, next_: Next) -> None:
         if id in self._pending or isinstance(next_, Rest):
             return
-        task = group.create_task(self._carry_out(id, next_), name=f"restart {id[:12]}")
-        self._pending[id] = task
-        task.add_done_callback(lambda _: self._pending.pop(id, None))
+        group.create_task(self._carry_out(id, next_), name=f"restart {id[:12]}")
+        self._pending.add(id)
 
     async def _carry_out(self, id: ContainerId, next_: Next) -> None:
+        """Restart or remove it until nothing more follows; its ends are not scheduled meanwhile."""
+        spread = 1.0
         try:
-            if isinstance(next_, Remove):
-                await self._containers.remove(id, with_volumes=True)
-                return
-            while isinstance(next_, StartAgain):
-                self._delays_s[id] = next_.delay_s
-                next_ = await self._start_again(id, next_)
+            while True:
+                match next_:
+                    case Rest():
+                        return
+                    case Remove():
+                        next_ = await self._remove(id)
+                    case StartAgain(delay_s):
+                        self._delays_s[id] = delay_s
+                        next_ = await self._start_again(id, next_, delay_s * spread)
+                    case _:
+                        assert_never(next_)
+                # A reason that many containers have, such as a full disk: they are not all tried at one moment.
+                spread = 0.5 + 0.5 * self._rng()
         except NotFound:
             pass  # removed by its user meanwhile
         except Exception as error:
             log_error(error, "plain container left as it is", container=id)
+        finally:
+            # At once, and not by a callback of the task: an end between the last look and that would be missed.
+            self._pending.discard(id)
 
-    async def _start_again(self, id: ContainerId, due: StartAgain) -> Next:
-        """Restart it after the delay; gives what follows.  Raises: NotFound."""
+    async def _remove(self, id: ContainerId) -> Next:
+        """Remove it, however long that fails; gives what follows.  Raises: NotFound."""
+        try:
+            await retry(
+                partial(self._containers.remove, id, with_volumes=True),
+                "ended container not removed",
+                clock=self._clock,
+                first_s=FIRST_DELAY_S,
+                longest_s=LONGEST_DELAY_S,
+                rng=self._rng,
+                passes=(NotFound, StillRunning),
+                container=id,
+            )
+        except StillRunning:  # its user has started it meanwhile
+            return self._next(self._containers.get(id))
+        return Rest()
+
+    async def _start_again(self, id: ContainerId, due: StartAgain, wait_s: float) -> Next:
+        """Restart it after ``wait_s``; gives what follows.  Raises: NotFound."""
         before = self._containers.get(id).plain
         was_stopped = before is not None and before.is_stopped
-        await self._clock.sleep(due.delay_s)
+        await self._clock.sleep(wait_s)
         try:
             await self._containers.restart(id, ignore_stop=was_stopped)
-        except NotFound:
-            raise
-        except SkepError as error:
-            log.info("plain container not started again", container=id, reason=str(error))
-            container = self._containers.get(id)
+        except (SkepError, OSError) as error:  # of a full disk, for example
+            container = self._containers.get(id)  # what was not found may be one of its networks
+            log.info("plain container not started again", container=id, reason=describe_error(error))
             if container.plain is None:
                 return Rest()
             return after_end(container.plain, container.exit_code or 1, 0.0, due.delay_s)
-        return Rest()
+        return self._next(self._containers.get(id))  # it may have ended already

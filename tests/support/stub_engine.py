@@ -1,6 +1,7 @@
 """An engine of which runc, the disk and the network are stubs: a test decides when a process ends and what fails."""
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,11 @@ NO_PROCESS = 2**30
 """A pid that the kernel gives to none."""
 
 
+def disk_full() -> OSError:
+    """A new one each time, as its traceback grows where it is raised."""
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
 def a_process(number: int = 0) -> ProcessName:
     """Signals to it reach nothing."""
     return ProcessName(NO_PROCESS + number, 1, "no boot")
@@ -41,24 +47,24 @@ def a_container(**fields: Any) -> Container:
 
 
 class StubBundles:
-    """In the place of ``Bundles``: ``error`` is what a write raises."""
+    """In the place of ``Bundles``.  ``is_full``: nothing can be written."""
 
     def __init__(self, *containers: Container) -> None:
         self.saved = {one.id: one for one in containers}
-        self.error: OSError | None = None
+        self.is_full = False
         self.apis = SimpleNamespace(adopt=lambda *_: None)
 
     def load(self) -> Found:
         return Found(known=list(self.saved.values()))
 
     def save(self, container: Container) -> None:
-        if self.error is not None:
-            raise self.error
+        if self.is_full:
+            raise disk_full()
         self.saved[container.id] = container
 
     def prepare(self, container: Container, shared: object) -> tuple[str, ...]:
-        if self.error is not None:
-            raise self.error
+        if self.is_full:
+            raise disk_full()
         return ()
 
     def parts(self, container: Container) -> tuple[()]:
