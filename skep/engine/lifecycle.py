@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -119,20 +119,20 @@ class Lifecycle:
         ``secret_env``: further variables, for this run alone and in no record.
         Raises: NotFound; StartError; MountFailed.
         """
-        container = self._store.require(id)
-        if not container.is_running:
-            # Before its turn: a mount that waits for a server takes no other container's.
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(self._turn(id))
+            container = self._store.require(id)
+            if container.is_running:
+                return container
+            await self._wait_settled(id)
             try:
+                # Before it takes a place: one that waits for a server or a plug-in keeps no other container from it.
                 await self._mount(container)
-            except SkepError as error:
-                await run_to_end(self._exclusively(id, self._abandon_mounts(id, error)))
+                await held.enter_async_context(self._starting)
+            except BaseException as error:
+                await run_to_end(self._give_up(container, error, held.pop_all()))
                 raise
-        try:
-            async with self._starting:
-                return await run_to_end(self._exclusively(id, self._start(id, secret_env)))
-        except BaseException:
-            await asyncio.shield(self._unmount_unless_used(container))
-            raise
+            return await run_to_end(self._start(id, secret_env, held.pop_all()))
 
     async def retire(self, id: ContainerId) -> None:
         """Free what only a running container needs, of one that never ran.  Raises: NotFound."""
@@ -209,19 +209,30 @@ class Lifecycle:
             await asyncio.shield(self._free(self._network.detach(container.id, sandbox), container.id))
             raise
 
-    async def _start(self, id: ContainerId, secret_env: Sequence[str]) -> Container:
-        container = self._store.require(id)
-        if container.is_running:
-            return container
+    async def _start(self, id: ContainerId, secret_env: Sequence[str], held: AsyncExitStack) -> Container:
+        """Start a container that is mounted; its lock and its place are held to the end of that, not of the caller."""
+        async with held:
+            container = self._store.require(id)  # as it is now: it may have waited for minutes
+            await self._begin(container, secret_env)
+            return self._began(id)
+
+    async def _give_up(self, container: Container, error: BaseException, held: AsyncExitStack) -> None:
+        """After a mount that failed, or a start that was cancelled before it had a place."""
+        async with held:
+            if isinstance(error, Exception):
+                await self._abandon_start(container.id, error)
+            else:
+                await self._unmount(container)
+
+    async def _begin(self, container: Container, secret_env: Sequence[str]) -> None:
+        id = container.id
         try:
             # Its sandbox was freed when it ended; a plain container never had one.
             if container.was_started or container.plain is not None:
-                await self._wait_settled(id)
                 container = await self._prepare_again(container, secret_env)
             elif secret_env:
                 shared = shared_by(container, self._store.get, self._bundles.shm)
                 container = await self._write(container, shared, secret_env)
-            await self._mount(container)  # again, if the end of its last run has unmounted something
             with within("runc create"):
                 started = await self._runtime.create(container)
             self._volumes.release_parts(self._bundles.parts(container))
@@ -235,6 +246,8 @@ class Lifecycle:
         finally:
             if secret_env:
                 self._bundles.forget_environment(id, secret_env)
+
+    def _began(self, id: ContainerId) -> Container:
         container = self._store.observe(
             id,
             state=ContainerState.RUNNING,
@@ -243,7 +256,7 @@ class Lifecycle:
             exit_code=0,
             error="",
             oom_killed=False,
-            health=health.initial(container.config.healthcheck),
+            health=health.initial(self._store.require(id).config.healthcheck),
         )
         self._watch(container)
         self.events.publish_mounts("mount", container)
@@ -273,17 +286,6 @@ class Lifecycle:
 
     async def _unmount(self, container: Container) -> None:
         await self._free(self._volumes.unmount(container.id, self._bundles.parts(container)), container.id)
-
-    async def _unmount_unless_used(self, container: Container) -> None:
-        """After a start that was cancelled before it began."""
-        lock, present = self._locks.get(container.id), self._store.lookup(container.id)
-        if not (lock is not None and lock.locked()) and not (present is not None and present.is_running):
-            await self._unmount(container)
-
-    async def _abandon_mounts(self, id: ContainerId, error: SkepError) -> None:
-        """What it mounts could not be mounted; it may have been started by another request meanwhile."""
-        if not self._store.require(id).is_running:
-            await self._abandon_start(id, error)
 
     async def _abandon_start(self, id: ContainerId, error: BaseException) -> None:
         """A start failed: free everything of it and record why."""
@@ -545,6 +547,15 @@ class Lifecycle:
     # --- background work ----------------------------------------------------------------------------------------
 
     async def _exclusively(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``, in its turn."""
+        try:
+            async with self._turn(id):
+                return await work
+        finally:
+            work.close()  # of one that was cancelled before its turn
+
+    @asynccontextmanager
+    async def _turn(self, id: ContainerId) -> AsyncIterator[None]:
         """Creation, start, retirement and removal of one container run one after the other.
 
         A removal that overtook the creation would leave the namespace that is being made behind.
@@ -552,9 +563,8 @@ class Lifecycle:
         lock = self._locks.setdefault(id, asyncio.Lock())
         try:
             async with lock:
-                return await work
+                yield
         finally:
-            work.close()  # of one that was cancelled before its turn
             if self._store.lookup(id) is None and not lock.locked():
                 self._locks.pop(id, None)
 

@@ -1,0 +1,174 @@
+"""The places for starts: what waits for its own container, its volumes or its caller keeps none from the others."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from skep.engine import lifecycle
+from skep.engine.container import Container, MountPoint, ProcessName
+from skep.engine.engine import Engine
+from skep.engine.volumes import MountFailed, Part
+from skep.model.ids import ContainerId
+from tests.support.oci_rig import Machine, memory_engine, new_container
+from tests.support.wire_rig import until
+
+PLACES = 4
+"""Of the rig's engine."""
+
+
+class Rig:
+    """An engine whose volumes, and whose runtime's starts, wait for a gate if they are told to."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+        self.machine, self.patch = Machine(), patch
+        self.engine: Engine = memory_engine(directory, self.machine, patch)
+        self.gates = {name: asyncio.Event() for name in ("mount", "unmount", "start")}
+        self.waiting = Counter[str]()
+        self.free: set[str] = set()
+        """Users whose mounts do not wait."""
+        self.calls: list[tuple[str, str]] = []
+        self._start = self.engine._runtime.start
+        patch.setattr(self.engine.volumes, "mount", self.mount)
+        patch.setattr(self.engine.volumes, "unmount", self.unmount)
+        patch.setattr(self.engine._runtime, "start", self.start)
+        self.open(*self.gates)
+
+    def open(self, *names: str) -> None:
+        for name in names:
+            self.gates[name].set()
+
+    async def mount(self, user: str, points: Iterable[MountPoint], parts: Sequence[Part] = ()) -> None:
+        self.calls.append(("mount", user))
+        if user not in self.free:
+            await self._pass("mount")
+
+    async def unmount(self, user: str, parts: Iterable[Part] = ()) -> None:
+        await self._pass("unmount")
+        self.calls.append(("unmounted", user))
+
+    async def start(self, id: ContainerId, process: ProcessName) -> None:
+        await self._pass("start")
+        await self._start(id, process)
+
+    async def _pass(self, name: str) -> None:
+        self.waiting[name] += 1
+        await self.gates[name].wait()
+        self.waiting[name] -= 1
+
+    async def containers(self, number: int) -> Sequence[Container]:
+        return [await self.engine.add(new_container(f"c{index}")) for index in range(number)]
+
+    async def started(self, container: Container) -> Container:
+        async with asyncio.timeout(10):
+            return await self.engine.start(container.id)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    rig = Rig(tmp_path, monkeypatch)
+    async with rig.engine.running():
+        yield rig
+        rig.open(*rig.gates)
+
+
+async def test_a_start_that_waits_for_a_removal_takes_no_place(rig: Rig) -> None:
+    *stuck, other = await rig.containers(PLACES + 1)
+    for one in stuck:
+        await rig.started(one)
+    rig.patch.setattr(lifecycle, "send_signal", lambda *_: False)  # their processes do not even die
+    removals = [asyncio.create_task(rig.engine.remove(one.id, force=True)) for one in stuck]
+    await until(lambda: all(rig.engine._lifecycle._locks[one.id].locked() for one in stuck))
+    starts = [asyncio.create_task(rig.engine.start(one.id)) for one in stuck]
+    await asyncio.wait(starts, timeout=0)  # they come first
+    try:
+        assert (await rig.started(other)).is_running
+    finally:
+        for one in stuck:
+            rig.machine.end(one.id)
+        await asyncio.wait([*removals, *starts])
+
+
+async def test_a_start_that_waits_for_the_unmount_of_the_last_run_takes_no_place(rig: Rig) -> None:
+    *ended, other = await rig.containers(PLACES + 1)
+    rig.gates["unmount"].clear()
+    for one in ended:
+        await rig.started(one)
+        rig.machine.end(one.id)
+    await until(lambda: rig.waiting["unmount"] == PLACES)
+    rig.calls.clear()
+    again = [asyncio.create_task(rig.engine.start(one.id)) for one in ended]
+    await asyncio.wait(again, timeout=0)  # they come first
+    try:
+        assert (await rig.started(other)).is_running
+        assert rig.calls == [("mount", other.id)], "theirs follow their unmounts"
+    finally:
+        rig.open("unmount")
+        await asyncio.wait(again)
+    calls = {one.id: [what for what, user in rig.calls if user == one.id] for one in ended}
+    assert calls == {one.id: ["unmounted", "mount"] for one in ended}
+
+
+async def test_a_start_that_waits_for_its_mount_takes_no_place(rig: Rig) -> None:
+    *slow, other = await rig.containers(PLACES + 1)
+    rig.gates["mount"].clear()
+    starts = [asyncio.create_task(rig.engine.start(one.id)) for one in slow]
+    await until(lambda: rig.waiting["mount"] == PLACES)
+    rig.free.add(other.id)
+    try:
+        assert (await rig.started(other)).is_running
+    finally:
+        rig.open("mount")
+        await asyncio.wait(starts)
+    assert all(start.result().is_running for start in starts)
+
+
+async def test_no_more_than_the_places_start_at_the_same_moment(rig: Rig) -> None:
+    rig.gates["start"].clear()
+    containers = await rig.containers(PLACES + 1)
+    starts = [asyncio.create_task(rig.engine.start(one.id)) for one in containers]
+    await until(lambda: len(rig.calls) == PLACES + 1 and rig.waiting["start"] == PLACES)
+    starts[-1].cancel()  # it waits for a place
+    await asyncio.wait(starts[-1:])
+    assert starts[-1].cancelled()
+    assert ("unmounted", containers[-1].id) in rig.calls
+    assert not rig.engine.get(containers[-1].id).error, "it may be started later"
+    rig.open("start")
+    await asyncio.gather(*starts[:-1])
+    assert (await rig.started(containers[-1])).is_running
+
+
+async def test_a_start_whose_caller_is_cancelled_again_and_again_has_its_turn_to_its_end(rig: Rig) -> None:
+    rig.gates["start"].clear()
+    (container,) = await rig.containers(1)
+    starting = asyncio.create_task(rig.engine.start(container.id))
+    await until(lambda: rig.waiting["start"])
+    for _ in range(2):
+        starting.cancel()
+        await asyncio.wait([starting], timeout=0)
+    await asyncio.wait([starting])
+    removing = asyncio.create_task(rig.engine.remove(container.id, force=True))
+    await asyncio.wait([removing], timeout=0)
+    assert rig.engine._lifecycle._locks[container.id].locked()
+    assert rig.engine._lifecycle._starting._value == PLACES - 1
+    rig.open("start")
+    await removing
+    assert rig.engine._lifecycle._starting._value == PLACES
+    assert rig.machine.ended[container.id].is_set(), "it was started before"
+
+
+async def test_a_mount_that_fails_is_the_error_of_its_container(rig: Rig) -> None:
+    (container,) = await rig.containers(1)
+
+    async def refuse(*_: object) -> None:
+        raise MountFailed("error while mounting volume")
+
+    rig.patch.setattr(rig.engine.volumes, "mount", refuse)
+    with pytest.raises(MountFailed):
+        await rig.started(container)
+    failed = rig.engine.get(container.id)
+    assert (failed.error, failed.exit_code, failed.is_running) == ("error while mounting volume", 128, False)
+    rig.patch.setattr(rig.engine.volumes, "mount", rig.mount)
+    assert not rig.engine._lifecycle._locks[container.id].locked()
