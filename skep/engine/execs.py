@@ -7,28 +7,31 @@ is kept in memory only, as in Docker, until its container is removed or this pro
 import asyncio
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.failures import retry
+from skep.aio.failures import log_error, retry
 from skep.aio.trees import discard_tree
 from skep.engine.attachment import Attachment
 from skep.engine.bundle import Bundles
 from skep.engine.conmon import StartError, resize_terminal
 from skep.engine.container import Container, ContainerState, Exec, ExecConfig, NotRunning, ProcessName
 from skep.engine.events import Events
-from skep.engine.runtime import Runtime
-from skep.errors import FailedPrecondition, NotFound, ResourceExhausted
+from skep.engine.runtime import Runtime, StartedExec
+from skep.errors import FailedPrecondition, NotFound, ResourceExhausted, SkepError, Unavailable
 from skep.model.ids import ContainerId
 
 log = structlog.get_logger()
 
 STARTS_MAX = 8
 """Execs of all containers that are started at the same moment: each takes a conmon, a runc and a runc init."""
+KILLED_S = 10.0
+"""How long a killed process may take to end: its conmon has to see it."""
+_NOT_STARTED = 126
 EXECS_MAX = 1000
 """Per container, ended ones included; the oldest ended ones are forgotten first."""
 
@@ -89,6 +92,8 @@ class Execs:
     async def start(self, exec_id: str) -> Attachment:
         """Start it; gives its standard streams, which the caller closes (at once, to detach).
 
+        If the caller is cancelled while it begins, the process is killed as soon as there is one; until it is gone,
+        the exec is one that runs.
         Raises: NotFound, also when its container is removed meanwhile; NotRunning: its container has ended;
         FailedPrecondition: it was started before;
         StartError: the runtime refused (the exit code stays in the exec).
@@ -99,29 +104,33 @@ class Execs:
         container = self._running_container(exec.container_id)
         self._execs[exec_id] = msgspec.structs.replace(exec, running=True)
         self._publish("exec_start", container, exec)
+        async with AsyncExitStack() as held:
+            try:
+                await held.enter_async_context(self._starting)
+            except BaseException:  # cancelled while it waited
+                self._finish(exec_id, _NOT_STARTED)
+                raise
+            outcome: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
+            # A task of its own: a conmon that is cut off while it starts a process leaves that behind.
+            work = self._run(exec_id, outcome, held.pop_all())
+            self._spawn(work, name=f"exec-{exec_id[:12]}")
         try:
-            async with self._starting:
-                path = await asyncio.to_thread(self._bundles.prepare_exec, container, exec_id, exec.config)
-                started = await self._runtime.exec(
-                    container, exec_id, path, terminal=exec.config.tty, stdin=exec.config.attach_stdin
-                )
-        except BaseException as error:
-            self._finish(exec_id, error.exit_code if isinstance(error, StartError) else 126)
-            # Health checks fail again and again; the container's other files stay for as long as it does.
-            failed = self._bundles.exec_path(container.id, exec_id)
-            with suppress(RuntimeError):  # this process ends: it goes with the container
-                self._spawn(discard_tree(failed), name=f"failed exec {exec_id[:12]}")
+            return await outcome
+        except asyncio.CancelledError:
+            if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
+                outcome.result().close()  # it had started at the same moment
+                self.kill(exec_id)
             raise
+
+    def kill(self, exec_id: str) -> None:
+        """Kill its process, if it has one.  A failure is logged."""
+        exec = self._execs.get(exec_id)
+        if exec is None or not exec.pid:
+            return
         try:
-            exec = msgspec.structs.replace(self.get(exec_id), pid=started.pid, monitor=started.monitor)
-            self._execs[exec_id] = exec
-        except NotFound:  # forgotten with its container, whose end was the process's too
-            started.attachment.close()
-            raise
-        self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
-        if exec.console_size is not None:  # asked for while it started
-            resize_terminal(exec.monitor, *exec.console_size)
-        return started.attachment
+            self._runtime.kill_exec(self._container(exec.container_id), exec.pid)
+        except (OSError, SkepError) as error:
+            log_error(error, "exec not killed", exec=exec_id)
 
     def resize(self, exec_id: str, height: int, width: int) -> None:
         """Size of its terminal, in characters; kept for one that is about to start.
@@ -150,6 +159,58 @@ class Execs:
         for exec_id in [one.id for one in self._execs.values() if one.container_id == container_id]:
             self._finish(exec_id, 137)
             del self._execs[exec_id], self._ended[exec_id]
+
+    async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], turn: AsyncExitStack) -> None:
+        """Start an exec whose turn it is, and give its streams to its caller; without a caller, end it."""
+        try:
+            async with turn:
+                started = await self._begin(exec_id)
+                if not outcome.done():
+                    outcome.set_result(started.attachment)
+                    return
+                started.attachment.close()
+                self.kill(exec_id)
+                # Its place is free when it is gone.  What the kernel does not let die keeps no other from starting.
+                with suppress(TimeoutError, NotFound):
+                    async with asyncio.timeout(KILLED_S):
+                        await self.wait(exec_id)
+        except Exception as error:
+            if not outcome.done():
+                outcome.set_exception(error)
+            elif not isinstance(error, SkepError | OSError):
+                raise
+        finally:
+            outcome.cancel()  # this process ends
+
+    async def _begin(self, exec_id: str) -> StartedExec:
+        exec = self.get(exec_id)
+        try:
+            container = self._running_container(exec.container_id)  # it may have waited for long
+            path = await asyncio.to_thread(self._bundles.prepare_exec, container, exec_id, exec.config)
+            started = await self._runtime.exec(
+                container, exec_id, path, terminal=exec.config.tty, stdin=exec.config.attach_stdin
+            )
+        except BaseException as error:
+            # Health checks fail again and again; the container's other files stay for as long as it does.
+            failed = self._bundles.exec_path(exec.container_id, exec_id)
+            if isinstance(
+                error, Unavailable
+            ):  # a conmon that does not respond is there, and uses the directory
+                await self._runtime.end_exec(container, failed)
+            self._finish(exec_id, error.exit_code if isinstance(error, StartError) else _NOT_STARTED)
+            with suppress(RuntimeError):  # this process ends: it goes with the container
+                self._spawn(discard_tree(failed), name=f"failed exec {exec_id[:12]}")
+            raise
+        try:
+            exec = msgspec.structs.replace(self.get(exec_id), pid=started.pid, monitor=started.monitor)
+            self._execs[exec_id] = exec
+        except NotFound:  # forgotten with its container, whose end was the process's too
+            started.attachment.close()
+            raise
+        self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
+        if exec.console_size is not None:  # asked for while it started
+            resize_terminal(exec.monitor, *exec.console_size)
+        return started
 
     async def _watch(
         self, container: Container, exec_id: str, path: Path, monitor: ProcessName | None

@@ -8,8 +8,6 @@ Source: moby, daemon/health.go.
 """
 
 import asyncio
-import os
-import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -19,10 +17,9 @@ from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
 from skep.aio.race import Preempted, run_unless
 from skep.engine.attachment import Attachment
-from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerState, ExecConfig, Health, HealthStatus, Probe
 from skep.engine.events import Events
-from skep.engine.execs import Execs
+from skep.engine.execs import KILLED_S, Execs
 from skep.engine.state import ContainerStore
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.container import HealthConfig
@@ -40,8 +37,6 @@ OUTPUT_BYTES_MAX = 4096
 SUCCESS = 0
 BROKEN = -1
 """Exit code of a probe that could not be run, or took too long."""
-_KILLED_S = 10.0
-"""How long a killed probe may take to end: its conmon has to see it."""
 
 
 def merged(own: HealthConfig | None, image: HealthConfig | None) -> HealthConfig | None:
@@ -122,14 +117,13 @@ class HealthMonitor:
     A probe is an exec with a deadline.  One that is too slow is killed before the next begins, so probes never pile up.
     """
 
-    def __init__(
-        self, store: ContainerStore, execs: Execs, events: Events, cgroups: Cgroups, clock: Clock
-    ) -> None:
+    def __init__(self, store: ContainerStore, execs: Execs, events: Events, clock: Clock) -> None:
         self._store = store
         self._execs = execs
         self._events = events
-        self._cgroups = cgroups
         self._clock = clock
+        self._left: dict[ContainerId, str] = {}
+        """Probes that were killed and are not gone yet: the next one waits."""
         self.count = self.failures = 0
         """Of probes."""
 
@@ -137,6 +131,7 @@ class HealthMonitor:
         """Probe a running container until it ends."""
         with suppress(Preempted, NotFound):
             await run_unless(self._probe_on(id), self._wait_ended(id))
+        self._left.pop(id, None)  # it ends with the container
         container = self._store.lookup(id)
         if container is not None and container.health is not None:
             self._store.observe(id, health=stopped(container.health))
@@ -199,6 +194,7 @@ class HealthMonitor:
 
     async def _execute(self, container: Container, config: HealthConfig, output: bytearray) -> int:
         """Run the probe; its exit code.  Raises: TimeoutError; SkepError, OSError: it could not be run."""
+        await self._wait_left(container.id, timeout_s(config))
         exec_id = self._execs.create(container.id, ExecConfig(command=command(config)))
         try:
             async with asyncio.timeout(timeout_s(config)):
@@ -209,32 +205,36 @@ class HealthMonitor:
                     attachment.close()
                 return (await self._execs.wait(exec_id)).exit_code or 0
         finally:
-            await self._end(container, exec_id)
-            self._execs.drop(exec_id)
+            await self._end(container.id, exec_id)
 
-    async def _end(self, container: Container, exec_id: str) -> None:
-        """Kill a probe that still runs and return when it is gone."""
+    async def _end(self, id: ContainerId, exec_id: str) -> None:
+        """Kill a probe that still runs or starts and return when it is gone, or is not to be waited for here."""
         try:
-            exec = self._execs.get(exec_id)
+            if self._execs.get(exec_id).running:
+                self._left[id] = exec_id
+                self._execs.kill(exec_id)  # one that starts is killed when it has
+                async with asyncio.timeout(KILLED_S):
+                    await self._execs.wait(exec_id)
+        except TimeoutError:
+            return  # the result of the probe holds all the same
         except NotFound:  # it went with its container; raised here it would hide that the probe is cancelled
-            return
-        if not exec.running or not exec.pid:
-            return
-        try:
-            descriptor = os.pidfd_open(exec.pid)
-            try:
-                # Checked once the descriptor is open: what is in the container's cgroup then is the container's.
-                if exec.pid in self._cgroups.pids(container):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            finally:
-                os.close(descriptor)
-        except ProcessLookupError:
             pass
-        except (OSError, Unavailable) as error:  # the result of the probe holds all the same
-            log_error(error, "probe not killed", container=container.id)
-        with suppress(TimeoutError, NotFound):
-            async with asyncio.timeout(_KILLED_S):
-                await self._execs.wait(exec_id)
+        self._left.pop(id, None)
+        self._execs.drop(exec_id)
+
+    async def _wait_left(self, id: ContainerId, seconds: float) -> None:
+        """Wait for the probe before, if that was not gone.  Raises: Unavailable: it still is not."""
+        left = self._left.get(id)
+        if left is None:
+            return
+        with suppress(NotFound):
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._execs.wait(left)
+            except TimeoutError as error:
+                raise Unavailable("the health check before, which was killed, has not ended") from error
+        self._left.pop(id, None)
+        self._execs.drop(left)
 
 
 async def _collect(attachment: Attachment, output: bytearray) -> None:

@@ -89,7 +89,7 @@ class Lifecycle:
         self._has_found = False
         self.waiting = WaitingClients()
         self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
-        self.health = HealthMonitor(store, self.execs, self.events, runtime.cgroups, clock)
+        self.health = HealthMonitor(store, self.execs, self.events, clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -14,6 +14,7 @@ of this process:
 
 import asyncio
 import os
+import signal
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from skep.engine.conmon import (
 )
 from skep.engine.container import Container, ContainerConfig, ProcessName
 from skep.engine.limits import resources
-from skep.engine.processes import find, wait_gone
+from skep.engine.processes import find, send_signal, wait_gone
 from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.engine.sealed_program import SealedProgram
 from skep.errors import Unavailable
@@ -49,6 +50,7 @@ COMMAND_DEADLINE_S = 60.0
 """For one runc command on an overloaded machine; a healthy one needs 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
 _CLEAR_TRIES_MAX = 8
+_CONMON_ENDS_S = 10.0
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -272,6 +274,32 @@ class Runtime:
                 attachment.close()
             raise
         return StartedExec(pid, monitor, attachment)
+
+    def kill_exec(self, container: Container, pid: int) -> None:
+        """Kill a process of an exec, if it is there.  Raises: Unavailable, OSError: it could not be killed."""
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            try:
+                # Checked once the descriptor is open: what is in the container's cgroup then is the container's.
+                if pid in self.cgroups.pids(container):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+
+    async def end_exec(self, container: Container, path: Path) -> None:
+        """End an exec whose conmon did not respond in time: its process, conmon and, with that, runc.
+
+        runc gets SIGKILL when its conmon ends (PR_SET_PDEATHSIG); what it has begun in the container ends then, too.
+        """
+        with suppress(OSError, ValueError, Unavailable):
+            self.kill_exec(container, int((path / "pidfile").read_text()))
+        with suppress(OSError, ValueError, TimeoutError):
+            monitor = find(int((path / "conmon.pid").read_text()))
+            # Its pid may be another process's by now: conmon has the exec's id among its arguments.
+            if monitor and os.fsencode(path.name) in Path(f"/proc/{monitor.pid}/cmdline").read_bytes():
+                send_signal(monitor, signal.SIGKILL)
+                async with asyncio.timeout(_CONMON_ENDS_S):
+                    await wait_gone(monitor)
 
     async def wait_exec(self, container: Container, path: Path, monitor: ProcessName | None) -> int:
         """Return the exit code of an exec once it has ended."""

@@ -12,10 +12,9 @@ from skep.aio.clock import SystemClock
 from skep.engine import health
 from skep.engine.attachment import Attachment
 from skep.engine.bundle import Bundles
-from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, ContainerState, ExecConfig
 from skep.engine.events import Events
-from skep.engine.execs import Execs
+from skep.engine.execs import STARTS_MAX, Execs
 from skep.engine.health import HealthMonitor
 from skep.engine.runtime import Runtime, StartedExec
 from skep.engine.state import ContainerStore
@@ -23,6 +22,7 @@ from skep.errors import NotFound
 from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
+from tests.support.wire_rig import until
 
 ID = ContainerId("c" * 64)
 CHECK = HealthConfig(test=("CMD", "true"), interval=1_000_000)
@@ -37,11 +37,15 @@ class NoDisk:
     def prepare_exec(self, container: Container, exec_id: str, requested: ExecConfig) -> Path:
         return Path("/nonexistent")
 
+    def exec_path(self, id: ContainerId, exec_id: str) -> Path:
+        return Path("/nonexistent")
+
 
 class SlowRuntime:
-    """In the place of ``Runtime``: a process starts when ``go`` is set."""
+    """In the place of ``Runtime``: a process starts when ``go`` is set, and ends when ``end`` is."""
 
     def __init__(self) -> None:
+        self.begun, self.killed, self.end = 0, list[int](), asyncio.Event()
         self.asked, self.go = asyncio.Event(), asyncio.Event()
         self.ours, self.theirs = socket.socketpair()
 
@@ -49,15 +53,23 @@ class SlowRuntime:
         pass
 
     async def exec(self, *words: object, **options: object) -> StartedExec:
+        self.begun += 1
         self.asked.set()
         await self.go.wait()
-        return StartedExec(1, None, Attachment(self.theirs))
+        return StartedExec(self.begun, None, Attachment(self.theirs))
+
+    def kill_exec(self, container: Container, pid: int) -> None:
+        self.killed.append(pid)
+
+    async def wait_exec(self, *_: object) -> int:
+        await self.end.wait()
+        return 137
 
 
 class Rig:
     """One running container with a probe."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: HealthConfig = CHECK) -> None:
         clock = SystemClock()
         self.runtime = SlowRuntime()
         self.registry = ContainerStore(cast("Bundles", NoDisk()))
@@ -68,19 +80,19 @@ class Rig:
             events,
             clock,
             container=self.registry.get,
-            spawn=lambda work, name: pytest.fail("nothing started"),
+            spawn=asyncio.create_task,
         )
-        self.checks = HealthMonitor(self.registry, self.execs, events, cast("Cgroups", None), clock)
+        self.checks = HealthMonitor(self.registry, self.execs, events, clock)
         self.registry.add(
             Container(
                 id=ID,
                 name="c",
                 image="i",
                 image_id="sha256:i",
-                config=ContainerConfig(path="true", healthcheck=CHECK),
+                config=ContainerConfig(path="true", healthcheck=check),
                 state=ContainerState.RUNNING,
                 started_at=timestamp(clock.now_ns()),
-                health=health.initial(CHECK),
+                health=health.initial(check),
             )
         )
 
@@ -126,4 +138,57 @@ async def test_an_exec_whose_container_is_removed_while_it_starts_is_none(rig: R
     rig.runtime.go.set()
     with pytest.raises(NotFound, match="No such exec instance"):
         await starting
+    assert rig.runtime.ours.recv(1) == b"", "its streams are let go of"
+
+
+@pytest.fixture
+async def hasty() -> AsyncIterator[Rig]:
+    """Its probes may take a moment only."""
+    rig = Rig(HealthConfig(test=("CMD", "true"), interval=1_000_000, timeout=1_000_000, retries=3))
+    with rig.runtime.ours, rig.runtime.theirs:
+        yield rig
+        rig.registry.change(ID, state=ContainerState.EXITED)
+
+
+def _failures(rig: Rig) -> int:
+    state = rig.registry.get(ID).health
+    assert state is not None
+    return state.failing_streak
+
+
+async def test_a_probe_that_is_late_while_it_starts_is_killed_and_the_next_one_waits_for_its_end(
+    hasty: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "KILLED_S", 0.0)
+    probing = asyncio.create_task(hasty.checks.run(ID))
+    await until(lambda: _failures(hasty) >= 3)
+    assert hasty.runtime.begun == 1, "it still starts; the others have failed without one of their own"
+    assert [one.running for one in hasty.execs.of(ID)] == [True]
+    hasty.runtime.go.set()
+    await until(lambda: hasty.runtime.killed)
+    before = _failures(hasty)
+    await until(lambda: _failures(hasty) > before)
+    assert (hasty.runtime.begun, hasty.runtime.killed) == (1, [1]), "it has not ended yet"
+    hasty.runtime.go.clear()
+    hasty.runtime.end.set()
+    await until(lambda: hasty.runtime.begun == 2)
+    hasty.registry.change(ID, state=ContainerState.EXITED)
+    await probing
+
+
+async def test_an_exec_whose_caller_goes_while_it_starts_is_killed_and_keeps_its_place_until_it_is_gone(
+    rig: Rig,
+) -> None:
+    exec_id = rig.execs.create(ID, ExecConfig(command=("true",)))
+    starting = asyncio.create_task(rig.execs.start(exec_id))
+    await rig.runtime.asked.wait()
+    starting.cancel()
+    await asyncio.wait([starting])
+    assert rig.execs.get(exec_id).running, "conmon is at work for it"
+    rig.runtime.go.set()
+    await until(lambda: rig.runtime.killed)
+    assert rig.execs._starting._value == STARTS_MAX - 1
+    rig.runtime.end.set()
+    assert (await rig.execs.wait(exec_id)).exit_code == 137
+    await until(lambda: rig.execs._starting._value == STARTS_MAX)
     assert rig.runtime.ours.recv(1) == b"", "its streams are let go of"
