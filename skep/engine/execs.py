@@ -6,9 +6,10 @@ is kept in memory only, as in Docker, until its container is removed or this pro
 
 import asyncio
 import secrets
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -29,6 +30,8 @@ log = structlog.get_logger()
 
 STARTS_MAX = 8
 """Execs of all containers that are started at the same moment: each takes a conmon, a runc and a runc init."""
+STARTS_MAX_PER_CONTAINER = 2
+"""Of them: in a container whose processor time is used up a start takes seconds."""
 KILLED_S = 10.0
 """How long a killed process may take to end: its conmon has to see it."""
 _NOT_STARTED = 126
@@ -59,6 +62,8 @@ class Execs:
         self._execs: dict[str, Exec] = {}
         self._ended: dict[str, asyncio.Event] = {}
         self._starting = asyncio.Semaphore(STARTS_MAX)
+        self._own: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
+        """Of each container, as long as an exec of it starts or waits for that."""
 
     def create(self, word: str, config: ExecConfig) -> str:
         """A new exec, not started yet; gives its id (64 hexadecimal characters).
@@ -89,11 +94,11 @@ class Execs:
         """The execs of a container that run (``ExecIDs`` of inspect)."""
         return tuple(one for one in self._execs.values() if one.container_id == container_id and one.running)
 
-    async def start(self, exec_id: str) -> Attachment:
+    async def start(self, exec_id: str, on_turn: Callable[[], None] = lambda: None) -> Attachment:
         """Start it; gives its standard streams, which the caller closes (at once, to detach).
 
-        If the caller is cancelled while it begins, the process is killed as soon as there is one; until it is gone,
-        the exec is one that runs.
+        ``on_turn`` is called when it has waited for others and begins.  If the caller is cancelled then, the process
+        is killed as soon as there is one; until it is gone, the exec is one that runs.
         Raises: NotFound, also when its container is removed meanwhile; NotRunning: its container has ended;
         FailedPrecondition: it was started before;
         StartError: the runtime refused (the exit code stays in the exec).
@@ -106,10 +111,11 @@ class Execs:
         self._publish("exec_start", container, exec)
         async with AsyncExitStack() as held:
             try:
-                await held.enter_async_context(self._starting)
+                await held.enter_async_context(self._turn(container.id))
             except BaseException:  # cancelled while it waited
                 self._finish(exec_id, _NOT_STARTED)
                 raise
+            on_turn()
             outcome: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
             # A task of its own: a conmon that is cut off while it starts a process leaves that behind.
             work = self._run(exec_id, outcome, held.pop_all())
@@ -159,6 +165,13 @@ class Execs:
         for exec_id in [one.id for one in self._execs.values() if one.container_id == container_id]:
             self._finish(exec_id, 137)
             del self._execs[exec_id], self._ended[exec_id]
+
+    @asynccontextmanager
+    async def _turn(self, id: ContainerId) -> AsyncIterator[None]:
+        """One of the few starts of a container, then of the node: a slow container leaves places for the others."""
+        own = self._own.setdefault(id, asyncio.Semaphore(STARTS_MAX_PER_CONTAINER))
+        async with own, self._starting:
+            yield
 
     async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], turn: AsyncExitStack) -> None:
         """Start an exec whose turn it is, and give its streams to its caller; without a caller, end it."""

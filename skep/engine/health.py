@@ -196,9 +196,13 @@ class HealthMonitor:
         """Run the probe; its exit code.  Raises: TimeoutError; SkepError, OSError: it could not be run."""
         await self._wait_left(container.id, timeout_s(config))
         exec_id = self._execs.create(container.id, ExecConfig(command=command(config)))
+        now = asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(timeout_s(config)):
-                attachment = await self._execs.start(exec_id)
+            async with asyncio.timeout(None) as deadline:
+                # It does not run while other execs are started: that says nothing about this container.
+                attachment = await self._execs.start(
+                    exec_id, on_turn=lambda: deadline.reschedule(now() + timeout_s(config))
+                )
                 try:
                     await _collect(attachment, output)
                 finally:

@@ -1,6 +1,7 @@
 """How many execs are started at a time."""
 
 import asyncio
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,8 +13,10 @@ from skep.engine.bundle import Bundles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, ExecConfig
 from skep.engine.events import Events
-from skep.engine.execs import STARTS_MAX, Execs
+from skep.engine.execs import STARTS_MAX, STARTS_MAX_PER_CONTAINER, Execs
 from skep.engine.runtime import Runtime
+from skep.model.ids import ContainerId
+from tests.support.wire_rig import until
 from tests.unit.engine.test_specification import a_container
 
 
@@ -36,30 +39,60 @@ class Counting:
         raise StartError("no such file", "exec")
 
 
-async def test_no_more_than_a_few_are_started_at_the_same_moment(tmp_path: Path) -> None:
-    runtime, running = Counting(), Container(**{**_fields(a_container()), "state": ContainerState.RUNNING})
-    execs = Execs(
+def an_id(number: int) -> ContainerId:
+    return ContainerId(f"{number:064x}")
+
+
+def the_execs(directory: Path, runtime: Counting) -> Execs:
+    """Of running containers with any id."""
+    running = {**_fields(a_container()), "state": ContainerState.RUNNING}
+    return Execs(
         cast(
-            "Bundles", SimpleNamespace(prepare_exec=lambda *_: Path(), exec_path=lambda *_: tmp_path / "gone")
+            "Bundles",
+            SimpleNamespace(prepare_exec=lambda *_: Path(), exec_path=lambda *_: directory / "gone"),
         ),
         cast("Runtime", runtime),
         Events(SystemClock()),
         SystemClock(),
-        container=lambda _: running,
+        container=lambda word: Container(**{**running, "id": ContainerId(word)}),
         spawn=asyncio.create_task,
     )
-    ids = [execs.create(running.id, ExecConfig(command=("true",))) for _ in range(3 * STARTS_MAX)]
+
+
+async def test_no_more_than_a_few_are_started_at_the_same_moment(tmp_path: Path) -> None:
+    runtime = Counting()
+    execs = the_execs(tmp_path, runtime)
+    config = ExecConfig(command=("true",))
+    ids = [execs.create(an_id(number), config) for number in range(3 * STARTS_MAX)]
     assert runtime.expected == len(ids), "when they are created, before any is started"
     starts = [asyncio.create_task(execs.start(id)) for id in ids]
-    async with asyncio.timeout(10):
-        while runtime.begun < STARTS_MAX:  # noqa: ASYNC110  # there is no event
-            await asyncio.sleep(0)
-        runtime.gate.set()
-        await asyncio.wait(starts)
+    await until(lambda: runtime.begun == STARTS_MAX)
+    runtime.gate.set()
+    await asyncio.wait(starts)
     assert (runtime.begun, runtime.most) == (3 * STARTS_MAX, STARTS_MAX)
     for start in starts:
         with pytest.raises(StartError):
             start.result()
+
+
+async def test_a_container_whose_execs_start_slowly_leaves_places_for_the_others(tmp_path: Path) -> None:
+    runtime = Counting()
+    execs = the_execs(tmp_path, runtime)
+    config = ExecConfig(command=("true",))
+    slow = [execs.create(an_id(0), config) for _ in range(STARTS_MAX)]
+    starts = [asyncio.create_task(execs.start(id)) for id in slow]
+    await until(lambda: runtime.begun)
+    starts.append(asyncio.create_task(execs.start(execs.create(an_id(1), config))))
+    await until(lambda: runtime.begun == STARTS_MAX_PER_CONTAINER + 1)
+    starts[-2].cancel()  # it waits
+    await asyncio.wait(starts[-2:-1])
+    assert execs.get(slow[-1]).exit_code == 126
+    runtime.gate.set()
+    await asyncio.wait(starts)
+    assert (runtime.begun, runtime.most) == (STARTS_MAX, STARTS_MAX_PER_CONTAINER + 1)
+    starts.clear()
+    gc.collect()  # of the tracebacks
+    assert not execs._own, "nothing is kept of containers without execs that start"
 
 
 def _fields(container: Container) -> dict[str, Any]:

@@ -192,3 +192,19 @@ async def test_an_exec_whose_caller_goes_while_it_starts_is_killed_and_keeps_its
     assert (await rig.execs.wait(exec_id)).exit_code == 137
     await until(lambda: rig.execs._starting._value == STARTS_MAX)
     assert rig.runtime.ours.recv(1) == b"", "its streams are let go of"
+
+
+async def test_a_probe_that_waits_for_other_execs_is_not_late(hasty: Rig) -> None:
+    others = [hasty.execs.create(ID, ExecConfig(command=("true",))) for _ in range(STARTS_MAX)]
+    starts = [asyncio.create_task(hasty.execs.start(one)) for one in others]
+    await hasty.runtime.asked.wait()
+    probing = asyncio.create_task(hasty.checks.run(ID))
+    await until(lambda: len(hasty.execs.of(ID)) == STARTS_MAX + 1)
+    with pytest.raises(TimeoutError):
+        await until(lambda: hasty.checks.count, within_s=0.1)  # much longer than it may take
+    hasty.registry.change(ID, state=ContainerState.EXITED)
+    await probing
+    assert len(hasty.execs.of(ID)) == STARTS_MAX, "it has left the queue"
+    hasty.runtime.end.set()
+    hasty.runtime.go.set()
+    await asyncio.wait(starts)
