@@ -15,6 +15,7 @@ from skep.aio.clock import Clock
 from skep.aio.event import Event
 from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
+from skep.manager.cluster import etcds_behind
 from skep.manager.dispatcher.assignments import affects_node
 from skep.manager.dispatcher.sessions import Sessions
 from skep.manager.failures import isolated
@@ -24,6 +25,7 @@ from skep.model.labels import drain_s
 from skep.model.node import Node
 from skep.model.planes import is_docker_node
 from skep.model.service import Service
+from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.store.interface import Store, View
 
@@ -34,6 +36,10 @@ WITHHELD_MAX = 2_000
 
 WaitUnused = Callable[[Task, int], Awaitable[None]]
 """Returns when no node sends new connections to the task, which is to stop since that revision of the store."""
+RESTART_S_MAX = 10.0
+"""How much longer a stop may be delayed at most because an etcd restarts."""
+LOOK_S = 0.1
+"""Between two looks whether it has."""
 
 
 class Stops:
@@ -49,6 +55,8 @@ class Stops:
         self._withheld: dict[TaskId, None] = {}
         self._pending: list[_PendingStop] = []
         self._has_pending = Event()
+        self._etcds = (0, False)
+        """Whether an etcd is to restart, as of a revision: thousands of stops may ask."""
 
     def on_update(self, old: Task, new: Task, revision: int) -> None:
         """A task changed with this revision of the store: wake its node's streams, now or later."""
@@ -94,7 +102,7 @@ class Stops:
         with isolated("drain of a task", task.id):
             try:
                 unused = self._wait_unused(task, pending.revision)
-                await run_unless(_awaited(unused), self._clock.sleep(pending.seconds))
+                await run_unless(_awaited(unused), self._sleep_at_least(pending.seconds))
             except Preempted:
                 log.info(
                     "drain time is over: task stops though connections may still be sent to it",
@@ -109,6 +117,19 @@ class Stops:
                 )
             finally:
                 self.release(task)
+
+    async def _sleep_at_least(self, seconds: float) -> None:
+        """Longer while a manager's etcd restarts for a new root: that manager's nodes get no tables meanwhile."""
+        await self._clock.sleep(seconds)
+        until = self._clock.monotonic() + RESTART_S_MAX
+        while self._restarts_etcd() and self._clock.monotonic() < until:
+            await self._clock.sleep(LOOK_S)
+
+    def _restarts_etcd(self) -> bool:
+        view = self._store.view()
+        if self._etcds[0] != view.revision:
+            self._etcds = view.revision, bool(view.find(Swarm) and etcds_behind(view))
+        return self._etcds[1]
 
 
 class _PendingStop(msgspec.Struct, frozen=True):

@@ -1,26 +1,37 @@
 """Whose stop is held back, and for how long."""
 
 import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument
-from skep.manager.dispatcher.delayed_stops import drain_of
-from skep.model.ids import NodeId
+from skep.manager.dispatcher.delayed_stops import RESTART_S_MAX, Stops, drain_of
+from skep.manager.dispatcher.sessions import Sessions
+from skep.model.ids import ClusterId, NodeId
 from skep.model.labels import check_service_labels
 from skep.model.meta import Driver
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
 from skep.model.service import Service
+from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
+from skep.security.authority import Authority
+from skep.security.trust import root_digest, tls_info
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_docker_node, a_node, a_service, a_task, an_overlay
+from tests.support.damage_rigs import put_all
 
 NET = an_overlay("net1")
 WEB = a_service("web")
+ROOT = Authority.create().root_pem
+PRESENT, FORMER = root_digest(ROOT), "the former"
 
 
 def on(network: Network | None, **requested: object) -> Task:
@@ -82,3 +93,52 @@ def test_a_label_that_cannot_be_read_is_refused() -> None:
         with pytest.raises(InvalidArgument, match=f"invalid label skep.drain={word}"):
             check_service_labels({"skep.drain": word})
     check_service_labels({"skep.drain": "250ms"})
+
+
+@pytest.fixture
+def loop() -> Iterator[VirtualLoop]:
+    made = VirtualLoop()
+    yield made
+    made.close()
+
+
+def a_manager(peer_roots: str) -> Node:
+    status = ManagerStatus(addr="m2:2377", reachability=Reachability.REACHABLE)
+    return replace(a_node("m2", role=NodeRole.MANAGER), manager_status=status, peer_roots=peer_roots)
+
+
+async def never(_task: Task, _revision: int) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("peer_roots", "restarted_s", "stopped_s"),
+    [(PRESENT, 0.0, 1.0), (FORMER, 3.0, 3.0), (FORMER, 60.0, 1.0 + RESTART_S_MAX)],
+    ids=["no restart", "a restart", "one without an end"],
+)
+def test_a_stop_waits_for_nodes_of_a_manager_whose_etcd_restarts_for_a_new_root(
+    loop: VirtualLoop, peer_roots: str, restarted_s: float, stopped_s: float
+) -> None:
+    """They get no tables meanwhile, and send on connections to what has stopped."""
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+    stopped: list[float] = []
+    session = SimpleNamespace(wake_assignments=lambda ids: stopped.extend(clock.monotonic() for _ in ids))
+    sessions = cast("Sessions", SimpleNamespace(live=lambda _: session))
+    stops = Stops(store, sessions, clock, never)
+    swarm = Swarm(id=ClusterId("s1"), spec=DEFAULT_SWARM_SPEC, tls_info=tls_info(ROOT))
+    task = on(NET)
+
+    async def live() -> None:
+        await put_all(store, swarm, a_manager(peer_roots), WEB, a_node("n1"), task)
+        began = clock.monotonic()
+        stops.on_update(task, replace(task, desired_state=TaskState.SHUTDOWN), store.view().revision)
+        await clock.sleep(restarted_s)
+        await put_all(store, a_manager(PRESENT))
+        await clock.sleep(60)
+        assert [at - began for at in stopped] == [pytest.approx(stopped_s, abs=0.2)]
+
+    running = loop.create_task(stops.run())
+    loop.run_until_complete(live())
+    running.cancel()
+    loop.run_until_complete(asyncio.wait([running]))
