@@ -136,7 +136,11 @@ class Orchestrator:
                     if task.service_id:
                         yield task.service_id
                 case Updated(Task() as old, Task() as new):
-                    if new.service_id and (_is_relevant(old, new) or self._is_on_unusable_node(old, new)):
+                    if new.service_id and (
+                        _is_relevant(old, new)
+                        or self._is_on_unusable_node(old, new)
+                        or self._holds_room_of_update(old, new)
+                    ):
                         yield new.service_id
                 case Created(Node() as node):
                     self._sound_nodes.pop(node.id, None)
@@ -157,6 +161,13 @@ class Orchestrator:
         """Services with a task that has a cluster volume."""
         tasks = self._term.view().find(Task)
         return sorted({task.service_id for task in tasks if any(one.id == id for one in task.volumes)})
+
+    def _holds_room_of_update(self, old: Task, new: Task) -> bool:
+        """Whether an outdated task was given a node: its update may retire it for new ones that were refused that."""
+        if old.node_id or not new.node_id:
+            return False
+        service = self._term.view().lookup(Service, new.service_id)
+        return service is not None and new.spec_version != service.spec_version
 
     def _is_on_unusable_node(self, old: Task, new: Task) -> bool:
         """Whether the task was assigned to a node that went away, or was labelled anew, at the same moment."""
