@@ -439,9 +439,7 @@ class Engine:
         """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
         container = self._require_running(word)
         await self._runtime.pause(container.id)
-        paused = self._store.observe_running(
-            container, state=ContainerState.PAUSED
-        )  # it may have ended meanwhile
+        paused = self._store.observe_running(container, state=ContainerState.PAUSED)
         self.events.publish("pause", paused)
 
     async def unpause(self, word: str) -> None:

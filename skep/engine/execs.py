@@ -206,9 +206,8 @@ class Execs:
         except BaseException as error:
             # Health checks fail again and again; the container's other files stay for as long as it does.
             failed = self._bundles.exec_path(exec.container_id, exec_id)
-            if isinstance(
-                error, Unavailable
-            ):  # a conmon that does not respond is there, and uses the directory
+            if isinstance(error, Unavailable):
+                # A conmon that does not respond is there, and uses the directory.
                 await self._runtime.end_exec(container, failed)
             self._finish(exec_id, error.exit_code if isinstance(error, StartError) else _NOT_STARTED)
             with suppress(RuntimeError):  # this process ends: it goes with the container

@@ -333,9 +333,8 @@ class Allocator:
                 self._allocations.enter_service(service)
                 return []  # its tasks say so, which need an address of the same network
             except Exception:
-                self._allocations.enter_service(
-                    service
-                )  # or each attempt would keep addresses of other networks
+                # Or each attempt would keep addresses of other networks.
+                self._allocations.enter_service(service)
                 raise
             if endpoint != service.endpoint:
                 # Entered at once, so that the next service of this batch gets another port.

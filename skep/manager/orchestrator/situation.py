@@ -95,9 +95,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     def leaves_at(self, task: Task) -> float:
         """When a task whose node is down is to be replaced; infinity: not for now, or its node is not down."""
         node = self.node_of(task)
-        if node is None or not _is_down_only(node):
-            return inf
-        if self.is_frozen:
+        if node is None or not _is_down_only(node) or self.is_frozen:
             return inf
         policy = disconnect_policy(self.service.spec.labels)
         return max(replaced_at(policy, task, self.seen.down(node)), self.replaces_from)

@@ -124,6 +124,11 @@ async def is_held(waiting: "asyncio.Task[None]", rig: Rig) -> bool:
     return not waiting.done()
 
 
+async def ended(waiting: "asyncio.Task[None]") -> None:
+    async with asyncio.timeout(10):
+        await waiting
+
+
 def waits(rig: Rig, task: Task) -> "asyncio.Task[None]":
     return asyncio.create_task(rig.draining.wait_unused(task, rig.revision))
 
@@ -141,8 +146,7 @@ async def test_a_node_without_a_stream_goes_on_with_the_tables_it_has(rig: Rig, 
             await rig.store.update(lambda tx: tx.delete(Node, N2))
         case _:
             rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
 
 
 async def test_a_node_that_is_removed_together_with_a_change_of_all_nodes_is_not_waited_for(rig: Rig) -> None:
@@ -158,8 +162,7 @@ async def test_a_node_that_is_removed_together_with_a_change_of_all_nodes_is_not
         tx.put(public)  # the first one with a port: now all nodes get the ingress network
 
     await rig.store.update(change)
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
 
 
 async def test_a_node_that_goes_to_another_manager_meanwhile_is_waited_for_there(rig: Rig) -> None:
@@ -170,8 +173,7 @@ async def test_a_node_that_goes_to_another_manager_meanwhile_is_waited_for_there
     await until(lambda: len(rig.links[SECOND].asked) > 1)  # and asked again
     assert not waiting.done()
     rig.links[SECOND].reply = rig.has_applied
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
 
 
 async def test_a_manager_that_has_lost_the_node_when_it_responds_does_not_speak_for_the_next_one(
@@ -192,8 +194,7 @@ async def test_a_manager_that_has_lost_the_node_when_it_responds_does_not_speak_
     await until(lambda: rig.links[THIRD].asked)
     assert not waiting.done()
     rig.links[THIRD].reply = rig.has_applied
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
 
 
 async def test_a_manager_that_has_died_is_not_waited_for_when_its_nodes_have_gone(rig: Rig) -> None:
@@ -202,8 +203,7 @@ async def test_a_manager_that_has_died_is_not_waited_for_when_its_nodes_have_gon
     await until(lambda: rig.links[SECOND].asked)
     rig.links[THIRD].reply = rig.has_applied
     await rig.move(THIRD, "s2")
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
 
 
 async def test_a_node_that_comes_to_the_network_meanwhile_is_not_waited_for(rig: Rig) -> None:
@@ -213,8 +213,7 @@ async def test_a_node_that_comes_to_the_network_meanwhile_is_not_waited_for(rig:
     await until(lambda: rig.links[SECOND].asked)
     await rig.attach("n3", task)
     rig.links[SECOND].reply = rig.has_applied
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
     assert not rig.links[THIRD].asked
 
 
@@ -240,8 +239,7 @@ async def test_a_node_that_was_taken_for_down_meanwhile_is_waited_for_again(
     assert await is_held(waiting, rig)
     rig.links[SECOND].reply = rig.has_applied
     rig.discovery.acknowledgements.applied(N2, NET.id, rig.revision)
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
 
 
 @pytest.mark.parametrize("manager", [OWN, SECOND])
@@ -268,8 +266,7 @@ async def test_a_manager_that_has_responded_is_asked_again_for_a_node_that_comes
     await until(lambda: len(rig.links[THIRD].asked) > 1)
     assert not waiting.done()
     rig.links[THIRD].reply = rig.has_applied
-    async with asyncio.timeout(10):
-        await waiting
+    await ended(waiting)
 
 
 async def test_what_a_manager_said_is_asked_again_for_a_node_that_came_since(rig: Rig) -> None:
