@@ -1,6 +1,7 @@
 """What all tests share: options, their order, needs of the machine."""
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ settings.load_profile("skep")
 
 INTEGRATION_NEEDS = ("root", "runc", "conmon", "nft", "ip", "tini-static", "busybox", "docker", "etcd")
 """What every test in tests/integration needs; others say so by ``pytest.mark.needs(...)``."""
+
+NAME_OF_ONE_PROCESS = re.compile(r"frozenset\(|\{<\w+[.]| at 0x[0-9a-f]")
+"""What stands in the ``repr`` of a set or of an object: pytest-xdist then collects different tests."""
 
 SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:{Path(sys.prefix) / 'libexec' / 'skep'}"
 """Where commands are looked for: the path, and what set-up only unpacked."""
@@ -62,7 +66,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Integration tests come after all others."""
+    """Integration tests come after all others; names are the same in every process."""
+    if passing := [item.nodeid for item in items if NAME_OF_ONE_PROCESS.search(item.nodeid)]:
+        raise pytest.UsageError(f"the name of a test differs from process to process: {passing[0]}")
     items.sort(key=lambda item: item.nodeid.startswith("tests/integration/"))
 
 

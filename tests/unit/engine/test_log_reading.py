@@ -229,7 +229,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("filter", FILTERS, ids=repr)
+@pytest.mark.parametrize("filter", FILTERS)
 async def test_what_is_wanted_of_a_rotated_log_comes_in_its_order(tmp_path: Path, filter: LogFilter) -> None:
     """Some lines are in pieces; the last one has no end."""
     lines: list[bytes] = []
