@@ -52,7 +52,12 @@ def engine_in(directory: Path, *enter: str, before: str) -> Iterator[Path]:
             start_new_session=True,
         )
     try:
-        wait_until(lambda: docker(socket, "version").returncode == 0, "dockerd answers", within_s=180)
+        wait_until(
+            lambda: process.poll() is not None or docker(socket, "version").returncode == 0,
+            "dockerd answers",
+            within_s=180,
+        )
+        assert process.poll() is None, (directory / "log").read_text()
         yield socket
     finally:
         process.terminate()

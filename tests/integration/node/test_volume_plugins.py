@@ -259,6 +259,7 @@ async def test_plug_ins_are_found_as_an_engine_finds_them(tmp_path: Path, plugin
 
 
 @pytest.mark.slow
+@pytest.mark.needs("dockerd")
 @pytest.mark.timeout(400)
 async def test_a_plug_in_is_asked_what_an_engine_asks_it(
     tmp_path: Path, executor: OciExecutor, disks: TestPlugin, api: Api
