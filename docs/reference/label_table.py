@@ -100,7 +100,8 @@ LABELS = (
         "duration",
         "`10m`",
         "how long an update waits for one task to run or to end before it has failed; the "
-        "time in which it waits for other services (`skep.depends-on`) does not count",
+        "time in which it waits for other services (`skep.depends-on`), or for the task before it to stop, does not "
+        "count, and it has the deadline once more when it is then started",
     ),
     Label(
         LabelTarget.SERVICE,

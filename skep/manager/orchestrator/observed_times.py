@@ -28,7 +28,7 @@ class ObservedTimes:
         self._began = began
         self._created: dict[TaskId, float] = {}
         self._waited: dict[TaskId, float] = {}
-        """When tasks ended to wait for other services."""
+        """When tasks ended to wait: for other services, or, prepared, for their start."""
         self._running: dict[TaskId, float] = {}
         self._ran_at_start: set[TaskId] = set()
         """Tasks that were running when the term began."""
@@ -107,7 +107,8 @@ class ObservedTimes:
                     if old.status.state is TaskState.RUNNING and task.id not in self._running:
                         self._running[task.id] = self._began
                         self._ran_at_start.add(task.id)
-                    if is_waiting(old) and not is_waiting(task):
+                    is_started = old.desired_state is TaskState.READY < task.desired_state and task.is_wanted
+                    if is_started or (is_waiting(old) and not is_waiting(task)):
                         self._waited[task.id] = now
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)

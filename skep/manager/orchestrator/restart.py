@@ -247,6 +247,11 @@ def _is_delayed(predecessor: Task, situation: Situation) -> bool:
     return is_lost(node) and bool(predecessor.node_id)
 
 
+def is_held(task: Task, slot: Slot, situation: Situation) -> bool:
+    """Whether ``start_steps`` starts the task, once its delay is over and what it replaces has stopped."""
+    return task.desired_state is TaskState.READY and not _waits_for_update(task, slot, situation)
+
+
 def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
     """Whether ``task`` is only prepared while an older one is to run on: a stop-first update."""
     is_first = wanted(slot)[:1] in ((), (task,))
