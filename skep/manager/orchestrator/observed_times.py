@@ -35,6 +35,7 @@ class ObservedTimes:
         self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
+        self._back: dict[NodeId, float] = {}
         self._resumed: dict[ServiceId, float] = {}
 
     def created(self, task: Task) -> float:
@@ -92,6 +93,10 @@ class ObservedTimes:
         """When the node was first observed down, since it was last up."""
         return self._down.get(node.id, self._began)
 
+    def back(self, node: Node) -> float:
+        """When the node was last no longer down; minus infinity: not in this term."""
+        return self._back.get(node.id, -inf)
+
     def resumed(self, id: ServiceId) -> float:
         """When a user last resumed the service's update; minus infinity: not in this term."""
         return self._resumed.get(id, -inf)
@@ -118,8 +123,11 @@ class ObservedTimes:
                     self._down.pop(node.id, None)
                     if node.status.state is NodeState.DOWN:
                         self._down[node.id] = now
+                    elif before.status.state is NodeState.DOWN:
+                        self._back[node.id] = now
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
+                    self._back.pop(node.id, None)
                 case Updated(Service() as paused, Service() as service) if _is_resumed(paused, service):
                     self._resumed[service.id] = now
                 case Deleted(Service() as service):
