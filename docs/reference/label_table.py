@@ -131,7 +131,7 @@ LABELS = (
         "`forbid`, `replace`",
         "`forbid`",
         "what becomes of a run that is due while the one before is still going: it is skipped, or the one before is "
-        "stopped",
+        "stopped first",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -165,11 +165,7 @@ class Containers:
         slot = self._slots[_slot_of(own.task)]
         for id in slot[: slot.index(task.id)]:
             other, node_id = self._records[id], self.live.get(id)
-            if (
-                node_id is None
-                or other.retired_at is None
-                or other.task.job_iteration != own.task.job_iteration
-            ):
+            if node_id is None or other.retired_at is None:
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
             was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)

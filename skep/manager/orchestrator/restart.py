@@ -269,14 +269,15 @@ def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
 
 
 def stopped_at(task: Task, situation: Situation) -> float:
-    """When a task that is still stopping counts as stopped, whatever its node reports.
+    """When a task that is stopping, or is to be retired now, counts as stopped, whatever its node reports.
 
     A node that was down hears that the task is to stop when it is back.
     """
     node = situation.node_of(task)
     if node is None or is_lost(node):
         return situation.node_stops_at(task)
-    since = max(situation.seen.retired(task), situation.seen.back(node))
+    retired_at = situation.now if task.is_wanted else situation.seen.retired(task)
+    since = max(retired_at, situation.seen.back(node))
     return since + stop_seconds_max(task, situation.service.spec.labels)
 
 
