@@ -100,7 +100,8 @@ LABELS = (
         "duration",
         "`10m`",
         "how long an update waits for one task to run or to end before it has failed; the "
-        "time in which it waits for other services (`skep.depends-on`) does not count",
+        "time in which it waits for other services (`skep.depends-on`), or for the task before it to stop, does not "
+        "count, and it has the deadline once more when it is then started",
     ),
     Label(
         LabelTarget.SERVICE,
@@ -130,7 +131,7 @@ LABELS = (
         "`forbid`, `replace`",
         "`forbid`",
         "what becomes of a run that is due while the one before is still going: it is skipped, or the one before is "
-        "stopped",
+        "stopped first",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -9,6 +9,7 @@ import msgspec
 from sim.committed import Change
 from sim.invariants.placement import port_violations
 from sim.invariants.tasks import may_start_first
+from skep.manager.orchestrator.restart import stop_seconds_max
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
 from skep.model.node import Availability, Node, NodeState
@@ -17,8 +18,6 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
-STOP_TIMEOUT_S = 60.0
-"""A task waits no longer than this for the end of the one it replaces; see ``orchestrator/restart.py``."""
 TOLERANCE = 0.99
 """Clocks of machines run at different rates."""
 DEFAULT_DELAY_S = 5.0
@@ -166,18 +165,15 @@ class Containers:
         slot = self._slots[_slot_of(own.task)]
         for id in slot[: slot.index(task.id)]:
             other, node_id = self._records[id], self.live.get(id)
-            if (
-                node_id is None
-                or other.retired_at is None
-                or other.task.job_iteration != own.task.job_iteration
-            ):
+            if node_id is None or other.retired_at is None:
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
             was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)
             is_removed = view.lookup(Node, node_id) is None
             if was_lost and not is_removed and self._must_have_stopped(other.task, own.task, now, service):
                 yield f"task {task.id} started while {id}, which {node_id} was to stop by itself, still ran there"
-            is_overdue = now - own.created_at > STOP_TIMEOUT_S * TOLERANCE
+            waits_s = stop_seconds_max(other.task, service.spec.labels)
+            is_overdue = now - other.retired_at > waits_s * TOLERANCE
             if not is_reported and not was_lost and not is_overdue:
                 yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
 

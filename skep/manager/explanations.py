@@ -430,11 +430,15 @@ def explain_update(
         words = "the monitor time of the last step" if is_last else "the delay before the next step"
         return UpdateExplanation(step=step, waiting_for=words)
     first = min(leads, key=lambda task: (task.created_at, task.id))
+    # The deadline begins when the tasks before it have stopped.
+    is_held = first.desired_state is TaskState.READY and all(
+        one is first or _slot(one) != _slot(first) for one in wanted
+    )
     due_ns = unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)
     return UpdateExplanation(
         step=step,
         waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
-        deadline=None if first.status.err.startswith(WAITS_FOR) else timestamp(due_ns),
+        deadline=None if is_held or first.status.err.startswith(WAITS_FOR) else timestamp(due_ns),
     )
 
 

@@ -13,11 +13,13 @@ from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.converged_slots import converged_slots
+from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot
+from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot, wanted
 from skep.manager.orchestrator.update import is_outdated, update_steps
 from skep.model.ids import NodeId
+from skep.model.task import TaskState
 
 
 def next_steps(situation: Situation) -> list[Step]:
@@ -35,6 +37,7 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
     if service.removed_at is not None:
         return list(replicated.retire_all(tasks))
     slots: Mapping[Any, Slot]
+    paused: Mapping[Any, Slot] = {}
     match service.spec.mode.name:
         case "replicated":
             slots, converged = yield from _slots(situation)
@@ -43,7 +46,9 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
             changes = yield from replicated.reconciling(service, slots, situation.seen, converged)
             steps: list[Step] = [*changes]
         case "global":
-            slots = _on_active_nodes(group_by_node(tasks), situation)
+            every = group_by_node(tasks)
+            slots = _on_active_nodes(every, situation)
+            paused = {node_id: slot for node_id, slot in every.items() if node_id not in slots}
             present = [task for task in tasks if not situation.keeps_slot(task)]
             steps = [*global_services.reconcile(service, present, situation.nodes(), situation.seen)]
         case "replicated-job" | "global-job":
@@ -57,6 +62,7 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
         steps += restart_steps(slot, situation)
         if number % STEP == 0:
             yield
+    kept |= {key: slot for key, slot in paused.items() if key not in changed}
     changed.update(map(_slot_of, steps))
     updates = yield from update_steps(_updatable(kept, situation), situation)
     steps += [step for step in updates if _slot_of(step) is None or _slot_of(step) not in changed]
@@ -89,16 +95,31 @@ def _slots(situation: Situation) -> SlicedWork[tuple[dict[int, Slot], Collection
 
 
 def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
-    """The slots an update applies to.  For a global service, only those of nodes that may run its tasks."""
+    """The slots an update applies to.  For a global service, only those of nodes that may run its tasks.
+
+    Of nodes that take no new tasks only those that have one: it takes the place of the old one, but none is begun.
+    """
     service = situation.service
     if service.spec.mode.name != "global":
         return list(slots.values())
-    eligible = {node.id for node in situation.nodes() if global_services.is_eligible(node, service)}
-    return [slot for node_id, slot in slots.items() if node_id in eligible]
+    eligible = {node.id: node for node in situation.nodes() if global_services.is_eligible(node, service)}
+    return [
+        slot
+        for node_id, slot in slots.items()
+        if (node := eligible.get(node_id)) is not None
+        and (global_services.takes_new_tasks(node) or _is_begun(slot, situation))
+    ]
+
+
+def _is_begun(slot: Slot, situation: Situation) -> bool:
+    """Whether the node has a task of the present spec; one that was not assigned before the pause waits for its end."""
+    return any(
+        task.status.state >= TaskState.ASSIGNED and not is_dirty(task, situation) for task in wanted(slot)
+    )
 
 
 def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:
-    """Slots on nodes that take new tasks.  On a paused node nothing is restarted or updated."""
+    """Slots on nodes that take new tasks.  On a paused node nothing is restarted, and no update begun."""
     active = {}
     for node_id, slot in slots.items():
         node = situation.node(node_id)

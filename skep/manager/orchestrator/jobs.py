@@ -2,28 +2,33 @@
 
 A slot of a job is done with its first completed task.  After a failed task the restart policy decides; when it gives
 up, the slot stays taken, so that a job that cannot succeed comes to an end.  Each update is a new *iteration*, which
-starts from nothing: tasks of earlier ones are stopped, and those that ended stay as history.
+starts from nothing: tasks of earlier ones are stopped, and those that ended stay as history.  Until all of those have
+stopped, tasks of the new one are only prepared: the two would do the same work (a backup, say) at the same time.
 
-Difference from swarmkit: a slot that was given up is not started again.
+Differences from swarmkit: a slot that was given up is not started again; an iteration does not start beside the last.
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from math import inf
 from typing import Any
+
+from msgspec.structs import replace
 
 from skep.manager.job_runs import is_candidate, of_present_run
 from skep.manager.orchestrator.changes import (
     FillSlot,
     Recheck,
     RemoveService,
+    ReplaceTask,
     RetireTask,
     Step,
     cause_to_leave,
 )
 from skep.manager.orchestrator.replicated import check_number
-from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps
+from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps, stopped_at
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import (
     Slot,
@@ -73,10 +78,14 @@ def next_steps(situation: Situation) -> list[Step]:
     steps += [RetireTask(task) for slot in slots.values() if is_done(slot) for task in slot if task.is_active]
     filled = {fill.slot or fill.node_id for fill in fills}
     steps += fills
+    starts_at = _last_stops_at(iteration, situation)
+    is_held = starts_at > situation.now
     for key, slot in slots.items():
         if key not in filled and not is_done(slot) and not has_unread_end(slot):
             restarts = restart_steps(slot, situation)
-            steps += restarts or start_steps(slot, situation)
+            steps += restarts if restarts or is_held else start_steps(slot, situation)
+    if is_held:
+        return [*map(_prepared, steps), Recheck(starts_at)]
     return steps or _end(present, situation)
 
 
@@ -88,6 +97,26 @@ def iteration_of(service: Service) -> Version:
 def is_done(slot: Iterable[Task]) -> bool:
     """Whether the slot of a job has its completed task."""
     return any(task.status.state is TaskState.COMPLETE for task in slot)
+
+
+def _last_stops_at(iteration: Version, situation: Situation) -> float:
+    """When everything of earlier iterations counts as stopped; minus infinity: it has."""
+    stopping = (
+        task
+        for task in situation.tasks
+        if task.job_iteration != iteration and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+    )
+    return max((stopped_at(task, situation) for task in stopping), default=-inf)
+
+
+def _prepared(step: Step) -> Step:
+    """``step``, which starts no task."""
+    match step:
+        case FillSlot():
+            return replace(step, desired=TaskState.READY)
+        case ReplaceTask(_, successor):
+            return replace(step, successor=replace(successor, desired=TaskState.READY))
+    return step
 
 
 def _end(present: list[Task], situation: Situation) -> list[Step]:

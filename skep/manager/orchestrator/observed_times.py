@@ -28,13 +28,14 @@ class ObservedTimes:
         self._began = began
         self._created: dict[TaskId, float] = {}
         self._waited: dict[TaskId, float] = {}
-        """When tasks ended to wait for other services."""
+        """When tasks ended to wait: for other services, or, prepared, for their start."""
         self._running: dict[TaskId, float] = {}
         self._ran_at_start: set[TaskId] = set()
         """Tasks that were running when the term began."""
         self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
+        self._back: dict[NodeId, float] = {}
         self._resumed: dict[ServiceId, float] = {}
 
     def created(self, task: Task) -> float:
@@ -92,6 +93,10 @@ class ObservedTimes:
         """When the node was first observed down, since it was last up."""
         return self._down.get(node.id, self._began)
 
+    def back(self, node: Node) -> float:
+        """When the node was last no longer down; minus infinity: not in this term."""
+        return self._back.get(node.id, -inf)
+
     def resumed(self, id: ServiceId) -> float:
         """When a user last resumed the service's update; minus infinity: not in this term."""
         return self._resumed.get(id, -inf)
@@ -107,7 +112,8 @@ class ObservedTimes:
                     if old.status.state is TaskState.RUNNING and task.id not in self._running:
                         self._running[task.id] = self._began
                         self._ran_at_start.add(task.id)
-                    if is_waiting(old) and not is_waiting(task):
+                    is_started = old.desired_state is TaskState.READY < task.desired_state and task.is_wanted
+                    if is_started or (is_waiting(old) and not is_waiting(task)):
                         self._waited[task.id] = now
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
@@ -117,8 +123,11 @@ class ObservedTimes:
                     self._down.pop(node.id, None)
                     if node.status.state is NodeState.DOWN:
                         self._down[node.id] = now
+                    elif before.status.state is NodeState.DOWN:
+                        self._back[node.id] = now
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
+                    self._back.pop(node.id, None)
                 case Updated(Service() as paused, Service() as service) if _is_resumed(paused, service):
                     self._resumed[service.id] = now
                 case Deleted(Service() as service):

@@ -9,6 +9,9 @@ without a delay in the policy: an attempt that can fail in a millisecond must no
 holds for a task that ends soon after it started, again and again: without a delay, a crash loop would create tasks as
 fast as it can.
 
+A successor waits for its predecessor for as long as that may take to stop, and some more (``stop_seconds_max``);
+swarmkit waits a minute, whatever the stop grace period.
+
 Each successor carries the input of the next decision: its delay, and how many tasks before it failed in a row.  So
 neither the history limit nor a change of leader changes a delay.  The number of restarts of a slot is not stored: it
 is the number of tasks that the slot has had with the same version of the spec, minus the first (the task history
@@ -17,7 +20,7 @@ keeps as many as the policy needs).
 Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrator/taskinit/init.go.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import inf
 
 from msgspec.structs import replace
@@ -36,6 +39,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
+from skep.model.labels import drain_s
 from skep.model.node import Availability
 from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
 from skep.model.task import Task, TaskState
@@ -48,8 +52,9 @@ CRASH_DELAYS_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """The same for a task that ended soon after its start (``ObservedTimes.was_stable``).  A single crash costs nothing."""
 DAMPED_BELOW_S = 1.0
 """A delay set by the user is used as it is from this value on; a shorter one would be a tight loop, and is raised."""
-STOP_TIMEOUT_S = 60.0
-"""A successor waits at most this long for its predecessor to stop (swarmkit's defaultOldTaskTimeout)."""
+STOP_MARGIN_S = 30.0
+"""Beyond the time that a task may take to stop: for the order to reach its node, which an etcd that restarts may delay
+by ten seconds, and for the report."""
 
 
 def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
@@ -156,7 +161,7 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
         return situation.now
     delay = task.restart.delay if task.restart is not None else 0
     starts_at = situation.seen.created(task) + delay / SECOND_NS
-    return max([starts_at, *(_stopped_at(other, situation) for other in _still_stopping(slot, situation))])
+    return max([starts_at, *(stopped_at(other, situation) for other in _still_stopping(slot, situation))])
 
 
 def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
@@ -247,6 +252,11 @@ def _is_delayed(predecessor: Task, situation: Situation) -> bool:
     return is_lost(node) and bool(predecessor.node_id)
 
 
+def is_held(task: Task, slot: Slot, situation: Situation) -> bool:
+    """Whether ``start_steps`` starts the task, once its delay is over and what it replaces has stopped."""
+    return task.desired_state is TaskState.READY and not _waits_for_update(task, slot, situation)
+
+
 def _waits_for_update(task: Task, slot: Slot, situation: Situation) -> bool:
     """Whether ``task`` is only prepared while an older one is to run on: a stop-first update."""
     is_first = wanted(slot)[:1] in ((), (task,))
@@ -258,8 +268,22 @@ def _still_stopping(slot: Slot, situation: Situation) -> list[Task]:
     return [task for task in slot if is_stopping(task) and not _is_gone(task, situation)]
 
 
-def _stopped_at(task: Task, situation: Situation) -> float:
-    """When a task that is still stopping counts as stopped, whatever its node reports."""
-    if is_lost(situation.node_of(task)):
+def stopped_at(task: Task, situation: Situation) -> float:
+    """When a task that is stopping, or is to be retired now, counts as stopped, whatever its node reports.
+
+    A node that was down hears that the task is to stop when it is back.
+    """
+    node = situation.node_of(task)
+    if node is None or is_lost(node):
         return situation.node_stops_at(task)
-    return situation.seen.retired(task) + STOP_TIMEOUT_S
+    retired_at = situation.now if task.is_wanted else situation.seen.retired(task)
+    since = max(retired_at, situation.seen.back(node))
+    return since + stop_seconds_max(task, situation.service.spec.labels)
+
+
+def stop_seconds_max(task: Task, labels: Mapping[str, str]) -> float:
+    """How long a task of a service with ``labels`` may take to stop, with a margin.
+
+    It drains twice, until no new connections arrive and until its last ones have ended; then its grace period begins.
+    """
+    return 2 * drain_s(labels) + task.spec.stop_grace_s + STOP_MARGIN_S

@@ -9,8 +9,9 @@ An update has no state of its own: its progress is read from the slots.
   update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that the
   update has not started with: an update that this one overtook may have left it so.
 * A lead that ends before it ran for the monitor time is a failure, and so is one that is not settled within
-  the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
-  or are ignored; the update's message names the last one and its cause.
+  the progress deadline (a label of the service).  The deadline does not run while the lead is only held until the tasks
+  before it have stopped, which is bounded by itself; it begins again when the lead is started.  More failures than the
+  ratio allows pause the update, roll it back, or are ignored; the update's message names the last one and its cause.
 * A user may pause an update, and resume one (``manager/control/updates.py``).  Tasks that had ended before a resume
   fail no update.  One without progress holds up no other slot any more, and has the deadline once again: until then
   the update is not complete.
@@ -53,6 +54,7 @@ from skep.manager.orchestrator.changes import (
 )
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.restart import is_held
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
 from skep.manager.orchestrator.slots import (
     ENDED_BY_ITSELF,
@@ -101,6 +103,8 @@ class _SlotView(msgspec.Struct, frozen=True):
     started: Task | None
     """The task the slot was started with: its lead, or one of an earlier version with the same task spec
     (``_started``)."""
+    held: Slot
+    """Wanted tasks that wait for their time to start (``is_held``)."""
 
     @property
     def serves(self) -> bool:
@@ -116,7 +120,7 @@ class _SlotView(msgspec.Struct, frozen=True):
 def step_seconds_max(spec: ServiceSpec) -> float:
     """How long a step may make no progress before the update fails.
 
-    The stop grace period is added, because the new task may have to wait for the old one to stop.
+    The stop grace period is added, because the new task may have to wait for tasks of other slots to stop.
     """
     return progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
 
@@ -175,6 +179,7 @@ class _Rollout:
         """Deadlines that have not passed of tasks that have neither run nor ended."""
         self._stopped = 0
         """Slots without a running task whose new one is not settled."""
+        self._held = {task.id for view in views for task in view.held}
         self._seen = situation.seen
         self._now = situation.now
         self._spec_of = situation.spec_of
@@ -390,7 +395,7 @@ class _Rollout:
     def _ended_waiting_at(self, lead: Task) -> float | None:
         moments = (self._seen.running(lead), self._seen.ended(lead))
         settled_at = min((at for at in moments if at is not None), default=None)
-        since = self._seen.could_start(lead)
+        since = self._could_start(lead)
         if settled_at is None and since is not None and since + self._deadline_s <= self._now:
             return since + self._deadline_s
         return settled_at
@@ -401,13 +406,17 @@ class _Rollout:
             yield Recheck(first)
 
     def _due_at(self, lead: Task) -> float:
-        """Infinity: it waits for another service, which has deadlines of its own; the time begins when that ends.
+        """Infinity: it waits for what has a deadline of its own; the time begins when that ends.
 
         And once again when a user resumes the update.
         """
-        since = self._seen.could_start(lead)
+        since = self._could_start(lead)
         resumed_at = self._seen.resumed(self._service.id)
         return inf if since is None else max(since, resumed_at) + self._deadline_s
+
+    def _could_start(self, lead: Task) -> float | None:
+        """None: it waits for another service, or for the tasks before it to stop."""
+        return None if lead.id in self._held else self._seen.could_start(lead)
 
     def _is_open(self, lead: Task) -> bool:
         return self._seen.running(lead) is None and self._seen.ended(lead) is None
@@ -457,9 +466,9 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     current = kept if not outdated else tuple([task for task in kept if task not in outdated])
     serving = tuple([task for task in outdated if _may_serve(task, situation)]) if outdated else ()
     first, lead = _leads(past, situation, is_given_up=bool(outdated) and not current)
-    return _SlotView(
-        slot, current, outdated, serving, lead, first, lead or _started(past, current, situation)
-    )
+    started = lead or _started(past, current, situation)
+    held = tuple([task for task in kept if is_held(task, slot, situation)])
+    return _SlotView(slot, current, outdated, serving, lead, first, started, held)
 
 
 def _retired(tasks: Iterable[Task]) -> Iterator[RetireTask]:

@@ -51,6 +51,15 @@ def test_it_names_the_task_that_it_waits_for_and_until_when() -> None:
     )
 
 
+def test_while_its_predecessor_stops_there_is_no_deadline() -> None:
+    done, lead, _ = slots(RUNNING, TaskState.READY, RUNNING)
+    lead = replace(lead, desired_state=TaskState.READY)
+    predecessor = a_task("t2-before", slot=2, node="n1", desired=TaskState.SHUTDOWN)
+    found = reported(updated(), done, lead, predecessor, new=("t1", "t2"))
+    assert found is not None
+    assert found.deadline is None
+
+
 def test_the_one_that_waits_for_longest_is_named() -> None:
     tasks = slots(PENDING, PENDING, PENDING)
     later = [replace(task, created_at=Timestamp("2026-01-31T12:00:05Z")) for task in tasks[:2]]

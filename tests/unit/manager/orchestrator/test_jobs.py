@@ -1,11 +1,13 @@
 """Jobs: so many runs to their end, so many at a time; or one on each node that was there."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Cause, FillSlot, Recheck, RemoveService, RetireTask
 from skep.manager.orchestrator.reaper.history import surplus_history
+from skep.model.ids import NodeId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
@@ -140,6 +142,74 @@ def test_another_iteration_runs_everything_again_and_keeps_what_ended_as_history
     assert world.tasks[done.id].desired_state is TaskState.SHUTDOWN
     assert world.tasks[running.id].desired_state is TaskState.REMOVE
     assert sorted(task.slot for task in live(world) if task.job_iteration == Version(index=1)) == [1, 2]
+
+
+def run_again(world: World) -> Version:
+    """A user, or the schedule, asks for another run."""
+    before = world.service.job_status
+    assert before is not None
+    iteration = Version(index=before.job_iteration.index + 1)
+    world.put(replace(world.service, job_status=JobStatus(job_iteration=iteration, last_execution=ASKED_AT)))
+    return iteration
+
+
+def of(world: World, iteration: Version) -> list[Task]:
+    return [task for task in live(world) if task.job_iteration == iteration]
+
+
+@pytest.mark.parametrize("job", [a_job(concurrent=2, total=2), a_global_job()])
+def test_another_iteration_starts_when_the_tasks_of_the_last_one_have_stopped(job: Service) -> None:
+    world = World(job, nodes=[an_old_node("n1"), an_old_node("n2")])
+    world.settle()
+    first, second = live(world)
+    for task, node in ((first, "n1"), (second, "n2")):
+        world.put(replace(task, node_id=NodeId(node)))
+        world.report(task.id, TaskState.RUNNING)
+    iteration = run_again(world)
+    world.now = 100.0
+    world.settle()
+    assert [task.desired_state for task in of(world, iteration)] == [TaskState.READY] * 2
+    world.report(first.id, TaskState.SHUTDOWN)
+    assert world.steps() == [Recheck(142.0)], "of the whole run, not of one slot"
+    world.report(second.id, TaskState.SHUTDOWN)
+    world.settle()
+    assert [task.desired_state for task in of(world, iteration)] == [TaskState.COMPLETE] * 2
+
+
+def test_an_iteration_waits_no_longer_than_the_last_one_may_take_to_stop_and_not_for_a_lost_node() -> None:
+    for node, waits_until in ((a_node("n1"), 142.0), (a_node("n1", state=NodeState.DOWN), None)):
+        world = World(a_job(concurrent=1, total=1), nodes=[a_node("n1")])
+        world.settle()
+        (task,) = live(world)
+        world.put(replace(task, node_id=NodeId("n1")))
+        world.report(task.id, TaskState.RUNNING)
+        iteration = run_again(world)
+        world.now = 100.0
+        world.nodes[node.id] = node
+        world.settle()
+        if waits_until is not None:
+            assert world.steps() == [Recheck(waits_until)]
+            world.now = waits_until
+            world.settle()
+        assert [task.desired_state for task in of(world, iteration)] == [TaskState.COMPLETE]
+
+
+def test_what_replaces_a_task_of_a_run_that_waits_for_the_last_one_waits_too() -> None:
+    world = World(a_job(concurrent=1, total=1, restart=RestartPolicy(delay=0)), nodes=[a_node("n1")])
+    world.settle()
+    (old,) = live(world)
+    world.put(replace(old, node_id=NodeId("n1")))
+    world.report(old.id, TaskState.RUNNING)
+    iteration = run_again(world)
+    world.settle()
+    (refused,) = of(world, iteration)
+    world.report(refused.id, TaskState.REJECTED)
+    world.settle()
+    (successor,) = of(world, iteration)
+    assert (successor.id != refused.id, successor.desired_state) == (True, TaskState.READY)
+    world.report(old.id, TaskState.SHUTDOWN)
+    world.settle()
+    assert of(world, iteration)[0].desired_state is TaskState.COMPLETE
 
 
 def test_a_global_job_runs_once_on_each_node_that_was_there() -> None:

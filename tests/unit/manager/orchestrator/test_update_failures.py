@@ -24,6 +24,7 @@ from skep.model.task import TaskState, TaskStatus
 from skep.model.times import SECOND_NS
 from tests.support.builders import a_node
 from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
+from tests.support.worlds import World
 
 RUNNING = TaskState.RUNNING
 
@@ -162,6 +163,55 @@ def test_time_in_which_a_task_waits_for_another_service_is_not_that_of_the_deadl
     world.now = 3_640.0
     world.settle()
     assert state(world) is UpdateState.PAUSED
+
+
+def test_time_in_which_a_task_waits_for_the_last_one_to_stop_is_not_that_of_the_deadline() -> None:
+    """A node that is down stops it by itself, for which the service gives it 15 minutes and the stop grace."""
+    world = held_by_a_lost_node()
+    (new,) = wanted(world)
+    for now in (610.0, 909.9):
+        world.now = now
+        world.settle()
+        assert (state(world), world.tasks[new.id].desired_state) == (UpdateState.UPDATING, TaskState.READY)
+        assert [step for step in world.steps() if isinstance(step, Recheck)] == [Recheck(910.0)]
+    world.now = 910.0
+    world.settle()
+    assert (state(world), world.tasks[new.id].desired_state) == (UpdateState.UPDATING, RUNNING)
+    assert world.steps() == [Recheck(910.0 + 610.0)]
+    world.now = 910.0 + 610.0
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+
+
+@pytest.mark.parametrize("node", [a_node("n1"), None])
+def test_a_task_that_waits_for_a_node_that_is_back_or_removed_has_its_deadline_from_its_start(
+    node: Node | None,
+) -> None:
+    world = held_by_a_lost_node()
+    (new,) = wanted(world)
+    world.now = 700.0
+    if node is None:
+        del world.nodes[NodeId("n1")]
+    else:
+        world.nodes[node.id] = node
+        world.stop_all()
+    world.settle()
+    assert (state(world), world.tasks[new.id].desired_state) == (UpdateState.UPDATING, RUNNING)
+    assert world.steps() == [Recheck(700.0 + 610.0)]
+
+
+def held_by_a_lost_node() -> World:
+    """The new task is ready on n2, and n1, which runs the old one, is down: the service's nodes stop tasks."""
+    world = a_world(replicas=1)
+    labels = {"skep.on-disconnect": "stop", "skep.on-disconnect-delay": "15m"}
+    world.nodes = {node.id: node for node in (a_node("n1", state=NodeState.DOWN), a_node("n2"))}
+    world.update(replace(a_spec("app:2", replicas=1), labels=labels))
+    world.settle()
+    (new,) = wanted(world, "app:2")
+    world.put(replace(new, node_id=NodeId("n2"), status=replace(new.status, state=TaskState.READY)))
+    world.settle()
+    assert wanted(world) == [world.tasks[new.id]]
+    return world
 
 
 def test_a_task_that_is_not_restarted_and_whose_node_is_lost_fails_the_update_at_its_deadline() -> None:
@@ -389,6 +439,8 @@ def test_a_slot_begun_under_a_version_with_other_labels_takes_its_place_until_it
     world.update(replace(spec, labels={**spec.labels, "more": "words"}))
     world.settle()
     assert (len(wanted(world, "app:1")), len(wanted(world, "app:2"))) == (1, 1)
+    world.stop_all()
+    world.settle()
     assert Recheck(40.0) in world.steps()
     world.now = 40.0
     world.settle()

@@ -194,7 +194,7 @@ def test_a_task_that_is_overdue_as_it_waits_for_its_turn_stops_no_further_slot()
         world.put(a_task(slot=slot, node="n1", service=world.service, state=READY, desired=READY))
         world.settle()
         assert slots_without_service(world.tasks.values()) == {1}
-    deadline_s = step_seconds_max(world.service.spec)
+    deadline_s = 1 + step_seconds_max(world.service.spec)  # since the first of them was started
     for at in (deadline_s, deadline_s + 2):
         world.now = at
         world.settle()
