@@ -15,6 +15,7 @@ from skep.aio.clock import SystemClock
 from skep.manager.allocator import loop as allocator_module
 from skep.manager.allocator.addresses import _Pool
 from skep.manager.allocator.loop import Allocator
+from skep.manager.allocator.subnets import allocated
 from skep.model import routes
 from skep.model.ids import new_id
 from skep.model.network import IPAMConfig, Network
@@ -93,7 +94,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(_Pool, "first_free", counted("searches", _Pool.first_free))
     monkeypatch.setattr(Allocator, "_release", counted("tasks", Allocator._release))
-    monkeypatch.setattr(allocator_module, "allocated", counted("networks", allocator_module.allocated))
+    monkeypatch.setattr(allocator_module, "allocated", counted("networks", allocated))
     return counts
 
 
