@@ -40,7 +40,7 @@ from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
 from skep.model.assignment import AssignmentSet
-from skep.model.ids import IdSource, NodeId, ServiceId, SessionId, TaskId
+from skep.model.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.model.labels import DisconnectPolicy
 from skep.model.network import Network
 from skep.model.node import Node
@@ -295,14 +295,14 @@ def _suspects_all() -> list[Patch]:
 def _gives_back_early() -> list[Patch]:
     real = Allocations.enter_task
 
-    def enter_task(self: Allocations, task: Task) -> bool:
+    def enter_task(self: Allocations, task: Task) -> frozenset[NetworkId]:
         return real(self, task) if task.is_wanted else self.leave_task(task.id)
 
     return [Patch(Allocations, "enter_task", enter_task)]
 
 
 def _gives_back_never() -> list[Patch]:
-    return [Patch(Allocations, "leave_task", lambda self, task_id: False)]
+    return [Patch(Allocations, "leave_task", lambda self, task_id: frozenset())]
 
 
 def _keeps_removed_networks() -> list[Patch]:

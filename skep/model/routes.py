@@ -62,6 +62,11 @@ def routes_of(node: Node) -> tuple[MachineRoute, ...]:
     return _read(_label_of(node))
 
 
+def differ_in_routes(one: Node, other: Node) -> bool:
+    """Whether two states of a node have different routes."""
+    return _label_of(one) != _label_of(other)
+
+
 def routes_of_all(nodes: Iterable[Node]) -> frozenset[Subnet]:
     """The routes of all ``nodes``.  Many nodes have equal labels, so each label is parsed once."""
     labels = {_label_of(node) for node in nodes}
@@ -91,7 +96,7 @@ def _label_of(node: Node) -> str:
     return node.description.engine.labels.get(ROUTES_LABEL, "")[:_LABEL_CHARACTERS_MAX]
 
 
-@lru_cache(4096)
+@lru_cache(16_384)  # more than nodes: those of all are asked for
 def _read(label: str) -> tuple[MachineRoute, ...]:
     routes = []
     for item in label.split()[:ROUTES_MAX]:

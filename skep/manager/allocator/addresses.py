@@ -10,6 +10,7 @@ Source: moby, libnetwork/ipams/default (RequestAddress, serial allocation); swar
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
+from itertools import filterfalse
 from socket import AF_INET, inet_pton
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ import msgspec
 from skep.errors import SkepError
 from skep.model.addresses import parsed
 from skep.model.ids import NetworkId
-from skep.model.network import IPAMConfig, Network, network_of, subnet_of
+from skep.model.network import IPAMConfig, IPAMOptions, Network, network_of, subnet_of
 
 _Key: TypeAlias = tuple[NetworkId, int]
 """A network and an IP version.  Addresses are kept as numbers: a new leader enters those of all tasks, and objects of
@@ -55,17 +56,24 @@ class AddressAllocations:
         """Number of owners of an address."""
         self._held: dict[str, tuple[tuple[_Key, int], ...]] = {}
         self._last: dict[_Key, int] = {}
+        self._full: dict[_Key, IPAMOptions | None] = {}
+        """Where no address was found, with the pools that were searched; until one is released."""
 
-    def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
-        """Set the addresses (``ip/length``) of ``owner``, in place of its earlier ones."""
-        self._hold(owner, tuple([_parsed(network_id, text) for network_id, text in addresses]))
+    def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> frozenset[NetworkId]:
+        """Set the addresses (``ip/length``) of ``owner``, in place of its earlier ones; gives the networks of those
+        that it has no more."""
+        return self._hold(owner, tuple([_parsed(network_id, text) for network_id, text in addresses]))
 
-    def _hold(self, owner: str, held: tuple[tuple[_Key, int], ...]) -> None:
+    def _hold(self, owner: str, held: tuple[tuple[_Key, int], ...]) -> frozenset[NetworkId]:
+        before = self._held.get(owner, ())
+        if before == held:
+            return frozenset()
         self.release(owner)
         for key, number in held:
             self._take(key, number)
         if held:
             self._held[owner] = held
+        return frozenset(one[0][0] for one in before if one not in held)
 
     def _take(self, key: _Key, number: int) -> None:
         taken = self._taken.get(key)
@@ -83,6 +91,7 @@ class AddressAllocations:
             taken[number] -= 1
             if not taken[number]:
                 del taken[number]
+                self._full.pop(key, None)
             if not taken:
                 del self._taken[key]
         return frozenset(network_id for (network_id, _), _ in held)
@@ -90,6 +99,13 @@ class AddressAllocations:
     def is_used(self, network_id: NetworkId) -> bool:
         """Whether any address of the network is allocated."""
         return (network_id, 4) in self._taken or (network_id, 6) in self._taken
+
+    def is_full(self, network: Network) -> bool:
+        """Whether a search has found no address of an IP version since the last one was released."""
+        return any(self._is_full((network.id, version), network) for version in (4, 6))
+
+    def _is_full(self, key: _Key, network: Network) -> bool:
+        return key in self._full and self._full[key] == network.ipam_options
 
     def usage(self, network: Network) -> Usage:
         """How full an allocated network is.  Cheap: called for every task."""
@@ -141,6 +157,8 @@ class AddressAllocations:
     def _next(self, network: Network, taken: Mapping[int, int], version: int) -> tuple[int, int]:
         """The next free address after the last one allocated, continuing from the start of the pools."""
         key = (network.id, version)
+        if self._is_full(key, network):
+            raise _no_address(network, version)
         if key not in self._last and taken:
             self._last[key] = max(taken)  # a new leader: allocations of earlier terms are not known
         last = self._last.get(key)
@@ -151,10 +169,15 @@ class AddressAllocations:
             if number is not None:
                 self._last[key] = number
                 return number, pool.length
-        raise NoAddress(
-            f"no available IPv{version} addresses on this network's address pools: "
-            f"{network.spec.name} ({network.id})"
-        )
+        self._full[key] = network.ipam_options
+        raise _no_address(network, version)
+
+
+def _no_address(network: Network, version: int) -> NoAddress:
+    return NoAddress(
+        f"no available IPv{version} addresses on this network's address pools: "
+        f"{network.spec.name} ({network.id})"
+    )
 
 
 def _parsed(network_id: NetworkId, text: str) -> tuple[_Key, int]:
@@ -204,12 +227,10 @@ class _Pool:
         return number not in self._reserved and number not in taken
 
     def first_free(self, taken: Mapping[int, int], after: int | None) -> int | None:
-        number = after + 1 if after is not None else self.first
-        while number <= self.last:
-            if self.can_allocate(number, taken):
-                return number
-            number += 1
-        return None
+        numbers = range(after + 1 if after is not None else self.first, self.last + 1)
+        # In C: of a network with 65,000 addresses the last one is found in a millisecond or two.
+        free = filterfalse(taken.__contains__, numbers)
+        return next((number for number in free if number not in self._reserved), None)
 
 
 def _pools(network: Network) -> Iterator[_Pool]:

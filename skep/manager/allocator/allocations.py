@@ -52,24 +52,24 @@ class Allocations:
         self._gone.add(network.id)
         self._forget_gone((network.id,))
 
-    def enter_service(self, service: Service) -> None:
-        """Update a service's ports and virtual addresses."""
+    def enter_service(self, service: Service) -> frozenset[NetworkId]:
+        """Update a service's ports and virtual addresses; gives the networks of those that it released."""
         self.ports.enter(service)
         if service.removed_at is None and service.spec.publishes_in_ingress:
             self.publishing.add(service.id)
         else:
             self.publishing.discard(service.id)
         addresses = [(one.network_id, one.addr) for one in service.endpoint.virtual_ips if one.addr]
-        self._hold(service_owner(service.id), addresses)
+        return self._hold(service_owner(service.id), addresses)
 
-    def leave_service(self, id: ServiceId) -> None:
-        """Release the ports and virtual addresses of a service whose last task has ended."""
+    def leave_service(self, id: ServiceId) -> frozenset[NetworkId]:
+        """Release the ports and virtual addresses of a service whose last task has ended; gives the networks."""
         self.ports.leave(id)
         self.publishing.discard(id)
-        self._forget_gone(self.addresses.release(service_owner(id)))
+        return self._release(service_owner(id))
 
-    def enter_task(self, task: Task) -> bool:
-        """Update a task's addresses; gives whether it released any."""
+    def enter_task(self, task: Task) -> frozenset[NetworkId]:
+        """Update a task's addresses; gives the networks of those that it released."""
         if not occupies_networks(task):
             return self.leave_task(task.id)
         addresses = _addresses(task.networks_attachments) if task.networks_attachments else ()
@@ -79,27 +79,25 @@ class Allocations:
                 if network is not None and not self.networks.has(network.id):
                     self.networks.enter(network)
                     self._gone.add(network.id)
-            self._hold(task.id, addresses)
-        return False
+            return self._hold(task.id, addresses)
+        return frozenset()
 
-    def leave_task(self, id: TaskId) -> bool:
-        """The task has ended, or its allocation was not written; gives whether it released addresses."""
-        released = self.addresses.release(id)
-        self._forget_gone(released)
-        return bool(released)
+    def leave_task(self, id: TaskId) -> frozenset[NetworkId]:
+        """The task has ended, or its allocation was not written; gives the networks of its addresses."""
+        return self._release(id)
 
-    def enter_node(self, node: Node) -> None:
-        """Update a node's plane and its addresses on networks."""
+    def enter_node(self, node: Node) -> frozenset[NetworkId]:
+        """Update a node's plane and its addresses on networks; gives the networks of those that it released."""
         if is_docker_node(node):
             self.docker_nodes.add(node.id)
         else:
             self.docker_nodes.discard(node.id)
-        self._hold(node_owner(node.id), _addresses(node.attachments))
+        return self._hold(node_owner(node.id), _addresses(node.attachments))
 
-    def leave_node(self, node: Node) -> None:
-        """Release the addresses of a removed node."""
+    def leave_node(self, node: Node) -> frozenset[NetworkId]:
+        """Release the addresses of a removed node; gives their networks."""
         self.docker_nodes.discard(node.id)
-        self._forget_gone(self.addresses.release(node_owner(node.id)))
+        return self._release(node_owner(node.id))
 
     def allocate(self, owner: str, network: Network, requested: str = "") -> str:
         """Allocate an address for a service, task or node.  Raises: NoAddress."""
@@ -113,11 +111,15 @@ class Allocations:
         """Allocate a service's virtual address of one IP version.  Raises: NoAddress."""
         return (self.addresses.allocate_6 if version == 6 else self.addresses.allocate)(owner, network)
 
-    def _hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
-        before = self.addresses.release(owner)
-        self.addresses.hold(owner, addresses)
-        if before:
-            self._forget_gone(before)
+    def _hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> frozenset[NetworkId]:
+        released = self.addresses.hold(owner, addresses)
+        self._forget_gone(released)
+        return released
+
+    def _release(self, owner: str) -> frozenset[NetworkId]:
+        released = self.addresses.release(owner)
+        self._forget_gone(released)
+        return released
 
     def _forget_gone(self, ids: Iterable[NetworkId]) -> None:
         for id in ids:

@@ -30,9 +30,10 @@ class Attached(msgspec.Struct, frozen=True):
 
 
 class NotAttached(msgspec.Struct, frozen=True):
-    """The task has to wait; ``reason`` is shown on it."""
+    """The task has to wait for a network, or for an address of it; ``reason`` is shown on it."""
 
     reason: str
+    network_id: NetworkId
 
 
 class Networks(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,19 +62,20 @@ def attachments_for(
     attachments = []
     addresses = {one.network.id: one.addresses for one in requested if one.network}
     for wanted in wanted_networks(spec, networks.ingress):
-        network = networks.find(NetworkId(wanted.target))
+        id = NetworkId(wanted.target)
+        network = networks.find(id)
         if network is None:
-            return NotAttached(f"network {wanted.target} not found")
+            return NotAttached(f"network {id} not found", id)
         if not is_overlay(network):
             attachments.append(NetworkAttachment(network=network, aliases=wanted.aliases))
             continue
         if not has_addresses(network):
             name = network.spec.name or network.id
-            return NotAttached(f"network {name} is not allocated: {networks.failure(network.id)}")
+            return NotAttached(f"network {name} is not allocated: {networks.failure(network.id)}", id)
         try:
             given = allocate(network, addresses.get(network.id, ()))
         except NoAddress as error:
-            return NotAttached(str(error))
+            return NotAttached(str(error), id)
         attachments.append(NetworkAttachment(network=network, addresses=given, aliases=wanted.aliases))
     return Attached(tuple(attachments))
 

@@ -1,14 +1,17 @@
 """The allocator's loop: allocates subnets of networks and endpoints of services, then sets tasks to PENDING."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from random import Random
+from typing import TypeVar
 
 import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices, run_in_slices
-from skep.manager.allocator.addresses import AddressAllocations
+from skep.manager.allocator.addresses import AddressAllocations, NoAddress
 from skep.manager.allocator.allocations import Allocations, node_owner, service_owner
 from skep.manager.allocator.attachments import (
     Attached,
@@ -39,15 +42,16 @@ from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.unread import Unread, check_known
 from skep.manager.allocator.virtual_ips import virtual_ips_for
+from skep.manager.allocator.waiting import Waiting
 from skep.manager.failures import Failures, for_each_isolated, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.work_queue import WorkQueue
-from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
+from skep.model.ids import IdSource, NetworkId, ServiceId
 from skep.model.labels import priority_of
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
-from skep.model.routes import routes_of_all
+from skep.model.routes import differ_in_routes, routes_of, routes_of_all
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
@@ -67,6 +71,8 @@ from skep.store.kinds import UNKNOWN_SPEC, has_unknown_spec
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 ENDPOINTS = "endpoints"
 CLAIMS = "claims of networks"
 BATCH = 500
@@ -85,13 +91,10 @@ class Allocator:
         self._failures = Failures(clock, random)
         self._allocations = Allocations()
         self._loading: Iterator[None] = iter(())
-        self._new: dict[ServiceId, dict[TaskId, None]] = {}
-        """Tasks not yet released, by service: the work is in proportion to them, not to all tasks of the service."""
+        self._waiting = Waiting()
         self._unallocated: dict[NetworkId, str] = {}
         """Networks that cannot be allocated, with the reason."""
         self._fullness = FullnessWarnings()
-        self._has_waiting_tasks = False
-        """Whether a task waits for an address: then a released address requeues all waiting tasks."""
         self._unread: dict[str, set[str]] = {}
         """Owner whose addresses cannot be read -> keys that wait for one of its networks until it changes."""
 
@@ -106,7 +109,7 @@ class Allocator:
 
     def _on_snapshot(self, _snapshot: View) -> None:
         self._allocations = Allocations()
-        self._new.clear()
+        self._waiting = Waiting()
         self._unallocated.clear()
         self._unread.clear()
         self._loading = self._load()
@@ -146,8 +149,7 @@ class Allocator:
                 self._queue.add((service.id,))
             case Deleted(Service() as service):
                 self._update_service(service.id)
-                self._new.pop(service.id, None)
-                self._queue_unallocated()
+                self._waiting.forget_service(service.id)
                 self._failures.clear(service.id)
                 self._failures.clear_write_failure(ENDPOINTS, service.id)
                 self._failures.clear(f"tasks of {service.id}")
@@ -160,6 +162,7 @@ class Allocator:
                     self._queue_node_of(task)
             case Deleted(Task() as task):
                 self._update_task(task)
+                self._waiting.remove(task.service_id, task.id)
             case Created(Network() as network) | Updated(_, Network() as network):
                 self._update_network(network)
             case Deleted(Network() as network):
@@ -167,45 +170,51 @@ class Allocator:
                 self._unallocated.pop(network.id, None)
                 self._fullness.forget(network.id)
                 self._failures.clear_write_failure(CLAIMS, network_key(network.id))
+                self._queue.add(self._waiting.woken(network.id))
                 self._queue_unallocated()
                 self._queue_nodes()
-            case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
+            case Created(Node() as node):  # more routes leave no more room for a network
                 self._update_node(node)
+                routes_of(node)  # parsed here, one by one, and not all of them for the first network
+            case Updated(Node() as before, Node() as node):
+                self._update_node(node)
+                if differ_in_routes(before, node):
+                    self._queue_unallocated()
+            case Deleted(Node() as node):
+                self._update_node(node)
+                if routes_of(node):
+                    self._queue_unallocated()
             case Updated(Swarm() as old, Swarm() as swarm) if _pools(old) != _pools(swarm):
                 self._queue_unallocated()
 
     def _update_service(self, id: ServiceId) -> None:
         service = self._term.view().lookup(Service, id)
         was_published = bool(self._allocations.publishing)
-        if service is None:
+        self._on_released(
             self._allocations.leave_service(id)
-        else:
-            self._allocations.enter_service(service)
+            if service is None
+            else self._allocations.enter_service(service)
+        )
         if self._allocations.publishing and not was_published:
             self._queue_nodes()
 
     def _update_task(self, task: Task) -> None:
         current = self._term.view().lookup(Task, task.id)
-        gave_back = (
+        released = (
             self._allocations.leave_task(task.id)
             if current is None
             else self._allocations.enter_task(current)
         )
-        if gave_back:
+        if released:
             self._queue_node_of(task)
-            self._queue_unallocated()
-            if self._has_waiting_tasks:
-                self._has_waiting_tasks = False
-                self._queue.add(self._new)
+            self._on_released(released)
 
     def _update_node(self, node: Node) -> None:
         current = self._term.view().lookup(Node, node.id)
         is_known = node.id in self._allocations.docker_nodes
-        if current is None:
-            self._allocations.leave_node(node)
-        else:
-            self._allocations.enter_node(current)
-        self._queue_unallocated()
+        self._on_released(
+            self._allocations.leave_node(node) if current is None else self._allocations.enter_node(current)
+        )
         if current is None:
             return
         if (is_docker_node(current) and not is_known) or self._needs_ingress_address(current):
@@ -227,7 +236,7 @@ class Allocator:
 
     def _queue_new_task(self, task: Task) -> None:
         if is_new(task):
-            self._new.setdefault(task.service_id, {})[task.id] = None
+            self._waiting.add(task.service_id, task.id)
             self._queue.add((task.service_id,))
             self._queue_node_of(task)
 
@@ -241,12 +250,19 @@ class Allocator:
             self._queue.add((network_key(network.id),))
             return
         self._unallocated.pop(network.id, None)
-        self._queue.add(self._new)  # some of them may wait for this network
+        self._queue.add(self._waiting.woken(network.id))
         if network.spec.ingress:
             self._queue_for_ingress()
 
+    def _on_released(self, networks: Iterable[NetworkId]) -> None:
+        """Addresses of ``networks`` were released: queue what waits for them."""
+        for id in sorted(networks):
+            self._queue.add(self._waiting.woken(id))
+            if not self._allocations.networks.has(id):  # it was removed before, and this was its last address
+                self._queue_unallocated()
+
     def _queue_unallocated(self) -> None:
-        """A removed network's subnet is free once its last address is released: another network may wait for it."""
+        """There may be room for further networks."""
         self._queue.add([network_key(id) for id in self._unallocated])
 
     def _queue_for_ingress(self) -> None:
@@ -272,7 +288,8 @@ class Allocator:
             known = self._networks()
             await self._commit(ENDPOINTS, (self._endpoint(id, known) for id in services))
             await self._commit("node attachments", (self._attached_node(id, known) for id in nodes))
-            await self._commit("releases", (self._releases(id, known) for id in services))
+            releases = chain.from_iterable(self._releases(id, known) for id in services)
+            await self._commit("releases", releases)
 
     def _claims(self, id: NetworkId) -> list[Grant]:
         """The claims of a network that the store has not taken yet."""
@@ -304,8 +321,9 @@ class Allocator:
             except NotAllocated as error:
                 if id not in self._unallocated:
                     log.warning("network not allocated", network=network.spec.name, reason=str(error))
-                self._unallocated[id] = str(error)
-                self._queue.add(self._new)
+                if self._unallocated.get(id) != str(error):
+                    self._unallocated[id] = str(error)
+                    self._queue.add(self._waiting.woken(id))  # they say so
             else:
                 self._allocations.enter_network(
                     given
@@ -323,8 +341,8 @@ class Allocator:
             owner = service_owner(service_id)
 
             def allocate(network: Network, version: int) -> str:
-                self._check_known(owner, service_id, network)
-                return self._allocations.allocate_virtual(owner, network, version)
+                give = partial(self._allocations.allocate_virtual, owner, network, version)
+                return self._given(owner, service_id, network, give)
 
             try:
                 virtual_ips = virtual_ips_for(service, networks, allocate)
@@ -357,8 +375,8 @@ class Allocator:
             owner, is_docker = node_owner(node_id), is_docker_node(node)
 
             def allocate(network: Network) -> tuple[str, ...]:
-                self._check_known(owner, node_key(node_id), network)
-                return self._node_addresses(owner, network, is_docker=is_docker)
+                give = partial(self._node_addresses, owner, network, is_docker=is_docker)
+                return self._given(owner, node_key(node_id), network, give)
 
             try:
                 attachments = node_attachments(node, wanted, allocate)
@@ -375,13 +393,20 @@ class Allocator:
             self._queue.add_at(node_key(node_id), failure.retry_at)
         return []
 
-    def _check_known(self, owner: str, key: str, network: Network) -> None:
-        """Raises: Unread: the ``key`` of ``owner`` is queued again when the other owner changes."""
+    def _given(self, owner: str, key: str, network: Network, give: Callable[[], T]) -> T:
+        """What ``give`` allocates for ``owner``.
+
+        Raises: NoAddress: ``key`` is queued again when one is released, or the owner of unread ones changes.
+        """
         try:
             if check_known(self._term.view(), owner, network):
                 self._allocations.addresses.leave_room(network)
+            return give()
         except Unread as error:
             self._unread.setdefault(error.owner, set()).add(key)
+            raise
+        except NoAddress:
+            self._waiting.wait(network.id, key)
             raise
 
     def _node_addresses(self, owner: str, network: Network, *, is_docker: bool) -> tuple[str, ...]:
@@ -390,51 +415,52 @@ class Allocator:
             return (self._allocations.allocate(owner, network),)
         return self._allocations.allocate_all(owner, network)
 
-    def _releases(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
-        """The results for the service's new tasks: released to the scheduler, or a reason to wait."""
-        grants: list[Grant] = []
+    def _releases(self, service_id: ServiceId, networks: Networks) -> Iterator[list[Grant]]:
+        """For each of the service's new tasks: released to the scheduler, or a reason to wait."""
         key = f"tasks of {service_id}"
         with self._failures.caught(key):
-            view = self._term.view()
-            tasks = self._new_tasks(view, service_id)
-            if (
-                failure := self._failures.of(service_id) or self._failures.refusal(ENDPOINTS, service_id)
-            ) is not None:
-                reason = f"allocation failed: {failure.error}"
-                grants = [Explain(task, reason) for task in tasks]
-            else:
-                grants = [self._release(view, task, networks) for task in tasks]
+            for id in self._waiting.due(service_id, self._is_full):
+                view = self._term.view()
+                task = view.lookup(Task, id)
+                if task is None or not is_new(task):
+                    self._waiting.remove(service_id, id)
+                    yield []
+                elif failure := (
+                    self._failures.of(service_id) or self._failures.refusal(ENDPOINTS, service_id)
+                ):
+                    yield [Explain(task, f"allocation failed: {failure.error}")]
+                else:
+                    yield [self._release(view, task, networks)]
         for failure in (self._failures.of(service_id), self._failures.of(key)):
             if failure is not None:
                 self._queue.add_at(service_id, failure.retry_at)
-        return grants
 
-    def _new_tasks(self, view: View, service_id: ServiceId) -> list[Task]:
-        """The service's tasks that are still NEW; the others are dropped."""
-        found = [view.lookup(Task, id) for id in self._new.pop(service_id, ())]
-        tasks = [task for task in found if task is not None and is_new(task)]
-        if tasks:
-            self._new[service_id] = {task.id: None for task in tasks}
-        return tasks
+    def _is_full(self, id: NetworkId) -> bool:
+        network = self._term.view().lookup(Network, id)
+        return network is not None and self._allocations.addresses.is_full(network)
 
     def _release(self, view: View, task: Task, networks: Networks) -> Grant:
         if has_unknown_spec(view, task):
             return Explain(task, UNKNOWN_SPEC)
         spec = spec_or_template(view, task)
-        self._allocations.leave_task(task.id)  # of an earlier attempt
+        released = self._allocations.leave_task(task.id)  # of an earlier attempt
 
         def allocate(network: Network, requested: Sequence[str]) -> tuple[str, ...]:
-            self._check_known(task.id, task.service_id, network)
-            return self._allocations.allocate_all(task.id, network, requested)
+            give = partial(self._allocations.allocate_all, task.id, network, requested)
+            return self._given(task.id, task.service_id, network, give)
 
         match attachments_for(spec, networks, allocate, task.networks_attachments):
             case Attached(attachments):
                 self._fullness.check((one.network for one in attachments), self._allocations.addresses)
                 return Release(task, attachments)
-            case NotAttached(reason):
+            case NotAttached(reason, network_id):
                 self._allocations.leave_task(task.id)
                 self._allocations.enter_task(task)  # it has addresses if its status alone cannot be read
-                self._has_waiting_tasks = True
+                self._waiting.wait(network_id, task.service_id)
+                if not task.networks_attachments:
+                    self._on_released(released)
+                    if self._is_full(network_id):
+                        self._waiting.park(task.service_id, task.id, network_id)
                 return Explain(task, reason)
 
     def _networks(self) -> Networks:
@@ -483,7 +509,7 @@ class Allocator:
             case AttachNode(node_id):
                 node = self._term.view().lookup(Node, node_id)
                 if node is not None:
-                    self._allocations.enter_node(node)
+                    self._on_released(self._allocations.enter_node(node))
             case Explain() | Claim():
                 pass
 

@@ -44,11 +44,11 @@ from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.statuses import Report, bounded, record_status, record_unpublished
 from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.dispatcher.usages import Usages
-from skep.manager.dispatcher.volumes import VolumeIndex
 from skep.manager.failures import isolated
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, configured_heartbeats, grace_period
 from skep.manager.informer import run_informer
 from skep.manager.peer_reports import PeerReport, PeerReports
+from skep.manager.volume_index import VolumeIndex
 from skep.model.autoscaling import TaskUsage
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId, VolumeId

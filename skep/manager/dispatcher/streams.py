@@ -10,7 +10,7 @@ import structlog
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import difference, everything
 from skep.manager.dispatcher.sessions import Sessions
-from skep.manager.dispatcher.volumes import VolumeIndex
+from skep.manager.volume_index import VolumeIndex
 from skep.model.assignment import AssignmentSet
 from skep.model.task import Task
 from skep.store.interface import Store

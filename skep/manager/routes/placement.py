@@ -106,7 +106,7 @@ async def accounting_of(view: View) -> Accounting:
     """What the nodes have, and what tasks hold of it."""
     accounting = Accounting()
     for volume in view.find(Volume):
-        accounting.set_volume(volume)
+        accounting.update_volume(volume.id, volume)
     for some_nodes in batched(view.find(Node), _PIECE):
         for node in some_nodes:
             accounting.set_node(node)

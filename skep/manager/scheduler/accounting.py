@@ -6,8 +6,9 @@ store, a new leader derives the same figures.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
+from typing import TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 from skep.manager.resources import GenericStock, reservations_of
 from skep.manager.scheduler.load import MeanLoad
 from skep.manager.scheduler.requirements import HostPort, Requirements, host_ports
-from skep.manager.scheduler.volumes import VolumeUse, VolumeUses, uses_of
+from skep.manager.scheduler.volumes import ClusterMount, VolumeUse, VolumeUses, uses_of
 from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.node import Node
 from skep.model.planes import is_docker_node
@@ -26,6 +27,8 @@ from skep.model.used_ports import used_ports_of
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import has_unknown_spec, spec_of
+
+K = TypeVar("K")
 
 _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 _NO_COPIES: Counter[NodeId] = Counter()
@@ -134,6 +137,10 @@ class Account:
         self.used_ports = used_ports_of(node)
         """Ports that no task has: plain containers and other programs of the machine use them."""
 
+    def has_driver(self, names: Collection[str]) -> bool:
+        """Whether the node has one of these drivers of cluster volumes."""
+        return any(one.plugin_name in names for one in self.node.description.csi_info)
+
     @property
     def given_rights(self) -> frozenset[Right]:
         """Rights over itself that the node gives tasks.  A Docker Engine gives none, whatever labels it has: it would
@@ -156,6 +163,8 @@ class Accounting:
         self._copies: dict[ServiceId, Counter[NodeId]] = {}
         self._changed: dict[NodeId, int] = {}
         """Node -> number of its last event, in order of these numbers."""
+        self._freed: dict[VolumeId, int] = {}
+        """Volume -> number of the last event that may let any node have it, in order of these numbers."""
         self._changes = 0
         self._failures: dict[tuple[ServiceId, int], dict[NodeId, list[float]]] = {}
         self._loads = MeanLoad()
@@ -167,11 +176,15 @@ class Accounting:
         """Incremented with each event that may improve a node: it changed, or a task released something."""
         return self._changes
 
-    def changed_since(self, changes: int) -> list[NodeId]:
-        """The nodes of the events after ``changes``, each once, the latest first."""
-        return [
-            id for id, number in takewhile(lambda item: item[1] > changes, reversed(self._changed.items()))
-        ]
+    def changed_since(self, changes: int, mounts: Sequence[ClusterMount] = ()) -> Collection[NodeId]:
+        """The nodes of the events after ``changes``, each once, the latest first.
+
+        ``mounts``: also the nodes that may have one of these volumes since then.
+        """
+        nodes = _since(changes, self._changed)
+        if not mounts or not (drivers := self.volumes.drivers_of(_since(changes, self._freed), mounts)):
+            return nodes
+        return dict.fromkeys((*nodes, *(id for id, one in self.accounts.items() if one.has_driver(drivers))))
 
     def copies(self, service_id: ServiceId) -> Counter[NodeId]:
         """Number of wanted tasks of the service per node.  Not to be modified.
@@ -219,15 +232,16 @@ class Accounting:
             self._set_load(node_id, None)
             self._record_change(node_id)
 
-    def set_volume(self, volume: Volume) -> None:
-        """A cluster volume was created or changed."""
-        self.volumes.set_volume(volume)
-        self._record_change_everywhere()
-
-    def remove_volume(self, id: VolumeId) -> None:
-        """A cluster volume was removed."""
-        self.volumes.remove_volume(id)
-        self._record_change_everywhere()
+    def update_volume(self, id: VolumeId, volume: Volume | None) -> bool:
+        """A cluster volume was created, changed or removed; gives whether it came to a node or went."""
+        is_freed = False
+        if volume is None:
+            nodes = self.volumes.remove_volume(id)
+            self._freed.pop(id, None)
+        else:
+            nodes, is_freed = self.volumes.set_volume(volume)
+        self._record_volume(nodes, (id,) if is_freed else ())
+        return bool(nodes)
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
         """Reserve for ``task`` on its node, in place of its earlier reservation."""
@@ -262,8 +276,7 @@ class Accounting:
             return False
         usage = self._usages[node_id].pop(task_id)
         if usage.volumes:
-            self.volumes.release(task_id, usage.volumes)
-            self._record_change_everywhere()
+            self._record_volume((), self.volumes.release(task_id, usage.volumes))
         if usage.is_active and usage.service_id:
             copies = self._copies[usage.service_id]
             copies[node_id] -= 1
@@ -309,15 +322,25 @@ class Accounting:
         if (own := self.accounts.get(node_id)) is not None:
             own.set_load(load if load is not None else self._loads.mean)
 
-    def _record_change_everywhere(self) -> None:
-        """What was released may help on any node."""
-        for id in self.accounts:
-            self._record_change(id)
+    def _record_volume(self, nodes: Iterable[NodeId], freed: Iterable[VolumeId]) -> None:
+        """``nodes``: where something changed; ``freed``: volumes that any node may have now."""
+        for node_id in nodes:
+            if node_id in self.accounts:
+                self._record_change(node_id)
+        for id in freed:
+            self._changes += 1
+            self._freed.pop(id, None)
+            self._freed[id] = self._changes
 
     def _record_change(self, node_id: NodeId) -> None:
         self._changes += 1
         self._changed.pop(node_id, None)
         self._changed[node_id] = self._changes
+
+
+def _since(changes: int, numbers: dict[K, int]) -> list[K]:
+    """Those with a larger number, the latest first."""
+    return [id for id, number in takewhile(lambda item: item[1] > changes, reversed(numbers.items()))]
 
 
 def holds_resources(task: Task) -> bool:

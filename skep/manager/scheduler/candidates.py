@@ -54,7 +54,8 @@ class Candidates:
         With pauses, in which nodes may change: they are checked once more.
         """
         while self._seen != (changes := self._accounting.changes):
-            for number, id in enumerate(self._accounting.changed_since(self._seen), 1):
+            mounts = self._requirements.cluster_volumes
+            for number, id in enumerate(self._accounting.changed_since(self._seen, mounts), 1):
                 self._update_node(id)
                 if number % STEP == 0:
                     yield

@@ -1,6 +1,6 @@
 """Pending tasks that are decided together."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 
 from skep.model.ids import TaskId
@@ -18,9 +18,16 @@ class Groups:
         """Of every pending task."""
         self._tasks: dict[Group, dict[TaskId, None]] = {}
         """The tasks of a group, those that wait longest first; not of a single task, whose group is its id."""
+        self._sources: dict[Group, Sequence[str]] = {}
+        """Of their mounts of cluster volumes."""
+        self._by_source: dict[str, set[Group]] = {}
 
-    def enter(self, id: TaskId, group: Group) -> None:
-        """A task is in the group from now on."""
+    def enter(self, id: TaskId, group: Group, sources: Sequence[str] = ()) -> None:
+        """A task is in the group from now on.  ``sources``: of its mounts of cluster volumes."""
+        if sources and group not in self._sources:
+            self._sources[group] = sources
+            for source in sources:
+                self._by_source.setdefault(source, set()).add(group)
         self.of[id] = group
         if group != id:
             self._tasks.setdefault(group, {})[id] = None
@@ -28,14 +35,28 @@ class Groups:
     def leave(self, id: TaskId) -> Group | None:
         """A task is in no group any more; gives the one that it was in, if that is empty now."""
         group = self.of.pop(id, None)
-        if group is None or group == id:
-            return group
-        others = self._tasks[group]
-        del others[id]
-        if others:
+        if group is None:
             return None
-        del self._tasks[group]
+        if group != id:
+            others = self._tasks[group]
+            del others[id]
+            if others:
+                return None
+            del self._tasks[group]
+        for source in self._sources.pop(group, ()):
+            self._by_source[source].discard(group)
+            if not self._by_source[source]:
+                del self._by_source[source]
         return group
+
+    def mounting(self, sources: Iterable[str]) -> set[Group]:
+        """The groups with mounts of these sources."""
+        return set().union(*(self._by_source.get(source, ()) for source in sources))
+
+    @property
+    def with_volumes(self) -> Collection[Group]:
+        """The groups with mounts of cluster volumes."""
+        return self._sources.keys()
 
     def ids(self, group: Group) -> Collection[TaskId]:
         """The tasks of a group, those that wait longest first."""

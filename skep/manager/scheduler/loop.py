@@ -28,12 +28,13 @@ from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confir
 from skep.manager.scheduler.preemption import Nomination, Preempt
 from skep.manager.scheduler.preemptor import Preemptor
 from skep.manager.scheduler.priorities import HELD_S
-from skep.manager.scheduler.requirements import Requirements, RequirementsCache
+from skep.manager.scheduler.requirements import Requirements, RequirementsCache, cluster_mounts
 from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
+from skep.manager.scheduler.volumes import sources_of
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_already_shown, is_pending, shows
 from skep.manager.work_queue import WorkQueue
-from skep.model.ids import IdSource, NodeId, TaskId, VolumeId
+from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.labels import volume_policy
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
@@ -110,7 +111,7 @@ class Scheduler:
         for swarm in self._term.view().find(Swarm):
             self._preemptor.set_cluster(swarm)
         for volume in self._term.view().find(Volume):
-            self._accounting.set_volume(volume)
+            self._accounting.update_volume(volume.id, volume)
         for services in batches_of(self._term.view, Service):  # before tasks are queued
             for service in services:
                 self._priorities.set(service)
@@ -136,7 +137,7 @@ class Scheduler:
             self._update_task(task.id)
 
     def _on_commit(self, commit: Commit) -> None:
-        has_room = False
+        has_room, has_volumes = False, set[Group]()
         self._queue.add(self._waits.record(commit, self._clock.monotonic()))
         for event in commit.events:
             if isinstance(event, Updated):
@@ -148,8 +149,7 @@ class Scheduler:
                     self._update_node(event.new.id)
                     has_room |= not differ_in_load_alone(event.old, event.new)
                 elif isinstance(event.new, Volume):
-                    self._accounting.set_volume(event.new)
-                    has_room = True
+                    has_volumes |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
                     has_room |= _has_other_policy(event.old, event.new)
@@ -166,20 +166,21 @@ class Scheduler:
                     self._update_node(node.id)
                     has_room = True
                 case Volume() as volume:
-                    self._update_volume(volume.id)
-                    has_room = True
+                    has_volumes |= self._update_volume(volume)
                 case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
                     self._priorities.forget(service.id)
                 case Service() as service:
                     self._priorities.set(service)
-        if has_room and self._refused:
-            self._requeue_refused(self._priorities.of_successors(commit))
+        groups = self._refused if has_room else self._refused & has_volumes
+        if groups:
+            self._requeue_refused(self._priorities.of_successors(commit), groups)
 
-    def _requeue_refused(self, held_for: int | None = None) -> None:
-        """Decide refused groups again; those below the priority ``held_for`` a moment later."""
-        at_once, later = self._priorities.divided(sorted(self._refused), held_for, self._term.view())
-        self._refused.clear()
+    def _requeue_refused(self, held_for: int | None = None, groups: set[Group] | None = None) -> None:
+        """Decide refused groups (``groups`` of them) again; those below the priority ``held_for`` a moment later."""
+        groups = self._refused if groups is None else groups
+        at_once, later = self._priorities.divided(sorted(groups), held_for, self._term.view())
+        self._refused = self._refused - groups
         self._queue.add(at_once)
         for group in later:
             self._queue.add_at(group, self._clock.monotonic() + HELD_S)
@@ -212,12 +213,11 @@ class Scheduler:
             self._accounting.set_node(node)
             self._returning.volumes.set_node(node)
 
-    def _update_volume(self, id: VolumeId) -> None:
-        volume = self._term.view().lookup(Volume, id)
-        if volume is None:
-            self._accounting.remove_volume(id)
-        else:
-            self._accounting.set_volume(volume)
+    def _update_volume(self, volume: Volume) -> set[Group]:
+        """Take the volume's present state over; gives the groups that this may concern."""
+        if self._accounting.update_volume(volume.id, self._term.view().lookup(Volume, volume.id)):
+            return set(self._groups.with_volumes)  # a node that has had its number of them may have another
+        return self._groups.mounting(sources_of(volume))
 
     def _update_task(self, id: TaskId) -> bool:
         """Account for the present state of a task; gives whether it released something."""
@@ -259,7 +259,7 @@ class Scheduler:
         self._enter_group(task, group)
 
     def _enter_group(self, task: Task, group: Group) -> None:
-        self._groups.enter(task.id, group)
+        self._groups.enter(task.id, group, [mount.source for mount in cluster_mounts(task)])
         self._queue.add((group,))
 
     def _dequeue(self, id: TaskId) -> None:

@@ -88,7 +88,7 @@ def requirements_of(
         planes=planes,
         paths=_paths(task.networks_attachments),
         rights=rights_of(spec.container_spec),
-        cluster_volumes=tuple(_cluster_volumes(task)),
+        cluster_volumes=tuple(cluster_mounts(task)),
     )
 
 
@@ -161,7 +161,8 @@ def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
     )
 
 
-def _cluster_volumes(task: Task) -> Iterator[ClusterMount]:
+def cluster_mounts(task: Task) -> Iterator[ClusterMount]:
+    """Of its container, those of cluster volumes."""
     container = task.spec.container_spec
     for mount in container.mounts if container else ():
         if mount.type == "cluster":

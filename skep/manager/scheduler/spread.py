@@ -132,7 +132,8 @@ class Spread:
         """The nodes to look at, after the candidates were updated."""
         outdated, self._outdated = self._outdated, {}
         if self._seen >= 0:
-            return dict.fromkeys((*self._accounting.changed_since(self._seen), *outdated))
+            mounts = self._requirements.cluster_volumes
+            return dict.fromkeys((*self._accounting.changed_since(self._seen, mounts), *outdated))
         return dict.fromkeys(
             (*self.place, *(self.candidates.leaf_of if self.ranks_all else copies), *self.failing)
         )

@@ -6,7 +6,13 @@ waits for that instead of having two nodes write to one disk.
 Source: swarmkit, manager/scheduler/volumes.go.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import bisect
+import heapq
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
+from operator import gt
+from typing import TypeAlias
 
 import msgspec
 
@@ -15,6 +21,7 @@ from skep.model.node import CSIInfo, Node
 from skep.model.task import Task, VolumeAttachment
 from skep.model.volume import (
     GROUP_PREFIX,
+    PublishStatus,
     Volume,
     VolumeAvailability,
     VolumeScope,
@@ -39,78 +46,197 @@ class VolumeUse(msgspec.Struct, frozen=True):
     read_only: bool
 
 
+class _Known:
+    """A volume, if there is one, and where it is."""
+
+    def __init__(self) -> None:
+        self.volume: Volume | None = None
+        self.takes_tasks: dict[NodeId, bool] = {}
+        """The nodes of its entries, and whether further tasks may have it there."""
+        self.room = 0
+        """On how many more nodes it can be published."""
+        self.users: dict[TaskId, tuple[NodeId, bool]] = {}
+        """Tasks that have it, with their nodes, and whether they only read."""
+        self.writers = 0
+        self.by_node: Counter[NodeId] = Counter()
+        """Number of users per node."""
+        self.announced: set[NodeId] = set()
+        """Nodes with users and without an entry."""
+
+    def is_on(self, node_id: NodeId) -> bool:
+        return node_id in self.takes_tasks or node_id in self.by_node
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """What the volume and its users allow a node on which it is not: nothing where one is 0 or less.  Where one
+        grows, some node may have it that could not."""
+        volume = self.volume
+        if volume is None:
+            return 0, 0, 0, 0, 0
+        mode = volume.spec.access_mode
+        places = len(self.takes_tasks) + len(self.announced)
+        return (
+            volume.info is not None
+            and not volume.pending_delete
+            and volume.spec.availability is VolumeAvailability.ACTIVE,
+            mode.scope is not VolumeScope.SINGLE or 1 - places,
+            mode.sharing is not VolumeSharing.NONE or not self.users,
+            mode.sharing is not VolumeSharing.ONE_WRITER or not self.writers,
+            min(1, self.room - len(self.announced)),
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a node on which it is not may get it, to read at least."""
+        is_usable, has_scope, has_sharing, _, has_room = self.limits
+        return min(is_usable, has_scope, has_sharing, has_room) > 0
+
+
+_Order: TypeAlias = tuple[int, str, VolumeId]
+"""Number of users, and name: of a group the least used volume is had first."""
+
+
+class _Candidates:
+    """The volumes that a mount's source may mean, in order; found for a node without a look at each."""
+
+    def __init__(self) -> None:
+        self.all: list[_Order] = []
+        self.open: list[_Order] = []
+        """Those that a node may get on which they are not."""
+        self._places: dict[VolumeId, tuple[_Order, bool]] = {}
+
+    def enter(self, known: _Known, volume: Volume) -> None:
+        self.leave(volume.id)
+        order = len(known.users), volume.spec.name, volume.id
+        self._places[volume.id] = order, known.is_open
+        bisect.insort(self.all, order)
+        if known.is_open:
+            bisect.insort(self.open, order)
+
+    def leave(self, id: VolumeId) -> None:
+        if (place := self._places.pop(id, None)) is not None:
+            order, is_open = place
+            for orders in (self.all, self.open) if is_open else (self.all,):
+                del orders[bisect.bisect_left(orders, order)]
+
+    def of(self, id: VolumeId) -> _Order | None:
+        place = self._places.get(id)
+        return place[0] if place is not None else None
+
+
 class VolumeUses:
     """All cluster volumes, and the tasks that have them."""
 
     def __init__(self) -> None:
-        self._volumes: dict[VolumeId, Volume] = {}
-        self._room: dict[VolumeId, int] = {}
-        """On how many more nodes each can be published."""
-        self._uses: dict[VolumeId, dict[TaskId, tuple[NodeId, bool]]] = {}
-        """Volume -> task -> its node, and whether it only reads."""
+        self._known: dict[VolumeId, _Known] = {}
+        self._by_source: dict[str, _Candidates] = {}
+        self._on: dict[NodeId, Counter[VolumeId]] = {}
+        """The volumes with an entry or users on a node, and the number of these."""
 
-    def set_volume(self, volume: Volume) -> None:
-        """A volume was created or changed."""
-        self._volumes[volume.id] = volume
-        self._room[volume.id] = room_for_nodes(volume)
+    def set_volume(self, volume: Volume) -> tuple[Sequence[NodeId], bool]:
+        """A volume was created or changed; gives the nodes where it has other entries, and whether any node may have
+        it now that could not."""
+        known = self._known.setdefault(volume.id, _Known())
+        before, limits = known.volume, known.limits
+        changed = self._set_entries(volume.id, known, volume.publish_status)
+        if before is not None and sources_of(before) != sources_of(volume):
+            self._leave(before)
+        known.volume = volume
+        known.room = room_for_nodes(volume)
+        self._enter(known)
+        is_new = before is None or (before.spec, before.info) != (volume.spec, volume.info)
+        return changed, is_new or any(map(gt, known.limits, limits))
 
-    def remove_volume(self, id: VolumeId) -> None:
-        """A volume was removed."""
-        self._volumes.pop(id, None)
-        self._room.pop(id, None)
+    def remove_volume(self, id: VolumeId) -> Sequence[NodeId]:
+        """A volume was removed; gives the nodes where it was."""
+        known = self._known.get(id)
+        if known is None or known.volume is None:
+            return ()
+        nodes = sorted(known.takes_tasks.keys() | known.by_node.keys())
+        self._set_entries(id, known, ())
+        self._leave(known.volume)
+        known.volume = None
+        self._drop_unused(id, known)
+        return nodes
 
     def hold(self, task_id: TaskId, node_id: NodeId, uses: Iterable[VolumeUse]) -> None:
         """A task on a node has volumes."""
         for use in uses:
-            self._uses.setdefault(use.volume_id, {})[task_id] = node_id, use.read_only
+            known = self._known.setdefault(use.volume_id, _Known())
+            known.users[task_id] = node_id, use.read_only
+            known.writers += not use.read_only
+            known.by_node[node_id] += 1
+            if node_id not in known.takes_tasks:
+                known.announced.add(node_id)
+            self._count(node_id, use.volume_id, 1)
+            self._enter(known)
 
-    def release(self, task_id: TaskId, uses: Iterable[VolumeUse]) -> None:
-        """A task has them no more."""
+    def release(self, task_id: TaskId, uses: Iterable[VolumeUse]) -> Sequence[VolumeId]:
+        """A task has them no more; gives those that any node may have now that could not."""
+        freed = []
         for use in uses:
-            users = self._uses.get(use.volume_id, {})
-            users.pop(task_id, None)
-            if not users:
-                self._uses.pop(use.volume_id, None)
+            known = self._known.get(use.volume_id)
+            if known is None or task_id not in known.users:
+                continue
+            limits = known.limits
+            node_id, read_only = known.users.pop(task_id)
+            known.writers -= not read_only
+            known.by_node[node_id] -= 1
+            if not known.by_node[node_id]:
+                del known.by_node[node_id]
+                known.announced.discard(node_id)
+            self._count(node_id, use.volume_id, -1)
+            self._enter(known)
+            if any(map(gt, known.limits, limits)):
+                freed.append(use.volume_id)
+            self._drop_unused(use.volume_id, known)
+        return freed
+
+    def drivers_of(self, ids: Iterable[VolumeId], mounts: Iterable[ClusterMount]) -> Collection[str]:
+        """The drivers of those of the volumes that the mounts may mean."""
+        sources = {mount.source for mount in mounts}
+        volumes = (known.volume for id in ids if (known := self._known.get(id)) is not None)
+        return {one.spec.driver.name for one in volumes if one and not sources.isdisjoint(sources_of(one))}
 
     def choose(self, mounts: Sequence[ClusterMount], node: Node) -> tuple[VolumeAttachment, ...] | str:
         """The volumes for a task's mounts on a node; a sentence: why there are none."""
         chosen: list[VolumeAttachment] = []
         taken: dict[VolumeId, list[bool]] = {}
         for mount in mounts:
-            reasons: list[str] = []
-            for volume in self._candidates(mount.source, node.id):
-                why = self._refusal(volume, mount, node, taken.get(volume.id, []))
-                if not why:
-                    chosen.append(VolumeAttachment(id=volume.id, source=mount.source, target=mount.target))
-                    taken.setdefault(volume.id, []).append(mount.read_only)
+            candidates = self._by_source.get(mount.source, _Candidates())
+            for id in self._in_order(candidates, candidates.open, node.id):
+                if not self._refusal(id, mount, node, taken.get(id, ())):
+                    chosen.append(VolumeAttachment(id=id, source=mount.source, target=mount.target))
+                    taken.setdefault(id, []).append(mount.read_only)
                     break
-                reasons.append(why)
             else:
-                return "; ".join(reasons[:_REASONS_MAX]) or f"no such cluster volume: {mount.source}"
+                first = islice(self._in_order(candidates, candidates.all, node.id), _REASONS_MAX)
+                reasons = [self._refusal(id, mount, node, taken.get(id, ())) for id in first]
+                return "; ".join(reasons) or f"no such cluster volume: {mount.source}"
         return tuple(chosen)
 
-    def _candidates(self, source: str, node_id: NodeId) -> Sequence[Volume]:
-        """Those that a mount may mean: of a group those that are there already first, then the least used."""
-        name = source.removeprefix(GROUP_PREFIX)
-        if name == source:
-            return [one for one in self._volumes.values() if one.spec.name == name]
-        group = [one for one in self._volumes.values() if one.spec.group == name]
-        return sorted(
-            group,
-            key=lambda one: (one.status_on(node_id) is None, len(self._uses.get(one.id, ())), one.spec.name),
-        )
+    def _in_order(
+        self, candidates: _Candidates, elsewhere: Sequence[_Order], node_id: NodeId
+    ) -> Iterator[VolumeId]:
+        """First those that are on the node, then the least used; of those that are not there only ``elsewhere``."""
+        there: list[_Order] = []
+        announced: list[_Order] = []
+        for id in self._on.get(node_id, ()):
+            if (order := candidates.of(id)) is not None:
+                (there if node_id in self._known[id].takes_tasks else announced).append(order)
+        yield from (id for *_, id in sorted(there))
+        others = (order for order in elsewhere if not self._known[order[-1]].is_on(node_id))
+        yield from (id for *_, id in heapq.merge(sorted(announced), others))
 
-    def _refusal(self, volume: Volume, mount: ClusterMount, node: Node, taken: Sequence[bool]) -> str:
+    def _refusal(self, id: VolumeId, mount: ClusterMount, node: Node, taken: Sequence[bool]) -> str:
         """Why the task cannot have the volume on the node; empty: it can.  ``taken``: by its other mounts."""
+        known = self._known[id]
+        volume = known.volume
+        assert volume is not None, "it is a candidate"
         name, spec = f"cluster volume {volume.spec.name}", volume.spec
         info = _info_of(node, spec.driver.name)
-        users = self._uses.get(volume.id, {})
-        readers = [*(read_only for _, read_only in users.values()), *taken]
-        status = volume.status_on(node.id)
-        elsewhere = {
-            *(one.node_id for one in volume.publish_status),
-            *(node_id for node_id, _ in users.values()),
-        } - {node.id}
+        is_entered = node.id in known.takes_tasks
+        elsewhere = len(known.takes_tasks) + len(known.announced) - known.is_on(node.id)
         if volume.pending_delete:
             return f"{name} is being deleted"
         if volume.info is None:
@@ -123,14 +249,14 @@ class VolumeUses:
             return f"{name} is not accessible from the node"
         if spec.access_mode.scope is VolumeScope.SINGLE and elsewhere:
             return f"{name} is on another node"
-        if status is not None and not status.takes_tasks:
+        if is_entered and not known.takes_tasks[node.id]:
             return f"{name} is being unpublished from the node"
-        if why := _sharing_refusal(spec.access_mode.sharing, readers, read_only=mount.read_only):
+        users, writers = len(known.users) + len(taken), known.writers + list(taken).count(False)
+        if why := _sharing_refusal(spec.access_mode.sharing, users, writers, read_only=mount.read_only):
             return f"{name} {why}"
-        announced = elsewhere.difference(one.node_id for one in volume.publish_status)
-        if status is None and len(announced) >= self._room[volume.id]:
-            return f"{name} is on as many nodes as can be kept of one volume: {len(elsewhere)}"
-        if status is None and not self._has_room(node, info):
+        if not is_entered and len(known.announced) - (node.id in known.announced) >= known.room:
+            return f"{name} is on as many nodes as can be kept of one volume: {elsewhere}"
+        if not is_entered and not self._has_room(node, info):
             return (
                 f"{name}: the node has its {info.max_volumes_per_node} volumes of driver {info.plugin_name}"
             )
@@ -139,18 +265,54 @@ class VolumeUses:
     def _has_room(self, node: Node, info: CSIInfo) -> bool:
         if not info.max_volumes_per_node:
             return True
-        return sum(1 for _ in self._on(node.id, info.plugin_name)) < info.max_volumes_per_node
+        volumes = (self._known[id].volume for id in self._on.get(node.id, ()))
+        count = sum(1 for one in volumes if one is not None and one.spec.driver.name == info.plugin_name)
+        return count < info.max_volumes_per_node
 
-    def _on(self, node_id: NodeId, driver: str) -> Iterator[Volume]:
-        for volume in self._volumes.values():
-            users = self._uses.get(volume.id, {}).values()
-            if volume.spec.driver.name == driver and (
-                volume.status_on(node_id) is not None or any(id == node_id for id, _ in users)
-            ):
-                yield volume
+    def _set_entries(self, id: VolumeId, known: _Known, entries: Iterable[PublishStatus]) -> Sequence[NodeId]:
+        """Gives the nodes for which something changed that tasks depend on."""
+        before = known.takes_tasks
+        known.takes_tasks = {one.node_id: one.takes_tasks for one in entries}
+        changed = sorted(dict(before.items() ^ known.takes_tasks.items()))
+        for node_id in changed:
+            self._count(node_id, id, (node_id in known.takes_tasks) - (node_id in before))
+        known.announced = known.by_node.keys() - known.takes_tasks.keys()
+        return changed
+
+    def _count(self, node_id: NodeId, id: VolumeId, more: int) -> None:
+        on = self._on.setdefault(node_id, Counter())
+        on[id] += more
+        if not on[id]:
+            del on[id]
+        if not on:
+            del self._on[node_id]
+
+    def _enter(self, known: _Known) -> None:
+        if known.volume is not None:
+            for source in sources_of(known.volume):
+                self._by_source.setdefault(source, _Candidates()).enter(known, known.volume)
+
+    def _leave(self, volume: Volume) -> None:
+        for source in sources_of(volume):
+            self._by_source[source].leave(volume.id)
+            if not self._by_source[source].all:
+                del self._by_source[source]
+
+    def _drop_unused(self, id: VolumeId, known: _Known) -> None:
+        if known.volume is None and not known.users:
+            del self._known[id]
 
 
 _REASONS_MAX = 3
+
+
+def sources_of(volume: Volume) -> Sequence[str]:
+    """The sources of mounts that may mean the volume."""
+    name, group = volume.spec.name, volume.spec.group
+    return [
+        *((name,) if not name.startswith(GROUP_PREFIX) else ()),
+        *((GROUP_PREFIX + group,) if group else ()),
+    ]
 
 
 def still_fits(volume: Volume | None, node_id: NodeId) -> bool:
@@ -174,12 +336,12 @@ def uses_of(task: Task) -> tuple[VolumeUse, ...]:
     return tuple(VolumeUse(id, read_only) for id, read_only in reading.items())
 
 
-def _sharing_refusal(sharing: VolumeSharing, readers: Sequence[bool], *, read_only: bool) -> str:
-    """``readers``: per present user whether it only reads."""
+def _sharing_refusal(sharing: VolumeSharing, users: int, writers: int, *, read_only: bool) -> str:
+    """``users``, ``writers``: how many there are."""
     match sharing:
-        case VolumeSharing.NONE if readers:
+        case VolumeSharing.NONE if users:
             return "is another task's"
-        case VolumeSharing.ONE_WRITER if not read_only and not all(readers):
+        case VolumeSharing.ONE_WRITER if not read_only and writers:
             return "has a writer"
         case VolumeSharing.READ_ONLY if not read_only:
             return "is read-only: mount it with readonly"

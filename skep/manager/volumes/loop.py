@@ -26,6 +26,7 @@ from skep.aio.groups import first_alone
 from skep.csi.driver import UnusableResponse, discrepancy
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.informer import CatchUp, run_exact_informer
+from skep.manager.volume_index import VolumeIndex
 from skep.manager.volumes.steps import (
     Create,
     Delete,
@@ -141,6 +142,7 @@ class ClusterVolumes:
         self._backoffs: dict[VolumeId, Backoff] = {}
         self._users: dict[VolumeId, dict[TaskId, NodeId]] = {}
         """The tasks that have a volume and have not ended, with their nodes."""
+        self._by_node = VolumeIndex()
         self._handled: set[VolumeId] = set()
         self._again: set[VolumeId] = set()
         """Those that changed while they were handled."""
@@ -152,6 +154,7 @@ class ClusterVolumes:
         volumes = view.find(Volume)
         for task in view.find(Task) if volumes else ():
             self._enter(task)
+        self._by_node.reset(volumes)
         self._queue.add(volume.id for volume in volumes)
 
     def _on_commit(self, commit: Commit) -> None:
@@ -164,19 +167,22 @@ class ClusterVolumes:
                 case Deleted(Task() as task):
                     self._leave(task)
                 case Updated(Volume() as old, Volume() as new):
+                    self._by_node.change(old, new)
                     if _decides(old) != _decides(new):
                         self._queue.add((new.id,))
                 case Deleted(Volume() as volume):
+                    self._by_node.change(volume, None)
                     self._backoffs.pop(volume.id, None)
                     self._doubted.discard(volume.id)
                 case Updated(Node() as old, Node() as new):
                     if old.status.state is not new.status.state or _drivers_of(old) != _drivers_of(new):
-                        self._queue_on(new.id)
+                        self._queue.add(self._by_node.on(new.id))
                 case Deleted(Node() as node):
-                    self._queue_on(node.id)
+                    self._queue.add(self._by_node.on(node.id))
                 case Created(Task() as task):
                     self._enter(task)
                 case Created(Volume() as volume):
+                    self._by_node.change(None, volume)
                     self._queue.add((volume.id,))
 
     def _enter(self, task: Task) -> None:
@@ -193,11 +199,6 @@ class ClusterVolumes:
                 self._queue.add((id,))
                 if not users:
                     del self._users[id]
-
-    def _queue_on(self, node_id: NodeId) -> None:
-        self._queue.add(
-            volume.id for volume in self._term.view().find(Volume) if volume.status_on(node_id) is not None
-        )
 
     # -- deciding and calling --------------------------------------------------------------------------------------
 

@@ -42,6 +42,22 @@ def test_a_request_for_an_address_in_use_is_refused() -> None:
         allocations.allocate("b", NET, "nonsense")
 
 
+def test_a_full_network_is_known_as_such_until_it_has_an_address_again() -> None:
+    allocations = AddressAllocations()
+    for owner in "abcde":
+        allocations.allocate(owner, NET)
+    assert not allocations.is_full(NET), "nobody has looked"
+    with pytest.raises(NoAddress):
+        allocations.allocate("f", NET)
+    assert allocations.is_full(NET)
+    configs = (IPAMConfig(subnet="10.0.1.0/29"), IPAMConfig(subnet="10.9.0.0/24"))
+    larger = replace(NET, ipam_options=IPAMOptions(driver=Driver(name="default"), configs=configs))
+    assert not allocations.is_full(larger)
+    assert allocations.hold("a", []) == {NET.id}
+    assert not allocations.is_full(NET)
+    assert allocations.hold("f", [(NET.id, "10.0.1.2/29")]) == frozenset()
+
+
 def test_a_range_bounds_what_is_given_not_the_length_of_the_prefix() -> None:
     config = IPAMConfig(subnet="10.0.1.0/24", range="10.0.1.128/30", gateway="10.0.1.1")
     net = replace(NET, ipam_options=IPAMOptions(driver=Driver(name="default"), configs=(config,)))

@@ -54,7 +54,7 @@ def test_a_requested_address_is_given_if_it_is_free() -> None:
     assert given.attachments[0].addresses == ("10.0.1.77/24",)
     outside = (NetworkAttachment(network=OVERLAY, addresses=("10.9.9.9",)),)
     assert attachments(attached_to("net1"), explicit=outside) == NotAttached(
-        "address 10.9.9.9 is not in a subnet of network net1"
+        "address 10.9.9.9 is not in a subnet of network net1", NetworkId("net1")
     )
 
 
@@ -75,17 +75,19 @@ def test_an_address_of_each_version_is_given_as_requested() -> None:
         found = given(dual, *requested)
         assert isinstance(found, Attached)
         assert found.attachments[0].addresses == expected
-    assert given(OVERLAY, "fd00::77") == NotAttached("address fd00::77 is not in a subnet of network net1")
+    assert given(OVERLAY, "fd00::77") == NotAttached(
+        "address fd00::77 is not in a subnet of network net1", NetworkId("net1")
+    )
 
 
 def test_a_task_waits_for_a_network_that_has_no_addresses_to_give() -> None:
     assert attachments(attached_to("host", "bare")) == NotAttached(
-        "network bare is not allocated: all numbers are taken"
+        "network bare is not allocated: all numbers are taken", NetworkId("bare")
     )
 
 
 def test_a_task_waits_for_a_network_that_is_not_there() -> None:
-    assert attachments(attached_to("gone")) == NotAttached("network gone not found")
+    assert attachments(attached_to("gone")) == NotAttached("network gone not found", NetworkId("gone"))
 
 
 def test_a_task_waits_when_every_address_is_taken() -> None:
@@ -96,7 +98,9 @@ def test_a_task_waits_when_every_address_is_taken() -> None:
     waiting = attachments_for(
         attached_to("net1"), networks, lambda network, _: allocations.allocate_all("task", network)
     )
-    assert waiting == NotAttached("no available IPv4 addresses on this network's address pools: net1 (net1)")
+    assert waiting == NotAttached(
+        "no available IPv4 addresses on this network's address pools: net1 (net1)", tiny.id
+    )
 
 
 def test_published_ports_attach_a_task_to_the_ingress_network_first_if_needed() -> None:

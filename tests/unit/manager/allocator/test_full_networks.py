@@ -54,7 +54,7 @@ async def test_a_service_that_waits_for_a_full_network_keeps_no_addresses_of_ano
         await store.update(lambda tx: tx.put(task))
         before = attempts
         for number in range(ATTEMPTS):
-            changed = replace(NET, spec=replace(NET.spec, labels={"change": str(number)}))
+            changed = replace(FULL, spec=replace(FULL.spec, labels={"change": str(number)}))
             await store.update(lambda tx, changed=changed: tx.put(changed))
             await until(lambda number=number: attempts > before + number)
         running.cancel()

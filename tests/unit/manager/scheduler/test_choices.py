@@ -335,7 +335,7 @@ def test_properties_of_choices_of_services_on_many_nodes(check: Callable[[int], 
 def forgetful(patch: pytest.MonkeyPatch) -> None:
     """What became better is not noticed."""
     patch.setattr(
-        accounting_module.Accounting, "changed_since", lambda books, changes: list(books.accounts)[:1]
+        accounting_module.Accounting, "changed_since", lambda books, changes, mounts: list(books.accounts)[:1]
     )
 
 

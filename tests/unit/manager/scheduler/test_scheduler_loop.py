@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -17,11 +17,14 @@ from skep.manager import failures
 from skep.manager.scheduler import dependencies, filters, placement, spread
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.writes import Decision, DecisionWriter
+from skep.model.container import Mount
 from skep.model.dependencies import DEPENDS_ON
-from skep.model.ids import new_id
+from skep.model.ids import NodeId, VolumeId, new_id
+from skep.model.meta import Driver
 from skep.model.node import Node
 from skep.model.service import Resources, Service, UpdateState
 from skep.model.task import Task, TaskState
+from skep.model.volume import PublishStatus, Volume, VolumeSpec
 from skep.store.interface import Commit, Object, Transaction, Updated
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
@@ -292,3 +295,47 @@ async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place
         removed.set()
         await store.update(put, a_task("last", service=services[1], slot=1, state=TaskState.PENDING))
         await wait_for(store, lambda: store.view().get(Task, "last").node_id == "n1")
+
+
+async def test_a_volume_has_those_groups_decided_again_that_mount_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: set[str] = set()
+    real = Scheduler._without_waiting
+
+    def recorded(self: Scheduler, groups: Sequence[str], now: float) -> Any:
+        looked.update(groups)
+        return real(self, groups, now)
+
+    monkeypatch.setattr(Scheduler, "_without_waiting", recorded)
+    plain = waiting(1, constraints=("node.labels.x==1",), name="plain")
+    store = await a_store(*plain, *(with_volume(task) for task in waiting(2)))
+
+    async def groups_after(volume: Volume) -> set[str]:
+        looked.clear()
+        await store.update(put, volume)
+        for _ in range(300):
+            await asyncio.sleep(0)
+        return {group.partition("/")[0] for group in looked}
+
+    volume = Volume(id=VolumeId("v1"), spec=VolumeSpec(name="of-s001", driver=Driver(name="d")))
+    entry = PublishStatus(node_id=NodeId("n1"))
+    async with scheduling(store):
+        await wait_for(store, lambda: all(task.status.err for task in store.view().find(Task)))
+        assert (
+            await groups_after(replace(volume, id=VolumeId("v2"), spec=VolumeSpec(name="of-none"))) == set()
+        )
+        assert await groups_after(volume) == {"s001"}
+        assert await groups_after(replace(volume, message="no driver")) == {"s001"}
+        published = replace(volume, publish_status=(entry,))
+        assert await groups_after(published) == {"s000", "s001"}, (
+            "the node may have had its number of volumes"
+        )
+
+
+def with_volume(task: Task) -> Task:
+    """It mounts a cluster volume of its service."""
+    assert task.spec.container_spec is not None
+    mount = Mount(type="cluster", source=f"of-{task.service_id}", target="/d")
+    return replace(
+        task,
+        spec=replace(task.spec, container_spec=replace(task.spec.container_spec, mounts=(mount,))),
+    )

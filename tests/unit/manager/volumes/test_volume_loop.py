@@ -14,13 +14,14 @@ from skep.manager.control.volumes import remove_volume
 from skep.manager.volumes.loop import SETTLED_S, ClusterVolumes, ControllerDriver
 from skep.model.ids import NodeId, SecretId, TaskId, VolumeId
 from skep.model.meta import Driver
-from skep.model.node import CSIInfo
+from skep.model.node import CSIInfo, NodeState
 from skep.model.secret import Secret
 from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
 from skep.model.volume import (
     AccessMode,
     CapacityRange,
     PublishState,
+    PublishStatus,
     TypeMount,
     Volume,
     VolumeInfo,
@@ -131,6 +132,47 @@ def test_a_driver_that_hangs_or_fails_holds_up_no_other_volume(simulated: Callab
         assert (rig.volume("a").info, rig.volume("a").is_creating) == (None, True)
         assert rig.volume("b").message == 'driver "none" not found'
         assert not rig.volume("b").is_creating
+
+    simulated(body)
+
+
+def test_a_change_of_a_node_concerns_the_volumes_on_it_and_no_others(
+    simulated: Callable[[Body], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    original = ClusterVolumes._advance
+
+    async def advance(self: ClusterVolumes, id: VolumeId) -> bool:
+        looked.append(id)
+        return await original(self, id)
+
+    monkeypatch.setattr(ClusterVolumes, "_advance", advance)
+
+    async def body(rig: Rig) -> None:
+        n1, n2 = a_node("n1"), a_node("n2")
+        await rig.store.update(lambda tx: (tx.put(n1), tx.put(n2)))
+        for number in range(20):
+            await rig.put(f"other{number}")
+        running = asyncio.ensure_future(rig.run_for(20))
+        await rig.clock.sleep(5)
+        # Doubtful, so that it stays: its node has to unmount it.
+        there = PublishStatus(node_id=n1.id, state=PublishState.PENDING_NODE_UNPUBLISH, is_doubtful=True)
+        on_n1 = replace(rig.volume("other7"), publish_status=(there,))
+        await rig.store.update(lambda tx: tx.put(on_n1))
+        await rig.clock.sleep(5)
+        view, asked = type(rig.store.view()), []
+        find = view.find
+        monkeypatch.setattr(
+            view, "find", lambda self, kind, **by: (asked.append(kind), find(self, kind, **by))[1]
+        )
+        for node in (n2, n1):
+            looked.clear()
+            down = replace(node, status=replace(node.status, state=NodeState.DOWN))
+            await rig.store.update(lambda tx, down=down: tx.put(down))
+            await rig.clock.sleep(0.1)
+            assert looked == (["other7"] if node is n1 else [])
+        assert Volume not in asked, "all volumes were looked at"
+        await running
 
     simulated(body)
 

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.assignments import difference, everything
-from skep.manager.dispatcher.volumes import VolumeIndex
+from skep.manager.volume_index import VolumeIndex
 from skep.model.ids import NodeId, VolumeId
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeSpec
 from skep.store.interface import View

@@ -8,7 +8,7 @@ from skep.model.volume import Volume
 
 class VolumeIndex:
     """Nodes and the volumes that have a status on them.  It may lag behind a view by the commits that were not read
-    yet; each of these wakes its nodes."""
+    yet; each of these says what it concerns."""
 
     def __init__(self) -> None:
         self._by_node: dict[NodeId, set[VolumeId]] = {}

@@ -1,0 +1,82 @@
+"""The tasks that are not yet released, and what waits for which network.
+
+An address that is released is offered to those that wait for one of that network, and only while it has one: so each
+costs the work of one task, however many wait.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from skep.model.ids import NetworkId, ServiceId, TaskId
+
+
+class Waiting:
+    """New tasks by service, and keys of the work queue by the network that they wait for."""
+
+    def __init__(self) -> None:
+        self._new: dict[ServiceId, dict[TaskId, None]] = {}
+        """Tasks to look at: the work is in proportion to them, not to all tasks of the service."""
+        self._parked: dict[NetworkId, dict[ServiceId, dict[TaskId, None]]] = {}
+        """Tasks to look at when a network has an address again, those that wait longest first."""
+        self._keys: dict[NetworkId, dict[str, None]] = {}
+
+    def add(self, service_id: ServiceId, task_id: TaskId) -> None:
+        """A task is new."""
+        self._new.setdefault(service_id, {})[task_id] = None
+
+    def remove(self, service_id: ServiceId, task_id: TaskId) -> None:
+        """A task is new no more."""
+        if (tasks := self._new.get(service_id)) is not None:
+            tasks.pop(task_id, None)
+            if not tasks:
+                del self._new[service_id]
+        for network_id in self._full_networks_of(service_id):
+            self._unpark(network_id, service_id, task_id)
+
+    def forget_service(self, service_id: ServiceId) -> None:
+        """The service was deleted."""
+        self._new.pop(service_id, None)
+        for waiting in (*self._parked.values(), *self._keys.values()):
+            waiting.pop(service_id, None)  # type: ignore[attr-defined]
+
+    def park(self, service_id: ServiceId, task_id: TaskId, network_id: NetworkId) -> None:
+        """A task can do with any address of a network that has none."""
+        self.remove(service_id, task_id)
+        self._parked.setdefault(network_id, {}).setdefault(service_id, {})[task_id] = None
+
+    def due(self, service_id: ServiceId, is_full: Callable[[NetworkId], bool]) -> Iterator[TaskId]:
+        """The service's tasks to look at, first those that were parked.
+
+        Between two of them tasks may be added, removed and parked.  Each is new until it is removed or parked again:
+        what is decided may not be written.
+        """
+        new = list(self._new.get(service_id, ()))
+        for network_id in self._full_networks_of(service_id):
+            while (parked := self._parked_on(network_id, service_id)) and not is_full(network_id):
+                task_id = next(iter(parked))
+                self._unpark(network_id, service_id, task_id)
+                self.add(service_id, task_id)
+                yield task_id
+        yield from new
+
+    def wait(self, network_id: NetworkId, key: str) -> None:
+        """``key`` waits for the network, or for an address of it."""
+        self._keys.setdefault(network_id, {})[key] = None
+
+    def woken(self, network_id: NetworkId) -> Sequence[str]:
+        """What waits for the network: it has changed, or has an address again."""
+        return *self._keys.pop(network_id, ()), *self._parked.get(network_id, ())
+
+    def _full_networks_of(self, service_id: ServiceId) -> Sequence[NetworkId]:
+        """The networks for which tasks of the service are parked; few networks are full."""
+        return [id for id, services in self._parked.items() if service_id in services]
+
+    def _parked_on(self, network_id: NetworkId, service_id: ServiceId) -> dict[TaskId, None]:
+        return self._parked.get(network_id, {}).get(service_id, {})
+
+    def _unpark(self, network_id: NetworkId, service_id: ServiceId, task_id: TaskId) -> None:
+        services = self._parked[network_id]
+        services[service_id].pop(task_id, None)
+        if not services[service_id]:
+            del services[service_id]
+        if not services:
+            del self._parked[network_id]
