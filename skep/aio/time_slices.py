@@ -25,9 +25,14 @@ class TimeSlices:
         self._clock = clock
         self._began = clock.monotonic()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the present slice is over."""
+        return self._clock.monotonic() - self._began >= SLICE_S
+
     async def yield_if_due(self) -> bool:
         """Let other tasks run if the present slice is over; whether it was."""
-        if self._clock.monotonic() - self._began < SLICE_S:
+        if not self.is_over:
             return False
         await asyncio.sleep(0)
         self._began = self._clock.monotonic()

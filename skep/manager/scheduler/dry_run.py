@@ -190,7 +190,13 @@ class DryRun:
         if not tasks[0].node_id:
             return (
                 yield from placing(
-                    tasks, requirements, self._choices, now=0.0, limit=len(tasks), is_last=is_last
+                    tasks,
+                    requirements,
+                    self._choices,
+                    now=0.0,
+                    limit=len(tasks),
+                    is_last=is_last,
+                    explains=True,
                 )
             )
         made = [confirm(task, requirements, self._accounting) for task in tasks]

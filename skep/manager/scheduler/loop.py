@@ -3,12 +3,13 @@
 Tasks of one service and version have the same requirements and are decided together as a *group*; a global service's
 task has its node already and is a group of its own, and so is a task that returns to the node with its slot's volumes
 as long as that node can run it or is to be waited for.  A refused group is decided again when something changes that
-could help: a node, or the end of a task.  A group that waits for another service (``dependencies``) is decided again
-when that service changes.  Where the cluster allows it, room for a refused group is made (``preemption``).
+could help: a node, or the end of a task; its tasks show why a moment later (``texts``).  A group that waits for another
+service (``dependencies``) is decided again when that service changes.  Where the cluster allows it, room for a refused
+group is made (``preemption``).
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import TypeAlias, TypeVar
@@ -16,24 +17,24 @@ from typing import TypeAlias, TypeVar
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.time_slices import SlicedWork, result_in_slices, run_in_slices
-from skep.errors import SkepError, Unavailable, Unreadable
-from skep.manager.failures import Failures, write_each
+from skep.aio.time_slices import SlicedWork, TimeSlices, result_in_slices, run_in_slices
+from skep.errors import SkepError
+from skep.manager.failures import Failures
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.dependencies import Looked, Waits
+from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
-from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, placing
-from skep.manager.scheduler.preemption import Nomination, Preempt
+from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, confirm, leaving, placing
+from skep.manager.scheduler.preemption import Preempt
 from skep.manager.scheduler.preemptor import Preemptor
-from skep.manager.scheduler.priorities import HELD_S
 from skep.manager.scheduler.requirements import Requirements, RequirementsCache, cluster_mounts
 from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
+from skep.manager.scheduler.texts import Texts, Why
 from skep.manager.scheduler.volumes import sources_of
-from skep.manager.scheduler.writes import Decision, DecisionWriter, is_already_shown, is_pending, shows
-from skep.manager.work_queue import WorkQueue
+from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.labels import volume_policy
 from skep.model.node import Node, differ_in_load_alone
@@ -44,12 +45,9 @@ from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
 from skep.store.kinds import UNKNOWN_SPEC, has_unknown_service, has_unknown_spec
-from skep.store.updates import batched
 
 BATCH = 250
 """Tasks decided in one go; about 10 ms on slow machines."""
-TOGETHER = 50
-"""Decisions in one transaction: two keys each, and room for the networks whose plane they set (``MAX_OPERATIONS``)."""
 _FAILED = (TaskState.FAILED, TaskState.REJECTED)
 T = TypeVar("T")
 
@@ -82,18 +80,19 @@ class Scheduler:
         self._usages = Usages()
         self._preemptor = Preemptor(self._accounting, self._term.view)
         self._priorities = self._preemptor.priorities
-        self._queue: WorkQueue[Group] = WorkQueue(
+        self._queue = GroupQueue(
             self._clock, lambda group: self._priorities.of_group(group, self._term.view())
         )
         self._groups = Groups()
-        self._refused: set[Group] = set()
+        self._texts = Texts(
+            self._term, self._clock, self._groups, self._accounting, self._accounting_failures
+        )
         self._waits = Waits(self._clock.monotonic())
         self._requirements = RequirementsCache()
         self._returning = Returning(self._accounting)
         self._away: dict[TaskId, str] = {}
         """Why pending tasks may go elsewhere than to the node with their slot's volumes; they are in common groups."""
         self._assignments: list[Assignment] = []
-        self._refusals: list[Refusal] = []
         self._preemptions: list[Preempt] = []
         """Decisions that are not being written yet."""
         self._deciding: set[TaskId] = set()
@@ -172,18 +171,8 @@ class Scheduler:
                     self._priorities.forget(service.id)
                 case Service() as service:
                     self._priorities.set(service)
-        groups = self._refused if has_room else self._refused & has_volumes
-        if groups:
-            self._requeue_refused(self._priorities.of_successors(commit), groups)
-
-    def _requeue_refused(self, held_for: int | None = None, groups: set[Group] | None = None) -> None:
-        """Decide refused groups (``groups`` of them) again; those below the priority ``held_for`` a moment later."""
-        groups = self._refused if groups is None else groups
-        at_once, later = self._priorities.divided(sorted(groups), held_for, self._term.view())
-        self._refused = self._refused - groups
-        self._queue.add(at_once)
-        for group in later:
-            self._queue.add_at(group, self._clock.monotonic() + HELD_S)
+        if self._queue.has_refused and (has_room or has_volumes):
+            self._queue.retry(self._priorities.of_successors(commit), None if has_room else has_volumes)
 
     def _on_task_update(self, old: Task, task: Task) -> bool:
         """A task changed; gives whether it released something."""
@@ -267,53 +256,74 @@ class Scheduler:
         group = self._groups.leave(id)
         if group is None:
             return
-        self._refused.discard(group)
+        self._queue.discard_refused(group)
+        self._texts.forget(group)
         self._waits.forget(group)
         self._failures.clear(group)
         if self._preemptor.release(group):
-            self._requeue_refused()
+            self._queue.retry()
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
         await run_in_slices(self._loading, self._clock)
-        while True:
-            due = await self._queue.take(BATCH)
-            now = self._clock.monotonic()
-            groups, waiting = self._without_waiting(due, now)
-            self._refusals += waiting
-            room = BATCH
-            for level in self._priorities.levels(groups, self._term.view()):
-                if room <= 0:
-                    self._queue.add(level)
-                    continue
-                firsts, others = self._partition(level, now)
-                for shape, tasks in firsts.items():
-                    await self._place_first_tasks(shape, tasks, now)
-                room -= len(level) - len(others)
-                for group in others:
-                    if room <= 0:
-                        self._queue.add((group,))
-                        continue
-                    room -= await self._decide_group(group, room, now) or 1
-            await self._flush()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._texts.run(self._queue), name="texts")
+            while True:
+                due = await self._queue.take(BATCH)
+                self._texts.hold()
+                await self._decide(due)
+                await self._flush()
+                self._texts.release()
+                await asyncio.sleep(0)  # however little there was to write
 
-    def _without_waiting(self, groups: Sequence[Group], now: float) -> tuple[list[Group], list[Refusal]]:
-        """The groups that wait for nothing, and the tasks of the others with what they wait for.
+    async def _decide(self, due: Sequence[Group]) -> None:
+        """Decide what was taken from the queue, or put it back if that was enough for now."""
+        now = self._clock.monotonic()
+        slices = TimeSlices(self._clock)
+        groups = self._without_waiting(due, now)
+        await self._pause(slices)
+        room = BATCH
+        for level in self._priorities.levels(groups, self._term.view()):
+            if room <= 0:
+                self._queue.put_back(level)
+                continue
+            firsts, others = self._partition(level, now)
+            for shape, tasks in firsts.items():
+                in_time = set(self._queue.in_time([group_of(task) for task in tasks]))
+                if in_time:
+                    tasks = [task for task in tasks if group_of(task) in in_time]
+                    await self._place_first_tasks(shape, tasks, now)
+                    await self._pause(slices)
+            room -= len(level) - len(others)
+            for group in others:
+                if room <= 0:
+                    self._queue.put_back((group,))
+                elif self._queue.in_time((group,)):
+                    room -= await self._decide_group(group, room, now) or 1
+                    await self._pause(slices)
+
+    async def _pause(self, slices: TimeSlices) -> None:
+        """Let other tasks run if the slice is over.  What was decided is written before: see ``_in_slices``."""
+        if slices.is_over:
+            await self._flush()
+            await slices.yield_if_due()
+
+    def _without_waiting(self, groups: Sequence[Group], now: float) -> list[Group]:
+        """The groups that wait for nothing.
 
         That is another service, or a spec: without it a task would go to any node, with nothing reserved.  Or the own
         service: without its labels a task would leave its data, or come before what it depends on.
         """
         ready: list[Group] = []
-        refusals: list[Refusal] = []
         view = self._term.view()
         found: Looked = {}
         for group in groups:
             waiting = None
             tasks = self._tasks_of(group, 1)
             if tasks and (has_unknown_spec(view, tasks[0]) or has_unknown_service(view, tasks[0])):
-                self._refused.add(group)
-                refusals += _refusals(self._tasks_of(group), UNKNOWN_SPEC)
+                self._queue.set_aside(group)
+                self._texts.set(group, Why(UNKNOWN_SPEC))
                 continue
             with self._accounting_failures.caught(f"dependencies of {group}"):
                 waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
@@ -321,10 +331,10 @@ class Scheduler:
                 ready.append(group)
                 continue
             self._preemptor.release(group)
-            refusals += _refusals(self._tasks_of(group), waiting.reason)
+            self._texts.set(group, Why(waiting.reason))
             if waiting.until is not None:
                 self._queue.add_at(group, waiting.until)
-        return ready, refusals
+        return ready
 
     def _partition(self, groups: Sequence[Group], now: float) -> tuple[Firsts, Sequence[Group]]:
         """Single tasks that may be assigned together, and the groups that must be decided separately."""
@@ -364,33 +374,41 @@ class Scheduler:
             placed = await self._place_group(group, limit, now)
         if (failure := self._failures.of(group)) is not None:
             self._queue.add_at(group, failure.retry_at)
-            tasks = self._tasks_of(group)
-            for task in tasks:
-                self._accounting.remove(task.id)
-            self._refusals += _refusals(tasks, f"scheduling failed: {failure.error}")
+            for id in self._groups.ids(group):
+                self._accounting.remove(id)
+            self._texts.set(group, Why(f"scheduling failed: {failure.error}"))
         elif placed.refusals:
-            self._refused.add(group)
+            self._queue.set_aside(group)
         elif self._groups.count(group) > limit:
             self._queue.add((group,))
         self._assignments += placed.assignments
-        if placed.refusals and self._preemptor.may_preempt(placed.refusals[0].task):
-            await self._make_room(group, placed.refusals)
-        else:
-            self._refusals += placed.refusals
+        if placed.refusals:
+            await self._refuse(group, placed)
         if claims - self._preemptor.claims(group):
-            self._requeue_refused()
+            self._queue.retry()
         return len(placed.assignments)
 
-    async def _make_room(self, group: Group, refusals: Sequence[Refusal]) -> None:
-        """Choose nodes for refused tasks, and which tasks have to leave these."""
-        nominations: list[Nomination] = []
-        tasks = [one.task for one in refusals]
+    async def _refuse(self, group: Group, placed: Placed) -> None:
+        """Some tasks of the group, and so all that are left, have no node; room is made for them if it may."""
+        task, reason = placed.refusals[0].task, placed.refusals[0].reason
+        why = Why(reason or NO_NODE)
         with self._accounting_failures.caught(f"room for {group}"):
-            requirements = self._requirements.of(tasks[0], self._term.view())
-            work = self._preemptor.nominating(group, tasks, requirements, self._may_go_to(tasks[0], group))
-            nominations = await self._in_slices(work, tasks)
-        words = {one.task.id: self._preemptor.words(one) for one in nominations}
-        self._refusals += [Refusal(one.task, one.reason + words.get(one.task.id, "")) for one in refusals]
+            requirements = self._requirements.of(task, self._term.view())
+            if not reason:
+                why = Why(requirements=requirements)
+            chosen = {one.task.id for one in placed.assignments}
+            tasks = [one for one in self._tasks_of(group, BATCH + len(chosen)) if one.id not in chosen]
+            if tasks and self._preemptor.may_preempt(task):
+                await self._make_room(group, tasks, requirements, why)
+        self._texts.set(group, why)
+
+    async def _make_room(
+        self, group: Group, tasks: Sequence[Task], requirements: Requirements, why: Why
+    ) -> None:
+        """Choose nodes for refused tasks, and which tasks have to leave these."""
+        work = self._preemptor.nominating(group, tasks, requirements, self._may_go_to(tasks[0], group))
+        nominations = await self._in_slices(work, tasks)
+        why.words.update((one.task.id, self._preemptor.words(one)) for one in nominations)
         self._preemptions += filter(None, map(self._preemptor.preemption, nominations))
         if self._preemptions:
             await self._flush()  # others choose no victims that are chosen already
@@ -412,7 +430,9 @@ class Scheduler:
             at_once: T = end.value
             return at_once
         # It may come to a refusal: what has room meanwhile has them decided again.
-        self._refused.update(group for task in tasks if (group := self._groups.of.get(task.id)) is not None)
+        for group in {self._groups.of.get(task.id): None for task in tasks}:
+            if group is not None:
+                self._queue.set_aside(group)
         ids = [task.id for task in tasks]
         self._deciding.update(ids)
         decided: T | None = None
@@ -454,11 +474,6 @@ class Scheduler:
         placed = await self._in_slices(work, [*tasks, *(one.task for one in returned)])
         if self._away or returned:
             placed = replace(placed, assignments=(*returned, *map(self._with_note, placed.assignments)))
-        if placed.refusals:
-            # A refusal holds for all tasks with the same requirements.
-            chosen = {assignment.task.id for assignment in placed.assignments}
-            refused = [task for task in self._tasks_of(group) if task.id not in chosen]
-            placed = replace(placed, refusals=_refusals(refused, placed.refusals[0].reason))
         return placed
 
     def _return(self, task: Task, requirements: Requirements) -> Placed:
@@ -511,9 +526,11 @@ class Scheduler:
             for task in tasks:
                 await self._decide_group(group_of(task), 1, now)
             return
-        self._refused.update(group_of(refusal.task) for refusal in placed.refusals)
         self._assignments += placed.assignments
-        self._refusals += placed.refusals
+        why = Why(requirements=shape)
+        for refusal in placed.refusals:
+            self._queue.set_aside(group_of(refusal.task))
+            self._texts.set(group_of(refusal.task), why)
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""
@@ -537,15 +554,14 @@ class Scheduler:
 
     async def _flush(self) -> None:
         """Write what was decided, many decisions in one transaction."""
-        refusals = (one for one in self._refusals if not is_already_shown(one))
-        decisions: list[Decision] = [*self._assignments, *refusals, *self._preemptions]
-        self._assignments, self._refusals, self._preemptions = [], [], []
+        decisions: list[Decision] = [*self._assignments, *self._preemptions]
+        self._assignments, self._preemptions = [], []
         if not decisions:
             return
         ids = [decision.task.id for decision in decisions]
         self._deciding.update(ids)
         try:
-            results = await self._write(decisions)
+            results = await write_decisions(self._term, decisions, timestamp(self._clock.now_ns()))
         finally:
             self._deciding.difference_update(ids)
         outcomes: list[tuple[str, SkepError | None]] = []
@@ -566,24 +582,6 @@ class Scheduler:
             if result is None and isinstance(decision, Assignment):
                 self._queue.add((group,))  # its node was removed at the same moment
         self._failures.requeue_failed(self._queue, "decisions", outcomes)
-        await asyncio.sleep(0)
-
-    async def _write(self, decisions: list[Decision]) -> list[SkepError | None]:
-        """Write ``TOGETHER`` decisions per transaction; if one is refused, its decisions separately.
-
-        A bad decision (a task that cannot be encoded, a transaction that is too large) must not hold up the others.
-        """
-        now = timestamp(self._clock.now_ns())
-        writer = DecisionWriter(now)
-        results = await write_each(self._term, writer.write_all, list(batched(decisions, TOGETHER)))
-        written: list[SkepError | None] = []
-        for together, result in zip(batched(decisions, TOGETHER), results, strict=True):
-            is_refused = isinstance(result, Unreadable) or not isinstance(result, Unavailable)
-            if isinstance(result, SkepError) and is_refused and len(together) > 1:
-                written += await write_each(self._term, writer.write, together)
-            else:
-                written += [result] * len(together)
-        return written
 
 
 def _has_failed(old: Task, new: Task) -> bool:
@@ -592,7 +590,3 @@ def _has_failed(old: Task, new: Task) -> bool:
 
 def _has_other_policy(old: Service, new: Service) -> bool:
     return volume_policy(old.spec.labels) is not volume_policy(new.spec.labels)
-
-
-def _refusals(tasks: Iterable[Task], reason: str) -> tuple[Refusal, ...]:
-    return tuple(Refusal(task, reason) for task in tasks)

@@ -20,6 +20,7 @@ from skep.store.interface import View
 
 ASSIGNED = "scheduler assigned task to node"
 CONFIRMED = "scheduler confirmed task can run on preassigned node"
+NO_NODE = "no suitable node"
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -37,6 +38,7 @@ class Refusal(msgspec.Struct, frozen=True, gc=False):
 
     task: Task
     reason: str
+    """Empty: it is found out later (``reasoning``)."""
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,9 +60,18 @@ def place(
     is_last: bool = True,
     leaving: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> Placed:
-    """``placing`` without pauses."""
+    """``placing`` without pauses, with the reasons of refusals."""
     return run_at_once(
-        placing(tasks, requirements, choices, now=now, limit=limit, is_last=is_last, leaving=leaving)
+        placing(
+            tasks,
+            requirements,
+            choices,
+            now=now,
+            limit=limit,
+            is_last=is_last,
+            leaving=leaving,
+            explains=True,
+        )
     )
 
 
@@ -73,6 +84,7 @@ def placing(
     limit: int,
     is_last: bool = True,
     leaving: Mapping[NodeId, int] = MappingProxyType({}),
+    explains: bool = False,
 ) -> SlicedWork[Placed]:
     """Nodes for up to ``limit`` of ``tasks``, which all have ``requirements`` (or its shape: ``Choices.is_first``).
 
@@ -83,6 +95,7 @@ def placing(
         now: on the clock of ``record_failure``.
         is_last: no more tasks with these requirements wait.
         leaving: tasks of the service, by node, whose slots ``tasks`` take over.
+        explains: refusals have their reason (``reasoning``), which takes a look at each node.
 
     It pauses while it finds candidates among thousands of nodes, passes over those that are full, and explains a
     refusal.
@@ -103,7 +116,7 @@ def placing(
     refusals: list[Refusal] = []
     if refused:
         # A refusal holds for all tasks with the same requirements.
-        reason = yield from _reason(requirements, accounting)
+        reason = (yield from reasoning(requirements, accounting)) if explains else ""
         refusals = [Refusal(task, reason) for task in (*refused, *tasks[limit:])]
     return Placed(
         assignments=tuple(assignments),
@@ -159,7 +172,8 @@ def assigned(
     return Assignment(task=task, node_id=node_id, generic_resources=generic, volumes=volumes, message=message)
 
 
-def _reason(requirements: Requirements, accounting: Accounting) -> SlicedWork[str]:
+def reasoning(requirements: Requirements, accounting: Accounting) -> SlicedWork[str]:
+    """Why no node can run tasks with these requirements."""
     copies = accounting.copies(requirements.service_id)
     refused = yield from explaining(requirements, tuple(accounting.accounts.values()), copies)
-    return f"no suitable node ({refused})" if refused else "no suitable node"
+    return f"{NO_NODE} ({refused})" if refused else NO_NODE

@@ -196,7 +196,9 @@ def making_room(
             yield
     made: list[Nomination] = []
     claimed: Counter[NodeId] = Counter()
-    for task in tasks:
+    for number, task in enumerate(tasks, 1):
+        if number % STEP == 0:
+            yield  # what was found before is looked at again
         room = None
         while found and room is None:
             _, known = heapq.heappop(found)

@@ -66,15 +66,6 @@ class Priorities:
         )
         return max((self.of(task.service_id) for task in ended), default=None)
 
-    def divided(
-        self, groups: Sequence[Group], least: int | None, view: View
-    ) -> tuple[Sequence[Group], Sequence[Group]]:
-        """The groups that have at least this priority, and the others; None: all have."""
-        if least is None:
-            return groups, ()
-        lower = dict.fromkeys(group for group in groups if self.of_group(group, view) < least)
-        return [group for group in groups if group not in lower], list(lower)
-
     def set(self, service: Service) -> bool:
         """A service was created or changed; gives whether its priority is another one now."""
         before, priority = self.of(service.id), priority_of(service.spec.labels)

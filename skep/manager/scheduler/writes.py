@@ -5,7 +5,8 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
-from skep.manager.failures import ERROR_CHARACTERS_MAX
+from skep.errors import SkepError, Unavailable, Unreadable
+from skep.manager.failures import ERROR_CHARACTERS_MAX, write_each
 from skep.manager.scheduler.accounting import holds_resources
 from skep.manager.scheduler.placement import Assignment, Refusal
 from skep.manager.scheduler.preemption import Preempt, is_leaving
@@ -18,9 +19,32 @@ from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.model.volume import Volume
-from skep.store.interface import Transaction, View
+from skep.store.interface import Transaction, Updates, View
+from skep.store.updates import batched
 
 Decision: TypeAlias = Assignment | Refusal | Preempt
+
+TOGETHER = 50
+"""Decisions in one transaction: two keys each, and room for the networks whose plane they set (``MAX_OPERATIONS``)."""
+
+
+async def write_decisions(
+    term: Updates, decisions: Sequence[Decision], now: Timestamp
+) -> list[SkepError | None]:
+    """Write ``TOGETHER`` decisions per transaction; if one is refused, its decisions separately.
+
+    A bad decision (a task that cannot be encoded, a transaction that is too large) must not hold up the others.
+    """
+    writer = DecisionWriter(now)
+    results = await write_each(term, writer.write_all, list(batched(decisions, TOGETHER)))
+    written: list[SkepError | None] = []
+    for together, result in zip(batched(decisions, TOGETHER), results, strict=True):
+        is_refused = isinstance(result, Unreadable) or not isinstance(result, Unavailable)
+        if isinstance(result, SkepError) and is_refused and len(together) > 1:
+            written += await write_each(term, writer.write, together)
+        else:
+            written += [result] * len(together)
+    return written
 
 
 class DecisionWriter:

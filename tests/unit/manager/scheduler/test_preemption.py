@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.aio.time_slices import run_at_once
+from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.scheduler.accounting import Accounting, usage_of
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.preemption import (
@@ -40,6 +40,7 @@ from skep.model.task import Preemption, Task, TaskState
 from skep.store.interface import View
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_task
+from tests.support.counted_calls import most_calls_between_pauses
 from tests.unit.manager.scheduler.test_scheduler_loop import put
 
 MIB = 1 << 20
@@ -91,9 +92,14 @@ class World:
         return None if room is None else set(room.victims)
 
     def nominations(self, service: Service, count: int = 1, victims_max: int = AT_ONCE) -> list[Nomination]:
+        return run_at_once(self.nominating(service, count, victims_max))
+
+    def nominating(
+        self, service: Service, count: int, victims_max: int = AT_ONCE
+    ) -> SlicedWork[list[Nomination]]:
         tasks = [a_task(slot=n, service=service, state=TaskState.PENDING) for n in range(1, count + 1)]
         requirements = wanted(service)
-        work = making_room(
+        return making_room(
             tasks,
             requirements,
             list(self.accounting.accounts),
@@ -102,7 +108,6 @@ class World:
             claim=lambda one: reserve_room(self.accounting, one.task.id, one.room, requirements),
             victims_max=victims_max,
         )
-        return run_at_once(work)
 
 
 def wanted(service: Service) -> Requirements:
@@ -215,6 +220,20 @@ def test_every_task_gets_room_of_its_own() -> None:
     assert [node for node, _ in nominations] == ["n1", "n2", "n1", "n2"], "spread, and no more than fit"
     assert set().union(*(victims for _, victims in nominations)) == {task.id for task in tasks}
     assert sum(len(victims) for _, victims in nominations) == len(tasks)
+
+
+def test_between_two_pauses_some_nodes_are_looked_at_however_many_tasks_get_room() -> None:
+    low, high = of_priority(0, "low", reserve=reserving(8)), of_priority(1, "high", reserve=reserving(8))
+
+    def most_calls(count: int) -> int:
+        nodes = [a_node(f"n{n}", has=ROOM) for n in range(count)]
+        tasks = [a_task(slot=n + 1, service=low, node=f"n{n}") for n in range(count)]
+        leaving = [replace(one, desired_state=TaskState.SHUTDOWN) for one in tasks]
+        world = World(nodes, [low, high], leaving)
+        assert len(world.nominations(high, count)) == count
+        return most_calls_between_pauses(World(nodes, [low, high], leaving).nominating(high, count))
+
+    assert most_calls(200) < 2 * most_calls(20)
 
 
 def test_only_so_many_are_stopped_at_a_time() -> None:

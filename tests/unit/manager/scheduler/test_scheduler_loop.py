@@ -15,6 +15,7 @@ from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
 from skep.manager import failures
 from skep.manager.scheduler import dependencies, filters, placement, spread
+from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.writes import Decision, DecisionWriter
 from skep.model.container import Mount
@@ -271,18 +272,21 @@ async def test_room_that_comes_while_a_refusal_is_explained_is_used(monkeypatch:
 async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    explained, removed = asyncio.Event(), asyncio.Event()
+    chosen, removed, real = asyncio.Event(), asyncio.Event(), spread.Spread.choosing
 
-    def failing(*_asked: Any) -> SlicedWork[str]:
-        explained.set()
-        while not removed.is_set():
-            yield
-        for _ in range(200):  # the commit arrives
-            yield
-        raise RuntimeError("a bad node")
+    def failing(self: spread.Spread) -> SlicedWork[Account | None]:
+        account = yield from real(self)
+        if account is None and not removed.is_set():
+            chosen.set()
+            while not removed.is_set():
+                yield
+            for _ in range(200):  # the commit arrives
+                yield
+            raise RuntimeError("a bad node")
+        return account
 
     monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
-    monkeypatch.setattr(placement, "explaining", failing)
+    monkeypatch.setattr(spread.Spread, "choosing", failing)
     store = MemoryStore(SystemClock())
     room = a_node("n1").description.resources.memory_bytes
     services = [a_service(name, reserve=Resources(memory_bytes=room)) for name in ("large", "later")]
@@ -290,7 +294,7 @@ async def test_tasks_that_are_removed_during_a_decision_that_fails_take_no_place
     large = [a_task(f"t{n}", service=services[0], slot=n, state=TaskState.PENDING) for n in (1, 2)]
     await store.update_each(put, large)
     async with scheduling(store):
-        await explained.wait()  # the first has the node, and there is none for the second
+        await chosen.wait()  # the first has the node, and there is none for the second
         await store.update(lambda tx: [tx.delete(Task, one.id) for one in large])
         removed.set()
         await store.update(put, a_task("last", service=services[1], slot=1, state=TaskState.PENDING))
