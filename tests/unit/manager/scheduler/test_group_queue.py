@@ -31,6 +31,18 @@ def test_refused_groups_are_due_again_together_those_of_higher_priority_first() 
     assert run(work) == (["h", "a", "l"], False)
 
 
+def test_a_change_that_concerns_some_refused_groups_makes_these_due() -> None:
+    async def work(queue: GroupQueue) -> object:
+        for group in ("l", "b", "h", "a"):
+            queue.set_aside(group)
+        queue.retry(only={"a", "h", "not refused"})
+        first = await queue.take(10)
+        queue.retry()
+        return first, await queue.take(10)
+
+    assert run(work) == (["h", "a"], ["b", "l"])
+
+
 def test_while_others_are_due_they_get_half_of_what_is_taken() -> None:
     async def work(queue: GroupQueue) -> object:
         for number in range(6):
