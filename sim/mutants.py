@@ -261,7 +261,7 @@ def _anywhere() -> list[Patch]:
 
 
 def _always_replaced() -> list[Patch]:
-    return [Patch(situation, "disconnect_policy", lambda labels: DisconnectPolicy())]
+    return [Patch(situation, "policy_on", lambda node, service: DisconnectPolicy())]
 
 
 def _never_stopped() -> list[Patch]:

@@ -23,7 +23,7 @@ from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.race import Preempted, run_unless
 from skep.errors import SkepError
 from skep.model.ids import TaskId
-from skep.model.labels import drain_s
+from skep.model.labels import drain_s, last_lines
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, Task, TaskState, TaskStatus
 from skep.model.task_end import TaskEnd, words_of
@@ -190,10 +190,12 @@ class TaskDriver:
             self._desired_changed.set()
 
     def assign(self, task: AssignedTask) -> bool:
-        """Take over a newer assignment; whether its limits differ, so that the container needs an update."""
+        """Take over a newer assignment; whether it has other limits, or last lines to keep: the controller needs it."""
         before, self.task = self.task, task
         if before.task.desired_state is not task.task.desired_state:
             self._desired_changed.set()
+        if last_lines(before.service_labels) != last_lines(task.service_labels):
+            return True
         return before.task.spec.resources != task.task.spec.resources
 
     async def run(self) -> None:

@@ -188,7 +188,7 @@ class Worker:
         await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
 
     async def _update(self, driver: TaskDriver) -> None:
-        """New limits for a running container; a refusal leaves the old ones."""
+        """A newer assignment for a running container; a refusal of new limits leaves the old ones."""
         await isolate(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
 
     def _remove(self, id: TaskId, *, at_once: bool = False) -> None:

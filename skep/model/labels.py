@@ -81,6 +81,8 @@ LABEL_NODE_ID = "com.docker.swarm.node.id"
 
 DELAY_S_MAX = 365 * 24 * 3600.0
 
+_SENT = (ON_DISCONNECT, ON_DISCONNECT_DELAY, DRAIN, LAST_LINES)
+
 
 class OnDisconnect(Enum):
     """What happens to a service's tasks on a node that has lost all managers."""
@@ -124,6 +126,16 @@ def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
         return _disconnect_policy(labels)
     except InvalidArgument:
         return DisconnectPolicy()
+
+
+def disconnect_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Those labels of a service that its ``disconnect_policy`` follows from."""
+    return {name: labels[name] for name in (ON_DISCONNECT, ON_DISCONNECT_DELAY) if name in labels}
+
+
+def sent_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Those labels of a service that take effect on its running tasks at their nodes."""
+    return {name: labels[name] for name in _SENT if name in labels}
 
 
 def progress_deadline_s(labels: Mapping[str, str]) -> float:

@@ -414,11 +414,19 @@ class Autoscaled(ApiObject):
     at: Timestamp = ZERO_TIME
 
 
+class PastDisconnect(ApiObject):
+    """``skep.on-disconnect`` and its delay as they were until a service's labels were changed.  Not in Docker's API."""
+
+    labels: Mapping[str, str] = {}
+    until: Timestamp = ZERO_TIME
+
+
 class Service(ApiObject):
     """A service.
 
-    Writers: API: ``spec``, ``previous_spec``, ``version``, ``spec_version``, ``removed_at``; leader:
-    ``update_status``, ``endpoint``, ``job_status``, ``autoscaled``, and with it the replicas of an autoscaled service.
+    Writers: API: ``spec``, ``previous_spec``, ``version``, ``removed_at``; the store, with each new spec:
+    ``spec_version``, ``past_disconnects``; leader: ``update_status``, ``endpoint``, ``job_status``, ``autoscaled``, and
+    with it the replicas of an autoscaled service.
     ``service_status`` and ``damage`` exist in API responses only.
     """
 
@@ -430,6 +438,8 @@ class Service(ApiObject):
     previous_spec: ServiceSpec | None = None
     spec_version: Version | None = None
     """Version at which the spec last changed; tasks refer to their spec by it."""
+    past_disconnects: tuple[PastDisconnect, ...] = ()
+    """The last few, oldest first: what nodes go by that were not heard since.  Not in API responses."""
     endpoint: Endpoint = always(Endpoint())
     update_status: UpdateStatus | None = None
     service_status: ServiceStatus | None = None

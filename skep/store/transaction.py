@@ -13,6 +13,7 @@ import msgspec
 
 from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unreadable
 from skep.model.meta import Version
+from skep.model.past_disconnects import past_disconnects
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
@@ -203,6 +204,8 @@ class LocalTransaction:
             return msgspec.structs.replace(object, **meta)
         if base is None or base.spec != object.spec:
             meta["spec_version"] = meta["version"]
+            if base is not None:
+                meta["past_disconnects"] = past_disconnects(base, object.spec.labels, self._now)
         else:
             meta["spec_version"] = base.spec_version
         stamped = msgspec.structs.replace(object, service_status=None, **meta)

@@ -134,6 +134,53 @@ def test_a_node_that_is_cut_off_stops_containers_that_take_their_time(seed: int)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_labels_that_were_changed_while_tasks_ran_hold_in_the_next_partition(seed: int) -> None:
+    """The change replaces no task: the nodes are sent it."""
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        settle(cluster, a_spec())
+        stops = a_spec(on_disconnect="stop", on_disconnect_delay="10s")
+        cluster.update("web", lambda spec: stops)
+        cluster.run_for(10)
+        assert cluster.created("web") == REPLICAS
+        cut = cut_off(cluster, [LOST])
+        assert most_containers(cluster, 60) == REPLICAS, "no task ran twice"
+        assert not cluster.nodes[LOST].containers
+        assert cluster.running("web") == REPLICAS
+        mend(cluster, cut)
+        cluster.run_for(20)
+        keeper = next(task.node_id for task in cluster.wanted("web"))
+        cluster.update("web", lambda spec: a_spec(on_disconnect="keep"))
+        cluster.run_for(10)
+        cut_off(cluster, [keeper])
+        cluster.run_for(60)
+        assert cluster.containers("web") == REPLICAS
+        assert cluster.nodes[keeper].containers, "no longer stopped by its node"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_node_that_was_cut_off_when_labels_changed_is_not_taken_to_go_by_them(seed: int) -> None:
+    """Nor by a new leader.  It stops nothing, so nothing is started elsewhere until it is back."""
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        settle(cluster, a_spec(on_disconnect_delay="1h"))
+        cluster.run_for(10)
+        cut = cut_off(cluster, [LOST])
+        cluster.run_for(20)
+        cluster.update("web", lambda spec: a_spec(on_disconnect="stop", on_disconnect_delay="5s"))
+        cluster.run_for(20)
+        cluster.crash(cluster.leader)
+        assert most_containers(cluster, 60) == REPLICAS
+        assert cluster.created("web") == REPLICAS
+        assert cluster.nodes[LOST].containers
+        mend(cluster, cut)
+        cluster.run_until(lambda: cluster.is_ready(LOST), within_s=15)
+        cluster.run_for(10)
+        cut_off(cluster, [LOST])
+        assert most_containers(cluster, 60) == REPLICAS
+        assert not cluster.nodes[LOST].containers
+        assert cluster.running("web") == REPLICAS
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_machine_that_comes_back_cut_off_begins_nothing_that_runs_elsewhere(seed: int) -> None:
     with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
         settle(cluster, a_spec(on_disconnect="stop"))

@@ -86,7 +86,7 @@ class Controller(Protocol):
         """Kill now; return when the process is gone."""
 
     async def update(self, task: AssignedTask) -> None:
-        """Take over what changed in the assignment (limits) without a restart."""
+        """Take over what changed in the assignment (limits, last lines to keep) without a restart."""
 
     async def remove(self) -> None:
         """Free everything the task holds: file system, namespace, ports, cgroup, logs.  Nothing may be left.

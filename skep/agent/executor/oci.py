@@ -376,7 +376,7 @@ class OciController:
             await self._engine.wait(container.id)
 
     async def update(self, task: AssignedTask) -> None:
-        """Change the limits of the running container."""
+        """Change the limits of the running container, if they are others."""
         self._task = task
         container = self._container()
         if container is None or not container.is_running:

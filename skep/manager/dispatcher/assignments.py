@@ -6,6 +6,7 @@ message and a ``SentState`` to compare with the next time.
 * A task is sent from ASSIGNED on, until its record is deleted.  An ended task stays, with its stored status: a node
   that lost its state would otherwise run it again.
 * What the node itself reports (the status) is never sent back, except in ``everything``.
+* A task is sent again when labels of its service change that take effect on it while it runs (``sent_labels``).
 * A task of a global service has its node before it is assigned.  While its status cannot be read it may still wait for
   a port or for its predecessor, so it is not sent; if the node has it, the node keeps it and reports its status.
 * Secrets and configs are sent with the first task that needs them, and removed with the last that still runs.
@@ -21,7 +22,7 @@ from msgspec.structs import replace
 
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
-from skep.model.labels import DRAIN
+from skep.model.labels import DRAIN, sent_labels
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
 from skep.model.secret import Config, Secret
@@ -48,6 +49,8 @@ class SentState(msgspec.Struct, frozen=True, kw_only=True):
     """What one node was sent on one stream."""
 
     tasks: Mapping[TaskId, Task] = {}
+    labels: Mapping[TaskId, Mapping[str, str]] = {}
+    """The tasks' ``sent_labels``, where there are any."""
     secrets: frozenset[SecretId] = frozenset()
     configs: frozenset[ConfigId] = frozenset()
     volumes: Mapping[VolumeId, VolumeAssignment] = {}
@@ -74,6 +77,7 @@ def everything(
     volumes, leaving = _volumes_on(view, node_id, volumes_of)
     sent = SentState(
         tasks=tasks,
+        labels={id: labels for id, task in tasks.items() if (labels := _sent_labels(view, task, {}))},
         secrets=_secrets_of(tasks.values()) | _secrets_for(volumes),
         configs=_configs_of(tasks.values()),
         volumes=volumes,
@@ -91,11 +95,12 @@ def difference(
     volumes_of: VolumesOf | None = None,
 ) -> tuple[AssignmentSet | None, SentState]:
     """The message after ``changed`` tasks changed; None: nothing the node needs."""
-    tasks = dict(sent.tasks)
+    tasks, labels = dict(sent.tasks), dict(sent.labels)
     updated: list[Task] = []
     referring = False
     for id in sorted(set(changed)):
         task, before = view.lookup(Task, id), tasks.pop(id, None)
+        labels_before = labels.pop(id, {})
         referring = referring or _refers(before)
         if task is None or task.node_id != node_id:
             continue
@@ -103,8 +108,10 @@ def difference(
         if not _is_due(view, task) and (before is None or not _is_held_back(view, task)):
             continue
         tasks[id] = task
+        if labels_now := _sent_labels(view, task, labels_before):
+            labels[id] = labels_now
         referring = referring or _refers(task)
-        if before is None or sent_fields(before) != sent_fields(task):
+        if before is None or sent_fields(before) != sent_fields(task) or labels_before != labels_now:
             updated.append(task)
     # Going through all tasks of the node is the expensive part, and most tasks need neither secrets nor configs.
     volumes, leaving = _volumes_on(view, node_id, volumes_of)
@@ -113,7 +120,7 @@ def difference(
         now = SentState(tasks=tasks, secrets=secrets, configs=_configs_of(tasks.values()))
     else:
         now = SentState(tasks=tasks, secrets=sent.secrets, configs=sent.configs)
-    now = replace(now, volumes=volumes, leaving=leaving)
+    now = replace(now, labels=labels, volumes=volumes, leaving=leaving)
     message = _message(view, sent, now, updated, complete=False)
     is_empty = not (
         message.tasks
@@ -245,19 +252,25 @@ def _assigned(view: View, task: Task) -> AssignedTask:
     task = replace(task, slot=task.shown_slot)
     if service is None:
         return AssignedTask(task=task)
-    labels = service.spec.labels
-    if service.removed_at is not None:
-        labels = {
-            **labels,
-            DRAIN: "0s",
-        }  # a removed service is not drained
     return AssignedTask(
         task=task,
         service_name=service.spec.name,
-        service_labels=labels,
+        service_labels=_labels_of(service),
         ports=_ports_of(service),
         virtual_ips=service.endpoint.virtual_ips,
     )
+
+
+def _labels_of(service: Service) -> Mapping[str, str]:
+    if service.removed_at is None:
+        return service.spec.labels
+    return {**service.spec.labels, DRAIN: "0s"}  # a removed service is not drained
+
+
+def _sent_labels(view: View, task: Task, before: Mapping[str, str]) -> Mapping[str, str]:
+    """``before``: what the node was sent, and keeps while the service cannot be read."""
+    service = view.lookup(Service, task.service_id)
+    return before if service is None else sent_labels(_labels_of(service))
 
 
 def _ports_of(service: Service) -> tuple[PortConfig, ...]:

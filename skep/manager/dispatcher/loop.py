@@ -17,6 +17,7 @@ from skep.aio.hang_detection import RunningTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.admission import Admission
 from skep.manager.dispatcher.balancing import Balancing
+from skep.manager.dispatcher.changed_labels import ChangedLabels
 from skep.manager.dispatcher.delayed_stops import Stops, WaitUnused
 from skep.manager.dispatcher.down_nodes import mark_nodes_down, revert
 from skep.manager.dispatcher.liveness import (
@@ -55,6 +56,7 @@ from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId, Volum
 from skep.model.labels import last_lines
 from skep.model.node import Node, NodeState, differ_in_load_alone
 from skep.model.planes import is_docker_node
+from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskStatus
 from skep.model.task_end import LAST_LINES_MAX
@@ -111,6 +113,7 @@ class Dispatcher:
         self._volumes = VolumeIndex()
         self._assignments = AssignmentStreams(store, self._sessions, self._volumes)
         self._stops = Stops(store, self._sessions, clock, wait_unused)
+        self._labels = ChangedLabels(store, clock, self._stops.wake)
         self._balancing = Balancing(
             store,
             own.node_id,
@@ -179,7 +182,7 @@ class Dispatcher:
         try:
             await run_informer(
                 self._store,
-                (Node, Task, Swarm, Payload, Volume),
+                (Node, Task, Service, Swarm, Payload, Volume),
                 on_snapshot=self._on_snapshot,
                 on_commit=self._on_commit,
                 work=self._run_tasks,
@@ -195,6 +198,7 @@ class Dispatcher:
             group.create_task(self._balancing.run(), name="spread sessions")
             group.create_task(self._loads.run(), name="write loads")
             group.create_task(self._stops.run(), name="stops")
+            group.create_task(self._labels.run(), name="changed labels")
             group.create_task(self._repeats.run(), name="repeated reports")
             group.create_task(self._usages.run(), name="usage of tasks")
 
@@ -228,6 +232,8 @@ class Dispatcher:
                     self._stops.release(task)
                 case Updated(Task() as old, Task() as new):
                     self._stops.on_update(old, new, commit.revision)
+                case Updated(Service() as before, Service() as service):
+                    self._labels.on_update(before, service)
                 case Created(Node() as node):
                     has_new_managers |= node.manager_status is not None
                 case Updated(Node() as old, Node() as node) if not differ_in_load_alone(old, node):

@@ -7,9 +7,34 @@ node has certainly stopped the tasks itself.  Until then a task keeps its slot, 
 from math import inf
 from typing import assert_never
 
-from skep.model.labels import DisconnectPolicy, OnDisconnect
-from skep.model.node import RESPONSE_SECONDS_MAX
+from msgspec.structs import replace
+
+from skep.model.labels import DisconnectPolicy, OnDisconnect, disconnect_policy
+from skep.model.node import RESPONSE_SECONDS_MAX, Node
+from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.times import SECOND_NS, unix_ns
+
+UNCERTAIN_S = 2.0
+"""A node that was last heard within this time after a change of labels may not have received it.  The two stamps may
+be of two managers' clocks."""
+
+
+def policy_on(node: Node, service: Service) -> DisconnectPolicy:
+    """The policy for the tasks of ``service`` on a node that is down.
+
+    With STOP it is the node that acts, by the labels that it was sent.  If they may be earlier ones, the longest delay
+    counts; where the node would stop nothing by one of them, the delay has no end: nothing may run twice.
+    """
+    present = disconnect_policy(service.spec.labels)
+    if present.action is not OnDisconnect.STOP or not service.past_disconnects or node.silent_since is None:
+        return present
+    heard_ns = unix_ns(node.silent_since) - UNCERTAIN_S * SECOND_NS
+    earlier = [
+        disconnect_policy(past.labels) for past in service.past_disconnects if unix_ns(past.until) >= heard_ns
+    ]
+    delays_s = [one.delay_s if one.action is OnDisconnect.STOP else inf for one in earlier]
+    return replace(present, delay_s=max([present.delay_s, *delays_s]))
 
 
 def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float) -> float:

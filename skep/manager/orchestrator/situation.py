@@ -5,12 +5,12 @@ from math import inf
 
 import msgspec
 
-from skep.manager.orchestrator.disconnection import replaced_at
+from skep.manager.orchestrator.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.enforcement import violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.slots import is_unusable
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import OnDisconnect, disconnect_policy
+from skep.model.labels import OnDisconnect
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task
@@ -97,18 +97,20 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         node = self.node_of(task)
         if node is None or not _is_down_only(node) or self.is_frozen:
             return inf
-        policy = disconnect_policy(self.service.spec.labels)
+        policy = policy_on(node, self.service)
         return max(replaced_at(policy, task, self.seen.down(node)), self.replaces_from)
 
     def node_stops_at(self, task: Task) -> float:
         """When a node that is down has certainly stopped the task by itself; -infinity: it is not asked to.
 
-        It knows of no drain, no disruption and no update that began since.
+        It knows of no drain, no disruption and no update that began since, nor of new labels: infinity, if it may not
+        know that it is asked to.
         """
-        node, policy = self.node_of(task), disconnect_policy(self.service.spec.labels)
-        if policy.action is not OnDisconnect.STOP or node is None or node.status.state is not NodeState.DOWN:
+        node = self.node_of(task)
+        if node is None or node.status.state is not NodeState.DOWN:
             return -inf
-        return replaced_at(policy, task, self.seen.down(node))
+        policy = policy_on(node, self.service)
+        return replaced_at(policy, task, self.seen.down(node)) if policy.action is OnDisconnect.STOP else -inf
 
     def keeps_slot(self, task: Task) -> bool:
         """Whether the task keeps its slot though its node is down."""

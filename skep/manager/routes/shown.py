@@ -67,6 +67,7 @@ def shown_service(
         spec=with_defaults(service.spec) if insert_defaults else service.spec,
         spec_version=None,
         update_status=_shown_update(service.update_status),
+        past_disconnects=(),
         autoscaled=None,
         service_status=status,
         job_status=_shown_job(service.job_status),

@@ -12,13 +12,13 @@ import pytest
 from skep.agent.executor.interface import Controller, Rejected, Running
 from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
 from skep.agent.task_files import TaskFiles
-from skep.agent.worker import Worker
+from skep.agent.worker import Worker, stop_reason
 from skep.aio.clock import SystemClock
 from skep.errors import SkepError
 from skep.model.assignment import AssignmentSet
 from skep.model.container import ContainerSpec
 from skep.model.ids import ServiceId, TaskId
-from skep.model.labels import DRAIN
+from skep.model.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.service import Limits, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
 from tests.support.fake_worker import a_session
@@ -389,6 +389,36 @@ async def test_new_limits_reach_a_running_task_once(node: Node) -> None:
                 await asyncio.sleep(0)
         assert Counted.updates == (5,)
         assert node.reports.states("a").count(RUNNING) == 1
+
+
+class Relabelled(SimulatedController):
+    updates: tuple[Mapping[str, str], ...] = ()
+
+    async def update(self, task: AssignedTask) -> None:
+        type(self).updates += (task.service_labels,)
+
+
+async def test_labels_that_change_while_a_task_runs_take_effect_without_a_restart(node: Node) -> None:
+    """Also after a restart of the node process.  The controller gets what it needs at the task's end."""
+    node.controllers["a"] = Relabelled
+    stops = {ON_DISCONNECT: "stop", ON_DISCONNECT_DELAY: "20s"}
+    kept = {**stops, LAST_LINES: "3"}
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await node.reports.wait("a", RUNNING)
+        for labels in (stops, kept, kept):
+            await worker.assign(difference(msgspec.structs.replace(assigned("a"), service_labels=labels)))
+            task = worker.tasks()[TaskId("a")]
+            assert not stop_reason(task, 19.0)
+            assert stop_reason(task, 20.0)
+        async with asyncio.timeout(DEADLINE_S):
+            while not Relabelled.updates:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert Relabelled.updates == (kept,)
+        assert node.reports.states("a").count(RUNNING) == 1
+    async with node.working() as worker:
+        await worker.wait_ready()
+        assert worker.tasks()[TaskId("a")].service_labels == kept
 
 
 class Drained(SimulatedController):

@@ -7,11 +7,11 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.informer import run_informer
-from skep.manager.orchestrator.disconnection import replaced_at
+from skep.manager.orchestrator.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
 from skep.manager.revocation import revoke
 from skep.model.ids import IdSource, NodeId
-from skep.model.labels import OnDisconnect, VolumePolicy, disconnect_policy, forget_nodes_s, volume_policy
+from skep.model.labels import OnDisconnect, VolumePolicy, forget_nodes_s, volume_policy
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.swarm import Swarm
@@ -108,13 +108,14 @@ def _keeps_tasks(view: View, id: NodeId, down_s: float) -> bool:
     ``down_s``: for how long the node is down.  The tasks of a node that is removed are replaced at once, even if it has
     not stopped them yet.
     """
+    node = view.get(Node, id)
     for task in view.find(Task, node_id=id):
         if has_unknown_service(view, task):
             return True
         service = view.lookup(Service, task.service_id) if task.service_id else None
         if service is None or service.removed_at is not None:
             continue
-        policy = disconnect_policy(service.spec.labels)
+        policy = policy_on(node, service)
         if policy.action is OnDisconnect.KEEP or volume_policy(service.spec.labels) is VolumePolicy.KEEP:
             return True
         if not task.status.state.is_terminal and replaced_at(policy, task, 0.0) > down_s:

@@ -9,7 +9,7 @@ from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.assignments import SentState, affects_node, difference, everything
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
 from skep.model.ids import ConfigId, NodeId, SecretId
-from skep.model.labels import drain_s
+from skep.model.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, drain_s
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
@@ -139,6 +139,40 @@ async def test_a_changed_desired_state_is_sent_and_a_report_is_not():
     change, sent = difference(store.view(), N1, sent, ["t1"])
     assert [assigned.task.desired_state for assigned in change.tasks] == [TaskState.SHUTDOWN]
     assert not change.complete
+
+
+def labelled(service: Service, **labels: str) -> Service:
+    return replace(service, spec=replace(service.spec, labels=labels))
+
+
+@pytest.mark.parametrize("name", [ON_DISCONNECT, ON_DISCONNECT_DELAY, DRAIN, LAST_LINES])
+async def test_a_label_that_takes_effect_on_a_running_task_is_sent_when_it_changes(name):
+    service = a_service()
+    store = await store_with(service, a_task("t1", node="n1", service=service), a_task("t2", node="n1"))
+    _, sent = everything(store.view(), N1)
+    for labels in ({name: "1"}, {name: "2"}, {}):
+        await put(store, labelled(service, **labels))
+        change, sent = difference(store.view(), N1, sent, ["t1"])
+        assert [(one.task.id, one.service_labels) for one in change.tasks] == [("t1", labels)]
+        assert difference(store.view(), N1, sent, ["t1"])[0] is None
+        _, fresh = everything(store.view(), N1)
+        assert {id: labels for id, labels in fresh.labels.items() if id == "t1"} == sent.labels
+    await put(store, labelled(service, tier="front"))
+    assert difference(store.view(), N1, sent, ["t1", "t2"])[0] is None
+
+
+async def test_labels_of_a_service_that_cannot_be_read_stay_as_they_were_sent():
+    service, cluster = labelled(a_service(), **{ON_DISCONNECT: "stop"}), MemoryCluster()
+    task = a_task("t1", node="n1", service=service)
+    store = MemoryStore(SystemClock(), cluster)
+    await put(store, service, task)
+    _, sent = everything(store.view(), N1)
+    damage(cluster, "service", "web", "")
+    unread = MemoryStore(SystemClock(), cluster)
+    assert unread.view().lookup(Service, "web") is None
+    change, now = difference(unread.view(), N1, sent, ["t1"])
+    assert change is None
+    assert now.labels == {"t1": {ON_DISCONNECT: "stop"}}
 
 
 async def test_a_deleted_task_is_taken_back():

@@ -99,6 +99,7 @@ def test_a_node_is_kept_until_its_tasks_may_be_replaced(
     tx = LocalTransaction(State(), 0)
     web = a_service("web")
     tx.put(replace(web, spec=replace(web.spec, labels=labels)))
+    tx.put(a_node("w1", state=NodeState.DOWN))
     tx.put(a_task("t1", node="w1", service=web, state=state))
     for down_s in (0.0, 60.0, 309.0, 311.0, HOUR - 1, HOUR, DAY):
         assert _keeps_tasks(tx, NodeId("w1"), down_s) is (down_s < kept_s)

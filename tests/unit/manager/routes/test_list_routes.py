@@ -138,10 +138,12 @@ async def test_what_is_ours_is_not_shown(cluster):
     api, client = cluster
     web = await a_stored_service(api, a_service_spec("web"))
     await put(api, replace(a_task("t1", service=web), spec_version=web.spec_version))
+    await put(api, replace(web, spec=replace(web.spec, labels={"skep.on-disconnect": "stop"})))
+    assert api.store.view().get(Service, web.id).past_disconnects
     service = await (await client.get("/services/web")).json()
     task = await (await client.get("/tasks/t1")).json()
     (node,) = await (await client.get("/nodes")).json()
-    assert not {"SpecVersion", "RemovedAt"} & (service.keys() | task.keys())
+    assert not {"SpecVersion", "RemovedAt", "PastDisconnects"} & (service.keys() | task.keys())
     assert not {"Session", "Certificate", "Attachments"} & node.keys()
 
 

@@ -1,0 +1,51 @@
+"""Wakes the streams of assignments when labels of a service change that take effect on its running tasks.
+
+Such a change replaces no task.  If it reached a task's node with the next task only, the leader would decide by other
+labels than the node: a node that is cut off would run on what the leader takes for stopped.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from skep.aio.clock import Clock
+from skep.aio.event import Event
+from skep.aio.time_slices import STEP, run_in_slices
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.labels import sent_labels
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.store.interface import Store
+
+
+class ChangedLabels:
+    """Services whose labels have changed, until the nodes of their tasks are woken."""
+
+    def __init__(self, store: Store, clock: Clock, wake: Callable[[NodeId, Iterable[TaskId]], None]) -> None:
+        self._store = store
+        self._clock = clock
+        self._wake = wake
+        self._changed: dict[ServiceId, None] = {}
+        self._has_changed = Event()
+
+    def on_update(self, old: Service, new: Service) -> None:
+        """A service changed."""
+        before, now = old.spec.labels, new.spec.labels
+        if before != now and sent_labels(before) != sent_labels(now):
+            self._changed[new.id] = None
+            self._has_changed.set()
+
+    async def run(self) -> None:
+        """Wake nodes, until cancelled; a service may have very many tasks."""
+        while True:
+            await self._has_changed.wait()
+            self._has_changed.clear()
+            changed, self._changed = self._changed, {}
+            for id in changed:
+                await run_in_slices(self._wake_nodes(id), self._clock)
+
+    def _wake_nodes(self, id: ServiceId) -> Iterator[None]:
+        # A task that is assigned from now on is sent with the new labels.
+        for number, task in enumerate(self._store.view().find(Task, service_id=id), 1):
+            if task.node_id and not task.status.state.is_terminal:
+                self._wake(task.node_id, (task.id,))
+            if number % STEP == 0:
+                yield
