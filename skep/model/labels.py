@@ -81,7 +81,8 @@ LABEL_NODE_ID = "com.docker.swarm.node.id"
 
 DELAY_S_MAX = 365 * 24 * 3600.0
 
-_SENT = (ON_DISCONNECT, ON_DISCONNECT_DELAY, DRAIN, LAST_LINES)
+DISCONNECT_LABELS = (ON_DISCONNECT, ON_DISCONNECT_DELAY)
+_SENT = (*DISCONNECT_LABELS, DRAIN, LAST_LINES)
 
 
 class OnDisconnect(Enum):
@@ -130,7 +131,7 @@ def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
 
 def disconnect_labels(labels: Mapping[str, str]) -> dict[str, str]:
     """Those labels of a service that its ``disconnect_policy`` follows from."""
-    return {name: labels[name] for name in (ON_DISCONNECT, ON_DISCONNECT_DELAY) if name in labels}
+    return {name: labels[name] for name in DISCONNECT_LABELS if name in labels}
 
 
 def sent_labels(labels: Mapping[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from skep.model.dependencies import WAITS_FOR
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
+from skep.model.labels import DISCONNECT_LABELS, disconnect_labels
 from skep.model.meta import Version
 from skep.model.node import IssuedSerial
 from skep.model.service import Service, ServiceSpec
@@ -173,12 +174,19 @@ def with_readable_specs(view: View, service: Service, tasks: tuple[Task, ...]) -
 
 
 def as_run(view: View, service: Service) -> Service:
-    """Job ``service`` with the spec of its present run, where an update is for the next one only."""
+    """Job ``service`` with the spec of its present run, where an update is for the next one only.
+
+    Its disconnect labels are the present ones, which the nodes of its tasks are sent.
+    """
     pinned = service.job_status.spec_version if service.job_status is not None else None
     if pinned is None or pinned == service.spec_version:
         return service
     kept = view.lookup(SpecVersion, spec_version_id(service.id, pinned))
-    return replace(service, spec=kept.spec, spec_version=pinned) if kept is not None else service
+    if kept is None:
+        return service
+    own = {name: value for name, value in kept.spec.labels.items() if name not in DISCONNECT_LABELS}
+    labels = {**own, **disconnect_labels(service.spec.labels)}
+    return replace(service, spec=replace(kept.spec, labels=labels), spec_version=pinned)
 
 
 def has_unreadable_status(view: View, task: Task) -> bool:

@@ -20,6 +20,7 @@ from skep.manager.control.services import create_service, remove_service, rollba
 from skep.manager.job_runs import COMPLETED, FAILED, RUNNING, STOPPED, past_starts
 from skep.manager.schedules.loop import RESTORED, SCHEDULES_ID, Restored, Schedules, note_incarnation
 from skep.model.ids import new_id
+from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY
 from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND
 from skep.model.service import JobStart, JobStatus, ReplicatedJob, Service, ServiceMode, ServiceSpec
 from skep.model.task import Task, TaskState
@@ -234,6 +235,21 @@ async def test_an_update_is_for_the_next_run_and_force_is_now(store: Store) -> N
     assert status(store, id).job_iteration.index == 1
     assert as_run(store.view(), forced) == forced
     assert [(one.scheduled_at, one.outcome) for one in starts(store, id)] == [(TEN, STOPPED), (None, "")]
+
+
+async def test_new_disconnect_labels_hold_for_the_present_run(store: Store) -> None:
+    """The nodes of its tasks are sent them."""
+    spec = a_spec("nightly")
+    id = await create(store, replace(spec, labels={**spec.labels, ON_DISCONNECT_DELAY: "5s"}))
+    async with leading("10:00:00", store):
+        await wait_for(store, lambda: bool(starts(store, id)))
+    changed = replace(spec, labels={**spec.labels, ON_DISCONNECT: "stop", "owner": "ops"})
+    version = store.view().get(Service, id).version.index
+    now = Timestamp("2026-11-24T10:10:00Z")
+    updated = await store.update(update_service, id, changed, version, now=now)
+    run = as_run(store.view(), updated)
+    assert run.spec_version != updated.spec_version
+    assert run.spec.labels == {**spec.labels, ON_DISCONNECT: "stop"}
 
 
 async def test_a_job_without_a_schedule_keeps_running_with_each_update(store: Store) -> None:
