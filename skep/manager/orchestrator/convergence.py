@@ -16,7 +16,14 @@ from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot, wanted
+from skep.manager.orchestrator.slots import (
+    ENDED_BY_ITSELF,
+    Slot,
+    group_by_node,
+    grouping_by_slot,
+    history,
+    wanted,
+)
 from skep.manager.orchestrator.update import is_outdated, update_steps
 from skep.model.ids import NodeId
 from skep.model.task import TaskState
@@ -62,9 +69,11 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
         steps += restart_steps(slot, situation)
         if number % STEP == 0:
             yield
+    # With paused nodes whose task has just ended, which is retired: it may fail the update.
+    updatable = _updatable({**kept, **paused}, situation)
     kept |= {key: slot for key, slot in paused.items() if key not in changed}
     changed.update(map(_slot_of, steps))
-    updates = yield from update_steps(_updatable(kept, situation), situation)
+    updates = yield from update_steps(updatable, situation)
     steps += [step for step in updates if _slot_of(step) is None or _slot_of(step) not in changed]
     changed.update(map(_slot_of, steps))
     yield
@@ -112,10 +121,15 @@ def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
 
 
 def _is_begun(slot: Slot, situation: Situation) -> bool:
-    """Whether the node has a task of the present spec; one that was not assigned before the pause waits for its end."""
+    """Whether the node has a task of the present spec, or had one that ended by itself, which may fail the update.
+
+    One that was not assigned before the pause waits for its end.
+    """
+    version = situation.service.spec_version
+    last = history(slot)[-1:]
     return any(
         task.status.state >= TaskState.ASSIGNED and not is_dirty(task, situation) for task in wanted(slot)
-    )
+    ) or any(task.status.state in ENDED_BY_ITSELF and task.spec_version == version for task in last)
 
 
 def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:

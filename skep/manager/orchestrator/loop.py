@@ -23,7 +23,7 @@ from skep.manager.orchestrator.changes import (
     fallback_for,
 )
 from skep.manager.orchestrator.convergence import deciding
-from skep.manager.orchestrator.disruption_mode import DisruptionMode
+from skep.manager.orchestrator.disruption_mode import DisruptionMode, grace_s
 from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
@@ -289,6 +289,7 @@ class Orchestrator:
             now=self._clock.monotonic(),
             is_frozen=self._disruption.is_frozen,
             replaces_from=self._disruption.replaces_from,
+            silence_s=grace_s(view),
             sound_nodes=self._sound_nodes,
         )
         steps = await result_in_slices(deciding(situation), self._clock, resumed=catch_up)

@@ -55,6 +55,9 @@ DAMPED_BELOW_S = 1.0
 STOP_MARGIN_S = 30.0
 """Beyond the time that a task may take to stop: for the order to reach its node, which an etcd that restarts may delay
 by ten seconds, and for the report."""
+SILENCES = 2
+"""But at least so many grace periods of heartbeats: a node that the order does not reach is down by then, also if the
+leader changes."""
 
 
 def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
@@ -278,12 +281,15 @@ def stopped_at(task: Task, situation: Situation) -> float:
         return situation.node_stops_at(task)
     retired_at = situation.now if task.is_wanted else situation.seen.retired(task)
     since = max(retired_at, situation.seen.back(node))
-    return since + stop_seconds_max(task, situation.service.spec.labels)
+    return since + stop_seconds_max(task, situation.service.spec.labels, situation.silence_s)
 
 
-def stop_seconds_max(task: Task, labels: Mapping[str, str]) -> float:
+def stop_seconds_max(task: Task, labels: Mapping[str, str], silence_s: float = 0.0) -> float:
     """How long a task of a service with ``labels`` may take to stop, with a margin.
 
     It drains twice, until no new connections arrive and until its last ones have ended; then its grace period begins.
+
+    Args:
+        silence_s: after which a node is down.
     """
-    return 2 * drain_s(labels) + task.spec.stop_grace_s + STOP_MARGIN_S
+    return 2 * drain_s(labels) + task.spec.stop_grace_s + max(STOP_MARGIN_S, SILENCES * silence_s)

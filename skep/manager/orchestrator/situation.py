@@ -45,6 +45,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether tasks of down nodes keep their slots (``disruption_mode``)."""
     replaces_from: float = -inf
     """Tasks of down nodes keep their slots until then: a disruption may be beginning, or has just ended."""
+    silence_s: float = 0.0
+    """How long a node may send no heartbeats until it is down."""
     sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
     """Cache of ``is_sound``; its owner removes nodes that change."""
 

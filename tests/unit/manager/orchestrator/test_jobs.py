@@ -194,6 +194,21 @@ def test_an_iteration_waits_no_longer_than_the_last_one_may_take_to_stop_and_not
         assert [task.desired_state for task in of(world, iteration)] == [TaskState.COMPLETE]
 
 
+def test_a_run_waits_for_a_task_of_the_last_one_that_was_given_a_node_since_the_decision() -> None:
+    world = World(a_job(concurrent=1, total=1), nodes=[a_node("n1")])
+    world.settle()
+    (old,) = live(world)
+    iteration = run_again(world)
+    changes = world.changes()
+    world.put(replace(old, node_id=NodeId("n1"), status=replace(old.status, state=TaskState.ASSIGNED)))
+    world.apply(changes)
+    world.settle()
+    assert [task.desired_state for task in of(world, iteration)] == [TaskState.READY]
+    world.report(old.id, TaskState.SHUTDOWN)
+    world.settle()
+    assert [task.desired_state for task in of(world, iteration)] == [TaskState.COMPLETE]
+
+
 def test_what_replaces_a_task_of_a_run_that_waits_for_the_last_one_waits_too() -> None:
     world = World(a_job(concurrent=1, total=1, restart=RestartPolicy(delay=0)), nodes=[a_node("n1")])
     world.settle()

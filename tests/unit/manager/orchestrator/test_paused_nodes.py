@@ -5,8 +5,17 @@ from msgspec.structs import replace
 
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Availability, Node, NodeDescription, NodeStatus
-from skep.model.service import Resources, ServiceSpec, UpdateConfig, UpdateOrder, UpdateState
+from skep.model.service import (
+    Resources,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateOrder,
+    UpdateState,
+    UpdateStatus,
+)
 from skep.model.task import Task, TaskState
+from skep.model.times import timestamp
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import AT_ONCE, advance, state, wanted
 from tests.support.worlds import World
@@ -16,20 +25,31 @@ N1 = NodeId("n1")
 UNKNOWN = replace(a_node("n1"), description=NodeDescription(), status=NodeStatus())
 
 
-def a_spec(image: str, order: UpdateOrder = UpdateOrder.STOP_FIRST) -> ServiceSpec:
-    update = UpdateConfig(parallelism=1, order=order)
+def a_spec(
+    image: str,
+    order: UpdateOrder = UpdateOrder.STOP_FIRST,
+    action: UpdateFailureAction = UpdateFailureAction.PAUSE,
+) -> ServiceSpec:
+    update = UpdateConfig(parallelism=1, order=order, failure_action=action)
     return a_service_spec(
-        is_global=True, image=image, update=update, restart=AT_ONCE, reserve=Resources(memory_bytes=1)
+        is_global=True,
+        image=image,
+        update=update,
+        rollback=update,
+        restart=AT_ONCE,
+        reserve=Resources(memory_bytes=1),
     )
 
 
-def begun(order: UpdateOrder = UpdateOrder.STOP_FIRST) -> tuple[World, Task, Task]:
+def begun(
+    order: UpdateOrder = UpdateOrder.STOP_FIRST, action: UpdateFailureAction = UpdateFailureAction.PAUSE
+) -> tuple[World, Task, Task]:
     """The update has made its first task, on n1, beside the old one; n2 comes later."""
-    service = a_service(spec=a_spec("app:1", order))
+    service = a_service(spec=a_spec("app:1", order, action))
     world = World(service, nodes=[a_node("n1"), a_node("n2")])
     for node in ("n1", "n2"):
         world.put(a_task(f"old-{node}", slot=0, node=node, service=service))
-    world.update(a_spec("app:2", order))
+    world.update(a_spec("app:2", order, action))
     world.settle()
     (new,) = wanted(world, "app:2")
     assert new.node_id == N1
@@ -129,3 +149,57 @@ def test_what_an_overtaken_update_has_prepared_is_started_where_nothing_else_run
     world.settle()
     assert on_n1(world) == [world.tasks[new.id]]
     assert world.tasks[new.id].desired_state is RUNNING
+
+
+@pytest.mark.parametrize("order", UpdateOrder)
+@pytest.mark.parametrize("end", [TaskState.REJECTED, TaskState.FAILED])
+@pytest.mark.parametrize(
+    ("action", "becomes"),
+    [
+        (UpdateFailureAction.PAUSE, UpdateState.PAUSED),
+        (UpdateFailureAction.ROLLBACK, UpdateState.ROLLBACK_COMPLETED),
+        (UpdateFailureAction.CONTINUE, UpdateState.COMPLETED),
+    ],
+)
+def test_what_fails_there_fails_the_update_and_gets_no_successor(
+    order: UpdateOrder, end: TaskState, action: UpdateFailureAction, becomes: UpdateState
+) -> None:
+    world, _, new = begun(order, action)
+    if end is TaskState.FAILED:
+        advance(world)
+    pause(world)
+    world.report(new.id, end)
+    for _ in range(4):
+        advance(world)
+        world.now += 10.0
+    world.settle()
+    assert state(world) is becomes
+    assert not world.tasks[new.id].is_wanted
+    assert [task.id for task in world.tasks.values() if task.node_id == N1] == ["old-n1", new.id]
+
+
+def test_a_failure_there_counts_in_the_decision_that_finds_all_else_complete() -> None:
+    world, _, new = begun()
+    world.report(new.id, READY)
+    pause(world)
+    world.nodes[NodeId("n2")] = a_node("n2", availability=Availability.DRAIN)
+    advance(world)
+    world.report(new.id, TaskState.FAILED)
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+
+
+def test_a_failed_update_that_is_resumed_comes_to_its_end_there() -> None:
+    world, _, new = begun()
+    pause(world)
+    world.report(new.id, TaskState.REJECTED)
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+    resumed = UpdateStatus(state=UpdateState.UPDATING, tolerated_until=timestamp(3 * 10**18))
+    world.put(replace(world.service, update_status=resumed))
+    for _ in range(4):
+        advance(world)
+        world.now += 10.0
+    world.settle()
+    assert state(world) is UpdateState.COMPLETED
+    assert [task.id for task in on_n1(world)] == ["old-n1"]

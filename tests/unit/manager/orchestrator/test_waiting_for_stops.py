@@ -1,16 +1,23 @@
 """How long a prepared task waits for the end of the one that it replaces."""
 
+import asyncio
+from random import Random
+
 import pytest
 from msgspec.structs import replace
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.manager.orchestrator.changes import Recheck, StartTask
-from skep.model.ids import NodeId, TaskId
+from skep.manager.orchestrator.loop import Orchestrator
+from skep.model.ids import ClusterId, NodeId, TaskId
 from skep.model.node import Availability, NodeState
 from skep.model.service import RestartPolicy
+from skep.model.swarm import DispatcherConfig, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
-from skep.store.interface import Commit, Updated
-from tests.support.builders import a_node, a_service, a_service_spec
+from skep.store.interface import Commit, Transaction, Updated
+from skep.store.memory import MemoryStore
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import wanted
 from tests.support.worlds import World
 
@@ -64,6 +71,17 @@ def test_a_task_that_never_reports_its_end_is_waited_for_as_long_as_it_may_take(
     assert world.steps() == [StartTask(new)]
 
 
+@pytest.mark.parametrize(("silence_s", "waits_s"), [(15.0, 42.0), (90.0, 192.0)])
+def test_a_node_that_may_be_silent_for_long_is_waited_for_until_it_would_be_down(
+    silence_s: float, waits_s: float
+) -> None:
+    """Only then it counts whether it was cut off, and by when it has stopped the task itself."""
+    world = a_world(labels={"skep.on-disconnect": "stop"})
+    world.silence_s = silence_s
+    drained(world)
+    assert world.steps() == [Recheck(waits_s)]
+
+
 def come_and_go(world: World, state: NodeState) -> None:
     before = world.nodes[NodeId("n1")]
     after = replace(before, status=replace(before.status, state=state))
@@ -89,3 +107,31 @@ def drained_while_down(world: World) -> tuple[TaskId, Task]:
     world.settle()
     (new,) = wanted(world)
     return old.id, new
+
+
+def test_how_long_a_node_may_be_silent_is_what_the_cluster_sets() -> None:
+    """60 s between heartbeats: a node that is cut off is down after three minutes."""
+    loop = VirtualLoop()
+    clock = VirtualClock(loop)
+    store = MemoryStore(clock)
+    web = a_service()
+
+    def write(tx: Transaction) -> None:
+        dispatcher = DispatcherConfig(heartbeat_period=60 * SECOND_NS)
+        tx.put(Swarm(id=ClusterId("cluster"), spec=SwarmSpec(dispatcher=dispatcher)))
+        tx.put(a_node("n1"))
+        service = tx.put(web)
+        tx.put(a_task("old", node="n1", service=service, desired=TaskState.SHUTDOWN))
+        tx.put(a_task("new", service=service, desired=READY, state=TaskState.NEW))
+
+    def is_started() -> bool:
+        return store.view().get(Task, "new").desired_state is TaskState.RUNNING
+
+    loop.run_until_complete(store.update(write))
+    running = loop.create_task(Orchestrator(store, clock, lambda: "t1", Random(1)).run())
+    for seconds, is_due in ((371.0, False), (2.0, True)):
+        loop.run_until_complete(clock.sleep(seconds))
+        assert is_started() is is_due
+    running.cancel()
+    loop.run_until_complete(asyncio.wait([running]))
+    loop.close()
