@@ -15,8 +15,17 @@ import random
 import re
 import signal
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -25,6 +34,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
+from skep.aio.race import run_to_end
 from skep.engine import create, image_mounts, logs, sharing, top
 from skep.engine.action_times import ActionTimes, timed
 from skep.engine.attachment import Attachment, attach
@@ -410,7 +420,7 @@ class Engine:
     async def stop(self, word: str, grace_s: float | None = None) -> Container:
         """Send its stop signal, then SIGKILL after ``grace_s`` seconds (None: its own grace); return when it ended.
 
-        Raises: NotFound.
+        Raises: NotFound; Unavailable: it has not ended, although it was killed; its end is recorded when it comes.
         """
         container = self.note_stopped(word)
         if not container.is_running:
@@ -422,9 +432,8 @@ class Engine:
             async with asyncio.timeout(grace_s):
                 ended = await self.wait(container.id)
         except TimeoutError:
-            with suppress(NotFound):
-                await self._lifecycle.signal(self.get(container.id), signal.SIGKILL)
-            ended = await self.wait(container.id)
+            present = self._store.lookup(container.id)
+            ended = container if present is None else await self._lifecycle.kill(present)
         self.events.publish("stop", ended)
         return ended
 
@@ -437,17 +446,24 @@ class Engine:
 
     async def pause(self, word: str) -> None:
         """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        container = self._require_running(word)
-        await self._runtime.pause(container.id)
-        paused = self._store.observe_running(container, state=ContainerState.PAUSED)
-        self.events.publish("pause", paused)
+        await self._in_run(word, self._runtime.pause, "pause", ContainerState.PAUSED)
 
     async def unpause(self, word: str) -> None:
         """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        await self._in_run(word, self._runtime.resume, "unpause", ContainerState.RUNNING)
+
+    async def _in_run(
+        self, word: str, work: Callable[[ContainerId], Awaitable[None]], action: str, state: ContainerState
+    ) -> None:
         container = self._require_running(word)
-        await self._runtime.resume(container.id)
-        running = self._store.observe_running(container, state=ContainerState.RUNNING)
-        self.events.publish("unpause", running)
+
+        async def change() -> None:
+            # In its turn, so that no other run begins meanwhile: runc would freeze that.
+            self._store.require_run(container)
+            await work(container.id)
+            self.events.publish(action, self._store.observe_running(container, state=state))
+
+        await run_to_end(self._lifecycle.turns.exclusively(container.id, change()))
 
     # --- other operations ---------------------------------------------------------------------------------------
 

@@ -32,6 +32,10 @@ STARTS_MAX = 8
 """Execs of all containers that are started at the same moment: each takes a conmon, a runc and a runc init."""
 STARTS_MAX_PER_CONTAINER = 2
 """Of them: in a container whose processor time is used up a start takes seconds."""
+SLOW_S = 5.0
+"""A start that takes longer waits for its container's processor time, most of the time, and uses none of the node's."""
+SLOW_MAX = 16
+"""Starts that take longer and leave their places to others; further ones keep theirs, as the whole node may be slow."""
 KILLED_S = 10.0
 """How long a killed process may take to end: its conmon has to see it."""
 _NOT_STARTED = 126
@@ -62,6 +66,8 @@ class Execs:
         self._execs: dict[str, Exec] = {}
         self._ended: dict[str, asyncio.Event] = {}
         self._starting = asyncio.Semaphore(STARTS_MAX)
+        self._slow = 0
+        """Starts that have left their places to others."""
         self._own: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
         """Of each container, as long as an exec of it starts or waits for that."""
 
@@ -168,10 +174,28 @@ class Execs:
 
     @asynccontextmanager
     async def _turn(self, id: ContainerId) -> AsyncIterator[None]:
-        """One of the few starts of a container, then of the node: a slow container leaves places for the others."""
+        """One of the few starts of a container, then of the node: slow containers leave places for the others."""
         own = self._own.setdefault(id, asyncio.Semaphore(STARTS_MAX_PER_CONTAINER))
-        async with own, self._starting:
-            yield
+        is_slow = False
+
+        def leave_place() -> None:
+            nonlocal is_slow
+            if self._slow < SLOW_MAX:
+                is_slow = True
+                self._slow += 1
+                self._starting.release()
+
+        async with own:
+            await self._starting.acquire()
+            timer = asyncio.get_running_loop().call_later(SLOW_S, leave_place)
+            try:
+                yield
+            finally:
+                timer.cancel()
+                if is_slow:
+                    self._slow -= 1
+                else:
+                    self._starting.release()
 
     async def _run(self, exec_id: str, outcome: asyncio.Future[Attachment], turn: AsyncExitStack) -> None:
         """Start an exec whose turn it is, and give its streams to its caller; without a caller, end it."""

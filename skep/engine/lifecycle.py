@@ -19,7 +19,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.groups import errors_as_they_are
-from skep.aio.race import run_to_end
+from skep.aio.race import Preempted, run_to_end, run_unless
 from skep.engine import health, runtime_spec
 from skep.engine.attachment import WaitingClients
 from skep.engine.bundle import RootFiles
@@ -32,6 +32,7 @@ from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
 from skep.engine.state import ContainerStore
+from skep.engine.turns import Turns
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
@@ -79,10 +80,12 @@ class Lifecycle:
         self._volumes = volumes
         self._store = store
         self.events = volumes.events
+        self.turns = Turns(lambda container_id: store.lookup(container_id) is not None)
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)
-        self._locks: dict[ContainerId, asyncio.Lock] = {}
+        self._removed: dict[ContainerId, asyncio.Event] = {}
+        """Of containers that were started, or are being removed: set when that is by force."""
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
@@ -103,6 +106,7 @@ class Lifecycle:
             try:
                 yield
             finally:
+                self._group = None  # or what still starts would add its watch, which nothing ends
                 for task in tuple(self._tasks):
                     task.cancel()
                 self._runtime.close()
@@ -111,23 +115,23 @@ class Lifecycle:
 
     async def prepare(self, container: Container) -> Container:
         """Make everything that a new container needs; it is gone again if that fails.  Raises: SkepError."""
-        return await run_to_end(self._exclusively(container.id, self._prepare_new(container)))
+        return await run_to_end(self.turns.exclusively(container.id, self._prepare_new(container)))
 
     async def start(self, id: ContainerId, secret_env: Sequence[str] = ()) -> Container:
         """Start its process; nothing happens when it runs.
 
         ``secret_env``: further variables, for this run alone and in no record.
-        Raises: NotFound; StartError; MountFailed.
+        Raises: NotFound; StartError; MountFailed; NotRunning: it is being removed by force.
         """
         async with AsyncExitStack() as held:
-            await held.enter_async_context(self._turn(id))
+            await held.enter_async_context(self.turns.turn(id))
             container = self._store.require(id)
             if container.is_running:
                 return container
             await self._wait_settled(id)
             try:
                 # Before it takes a place: one that waits for a server or a plug-in keeps no other container from it.
-                await self._mount(container)
+                await self._mount_unless_removed(container)
                 await held.enter_async_context(self._starting)
             except BaseException as error:
                 await run_to_end(self._give_up(container, error, held.pop_all()))
@@ -136,11 +140,17 @@ class Lifecycle:
 
     async def retire(self, id: ContainerId) -> None:
         """Free what only a running container needs, of one that never ran.  Raises: NotFound."""
-        await run_to_end(self._exclusively(id, self._retire(id)))
+        await run_to_end(self.turns.exclusively(id, self._retire(id)))
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
         """Raises: NotFound; StillRunning; Unavailable: something of it is left."""
-        await self._exclusively(id, self._remove(id, force=force))
+        removed = self._removed.setdefault(id, asyncio.Event())
+        if force:
+            removed.set()
+        try:
+            await self.turns.exclusively(id, self._remove(id, force=force))
+        finally:
+            self._removed.pop(id, None)
 
     @asynccontextmanager
     async def mounted(self, id: ContainerId) -> AsyncIterator[RootFiles]:
@@ -159,7 +169,7 @@ class Lifecycle:
 
         try:
             await self._volumes.mount(user, container.config.mounts)
-            await run_to_end(self._exclusively(id, borrow()))
+            await run_to_end(self.turns.exclusively(id, borrow()))
             yield borrowed[0]
         finally:
             if borrowed:
@@ -183,6 +193,20 @@ class Lifecycle:
         if number == signal.SIGKILL and container.state is ContainerState.PAUSED:
             with suppress(SkepError):
                 await self._runtime.resume(container.id)  # a frozen process does not even die
+
+    async def kill(self, container: Container) -> Container:
+        """Kill it; gives it once it has ended.
+
+        Bounded, since its caller and, at a removal, its other operations wait meanwhile.
+        Raises: NotFound; Unavailable: it does not end (a process may wait for a device for ever).
+        Source: moby 24.0, daemon/kill.go, daemon/delete.go.
+        """
+        await self.signal(container, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(KILLED_S_MAX):
+                return await self._store.wait(container.id)
+        except TimeoutError as error:
+            raise Unavailable("tried to kill container, but did not receive an exit event") from error
 
     # --- create and start ---------------------------------------------------------------------------------------
 
@@ -258,7 +282,8 @@ class Lifecycle:
             oom_killed=False,
             health=health.initial(self._store.require(id).config.healthcheck),
         )
-        self._watch(container)
+        if self._group is not None:  # else this process ends: the next one watches it
+            self._watch(container)
         self.events.publish_mounts("mount", container)
         self.events.publish("start", container)
         return container
@@ -283,6 +308,14 @@ class Lifecycle:
     async def _mount(self, container: Container) -> None:
         """Raises: MountFailed; Unavailable."""
         await self._volumes.mount(container.id, container.config.mounts, self._bundles.parts(container))
+
+    async def _mount_unless_removed(self, container: Container) -> None:
+        """Raises: as ``_mount``; NotRunning: its removal, by force, waits: a silent server is not waited for."""
+        removed = self._removed.setdefault(container.id, asyncio.Event())
+        try:
+            await run_unless(self._mount(container), removed.wait())
+        except Preempted as error:
+            raise NotRunning(f"Container {container.id} is being removed") from error
 
     async def _unmount(self, container: Container) -> None:
         await self._free(self._volumes.unmount(container.id, self._bundles.parts(container)), container.id)
@@ -359,26 +392,16 @@ class Lifecycle:
                     " Stop the container before attempting removal or force remove"
                 )
             container = self._store.note_stopped(id)
-            await self._kill(container)
+            try:
+                await self.kill(container)
+            except Unavailable as error:
+                raise Unavailable(
+                    f'cannot remove container "/{container.name}": could not kill: {error}'
+                ) from error
         await self._wait_settled(container.id)
         await self._discard(container.id)
         self.waiting.fail(container.id, NotRunning(f"Container {container.id} was removed"))
         self.events.publish("destroy", container)
-
-    async def _kill(self, container: Container) -> None:
-        """Return when it has ended.  Raises: Unavailable: it does not (a process may wait for a device for ever).
-
-        Bounded, since its other operations wait meanwhile.  Source: moby 24.0, daemon/kill.go, daemon/delete.go.
-        """
-        await self.signal(container, signal.SIGKILL)
-        try:
-            async with asyncio.timeout(KILLED_S_MAX):
-                await self._store.wait(container.id)
-        except TimeoutError as error:
-            raise Unavailable(
-                f'cannot remove container "/{container.name}": could not kill:'
-                " tried to kill container, but did not receive an exit event"
-            ) from error
 
     async def _discard(self, id: ContainerId) -> None:
         """Free everything.  Raises: Unavailable: something is left; the record stays until that has gone."""
@@ -428,8 +451,8 @@ class Lifecycle:
 
     def _needs_network(self, id: ContainerId) -> bool:
         """Whether it has a sandbox, or is getting or losing one at this moment."""
-        lock, container = self._locks.get(id), self._store.lookup(id)
-        if lock is not None and lock.locked():
+        container = self._store.lookup(id)
+        if self.turns.is_taken(id):
             return True
         if container is None or container.sandbox is None:
             return False
@@ -501,7 +524,8 @@ class Lifecycle:
         if container.state is ContainerState.REMOVING:
             id = container.id
             self.spawn(
-                self._persist(lambda: self._exclusively(id, self._discard(id)), id), name=f"remove-{id[:12]}"
+                self._persist(lambda: self.turns.exclusively(id, self._discard(id)), id),
+                name=f"remove-{id[:12]}",
             )
         elif container.is_running:
             self._volumes.adopt(container.id, container.config.mounts)
@@ -545,28 +569,6 @@ class Lifecycle:
             self._store.observe(id, error=describe_error(error), exit_code=128)
 
     # --- background work ----------------------------------------------------------------------------------------
-
-    async def _exclusively(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``, in its turn."""
-        try:
-            async with self._turn(id):
-                return await work
-        finally:
-            work.close()  # of one that was cancelled before its turn
-
-    @asynccontextmanager
-    async def _turn(self, id: ContainerId) -> AsyncIterator[None]:
-        """Creation, start, retirement and removal of one container run one after the other.
-
-        A removal that overtook the creation would leave the namespace that is being made behind.
-        """
-        lock = self._locks.setdefault(id, asyncio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if self._store.lookup(id) is None and not lock.locked():
-                self._locks.pop(id, None)
 
     async def _persist(self, work: Callable[[], Awaitable[Any]], id: ContainerId) -> Any:
         """The result of ``work`` on a container, which is retried; until then its error is shown as the container's."""

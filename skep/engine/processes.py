@@ -7,7 +7,10 @@ handled through a pidfd, which stays with the process it was opened for.
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from skep.engine.container import ProcessName
 from skep.linux.descriptors import set_aside_descriptor
@@ -63,6 +66,27 @@ def send_signal(process: ProcessName, number: int) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def kill_descendants(process: ProcessName) -> None:
+    """Kill everything that ``process`` has started.  It is stopped, and the parent of those whose own has ended.
+
+    What is killed starts nothing more: when no other is found all are, though a frozen one ends when it thaws only.
+    """
+    killed: set[ProcessName] = set()
+    while found := [one for one in _descendants(process.pid) if one not in killed]:
+        for one in found:
+            send_signal(one, signal.SIGKILL)
+        killed.update(found)
+
+
+def _descendants(pid: int) -> Iterator[ProcessName]:
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended
+            for child in map(int, children.read_bytes().split()):
+                if (found := find(child)) is not None:
+                    yield found
+                yield from _descendants(child)
 
 
 async def wait_gone(process: ProcessName) -> None:

@@ -37,7 +37,7 @@ from skep.engine.conmon import (
 )
 from skep.engine.container import Container, ContainerConfig, ProcessName
 from skep.engine.limits import resources
-from skep.engine.processes import find, send_signal, wait_gone
+from skep.engine.processes import find, kill_descendants, send_signal, wait_gone
 from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.engine.sealed_program import SealedProgram
 from skep.errors import Unavailable
@@ -287,17 +287,20 @@ class Runtime:
                 os.close(descriptor)
 
     async def end_exec(self, container: Container, path: Path) -> None:
-        """End an exec whose conmon did not respond in time: its process, conmon and, with that, runc.
-
-        runc gets SIGKILL when its conmon ends (PR_SET_PDEATHSIG); what it has begun in the container ends then, too.
-        """
+        """End an exec whose conmon did not respond in time: its process, conmon, runc and what that has begun."""
         with suppress(OSError, ValueError, Unavailable):
             self.kill_exec(container, int((path / "pidfile").read_text()))
         with suppress(OSError, ValueError, TimeoutError):
             monitor = find(int((path / "conmon.pid").read_text()))
             # Its pid may be another process's by now: conmon has the exec's id among its arguments.
             if monitor and os.fsencode(path.name) in Path(f"/proc/{monitor.pid}/cmdline").read_bytes():
-                send_signal(monitor, signal.SIGKILL)
+                # runc alone would end with its conmon (PR_SET_PDEATHSIG).  What it has begun in the container, and
+                # has no processor time, would go on later and run the command.  Stopped, conmon stays its parent.
+                send_signal(monitor, signal.SIGSTOP)
+                try:
+                    kill_descendants(monitor)
+                finally:
+                    send_signal(monitor, signal.SIGKILL)
                 async with asyncio.timeout(_CONMON_ENDS_S):
                     await wait_gone(monitor)
 

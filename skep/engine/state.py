@@ -101,10 +101,14 @@ class ContainerStore:
 
         Raises: NotFound; NotRunning: it has ended, and may have been started again.
         """
+        self.require_run(before)
+        return self.observe(before.id, **fields)
+
+    def require_run(self, before: Container) -> None:
+        """Raises: NotFound; NotRunning: the run that ``before`` shows has ended; another one may have begun."""
         present = self.require(before.id)
         if not present.is_running or present.process != before.process:
             raise NotRunning(f"Container {before.id} is not running")
-        return self.observe(before.id, **fields)
 
     def note_stopped(self, id: ContainerId) -> Container:
         """Record that a plain container's user has stopped it; of a task's nothing changes.  Raises: NotFound."""

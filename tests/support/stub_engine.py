@@ -83,12 +83,13 @@ class StubBundles:
 
 
 class StubRuntime:
-    """In the place of ``Runtime``: ``end`` ends the process.  ``during``: what happens in ``runc pause|resume``."""
+    """In the place of ``Runtime``: ``end`` ends the process.  ``during``: what happens in ``runc pause|resume``;
+    ``frozen``: calls of both."""
 
     def __init__(self, bundles: StubBundles) -> None:
         self.bundles, self.cgroups = bundles, SimpleNamespace()
         self.during: Callable[[], Awaitable[object]] | None = None
-        self.starts = 0
+        self.starts = self.frozen = 0
         self._exits: asyncio.Queue[Ended] = asyncio.Queue()
 
     def end(self, exit_code: int = 0) -> None:
@@ -100,6 +101,7 @@ class StubRuntime:
         return await self._exits.get()
 
     async def pause(self, id: ContainerId) -> None:
+        self.frozen += 1
         if self.during is not None:
             await self.during()
 

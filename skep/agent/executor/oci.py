@@ -40,11 +40,11 @@ from skep.engine.images.store import ImageStore
 from skep.engine.runtime import Runtime
 from skep.engine.volume_plugins import VolumePlugins
 from skep.engine.volumes import Volumes
-from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux import mounting
 from skep.linux.name_files import RESOLVER
 from skep.model import templates
-from skep.model.ids import TaskId
+from skep.model.ids import ContainerId, TaskId
 from skep.model.labels import LABEL_TASK_ID, last_lines
 from skep.model.network import Network
 from skep.model.planes import driver_of, is_overlay
@@ -319,7 +319,7 @@ class OciController:
             return _running(container)
         container = await self._engine.health.wait(container.id, HealthStatus.HEALTHY, HealthStatus.UNHEALTHY)
         if _is_unhealthy(container):
-            await self._engine.stop(container.id)
+            await self._stop(container.id)
             raise SkepError(_with_words(UNHEALTHY, self._engine.get(container.id)))
         if not container.is_running and container.exit_code:
             raise SkepError(_exit_of(container).message)
@@ -332,7 +332,7 @@ class OciController:
         reason = ""
         if _is_unhealthy(container):
             reason = UNHEALTHY
-            await self._engine.stop(id)
+            await self._stop(id)
         return _exit_of(await self._engine.wait(id), reason)
 
     async def ended(self) -> TaskEnd | None:
@@ -349,8 +349,17 @@ class OciController:
         if container is not None:
             await self._drain(container, drain_s)
             self._was_stopped = self._was_stopped or self._engine.get(container.id).is_running
-            await self._engine.stop(container.id)
+            await self._stop(container.id)
             await self._engine.retire(container.id)
+
+    async def _stop(self, id: ContainerId) -> None:
+        """Return when it has ended, however long the kernel keeps its process: its slot is not free before.
+
+        Raises: NotFound.
+        """
+        stop = partial(self._engine.stop, id)
+        event = "container of a task not stopped"
+        await retry(stop, event, clock=self._executor.clock, kinds=(Unavailable,), container=id)
 
     async def _drain(self, container: Container, limit_s: float) -> None:
         """Return when the last connection to a task on a cluster's network has ended, or ``limit_s`` has passed.

@@ -45,7 +45,7 @@ from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import check_cpus, nano_cpus_of
 from skep.engine.request import read_create
-from skep.errors import InvalidArgument, NotFound, Unimplemented
+from skep.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.model.encoding import ApiObject
 from skep.model.secret_env import SECRET_ENV_LABEL
 
@@ -205,7 +205,10 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
     if not container.is_running:
         served.engine.note_stopped(container.id)
         raise NotModified
-    await served.engine.stop(container.id, grace_s)
+    try:
+        await served.engine.stop(container.id, grace_s)
+    except Unavailable as error:
+        raise Untranslated(f"cannot stop container: {request.match_info['id']}: {error}") from error
     return web.Response(status=204)
 
 
@@ -231,6 +234,8 @@ async def restart(served: Served, request: web.Request) -> web.StreamResponse:
         await served.engine.start(container.id)
     except (NotFound, NotRunning) as error:
         raise type(error)(f"Cannot restart container {word}: {error}") from error
+    except Unavailable as error:
+        raise Untranslated(f"Cannot restart container {word}: {error}") from error
     return web.Response(status=204)
 
 

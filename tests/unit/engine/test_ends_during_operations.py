@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
-from skep.engine.container import ContainerState, NotRunning, StillRunning
+from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.lifecycle import KILLED_S_MAX
 from skep.errors import Unavailable
 from tests.support.stub_engine import ID, StubEngine, a_container
@@ -61,16 +61,59 @@ def test_a_container_that_ends_while_it_is_paused_or_unpaused_stays_ended(
     simulated(body)
 
 
-def test_a_pause_of_a_run_that_has_ended_does_not_mark_the_next_run(simulated: Run) -> None:
+def test_the_next_run_waits_for_the_pause_of_one_that_ends(simulated: Run) -> None:
     async def body(stubs: StubEngine) -> None:
+        starts: list[asyncio.Task[Container]] = []
+
         async def end_and_start() -> None:
             await stubs.end()
-            await stubs.engine.start(ID)
+            starts.append(asyncio.create_task(stubs.engine.start(ID)))
+            await asyncio.sleep(1)
+            assert not stubs.runtime.starts, "it would be frozen"
 
         stubs.runtime.during = end_and_start
         with pytest.raises(NotRunning):
             await stubs.engine.pause(ID)
-        assert stubs.engine.get(ID).state is ContainerState.RUNNING
+        assert (await starts[0]).state is ContainerState.RUNNING
+        assert actions(stubs) == ["die", "start"]
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("operation", ["pause", "unpause"])
+def test_a_pause_that_waits_while_its_run_ends_is_none_of_the_next_run(
+    simulated: Run, operation: str
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        later: list[asyncio.Task[Any]] = []
+
+        async def start_and_pause_behind_this() -> None:
+            stubs.runtime.during = None
+            for work in (stubs.engine.start(ID), getattr(stubs.engine, operation)(ID)):
+                later.append(asyncio.create_task(work))
+                await asyncio.sleep(1)
+            await stubs.end()
+
+        stubs.runtime.during = start_and_pause_behind_this
+        with pytest.raises(NotRunning):
+            await stubs.engine.pause(ID)
+        starting, pausing = later
+        assert (await starting).state is ContainerState.RUNNING
+        with pytest.raises(NotRunning):
+            await pausing
+        assert stubs.runtime.frozen == 1, "that of the first run alone"
+
+    simulated(body)
+
+
+def test_a_pause_whose_caller_leaves_is_recorded(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        stubs.runtime.during = lambda: asyncio.sleep(1)
+        pausing = asyncio.create_task(stubs.engine.pause(ID))
+        await asyncio.sleep(0.5)
+        pausing.cancel()
+        await asyncio.wait([pausing])
+        assert stubs.engine.get(ID).state is ContainerState.PAUSED
 
     simulated(body)
 
@@ -99,6 +142,23 @@ def test_one_that_is_shown_as_running_without_a_process_is_stopped_and_removed(
         else:
             await stubs.engine.remove(ID, force=True)
             assert not stubs.engine.list()
+
+    simulated(body)
+
+
+def test_a_stop_that_cannot_kill_ends_in_time_and_the_end_is_recorded_when_it_comes(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with pytest.raises(
+            Unavailable, match=r"^tried to kill container, but did not receive an exit event$"
+        ):
+            await stubs.engine.stop(ID, 10.0)
+        assert loop.time() - began == pytest.approx(10 + KILLED_S_MAX)
+        assert stubs.engine.get(ID).is_running
+        await stubs.end(137)  # the device has responded
+        assert (await stubs.engine.stop(ID)).exit_code == 137
+        assert (await stubs.engine.start(ID)).is_running
 
     simulated(body)
 

@@ -1,5 +1,6 @@
 """Which processes are killed in the name of an exec; they are real ones."""
 
+import asyncio
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from skep.engine.bundle import Bundles
 from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container
+from skep.engine.processes import find, wait_gone
 from skep.engine.runtime import Runtime
 from tests.unit.engine.test_specification import a_container
 
@@ -53,6 +55,15 @@ def process() -> Iterator["subprocess.Popen[bytes]"]:
         process.kill()
 
 
+@pytest.fixture
+def conmon() -> Iterator["subprocess.Popen[bytes]"]:
+    """One in the place of a conmon with a runc, whose own process says its pid."""
+    line = "sh -c 'sleep 1000 & echo $!; wait' & wait"
+    with subprocess.Popen(["sh", "-c", line, EXEC_ID], stdout=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
 def test_only_a_process_of_the_container_is_killed(
     runtime: Runtime, group: Group, process: "subprocess.Popen[bytes]"
 ) -> None:
@@ -77,6 +88,21 @@ async def test_a_conmon_that_does_not_respond_is_killed_if_it_is_that_of_the_exe
         assert process.wait(10) == -signal.SIGKILL
     else:
         assert process.poll() is None, "another process has its pid now"
+
+
+async def test_what_the_conmon_has_started_ends_with_it(
+    tmp_path: Path, runtime: Runtime, conmon: "subprocess.Popen[bytes]"
+) -> None:
+    assert conmon.stdout is not None
+    started = find(int(conmon.stdout.readline()))
+    assert started is not None
+    path = tmp_path / EXEC_ID
+    path.mkdir()
+    (path / "conmon.pid").write_text(str(conmon.pid))
+    await runtime.end_exec(a_container(), path)
+    assert conmon.wait(10) == -signal.SIGKILL
+    async with asyncio.timeout(10):
+        await wait_gone(started)
 
 
 async def test_the_process_of_an_exec_whose_conmon_does_not_respond_is_killed(

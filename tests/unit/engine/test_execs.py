@@ -2,18 +2,21 @@
 
 import asyncio
 import gc
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from sim.time import VirtualLoop
 from skep.aio.clock import SystemClock
+from skep.engine.attachment import Attachment
 from skep.engine.bundle import Bundles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, ExecConfig
 from skep.engine.events import Events
-from skep.engine.execs import STARTS_MAX, STARTS_MAX_PER_CONTAINER, Execs
+from skep.engine.execs import SLOW_MAX, SLOW_S, STARTS_MAX, STARTS_MAX_PER_CONTAINER, Execs
 from skep.engine.runtime import Runtime
 from skep.model.ids import ContainerId
 from tests.support.wire_rig import until
@@ -93,6 +96,46 @@ async def test_a_container_whose_execs_start_slowly_leaves_places_for_the_others
     starts.clear()
     gc.collect()  # of the tracebacks
     assert not execs._own, "nothing is kept of containers without execs that start"
+
+
+def test_containers_whose_execs_start_slowly_leave_places_for_the_others(tmp_path: Path) -> None:
+    loop = VirtualLoop()
+
+    async def body() -> None:
+        runtime = Counting()
+        execs = the_execs(tmp_path, runtime)
+        config = ExecConfig(command=("true",))
+
+        def begin(containers: Iterable[int]) -> list["asyncio.Task[Attachment]"]:
+            ids = [execs.create(an_id(number), config) for number in containers]
+            return [asyncio.create_task(execs.start(id)) for id in ids]
+
+        starts = begin(number // STARTS_MAX_PER_CONTAINER for number in range(STARTS_MAX))
+        await asyncio.sleep(SLOW_S - 1)
+        assert runtime.begun == STARTS_MAX
+        starts += begin([90])
+        await asyncio.sleep(0.5)
+        assert runtime.begun == STARTS_MAX, "they may only have waited for processor time as all do"
+        await asyncio.sleep(1)
+        assert runtime.begun == STARTS_MAX + 1
+        starts += begin(range(100, 100 + 2 * SLOW_MAX))
+        await asyncio.sleep(10 * SLOW_S)
+        assert runtime.at_once == STARTS_MAX + SLOW_MAX, "no more than that, however slow they are"
+        runtime.gate.set()
+        await asyncio.wait(starts)
+        assert runtime.begun == len(starts)
+        runtime.gate.clear()
+        runtime.most = 0
+        starts = begin(range(2 * STARTS_MAX))
+        await asyncio.sleep(1)
+        assert runtime.most == STARTS_MAX, "every place is free again, once"
+        runtime.gate.set()
+        await asyncio.wait(starts)
+
+    try:
+        loop.run_until_complete(body())
+    finally:
+        loop.close()
 
 
 def _fields(container: Container) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from skep.engine import lifecycle
-from skep.engine.container import Container, MountPoint, ProcessName
+from skep.engine.container import Container, MountPoint, NotRunning, ProcessName, StillRunning
 from skep.engine.engine import Engine
 from skep.engine.volumes import MountFailed, Part
+from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from tests.support.oci_rig import Machine, memory_engine, new_container
 from tests.support.wire_rig import until
@@ -80,7 +81,7 @@ async def test_a_start_that_waits_for_a_removal_takes_no_place(rig: Rig) -> None
         await rig.started(one)
     rig.patch.setattr(lifecycle, "send_signal", lambda *_: False)  # their processes do not even die
     removals = [asyncio.create_task(rig.engine.remove(one.id, force=True)) for one in stuck]
-    await until(lambda: all(rig.engine._lifecycle._locks[one.id].locked() for one in stuck))
+    await until(lambda: all(rig.engine._lifecycle.turns.is_taken(one.id) for one in stuck))
     starts = [asyncio.create_task(rig.engine.start(one.id)) for one in stuck]
     await asyncio.wait(starts, timeout=0)  # they come first
     try:
@@ -151,7 +152,7 @@ async def test_a_start_whose_caller_is_cancelled_again_and_again_has_its_turn_to
     await asyncio.wait([starting])
     removing = asyncio.create_task(rig.engine.remove(container.id, force=True))
     await asyncio.wait([removing], timeout=0)
-    assert rig.engine._lifecycle._locks[container.id].locked()
+    assert rig.engine._lifecycle.turns.is_taken(container.id)
     assert rig.engine._lifecycle._starting._value == PLACES - 1
     rig.open("start")
     await removing
@@ -171,4 +172,73 @@ async def test_a_mount_that_fails_is_the_error_of_its_container(rig: Rig) -> Non
     failed = rig.engine.get(container.id)
     assert (failed.error, failed.exit_code, failed.is_running) == ("error while mounting volume", 128, False)
     rig.patch.setattr(rig.engine.volumes, "mount", rig.mount)
-    assert not rig.engine._lifecycle._locks[container.id].locked()
+    assert not rig.engine._lifecycle.turns.is_taken(container.id)
+
+
+async def test_a_forced_removal_cuts_off_the_mount_of_its_container_alone(rig: Rig) -> None:
+    unwanted, other = await rig.containers(2)
+    rig.gates["mount"].clear()
+    starts = [asyncio.create_task(rig.engine.start(one.id)) for one in (unwanted, other)]
+    await until(lambda: rig.waiting["mount"] == 2)
+    again = asyncio.create_task(rig.engine.start(unwanted.id))  # before the removal
+    await asyncio.wait([again], timeout=0)
+    async with asyncio.timeout(10):
+        await rig.engine.remove(unwanted.id, force=True)
+    with pytest.raises(NotRunning, match="is being removed"):
+        await starts[0]
+    with pytest.raises(SkepError):
+        await again
+    assert ("unmounted", unwanted.id) in rig.calls
+    assert not rig.engine.has(unwanted.id)
+    rig.open("mount")
+    assert (await starts[1]).is_running
+
+
+async def test_a_removal_that_is_not_forced_waits_for_the_start(rig: Rig) -> None:
+    (container,) = await rig.containers(1)
+    rig.gates["mount"].clear()
+    starting = asyncio.create_task(rig.engine.start(container.id))
+    await until(lambda: rig.waiting["mount"] == 1)
+    removing = asyncio.create_task(rig.engine.remove(container.id))
+    await asyncio.wait([removing], timeout=0)
+    rig.open("mount")
+    assert (await starting).is_running
+    with pytest.raises(StillRunning):
+        await removing
+
+
+async def test_a_container_whose_forced_removal_failed_can_be_started(rig: Rig) -> None:
+    (container,) = await rig.containers(1)
+
+    async def refuse(*_: object) -> None:
+        raise OSError("busy")
+
+    with rig.patch.context() as patch:
+        patch.setattr(rig.engine.bundles, "discard", refuse)
+        with pytest.raises(Unavailable):
+            await rig.engine.remove(container.id, force=True)
+    assert (await rig.started(container)).is_running
+
+
+async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch)
+    (container,) = await rig.containers(1)
+    rig.gates["start"].clear()
+    lifecycle = rig.engine._lifecycle
+
+    async def ends_after(starting: "asyncio.Task[Container]") -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            rig.open("start")
+            await asyncio.wait([starting])
+
+    async with asyncio.timeout(10), rig.engine.running():
+        starting = asyncio.create_task(rig.engine.start(container.id))
+        await until(lambda: rig.waiting["start"])
+        lifecycle.spawn(ends_after(starting), name="the last one")
+        await asyncio.sleep(0)
+    assert starting.result().is_running
+    assert not lifecycle._watches, "the next process watches it"

@@ -1,0 +1,46 @@
+"""Operations on one container run one after the other."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from skep.model.ids import ContainerId
+
+T = TypeVar("T")
+
+
+class Turns:
+    """Creation, start, pause, retirement and removal of one container do not overtake each other.
+
+    A removal that overtook the creation would leave the namespace that is being made behind.
+    """
+
+    def __init__(self, is_known: Callable[[ContainerId], bool]) -> None:
+        """``is_known``: whether there is such a container; nothing is kept of others."""
+        self._is_known = is_known
+        self._locks: dict[ContainerId, asyncio.Lock] = {}
+
+    def is_taken(self, id: ContainerId) -> bool:
+        """Whether an operation on the container is under way."""
+        lock = self._locks.get(id)
+        return lock is not None and lock.locked()
+
+    async def exclusively(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``, in its turn."""
+        try:
+            async with self.turn(id):
+                return await work
+        finally:
+            work.close()  # of one that was cancelled before its turn
+
+    @asynccontextmanager
+    async def turn(self, id: ContainerId) -> AsyncIterator[None]:
+        """Wait for the container's operations before this one; those after it wait until the block ends."""
+        lock = self._locks.setdefault(id, asyncio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not self._is_known(id) and not lock.locked():
+                self._locks.pop(id, None)
