@@ -356,7 +356,7 @@ class Allocator:
                 raise
             if endpoint != service.endpoint:
                 # Entered at once, so that the next service of this batch gets another port.
-                self._allocations.enter_service(replace(service, endpoint=endpoint))
+                self._on_released(self._allocations.enter_service(replace(service, endpoint=endpoint)))
                 return [AllocateEndpoint(service, endpoint)]
         return []
 
@@ -387,7 +387,7 @@ class Allocator:
                 self._allocations.enter_node(node)
                 raise
             if attachments != node.attachments:
-                self._allocations.enter_node(replace(node, attachments=attachments))
+                self._on_released(self._allocations.enter_node(replace(node, attachments=attachments)))
                 return [AttachNode(node.id, attachments)]
         if (failure := self._failures.of(node_key(node_id))) is not None:
             self._queue.add_at(node_key(node_id), failure.retry_at)

@@ -565,7 +565,7 @@ class Scheduler:
         finally:
             self._deciding.difference_update(ids)
         outcomes: list[tuple[str, SkepError | None]] = []
-        view = self._term.view()
+        view, has_room = self._term.view(), False
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
             for victim in decision.victims if isinstance(decision, Preempt) else ():
@@ -574,7 +574,8 @@ class Scheduler:
                 self._dequeue(id)
                 continue
             # Whatever the result, resync with the store: a decision that was not written has no reservation.
-            self._update_task(id)
+            # Others may have been refused for it, and no commit says that it is gone.
+            has_room |= self._update_task(id)
             group = self._groups.of.get(id)
             if group is None:
                 continue
@@ -582,6 +583,8 @@ class Scheduler:
             if result is None and isinstance(decision, Assignment):
                 self._queue.add((group,))  # its node was removed at the same moment
         self._failures.requeue_failed(self._queue, "decisions", outcomes)
+        if has_room:
+            self._queue.retry()
 
 
 def _has_failed(old: Task, new: Task) -> bool:

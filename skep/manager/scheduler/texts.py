@@ -90,7 +90,7 @@ class Texts:
 
     async def take(self, limit: int) -> list[Refusal]:
         """Remove up to ``limit`` tasks that show another text than they should; gives these with their texts."""
-        found: list[Refusal] = []
+        found: dict[TaskId, Refusal] = {}
         slices = TimeSlices(self._clock)
         while self._is_outdated and len(found) < limit:
             id = (self._new or self._outdated).popleft()
@@ -103,10 +103,11 @@ class Texts:
             task = self._term.view().lookup(Task, id)
             if task is not None and is_pending(task):
                 refusal = Refusal(task, (why.text + why.words.get(id, ""))[:ERROR_CHARACTERS_MAX])
+                found.pop(id, None)  # it was refused again in a pause, maybe for what it shows
                 if not is_already_shown(refusal):
-                    found.append(refusal)
+                    found[id] = refusal
             await slices.yield_if_due()
-        return found
+        return list(found.values())
 
     async def _explain(self, why: Why, requirements: Requirements) -> None:
         key = f"explanation for {requirements.service_id}/{requirements.version}"

@@ -124,6 +124,24 @@ async def test_an_address_goes_to_whoever_waits_for_one_of_the_network() -> None
         assert len(released(store, "b")) == 5
 
 
+async def test_the_virtual_address_that_a_service_gives_up_is_for_a_task_that_waits() -> None:
+    spec = a_service_spec("b")
+    targets = (NetworkAttachmentConfig(target=NET.id),)
+    spec = replace(spec, task_template=replace(spec.task_template, networks=targets))
+    async with allocating(NET) as store:
+        await store.update(put, Service(id="b", spec=spec))  # type: ignore[arg-type]
+        await seen(store)
+        await store.update_each(put, new_tasks("a", 2 * HAS))
+        await seen(store)
+        assert len(released(store)) == HAS - 1
+        service = store.view().get(Service, "b")
+        await store.update(
+            put, replace(service, spec=replace(spec, endpoint_spec=EndpointSpec(mode="dnsrr")))
+        )
+        await seen(store)
+        assert len(released(store)) == HAS
+
+
 async def test_a_deleted_task_does_not_wait() -> None:
     async with allocating(NET, *new_tasks("a", HAS + 2)) as store:
         waiting = [one for one in store.view().find(Task) if one.status.err]

@@ -9,8 +9,12 @@ from msgspec.structs import replace
 
 from skep.aio import time_slices
 from skep.aio.clock import SystemClock
+from skep.manager.failures import Failures
 from skep.manager.scheduler import filters, group_queue, loop, placement, spread
+from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.groups import Groups
 from skep.manager.scheduler.loop import Scheduler
+from skep.manager.scheduler.texts import Texts, Why
 from skep.manager.scheduler.writes import TOGETHER
 from skep.model.ids import new_id
 from skep.model.labels import PRIORITY
@@ -232,6 +236,58 @@ async def test_a_text_that_is_as_before_is_not_written_again() -> None:
             store, lambda: texts(store) == {"no suitable node (insufficient resources on 4 nodes)"}
         )
     assert store.view().revision == before + 2
+
+
+async def test_a_text_that_is_right_again_while_another_one_is_to_be_written_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time_slices, "SLICE_S", -1.0)
+    (task,) = waiting(a_service("web"), 1)
+    task = replace(task, status=replace(task.status, err="present"))
+    store, clock, groups = await a_store(task), SystemClock(), Groups()
+    groups.enter(task.id, task.id)
+    refused = Texts(store, clock, groups, Accounting(), Failures(clock, Random(1)))
+    refused.set(task.id, Why("outdated"))
+    taking = asyncio.create_task(refused.take(TOGETHER))
+    await asyncio.sleep(0)
+    refused.set(task.id, Why("present"))
+    assert await taking == []
+
+
+@pytest.mark.parametrize("change", ["stopped", "deleted", "failed"])
+async def test_room_of_an_assignment_that_ends_while_it_is_written_is_for_others(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The other one was refused because of it."""
+    services = [a_service("first", reserve=LARGE), a_service("second", reserve=LARGE)]
+    store = await a_store(*services, *(task for one in services for task in waiting(one, 1)), nodes=0)
+    await store.update(put, a_node("n1", has=LARGE))
+    real, ended = loop.write_decisions, list[str]()
+
+    def end(tx: Transaction, id: str) -> None:
+        task = tx.get(Task, id)
+        if change == "deleted":
+            tx.delete(Task, id)
+        elif change == "stopped":
+            tx.put(replace(task, desired_state=TaskState.SHUTDOWN))
+        else:
+            tx.put(replace(task, status=replace(task.status, state=TaskState.FAILED)))
+
+    async def write(term: Any, decisions: Any, now: Any) -> Any:
+        first = not ended
+        ended.append(decisions[0].task.id)
+        written = await real(term, decisions, now) if not first or change == "failed" else None
+        if first:
+            await store.update(end, ended[0])
+            for _ in range(10):
+                await asyncio.sleep(0)  # the commit is read
+        return written or await real(term, decisions, now)
+
+    monkeypatch.setattr(loop, "write_decisions", write)
+    async with scheduling(store):
+        await wait_for(
+            store, lambda: any(one.node_id and one.id != ended[0] for one in store.view().find(Task))
+        )
 
 
 async def test_an_explanation_that_fails_is_shown_and_holds_up_no_other(
