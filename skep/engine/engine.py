@@ -446,24 +446,32 @@ class Engine:
 
     async def pause(self, word: str) -> None:
         """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        await self._in_run(word, self._runtime.pause, "pause", ContainerState.PAUSED)
+
+        async def pause(container: Container) -> None:
+            await self._runtime.pause(container.id)
+            paused = self._store.observe_running(container, state=ContainerState.PAUSED)
+            self.events.publish("pause", paused)
+
+        await self._in_run(self._require_running(word), pause)
 
     async def unpause(self, word: str) -> None:
         """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        await self._in_run(word, self._runtime.resume, "unpause", ContainerState.RUNNING)
 
-    async def _in_run(
-        self, word: str, work: Callable[[ContainerId], Awaitable[None]], action: str, state: ContainerState
-    ) -> None:
-        container = self._require_running(word)
+        async def unpause(container: Container) -> None:
+            await self._runtime.resume(container.id)
+            running = self._store.observe_running(container, state=ContainerState.RUNNING)
+            self.events.publish("unpause", running)
 
-        async def change() -> None:
-            # In its turn, so that no other run begins meanwhile: runc would freeze that.
+        await self._in_run(self._require_running(word), unpause)
+
+    async def _in_run(self, container: Container, work: Callable[[Container], Awaitable[None]]) -> None:
+        """Do ``work`` in its turn, so that no other run begins meanwhile: runc would freeze that."""
+
+        async def in_turn() -> None:
             self._store.require_run(container)
-            await work(container.id)
-            self.events.publish(action, self._store.observe_running(container, state=state))
+            await work(container)
 
-        await run_to_end(self._lifecycle.turns.exclusively(container.id, change()))
+        await run_to_end(self._lifecycle.turns.exclusively(container.id, in_turn()))
 
     # --- other operations ---------------------------------------------------------------------------------------
 
