@@ -15,7 +15,7 @@ from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.groups import Groups
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.texts import Texts, Why
-from skep.manager.scheduler.writes import TOGETHER
+from skep.manager.scheduler.writes import TOGETHER, write_decisions
 from skep.model.ids import new_id
 from skep.model.labels import PRIORITY
 from skep.model.node import Availability, Node
@@ -262,7 +262,7 @@ async def test_room_of_an_assignment_that_ends_while_it_is_written_is_for_others
     services = [a_service("first", reserve=LARGE), a_service("second", reserve=LARGE)]
     store = await a_store(*services, *(task for one in services for task in waiting(one, 1)), nodes=0)
     await store.update(put, a_node("n1", has=LARGE))
-    real, ended = loop.write_decisions, list[str]()
+    real, ended = write_decisions, list[str]()
 
     def end(tx: Transaction, id: str) -> None:
         task = tx.get(Task, id)
