@@ -108,7 +108,9 @@ def _keeps_tasks(view: View, id: NodeId, down_s: float) -> bool:
     ``down_s``: for how long the node is down.  The tasks of a node that is removed are replaced at once, even if it has
     not stopped them yet.
     """
-    node = view.get(Node, id)
+    node = view.lookup(Node, id)
+    if node is None:
+        return True  # of a node that cannot be read nothing is known
     for task in view.find(Task, node_id=id):
         if has_unknown_service(view, task):
             return True
