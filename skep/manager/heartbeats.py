@@ -21,6 +21,12 @@ def configured_heartbeats(view: View) -> tuple[float, float | None]:
     return DEFAULT_PERIOD_S, None
 
 
+def configured_grace_s(view: View) -> float:
+    """The grace period of the cluster's nodes, in seconds."""
+    period_s, configured_s = configured_heartbeats(view)
+    return grace_period(period_s, configured_s=configured_s)
+
+
 def grace_period(period_s: float, *, configured_s: float | None = None) -> float:
     """Seconds for which a node without heartbeats is considered alive.
 

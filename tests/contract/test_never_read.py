@@ -260,7 +260,7 @@ def test_history_stays_and_nodes_with_tasks_stay_when_their_settings_cannot_be_r
         damaged=(("swarm", "s1", ""), ("service", "web", "")),
     )
     assert _cluster_limit(store.view()) == NO_LIMIT
-    assert _keeps_tasks(store.view(), NodeId("n1"), 0.0)
+    assert _keeps_tasks(store.view(), a_node("n1"), 0.0)
 
 
 def test_a_job_whose_run_has_a_spec_that_cannot_be_read_is_not_run_with_another() -> None:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.heartbeats import configured_heartbeats, grace_period
+from skep.manager.heartbeats import configured_grace_s, configured_heartbeats
 from skep.manager.orchestrator.disruption import FROZEN_S_MAX, Disruption, NodeHistory, is_over
 from skep.model.node import Node
 from skep.model.swarm import Freeze, Swarm
@@ -80,7 +80,7 @@ class DisruptionMode:
                     await self._term.update(_write, self._detected, timestamp(self._clock.now_ns()))
                 elif self._frozen_at is not None and (reason := self._reason_to_end(now)):
                     if reason == HALF_BACK:
-                        self.replaces_from = now + SETTLING_GRACES * grace_s(self._term.view())
+                        self.replaces_from = now + SETTLING_GRACES * configured_grace_s(self._term.view())
                     await self._term.update(end_freeze)
                     log.info("replacement of tasks resumed", reason=reason)
             except NotLeader:
@@ -92,7 +92,7 @@ class DisruptionMode:
         """Freeze if the nodes that went down are a disruption.  Further ones during a freeze change nothing."""
         if self.is_frozen:
             return
-        self._detected = self._history.detect(now, grace_s(self._term.view()))
+        self._detected = self._history.detect(now, configured_grace_s(self._term.view()))
         if self._detected is not None:
             log.error(
                 "replacement of tasks frozen: too many nodes went down at once",
@@ -106,7 +106,7 @@ class DisruptionMode:
         until = self._history.held_until(now, period_s)
         if now >= self.replaces_from:
             self._delayed_since = now
-        until = min(until, self._delayed_since + grace_s(self._term.view()))
+        until = min(until, self._delayed_since + configured_grace_s(self._term.view()))
         self.replaces_from = max(self.replaces_from, until)
 
     def _reason_to_end(self, now: float) -> str:
@@ -148,9 +148,3 @@ def _freezes(view: View) -> Iterator[Freeze]:
 
 def _freeze(view: View) -> Freeze | None:
     return next(_freezes(view), None)
-
-
-def grace_s(view: View) -> float:
-    """The grace period of the cluster's nodes."""
-    period_s, configured_s = configured_heartbeats(view)
-    return grace_period(period_s, configured_s=configured_s)

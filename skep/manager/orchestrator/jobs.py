@@ -37,6 +37,7 @@ from skep.manager.orchestrator.slots import (
     group_by_slot,
     has_unread_end,
     history,
+    is_assigned,
     wanted,
 )
 from skep.model.labels import job_ttl_s
@@ -101,11 +102,7 @@ def is_done(slot: Iterable[Task]) -> bool:
 
 def _last_stops_at(iteration: Version, situation: Situation) -> float:
     """When everything of earlier iterations counts as stopped; minus infinity: it has."""
-    stopping = (
-        task
-        for task in situation.tasks
-        if task.job_iteration != iteration and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
-    )
+    stopping = (task for task in situation.tasks if task.job_iteration != iteration and is_assigned(task))
     return max((stopped_at(task, situation) for task in stopping), default=-inf)
 
 

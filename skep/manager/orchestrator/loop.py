@@ -11,6 +11,7 @@ from skep.aio.clock import Clock
 from skep.aio.time_slices import TimeSlices, result_in_slices, run_in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.failures import Failures, write_each
+from skep.manager.heartbeats import configured_grace_s
 from skep.manager.informer import CatchUp, batches_of, run_exact_informer
 from skep.manager.orchestrator.changes import (
     Cause,
@@ -23,7 +24,7 @@ from skep.manager.orchestrator.changes import (
     fallback_for,
 )
 from skep.manager.orchestrator.convergence import deciding
-from skep.manager.orchestrator.disruption_mode import DisruptionMode, grace_s
+from skep.manager.orchestrator.disruption_mode import DisruptionMode
 from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
@@ -289,7 +290,7 @@ class Orchestrator:
             now=self._clock.monotonic(),
             is_frozen=self._disruption.is_frozen,
             replaces_from=self._disruption.replaces_from,
-            silence_s=grace_s(view),
+            silence_s=configured_grace_s(view),
             sound_nodes=self._sound_nodes,
         )
         steps = await result_in_slices(deciding(situation), self._clock, resumed=catch_up)

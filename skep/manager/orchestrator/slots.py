@@ -75,9 +75,14 @@ def history(slot: Slot) -> Slot:
     return tuple([task for task in slot if task.desired_state < TaskState.REMOVE])
 
 
+def is_assigned(task: Task) -> bool:
+    """Whether the task is assigned to a node, and its agent has not reported its end."""
+    return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+
+
 def is_stopping(task: Task) -> bool:
     """Whether the task is retired and its agent has not reported its end."""
-    return not task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+    return not task.is_wanted and is_assigned(task)
 
 
 def has_reported_end(task: Task) -> bool:

@@ -61,6 +61,7 @@ from skep.manager.orchestrator.slots import (
     Slot,
     age,
     history,
+    is_assigned,
     wanted,
 )
 from skep.manager.resources import reservations_of
@@ -114,7 +115,7 @@ class _SlotView(msgspec.Struct, frozen=True):
     @property
     def stops(self) -> bool:
         """Whether a task of the slot is stopping, or would have to be stopped."""
-        return any(TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING for task in self.slot)
+        return any(map(is_assigned, self.slot))
 
 
 def step_seconds_max(spec: ServiceSpec) -> float:
@@ -484,8 +485,7 @@ def _may_serve(task: Task, situation: Situation) -> bool:
     """Whether an old task runs, or its status cannot be read: one unreadable value stops no task (decision 21)."""
     if _serves(task):
         return True
-    is_begun = task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
-    return is_begun and situation.has_unknown_status(task)
+    return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
 
 
 def _holds(old: Task, task: Task, spec: ServiceSpec | None) -> bool:

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from skep.manager.dependents import circle, is_same_task
-from skep.manager.heartbeats import configured_heartbeats, grace_period
+from skep.manager.heartbeats import configured_grace_s
 from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR, Condition, Dependency, dependencies_of
 from skep.model.ids import NodeId, ServiceId, TaskId
@@ -82,8 +82,7 @@ class Confirmed:
             return reported
         if registered is not None:
             return registered + REPORTED_S
-        period_s, configured_s = configured_heartbeats(view)
-        return self._began + max(2 * grace_period(period_s, configured_s=configured_s), RETURNED_S)
+        return self._began + max(2 * configured_grace_s(view), RETURNED_S)
 
 
 class _Look:

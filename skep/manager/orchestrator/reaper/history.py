@@ -10,7 +10,7 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
 
 from collections.abc import Iterable, Sequence
 
-from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, age, has_reported_end
+from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, age, has_reported_end, is_assigned
 from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import RestartPolicy, Service
@@ -42,9 +42,7 @@ def is_live(task: Task, node: Node | None) -> bool:
 
 def is_orphaned(task: Task, node: Node | None) -> bool:
     """Whether the task's end will never be reported, because its node left the cluster."""
-    return (
-        node is None and bool(task.node_id) and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
-    )
+    return node is None and bool(task.node_id) and is_assigned(task)
 
 
 def surplus_history(

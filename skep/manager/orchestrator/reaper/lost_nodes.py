@@ -45,7 +45,7 @@ def removable(
     after_s: float | None,
     observed_s: Callable[[Node], float],
     now_ns: int,
-    is_kept: Callable[[NodeId], bool],
+    is_kept: Callable[[Node], bool],
     is_frozen: bool = False,
 ) -> list[NodeId]:
     """The nodes to remove now, in order of id, at most ``AT_ONCE``.
@@ -60,9 +60,7 @@ def removable(
     due = (
         node.id
         for node in known
-        if is_lost_worker(node)
-        and due_at(node, observed_s(node), now_ns, after_s) <= 0
-        and not is_kept(node.id)
+        if is_lost_worker(node) and due_at(node, observed_s(node), now_ns, after_s) <= 0 and not is_kept(node)
     )
     return [id for id, _ in zip(due, range(AT_ONCE), strict=False)]
 

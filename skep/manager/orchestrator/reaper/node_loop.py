@@ -74,7 +74,7 @@ class LostNodes:
             after_s=forget_nodes_s(swarm.spec.labels),
             observed_s=lambda node: now - self._down.get(node.id, now),
             now_ns=now_ns,
-            is_kept=lambda node_id: _keeps_tasks(view, node_id, now - self._down.get(node_id, now)),
+            is_kept=lambda node: _keeps_tasks(view, node, now - self._down.get(node.id, now)),
             is_frozen=is_frozen,
         )
         if not due:
@@ -102,16 +102,13 @@ def remove_lost(tx: Transaction, id: NodeId, now_ns: int) -> bool:
     return True
 
 
-def _keeps_tasks(view: View, id: NodeId, down_s: float) -> bool:
+def _keeps_tasks(view: View, node: Node, down_s: float) -> bool:
     """Whether a task of the node is to stay there for now, or its successor is to return there.
 
     ``down_s``: for how long the node is down.  The tasks of a node that is removed are replaced at once, even if it has
     not stopped them yet.
     """
-    node = view.lookup(Node, id)
-    if node is None:
-        return True  # of a node that cannot be read nothing is known
-    for task in view.find(Task, node_id=id):
+    for task in view.find(Task, node_id=node.id):
         if has_unknown_service(view, task):
             return True
         service = view.lookup(Service, task.service_id) if task.service_id else None

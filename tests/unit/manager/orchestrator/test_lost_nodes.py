@@ -68,7 +68,7 @@ def test_nothing_is_removed_unless_more_than_half_of_all_nodes_are_ready() -> No
 
 
 def test_a_node_with_tasks_that_stay_there_is_kept_and_the_rest_goes_in_parts() -> None:
-    assert removed(down("w1"), down("w2"), is_kept=lambda node_id: node_id == "w1") == ["w2"]
+    assert removed(down("w1"), down("w2"), is_kept=lambda node: node.id == "w1") == ["w2"]
     many = [down(f"w{number:03}") for number in range(AT_ONCE + 5)]
     assert removed(*many, ready=100) == [node.id for node in many[:AT_ONCE]]
 
@@ -102,4 +102,4 @@ def test_a_node_is_kept_until_its_tasks_may_be_replaced(
     tx.put(a_node("w1", state=NodeState.DOWN))
     tx.put(a_task("t1", node="w1", service=web, state=state))
     for down_s in (0.0, 60.0, 309.0, 311.0, HOUR - 1, HOUR, DAY):
-        assert _keeps_tasks(tx, NodeId("w1"), down_s) is (down_s < kept_s)
+        assert _keeps_tasks(tx, tx.get(Node, "w1"), down_s) is (down_s < kept_s)
