@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.configuration.sources import Arguments, combine
 from tests.support.documents import (
     PAGES,
     ROOT,
@@ -66,6 +67,14 @@ def test_every_target_of_make_that_is_named_exists(page: Path) -> None:
     ]
     named = {match[1] for word in words if (match := re.match(r"make ([a-z-]+)", word))}
     assert named - make_targets() == set()
+
+
+@pages
+def test_every_block_of_settings_is_a_configuration(page: Path, tmp_path: Path) -> None:
+    for name in ("ca.pem", "server.pem", "server-key.pem"):
+        (tmp_path / name).touch()
+    for block in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
+        combine(Arguments(), tomllib.loads(block.replace("/etc/skep", str(tmp_path))), {})
 
 
 @pages

@@ -372,7 +372,12 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
         ),
         Limit("past events kept", "skep.manager.events:KEPT", "forgotten, the oldest first"),
         Limit("events that a client may be behind", "skep.manager.events:BEHIND_MAX", "its stream ends"),
-        Limit("the history, compressed", "skep.manager.journal.chunks:BYTES_MAX", "the oldest entries go"),
+        Limit(
+            "the history, compressed",
+            "skep.manager.journal.chunks:BYTES_MAX",
+            "the oldest entries go",
+            "bytes",
+        ),
         Limit(
             "entries of the history that are not written yet, of a manager",
             "skep.manager.journal.pending:PENDING_MAX",

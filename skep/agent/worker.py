@@ -156,7 +156,7 @@ class Worker:
             return
         if driver.task == assigned:
             return
-        if driver.assign(assigned) and driver.status.state is TaskState.RUNNING:
+        if driver.assign(assigned) and not driver.status.state.is_terminal:
             self._spawn(self._update(driver), f"update-{id}")
         self._remember(id)
 
@@ -188,7 +188,7 @@ class Worker:
         await retry(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
 
     async def _update(self, driver: TaskDriver) -> None:
-        """A newer assignment for a running container; a refusal of new limits leaves the old ones."""
+        """A newer assignment for a container that has not ended; a refusal of new limits leaves the old ones."""
         await isolate(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
 
     def _remove(self, id: TaskId, *, at_once: bool = False) -> None:

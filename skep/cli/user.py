@@ -76,7 +76,11 @@ def user() -> None:
     help="The authority of the API's own certificate (the node's setting tls-ca).",
 )
 @click.option(
-    "--days", type=click.IntRange(1, 366), default=30, help="How long a certificate or token is valid."
+    "--days",
+    type=click.IntRange(1, 366),
+    default=30,
+    show_default=True,
+    help="How long a certificate or token is valid.",
 )
 @click.argument("name")
 @click.pass_obj
@@ -254,7 +258,9 @@ def inspect(options: HostOptions, name: str, output: Output) -> None:
 
 @user.command()
 @click.option("--rm", "removed", metavar="ID", default="", help="Remove this token instead.")
-@click.option("--days", type=click.IntRange(1, 366), default=90, help="How long it is valid.")
+@click.option(
+    "--days", type=click.IntRange(1, 366), default=90, show_default=True, help="How long it is valid."
+)
 @click.argument("name")
 @click.pass_obj
 def token(options: HostOptions, name: str, removed: str, days: int) -> None:
@@ -286,7 +292,11 @@ def token(options: HostOptions, name: str, removed: str, days: int) -> None:
     help="As for skep user add; with --out.",
 )
 @click.option(
-    "--days", type=click.IntRange(1, 366), default=30, help="How long the new certificate is valid."
+    "--days",
+    type=click.IntRange(1, 366),
+    default=30,
+    show_default=True,
+    help="How long the new certificate is valid.",
 )
 @click.argument("name", required=False)
 @click.pass_obj

@@ -220,7 +220,7 @@ SETTINGS = (
     ),
     Setting(
         name="log-driver",
-        help="log driver of containers that name none (json-file, local, none, journald, syslog, ...)",
+        help="log driver of containers that name none (json-file)",
         read=values.log_driver,
         docker_key="log-driver",
     ),

@@ -37,7 +37,7 @@ from skep.manager.allocator.grants import (
     network_key,
     node_key,
 )
-from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments
+from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments, occupies_networks
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.unread import Unread, check_known
@@ -156,7 +156,7 @@ class Allocator:
             case Created(Task() as task):
                 self._update_task(task)
                 self._queue_new_task(task)
-            case Updated(Task() as old, Task() as task) if task.networks_attachments:
+            case Updated(Task() as old, Task() as task) if _may_hold_addresses(task):
                 self._update_task(task)
                 if old.node_id != task.node_id:
                     self._queue_node_of(task)
@@ -512,6 +512,11 @@ class Allocator:
                     self._on_released(self._allocations.enter_node(node))
             case Explain() | Claim():
                 pass
+
+
+def _may_hold_addresses(task: Task) -> bool:
+    """One that ended before its addresses were written has some here only."""
+    return bool(task.networks_attachments) or not occupies_networks(task)
 
 
 def _owner_of(event: Event) -> str:

@@ -20,13 +20,11 @@ STACK = "com.docker.stack.namespace"
 class Cluster:
     """A manager with an API by TLS, and the commands of its users."""
 
-    def __init__(self, rig: DaemonRig, folder: Path) -> None:
+    def __init__(self, rig: DaemonRig, folder: Path, ca: Path, certificate: Path, key: Path) -> None:
         self.rig = rig
         self.home = folder / "home"
         self.home.mkdir()
-        authority = an_authority(folder / "ours")
-        self.ca = authority.root
-        certificate, key = authority.pair("server")
+        self.ca = ca
         rig.start(
             *("--host", f"unix://{rig.run}/skep.sock", "--host", f"tcp://127.0.0.1:{PORT}"),
             *("--tls-cert", str(certificate), "--tls-key", str(key), "--tls-ca", str(self.ca)),
@@ -80,7 +78,8 @@ class Cluster:
 
 @pytest.fixture
 def cluster(rig: DaemonRig, tmp_path: Path) -> Cluster:
-    return Cluster(rig, tmp_path)
+    authority = an_authority(tmp_path / "ours")
+    return Cluster(rig, tmp_path, authority.root, *authority.pair("server"))
 
 
 def test_users_do_by_docker_what_their_roles_allow(cluster: Cluster) -> None:
@@ -166,8 +165,18 @@ def test_a_browser_is_the_user_whose_token_logged_it_in(cluster: Cluster, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_guide_to_access(cluster: Cluster, tmp_path: Path) -> None:
-    block = "\n".join(shell_blocks("docs/guide/access.md"))
+def test_the_guide_to_access(rig: DaemonRig, tmp_path: Path) -> None:
+    certificates, *blocks = shell_blocks("docs/guide/access.md")
+    subprocess.run(
+        ["sh", "-euc", certificates],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "NAME": "localhost"},
+        capture_output=True,
+        check=True,
+    )
+    files = (tmp_path / name for name in ("ca.pem", "server.pem", "server-key.pem"))
+    cluster = Cluster(rig, tmp_path, *files)
+    block = "\n".join(blocks)
     docker = tmp_path / "bin" / "docker"
     docker.parent.mkdir()
     docker.symlink_to(CLIS[-1])

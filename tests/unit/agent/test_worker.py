@@ -421,6 +421,30 @@ async def test_labels_that_change_while_a_task_runs_take_effect_without_a_restar
         assert worker.tasks()[TaskId("a")].service_labels == kept
 
 
+class SlowToStart(Relabelled):
+    updates: tuple[Mapping[str, str], ...] = ()
+    begins: asyncio.Event
+
+    async def start(self) -> None:
+        type(self).begins.set()
+        await asyncio.Event().wait()
+
+
+async def test_labels_that_change_while_a_task_starts_are_its_controllers_too(node: Node) -> None:
+    """One that becomes healthy late, or never, is the one whose last lines its owner wants more of."""
+    SlowToStart.begins = asyncio.Event()
+    node.controllers["a"] = SlowToStart
+    more = {LAST_LINES: "100"}
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await SlowToStart.begins.wait()
+        await worker.assign(difference(msgspec.structs.replace(assigned("a"), service_labels=more)))
+        async with asyncio.timeout(DEADLINE_S):
+            while not SlowToStart.updates:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert SlowToStart.updates == (more,)
+
+
 class Drained(SimulatedController):
     """Its clients never go; it ends when it is to wait for them no more."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -12,8 +12,10 @@ from msgspec.structs import replace
 
 from skep.aio import time_slices
 from skep.aio.clock import SystemClock
+from skep.errors import Unavailable
 from skep.manager.allocator import loop as allocator_module
 from skep.manager.allocator.addresses import _Pool
+from skep.manager.allocator.grants import Release
 from skep.manager.allocator.loop import Allocator
 from skep.manager.allocator.subnets import allocated
 from skep.model import routes
@@ -47,9 +49,9 @@ def new_tasks(name: str, count: int, network: Network = NET) -> list[Object]:
 
 
 @asynccontextmanager
-async def allocating(*objects: Object) -> AsyncIterator[MemoryStore]:
+async def allocating(*objects: Object, store: MemoryStore | None = None) -> AsyncIterator[MemoryStore]:
     """An allocator runs, which has seen ``objects``."""
-    store = MemoryStore(SystemClock())
+    store = store or MemoryStore(SystemClock())
     await store.update_each(put, objects)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(Allocator(store, SystemClock(), new_id, Random(1)).run())
@@ -112,6 +114,32 @@ async def test_of_those_that_wait_for_a_full_network_one_is_looked_at_for_each_a
             assert len(released(store)) == HAS
             assert attempts["tasks"] <= 3
             assert attempts["searches"] <= 5
+
+
+class Reluctant(MemoryStore):
+    """Refuses to write that a task has addresses."""
+
+    refuses = True
+
+    async def update_each(
+        self, body: Callable[[Transaction, Any], Any], items: Iterable[Any], /
+    ) -> Sequence[Any]:
+        items = list(items)
+        if self.refuses and any(isinstance(item, Release) for item in items):
+            return [Unavailable("not now") for _ in items]
+        return await super().update_each(body, items)
+
+
+async def test_a_task_that_goes_before_its_addresses_are_written_keeps_none() -> None:
+    store = Reluctant(SystemClock())
+    async with allocating(NET, *new_tasks("a", HAS), store=store):
+        assert released(store) == []
+        tasks = store.view().find(Task, service_id="a")
+        await end(store, *tasks)
+        store.refuses = False
+        await store.update_each(put, new_tasks("b", HAS))
+        await seen(store)
+        assert len(released(store, "b")) == HAS
 
 
 async def test_an_address_goes_to_whoever_waits_for_one_of_the_network() -> None:
