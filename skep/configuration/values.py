@@ -338,8 +338,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def log_driver(value: Any) -> str:
-    """``json-file``, ``local``, ``none``, ``journald``, ``syslog``, ``fluentd``, ``gelf`` or ``splunk``; for another one of
-    Docker's there is a warning, and it is not used."""
+    """``json-file``, ``local``, ``none``, ``journald``, ``syslog``, ``fluentd``, ``gelf`` or ``splunk``.
+
+    For another one of Docker's there is a warning, and it is not used.
+    """
     if value not in LOG_DRIVERS + _OTHER_LOG_DRIVERS_OF_DOCKER:
         raise ValueError(f"is {value!r}: write one of {', '.join(LOG_DRIVERS)}")
     return str(value)

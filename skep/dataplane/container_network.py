@@ -147,7 +147,10 @@ class ContainerNetwork:
 
     async def detach(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """Free everything that ``attach`` gave; harmless when it is free already."""
-        undoing = self._undo(container_id, sandbox, [one.config for one in sandbox.endpoints])
+        kept = self._overlays.endpoints_of(container_id)  # of a change that could not be undone, too
+        endpoints = (*sandbox.endpoints, *(one for one in kept if one not in sandbox.endpoints))
+        sandbox = msgspec.structs.replace(sandbox, endpoints=endpoints)
+        undoing = self._undo(container_id, sandbox, [one.config for one in endpoints])
         if self._left_out.pop(container_id, None) is None:
             await undoing
         else:
@@ -300,7 +303,7 @@ class ContainerNetwork:
             log.warning("names of a container not removed", container=container_id, reason=str(error))
         finally:
             try:
-                await self._gateway.disconnect(container_id, sandbox)
+                await self._gateway.disconnect(container_id)
             finally:
                 await self._namespaces.destroy(container_id)
                 await self._allocation.leave(container_id, endpoints)

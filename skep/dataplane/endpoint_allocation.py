@@ -101,12 +101,21 @@ class EndpointAllocation:
         return msgspec.structs.replace(endpoint, links=request.links)
 
     async def leave(self, container_id: ContainerId, endpoints: Iterable[EndpointConfig]) -> None:
-        """Release ``endpoints``; a task's are released by the managers with the end of the task."""
+        """Release ``endpoints``; a task's are released by the managers with the end of the task.
+
+        Raises: the first error, once all others are released.
+        """
+        errors = []
         for one in endpoints:
-            if one.attachment:
-                await self._cluster.give_back(one.attachment)
-            elif is_local(one.head.id):
-                await self._local.give_back(container_id, one)
+            try:
+                if one.attachment:
+                    await self._cluster.give_back(one.attachment)
+                elif is_local(one.head.id):
+                    await self._local.give_back(container_id, one)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     async def rename(self, container: SandboxConfig, sandbox: Sandbox) -> None:
         """Have the name of a running container be ``container.name``.

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 import structlog
@@ -42,6 +42,9 @@ from skep.model.service import PublishMode
 log = structlog.get_logger()
 
 Network = TypeVar("Network", IPv4Network, IPv6Network)
+
+_Port: TypeAlias = tuple[str, int, str]
+"""Protocol, number and address of a reserved port."""
 
 BRIDGE = "skep-gw"
 _PART = "gateway"
@@ -81,6 +84,8 @@ class Gateway:
         self._subnet6: IPv6Network | None = None
         self._forwards_ipv6 = False
         self._sandboxes: dict[ContainerId, Sandbox] = {}
+        self._holders: dict[_Port, ContainerId] = {}
+        """Who has each reserved port: the next one may have what a record of an earlier run says."""
         self._changing = asyncio.Lock()
 
     async def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
@@ -120,7 +125,7 @@ class Gateway:
         try:
             for port in ports:
                 if port.publish_mode is PublishMode.HOST:
-                    reserved += await self._reserve(port, str(address))
+                    reserved += await self._reserve(container_id, port, str(address))
             subnet6 = self._subnet6 if wants_ipv6 else None
             sandbox = Sandbox(
                 netns=str(netns),
@@ -139,21 +144,20 @@ class Gateway:
             self._sandboxes[container_id] = sandbox
             await self._apply()
         except BaseException:
-            await asyncio.shield(self._undo(container_id, reserved))
+            await asyncio.shield(self._undo(container_id))
             raise
         return sandbox
 
-    async def disconnect(self, container_id: ContainerId, sandbox: Sandbox) -> None:
-        """Release addresses and ports of ``connect``, whatever ``sandbox`` knows of them.  Idempotent."""
-        if sandbox.address or container_id in self.users():
-            known = self._sandboxes.get(container_id, sandbox)
-            await self._undo(container_id, sandbox.ports or known.ports)
+    async def disconnect(self, container_id: ContainerId) -> None:
+        """Release addresses and ports of ``connect``.  Idempotent; after an error the container is one of ``users``."""
+        if container_id in self.users() or container_id in self._sandboxes:
+            await self._undo(container_id)
 
     async def cut(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """``disconnect`` a running container: its interface is removed, too.  Raises: SkepError."""
         if sandbox.port:
             await apply_operations(self._namespaces, self._namespaces.home, [DeleteLink(sandbox.port)])
-        await self.disconnect(container_id, sandbox)
+        await self.disconnect(container_id)
 
     async def change(self, container_id: ContainerId, sandbox: Sandbox) -> None:
         """``sandbox`` is what a connected container has now: whether it is open differs.  Raises: SkepError."""
@@ -209,24 +213,22 @@ class Gateway:
             _save(self._state, subnet)
         await self.restore({})
 
-    async def _undo(self, container_id: ContainerId, ports: Sequence[PublishedPort]) -> None:
+    async def _undo(self, container_id: ContainerId) -> None:
         sandbox = self._sandboxes.pop(container_id, None)
         if sandbox is not None:
             self._home.expect_removal(sandbox.port)
             self._set_part()
-        try:
-            if any(port.publish_mode is PublishMode.HOST for port in ports):
-                try:
-                    await self._home.apply()  # before another container gets the port
-                except SkepError as error:  # the next comparison removes it
-                    log.warning("gateway rules not removed", container=container_id, error=str(error))
-            else:
-                self._deferred.soon(_PART, self._home.apply)
-            for port in ports:
-                if port.publish_mode is PublishMode.HOST:
-                    await self._release(port)
-        finally:
-            self._require_addresses().release_all(container_id)
+        ports = [port for port, holder in self._holders.items() if holder == container_id]
+        if ports:
+            try:
+                await self._home.apply()  # before another container gets the port
+            except SkepError as error:  # the next comparison removes it
+                log.warning("gateway rules not removed", container=container_id, error=str(error))
+        else:
+            self._deferred.soon(_PART, self._home.apply)
+        for port in ports:
+            await self._release(container_id, port)
+        self._require_addresses().release_all(container_id)  # last: until then a sweep finds the ports
 
     async def _apply(self) -> None:
         """Apply bridge, ports and rules.  Raises: SkepError."""
@@ -261,47 +263,53 @@ class Gateway:
 
     # --- ports ------------------------------------------------------------------------------------------------
 
-    async def _reserve(self, port: PublishedPort, address: str) -> tuple[PublishedPort, ...]:
+    async def _reserve(self, id: ContainerId, port: PublishedPort, address: str) -> tuple[PublishedPort, ...]:
         """What ``port`` publishes of the container with ``address``: with no address of the node, IPv4 and IPv6."""
         if port.host_ip or port.protocol == "sctp":
-            return (await self._reserve_one(port, address),)
+            return (await self._reserve_one(id, port, address),)
         for left in reversed(range(_TWINS_MAX)):
-            first = await self._reserve_one(port, address)
+            first = await self._reserve_one(id, port, address)
+            twin = msgspec.structs.replace(first, host_ip="::")
             try:
-                return first, await self._reserve_one(msgspec.structs.replace(first, host_ip="::"), address)
+                return first, await self._reserve_one(id, twin, address)
             except AlreadyExists:
-                await self._release(first)
+                await self._release(id, _reserved(first))
                 if port.published_port or not left:
                     raise
             except FailedPrecondition:  # this node has no IPv6
                 return (first,)
             except BaseException:
-                await asyncio.shield(self._release(first))
+                await asyncio.shield(self._release(id, _reserved(first)))
                 raise
         raise AssertionError("the last try returns or raises")
 
-    async def _reserve_one(self, port: PublishedPort, address: str) -> PublishedPort:
+    async def _reserve_one(self, id: ContainerId, port: PublishedPort, address: str) -> PublishedPort:
         target = (address, port.target_port) if ":" in port.host_ip else None
         number = await self._reservations.reserve(port.protocol, port.published_port, port.host_ip, target)
-        return msgspec.structs.replace(port, published_port=number)
+        reserved = msgspec.structs.replace(port, published_port=number)
+        self._holders[_reserved(reserved)] = id
+        return reserved
 
-    async def _release(self, port: PublishedPort) -> None:
-        await self._reservations.release(port.protocol, port.published_port, port.host_ip)
+    async def _release(self, id: ContainerId, port: _Port) -> None:
+        await self._reservations.release(*port)
+        if self._holders.get(port) == id:  # the next holder may have it already
+            del self._holders[port]
 
     async def _restore_ports(self) -> None:
         held = set(await self._reservations.held())
         wanted = {
-            (port.protocol, port.published_port, port.host_ip): (port, one.address)
-            for one in self._sandboxes.values()
+            _reserved(port): (id, port, one.address)
+            for id, one in self._sandboxes.items()
             for port in one.ports
         }
+        self._holders = {port: id for port, (id, _, _) in wanted.items()}
         for key in sorted(wanted.keys() - held):
             try:
                 await self._reserve_one(*wanted[key])
             except SkepError as error:  # the rules publish it nevertheless
                 log.warning("host port not reserved again", port=key, error=str(error))
-        for protocol, number, address in sorted(held - wanted.keys()):  # of containers that are gone
-            await self._reservations.release(protocol, number, address)
+        for gone in sorted(held - wanted.keys()):  # of containers that are gone
+            await self._reservations.release(*gone)
 
     # --- subnet -----------------------------------------------------------------------------------------------
 
@@ -367,6 +375,10 @@ def new_port_name() -> str:
     Not derived from the container's id: the kernel may take a moment to remove the port of an earlier start.
     """
     return f"vs{secrets.token_hex(6)}"
+
+
+def _reserved(port: PublishedPort) -> _Port:
+    return port.protocol, port.published_port, port.host_ip
 
 
 def _host_ports(address: str, ports: Sequence[PublishedPort]) -> list[HostPort]:

@@ -121,7 +121,6 @@ class Engine:
         self._config = config
         self._store = ContainerStore(self.bundles)
         self._network_locks: defaultdict[ContainerId, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.networks = NetworkChanges(self._store, self.bundles, network, self._network_locks)
         self._lifecycle = Lifecycle(
             runtime=runtime,
             network=network,
@@ -130,6 +129,9 @@ class Engine:
             clock=clock,
             starts_max=config.starts_max,
             report_restore=config.report_restore,
+        )
+        self.networks = NetworkChanges(
+            self._store, self.bundles, network, self._network_locks, self._lifecycle.network_turns
         )
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
         self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images)

@@ -81,6 +81,8 @@ class Lifecycle:
         self._store = store
         self.events = volumes.events
         self.turns = Turns(lambda container_id: store.lookup(container_id) is not None)
+        self.network_turns = Turns(lambda container_id: store.lookup(container_id) is not None)
+        """Changes of a running container's networks, and its end: not in ``turns``, which a removal has meanwhile."""
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)
@@ -355,18 +357,20 @@ class Lifecycle:
         """Wait for its end, free what only a running container needs, then record the end."""
         id = container.id
         ended = await self._persist(lambda: self._runtime.wait(container), id)
-        if container.sandbox is not None:
-            await self._free(self._network.detach(id, container.sandbox), id)
-        container = self._store.observe(
-            id,
-            state=ContainerState.EXITED,
-            process=None,
-            monitor=None,
-            exit_code=ended.exit_code,
-            error=ended.error,
-            oom_killed=ended.oom_killed,
-            finished_at=timestamp(self._clock.now_ns()),
-        )
+        async with self.network_turns.turn(id):
+            sandbox = self._store.require(id).sandbox  # as it is now: its networks change while it runs
+            if sandbox is not None:
+                await self._free(self._network.detach(id, sandbox), id)
+            container = self._store.observe(
+                id,
+                state=ContainerState.EXITED,
+                process=None,
+                monitor=None,
+                exit_code=ended.exit_code,
+                error=ended.error,
+                oom_killed=ended.oom_killed,
+                finished_at=timestamp(self._clock.now_ns()),
+            )
         if ended.oom_killed:
             self.events.publish("oom", container)
         self.events.publish("die", container, exitCode=str(ended.exit_code))

@@ -9,12 +9,14 @@ from collections import defaultdict
 import structlog
 from msgspec.structs import replace
 
+from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
 from skep.engine.container import Container, PlainOptions
 from skep.engine.create import NO_ADDRESS, NO_ALIASES
 from skep.engine.networking import Networking, sandbox_config
 from skep.engine.state import ContainerStore
+from skep.engine.turns import Turns
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.model.ids import ContainerId
 from skep.model.sandbox import EndpointRequest, NetworkMode, Sandbox
@@ -45,12 +47,17 @@ class NetworkChanges:
         bundles: Bundles,
         network: Networking,
         locks: defaultdict[ContainerId, asyncio.Lock],
+        turns: Turns,
     ) -> None:
-        """``locks``: held while the networks of a container change, or follow from its start."""
+        """``locks``: held while the networks of a container change, or follow from its start.
+
+        ``turns``: taken after those; the end of a run frees what is recorded by then.
+        """
         self._store = store
         self._bundles = bundles
         self._network = network
         self._locks = locks
+        self._turns = turns
 
     async def connect(self, word: str, request: EndpointRequest) -> None:
         """Put a container on one more network, now or with its start.
@@ -59,7 +66,7 @@ class NetworkChanges:
         Docker's words.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id]:
+        async with self._locks[container.id], self._turns.turn(container.id):
             container, plain = self._store.require_plain(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_HAS_ANOTHERS)
@@ -71,7 +78,7 @@ class NetworkChanges:
             if NetworkMode.NONE in (plain.mode, builtin):
                 raise FailedPrecondition(_HAS_NONE)
             if builtin is NetworkMode.BRIDGE:
-                await self._join_bridge(container, plain, request)
+                await run_to_end(self._join_bridge(container, plain, request))
                 return
             if container.is_running:
                 assert container.sandbox is not None, "a running container has one"
@@ -89,12 +96,12 @@ class NetworkChanges:
         Raises: NotFound; FailedPrecondition: it is not there; Forbidden: it has the networks of another; SkepError.
         """
         container, _ = self._store.require_plain(word)
-        async with self._locks[container.id]:
+        async with self._locks[container.id], self._turns.turn(container.id):
             container, plain = self._store.require_plain(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_not_there(container, network))
             if network in _BUILTIN:
-                await self._leave_builtin(container, plain, _BUILTIN[network])
+                await run_to_end(self._leave_builtin(container, plain, _BUILTIN[network]))
                 return
             known, is_there = {network, network_id}, False
             sandbox = container.sandbox if container.is_running else None
@@ -103,9 +110,7 @@ class NetworkChanges:
                     if {endpoint.network_id, endpoint.network_name} & known:
                         is_there = True
                         known |= {endpoint.network_id, endpoint.network_name}
-                        config = sandbox_config(container)
-                        sandbox = await self._network.disconnect(config, sandbox, endpoint.network_id)
-                        container = await self._observe(container, sandbox)
+                        container = await run_to_end(self._leave(container, endpoint.network_id))
             networks = tuple(one for one in plain.networks if one.network not in known)
             if not is_there and len(networks) == len(plain.networks):
                 raise FailedPrecondition(_not_there(container, network))
@@ -117,6 +122,11 @@ class NetworkChanges:
             await self.disconnect(container_id, network_id, network_id)
         except (NotFound, FailedPrecondition) as error:
             log.info("container has left the network already", container=container_id, reason=str(error))
+
+    async def _leave(self, container: Container, network_id: str) -> Container:
+        assert container.sandbox is not None, "a running container has one"
+        left = await self._network.disconnect(sandbox_config(container), container.sandbox, network_id)
+        return await self._observe(container, left)
 
     async def _join_bridge(self, container: Container, plain: PlainOptions, request: EndpointRequest) -> None:
         if request.aliases or request.links:

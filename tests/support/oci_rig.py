@@ -17,6 +17,7 @@ from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, NewContainer, ProcessName
 from skep.engine.engine import Engine, EngineConfig
 from skep.engine.images.store import ImageStore
+from skep.engine.networking import Networking
 from skep.engine.runtime import Ended, Runtime, Started
 from skep.engine.volumes import Volumes
 from skep.errors import NotFound
@@ -141,8 +142,13 @@ class MemoryNetwork:
         self._machine.attached.discard(container_id)
 
 
-def memory_engine(directory: Path, machine: Machine, patch: pytest.MonkeyPatch) -> Engine:
-    """Containers whose files lie below ``directory``; nothing is mounted, and signals end processes of ``machine``."""
+def memory_engine(
+    directory: Path, machine: Machine, patch: pytest.MonkeyPatch, network: Networking | None = None
+) -> Engine:
+    """Containers whose files lie below ``directory``; nothing is mounted, and signals end processes of ``machine``.
+
+    ``network``: None: one in memory.
+    """
     patch.setattr(overlay, "mount_layers", lambda *_: None)
     patch.setattr(syscalls, "unmount_if_mounted", lambda *_: None)
     patch.setattr(lifecycle, "send_signal", machine.signal)
@@ -158,7 +164,7 @@ def memory_engine(directory: Path, machine: Machine, patch: pytest.MonkeyPatch) 
         runtime=cast("Runtime", MemoryRuntime(machine, bundles, cgroups)),
         images=cast("ImageStore", None),
         volumes=Volumes(directory / "volumes"),
-        network=MemoryNetwork(machine),
+        network=network or MemoryNetwork(machine),
         clock=QuickClock(),
         config=EngineConfig(starts_max=4),
     )

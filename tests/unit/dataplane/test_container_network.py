@@ -119,7 +119,11 @@ async def test_a_container_with_odd_addresses_is_left_alone_and_the_others_are_r
         began.extend(live)
 
     overlays = SimpleNamespace(
-        restore=lambda _: None, begin=begin, disconnect=lambda *_: None, reconciler_of=lambda _: None
+        restore=lambda _: None,
+        begin=begin,
+        disconnect=lambda *_: None,
+        reconciler_of=lambda _: None,
+        endpoints_of=lambda _: (),
     )
     parts = dict.fromkeys(PARTS, part)
     network = network_of(

@@ -1,0 +1,267 @@
+"""The networks of plain containers that are connected, disconnected, ended and started in any order.
+
+A container that does not run holds nothing, one that runs holds what its record says, and none frees another's.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skep.engine import lifecycle
+from skep.engine.conmon import StartError
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import ContainerId
+from tests.support.container_networks import PORT, Lab, NetPorts
+from tests.support.oci_rig import Machine
+from tests.support.stub_engine import disk_full
+
+
+@pytest.fixture
+async def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
+    async with Lab(tmp_path, monkeypatch, Machine(), NetPorts()).running() as made:
+        yield made
+
+
+def nothing_is_held(lab: Lab) -> bool:
+    return not any(lab.held().values())
+
+
+@pytest.mark.parametrize("address", ["10.5.0.10", ""])
+async def test_a_container_that_was_connected_while_it_ran_ends_and_starts_again(
+    lab: Lab, address: str
+) -> None:
+    id = await lab.run("c")
+    await lab.connect(id, "front", address)
+    await lab.end(id)
+    assert nothing_is_held(lab)
+    for _ in range(2):
+        await lab.engine.start(id)
+        assert lab.held() == lab.recorded()
+        ((taken, owner),) = lab.held()["addresses"]
+        assert (owner, taken if address else "") == (id, address)
+        await lab.end(id)
+    assert nothing_is_held(lab)
+
+
+async def test_what_was_connected_later_goes_back_to_the_cluster(lab: Lab) -> None:
+    id = await lab.run("c")
+    await lab.connect(id, "over")
+    assert set(lab.cluster.held.values()) == {id}
+    await lab.end(id)
+    assert nothing_is_held(lab)
+
+
+async def test_the_end_of_a_container_that_has_left_its_port_leaves_it_to_the_next(lab: Lab) -> None:
+    first = await lab.run("a")
+    await lab.engine.networks.disconnect(first, "bridge")
+    second = await lab.run("b")
+    await lab.end(first)
+    assert PORT in lab.ports.keys
+    assert lab.held() == lab.recorded()
+    await lab.end(second)
+    assert nothing_is_held(lab)
+
+
+async def test_a_start_that_fails_as_its_port_is_taken_leaves_it_to_its_holder(lab: Lab) -> None:
+    first = await lab.run("a")
+    await lab.end(first)
+    await lab.run("b")
+    with pytest.raises(SkepError, match="port is already allocated"):
+        await lab.engine.start(first)
+    assert lab.held() == lab.recorded()
+    assert PORT in lab.ports.keys
+
+
+@pytest.mark.parametrize("operation", ["connect", "disconnect", "bridge"])
+async def test_an_end_in_the_middle_of_a_change_waits_for_it_and_frees_what_it_made(
+    lab: Lab, operation: str
+) -> None:
+    id = await lab.run("c")
+    if operation == "disconnect":
+        await lab.connect(id, "front")
+    if operation == "bridge":
+        await lab.engine.networks.disconnect(id, "bridge")
+
+    async def end() -> None:
+        lab.machine.end(id)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert lab.engine.get(id).is_running, "its end is recorded after the change"
+
+    lab.wires.during = end
+    match operation:
+        case "connect":
+            await lab.connect(id, "front")
+        case "disconnect":
+            await lab.engine.networks.disconnect(id, "front")
+        case _:
+            await lab.connect(id, "bridge")
+    await lab.engine.wait(id)
+    assert nothing_is_held(lab)
+    await lab.engine.start(id)
+    expected = {"connect": (1, 1), "disconnect": (0, 1), "bridge": (0, 1)}[operation]
+    assert (len(lab.held()["addresses"]), len(lab.held()["gateway"])) == expected
+    assert lab.held() == lab.recorded()
+
+
+async def test_a_change_whose_caller_leaves_is_over_before_the_next(lab: Lab) -> None:
+    id = await lab.run("c")
+    await lab.connect(id, "front")
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        begun.set()
+        await go_on.wait()
+
+    lab.wires.during = wait
+    leaving = asyncio.create_task(lab.engine.networks.disconnect(id, "front"))
+    await begun.wait()
+    leaving.cancel()
+    lab.machine.end(id)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert lab.engine.get(id).is_running
+    go_on.set()
+    await asyncio.wait([leaving])
+    await lab.engine.wait(id)
+    assert nothing_is_held(lab)
+
+
+async def test_what_a_failed_change_could_not_undo_goes_with_the_end(lab: Lab) -> None:
+    id = await lab.run("c")
+
+    async def fail() -> None:
+        async def fail_again() -> None:
+            raise Unavailable("the kernel refuses that, too")
+
+        lab.wires.during = fail_again
+        raise Unavailable("the kernel refuses that")
+
+    lab.wires.during = fail
+    with pytest.raises(Unavailable):
+        await lab.connect(id, "front")
+    await lab.end(id)
+    assert nothing_is_held(lab)
+
+
+async def test_on_a_full_disk_every_network_of_an_ended_container_is_left(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await lab.run("a"), await lab.create("b", publishes=False)
+    for network in ("front", "back", "over"):
+        await lab.connect(first, network)
+        await lab.connect(second, network)
+    await lab.engine.start(second)  # the names of the others are written when one leaves
+
+    def refuse(*_: object, **__: object) -> None:
+        raise disk_full()
+
+    monkeypatch.setattr("skep.dataplane.local.endpoints.replace_file", refuse)
+    await lab.end(first)
+    assert lab.held() == lab.recorded()
+
+
+async def test_a_removal_that_meets_a_start_does_not_wait_for_it(lab: Lab) -> None:
+    """The removal has its turn and waits for the end, whose record the start must not keep from it."""
+    id = await lab.run("c")
+    removing = asyncio.create_task(lab.engine.remove(id, force=True))
+    with suppress(SkepError):
+        await lab.engine.start(id)
+    async with asyncio.timeout(20):
+        await removing
+    assert nothing_is_held(lab)
+
+
+async def test_a_port_that_could_not_be_released_is_with_the_next_sweep(lab: Lab) -> None:
+    id = await lab.run("c")
+    lab.ports.fails.append(Unavailable("the net process is not reached"))
+    await lab.end(id)
+    assert lab.ports.keys
+    await lab.gateway.disconnect(ContainerId("another"))
+    assert lab.ports.keys
+    assert id in lab.gateway.users(), "a sweep finds it"
+    await lab.gateway.disconnect(id)
+    assert nothing_is_held(lab)
+
+
+async def test_the_next_node_process_frees_what_the_record_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, ports = Machine(), NetPorts()
+    async with Lab(tmp_path, monkeypatch, machine, ports).running() as first:
+        id = await first.run("c")
+        await first.connect(id, "front", "10.5.0.10")
+        await first.connect(id, "over")
+        before = first.held()
+    monkeypatch.setattr(lifecycle, "has_sandbox", lambda one: one.is_running)
+    async with Lab(tmp_path, monkeypatch, machine, ports).running() as second:
+        held = second.held()
+        assert {**held, "wires": before["wires"]} == before
+        await second.connect(id, "back")
+        await second.end(id)
+        assert nothing_is_held(second)
+
+
+OPERATIONS = st.sampled_from(
+    [
+        *("start", "failed start", "end"),
+        *("connect front", "connect back", "connect over", "connect front 10.5.0.10", "connect bridge"),
+        *("disconnect front", "disconnect back", "disconnect over", "disconnect bridge"),
+    ]
+)
+STEPS = st.lists(st.tuples(OPERATIONS, st.sampled_from("ab"), st.booleans()), max_size=14)
+
+
+async def perform(lab: Lab, operation: str, id: ContainerId, *, ends: bool) -> None:
+    """``ends``: its process ends in the middle of a change."""
+
+    async def end() -> None:
+        lab.machine.end(id)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    def fail(verb: str, _: str) -> None:
+        if verb == "create":
+            raise StartError("runc refuses")
+
+    runs = lab.engine.get(id).is_running
+    verb, _, rest = operation.partition(" ")
+    network, _, address = rest.partition(" ")
+    lab.wires.during = end if ends and runs else None
+    before, lab.machine.fault = lab.machine.fault, fail if verb == "failed" else lab.machine.fault
+    with suppress(SkepError):
+        match verb:
+            case "start" | "failed":
+                await lab.engine.start(id)
+            case "connect":
+                await lab.connect(id, network, address)
+            case "disconnect":
+                await lab.engine.networks.disconnect(id, network)
+            case _ if runs:
+                lab.machine.end(id)
+    lab.machine.fault, lab.wires.during = before, None
+    if runs and lab.machine.ended[id].is_set():
+        await lab.engine.wait(id)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS)
+def test_in_any_order_each_container_holds_what_its_record_says(steps: list[tuple[str, str, bool]]) -> None:
+    async def life(directory: Path, patch: pytest.MonkeyPatch) -> None:
+        async with asyncio.timeout(30), Lab(directory, patch, Machine(), NetPorts()).running() as lab:
+            ids = {name: await lab.create(name) for name in "ab"}
+            for operation, name, ends in steps:
+                await perform(lab, operation, ids[name], ends=ends)
+                assert lab.held() == lab.recorded(), (operation, name)
+            for id in ids.values():
+                await lab.engine.remove(id, force=True)
+            assert nothing_is_held(lab)
+
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        asyncio.run(life(Path(directory), patch))
