@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.groups import errors_as_they_are
-from skep.aio.race import Preempted, run_to_end, run_unless
+from skep.aio.race import Preempted, run_to_end
 from skep.engine import health, runtime_spec
 from skep.engine.attachment import WaitingClients
 from skep.engine.bundle import RootFiles
@@ -32,7 +32,7 @@ from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
 from skep.engine.state import ContainerStore
-from skep.engine.turns import Turns
+from skep.engine.turns import ForcedRemovals, Turns
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
@@ -84,8 +84,7 @@ class Lifecycle:
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)
-        self._removed: dict[ContainerId, asyncio.Event] = {}
-        """Of containers that were started, or are being removed: set when that is by force."""
+        self._forced = ForcedRemovals()
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
@@ -144,13 +143,8 @@ class Lifecycle:
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
         """Raises: NotFound; StillRunning; Unavailable: something of it is left."""
-        removed = self._removed.setdefault(id, asyncio.Event())
-        if force:
-            removed.set()
-        try:
+        with self._forced.removing(id) if force else nullcontext():
             await self.turns.exclusively(id, self._remove(id, force=force))
-        finally:
-            self._removed.pop(id, None)
 
     @asynccontextmanager
     async def mounted(self, id: ContainerId) -> AsyncIterator[RootFiles]:
@@ -311,9 +305,8 @@ class Lifecycle:
 
     async def _mount_unless_removed(self, container: Container) -> None:
         """Raises: as ``_mount``; NotRunning: its removal, by force, waits: a silent server is not waited for."""
-        removed = self._removed.setdefault(container.id, asyncio.Event())
         try:
-            await run_unless(self._mount(container), removed.wait())
+            await self._forced.mount(container.id, self._mount(container))
         except Preempted as error:
             raise NotRunning(f"Container {container.id} is being removed") from error
 
