@@ -456,13 +456,7 @@ class Engine:
 
     async def unpause(self, word: str) -> None:
         """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
-
-        async def unpause(container: Container) -> None:
-            await self._runtime.resume(container.id)
-            running = self._store.observe_running(container, state=ContainerState.RUNNING)
-            self.events.publish("unpause", running)
-
-        await self._in_run(self._require_running(word), unpause)
+        await self._in_run(self._require_running(word), self._lifecycle.resume)
 
     async def _in_run(self, container: Container, work: Callable[[Container], Awaitable[None]]) -> None:
         """Do ``work`` in its turn, so that no other run begins meanwhile: runc would freeze that."""

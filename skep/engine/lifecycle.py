@@ -31,6 +31,7 @@ from skep.engine.networking import Networking, has_sandbox, sandbox_config
 from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
+from skep.engine.signals import ends_pause
 from skep.engine.state import ContainerStore
 from skep.engine.turns import ForcedRemovals, Turns
 from skep.engine.volumes import Volumes
@@ -178,15 +179,24 @@ class Lifecycle:
         return await self._network.sweep(self._needs_network)
 
     async def signal(self, container: Container, number: int) -> None:
-        """Send a signal to its first process; where there is none, the end is recorded that was missed."""
+        """Send a signal to its first process; where there is none, the end is recorded that was missed.
+
+        A paused container goes on if the signal is to end it: frozen, it would not notice until it is killed.
+        """
         if container.process is not None:
             send_signal(container.process, number)
         elif container.is_running and container.id not in self._watches:
             self._watch(container)  # or whoever waits for its end would wait for ever
         self.events.publish("kill", container, signal=str(int(number)))
-        if number == signal.SIGKILL and container.state is ContainerState.PAUSED:
+        if container.state is ContainerState.PAUSED and ends_pause(number, container.config.stop_signal):
             with suppress(SkepError):
-                await self._runtime.resume(container.id)  # a frozen process does not even die
+                await run_to_end(self.resume(container))
+
+    async def resume(self, container: Container) -> None:
+        """Let its processes go on, and record that.  Raises: NotFound; NotRunning: it has ended; RuntimeFailed."""
+        await self._runtime.resume(container.id)
+        running = self._store.observe_running(container, state=ContainerState.RUNNING)
+        self.events.publish("unpause", running)
 
     async def kill(self, container: Container) -> Container:
         """Kill it; gives it once it has ended.
