@@ -7,7 +7,7 @@ reaches no other container.
 import asyncio
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -18,10 +18,10 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.groups import errors_as_they_are
 from skep.aio.race import Preempted, run_to_end
 from skep.engine import health, runtime_spec
 from skep.engine.attachment import WaitingClients
+from skep.engine.background import Background
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
@@ -87,8 +87,8 @@ class Lifecycle:
         self._starting = asyncio.Semaphore(starts_max)
         self._forced = ForcedRemovals()
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._group: asyncio.TaskGroup | None = None
+        self._background = Background()
+        self.spawn, self.carry_out = self._background.spawn, self._background.carry_out
         self._has_found = False
         self.waiting = WaitingClients()
         self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
@@ -97,8 +97,7 @@ class Lifecycle:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Adopt what earlier processes left, then watch all containers until the block ends."""
-        async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            self._group = group
+        async with self._background.running():
             await self._restore()
             self.spawn(self._store.run(self._clock), name="records")
             self.spawn(self._keep_sweeping(), name="network-sweep")
@@ -106,9 +105,6 @@ class Lifecycle:
             try:
                 yield
             finally:
-                self._group = None  # or what still starts would add its watch, which nothing ends
-                for task in tuple(self._tasks):
-                    task.cancel()
                 self._runtime.close()
 
     # --- operations ---------------------------------------------------------------------------------------------
@@ -286,7 +282,7 @@ class Lifecycle:
             oom_killed=False,
             health=health.initial(self._store.require(id).config.healthcheck),
         )
-        if self._group is not None:  # else this process ends: the next one watches it
+        if self._background.is_running:  # else this process ends: the next one watches it
             self._watch(container)
         self.events.publish_mounts("mount", container)
         self.events.publish("start", container)
@@ -587,13 +583,3 @@ class Lifecycle:
     def _show(self, id: ContainerId, error: Exception) -> None:
         if self._store.lookup(id) is not None:
             self._store.observe(id, error=describe_error(error))
-
-    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Work of one container: an error ends that alone."""
-        if self._group is None:
-            work.close()
-            raise RuntimeError("containers are used outside of running()")
-        task = self._group.create_task(isolate(work, "container's work ended", work=name), name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
