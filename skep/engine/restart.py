@@ -142,7 +142,7 @@ class RestartMonitor:
                     await self._clock.sleep(FIRST_DELAY_S)
 
     def reset(self, id: ContainerId) -> None:
-        """The next delay of a container is the first one again, also if it waits: its user starts it, or it is removed."""
+        """The next delay is the first one again, and one under way ends: its user starts it, or it is removed."""
         self._delays_s.pop(id, None)
         if (waiting := self._resets.get(id)) is not None:
             waiting.set()
