@@ -422,9 +422,24 @@ class Engine:
     async def stop(self, word: str, grace_s: float | None = None) -> Container:
         """Send its stop signal, then SIGKILL after ``grace_s`` seconds (None: its own grace); return when it ended.
 
+        This goes on if the caller is cancelled.
         Raises: NotFound; Unavailable: it has not ended, although it was killed; its end is recorded when it comes.
         """
-        container = self.note_stopped(word)
+        id = self.get(word).id
+        return await self._lifecycle.carry_out(self._stop(id, grace_s), name=f"stop-{id[:12]}")
+
+    async def stop_and_start(self, word: str, grace_s: float | None = None) -> Container:
+        """Both, also of one that does not run, and also if the caller is cancelled.  Raises: as they do."""
+        id = self.get(word).id
+
+        async def both() -> Container:
+            await self._stop(id, grace_s)
+            return await self.start(id)
+
+        return await self._lifecycle.carry_out(both(), name=f"restart-{id[:12]}")
+
+    async def _stop(self, id: ContainerId, grace_s: float | None) -> Container:
+        container = self.note_stopped(id)
         if not container.is_running:
             return container
         if grace_s is None:
@@ -458,13 +473,7 @@ class Engine:
 
     async def unpause(self, word: str) -> None:
         """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
-
-        async def unpause(container: Container) -> None:
-            await self._runtime.resume(container.id)
-            running = self._store.observe_running(container, state=ContainerState.RUNNING)
-            self.events.publish("unpause", running)
-
-        await self._in_run(self._require_running(word), unpause)
+        await self._in_run(self._require_running(word), self._lifecycle.resume)
 
     async def _in_run(self, container: Container, work: Callable[[Container], Awaitable[None]]) -> None:
         """Do ``work`` in its turn, so that no other run begins meanwhile: runc would freeze that."""
@@ -530,13 +539,18 @@ class Engine:
         """
         await self._lifecycle.retire(self.get(word).id)
 
-    @timed("delete")
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
         """Free everything it holds; ``force`` kills it first; ``with_volumes``: also volumes made for it alone.
 
-        Raises: NotFound; StillRunning: it runs and ``force`` was not given.
+        This goes on if the caller is cancelled.
+        Raises: NotFound; StillRunning: it runs and ``force`` was not given; Unavailable: something is left.
         """
         container = self.get(word)
+        removal = self._remove(container, force=force, with_volumes=with_volumes)
+        await self._lifecycle.carry_out(removal, name=f"remove-{container.id[:12]}")
+
+    @timed("delete")
+    async def _remove(self, container: Container, *, force: bool, with_volumes: bool) -> None:
         if force or not container.is_running:
             await self.log_forwarding.hold(container)
         await self._lifecycle.remove(container.id, force=force)

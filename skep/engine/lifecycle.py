@@ -7,8 +7,8 @@ reaches no other container.
 import asyncio
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,10 +18,10 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, isolate, log_error, retry
-from skep.aio.groups import errors_as_they_are
-from skep.aio.race import Preempted, run_to_end, run_unless
+from skep.aio.race import Preempted, run_to_end
 from skep.engine import health, runtime_spec
 from skep.engine.attachment import WaitingClients
+from skep.engine.background import Background
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
@@ -31,8 +31,9 @@ from skep.engine.networking import Networking, has_sandbox, sandbox_config
 from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
+from skep.engine.signals import ends_pause
 from skep.engine.state import ContainerStore
-from skep.engine.turns import Turns
+from skep.engine.turns import ForcedRemovals, Turns
 from skep.engine.volumes import Volumes
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
@@ -86,11 +87,10 @@ class Lifecycle:
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)
-        self._removed: dict[ContainerId, asyncio.Event] = {}
-        """Of containers that were started, or are being removed: set when that is by force."""
+        self._forced = ForcedRemovals()
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._group: asyncio.TaskGroup | None = None
+        self._background = Background()
+        self.spawn, self.carry_out = self._background.spawn, self._background.carry_out
         self._has_found = False
         self.waiting = WaitingClients()
         self.execs = Execs(self._bundles, runtime, self.events, clock, container=store.get, spawn=self.spawn)
@@ -99,8 +99,7 @@ class Lifecycle:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Adopt what earlier processes left, then watch all containers until the block ends."""
-        async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            self._group = group
+        async with self._background.running():
             await self._restore()
             self.spawn(self._store.run(self._clock), name="records")
             self.spawn(self._keep_sweeping(), name="network-sweep")
@@ -108,9 +107,6 @@ class Lifecycle:
             try:
                 yield
             finally:
-                self._group = None  # or what still starts would add its watch, which nothing ends
-                for task in tuple(self._tasks):
-                    task.cancel()
                 self._runtime.close()
 
     # --- operations ---------------------------------------------------------------------------------------------
@@ -146,13 +142,8 @@ class Lifecycle:
 
     async def remove(self, id: ContainerId, *, force: bool) -> None:
         """Raises: NotFound; StillRunning; Unavailable: something of it is left."""
-        removed = self._removed.setdefault(id, asyncio.Event())
-        if force:
-            removed.set()
-        try:
+        with self._forced.removing(id) if force else nullcontext():
             await self.turns.exclusively(id, self._remove(id, force=force))
-        finally:
-            self._removed.pop(id, None)
 
     @asynccontextmanager
     async def mounted(self, id: ContainerId) -> AsyncIterator[RootFiles]:
@@ -186,15 +177,24 @@ class Lifecycle:
         return await self._network.sweep(self._needs_network)
 
     async def signal(self, container: Container, number: int) -> None:
-        """Send a signal to its first process; where there is none, the end is recorded that was missed."""
+        """Send a signal to its first process; where there is none, the end is recorded that was missed.
+
+        A paused container goes on if the signal is to end it: frozen, it would not notice until it is killed.
+        """
         if container.process is not None:
             send_signal(container.process, number)
         elif container.is_running and container.id not in self._watches:
             self._watch(container)  # or whoever waits for its end would wait for ever
         self.events.publish("kill", container, signal=str(int(number)))
-        if number == signal.SIGKILL and container.state is ContainerState.PAUSED:
+        if container.state is ContainerState.PAUSED and ends_pause(number, container.config.stop_signal):
             with suppress(SkepError):
-                await self._runtime.resume(container.id)  # a frozen process does not even die
+                await run_to_end(self.resume(container))
+
+    async def resume(self, container: Container) -> None:
+        """Let its processes go on, and record that.  Raises: NotFound; NotRunning: it has ended; RuntimeFailed."""
+        await self._runtime.resume(container.id)
+        running = self._store.observe_running(container, state=ContainerState.RUNNING)
+        self.events.publish("unpause", running)
 
     async def kill(self, container: Container) -> Container:
         """Kill it; gives it once it has ended.
@@ -284,7 +284,7 @@ class Lifecycle:
             oom_killed=False,
             health=health.initial(self._store.require(id).config.healthcheck),
         )
-        if self._group is not None:  # else this process ends: the next one watches it
+        if self._background.is_running:  # else this process ends: the next one watches it
             self._watch(container)
         self.events.publish_mounts("mount", container)
         self.events.publish("start", container)
@@ -313,9 +313,8 @@ class Lifecycle:
 
     async def _mount_unless_removed(self, container: Container) -> None:
         """Raises: as ``_mount``; NotRunning: its removal, by force, waits: a silent server is not waited for."""
-        removed = self._removed.setdefault(container.id, asyncio.Event())
         try:
-            await run_unless(self._mount(container), removed.wait())
+            await self._forced.mount(container.id, self._mount(container))
         except Preempted as error:
             raise NotRunning(f"Container {container.id} is being removed") from error
 
@@ -588,13 +587,3 @@ class Lifecycle:
     def _show(self, id: ContainerId, error: Exception) -> None:
         if self._store.lookup(id) is not None:
             self._store.observe(id, error=describe_error(error))
-
-    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Work of one container: an error ends that alone."""
-        if self._group is None:
-            work.close()
-            raise RuntimeError("containers are used outside of running()")
-        task = self._group.create_task(isolate(work, "container's work ended", work=name), name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task

@@ -15,6 +15,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error, retry
+from skep.aio.race import Preempted, run_unless
 from skep.engine.container import Container, PlainOptions, StillRunning
 from skep.engine.events import Events
 from skep.errors import NotFound, ResourceExhausted, SkepError
@@ -115,6 +116,8 @@ class RestartMonitor:
         self._delays_s: dict[ContainerId, float] = {}
         self._pending: set[ContainerId] = set()
         """Containers that a task of ``run`` restarts or removes."""
+        self._resets: dict[ContainerId, asyncio.Event] = {}
+        """Of those whose restart waits for its delay: set ends that."""
 
     async def run(self) -> None:
         """Work until cancelled.  The containers run on afterwards."""
@@ -139,8 +142,10 @@ class RestartMonitor:
                     await self._clock.sleep(FIRST_DELAY_S)
 
     def reset(self, id: ContainerId) -> None:
-        """The next delay of a container is the first one again: its user has started it, or it is removed."""
+        """The next delay is the first one again, and one under way ends: its user starts it, or it is removed."""
         self._delays_s.pop(id, None)
+        if (waiting := self._resets.get(id)) is not None:
+            waiting.set()
 
     def _check_id(self, group: asyncio.TaskGroup, id: ContainerId) -> None:
         for container in self._containers.plain_containers():
@@ -210,7 +215,13 @@ class RestartMonitor:
         """Restart it after ``wait_s``; gives what follows.  Raises: NotFound."""
         before = self._containers.get(id).plain
         was_stopped = before is not None and before.is_stopped
-        await self._clock.sleep(wait_s)
+        reset = self._resets[id] = asyncio.Event()
+        try:
+            await run_unless(self._clock.sleep(wait_s), reset.wait())
+        except Preempted:  # its ends count again at once, and the start by its user may fail
+            return self._next(self._containers.get(id))
+        finally:
+            del self._resets[id]
         try:
             await self._containers.restart(id, ignore_stop=was_stopped)
         except (SkepError, OSError) as error:  # of a full disk, for example

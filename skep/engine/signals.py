@@ -24,3 +24,11 @@ def signal_number(name: str) -> int:
     if not 1 <= number <= signal.SIGRTMAX:
         raise InvalidArgument(f"Invalid signal: {name}")
     return number
+
+
+def ends_pause(number: int, stop_signal: str) -> bool:
+    """Whether a paused container goes on when it is sent a signal: any one if it has no stop signal of its own.
+
+    Source: moby 24.0, daemon/kill.go (killWithSignal).
+    """
+    return not stop_signal or number in (signal.SIGKILL, signal_number(stop_signal))

@@ -1,10 +1,12 @@
 """Operations on one container run one after the other."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
+from skep.aio.race import run_unless
 from skep.model.ids import ContainerId
 
 T = TypeVar("T")
@@ -44,3 +46,38 @@ class Turns:
         finally:
             if not self._is_known(id) and not lock.locked():
                 self._locks.pop(id, None)
+
+
+class ForcedRemovals:
+    """Removals by force, which cut off the mount of a start instead of waiting for it: it may take minutes.
+
+    Each side ends what it has begun itself, so that one that is given up or fails takes nothing from another one.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = Counter[ContainerId]()
+        self._mounting: dict[ContainerId, asyncio.Event] = {}
+        """Set: the mount is cut off."""
+
+    @contextmanager
+    def removing(self, id: ContainerId) -> Iterator[None]:
+        """As long as the block waits or works, no mount of the container goes on."""
+        self._waiting[id] += 1
+        if (mounting := self._mounting.get(id)) is not None:
+            mounting.set()
+        try:
+            yield
+        finally:
+            self._waiting[id] -= 1
+            if not self._waiting[id]:
+                del self._waiting[id]
+
+    async def mount(self, id: ContainerId, work: Coroutine[Any, Any, None]) -> None:
+        """Do ``work``, the mount of a start in its turn.  Raises: Preempted: it was cut off."""
+        removed = self._mounting[id] = asyncio.Event()
+        if self._waiting[id]:
+            removed.set()
+        try:
+            await run_unless(work, removed.wait())
+        finally:
+            del self._mounting[id]

@@ -230,8 +230,7 @@ async def restart(served: Served, request: web.Request) -> web.StreamResponse:
     container = served.engine.get(word)
     _require_startable(container)
     try:
-        await served.engine.stop(container.id, _grace(request))
-        await served.engine.start(container.id)
+        await served.engine.stop_and_start(container.id, _grace(request))
     except (NotFound, NotRunning) as error:
         raise type(error)(f"Cannot restart container {word}: {error}") from error
     except Unavailable as error:

@@ -1,13 +1,16 @@
 """A container that ends in the middle of an operation stays ended, and nothing waits for it for ever."""
 
 import asyncio
+import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 import pytest
 
 from sim.time import VirtualClock, VirtualLoop
+from skep.engine import lifecycle
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.lifecycle import KILLED_S_MAX
 from skep.errors import Unavailable
@@ -178,5 +181,47 @@ def test_a_removal_that_cannot_kill_ends_in_time_and_frees_the_container_for_oth
         stubs.runtime.end(137)  # the device has responded
         await stubs.engine.remove(ID, force=True)
         assert not stubs.engine.list()
+
+    simulated(body)
+
+
+def test_a_stop_lets_a_paused_container_go_on_so_that_it_ends_by_its_signal(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.engine.pause(ID)
+        calls: list[object] = []
+        monkeypatch.setattr(lifecycle, "send_signal", lambda process, number: calls.append(number))
+
+        async def resumed() -> None:
+            calls.append("resume")
+            asyncio.get_running_loop().call_later(1, stubs.runtime.end, 5)
+
+        stubs.runtime.during = resumed
+        assert (await stubs.engine.stop(ID, 10.0)).exit_code == 5
+        assert calls == [signal.SIGTERM, "resume"]
+        assert actions(stubs) == ["pause", "kill", "unpause", "die", "stop"]
+
+    simulated(body)
+
+
+@pytest.mark.parametrize(
+    ("stop_signal", "sent", "state"),
+    [
+        ("SIGQUIT", "SIGQUIT", ContainerState.RUNNING),
+        ("SIGQUIT", "SIGTERM", ContainerState.PAUSED),
+        ("SIGQUIT", "SIGKILL", ContainerState.RUNNING),
+        ("", "SIGUSR1", ContainerState.RUNNING),
+    ],
+)
+def test_a_signal_ends_a_pause_as_in_docker(
+    simulated: Run, stop_signal: str, sent: str, state: ContainerState
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        config = msgspec.structs.replace(stubs.engine.get(ID).config, stop_signal=stop_signal)
+        stubs.engine._store.observe(ID, config=config)
+        await stubs.engine.pause(ID)
+        await stubs.engine.kill(ID, sent)
+        assert stubs.engine.get(ID).state is state
 
     simulated(body)

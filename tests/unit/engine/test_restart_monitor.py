@@ -81,18 +81,25 @@ class OneContainer:
 
 
 Body: TypeAlias = Callable[[OneContainer, Clock], Coroutine[Any, Any, None]]
+MonitoredBody: TypeAlias = Callable[[OneContainer, Clock, RestartMonitor], Coroutine[Any, Any, None]]
 
 
 def watched(plain: PlainOptions, body: Body, rng: Callable[[], float] = lambda: 1.0) -> None:
     """Run ``body`` on virtual time, with a monitor of one container that runs."""
+    monitored(plain, lambda one, clock, _: body(one, clock), rng)
+
+
+def monitored(plain: PlainOptions, body: MonitoredBody, rng: Callable[[], float] = lambda: 1.0) -> None:
+    """The same with the monitor itself."""
     loop = VirtualLoop()
 
     async def whole() -> None:
         clock = VirtualClock(loop)
         one = OneContainer(clock, plain)
-        monitoring = loop.create_task(RestartMonitor(one, clock, rng).run())
+        monitor = RestartMonitor(one, clock, rng)
+        monitoring = loop.create_task(monitor.run())
         await clock.sleep(1.0)
-        await body(one, clock)
+        await body(one, clock, monitor)
         assert not monitoring.done()
         monitoring.cancel()
         await asyncio.wait([monitoring])
@@ -152,6 +159,42 @@ def test_one_that_its_user_stops_meanwhile_is_not_tried_any_more() -> None:
         assert len(one.calls) == tries
 
     watched(ALWAYS, body)
+
+
+def waits_for_its_longest_delay(one: OneContainer) -> None:
+    """It has failed again and again, and fails once more."""
+    one.refusals = [disk_full() for _ in range(20)]
+    one.end()
+
+
+def test_a_start_by_its_user_ends_the_delay_of_the_restart_before_it() -> None:
+    async def body(one: OneContainer, clock: Clock, monitor: RestartMonitor) -> None:
+        waits_for_its_longest_delay(one)
+        await clock.sleep(600.0)
+        one.refusals, began = [], clock.monotonic()
+        assert began + 1.0 < one.calls[-1] + LONGEST_DELAY_S
+        monitor.reset(ID)
+        one.set(ContainerState.RUNNING, started_at=timestamp(clock.now_ns()))
+        await clock.sleep(1.0)
+        one.end()
+        await clock.sleep(1.0)
+        assert one.calls[-1] == pytest.approx(began + 1.0 + FIRST_DELAY_S)
+        assert one.get(ID).is_running
+
+    monitored(ALWAYS, body)
+
+
+def test_the_restart_goes_on_if_the_start_by_its_user_fails() -> None:
+    async def body(one: OneContainer, clock: Clock, monitor: RestartMonitor) -> None:
+        waits_for_its_longest_delay(one)
+        await clock.sleep(600.0)
+        one.refusals, began = [], clock.monotonic()
+        monitor.reset(ID)
+        await clock.sleep(1.0)
+        assert one.calls[-1] == pytest.approx(began + FIRST_DELAY_S)
+        assert one.get(ID).is_running
+
+    monitored(ALWAYS, body)
 
 
 def test_an_end_before_the_restart_has_returned_is_followed_by_another_restart() -> None:

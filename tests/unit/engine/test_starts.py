@@ -194,6 +194,49 @@ async def test_a_forced_removal_cuts_off_the_mount_of_its_container_alone(rig: R
     assert (await starts[1]).is_running
 
 
+async def test_a_removal_that_is_given_up_leaves_a_forced_one_its_means(rig: Rig) -> None:
+    (container,) = await rig.containers(1)
+    rig.gates["mount"].clear()
+    starting = asyncio.create_task(rig.engine.start(container.id))
+    await until(lambda: rig.waiting["mount"] == 1)
+    unforced = asyncio.create_task(rig.engine._lifecycle.remove(container.id, force=False))
+    await asyncio.wait([unforced], timeout=0)
+    unforced.cancel()
+    await asyncio.wait([unforced])
+    async with asyncio.timeout(10):
+        await rig.engine.remove(container.id, force=True)
+    with pytest.raises(NotRunning, match="is being removed"):
+        await starting
+    assert not rig.engine.has(container.id)
+
+
+async def test_a_forced_removal_that_fails_leaves_the_next_one_its_means(rig: Rig) -> None:
+    (container,) = await rig.containers(1)
+    gate, discard = asyncio.Event(), rig.engine.bundles.discard
+
+    async def refuse_once(id: ContainerId) -> None:
+        rig.patch.setattr(rig.engine.bundles, "discard", discard)
+        await gate.wait()
+        raise OSError("busy")
+
+    rig.patch.setattr(rig.engine.bundles, "discard", refuse_once)
+    rig.gates["mount"].clear()
+    lifecycle = rig.engine._lifecycle
+    refused = asyncio.create_task(lifecycle.remove(container.id, force=True))
+    await until(lambda: rig.engine.bundles.discard == discard)
+    starting = asyncio.create_task(rig.engine.start(container.id))
+    await asyncio.wait([starting], timeout=0)
+    removing = asyncio.create_task(lifecycle.remove(container.id, force=True))
+    await asyncio.wait([removing], timeout=0)
+    gate.set()
+    with pytest.raises(Unavailable):
+        await refused
+    async with asyncio.timeout(10):
+        await removing
+    with pytest.raises(NotRunning, match="is being removed"):
+        await starting
+
+
 async def test_a_removal_that_is_not_forced_waits_for_the_start(rig: Rig) -> None:
     (container,) = await rig.containers(1)
     rig.gates["mount"].clear()
