@@ -305,8 +305,10 @@ class ContainerNetwork:
             try:
                 await self._gateway.disconnect(container_id)
             finally:
-                await self._namespaces.destroy(container_id)
-                await self._allocation.leave(container_id, endpoints)
+                try:
+                    await self._namespaces.destroy(container_id)
+                finally:
+                    await self._allocation.leave(container_id, endpoints)
 
 
 def needs_way_out(mode: NetworkMode, endpoints: Sequence[EndpointConfig]) -> bool:

@@ -4,6 +4,7 @@ A container that does not run holds nothing, one that runs holds what its record
 """
 
 import asyncio
+import errno
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -165,6 +166,18 @@ async def test_on_a_full_disk_every_network_of_an_ended_container_is_left(
     monkeypatch.setattr("skep.dataplane.local.endpoints.replace_file", refuse)
     await lab.end(first)
     assert lab.held() == lab.recorded()
+
+
+async def test_a_namespace_that_cannot_be_removed_keeps_no_address(lab: Lab) -> None:
+    id = await lab.run("c")
+    await lab.connect(id, "front")
+
+    async def refuse(_: str) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    lab.spaces.destroy = refuse
+    await lab.end(id)
+    assert nothing_is_held(lab)
 
 
 async def test_a_removal_that_meets_a_start_does_not_wait_for_it(lab: Lab) -> None:

@@ -149,6 +149,7 @@ class Lab:
             destroy=nothing,
             pinned=list,
         )
+        self.spaces = spaces
         deferred: Any = SimpleNamespace(soon=lambda *_: None)
         self.gateway = MemoryGateway(
             namespaces=spaces, home=home, deferred=deferred, ports=ports, state=directory / "gateway"
