@@ -210,9 +210,6 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
         for task in rivals
     ):
         return
-    if any(task.job_iteration != iteration and is_stopping(task) for task in rivals):
-        # A task of a job's last run was given a node after the decision: that node has to stop it first.
-        change = replace(change, desired=TaskState.READY)
     is_job_start = iteration is not None and change.desired is TaskState.RUNNING
     tx.put(
         Task(

@@ -86,7 +86,7 @@ def next_steps(situation: Situation) -> list[Step]:
             restarts = restart_steps(slot, situation)
             steps += restarts if restarts or is_held else start_steps(slot, situation)
     if is_held:
-        return [*map(_prepared, steps), Recheck(starts_at)]
+        return [*map(_prepared, steps), *([Recheck(starts_at)] if starts_at < inf else ())]
     return steps or _end(present, situation)
 
 
@@ -101,9 +101,15 @@ def is_done(slot: Iterable[Task]) -> bool:
 
 
 def _last_stops_at(iteration: Version, situation: Situation) -> float:
-    """When everything of earlier iterations counts as stopped; minus infinity: it has."""
-    stopping = (task for task in situation.tasks if task.job_iteration != iteration and is_assigned(task))
-    return max((stopped_at(task, situation) for task in stopping), default=-inf)
+    """When everything of earlier iterations counts as stopped; minus infinity: it has.
+
+    Infinity: a task without a node is not retired yet.  It may be given one before it is, and its retirement, which is
+    another change than the start of a new task, may be refused.
+    """
+    earlier = [task for task in situation.tasks if task.job_iteration != iteration]
+    if any(task.is_active and not is_assigned(task) for task in earlier):
+        return inf
+    return max((stopped_at(task, situation) for task in earlier if is_assigned(task)), default=-inf)
 
 
 def _prepared(step: Step) -> Step:

@@ -209,6 +209,23 @@ def test_a_run_waits_for_a_task_of_the_last_one_that_was_given_a_node_since_the_
     assert [task.desired_state for task in of(world, iteration)] == [TaskState.COMPLETE]
 
 
+def test_a_run_waits_for_a_task_of_the_last_one_whose_retirement_was_refused() -> None:
+    world = World(a_job(concurrent=2, total=2), nodes=[a_node("n1")])
+    world.settle()
+    olds = live(world)
+    iteration = run_again(world)
+    world.apply([change for change in world.changes() if isinstance(change, FillSlot)])
+    for old in olds:
+        world.put(replace(old, node_id=NodeId("n1"), status=replace(old.status, state=TaskState.ASSIGNED)))
+    assert [task.desired_state for task in of(world, iteration)] == [TaskState.READY] * 2
+    world.settle()
+    assert [task.desired_state for task in of(world, iteration)] == [TaskState.READY] * 2
+    for old in olds:
+        world.report(old.id, TaskState.SHUTDOWN)
+    world.settle()
+    assert [task.desired_state for task in of(world, iteration)] == [TaskState.COMPLETE] * 2
+
+
 def test_what_replaces_a_task_of_a_run_that_waits_for_the_last_one_waits_too() -> None:
     world = World(a_job(concurrent=1, total=1, restart=RestartPolicy(delay=0)), nodes=[a_node("n1")])
     world.settle()
