@@ -42,7 +42,7 @@ def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     since = quorum["Since"].partition(".")[0].replace("T", " ").rstrip("Z")
     yield f"NO LEADER since {since} UTC: {answering} of {len(managers)} managers {verb}{missing}"
     yield "what follows is this manager's state of that time; containers go on running, nothing can be changed"
-    if error := quorum.get("Trouble"):
+    if error := quorum.get("Error"):
         yield f"this manager itself: {error}"
     if answering < needed:
         count = needed - answering

@@ -25,13 +25,13 @@ class Quorum(ApiObject):
     """Response of ``GET /skep/quorum``; it never waits.
 
     ``has_leader``: whether reads and writes succeeded a moment ago; ``since``: when they last did, if not.
-    ``own_error``: what this manager itself lacks, such as disk space, as a sentence ("Trouble" in the API).
+    ``own_error``: what this manager itself lacks, such as disk space, as a sentence ("Error" in the API).
     """
 
     has_leader: bool = always(True)
     since: Timestamp = Timestamp("")
     managers: tuple[PeerManager, ...] = always(())
-    own_error: str = msgspec.field(default="", name="Trouble")
+    own_error: str = msgspec.field(default="", name="Error")
     revision: int = 0
     """Of this manager's replica: of several without a leader, the one with the highest has seen most."""
 

@@ -135,7 +135,7 @@ def lost_quorum(quorum: Mapping[str, Any]) -> str:
         sentences.append(
             f"{len(managers) - len(silent)} of {len(managers)} managers answer: {', '.join(silent)} {verb} not."
         )
-    if error := quorum.get("Trouble"):
+    if error := quorum.get("Error"):
         sentences.append(error)
     return " ".join(sentences)
 

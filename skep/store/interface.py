@@ -325,8 +325,8 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     """Whether an object whose head was never readable is shown with its other parts, and ``type(id=...)`` as head."""
 
     irreplaceable: frozenset[str] = frozenset()
-    """Parts that nobody writes who was never able to read them: what is there may still be read by others, and
-    defaults in its place would be taken for what is so.  Removing them is allowed."""
+    """Parts that only a process that was once able to read them writes: others may still be able to read what is there,
+    and defaults in its place would be taken for facts.  Removing them is allowed."""
 
     safe_fallback: Callable[[Any, Collection[str]], Any] = lambda one, _: one
     """``(object, parts that were never readable and have their defaults) -> object`` with safe values in these parts:

@@ -59,7 +59,7 @@ class SavedState(msgspec.Struct, frozen=True):
     until all was measured again.
     """
 
-    targets: ProbeTargets = msgspec.field(name="wish")
+    targets: ProbeTargets
     measured: Measurements
 
 

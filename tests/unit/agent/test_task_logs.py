@@ -38,7 +38,7 @@ class SomeUnreadable:
     def list(self) -> Sequence[Container]:
         return [a_container(id) for id in ("gone", "there")]
 
-    async def log_batches(self, word: str, _wish: LogFilter) -> AsyncGenerator[Sequence[LogEntry], None]:
+    async def log_batches(self, word: str, _filter: LogFilter) -> AsyncGenerator[Sequence[LogEntry], None]:
         if word == "gone":
             raise self._error
         for number in range(3):

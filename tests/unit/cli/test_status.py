@@ -180,7 +180,7 @@ def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> N
 
 def test_a_manager_that_lacks_something_itself_says_what() -> None:
     """The others may be well: neither `docker info` nor `skep status` of this one may blame them alone."""
-    full = {**a_quorum(True, True, True), "Trouble": "/data: 40 MB of disk space are missing."}
+    full = {**a_quorum(True, True, True), "Error": "/data: 40 MB of disk space are missing."}
     assert "this manager itself: /data: 40 MB of disk space are missing." in no_leader(full)
     assert lost_quorum(full) == f"{NO_LEADER} /data: 40 MB of disk space are missing."
 

@@ -31,13 +31,13 @@ def test_saved_state_is_loaded_until_it_is_removed(tmp_path: Path) -> None:
 
 def test_an_unreadable_file_counts_as_none(tmp_path: Path) -> None:
     file = tmp_path / "paths"
-    for content in (b"", b"nonsense", b"\x90", b"\x81\xa4wish\x01"):
+    for content in (b"", b"nonsense", b"\x90", b"\x81\xa7targets\x01"):
         file.write_bytes(content)
         assert load_state(file) is None
 
 
-def test_the_file_has_the_names_of_earlier_versions(tmp_path: Path) -> None:
+def test_the_names_in_the_file_stay(tmp_path: Path) -> None:
     save_state(tmp_path / "paths", STATE)
     written = msgspec.msgpack.decode((tmp_path / "paths").read_bytes())
-    assert set(written) == {"wish", "measured"}
+    assert set(written) == {"targets", "measured"}
     assert written["measured"] == {"own": {"p": 1400}, "said": {"p": {"mtu": 1500, "lower": {7: 1400}}}}

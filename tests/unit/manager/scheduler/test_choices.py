@@ -208,14 +208,14 @@ def check_every_choice_is_the_models(seed: int) -> None:
 
 def check_a_batch_is_its_tasks_one_by_one(seed: int) -> None:
     together, alone = History(seed), History(seed)
-    for (requirements, tasks, is_last), (other_wish, others, _) in zip(
+    for (requirements, tasks, is_last), (others_need, others, _) in zip(
         together.steps(), alone.steps(), strict=True
     ):
         batch = place(
             tasks, requirements, together.choices, now=together.now, limit=len(tasks), is_last=is_last
         )
         fresh = [
-            place([task], other_wish, Choices(alone.accounting), now=alone.now, limit=1).assignments
+            place([task], others_need, Choices(alone.accounting), now=alone.now, limit=1).assignments
             for task in others
         ]
         assert [one.node_id for one in batch.assignments] == [one.node_id for some in fresh for one in some]
@@ -223,7 +223,7 @@ def check_a_batch_is_its_tasks_one_by_one(seed: int) -> None:
             together.keep(one)
             alone.keep(replace(other, task=replace(other.task, id=one.task.id)))
             alone.accounting.remove(other.task.id)
-            alone.accounting.add(alone.tasks[one.task.id], other_wish.host_ports)
+            alone.accounting.add(alone.tasks[one.task.id], others_need.host_ports)
 
 
 def check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed(seed: int) -> None:
