@@ -157,32 +157,34 @@ class ContainerNetwork:
             await isolate(undoing, "network of a container not wholly freed", container=container_id)
             self._report_left_out()
 
-    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
-        """Free namespaces, addresses, ports and names of containers for which ``is_needed`` is false; gives their ids.
-
-        Raises: SkepError, OSError.
-        """
-        served = await self._naming.served() if self._naming is not None else frozenset[str]()
+    async def holders(self) -> Collection[ContainerId]:
+        """Containers for which this node has a namespace, addresses, ports or names, needed or not."""
+        served: Collection[str] = ()
+        if self._naming is not None:
+            served = await isolate(self._naming.served(), "names of containers not listed") or ()
         holders = {*self._namespaces.pinned(), *self._overlays.holders(), *self._gateway.users(), *served}
-        freed = []
-        for id in sorted(map(ContainerId, holders)):
-            if is_needed(id):
-                continue
-            held = self._gateway.sandbox_of(id) or Sandbox(netns=str(self._namespaces.path(id)))
-            connected = self._overlays.endpoints_of(id)
-            log.warning(
-                "network of a container that is gone removed",
-                container=id,
-                namespace=id in self._namespaces.pinned(),
-                addresses=[held.address, *(address for one in connected for address in one.config.addresses)],
-            )
+        return sorted(map(ContainerId, holders))
+
+    async def free(self, id: ContainerId) -> None:
+        """Free all that is held for a container that does not run, or is gone.  Raises: SkepError, OSError."""
+        held = self._gateway.sandbox_of(id) or Sandbox(netns=str(self._namespaces.path(id)))
+        connected = self._overlays.endpoints_of(id)
+        log.warning(
+            "network of a container that is gone removed",
+            container=id,
+            namespace=id in self._namespaces.pinned(),
+            addresses=[held.address, *(address for one in connected for address in one.config.addresses)],
+        )
+        try:
             sandbox = msgspec.structs.replace(held, endpoints=connected)
             await self._undo(id, sandbox, [one.config for one in connected])
-            if self._naming is not None and id in served:
+        finally:
+            if self._naming is not None:
                 await self._naming.detach(id)
-            freed.append(id)
+
+    async def sweep(self) -> None:
+        """Free what is held for no container.  Raises: OSError."""
         await self._overlays.sweep()
-        return freed
 
     # --- while it runs ------------------------------------------------------------------------------------------
 

@@ -565,7 +565,7 @@ class Engine:
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
 
-        Raises: SkepError, OSError: some of it could not be freed.
+        What cannot be freed is logged, and the next sweep finds it.
         """
         return await self._lifecycle.sweep()
 

@@ -172,9 +172,19 @@ class Lifecycle:
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
 
-        Raises: SkepError, OSError: some of it could not be freed.
+        What cannot be freed is logged, and the next sweep finds it.
         """
-        return await self._network.sweep(self._needs_network)
+        freed = []
+        for id in await self._network.holders():
+            if self.turns.is_taken(id) or self.network_turns.is_taken(id):
+                continue  # it is getting or losing a sandbox now
+            # A start waits in its turn: what is freed here would be what it has just been given.
+            async with self.turns.turn(id), self.network_turns.turn(id):
+                if not self._needs_network(id):
+                    await self._free(self._network.free(id), id)
+                    freed.append(id)
+        await isolate(self._network.sweep(), "leftovers of networks not removed yet")
+        return freed
 
     async def signal(self, container: Container, number: int) -> None:
         """Send a signal to its first process; where there is none, the end is recorded that was missed.
@@ -453,10 +463,8 @@ class Lifecycle:
         return not self._has_found or self._store.lookup(id) is not None
 
     def _needs_network(self, id: ContainerId) -> bool:
-        """Whether it has a sandbox, or is getting or losing one at this moment."""
+        """Whether it has a sandbox that it needs."""
         container = self._store.lookup(id)
-        if self.turns.is_taken(id):
-            return True
         if container is None or container.sandbox is None:
             return False
         return container.is_running or not container.was_started

@@ -1,7 +1,7 @@
 """The network of containers, as the engine uses it: a dependency that the data plane implements."""
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from skep.engine.container import Container, ContainerState
@@ -46,11 +46,14 @@ class Networking(Protocol):
         Raises: FailedPrecondition; SkepError.
         """
 
-    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
-        """Free and log what is held for containers of which ``is_needed`` is false; gives their ids.
+    async def holders(self) -> Collection[ContainerId]:
+        """Containers for which something is held, needed or not."""
 
-        ``is_needed`` is called for each at the moment it would be freed.  Raises: SkepError, OSError.
-        """
+    async def free(self, id: ContainerId) -> None:
+        """Free and log all that is held for a container that does not need it.  Raises: SkepError, OSError."""
+
+    async def sweep(self) -> None:
+        """Free what is held for no container.  Raises: SkepError, OSError."""
 
 
 def sandbox_config(container: Container) -> SandboxConfig:

@@ -6,7 +6,7 @@ A container that does not run holds nothing, one that runs holds what its record
 import asyncio
 import errno
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from skep.engine import lifecycle
 from skep.engine.conmon import StartError
+from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from tests.support.container_networks import PORT, Lab, NetPorts
@@ -201,6 +202,49 @@ async def test_a_port_that_could_not_be_released_is_with_the_next_sweep(lab: Lab
     assert id in lab.gateway.users(), "a sweep finds it"
     await lab.gateway.disconnect(id)
     assert nothing_is_held(lab)
+
+
+async def test_what_cannot_be_freed_for_one_container_keeps_no_sweep_from_the_others(lab: Lab) -> None:
+    ids = sorted([await lab.create("a", publishes=False), await lab.create("b", publishes=False)])
+    refused, disconnect = {*ids}, lab.gateway.disconnect
+
+    async def disconnect_some(id: ContainerId) -> None:
+        if id in refused:
+            raise Unavailable("a namespace cannot be entered")
+        await disconnect(id)
+
+    lab.gateway.disconnect = disconnect_some  # type: ignore[method-assign]
+    for id in ids:
+        await lab.engine.start(id)
+        await lab.end(id)
+    assert lab.held()["gateway"] == ids
+    refused.remove(ids[1])
+    await lab.engine.sweep()
+    assert lab.held()["gateway"] == ids[:1]
+
+
+async def test_a_sweep_and_a_start_at_once_leave_the_container_its_networks(lab: Lab) -> None:
+    id = await lab.run("c")
+    lab.ports.fails.append(Unavailable("the net process is not reached"))
+    await lab.end(id)
+    spaces, starts, create = set[str](), list[asyncio.Task[Container]](), lab.spaces.create
+    made = asyncio.Event()
+
+    async def create_space(name: str, sysctls: Mapping[str, str]) -> Path:
+        spaces.add(name)
+        made.set()
+        return await create(name, sysctls)
+
+    async def destroy_space(name: str) -> None:
+        starts.append(asyncio.create_task(lab.engine.start(id)))
+        with suppress(TimeoutError):  # as it should be: the start waits for the sweep
+            await asyncio.wait_for(made.wait(), 0.3)
+        spaces.discard(name)
+
+    lab.spaces.create, lab.spaces.destroy = create_space, destroy_space
+    assert await lab.engine.sweep() == [id]
+    await asyncio.gather(*starts)
+    assert (lab.held(), spaces) == (lab.recorded(), {id})
 
 
 async def test_the_next_node_process_frees_what_the_record_has(

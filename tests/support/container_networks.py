@@ -125,6 +125,12 @@ class Wires:
         for one in endpoints:
             self.ports.pop((one.network_id, id), None)
 
+    def holders(self) -> Iterable[ContainerId]:
+        return {id for _, id in self.ports}
+
+    async def sweep(self) -> None:
+        """Nothing is pinned."""
+
     def endpoints_of(self, id: ContainerId) -> tuple[Endpoint, ...]:
         return tuple(one for (_, owner), one in self.ports.items() if owner == id)
 

@@ -134,8 +134,11 @@ class MemoryNetwork:
         self._machine.attached.add(config.id)
         return Sandbox(netns="")
 
-    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
+    async def holders(self) -> Collection[ContainerId]:
         return ()
+
+    async def sweep(self) -> None:
+        """Nothing is held for no container."""
 
     async def detach(self, container_id: ContainerId, endpoint: Sandbox) -> None:
         self._machine.fault("detach", container_id)

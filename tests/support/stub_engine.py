@@ -136,8 +136,11 @@ class StubNetwork:
     async def detach(self, id: ContainerId, sandbox: Sandbox) -> None:
         pass
 
-    async def sweep(self, is_needed: object) -> tuple[()]:
+    async def holders(self) -> tuple[()]:
         return ()
+
+    async def sweep(self) -> None:
+        pass
 
 
 class StubEngine:

@@ -274,5 +274,6 @@ async def test_tables_that_are_run_again_go_on_writing(tmp_path: Path) -> None:
 
 
 def _kept_revision(directory: Path) -> int:
-    kept, _ = StoredTables(directory, SystemClock()).load()
-    return kept[A].revision if A in kept else 0
+    """Without ``load``, which takes a file that is being written for a damaged one."""
+    file = directory / A
+    return msgspec.msgpack.decode(file.read_bytes(), type=Kept).table.revision if file.exists() else 0
