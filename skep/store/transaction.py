@@ -276,9 +276,12 @@ class LocalTransaction:
 
     def _taken(self, schema: KindSchema, claim: str, new: Any, holder: Owner) -> SkepError:
         held_by = self._object(holder)
-        if held_by is None:
-            return AlreadyExists(f"{claim} belongs to {holder[0]} {holder[1]}, which cannot be read")
-        return schema.taken(claim, new, held_by)
+        if held_by is not None:
+            return schema.taken(claim, new, held_by)
+        # Of the same kind as if it could be read: a client acts on the status.
+        unread = self._state.table_by_name[holder[0]].schema.type(id=holder[1])
+        kind = type(schema.taken(claim, new, unread))
+        return kind(f"{claim} belongs to {holder[0]} {holder[1]}, which cannot be read")
 
     def _refer(self, table: Table, current: Any, new: Any) -> None:
         """Check that the objects to which ``new`` adds references exist.  Raises: NotFound."""

@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.errors import AlreadyExists, Unavailable
+from skep.errors import AlreadyExists, InvalidArgument, Unavailable
 from skep.manager.control.networks import create_network
 from skep.manager.control.services import create_service
 from skep.manager.dispatcher.assignments import everything
@@ -177,6 +177,16 @@ async def test_a_service_that_cannot_be_read_keeps_its_tasks(rig: DamageRig) -> 
         await store.update(lambda tx: tx.delete(Service, "web"))
     with pytest.raises(AlreadyExists, match="belongs to service web, which cannot be read"):
         await store.update(lambda tx: tx.put(a_service("web", id="second")))
+
+
+async def test_a_port_of_a_service_that_cannot_be_read_is_refused_as_of_any_other(rig: DamageRig) -> None:
+    await put_all(rig.store, a_service("web", ports=(PortConfig(target_port=80, published_port=8080),)))
+    await rig.damage("o/service/web")
+    store = await rig.loaded()
+    with pytest.raises(InvalidArgument, match="8080 belongs to service web, which cannot be read"):
+        await store.update(
+            lambda tx: tx.put(a_service("other", ports=(PortConfig(target_port=80, published_port=8080),)))
+        )
 
 
 async def test_a_manager_that_cannot_read_a_node_does_not_overwrite_its_spec_when_it_leaves(

@@ -97,6 +97,7 @@ FAILED_ONCE = (
     9402586,  # tasks had ended on another node just before; the rule took it for the emptier one
     9500915,  # what runs on a node that was drained while it was cut off ran twice despite on-disconnect "stop"
     9609888,  # an outdated task was given the node that an update waited for, and hung there: nothing was decided
+    9731687,  # a port of a service that could not be read was refused with another status than Docker's
     9725046,  # the first task of a job's next run was written beside one that was retired later, and was not held
 )
 """Seeds of runs that found a defect, here or in the simulation; what they do changes with the simulation."""
