@@ -81,9 +81,8 @@ class Lifecycle:
         self._volumes = volumes
         self._store = store
         self.events = volumes.events
-        self.turns = Turns(lambda container_id: store.lookup(container_id) is not None)
-        self.network_turns = Turns(lambda container_id: store.lookup(container_id) is not None)
-        """Changes of a running container's networks, and its end: not in ``turns``, which a removal has meanwhile."""
+        self.turns, self.network_turns = Turns(), Turns()
+        """The second: changes of a running container's networks, and its end; a removal has the first meanwhile."""
         self._clock = clock
         self._report_restore = report_restore
         self._starting = asyncio.Semaphore(starts_max)

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from skep.aio.race import run_unless
 from skep.model.ids import ContainerId
@@ -18,10 +19,9 @@ class Turns:
     A removal that overtook the creation would leave the namespace that is being made behind.
     """
 
-    def __init__(self, is_known: Callable[[ContainerId], bool]) -> None:
-        """``is_known``: whether there is such a container; nothing is kept of others."""
-        self._is_known = is_known
-        self._locks: dict[ContainerId, asyncio.Lock] = {}
+    def __init__(self) -> None:
+        self._locks = WeakValueDictionary[ContainerId, asyncio.Lock]()
+        """Each as long as an operation has it or waits for it."""
 
     def is_taken(self, id: ContainerId) -> bool:
         """Whether an operation on the container is under way."""
@@ -40,12 +40,8 @@ class Turns:
     async def turn(self, id: ContainerId) -> AsyncIterator[None]:
         """Wait for the container's operations before this one; those after it wait until the block ends."""
         lock = self._locks.setdefault(id, asyncio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not self._is_known(id) and not lock.locked():
-                self._locks.pop(id, None)
+        async with lock:
+            yield
 
 
 class ForcedRemovals:

@@ -225,3 +225,17 @@ def test_a_signal_ends_a_pause_as_in_docker(
         assert stubs.engine.get(ID).state is state
 
     simulated(body)
+
+
+def test_nothing_is_kept_of_a_container_that_was_removed(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        lifecycle = stubs.engine._lifecycle
+        await stubs.end()
+        await stubs.engine.start(ID)
+        await stubs.end()
+        await stubs.engine.remove(ID)
+        await asyncio.sleep(1)
+        assert not lifecycle.turns._locks
+        assert not lifecycle.network_turns._locks
+
+    simulated(body)
