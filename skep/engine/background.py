@@ -43,6 +43,7 @@ class Background:
         task = self._group.create_task(isolate(work, "container's work ended", work=name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # of one that was cancelled before it began
         return task
 
     async def carry_out(self, work: Coroutine[Any, Any, T], *, name: str) -> T:
@@ -66,5 +67,7 @@ class Background:
                 if not outcome.cancelled():
                     outcome.set_result(result)
 
-        self.spawn(whole(), name=name).add_done_callback(lambda _: outcome.cancel())
+        task = self.spawn(whole(), name=name)
+        task.add_done_callback(lambda _: outcome.cancel())
+        task.add_done_callback(lambda _: work.close())  # as in ``spawn``
         return await outcome

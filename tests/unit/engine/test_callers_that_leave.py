@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import warnings
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -135,6 +136,29 @@ def test_the_end_of_the_engine_does_not_wait_for_a_stop(
 
     try:
         loop.run_until_complete(whole())
+    finally:
+        loop.close()
+
+
+def test_a_stop_that_begins_with_the_end_of_the_engine_warns_of_nothing(
+    tmp_path: Path, signals: list[int]
+) -> None:
+    loop = VirtualLoop()
+
+    async def whole() -> None:
+        stubs = StubEngine(VirtualClock(loop), tmp_path, a_container())
+        async with stubs.engine.running():
+            stopping = asyncio.create_task(stubs.engine.stop(ID, 10.0))
+            await asyncio.sleep(0)  # its work would begin with the next step
+        await asyncio.wait([stopping])
+        assert stopping.cancelled()
+        assert not signals
+
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            loop.run_until_complete(whole())
+        assert [str(one.message) for one in found] == []
     finally:
         loop.close()
 
