@@ -5,6 +5,7 @@ Source: moby, daemon/container_operations.go (connectToNetwork, DisconnectFromNe
 
 import asyncio
 from collections import defaultdict
+from typing import Any
 
 import structlog
 from msgspec.structs import replace
@@ -80,14 +81,14 @@ class NetworkChanges:
             if builtin is NetworkMode.BRIDGE:
                 await run_to_end(self._join_bridge(container, plain, request))
                 return
+            sandbox = None
             if container.is_running:
                 assert container.sandbox is not None, "a running container has one"
                 sandbox = await self._network.connect(sandbox_config(container), container.sandbox, request)
-                await self._observe(container, sandbox)
             elif any(one.network == request.network for one in plain.networks):
                 raise _is_there(container, request.network)
             networks = (*plain.networks, request)
-            self._store.change(container.id, plain=replace(plain, networks=networks))
+            await run_to_end(self._record(container, sandbox, networks=networks))
 
     async def disconnect(self, word: str, network: str, network_id: str = "") -> None:
         """Take a container off a network.
@@ -103,18 +104,7 @@ class NetworkChanges:
             if network in _BUILTIN:
                 await run_to_end(self._leave_builtin(container, plain, _BUILTIN[network]))
                 return
-            known, is_there = {network, network_id}, False
-            sandbox = container.sandbox if container.is_running else None
-            if sandbox is not None:
-                for endpoint in sandbox.endpoints:
-                    if {endpoint.network_id, endpoint.network_name} & known:
-                        is_there = True
-                        known |= {endpoint.network_id, endpoint.network_name}
-                        container = await run_to_end(self._leave(container, endpoint.network_id))
-            networks = tuple(one for one in plain.networks if one.network not in known)
-            if not is_there and len(networks) == len(plain.networks):
-                raise FailedPrecondition(_not_there(container, network))
-            self._store.change(container.id, plain=replace(plain, networks=networks))
+            await run_to_end(self._leave(container, plain, network, network_id))
 
     async def evict(self, container_id: ContainerId, network_id: str) -> None:
         """Disconnect a container from a network because the cluster reclaims its address."""
@@ -123,10 +113,21 @@ class NetworkChanges:
         except (NotFound, FailedPrecondition) as error:
             log.info("container has left the network already", container=container_id, reason=str(error))
 
-    async def _leave(self, container: Container, network_id: str) -> Container:
-        assert container.sandbox is not None, "a running container has one"
-        left = await self._network.disconnect(sandbox_config(container), container.sandbox, network_id)
-        return await self._observe(container, left)
+    async def _leave(self, container: Container, plain: PlainOptions, network: str, network_id: str) -> None:
+        known, is_there = {network, network_id}, False
+        sandbox = container.sandbox if container.is_running else None
+        for endpoint in sandbox.endpoints if sandbox is not None else ():
+            if {endpoint.network_id, endpoint.network_name} & known:
+                is_there = True
+                known |= {endpoint.network_id, endpoint.network_name}
+                assert container.sandbox is not None, "a running container has one"
+                config = sandbox_config(container)
+                left = await self._network.disconnect(config, container.sandbox, endpoint.network_id)
+                container = await self._observe(container, left)
+        networks = tuple(one for one in plain.networks if one.network not in known)
+        if not is_there and len(networks) == len(plain.networks):
+            raise FailedPrecondition(_not_there(container, network))
+        await self._record(container, None, networks=networks)
 
     async def _join_bridge(self, container: Container, plain: PlainOptions, request: EndpointRequest) -> None:
         if request.aliases or request.links:
@@ -147,12 +148,19 @@ class NetworkChanges:
         await self._change_bridge(container, replace(plain, mode=NetworkMode.NETWORKS))
 
     async def _change_bridge(self, container: Container, plain: PlainOptions) -> None:
+        sandbox = None
         if container.is_running:
             assert container.sandbox is not None, "a running container has one"
             config = sandbox_config(replace(container, plain=plain))
             sandbox = await self._network.change_bridge(config, container.sandbox)
+        await self._record(container, sandbox, mode=plain.mode, mac_address=plain.mac_address)
+
+    async def _record(self, container: Container, sandbox: Sandbox | None, **changed: Any) -> None:
+        """``sandbox``: of its run, if that has changed; ``changed``: what the next one has."""
+        if sandbox is not None:
             await self._observe(container, sandbox)
-        self._store.change(container.id, plain=plain)
+        _, plain = self._store.require_plain(container.id)  # its user may have stopped it meanwhile
+        self._store.change(container.id, plain=replace(plain, **changed))
 
     async def _observe(self, container: Container, sandbox: Sandbox) -> Container:
         changed = self._store.observe(container.id, sandbox=sandbox)

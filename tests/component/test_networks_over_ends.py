@@ -135,6 +135,53 @@ async def test_a_change_whose_caller_leaves_is_over_before_the_next(lab: Lab) ->
     assert nothing_is_held(lab)
 
 
+@pytest.mark.parametrize("operation", ["connect", "disconnect"])
+async def test_a_change_whose_caller_leaves_once_it_is_made_is_that_of_the_next_run_too(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    id = await lab.run("c")
+    if operation == "disconnect":
+        await lab.connect(id, "front")
+    works = {"connect": lab.connect, "disconnect": lab.engine.networks.disconnect}
+    leaving, loop = asyncio.create_task(works[operation](id, "front")), asyncio.get_running_loop()
+
+    def leave(*_: object) -> None:
+        loop.call_soon_threadsafe(leaving.cancel)
+
+    monkeypatch.setattr(lab.engine.bundles, "refresh_name_files", leave)
+    await asyncio.wait([leaving])
+    assert leaving.cancelled()
+    is_there = operation == "connect"
+    for _ in range(2):
+        assert len(lab.held()["addresses"]) == is_there
+        assert lab.held() == lab.recorded()
+        await lab.end(id)
+        await lab.engine.start(id)
+
+
+@pytest.mark.parametrize("operation", ["connect front", "disconnect front", "connect bridge"])
+async def test_a_stop_in_the_middle_of_a_change_keeps_its_policy_from_a_restart(
+    lab: Lab, operation: str
+) -> None:
+    verb, network = operation.split()
+    id = await lab.run("c")
+    changes = {"connect": lab.connect, "disconnect": lab.engine.networks.disconnect}
+    if operation == "disconnect front":
+        await lab.connect(id, "front")
+    else:
+        await lab.engine.networks.disconnect(id, "bridge")
+
+    async def stop() -> None:
+        lab.engine.note_stopped(id)
+
+    lab.wires.during = stop
+    await changes[verb](id, network)
+    assert lab.wires.during is None
+    plain = lab.engine.get(id).plain
+    assert plain is not None
+    assert plain.is_stopped
+
+
 async def test_what_a_failed_change_could_not_undo_goes_with_the_end(lab: Lab) -> None:
     id = await lab.run("c")
 
