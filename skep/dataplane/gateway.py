@@ -20,6 +20,7 @@ import msgspec
 import structlog
 from pyroute2 import AsyncIPRoute
 
+from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
 from skep.dataplane.addresses import UNIQUE_LOCAL_BITS, Addresses, beside, free_subnet, mac_of, unique_local
 from skep.dataplane.netns.deferred import DeferredChanges
@@ -285,10 +286,16 @@ class Gateway:
 
     async def _reserve_one(self, id: ContainerId, port: PublishedPort, address: str) -> PublishedPort:
         target = (address, port.target_port) if ":" in port.host_ip else None
-        number = await self._reservations.reserve(port.protocol, port.published_port, port.host_ip, target)
-        reserved = msgspec.structs.replace(port, published_port=number)
-        self._holders[_reserved(reserved)] = id
-        return reserved
+
+        async def reserve() -> PublishedPort:
+            number = await self._reservations.reserve(
+                port.protocol, port.published_port, port.host_ip, target
+            )
+            reserved = msgspec.structs.replace(port, published_port=number)
+            self._holders[_reserved(reserved)] = id
+            return reserved
+
+        return await run_to_end(reserve())  # one that nobody knows of would be held for good
 
     async def _release(self, id: ContainerId, port: _Port) -> None:
         await self._reservations.release(*port)

@@ -6,9 +6,10 @@ A container that does not run holds nothing, one that runs holds what its record
 import asyncio
 import errno
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,8 @@ from skep.engine.conmon import StartError
 from skep.engine.container import Container
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
+from skep.model.sandbox import PublishedPort
+from skep.model.service import PublishMode
 from tests.support.container_networks import PORT, Lab, NetPorts
 from tests.support.oci_rig import Machine
 from tests.support.stub_engine import disk_full
@@ -270,28 +273,50 @@ async def test_what_cannot_be_freed_for_one_container_keeps_no_sweep_from_the_ot
     assert lab.held()["gateway"] == ids[:1]
 
 
-async def test_a_sweep_and_a_start_at_once_leave_the_container_its_networks(lab: Lab) -> None:
-    id = await lab.run("c")
+async def test_a_port_that_is_reserved_when_the_caller_leaves_is_released(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, reserve = asyncio.Event(), asyncio.Event(), lab.ports.reserve
+
+    async def wait(*key: Any) -> int:
+        number = await reserve(*key)
+        begun.set()
+        await go_on.wait()
+        return number
+
+    monkeypatch.setattr(lab.ports, "reserve", wait)
+    port = PublishedPort(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    leaving = asyncio.create_task(lab.gateway.connect(ContainerId("c"), Path("/none"), "eth0", [port]))
+    await begun.wait()
+    leaving.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.wait([leaving])
+    assert leaving.cancelled()
+    assert nothing_is_held(lab)
+
+
+async def test_a_start_waits_for_the_sweep_of_what_the_last_run_left(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the sweep would free what the next run has."""
+    id, starts = await lab.run("c"), list[asyncio.Task[Container]]()
     lab.ports.fails.append(Unavailable("the net process is not reached"))
     await lab.end(id)
-    spaces, starts, create = set[str](), list[asyncio.Task[Container]](), lab.spaces.create
-    made = asyncio.Event()
+    release, turns = lab.ports.release, lab.engine._lifecycle.turns
 
-    async def create_space(name: str, sysctls: Mapping[str, str]) -> Path:
-        spaces.add(name)
-        made.set()
-        return await create(name, sysctls)
-
-    async def destroy_space(name: str) -> None:
+    async def start_meanwhile(*key: Any) -> None:
+        assert turns.is_taken(id)
         starts.append(asyncio.create_task(lab.engine.start(id)))
-        with suppress(TimeoutError):  # as it should be: the start waits for the sweep
-            await asyncio.wait_for(made.wait(), 0.3)
-        spaces.discard(name)
+        await asyncio.sleep(0)
+        await release(*key)
 
-    lab.spaces.create, lab.spaces.destroy = create_space, destroy_space
-    assert await lab.engine.sweep() == [id]
-    await asyncio.gather(*starts)
-    assert (lab.held(), spaces) == (lab.recorded(), {id})
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.ports, "release", start_meanwhile)
+        assert await lab.engine.sweep() == [id]
+    assert (await starts[0]).is_running
+    assert await lab.engine.sweep() == []
+    assert lab.held() == lab.recorded()
 
 
 async def test_the_next_node_process_frees_what_the_record_has(
