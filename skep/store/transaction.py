@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unreadable
+from skep.errors import NotFound, ResourceExhausted, SkepError, Unreadable
 from skep.model.meta import Version
 from skep.model.past_disconnects import past_disconnects
 from skep.model.service import Service
