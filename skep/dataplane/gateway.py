@@ -295,7 +295,7 @@ class Gateway:
             self._holders[_reserved(reserved)] = id
             return reserved
 
-        return await run_to_end(reserve())  # one that nobody knows of would be held for good
+        return await run_to_end(reserve())  # a reserved port in no record would be held for good
 
     async def _release(self, id: ContainerId, port: _Port) -> None:
         await self._reservations.release(*port)
