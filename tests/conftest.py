@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from tests.support.alone import Turns
 from tests.support.second_attempts import SecondAttempts
+from tests.support.tracebacks import ShownTracebacks
 from tests.support.whole_run import WholeRun
 
 # How long an example takes says something of the machine, not of the code.
@@ -49,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(WholeRun(config), "skep-whole-run")
     config.pluginmanager.register(SecondAttempts(), "skep-second-attempts")
+    config.pluginmanager.register(ShownTracebacks(), "skep-shown-tracebacks")
     if hasattr(config, "workerinput"):
         turns = Turns(config.rootpath / "Makefile", config.rootpath / "pyproject.toml")
         config.pluginmanager.register(turns, "skep-turns")

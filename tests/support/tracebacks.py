@@ -1,0 +1,50 @@
+"""Tracebacks that pytest can show."""
+
+from collections.abc import Generator, Iterator
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+
+class ShownTracebacks:
+    """Gives each entry of a failure's traceback a line.
+
+    A time limit raises wherever the process is, also at an instruction that belongs to no line.  pytest computes with
+    the line (``_pytest/_code/code.py``, ``TracebackEntry.lineno``), and the whole run would end with an internal error.
+    """
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[Any]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        if call.excinfo is not None:
+            for error in related(call.excinfo.value):
+                error.__traceback__ = with_lines(error.__traceback__)
+            call.excinfo = pytest.ExceptionInfo.from_exception(call.excinfo.value)
+        return (yield)
+
+
+def with_lines(traceback: TracebackType | None) -> TracebackType | None:
+    """The same traceback; where an entry has no line it has the first one of its function."""
+    if traceback is None:
+        return None
+    frame, line = traceback.tb_frame, traceback.tb_lineno
+    return TracebackType(
+        with_lines(traceback.tb_next),
+        frame,
+        traceback.tb_lasti,
+        frame.f_code.co_firstlineno if line is None else line,
+    )
+
+
+def related(error: BaseException | None) -> Iterator[BaseException]:
+    """``error``, what it was raised from or during, and the members of groups; each once."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [one.__cause__, one.__context__]
+            waiting += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
