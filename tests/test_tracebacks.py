@@ -1,5 +1,6 @@
 """A failure without a line is reported as any other."""
 
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +38,13 @@ def test_an_entry_without_a_line_has_the_first_of_its_function() -> None:
     assert (shown.tb_lineno, shown.tb_next.tb_lineno) == (7, holding.__code__.co_firstlineno)
 
 
+def test_a_traceback_may_be_as_deep_as_it_likes() -> None:
+    deep = without_line()
+    for _ in range(2 * sys.getrecursionlimit()):
+        deep = TracebackType(deep, deep.tb_frame, 0, 7)
+    assert with_lines(deep) is not None
+
+
 def test_causes_contexts_and_members_of_groups_are_related() -> None:
     cause, context, member = ValueError(), KeyError(), TypeError()
     group = ExceptionGroup("", [member])
@@ -47,7 +55,7 @@ def test_causes_contexts_and_members_of_groups_are_related() -> None:
 
 def test_pytest_shows_what_it_could_not() -> None:
     def fail() -> None:
-        raise ValueError("out of time").with_traceback(without_line())
+        raise ValueError("out of time")
 
     call = pytest.CallInfo.from_call(fail, "call")
     assert call.excinfo is not None

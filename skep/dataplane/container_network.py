@@ -176,10 +176,9 @@ class ContainerNetwork:
             addresses=[held.address, *(address for one in connected for address in one.config.addresses)],
         )
         try:
-            sandbox = msgspec.structs.replace(held, endpoints=connected)
-            await self._undo(id, sandbox, [one.config for one in connected])
+            await self.detach(id, held)
         finally:
-            if self._naming is not None:
+            if self._naming is not None:  # which ``detach`` asks only about those that are on networks
                 await self._naming.detach(id)
 
     async def sweep(self) -> None:

@@ -565,7 +565,7 @@ class Engine:
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
 
-        What cannot be freed is logged, and the next sweep finds it.
+        What cannot be freed of one is logged, and the next sweep finds it.  Raises: OSError: namespaces of networks.
         """
         return await self._lifecycle.sweep()
 

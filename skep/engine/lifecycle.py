@@ -171,7 +171,7 @@ class Lifecycle:
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.
 
-        What cannot be freed is logged, and the next sweep finds it.
+        What cannot be freed of one is logged, and the next sweep finds it.  Raises: OSError: namespaces of networks.
         """
         freed = []
         for id in await self._network.holders():
@@ -182,7 +182,7 @@ class Lifecycle:
                 if not self._needs_network(id):
                     await self._free(self._network.free(id), id)
                     freed.append(id)
-        await isolate(self._network.sweep(), "leftovers of networks not removed yet")
+        await self._network.sweep()
         return freed
 
     async def signal(self, container: Container, number: int) -> None:

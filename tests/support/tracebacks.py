@@ -27,15 +27,15 @@ class ShownTracebacks:
 
 def with_lines(traceback: TracebackType | None) -> TracebackType | None:
     """The same traceback; where an entry has no line it has the first one of its function."""
-    if traceback is None:
-        return None
-    frame, line = traceback.tb_frame, traceback.tb_lineno
-    return TracebackType(
-        with_lines(traceback.tb_next),
-        frame,
-        traceback.tb_lasti,
-        frame.f_code.co_firstlineno if line is None else line,
-    )
+    entries: list[TracebackType] = []
+    while traceback is not None:  # a recursion that went too deep has a thousand
+        entries.append(traceback)
+        traceback = traceback.tb_next
+    for entry in reversed(entries):
+        line = entry.tb_lineno
+        first = entry.tb_frame.f_code.co_firstlineno
+        traceback = TracebackType(traceback, entry.tb_frame, entry.tb_lasti, first if line is None else line)
+    return traceback
 
 
 def related(error: BaseException | None) -> Iterator[BaseException]:
