@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
 # Most tests wait for something most of the time. Files stay whole: their tests share a cluster.
-WORKERS ?= 2
+WORKERS ?= 3
 BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile
 # What a busy machine did not do in time, and any failure of real processes, is tried once more; the first failure is shown at the
 # end (decisions 29 and 80).

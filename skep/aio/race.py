@@ -14,7 +14,7 @@ class Preempted(Exception):
 async def run_unless(work: Coroutine[Any, Any, T], preempting: Coroutine[Any, Any, object]) -> T:
     """The result of ``work``, or what it raised.  When this returns or raises, both have ended.
 
-    Raises: Overtaken: ``preempting`` returned first.
+    Raises: Preempted: ``preempting`` returned first.
     """
     async with asyncio.TaskGroup() as group:
         working = group.create_task(_outcome(work))
