@@ -75,6 +75,7 @@ class Round:
                 lambda node: self.lab.cable(node, connected=True),
             ),
             "leader": self._lose_leader,
+            "alone": self._alone,
         }
         for name, step in steps.items():
             if name in self._steps:
@@ -102,6 +103,14 @@ class Round:
             self._note(f"idle {node.role}, % of a processor", spent * 100)
         for node in self.lab.nodes:
             self._note(f"idle {node.role}, memory (PSS), MiB", self.lab.memory_mib(node))
+
+    def _alone(self) -> None:
+        """Memory of a worker while nothing else maps the same files; the cluster ends with it."""
+        left = self.lab.workers[0]
+        for node in self.lab.nodes:
+            if node.name != left.name:
+                self.lab.kill(node)
+        self._note("idle worker alone, memory (PSS), MiB", self.lab.memory_mib(left))
 
     def _update(self) -> None:
         """Rolling updates in both orders, on all machines."""
@@ -334,8 +343,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=lambda text: frozenset(text.split(",")),
-        default=frozenset({"idle", "update", "worker", "cable", "leader"}),
-        help="comma-separated: form, idle, update, worker, cable, leader (default all); init and join always are",
+        default=frozenset({"idle", "update", "worker", "cable", "leader", "alone"}),
+        help="comma-separated: form, idle, update, worker, cable, leader, alone (default all);"
+        " init and join always are",
     )
     parser.add_argument(
         "--logs", type=Path, default=None, help="keep the daemons' logs of failed rounds here"

@@ -39,16 +39,21 @@ async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any
 
 
 async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which runs to its end even if the caller is cancelled; CancelledError is raised then.
+    """The result of ``work``, which runs to its end however often the caller is cancelled.
 
+    Raises: what ``work`` does; CancelledError, once it has ended, if the caller was cancelled.
     For short work that would leave something behind where it was cut off.
     """
     whole = asyncio.gather(_outcome(work))
-    try:
-        ((result, error),) = await asyncio.shield(whole)
-    except asyncio.CancelledError:
-        await asyncio.wait((whole,))
-        raise
+    is_cancelled = False
+    while not whole.done():
+        try:
+            await asyncio.wait((whole,))
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled:
+        raise asyncio.CancelledError
+    ((result, error),) = whole.result()
     if error is not None:
         raise error
     return result  # type: ignore[return-value]  # as above

@@ -183,6 +183,7 @@ class ContainerNetwork:
 
     async def sweep(self) -> None:
         """Free what is held for no container.  Raises: OSError."""
+        await isolate(self._gateway.sweep(), "ports not released yet")
         await self._overlays.sweep()
 
     # --- while it runs ------------------------------------------------------------------------------------------

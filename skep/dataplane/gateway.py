@@ -87,6 +87,8 @@ class Gateway:
         self._sandboxes: dict[ContainerId, Sandbox] = {}
         self._holders: dict[_Port, ContainerId] = {}
         """Who has each reserved port: the next one may have what a record of an earlier run says."""
+        self._reserving = 0
+        """Reservations without an answer so far: the port may be held, and is in no record."""
         self._changing = asyncio.Lock()
 
     async def restore(self, live: Mapping[ContainerId, Sandbox]) -> None:
@@ -95,11 +97,10 @@ class Gateway:
         Raises: SkepError: this node cannot network containers.
         """
         async with self._changing:
-            subnet, self._subnet6 = await self._choose_subnets()
-            self._addresses = Addresses(subnet)
+            addresses = await self._choose_addresses()
             for id, sandbox in live.items():
                 if sandbox.address:
-                    self._addresses.claim(IPv4Address(sandbox.address), id)
+                    addresses.claim(IPv4Address(sandbox.address), id)
                     self._sandboxes[id] = sandbox
             await self._restore_ports()
             await self._apply()
@@ -169,6 +170,15 @@ class Gateway:
             self._sandboxes[container_id] = before
             raise
 
+    async def sweep(self) -> None:
+        """Release ports that no container has: one may have been reserved without an answer.  Raises: Unavailable."""
+        async with self._changing:
+            if self._addresses is None:
+                return  # which ports containers have is not known so far
+            for port in await self._reservations.held():
+                if not self._reserving and port not in self._holders:
+                    await self._reservations.release(*port)
+
     def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
         """The result of ``connect`` of a connected container; None: it is not connected."""
         return self._sandboxes.get(container_id)
@@ -212,7 +222,9 @@ class Gateway:
             self._state.unlink(missing_ok=True)
         else:
             _save(self._state, subnet)
-        await self.restore({})
+        async with self._changing:
+            await self._choose_addresses()
+            await self._apply()
 
     async def _undo(self, container_id: ContainerId) -> None:
         sandbox = self._sandboxes.pop(container_id, None)
@@ -288,9 +300,13 @@ class Gateway:
         target = (address, port.target_port) if ":" in port.host_ip else None
 
         async def reserve() -> PublishedPort:
-            number = await self._reservations.reserve(
-                port.protocol, port.published_port, port.host_ip, target
-            )
+            self._reserving += 1
+            try:
+                number = await self._reservations.reserve(
+                    port.protocol, port.published_port, port.host_ip, target
+                )
+            finally:
+                self._reserving -= 1
             reserved = msgspec.structs.replace(port, published_port=number)
             self._holders[_reserved(reserved)] = id
             return reserved
@@ -319,6 +335,11 @@ class Gateway:
             await self._reservations.release(*gone)
 
     # --- subnet -----------------------------------------------------------------------------------------------
+
+    async def _choose_addresses(self) -> Addresses[IPv4Network]:
+        subnet, self._subnet6 = await self._choose_subnets()
+        self._addresses = Addresses(subnet)
+        return self._addresses
 
     async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:
         """For IPv4, and for IPv6 if this machine can give containers IPv6 egress."""

@@ -13,7 +13,7 @@ from skep import __version__
 from skep.aio.race import run_to_end
 from skep.engine.build.config import apply_changes
 from skep.engine.bundle import OUTSIDE_OF_IMAGES
-from skep.engine.container import Container, ContainerState, StillRunning
+from skep.engine.container import BeingRemoved, Container, ContainerState
 from skep.engine.engine import Engine
 from skep.engine.images.child import Step, child_config
 from skep.engine.images.image import ContainerDefaults, Image, as_docker_writes
@@ -43,7 +43,7 @@ async def commit(
     """Make an image of the container ``word``, whose options are ``own``.
 
     Raises: NotFound: no such container, or its image was removed; InvalidArgument: a change is none, or a file has no
-    form in an image; StillRunning: it is being removed; ResourceExhausted; UnpackFailed.
+    form in an image; BeingRemoved: it is being removed; ResourceExhausted; UnpackFailed.
     """
     container = engine.get(word)
     _require_present(container)
@@ -84,7 +84,7 @@ async def commit(
 
 def _require_present(container: Container) -> None:
     if container.state is ContainerState.REMOVING:
-        raise StillRunning(f"You cannot commit container {container.id} which is being removed")
+        raise BeingRemoved(f"You cannot commit container {container.id} which is being removed")
 
 
 @asynccontextmanager

@@ -391,3 +391,7 @@ class NotRunning(AlreadyExists):
 
 class StillRunning(AlreadyExists):
     """The operation needs a container that does not run.  The Engine API responds with 409 here, too."""
+
+
+class BeingRemoved(AlreadyExists):
+    """The operation needs a container that stays: what a removal that failed has left may be a part.  409 here, too."""

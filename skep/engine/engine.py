@@ -372,9 +372,10 @@ class Engine:
         Args:
             secret_env: further variables (``NAME=value``) for this run; they are in no record.
 
-        Raises: NotFound; StartError: the runtime refused, with its words; the exit code is in the record too.
+        Raises: NotFound; BeingRemoved; StartError: the runtime refused, with its words; the exit code is in the record
+        too.
         """
-        container = self.get(word)
+        container = self._store.require_startable(self.get(word).id)
         if container.plain is None:
             return await self._lifecycle.start(container.id, secret_env)
         self._restarts.reset(container.id)
@@ -395,7 +396,7 @@ class Engine:
         Raises: NotFound; SkepError, OSError: it cannot be started.
         """
         async with self._network_locks[id]:
-            container, plain = self._store.require_plain(id)
+            container, plain = self._store.require_plain(self._store.require_startable(id).id)
             if container.is_running or (plain.is_stopped and not ignore_stop):
                 return False
             if plain.is_stopped:
@@ -506,8 +507,10 @@ class Engine:
         self.events.publish("resize", container, height=str(height), width=str(width))
 
     async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:
-        """Change its limits without a restart; 0 lifts one.  Raises: NotFound; RuntimeFailed."""
-        container = self.get(word)
+        """Change its limits without a restart; 0 lifts one.  Raises: NotFound; BeingRemoved; RuntimeFailed."""
+        id = self.get(word).id
+        refusal = f'Cannot update container {id}: container is marked for removal and cannot be "update"'
+        container = self._store.require_kept(id, refusal)
         config = msgspec.structs.replace(
             container.config, nano_cpus=nano_cpus, memory_bytes=memory_bytes, pids=pids
         )
@@ -522,6 +525,7 @@ class Engine:
     async def rename(self, word: str, name: str) -> None:
         """Raises: NotFound; AlreadyExists; InvalidArgument; FailedPrecondition: the cluster uses its name."""
         container, _ = self._store.require_plain(word)
+        self._store.require_kept(container.id, "container is marked for removal and cannot be renamed")
         chosen = _checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")

@@ -118,11 +118,11 @@ class Lifecycle:
         """Start its process; nothing happens when it runs.
 
         ``secret_env``: further variables, for this run alone and in no record.
-        Raises: NotFound; StartError; MountFailed; NotRunning: it is being removed by force.
+        Raises: NotFound; BeingRemoved; StartError; MountFailed; NotRunning: its removal by force has cut it off.
         """
         async with AsyncExitStack() as held:
             await held.enter_async_context(self.turns.turn(id))
-            container = self._store.require(id)
+            container = self._store.require_startable(id)
             if container.is_running:
                 return container
             await self._wait_settled(id)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container, PlainOptions
+from skep.engine.container import BeingRemoved, Container, PlainOptions
 from skep.engine.create import NO_ADDRESS, NO_ALIASES
 from skep.engine.networking import Networking, sandbox_config
 from skep.engine.state import ContainerStore
@@ -63,12 +63,12 @@ class NetworkChanges:
     async def connect(self, word: str, request: EndpointRequest) -> None:
         """Put a container on one more network, now or with its start.
 
-        Raises: NotFound; FailedPrecondition: it is there; Forbidden: it has the networks of another; SkepError, in
-        Docker's words.
+        Raises: NotFound; BeingRemoved; FailedPrecondition: it is there; Forbidden: it has the networks of another;
+        SkepError, in Docker's words.
         """
         container, _ = self._store.require_plain(word)
         async with self._locks[container.id], self._turns.turn(container.id):
-            container, plain = self._store.require_plain(container.id)
+            container, plain = self._require_kept(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_HAS_ANOTHERS)
             builtin = _BUILTIN.get(request.network)
@@ -94,11 +94,12 @@ class NetworkChanges:
         """Take a container off a network.
 
         ``network``: as its user has given it; ``network_id``: where that is known.
-        Raises: NotFound; FailedPrecondition: it is not there; Forbidden: it has the networks of another; SkepError.
+        Raises: NotFound; BeingRemoved; FailedPrecondition: it is not there; Forbidden: it has the networks of another;
+        SkepError.
         """
         container, _ = self._store.require_plain(word)
         async with self._locks[container.id], self._turns.turn(container.id):
-            container, plain = self._store.require_plain(container.id)
+            container, plain = self._require_kept(container.id)
             if plain.mode is NetworkMode.CONTAINER:
                 raise Forbidden(_not_there(container, network))
             if network in _BUILTIN:
@@ -110,8 +111,14 @@ class NetworkChanges:
         """Disconnect a container from a network because the cluster reclaims its address."""
         try:
             await self.disconnect(container_id, network_id, network_id)
-        except (NotFound, FailedPrecondition) as error:
+        except (NotFound, BeingRemoved, FailedPrecondition) as error:
             log.info("container has left the network already", container=container_id, reason=str(error))
+
+    def _require_kept(self, id: ContainerId) -> tuple[Container, PlainOptions]:
+        refusal = (
+            f"Container {id} is marked for removal and cannot be connected or disconnected to the network"
+        )
+        return self._store.require_plain(self._store.require_kept(id, refusal).id)
 
     async def _leave(self, container: Container, plain: PlainOptions, network: str, network_id: str) -> None:
         known, is_there = {network, network_id}, False

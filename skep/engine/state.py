@@ -9,7 +9,14 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.failures import log_error, retry
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container, NotRunning, PlainOptions, WaitCondition
+from skep.engine.container import (
+    BeingRemoved,
+    Container,
+    ContainerState,
+    NotRunning,
+    PlainOptions,
+    WaitCondition,
+)
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME
@@ -58,6 +65,17 @@ class ContainerStore:
         if container is None:
             raise NotFound(f"No such container: {id}")
         return container
+
+    def require_kept(self, id: ContainerId, refusal: str) -> Container:
+        """``require`` one that is not being removed.  Raises: NotFound; BeingRemoved, with the text ``refusal``."""
+        container = self.require(id)
+        if container.state is ContainerState.REMOVING:
+            raise BeingRemoved(refusal)
+        return container
+
+    def require_startable(self, id: ContainerId) -> Container:
+        """Raises: NotFound; BeingRemoved.  Source: moby, daemon/start.go."""
+        return self.require_kept(id, "container is marked for removal and cannot be started")
 
     def require_plain(self, word: str) -> tuple[Container, PlainOptions]:
         """``get`` a plain container.  Raises: NotFound; FailedPrecondition: it is a task's."""

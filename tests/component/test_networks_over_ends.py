@@ -6,7 +6,7 @@ A container that does not run holds nothing, one that runs holds what its record
 import asyncio
 import errno
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.sandbox import PublishedPort
 from skep.model.service import PublishMode
-from tests.support.container_networks import PORT, Lab, NetPorts
+from tests.support.container_networks import PORT, Lab, NetPorts, nothing
 from tests.support.oci_rig import Machine
 from tests.support.stub_engine import disk_full
 
@@ -252,6 +252,83 @@ async def test_a_port_that_could_not_be_released_is_with_the_next_sweep(lab: Lab
     assert id in lab.gateway.users(), "a sweep finds it"
     await lab.gateway.disconnect(id)
     assert nothing_is_held(lab)
+
+
+async def test_a_port_whose_reservation_was_never_answered_is_released_by_the_sweep(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve = lab.ports.reserve
+
+    async def unanswered(*arguments: Any) -> int:
+        await reserve(*arguments)
+        raise Unavailable("the net process does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.ports, "reserve", unanswered)
+        with pytest.raises(SkepError, match="does not answer"):
+            await lab.run("a")
+    assert PORT in lab.ports.keys
+    await lab.engine.sweep()
+    assert nothing_is_held(lab)
+    await lab.run("b")
+    await lab.engine.sweep()
+    assert lab.held() == lab.recorded(), "what a container has is no leftover"
+
+
+async def test_a_sweep_leaves_the_port_that_is_being_reserved(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve, made, go_on = lab.ports.reserve, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments: Any) -> int:
+        number = await reserve(*arguments)
+        made.set()
+        await go_on.wait()
+        return number
+
+    monkeypatch.setattr(lab.ports, "reserve", slow)
+    starting = asyncio.create_task(lab.run("a"))
+    await made.wait()
+    await lab.engine.sweep()
+    go_on.set()
+    await starting
+    assert lab.held() == lab.recorded()
+
+
+async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves, goes_on, reserves, is_answered = (asyncio.Event() for _ in range(4))
+    home, held, reserve = lab.gateway._home, lab.ports.held, lab.ports.reserve
+
+    async def slow_move() -> None:
+        monkeypatch.setattr(home, "apply", nothing)
+        moves.set()
+        await goes_on.wait()
+
+    async def slow_list() -> Iterable[tuple[str, int, str]]:
+        await slow_move()
+        return await held()
+
+    async def slow_reserve(*arguments: Any) -> int:
+        number = await reserve(*arguments)
+        reserves.set()
+        await is_answered.wait()
+        return number
+
+    monkeypatch.setattr(home, "remove", nothing, raising=False)
+    monkeypatch.setattr(home, "apply", slow_move)
+    monkeypatch.setattr(lab.ports, "held", slow_list)
+    monkeypatch.setattr(lab.ports, "reserve", slow_reserve)
+    moving = asyncio.create_task(lab.gateway.move(None))
+    await moves.wait()
+    starting = asyncio.create_task(lab.run("a"))
+    await reserves.wait()
+    goes_on.set()
+    await moving
+    is_answered.set()
+    await starting
+    assert lab.held() == lab.recorded()
 
 
 async def test_what_cannot_be_freed_for_one_container_keeps_no_sweep_from_the_others(lab: Lab) -> None:

@@ -3,16 +3,27 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from skep.engine import lifecycle
-from skep.engine.container import Container, MountPoint, NotRunning, ProcessName, StillRunning
+from skep.engine.container import (
+    BeingRemoved,
+    Container,
+    MountPoint,
+    NotRunning,
+    PlainOptions,
+    ProcessName,
+    StillRunning,
+)
 from skep.engine.engine import Engine
 from skep.engine.volumes import MountFailed, Part
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
+from skep.model.sandbox import EndpointRequest, NetworkMode
 from tests.support.oci_rig import Machine, memory_engine, new_container
 from tests.support.wire_rig import until
 
@@ -149,13 +160,14 @@ async def test_a_start_whose_caller_is_cancelled_again_and_again_has_its_turn_to
     for _ in range(2):
         starting.cancel()
         await asyncio.wait([starting], timeout=0)
-    await asyncio.wait([starting])
     removing = asyncio.create_task(rig.engine.remove(container.id, force=True))
     await asyncio.wait([removing], timeout=0)
     assert rig.engine._lifecycle.turns.is_taken(container.id)
     assert rig.engine._lifecycle._starting._value == PLACES - 1
+    assert not starting.done()
     rig.open("start")
     await removing
+    assert starting.cancelled()
     assert rig.engine._lifecycle._starting._value == PLACES
     assert rig.machine.ended[container.id].is_set(), "it was started before"
 
@@ -210,7 +222,7 @@ async def test_a_removal_that_is_given_up_leaves_a_forced_one_its_means(rig: Rig
     assert not rig.engine.has(container.id)
 
 
-async def test_a_forced_removal_that_fails_leaves_the_next_one_its_means(rig: Rig) -> None:
+async def test_a_start_that_has_waited_for_a_removal_that_failed_is_refused(rig: Rig) -> None:
     (container,) = await rig.containers(1)
     gate, discard = asyncio.Event(), rig.engine.bundles.discard
 
@@ -220,11 +232,10 @@ async def test_a_forced_removal_that_fails_leaves_the_next_one_its_means(rig: Ri
         raise OSError("busy")
 
     rig.patch.setattr(rig.engine.bundles, "discard", refuse_once)
-    rig.gates["mount"].clear()
     lifecycle = rig.engine._lifecycle
     refused = asyncio.create_task(lifecycle.remove(container.id, force=True))
     await until(lambda: rig.engine.bundles.discard == discard)
-    starting = asyncio.create_task(rig.engine.start(container.id))
+    starting = asyncio.create_task(lifecycle.start(container.id))
     await asyncio.wait([starting], timeout=0)
     removing = asyncio.create_task(lifecycle.remove(container.id, force=True))
     await asyncio.wait([removing], timeout=0)
@@ -233,7 +244,7 @@ async def test_a_forced_removal_that_fails_leaves_the_next_one_its_means(rig: Ri
         await refused
     async with asyncio.timeout(10):
         await removing
-    with pytest.raises(NotRunning, match="is being removed"):
+    with pytest.raises(BeingRemoved):
         await starting
 
 
@@ -250,17 +261,37 @@ async def test_a_removal_that_is_not_forced_waits_for_the_start(rig: Rig) -> Non
         await removing
 
 
-async def test_a_container_whose_forced_removal_failed_can_be_started(rig: Rig) -> None:
-    (container,) = await rig.containers(1)
+async def test_a_container_whose_removal_failed_or_goes_on_is_not_started_and_stays_as_it_is(
+    rig: Rig,
+) -> None:
+    """What is left of it may be a part: Docker refuses it in the same words."""
+    container = await rig.engine.add(replace(new_container("c"), plain=PlainOptions(mode=NetworkMode.BRIDGE)))
+    refused = partial(pytest.raises, BeingRemoved, match="marked for removal and cannot be started")
 
     async def refuse(*_: object) -> None:
+        with refused():  # while it goes on
+            await rig.engine.start(container.id)
         raise OSError("busy")
 
     with rig.patch.context() as patch:
         patch.setattr(rig.engine.bundles, "discard", refuse)
         with pytest.raises(Unavailable):
             await rig.engine.remove(container.id, force=True)
-    assert (await rig.started(container)).is_running
+    with refused():
+        await rig.engine.start(container.id)
+    with refused():
+        await rig.engine.restart(container.id, ignore_stop=True)
+    request, id = EndpointRequest(network="front"), container.id
+    for operation in (
+        rig.engine.update(id, nano_cpus=0, memory_bytes=1 << 26, pids=0),
+        rig.engine.rename(id, "another"),
+        rig.engine.networks.connect(id, request),
+        rig.engine.networks.disconnect(id, "front"),
+    ):
+        with pytest.raises(BeingRemoved):
+            await operation
+    await rig.engine.remove(container.id)
+    assert not rig.engine.list()
 
 
 async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
