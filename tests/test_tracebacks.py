@@ -31,7 +31,7 @@ def without_line() -> TracebackType:
 
 def test_an_entry_without_a_line_has_the_first_of_its_function() -> None:
     entry = without_line()
-    assert entry.tb_lineno is None
+    assert entry.tb_lineno in (None, -1), "by the version of Python"
     shown = with_lines(TracebackType(entry, entry.tb_frame, 0, 7))
     assert shown is not None
     assert shown.tb_next is not None
@@ -60,7 +60,8 @@ def test_pytest_shows_what_it_could_not() -> None:
     call = pytest.CallInfo.from_call(fail, "call")
     assert call.excinfo is not None
     call.excinfo = pytest.ExceptionInfo.from_exception(call.excinfo.value.with_traceback(without_line()))
-    with pytest.raises(TypeError):
-        call.excinfo.getrepr()
+    if without_line().tb_lineno is None:
+        with pytest.raises(TypeError):
+            call.excinfo.getrepr()
     next(ShownTracebacks().pytest_runtest_makereport(call))
     assert "out of time" in str(call.excinfo.getrepr())

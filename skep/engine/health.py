@@ -20,6 +20,7 @@ from skep.engine.attachment import Attachment
 from skep.engine.container import Container, ContainerState, ExecConfig, Health, HealthStatus, Probe
 from skep.engine.events import Events
 from skep.engine.execs import KILLED_S, Execs
+from skep.engine.processes import is_alive
 from skep.engine.state import ContainerStore
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.container import HealthConfig
@@ -168,6 +169,9 @@ class HealthMonitor:
             probe = await self._probe(container, config)
             self.count += 1
             self.failures += probe.exit_code != SUCCESS
+            process = self._store.get(id).process
+            if process is not None and not is_alive(process):
+                await self._wait_ended(id)  # runc fails to enter what is ending
             if not self._store.get(id).is_running:
                 return  # it ended meanwhile: the result means nothing
             health = after_probe(config, before, probe, began_s)

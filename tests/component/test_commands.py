@@ -1,5 +1,6 @@
 """Commands that look at services, nodes and networks, against a real manager's API."""
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -83,5 +84,7 @@ async def test_logs_are_those_of_a_service_or_a_task_by_its_name(cluster: Cluste
     assert (by_name.services, by_name.tasks, by_name.tail) == ((), (second.id,), 7)
     assert by_id == by_name
     code, _, err = await cluster.run("logs", "some-container", DOCKER_API_VERSION="1.47")
-    assert (code, "page not found" in err) == (1, True), "containers are the node's"
+    assert code == 1
+    # Clients before 23 have words of their own.
+    assert re.search("page not found|No such container", err), "containers are the node's"
     assert len(cluster.logs.asked) == 3

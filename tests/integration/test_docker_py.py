@@ -232,7 +232,7 @@ def test_images_are_built_and_used_by_services(m1: TestNode, client: docker.Dock
     service = client.services.create("built:1", name="built")
     wait_until(lambda: b"salted" in b"".join(service.logs(stdout=True)), "the built image runs")
     service.remove()
-    wait_until(lambda: not client.containers.list(all=True, filters={"ancestor": "built:1"}), "it is gone")
+    wait_until(lambda: not client.api.containers(all=True, filters={"ancestor": "built:1"}), "it is gone")
     client.images.remove("built:1", force=True)
 
 

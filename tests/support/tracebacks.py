@@ -33,8 +33,9 @@ def with_lines(traceback: TracebackType | None) -> TracebackType | None:
         traceback = traceback.tb_next
     for entry in reversed(entries):
         line = entry.tb_lineno
-        first = entry.tb_frame.f_code.co_firstlineno
-        traceback = TracebackType(traceback, entry.tb_frame, entry.tb_lasti, first if line is None else line)
+        if line is None or line < 0:  # -1 in Python before 3.11.4
+            line = entry.tb_frame.f_code.co_firstlineno
+        traceback = TracebackType(traceback, entry.tb_frame, entry.tb_lasti, line)
     return traceback
 
 

@@ -208,6 +208,6 @@ async def test_variables_of_a_start_are_in_no_record(run: Runner, engine: Engine
     records = [path.read_bytes() for path in kept if path.is_file() and not path.is_symlink()]
     assert any(b"A=record" in content for content in records)
     assert not any(b"hidden value" in content for content in records)
-    run_files = [path for path in engine.bundles.bundle(container.id).rglob("*.json") if path.is_file()]
+    run_files = list(engine.bundles.bundle(container.id).glob("*.json"))
     assert run_files, "what runc has read"
     assert not any(b"hidden value" in path.read_bytes() for path in run_files)

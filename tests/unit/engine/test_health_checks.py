@@ -1,6 +1,7 @@
 """A container that goes away in the middle of its probe.  The runtime is one that says when a process has started."""
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from skep.aio.clock import SystemClock
 from skep.engine import health
 from skep.engine.attachment import Attachment
 from skep.engine.bundle import Bundles
-from skep.engine.container import Container, ContainerConfig, ContainerState, ExecConfig
+from skep.engine.container import Container, ContainerConfig, ContainerState, ExecConfig, ProcessName
 from skep.engine.events import Events
 from skep.engine.execs import STARTS_MAX, Execs
 from skep.engine.health import HealthMonitor
@@ -128,6 +129,24 @@ async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_m
     assert kept is not None
     assert kept.log == ()
     assert (rig.checks.count, rig.checks.failures) == (1, 1), "it was run all the same"
+
+
+async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_but_that_is_not_recorded_yet(
+    rig: Rig,
+) -> None:
+    rig.registry.change(
+        ID, process=ProcessName(pid=os.getpid(), start_ticks=1, boot_id="of an earlier process")
+    )
+    probing = asyncio.create_task(rig.checks.run(ID))
+    await rig.runtime.asked.wait()
+    rig.execs.forget(ID)
+    rig.runtime.go.set()  # and runc cannot enter it
+    await until(lambda: rig.checks.count == 1)
+    await asyncio.wait([probing], timeout=0.01)
+    assert rig.registry.get(ID).health == health.initial(CHECK)
+    assert not probing.done(), "nothing says yet that it is unhealthy"
+    rig.registry.change(ID, state=ContainerState.EXITED)
+    await asyncio.wait_for(probing, 5)
 
 
 async def test_an_exec_whose_container_is_removed_while_it_starts_is_none(rig: Rig) -> None:
