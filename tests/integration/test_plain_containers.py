@@ -231,7 +231,7 @@ def test_a_port_is_published_by_ipv6_too(m1: TestNode) -> None:
     assert shown["HostConfig"]["PortBindings"]["80/tcp"] == own
     taken = m1.docker("run", "-d", "--name", "late", *LABEL, "-p", "[::]:8088:80", IMAGE, *IDLE, check=False)
     assert "Bind for [::]:8088 failed: port is already allocated" in taken.stderr
-    assert "invalid IP address" in refused(m1, "create", "-p", "[::1%lo]:80:80", IMAGE)
+    assert "invalid ip address" in refused(m1, "create", "-p", "[::1%lo]:80:80", IMAGE).lower()
     said = refused(m1, "create", "-p", "[::1]:80:80/sctp", IMAGE)
     assert "--publish of 80/sctp on an address of IPv6" in said
     m1.docker("rm", "-f", "web")
@@ -351,7 +351,7 @@ def test_what_a_container_is_given_of_the_machine_is_shown_as_it_was_asked_for(m
         "MemorySwappiness": 7,
         "PidsLimit": 50,
         "BlkioDeviceReadBps": [{"Path": "/dev/loop0", "Rate": 1 << 20}],
-        "Annotations": annotations,
+        "Annotations": annotations or None,
         "CgroupParent": "mine",
         "MaskedPaths": None,
     }
