@@ -52,6 +52,7 @@ async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
         except asyncio.CancelledError:
             is_cancelled = True
     if is_cancelled:
+        whole.exception()  # or asyncio would log, at the end of the loop, that it was not retrieved
         raise asyncio.CancelledError
     ((result, error),) = whole.result()
     if error is not None:

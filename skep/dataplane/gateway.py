@@ -319,13 +319,13 @@ class Gateway:
             del self._holders[port]
 
     async def _restore_ports(self) -> None:
-        held = set(await self._reservations.held())
         wanted = {
             _reserved(port): (id, port, one.address)
             for id, one in self._sandboxes.items()
             for port in one.ports
         }
         self._holders = {port: id for port, (id, _, _) in wanted.items()}
+        held = set(await self._reservations.held())
         for key in sorted(wanted.keys() - held):
             try:
                 await self._reserve_one(*wanted[key])

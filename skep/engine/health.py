@@ -35,6 +35,8 @@ LOG_MAX = 5
 """Probes kept in the state."""
 OUTPUT_BYTES_MAX = 4096
 """Kept of a probe's output."""
+ENDED_S = 5.0
+"""For the end of a container to be recorded whose first process is gone."""
 SUCCESS = 0
 BROKEN = -1
 """Exit code of a probe that could not be run, or took too long."""
@@ -169,9 +171,10 @@ class HealthMonitor:
             probe = await self._probe(container, config)
             self.count += 1
             self.failures += probe.exit_code != SUCCESS
-            process = self._store.get(id).process
-            if process is not None and not is_alive(process):
-                await self._wait_ended(id)  # runc fails to enter what is ending
+            if probe.exit_code != SUCCESS and _has_ended(self._store.get(id)):
+                with suppress(TimeoutError):  # a thread of it, or its monitor, may hang: then it is a failure
+                    async with asyncio.timeout(ENDED_S):
+                        await self._wait_ended(id)
             if not self._store.get(id).is_running:
                 return  # it ended meanwhile: the result means nothing
             health = after_probe(config, before, probe, began_s)
@@ -243,6 +246,14 @@ class HealthMonitor:
                 raise Unavailable("the health check before, which was killed, has not ended") from error
         self._left.pop(id, None)
         self._execs.drop(left)
+
+
+def _has_ended(container: Container) -> bool:
+    """Whether its first process is gone, though that is not recorded yet: no probe can enter it."""
+    try:
+        return container.process is not None and not is_alive(container.process)
+    except OSError:  # no descriptor is left
+        return False
 
 
 async def _collect(attachment: Attachment, output: bytearray) -> None:

@@ -416,8 +416,9 @@ class Lifecycle:
         self.events.publish("destroy", container)
 
     async def _discard(self, id: ContainerId) -> None:
-        """Free everything.  Raises: Unavailable: something is left; the record stays until that has gone."""
-        container = self._store.require(id)
+        """Free everything, unless that is done.  Raises: Unavailable: something is left; its record stays."""
+        if (container := self._store.lookup(id)) is None:
+            return
         self.execs.forget(id)
         if container.state in (ContainerState.CREATED, ContainerState.REMOVING):
             await self._free_resources(container)

@@ -16,7 +16,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.race import Preempted, run_unless
-from skep.engine.container import Container, PlainOptions, StillRunning
+from skep.engine.container import BeingRemoved, Container, PlainOptions, StillRunning
 from skep.engine.events import Events
 from skep.errors import NotFound, ResourceExhausted, SkepError
 from skep.model.ids import ContainerId
@@ -98,7 +98,10 @@ class Containers(Protocol):
         """Raises: NotFound."""
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
-        """Start it by its policy; False: it runs, or its user has stopped it.  Raises: NotFound; SkepError; OSError."""
+        """Start it by its policy; False: it runs, or its user has stopped it.
+
+        Raises: NotFound; BeingRemoved; SkepError; OSError.
+        """
 
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
         """Raises: NotFound; StillRunning; SkepError; OSError."""
@@ -186,8 +189,8 @@ class RestartMonitor:
                         assert_never(next_)
                 # A reason that many containers have, such as a full disk: they are not all tried at one moment.
                 spread = 0.5 + 0.5 * self._rng()
-        except NotFound:
-            pass  # removed by its user meanwhile
+        except (NotFound, BeingRemoved):
+            pass  # by its user, meanwhile
         except Exception as error:
             log_error(error, "plain container left as it is", container=id)
         finally:
@@ -212,7 +215,7 @@ class RestartMonitor:
         return Rest()
 
     async def _start_again(self, id: ContainerId, due: StartAgain, wait_s: float) -> Next:
-        """Restart it after ``wait_s``; gives what follows.  Raises: NotFound."""
+        """Restart it after ``wait_s``; gives what follows.  Raises: NotFound; BeingRemoved."""
         before = self._containers.get(id).plain
         was_stopped = before is not None and before.is_stopped
         reset = self._resets[id] = asyncio.Event()
@@ -224,6 +227,8 @@ class RestartMonitor:
             del self._resets[id]
         try:
             await self._containers.restart(id, ignore_stop=was_stopped)
+        except BeingRemoved:
+            raise
         except (SkepError, OSError) as error:  # of a full disk, for example
             container = self._containers.get(id)  # what was not found may be one of its networks
             log.info("plain container not started again", container=id, reason=describe_error(error))

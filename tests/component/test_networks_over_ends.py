@@ -295,6 +295,24 @@ async def test_a_sweep_leaves_the_port_that_is_being_reserved(
     assert lab.held() == lab.recorded()
 
 
+async def test_a_sweep_leaves_ports_of_containers_that_could_not_be_taken_over_so_far(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = await lab.run("a")
+    live = {id: lab.engine.get(id).sandbox}
+
+    async def unanswered() -> Iterable[tuple[str, int, str]]:
+        raise Unavailable("the net process does not answer")
+
+    after = Lab(lab.gateway._state.parent, monkeypatch, lab.machine, lab.ports)
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.ports, "held", unanswered)
+        with pytest.raises(Unavailable):
+            await after.gateway.restore(live)
+    await after.gateway.sweep()
+    assert PORT in lab.ports.keys
+
+
 async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

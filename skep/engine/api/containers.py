@@ -36,7 +36,7 @@ from skep.engine.api.files import file_routes
 from skep.engine.api.pruning import is_prunable
 from skep.engine.api.queries import integer
 from skep.engine.capacity import processors
-from skep.engine.container import Container, ContainerState, NotRunning, WaitCondition
+from skep.engine.container import BeingRemoved, Container, ContainerState, NotRunning, WaitCondition
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
@@ -231,7 +231,7 @@ async def restart(served: Served, request: web.Request) -> web.StreamResponse:
     _require_startable(container)
     try:
         await served.engine.stop_and_start(container.id, _grace(request))
-    except (NotFound, NotRunning) as error:
+    except (NotFound, NotRunning, BeingRemoved) as error:
         raise type(error)(f"Cannot restart container {word}: {error}") from error
     except Unavailable as error:
         raise Untranslated(f"Cannot restart container {word}: {error}") from error

@@ -1,6 +1,7 @@
 """Work that a cancellation does not cut off."""
 
 import asyncio
+import gc
 
 import pytest
 
@@ -26,6 +27,21 @@ async def test_however_often_the_caller_is_cancelled_it_returns_once_the_work_ha
     await asyncio.wait([caller])
     assert caller.cancelled()
     assert is_over
+
+
+def test_nothing_is_logged_at_the_end_of_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(run_to_end(asyncio.Event().wait()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().stop()
+            await asyncio.Event().wait()
+
+    with pytest.raises(RuntimeError, match="stopped before"):
+        asyncio.run(main())
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_a_deadline_of_the_caller_is_met_once_the_work_has_ended() -> None:

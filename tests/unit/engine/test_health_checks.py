@@ -149,6 +149,22 @@ async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_b
     await asyncio.wait_for(probing, 5)
 
 
+async def test_a_failed_probe_counts_if_the_end_of_its_container_does_not_come(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "ENDED_S", 0.001)
+    rig.registry.change(
+        ID, process=ProcessName(pid=os.getpid(), start_ticks=1, boot_id="of an earlier process")
+    )
+    probing = asyncio.create_task(rig.checks.run(ID))
+    await rig.runtime.asked.wait()
+    rig.execs.forget(ID)
+    rig.runtime.go.set()
+    await until(lambda: _failures(rig) > 0)
+    rig.registry.change(ID, state=ContainerState.EXITED)
+    await asyncio.wait_for(probing, 5)
+
+
 async def test_an_exec_whose_container_is_removed_while_it_starts_is_none(rig: Rig) -> None:
     exec_id = rig.execs.create(ID, ExecConfig(command=("true",)))
     starting = asyncio.create_task(rig.execs.start(exec_id))

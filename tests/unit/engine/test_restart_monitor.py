@@ -12,7 +12,14 @@ import pytest
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import Clock
-from skep.engine.container import Container, ContainerState, PlainOptions, RestartPolicy, StillRunning
+from skep.engine.container import (
+    BeingRemoved,
+    Container,
+    ContainerState,
+    PlainOptions,
+    RestartPolicy,
+    StillRunning,
+)
 from skep.engine.events import Events
 from skep.engine.restart import FIRST_DELAY_S, LONGEST_DELAY_S, RestartMonitor
 from skep.errors import NotFound, Unavailable
@@ -303,3 +310,13 @@ def test_what_always_starts_after_a_reboot_is_retried_unless_it_is_stopped_again
         assert stubs.engine.get(ID).is_running is not stops_again
 
     with_engine(tmp_path, before, body=body)
+
+
+def test_a_container_whose_removal_has_failed_is_left_to_its_user() -> None:
+    async def body(one: OneContainer, clock: Clock) -> None:
+        one.refusals += [BeingRemoved("container is marked for removal and cannot be started")] * 100
+        one.end()
+        await clock.sleep(1000.0)
+        assert len(one.calls) == 1
+
+    watched(ALWAYS, body)

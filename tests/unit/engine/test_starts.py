@@ -294,6 +294,29 @@ async def test_a_container_whose_removal_failed_or_goes_on_is_not_started_and_st
     assert not rig.engine.list()
 
 
+async def test_a_removal_of_an_earlier_process_ends_when_the_container_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, tries = Rig(tmp_path, monkeypatch), 0
+    (container,) = await first.containers(1)
+
+    async def refuse(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError("busy")
+
+    monkeypatch.setattr(first.engine.bundles, "discard", refuse)
+    with pytest.raises(Unavailable):
+        await first.engine.remove(container.id)
+    second = Rig(tmp_path, monkeypatch)
+    monkeypatch.setattr(second.engine.bundles, "discard", refuse)
+    async with second.engine.running():
+        await until(lambda: tries > 1)
+        second.engine._store.forget(container.id)  # its user's `docker rm` went better
+        name = f"remove-{container.id[:12]}"
+        await until(lambda: name not in {task.get_name() for task in asyncio.all_tasks()})
+
+
 async def test_a_start_that_ends_while_the_process_ends_does_not_hold_that_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
