@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.playground_rig import IMAGE, TestNode
-from tests.support.plugins import plugin
+from tests.support.plugins import let_find, plugin
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -174,9 +174,7 @@ def test_the_build_cache_and_the_last_builds_are_shown_and_removed(m1: TestNode,
 @pytest.mark.parametrize("bakes", ["true", "false"])
 def test_compose_builds_services_with_what_their_files_say(m1: TestNode, tmp_path: Path, bakes: str) -> None:
     """By buildx, which it calls unless it is told not to, and by itself."""
-    (tmp_path / ".docker").mkdir()
-    plugins = {"cliPluginsExtraDirs": [str(plugin("docker-buildx").parent)]}
-    (tmp_path / ".docker" / "config.json").write_text(json.dumps(plugins))
+    let_find(tmp_path, "docker-buildx")
     for name in ("first", "second"):
         context(tmp_path / name, f"FROM {IMAGE}\nARG WORD\nRUN echo $WORD > /word\n")
     (tmp_path / "compose.yaml").write_text(

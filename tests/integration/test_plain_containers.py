@@ -328,7 +328,7 @@ def test_what_a_container_is_given_of_the_machine_is_shown_as_it_was_asked_for(m
         "--memory-swappiness=7",
         "--pids-limit=50",
     )
-    options += ("--device-read-bps=/dev/loop0:1mb", "--cgroup-parent=mine")
+    options += ("--cgroup-parent=mine",)
     annotations = (
         {"a": "b"} if "--annotation" in m1.docker("run", "--help").stdout else {}
     )  # clients since 24
@@ -350,12 +350,18 @@ def test_what_a_container_is_given_of_the_machine_is_shown_as_it_was_asked_for(m
         "MemorySwap": 96 << 20,
         "MemorySwappiness": 7,
         "PidsLimit": 50,
-        "BlkioDeviceReadBps": [{"Path": "/dev/loop0", "Rate": 1 << 20}],
         "Annotations": annotations or None,
         "CgroupParent": "mine",
         "MaskedPaths": None,
     }
     assert {name: host.get(name) for name in shown} == shown
+    # Clients 25 and 26 drop --device-read-bps (https://github.com/docker/cli/issues/5321).
+    client = m1.client().api
+    rates = [{"Path": "/dev/loop0", "Rate": 1 << 20}]
+    made = client.create_container(
+        IMAGE, labels=["plain"], host_config=client.create_host_config(device_read_bps=rates)
+    )
+    assert client.inspect_container(made["Id"])["HostConfig"]["BlkioDeviceReadBps"] == rates
     within = (
         "run",
         "--rm",

@@ -36,9 +36,13 @@ class Authority:
     ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+        own = x509.SubjectKeyIdentifier.from_public_key(key)
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         builder = x509.CertificateBuilder(self._name, name, key, x509.random_serial_number())
         return (
-            builder.not_valid_before(now - datetime.timedelta(hours=1))
+            builder.add_extension(own, critical=False)  # both are required by Python since 3.13
+            .add_extension(issuer, critical=False)
+            .not_valid_before(now - datetime.timedelta(hours=1))
             .not_valid_after(now + datetime.timedelta(hours=1))
             .add_extension(x509.BasicConstraints(ca=is_root, path_length=None), critical=True)
             .add_extension(names, critical=False)

@@ -1,6 +1,7 @@
 """The routes of one node's containers on a unix socket, asked as clients ask them."""
 
 import asyncio
+import io
 import json
 import subprocess
 from collections.abc import AsyncIterator, Mapping
@@ -36,7 +37,10 @@ class Api:
         self, method: str, path: str, data: Any = None, version: str = "1.41"
     ) -> tuple[int, bytes, Mapping[str, str]]:
         """Status, body and headers of a request with a body of bytes, or of pieces."""
-        async with self._session.request(method, f"http://node/v{version}{path}", data=data) as response:
+        body = (
+            io.BytesIO(data) if isinstance(data, bytes) else data
+        )  # aiohttp warns of large ones that are not
+        async with self._session.request(method, f"http://node/v{version}{path}", data=body) as response:
             return response.status, await response.read(), dict(response.headers)
 
     async def hijack(self, path: str, body: Any = None, version: str = "1.41") -> "Raw":

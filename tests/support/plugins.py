@@ -1,5 +1,6 @@
 """The docker command's plug-ins of today, as ``setup/plugins.sh`` places them."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,3 +19,10 @@ def plugin(name: str) -> Path:
         assert missing.exists(), f"{name} is not in {_PLACE}: make setup places it"
         pytest.skip(missing.read_text().strip())
     return _PLACE / name
+
+
+def let_find(home: Path, name: str) -> None:
+    """A docker command with this home directory has the plug-in ``name`` (``plugin``)."""
+    (home / ".docker").mkdir(exist_ok=True)
+    config = {"cliPluginsExtraDirs": [str(plugin(name).parent)]}
+    (home / ".docker" / "config.json").write_text(json.dumps(config))

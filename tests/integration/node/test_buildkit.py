@@ -1,4 +1,7 @@
-"""``docker build`` by BuildKit's session protocol, as the docker command of 20.10 speaks it, on real runc."""
+"""``docker build`` by BuildKit's session protocol, as the machine's docker command speaks it, on real runc.
+
+Clients before 23 speak it themselves, later ones by the plug-in buildx.
+"""
 
 import asyncio
 import os
@@ -9,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ import pytest
 from skep.engine.images.listing import ImageFilter, select
 from tests.support.build_lab import BASE, LIMIT_S, BuildLab, Said, build_lab
 from tests.support.playground_rig import CLIS, wait_until
+from tests.support.plugins import let_find
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -38,9 +43,19 @@ def left_by_builds(lab: BuildLab) -> list[str]:
     return [*map(str, lab.images.scratch.iterdir()), *(container.name for container in lab.engine.list())]
 
 
+@cache
+def needs_buildx() -> bool:
+    said = subprocess.run(
+        [CLIS[0], "--version"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    return int(said.removeprefix("Docker version ").partition(".")[0]) >= 23
+
+
 async def started(
     lab: BuildLab, context: Path, *options: str, **environment: str
 ) -> asyncio.subprocess.Process:
+    if needs_buildx():
+        let_find(lab.root, "docker-buildx")
     return await asyncio.create_subprocess_exec(
         *(CLIS[0], "build", *options, str(context)),
         stdin=asyncio.subprocess.DEVNULL,
