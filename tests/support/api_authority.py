@@ -8,6 +8,18 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+USES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+
 
 class Authority:
     """An authority that signs a server's and a client's certificate; files as dockerd's ``--tls...`` take them."""
@@ -39,9 +51,12 @@ class Authority:
         own = x509.SubjectKeyIdentifier.from_public_key(key)
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         builder = x509.CertificateBuilder(self._name, name, key, x509.random_serial_number())
+        uses = dict.fromkeys(USES, False) | {"key_cert_sign": is_root, "digital_signature": True}
         return (
-            builder.add_extension(own, critical=False)  # both are required by Python since 3.13
+            # Python since 3.13 wants these three.
+            builder.add_extension(own, critical=False)
             .add_extension(issuer, critical=False)
+            .add_extension(x509.KeyUsage(**uses), critical=True)
             .not_valid_before(now - datetime.timedelta(hours=1))
             .not_valid_after(now + datetime.timedelta(hours=1))
             .add_extension(x509.BasicConstraints(ca=is_root, path_length=None), critical=True)

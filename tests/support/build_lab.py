@@ -13,7 +13,8 @@ from typing import Any, cast
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.api.server import application
+from skep.api.responses import json_response
+from skep.api.server import Routes, application
 from skep.engine.api.routes import engine_routes
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
@@ -137,7 +138,7 @@ async def build_lab(root: Path, limits: Limits | None = None) -> AsyncIterator[B
         executor = lab.executor()
         async with executor.running():
             built = BuildLab(root, lab, executor.engine)
-            app = application(engine_routes(executor.engine, SystemClock()))
+            app = application(_node_routes(), engine_routes(executor.engine, SystemClock()))
             runner = web.AppRunner(app, handler_cancellation=True)
             await runner.setup()
             await web.UnixSite(runner, str(built.socket)).start()
@@ -145,6 +146,26 @@ async def build_lab(root: Path, limits: Limits | None = None) -> AsyncIterator[B
                 yield built
             finally:
                 await runner.cleanup()
+
+
+def _node_routes() -> Routes:
+    """What buildx asks the node itself, which is none here."""
+    routes = Routes()
+
+    @routes.head("/_ping")
+    @routes.get("/_ping")
+    async def ping(_: web.Request) -> web.StreamResponse:
+        return web.Response(headers={"Builder-Version": "2"})
+
+    @routes.get("/version")
+    async def version(_: web.Request) -> web.StreamResponse:
+        return json_response({"ApiVersion": "1.41", "Os": "linux", "Arch": "amd64"})
+
+    @routes.get("/info")
+    async def info(_: web.Request) -> web.StreamResponse:
+        return json_response({"OSType": "linux", "Driver": "overlay2"})
+
+    return routes
 
 
 async def _load_base(images: ImageStore, tree: Path) -> None:
