@@ -1,6 +1,7 @@
 """What all tests share: options, their order, needs of the machine."""
 
 import os
+import platform
 import re
 import shutil
 import sys
@@ -67,8 +68,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Integration tests come after all others; names are the same in every process."""
+    if not may_have_chromium():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("chromium")])
+        items[:] = [item for item in items if not item.get_closest_marker("chromium")]
     if passing := [item.nodeid for item in items if NAME_OF_ONE_PROCESS.search(item.nodeid)]:
         raise pytest.UsageError(f"the name of a test differs from process to process: {passing[0]}")
     items.sort(key=lambda item: item.nodeid.startswith("tests/integration/"))
@@ -86,6 +90,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if may_skip(os.environ):
         pytest.skip(reason)
     pytest.fail(reason, pytrace=False)
+
+
+def may_have_chromium() -> bool:
+    """Whether it is there, or ``setup/browser.sh`` can install it: Ubuntu's package is a snap."""
+    return shutil.which("chromium") is not None or platform.freedesktop_os_release()["ID"] == "debian"
 
 
 def may_skip(environment: Mapping[str, str]) -> bool:

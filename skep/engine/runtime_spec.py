@@ -321,7 +321,7 @@ def _default_mounts(config: ContainerConfig, shared: Shared) -> list[dict[str, A
     ]
     shm = "/dev/shm" if options.ipc_mode == "host" else shared.shm
     if shm:
-        mounts.append({**_bind(shm, "/dev/shm", read_only=False), "options": ["rbind", "rw", "rprivate"]})
+        mounts.append({**_bind(shm, "/dev/shm", read_only=False), "options": ["rbind", "rprivate"]})
     elif options.ipc_mode != "none":
         mounts.append(entry("/dev/shm", "tmpfs", "shm", *safe, "mode=1777", f"size={config.shm_bytes}"))
     return mounts
@@ -360,7 +360,8 @@ def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
 
 
 def _bind(source: str, destination: str, *, read_only: bool) -> dict[str, Any]:
-    options = ["rbind", "ro" if read_only else "rw"]
+    # Without "rw": runc since 1.2 takes it for a change of flags, and drops the source's noexec, nosuid and nodev.
+    options = ["rbind", *(["ro"] if read_only else [])]
     return {"destination": destination, "type": "bind", "source": source, "options": options}
 
 

@@ -11,6 +11,8 @@ from tests.browser.made_up_cluster import KINDS, MadeUpCluster, make
 from tests.browser.served_cluster import served
 from tests.support.browser import a_browser, a_page
 
+pytestmark = pytest.mark.chromium
+
 HOSTILE = "<img src=x onerror=alert(1)>\u202e<script>alert(2)</script>"
 
 

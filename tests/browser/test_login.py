@@ -14,6 +14,8 @@ from tests.support.api_authority import an_authority
 from tests.support.browser import a_browser, a_page
 from tests.support.dashboard_rig import Clock, a_dashboard_server
 
+pytestmark = pytest.mark.chromium
+
 
 async def _log_in(page: Page, token: str) -> None:
     await page.get_by_label("Token").fill(token)

@@ -16,6 +16,8 @@ from tests.browser.made_up_cluster import KINDS, make, step
 from tests.browser.served_cluster import served
 from tests.support.browser import MARK_FIRST_HIVE, a_browser, a_page, until_true
 
+pytestmark = pytest.mark.chromium
+
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "wide": (2560, 1440)}
 PAGES = ("hive", "services", "nodes", "tasks", "networks", "stacks", "volumes", "secrets", "events")

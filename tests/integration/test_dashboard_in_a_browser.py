@@ -13,7 +13,7 @@ from tests.support.browser import a_browser, a_page, require_chromium
 from tests.support.dashboard_rig import skep_ui
 from tests.support.playground_rig import IDLE, IMAGE, TestCluster, a_playground, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.chromium, pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture

@@ -286,7 +286,7 @@ def test_a_shared_mount_makes_the_root_shared() -> None:
     shared = MountPoint(type="bind", source="/s", destination="/s", propagation="rshared")
     specification = built(mounts=(shared,)).specification
     assert specification["linux"]["rootfsPropagation"] == "shared"
-    assert specification["mounts"][-1]["options"] == ["rbind", "rw", "rshared"]
+    assert specification["mounts"][-1]["options"] == ["rbind", "rshared"]
 
 
 def test_an_exec_inherits_the_containers_surroundings() -> None:
