@@ -71,8 +71,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Integration tests come after all others; names are the same in every process."""
     if not may_have_chromium():
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("chromium")])
-        items[:] = [item for item in items if not item.get_closest_marker("chromium")]
+        left_out = [item for item in items if item.get_closest_marker("chromium")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     if passing := [item.nodeid for item in items if NAME_OF_ONE_PROCESS.search(item.nodeid)]:
         raise pytest.UsageError(f"the name of a test differs from process to process: {passing[0]}")
     items.sort(key=lambda item: item.nodeid.startswith("tests/integration/"))

@@ -324,6 +324,7 @@ class Gateway:
             for id, one in self._sandboxes.items()
             for port in one.ports
         }
+        # Known before anything is waited for: a sweep releases what has no holder.
         self._holders = {port: id for port, (id, _, _) in wanted.items()}
         held = set(await self._reservations.held())
         for key in sorted(wanted.keys() - held):

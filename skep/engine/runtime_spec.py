@@ -321,7 +321,7 @@ def _default_mounts(config: ContainerConfig, shared: Shared) -> list[dict[str, A
     ]
     shm = "/dev/shm" if options.ipc_mode == "host" else shared.shm
     if shm:
-        mounts.append({**_bind(shm, "/dev/shm", read_only=False), "options": ["rbind", "rprivate"]})
+        mounts.append(_bind(shm, "/dev/shm", "rprivate", read_only=False))
     elif options.ipc_mode != "none":
         mounts.append(entry("/dev/shm", "tmpfs", "shm", *safe, "mode=1777", f"size={config.shm_bytes}"))
     return mounts
@@ -345,8 +345,8 @@ def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
             "source": "tmpfs",
             "options": [*point.options, *(["ro"] if point.read_only else [])],
         }
-    mount = _bind(point.source, point.destination, read_only=point.read_only)
-    mount["options"] = [*mount["options"], point.propagation or "rprivate", *point.options]
+    options = (point.propagation or "rprivate", *point.options)
+    mount = _bind(point.source, point.destination, *options, read_only=point.read_only)
     if "bind" in point.options:
         mount["options"].remove("rbind")
     if point.read_only_below and not capacity.has_recursive_read_only:
@@ -359,10 +359,10 @@ def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
     return mount
 
 
-def _bind(source: str, destination: str, *, read_only: bool) -> dict[str, Any]:
+def _bind(source: str, destination: str, *options: str, read_only: bool) -> dict[str, Any]:
     # Without "rw": runc since 1.2 takes it for a change of flags, and drops the source's noexec, nosuid and nodev.
-    options = ["rbind", *(["ro"] if read_only else [])]
-    return {"destination": destination, "type": "bind", "source": source, "options": options}
+    all_options = ["rbind", *(["ro"] if read_only else []), *options]
+    return {"destination": destination, "type": "bind", "source": source, "options": all_options}
 
 
 def _without_overridden(mounts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

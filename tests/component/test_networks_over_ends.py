@@ -37,6 +37,20 @@ def nothing_is_held(lab: Lab) -> bool:
     return not any(lab.held().values())
 
 
+def slow_reservations(lab: Lab, patch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """From now on a port is held (the first event is set then) before that is answered (once the second is set)."""
+    reserve, is_held, is_answered = lab.ports.reserve, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments: Any) -> int:
+        number = await reserve(*arguments)
+        is_held.set()
+        await is_answered.wait()
+        return number
+
+    patch.setattr(lab.ports, "reserve", slow)
+    return is_held, is_answered
+
+
 @pytest.mark.parametrize("address", ["10.5.0.10", ""])
 async def test_a_container_that_was_connected_while_it_ran_ends_and_starts_again(
     lab: Lab, address: str
@@ -278,19 +292,11 @@ async def test_a_port_whose_reservation_was_never_answered_is_released_by_the_sw
 async def test_a_sweep_leaves_the_port_that_is_being_reserved(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reserve, made, go_on = lab.ports.reserve, asyncio.Event(), asyncio.Event()
-
-    async def slow(*arguments: Any) -> int:
-        number = await reserve(*arguments)
-        made.set()
-        await go_on.wait()
-        return number
-
-    monkeypatch.setattr(lab.ports, "reserve", slow)
+    is_held, is_answered = slow_reservations(lab, monkeypatch)
     starting = asyncio.create_task(lab.run("a"))
-    await made.wait()
+    await is_held.wait()
     await lab.engine.sweep()
-    go_on.set()
+    is_answered.set()
     await starting
     assert lab.held() == lab.recorded()
 
@@ -316,8 +322,8 @@ async def test_a_sweep_leaves_ports_of_containers_that_could_not_be_taken_over_s
 async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moves, goes_on, reserves, is_answered = (asyncio.Event() for _ in range(4))
-    home, held, reserve = lab.gateway._home, lab.ports.held, lab.ports.reserve
+    moves, goes_on = asyncio.Event(), asyncio.Event()
+    home, held = lab.gateway._home, lab.ports.held
 
     async def slow_move() -> None:
         monkeypatch.setattr(home, "apply", nothing)
@@ -328,20 +334,14 @@ async def test_a_container_that_comes_as_the_bridge_moves_keeps_its_port(
         await slow_move()
         return await held()
 
-    async def slow_reserve(*arguments: Any) -> int:
-        number = await reserve(*arguments)
-        reserves.set()
-        await is_answered.wait()
-        return number
-
+    is_held, is_answered = slow_reservations(lab, monkeypatch)
     monkeypatch.setattr(home, "remove", nothing, raising=False)
     monkeypatch.setattr(home, "apply", slow_move)
     monkeypatch.setattr(lab.ports, "held", slow_list)
-    monkeypatch.setattr(lab.ports, "reserve", slow_reserve)
     moving = asyncio.create_task(lab.gateway.move(None))
     await moves.wait()
     starting = asyncio.create_task(lab.run("a"))
-    await reserves.wait()
+    await is_held.wait()
     goes_on.set()
     await moving
     is_answered.set()
@@ -371,21 +371,13 @@ async def test_what_cannot_be_freed_for_one_container_keeps_no_sweep_from_the_ot
 async def test_a_port_that_is_reserved_when_the_caller_leaves_is_released(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on, reserve = asyncio.Event(), asyncio.Event(), lab.ports.reserve
-
-    async def wait(*key: Any) -> int:
-        number = await reserve(*key)
-        begun.set()
-        await go_on.wait()
-        return number
-
-    monkeypatch.setattr(lab.ports, "reserve", wait)
+    is_held, is_answered = slow_reservations(lab, monkeypatch)
     port = PublishedPort(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     leaving = asyncio.create_task(lab.gateway.connect(ContainerId("c"), Path("/none"), "eth0", [port]))
-    await begun.wait()
+    await is_held.wait()
     leaving.cancel()
     await asyncio.sleep(0)
-    go_on.set()
+    is_answered.set()
     await asyncio.wait([leaving])
     assert leaving.cancelled()
     assert nothing_is_held(lab)

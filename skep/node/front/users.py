@@ -133,9 +133,6 @@ class Users:
 
     def _end_revoked(self) -> None:
         for transport, (credential, identity) in tuple(self._open.items()):
-            if transport.is_closing():
-                del self._open[transport]
-                continue
             try:
                 is_same = self.identify(credential) == identity
             except SkepError:
@@ -143,6 +140,7 @@ class Users:
             if not is_same:
                 log.info("api connection ended: its user's rights have changed", user=identity.name)
                 transport.abort()
+            if not is_same or transport.is_closing():
                 del self._open[transport]
 
     # --- what the manager process sends -----------------------------------------------------------------------

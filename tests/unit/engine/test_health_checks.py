@@ -27,6 +27,7 @@ from tests.support.wire_rig import until
 
 ID = ContainerId("c" * 64)
 CHECK = HealthConfig(test=("CMD", "true"), interval=1_000_000)
+ENDED = ProcessName(pid=os.getpid(), start_ticks=1, boot_id="of an earlier process")
 
 
 class NoDisk:
@@ -134,9 +135,7 @@ async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_m
 async def test_the_result_of_a_probe_is_discarded_when_its_container_has_ended_but_that_is_not_recorded_yet(
     rig: Rig,
 ) -> None:
-    rig.registry.change(
-        ID, process=ProcessName(pid=os.getpid(), start_ticks=1, boot_id="of an earlier process")
-    )
+    rig.registry.change(ID, process=ENDED)
     probing = asyncio.create_task(rig.checks.run(ID))
     await rig.runtime.asked.wait()
     rig.execs.forget(ID)
@@ -153,9 +152,7 @@ async def test_a_failed_probe_counts_if_the_end_of_its_container_does_not_come(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "ENDED_S", 0.001)
-    rig.registry.change(
-        ID, process=ProcessName(pid=os.getpid(), start_ticks=1, boot_id="of an earlier process")
-    )
+    rig.registry.change(ID, process=ENDED)
     probing = asyncio.create_task(rig.checks.run(ID))
     await rig.runtime.asked.wait()
     rig.execs.forget(ID)
