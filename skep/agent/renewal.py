@@ -114,14 +114,25 @@ class KeyPairCredentials:
             self._wanted.set()
 
     def take_roots(self, root_pem: bytes) -> None:
-        """Trust the roots that a manager has sent."""
-        if root_pem and root_pem != self.pair.root_pem:
-            try:
-                self._adopt(self.pair.with_root(root_pem))
-            except OSError as error:  # the next message has them again
-                log_error(error, "the cluster's root certificates not written")
-                return
-            log.info("the cluster's root certificates changed")
+        """Trust the roots that a manager has sent, unless they cannot be read: no manager could be reached any more.
+
+        Source: swarmkit, node/node.go (updateRootCA).
+        """
+        if not root_pem or root_pem == self.pair.root_pem:
+            return
+        pair = self.pair.with_root(root_pem)
+        try:
+            client_context(pair)
+            tls_info_of(pair)
+        except (SkepError, OSError, ValueError) as error:
+            log.error("invalid root certificates from a manager", error=describe_error(error))
+            return
+        try:
+            self._adopt(pair)
+        except OSError as error:  # the next message has them again
+            log_error(error, "the cluster's root certificates not written")
+            return
+        log.info("the cluster's root certificates changed")
 
     @property
     def is_expired(self) -> bool:

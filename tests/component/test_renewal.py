@@ -50,6 +50,19 @@ async def renewed(cluster: Cluster, agent: Agent, before: int) -> None:
     assert agent.registered.is_set()
 
 
+BROKEN = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+
+
+async def test_roots_that_cannot_be_read_are_not_taken(cluster, tmp_path):
+    async with an_agent(cluster, await a_worker(cluster, tmp_path), tmp_path) as (agent, _):
+        before = pair_of(agent)
+        for sent in (b"garbage", BROKEN, before.root_pem + BROKEN, b"\xff" + before.root_pem):
+            agent._credentials.take_roots(sent)
+            assert pair_of(agent) is before, sent
+        agent.renew_certificate()  # by a new connection
+        await renewed(cluster, agent, before.certificate.serial_number)
+
+
 async def test_a_disk_that_refuses_the_certificate_is_no_end_of_the_session(cluster, tmp_path, monkeypatch):
     pair = aged(cluster, await a_worker(cluster, tmp_path), days=89)
     save, refused = keypair.save, []
