@@ -207,7 +207,7 @@ class ContainerNetwork:
             if self._naming is not None:
                 await self._naming.attach(config, joined)
         except BaseException:
-            await asyncio.shield(self._cut(config, joined, sandbox, (endpoint,)))
+            await asyncio.shield(self._undo_connect(config, joined, sandbox, endpoint))
             raise
         return joined
 
@@ -218,7 +218,7 @@ class ContainerNetwork:
         left = msgspec.structs.replace(sandbox, endpoints=kept)
         if not needs_way_out(config.mode, [one.config for one in kept]):
             left = _without_way_out(left)
-        await asyncio.shield(self._cut(config, sandbox, left, gone))
+        await asyncio.shield(self._leave(config, sandbox, left, gone))
         return left
 
     async def change_bridge(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
@@ -229,7 +229,7 @@ class ContainerNetwork:
         """
         if not needs_way_out(config.mode, [one.config for one in sandbox.endpoints]):
             left = _without_way_out(sandbox)
-            await asyncio.shield(self._cut(config, sandbox, left, ()))
+            await asyncio.shield(self._cut(config, sandbox, left))
             return left
         if sandbox.address:
             changed = msgspec.structs.replace(sandbox, is_open=config.mode is NetworkMode.BRIDGE)
@@ -240,7 +240,7 @@ class ContainerNetwork:
             joined = await self._way_out(config, sandbox)
             await self._overlays.change(config.id, (), joined)
         except BaseException:
-            await asyncio.shield(self._cut(config, joined, sandbox, ()))
+            await asyncio.shield(self._cut(config, joined, sandbox))
             raise
         return joined
 
@@ -252,23 +252,35 @@ class ContainerNetwork:
         if sandbox is not None:
             await self._allocation.rename(config, sandbox)
 
-    async def _cut(
+    async def _leave(
         self, config: SandboxConfig, before: Sandbox, left: Sandbox, gone: Iterable[EndpointConfig]
     ) -> None:
-        """Make ``left`` of what a running container had."""
-        kept = {one.port for one in left.endpoints}
+        await self._cut(config, before, left)
+        # Only now: a container that could not be cut off keeps its addresses, and so does its record.
+        await self._allocation.leave(config.id, gone)
+
+    async def _undo_connect(
+        self, config: SandboxConfig, joined: Sandbox, before: Sandbox, endpoint: EndpointConfig
+    ) -> None:
         try:
-            if before.address and not left.address:
-                await self._gateway.cut(config.id, before)
-            removed = [one for one in before.endpoints if one.port not in kept]
-            await self._overlays.change(config.id, removed, left)
-            if self._naming is not None:
-                if left.endpoints:
-                    await self._naming.attach(config, left)
-                else:
-                    await self._naming.detach(config.id)
+            await self._cut(config, joined, before)
         finally:
-            await self._allocation.leave(config.id, gone)
+            # What it could not be cut off from is freed with its end.
+            if endpoint.head.id not in {one.network_id for one in self._overlays.endpoints_of(config.id)}:
+                await self._allocation.leave(config.id, (endpoint,))
+
+    async def _cut(self, config: SandboxConfig, before: Sandbox, left: Sandbox) -> None:
+        """Make ``left`` of what a running container had.  Raises: SkepError; OSError."""
+        kept = {one.port for one in left.endpoints}
+        if before.address and not left.address:
+            await self._gateway.cut(config.id, before)
+        removed = [one for one in before.endpoints if one.port not in kept]
+        await self._overlays.change(config.id, removed, left)
+        if self._naming is not None:
+            if left.endpoints:
+                await self._naming.attach(config, left)
+            else:
+                await self._naming.detach(config.id)
 
     async def _way_out(self, config: SandboxConfig, sandbox: Sandbox) -> Sandbox:
         """``sandbox`` with an interface on the gateway bridge.  Raises: SkepError."""

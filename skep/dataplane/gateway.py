@@ -215,16 +215,21 @@ class Gateway:
                     )
         if self.users():
             raise FailedPrecondition("containers are on the node's gateway bridge")
-        self._addresses = None  # no more addresses of the old subnet
-        # With all its addresses: it may have others than the wanted state.
-        await self._home.remove(self._bridge)
-        if subnet is None:
-            self._state.unlink(missing_ok=True)
-        else:
-            _save(self._state, subnet)
-        async with self._changing:
-            await self._choose_addresses()
-            await self._apply()
+        before, self._addresses = self._addresses, None  # no more addresses of the old subnet
+        try:
+            # With all its addresses: it may have others than the wanted state.
+            await self._home.remove(self._bridge)
+            if subnet is None:
+                self._state.unlink(missing_ok=True)
+            else:
+                _save(self._state, subnet)
+            async with self._changing:
+                await self._choose_addresses()
+                await self._apply()
+        except BaseException:
+            if self._addresses is None:  # the next container has the bridge made again
+                self._addresses = before
+            raise
 
     async def _undo(self, container_id: ContainerId) -> None:
         sandbox = self._sandboxes.pop(container_id, None)

@@ -268,6 +268,37 @@ async def test_a_port_that_could_not_be_released_is_with_the_next_sweep(lab: Lab
     assert nothing_is_held(lab)
 
 
+@pytest.mark.parametrize("network", ["front", "over"])
+async def test_a_container_that_could_not_be_cut_off_a_network_keeps_its_address(
+    lab: Lab, network: str
+) -> None:
+    id = await lab.run("c")
+    await lab.connect(id, network)
+    await lab.engine.networks.disconnect(id, "bridge")
+    lab.ports.fails.append(Unavailable("the net process is not reached"))
+    with pytest.raises(Unavailable):
+        await lab.engine.networks.disconnect(id, network)
+    for part in ("addresses", "cluster", "wires"):
+        assert lab.held()[part] == lab.recorded()[part], part
+    await lab.engine.networks.disconnect(id, network)
+    assert nothing_is_held(lab)
+
+
+async def test_after_a_failed_move_of_the_bridge_containers_start_as_before(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_: str) -> None:
+        raise Unavailable("the kernel does not answer")
+
+    monkeypatch.setattr(lab.gateway._home, "remove", refuse, raising=False)
+    before = lab.gateway.subnet
+    with pytest.raises(Unavailable):
+        await lab.gateway.move(None)
+    assert lab.gateway.subnet == before
+    await lab.run("c")
+    assert lab.held() == lab.recorded()
+
+
 async def test_a_port_whose_reservation_was_never_answered_is_released_by_the_sweep(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
