@@ -1,7 +1,6 @@
 """The routing mesh of one node: follows the ingress network's table."""
 
 import asyncio
-import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -16,7 +15,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.dataplane.ingress.reply_routing import ReplyRouting
 from skep.dataplane.netns import conntrack, nft
-from skep.dataplane.netns.forwarding import forward_ipv6
+from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_nat_refusal
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.state import State
@@ -84,6 +83,8 @@ class Mesh:
         self._held: set[PortKey] | None = None
         self._plan: Plan | None = None
         self._forwards_ipv6 = False
+        self._nats_ipv6: bool | None = None
+        """Whether the kernel takes the rules of IPv6, which are one table with chains for that; None: not asked yet."""
         self._turn = asyncio.Lock()
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
@@ -200,7 +201,12 @@ class Mesh:
     # --- rules ----------------------------------------------------------------------------------------------------
 
     async def _write(self, wanted: Plan) -> None:
-        families = [family for family in FAMILIES if family is IPV4 or _has_ipv6()]
+        if self._nats_ipv6 is None:
+            refusal = await self._namespaces.run(self._namespaces.home, ipv6_nat_refusal)
+            self._nats_ipv6 = not refusal
+            if refusal:
+                log.info("ports are published by IPv4 alone", reason=refusal)
+        families = [family for family in FAMILIES if family is IPV4 or self._nats_ipv6]
         if not wanted.ports:
             self._home.remove_part(_PART, [family.table for family in families])
         else:
@@ -263,10 +269,6 @@ def _delete_flows(stale: tuple[StalePort, ...], version: int) -> None:
 def _find_obstacles() -> tuple[str, ...]:
     names = forwarding_tables(nft.run("list chains"))
     return obstacles((nft.run(f"list table {name}") for name in names), (BRIDGE,))
-
-
-def _has_ipv6() -> bool:
-    return os.path.exists("/proc/net/if_inet6")
 
 
 def _sysctls(plan: Plan) -> Mapping[str, str]:

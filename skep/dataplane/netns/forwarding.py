@@ -23,10 +23,22 @@ def ipv6_refusal() -> str:
     except OSError:
         return "the kernel has no IPv6"
     try:
+        return ipv6_nat_refusal()
+    except OSError as error:
+        return _no_nat(error)
+
+
+def ipv6_nat_refusal() -> str:
+    """Why the kernel takes no address translation for IPv6; empty: it does.  Raises: OSError: that is not known."""
+    try:
         nft.run(_PROBE)
-    except (nft.NftFailed, OSError) as error:
-        return f"no address translation for IPv6: {str(error).partition(chr(10))[0]}"
+    except nft.NftFailed as error:
+        return _no_nat(error)
     return ""
+
+
+def _no_nat(error: Exception) -> str:
+    return f"no address translation for IPv6: {str(error).partition(chr(10))[0]}"
 
 
 def forward_ipv6(settings: Path = _IPV6) -> None:

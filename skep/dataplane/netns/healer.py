@@ -88,16 +88,28 @@ class Healer:
         self._share = share
         self._processor_s = processor_s
         self._sockets: dict[NetnsReconciler, list[socket.socket | TableWatch]] = {}
+        self._watched: set[NetnsReconciler] = set()
         self._due: dict[NetnsReconciler, bool] = {}
         """Whether the comparison is to be thorough."""
         self._failing: dict[NetnsReconciler, _Failing] = {}
         self._wake = asyncio.Event()
 
     async def watch(self, reconciler: NetnsReconciler) -> None:
-        """Notice changes in ``reconciler`` from now on.  Raises: OSError."""
-        if reconciler in self._sockets:
+        """Notice changes in ``reconciler`` from now on.
+
+        Raises: OSError: the slow round alone compares it, until another call succeeds.
+        """
+        if reconciler in self._watched:
             return
+        self._watched.add(reconciler)
         self.take_turns(reconciler)
+        try:
+            await self._open(reconciler)
+        except BaseException:
+            self._unwatch(reconciler)
+            raise
+
+    async def _open(self, reconciler: NetnsReconciler) -> None:
         groups = list(_GROUPS)
         if not reconciler.scope.is_container:  # whose neighbours are its own
             groups.append(netlink.GROUP_NEIGHBOUR)
@@ -134,13 +146,19 @@ class Healer:
 
     def forget(self, reconciler: NetnsReconciler) -> None:
         """Look at ``reconciler`` no more."""
-        loop = asyncio.get_running_loop()
-        for one in self._sockets.pop(reconciler, ()):
+        self._unwatch(reconciler)
+        self._sockets.pop(reconciler, None)
+        self._due.pop(reconciler, None)
+        self._failing.pop(reconciler, None)
+
+    def _unwatch(self, reconciler: NetnsReconciler) -> None:
+        loop, opened = asyncio.get_running_loop(), self._sockets.get(reconciler, [])
+        while opened:
+            one = opened.pop()
             if isinstance(one, socket.socket):
                 loop.remove_reader(one)
             one.close()
-        self._due.pop(reconciler, None)
-        self._failing.pop(reconciler, None)
+        self._watched.discard(reconciler)
 
     def close(self) -> None:
         """Forget all."""

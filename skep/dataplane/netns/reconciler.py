@@ -1,7 +1,7 @@
 """Keeps one network namespace in its wanted state."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -327,8 +327,7 @@ class NetnsReconciler:
         except nft.NftFailed:  # another writer was there, or an element is refused
             for name in gone:
                 await self._run(nft_table.absent(name))
-            for table in changed:
-                await self._write_table(table)
+            await self._write_tables(changed)
         else:
             for table in changed:
                 self._note_written(table)
@@ -346,11 +345,13 @@ class NetnsReconciler:
         for _ in range(
             _PASSES
         ):  # what is reported meanwhile belongs to the same change: a flush takes all at once
-            for name, table in tuple(self._goal_tables.items()):
-                if name in self._foreign or name not in self._tables:
-                    await self._write_table(table)
-                    self._foreign.discard(name)
-                    repaired.append("rules")
+            lacking = [
+                table
+                for name, table in self._goal_tables.items()
+                if name in self._foreign or name not in self._tables
+            ]
+            await self._write_tables(lacking)
+            repaired += ["rules"] * len(lacking)
         return repaired
 
     async def _is_as_written(self, table: NftTable) -> bool:
@@ -383,6 +384,18 @@ class NetnsReconciler:
     def _note_written(self, table: NftTable) -> None:
         self._listings.pop(table.name, None)
         self._tables[table.name] = table
+
+    async def _write_tables(self, tables: Iterable[NftTable]) -> None:
+        """Every table is tried.  Raises: NftFailed: that of the first one which is refused."""
+        refused: list[nft.NftFailed] = []
+        for table in tables:
+            try:
+                await self._write_table(table)
+                self._foreign.discard(table.name)
+            except nft.NftFailed as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
 
     async def _write_table(self, table: NftTable) -> None:
         """The whole table, without the elements that the kernel refuses.  Raises: NftFailed."""

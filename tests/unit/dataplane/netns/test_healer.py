@@ -1,10 +1,13 @@
 """When namespaces are compared, and what that may cost."""
 
 import asyncio
+import errno
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from skep.dataplane.netns import nft
@@ -117,6 +120,43 @@ async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
     assert not task.done()
     task.cancel()
     await asyncio.wait([task])
+
+
+class Sockets:
+    """In the place of ``Namespaces``: the socket number ``fails`` cannot be opened."""
+
+    def __init__(self, fails: int) -> None:
+        self.opened: list[socket.socket] = []
+        self._left = fails
+
+    async def run(self, _path: Path, _open: object, *_arguments: object) -> socket.socket:
+        if not self._left:
+            self._left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        self._left -= 1
+        mine, _ = pair = socket.socketpair()
+        mine.setblocking(False)
+        self.opened += pair
+        return mine
+
+
+@pytest.mark.parametrize("fails", [0, 1], ids=["links", "tables"])
+async def test_a_watch_that_failed_is_tried_anew_and_the_slow_round_goes_on_meanwhile(fails: int) -> None:
+    namespaces: Any = Sockets(fails)
+    healing = Healer(namespaces, Stopwatch(), Repairs(), rng=lambda: 0.5)
+    reconciler = NetnsReconciler("net", Path("/none"), Namespaces(Path("/none")), Repairs(), EXCLUSIVE)
+    with pytest.raises(OSError, match="Too many"):
+        await healing.watch(reconciler)
+    assert healing._sockets == {reconciler: []}
+    assert [one.fileno() for one in namespaces.opened[::2]] == [-1] * fails, "closed"
+    await healing.watch(reconciler)
+    assert len(healing._sockets[reconciler]) == 2
+    before = len(namespaces.opened)
+    await healing.watch(reconciler)
+    assert len(namespaces.opened) == before
+    healing.close()
+    for one in namespaces.opened:
+        one.close()
 
 
 async def test_a_namespace_that_cannot_be_put_right_is_tried_less_and_less_often() -> None:
@@ -285,6 +325,37 @@ def test_a_link_that_is_going_is_not_wanted_by_the_next_change_of_another_part()
     reconciler.expect_removal("vs1")
     reconciler.set_part("strangers", State())
     assert reconciler.wanted.links == {"vs2": staying}
+
+
+class Refusing:
+    """In the place of ``Namespaces``: nftables takes nothing of the table ``refused``."""
+
+    def __init__(self, refused: str) -> None:
+        self._refused = refused
+        self.written: list[str] = []
+
+    async def run(self, _path: Path, work: object, *arguments: object) -> object:
+        assert work is nft.run
+        (text,) = arguments
+        assert isinstance(text, str)
+        if self._refused in text:
+            raise nft.NftFailed("Operation not supported")
+        self.written.append(text)
+        return ""
+
+
+async def test_a_table_that_the_kernel_refuses_keeps_no_other_table_back() -> None:
+    namespaces: Any = Refusing("ip6 strange")
+    reconciler = NetnsReconciler("node", Path("/none"), namespaces, Repairs(), EXCLUSIVE)
+    strange = msgspec.structs.replace(TABLE, name="ip6 strange", elements=frozenset())
+    reconciler.set_part("published ports", State(), strange)
+    reconciler.set_part("gateway", State(), TABLE)
+    for bring_about in (reconciler.apply, reconciler.heal):
+        namespaces.written.clear()
+        reconciler.reset()
+        with pytest.raises(nft.NftFailed):  # and no link is made: what guards it may be missing
+            await bring_about()
+        assert [text.splitlines()[0] for text in namespaces.written] == [f"add table {TABLE.name}"]
 
 
 class Departing:
