@@ -32,6 +32,8 @@ GATHERING_SECONDS = 0.05
 RETRY_SECONDS_MAX = 60.0
 """Between two attempts at a namespace that cannot be repaired."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
+ROUND_SECONDS_MIN = 2.0
+"""A node with few namespaces spends less than its share: what is not reported is repaired within seconds all the same."""
 SHARE = 0.02
 """Of one core, for the slow round: comparisons and repairs."""
 
@@ -224,16 +226,15 @@ class Healer:
 
     async def _go_round(self) -> None:
         while True:
-            reconcilers = tuple(one for one in self._sockets if not self._waits(one))
-            for reconciler in reconcilers:
+            round_began = self._clock.monotonic()
+            for reconciler in tuple(one for one in self._sockets if not self._waits(one)):
                 began, taken = self._clock.monotonic(), self._processor_s()
                 await self._heal(reconciler, is_thorough=True)
                 # A wait for the processor, or for a lock of the kernel, costs nothing: on a busy machine it would put
                 # off the next round for minutes.  Other work of this process is counted, too.
                 spent = min(self._clock.monotonic() - began, self._processor_s() - taken)
                 await self._clock.sleep(max(spent / self._share - spent, ROUND_PAUSE_SECONDS_MIN))
-            if not reconcilers:
-                await self._clock.sleep(PAUSE_SECONDS)
+            await self._clock.sleep(max(round_began + ROUND_SECONDS_MIN - self._clock.monotonic(), 0.0))
 
     async def _heal(self, reconciler: NetnsReconciler, *, is_thorough: bool) -> None:
         """Repair one namespace; one that fails is retried with growing pauses, and delays no other."""
