@@ -131,6 +131,19 @@ def sees(identity: Identity, stack: str) -> bool:
     return identity.role_in(stack or EVERY_STACK) is not None
 
 
+def why_not_ps(arguments: str) -> str:
+    """Why nobody but administrators may have ``ps`` run with ``arguments`` (``docker top``); empty: users may.
+
+    ``ps`` runs as root, and prints the environment of processes, or other processes, where it is told to.
+    """
+    if _PS_ARGUMENTS.fullmatch(arguments.strip(" ")):
+        return ""
+    return (
+        f"only administrators may run ps with {arguments!r}; "
+        "others may with -ef, aux and the like, or with columns (-eo pid,args)"
+    )
+
+
 def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
     """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer."""
     longer = (one for one in stacks if one.startswith(f"{stack}_"))
@@ -163,6 +176,19 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
         if used is None or used.stack != new.stack:
             return f"the {kind} {word} is not of the stack {new.stack}"
     return ""
+
+
+_PS_COLUMNS = r" *(?!environ)[a-z_%]+(?::[0-9]+)?(?:,(?!environ)[a-z_%]+(?::[0-9]+)?)*"
+_PS_ARGUMENTS: Final = re.compile(
+    r"|-[AFLefjlw]+"
+    r"|-?[acjlnuvwx]+"
+    rf"|(?:(?:-[Ae]+|[ax]+) +)?(?:-[Ae]*|[ax]*)o{_PS_COLUMNS}(?: +-?o{_PS_COLUMNS})*"
+)
+"""Words of ps that choose columns.  None of these makes ps read all words again in the BSD syntax, where ``-e`` is the
+environment, as it does with words that contradict each other.  No column has a title of the user's.
+
+Source: procps, src/ps/parser.c (arg_parse).
+"""
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.identity import identify
+from skep.api.permissions import STACK_LABEL
 from skep.api.server import runner
 from skep.errors import Unavailable
 from skep.manager.journal.loop import Journal
@@ -22,13 +23,26 @@ from skep.model.access import Identity, Origin, parse_binding
 from skep.model.history import Entry
 from skep.model.ids import NodeId
 from skep.model.network import Network
-from skep.model.service import NetworkAttachmentConfig
-from skep.model.task import ContainerStatus, TaskState, TaskStatus
+from skep.model.service import NetworkAttachmentConfig, Service
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_service, a_task
 from tests.support.store_transactions import put
 
 OPERATOR = "operator"
+SHOP = {STACK_LABEL: "shop"}
+NO_NODE = 503
+"""The status of what was allowed and needs a node."""
+
+
+def running(id: str, service: Service) -> Task:
+    """A task with a container, made from the present spec of ``service``."""
+    status = TaskStatus(state=TaskState.RUNNING, container_status=ContainerStatus(container_id="c1"))
+    return replace(a_task(id, service=service, node="n1"), status=status)
+
+
+def labelled(service: Service, labels: Mapping[str, str]) -> Service:
+    return replace(service, spec=replace(service.spec, labels=labels))
 
 
 class NoTunnels:
@@ -127,12 +141,24 @@ async def test_an_operator_gets_no_file_of_the_machine_by_a_log_driver(
     assert (await rig.exchange(OPERATOR, "POST /services/create", spec))[0] == 201
 
 
+@pytest.mark.parametrize("role", ["viewer", "viewer:shop", "operator"])
+async def test_no_environment_and_no_process_of_others_is_among_the_processes_of_a_container(
+    rig: Rig, role: str
+) -> None:
+    service = await rig.api.store.update(put, labelled(a_service("shop_web"), SHOP))
+    await rig.api.store.update(put, running("t1", service))
+    top = "GET /v1.41/skep/tasks/t1/container/top"
+    for arguments in ("eww", "-eo%20etimes=PID,args", "-eorss=PID%20-oargs%20eww", "-ef&ps_args=e"):
+        status, text, _ = await rig.exchange(role, f"{top}?ps_args={arguments}")
+        assert status == 403, (arguments, text)
+        assert "only administrators may run ps with" in text
+    for query in ("", "?ps_args=-ef", "?ps_args=aux", "?ps_args=-eo%20pid,args", "?ps_args=-o+pid,comm"):
+        assert (await rig.exchange(role, f"{top}{query}"))[0] == NO_NODE
+
+
 async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(rig: Rig) -> None:
-    service = a_service("web")
-    await rig.api.store.update(put, service)
-    task = a_task("t1", service=service.id, slot=1, node="n1")
-    status = TaskStatus(state=TaskState.RUNNING, container_status=ContainerStatus(container_id="c1"))
-    await rig.api.store.update(put, replace(task, status=status, desired_state=TaskState.RUNNING))
+    service = await rig.api.store.update(put, a_service("web"))
+    await rig.api.store.update(put, running("t1", service))
     for word in ("web", "web.1", "t1"):
         await rig.exchange(OPERATOR, f"POST /v1.41/skep/tasks/{word}/container/exec", {"Cmd": ["sh"]})
     assert [one.action for one in rig.journal.entries] == ["exec"] * 3

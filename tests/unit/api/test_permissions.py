@@ -22,6 +22,7 @@ from skep.api.permissions import (
     may,
     rule_for,
     sees,
+    why_not_ps,
 )
 from skep.api.tables import Table
 from skep.manager.routes import _TABLES
@@ -101,6 +102,43 @@ def test_an_operator_gets_no_rights_over_the_cluster_or_a_machine(method: str, p
     assert may(a_user("operator"), rule_for(method, path)) == "only administrators may do this"
     admin = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
     assert may(admin, rule_for(method, path)) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("", "-ef", "-e", "-f", "-eF", "-efL", "-el", "-efww", "aux", "auxww", "-aux", "axl", "axj"),
+        *("-o pid,comm", "-eo pid,args", "-eopid,args", "-e -o pid,ppid,user:20,%cpu,args", "-A -o pid"),
+        *("o pid,comm", "axo pid,comm", "ax -o pid,args", "-o pid -o comm"),
+    ],
+)
+def test_users_choose_the_columns_of_ps(arguments: str) -> None:
+    assert why_not_ps(arguments) == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("e", "eww", "-ef e", "auxe", "auxeww", "-auxe", "-efx", "-ecx", "eo pid,args", "axeo pid,args"),
+        # Contradictions, after which ps reads -e as the environment.
+        *("-ef -o pid,args", "-e -c -o pid,args", "-eco pid,args", "-ef aux", "-eLT", "-eLm"),
+        *("-eo pid,environ", "-o environ", "--format=pid,args e", "--format pid,args"),
+        # Titles of one's own, in all spellings.
+        *(
+            "-eorss=PID -oargs eww",
+            "-e -o rss='PID' -o args",
+            "-eetimes=PID",
+            "-eo etimes=PID",
+            "-o pid,rss=PID",
+        ),
+        *("--format=rss=PID", "o rss=PID", "-eo pid=,args", "-eo 'PID %c'", '-eo "rss=PID"', "-o\tpid"),
+        # Other processes, or rows that no option keeps from them.
+        *("-p 1", "p 1", "1", "-C sh", "-u root", "-N", "--deselect", "--ppid 1", "f", "-efH", "--forest"),
+        *("--sort=pid", "k pid", "-q 1", "-q1", "h", "--no-headers", "-ef --no-headers"),
+    ],
+)
+def test_what_shows_environments_or_other_processes_is_an_administrators(arguments: str) -> None:
+    assert f"only administrators may run ps with {arguments!r}" in why_not_ps(arguments)
 
 
 CREATE, UPDATE = rule_for("POST", "/services/create"), rule_for("POST", "/services/{id}/update")
