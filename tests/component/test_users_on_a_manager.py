@@ -20,13 +20,14 @@ from skep.manager.journal.loop import Journal
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi, Tunnelling
 from skep.model.access import Identity, Origin, parse_binding
+from skep.model.container import Mount
 from skep.model.history import Entry
 from skep.model.ids import NodeId
 from skep.model.network import Network
 from skep.model.service import NetworkAttachmentConfig, Service
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from tests.conformance.manager import a_manager_api
-from tests.support.builders import a_service, a_task
+from tests.support.builders import a_service, a_service_spec, a_task
 from tests.support.store_transactions import put
 
 OPERATOR = "operator"
@@ -139,6 +140,31 @@ async def test_an_operator_gets_no_file_of_the_machine_by_a_log_driver(
     assert "a file of its machine (log option syslog-" in text
     template["LogDriver"] = {"Name": "syslog", "Options": {"syslog-address": "tcp://10.0.0.9:6514"}}
     assert (await rig.exchange(OPERATOR, "POST /services/create", spec))[0] == 201
+
+
+async def test_an_operator_gets_no_container_that_runs_with_rights_its_service_had_once(rig: Rig) -> None:
+    bind = (Mount(type="bind", source="/", target="/host"),)
+    made = labelled(a_service("shop_x"), SHOP)
+    assert made.spec.task_template.container_spec is not None
+    template = replace(
+        made.spec.task_template, container_spec=replace(made.spec.task_template.container_spec, mounts=bind)
+    )
+    service = await rig.api.store.update(put, replace(made, spec=replace(made.spec, task_template=template)))
+    await rig.api.store.update(put, running("old", service))
+    for number in (1, 2):
+        present = rig.api.store.view().get(Service, service.id)
+        plain = replace(made.spec, task_template=a_service_spec(image=f"plain:{number}").task_template)
+        await rig.api.store.update(put, replace(present, spec=plain, previous_spec=present.spec))
+    await rig.api.store.update(put, running("new", rig.api.store.view().get(Service, service.id)))
+    for role in (OPERATOR, "operator:shop"):
+        for request in ("POST {}/container/exec", "GET {}/container/archive?path=/", "POST {}/port/80"):
+            status, text, _ = await rig.exchange(role, request.format("/skep/tasks/old"), {"Cmd": ["sh"]})
+            assert status == 403, (request, text)
+            assert "it has a bind mount of /, which only administrators may give" in text
+        assert (await rig.exchange(role, "POST /skep/tasks/new/container/exec", {"Cmd": ["sh"]}))[
+            0
+        ] == NO_NODE
+    assert (await rig.exchange("viewer", "GET /skep/tasks/old/container/json"))[0] == NO_NODE
 
 
 @pytest.mark.parametrize("role", ["viewer", "viewer:shop", "operator"])

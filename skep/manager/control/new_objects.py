@@ -12,8 +12,10 @@ from skep.model.network import Network
 from skep.model.rights import rights_of, rights_text
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import View
+from skep.store.kinds import as_run, has_unknown_spec, spec_of
 
 _HOST = frozenset(("host", "bridge", "none"))
 """Networks of a machine that services may name."""
@@ -69,10 +71,22 @@ def new_file(spec: SecretSpec | ConfigSpec) -> NewObject:
 
 
 def known_service(view: View, service: Service) -> Known:
-    """Of a service; with the rights of the spec that a rollback would return to."""
-    specs = [service.spec, *((service.previous_spec,) if service.previous_spec is not None else ())]
-    rights = next(filter(None, (machine_rights(view, spec) for spec in specs)), "")
+    """Of a service; with the rights of the spec that a rollback would return to, and of a job's present run."""
+    specs = (service.spec, service.previous_spec, as_run(view, service).spec)
+    rights = next(filter(None, (machine_rights(view, spec) for spec in specs if spec is not None)), "")
     return Known(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
+
+
+def known_task(view: View, task: Task) -> Known:
+    """Of a task; with the rights that it was made with, which the specs of its service may not have any more."""
+    service = view.lookup(Service, task.service_id)
+    known = known_service(view, service) if service is not None else Known(id="")
+    rights = known.machine_rights
+    if has_unknown_spec(view, task):
+        rights = rights or "a spec that cannot be read"
+    else:
+        rights = rights or machine_rights(view, spec_of(view, task) or ServiceSpec(task_template=task.spec))
+    return Known(id=task.id, stack=known.stack, machine_rights=rights)
 
 
 def machine_rights(view: View, spec: ServiceSpec) -> str:

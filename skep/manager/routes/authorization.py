@@ -12,6 +12,7 @@ from skep.api.server import read_json
 from skep.errors import PermissionDenied
 from skep.manager.control.new_objects import (
     known_service,
+    known_task,
     new_file,
     new_network,
     new_service,
@@ -24,7 +25,6 @@ from skep.manager.routes.services import read_changes, read_spec
 from skep.model.network import Network
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
-from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import Store, View
 
@@ -63,17 +63,10 @@ def _known(view: View, kind: str, word: str) -> Known:
         case "service":
             return known_service(view, view.resolve(Service, word))
         case "task" | "target":
-            task = target_of(view, word) if kind == "target" else task_named(view, word)
-            return _known_task(view, task)
+            return known_task(view, target_of(view, word) if kind == "target" else task_named(view, word))
         case _:
             found = view.resolve(_KINDS[kind], word)
             return Known(id=found.id, stack=stack_of(found.spec.labels))
-
-
-def _known_task(view: View, task: Task) -> Known:
-    service = view.lookup(Service, task.service_id)
-    known = known_service(view, service) if service is not None else Known(id="")
-    return Known(id=task.id, stack=known.stack, machine_rights=known.machine_rights)
 
 
 def _new_object(view: View, body: Any) -> NewObject:
