@@ -145,9 +145,17 @@ def why_not_ps(arguments: str) -> str:
 
 
 def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
-    """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer."""
-    longer = (one for one in stacks if one.startswith(f"{stack}_"))
-    return name.startswith(f"{stack}_") and not any(name.startswith(f"{one}_") for one in longer)
+    """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer.
+
+    A volume's name may have placeholders, which can become any text: what is before the first one has to decide it.
+    """
+    name, is_open, _ = name.partition("{{")
+    if is_open:
+        name = name.rstrip()  # as {{- does
+    longer = [f"{one}_" for one in stacks if one.startswith(f"{stack}_")]
+    return name.startswith(f"{stack}_") and not any(
+        name.startswith(one) or (is_open and one.startswith(name)) for one in longer
+    )
 
 
 def _roles(identity: Identity) -> str:
@@ -169,7 +177,10 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
         return why
     for name in (new.name, *new.volumes):
         if not is_name_of(name, new.stack, stacks):
-            return f"the name {name} is not one of the stack {new.stack}: it has to begin with {new.stack}_"
+            more = (
+                ", and with no other stack's name, whatever its placeholders become" if "{{" in name else ""
+            )
+            return f"the name {name} is not one of the stack {new.stack}: it has to begin with {new.stack}_{more}"
     if new.raised_priority:
         return f"priority {new.raised_priority}: only users with a role in the whole cluster may give more than 0"
     for kind, used, word in new.uses:

@@ -182,6 +182,26 @@ async def test_no_environment_and_no_process_of_others_is_among_the_processes_of
         assert (await rig.exchange(role, f"{top}{query}"))[0] == NO_NODE
 
 
+async def test_an_operator_of_a_stack_gets_no_volume_of_another_one_by_a_placeholder(rig: Rig) -> None:
+    await rig.api.store.update(put, labelled(a_service("shop_eu_web"), {STACK_LABEL: "shop_eu"}))
+
+    async def create(source: str) -> tuple[int, str, bool]:
+        container = {
+            "Image": "none",
+            "Mounts": [{"Type": "volume", "Source": source, "Target": "/data"}],
+        }
+        spec = {
+            "Name": "shop_db",
+            "Labels": SHOP,
+            "TaskTemplate": {"ContainerSpec": container},
+        }
+        return await rig.exchange("operator:shop", "POST /services/create", spec)
+
+    status, text, _ = await create('shop_{{"eu_data"}}')
+    assert (status, "whatever its placeholders become" in text) == (403, True), text
+    assert (await create("shop_data_{{.Task.Slot}}"))[0] == 201
+
+
 async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(rig: Rig) -> None:
     service = await rig.api.store.update(put, a_service("web"))
     await rig.api.store.update(put, running("t1", service))

@@ -163,6 +163,27 @@ def test_the_names_of_a_stack_with_a_longer_name_are_not_taken() -> None:
     assert is_name_of("shop_eu_web", "shop", {"shop"})
 
 
+@pytest.mark.parametrize(
+    ("name", "is_shops"),
+    [
+        ("shop_data_{{.Task.Slot}}", True),
+        ("shop_d{{.Service.Name}}", True),
+        ('shop_{{"eu_data"}}', False),
+        ("shop_ {{- .Node.Hostname}}", False),
+        ("shop_e{{.Task.Slot}}", False),
+        ("shop_eu{{.Task.Slot}}", False),
+        ("shop_eu_data{{.Task.Slot}}", False),
+        ('shop{{"_data"}}', False),
+        ('{{"shop_data"}}', False),
+    ],
+)
+def test_placeholders_do_not_make_a_name_one_of_another_stack(name: str, is_shops: bool) -> None:
+    assert is_name_of(name, "shop", {"shop", "shop_eu", "blog"}) is is_shops
+    refusal = why(a_user("operator:shop"), NewObject(name="shop_a", stack="shop", volumes=(name,)))
+    assert (f"the name {name} is not one of the stack shop" in refusal) is not is_shops
+    assert why(a_user("operator"), NewObject(name="shop_a", stack="shop", volumes=(name,))) == ""
+
+
 def test_a_service_uses_what_is_of_its_stack_only() -> None:
     shopper = a_user("operator:shop")
     own, others = Known(id="1", stack="shop"), Known(id="2", stack="blog")
