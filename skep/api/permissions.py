@@ -287,7 +287,7 @@ RULES: Final = (
     _rule("POST", rf"/skep/services/{_NAME}/(?:run|retry)", _OPERATOR, Scope.OBJECT, "service"),
     _rule("POST", r"/skep/services/changes", _OPERATOR, Scope.NEW, "service"),
     _rule("POST", r"/skep/access/certificates", _VIEWER, Scope.ANY),
-    _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.ANY),  # it changes nothing
+    _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.NEW, "service"),
     # To run commands in a container, or to read its files, is to have its secrets.
     _rule(
         "GET POST PUT",

@@ -24,10 +24,11 @@ from skep.model.container import Mount
 from skep.model.history import Entry
 from skep.model.ids import NodeId
 from skep.model.network import Network
-from skep.model.service import NetworkAttachmentConfig, Service
+from skep.model.service import NetworkAttachmentConfig, Resources, Service
+from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from tests.conformance.manager import a_manager_api
-from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.store_transactions import put
 
 OPERATOR = "operator"
@@ -200,6 +201,51 @@ async def test_an_operator_of_a_stack_gets_no_volume_of_another_one_by_a_placeho
     status, text, _ = await create('shop_{{"eu_data"}}')
     assert (status, "whatever its placeholders become" in text) == (403, True), text
     assert (await create("shop_data_{{.Task.Slot}}"))[0] == 201
+
+
+async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: Rig) -> None:
+    room = Resources(memory_bytes=4 << 30)
+    batch = labelled(a_service("blog_db", reserve=room), {STACK_LABEL: "blog"})
+    important = {**SHOP, "skep.priority": "10"}  # an administrator gave it
+    shop = labelled(a_service("shop_web", reserve=room), important)
+    (swarm,) = rig.api.store.view().find(Swarm)
+    await rig.api.store.update(
+        put, replace(swarm, spec=replace(swarm.spec, labels={"skep.preemption": "true"}))
+    )
+    pending = a_task("t2", service=shop, state=TaskState.PENDING)
+    for one in (a_node("n1", has=room), batch, shop, a_task("t1", service=batch, node="n1"), pending):
+        await rig.api.store.update(put, one)
+
+    async def planned(role: str, name: str, labels: Mapping[str, str]) -> tuple[int, Any]:
+        spec = {
+            "Name": name,
+            "Labels": labels,
+            "Mode": {"Replicated": {"Replicas": 1}},
+            "TaskTemplate": {
+                "ContainerSpec": {"Image": "busybox:1"},
+                "Resources": {"Reservations": {"MemoryBytes": 4 << 30}},
+            },
+        }
+        status, text, _ = await rig.exchange(role, "POST /skep/services/placement", [spec])
+        return status, msgspec.json.decode(text)
+
+    others = "services of other stacks"
+    for role, named in (("operator:shop", others), (OPERATOR, "blog_db")):
+        status, (plan,) = await planned(role, "shop_web", important)
+        assert (status, plan["Preempted"]) == (200, [{"Name": named, "Tasks": 1}])
+    for role, named in (("viewer:shop", others), ("viewer", "blog_db")):
+        for path in ("tasks/t2", "services/shop_web"):
+            _, text, _ = await rig.exchange(role, f"GET /skep/{path}/explain")
+            assert f"tasks of {named}, priority 0, hold the room on n1" in text
+    for name, labels, refusal in (
+        ("shop_new", important, "priority 10: only users with a role in the whole cluster"),
+        ("blog_db", {STACK_LABEL: "blog"}, "of the stack blog"),
+        ("blog_db", SHOP, "begin with shop_"),
+        ("shop_new", {}, "needs the label"),
+    ):
+        status, answer = await planned("operator:shop", name, labels)
+        assert (status, refusal in answer["message"]) == (403, True), answer
+    assert (await planned("operator:shop", "shop_new", SHOP))[0] == 200
 
 
 async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(rig: Rig) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from skep.api.networks import PREDEFINED_LABEL, NetworkBody
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
@@ -48,6 +50,15 @@ def new_service(view: View, spec: ServiceSpec) -> NewObject:
         uses=tuple(_uses(view, spec, container)),
         volumes=tuple(mount.source for mount in container.mounts if mount.type == "volume" and mount.source),
     )
+
+
+def planned_service(view: View, spec: ServiceSpec) -> NewObject:
+    """Of a service that may come; what it refers to need not exist yet, and a service of its name may."""
+    new = new_service(view, spec)
+    present = (one for one in view.find(Service, name=spec.name) if one.removed_at is None)
+    uses = [one for one in new.uses if one[1] is not None]
+    uses += [("service", _by_id(one), one.spec.name) for one in present]
+    return replace(new, uses=tuple(uses))
 
 
 def _raised_priority(view: View, spec: ServiceSpec) -> int:

@@ -4,10 +4,10 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.permissions import STACK_LABEL
-from skep.manager.control.new_objects import known_service, known_task, new_service
-from skep.model.container import Mount
+from skep.manager.control.new_objects import known_service, known_task, new_service, planned_service
+from skep.model.container import Mount, SecretReference
 from skep.model.ids import ServiceId
-from skep.model.service import JobStatus, Service, ServiceSpec
+from skep.model.service import JobStatus, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import Task
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_service_spec, a_task
@@ -87,3 +87,21 @@ async def test_a_job_has_the_rights_of_its_present_run() -> None:
     await store.update(put, replace(service, spec=plain(), previous_spec=plain(), job_status=run))
     view = store.view()
     assert known_service(view, view.get(Service, service.id)).machine_rights == BIND
+
+
+async def test_a_planned_service_uses_what_there_is_and_the_service_of_its_name() -> None:
+    store = MemoryStore(SystemClock())
+    spec = plain()
+    assert spec.task_template.container_spec is not None
+    container = replace(spec.task_template.container_spec, secrets=(SecretReference(secret_name="s"),))
+    networks = (NetworkAttachmentConfig(target="shop_default"),)
+    template = replace(spec.task_template, container_spec=container, networks=networks)
+    spec = replace(spec, task_template=template)
+    assert [one[0] for one in new_service(store.view(), spec).uses] == ["network", "secret"]
+    assert planned_service(store.view(), spec).uses == ()
+    others = await store.update(
+        put, a_service("shop_web", spec=replace(plain(), labels={STACK_LABEL: "blog"}))
+    )
+    ((kind, known, word),) = planned_service(store.view(), spec).uses
+    assert known is not None
+    assert (kind, known.id, known.stack, word) == ("service", others.id, "blog", "shop_web")
