@@ -12,7 +12,7 @@ from aiohttp.payload import Payload
 
 from skep.api.framing import path_of
 from skep.api.identity import identity_of
-from skep.api.permissions import STACK_LABEL, Facts, Rule, Scope, may, rule_for, sees
+from skep.api.permissions import STACK_LABEL, Facts, Rule, Scope, may, rule_for, sees, why_not_ps
 from skep.errors import PermissionDenied
 from skep.model.access import EVERY_STACK, Identity, Role
 
@@ -45,6 +45,8 @@ async def authorized(request: web.Request, handler: Handler, objects: Objects) -
     why = may(identity, rule)
     if why is None and _needs_facts(identity, rule):
         why = may(identity, rule, await objects.facts(request, rule))
+    if why is None and resource.canonical.endswith("/top"):
+        why = next(filter(None, map(why_not_ps, request.query.getall("ps_args", ()))), None)
     if why is not None:
         raise PermissionDenied(f"{identity.name} may not {request.method} {path_of(request.path)}: {why}")
     response = await handler(request)

@@ -131,10 +131,31 @@ def sees(identity: Identity, stack: str) -> bool:
     return identity.role_in(stack or EVERY_STACK) is not None
 
 
+def why_not_ps(arguments: str) -> str:
+    """Why nobody but administrators may have ``ps`` run with ``arguments`` (``docker top``); empty: users may.
+
+    ``ps`` runs as root, and prints the environment of processes, or other processes, where it is told to.
+    """
+    if _PS_ARGUMENTS.fullmatch(arguments.strip(" ")):
+        return ""
+    return (
+        f"only administrators may run ps with {arguments!r}; "
+        "others may with -ef, aux and the like, or with columns (-eo pid,args)"
+    )
+
+
 def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
-    """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer."""
-    longer = (one for one in stacks if one.startswith(f"{stack}_"))
-    return name.startswith(f"{stack}_") and not any(name.startswith(f"{one}_") for one in longer)
+    """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer.
+
+    A volume's name may have placeholders, which can become any text: what is before the first one has to decide it.
+    """
+    name, is_open, _ = name.partition("{{")
+    if is_open:
+        name = name.rstrip()  # as {{- does
+    longer = [f"{one}_" for one in stacks if one.startswith(f"{stack}_")]
+    return name.startswith(f"{stack}_") and not any(
+        name.startswith(one) or (is_open and one.startswith(name)) for one in longer
+    )
 
 
 def _roles(identity: Identity) -> str:
@@ -156,13 +177,29 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
         return why
     for name in (new.name, *new.volumes):
         if not is_name_of(name, new.stack, stacks):
-            return f"the name {name} is not one of the stack {new.stack}: it has to begin with {new.stack}_"
+            more = (
+                ", and with no other stack's name, whatever its placeholders become" if "{{" in name else ""
+            )
+            return f"the name {name} is not one of the stack {new.stack}: it has to begin with {new.stack}_{more}"
     if new.raised_priority:
         return f"priority {new.raised_priority}: only users with a role in the whole cluster may give more than 0"
     for kind, used, word in new.uses:
         if used is None or used.stack != new.stack:
             return f"the {kind} {word} is not of the stack {new.stack}"
     return ""
+
+
+_PS_COLUMNS = r" *(?!environ)[a-z_%]+(?::[0-9]+)?(?:,(?!environ)[a-z_%]+(?::[0-9]+)?)*"
+_PS_ARGUMENTS: Final = re.compile(
+    r"|-[AFLefjlw]+"
+    r"|-?[acjlnuvwx]+"
+    rf"|(?:(?:-[Ae]+|[ax]+) +)?(?:-[Ae]*|[ax]*)o{_PS_COLUMNS}(?: +-?o{_PS_COLUMNS})*"
+)
+"""Words of ps that choose columns.  None of these makes ps read all words again in the BSD syntax, where ``-e`` is the
+environment, as it does with words that contradict each other.  No column has a title of the user's.
+
+Source: procps, src/ps/parser.c (arg_parse).
+"""
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -250,7 +287,7 @@ RULES: Final = (
     _rule("POST", rf"/skep/services/{_NAME}/(?:run|retry)", _OPERATOR, Scope.OBJECT, "service"),
     _rule("POST", r"/skep/services/changes", _OPERATOR, Scope.NEW, "service"),
     _rule("POST", r"/skep/access/certificates", _VIEWER, Scope.ANY),
-    _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.ANY),  # it changes nothing
+    _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.NEW, "service"),
     # To run commands in a container, or to read its files, is to have its secrets.
     _rule(
         "GET POST PUT",

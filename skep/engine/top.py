@@ -1,12 +1,13 @@
 """``docker top``: the processes of one container, as ``ps`` on the node lists them.
 
-Source: moby, daemon/top_unix.go (validatePSArgs, parsePSOutput).
+Source: moby, daemon/top_unix.go (validatePSArgs, psPidsArg, parsePSOutput).
 """
 
 import asyncio
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from skep.engine.container import Top
@@ -17,12 +18,14 @@ _DEADLINE_S = 10.0
 _COLUMNS = "100000"
 """How wide lines may be: some versions of ps cut them at the width of the terminal that the daemon was started from."""
 _RENAMED_COLUMN = re.compile(r"\s+(\S*)=\s*(PID\S*)")
+_PIDS_MAX = 10_000
+"""Processes that one ps is asked for: the kernel takes no argument of 128 KiB."""
 
 
 async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
-    """Run ``ps`` with the user's arguments and keep the rows of ``pids``.
+    """The rows of ``pids`` in the output of ``ps`` with the user's arguments.
 
-    Raises: InvalidArgument: ps refuses the arguments, or its output has no column PID.
+    Raises: InvalidArgument: ps refuses the arguments, or its output has no column PID; Unavailable.
     """
     for name, title in _RENAMED_COLUMN.findall(ps_args):
         if name != "pid":  # another column under the title by which rows are chosen
@@ -31,6 +34,24 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
         arguments = shlex.split(ps_args)
     except ValueError as error:
         raise InvalidArgument(f"Error running ps: {error}") from error
+    ordered = sorted(pids)
+    begins = range(0, max(len(ordered), 1), _PIDS_MAX)
+    tops = [await _listed(arguments, ordered[begin : begin + _PIDS_MAX]) for begin in begins]
+    return Top(tops[0].titles, tuple(row for top in tops for row in top.processes))
+
+
+async def _listed(arguments: Sequence[str], pids: Sequence[int]) -> Top:
+    # With -q ps reads no other process: whatever a format has at the place of PID, no row is a foreign one's.
+    output, problem = await _run(*arguments, f"-q{','.join(map(str, pids))}")
+    if problem:  # some arguments (f, --sort, -p) cannot be used together with it
+        output, problem = await _run(*arguments)
+    if problem:
+        raise InvalidArgument(f"ps: {problem}")
+    return parse(output, frozenset(pids))
+
+
+async def _run(*arguments: str) -> tuple[str, str]:
+    """The output of ps, and why it failed; empty: it did not, or has found no process.  Raises: Unavailable."""
     process = await asyncio.create_subprocess_exec(
         "ps",
         *arguments,
@@ -43,10 +64,10 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
         output, errors = await communicate(process, _DEADLINE_S)
     except TimeoutError as error:
         raise Unavailable(f"ps did not end in {_DEADLINE_S:g} s") from error
-    if process.returncode:
-        reason, *_ = errors.decode(errors="replace").splitlines() or [f"exit status {process.returncode}"]
-        raise InvalidArgument(f"ps: {reason}")
-    return parse(output.decode(errors="replace"), pids)
+    problem = ""
+    if process.returncode and (errors or process.returncode != 1):
+        problem, *_ = errors.decode(errors="replace").splitlines() or [f"exit status {process.returncode}"]
+    return output.decode(errors="replace"), problem
 
 
 def parse(output: str, pids: AbstractSet[int]) -> Top:

@@ -13,22 +13,38 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.identity import identify
+from skep.api.permissions import STACK_LABEL
 from skep.api.server import runner
 from skep.errors import Unavailable
 from skep.manager.journal.loop import Journal
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi, Tunnelling
 from skep.model.access import Identity, Origin, parse_binding
+from skep.model.container import Mount
 from skep.model.history import Entry
 from skep.model.ids import NodeId
 from skep.model.network import Network
-from skep.model.service import NetworkAttachmentConfig
-from skep.model.task import ContainerStatus, TaskState, TaskStatus
+from skep.model.service import NetworkAttachmentConfig, Resources, Service
+from skep.model.swarm import Swarm
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from tests.conformance.manager import a_manager_api
-from tests.support.builders import a_service, a_task
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.store_transactions import put
 
 OPERATOR = "operator"
+SHOP = {STACK_LABEL: "shop"}
+NO_NODE = 503
+"""The status of what was allowed and needs a node."""
+
+
+def running(id: str, service: Service) -> Task:
+    """A task with a container, made from the present spec of ``service``."""
+    status = TaskStatus(state=TaskState.RUNNING, container_status=ContainerStatus(container_id="c1"))
+    return replace(a_task(id, service=service, node="n1"), status=status)
+
+
+def labelled(service: Service, labels: Mapping[str, str]) -> Service:
+    return replace(service, spec=replace(service.spec, labels=labels))
 
 
 class NoTunnels:
@@ -127,12 +143,114 @@ async def test_an_operator_gets_no_file_of_the_machine_by_a_log_driver(
     assert (await rig.exchange(OPERATOR, "POST /services/create", spec))[0] == 201
 
 
+async def test_an_operator_gets_no_container_that_runs_with_rights_its_service_had_once(rig: Rig) -> None:
+    bind = (Mount(type="bind", source="/", target="/host"),)
+    made = labelled(a_service("shop_x"), SHOP)
+    assert made.spec.task_template.container_spec is not None
+    template = replace(
+        made.spec.task_template, container_spec=replace(made.spec.task_template.container_spec, mounts=bind)
+    )
+    service = await rig.api.store.update(put, replace(made, spec=replace(made.spec, task_template=template)))
+    await rig.api.store.update(put, running("old", service))
+    for number in (1, 2):
+        present = rig.api.store.view().get(Service, service.id)
+        plain = replace(made.spec, task_template=a_service_spec(image=f"plain:{number}").task_template)
+        await rig.api.store.update(put, replace(present, spec=plain, previous_spec=present.spec))
+    await rig.api.store.update(put, running("new", rig.api.store.view().get(Service, service.id)))
+    for role in (OPERATOR, "operator:shop"):
+        for request in ("POST {}/container/exec", "GET {}/container/archive?path=/", "POST {}/port/80"):
+            status, text, _ = await rig.exchange(role, request.format("/skep/tasks/old"), {"Cmd": ["sh"]})
+            assert status == 403, (request, text)
+            assert "it has a bind mount of /, which only administrators may give" in text
+        assert (await rig.exchange(role, "POST /skep/tasks/new/container/exec", {"Cmd": ["sh"]}))[
+            0
+        ] == NO_NODE
+    assert (await rig.exchange("viewer", "GET /skep/tasks/old/container/json"))[0] == NO_NODE
+
+
+@pytest.mark.parametrize("role", ["viewer", "viewer:shop", "operator"])
+async def test_no_environment_and_no_process_of_others_is_among_the_processes_of_a_container(
+    rig: Rig, role: str
+) -> None:
+    service = await rig.api.store.update(put, labelled(a_service("shop_web"), SHOP))
+    await rig.api.store.update(put, running("t1", service))
+    top = "GET /v1.41/skep/tasks/t1/container/top"
+    for arguments in ("eww", "-eo%20etimes=PID,args", "-eorss=PID%20-oargs%20eww", "-ef&ps_args=e"):
+        status, text, _ = await rig.exchange(role, f"{top}?ps_args={arguments}")
+        assert status == 403, (arguments, text)
+        assert "only administrators may run ps with" in text
+    for query in ("", "?ps_args=-ef", "?ps_args=aux", "?ps_args=-eo%20pid,args", "?ps_args=-o+pid,comm"):
+        assert (await rig.exchange(role, f"{top}{query}"))[0] == NO_NODE
+
+
+async def test_an_operator_of_a_stack_gets_no_volume_of_another_one_by_a_placeholder(rig: Rig) -> None:
+    await rig.api.store.update(put, labelled(a_service("shop_eu_web"), {STACK_LABEL: "shop_eu"}))
+
+    async def create(source: str) -> tuple[int, str, bool]:
+        container = {
+            "Image": "none",
+            "Mounts": [{"Type": "volume", "Source": source, "Target": "/data"}],
+        }
+        spec = {
+            "Name": "shop_db",
+            "Labels": SHOP,
+            "TaskTemplate": {"ContainerSpec": container},
+        }
+        return await rig.exchange("operator:shop", "POST /services/create", spec)
+
+    status, text, _ = await create('shop_{{"eu_data"}}')
+    assert (status, "whatever its placeholders become" in text) == (403, True), text
+    assert (await create("shop_data_{{.Task.Slot}}"))[0] == 201
+
+
+async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: Rig) -> None:
+    room = Resources(memory_bytes=4 << 30)
+    batch = labelled(a_service("blog_db", reserve=room), {STACK_LABEL: "blog"})
+    important = {**SHOP, "skep.priority": "10"}  # an administrator gave it
+    shop = labelled(a_service("shop_web", reserve=room), important)
+    (swarm,) = rig.api.store.view().find(Swarm)
+    await rig.api.store.update(
+        put, replace(swarm, spec=replace(swarm.spec, labels={"skep.preemption": "true"}))
+    )
+    pending = a_task("t2", service=shop, state=TaskState.PENDING)
+    for one in (a_node("n1", has=room), batch, shop, a_task("t1", service=batch, node="n1"), pending):
+        await rig.api.store.update(put, one)
+
+    async def planned(role: str, name: str, labels: Mapping[str, str]) -> tuple[int, Any]:
+        spec = {
+            "Name": name,
+            "Labels": labels,
+            "Mode": {"Replicated": {"Replicas": 1}},
+            "TaskTemplate": {
+                "ContainerSpec": {"Image": "busybox:1"},
+                "Resources": {"Reservations": {"MemoryBytes": 4 << 30}},
+            },
+        }
+        status, text, _ = await rig.exchange(role, "POST /skep/services/placement", [spec])
+        return status, msgspec.json.decode(text)
+
+    others = "services of other stacks"
+    for role, named in (("operator:shop", others), (OPERATOR, "blog_db")):
+        status, (plan,) = await planned(role, "shop_web", important)
+        assert (status, plan["Preempted"]) == (200, [{"Name": named, "Tasks": 1}])
+    for role, named in (("viewer:shop", others), ("viewer", "blog_db")):
+        for path in ("tasks/t2", "services/shop_web"):
+            _, text, _ = await rig.exchange(role, f"GET /skep/{path}/explain")
+            assert f"tasks of {named}, priority 0, hold the room on n1" in text
+    for name, labels, refusal in (
+        ("shop_new", important, "priority 10: only users with a role in the whole cluster"),
+        ("blog_db", {STACK_LABEL: "blog"}, "of the stack blog"),
+        ("blog_db", SHOP, "begin with shop_"),
+        ("shop_new", {}, "needs the label"),
+    ):
+        status, answer = await planned("operator:shop", name, labels)
+        assert (status, refusal in answer["message"]) == (403, True), answer
+    assert (await planned("operator:shop", "shop_new", SHOP))[0] == 200
+
+
 async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(rig: Rig) -> None:
-    service = a_service("web")
-    await rig.api.store.update(put, service)
-    task = a_task("t1", service=service.id, slot=1, node="n1")
-    status = TaskStatus(state=TaskState.RUNNING, container_status=ContainerStatus(container_id="c1"))
-    await rig.api.store.update(put, replace(task, status=status, desired_state=TaskState.RUNNING))
+    service = await rig.api.store.update(put, a_service("web"))
+    await rig.api.store.update(put, running("t1", service))
     for word in ("web", "web.1", "t1"):
         await rig.exchange(OPERATOR, f"POST /v1.41/skep/tasks/{word}/container/exec", {"Cmd": ["sh"]})
     assert [one.action for one in rig.journal.entries] == ["exec"] * 3

@@ -148,6 +148,8 @@ def test_more_is_given_by_a_label_that_the_cluster_allows(two: TestCluster, m1: 
         assert "SWMTKN-1" not in call(inspecting, "GET /swarm").text
         (id,) = container_pids(m1, "logs")
         assert call(inspecting, f"GET /containers/{id}/logs?stdout=1").status == 200
+        assert "sleep" in call(inspecting, f"GET /containers/{id}/top?ps_args=aux").text
+        assert call(inspecting, f"GET /containers/{id}/top?ps_args=eww").status == 403
         assert call(full, "POST /services/create", asked.encode()).status == 201
         assert "SWMTKN-1" in call(full, "GET /swarm").text
     finally:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from skep.api.networks import PREDEFINED_LABEL, NetworkBody
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
@@ -12,8 +14,10 @@ from skep.model.network import Network
 from skep.model.rights import rights_of, rights_text
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import View
+from skep.store.kinds import as_run, has_unknown_spec, spec_of
 
 _HOST = frozenset(("host", "bridge", "none"))
 """Networks of a machine that services may name."""
@@ -48,6 +52,15 @@ def new_service(view: View, spec: ServiceSpec) -> NewObject:
     )
 
 
+def planned_service(view: View, spec: ServiceSpec) -> NewObject:
+    """Of a service that may come; what it refers to need not exist yet, and a service of its name may."""
+    new = new_service(view, spec)
+    present = (one for one in view.find(Service, name=spec.name) if one.removed_at is None)
+    uses = [one for one in new.uses if one[1] is not None]
+    uses += [("service", _by_id(one), one.spec.name) for one in present]
+    return replace(new, uses=tuple(uses))
+
+
 def _raised_priority(view: View, spec: ServiceSpec) -> int:
     """Its priority, if that is above 0 and above the one that the service has; else 0."""
     found = view.find(Service, name=spec.name)
@@ -69,10 +82,22 @@ def new_file(spec: SecretSpec | ConfigSpec) -> NewObject:
 
 
 def known_service(view: View, service: Service) -> Known:
-    """Of a service; with the rights of the spec that a rollback would return to."""
-    specs = [service.spec, *((service.previous_spec,) if service.previous_spec is not None else ())]
-    rights = next(filter(None, (machine_rights(view, spec) for spec in specs)), "")
+    """Of a service; with the rights of the spec that a rollback would return to, and of a job's present run."""
+    specs = (service.spec, service.previous_spec, as_run(view, service).spec)
+    rights = next(filter(None, (machine_rights(view, spec) for spec in specs if spec is not None)), "")
     return Known(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
+
+
+def known_task(view: View, task: Task) -> Known:
+    """Of a task; with the rights that it was made with, which the specs of its service may not have any more."""
+    service = view.lookup(Service, task.service_id)
+    known = known_service(view, service) if service is not None else Known(id="")
+    rights = known.machine_rights
+    if has_unknown_spec(view, task):
+        rights = rights or "a spec that cannot be read"
+    else:
+        rights = rights or machine_rights(view, spec_of(view, task) or ServiceSpec(task_template=task.spec))
+    return Known(id=task.id, stack=known.stack, machine_rights=rights)
 
 
 def machine_rights(view: View, spec: ServiceSpec) -> str:

@@ -12,19 +12,21 @@ from skep.api.server import read_json
 from skep.errors import PermissionDenied
 from skep.manager.control.new_objects import (
     known_service,
+    known_task,
     new_file,
     new_network,
     new_service,
+    planned_service,
     stack_of,
     stacks_of,
 )
 from skep.manager.control.targets import target_of, task_named
 from skep.manager.routes.access import current_view
+from skep.manager.routes.placement import read_planned
 from skep.manager.routes.services import read_changes, read_spec
 from skep.model.network import Network
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
-from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import Store, View
 
@@ -44,7 +46,10 @@ class ClusterObjects:
             key = "id" if "id" in request.match_info else "name"
             known = _known(view, rule.kind, request.match_info[key])
             request.match_info[key] = known.id
-        new = tuple(_new_object(view, body) for body in bodies)
+        of_service = planned_service if _path(request).endswith("/placement") else new_service
+        new = tuple(
+            of_service(view, one) if isinstance(one, ServiceSpec) else _new_object(one) for one in bodies
+        )
         return Facts(known=known, new=new, stacks=stacks_of(view))
 
     def stack_of(self, kind: str, item: Mapping[str, Any]) -> str:
@@ -63,23 +68,14 @@ def _known(view: View, kind: str, word: str) -> Known:
         case "service":
             return known_service(view, view.resolve(Service, word))
         case "task" | "target":
-            task = target_of(view, word) if kind == "target" else task_named(view, word)
-            return _known_task(view, task)
+            return known_task(view, target_of(view, word) if kind == "target" else task_named(view, word))
         case _:
             found = view.resolve(_KINDS[kind], word)
             return Known(id=found.id, stack=stack_of(found.spec.labels))
 
 
-def _known_task(view: View, task: Task) -> Known:
-    service = view.lookup(Service, task.service_id)
-    known = known_service(view, service) if service is not None else Known(id="")
-    return Known(id=task.id, stack=known.stack, machine_rights=known.machine_rights)
-
-
-def _new_object(view: View, body: Any) -> NewObject:
+def _new_object(body: Any) -> NewObject:
     match body:
-        case ServiceSpec():
-            return new_service(view, body)
         case NetworkBody():
             return new_network(body)
         case SecretSpec() | ConfigSpec():
@@ -90,8 +86,9 @@ def _new_object(view: View, body: Any) -> NewObject:
 
 async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
     """Of each path with specs in its body, read as its handler reads it.  Raises: PermissionDenied."""
-    path = request.match_info.route.resource.canonical if request.match_info.route.resource else ""
-    if not path.endswith("/changes"):
+    if _path(request).endswith("/placement"):
+        return await read_planned(request)
+    if not _path(request).endswith("/changes"):
         return (await read_spec(request),)
     changes = await read_changes(request)
     view = await current_view(request)
@@ -103,6 +100,12 @@ async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
             if why := known_service(view, service).machine_rights:
                 raise PermissionDenied(f"service {service.spec.name} has {why}")
     return tuple(change.spec for change in changes)
+
+
+def _path(request: web.Request) -> str:
+    """That of the route: ``/services/{id}``."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else ""
 
 
 def _reader(type_: type[Any]) -> Callable[[web.Request], Awaitable[tuple[Any, ...]]]:

@@ -8,15 +8,16 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import result_in_slices
+from skep.api.identity import identity_of
 from skep.api.server import Routes, json_response
 from skep.manager.control.quotas import replicas_within_quota
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import is_up_to_date, known_status
 from skep.manager.explanations import explain_autoscaling, explain_service, explain_task
 from skep.manager.routes.access import current_view, manager_of
-from skep.manager.routes.placement import accounting_of
+from skep.manager.routes.placement import accounting_of, names_for
 from skep.manager.routes.shown import damage_of, service_status, with_damage
-from skep.manager.scheduler.explain import NodeVerdict, explaining_priority, verdict
+from skep.manager.scheduler.explain import NodeVerdict, ServiceNames, explaining_priority, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.model.autoscaling import AUTOSCALE
@@ -37,7 +38,9 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     """Why a task is where it is; for one that waits for a node, each node's refusals."""
     view = await current_view(request)
     task = task_named(view, request.match_info["id"])
-    verdicts, priority = await _verdicts(view, task) if task.status.state is TaskState.PENDING else ([], "")
+    named = names_for(identity_of(request))
+    is_pending = task.status.state is TaskState.PENDING
+    verdicts, priority = await _verdicts(view, task, named) if is_pending else ([], "")
     elsewhere = volumes_elsewhere(task, view)
     if elsewhere and must_wait(task, view) and not task.node_id:
         verdicts = [_with_home(one, *elsewhere[0]) for one in verdicts]
@@ -75,7 +78,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
             service, tasks, usages, partial(replicas_within_quota, manager_of(request).store.view(), service)
         ),
     )
-    if priority := await _priority(view, tasks):
+    if priority := await _priority(view, tasks, names_for(identity_of(request))):
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     damage = damage_of(view, Service, service.id)
     return json_response(
@@ -83,11 +86,11 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     )
 
 
-async def _priority(view: View, tasks: Iterable[Task]) -> str:
+async def _priority(view: View, tasks: Iterable[Task], named: ServiceNames) -> str:
     """What priorities have to do with the first task that waits for a node; empty: nothing."""
     waiting = (one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING)
     task = next(waiting, None)
-    return (await _verdicts(view, task))[1] if task is not None else ""
+    return (await _verdicts(view, task, named))[1] if task is not None else ""
 
 
 def _with_reason(view: View, task: Task) -> Task:
@@ -102,7 +105,7 @@ def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:
     return one if one.node_id == home else replace(one, refusals=(*one.refusals, words))
 
 
-async def _verdicts(view: View, task: Task) -> tuple[list[NodeVerdict], str]:
+async def _verdicts(view: View, task: Task, named: ServiceNames) -> tuple[list[NodeVerdict], str]:
     """Each node's refusals of ``task``, or those of the one node that it was made for; what priorities have to do with
     them, if no node would take it."""
     own_spec = spec_of(view, task)
@@ -117,5 +120,5 @@ async def _verdicts(view: View, task: Task) -> tuple[list[NodeVerdict], str]:
     ]
     if task.status.err.startswith(WAITS_FOR) or not all(one.refusals for one in verdicts):
         return verdicts, ""
-    work = explaining_priority(task, requirements, accounting, view)
+    work = explaining_priority(task, requirements, accounting, view, named)
     return verdicts, await result_in_slices(work, SystemClock())

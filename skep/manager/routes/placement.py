@@ -1,25 +1,29 @@
 """``POST /skep/services/placement``: where services would run, and whether they fit.  Nothing is written."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import TimeSlices
+from skep.api.identity import identity_of
+from skep.api.permissions import sees
 from skep.api.server import Routes, json_list_response, read_json
 from skep.api.service_form import UNRECOGNIZED, settled
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
+from skep.manager.control.new_objects import stack_of
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.dry_run import DryRun, PlannedPlacement
 from skep.manager.scheduler.explain import reserve_for
+from skep.model.access import Identity
 from skep.model.labels import priority_of
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.service import REPLICAS_MAX, NetworkAttachmentConfig, ServiceSpec
+from skep.model.service import REPLICAS_MAX, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import View
@@ -42,7 +46,7 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
 
     Networks, secrets and configs may be named that do not exist yet.  A spec that would be refused has the refusal.
     """
-    specs = await read_json(request, tuple[ServiceSpec, ...], unrecognized=UNRECOGNIZED)
+    specs = await read_planned(request)
     view = await current_view(request)
     number = len(view.ids(Node))
     if len(specs) > _SERVICES_MAX or sum(_tasks(spec, number) for spec in specs) > _TASKS_MAX:
@@ -51,13 +55,30 @@ async def plan_placement(request: web.Request) -> web.StreamResponse:
         try:
             async with asyncio.timeout(_WITHIN_S):
                 view = await current_view(request)
-                dry_run = DryRun(view, await accounting_of(view))
+                named = names_for(identity_of(request))
+                dry_run = DryRun(view, await accounting_of(view), named)
                 placements = [one async for one in _placements(dry_run, view, specs)]
         except TimeoutError as error:
             raise ResourceExhausted(
                 f"placing {len(specs)} services takes more than {_WITHIN_S:g} s: ask for fewer at once"
             ) from error
     return json_list_response(placements)
+
+
+async def read_planned(request: web.Request) -> tuple[ServiceSpec, ...]:
+    """The specs in the body of ``request``.  Raises: InvalidArgument."""
+    return await read_json(request, tuple[ServiceSpec, ...], unrecognized=UNRECOGNIZED)
+
+
+def names_for(identity: Identity) -> Callable[[Service], str]:
+    """How services are named to ``identity``: not by their names, if they are of stacks that it does not see."""
+
+    def name_of(service: Service) -> str:
+        return (
+            service.spec.name if sees(identity, stack_of(service.spec.labels)) else "services of other stacks"
+        )
+
+    return name_of
 
 
 def _tasks(spec: ServiceSpec, nodes: int) -> int:

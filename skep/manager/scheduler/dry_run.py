@@ -16,6 +16,7 @@ from skep.aio.time_slices import STEP, collect_in_slices
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.explain import (
     NodeVerdict,
+    ServiceNames,
     preempts,
     priorities_of,
     verdict,
@@ -77,8 +78,9 @@ class PlannedPlacement(ApiObject):
 class DryRun:
     """Places specs one after the other.  ``accounting``: what the cluster has and holds; it is changed."""
 
-    def __init__(self, view: View, accounting: Accounting) -> None:
+    def __init__(self, view: View, accounting: Accounting, named: ServiceNames) -> None:
         self._view = view
+        self._named = named
         self._accounting = accounting
         self._choices = Choices(accounting)
         self._priorities = priorities_of(view)
@@ -141,7 +143,7 @@ class DryRun:
             refusal=refusal.reason if refusal is not None else "",
             preempted=tuple(
                 Preempted(name=name, tasks=count)
-                for name, count in sorted(victims_by_service(preempted, self._view).items())
+                for name, count in sorted(victims_by_service(preempted, self._view, self._named).items())
             ),
             verdicts=tuple(verdicts),
         )

@@ -5,7 +5,7 @@ on request.  It needs only a view, so every manager can serve the request.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from skep.aio.time_slices import SlicedWork
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources, usage_in
@@ -20,6 +20,9 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.store.interface import View
+
+ServiceNames = Callable[[Service], str]
+"""How services are named to whom a text is for."""
 
 
 class NodeVerdict(ApiObject):
@@ -48,7 +51,7 @@ def reserve_for(accounting: Accounting, task: Task, view: View) -> None:
 
 
 def explaining_priority(
-    task: Task, requirements: Requirements, accounting: Accounting, view: View
+    task: Task, requirements: Requirements, accounting: Accounting, view: View, named: ServiceNames
 ) -> SlicedWork[str]:
     """Which priorities hold the room that a pending ``task`` needs; empty: priorities do not matter for it."""
     priorities = priorities_of(view)
@@ -69,7 +72,9 @@ def explaining_priority(
         room = made[0].room if made else None
         if room is None or not room.victims:
             continue
-        where = f"{_owners(room, priorities, view)} hold the room on {_hostname(accounting, room.node_id)}"
+        where = (
+            f"{_owners(room, priorities, view, named)} hold the room on {_hostname(accounting, room.node_id)}"
+        )
         if below > own:
             return f"{where}; its own priority is {own}"
         return where if preempts(view) else f"{where}; preemption is off (skep cluster preemption)"
@@ -89,16 +94,16 @@ def preempts(view: View) -> bool:
     return any(allows_preemption(one.spec.labels) for one in view.find(Swarm))
 
 
-def victims_by_service(victims: Iterable[TaskId], view: View) -> Counter[str]:
+def victims_by_service(victims: Iterable[TaskId], view: View, named: ServiceNames) -> Counter[str]:
     """How many of the tasks are of which service."""
     tasks = (view.lookup(Task, id) for id in victims)
     services = (view.lookup(Service, task.service_id) for task in tasks if task is not None)
-    return Counter(service.spec.name for service in services if service is not None)
+    return Counter(named(service) for service in services if service is not None)
 
 
-def _owners(room: Room, priorities: Priorities, view: View) -> str:
+def _owners(room: Room, priorities: Priorities, view: View, named: ServiceNames) -> str:
     """``tasks of web, priority 5``"""
-    (name, _), *others = victims_by_service(room.victims, view).most_common()
+    (name, _), *others = victims_by_service(room.victims, view, named).most_common()
     more = f" and {len(others)} other services" if others else ""
     return f"tasks of {name}{more}, priority {room.rank[0]},"
 

@@ -22,6 +22,7 @@ from skep.api.permissions import (
     may,
     rule_for,
     sees,
+    why_not_ps,
 )
 from skep.api.tables import Table
 from skep.manager.routes import _TABLES
@@ -103,6 +104,43 @@ def test_an_operator_gets_no_rights_over_the_cluster_or_a_machine(method: str, p
     assert may(admin, rule_for(method, path)) is None
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("", "-ef", "-e", "-f", "-eF", "-efL", "-el", "-efww", "aux", "auxww", "-aux", "axl", "axj"),
+        *("-o pid,comm", "-eo pid,args", "-eopid,args", "-e -o pid,ppid,user:20,%cpu,args", "-A -o pid"),
+        *("o pid,comm", "axo pid,comm", "ax -o pid,args", "-o pid -o comm"),
+    ],
+)
+def test_users_choose_the_columns_of_ps(arguments: str) -> None:
+    assert why_not_ps(arguments) == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("e", "eww", "-ef e", "auxe", "auxeww", "-auxe", "-efx", "-ecx", "eo pid,args", "axeo pid,args"),
+        # Contradictions, after which ps reads -e as the environment.
+        *("-ef -o pid,args", "-e -c -o pid,args", "-eco pid,args", "-ef aux", "-eLT", "-eLm"),
+        *("-eo pid,environ", "-o environ", "--format=pid,args e", "--format pid,args"),
+        # Titles of one's own, in all spellings.
+        *(
+            "-eorss=PID -oargs eww",
+            "-e -o rss='PID' -o args",
+            "-eetimes=PID",
+            "-eo etimes=PID",
+            "-o pid,rss=PID",
+        ),
+        *("--format=rss=PID", "o rss=PID", "-eo pid=,args", "-eo 'PID %c'", '-eo "rss=PID"', "-o\tpid"),
+        # Other processes, or rows that no option keeps from them.
+        *("-p 1", "p 1", "1", "-C sh", "-u root", "-N", "--deselect", "--ppid 1", "f", "-efH", "--forest"),
+        *("--sort=pid", "k pid", "-q 1", "-q1", "h", "--no-headers", "-ef --no-headers"),
+    ],
+)
+def test_what_shows_environments_or_other_processes_is_an_administrators(arguments: str) -> None:
+    assert f"only administrators may run ps with {arguments!r}" in why_not_ps(arguments)
+
+
 CREATE, UPDATE = rule_for("POST", "/services/create"), rule_for("POST", "/services/{id}/update")
 
 
@@ -123,6 +161,27 @@ def test_the_names_of_a_stack_with_a_longer_name_are_not_taken() -> None:
     assert is_name_of("shop_eu_web", "shop_eu", {"shop", "shop_eu"})
     assert not is_name_of("shop_eu_web", "shop", {"shop", "shop_eu"})
     assert is_name_of("shop_eu_web", "shop", {"shop"})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_shops"),
+    [
+        ("shop_data_{{.Task.Slot}}", True),
+        ("shop_d{{.Service.Name}}", True),
+        ('shop_{{"eu_data"}}', False),
+        ("shop_ {{- .Node.Hostname}}", False),
+        ("shop_e{{.Task.Slot}}", False),
+        ("shop_eu{{.Task.Slot}}", False),
+        ("shop_eu_data{{.Task.Slot}}", False),
+        ('shop{{"_data"}}', False),
+        ('{{"shop_data"}}', False),
+    ],
+)
+def test_placeholders_do_not_make_a_name_one_of_another_stack(name: str, is_shops: bool) -> None:
+    assert is_name_of(name, "shop", {"shop", "shop_eu", "blog"}) is is_shops
+    refusal = why(a_user("operator:shop"), NewObject(name="shop_a", stack="shop", volumes=(name,)))
+    assert (f"the name {name} is not one of the stack shop" in refusal) is not is_shops
+    assert why(a_user("operator"), NewObject(name="shop_a", stack="shop", volumes=(name,))) == ""
 
 
 def test_a_service_uses_what_is_of_its_stack_only() -> None:

@@ -1,12 +1,20 @@
-"""What permissions depend on in a service to be made or changed."""
+"""What permissions depend on: of a service to be made or changed, and of what there is."""
 
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.control.new_objects import new_service
-from skep.model.service import Service, ServiceSpec
+from skep.api.permissions import STACK_LABEL
+from skep.manager.control.new_objects import known_service, known_task, new_service, planned_service
+from skep.model.container import Mount, SecretReference
+from skep.model.ids import ServiceId
+from skep.model.service import JobStatus, NetworkAttachmentConfig, Service, ServiceSpec
+from skep.model.task import Task
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_service, a_service_spec
+from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.damage_rigs import MemoryDamage
+from tests.support.store_transactions import put
+
+BIND = "a bind mount of /"
 
 
 def of_priority(priority: int) -> ServiceSpec:
@@ -24,3 +32,76 @@ async def test_a_priority_is_raised_above_0_and_above_what_the_service_has() -> 
         service: Service = a_service("shop_web", spec=of_priority(present))
         await store.update(lambda tx, one=service: tx.put(one))
         assert tuple(map(raised, (-5, 0, 10, 11))) == wanted
+
+
+def plain(image: str = "busybox:1") -> ServiceSpec:
+    return replace(a_service_spec("shop_web", image=image), labels={STACK_LABEL: "shop"})
+
+
+def with_bind() -> ServiceSpec:
+    """As an administrator makes one."""
+    spec = plain()
+    assert spec.task_template.container_spec is not None
+    container = replace(
+        spec.task_template.container_spec, mounts=(Mount(type="bind", source="/", target="/host"),)
+    )
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+async def updated_twice(store: MemoryStore) -> Task:
+    """A task that both updates of its service have left running, made with a bind mount."""
+    service = await store.update(put, Service(id=ServiceId("web"), spec=with_bind()))
+    await store.update(put, replace(a_task("old", service=service), spec_version=service.spec_version))
+    for image in ("one:1", "two:1"):
+        present = store.view().get(Service, ServiceId("web"))
+        await store.update(put, replace(present, spec=plain(image), previous_spec=present.spec))
+    return store.view().find(Task)[0]
+
+
+async def test_a_task_has_the_rights_that_it_was_made_with() -> None:
+    store = MemoryStore(SystemClock())
+    old = await updated_twice(store)
+    view = store.view()
+    service = view.get(Service, old.service_id)
+    assert known_service(view, service).machine_rights == ""
+    known = known_task(view, old)
+    assert (known.id, known.stack, known.machine_rights) == ("old", "shop", BIND)
+    new = replace(a_task("new", service=service), spec_version=service.spec_version)
+    assert known_task(view, new).machine_rights == ""
+
+
+async def test_a_task_whose_spec_cannot_be_read_may_have_any_right() -> None:
+    rig = MemoryDamage()
+    old = await updated_twice(rig.store)
+    assert old.spec_version is not None
+    await rig.damage(f"o/spec/web/{old.spec_version.index}")
+    view = (await rig.loaded()).view()
+    assert known_task(view, view.get(Task, old.id)).machine_rights == "a spec that cannot be read"
+
+
+async def test_a_job_has_the_rights_of_its_present_run() -> None:
+    store = MemoryStore(SystemClock())
+    service = await store.update(put, Service(id=ServiceId("job"), spec=with_bind()))
+    run = JobStatus(spec_version=service.spec_version)
+    # Its next runs have no such right, and neither has the spec that a rollback returns to.
+    await store.update(put, replace(service, spec=plain(), previous_spec=plain(), job_status=run))
+    view = store.view()
+    assert known_service(view, view.get(Service, service.id)).machine_rights == BIND
+
+
+async def test_a_planned_service_uses_what_there_is_and_the_service_of_its_name() -> None:
+    store = MemoryStore(SystemClock())
+    spec = plain()
+    assert spec.task_template.container_spec is not None
+    container = replace(spec.task_template.container_spec, secrets=(SecretReference(secret_name="s"),))
+    networks = (NetworkAttachmentConfig(target="shop_default"),)
+    template = replace(spec.task_template, container_spec=container, networks=networks)
+    spec = replace(spec, task_template=template)
+    assert [one[0] for one in new_service(store.view(), spec).uses] == ["network", "secret"]
+    assert planned_service(store.view(), spec).uses == ()
+    others = await store.update(
+        put, a_service("shop_web", spec=replace(plain(), labels={STACK_LABEL: "blog"}))
+    )
+    ((kind, known, word),) = planned_service(store.view(), spec).uses
+    assert known is not None
+    assert (kind, known.id, known.stack, word) == ("service", others.id, "blog", "shop_web")

@@ -29,6 +29,10 @@ GIB = 1 << 30
 NODES = 3000
 
 
+def named(service: Service) -> str:
+    return service.spec.name
+
+
 @pytest.fixture
 async def cluster():
     async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
@@ -216,7 +220,7 @@ async def test_nothing_about_many_nodes_or_tasks_is_looked_at_without_a_pause(cl
     await put(api, *(a_node(f"n{n}") for n in range(4 * STEP)), service)
     await put(api, *(a_task(f"t{n}", service=service, node=f"n{n}") for n in range(2 * STEP)))
     view = api.store.view()
-    steps = list(DryRun(view, await accounting_of(view)).placing(service.spec))
+    steps = list(DryRun(view, await accounting_of(view), named).placing(service.spec))
     assert steps[-1].wanted == 4 * STEP
     assert len(steps) > 4 + 2 + 2 * STEP // BATCH
 
@@ -267,7 +271,7 @@ async def test_no_step_looks_at_more_than_some_nodes(template: dict[str, Any]) -
     store = MemoryStore(SystemClock())
     await store.update_each(lambda tx, n: tx.put(a_node(f"n{n}")), range(NODES))
     view = store.view()
-    dry_run = DryRun(view, await accounting_of(view))
+    dry_run = DryRun(view, await accounting_of(view), named)
     spec = settled(a_service_spec("a", replicas=10))
     spec = replace(spec, task_template=replace(spec.task_template, **template))
     assert most_calls_between_pauses(dry_run.placing(spec)) < 7 * NODES
