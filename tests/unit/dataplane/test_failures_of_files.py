@@ -268,6 +268,8 @@ def published(port: int) -> Table:
 class Kernel:
     """Everything about the kernel works."""
 
+    home = Path("/none")
+
     async def run(self, *_: Any) -> None: ...
 
     async def apply(self, *_: Any) -> None: ...
