@@ -36,7 +36,14 @@ from skep.engine.api.files import file_routes
 from skep.engine.api.pruning import is_prunable
 from skep.engine.api.queries import integer
 from skep.engine.capacity import processors
-from skep.engine.container import BeingRemoved, Container, ContainerState, NotRunning, WaitCondition
+from skep.engine.container import (
+    BeingRemoved,
+    Container,
+    ContainerState,
+    NotRunning,
+    StillRunning,
+    WaitCondition,
+)
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
@@ -67,7 +74,7 @@ class Limits(ApiObject):
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
     """Every container, as a user of its image and of those that it mounts."""
-    return [ImageUser(one.id, image, one.is_running) for one in engine.list() for image in images_of(one)]
+    return [ImageUser(one.id, image, one.is_active) for one in engine.list() for image in images_of(one)]
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -202,7 +209,7 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker stop``; 304: it does not run."""
     container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
-    if not container.is_running:
+    if not container.is_active:
         served.engine.note_stopped(container.id)
         raise NotModified
     try:
@@ -214,9 +221,9 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/start")
 async def start(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker start``; 304: it runs already."""
+    """``docker start``; 304: it runs already, or its policy starts it."""
     container = served.engine.get(request.match_info["id"])
-    if container.is_running:
+    if container.is_active:
         raise NotModified
     _require_startable(container)
     await served.engine.start(container.id)
@@ -292,7 +299,7 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
     freed_bytes, removed = 0, []
     for container in served.engine.list():
         if (
-            not container.is_running
+            not container.is_active
             and (container.was_started or container.plain is not None)
             and is_prunable(container.created_at, container.labels, filters, now_ns)
         ):
@@ -306,8 +313,14 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
 @_table.delete("/containers/{id}")
 async def remove(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker rm``, with the layers that were kept for this container only."""
-    container = served.engine.get(request.match_info["id"])
-    await served.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
+    word = request.match_info["id"]
+    container = served.engine.get(word)
+    try:
+        await served.engine.remove(
+            container.id, force=flag(request, "force"), with_volumes=flag(request, "v")
+        )
+    except StillRunning as error:
+        raise StillRunning(f'cannot remove container "{word}": {error}') from error
     await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return web.Response(status=204)
 
