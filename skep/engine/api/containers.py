@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
+import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
@@ -52,9 +53,11 @@ from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import check_cpus, nano_cpus_of
 from skep.engine.request import read_create
-from skep.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
 from skep.model.encoding import ApiObject
 from skep.model.secret_env import SECRET_ENV_LABEL
+
+log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
 _WITHOUT_NULL_ERROR = ApiVersion("1.42")
@@ -292,7 +295,10 @@ async def update(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/prune")
 async def prune(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker container prune``: remove containers that do not run; a task's that is about to start stays."""
+    """``docker container prune``: remove containers that do not run; a task's that is about to start stays.
+
+    One that cannot be removed keeps no other.  Source: moby, daemon/prune.go (ContainersPrune).
+    """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
     now_ns = served.clock.now_ns()
@@ -303,8 +309,13 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
             and (container.was_started or container.plain is not None)
             and is_prunable(container.created_at, container.labels, filters, now_ns)
         ):
-            freed_bytes += (await _sizes(served, container)).get("SizeRw", 0)
-            await served.engine.remove(container.id)
+            size = (await _sizes(served, container)).get("SizeRw", 0)
+            try:
+                await served.engine.remove(container.id)
+            except SkepError as error:  # what ended or was started meanwhile, too
+                log.warning("container not pruned", container=container.id, reason=str(error))
+                continue
+            freed_bytes += size
             removed.append(container.id)
     await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return json_response({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
