@@ -21,7 +21,7 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 
 class ContainerState(Enum):
-    """``State.Status``, in Docker's words."""
+    """What is recorded of ``Container.status``."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -203,6 +203,22 @@ class PlainOptions(msgspec.Struct, frozen=True, kw_only=True):
     is_step: bool = False
     """Of a build: it is removed by its build, or by the next process if that of the build has ended."""
 
+    def wants_restart(self, exit_code: int) -> bool:
+        """Whether its policy starts it again after a run, or a start that failed, with ``exit_code``.
+
+        Source: moby 20.10, restartmanager/restartmanager.go (ShouldRestart).
+        """
+        if self.is_stopped:
+            return False
+        match self.restart.name:
+            case "always" | "unless-stopped":
+                return True
+            case "on-failure":
+                limit = self.restart.attempts_max
+                return exit_code != 0 and (not limit or self.restarts < limit)
+            case _:
+                return False
+
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):
     """One container.  Times are Docker's; ``ZERO_TIME`` where it has not happened yet."""
@@ -235,6 +251,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """None: it is a task's."""
     is_retired: bool = False
     """It never ran and never will: its sandbox is freed."""
+    start_requested: bool = False
+    """By its user, and no run has ended since: a start that fails is not followed by another one."""
     warnings: tuple[str, ...] = ()
     """What of its configuration this node could not give it when it was last prepared."""
     stack: str = ""
@@ -267,9 +285,36 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in (ContainerState.RUNNING, ContainerState.PAUSED)
 
     @property
+    def is_restarting(self) -> bool:
+        """Whether it has ended and its policy starts it again: known before the restart monitor has begun, too."""
+        if self.plain is None or self.start_requested or self.state is not ContainerState.EXITED:
+            return False
+        return self.plain.wants_restart(self.exit_code)
+
+    @property
+    def is_active(self) -> bool:
+        """``State.Running``: Docker counts one that is restarting as running, so that it is kept.
+
+        Source: moby, container/state.go (SetRestarting).
+        """
+        return self.is_running or self.is_restarting
+
+    @property
+    def status(self) -> str:
+        """``State.Status``, in Docker's words."""
+        return "restarting" if self.is_restarting else self.state.value
+
+    @property
     def was_started(self) -> bool:
         """Whether it ever ran."""
         return self.started_at != ZERO_TIME
+
+    def require_running(self) -> None:
+        """Raises: NotRunning."""
+        if self.is_restarting:
+            raise NotRunning(f"Container {self.id} is restarting, wait until the container is running")
+        if not self.is_running:
+            raise NotRunning(f"Container {self.id} is not running")
 
 
 class NewContainer(msgspec.Struct, frozen=True, kw_only=True):

@@ -247,8 +247,7 @@ class Engine:
     def _require_running(self, word: str) -> Container:
         """Raises: NotFound; NotRunning."""
         container = self.get(word)
-        if not container.is_running:
-            raise NotRunning(f"Container {container.id} is not running")
+        container.require_running()
         return container
 
     # --- create -------------------------------------------------------------------------------------------------
@@ -380,7 +379,7 @@ class Engine:
             return await self._lifecycle.start(container.id, secret_env)
         self._restarts.reset(container.id)
         plain = msgspec.structs.replace(container.plain, is_stopped=False, restarts=0)
-        self._store.change(container.id, plain=plain)
+        self._store.change(container.id, plain=plain, start_requested=True)
         try:
             async with self._network_locks[container.id]:
                 return await self._lifecycle.start(container.id, secret_env)
@@ -403,22 +402,27 @@ class Engine:
                 # Known on a full disk, too: this is retried then, and its user may stop it again meanwhile.
                 plain = msgspec.structs.replace(plain, is_stopped=False)
                 self._store.observe(id, plain=plain)
-            self._store.change(id, plain=msgspec.structs.replace(plain, restarts=plain.restarts + 1))
-            await self._lifecycle.start(id)
+            try:
+                await self._lifecycle.start(id)
+            finally:  # and not before: until it runs it is restarting, in its last attempt too
+                self._store.count_restart(id)
             return True
 
     async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
         """Send a signal to its first process (``SIGTERM``, ``TERM`` or ``15``).
 
+        One that is restarting has none; a signal that ends a container ends its restarting.
         Raises: NotFound; NotRunning; InvalidArgument: no such signal.
+        Source: moby, daemon/kill.go (killWithSignal).
         """
         number = signal_number(signal_name)
         container = self.get(word)
-        if not container.is_running:
+        if not container.is_active:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
         if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
-            container = self._store.note_stopped(container.id)
-        await self._lifecycle.signal(container, number)
+            container = await self._end_restarting(container)
+        if container.is_running:
+            await self._lifecycle.signal(container, number)
 
     async def stop(self, word: str, grace_s: float | None = None) -> Container:
         """Send its stop signal, then SIGKILL after ``grace_s`` seconds (None: its own grace); return when it ended.
@@ -440,8 +444,11 @@ class Engine:
         return await self._lifecycle.carry_out(both(), name=f"restart-{id[:12]}")
 
     async def _stop(self, id: ContainerId, grace_s: float | None) -> Container:
-        container = self.note_stopped(id)
+        before = self.get(id)
+        container = await self._end_restarting(before)
         if not container.is_running:
+            if before.is_restarting:
+                self.events.publish("stop", container)
             return container
         if grace_s is None:
             grace_s = container.config.stop_grace_ns / 1e9
@@ -461,6 +468,14 @@ class Engine:
         Raises: NotFound.
         """
         return self._store.note_stopped(self.get(word).id)
+
+    async def _end_restarting(self, container: Container) -> Container:
+        """``note_stopped``; a start by its policy that is under way is over when this returns."""
+        noted = self._store.note_stopped(container.id)
+        if container.is_restarting:
+            async with self._network_locks[container.id]:  # held by ``restart``
+                noted = self._store.require(container.id)
+        return noted
 
     async def pause(self, word: str) -> None:
         """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
@@ -547,7 +562,8 @@ class Engine:
         """Free everything it holds; ``force`` kills it first; ``with_volumes``: also volumes made for it alone.
 
         This goes on if the caller is cancelled.
-        Raises: NotFound; StillRunning: it runs and ``force`` was not given; Unavailable: something is left.
+        Raises: NotFound; StillRunning: it runs, or is restarting, and ``force`` was not given; Unavailable: something
+        is left.
         """
         container = self.get(word)
         removal = self._remove(container, force=force, with_volumes=with_volumes)
@@ -555,7 +571,7 @@ class Engine:
 
     @timed("delete")
     async def _remove(self, container: Container, *, force: bool, with_volumes: bool) -> None:
-        if force or not container.is_running:
+        if force or not container.is_active:
             await self.log_forwarding.hold(container)
         await self._lifecycle.remove(container.id, force=force)
         self._restarts.reset(container.id)

@@ -277,8 +277,7 @@ class Execs:
         container = self._container(word)
         if container.state is ContainerState.PAUSED:
             raise NotRunning(f"Container {word} is paused, unpause the container before exec")
-        if not container.is_running:
-            raise NotRunning(f"Container {container.id} is not running")
+        container.require_running()
         return container
 
     def _make_room(self, container_id: ContainerId) -> None:

@@ -378,6 +378,7 @@ class Lifecycle:
                 error=ended.error,
                 oom_killed=ended.oom_killed,
                 finished_at=timestamp(self._clock.now_ns()),
+                start_requested=False,
             )
         if ended.oom_killed:
             self.events.publish("oom", container)
@@ -397,12 +398,13 @@ class Lifecycle:
 
     async def _remove(self, id: ContainerId, *, force: bool) -> None:
         container = self._store.require(id)
+        if container.is_active and not force:
+            raise StillRunning(
+                "container is paused and must be unpaused first"
+                if container.state is ContainerState.PAUSED
+                else f"container is {container.status}: stop the container before removing or force remove"
+            )
         if container.is_running:
-            if not force:
-                raise StillRunning(
-                    f"You cannot remove a running container {container.id}."
-                    " Stop the container before attempting removal or force remove"
-                )
             container = self._store.note_stopped(id)
             try:
                 await self.kill(container)

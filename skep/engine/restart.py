@@ -39,9 +39,13 @@ class Remove(msgspec.Struct, frozen=True):
 
 
 class StartAgain(msgspec.Struct, frozen=True):
-    """It is started after ``delay_s``, unless its user stops or starts it before."""
+    """It is started after ``delay_s``, unless its user stops or starts it before.
+
+    ``ignore_stop``: its user had stopped it when this was decided.
+    """
 
     delay_s: float
+    ignore_stop: bool = False
 
 
 Next: TypeAlias = Rest | Remove | StartAgain
@@ -57,7 +61,7 @@ def after_end(plain: PlainOptions, exit_code: int, ran_s: float, delay_before_s:
     """
     if plain.auto_remove:
         return Remove()
-    if not _wants_restart(plain, exit_code):
+    if not plain.wants_restart(exit_code):
         return Rest()
     if not delay_before_s or ran_s >= LASTED_S:
         return StartAgain(FIRST_DELAY_S)
@@ -69,21 +73,8 @@ def after_node_restart(plain: PlainOptions, exit_code: int, *, was_started: bool
     if not was_started:
         return Rest()
     if plain.restart.name == "always":
-        return StartAgain(0.0)
+        return StartAgain(0.0, ignore_stop=plain.is_stopped)
     return after_end(plain, exit_code, LASTED_S)
-
-
-def _wants_restart(plain: PlainOptions, exit_code: int) -> bool:
-    if plain.is_stopped:
-        return False
-    match plain.restart.name:
-        case "always" | "unless-stopped":
-            return True
-        case "on-failure":
-            limit = plain.restart.attempts_max
-            return exit_code != 0 and (not limit or plain.restarts < limit)
-        case _:
-            return False
 
 
 class Containers(Protocol):
@@ -216,8 +207,6 @@ class RestartMonitor:
 
     async def _start_again(self, id: ContainerId, due: StartAgain, wait_s: float) -> Next:
         """Restart it after ``wait_s``; gives what follows.  Raises: NotFound; BeingRemoved."""
-        before = self._containers.get(id).plain
-        was_stopped = before is not None and before.is_stopped
         reset = self._resets[id] = asyncio.Event()
         try:
             await run_unless(self._clock.sleep(wait_s), reset.wait())
@@ -226,7 +215,7 @@ class RestartMonitor:
         finally:
             del self._resets[id]
         try:
-            await self._containers.restart(id, ignore_stop=was_stopped)
+            await self._containers.restart(id, ignore_stop=due.ignore_stop)
         except BeingRemoved:
             raise
         except (SkepError, OSError) as error:  # of a full disk, for example

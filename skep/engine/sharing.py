@@ -83,8 +83,9 @@ def shared_by(container: Container, get: Get, shm: Callable[[ContainerId], Path]
         if not name:
             continue
         other = get(name)
-        if not other.is_running:
+        if not other.is_active:
             raise NotRunning(refusal.format(id=other.id))
+        other.require_running()
         namespaces[type] = f"/proc/{other.pid}/ns/{'net' if type == 'network' else type}"
         if type == "ipc":
             path = _shm_of(other, get, shm)

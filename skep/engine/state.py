@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -136,6 +137,14 @@ class ContainerStore:
             return container
         return self.observe(id, plain=msgspec.structs.replace(plain, is_stopped=True))
 
+    def count_restart(self, id: ContainerId) -> None:
+        """Record one more attempt of its policy to start it, if that can be written: a full disk uses up none."""
+        container = self._containers.get(id)
+        if container is not None and container.plain is not None:
+            plain = msgspec.structs.replace(container.plain, restarts=container.plain.restarts + 1)
+            with suppress(OSError):
+                self.change(id, plain=plain, start_requested=False)
+
     async def run(self, clock: Clock) -> None:
         """Retry writes that have failed, until cancelled."""
         while True:
@@ -195,9 +204,9 @@ class ContainerStore:
         container = first = self.require(id)
         while True:
             match condition:
-                case WaitCondition.NOT_RUNNING if not container.is_running:
+                case WaitCondition.NOT_RUNNING if not container.is_active or _has_ended(first, container):
                     return container
-                case WaitCondition.NEXT_EXIT if container.finished_at not in (first.finished_at, ZERO_TIME):
+                case WaitCondition.NEXT_EXIT if _has_ended(first, container):
                     return container
                 case _:
                     await self.wait_changed(container.id)
@@ -214,3 +223,12 @@ class ContainerStore:
         changed = self._changed.pop(id, None)
         if changed is not None:
             changed.set()
+
+
+def _has_ended(before: Container, present: Container) -> bool:
+    """Whether a run has ended since ``before``, or its policy starts it no more.
+
+    Source: moby, container/state.go (SetRestarting, SetStopped).
+    """
+    was_given_up = before.is_active and not present.is_active
+    return was_given_up or present.finished_at not in (before.finished_at, ZERO_TIME)

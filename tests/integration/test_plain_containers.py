@@ -298,7 +298,7 @@ def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode)
     run(m1, "box")
     said = refused(m1, "create", "--name", "box", IMAGE)
     assert 'Conflict. The container name "/box" is already in use by container' in said
-    assert "You cannot remove a running container" in refused(m1, "rm", "box")
+    assert 'cannot remove container "box": container is running: stop' in refused(m1, "rm", "box")
     said = refused(m1, "create", "--pull", "never", "nosuch:1")
     assert "No such image: nosuch:1" in said
     for option in (
@@ -451,6 +451,13 @@ def test_a_restart_policy_starts_what_failed_and_not_what_its_user_stopped(
     m1.docker("start", "still")
     m1.docker("restart", "-t", "1", "still")
     assert m1.docker("inspect", "-f", "{{.State.Running}}", "still").stdout == "true\n"
+    run(m1, "looping", "--restart", "always", command=("sh", "-c", "exit 3"))
+    states = ("ps", "-a", "--filter", "name=looping", "--format", "{{.State}} {{.Status}}")
+    wait_until(lambda: m1.docker(*states).stdout.startswith("restarting Restarting (3) "), "it is shown")
+    m1.docker("container", "prune", "-f")
+    assert 'cannot remove container "looping": container is r' in refused(m1, "rm", "looping")
+    m1.docker("kill", "looping")
+    wait_until(lambda: m1.docker(*states).stdout.startswith("exited "), "nothing starts it any more")
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -79,7 +79,7 @@ class StubBundles:
     def bundle(self, id: ContainerId) -> Path:
         return Path("/nonexistent")
 
-    api = path = shm = bundle
+    api = path = shm = log = rootfs = bundle
 
 
 class StubRuntime:
@@ -124,8 +124,20 @@ class StubRuntime:
     reopen_log = release_parts = lambda *_: None
 
 
+class StubImages:
+    """In the place of ``ImageStore``: it has none."""
+
+    def lookup(self, word: str) -> None:
+        pass
+
+    async def sweep(self, used: object) -> None:
+        pass
+
+
 class StubNetwork:
     """In the place of the data plane: it has everything at once."""
+
+    predefined_ids: Mapping[str, str] = {}
 
     async def attach(self, config: object) -> Sandbox:
         return Sandbox(netns="/nonexistent")
@@ -151,7 +163,7 @@ class StubEngine:
         self.runtime = StubRuntime(self.bundles)
         self.engine = Engine(
             runtime=cast("Runtime", self.runtime),
-            images=cast("ImageStore", SimpleNamespace()),
+            images=cast("ImageStore", StubImages()),
             volumes=Volumes(directory / "volumes"),
             network=cast("Networking", StubNetwork()),
             clock=clock,

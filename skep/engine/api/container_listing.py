@@ -1,6 +1,5 @@
 """The containers that ``docker ps`` shows.  Pure.
 
-
 Source: moby 20.10, daemon/list.go.
 """
 
@@ -61,13 +60,13 @@ def select(containers: Sequence[Container], selection: Selection) -> Sequence[Co
     found = []
     for container in _between(containers, filters):
         if (
-            (shows_all or container.is_running)
+            (shows_all or container.is_active)
             and name_is(container.name, f"/{container.name}")
             and id_is(container.id)
-            and filters.matches("status", container.state.value)
+            and filters.matches("status", container.status)
             and filters.matches("health", container.health.status.value if container.health else "none")
             and filters.matches_labels("label", container.labels)
-            and (exits is None or (container.exit_code in exits and container.state is ContainerState.EXITED))
+            and (exits is None or (container.exit_code in exits and container.status == "exited"))
             and (selection.ancestors is None or container.image_id in selection.ancestors)
             and _is_task(container, filters["is-task"])
             and _matches_volume(container, filters["volume"])

@@ -67,8 +67,14 @@ async def show_logs(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/attach")
 async def attach(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker attach``, and the streams of ``docker run``."""
-    container = served.engine.get(request.match_info["id"])
+    """``docker attach``, and the streams of ``docker run``.
+
+    Source: moby, daemon/attach.go (ContainerAttach).
+    """
+    word = request.match_info["id"]
+    container = served.engine.get(word)
+    if container.is_restarting:
+        raise NotRunning(f"container {word} is restarting, wait until the container is running")
     keys = parse_keys(request.query.get("detachKeys", ""))
     async with hijacked(request, tty=container.config.tty) as client:
         if flag(request, "logs"):

@@ -153,7 +153,7 @@ def summary(
         "Created": unix_ns(container.created_at) // _NS,
         "Ports": ports(container),
         "Labels": dict(container.labels),
-        "State": container.state.value,
+        "State": container.status,
         "Status": status(container, now_ns),
         "HostConfig": {"NetworkMode": container.network_mode},
         "NetworkSettings": {"Networks": networks_in_lists(container, network_ids)},
@@ -162,7 +162,7 @@ def summary(
 
 
 def status(container: Container, now_ns: int) -> str:
-    """``Up 3 minutes``, ``Exited (1) 2 hours ago``.
+    """``Up 3 minutes``, ``Restarting (1) 5 seconds ago``, ``Exited (1) 2 hours ago``.
 
     Source: moby 20.10, container/state.go (String).
     """
@@ -174,7 +174,8 @@ def status(container: Container, now_ns: int) -> str:
         case ContainerState.REMOVING:
             return "Removal In Progress"
         case _ if container.was_started and container.finished_at != ZERO_TIME:
-            return f"Exited ({container.exit_code}) {age(now_ns - unix_ns(container.finished_at))} ago"
+            word = "Restarting" if container.is_restarting else "Exited"
+            return f"{word} ({container.exit_code}) {age(now_ns - unix_ns(container.finished_at))} ago"
         case _:
             return "Created"
 
@@ -242,12 +243,11 @@ def _split_port(text: str) -> tuple[int, str]:
 
 
 def _state(container: Container) -> dict[str, Any]:
-    state = container.state
     response: dict[str, Any] = {
-        "Status": state.value,
-        "Running": container.is_running,
-        "Paused": state is ContainerState.PAUSED,
-        "Restarting": False,
+        "Status": container.status,
+        "Running": container.is_active,
+        "Paused": container.state is ContainerState.PAUSED,
+        "Restarting": container.is_restarting,
         "OOMKilled": container.oom_killed,
         "Dead": False,
         "Pid": container.pid,

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
+import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
@@ -36,7 +37,14 @@ from skep.engine.api.files import file_routes
 from skep.engine.api.pruning import is_prunable
 from skep.engine.api.queries import integer
 from skep.engine.capacity import processors
-from skep.engine.container import BeingRemoved, Container, ContainerState, NotRunning, WaitCondition
+from skep.engine.container import (
+    BeingRemoved,
+    Container,
+    ContainerState,
+    NotRunning,
+    StillRunning,
+    WaitCondition,
+)
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
@@ -45,9 +53,11 @@ from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import check_cpus, nano_cpus_of
 from skep.engine.request import read_create
-from skep.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
 from skep.model.encoding import ApiObject
 from skep.model.secret_env import SECRET_ENV_LABEL
+
+log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
 _WITHOUT_NULL_ERROR = ApiVersion("1.42")
@@ -67,7 +77,7 @@ class Limits(ApiObject):
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
     """Every container, as a user of its image and of those that it mounts."""
-    return [ImageUser(one.id, image, one.is_running) for one in engine.list() for image in images_of(one)]
+    return [ImageUser(one.id, image, one.is_active) for one in engine.list() for image in images_of(one)]
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -202,7 +212,7 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker stop``; 304: it does not run."""
     container = served.engine.get(request.match_info["id"])
     grace_s = _grace(request)
-    if not container.is_running:
+    if not container.is_active:
         served.engine.note_stopped(container.id)
         raise NotModified
     try:
@@ -214,9 +224,9 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/start")
 async def start(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker start``; 304: it runs already."""
+    """``docker start``; 304: it runs already, or its policy starts it."""
     container = served.engine.get(request.match_info["id"])
-    if container.is_running:
+    if container.is_active:
         raise NotModified
     _require_startable(container)
     await served.engine.start(container.id)
@@ -285,19 +295,27 @@ async def update(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/prune")
 async def prune(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker container prune``: remove containers that do not run; a task's that is about to start stays."""
+    """``docker container prune``: remove containers that do not run; a task's that is about to start stays.
+
+    One that cannot be removed keeps no other.  Source: moby, daemon/prune.go (ContainersPrune).
+    """
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
     now_ns = served.clock.now_ns()
     freed_bytes, removed = 0, []
     for container in served.engine.list():
         if (
-            not container.is_running
+            not container.is_active
             and (container.was_started or container.plain is not None)
             and is_prunable(container.created_at, container.labels, filters, now_ns)
         ):
-            freed_bytes += (await _sizes(served, container)).get("SizeRw", 0)
-            await served.engine.remove(container.id)
+            size = (await _sizes(served, container)).get("SizeRw", 0)
+            try:
+                await served.engine.remove(container.id)
+            except SkepError as error:  # what ended or was started meanwhile, too
+                log.warning("container not pruned", container=container.id, reason=str(error))
+                continue
+            freed_bytes += size
             removed.append(container.id)
     await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return json_response({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
@@ -306,8 +324,14 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
 @_table.delete("/containers/{id}")
 async def remove(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker rm``, with the layers that were kept for this container only."""
-    container = served.engine.get(request.match_info["id"])
-    await served.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
+    word = request.match_info["id"]
+    container = served.engine.get(word)
+    try:
+        await served.engine.remove(
+            container.id, force=flag(request, "force"), with_volumes=flag(request, "v")
+        )
+    except StillRunning as error:
+        raise StillRunning(f'cannot remove container "{word}": {error}') from error
     await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return web.Response(status=204)
 

@@ -14,7 +14,10 @@ from skep.model.times import ZERO_TIME, unix_ns
 
 
 class ImageFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Filters of a request.  ``dangling`` None: both; ``labels``, ``without_labels``: ``name`` or ``name=value``."""
+    """Filters of a request.  ``dangling`` None: both; ``labels``, ``without_labels``: ``name`` or ``name=value``.
+
+    An image has all of ``labels``, and not all of ``without_labels``.
+    """
 
     all: bool = False
     dangling: bool | None = None
@@ -91,5 +94,5 @@ def _matches(image: Image, filter: ImageFilter) -> bool:
         and (filter.since is None or created > created_ns(filter.since))
         and (filter.until_ns is None or created < filter.until_ns)
         and all(map(has, filter.labels))
-        and not any(map(has, filter.without_labels))
+        and not (filter.without_labels and all(map(has, filter.without_labels)))
     )

@@ -139,7 +139,7 @@ async def test_one_sample_of_what_it_uses(api: Api, run: Runner):
             "DELETE",
             "/containers/{id}",
             409,
-            "You cannot remove a running container {id}. Stop the container before attempting removal or force remove",
+            'cannot remove container "{id}": container is running: stop the container before removing or force remove',
         ),
     ],
 )

@@ -39,7 +39,8 @@ def test_a_container_with_auto_remove_is_removed_at_its_end() -> None:
 
 def test_after_a_crash_of_the_machine_always_means_always() -> None:
     stopped = plain("always", is_stopped=True)
-    assert after_node_restart(stopped, 0, was_started=True) == StartAgain(0.0)
+    assert after_node_restart(stopped, 0, was_started=True) == StartAgain(0.0, ignore_stop=True)
+    assert after_node_restart(plain("always"), 0, was_started=True) == StartAgain(0.0)
     assert after_node_restart(stopped, 0, was_started=False) == Rest()
     assert after_node_restart(plain("unless-stopped", is_stopped=True), 0, was_started=True) == Rest()
     assert after_node_restart(PlainOptions(auto_remove=True), 0, was_started=True) == Remove()

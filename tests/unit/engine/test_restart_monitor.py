@@ -250,7 +250,7 @@ def test_a_removal_ends_when_the_container_is_gone_and_waits_for_one_that_runs_a
         one.end()
         await clock.sleep(FIRST_DELAY_S / 2)
         one.set(ContainerState.RUNNING)
-        one.refusals = [StillRunning("You cannot remove a running container")]
+        one.refusals = [StillRunning("container is running: stop the container before removing")]
         await clock.sleep(3600.0)
         assert len(one.calls) == 2
         one.refusals = [NotFound("No such container")]

@@ -39,6 +39,7 @@ def test_labels_select_by_name_and_by_value():
     assert ids(ImageFilter(labels=("tier",))) == [NEW, OLD]
     assert ids(ImageFilter(labels=("tier=front",))) == [OLD]
     assert ids(ImageFilter(without_labels=("tier=front",))) == [NEW, BARE]
+    assert ids(ImageFilter(without_labels=("tier", "tier=front"))) == [NEW, BARE], "as in Docker: all of them"
 
 
 def test_before_and_since_compare_when_images_were_made():

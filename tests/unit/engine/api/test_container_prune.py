@@ -1,0 +1,90 @@
+"""``docker container prune`` where single containers cannot be removed."""
+
+import json
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from sim.time import VirtualClock, VirtualLoop
+from skep.engine.api import containers
+from skep.engine.container import Container, ContainerState
+from skep.model.ids import ContainerId
+from skep.model.times import timestamp
+from tests.support.stub_engine import StubEngine, a_container, disk_full
+
+ENDED = a_container(state=ContainerState.EXITED, process=None, finished_at=timestamp(2))
+
+
+def numbered(number: int) -> Container:
+    """The containers are listed from the highest number down."""
+    return replace(ENDED, id=ContainerId(str(number) * 64), name=f"c{number}", created_at=timestamp(number))
+
+
+def pruning(directory: Path, body: Callable[[StubEngine], Coroutine[Any, Any, None]]) -> None:
+    """Run ``body`` with an engine that has three containers, which have ended."""
+    loop = VirtualLoop()
+
+    async def whole() -> None:
+        stubs = StubEngine(VirtualClock(loop), directory, *map(numbered, (1, 2, 3)))
+        async with stubs.engine.running():
+            await body(stubs)
+
+    try:
+        loop.run_until_complete(whole())
+    finally:
+        loop.close()
+
+
+async def pruned(stubs: StubEngine) -> list[str]:
+    """The first digits of what a prune has removed."""
+    served = containers.Served(stubs.engine, stubs.engine._clock)
+    response = await containers.prune(served, make_mocked_request("POST", "/containers/prune"))
+    assert isinstance(response, web.Response)
+    assert isinstance(response.body, bytes)
+    return [id[0] for id in json.loads(response.body)["ContainersDeleted"] or ()]
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(stubs: StubEngine) -> None:
+        discard, stuck = stubs.bundles.discard, numbered(2).id
+
+        async def refuse(id: ContainerId) -> None:
+            if id == stuck:
+                raise disk_full()
+            await discard(id)
+
+        monkeypatch.setattr(stubs.bundles, "discard", refuse)
+        with capture_logs() as lines:
+            assert await pruned(stubs) == ["3", "1"]
+            assert await pruned(stubs) == []
+        warnings = [line["container"] for line in lines if line["event"] == "container not pruned"]
+        assert warnings == [stuck, stuck]
+        monkeypatch.undo()
+        assert await pruned(stubs) == ["2"]
+
+    pruning(tmp_path, body)
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_what_is_removed_or_started_meanwhile_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_started: bool
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        discard, other = stubs.bundles.discard, numbered(2).id
+
+        async def meanwhile(id: ContainerId) -> None:
+            monkeypatch.undo()
+            await (stubs.engine.start(other) if is_started else stubs.engine.remove(other))
+            await discard(id)
+
+        monkeypatch.setattr(stubs.bundles, "discard", meanwhile)
+        assert await pruned(stubs) == ["3", "1"]
+        assert [one.name for one in stubs.engine.list()] == (["c2"] if is_started else [])
+
+    pruning(tmp_path, body)

@@ -1,0 +1,320 @@
+"""A plain container that waits for its next start by its policy: Docker's state "restarting"."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import quote
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+
+from sim.time import VirtualClock, VirtualLoop
+from skep.api.errors import NotModified
+from skep.engine.api import container_output, containers
+from skep.engine.conmon import StartError
+from skep.engine.container import (
+    Container,
+    ContainerState,
+    ExecConfig,
+    NotRunning,
+    PlainOptions,
+    RestartPolicy,
+    StillRunning,
+    WaitCondition,
+)
+from skep.engine.sharing import shared_by
+from skep.errors import AlreadyExists
+from skep.model.ids import ContainerId
+from skep.model.times import timestamp
+from tests.support.stub_engine import ID, StubEngine, a_container
+
+Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
+Run: TypeAlias = Callable[..., None]
+
+ALWAYS = PlainOptions(restart=RestartPolicy(name="always"))
+RUNNING = a_container(plain=ALWAYS)
+RESTARTING = a_container(
+    plain=ALWAYS, state=ContainerState.EXITED, process=None, exit_code=3, finished_at=timestamp(2)
+)
+"""As an earlier node process has left it."""
+WAIT = f"Container {ID} is restarting, wait until the container is running"
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Run:
+    """Run a test's body on virtual time, with an engine that has one container."""
+
+    def run(body: Body, container: Container = RESTARTING, *, is_monitored: bool = False) -> None:
+        """``is_monitored``: restart policies are carried out."""
+        loop = VirtualLoop()
+
+        async def whole() -> None:
+            stubs = StubEngine(VirtualClock(loop), tmp_path, container)
+            async with asyncio.timeout(7200), stubs.engine.running():
+                if not is_monitored:
+                    await body(stubs)
+                    return
+                monitoring = loop.create_task(stubs.engine.run_restart_policies())
+                await asyncio.sleep(1)
+                await body(stubs)
+                monitoring.cancel()
+                await asyncio.wait([monitoring])
+
+        try:
+            loop.run_until_complete(whole())
+        finally:
+            loop.close()
+
+    return run
+
+
+async def asked(stubs: StubEngine, name: str, method: str = "POST", path: str = "/") -> web.StreamResponse:
+    """What the handler ``name`` of the container ``c`` responds."""
+    request = make_mocked_request(method, path, match_info={"id": "c"})
+    served = containers.Served(stubs.engine, stubs.engine._clock)
+    response: web.StreamResponse = await getattr(containers, name)(served, request)
+    return response
+
+
+async def shown(stubs: StubEngine, name: str, query: str = "") -> Any:
+    response = await asked(stubs, name, "GET", f"/containers?{query}")
+    assert isinstance(response, web.Response)
+    assert isinstance(response.body, bytes)
+    return json.loads(response.body)
+
+
+def filters(**wanted: str) -> str:
+    return f"filters={quote(json.dumps({name: [value] for name, value in wanted.items()}))}"
+
+
+def refuse_starts(stubs: StubEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_: Container) -> None:
+        raise StartError("exec: nosuch: executable file not found in $PATH")
+
+    monkeypatch.setattr(stubs.runtime, "create", refuse)
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def test_it_is_shown_as_docker_shows_it(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        (line,) = await shown(stubs, "list_containers")
+        assert line["State"] == "restarting"
+        assert line["Status"].startswith("Restarting (3) ")
+        state = (await shown(stubs, "inspect_container"))["State"]
+        assert (state["Status"], state["Running"], state["Restarting"]) == ("restarting", True, True)
+        assert (state["Paused"], state["Pid"], state["ExitCode"]) == (False, 0, 3)
+        assert await shown(stubs, "list_containers", filters(status="restarting"))
+        assert not await shown(stubs, "list_containers", filters(status="exited"))
+        assert not await shown(stubs, "list_containers", f"all=1&{filters(exited='3')}")
+
+    simulated(body)
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        PlainOptions(),
+        PlainOptions(restart=RestartPolicy(name="unless-stopped"), is_stopped=True),
+        PlainOptions(restart=RestartPolicy(name="on-failure", attempts_max=2), restarts=2),
+        None,
+    ],
+)
+def test_one_that_nothing_starts_again_has_exited(simulated: Run, ended: PlainOptions | None) -> None:
+    async def body(stubs: StubEngine) -> None:
+        assert not await shown(stubs, "list_containers")
+        (line,) = await shown(stubs, "list_containers", "all=1")
+        assert line["State"] == "exited"
+        assert line["Status"].startswith("Exited (3) ")
+        assert (await shown(stubs, "inspect_container"))["State"]["Running"] is False
+
+    simulated(body, msgspec.structs.replace(RESTARTING, plain=ended))
+
+
+# --- what it is kept from, and what is kept from it -------------------------------------------------------------------
+
+
+def test_it_is_not_pruned_and_removed_by_force_only(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await asked(stubs, "prune")
+        expected = (
+            '^cannot remove container "c": container is restarting: stop the container before removing or'
+            " force remove$"
+        )
+        with pytest.raises(StillRunning, match=expected):
+            await asked(stubs, "remove", "DELETE")
+        assert stubs.engine.get(ID).is_restarting
+        (user,) = containers.image_users(stubs.engine)
+        assert user.is_running, "its image stays, too"
+        await asked(stubs, "remove", "DELETE", "/?force=1")
+        assert not stubs.engine.list()
+
+    simulated(body)
+
+
+def test_what_needs_a_process_is_told_to_wait_for_one(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        for name in ("pause", "show_processes"):
+            with pytest.raises(NotRunning, match=f"^{WAIT}$"):
+                await asked(stubs, name)
+        with pytest.raises(NotRunning, match=f"^{WAIT}$"):
+            stubs.engine.execs.create(ID, ExecConfig(command=("true",)))
+        other = PlainOptions(network_mode=f"container:{ID}")
+        sharing = msgspec.structs.replace(RUNNING, id=ContainerId("d" * 64), plain=other)
+        with pytest.raises(NotRunning, match=f"^{WAIT}$"):
+            shared_by(sharing, stubs.engine.get, lambda _: Path())
+        request = make_mocked_request("POST", "/?stream=1", match_info={"id": "c"})
+        served = container_output.Served(stubs.engine, stubs.engine._clock)
+        with pytest.raises(AlreadyExists, match=r"^container c is restarting, wait until the container is"):
+            await container_output.attach(served, request)
+
+    simulated(body)
+
+
+def test_a_start_by_its_user_changes_nothing(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        with pytest.raises(NotModified):
+            await asked(stubs, "start")
+        assert stubs.runtime.starts == 0
+
+    simulated(body)
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "events"), [("kill", ["die"]), ("stop", ["die", "stop"])])
+def test_a_kill_or_a_stop_ends_its_restarting(simulated: Run, command: str, events: list[str]) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end(7)
+        assert stubs.engine.get(ID).is_restarting
+        assert (await asked(stubs, command)).status == 204
+        assert stubs.engine.get(ID).status == "exited"
+        await asyncio.sleep(3600)
+        assert stubs.runtime.starts == 0
+        assert [event.action for event in stubs.engine.events.recent(0)] == events
+        with pytest.raises(NotRunning, match=r"^Cannot kill container: c: "):
+            await asked(stubs, "kill")
+        with pytest.raises(NotModified):
+            await asked(stubs, "stop")
+
+    simulated(body, RUNNING, is_monitored=True)
+
+
+def test_a_signal_that_ends_no_container_leaves_it_restarting(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        assert (await asked(stubs, "kill", path="/?signal=HUP")).status == 204
+        assert stubs.engine.get(ID).is_restarting
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("command", ["kill", "stop"])
+def test_a_run_that_its_policy_is_starting_is_ended_too(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        gate, start = asyncio.Event(), stubs.runtime.start
+
+        async def slow(*arguments: Any) -> None:
+            await gate.wait()
+            await start(*arguments)
+
+        monkeypatch.setattr(stubs.runtime, "start", slow)
+        await stubs.end(7)
+        await asyncio.sleep(1)
+        assert stubs.engine.get(ID).is_restarting
+        ending = asyncio.create_task(asked(stubs, command))
+        await asyncio.sleep(1)
+        assert not ending.done()
+        gate.set()
+        await asyncio.sleep(1)
+        assert [event.action for event in stubs.engine.events.recent(0)] == ["die", "start", "kill"]
+        await stubs.end(143)
+        await ending
+        await asyncio.sleep(3600)
+        assert stubs.engine.get(ID).status == "exited"
+        assert stubs.runtime.starts == 1
+
+    simulated(body, RUNNING, is_monitored=True)
+
+
+def test_it_is_restarting_until_its_last_attempt_runs_or_has_failed(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = PlainOptions(restart=RestartPolicy(name="on-failure", attempts_max=1))
+
+    async def body(stubs: StubEngine) -> None:
+        states: list[str] = []
+
+        async def refuse(_: Container) -> None:
+            states.append(stubs.engine.get(ID).status)
+            raise StartError("no such file")
+
+        monkeypatch.setattr(stubs.runtime, "create", refuse)
+        await stubs.end(7)
+        await asyncio.sleep(3600)
+        assert states == ["restarting"]
+        ended = stubs.engine.get(ID)
+        assert (ended.status, ended.plain and ended.plain.restarts) == ("exited", 1)
+
+    simulated(body, a_container(plain=once), is_monitored=True)
+
+
+@pytest.mark.parametrize("policy", ["always", "unless-stopped", "on-failure"])
+def test_one_whose_user_could_not_start_it_has_exited(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    plain = PlainOptions(restart=RestartPolicy(name=policy), is_stopped=True)
+
+    async def body(stubs: StubEngine) -> None:
+        refuse_starts(stubs, monkeypatch)
+        with pytest.raises(StartError):
+            await stubs.engine.start(ID)
+        failed = stubs.engine.get(ID)
+        assert (failed.status, failed.exit_code) == ("exited", 127)
+        await asked(stubs, "prune")
+        assert not stubs.engine.list()
+
+    simulated(body, msgspec.structs.replace(RESTARTING, plain=plain))
+
+
+def test_the_next_node_process_starts_it(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        assert stubs.engine.get(ID).status == "running"
+        assert stubs.runtime.starts == 1
+
+    simulated(body, is_monitored=True)
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", [WaitCondition.NOT_RUNNING, WaitCondition.NEXT_EXIT])
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_who_waits_gets_the_next_end_or_that_of_its_restarting(
+    simulated: Run, condition: WaitCondition, *, is_stopped: bool
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        first = asyncio.create_task(stubs.engine.wait(ID, condition))
+        await stubs.end(7)
+        assert (await first).exit_code == 7, "it ran when the wait began"
+        second = asyncio.create_task(stubs.engine.wait(ID, condition))
+        await asyncio.sleep(0)
+        assert not second.done()
+        if is_stopped:
+            await stubs.engine.stop(ID)
+            assert (await second).exit_code == 7
+            return
+        await asyncio.sleep(1)
+        assert stubs.engine.get(ID).is_running
+        assert not second.done()
+        await stubs.end(8)
+        assert (await second).exit_code == 8
+
+    simulated(body, RUNNING, is_monitored=True)
