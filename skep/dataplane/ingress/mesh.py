@@ -81,7 +81,10 @@ class Mesh:
         self._backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=rng)
         self._node_id = NodeId("")
         self._table: Table | None = None
-        self._held: set[PortKey] | None = None
+        self._held: set[PortKey] = set()
+        self._is_held_known = False
+        """Whether ``_held`` is what the net process holds: not before it was asked, nor after a request that failed,
+        which it may have carried out all the same."""
         self._plan: Plan | None = None
         self._forwards_ipv6 = False
         self._turn = asyncio.Lock()
@@ -108,6 +111,7 @@ class Mesh:
             await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
             log.warning("published ports not cleared", reason=str(error))
+            self._again.set()
 
     async def run(self) -> None:
         """Until cancelled: retry what failed, and read other firewalls' rules."""
@@ -124,7 +128,7 @@ class Mesh:
     def published(self) -> frozenset[tuple[str, int]]:
         """Protocol and number of the ports that it holds or serves here; not of those that another program has."""
         planned = self._plan.ports if self._plan is not None else ()
-        return frozenset([port.key[:2] for port in planned] + [key[:2] for key in self._held or ()])
+        return frozenset([port.key[:2] for port in planned] + [key[:2] for key in self._held])
 
     def warnings(self) -> tuple[str, ...]:
         """Sentences for ``/info``."""
@@ -149,8 +153,9 @@ class Mesh:
 
     async def _publish(self, wanted: Plan) -> None:
         """Bring everything to ``wanted``: replies are routed and ports held before packets are led to a task."""
-        if self._held is None:
+        if not self._is_held_known:
             self._held = set(await self._ports.held())
+            self._is_held_known = True
         wanted = await self._hold(wanted)
         if wanted == self._plan:
             return
@@ -166,7 +171,6 @@ class Mesh:
 
     async def _hold(self, wanted: Plan) -> Plan:
         """Hold the ports; gives the plan without those that other programs have."""
-        assert self._held is not None
         kept, conflicts = [], {}
         for port in wanted.ports:
             key = port.key
@@ -174,12 +178,13 @@ class Mesh:
                 try:
                     await self._ports.reserve(*key)
                     self._held.add(key)
-                except AlreadyExists as error:
-                    conflicts[key] = str(error)
-                    continue
                 except AddressNotHere:
                     pass  # no packet comes to this address
                 except SkepError as error:
+                    self._is_held_known = False  # also if it is taken: an answer may have been lost
+                    if isinstance(error, AlreadyExists):
+                        conflicts[key] = str(error)
+                        continue
                     if port.protocol != "sctp":  # a kernel without it has no program that could take the port
                         raise
                     log.debug("port not held", port=key, reason=str(error))
@@ -192,9 +197,12 @@ class Mesh:
         return msgspec.structs.replace(wanted, ports=tuple(kept))
 
     async def _release(self, wanted: Plan) -> None:
-        assert self._held is not None
         for key in sorted(self._held - {port.key for port in wanted.ports if _is_held_here(port)}):
-            await self._ports.release(*key)
+            try:
+                await self._ports.release(*key)
+            except SkepError:
+                self._is_held_known = False
+                raise
             self._held.discard(key)
 
     # --- rules ----------------------------------------------------------------------------------------------------
