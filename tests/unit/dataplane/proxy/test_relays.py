@@ -5,9 +5,12 @@ import socket
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from skep.dataplane.proxy import tcp
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
+from skep.dataplane.proxy.tcp import TcpRelay
 from tests.support.oci_rig import QuickClock
 
 
@@ -48,3 +51,47 @@ async def test_a_port_that_cannot_be_and_a_plan_that_cannot_be_read_end_no_other
     assert not running.done()
     running.cancel()
     await asyncio.wait([running])
+
+
+async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leave_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tcp, "CONNECTIONS_MAX", 3)
+    listener, backends = socket.create_server(("127.0.0.1", 0)), list[asyncio.StreamWriter]()
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        backends.append(writer)
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(*address)
+
+    async def echoes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"hello")
+        try:
+            return await reader.read(5) == b"hello"
+        except ConnectionResetError:
+            return False
+
+    address = listener.getsockname()
+    async with await asyncio.start_server(echo, "127.0.0.1", 0) as backend, asyncio.timeout(20):
+        target = backend.sockets[0].getsockname()
+        relay = TcpRelay(
+            RelayPort(protocol="tcp", address=address[0], port=address[1], backends=(target,)),
+            lambda: 0.5,
+            lambda call: call(),
+        )
+        await relay.open(listener)
+        clients = [await connect() for _ in range(3)]
+        assert [await echoes(*one) for one in clients] == [True] * 3
+        assert not await echoes(*await connect())
+        reader, writer = clients.pop()
+        writer.close()
+        await backends[2].wait_closed()
+        while not await echoes(*(another := await connect())):
+            pass
+        relay.close(ends_connections=True)
+        for reader, _ in (*clients, another):
+            assert await reader.read() == b""
