@@ -220,7 +220,8 @@ class Mesh:
         await self._home.apply()
 
     async def _move_flows(self, wanted: Plan) -> None:
-        for version in (4, 6) if wanted.has_ipv6 else (4,):
+        has_ipv6 = wanted.has_ipv6 or (self._plan is not None and self._plan.has_ipv6)
+        for version in (4, 6) if has_ipv6 else (4,):
             if stale := stale_ports(self._plan, wanted, version):
                 await self._namespaces.run(self._namespaces.home, _delete_flows, stale, version)
 
