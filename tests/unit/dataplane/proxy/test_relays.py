@@ -1,7 +1,10 @@
 """One published port that cannot be relayed, or a plan that cannot be read, ends no other port."""
 
 import asyncio
+import errno
+import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,6 +14,7 @@ from skep.dataplane.proxy import tcp
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
+from skep.dataplane.proxy.udp import UdpRelay
 from tests.support.oci_rig import QuickClock
 
 
@@ -95,3 +99,31 @@ async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leav
         relay.close(ends_connections=True)
         for reader, _ in (*clients, another):
             assert await reader.read() == b""
+
+
+async def test_a_datagram_for_which_no_descriptor_is_free_is_lost_and_no_error() -> None:
+    refusals, errors, loop = [1], list[object](), asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+
+    def in_namespace(call: Callable[[], socket.socket]) -> socket.socket:
+        if refusals:
+            refusals.pop()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return call()
+
+    listener = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    listener.bind(("::1", 0))
+    address = listener.getsockname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as task:
+        task.bind(("127.0.0.1", 0))
+        port = RelayPort(protocol="udp", address="::1", port=address[1], backends=(task.getsockname(),))
+        relay = UdpRelay(port, listener, QuickClock(), lambda: 0.5, in_namespace)
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as client:
+            async with asyncio.timeout(20):
+                client.sendto(b"lost", address)
+                while refusals:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                client.sendto(b"hello", address)
+                assert await loop.sock_recv(task, 100) == b"hello"
+        relay.close()
+    assert errors == []
