@@ -34,7 +34,7 @@ from skep.dataplane.plan.ingress import (
 )
 from skep.dataplane.ports import AddressNotHere, PortReservations
 from skep.dataplane.proxy.relays import relay_ports
-from skep.errors import AlreadyExists, SkepError
+from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import Table
@@ -91,15 +91,15 @@ class Mesh:
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
         self.conflicts: Mapping[PortKey, str] = {}
-        """Ports that are not published here because another program on this node has them; the reason, in Docker's
-        words."""
+        """Ports that are not published here because another program on this node has them, or they cannot be held; the
+        reason, in Docker's words."""
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
         """Publish the ports of the ingress network's table; without one none is published.
 
-        A port that another program holds is tried again by itself.  Raises: SkepError: another failure.
+        A port that cannot be held is tried again by itself.  Raises: SkepError: another failure.
         """
         self._node_id = node_id
         self._table = next((table for table in tables.values() if table.head.is_ingress), None)
@@ -170,7 +170,7 @@ class Mesh:
     # --- holding --------------------------------------------------------------------------------------------------
 
     async def _hold(self, wanted: Plan) -> Plan:
-        """Hold the ports; gives the plan without those that other programs have."""
+        """Hold the ports; gives the plan without those that cannot be held.  Raises: Unavailable: no answer."""
         kept, conflicts = [], {}
         for port in wanted.ports:
             key = port.key
@@ -182,12 +182,14 @@ class Mesh:
                     pass  # no packet comes to this address
                 except SkepError as error:
                     self._is_held_known = False  # also if it is taken: an answer may have been lost
-                    if isinstance(error, AlreadyExists):
+                    if port.protocol == "sctp" and not isinstance(error, AlreadyExists):
+                        # A kernel without it has no program that could take the port.
+                        log.debug("port not held", port=key, reason=str(error))
+                    elif isinstance(error, Unavailable):  # nor will there be an answer about the others
+                        raise
+                    else:
                         conflicts[key] = str(error)
                         continue
-                    if port.protocol != "sctp":  # a kernel without it has no program that could take the port
-                        raise
-                    log.debug("port not held", port=key, reason=str(error))
             kept.append(port)
         for key in conflicts.keys() - self.conflicts.keys():
             log.warning("port is not published here", port=key[1], protocol=key[0], reason=conflicts[key])

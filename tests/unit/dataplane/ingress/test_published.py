@@ -10,26 +10,25 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.ports import PortReservations
-from skep.errors import AlreadyExists, SkepError, Unavailable
+from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.model.ids import NetworkId, NodeId, ServiceId
 from skep.model.tables import NetworkHead, Table, TablePort, TableService
 from tests.support.container_networks import NetPorts
 from tests.support.oci_rig import QuickClock
 
 NETWORK, SERVICE = NetworkId("ingress"), ServiceId("web")
-TABLE = Table(
-    head=NetworkHead(id=NETWORK, name="ingress", is_ingress=True),
-    services={
-        SERVICE: TableService(
-            id=SERVICE,
-            name="web",
-            ports=tuple(
-                TablePort(protocol=protocol, published=port, target=80)
-                for protocol, port in (("tcp", 80), ("udp", 53), ("tcp", 22))
-            ),
-        )
-    },
-)
+
+
+def ports_table(*ports: tuple[str, int]) -> Table:
+    """The ingress network's, with a service that publishes these."""
+    published = tuple(TablePort(protocol=protocol, published=port, target=80) for protocol, port in ports)
+    return Table(
+        head=NetworkHead(id=NETWORK, name="ingress", is_ingress=True),
+        services={SERVICE: TableService(id=SERVICE, name="web", ports=published)},
+    )
+
+
+TABLE = ports_table(("tcp", 80), ("udp", 53), ("tcp", 22))
 
 
 class Ports(PortReservations):
@@ -70,6 +69,17 @@ async def test_ports_that_are_held_are_the_meshs_whatever_fails_later(tmp_path: 
     with pytest.raises(SkepError, match="no kernel"):
         await mesh.apply(NodeId("n1"), {NETWORK: TABLE}, frozenset({NETWORK}))
     assert mesh.published == {("tcp", 80), ("udp", 53), ("tcp", 443)}
+
+
+class RefusedPorts(NetPorts):
+    """Port 22 and SCTP cannot be held."""
+
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
+        if port == 22 or protocol == "sctp":
+            raise FailedPrecondition("cannot reserve it: Operation not permitted")
+        return await super().reserve(protocol, port, address, target)
 
 
 class UnansweredPorts(NetPorts):
@@ -121,14 +131,7 @@ class Kernel:
 
 
 HTTP = ("tcp", 80, "")
-ONE_PORT = Table(
-    head=TABLE.head,
-    services={
-        SERVICE: TableService(
-            id=SERVICE, name="web", ports=(TablePort(protocol="tcp", published=80, target=80),)
-        )
-    },
-)
+ONE_PORT = ports_table(HTTP[:2])
 
 
 def a_mesh(directory: Path, ports: PortReservations) -> Mesh:
@@ -146,6 +149,14 @@ def a_mesh(directory: Path, ports: PortReservations) -> Mesh:
 
 async def publish(mesh: Mesh, *tables: Table) -> None:
     await mesh.apply(NodeId("n1"), {one.head.id: one for one in tables}, frozenset({NETWORK}))
+
+
+async def test_a_port_that_cannot_be_held_keeps_no_other_from_being_published(tmp_path: Path) -> None:
+    mesh = a_mesh(tmp_path, RefusedPorts())
+    await publish(mesh, ports_table(("tcp", 22), ("tcp", 80), ("sctp", 90)))
+    assert mesh.published == {("tcp", 80), ("sctp", 90)}
+    reason = "cannot reserve it: Operation not permitted"
+    assert mesh.warnings() == (f"port 22/tcp is not published on this node: {reason}",)
 
 
 async def test_a_port_whose_reservation_was_not_answered_is_published_with_the_next_attempt(
