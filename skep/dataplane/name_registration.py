@@ -9,9 +9,8 @@ import structlog
 from skep.dataplane.protocol import Listing, Named, NameServer, Place
 from skep.errors import SkepError
 from skep.linux.name_files import forwarded_to, sets_ndots
-from skep.model.ids import ContainerId, NetworkId, NodeId
+from skep.model.ids import ContainerId, NetworkId
 from skep.model.sandbox import Sandbox, SandboxConfig
-from skep.model.tables import Table
 
 log = structlog.get_logger()
 
@@ -87,12 +86,6 @@ class NameRegistration:
     async def listing(self) -> Listing:
         """Everything that the net process holds and has counted.  Raises: SkepError."""
         return await self._service.listing()
-
-    async def apply(
-        self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
-    ) -> None:
-        """Have the net process read changed tables; called after they were written for it (``NetworkTables``)."""
-        await self.refresh(changed)
 
     async def refresh(self, networks: Iterable[NetworkId]) -> None:
         """Have the net process read the tables of ``networks`` again, and apply them.  Raises: SkepError."""

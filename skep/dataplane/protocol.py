@@ -101,7 +101,7 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
 
 class Refresh(msgspec.Struct, frozen=True, tag=True):
     """The tables of these networks have changed (all, if none is named); answered with ``Done`` when names and
-    virtual addresses are served by them in every namespace, with ``Refused`` where that failed."""
+    virtual addresses of theirs are served by them in every namespace, with ``Refused`` where that failed."""
 
     networks: tuple[NetworkId, ...] = ()
 

@@ -104,6 +104,8 @@ class ServedContainer:
     async def _open(self) -> None:
         path = Path(self.named.netns)
         self._subnets = self._own_subnets()
+        if self._server is not None:
+            self._server.forwarding = self._forwarding()
         self._stop_listening()  # packets are logged to one socket only
         earlier = self.sockets
         sockets, notifications, packets = await self._environment.namespaces.run(
@@ -262,10 +264,7 @@ class ServedContainer:
         )
 
     def _forwarding(self) -> Forwarding:
-        subnets = [
-            subnet for id in self._network_ids() for subnet in self._environment.networks.index(id).subnets
-        ]
-        servers = []
+        subnets, servers = self._own_subnets(), []
         for one in self.named.servers:
             try:
                 address = ip_address(one.address.partition("%")[0])

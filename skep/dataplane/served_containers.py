@@ -11,7 +11,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.failures import retry
+from skep.aio.failures import describe_error, retry
 from skep.aio.trees import discard_tree_now
 from skep.dataplane.dns.networks import Networks
 from skep.dataplane.dns.server import Sockets
@@ -172,24 +172,22 @@ class ServedContainers:
         )
 
     async def refresh(self, networks: Iterable[NetworkId]) -> None:
-        """The tables of ``networks`` (empty: all) have changed; return when every namespace is updated.
+        """The tables of ``networks`` (empty: all) have changed; return when every namespace that has virtual addresses
+        of them is updated.  A namespace that has none of them, and is behind for another reason, is not waited for.
 
-        Raises: Unavailable: some are not yet.
+        Raises: Unavailable: some are not yet; they are updated in the background.
         """
-        ids = tuple(networks) or self._networks.known()
+        ids = frozenset(networks) or frozenset(self._networks.known())
         changed = self._networks.refresh(ids)
-        touched = {id: served for id, served in self._served.items() if served.virtual.mark_changed(changed)}
+        outdated = {id: served for id, served in self._served.items() if served.virtual.mark_changed(changed)}
         for id, served in self._served.items():
             if served.has_other_subnets():
                 self._schedule(id, _Work.OPEN)
-        failed = [
-            id
-            for id, is_done in zip(touched, await self._apply_all(touched.values()), strict=True)
-            if not is_done
-        ]
-        for id in failed:
+        touched = {id: served for id, served in outdated.items() if served.virtual.networks & ids}
+        done = await self._apply_all(touched)
+        for id in outdated.keys() - done:
             self._schedule(id, _Work.APPLY)
-        if failed:
+        if failed := touched.keys() - done:
             raise Unavailable(f"{len(failed)} of {len(touched)} containers lack the new virtual addresses")
         if unread := self._networks.unread.intersection(ids):
             raise Unavailable(f"tables of {len(unread)} networks cannot be read at present")
@@ -234,21 +232,25 @@ class ServedContainers:
             if (served := self._served.get(one.container)) is not None:
                 served.respond(one.message, (one.address, one.port))
 
-    async def _apply_all(self, served: Iterable[ServedContainer]) -> Sequence[bool]:
-        """Apply the virtual addresses of ``served``; whether each succeeded."""
+    async def _apply_all(self, served: Mapping[str, ServedContainer]) -> frozenset[str]:
+        """Apply the virtual addresses of ``served``; the ids of those that are updated, or have ended, in time.
 
-        async def apply(one: ServedContainer) -> bool:
+        The others go on: a thread that writes into a namespace cannot be interrupted, and two would write at once.
+        """
+        done: set[str] = set()
+
+        async def apply(id: str, one: ServedContainer) -> None:
             try:
-                async with asyncio.timeout(_REFRESH_S):
-                    await one.virtual.apply()
-            except (SkepError, OSError, TimeoutError) as error:
-                if not Path(one.named.netns).exists():
-                    return True  # the container has ended, and will be forgotten
-                log.warning("virtual addresses not updated", container=one.named.id, reason=str(error))
-                return False
-            return True
+                await one.virtual.apply()
+            except (SkepError, OSError) as error:
+                if Path(one.named.netns).exists():  # else the container has ended, and will be forgotten
+                    log.warning("virtual addresses not updated", container=id, reason=describe_error(error))
+                    return
+            done.add(id)
 
-        return await asyncio.gather(*map(apply, served))
+        if tasks := [self._start_task(apply(*one)) for one in served.items()]:
+            await asyncio.wait(tasks, timeout=_REFRESH_S)
+        return frozenset(done)
 
     def _schedule(self, id: str, work: _Work) -> None:
         self._work[id] = max(self._work.get(id, work), work)
@@ -257,7 +259,7 @@ class ServedContainers:
 
     async def _run(self, id: str) -> None:
         """Do the container's scheduled work until there is none, or the container is gone."""
-        backoff = Backoff(rng=self._rng)
+        backoff, failure = Backoff(rng=self._rng), ""
         try:
             while (work := self._work.pop(id, None)) is not None and (
                 served := self._served.get(id)
@@ -267,7 +269,9 @@ class ServedContainers:
                 except (SkepError, OSError) as error:
                     if not Path(served.named.netns).exists():
                         return  # it will be forgotten
-                    log.warning("network not repaired yet", container=id, reason=str(error))
+                    if (reason := describe_error(error)) != failure:
+                        log.warning("network not repaired yet", container=id, reason=reason)
+                        failure = reason
                     self._work[id] = max(self._work.get(id, work), work)
                     await backoff.sleep(self._clock)
         finally:

@@ -147,7 +147,8 @@ class Node:
         self._payloads = oci.payloads if oci is not None else None
         self._cluster_volumes = oci.cluster_volumes if oci is not None else None
         # Networks of the cluster.
-        self._shared_tables = SharedTables(self._paths.tables)
+        naming = self._data_plane.naming if self._data_plane is not None else None
+        self._shared_tables = SharedTables(self._paths.tables, naming.refresh if naming is not None else None)
         self._tables = self._network_tables()
         # The agent's side.
         self._reports = Reports()
@@ -305,14 +306,9 @@ class Node:
     def _network_tables(self) -> NetworkTables:
         plane, tables = self._data_plane, self._shared_tables
         # Routes come before the names that lead there.
-        users = (plane.overlays, plane.mesh, tables, plane.naming) if plane is not None else (tables,)
-        return NetworkTables(
-            StoredTables(self._paths.kept_tables, self._clock),
-            [one for one in users if one is not None],
-            self._session,
-            self._clock,
-            self._random,
-        )
+        users = (plane.overlays, plane.mesh, tables) if plane is not None else (tables,)
+        stored = StoredTables(self._paths.kept_tables, self._clock)
+        return NetworkTables(stored, users, self._session, self._clock, self._random)
 
     def _run_networks(self, run: Callable[..., None]) -> None:
         """Keep the networks of the cluster as their tables say."""

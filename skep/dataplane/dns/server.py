@@ -129,10 +129,10 @@ class ContainerServer:
         start_task: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
         self.sockets = sockets
+        self.forwarding = forwarding
         self._container = container
         self._resolver = resolver
         self._forwarder = forwarder
-        self._forwarding = forwarding
         self._start_task = start_task
         self._pending: dict[asyncio.Task[None], PendingQuery] = {}
         self._connections: set[asyncio.Task[None]] = set()
@@ -222,11 +222,11 @@ class ContainerServer:
                 return reply(query, NXDOMAIN, bytes_max=bytes_max)
             case Foreign(is_single_label):
                 if is_single_label:
-                    if not self._forwarding.does_single_labels and query.type in (A, AAAA):
+                    if not self.forwarding.does_single_labels and query.type in (A, AAAA):
                         return reply(query, NOERROR, bytes_max=bytes_max)
-                    if self._forwarder.are_unresponsive(self._forwarding.servers, self._container):
+                    if self._forwarder.are_unresponsive(self.forwarding.servers, self._container):
                         return reply(query, NXDOMAIN, bytes_max=bytes_max)
-                return None if self._forwarding.servers else reply(query, SERVFAIL, bytes_max=bytes_max)
+                return None if self.forwarding.servers else reply(query, SERVFAIL, bytes_max=bytes_max)
 
     async def _delayed(
         self, query: Query, data: bytes, decision: Decision, bytes_max: int, *, is_tcp: bool
@@ -243,8 +243,8 @@ class ContainerServer:
                 return reply(query, NOERROR, answers, extra, ttl_s=TTL_S, bytes_max=bytes_max)
             case Foreign(is_single_label):
                 found = await self._forwarder.forward(
-                    Forwarded(self._container, query, data, self._forwarding.inside, is_tcp),
-                    self._forwarding.servers,
+                    Forwarded(self._container, query, data, self.forwarding.inside, is_tcp),
+                    self.forwarding.servers,
                     SINGLE_LABEL_S if is_single_label else DEADLINE_S,
                 )
                 if found is not None:

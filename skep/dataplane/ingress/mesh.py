@@ -33,7 +33,7 @@ from skep.dataplane.plan.ingress import (
 )
 from skep.dataplane.ports import AddressNotHere, PortReservations
 from skep.dataplane.proxy.relays import relay_ports
-from skep.errors import AlreadyExists, SkepError
+from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import Table
@@ -80,7 +80,10 @@ class Mesh:
         self._backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, rng=rng)
         self._node_id = NodeId("")
         self._table: Table | None = None
-        self._held: set[PortKey] | None = None
+        self._held: set[PortKey] = set()
+        self._is_held_known = False
+        """Whether ``_held`` is what the net process holds: not before it was asked, nor after a request that failed,
+        which it may have carried out all the same."""
         self._plan: Plan | None = None
         self._forwards_ipv6 = False
         self._nats_ipv6: bool | None = None
@@ -89,15 +92,15 @@ class Mesh:
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
         self.conflicts: Mapping[PortKey, str] = {}
-        """Ports that are not published here because another program on this node has them; the reason, in Docker's
-        words."""
+        """Ports that are not published here because another program on this node has them, or they cannot be held; the
+        reason, in Docker's words."""
 
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
         """Publish the ports of the ingress network's table; without one none is published.
 
-        A port that another program holds is tried again by itself.  Raises: SkepError: another failure.
+        A port that cannot be held is tried again by itself.  Raises: SkepError: another failure.
         """
         self._node_id = node_id
         self._table = next((table for table in tables.values() if table.head.is_ingress), None)
@@ -109,6 +112,7 @@ class Mesh:
             await self.apply(NodeId(""), {}, frozenset())
         except SkepError as error:
             log.warning("published ports not cleared", reason=str(error))
+            self._again.set()
 
     async def run(self) -> None:
         """Until cancelled: retry what failed, and read other firewalls' rules."""
@@ -125,7 +129,7 @@ class Mesh:
     def published(self) -> frozenset[tuple[str, int]]:
         """Protocol and number of the ports that it holds or serves here; not of those that another program has."""
         planned = self._plan.ports if self._plan is not None else ()
-        return frozenset([port.key[:2] for port in planned] + [key[:2] for key in self._held or ()])
+        return frozenset([port.key[:2] for port in planned] + [key[:2] for key in self._held])
 
     def warnings(self) -> tuple[str, ...]:
         """Sentences for ``/info``."""
@@ -150,8 +154,9 @@ class Mesh:
 
     async def _publish(self, wanted: Plan) -> None:
         """Bring everything to ``wanted``: replies are routed and ports held before packets are led to a task."""
-        if self._held is None:
+        if not self._is_held_known:
             self._held = set(await self._ports.held())
+            self._is_held_known = True
         wanted = await self._hold(wanted)
         if wanted == self._plan:
             return
@@ -166,8 +171,7 @@ class Mesh:
     # --- holding --------------------------------------------------------------------------------------------------
 
     async def _hold(self, wanted: Plan) -> Plan:
-        """Hold the ports; gives the plan without those that other programs have."""
-        assert self._held is not None
+        """Hold the ports; gives the plan without those that cannot be held.  Raises: Unavailable: no answer."""
         kept, conflicts = [], {}
         for port in wanted.ports:
             key = port.key
@@ -175,15 +179,18 @@ class Mesh:
                 try:
                     await self._ports.reserve(*key)
                     self._held.add(key)
-                except AlreadyExists as error:
-                    conflicts[key] = str(error)
-                    continue
                 except AddressNotHere:
                     pass  # no packet comes to this address
                 except SkepError as error:
-                    if port.protocol != "sctp":  # a kernel without it has no program that could take the port
+                    self._is_held_known = False  # also if it is taken: an answer may have been lost
+                    if port.protocol == "sctp" and not isinstance(error, AlreadyExists):
+                        # A kernel without it has no program that could take the port.
+                        log.debug("port not held", port=key, reason=str(error))
+                    elif isinstance(error, Unavailable):  # nor will there be an answer about the others
                         raise
-                    log.debug("port not held", port=key, reason=str(error))
+                    else:
+                        conflicts[key] = str(error)
+                        continue
             kept.append(port)
         for key in conflicts.keys() - self.conflicts.keys():
             log.warning("port is not published here", port=key[1], protocol=key[0], reason=conflicts[key])
@@ -193,9 +200,12 @@ class Mesh:
         return msgspec.structs.replace(wanted, ports=tuple(kept))
 
     async def _release(self, wanted: Plan) -> None:
-        assert self._held is not None
         for key in sorted(self._held - {port.key for port in wanted.ports if _is_held_here(port)}):
-            await self._ports.release(*key)
+            try:
+                await self._ports.release(*key)
+            except SkepError:
+                self._is_held_known = False
+                raise
             self._held.discard(key)
 
     # --- rules ----------------------------------------------------------------------------------------------------
@@ -218,7 +228,8 @@ class Mesh:
         await self._home.apply()
 
     async def _move_flows(self, wanted: Plan) -> None:
-        for version in (4, 6) if wanted.has_ipv6 else (4,):
+        has_ipv6 = wanted.has_ipv6 or (self._plan is not None and self._plan.has_ipv6)
+        for version in (4, 6) if has_ipv6 else (4,):
             if stale := stale_ports(self._plan, wanted, version):
                 await self._namespaces.run(self._namespaces.home, _delete_flows, stale, version)
 

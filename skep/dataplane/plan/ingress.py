@@ -313,7 +313,7 @@ class StalePort(msgspec.Struct, frozen=True):
     """A published UDP port whose flows to anything but ``backends`` are stale.
 
     They lead to a task of the ingress network (``subnets``) that serves no more, or to the node itself because they
-    began before the port was published.  ``backends`` empty: they are to be refused.
+    began before the port was published.  ``backends`` empty: they are to be refused, or led nowhere any more.
     """
 
     port: int
@@ -334,11 +334,15 @@ class StalePort(msgspec.Struct, frozen=True):
 
 
 def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
-    """UDP ports that are new, or lost a backend.  ``version``: of IP."""
-    earlier = {port.key: port.backends(version) for port in before.ports} if before is not None else {}
-    found = []
+    """UDP ports that are new, lost a backend, or are not published any more.  ``version``: of IP."""
+    before = before if before is not None else Plan()
+    earlier = {port.key: port.backends(version) for port in before.ports}
+    found, gone = [], {port.published for port in before.ports if port.protocol == "udp"}
     for port in after.ports:
+        if port.protocol != "udp":
+            continue
+        gone.discard(port.published)
         backends = port.backends(version)
-        if port.protocol == "udp" and (port.key not in earlier or not backends >= earlier[port.key]):
+        if port.key not in earlier or not backends >= earlier[port.key]:
             found.append(StalePort(port.published, backends, after.subnets))
-    return tuple(found)
+    return (*found, *(StalePort(port, frozenset(), before.subnets) for port in sorted(gone)))

@@ -42,7 +42,8 @@ class TcpRelay:
         self._rng = rng
         self._in_namespace = in_namespace
         self._server: asyncio.Server | None = None
-        self._open: set[asyncio.StreamWriter] = set()
+        self._open: dict[asyncio.StreamWriter, asyncio.StreamWriter | None] = {}
+        """By client the connection to its task; None: it is being opened."""
 
     async def open(self, listener: socket.socket) -> None:
         """Accept connections from ``listener``, which is bound."""
@@ -59,28 +60,29 @@ class TcpRelay:
         if self._server is not None:
             self._server.close()
         if ends_connections:
-            for writer in tuple(self._open):
-                writer.transport.abort()
+            for pair in tuple(self._open.items()):
+                for writer in pair:
+                    if writer is not None:
+                        writer.transport.abort()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= CONNECTIONS_MAX:
             _reset(writer)
             return
-        self._open.add(writer)
-        _set_options(writer)
+        self._open[writer] = None
         try:
+            _set_options(writer)
             task = await self._connected(writer)
             if task is None:
                 _reset(writer)
                 return
-            self._open.add(task[1])
+            self._open[writer] = task[1]
             try:
                 await _copy_both_ways((reader, writer), task)
             finally:
-                self._open.discard(task[1])
                 task[1].close()
         finally:
-            self._open.discard(writer)
+            del self._open[writer]
             writer.close()
 
     async def _connected(

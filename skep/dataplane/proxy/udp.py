@@ -99,7 +99,10 @@ class UdpRelay:
                 self._end(min(self._sessions, key=lambda one: self._sessions[one].last_s))
             family = socket.AF_INET6 if ":" in backends[0][0] else socket.AF_INET
             kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-            backend = set_aside(self._in_namespace(lambda: socket.socket(family, kind)))
+            try:
+                backend = set_aside(self._in_namespace(lambda: socket.socket(family, kind)))
+            except OSError:  # no descriptor is free
+                return None
             try:
                 backend.connect(backends[0])
             except OSError:

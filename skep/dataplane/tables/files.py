@@ -7,7 +7,7 @@ tables of the node's own bridge networks are in the same directory (``dataplane/
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,10 @@ WRITE_PAUSE_S = 1.0
 """Between two writes to the disk, so that a busy network does not keep it writing."""
 
 
+Refresh = Callable[[Iterable[NetworkId]], Awaitable[None]]
+"""Raises: SkepError."""
+
+
 class Kept(msgspec.Struct, frozen=True):
     """A table on the disk.  ``incarnation``: of the cluster's store, which its revision belongs to."""
 
@@ -40,10 +44,14 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 class SharedTables:
-    """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of ``NetworkTables``."""
+    """The tables on tmpfs, each a ``Table`` in MessagePack.  A listener of ``NetworkTables``.
 
-    def __init__(self, directory: Path) -> None:
+    ``refresh``: has the net process read the tables of these networks, and apply them; None: there is no such process.
+    """
+
+    def __init__(self, directory: Path, refresh: Refresh | None = None) -> None:
         self._directory = directory
+        self._refresh = refresh
         self._is_swept = False
         self.has_unread = False
         """Whether the last ``load`` left out a file that may be readable later."""
@@ -56,21 +64,39 @@ class SharedTables:
     async def apply(
         self, node_id: NodeId, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]
     ) -> None:
-        """Write changed tables and remove deleted ones; the first time also those that an earlier process left."""
-        await asyncio.to_thread(self._write, tables, changed)
+        """Write changed tables and remove deleted ones; the first time also those that an earlier process left.
+
+        Returns when the net process has applied them: a table that it has read before it was written does not count.
+        Raises: OSError: some were not written; the net process has applied the others; SkepError.
+        """
+        failure: OSError | None = None
+        try:
+            await asyncio.to_thread(self._write, tables, changed)
+        except OSError as error:
+            failure = error
+        if self._refresh is not None:
+            await self._refresh(changed)
+        if failure is not None:
+            raise failure
 
     def _write(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         if not self._is_swept:
             found = {path.name for path in self._directory.iterdir() if not is_local(path.name)}
             changed |= {NetworkId(name) for name in found} - tables.keys()
-            self._is_swept = True
+        failure: OSError | None = None
         for id in sorted(changed):
             table = tables.get(id)
-            if table is None:
-                (self._directory / id).unlink(missing_ok=True)
-            else:
-                replace_file(self._directory / id, msgspec.msgpack.encode(table), is_durable=False)
+            try:
+                if table is None:
+                    (self._directory / id).unlink(missing_ok=True)
+                else:
+                    replace_file(self._directory / id, msgspec.msgpack.encode(table), is_durable=False)
+            except OSError as error:  # there may be room for the others
+                failure = error
+        if failure is not None:
+            raise failure
+        self._is_swept = True
 
 
 class StoredTables:

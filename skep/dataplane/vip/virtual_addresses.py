@@ -45,6 +45,11 @@ class VirtualAddresses:
         """The services whose rules are in the namespace, or are being written."""
         return self._loaded
 
+    @property
+    def networks(self) -> frozenset[NetworkId]:
+        """Those of the loaded services."""
+        return frozenset(network for network, _ in self._loaded)
+
     def is_usable(self, services: Services) -> bool:
         """Whether the rules of ``services`` are in the namespace."""
         return services <= self._usable
@@ -57,10 +62,10 @@ class VirtualAddresses:
         await self.apply()
 
     def mark_changed(self, services: Services) -> bool:
-        """The backends of ``services`` have changed; returns whether ``apply`` has work."""
+        """The backends of ``services`` have changed; returns whether ``apply`` has work, or is at work."""
         if services & self._loaded:
             self._is_outdated = True
-        return self._is_outdated
+        return self._is_outdated or self._writing.locked()
 
     def mark_unknown(self) -> None:
         """Another program may have changed the rules: the next ``apply`` writes all of them, if there are any."""
@@ -74,11 +79,11 @@ class VirtualAddresses:
                 services = self._loaded
                 written = None if self._is_unknown else self._written
                 self._is_outdated = self._is_unknown = False
-                backends: dict[str, Backends] = {}
-                for network, service in sorted(services):
-                    backends.update(self._backends_of(network).get(service, {}))
-                planned = plan(written, backends)
                 try:
+                    backends: dict[str, Backends] = {}
+                    for network, service in sorted(services):
+                        backends.update(self._backends_of(network).get(service, {}))
+                    planned = plan(written, backends)
                     if planned.text:
                         await self._write(planned)
                 except BaseException as error:

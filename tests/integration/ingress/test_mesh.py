@@ -155,6 +155,21 @@ async def test_a_udp_flow_that_began_before_its_port_was_published_is_led_to_the
         assert await lab.in_client(say, client) == "t1"
 
 
+@pytest.mark.parametrize("ports", [(), (("udp", 9999, 80),)])
+async def test_a_udp_flow_of_a_port_that_is_not_published_any_more_is_the_nodes_own(
+    lab: MeshLab, ports: tuple[tuple[str, int, int], ...]
+) -> None:
+    await spread_tasks(lab, 1)
+    node = lab.nodes[0]
+    with await lab.in_client(udp_client, node.address) as client:
+        assert await lab.in_client(say, client) == "t1"
+        lab.publish(*ports)
+        await lab.spread()
+        with await node.namespaces.run(node.netns, udp_server) as own:
+            client.send(b"hello\n")
+            assert (await lab.in_client(own.recv, 100)) == b"hello\n"
+
+
 async def test_a_udp_flow_is_moved_after_a_restart_that_missed_the_change(lab: MeshLab) -> None:
     await spread_tasks(lab, 1)
     node = lab.nodes[2]

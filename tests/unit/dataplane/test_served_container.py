@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.dns.networks import Networks
 from skep.dataplane.dns.server import Sockets
 from skep.dataplane.dns.upstream import Forwarder
-from skep.dataplane.protocol import Named
+from skep.dataplane.protocol import Named, NameServer, Place
 from skep.dataplane.served_container import ContainerRecord, Environment, ServedContainer
 from skep.errors import Unavailable
+from skep.model.ids import NetworkId
+from skep.model.tables import NetworkHead, Segment, Table
 
 
 class SlowNamespaces:
@@ -32,7 +35,8 @@ class SlowNamespaces:
         return self.opened
 
 
-def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces") -> ServedContainer:
+def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces", **more: Any) -> ServedContainer:
+    named = Named(**{"id": "c1", "netns": str(tmp_path / "ns"), "networks": (), **more})
     environment = Environment(
         tmp_path,
         namespaces,  # type: ignore[arg-type]
@@ -41,9 +45,7 @@ def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces") -> 
         lambda: 0.5,
         asyncio.ensure_future,
     )
-    return ServedContainer(
-        environment, ContainerRecord(Named(id="c1", netns=str(tmp_path / "ns"), networks=())), lambda: None
-    )
+    return ServedContainer(environment, ContainerRecord(named), lambda: None)
 
 
 def datagrams() -> socket.socket:
@@ -106,3 +108,28 @@ async def test_what_is_opened_twice_at_the_same_time_is_closed_in_the_end(tmp_pa
     await asyncio.gather(served.open(), served.open())
     served.close()
     assert [one for one in namespaces.opened if one.fileno() >= 0] == []
+
+
+async def test_a_name_server_is_asked_from_inside_once_the_containers_network_has_its_subnet(
+    tmp_path: Path,
+) -> None:
+    """The container may be served before its network's table is there, and subnets are added to networks in use."""
+    network = NetworkId("front")
+    servers = (NameServer("10.0.9.3"), NameServer("192.0.2.53"))
+    served = a_served(tmp_path, QuickNamespaces(), networks=(Place(network),), servers=servers)
+    networks = served._environment.networks
+
+    async def asked_inside(*subnets: str) -> list[str]:
+        segments = tuple(Segment(subnet, "", 4097) for subnet in subnets)
+        table = Table(head=NetworkHead(id=network, name=network, segments=segments))
+        (tmp_path / network).write_bytes(msgspec.msgpack.encode(table))
+        networks.refresh([network])
+        assert served.has_other_subnets()
+        await served.open()
+        assert served._server is not None
+        return [one.address for one in served._server.forwarding.servers if one.is_inside]
+
+    await served.open()
+    assert await asked_inside("10.0.1.0/24") == []
+    assert await asked_inside("10.0.1.0/24", "10.0.9.0/24") == ["10.0.9.3"]
+    served.close()

@@ -189,8 +189,12 @@ async def test_names_of_a_container_without_a_default_route_are_not_forwarded(la
         assert await resolver.addresses("example.com") == ["192.0.2.7"], "it got one"
 
 
-async def test_a_server_on_the_containers_own_network_is_asked_from_there(lab: NamesLab) -> None:
-    lab.write(FRONT)
+@pytest.mark.parametrize("comes_later", [False, True])
+async def test_a_server_on_the_containers_own_network_is_asked_from_there(
+    lab: NamesLab, comes_later: bool
+) -> None:
+    """``comes_later``: the subnet, after names are served."""
+    lab.write(a_network(WEB, subnets=["10.0.8.0/24"]) if comes_later else FRONT)
     await lab.container("c1", "10.0.1.3")
     await lab.container("dns", "10.0.1.4")
 
@@ -202,6 +206,13 @@ async def test_a_server_on_the_containers_own_network_is_asked_from_there(lab: N
     with await lab.namespaces.run(lab.paths.netns / "dns", bound) as server:
         server.setblocking(False)
         await lab.serve("c1", FRONT, servers=[NameServer("10.0.1.4")])
+        if comes_later:
+            await lab.change(FRONT)
+
+            async def is_known() -> bool:
+                return "10.0.1.0/24" in await lab.nft("c1", "list ruleset")
+
+            await wait_until(is_known)
         resolver = await lab.resolver("c1")
 
         async def answer_once() -> None:

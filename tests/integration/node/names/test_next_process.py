@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.dataplane.name_registration import NameRegistration, named_of
 from skep.dataplane.protocol import NameServer
-from skep.model.ids import ContainerId, NodeId, TaskId
+from skep.model.ids import ContainerId, TaskId
 from skep.model.sandbox import Endpoint, EndpointConfig, Sandbox, SandboxConfig
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import NamesLab, net_process
@@ -162,7 +162,7 @@ async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLa
     assert served["c2"].servers == (NameServer("192.0.2.9"),)
     table = a_network(a_served("new", "10.0.1.9", ["10.0.1.3"]))
     lab.write(table)
-    await naming.apply(NodeId("n1"), {table.head.id: table}, frozenset({table.head.id}))
+    await naming.refresh([table.head.id])
     for id in ("c2", "c3"):
         assert await (await lab.resolver(id)).addresses("new") == ["10.0.1.9"]
     await naming.detach(ContainerId("c2"))

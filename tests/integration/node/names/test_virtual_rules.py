@@ -5,12 +5,15 @@ import os
 import re
 import signal
 import socket
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from skep.dataplane.netns.nft_table import whole
 from skep.dataplane.plan.vip import vip_table
+from skep.errors import Unavailable
 from skep.node.supervision.supervisor import wait_end
 from tests.support.names_lab import NamesLab, net_process, wait_until
 from tests.support.tables import a_network, a_served
@@ -201,3 +204,39 @@ async def test_changes_reach_many_namespaces_together(lab: NamesLab) -> None:
         rules = await lab.nft(f"c{number}", "list map ip skep_virtual backends")
         assert BACKENDS["b11"] not in rules
         assert BACKENDS["b12"] in rules
+
+
+async def test_a_container_that_has_the_table_to_itself_fails_changes_of_its_own_networks_alone(
+    lab: NamesLab,
+) -> None:
+    await started(lab, "b11")
+    back = a_network(a_served("api", "10.0.2.2", ["10.0.2.3"]), name="back")
+    lab.write(back)
+    await lab.container("other")
+    await lab.serve("other", back)
+    assert await (await lab.resolver("other")).addresses("api") == ["10.0.2.2"]
+    owner = await lab.namespaces.run(
+        lab.paths.netns / "client", partial(subprocess.Popen, ["nft", "-i"], stdin=subprocess.PIPE)
+    )
+    try:
+        assert owner.stdin is not None
+        owner.stdin.write(b"delete table ip skep_virtual; add table ip skep_virtual { flags owner; }\n")
+        owner.stdin.flush()
+
+        async def is_owned() -> bool:
+            return "owner" in await lab.nft("client", "list ruleset")
+
+        await wait_until(is_owned)
+        with pytest.raises(Unavailable, match="1 of 1 containers lack the new virtual addresses"):
+            await lab.change(web("b12"))
+        for number in range(4, 24):  # each at another moment of the attempts to write the other one
+            await lab.change(a_network(a_served("api", "10.0.2.2", [f"10.0.2.{number}"]), name="back"))
+            assert f"10.0.2.{number}" in await lab.nft("other", "list map ip skep_virtual backends")
+    finally:
+        owner.kill()
+        owner.wait()
+
+    async def is_led_again() -> bool:
+        return BACKENDS["b12"] in await lab.nft("client", "list ruleset")
+
+    await wait_until(is_led_again, within_s=15)

@@ -1,5 +1,6 @@
 """Ports that the routing mesh has on its node."""
 
+import asyncio
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -11,24 +12,25 @@ from skep.dataplane.ingress.mesh import Mesh
 from skep.dataplane.netns.forwarding import ipv6_nat_refusal
 from skep.dataplane.netns.nft_table import NftTable
 from skep.dataplane.ports import PortReservations
-from skep.errors import AlreadyExists, SkepError, Unavailable
+from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.model.ids import NetworkId, NodeId, ServiceId
 from skep.model.tables import NetworkHead, Table, TablePort, TableService
+from tests.support.container_networks import NetPorts
+from tests.support.oci_rig import QuickClock
 
 NETWORK, SERVICE = NetworkId("ingress"), ServiceId("web")
-TABLE = Table(
-    head=NetworkHead(id=NETWORK, name="ingress", is_ingress=True),
-    services={
-        SERVICE: TableService(
-            id=SERVICE,
-            name="web",
-            ports=tuple(
-                TablePort(protocol=protocol, published=port, target=80)
-                for protocol, port in (("tcp", 80), ("udp", 53), ("tcp", 22))
-            ),
-        )
-    },
-)
+
+
+def ports_table(*ports: tuple[str, int]) -> Table:
+    """The ingress network's, with a service that publishes these."""
+    published = tuple(TablePort(protocol=protocol, published=port, target=80) for protocol, port in ports)
+    return Table(
+        head=NetworkHead(id=NETWORK, name="ingress", is_ingress=True),
+        services={SERVICE: TableService(id=SERVICE, name="web", ports=published)},
+    )
+
+
+TABLE = ports_table(("tcp", 80), ("udp", 53), ("tcp", 22))
 
 
 class Ports(PortReservations):
@@ -115,3 +117,161 @@ async def test_ports_that_are_held_are_the_meshs_whatever_fails_later(tmp_path: 
     with pytest.raises(SkepError, match="no kernel"):
         await mesh.apply(NodeId("n1"), {NETWORK: TABLE}, frozenset({NETWORK}))
     assert mesh.published == {("tcp", 80), ("udp", 53), ("tcp", 443)}
+
+
+class RefusedPorts(NetPorts):
+    """Port 22 and SCTP cannot be held."""
+
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
+        if port == 22 or protocol == "sctp":
+            raise FailedPrecondition("cannot reserve it: Operation not permitted")
+        return await super().reserve(protocol, port, address, target)
+
+
+class UnansweredPorts(NetPorts):
+    """Requests in ``unanswered`` are carried out without an answer; those in ``late`` only after the next listing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unanswered: list[str] = []
+        self.late: list[str] = []
+        self._after_listing: set[tuple[str, int, str]] = set()
+
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
+        if "reserve" in self.late:
+            self.late.remove("reserve")
+            self._after_listing.add((protocol, port, address))
+            raise Unavailable("the net process does not answer")
+        await super().reserve(protocol, port, address, target)
+        return self._answered("reserve", port)
+
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
+        await super().release(protocol, port, address)
+        self._answered("release", port)
+
+    async def held(self) -> Iterable[tuple[str, int, str]]:
+        found = await super().held()
+        self.keys |= self._after_listing
+        self._after_listing.clear()
+        if "list" in self.unanswered:
+            self._answered("list", 0)
+        return found
+
+    def _answered(self, request: str, port: int) -> int:
+        if request in self.unanswered:
+            self.unanswered.remove(request)
+            raise Unavailable("the net process does not answer")
+        return port
+
+
+class Kernel:
+    """Everything works."""
+
+    async def apply(self, *_: object) -> None: ...
+
+    def set_part(self, *_: object) -> None: ...
+
+    def remove_part(self, *_: object) -> None: ...
+
+
+HTTP = ("tcp", 80, "")
+ONE_PORT = ports_table(HTTP[:2])
+
+
+def a_mesh(directory: Path, ports: PortReservations) -> Mesh:
+    kernel = cast("Any", Kernel())
+    return Mesh(
+        namespaces=kernel,
+        home=kernel,
+        reply_routing=kernel,
+        ports=ports,
+        relays=directory / "relays",
+        clock=QuickClock(),
+        rng=lambda: 0.5,
+    )
+
+
+async def publish(mesh: Mesh, *tables: Table) -> None:
+    await mesh.apply(NodeId("n1"), {one.head.id: one for one in tables}, frozenset({NETWORK}))
+
+
+async def test_a_port_that_cannot_be_held_keeps_no_other_from_being_published(tmp_path: Path) -> None:
+    mesh = a_mesh(tmp_path, RefusedPorts())
+    await publish(mesh, ports_table(("tcp", 22), ("tcp", 80), ("sctp", 90)))
+    assert mesh.published == {("tcp", 80), ("sctp", 90)}
+    reason = "cannot reserve it: Operation not permitted"
+    assert mesh.warnings() == (f"port 22/tcp is not published on this node: {reason}",)
+
+
+async def test_a_port_whose_reservation_was_not_answered_is_published_with_the_next_attempt(
+    tmp_path: Path,
+) -> None:
+    ports = UnansweredPorts()
+    ports.unanswered.append("reserve")
+    mesh = a_mesh(tmp_path, ports)
+    with pytest.raises(SkepError, match="does not answer"):
+        await publish(mesh, ONE_PORT)
+    assert ports.keys == {HTTP}
+    await publish(mesh, ONE_PORT)
+    assert (mesh.conflicts, mesh.published) == ({}, {HTTP[:2]})
+    await publish(mesh)
+    assert ports.keys == set()
+
+
+async def test_a_port_whose_reservation_was_not_answered_and_is_not_wanted_any_more_is_released(
+    tmp_path: Path,
+) -> None:
+    ports = UnansweredPorts()
+    ports.unanswered.append("reserve")
+    mesh = a_mesh(tmp_path, ports)
+    with pytest.raises(SkepError, match="does not answer"):
+        await publish(mesh, ONE_PORT)
+    await publish(mesh)
+    assert ports.keys == set()
+
+
+async def test_a_port_that_is_reserved_later_than_it_was_asked_for_is_no_other_programs_for_long(
+    tmp_path: Path,
+) -> None:
+    ports = UnansweredPorts()
+    ports.late.append("reserve")
+    mesh = a_mesh(tmp_path, ports)
+    with pytest.raises(SkepError, match="does not answer"):
+        await publish(mesh, ONE_PORT)
+    await publish(mesh, ONE_PORT)
+    assert mesh.conflicts.keys() == {HTTP}
+    await publish(mesh, ONE_PORT)
+    assert (mesh.conflicts, mesh.published) == ({}, {HTTP[:2]})
+
+
+async def test_a_port_whose_release_was_not_answered_is_held_again_when_it_is_published_again(
+    tmp_path: Path,
+) -> None:
+    ports = UnansweredPorts()
+    mesh = a_mesh(tmp_path, ports)
+    await publish(mesh, ONE_PORT)
+    ports.unanswered.append("release")
+    with pytest.raises(SkepError, match="does not answer"):
+        await publish(mesh)
+    await publish(mesh, ONE_PORT)
+    assert ports.keys == {HTTP}
+
+
+async def test_what_an_earlier_process_published_is_cleared_once_the_net_process_answers(
+    tmp_path: Path,
+) -> None:
+    ports = UnansweredPorts()
+    ports.keys.add(HTTP)
+    ports.unanswered.append("list")
+    mesh = a_mesh(tmp_path, ports)
+    await mesh.apply_nothing()
+    running = asyncio.create_task(mesh.run())
+    async with asyncio.timeout(20):
+        while ports.keys:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    running.cancel()
+    await asyncio.wait([running])

@@ -367,6 +367,15 @@ def test_flows_are_looked_for_where_a_udp_port_is_new_or_lost_a_backend() -> Non
     assert stale_ports(Plan(ports=(both,)), Plan(ports=(one,)), 4) != ()
 
 
+def test_flows_of_a_udp_port_that_is_not_published_any_more_are_stale_whatever_their_task() -> None:
+    subnets = ("10.0.0.0/24",)
+    before = Plan(ports=(a_port("t1", protocol="udp"), a_port("t1", published=81)), subnets=subnets)
+    for after in (Plan(), Plan(ports=(a_port("t1"),), subnets=("10.0.9.0/24",))):
+        assert stale_ports(before, after, 4) == (StalePort(80, frozenset(), subnets),)
+    bound = Plan(ports=(a_port("t1", protocol="udp", host_ip="192.0.2.1"),), subnets=subnets)
+    assert stale_ports(before, bound, 4) == (StalePort(80, frozenset({"10.0.0.1"}), subnets),)
+
+
 def test_user_space_serves_ipv6_and_ports_with_headers() -> None:
     made = Plan(
         ports=(

@@ -1,13 +1,20 @@
 """One published port that cannot be relayed, or a plan that cannot be read, ends no other port."""
 
 import asyncio
+import errno
+import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from skep.dataplane.proxy import tcp
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
+from skep.dataplane.proxy.tcp import TcpRelay
+from skep.dataplane.proxy.udp import UdpRelay
 from tests.support.oci_rig import QuickClock
 
 
@@ -48,3 +55,75 @@ async def test_a_port_that_cannot_be_and_a_plan_that_cannot_be_read_end_no_other
     assert not running.done()
     running.cancel()
     await asyncio.wait([running])
+
+
+async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leave_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tcp, "CONNECTIONS_MAX", 3)
+    listener, backends = socket.create_server(("127.0.0.1", 0)), list[asyncio.StreamWriter]()
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        backends.append(writer)
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(*address)
+
+    async def echoes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"hello")
+        try:
+            return await reader.read(5) == b"hello"
+        except ConnectionResetError:
+            return False
+
+    address = listener.getsockname()
+    async with await asyncio.start_server(echo, "127.0.0.1", 0) as backend, asyncio.timeout(20):
+        target = backend.sockets[0].getsockname()
+        relay = TcpRelay(
+            RelayPort(protocol="tcp", address=address[0], port=address[1], backends=(target,)),
+            lambda: 0.5,
+            lambda call: call(),
+        )
+        await relay.open(listener)
+        clients = [await connect() for _ in range(3)]
+        assert [await echoes(*one) for one in clients] == [True] * 3
+        assert not await echoes(*await connect())
+        reader, writer = clients.pop()
+        writer.close()
+        await backends[2].wait_closed()
+        while not await echoes(*(another := await connect())):
+            pass
+        relay.close(ends_connections=True)
+        for reader, _ in (*clients, another):
+            assert await reader.read() == b""
+
+
+async def test_a_datagram_for_which_no_descriptor_is_free_is_lost_and_no_error() -> None:
+    refusals, errors, loop = [1], list[object](), asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+
+    def in_namespace(call: Callable[[], socket.socket]) -> socket.socket:
+        if refusals:
+            refusals.pop()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return call()
+
+    listener = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    listener.bind(("::1", 0))
+    address = listener.getsockname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as task:
+        task.bind(("127.0.0.1", 0))
+        port = RelayPort(protocol="udp", address="::1", port=address[1], backends=(task.getsockname(),))
+        relay = UdpRelay(port, listener, QuickClock(), lambda: 0.5, in_namespace)
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as client:
+            async with asyncio.timeout(20):
+                client.sendto(b"lost", address)
+                while refusals:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                client.sendto(b"hello", address)
+                assert await loop.sock_recv(task, 100) == b"hello"
+        relay.close()
+    assert errors == []
