@@ -57,52 +57,6 @@ class NoKernel:
         raise Unavailable("no kernel")
 
 
-class OldKernel:
-    """In the place of ``Namespaces``: without address translation for IPv6."""
-
-    home = Path("/none")
-
-    async def run(self, _path: Path, work: object, *_arguments: object) -> object:
-        return (
-            "no address translation for IPv6: No such file or directory" if work is ipv6_nat_refusal else None
-        )
-
-
-class Home:
-    """In the place of the node's reconciler."""
-
-    def __init__(self) -> None:
-        self.tables: list[str] = []
-
-    def set_part(self, _part: str, _state: object, *tables: NftTable) -> None:
-        self.tables = [table.name for table in tables]
-
-    async def apply(self) -> None:
-        """Done."""
-
-
-class NoReplies:
-    """Routes of replies need nothing."""
-
-    async def apply(self, plan: object) -> None:
-        """Done."""
-
-
-async def test_a_kernel_without_ipv6_nat_publishes_by_ipv4(tmp_path: Path) -> None:
-    home = Home()
-    mesh = Mesh(
-        namespaces=cast("Any", OldKernel()),
-        home=cast("Any", home),
-        reply_routing=cast("Any", NoReplies()),
-        ports=Ports(),
-        relays=tmp_path / "relays.json",
-        clock=SystemClock(),
-        rng=lambda: 0.5,
-    )
-    await mesh.apply(NodeId("n1"), {NETWORK: TABLE}, frozenset({NETWORK}))
-    assert home.tables == ["ip skep_ingress"]
-
-
 async def test_ports_that_are_held_are_the_meshs_whatever_fails_later(tmp_path: Path) -> None:
     mesh = Mesh(
         namespaces=cast("Any", None),
@@ -169,11 +123,21 @@ class UnansweredPorts(NetPorts):
 
 
 class Kernel:
-    """Everything works."""
+    """Everything works, but translation of IPv6 addresses if there is a ``refusal``."""
+
+    home = Path("/none")
+
+    def __init__(self, refusal: str = "") -> None:
+        self.tables: list[str] = []
+        self._refusal = refusal
+
+    async def run(self, _path: Path, work: object, *_: object) -> object:
+        return self._refusal if work is ipv6_nat_refusal else None
 
     async def apply(self, *_: object) -> None: ...
 
-    def set_part(self, *_: object) -> None: ...
+    def set_part(self, _part: str, _state: object, *tables: NftTable) -> None:
+        self.tables = [table.name for table in tables]
 
     def remove_part(self, *_: object) -> None: ...
 
@@ -182,12 +146,12 @@ HTTP = ("tcp", 80, "")
 ONE_PORT = ports_table(HTTP[:2])
 
 
-def a_mesh(directory: Path, ports: PortReservations) -> Mesh:
-    kernel = cast("Any", Kernel())
+def a_mesh(directory: Path, ports: PortReservations, kernel: Kernel | None = None) -> Mesh:
+    works = cast("Any", kernel or Kernel())
     return Mesh(
-        namespaces=kernel,
-        home=kernel,
-        reply_routing=kernel,
+        namespaces=works,
+        home=works,
+        reply_routing=works,
         ports=ports,
         relays=directory / "relays",
         clock=QuickClock(),
@@ -197,6 +161,13 @@ def a_mesh(directory: Path, ports: PortReservations) -> Mesh:
 
 async def publish(mesh: Mesh, *tables: Table) -> None:
     await mesh.apply(NodeId("n1"), {one.head.id: one for one in tables}, frozenset({NETWORK}))
+
+
+@pytest.mark.parametrize("refusal", ["", "no address translation for IPv6: No such file or directory"])
+async def test_a_kernel_without_ipv6_nat_publishes_by_ipv4(tmp_path: Path, refusal: str) -> None:
+    kernel = Kernel(refusal)
+    await publish(a_mesh(tmp_path, Ports(), kernel), TABLE)
+    assert kernel.tables == ["ip skep_ingress"] + ["ip6 skep_ingress"] * (not refusal)
 
 
 async def test_a_port_that_cannot_be_held_keeps_no_other_from_being_published(tmp_path: Path) -> None:
