@@ -131,6 +131,7 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     mounts: tuple[MountPoint, ...] = ()
     nano_cpus: int = 0
+    """Where ``machine`` has a quota: what that is."""
     memory_bytes: int = 0
     memory_reservation_bytes: int = 0
     pids: int = 0
@@ -391,6 +392,10 @@ class NotRunning(AlreadyExists):
 
 class StillRunning(AlreadyExists):
     """The operation needs a container that does not run.  The Engine API responds with 409 here, too."""
+
+
+class Conflicting(AlreadyExists):
+    """The operation contradicts what the container was given before.  The Engine API responds with 409 here, too."""
 
 
 class BeingRemoved(AlreadyExists):

@@ -67,9 +67,9 @@ def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOpti
     Raises: InvalidArgument, Unimplemented.
     """
     host = request.host_config
-    _check_memory(host)  # of tasks the managers do, which allow less
+    check_limits(host)  # of tasks the managers do, which allow less
     _check_shared(request)
-    restart = _restart_policy(host)
+    restart = restart_policy(host)
     if host.auto_remove and restart.name != "no":
         raise InvalidArgument("can't create 'AutoRemove' container with restart policy")
     mode, networks = _networks(request)
@@ -305,10 +305,10 @@ def container_config(
         read_only=host.readonly_rootfs,
         mounts=task.mounts,
         nano_cpus=_nano_cpus(host),
-        memory_bytes=_not_negative(host.memory, "memory limit"),
-        memory_reservation_bytes=_not_negative(host.memory_reservation, "memory reservation"),
+        memory_bytes=not_negative(host.memory, "memory limit"),
+        memory_reservation_bytes=not_negative(host.memory_reservation, "memory reservation"),
         pids=max(host.pids_limit or 0, 0),
-        shm_bytes=_not_negative(host.shm_size, "shm size") or (64 << 20),
+        shm_bytes=not_negative(host.shm_size, "shm size") or (64 << 20),
         ulimits=host.ulimits,
         sysctls=host.sysctls,
         capability_add=host.cap_add,
@@ -394,7 +394,8 @@ def invocation(request: CreateRequest, image: ContainerDefaults) -> tuple[tuple[
     return entrypoint, command
 
 
-def _restart_policy(host: HostConfig) -> RestartPolicy:
+def restart_policy(host: HostConfig) -> RestartPolicy:
+    """``--restart``.  Raises: InvalidArgument."""
     name, most = host.restart_policy.name or "no", host.restart_policy.maximum_retry_count
     if name not in ("no", "always", "unless-stopped", "on-failure"):
         raise InvalidArgument(f"invalid restart policy '{name}'")
@@ -452,18 +453,18 @@ def _security(options: Sequence[str]) -> _Security:
 
 
 def _nano_cpus(host: HostConfig) -> int:
-    if host.nano_cpus and (host.cpu_quota or host.cpu_period):
-        raise InvalidArgument("Conflicting options: Nano CPUs and CPU Period cannot both be set.")
     if host.cpu_quota > 0:
         return nano_cpus_of(host.cpu_quota, host.cpu_period)
-    return _not_negative(host.nano_cpus, "number of CPUs")
+    return not_negative(host.nano_cpus, "number of CPUs")
 
 
-def _check_memory(host: HostConfig) -> None:
-    """Raises: InvalidArgument, for a limit of a client's that no process could start with.
+def check_limits(host: HostConfig) -> None:
+    """Raises: InvalidArgument, for limits of a client's that exclude each other, or that no process could start with.
 
     Source: moby, daemon/daemon_unix.go (verifyPlatformContainerResources).
     """
+    if host.nano_cpus and (host.cpu_quota or host.cpu_period):
+        raise InvalidArgument("Conflicting options: Nano CPUs and CPU Period cannot both be set.")
     for value, what in ((host.memory, "limit"), (host.memory_reservation, "reservation")):
         if 0 < value < MEMORY_BYTES_MIN:
             raise InvalidArgument(f"Minimum memory {what} allowed is 6MB")
@@ -471,7 +472,8 @@ def _check_memory(host: HostConfig) -> None:
         raise InvalidArgument(f"Invalid value {host.oom_score_adj}, range for oom score adj is [-1000, 1000]")
 
 
-def _not_negative(value: int, what: str) -> int:
+def not_negative(value: int, what: str) -> int:
+    """``value``, a limit.  Raises: InvalidArgument, naming it ``what``."""
     if value < 0:
         raise InvalidArgument(f"invalid {what}: it must not be negative")
     return value

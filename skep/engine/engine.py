@@ -35,7 +35,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.aio.race import run_to_end
-from skep.engine import create, image_mounts, logs, sharing, top
+from skep.engine import create, image_mounts, logs, sharing, top, updates
 from skep.engine.action_times import ActionTimes, timed
 from skep.engine.attachment import Attachment, attach
 from skep.engine.conmon import resize_terminal
@@ -506,21 +506,16 @@ class Engine:
         resize_terminal(container.monitor, height, width)
         self.events.publish("resize", container, height=str(height), width=str(width))
 
-    async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:
-        """Change its limits without a restart; 0 lifts one.  Raises: NotFound; BeingRemoved; RuntimeFailed."""
+    async def update(self, word: str, change: updates.Change) -> Container:
+        """Change its limits and its restart policy without a restart.
+
+        This goes on if the caller is cancelled.  Raises: NotFound; BeingRemoved; SkepError: as ``change`` does;
+        RuntimeFailed.
+        """
         id = self.get(word).id
-        refusal = f'Cannot update container {id}: container is marked for removal and cannot be "update"'
-        container = self._store.require_kept(id, refusal)
-        config = msgspec.structs.replace(
-            container.config, nano_cpus=nano_cpus, memory_bytes=memory_bytes, pids=pids
-        )
-        if config == container.config:
-            return container
-        if container.is_running:
-            await self._runtime.update(container.id, config)
-        container = self._store.observe(container.id, config=config)
-        self.events.publish("update", container)
-        return container
+        work = updates.update(self._store, self._runtime, self.events, id, change)
+        updating = self._lifecycle.turns.exclusively(id, work)
+        return await self._lifecycle.carry_out(updating, name=f"update-{id[:12]}")
 
     async def rename(self, word: str, name: str) -> None:
         """Raises: NotFound; AlreadyExists; InvalidArgument; FailedPrecondition: the cluster uses its name."""

@@ -7,6 +7,7 @@ Source: moby 20.10, api/server/router/container/container_routes.go.
 
 import asyncio
 from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,7 +25,6 @@ from skep.api.server import (
     json_list_response,
     json_response,
     read_body,
-    read_json,
 )
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
@@ -37,32 +37,19 @@ from skep.engine.api.pruning import is_prunable
 from skep.engine.api.queries import integer
 from skep.engine.capacity import processors
 from skep.engine.container import BeingRemoved, Container, ContainerState, NotRunning, WaitCondition
-from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
 from skep.engine.images.pulling import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
-from skep.engine.limits import check_cpus, nano_cpus_of
-from skep.engine.request import read_create
+from skep.engine.limits import check_cpus
+from skep.engine.request import read_create, read_update
+from skep.engine.updates import updated
 from skep.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
-from skep.model.encoding import ApiObject
 from skep.model.secret_env import SECRET_ENV_LABEL
 
 _LINES_AT_ONCE = 128
 _WITHOUT_NULL_ERROR = ApiVersion("1.42")
-
-
-class Limits(ApiObject):
-    """The body of ``POST /containers/{id}/update``, as far as a running container can follow."""
-
-    __go_name__ = "container.UpdateConfig"
-
-    memory: int | None = None
-    nano_cpus: int | None = None
-    cpu_period: int | None = None
-    cpu_quota: int | None = None
-    pids_limit: int | None = None
 
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
@@ -277,10 +264,12 @@ async def resize(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/update")
 async def update(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker update``: limits of a container that runs; what the body leaves out stays."""
-    container = served.engine.get(request.match_info["id"])
-    await served.engine.update(container.id, **_limits(container, await read_json(request, Limits)))
-    return json_response({"Warnings": None})
+    """``docker update``: limits and restart policy; what the body leaves out stays."""
+    body = read_update(await read_body(request), api_version(request))
+    check_cpus(body.nano_cpus, processors())
+    before = served.engine.get(request.match_info["id"])
+    after = await served.engine.update(before.id, partial(updated, body))
+    return json_response({"Warnings": list(after.warnings[len(before.warnings) :]) or None})
 
 
 @_table.post("/containers/prune")
@@ -346,22 +335,3 @@ def _condition(request: web.Request) -> WaitCondition:
         return WaitCondition(text)
     except ValueError as error:
         raise InvalidArgument(f'invalid condition: "{text}"') from error
-
-
-def _limits(container: Container, limits: Limits) -> dict[str, int]:
-    """The container's limits after the update; what ``limits`` leaves out stays."""
-    config = container.config
-    nano_cpus = limits.nano_cpus
-    if limits.cpu_quota and limits.cpu_quota > 0:
-        nano_cpus = nano_cpus_of(limits.cpu_quota, limits.cpu_period or 0)
-    found = {
-        "nano_cpus": nano_cpus or config.nano_cpus,
-        "memory_bytes": limits.memory or config.memory_bytes,
-        "pids": config.pids if limits.pids_limit is None else max(limits.pids_limit, 0),
-    }
-    if any(value < 0 for value in found.values()):
-        raise InvalidArgument("invalid limit: it must not be negative")
-    if 0 < (limits.memory or 0) < MEMORY_BYTES_MIN:
-        raise InvalidArgument("Minimum memory limit allowed is 6MB")
-    check_cpus(limits.nano_cpus or 0, processors())
-    return found
