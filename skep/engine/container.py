@@ -127,6 +127,9 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     stdin_once: bool = False
     stop_signal: str = ""
     stop_grace_ns: Nanoseconds = 10 * SECOND_NS
+    """From the stop signal to the kill; negative: it is not killed."""
+    stop_timeout: int | None = None
+    """The same in seconds as its user or its image gave it, to be shown; None: they did not, or it is a task's."""
     init: bool = False
     read_only: bool = False
     mounts: tuple[MountPoint, ...] = ()

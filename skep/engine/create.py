@@ -24,7 +24,7 @@ from skep.engine.runtime_spec import merged_environment
 from skep.engine.signals import signal_number
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.addresses import parsed
-from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
+from skep.model.container import DEFAULT_STOP_GRACE_NS, BindOptions, Mount, TmpfsOptions, VolumeOptions
 from skep.model.meta import Driver
 from skep.model.rights import api_access
 from skep.model.sandbox import EndpointRequest, NetworkMode, PublishedPort
@@ -282,9 +282,9 @@ def container_config(
     """
     host = request.host_config
     entrypoint, command = invocation(request, image)
-    security = _security(host.security_opt)
     is_on_host = host.network_mode == "host"
-    task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(request, image))
+    stop_timeout = _stop_timeout(request, image) if task is None else None
+    task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(stop_timeout))
     exposed = _exposed(request, image, task)
     return ContainerConfig(
         path=(entrypoint + command)[0],
@@ -301,6 +301,7 @@ def container_config(
         stdin_once=request.stdin_once,
         stop_signal=_stop_signal(request.stop_signal or image.stop_signal),
         stop_grace_ns=task.stop_grace_ns,
+        stop_timeout=stop_timeout,
         init=bool(host.init),
         read_only=host.readonly_rootfs,
         mounts=task.mounts,
@@ -313,9 +314,7 @@ def container_config(
         sysctls=host.sysctls,
         capability_add=host.cap_add,
         capability_drop=host.cap_drop,
-        seccomp=security.seccomp,
-        apparmor=security.apparmor,
-        no_new_privileges=security.no_new_privileges,
+        **_security(host.security_opt)._asdict(),
         oom_score_adj=host.oom_score_adj,
         hosts=(*task.hosts, *(_host_line(text, node.host_gateway) for text in host.extra_hosts)),
         nameservers=host.dns,
@@ -367,9 +366,12 @@ def _environment(request: CreateRequest, image: ContainerDefaults) -> tuple[str,
     return tuple(sorted(merged, key=lambda one: one.partition("=")[0] not in named))
 
 
-def _stop_grace_ns(request: CreateRequest, image: ContainerDefaults) -> int:
-    given_s = request.stop_timeout if request.stop_timeout is not None else image.stop_timeout
-    return (given_s if given_s is not None and given_s >= 0 else 10) * SECOND_NS
+def _stop_timeout(request: CreateRequest, image: ContainerDefaults) -> int | None:
+    return image.stop_timeout if request.stop_timeout is None else request.stop_timeout
+
+
+def _stop_grace_ns(stop_timeout: int | None) -> int:
+    return DEFAULT_STOP_GRACE_NS if stop_timeout is None else max(stop_timeout, -1) * SECOND_NS
 
 
 def _stop_signal(name: str) -> str:

@@ -420,34 +420,40 @@ class Engine:
             container = self._store.note_stopped(container.id)
         await self._lifecycle.signal(container, number)
 
-    async def stop(self, word: str, grace_s: float | None = None) -> Container:
-        """Send its stop signal, then SIGKILL after ``grace_s`` seconds (None: its own grace); return when it ended.
+    async def stop(self, word: str, grace_s: float | None = None, signal_name: str = "") -> Container:
+        """Send ``signal_name`` (empty: its stop signal), then SIGKILL after ``grace_s`` seconds; return when it ended.
 
-        This goes on if the caller is cancelled.
-        Raises: NotFound; Unavailable: it has not ended, although it was killed; its end is recorded when it comes.
+        ``grace_s``: None: its own; negative: it is not killed.  This goes on if the caller is cancelled.
+        Raises: NotFound; InvalidArgument: no such signal; Unavailable: it has not ended, although it was killed; its
+        end is recorded when it comes.
         """
         id = self.get(word).id
-        return await self._lifecycle.carry_out(self._stop(id, grace_s), name=f"stop-{id[:12]}")
+        stopping = self._stop(id, grace_s, signal_name)
+        return await self._lifecycle.carry_out(stopping, name=f"stop-{id[:12]}")
 
-    async def stop_and_start(self, word: str, grace_s: float | None = None) -> Container:
+    async def stop_and_start(
+        self, word: str, grace_s: float | None = None, signal_name: str = ""
+    ) -> Container:
         """Both, also of one that does not run, and also if the caller is cancelled.  Raises: as they do."""
         id = self.get(word).id
 
         async def both() -> Container:
-            await self._stop(id, grace_s)
+            await self._stop(id, grace_s, signal_name)
             return await self.start(id)
 
         return await self._lifecycle.carry_out(both(), name=f"restart-{id[:12]}")
 
-    async def _stop(self, id: ContainerId, grace_s: float | None) -> Container:
+    async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
+        config = self.get(id).config
+        number = signal_number(signal_name or config.stop_signal or "SIGTERM")
         container = self.note_stopped(id)
         if not container.is_running:
             return container
         if grace_s is None:
-            grace_s = container.config.stop_grace_ns / 1e9
-        await self._lifecycle.signal(container, signal_number(container.config.stop_signal or "SIGTERM"))
+            grace_s = config.stop_grace_ns / 1e9
+        await self._lifecycle.signal(container, number)
         try:
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(grace_s if grace_s >= 0 else None):
                 ended = await self.wait(container.id)
         except TimeoutError:
             present = self._store.lookup(container.id)

@@ -292,6 +292,8 @@ def config_of(container: Container) -> dict[str, Any]:
         response["MacAddress"] = mac_address
     if config.stop_signal:
         response["StopSignal"] = config.stop_signal
+    if config.stop_timeout is not None:
+        response["StopTimeout"] = config.stop_timeout
     return response
 
 

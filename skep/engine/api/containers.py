@@ -49,7 +49,7 @@ from skep.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 from skep.model.secret_env import SECRET_ENV_LABEL
 
 _LINES_AT_ONCE = 128
-_WITHOUT_NULL_ERROR = ApiVersion("1.42")
+_WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = ApiVersion("1.42")
 
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
@@ -193,8 +193,8 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
         served.engine.note_stopped(container.id)
         raise NotModified
     try:
-        await served.engine.stop(container.id, grace_s)
-    except Unavailable as error:
+        await served.engine.stop(container.id, grace_s, _stop_signal(request))
+    except (InvalidArgument, Unavailable) as error:
         raise Untranslated(f"cannot stop container: {request.match_info['id']}: {error}") from error
     return web.Response(status=204)
 
@@ -217,10 +217,10 @@ async def restart(served: Served, request: web.Request) -> web.StreamResponse:
     container = served.engine.get(word)
     _require_startable(container)
     try:
-        await served.engine.stop_and_start(container.id, _grace(request))
+        await served.engine.stop_and_start(container.id, _grace(request), _stop_signal(request))
     except (NotFound, NotRunning, BeingRemoved) as error:
         raise type(error)(f"Cannot restart container {word}: {error}") from error
-    except Unavailable as error:
+    except (InvalidArgument, Unavailable) as error:
         raise Untranslated(f"Cannot restart container {word}: {error}") from error
     return web.Response(status=204)
 
@@ -319,14 +319,19 @@ def _limit(request: web.Request) -> int:
 
 
 def _grace(request: web.Request) -> float | None:
-    """Seconds between the stop signal and the kill; None: the container's own, negative: for ever."""
+    """Seconds between the stop signal and the kill; None: the container's own; negative: it is not killed."""
     if "t" not in request.query:
         return None
     try:
         grace_s = integer(request, "t")
     except InvalidArgument as error:
         raise Untranslated(str(error)) from error
-    return float(grace_s) if grace_s >= 0 else float("inf")
+    return float(grace_s)
+
+
+def _stop_signal(request: web.Request) -> str:
+    """Empty: the container's own.  Source: moby, api/server/router/container/container_routes.go."""
+    return request.query.get("signal", "") if api_version(request) >= _WITH_STOP_SIGNAL else ""
 
 
 def _condition(request: web.Request) -> WaitCondition:
