@@ -24,7 +24,14 @@ from skep.engine.runtime_spec import merged_environment
 from skep.engine.signals import signal_number
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.addresses import parsed
-from skep.model.container import DEFAULT_STOP_GRACE_NS, BindOptions, Mount, TmpfsOptions, VolumeOptions
+from skep.model.container import (
+    DEFAULT_STOP_GRACE_NS,
+    BindOptions,
+    HealthConfig,
+    Mount,
+    TmpfsOptions,
+    VolumeOptions,
+)
 from skep.model.meta import Driver
 from skep.model.rights import api_access
 from skep.model.sandbox import EndpointRequest, NetworkMode, PublishedPort
@@ -68,6 +75,7 @@ def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOpti
     """
     host = request.host_config
     check_limits(host)  # of tasks the managers do, which allow less
+    _check_health(request.healthcheck)  # likewise
     _check_shared(request)
     restart = restart_policy(host)
     if host.auto_remove and restart.name != "no":
@@ -91,6 +99,12 @@ def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOpti
         attached=tuple(name for name, is_attached in streams.items() if is_attached),
         is_step=is_step,
     )
+
+
+def _check_health(given: HealthConfig | None) -> None:
+    """Raises: InvalidArgument.  Source: moby, daemon/container.go (validateHealthCheck)."""
+    if given is not None and (refusal := given.refusal("Healthcheck")):
+        raise InvalidArgument(refusal)
 
 
 def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointRequest, ...]]:

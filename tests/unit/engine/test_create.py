@@ -400,6 +400,27 @@ def test_a_stop_signal_is_taken_by_any_of_its_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        *(
+            ({name: duration}, f"{name} in Healthcheck cannot be less than 1ms")
+            for name in ("Interval", "Timeout", "StartPeriod", "StartInterval")
+            for duration in (1, -1, 999_999)
+        ),
+        ({"Retries": -5}, "Retries in Healthcheck cannot be negative"),
+    ],
+)
+def test_a_health_check_that_would_never_pause_is_refused(fields: dict[str, int], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{said}$"):
+        plain_options(body(Healthcheck={"Test": ["CMD", "true"], **fields}))
+
+
+def test_a_health_check_may_leave_its_times_to_the_engine_or_have_the_shortest() -> None:
+    for duration in (0, 1_000_000):
+        plain_options(body(Healthcheck={"Test": ["CMD", "true"], "Interval": duration, "Timeout": duration}))
+
+
+@pytest.mark.parametrize(
     ("given", "of_image", "shown", "grace_s"),
     [
         (None, None, None, 10),
