@@ -52,6 +52,7 @@ from skep.engine.container import (
     WaitCondition,
 )
 from skep.engine.files import Files
+from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
@@ -293,43 +294,47 @@ class Engine:
         of_image = set(defaults.volumes or ()) - {point.destination for point in (*inherited, *pictures)}
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         await self.volumes.create_of_plugins(mounts)
+        chain = (*image.chain, *image_mounts.chains(self.images, pictures))
+        layers = tuple(map(str, self.images.layers(image)))
         points = pictures + self.volumes.mount_points(image_mounts.others(mounts), of_image)
-        try:
-            async with self.images.pinned((*image.chain, *image_mounts.chains(self.images, pictures))):
-                container = await self.add(
-                    NewContainer(
-                        name=chosen,
-                        image=request.image,
-                        image_id=image.id,
-                        layers=tuple(map(str, self.images.layers(image))),
-                        config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
-                        labels=labels,
-                        plain=plain,
-                        stack=task.stack if task is not None else "",
-                    )
-                )
-        except SkepError:
-            await self.volumes.remove_anonymous(points)
-            raise
-        await self._fill(container, (*points, *config.mounts), mounts)
-        return container
+        new = NewContainer(
+            name=chosen,
+            image=request.image,
+            image_id=image.id,
+            layers=layers,
+            config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
+            labels=labels,
+            plain=plain,
+            stack=task.stack if task is not None else "",
+        )
+        return await self._add_filled(new, (*points, *config.mounts), mounts, chain)
 
-    async def _fill(
-        self, container: Container, points: Sequence[MountPoint], mounts: Sequence[Mount]
-    ) -> None:
-        """Fill new volumes of a container; it is gone again if that fails.  Raises: SkepError."""
+    async def _add_filled(
+        self, new: NewContainer, own: Sequence[MountPoint], mounts: Sequence[Mount], chain: Sequence[Digest]
+    ) -> Container:
+        """``add``, with new volumes filled; of what fails or is cut off nothing stays, the volumes neither.
+
+        ``own``: its mounts but those of other containers, from ``mounts``; ``chain``: layers that it needs.
+        """
+        container: Container | None = None
         try:
-            await self.volumes.fill(container.id, points, mounts, self.bundles.rootfs(container.id))
+            async with self.images.pinned(chain):
+                container = await self.add(new)
+            await self.volumes.fill(container.id, own, mounts, self.bundles.rootfs(container.id))
         except BaseException:
-            await asyncio.shield(
-                isolate(self.remove(container.id, with_volumes=True), "container not removed")
+            undoing = (
+                self.remove(container.id, with_volumes=True)
+                if container is not None
+                else self.volumes.remove_anonymous(own)
             )
+            await run_to_end(isolate(undoing, "container not removed", name=new.name))
             raise
+        return container
 
     async def add(self, new: NewContainer) -> Container:
         """Create a container whose configuration is complete: directories, root file system, network, ports.
 
-        A plain container has the last two from its start to its end only.
+        A plain container has the last two from its start to its end only.  Nothing is left if the caller is cancelled.
         Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of it cannot be had.
         """
         id = self._config.new_id()
@@ -350,7 +355,12 @@ class Engine:
         )
         container = with_tag(container, self._config.hostname)
         self._store.add(container)
-        container = await self._lifecycle.prepare(container)
+        try:
+            container = await self._lifecycle.prepare(container)
+        except asyncio.CancelledError:  # it may be complete
+            if self.has(id):
+                await run_to_end(isolate(self.remove(id), "container not removed"))
+            raise
         self.events.publish("create", container)
         return container
 
