@@ -48,6 +48,7 @@ NO_ALIASES = "network-scoped alias is supported only for containers in user defi
 
 NO_ADDRESS = "user specified IP address is supported on user defined networks only"
 
+_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(-[0-9A-Fa-f]{2}){5}")
 _LINK = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*(:[a-zA-Z0-9][a-zA-Z0-9_.-]*)?")
 _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
@@ -66,6 +67,13 @@ class NodeDefaults(NamedTuple):
     """Log driver of containers that name none."""
     log_drivers: Mapping[str, Check] = {}
     """Drivers that send elsewhere, each with what refuses its options."""
+
+
+def checked_name(name: str) -> str:
+    """``name`` without a leading slash.  Raises: InvalidArgument, in Docker's words."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+    return name.removeprefix("/")
 
 
 def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOptions:

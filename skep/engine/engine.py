@@ -12,7 +12,6 @@ Docker.  What happens to one container between two operations (its end, its adop
 
 import asyncio
 import random
-import re
 import signal
 from collections import defaultdict
 from collections.abc import (
@@ -60,7 +59,7 @@ from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.facts import with_attributes, with_tag
 from skep.engine.log_forwarding import LogForwarding
 from skep.engine.network_changes import NetworkChanges
-from skep.engine.networking import Networking, sandbox_config
+from skep.engine.networking import Networking
 from skep.engine.request import CreateRequest, TaskOptions
 from skep.engine.restart import RestartMonitor
 from skep.engine.runtime import Runtime
@@ -79,8 +78,6 @@ from skep.model.times import timestamp
 log = structlog.get_logger()
 
 T = TypeVar("T")
-
-_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,7 +271,7 @@ class Engine:
 
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
-        chosen = _checked_name(name) if name else self._free_name()
+        chosen = create.checked_name(name) if name else self._free_name()
         request = sharing.with_ids(request, chosen, self._store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
         self._store.check_free(chosen)  # before any volume is made
@@ -534,16 +531,17 @@ class Engine:
         return await self._lifecycle.carry_out(updating, name=f"update-{id[:12]}")
 
     async def rename(self, word: str, name: str) -> None:
-        """Raises: NotFound; AlreadyExists; InvalidArgument; FailedPrecondition: the cluster uses its name."""
+        """This goes on if the caller is cancelled.  Raises: InvalidArgument; as ``networks.rename``."""
         container, _ = self._store.require_plain(word)
-        self._store.require_kept(container.id, "container is marked for removal and cannot be renamed")
-        chosen = _checked_name(name)
+        chosen = create.checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
-        self._store.check_free(chosen)  # before the network's names change
-        renamed = sandbox_config(msgspec.structs.replace(container, name=chosen))
-        await self._network.rename(renamed, container.sandbox if container.is_running else None)
-        self.events.publish("rename", self._store.rename(container.id, chosen))
+        await self._lifecycle.carry_out(
+            self._rename(container.id, chosen), name=f"rename-{container.id[:12]}"
+        )
+
+    async def _rename(self, id: ContainerId, name: str) -> None:
+        self.events.publish("rename", await self.networks.rename(id, name))
 
     # --- remove -------------------------------------------------------------------------------------------------
 
@@ -583,10 +581,3 @@ class Engine:
         What cannot be freed of one is logged, and the next sweep finds it.  Raises: OSError: namespaces of networks.
         """
         return await self._lifecycle.sweep()
-
-
-def _checked_name(name: str) -> str:
-    """``name`` without a leading slash.  Raises: InvalidArgument, in Docker's words."""
-    if not _NAME.fullmatch(name):
-        raise InvalidArgument(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
-    return name.removeprefix("/")
