@@ -127,10 +127,14 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     stdin_once: bool = False
     stop_signal: str = ""
     stop_grace_ns: Nanoseconds = 10 * SECOND_NS
+    """From the stop signal to the kill; negative: it is not killed."""
+    stop_timeout: int | None = None
+    """The same in seconds as its user or its image gave it, to be shown; None: they did not, or it is a task's."""
     init: bool = False
     read_only: bool = False
     mounts: tuple[MountPoint, ...] = ()
     nano_cpus: int = 0
+    """Where ``machine`` has a quota: what that is."""
     memory_bytes: int = 0
     memory_reservation_bytes: int = 0
     pids: int = 0
@@ -436,6 +440,10 @@ class NotRunning(AlreadyExists):
 
 class StillRunning(AlreadyExists):
     """The operation needs a container that does not run.  The Engine API responds with 409 here, too."""
+
+
+class Conflicting(AlreadyExists):
+    """The operation contradicts what the container was given before.  The Engine API responds with 409 here, too."""
 
 
 class BeingRemoved(AlreadyExists):

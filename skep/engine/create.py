@@ -24,7 +24,14 @@ from skep.engine.runtime_spec import merged_environment
 from skep.engine.signals import signal_number
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.addresses import parsed
-from skep.model.container import BindOptions, Mount, TmpfsOptions, VolumeOptions
+from skep.model.container import (
+    DEFAULT_STOP_GRACE_NS,
+    BindOptions,
+    HealthConfig,
+    Mount,
+    TmpfsOptions,
+    VolumeOptions,
+)
 from skep.model.meta import Driver
 from skep.model.rights import api_access
 from skep.model.sandbox import EndpointRequest, NetworkMode, PublishedPort
@@ -41,6 +48,7 @@ NO_ALIASES = "network-scoped alias is supported only for containers in user defi
 
 NO_ADDRESS = "user specified IP address is supported on user defined networks only"
 
+_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(-[0-9A-Fa-f]{2}){5}")
 _LINK = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]*(:[a-zA-Z0-9][a-zA-Z0-9_.-]*)?")
 _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
@@ -61,15 +69,23 @@ class NodeDefaults(NamedTuple):
     """Drivers that send elsewhere, each with what refuses its options."""
 
 
+def checked_name(name: str) -> str:
+    """``name`` without a leading slash.  Raises: InvalidArgument, in Docker's words."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+    return name.removeprefix("/")
+
+
 def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOptions:
     """When a plain container runs, and on which networks; ``is_step``: of a build.
 
     Raises: InvalidArgument, Unimplemented.
     """
     host = request.host_config
-    _check_memory(host)  # of tasks the managers do, which allow less
+    check_limits(host)  # of tasks the managers do, which allow less
+    _check_health(request.healthcheck)  # likewise
     _check_shared(request)
-    restart = _restart_policy(host)
+    restart = restart_policy(host)
     if host.auto_remove and restart.name != "no":
         raise InvalidArgument("can't create 'AutoRemove' container with restart policy")
     mode, networks = _networks(request)
@@ -91,6 +107,12 @@ def plain_options(request: CreateRequest, *, is_step: bool = False) -> PlainOpti
         attached=tuple(name for name, is_attached in streams.items() if is_attached),
         is_step=is_step,
     )
+
+
+def _check_health(given: HealthConfig | None) -> None:
+    """Raises: InvalidArgument.  Source: moby, daemon/container.go (validateHealthCheck)."""
+    if given is not None and (refusal := given.refusal("Healthcheck")):
+        raise InvalidArgument(refusal)
 
 
 def _networks(request: CreateRequest) -> tuple[NetworkMode, tuple[EndpointRequest, ...]]:
@@ -282,9 +304,9 @@ def container_config(
     """
     host = request.host_config
     entrypoint, command = invocation(request, image)
-    security = _security(host.security_opt)
     is_on_host = host.network_mode == "host"
-    task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(request, image))
+    stop_timeout = _stop_timeout(request, image) if task is None else None
+    task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(stop_timeout))
     exposed = _exposed(request, image, task)
     return ContainerConfig(
         path=(entrypoint + command)[0],
@@ -301,21 +323,20 @@ def container_config(
         stdin_once=request.stdin_once,
         stop_signal=_stop_signal(request.stop_signal or image.stop_signal),
         stop_grace_ns=task.stop_grace_ns,
+        stop_timeout=stop_timeout,
         init=bool(host.init),
         read_only=host.readonly_rootfs,
         mounts=task.mounts,
         nano_cpus=_nano_cpus(host),
-        memory_bytes=_not_negative(host.memory, "memory limit"),
-        memory_reservation_bytes=_not_negative(host.memory_reservation, "memory reservation"),
+        memory_bytes=not_negative(host.memory, "memory limit"),
+        memory_reservation_bytes=not_negative(host.memory_reservation, "memory reservation"),
         pids=max(host.pids_limit or 0, 0),
-        shm_bytes=_not_negative(host.shm_size, "shm size") or (64 << 20),
+        shm_bytes=not_negative(host.shm_size, "shm size") or (64 << 20),
         ulimits=host.ulimits,
         sysctls=host.sysctls,
         capability_add=host.cap_add,
         capability_drop=host.cap_drop,
-        seccomp=security.seccomp,
-        apparmor=security.apparmor,
-        no_new_privileges=security.no_new_privileges,
+        **_security(host.security_opt)._asdict(),
         oom_score_adj=host.oom_score_adj,
         hosts=(*task.hosts, *(_host_line(text, node.host_gateway) for text in host.extra_hosts)),
         nameservers=host.dns,
@@ -367,9 +388,12 @@ def _environment(request: CreateRequest, image: ContainerDefaults) -> tuple[str,
     return tuple(sorted(merged, key=lambda one: one.partition("=")[0] not in named))
 
 
-def _stop_grace_ns(request: CreateRequest, image: ContainerDefaults) -> int:
-    given_s = request.stop_timeout if request.stop_timeout is not None else image.stop_timeout
-    return (given_s if given_s is not None and given_s >= 0 else 10) * SECOND_NS
+def _stop_timeout(request: CreateRequest, image: ContainerDefaults) -> int | None:
+    return image.stop_timeout if request.stop_timeout is None else request.stop_timeout
+
+
+def _stop_grace_ns(stop_timeout: int | None) -> int:
+    return DEFAULT_STOP_GRACE_NS if stop_timeout is None else max(stop_timeout, -1) * SECOND_NS
 
 
 def _stop_signal(name: str) -> str:
@@ -394,7 +418,8 @@ def invocation(request: CreateRequest, image: ContainerDefaults) -> tuple[tuple[
     return entrypoint, command
 
 
-def _restart_policy(host: HostConfig) -> RestartPolicy:
+def restart_policy(host: HostConfig) -> RestartPolicy:
+    """``--restart``.  Raises: InvalidArgument."""
     name, most = host.restart_policy.name or "no", host.restart_policy.maximum_retry_count
     if name not in ("no", "always", "unless-stopped", "on-failure"):
         raise InvalidArgument(f"invalid restart policy '{name}'")
@@ -452,18 +477,18 @@ def _security(options: Sequence[str]) -> _Security:
 
 
 def _nano_cpus(host: HostConfig) -> int:
-    if host.nano_cpus and (host.cpu_quota or host.cpu_period):
-        raise InvalidArgument("Conflicting options: Nano CPUs and CPU Period cannot both be set.")
     if host.cpu_quota > 0:
         return nano_cpus_of(host.cpu_quota, host.cpu_period)
-    return _not_negative(host.nano_cpus, "number of CPUs")
+    return not_negative(host.nano_cpus, "number of CPUs")
 
 
-def _check_memory(host: HostConfig) -> None:
-    """Raises: InvalidArgument, for a limit of a client's that no process could start with.
+def check_limits(host: HostConfig) -> None:
+    """Raises: InvalidArgument, for limits of a client's that exclude each other, or that no process could start with.
 
     Source: moby, daemon/daemon_unix.go (verifyPlatformContainerResources).
     """
+    if host.nano_cpus and (host.cpu_quota or host.cpu_period):
+        raise InvalidArgument("Conflicting options: Nano CPUs and CPU Period cannot both be set.")
     for value, what in ((host.memory, "limit"), (host.memory_reservation, "reservation")):
         if 0 < value < MEMORY_BYTES_MIN:
             raise InvalidArgument(f"Minimum memory {what} allowed is 6MB")
@@ -471,7 +496,8 @@ def _check_memory(host: HostConfig) -> None:
         raise InvalidArgument(f"Invalid value {host.oom_score_adj}, range for oom score adj is [-1000, 1000]")
 
 
-def _not_negative(value: int, what: str) -> int:
+def not_negative(value: int, what: str) -> int:
+    """``value``, a limit.  Raises: InvalidArgument, naming it ``what``."""
     if value < 0:
         raise InvalidArgument(f"invalid {what}: it must not be negative")
     return value

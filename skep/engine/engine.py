@@ -12,7 +12,6 @@ Docker.  What happens to one container between two operations (its end, its adop
 
 import asyncio
 import random
-import re
 import signal
 from collections import defaultdict
 from collections.abc import (
@@ -35,7 +34,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.aio.race import run_to_end
-from skep.engine import create, image_mounts, logs, sharing, top
+from skep.engine import create, image_mounts, logs, sharing, top, updates
 from skep.engine.action_times import ActionTimes, timed
 from skep.engine.attachment import Attachment, attach
 from skep.engine.conmon import resize_terminal
@@ -52,6 +51,7 @@ from skep.engine.container import (
     WaitCondition,
 )
 from skep.engine.files import Files
+from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.lifecycle import Lifecycle
@@ -59,7 +59,7 @@ from skep.engine.log_drivers.drivers import sending_drivers
 from skep.engine.log_drivers.facts import with_attributes, with_tag
 from skep.engine.log_forwarding import LogForwarding
 from skep.engine.network_changes import NetworkChanges
-from skep.engine.networking import Networking, sandbox_config
+from skep.engine.networking import Networking
 from skep.engine.request import CreateRequest, TaskOptions
 from skep.engine.restart import RestartMonitor
 from skep.engine.runtime import Runtime
@@ -78,8 +78,6 @@ from skep.model.times import timestamp
 log = structlog.get_logger()
 
 T = TypeVar("T")
-
-_NAME = re.compile(r"/?[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,7 +270,7 @@ class Engine:
 
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
-        chosen = _checked_name(name) if name else self._free_name()
+        chosen = create.checked_name(name) if name else self._free_name()
         request = sharing.with_ids(request, chosen, self._store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
         self._store.check_free(chosen)  # before any volume is made
@@ -292,43 +290,47 @@ class Engine:
         of_image = set(defaults.volumes or ()) - {point.destination for point in (*inherited, *pictures)}
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         await self.volumes.create_of_plugins(mounts)
+        chain = (*image.chain, *image_mounts.chains(self.images, pictures))
+        layers = tuple(map(str, self.images.layers(image)))
         points = pictures + self.volumes.mount_points(image_mounts.others(mounts), of_image)
-        try:
-            async with self.images.pinned((*image.chain, *image_mounts.chains(self.images, pictures))):
-                container = await self.add(
-                    NewContainer(
-                        name=chosen,
-                        image=request.image,
-                        image_id=image.id,
-                        layers=tuple(map(str, self.images.layers(image))),
-                        config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
-                        labels=labels,
-                        plain=plain,
-                        stack=task.stack if task is not None else "",
-                    )
-                )
-        except SkepError:
-            await self.volumes.remove_anonymous(points)
-            raise
-        await self._fill(container, (*points, *config.mounts), mounts)
-        return container
+        new = NewContainer(
+            name=chosen,
+            image=request.image,
+            image_id=image.id,
+            layers=layers,
+            config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
+            labels=labels,
+            plain=plain,
+            stack=task.stack if task is not None else "",
+        )
+        return await self._add_filled(new, (*points, *config.mounts), mounts, chain)
 
-    async def _fill(
-        self, container: Container, points: Sequence[MountPoint], mounts: Sequence[Mount]
-    ) -> None:
-        """Fill new volumes of a container; it is gone again if that fails.  Raises: SkepError."""
+    async def _add_filled(
+        self, new: NewContainer, own: Sequence[MountPoint], mounts: Sequence[Mount], chain: Sequence[Digest]
+    ) -> Container:
+        """``add``, with new volumes filled; of what fails or is cut off nothing stays, the volumes neither.
+
+        ``own``: its mounts but those of other containers, from ``mounts``; ``chain``: layers that it needs.
+        """
+        container: Container | None = None
         try:
-            await self.volumes.fill(container.id, points, mounts, self.bundles.rootfs(container.id))
+            async with self.images.pinned(chain):
+                container = await self.add(new)
+            await self.volumes.fill(container.id, own, mounts, self.bundles.rootfs(container.id))
         except BaseException:
-            await asyncio.shield(
-                isolate(self.remove(container.id, with_volumes=True), "container not removed")
+            undoing = (
+                self.remove(container.id, with_volumes=True)
+                if container is not None
+                else self.volumes.remove_anonymous(own)
             )
+            await run_to_end(isolate(undoing, "container not removed", name=new.name))
             raise
+        return container
 
     async def add(self, new: NewContainer) -> Container:
         """Create a container whose configuration is complete: directories, root file system, network, ports.
 
-        A plain container has the last two from its start to its end only.
+        A plain container has the last two from its start to its end only.  Nothing is left if the caller is cancelled.
         Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of it cannot be had.
         """
         id = self._config.new_id()
@@ -349,7 +351,12 @@ class Engine:
         )
         container = with_tag(container, self._config.hostname)
         self._store.add(container)
-        container = await self._lifecycle.prepare(container)
+        try:
+            container = await self._lifecycle.prepare(container)
+        except asyncio.CancelledError:  # it may be complete
+            if self.has(id):
+                await run_to_end(isolate(self.remove(id), "container not removed"))
+            raise
         self.events.publish("create", container)
         return container
 
@@ -424,37 +431,43 @@ class Engine:
         if container.is_running:
             await self._lifecycle.signal(container, number)
 
-    async def stop(self, word: str, grace_s: float | None = None) -> Container:
-        """Send its stop signal, then SIGKILL after ``grace_s`` seconds (None: its own grace); return when it ended.
+    async def stop(self, word: str, grace_s: float | None = None, signal_name: str = "") -> Container:
+        """Send ``signal_name`` (empty: its stop signal), then SIGKILL after ``grace_s`` seconds; return when it ended.
 
-        This goes on if the caller is cancelled.
-        Raises: NotFound; Unavailable: it has not ended, although it was killed; its end is recorded when it comes.
+        ``grace_s``: None: its own; negative: it is not killed.  This goes on if the caller is cancelled.
+        Raises: NotFound; InvalidArgument: no such signal; Unavailable: it has not ended, although it was killed; its
+        end is recorded when it comes.
         """
         id = self.get(word).id
-        return await self._lifecycle.carry_out(self._stop(id, grace_s), name=f"stop-{id[:12]}")
+        stopping = self._stop(id, grace_s, signal_name)
+        return await self._lifecycle.carry_out(stopping, name=f"stop-{id[:12]}")
 
-    async def stop_and_start(self, word: str, grace_s: float | None = None) -> Container:
+    async def stop_and_start(
+        self, word: str, grace_s: float | None = None, signal_name: str = ""
+    ) -> Container:
         """Both, also of one that does not run, and also if the caller is cancelled.  Raises: as they do."""
         id = self.get(word).id
 
         async def both() -> Container:
-            await self._stop(id, grace_s)
+            await self._stop(id, grace_s, signal_name)
             return await self.start(id)
 
         return await self._lifecycle.carry_out(both(), name=f"restart-{id[:12]}")
 
-    async def _stop(self, id: ContainerId, grace_s: float | None) -> Container:
+    async def _stop(self, id: ContainerId, grace_s: float | None, signal_name: str) -> Container:
         before = self.get(id)
+        config = before.config
+        number = signal_number(signal_name or config.stop_signal or "SIGTERM")
         container = await self._end_restarting(before)
         if not container.is_running:
             if before.is_restarting:
                 self.events.publish("stop", container)
             return container
         if grace_s is None:
-            grace_s = container.config.stop_grace_ns / 1e9
-        await self._lifecycle.signal(container, signal_number(container.config.stop_signal or "SIGTERM"))
+            grace_s = config.stop_grace_ns / 1e9
+        await self._lifecycle.signal(container, number)
         try:
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(grace_s if grace_s >= 0 else None):
                 ended = await self.wait(container.id)
         except TimeoutError:
             present = self._store.lookup(container.id)
@@ -521,33 +534,29 @@ class Engine:
         resize_terminal(container.monitor, height, width)
         self.events.publish("resize", container, height=str(height), width=str(width))
 
-    async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:
-        """Change its limits without a restart; 0 lifts one.  Raises: NotFound; BeingRemoved; RuntimeFailed."""
+    async def update(self, word: str, change: updates.Change) -> Container:
+        """Change its limits and its restart policy without a restart.
+
+        This goes on if the caller is cancelled.  Raises: NotFound; BeingRemoved; SkepError: as ``change`` does;
+        RuntimeFailed.
+        """
         id = self.get(word).id
-        refusal = f'Cannot update container {id}: container is marked for removal and cannot be "update"'
-        container = self._store.require_kept(id, refusal)
-        config = msgspec.structs.replace(
-            container.config, nano_cpus=nano_cpus, memory_bytes=memory_bytes, pids=pids
-        )
-        if config == container.config:
-            return container
-        if container.is_running:
-            await self._runtime.update(container.id, config)
-        container = self._store.observe(container.id, config=config)
-        self.events.publish("update", container)
-        return container
+        work = updates.update(self._store, self._runtime, self.events, id, change)
+        updating = self._lifecycle.turns.exclusively(id, work)
+        return await self._lifecycle.carry_out(updating, name=f"update-{id[:12]}")
 
     async def rename(self, word: str, name: str) -> None:
-        """Raises: NotFound; AlreadyExists; InvalidArgument; FailedPrecondition: the cluster uses its name."""
+        """This goes on if the caller is cancelled.  Raises: InvalidArgument; as ``networks.rename``."""
         container, _ = self._store.require_plain(word)
-        self._store.require_kept(container.id, "container is marked for removal and cannot be renamed")
-        chosen = _checked_name(name)
+        chosen = create.checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
-        self._store.check_free(chosen)  # before the network's names change
-        renamed = sandbox_config(msgspec.structs.replace(container, name=chosen))
-        await self._network.rename(renamed, container.sandbox if container.is_running else None)
-        self.events.publish("rename", self._store.rename(container.id, chosen))
+        await self._lifecycle.carry_out(
+            self._rename(container.id, chosen), name=f"rename-{container.id[:12]}"
+        )
+
+    async def _rename(self, id: ContainerId, name: str) -> None:
+        self.events.publish("rename", await self.networks.rename(id, name))
 
     # --- remove -------------------------------------------------------------------------------------------------
 
@@ -588,10 +597,3 @@ class Engine:
         What cannot be freed of one is logged, and the next sweep finds it.  Raises: OSError: namespaces of networks.
         """
         return await self._lifecycle.sweep()
-
-
-def _checked_name(name: str) -> str:
-    """``name`` without a leading slash.  Raises: InvalidArgument, in Docker's words."""
-    if not _NAME.fullmatch(name):
-        raise InvalidArgument(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
-    return name.removeprefix("/")

@@ -101,8 +101,11 @@ def _cpu(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -> di
     options, has_cpu = config.machine, "cpu" in capacity.controllers
     if config.nano_cpus:
         if has_cpu:
-            quota_us = config.nano_cpus * CPU_PERIOD_US // 1_000_000_000
-            cpu |= {"quota": max(quota_us, 1000), "period": CPU_PERIOD_US}  # the kernel's least
+            quota_us, period_us = options.cpu_quota, options.cpu_period or CPU_PERIOD_US
+            if quota_us <= 0:
+                period_us = CPU_PERIOD_US
+                quota_us = max(config.nano_cpus * period_us // 1_000_000_000, 1000)  # the kernel's least
+            cpu |= {"quota": quota_us, "period": period_us}
         else:
             warnings.append("Your kernel does not support CPU cfs quota. Quota discarded.")
     if options.cpu_shares:

@@ -83,6 +83,10 @@ class MachineOptions(ApiObject):
     cgroup_parent: str = ""
     """Where its group is made; empty: with the others of its node."""
     cpu_shares: int = msgspec.field(name="CpuShares", default=0)
+    cpu_period: int = msgspec.field(name="CpuPeriod", default=0)
+    """Microseconds in which ``cpu_quota`` may be used; 0: the kernel's."""
+    cpu_quota: int = msgspec.field(name="CpuQuota", default=0)
+    """Microseconds of processor time; 0 and below: no limit of this kind."""
     cpuset_cpus: str = msgspec.field(name="CpusetCpus", default="")
     cpuset_mems: str = msgspec.field(name="CpusetMems", default="")
     blkio_weight: GoInt = 0
@@ -127,6 +131,12 @@ def check(options: MachineOptions, memory_bytes: int) -> None:
     _check_memory(options, memory_bytes)
     if options.cpu_shares < 0:
         raise InvalidArgument(f"invalid CPU shares ({options.cpu_shares}): value must be a positive integer")
+    if options.cpu_period and not 1_000 <= options.cpu_period <= 1_000_000:
+        raise InvalidArgument(
+            "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"
+        )
+    if 0 < options.cpu_quota < 1_000:
+        raise InvalidArgument("CPU cfs quota can not be less than 1ms (i.e. 1000)")
     for text, what in ((options.cpuset_cpus, "cpus"), (options.cpuset_mems, "mems")):
         if text and numbers(text) is None:
             raise InvalidArgument(f"Invalid value {text} for cpuset {what}")

@@ -1,6 +1,7 @@
-"""Changes of the networks of plain containers: ``docker network connect`` and ``disconnect``.
+"""Changes of the networks of plain containers: ``docker network connect`` and ``disconnect``, ``docker rename``.
 
-Source: moby, daemon/container_operations.go (connectToNetwork, DisconnectFromNetwork, updateNetworkSettings).
+Source: moby, daemon/container_operations.go (connectToNetwork, DisconnectFromNetwork, updateNetworkSettings),
+daemon/rename.go.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from typing import Any
 import structlog
 from msgspec.structs import replace
 
+from skep.aio.failures import isolate
 from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
@@ -113,6 +115,26 @@ class NetworkChanges:
             await self.disconnect(container_id, network_id, network_id)
         except (NotFound, BeingRemoved, FailedPrecondition) as error:
             log.info("container has left the network already", container=container_id, reason=str(error))
+
+    async def rename(self, id: ContainerId, name: str) -> Container:
+        """Give a plain container another name, on its networks too; it keeps its own if that fails.
+
+        Raises: NotFound; BeingRemoved; AlreadyExists: it is taken; FailedPrecondition: the cluster uses its name;
+        SkepError; OSError.
+        """
+        async with self._locks[id], self._turns.turn(id):
+            before = self._store.require_kept(id, "container is marked for removal and cannot be renamed")
+            sandbox = before.sandbox if before.is_running else None
+            with self._store.renamed(id, name) as renamed:
+                try:
+                    await self._network.rename(sandbox_config(renamed), sandbox)
+                except FailedPrecondition:  # no name was changed
+                    raise
+                except BaseException:
+                    back = self._network.rename(sandbox_config(before), sandbox)
+                    await run_to_end(isolate(back, "names of a container not changed back", container=id))
+                    raise
+            return renamed
 
     def _require_kept(self, id: ContainerId) -> tuple[Container, PlainOptions]:
         refusal = (

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final
 import msgspec
 
 from skep.api.bodies import from_builtins, parse
+from skep.api.versions import NEWEST, ApiVersion
 from skep.engine.container import MountPoint
 from skep.engine.machine import MachineOptions
 from skep.errors import InvalidArgument, Unimplemented
@@ -21,6 +22,7 @@ from skep.model.encoding import ApiObject, GoInt
 from skep.model.sandbox import EndpointConfig, PublishedPort
 from skep.model.times import Nanoseconds
 
+_WITH_PIDS_LIMIT = ApiVersion("1.40")
 BODY_EMPTY = "Config cannot be empty in order to create a container"
 
 
@@ -80,13 +82,17 @@ class HostConfig(MachineOptions):
     memory: int = 0
     memory_reservation: int = 0
     nano_cpus: int = msgspec.field(name="NanoCpus", default=0)
-    cpu_period: int = msgspec.field(name="CpuPeriod", default=0)
-    cpu_quota: int = msgspec.field(name="CpuQuota", default=0)
     pids_limit: int | None = None
     ulimits: tuple[Ulimit, ...] = ()
     init: bool | None = None
     volumes_from: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
+
+
+class UpdateRequest(HostConfig):
+    """The body of ``POST /containers/{id}/update``: zero, null and an empty text change nothing."""
+
+    __go_name__: ClassVar[str | None] = "container.UpdateConfig"
 
 
 class EndpointIPAM(ApiObject):
@@ -189,6 +195,20 @@ def read_create(body: bytes) -> CreateRequest:
     return from_builtins(value, CreateRequest)
 
 
+def read_update(body: bytes, version: ApiVersion = NEWEST) -> UpdateRequest:
+    """The update that a client asks for.  Raises: as ``read_create``; an engine drops what it cannot change.
+
+    Source: moby, api/server/router/container/container_routes.go (postContainerUpdate).
+    """
+    value = parse(body)
+    for name, _ in _given(value):
+        if name not in _UPDATE_OPTIONS:
+            raise Unimplemented(f"docker update does not change {_FLAGS.get(name, name)}: leave it out")
+    request = from_builtins(value, UpdateRequest)
+    # Clients of before always send a number.
+    return request if version >= _WITH_PIDS_LIMIT else msgspec.structs.replace(request, pids_limit=None)
+
+
 def read_connect(body: bytes) -> ConnectRequest:
     """Raises: as ``read_create``."""
     value = parse(body)
@@ -227,6 +247,12 @@ _HOST_OPTIONS: Final = frozenset(
         *("maskedpaths", "readonlypaths", "cgroupparent"),
         # The client's own business.
         *("containeridfile", "consolesize"),
+    }
+)
+_UPDATE_OPTIONS: Final = frozenset(
+    {
+        *("memory", "memoryreservation", "memoryswap", "nanocpus", "cpuperiod", "cpuquota", "cpushares"),
+        *("cpusetcpus", "cpusetmems", "blkioweight", "pidslimit", "restartpolicy"),
     }
 )
 _CONFIG_OPTIONS: Final = frozenset(
@@ -269,6 +295,7 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "isolation": (None, "", "default"),
     "runtime": (None, "", "runc"),
     "volumedriver": (None, "", "local"),
+    "memoryswappiness": (None, -1),
 }
 _FLAGS: Final[Mapping[str, str]] = {
     "volumedriver": "--volume-driver",

@@ -15,6 +15,7 @@ of this process:
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -35,8 +36,9 @@ from skep.engine.conmon import (
     plain,
     read_pid,
 )
-from skep.engine.container import Container, ContainerConfig, ProcessName
-from skep.engine.limits import resources
+from skep.engine.container import Container, ProcessName
+from skep.engine.limits import block_io, resources
+from skep.engine.machine import MachineOptions
 from skep.engine.processes import find, kill_descendants, send_signal, wait_gone
 from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.engine.sealed_program import SealedProgram
@@ -204,9 +206,18 @@ class Runtime:
         status: str = msgspec.json.decode(output).get("status", "")
         return status
 
-    async def update(self, id: ContainerId, config: ContainerConfig) -> None:
-        """Change the limits of a running container.  Raises: RuntimeFailed."""
-        limits = resources(config, self._capacity, [])
+    async def update(self, container: Container) -> Sequence[str]:
+        """Set the limits of ``container`` if it runs; gives warnings: those that this node cannot set.
+
+        Raises: InvalidArgument: this machine does not have the processors or memory nodes; RuntimeFailed.
+        """
+        config, warnings = container.config, list[str]()
+        limits = resources(config, self._capacity, warnings)
+        weight = MachineOptions(blkio_weight=config.machine.blkio_weight)
+        if found := block_io(weight, {}, self._capacity, warnings):
+            limits["blockIO"] = found
+        if not container.is_running:
+            return warnings
         # A limit that is absent would stay as it is: to lift it, it has to be given.
         if "memory" in self._capacity.controllers and not config.memory_bytes:
             limits.setdefault("memory", {})["limit"] = -1
@@ -216,7 +227,8 @@ class Runtime:
             limits.setdefault("cpu", {})["quota"] = -1
         if "pids" in self._capacity.controllers and not config.pids:
             limits["pids"] = {"limit": -1}
-        await self.run("update", "--resources", "-", id, stdin=msgspec.json.encode(limits))
+        await self.run("update", "--resources", "-", container.id, stdin=msgspec.json.encode(limits))
+        return warnings
 
     def reopen_log(self, id: ContainerId) -> None:
         """Make conmon open its log file anew, after a rename; nothing is lost."""

@@ -1,8 +1,8 @@
 """The records of all containers of a node: in memory for reading, on disk for the next process."""
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -173,14 +173,25 @@ class ContainerStore:
             container = msgspec.structs.replace(container, name=f"{container.name}-{container.id[:12]}")
         self.add(container)
 
-    def rename(self, id: ContainerId, name: str) -> Container:
-        """Give a container another name, on disk and here.  Raises: NotFound; AlreadyExists: it is taken."""
-        before = self.get(id).name
+    @contextmanager
+    def renamed(self, id: ContainerId, name: str) -> Iterator[Container]:
+        """Give a container another name, on disk and here; if the block raises, it has the old one again.
+
+        Until the block ends no other container can have either name.
+        Raises: NotFound; AlreadyExists: it is taken; OSError.
+        """
+        before = self.require(id).name
         self.check_free(name)
-        container = self.change(id, name=name)
-        del self._ids_by_name[before]
+        container, unused = self.change(id, name=name), name
         self._ids_by_name[name] = id
-        return container
+        try:
+            yield container
+            unused = before
+        except BaseException:
+            self.observe(id, name=before)
+            raise
+        finally:
+            del self._ids_by_name[unused]
 
     def check_free(self, name: str) -> None:
         """Raises: AlreadyExists, in Docker's words: a container has ``name``."""

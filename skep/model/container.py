@@ -12,6 +12,8 @@ from skep.model.times import SECOND_NS, Nanoseconds
 
 DEFAULT_STOP_GRACE_NS = 10 * SECOND_NS
 """Default grace period, as in Docker."""
+_SHORTEST_NS = 1_000_000
+"""Of a health check's times, beside 0: the default."""
 
 
 class CredentialSpec(ApiObject):
@@ -68,6 +70,18 @@ class HealthConfig(ApiObject):
     start_period: Nanoseconds = 0
     start_interval: Nanoseconds = 0
     retries: GoInt = 0
+
+    def refusal(self, name: str) -> str:
+        """Why the value of the field ``name`` is refused, in Docker's words; empty: it is not."""
+        for what, duration in (
+            ("Interval", self.interval),
+            ("Timeout", self.timeout),
+            ("StartPeriod", self.start_period),
+            ("StartInterval", self.start_interval),
+        ):
+            if duration and duration < _SHORTEST_NS:
+                return f"{what} in {name} cannot be less than 1ms"
+        return f"Retries in {name} cannot be negative" if self.retries < 0 else ""
 
 
 class DNSConfig(ApiObject):

@@ -104,6 +104,10 @@ class MemoryRuntime:
         self._machine.fault("status", id)
         return "running" if id in self._machine.ended and not self._machine.ended[id].is_set() else ""
 
+    async def update(self, container: Container) -> Sequence[str]:
+        self._machine.fault("update", container.id)
+        return ()
+
     def reopen_log(self, id: ContainerId) -> None:
         self._machine.fault("reopen", id)
 

@@ -41,9 +41,9 @@ def a_container(**fields: Any) -> Container:
         "process": a_process(),
         "started_at": timestamp(1),
         "plain": PlainOptions(),
+        "config": ContainerConfig(path="sh"),
     }
-    config = ContainerConfig(path="sh")
-    return Container(id=ID, name="c", image="i", image_id="sha256:i", config=config, **{**present, **fields})
+    return Container(id=ID, name="c", image="i", image_id="sha256:i", **{**present, **fields})
 
 
 class StubBundles:

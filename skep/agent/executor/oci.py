@@ -392,12 +392,19 @@ class OciController:
             return
         resources = task.task.spec.resources
         limits = resources.limits if resources else None
-        await self._engine.update(
-            container.id,
-            nano_cpus=limits.nano_cpus if limits else 0,
-            memory_bytes=limits.memory_bytes if limits else 0,
-            pids=limits.pids if limits else 0,
-        )
+
+        def limited(before: Container) -> Container:
+            machine = msgspec.structs.replace(before.config.machine, cpu_quota=0, cpu_period=0)
+            config = msgspec.structs.replace(
+                before.config,
+                machine=machine,
+                nano_cpus=limits.nano_cpus if limits else 0,
+                memory_bytes=limits.memory_bytes if limits else 0,
+                pids=limits.pids if limits else 0,
+            )
+            return msgspec.structs.replace(before, config=config)
+
+        await self._engine.update(container.id, limited)
 
     async def remove(self) -> None:
         """Remove the container, its secrets and its anonymous volumes."""

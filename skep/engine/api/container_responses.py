@@ -292,6 +292,8 @@ def config_of(container: Container) -> dict[str, Any]:
         response["MacAddress"] = mac_address
     if config.stop_signal:
         response["StopSignal"] = config.stop_signal
+    if config.stop_timeout is not None:
+        response["StopTimeout"] = config.stop_timeout
     return response
 
 
@@ -325,7 +327,7 @@ def _host_config(container: Container) -> dict[str, Any]:
         "ShmSize": config.shm_bytes,
         "Isolation": "default",
         "Memory": config.memory_bytes,
-        "NanoCpus": config.nano_cpus,
+        "NanoCpus": 0 if config.machine.cpu_quota > 0 else config.nano_cpus,
         "MemoryReservation": config.memory_reservation_bytes,
         "PidsLimit": config.pids or None,
         "Ulimits": list(config.ulimits),

@@ -7,6 +7,7 @@ Source: moby 20.10, api/server/router/container/container_routes.go.
 
 import asyncio
 from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,7 +26,6 @@ from skep.api.server import (
     json_list_response,
     json_response,
     read_body,
-    read_json,
 )
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
@@ -45,34 +45,21 @@ from skep.engine.container import (
     StillRunning,
     WaitCondition,
 )
-from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
 from skep.engine.images.pulling import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
-from skep.engine.limits import check_cpus, nano_cpus_of
-from skep.engine.request import read_create
+from skep.engine.limits import check_cpus
+from skep.engine.request import read_create, read_update
+from skep.engine.updates import updated
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
-from skep.model.encoding import ApiObject
 from skep.model.secret_env import SECRET_ENV_LABEL
 
 log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
-_WITHOUT_NULL_ERROR = ApiVersion("1.42")
-
-
-class Limits(ApiObject):
-    """The body of ``POST /containers/{id}/update``, as far as a running container can follow."""
-
-    __go_name__ = "container.UpdateConfig"
-
-    memory: int | None = None
-    nano_cpus: int | None = None
-    cpu_period: int | None = None
-    cpu_quota: int | None = None
-    pids_limit: int | None = None
+_WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = ApiVersion("1.42")
 
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
@@ -216,8 +203,8 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
         served.engine.note_stopped(container.id)
         raise NotModified
     try:
-        await served.engine.stop(container.id, grace_s)
-    except Unavailable as error:
+        await served.engine.stop(container.id, grace_s, _stop_signal(request))
+    except (InvalidArgument, Unavailable) as error:
         raise Untranslated(f"cannot stop container: {request.match_info['id']}: {error}") from error
     return web.Response(status=204)
 
@@ -240,10 +227,10 @@ async def restart(served: Served, request: web.Request) -> web.StreamResponse:
     container = served.engine.get(word)
     _require_startable(container)
     try:
-        await served.engine.stop_and_start(container.id, _grace(request))
+        await served.engine.stop_and_start(container.id, _grace(request), _stop_signal(request))
     except (NotFound, NotRunning, BeingRemoved) as error:
         raise type(error)(f"Cannot restart container {word}: {error}") from error
-    except Unavailable as error:
+    except (InvalidArgument, Unavailable) as error:
         raise Untranslated(f"Cannot restart container {word}: {error}") from error
     return web.Response(status=204)
 
@@ -287,10 +274,12 @@ async def resize(served: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.post("/containers/{id}/update")
 async def update(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker update``: limits of a container that runs; what the body leaves out stays."""
-    container = served.engine.get(request.match_info["id"])
-    await served.engine.update(container.id, **_limits(container, await read_json(request, Limits)))
-    return json_response({"Warnings": None})
+    """``docker update``: limits and restart policy; what the body leaves out stays."""
+    body = read_update(await read_body(request), api_version(request))
+    check_cpus(body.nano_cpus, processors())
+    before = served.engine.get(request.match_info["id"])
+    after = await served.engine.update(before.id, partial(updated, body))
+    return json_response({"Warnings": list(after.warnings[len(before.warnings) :]) or None})
 
 
 @_table.post("/containers/prune")
@@ -354,14 +343,19 @@ def _limit(request: web.Request) -> int:
 
 
 def _grace(request: web.Request) -> float | None:
-    """Seconds between the stop signal and the kill; None: the container's own, negative: for ever."""
+    """Seconds between the stop signal and the kill; None: the container's own; negative: it is not killed."""
     if "t" not in request.query:
         return None
     try:
         grace_s = integer(request, "t")
     except InvalidArgument as error:
         raise Untranslated(str(error)) from error
-    return float(grace_s) if grace_s >= 0 else float("inf")
+    return float(grace_s)
+
+
+def _stop_signal(request: web.Request) -> str:
+    """Empty: the container's own.  Source: moby, api/server/router/container/container_routes.go."""
+    return request.query.get("signal", "") if api_version(request) >= _WITH_STOP_SIGNAL else ""
 
 
 def _condition(request: web.Request) -> WaitCondition:
@@ -370,22 +364,3 @@ def _condition(request: web.Request) -> WaitCondition:
         return WaitCondition(text)
     except ValueError as error:
         raise InvalidArgument(f'invalid condition: "{text}"') from error
-
-
-def _limits(container: Container, limits: Limits) -> dict[str, int]:
-    """The container's limits after the update; what ``limits`` leaves out stays."""
-    config = container.config
-    nano_cpus = limits.nano_cpus
-    if limits.cpu_quota and limits.cpu_quota > 0:
-        nano_cpus = nano_cpus_of(limits.cpu_quota, limits.cpu_period or 0)
-    found = {
-        "nano_cpus": nano_cpus or config.nano_cpus,
-        "memory_bytes": limits.memory or config.memory_bytes,
-        "pids": config.pids if limits.pids_limit is None else max(limits.pids_limit, 0),
-    }
-    if any(value < 0 for value in found.values()):
-        raise InvalidArgument("invalid limit: it must not be negative")
-    if 0 < (limits.memory or 0) < MEMORY_BYTES_MIN:
-        raise InvalidArgument("Minimum memory limit allowed is 6MB")
-    check_cpus(limits.nano_cpus or 0, processors())
-    return found

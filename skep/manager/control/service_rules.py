@@ -37,9 +37,7 @@ from skep.model.service import (
     TaskSpec,
     UpdateConfig,
 )
-from skep.model.times import Nanoseconds
 
-_SHORTEST_NS = 1_000_000
 _NANO_CPUS_MIN = 1_000_000
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
 _PORT_MAX = 65535
@@ -218,19 +216,8 @@ def _check_mounts(mounts: Iterable[Mount]) -> None:
 
 
 def _check_health(health: HealthConfig | None) -> None:
-    if health is None:
-        return
-    _check_health_time("Interval", health.interval)
-    _check_health_time("Timeout", health.timeout)
-    _check_health_time("StartPeriod", health.start_period)
-    _check_health_time("StartInterval", health.start_interval)
-    if health.retries < 0:
-        raise InvalidArgument("ContainerSpec: Retries in HealthConfig cannot be negative")
-
-
-def _check_health_time(name: str, duration: Nanoseconds) -> None:
-    if duration and duration < _SHORTEST_NS:
-        raise InvalidArgument(f"ContainerSpec: {name} in HealthConfig cannot be less than 1ms")
+    if health is not None and (refusal := health.refusal("HealthConfig")):
+        raise InvalidArgument(f"ContainerSpec: {refusal}")
 
 
 def _check_mode(mode: ServiceMode) -> None:

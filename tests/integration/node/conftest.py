@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from skep.agent.executor.oci import OciExecutor
-from skep.engine.container import Container, ContainerConfig, LogFilter, NewContainer, Stream
+from skep.engine.container import (
+    Container,
+    ContainerConfig,
+    LogFilter,
+    NewContainer,
+    PlainOptions,
+    Stream,
+)
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
 from tests.support.api_lab import Api, serving
@@ -70,7 +77,12 @@ class Runner:
         self.engine = engine
 
     async def create(
-        self, *command: str, name: str = "", labels: dict[str, str] | None = None, **config: Any
+        self,
+        *command: str,
+        name: str = "",
+        labels: dict[str, str] | None = None,
+        plain: PlainOptions | None = None,
+        **config: Any,
     ) -> Container:
         return await self.engine.add(
             NewContainer(
@@ -79,6 +91,7 @@ class Runner:
                 image_id=IMAGE_ID,
                 layers=(str(self.lab.tree),),
                 labels=labels or {},
+                plain=plain,
                 config=ContainerConfig(path=command[0], args=command[1:], **config),
             )
         )

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.cgroups import Cgroups
+from skep.engine.container import PlainOptions
 from skep.engine.images.pulling import this_platform
+from skep.model.sandbox import NetworkMode
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.api_lab import Api
 
@@ -233,6 +236,35 @@ async def test_limits_change_while_it_runs(api: Api, run: Runner):
     assert (status, response) == (200, {"Warnings": None})
     found = run.engine.get(container.id).config
     assert (found.pids, found.memory_bytes) == (50, 64 << 20)
+
+
+async def test_docker_update_sets_every_limit_and_the_restart_policy(api: Api, run: Runner):
+    plain = PlainOptions(mode=NetworkMode.NONE)
+    container = await run.start("sleep", "100", name="c1", memory_bytes=64 << 20, plain=plain)
+    limits = ("--memory", "128m", "--memory-reservation", "32m", "--cpu-shares", "512", "--pids-limit", "50")
+    processors = ("--cpuset-cpus", "0", "--cpu-period", "50000", "--cpu-quota", "25000")
+    restart = ("--memory-swap", "-1", "--restart", "on-failure:2")
+    assert await api.docker("update", *limits, *processors, *restart, "c1") == (0, "c1\n", "")
+    _, found = await api.ask("GET", "/containers/c1/json")
+    host = found["HostConfig"]
+    assert (host["Memory"], host["MemorySwap"], host["MemoryReservation"]) == (128 << 20, -1, 32 << 20)
+    assert (host["CpuPeriod"], host["CpuQuota"], host["NanoCpus"]) == (50_000, 25_000, 0)
+    assert (host["CpuShares"], host["CpusetCpus"], host["PidsLimit"]) == (512, "0", 50)
+    assert host["RestartPolicy"] == {"Name": "on-failure", "MaximumRetryCount": 2}
+    groups = Cgroups(run.lab.cgroup_parent)
+    files = {"cpu": "cpu.max"} if groups.is_v2 else {"cpu": "cpu.cfs_quota_us", "cpuset": "cpuset.cpus"}
+    kernels = []
+    for controller, name in {**files, "pids": "pids.max"}.items():
+        directory = groups.directory(container, controller)
+        assert directory is not None
+        kernels.append((directory / name).read_text().strip())
+    assert kernels == (["25000 50000", "50"] if groups.is_v2 else ["25000", "0", "50"])
+    assert (await run.engine.stats(container.id)).memory_stats.limit == 128 << 20
+    assert await api.docker("update", "--memory", "1g", "--memory-swap", "512m", "c1") == (
+        1,
+        "",
+        "Error response from daemon: Minimum memoryswap limit should be larger than memory limit, see usage\n",
+    )
 
 
 async def test_a_tasks_container_is_not_renamed(api: Api, run: Runner):

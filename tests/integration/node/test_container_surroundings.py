@@ -4,8 +4,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from skep.engine.container import MountPoint
+from skep.engine.container import Container, MountPoint
 from skep.engine.engine import Engine
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
@@ -82,7 +83,12 @@ async def test_limits_are_applied(lab: Lab, run: Runner, engine: Engine) -> None
     assert stats.pids_stats.limit == 33
     assert stats.pids_stats.current == 1
     assert stats.cpu_stats.throttling_data.periods >= 0
-    changed = await engine.update(container.id, nano_cpus=0, memory_bytes=64 << 20, pids=0)
+
+    def limited(before: Container) -> Container:
+        config = replace(before.config, nano_cpus=0, memory_bytes=64 << 20, pids=0)
+        return replace(before, config=config)
+
+    changed = await engine.update(container.id, limited)
     assert changed.config.memory_bytes == 64 << 20
     stats = await engine.stats(container.id)
     assert (stats.memory_stats.limit, stats.pids_stats.limit) == (64 << 20, 0)

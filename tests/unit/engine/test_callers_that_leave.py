@@ -13,6 +13,8 @@ from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
 from sim.time import VirtualClock, VirtualLoop
+from skep.api import server
+from skep.api.versions import ApiVersion
 from skep.engine import lifecycle
 from skep.engine.api import containers
 from skep.engine.container import ContainerState, MountPoint
@@ -60,6 +62,7 @@ def simulated(tmp_path: Path) -> Run:
 def requested(stubs: StubEngine, action: str, seconds: int) -> Coroutine[Any, Any, Any]:
     """What handles ``POST /containers/{id}/<action>?t=<seconds>``."""
     request = make_mocked_request("POST", f"/containers/{ID}/{action}?t={seconds}", match_info={"id": ID})
+    request[server._VERSION] = ApiVersion("1.41")
     handler = getattr(containers, action)
     return handler(containers.Served(stubs.engine, stubs.engine._clock), request)
 

@@ -24,6 +24,7 @@ from skep.engine.request import CreateRequest, read_create
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.sandbox import EndpointRequest, NetworkMode
+from skep.model.times import SECOND_NS
 
 IMAGE = ContainerDefaults(cmd=("sh",), env=("A=1", "B=2"), exposed_ports={"80/tcp": {}})
 
@@ -396,6 +397,45 @@ def test_log_options_become_bounds() -> None:
 @pytest.mark.parametrize("name", ["", "INT", "SIGTERM", "15", "RTMIN+3"])
 def test_a_stop_signal_is_taken_by_any_of_its_names(name: str) -> None:
     assert configured(StopSignal=name).stop_signal == name
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        *(
+            ({name: duration}, f"{name} in Healthcheck cannot be less than 1ms")
+            for name in ("Interval", "Timeout", "StartPeriod", "StartInterval")
+            for duration in (1, -1, 999_999)
+        ),
+        ({"Retries": -5}, "Retries in Healthcheck cannot be negative"),
+    ],
+)
+def test_a_health_check_that_would_never_pause_is_refused(fields: dict[str, int], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{said}$"):
+        plain_options(body(Healthcheck={"Test": ["CMD", "true"], **fields}))
+
+
+def test_a_health_check_may_leave_its_times_to_the_engine_or_have_the_shortest() -> None:
+    for duration in (0, 1_000_000):
+        plain_options(body(Healthcheck={"Test": ["CMD", "true"], "Interval": duration, "Timeout": duration}))
+
+
+@pytest.mark.parametrize(
+    ("given", "of_image", "shown", "grace_s"),
+    [
+        (None, None, None, 10),
+        (3, None, 3, 3),
+        (None, 7, 7, 7),
+        (0, 7, 0, 0),
+        (-1, None, -1, -1),
+        (-60, 7, -60, -1),
+    ],
+)
+def test_the_time_for_a_stop_is_the_users_else_the_images_and_may_have_no_bound(
+    given: int | None, of_image: int | None, shown: int | None, grace_s: int
+) -> None:
+    config = configured(ContainerDefaults(cmd=("sh",), stop_timeout=of_image), StopTimeout=given)
+    assert (config.stop_timeout, config.stop_grace_ns) == (shown, grace_s * SECOND_NS)
 
 
 def test_a_container_that_could_never_be_stopped_is_refused() -> None:

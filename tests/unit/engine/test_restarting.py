@@ -13,7 +13,9 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from sim.time import VirtualClock, VirtualLoop
+from skep.api import server
 from skep.api.errors import NotModified
+from skep.api.versions import NEWEST
 from skep.engine.api import container_output, containers
 from skep.engine.conmon import StartError
 from skep.engine.container import (
@@ -75,6 +77,7 @@ def simulated(tmp_path: Path) -> Run:
 async def asked(stubs: StubEngine, name: str, method: str = "POST", path: str = "/") -> web.StreamResponse:
     """What the handler ``name`` of the container ``c`` responds."""
     request = make_mocked_request(method, path, match_info={"id": "c"})
+    request[server._VERSION] = NEWEST
     served = containers.Served(stubs.engine, stubs.engine._clock)
     response: web.StreamResponse = await getattr(containers, name)(served, request)
     return response

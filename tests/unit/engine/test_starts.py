@@ -283,7 +283,7 @@ async def test_a_container_whose_removal_failed_or_goes_on_is_not_started_and_st
         await rig.engine.restart(container.id, ignore_stop=True)
     request, id = EndpointRequest(network="front"), container.id
     for operation in (
-        rig.engine.update(id, nano_cpus=0, memory_bytes=1 << 26, pids=0),
+        rig.engine.update(id, lambda one: one),
         rig.engine.rename(id, "another"),
         rig.engine.networks.connect(id, request),
         rig.engine.networks.disconnect(id, "front"),

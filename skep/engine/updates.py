@@ -1,0 +1,129 @@
+"""``docker update``: what a container is afterwards, and making it so without a restart."""
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from msgspec.structs import replace
+
+from skep.engine import create, machine
+from skep.engine.container import Conflicting, Container, ContainerConfig, PlainOptions
+from skep.engine.events import Events
+from skep.engine.limits import nano_cpus_of, swap_bytes
+from skep.engine.request import UpdateRequest
+from skep.engine.runtime import Runtime
+from skep.engine.state import ContainerStore
+from skep.errors import Unimplemented
+from skep.model.ids import ContainerId
+
+Change: TypeAlias = Callable[[Container], Container]
+"""What a container is after an update; only limits and the restart policy are others."""
+
+_OF_MACHINE: Final = (
+    *("cpu_shares", "cpu_period", "cpu_quota", "cpuset_cpus", "cpuset_mems", "blkio_weight", "memory_swap"),
+)
+
+
+def updated(request: UpdateRequest, container: Container) -> Container:
+    """``container`` after ``docker update``.
+
+    Raises: InvalidArgument: as at its creation; Conflicting; Unimplemented: a restart policy for a task's.
+    """
+    create.check_limits(request)
+    _refuse_conflicts(request, container)
+    return replace(container, config=_config(request, container), plain=_plain(request, container))
+
+
+def _refuse_conflicts(request: UpdateRequest, container: Container) -> None:
+    """Raises: Conflicting.  Source: moby, container/container_unix.go (UpdateContainer)."""
+    config, plain = container.config, container.plain
+    before = config.machine
+    has_nano_cpus = config.nano_cpus > 0 and before.cpu_quota <= 0
+    policy = request.restart_policy.name
+    for is_conflict, what in (
+        (
+            request.nano_cpus > 0 and before.cpu_period > 0,
+            "Conflicting options: Nano CPUs cannot be updated as CPU Period has already been set",
+        ),
+        (
+            request.nano_cpus > 0 and before.cpu_quota > 0,
+            "Conflicting options: Nano CPUs cannot be updated as CPU Quota has already been set",
+        ),
+        (
+            request.cpu_period > 0 and has_nano_cpus,
+            "Conflicting options: CPU Period cannot be updated as NanoCPUs has already been set",
+        ),
+        (
+            request.cpu_quota > 0 and has_nano_cpus,
+            "Conflicting options: CPU Quota cannot be updated as NanoCPUs has already been set",
+        ),
+        (
+            request.memory and request.memory > swap_bytes(config) and not request.memory_swap,
+            "Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same time",
+        ),
+        (
+            plain is not None and plain.auto_remove and policy not in ("", "no"),
+            "Restart policy cannot be updated because AutoRemove is enabled for the container",
+        ),
+    ):
+        if is_conflict:
+            raise Conflicting(f"Cannot update container {container.id}: {what}")
+
+
+def _config(request: UpdateRequest, container: Container) -> ContainerConfig:
+    config = container.config
+    given = {name: value for name in _OF_MACHINE if (value := getattr(request, name))}
+    if request.memory and container.plain is not None:
+        # The default, twice the memory, does not follow it; a task's does, when its service is updated.
+        given.setdefault("memory_swap", swap_bytes(config))
+    options = replace(config.machine, **given)
+    memory_bytes = create.not_negative(request.memory, "memory limit") or config.memory_bytes
+    reserved = create.not_negative(request.memory_reservation, "memory reservation")
+    machine.check(options, memory_bytes)
+    nano_cpus = create.not_negative(request.nano_cpus, "number of CPUs") or config.nano_cpus
+    if request.cpu_quota or request.cpu_period:
+        nano_cpus = max(nano_cpus_of(options.cpu_quota, options.cpu_period), 0)
+    return replace(
+        config,
+        nano_cpus=nano_cpus,
+        memory_bytes=memory_bytes,
+        memory_reservation_bytes=reserved or config.memory_reservation_bytes,
+        pids=config.pids if request.pids_limit is None else max(request.pids_limit, 0),
+        machine=options,
+    )
+
+
+def _plain(request: UpdateRequest, container: Container) -> PlainOptions | None:
+    if not request.restart_policy.name:
+        return container.plain
+    restart = create.restart_policy(request)
+    if container.plain is not None:
+        return replace(container.plain, restart=restart)
+    if restart.name != "no":
+        raise Unimplemented(
+            "The container of a task is restarted by its service: use docker service update --restart-condition."
+        )
+    return None
+
+
+async def update(
+    store: ContainerStore, runtime: Runtime, events: Events, id: ContainerId, change: Change
+) -> Container:
+    """Make of a container what ``change`` gives of it; to be called in its turn.
+
+    Raises: NotFound; BeingRemoved; what ``change`` does; InvalidArgument: this node does not have the processors or
+    memory nodes; RuntimeFailed.
+    """
+    refusal = f'Cannot update container {id}: container is marked for removal and cannot be "update"'
+    before = store.require_kept(id, refusal)
+    after = change(before)
+    if after == before:
+        return before
+    found = await runtime.update(after) if after.config != before.config else ()
+    present = store.require(id)  # as it is now: its user may have stopped it meanwhile
+    plain = present.plain
+    if plain is not None and after.plain is not None:
+        plain = replace(plain, restart=after.plain.restart)
+    warnings = tuple(dict.fromkeys((*present.warnings, *found)))
+    container = store.observe(id, config=after.config, plain=plain, warnings=warnings)
+    events.publish("update", container)
+    return container

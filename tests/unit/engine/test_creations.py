@@ -1,0 +1,141 @@
+"""A creation that fails, or whose caller leaves, leaves nothing behind; one that succeeds has its volumes filled."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.engine import engine as engine_module
+from skep.engine.engine import Engine
+from skep.engine.log_drivers.facts import with_attributes
+from skep.engine.request import CreateRequest
+from skep.errors import SkepError
+from tests.support.oci_rig import Machine, memory_engine
+from tests.support.runc_lab import IMAGE, TreeImages
+
+REQUEST = CreateRequest(image=IMAGE, cmd=("true",), volumes={"/data": {}})
+STAGES = ("attributes", "prepare", "pins", "fill")
+
+
+class SlowImages(TreeImages):
+    """``unpin``: what happens when a creation needs its layers no more."""
+
+    unpin: Callable[[], Awaitable[None]]
+
+    @asynccontextmanager
+    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+        yield
+        await self.unpin()
+
+
+class Creating:
+    """An engine whose creations stop at ``stage``, where ``reached`` is set, until ``open`` is called."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        self.engine: Engine = memory_engine(directory, Machine(), patch)
+        images = SlowImages(directory / "tree")
+        images.unpin = partial(self.stop_at, "pins")
+        self.engine.images = images
+        self.stage, self.error = "", SkepError("no")
+        self.fails = False
+        self.filled: list[str] = []
+        self.reached = asyncio.Event()
+        self._gate, self._thread_gate = asyncio.Event(), threading.Event()
+        self._loop = asyncio.get_running_loop()
+        prepare = self.engine.bundles.prepare
+
+        async def attributes(*arguments: Any) -> Any:
+            await self.stop_at("attributes")
+            return await with_attributes(*arguments)
+
+        def prepare_slowly(*arguments: Any) -> Any:
+            if self.stage == "prepare":
+                self._loop.call_soon_threadsafe(self.reached.set)
+                assert self._thread_gate.wait(10)
+                if self.fails:
+                    raise self.error
+            return prepare(*arguments)
+
+        async def fill(id: str, *_: Any) -> None:
+            await self.stop_at("fill")
+            self.filled.append(id)
+
+        patch.setattr(engine_module, "with_attributes", attributes)
+        patch.setattr(self.engine.bundles, "prepare", prepare_slowly)
+        patch.setattr(self.engine.volumes, "fill", fill)
+
+    async def stop_at(self, stage: str) -> None:
+        if self.stage == stage:
+            self.reached.set()
+            await self._gate.wait()
+            if self.fails:
+                raise self.error
+
+    def open(self) -> None:
+        self._gate.set()
+        self._thread_gate.set()
+
+    def remains(self) -> list[str]:
+        """Containers, volumes and directories."""
+        left = [*(one.name for one in self.engine.list()), *self.engine.volumes.names()]
+        for name in ("containers", "bundles"):
+            left += [str(path) for path in (self.directory / name).iterdir()]
+        return left
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Creating]:
+    rig = Creating(tmp_path, monkeypatch)
+    async with asyncio.timeout(30), rig.engine.running():
+        yield rig
+        rig.open()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_of_a_creation_whose_caller_leaves_nothing_stays(rig: Creating, stage: str) -> None:
+    rig.stage = stage
+    creating = asyncio.create_task(rig.engine.create(REQUEST, name="c1"))
+    await rig.reached.wait()
+    creating.cancel()
+    rig.open()
+    await asyncio.wait([creating])
+    assert creating.cancelled()
+    assert not rig.remains()
+    rig.stage = ""
+    container = await rig.engine.create(REQUEST, name="c1")
+    assert rig.filled == [container.id]
+    assert [one.name for one in container.config.mounts] == rig.engine.volumes.names()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_of_a_creation_that_fails_nothing_stays(rig: Creating, stage: str) -> None:
+    rig.stage, rig.fails = stage, True
+    rig.open()
+    with pytest.raises(SkepError, match=r"^no$"):
+        await rig.engine.create(REQUEST, name="c1")
+    assert not rig.remains()
+
+
+async def test_a_second_cancellation_cuts_no_removal_off(rig: Creating) -> None:
+    rig.stage = "fill"
+    creating = asyncio.create_task(rig.engine.create(REQUEST, name="c1"))
+    await rig.reached.wait()
+    creating.cancel()
+    await asyncio.sleep(0)
+    creating.cancel()
+    await asyncio.wait([creating])
+    assert not rig.remains()
+
+
+async def test_a_creation_is_an_event_once_it_is_complete(rig: Creating) -> None:
+    container = await rig.engine.create(REQUEST, name="c1")
+    events = [
+        (one.action, one.container_id) for one in rig.engine.events.recent(0) if one.type == "container"
+    ]
+    assert events == [("create", container.id)]

@@ -1,0 +1,107 @@
+"""How a container is stopped: by which signal, and how long it has until it is killed."""
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from aiohttp.test_utils import make_mocked_request
+from msgspec.structs import replace
+
+from sim.time import VirtualClock, VirtualLoop
+from skep.api import server
+from skep.api.errors import Untranslated
+from skep.api.versions import ApiVersion
+from skep.engine import lifecycle
+from skep.engine.api import containers
+from skep.engine.container import Container, ContainerConfig, PlainOptions
+from tests.support.stub_engine import ID, StubEngine, a_container
+
+DAY_S = 86_400
+Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
+Run: TypeAlias = Callable[[Body, Container], None]
+
+
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those that were sent, with no effect."""
+    sent: list[int] = []
+    monkeypatch.setattr(lifecycle, "send_signal", lambda process, number: sent.append(number))
+    return sent
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Run:
+    """Run a test's body on virtual time, with an engine that has one container."""
+
+    def run(body: Body, container: Container) -> None:
+        loop = VirtualLoop()
+
+        async def whole() -> None:
+            stubs = StubEngine(VirtualClock(loop), tmp_path, container)
+            async with asyncio.timeout(10 * DAY_S), stubs.engine.running():
+                await body(stubs)
+
+        try:
+            loop.run_until_complete(whole())
+        finally:
+            loop.close()
+
+    return run
+
+
+async def ask(stubs: StubEngine, action: str, query: str, version: str = "1.42") -> int:
+    """The status of ``POST /containers/{id}/<action>?<query>``."""
+    request = make_mocked_request("POST", f"/containers/{ID}/{action}?{query}", match_info={"id": ID})
+    request[server._VERSION] = ApiVersion(version)
+    handler = getattr(containers, action)
+    response = await handler(containers.Served(stubs.engine, stubs.engine._clock), request)
+    return int(response.status)
+
+
+@pytest.mark.parametrize("action", ["stop", "restart"])
+@pytest.mark.parametrize(("version", "sent"), [("1.42", signal.SIGQUIT), ("1.41", signal.SIGINT)])
+def test_the_signal_of_the_request_is_sent_since_version_1_42(
+    simulated: Run, signals: list[int], action: str, version: str, sent: int
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        asking = asyncio.create_task(ask(stubs, action, "signal=SIGQUIT&t=5", version))
+        await asyncio.sleep(1)
+        assert signals == [sent]
+        await stubs.end(0)
+        assert await asking == 204
+
+    simulated(body, a_container(config=ContainerConfig(path="sh", stop_signal="SIGINT")))
+
+
+@pytest.mark.parametrize(
+    ("action", "words"), [("stop", "cannot stop container"), ("restart", "Cannot restart container")]
+)
+def test_a_signal_that_there_is_not_stops_nothing(
+    simulated: Run, signals: list[int], action: str, words: str
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        with pytest.raises(Untranslated, match=f"^{words}:? {ID}: Invalid signal: BOGUS$"):
+            await ask(stubs, action, "signal=BOGUS")
+        assert not signals
+        assert stubs.engine.get(ID).plain == PlainOptions()
+
+    simulated(body, a_container())
+
+
+@pytest.mark.parametrize(("of_container_s", "query"), [(-1, ""), (10, "t=-1")])
+def test_a_negative_time_kills_never(
+    simulated: Run, signals: list[int], of_container_s: int, query: str
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        asking = asyncio.create_task(ask(stubs, "stop", query))
+        await asyncio.sleep(DAY_S)
+        assert signals == [signal.SIGTERM]
+        await stubs.end(0)
+        assert await asking == 204
+
+    container = a_container()
+    config = replace(container.config, stop_grace_ns=of_container_s * 10**9)
+    simulated(body, replace(container, config=config))
