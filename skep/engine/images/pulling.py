@@ -24,6 +24,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.failures import describe_error
 from skep.aio.groups import first_alone
 from skep.engine.images.digest import Digest, chain_ids, digest_of, parse_digest, short
+from skep.engine.images.endpoints import Policy
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.local import LocalImages
@@ -38,9 +39,8 @@ from skep.engine.images.registry import (
     Credentials,
     Denied,
     Document,
-    Policy,
     RegistryError,
-    connected,
+    at_endpoints,
 )
 from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.workers import Limits, UnpackFailed
@@ -185,8 +185,13 @@ async def pull(
 ) -> Image:
     """Fetch what ``reference`` (with a tag or digest) names.  Raises: as ``ImageStore.pull``."""
     parse_platform(platform)
-    async with _lock(_pulls, (images, reference)), connected(policy, reference, credentials) as repository:
-        return await pull_from(images, repository, reference, report, platform=platform)
+    async with _lock(_pulls, (images, reference)):
+        return await at_endpoints(
+            policy,
+            reference,
+            credentials,
+            lambda repository: pull_from(images, repository, reference, report, platform=platform),
+        )
 
 
 async def pull_from_nodes(
@@ -239,8 +244,9 @@ async def tags(
     policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
 ) -> Sequence[str]:
     """All tags of a repository.  Raises: NotFound, RegistryError."""
-    async with connected(policy, reference, credentials) as repository:
-        return await repository.tags(limits.manifest_bytes_max)
+    return await at_endpoints(
+        policy, reference, credentials, lambda repository: repository.tags(limits.manifest_bytes_max)
+    )
 
 
 async def inspect(
@@ -250,23 +256,30 @@ async def inspect(
 
     Raises: NotFound, PermissionDenied, RegistryError.
     """
-    async with connected(policy, reference, credentials) as repository:
-        target = reference.digest or reference.tag
-        try:
-            document = await repository.manifest(target, limits.manifest_bytes_max)
-        except Denied as error:  # still as one: other credentials may do
-            raise Denied(error.cause, error.cause) from error
-        except Absent as error:
-            raise NotFound(error.cause) from error
-        manifest = decoded(document)
-        platforms = [one.platform for one in manifest.manifests or () if one.platform]
-        if manifest.config is not None:
-            async with repository.blob(manifest.config.digest) as (_, pieces):
-                content = await _whole(pieces, _CONFIG_BYTES_MAX)
-            if digest_of(content) != manifest.config.digest:
-                raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
-            config = parse_config(content)
-            platforms = [{"architecture": config.architecture, "os": config.os}]
+    return await at_endpoints(
+        policy,
+        reference,
+        credentials,
+        lambda repository: _inspected(repository, reference, limits.manifest_bytes_max),
+    )
+
+
+async def _inspected(repository: Repository, reference: Reference, bytes_max: int) -> Mapping[str, Any]:
+    try:
+        document = await repository.manifest(reference.digest or reference.tag, bytes_max)
+    except Denied as error:  # still as one: other credentials may do
+        raise Denied(error.cause, error.cause) from error
+    except Absent as error:
+        raise NotFound(error.cause) from error
+    manifest = decoded(document)
+    platforms = [one.platform for one in manifest.manifests or () if one.platform]
+    if manifest.config is not None:
+        async with repository.blob(manifest.config.digest) as (_, pieces):
+            content = await _whole(pieces, _CONFIG_BYTES_MAX)
+        if digest_of(content) != manifest.config.digest:
+            raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
+        config = parse_config(content)
+        platforms = [{"architecture": config.architecture, "os": config.os}]
     return _described(document, manifest, platforms)
 
 

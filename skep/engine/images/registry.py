@@ -12,24 +12,29 @@ CVE-2020-15157 (containerd), for what a redirect must not get.
 
 import base64
 import binascii
-import ipaddress
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 import msgspec
+import structlog
 from yarl import URL
 
 from skep.engine.images.digest import Digest, digest_of
-from skep.engine.images.reference import DEFAULT_DOMAIN, Reference
+from skep.engine.images.endpoints import Endpoint, Policy, is_loopback
+from skep.engine.images.reference import Reference
 from skep.engine.images.refusals import read_bounded, refusal_of, retry_after, status_text
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -37,7 +42,6 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
 _ACCEPT = ", ".join((DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX))
-_DOCKER_IO_HOST = "registry-1.docker.io"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS_WITH_BODY = frozenset({307, 308})
 """Those that mean the same method and content at another place; after the others Go would ask there with GET."""
@@ -86,63 +90,6 @@ class Absent(NotFound):
 
 class Denied(Absent):
     """The same text, also for an image that exists for other users: the registry does not distinguish the two."""
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """How registries are reached.
-
-    ``insecure``: hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked and that may
-    be reached without TLS; loopback always is one.  ``mirrors``: base URLs tried before Docker Hub.
-    ``helpers``: registry -> the program ``docker-credential-NAME`` that has credentials for it.
-    """
-
-    insecure: frozenset[str] = frozenset()
-    mirrors: tuple[str, ...] = ()
-    helpers: Mapping[str, str] = {}
-
-    def is_insecure(self, domain: str) -> bool:
-        """Whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
-        host = urlsplit(f"//{domain}").hostname or ""
-        if is_loopback(domain) or domain in self.insecure or host in self.insecure:
-            return True
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        return any(address in network for network in map(_network, self.insecure) if network is not None)
-
-    def endpoints(self, domain: str, *, to_push: bool = False) -> Sequence["Endpoint"]:
-        """Base URLs to try for images of ``domain``, in this order.  Nothing is pushed to a mirror."""
-        if domain == DEFAULT_DOMAIN and to_push:
-            return (Endpoint(f"https://{_DOCKER_IO_HOST}"),)
-        if domain == DEFAULT_DOMAIN:
-            mirrors = [
-                Endpoint(
-                    mirror.rstrip("/"), verify=not self.is_insecure(urlsplit(mirror).netloc), mirror=True
-                )
-                for mirror in self.mirrors
-            ]
-            return (*mirrors, Endpoint(f"https://{_DOCKER_IO_HOST}"))
-        if self.is_insecure(domain):
-            return Endpoint(f"https://{domain}", verify=False), Endpoint(f"http://{domain}", verify=False)
-        return (Endpoint(f"https://{domain}"),)
-
-
-def is_loopback(domain: str) -> bool:
-    """Whether ``domain`` (``host[:port]``) is this machine."""
-    host = urlsplit(f"//{domain}").hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class Endpoint(msgspec.Struct, frozen=True):
-    """A base URL.  ``mirror``: the user's credentials are not for it."""
-
-    url: str
-    verify: bool = True
-    mirror: bool = False
 
 
 class Credentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", "")):
@@ -198,7 +145,7 @@ def decode_credentials(header: str) -> Credentials:
 
 
 class Connection:
-    """Requests to one registry with one user's credentials, as long as ``connected`` keeps it."""
+    """Requests to one registry with one user's credentials, as long as its session."""
 
     def __init__(
         self,
@@ -432,11 +379,16 @@ class Repository(Connection):
             InvalidArgument: its digest is not the requested one, or it is too large.
             RegistryError.
         """
-        path = f"{self.path}/manifests/{target}"
-        async with self.request("GET", path, headers={"Accept": _ACCEPT}, timeout=SHORT_TIMEOUT) as response:
-            await self._check(response)
-            content = await read_bounded(response, bytes_max)
-            media_type = response.content_type
+        path, headers = f"{self.path}/manifests/{target}", {"Accept": _ACCEPT}
+        try:
+            async with self.request("GET", path, headers=headers, timeout=SHORT_TIMEOUT) as response:
+                await self._check(response)
+                content = await read_bounded(response, bytes_max)
+                media_type = response.content_type
+        except RegistryError as error:
+            if self._endpoint.mirror:  # as in Docker, the next endpoint is the second attempt
+                raise SkepError(str(error)) from error
+            raise
         if ":" in target and digest_of(content) != target:
             raise InvalidArgument(f"manifest verification failed for digest {target}")
         return Document(content, media_type)
@@ -480,35 +432,52 @@ class Repository(Connection):
         if code == "DENIED" or response.status in (401, 403):
             reason = "repository does not exist or may require 'docker login'"
             raise Denied(f"pull access denied for {name}, {reason}: {cause}", cause)
-        if code == "TOOMANYREQUESTS" or response.status >= 500 or response.status == 429:
+        if code == "TOOMANYREQUESTS" or response.status == 429:
+            # The next endpoint has limits of its own: a mirror's are not waited for.
+            raise SkepError(cause) if self._endpoint.mirror else RegistryError(cause, retry_after(response))
+        if response.status >= 500:
             raise RegistryError(cause, retry_after(response))
         raise NotFound(cause)
 
 
-@asynccontextmanager
-async def connected(
-    policy: Policy, reference: Reference, credentials: Credentials, *, to_push: bool = False
-) -> AsyncIterator[Repository]:
-    """The repository of ``reference`` at the first endpoint that responds.
+async def at_endpoints(
+    policy: Policy,
+    reference: Reference,
+    credentials: Credentials,
+    action: Callable[[Repository], Awaitable[T]],
+    *,
+    to_push: bool = False,
+) -> T:
+    """``action``'s result with the repository of ``reference`` at the first endpoint that responds.
 
-    Raises:
-        RegistryError: none does; with the last one's reason, as Docker gives it.
+    Whatever fails at a mirror is done again at the next endpoint.
+
+    Raises: what ``action`` raised at the last endpoint; RegistryError: that one does not respond.
+
+    Source: moby, distribution/pull.go (pullEndpoints), distribution/errors.go (continueOnError).
     """
-    problem: RegistryError | None = None
-    for endpoint in policy.endpoints(reference.domain, to_push=to_push):
+    endpoints = policy.endpoints(reference.domain, to_push=to_push)
+    actions = "pull,push" if to_push else "pull"
+    for endpoint in endpoints:
         async with session_for(endpoint) as session:
-            repository = Repository(
-                session, endpoint, reference, credentials, "pull,push" if to_push else "pull"
-            )
+            repository = Repository(session, endpoint, reference, credentials, actions)
+            responds = False
             try:
                 await repository.ping()
-            except RegistryError as error:
-                problem = error
-                continue
-            yield repository
-            return
-    assert problem is not None, "there is at least one endpoint"
-    raise problem
+                responds = True
+                return await action(repository)
+            except SkepError as error:
+                goes_on = endpoint.mirror or (isinstance(error, RegistryError) and not responds)
+                if not goes_on or endpoint is endpoints[-1]:
+                    raise
+                if endpoint.mirror:
+                    log.info(
+                        "image not fetched from a mirror",
+                        image=reference.familiar,
+                        mirror=endpoint.url,
+                        reason=str(error),
+                    )
+    raise AssertionError("the last endpoint gives a result or an error")
 
 
 @asynccontextmanager
@@ -559,13 +528,6 @@ def _proxy_for(url: URL) -> str | None:
     if proxy_bypass(f"{host}:{url.port}"):
         return None
     return getproxies_environment().get(url.scheme)
-
-
-def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-    try:
-        return ipaddress.ip_network(text)
-    except ValueError:
-        return None
 
 
 class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used

@@ -11,14 +11,13 @@ from urllib.parse import quote_plus, urlsplit
 import aiohttp
 import msgspec
 
+from skep.engine.images.endpoints import Endpoint, Policy
 from skep.engine.images.reference import DEFAULT_DOMAIN
 from skep.engine.images.refusals import read_bounded
 from skep.engine.images.registry import (
     SHORT_TIMEOUT,
     Connection,
     Credentials,
-    Endpoint,
-    Policy,
     RegistryError,
     session_for,
 )

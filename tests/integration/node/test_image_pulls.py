@@ -12,13 +12,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from skep.engine.images.endpoints import Policy
 from skep.engine.images.progress import Message
 from skep.engine.images.registry import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_INDEX,
     OCI_MANIFEST,
-    Policy,
     RegistryError,
 )
 from skep.engine.images.store import ImageStore

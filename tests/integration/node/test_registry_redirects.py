@@ -10,8 +10,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
+from skep.engine.images.endpoints import Endpoint, Policy
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import Credentials, Endpoint, Policy, RegistryError, Repository
+from skep.engine.images.registry import Credentials, RegistryError, Repository
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from tests.integration.node.test_image_pulls import Rogue, auth, wants_token
