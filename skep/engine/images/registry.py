@@ -48,6 +48,7 @@ _REDIRECTS_WITH_BODY = frozenset({307, 308})
 _REDIRECTS_MAX = 10
 """As in Go."""
 _TOKEN_BYTES_MAX = 1 << 20
+_TAG_PAGES_MAX = 1000
 BLOB_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 """A blob may take as long as it likes while bytes keep coming."""
 SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
@@ -394,14 +395,48 @@ class Repository(Connection):
         return Document(content, media_type)
 
     async def tags(self, bytes_max: int) -> Sequence[str]:
-        """The repository's tags.  Raises: NotFound, PermissionDenied, RegistryError."""
-        async with self.request("GET", f"{self.path}/tags/list", timeout=SHORT_TIMEOUT) as response:
-            await self._check(response)
-            content = await read_bounded(response, bytes_max)
-        try:
-            return msgspec.json.decode(content, type=_Tags).tags or ()
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RegistryError(f"{response.url}: {error}") from error
+        """The repository's tags, of all pages of the list.
+
+        Args:
+            bytes_max: of all pages together.
+
+        Raises:
+            NotFound, PermissionDenied: with Docker's texts.
+            InvalidArgument: the list is larger, or has too many pages.
+            RegistryError: a page cannot be read; the next one is elsewhere, or an earlier one.
+
+        Source: distribution 2.8, registry/client/repository.go (tags.All).
+        """
+        found: list[str] = []
+        pages: set[URL] = set()
+        page: URL | None = URL(f"{self._endpoint.url}{self.path}/tags/list")
+        while page is not None:
+            if page in pages:
+                raise RegistryError(f'Get "{page}": the list of tags goes on with a page that it has had')
+            if len(pages) == _TAG_PAGES_MAX:
+                raise InvalidArgument(f'Get "{page}": the list of tags has more than {_TAG_PAGES_MAX} pages')
+            pages.add(page)
+            async with self.request("GET", page, timeout=SHORT_TIMEOUT) as response:
+                await self._check(response)
+                content = await read_bounded(response, bytes_max)
+                links = ", ".join(response.headers.getall("Link", ()))
+            bytes_max -= len(content)
+            try:
+                found += msgspec.json.decode(content, type=_Tags).tags or ()
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise RegistryError(f"{page}: {error}") from error
+            page = self._next_page(page, links)
+        return found
+
+    def _next_page(self, page: URL, links: str) -> URL | None:
+        """What follows ``page`` by its ``Link`` headers.  Raises: RegistryError: it is at another host."""
+        named = re.search(r'<([^<>]*)>[^<,]*\brel="?next\b', links, re.IGNORECASE)
+        if named is None:
+            return None
+        target = self._redirected(page, named[1])
+        if not self._is_own(target):
+            raise RegistryError(f'Get "{page}": refused a next page at {target.origin()}')
+        return target
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 
 from skep.engine.images.endpoints import Policy
 from skep.engine.images.progress import Message
+from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -317,3 +318,86 @@ async def test_mirrors_are_asked_first_and_see_no_credentials(tmp_path: Path, ro
     assert [tag.familiar for tag in image.tags] == ["app:1"]
     assert rogue.requests[-1].path.startswith("/v2/library/app/")
     assert not any("Authorization" in request.headers for request in rogue.requests)
+
+
+def paged(
+    rogue: Rogue, pages: dict[str, tuple[list[str], str]]
+) -> Callable[[web.Request], web.Response | None]:
+    """A registry whose list of tags comes in pages: query -> its tags, and the ``Link`` of the response."""
+
+    def guard(request: web.Request) -> web.Response | None:
+        if not request.path.endswith("/tags/list"):
+            return None
+        tags, link = pages[request.query_string]
+        headers = {"Link": link.replace("HOST", rogue.address)} if link else {}
+        return web.json_response({"name": "app", "tags": tags}, headers=headers)
+
+    return guard
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        '</v2/app/tags/list?last=1&n=1>; rel="next"',
+        '<list?last=1&n=1>; rel="next"',
+        '<http://HOST/v2/app/tags/list?last=1&n=1>; rel="next"',
+        '</v2/app/tags/list>; rel="prev", </v2/app/tags/list?last=1&n=1>; title="2"; rel=next',
+    ],
+)
+async def test_all_tags_are_those_of_all_pages(images: ImageStore, rogue: Rogue, link: str):
+    rogue.manifests["2"] = rogue.manifests["1"]
+    rogue.guard = paged(rogue, {"": (["1"], link), "last=1&n=1": (["2"], "")})
+    pulled = await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert [image.id for image in pulled] == [sha256(CONFIG)] * 2
+    tags = {tag.familiar for tag in images.get(sha256(CONFIG)).tags}
+    assert tags == {f"{rogue.address}/app:1", f"{rogue.address}/app:2"}
+
+
+async def test_pages_of_tags_are_asked_for_with_the_token(images: ImageStore, rogue: Rogue):
+    wanted = wants_token(rogue)
+    pages = paged(rogue, {"": ([], '<list?last=1>; rel="next"'), "last=1": (["1"], "")})
+    rogue.guard = lambda request: wanted(request) or pages(request)
+    known = auth(username="user", password="secret")
+    assert await images.pull_all(parse_reference(f"{rogue.address}/app"), known)
+
+
+@pytest.mark.parametrize(
+    ("link", "problem"),
+    [
+        ("</v2/app/tags/list>", "goes on with a page that it has had"),
+        ("<>", "goes on with a page that it has had"),
+        ("<http://127.0.0.2:1/v2/app/tags/list?last=1>", "refused a next page at http://127.0.0.2:1"),
+        ("<file:///etc/passwd>", "refused a redirect"),
+        ("<http://[::1>", "invalid redirect"),
+    ],
+)
+async def test_a_list_of_tags_that_leads_in_a_circle_or_elsewhere_is_an_error(
+    images: ImageStore, rogue: Rogue, link: str, problem: str
+):
+    rogue.guard = paged(rogue, {"": (["1"], f'{link}; rel="next"')})
+    with pytest.raises(RegistryError, match=problem):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert not images.images()
+
+
+async def test_a_list_of_tags_has_an_end(images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch):
+    """By its pages as well as by its bytes, of all pages together."""
+
+    def guard(request: web.Request) -> web.Response | None:
+        if not request.path.endswith("/tags/list"):
+            return None
+        number = int(request.query.get("last", "0")) + 1
+        return web.json_response(
+            {"tags": ["a" * size]}, headers={"Link": f'</v2/app/tags/list?last={number}>; rel="next"'}
+        )
+
+    rogue.guard, size = guard, 1
+    monkeypatch.setattr("skep.engine.images.registry._TAG_PAGES_MAX", 20)
+    with pytest.raises(InvalidArgument, match="the list of tags has more than 20 pages"):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert len([request for request in rogue.requests if "/tags/" in request.path]) == 20
+    rogue.requests.clear()
+    size = 1 << 20
+    with pytest.raises(InvalidArgument, match="the response is larger than"):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert len([request for request in rogue.requests if "/tags/" in request.path]) == 4
