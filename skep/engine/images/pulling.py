@@ -110,7 +110,7 @@ class Platform(msgspec.Struct, frozen=True):
     variant: str = ""
 
     def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+        return "/".join(filter(None, (self.os, self.architecture, self.variant))) if self.os else "unknown"
 
 
 def this_platform() -> Platform:
@@ -135,14 +135,18 @@ def parse_platform(text: str) -> Platform:
 
 
 def require_platform(image: Image, name: str, wanted: Platform) -> None:
-    """Raises: NotFound: ``image``, which the user calls ``name``, is here for another platform."""
+    """Raises: NotFound: ``image``, which the user calls ``name``, is here for another platform.
+
+    Source: moby, daemon/images/image.go (GetImage).
+    """
     found = image.config
     if (found.os, found.architecture) != (wanted.os, wanted.architecture) or (
         wanted.variant and found.variant not in ("", wanted.variant)
     ):
         raise NotFound(
-            f"image with reference {name} was found but does not match the specified platform:"
-            f" wanted {wanted}, actual: {Platform(found.os, found.architecture, found.variant)}"
+            f"image with reference {name} was found but its platform"
+            f" ({Platform(found.os, found.architecture, found.variant)})"
+            f" does not match the specified platform ({wanted})"
         )
 
 
@@ -215,7 +219,12 @@ async def pull_from_nodes(
 async def pull_from(
     images: LocalImages, repository: Repository, reference: Reference, report: Report, *, platform: str = ""
 ) -> Image:
-    """Fetch what ``reference`` names from ``repository``.  Raises: as ``ImageStore.pull``."""
+    """Fetch what ``reference`` names from ``repository``.  Raises: as ``ImageStore.pull``.
+
+    An image that is for one platform only is taken for whatever ``platform``, with a warning.
+
+    Source: moby, daemon/images/image_pull.go (PullImage).
+    """
     wanted = parse_platform(platform)
     document = await attempted(
         lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
@@ -224,12 +233,6 @@ async def pull_from(
     manifest, contents = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
     before = images.resolve(str(reference))
     image = await _pull_image(images, repository, manifest, _names(reference, document), report)
-    if platform and image.config.os and not _fits(image.config, wanted):
-        found = Platform(image.config.os, image.config.architecture)
-        raise NotFound(
-            f"image with reference {reference.familiar} was found but does not match the specified platform:"
-            f" wanted {wanted}, actual: {found}"
-        )
     is_new = before is None or before.id != image.id
     if document.is_of_registry:
         await images.keep_documents(image, contents)
@@ -237,6 +240,12 @@ async def pull_from(
     state = "Downloaded newer image" if is_new else "Image is up to date"
     report(Message(status=f"Status: {state} for {reference.familiar}"))
     images.announce("pull", reference.familiar, reference.familiar_name)
+    is_single = len(contents) == 1
+    if platform and is_single:
+        try:
+            require_platform(image, reference.familiar, wanted)
+        except NotFound as error:  # as in Docker, no more than a warning: the registry has no other
+            report(Message(status=f"WARNING: {error}"))
     return image
 
 
@@ -342,10 +351,6 @@ def _names(reference: Reference, document: Document) -> Sequence[Reference]:
         return (reference,)
     at_digest = reference.with_digest(document.digest)
     return (at_digest,) if reference.digest else (reference, at_digest)
-
-
-def _fits(config: ImageConfig, wanted: Platform) -> bool:
-    return (config.os, config.architecture) == (wanted.os, wanted.architecture)
 
 
 async def _for_platform(

@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from skep.engine.images.endpoints import Policy
+from skep.engine.images.local import ImageEvent
 from skep.engine.images.progress import Message
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import (
@@ -401,3 +402,24 @@ async def test_a_list_of_tags_has_an_end(images: ImageStore, rogue: Rogue, monke
     with pytest.raises(InvalidArgument, match="the response is larger than"):
         await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
     assert len([request for request in rogue.requests if "/tags/" in request.path]) == 4
+
+
+async def test_an_image_for_one_other_platform_is_pulled_with_a_warning(tmp_path: Path, rogue: Rogue):
+    events: list[ImageEvent] = []
+    store = ImageStore(tmp_path / "images", on_event=events.append)
+    await store.open()
+    name, reported = f"{rogue.address}/app:1", list[Message]()
+    image = await store.pull(name, report=reported.append, platform="linux/s390x")
+    found = f"image with reference {name} was found but its platform (linux/amd64)"
+    assert [message.status for message in reported[-3:]] == [
+        f"Digest: {sha256(a_manifest())}",
+        f"Status: Downloaded newer image for {name}",
+        f"WARNING: {found} does not match the specified platform (linux/s390x)",
+    ]
+    assert store.documents(image) == [a_manifest()]
+    assert [(event.action, event.attributes["name"]) for event in events] == [
+        ("pull", f"{rogue.address}/app")
+    ]
+    reported.clear()
+    await store.pull(name, report=reported.append, platform="linux/amd64")
+    assert reported[-1].status == f"Status: Image is up to date for {name}"
