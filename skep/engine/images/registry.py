@@ -525,8 +525,10 @@ async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     connector = aiohttp.TCPConnector(ssl=context, limit=16)
+    # Nothing is to be packed on the way: digests and ranges are of a blob's own bytes.
+    headers = {"Accept-Encoding": "identity"}
     # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
-    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False, headers=headers) as session:
         yield session
 
 

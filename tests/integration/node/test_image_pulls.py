@@ -423,3 +423,20 @@ async def test_an_image_for_one_other_platform_is_pulled_with_a_warning(tmp_path
     reported.clear()
     await store.pull(name, report=reported.append, platform="linux/amd64")
     assert reported[-1].status == f"Status: Image is up to date for {name}"
+
+
+async def test_nothing_is_asked_for_packed(images: ImageStore, rogue: Rogue):
+    """Digests are of bytes as they are, and a token packed by a proxy is not read."""
+
+    def packed(request: web.Request) -> web.Response | None:
+        refusal = wanted(request)
+        if refusal is None and "/manifests/" in request.path:
+            refusal = web.Response(body=a_manifest(), content_type=DOCKER_MANIFEST)
+        if refusal is not None:
+            refusal.enable_compression()  # if the request accepts some
+        return refusal
+
+    wanted, rogue.guard = wants_token(rogue), packed
+    image = await images.pull(f"{rogue.address}/app:1", auth(username="user", password="secret"))
+    assert [one.digest for one in image.digests] == [sha256(a_manifest())]
+    assert {request.headers["Accept-Encoding"] for request in rogue.requests} == {"identity"}
