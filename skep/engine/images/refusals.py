@@ -45,8 +45,11 @@ async def refusal_of(response: aiohttp.ClientResponse) -> tuple[str, str]:
 
     Source: distribution 2.8, registry/client/errors.go (HandleErrorResponse), registry/api/errcode/errors.go.
     """
-    content, status = await read_bounded(response, _ERROR_BYTES_MAX), response.status
-    code, message = _first_error(content, status)
+    try:
+        content = await read_bounded(response, _ERROR_BYTES_MAX)
+    except InvalidArgument:  # no error document is so long: the page of a proxy
+        content = b""
+    code, message = _first_error(content, response.status)
     if 'error="insufficient_scope"' in response.headers.get("WWW-Authenticate", ""):
         code, message = "DENIED", "requested access to the resource is denied"
     return code, f"{code.lower().replace('_', ' ')}: {message}"

@@ -440,3 +440,28 @@ async def test_nothing_is_asked_for_packed(images: ImageStore, rogue: Rogue):
     image = await images.pull(f"{rogue.address}/app:1", auth(username="user", password="secret"))
     assert [one.digest for one in image.digests] == [sha256(a_manifest())]
     assert {request.headers["Accept-Encoding"] for request in rogue.requests} == {"identity"}
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (404, NotFound, r"manifest for .*/app:1 not found: manifest unknown: unexpected status 404"),
+        (403, NotFound, r"pull access denied for .*/app, repository does not exist or may require"),
+        (502, RegistryError, r"unknown: unexpected status 502"),
+    ],
+)
+async def test_a_long_page_with_an_error_is_that_error(
+    images: ImageStore,
+    rogue: Rogue,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    error: type[SkepError],
+    words: str,
+):
+    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 1)
+    page = b"<html>" + bytes(100_000)
+    rogue.guard = lambda request: (
+        web.Response(status=status, body=page) if "/manifests/" in request.path else None
+    )
+    with pytest.raises(error, match=words):
+        await images.pull(f"{rogue.address}/app:1")
