@@ -4,10 +4,15 @@ Source: moby 20.10, registry/{config,service_v2}.go.
 """
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+import ssl
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
+import aiohttp
 import msgspec
+from yarl import URL
 
 from skep.engine.images.reference import DEFAULT_DOMAIN
 
@@ -69,6 +74,33 @@ class Endpoint(msgspec.Struct, frozen=True):
     url: str
     verify: bool = True
     mirror: bool = False
+
+
+@asynccontextmanager
+async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
+    """Connections to ``endpoint`` and where it leads, by its rules for TLS."""
+    context = ssl.create_default_context()
+    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if not endpoint.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    connector = aiohttp.TCPConnector(ssl=context, limit=16)
+    # Nothing is to be packed on the way: digests and ranges are of a blob's own bytes.
+    headers = {"Accept-Encoding": "identity"}
+    # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False, headers=headers) as session:
+        yield session
+
+
+def proxy_for(url: URL) -> str | None:
+    """The proxy that the environment names for ``url``.  As in Go, none stands between this machine and itself."""
+    host = url.host or ""
+    if is_loopback(f"[{host}]" if ":" in host else host):
+        return None
+    if proxy_bypass(f"{host}:{url.port}"):
+        return None
+    return getproxies_environment().get(url.scheme)
 
 
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:

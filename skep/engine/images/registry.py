@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -27,7 +26,7 @@ import structlog
 from yarl import URL
 
 from skep.engine.images.digest import Digest, digest_of
-from skep.engine.images.endpoints import Endpoint, Policy, is_loopback
+from skep.engine.images.endpoints import Endpoint, Policy, proxy_for, session_for
 from skep.engine.images.reference import Reference
 from skep.engine.images.refusals import read_bounded, refusal_of, retry_after, status_text
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
@@ -264,7 +263,7 @@ class Connection:
                 data=content() if callable(content) else content,
                 timeout=timeout,
                 allow_redirects=False,
-                proxy=_proxy_for(target),
+                proxy=proxy_for(target),
             ) as response:
                 location = response.headers.get("Location", "")
                 if response.status not in redirects or not location:
@@ -329,7 +328,7 @@ class Connection:
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """Asks the token server at ``realm``; without redirects, which would get the password, too."""
         known = self._credentials
-        proxy = _proxy_for(URL(realm))
+        proxy = proxy_for(URL(realm))
         if known.identity_token:
             form = [
                 *fields,
@@ -515,23 +514,6 @@ async def at_endpoints(
     raise AssertionError("the last endpoint gives a result or an error")
 
 
-@asynccontextmanager
-async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
-    """Connections to ``endpoint`` and where it leads, by its rules for TLS."""
-    context = ssl.create_default_context()
-    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    if not endpoint.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    connector = aiohttp.TCPConnector(ssl=context, limit=16)
-    # Nothing is to be packed on the way: digests and ranges are of a blob's own bytes.
-    headers = {"Accept-Encoding": "identity"}
-    # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
-    async with aiohttp.ClientSession(connector=connector, auto_decompress=False, headers=headers) as session:
-        yield session
-
-
 async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
     """Check ``credentials`` at the registry ``domain``; gives the token to keep in place of the password, or nothing.
 
@@ -555,16 +537,6 @@ async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
 def _basic(known: Credentials) -> str:
     """As Go: a name may have a colon."""
     return "Basic " + base64.b64encode(f"{known.username}:{known.password}".encode()).decode()
-
-
-def _proxy_for(url: URL) -> str | None:
-    """The proxy that the environment names for ``url``.  As in Go, none stands between this machine and itself."""
-    host = url.host or ""
-    if is_loopback(f"[{host}]" if ":" in host else host):
-        return None
-    if proxy_bypass(f"{host}:{url.port}"):
-        return None
-    return getproxies_environment().get(url.scheme)
 
 
 class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used

@@ -11,7 +11,7 @@ from urllib.parse import quote_plus, urlsplit
 import aiohttp
 import msgspec
 
-from skep.engine.images.endpoints import Endpoint, Policy
+from skep.engine.images.endpoints import Endpoint, Policy, session_for
 from skep.engine.images.reference import DEFAULT_DOMAIN
 from skep.engine.images.refusals import read_bounded
 from skep.engine.images.registry import (
@@ -19,7 +19,6 @@ from skep.engine.images.registry import (
     Connection,
     Credentials,
     RegistryError,
-    session_for,
 )
 from skep.errors import InvalidArgument, SkepError
 

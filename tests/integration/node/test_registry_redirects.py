@@ -112,7 +112,7 @@ async def test_the_netrc_of_root_is_not_used(
     (tmp_path / "netrc").write_text("default login root password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     # By a name, which is no loopback address: what is asked there may go through a proxy.
-    monkeypatch.setattr("skep.engine.images.registry.is_loopback", lambda _: False)
+    monkeypatch.setattr("skep.engine.images.endpoints.is_loopback", lambda _: False)
     insecure = ImageStore(tmp_path / "insecure", policy=Policy(insecure=frozenset({rogue.address})))
     await insecure.open()
     await insecure.pull(f"{rogue.address}/app:1")
