@@ -499,21 +499,32 @@ async def _download(
 ) -> Path:
     """The blob's bytes in a file, checked.
 
+    What was put together of several responses and is wrong is fetched once more from its begin, as in Docker.
+
     Raises: InvalidArgument: they are not what the digest names; UnpackFailed: there is no space for them.
     """
     digest = parse_digest(descriptor.digest)
+    may_begin_again, is_resumed = True, False
+
+    async def transferred() -> None:
+        nonlocal is_resumed
+        is_resumed = file.seek(0, os.SEEK_END) > 0
+        await _transfer(repository, images, descriptor, file, report)
+
     with path.open("w+b") as file:
         await asyncio.to_thread(_reserve, file, descriptor.size, images.limits)
         while True:
             try:
-                await attempted(lambda: _transfer(repository, images, descriptor, file, report))
+                await attempted(transferred)
                 report(step(short(digest), "Verifying Checksum"))
                 if await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0]) == digest:
                     return path
                 raise WrongBlob(f"filesystem layer verification failed for digest {digest}")
             except WrongBlob:
                 if not repository.mistrust(digest):
-                    raise
+                    if not (is_resumed and may_begin_again):
+                        raise
+                    may_begin_again = False
                 file.truncate(0)
 
 
@@ -523,6 +534,8 @@ async def _transfer(
     """Append what is still missing."""
     id = short(descriptor.digest)
     present = file.seek(0, os.SEEK_END)
+    if present == descriptor.size > 0:  # it broke after the last byte, and no range begins there
+        return
     async with repository.blob(descriptor.digest, start=present) as (start, pieces):
         images.arriving.add(descriptor.digest)
         if start < present:  # to cut nothing off would give back what is reserved

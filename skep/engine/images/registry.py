@@ -447,7 +447,7 @@ class Repository(Connection):
         path = f"{self.path}/blobs/{digest}"
         async with self.request("GET", path, headers=headers, timeout=BLOB_TIMEOUT) as response:
             await self._check(response)
-            yield start if response.status == 206 else 0, _pieces(response)
+            yield _offset(response, start), _pieces(response)
 
     def mistrust(self, _digest: str) -> bool:
         """There is no other source of a blob that was not what its digest names."""
@@ -564,6 +564,19 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
             raise PermissionDenied(
                 f"{self._request}: the credentials, or the registry's challenge, cannot be used"
             ) from None
+
+
+def _offset(response: aiohttp.ClientResponse, wanted: int) -> int:
+    """Where in a blob the response begins.  Raises: RegistryError: after the ``wanted`` offset."""
+    if response.status != 206:
+        return 0
+    named = re.match(r"bytes (\d{1,19})-", response.headers.get("Content-Range", ""))
+    offset = int(named[1]) if named else wanted
+    if offset > wanted:
+        raise RegistryError(
+            f"received Content-Range starting at offset {offset} instead of requested {wanted}"
+        )
+    return offset
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

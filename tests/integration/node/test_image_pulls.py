@@ -37,6 +37,7 @@ class Rogue:
         self.manifests: dict[str, tuple[bytes, str]] = {"1": (a_manifest(), DOCKER_MANIFEST)}
         self.requests: list[web.Request] = []
         self.cut_after: int | None = None
+        self.breaks_at_end = False
         self.guard: Callable[[web.Request], web.Response | None] = lambda _: None
         self.address = ""
         self.silent_at = ""
@@ -74,12 +75,24 @@ class Rogue:
 
     async def _blob(self, request: web.Request, content: bytes) -> web.StreamResponse:
         start = int(request.headers.get("Range", "bytes=0-")[6:-1])
+        if self.breaks_at_end:
+            return await self._all_but_the_end(request, content)
         if self.cut_after is None or len(content) < self.cut_after:
             return web.Response(body=content[start:], status=206 if start else 200)
         response = web.StreamResponse(status=206 if start else 200)
         response.content_length = len(content) - start
         await response.prepare(request)
         await response.write(content[start : start + self.cut_after])
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    async def _all_but_the_end(self, request: web.Request, content: bytes) -> web.StreamResponse:
+        """Every byte, but not the end of the transfer in chunks."""
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        await response.write(content)
         assert request.transport is not None
         request.transport.close()
         return response
@@ -143,6 +156,66 @@ async def test_a_transfer_that_breaks_goes_on_where_it_broke(images: ImageStore,
     assert ranges[0] is None
     assert all(start is not None for start in ranges[1:])
     assert len(ranges) == 3
+
+
+def at_ranges(
+    rogue: Rogue, respond: Callable[[int], web.Response]
+) -> Callable[[web.Request], web.Response | None]:
+    """The first transfer of a layer breaks; from then on ``respond`` answers requests that begin at an offset."""
+    rogue.cut_after = 130_000
+
+    def guard(request: web.Request) -> web.Response | None:
+        if "Range" not in request.headers:
+            return None
+        rogue.cut_after = None
+        return respond(int(request.headers["Range"][6:-1]))
+
+    return guard
+
+
+async def test_a_transfer_may_go_on_earlier_than_where_it_broke(images: ImageStore, rogue: Rogue):
+    layer = BLOBS[1]
+    rogue.guard = at_ranges(
+        rogue,
+        lambda start: web.Response(
+            status=206,
+            body=layer[start - 1000 :],
+            headers={"Content-Range": f"bytes {start - 1000}-{len(layer) - 1}/{len(layer)}"},
+        ),
+    )
+    await images.pull(f"{rogue.address}/app:1")
+    assert len([request for request in rogue.requests if sha256(layer) in request.path]) == 2
+
+
+@pytest.mark.parametrize("length", [1, len(BLOBS[1])])
+async def test_what_goes_on_with_something_else_is_fetched_once_more_from_its_begin(
+    images: ImageStore, rogue: Rogue, length: int
+):
+    rogue.guard = at_ranges(
+        rogue, lambda start: web.Response(status=206, body=bytes(len(BLOBS[1]) - start - 1 + length))
+    )
+    await images.pull(f"{rogue.address}/app:1")
+    ranges = [request.headers.get("Range") for request in rogue.requests if sha256(BLOBS[1]) in request.path]
+    assert [one is not None for one in ranges] == [False, True, False]
+
+
+async def test_what_always_goes_on_with_something_else_is_given_up(images: ImageStore, rogue: Rogue):
+    def wrong(start: int) -> web.Response:
+        rogue.cut_after = 130_000
+        return web.Response(status=206, body=bytes(len(BLOBS[1]) - start))
+
+    rogue.guard = at_ranges(rogue, wrong)
+    with pytest.raises(InvalidArgument, match="filesystem layer verification failed"):
+        await images.pull(f"{rogue.address}/app:1")
+    assert len([request for request in rogue.requests if sha256(BLOBS[1]) in request.path]) == 4
+
+
+async def test_a_transfer_that_breaks_after_the_last_byte_is_complete(images: ImageStore, rogue: Rogue):
+    rogue.breaks_at_end = True
+    rogue.guard = at_ranges(rogue, lambda _: web.Response(status=416))
+    rogue.cut_after = None
+    image = await images.pull(f"{rogue.address}/app:1")
+    assert image.id == sha256(CONFIG)
 
 
 async def test_a_blob_that_is_not_what_its_digest_names_is_refused(images: ImageStore, rogue: Rogue):
