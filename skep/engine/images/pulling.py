@@ -28,12 +28,10 @@ from skep.engine.images.endpoints import Policy
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.local import LocalImages
+from skep.engine.images.manifests import Descriptor, Manifest, decoded, require_image
 from skep.engine.images.progress import Message, Report, step, transfer
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import (
-    DOCKER_LIST,
-    DOCKER_MANIFEST,
-    OCI_INDEX,
     OCI_MANIFEST,
     Absent,
     Credentials,
@@ -82,24 +80,6 @@ class Repository(Protocol):
 
 class WrongBlob(InvalidArgument):
     """A blob is not what its digest names."""
-
-
-class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A reference to content, by digest."""
-
-    media_type: str = ""
-    digest: str
-    size: int
-    platform: Mapping[str, Any] | None = None
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A manifest (``config``, ``layers``) or an index (``manifests``)."""
-
-    media_type: str = ""
-    config: Descriptor | None = None
-    layers: tuple[Descriptor, ...] = ()
-    manifests: tuple[Descriptor, ...] | None = None
 
 
 class Platform(msgspec.Struct, frozen=True):
@@ -231,6 +211,7 @@ async def pull_from(
     )
     report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
     manifest, contents = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
+    require_image(manifest)
     before = images.resolve(str(reference))
     image = await _pull_image(images, repository, manifest, _names(reference, document), report)
     is_new = before is None or before.id != image.id
@@ -366,20 +347,6 @@ async def _for_platform(
     if chosen.manifests is not None:
         raise InvalidArgument("invalid manifest: an index within an index")
     return chosen, (document.content, found.content)
-
-
-def decoded(document: Document) -> Manifest:
-    """The manifest or index in ``document``.  Raises: InvalidArgument."""
-    try:
-        manifest = msgspec.json.decode(document.content, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"invalid manifest: {error}") from error
-    kind = manifest.media_type or document.media_type
-    if kind not in (DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX):
-        raise InvalidArgument(f"unsupported manifest format: {kind}")
-    if (manifest.manifests is None) == (manifest.config is None):
-        raise InvalidArgument("invalid manifest: it must have either a configuration or manifests")
-    return manifest
 
 
 async def _pull_image(

@@ -21,8 +21,9 @@ from skep.engine.images.endpoints import Policy
 from skep.engine.images.image import Image
 from skep.engine.images.layers import Blob
 from skep.engine.images.local import LocalImages
+from skep.engine.images.manifests import Manifest, decoded
 from skep.engine.images.progress import Message, Report, step, transfer
-from skep.engine.images.pulling import Manifest, attempted, decoded
+from skep.engine.images.pulling import attempted
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import (
     DOCKER_MANIFEST,

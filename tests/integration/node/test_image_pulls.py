@@ -538,3 +538,12 @@ async def test_a_long_page_with_an_error_is_that_error(
     )
     with pytest.raises(error, match=words):
         await images.pull(f"{rogue.address}/app:1")
+
+
+async def test_a_plugin_is_no_image(images: ImageStore, rogue: Rogue):
+    plugin = json.loads(a_manifest())
+    plugin["config"]["mediaType"] = "application/vnd.docker.plugin.v1+json"
+    rogue.manifests["1"] = (json.dumps(plugin).encode(), DOCKER_MANIFEST)
+    with pytest.raises(InvalidArgument, match=r"^Encountered remote .*\(plugin\) when fetching$"):
+        await images.pull(f"{rogue.address}/app:1")
+    assert not images.images()
