@@ -40,7 +40,7 @@ from skep.engine.container import BeingRemoved, Container, ContainerState, NotRu
 from skep.engine.create import MEMORY_BYTES_MIN
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
-from skep.engine.images.pulling import parse_platform, require_platform
+from skep.engine.images.platforms import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import check_cpus, nano_cpus_of

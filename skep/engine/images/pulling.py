@@ -11,14 +11,11 @@ import asyncio
 import errno
 import hashlib
 import os
-import platform as machine
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
-
-import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.aio.failures import describe_error
@@ -29,6 +26,7 @@ from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.local import LocalImages
 from skep.engine.images.manifests import Descriptor, Manifest, decoded, require_image
+from skep.engine.images.platforms import Platform, choose, parse_platform, require_platform
 from skep.engine.images.progress import Message, Report, step, transfer
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import (
@@ -53,8 +51,6 @@ _BACKOFF_S = 0.5
 _CONFIG_BYTES_MAX = 8 << 20
 _MISMATCH = "layers from manifest don't match image configuration"
 _REPORT_BYTES = 512 << 10
-_OFFERED_MAX = 16
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
 
 
 class Repository(Protocol):
@@ -80,82 +76,6 @@ class Repository(Protocol):
 
 class WrongBlob(InvalidArgument):
     """A blob is not what its digest names."""
-
-
-class Platform(msgspec.Struct, frozen=True):
-    """``os/architecture[/variant]``; the variant counts only where it is given."""
-
-    os: str
-    architecture: str
-    variant: str = ""
-
-    def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant))) if self.os else "unknown"
-
-
-def this_platform() -> Platform:
-    """What this machine runs."""
-    name = machine.machine()
-    return Platform("linux", _ARCHITECTURES.get(name, name))
-
-
-def parse_platform(text: str) -> Platform:
-    """``text`` as a client writes it; empty: this machine's.  Raises: InvalidArgument."""
-    if not text:
-        return this_platform()
-    parts = text.lower().split("/")
-    if len(parts) > 3:
-        raise InvalidArgument(f'"{text}": cannot parse platform specifier: invalid argument')
-    if not all(parts):
-        raise InvalidArgument(f'"{text}": unknown operating system or architecture: invalid argument')
-    if len(parts) == 1:
-        here = this_platform()
-        return Platform(parts[0], here.architecture) if parts[0] == "linux" else Platform("linux", parts[0])
-    return Platform(*parts)
-
-
-def require_platform(image: Image, name: str, wanted: Platform) -> None:
-    """Raises: NotFound: ``image``, which the user calls ``name``, is here for another platform.
-
-    Source: moby, daemon/images/image.go (GetImage).
-    """
-    found = image.config
-    if (found.os, found.architecture) != (wanted.os, wanted.architecture) or (
-        wanted.variant and found.variant not in ("", wanted.variant)
-    ):
-        raise NotFound(
-            f"image with reference {name} was found but its platform"
-            f" ({Platform(found.os, found.architecture, found.variant)})"
-            f" does not match the specified platform ({wanted})"
-        )
-
-
-def choose(manifests: Sequence[Descriptor], wanted: Platform) -> Descriptor:
-    """The entry of an index for ``wanted``; the first that fits.
-
-    Raises:
-        NotFound: none does.
-    """
-    for descriptor in manifests:
-        found = descriptor.platform or {}
-        if (found.get("os"), found.get("architecture")) != (wanted.os, wanted.architecture):
-            continue
-        if not wanted.variant or found.get("variant", "") in ("", wanted.variant):
-            return descriptor
-    raise NotFound(f"no matching manifest for {wanted} in the manifest list entries{_offered(manifests)}")
-
-
-def _offered(manifests: Sequence[Descriptor]) -> str:
-    """The platforms of an index, for the error of one without the wanted one; a bounded number of them."""
-    names = dict.fromkeys(
-        "/".join(str(word) for word in words)
-        for found in (descriptor.platform or {} for descriptor in manifests)
-        if (words := [found[key] for key in ("os", "architecture", "variant") if found.get(key)])
-        and found.get("os") != "unknown"  # an attestation beside its image
-    )
-    shown = list(names)[:_OFFERED_MAX]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return f": it has {', '.join(shown)}{more}" if shown else ""
 
 
 async def pull(
@@ -205,7 +125,7 @@ async def pull_from(
 
     Source: moby, daemon/images/image_pull.go (PullImage).
     """
-    wanted = parse_platform(platform)
+    wanted = parse_platform(platform) if platform else None
     document = await attempted(
         lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
     )
@@ -221,8 +141,8 @@ async def pull_from(
     state = "Downloaded newer image" if is_new else "Image is up to date"
     report(Message(status=f"Status: {state} for {reference.familiar}"))
     images.announce("pull", reference.familiar, reference.familiar_name)
-    is_single = len(contents) == 1
-    if platform and is_single:
+    is_index = len(contents) > 1
+    if wanted is not None and not is_index:
         try:
             require_platform(image, reference.familiar, wanted)
         except NotFound as error:  # as in Docker, no more than a warning: the registry has no other
@@ -335,9 +255,12 @@ def _names(reference: Reference, document: Document) -> Sequence[Reference]:
 
 
 async def _for_platform(
-    repository: Repository, document: Document, wanted: Platform, bytes_max: int
+    repository: Repository, document: Document, wanted: Platform | None, bytes_max: int
 ) -> tuple[Manifest, Sequence[bytes]]:
-    """The manifest that ``document`` is, or that the index in it has for ``wanted``; and the bytes of all of them."""
+    """The manifest that ``document`` is, or that the index in it has for ``wanted``; and the bytes of all of them.
+
+    ``wanted`` None: the best for this machine.
+    """
     manifest = decoded(document)
     if manifest.manifests is None:
         return manifest, (document.content,)

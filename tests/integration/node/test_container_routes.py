@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skep.engine.images.pulling import this_platform
+from skep.engine.images.platforms import this_platform
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.api_lab import Api
 
