@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from skep.engine.images.refusals import NOT_JSON
 from skep.engine.images.registry import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Document
 from skep.errors import InvalidArgument
 
@@ -43,7 +44,7 @@ def decoded(document: Document) -> Manifest:
     """The manifest or index in ``document``.  Raises: InvalidArgument."""
     try:
         manifest = msgspec.json.decode(document.content, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise InvalidArgument(f"invalid manifest: {error}") from error
     kind = manifest.media_type or document.media_type
     if kind not in (DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX):

@@ -25,6 +25,7 @@ from skep.engine.images.manifests import Manifest, decoded
 from skep.engine.images.progress import Message, Report, step, transfer
 from skep.engine.images.pulling import attempted
 from skep.engine.images.reference import Reference
+from skep.engine.images.refusals import NOT_JSON
 from skep.engine.images.registry import (
     DOCKER_MANIFEST,
     OCI_MANIFEST,
@@ -240,7 +241,7 @@ def _kept(content: bytes) -> Manifest | None:
     try:
         media_type = str(msgspec.json.decode(content, type=dict[str, Any]).get("mediaType") or OCI_MANIFEST)
         return decoded(Document(content, media_type))
-    except (msgspec.DecodeError, UnicodeDecodeError, InvalidArgument):
+    except (*NOT_JSON, InvalidArgument):
         return None
 
 

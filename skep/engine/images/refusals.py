@@ -12,6 +12,8 @@ import msgspec
 
 from skep.errors import InvalidArgument
 
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding a response raises that is no JSON of the expected shape, or too deep."""
 _ERROR_BYTES_MAX = 64 << 10
 _RETRY_AFTER_S_MAX = 60.0
 
@@ -61,7 +63,7 @@ def _first_error(content: bytes, status: int) -> tuple[str, str]:
         document = msgspec.json.decode(content, type=dict[str, Any])
         first = document["errors"][0]
         return str(first.get("code", "UNKNOWN")), str(first.get("message", ""))
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
+    except (*NOT_JSON, KeyError, IndexError, TypeError, AttributeError):
         return _UNEXPLAINED.get(status, ("UNKNOWN", f"unexpected status {status}"))
 
 

@@ -28,7 +28,7 @@ from yarl import URL
 from skep.engine.images.digest import Digest, digest_of
 from skep.engine.images.endpoints import Endpoint, Policy, proxy_for, session_for
 from skep.engine.images.reference import Reference
-from skep.engine.images.refusals import read_bounded, refusal_of, retry_after, status_text
+from skep.engine.images.refusals import NOT_JSON, read_bounded, refusal_of, retry_after, status_text
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
 
 T = TypeVar("T")
@@ -290,7 +290,8 @@ class Connection:
     async def _answer(self, challenge: str, scopes: Sequence[str]) -> str:
         """The ``Authorization`` that a challenge requires; empty without credentials."""
         scheme, _, rest = challenge.partition(" ")
-        parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        # From where a word begins: from within a long one the search would take its square.
+        parameters = dict(re.findall(r'\b(\w+)="([^"]*)"', rest))
         known = self._credentials
         if scheme.lower() == "basic" and known.username:
             return _basic(known)
@@ -317,7 +318,7 @@ class Connection:
                     )
         try:
             document = msgspec.json.decode(content, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except NOT_JSON as error:
             raise RegistryError(f"{realm}: {error}") from error
         if known.username and not scopes:
             self.identity_token = str(document.get("refresh_token") or "")
@@ -422,7 +423,7 @@ class Repository(Connection):
             bytes_max -= len(content)
             try:
                 found += msgspec.json.decode(content, type=_Tags).tags or ()
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except NOT_JSON as error:
                 raise RegistryError(f"{page}: {error}") from error
             page = self._next_page(page, links)
         return found

@@ -28,6 +28,9 @@ from skep.errors import InvalidArgument, NotFound, SkepError
 from tests.support.archives import sha256
 from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
 
+DEEP = b'{"a": ' * 20_000
+"""No JSON decoder goes so deep."""
+
 
 class Rogue:
     """A registry whose every answer a test may bend.  ``blobs`` and ``manifests`` are what it gives."""
@@ -284,6 +287,8 @@ async def test_a_manifest_asked_for_by_digest_must_have_it(images: ImageStore, r
         b'{"config": 7}',
         b'{"manifests": [{"digest": "x", "size": -1}]}',
         b"\xff" * 100,
+        pytest.param(DEEP, id="deep"),
+        pytest.param(b'{"manifests": [{"digest": "x", "size": 1, "platform": ' + DEEP, id="deep inside"),
     ],
 )
 async def test_a_manifest_that_is_none_is_refused(images: ImageStore, rogue: Rogue, content: bytes):
@@ -547,3 +552,21 @@ async def test_a_plugin_is_no_image(images: ImageStore, rogue: Rogue):
     with pytest.raises(InvalidArgument, match=r"^Encountered remote .*\(plugin\) when fetching$"):
         await images.pull(f"{rogue.address}/app:1")
     assert not images.images()
+
+
+async def test_what_is_too_deep_for_json_is_no_token_no_list_and_no_error(
+    images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 1)
+    rogue.guard = lambda request: web.Response(body=DEEP) if "/tags/" in request.path else None
+    with pytest.raises(RegistryError, match="/v2/app/tags/list: "):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    rogue.guard = lambda request: (
+        web.Response(status=502, body=DEEP) if "/manifests/" in request.path else None
+    )
+    with pytest.raises(RegistryError, match="unknown: unexpected status 502"):
+        await images.pull(f"{rogue.address}/app:1")
+    wanted = wants_token(rogue)
+    rogue.guard = lambda request: web.Response(body=DEEP) if request.path == "/token" else wanted(request)
+    with pytest.raises(RegistryError, match="/token: "):
+        await images.pull(f"{rogue.address}/app:1", auth(username="user", password="secret"))
