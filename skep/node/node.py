@@ -57,7 +57,7 @@ from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import find_programs
 from skep.engine.cgroups import Cgroups
 from skep.engine.engine import EngineConfig
-from skep.engine.images.registry import Policy
+from skep.engine.images.endpoints import Policy
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.store import ImageStore

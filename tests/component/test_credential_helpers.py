@@ -14,7 +14,8 @@ from aiohttp import web
 from skep.aio.clock import SystemClock
 from skep.engine.images import credentials
 from skep.engine.images.credentials import CredentialHelpers
-from skep.engine.images.registry import DOCKER_MANIFEST, Credentials, Policy
+from skep.engine.images.endpoints import Policy
+from skep.engine.images.registry import DOCKER_MANIFEST, Credentials
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, SkepError
 from tests.support.archives import sha256

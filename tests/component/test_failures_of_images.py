@@ -12,7 +12,7 @@ import pytest
 from skep.engine.images.child import Step, child_config
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.images.importing import ImportRequest, import_tree
-from skep.engine.images.pulling import this_platform
+from skep.engine.images.platforms import this_platform
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError

@@ -26,7 +26,7 @@ from skep.engine.api_sockets import ApiSockets
 from skep.engine.engine import EngineConfig
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image, ImageConfig
-from skep.engine.images.pulling import this_platform
+from skep.engine.images.platforms import this_platform
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, Unavailable
 from skep.linux.syscalls import unmount_if_mounted

@@ -19,8 +19,8 @@ from skep.engine.commits import CommitRequest, commit
 from skep.engine.engine import Engine
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.images.importing import ImportRequest, import_tree
+from skep.engine.images.platforms import parse_platform, this_platform
 from skep.engine.images.progress import Message, Report
-from skep.engine.images.pulling import parse_platform, this_platform
 from skep.engine.images.reference import Reference, parse_reference
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, SkepError, Unimplemented

@@ -47,7 +47,7 @@ from skep.engine.container import (
 )
 from skep.engine.engine import Engine
 from skep.engine.image_mounts import images_of
-from skep.engine.images.pulling import parse_platform, require_platform
+from skep.engine.images.platforms import parse_platform, require_platform
 from skep.engine.images.removal import ImageUser
 from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import check_cpus

@@ -21,10 +21,10 @@ from skep.engine.api import image_responses
 from skep.engine.api.commits import import_image
 from skep.engine.api.progress import respond_with_progress
 from skep.engine.api.uploads import drain, pieces_of, send_piece
-from skep.engine.images import pulling
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.listing import ImageFilter, Listed, prunable, select
+from skep.engine.images.platforms import Platform, require_platform
 from skep.engine.images.progress import Message, Report
 from skep.engine.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
 from skep.engine.images.registry import Credentials, decode_credentials, login
@@ -201,8 +201,8 @@ def _require_platform(images: ImageStore, reference: Reference, text: str) -> No
     """Raises: InvalidArgument: ``text`` is no platform; NotFound: the image is here for another one."""
     wanted = decode_body(text.encode(), _WantedPlatform)
     image = images.get(str(reference.with_default_tag()))
-    platform = pulling.Platform(wanted.os, wanted.architecture, wanted.variant)
-    pulling.require_platform(image, reference.familiar, platform)
+    platform = Platform(wanted.os, wanted.architecture, wanted.variant)
+    require_platform(image, reference.familiar, platform)
 
 
 @_table.get("/images/search")

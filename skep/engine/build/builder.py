@@ -71,7 +71,7 @@ from skep.engine.engine import Engine
 from skep.engine.images import child
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image
-from skep.engine.images.pulling import this_platform
+from skep.engine.images.platforms import this_platform
 from skep.engine.images.reference import parse_reference
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unimplemented
 from skep.model.ids import new_container_id

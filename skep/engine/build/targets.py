@@ -8,7 +8,7 @@ from skep.engine.build.instructions import Copy, OptionLabel, Run, Stages
 from skep.engine.build.interface import BuildRequest
 from skep.engine.build.mounts import parse_mount
 from skep.engine.build.substitution import Budget, substituted
-from skep.engine.images.pulling import parse_platform, this_platform
+from skep.engine.images.platforms import parse_platform, this_platform
 from skep.errors import InvalidArgument, Unimplemented
 
 

@@ -15,7 +15,7 @@ from skep.engine.buildkit.serving import Both, Method, Streaming, Unary
 from skep.engine.buildkit.sessions import SessionInfo, Sessions
 from skep.engine.buildkit.solver import Solver
 from skep.engine.buildkit.tunnel import carry
-from skep.engine.images.pulling import this_platform
+from skep.engine.images.platforms import this_platform
 from skep.errors import InvalidArgument, Unimplemented
 from skep.rpc.headers import Request
 from skep.rpc.server import ServerStream

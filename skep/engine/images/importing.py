@@ -10,7 +10,7 @@ import msgspec
 from skep import __version__
 from skep.engine.images.child import Step, child_config
 from skep.engine.images.image import ContainerDefaults, Image, as_docker_writes
-from skep.engine.images.pulling import Platform
+from skep.engine.images.platforms import Platform
 from skep.engine.images.reference import Reference
 from skep.engine.images.store import ImageStore
 from skep.model.times import Timestamp

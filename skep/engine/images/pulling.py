@@ -11,36 +11,32 @@ import asyncio
 import errno
 import hashlib
 import os
-import platform as machine
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
-import msgspec
-
 from skep.aio.backoff import Backoff
 from skep.aio.failures import describe_error
 from skep.aio.groups import first_alone
 from skep.engine.images.digest import Digest, chain_ids, digest_of, parse_digest, short
+from skep.engine.images.endpoints import Policy
 from skep.engine.images.image import Image, ImageConfig, parse_config
 from skep.engine.images.layers import DigestMismatch
 from skep.engine.images.local import LocalImages
+from skep.engine.images.manifests import Descriptor, Manifest, decoded, require_image
+from skep.engine.images.platforms import Platform, choose, parse_platform, require_platform
 from skep.engine.images.progress import Message, Report, step, transfer
 from skep.engine.images.reference import Reference
 from skep.engine.images.registry import (
-    DOCKER_LIST,
-    DOCKER_MANIFEST,
-    OCI_INDEX,
     OCI_MANIFEST,
     Absent,
     Credentials,
     Denied,
     Document,
-    Policy,
     RegistryError,
-    connected,
+    at_endpoints,
 )
 from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.workers import Limits, UnpackFailed
@@ -55,8 +51,6 @@ _BACKOFF_S = 0.5
 _CONFIG_BYTES_MAX = 8 << 20
 _MISMATCH = "layers from manifest don't match image configuration"
 _REPORT_BYTES = 512 << 10
-_OFFERED_MAX = 16
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
 
 
 class Repository(Protocol):
@@ -84,96 +78,6 @@ class WrongBlob(InvalidArgument):
     """A blob is not what its digest names."""
 
 
-class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A reference to content, by digest."""
-
-    media_type: str = ""
-    digest: str
-    size: int
-    platform: Mapping[str, Any] | None = None
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A manifest (``config``, ``layers``) or an index (``manifests``)."""
-
-    media_type: str = ""
-    config: Descriptor | None = None
-    layers: tuple[Descriptor, ...] = ()
-    manifests: tuple[Descriptor, ...] | None = None
-
-
-class Platform(msgspec.Struct, frozen=True):
-    """``os/architecture[/variant]``; the variant counts only where it is given."""
-
-    os: str
-    architecture: str
-    variant: str = ""
-
-    def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
-
-
-def this_platform() -> Platform:
-    """What this machine runs."""
-    name = machine.machine()
-    return Platform("linux", _ARCHITECTURES.get(name, name))
-
-
-def parse_platform(text: str) -> Platform:
-    """``text`` as a client writes it; empty: this machine's.  Raises: InvalidArgument."""
-    if not text:
-        return this_platform()
-    parts = text.lower().split("/")
-    if len(parts) > 3:
-        raise InvalidArgument(f'"{text}": cannot parse platform specifier: invalid argument')
-    if not all(parts):
-        raise InvalidArgument(f'"{text}": unknown operating system or architecture: invalid argument')
-    if len(parts) == 1:
-        here = this_platform()
-        return Platform(parts[0], here.architecture) if parts[0] == "linux" else Platform("linux", parts[0])
-    return Platform(*parts)
-
-
-def require_platform(image: Image, name: str, wanted: Platform) -> None:
-    """Raises: NotFound: ``image``, which the user calls ``name``, is here for another platform."""
-    found = image.config
-    if (found.os, found.architecture) != (wanted.os, wanted.architecture) or (
-        wanted.variant and found.variant not in ("", wanted.variant)
-    ):
-        raise NotFound(
-            f"image with reference {name} was found but does not match the specified platform:"
-            f" wanted {wanted}, actual: {Platform(found.os, found.architecture, found.variant)}"
-        )
-
-
-def choose(manifests: Sequence[Descriptor], wanted: Platform) -> Descriptor:
-    """The entry of an index for ``wanted``; the first that fits.
-
-    Raises:
-        NotFound: none does.
-    """
-    for descriptor in manifests:
-        found = descriptor.platform or {}
-        if (found.get("os"), found.get("architecture")) != (wanted.os, wanted.architecture):
-            continue
-        if not wanted.variant or found.get("variant", "") in ("", wanted.variant):
-            return descriptor
-    raise NotFound(f"no matching manifest for {wanted} in the manifest list entries{_offered(manifests)}")
-
-
-def _offered(manifests: Sequence[Descriptor]) -> str:
-    """The platforms of an index, for the error of one without the wanted one; a bounded number of them."""
-    names = dict.fromkeys(
-        "/".join(str(word) for word in words)
-        for found in (descriptor.platform or {} for descriptor in manifests)
-        if (words := [found[key] for key in ("os", "architecture", "variant") if found.get(key)])
-        and found.get("os") != "unknown"  # an attestation beside its image
-    )
-    shown = list(names)[:_OFFERED_MAX]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return f": it has {', '.join(shown)}{more}" if shown else ""
-
-
 async def pull(
     images: LocalImages,
     policy: Policy,
@@ -185,8 +89,13 @@ async def pull(
 ) -> Image:
     """Fetch what ``reference`` (with a tag or digest) names.  Raises: as ``ImageStore.pull``."""
     parse_platform(platform)
-    async with _lock(_pulls, (images, reference)), connected(policy, reference, credentials) as repository:
-        return await pull_from(images, repository, reference, report, platform=platform)
+    async with _lock(_pulls, (images, reference)):
+        return await at_endpoints(
+            policy,
+            reference,
+            credentials,
+            lambda repository: pull_from(images, repository, reference, report, platform=platform),
+        )
 
 
 async def pull_from_nodes(
@@ -210,21 +119,21 @@ async def pull_from_nodes(
 async def pull_from(
     images: LocalImages, repository: Repository, reference: Reference, report: Report, *, platform: str = ""
 ) -> Image:
-    """Fetch what ``reference`` names from ``repository``.  Raises: as ``ImageStore.pull``."""
-    wanted = parse_platform(platform)
+    """Fetch what ``reference`` names from ``repository``.  Raises: as ``ImageStore.pull``.
+
+    An image that is for one platform only is taken for whatever ``platform``, with a warning.
+
+    Source: moby, daemon/images/image_pull.go (PullImage).
+    """
+    wanted = parse_platform(platform) if platform else None
     document = await attempted(
         lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
     )
     report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
     manifest, contents = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
+    require_image(manifest)
     before = images.resolve(str(reference))
     image = await _pull_image(images, repository, manifest, _names(reference, document), report)
-    if platform and image.config.os and not _fits(image.config, wanted):
-        found = Platform(image.config.os, image.config.architecture)
-        raise NotFound(
-            f"image with reference {reference.familiar} was found but does not match the specified platform:"
-            f" wanted {wanted}, actual: {found}"
-        )
     is_new = before is None or before.id != image.id
     if document.is_of_registry:
         await images.keep_documents(image, contents)
@@ -232,6 +141,12 @@ async def pull_from(
     state = "Downloaded newer image" if is_new else "Image is up to date"
     report(Message(status=f"Status: {state} for {reference.familiar}"))
     images.announce("pull", reference.familiar, reference.familiar_name)
+    is_index = len(contents) > 1
+    if wanted is not None and not is_index:
+        try:
+            require_platform(image, reference.familiar, wanted)
+        except NotFound as error:  # as in Docker, no more than a warning: the registry has no other
+            report(Message(status=f"WARNING: {error}"))
     return image
 
 
@@ -239,8 +154,9 @@ async def tags(
     policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
 ) -> Sequence[str]:
     """All tags of a repository.  Raises: NotFound, RegistryError."""
-    async with connected(policy, reference, credentials) as repository:
-        return await repository.tags(limits.manifest_bytes_max)
+    return await at_endpoints(
+        policy, reference, credentials, lambda repository: repository.tags(limits.manifest_bytes_max)
+    )
 
 
 async def inspect(
@@ -250,23 +166,30 @@ async def inspect(
 
     Raises: NotFound, PermissionDenied, RegistryError.
     """
-    async with connected(policy, reference, credentials) as repository:
-        target = reference.digest or reference.tag
-        try:
-            document = await repository.manifest(target, limits.manifest_bytes_max)
-        except Denied as error:  # still as one: other credentials may do
-            raise Denied(error.cause, error.cause) from error
-        except Absent as error:
-            raise NotFound(error.cause) from error
-        manifest = decoded(document)
-        platforms = [one.platform for one in manifest.manifests or () if one.platform]
-        if manifest.config is not None:
-            async with repository.blob(manifest.config.digest) as (_, pieces):
-                content = await _whole(pieces, _CONFIG_BYTES_MAX)
-            if digest_of(content) != manifest.config.digest:
-                raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
-            config = parse_config(content)
-            platforms = [{"architecture": config.architecture, "os": config.os}]
+    return await at_endpoints(
+        policy,
+        reference,
+        credentials,
+        lambda repository: _inspected(repository, reference, limits.manifest_bytes_max),
+    )
+
+
+async def _inspected(repository: Repository, reference: Reference, bytes_max: int) -> Mapping[str, Any]:
+    try:
+        document = await repository.manifest(reference.digest or reference.tag, bytes_max)
+    except Denied as error:  # still as one: other credentials may do
+        raise Denied(error.cause, error.cause) from error
+    except Absent as error:
+        raise NotFound(error.cause) from error
+    manifest = decoded(document)
+    platforms = [one.platform for one in manifest.manifests or () if one.platform]
+    if manifest.config is not None:
+        async with repository.blob(manifest.config.digest) as (_, pieces):
+            content = await _whole(pieces, _CONFIG_BYTES_MAX)
+        if digest_of(content) != manifest.config.digest:
+            raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
+        config = parse_config(content)
+        platforms = [{"architecture": config.architecture, "os": config.os}]
     return _described(document, manifest, platforms)
 
 
@@ -331,14 +254,13 @@ def _names(reference: Reference, document: Document) -> Sequence[Reference]:
     return (at_digest,) if reference.digest else (reference, at_digest)
 
 
-def _fits(config: ImageConfig, wanted: Platform) -> bool:
-    return (config.os, config.architecture) == (wanted.os, wanted.architecture)
-
-
 async def _for_platform(
-    repository: Repository, document: Document, wanted: Platform, bytes_max: int
+    repository: Repository, document: Document, wanted: Platform | None, bytes_max: int
 ) -> tuple[Manifest, Sequence[bytes]]:
-    """The manifest that ``document`` is, or that the index in it has for ``wanted``; and the bytes of all of them."""
+    """The manifest that ``document`` is, or that the index in it has for ``wanted``; and the bytes of all of them.
+
+    ``wanted`` None: the best for this machine.
+    """
     manifest = decoded(document)
     if manifest.manifests is None:
         return manifest, (document.content,)
@@ -348,20 +270,6 @@ async def _for_platform(
     if chosen.manifests is not None:
         raise InvalidArgument("invalid manifest: an index within an index")
     return chosen, (document.content, found.content)
-
-
-def decoded(document: Document) -> Manifest:
-    """The manifest or index in ``document``.  Raises: InvalidArgument."""
-    try:
-        manifest = msgspec.json.decode(document.content, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"invalid manifest: {error}") from error
-    kind = manifest.media_type or document.media_type
-    if kind not in (DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX):
-        raise InvalidArgument(f"unsupported manifest format: {kind}")
-    if (manifest.manifests is None) == (manifest.config is None):
-        raise InvalidArgument("invalid manifest: it must have either a configuration or manifests")
-    return manifest
 
 
 async def _pull_image(
@@ -481,21 +389,32 @@ async def _download(
 ) -> Path:
     """The blob's bytes in a file, checked.
 
+    What was put together of several responses and is wrong is fetched once more from its begin, as in Docker.
+
     Raises: InvalidArgument: they are not what the digest names; UnpackFailed: there is no space for them.
     """
     digest = parse_digest(descriptor.digest)
+    may_begin_again, is_resumed = True, False
+
+    async def transferred() -> None:
+        nonlocal is_resumed
+        is_resumed = file.seek(0, os.SEEK_END) > 0
+        await _transfer(repository, images, descriptor, file, report)
+
     with path.open("w+b") as file:
         await asyncio.to_thread(_reserve, file, descriptor.size, images.limits)
         while True:
             try:
-                await attempted(lambda: _transfer(repository, images, descriptor, file, report))
+                await attempted(transferred)
                 report(step(short(digest), "Verifying Checksum"))
                 if await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0]) == digest:
                     return path
                 raise WrongBlob(f"filesystem layer verification failed for digest {digest}")
             except WrongBlob:
                 if not repository.mistrust(digest):
-                    raise
+                    if not (is_resumed and may_begin_again):
+                        raise
+                    may_begin_again = False
                 file.truncate(0)
 
 
@@ -505,6 +424,8 @@ async def _transfer(
     """Append what is still missing."""
     id = short(descriptor.digest)
     present = file.seek(0, os.SEEK_END)
+    if present == descriptor.size > 0:  # it broke after the last byte, and no range begins there
+        return
     async with repository.blob(descriptor.digest, start=present) as (start, pieces):
         images.arriving.add(descriptor.digest)
         if start < present:  # to cut nothing off would give back what is reserved

@@ -17,12 +17,15 @@ import msgspec
 
 from skep.aio.groups import first_alone
 from skep.engine.images.digest import Digest, digest_of, short
+from skep.engine.images.endpoints import Policy
 from skep.engine.images.image import Image
 from skep.engine.images.layers import Blob
 from skep.engine.images.local import LocalImages
+from skep.engine.images.manifests import Manifest, decoded
 from skep.engine.images.progress import Message, Report, step, transfer
-from skep.engine.images.pulling import Manifest, attempted, decoded
+from skep.engine.images.pulling import attempted
 from skep.engine.images.reference import Reference
+from skep.engine.images.refusals import NOT_JSON
 from skep.engine.images.registry import (
     DOCKER_MANIFEST,
     OCI_MANIFEST,
@@ -30,9 +33,8 @@ from skep.engine.images.registry import (
     Credentials,
     Document,
     NoCredentials,
-    Policy,
     Repository,
-    connected,
+    at_endpoints,
 )
 from skep.engine.images.uploads import Refused, Upload, check, has_blob, require_digest, send
 from skep.errors import InvalidArgument, NotFound, SkepError
@@ -83,16 +85,17 @@ async def push(
     if not tags:
         raise NotFound(f"no tags to push for {name}")
     wanted = [reference] if reference.tag else sorted(tags)
+
+    async def send_all(repository: Repository) -> None:
+        push = _Push(images, repository, reference.repository, report)
+        for tag in wanted:
+            await push.tag(tag, tags[tag])
+
     try:
         async with AsyncExitStack() as stack:
             for tag in wanted:
                 await stack.enter_async_context(images.pinned(tags[tag].chain))
-            repository = await stack.enter_async_context(
-                connected(policy, reference.repository, credentials, to_push=True)
-            )
-            push = _Push(images, repository, reference.repository, report)
-            for tag in wanted:
-                await push.tag(tag, tags[tag])
+            await at_endpoints(policy, reference.repository, credentials, send_all, to_push=True)
     except NoCredentials as error:
         raise Refused(error.cause) from error
     images.announce("push", name, name)
@@ -238,7 +241,7 @@ def _kept(content: bytes) -> Manifest | None:
     try:
         media_type = str(msgspec.json.decode(content, type=dict[str, Any]).get("mediaType") or OCI_MANIFEST)
         return decoded(Document(content, media_type))
-    except (msgspec.DecodeError, UnicodeDecodeError, InvalidArgument):
+    except (*NOT_JSON, InvalidArgument):
         return None
 
 

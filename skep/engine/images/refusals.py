@@ -12,6 +12,8 @@ import msgspec
 
 from skep.errors import InvalidArgument
 
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding a response raises that is no JSON of the expected shape, or too deep."""
 _ERROR_BYTES_MAX = 64 << 10
 _RETRY_AFTER_S_MAX = 60.0
 
@@ -45,8 +47,11 @@ async def refusal_of(response: aiohttp.ClientResponse) -> tuple[str, str]:
 
     Source: distribution 2.8, registry/client/errors.go (HandleErrorResponse), registry/api/errcode/errors.go.
     """
-    content, status = await read_bounded(response, _ERROR_BYTES_MAX), response.status
-    code, message = _first_error(content, status)
+    try:
+        content = await read_bounded(response, _ERROR_BYTES_MAX)
+    except InvalidArgument:  # no error document is so long: the page of a proxy
+        content = b""
+    code, message = _first_error(content, response.status)
     if 'error="insufficient_scope"' in response.headers.get("WWW-Authenticate", ""):
         code, message = "DENIED", "requested access to the resource is denied"
     return code, f"{code.lower().replace('_', ' ')}: {message}"
@@ -58,7 +63,7 @@ def _first_error(content: bytes, status: int) -> tuple[str, str]:
         document = msgspec.json.decode(content, type=dict[str, Any])
         first = document["errors"][0]
         return str(first.get("code", "UNKNOWN")), str(first.get("message", ""))
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
+    except (*NOT_JSON, KeyError, IndexError, TypeError, AttributeError):
         return _UNEXPLAINED.get(status, ("UNKNOWN", f"unexpected status {status}"))
 
 

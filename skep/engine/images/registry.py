@@ -12,24 +12,28 @@ CVE-2020-15157 (containerd), for what a redirect must not get.
 
 import base64
 import binascii
-import ipaddress
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 import msgspec
+import structlog
 from yarl import URL
 
 from skep.engine.images.digest import Digest, digest_of
-from skep.engine.images.reference import DEFAULT_DOMAIN, Reference
-from skep.engine.images.refusals import read_bounded, refusal_of, retry_after, status_text
+from skep.engine.images.endpoints import Endpoint, Policy, proxy_for, session_for
+from skep.engine.images.reference import Reference
+from skep.engine.images.refusals import NOT_JSON, read_bounded, refusal_of, retry_after, status_text
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -37,13 +41,13 @@ OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
 _ACCEPT = ", ".join((DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX))
-_DOCKER_IO_HOST = "registry-1.docker.io"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS_WITH_BODY = frozenset({307, 308})
 """Those that mean the same method and content at another place; after the others Go would ask there with GET."""
 _REDIRECTS_MAX = 10
 """As in Go."""
 _TOKEN_BYTES_MAX = 1 << 20
+_TAG_PAGES_MAX = 1000
 BLOB_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 """A blob may take as long as it likes while bytes keep coming."""
 SHORT_TIMEOUT = aiohttp.ClientTimeout(total=30.0, sock_connect=10.0)
@@ -86,63 +90,6 @@ class Absent(NotFound):
 
 class Denied(Absent):
     """The same text, also for an image that exists for other users: the registry does not distinguish the two."""
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """How registries are reached.
-
-    ``insecure``: hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked and that may
-    be reached without TLS; loopback always is one.  ``mirrors``: base URLs tried before Docker Hub.
-    ``helpers``: registry -> the program ``docker-credential-NAME`` that has credentials for it.
-    """
-
-    insecure: frozenset[str] = frozenset()
-    mirrors: tuple[str, ...] = ()
-    helpers: Mapping[str, str] = {}
-
-    def is_insecure(self, domain: str) -> bool:
-        """Whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
-        host = urlsplit(f"//{domain}").hostname or ""
-        if is_loopback(domain) or domain in self.insecure or host in self.insecure:
-            return True
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        return any(address in network for network in map(_network, self.insecure) if network is not None)
-
-    def endpoints(self, domain: str, *, to_push: bool = False) -> Sequence["Endpoint"]:
-        """Base URLs to try for images of ``domain``, in this order.  Nothing is pushed to a mirror."""
-        if domain == DEFAULT_DOMAIN and to_push:
-            return (Endpoint(f"https://{_DOCKER_IO_HOST}"),)
-        if domain == DEFAULT_DOMAIN:
-            mirrors = [
-                Endpoint(
-                    mirror.rstrip("/"), verify=not self.is_insecure(urlsplit(mirror).netloc), mirror=True
-                )
-                for mirror in self.mirrors
-            ]
-            return (*mirrors, Endpoint(f"https://{_DOCKER_IO_HOST}"))
-        if self.is_insecure(domain):
-            return Endpoint(f"https://{domain}", verify=False), Endpoint(f"http://{domain}", verify=False)
-        return (Endpoint(f"https://{domain}"),)
-
-
-def is_loopback(domain: str) -> bool:
-    """Whether ``domain`` (``host[:port]``) is this machine."""
-    host = urlsplit(f"//{domain}").hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class Endpoint(msgspec.Struct, frozen=True):
-    """A base URL.  ``mirror``: the user's credentials are not for it."""
-
-    url: str
-    verify: bool = True
-    mirror: bool = False
 
 
 class Credentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", "")):
@@ -198,7 +145,7 @@ def decode_credentials(header: str) -> Credentials:
 
 
 class Connection:
-    """Requests to one registry with one user's credentials, as long as ``connected`` keeps it."""
+    """Requests to one registry with one user's credentials, as long as its session."""
 
     def __init__(
         self,
@@ -316,7 +263,7 @@ class Connection:
                 data=content() if callable(content) else content,
                 timeout=timeout,
                 allow_redirects=False,
-                proxy=_proxy_for(target),
+                proxy=proxy_for(target),
             ) as response:
                 location = response.headers.get("Location", "")
                 if response.status not in redirects or not location:
@@ -343,7 +290,8 @@ class Connection:
     async def _answer(self, challenge: str, scopes: Sequence[str]) -> str:
         """The ``Authorization`` that a challenge requires; empty without credentials."""
         scheme, _, rest = challenge.partition(" ")
-        parameters = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        # From where a word begins: from within a long one the search would take its square.
+        parameters = dict(re.findall(r'\b(\w+)="([^"]*)"', rest))
         known = self._credentials
         if scheme.lower() == "basic" and known.username:
             return _basic(known)
@@ -370,7 +318,7 @@ class Connection:
                     )
         try:
             document = msgspec.json.decode(content, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except NOT_JSON as error:
             raise RegistryError(f"{realm}: {error}") from error
         if known.username and not scopes:
             self.identity_token = str(document.get("refresh_token") or "")
@@ -381,7 +329,7 @@ class Connection:
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """Asks the token server at ``realm``; without redirects, which would get the password, too."""
         known = self._credentials
-        proxy = _proxy_for(URL(realm))
+        proxy = proxy_for(URL(realm))
         if known.identity_token:
             form = [
                 *fields,
@@ -432,24 +380,63 @@ class Repository(Connection):
             InvalidArgument: its digest is not the requested one, or it is too large.
             RegistryError.
         """
-        path = f"{self.path}/manifests/{target}"
-        async with self.request("GET", path, headers={"Accept": _ACCEPT}, timeout=SHORT_TIMEOUT) as response:
-            await self._check(response)
-            content = await read_bounded(response, bytes_max)
-            media_type = response.content_type
+        path, headers = f"{self.path}/manifests/{target}", {"Accept": _ACCEPT}
+        try:
+            async with self.request("GET", path, headers=headers, timeout=SHORT_TIMEOUT) as response:
+                await self._check(response)
+                content = await read_bounded(response, bytes_max)
+                media_type = response.content_type
+        except RegistryError as error:
+            if self._endpoint.mirror:  # as in Docker, the next endpoint is the second attempt
+                raise SkepError(str(error)) from error
+            raise
         if ":" in target and digest_of(content) != target:
             raise InvalidArgument(f"manifest verification failed for digest {target}")
         return Document(content, media_type)
 
     async def tags(self, bytes_max: int) -> Sequence[str]:
-        """The repository's tags.  Raises: NotFound, PermissionDenied, RegistryError."""
-        async with self.request("GET", f"{self.path}/tags/list", timeout=SHORT_TIMEOUT) as response:
-            await self._check(response)
-            content = await read_bounded(response, bytes_max)
-        try:
-            return msgspec.json.decode(content, type=_Tags).tags or ()
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RegistryError(f"{response.url}: {error}") from error
+        """The repository's tags, of all pages of the list.
+
+        Args:
+            bytes_max: of all pages together.
+
+        Raises:
+            NotFound, PermissionDenied: with Docker's texts.
+            InvalidArgument: the list is larger, or has too many pages.
+            RegistryError: a page cannot be read; the next one is elsewhere, or an earlier one.
+
+        Source: distribution 2.8, registry/client/repository.go (tags.All).
+        """
+        found: list[str] = []
+        pages: set[URL] = set()
+        page: URL | None = URL(f"{self._endpoint.url}{self.path}/tags/list")
+        while page is not None:
+            if page in pages:
+                raise RegistryError(f'Get "{page}": the list of tags goes on with a page that it has had')
+            if len(pages) == _TAG_PAGES_MAX:
+                raise InvalidArgument(f'Get "{page}": the list of tags has more than {_TAG_PAGES_MAX} pages')
+            pages.add(page)
+            async with self.request("GET", page, timeout=SHORT_TIMEOUT) as response:
+                await self._check(response)
+                content = await read_bounded(response, bytes_max)
+                links = ", ".join(response.headers.getall("Link", ()))
+            bytes_max -= len(content)
+            try:
+                found += msgspec.json.decode(content, type=_Tags).tags or ()
+            except NOT_JSON as error:
+                raise RegistryError(f"{page}: {error}") from error
+            page = self._next_page(page, links)
+        return found
+
+    def _next_page(self, page: URL, links: str) -> URL | None:
+        """What follows ``page`` by its ``Link`` headers.  Raises: RegistryError: it is at another host."""
+        named = re.search(r'<([^<>]*)>[^<,]*\brel="?next\b', links, re.IGNORECASE)
+        if named is None:
+            return None
+        target = self._redirected(page, named[1])
+        if not self._is_own(target):
+            raise RegistryError(f'Get "{page}": refused a next page at {target.origin()}')
+        return target
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
@@ -461,7 +448,7 @@ class Repository(Connection):
         path = f"{self.path}/blobs/{digest}"
         async with self.request("GET", path, headers=headers, timeout=BLOB_TIMEOUT) as response:
             await self._check(response)
-            yield start if response.status == 206 else 0, _pieces(response)
+            yield _offset(response, start), _pieces(response)
 
     def mistrust(self, _digest: str) -> bool:
         """There is no other source of a blob that was not what its digest names."""
@@ -480,50 +467,52 @@ class Repository(Connection):
         if code == "DENIED" or response.status in (401, 403):
             reason = "repository does not exist or may require 'docker login'"
             raise Denied(f"pull access denied for {name}, {reason}: {cause}", cause)
-        if code == "TOOMANYREQUESTS" or response.status >= 500 or response.status == 429:
+        if code == "TOOMANYREQUESTS" or response.status == 429:
+            # The next endpoint has limits of its own: a mirror's are not waited for.
+            raise SkepError(cause) if self._endpoint.mirror else RegistryError(cause, retry_after(response))
+        if response.status >= 500:
             raise RegistryError(cause, retry_after(response))
         raise NotFound(cause)
 
 
-@asynccontextmanager
-async def connected(
-    policy: Policy, reference: Reference, credentials: Credentials, *, to_push: bool = False
-) -> AsyncIterator[Repository]:
-    """The repository of ``reference`` at the first endpoint that responds.
+async def at_endpoints(
+    policy: Policy,
+    reference: Reference,
+    credentials: Credentials,
+    action: Callable[[Repository], Awaitable[T]],
+    *,
+    to_push: bool = False,
+) -> T:
+    """``action``'s result with the repository of ``reference`` at the first endpoint that responds.
 
-    Raises:
-        RegistryError: none does; with the last one's reason, as Docker gives it.
+    Whatever fails at a mirror is done again at the next endpoint.
+
+    Raises: what ``action`` raised at the last endpoint; RegistryError: that one does not respond.
+
+    Source: moby, distribution/pull.go (pullEndpoints), distribution/errors.go (continueOnError).
     """
-    problem: RegistryError | None = None
-    for endpoint in policy.endpoints(reference.domain, to_push=to_push):
+    endpoints = policy.endpoints(reference.domain, to_push=to_push)
+    actions = "pull,push" if to_push else "pull"
+    for endpoint in endpoints:
         async with session_for(endpoint) as session:
-            repository = Repository(
-                session, endpoint, reference, credentials, "pull,push" if to_push else "pull"
-            )
+            repository = Repository(session, endpoint, reference, credentials, actions)
+            responds = False
             try:
                 await repository.ping()
-            except RegistryError as error:
-                problem = error
-                continue
-            yield repository
-            return
-    assert problem is not None, "there is at least one endpoint"
-    raise problem
-
-
-@asynccontextmanager
-async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
-    """Connections to ``endpoint`` and where it leads, by its rules for TLS."""
-    context = ssl.create_default_context()
-    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    if not endpoint.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    connector = aiohttp.TCPConnector(ssl=context, limit=16)
-    # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
-    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
-        yield session
+                responds = True
+                return await action(repository)
+            except SkepError as error:
+                goes_on = endpoint.mirror or (isinstance(error, RegistryError) and not responds)
+                if not goes_on or endpoint is endpoints[-1]:
+                    raise
+                if endpoint.mirror:
+                    log.info(
+                        "image not fetched from a mirror",
+                        image=reference.familiar,
+                        mirror=endpoint.url,
+                        reason=str(error),
+                    )
+    raise AssertionError("the last endpoint gives a result or an error")
 
 
 async def login(policy: Policy, domain: str, credentials: Credentials) -> str:
@@ -551,23 +540,6 @@ def _basic(known: Credentials) -> str:
     return "Basic " + base64.b64encode(f"{known.username}:{known.password}".encode()).decode()
 
 
-def _proxy_for(url: URL) -> str | None:
-    """The proxy that the environment names for ``url``.  As in Go, none stands between this machine and itself."""
-    host = url.host or ""
-    if is_loopback(f"[{host}]" if ":" in host else host):
-        return None
-    if proxy_bypass(f"{host}:{url.port}"):
-        return None
-    return getproxies_environment().get(url.scheme)
-
-
-def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-    try:
-        return ipaddress.ip_network(text)
-    except ValueError:
-        return None
-
-
 class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
     """Translate failures of the network into ``RegistryError``, worded as Go's HTTP client words them."""
 
@@ -593,6 +565,19 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
             raise PermissionDenied(
                 f"{self._request}: the credentials, or the registry's challenge, cannot be used"
             ) from None
+
+
+def _offset(response: aiohttp.ClientResponse, wanted: int) -> int:
+    """Where in a blob the response begins.  Raises: RegistryError: after the ``wanted`` offset."""
+    if response.status != 206:
+        return 0
+    named = re.match(r"bytes (\d{1,19})-", response.headers.get("Content-Range", ""))
+    offset = int(named[1]) if named else wanted
+    if offset > wanted:
+        raise RegistryError(
+            f"received Content-Range starting at offset {offset} instead of requested {wanted}"
+        )
+    return offset
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

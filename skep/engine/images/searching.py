@@ -11,16 +11,14 @@ from urllib.parse import quote_plus, urlsplit
 import aiohttp
 import msgspec
 
+from skep.engine.images.endpoints import Endpoint, Policy, session_for
 from skep.engine.images.reference import DEFAULT_DOMAIN
-from skep.engine.images.refusals import read_bounded
+from skep.engine.images.refusals import NOT_JSON, read_bounded
 from skep.engine.images.registry import (
     SHORT_TIMEOUT,
     Connection,
     Credentials,
-    Endpoint,
-    Policy,
     RegistryError,
-    session_for,
 )
 from skep.errors import InvalidArgument, SkepError
 
@@ -101,7 +99,7 @@ async def _found(connection: Connection, query: str) -> Sequence[Found]:
         content = await _content(response)
     try:
         return msgspec.json.decode(content, type=_Response).results or ()
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise Refusal(f"error decoding registry search results: {error}") from error
 
 

@@ -22,6 +22,7 @@ from skep.aio.clock import Clock
 from skep.engine.images import archive, pulling, pushing
 from skep.engine.images.credentials import CredentialHelpers
 from skep.engine.images.digest import Digest
+from skep.engine.images.endpoints import Policy
 from skep.engine.images.image import Image
 from skep.engine.images.local import ImageEvent, LocalImages
 from skep.engine.images.progress import Report, quiet
@@ -30,7 +31,6 @@ from skep.engine.images.registry import (
     Credentials,
     Denied,
     NoCredentials,
-    Policy,
     RegistryError,
     decode_credentials,
 )

@@ -8,7 +8,7 @@ import pytest
 
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import PlainOptions
-from skep.engine.images.pulling import this_platform
+from skep.engine.images.platforms import this_platform
 from skep.model.sandbox import NetworkMode
 from tests.integration.node.conftest import Runner, eventually
 from tests.support.api_lab import Api
@@ -306,7 +306,8 @@ async def test_an_image_for_another_platform_than_the_user_names_is_not_run(api:
     here, body = this_platform(), {"Image": "busybox", "Cmd": ["true"]}
     for platform in ("linux/s390x", f"windows/{here.architecture}"):
         status, error = await api.ask("POST", f"/containers/create?platform={platform}", body)
-        found = "image with reference busybox was found but does not match the specified platform"
-        assert (status, error["message"]) == (404, f"{found}: wanted {platform}, actual: {here}")
+        found = f"image with reference busybox was found but its platform ({here})"
+        wanted = f"does not match the specified platform ({platform})"
+        assert (status, error["message"]) == (404, f"{found} {wanted}")
     assert (await api.ask("POST", "/containers/create?platform=a/b/c/d", body))[0] == 400
     assert (await api.ask("POST", f"/containers/create?platform={here}", body))[0] == 201

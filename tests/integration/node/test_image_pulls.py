@@ -12,19 +12,24 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from skep.engine.images.endpoints import Policy
+from skep.engine.images.local import ImageEvent
 from skep.engine.images.progress import Message
+from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_INDEX,
     OCI_MANIFEST,
-    Policy,
     RegistryError,
 )
 from skep.engine.images.store import ImageStore
 from skep.errors import InvalidArgument, NotFound, SkepError
 from tests.support.archives import sha256
 from tests.support.registry_rig import BLOBS, CONFIG, a_manifest
+
+DEEP = b'{"a": ' * 20_000
+"""No JSON decoder goes so deep."""
 
 
 class Rogue:
@@ -35,6 +40,7 @@ class Rogue:
         self.manifests: dict[str, tuple[bytes, str]] = {"1": (a_manifest(), DOCKER_MANIFEST)}
         self.requests: list[web.Request] = []
         self.cut_after: int | None = None
+        self.breaks_at_end = False
         self.guard: Callable[[web.Request], web.Response | None] = lambda _: None
         self.address = ""
         self.silent_at = ""
@@ -72,12 +78,24 @@ class Rogue:
 
     async def _blob(self, request: web.Request, content: bytes) -> web.StreamResponse:
         start = int(request.headers.get("Range", "bytes=0-")[6:-1])
+        if self.breaks_at_end:
+            return await self._all_but_the_end(request, content)
         if self.cut_after is None or len(content) < self.cut_after:
             return web.Response(body=content[start:], status=206 if start else 200)
         response = web.StreamResponse(status=206 if start else 200)
         response.content_length = len(content) - start
         await response.prepare(request)
         await response.write(content[start : start + self.cut_after])
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    async def _all_but_the_end(self, request: web.Request, content: bytes) -> web.StreamResponse:
+        """Every byte, but not the end of the transfer in chunks."""
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        await response.write(content)
         assert request.transport is not None
         request.transport.close()
         return response
@@ -141,6 +159,66 @@ async def test_a_transfer_that_breaks_goes_on_where_it_broke(images: ImageStore,
     assert ranges[0] is None
     assert all(start is not None for start in ranges[1:])
     assert len(ranges) == 3
+
+
+def at_ranges(
+    rogue: Rogue, respond: Callable[[int], web.Response]
+) -> Callable[[web.Request], web.Response | None]:
+    """The first transfer of a layer breaks; from then on ``respond`` answers requests that begin at an offset."""
+    rogue.cut_after = 130_000
+
+    def guard(request: web.Request) -> web.Response | None:
+        if "Range" not in request.headers:
+            return None
+        rogue.cut_after = None
+        return respond(int(request.headers["Range"][6:-1]))
+
+    return guard
+
+
+async def test_a_transfer_may_go_on_earlier_than_where_it_broke(images: ImageStore, rogue: Rogue):
+    layer = BLOBS[1]
+    rogue.guard = at_ranges(
+        rogue,
+        lambda start: web.Response(
+            status=206,
+            body=layer[start - 1000 :],
+            headers={"Content-Range": f"bytes {start - 1000}-{len(layer) - 1}/{len(layer)}"},
+        ),
+    )
+    await images.pull(f"{rogue.address}/app:1")
+    assert len([request for request in rogue.requests if sha256(layer) in request.path]) == 2
+
+
+@pytest.mark.parametrize("length", [1, len(BLOBS[1])])
+async def test_what_goes_on_with_something_else_is_fetched_once_more_from_its_begin(
+    images: ImageStore, rogue: Rogue, length: int
+):
+    rogue.guard = at_ranges(
+        rogue, lambda start: web.Response(status=206, body=bytes(len(BLOBS[1]) - start - 1 + length))
+    )
+    await images.pull(f"{rogue.address}/app:1")
+    ranges = [request.headers.get("Range") for request in rogue.requests if sha256(BLOBS[1]) in request.path]
+    assert [one is not None for one in ranges] == [False, True, False]
+
+
+async def test_what_always_goes_on_with_something_else_is_given_up(images: ImageStore, rogue: Rogue):
+    def wrong(start: int) -> web.Response:
+        rogue.cut_after = 130_000
+        return web.Response(status=206, body=bytes(len(BLOBS[1]) - start))
+
+    rogue.guard = at_ranges(rogue, wrong)
+    with pytest.raises(InvalidArgument, match="filesystem layer verification failed"):
+        await images.pull(f"{rogue.address}/app:1")
+    assert len([request for request in rogue.requests if sha256(BLOBS[1]) in request.path]) == 4
+
+
+async def test_a_transfer_that_breaks_after_the_last_byte_is_complete(images: ImageStore, rogue: Rogue):
+    rogue.breaks_at_end = True
+    rogue.guard = at_ranges(rogue, lambda _: web.Response(status=416))
+    rogue.cut_after = None
+    image = await images.pull(f"{rogue.address}/app:1")
+    assert image.id == sha256(CONFIG)
 
 
 async def test_a_blob_that_is_not_what_its_digest_names_is_refused(images: ImageStore, rogue: Rogue):
@@ -209,6 +287,8 @@ async def test_a_manifest_asked_for_by_digest_must_have_it(images: ImageStore, r
         b'{"config": 7}',
         b'{"manifests": [{"digest": "x", "size": -1}]}',
         b"\xff" * 100,
+        pytest.param(DEEP, id="deep"),
+        pytest.param(b'{"manifests": [{"digest": "x", "size": 1, "platform": ' + DEEP, id="deep inside"),
     ],
 )
 async def test_a_manifest_that_is_none_is_refused(images: ImageStore, rogue: Rogue, content: bytes):
@@ -317,3 +397,176 @@ async def test_mirrors_are_asked_first_and_see_no_credentials(tmp_path: Path, ro
     assert [tag.familiar for tag in image.tags] == ["app:1"]
     assert rogue.requests[-1].path.startswith("/v2/library/app/")
     assert not any("Authorization" in request.headers for request in rogue.requests)
+
+
+def paged(
+    rogue: Rogue, pages: dict[str, tuple[list[str], str]]
+) -> Callable[[web.Request], web.Response | None]:
+    """A registry whose list of tags comes in pages: query -> its tags, and the ``Link`` of the response."""
+
+    def guard(request: web.Request) -> web.Response | None:
+        if not request.path.endswith("/tags/list"):
+            return None
+        tags, link = pages[request.query_string]
+        headers = {"Link": link.replace("HOST", rogue.address)} if link else {}
+        return web.json_response({"name": "app", "tags": tags}, headers=headers)
+
+    return guard
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        '</v2/app/tags/list?last=1&n=1>; rel="next"',
+        '<list?last=1&n=1>; rel="next"',
+        '<http://HOST/v2/app/tags/list?last=1&n=1>; rel="next"',
+        '</v2/app/tags/list>; rel="prev", </v2/app/tags/list?last=1&n=1>; title="2"; rel=next',
+    ],
+)
+async def test_all_tags_are_those_of_all_pages(images: ImageStore, rogue: Rogue, link: str):
+    rogue.manifests["2"] = rogue.manifests["1"]
+    rogue.guard = paged(rogue, {"": (["1"], link), "last=1&n=1": (["2"], "")})
+    pulled = await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert [image.id for image in pulled] == [sha256(CONFIG)] * 2
+    tags = {tag.familiar for tag in images.get(sha256(CONFIG)).tags}
+    assert tags == {f"{rogue.address}/app:1", f"{rogue.address}/app:2"}
+
+
+async def test_pages_of_tags_are_asked_for_with_the_token(images: ImageStore, rogue: Rogue):
+    wanted = wants_token(rogue)
+    pages = paged(rogue, {"": ([], '<list?last=1>; rel="next"'), "last=1": (["1"], "")})
+    rogue.guard = lambda request: wanted(request) or pages(request)
+    known = auth(username="user", password="secret")
+    assert await images.pull_all(parse_reference(f"{rogue.address}/app"), known)
+
+
+@pytest.mark.parametrize(
+    ("link", "problem"),
+    [
+        ("</v2/app/tags/list>", "goes on with a page that it has had"),
+        ("<>", "goes on with a page that it has had"),
+        ("<http://127.0.0.2:1/v2/app/tags/list?last=1>", "refused a next page at http://127.0.0.2:1"),
+        ("<file:///etc/passwd>", "refused a redirect"),
+        ("<http://[::1>", "invalid redirect"),
+    ],
+)
+async def test_a_list_of_tags_that_leads_in_a_circle_or_elsewhere_is_an_error(
+    images: ImageStore, rogue: Rogue, link: str, problem: str
+):
+    rogue.guard = paged(rogue, {"": (["1"], f'{link}; rel="next"')})
+    with pytest.raises(RegistryError, match=problem):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert not images.images()
+
+
+async def test_a_list_of_tags_has_an_end(images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch):
+    """By its pages as well as by its bytes, of all pages together."""
+
+    def guard(request: web.Request) -> web.Response | None:
+        if not request.path.endswith("/tags/list"):
+            return None
+        number = int(request.query.get("last", "0")) + 1
+        return web.json_response(
+            {"tags": ["a" * size]}, headers={"Link": f'</v2/app/tags/list?last={number}>; rel="next"'}
+        )
+
+    rogue.guard, size = guard, 1
+    monkeypatch.setattr("skep.engine.images.registry._TAG_PAGES_MAX", 20)
+    with pytest.raises(InvalidArgument, match="the list of tags has more than 20 pages"):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert len([request for request in rogue.requests if "/tags/" in request.path]) == 20
+    rogue.requests.clear()
+    size = 1 << 20
+    with pytest.raises(InvalidArgument, match="the response is larger than"):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    assert len([request for request in rogue.requests if "/tags/" in request.path]) == 4
+
+
+async def test_an_image_for_one_other_platform_is_pulled_with_a_warning(tmp_path: Path, rogue: Rogue):
+    events: list[ImageEvent] = []
+    store = ImageStore(tmp_path / "images", on_event=events.append)
+    await store.open()
+    name, reported = f"{rogue.address}/app:1", list[Message]()
+    image = await store.pull(name, report=reported.append, platform="linux/s390x")
+    found = f"image with reference {name} was found but its platform (linux/amd64)"
+    assert [message.status for message in reported[-3:]] == [
+        f"Digest: {sha256(a_manifest())}",
+        f"Status: Downloaded newer image for {name}",
+        f"WARNING: {found} does not match the specified platform (linux/s390x)",
+    ]
+    assert store.documents(image) == [a_manifest()]
+    assert [(event.action, event.attributes["name"]) for event in events] == [
+        ("pull", f"{rogue.address}/app")
+    ]
+    reported.clear()
+    await store.pull(name, report=reported.append, platform="linux/amd64")
+    assert reported[-1].status == f"Status: Image is up to date for {name}"
+
+
+async def test_nothing_is_asked_for_packed(images: ImageStore, rogue: Rogue):
+    """Digests are of bytes as they are, and a token packed by a proxy is not read."""
+
+    def packed(request: web.Request) -> web.Response | None:
+        refusal = wanted(request)
+        if refusal is None and "/manifests/" in request.path:
+            refusal = web.Response(body=a_manifest(), content_type=DOCKER_MANIFEST)
+        if refusal is not None:
+            refusal.enable_compression()  # if the request accepts some
+        return refusal
+
+    wanted, rogue.guard = wants_token(rogue), packed
+    image = await images.pull(f"{rogue.address}/app:1", auth(username="user", password="secret"))
+    assert [one.digest for one in image.digests] == [sha256(a_manifest())]
+    assert {request.headers["Accept-Encoding"] for request in rogue.requests} == {"identity"}
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (404, NotFound, r"manifest for .*/app:1 not found: manifest unknown: unexpected status 404"),
+        (403, NotFound, r"pull access denied for .*/app, repository does not exist or may require"),
+        (502, RegistryError, r"unknown: unexpected status 502"),
+    ],
+)
+async def test_a_long_page_with_an_error_is_that_error(
+    images: ImageStore,
+    rogue: Rogue,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    error: type[SkepError],
+    words: str,
+):
+    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 1)
+    page = b"<html>" + bytes(100_000)
+    rogue.guard = lambda request: (
+        web.Response(status=status, body=page) if "/manifests/" in request.path else None
+    )
+    with pytest.raises(error, match=words):
+        await images.pull(f"{rogue.address}/app:1")
+
+
+async def test_a_plugin_is_no_image(images: ImageStore, rogue: Rogue):
+    plugin = json.loads(a_manifest())
+    plugin["config"]["mediaType"] = "application/vnd.docker.plugin.v1+json"
+    rogue.manifests["1"] = (json.dumps(plugin).encode(), DOCKER_MANIFEST)
+    with pytest.raises(InvalidArgument, match=r"^Encountered remote .*\(plugin\) when fetching$"):
+        await images.pull(f"{rogue.address}/app:1")
+    assert not images.images()
+
+
+async def test_what_is_too_deep_for_json_is_no_token_no_list_and_no_error(
+    images: ImageStore, rogue: Rogue, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("skep.engine.images.pulling._ATTEMPTS", 1)
+    rogue.guard = lambda request: web.Response(body=DEEP) if "/tags/" in request.path else None
+    with pytest.raises(RegistryError, match="/v2/app/tags/list: "):
+        await images.pull_all(parse_reference(f"{rogue.address}/app"), "")
+    rogue.guard = lambda request: (
+        web.Response(status=502, body=DEEP) if "/manifests/" in request.path else None
+    )
+    with pytest.raises(RegistryError, match="unknown: unexpected status 502"):
+        await images.pull(f"{rogue.address}/app:1")
+    wanted = wants_token(rogue)
+    rogue.guard = lambda request: web.Response(body=DEEP) if request.path == "/token" else wanted(request)
+    with pytest.raises(RegistryError, match="/token: "):
+        await images.pull(f"{rogue.address}/app:1", auth(username="user", password="secret"))

@@ -10,8 +10,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
+from skep.engine.images.endpoints import Endpoint, Policy
 from skep.engine.images.reference import parse_reference
-from skep.engine.images.registry import Credentials, Endpoint, Policy, RegistryError, Repository
+from skep.engine.images.registry import Credentials, RegistryError, Repository
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 from tests.integration.node.test_image_pulls import Rogue, auth, wants_token
@@ -111,7 +112,7 @@ async def test_the_netrc_of_root_is_not_used(
     (tmp_path / "netrc").write_text("default login root password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     # By a name, which is no loopback address: what is asked there may go through a proxy.
-    monkeypatch.setattr("skep.engine.images.registry.is_loopback", lambda _: False)
+    monkeypatch.setattr("skep.engine.images.endpoints.is_loopback", lambda _: False)
     insecure = ImageStore(tmp_path / "insecure", policy=Policy(insecure=frozenset({rogue.address})))
     await insecure.open()
     await insecure.pull(f"{rogue.address}/app:1")

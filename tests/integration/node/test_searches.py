@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from skep.api.server import application, runner
 from skep.engine.api.images import image_routes
 from skep.engine.images import searching
-from skep.engine.images.registry import Policy
+from skep.engine.images.endpoints import Policy
 from skep.engine.images.store import ImageStore
 from tests.conftest import SEARCHED
 from tests.support.playground_rig import CLIS

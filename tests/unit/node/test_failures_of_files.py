@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tarfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -85,9 +85,10 @@ class MemoryRepository:
         yield start, pieces()
 
 
-@asynccontextmanager
-async def connected(_policy: object, reference: Reference, _auth: object) -> AsyncIterator[MemoryRepository]:
-    yield MemoryRepository(OLD if "old" in str(reference) else NEW)
+async def at_endpoints(
+    _policy: object, reference: Reference, _auth: object, action: Callable[[Any], Awaitable[Any]]
+) -> Any:
+    return await action(MemoryRepository(OLD if "old" in str(reference) else NEW))
 
 
 async def unpack(source: int, target: Path, **_: Any) -> Unpacked:
@@ -148,7 +149,7 @@ async def images_come_and_the_process_changes(directory: Path, faults: Faults) -
 
 @pytest.mark.parametrize(("count", "step"), [(1, 3), (25, 11), pytest.param(1, 1, marks=pytest.mark.slow)])
 async def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, step: int) -> None:
-    monkeypatch.setattr(pulling, "connected", connected)
+    monkeypatch.setattr(pulling, "at_endpoints", at_endpoints)
     monkeypatch.setattr(layers, "unpack", unpack)
     await (await opened(tmp_path / "template")).pull("old:1")
     assert (

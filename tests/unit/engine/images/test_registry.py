@@ -3,8 +3,10 @@ import json
 
 import pytest
 
-from skep.engine.images.pulling import Descriptor, Platform, choose, parse_platform
-from skep.engine.images.registry import Credentials, Endpoint, Policy, decode_credentials
+from skep.engine.images.endpoints import Endpoint, Policy
+from skep.engine.images.manifests import Descriptor
+from skep.engine.images.platforms import Platform, choose, parse_platform
+from skep.engine.images.registry import Credentials, decode_credentials
 from skep.errors import InvalidArgument, NotFound
 
 

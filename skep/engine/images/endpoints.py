@@ -1,0 +1,110 @@
+"""Which registries are reached where, and how.
+
+Source: moby 20.10, registry/{config,service_v2}.go.
+"""
+
+import ipaddress
+import ssl
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from skep.engine.images.reference import DEFAULT_DOMAIN
+
+_DOCKER_IO_HOST = "registry-1.docker.io"
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """How registries are reached.
+
+    ``insecure``: hosts (``name[:port]``) and networks (``10.0.0.0/8``) whose certificate is not checked and that may
+    be reached without TLS; loopback always is one.  ``mirrors``: base URLs tried before Docker Hub.
+    ``helpers``: registry -> the program ``docker-credential-NAME`` that has credentials for it.
+    """
+
+    insecure: frozenset[str] = frozenset()
+    mirrors: tuple[str, ...] = ()
+    helpers: Mapping[str, str] = {}
+
+    def is_insecure(self, domain: str) -> bool:
+        """Whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
+        host = urlsplit(f"//{domain}").hostname or ""
+        if is_loopback(domain) or domain in self.insecure or host in self.insecure:
+            return True
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return any(address in network for network in map(_network, self.insecure) if network is not None)
+
+    def endpoints(self, domain: str, *, to_push: bool = False) -> Sequence["Endpoint"]:
+        """Base URLs to try for images of ``domain``, in this order.  Nothing is pushed to a mirror."""
+        if domain == DEFAULT_DOMAIN and to_push:
+            return (Endpoint(f"https://{_DOCKER_IO_HOST}"),)
+        if domain == DEFAULT_DOMAIN:
+            mirrors = [
+                Endpoint(
+                    mirror.rstrip("/"), verify=not self.is_insecure(urlsplit(mirror).netloc), mirror=True
+                )
+                for mirror in self.mirrors
+            ]
+            return (*mirrors, Endpoint(f"https://{_DOCKER_IO_HOST}"))
+        if self.is_insecure(domain):
+            return Endpoint(f"https://{domain}", verify=False), Endpoint(f"http://{domain}", verify=False)
+        return (Endpoint(f"https://{domain}"),)
+
+
+def is_loopback(domain: str) -> bool:
+    """Whether ``domain`` (``host[:port]``) is this machine."""
+    host = urlsplit(f"//{domain}").hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A base URL.  ``mirror``: the user's credentials are not for it."""
+
+    url: str
+    verify: bool = True
+    mirror: bool = False
+
+
+@asynccontextmanager
+async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
+    """Connections to ``endpoint`` and where it leads, by its rules for TLS."""
+    context = ssl.create_default_context()
+    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if not endpoint.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    connector = aiohttp.TCPConnector(ssl=context, limit=16)
+    # Nothing is to be packed on the way: digests and ranges are of a blob's own bytes.
+    headers = {"Accept-Encoding": "identity"}
+    # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False, headers=headers) as session:
+        yield session
+
+
+def proxy_for(url: URL) -> str | None:
+    """The proxy that the environment names for ``url``.  As in Go, none stands between this machine and itself."""
+    host = url.host or ""
+    if is_loopback(f"[{host}]" if ":" in host else host):
+        return None
+    if proxy_bypass(f"{host}:{url.port}"):
+        return None
+    return getproxies_environment().get(url.scheme)
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        return None
