@@ -152,6 +152,7 @@ class Engine:
             self._lifecycle.spawn(rotating, name="log-rotation")
             forwarding = retry(self.log_forwarding.run, "logs not sent", clock=self._clock)
             self._lifecycle.spawn(forwarding, name="log-forwarding")
+            self._lifecycle.spawn(self.volumes.sweep(), name="volume-sweep")
             for container in self.plain_containers():
                 if container.plain is not None and container.plain.is_step:
                     remove = partial(self.remove, container.id, force=True, with_volumes=True)
@@ -287,15 +288,13 @@ class Engine:
         config = create.container_config(request, defaults, task, node)
         self._cgroups.check_parent(config.machine.cgroup_parent)
         config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
-        own = {mount.target for mount in mounts}
-        inherited = sharing.inherited_mounts(request.host_config.volumes_from, own, self._store.get)
-        pictures = image_mounts.image_points(self.images, mounts)
-        of_image = set(defaults.volumes or ()) - {point.destination for point in (*inherited, *pictures)}
+        config = await with_attributes(config, labels)
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         await self.volumes.create_of_plugins(mounts)
-        points = pictures + self.volumes.mount_points(image_mounts.others(mounts), of_image)
+        # Nothing is awaited from here to ``_store.add``: a removal finds the container, or this what is removed.
+        points, inherited = self._mount_points(request, mounts, defaults.volumes or ())
         try:
-            async with self.images.pinned((*image.chain, *image_mounts.chains(self.images, pictures))):
+            async with self.images.pinned((*image.chain, *image_mounts.chains(self.images, points))):
                 container = await self.add(
                     NewContainer(
                         name=chosen,
@@ -309,10 +308,20 @@ class Engine:
                     )
                 )
         except SkepError:
-            await self.volumes.remove_anonymous(points)
+            await self.volumes.remove_anonymous(points, self.list)
             raise
         await self._fill(container, (*points, *config.mounts), mounts)
         return container
+
+    def _mount_points(
+        self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str]
+    ) -> tuple[Sequence[MountPoint], Sequence[MountPoint]]:
+        """What a new container mounts itself, and what it has of others.  Raises: InvalidArgument; NotFound."""
+        own = {mount.target for mount in mounts}
+        inherited = sharing.inherited_mounts(request.host_config.volumes_from, own, self._store.get)
+        pictures = image_mounts.image_points(self.images, mounts)
+        anonymous = set(image_volumes) - {point.destination for point in (*inherited, *pictures)}
+        return pictures + self.volumes.mount_points(image_mounts.others(mounts), anonymous), inherited
 
     async def _fill(
         self, container: Container, points: Sequence[MountPoint], mounts: Sequence[Mount]
@@ -332,8 +341,7 @@ class Engine:
         A plain container has the last two from its start to its end only.
         Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of it cannot be had.
         """
-        id = self._config.new_id()
-        config = await with_attributes(new.config, new.labels)
+        id, config = self._config.new_id(), new.config
         if not config.hostname:  # Docker's: the short id
             config = msgspec.structs.replace(config, hostname=id[:12])
         container = Container(
@@ -561,10 +569,7 @@ class Engine:
         self._restarts.reset(container.id)
         self._network_locks.pop(container.id, None)
         if with_volumes:
-            others = {point.name for one in self.list() for point in one.config.mounts}
-            await self.volumes.remove_anonymous(
-                point for point in container.config.mounts if point.name not in others
-            )
+            await self.volumes.remove_anonymous(container.config.mounts, self.list)
 
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.

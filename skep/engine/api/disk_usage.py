@@ -18,6 +18,7 @@ from skep.engine.build.cache import CacheMounts
 from skep.engine.engine import Engine
 from skep.engine.images.listing import ImageFilter, select
 from skep.engine.images.untar import tree_bytes
+from skep.engine.volumes import users_by_volume
 
 _TYPES = ("container", "image", "volume", "build-cache")
 
@@ -94,7 +95,7 @@ async def _container_lines(engine: Engine, clock: Clock) -> list[Any]:
 
 
 async def _volume_lines(engine: Engine) -> list[Any]:
-    users = volume_routes.users_by_volume(engine.list())
+    users = users_by_volume(engine.list())
     lines = []
     for name in engine.volumes.names():
         if engine.volumes.has_options(name):

@@ -13,6 +13,7 @@ from skep.agent.executor.oci import OciExecutor
 from skep.engine.container import Container, ContainerConfig, LogFilter, NewContainer, Stream
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
+from skep.engine.log_drivers.facts import with_attributes
 from tests.support.api_lab import Api, serving
 from tests.support.runc_lab import IMAGE, IMAGE_ID, Lab
 
@@ -72,6 +73,7 @@ class Runner:
     async def create(
         self, *command: str, name: str = "", labels: dict[str, str] | None = None, **config: Any
     ) -> Container:
+        made = ContainerConfig(path=command[0], args=command[1:], **config)
         return await self.engine.add(
             NewContainer(
                 name=name or f"c-{secrets.token_hex(4)}",
@@ -79,7 +81,7 @@ class Runner:
                 image_id=IMAGE_ID,
                 layers=(str(self.lab.tree),),
                 labels=labels or {},
-                config=ContainerConfig(path=command[0], args=command[1:], **config),
+                config=await with_attributes(made, labels or {}),
             )
         )
 
