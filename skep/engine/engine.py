@@ -292,6 +292,8 @@ class Engine:
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         await self.volumes.create_of_plugins(mounts)
         # Nothing is awaited from here to ``_store.add``: a removal finds the container, or this what is removed.
+        if not is_step:  # whose layers its build has pinned, whatever becomes of the image
+            self.images.get(image.id)
         points, inherited = self._mount_points(request, mounts, defaults.volumes or ())
         try:
             async with self.images.pinned((*image.chain, *image_mounts.chains(self.images, points))):
@@ -554,6 +556,8 @@ class Engine:
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
         """Free everything it holds; ``force`` kills it first; ``with_volumes``: also volumes made for it alone.
 
+        The layers of removed images that were kept for it alone go, too.
+
         This goes on if the caller is cancelled.
         Raises: NotFound; StillRunning: it runs and ``force`` was not given; Unavailable: something is left.
         """
@@ -568,8 +572,13 @@ class Engine:
         await self._lifecycle.remove(container.id, force=force)
         self._restarts.reset(container.id)
         self._network_locks.pop(container.id, None)
+        sweeping = self.images.sweep(self._images_in_use)
+        await isolate(sweeping, "layers kept for containers not deleted", container=container.id)
         if with_volumes:
             await self.volumes.remove_anonymous(container.config.mounts, self.list)
+
+    def _images_in_use(self) -> Collection[str]:
+        return {id for one in self.list() for id in image_mounts.images_of(one)}
 
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.

@@ -143,6 +143,13 @@ class StubNetwork:
         pass
 
 
+class NoImages:
+    """In the place of ``ImageStore``."""
+
+    async def sweep(self, in_use: object) -> None:
+        pass
+
+
 class StubEngine:
     """The engine with its stubs, and what was done with its container."""
 
@@ -151,7 +158,7 @@ class StubEngine:
         self.runtime = StubRuntime(self.bundles)
         self.engine = Engine(
             runtime=cast("Runtime", self.runtime),
-            images=cast("ImageStore", SimpleNamespace()),
+            images=cast("ImageStore", NoImages()),
             volumes=Volumes(directory / "volumes"),
             network=cast("Networking", StubNetwork()),
             clock=clock,

@@ -299,16 +299,14 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
             freed_bytes += (await _sizes(served, container)).get("SizeRw", 0)
             await served.engine.remove(container.id)
             removed.append(container.id)
-    await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return json_response({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
 
 
 @_table.delete("/containers/{id}")
 async def remove(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker rm``, with the layers that were kept for this container only."""
+    """``docker rm``."""
     container = served.engine.get(request.match_info["id"])
     await served.engine.remove(container.id, force=flag(request, "force"), with_volumes=flag(request, "v"))
-    await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return web.Response(status=204)
 
 

@@ -10,6 +10,7 @@ from skep.engine.container import Container, ContainerConfig
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import with_attributes
 from skep.engine.request import read_create
+from skep.errors import NotFound
 from tests.support.runc_lab import IMAGE
 
 
@@ -37,3 +38,15 @@ async def test_a_volume_that_is_removed_meanwhile_is_made_anew(
     await engine.start(container.id)
     assert (await engine.wait(container.id)).exit_code == 0
     assert (engine.volumes.path("data") / "file").exists()
+
+
+async def test_of_an_image_that_is_removed_meanwhile_none_is_made(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def remove() -> None:
+        monkeypatch.setattr(engine.images, "resolve", lambda _: None)
+
+    with pytest.raises(NotFound, match="No such image"):
+        await created_while(engine, remove, monkeypatch, "true")
+    assert not engine.list()
+    assert not engine.volumes.names()
