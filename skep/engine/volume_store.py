@@ -15,7 +15,7 @@ from skep.aio.failures import describe_error, log_error
 from skep.aio.trees import discard_tree
 from skep.engine.events import Events
 from skep.engine.volume_plugins import LOCAL
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux.files import replace_file
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
@@ -78,8 +78,11 @@ class VolumeStore:
             return False
 
     def created_ns(self, name: str) -> int:
-        """When the volume was made, Unix time."""
-        return self.path(name).parent.stat().st_mtime_ns
+        """When the volume was made, Unix time.  Raises: NotFound."""
+        try:
+            return self.path(name).parent.stat().st_mtime_ns
+        except FileNotFoundError as error:
+            raise NotFound(f"get {name}: no such volume") from error
 
     def ensure(
         self,

@@ -5,6 +5,7 @@ Source: moby 20.10, api/server/router/volume/volume_routes.go, volume/service/{s
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -86,6 +87,8 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
         if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
             continue
         size = await walk_tree(tree_bytes, str(served.volumes.path(name)))
+        if not served.volumes.has(name):
+            continue  # another request has removed it
         try:
             await served.volumes.remove(name, served.containers)
         except VolumeInUse:
@@ -105,7 +108,10 @@ async def list_volumes(served: Served, request: web.Request) -> web.StreamRespon
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "label", "name")
     used = users_by_volume(served.containers())
-    known = [shown_volume(served.volumes, name) for name in served.volumes.names()]
+    known = []
+    for name in served.volumes.names():
+        with suppress(NotFound):  # removed meanwhile
+            known.append(shown_volume(served.volumes, name))
     others, warnings = await _of_plugins(served.volumes)
     names = {one["Name"] for one in known}
     listed = known + [one for one in others if one["Name"] not in names]
@@ -206,7 +212,7 @@ def _driver(volumes: Volumes, name: str) -> str:
 
 
 def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
-    """``docker volume inspect``, without asking a plug-in."""
+    """``docker volume inspect``, without asking a plug-in.  Raises: NotFound."""
     driver = _driver(volumes, name)
     plugin = volumes.plugins.known(driver)
     return {
