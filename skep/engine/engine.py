@@ -67,11 +67,11 @@ from skep.engine.signals import signal_number
 from skep.engine.state import ContainerStore
 from skep.engine.stats import Stats, sample
 from skep.engine.volumes import Volumes
-from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
+from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.container import Mount
 from skep.model.ids import ContainerId, new_container_id
 from skep.model.meta import Driver
-from skep.model.readable import NameSource, free_name, names_from
+from skep.model.readable import NameSource, names_from
 from skep.model.sandbox import Sandbox
 from skep.model.times import timestamp
 
@@ -150,6 +150,7 @@ class Engine:
             self._lifecycle.spawn(rotating, name="log-rotation")
             forwarding = retry(self.log_forwarding.run, "logs not sent", clock=self._clock)
             self._lifecycle.spawn(forwarding, name="log-forwarding")
+            self._lifecycle.spawn(self.volumes.sweep(), name="volume-sweep")
             for container in self.plain_containers():
                 if container.plain is not None and container.plain.is_step:
                     remove = partial(self.remove, container.id, force=True, with_volumes=True)
@@ -270,7 +271,7 @@ class Engine:
 
         Raises: NotFound: no such image; AlreadyExists: the name or a port is taken; SkepError: anything else.
         """
-        chosen = create.checked_name(name) if name else self._free_name()
+        chosen = create.checked_name(name) if name else self._store.free_name(self._config.new_name)
         request = sharing.with_ids(request, chosen, self._store.get)
         plain = create.plain_options(request, is_step=is_step) if task is None else None
         self._store.check_free(chosen)  # before any volume is made
@@ -284,15 +285,15 @@ class Engine:
         config = create.container_config(request, defaults, task, node)
         self._cgroups.check_parent(config.machine.cgroup_parent)
         config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
-        own = {mount.target for mount in mounts}
-        inherited = sharing.inherited_mounts(request.host_config.volumes_from, own, self._store.get)
-        pictures = image_mounts.image_points(self.images, mounts)
-        of_image = set(defaults.volumes or ()) - {point.destination for point in (*inherited, *pictures)}
+        config = await with_attributes(config, labels)
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
         await self.volumes.create_of_plugins(mounts)
-        chain = (*image.chain, *image_mounts.chains(self.images, pictures))
+        # Nothing is awaited from here to ``_store.add``: a removal finds the container, or this what is removed.
+        if not is_step:  # whose layers its build has pinned, whatever becomes of the image
+            self.images.get(image.id)
         layers = tuple(map(str, self.images.layers(image)))
-        points = pictures + self.volumes.mount_points(image_mounts.others(mounts), of_image)
+        points, inherited = self._mount_points(request, mounts, defaults.volumes or ())
+        chain = (*image.chain, *image_mounts.chains(self.images, points))
         new = NewContainer(
             name=chosen,
             image=request.image,
@@ -305,13 +306,19 @@ class Engine:
         )
         return await self._add_filled(new, (*points, *config.mounts), mounts, chain)
 
+    def _mount_points(
+        self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str]
+    ) -> tuple[Sequence[MountPoint], Sequence[MountPoint]]:
+        """What a new container mounts itself, and what it has of others.  Raises: InvalidArgument; NotFound."""
+        inherited = sharing.inherited_mounts(request.host_config.volumes_from, mounts, self._store.get)
+        pictures = image_mounts.image_points(self.images, mounts)
+        anonymous = set(image_volumes) - {point.destination for point in (*inherited, *pictures)}
+        return pictures + self.volumes.mount_points(image_mounts.others(mounts), anonymous), inherited
+
     async def _add_filled(
         self, new: NewContainer, own: Sequence[MountPoint], mounts: Sequence[Mount], chain: Sequence[Digest]
     ) -> Container:
-        """``add``, with new volumes filled; of what fails or is cut off nothing stays, the volumes neither.
-
-        ``own``: its mounts but those of other containers, from ``mounts``; ``chain``: layers that it needs.
-        """
+        """``add``, with new volumes of ``own`` filled; of what fails or is cut off nothing stays.  ``chain``: its layers."""
         container: Container | None = None
         try:
             async with self.images.pinned(chain):
@@ -321,7 +328,7 @@ class Engine:
             undoing = (
                 self.remove(container.id, with_volumes=True)
                 if container is not None
-                else self.volumes.remove_anonymous(own)
+                else self.volumes.remove_anonymous(own, self.list)
             )
             await run_to_end(isolate(undoing, "container not removed", name=new.name))
             raise
@@ -333,8 +340,7 @@ class Engine:
         A plain container has the last two from its start to its end only.  Nothing is left if the caller is cancelled.
         Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of it cannot be had.
         """
-        id = self._config.new_id()
-        config = await with_attributes(new.config, new.labels)
+        id, config = self._config.new_id(), new.config
         if not config.hostname:  # Docker's: the short id
             config = msgspec.structs.replace(config, hostname=id[:12])
         container = Container(
@@ -359,13 +365,6 @@ class Engine:
             raise
         self.events.publish("create", container)
         return container
-
-    def _free_name(self) -> str:
-        taken = {one.name for one in self.list()}
-        name = free_name(self._config.new_name, taken.__contains__, attempts=100)
-        if name is None:
-            raise ResourceExhausted("no free name was found: give the container one (--name)")
-        return name
 
     # --- start and stop -----------------------------------------------------------------------------------------
 
@@ -537,8 +536,7 @@ class Engine:
     async def update(self, word: str, change: updates.Change) -> Container:
         """Change its limits and its restart policy without a restart.
 
-        This goes on if the caller is cancelled.  Raises: NotFound; BeingRemoved; SkepError: as ``change`` does;
-        RuntimeFailed.
+        This goes on if the caller is cancelled.  Raises: NotFound; BeingRemoved; RuntimeFailed; as ``change``.
         """
         id = self.get(word).id
         work = updates.update(self._store, self._runtime, self.events, id, change)
@@ -570,9 +568,8 @@ class Engine:
     async def remove(self, word: str, *, force: bool = False, with_volumes: bool = False) -> None:
         """Free everything it holds; ``force`` kills it first; ``with_volumes``: also volumes made for it alone.
 
-        This goes on if the caller is cancelled.
-        Raises: NotFound; StillRunning: it runs, or is restarting, and ``force`` was not given; Unavailable: something
-        is left.
+        Layers of removed images that were kept for it alone go, too.  This goes on if the caller is cancelled.
+        Raises: NotFound; StillRunning: it runs or is restarting, without ``force``; Unavailable: something is left.
         """
         container = self.get(word)
         removal = self._remove(container, force=force, with_volumes=with_volumes)
@@ -585,11 +582,13 @@ class Engine:
         await self._lifecycle.remove(container.id, force=force)
         self._restarts.reset(container.id)
         self._network_locks.pop(container.id, None)
+        sweeping = self.images.sweep(self._images_in_use)
+        await isolate(sweeping, "layers kept for containers not deleted", container=container.id)
         if with_volumes:
-            others = {point.name for one in self.list() for point in one.config.mounts}
-            await self.volumes.remove_anonymous(
-                point for point in container.config.mounts if point.name not in others
-            )
+            await self.volumes.remove_anonymous(container.config.mounts, self.list)
+
+    def _images_in_use(self) -> Collection[str]:
+        return {id for one in self.list() for id in image_mounts.images_of(one)}
 
     async def sweep(self) -> Collection[ContainerId]:
         """Free network resources of containers that are gone, have ended or never ran; gives the containers' ids.

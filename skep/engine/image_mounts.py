@@ -63,7 +63,7 @@ def _point(images: ImageStore, mount: Mount) -> MountPoint:
 
 def chains(images: ImageStore, points: Iterable[MountPoint]) -> list[Digest]:
     """The layers of images that ``points`` mount.  Raises: NotFound."""
-    return [id for point in points for id in images.get(point.name).chain]
+    return [id for point in points if point.type == _TYPE for id in images.get(point.name).chain]
 
 
 def images_of(container: Container) -> Sequence[str]:

@@ -21,7 +21,6 @@ from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.aio.race import Preempted, run_to_end
 from skep.engine import health, runtime_spec
 from skep.engine.attachment import WaitingClients
-from skep.engine.background import Background
 from skep.engine.bundle import RootFiles
 from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
@@ -88,7 +87,7 @@ class Lifecycle:
         self._starting = asyncio.Semaphore(starts_max)
         self._forced = ForcedRemovals()
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
-        self._background = Background()
+        self._background = volumes.background
         self.spawn, self.carry_out = self._background.spawn, self._background.carry_out
         self._has_found = False
         self.waiting = WaitingClients()

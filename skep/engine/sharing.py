@@ -4,7 +4,7 @@ Source: moby 20.10, daemon/container_operations_unix.go (getIpcContainer, getPid
 are its own.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,6 +16,7 @@ from skep.engine.machine import CONTAINER, other_container
 from skep.engine.request import CreateRequest
 from skep.engine.runtime_spec import Shared
 from skep.errors import InvalidArgument, NotFound
+from skep.model.container import Mount
 from skep.model.ids import ContainerId
 
 Get: TypeAlias = Callable[[str], Container]
@@ -52,12 +53,10 @@ def with_hostname(config: ContainerConfig, network_mode: str, get: Get) -> Conta
     return msgspec.structs.replace(config, hostname=get(name).config.hostname) if name else config
 
 
-def inherited_mounts(specs: Sequence[str], taken: Collection[str], get: Get) -> tuple[MountPoint, ...]:
-    """The mounts of ``--volumes-from`` but where the container has one of its own.
-
-    ``taken``: destinations of its own.  Raises: InvalidArgument.
-    """
+def inherited_mounts(specs: Sequence[str], own: Iterable[Mount], get: Get) -> tuple[MountPoint, ...]:
+    """The mounts of ``--volumes-from`` but where the container has one of its ``own``.  Raises: InvalidArgument."""
     found: dict[str, MountPoint] = {}
+    taken = {mount.target for mount in own}
     for text in specs:
         name, is_read_only = create.volumes_from(text)
         for point in _existing(name, get).config.mounts:

@@ -18,8 +18,9 @@ from skep.engine.container import (
     PlainOptions,
     WaitCondition,
 )
-from skep.errors import AlreadyExists, FailedPrecondition, NotFound
+from skep.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from skep.model.ids import ContainerId
+from skep.model.readable import NameSource, free_name
 from skep.model.times import ZERO_TIME
 
 
@@ -84,6 +85,13 @@ class ContainerStore:
         if container.plain is None:
             raise FailedPrecondition(f"container {container.name} belongs to a task")
         return container, container.plain
+
+    def free_name(self, new_name: NameSource) -> str:
+        """One that no container has.  Raises: ResourceExhausted: none was found."""
+        name = free_name(new_name, self._ids_by_name.__contains__, attempts=100)
+        if name is None:
+            raise ResourceExhausted("no free name was found: give the container one (--name)")
+        return name
 
     def add(self, container: Container) -> None:
         """A new container, or one of an earlier process.  Raises: AlreadyExists: the name is taken."""

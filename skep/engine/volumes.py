@@ -2,50 +2,49 @@
 
 import asyncio
 import hashlib
-import os
-import re
 import secrets
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.aio.clock import SystemClock
 from skep.aio.failures import describe_error, isolate, log_error
-from skep.aio.trees import remove_tree
+from skep.aio.trees import discard_tree
+from skep.engine.background import Background
 from skep.engine.bind_sources import BindSources
-from skep.engine.container import MountPoint
+from skep.engine.container import Container, MountPoint
 from skep.engine.events import Events
 from skep.engine.mounts import check_local_options, check_subpath, copy_up, has_directory, mount_point
 from skep.engine.volume_plugins import LOCAL, PluginRefused, VolumePlugins
+from skep.engine.volume_store import ANONYMOUS, VolumeStore
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable
 from skep.linux import mounting
-from skep.linux.files import replace_file
+from skep.linux.files import replace_file, sync_directory
 from skep.linux.syscalls import unmount
 from skep.model.container import Mount, VolumeOptions
 from skep.model.meta import Driver
 
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _MOUNT_DEADLINE_S = 120.0
 """For all mounts of one container.  The kernel's own limits for NFS are longer, and some waits have none."""
 _KILL_DEADLINE_S = 1.0
 """For the end of a process that was killed: in the kernel it may wait for longer, and is left alone."""
-_LABELS, _OPTIONS, _USES = "labels.json", "options.json", "uses.json"
-_DRIVER, _MOUNTS = "driver.json", "mounts.json"
-"""Of a volume of a plug-in: the plug-in's name, and the users for which it mounted the volume."""
-_USES_MAX = 64
-"""Names that a volume keeps of those that used it, the latest ones."""
-_NAMELESS = re.compile(r"[0-9a-f]{64}")
-ANONYMOUS = "com.docker.volume.anonymous"
-"""Docker's label of a volume without a name."""
+_MOUNTS = "mounts.json"
+"""Beside a volume of a plug-in: the users for which it mounted the volume."""
+
+Listing = Callable[[], Collection[Container]]
+"""Gives every container of this node, as what uses volumes."""
 
 
 class MountFailed(SkepError):
     """A volume or a part of it could not be mounted; the text has the kernel's reason."""
+
+
+class VolumeInUse(AlreadyExists):
+    """A container has the volume.  The Engine API responds with 409, as where a name is taken."""
 
 
 class Part(NamedTuple):
@@ -56,8 +55,17 @@ class Part(NamedTuple):
     target: Path
 
 
-class Volumes:
-    """The volumes of one node, each at ``<data>/volumes/<name>/_data``; labels and options beside, as JSON.
+def users_by_volume(containers: Iterable[Container]) -> Mapping[str, Sequence[str]]:
+    """Volume name -> ids of the containers that mount it, running or not."""
+    users: dict[str, list[str]] = {}
+    for container in containers:
+        for name in sorted({mount.name for mount in container.config.mounts if mount.name}):
+            users.setdefault(name, []).append(container.id)
+    return users
+
+
+class Volumes(VolumeStore):
+    """The volumes of one node: made, mounted, filled and removed.
 
     A volume with options (NFS, for example) is mounted there from its first user's start to its last one's end, and so
     is the directory of a plug-in's volume.
@@ -76,156 +84,17 @@ class Volumes:
     ) -> None:
         """``command``: mounts and unmounts, by a request on its input.  ``events``: the engine's; None: its own.
         ``run``: the node's run directory, whose sockets no volume has."""
+        super().__init__(directory, events)
         self._refused = [str(run)] if run is not None else []
-        self.events = events or Events(SystemClock())
         self.plugins = plugins or VolumePlugins()
-        self._directory = directory
         self._deadline_s = mount_deadline_s
         self._command = command
+        self.background = Background()
+        """The engine's, and running with it: what a caller has begun goes on without it."""
         self.bind_sources = BindSources()
         self._users: defaultdict[str, set[str]] = defaultdict(set)
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._unfinished: set[str] = set()
         """Volumes whose last unmount failed, perhaps because their plug-in was not reached."""
-        self._uses: dict[str, Mapping[str, int]] = {}
-
-    def path(self, name: str) -> Path:
-        """Where a volume's files are.  Raises: InvalidArgument, with Docker's words: no name for a volume."""
-        if len(name) == 1:
-            raise InvalidArgument(
-                f"create {name}: volume name is too short, names should be at least two alphanumeric characters"
-            )
-        if not _NAME.fullmatch(name):
-            raise InvalidArgument(
-                f'create {name}: "{name}" includes invalid characters for a local volume name,'
-                ' only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory,'
-                " use absolute path"
-            )
-        return self._directory / name / "_data"
-
-    def names(self) -> list[str]:
-        """All volumes of the node, sorted."""
-        try:
-            return sorted(entry.name for entry in self._directory.iterdir() if self.has(entry.name))
-        except FileNotFoundError:
-            return []  # none was made yet
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a volume.  What may be mounted on it is not asked."""
-        try:
-            return "_data" in os.listdir(self._directory / name)
-        except OSError:
-            return False
-
-    def created_ns(self, name: str) -> int:
-        """When the volume was made, Unix time."""
-        return self.path(name).parent.stat().st_mtime_ns
-
-    def ensure(
-        self,
-        name: str,
-        labels: Mapping[str, str] | None = None,
-        options: Mapping[str, str] | None = None,
-        driver: str = LOCAL,
-    ) -> Path:
-        """The volume's directory, made if there is none, with ``labels`` and ``options`` then; one that is there
-        keeps its own.  ``driver``: a plug-in, which has made it.  Raises: SkepError: the file system refuses it.
-        """
-        path, plug_in = self.path(name), None if driver == LOCAL else driver
-        if self.has(name):
-            return path
-        try:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            for left in (_LABELS, _OPTIONS, _DRIVER, _USES):  # of one whose removal failed
-                (path.parent / left).unlink(missing_ok=True)
-            # Before the directory, with which the volume is there.
-            for file, kept in ((_LABELS, labels), (_OPTIONS, options), (_DRIVER, plug_in)):
-                if kept is not None:  # a password may be among the options
-                    replace_file(path.parent / file, msgspec.json.encode(kept), mode=0o600)
-            path.mkdir(mode=0o755, exist_ok=True)
-        except OSError as error:
-            raise SkepError(f"error while creating volume path '{path}': {error.strerror}") from error
-        self.events.publish_volume("create", name, {"driver": driver})
-        return path
-
-    def options(self, name: str) -> Mapping[str, str]:
-        """The driver options it was made with.  Raises: Unavailable: they cannot be read."""
-        return self.given_options(name) or {}
-
-    def given_options(self, name: str) -> Mapping[str, str] | None:
-        """The same; None where it was made without any."""
-        try:
-            content = (self.path(name).parent / _OPTIONS).read_bytes()
-            return msgspec.json.decode(content, type=dict[str, str])
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Unavailable(f"options of volume {name} cannot be read: {describe_error(error)}") from error
-
-    def driver(self, name: str) -> str:
-        """``local``, or the plug-in that has it.  Raises: Unavailable: that cannot be read."""
-        try:
-            return msgspec.json.decode((self.path(name).parent / _DRIVER).read_bytes(), type=str)
-        except FileNotFoundError:
-            return LOCAL
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Unavailable(f"driver of volume {name} cannot be read: {describe_error(error)}") from error
-
-    def _is_mounted(self, name: str) -> bool:
-        """Whether its files are elsewhere, and mounted while it is used.  Raises: Unavailable."""
-        return self.driver(name) != LOCAL or _is_mounted(self.options(name))
-
-    def has_options(self, name: str) -> bool:
-        """Whether it was made with driver options: what it mounts may not be on this node."""
-        try:
-            return bool(self.options(name))
-        except SkepError:
-            return True
-
-    def labels(self, name: str) -> Mapping[str, str] | None:
-        """The labels it was made with; None: it was made by a container without labels, or they cannot be read."""
-        try:
-            return msgspec.json.decode((self.path(name).parent / _LABELS).read_bytes(), type=dict[str, str])
-        except FileNotFoundError:
-            return {ANONYMOUS: ""} if _NAMELESS.fullmatch(name) else None
-        except Exception as error:  # one volume's error does not reach others
-            log_error(error, "labels of a volume not read", volume=name)
-            return None
-
-    # --- what has used them ---------------------------------------------------------------------------------------
-
-    def open(self) -> None:
-        """Read what has used the volumes; to be called once, in a thread."""
-        for name in self.names():
-            try:
-                content = (self.path(name).parent / _USES).read_bytes()
-                self._uses[name] = msgspec.json.decode(content, type=dict[str, int])
-            except FileNotFoundError:
-                continue  # nothing that said so
-            except Exception as error:  # one volume's error does not reach others
-                log_error(error, "uses of a volume not read", volume=name)
-
-    @property
-    def uses(self) -> Mapping[str, Mapping[str, int]]:
-        """Volumes -> names of what has used them -> the latest time of each, as it was given."""
-        return self._uses
-
-    async def note_use(self, name: str, user: str, at: int) -> None:
-        """Keep that ``user`` has data in the volume, beyond the life of its containers; not if it mounts something.
-
-        Raises: Unavailable: it cannot be written.
-        """
-        async with self._locks[name]:
-            known = self._uses.get(name, {})
-            if known.get(user, -1) >= at or self._is_mounted(name):
-                return
-            latest = dict(sorted({**known, user: at}.items(), key=lambda use: -use[1])[:_USES_MAX])
-            path, content = self.path(name).parent / _USES, msgspec.json.encode(latest)
-            try:
-                await asyncio.to_thread(replace_file, path, content, is_durable=False)
-            except OSError as error:
-                raise Unavailable(f"use of volume {name} not kept: {describe_error(error)}") from error
-            self._uses[name] = latest
 
     async def create(
         self,
@@ -249,7 +118,7 @@ class Volumes:
         if driver != LOCAL:
             try:
                 plugin = await self.plugins.get(driver)
-                async with self._locks[name]:
+                async with self._lock(name):
                     if await plugin.get(name) is None:
                         await plugin.create(name, options or (self.options(name) if known else {}))
             except (PluginRefused, NotFound, Unavailable) as error:
@@ -273,38 +142,46 @@ class Volumes:
             except (NotFound, AlreadyExists) as error:
                 raise InvalidArgument(str(error)) from error
 
-    async def remove(self, name: str, *, force: bool = False) -> None:
+    async def remove(self, name: str, containers: Listing, *, force: bool = False) -> None:
         """Remove a volume with everything in it, but not what is on the device that it mounts.
 
+        This goes on if the caller is cancelled.  A new volume may have the name before this returns.
+
         Args:
+            containers: asked for those that keep it.
             force: also if its plug-in does not remove it, or is gone.
 
-        Raises: Unavailable: something of it is left; PluginRefused; NotFound: its plug-in is gone.
+        Raises: VolumeInUse; Unavailable: it is mounted, or cannot be taken away; PluginRefused; NotFound: its plug-in
+        is gone.
         """
+        removal = self._remove(name, containers, force=force)
+        await self.background.carry_out(removal, name=f"remove-volume-{name[:12]}")
+
+    async def _remove(self, name: str, containers: Listing, *, force: bool) -> None:
+        def require_unused() -> None:
+            if users := users_by_volume(containers()).get(name):
+                raise VolumeInUse(f"remove {name}: volume is in use - [{', '.join(users)}]")
+
         try:
-            if self._is_mounted(name):
-                await self._unmount_unused(name)
-                if mounting.is_target(self.path(name)):  # what is mounted is not ours to remove
-                    raise Unavailable(f"cannot remove volume {name}: it is mounted")
-            if (driver := self.driver(name)) != LOCAL:
-                await self._remove_of_plugin(name, driver, force=force)
-            is_there = self.has(name)
-            await remove_tree(self.path(name).parent, keep=self._last_entry(name))
-            self._uses.pop(name, None)
-            if is_there:
-                self.events.publish_volume("destroy", name, {"driver": driver})
+            async with self._lock(name):
+                require_unused()
+                if self._is_mounted(name):
+                    await self._unmount_locked(name)
+                    if mounting.is_target(self.path(name)):  # what is mounted is not ours to remove
+                        raise Unavailable(f"cannot remove volume {name}: it is mounted")
+                if (driver := self.driver(name)) != LOCAL:
+                    await self._remove_of_plugin(name, driver, force=force)
+                require_unused()  # a container may have been created meanwhile, but none is in the next step
+                is_there, aside = self.has(name), self._set_aside(name)
         except OSError as error:
             raise Unavailable(f"cannot remove volume {name}: {describe_error(error)}") from error
-
-    def _last_entry(self, name: str) -> str:
-        """What goes last of a volume.
-
-        With ``_data`` it is there, and can be removed again if that fails; one of a plug-in or with options would be
-        a plain one without its file.
-        """
-        if (self.path(name).parent / _DRIVER).exists():
-            return _DRIVER
-        return _OPTIONS if self.has_options(name) else "_data"
+        if is_there:
+            self.events.publish_volume("destroy", name, {"driver": driver})
+        if aside is None:
+            return
+        # Or it would be there again after a power loss, without some of its files.
+        await isolate(asyncio.to_thread(sync_directory, aside.parent), "removal not synced", volume=name)
+        await discard_tree(aside)
 
     async def _remove_of_plugin(self, name: str, driver: str, *, force: bool) -> None:
         try:
@@ -353,7 +230,7 @@ class Volumes:
             raise
 
     async def _mount(self, user: str, point: MountPoint) -> None:
-        async with self._locks[point.name]:
+        async with self._lock(point.name):
             users = self._users[point.name]
             is_mounted = mounting.is_target(Path(point.source))
             if is_mounted and user in users:
@@ -458,16 +335,20 @@ class Volumes:
 
     async def _unmount_unused(self, name: str) -> None:
         """Raises: Unavailable."""
-        async with self._locks[name]:
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    if not self._users[name] and mounting.is_target(self.path(name)):
-                        await self._run({"unmount": str(self.path(name))})
-                    await self._give_back(name)
-            except (MountFailed, TimeoutError) as error:
-                raise Unavailable(f"cannot unmount volume {name}: {describe_error(error)}") from error
-            if not self._users[name]:
-                del self._users[name]
+        async with self._lock(name):
+            await self._unmount_locked(name)
+
+    async def _unmount_locked(self, name: str) -> None:
+        """Unless it is used.  Under its lock.  Raises: Unavailable."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                if not self._users[name] and mounting.is_target(self.path(name)):
+                    await self._run({"unmount": str(self.path(name))})
+                await self._give_back(name)
+        except (MountFailed, TimeoutError) as error:
+            raise Unavailable(f"cannot unmount volume {name}: {describe_error(error)}") from error
+        if not self._users[name]:
+            del self._users[name]
 
     @staticmethod
     def release_parts(parts: Iterable[Part]) -> None:
@@ -506,6 +387,8 @@ class Volumes:
 
     def mount_points(self, mounts: Iterable[Mount], image_volumes: Iterable[str]) -> list[MountPoint]:
         """What a container mounts; volumes that do not exist are made.
+
+        Until the container is among those that keep volumes, nothing may be awaited: one could be removed.
 
         ``image_volumes``: targets of the image's volumes; one without a name, where ``mounts`` has nothing.
         Raises: InvalidArgument, in Docker's words.
@@ -579,20 +462,20 @@ class Volumes:
         finally:
             await asyncio.shield(isolate(self.unmount(user), "volume not unmounted", volume=point.name))
 
-    async def remove_anonymous(self, points: Iterable[MountPoint]) -> None:
-        """Remove the volumes that were made for one container alone.  Raises: Unavailable."""
+    async def remove_anonymous(self, points: Iterable[MountPoint], containers: Listing) -> None:
+        """Remove the volumes that were made for one container alone, unless another one has them.
+
+        Raises: Unavailable.
+        """
         for point in points:
             if point.type == "volume" and point.anonymous:
-                await self.remove(point.name)
+                with suppress(VolumeInUse):
+                    await self.remove(point.name, containers)
 
     @staticmethod
     def new_name() -> str:
         """A name for a volume without one: 64 hexadecimal characters, as Docker's."""
         return secrets.token_hex(32)
-
-
-def _is_mounted(options: Mapping[str, str]) -> bool:
-    return bool(options.get("device") or options.get("type"))
 
 
 def _mount_id(user: str) -> str:

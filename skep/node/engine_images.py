@@ -134,7 +134,7 @@ class EngineImages:
                     log.info(
                         "name of an image has moved in the docker engine", name=name, before=ours.id, now=id
                     )
-                    await self._images.remove(name, force=True, users=self._users())
+                    await self._images.remove(name, force=True, users=self._users)
         await self._see(names)
 
     async def bring(self, word: str) -> None:

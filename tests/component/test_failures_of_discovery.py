@@ -148,7 +148,7 @@ async def test_a_volume_that_is_elsewhere_is_whole_or_not_there(
             is_made = True
         if is_to_go:
             with suppress(SkepError, OSError):
-                await volumes.remove("data")
+                await volumes.remove("data", list)
                 is_removed = True
         faults.end()
         later = Volumes(place / "volumes", plugins=plugins)
@@ -159,7 +159,7 @@ async def test_a_volume_that_is_elsewhere_is_whole_or_not_there(
             assert (later.driver("data"), later.options("data")) == (driver, options)
         await later.create("data", driver, {}, options)
         assert (later.driver("data"), later.options("data")) == (driver, options)
-        await later.remove("data", force=True)
+        await later.remove("data", list, force=True)
         assert not plugin.volumes
         assert "data" not in later.names()
 

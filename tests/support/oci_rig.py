@@ -27,6 +27,7 @@ from skep.model.labels import LABEL_TASK_ID
 from skep.model.sandbox import EndpointRequest, Sandbox, SandboxConfig
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.model.task_end import TaskEnd
+from tests.support.stub_engine import NoImages
 
 Fault = Callable[[str, str], None]
 """Called with a verb and the container's id before each call: raises what it is to meet."""
@@ -169,7 +170,7 @@ def memory_engine(
     )
     return Engine(
         runtime=cast("Runtime", MemoryRuntime(machine, bundles, cgroups)),
-        images=cast("ImageStore", None),
+        images=cast("ImageStore", NoImages()),
         volumes=Volumes(directory / "volumes"),
         network=network or MemoryNetwork(machine),
         clock=QuickClock(),

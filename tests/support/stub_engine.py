@@ -155,6 +155,13 @@ class StubNetwork:
         pass
 
 
+class NoImages:
+    """In the place of ``ImageStore``."""
+
+    async def sweep(self, in_use: object) -> None:
+        pass
+
+
 class StubEngine:
     """The engine with its stubs, and what was done with its container."""
 

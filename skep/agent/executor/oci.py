@@ -132,7 +132,7 @@ class OciExecutor:
         with suppress(NotFound):  # removed by hand meanwhile
             await self.engine.remove(container.id, force=True)
         self.payloads.forget(container.labels.get(LABEL_TASK_ID, ""))
-        await self.engine.volumes.remove_anonymous(container.config.mounts)
+        await self.engine.volumes.remove_anonymous(container.config.mounts, self.engine.list)
 
 
 def oci_executor(

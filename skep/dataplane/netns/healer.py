@@ -33,7 +33,7 @@ RETRY_SECONDS_MAX = 60.0
 """Between two attempts at a namespace that cannot be repaired."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
 ROUND_SECONDS_MIN = 2.0
-"""A node with few namespaces spends less than its share: what is not reported is repaired within seconds all the same."""
+"""So that a node with few namespaces spends less than its share; what is not reported is repaired within seconds."""
 SHARE = 0.02
 """Of one core, for the slow round: comparisons and repairs."""
 

@@ -306,13 +306,12 @@ async def prune(served: Served, request: web.Request) -> web.StreamResponse:
                 continue
             freed_bytes += size
             removed.append(container.id)
-    await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return json_response({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
 
 
 @_table.delete("/containers/{id}")
 async def remove(served: Served, request: web.Request) -> web.StreamResponse:
-    """``docker rm``, with the layers that were kept for this container only."""
+    """``docker rm``."""
     word = request.match_info["id"]
     container = served.engine.get(word)
     try:
@@ -321,7 +320,6 @@ async def remove(served: Served, request: web.Request) -> web.StreamResponse:
         )
     except StillRunning as error:
         raise StillRunning(f'cannot remove container "{word}": {error}') from error
-    await served.engine.images.sweep({user.image_id for user in image_users(served.engine)})
     return web.Response(status=204)
 
 

@@ -1,16 +1,17 @@
 """``docker system df``: what the images, containers and volumes of this node take.
 
-Source: moby 20.10, api/server/router/system/system_routes.go (getDiskUsage), daemon/disk_usage.go.
+Source: moby 28, api/server/router/system/system_routes.go (getDiskUsage), daemon/disk_usage.go.
 """
 
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.trees import walk_tree
-from skep.api.errors import Untranslated
 from skep.api.server import Routes, api_version, json_response
+from skep.api.versions import ApiVersion
 from skep.engine.api import container_responses, image_responses
 from skep.engine.api import volumes as volume_routes
 from skep.engine.api.images import shared_bytes
@@ -18,8 +19,11 @@ from skep.engine.build.cache import CacheMounts
 from skep.engine.engine import Engine
 from skep.engine.images.listing import ImageFilter, select
 from skep.engine.images.untar import tree_bytes
+from skep.engine.volumes import users_by_volume
+from skep.errors import InvalidArgument, NotFound
 
 _TYPES = ("container", "image", "volume", "build-cache")
+_TYPES_SINCE = ApiVersion("1.42")
 
 
 def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Routes:
@@ -31,10 +35,10 @@ def disk_usage_routes(engine: Engine, mounts: CacheMounts, clock: Clock) -> Rout
 
     @table.get("/system/df")
     async def show(request: web.Request) -> web.StreamResponse:
-        wanted = request.query.getall("type", _TYPES)
+        wanted = request.query.getall("type", _TYPES) if api_version(request) >= _TYPES_SINCE else _TYPES
         for type in wanted:
             if type not in _TYPES:
-                raise Untranslated(f"unknown object type: {type}")
+                raise InvalidArgument(f"unknown object type: {type}")
         response: dict[str, Any] = dict.fromkeys(("Images", "Containers", "Volumes", "BuildCache"))
         response["LayersSize"] = response["BuilderSize"] = 0
         if "image" in wanted:
@@ -94,12 +98,13 @@ async def _container_lines(engine: Engine, clock: Clock) -> list[Any]:
 
 
 async def _volume_lines(engine: Engine) -> list[Any]:
-    users = volume_routes.users_by_volume(engine.list())
+    users = users_by_volume(engine.list())
     lines = []
     for name in engine.volumes.names():
         if engine.volumes.has_options(name):
             continue  # as in Docker: what it mounts is not on this node
         size = await walk_tree(tree_bytes, str(engine.volumes.path(name)))
         usage = {"RefCount": len(users.get(name, ())), "Size": size}
-        lines.append({**volume_routes.shown_volume(engine.volumes, name), "UsageData": usage})
+        with suppress(NotFound):  # removed meanwhile
+            lines.append({**volume_routes.shown_volume(engine.volumes, name), "UsageData": usage})
     return lines

@@ -15,7 +15,7 @@ from skep.engine.api.detach import DetachKeys, parse_keys
 from skep.engine.api.hijack import Duplex, hijacked
 from skep.engine.api.queries import integer
 from skep.engine.api.terminal import join
-from skep.engine.container import Exec, ExecConfig
+from skep.engine.container import Exec, ExecConfig, Stream
 from skep.engine.execs import Execs
 from skep.errors import InvalidArgument, SkepError
 from skep.model.encoding import ApiObject
@@ -91,12 +91,14 @@ async def start_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
 
 
 async def _run(execs: Execs, client: Duplex, exec: Exec, options: ExecStart) -> None:
-    process = await execs.start(exec.id)
+    process, config = await execs.start(exec.id), exec.config
     try:
-        if exec.config.tty and len(options.console_size) == 2:
+        if config.tty and len(options.console_size) == 2:
             execs.resize(exec.id, *options.console_size)
-        keys = DetachKeys(parse_keys(exec.config.detach_keys)) if exec.config.tty else None
-        has_ended = await join(client, process, takes_input=exec.config.attach_stdin, keys=keys)
+        keys = DetachKeys(parse_keys(config.detach_keys)) if config.tty else None
+        attached = ((Stream.STDOUT, config.attach_stdout), (Stream.STDERR, config.attach_stderr))
+        streams = {stream for stream, is_attached in attached if is_attached}
+        has_ended = await join(client, process, takes_input=config.attach_stdin, streams=streams, keys=keys)
     finally:
         process.close()
     if has_ended:

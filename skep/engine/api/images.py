@@ -3,7 +3,7 @@
 Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/distribution/distribution_routes.go.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,13 +28,10 @@ from skep.engine.images.platforms import Platform, require_platform
 from skep.engine.images.progress import Message, Report
 from skep.engine.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
 from skep.engine.images.registry import Credentials, decode_credentials, login
-from skep.engine.images.removal import ImageUser
+from skep.engine.images.removal import Users
 from skep.engine.images.searching import LIMIT_DEFAULT, SearchFilter, search, shown
 from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
-
-Users = Callable[[], Collection[ImageUser]]
-"""Gives every container of this node, as what keeps its image from being removed."""
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -132,7 +129,7 @@ async def prune_images(served: Served, request: web.Request) -> web.StreamRespon
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "label!", "until")
     removed, freed_bytes = await served.images.prune(
-        prunable(_filter(served.images, filters, served.clock)), users=served.users()
+        prunable(_filter(served.images, filters, served.clock)), users=served.users
     )
     response = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
     return json_response(response)
@@ -278,7 +275,7 @@ async def remove_image(served: Served, request: web.Request) -> web.StreamRespon
     if not name.strip():
         raise InvalidArgument("image name cannot be blank")
     removed = await served.images.remove(
-        name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=served.users()
+        name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=served.users
     )
     return json_response(_removed(removed))
 

@@ -4,7 +4,8 @@ Source: moby 20.10, api/server/router/volume/volume_routes.go, volume/service/{s
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -17,12 +18,12 @@ from skep.api.server import Filters, api_version, flag, json_response, read_json
 from skep.api.tables import Table
 from skep.api.versions import ApiVersion
 from skep.engine.api.pruning import has_prunable_labels
-from skep.engine.container import Container
 from skep.engine.images.untar import tree_bytes
 from skep.engine.mounts import check_local_options
 from skep.engine.volume_plugins import LOCAL, PluginVolume
-from skep.engine.volumes import ANONYMOUS, Volumes
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable
+from skep.engine.volume_store import ANONYMOUS
+from skep.engine.volumes import Listing, VolumeInUse, Volumes, users_by_volume
+from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.encoding import ApiObject
 from skep.model.times import timestamp
 
@@ -30,9 +31,6 @@ log = structlog.get_logger(__name__)
 
 _NAMED_ARE_KEPT = ApiVersion("1.42")
 _TRUTHS = {"1": True, "true": True, "0": False, "false": False}
-
-Listing = Callable[[], Collection[Container]]
-"""Gives every container of this node, as what uses volumes."""
 
 
 class VolumeRequest(ApiObject):
@@ -81,18 +79,20 @@ async def prune_volumes(served: Served, request: web.Request) -> web.StreamRespo
     filters.refuse_unknown("label", "label!", "all")
     named_too = api_version(request) < _NAMED_ARE_KEPT or _is_true(filters, "all")
     removed, reclaimed = [], 0
+    used = users_by_volume(served.containers())
     for name in served.volumes.names():
         labels = served.volumes.labels(name) or {}
-        if served.volumes.has_options(name) or _driver(served.volumes, name) != LOCAL:
+        if name in used or served.volumes.has_options(name) or _driver(served.volumes, name) != LOCAL:
             continue
         if not has_prunable_labels(labels, filters) or not (named_too or ANONYMOUS in labels):
             continue
         size = await walk_tree(tree_bytes, str(served.volumes.path(name)))
-        # Checked last: a container may have been created meanwhile.
-        if name in users_by_volume(served.containers()):
-            continue
+        if not served.volumes.has(name):
+            continue  # another request has removed it
         try:
-            await served.volumes.remove(name)
+            await served.volumes.remove(name, served.containers)
+        except VolumeInUse:
+            continue  # a container was created meanwhile
         except SkepError as error:
             log.warning("volume not pruned", volume=name, reason=str(error))
             continue
@@ -108,7 +108,10 @@ async def list_volumes(served: Served, request: web.Request) -> web.StreamRespon
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "label", "name")
     used = users_by_volume(served.containers())
-    known = [shown_volume(served.volumes, name) for name in served.volumes.names()]
+    known = []
+    for name in served.volumes.names():
+        with suppress(NotFound):  # removed meanwhile
+            known.append(shown_volume(served.volumes, name))
     others, warnings = await _of_plugins(served.volumes)
     names = {one["Name"] for one in known}
     listed = known + [one for one in others if one["Name"] not in names]
@@ -164,19 +167,8 @@ async def remove_volume(served: Served, request: web.Request) -> web.StreamRespo
             return web.Response(status=204)
         driver = (await _found_in_plugin(served.volumes, name))["Driver"]
         await served.volumes.create(name, driver)  # what a plug-in lists is removed like what was made here
-    if users := users_by_volume(served.containers()).get(name):
-        raise AlreadyExists(f"remove {name}: volume is in use - [{', '.join(users)}]")
-    await served.volumes.remove(name, force=is_forced)
+    await served.volumes.remove(name, served.containers, force=is_forced)
     return web.Response(status=204)
-
-
-def users_by_volume(containers: Collection[Container]) -> Mapping[str, Sequence[str]]:
-    """Volume name -> ids of the containers that mount it, running or not."""
-    users: dict[str, list[str]] = {}
-    for container in containers:
-        for name in sorted({mount.name for mount in container.config.mounts if mount.name}):
-            users.setdefault(name, []).append(container.id)
-    return users
 
 
 async def _inspected(volumes: Volumes, name: str) -> dict[str, Any]:
@@ -220,7 +212,7 @@ def _driver(volumes: Volumes, name: str) -> str:
 
 
 def shown_volume(volumes: Volumes, name: str) -> dict[str, Any]:
-    """``docker volume inspect``, without asking a plug-in."""
+    """``docker volume inspect``, without asking a plug-in.  Raises: NotFound."""
     driver = _driver(volumes, name)
     plugin = volumes.plugins.known(driver)
     return {

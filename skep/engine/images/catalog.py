@@ -76,17 +76,15 @@ def with_references(catalog: Catalog, references: Iterable[Reference], id: Diges
     return msgspec.structs.replace(catalog, references={**catalog.references, **named}, steps=steps)
 
 
-def without(
-    catalog: Catalog, references: Collection[Reference], ids: Collection[str], in_use: Collection[str]
-) -> Catalog:
-    """The catalog without ``references`` and the images ``ids``; of these, those ``in_use`` are retired."""
+def without(catalog: Catalog, references: Collection[Reference], ids: Collection[str]) -> Catalog:
+    """The catalog without ``references`` and with the images ``ids`` retired."""
     texts, away = {str(reference) for reference in references}, set(ids)
     return msgspec.structs.replace(
         catalog,
         references={
             text: id for text, id in catalog.references.items() if text not in texts and id not in away
         },
-        retired=catalog.retired | (away & set(in_use)),
+        retired=catalog.retired | away,
         fetched=catalog.fetched - away,
         steps=catalog.steps - away,
     )

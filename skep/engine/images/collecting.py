@@ -24,7 +24,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import Image
-from skep.engine.images.removal import ImageUser
+from skep.engine.images.removal import Users
 from skep.engine.images.store import ImageStore
 from skep.errors import SkepError
 
@@ -105,7 +105,6 @@ class ImageCollector:
     """Keeps the disk of the images between its marks.
 
     Args:
-        users: every container of this node.
         needed: the images, as specs name them, that services of the cluster may need.  Raises: SkepError: it is not
             known at present, so that nothing is removed.
         marks: the present ones.
@@ -114,7 +113,7 @@ class ImageCollector:
     def __init__(
         self,
         images: ImageStore,
-        users: Callable[[], Collection[ImageUser]],
+        users: Users,
         needed: Callable[[], Awaitable[Collection[str]]],
         clock: Clock,
         marks: Callable[[], Marks],
@@ -162,7 +161,7 @@ class ImageCollector:
         for id in to_collect(candidates, layer_bytes, disk, marks, now_s):
             image = self._images.get(id)
             with suppress(SkepError):  # a container has been made of it meanwhile
-                await self._images.remove(id, force=True, prune=False, users=self._users())
+                await self._images.remove(id, force=True, prune=False, users=self._users)
                 removed.append(id)
                 log.info(
                     "unused image removed",

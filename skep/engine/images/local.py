@@ -14,7 +14,8 @@ is not known which layers these are, so none is deleted at all.  It is whole aga
 and gone when it is removed.
 
 Reads are synchronous, from memory.  Layers that a load or pull is about to use are *pinned*, so that a
-removal beside it leaves them; what is neither pinned nor part of an image is deleted.
+removal beside it leaves them; what is neither pinned nor part of an image is deleted.  An image that is removed is
+*retired*, and not found any more, then deleted unless a container has it, whose layers these are.
 """
 
 import asyncio
@@ -56,6 +57,10 @@ log = structlog.get_logger()
 
 _ASIDE = "gone-"
 """Begins the names of directories that are about to be removed."""
+
+
+InUse = Callable[[], Collection[str]]
+"""Gives the ids of the images that containers have, running or not."""
 
 
 class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -314,29 +319,11 @@ class LocalImages:
             await self._put(msgspec.structs.replace(catalog, tagged_at=stamps, fetched=fetched))
         self.announce("tag", image.id, reference.familiar)
 
-    async def discard(
-        self, references: Collection[Reference], image_ids: Collection[str], in_use: Collection[str]
-    ) -> Sequence[Digest]:
-        """Take away references and images; what ``removal`` decided.  Gives the layers that went with them.
-
-        The layers of images ``in_use`` by containers stay until ``sweep`` finds them unused.
-        """
-        async with self._writing:
-            catalog = without(self._catalog, references, image_ids, in_use)
-            await self._put(catalog)
-            gone = [id for id in image_ids if id not in catalog.retired]
-            await self._forget(gone)
-        return await self._collect()
-
-    async def sweep(self, in_use: Collection[str]) -> None:
+    async def sweep(self, in_use: InUse) -> None:
         """Delete what was kept for containers only and is no longer used by any."""
-        unused = self._catalog.retired - set(in_use)
-        if unused:
+        if self._catalog.retired:
             async with self._writing:
-                await self._put(
-                    msgspec.structs.replace(self._catalog, retired=self._catalog.retired - unused)
-                )
-                await self._forget(unused)
+                await self._forget_unused(in_use)
             await self._collect()
 
     @asynccontextmanager
@@ -557,6 +544,24 @@ class LocalImages:
                 with suppress(OSError):  # the next start finds it, without a name
                     await asyncio.shield(self._forget([id]))
             raise
+
+    async def _discard(
+        self, references: Collection[Reference], image_ids: Collection[str], in_use: InUse
+    ) -> None:
+        """Take away references and images; what ``removal`` decided.  Under ``_writing``; ``_collect`` follows.
+
+        The layers of images ``in_use`` by containers stay until ``sweep`` finds them unused.
+        """
+        # Retired first: a container that is being created is among the users by now, or does not find the image.
+        await self._put(without(self._catalog, references, image_ids))
+        await self._forget_unused(in_use)
+
+    async def _forget_unused(self, in_use: InUse) -> None:
+        """Of what was removed.  Under ``_writing``."""
+        if unused := self._catalog.retired - set(in_use()):
+            retired = self._catalog.retired - unused
+            await self._put(msgspec.structs.replace(self._catalog, retired=retired))
+            await self._forget(unused)
 
     async def _forget(self, image_ids: Iterable[str]) -> None:
         """Delete configurations.  Under ``_writing``."""

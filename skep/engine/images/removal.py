@@ -6,7 +6,7 @@ words.  Running containers and children always forbid; stopped ones and further 
 Source: moby 20.10, daemon/images/image_delete.go.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
@@ -26,6 +26,10 @@ class ImageUser(msgspec.Struct, frozen=True):
     container_id: str
     image_id: str
     is_running: bool
+
+
+Users = Callable[[], Collection[ImageUser]]
+"""Gives every container of this node, as what keeps its image."""
 
 
 class Removal(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ from skep.engine.images.registry import (
     RegistryError,
     decode_credentials,
 )
-from skep.engine.images.removal import ImageUser, ancestors_to_prune, removal
+from skep.engine.images.removal import Users, ancestors_to_prune, removal
 from skep.engine.images.spreading import NodeFetcher
 from skep.engine.images.workers import Limits
 from skep.errors import PermissionDenied, SkepError
@@ -42,6 +42,10 @@ from skep.errors import PermissionDenied, SkepError
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
+
+
+Chosen = tuple[Sequence[tuple[Digest, Reference]], Sequence[Image]]
+"""Names that are removed, with the ids of their images, and images."""
 
 
 class Removed(msgspec.Struct, frozen=True):
@@ -187,54 +191,62 @@ class ImageStore(LocalImages):
                 raise Denied(f"{error} ({provided.problem})", str(error)) from error
             raise
 
-    async def remove(
-        self, word: str, *, force: bool = False, prune: bool = True, users: Collection[ImageUser]
-    ) -> Removed:
+    async def remove(self, word: str, *, force: bool = False, prune: bool = True, users: Users) -> Removed:
         """Untag or delete (``docker rmi``).
 
         Args:
             prune: parents that nothing needs any more go, too.
-            users: every container of this node.
 
         Raises:
             NotFound; Conflict: something needs it.
         """
-        image = self.resolve(word) or self.damaged(word) or self.get(word)
-        decided = removal(word, image, force=force, users=users, children=self.children(image.id))
-        gone = [image] if decided.image_id else []
-        if gone and prune:
-            gone += ancestors_to_prune(image, self.images(), users)
-        return await self._take([(image.id, name) for name in decided.untagged], gone, users)
 
-    async def prune(
-        self, chosen: Callable[[Image], bool], *, users: Collection[ImageUser]
-    ) -> tuple[Removed, int]:
-        """Delete the images that are ``chosen`` and unused, with parents that nothing needs any more.
+        def choose() -> Chosen:
+            image = self.resolve(word) or self.damaged(word) or self.get(word)
+            present = users()
+            decided = removal(word, image, force=force, users=present, children=self.children(image.id))
+            gone = [image] if decided.image_id else []
+            if gone and prune:
+                gone += ancestors_to_prune(image, self.images(), present)
+            return [(image.id, name) for name in decided.untagged], gone
+
+        return await self._take(choose, users)
+
+    async def prune(self, is_chosen: Callable[[Image], bool], *, users: Users) -> tuple[Removed, int]:
+        """Delete the images that are chosen and unused, with parents that nothing needs any more.
 
         Also: how many bytes that freed.
         """
-        used = {user.image_id for user in users}
-        left = {image.id: image for image in self.images()}
-        gone: list[Image] = []
-        for image in tuple(left.values()):
-            if image.id in used or self.children(image.id) or not chosen(image):
-                continue
-            needless = ancestors_to_prune(image, tuple(left.values()), users)
-            gone += [left.pop(one.id) for one in (image, *needless)]
+
+        def choose() -> Chosen:
+            present = users()
+            used = {user.image_id for user in present}
+            left = {image.id: image for image in self.images()}
+            gone: list[Image] = []
+            for image in tuple(left.values()):
+                if image.id in used or self.children(image.id) or not is_chosen(image):
+                    continue
+                needless = ancestors_to_prune(image, tuple(left.values()), present)
+                gone += [left.pop(one.id) for one in (image, *needless)]
+            return [(image.id, reference) for image in gone for reference in image.references], gone
+
         before = self.bytes_used()
-        names = [(image.id, reference) for image in gone for reference in image.references]
-        removed = await self._take(names, gone, users)
+        removed = await self._take(choose, users)
         return removed, before - self.bytes_used()
 
     def bytes_used(self) -> int:
         """Size of all layers, unpacked."""
         return sum(layer.size_bytes for layer in self.layer_store.all().values())
 
-    async def _take(
-        self, names: Sequence[tuple[Digest, Reference]], gone: Sequence[Image], users: Collection[ImageUser]
-    ) -> Removed:
-        ids = [image.id for image in gone]
-        layers = await self.discard({name for _, name in names}, ids, {user.image_id for user in users})
+    async def _take(self, choose: Callable[[], Chosen], users: Users) -> Removed:
+        def in_use() -> Collection[str]:
+            return {user.image_id for user in users()}
+
+        async with self._writing:  # names and containers may change before
+            names, gone = choose()
+            ids = [image.id for image in gone]
+            await self._discard({name for _, name in names}, ids, in_use)
+        layers = await self._collect()
         for id, _ in names:
             self.announce("untag", id, id)  # as in Docker: the event does not have the name
         for id in ids:

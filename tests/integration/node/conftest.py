@@ -20,6 +20,7 @@ from skep.engine.container import (
 )
 from skep.engine.engine import Engine
 from skep.engine.images.store import ImageStore
+from skep.engine.log_drivers.facts import with_attributes
 from tests.support.api_lab import Api, serving
 from tests.support.runc_lab import IMAGE, IMAGE_ID, Lab
 
@@ -84,6 +85,7 @@ class Runner:
         plain: PlainOptions | None = None,
         **config: Any,
     ) -> Container:
+        made = ContainerConfig(path=command[0], args=command[1:], **config)
         return await self.engine.add(
             NewContainer(
                 name=name or f"c-{secrets.token_hex(4)}",
@@ -92,7 +94,7 @@ class Runner:
                 layers=(str(self.lab.tree),),
                 labels=labels or {},
                 plain=plain,
-                config=ContainerConfig(path=command[0], args=command[1:], **config),
+                config=await with_attributes(made, labels or {}),
             )
         )
 

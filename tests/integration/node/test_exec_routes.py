@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+import pytest
+
 from tests.integration.node.conftest import Runner
 from tests.support.api_lab import Api
 
@@ -28,6 +30,33 @@ async def test_output_continues_after_the_end_of_the_input(api: Api, run: Runner
     assert b"".join(data for stream, data in frames if stream == 2) == b"bad\n"
     _, found = await api.ask("GET", f"/exec/{id}/json")
     assert (found["ExitCode"], found["Running"]) == (3, False)
+    raw.writer.close()
+
+
+@pytest.mark.parametrize("is_out", [True, False])
+@pytest.mark.parametrize("is_error", [True, False])
+async def test_a_client_gets_the_streams_that_it_has_attached_and_the_exit_code(
+    api: Api, run: Runner, *, is_out: bool, is_error: bool
+):
+    container = await run.start("sleep", "100")
+    script = "echo out; echo bad >&2; exit 3"
+    attached = {"AttachStdout": is_out, "AttachStderr": is_error}
+    id = await an_exec(api, container.id, "sh", "-c", script, **attached)
+    raw = await api.hijack(f"/exec/{id}/start", {})
+    frames = await asyncio.wait_for(raw.frames(), 10)
+    assert sorted(frames) == [(1, b"out\n")] * is_out + [(2, b"bad\n")] * is_error
+    assert (await api.ask("GET", f"/exec/{id}/json"))[1]["ExitCode"] == 3
+    raw.writer.close()
+
+
+@pytest.mark.parametrize("is_out", [True, False])
+async def test_of_a_terminal_all_is_standard_output(api: Api, run: Runner, *, is_out: bool):
+    container = await run.start("sleep", "100")
+    attached = {"AttachStdout": is_out, "AttachStderr": True}
+    id = await an_exec(api, container.id, "sh", "-c", "echo out; echo bad >&2", Tty=True, **attached)
+    raw = await api.hijack(f"/exec/{id}/start", {"Tty": True})
+    content = await asyncio.wait_for(raw.reader.read(-1), 10)
+    assert content == (b"out\r\nbad\r\n" if is_out else b"")
     raw.writer.close()
 
 

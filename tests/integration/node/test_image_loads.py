@@ -242,11 +242,11 @@ async def test_an_image_has_the_id_that_the_engine_gives_it(images: ImageStore, 
 async def test_a_removed_image_keeps_the_layers_that_a_container_stands_on(images: ImageStore):
     (image,) = await images.load(pieces(a_docker_archive(a_layer())))
     stopped = [ImageUser("c" * 64, image.id, False)]
-    removed = await images.remove(image.id, force=True, users=stopped)
+    removed = await images.remove(image.id, force=True, users=lambda: stopped)
     assert removed.deleted == (image.id,)
     assert not images.images()
     assert images.layer_store.all()
-    await images.sweep(())
+    await images.sweep(list)
     assert not images.layer_store.all()
 
 
@@ -255,9 +255,9 @@ async def test_layers_go_with_the_last_image_that_has_them(images: ImageStore):
     await images.load(pieces(a_docker_archive(shared, tags=["base:1"])))
     await images.load(pieces(a_docker_archive(shared, own, tags=["app:1"])))
     assert len(images.layer_store.all()) == 2
-    await images.remove("app:1", users=())
+    await images.remove("app:1", users=list)
     assert len(images.layer_store.all()) == 1
-    await images.remove("base:1", users=())
+    await images.remove("base:1", users=list)
     assert not images.layer_store.all()
 
 

@@ -97,7 +97,7 @@ async def test_a_task_has_a_plug_ins_volume_from_its_start_to_its_end(
     await eventually(lambda: disks.mounts == {"one": set()}, "the last user is given back")
     assert str(executor.engine.volumes.path("one")) not in mount_targets()
     await first.remove()
-    await executor.engine.volumes.remove("one")
+    await executor.engine.volumes.remove("one", executor.engine.list)
     assert disks.volumes == {}
     assert lab.remains() == []
 

@@ -174,6 +174,16 @@ async def test_options_that_cannot_be_read_leave_the_other_volumes_in_the_list(
     ]
 
 
+async def test_a_volume_that_is_removed_meanwhile_is_not_listed(
+    api: Api, volumes: Volumes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volumes, "names", lambda: ["free", "gone", "used"])
+    listed = await (await api.get("/volumes")).json()
+    assert [one["Name"] for one in listed["Volumes"]] == ["free", "used"]
+    pruned = await (await api.post("/v1.41/volumes/prune")).json()
+    assert pruned == {"VolumesDeleted": ["free"], "SpaceReclaimed": 0}
+
+
 async def test_pruning_refuses_filters_that_it_does_not_know(api: Api, volumes: Volumes) -> None:
     for filters, message in (
         ('{"all":["maybe"]}', "invalid filter 'all=[maybe]'"),

@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from skep.engine.mounts import check_local_options, check_subpath, mount_point
-from skep.engine.volumes import ANONYMOUS, Volumes
+from skep.engine.volume_store import ANONYMOUS
+from skep.engine.volumes import Volumes
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
@@ -144,7 +145,7 @@ async def test_a_volume_keeps_what_has_used_it_until_it_is_removed(tmp_path: Pat
     again = Volumes(tmp_path)
     again.open()
     assert again.uses == {"data": {"web.1": 5, "web.2": 7}}
-    await again.remove("data")
+    await again.remove("data", list)
     assert again.uses == {}
     with pytest.raises(Unavailable, match="use of volume data not kept"):
         await again.note_use("data", "web.1", 9)

@@ -129,7 +129,7 @@ async def images_come_and_the_process_changes(directory: Path, faults: Faults) -
     try:
         await second.pull("new:1")
         await second.tag("new:1", Reference("docker.io", "library/other", "1"))
-        await second.remove("new:1", users=())
+        await second.remove("new:1", users=list)
     except* (SkepError, OSError):
         pass
     faults.end()

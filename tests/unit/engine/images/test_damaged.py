@@ -101,7 +101,7 @@ async def test_the_neighbours_of_a_damaged_image_come_and_go(root: Path) -> None
     store = await opened(root, Reports())
     assert store.layers(store.get("neighbour:1"))
     await store.tag("neighbour:1", parse_reference("further:1"))
-    await store.remove(digest_of(NEIGHBOUR), force=True, users=())
+    await store.remove(digest_of(NEIGHBOUR), force=True, users=list)
     assert store.images() == ()
     assert layers_on_disk(root) == CHAINS, "it is not known which of them the damaged image has"
 
@@ -110,7 +110,7 @@ async def test_a_damaged_image_that_comes_again_is_whole(root: Path) -> None:
     damage(root, cut)
     reports = Reports()
     store = await opened(root, reports)
-    await store.remove("neighbour:1", users=())
+    await store.remove("neighbour:1", users=list)
     await store.add(DAMAGED)
     assert reports[-1] == ""
     assert store.get("damaged:1").id == digest_of(DAMAGED)
@@ -122,7 +122,7 @@ async def test_a_damaged_image_is_removed_by_id_or_name(root: Path, word: str) -
     damage(root, flip)
     reports = Reports()
     store = await opened(root, reports)
-    await store.remove(word, users=())
+    await store.remove(word, users=list)
     assert reports[-1] == ""
     assert layers_on_disk(root) == {*chain_of(BASE, OTHER)}
     assert [one.id for one in (await opened(root, Reports())).images()] == [digest_of(NEIGHBOUR)]
@@ -131,12 +131,14 @@ async def test_a_damaged_image_is_removed_by_id_or_name(root: Path, word: str) -
 async def test_a_damaged_image_is_not_removed_while_a_container_runs(root: Path) -> None:
     damage(root, cut)
     store = await opened(root, Reports())
+    users: list[ImageUser] = []
     for is_running in (True, False):
+        users[:] = [ImageUser("c1", digest_of(DAMAGED), is_running)]
         with pytest.raises(Conflict):
-            await store.remove("damaged:1", users=[ImageUser("c1", digest_of(DAMAGED), is_running)])
-    await store.remove("damaged:1", force=True, users=[ImageUser("c1", digest_of(DAMAGED), False)])
+            await store.remove("damaged:1", users=lambda: users)
+    await store.remove("damaged:1", force=True, users=lambda: users)
     assert layers_on_disk(root) == CHAINS, "the container stands on them"
-    await store.sweep(())
+    await store.sweep(list)
     assert layers_on_disk(root) == {*chain_of(BASE, OTHER)}
 
 
@@ -146,5 +148,5 @@ async def test_an_image_that_lacks_a_layer_keeps_the_others(root: Path) -> None:
     store = await opened(root, reports)
     assert layers_on_disk(root) == CHAINS
     assert "2 images" in reports[-1], "both stand on it"
-    await store.remove("neighbour:1", users=())
+    await store.remove("neighbour:1", users=list)
     assert layers_on_disk(root) == {*chain_of(BASE, APP)}

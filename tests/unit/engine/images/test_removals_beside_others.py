@@ -1,0 +1,102 @@
+"""Images that are removed while containers are made of them, and while they are named and come again."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from skep.engine.api.containers import image_users
+from skep.engine.images import local
+from skep.engine.images.digest import chain_ids, digest_of, hex_of
+from skep.engine.images.layers import Layer
+from skep.engine.images.reference import parse_reference
+from skep.engine.images.removal import ImageUser
+from skep.engine.images.store import ImageStore
+from skep.linux.files import replace_file
+from tests.support.archives import a_config
+from tests.support.oci_rig import Machine, memory_engine, new_container
+
+CONTENT = b"a layer"
+CONFIG = a_config(CONTENT)
+ID, (CHAIN_ID,) = digest_of(CONFIG), chain_ids([digest_of(CONTENT)])
+USERS = [ImageUser("c" * 64, ID, is_running=False)]
+
+
+async def opened(root: Path) -> ImageStore:
+    store = ImageStore(root)
+    await store.open()
+    await store.settle()
+    return store
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> ImageStore:
+    """It has one image, ``app:1``."""
+    directory = tmp_path / "images/layers" / hex_of(CHAIN_ID)
+    (directory / "diff").mkdir(parents=True)
+    layer = Layer(chain_id=CHAIN_ID, diff_id=digest_of(CONTENT), size_bytes=1, plain_bytes=1)
+    (directory / "layer.json").write_bytes(msgspec.json.encode(layer))
+    store = ImageStore(tmp_path / "images")
+    await store.open()
+    await store.add(CONFIG, [parse_reference("app:1")])
+    return store
+
+
+@pytest.mark.parametrize("prunes", [False, True])
+async def test_the_layers_of_a_container_that_is_created_meanwhile_stay(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, prunes: bool
+) -> None:
+    users: list[ImageUser] = []
+
+    def write(file: Path, content: bytes, **options: Any) -> None:
+        replace_file(file, content, **options)
+        users[:] = USERS
+
+    monkeypatch.setattr(local, "replace_file", write)
+    if prunes:
+        await store.prune(lambda _: True, users=lambda: users)
+    else:
+        await store.remove("app:1", users=lambda: users)
+    for one in (store, await opened(tmp_path / "images")):
+        assert one.images() == ()
+        assert set(one.layer_store.all()) == {CHAIN_ID}
+    await store.sweep(list)
+    assert not store.layer_store.all()
+
+
+async def test_what_a_removal_takes_is_decided_on_the_names_that_there_are_by_then(store: ImageStore) -> None:
+    tagging = asyncio.create_task(store.tag("app:1", parse_reference("other:1")))
+    await asyncio.wait([tagging], timeout=0)  # it writes
+    removed = await store.remove("app:1", users=list)
+    await tagging
+    assert (removed.untagged, removed.deleted) == (("app:1",), ())
+    assert store.get("other:1").id == ID
+
+
+async def test_an_image_that_comes_again_is_not_swept(store: ImageStore, tmp_path: Path) -> None:
+    await store.remove("app:1", force=True, users=lambda: USERS)
+    coming = asyncio.create_task(store.add(CONFIG, [parse_reference("app:1")]))
+    await asyncio.wait([coming], timeout=0)
+    await store.sweep(list)
+    await coming
+    for one in (store, await opened(tmp_path / "images")):
+        assert one.get("app:1").id == ID
+        assert set(one.layer_store.all()) == {CHAIN_ID}
+
+
+async def test_the_layers_of_a_removed_image_go_with_its_last_container(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = memory_engine(tmp_path, Machine(), monkeypatch)
+    engine.images = store
+    async with engine.running():
+        containers = [
+            await engine.add(msgspec.structs.replace(new_container(name), image_id=ID)) for name in "ab"
+        ]
+        await store.remove(ID, force=True, users=lambda: image_users(engine))
+        for container in containers:
+            assert store.layer_store.all()
+            await engine.remove(container.id)
+    assert not store.layer_store.all()
