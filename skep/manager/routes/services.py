@@ -27,7 +27,7 @@ from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
-from skep.model.container import ContainerSpec
+from skep.model.container import ContainerSpec, Mount
 from skep.model.encoding import ApiObject
 from skep.model.ids import ServiceId
 from skep.model.network import Network
@@ -227,7 +227,7 @@ async def read_spec(request: web.Request) -> ServiceSpec:
 def known_to(version: ApiVersion, spec: ServiceSpec) -> ServiceSpec:
     """``spec`` without what an API ``version`` does not have yet.
 
-    Source: moby 20.10 and 27, api/server/router/swarm/helpers.go (adjustForAPIVersion).
+    Source: moby 20.10 and 28.5, api/server/router/swarm/helpers.go (adjustForAPIVersion).
     """
     template = spec.task_template
     container, placement, resources = template.container_spec, template.placement, template.resources
@@ -257,13 +257,20 @@ def _container_known_to(version: ApiVersion, container: ContainerSpec) -> Contai
         container = replace(container, sysctls={}, configs=configs)
     if version < _V1_41:
         container = replace(container, capability_add=(), capability_drop=(), ulimits=())
-    if version < _V1_44 and container.healthcheck is not None:
-        container = replace(container, healthcheck=replace(container.healthcheck, start_interval=0))
-    if version < _V1_46:
-        container = replace(container, oom_score_adj=0)
+    if version < _V1_44:
+        if container.healthcheck is not None:
+            container = replace(container, healthcheck=replace(container.healthcheck, start_interval=0))
         if privileges is not None:
             privileges = replace(privileges, seccomp=None, app_armor=None, no_new_privileges=False)
+    if version < _V1_46:
+        mounts = tuple(map(_without_tmpfs_options, container.mounts))
+        container = replace(container, oom_score_adj=0, mounts=mounts)
     return replace(container, privileges=privileges)
+
+
+def _without_tmpfs_options(mount: Mount) -> Mount:
+    tmpfs = mount.tmpfs_options
+    return mount if tmpfs is None else replace(mount, tmpfs_options=replace(tmpfs, options=()))
 
 
 # -- whether the networks have addresses for all replicas ------------------------------------------------------------
