@@ -287,20 +287,24 @@ def _secret_warnings(spec: ServiceSpec) -> list[str]:
 def room_warnings(view: View, service: Service) -> list[str]:
     """A sentence for each network of ``service`` that it makes nearly full, or more than full."""
     services = view.find(Service)
-    attached = [view.lookup(Network, target) for target in _targets(service)]
-    if not attached or len(services) > _SERVICES_MAX:
+    wanted = dict.fromkeys(_targets(service), 0)
+    if not wanted or len(services) > _SERVICES_MAX:
         return []
     nodes = len(view.find(Node))
+    for one in services:
+        if one.removed_at is None and (shared := wanted.keys() & _targets(one)):
+            number = _addresses(one, nodes)
+            for target in shared:
+                wanted[target] += number
     warnings = []
-    for network in attached:
+    for target, number in wanted.items():
+        network = view.lookup(Network, target)
         if network is None or not is_overlay(network) or not has_addresses(network):
             continue
-        users = (one for one in services if one.removed_at is None and network.id in _targets(one))
-        wanted = sum(_addresses(one, nodes) for one in users)
         size = usage_of(network, 0).size
-        if wanted >= NEARLY_FULL * size:
+        if number >= NEARLY_FULL * size:
             warnings.append(
-                f"network {network.spec.name} has {size} addresses, and its services need {wanted}: "
+                f"network {network.spec.name} has {size} addresses, and its services need {number}: "
                 f"skep network update --subnet-add SUBNET {network.spec.name} gives it more"
             )
     return warnings
