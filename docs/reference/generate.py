@@ -334,6 +334,8 @@ class Limit(NamedTuple):
 LIMITS: Mapping[str, Sequence[Limit]] = {
     "Objects of the cluster": (
         Limit("replicas of a service", "skep.model.service:REPLICAS_MAX", "refused"),
+        Limit("published ports of a service", "skep.model.publishing:PORTS_MAX", "refused"),
+        Limit("labels `skep.publish.*` of a service", "skep.model.publishing:LABELS_MAX", "refused"),
         Limit("an object, encoded", "skep.store.interface:KindSchema.max_bytes", "refused", "bytes"),
         Limit("a secret", "skep.manager.control.files:SECRET_BYTES_MAX", "refused", "bytes"),
         Limit("a config", "skep.manager.control.files:CONFIG_BYTES_MAX", "refused", "bytes"),

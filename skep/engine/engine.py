@@ -318,7 +318,10 @@ class Engine:
     async def _add_filled(
         self, new: NewContainer, own: Sequence[MountPoint], mounts: Sequence[Mount], chain: Sequence[Digest]
     ) -> Container:
-        """``add``, with new volumes of ``own`` filled; of what fails or is cut off nothing stays.  ``chain``: its layers."""
+        """``add``, with new volumes filled; of what fails or is cut off nothing stays.
+
+        ``own``: its mounts but those of other containers; ``chain``: the layers that it needs.
+        """
         container: Container | None = None
         try:
             async with self.images.pinned(chain):
@@ -549,9 +552,8 @@ class Engine:
         chosen = create.checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
-        await self._lifecycle.carry_out(
-            self._rename(container.id, chosen), name=f"rename-{container.id[:12]}"
-        )
+        renaming = self._rename(container.id, chosen)
+        await self._lifecycle.carry_out(renaming, name=f"rename-{container.id[:12]}")
 
     async def _rename(self, id: ContainerId, name: str) -> None:
         self.events.publish("rename", await self.networks.rename(id, name))

@@ -52,17 +52,19 @@ class GenericStock:
         for resource in resources:
             if (named := resource.named_resource_spec) is not None:
                 self._names.get(named.kind, {}).pop(named.value, None)
-            elif (discrete := resource.discrete_resource_spec) is not None:
+            else:
                 # May become negative when the node shrank under its tasks: then nothing is free.
-                self._counts[discrete.kind] = self._counts.get(discrete.kind, 0) - discrete.value
+                kind, amount = kind_and_amount(resource)
+                self._counts[kind] = self._counts.get(kind, 0) - amount
 
     def give_back(self, resources: Iterable[GenericResource]) -> None:
         """Release resources."""
         for resource in resources:
             if (named := resource.named_resource_spec) is not None:
                 self._names.setdefault(named.kind, {})[named.value] = None
-            elif (discrete := resource.discrete_resource_spec) is not None:
-                self._counts[discrete.kind] = self._counts.get(discrete.kind, 0) + discrete.value
+            else:
+                kind, amount = kind_and_amount(resource)
+                self._counts[kind] = self._counts.get(kind, 0) + amount
 
 
 def reservations_of(spec: TaskSpec) -> Resources:
@@ -72,9 +74,12 @@ def reservations_of(spec: TaskSpec) -> Resources:
 
 
 def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
-    """The kind of the resource, and the amount."""
+    """The kind of the resource, and the amount.
+
+    A negative amount, as a node may offer and an earlier version stored it, is none: it would add to what is free.
+    """
     if (discrete := resource.discrete_resource_spec) is not None:
-        return discrete.kind, discrete.value
+        return discrete.kind, max(0, discrete.value)
     if (named := resource.named_resource_spec) is not None:
         return named.kind, 1
     return "", 0

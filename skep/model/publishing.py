@@ -26,6 +26,11 @@ AFFINITY = "affinity"
 LOCAL = "local"
 PROXY_PROTOCOL = "proxy-protocol"
 
+PORTS_MAX = 1_000
+"""Published ports of a service.  The transaction that claims them has no room for more (``store.proposal``)."""
+LABELS_MAX = 4_000
+"""Labels of a service with these options: each of the four for every port."""
+
 _NAME = re.compile(r"skep\.publish\.(?:(?P<port>[^.]+)\.)?(?P<option>[a-z-]+)")
 _PORT = re.compile(r"(?P<number>[0-9]{1,5})(?:/(?P<protocol>tcp|udp|sctp))?")
 _WORDS = {
@@ -57,16 +62,23 @@ class _Setting(msgspec.Struct, frozen=True):
     option: str
     value: str
 
-    def concerns(self, port: PortConfig) -> bool:
-        return self.number in (0, port.published_port) and self.protocol in ("", port.protocol)
+
+def publish_options(
+    labels: Mapping[str, str], ports: Iterable[PortConfig]
+) -> Iterator[tuple[PortConfig, PublishOptions]]:
+    """The options in the labels of a service for each of ``ports``; an invalid label counts as absent."""
+    settings: dict[tuple[int, str], dict[str, str]] = {}
+    for one in _readable(labels):
+        settings.setdefault((one.number, one.protocol), {})[one.option] = one.value
+    for port in ports:
+        found: dict[str, str] = {}
+        for number in (0, port.published_port):
+            for protocol in ("", port.protocol):
+                found |= settings.get((number, protocol), {})  # the more specific label comes later
+        yield port, _options(port, found)
 
 
-def publish_options(labels: Mapping[str, str], port: PortConfig) -> PublishOptions:
-    """The options in the labels of a service for ``port``; an invalid label counts as absent."""
-    found: dict[str, str] = {}
-    for setting in sorted(_readable(labels), key=lambda one: (bool(one.number), bool(one.protocol))):
-        if setting.concerns(port):  # the more specific label comes later
-            found[setting.option] = setting.value
+def _options(port: PortConfig, found: Mapping[str, str]) -> PublishOptions:
     is_mesh = port.publish_mode is PublishMode.INGRESS
     version = found.get(PROXY_PROTOCOL, "none") if is_mesh and port.protocol == "tcp" else "none"
     return PublishOptions(
@@ -78,24 +90,32 @@ def publish_options(labels: Mapping[str, str], port: PortConfig) -> PublishOptio
 
 
 def check_publishing(spec: ServiceSpec) -> None:
-    """Raises: InvalidArgument: a ``skep.*`` label is invalid, or matches no port of the service."""
+    """Raises: InvalidArgument: too many ports or labels; one of these labels is invalid, or matches no port."""
     ports = spec.endpoint_spec.ports if spec.endpoint_spec else ()
-    for name, value in spec.labels.items():
-        if name.startswith(PREFIX):
-            _check_fits(_setting(name, value), ports)
+    if len(ports) > PORTS_MAX:
+        raise InvalidArgument(f"a service can publish at most {PORTS_MAX} ports, not {len(ports)}")
+    labels = {name: value for name, value in spec.labels.items() if name.startswith(PREFIX)}
+    if len(labels) > LABELS_MAX:
+        raise InvalidArgument(f"a service can have at most {LABELS_MAX} labels {PREFIX}*, not {len(labels)}")
+    published: dict[int, set[tuple[str, PublishMode]]] = {}
+    for port in ports:
+        published.setdefault(port.published_port, set()).add((port.protocol, port.publish_mode))
+    for name, value in labels.items():
+        _check_fits(_setting(name, value), published)
 
 
-def _check_fits(setting: _Setting, ports: Iterable[PortConfig]) -> None:
+def _check_fits(setting: _Setting, published: Mapping[int, Iterable[tuple[str, PublishMode]]]) -> None:
     if not setting.number:
         return
-    concerned = [port for port in ports if setting.concerns(port)]
+    of_number = published.get(setting.number, ())
+    concerned = [(protocol, mode) for protocol, mode in of_number if setting.protocol in ("", protocol)]
     if not concerned:
         raise InvalidArgument(f"invalid label {setting.label}: the service publishes no such port")
     if setting.option == HOST_IP:
         return
-    if all(port.publish_mode is PublishMode.HOST for port in concerned):
+    if all(mode is PublishMode.HOST for _, mode in concerned):
         raise InvalidArgument(f"invalid label {setting.label}: the port is published in host mode")
-    if setting.option == PROXY_PROTOCOL and all(port.protocol != "tcp" for port in concerned):
+    if setting.option == PROXY_PROTOCOL and all(protocol != "tcp" for protocol, _ in concerned):
         raise InvalidArgument(f"invalid label {setting.label}: the PROXY protocol is for tcp")
 
 

@@ -298,25 +298,21 @@ def _files(
 
 
 def _file(one: Reader, key: str, name: str, given: str, stack: str, content: bytes | None) -> StackFile:
-    sources = [
-        source for source in ("file", "content", "environment", "driver") if one.node(source) is not None
-    ]
+    sources = [source for source in ("file", "content", "environment") if one.node(source) is not None]
     if key == "secrets":
         one.refuse("content", "a secret's value does not belong into the file: use file or environment")
-    else:
-        one.refuse("driver", "only secrets have drivers")
-    if len(sources) != 1:
+    for option in ("driver", "driver_opts"):
+        one.refuse(option, "the data cannot come from a driver: use file or environment")
+    if len(sources) != 1 and one.node("driver") is None:
         one.problem(
             sources[-1] if sources else "file",
             f"want one of file, content and environment, not {' and '.join(sources) or 'none'}",
         )
-    text, driver = one.text("content"), one.text("driver")
+    text = one.text("content")
     content = text.encode() if "content" in sources else content
     if content is not None and len(content) > _FILE_BYTES_MAX[key]:
         one.problem(sources[0] if sources else "file", f"it is larger than {_FILE_BYTES_MAX[key] >> 10} KiB")
-    options, template = one.labels("driver_opts"), one.text("template_driver")
-    if options and not driver:
-        one.problem("driver_opts", "these are options of a driver, and there is none")
+    template = one.text("template_driver")
     labels = one.labels("labels") | {NAMESPACE: stack}
     templating = {"Name": template} if template else None
     base = f"{stack}_{name}"
@@ -328,6 +324,5 @@ def _file(one: Reader, key: str, name: str, given: str, stack: str, content: byt
         name=given or base,
         content=content,
         labels=labels,
-        driver={"Name": driver, "Options": options} if driver else None,
         templating=templating,
     )

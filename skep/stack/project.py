@@ -48,14 +48,13 @@ class StackNetwork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StackFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret or a config.  ``content`` None: it is external, or a driver has it."""
+    """A secret or a config.  ``content`` None: it is external."""
 
     place: Place
     name: str
     is_external: bool = False
     content: bytes | None = None
     labels: Mapping[str, str] = {}
-    driver: Mapping[str, Any] | None = None
     templating: Mapping[str, Any] | None = None
 
     @property
@@ -64,8 +63,6 @@ class StackFile(msgspec.Struct, frozen=True, kw_only=True):
         made: dict[str, Any] = {"Name": self.name, "Labels": dict(self.labels)}
         if self.content is not None:
             made["Data"] = base64.b64encode(self.content).decode()
-        if self.driver is not None:
-            made["Driver"] = dict(self.driver)
         if self.templating is not None:
             made["Templating"] = dict(self.templating)
         return made

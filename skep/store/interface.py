@@ -6,7 +6,8 @@ Reads are synchronous and local.  A transaction is a plain function that runs ag
 proposed; on a conflict it runs again on newer state, so it must be free of side effects.  The proposal compares every
 key that it wrote and every object that it read with ``get``.  The results of ``find`` are not compared: "unused" and
 "free" have their own keys (references and claims, see ``schema``), so concurrent transactions cannot remove a secret
-in use or publish one port twice.
+in use or publish one port twice.  Where there is no such key, a rare transaction compares a whole kind
+(``rely_on_all``).
 """
 
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -103,6 +104,12 @@ class Transaction(View, Protocol):
 
         ``parts``: compare only these (``"session"`` of a node) and that the object still exists; default all.
         Raises: Unavailable: it is stored but cannot be read, which must not be taken for absence.
+        """
+
+    def rely_on_all(self, kind: type[Object]) -> None:
+        """The commit fails if an object of the kind was created or changed concurrently, by whatever writer.
+
+        For rare transactions only: every write of the kind makes them run again.  One of ``keys.KINDS_COMPARED``.
         """
 
 

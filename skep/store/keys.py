@@ -40,6 +40,17 @@ def part_key(head_key: str, part: str) -> str:
     return f"{head_key}.{part}" if part else head_key
 
 
+def kind_prefix(kind: str) -> str:
+    """The prefix of all objects of a kind."""
+    return f"o/{kind}/"
+
+
+KINDS_COMPARED: Final = frozenset({"network", "service"})
+"""Kinds all of whose objects a transaction may compare (``Transaction.rely_on_all``)."""
+
+_COMPARED: Final = tuple(sorted(map(kind_prefix, KINDS_COMPARED)))
+
+
 def parsed_object_key(key: str) -> tuple[str, str, str]:
     """``(kind, id, part)`` of an ``o/`` key."""
     head, _, part = parted(key)
@@ -127,4 +138,4 @@ def covering_prefix(key: str) -> str | None:
         return reference_prefix(kind, id)
     if key.startswith("s/"):
         return shared_prefix(parsed_shared_key(key)[0])
-    return None
+    return kind_prefix(key.split("/", 2)[1]) if key.startswith(_COMPARED) else None

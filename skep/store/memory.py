@@ -71,7 +71,7 @@ class MemoryCluster:
         self.incarnation = 1
         self._entries: dict[str, KeyChange] = {}
         self._ranged: list[str] = []
-        """Keys below prefixes for which ranges are compared, sorted."""
+        """References and shared claims, for which ranges are often compared, sorted."""
         self._history: list[tuple[int, tuple[KeyChange, ...]]] = []
         self._choose = choose
         self._candidates: dict[NodeId, MemoryStore] = {}
@@ -125,6 +125,9 @@ class MemoryCluster:
                 return all(self._entries[key].revision <= revision for key in self._below(prefix))
 
     def _below(self, prefix: str) -> Iterable[str]:
+        if prefix[0] not in "rs":
+            yield from (key for key in self._entries if key.startswith(prefix))
+            return
         index = bisect_left(self._ranged, prefix)
         while index < len(self._ranged) and self._ranged[index].startswith(prefix):
             yield self._ranged[index]

@@ -36,7 +36,10 @@ class Exists(msgspec.Struct, frozen=True, gc=False):
 
 
 class NothingSince(msgspec.Struct, frozen=True, gc=False):
-    """No key below ``prefix`` was written after ``revision``, the state in which the transaction read the prefix."""
+    """No key below ``prefix`` was written after ``revision``, the state in which the transaction read the prefix.
+
+    Keys that were deleted since do not count.
+    """
 
     prefix: str
     revision: int

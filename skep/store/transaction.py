@@ -54,6 +54,8 @@ class LocalTransaction:
         """Objects that this transaction put (None: deleted), by kind name and id, in the order of the first write."""
         self._relied: dict[Owner, set[str] | None] = {}
         """Objects whose concurrent change fails the commit -> the parts that count, None: all."""
+        self._relied_kinds: set[str] = set()
+        """Kinds of which any concurrent change fails it."""
         self._claimed: dict[str, Owner | None] = {}
         self._existing: set[Owner] = set()
         self._level: int | None = None
@@ -84,6 +86,11 @@ class LocalTransaction:
         if found is None and id in table.unreadable and owner not in self._written:
             raise table.missing(id)
         return found
+
+    def rely_on_all(self, kind: type[msgspec.Struct]) -> None:
+        name = self._state.table_by_type[kind].schema.name
+        assert name in keys.KINDS_COMPARED, name
+        self._relied_kinds.add(name)
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
         """The state's objects with those this transaction has put; relies on none of them."""
@@ -348,6 +355,8 @@ class LocalTransaction:
             return Proposal()
         for owner, parts in self._relied.items():
             builder.rely_on(self._state.table_by_name[owner[0]], owner[1], parts)
+        for kind in sorted(self._relied_kinds):
+            builder.rely_on_all(kind)
         for used in self._existing:
             builder.expect(used)
         return builder.proposal()
@@ -487,6 +496,10 @@ class ProposalBuilder:
             self._compares[Unchanged(keys.object_key(kind, id, part), table.revision(id, part))] = None
         if parts is not None and HEAD not in parts:
             self.expect((kind, id))
+
+    def rely_on_all(self, kind: str) -> None:
+        """Compare that no object of the kind was written."""
+        self._compares[NothingSince(keys.kind_prefix(kind), self._state.revision)] = None
 
     def expect(self, owner: Owner) -> None:
         """Compare that the object still exists; not needed for one that this transaction creates."""

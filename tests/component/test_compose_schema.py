@@ -128,7 +128,6 @@ BESIDE: dict[str, dict[str, Any]] = {
     "services.volumes[].image": {"type": "image", "source": "i", "target": "/t"},
     "services.ulimits.name": {"hard": "5", "soft": "5"},
     "services.deploy.resources.reservations.devices[]": {"capabilities": ["gpu"]},
-    "secrets.driver_opts": {"driver": "d"},
 }
 """What stands in a mapping for a key of it to mean something; with a key behind it, for that key."""
 for _limit in ("read_bps", "read_iops", "write_bps", "write_iops"):

@@ -5,7 +5,7 @@ container_operations.go (ingress comes first).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import ip_interface, ip_network
 from typing import Any
 
@@ -28,7 +28,7 @@ from skep.model.planes import driver_of, is_overlay
 from skep.model.publishing import publish_options
 from skep.model.rights import ALL_RIGHTS, MachineRights, Right, rights_of, rights_text
 from skep.model.sandbox import EndpointConfig, PublishedPort
-from skep.model.service import PortConfig, PublishMode
+from skep.model.service import PublishMode
 from skep.model.tables import NetworkHead
 from skep.model.task import AssignedTask, NetworkAttachment, Task
 from skep.model.times import SECOND_NS
@@ -237,11 +237,7 @@ def task_options(
             "com.docker.swarm.task.name": task.name,
         },
         endpoints=(*endpoint_configs(task.task), *own_networks),
-        ports=tuple(
-            published_port(port, task.service_labels)
-            for port in task.ports
-            if port.publish_mode is PublishMode.HOST
-        ),
+        ports=tuple(published_ports(task)),
         mounts=tuple(mounts),
         hosts=spec.hosts,
         stop_grace_ns=spec.stop_grace_ns,
@@ -284,15 +280,16 @@ def _network_mode(task: Task) -> str:
     return "host"
 
 
-def published_port(port: PortConfig, service_labels: Mapping[str, str]) -> PublishedPort:
-    """A port in host mode, on the address that the service's labels name.
+def published_ports(task: AssignedTask) -> Iterator[PublishedPort]:
+    """Its ports in host mode, on the addresses that the service's labels name.
 
     Raises: Rejected: SCTP on an IPv6 address.
     """
-    host_ip = publish_options(service_labels, port).host_ip
-    if ":" in host_ip and port.protocol == "sctp":
-        raise Rejected(f"port {port.target_port}/sctp in host mode has no IPv6: {host_ip}")
-    return PublishedPort(host_ip=host_ip, **msgspec.structs.asdict(port))
+    ports = [port for port in task.ports if port.publish_mode is PublishMode.HOST]
+    for port, options in publish_options(task.service_labels, ports):
+        if ":" in options.host_ip and port.protocol == "sctp":
+            raise Rejected(f"port {port.target_port}/sctp in host mode has no IPv6: {options.host_ip}")
+        yield PublishedPort(host_ip=options.host_ip, **msgspec.structs.asdict(port))
 
 
 def _security_options(privileges: Privileges) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ are only copied here.
 Source: swarmkit, manager/allocator/portallocator.go.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -89,36 +90,36 @@ def endpoint_for(
 def _ports(
     wanted: Sequence[PortConfig], given: Sequence[PortConfig], is_free: Callable[[str, int], bool]
 ) -> tuple[PortConfig, ...]:
-    taken = {
-        (port.protocol, port.published_port) for port in wanted if _is_ingress(port) and port.published_port
-    }
-    kept = [port for port in given if _is_ingress(port) and _key(port) not in taken]
+    taken = {_key(port) for port in wanted if _is_ingress(port) and port.published_port}
+    kept: dict[PortConfig, deque[int]] = {}  # a port without a number -> those given to ports like it
+    for port in given:
+        is_dynamic = FIRST_DYNAMIC <= port.published_port <= LAST_DYNAMIC
+        if is_dynamic and _is_ingress(port) and _key(port) not in taken:
+            kept.setdefault(replace(port, published_port=0), deque()).append(port.published_port)
+    taken |= {(port.protocol, number) for port, numbers in kept.items() for number in numbers}
+    free: dict[str, Iterator[int]] = {}
     ports = []
     for port in wanted:
         if _is_ingress(port) and not port.published_port:
-            before = next((one for one in kept if _is_same_request(one, port)), None)
-            if before is not None:
-                kept.remove(before)
-                number = before.published_port
+            if before := kept.get(port):
+                number = before.popleft()
             else:
-                number = _lowest_free(port.protocol, taken | set(map(_key, kept)), is_free)
-            taken.add((port.protocol, number))
+                numbers = free.setdefault(port.protocol, _free_numbers(port.protocol, taken, is_free))
+                number = next(numbers, 0)
+                if not number:
+                    raise PortsExhausted(port.protocol)
             port = replace(port, published_port=number)
         ports.append(port)
     return tuple(ports)
 
 
-def _lowest_free(protocol: str, taken: set[tuple[str, int]], is_free: Callable[[str, int], bool]) -> int:
+def _free_numbers(
+    protocol: str, taken: Container[tuple[str, int]], is_free: Callable[[str, int], bool]
+) -> Iterator[int]:
+    """Dynamic numbers, the lowest first."""
     for number in range(FIRST_DYNAMIC, LAST_DYNAMIC + 1):
         if (protocol, number) not in taken and is_free(protocol, number):
-            return number
-    raise PortsExhausted(protocol)
-
-
-def _is_same_request(given: PortConfig, wanted: PortConfig) -> bool:
-    """Whether ``given`` has a dynamic number that was allocated for a port like ``wanted``."""
-    is_dynamic = FIRST_DYNAMIC <= given.published_port <= LAST_DYNAMIC
-    return is_dynamic and replace(given, published_port=0) == wanted
+            yield number
 
 
 def _is_ingress(port: PortConfig) -> bool:

@@ -7,7 +7,9 @@ import hmac
 
 from msgspec.structs import replace
 
+from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument, OutOfSequence
+from skep.gotemplate import quoted
 from skep.manager.control.names import check_file_name
 from skep.model.ids import ConfigId, IdSource, SecretId
 from skep.model.meta import Version
@@ -29,16 +31,19 @@ def create_secret(
 
     Raises:
         InvalidArgument: name or data can never work; AlreadyExists: the name is taken.
+        Untranslated: a driver is to provide its data.  There are no such plug-ins, so that it would never have any.
+
+    Source: moby, plugin/errors.go (errNotFound), which SwarmKit's API passes on without a code.
     """
     check_file_name(spec.name)
     if spec.driver is not None:
         if not spec.driver.name:
             raise InvalidArgument("secret driver must have a name")
-    elif not 0 < len(data) < SECRET_BYTES_MAX:
+        raise Untranslated(f"plugin {quoted(spec.driver.name)} not found")
+    if not 0 < len(data) < SECRET_BYTES_MAX:
         raise InvalidArgument(f"secret data must be larger than 0 and less than {SECRET_BYTES_MAX} bytes")
     secret = tx.put(Secret(id=SecretId(new_id()), created_at=now, spec=spec))
-    if data:
-        tx.put(Payload(id=_payload_id(secret.id), data=data))
+    tx.put(Payload(id=_payload_id(secret.id), data=data))
     return secret
 
 

@@ -44,6 +44,7 @@ def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now:
         present = known_ingress_network(tx)
         if present is not None:
             raise AlreadyExists(f"ingress network ({present.id}) is already present")
+        tx.rely_on_all(Network)  # another one of another name
     network = Network(id=NetworkId(new_id()), created_at=now, spec=spec)
     if is_overlay(network):
         _check_vxlan_ids(tx, spec)
@@ -146,6 +147,7 @@ def _check_ingress_unused(tx: Transaction) -> None:
             raise FailedPrecondition(
                 f"ingress network cannot be removed because service {service.id} depends on it"
             )
+    tx.rely_on_all(Service)  # no service refers to the ingress network, which users do not name
 
 
 def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:

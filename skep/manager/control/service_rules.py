@@ -90,6 +90,11 @@ def _check_resources(requirements: ResourceRequirements | None) -> None:
     for resources in (requirements.limits, requirements.reservations):
         if resources is not None:
             _check_amounts(resources)
+    reservations = requirements.reservations
+    for one in reservations.generic_resources if reservations is not None else ():
+        discrete = one.discrete_resource_spec
+        if discrete is not None and discrete.value < 0:  # as docker's command refuses them
+            raise InvalidArgument(f"cannot ask for negative resource {discrete.kind}")
 
 
 def _check_amounts(resources: Limits | Resources) -> None:

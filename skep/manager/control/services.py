@@ -152,6 +152,7 @@ def rollback_service(
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
     check_dependencies(tx, service.previous_spec)
+    _check_ingress(tx, service.previous_spec)
     _check_rights(tx, service.previous_spec, service.spec)
     check_quota(tx, service.previous_spec, service)
     follow_rollback(tx, service)
@@ -277,9 +278,14 @@ def _check_attachments(view: View, spec: ServiceSpec) -> None:
             )
 
 
-def _check_ingress(view: View, spec: ServiceSpec) -> None:
-    if needs_ingress(spec) and known_ingress_network(view) is None:
+def _check_ingress(tx: Transaction, spec: ServiceSpec) -> None:
+    """Raises: FailedPrecondition: it publishes ports on the ingress network, and there is none, also at the commit."""
+    if not needs_ingress(spec):
+        return
+    network = known_ingress_network(tx)
+    if network is None:
         raise FailedPrecondition("service needs ingress network, but no ingress network is present")
+    tx.rely_on(Network, network.id)
 
 
 def needs_ingress(spec: ServiceSpec) -> bool:

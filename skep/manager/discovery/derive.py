@@ -114,6 +114,7 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
     wanted = spec.task_template.networks or spec.networks
     aliases = dict.fromkeys(alias for one in wanted if one.target == network.id for alias in one.aliases)
     ports = service.endpoint.ports if network.spec.ingress else ()
+    published = [port for port in ports if port.publish_mode is PublishMode.INGRESS and port.published_port]
     return TableService(
         id=service.id,
         name=spec.name,
@@ -125,10 +126,9 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
                     protocol=port.protocol,
                     published=port.published_port,
                     target=port.target_port,
-                    options=publish_options(spec.labels, port),
+                    options=options,
                 )
-                for port in ports
-                if port.publish_mode is PublishMode.INGRESS and port.published_port
+                for port, options in publish_options(spec.labels, published)
             )
         ),
     )

@@ -354,18 +354,17 @@ def _secrets_for(volumes: Mapping[VolumeId, VolumeAssignment]) -> frozenset[Secr
 
 
 def _secret_files(view: View, ids: Iterable[SecretId]) -> Iterator[SecretFile]:
-    """A secret that does not exist, or cannot be read, is left out: its task fails at start with a message that names
-    it."""
+    """A secret that does not exist, cannot be read or has no data (of a driver, as SwarmKit's may have) is left out:
+    its task fails at start with a message that names it.
+
+    Source: swarmkit, manager/dispatcher/assignments.go (assignSecret).
+    """
     for id in ids:
         payload_id = f"secret/{id}"
         secret, payload = view.lookup(Secret, id), view.lookup(Payload, payload_id)
-        if secret is not None and payload_id not in view.unreadable(Payload):
-            yield SecretFile(
-                id=id,
-                name=secret.spec.name,
-                data=payload.data if payload is not None else b"",
-                templating=secret.spec.templating,
-            )
+        if secret is not None and payload is not None and payload_id not in view.unreadable(Payload):
+            spec = secret.spec
+            yield SecretFile(id=id, name=spec.name, data=payload.data, templating=spec.templating)
 
 
 def _config_files(view: View, ids: Iterable[ConfigId]) -> Iterator[ConfigFile]:

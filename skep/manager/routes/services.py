@@ -27,7 +27,7 @@ from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
-from skep.model.container import ContainerSpec
+from skep.model.container import ContainerSpec, Mount
 from skep.model.encoding import ApiObject
 from skep.model.ids import ServiceId
 from skep.model.network import Network
@@ -227,7 +227,7 @@ async def read_spec(request: web.Request) -> ServiceSpec:
 def known_to(version: ApiVersion, spec: ServiceSpec) -> ServiceSpec:
     """``spec`` without what an API ``version`` does not have yet.
 
-    Source: moby 20.10 and 27, api/server/router/swarm/helpers.go (adjustForAPIVersion).
+    Source: moby 20.10 and 28.5, api/server/router/swarm/helpers.go (adjustForAPIVersion).
     """
     template = spec.task_template
     container, placement, resources = template.container_spec, template.placement, template.resources
@@ -257,13 +257,20 @@ def _container_known_to(version: ApiVersion, container: ContainerSpec) -> Contai
         container = replace(container, sysctls={}, configs=configs)
     if version < _V1_41:
         container = replace(container, capability_add=(), capability_drop=(), ulimits=())
-    if version < _V1_44 and container.healthcheck is not None:
-        container = replace(container, healthcheck=replace(container.healthcheck, start_interval=0))
-    if version < _V1_46:
-        container = replace(container, oom_score_adj=0)
+    if version < _V1_44:
+        if container.healthcheck is not None:
+            container = replace(container, healthcheck=replace(container.healthcheck, start_interval=0))
         if privileges is not None:
             privileges = replace(privileges, seccomp=None, app_armor=None, no_new_privileges=False)
+    if version < _V1_46:
+        mounts = tuple(map(_without_tmpfs_options, container.mounts))
+        container = replace(container, oom_score_adj=0, mounts=mounts)
     return replace(container, privileges=privileges)
+
+
+def _without_tmpfs_options(mount: Mount) -> Mount:
+    tmpfs = mount.tmpfs_options
+    return mount if tmpfs is None else replace(mount, tmpfs_options=replace(tmpfs, options=()))
 
 
 # -- whether the networks have addresses for all replicas ------------------------------------------------------------
@@ -280,20 +287,24 @@ def _secret_warnings(spec: ServiceSpec) -> list[str]:
 def room_warnings(view: View, service: Service) -> list[str]:
     """A sentence for each network of ``service`` that it makes nearly full, or more than full."""
     services = view.find(Service)
-    attached = [view.lookup(Network, target) for target in _targets(service)]
-    if not attached or len(services) > _SERVICES_MAX:
+    wanted = dict.fromkeys(_targets(service), 0)
+    if not wanted or len(services) > _SERVICES_MAX:
         return []
     nodes = len(view.find(Node))
+    for one in services:
+        if one.removed_at is None and (shared := wanted.keys() & _targets(one)):
+            number = _addresses(one, nodes)
+            for target in shared:
+                wanted[target] += number
     warnings = []
-    for network in attached:
+    for target, number in wanted.items():
+        network = view.lookup(Network, target)
         if network is None or not is_overlay(network) or not has_addresses(network):
             continue
-        users = (one for one in services if one.removed_at is None and network.id in _targets(one))
-        wanted = sum(_addresses(one, nodes) for one in users)
         size = usage_of(network, 0).size
-        if wanted >= NEARLY_FULL * size:
+        if number >= NEARLY_FULL * size:
             warnings.append(
-                f"network {network.spec.name} has {size} addresses, and its services need {wanted}: "
+                f"network {network.spec.name} has {size} addresses, and its services need {number}: "
                 f"skep network update --subnet-add SUBNET {network.spec.name} gives it more"
             )
     return warnings

@@ -488,6 +488,10 @@ volumes: {v: {driver_opts: {type: nfs}}, x: {external: true}}
             "f:2:24: secrets.s.content: a secret's value does not belong into the file: use file or environment",
         ),
         (
+            "services: {w: {image: w}}\nsecrets: {s: {driver: vault}}",
+            "f:2:23: secrets.s.driver: the data cannot come from a driver: use file or environment",
+        ),
+        (
             "services: {w: {image: w}}\nnetworks: {n: {external: true, driver: overlay}}",
             'f:2:40: networks.n.driver: conflicting parameters "external" and "driver"',
         ),

@@ -32,12 +32,14 @@ from skep.store.replica import Replica
 
 def proposals() -> st.SearchStrategy[Proposal]:
     """Small ones over few keys, so that they often meet."""
-    plain = st.sampled_from(["o/a/1", "o/a/2", "o/a/3", "n/a/x", "p/tcp/80"])
+    plain = st.sampled_from(["o/a/1", "o/a/2", "o/service/a", "o/service/b", "n/a/x", "p/tcp/80"])
     references = st.sampled_from(["r/secret/1/service/a", "r/secret/1/service/b", "r/secret/2/service/a"])
     compares = st.one_of(
         plain.map(lambda key: Unchanged(key, 1)),
         plain.map(lambda key: Exists(key, 1)),
-        st.sampled_from(["r/secret/1/", "r/secret/2/"]).map(lambda prefix: NothingSince(prefix, 1)),
+        st.sampled_from(["r/secret/1/", "r/secret/2/", "o/service/"]).map(
+            lambda prefix: NothingSince(prefix, 1)
+        ),
     )
     keys = st.one_of(plain, references)
     return st.builds(
@@ -76,7 +78,8 @@ def keys_of(proposal: Proposal) -> tuple[set[str], set[str]]:
     compared = set()
     for compare in proposal.compares:
         if isinstance(compare, NothingSince):
-            compared |= {f"{compare.prefix}service/{id}" for id in "ab"}
+            prefix = compare.prefix if compare.prefix.startswith("o/") else f"{compare.prefix}service/"
+            compared |= {f"{prefix}{id}" for id in "ab"}
         else:
             compared.add(compare.key)
     return written, compared

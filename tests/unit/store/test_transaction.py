@@ -291,6 +291,14 @@ def test_a_removal_compares_that_no_reference_was_added():
     assert NothingSince("r/secret/s/", state.revision) in tx.proposal().compares
 
 
+def test_a_transaction_that_relies_on_all_objects_of_a_kind_compares_their_prefix():
+    state = written(State(), a_service("web"))
+    tx = LocalTransaction(state, 0)
+    tx.rely_on_all(Service)
+    tx.put(a_task("t1"))
+    assert NothingSince("o/service/", state.revision) in tx.proposal().compares
+
+
 def test_what_is_created_and_removed_in_one_transaction_leaves_nothing():
     tx = LocalTransaction(State(), 0)
     tx.put(a_service("web"))
@@ -310,7 +318,9 @@ def test_object_keys_are_read_back(id, part):
     [
         (reference_key(("secret", "s1"), ("service", "w")), "r/secret/s1/"),
         (shared_key("p/tcp/80", "service", "w"), "s/p/tcp/80/"),
-        ("o/service/w", None),
+        ("o/service/w", "o/service/"),
+        ("o/network/n.allocation", "o/network/"),
+        ("o/task/t", None),
         ("n/service/w", None),
     ],
 )

@@ -46,6 +46,14 @@ def test_a_number_given_once_is_kept() -> None:
     assert [port.published_port for port in endpoint_for(web, all_free).ports] == [FIRST_DYNAMIC, 30007]
 
 
+def test_ports_that_are_alike_keep_their_numbers_in_order() -> None:
+    web = a_service(ports=(a_port(80), a_port(80), a_port(90)))
+    web = replace(web, endpoint=endpoint_for(web, lambda protocol, port: port % 2 == 1))
+    assert [port.published_port for port in web.endpoint.ports] == [30001, 30003, 30005]
+    fewer = replace(web, spec=replace(web.spec, endpoint_spec=EndpointSpec(ports=(a_port(90), a_port(80)))))
+    assert [port.published_port for port in endpoint_for(fewer, all_free).ports] == [30005, 30001]
+
+
 def test_host_ports_are_the_nodes_affair() -> None:
     ports = (a_port(80, mode=PublishMode.HOST), a_port(90, 8080, mode=PublishMode.HOST))
     assert endpoint_for(a_service(ports=ports), all_free).ports == ports

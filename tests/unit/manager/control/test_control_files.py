@@ -7,7 +7,14 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.api.bodies import decode_body
 from skep.api.service_form import settled
-from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfSequence
+from skep.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfSequence,
+    SkepError,
+)
 from skep.manager.control.files import (
     create_config,
     create_secret,
@@ -76,6 +83,24 @@ async def test_the_data_of_a_secret_are_a_payload_of_their_own(store):
 async def test_a_secret_is_neither_empty_nor_large(store, size):
     with pytest.raises(InvalidArgument, match="less than 512000 bytes"):
         await a_secret(store, data=b"x" * size)
+
+
+async def test_a_secret_whose_data_a_driver_has_is_refused(store):
+    for spec, words in (
+        (SecretSpec(name="s1", driver=Driver(name="vault")), 'plugin "vault" not found'),
+        (SecretSpec(name="s1", driver=Driver()), "secret driver must have a name"),
+    ):
+        with pytest.raises(SkepError, match=f"^{words}$"):
+            await store.update(create_secret, spec, b"", new_id=new_id, now=NOW)
+    assert store.view().find(Secret) == []
+
+
+async def test_a_secret_or_config_may_be_a_template(store):
+    golang = Driver(name="golang")
+    secret = SecretSpec(name="s1", templating=golang)
+    await store.update(create_secret, secret, b"{{.Node.ID}}", new_id=new_id, now=NOW)
+    config = ConfigSpec(name="c1", data=b"{{.Node.ID}}", templating=golang)
+    await store.update(create_config, config, new_id=new_id, now=NOW)
 
 
 @pytest.mark.parametrize("size", [0, 1000 * 1024])

@@ -18,7 +18,7 @@ from skep.errors import (
     Unavailable,
     Unimplemented,
 )
-from skep.manager.control.networks import first_networks
+from skep.manager.control.networks import first_networks, ingress_network, remove_network
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import ClusterId, new_id
@@ -209,6 +209,15 @@ async def test_ingress_ports_need_the_ingress_network():
     bare = MemoryStore(SystemClock())
     with pytest.raises(FailedPrecondition, match="no ingress network is present"):
         await create(bare, a_service_spec(ports=(PortConfig(target_port=80),)))
+
+
+async def test_a_rollback_to_ingress_ports_needs_the_ingress_network(store):
+    service = await create(store, a_service_spec("web", ports=(PortConfig(target_port=80),)))
+    updated = await update(store, service, a_service_spec("web"))
+    await store.update(remove_network, ingress_network(store.view()).id)
+    with pytest.raises(FailedPrecondition, match="no ingress network is present"):
+        await rollback(store, updated, a_service_spec("web"))
+    assert store.view().get(Service, service.id) == updated
 
 
 def test_a_settled_spec_settles_no_further():

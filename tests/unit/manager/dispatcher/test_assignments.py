@@ -10,6 +10,7 @@ from skep.manager.dispatcher.assignments import SentState, affects_node, differe
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
 from skep.model.ids import ConfigId, NodeId, SecretId
 from skep.model.labels import DRAIN, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, drain_s
+from skep.model.meta import Driver
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
@@ -117,6 +118,17 @@ async def test_secrets_and_configs_come_once_and_go_with_the_last_task_that_runs
     change, sent = difference(store.view(), N1, sent, ["t2"])
     assert (change.tasks, change.removed_tasks) == ((), ())
     assert (change.removed_secrets, change.removed_configs) == (("s1",), ("c1",))
+
+
+async def test_a_secret_without_data_is_not_sent_as_an_empty_one():
+    secret, _, config, service = needy_service()
+    secret = replace(secret, spec=replace(secret.spec, driver=Driver(name="vault")))
+    store = await store_with(
+        secret, config, service, a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
+    )
+    change, _ = everything(store.view(), N1)
+    assert [assigned.task.id for assigned in change.tasks] == ["t1"]
+    assert change.secrets == ()
 
 
 async def test_registry_credentials_go_to_tasks_that_may_still_pull():

@@ -52,6 +52,16 @@ async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_chan
         assert await response.json() == {"Warnings": None}
 
 
+async def test_a_network_that_a_service_names_twice_is_warned_of_once(cluster) -> None:
+    api, client = cluster
+    id = await a_network(api, client, "tiny", "10.9.0.0/28")
+    request = a_request("web", id, **replicated(20))
+    request["TaskTemplate"]["Networks"] *= 2
+    async with client.post("/services/create", json=request) as response:
+        (warning,) = (await response.json())["Warnings"]
+    assert "its services need 21:" in warning
+
+
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
