@@ -48,12 +48,16 @@ class StackNetwork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StackFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret or a config.  ``content`` None: it is external, or a driver has it."""
+    """A secret or a config.
+
+    ``content`` None: it is external, or a driver has it.  ``is_versioned``: its name has its content in it.
+    """
 
     place: Place
     name: str
     is_external: bool = False
     content: bytes | None = None
+    is_versioned: bool = False
     labels: Mapping[str, str] = {}
     driver: Mapping[str, Any] | None = None
     templating: Mapping[str, Any] | None = None
