@@ -114,7 +114,7 @@ class Volumes:
         """Whether there is such a volume.  What may be mounted on it is not asked."""
         try:
             return "_data" in os.listdir(self._directory / name)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a zero byte
             return False
 
     def created_ns(self, name: str) -> int:
