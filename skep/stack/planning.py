@@ -210,6 +210,7 @@ def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[
         "Driver": body["Driver"],
         "Internal": body.get("Internal", False),
         "Attachable": body.get("Attachable", False),
+        "EnableIPv6": body.get("EnableIPv6", False),
     }
     given = [one["Subnet"] for one in body.get("IPAM", {}).get("Config", ()) if "Subnet" in one]
     now = [one.get("Subnet", "") for one in (found.get("IPAM") or {}).get("Config") or ()]

@@ -217,6 +217,18 @@ def test_a_forced_update_by_others_is_no_change() -> None:
             ),
         ),
         (
+            "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {name: m, enable_ipv6: true}}",
+            Existing(
+                networks=(
+                    {"Name": "m", "Id": "1", "Scope": "swarm", "Driver": "overlay", "EnableIPv6": False},
+                )
+            ),
+            (
+                "the network exists and cannot be changed (EnableIPv6 is False, not True): "
+                "remove it first, or give it another name"
+            ),
+        ),
+        (
             (
                 "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {name: m, driver_opts: {encrypted: ''},"
                 " ipam: {config: [{subnet: 10.9.0.0/24}]}}}"
