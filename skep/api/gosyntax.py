@@ -6,6 +6,7 @@ token by token with the states of Go's scanner and returns the sentence of the f
 Source: Go 1.19, src/encoding/json/scanner.go and stream.go.
 """
 
+import math
 import re
 
 from skep.errors import InvalidArgument
@@ -203,16 +204,17 @@ def _quoted(char: int) -> str:
     return f"'{text}'" if text.isprintable() else f"'\\u{char:04x}'"
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKmMgGtT])?[iI]?[bB]?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKmMgGtT])?[iI]?[bB]?", re.ASCII)
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``10m``, ``1.5GiB``, ``4096``.  Raises: InvalidArgument.
+    """Bytes of ``10m``, ``1.5GiB``, ``4096``, less than 2**63.  Raises: InvalidArgument.
 
     Source: docker/go-units, size.go (RAMInBytes).
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    size = float(match[1]) * _FACTORS[(match[2] or "").lower()] if match is not None else math.inf
+    if size >= 2**63:
         raise InvalidArgument(f"invalid size: '{text}'")
-    return int(float(match.group(1)) * _FACTORS[(match.group(2) or "").lower()])
+    return int(size)

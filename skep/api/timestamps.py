@@ -12,9 +12,10 @@ from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.model.times import SECOND_NS, duration_ns
 
-_UNIX = re.compile(r"(-?\d{1,18})(?:\.(\d{1,9})\d*)?")
+_UNIX = re.compile(r"(-?\d{1,18})(?:\.(\d{1,9})\d*)?", re.ASCII)
 _DATE = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?)?)?(Z|[+-]\d\d:\d\d)?"
+    r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?)?)?(Z|[+-]\d\d:\d\d)?",
+    re.ASCII,
 )
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
@@ -68,11 +69,11 @@ def parse_time(text: str, now_ns: int) -> int:
         moment = datetime(
             *(int(year), int(month), int(day), int(hour or 0), int(minute or 0), int(second or 0)), tzinfo=UTC
         )
-    except ValueError as error:
+        if zone and zone != "Z":
+            sign = 1 if zone[0] == "+" else -1
+            moment -= sign * timedelta(hours=int(zone[1:3]), minutes=int(zone[4:6]))
+    except (ValueError, OverflowError) as error:
         raise InvalidArgument(f'parsing time "{text}": {error}') from error
-    if zone and zone != "Z":
-        sign = 1 if zone[0] == "+" else -1
-        moment -= sign * timedelta(hours=int(zone[1:3]), minutes=int(zone[4:6]))
     return int(moment.timestamp()) * SECOND_NS + int((fraction or "").ljust(9, "0"))
 
 

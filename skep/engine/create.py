@@ -521,9 +521,7 @@ def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
         for binding in bindings or ():
             if "-" in binding.host_port:
                 raise refused(f"--publish with a range for one port ({binding.host_port})")
-            if binding.host_port and not (binding.host_port.isascii() and binding.host_port.isdigit()):
-                raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
-            number = int(binding.host_port or 0)
+            number = int(binding.host_port or 0) if re.fullmatch("[0-9]{0,5}", binding.host_port) else 65536
             if number > 65535:
                 raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
             found.append(_port(text, number, _host_ip(binding.host_ip)))

@@ -22,7 +22,7 @@ _NAME_MAX: Final = 255
 _PATH_MAX: Final = 2048
 """In characters.  The kernel's is 4096, with the mount point before and the container's id and files behind."""
 
-_RULE = re.compile(r"([acb]) ([0-9]+|\*):([0-9]+|\*) ([rwm]{1,3})")
+_RULE = re.compile(r"([acb]) ([0-9]{1,10}|\*):([0-9]{1,10}|\*) ([rwm]{1,3})")
 _ACCESS = re.compile(r"[rwm]{1,3}")
 
 

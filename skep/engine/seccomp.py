@@ -76,7 +76,7 @@ def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = Tru
     """
     try:
         return _here(msgspec.json.decode(profile), frozenset(capabilities), has_x32=has_x32)
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArgument(f"Decoding seccomp profile failed: {error}") from error
 
 

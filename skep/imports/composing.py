@@ -136,8 +136,15 @@ def _security(privileges: Privileges | None) -> list[str]:
     return made
 
 
+def names_volume(mount: Mount) -> bool:
+    """Whether its source is a volume with a name; that of a cluster volume may be a group."""
+    return (
+        mount.type in ("volume", "cluster") and bool(mount.source) and not mount.source.startswith("group:")
+    )
+
+
 def _mount(mount: Mount, names: Names) -> dict[str, Any]:
-    source = names.volumes.get(mount.source, mount.source) if mount.type == "volume" else mount.source
+    source = names.volumes.get(mount.source, mount.source) if names_volume(mount) else mount.source
     options: dict[str, Any] = {}
     if mount.bind_options is not None:
         bind = mount.bind_options

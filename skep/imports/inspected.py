@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.imports.composing import Names, service_entry
+from skep.imports.composing import Names, names_volume, service_entry
 from skep.imports.document import Imported, Note, read_back
 from skep.model.container import ContainerSpec
 from skep.model.service import EndpointSpec, NetworkAttachmentConfig, ServiceSpec
@@ -114,14 +114,7 @@ def _names(specs: Sequence[ServiceSpec], stack: str, networks: Mapping[str, Mapp
         secrets=_keys(sorted({one.secret_name for each in containers for one in each.secrets}), stack),
         configs=_keys(sorted({one.config_name for each in containers for one in each.configs}), stack),
         volumes=_keys(
-            sorted(
-                {
-                    one.source
-                    for each in containers
-                    for one in each.mounts
-                    if one.type == "volume" and one.source
-                }
-            ),
+            sorted({one.source for each in containers for one in each.mounts if names_volume(one)}),
             stack,
         ),
     )
@@ -205,7 +198,7 @@ def _network(found: Mapping[str, Any], name: str, usual: str) -> dict[str, Any] 
 def _volumes(specs: Sequence[ServiceSpec], names: Names, stack: str) -> Iterator[tuple[str, Any]]:
     for spec in specs:
         for mount in (spec.task_template.container_spec or ContainerSpec()).mounts:
-            if mount.type != "volume" or not mount.source:
+            if not names_volume(mount):
                 continue
             key, options = names.volumes[mount.source], mount.volume_options
             labels = dict(options.labels) if options is not None else {}

@@ -1,5 +1,6 @@
 """Registry credentials of services: kept apart from their specs, used for the tasks that are placed from now on."""
 
+from skep.errors import InvalidArgument
 from skep.model.images import registry_of
 from skep.model.service import Service
 from skep.store.interface import Transaction
@@ -13,9 +14,12 @@ def auth_of(tx: Transaction, payload_id: str) -> str:
 
 
 def keep_auth(tx: Transaction, payload_id: str, auth: str) -> None:
-    """Keep it under this id, in place of what is there."""
+    """Keep it under this id, in place of what is there.  Raises: InvalidArgument: it is not UTF-8."""
     if auth:
-        tx.put(Payload(id=payload_id, data=auth.encode()))
+        try:
+            tx.put(Payload(id=payload_id, data=auth.encode()))
+        except UnicodeEncodeError:
+            raise InvalidArgument("X-Registry-Auth is no base64") from None
     elif tx.lookup(Payload, payload_id) is not None:
         tx.delete(Payload, payload_id)
 

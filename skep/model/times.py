@@ -21,7 +21,7 @@ ZERO_TIME = Timestamp("0001-01-01T00:00:00Z")
 
 SECOND_NS = 1_000_000_000
 
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _UNITS_NS = {
     "ns": 1,
     "us": 10**3,
@@ -32,7 +32,9 @@ _UNITS_NS = {
     "m": 60 * SECOND_NS,
     "h": 3600 * SECOND_NS,
 }
-_PATTERN = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(?:[Zz]|([+-])(\d\d):(\d\d))$")
+_PATTERN = re.compile(
+    r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(?:[Zz]|([+-])(\d\d):(\d\d))$", re.ASCII
+)
 
 
 def timestamp(unix_ns: int) -> Timestamp:
@@ -72,9 +74,9 @@ def unix_ns(stamp: str) -> int:
 
 
 def duration_ns(text: str) -> int | None:
-    """A Go duration (``1h30m``) in nanoseconds; None if it is invalid."""
+    """A Go duration (``1h30m``) in nanoseconds, less than 2**63; None if it is invalid."""
     sign = -1 if text.startswith("-") else 1
-    rest = text.removeprefix("-").removeprefix("+")
+    rest = text[1:] if text.startswith(("-", "+")) else text
     if rest == "0":
         return 0
     total, position = 0.0, 0
@@ -83,4 +85,5 @@ def duration_ns(text: str) -> int | None:
             return None
         position = match.end()
         total += float(match.group(1)) * _UNITS_NS[match.group(2)]
-    return round(sign * total) if position and position == len(rest) else None
+    is_whole = position and position == len(rest)
+    return round(sign * total) if is_whole and total < 2**63 else None

@@ -126,7 +126,8 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
     Raises: Untranslated: they are not, in Docker's words.
     """
     host, digits = parted(listen_addr)
-    if not digits.isdigit() or int(digits) > 65534:  # the next one is etcd's, if it can be
+    is_number = digits.isascii() and digits.isdigit() and len(digits) < 6
+    if not is_number or int(digits) > 65534:  # the next one is etcd's, if it can be
         raise Untranslated(f"{_LISTEN_FAILED}: address {digits}: invalid port")
     if (error := bind_error(listen_addr)) is not None:
         raise Untranslated(f"{_LISTEN_FAILED} {joined(host, digits)}: bind: {_reason(error)}") from error

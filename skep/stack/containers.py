@@ -7,6 +7,7 @@ from typing import Any, Final
 from skep.model.container import (
     AppArmorOpts,
     BindOptions,
+    ClusterOptions,
     ContainerSpec,
     DNSConfig,
     HealthConfig,
@@ -70,11 +71,7 @@ class Volumes:
         """A mount of a volume.  Raises: ValueError: no such volume."""
         options = VolumeOptions(no_copy=no_copy, subpath=subpath)
         if source:
-            if source not in self._names:
-                raise ValueError(
-                    f"there is no volume {source}: declare it in the volumes at the top of the file"
-                )
-            source, labels, driver = self._names[source]
+            source, labels, driver = self._named(source)
             options = VolumeOptions(no_copy=no_copy, subpath=subpath, labels=labels, driver_config=driver)
         return Mount(
             type="volume",
@@ -83,6 +80,25 @@ class Volumes:
             read_only=read_only,
             volume_options=None if options == VolumeOptions() else options,
         )
+
+    def cluster_mount(self, source: str, target: str, read_only: bool) -> Mount:
+        """A mount of a cluster volume, or of one of a group: ``group:NAME``.  Raises: ValueError: no such volume.
+
+        Source: docker/cli, cli/compose/convert/volume.go (handleClusterToMount).
+        """
+        if not source:
+            raise ValueError("it has no source: want a volume, or group:NAME")
+        if not source.startswith("group:"):
+            source = self._named(source)[0]
+        options = ClusterOptions()
+        return Mount(
+            type="cluster", source=source, target=target, read_only=read_only, cluster_options=options
+        )
+
+    def _named(self, source: str) -> tuple[str, dict[str, str], Driver | None]:
+        if source not in self._names:
+            raise ValueError(f"there is no volume {source}: declare it in the volumes at the top of the file")
+        return self._names[source]
 
 
 def container_of(service: Reader, volumes: Volumes) -> ContainerSpec:
@@ -339,6 +355,8 @@ def _mount(
             if options is not None and options.node("labels") is not None:
                 options.problem("labels", "labels of a volume stand with the volume, at the top of the file")
             return volumes.mount(source, target, read_only, no_copy, subpath)
+        case "cluster":
+            return volumes.cluster_mount(source, target, read_only)
         case _:
             mount.problem("type", f"mounts of type {kind} are not supported")
             return Mount(type=kind, source=source, target=target)

@@ -316,13 +316,15 @@ def _file(one: Reader, key: str, name: str, given: str, stack: str, content: byt
     labels = one.labels("labels") | {NAMESPACE: stack}
     templating = {"Name": template} if template else None
     base = f"{stack}_{name}"
-    if not given and content is not None:
+    is_versioned = not given and content is not None
+    if content is not None and is_versioned:
         settings = to_json([labels, template])
         base = versioned_name(base, content, is_secret=key == "secrets", settings=settings)
     return StackFile(
         place=one.place,
         name=given or base,
         content=content,
+        is_versioned=is_versioned,
         labels=labels,
         templating=templating,
     )

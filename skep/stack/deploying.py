@@ -15,12 +15,13 @@ from msgspec.structs import replace
 from skep.api.requests import Requests
 from skep.api.updates import update
 from skep.api.waiting import persistently
-from skep.errors import AlreadyExists, NotFound, SkepError, Unavailable, reason_of
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable, reason_of
 from skep.model.encoding import to_json
 from skep.model.schedules import CRON
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.unknown import leniently
+from skep.stack.document import Problem, Problems
 from skep.stack.planning import (
     Action,
     Change,
@@ -28,12 +29,13 @@ from skep.stack.planning import (
     Placement,
     Plan,
     differences,
+    other_content,
     superseded,
     waves,
     with_network_names,
 )
 from skep.stack.progress import ServiceProgress, progress_of
-from skep.stack.project import IMAGE, NAMESPACE, Stack
+from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import wait_done
 
 RESPONSE_TIMEOUT_S: Final = 30.0
@@ -44,6 +46,8 @@ _TOGETHER: Final = 200
 _LOOK_S: Final = 0.5
 _IN_USE_S: Final = 60.0
 """How long a network may be in use by tasks that stop."""
+_OTHER_CONTENT: Final = "only updates to Labels are allowed"
+"""SwarmKit's refusal of other content for a secret or a config."""
 _LAST_WORDS_S: Final = 5.0
 """To ask for the state of a deploy that is interrupted."""
 
@@ -147,6 +151,7 @@ class Deployment:
         """Make the changes; then wait at most ``wait_s`` until they are true (None: do not).
 
         Raises:
+            Problems: a secret is there with other content; no service was changed.
             SkepError: a change was refused; those before it stay, and a repetition goes on behind them.
             Unavailable: it did not become true in time, with the cause.
         """
@@ -157,6 +162,7 @@ class Deployment:
             raise
 
     async def _apply(self, wait_s: float | None) -> None:
+        await self._update_files()
         await self._create("network", self._bodies("network"))
         await self._create("secret", self._bodies("secret"))
         await self._create("config", self._bodies("config"))
@@ -185,6 +191,40 @@ class Deployment:
                 self._show(one["Spec"]["Name"], f"superseded {kind} removed")
 
     # --- steps
+
+    async def _update_files(self) -> None:
+        """Change labels, and have the cluster compare what nothing shows: the content of secrets with own names.
+
+        Source: docker/cli, cli/command/stack/deploy_composefile.go (createSecrets, createConfigs).
+        """
+        problems: list[Problem] = []
+
+        async def write(kind: str, file: StackFile) -> None:
+            path = f"{kind}s"
+            try:
+                async with self._limit:
+                    await update(
+                        self._client, path, file.name, lambda _: file.body, timeout_s=RESPONSE_TIMEOUT_S
+                    )
+            except InvalidArgument as error:
+                if _OTHER_CONTENT not in str(error):
+                    raise
+                problems.append(other_content(kind, file))
+            else:
+                if (kind, file.name) in changed:
+                    self._show(file.name, f"{kind} updated")
+
+        changed = {(one.kind, one.name) for one in self._plan.changes if one.action is Action.UPDATE}
+        kept = {one.name for one in self._plan.of("secret", Action.KEEP)}
+        await _all(
+            write(kind, one)
+            for kind, files in (("secret", self._stack.secrets), ("config", self._stack.configs))
+            for one in files.values()
+            if (kind, one.name) in changed
+            or (kind == "secret" and one.name in kept and one.content is not None and not one.is_versioned)
+        )
+        if problems:
+            raise Problems(problems)
 
     def _bodies(self, kind: str) -> dict[str, Mapping[str, Any]]:
         wanted = {one.name for one in self._plan.of(kind, Action.CREATE)}

@@ -210,6 +210,7 @@ def _check_same(network: StackNetwork, found: Mapping[str, Any], problems: list[
         "Driver": body["Driver"],
         "Internal": body.get("Internal", False),
         "Attachable": body.get("Attachable", False),
+        "EnableIPv6": body.get("EnableIPv6", False),
     }
     given = [one["Subnet"] for one in body.get("IPAM", {}).get("Config", ()) if "Subnet" in one]
     now = [one.get("Subnet", "") for one in (found.get("IPAM") or {}).get("Config") or ()]
@@ -245,13 +246,29 @@ def _files(
                 problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
             continue
         now = found.get(file.name)
-        if now is not None and kind == "config" and now["Spec"].get("Data", "") != file.body.get("Data", ""):
-            text = (
-                "the config exists with other content, which cannot be changed: leave out its name, "
-                "and each content has a name of its own"
-            )
-            problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
-        yield Change(action=Action.CREATE if now is None else Action.KEEP, kind=kind, name=file.name)
+        if now is None:
+            yield Change(action=Action.CREATE, kind=kind, name=file.name)
+            continue
+        if kind == "config" and now["Spec"].get("Data", "") != file.body.get("Data", ""):
+            problems.append(other_content(kind, file))
+        differing = tuple(_label_differences(now["Spec"].get("Labels") or {}, file.labels))
+        action = Action.UPDATE if differing else Action.KEEP
+        yield Change(action=action, kind=kind, name=file.name, differences=differing)
+
+
+def other_content(kind: str, file: StackFile) -> Problem:
+    """A secret or a config of that name is there, and has other content."""
+    text = (
+        f"the {kind} exists with other content, which cannot be changed: leave out its name, "
+        "and each content has a name of its own"
+    )
+    return Problem(file.place, f"{kind}s.{file.name}", text)
+
+
+def _label_differences(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Difference]:
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name):
+            yield Difference(f"Labels.{name}", before.get(name, ""), after.get(name, ""))
 
 
 def _service(

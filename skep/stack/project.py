@@ -48,12 +48,13 @@ class StackNetwork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StackFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret or a config.  ``content`` None: it is external."""
+    """A secret or a config.  ``content`` None: it is external.  ``is_versioned``: its name has its content in it."""
 
     place: Place
     name: str
     is_external: bool = False
     content: bytes | None = None
+    is_versioned: bool = False
     labels: Mapping[str, str] = {}
     templating: Mapping[str, Any] | None = None
 

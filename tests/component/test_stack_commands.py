@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from skep.model.network import Network
-from skep.model.secret import Config
+from skep.model.secret import Config, Secret
 from skep.stack import waiting
 from skep.stack.conversion import stack_of
 from skep.stack.deploying import existing_of
@@ -147,3 +147,28 @@ async def test_deploys_beside_each_other_have_revisions_of_their_own(cluster: Cl
         await asyncio.gather(*both)
         assert [revision.number for revision in await known_revisions(one, "shop")] == [1, 2]
     assert cluster.names() == ["shop_db", "shop_web"]
+
+
+async def test_a_secret_with_a_name_of_its_own_keeps_its_content_and_gets_other_labels(
+    cluster: Cluster,
+) -> None:
+    web = "services: {web: {image: busybox, secrets: [pw]}}"
+    text = f"name: shop\n{web}\nsecrets: {{pw: {{name: pw, file: ./pw, labels: {{a: %s}}}}}}\n"
+    cluster.write(text % "b")
+    (cluster.folder / "pw").write_text("one")
+    code, _, err = await cluster.deploy("--detach")
+    assert code == 0, err
+
+    def secret() -> Secret:
+        (found,) = cluster.store.view().find(Secret)
+        return found
+
+    first = secret()
+    code, _, err = await cluster.deploy("--detach")
+    assert (code, secret()) == (0, first), err
+    cluster.write(text % "c")
+    code, _, err = await cluster.deploy("--detach")
+    assert (code, "pw: secret updated" in err, secret().spec.labels["a"]) == (0, True, "c"), err
+    (cluster.folder / "pw").write_text("two")
+    code, _, err = await cluster.deploy("--detach")
+    assert (code, "secrets.pw: the secret exists with other content" in err) == (1, True), err

@@ -253,6 +253,8 @@ async def test_a_time_is_the_state_of_then_or_refused_with_the_oldest(etcd: Rig)
                 await past.at(clock.minute(-60))
             with pytest.raises(InvalidArgument, match="has not come yet"):
                 await past.at(clock.minute(60))
+            with pytest.raises(InvalidArgument, match=r"^999999999999999999 has not come yet"):
+                await past.at("999999999999999999")  # in the year 31688740475
             with pytest.raises(InvalidArgument, match="none yet"):
                 await past.at("revision:999999999")
         running.cancel()

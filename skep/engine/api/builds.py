@@ -4,7 +4,6 @@ Source: moby 20.10, api/server/router/build/build_routes.go, builder/dockerfile 
 """
 
 import base64
-import binascii
 from collections import deque
 from collections.abc import Mapping
 from typing import TypeVar
@@ -256,7 +255,7 @@ def _credentials(header: str) -> Mapping[str, str]:
         given = msgspec.json.decode(
             base64.urlsafe_b64decode(header + "=="), type=dict[str, dict[str, object]]
         )
-    except (msgspec.DecodeError, UnicodeError, binascii.Error):
+    except (ValueError, RecursionError):
         return {}
     found = {}
     for address, one in list(given.items())[:_CREDENTIALS_MAX]:

@@ -229,7 +229,7 @@ def _refuse_caches(left: dict[str, str]) -> None:
     if text := left.pop("cache-imports", ""):
         try:
             entries = msgspec.json.decode(text, type=list[CacheEntry])
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"failed to unmarshal cache-imports: {error}") from error
         check_cache_imports([entry.attrs.get("ref") or entry.type for entry in entries])
 

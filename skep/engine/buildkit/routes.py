@@ -253,5 +253,5 @@ def _json(query: Any, name: str, kind: Any) -> Any:
         return None
     try:
         return msgspec.json.decode(text, type=kind | None)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"invalid value of {name}: {error}") from error

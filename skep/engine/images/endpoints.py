@@ -15,6 +15,7 @@ import msgspec
 from yarl import URL
 
 from skep.engine.images.reference import DEFAULT_DOMAIN
+from skep.errors import SkepError
 
 _DOCKER_IO_HOST = "registry-1.docker.io"
 
@@ -43,17 +44,18 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         return any(address in network for network in map(_network, self.insecure) if network is not None)
 
     def endpoints(self, domain: str, *, to_push: bool = False) -> Sequence["Endpoint"]:
-        """Base URLs to try for images of ``domain``, in this order.  Nothing is pushed to a mirror."""
-        if domain == DEFAULT_DOMAIN and to_push:
-            return (Endpoint(f"https://{_DOCKER_IO_HOST}"),)
+        """Base URLs for images of ``domain``, in order; none is pushed to a mirror.  Raises: SkepError: no port."""
         if domain == DEFAULT_DOMAIN:
             mirrors = [
                 Endpoint(
                     mirror.rstrip("/"), verify=not self.is_insecure(urlsplit(mirror).netloc), mirror=True
                 )
-                for mirror in self.mirrors
+                for mirror in (() if to_push else self.mirrors)
             ]
             return (*mirrors, Endpoint(f"https://{_DOCKER_IO_HOST}"))
+        port = domain.rpartition("]")[2].partition(":")[2]
+        if port and not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536):
+            raise SkepError(f'Get "https://{domain}/v2/": dial tcp: address {port}: invalid port')
         if self.is_insecure(domain):
             return Endpoint(f"https://{domain}", verify=False), Endpoint(f"http://{domain}", verify=False)
         return (Endpoint(f"https://{domain}"),)

@@ -11,7 +11,6 @@ CVE-2020-15157 (containerd), for what a redirect must not get.
 """
 
 import base64
-import binascii
 import os
 import re
 import ssl
@@ -140,7 +139,7 @@ def decode_credentials(header: str) -> Credentials:
         known = msgspec.json.decode(content, type=dict[str, Any]) if content else {}
         lowered = {name.lower(): value for name, value in known.items() if value is not None}
         return msgspec.convert(lowered, Credentials)
-    except (binascii.Error, ValueError, msgspec.DecodeError):
+    except (ValueError, RecursionError):
         return Credentials()
 
 

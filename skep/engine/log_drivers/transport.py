@@ -132,7 +132,7 @@ def host_and_port(text: str, default_port: int | None) -> tuple[str, int]:
         raise InvalidArgument(f"address {text}: missing port in address")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise InvalidArgument(f"address {text}: too many colons in address")
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536):
         raise InvalidArgument(f"address {text}: invalid port")
     return host.strip("[]"), int(port)
 

@@ -71,7 +71,7 @@ class PastStates:
             return revision, time_of(view, self._marks, revision) or now_ns
         at_ns = parse_time(when, now_ns)
         if at_ns > now_ns:
-            raise InvalidArgument(f"{timestamp(at_ns)} has not come yet: want a time in the past")
+            raise InvalidArgument(f"{when} has not come yet: want a time in the past")
         return revision_at(view, self._marks, at_ns), at_ns
 
     async def oldest(self) -> Timestamp:

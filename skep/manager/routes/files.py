@@ -149,11 +149,15 @@ async def _listed(request: web.Request, kind: type[File], *known: str) -> web.St
 
 
 def _fits(file: Secret | Config, filters: Filters) -> bool:
-    name = file.spec.name
+    """Names in any case: SwarmKit's index of names is in lower case.
+
+    Source: swarmkit, manager/state/store/memory.go (findIterators).
+    """
+    name = file.spec.name.lower()
     is_named = not (filters["names"] or filters["name"] or filters["id"]) or (
-        name in filters["names"]
-        or name.startswith(filters["name"] or ("\0",))
-        or file.id.startswith(filters["id"] or ("\0",))
+        name in map(str.lower, filters["names"])
+        or name.startswith(tuple(map(str.lower, filters["name"])))
+        or file.id.startswith(filters["id"])
     )
     return is_named and has_labels(file.spec.labels, filters["label"])
 

@@ -143,7 +143,7 @@ async def _is_for_cluster(request: web.Request) -> bool:
     """Whether a creation asks for a cluster volume; what cannot be read is refused by the node's own handler."""
     try:
         asked = msgspec.json.decode(await read_body(request) or b"{}", type=_Asked).ClusterVolumeSpec
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         return False
     return asked is not None
 

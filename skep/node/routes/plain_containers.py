@@ -84,5 +84,5 @@ def _request_of(body: bytes) -> _Request:
     """Empty where it cannot be decoded: the Docker Engine refuses it then."""
     try:
         return msgspec.json.decode(body, type=_Request)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         return _Request()

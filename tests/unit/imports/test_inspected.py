@@ -29,6 +29,7 @@ SERVICES = [
         " {type: bind, source: /a, target: /b, bind: {recursive: disabled}}]"
     ),
     "volumes: [{type: tmpfs, target: /t, tmpfs: {size: 10m, mode: 0o700}}, {type: image, source: i, target: /i}]",
+    "volumes: [{type: cluster, source: data, target: /d}, {type: cluster, source: 'group:g', target: /g}]",
     "healthcheck: {test: [CMD, a], interval: 1m, timeout: 1500ms, start_period: 2s, start_interval: 3s, retries: 4}",
     "healthcheck: {disable: true}",
     "extra_hosts: ['a=1.2.3.4', 'b=::1'], dns: 1.1.1.1, dns_search: [a, b], dns_opt: [ndots:1]",

@@ -35,6 +35,12 @@ def test_settings_that_are_left_out_are_the_defaults() -> None:
     check_settings(SwarmSpec())
 
 
+@pytest.mark.parametrize("port", ["²", "9" * 5000, "65535", ""])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(Untranslated, match="invalid port"):
+        check_listening(f"127.0.0.1:{port}")
+
+
 # --- ports ----------------------------------------------------------------------------------------------------------
 
 LISTEN = "0.0.0.0:2377"

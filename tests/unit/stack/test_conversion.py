@@ -324,9 +324,37 @@ volumes: {v: {driver_opts: {type: nfs}}, x: {external: true}}
     assert [one.source for one in made.mounts] == ["shop_v", "x"]
 
 
+def test_a_cluster_volume_is_named_at_the_top_of_the_file_or_by_its_group() -> None:
+    text = """
+services: {w: {image: w, volumes: [
+  {type: cluster, source: orders, target: /o},
+  {type: cluster, source: data, target: /d, read_only: true, cluster: {}},
+  {type: cluster, source: "group:fast", target: /g}]}}
+volumes: {orders: {external: true}, data: {}}
+"""
+    stack, report = read(text)
+    assert not report.problems
+    made = stack.services["w"].spec.task_template.container_spec
+    assert made is not None
+    assert [(one.type, one.source, one.target, one.read_only) for one in made.mounts] == [
+        ("cluster", "orders", "/o", False),
+        ("cluster", "shop_data", "/d", True),
+        ("cluster", "group:fast", "/g", False),
+    ]
+    assert all(one.cluster_options is not None for one in made.mounts)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        (
+            "services: {w: {image: w, volumes: [{type: cluster, source: v, target: /v}]}}",
+            "f:1:36: services.w.volumes[0]: there is no volume v: declare it in the volumes at the top of the file",
+        ),
+        (
+            "services: {w: {image: w, volumes: [{type: cluster, target: /v}]}}",
+            "f:1:36: services.w.volumes[0]: it has no source: want a volume, or group:NAME",
+        ),
         (
             "services: {w: {image: w, volumes: ['/a:/b:nocopy']}}",
             "f:1:36: services.w.volumes[0]: nocopy concerns volumes, and this is a directory of the machine",

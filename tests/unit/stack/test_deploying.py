@@ -3,9 +3,12 @@
 import json
 from typing import Any
 
+import pytest
+
 from skep.api.client import Client
-from skep.errors import AlreadyExists, NotFound, SkepError, Unavailable
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable
 from skep.stack.deploying import Deployment, with_placements
+from skep.stack.document import Problems
 from skep.stack.planning import Existing, plan_of
 from tests.unit.stack.test_planning import a_stack, deployed
 
@@ -25,6 +28,10 @@ class Cluster(Client):
         self.services: dict[str, Any] = {}
         self.logins: dict[str, str] = {}
         self.placement: SkepError = NotFound("page not found")
+        self.updated: dict[str, Any] = {}
+        """The bodies of updates of secrets and configs."""
+        self.refusal = ""
+        """Of these."""
 
     async def request(self, method: str, path: str, **options: Any) -> Any:
         body = json.loads(json.dumps(options.get("body"), default=lambda raw: json.loads(bytes(raw))))
@@ -49,6 +56,12 @@ class Cluster(Client):
                 name = path.rpartition("/")[2]
                 spec = self.services.get(name) or {"Name": name, "TaskTemplate": {"ForceUpdate": 3}}
                 return {"ID": "i", "Version": {"Index": 7}, "Spec": spec}
+            case "GET", _ if path.startswith(("/secrets/", "/configs/")):
+                return {"ID": path.rpartition("/")[2], "Version": {"Index": 7}}
+            case "POST", _ if path.startswith(("/secrets/", "/configs/")) and path.endswith("/update"):
+                if self.refusal:
+                    raise InvalidArgument(self.refusal)
+                self.updated[path] = body
             case "POST", _:
                 self.asked.append(f"{path} {body.get('TaskTemplate', {}).get('ForceUpdate', '')}".strip())
         return []
@@ -99,6 +112,51 @@ async def test_a_cluster_that_cannot_say_where_services_would_run_is_no_error() 
     cluster.placement = Unavailable("too busy")
     assert await with_placements(cluster, plan, warnings.append) == plan
     assert warnings == ["the cluster does not say where services would run: too busy"]
+
+
+FILES = """
+services: {a: {image: a, secrets: [named, versioned], configs: [conf]}}
+secrets: {named: {name: pw, file: f}, versioned: {file: g}}
+configs: {conf: {name: conf, content: x}}
+"""
+
+
+async def deploy_files(
+    cluster: Cluster, existing: Existing, text: str = FILES, named: bytes = b"one"
+) -> list[str]:
+    stack, shown = a_stack(text, named=named, versioned=b"v"), []
+    plan = plan_of(stack, existing, images={}, prune=False)
+    await Deployment(cluster, stack, plan, lambda *words: shown.append(" ".join(words))).apply(None)
+    return shown
+
+
+async def test_the_cluster_compares_the_content_of_a_secret_with_a_name_of_its_own() -> None:
+    cluster, existing = Cluster({}), deployed(a_stack(FILES, named=b"one", versioned=b"v"))
+    assert await deploy_files(cluster, existing) == []
+    assert list(cluster.updated) == ["/secrets/pw/update"]
+    assert cluster.updated["/secrets/pw/update"]["Data"] == "b25l"
+
+
+async def test_labels_of_files_are_updated() -> None:
+    cluster, existing = Cluster({}), deployed(a_stack(FILES, named=b"one", versioned=b"v"))
+    text = FILES.replace("name: conf", "name: conf, labels: {a: b}")
+    assert await deploy_files(cluster, existing, text) == ["conf config updated"]
+    assert cluster.updated["/configs/conf/update"]["Labels"]["a"] == "b"
+
+
+async def test_other_content_of_a_secret_with_a_name_of_its_own_is_refused_before_anything_is_done() -> None:
+    cluster, existing = Cluster({}), deployed(a_stack(FILES, named=b"one", versioned=b"v"))
+    cluster.refusal = "rpc error: code = InvalidArgument desc = only updates to Labels are allowed"
+    with pytest.raises(Problems) as caught:
+        await deploy_files(cluster, existing, FILES.replace("image: a", "image: b"), b"two")
+    assert str(caught.value) == (
+        "f:3:18: secrets.pw: the secret exists with other content, which cannot be changed: leave out its name, "
+        "and each content has a name of its own"
+    )
+    assert cluster.asked == []
+    cluster.refusal = "a label is too long"
+    with pytest.raises(InvalidArgument, match="a label is too long"):
+        await deploy_files(cluster, existing)
 
 
 async def test_nothing_is_asked_for_when_nothing_changes() -> None:

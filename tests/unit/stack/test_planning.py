@@ -43,9 +43,11 @@ configs: {conf: {content: one}}
 LABELS = {"com.docker.stack.namespace": "shop"}
 
 
-def a_stack(text: str = TEXT) -> Stack:
+def a_stack(text: str = TEXT, **secrets: bytes) -> Stack:
+    """``secrets``: the content of those with a file."""
     report = Report()
-    made = stack_of(parse(text, "f"), "shop", {}, report)
+    contents = {("secrets", name): content for name, content in secrets.items()}
+    made = stack_of(parse(text, "f"), "shop", contents, report)
     report.raise_problems()
     return made
 
@@ -70,7 +72,10 @@ def deployed(stack: Stack, **images: str) -> Existing:
         spec = settled(replace(one.spec, task_template=template))
         services.append(Service(id=ServiceId(f"id of {name}"), spec=spec))
     configs = tuple({"ID": f"id of {one.name}", "Spec": one.body} for one in stack.configs.values())
-    return Existing(services=tuple(services), networks=networks, configs=configs)
+    secrets = tuple(
+        {"ID": f"id of {one.name}", "Spec": {**one.body, "Data": None}} for one in stack.secrets.values()
+    )
+    return Existing(services=tuple(services), networks=networks, configs=configs, secrets=secrets)
 
 
 def plan(text: str, existing: Existing, **options: Any) -> Plan:
@@ -212,6 +217,18 @@ def test_a_forced_update_by_others_is_no_change() -> None:
             ),
         ),
         (
+            "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {name: m, enable_ipv6: true}}",
+            Existing(
+                networks=(
+                    {"Name": "m", "Id": "1", "Scope": "swarm", "Driver": "overlay", "EnableIPv6": False},
+                )
+            ),
+            (
+                "the network exists and cannot be changed (EnableIPv6 is False, not True): "
+                "remove it first, or give it another name"
+            ),
+        ),
+        (
             (
                 "services: {w: {image: w, networks: [n]}}\nnetworks: {n: {name: m, driver_opts: {encrypted: ''},"
                 " ipam: {config: [{subnet: 10.9.0.0/24}]}}}"
@@ -253,6 +270,20 @@ def test_what_cannot_be_made_true_is_refused_before_anything_is_done(
     with pytest.raises(Problems) as caught:
         plan(text, existing)
     assert [one.text for one in caught.value.problems] == [problem]
+
+
+@pytest.mark.parametrize("kind", ["secret", "config"])
+def test_labels_of_a_file_with_a_name_of_its_own_are_updated(kind: str) -> None:
+    source = "content: x" if kind == "config" else "file: f"
+    text = f"services: {{w: {{image: w, {kind}s: [c]}}}}\n{kind}s: {{c: {{{source}, name: m, labels: {{a: b}}}}}}"
+    existing = deployed(a_stack(text, c=b"x"))
+    made = plan_of(a_stack(text.replace("a: b", "a: c"), c=b"x"), existing, images={}, prune=False)
+    assert signs(made) == [f"~{kind} m"]
+    assert [unstyle(line) for line in lines_of(made)][1:] == [
+        f"  ~ {kind} m   no task is restarted",
+        "      Labels.a: b -> c",
+    ]
+    assert signs(plan_of(a_stack(text, c=b"x"), existing, images={}, prune=False)) == []
 
 
 def test_superseded_configs_are_those_that_nothing_uses_nor_returns_to() -> None:

@@ -264,3 +264,20 @@ async def test_a_long_list_of_services_shows_every_change(cluster):
     shown = await listed(client, "/services")
     assert shown[changed.id]["Spec"]["Labels"] == {"a": "b"}
     assert shown[stored[4].id]["Spec"]["Labels"] == {}
+
+
+@pytest.mark.parametrize("kind", ["secrets", "configs"])
+async def test_files_are_found_by_the_beginning_of_their_name_in_any_case(cluster, kind):
+    _, client = cluster
+    made = {}
+    for name in ("db_password", "DB_User", "web"):
+        response = await client.post(f"/{kind}/create", json={"Name": name, "Data": "eA=="})
+        made[name] = (await response.json())["ID"]
+    both = sorted([made["db_password"], made["DB_User"]])
+    assert sorted(await ids(client, f"/{kind}", name="DB")) == both
+    assert sorted(await ids(client, f"/{kind}", name="db_")) == both
+    assert await ids(client, f"/{kind}", name="password") == []
+    assert await ids(client, f"/{kind}", id=made["web"][:8]) == [made["web"]]
+    if kind == "secrets":
+        assert await ids(client, "/secrets", names="WEB") == [made["web"]]
+        assert await ids(client, "/secrets", names="WE") == []
