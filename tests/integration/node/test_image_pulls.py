@@ -190,7 +190,7 @@ async def test_a_transfer_may_go_on_earlier_than_where_it_broke(images: ImageSto
     assert len([request for request in rogue.requests if sha256(layer) in request.path]) == 2
 
 
-@pytest.mark.parametrize("length", [1, len(BLOBS[1])])
+@pytest.mark.parametrize("length", [1, len(BLOBS[1])], ids=["a byte", "all"])
 async def test_what_goes_on_with_something_else_is_fetched_once_more_from_its_begin(
     images: ImageStore, rogue: Rogue, length: int
 ):
