@@ -15,7 +15,15 @@ from msgspec.structs import replace
 from skep.api.requests import Requests
 from skep.api.updates import update
 from skep.api.waiting import persistently
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable, reason_of
+from skep.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    SkepError,
+    Unavailable,
+    reason_of,
+)
 from skep.model.encoding import to_json
 from skep.model.schedules import CRON
 from skep.model.service import Service, ServiceSpec
@@ -200,18 +208,26 @@ class Deployment:
         problems: list[Problem] = []
 
         async def write(kind: str, file: StackFile) -> None:
-            path = f"{kind}s"
+            path, is_changed = f"{kind}s", (kind, file.name) in changed
+
+            def spec(present: Mapping[str, Any]) -> Mapping[str, Any]:
+                # What is kept has its own labels: it may be of another stack, or of none.
+                return (
+                    file.body if is_changed else {**file.body, "Labels": present["Spec"].get("Labels") or {}}
+                )
+
             try:
                 async with self._limit:
-                    await update(
-                        self._client, path, file.name, lambda _: file.body, timeout_s=RESPONSE_TIMEOUT_S
-                    )
+                    await update(self._client, path, file.name, spec, timeout_s=RESPONSE_TIMEOUT_S)
+            except PermissionDenied:
+                if is_changed:
+                    raise  # else it is used as it is, without the comparison
             except InvalidArgument as error:
                 if _OTHER_CONTENT not in str(error):
                     raise
                 problems.append(other_content(kind, file))
             else:
-                if (kind, file.name) in changed:
+                if is_changed:
                     self._show(file.name, f"{kind} updated")
 
         changed = {(one.kind, one.name) for one in self._plan.changes if one.action is Action.UPDATE}

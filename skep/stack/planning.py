@@ -251,7 +251,9 @@ def _files(
             continue
         if kind == "config" and now["Spec"].get("Data", "") != file.body.get("Data", ""):
             problems.append(other_content(kind, file))
-        differing = tuple(_label_differences(now["Spec"].get("Labels") or {}, file.labels))
+        labels = now["Spec"].get("Labels") or {}
+        is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)  # others' are used, and stay theirs
+        differing = tuple(_label_differences(labels, file.labels)) if is_ours else ()
         action = Action.UPDATE if differing else Action.KEEP
         yield Change(action=action, kind=kind, name=file.name, differences=differing)
 

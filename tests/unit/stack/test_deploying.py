@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from skep.api.client import Client
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.stack.deploying import Deployment, with_placements
 from skep.stack.document import Problems
 from skep.stack.planning import Existing, plan_of
@@ -31,7 +31,8 @@ class Cluster(Client):
         self.updated: dict[str, Any] = {}
         """The bodies of updates of secrets and configs."""
         self.refusal = ""
-        """Of these."""
+        """Of these, as an error of the type ``refuses``."""
+        self.refuses: type[SkepError] = InvalidArgument
 
     async def request(self, method: str, path: str, **options: Any) -> Any:
         body = json.loads(json.dumps(options.get("body"), default=lambda raw: json.loads(bytes(raw))))
@@ -57,10 +58,15 @@ class Cluster(Client):
                 spec = self.services.get(name) or {"Name": name, "TaskTemplate": {"ForceUpdate": 3}}
                 return {"ID": "i", "Version": {"Index": 7}, "Spec": spec}
             case "GET", _ if path.startswith(("/secrets/", "/configs/")):
-                return {"ID": path.rpartition("/")[2], "Version": {"Index": 7}}
+                name = path.rpartition("/")[2]
+                return {
+                    "ID": name,
+                    "Version": {"Index": 7},
+                    "Spec": {"Name": name, "Labels": {"of": "others"}},
+                }
             case "POST", _ if path.startswith(("/secrets/", "/configs/")) and path.endswith("/update"):
                 if self.refusal:
-                    raise InvalidArgument(self.refusal)
+                    raise self.refuses(self.refusal)
                 self.updated[path] = body
             case "POST", _:
                 self.asked.append(f"{path} {body.get('TaskTemplate', {}).get('ForceUpdate', '')}".strip())
@@ -135,6 +141,15 @@ async def test_the_cluster_compares_the_content_of_a_secret_with_a_name_of_its_o
     assert await deploy_files(cluster, existing) == []
     assert list(cluster.updated) == ["/secrets/pw/update"]
     assert cluster.updated["/secrets/pw/update"]["Data"] == "b25l"
+    assert cluster.updated["/secrets/pw/update"]["Labels"] == {"of": "others"}, "nothing of it is changed"
+
+
+async def test_a_secret_that_its_client_may_not_change_is_used_without_a_comparison() -> None:
+    cluster, existing = Cluster({}), deployed(a_stack(FILES, named=b"one", versioned=b"v"))
+    cluster.refusal, cluster.refuses = "ann may not POST /secrets/pw/update", PermissionDenied
+    assert await deploy_files(cluster, existing) == []
+    with pytest.raises(PermissionDenied):
+        await deploy_files(cluster, existing, FILES.replace("file: f", "file: f, labels: {a: b}"))
 
 
 async def test_labels_of_files_are_updated() -> None:

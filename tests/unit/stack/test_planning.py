@@ -24,7 +24,7 @@ from skep.stack.planning import (
     superseded,
     waves,
 )
-from skep.stack.project import Stack
+from skep.stack.project import NAMESPACE, Stack
 from skep.stack.reading import Report
 
 TEXT = """
@@ -284,6 +284,13 @@ def test_labels_of_a_file_with_a_name_of_its_own_are_updated(kind: str) -> None:
         "      Labels.a: b -> c",
     ]
     assert signs(plan_of(a_stack(text, c=b"x"), existing, images={}, prune=False)) == []
+
+
+@pytest.mark.parametrize("labels", [{}, {NAMESPACE: "another", "a": "b"}])
+def test_a_secret_of_others_is_used_and_does_not_become_the_stacks(labels: dict[str, str]) -> None:
+    stack = a_stack("services: {w: {image: w, secrets: [c]}}\nsecrets: {c: {file: f, name: m}}", c=b"x")
+    existing = replace(deployed(stack), secrets=({"ID": "x", "Spec": {"Name": "m", "Labels": labels}},))
+    assert signs(plan_of(stack, existing, images={}, prune=True)) == []
 
 
 def test_superseded_configs_are_those_that_nothing_uses_nor_returns_to() -> None:
