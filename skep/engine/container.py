@@ -255,8 +255,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """None: it is a task's."""
     is_retired: bool = False
     """It never ran and never will: its sandbox is freed."""
-    start_requested: bool = False
-    """By its user, and no run has ended since: a start that fails is not followed by another one."""
+    is_at_rest: bool = False
+    """Its policy follows its next end only: since the last one its user has begun a start, or changed the policy."""
     warnings: tuple[str, ...] = ()
     """What of its configuration this node could not give it when it was last prepared."""
     stack: str = ""
@@ -291,7 +291,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_restarting(self) -> bool:
         """Whether it has ended and its policy starts it again: known before the restart monitor has begun, too."""
-        if self.plain is None or self.start_requested or self.state is not ContainerState.EXITED:
+        if self.plain is None or self.is_at_rest or self.state is not ContainerState.EXITED:
             return False
         return self.plain.wants_restart(self.exit_code)
 

@@ -380,15 +380,14 @@ class Engine:
         Args:
             secret_env: further variables (``NAME=value``) for this run; they are in no record.
 
-        Raises: NotFound; BeingRemoved; StartError: the runtime refused, with its words; the exit code is in the record
-        too.
+        Raises: NotFound; BeingRemoved; StartError: the runtime refused, with its words; the record has the exit code.
         """
         container = self._store.require_startable(self.get(word).id)
         if container.plain is None:
             return await self._lifecycle.start(container.id, secret_env)
         self._restarts.reset(container.id)
         plain = msgspec.structs.replace(container.plain, is_stopped=False, restarts=0)
-        self._store.change(container.id, plain=plain, start_requested=True)
+        self._store.change(container.id, plain=plain, is_at_rest=True)
         try:
             async with self._network_locks[container.id]:
                 return await self._lifecycle.start(container.id, secret_env)
@@ -398,14 +397,15 @@ class Engine:
             raise
 
     async def restart(self, id: ContainerId, *, ignore_stop: bool) -> bool:
-        """Start a plain container because of its restart policy; False: it runs, or its user has stopped it.
+        """Start a plain container because of its restart policy; False: it runs, or has another policy by now.
 
         ``ignore_stop``: it was stopped by its user before the restart was due, and starts nevertheless.
         Raises: NotFound; SkepError, OSError: it cannot be started.
         """
         async with self._network_locks[id]:
             container, plain = self._store.require_plain(self._store.require_startable(id).id)
-            if container.is_running or (plain.is_stopped and not ignore_stop):
+            is_wanted = plain.wants_restart(container.exit_code or 1) and not container.is_at_rest
+            if container.is_running or not (is_wanted or ignore_stop):
                 return False
             if plain.is_stopped:
                 # Known on a full disk, too: this is retried then, and its user may stop it again meanwhile.

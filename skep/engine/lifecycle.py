@@ -377,7 +377,7 @@ class Lifecycle:
                 error=ended.error,
                 oom_killed=ended.oom_killed,
                 finished_at=timestamp(self._clock.now_ns()),
-                start_requested=False,
+                is_at_rest=False,
             )
         if ended.oom_killed:
             self.events.publish("oom", container)

@@ -155,7 +155,8 @@ class RestartMonitor:
             return Rest()
         ran_s = (unix_ns(container.finished_at) - unix_ns(container.started_at)) / 1e9
         before_s = self._delays_s.get(container.id, 0.0)
-        return after_end(container.plain, container.exit_code, ran_s, before_s)
+        next_ = after_end(container.plain, container.exit_code, ran_s, before_s)
+        return Rest() if isinstance(next_, StartAgain) and container.is_at_rest else next_
 
     def _schedule(self, group: asyncio.TaskGroup, id: ContainerId, next_: Next) -> None:
         if id in self._pending or isinstance(next_, Rest):

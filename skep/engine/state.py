@@ -151,7 +151,7 @@ class ContainerStore:
         if container is not None and container.plain is not None:
             plain = msgspec.structs.replace(container.plain, restarts=container.plain.restarts + 1)
             with suppress(OSError):
-                self.change(id, plain=plain, start_requested=False)
+                self.change(id, plain=plain, is_at_rest=False)
 
     async def run(self, clock: Clock) -> None:
         """Retry writes that have failed, until cancelled."""

@@ -6,7 +6,7 @@ from typing import Final, TypeAlias
 from msgspec.structs import replace
 
 from skep.engine import create, machine
-from skep.engine.container import Conflicting, Container, ContainerConfig, PlainOptions
+from skep.engine.container import Conflicting, Container, ContainerConfig, ContainerState, PlainOptions
 from skep.engine.events import Events
 from skep.engine.limits import nano_cpus_of, swap_bytes
 from skep.engine.request import UpdateRequest
@@ -124,6 +124,8 @@ async def update(
     if plain is not None and after.plain is not None:
         plain = replace(plain, restart=after.plain.restart)
     warnings = tuple(dict.fromkeys((*present.warnings, *found)))
-    container = store.observe(id, config=after.config, plain=plain, warnings=warnings)
+    # A policy that it is given after its end holds from the next one on.
+    is_at_rest = present.is_at_rest or (present.state is ContainerState.EXITED and not present.is_restarting)
+    container = store.observe(id, config=after.config, plain=plain, warnings=warnings, is_at_rest=is_at_rest)
     events.publish("update", container)
     return container

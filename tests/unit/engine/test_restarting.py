@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
@@ -28,7 +29,9 @@ from skep.engine.container import (
     StillRunning,
     WaitCondition,
 )
+from skep.engine.request import read_update
 from skep.engine.sharing import shared_by
+from skep.engine.updates import updated
 from skep.errors import AlreadyExists
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
@@ -293,6 +296,73 @@ def test_the_next_node_process_starts_it(simulated: Run) -> None:
         assert stubs.runtime.starts == 1
 
     simulated(body, is_monitored=True)
+
+
+# --- another policy -----------------------------------------------------------------------------------------------
+
+
+async def give_policy(stubs: StubEngine, name: str, attempts: int = 0) -> None:
+    body = {"RestartPolicy": {"Name": name, "MaximumRetryCount": attempts}}
+    await stubs.engine.update(ID, partial(updated, read_update(json.dumps(body).encode())))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (RestartPolicy(name="no"), ("always", 0)),
+        (RestartPolicy(name="on-failure", attempts_max=1), ("on-failure", 5)),
+    ],
+)
+def test_a_policy_that_an_ended_container_is_given_holds_from_its_next_end_on(
+    simulated: Run, before: RestartPolicy, after: tuple[str, int]
+) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end(7)
+        await give_policy(stubs, *after)
+        assert stubs.engine.get(ID).status == "exited"
+        await stubs.engine.wait(ID)
+        await asyncio.sleep(3600)
+        assert stubs.runtime.starts == 0
+        assert (await asked(stubs, "start")).status == 204
+        await stubs.end(7)
+        assert stubs.engine.get(ID).is_restarting
+        await asyncio.sleep(1)
+        assert (stubs.engine.get(ID).status, stubs.runtime.starts) == ("running", 2)
+
+    simulated(body, a_container(plain=PlainOptions(restart=before, restarts=1)), is_monitored=True)
+
+
+def test_without_a_policy_it_is_not_started_any_more(simulated: Run) -> None:
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end(7)
+        assert stubs.engine.get(ID).is_restarting
+        await give_policy(stubs, "no")
+        assert stubs.engine.get(ID).status == "exited"
+        await asyncio.sleep(3600)
+        assert (stubs.engine.get(ID).status, stubs.runtime.starts) == ("exited", 0)
+
+    simulated(body, RUNNING, is_monitored=True)
+
+
+def test_a_restart_by_its_user_that_fails_ends_its_restarting(
+    simulated: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[object] = []
+
+    async def refuse(container: Container) -> None:
+        attempts.append(container)
+        raise StartError("exec: nosuch: executable file not found in $PATH")
+
+    async def body(stubs: StubEngine) -> None:
+        await stubs.end(7)
+        monkeypatch.setattr(stubs.runtime, "create", refuse)
+        with pytest.raises(StartError):
+            await stubs.engine.stop_and_start(ID)
+        assert stubs.engine.get(ID).status == "exited"
+        await asyncio.sleep(3600)
+        assert (stubs.engine.get(ID).status, len(attempts)) == ("exited", 1)
+
+    simulated(body, RUNNING, is_monitored=True)
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------
