@@ -12,6 +12,7 @@ import asyncio
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -227,8 +228,10 @@ class Gateway:
                 await self._choose_addresses()
                 await self._apply()
         except BaseException:
-            if self._addresses is None:  # the next container has the bridge made again
+            if self._addresses is None and before is not None:  # the next container has the bridge made again
                 self._addresses = before
+                with suppress(OSError):
+                    _save(self._state, before.subnet)  # as it is in memory, for the next process
             raise
 
     async def _undo(self, container_id: ContainerId) -> None:

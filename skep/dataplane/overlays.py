@@ -417,7 +417,7 @@ class Overlays:
             )
         await pinned.make_where_missing(self._pins, id, reconciler, self._healer)
         reconciler.is_exclusive = self._knows_tables
-        await self._healer.watch(reconciler)
+        await isolate(self._healer.watch(reconciler), "changes of a network are not reported yet", network=id)
         return reconciler
 
     async def _remove(self, id: NetworkId) -> None:

@@ -68,6 +68,7 @@ class ServedContainers:
         self._served: dict[str, ServedContainer] = {}
         self._handed_over: dict[str, Sockets] = {}
         """Of containers whose records could not be read yet."""
+        self._applying: dict[ServedContainer, asyncio.Future[bool]] = {}
         self._work: dict[str, _Work] = {}
         self._workers: dict[str, asyncio.Task[None]] = {}
         self.repairs = Repairs()
@@ -237,20 +238,35 @@ class ServedContainers:
 
         The others go on: a thread that writes into a namespace cannot be interrupted, and two would write at once.
         """
-        done: set[str] = set()
+        results = {id: self._application(one) for id, one in served.items()}
+        if results:
+            await asyncio.wait(results.values(), timeout=_REFRESH_S)
+        return frozenset(id for id, result in results.items() if result.done() and result.result())
 
-        async def apply(id: str, one: ServedContainer) -> None:
+    def _application(self, served: ServedContainer) -> asyncio.Future[bool]:
+        """Whether its virtual addresses are up to date: one task for all who wait, or they would pile up."""
+        if (known := self._applying.get(served)) is not None:
+            return known
+        result = self._applying[served] = asyncio.get_running_loop().create_future()
+
+        async def apply() -> None:
+            is_done = True
             try:
-                await one.virtual.apply()
+                await served.virtual.apply()
             except (SkepError, OSError) as error:
-                if Path(one.named.netns).exists():  # else the container has ended, and will be forgotten
-                    log.warning("virtual addresses not updated", container=id, reason=describe_error(error))
-                    return
-            done.add(id)
+                is_done = not Path(served.named.netns).exists()  # it has ended, and will be forgotten
+                if not is_done:
+                    reason = describe_error(error)
+                    log.warning("virtual addresses not updated", container=served.named.id, reason=reason)
+            except BaseException:
+                is_done = False
+                raise
+            finally:
+                del self._applying[served]
+                result.set_result(is_done)
 
-        if tasks := [self._start_task(apply(*one)) for one in served.items()]:
-            await asyncio.wait(tasks, timeout=_REFRESH_S)
-        return frozenset(done)
+        self._start_task(apply())
+        return result
 
     def _schedule(self, id: str, work: _Work) -> None:
         self._work[id] = max(self._work.get(id, work), work)

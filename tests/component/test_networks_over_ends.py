@@ -7,8 +7,10 @@ import asyncio
 import errno
 import tempfile
 from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from ipaddress import IPv4Network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,19 +286,31 @@ async def test_a_container_that_could_not_be_cut_off_a_network_keeps_its_address
     assert nothing_is_held(lab)
 
 
+@pytest.mark.parametrize("step", ["remove", "choose"])
 async def test_after_a_failed_move_of_the_bridge_containers_start_as_before(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    async def refuse(_: str) -> None:
+    async def refuse(*_: object) -> None:
         raise Unavailable("the kernel does not answer")
 
-    monkeypatch.setattr(lab.gateway._home, "remove", refuse, raising=False)
+    monkeypatch.setattr(lab.gateway._home, "remove", refuse if step == "remove" else nothing, raising=False)
+    monkeypatch.setattr(lab.gateway, "_choose_addresses", refuse)
+    spaces = SimpleNamespace(home=Path("/none"), netlink=lambda _: nullcontext(object()))
+    monkeypatch.setattr(lab.gateway, "_namespaces", spaces)
+    monkeypatch.setattr("skep.dataplane.gateway._index", nothing)
+    monkeypatch.setattr("skep.dataplane.gateway._networks_except", no_networks)
     before = lab.gateway.subnet
     with pytest.raises(Unavailable):
-        await lab.gateway.move(None)
+        await lab.gateway.move(IPv4Network("10.77.0.0/24"))
     assert lab.gateway.subnet == before
+    if step == "choose":
+        assert lab.gateway._state.read_text().strip() == str(before), "as the next process has it"
     await lab.run("c")
     assert lab.held() == lab.recorded()
+
+
+async def no_networks(*_: object) -> tuple[()]:
+    return ()
 
 
 async def test_a_port_whose_reservation_was_never_answered_is_released_by_the_sweep(

@@ -86,8 +86,8 @@ class Mesh:
         which it may have carried out all the same."""
         self._plan: Plan | None = None
         self._forwards_ipv6 = False
-        self._nats_ipv6: bool | None = None
-        """Whether the kernel takes the rules of IPv6, which are one table with chains for that; None: not asked yet."""
+        self._nats_ipv6 = False
+        """Whether the kernel has taken chains for that, as the table of IPv6 has them."""
         self._turn = asyncio.Lock()
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
@@ -211,7 +211,7 @@ class Mesh:
     # --- rules ----------------------------------------------------------------------------------------------------
 
     async def _write(self, wanted: Plan) -> None:
-        if self._nats_ipv6 is None:
+        if not self._nats_ipv6:  # the kernel may have got its module meanwhile
             refusal = await self._namespaces.run(self._namespaces.home, ipv6_nat_refusal)
             self._nats_ipv6 = not refusal
             if refusal:

@@ -24,14 +24,19 @@ def ipv6_refusal() -> str:
         return "the kernel has no IPv6"
     try:
         return ipv6_nat_refusal()
-    except OSError as error:
+    except (nft.NftUnavailable, OSError) as error:
         return _no_nat(error)
 
 
 def ipv6_nat_refusal() -> str:
-    """Why the kernel takes no address translation for IPv6; empty: it does.  Raises: OSError: that is not known."""
+    """Why the kernel takes no address translation for IPv6; empty: it does.
+
+    Raises: NftUnavailable, OSError: that is not known.
+    """
     try:
         nft.run(_PROBE)
+    except nft.NftUnavailable:
+        raise
     except nft.NftFailed as error:
         return _no_nat(error)
     return ""

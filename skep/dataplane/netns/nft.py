@@ -28,6 +28,10 @@ class NftFailed(SkepError):
     """The kernel or the parser refused; the message is libnftables' own."""
 
 
+class NftUnavailable(NftFailed):
+    """Nothing was asked: this process has no descriptor or no memory left for libnftables."""
+
+
 def run(text: str) -> str:
     """Apply ``text`` in the network namespace of the calling thread, all of it or nothing.
 
@@ -84,12 +88,12 @@ _TURNS = Turns()
 def _run(text: str) -> str:
     library = _library()
     if (descriptor := descriptors.lowest_free()) >= _DESCRIPTORS_MAX:
-        raise NftFailed(
+        raise NftUnavailable(
             f"too many open files for libnftables: the next one would have the number {descriptor}"
         )
     context = library.nft_ctx_new(0)
     if not context:
-        raise NftFailed("libnftables gave no context")
+        raise NftUnavailable("libnftables gave no context")
     try:
         library.nft_ctx_buffer_error(context)
         library.nft_ctx_buffer_output(context)

@@ -559,9 +559,10 @@ class LocalImages:
     async def _forget_unused(self, in_use: InUse) -> None:
         """Of what was removed.  Under ``_writing``."""
         if unused := self._catalog.retired - set(in_use()):
+            # In this order: retired until nothing of them is left, they are no images again if this is interrupted.
+            await self._forget(unused)
             retired = self._catalog.retired - unused
             await self._put(msgspec.structs.replace(self._catalog, retired=retired))
-            await self._forget(unused)
 
     async def _forget(self, image_ids: Iterable[str]) -> None:
         """Delete configurations.  Under ``_writing``."""

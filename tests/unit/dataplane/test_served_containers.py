@@ -128,11 +128,14 @@ async def test_a_hanging_container_holds_up_no_other_network_and_is_written_by_o
 ) -> None:
     monkeypatch.setattr(served_containers, "_REFRESH_S", 0.01)
     ends = spaces.hanging["both"] = asyncio.Event()
+    tasks = []
     for _ in range(3):
         with pytest.raises(Unavailable, match="1 of 1 containers lack"):
             await serving.refresh([FIRST])
         await serving.refresh([SECOND])
+        tasks.append(len(asyncio.all_tasks()))
     assert spaces.written == ["one"]
+    assert tasks[0] == tasks[-1], "none pile up behind it"
     ends.set()
     await spaces.wait(lambda: "both" in spaces.written)
     assert spaces.inside_max == 1

@@ -9,7 +9,8 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.dataplane.ingress.mesh import Mesh
-from skep.dataplane.netns.forwarding import ipv6_nat_refusal
+from skep.dataplane.netns import nft
+from skep.dataplane.netns.forwarding import ipv6_nat_refusal, ipv6_refusal
 from skep.dataplane.netns.nft_table import NftTable
 from skep.dataplane.ports import PortReservations
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
@@ -129,10 +130,10 @@ class Kernel:
 
     def __init__(self, refusal: str = "") -> None:
         self.tables: list[str] = []
-        self._refusal = refusal
+        self.refusal = refusal
 
     async def run(self, _path: Path, work: object, *_: object) -> object:
-        return self._refusal if work is ipv6_nat_refusal else None
+        return self.refusal if work is ipv6_nat_refusal else None
 
     async def apply(self, *_: object) -> None: ...
 
@@ -168,6 +169,24 @@ async def test_a_kernel_without_ipv6_nat_publishes_by_ipv4(tmp_path: Path, refus
     kernel = Kernel(refusal)
     await publish(a_mesh(tmp_path, Ports(), kernel), TABLE)
     assert kernel.tables == ["ip skep_ingress"] + ["ip6 skep_ingress"] * (not refusal)
+
+
+async def test_a_kernel_that_gets_ipv6_nat_later_is_given_the_rules_with_the_next_change(
+    tmp_path: Path,
+) -> None:
+    kernel = Kernel("no address translation for IPv6: No such file or directory")
+    mesh = a_mesh(tmp_path, Ports(), kernel)
+    await publish(mesh, TABLE)
+    kernel.refusal = ""
+    await publish(mesh, ONE_PORT)
+    assert kernel.tables == ["ip skep_ingress", "ip6 skep_ingress"]
+
+
+def test_a_want_of_descriptors_is_no_refusal_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skep.linux.descriptors.lowest_free", lambda: 1 << 20)
+    with pytest.raises(nft.NftUnavailable, match="too many open files"):
+        ipv6_nat_refusal()
+    assert ipv6_refusal()
 
 
 async def test_a_port_that_cannot_be_held_keeps_no_other_from_being_published(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import errno
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -20,7 +20,9 @@ from skep.dataplane.netns.read import ReadState
 from skep.dataplane.netns.reconciler import CONTAINER, EXCLUSIVE, NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs, kind_of
 from skep.dataplane.netns.state import Address, Entry, EntryKind, Link, Route, State
+from skep.dataplane.overlays import Overlays
 from skep.errors import Unavailable
+from tests.unit.dataplane.plan.test_overlay import HEAD
 
 
 class Stopwatch:
@@ -170,6 +172,27 @@ async def test_a_watch_that_failed_is_tried_anew_and_the_slow_round_goes_on_mean
     before = len(namespaces.opened)
     await healing.watch(reconciler)
     assert len(namespaces.opened) == before
+    healing.close()
+    for one in namespaces.opened:
+        one.close()
+
+
+async def test_a_network_whose_changes_cannot_be_watched_is_written_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def made(*_: object) -> None:
+        """As if its namespace were there."""
+
+    monkeypatch.setattr("skep.dataplane.overlays.pinned.make_where_missing", made)
+    namespaces: Any = Sockets(0)
+    healing = Healer(namespaces, Stopwatch(), Repairs(), rng=lambda: 0.5)
+    others = dict.fromkeys(("home", "deferred", "tunnels", "measurements"), cast("Any", None))
+    spaces = Namespaces(Path("/none"))
+    overlays = Overlays(namespaces=spaces, pins=spaces, healer=healing, **others)
+    first = await overlays._reconciler(HEAD.id, HEAD)
+    assert healing._sockets == {first: []}
+    assert await overlays._reconciler(HEAD.id, HEAD) is first
+    assert len(healing._sockets[first]) == 2, "as soon as it can be"
     healing.close()
     for one in namespaces.opened:
         one.close()

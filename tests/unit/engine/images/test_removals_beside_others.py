@@ -1,6 +1,7 @@
 """Images that are removed while containers are made of them, and while they are named and come again."""
 
 import asyncio
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,20 @@ async def test_the_layers_of_a_removed_image_go_with_its_last_container(
             assert store.layer_store.all()
             await engine.remove(container.id)
     assert not store.layer_store.all()
+
+
+async def test_a_removal_that_is_interrupted_brings_no_image_back(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local.LocalImages, "_forget", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            await store.remove("app:1", users=list)
+    after = await opened(tmp_path / "images")
+    assert after.images() == ()
+    await after.sweep(list)
+    assert not after.layer_store.all()
+    assert not (await opened(tmp_path / "images")).images()
