@@ -162,7 +162,7 @@ async def test_a_transfer_that_breaks_goes_on_where_it_broke(images: ImageStore,
 
 
 def at_ranges(
-    rogue: Rogue, respond: Callable[[int], web.Response]
+    rogue: Rogue, respond: Callable[[int], web.Response | None]
 ) -> Callable[[web.Request], web.Response | None]:
     """The first transfer of a layer breaks; from then on ``respond`` answers requests that begin at an offset."""
     rogue.cut_after = 130_000
@@ -215,7 +215,10 @@ async def test_what_always_goes_on_with_something_else_is_given_up(images: Image
 
 async def test_a_transfer_that_breaks_after_the_last_byte_is_complete(images: ImageStore, rogue: Rogue):
     rogue.breaks_at_end = True
-    rogue.guard = at_ranges(rogue, lambda _: web.Response(status=416))
+    # As a real server: what is closed so abruptly may have lost some bytes, which are asked for.
+    rogue.guard = at_ranges(
+        rogue, lambda start: web.Response(status=416) if start in map(len, BLOBS) else None
+    )
     rogue.cut_after = None
     image = await images.pull(f"{rogue.address}/app:1")
     assert image.id == sha256(CONFIG)
