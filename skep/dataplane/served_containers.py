@@ -250,17 +250,15 @@ class ServedContainers:
         result = self._applying[served] = asyncio.get_running_loop().create_future()
 
         async def apply() -> None:
-            is_done = True
+            is_done = False
             try:
                 await served.virtual.apply()
+                is_done = True
             except (SkepError, OSError) as error:
                 is_done = not Path(served.named.netns).exists()  # it has ended, and will be forgotten
                 if not is_done:
                     reason = describe_error(error)
                     log.warning("virtual addresses not updated", container=served.named.id, reason=reason)
-            except BaseException:
-                is_done = False
-                raise
             finally:
                 del self._applying[served]
                 result.set_result(is_done)

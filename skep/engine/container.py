@@ -256,7 +256,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     is_retired: bool = False
     """It never ran and never will: its sandbox is freed."""
     is_at_rest: bool = False
-    """Its policy follows its next end only: since the last one its user has begun a start, or changed the policy."""
+    """Its policy follows its next end only, or the next node process: since the last one its user has begun a start, or
+    changed the policy."""
     warnings: tuple[str, ...] = ()
     """What of its configuration this node could not give it when it was last prepared."""
     stack: str = ""

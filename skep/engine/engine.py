@@ -404,8 +404,7 @@ class Engine:
         """
         async with self._network_locks[id]:
             container, plain = self._store.require_plain(self._store.require_startable(id).id)
-            is_wanted = plain.wants_restart(container.exit_code or 1) and not container.is_at_rest
-            if container.is_running or not (is_wanted or ignore_stop):
+            if container.is_running or not (container.is_restarting or ignore_stop):
                 return False
             if plain.is_stopped:
                 # Known on a full disk, too: this is retried then, and its user may stop it again meanwhile.

@@ -545,6 +545,8 @@ class Lifecycle:
             self._watch(container)  # settles at once what ended meanwhile
         elif not container.was_started and not container.is_retired:
             await self._adopt_created(container, has_network=has_network)
+        elif container.is_at_rest:  # its policy holds from now on, as after the start of a machine
+            self._store.observe(container.id, is_at_rest=False)
 
     async def _adopt_api(self, container: Container) -> None:
         apis, id = self._bundles.apis, container.id

@@ -542,37 +542,37 @@ class LocalImages:
                 self._damaged[id] = damage
             elif is_new:
                 with suppress(OSError):  # the next start finds it, without a name
-                    await asyncio.shield(self._forget([id]))
+                    await asyncio.shield(self._forget(id))
             raise
 
     async def _discard(
         self, references: Collection[Reference], image_ids: Collection[str], in_use: InUse
     ) -> None:
-        """Take away references and images; what ``removal`` decided.  Under ``_writing``; ``_collect`` follows.
-
-        The layers of images ``in_use`` by containers stay until ``sweep`` finds them unused.
-        """
+        """Take away what ``removal`` decided, but layers of images ``in_use``.  Under ``_writing``."""
         # Retired first: a container that is being created is among the users by now, or does not find the image.
         await self._put(without(self._catalog, references, image_ids))
         await self._forget_unused(in_use)
 
     async def _forget_unused(self, in_use: InUse) -> None:
         """Of what was removed.  Under ``_writing``."""
-        if unused := self._catalog.retired - set(in_use()):
-            # In this order: retired until nothing of them is left, they are no images again if this is interrupted.
-            await self._forget(unused)
-            retired = self._catalog.retired - unused
-            await self._put(msgspec.structs.replace(self._catalog, retired=retired))
+        gone: set[str] = set()
+        for id in self._catalog.retired - set(in_use()):
+            try:
+                await self._forget(id)
+                gone.add(id)
+            except OSError as error:  # it stays retired, or it would be an image again
+                log_error(error, "removed image not deleted yet", image=id)
+        if gone:
+            await self._put(msgspec.structs.replace(self._catalog, retired=self._catalog.retired - gone))
 
-    async def _forget(self, image_ids: Iterable[str]) -> None:
-        """Delete configurations.  Under ``_writing``."""
-        for id in image_ids:
-            (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
-            await discard_tree(self._root / "manifests" / hex_of(id))
-            self._configs.pop(id, None)
-            self._damaged.pop(id, None)
+    async def _forget(self, id: str) -> None:
+        """Delete a configuration.  Under ``_writing``.  Raises: OSError."""
+        (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
+        self._configs.pop(id, None)  # before anything is waited for: a pull of it writes its file again
+        self._damaged.pop(id, None)
         self._index()
         self._report(self._problem())
+        await discard_tree(self._root / "manifests" / hex_of(id))
 
     async def _collect(self) -> Sequence[Digest]:
         """Delete the layers that no image has and that are not pinned; their chain ids, top first."""

@@ -290,12 +290,15 @@ def test_one_whose_user_could_not_start_it_has_exited(
     simulated(body, msgspec.structs.replace(RESTARTING, plain=plain))
 
 
-def test_the_next_node_process_starts_it(simulated: Run) -> None:
+@pytest.mark.parametrize("is_at_rest", [False, True])
+def test_the_next_node_process_starts_it(simulated: Run, *, is_at_rest: bool) -> None:
+    """Also where its policy was given after its end, or the start by its user failed."""
+
     async def body(stubs: StubEngine) -> None:
         assert stubs.engine.get(ID).status == "running"
         assert stubs.runtime.starts == 1
 
-    simulated(body, is_monitored=True)
+    simulated(body, msgspec.structs.replace(RESTARTING, is_at_rest=is_at_rest), is_monitored=True)
 
 
 # --- another policy -----------------------------------------------------------------------------------------------
@@ -332,11 +335,12 @@ def test_a_policy_that_an_ended_container_is_given_holds_from_its_next_end_on(
     simulated(body, a_container(plain=PlainOptions(restart=before, restarts=1)), is_monitored=True)
 
 
-def test_without_a_policy_it_is_not_started_any_more(simulated: Run) -> None:
+@pytest.mark.parametrize("name", ["no", "on-failure"])
+def test_with_a_policy_that_does_not_want_it_it_is_not_started_any_more(simulated: Run, name: str) -> None:
     async def body(stubs: StubEngine) -> None:
-        await stubs.end(7)
+        await stubs.end(0)
         assert stubs.engine.get(ID).is_restarting
-        await give_policy(stubs, "no")
+        await give_policy(stubs, name)
         assert stubs.engine.get(ID).status == "exited"
         await asyncio.sleep(3600)
         assert (stubs.engine.get(ID).status, stubs.runtime.starts) == ("exited", 0)

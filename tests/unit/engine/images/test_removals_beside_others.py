@@ -103,18 +103,45 @@ async def test_the_layers_of_a_removed_image_go_with_its_last_container(
     assert not store.layer_store.all()
 
 
-async def test_a_removal_that_is_interrupted_brings_no_image_back(
+OTHER = CONFIG.replace(b"{", b'{"author":"another", ', 1)
+
+
+async def test_an_image_that_cannot_be_deleted_stays_removed_and_keeps_no_other(
     store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(*_: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+    unlink = Path.unlink
+
+    def fail(file: Path, missing_ok: bool = False) -> None:  # as it is
+        if file.name == hex_of(ID):
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(file, missing_ok)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local.LocalImages, "_forget", fail)
-        with pytest.raises(OSError, match="Input/output"):
-            await store.remove("app:1", users=list)
-    after = await opened(tmp_path / "images")
-    assert after.images() == ()
-    await after.sweep(list)
-    assert not after.layer_store.all()
-    assert not (await opened(tmp_path / "images")).images()
+        patch.setattr(Path, "unlink", fail)
+        await store.add(OTHER, [parse_reference("other:1")])
+        await store.remove("app:1", users=list)
+        for one in (store, await opened(tmp_path / "images")):
+            assert [image.id for image in one.images()] == [digest_of(OTHER)]
+        await store.remove("other:1", users=list)
+        assert not (tmp_path / "images/configs" / hex_of(digest_of(OTHER))).exists()
+    await store.sweep(list)
+    assert not list((tmp_path / "images/configs").iterdir())
+    assert not store.layer_store.all()
+
+
+async def test_an_image_that_comes_again_as_its_removal_is_cut_off_is_whole(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_: Path) -> None:
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "discard_tree", never)
+        removing = asyncio.create_task(store.remove("app:1", users=list))
+        while store.images() or (tmp_path / "images/configs" / hex_of(ID)).exists():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        removing.cancel()
+        await asyncio.wait([removing])
+    await store.add(CONFIG, [parse_reference("app:1")])
+    for one in (store, await opened(tmp_path / "images")):
+        assert [image.id for image in one.images()] == [ID]
