@@ -218,3 +218,9 @@ def parse_size(text: str) -> int:
     if size >= 2**63:
         raise InvalidArgument(f"invalid size: '{text}'")
     return int(size)
+
+
+def parse_port(text: str) -> int | None:
+    """A port's number, 0 to 65535; None: it is none."""
+    is_number = text.isascii() and text.isdigit() and len(text) < 6
+    return int(text) if is_number and int(text) < 65536 else None

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from skep.api.gosyntax import BOOLEANS
+from skep.api.gosyntax import BOOLEANS, parse_port
 from skep.engine import apparmor, health, machine
 from skep.engine.container import ContainerConfig, PlainOptions, RestartPolicy
 from skep.engine.images.image import ContainerDefaults
@@ -521,8 +521,7 @@ def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:
         for binding in bindings or ():
             if "-" in binding.host_port:
                 raise refused(f"--publish with a range for one port ({binding.host_port})")
-            number = int(binding.host_port or 0) if re.fullmatch("[0-9]{0,5}", binding.host_port) else 65536
-            if number > 65535:
+            if (number := parse_port(binding.host_port or "0")) is None:
                 raise InvalidArgument(f'invalid port specification: "{binding.host_port}"')
             found.append(_port(text, number, _host_ip(binding.host_ip)))
     if host.publish_all_ports:

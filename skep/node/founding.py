@@ -13,6 +13,7 @@ import msgspec
 
 from skep.agent.managers import Peer
 from skep.api.errors import Untranslated
+from skep.api.gosyntax import parse_port
 from skep.api.swarm_requests import Endpoints, Founding
 from skep.errors import InvalidArgument, Unavailable
 from skep.model.addresses import default_peer_addr, joined, parted
@@ -126,8 +127,7 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
     Raises: Untranslated: they are not, in Docker's words.
     """
     host, digits = parted(listen_addr)
-    is_number = digits.isascii() and digits.isdigit() and len(digits) < 6
-    if not is_number or int(digits) > 65534:  # the next one is etcd's, if it can be
+    if parse_port(digits) in (None, 65535):  # the next one is etcd's, if it can be
         raise Untranslated(f"{_LISTEN_FAILED}: address {digits}: invalid port")
     if (error := bind_error(listen_addr)) is not None:
         raise Untranslated(f"{_LISTEN_FAILED} {joined(host, digits)}: bind: {_reason(error)}") from error

@@ -2,11 +2,13 @@
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
+from sim.time import VirtualClock, VirtualLoop
 from skep.aio.clock import Clock
 from skep.engine.bundle import Found
 from skep.engine.container import Container, ContainerConfig, ContainerState, PlainOptions, ProcessName
@@ -181,3 +183,32 @@ class StubEngine:
         """Its process ends; return when the engine has recorded that."""
         self.runtime.end(exit_code)
         await self.engine.wait(ID)
+
+
+Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
+
+
+def on_virtual_time(body: Body, directory: Path, *containers: Container, within_s: float = 3600) -> None:
+    """Run a test's ``body`` with an engine that has ``containers``; ``within_s``: of virtual time."""
+    loop = VirtualLoop()
+
+    async def whole() -> None:
+        stubs = StubEngine(VirtualClock(loop), directory, *containers)
+        async with asyncio.timeout(within_s), stubs.engine.running():
+            await body(stubs)
+
+    try:
+        loop.run_until_complete(whole())
+    finally:
+        loop.close()
+
+
+@asynccontextmanager
+async def restart_policies(stubs: StubEngine) -> AsyncIterator[None]:
+    """They are carried out until the block ends."""
+    monitoring = asyncio.create_task(stubs.engine.run_restart_policies())
+    try:
+        yield
+    finally:
+        monitoring.cancel()
+        await asyncio.wait([monitoring])

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from skep.api.gosyntax import parse_port
 from skep.engine.images.reference import DEFAULT_DOMAIN
 from skep.errors import SkepError
 
@@ -54,7 +55,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             ]
             return (*mirrors, Endpoint(f"https://{_DOCKER_IO_HOST}"))
         port = domain.rpartition("]")[2].partition(":")[2]
-        if port and not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536):
+        if port and parse_port(port) is None:
             raise SkepError(f'Get "https://{domain}/v2/": dial tcp: address {port}: invalid port')
         if self.is_insecure(domain):
             return Endpoint(f"https://{domain}", verify=False), Endpoint(f"http://{domain}", verify=False)

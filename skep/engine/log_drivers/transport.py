@@ -12,6 +12,7 @@ from typing import Protocol
 
 import msgspec
 
+from skep.api.gosyntax import parse_port
 from skep.engine.log_drivers.message import Undeliverable
 from skep.errors import InvalidArgument
 
@@ -132,9 +133,9 @@ def host_and_port(text: str, default_port: int | None) -> tuple[str, int]:
         raise InvalidArgument(f"address {text}: missing port in address")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise InvalidArgument(f"address {text}: too many colons in address")
-    if not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536):
+    if (number := parse_port(port)) is None:
         raise InvalidArgument(f"address {text}: invalid port")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), number
 
 
 async def _datagrams(family: int, address: "str | Sequence[object]") -> "_Datagrams":

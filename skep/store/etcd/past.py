@@ -32,7 +32,7 @@ async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
     await _check_size(client, revision)
     state = State()
     for kind in KINDS:
-        prefix = etcd_key(f"o/{kind}/")
+        prefix = etcd_key(keys.kind_prefix(kind))
         first, limit = prefix, PAGE_KEYS_FIRST
         while True:
             page = await client.range(
@@ -64,7 +64,7 @@ async def _cipher_of(client: Client, wrapping_key: bytes, revision: int) -> Ciph
 async def _check_size(client: Client, revision: int) -> None:
     count = 0
     for kind in KINDS:
-        prefix = etcd_key(f"o/{kind}/")
+        prefix = etcd_key(keys.kind_prefix(kind))
         request = pb.RangeRequest(
             key=prefix, range_end=prefix_end(prefix), count_only=True, revision=revision
         )

@@ -21,9 +21,8 @@ from skep.engine.container import ContainerState, MountPoint
 from skep.engine.lifecycle import KILLED_S_MAX
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
-from tests.support.stub_engine import ID, StubEngine, a_container
+from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
-Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
 Run: TypeAlias = Callable[[Body], None]
 
 VOLUME = MountPoint(type="volume", name="v" * 64, source="", destination="/data", anonymous=True)
@@ -40,23 +39,9 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def simulated(tmp_path: Path) -> Run:
     """Run a test's body on virtual time, with an engine that has one running container."""
-
-    def run(body: Body) -> None:
-        loop = VirtualLoop()
-
-        async def whole() -> None:
-            running = a_container()
-            config = msgspec.structs.replace(running.config, mounts=(VOLUME,))
-            stubs = StubEngine(VirtualClock(loop), tmp_path, msgspec.structs.replace(running, config=config))
-            async with asyncio.timeout(3600), stubs.engine.running():
-                await body(stubs)
-
-        try:
-            loop.run_until_complete(whole())
-        finally:
-            loop.close()
-
-    return run
+    running = a_container()
+    config = msgspec.structs.replace(running.config, mounts=(VOLUME,))
+    return lambda body: on_virtual_time(body, tmp_path, msgspec.structs.replace(running, config=config))
 
 
 def requested(stubs: StubEngine, action: str, seconds: int) -> Coroutine[Any, Any, Any]:

@@ -2,42 +2,26 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
 import pytest
 
-from sim.time import VirtualClock, VirtualLoop
 from skep.engine import lifecycle
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.lifecycle import KILLED_S_MAX
 from skep.errors import Unavailable
-from tests.support.stub_engine import ID, StubEngine, a_container
+from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
-Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
 Run: TypeAlias = Callable[[Body], None]
 
 
 @pytest.fixture
 def simulated(tmp_path: Path) -> Run:
     """Run a test's body on virtual time, with an engine that has one running container."""
-
-    def run(body: Body) -> None:
-        loop = VirtualLoop()
-
-        async def whole() -> None:
-            stubs = StubEngine(VirtualClock(loop), tmp_path, a_container())
-            async with asyncio.timeout(3600), stubs.engine.running():
-                await body(stubs)
-
-        try:
-            loop.run_until_complete(whole())
-        finally:
-            loop.close()
-
-    return run
+    return lambda body: on_virtual_time(body, tmp_path, a_container())
 
 
 def actions(stubs: StubEngine) -> list[str]:

@@ -25,7 +25,15 @@ from skep.engine.restart import FIRST_DELAY_S, LONGEST_DELAY_S, RestartMonitor
 from skep.errors import NotFound, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
-from tests.support.stub_engine import ID, StubEngine, a_container, disk_full
+from tests.support.stub_engine import (
+    ID,
+    StubEngine,
+    a_container,
+    disk_full,
+    on_virtual_time,
+    restart_policies,
+)
+from tests.support.stub_engine import Body as EngineBody
 
 ALWAYS = PlainOptions(restart=RestartPolicy(name="always"))
 TO_REMOVE = PlainOptions(auto_remove=True)
@@ -261,22 +269,14 @@ def test_a_removal_ends_when_the_container_is_gone_and_waits_for_one_that_runs_a
     watched(TO_REMOVE, body)
 
 
-def with_engine(directory: Path, *containers: Container, body: Callable[[StubEngine], Any]) -> None:
+def with_engine(directory: Path, *containers: Container, body: EngineBody) -> None:
     """The same with the engine itself."""
-    loop = VirtualLoop()
 
-    async def whole() -> None:
-        stubs = StubEngine(VirtualClock(loop), directory, *containers)
-        async with stubs.engine.running():
-            monitoring = loop.create_task(stubs.engine.run_restart_policies())
+    async def monitored(stubs: StubEngine) -> None:
+        async with restart_policies(stubs):
             await body(stubs)
-            monitoring.cancel()
-            await asyncio.wait([monitoring])
 
-    try:
-        loop.run_until_complete(whole())
-    finally:
-        loop.close()
+    on_virtual_time(monitored, directory, *containers, within_s=1e6)
 
 
 def test_the_engine_starts_it_again_once_its_record_can_be_written(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +13,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
-from sim.time import VirtualClock, VirtualLoop
 from skep.api import server
 from skep.api.errors import NotModified
 from skep.api.versions import NEWEST
@@ -35,9 +34,8 @@ from skep.engine.updates import updated
 from skep.errors import AlreadyExists
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
-from tests.support.stub_engine import ID, StubEngine, a_container
+from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time, restart_policies
 
-Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
 Run: TypeAlias = Callable[..., None]
 
 ALWAYS = PlainOptions(restart=RestartPolicy(name="always"))
@@ -55,24 +53,13 @@ def simulated(tmp_path: Path) -> Run:
 
     def run(body: Body, container: Container = RESTARTING, *, is_monitored: bool = False) -> None:
         """``is_monitored``: restart policies are carried out."""
-        loop = VirtualLoop()
 
-        async def whole() -> None:
-            stubs = StubEngine(VirtualClock(loop), tmp_path, container)
-            async with asyncio.timeout(7200), stubs.engine.running():
-                if not is_monitored:
-                    await body(stubs)
-                    return
-                monitoring = loop.create_task(stubs.engine.run_restart_policies())
+        async def monitored(stubs: StubEngine) -> None:
+            async with restart_policies(stubs):
                 await asyncio.sleep(1)
                 await body(stubs)
-                monitoring.cancel()
-                await asyncio.wait([monitoring])
 
-        try:
-            loop.run_until_complete(whole())
-        finally:
-            loop.close()
+        on_virtual_time(monitored if is_monitored else body, tmp_path, container, within_s=7200)
 
     return run
 

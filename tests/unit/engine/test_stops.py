@@ -2,25 +2,23 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
-from sim.time import VirtualClock, VirtualLoop
 from skep.api import server
 from skep.api.errors import Untranslated
 from skep.api.versions import ApiVersion
 from skep.engine import lifecycle
 from skep.engine.api import containers
 from skep.engine.container import Container, ContainerConfig, PlainOptions
-from tests.support.stub_engine import ID, StubEngine, a_container
+from tests.support.stub_engine import ID, Body, StubEngine, a_container, on_virtual_time
 
 DAY_S = 86_400
-Body: TypeAlias = Callable[[StubEngine], Coroutine[Any, Any, None]]
 Run: TypeAlias = Callable[[Body, Container], None]
 
 
@@ -35,21 +33,7 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def simulated(tmp_path: Path) -> Run:
     """Run a test's body on virtual time, with an engine that has one container."""
-
-    def run(body: Body, container: Container) -> None:
-        loop = VirtualLoop()
-
-        async def whole() -> None:
-            stubs = StubEngine(VirtualClock(loop), tmp_path, container)
-            async with asyncio.timeout(10 * DAY_S), stubs.engine.running():
-                await body(stubs)
-
-        try:
-            loop.run_until_complete(whole())
-        finally:
-            loop.close()
-
-    return run
+    return lambda body, container: on_virtual_time(body, tmp_path, container, within_s=10 * DAY_S)
 
 
 async def ask(stubs: StubEngine, action: str, query: str, version: str = "1.42") -> int:

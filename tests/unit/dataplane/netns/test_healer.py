@@ -60,6 +60,15 @@ class Slow(NetnsReconciler):
         return 0
 
 
+async def healed(healing: Healer, last: Slow) -> None:
+    """Until the slow round has compared ``last`` twenty times."""
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while last.compared < 20:  # noqa: ASYNC110  # there is no event
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+
+
 @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.5])
 async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: float) -> None:
     clock = Stopwatch()
@@ -69,11 +78,7 @@ async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: fl
     reconcilers = [Slow(clock, seconds) for _ in range(5)]
     for reconciler in reconcilers:
         healing.take_turns(reconciler)
-    task = asyncio.get_running_loop().create_task(healing.run())
-    while reconcilers[-1].compared < 20:  # noqa: ASYNC110  # there is no event
-        await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait([task])
+    await healed(healing, reconcilers[-1])
     assert clock.worked / (clock.worked + clock.slept) <= SHARE * 1.05
     assert max(one.compared for one in reconcilers) - min(one.compared for one in reconcilers) <= 1
 
@@ -93,11 +98,7 @@ async def test_a_wait_for_a_busy_processor_does_not_put_off_the_slow_round() -> 
     )
     reconciler = Waiting(clock, 0.01)
     healing.take_turns(reconciler)
-    task = asyncio.get_running_loop().create_task(healing.run())
-    while reconciler.compared < 20:  # noqa: ASYNC110  # there is no event
-        await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait([task])
+    await healed(healing, reconciler)
     assert clock.now <= reconciler.compared * max(1.0 + 0.01 / SHARE, ROUND_SECONDS_MIN) * 1.05
 
 
@@ -109,11 +110,7 @@ async def test_a_node_with_few_namespaces_compares_them_every_other_second() -> 
     few = [Slow(clock, 0.005), Slow(clock, 0.005)]
     for reconciler in few:
         healing.take_turns(reconciler)
-    task = asyncio.get_running_loop().create_task(healing.run())
-    while few[-1].compared < 20:  # noqa: ASYNC110  # there is no event
-        await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait([task])
+    await healed(healing, few[-1])
     assert 19 * ROUND_SECONDS_MIN <= clock.now <= 20 * ROUND_SECONDS_MIN
 
 
