@@ -111,6 +111,13 @@ class Users:
             raise Unauthenticated("the certificate is one of an earlier authority of users")
         return Credential(Origin.MACHINE, _common_name(connection.getpeercert()))
 
+    def has_certificate(self, transport: asyncio.Transport) -> bool:
+        """Whether the client has proved an identity by its certificate, or needs none (a host without TLS)."""
+        try:
+            return self.proved_by(transport) is not None
+        except Unauthenticated:
+            return False
+
     def identify(self, credential: Credential) -> Identity:
         """Raises: Unauthenticated: it proves nothing, any more; Unavailable: that is not known at present."""
         if credential.origin is Origin.MACHINE:
