@@ -33,7 +33,7 @@ class Newcomers(Generic[T]):
         kind: str,
         most: int,
         most_of_source: int,
-        end: Callable[[T], None],
+        end: Callable[[T], object],
         *,
         may_leave: Callable[[T], bool] = lambda _: True,
     ) -> None:

@@ -250,7 +250,7 @@ class DashboardServer:
         if not self._attempts.admit(source, self._clock.monotonic()):
             raise ResourceExhausted(f"more than {ATTEMPTS} logins a minute from this address: wait a minute")
         token = _token_in(await body_of(request))
-        credential = Credential.of_token(token)
+        credential = Credential.of_token(token, is_login=True)
         try:
             identity = self._users.identify(credential)
             if why := may(identity, _VIEW):

@@ -64,20 +64,8 @@ async def serving_metrics(
         except SkepError as error:
             return web.Response(status=503, text=f"{error}\n")
 
-    busy: set[asyncio.BaseTransport | None] = set()
-
-    @web.middleware
-    async def note(request: web.Request, handler: Handler) -> web.StreamResponse:
-        transport = request.transport
-        busy.add(transport)
-        try:
-            if why := _foreign_host(request.headers.getall("Host", []), hosts):
-                return web.Response(status=403, text=f"{why}\n")
-            return await handler(request)
-        finally:
-            busy.discard(transport)
-
-    app = web.Application(middlewares=[note])
+    clients = _Clients(hosts)
+    app = web.Application(middlewares=[clients.note])
     app.router.add_get("/metrics", page)
     app.router.add_get("/sd", discovery)
     runner = web.AppRunner(app, access_log=None, keepalive_timeout=_IDLE_S)
@@ -85,23 +73,7 @@ async def serving_metrics(
     server = runner.server
     assert server is not None, "set up just now"
 
-    clients: Newcomers[asyncio.Transport] = Newcomers(
-        "metrics connections",
-        _CONNECTIONS_MAX,
-        _CONNECTIONS_OF_SOURCE_MAX,
-        lambda one: one.abort(),
-        may_leave=lambda one: one not in busy,
-    )
-
-    def accept(client: Connection) -> None:
-        for known in clients:
-            if known.is_closing():
-                clients.forget(known)
-        if clients.admit(client.transport, peer_source(client.transport)):
-            client.give_to(server())
-        else:
-            client.abort()
-
+    accept = partial(clients.accept, server)
     try:
         async with _listening(partial(Connection, accept), host, port):
             yield
@@ -136,6 +108,44 @@ def metrics_routes(metrics: NodeMetrics) -> list[web.RouteDef]:
 @_table.get("/metrics")
 async def _show(metrics: NodeMetrics, request: web.Request) -> web.StreamResponse:
     return web.Response(body=await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+class _Clients:
+    """The connections of one listener.  ``hosts``: as for ``serving_metrics``."""
+
+    def __init__(self, hosts: Collection[str]) -> None:
+        self._hosts = hosts
+        self._busy: set[asyncio.BaseTransport | None] = set()
+        """Connections with a request under way."""
+        self._open: Newcomers[asyncio.Transport] = Newcomers(
+            "metrics connections",
+            _CONNECTIONS_MAX,
+            _CONNECTIONS_OF_SOURCE_MAX,
+            lambda one: one.abort(),
+            may_leave=lambda one: one not in self._busy,
+        )
+
+    def accept(self, server: web.Server, client: Connection) -> None:
+        """Let ``server`` serve a new connection, or close it if all that are open have requests under way."""
+        for known in self._open:
+            if known.is_closing():
+                self._open.forget(known)
+        if self._open.admit(client.transport, peer_source(client.transport)):
+            client.give_to(server())
+        else:
+            client.abort()
+
+    @web.middleware
+    async def note(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Keep a connection open while its request is under way, and refuse names of others."""
+        transport = request.transport
+        self._busy.add(transport)
+        try:
+            if why := _foreign_host(request.headers.getall("Host", []), self._hosts):
+                return web.Response(status=403, text=f"{why}\n")
+            return await handler(request)
+        finally:
+            self._busy.discard(transport)
 
 
 def _foreign_host(hosts: Sequence[str], own: Collection[str]) -> str:

@@ -45,11 +45,11 @@ are dropped."""
 _TCP_CONNECTIONS_MAX = 2048
 """Of all by TCP, whichever process serves them; counted apart, so that root's socket is never full of them."""
 _TCP_PER_SOURCE_MAX = 512
-_STRANGERS_MAX = 256
-_STRANGERS_PER_SOURCE_MAX = 32
+STRANGERS_MAX = 256
+STRANGERS_PER_SOURCE_MAX = 32
 """Connections by TCP without an identity: those of clients that have no certificate, until the head of their request
 names a token.  More than a few are open only while several clients behind one address connect at one moment."""
-_STRANGER_S = 10.0
+STRANGER_S = 10.0
 """Seconds for such a head to begin, and to arrive: clients send it as soon as they are connected."""
 _REQUEST_TIMEOUT_S = 60.0
 """For a head to arrive."""
@@ -125,7 +125,7 @@ class Front:
         self._remote = Admission("api", _TCP_CONNECTIONS_MAX, _TCP_PER_SOURCE_MAX)
         """Connections by TCP whose clients have an identity."""
         self._strangers: Newcomers[Connection] = Newcomers(
-            "api connections without an identity", _STRANGERS_MAX, _STRANGERS_PER_SOURCE_MAX, Connection.abort
+            "api connections without an identity", STRANGERS_MAX, STRANGERS_PER_SOURCE_MAX, Connection.abort
         )
         self._group: asyncio.TaskGroup | None = None
         """While it listens."""
@@ -405,7 +405,7 @@ async def _head(client: Connection, properties: _Properties) -> bytes:
     """The next head; nothing if it takes too long or the client has closed.  Raises: Malformed, Gone."""
     idle_s, request_s = _IDLE_S if properties.is_remote else None, _REQUEST_TIMEOUT_S
     if properties.is_stranger:
-        idle_s = request_s = _STRANGER_S
+        idle_s = request_s = STRANGER_S
     try:
         async with asyncio.timeout(idle_s):
             await client.wait_begun()

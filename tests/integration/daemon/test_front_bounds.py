@@ -163,9 +163,9 @@ async def test_handshakes_are_bounded_and_delay_no_others(
 async def test_strangers_take_no_place_of_a_client_with_an_identity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_STRANGERS_PER_SOURCE_MAX", 3)
+    monkeypatch.setattr(server, "STRANGERS_PER_SOURCE_MAX", 3)
     monkeypatch.setattr(server, "_TCP_CONNECTIONS_MAX", 2)
-    monkeypatch.setattr(server, "_STRANGER_S", 1.0)
+    monkeypatch.setattr(server, "STRANGER_S", 1.0)
     authority = an_authority(tmp_path / "ca")
     rig = Rig(tmp_path)
     trust = ssl.create_default_context(cafile=str(authority.root))
