@@ -66,7 +66,7 @@ async def _measured() -> Result:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     configure_gc()
-    async with serving_metrics(("127.0.0.1", port), page), asyncio.TaskGroup() as group:
+    async with serving_metrics(("127.0.0.1", port), (), page), asyncio.TaskGroup() as group:
         running = group.create_task(page.run())
         await _request_s(port)  # it has the containers read for the first time
         took, size, processor = [], 0, time.process_time()

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from sim.links import Links, Machine
 from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.model.ids import NodeId
 from skep.rpc.errors import from_status
 from skep.rpc.status import CallFailed
 from skep.security.identity import Identity
@@ -231,6 +232,7 @@ class MemoryChannel:
         self, address: str, listener: Listener, identity: Identity, up: Direction, down: Direction
     ) -> None:
         self.address = address
+        self.peer = NodeId("")
         self._listener = listener
         self._up = up
         self._down = down

@@ -391,6 +391,17 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
     "Requests to the API": (
         Limit("body that is read as a whole", "skep.api.server:MAX_BODY_BYTES", "refused", "bytes"),
         Limit("head of a request", "skep.api.framing:HEAD_BYTES_MAX", "431", "bytes"),
+        Limit(
+            "connections by TCP of clients without an identity",
+            "skep.node.front.server:STRANGERS_MAX",
+            "the oldest of the address with most is closed",
+        ),
+        Limit(
+            "of these, from one address",
+            "skep.node.front.server:STRANGERS_PER_SOURCE_MAX",
+            "the oldest of it is closed",
+        ),
+        Limit("time for such a client to send its token", "skep.node.front.server:STRANGER_S", "closed", "s"),
     ),
     "Containers": (
         Limit(
@@ -435,7 +446,11 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
     "Nodes and managers": (
         Limit("connections of one node to a manager", "skep.wire.server:NODE_CONNECTIONS_MAX", "closed"),
         Limit("connections without a certificate", "skep.wire.server:ANONYMOUS_MAX", "closed"),
-        Limit("of these, from one address", "skep.wire.server:ANONYMOUS_PER_SOURCE_MAX", "closed"),
+        Limit(
+            "of these, from one address",
+            "skep.wire.server:ANONYMOUS_PER_SOURCE_MAX",
+            "the oldest of it is closed",
+        ),
         Limit(
             "announced absence of a node",
             "skep.manager.dispatcher.liveness:AWAY_GRACE_S",

@@ -200,6 +200,7 @@ class Agent:
             address = self._managers.address_of(peer)
             async with self._credentials.connected(address, timeout_s=timeout_s) as channel:
                 is_connected = True
+                self._managers.require_manager(peer, channel.peer)
                 self._channel = channel
                 await self._hold_session(channel, peer)
         except SkepError as error:

@@ -5,6 +5,7 @@ from random import Random
 
 import msgspec
 
+from skep.errors import Unavailable
 from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
 
@@ -113,6 +114,26 @@ class ManagerList:
         """Seconds to wait for a connection to ``peer``."""
         known = {one.addr for one in self.peers}
         return connect_timeout(self.failures(peer), len(known), len(self._absent & known))
+
+    def require_manager(self, peer: Peer, found: NodeId) -> None:
+        """Check the identity of the manager that a connection to ``peer`` has reached.
+
+        The certificate of a manager that was demoted or removed stays valid for up to 90 days, and whoever reaches
+        this node from the address of a manager could show it.  So a manager that the last list does not have is
+        accepted only while none of that list responds: all of them may have been replaced.  Managers that the
+        settings name by address have no identity to compare.
+
+        Raises:
+            Unavailable: Another manager is at this address.
+        """
+        known = {one.node_id for one in self.peers}
+        if not found or not peer.node_id or found in known:
+            return
+        if not all(self.failures(one) for one in self.peers):
+            raise Unavailable(
+                f"{peer.addr} is manager {found}, which is not among the managers of this cluster, instead of "
+                f"{peer.node_id}"
+            )
 
     def failed(self, peer: Peer, *, was_connected: bool = True) -> None:
         """There was no session with ``peer``, or it broke; ``was_connected``: it accepted the connection."""

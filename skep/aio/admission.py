@@ -1,12 +1,98 @@
-"""How many connections of clients may be open, in all and from one address."""
+"""Bounds on open connections: for all of a listener, and for each source address."""
 
 import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+from typing import Generic, TypeVar
 
 import structlog
 
-from skep.aio.handshakes import source_of
-
 log = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class Newcomers(Generic[T]):
+    """Connections of one listener whose peers have not proved an identity yet.
+
+    A full listener ends an old connection instead of refusing the new one. A peer with an identity proves it at once,
+    so it gets in while strangers hold every place.  The source address that holds most places loses its oldest
+    connection.
+
+    Args:
+        kind: names the connections in the log.
+        most: connections at one time.
+        most_of_source: connections of one source address at one time.
+        end: ends a connection that makes room.
+        may_leave: whether a connection may be ended to make room; all may by default.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        most: int,
+        most_of_source: int,
+        end: Callable[[T], object],
+        *,
+        may_leave: Callable[[T], bool] = lambda _: True,
+    ) -> None:
+        self._kind = kind
+        self._most = most
+        self._most_of_source = most_of_source
+        self._end = end
+        self._may_leave = may_leave
+        self._sources: dict[T, str] = {}
+        """Oldest first."""
+        self._is_flooded = False
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(tuple(self._sources))
+
+    def __contains__(self, one: T) -> bool:
+        return one in self._sources
+
+    def admit(self, new: T, source: str) -> bool:
+        """Count a new connection, and end another one if there are too many.
+
+        Returns: False if there are too many and none of them may be ended.
+        """
+        shares = Counter(self._sources.values())
+        has_its_share = shares[source] >= self._most_of_source
+        if has_its_share or len(self._sources) >= self._most:
+            spare = [
+                one
+                for one, of in self._sources.items()
+                if self._may_leave(one) and (of == source or not has_its_share)
+            ]
+            self._note_flood(source if has_its_share else shares.most_common(1)[0][0])
+            if not spare:
+                return False
+            leaving = max(
+                spare, key=lambda one: shares[self._sources[one]]
+            )  # the first of equals is the oldest
+            self.forget(leaving)
+            self._end(leaving)
+        self._sources[new] = source
+        return True
+
+    def renew(self, one: T) -> None:
+        """Make a connection the youngest one."""
+        self._sources[one] = self._sources.pop(one)
+
+    def forget(self, one: T) -> None:
+        """Stop counting a connection: it has ended, or its peer has proved an identity."""
+        self._sources.pop(one, None)
+        self._is_flooded = self._is_flooded and bool(self._sources)
+
+    def _note_flood(self, source: str) -> None:
+        """Log the first of a row of connections that are too many."""
+        if not self._is_flooded:
+            log.warning(f"too many {self._kind} at one time", most=self._most, most_from=source)
+        self._is_flooded = True
 
 
 class Admission:
@@ -20,8 +106,7 @@ class Admission:
 
     def admit(self, transport: asyncio.Transport) -> bool:
         """Count a new connection; False: there are too many, of its address or in all."""
-        peer = transport.get_extra_info("peername")
-        source = source_of(str(peer[0])) if peer else ""
+        source = peer_source(transport)
         if not self._has_room(source):
             for known in tuple(self._transports):
                 if known.is_closing():
@@ -39,3 +124,20 @@ class Admission:
 
     def _count(self, source: str) -> int:
         return sum(one == source for one in self._transports.values())
+
+
+def source_of(address: str) -> str:
+    """Return the source by which connections are counted: an IPv4 address, or the first 64 bits of an IPv6 address."""
+    if ":" not in address:
+        return address
+    try:
+        packed = ip_address(address.partition("%")[0]).packed
+    except ValueError:
+        return address
+    return packed[:8].hex()
+
+
+def peer_source(transport: asyncio.BaseTransport) -> str:
+    """Return the source address of a connection; empty if it has none."""
+    peer = transport.get_extra_info("peername")
+    return source_of(str(peer[0])) if peer else ""

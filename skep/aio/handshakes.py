@@ -6,12 +6,11 @@ asyncio does not bound their number: 10,000 connections that send nothing would 
 import asyncio
 import socket
 import ssl
-from collections import Counter
 from collections.abc import Callable
-from ipaddress import ip_address
 
 import structlog
 
+from skep.aio.admission import Newcomers, source_of
 from skep.aio.failures import log_error
 from skep.aio.tls import accept
 
@@ -30,9 +29,9 @@ class Handshakes:
     def __init__(self, new_protocol: Callable[[], asyncio.BaseProtocol], tls: ssl.SSLContext) -> None:
         self._new_protocol = new_protocol
         self._tls = tls
-        self._is_flooded = False
-        self._under_way: dict[asyncio.Task[None], str] = {}
-        """Oldest first, each with its source."""
+        self._under_way: Newcomers[asyncio.Task[None]] = Newcomers(
+            "handshakes", HANDSHAKES_MAX, HANDSHAKES_MAX, lambda task: task.cancel()
+        )
 
     @property
     def count(self) -> int:
@@ -41,7 +40,7 @@ class Handshakes:
 
     def give_up(self) -> None:
         """End all that are under way."""
-        for task in tuple(self._under_way):
+        for task in self._under_way:
             task.cancel()
 
     async def accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
@@ -64,21 +63,8 @@ class Handshakes:
             self.give_up()
 
     def _begin(self, task: asyncio.Task[None], source: str) -> None:
-        """A connection was accepted; when there are too many, one of the address with most of them makes room."""
-        if len(self._under_way) >= HANDSHAKES_MAX:
-            ((greediest, _),) = Counter(self._under_way.values()).most_common(1)
-            oldest = next(one for one, source in self._under_way.items() if source == greediest)
-            del self._under_way[oldest]
-            oldest.cancel()
-            if not self._is_flooded:
-                log.warning("too many handshakes at one time", most=HANDSHAKES_MAX, most_from=greediest)
-            self._is_flooded = True
-        self._under_way[task] = source
-        task.add_done_callback(self._end)
-
-    def _end(self, task: asyncio.Task[None]) -> None:
-        self._under_way.pop(task, None)
-        self._is_flooded = self._is_flooded and bool(self._under_way)
+        self._under_way.admit(task, source)
+        task.add_done_callback(self._under_way.forget)
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
@@ -87,14 +73,3 @@ class Handshakes:
             log.debug("handshake failed", error=str(error) or type(error).__name__)
         except Exception as error:  # of this peer alone
             log_error(error, "handshake failed")
-
-
-def source_of(address: str) -> str:
-    """The source by which connections are counted: an IPv4 address, or the first 64 bits of an IPv6 one."""
-    if ":" not in address:
-        return address
-    try:
-        packed = ip_address(address.partition("%")[0]).packed
-    except ValueError:
-        return address
-    return packed[:8].hex()

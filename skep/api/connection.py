@@ -91,6 +91,16 @@ class Connection(asyncio.Protocol):
         self._ended = True
         self._readable.set()
 
+    def give_to(self, protocol: asyncio.Protocol) -> None:
+        """Let ``protocol`` serve the connection from now on, from the first byte that nobody has taken yet."""
+        waiting, ended = self.take(), self.has_ended
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
+        if waiting:
+            protocol.data_received(waiting)
+        if ended:
+            protocol.eof_received()
+
     # --- called by coroutines ---------------------------------------------------------------------------------
 
     @property
@@ -108,6 +118,11 @@ class Connection(asyncio.Protocol):
     def is_lost(self) -> bool:
         """Both directions are closed."""
         return self._lost or self.transport.is_closing()
+
+    def give_back(self, data: bytes) -> None:
+        """Put ``data``, which was taken, in front of what waits to be read."""
+        self._buffer[:0] = data
+        self._readable.set()
 
     def take(self) -> bytes:
         """Everything that has arrived."""

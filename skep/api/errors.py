@@ -17,6 +17,7 @@ from skep.errors import (
     OutOfSequence,
     PermissionDenied,
     ResourceExhausted,
+    RetryLater,
     SkepError,
     Unauthenticated,
     Unavailable,
@@ -49,6 +50,7 @@ STATUSES: tuple[tuple[type[SkepError], int], ...] = (
     (AlreadyExists, 409),
     (OutOfSequence, 500),  # an untranslated gRPC error in the engine; clients retry on the message
     (Untranslated, 500),
+    (RetryLater, 429),
     (ResourceExhausted, 500),  # gRPC's code has no HTTP translation in the engine
     (NotModified, 304),
     (Unimplemented, 501),
@@ -83,6 +85,7 @@ _CLASSES: dict[int, type[SkepError]] = {
     404: NotFound,
     409: AlreadyExists,
     413: ResourceExhausted,
+    429: ResourceExhausted,
     501: Unimplemented,
     503: Unavailable,
 }

@@ -90,10 +90,10 @@ async def _results(host: HostOptions, *, throughput: bool) -> list[NodeResult]:
 
 async def _read(host: HostOptions, results: list[NodeResult], *, throughput: bool) -> int:
     """Append every result to ``results`` as it arrives; gives how many nodes take part."""
-    word = "1" if throughput else "0"
+    method = "POST" if throughput else "GET"
     async with host.client() as client:
         headers = await headers_for(client)
-        async with client.stream("/skep/doctor/network", headers=headers, throughput=word) as stream:
+        async with client.stream("/skep/doctor/network", method=method, headers=headers) as stream:
             objects = stream.objects()
             beginning = await anext(objects, None)
             if beginning is None:

@@ -244,7 +244,12 @@ def inspect(options: HostOptions, name: str, output: Output) -> None:
         async with options.requests() as client:
             found = await client.get(f"/skep/users/{quote(name)}")
         rows = [
-            {"Kind": kind, "ID": one[key], "Created": one["CreatedAt"][:19], "Until": one["NotAfter"][:19]}
+            {
+                "Kind": _kind(kind, one),
+                "ID": one[key],
+                "Created": one["CreatedAt"][:19],
+                "Until": one["NotAfter"][:19],
+            }
             for kind, key, items in (
                 ("certificate", "Serial", found["Certificates"]),
                 ("token", "ID", found["Tokens"]),
@@ -256,19 +261,25 @@ def inspect(options: HostOptions, name: str, output: Output) -> None:
     output.show(fetch)
 
 
+def _kind(kind: str, credential: Mapping[str, Any]) -> str:
+    return "dashboard token" if credential.get("LogsInOnly") else kind
+
+
 @user.command()
 @click.option("--rm", "removed", metavar="ID", default="", help="Remove this token instead.")
 @click.option(
     "--days", type=click.IntRange(1, 366), default=90, show_default=True, help="How long it is valid."
 )
+@click.option("--dashboard", is_flag=True, help="Make a token that opens the dashboard only, not the API.")
 @click.argument("name")
 @click.pass_obj
-def token(options: HostOptions, name: str, removed: str, days: int) -> None:
+def token(options: HostOptions, name: str, removed: str, days: int, *, dashboard: bool) -> None:
     """Make another token for a user and print it, or remove one.
 
     \b
     Examples:
       skep user token ci
+      skep user token ann --dashboard
       skep user token ci --rm 7k2m9x4q1w
     """
 
@@ -276,7 +287,8 @@ def token(options: HostOptions, name: str, removed: str, days: int) -> None:
         path = f"/skep/users/{quote(name)}/tokens"
         async with options.requests() as client:
             if not removed:
-                return str((await client.post(path, {"LifetimeSeconds": days * _DAY_S}))["Token"])
+                wanted = {"LifetimeSeconds": days * _DAY_S, "LogsInOnly": dashboard}
+                return str((await client.post(path, wanted))["Token"])
             await client.delete(f"{path}/{quote(removed)}")
             return removed
 
@@ -294,13 +306,11 @@ def token(options: HostOptions, name: str, removed: str, days: int) -> None:
 @click.option(
     "--days",
     type=click.IntRange(1, 366),
-    default=30,
-    show_default=True,
-    help="How long the new certificate is valid.",
+    help="How long the new certificate is valid: by default as long as yours in all, or 30 days of NAME.",
 )
 @click.argument("name", required=False)
 @click.pass_obj
-def renew(options: HostOptions, /, name: str | None, context: str, **where: Any) -> None:
+def renew(options: HostOptions, /, name: str | None, context: str, days: int | None, **where: Any) -> None:
     """Get another certificate: your own by the context that you use, or as an administrator that of NAME.
 
     The former one is valid until it ends.
@@ -310,7 +320,7 @@ def renew(options: HostOptions, /, name: str | None, context: str, **where: Any)
       skep --context ann user renew
       skep user renew ann --out ann/ --ca ca.pem
     """
-    wanted = _Wanted(context=context or ("" if name else options.context), **where)
+    wanted = _Wanted(context=context or ("" if name else options.context), days=days or 0, **where)
 
     async def change() -> str:
         if not wanted.context and wanted.out is None:

@@ -85,9 +85,11 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """TCP, for other nodes that fetch images from this one.  0: 2374, or any free one if that is taken."""
 
     metrics_addr: tuple[str, int] | None = None
+    """Address and port where Prometheus reads by plain HTTP, or None to serve metrics on the API's hosts only."""
+    metrics_hosts: tuple[str, ...] = ()
+    """DNS names under which ``metrics_addr`` is read, in lower case."""
     trace_endpoint: str = ""
     """URL of a collector of traces (OTLP over HTTP); empty: none."""
-    """Where Prometheus reads by plain HTTP; None: nowhere but on the API's hosts."""
 
     managers: tuple[str, ...] = ()
     """Where managers may be found that are not where they were."""

@@ -141,6 +141,13 @@ SETTINGS = (
         docker_key="metrics-addr",
     ),
     Setting(
+        name="metrics-host",
+        key="metrics-hosts",
+        help="DNS name under which metrics-addr is read, besides addresses and names without a registrable domain",
+        read=values.host_names,
+        repeats=True,
+    ),
+    Setting(
         name="trace-endpoint",
         help="URL of an OpenTelemetry collector that gets traces of services, http://collector:4318 (none)",
         read=values.http_url,

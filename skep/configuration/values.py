@@ -21,6 +21,7 @@ from skep.paths import SOCKET_PATH_BYTES_MAX
 STORE_QUOTA_MIN, STORE_QUOTA_MAX = 16 * 1024**2, 64 * 1024**3
 
 _HOST_AND_PORT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\.?")
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
 _RESOURCE_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -305,6 +306,14 @@ def registries(values: Any) -> tuple[str, ...]:
                     f"is {written!r}: write host:port without http://, or a network like 10.0.0.0/8"
                 ) from error
     return tuple(dict.fromkeys(_texts(values)))
+
+
+def host_names(values: Any) -> tuple[str, ...]:
+    """A DNS name."""
+    for written in _texts(values):
+        if not _HOST_NAME.fullmatch(written):
+            raise ValueError(f"is {written!r}: write a name like node1.example.com")
+    return tuple(dict.fromkeys(written.lower().rstrip(".") for written in _texts(values)))
 
 
 def directories(values: Any) -> tuple[Path, ...]:

@@ -22,9 +22,9 @@ import structlog
 from aiohttp import web
 from cryptography import x509
 
-from skep.aio.admission import Admission
+from skep.aio.admission import Admission, Newcomers, peer_source
 from skep.aio.clock import Clock
-from skep.aio.handshakes import Handshakes, source_of
+from skep.aio.handshakes import Handshakes
 from skep.api.connection import Connection
 from skep.api.errors import status_of
 from skep.api.permissions import may, rule_for
@@ -50,6 +50,7 @@ from skep.errors import (
     ResourceExhausted,
     SkepError,
     Unauthenticated,
+    Unavailable,
 )
 from skep.model.access import TOKEN_BYTES_MAX, Credential, Identity
 from skep.model.addresses import is_public
@@ -58,6 +59,9 @@ log = structlog.get_logger()
 
 CONNECTIONS_MAX: Final = 1024
 OF_SOURCE_MAX: Final = 64
+STRANGERS_MAX: Final = 256
+STRANGERS_OF_SOURCE_MAX: Final = 32
+"""Connections of browsers that are not logged in.  A browser opens six at a time for the login page."""
 LOGOUT: Final = "/skep/ui/logout"
 _BACKLOG = 256
 _IDLE_S = 75.0
@@ -139,6 +143,13 @@ class DashboardServer:
         self._sessions = Sessions(new_secret)
         self._attempts = Attempts()
         self._open = Admission("dashboard", CONNECTIONS_MAX, OF_SOURCE_MAX)
+        """Connections of browsers that are logged in."""
+        self._strangers: Newcomers[asyncio.Transport] = Newcomers(
+            "dashboard connections without a login",
+            STRANGERS_MAX,
+            STRANGERS_OF_SOURCE_MAX,
+            lambda one: one.abort(),
+        )
         self._first = FirstRequests()
         self._streams: dict[Session, set[asyncio.Transport]] = {}
         """Connections with a request of a session under way."""
@@ -182,15 +193,15 @@ class DashboardServer:
             self._has_refused_public = True
             client.abort()
             return
-        if not self._open.admit(transport):
+        for known in self._strangers:
+            if known.is_closing():
+                self._strangers.forget(known)
+        if not self._strangers.admit(transport, peer_source(transport)):
             client.abort()
             return
-        handler, waiting = self._server(), client.take()
+        handler = self._server()
         self._first.expect(handler)
-        transport.set_protocol(handler)
-        handler.connection_made(transport)
-        if waiting:
-            handler.data_received(waiting)
+        client.give_to(handler)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._first.arrived(request.protocol)
@@ -235,11 +246,11 @@ class DashboardServer:
 
     async def _log_in(self, request: web.BaseRequest) -> web.Response:
         """Exchange a token for a session.  Raises: SkepError."""
-        source = source_of(str(_transport_of(request).get_extra_info("peername")[0]))
+        source = peer_source(_transport_of(request))
         if not self._attempts.admit(source, self._clock.monotonic()):
             raise ResourceExhausted(f"more than {ATTEMPTS} logins a minute from this address: wait a minute")
         token = _token_in(await body_of(request))
-        credential = Credential.of_token(token)
+        credential = Credential.of_token(token, is_login=True)
         try:
             identity = self._users.identify(credential)
             if why := may(identity, _VIEW):
@@ -274,6 +285,12 @@ class DashboardServer:
             self._end((session,))
             return _not_logged_in(request, f"{error}: {_AGAIN}")
         transport = _transport_of(request)
+        if transport in self._strangers:
+            self._strangers.forget(transport)
+            if not self._open.admit(transport):
+                raise Unavailable(
+                    f"this address has {OF_SOURCE_MAX} connections open, or all have many: try again later"
+                )
         self._users.remember(transport, session.credential, identity)
         under_way = self._streams.setdefault(session, set())
         under_way.add(transport)

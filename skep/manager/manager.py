@@ -154,7 +154,7 @@ class Manager:
             reports=reports,
         )
         self._probes = ProbeStreams(store, config.node_id, self._session, self._discovery, clock)
-        self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to)
+        self._diagnostics = Diagnostics(store, config.node_id, self._probes, self._channel_to, clock)
         self._usages = TaskUsages(store, config.node_id, self._dispatcher.usages, self._channel_to)
         self._tunnels = Tunnels(store, config.node_id, self._session, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))

@@ -64,11 +64,13 @@ class Credential(msgspec.Struct, frozen=True):
 
     origin: Origin
     key: str
+    is_login: bool = False
+    """Whether the token was given to the login page of the dashboard."""
 
     @classmethod
-    def of_token(cls, token: bytes) -> Self:
+    def of_token(cls, token: bytes, *, is_login: bool = False) -> Self:
         """Users are found by the digest: a comparison tells nothing of the token by the time that it takes."""
-        return cls(Origin.TOKEN, hashlib.sha256(token).hexdigest())
+        return cls(Origin.TOKEN, hashlib.sha256(token).hexdigest(), is_login)
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +79,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     origin: Origin
     bindings: tuple[Binding, ...]
+    serial: str = ""
+    """Serial number of the user's certificate, in hexadecimal digits.  Empty if the identity has another origin."""
 
     @property
     def is_admin(self) -> bool:

@@ -33,6 +33,8 @@ class UserToken(ApiObject):
     """Not shown by the API."""
     created_at: Timestamp = always(ZERO_TIME)
     not_after: Timestamp = always(ZERO_TIME)
+    logs_in_only: bool = False
+    """Whether it opens the dashboard and nothing else: a token that is typed into a page is no key to the API."""
 
 
 class User(ApiObject):
@@ -56,6 +58,8 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True):
     """Of certificates -> when they end."""
     tokens: dict[str, int]
     """Digests -> when they end."""
+    logins: frozenset[str] = frozenset()
+    """Digests of the tokens that only open the dashboard."""
 
 
 class AccessTable(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,17 +4,22 @@ Every client that reaches the address can read it.  Nothing can be changed there
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import structlog
 from aiohttp import web
+from yarl import URL
 
+from skep.aio.admission import Newcomers, peer_source
+from skep.api.connection import Connection
 from skep.api.exposition import CONTENT_TYPE
 from skep.api.server import json_response
 from skep.api.tables import Table
 from skep.errors import FailedPrecondition, SkepError
+from skep.model.addresses import is_address
 from skep.node.metrics import NodeMetrics
 
 log = structlog.get_logger()
@@ -22,16 +27,26 @@ log = structlog.get_logger()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _CONNECTIONS_MAX = 64
+_CONNECTIONS_OF_SOURCE_MAX = 32
 _AT_ONCE = 4
 """Pages that are made at the same time."""
 _IDLE_S = 75.0
+_PRIVATE = (".internal", ".local", ".localhost", ".home.arpa", ".test")
+"""Ends of names that nobody can register."""
 
 
 @asynccontextmanager
-async def serving_metrics(addr: tuple[str, int] | None, metrics: NodeMetrics) -> AsyncIterator[None]:
-    """Serve while the context is open.  ``addr`` None: nothing is served.
+async def serving_metrics(
+    addr: tuple[str, int] | None, hosts: Collection[str], metrics: NodeMetrics
+) -> AsyncIterator[None]:
+    """Serve while the context is open.
 
-    Raises: FailedPrecondition: the address cannot be listened on.
+    Args:
+        addr: address and port to listen on, or None to serve nothing.
+        hosts: names of this machine that requests may have in ``Host`` although anyone could register them.
+
+    Raises:
+        FailedPrecondition: the address cannot be listened on.
     """
     if addr is None:
         yield
@@ -49,17 +64,8 @@ async def serving_metrics(addr: tuple[str, int] | None, metrics: NodeMetrics) ->
         except SkepError as error:
             return web.Response(status=503, text=f"{error}\n")
 
-    busy: set[asyncio.Protocol] = set()
-
-    @web.middleware
-    async def note(request: web.Request, handler: Handler) -> web.StreamResponse:
-        busy.add(request.protocol)
-        try:
-            return await handler(request)
-        finally:
-            busy.discard(request.protocol)
-
-    app = web.Application(middlewares=[note])
+    clients = _Clients(hosts)
+    app = web.Application(middlewares=[clients.note])
     app.router.add_get("/metrics", page)
     app.router.add_get("/sd", discovery)
     runner = web.AppRunner(app, access_log=None, keepalive_timeout=_IDLE_S)
@@ -67,16 +73,9 @@ async def serving_metrics(addr: tuple[str, int] | None, metrics: NodeMetrics) ->
     server = runner.server
     assert server is not None, "set up just now"
 
-    def connection() -> asyncio.Protocol:
-        if len(server.connections) >= _CONNECTIONS_MAX:
-            idle = next((one for one in server.connections if one not in busy), None)
-            if idle is None:
-                return _Refused()
-            idle.force_close()  # any client that reaches the address can open these: Prometheus still connects
-        return server()
-
+    accept = partial(clients.accept, server)
     try:
-        async with _listening(connection, host, port):
+        async with _listening(partial(Connection, accept), host, port):
             yield
     finally:
         await runner.cleanup()
@@ -111,9 +110,61 @@ async def _show(metrics: NodeMetrics, request: web.Request) -> web.StreamRespons
     return web.Response(body=await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
-class _Refused(asyncio.Protocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
+class _Clients:
+    """The connections of one listener.  ``hosts``: as for ``serving_metrics``."""
+
+    def __init__(self, hosts: Collection[str]) -> None:
+        self._hosts = hosts
+        self._busy: set[asyncio.BaseTransport | None] = set()
+        """Connections with a request under way."""
+        self._open: Newcomers[asyncio.Transport] = Newcomers(
+            "metrics connections",
+            _CONNECTIONS_MAX,
+            _CONNECTIONS_OF_SOURCE_MAX,
+            lambda one: one.abort(),
+            may_leave=lambda one: one not in self._busy,
+        )
+
+    def accept(self, server: web.Server, client: Connection) -> None:
+        """Let ``server`` serve a new connection, or close it if all that are open have requests under way."""
+        for known in self._open:
+            if known.is_closing():
+                self._open.forget(known)
+        if self._open.admit(client.transport, peer_source(client.transport)):
+            client.give_to(server())
+        else:
+            client.abort()
+
+    @web.middleware
+    async def note(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Keep a connection open while its request is under way, and refuse names of others."""
+        transport = request.transport
+        self._busy.add(transport)
+        try:
+            if why := _foreign_host(request.headers.getall("Host", []), self._hosts):
+                return web.Response(status=403, text=f"{why}\n")
+            return await handler(request)
+        finally:
+            self._busy.discard(transport)
+
+
+def _foreign_host(hosts: Sequence[str], own: Collection[str]) -> str:
+    """Return why a request is refused for its ``Host``; empty if it is not.
+
+    A web page whose name leads to this machine (DNS rebinding) could read the answers: its browser sends that name.
+    Names that nobody can register are no risk, so only the others have to be configured.
+
+    Source: RFC 6761, RFC 6762, RFC 8375 (special-use names); ICANN reserved ``.internal`` in 2024.
+    """
+    if not hosts:
+        return ""  # HTTP/1.0, which no browser sends
+    name = URL.build(scheme="http", authority=hosts[0]).host if len(hosts) == 1 else None
+    if name is None:
+        return "a request names one host"
+    name = name.lower().rstrip(".")
+    if "." not in name or is_address(name) or name.endswith(_PRIVATE) or name in own:
+        return ""
+    return f"metrics are not served as {name[:200]!r}: add the name to metrics-hosts, or use an address"
 
 
 def targets(nodes: list[Mapping[str, Any]], port: int) -> list[Mapping[str, Any]]:

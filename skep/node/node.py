@@ -211,7 +211,8 @@ class Node:
                 restarts = self._engine.run_restart_policies
                 run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
             await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
-            await stack.enter_async_context(serving_metrics(self._configuration.metrics_addr, self._metrics))
+            addr, hosts = self._configuration.metrics_addr, self._configuration.metrics_hosts
+            await stack.enter_async_context(serving_metrics(addr, hosts, self._metrics))
             dashboard = serving_dashboard(self._configuration, users, front, self._clock)
             async with front.listening(self._configuration.api_hosts), dashboard:
                 if self._engine is not None:

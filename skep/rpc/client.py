@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 
@@ -266,6 +267,11 @@ class ClientConnection(Connection[ClientStream]):
     def is_lost(self) -> bool:
         """Whether no call can be made on it any more."""
         return not self.is_open
+
+    @property
+    def peer_certificate(self) -> Mapping[str, Any]:
+        """The peer's certificate as ``SSLSocket.getpeercert()`` shows it; empty if it was not verified."""
+        return (self._transport and self._transport.get_extra_info("peercert")) or {}
 
     @property
     def is_used_up(self) -> bool:

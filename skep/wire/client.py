@@ -12,11 +12,13 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 
 from skep.aio.tls import connect
-from skep.errors import InvalidArgument, Unavailable, reason_of
+from skep.errors import InvalidArgument, Unauthenticated, Unavailable, reason_of
 from skep.model.addresses import parted
+from skep.model.ids import NodeId
 from skep.rpc.client import Bounds, ClientConnection, ClientStream
 from skep.rpc.errors import peer_errors
 from skep.rpc.headers import request_block
+from skep.security.identity import peer_identity
 from skep.wire.methods import Method, Unary
 
 Q = TypeVar("Q", bound=Message)
@@ -70,10 +72,11 @@ class Call(Generic[Q, A]):
 
 
 class Channel:
-    """One connection to a manager; made by ``connected``."""
+    """One connection to a manager; made by ``connected``.  ``peer``: the node in its certificate, empty if unknown."""
 
-    def __init__(self, address: str, connection: ClientConnection, name: str) -> None:
+    def __init__(self, address: str, connection: ClientConnection, name: str, peer: NodeId) -> None:
         self.address = address
+        self.peer = peer
         self._connection = connection
         self._name = name
 
@@ -121,9 +124,16 @@ async def connected(
         async with asyncio.timeout(timeout_s):
             connection = await _connect(host, port, tls, name, bounds)
     try:
-        yield Channel(address, connection, name)
+        yield Channel(address, connection, name, _peer_of(connection))
     finally:
         connection.close()
+
+
+def _peer_of(connection: ClientConnection) -> NodeId:
+    try:
+        return peer_identity(connection.peer_certificate).node_id
+    except Unauthenticated:
+        return NodeId("")  # not verified, as before a node has a root certificate
 
 
 async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str, bounds: Bounds) -> ClientConnection:

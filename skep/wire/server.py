@@ -22,8 +22,9 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 from msgspec.structs import replace
 
+from skep.aio.admission import Newcomers, source_of
 from skep.aio.groups import errors_as_they_are
-from skep.aio.handshakes import Handshakes, source_of
+from skep.aio.handshakes import Handshakes
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
 from skep.rpc import frames
@@ -179,7 +180,13 @@ class _Server:
             handler.method.path: self._authorized(handler) for handler in handlers
         }
         self.connections: set[_Connection] = set()
-        self.anonymous: set[_Connection] = set()
+        self.anonymous: Newcomers[_Connection] = Newcomers(
+            "connections without a certificate",
+            ANONYMOUS_MAX,
+            ANONYMOUS_PER_SOURCE_MAX,
+            _Connection.abort,
+            may_leave=_Connection.may_leave,
+        )
         self.of_node: Counter[NodeId] = Counter()
         self.bytes_of_node: Counter[NodeId] = Counter()
 
@@ -195,7 +202,7 @@ class _Server:
     def forget(self, connection: "_Connection") -> None:
         """It has ended."""
         self.connections.discard(connection)
-        self.anonymous.discard(connection)
+        self.anonymous.forget(connection)
         if (identity := connection.identity) is not None:
             self.of_node[identity.node_id] -= 1
             # What handlers have taken from it is not counted any more when they end.
@@ -203,27 +210,6 @@ class _Server:
             if not self.of_node[identity.node_id]:
                 del self.of_node[identity.node_id]
                 del self.bytes_of_node[identity.node_id]
-
-    def admit_anonymous(self, new: "_Connection", now: float) -> bool:
-        """Make room for a connection without a certificate; False: all others have calls under way.
-
-        One that is idle, or has been open for long, makes room: of the new one's source if that has its share
-        already, else of the source with most of them.
-        """
-        shares = Counter(one.source for one in self.anonymous)
-        spare = [
-            one for one in self.anonymous if one.is_idle or now - one.since >= ANONYMOUS_SILENT_SECONDS_MAX
-        ]
-        if shares[new.source] >= ANONYMOUS_PER_SOURCE_MAX:
-            spare = [one for one in spare if one.source == new.source]
-        elif len(self.anonymous) < ANONYMOUS_MAX:
-            return True
-        if not spare:
-            return False
-        leaving = min(spare, key=lambda one: (-shares[one.source], one.since))
-        self.anonymous.discard(leaving)
-        leaving.abort()
-        return True
 
     def close_connections(self) -> None:
         for connection in tuple(self.connections):
@@ -333,9 +319,8 @@ class _Connection(ServerConnection):
     def _begin_anonymous(self) -> bool:
         loop = asyncio.get_running_loop()
         self.since = loop.time()
-        if not self._server.admit_anonymous(self, self.since):
+        if not self._server.anonymous.admit(self, self.source):
             return False
-        self._server.anonymous.add(self)
         self._time_limits = (
             loop.call_later(ANONYMOUS_SECONDS_MAX, self.close),
             loop.call_later(ANONYMOUS_SILENT_SECONDS_MAX, self._close_if_silent),
@@ -349,6 +334,11 @@ class _Connection(ServerConnection):
     def became_idle(self) -> None:
         if self.source and self in self._server.anonymous:
             self.since = asyncio.get_running_loop().time()
+            self._server.anonymous.renew(self)
+
+    def may_leave(self) -> bool:
+        """Whether it may be ended to make room: it is idle, or has been open for long."""
+        return self.is_idle or asyncio.get_running_loop().time() - self.since >= ANONYMOUS_SILENT_SECONDS_MAX
 
     def hold(self, size: int) -> None:
         super().hold(size)

@@ -288,6 +288,30 @@ async def test_plain_http_silence_and_floods_hold_nothing_up(
             assert response.status == 413
 
 
+async def test_strangers_take_no_place_of_who_is_logged_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "STRANGERS_MAX", 4)
+    monkeypatch.setattr(passing, "HEAD_S", 600.0)
+    async with a_rig(tmp_path) as rig:
+        page = await rig.page("ann-token")
+        stream = await rig.session.get(f"{page.base}/skep/view/stream", headers=page.cookie)
+        assert await stream.content.readline() == b"id: 1-1\n"
+        trust = ssl.create_default_context(cafile=str(tmp_path / "ca" / "ca.crt"))
+        silent = [
+            await asyncio.open_connection("localhost", rig.port, ssl=trust, family=socket.AF_INET)
+            for _ in range(6)
+        ]
+        async with asyncio.timeout(20):
+            assert await silent[0][0].read() == b"", "the oldest stranger makes room"
+        assert (await page.ask("/skep/view"))[0] == 200
+        await rig.page("eve-token")
+        assert not stream.content.at_eof(), "the connection of a login is not ended for strangers"
+        stream.close()
+        for _, writer in silent:
+            writer.close()
+
+
 async def test_nothing_is_read_from_the_file_system_by_a_path(tmp_path: Path) -> None:
     async with a_rig(tmp_path) as rig:
         page = await rig.page("eve-token")

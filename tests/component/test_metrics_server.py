@@ -4,6 +4,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from skep.node import metrics_server
 from skep.node.metrics_server import serving_metrics
 from tests.support.log_receivers import free_port
@@ -30,7 +32,7 @@ async def test_connections_that_ask_nothing_give_way_and_pages_in_the_making_do_
             writer.close()
 
     metrics = cast("Any", SimpleNamespace(text=text))
-    async with serving_metrics(("127.0.0.1", port), metrics), asyncio.timeout(10):
+    async with serving_metrics(("127.0.0.1", port), (), metrics), asyncio.timeout(10):
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(10)]
         pages = []
         for number in range(1, 5):
@@ -42,3 +44,58 @@ async def test_connections_that_ask_nothing_give_way_and_pages_in_the_making_do_
         assert all([(await page).endswith(b"page 1\n") for page in pages])
         for _, writer in idle:
             writer.close()
+
+
+async def text_of_a_page() -> bytes:
+    return b"page\n"
+
+
+METRICS = cast("Any", SimpleNamespace(text=text_of_a_page))
+
+
+async def ask(port: int, head: bytes, local: str = "127.0.0.1") -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(local, 0))
+    writer.write(head)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+async def test_one_address_takes_only_its_share_of_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_server, "_CONNECTIONS_OF_SOURCE_MAX", 2)
+    port = free_port()
+    async with serving_metrics(("127.0.0.1", port), (), METRICS), asyncio.timeout(10):
+        greedy = [
+            await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.7", 0)) for _ in range(3)
+        ]
+        assert await greedy[0][0].read() == b"", "the oldest of its own makes room"
+        assert (await ask(port, b"GET /metrics HTTP/1.0\r\n\r\n")).endswith(b"page\n")
+        for _, writer in greedy:
+            writer.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"127.0.0.1:9323", 200),
+        (b"[fd00::1]:9323", 200),
+        (b"w1", 200),
+        (b"w1:9323", 200),
+        (b"host.docker.internal:9323", 200),
+        (b"W1.local", 200),
+        (b"node1.example.com:9323", 200),
+        (b"rebound.attacker.example:9323", 403),
+        (b"node1.example.com.attacker.example", 403),
+        (b"127.0.0.1.attacker.example", 403),
+        (b"", 403),
+    ],
+)
+async def test_a_page_of_a_name_that_anyone_can_register_reads_nothing(host: bytes, status: int) -> None:
+    port = free_port()
+    async with serving_metrics(("127.0.0.1", port), ("node1.example.com",), METRICS), asyncio.timeout(10):
+        got = await ask(port, b"GET /metrics HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+    assert got.startswith(f"HTTP/1.1 {status} ".encode()), got
+    assert (b"page" in got) is (status == 200)
+    if status == 403 and host:
+        assert b"add the name to metrics-hosts" in got

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.agent.agent import Agent
 from skep.aio.clock import SystemClock
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.errors import InvalidArgument, RetryLater, SkepError, Unavailable
 from skep.manager.probes.diagnostics import Diagnostics
 from skep.manager.probes.loop import OverlayAvoidance
 from skep.manager.probes.streams import REPORTS_MAX
@@ -182,14 +182,16 @@ async def test_managers_ask_docker_nodes_for_gossip(cluster: Cluster, tmp_path: 
 # -- diagnostics ----------------------------------------------------------------------------------------------------
 
 
-async def diagnosed(diagnostics: Diagnostics, within_s: float = 5.0) -> dict[str, DiagnosticsResult]:
+async def diagnosed(
+    diagnostics: Diagnostics, within_s: float = 5.0, *, throughput: bool = False
+) -> dict[str, DiagnosticsResult]:
     found: dict[str, DiagnosticsResult] = {}
 
     async def tell(one: DiagnosticsResult) -> None:
         assert one.node_id not in found
         found[one.node_id] = one
 
-    await diagnostics.run_all(tell, within_s=within_s)
+    await diagnostics.run_all(tell, throughput=throughput, within_s=within_s)
     return found
 
 
@@ -223,7 +225,7 @@ async def test_another_manager_asks_over_the_link(cluster: Cluster, tmp_path: Pa
             asked.append(manager)
             return channel
 
-        without_nodes = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), link)  # type: ignore[arg-type]
+        without_nodes = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), link, SystemClock())  # type: ignore[arg-type]
         found = await diagnosed(without_nodes)
         assert asked == [MANAGER_ID]
         assert found[nodes[0][0].node_id].reports == nodes[0][1].answers
@@ -234,10 +236,43 @@ async def test_a_manager_that_cannot_be_asked_is_the_reason_for_its_nodes(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     async with probing(cluster, tmp_path, 1) as nodes:
-        without_link = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), cluster.channel)  # type: ignore[arg-type]
+        without_link = Diagnostics(cluster.store, NodeId("m2"), _NoStreams(), cluster.channel, SystemClock())  # type: ignore[arg-type]
         found = await diagnosed(without_link)
         why = f"its manager is not reachable: manager {MANAGER_ID} cannot be reached"
         assert found[nodes[0][0].node_id].error == why
+
+
+async def test_one_throughput_test_runs_at_a_time_with_a_pause_after_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    clock = _SetClock()
+    diagnostics = Diagnostics(cluster.store, MANAGER_ID, cluster.paths, cluster.channel, clock)
+    async with probing(cluster, tmp_path, 2) as nodes:
+        (node, probes), _ = nodes
+        probes.may_answer.clear()
+        running = asyncio.create_task(diagnosed(diagnostics, throughput=True))
+        await until(lambda: bool(probes.diagnosed))
+        with pytest.raises(RetryLater, match="a throughput test is running"):
+            diagnostics.require_throughput()
+        # Another manager does not know of the test: the nodes here take part in no second one.
+        refused = await diagnosed(diagnostics, throughput=True)
+        assert "a throughput test is running" in refused[node.node_id].error
+        assert len(probes.diagnosed) == 1
+        clock.now += 20.0
+        probes.may_answer.set()
+        assert (await running)[node.node_id].error == ""
+        with pytest.raises(RetryLater, match="has just ended, and each fills every link: try again in 20 s"):
+            diagnostics.require_throughput()
+        assert (await diagnosed(diagnostics))[node.node_id].error == "", "without throughput at any time"
+        clock.now += 20.0
+        diagnostics.require_throughput()
+
+
+class _SetClock(SystemClock):
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 class _NoStreams:

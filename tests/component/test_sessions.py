@@ -2,17 +2,21 @@
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from random import Random
 from typing import cast
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
+from skep.agent.managers import Peer
 from skep.aio.clock import SystemClock
 from skep.errors import (
     InvalidArgument,
     PermissionDenied,
 )
 from skep.manager.dispatcher.liveness import AWAY_GRACE_S
+from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.security import keypair
 from skep.security.authority import Authority
@@ -23,7 +27,17 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
-from tests.support.wire_rig import MANAGER_ID, Cluster, a_session, a_worker, an_agent, put, until
+from tests.support.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    FakeWorker,
+    a_session,
+    a_worker,
+    an_agent,
+    an_agent_of,
+    put,
+    until,
+)
 
 
 @pytest.fixture
@@ -43,6 +57,22 @@ async def test_a_node_that_registers_is_ready_and_described(cluster, tmp_path):
         assert node.session is not None
         assert node.session.manager_id == MANAGER_ID
         assert [peer.addr for peer in agent.managers] == [cluster.address]
+
+
+async def test_a_node_takes_no_session_from_a_manager_that_is_not_in_its_list(cluster, tmp_path):
+    """As from one that was removed, and whose certificate is still valid."""
+    pair = await a_worker(cluster, tmp_path)
+    away = Peer(NodeId("m2"), "127.0.0.1:1")
+    worker = FakeWorker()
+    managers = [away, Peer(NodeId("m3"), cluster.address)]
+    with capture_logs() as logs:
+        # It registers in the end: none of the list responds, so all managers may have been replaced.
+        async with an_agent_of(managers, pair, tmp_path, worker, Random(1)):
+            pass
+    refused = [one["error"] for one in logs if "which is not among the managers" in one.get("error", "")]
+    assert refused == [
+        f"{cluster.address} is manager {MANAGER_ID}, which is not among the managers of this cluster, instead of m3"
+    ]
 
 
 async def test_a_node_that_goes_silent_is_down_after_its_grace(cluster, tmp_path):

@@ -25,7 +25,7 @@ class People:
     """Users by their tokens, and the connections that they have."""
 
     def __init__(self) -> None:
-        self.by_credential = {Credential.of_token(word.encode()): word for word in ROLES}
+        self.by_credential = {Credential.of_token(word.encode(), is_login=True): word for word in ROLES}
         self.open: dict[asyncio.Transport, Credential] = {}
         self.are_known = True
 
@@ -41,7 +41,7 @@ class People:
         self.open[transport] = credential
 
     def revoke(self, token: str) -> None:
-        credential = Credential.of_token(token.encode())
+        credential = Credential.of_token(token.encode(), is_login=True)
         del self.by_credential[credential]
         for transport, of in self.open.items():
             if of == credential:

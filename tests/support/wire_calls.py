@@ -48,7 +48,7 @@ class _Forging(Channel):
     """A channel that adds ``metadata`` to each call."""
 
     def __init__(self, channel: Channel, metadata: Mapping[str, str]) -> None:
-        super().__init__(channel.address, channel._connection, channel._name)
+        super().__init__(channel.address, channel._connection, channel._name, channel.peer)
         self._metadata = tuple(metadata.items())
 
     def _block(self, method: Method[Q, A]) -> bytes:

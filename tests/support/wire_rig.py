@@ -157,7 +157,7 @@ class Cluster:
                 self.discovery,
                 clock,
             )
-            self.diagnostics = Diagnostics(self.store, MANAGER_ID, self.paths, self.channel)
+            self.diagnostics = Diagnostics(self.store, MANAGER_ID, self.paths, self.channel, clock)
             self.tunnels = Tunnels(
                 self.store,
                 MANAGER_ID,

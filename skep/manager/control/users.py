@@ -52,15 +52,34 @@ def remove_user(tx: Transaction, id: UserId) -> None:
 
 
 def add_token(
-    tx: Transaction, id: UserId, token: str, lifetime_s: int, *, new_id: IdSource, now: Timestamp
+    tx: Transaction,
+    id: UserId,
+    token: str,
+    lifetime_s: int,
+    *,
+    logs_in_only: bool = False,
+    new_id: IdSource,
+    now: Timestamp,
 ) -> User:
-    """Let ``token`` prove that a client is this user.  Raises: NotFound; InvalidArgument."""
+    """Let ``token`` prove that a client is this user.
+
+    Args:
+        logs_in_only: the token opens the dashboard, and is refused by the API.
+
+    Raises:
+        NotFound: There is no such user.
+        InvalidArgument: The user has too many tokens, or the lifetime is too long.
+    """
     user = tx.get(User, id)
     kept = _living(user.tokens, now)
     if len(kept) >= KEPT_MAX:
         raise InvalidArgument(f"user {user.spec.name} has {KEPT_MAX} tokens: remove one")
     added = UserToken(
-        id=new_id()[:10], digest=digest_of(token), created_at=now, not_after=_end(now, lifetime_s)
+        id=new_id()[:10],
+        digest=digest_of(token),
+        created_at=now,
+        not_after=_end(now, lifetime_s),
+        logs_in_only=logs_in_only,
     )
     return tx.put(replace(user, updated_at=now, tokens=(*kept, added)))
 
@@ -72,6 +91,48 @@ def remove_token(tx: Transaction, id: UserId, token_id: str, *, now: Timestamp) 
     if len(left) == len(user.tokens):
         raise NotFound(f"token {token_id} of user {user.spec.name} not found")
     return tx.put(replace(user, updated_at=now, tokens=left))
+
+
+def renew_certificate(
+    tx: Transaction,
+    id: UserId,
+    serial: str,
+    csr_pem: bytes,
+    lifetime_s: int,
+    fresh: Authority,
+    *,
+    now: Timestamp,
+) -> tuple[User, bytes, bytes]:
+    """Issue a certificate to a user who has the certificate ``serial``.
+
+    The new certificate lives as long as that one at most, so a user never extends what an administrator chose.  A
+    user with as many certificates as are kept gets it in place of that one: a renewal never ends another certificate.
+
+    Args:
+        lifetime_s: 0 for the lifetime of the certificate ``serial``.
+        fresh: becomes the authority of users if there is none.
+
+    Returns:
+        The user, the certificate and its root, as PEM.
+
+    Raises:
+        NotFound: The user has no such certificate.
+        InvalidArgument: The lifetime is too long, or the request is malformed.
+    """
+    user = tx.get(User, id)
+    asking = next((one for one in _living(user.certificates, now) if one.serial == serial), None)
+    if asking is None:
+        raise NotFound(f"certificate {serial} of user {user.spec.name} not found")
+    lifetime_s_max = (unix_ns(asking.not_after) - unix_ns(asking.created_at)) // SECOND_NS
+    if lifetime_s > lifetime_s_max:
+        raise InvalidArgument(
+            f"your certificate is valid for {lifetime_s_max} s in all, and so is the next one at most: "
+            f"an administrator issues longer ones with `skep user renew {user.spec.name} --days N`"
+        )
+    if len(_living(user.certificates, now)) >= KEPT_MAX:
+        left = tuple(one for one in user.certificates if one is not asking)
+        tx.put(replace(user, certificates=left))
+    return add_certificate(tx, id, csr_pem, lifetime_s or lifetime_s_max, fresh, now=now)
 
 
 def add_certificate(
@@ -117,6 +178,7 @@ def access_table(view: View, *, is_current: bool) -> AccessTable:
             bindings=tuple(map(parse_binding, user.spec.roles)),
             serials={one.serial: unix_ns(one.not_after) for one in user.certificates},
             tokens={one.digest: unix_ns(one.not_after) for one in user.tokens},
+            logins=frozenset(one.digest for one in user.tokens if one.logs_in_only),
         )
         for user in view.find(User)
     )

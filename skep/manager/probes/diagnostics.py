@@ -5,11 +5,14 @@ so any manager can serve it.  Results are passed on as they come; nodes without 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from math import ceil
 
 import structlog
 
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.aio.clock import Clock
+from skep.errors import InvalidArgument, RetryLater, SkepError, Unavailable
 from skep.manager.probes.streams import ProbeStreams
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
@@ -31,6 +34,9 @@ AT_ONCE = 64
 """Nodes of one manager that run at the same time; each probes some tens of others."""
 
 
+PAUSE_PER_S = 1.0
+"""Seconds without a throughput test after each second of one: at most half of the time is spent on them."""
+
 SendResult = Callable[[DiagnosticsResult], Awaitable[None]]
 Send = Callable[[skep.RelayedDiagnostics], Awaitable[None]]
 
@@ -44,16 +50,22 @@ class Diagnostics:
         own: NodeId,
         streams: ProbeStreams,
         channel: Callable[[NodeId], Channel],
+        clock: Clock,
     ) -> None:
         """``channel``: the link's connection to another manager; raises Unavailable."""
         self._store = store
         self._own = own
         self._streams = streams
         self._channel = channel
+        self._throughput_tests = _ThroughputTests(clock)
 
     def services(self) -> Sequence[Handler]:
         """The handlers for ``wire.server.serve``."""
         return (duplex(methods.RELAY_DIAGNOSTICS, self._relay),)
+
+    def require_throughput(self) -> None:
+        """Raises: RetryLater: a throughput test runs on the nodes of this manager, or ended a moment ago."""
+        self._throughput_tests.require_free()
 
     async def run_all(
         self, send: SendResult, *, throughput: bool = False, within_s: float = RESPONSE_SECONDS_MAX
@@ -122,7 +134,19 @@ class Diagnostics:
             log.info("diagnostics for another manager incomplete")
 
     async def _run_own(self, send: SendResult, *, throughput: bool) -> None:
-        """Send the results of the nodes with a stream to this manager, each as soon as it is there."""
+        """Send the results of the nodes with a stream to this manager, each as soon as it is there.
+
+        Each node has its stream with one manager, so no node takes part in two throughput tests at a time, whichever
+        managers receive the requests.
+        """
+        try:
+            with self._throughput_tests.running() if throughput else nullcontext():
+                await self._run_nodes(send, throughput=throughput)
+        except RetryLater as refusal:
+            for id in self._streams.nodes():
+                await send(DiagnosticsResult(node_id=id, error=str(refusal)))
+
+    async def _run_nodes(self, send: SendResult, *, throughput: bool) -> None:
         at_once = asyncio.Semaphore(AT_ONCE)
         one_at_a_time = asyncio.Lock()
 
@@ -139,6 +163,40 @@ class Diagnostics:
         async with asyncio.TaskGroup() as group:
             for id in self._streams.nodes():
                 group.create_task(run_one(id))
+
+
+class _ThroughputTests:
+    """The throughput tests of one manager's nodes: one at a time, with a pause as long as the test after each.
+
+    A test keeps every link full, so a client that repeats it would take the network from the services.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._is_running = False
+        self._free_at = float("-inf")
+
+    def require_free(self) -> None:
+        """Raises: RetryLater: a test runs, or ended a moment ago."""
+        wait_s = RESPONSE_SECONDS_MAX if self._is_running else self._free_at - self._clock.monotonic()
+        if wait_s > 0:
+            raise RetryLater(
+                f"a throughput test {'is running' if self._is_running else 'has just ended'}, "
+                f"and each fills every link: try again in {ceil(wait_s)} s",
+                wait_s,
+            )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """One test.  Raises: RetryLater."""
+        self.require_free()
+        started_at, self._is_running = self._clock.monotonic(), True
+        try:
+            yield
+        finally:
+            self._is_running = False
+            ended_at = self._clock.monotonic()
+            self._free_at = ended_at + PAUSE_PER_S * (ended_at - started_at)
 
 
 def _is_probing(node: Node) -> bool:

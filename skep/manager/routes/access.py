@@ -78,6 +78,9 @@ class Backing(Protocol):
 class Diagnostics(Protocol):
     """Has nodes probe the paths between them (``manager.probes.diagnostics``)."""
 
+    def require_throughput(self) -> None:
+        """Raises: RetryLater: a throughput test runs already, or ended a moment ago."""
+
     async def run_all(
         self, on_result: Callable[[DiagnosticsResult], Awaitable[None]], *, throughput: bool = False
     ) -> None:

@@ -4,6 +4,7 @@ import msgspec
 from aiohttp import web
 
 from skep.api.server import JsonLines, Routes, flag
+from skep.errors import InvalidArgument
 from skep.manager.routes.access import current_view, manager_of
 from skep.model.conditions import network_conditions
 from skep.model.encoding import ApiObject, always
@@ -66,12 +67,26 @@ class NodeResult(ApiObject):
 
 @routes.get("/skep/doctor/network")
 async def diagnose_network(request: web.Request) -> web.StreamResponse:
-    """One JSON object per line: the nodes, then each node's result as it arrives, within 25 s.
+    """One JSON object per line: the nodes, then each node's result as it arrives, within 25 s."""
+    if flag(request, "throughput"):
+        raise InvalidArgument(
+            "throughput is measured by POST: it loads every link, which a viewer may not do"
+        )
+    return await _run(request, throughput=False)
 
-    ``throughput``: measure it as well, which moves up to 32 MiB between each two nodes.
+
+@routes.post("/skep/doctor/network")
+async def measure_throughput(request: web.Request) -> web.StreamResponse:
+    """Run the diagnostics and measure throughput, which moves up to 32 MiB between each two nodes.
+
+    One test runs at a time, with a pause after it.
     """
+    manager_of(request).diagnostics.require_throughput()
+    return await _run(request, throughput=True)
+
+
+async def _run(request: web.Request, *, throughput: bool) -> web.StreamResponse:
     view = await current_view(request)
-    throughput = flag(request, "throughput")
     async with JsonLines(request) as lines:
         ours = [node.id for node in view.find(Node) if not is_docker_node(node)]
         await lines.send(

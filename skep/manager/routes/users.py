@@ -33,6 +33,8 @@ class NewToken(ApiObject):
     """Body of a request for a token.  ``lifetime_seconds`` 0: 90 days."""
 
     lifetime_seconds: int = 0
+    logs_in_only: bool = False
+    """Whether the token opens the dashboard and nothing else."""
 
 
 class IssuedToken(ApiObject):
@@ -79,12 +81,13 @@ async def show_access(request: web.Request) -> web.StreamResponse:
 async def renew_own(request: web.Request) -> web.StreamResponse:
     """Another certificate for the user who makes the request, by a certificate.
 
-    Not by a token: it would outlive the token's removal.
+    Not by a token: it would outlive the token's removal.  ``lifetime_seconds``: at most, and by default, that of the
+    certificate of the request.
     """
     identity: Identity = identity_of(request)
     if identity.origin is not Origin.CERTIFICATE:
         raise InvalidArgument("only a user with a certificate of the cluster can renew it")
-    return await _issue(request, identity.name)
+    return await _issue(request, identity.name, identity.serial)
 
 
 @routes.get("/skep/users")
@@ -137,6 +140,7 @@ async def create_token(request: web.Request) -> web.StreamResponse:
         user.id,
         token,
         body.lifetime_seconds or TOKEN_S,
+        logs_in_only=body.logs_in_only,
         new_id=manager.new_id,
         now=manager.now(),
     )
@@ -190,18 +194,21 @@ async def _named(request: web.Request) -> User:
     return (await current_view(request)).resolve(User, request.match_info["id"])
 
 
-async def _issue(request: web.Request, word: str) -> web.StreamResponse:
+async def _issue(request: web.Request, word: str, renewed: str | None = None) -> web.StreamResponse:
+    """Issue a certificate.  ``renewed``: serial number of the user's own one, or None for an administrator."""
     manager = manager_of(request)
     body = await read_json(request, NewCertificate)
     user = (await current_view(request)).resolve(User, word)
-    changed, certificate, _ = await manager.update(
-        control.add_certificate,
-        user.id,
-        body.request.encode(),
-        body.lifetime_seconds or CERTIFICATE_S,
-        Authority.create(name=control.ROOT_NAME),
-        now=manager.now(),
-    )
+    fresh, csr = Authority.create(name=control.ROOT_NAME), body.request.encode()
+    lifetime_s, now = body.lifetime_seconds, manager.now()
+    if renewed is None:
+        changed, certificate, _ = await manager.update(
+            control.add_certificate, user.id, csr, lifetime_s or CERTIFICATE_S, fresh, now=now
+        )
+    else:
+        changed, certificate, _ = await manager.update(
+            control.renew_certificate, user.id, renewed, csr, lifetime_s, fresh, now=now
+        )
     added = changed.certificates[-1]
     return json_response(
         IssuedCertificate(

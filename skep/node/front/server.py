@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from skep.aio.admission import Admission
+from skep.aio.admission import Admission, Newcomers, peer_source
 from skep.aio.handshakes import ACCEPT_RETRY_S, Handshakes
 from skep.api.connection import Connection, Gone
 from skep.api.errors import status_of
@@ -45,6 +45,12 @@ are dropped."""
 _TCP_CONNECTIONS_MAX = 2048
 """Of all by TCP, whichever process serves them; counted apart, so that root's socket is never full of them."""
 _TCP_PER_SOURCE_MAX = 512
+STRANGERS_MAX = 256
+STRANGERS_PER_SOURCE_MAX = 32
+"""Connections by TCP without an identity: those of clients that have no certificate, until the head of their request
+names a token.  More than a few are open only while several clients behind one address connect at one moment."""
+STRANGER_S = 10.0
+"""Seconds for such a head to begin, and to arrive: clients send it as soon as they are connected."""
 _REQUEST_TIMEOUT_S = 60.0
 """For a head to arrive."""
 _IDLE_S = 300.0
@@ -67,11 +73,13 @@ class _Properties(msgspec.Struct, frozen=True, kw_only=True):
     """Properties of a connection.
 
     ``is_remote``: what it keeps open is limited in time.  ``is_relayed``: the connection cannot be passed to another
-    process, and its identity is not known yet.  ``identity``: None: what the permissions of a unix socket give.
+    process, and its identity is not known yet.  ``is_stranger``: its client has no certificate, and has sent no token
+    yet.  ``identity``: None: what the permissions of a unix socket give.
     """
 
     is_remote: bool
     is_relayed: bool = False
+    is_stranger: bool = False
     identity: Identity | None = None
 
     def passed(self, connected: socket.socket) -> Passed:
@@ -115,6 +123,10 @@ class Front:
         self._tcp_tasks: set[asyncio.Task[None]] = set()
         """Serving clients of TCP hosts."""
         self._remote = Admission("api", _TCP_CONNECTIONS_MAX, _TCP_PER_SOURCE_MAX)
+        """Connections by TCP whose clients have an identity."""
+        self._strangers: Newcomers[Connection] = Newcomers(
+            "api connections without an identity", STRANGERS_MAX, STRANGERS_PER_SOURCE_MAX, Connection.abort
+        )
         self._group: asyncio.TaskGroup | None = None
         """While it listens."""
 
@@ -183,11 +195,17 @@ class Front:
         self._background.append(returned)
 
     def _accepted_remote(self, group: asyncio.TaskGroup, client: Connection) -> None:
-        if not self._remote.admit(client.transport):
+        is_stranger = not self._users.has_certificate(client.transport)
+        if is_stranger:
+            is_admitted = self._strangers.admit(client, peer_source(client.transport))
+        else:
+            is_admitted = self._remote.admit(client.transport)
+        if not is_admitted:
             client.abort()
             return
         _probe_when_idle(client)
-        self._start(group, self._serve(client, _Properties(is_remote=True, is_relayed=True)), is_remote=True)
+        properties = _Properties(is_remote=True, is_relayed=True, is_stranger=is_stranger)
+        self._start(group, self._serve(client, properties), is_remote=True)
 
     def _accept_local(self, group: asyncio.TaskGroup, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -290,7 +308,7 @@ class Front:
     async def _serve(self, client: Connection, properties: "_Properties") -> None:
         """Have the next request of ``client`` answered; the connection is another's after that, or closed."""
         try:
-            raw = client.head() or await _head(client, _IDLE_S if properties.is_remote else None)
+            raw = client.head() or await _head(client, properties)
             if raw:
                 if properties.is_relayed:
                     properties, raw = self._identify(client, properties, raw)
@@ -309,6 +327,8 @@ class Front:
         except BaseException:
             client.abort()
             raise
+        finally:
+            self._strangers.forget(client)
 
     def _identify(
         self, client: Connection, properties: "_Properties", raw: bytes
@@ -323,8 +343,12 @@ class Front:
             close = () if request.upgrades else ((b"Connection", b"close"),)
             raw = request.head.with_headers(*close, without=(b"authorization", b"keep-alive"))
         identity = self._users.identify(credential)
+        if properties.is_stranger:
+            self._strangers.forget(client)
+            if not self._remote.admit(client.transport):
+                raise Unavailable("too many connections are open, of this address or in all: try again later")
         self._users.remember(client.transport, credential, identity)
-        return msgspec.structs.replace(properties, identity=identity), raw
+        return msgspec.structs.replace(properties, identity=identity, is_stranger=False), raw
 
     async def _answer(self, client: Connection, raw: bytes, properties: "_Properties") -> None:
         """Raises: SkepError."""
@@ -365,13 +389,8 @@ class Front:
 
     def _hand_to_application(self, client: Connection, raw: bytes) -> None:
         """Give the connection, with what was read of it, to the application."""
-        handler = self._here.server()
-        transport, waiting, ended = client.transport, client.take(), client.has_ended
-        transport.set_protocol(handler)
-        handler.connection_made(transport)
-        handler.data_received(raw + waiting)
-        if ended:
-            handler.eof_received()
+        client.give_back(raw)
+        client.give_to(self._here.server())
 
 
 def _probe_when_idle(client: Connection) -> None:
@@ -382,12 +401,15 @@ def _probe_when_idle(client: Connection) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-async def _head(client: Connection, idle_s: float | None) -> bytes:
+async def _head(client: Connection, properties: _Properties) -> bytes:
     """The next head; nothing if it takes too long or the client has closed.  Raises: Malformed, Gone."""
+    idle_s, request_s = _IDLE_S if properties.is_remote else None, _REQUEST_TIMEOUT_S
+    if properties.is_stranger:
+        idle_s = request_s = STRANGER_S
     try:
         async with asyncio.timeout(idle_s):
             await client.wait_begun()
-        async with asyncio.timeout(_REQUEST_TIMEOUT_S):
+        async with asyncio.timeout(request_s):
             return await client.read_head()
     except TimeoutError:
         return b""

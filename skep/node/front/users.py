@@ -111,6 +111,13 @@ class Users:
             raise Unauthenticated("the certificate is one of an earlier authority of users")
         return Credential(Origin.MACHINE, _common_name(connection.getpeercert()))
 
+    def has_certificate(self, transport: asyncio.Transport) -> bool:
+        """Whether the client has proved an identity by its certificate, or needs none (a host without TLS)."""
+        try:
+            return self.proved_by(transport) is not None
+        except Unauthenticated:
+            return False
+
     def identify(self, credential: Credential) -> Identity:
         """Raises: Unauthenticated: it proves nothing, any more; Unavailable: that is not known at present."""
         if credential.origin is Origin.MACHINE:
@@ -123,7 +130,12 @@ class Users:
         if user is None or end_ns <= self._clock.now_ns():
             why = "has expired" if user is not None else "is not known, or was revoked"
             raise Unauthenticated(f"the {credential.origin.value} {why}")
-        return Identity(name=user.name, origin=credential.origin, bindings=user.bindings)
+        if credential.key in user.logins and not credential.is_login:
+            raise Unauthenticated(
+                "this token opens the dashboard only: make one for the API with `skep user token`"
+            )
+        serial = credential.key if credential.origin is Origin.CERTIFICATE else ""
+        return Identity(name=user.name, origin=credential.origin, bindings=user.bindings, serial=serial)
 
     def remember(self, transport: asyncio.Transport, credential: Credential, identity: Identity) -> None:
         """End the connection when ``credential`` gives ``identity`` no longer."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 import struct
 import subprocess
 from contextlib import AsyncExitStack
@@ -22,6 +23,7 @@ from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE, KeyPair, save
 from skep.security.keys import new_private_key, private_pem, signing_request
+from tests.support.api_authority import an_authority
 from tests.support.front_rig import Rig
 
 PATIENCE_S = 10.0
@@ -156,6 +158,37 @@ async def test_handshakes_are_bounded_and_delay_no_others(
         assert await is_answered(rig)
         for _, writer in silent:
             writer.close()
+
+
+async def test_strangers_take_no_place_of_a_client_with_an_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "STRANGERS_PER_SOURCE_MAX", 3)
+    monkeypatch.setattr(server, "_TCP_CONNECTIONS_MAX", 2)
+    monkeypatch.setattr(server, "STRANGER_S", 1.0)
+    authority = an_authority(tmp_path / "ca")
+    rig = Rig(tmp_path)
+    trust = ssl.create_default_context(cafile=str(authority.root))
+    with_certificate = ssl.create_default_context(cafile=str(authority.root))
+    with_certificate.load_cert_chain(*authority.pair("client"))
+
+    async def opened(context: ssl.SSLContext) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("localhost", rig.port, ssl=context, family=socket.AF_INET)
+
+    async with rig.front(tls=ApiTls(*authority.pair("server"), authority.root)):
+        strangers = [await opened(trust) for _ in range(4)]
+        assert await ended(strangers[0][0]), "the oldest stranger makes room"
+        reader, writer = await opened(with_certificate)
+        writer.write(b"GET /info HTTP/1.1\r\nHost: d\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        strangers[3][1].write(b"GET /info HTTP/1.1\r\nHo")
+        for receiving, _ in strangers[1:]:
+            assert await ended(receiving), "a stranger that proves nothing is ended soon"
+        again = await opened(trust)
+        again[1].write(b"GET /info HTTP/1.1\r\nHost: d\r\n\r\n")
+        assert (await again[0].readline()).startswith(b"HTTP/1.1 401")
+        for _, each in (*strangers, (reader, writer), again):
+            each.close()
 
 
 async def test_clients_by_tcp_that_vanish_are_noticed(front_rig: Rig) -> None:

@@ -5,6 +5,7 @@ from random import Random
 import pytest
 
 from skep.agent.managers import ManagerList, Peer, next_manager
+from skep.errors import Unavailable
 from skep.model.ids import NodeId
 from skep.model.node import RESPONSE_SECONDS_MAX
 
@@ -85,3 +86,25 @@ def test_without_responses_each_manager_gets_the_timeout_of_a_crowded_one() -> N
         managers.failed(M2, was_connected=False)
         managers.failed(M3, was_connected=False)
     assert managers.connect_timeout(M2) == RESPONSE_SECONDS_MAX
+
+
+def test_a_manager_that_no_list_has_is_accepted_only_while_none_of_the_list_responds():
+    managers = ManagerList([OWN, M2])
+    stranger = NodeId("m9")
+    with pytest.raises(Unavailable, match="is manager m9, which is not among the managers of this cluster"):
+        managers.require_manager(M2, stranger)
+    managers.failed(M2)
+    with pytest.raises(Unavailable):
+        managers.require_manager(M2, stranger)
+    managers.failed(OWN, was_connected=False)
+    managers.require_manager(M2, stranger)
+    managers.worked(OWN)
+    with pytest.raises(Unavailable):
+        managers.require_manager(M2, stranger)
+
+
+def test_managers_that_swapped_addresses_and_unnamed_ones_are_accepted():
+    managers = ManagerList([OWN, M2, Peer(NodeId(""), "10.0.0.9:2377")])
+    managers.require_manager(M2, OWN.node_id)
+    managers.require_manager(managers.peers[2], NodeId("m9"))
+    managers.require_manager(M2, NodeId(""))

@@ -10,6 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
@@ -104,7 +105,8 @@ def test_a_users_certificate_is_known_by_its_serial_number(users: Users) -> None
     users._take(a_table(serials={serial: LATER}))
     credential = proved(users, certificate)
     assert credential == Credential(Origin.CERTIFICATE, serial)
-    assert users.identify(credential).name == "ann"
+    identity = users.identify(credential)
+    assert (identity.name, identity.serial) == ("ann", serial)
 
 
 def test_a_certificate_that_was_not_issued_or_was_revoked_proves_nothing(users: Users) -> None:
@@ -122,6 +124,16 @@ def test_a_users_certificate_of_another_authority_is_never_an_administrators(use
     users._take(a_table())
     with pytest.raises(Unauthenticated, match="earlier authority"):
         proved(users, certificate)
+
+
+def test_a_token_of_the_dashboard_is_no_credential_of_the_api(users: Users) -> None:
+    token = new_token()
+    table = a_table(tokens={digest_of(token): LATER})
+    (ann,) = table.users
+    users._take(replace(table, users=(replace(ann, logins=frozenset({digest_of(token)})),)))
+    with pytest.raises(Unauthenticated, match="opens the dashboard only"):
+        users.identify(bearer(b"Bearer " + token.encode()))
+    assert users.identify(Credential.of_token(token.encode(), is_login=True)).name == "ann"
 
 
 def test_a_certificate_and_a_token_end(users: Users, clock: AClock) -> None:
