@@ -25,6 +25,7 @@ from skep.model.labels import (
     PROGRESS_DEADLINE,
     PUBLISH_NOT_READY,
     ROTATION_OF,
+    SHARE_IMAGES,
     STACK_CHANGES,
     STACK_FILES,
     STACK_REVISION,
@@ -428,6 +429,14 @@ LABELS = (
         "`false`",
         "`true`: clients of a worker's API may read services, tasks, nodes, networks and events, the environment of "
         "services among them (`skep cluster worker-reads`)",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        SHARE_IMAGES,
+        "`true`, `false`",
+        "`false`",
+        "`true`: every node may read the images of every other node, also for `docker pull` on a worker; otherwise "
+        "a worker reads the images of its own tasks only (`skep cluster share-images`)",
     ),
     Label(
         LabelTarget.CLUSTER,

@@ -16,11 +16,12 @@ from skep.agent.session_state import SessionState
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.engine.images import serving
-from skep.engine.images.reference import DEFAULT_TAG, Reference
+from skep.engine.images.reference import Reference
 from skep.engine.images.registry import Document
 from skep.engine.images.serving import ServedImages
 from skep.engine.images.spreading import FindSources, Source
-from skep.errors import PermissionDenied, Unavailable
+from skep.errors import NotFound, PermissionDenied, Unavailable
+from skep.model.ids import NodeId
 from skep.model.node import NodeRole
 from skep.rpc.client import Bounds
 from skep.security.identity import ROLE_NAMES
@@ -37,8 +38,10 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_PORT = 2374
 CHECKED_S = 30.0
-"""For so long a node counts as one of the cluster after a manager has said so."""
+"""For so long a node may read an image after a manager has said so."""
 CHECKED_MAX = 4096
+NAMES_MAX = 1000
+"""Names of images in one request to a manager."""
 MANIFEST_S = 15.0
 BOUNDS = Bounds(stream_window=4 << 20, connection_window=16 << 20, message=(4 << 20) + (64 << 10))
 """Of what another node sends, which is not trusted as a manager is: a manifest is 4 MiB long at most, as one of a
@@ -65,8 +68,8 @@ class ImagePort:
         self._session = session
         self._clock = clock
         self._wanted_port = wanted_port
-        self._checked: dict[tuple[str, str], float] = {}
-        """Node id and serial number of its certificate -> when a manager has said that it is a node."""
+        self._checked: dict[tuple[str, str, frozenset[str]], float] = {}
+        """Node id, serial number of its certificate and names of an image -> when a manager has allowed it."""
         self.port = 0
 
     async def run(self, pair: PresentPair, host: str) -> None:
@@ -108,7 +111,7 @@ class ImagePort:
     async def _manifest(
         self, request: skep.ImageManifestRequest, caller: Caller
     ) -> skep.ImageManifestResponse:
-        await self._check(caller)
+        await self._check(caller, await self._images.names_of(request.target))
         document = await self._images.manifest(request.target)
         return skep.ImageManifestResponse(
             content=document.content,
@@ -120,29 +123,37 @@ class ImagePort:
     async def _blob(
         self, request: skep.ImageBlobRequest, caller: Caller
     ) -> AsyncIterator[skep.ImageBlobPiece]:
-        await self._check(caller)
-        async with self._images.blob(request.digest, last_resort=request.last_resort) as blob:
+        to = await self._check(caller, self._images.names_with(request.digest))
+        async with self._images.blob(request.digest, to, last_resort=request.last_resort) as blob:
             yield skep.ImageBlobPiece(size=blob.size)
             async for piece in blob.pieces:
                 yield skep.ImageBlobPiece(data=piece)
 
-    async def _check(self, caller: Caller) -> None:
-        """Raises: PermissionDenied: the caller is no node of the cluster any more; Unavailable: no manager says so."""
+    async def _check(self, caller: Caller, names: frozenset[str]) -> NodeId:
+        """Ask a manager whether the caller may read an image that has all of ``names``; return its node id.
+
+        Raises:
+            NotFound: There is no such image here.
+            PermissionDenied: The caller is no longer a node of the cluster, or has no task of the image.
+            Unavailable: No manager responds.
+        """
         assert caller.identity is not None, "the method is for nodes"
-        key = caller.identity.node_id, caller.identity.serial
+        key = caller.identity.node_id, caller.identity.serial, names
         now = self._clock.monotonic()
-        if now - self._checked.get(key, -CHECKED_S) < CHECKED_S:
-            return
-        self._checked.pop(key, None)
-        request = skep.CheckNodeRequest(node_id=key[0], serial=key[1])
-        try:
-            await self._session.channel.call(methods.CHECK_NODE, request)
-        except PermissionDenied:
-            log.warning("image refused to a node that was removed", node=key[0], peer=caller.address)
-            raise
-        while len(self._checked) >= CHECKED_MAX:
-            del self._checked[next(iter(self._checked))]
-        self._checked[key] = now
+        if now - self._checked.get(key, -CHECKED_S) >= CHECKED_S:
+            self._checked.pop(key, None)
+            request = skep.CheckNodeRequest(node_id=key[0], serial=key[1], images=sorted(names)[:NAMES_MAX])
+            try:
+                await self._session.channel.call(methods.CHECK_NODE, request)
+            except PermissionDenied as refusal:
+                log.warning("image refused to a node", node=key[0], peer=caller.address, reason=str(refusal))
+                raise
+            while len(self._checked) >= CHECKED_MAX:
+                del self._checked[next(iter(self._checked))]
+            self._checked[key] = now
+        if not names:
+            raise NotFound("No such image")
+        return key[0]
 
 
 class ClusterSources:
@@ -170,7 +181,7 @@ class ClusterSources:
         pair = self._pair
         if pair is None:
             raise Unavailable("this node is in no cluster")
-        request = skep.FindImageRequest(images=spellings(reference))
+        request = skep.FindImageRequest(images=reference.spellings)
         known: dict[tuple[str, str], NodeSource] = {}
         async with AsyncExitStack() as stack:
 
@@ -185,23 +196,19 @@ class ClusterSources:
             yield find
 
 
-async def needed_images(session: SessionState) -> Collection[str]:
-    """The images that services of the cluster may need, as their specs name them.
+async def needed_images(session: SessionState, names: Sequence[str]) -> Collection[str]:
+    """Return those of ``names`` by which services of the cluster may need an image.
 
-    Raises: SkepError: no manager says so, or this node is in no cluster.
+    Raises:
+        SkepError: No manager responds, or this node is in no cluster.
     """
-    response = await session.channel.call(methods.NEEDED_IMAGES, skep.NeededImagesRequest())
-    return frozenset(response.images)
-
-
-def spellings(reference: Reference) -> Sequence[str]:
-    """How the spec of a service may name the image; a digest stands for every name with it."""
-    found = [reference.familiar, str(reference)]
-    if reference.tag == DEFAULT_TAG and not reference.digest:
-        found += [reference.familiar_name, reference.name]
-    if reference.digest:
-        found.append(reference.digest)
-    return found
+    needed: set[str] = set()
+    for first in range(0, len(names), NAMES_MAX):
+        request = skep.NeededImagesRequest(images=names[first : first + NAMES_MAX])
+        response = await session.channel.call(methods.NEEDED_IMAGES, request)
+        # Managers of older versions return all images, as specs name them: a digest stands for every name with it.
+        needed.update(form for name in response.images for form in (name, name.rpartition("@")[2]))
+    return needed
 
 
 class NodeSource:

@@ -9,7 +9,7 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Shown, shows
 from skep.cli.recover import recover
 from skep.cli.running import run_requests
-from skep.model.labels import FORGET_NODES, HEARTBEAT_GRACE, PREEMPTION, WORKER_READS
+from skep.model.labels import FORGET_NODES, HEARTBEAT_GRACE, PREEMPTION, SHARE_IMAGES, WORKER_READS
 from skep.model.rights import ALLOW_LABEL
 
 _RESPONSE_TIMEOUT_S = 15.0
@@ -184,6 +184,23 @@ def preemption(host: HostOptions, switch: str | None, output: Output) -> None:
       skep cluster preemption on
     """
     _show_switch(host, output, PREEMPTION, "Preemption", switch)
+
+
+@cluster.command("share-images")
+@click.argument("switch", required=False, type=click.Choice(["on", "off"]))
+@shows
+@click.pass_obj
+def share_images(host: HostOptions, switch: str | None, output: Output) -> None:
+    """Show or set whether every node may read the images of every other node.
+
+    When it is off, a worker gets from other nodes only images that its own tasks use, and managers get every image.
+    Turn it on if people pull images on workers that only another node has.
+
+    \b
+    Examples:
+      skep cluster share-images on
+    """
+    _show_switch(host, output, SHARE_IMAGES, "ShareImages", switch)
 
 
 @cluster.command("rotate-keys")

@@ -1,22 +1,30 @@
-"""Where a node may fetch an image from: the managers, and the nodes with tasks of it.
+"""Where a node may fetch an image from, and which images it may read: those of its own tasks.
 
 Nothing is announced or kept for it: which nodes have an image, or will have it soon, follows from their tasks, and an
 image that was built or loaded for the cluster is on a manager.  A node that turns out not to have it says so.
+
+A node reads an image of another node only if it has a task of it, or had one within an hour.  Images may hold code and
+keys, or were pulled with credentials of others, so one worker that was taken over must not read all of them.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 
+import msgspec
+
+from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.ca.caller_check import check_caller, is_manager
 from skep.model.addresses import host_of, joined
 from skep.model.ids import ClusterId, NodeId
+from skep.model.labels import shares_images
 from skep.model.node import Node, NodeRole, NodeState
 from skep.model.planes import IMAGES_LABEL, usable_address
-from skep.model.service import Service, ServiceSpec
+from skep.model.service import Service, ServiceSpec, TaskSpec
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.security.identity import Identity
-from skep.store.interface import View
+from skep.store.interface import Store, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
@@ -26,17 +34,48 @@ from skep.wire.service import Handler, unary
 SOURCES_MAX = 16
 """In one response; the managers, up to half of them, come first."""
 SPELLINGS_MAX = 8
+NAMES_MAX = 1000
+"""Names of images in one request of a node about its own images."""
 CHARACTERS_MAX = 512
-"""Of one spelling."""
+"""Characters of one spelling."""
+ANSWERED_S = 0.25
+"""Seconds for which the nodes with an image are remembered.  A service that starts on all nodes makes each of them ask
+for the same image, and each answer takes a look at all its tasks."""
+ANSWERS_MAX = 1024
+"""Images whose nodes are remembered."""
+GRANTED_S = 3600.0
+"""Seconds for which a node may read an image after its last task of it was seen: a fetch may outlast the task."""
+GRANTS_MAX = 65_536
+
+
+class Candidates(msgspec.Struct, frozen=True):
+    """The nodes that may have an image and serve it: managers, and others with a task of it."""
+
+    managers: Sequence[Node] = ()
+    others: Sequence[Node] = ()
 
 
 class ImageDirectory:
     """Serves ``ImageDirectory`` on every manager."""
 
-    def __init__(self, view: Callable[[], View], cluster_id: ClusterId, random: Random) -> None:
-        self._view = view
+    def __init__(
+        self,
+        store: Store,
+        cluster_id: ClusterId,
+        clock: Clock,
+        random: Random,
+        answered_s: float = ANSWERED_S,
+    ) -> None:
+        """``answered_s``: seconds for which the nodes with an image are remembered."""
+        self._store = store
         self._cluster_id = cluster_id
+        self._clock = clock
         self._random = random
+        self._answered_s = answered_s
+        self._answers: dict[frozenset[str], tuple[float, Candidates]] = {}
+        """Spellings of an image -> its nodes, and when they were found; the oldest first."""
+        self._granted: dict[tuple[NodeId, str], float] = {}
+        """Node and name of a task's image -> when the task was seen last; the oldest first."""
 
     def services(self) -> Sequence[Handler]:
         """The handlers for ``wire.server.serve``."""
@@ -47,9 +86,10 @@ class ImageDirectory:
         )
 
     async def _find(self, request: skep.FindImageRequest, caller: Caller) -> skep.FindImageResponse:
-        if len(request.images) > SPELLINGS_MAX or any(len(one) > CHARACTERS_MAX for one in request.images):
-            raise InvalidArgument("too many or too long names of an image")
-        nodes = sources(self._view(), frozenset(request.images), caller.node_id, self._random)
+        spellings = _names(request.images, SPELLINGS_MAX)
+        if not await self._may_read(caller.node_id, spellings):
+            return skep.FindImageResponse()
+        nodes = chosen(self._candidates(spellings), caller.node_id, self._random)
         return skep.FindImageResponse(
             sources=[
                 skep.ImageSource(node_id=node.id, addr=image_address(node), manager=is_manager(node))
@@ -64,12 +104,74 @@ class ImageDirectory:
             role=NodeRole.WORKER,
             serial=request.serial,
         )
-        if not check_caller(self._view(), identity, Access.NODE):
+        if not check_caller(self._store.view(), identity, Access.NODE):
             raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of the swarm")
+        names = _names(request.images, NAMES_MAX)
+        if names and not await self._may_read(identity.node_id, names):
+            raise PermissionDenied(f"Permission denied: node {identity.node_id} has no task of this image")
         return skep.CheckNodeResponse()
 
-    async def _needed(self, _request: skep.NeededImagesRequest, _caller: Caller) -> skep.NeededImagesResponse:
-        return skep.NeededImagesResponse(images=sorted(needed_images(self._view())))
+    async def _needed(self, request: skep.NeededImagesRequest, caller: Caller) -> skep.NeededImagesResponse:
+        view = self._store.view()
+        if request.images:
+            names, known = _names(request.images, NAMES_MAX), needed_images(view)
+            found = {name for image in known for name in _forms(image)} & names
+        else:
+            found = {_image_of(task.spec) for task in view.find(Task, node_id=caller.node_id)} - {""}
+        return skep.NeededImagesResponse(images=sorted(found))
+
+    async def _may_read(self, node: NodeId, names: Collection[str]) -> bool:
+        if self._is_granted(node, names):
+            return True
+        await (
+            self._store.barrier()
+        )  # the task may have reached the node from a manager that is ahead of this one
+        return self._is_granted(node, names)
+
+    def _is_granted(self, node: NodeId, names: Collection[str]) -> bool:
+        """Whether the node may read an image with all of ``names``."""
+        now, view = self._clock.monotonic(), self._store.view()
+        images = {_image_of(task.spec) for task in view.find(Task, node_id=node)}
+        for name in {form for image in images for form in _forms(image)}:
+            self._granted.pop((node, name), None)
+            self._granted[node, name] = now
+        while len(self._granted) > GRANTS_MAX:
+            del self._granted[next(iter(self._granted))]
+        return reads_all_images(view, node) or any(
+            now - self._granted.get((node, name), -GRANTED_S) < GRANTED_S for name in names
+        )
+
+    def _candidates(self, spellings: frozenset[str]) -> Candidates:
+        now = self._clock.monotonic()
+        at, found = self._answers.get(spellings, (float("-inf"), Candidates()))
+        if now - at >= self._answered_s:
+            found = candidates(self._store.view(), spellings)
+            self._answers.pop(spellings, None)
+            self._answers[spellings] = now, found
+            while len(self._answers) > ANSWERS_MAX:
+                del self._answers[next(iter(self._answers))]
+        return found
+
+
+def reads_all_images(view: View, id: NodeId) -> bool:
+    """Whether a node may read every image: a manager, and any node if the cluster shares images."""
+    node = view.lookup(Node, id)
+    if node is not None and is_manager(node):
+        return True
+    return any(shares_images(swarm.spec.labels) for swarm in view.find(Swarm))
+
+
+def _names(images: Collection[str], most: int) -> frozenset[str]:
+    """Raises: InvalidArgument."""
+    if len(images) > most or any(len(one) > CHARACTERS_MAX for one in images):
+        raise InvalidArgument("too many or too long names of an image")
+    return frozenset(images)
+
+
+def _forms(image: str) -> tuple[str, ...]:
+    """The name in a spec, and its digest if it has one, which stands for every name with it."""
+    _, at, digest = image.rpartition("@")
+    return (image, digest) if at else (image,)
 
 
 def needed_images(view: View) -> frozenset[str]:
@@ -80,7 +182,7 @@ def needed_images(view: View) -> frozenset[str]:
     if view.unreadable(Service):
         raise Unavailable("not all services can be read")
     specs = [spec for service in view.find(Service) for spec in (service.spec, service.previous_spec)]
-    return frozenset(image for spec in specs if (image := _image_of(spec)))
+    return frozenset(image for spec in specs if spec is not None and (image := _image_of(spec.task_template)))
 
 
 def image_address(node: Node) -> str:
@@ -93,8 +195,8 @@ def image_address(node: Node) -> str:
     return joined(host, port) if host else ""
 
 
-def sources(view: View, spellings: Collection[str], asking: NodeId, random: Random) -> Sequence[Node]:
-    """The nodes, ``asking`` left out, that may have an image; when there are many, some of them at random."""
+def candidates(view: View, spellings: Collection[str]) -> Candidates:
+    """Return the nodes that may have an image.  Costs a look at all services, all nodes and the image's tasks."""
     managers = [node for node in view.find(Node) if is_manager(node)]
     with_tasks = {
         task.node_id
@@ -105,27 +207,27 @@ def sources(view: View, spellings: Collection[str], asking: NodeId, random: Rand
     }
     with_tasks -= {node.id for node in managers}
     others = [node for id in sorted(with_tasks) if (node := view.lookup(Node, id)) is not None]
-    chosen = _some(_usable(managers, asking), SOURCES_MAX // 2, random)
-    return (*chosen, *_some(_usable(others, asking), SOURCES_MAX - len(chosen), random))
+    return Candidates(_usable(managers), _usable(others))
+
+
+def chosen(found: Candidates, asking: NodeId, random: Random) -> Sequence[Node]:
+    """Return the nodes to ask, without ``asking``: managers first, and some at random if there are many."""
+    managers = _some(found.managers, SOURCES_MAX // 2, asking, random)
+    return (*managers, *_some(found.others, SOURCES_MAX - len(managers), asking, random))
 
 
 def _is_of(spec: ServiceSpec | None, spellings: Collection[str]) -> bool:
-    image = _image_of(spec)
-    return image in spellings or image.rpartition("@")[2] in spellings
+    return spec is not None and any(form in spellings for form in _forms(_image_of(spec.task_template)))
 
 
-def _image_of(spec: ServiceSpec | None) -> str:
-    container = spec.task_template.container_spec if spec is not None else None
-    return container.image if container is not None else ""
+def _image_of(template: TaskSpec) -> str:
+    return template.container_spec.image if template.container_spec is not None else ""
 
 
-def _usable(nodes: Sequence[Node], asking: NodeId) -> Sequence[Node]:
-    return [
-        node
-        for node in nodes
-        if node.id != asking and node.status.state is NodeState.READY and image_address(node)
-    ]
+def _usable(nodes: Sequence[Node]) -> Sequence[Node]:
+    return [node for node in nodes if node.status.state is NodeState.READY and image_address(node)]
 
 
-def _some(nodes: Sequence[Node], count: int, random: Random) -> Sequence[Node]:
-    return nodes if len(nodes) <= count else random.sample(nodes, count)
+def _some(nodes: Sequence[Node], count: int, asking: NodeId, random: Random) -> Sequence[Node]:
+    drawn = nodes if len(nodes) <= count else random.sample(nodes, count + 1)
+    return [node for node in drawn if node.id != asking][:count]

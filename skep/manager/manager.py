@@ -159,7 +159,7 @@ class Manager:
         self._tunnels = Tunnels(store, config.node_id, self._session, self._channel_to)
         self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
-        self._image_directory = ImageDirectory(store.view, config.cluster_id, random)
+        self._image_directory = ImageDirectory(store, config.cluster_id, clock, random)
         self._status = ManagerStatusWriter(
             store, config.node_id, config.advertise_addr, config.peer_advertised, clock, random
         )

@@ -66,6 +66,8 @@ PRIORITY = "skep.priority"
 """On services: whose tasks come first where room is short, the higher ones; 0 without it."""
 PRIORITY_MAX = 1000
 """The lowest is as far below 0."""
+SHARE_IMAGES = "skep.share-images"
+"""On the cluster: ``true``: every node may read the images of every other node."""
 PREEMPTION = "skep.preemption"
 """On the cluster: ``true``: tasks are stopped where one of a higher priority finds no room."""
 
@@ -228,6 +230,11 @@ def allows_preemption(labels: Mapping[str, str]) -> bool:
     return labels.get(PREEMPTION, "").lower() == "true"
 
 
+def shares_images(labels: Mapping[str, str]) -> bool:
+    """Whether nodes may read images that none of their tasks uses, by the labels of the cluster."""
+    return labels.get(SHARE_IMAGES, "").lower() == "true"
+
+
 def allows_worker_reads(labels: Mapping[str, str]) -> bool:
     """Whether workers may show what managers show, by the labels of the cluster."""
     return labels.get(WORKER_READS, "").lower() == "true"
@@ -254,6 +261,7 @@ def check_swarm_labels(labels: Mapping[str, str]) -> None:
     _history_entries(labels)
     _check_switch(labels, WORKER_READS)
     _check_switch(labels, PREEMPTION)
+    _check_switch(labels, SHARE_IMAGES)
     allowed_rights(labels.get(ALLOW_LABEL, ""))
 
 

@@ -1178,12 +1178,19 @@ Global___ReadPiece: _TypeAlias = ReadPiece
 class NeededImagesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names and digests of the images that the node has.  Empty in requests of nodes of older versions."""
+
     def __init__(
         self,
+        *,
+        images: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1283,18 +1290,26 @@ class CheckNodeRequest(_message.Message):
 
     NODE_ID_FIELD_NUMBER: _builtins.int
     SERIAL_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     serial: _builtins.str
     """Of its certificate, in hexadecimal digits."""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names and digests of the image that the node reads, as a service's spec may name it.  PERMISSION_DENIED if the node has no
+        task of one of them.  Empty in requests of nodes of older versions: every image.  Managers of older versions ignore it.
+        """
+
     def __init__(
         self,
         *,
         node_id: _builtins.str = ...,
         serial: _builtins.str = ...,
+        images: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_id", b"node_id", "serial", b"serial"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "node_id", b"node_id", "serial", b"serial"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,9 +17,10 @@ from skep.engine.images.digest import Digest
 from skep.engine.images.layers import NO_BLOB
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import DOCKER_MANIFEST, Document, RegistryError
-from skep.engine.images.serving import COPIES_MAX
+from skep.engine.images.serving import COPIES_MAX, UPLOADS_OF_NODE_MAX
 from skep.errors import NotFound, PermissionDenied, ResourceExhausted, SkepError, Unavailable
 from skep.model.ids import new_id
+from skep.model.node import NodeRole
 from skep.rpc.client import ClientStream
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
@@ -115,6 +116,78 @@ async def test_who_is_no_node_of_the_cluster_gets_nothing(cluster: ImageCluster)
     async with connected(address, joining_context(authority.authority.root_pem), "swarm-manager") as channel:
         await _refused(channel, made)
     assert cluster.manager.served.copies(made.digests[0]) == 0
+
+
+@pytest.fixture
+async def strict(tmp_path: Path) -> AsyncIterator[ImageCluster]:
+    async with ImageCluster(tmp_path / "strict", shares_images=False).running() as running:
+        yield running
+
+
+async def test_a_worker_reads_the_images_of_its_own_tasks_only(strict: ImageCluster) -> None:
+    own, other = an_image(1000), an_image(2000)
+    await give(strict.manager, own, with_manifest=True)
+    await give(strict.manager, other, "localhost:1/other:1", with_manifest=True)
+    worker, elsewhere = await strict.add(), await strict.add()
+    await strict.run_service(APP, worker)
+    await strict.run_service("localhost:1/other:1", elsewhere)
+    async with connected(strict.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+        for target in ("localhost:1/other:1", sha256(other.manifest), sha256(other.config)):
+            with pytest.raises(PermissionDenied, match="has no task of this image"):
+                await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=target))
+        for digest in (other.digests[0], sha256(other.config)):
+            with pytest.raises(PermissionDenied, match="has no task of this image"):
+                await _ask_for(channel, digest)
+        with pytest.raises(NotFound):
+            await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target="localhost:1/none:1"))
+    assert not strict.manager.served.copies(other.digests[0])
+    assert (await worker.images.pull(APP)).id == sha256(own.config)
+    with pytest.raises(RegistryError, match="connection refused"):
+        await worker.images.pull("localhost:1/other:1")
+
+
+async def test_a_manager_reads_every_image(strict: ImageCluster) -> None:
+    made = an_image(1000)
+    worker = await strict.add()
+    second = await strict.add(strict.cluster.pair(new_id(), NodeRole.MANAGER))
+    await give(worker, made, with_manifest=True)
+    await strict.run_service(at_digest(made), worker)
+    assert (await second.images.pull(at_digest(made))).id == sha256(made.config)
+
+
+async def test_a_fetch_may_outlast_its_task(strict: ImageCluster) -> None:
+    made = an_image(1000, 3)
+    await give(strict.manager, made)
+    worker = await strict.add()
+    await strict.run_service(APP, worker)
+    async with connected(strict.manager.address, client_context(worker.pair), "swarm-manager") as channel:
+        await channel.call(methods.IMAGE_MANIFEST, skep.ImageManifestRequest(target=APP))
+        await strict.remove_tasks(worker)
+        await _ask_for(channel, made.digests[1])
+
+
+async def test_a_layer_is_read_from_a_node_whose_pull_is_under_way(strict: ImageCluster) -> None:
+    """Nodes send on a layer before they have the whole image: it belongs to what they pull."""
+    made = an_image(1000, 2)
+    await give(strict.manager, made)
+    first, second = await strict.add(), await strict.add()
+    await strict.run_service(APP, first, second)
+    reference = parse_reference(APP)
+    with first.images.expecting(made.digests, (reference,)):
+        assert first.served.names_with(made.digests[0]) == frozenset(reference.spellings)
+    assert not first.served.names_with(made.digests[0])
+
+
+async def test_one_node_takes_half_of_the_places_at_most(cluster: ImageCluster) -> None:
+    made = an_image(*range(1000, 1001 + UPLOADS_OF_NODE_MAX))
+    await give(cluster.manager, made)
+    greedy, other = await cluster.add(), await cluster.add()
+    async with AsyncExitStack() as stack:
+        for digest in made.digests[:UPLOADS_OF_NODE_MAX]:
+            await stack.enter_async_context(cluster.manager.served.blob(digest, greedy.id))
+        with pytest.raises(ResourceExhausted):
+            await stack.enter_async_context(cluster.manager.served.blob(made.digests[-1], greedy.id))
+        await stack.enter_async_context(cluster.manager.served.blob(made.digests[-1], other.id))
 
 
 async def test_without_a_manager_to_ask_a_node_gives_nothing(cluster: ImageCluster) -> None:
@@ -252,11 +325,15 @@ async def test_a_node_that_gives_a_wrong_manifest_is_passed_over(
     content = {"huge": b" " * (5 << 20), "another": an_image(1).manifest, "no manifest": b"[]"}[kind]
     asked = []
 
+    async def any_name(target: str) -> frozenset[str]:
+        return frozenset((target,))
+
     async def lie(target: str) -> Document:
         asked.append(target)
         return Document(content, DOCKER_MANIFEST)
 
     monkeypatch.setattr(liar.served, "manifest", lie)
+    monkeypatch.setattr(liar.served, "names_of", any_name)
     cluster.manager.port.delay_s = 0.2
     received = []
     take_data = ClientStream.take_data
@@ -413,7 +490,7 @@ async def test_an_image_that_came_again_a_moment_ago_is_not_collected(cluster: I
     await give(cluster.manager, made)
     image = await worker.images.pull(APP)
 
-    async def nothing() -> Sequence[str]:
+    async def nothing(_names: Sequence[str]) -> Sequence[str]:
         return ()
 
     collector = ImageCollector(worker.images, lambda: (), nothing, CLOCK, lambda: Marks(high=1, low=0))
@@ -431,7 +508,7 @@ async def test_a_blob_that_is_taken_too_slowly_on_average_is_not_sent_on(
     await give(cluster.manager, made)
     monkeypatch.setattr(serving, "STALLED_S", 0.0)
     monkeypatch.setattr(serving, "BYTES_PER_S_MIN", 1 << 60)
-    async with cluster.manager.served.blob(made.digests[0]) as blob:
+    async with cluster.manager.served.blob(made.digests[0], "n1") as blob:
         assert 0 < len(await anext(blob.pieces)) < blob.size
         with pytest.raises(Unavailable, match="taken too slowly"):
             await anext(blob.pieces)

@@ -24,11 +24,15 @@ from skep.engine.images.store import ImageStore
 from skep.manager.image_directory import ImageDirectory
 from skep.model.container import ContainerSpec
 from skep.model.ids import new_id
+from skep.model.labels import SHARE_IMAGES
 from skep.model.node import EngineDescription, Node, NodeRole
 from skep.model.planes import IMAGES_LABEL
 from skep.model.service import ServiceSpec, TaskSpec
+from skep.model.swarm import Swarm, SwarmSpec
+from skep.model.task import Task
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.store.interface import Transaction
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.client import connected
@@ -73,10 +77,14 @@ class ImageNode:
 
 
 class ImageCluster:
-    """A manager, which says who has what, and nodes; see ``image_cluster``."""
+    """A manager, which says who has what, and nodes; see ``image_cluster``.
 
-    def __init__(self, root: Path) -> None:
+    ``shares_images``: workers may read images of which they have no task.
+    """
+
+    def __init__(self, root: Path, *, shares_images: bool = True) -> None:
         self._root = root
+        self._shares_images = shares_images
         self._stack = AsyncExitStack()
         self._address = ""
         self.cluster = Cluster()
@@ -85,7 +93,7 @@ class ImageCluster:
     @asynccontextmanager
     async def running(self) -> AsyncIterator["ImageCluster"]:
         store, own = self.cluster.store, self.cluster.pair(new_id(), NodeRole.MANAGER)
-        directory = ImageDirectory(store.view, self.cluster.id, random.Random(1))
+        directory = ImageDirectory(store, self.cluster.id, CLOCK, random.Random(1), answered_s=0.0)
         async with self._stack:
             bound = await self._stack.enter_async_context(
                 serve(
@@ -97,6 +105,8 @@ class ImageCluster:
                 )
             )
             self._address = f"127.0.0.1:{bound.port}"
+            if self._shares_images:
+                await store.update(self._share)
             self.manager = await self.add(own)
             yield self
 
@@ -144,6 +154,18 @@ class ImageCluster:
                 tx.put(task)
 
         await self.cluster.store.update(put)
+
+    async def remove_tasks(self, node: ImageNode) -> None:
+        """The tasks of the node are gone, history and all."""
+
+        def remove(tx: Transaction) -> None:
+            for task in tx.find(Task, node_id=node.id):
+                tx.delete(Task, task.id)
+
+        await self.cluster.store.update(remove)
+
+    def _share(self, tx: Transaction) -> None:
+        tx.put(Swarm(id=self.cluster.id, spec=SwarmSpec(labels={SHARE_IMAGES: "true"})))
 
     async def forget(self, node: ImageNode) -> None:
         """The node is removed from the cluster."""

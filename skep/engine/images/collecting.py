@@ -105,8 +105,8 @@ class ImageCollector:
     """Keeps the disk of the images between its marks.
 
     Args:
-        needed: the images, as specs name them, that services of the cluster may need.  Raises: SkepError: it is not
-            known at present, so that nothing is removed.
+        needed: returns those of the given names by which services of the cluster may need an image.  Raises: SkepError:
+            it is not known at present, so that nothing is removed.
         marks: the present ones.
     """
 
@@ -114,7 +114,7 @@ class ImageCollector:
         self,
         images: ImageStore,
         users: Users,
-        needed: Callable[[], Awaitable[Collection[str]]],
+        needed: Callable[[Sequence[str]], Awaitable[Collection[str]]],
         clock: Clock,
         marks: Callable[[], Marks],
     ) -> None:
@@ -143,8 +143,8 @@ class ImageCollector:
         disk, marks = await asyncio.to_thread(disk_of, self._images.scratch), self._marks()
         if not is_full(disk, marks):
             return ()
-        named = (self._images.lookup(word) for word in await self._needed())
-        needed = in_use | {image.id for image in named if image is not None}
+        named = await self._needed(sorted({name for image in images for name in image.spellings}))
+        needed = in_use | {image.id for image in images if not image.spellings.isdisjoint(named)}
         candidates = [
             Candidate(
                 id=image.id,

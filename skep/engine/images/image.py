@@ -155,6 +155,11 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(reference for reference in self.references if reference.digest)
 
     @property
+    def spellings(self) -> frozenset[str]:
+        """How the spec of a service may name the image."""
+        return frozenset(name for one in self.references for name in one.spellings) | {self.id}
+
+    @property
     def chain(self) -> Sequence[Digest]:
         """Ids of the layers together with all below each, bottom first."""
         return chain_ids(self.config.diff_ids)

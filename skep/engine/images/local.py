@@ -33,7 +33,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -117,6 +117,8 @@ class LocalImages:
         self._images: dict[str, Image] = {}
         self._by_reference: dict[Reference, Image] = {}
         self._pinned: Counter[str] = Counter()
+        self.coming: dict[str, list[Reference]] = {}
+        """Digests of the configurations and layers of pulls under way -> the references that are pulled."""
         self.arriving: set[str] = set()
         """Digests of the layers that are being downloaded or unpacked, as their registry names them."""
         self._writing = asyncio.Lock()
@@ -227,6 +229,36 @@ class LocalImages:
                 if digest_of(content) == digest:
                     return content
         return None
+
+    def with_document(self, digest: str, name: str = "") -> Sequence[Image]:
+        """Return the images that came with the manifest or index ``digest``.  Blocks; call it in a thread.
+
+        Args:
+            name: repository that the images have, or empty for any.
+        """
+        files = (self._root / "manifests").glob(f"*/{hex_of(digest)}")
+        found = (self._images.get(f"sha256:{file.parent.name}") for file in files)
+        return [
+            image
+            for image in found
+            if image is not None and (not name or any(one.name == name for one in image.references))
+        ]
+
+    @contextmanager
+    def expecting(self, digests: Iterable[str], references: Sequence[Reference]) -> Iterator[None]:
+        """While a pull is under way: its blobs belong to ``references``, although there is no image yet."""
+        expected = tuple(digests)
+        for digest in expected:
+            self.coming.setdefault(digest, []).extend(references)
+        try:
+            yield
+        finally:
+            for digest in expected:
+                left = self.coming[digest]
+                for reference in references:
+                    left.remove(reference)
+                if not left:
+                    del self.coming[digest]
 
     def documents(self, image: Image) -> Sequence[bytes]:
         """The manifests and indexes that ``image`` came with, the latest first.  Blocks; call it in a thread."""

@@ -285,15 +285,28 @@ async def _pull_image(
     if present is not None:
         content = await asyncio.to_thread(images.config_file(present).read_bytes)
         return await images.add(content, names, is_fetched=True)
+    blobs = {manifest.config.digest, *(layer.digest for layer in manifest.layers)}
     async with images.workspace("pull") as directory:
-        content = await _fetched_config(repository, images, manifest.config, directory)
-        config = parse_config(content)
-        if len(config.diff_ids) != len(manifest.layers):
-            raise InvalidArgument(_MISMATCH)
-        chain = chain_ids(config.diff_ids)
-        async with images.pinned(chain):
-            await _pull_layers(images, repository, manifest, config, directory, report)
-            return await images.add(content, names, is_fetched=True)
+        with images.expecting(blobs, names):
+            return await _pull_blobs(images, repository, manifest, names, directory, report)
+
+
+async def _pull_blobs(
+    images: LocalImages,
+    repository: Repository,
+    manifest: Manifest,
+    names: Sequence[Reference],
+    directory: Path,
+    report: Report,
+) -> Image:
+    assert manifest.config is not None, "an index was resolved before"
+    content = await _fetched_config(repository, images, manifest.config, directory)
+    config = parse_config(content)
+    if len(config.diff_ids) != len(manifest.layers):
+        raise InvalidArgument(_MISMATCH)
+    async with images.pinned(chain_ids(config.diff_ids)):
+        await _pull_layers(images, repository, manifest, config, directory, report)
+        return await images.add(content, names, is_fetched=True)
 
 
 def _check_room(images: LocalImages, manifest: Manifest, config: ImageConfig, directory: Path) -> None:

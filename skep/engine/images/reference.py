@@ -56,6 +56,16 @@ class Reference(msgspec.Struct, frozen=True, order=True):
         return official if "/" not in official else self.path
 
     @property
+    def spellings(self) -> tuple[str, ...]:
+        """How the spec of a service may name the image.  A digest stands for every name with it."""
+        found = [self.familiar, str(self)]
+        if self.tag == DEFAULT_TAG and not self.digest:
+            found += [self.familiar_name, self.name]
+        if self.digest:
+            found.append(self.digest)
+        return tuple(found)
+
+    @property
     def familiar(self) -> str:
         """The whole reference as a user writes it."""
         return self.familiar_name + self._suffix

@@ -10,7 +10,7 @@ while: the nodes that have got it send it on.
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from enum import Enum
 from functools import partial
@@ -39,6 +39,8 @@ UPLOADS_MAX = 6
 """At one time."""
 UPLOADS_OF_LAYER_MAX = 3
 """Of one layer, at one time."""
+UPLOADS_OF_NODE_MAX = 3
+"""To one node, at one time: as many as a node fetches at once, and half of all, so that none takes every place."""
 PIECE_BYTES = 512 << 10
 STALLED_S = 60.0
 """A node that takes nothing of a blob for so long gives its place to another."""
@@ -57,10 +59,12 @@ class Upload(Enum):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What is being sent, and was sent: all blobs, this blob, and copies of this blob within ``COPIES_S``."""
+    """What is being sent, and was sent: all blobs, this blob, blobs to this node, and copies of this blob within
+    ``COPIES_S``."""
 
     uploads: int = 0
     of_layer: int = 0
+    of_node: int = 0
     copies: int = 0
 
 
@@ -69,6 +73,8 @@ def upload_decision(load: Load, *, is_present: bool, is_arriving: bool, last_res
     if not is_present:
         return Upload.ARRIVING if is_arriving else Upload.ABSENT
     if load.uploads >= UPLOADS_MAX or load.of_layer >= UPLOADS_OF_LAYER_MAX:
+        return Upload.BUSY
+    if load.of_node >= UPLOADS_OF_NODE_MAX:
         return Upload.BUSY
     if load.copies >= COPIES_MAX and not last_resort:
         return Upload.BUSY
@@ -111,6 +117,7 @@ class ServedImages:
         self._images = images
         self._clock = clock
         self._uploads: Counter[str] = Counter()
+        self._uploads_of_node: Counter[str] = Counter()
         self._copies = Copies(clock)
         self._digests: dict[str, Digest] = {}
         """Of the compressed layers that came from no registry, by chain id."""
@@ -149,16 +156,56 @@ class ServedImages:
             await self._made_manifest(image), DOCKER_MANIFEST, is_of_registry=False, is_own=is_own
         )
 
+    async def names_of(self, target: str) -> frozenset[str]:
+        """Return how services may name the images that ``manifest`` answers about; empty if it is not here.
+
+        Raises:
+            InvalidArgument: ``target`` is neither a reference nor a digest.
+        """
+        named = parse_any(target)
+        if isinstance(named, Reference) and not named.digest:
+            image = self._images.resolve(target)
+            return _names([image] if image is not None else ())
+        digest, name = (named.digest, named.name) if isinstance(named, Reference) else (named, "")
+        found = [
+            image
+            for image in self._images.images()
+            if image.id == digest or any(one.digest == digest for one in image.digests)
+        ]
+        # A manifest below an index has no reference of its own.
+        if not found:
+            found = list(await asyncio.to_thread(self._images.with_document, digest, name))
+        return _names(found)
+
+    def names_with(self, digest: str) -> frozenset[str]:
+        """Return how services may name the images with this configuration or layer, or that get it now."""
+        digest = parse_digest(digest)
+        layers = self._images.layer_store
+        chain_ids = {
+            chain_id
+            for chain_id, layer in layers.all().items()
+            if digest == (layer.blob or self._digests.get(chain_id))
+        }
+        found = [
+            image
+            for image in self._images.images()
+            if image.id == digest or not chain_ids.isdisjoint(image.chain)
+        ]
+        coming = (spelling for one in self._images.coming.get(digest, ()) for spelling in one.spellings)
+        return _names(found).union(coming)
+
     @asynccontextmanager
-    async def blob(self, digest: str, *, last_resort: bool = False) -> AsyncIterator[Blob]:
-        """A configuration or a layer.
+    async def blob(self, digest: str, to: str, *, last_resort: bool = False) -> AsyncIterator[Blob]:
+        """A configuration or a layer, for the node ``to``.
 
         Its pieces raise Unavailable when they are taken too slowly.
         Raises: NotFound: it is not here; RetryLater: it will be soon; ResourceExhausted: others have to be asked.
         """
         digest = parse_digest(digest)
         path = self._path(digest)
-        load = Load(self._uploads.total(), self._uploads[digest], self._copies.of(digest))
+        load = Load(
+            self._uploads.total(), self._uploads[digest], self._uploads_of_node[to], self._copies.of(digest)
+        )
         is_arriving = digest in self._images.arriving
         match upload_decision(
             load, is_present=path is not None, is_arriving=is_arriving, last_resort=last_resort
@@ -171,6 +218,7 @@ class ServedImages:
                 raise ResourceExhausted(f"this node sends blob {digest} to others already")
         assert path is not None, "it is present"
         self._uploads[digest] += 1
+        self._uploads_of_node[to] += 1
         self._copies.add(digest)
         is_sent, taken, began = False, 0, self._clock.monotonic()
         try:
@@ -190,7 +238,9 @@ class ServedImages:
             raise NotFound(f"blob {digest} is not on this node") from error
         finally:
             self._uploads[digest] -= 1
+            self._uploads_of_node[to] -= 1
             self._uploads += Counter()  # drops what is down to zero
+            self._uploads_of_node += Counter()
             if not is_sent:
                 self._copies.add(digest, -1)
 
@@ -243,6 +293,10 @@ class ServedImages:
         del self._reading[chain_id]
         if not reading.cancelled() and reading.exception() is None:
             self._digests[chain_id] = reading.result()
+
+
+def _names(images: Iterable[Image]) -> frozenset[str]:
+    return frozenset(name for image in images for name in image.spellings)
 
 
 def _document(content: bytes) -> Document:

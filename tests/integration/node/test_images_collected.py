@@ -1,7 +1,7 @@
 """Images on a small disk, deployed again and again."""
 
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -60,7 +60,7 @@ async def test_thirty_deploys_do_not_fill_the_disk_and_a_rollback_finds_its_imag
     containers: list[ImageUser] = []
     specs: list[str] = []
 
-    async def needed() -> list[str]:
+    async def needed(_names: Sequence[str]) -> list[str]:
         return specs
 
     collector = ImageCollector(worker.images, lambda: containers, needed, clock, lambda: Marks(80, 60))
@@ -92,7 +92,7 @@ async def test_nothing_is_removed_while_no_manager_says_what_services_need(
     clock.later_s = 2 * AGE_S_MIN
     responses: list[SkepError] = [Unavailable("no manager is reached at present")]
 
-    async def needed() -> list[str]:
+    async def needed(_names: Sequence[str]) -> list[str]:
         if responses:
             raise responses.pop()
         return []
@@ -118,7 +118,7 @@ async def test_what_a_user_has_loaded_or_tagged_stays(cluster: ImageCluster, dis
     await worker.images.tag("localhost:1/tagged:1", mine.references[0].with_tag("mine"))
     clock.later_s = 2 * AGE_S_MIN
 
-    async def needed() -> list[str]:
+    async def needed(_names: Sequence[str]) -> list[str]:
         return []
 
     assert await ImageCollector(worker.images, list, needed, clock, lambda: Marks(1, 0)).collect() == []

@@ -1,19 +1,32 @@
 """Which nodes may have an image."""
 
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.manager.image_directory import SOURCES_MAX, image_address, needed_images, sources
+from skep.manager.image_directory import (
+    ANSWERED_S,
+    SOURCES_MAX,
+    ImageDirectory,
+    candidates,
+    chosen,
+    image_address,
+    needed_images,
+)
 from skep.model.container import ContainerSpec
-from skep.model.ids import NodeId
+from skep.model.ids import ClusterId, NodeId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeRole, NodeState
 from skep.model.planes import IMAGES_LABEL
 from skep.model.service import Service, ServiceSpec, TaskSpec
 from skep.model.task import Task, TaskState
+from skep.security.identity import Identity
+from skep.store.interface import Transaction
 from skep.store.memory import MemoryStore
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
 from tests.support.builders import a_node, a_service, a_task
 
 DIGEST = "sha256:" + "a" * 64
@@ -41,7 +54,8 @@ async def found(
             tx.put(one)
 
     await store.update(put)
-    return [node.id for node in sources(store.view(), frozenset(spellings), NodeId(asking), Random(1))]
+    found = candidates(store.view(), frozenset(spellings))
+    return [node.id for node in chosen(found, NodeId(asking), Random(1))]
 
 
 async def test_managers_and_nodes_with_tasks_of_the_image_are_found_in_this_order() -> None:
@@ -103,3 +117,66 @@ async def test_images_of_present_and_previous_specs_are_needed() -> None:
     store = MemoryStore(SystemClock())
     await store.update(lambda tx: tx.put(a_service("web", spec=a_spec("app:3"), previous=a_spec("app:2"))))
     assert needed_images(store.view()) == {"app:3", "app:2"}
+
+
+class CountingStore(MemoryStore):
+    """Counts the looks at all tasks of a service, which grow with the cluster."""
+
+    looks = 0
+
+    def view(self) -> Any:
+        store, view = self, super().view()
+
+        class Counting:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(view, name)
+
+            def find(self, kind: type[Any], **by: str) -> Any:
+                store.looks += "service_id" in by
+                return view.find(kind, **by)
+
+        return Counting()
+
+
+class SetClock(SystemClock):
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+async def test_many_nodes_that_ask_for_one_image_cost_one_look_at_its_tasks_a_second() -> None:
+    clock = SetClock()
+    store = CountingStore(clock)
+    web = a_service("web", spec=a_spec("app:1"))
+    nodes = [serving(f"n{number}") for number in range(50)]
+
+    def put(tx: Transaction) -> None:
+        tx.put(web)
+        for number, node in enumerate(nodes):
+            tx.put(node)
+            tx.put(a_task(f"t{number}", slot=number + 1, node=node.id, service=web))
+
+    await store.update(put)
+    directory = ImageDirectory(store, ClusterId("c"), clock, Random(1))
+
+    async def ask(node: str, image: str = "app:1") -> list[str]:
+        caller = Caller(
+            identity=Identity(node_id=NodeId(node), cluster_id=ClusterId("c"), role=NodeRole.WORKER),
+            address="127.0.0.1",
+            disconnect=lambda: None,
+        )
+        response = await directory._find(skep.FindImageRequest(images=[image]), caller)
+        return [one.node_id for one in response.sources]
+
+    for node in nodes:
+        found = await ask(node.id)
+        assert len(found) == SOURCES_MAX
+        assert node.id not in found
+    assert store.looks == 1
+    clock.now += ANSWERED_S
+    await ask("n1")
+    assert store.looks == 2
+    assert await ask("n1", "secret:1") == [], "it has no task of this image"
+    assert await ask("n99") == []
+    assert store.looks == 2

@@ -15,6 +15,7 @@ from skep.engine.images.serving import (
     COPIES_MAX,
     UPLOADS_MAX,
     UPLOADS_OF_LAYER_MAX,
+    UPLOADS_OF_NODE_MAX,
     Load,
     Upload,
     upload_decision,
@@ -199,6 +200,7 @@ def test_after_a_round_without_a_blob(outcomes: list[Outcome], empty_rounds: int
         (Load(copies=COPIES_MAX), True, False, True, Upload.SENT),
         (Load(of_layer=UPLOADS_OF_LAYER_MAX), True, False, True, Upload.BUSY),
         (Load(uploads=UPLOADS_MAX), True, False, True, Upload.BUSY),
+        (Load(of_node=UPLOADS_OF_NODE_MAX), True, False, True, Upload.BUSY),
     ],
 )
 def test_what_a_node_sends(
