@@ -20,7 +20,7 @@ from skep.manager.journal.loop import Journal
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi, Tunnelling
 from skep.model.access import Identity, Origin, parse_binding
-from skep.model.container import Mount
+from skep.model.container import ContainerSpec, Mount
 from skep.model.history import Entry
 from skep.model.ids import NodeId
 from skep.model.network import Network
@@ -264,3 +264,40 @@ async def test_a_connection_has_one_request_of_a_token_also_if_it_asks_for_an_up
     upgrade = {"Connection": "Upgrade", "Upgrade": "h2c"}
     _, _, is_closed = await rig.exchange(OPERATOR, request_, headers=upgrade)
     assert is_closed
+
+
+@pytest.mark.parametrize(
+    ("label", "request_", "body", "refusal"),
+    [
+        ("", "POST {}/container/exec", {"Cmd": ["sh"]}, ""),
+        ("", "POST {}/container/exec", {"Cmd": ["sh"], "User": "0", "Unknown": 1}, ""),
+        ("", "POST {}/container/exec", {"Cmd": ["sh"], "Privileged": True}, "privileged command"),
+        ("", "POST /v1.41{}/container/exec", {"Cmd": ["sh"], "privileged": True}, "privileged command"),
+        ("user", "POST {}/container/exec", {"Cmd": ["sh"]}, ""),
+        ("user", "POST {}/container/exec", {"Cmd": ["sh"], "User": "0"}, "skep.exec=user"),
+        ("user", "PUT {}/container/archive?path=/", None, "skep.exec=user"),
+        ("user", "GET {}/container/archive?path=/", None, ""),
+        ("user", "POST {}/container/attach?stdin=1", None, ""),
+        ("none", "POST {}/container/exec", {"Cmd": ["sh"]}, "skep.exec=none"),
+        ("none", "POST {}/container/attach?stdin=1", None, "skep.exec=none"),
+        ("none", "GET {}/container/archive?path=/", None, "skep.exec=none"),
+        ("none", "POST {}/exec/e1/start", {}, "skep.exec=none"),
+        ("none", "POST {}/container/wait", None, ""),
+        ("none", "POST {}/port/80", None, ""),
+    ],
+)
+async def test_what_a_user_below_administrator_brings_into_a_container(
+    rig: Rig, label: str, request_: str, body: Any, refusal: str
+) -> None:
+    made = labelled(a_service("shop_x"), SHOP)
+    labels = {"skep.exec": label} if label else {}
+    container = replace(made.spec.task_template.container_spec or ContainerSpec(), labels=labels)
+    template = replace(made.spec.task_template, container_spec=container)
+    service = await rig.api.store.update(put, replace(made, spec=replace(made.spec, task_template=template)))
+    await rig.api.store.update(put, running("t1", service))
+    for role in (OPERATOR, "operator:shop", "admin"):
+        headers = {"Upgrade": "tcp"} if "/port/" in request_ else {}
+        status, text, _ = await rig.exchange(role, request_.format("/skep/tasks/t1"), body, headers)
+        is_refused = bool(refusal) and role != "admin"
+        assert status == (403 if is_refused else NO_NODE), (role, text)
+        assert not is_refused or refusal in text
