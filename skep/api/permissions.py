@@ -12,6 +12,7 @@ import msgspec
 
 from skep.model.access import EVERY_STACK, Identity, Role
 from skep.model.rights import ApiAccess
+from skep.model.value_rights import image_rights
 
 STACK_LABEL: Final = "com.docker.stack.namespace"
 
@@ -144,6 +145,11 @@ def why_not_ps(arguments: str) -> str:
     )
 
 
+def why_not_image(image: str) -> str:
+    """Return why only an administrator may have the node look up an image, or an empty string."""
+    return next((f"{why}: only administrators may use it" for why in image_rights(image)), "")
+
+
 def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
     """Whether an object called ``name`` can be of ``stack`` and of no other of ``stacks`` whose name is longer.
 
@@ -184,6 +190,8 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
     if new.raised_priority:
         return f"priority {new.raised_priority}: only users with a role in the whole cluster may give more than 0"
     for kind, used, word in new.uses:
+        if used is None and kind == "service" and is_name_of(word, new.stack, stacks):
+            continue  # a dependency may be created later
         if used is None or used.stack != new.stack:
             return f"the {kind} {word} is not of the stack {new.stack}"
     return ""

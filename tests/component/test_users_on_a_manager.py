@@ -9,16 +9,19 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from aiohttp import web
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.identity import identify
 from skep.api.permissions import STACK_LABEL
+from skep.api.server import application as api_application
 from skep.api.server import runner
 from skep.errors import Unavailable
 from skep.manager.journal.loop import Journal
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi, Tunnelling
+from skep.manager.routes.authorization import ClusterObjects
 from skep.model.access import Identity, Origin, parse_binding
 from skep.model.container import ContainerSpec, Mount
 from skep.model.history import Entry
@@ -301,3 +304,86 @@ async def test_what_a_user_below_administrator_brings_into_a_container(
         is_refused = bool(refusal) and role != "admin"
         assert status == (403 if is_refused else NO_NODE), (role, text)
         assert not is_refused or refusal in text
+
+
+def a_spec(**container: Any) -> dict[str, Any]:
+    return {
+        "Name": "shop_web",
+        "Labels": SHOP,
+        "TaskTemplate": {"ContainerSpec": {"Image": "busybox", **container}},
+    }
+
+
+@pytest.mark.parametrize("role", [OPERATOR, "operator:shop"])
+@pytest.mark.parametrize(
+    ("path", "body", "refusal"),
+    [
+        ("services", a_spec(Ulimits=[{"Name": "rtprio", "Soft": 99, "Hard": 99}]), "ulimit rtprio=99:99"),
+        ("services", a_spec(Healthcheck={"Interval": 10_000_000}), "health check interval below 1 s"),
+        ("services", a_spec(Image="localhost:5000/x"), "registry on the machine itself (localhost:5000/x)"),
+        ("services", a_spec(Labels={"skep.unknown": "1"}), "the label skep.unknown"),
+        ("services", {**a_spec(), "Labels": SHOP | {"skep.autoscaling": "2"}}, "the label skep.autoscaling"),
+        (
+            "networks",
+            {"Name": "shop_n", "Driver": "overlay", "Labels": SHOP | {"skep.allow-overlap": "true"}},
+            "the label skep.allow-overlap",
+        ),
+        (
+            "networks",
+            {
+                "Name": "shop_n",
+                "Driver": "overlay",
+                "Labels": SHOP,
+                "IPAM": {"Driver": "default", "Config": [{"Subnet": "10.0.0.0/8"}]},
+            },
+            "a subnet wider than /16 (10.0.0.0/8)",
+        ),
+        ("networks", {"Name": "shop_n", "Driver": "bridge", "Labels": SHOP}, "no overlay"),
+        ("secrets", {"Name": "shop_s", "Labels": SHOP | {"skep.x": "1"}, "Data": "eA=="}, "the label skep.x"),
+        ("configs", {"Name": "shop_c", "Labels": SHOP | {"skep.x": "1"}, "Data": "eA=="}, "the label skep.x"),
+    ],
+)
+async def test_what_reaches_beyond_a_stack_is_an_administrators(
+    rig: Rig, role: str, path: str, body: Any, refusal: str
+) -> None:
+    status, text, _ = await rig.exchange(role, f"POST /{path}/create", body)
+    assert status == 403, text
+    assert f"{refusal}" in text
+    assert "only administrators may give that" in text
+    if "Driver" not in body or body["Driver"] == "overlay":
+        assert (await rig.exchange("admin", f"POST /{path}/create", body))[0] == 201
+
+
+async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:
+    for name, labels in (("payments_api", {STACK_LABEL: "payments"}), ("database", SHOP)):
+        await rig.api.store.update(put, labelled(a_service(name), labels))
+
+    async def created(name: str) -> tuple[int, str]:
+        spec = a_spec()
+        spec["Name"] = f"shop_{len(rig.api.store.view().find(Service))}"
+        spec["Labels"] = SHOP | {"skep.depends-on": f"{name}=service_started+restart"}
+        status, text, _ = await rig.exchange("operator:shop", "POST /services/create", spec)
+        return status, text
+
+    assert (await created("database"))[0] == 201
+    assert (await created("shop_later"))[0] == 201
+    for name in ("payments_api", "payments_none", "none"):  # the refusal does not say whether it exists
+        status, text = await created(name)
+        assert (status, f"the service {name} is not of the stack shop" in text) == (403, True), text
+
+
+async def test_no_operator_has_a_node_look_up_an_image_on_the_machine_itself() -> None:
+    async def look_up(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text="{}")
+
+    async with a_manager_api() as api:
+        objects = ClusterObjects(api.store)
+        served = runner(api_application([web.get("/distribution/{name:.+}/json", look_up)], objects=objects))
+        await served.setup()
+        rig = Rig(api, served.server, Recording(api))
+        for name, status in (("localhost:5000/x", 403), ("127.1:6379%2Fx", 403), ("registry:5000/x", 200)):
+            for version in ("", "/v1.41"):
+                path = f"GET {version}/distribution/{name}/json"
+                assert (await rig.exchange("operator:shop", path))[0] == status, name
+                assert (await rig.exchange("admin", path))[0] == 200
+        await served.cleanup()

@@ -16,7 +16,15 @@ from skep.manager.control.network_specs import (
 )
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress, subnet_of
+from skep.model.network import (
+    OVERLAP_LABEL,
+    IPAMConfig,
+    IPAMOptions,
+    Network,
+    NetworkSpec,
+    is_ingress,
+    subnet_of,
+)
 from skep.model.node import Node
 from skep.model.overlays import vxlan_ids
 from skep.model.planes import is_overlay
@@ -26,8 +34,6 @@ from skep.model.task import Task
 from skep.model.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
 
-OVERLAP_LABEL = "skep.allow-overlap"
-"""Label or driver option that allows a subnet although a machine already has a route to it."""
 _NODE_LOCAL = ("bridge", "host")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from skep.api.authorization import stack_label_of
 from skep.api.networks import NetworkBody
@@ -13,8 +14,7 @@ from skep.errors import PermissionDenied
 from skep.manager.control.new_objects import (
     known_service,
     known_task,
-    new_file,
-    new_network,
+    new_object,
     new_service,
     planned_service,
     stack_of,
@@ -22,6 +22,7 @@ from skep.manager.control.new_objects import (
 )
 from skep.manager.control.targets import target_of, task_named
 from skep.manager.routes.access import current_view
+from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.placement import read_planned
 from skep.manager.routes.services import read_changes, read_spec
 from skep.model.network import Network
@@ -77,9 +78,11 @@ def _known(view: View, kind: str, word: str) -> Known:
 def _new_object(body: Any) -> NewObject:
     match body:
         case NetworkBody():
-            return new_network(body)
+            new = new_object(spec_of_body(body))
+            is_nodes = "" if body.is_of_cluster else "a network of a single node"
+            return replace(new, machine_rights=new.machine_rights or is_nodes)
         case SecretSpec() | ConfigSpec():
-            return new_file(body)
+            return new_object(body)
         case _:
             raise AssertionError(f"no object: {type(body).__name__}")
 
