@@ -69,6 +69,8 @@ class NewObject(msgspec.Struct, frozen=True, kw_only=True):
     """The priority of a service, if it is above 0 and above what the service has."""
     uses: tuple[tuple[str, Known | None, str], ...] = ()
     """The other objects that it refers to: kind, object (None: there is none), and the word that names it."""
+    excess: str = ""
+    """Why users below administrator may not add it: its stack has too many such objects. Empty: it has not."""
     volumes: tuple[str, ...] = ()
     """Names of local volumes, which have no owner but their name."""
 
@@ -122,9 +124,10 @@ def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | Non
             return why
         if any(new.stack != facts.known.stack for new in facts.new):
             return f"only administrators may move a {rule.kind} to another stack"
-    if in_cluster:
-        return None
-    return next(filter(None, (_why_not_new(identity, rule, one, facts.stacks) for one in facts.new)), None)
+    reasons = [new.excess for new in facts.new]
+    if not in_cluster:
+        reasons = [_why_not_new(identity, rule, new, facts.stacks) for new in facts.new] + reasons
+    return next(filter(None, reasons), None)
 
 
 def sees(identity: Identity, stack: str) -> bool:
