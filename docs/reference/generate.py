@@ -27,6 +27,9 @@ from skep.configuration.settings import SETTINGS, Setting
 from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML, EXAMPLES
 from skep.manager import events as manager_events
 from skep.manager import node_events as from_nodes
+from skep.model import field_rights, value_rights
+from skep.model.field_rights import Field
+from skep.model.value_rights import Reach
 from skep.node import events as node_events
 from skep.rpc.errors import STATUS_OF
 
@@ -168,6 +171,63 @@ def labels() -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+# --- rights ---------------------------------------------------------------------------------------------------
+
+
+def rights() -> str:
+    """Every field and label, with its class."""
+    lines = [
+        "# Rights by field",
+        "",
+        _NOTICE,
+        *paragraph(
+            "Users with the role `operator` create and change services, networks, secrets and configs. Each field and",
+            "each `skep.*` label has a class: *container* stays in the containers of the stack, *node* reaches the",
+            "machine, *cluster* reaches other stacks. The last column says which values only an administrator may",
+            "give. A field or label that is not listed is an administrator's. A refusal names the field or label.",
+            "More: [users, roles and quotas](../guide/access.md).",
+        ),
+    ]
+    labels_of = {
+        "Labels of services": field_rights.SERVICE_LABELS,
+        "Labels of containers": field_rights.CONTAINER_LABELS,
+        "Labels of networks": field_rights.NETWORK_LABELS,
+        "Labels of secrets": field_rights.SECRET_LABELS,
+        "Labels of configs": field_rights.CONFIG_LABELS,
+        "Options of log drivers": {name: Field(one) for name, one in value_rights.LOG_OPTIONS.items()},
+        "Options of networks": {name: Field(one) for name, one in value_rights.NETWORK_OPTIONS.items()},
+    }
+    for type_, fields in field_rights.FIELDS.items():
+        encoded = {one.name: one.encode_name for one in msgspec.structs.fields(type_)}
+        rows = [_field_row(encoded[name], field) for name, field in fields.items()]
+        if rows:
+            lines += [f"## {type_.__name__}", "", *table(("field", "class", "only administrators"), rows), ""]
+    for title, named in labels_of.items():
+        is_option = title.startswith("Options of log")
+        rows = [_field_row(f"`{name}`", field, some=is_option) for name, field in sorted(named.items())]
+        lines += [f"## {title}", "", *table(("name", "class", "only administrators"), rows), ""]
+    limits = ((f"`{name}`", sentence_of(bound)) for name, bound in sorted(value_rights.ULIMITS.items()))
+    lines += ["## Ulimits", "", *table(("name", "only administrators"), limits), ""]
+    lines += ["Other ulimits are an administrator's.", ""]
+    return "\n".join(lines)
+
+
+def _field_row(name: str, field: Field, *, some: bool = False) -> tuple[str, str, str]:
+    only = "Anything."
+    if field.why is not None:
+        only = sentence_of(field.why)
+    elif field.reach is Reach.CONTAINER:
+        only = ""
+    elif some:
+        only = "Unix sockets and files."
+    return name, field.reach.value, only
+
+
+def sentence_of(function: Callable[..., object]) -> str:
+    """Return the docstring of a rule on one line."""
+    return " ".join((inspect.getdoc(function) or "").split())
 
 
 # --- commands -------------------------------------------------------------------------------------------------
@@ -829,6 +889,7 @@ def options() -> str:
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/configuration.md": configuration,
     "docs/reference/labels.md": labels,
+    "docs/reference/rights.md": rights,
     "docs/reference/cli.md": cli,
     "docs/reference/screens.md": screens,
     "docs/reference/limits.md": limits,

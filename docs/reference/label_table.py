@@ -8,6 +8,7 @@ from skep.model.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTE
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.labels import (
     DRAIN,
+    EXEC,
     FORGET_NODES,
     HEARTBEAT_GRACE,
     HISTORY,
@@ -78,6 +79,14 @@ LABELS = (
         "none",
         "written by `skep stack deploy`: the files beside the Compose file that the service mounts, so that changed "
         "content updates it",
+    ),
+    Label(
+        LabelTarget.CONTAINER,
+        EXEC,
+        "`any`, `user`, `none`",
+        "`any`",
+        "limits `skep exec`, `attach` and `cp` for users below administrator: `user` runs commands as the container's "
+        "user only and copies no files in, `none` refuses all three",
     ),
     Label(
         LabelTarget.SERVICE,

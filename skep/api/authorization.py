@@ -12,7 +12,17 @@ from aiohttp.payload import Payload
 
 from skep.api.framing import path_of
 from skep.api.identity import identity_of
-from skep.api.permissions import STACK_LABEL, Facts, Rule, Scope, may, rule_for, sees, why_not_ps
+from skep.api.permissions import (
+    STACK_LABEL,
+    Facts,
+    Rule,
+    Scope,
+    may,
+    rule_for,
+    sees,
+    why_not_image,
+    why_not_ps,
+)
 from skep.errors import PermissionDenied
 from skep.model.access import EVERY_STACK, Identity, Role
 
@@ -47,6 +57,8 @@ async def authorized(request: web.Request, handler: Handler, objects: Objects) -
         why = may(identity, rule, await objects.facts(request, rule))
     if why is None and resource.canonical.endswith("/top"):
         why = next(filter(None, map(why_not_ps, request.query.getall("ps_args", ()))), None)
+    if why is None and resource.canonical.startswith("/distribution/"):
+        why = why_not_image(request.match_info["name"]) or None
     if why is not None:
         raise PermissionDenied(f"{identity.name} may not {request.method} {path_of(request.path)}: {why}")
     response = await handler(request)

@@ -12,6 +12,7 @@ import msgspec
 
 from skep.model.access import EVERY_STACK, Identity, Role
 from skep.model.rights import ApiAccess
+from skep.model.value_rights import image_rights
 
 STACK_LABEL: Final = "com.docker.stack.namespace"
 
@@ -68,6 +69,8 @@ class NewObject(msgspec.Struct, frozen=True, kw_only=True):
     """The priority of a service, if it is above 0 and above what the service has."""
     uses: tuple[tuple[str, Known | None, str], ...] = ()
     """The other objects that it refers to: kind, object (None: there is none), and the word that names it."""
+    excess: str = ""
+    """Why users below administrator may not add it: its stack has too many such objects. Empty: it has not."""
     volumes: tuple[str, ...] = ()
     """Names of local volumes, which have no owner but their name."""
 
@@ -121,9 +124,10 @@ def may(identity: Identity, rule: Rule, facts: Facts | None = None) -> str | Non
             return why
         if any(new.stack != facts.known.stack for new in facts.new):
             return f"only administrators may move a {rule.kind} to another stack"
-    if in_cluster:
-        return None
-    return next(filter(None, (_why_not_new(identity, rule, one, facts.stacks) for one in facts.new)), None)
+    reasons = [new.excess for new in facts.new]
+    if not in_cluster:
+        reasons = [_why_not_new(identity, rule, new, facts.stacks) for new in facts.new] + reasons
+    return next(filter(None, reasons), None)
 
 
 def sees(identity: Identity, stack: str) -> bool:
@@ -142,6 +146,11 @@ def why_not_ps(arguments: str) -> str:
         f"only administrators may run ps with {arguments!r}; "
         "others may with -ef, aux and the like, or with columns (-eo pid,args)"
     )
+
+
+def why_not_image(image: str) -> str:
+    """Return why only an administrator may have the node look up an image, or an empty string."""
+    return next((f"{why}: only administrators may use it" for why in image_rights(image)), "")
 
 
 def is_name_of(name: str, stack: str, stacks: Collection[str]) -> bool:
@@ -184,6 +193,8 @@ def _why_not_new(identity: Identity, rule: Rule, new: NewObject, stacks: Collect
     if new.raised_priority:
         return f"priority {new.raised_priority}: only users with a role in the whole cluster may give more than 0"
     for kind, used, word in new.uses:
+        if used is None and kind == "service" and is_name_of(word, new.stack, stacks):
+            continue  # a dependency may be created later
         if used is None or used.stack != new.stack:
             return f"the {kind} {word} is not of the stack {new.stack}"
     return ""

@@ -1,4 +1,4 @@
-"""``skep stack quota``: what the services of a stack may take together."""
+"""``skep stack quota``: what the objects of a stack may take together."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ import click
 from skep.cli.endpoint import HostOptions
 from skep.cli.output import Output, Screen, Shown, shows, table
 from skep.cli.running import run_requests
-from skep.errors import InvalidArgument
+from skep.errors import FailedPrecondition, InvalidArgument
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _CPU = 1_000_000_000
@@ -17,7 +17,7 @@ _CPU = 1_000_000_000
 
 @click.group()
 def quota() -> None:
-    """What the services of a stack may take together.
+    """Limit what the objects of a stack may take together.
 
     \b
     Examples:
@@ -33,23 +33,54 @@ def quota() -> None:
 @click.option("--cpus", type=click.FloatRange(min=0), default=0.0, help="Reserved CPUs of all its tasks.")
 @click.option("--memory", default="0", metavar="SIZE", help="Reserved memory of all its tasks: 512m, 8g.")
 @click.option("--ports", type=click.IntRange(min=0), default=0, help="Published ports.")
+@click.option("--networks", type=click.IntRange(min=0), default=0, help="Networks.")
+@click.option(
+    "--addresses", type=click.IntRange(min=0), default=0, help="IPv4 addresses of all its networks."
+)
+@click.option("--secrets", type=click.IntRange(min=0), default=0, help="Secrets.")
+@click.option("--configs", type=click.IntRange(min=0), default=0, help="Configs, revisions among them.")
+@click.option("--data", default="0", metavar="SIZE", help="Data of its secrets and configs: 64m.")
 @click.argument("stack")
 @click.pass_obj
-def set_quota(options: HostOptions, stack: str, tasks: int, cpus: float, memory: str, ports: int) -> None:
-    """Set the quota of a stack.  What its services take already stays.
+def set_quota(options: HostOptions, /, stack: str, **bounds: Any) -> None:
+    """Set the quota of a stack.  What it takes already stays.
 
     \b
     Examples:
       skep stack quota set shop --tasks 20 --cpus 4 --memory 8g --ports 3
+      skep stack quota set shop --networks 10 --addresses 4096 --data 64m
     """
 
     async def put() -> None:
-        body = {"Tasks": tasks, "NanoCPUs": round(cpus * _CPU), "MemoryBytes": _bytes(memory), "Ports": ports}
+        body = _body(**bounds)
         async with options.requests() as client:
-            await client.request("PUT", f"/skep/stacks/{quote(stack, safe='')}/quota", body=body)
+            path = f"/skep/stacks/{quote(stack, safe='')}/quota"
+            state = await client.request("PUT", path, body=body)
+        _check_is_set(body, state or {})
 
     run_requests(put())
     click.echo(stack)
+
+
+def _body(cpus: float, memory: str, data: str, **numbers: int) -> dict[str, int]:
+    """Return the quota as the API has it.  Bounds that older managers do not know are left out if they are 0."""
+    older = {
+        "Tasks": numbers.pop("tasks"),
+        "NanoCPUs": round(cpus * _CPU),
+        "MemoryBytes": _bytes(memory),
+        "Ports": numbers.pop("ports"),
+    }
+    newer = {name.capitalize(): number for name, number in numbers.items()} | {"DataBytes": _bytes(data)}
+    return older | {name: number for name, number in newer.items() if number}
+
+
+def _check_is_set(body: dict[str, int], state: dict[str, Any]) -> None:
+    """Raises: FailedPrecondition: the manager runs an older version, which drops bounds that it does not know."""
+    present = state.get("Quota", {})
+    if missing := [name for name, number in body.items() if number and present.get(name) != number]:
+        raise FailedPrecondition(
+            f"the manager does not know the bounds {', '.join(missing)} and has not set them: upgrade it"
+        )
 
 
 @quota.command()
@@ -95,14 +126,19 @@ def _shown(found: dict[str, Any]) -> Shown:
     rows = [
         {
             "Resource": noun,
-            "Used": f"{found['Used'][key] / scale:g}",
-            "Limit": f"{found['Quota'][key] / scale:g}" if found["Quota"][key] else "-",
+            "Used": f"{found['Used'].get(key, 0) / scale:g}",
+            "Limit": f"{found['Quota'][key] / scale:g}" if found["Quota"].get(key) else "-",
         }
         for key, noun, scale in (
             ("Tasks", "tasks", 1),
             ("NanoCPUs", "reserved CPUs", _CPU),
             ("MemoryBytes", "reserved MiB", 1 << 20),
             ("Ports", "published ports", 1),
+            ("Networks", "networks", 1),
+            ("Addresses", "addresses", 1),
+            ("Secrets", "secrets", 1),
+            ("Configs", "configs", 1),
+            ("DataBytes", "MiB of data", 1 << 20),
         )
     ]
 

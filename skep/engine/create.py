@@ -26,6 +26,7 @@ from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.addresses import parsed
 from skep.model.container import (
     DEFAULT_STOP_GRACE_NS,
+    HEALTH_INTERVAL_NS_MIN,
     BindOptions,
     HealthConfig,
     Mount,
@@ -305,6 +306,7 @@ def container_config(
     host = request.host_config
     entrypoint, command = invocation(request, image)
     is_on_host = host.network_mode == "host"
+    healthcheck = _healthcheck(request, image, task)
     stop_timeout = _stop_timeout(request, image) if task is None else None
     task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(stop_timeout))
     exposed = _exposed(request, image, task)
@@ -351,9 +353,17 @@ def container_config(
         binds=host.binds,
         requested_mounts=host.mounts,
         tmpfs=host.tmpfs,
-        healthcheck=health.merged(request.healthcheck, image.healthcheck),
+        healthcheck=healthcheck,
         log=log_config(_log_driver(host, node), node.log_drivers),
     )
+
+
+def _healthcheck(
+    request: CreateRequest, image: ContainerDefaults, task: TaskOptions | None
+) -> HealthConfig | None:
+    """Of a service, users choose the image, and the node runs the probes."""
+    least = HEALTH_INTERVAL_NS_MIN if task is not None else 0
+    return health.merged(request.healthcheck, image.healthcheck, image_interval_ns_min=least)
 
 
 def _log_driver(host: HostConfig, node: NodeDefaults) -> Driver:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error, log_error
@@ -42,11 +43,22 @@ BROKEN = -1
 """Exit code of a probe that could not be run, or took too long."""
 
 
-def merged(own: HealthConfig | None, image: HealthConfig | None) -> HealthConfig | None:
+def merged(
+    own: HealthConfig | None, image: HealthConfig | None, *, image_interval_ns_min: int = 0
+) -> HealthConfig | None:
     """The health check of a service or plain container over the image's: what ``own`` leaves open is the image's.
+
+    Args:
+        image_interval_ns_min: Shortest interval that an image may choose. Shorter ones are raised to it.
 
     Source: moby, daemon/commit.go (merge).
     """
+    if image is not None:
+        image = replace(
+            image,
+            interval=image.interval and max(image.interval, image_interval_ns_min),
+            start_interval=image.start_interval and max(image.start_interval, image_interval_ns_min),
+        )
     if own is None or image is None:
         return own or image
     return HealthConfig(

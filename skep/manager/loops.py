@@ -7,12 +7,13 @@ from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
 from skep.manager.autoscaling.loop import Autoscaler, AutoscalingCounts, Collect, Quota
 from skep.manager.ca.loop import CertificateAuthority
-from skep.manager.control.quotas import check_quota, replicas_within_quota
+from skep.manager.control.quotas import check_quota
 from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.orchestrator.reaper.node_loop import LostNodes
 from skep.manager.probes.loop import OverlayAvoidance
+from skep.manager.quotas import replicas_within_quota
 from skep.manager.scheduler.loop import Scheduler
 from skep.manager.schedules.loop import Schedules
 from skep.manager.task_usages import no_usages

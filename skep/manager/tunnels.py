@@ -105,9 +105,14 @@ class Tunnels:
         )
 
     @asynccontextmanager
-    async def open(self, task: Task, *, head: bytes = b"", port: int = 0) -> AsyncIterator[Tunnel]:
+    async def open(
+        self, task: Task, *, head: bytes = b"", port: int = 0, is_admin: bool = False
+    ) -> AsyncIterator[Tunnel]:
         """A tunnel to the container of ``task``, for the block: an exchange of HTTP that begins with ``head``, or a
         connection to ``port``.
+
+        Args:
+            is_admin: Whether the client is an administrator, for the node, which checks the request again.
 
         Raises: SkepError: there is none, with the reason.
         """
@@ -117,7 +122,12 @@ class Tunnels:
         async with self._open_to(
             node,
             skep.TunnelRequest(
-                node_id=node.id, task_id=task.id, container_id=container_id, head=head, port=port
+                node_id=node.id,
+                task_id=task.id,
+                container_id=container_id,
+                head=head,
+                port=port,
+                admin=is_admin,
             ),
         ) as tunnel:
             yield tunnel

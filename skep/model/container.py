@@ -12,6 +12,9 @@ from skep.model.times import SECOND_NS, Nanoseconds
 
 DEFAULT_STOP_GRACE_NS = 10 * SECOND_NS
 """Default grace period, as in Docker."""
+HEALTH_INTERVAL_NS_MIN = SECOND_NS
+"""Shortest interval of a health check that users below administrator and images may choose. A probe takes some 50 ms
+of a processor, outside the container's cgroup."""
 _SHORTEST_NS = 1_000_000
 """Of a health check's times, beside 0: the default."""
 

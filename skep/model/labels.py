@@ -71,6 +71,9 @@ SHARE_IMAGES = "skep.share-images"
 PREEMPTION = "skep.preemption"
 """On the cluster: ``true``: tasks are stopped where one of a higher priority finds no room."""
 
+EXEC = "skep.exec"
+"""On containers: which commands and files users below administrator may bring into them (``ExecPolicy``)."""
+
 IGNORE_PATHS = "skep.ignore-paths"
 """``true``: the node gets tasks on overlay networks even if other nodes do not reach it."""
 
@@ -107,6 +110,17 @@ class VolumePolicy(Enum):
     """To that node only, as long as it is part of the cluster."""
     SPREAD = "spread"
     """To any node, as in Docker."""
+
+
+class ExecPolicy(Enum):
+    """What users below administrator may do in a container."""
+
+    ANY = "any"
+    """Commands run as any user of the container. Files are copied in and out."""
+    USER = "user"
+    """Commands run as the container's user only. No files are copied in."""
+    NONE = "none"
+    """No commands run, no streams are attached and no files are copied."""
 
 
 DEFAULT_STOP_DELAY_S = 30.0
@@ -215,6 +229,14 @@ def volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
         return VolumePolicy.RETURN
 
 
+def exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
+    """Return the policy in the labels of a container. A word of a newer version counts as the strictest policy."""
+    try:
+        return _exec_policy(labels)
+    except InvalidArgument:
+        return ExecPolicy.NONE
+
+
 def priority_of(labels: Mapping[str, str]) -> int:
     """The priority of a service's tasks, by its labels."""
     if PRIORITY not in labels:
@@ -242,6 +264,10 @@ def allows_worker_reads(labels: Mapping[str, str]) -> bool:
 
 def check_service_labels(labels: Mapping[str, str]) -> None:
     """Raises: InvalidArgument: a ``skep.*`` label is invalid."""
+    if EXEC in labels:
+        raise InvalidArgument(
+            f"the label {EXEC} counts on containers only: give it with --container-label, not with --label"
+        )
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
     _job_ttl_s(labels)
@@ -251,6 +277,11 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _priority(labels)
     parsed_dependencies(labels)
     _check_switch(labels, PUBLISH_NOT_READY)
+
+
+def check_container_labels(labels: Mapping[str, str]) -> None:
+    """Raises: InvalidArgument: a ``skep.*`` label of a service's containers is invalid."""
+    _exec_policy(labels)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
@@ -285,6 +316,15 @@ def _volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
     except ValueError:
         wanted = ", ".join(policy.value for policy in VolumePolicy)
         raise InvalidArgument(f"invalid label {VOLUMES}={value}: want one of {wanted}") from None
+
+
+def _exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
+    value = labels.get(EXEC, ExecPolicy.ANY.value)
+    try:
+        return ExecPolicy(value)
+    except ValueError:
+        wanted = ", ".join(policy.value for policy in ExecPolicy)
+        raise InvalidArgument(f"invalid label {EXEC}={value}: want one of {wanted}") from None
 
 
 def _priority(labels: Mapping[str, str]) -> int:

@@ -11,6 +11,8 @@ from skep.model.meta import Driver, Version
 from skep.model.times import ZERO_TIME, Timestamp
 
 MTU_OPTION: Final = "com.docker.network.driver.mtu"
+OVERLAP_LABEL: Final = "skep.allow-overlap"
+"""Label or driver option that allows a subnet although a machine already has a route to it."""
 MTUS: Final = range(68, 1 << 16)
 """What IPv4 has room for."""
 

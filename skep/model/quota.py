@@ -1,4 +1,4 @@
-"""What the services of one stack may take together."""
+"""What the objects of one stack may take together."""
 
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import QuotaId
@@ -7,7 +7,10 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class QuotaSpec(ApiObject):
-    """Bounds for all services of a stack together; 0: none.  ``name``: the stack's."""
+    """Bounds for all objects of a stack together; 0: none.  ``name``: the stack's.
+
+    Managers of older versions keep the fields after ``ports``, and do not enforce them.
+    """
 
     name: str = ""
     tasks: int = always(0)
@@ -17,6 +20,14 @@ class QuotaSpec(ApiObject):
     """Reserved, of all tasks."""
     ports: int = always(0)
     """Published."""
+    networks: int = 0
+    addresses: int = 0
+    """IPv4 addresses in the subnets of its networks."""
+    secrets: int = 0
+    configs: int = 0
+    """Revisions of the stack are configs."""
+    data_bytes: int = 0
+    """Data of its secrets and configs."""
 
 
 class StackQuota(ApiObject):

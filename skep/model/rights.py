@@ -394,3 +394,5 @@ _READERS: Final[Mapping[str, Callable[[str], dict[str, Any]]]] = {
     "skep.device-write-iops": _rates("write_iops", _operations),
 }
 """Every label of a container that asks for a right."""
+
+RIGHT_LABELS: Final = frozenset(_READERS)

@@ -9,10 +9,11 @@ manager named, which has to be that of the task.
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import structlog
@@ -20,9 +21,10 @@ from aiohttp import web
 
 from skep.agent.tunnels import TunnelHost
 from skep.api.connection import Connection
+from skep.api.container_requests import FORWARDED, ExecRequest, forwarded, why_not
 from skep.api.filters import Filters
 from skep.api.framing import parse_request, path_of
-from skep.api.server import application, runner
+from skep.api.server import application, read_json, runner
 from skep.api.timestamps import period_of
 from skep.dataplane.netns.namespaces import inside
 from skep.engine.api.containers import container_routes
@@ -44,31 +46,15 @@ from skep.wire.shared import Connect
 
 log = structlog.get_logger(__name__)
 
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
 CONNECT_S_MAX = 5.0
 EVENTS = "/events"
 EVENT_BYTES_MAX = 128 << 10
 """Managers take no event much longer than that: labels and command lines can be."""
 _LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
-REACHABLE = frozenset(
-    {
-        ("GET", "/containers/{id}/json"),
-        ("GET", "/containers/{id}/top"),
-        ("GET", "/containers/{id}/stats"),
-        ("GET", "/containers/{id}/logs"),
-        ("POST", "/containers/{id}/wait"),
-        ("HEAD", "/containers/{id}/archive"),
-        ("GET", "/containers/{id}/archive"),
-        ("PUT", "/containers/{id}/archive"),
-        ("POST", "/containers/{id}/attach"),
-        ("POST", "/containers/{id}/resize"),
-        ("POST", "/containers/{id}/exec"),
-        ("POST", "/exec/{id}/start"),
-        ("POST", "/exec/{id}/resize"),
-        ("GET", "/exec/{id}/json"),
-    }
-)
-"""Nothing that starts, stops, changes or removes a container: that is the cluster's part."""
+REACHABLE: Final = frozenset((one.method, one.path) for one in FORWARDED)
 _SUBJECT = re.compile(r"/(?P<kind>containers|exec)/(?P<id>[0-9a-f]+)/[a-z]+")
 
 
@@ -78,20 +64,29 @@ class TaskContainers:
     def __init__(self, engine: Engine, events: NodeEvents) -> None:
         self._engine = engine
         self._events = events
-        self._server: web.Server | None = None
+        self._servers: dict[bool, web.Server] = {}
+        """By whether the manager has authenticated an administrator."""
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Answer requests while the context is open."""
+        async with self._serving(is_admin=True), self._serving(is_admin=False):
+            yield
+
+    @asynccontextmanager
+    async def _serving(self, *, is_admin: bool) -> AsyncIterator[None]:
         app = application(self._routes())
+        if not is_admin:
+            app.middlewares.append(self._authorize)
         app.on_response_prepare.append(_close_after)
         served = runner(app)
         await served.setup()
-        self._server = served.server
+        assert served.server is not None, "it was set up"
+        self._servers[is_admin] = served.server
         try:
             yield
         finally:
-            self._server = None
+            del self._servers[is_admin]
             await served.cleanup()
 
     def _routes(self) -> Sequence[web.RouteDef]:
@@ -118,6 +113,27 @@ class TaskContainers:
                 await response.write(line + b"\n")
         return response
 
+    @web.middleware
+    async def _authorize(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Refuse what only administrators may do.  A manager has checked it, perhaps one of an older version."""
+        resource = request.match_info.route.resource
+        path = resource.canonical if resource is not None else ""
+        if (request.method, path) not in REACHABLE:
+            return await handler(request)
+        kind, id = forwarded(request.method, path), request.match_info["id"]
+        execution: ExecRequest | None = None
+        if path.startswith("/exec/"):
+            exec = self._engine.execs.get(id)
+            container = self._engine.get(exec.container_id)
+            execution = ExecRequest(user=exec.config.user, privileged=exec.config.privileged)
+        else:
+            container = self._engine.get(id)
+            if kind.body is ExecRequest:
+                execution = await read_json(request, ExecRequest)
+        if why := why_not(kind, request.query, container.labels, execution):
+            raise PermissionDenied(why)
+        return await handler(request)
+
     async def connect(self, request: skep.TunnelRequest) -> Connection:
         """A connection to what ``request`` names.
 
@@ -131,12 +147,13 @@ class TaskContainers:
             if not request.head:
                 return await _connected(container, request.port)
             self._check(container, bytes(request.head))
-        if self._server is None:
+        server = self._servers.get(request.admin)
+        if server is None:
             raise Unavailable("the node is about to stop")
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(self._server, theirs)
+            await asyncio.get_running_loop().connect_accepted_socket(server, theirs)
         except BaseException:
             ours.close()
             theirs.close()

@@ -88,6 +88,7 @@ class TunnelRequest(_message.Message):
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
+    ADMIN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """A node with a session at the called manager; between managers only."""
     task_id: _builtins.str
@@ -96,6 +97,10 @@ class TunnelRequest(_message.Message):
     """Head of the request; its body follows as data.  Empty: a connection to the port."""
     port: _builtins.int
     """TCP."""
+    admin: _builtins.bool
+    """The manager has authenticated an administrator. Managers of older versions never set it, so nodes refuse what only
+    administrators may do. Nodes of older versions ignore it.
+    """
     def __init__(
         self,
         *,
@@ -104,10 +109,11 @@ class TunnelRequest(_message.Message):
         container_id: _builtins.str = ...,
         head: _builtins.bytes = ...,
         port: _builtins.int = ...,
+        admin: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "head", b"head", "node_id", b"node_id", "port", b"port", "task_id", b"task_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin", b"admin", "container_id", b"container_id", "head", b"head", "node_id", b"node_id", "port", b"port", "task_id", b"task_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,7 @@
 """What users of the API get from a manager's routes, with their objects in a store."""
 
 import asyncio
+import base64
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -9,24 +10,28 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from aiohttp import web
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.identity import identify
 from skep.api.permissions import STACK_LABEL
+from skep.api.server import application as api_application
 from skep.api.server import runner
 from skep.errors import Unavailable
 from skep.manager.journal.loop import Journal
 from skep.manager.routes import application
 from skep.manager.routes.access import ManagerApi, Tunnelling
+from skep.manager.routes.authorization import ClusterObjects
 from skep.model.access import Identity, Origin, parse_binding
-from skep.model.container import Mount
+from skep.model.container import ContainerSpec, Mount
 from skep.model.history import Entry
-from skep.model.ids import NodeId
-from skep.model.network import Network
+from skep.model.ids import NetworkId, NodeId
+from skep.model.network import IPAMOptions, Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
 from tests.support.store_transactions import put
@@ -264,3 +269,155 @@ async def test_a_connection_has_one_request_of_a_token_also_if_it_asks_for_an_up
     upgrade = {"Connection": "Upgrade", "Upgrade": "h2c"}
     _, _, is_closed = await rig.exchange(OPERATOR, request_, headers=upgrade)
     assert is_closed
+
+
+@pytest.mark.parametrize(
+    ("label", "request_", "body", "refusal"),
+    [
+        ("", "POST {}/container/exec", {"Cmd": ["sh"]}, ""),
+        ("", "POST {}/container/exec", {"Cmd": ["sh"], "User": "0", "Unknown": 1}, ""),
+        ("", "POST {}/container/exec", {"Cmd": ["sh"], "Privileged": True}, "privileged command"),
+        ("", "POST /v1.41{}/container/exec", {"Cmd": ["sh"], "privileged": True}, "privileged command"),
+        ("user", "POST {}/container/exec", {"Cmd": ["sh"]}, ""),
+        ("user", "POST {}/container/exec", {"Cmd": ["sh"], "User": "0"}, "skep.exec=user"),
+        ("user", "PUT {}/container/archive?path=/", None, "skep.exec=user"),
+        ("user", "GET {}/container/archive?path=/", None, ""),
+        ("user", "POST {}/container/attach?stdin=1", None, ""),
+        ("none", "POST {}/container/exec", {"Cmd": ["sh"]}, "skep.exec=none"),
+        ("none", "POST {}/container/attach?stdin=1", None, "skep.exec=none"),
+        ("none", "GET {}/container/archive?path=/", None, "skep.exec=none"),
+        ("none", "POST {}/exec/e1/start", {}, "skep.exec=none"),
+        ("none", "POST {}/container/wait", None, ""),
+        ("none", "POST {}/port/80", None, ""),
+    ],
+)
+async def test_what_a_user_below_administrator_brings_into_a_container(
+    rig: Rig, label: str, request_: str, body: Any, refusal: str
+) -> None:
+    made = labelled(a_service("shop_x"), SHOP)
+    labels = {"skep.exec": label} if label else {}
+    container = replace(made.spec.task_template.container_spec or ContainerSpec(), labels=labels)
+    template = replace(made.spec.task_template, container_spec=container)
+    service = await rig.api.store.update(put, replace(made, spec=replace(made.spec, task_template=template)))
+    await rig.api.store.update(put, running("t1", service))
+    for role in (OPERATOR, "operator:shop", "admin"):
+        headers = {"Upgrade": "tcp"} if "/port/" in request_ else {}
+        status, text, _ = await rig.exchange(role, request_.format("/skep/tasks/t1"), body, headers)
+        is_refused = bool(refusal) and role != "admin"
+        assert status == (403 if is_refused else NO_NODE), (role, text)
+        assert not is_refused or refusal in text
+
+
+def a_spec(**container: Any) -> dict[str, Any]:
+    return {
+        "Name": "shop_web",
+        "Labels": SHOP,
+        "TaskTemplate": {"ContainerSpec": {"Image": "busybox", **container}},
+    }
+
+
+@pytest.mark.parametrize("role", [OPERATOR, "operator:shop"])
+@pytest.mark.parametrize(
+    ("path", "body", "refusal"),
+    [
+        ("services", a_spec(Ulimits=[{"Name": "rtprio", "Soft": 99, "Hard": 99}]), "ulimit rtprio=99:99"),
+        ("services", a_spec(Healthcheck={"Interval": 10_000_000}), "health check interval below 1 s"),
+        ("services", a_spec(Image="localhost:5000/x"), "registry on the machine itself (localhost:5000/x)"),
+        ("services", a_spec(Labels={"skep.unknown": "1"}), "the label skep.unknown"),
+        ("services", {**a_spec(), "Labels": SHOP | {"skep.autoscaling": "2"}}, "the label skep.autoscaling"),
+        (
+            "networks",
+            {"Name": "shop_n", "Driver": "overlay", "Labels": SHOP | {"skep.allow-overlap": "true"}},
+            "the label skep.allow-overlap",
+        ),
+        (
+            "networks",
+            {
+                "Name": "shop_n",
+                "Driver": "overlay",
+                "Labels": SHOP,
+                "IPAM": {"Driver": "default", "Config": [{"Subnet": "10.0.0.0/8"}]},
+            },
+            "a subnet wider than /16 (10.0.0.0/8)",
+        ),
+        ("networks", {"Name": "shop_n", "Driver": "bridge", "Labels": SHOP}, "no overlay"),
+        ("secrets", {"Name": "shop_s", "Labels": SHOP | {"skep.x": "1"}, "Data": "eA=="}, "the label skep.x"),
+        ("configs", {"Name": "shop_c", "Labels": SHOP | {"skep.x": "1"}, "Data": "eA=="}, "the label skep.x"),
+    ],
+)
+async def test_what_reaches_beyond_a_stack_is_an_administrators(
+    rig: Rig, role: str, path: str, body: Any, refusal: str
+) -> None:
+    status, text, _ = await rig.exchange(role, f"POST /{path}/create", body)
+    assert status == 403, text
+    assert f"{refusal}" in text
+    assert "only administrators may give that" in text
+    if "Driver" not in body or body["Driver"] == "overlay":
+        assert (await rig.exchange("admin", f"POST /{path}/create", body))[0] == 201
+
+
+async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:
+    for name, labels in (("payments_api", {STACK_LABEL: "payments"}), ("database", SHOP)):
+        await rig.api.store.update(put, labelled(a_service(name), labels))
+
+    async def created(name: str) -> tuple[int, str]:
+        spec = a_spec()
+        spec["Name"] = f"shop_{len(rig.api.store.view().find(Service))}"
+        spec["Labels"] = SHOP | {"skep.depends-on": f"{name}=service_started+restart"}
+        status, text, _ = await rig.exchange("operator:shop", "POST /services/create", spec)
+        return status, text
+
+    assert (await created("database"))[0] == 201
+    assert (await created("shop_later"))[0] == 201
+    for name in ("payments_api", "payments_none", "none"):  # the refusal does not say whether it exists
+        status, text = await created(name)
+        assert (status, f"the service {name} is not of the stack shop" in text) == (403, True), text
+
+
+async def test_no_operator_has_a_node_look_up_an_image_on_the_machine_itself() -> None:
+    async def look_up(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text="{}")
+
+    async with a_manager_api() as api:
+        objects = ClusterObjects(api.store)
+        served = runner(api_application([web.get("/distribution/{name:.+}/json", look_up)], objects=objects))
+        await served.setup()
+        rig = Rig(api, served.server, Recording(api))
+        for name, status in (("localhost:5000/x", 403), ("127.1:6379%2Fx", 403), ("registry:5000/x", 200)):
+            for version in ("", "/v1.41"):
+                path = f"GET {version}/distribution/{name}/json"
+                assert (await rig.exchange("operator:shop", path))[0] == status, name
+                assert (await rig.exchange("admin", path))[0] == 200
+        await served.cleanup()
+
+
+async def test_ten_thousand_networks_of_one_operator_are_refused_before_the_pools_are_empty(rig: Rig) -> None:
+    for number in range(100):
+        spec = NetworkSpec(name=f"shop_{number}", labels=SHOP, ipam_options=IPAMOptions())
+        await rig.api.store.update(put, Network(id=NetworkId(f"n{number}"), spec=spec))
+    body = {"Name": "shop_more", "Driver": "overlay", "Labels": SHOP}
+    for role in (OPERATOR, "operator:shop"):
+        status, text, _ = await rig.exchange(role, "POST /networks/create", body)
+        assert status == 403
+        assert "the stack shop has 100 networks and may have 100 without a quota, 1 wanted" in text
+    others = await rig.exchange(
+        "operator:blog", "POST /networks/create", body | {"Name": "blog_n", "Labels": {STACK_LABEL: "blog"}}
+    )
+    assert others[0] == 201
+    # Nor does a refusal tell an operator what another stack has.
+    assert "100" not in (await rig.exchange("operator:blog", "POST /networks/create", body))[1]
+    await rig.api.store.update(lambda tx: tx.raise_level(USERS))
+    assert (await rig.exchange("admin", "PUT /skep/stacks/shop/quota", {"Networks": 101}))[0] == 200
+    assert (await rig.exchange("operator:shop", "POST /networks/create", body))[0] == 201
+    assert (await rig.exchange("operator:shop", "POST /networks/create", body | {"Name": "shop_last"}))[
+        0
+    ] == 403
+
+
+async def test_the_data_of_an_operator_leaves_the_store_to_others(rig: Rig) -> None:
+    data = base64.b64encode(b"x" * 900_000).decode()
+    statuses = [
+        (await rig.exchange("operator:shop", "POST /configs/create", body))[0]
+        for body in ({"Name": f"shop_{number}", "Labels": SHOP, "Data": data} for number in range(75))
+    ]
+    assert statuses == [201] * 74 + [403]

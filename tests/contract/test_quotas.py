@@ -1,25 +1,26 @@
 """Quotas of stacks: what two managers let pass at one time is within the bound."""
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.api.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
-from skep.manager.control.quotas import (
-    Usage,
-    check_quota,
-    quota_of,
-    quota_state,
-    refusal,
-    remove_quota,
-    set_quota,
-    usage_of,
-)
-from skep.model.ids import new_id
+from skep.manager.control.files import create_config, create_secret, update_secret
+from skep.manager.control.networks import add_subnets, create_network
+from skep.manager.control.quotas import check_quota, quota_state, remove_quota, set_quota
+from skep.manager.orchestrator.changes import RollBack, apply
+from skep.manager.quotas import Usage, quota_of, refusal, usage_of, usage_of_network
+from skep.model.ids import NetworkId, new_id
+from skep.model.meta import Driver
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.quota import QuotaSpec
-from skep.model.service import Resources, Service, ServiceSpec
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Resources, Service, ServiceSpec, UpdateState
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction
 from skep.store.level import USERS
@@ -105,3 +106,171 @@ def test_every_bound_is_checked() -> None:
         quota = QuotaSpec(name="shop", **{name: 5})
         assert refusal(quota, Usage(), Usage(**{name: 3}), Usage(**{name: 2})) == ""
         assert refusal(quota, Usage(), Usage(**{name: 3}), Usage(**{name: 3})) != ""
+
+
+def usages() -> st.SearchStrategy[Usage]:
+    numbers = st.integers(0, 5)
+    return st.builds(Usage, **dict.fromkeys(Usage.__struct_fields__, numbers))
+
+
+@given(
+    quota=st.builds(
+        QuotaSpec, name=st.just("shop"), **dict.fromkeys(Usage.__struct_fields__, st.integers(0, 5))
+    ),
+    before=usages(),
+    others=usages(),
+    less=usages(),
+)
+def test_to_take_less_is_never_refused(quota: QuotaSpec, before: Usage, others: Usage, less: Usage) -> None:
+    wanted = Usage(
+        **{
+            name: max(getattr(before, name) - getattr(less, name), 0) if getattr(before, name) else 0
+            for name in Usage.__struct_fields__
+        }
+    )
+    # A service that gives up its reservations is not counted any more.
+    gives_up = any(
+        getattr(before, name) and not getattr(wanted, name) for name in ("nano_cpus", "memory_bytes")
+    )
+    assert refusal(quota, before, others, wanted) == "" or (gives_up and wanted.tasks)
+
+
+async def test_a_service_without_reservations_may_shrink_and_not_grow(rig: Rig) -> None:
+    service = await rig.store.update(create, in_shop("shop_a", 10))
+    await limited(rig, memory_bytes=1 << 30)
+    await rig.store.update(check_quota, in_shop("shop_a", 5), service)
+    with pytest.raises(PermissionDenied, match="have to reserve memory"):
+        await rig.store.update(check_quota, in_shop("shop_a", 11), service)
+
+
+async def test_no_service_leaves_the_quota_by_giving_up_its_reservations(rig: Rig) -> None:
+    await limited(rig, memory_bytes=1 << 30)
+    reserved = in_shop("shop_a", 2, reserve=Resources(memory_bytes=256 << 20))
+    service = await rig.store.update(create, reserved)
+    with pytest.raises(PermissionDenied, match="have to reserve memory"):
+        await rig.store.update(check_quota, in_shop("shop_a", 1), service)
+    await rig.store.update(check_quota, in_shop("shop_a", 0), service)
+
+
+async def test_the_leaders_rollback_over_the_quota_is_a_pause_that_says_why(rig: Rig) -> None:
+    await limited(rig, tasks=10)
+    service = await rig.store.update(create, in_shop("shop_a", 8))
+    present = replace(service, spec=in_shop("shop_a", 2), previous_spec=service.spec)
+    present = await rig.store.update(lambda tx: tx.put(present))
+    other = await rig.store.update(create, in_shop("shop_b", 8))
+    change = RollBack(present, "update rolled back due to failure of task t1")
+
+    async def rolled_back() -> Service:
+        await rig.store.update(apply, change, new_id, NOW)
+        return rig.store.view().get(Service, present.id)
+
+    paused = await rolled_back()
+    assert (paused.spec.replicas, paused.previous_spec) == (2, service.spec)
+    assert paused.update_status is not None
+    assert paused.update_status.state is UpdateState.PAUSED
+    assert paused.update_status.message == (
+        "update paused due to failure of task t1: cannot roll back: the quota of the stack shop is exceeded: "
+        "8 tasks wanted, 8 used by its other services, the limit is 10"
+    )
+    await rig.store.update(lambda tx: tx.put(replace(other, spec=in_shop("shop_b", 2))))
+    await rig.store.update(lambda tx: tx.put(replace(tx.get(Service, present.id), update_status=None)))
+    done = await rolled_back()
+    assert (done.spec.replicas, done.previous_spec) == (8, None)
+
+
+SHOP = {STACK_LABEL: "shop"}
+
+
+def a_network(name: str, *subnets: str, labels: Mapping[str, str] = SHOP) -> NetworkSpec:
+    ipam = IPAMOptions(
+        driver=Driver(name="default"), configs=tuple(IPAMConfig(subnet=one) for one in subnets)
+    )
+    return NetworkSpec(
+        name=name, labels=labels, driver_configuration=Driver(name="overlay"), ipam_options=ipam
+    )
+
+
+@pytest.mark.parametrize(
+    ("subnets", "allocated", "addresses"),
+    [
+        ((), (), 256),
+        ((), ("10.0.9.0/24",), 256),
+        (("10.1.0.0/16",), (), 65536),
+        (("10.1.0.0/25", ""), (), 128 + 256),
+        (("10.1.0.0/25", ""), ("10.1.0.0/25", "10.0.9.0/24"), 128 + 256),
+        (("fd00::/64",), (), 256),
+    ],
+)
+async def test_the_addresses_of_a_network(
+    rig: Rig, subnets: tuple[str, ...], allocated: tuple[str, ...], addresses: int
+) -> None:
+    spec = a_network("shop_n", *subnets)
+    given = IPAMOptions(configs=tuple(IPAMConfig(subnet=one) for one in allocated))
+    network = Network(id=NetworkId("n"), spec=spec, ipam_options=given)
+    usage = usage_of_network(rig.store.view(), spec, network if allocated else None)
+    assert usage == Usage(networks=1, addresses=addresses)
+
+
+async def test_networks_and_their_addresses_count(rig: Rig) -> None:
+    await limited(rig, networks=2, addresses=1024)
+
+    async def made(spec: NetworkSpec) -> Network:
+        return await rig.store.update(create_network, spec, new_id=new_id, now=NOW)
+
+    with pytest.raises(PermissionDenied, match="2048 addresses wanted, 0 used"):
+        await made(a_network("shop_a", "10.1.0.0/21"))
+    network = await made(a_network("shop_a", "10.1.0.0/24"))
+    await made(a_network("shop_b"))
+    with pytest.raises(
+        PermissionDenied, match="1 networks wanted, 2 used by its other objects, the limit is 2"
+    ):
+        await made(a_network("shop_c"))
+    await made(a_network("blog_c", "10.2.0.0/16", labels={STACK_LABEL: "blog"}))
+    with pytest.raises(PermissionDenied, match="2304 addresses wanted, 256 used by its other networks"):
+        await rig.store.update(add_subnets, network.id, [IPAMConfig(subnet="10.3.0.0/21")])
+    await rig.store.update(add_subnets, network.id, [IPAMConfig(subnet="10.3.0.0/24")])
+    quota = quota_of(rig.store.view(), "shop")
+    assert quota is not None
+    used = quota_state(rig.store.view(), quota).used
+    assert (used.networks, used.addresses) == (2, 768)
+
+
+async def test_secrets_configs_and_their_data_count(rig: Rig) -> None:
+    await limited(rig, secrets=2, configs=1, data_bytes=3 << 19)
+
+    async def secret(name: str, size: int, labels: Mapping[str, str] = SHOP) -> Secret:
+        spec = SecretSpec(name=name, labels=labels)
+        return await rig.store.update(create_secret, spec, b"x" * size, new_id=new_id, now=NOW)
+
+    async def config(name: str, size: int) -> Config:
+        spec = ConfigSpec(name=name, labels=SHOP, data=b"x" * size)
+        return await rig.store.update(create_config, spec, new_id=new_id, now=NOW)
+
+    await config("shop_a", 900 << 10)
+    with pytest.raises(PermissionDenied, match="1 configs wanted, 1 used"):
+        await config("shop_b", 1)
+    await secret("shop_s", 400 << 10)
+    with pytest.raises(PermissionDenied, match="MiB of secrets and configs wanted"):
+        await secret("shop_t", 400 << 10)
+    await secret("shop_t", 1)
+    with pytest.raises(PermissionDenied, match="1 secrets wanted, 2 used"):
+        await secret("shop_u", 1)
+    moved = await secret("blog_s", 1, {STACK_LABEL: "blog"})
+    spec = replace(moved.spec, labels=SHOP)
+    with pytest.raises(PermissionDenied, match="1 secrets wanted, 2 used"):
+        await rig.store.update(update_secret, moved.id, spec, None, moved.version.index)
+
+
+async def test_networks_at_two_managers_stay_within_the_quota_together(rig: Rig) -> None:
+    await limited(rig, networks=3)
+    results = await asyncio.gather(
+        *(
+            outcome(
+                (rig.store if number % 2 else rig.other).update(
+                    create_network, a_network(f"shop_{number}"), new_id=new_id, now=NOW
+                )
+            )
+            for number in range(WRITERS)
+        )
+    )
+    assert sum(isinstance(one, PermissionDenied) for one in results) == WRITERS - 3, results

@@ -7,6 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
+from skep.api.container_requests import ExecRequest, ExecStart
 from skep.api.errors import Untranslated
 from skep.api.responses import Hijacked
 from skep.api.server import OutputStream, json_response, read_body, read_json
@@ -18,37 +19,6 @@ from skep.engine.api.terminal import join
 from skep.engine.container import Exec, ExecConfig, Stream
 from skep.engine.execs import Execs
 from skep.errors import InvalidArgument, SkepError
-from skep.model.encoding import ApiObject
-
-
-class ExecRequest(ApiObject):
-    """The body of ``POST /containers/{id}/exec``."""
-
-    __go_name__ = "types.ExecConfig"
-
-    user: str = ""
-    privileged: bool = False
-    tty: bool = False
-    attach_stdin: bool = False
-    attach_stderr: bool = False
-    attach_stdout: bool = False
-    detach: bool = False
-    detach_keys: str = ""
-    env: tuple[str, ...] = ()
-    working_dir: str = ""
-    cmd: tuple[str, ...] = ()
-
-
-class ExecStart(ApiObject):
-    """The body of ``POST /exec/{id}/start``."""
-
-    __go_name__ = "types.ExecStartCheck"
-
-    detach: bool = False
-    tty: bool = False
-    console_size: tuple[int, ...] = ()
-    """Height and width (since API 1.42)."""
-
 
 _table = Table[Execs]()
 

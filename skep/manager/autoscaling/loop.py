@@ -41,7 +41,7 @@ CheckQuota = Callable[[Transaction, ServiceSpec, Service], None]
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """What bounds the services of a stack (``control.quotas``)."""
+    """What bounds the services of a stack (``manager.quotas``)."""
 
     within: WithinQuota
     check: CheckQuota

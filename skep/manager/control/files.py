@@ -11,6 +11,7 @@ from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument, OutOfSequence
 from skep.gotemplate import quoted
 from skep.manager.control.names import check_file_name
+from skep.manager.control.quotas import check_file_quota
 from skep.model.ids import ConfigId, IdSource, SecretId
 from skep.model.meta import Version
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
@@ -31,6 +32,7 @@ def create_secret(
 
     Raises:
         InvalidArgument: name or data can never work; AlreadyExists: the name is taken.
+        PermissionDenied: the stack has a quota.
         Untranslated: a driver is to provide its data.  There are no such plug-ins, so that it would never have any.
 
     Source: moby, plugin/errors.go (errNotFound), which SwarmKit's API passes on without a code.
@@ -42,6 +44,7 @@ def create_secret(
         raise Untranslated(f"plugin {quoted(spec.driver.name)} not found")
     if not 0 < len(data) < SECRET_BYTES_MAX:
         raise InvalidArgument(f"secret data must be larger than 0 and less than {SECRET_BYTES_MAX} bytes")
+    check_file_quota(tx, spec, len(data))
     secret = tx.put(Secret(id=SecretId(new_id()), created_at=now, spec=spec))
     tx.put(Payload(id=_payload_id(secret.id), data=data))
     return secret
@@ -60,6 +63,8 @@ def update_secret(
         raise InvalidArgument("only updates to Labels are allowed")
     if secret.version != Version(index=version):
         raise OutOfSequence
+    payload = tx.lookup(Payload, _payload_id(id))
+    check_file_quota(tx, spec, len(payload.data) if payload is not None else 0, secret)
     return tx.put(replace(secret, spec=replace(secret.spec, labels=spec.labels)))
 
 
@@ -79,6 +84,7 @@ def create_config(tx: Transaction, spec: ConfigSpec, *, new_id: IdSource, now: T
     check_file_name(spec.name)
     if not 0 < len(spec.data) < CONFIG_BYTES_MAX:
         raise InvalidArgument(f"config data must be larger than 0 and less than {CONFIG_BYTES_MAX} bytes")
+    check_file_quota(tx, spec, len(spec.data))
     return tx.put(Config(id=ConfigId(new_id()), created_at=now, spec=spec))
 
 
@@ -89,6 +95,7 @@ def update_config(tx: Transaction, id: ConfigId, spec: ConfigSpec, version: int)
         raise InvalidArgument("only updates to Labels are allowed")
     if config.version != Version(index=version):
         raise OutOfSequence
+    check_file_quota(tx, spec, len(config.spec.data), config)
     return tx.put(replace(config, spec=replace(config.spec, labels=spec.labels)))
 
 

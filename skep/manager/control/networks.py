@@ -14,9 +14,18 @@ from skep.manager.control.network_specs import (
     check_network_spec,
     check_subnets,
 )
+from skep.manager.control.quotas import check_network_quota
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress, subnet_of
+from skep.model.network import (
+    OVERLAP_LABEL,
+    IPAMConfig,
+    IPAMOptions,
+    Network,
+    NetworkSpec,
+    is_ingress,
+    subnet_of,
+)
 from skep.model.node import Node
 from skep.model.overlays import vxlan_ids
 from skep.model.planes import is_overlay
@@ -26,8 +35,6 @@ from skep.model.task import Task
 from skep.model.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
 
-OVERLAP_LABEL = "skep.allow-overlap"
-"""Label or driver option that allows a subnet although a machine already has a route to it."""
 _NODE_LOCAL = ("bridge", "host")
 
 
@@ -35,7 +42,7 @@ def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now:
     """Create a network that services can be attached to.
 
     Raises:
-        InvalidArgument, PermissionDenied, Unimplemented: the spec can never work.
+        InvalidArgument, PermissionDenied, Unimplemented: the spec can never work, or its stack has a quota.
         AlreadyExists: the name is taken, or there is an ingress network already.
         FailedPrecondition: its subnet or VXLAN id belongs to another network, or a machine has that subnet.
     """
@@ -45,6 +52,7 @@ def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now:
         if present is not None:
             raise AlreadyExists(f"ingress network ({present.id}) is already present")
         tx.rely_on_all(Network)  # another one of another name
+    check_network_quota(tx, spec)
     network = Network(id=NetworkId(new_id()), created_at=now, spec=spec)
     if is_overlay(network):
         _check_vxlan_ids(tx, spec)
@@ -82,7 +90,9 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
         return network
     _check_room(tx, network, new)
     extended = replace(options, configs=(*present, *new, *blank))
-    return tx.put(replace(network, spec=replace(network.spec, ipam_options=extended)))
+    spec = replace(network.spec, ipam_options=extended)
+    check_network_quota(tx, spec, network)
+    return tx.put(replace(network, spec=spec))
 
 
 def remove_network(tx: Transaction, id: NetworkId) -> None:

@@ -5,24 +5,20 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from skep.api.networks import PREDEFINED_LABEL, NetworkBody
+from skep.api.networks import PREDEFINED_LABEL
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
-from skep.model.container import ContainerSpec, Mount
+from skep.model.container import ContainerSpec
+from skep.model.dependencies import dependencies_of
+from skep.model.field_rights import admin_rights
 from skep.model.labels import priority_of
-from skep.model.network import Network
-from skep.model.rights import rights_of, rights_text
+from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import as_run, has_unknown_spec, spec_of
-
-_HOST = frozenset(("host", "bridge", "none"))
-"""Networks of a machine that services may name."""
-_LOG_FILES = frozenset(("splunk-capath", "syslog-tls-ca-cert", "syslog-tls-cert", "syslog-tls-key"))
-"""Options of log drivers that name a file, which the node reads as root."""
 
 
 def stack_of(labels: Mapping[str, str]) -> str:
@@ -69,16 +65,9 @@ def _raised_priority(view: View, spec: ServiceSpec) -> int:
     return priority if priority > max(present, 0) else 0
 
 
-def new_network(body: NetworkBody) -> NewObject:
-    """Of a network to be made."""
-    is_plain = body.driver == "overlay" and not body.ingress and not body.config_source
-    rights = "" if is_plain else "a network that is no overlay, or the ingress network"
-    return NewObject(name=body.name, stack=stack_of(body.labels), machine_rights=rights)
-
-
-def new_file(spec: SecretSpec | ConfigSpec) -> NewObject:
-    """Of a secret or config to be made, or updated."""
-    return NewObject(name=spec.name, stack=stack_of(spec.labels))
+def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
+    """Of a network, secret or config to be made, or updated."""
+    return NewObject(name=spec.name, stack=stack_of(spec.labels), machine_rights=next(admin_rights(spec), ""))
 
 
 def known_service(view: View, service: Service) -> Known:
@@ -101,71 +90,20 @@ def known_task(view: View, task: Task) -> Known:
 
 
 def machine_rights(view: View, spec: ServiceSpec) -> str:
-    """What a service could do to its machine that only administrators may give; empty: nothing."""
+    """Return the first thing that only administrators may give a service, or an empty string."""
     template = spec.task_template
-    if template.plugin_spec is not None or template.network_attachment_spec is not None:
-        return "a task that is no container"
-    return next(_rights(view, spec, template.container_spec or ContainerSpec()), "")
-
-
-def _rights(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator[str]:
-    for mount in container.mounts:
-        if what := _mount_right(mount):
-            yield what
-    try:
-        if kinds := rights_of(container).kinds:
-            yield f"rights over its machine ({rights_text(kinds)})"
-    except SkepError as error:
-        yield f"labels that cannot be read ({error})"
-    if container.capability_add:
-        yield f"the capabilities {', '.join(container.capability_add)}"
-    privileges = container.privileges
-    if privileges is not None and (
-        privileges.credential_spec is not None
-        or privileges.selinux_context is not None
-        or (privileges.seccomp is not None and privileges.seccomp.mode not in ("", "default"))
-        or (privileges.app_armor is not None and privileges.app_armor.mode not in ("", "default"))
-    ):
-        yield "security options"
-    log_driver = spec.task_template.log_driver
-    for name, value in (log_driver.options if log_driver is not None else {}).items():
-        if value and (name in _LOG_FILES or (name.endswith("-address") and _is_unix(value))):
-            yield f"a file of its machine (log option {name})"
-    if container.oom_score_adj < 0:
-        yield "a lower score for the kernel's out-of-memory killer"
-    for attachment in (*spec.task_template.networks, *spec.networks):
-        if name := _network_of_machine(view, attachment.target):
-            yield f"the machine's network {name}"
+    attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))
+    found = (*admin_rights(spec), *(f"the machine's network {name}" for name in attached if name))
+    return next(iter(found), "")
 
 
 def _network_of_machine(view: View, target: str) -> str:
     """The name of the machine's network that ``target`` means; empty: it is another.  The docker command sends ids."""
-    if target in _HOST:
-        return target
     try:
         spec = view.resolve(Network, target).spec
     except SkepError:
         return ""
     return spec.name if PREDEFINED_LABEL in spec.labels else ""
-
-
-def _is_unix(address: str) -> bool:
-    """Parsers of URLs leave out spaces and control characters: so does this."""
-    scheme = "".join(filter(str.isalnum, address.lower().partition(":")[0]))
-    return scheme.startswith("unix")
-
-
-def _mount_right(mount: Mount) -> str:
-    match mount.type:
-        case "tmpfs" | "cluster":
-            return ""
-        case "volume":
-            driver = mount.volume_options.driver_config if mount.volume_options is not None else None
-            if driver is not None and (driver.options or driver.name not in ("", "local")):
-                return f"options of the driver of the volume {mount.source}"
-            return ""
-        case _:
-            return f"a {mount.type} mount of {mount.source}"
 
 
 def _uses(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator[tuple[str, Known | None, str]]:
@@ -178,6 +116,9 @@ def _uses(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator[t
     for mount in container.mounts:
         if mount.type == "cluster":
             yield "volume", _named(view, Volume, mount.source), mount.source
+    for one in dependencies_of(spec.labels):
+        found = (service for service in view.find(Service, name=one.service) if service.removed_at is None)
+        yield "service", _by_id(next(found, None)), one.service
 
 
 def _named(view: View, kind: type[Network] | type[Volume], word: str) -> Known | None:

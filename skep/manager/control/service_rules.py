@@ -19,7 +19,7 @@ from skep.model.container import (
     Mount,
     SecretReference,
 )
-from skep.model.labels import check_service_labels
+from skep.model.labels import check_container_labels, check_service_labels
 from skep.model.publishing import check_publishing
 from skep.model.rights import check_service_rights
 from skep.model.schedules import check_schedule
@@ -79,6 +79,7 @@ def _check_template(template: TaskSpec) -> None:
     container = template.container_spec
     if container is None:
         raise InvalidArgument("TaskSpec: missing runtime")
+    check_container_labels(container.labels)
     _check_secrets(container.secrets)
     _check_configs(container)
     _check_container(container)

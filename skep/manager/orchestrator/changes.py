@@ -15,6 +15,7 @@ from skep.errors import SkepError, Unavailable
 from skep.manager.dependents import restart_dependents
 from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
+from skep.manager.quotas import claim_service
 from skep.manager.registry_auth import follow_rollback
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
@@ -129,9 +130,13 @@ def fallback_for(change: Change, error: SkepError) -> Change | None:
     """
     if not isinstance(change, RollBack):
         return None
-    reason = change.message.removeprefix(ROLLED_BACK)
-    message = f"update paused{reason}: cannot roll back: {error}"
+    message = _paused_instead(change.message, str(error))
     return SetUpdateStatus(change.service, UpdateState.PAUSED, message)
+
+
+def _paused_instead(message: str, why: str) -> str:
+    """Return the message of a pause in place of a rollback with ``message``."""
+    return f"update paused{message.removeprefix(ROLLED_BACK)}: cannot roll back: {why}"
 
 
 def decided_for(service: Service, step: Step) -> Step:
@@ -345,6 +350,10 @@ def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -
     if service.spec_version != wanted.spec_version or service.previous_spec is None:
         return
     if _is_paused_since(service, wanted):
+        return
+    if why := claim_service(tx, service.previous_spec, service):
+        # Not an error: a pause that says why, and a user decides.
+        _set_update_status(tx, wanted, UpdateState.PAUSED, _paused_instead(message, why), now)
         return
     before = service.update_status or UpdateStatus()
     status = UpdateStatus(

@@ -97,7 +97,9 @@ class ExternalRoots(Protocol):
 class Tunnelling(Protocol):
     """Connections to the containers of all nodes (``manager.tunnels``)."""
 
-    def open(self, task: Task, *, head: bytes = b"", port: int = 0) -> AbstractAsyncContextManager[Tunnel]:
+    def open(
+        self, task: Task, *, head: bytes = b"", port: int = 0, is_admin: bool = False
+    ) -> AbstractAsyncContextManager[Tunnel]:
         """A tunnel to the container of ``task``: an exchange of HTTP that begins with ``head``, or to its ``port``.
 
         Raises: SkepError: there is none, with the reason.

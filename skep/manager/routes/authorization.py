@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from skep.api.authorization import stack_label_of
 from skep.api.networks import NetworkBody
@@ -13,18 +14,20 @@ from skep.errors import PermissionDenied
 from skep.manager.control.new_objects import (
     known_service,
     known_task,
-    new_file,
-    new_network,
+    new_object,
     new_service,
     planned_service,
     stack_of,
     stacks_of,
 )
 from skep.manager.control.targets import target_of, task_named
+from skep.manager.quotas import refusal_of_users, usage_of_file, usage_of_network
 from skep.manager.routes.access import current_view
+from skep.manager.routes.files import SecretBody
+from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.placement import read_planned
 from skep.manager.routes.services import read_changes, read_spec
-from skep.model.network import Network
+from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.volume import Volume
@@ -48,7 +51,10 @@ class ClusterObjects:
             request.match_info[key] = known.id
         of_service = planned_service if _path(request).endswith("/placement") else new_service
         new = tuple(
-            of_service(view, one) if isinstance(one, ServiceSpec) else _new_object(one) for one in bodies
+            of_service(view, one)
+            if isinstance(one, ServiceSpec)
+            else _new_object(view, one, is_new=rule.scope is Scope.NEW)
+            for one in bodies
         )
         return Facts(known=known, new=new, stacks=stacks_of(view))
 
@@ -74,14 +80,24 @@ def _known(view: View, kind: str, word: str) -> Known:
             return Known(id=found.id, stack=stack_of(found.spec.labels))
 
 
-def _new_object(body: Any) -> NewObject:
+def _new_object(view: View, body: Any, *, is_new: bool) -> NewObject:
     match body:
         case NetworkBody():
-            return new_network(body)
-        case SecretSpec() | ConfigSpec():
-            return new_file(body)
+            network = spec_of_body(body)
+            spec: NetworkSpec | SecretSpec | ConfigSpec = network
+            usage = usage_of_network(view, network)
+        case SecretBody():
+            spec = body.spec
+            usage = usage_of_file(spec, len(body.data or b""))
+        case ConfigSpec():
+            spec = body
+            usage = usage_of_file(spec, len(body.data))
         case _:
             raise AssertionError(f"no object: {type(body).__name__}")
+    new = new_object(spec)
+    if isinstance(body, NetworkBody) and not body.is_of_cluster:
+        new = replace(new, machine_rights=new.machine_rights or "a network of a single node")
+    return replace(new, excess=refusal_of_users(view, new.stack, usage)) if is_new else new
 
 
 async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
@@ -118,7 +134,7 @@ def _reader(type_: type[Any]) -> Callable[[web.Request], Awaitable[tuple[Any, ..
 _READERS: Final[Mapping[str, Callable[[web.Request], Awaitable[tuple[Any, ...]]]]] = {
     "service": _services,
     "network": _reader(NetworkBody),
-    "secret": _reader(SecretSpec),
+    "secret": _reader(SecretBody),
     "config": _reader(ConfigSpec),
 }
 _KINDS: Final[Mapping[str, type[Any]]] = {

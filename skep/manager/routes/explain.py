@@ -10,10 +10,10 @@ from skep.aio.clock import SystemClock
 from skep.aio.time_slices import result_in_slices
 from skep.api.identity import identity_of
 from skep.api.server import Routes, json_response
-from skep.manager.control.quotas import replicas_within_quota
 from skep.manager.control.targets import task_named
 from skep.manager.control.tasks import is_up_to_date, known_status
 from skep.manager.explanations import explain_autoscaling, explain_service, explain_task
+from skep.manager.quotas import replicas_within_quota
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.placement import accounting_of, names_for
 from skep.manager.routes.shown import damage_of, service_status, with_damage

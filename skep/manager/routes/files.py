@@ -29,7 +29,7 @@ File = TypeVar("File", Secret, Config)
 _TEMPLATING = ApiVersion("1.37")
 
 
-class _SecretBody(SecretSpec):
+class SecretBody(SecretSpec):
     """A secret as a client sends it, with its data."""
 
     __go_name__ = "swarm.SecretSpec"
@@ -61,7 +61,7 @@ async def list_secrets(request: web.Request) -> web.StreamResponse:
 async def create_secret(request: web.Request) -> web.StreamResponse:
     """Create a secret."""
     manager = manager_of(request)
-    body = await read_json(request, _SecretBody)
+    body = await read_json(request, SecretBody)
     _refuse_templating(request, body, "secret")
     await manager.require_room(creates=True)
     secret = await manager.update(
@@ -79,7 +79,7 @@ async def inspect_secret(request: web.Request) -> web.StreamResponse:
 @routes.post("/secrets/{id}/update")
 async def update_secret(request: web.Request) -> web.StreamResponse:
     """Change the labels of a secret."""
-    body = await read_json(request, _SecretBody)
+    body = await read_json(request, SecretBody)
     version = _version(request, "secret")
     secret = await _named(request, Secret)
     await manager_of(request).update(control.update_secret, secret.id, body.spec, body.data, version)

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from skep.api.server import Routes, json_response, read_json
 from skep.errors import NotFound
 from skep.manager.control import quotas as control
+from skep.manager.quotas import quota_of
 from skep.manager.routes.access import current_view, manager_of
 from skep.model.quota import QuotaSpec
 
@@ -16,7 +17,7 @@ routes = Routes()
 async def show_quota(request: web.Request) -> web.StreamResponse:
     """The quota of a stack, and what of it is taken."""
     view, name = await current_view(request), request.match_info["name"]
-    quota = control.quota_of(view, name)
+    quota = quota_of(view, name)
     if quota is None:
         raise NotFound(f"stack {name} has no quota")
     return json_response(control.quota_state(view, quota))

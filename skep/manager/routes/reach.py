@@ -1,7 +1,8 @@
 """``/skep/tasks/{id}/...``: the container of a task, on whatever node it runs.
 
 Each request is one exchange with the Engine API of the task's node, over a tunnel: what comes back goes to the client
-as the node sent it.  Only the requests of ``FORWARDED`` are passed on, and a node checks them again.
+as the node sent it.  Of a request, only what ``api.container_requests`` names is forwarded, encoded again, and the node
+checks it again.
 """
 
 import re
@@ -12,22 +13,28 @@ import structlog
 from aiohttp import web
 
 from skep.api.connection import Connection
+from skep.api.container_requests import ExecRequest, ExecStart, Forwarded, forwarded, query_of, why_not
+from skep.api.framing import path_of
+from skep.api.identity import identity_of
 from skep.api.passed import take_over
 from skep.api.responses import Hijacked
-from skep.api.server import Routes, json_response
+from skep.api.server import Routes, json_response, read_body, read_json
 from skep.api.tunnelling import join_client
-from skep.errors import InvalidArgument, SkepError
+from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from skep.manager.control.targets import Target, target_of
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.audit import client_of, record_reached
+from skep.model.container import ContainerSpec
+from skep.model.encoding import to_json
+from skep.model.service import ServiceSpec
 from skep.model.task import Task
+from skep.store.kinds import spec_of
 from skep.wire.tunnel import Tunnel
 
 log = structlog.get_logger(__name__)
 
 routes = Routes()
 
-_PASSED_HEADERS = ("Content-Type", "X-Registry-Auth")
 _WHAT = re.compile(r"^.*?/skep/tasks/[^/]+/(?:container/)?")
 _RECORDED = re.compile(r"(?:exec|attach|archive|exec/[0-9a-f]+/start|port/.*)")
 """Requests that the log and the history have: those that change something, or read files."""
@@ -91,52 +98,91 @@ async def _task(request: web.Request) -> Task:
 
 
 async def _forward(request: web.Request, task: Task, path: str) -> web.StreamResponse:
-    """One exchange with the Engine API of the task's node.  Raises: SkepError: there is no tunnel to it."""
+    """One exchange with the Engine API of the task's node.
+
+    Raises: PermissionDenied: only an administrator may do it; SkepError: there is no tunnel to it.
+    """
+    kind = forwarded(request.method, _pattern(path))
+    value = await _read(request, kind)
+    await _authorize(request, task, kind, value)
+    body = to_json(value) if value is not None else b""
     # Not by the id: authorization has replaced what the path names by it.
     _record(request, task, _WHAT.sub("", request.path))
-    async with manager_of(request).tunnels.open(task, head=_head(request, path)) as tunnel:
-        if _upgrades(request):
-            await tunnel.send(await request.read())
-            body = None
-        else:
-            body = _send_body(request, tunnel)
+    async with manager_of(request).tunnels.open(
+        task, head=_head(request, kind, path, body), is_admin=identity_of(request).is_admin
+    ) as tunnel:
+        if body:
+            await tunnel.send(body)
+        upload = None if _upgrades(request, kind) else _send_upload(request, tunnel, kind)
         async with _taken_over(request) as client:
-            await join_client(client, tunnel, body=body)
+            await join_client(client, tunnel, body=upload)
     return Hijacked()
 
 
-def _head(request: web.Request, path: str) -> bytes:
-    """The head of the request as the node gets it; with the client's version of the API, or the node's own.
+def _pattern(path: str) -> str:
+    """Return ``/containers/{id}/exec`` for ``/containers/2f.../exec``."""
+    kind, _, what = path.removeprefix("/").split("/")
+    return f"/{kind}/{{id}}/{what}"
 
-    Raises: InvalidArgument: its body would not be framed as the head says.
+
+async def _read(request: web.Request, kind: Forwarded) -> ExecRequest | ExecStart | None:
+    """Return the decoded body, or None if there is none to decode.
+
+    Raises: InvalidArgument: it cannot be decoded, or its encoding or framing is not supported.
     """
     if "Content-Encoding" in request.headers:
         raise InvalidArgument("requests to the containers of tasks cannot have the header Content-Encoding")
-    if _upgrades(request) and request.content_length is None and request.body_exists:
+    if _upgrades(request, kind) and request.content_length is None and request.body_exists:
         raise InvalidArgument("a request that upgrades its connection cannot have Transfer-Encoding: chunked")
-    version = f"/v{given}" if (given := request.match_info.get("version")) else ""
-    query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
-    lines = [f"{request.method} {version}{path}{query} HTTP/1.1", "Host: node"]
-    lines += [f"{name}: {request.headers[name]}" for name in _PASSED_HEADERS if name in request.headers]
-    if _upgrades(request):
+    if kind.is_upload:
+        return None
+    given = await read_body(request)
+    if kind.body is None or (not given and kind.body is ExecStart):
+        return None
+    return await read_json(request, kind.body)
+
+
+async def _authorize(
+    request: web.Request, task: Task, kind: Forwarded, value: ExecRequest | ExecStart | None
+) -> None:
+    """Raises: PermissionDenied."""
+    identity = identity_of(request)
+    if identity.is_admin:
+        return
+    spec = spec_of(await current_view(request), task) or ServiceSpec(task_template=task.spec)
+    container = spec.task_template.container_spec or ContainerSpec()
+    execution = value if isinstance(value, ExecRequest) else None
+    if why := why_not(kind, request.query, container.labels, execution):
+        raise PermissionDenied(f"{identity.name} may not {request.method} {path_of(request.path)}: {why}")
+
+
+def _head(request: web.Request, kind: Forwarded, path: str, body: bytes) -> bytes:
+    """Return the head of the request for the node, with the client's version of the API, or without one."""
+    version = f"/v{number}" if (number := request.match_info.get("version")) else ""
+    lines = [f"{request.method} {version}{path}{query_of(kind, request.query)} HTTP/1.1", "Host: node"]
+    if _upgrades(request, kind):
         lines += ["Connection: Upgrade", "Upgrade: tcp"]
     else:
+        # Otherwise the node would keep the connection for a second request.
         lines.append("Connection: close")
-    if request.content_length is not None:
-        lines.append(f"Content-Length: {request.content_length}")
-    elif request.body_exists:
-        lines.append("Transfer-Encoding: chunked")
-    return "\r\n".join((*lines, "", "")).encode("utf-8", "surrogateescape")
+    if kind.is_upload:
+        length = request.content_length
+        lines.append("Content-Type: application/x-tar")
+        lines.append("Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}")
+    elif body:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join((*lines, "", "")).encode()
 
 
-def _upgrades(request: web.Request) -> bool:
-    """Whether the connection may stop being HTTP: others would be kept by the node for a second request."""
-    return "upgrade" in request.headers and request.path.endswith(("/container/attach", "/start"))
+def _upgrades(request: web.Request, kind: Forwarded) -> bool:
+    return kind.upgrades and "upgrade" in request.headers
 
 
-async def _send_body(request: web.Request, tunnel: Tunnel) -> None:
-    """The body as it arrives, framed as the head says."""
-    is_chunked = request.content_length is None and request.body_exists
+async def _send_upload(request: web.Request, tunnel: Tunnel, kind: Forwarded) -> None:
+    """Send an archive as it arrives, framed as the head says.  Any other body has been sent already."""
+    if not kind.is_upload:
+        return
+    is_chunked = request.content_length is None
     async for data in request.content.iter_any():
         await tunnel.send(b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data)
     if is_chunked:

@@ -63,6 +63,20 @@ def test_what_the_service_leaves_open_is_the_images():
     assert command(merged(HealthConfig(test=("NONE",)), image)) == ()
 
 
+def test_an_image_cannot_have_a_service_probed_more_often_than_its_users_can():
+    image = HealthConfig(test=("CMD", "true"), interval=SECOND_NS // 10, start_interval=1_000_000)
+    least = SECOND_NS
+    found = merged(None, image, image_interval_ns_min=least)
+    assert found is not None
+    assert (found.interval, found.start_interval) == (least, least)
+    own = HealthConfig(interval=SECOND_NS // 2)  # which only an administrator may give
+    found = merged(own, image, image_interval_ns_min=least)
+    assert found is not None
+    assert (found.interval, found.start_interval) == (SECOND_NS // 2, least)
+    assert merged(None, HealthConfig(), image_interval_ns_min=least) == HealthConfig()
+    assert merged(None, image) == image
+
+
 def test_dockers_defaults_hold_for_what_is_not_given():
     assert interval_s(a_check(), Health(), 0.0) == 30
     assert timeout_s(a_check()) == 30

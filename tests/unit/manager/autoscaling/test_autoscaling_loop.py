@@ -7,8 +7,9 @@ from skep.aio.clock import SystemClock
 from skep.api.permissions import STACK_LABEL
 from skep.errors import PermissionDenied
 from skep.manager.autoscaling.loop import Scaling, write_replicas
-from skep.manager.control.quotas import check_quota, replicas_within_quota, set_quota
+from skep.manager.control.quotas import check_quota, set_quota
 from skep.manager.control.services import rollback_service, update_service
+from skep.manager.quotas import replicas_within_quota
 from skep.model.autoscaling import autoscaling_of
 from skep.model.ids import new_id
 from skep.model.quota import QuotaSpec

@@ -1,0 +1,249 @@
+"""Usage of a stack, and why its quota refuses more: checked in the transaction that creates or changes an object.
+
+The leader's rollback is checked as a user's request is.
+"""
+
+from collections.abc import Iterator
+from ipaddress import IPv4Network, IPv6Network
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.model.autoscaling import with_replicas
+from skep.model.history import stack_of
+from skep.model.network import IPAMOptions, Network, NetworkSpec, network_of
+from skep.model.node import Node
+from skep.model.quota import QuotaSpec, StackQuota
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Service, ServiceSpec
+from skep.model.swarm import DEFAULT_SUBNET_SIZE, Swarm
+from skep.store.interface import Transaction, View
+from skep.store.kinds import Payload
+
+_MEBIBYTE = 1 << 20
+_OF_USERS = QuotaSpec(networks=100, addresses=1 << 16, secrets=1_000, configs=1_000, data_bytes=64 << 20)
+"""Bounds of a stack without a quota for users below administrator: all stacks share the address pools, the VXLAN ids
+and the store. A /16 is 256 networks of the default size, and the store has 4 GiB by default."""
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What services and other objects take; the fields of ``QuotaSpec``."""
+
+    tasks: int = 0
+    nano_cpus: int = 0
+    memory_bytes: int = 0
+    ports: int = 0
+    networks: int = 0
+    addresses: int = 0
+    secrets: int = 0
+    configs: int = 0
+    data_bytes: int = 0
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Both together."""
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+
+def usage_of(spec: ServiceSpec, nodes: int) -> Usage:
+    """What a service takes.  ``nodes``: how many there are, each with a task of a global service."""
+    job = spec.mode.replicated_job
+    if spec.mode.name in ("global", "global-job"):
+        tasks = nodes
+    else:
+        tasks = spec.replicas if job is None else job.max_concurrent or job.total_completions or 1
+    resources = spec.task_template.resources
+    reserved = resources.reservations if resources is not None else None
+    return Usage(
+        tasks=tasks,
+        nano_cpus=tasks * (reserved.nano_cpus if reserved is not None else 0),
+        memory_bytes=tasks * (reserved.memory_bytes if reserved is not None else 0),
+        ports=len(spec.endpoint_spec.ports) if spec.endpoint_spec is not None else 0,
+    )
+
+
+def usage_of_network(view: View, spec: NetworkSpec, given: Network | None = None) -> Usage:
+    """Return what a network takes: IPv4 addresses of its subnets.
+
+    Args:
+        given: The network with the subnets that it has, or None if it is new.
+    """
+    requested, blank = _ipv4(spec.ipam_options)
+    allocated, _ = _ipv4(given.ipam_options if given is not None else None)
+    swarm = next(iter(view.find(Swarm)), None)
+    of_pool = 1 << (32 - (swarm.subnet_size if swarm is not None else DEFAULT_SUBNET_SIZE))
+    is_overlay = spec.driver_configuration is None or spec.driver_configuration.name == "overlay"
+    # One subnet of a pool unless the spec has one, and one for each that it leaves open.
+    to_come = max(blank, not requested) - len(allocated - requested) if is_overlay else 0
+    addresses = sum(subnet.num_addresses for subnet in requested | allocated) + max(to_come, 0) * of_pool
+    return Usage(networks=1, addresses=addresses)
+
+
+def _ipv4(options: IPAMOptions | None) -> tuple[set[IPv4Network | IPv6Network], int]:
+    """Return the IPv4 subnets, and how many are left open."""
+    configs = options.configs if options is not None else ()
+    named = {network_of(config.subnet) for config in configs if config.subnet and ":" not in config.subnet}
+    return named, sum(not config.subnet for config in configs)
+
+
+def usage_of_file(spec: SecretSpec | ConfigSpec, data_bytes: int) -> Usage:
+    """Return what a secret or config takes."""
+    if isinstance(spec, SecretSpec):
+        return Usage(secrets=1, data_bytes=data_bytes)
+    return Usage(configs=1, data_bytes=data_bytes)
+
+
+def usage_of_stack(view: View, stack: str, *, without: str = "") -> Usage:
+    """Return what all objects of a stack take.
+
+    Args:
+        without: Id of an object that does not count.
+    """
+    nodes, used = len(view.ids(Node)), Usage()
+    for service in _services(view, stack):
+        if service.id != without:
+            used = used.plus(usage_of(service.spec, nodes))
+    return used.plus(_usage_of_others(view, stack, without))
+
+
+def _usage_of_others(view: View, stack: str, without: str = "") -> Usage:
+    """Return what all objects but the services take."""
+    used = Usage()
+    for network in view.find(Network):
+        if stack_of(network.spec.labels) == stack and network.id != without:
+            used = used.plus(usage_of_network(view, network.spec, network))
+    for secret in view.find(Secret):
+        if stack_of(secret.spec.labels) == stack and secret.id != without:
+            payload = view.lookup(Payload, f"secret/{secret.id}")
+            used = used.plus(usage_of_file(secret.spec, len(payload.data) if payload is not None else 0))
+    for config in view.find(Config):
+        if stack_of(config.spec.labels) == stack and config.id != without:
+            used = used.plus(usage_of_file(config.spec, len(config.spec.data)))
+    return used
+
+
+def refusal(quota: QuotaSpec, before: Usage, others: Usage, wanted: Usage) -> str:
+    """Return why a quota does not allow ``wanted``, or an empty string.  It never refuses less than ``before``.
+
+    Args:
+        before: What the object took until now.
+        others: What the other objects of the stack take.
+    """
+    for name in _needed_fields(quota):
+        # Without a reservation nothing is counted, so to give one up is to take more.
+        is_more = wanted.tasks > before.tasks or getattr(before, name)
+        if wanted.tasks and not getattr(wanted, name) and is_more:
+            return (
+                f"the stack {quota.name} has a quota of reservations: its services have to reserve "
+                f"{' and '.join(_needed(quota))}"
+            )
+    for name, noun, scale, owners in BOUNDS:
+        bound, used, want = getattr(quota, name), getattr(others, name), getattr(wanted, name)
+        if bound and used + want > bound and want > getattr(before, name):
+            return (
+                f"the quota of the stack {quota.name} is exceeded: {want / scale:g} {noun} wanted, "
+                f"{used / scale:g} used by its other {owners}, the limit is {bound / scale:g}"
+            )
+    return ""
+
+
+def claim(tx: Transaction, stack: str, before: Usage, wanted: Usage, *, id: str = "") -> str:
+    """Claim what an object is to take.  Return why the quota of the stack does not allow it, or an empty string.
+
+    Args:
+        id: Id of the object, or an empty string if it is new.
+    """
+    quota = quota_of(tx, stack)
+    if quota is None:
+        return ""
+    if why := refusal(quota.spec, before, usage_of_stack(tx, stack, without=id), wanted):
+        return why
+    tx.put(replace(quota, changes=quota.changes + 1))
+    return ""
+
+
+def claim_service(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> str:
+    """Claim what a service is to take, in place of what ``present`` takes.  See ``claim``."""
+    stack = stack_of(spec.labels)
+    if quota_of(tx, stack) is None:
+        return ""
+    nodes = len(tx.ids(Node))
+    was_in_it = present is not None and stack_of(present.spec.labels) == stack
+    before = usage_of(present.spec, nodes) if present is not None and was_in_it else Usage()
+    return claim(tx, stack, before, usage_of(spec, nodes), id=present.id if present is not None else "")
+
+
+def refusal_of_users(view: View, stack: str, wanted: Usage) -> str:
+    """Return why only an administrator may add an object to a stack, or an empty string.
+
+    Bounds of the stack's quota hold in place of these.
+    """
+    quota = quota_of(view, stack)
+    own = quota.spec if quota is not None else QuotaSpec()
+    left = {name: getattr(_OF_USERS, name) for name, *_ in BOUNDS if not getattr(own, name)}
+    others = _usage_of_others(view, stack)
+    for name, noun, scale, _ in BOUNDS:
+        bound, used, want = left.get(name, 0), getattr(others, name), getattr(wanted, name)
+        if bound and want and used + want > bound:
+            where = f"the stack {stack} has" if stack else "objects of no stack have"
+            return (
+                f"{where} {used / scale:g} {noun} and may have {bound / scale:g} without a quota, "
+                f"{want / scale:g} wanted: an administrator can set a quota"
+            )
+    return ""
+
+
+def replicas_within_quota(view: View, service: Service, replicas: int) -> tuple[int, str]:
+    """The most tasks up to ``replicas`` to which a service may be scaled, and why not more; never fewer than it has."""
+    quota, most = quota_of(view, stack_of(service.spec.labels)), service.spec.replicas
+    if quota is None or replicas <= most:
+        return replicas, ""
+    others, nodes = usage_of_stack(view, quota.spec.name, without=service.id), len(view.ids(Node))
+    before = usage_of(service.spec, nodes)
+
+    def why_not(number: int) -> str:
+        return refusal(quota.spec, before, others, usage_of(with_replicas(service.spec, number), nodes))
+
+    if not (why := why_not(replicas)):
+        return replicas, ""
+    refused = replicas
+    while refused - most > 1:
+        middle = (most + refused) // 2
+        if why_not(middle):
+            refused = middle
+        else:
+            most = middle
+    return most, why
+
+
+def quota_of(view: View, stack: str) -> StackQuota | None:
+    """The quota of a stack; None: it has none."""
+    found = view.find(StackQuota, name=stack.lower()) if stack else ()
+    return next((one for one in found if one.spec.name == stack), None)
+
+
+BOUNDS = (
+    ("tasks", "tasks", 1, "services"),
+    ("nano_cpus", "reserved CPUs", 1_000_000_000, "services"),
+    ("memory_bytes", "MiB of reserved memory", _MEBIBYTE, "services"),
+    ("ports", "published ports", 1, "services"),
+    ("networks", "networks", 1, "objects"),
+    ("addresses", "addresses", 1, "networks"),
+    ("secrets", "secrets", 1, "objects"),
+    ("configs", "configs", 1, "objects"),
+    ("data_bytes", "MiB of secrets and configs", _MEBIBYTE, "secrets and configs"),
+)
+"""Of each bound: its field, what is counted, how it is shown, and what else counts."""
+
+
+def _needed_fields(quota: QuotaSpec) -> list[str]:
+    return [name for name in ("nano_cpus", "memory_bytes") if getattr(quota, name)]
+
+
+def _needed(quota: QuotaSpec) -> list[str]:
+    return [{"nano_cpus": "CPUs", "memory_bytes": "memory"}[name] for name in _needed_fields(quota)]
+
+
+def _services(view: View, stack: str) -> Iterator[Service]:
+    for service in view.find(Service):
+        if service.removed_at is None and stack_of(service.spec.labels) == stack:
+            yield service

@@ -1,0 +1,26 @@
+"""What ``skep stack quota set`` sends, and what it makes of a manager that does not know all of it."""
+
+import pytest
+
+from skep.cli.stack_quota import _body, _check_is_set
+from skep.errors import FailedPrecondition
+
+NONE = {"tasks": 0, "ports": 0, "networks": 0, "addresses": 0, "secrets": 0, "configs": 0}
+
+
+def test_bounds_that_are_not_given_are_not_sent_to_older_managers():
+    assert _body(cpus=0.5, memory="1g", data="0", **NONE | {"tasks": 3}) == {
+        "Tasks": 3,
+        "NanoCPUs": 500_000_000,
+        "MemoryBytes": 1 << 30,
+        "Ports": 0,
+    }
+    body = _body(cpus=0, memory="0", data="64m", **NONE | {"networks": 2, "addresses": 512})
+    assert (body["Networks"], body["Addresses"], body["DataBytes"]) == (2, 512, 64 << 20)
+
+
+def test_a_bound_that_an_older_manager_has_dropped_is_an_error():
+    body = _body(cpus=0, memory="0", data="0", **NONE | {"tasks": 3, "networks": 2})
+    _check_is_set(body, {"Quota": {"Tasks": 3, "Networks": 2}})
+    with pytest.raises(FailedPrecondition, match="does not know the bounds Networks"):
+        _check_is_set(body, {"Quota": {"Tasks": 3}})
