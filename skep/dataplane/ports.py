@@ -61,6 +61,8 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     try:
         opened = socket.socket(family, kinds[protocol] | socket.SOCK_CLOEXEC, number)
     except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:  # the kernel runs with ipv6.disable=1
+            raise AddressNotHere(f"listen {protocol} [{address}]:{port}: {error.strerror}") from error
         raise Unavailable(f"this kernel has no {protocol}: {error.strerror}") from error
     address = address or "0.0.0.0"
     try:

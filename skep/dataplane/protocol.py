@@ -14,6 +14,8 @@ from skep.dataplane.ipc import framed
 from skep.model.ids import NetworkId, TaskId
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
+MESH = "mesh"
+"""Owner of the routing mesh's ports."""
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -28,6 +30,11 @@ class Reservation(msgspec.Struct, frozen=True):
     token: str = ""
     address: str = ""
     target: tuple[str, int] | None = None
+
+    @property
+    def owner(self) -> str:
+        """Who reserved it (``client.NetClient``): empty for the ports of containers, and of former versions' tokens."""
+        return self.token.rpartition(":")[0]
 
 
 class NameServer(msgspec.Struct, frozen=True):

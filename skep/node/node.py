@@ -46,6 +46,7 @@ from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.name_registration import NameRegistration
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.neighbours import NeighbourTables
+from skep.dataplane.protocol import MESH
 from skep.dataplane.tables import unreachable
 from skep.dataplane.tables.files import SharedTables, StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
@@ -293,7 +294,7 @@ class Node:
                 rng=self._random,
                 show_condition=environment.conditions.report,
             ),
-            NetProcess(net(), net("mesh"), NameRegistration(net(), RESOLVER)),
+            NetProcess(net(), net(MESH), NameRegistration(net(), RESOLVER)),
             endpoints,
             Options(
                 method=_encryption(environment.features, configuration.encryption),
