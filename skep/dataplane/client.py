@@ -29,6 +29,9 @@ from skep.dataplane.protocol import (
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId
 
+MESH = "mesh"
+"""Owner of the routing mesh's ports."""
+
 
 class NetClient:
     """Ports that outlive the node process (``ports.PortReservations``), and names.

@@ -15,13 +15,13 @@ import structlog
 from skep.aio.clock import SystemClock
 from skep.aio.failures import retry
 from skep.dataplane import handover
+from skep.dataplane.client import MESH
 from skep.dataplane.handover import Taken
 from skep.dataplane.ipc import read_frame, serve
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import AddressNotHere, Reservations, reopened
 from skep.dataplane.protocol import (
     FRAME_BYTES_MAX,
-    MESH,
     Done,
     Forget,
     HandedOver,

@@ -14,8 +14,6 @@ from skep.dataplane.ipc import framed
 from skep.model.ids import NetworkId, TaskId
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
-MESH = "mesh"
-"""Owner of the routing mesh's ports."""
 
 
 class Reservation(msgspec.Struct, frozen=True):

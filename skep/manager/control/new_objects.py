@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.api.networks import PREDEFINED_LABEL, NetworkBody
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
+from skep.manager.control.reserved_ports import reserved_ports
 from skep.model.container import ContainerSpec, Mount
 from skep.model.labels import priority_of
 from skep.model.network import Network
@@ -133,6 +134,7 @@ def _rights(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator
             yield f"a file of its machine (log option {name})"
     if container.oom_score_adj < 0:
         yield "a lower score for the kernel's out-of-memory killer"
+    yield from reserved_ports(view, spec)
     for attachment in (*spec.task_template.networks, *spec.networks):
         if name := _network_of_machine(view, attachment.target):
             yield f"the machine's network {name}"
