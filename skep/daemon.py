@@ -228,10 +228,12 @@ class Daemon:
             requirements.CONMON: configuration.conmon,
             requirements.NFT: configuration.nft,
         }
+        has_containers = configuration.executor == "oci"
         return requirements.check(
             configuration.data_dir,
-            tools if configuration.executor == "oci" else {},
+            tools if has_containers else {},
             lambda: find_binary(configuration.etcd_binary, configuration.paths.etcd_version).version,
+            requirements.cgroup_problem if has_containers else str,
         )
 
     def _check_isolation(self) -> tuple[str, ...]:

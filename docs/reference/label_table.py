@@ -555,6 +555,13 @@ LABELS = (
     ),
     Label(
         LabelTarget.ENGINE,
+        "skep.reserved-ports",
+        "`tcp=2376,2377 udp=4789`",
+        "",
+        "ports that the node's daemon uses; in the whole cluster, only administrators publish on those of managers",
+    ),
+    Label(
+        LabelTarget.ENGINE,
         SLOT_VOLUMES_LABEL,
         "`VOLUME=SERVICE.SLOT@TIME ...`",
         "",

@@ -255,6 +255,7 @@ class Agent:
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
         self._managers.replace(peers, {known.peer.addr: known.weight for known in message.managers})
+        self._session_state.data_path_port = message.node.VXLANUDPPort
         self._credentials.take_roots(message.RootCA)
         if message.node.certificate.status.state == pb.IssuanceStatus.ROTATE:
             self._credentials.want_renewal()

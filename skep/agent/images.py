@@ -23,6 +23,7 @@ from skep.engine.images.spreading import FindSources, Source
 from skep.errors import NotFound, PermissionDenied, Unavailable
 from skep.model.ids import NodeId
 from skep.model.node import NodeRole
+from skep.model.reserved_ports import IMAGES_PORT
 from skep.rpc.client import Bounds
 from skep.security.identity import ROLE_NAMES
 from skep.security.keypair import KeyPair
@@ -36,7 +37,6 @@ from skep.wire.service import Handler, server_stream, unary
 
 log = structlog.get_logger(__name__)
 
-DEFAULT_PORT = 2374
 CHECKED_S = 30.0
 """For so long a node may read an image after a manager has said so."""
 CHECKED_MAX = 4096
@@ -77,7 +77,7 @@ class ImagePort:
 
         async def serve_images() -> None:
             try:
-                await self._serve(pair, host, self._wanted_port or DEFAULT_PORT)
+                await self._serve(pair, host, self._wanted_port or IMAGES_PORT)
             except Unavailable:
                 if self._wanted_port:
                     raise

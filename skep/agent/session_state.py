@@ -31,6 +31,8 @@ class SessionState:
         self._responded_at = clock.monotonic()
         self._node_id = NodeId("")
         self._joined = asyncio.Event()
+        self.data_path_port = 0
+        """UDP port of the cluster's overlay networks, written by the agent; 0: not known so far."""
         self._channel: Channel | None = None
         self._session = asyncio.Event()
         self._no_session = asyncio.Event()

@@ -18,6 +18,7 @@ from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.model.addresses import host_of, joined
 from skep.model.node import Availability
+from skep.model.reserved_ports import MANAGER_PORT
 from skep.model.swarm import (
     DEFAULT_DATA_PATH_PORT,
     DEFAULT_POOL,
@@ -30,7 +31,7 @@ from skep.model.swarm import (
 
 Address: TypeAlias = IPv4Address | IPv6Address
 
-DEFAULT_PORT = "2377"
+DEFAULT_PORT = str(MANAGER_PORT)
 
 _BAD_NETWORK = "must specify a valid IP address or interface name"
 _BAD_LISTEN = "listen address must be an IP address or network interface (with optional port number)"

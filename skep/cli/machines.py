@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import msgspec
 
-PORTS = (2374, 2377, 2378)
+from skep.model.reserved_ports import IMAGES_PORT, MANAGER_PORT, PEER_PORT
+
+PORTS = (IMAGES_PORT, MANAGER_PORT, PEER_PORT)
 """TCP ports that a node listens on."""
 KERNEL_MIN = (5, 10)
 SKEW_S_MAX = 30.0

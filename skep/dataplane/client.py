@@ -29,6 +29,9 @@ from skep.dataplane.protocol import (
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId
 
+MESH = "mesh"
+"""Owner of the routing mesh's ports."""
+
 
 class NetClient:
     """Ports that outlive the node process (``ports.PortReservations``), and names.
@@ -72,7 +75,7 @@ class NetClient:
         return tuple(
             (held.protocol, held.port, held.address)
             for held in (await self.listing()).reservations
-            if _owner(held.token) == self._owner
+            if held.owner == self._owner
         )
 
     async def listing(self) -> Listing:
@@ -120,11 +123,6 @@ class NetClient:
 
     async def _ask(self, request: Request) -> Response:
         return decode_response(await self._ipc.ask(msgspec.msgpack.encode(request)))
-
-
-def _owner(token: str) -> str:
-    """The owner of a port; the tokens of former versions name none."""
-    return token.rpartition(":")[0]
 
 
 def _unexpected(response: Response) -> Unavailable:

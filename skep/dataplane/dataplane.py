@@ -29,7 +29,7 @@ from skep.dataplane.netns.parents import ParentDevices
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.overlays import Overlays, node_reconciler
-from skep.dataplane.ports import PortReservations
+from skep.dataplane.ports import PortReservations, UnreservedPorts
 from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.namespace import ProbeNamespace
 from skep.dataplane.probe.port_probe import PortChecks, PortProbe
@@ -37,6 +37,7 @@ from skep.dataplane.probe.prober import PathProber
 from skep.dataplane.wireguard.tunnels import Options, Tunnels
 from skep.model.ids import new_container_id
 from skep.model.network import ConfigReference
+from skep.model.reserved_ports import ReservedPorts
 from skep.model.tables import NetworkHead
 from skep.paths import Paths
 
@@ -48,6 +49,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         namespaces: of containers, and the node's own.
         rng: numbers from 0 to 1.
         show_condition: called with the name of a condition of the node and its message; an empty message ends it.
+        own_ports: gives the ports of the machine that no container may have.
     """
 
     paths: Paths
@@ -55,6 +57,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     clock: Clock
     rng: Callable[[], float]
     show_condition: Callable[[str, str], None] = lambda name, message: None
+    own_ports: Callable[[], ReservedPorts] = dict
 
 
 class NetProcess(msgspec.Struct, frozen=True):
@@ -106,7 +109,7 @@ class DataPlane:
             namespaces=namespaces,
             home=home,
             reply_routing=replies,
-            ports=net.mesh_ports,
+            ports=UnreservedPorts(net.mesh_ports, host.own_ports),
             relays=paths.relays,
             clock=clock,
             rng=rng,
@@ -115,7 +118,7 @@ class DataPlane:
             namespaces=namespaces,
             home=home,
             deferred=self._deferred,
-            ports=net.ports,
+            ports=UnreservedPorts(net.ports, host.own_ports),
             state=paths.networks / "gateway",
         )
         self.local = _local_networks(host, self.gateway)

@@ -88,6 +88,8 @@ class Gateway:
         self._sandboxes: dict[ContainerId, Sandbox] = {}
         self._holders: dict[_Port, ContainerId] = {}
         """Who has each reserved port: the next one may have what a record of an earlier run says."""
+        self._unheld: frozenset[_Port] = frozenset()
+        """Ports of containers that another program took while the net process held none: they are not published."""
         self._reserving = 0
         """Reservations without an answer so far: the port may be held, and is in no record."""
         self._changing = asyncio.Lock()
@@ -172,13 +174,22 @@ class Gateway:
             raise
 
     async def sweep(self) -> None:
-        """Release ports that no container has: one may have been reserved without an answer.  Raises: Unavailable."""
+        """Release ports that no container has, and hold those that the net process has lost, in a crash for instance.
+
+        A port may have been reserved without an answer.  Raises: Unavailable.
+        """
         async with self._changing:
             if self._addresses is None:
                 return  # which ports containers have is not known so far
-            for port in await self._reservations.held():
+            published = self._published()  # before the list: one that is reserved meanwhile is not lost
+            held = frozenset(await self._reservations.held())
+            for port in held:
                 if not self._reserving and port not in self._holders:
                     await self._reservations.release(*port)
+            before = self._unheld
+            await self._hold_again(published, held)
+            if self._unheld != before:
+                await self._apply()
 
     def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
         """The result of ``connect`` of a connected container; None: it is not connected."""
@@ -271,7 +282,13 @@ class Gateway:
             for one in sandboxes
             if one.port
         ]
-        host_ports = [port for one in sandboxes for port in _host_ports(one.address, one.ports)]
+        host_ports = [
+            port
+            for one in sandboxes
+            for port in _host_ports(
+                one.address, [it for it in one.ports if _reserved(it) not in self._unheld]
+            )
+        ]
         between = between_table((one.port, one.is_open) for one in sandboxes if one.port)
         rules = [gateway_table(self._bridge, subnet, host_ports), spoofing_filter(owners), between]
         if subnet6 is not None:
@@ -317,6 +334,7 @@ class Gateway:
                 self._reserving -= 1
             reserved = msgspec.structs.replace(port, published_port=number)
             self._holders[_reserved(reserved)] = id
+            self._unheld -= {_reserved(reserved)}
             return reserved
 
         return await run_to_end(reserve())  # a reserved port in no record would be held for good
@@ -327,21 +345,43 @@ class Gateway:
             del self._holders[port]
 
     async def _restore_ports(self) -> None:
-        wanted = {
+        published = self._published()
+        # Known before anything is waited for: a sweep releases what has no holder.
+        self._holders = {port: id for port, (id, _, _) in published.items()}
+        held = frozenset(await self._reservations.held())
+        await self._hold_again(published, held)
+        for gone in sorted(held - published.keys()):  # of containers that are gone
+            await self._reservations.release(*gone)
+
+    def _published(self) -> Mapping[_Port, tuple[ContainerId, PublishedPort, str]]:
+        """The container, the port and the container's address of each host-mode port."""
+        return {
             _reserved(port): (id, port, one.address)
             for id, one in self._sandboxes.items()
             for port in one.ports
         }
-        # Known before anything is waited for: a sweep releases what has no holder.
-        self._holders = {port: id for port, (id, _, _) in wanted.items()}
-        held = set(await self._reservations.held())
-        for key in sorted(wanted.keys() - held):
+
+    async def _hold_again(
+        self, published: Mapping[_Port, tuple[ContainerId, PublishedPort, str]], held: frozenset[_Port]
+    ) -> None:
+        """Hold what is ``published`` and not ``held``; what cannot be held is not published until it can."""
+        unheld = set()
+        for key in sorted(published.keys() - held):
+            id, port, address = published[key]
             try:
-                await self._reserve_one(*wanted[key])
-            except SkepError as error:  # the rules publish it nevertheless
-                log.warning("host port not reserved again", port=key, error=str(error))
-        for gone in sorted(held - wanted.keys()):  # of containers that are gone
-            await self._reservations.release(*gone)
+                await self._reserve_one(id, port, address)
+            except SkepError as error:
+                if self._holders.get(key) != id:  # another container has it by now
+                    continue
+                unheld.add(key)
+                if key not in self._unheld:
+                    log.warning(
+                        "host port is not published any longer", port=key, container=id, reason=str(error)
+                    )
+            else:
+                if id not in self._sandboxes:  # disconnected meanwhile, without this port
+                    await self._release(id, key)
+        self._unheld = frozenset(unheld)
 
     # --- subnet -----------------------------------------------------------------------------------------------
 

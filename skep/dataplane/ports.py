@@ -10,7 +10,7 @@ a crash opens them again.
 
 import errno
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,8 @@ from skep.dataplane.protocol import Reservation
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, SkepError, Unavailable
 from skep.linux.descriptors import set_aside
 from skep.linux.files import is_no_file, replace_file
+from skep.model.addresses import joined
+from skep.model.reserved_ports import ReservedPorts
 
 
 class PortReservations(Protocol):
@@ -48,6 +50,48 @@ class AddressNotHere(FailedPrecondition):
     """The node has no such address."""
 
 
+class UnreservedPorts:
+    """Ports of this machine without those that its own daemon uses: no container gets one, whoever asks.
+
+    The daemon's sockets would hold most of them, but not before they are opened: the data path's with the first overlay
+    network, a manager's while its process is started again.
+    """
+
+    def __init__(self, ports: PortReservations, reserved: Callable[[], ReservedPorts]) -> None:
+        self._ports = ports
+        self._reserved = reserved
+
+    async def reserve(
+        self, protocol: str, port: int, address: str = "", target: tuple[str, int] | None = None
+    ) -> int:
+        """As ``PortReservations`` says.  Raises: AlreadyExists: also if the daemon uses the port."""
+        if use := self._reserved().get((protocol, port)):
+            raise AlreadyExists(
+                f"Bind for {joined(address or '0.0.0.0', port)} failed: port is reserved for {use}"
+            )
+        number = await self._ports.reserve(protocol, port, address, target)
+        if (protocol, number) not in self._reserved():
+            return number
+        try:  # any free port was asked for, and that one is not: held meanwhile, or it would be given again
+            return await self.reserve(protocol, port, address, target)
+        finally:
+            await self._ports.release(protocol, number, address)
+
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
+        """As ``PortReservations`` says."""
+        await self._ports.release(protocol, port, address)
+
+    async def held(self) -> Iterable[tuple[str, int, str]]:
+        """As ``PortReservations`` says; what the daemon has come to use is let go first."""
+        held, reserved = [], self._reserved()
+        for key in await self._ports.held():
+            if key[:2] in reserved:
+                await self._ports.release(*key)
+            else:
+                held.append(key)
+        return held
+
+
 def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     """A socket that holds ``port`` of the present network namespace.
 
@@ -61,6 +105,8 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     try:
         opened = socket.socket(family, kinds[protocol] | socket.SOCK_CLOEXEC, number)
     except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:  # the kernel runs with ipv6.disable=1
+            raise AddressNotHere(f"listen {protocol} [{address}]:{port}: {error.strerror}") from error
         raise Unavailable(f"this kernel has no {protocol}: {error.strerror}") from error
     address = address or "0.0.0.0"
     try:
@@ -73,7 +119,7 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         opened.close()
-        where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        where = joined(address, port)
         if error.errno == errno.EADDRINUSE:
             raise AlreadyExists(f"Bind for {where} failed: port is already allocated") from error
         if error.errno == errno.EADDRNOTAVAIL:

@@ -15,6 +15,7 @@ import structlog
 from skep.aio.clock import SystemClock
 from skep.aio.failures import retry
 from skep.dataplane import handover
+from skep.dataplane.client import MESH
 from skep.dataplane.handover import Taken
 from skep.dataplane.ipc import read_frame, serve
 from skep.dataplane.netns.namespaces import Namespaces
@@ -56,6 +57,7 @@ class Ports(NamedTuple):
 
     held: Reservations
     relays: HostRelays
+    mesh: Relays
 
 
 def run(paths: Paths, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
@@ -101,12 +103,17 @@ async def _run(
         )
         try:
             await host_relays.serve(reservations.held)
-            relays = Relays(paths.relays, SystemClock(), random.random)
+            relays = Relays(
+                paths.relays,
+                SystemClock(),
+                random.random,
+                lambda: [one for one in reservations.held() if one[0].owner == MESH],
+            )
             start_task(retry(relays.run, "relays of ports failed", clock=SystemClock()))
             for work in beside:
                 start_task(work())
             serving.take_over(taken.named, taken.waiting)
-            await _serve(paths, Ports(reservations, host_relays), serving)
+            await _serve(paths, Ports(reservations, host_relays, relays), serving)
         finally:
             host_relays.close()
             serving.close()
@@ -203,6 +210,7 @@ async def _answer(request: Request, ports: Ports, serving: ServedContainers) -> 
                 )
         case Release(kind, port, address):
             await ports.relays.end(kind, port, address)
+            ports.mesh.end(kind, port, address)
             ports.held.release(kind, port, address)
             return Done()
         case List():

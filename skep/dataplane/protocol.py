@@ -29,6 +29,11 @@ class Reservation(msgspec.Struct, frozen=True):
     address: str = ""
     target: tuple[str, int] | None = None
 
+    @property
+    def owner(self) -> str:
+        """Who reserved it (``client.NetClient``): empty for the ports of containers, and of former versions' tokens."""
+        return self.token.rpartition(":")[0]
+
 
 class NameServer(msgspec.Struct, frozen=True):
     """A name server to forward to."""

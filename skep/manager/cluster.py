@@ -2,6 +2,8 @@
 
 from skep.errors import FailedPrecondition, Unavailable
 from skep.model.node import Node, NodeState
+from skep.model.planes import data_path_port
+from skep.model.reserved_ports import ReservedPorts, of_cluster
 from skep.model.swarm import Swarm
 from skep.security.trust import root_digest
 from skep.store.interface import View
@@ -14,6 +16,11 @@ def cluster_of(view: View) -> Swarm:
     for why in view.unreadable(Swarm).values():
         raise Unavailable(f"the cluster's settings cannot be read: {why}")
     raise FailedPrecondition("this node is not part of a swarm")
+
+
+def reserved_ports_of(view: View) -> ReservedPorts:
+    """The ports that the cluster uses itself."""
+    return of_cluster(data_path_port(view.find(Swarm)), view.find(Node))
 
 
 def etcds_behind(view: View) -> list[Node]:

@@ -1,6 +1,6 @@
-"""Ports of a node that something else than tasks uses: plain containers, and other programs of the machine.
+"""Ports of a node that something else than tasks uses: its daemon, plain containers, and other programs of the machine.
 
-The node reports them in an engine label, so that host-mode ports are published elsewhere.
+The node reports them in engine labels, so that host-mode ports are published elsewhere.
 """
 
 from collections.abc import Iterable
@@ -10,6 +10,8 @@ from typing import Final, TypeAlias
 from skep.model.node import Node
 
 PORTS_LABEL: Final = "skep.ports"
+RESERVED_LABEL: Final = "skep.reserved-ports"
+"""A node's own ports (``reserved_ports``); that of a manager counts for the whole cluster."""
 PORTS_MAX = 1000
 """Ports in the label, the lowest ones of each protocol."""
 _LABEL_CHARACTERS_MAX = 16 * 1024
@@ -31,8 +33,14 @@ def ports_label(ports: Iterable[UsedPort]) -> str:
 
 
 def used_ports_of(node: Node) -> frozenset[UsedPort]:
-    """The ports in the node's label; what cannot be read is ignored."""
-    label = node.description.engine.labels.get(PORTS_LABEL, "")[:_LABEL_CHARACTERS_MAX]
+    """The ports in the node's labels; what cannot be read is ignored."""
+    labels = node.description.engine.labels
+    return ports_in(labels.get(PORTS_LABEL, "")) | ports_in(labels.get(RESERVED_LABEL, ""))
+
+
+def ports_in(label: str) -> frozenset[UsedPort]:
+    """The ports in the text of a label; what cannot be read is ignored."""
+    label = label[:_LABEL_CHARACTERS_MAX]
     return _remembered(label) if len(label) <= _REMEMBERED_CHARACTERS_MAX else _read(label)
 
 

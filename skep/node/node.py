@@ -38,7 +38,7 @@ from skep.api.client import Client
 from skep.api.otlp import exporter_to
 from skep.api.server import application
 from skep.configuration.configuration import Configuration, UnixHost
-from skep.dataplane.client import NetClient
+from skep.dataplane.client import MESH, NetClient
 from skep.dataplane.dataplane import DataPlane, Host, NetProcess
 from skep.dataplane.dns.checks import NameChecks
 from skep.dataplane.endpoint_allocation import ClusterEndpoints
@@ -97,6 +97,7 @@ from skep.node.membership import Membership
 from skep.node.metrics import NodeMetrics, Sources
 from skep.node.metrics_server import metrics_routes, serving_metrics
 from skep.node.offers import OfferReader
+from skep.node.own_ports import OwnPorts
 from skep.node.parts import run_after, run_part, wait_briefly
 from skep.node.reaping import reap_orphans
 from skep.node.routes.cluster_networks import ClusterNetworks
@@ -133,6 +134,7 @@ class Node:
         self._session = SessionState(
             self._clock, LastSeenFile(self._paths.last_seen, self._clock.since_boot, boot_id())
         )
+        self._own_ports = OwnPorts(lambda: self._configuration, self._session)
         self._image_sources = ClusterSources(self._session)
         self._engine_images: EngineImages | None = None
         # Containers.  With the executor ``process`` there are none: tasks are plain commands.
@@ -293,8 +295,9 @@ class Node:
                 clock=self._clock,
                 rng=self._random,
                 show_condition=environment.conditions.report,
+                own_ports=self._own_ports.present,
             ),
-            NetProcess(net(), net("mesh"), NameRegistration(net(), RESOLVER)),
+            NetProcess(net(), net(MESH), NameRegistration(net(), RESOLVER)),
             endpoints,
             Options(
                 method=_encryption(environment.features, configuration.encryption),
@@ -345,12 +348,12 @@ class Node:
     def _part_labels(self) -> Mapping[str, str]:
         """Labels of the node from its parts."""
         plane = self._data_plane
-        encryption = plane.tunnels.labels() if plane is not None else {}
+        own = {**self._own_ports.labels(), **(plane.tunnels.labels() if plane is not None else {})}
         mesh = plane.mesh.published if plane is not None else frozenset()
         if self._engine is None:
-            return encryption
+            return own
         ports = port_labels(self._engine.list(), mesh, self._offers.present.listening)
-        return {**encryption, **ports, **volume_labels(self._engine.volumes.uses)}
+        return {**own, **ports, **volume_labels(self._engine.volumes.uses)}
 
     def _node_probes(self) -> NodeProbes | None:
         """Probes of other nodes, where this one can have overlay networks."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from skep.engine.cgroups import MOUNT_POINT, Cgroups
 from skep.errors import FailedPrecondition
 from skep.node.features import file_system_type
 
@@ -42,17 +43,23 @@ class Unfit(FailedPrecondition):
         self.problems = problems
 
 
-def check(data_dir: Path, tools: Mapping[Tool, str], find_etcd: Callable[[], Version]) -> Mapping[str, str]:
+def check(
+    data_dir: Path,
+    tools: Mapping[Tool, str],
+    find_etcd: Callable[[], Version],
+    find_cgroup_problem: Callable[[], str] = str,
+) -> Mapping[str, str]:
     """Versions of ``tools`` (tool -> program) and of etcd, by name.
 
     Args:
         find_etcd: its version, or FailedPrecondition with what to do.
+        find_cgroup_problem: ``cgroup_problem``, on a node that runs containers.
 
     Raises: Unfit: with everything that is wrong at once.
     """
     if os.geteuid() != 0:
         raise Unfit(("skep daemon must run as root: start it with sudo, or by its systemd unit",))
-    problems = list(_data_dir_problems(data_dir))
+    problems = [*_data_dir_problems(data_dir), *filter(None, (find_cgroup_problem(),))]
     versions: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=len(tools) + 1) as pool:
         etcd = pool.submit(find_etcd)
@@ -70,6 +77,28 @@ def check(data_dir: Path, tools: Mapping[Tool, str], find_etcd: Callable[[], Ver
     if problems:
         raise Unfit(tuple(problems))
     return versions
+
+
+def cgroup_problem(mount_point: Path = MOUNT_POINT) -> str:
+    """Why runc cannot put a container into a cgroup of this machine; "" if it can.
+
+    Source: runc, libcontainer/cgroups/fs/paths.go (on v1 it is the controller ``devices`` that cannot be missing).
+    """
+    cgroups = Cgroups("", mount_point)
+    if not cgroups.is_v2 and not cgroups.controllers:
+        return (
+            f"no cgroup hierarchy is mounted at {mount_point}, so no container can start: "
+            f"mount -t cgroup2 none {mount_point}"
+        )
+    if not cgroups.is_v2 and "devices" not in cgroups.controllers:
+        return (
+            f"the cgroup hierarchy of devices is not mounted below {mount_point}, so no container can start: "
+            f"mount -t cgroup -o devices none {mount_point}/devices"
+        )
+    root = cgroups.parent_directory("devices")
+    if not os.access(root, os.W_OK):
+        return f"{root} is read-only, so no container can start: mount -o remount,bind,rw {root}"
+    return ""
 
 
 def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:

@@ -208,6 +208,28 @@ async def test_an_operator_of_a_stack_gets_no_volume_of_another_one_by_a_placeho
     assert (await create("shop_data_{{.Task.Slot}}"))[0] == 201
 
 
+@pytest.mark.parametrize("mode", ["ingress", "host"])
+async def test_only_administrators_publish_on_ports_of_the_cluster(rig: Rig, mode: str) -> None:
+    async def create(role: str, protocol: str, number: int) -> tuple[int, str, bool]:
+        port = {"Protocol": protocol, "TargetPort": 80, "PublishedPort": number, "PublishMode": mode}
+        spec = {
+            "Name": f"shop_{protocol}{number}",
+            "Labels": SHOP,
+            "TaskTemplate": {"ContainerSpec": {"Image": "none"}},
+            "EndpointSpec": {"Ports": [port]},
+        }
+        return await rig.exchange(role, "POST /services/create", spec)
+
+    for role in (OPERATOR, "operator:shop"):
+        for protocol, number, use in (("tcp", 22, "SSH"), ("udp", 4789, "overlay networks")):
+            status, text, _ = await create(role, protocol, number)
+            assert status == 403, text
+            assert f"the reserved port {number}/{protocol} ({use}): only administrators may give that" in text
+    if mode == "host":  # in ingress mode, it needs the ingress network
+        assert (await create("operator:shop", "tcp", 8080))[0] == 201
+        assert (await create("admin", "udp", 4789))[0] == 201
+
+
 async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: Rig) -> None:
     room = Resources(memory_bytes=4 << 30)
     batch = labelled(a_service("blog_db", reserve=room), {STACK_LABEL: "blog"})

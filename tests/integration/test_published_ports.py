@@ -284,6 +284,20 @@ def used_ports(seen_by: TestNode, name: str) -> str:
     return str(labels.get("skep.ports", ""))
 
 
+def test_no_container_gets_a_port_of_the_daemon_before_the_daemon_uses_it(nodes: dict[str, TestNode]) -> None:
+    """No overlay network exists, so nothing is bound to the port of the data path."""
+    m1, w1 = nodes["m1"], nodes["w1"]
+    refused = w1.docker("run", "-d", "-p", "4789:80/udp", IMAGE, "sleep", "1000", check=False)
+    assert "Bind for 0.0.0.0:4789 failed: port is reserved for overlay networks" in refused.stderr
+    port = ("--publish", "mode=host,target=80,published=4789,protocol=udp")
+    m1.docker("service", "create", "-d", "--name", "host", *port, IMAGE, "sleep", "1000")
+    explained = "host-mode port already in use on 3 nodes"
+    wait_until(lambda: explained in m1.docker("service", "ps", "--no-trunc", "host").stdout, "the reason")
+    m1.docker("service", "create", "-d", "--name", "mesh", "-p", "4799:80/udp", IMAGE, "sleep", "1000")
+    words = "Bind for 0.0.0.0:4799 failed: port is reserved for encrypted networks"
+    wait_until(lambda: words in str(w1.client().api.info().get("Warnings")), "the warning")
+
+
 def test_two_services_cannot_have_one_port(nodes: dict[str, TestNode]) -> None:
     publish(nodes, "--publish", "8080:80", replicas=1)
     refused = nodes["m1"].docker(

@@ -74,10 +74,10 @@ class DaemonRig:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log.read_text()}") from None
 
-    def refusal(self, *flags: str) -> str:
-        """What a daemon that does not start says."""
+    def refusal(self, *flags: str, before: str = "true") -> str:
+        """What a daemon that does not start says; ``before``: a command in its namespaces."""
         done = subprocess.run(
-            ["unshare", "-n", "-m", *self.command(*flags)],
+            ["unshare", "-n", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *self.command(*flags)],
             capture_output=True,
             text=True,
             timeout=30,

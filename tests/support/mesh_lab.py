@@ -155,13 +155,25 @@ class LabNode:
             def in_namespace(call: Callable[[], socket.socket]) -> socket.socket:
                 return thread.submit(inside, self.netns, call).result()
 
-            relays = Relays(self.relays, SystemClock(), random.random, in_namespace)
+            relays = Relays(
+                self.relays, SystemClock(), random.random, self.reservations.sockets, in_namespace
+            )
             running = asyncio.create_task(relays.run())
             try:
                 yield
             finally:
                 running.cancel()
                 await asyncio.wait([running])
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        """Have this node's mesh retry what failed, and follow addresses that move."""
+        running = asyncio.create_task(self.mesh.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
 
     async def nft(self, text: str) -> str:
         """What another program on the node does to nftables."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.ports import bind
+from skep.dataplane.protocol import Reservation
 
 
 class OwnReservations:
@@ -29,6 +30,13 @@ class OwnReservations:
 
     async def held(self) -> Iterable[tuple[str, int, str]]:
         return tuple(self._sockets)
+
+    def sockets(self) -> list[tuple[Reservation, socket.socket]]:
+        """What is held, with the sockets."""
+        return [
+            (Reservation(protocol, port, address=address), opened)
+            for (protocol, port, address), opened in self._sockets.items()
+        ]
 
     def close(self) -> None:
         """Let go of everything."""

@@ -23,7 +23,6 @@ from skep.dataplane.plan.ingress import (
     BRIDGE,
     FAMILIES,
     IPV4,
-    MeshPort,
     Plan,
     PortKey,
     StalePort,
@@ -33,7 +32,8 @@ from skep.dataplane.plan.ingress import (
 )
 from skep.dataplane.ports import AddressNotHere, PortReservations
 from skep.dataplane.proxy.relays import relay_ports
-from skep.errors import AlreadyExists, SkepError, Unavailable
+from skep.dataplane.underlays import find
+from skep.errors import SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import Table
@@ -43,11 +43,25 @@ log = structlog.get_logger()
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
 OBSTACLES_S = 15.0
 """Between two reads of what other firewalls of the machine forbid."""
+_ADDRESSES_S = 2.0
+"""Between two looks for addresses that ports are bound to and that this node lacks: less than a virtual address takes
+to move to another node (3 s with keepalived's defaults)."""
+_HELD_S = 15.0
+"""Between two comparisons with what the net process holds: one that follows a crash lacks the ports that another
+program took in the meantime."""
 _PART = "published ports"
 OUR_TABLES = frozenset({"ip skep", "ip6 skep", "ip skep_ingress", "ip6 skep_ingress", "inet skep_overlay"})
 _TABLE = re.compile(r"table (\S+ \S+) {")
 _HOOK = re.compile(r"type filter hook forward priority [^;]+; policy (accept|drop);")
 _LAST_WORD = re.compile(r"\s*(?:counter packets \d+ bytes \d+ )?(?:drop|reject\b.*)")
+
+
+class _Conflict(Exception):
+    """A port cannot be held; the reason, in Docker's words."""
+
+    def __init__(self, key: PortKey, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
 
 
 class Mesh:
@@ -91,6 +105,8 @@ class Mesh:
         self._turn = asyncio.Lock()
         self._again = asyncio.Event()
         self._obstacles: tuple[str, ...] = ()
+        self._absent: frozenset[str] = frozenset()
+        """Addresses of published ports that this node does not have at present."""
         self.conflicts: Mapping[PortKey, str] = {}
         """Ports that are not published here because another program on this node has them, or they cannot be held; the
         reason, in Docker's words."""
@@ -115,10 +131,12 @@ class Mesh:
             self._again.set()
 
     async def run(self) -> None:
-        """Until cancelled: retry what failed, and read other firewalls' rules."""
+        """Retry what failed, follow addresses that move, and read other firewalls' rules, until cancelled."""
         parts: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh-retries": self._try_again,
             "mesh-obstacles": self._look_for_obstacles,
+            "mesh-addresses": self._look_for_addresses,
+            "mesh-held": self._look_at_held,
         }
         keep = partial(retry, clock=self._clock, rng=self._rng)
         async with asyncio.TaskGroup() as group:
@@ -127,9 +145,8 @@ class Mesh:
 
     @property
     def published(self) -> frozenset[tuple[str, int]]:
-        """Protocol and number of the ports that it holds or serves here; not of those that another program has."""
-        planned = self._plan.ports if self._plan is not None else ()
-        return frozenset([port.key[:2] for port in planned] + [key[:2] for key in self._held])
+        """Protocol and number of the ports that it holds here."""
+        return frozenset(key[:2] for key in self._held)
 
     def warnings(self) -> tuple[str, ...]:
         """Sentences for ``/info``."""
@@ -158,49 +175,66 @@ class Mesh:
             self._held = set(await self._ports.held())
             self._is_held_known = True
         wanted = await self._hold(wanted)
-        if wanted == self._plan:
-            return
-        await self.reply_routing.apply(wanted)
-        await self._write(wanted)
-        self._relays.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._relays, msgspec.json.encode(relay_ports(wanted)), is_durable=False)
-        await self._move_flows(wanted)
+        if wanted != self._plan:
+            await self.reply_routing.apply(wanted)
+            await self._write(wanted)
+            self._relays.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._relays, msgspec.json.encode(relay_ports(wanted)), is_durable=False)
+            await self._move_flows(wanted)
         await self._release(wanted)
         self._plan = wanted
 
     # --- holding --------------------------------------------------------------------------------------------------
 
     async def _hold(self, wanted: Plan) -> Plan:
-        """Hold the ports; gives the plan without those that cannot be held.  Raises: Unavailable: no answer."""
-        kept, conflicts = [], {}
+        """Hold the ports, and give the plan with those that are held.  Raises: Unavailable: no answer.
+
+        A port that is in use by one address family is published by neither, as in Docker: clients that try both
+        (``localhost``) would reach the program or a task, by chance.
+        """
+        conflicts: dict[PortKey, str] = {}
+        held: set[PortKey] = set()
+        self._absent = frozenset()
         for port in wanted.ports:
-            key = port.key
-            if _is_held_here(port) and key not in self._held:
-                try:
-                    await self._ports.reserve(*key)
-                    self._held.add(key)
-                except AddressNotHere:
-                    pass  # no packet comes to this address
-                except SkepError as error:
-                    self._is_held_known = False  # also if it is taken: an answer may have been lost
-                    if port.protocol == "sctp" and not isinstance(error, AlreadyExists):
-                        # A kernel without it has no program that could take the port.
-                        log.debug("port not held", port=key, reason=str(error))
-                    elif isinstance(error, Unavailable):  # nor will there be an answer about the others
-                        raise
-                    else:
-                        conflicts[key] = str(error)
-                        continue
-            kept.append(port)
-        for key in conflicts.keys() - self.conflicts.keys():
-            log.warning("port is not published here", port=key[1], protocol=key[0], reason=conflicts[key])
+            # First what was in use before, so that a retry does not hold the other family meanwhile.
+            keys = sorted(port.keys, key=lambda one: one not in self.conflicts)
+            try:
+                held.update([key for key in keys if await self._hold_socket(key)])
+            except _Conflict as conflict:
+                conflicts[conflict.key] = str(conflict)
+        for key in sorted(conflicts.keys() - self.conflicts.keys()):
+            log.warning(
+                "port is not published here",
+                port=key[1],
+                protocol=key[0],
+                address=key[2],
+                reason=conflicts[key],
+            )
         for key in self.conflicts.keys() - conflicts.keys():
-            log.info("port is free again", port=key[1], protocol=key[0])
+            log.info("port is free again", port=key[1], protocol=key[0], address=key[2])
         self.conflicts = conflicts
-        return msgspec.structs.replace(wanted, ports=tuple(kept))
+        return msgspec.structs.replace(wanted, held=frozenset(held))
+
+    async def _hold_socket(self, key: PortKey) -> bool:
+        """Hold one socket.  False: this node lacks its address.  Raises: _Conflict; Unavailable: no answer."""
+        if key in self._held:
+            return True
+        try:
+            await self._ports.reserve(*key)
+        except AddressNotHere:
+            if key[2] != "::":  # that is a machine without IPv6
+                self._absent |= {key[2]}
+            return False
+        except SkepError as error:
+            self._is_held_known = False  # also if it is taken: an answer may have been lost
+            if isinstance(error, Unavailable):  # nor will there be an answer about the others
+                raise
+            raise _Conflict(key, str(error)) from error
+        self._held.add(key)
+        return True
 
     async def _release(self, wanted: Plan) -> None:
-        for key in sorted(self._held - {port.key for port in wanted.ports if _is_held_here(port)}):
+        for key in sorted(self._held - wanted.held):
             try:
                 await self._ports.release(*key)
             except SkepError:
@@ -217,7 +251,7 @@ class Mesh:
             if refusal:
                 log.info("ports are published by IPv4 alone", reason=refusal)
         families = [family for family in FAMILIES if family is IPV4 or self._nats_ipv6]
-        if not wanted.ports:
+        if not wanted.held:
             self._home.remove_part(_PART, [family.table for family in families])
         else:
             if wanted.has_ipv6 and not self._forwards_ipv6:
@@ -242,21 +276,33 @@ class Mesh:
             self._again.clear()
             await isolate(self._follow(), "ports are not published", on_error=lambda _: self._again.set())
 
+    async def _look_for_addresses(self) -> None:
+        """Publish ports that are bound to an address as soon as this node has it, a virtual one for instance."""
+        while True:
+            await self._clock.sleep(_ADDRESSES_S)
+            if self._absent:
+                work = self._namespaces.run(self._namespaces.home, find, self._absent)
+                if await isolate(work, "addresses not read"):
+                    await isolate(
+                        self._follow(), "ports are not published", on_error=lambda _: self._again.set()
+                    )
+
+    async def _look_at_held(self) -> None:
+        while True:
+            await self._clock.sleep(_HELD_S)
+            self._is_held_known = False
+            await isolate(self._follow(), "held ports not compared", on_error=lambda _: self._again.set())
+
     async def _look_for_obstacles(self) -> None:
         while True:
             found: tuple[str, ...] = ()
-            if self._plan is not None and self._plan.ports:
+            if self._plan is not None and self._plan.held:
                 work = self._namespaces.run(self._namespaces.home, _find_obstacles)
                 found = await isolate(work, "others' rules not read") or ()
             for sentence in set(found) - set(self._obstacles):
                 log.warning(sentence)
             self._obstacles = found
             await self._clock.sleep(OBSTACLES_S)
-
-
-def _is_held_here(port: MeshPort) -> bool:
-    """Whether its IPv4 port is held by a reservation; the net process holds what it serves itself."""
-    return port.answers_ipv4 and not port.options.proxy_protocol
 
 
 def _delete_flows(stale: tuple[StalePort, ...], version: int) -> None:

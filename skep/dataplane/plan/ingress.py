@@ -10,9 +10,12 @@ Address and port of a backend are in two maps, ``backends`` and ``targets``: nft
 both back from the kernel wrongly, and adds a test for TCP to rules that use it.
 
 A port without a backend is refused by ``input``, which its packets reach because no rule leads them elsewhere.
+
+A port is in force only where the node holds its socket (``Plan.held``): a port that another program has, or that cannot
+be held for another reason, is in no set, so that the program's clients reach the program.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import shake_128
 from ipaddress import ip_address, ip_network
@@ -37,7 +40,7 @@ _STICKY_SEED = "0x736b6570"
 
 
 PortKey = tuple[str, int, str]
-"""Protocol, published port, the only address or empty."""
+"""A socket that holds a port: protocol, number, address.  Empty: every IPv4 address; ``::``: every IPv6 address."""
 
 
 class Backend(msgspec.Struct, frozen=True, order=True):
@@ -58,29 +61,15 @@ class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
     ipv6: tuple[Backend, ...] = ()
 
     @property
-    def answers_ipv4(self) -> bool:
-        """Whether it is published on IPv4 addresses of the node."""
-        return self.options.host_ip == "" or ip_address(self.options.host_ip).version == 4
-
-    @property
-    def answers_ipv6(self) -> bool:
-        """Whether it is published on IPv6 addresses of the node."""
-        return self.options.host_ip == "" or ip_address(self.options.host_ip).version == 6
-
-    @property
-    def key(self) -> PortKey:
-        """Protocol, port, and the only address that it is published on (empty: all)."""
-        return self.protocol, self.published, self.only_address
+    def keys(self) -> tuple[PortKey, ...]:
+        """The sockets that hold it: one for each address family on which it is published."""
+        host_ip = self.options.host_ip
+        addresses = (host_ip if host_ip != "0.0.0.0" else "",) if host_ip else ("", "::")
+        return tuple((self.protocol, self.published, address) for address in addresses)
 
     def backends(self, version: int) -> frozenset[str]:
         """Addresses of one IP version."""
         return frozenset(backend.address for backend in (self.ipv4 if version == 4 else self.ipv6))
-
-    @property
-    def only_address(self) -> str:
-        """The only address it answers on; empty: every one of its family."""
-        host_ip = self.options.host_ip
-        return "" if not host_ip or ip_address(host_ip).is_unspecified else host_ip
 
 
 class IngressNode(msgspec.Struct, frozen=True, order=True):
@@ -97,6 +86,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     subnets: tuple[str, ...] = ()
     nodes: tuple[IngressNode, ...] = ()
     own: IngressNode = IngressNode("")
+    held: frozenset[PortKey] = frozenset()
+    """Sockets that the node holds: all else that ``ports`` say is without effect."""
+
+    def in_force(self, *versions: int) -> Iterator[tuple[MeshPort, PortKey]]:
+        """Its ports with each socket that the node holds for them; ``versions``: of IP."""
+        for port in self.ports:
+            for key in port.keys:
+                if key in self.held and version_of(key) in versions:
+                    yield port, key
 
     @property
     def has_ipv6(self) -> bool:
@@ -104,8 +102,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return any(ip_network(subnet).version == 6 for subnet in self.subnets)
 
 
+def version_of(key: PortKey) -> int:
+    """IP version of a socket."""
+    return 6 if ":" in key[2] else 4
+
+
+def is_any(address: str) -> bool:
+    """Whether a socket of this ``address`` (``PortKey``) has every address of its family."""
+    return address in ("", "::")
+
+
 def plan(table: Table, node_id: NodeId) -> Plan:
-    """The plan of the node ``node_id``.
+    """The plan of the node ``node_id``, which holds no port so far.
 
     Of two services with the same port, which the managers do not let happen, the one with the lower id has it.
     """
@@ -195,6 +203,7 @@ class Family(msgspec.Struct, frozen=True):
 
     name: str
     address_type: str
+    version: int
 
     @property
     def table(self) -> str:
@@ -202,20 +211,21 @@ class Family(msgspec.Struct, frozen=True):
         return f"{self.name} {_TABLE}"
 
 
-IPV4 = Family("ip", "ipv4_addr")
-IPV6 = Family("ip6", "ipv6_addr")
+IPV4 = Family("ip", "ipv4_addr", 4)
+IPV6 = Family("ip6", "ipv6_addr", 6)
 FAMILIES = (IPV4, IPV6)
 
 
 def ingress_table(plan: Plan, family: Family) -> NftTable:
-    """The table of ``family``.
+    """The table of ``family``, with the ports that the node holds.
 
     A port that user space serves (the PROXY protocol; IPv6 while the tasks have none) is led nowhere, but is refused
     as any other while no task serves it.
     """
     key = "meta l4proto . th dport"
-    led = [(port, backends) for port in plan.ports if (backends := _led_to(port, family))]
-    picks = sorted({len(backends) for port, backends in led if not port.options.is_sticky})
+    held = tuple(plan.in_force(family.version))
+    led = [(port, key, backends) for port, key in held if (backends := _led_to(port, family))]
+    picks = sorted({len(backends) for port, _, backends in led if not port.options.is_sticky})
     return NftTable(
         name=family.table,
         sets=(
@@ -241,7 +251,7 @@ def ingress_table(plan: Plan, family: Family) -> NftTable:
             *_rules(family),
             *((f"pick_{count}", _dnat(family, f"numgen random mod {count}")) for count in picks),
         ),
-        elements=frozenset((*_led(led), *_refused(plan, family))),
+        elements=frozenset((*_led(led), *_refused(held))),
     )
 
 
@@ -275,29 +285,30 @@ def _rules(family: Family) -> tuple[tuple[str, str], ...]:
 
 def _led_to(port: MeshPort, family: Family) -> tuple[Backend, ...]:
     """The backends that the kernel leads a port to; empty: it does not."""
-    is_answered = port.answers_ipv4 if family is IPV4 else port.answers_ipv6
-    if not is_answered or port.options.proxy_protocol:
+    if port.options.proxy_protocol:
         return ()
     return port.ipv4 if family is IPV4 else port.ipv6
 
 
-def _led(ports: Iterable[tuple[MeshPort, tuple[Backend, ...]]]) -> Iterable[Element]:
-    for port, backends in ports:
-        key, bound = f"{port.protocol} . {port.published}", port.only_address
+def _led(ports: Iterable[tuple[MeshPort, PortKey, tuple[Backend, ...]]]) -> Iterable[Element]:
+    for port, (protocol, number, address), backends in ports:
+        key = f"{protocol} . {number}"
         chain = _STICKY if port.options.is_sticky else f"pick_{len(backends)}"
-        yield ("bound", f"{bound} . {key} : goto {chain}") if bound else ("ports", f"{key} : goto {chain}")
+        is_bound = not is_any(address)
+        yield (
+            ("bound", f"{address} . {key} : goto {chain}") if is_bound else ("ports", f"{key} : goto {chain}")
+        )
         yield "targets", f"{key} : {backends[0].port}"
         chosen = sticky_slots(backends) if port.options.is_sticky else backends
-        for number, one in enumerate(chosen):
-            yield "backends", f"{key} . {number} : {one.address}"
+        for slot, one in enumerate(chosen):
+            yield "backends", f"{key} . {slot} : {one.address}"
 
 
-def _refused(plan: Plan, family: Family) -> Iterable[Element]:
-    for port in plan.ports:
-        is_answered = port.answers_ipv4 if family is IPV4 else port.answers_ipv6
-        if is_answered and not port.ipv4 and not port.ipv6:
-            key, bound = f"{port.protocol} . {port.published}", port.only_address
-            yield ("bound_refused", f"{bound} . {key}") if bound else ("refused", key)
+def _refused(ports: Iterable[tuple[MeshPort, PortKey]]) -> Iterable[Element]:
+    for port, (protocol, number, address) in ports:
+        if not port.ipv4 and not port.ipv6:
+            key = f"{protocol} . {number}"
+            yield ("refused", key) if is_any(address) else ("bound_refused", f"{address} . {key}")
 
 
 def _dnat(family: Family, number: str) -> str:
@@ -336,13 +347,15 @@ class StalePort(msgspec.Struct, frozen=True):
 def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
     """UDP ports that are new, lost a backend, or are not published any more.  ``version``: of IP."""
     before = before if before is not None else Plan()
-    earlier = {port.key: port.backends(version) for port in before.ports}
-    found, gone = [], {port.published for port in before.ports if port.protocol == "udp"}
-    for port in after.ports:
+    earlier = {
+        key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
+    }
+    found, gone = [], {number for _, number, _ in earlier}
+    for port, key in after.in_force(version):
         if port.protocol != "udp":
             continue
         gone.discard(port.published)
         backends = port.backends(version)
-        if port.key not in earlier or not backends >= earlier[port.key]:
+        if key not in earlier or not backends >= earlier[key]:
             found.append(StalePort(port.published, backends, after.subnets))
     return (*found, *(StalePort(port, frozenset(), before.subnets) for port in sorted(gone)))

@@ -20,12 +20,11 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from skep.model.ids import NodeId
+from skep.model.reserved_ports import WIREGUARD_OFFSET
 from skep.model.tables import Table, TableNode
 from skep.model.wireguard import PublicKey
 from skep.paths import DEFAULT_RUN
 
-PORT_OFFSET = 10
-"""WireGuard's UDP ports are that of VXLAN plus this (4799) and the next (4800), unless the node is configured so."""
 INNER_PORT_OFFSET = 12
 """UDP port of VXLAN inside the tunnels, above that of the plain one (4801); nothing outside ever sees it."""
 OVERHEAD_V4, OVERHEAD_V6 = 60, 80
@@ -228,7 +227,7 @@ def plan_of(own: NodeId, pairs: Sequence[KeyPair], tables: Iterable[Table], *, p
 
 def own_port(slot: int, vxlan_port: int, port: int = 0) -> int:
     """UDP port of the device in ``slot``.  ``port``: as configured for slot 0; 0: after that of VXLAN."""
-    return (port or vxlan_port + PORT_OFFSET) + slot
+    return (port or vxlan_port + WIREGUARD_OFFSET) + slot
 
 
 def chosen(plan: Plan, sessions: Collection[Session]) -> Choice:

@@ -17,11 +17,11 @@ from typing import Protocol
 from skep.aio.clock import Clock
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.plan.probe import host_and_port
-from skep.dataplane.plan.wireguard import PORT_OFFSET
 from skep.dataplane.probe.findings import port_finding
 from skep.dataplane.probe.packets import Outcome
 from skep.model.ids import NodeId
 from skep.model.paths import PathCheck, PathFinding, PathPeer, ProbeTargets
+from skep.model.reserved_ports import WIREGUARD_OFFSET
 
 TRIES = 2
 TRY_S = 2.0
@@ -174,7 +174,7 @@ class PortChecks:
         if peer.encrypted and peer.data_path and targets is not None and targets.node.data_path:
             address, port = (
                 peer.data_path,
-                self._tunnels.port_of(peer.node_id) or peer.vxlan_port + PORT_OFFSET,
+                self._tunnels.port_of(peer.node_id) or peer.vxlan_port + WIREGUARD_OFFSET,
             )
             inner = self._tunnels.address_of(peer.node_id)
             outcome = await self._port_probe.tunnel(self._tunnels.namespace, inner) if inner else NO_KEY

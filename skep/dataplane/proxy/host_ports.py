@@ -72,9 +72,6 @@ class HostRelays:
         )
         if port.protocol == "udp":
             return UdpRelay(port, listener, self._clock, random.random, lambda call: call())
-        # For its connections, which outlive it for a minute: the next container gets the port at once.  While the
-        # socket listens, no other gets the port in any case.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         relay = TcpRelay(port, random.random, lambda call: call())
         await relay.open(listener)
         return relay

@@ -1,11 +1,12 @@
 """Relays the published ports that the kernel cannot forward to tasks (``relays.py``), in the net process.
 
-The wanted relays are in a file.  A change of it applies to new connections; open ones go on.
+The wanted relays are in a file.  A change of it applies to new connections; open ones go on.  A relay serves on the
+socket by which its port is held (``ports.Reservations``): a port that is not held is not relayed.
 """
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import describe_error
+from skep.dataplane.protocol import Reservation
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
+from skep.errors import Unavailable
 from skep.linux.descriptors import set_aside
 from skep.linux.filewatch import FileWatch
 
@@ -25,6 +28,7 @@ log = structlog.get_logger()
 
 _FIRST_RETRY_S, _RETRY_S_MAX = 0.05, 30.0
 
+_ANY_IPV4 = "0.0.0.0"
 _Key = tuple[str, str, int]
 
 
@@ -33,6 +37,7 @@ class Relays:
 
     Args:
         plan: the file; missing: there are no relays.  No other file is in its directory.
+        held: the sockets of the mesh's ports, which stay the caller's.
         in_namespace: calls a function in the node's own network namespace (sockets opened there stay there).
     """
 
@@ -41,12 +46,14 @@ class Relays:
         plan: Path,
         clock: Clock,
         rng: Callable[[], float],
+        held: Callable[[], Iterable[tuple[Reservation, socket.socket]]],
         in_namespace: Callable[[Callable[[], socket.socket]], socket.socket] = lambda call: call(),
     ) -> None:
         self._plan = plan
         self._planned: tuple[RelayPort, ...] = ()
         self._clock = clock
         self._rng = rng
+        self._held = held
         self._in_namespace = in_namespace
         self._relays: dict[_Key, TcpRelay | UdpRelay] = {}
         self._refused: set[_Key] = set()
@@ -69,6 +76,12 @@ class Relays:
         finally:
             for relay in self._relays.values():
                 relay.close(ends_connections=True)
+
+    def end(self, protocol: str, port: int, address: str) -> None:
+        """Relay a port no longer whose socket is let go; its open connections continue."""
+        relay = self._relays.pop((protocol, address or _ANY_IPV4, port), None)
+        if relay is not None:
+            relay.close()
 
     async def _apply_changes(self, watch: FileWatch, backoff: Backoff) -> None:
         while True:
@@ -99,13 +112,22 @@ class Relays:
         self._refused = refused
 
     async def _open_relay(self, port: RelayPort) -> TcpRelay | UdpRelay:
+        listener = self._listener(port)
         if port.protocol == "udp":
-            return UdpRelay(
-                port, self._in_namespace(lambda: _bound(port)), self._clock, self._rng, self._in_namespace
-            )
+            return UdpRelay(port, listener, self._clock, self._rng, self._in_namespace)
         relay = TcpRelay(port, self._rng, self._in_namespace)
-        await relay.open(self._in_namespace(lambda: _bound(port)))
+        await relay.open(listener)
         return relay
+
+    def _listener(self, port: RelayPort) -> socket.socket:
+        """The socket that holds ``port``.  Raises: Unavailable: none does."""
+        wanted = (port.protocol, port.port, "" if port.address == _ANY_IPV4 else port.address)
+        for one, own in self._held():
+            if (one.protocol, one.port, one.address) == wanted:
+                listener = set_aside(own.dup())
+                listener.setblocking(False)
+                return listener
+        raise Unavailable("no socket holds it")
 
     def _read(self) -> tuple[RelayPort, ...]:
         """The wanted relays; the last ones while the file cannot be read."""
@@ -118,20 +140,3 @@ class Relays:
             self._is_unread = True
             log.warning("relays cannot be read", file=str(self._plan), reason=describe_error(error))
         return self._planned
-
-
-def _bound(port: RelayPort) -> socket.socket:
-    """Raises: OSError: the port is in use, or the address is not this node's."""
-    family = socket.AF_INET6 if ":" in port.address else socket.AF_INET
-    kind = socket.SOCK_DGRAM if port.protocol == "udp" else socket.SOCK_STREAM
-    opened = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        if family == socket.AF_INET6:
-            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if kind == socket.SOCK_STREAM:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind((port.address, port.port))
-    except OSError:
-        opened.close()
-        raise
-    return set_aside(opened)

@@ -5,12 +5,12 @@ connection with a PROXY header.  The net process serves these (``relay.py``) fro
 so that they go on without the node process.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ipaddress import ip_address
 
 import msgspec
 
-from skep.dataplane.plan.ingress import STICKY_SLOTS, MeshPort, Plan, sticky_slots
+from skep.dataplane.plan.ingress import STICKY_SLOTS, MeshPort, Plan, sticky_slots, version_of
 
 
 class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,27 +29,25 @@ class RelayPort(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def relay_ports(plan: Plan) -> tuple[RelayPort, ...]:
-    """The relays of ``plan``."""
-    return tuple(relay for port in plan.ports if port.protocol != "sctp" for relay in _relays(port))
+    """The relays of ``plan``: of ports that the node holds, and that the kernel does not forward."""
+    return tuple(
+        _relay(port, key[2] or "0.0.0.0")
+        for port, key in plan.in_force(4, 6)
+        if port.protocol != "sctp" and (port.options.proxy_protocol or version_of(key) == 6)
+    )
 
 
-def _relays(port: MeshPort) -> Iterator[RelayPort]:
-    addresses = []
-    if port.answers_ipv4 and port.options.proxy_protocol:
-        addresses.append(port.only_address or "0.0.0.0")
-    if port.answers_ipv6:
-        addresses.append(port.only_address or "::")
+def _relay(port: MeshPort, address: str) -> RelayPort:
     serving = port.ipv4 or port.ipv6
     chosen = sticky_slots(serving) if port.options.is_sticky else serving
-    for address in addresses:
-        yield RelayPort(
-            protocol=port.protocol,
-            address=address,
-            port=port.published,
-            backends=tuple((backend.address, backend.port) for backend in chosen),
-            proxy_protocol=port.options.proxy_protocol,
-            is_sticky=port.options.is_sticky,
-        )
+    return RelayPort(
+        protocol=port.protocol,
+        address=address,
+        port=port.published,
+        backends=tuple((backend.address, backend.port) for backend in chosen),
+        proxy_protocol=port.options.proxy_protocol,
+        is_sticky=port.options.is_sticky,
+    )
 
 
 def sticky_slot(client: str) -> int:

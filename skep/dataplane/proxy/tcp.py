@@ -1,9 +1,11 @@
 """One relayed TCP port: connections from clients to serving tasks, with a PROXY header if configured."""
 
 import asyncio
+import os
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import closing, suppress
 from ipaddress import ip_address
 
 import structlog
@@ -46,7 +48,10 @@ class TcpRelay:
         """By client the connection to its task; None: it is being opened."""
 
     async def open(self, listener: socket.socket) -> None:
-        """Accept connections from ``listener``, which is bound."""
+        """Accept connections from ``listener``, which is bound; another descriptor of it may hold the port."""
+        # For its connections, which outlive it for a minute: the next server gets the port at once.  While the socket
+        # listens, no other gets the port in any case.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._server = await asyncio.start_server(
             self._relay, sock=Listener.of(listener), limit=_BUFFER_BYTES, backlog=_BACKLOG
         )
@@ -56,8 +61,15 @@ class TcpRelay:
         self._port = port
 
     def close(self, *, ends_connections: bool = False) -> None:
-        """Accept no more connections.  ``ends_connections``: open ones are ended, too."""
+        """Accept no more connections.
+
+        ``ends_connections``: this process ends, and open ones with it.  Its socket may be in the next process, which
+        goes on listening; otherwise the socket only holds the port from now on.
+        """
         if self._server is not None:
+            if not ends_connections:
+                for listener in self._server.sockets:
+                    _stop_listening(listener.fileno())
             self._server.close()
         if ends_connections:
             for pair in tuple(self._open.items()):
@@ -185,6 +197,13 @@ def _set_options(writer: asyncio.StreamWriter) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _stop_listening(descriptor: int) -> None:
+    """Clients are refused from now on, also while another descriptor of the socket holds the port."""
+    with closing(socket.socket(fileno=os.dup(descriptor))) as listener, suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        listener.shutdown(socket.SHUT_RD)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

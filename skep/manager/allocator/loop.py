@@ -1,7 +1,7 @@
 """The allocator's loop: allocates subnets of networks and endpoints of services, then sets tasks to PENDING."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from random import Random
 from typing import TypeVar
@@ -43,6 +43,7 @@ from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.unread import Unread, check_known
 from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.allocator.waiting import Waiting
+from skep.manager.cluster import reserved_ports_of
 from skep.manager.failures import Failures, for_each_isolated, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.work_queue import WorkQueue
@@ -346,7 +347,9 @@ class Allocator:
 
             try:
                 virtual_ips = virtual_ips_for(service, networks, allocate)
-                endpoint = endpoint_for(service, self._allocations.ports.is_free_for(service_id), virtual_ips)
+                reserved = cache(partial(reserved_ports_of, view))
+                is_free = self._allocations.ports.is_free_for(service_id, reserved)
+                endpoint = endpoint_for(service, is_free, virtual_ips)
             except Unread:
                 self._allocations.enter_service(service)
                 return []  # its tasks say so, which need an address of the same network

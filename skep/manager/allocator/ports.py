@@ -53,9 +53,16 @@ class PortAllocations:
             if not self._holders[port]:
                 del self._holders[port]
 
-    def is_free_for(self, service_id: ServiceId) -> Callable[[str, int], bool]:
-        """Gives a predicate over (protocol, port): whether no other service has it."""
-        return lambda protocol, port: self._holders.get((protocol, port), set()) <= {service_id}
+    def is_free_for(
+        self, service_id: ServiceId, reserved: Callable[[], Container[tuple[str, int]]] = tuple
+    ) -> Callable[[str, int], bool]:
+        """Return a predicate over (protocol, port): whether it is not ``reserved``, and no other service has it."""
+
+        def is_free(protocol: str, port: int) -> bool:
+            key = protocol, port
+            return self._holders.get(key, set()) <= {service_id} and key not in reserved()
+
+        return is_free
 
 
 class PortsExhausted(SkepError):

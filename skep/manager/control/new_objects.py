@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.api.networks import PREDEFINED_LABEL
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
+from skep.manager.control.reserved_ports import reserved_ports
 from skep.model.container import ContainerSpec
 from skep.model.dependencies import dependencies_of
 from skep.model.field_rights import admin_rights
@@ -93,7 +94,8 @@ def machine_rights(view: View, spec: ServiceSpec) -> str:
     """Return the first thing that only administrators may give a service, or an empty string."""
     template = spec.task_template
     attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))
-    found = (*admin_rights(spec), *(f"the machine's network {name}" for name in attached if name))
+    networks = (f"the machine's network {name}" for name in attached if name)
+    found = (*admin_rights(spec), *reserved_ports(view, spec), *networks)
     return next(iter(found), "")
 
 

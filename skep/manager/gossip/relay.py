@@ -24,11 +24,11 @@ from skep.aio.clock import Clock
 from skep.manager.informer import run_informer
 from skep.model.node import Node, NodeState
 from skep.model.planes import is_docker_node
+from skep.model.reserved_ports import GOSSIP_PORT
 from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 
 log = structlog.get_logger(__name__)
 
-PORT = 7946
 CONNECTIONS_MAX = 64
 CONNECTIONS_PER_NODE_MAX = 4
 CONNECT_S_MAX = 5.0
@@ -42,7 +42,9 @@ _PIECE = 16 * 1024
 class Relay:
     """Relays gossip between docker nodes.  Runs on every manager."""
 
-    def __init__(self, store: Store, host: str, clock: Clock, random: Random, port: int = PORT) -> None:
+    def __init__(
+        self, store: Store, host: str, clock: Clock, random: Random, port: int = GOSSIP_PORT
+    ) -> None:
         """``host``: where the manager listens."""
         self._store = store
         self._host = host

@@ -11,8 +11,8 @@ from skep.model.ids import NetworkId, NodeId
 from skep.model.node import Node, NodeState
 from skep.model.paths import PathPeer, ProbeTargets
 from skep.model.planes import is_docker_node, probes_paths, underlay_of
+from skep.model.reserved_ports import GOSSIP_PORT
 
-GOSSIP_PORT = 7946
 GOSSIP_PEERS_MAX = 24
 """Docker nodes that one manager probes; of more, each manager probes its share."""
 

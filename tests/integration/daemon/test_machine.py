@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.engine.cgroups import Cgroups
 from skep.node import features
 from tests.support.api_authority import an_authority
 from tests.support.daemon_rig import INIT, Connection, DaemonRig, is_running, wait_until
@@ -101,6 +102,27 @@ def test_a_node_runs_plain_commands_without_runc_and_images(rig: DaemonRig, tmp_
     assert {Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started} == {b"sleep\x00600\x00"}
     assert rig.ask("DELETE", "/v1.41/services/plain")[0] == 200
     wait_until(lambda: not any(map(is_running, started)), "both processes are gone")
+
+
+def test_a_daemon_whose_containers_would_have_no_cgroups_says_so_and_ends(rig: DaemonRig) -> None:
+    """In place of runc's message for each container."""
+    said = rig.refusal("--executor", "oci", before="umount --recursive /sys/fs/cgroup")
+    assert said == (
+        "skep daemon: no cgroup hierarchy is mounted at /sys/fs/cgroup, so no container can start: "
+        "mount -t cgroup2 none /sys/fs/cgroup"
+    )
+    cgroups = Cgroups("")
+    root = cgroups.parent_directory("devices")
+    said = rig.refusal("--executor", "oci", before=f"mount -o remount,bind,ro {root}")
+    assert said == (
+        f"skep daemon: {root} is read-only, so no container can start: mount -o remount,bind,rw {root}"
+    )
+    if not cgroups.is_v2:
+        said = rig.refusal("--executor", "oci", before=f"umount {root}")
+        assert said == (
+            "skep daemon: the cgroup hierarchy of devices is not mounted below /sys/fs/cgroup, so no container can "
+            "start: mount -t cgroup -o devices none /sys/fs/cgroup/devices"
+        )
 
 
 def test_what_the_kernel_cannot_do_is_published(rig: DaemonRig, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.dataplane.client import NetClient
+from skep.dataplane.client import MESH, NetClient
 from skep.dataplane.ports import AddressNotHere
 from skep.dataplane.proxy.relays import RelayPort
 from skep.errors import AlreadyExists, Unavailable
@@ -155,6 +155,9 @@ async def test_what_is_written_down_is_relayed_and_again_after_a_crash(paths: Pa
         paths.relays.parent.mkdir()
         async with forks(paths) as started, net(paths, started) as client:
             await client.held()
+            mesh = NetClient(paths.net_socket, SystemClock(), random.random, MESH)
+            await mesh.reserve("tcp", port, "::1")
+            mesh.close()
             replace_file(paths.relays, msgspec.json.encode([relay]), is_durable=False)
             await asyncio.to_thread(exchange_by_relay, port, server)
             crashed = net_process(paths)

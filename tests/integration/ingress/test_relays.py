@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.node.conftest import eventually
 from tests.support.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
@@ -162,13 +161,11 @@ async def test_a_port_in_use_is_relayed_as_soon_as_it_is_free(lab: MeshLab) -> N
         node.netns,
         lambda: socket.create_server(("::1", 8080), family=socket.AF_INET6),
     )
-    async with node.relaying():
+    async with node.relaying(), node.following():
         await lab.spread()
-        with taken:
-            await eventually(lambda: node.relays.exists(), "the relays have their table")
-            with await lab.places.run(node.netns, socket.create_connection, ("::1", 8080), 3):
-                accepted, _ = taken.accept()
-                accepted.close()
+        with taken, await lab.places.run(node.netns, socket.create_connection, ("::1", 8080), 3):
+            accepted, _ = taken.accept()
+            accepted.close()
         assert await relayed_on(lab, node, "::1") == f"t1 {node.ingress[0]}"
 
 

@@ -26,10 +26,10 @@ from skep.dataplane.netns import namespaces
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.repair_counts import Repairs
 from skep.dataplane.plan.overlay import Underlay
-from skep.dataplane.ports import Reservations, reopened
+from skep.dataplane.ports import Reservations, bind, reopened
 from skep.dataplane.probe.measurements import Measurements
 from skep.dataplane.probe.prober import PathProber, SavedState, load_state, save_state
-from skep.dataplane.protocol import Label, Named
+from skep.dataplane.protocol import Label, Named, Reservation
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.served_container import ContainerRecord, namespace_at
@@ -204,7 +204,9 @@ async def test_the_gateways_subnet_stays_or_is_not_used(tmp_path: Path) -> None:
 async def test_relays_follow_their_plan(tmp_path: Path) -> None:
     async def life(place: Path, faults: Faults) -> None:
         plan = place / "relays/plan"
-        relays = Relays(plan, QuickClock(), Random(1).random)
+        relays = Relays(
+            plan, QuickClock(), Random(1).random, lambda: [(Reservation("tcp", 0, "", host), own)]
+        )
         running = asyncio.create_task(retry(relays.run, "relays of ports failed", clock=QuickClock()))
         try:
             while not (relays._relays or faults.hits):  # noqa: ASYNC110  # nothing tells of it
@@ -216,9 +218,10 @@ async def test_relays_follow_their_plan(tmp_path: Path) -> None:
             running.cancel()
             await asyncio.wait([running])
 
+    host = "127.0.0.1"
     (tmp_path / "template/relays").mkdir(parents=True)
     (tmp_path / "template/relays/plan").write_bytes(msgspec.json.encode((port(0),)))
-    with pytest.MonkeyPatch.context() as patch:
+    with bind("tcp", 0, host) as own, pytest.MonkeyPatch.context() as patch:
         patch.setattr("skep.linux.filewatch._LOOK_S", 0.001)
         assert await walk(tmp_path / "lives", life, template=tmp_path / "template") >= 3
 

@@ -127,18 +127,12 @@ def test_a_port_that_cannot_be_keeps_no_other_from_being_published(port: TablePo
 
 
 @pytest.mark.parametrize(
-    ("host_ip", "ipv4", "ipv6", "only"),
-    [
-        ("", True, True, ""),
-        ("0.0.0.0", True, False, ""),
-        ("::", False, True, ""),
-        ("127.0.0.1", True, False, "127.0.0.1"),
-        ("::1", False, True, "::1"),
-    ],
+    ("host_ip", "addresses"),
+    [("", ["", "::"]), ("0.0.0.0", [""]), ("::", ["::"]), ("127.0.0.1", ["127.0.0.1"]), ("::1", ["::1"])],
 )
-def test_an_address_says_which_family_answers(host_ip: str, ipv4: bool, ipv6: bool, only: str) -> None:
+def test_an_address_says_by_which_sockets_a_port_is_held(host_ip: str, addresses: list[str]) -> None:
     port = MeshPort(protocol="tcp", published=1, options=PublishOptions(host_ip=host_ip))
-    assert (port.answers_ipv4, port.answers_ipv6, port.only_address) == (ipv4, ipv6, only)
+    assert list(port.keys) == [("tcp", 1, address) for address in addresses]
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -153,6 +147,11 @@ def a_port(*names: str, published: int = 80, protocol: str = "tcp", **options: o
     )
 
 
+def held(*ports: MeshPort, subnets: tuple[str, ...] = ()) -> Plan:
+    """A plan whose ports the node holds."""
+    return Plan(ports=ports, subnets=subnets, held=frozenset(key for port in ports for key in port.keys))
+
+
 def elements_of(table: NftTable) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, element in table.elements:
@@ -161,7 +160,7 @@ def elements_of(table: NftTable) -> dict[str, set[str]]:
 
 
 def test_a_port_goes_to_a_choice_among_as_many_as_there_are() -> None:
-    made = ingress_table(Plan(ports=(a_port("t1", "t2", "t3"),)), IPV4)
+    made = ingress_table(held(a_port("t1", "t2", "t3")), IPV4)
     assert ("pick_3", "") in made.chains
     assert elements_of(made) == {
         "ports": {"tcp . 80 : goto pick_3"},
@@ -172,8 +171,8 @@ def test_a_port_goes_to_a_choice_among_as_many_as_there_are() -> None:
 
 
 def test_a_change_of_backends_touches_elements_only() -> None:
-    before = ingress_table(Plan(ports=(a_port("t1", "t2"), a_port("t5", "t6", "t7", published=81))), IPV4)
-    wanted = Plan(ports=(a_port("t1", "t2", "t3"), a_port("t5", "t6", "t7", published=81)))
+    before = ingress_table(held(a_port("t1", "t2"), a_port("t5", "t6", "t7", published=81)), IPV4)
+    wanted = held(a_port("t1", "t2", "t3"), a_port("t5", "t6", "t7", published=81))
     after = with_spare_chains(before, ingress_table(wanted, IPV4))
     assert ("pick_2", "") in after.chains
     assert changes(before, after).splitlines() == [
@@ -185,15 +184,15 @@ def test_a_change_of_backends_touches_elements_only() -> None:
 
 
 def test_a_port_without_backends_is_refused_and_a_relayed_one_is_not_redirected() -> None:
-    empty = Plan(ports=(a_port(), a_port(published=81, host_ip="127.0.0.1")))
+    empty = held(a_port(), a_port(published=81, host_ip="127.0.0.1"))
     assert elements_of(ingress_table(empty, IPV4)) == {
         "refused": {"tcp . 80"},
         "bound_refused": {"127.0.0.1 . tcp . 81"},
     }
     assert elements_of(ingress_table(empty, IPV6)) == {"refused": {"tcp . 80"}}
-    proxied = ingress_table(Plan(ports=(a_port("t1", proxy_protocol=2),)), IPV4)
+    proxied = ingress_table(held(a_port("t1", proxy_protocol=2)), IPV4)
     assert not proxied.elements
-    assert not ingress_table(Plan(ports=(a_port("t1"),)), IPV6).elements
+    assert not ingress_table(held(a_port("t1")), IPV6).elements
 
 
 ports = st.builds(
@@ -213,7 +212,7 @@ ports = st.builds(
     ),
 )
 plans = st.lists(ports, max_size=5, unique_by=lambda port: (port.protocol, port.published)).map(
-    lambda chosen: Plan(ports=tuple(chosen))
+    lambda chosen: held(*chosen)
 )
 
 
@@ -362,28 +361,35 @@ def test_a_flow_is_stale_when_its_task_serves_no_more(port: int, answers_from: s
 def test_flows_are_looked_for_where_a_udp_port_is_new_or_lost_a_backend() -> None:
     one, both = a_port("t1", protocol="udp"), a_port("t1", "t2", protocol="udp")
     tcp = a_port("t1", published=81)
-    assert stale_ports(None, Plan(ports=(one, tcp)), 4) == (StalePort(80, frozenset({"10.0.0.1"}), ()),)
-    assert stale_ports(Plan(ports=(one,)), Plan(ports=(both,)), 4) == ()
-    assert stale_ports(Plan(ports=(both,)), Plan(ports=(one,)), 4) != ()
+    assert stale_ports(None, held(one, tcp), 4) == (StalePort(80, frozenset({"10.0.0.1"}), ()),)
+    assert stale_ports(held(one), held(both), 4) == ()
+    assert stale_ports(held(both), held(one), 4) != ()
 
 
 def test_flows_of_a_udp_port_that_is_not_published_any_more_are_stale_whatever_their_task() -> None:
     subnets = ("10.0.0.0/24",)
-    before = Plan(ports=(a_port("t1", protocol="udp"), a_port("t1", published=81)), subnets=subnets)
-    for after in (Plan(), Plan(ports=(a_port("t1"),), subnets=("10.0.9.0/24",))):
+    before = held(a_port("t1", protocol="udp"), a_port("t1", published=81), subnets=subnets)
+    for after in (Plan(), held(a_port("t1"), subnets=("10.0.9.0/24",))):
         assert stale_ports(before, after, 4) == (StalePort(80, frozenset(), subnets),)
-    bound = Plan(ports=(a_port("t1", protocol="udp", host_ip="192.0.2.1"),), subnets=subnets)
+    bound = held(a_port("t1", protocol="udp", host_ip="192.0.2.1"), subnets=subnets)
     assert stale_ports(before, bound, 4) == (StalePort(80, frozenset({"10.0.0.1"}), subnets),)
 
 
+def test_flows_of_a_family_that_the_node_does_not_hold_are_left_alone() -> None:
+    """A program of the machine answers there."""
+    port = a_port("t1", protocol="udp")
+    half = msgspec.structs.replace(held(port), held=frozenset({("udp", 80, "")}))
+    assert stale_ports(None, half, 4) != ()
+    assert stale_ports(None, half, 6) == ()
+    assert stale_ports(held(port), half, 6) == (StalePort(80, frozenset(), ()),)
+
+
 def test_user_space_serves_ipv6_and_ports_with_headers() -> None:
-    made = Plan(
-        ports=(
-            a_port("t1"),
-            a_port("t1", published=81, proxy_protocol=1),
-            a_port("t1", published=82, host_ip="127.0.0.1"),
-            a_port("t1", published=83, protocol="sctp"),
-        )
+    made = held(
+        a_port("t1"),
+        a_port("t1", published=81, proxy_protocol=1),
+        a_port("t1", published=82, host_ip="127.0.0.1"),
+        a_port("t1", published=83, protocol="sctp"),
     )
     backends = (("10.0.0.1", 8000),)
     assert relay_ports(made) == (

@@ -10,11 +10,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from skep.dataplane.ports import bind
+from skep.dataplane.protocol import Reservation
 from skep.dataplane.proxy import tcp
 from skep.dataplane.proxy.relay import Relays
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
 from skep.dataplane.proxy.udp import UdpRelay
+from skep.errors import AlreadyExists
 from tests.support.oci_rig import QuickClock
 
 
@@ -23,6 +26,11 @@ def free_port() -> int:
         one.bind(("127.0.0.1", 0))
         number: int = one.getsockname()[1]
         return number
+
+
+def a_held(port: int) -> tuple[Reservation, socket.socket]:
+    """``port`` of loopback, as the net process holds it."""
+    return Reservation("tcp", port, "mesh:1", "127.0.0.1"), bind("tcp", port, "127.0.0.1")
 
 
 async def answers(port: int) -> bool:
@@ -41,7 +49,8 @@ def a_relay(port: int, address: str = "127.0.0.1") -> RelayPort:
 async def test_a_port_that_cannot_be_and_a_plan_that_cannot_be_read_end_no_other_port(tmp_path: Path) -> None:
     plan, first, second = tmp_path / "relays", free_port(), free_port()
     plan.write_bytes(msgspec.json.encode([a_relay(70000), a_relay(first), a_relay(1, "odd\0address")]))
-    relays = Relays(plan, QuickClock(), lambda: 0.5)
+    held = [a_held(first), a_held(second)]
+    relays = Relays(plan, QuickClock(), lambda: 0.5, lambda: held)
     running = asyncio.create_task(relays.run())
     async with asyncio.timeout(30):
         while not await answers(first):  # noqa: ASYNC110
@@ -55,6 +64,32 @@ async def test_a_port_that_cannot_be_and_a_plan_that_cannot_be_read_end_no_other
     assert not running.done()
     running.cancel()
     await asyncio.wait([running])
+    for _, opened in held:
+        opened.close()
+
+
+async def test_a_relay_serves_on_the_socket_that_holds_its_port_and_leaves_it_held(tmp_path: Path) -> None:
+    plan, port = tmp_path / "relays", free_port()
+    plan.write_bytes(msgspec.json.encode([a_relay(port)]))
+    held: list[tuple[Reservation, socket.socket]] = []
+    relays = Relays(plan, QuickClock(), lambda: 0.5, lambda: held)
+    await relays._apply()
+    assert not await answers(port), "a port that is not held is not relayed"
+    held.append(a_held(port))
+    await relays._apply()
+    assert await answers(port)
+    plan.write_bytes(b"[]")
+    await relays._apply()
+    assert not await answers(port), "the port is held only: nobody would answer"
+    with pytest.raises(AlreadyExists):
+        bind("tcp", port, "127.0.0.1")
+    plan.write_bytes(msgspec.json.encode([a_relay(port)]))
+    await relays._apply()
+    assert await answers(port)
+    relays.end("tcp", port, "127.0.0.1")
+    held.pop()[1].close()
+    await asyncio.sleep(0)
+    bind("tcp", port, "127.0.0.1").close()
 
 
 async def test_as_many_clients_as_the_limit_says_are_relayed_and_those_that_leave_do_not_count(

@@ -12,6 +12,7 @@ from skep.manager.allocator.ports import (
     PortsExhausted,
     endpoint_for,
 )
+from skep.model.ids import ServiceId
 from skep.model.service import EndpointSpec, PortConfig, PublishMode
 from tests.support.builders import a_service, a_service_spec
 
@@ -30,6 +31,14 @@ def test_a_port_without_a_number_gets_the_lowest_free_dynamic_one() -> None:
     web = a_service(ports=(a_port(80), a_port(443)))
     endpoint = endpoint_for(web, lambda protocol, port: port != FIRST_DYNAMIC)
     assert [port.published_port for port in endpoint.ports] == [FIRST_DYNAMIC + 1, FIRST_DYNAMIC + 2]
+
+
+def test_a_port_of_the_cluster_is_given_to_no_service() -> None:
+    """The data path port may be configured in the dynamic range."""
+    ports = PortAllocations()
+    is_free = ports.is_free_for(ServiceId("dns"), lambda: {("udp", FIRST_DYNAMIC): "overlay networks"})
+    endpoint = endpoint_for(a_service(ports=(a_port(53), a_port(53, protocol="udp"))), is_free)
+    assert [port.published_port for port in endpoint.ports] == [FIRST_DYNAMIC, FIRST_DYNAMIC + 1]
 
 
 def test_protocols_have_numbers_of_their_own() -> None:

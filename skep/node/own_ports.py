@@ -1,0 +1,58 @@
+"""The ports of this machine that its own daemon uses, from its configuration and its membership."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from skep.agent.session_state import SessionState
+from skep.configuration.configuration import Configuration, TcpHost
+from skep.errors import SkepError
+from skep.model.addresses import default_peer_addr, parted
+from skep.model.reserved_ports import GOSSIP_PORT, IMAGES_PORT, ReservedPorts, of_data_path
+from skep.model.used_ports import RESERVED_LABEL, UsedPort, ports_label
+from skep.node.local import LocalNode, read_local_node
+
+
+class OwnPorts:
+    """The ports of the daemon at present.  ``configuration``: gives the present one, which may be reloaded."""
+
+    def __init__(self, configuration: Callable[[], Configuration], session: SessionState) -> None:
+        self._configuration = configuration
+        self._session = session
+
+    def present(self) -> ReservedPorts:
+        """The ports that no container of this machine may have."""
+        configuration, node = self._configuration(), None
+        with suppress(SkepError):  # the membership shows why the file cannot be read
+            node = read_local_node(configuration.paths.node_json)
+        return own_ports(configuration, node, self._session.data_path_port)
+
+    def labels(self) -> Mapping[str, str]:
+        """The engine label that reports them."""
+        label = ports_label(self.present())
+        return {RESERVED_LABEL: label} if label else {}
+
+
+def own_ports(configuration: Configuration, node: LocalNode | None, data_path_port: int = 0) -> ReservedPorts:
+    """The ports that a node's daemon uses, or will use.
+
+    Args:
+        node: None: this machine is in no cluster.
+        data_path_port: the cluster's; 0: not known so far.
+    """
+    found: dict[UsedPort, str] = {}
+    for host in configuration.api_hosts:
+        if isinstance(host, TcpHost):
+            found["tcp", host.port] = "the API"
+    for address, use in ((configuration.dashboard, "the dashboard"), (configuration.metrics_addr, "metrics")):
+        if address is not None:
+            found["tcp", address[1]] = use
+    if node is None:
+        return found
+    found["tcp", configuration.image_port or IMAGES_PORT] = "images between nodes"
+    found |= of_data_path(data_path_port or configuration.data_path_port, configuration.wireguard_port)
+    if node.is_manager and node.listen_addr:
+        peer_addr = configuration.peer_addr or default_peer_addr(node.listen_addr)
+        found["tcp", int(parted(node.listen_addr)[1])] = "managers"
+        found["tcp", int(parted(peer_addr)[1])] = "etcd"
+        found["tcp", GOSSIP_PORT] = "docker nodes"
+    return found
