@@ -1,7 +1,7 @@
 """Go's text/template: the language of Docker's placeholders (``{{.Node.Hostname}}``, ``{{secret "x"}}``).
 
 ``expand`` parses and executes a text. All of the language is here but what needs Go's reflection: methods,
-channels and complex numbers. Error texts are Go's. What executions cost is bounded (``Budget``).
+channels and complex numbers. Error texts are Go's. A budget bounds what executions cost (``text.py``).
 
 Source: Go 1.24, text/template and text/template/parse.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from skep.gotemplate.execute import execute
 from skep.gotemplate.functions import CallError, Function
 from skep.gotemplate.parse import TemplateError, parse
-from skep.gotemplate.tree import Budget
+from skep.gotemplate.text import Budget, Text
 from skep.gotemplate.values import Struct, Value, quoted, to_bytes, to_text
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Function",
     "Struct",
     "TemplateError",
+    "Text",
     "Value",
     "expand",
     "quoted",

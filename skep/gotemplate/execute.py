@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import NoReturn, TypeAlias
 
 from skep.gotemplate import tree
-from skep.gotemplate.functions import BUILTINS, LOGICAL, CallError, Function
+from skep.gotemplate.functions import BUILTINS, LOGICAL, CallError, Function, shown
 from skep.gotemplate.parse import TemplateError
-from skep.gotemplate.tree import NAME, Budget
+from skep.gotemplate.text import Budget, Text, TooMuchText
+from skep.gotemplate.tree import NAME
 from skep.gotemplate.values import Struct, Value, is_true, printed, to_bytes, type_name
 
 DEPTH_MAX = 100
@@ -51,6 +52,7 @@ class _Execution:
         self._parts: list[str] = []
         self._depth = 0
         self._variables: list[tuple[str, Value]] = []
+        self._keys_by_map: dict[int, tuple[Mapping[str, str], Sequence[str]]] = {}
         self._name = NAME
         self._node: object = None
         self._position = 0
@@ -90,8 +92,13 @@ class _Execution:
             self._depth -= 1
 
     def _count(self, values: Sequence[Value]) -> None:
-        self._budget.produced -= sum(len(value) for value in values if isinstance(value, str))
-        if self._budget.produced < 0:
+        self._budget.produce(sum(len(value) for value in values if isinstance(value, str)))
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except TooMuchText:
             self._fail("it handles too much text")
 
     def _write(self, text: str) -> None:
@@ -99,6 +106,11 @@ class _Execution:
         if self._budget.output < 0:
             self._fail("its output is too long")
         self._parts.append(text)
+
+    def _print(self, value: Value) -> None:
+        with self._counting():
+            text = "<no value>" if value is None else printed(value, self._budget)
+        self._write(text)
 
     # -- statements ------------------------------------------------------------------------------------------
 
@@ -124,7 +136,7 @@ class _Execution:
                 value = self._pipeline(statement.pipeline, dot)
                 if not statement.pipeline.variables:
                     self._at(statement)
-                    self._write("<no value>" if value is None else printed(value))
+                    self._print(value)
             case tree.Branch():
                 with self._deeper():
                     self._branch(statement, dot)
@@ -152,24 +164,24 @@ class _Execution:
     def _range(self, branch: tree.Branch, dot: Value) -> None:
         value = self._pipeline(branch.pipeline, dot)
         names = branch.pipeline.variables
-        pairs: Sequence[tuple[Value, Value]] | range = ()
+        keys: Sequence[str] | range = ()
         match value:
             case None:
                 pass
             case bool() | float() | str() | Struct():
-                self._fail(f"range can't iterate over {printed(value)}")
+                self._fail(f"range can't iterate over {shown(value)}")
             case int():
                 if len(names) > 1:
                     self._fail(f"can't use {value} to iterate over more than one variable")
-                pairs = range(value)
+                keys = range(value)
             case _:
-                pairs = [(key, value[key]) for key in sorted(value)]
-        if not pairs:
+                keys = self._keys(value)
+        if not keys:
             self._body(branch.otherwise, dot)
             return
         scope = len(self._variables)
-        for pair in pairs:
-            key, element = (pair, pair) if isinstance(pair, int) else pair
+        for key in keys:
+            element = value[key] if isinstance(value, Mapping) and isinstance(key, str) else key
             for name, item in zip(names, (element,) if len(names) == 1 else (key, element), strict=False):
                 self._set(name, item)
             try:
@@ -180,6 +192,12 @@ class _Execution:
                     break
             finally:
                 del self._variables[scope:]
+
+    def _keys(self, value: Mapping[str, str]) -> Sequence[str]:
+        """Return the sorted keys of a map, made once for each map: ranges over the labels may lie in each other."""
+        if id(value) not in self._keys_by_map:
+            self._keys_by_map[id(value)] = value, sorted(value)
+        return self._keys_by_map[id(value)][1]
 
     def _set(self, name: str, value: Value) -> None:
         """Give the innermost variable ``name`` a value."""
@@ -299,12 +317,20 @@ class _Execution:
             self._check_text(function, len(arguments), None, final)
             arguments.append(final)
         self._at(call)
-        self._count(arguments)
         try:
-            result = function.call(*arguments)
+            with self._counting():
+                return self._called(function, arguments)
         except CallError as error:
             self._at(whole)
             self._fail(f"error calling {call.name}: {error}")
+
+    def _called(self, function: Function, arguments: Sequence[Value]) -> Value:
+        self._count(arguments)
+        if function.writes:
+            out = Text(self._budget)
+            function.call(out, *arguments)
+            return str(out)
+        result = function.call(*arguments)
         self._count([result])
         return result
 

@@ -8,7 +8,17 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from skep.gotemplate.values import Value, printed, printed_float, quoted, to_bytes, type_name
+from skep.gotemplate.text import Budget, Text
+from skep.gotemplate.values import (
+    Value,
+    printed,
+    printed_float,
+    quoted,
+    to_bytes,
+    type_name,
+    write_quoted,
+    write_value,
+)
 
 WIDTH_MAX = 1_000
 """The widest field and the most digits.  Go's limit is 1,000,000; nothing needs it, and memory is bounded by it."""
@@ -39,23 +49,25 @@ class _Arguments:
         return self._values[self._next :]
 
 
-def sprintf(format: str, values: Sequence[Value]) -> str:
-    """``values`` as ``format`` says; what does not fit is shown as Go shows it (``%!d(string=x)``)."""
+def sprintf(out: Text, format: str, values: Sequence[Value]) -> None:
+    """Write ``values`` as ``format`` says; what does not fit is shown as Go shows it (``%!d(string=x)``)."""
     arguments = _Arguments(values)
-    parts: list[str] = []
     position = 0
     for match in _VERB.finditer(format):
-        parts.append(format[position : match.start()])
-        parts.append(_one(match, arguments))
+        out.write(format[position : match.start()])
+        out.write(_one(match, arguments, out.budget))
         position = match.end()
-    parts.append(format[position:])
+    out.write(format[position:])
     if rest := arguments.rest():
-        shown = ", ".join("<nil>" if one is None else f"{type_name(one)}={printed(one)}" for one in rest)
-        parts.append(f"%!(EXTRA {shown})")
-    return "".join(parts)
+        out.write("%!(EXTRA ")
+        for number, one in enumerate(rest):
+            out.write(", " if number else "")
+            out.write("" if one is None else f"{type_name(one)}=")
+            write_value(out, one)
+        out.write(")")
 
 
-def _one(match: "re.Match[str]", arguments: _Arguments) -> str:
+def _one(match: "re.Match[str]", arguments: _Arguments, budget: Budget) -> str:
     verb = match["verb"]
     if verb is None:
         return "%!(NOVERB)"
@@ -73,7 +85,7 @@ def _one(match: "re.Match[str]", arguments: _Arguments) -> str:
         return problems + "%"
     if not arguments.any_left():
         return f"{problems}%!{verb}(MISSING)"
-    return problems + formatted(_Format(flags, width, digits, verb), arguments.take())
+    return problems + _formatted(_Format(flags, width, digits, verb), arguments.take(), budget)
 
 
 def _number(text: str | None, arguments: _Arguments, word: str) -> tuple[int | None, str]:
@@ -91,43 +103,49 @@ def _number(text: str | None, arguments: _Arguments, word: str) -> tuple[int | N
     return number, ""
 
 
-def formatted(format: _Format, value: Value) -> str:
-    """One value by one verb."""
+def _formatted(format: _Format, value: Value, budget: Budget) -> str:
+    """Return one value by one verb."""
     match format.verb:
         case "T":
             return _padded(format, type_name(value))
         case "v":
-            return _shown(format, value)
+            return _shown(format, value, budget)
     text: str | None = None
     match value:
         case bool():
-            text = printed(value) if format.verb == "t" else None
+            text = printed(value, budget) if format.verb == "t" else None
         case int():
             text = _integer(format, value)
         case float():
             text = _float(format, value)
         case str():
-            text = _string(format, value)
+            text = _string(format, value, budget)
     if text is not None:
         return text
     if value is None:
         return f"%!{format.verb}(<nil>)"
-    return f"%!{format.verb}({type_name(value)}={printed(value)})"
+    return f"%!{format.verb}({type_name(value)}={printed(value, budget)})"
 
 
-def _shown(format: _Format, value: Value) -> str:
+def _shown(format: _Format, value: Value, budget: Budget) -> str:
     if isinstance(value, str) and "#" in format.flags:
-        return _padded(format, quoted(value))
+        return _padded(format, _quoted(value, budget))
     if isinstance(value, str):
-        return _string(format._replace(verb="s"), value) or ""
+        return _string(format._replace(verb="s"), value, budget) or ""
     if isinstance(value, float):
         return _signed(format, printed_float(value))
     if isinstance(value, int) and not isinstance(value, bool):
         return _integer(format._replace(verb="d"), value) or ""
-    return _padded(format, printed(value))
+    return _padded(format, printed(value, budget))
 
 
-def _string(format: _Format, value: str) -> str | None:
+def _quoted(text: str, budget: Budget) -> str:
+    out = Text(budget)
+    write_quoted(out, text)
+    return str(out)
+
+
+def _string(format: _Format, value: str, budget: Budget) -> str | None:
     if format.digits is not None and format.verb in "sq":
         value = value[: format.digits]
     match format.verb:
@@ -135,7 +153,7 @@ def _string(format: _Format, value: str) -> str | None:
             return _padded(format, value)
         case "q":
             is_raw = "#" in format.flags and "`" not in value and value.isprintable()
-            return _padded(format, f"`{value}`" if is_raw else quoted(value))
+            return _padded(format, f"`{value}`" if is_raw else _quoted(value, budget))
         case "x" | "X":
             data = to_bytes(value)[: format.digits]
             space = " " if " " in format.flags else ""

@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote_plus
 
 from skep.gotemplate.format import sprintf
-from skep.gotemplate.values import Struct, Value, printed, to_bytes, to_text, type_name
+from skep.gotemplate.text import Budget, Text, TooMuchText
+from skep.gotemplate.values import Struct, Value, printed, to_bytes, to_text, type_name, write_value
+
+_SHOWN_MAX = 1_000
+"""Characters of a value that an error shows: errors become a task's status."""
 
 
 class CallError(Exception):
@@ -21,13 +25,16 @@ class Function(NamedTuple):
     """A function of a template.
 
     ``parameters``: how many arguments it takes at least; ``is_variadic``: more are taken as well;
-    ``texts``: how many of the first have to be strings. ``call`` raises CallError.
+    ``texts``: how many of the first have to be strings; ``writes``: it writes its result to a ``Text``, its first
+    argument, and returns nothing. A function whose result may be much longer than the strings that it is given has to.
+    ``call`` raises CallError.
     """
 
     call: Callable[..., Value]
     parameters: int
     is_variadic: bool = False
     texts: int = 0
+    writes: bool = False
 
 
 def _kind(value: Value) -> str:
@@ -43,7 +50,7 @@ def _equal(first: Value, *others: Value) -> bool:
         if _kind(first) != _kind(other) and first is not None and other is not None:
             raise CallError("incompatible types for comparison")
         if not _kind(first) and not (first is None or other is None):
-            raise CallError(f"non-comparable type {printed(first)}: {type_name(first)}")
+            raise CallError(f"non-comparable type {shown(first)}: {type_name(first)}")
         if _kind(first) == _kind(other) and first == other:
             return True
     return False
@@ -127,22 +134,31 @@ def _call(function: Value, *_: Value) -> Value:
     raise CallError("call of nil" if function is None else f"non-function of type {type_name(function)}")
 
 
-def print_all(*values: Value) -> str:
+def shown(value: Value) -> str:
+    """Return a value for an error, cut if it is long."""
+    try:
+        return printed(value, Budget(produced=_SHOWN_MAX))
+    except TooMuchText:
+        return f"a {type_name(value)}"
+
+
+def print_all(out: Text, *values: Value) -> None:
     """``fmt.Sprint``: spaces between neighbours that are both no strings."""
-    text = ""
     for number, value in enumerate(values):
         if number and not isinstance(value, str) and not isinstance(values[number - 1], str):
-            text += " "
-        text += printed(value)
-    return text
+            out.write(" ")
+        write_value(out, value)
 
 
-def _print_line(*values: Value) -> str:
-    return " ".join(printed(value) for value in values) + "\n"
+def _print_line(out: Text, *values: Value) -> None:
+    for number, value in enumerate(values):
+        out.write(" " if number else "")
+        write_value(out, value)
+    out.write("\n")
 
 
-def _print_format(format: str, *values: Value) -> str:
-    return sprintf(format, values)
+def _print_format(out: Text, format: str, *values: Value) -> None:
+    sprintf(out, format, values)
 
 
 _HTML = str.maketrans({'"': "&#34;", "'": "&#39;", "&": "&amp;", "<": "&lt;", ">": "&gt;", "\0": "\ufffd"})
@@ -157,12 +173,15 @@ _JS = {
 }
 
 
-def _html(*values: Value) -> str:
-    return print_all(*values).translate(_HTML)
+def _escaping(escape: Callable[[str], str]) -> Callable[..., None]:
+    """``print`` whose text is escaped."""
 
+    def write(out: Text, *values: Value) -> None:
+        plain = Text(out.budget)
+        print_all(plain, *values)
+        out.write_escaped(str(plain), escape)
 
-def _js(*values: Value) -> str:
-    return "".join(_js_escaped(char) for char in print_all(*values))
+    return write
 
 
 def _js_escaped(char: str) -> str:
@@ -173,13 +192,11 @@ def _js_escaped(char: str) -> str:
     return char if char.isprintable() or 0xDC80 <= ord(char) <= 0xDCFF else f"\\u{ord(char):04X}"
 
 
-def _url(*values: Value) -> str:
-    return quote_plus(to_bytes(print_all(*values)), safe="~")
-
-
-def _join(separator: Value = None, *values: Value) -> str:
+def _join(out: Text, separator: str, *values: str) -> None:
     """SwarmKit's only function of its own (template/template.go)."""
-    return str(separator).join(str(value) for value in values)
+    for number, value in enumerate(values):
+        out.write(separator if number else "")
+        out.write(value)
 
 
 LOGICAL = frozenset({"and", "or"})
@@ -190,20 +207,22 @@ BUILTINS: dict[str, Function] = {
     "or": Function(lambda *values: values[-1], 1, is_variadic=True),
     "not": Function(lambda value: not value and not isinstance(value, Struct), 1),
     "call": Function(_call, 1, is_variadic=True),
-    "html": Function(_html, 0, is_variadic=True),
-    "js": Function(_js, 0, is_variadic=True),
-    "urlquery": Function(_url, 0, is_variadic=True),
+    "html": Function(_escaping(lambda text: text.translate(_HTML)), 0, is_variadic=True, writes=True),
+    "js": Function(_escaping(lambda text: "".join(map(_js_escaped, text))), 0, is_variadic=True, writes=True),
+    "urlquery": Function(
+        _escaping(lambda text: quote_plus(to_bytes(text), safe="~")), 0, is_variadic=True, writes=True
+    ),
     "index": Function(_index, 1, is_variadic=True),
     "slice": Function(_slice, 1, is_variadic=True),
     "len": Function(_length, 1),
-    "print": Function(print_all, 0, is_variadic=True),
-    "println": Function(_print_line, 0, is_variadic=True),
-    "printf": Function(_print_format, 1, is_variadic=True, texts=1),
+    "print": Function(print_all, 0, is_variadic=True, writes=True),
+    "println": Function(_print_line, 0, is_variadic=True, writes=True),
+    "printf": Function(_print_format, 1, is_variadic=True, texts=1, writes=True),
     "eq": Function(_equal, 1, is_variadic=True),
     "ne": Function(_not_equal, 2),
     "lt": Function(_ordered(operator.lt), 2),
     "le": Function(_ordered(operator.le), 2),
     "gt": Function(_ordered(operator.gt), 2),
     "ge": Function(_ordered(operator.ge), 2),
-    "join": Function(_join, 1, is_variadic=True, texts=sys.maxsize),
+    "join": Function(_join, 1, is_variadic=True, texts=sys.maxsize, writes=True),
 }

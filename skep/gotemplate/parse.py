@@ -10,7 +10,8 @@ from skep.errors import InvalidArgument
 from skep.gotemplate import tree
 from skep.gotemplate.functions import BUILTINS
 from skep.gotemplate.lex import Kind, Token, lex
-from skep.gotemplate.tree import NAME, Budget
+from skep.gotemplate.text import Budget
+from skep.gotemplate.tree import NAME
 from skep.gotemplate.values import quoted, to_bytes, to_text
 
 NESTING_MAX = 100

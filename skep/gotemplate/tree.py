@@ -14,20 +14,6 @@ NAME = "expansion"
 """What templates are called in errors."""
 
 
-@dataclass
-class Budget:
-    """What templates may still cost: they come from users, and the process that expands them is shared."""
-
-    tokens: int = 50_000
-    """Words and signs of the texts."""
-    steps: int = 100_000
-    """Statements and commands executed."""
-    produced: int = 8 << 20
-    """Characters given to and by functions."""
-    output: int = 1 << 20
-    """Bytes written."""
-
-
 @dataclass(frozen=True)
 class Constant:
     """A literal.  ``text``: as it is written."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from skep.gotemplate.text import Budget, Text
+
 
 @dataclass(frozen=True)
 class Struct:
@@ -41,23 +43,42 @@ def is_true(value: Value) -> bool:
     return isinstance(value, Struct) or bool(value)
 
 
-def printed(value: Value) -> str:
-    """What ``fmt.Print`` writes (``%v``)."""
+def printed(value: Value, budget: Budget) -> str:
+    """Return what ``fmt.Print`` writes (``%v``).  Raises: TooMuchText."""
+    if isinstance(value, str):
+        return value
+    out = Text(budget)
+    write_value(out, value)
+    return str(out)
+
+
+def write_value(out: Text, value: Value) -> None:
+    """Write what ``fmt.Print`` does (``%v``).  Raises: TooMuchText."""
     match value:
         case None:
-            return "<nil>"
+            out.write("<nil>")
         case bool():
-            return "true" if value else "false"
+            out.write("true" if value else "false")
         case str():
-            return value
+            out.write(value)
         case int():
-            return str(value)
+            out.write(str(value))
         case float():
-            return printed_float(value)
+            out.write(printed_float(value))
         case Struct():
-            return "{" + " ".join(printed(field) for field in value.fields.values()) + "}"
+            out.write("{")
+            for number, field in enumerate(value.fields.values()):
+                out.write(" " if number else "")
+                write_value(out, field)
+            out.write("}")
         case _:
-            return "map[" + " ".join(f"{key}:{value[key]}" for key in sorted(value)) + "]"
+            out.write("map[")
+            for number, key in enumerate(sorted(value)):
+                out.write(" " if number else "")
+                out.write(key)
+                out.write(":")
+                out.write(value[key])
+            out.write("]")
 
 
 _EXPONENT = 6
@@ -94,7 +115,19 @@ def printed_float(value: float) -> str:
 
 def quoted(text: str) -> str:
     """``strconv.Quote``: in double quotes, with what cannot be printed as escapes."""
-    return '"' + "".join(_escaped(char) for char in text) + '"'
+    return f'"{escaped(text)}"'
+
+
+def escaped(text: str) -> str:
+    """``quoted`` without its quotes."""
+    return "".join(map(_escaped, text))
+
+
+def write_quoted(out: Text, text: str) -> None:
+    """Write ``quoted(text)``.  Raises: TooMuchText."""
+    out.write('"')
+    out.write_escaped(text, escaped)
+    out.write('"')
 
 
 _ESCAPES = {

@@ -66,19 +66,19 @@ def expand_container(container: ContainerSpec, seen: Struct) -> ContainerSpec:
     """
     budget = Budget(tokens=20_000, steps=20_000, produced=1 << 20, output=1 << 20)
 
-    def filled(text: str, where: str) -> str:
+    def filled(text: str, where: str, *shown: str) -> str:
         try:
             return expand(text, seen, budget=budget)
         except TemplateError as error:
-            raise InvalidArgument(f"expanding {where}{error}") from None
+            raise InvalidArgument(f"expanding {where.format(*map(quoted, shown))}{error}") from None
 
     def variable(entry: str) -> str:
         name, sign, value = entry.partition("=")
-        return name + sign + filled(value, f"env failed: expanding env {quoted(entry)}: ")
+        return name + sign + filled(value, "env failed: expanding env {}: ", entry)
 
     def table(values: Mapping[str, str], where: str) -> dict[str, str]:
         return {
-            key: filled(value, f"{where}expanding map entry {quoted(key)}={quoted(value)}: ")
+            key: filled(value, f"{where}expanding map entry {{}}={{}}: ", key, value)
             for key, value in values.items()
         }
 
@@ -93,8 +93,8 @@ def expand_container(container: ContainerSpec, seen: Struct) -> ContainerSpec:
             options = replace(options, labels=labels, driver_config=driver)
         return replace(
             one,
-            source=filled(one.source, f"{where}mount source {quoted(one.source)}: "),
-            target=filled(one.target, f"{where}mount target {quoted(one.target)}: "),
+            source=filled(one.source, f"{where}mount source {{}}: ", one.source),
+            target=filled(one.target, f"{where}mount target {{}}: ", one.target),
             volume_options=options,
         )
 

@@ -1,6 +1,8 @@
 """Objects for tests: say only what matters."""
 
+import base64
 import ipaddress
+import json
 from itertools import count
 
 from msgspec.structs import replace
@@ -184,3 +186,11 @@ def an_overlay(
             driver=Driver(name="default"), configs=(IPAMConfig(subnet=subnet, gateway=gateway),)
         ),
     )
+
+
+def an_auth(username: str = "corp", address: str = "", **fields: str) -> str:
+    """Return an ``X-Registry-Auth`` with a password of ``username``'s; ``address``: of its registry, if it has one."""
+    known = {"username": username, "password": "s3cret", **fields}
+    return base64.urlsafe_b64encode(
+        json.dumps(known | ({"serveraddress": address} if address else {})).encode()
+    ).decode()

@@ -49,7 +49,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         if domain == DEFAULT_DOMAIN:
             mirrors = [
                 Endpoint(
-                    mirror.rstrip("/"), verify=not self.is_insecure(urlsplit(mirror).netloc), mirror=True
+                    mirror.rstrip("/"),
+                    verify=not self.is_insecure(urlsplit(mirror).netloc),
+                    mirror=True,
+                    policy=self,
                 )
                 for mirror in (() if to_push else self.mirrors)
             ]
@@ -58,7 +61,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         if port and parse_port(port) is None:
             raise SkepError(f'Get "https://{domain}/v2/": dial tcp: address {port}: invalid port')
         if self.is_insecure(domain):
-            return Endpoint(f"https://{domain}", verify=False), Endpoint(f"http://{domain}", verify=False)
+            return tuple(
+                Endpoint(f"{scheme}://{domain}", verify=False, policy=self) for scheme in ("https", "http")
+            )
         return (Endpoint(f"https://{domain}"),)
 
 
@@ -72,19 +77,32 @@ def is_loopback(domain: str) -> bool:
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """A base URL.  ``mirror``: the user's credentials are not for it."""
+    """A base URL.
+
+    ``mirror``: the user's credentials are not for it; ``policy``: which hosts besides it may be reached without TLS.
+    """
 
     url: str
     verify: bool = True
     mirror: bool = False
+    policy: Policy = Policy()
+
+    def may_be_plain(self, realm: str) -> bool:
+        """Whether credentials may be sent to the token server ``realm`` without verified TLS.
+
+        Only if that holds for the registry and for the token server: an insecure registry, whose challenge anyone on
+        the way can write, cannot say that another host is insecure.
+        """
+        if self.verify:
+            return False
+        url, own = urlsplit(realm), urlsplit(self.url)
+        return url.hostname == own.hostname or self.policy.is_insecure(url.netloc)
 
 
 @asynccontextmanager
 async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession]:
     """Connections to ``endpoint`` and where it leads, by its rules for TLS."""
-    context = ssl.create_default_context()
-    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context = client_context()
     if not endpoint.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -94,6 +112,14 @@ async def session_for(endpoint: Endpoint) -> AsyncIterator[aiohttp.ClientSession
     # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False, headers=headers) as session:
         yield session
+
+
+def client_context() -> ssl.SSLContext:
+    """Return what verifies the certificates of registries."""
+    context = ssl.create_default_context()
+    # Python 3.13 also requires extensions that Go does not, so that private registries often lack them.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
 def proxy_for(url: URL) -> str | None:

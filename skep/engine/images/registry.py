@@ -3,6 +3,8 @@
 A registry that requires authentication responds with 401 and a challenge at first; the response to that, a
 token or a password, is kept for the following requests.  It is for the registry alone: redirects, mostly of
 blobs to another party's store, are followed without it, and a challenge on the other side of one is not answered.
+Credentials that were given for another registry are not used at all.  A challenge may name a token server at another
+host, as Docker Hub's does; a host for which verified TLS is required gets no credentials without it.
 TLS is verified except for registries configured as insecure and those on loopback, and only these are reached without
 TLS; no redirect leads out of it.
 
@@ -25,10 +27,11 @@ import structlog
 from yarl import URL
 
 from skep.engine.images.digest import Digest, digest_of
-from skep.engine.images.endpoints import Endpoint, Policy, proxy_for, session_for
+from skep.engine.images.endpoints import Endpoint, Policy, client_context, proxy_for, session_for
 from skep.engine.images.reference import Reference
 from skep.engine.images.refusals import NOT_JSON, read_bounded, refusal_of, retry_after, status_text
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unauthenticated
+from skep.model.registry_auth import decoded_auth, registry_at
 
 T = TypeVar("T")
 
@@ -98,6 +101,14 @@ class Credentials(msgspec.Struct, frozen=True, rename=lambda name: name.replace(
     password: str = ""
     identity_token: str = ""
     registry_token: str = ""
+    server_address: str = ""
+    """Address of the registry that they are for. Empty: the client gave them with the image's name."""
+
+    def for_registry(self, domain: str) -> "Credentials":
+        """Return these credentials if they may be sent to the registry ``domain``, else none."""
+        if not self.server_address or registry_at(self.server_address) == registry_at(domain):
+            return self
+        return Credentials()
 
     def __repr__(self) -> str:
         return f"Credentials(username={self.username!r})"
@@ -132,13 +143,7 @@ class Document(msgspec.Struct, frozen=True):
 def decode_credentials(header: str) -> Credentials:
     """The credentials in ``X-Registry-Auth``.  What cannot be read means none, as in Docker."""
     try:
-        content = base64.urlsafe_b64decode(
-            header.replace("+", "-").replace("/", "_") + "=" * (-len(header) % 4)
-        )
-        # docker-py writes IdentityToken; Go reads any case.
-        known = msgspec.json.decode(content, type=dict[str, Any]) if content else {}
-        lowered = {name.lower(): value for name, value in known.items() if value is not None}
-        return msgspec.convert(lowered, Credentials)
+        return msgspec.convert(decoded_auth(header), Credentials)
     except (ValueError, RecursionError):
         return Credentials()
 
@@ -300,7 +305,7 @@ class Connection:
 
     async def _token(self, challenge: Mapping[str, str], scopes: Sequence[str]) -> str:
         realm = challenge["realm"]
-        if urlsplit(realm).scheme != "https" and self._endpoint.verify:
+        if urlsplit(realm).scheme != "https" and not self._endpoint.may_be_plain(realm):
             raise PermissionDenied(f"the registry requires credentials to be sent without TLS, to {realm}")
         fields = [("service", challenge.get("service", ""))]
         known = self._credentials
@@ -329,6 +334,8 @@ class Connection:
         """Asks the token server at ``realm``; without redirects, which would get the password, too."""
         known = self._credentials
         proxy = proxy_for(URL(realm))
+        is_other = not self._endpoint.verify and not self._endpoint.may_be_plain(realm)
+        tls = client_context() if is_other else True  # the session of an insecure registry verifies nothing
         if known.identity_token:
             form = [
                 *fields,
@@ -338,7 +345,7 @@ class Connection:
                 ("client_id", "docker"),
             ]
             return self._session.post(
-                realm, data=form, timeout=SHORT_TIMEOUT, allow_redirects=False, proxy=proxy
+                realm, data=form, timeout=SHORT_TIMEOUT, allow_redirects=False, proxy=proxy, ssl=tls
             )
         fields += [("scope", scope) for scope in scopes]
         headers = {}
@@ -348,7 +355,13 @@ class Connection:
             if not scopes:  # a login: the token that stands for the password is what the client keeps
                 fields += [("offline_token", "true"), ("client_id", "docker")]
         return self._session.get(
-            realm, params=fields, headers=headers, timeout=SHORT_TIMEOUT, allow_redirects=False, proxy=proxy
+            realm,
+            params=fields,
+            headers=headers,
+            timeout=SHORT_TIMEOUT,
+            allow_redirects=False,
+            proxy=proxy,
+            ssl=tls,
         )
 
 
@@ -363,6 +376,7 @@ class Repository(Connection):
         credentials: Credentials,
         actions: str = "pull",
     ) -> None:
+        credentials = credentials.for_registry(reference.domain)
         super().__init__(session, endpoint, credentials, (f"repository:{reference.path}:{actions}",))
         self._reference = reference
 

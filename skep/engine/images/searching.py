@@ -76,7 +76,7 @@ async def search(
     problem: RegistryError | None = None
     for endpoint in _endpoints(policy, domain):
         async with session_for(endpoint) as session:
-            connection = Connection(session, endpoint, credentials)
+            connection = Connection(session, endpoint, credentials.for_registry(domain))
             try:
                 found = await _found(connection, query)
             except RegistryError as error:

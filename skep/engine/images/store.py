@@ -157,7 +157,10 @@ class ImageStore(LocalImages):
 
     async def push(self, reference: Reference, auth: str, report: Report = quiet) -> None:
         """Send an image, or all tags of a repository, to its registry.  Raises: as ``pushing.push``."""
-        credentials, helper = decode_credentials(auth), self.policy.helpers.get(reference.domain)
+        credentials, helper = (
+            _credentials_for(reference.domain, auth),
+            self.policy.helpers.get(reference.domain),
+        )
         if not credentials and helper:
             credentials = (await self._helpers.provide(helper, reference.domain)).credentials
         await pushing.push(self, self.policy, reference, credentials, report)
@@ -169,7 +172,7 @@ class ImageStore(LocalImages):
 
         Those of a service may have expired long ago.
         """
-        known, helper = decode_credentials(auth), self.policy.helpers.get(domain)
+        known, helper = _credentials_for(domain, auth), self.policy.helpers.get(domain)
         if not helper:
             return await action(known)
         if known:
@@ -252,3 +255,12 @@ class ImageStore(LocalImages):
         for id in ids:
             self.announce("delete", id, id)
         return Removed(tuple(name.familiar for _, name in names), (*ids, *layers))
+
+
+def _credentials_for(domain: str, header: str) -> Credentials:
+    """Return the credentials in ``X-Registry-Auth`` that may be sent to the registry ``domain``."""
+    given = decode_credentials(header)
+    known = given.for_registry(domain)
+    if given and not known:
+        log.info("credentials not used: they are for another registry", registry=domain)
+    return known

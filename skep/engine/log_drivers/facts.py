@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from skep.engine.container import Container, ContainerConfig
 from skep.engine.log_drivers.options import FILE_DRIVERS
 from skep.errors import InvalidArgument
-from skep.gotemplate import CallError, Function, Struct, TemplateError, Value, expand
+from skep.gotemplate import Budget, CallError, Function, Struct, TemplateError, Text, Value, expand
 from skep.linux.commands import communicate
 
 DEFAULT_TAG = "{{.ID}}"
@@ -109,7 +109,7 @@ def short_id(image_id: str) -> str:
 def tag_of(options: Mapping[str, str], facts: LogFacts, default: str = DEFAULT_TAG) -> str:
     """The option ``tag`` with its placeholders replaced.  Raises: InvalidArgument."""
     try:
-        return expand(options.get("tag") or default, facts.struct(), _FUNCTIONS)
+        return expand(options.get("tag") or default, facts.struct(), _FUNCTIONS, budget=_tag_budget())
     except TemplateError as error:
         raise InvalidArgument(f"failed to initialize logging driver: {error}") from error
 
@@ -173,10 +173,33 @@ def _names(options: Mapping[str, str], option: str) -> list[str]:
     return [name for name in options.get(option, "").split(",") if name]
 
 
-def _json(value: Value) -> str:
+def _tag_budget() -> Budget:
+    """A tag is in every line of the log, and a container's command may have 2 MiB."""
+    return Budget(tokens=2_000, steps=2_000, produced=256 << 10, output=64 << 10)
+
+
+def _json(out: Text, value: Value) -> None:
     if isinstance(value, Struct):
         value = {name: str(one) for name, one in value.fields.items()}
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not isinstance(value, Mapping):
+        _json_value(out, value)
+        return
+    out.write("{")
+    for number, (name, one) in enumerate(value.items()):
+        out.write("," if number else "")
+        _json_value(out, name)
+        out.write(":")
+        _json_value(out, one)
+    out.write("}")
+
+
+def _json_value(out: Text, value: Value) -> None:
+    if isinstance(value, str):
+        out.write('"')
+        out.write_escaped(value, lambda text: json.dumps(text, ensure_ascii=False)[1:-1])
+        out.write('"')
+    else:
+        out.write(json.dumps(value))
 
 
 def _pad(text: str, before: Value, after: Value) -> str:
@@ -195,7 +218,7 @@ def _count(value: Value) -> int:
 
 
 _FUNCTIONS: Mapping[str, Function] = {
-    "json": Function(_json, 1),
+    "json": Function(_json, 1, writes=True),
     "lower": Function(str.lower, 1, texts=1),
     "upper": Function(str.upper, 1, texts=1),
     "title": Function(lambda text: text.title(), 1, texts=1),

@@ -26,7 +26,7 @@ from skep.manager.control.quotas import check_quota
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.dependents import check_dependencies, restart_dependents
 from skep.manager.job_runs import first_job, next_job
-from skep.manager.registry_auth import auth_of, follow_rollback, keep_auth
+from skep.manager.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
 from skep.manager.removal import hide_service
 from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
@@ -93,7 +93,7 @@ def create_service(
             job_status=first_job(spec, now),
         )
     )
-    keep_auth(tx, registry_auth_id(service.id), registry_auth)
+    keep_auth(tx, registry_auth_id(service.id), auth_for(spec, with_registry(spec, registry_auth)))
     return service
 
 
@@ -120,13 +120,15 @@ def update_service(
     spec = with_number_kept(spec, service.spec)
     _check_rights(tx, spec, service.spec)
     check_quota(tx, spec, service)
-    current_auth, previous_auth = (
-        auth_of(tx, registry_auth_id(id)),
-        auth_of(tx, previous_registry_auth_id(id)),
-    )
-    if not registry_auth:
-        registry_auth = previous_auth if registry_auth_from == "previous-spec" else current_auth
-    keep_auth(tx, registry_auth_id(id), registry_auth)
+    current_auth = with_registry(service.spec, auth_of(tx, registry_auth_id(id)))
+    if registry_auth:
+        registry_auth = with_registry(spec, registry_auth)
+    elif registry_auth_from == "previous-spec":
+        previous_auth = auth_of(tx, previous_registry_auth_id(id))
+        registry_auth = with_registry(service.previous_spec or service.spec, previous_auth)
+    else:
+        registry_auth = current_auth
+    keep_auth(tx, registry_auth_id(id), auth_for(spec, registry_auth))
     keep_auth(tx, previous_registry_auth_id(id), current_auth)
     restart_dependents(tx, service, spec.task_template, now)
     return tx.put(

@@ -25,6 +25,7 @@ from skep.errors import InvalidArgument, SkepError
 from skep.manager.allocator.addresses import NEARLY_FULL, usage_of
 from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
+from skep.manager.registry_auth import dropped_warnings, shown_auth
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
 from skep.model.container import ContainerSpec, Mount
@@ -89,6 +90,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     """Create a service; the response has its id and does not wait for tasks."""
     manager = manager_of(request)
     spec = await read_spec(request)
+    auth = request.headers.get("X-Registry-Auth", "")
     if control.names_networks(spec):  # otherwise only the transaction reads anything
         spec = control.with_network_ids(await current_view(request), spec)
     await manager.require_room(creates=True)
@@ -98,10 +100,11 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         new_id=manager.new_id,
         new_name=manager.new_name,
         now=manager.now(),
-        registry_auth=request.headers.get("X-Registry-Auth", ""),
+        registry_auth=auth,
     )
-    warnings = room_warnings(manager.store.view(), service) if control.names_networks(spec) else []
-    warnings += _secret_warnings(spec)
+    view = manager.store.view()
+    warnings = room_warnings(view, service) if control.names_networks(spec) else []
+    warnings += _secret_warnings(spec) + dropped_warnings(view, service, auth, "")
     return json_response({"ID": service.id, **({"Warnings": warnings} if warnings else {})}, 201)
 
 
@@ -125,6 +128,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     spec = settled(control.with_network_ids(view, spec))
     service = view.resolve(Service, request.match_info["id"])
     auth_from = control.auth_source(request.query.get("registryAuthFrom", ""), service)
+    auth, kept = request.headers.get("X-Registry-Auth", ""), shown_auth(view, service)
     match request.query.get("rollback", ""):
         case "" | "none":
             await manager.update(
@@ -133,7 +137,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
                 spec,
                 version,
                 now=manager.now(),
-                registry_auth=request.headers.get("X-Registry-Auth", ""),
+                registry_auth=auth,
                 registry_auth_from=auth_from,
             )
         case "previous":
@@ -142,7 +146,10 @@ async def update_service(request: web.Request) -> web.StreamResponse:
             raise Untranslated(f"unrecognized rollback option {word}")
     view = manager.store.view()
     changed = view.lookup(Service, service.id)
-    warnings = room_warnings(view, changed) + _secret_warnings(changed.spec) if changed is not None else []
+    warnings = []
+    if changed is not None:
+        warnings = room_warnings(view, changed) + _secret_warnings(changed.spec)
+        warnings += dropped_warnings(view, changed, auth, kept)
     return json_response({"Warnings": warnings or None})
 
 

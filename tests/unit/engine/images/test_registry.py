@@ -46,8 +46,10 @@ def test_mirrors_are_asked_before_docker_hub_and_for_nothing_else():
 
 def test_credentials_are_read_as_clients_write_them():
     header = base64.urlsafe_b64encode(b'{"username":"u","password":"p?>","serveraddress":"x"}').decode()
-    assert decode_credentials(header) == Credentials(username="u", password="p?>")
-    assert decode_credentials(header.rstrip("=")) == Credentials(username="u", password="p?>")
+    assert decode_credentials(header) == Credentials(username="u", password="p?>", server_address="x")
+    assert decode_credentials(header.rstrip("=")) == Credentials(
+        username="u", password="p?>", server_address="x"
+    )
 
 
 @pytest.mark.parametrize("name", ["identitytoken", "IdentityToken"])

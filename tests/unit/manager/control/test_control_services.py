@@ -22,6 +22,7 @@ from skep.manager.control.networks import first_networks, ingress_network, remov
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import ClusterId, new_id
+from skep.model.registry_auth import decoded_auth
 from skep.model.service import (
     EndpointSpec,
     GlobalService,
@@ -37,7 +38,7 @@ from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_service_spec
+from tests.support.builders import a_service_spec, an_auth
 
 NO_NAMES: Iterator[str] = iter(())
 NOW = Timestamp("2026-01-02T03:04:05Z")
@@ -191,6 +192,60 @@ async def test_an_update_can_take_the_credentials_of_the_previous_spec(store):
         store, service, a_service_spec(image="busybox:3"), registry_auth_from="previous-spec"
     )
     assert payloads(store)[f"registry/{service.id}"] == b"one"
+
+
+def credentials(store, id, kind="registry"):
+    """User and registry of the credentials that are kept."""
+    known = decoded_auth(payloads(store)[f"{kind}/{id}"].decode())
+    return known["username"], known["serveraddress"]
+
+
+@pytest.mark.parametrize(
+    ("image", "given", "address"),
+    [
+        ("corp.example/shop:1", "", "corp.example"),
+        ("corp.example:5000/shop:1", "https://corp.example:5000/v2/", "https://corp.example:5000/v2/"),
+        ("shop:1", "", "https://index.docker.io/v1/"),
+        ("team/shop:1", "docker.io", "docker.io"),
+    ],
+)
+async def test_credentials_are_kept_with_their_registry(store, image, given, address):
+    service = await create(store, a_service_spec(image=image), auth=an_auth(address=given))
+    assert credentials(store, service.id) == ("corp", address)
+
+
+@pytest.mark.parametrize("address", ["", "corp.example", "https://corp.example/v1/"])
+@pytest.mark.parametrize("image", ["evil.example/x", "localhost:5000/x", "shop:1", "corp.example:444/shop"])
+async def test_an_update_to_another_registry_drops_the_credentials(store, image, address):
+    spec = a_service_spec(image="corp.example/shop:1")
+    service = await create(store, spec, auth=an_auth(address=address))
+    service = await update(store, service, a_service_spec(image=image))
+    assert f"registry/{service.id}" not in payloads(store)
+    service = await update(store, service, spec, registry_auth_from="previous-spec")
+    assert credentials(store, service.id)[0] == "corp"
+
+
+async def test_credentials_that_an_older_manager_kept_are_those_of_the_image_then(store):
+    service = await create(store, a_service_spec(image="corp.example/shop:1"))
+
+    def keep(tx):
+        tx.put(Payload(id=f"registry/{service.id}", data=an_auth().encode()))
+
+    await store.update(keep)
+    service = await update(store, service, a_service_spec(image="evil.example/shop:1"))
+    assert payloads(store).keys() == {f"registry-previous/{service.id}"}
+    assert credentials(store, service.id, "registry-previous") == ("corp", "corp.example")
+
+
+async def test_a_chain_of_updates_leads_no_credentials_to_another_registry(store):
+    """Neither do rollbacks, nor the previous spec as their source."""
+    service = await create(store, a_service_spec(image="corp.example/shop:1"), auth=an_auth())
+    evil = a_service_spec(image="evil.example/x")
+    service = await update(store, service, evil)
+    service = await update(store, service, evil, registry_auth_from="previous-spec")
+    assert f"registry/{service.id}" not in payloads(store)
+    service = await rollback(store, service, evil)
+    assert f"registry/{service.id}" not in payloads(store)
 
 
 async def test_a_removal_forgets_the_credentials(store):

@@ -6,15 +6,16 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control.services import rollback_service
+from skep.model.registry_auth import decoded_auth
 from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateState
 from skep.model.task import TaskState
 from skep.model.times import timestamp
 from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
-from tests.support.builders import a_service, a_service_spec
+from tests.support.builders import a_service, a_service_spec, an_auth
 from tests.unit.manager.orchestrator.test_refused_changes import Led
 
 NOW = timestamp(0)
-OLD, NEW = b"expired", b"fresh"
+OLD, NEW = "expired", "fresh"
 UPDATE = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK)
 
 CASES = pytest.mark.parametrize(
@@ -37,21 +38,25 @@ def led() -> Iterator[Led]:
     it.close()
 
 
-def keep(led: Led, current: bytes | None, previous: bytes | None) -> None:
+def keep(led: Led, current: str | None, previous: str | None) -> None:
     stored = {registry_auth_id("web"): current, previous_registry_auth_id("web"): previous}
     led.write(
-        lambda tx: [tx.put(Payload(id=id, data=data)) for id, data in stored.items() if data is not None]
+        lambda tx: [
+            tx.put(Payload(id=id, data=an_auth(username=name).encode()))
+            for id, name in stored.items()
+            if name is not None
+        ]
     )
 
 
-def kept(led: Led, id: str) -> bytes | None:
+def kept(led: Led, id: str) -> str | None:
     payload = led.store.view().lookup(Payload, id)
-    return payload.data if payload is not None else None
+    return decoded_auth(payload.data.decode())["username"] if payload is not None else None
 
 
 @CASES
 def test_the_leaders_rollback_keeps_the_newest_credentials_of_a_registry(
-    led: Led, before: str, after: str, stored: tuple[bytes | None, bytes | None], expected: bytes | None
+    led: Led, before: str, after: str, stored: tuple[str | None, str | None], expected: str | None
 ) -> None:
     old, new = (a_service_spec(update=UPDATE, image=image) for image in (before, after))
     led.write(lambda tx: tx.put(a_service(spec=old)))
@@ -72,7 +77,7 @@ def test_the_leaders_rollback_keeps_the_newest_credentials_of_a_registry(
 
 @CASES
 def test_a_users_rollback_keeps_the_newest_credentials_of_a_registry(
-    led: Led, before: str, after: str, stored: tuple[bytes | None, bytes | None], expected: bytes | None
+    led: Led, before: str, after: str, stored: tuple[str | None, str | None], expected: str | None
 ) -> None:
     old, new = (a_service_spec(image=image) for image in (before, after))
     led.write(lambda tx: tx.put(replace(a_service(spec=new), previous_spec=old)))

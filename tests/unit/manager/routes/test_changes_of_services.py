@@ -9,6 +9,7 @@ from skep.manager.routes import application
 from skep.model.service import Service
 from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
 from tests.conformance.manager import a_manager_api
+from tests.support.builders import an_auth
 
 
 @pytest.fixture
@@ -63,6 +64,26 @@ async def test_credentials_are_kept_apart_and_stay_without_new_ones(cluster) -> 
     await changed(client, {"Spec": a_spec("a", "busybox:2"), "ID": made["ID"], "Version": index})
     kept = {one.id: one.data for one in api.store.view().find(Payload)}
     assert kept == {registry_auth_id(made["ID"]): b"secret", previous_registry_auth_id(made["ID"]): b"secret"}
+
+
+async def test_an_update_that_loses_its_credentials_says_so(cluster) -> None:
+    api, client = cluster
+    headers = {"X-Registry-Auth": an_auth()}
+    async with client.post("/services/create", json=a_spec("a", "corp.example/a:1"), headers=headers) as got:
+        made = await got.json()
+    assert "Warnings" not in made
+
+    async def updated(image: str) -> Any:
+        index = api.store.view().get(Service, made["ID"]).version.index
+        url = f"/services/{made['ID']}/update?version={index}"
+        async with client.post(url, json=a_spec("a", image)) as got:
+            return (await got.json())["Warnings"]
+
+    assert await updated("corp.example/a:2") is None
+    assert await updated("other.example/a:2") == [
+        "image other.example/a:2 is pulled without credentials: those of the service are for another registry"
+    ]
+    assert await updated("other.example/a:3") is None
 
 
 async def test_too_many_are_refused(cluster) -> None:

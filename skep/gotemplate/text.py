@@ -1,0 +1,57 @@
+"""Text that templates produce, counted against their budget while it is written.
+
+Users write templates, and the process that expands them is shared. A template of a few kilobytes may name the
+same large label thousands of times, so text is counted before it is kept, not when a function returns.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_CHUNK = 4_096
+"""Characters that are escaped at a time: an escape makes up to twelve characters of one, and an object for each."""
+
+
+class TooMuchText(Exception):
+    """The text exceeds the budget."""
+
+
+@dataclass
+class Budget:
+    """Resources that templates may still use."""
+
+    tokens: int = 50_000
+    """Words and signs of the texts."""
+    steps: int = 100_000
+    """Statements and commands executed."""
+    produced: int = 8 << 20
+    """Characters given to and produced by functions, and printed."""
+    output: int = 1 << 20
+    """Bytes written."""
+
+    def produce(self, characters: int) -> None:
+        """Count text that is given to a function, or about to be kept.  Raises: TooMuchText."""
+        self.produced -= characters
+        if self.produced < 0:
+            raise TooMuchText
+
+
+class Text:
+    """A text under construction.  Each piece is counted before it is kept."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._buffer = io.StringIO()
+
+    def write(self, piece: str) -> None:
+        """Append ``piece``.  Raises: TooMuchText."""
+        self.budget.produce(len(piece))
+        self._buffer.write(piece)
+
+    def write_escaped(self, text: str, escape: Callable[[str], str]) -> None:
+        """Append ``text`` as ``escape`` spells it, which looks at each character alone.  Raises: TooMuchText."""
+        for start in range(0, len(text), _CHUNK):
+            self.write(escape(text[start : start + _CHUNK]))
+
+    def __str__(self) -> str:
+        return self._buffer.getvalue()

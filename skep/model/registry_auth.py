@@ -1,0 +1,72 @@
+"""Registry credentials as clients send them (``X-Registry-Auth``), and the registry that they are for.
+
+Source: moby, registry/auth.go (ConvertToHostname, ResolveAuthConfig), registry/config.go (IndexServer).
+"""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from skep.model.images import registry_of
+
+_HUB = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
+_HUB_ADDRESS = "https://index.docker.io/v1/"
+_ADDRESS = "serveraddress"
+
+
+def decoded_auth(header: str) -> Mapping[str, Any]:
+    """Return the fields of ``X-Registry-Auth``, their names in lower case.
+
+    Docker takes what cannot be read for no credentials. docker-py writes IdentityToken; Go reads any case.
+
+    Raises: ValueError, RecursionError: it cannot be read.
+    """
+    content = base64.urlsafe_b64decode(header.replace("+", "-").replace("/", "_") + "=" * (-len(header) % 4))
+    known = msgspec.json.decode(content, type=dict[str, Any]) if content else {}
+    return {name.lower(): value for name, value in known.items() if value is not None}
+
+
+def registry_at(address: str) -> str:
+    """Return the registry that the address of a login names, as ``registry_of`` does: empty for Docker Hub."""
+    host = address.removeprefix("https://").removeprefix("http://").partition("/")[0].lower()
+    return "" if host in _HUB else host
+
+
+def is_for(address: str, image: str) -> bool:
+    """Whether credentials for the registry ``address`` may be sent to the registry of ``image``.
+
+    Those without an address were given together with the image.
+    """
+    return not address or registry_at(address) == registry_at(registry_of(image))
+
+
+def bound_auth(header: str, image: str) -> str:
+    """Return ``header`` with the registry that it is for: the one of ``image`` unless it names one."""
+    try:
+        fields = decoded_auth(header)
+    except (ValueError, RecursionError):
+        return header
+    if not fields or fields.get(_ADDRESS):
+        return header
+    address = registry_of(image) or _HUB_ADDRESS
+    return base64.urlsafe_b64encode(msgspec.json.encode({**fields, _ADDRESS: address})).decode()
+
+
+def address_of(header: str) -> str:
+    """Return the address of the registry that the credentials are for; empty if they name none."""
+    return _text(header, _ADDRESS)
+
+
+def has_credentials(header: str) -> bool:
+    """Whether there is a password or a token in ``header``."""
+    return any(_text(header, name) for name in ("username", "identitytoken", "registrytoken"))
+
+
+def _text(header: str, name: str) -> str:
+    try:
+        value = decoded_auth(header).get(name, "")
+    except (ValueError, RecursionError):
+        return ""
+    return value if isinstance(value, str) else ""
