@@ -8,12 +8,12 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.manager.scheduler.accounting import Account, Accounting, Usage
+from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.filters import explaining, explanation, filters_for
 from skep.manager.scheduler.requirements import Requirements
 from skep.manager.scheduler.spread import Choices
-from skep.manager.scheduler.volumes import uses_of
 from skep.model.ids import NodeId
+from skep.model.needs import Usage, uses_of
 from skep.model.service import GenericResource
 from skep.model.task import Task, VolumeAttachment
 from skep.store.interface import View

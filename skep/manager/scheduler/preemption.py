@@ -24,13 +24,13 @@ from typing import Final, TypeAlias
 import msgspec
 
 from skep.aio.time_slices import SlicedWork
-from skep.manager.resources import kind_and_amount
-from skep.manager.scheduler.accounting import Account, Accounting, Usage
+from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.priorities import Priorities
-from skep.manager.scheduler.requirements import HostPort, Requirements
+from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.labels import PRIORITY_MAX
+from skep.model.needs import HostPort, Usage, kind_and_amount
 from skep.model.node import NodeState
 from skep.model.service import GenericResource
 from skep.model.task import Preemption, Task, TaskState

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.manager.scheduler.accounting import Accounting, usage_of
+from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.preemption import (
     AT_ONCE,
@@ -23,9 +23,10 @@ from skep.manager.scheduler.preemption import (
     room_on,
 )
 from skep.manager.scheduler.priorities import Priorities
-from skep.manager.scheduler.requirements import Requirements, host_ports, requirements_of
+from skep.manager.scheduler.requirements import Requirements, requirements_of
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import PRIORITY
+from skep.model.needs import holds_of, host_ports
 from skep.model.node import Node, NodeState
 from skep.model.service import (
     DiscreteResource,
@@ -78,7 +79,7 @@ class World:
         for task in self.tasks.values():
             owner = self.services.get(task.service_id)
             self.accounting.reserve(
-                task.id, task.node_id, usage_of(task, host_ports(owner.spec if owner else None))
+                task.id, task.node_id, holds_of(task, host_ports(owner.spec if owner else None))
             )
 
     def occupants(self, service: Service) -> Occupants:
@@ -295,7 +296,7 @@ def worlds(draw: st.DrawFn) -> World:
         if service.spec.task_template.resources and GPU in reserved(service).generic_resources:
             task = replace(task, generic_resources=(GPU,))
         if passes(wanted(service), accounting, node.id):
-            accounting.reserve(task.id, node.id, usage_of(task, host_ports(service.spec)))
+            accounting.reserve(task.id, node.id, holds_of(task, host_ports(service.spec)))
             tasks.append(replace(task, desired_state=draw(st.sampled_from(DESIRED))))
     return World(nodes, [*made, draw(services("new"))], tasks)
 
@@ -321,7 +322,7 @@ def fits_without(world: World, service: Service, node: str, gone: Iterable[str])
     for task in world.tasks.values():
         if task.node_id == node and task.is_wanted and task.id not in gone:
             owner = world.services[task.service_id]
-            accounting.reserve(task.id, task.node_id, usage_of(task, host_ports(owner.spec)))
+            accounting.reserve(task.id, task.node_id, holds_of(task, host_ports(owner.spec)))
     return passes(wanted(service), accounting, node)
 
 
