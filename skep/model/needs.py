@@ -18,7 +18,7 @@ from skep.model.container import ConfigReference, ContainerSpec, SecretReference
 from skep.model.ids import ServiceId, VolumeId
 from skep.model.service import GenericResource, Placement, PublishMode, Resources, ServiceSpec, TaskSpec
 from skep.model.slot_volumes import local_volumes
-from skep.model.task import Task
+from skep.model.task import Task, VolumeAttachment
 from skep.model.volume import GROUP_PREFIX, Volume, VolumeScope, VolumeSharing
 
 HostPort: TypeAlias = tuple[str, int]
@@ -78,14 +78,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def is_exclusive(self) -> bool:
         """Whether other tasks may be refused something because of it, whatever they need."""
-        return bool(
-            self.nano_cpus
-            or self.memory_bytes
-            or self.generic
-            or self.host_ports
-            or self.volumes
-            or self.is_unknown
-        )
+        return bool(self.nano_cpus or self.memory_bytes or self.generic or self.host_ports or self.volumes)
 
 
 def needs_of(spec: ServiceSpec) -> Needs:
@@ -212,12 +205,16 @@ def sources_of(volume: Volume) -> Sequence[str]:
 
 def uses_of(task: Task) -> tuple[VolumeUse, ...]:
     """The volumes that a task has; one is only read if all its mounts only read."""
-    container = task.spec.container_spec
-    mounts = {(one.source, one.target): one.read_only for one in container.mounts} if container else {}
+    return volume_uses(task.volumes, cluster_mounts(task.spec))
+
+
+def volume_uses(given: Iterable[VolumeAttachment], mounts: Iterable[ClusterMount]) -> tuple[VolumeUse, ...]:
+    """The same for a task with these volumes and mounts."""
+    readings = {(one.source, one.target): one.read_only for one in mounts}
     reading: dict[VolumeId, bool] = {}
-    for one in task.volumes:
+    for one in given:
         id = VolumeId(one.id)
-        reading[id] = reading.get(id, True) and mounts.get((one.source, one.target), False)
+        reading[id] = reading.get(id, True) and readings.get((one.source, one.target), False)
     return tuple(VolumeUse(id, read_only) for id, read_only in reading.items())
 
 

@@ -31,6 +31,7 @@ from skep.manager.removal import hide_service
 from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
+from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.readable import NameSource, free_name
 from skep.model.rights import allowed_by, rights_of, rights_text
@@ -41,10 +42,12 @@ from skep.model.service import (
     PublishMode,
     Service,
     ServiceSpec,
+    UpdateOrder,
     UpdateState,
     UpdateStatus,
 )
 from skep.model.times import Timestamp
+from skep.model.volume import Volume
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 from skep.store.level import SCHEDULES
@@ -82,6 +85,7 @@ def create_service(
     check_dependencies(tx, spec)
     _check_rights(tx, spec)
     check_quota(tx, spec)
+    _check_volumes(tx, spec)
     _check_attachments(tx, spec)
     _check_ingress(tx, spec)
     _check_files(tx, spec)
@@ -120,6 +124,7 @@ def update_service(
     spec = with_number_kept(spec, service.spec)
     _check_rights(tx, spec, service.spec)
     check_quota(tx, spec, service)
+    _check_volumes(tx, spec, service.spec)
     current_auth, previous_auth = (
         auth_of(tx, registry_auth_id(id)),
         auth_of(tx, previous_registry_auth_id(id)),
@@ -155,6 +160,7 @@ def rollback_service(
     _check_ingress(tx, service.previous_spec)
     _check_rights(tx, service.previous_spec, service.spec)
     check_quota(tx, service.previous_spec, service)
+    _check_volumes(tx, service.previous_spec)
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
     return tx.put(
@@ -267,6 +273,29 @@ def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = N
         raise PermissionDenied(
             f"the cluster does not allow its services: {rights_text(refused)} (see `skep cluster allow`)"
         )
+
+
+def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
+    """Check that start-first can ever replace a task: the new one needs its cluster volumes beside the old one.
+
+    SwarmKit starts such an update and never ends it.  A spec that was accepted before may be scaled.
+
+    Raises:
+        InvalidArgument: a volume cannot be shared.
+    """
+    rollouts = ("update", spec.update_config), ("rollback", spec.rollback_config)
+    first = [
+        name for name, config in rollouts if config is not None and config.order is UpdateOrder.START_FIRST
+    ]
+    if not first or (present is not None and spec == replace(present, mode=spec.mode)):
+        return
+    for mount in needs_of(spec).cluster_volumes:
+        for volume in view.find(Volume, name=mount.source):
+            if cannot_share(volume, mount):
+                raise InvalidArgument(
+                    f"cluster volume {mount.source} has sharing mode {volume.spec.access_mode.sharing.value}, so a new "
+                    f"task cannot start beside the old one: use stop-first as the {first[0]} order"
+                )
 
 
 def _check_attachments(view: View, spec: ServiceSpec) -> None:

@@ -175,6 +175,11 @@ class VolumeUses:
             self._drop_unused(use.volume_id, known)
         return freed
 
+    def has_users(self, id: VolumeId, node_id: NodeId) -> bool:
+        """Whether tasks on the node have the volume."""
+        known = self._known.get(id)
+        return known is not None and known.by_node[node_id] > 0
+
     def drivers_of(self, ids: Iterable[VolumeId], mounts: Iterable[ClusterMount]) -> Collection[str]:
         """The drivers of those of the volumes that the mounts may mean."""
         sources = {mount.source for mount in mounts}
