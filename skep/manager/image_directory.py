@@ -11,12 +11,14 @@ from skep.errors import InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.ca.caller_check import check_caller, is_manager
 from skep.model.addresses import host_of, joined
 from skep.model.ids import ClusterId, NodeId
+from skep.model.needs import images_of
 from skep.model.node import Node, NodeRole, NodeState
 from skep.model.planes import IMAGES_LABEL, usable_address
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.security.identity import Identity
 from skep.store.interface import View
+from skep.store.kinds import specs_in_use
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
@@ -73,14 +75,14 @@ class ImageDirectory:
 
 
 def needed_images(view: View) -> frozenset[str]:
-    """The images of the present and the previous specs of all services, as they name them.
+    """The images of the specs from which tasks of services are made, or may be, as they name them.
 
     Raises: Unavailable: a service cannot be read, so that its images are not known.
     """
     if view.unreadable(Service):
         raise Unavailable("not all services can be read")
-    specs = [spec for service in view.find(Service) for spec in (service.spec, service.previous_spec)]
-    return frozenset(image for spec in specs if (image := _image_of(spec)))
+    specs = (spec for service in view.find(Service) for spec in specs_in_use(view, service))
+    return frozenset(image for spec in specs for image in images_of(spec))
 
 
 def image_address(node: Node) -> str:
@@ -99,7 +101,7 @@ def sources(view: View, spellings: Collection[str], asking: NodeId, random: Rand
     with_tasks = {
         task.node_id
         for service in view.find(Service)
-        if any(_is_of(spec, spellings) for spec in (service.spec, service.previous_spec))
+        if any(_is_of(spec, spellings) for spec in specs_in_use(view, service))
         for task in view.find(Task, service_id=service.id)
         if task.node_id and task.desired_state <= TaskState.RUNNING
     }
@@ -109,14 +111,9 @@ def sources(view: View, spellings: Collection[str], asking: NodeId, random: Rand
     return (*chosen, *_some(_usable(others, asking), SOURCES_MAX - len(chosen), random))
 
 
-def _is_of(spec: ServiceSpec | None, spellings: Collection[str]) -> bool:
-    image = _image_of(spec)
-    return image in spellings or image.rpartition("@")[2] in spellings
-
-
-def _image_of(spec: ServiceSpec | None) -> str:
-    container = spec.task_template.container_spec if spec is not None else None
-    return container.image if container is not None else ""
+def _is_of(spec: ServiceSpec, spellings: Collection[str]) -> bool:
+    images = images_of(spec)
+    return any(image in spellings or image.rpartition("@")[2] in spellings for image in images)
 
 
 def _usable(nodes: Sequence[Node], asking: NodeId) -> Sequence[Node]:

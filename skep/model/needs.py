@@ -5,11 +5,11 @@
 * ``may_block``: whether the end of a task with certain holdings may let a node take a task with certain needs.
 
 Whoever decides by "is it needed" or "is it free" uses them: filters, updates, preemption, dry run, the removal of lost
-nodes, references in the store, image collection, prune and rotation.  A resource that is added here has to be
-considered by each of these (``tests/unit/model/test_needs.py`` lists resources by users).
+nodes, references in the store, image collection, and removals.  A resource that is added here has to be considered by
+each of them: ``tests/unit/manager/test_needs.py`` lists resources by users, and fails on a gap.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -87,7 +87,7 @@ def needs_of(spec: ServiceSpec) -> Needs:
     container = template.container_spec or ContainerSpec()
     reservations = reservations_of(template)
     return Needs(
-        images=tuple(dict.fromkeys(_images(container))),
+        images=images_of(spec),
         secrets=container.secrets,
         configs=container.configs,
         networks=tuple(dict.fromkeys(one.target for one in (*template.networks, *spec.networks))),
@@ -99,6 +99,25 @@ def needs_of(spec: ServiceSpec) -> Needs:
         cluster_volumes=cluster_mounts(template),
         local_volumes=local_volumes(template),
     )
+
+
+def references_of(spec: ServiceSpec) -> tuple[tuple[str, str], ...]:
+    """Return kind and id of the objects of the store that tasks of ``spec`` need: secrets, configs, networks."""
+    template, container = spec.task_template, spec.task_template.container_spec
+    found: list[tuple[str, str]] = []
+    if container is not None:
+        found += [("secret", one.secret_id) for one in container.secrets]
+        found += [("config", one.config_id) for one in container.configs]
+    return (*found, *(("network", one.target) for one in (*template.networks, *spec.networks)))
+
+
+def images_of(spec: ServiceSpec) -> tuple[str, ...]:
+    """Return the images that tasks of ``spec`` need, as it spells them."""
+    container = spec.task_template.container_spec
+    if container is None:
+        return ()
+    mounted = (mount.source for mount in container.mounts if mount.type == "image")
+    return tuple(dict.fromkeys(filter(None, (container.image, *mounted))))
 
 
 def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
@@ -216,9 +235,3 @@ def volume_uses(given: Iterable[VolumeAttachment], mounts: Iterable[ClusterMount
         id = VolumeId(one.id)
         reading[id] = reading.get(id, True) and readings.get((one.source, one.target), False)
     return tuple(VolumeUse(id, read_only) for id, read_only in reading.items())
-
-
-def _images(container: ContainerSpec) -> Iterator[str]:
-    if container.image:
-        yield container.image
-    yield from (mount.source for mount in container.mounts if mount.type == "image" and mount.source)

@@ -88,7 +88,7 @@ def create_service(
     _check_volumes(tx, spec)
     _check_attachments(tx, spec)
     _check_ingress(tx, spec)
-    _check_files(tx, spec)
+    check_files(tx, spec)
     service = tx.put(
         Service(
             id=ServiceId(new_id()),
@@ -236,7 +236,7 @@ def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int)
         and service.spec.task_template.networks == spec.task_template.networks
     ):
         raise Unimplemented("networks must be migrated to TaskSpec before being changed")
-    _check_files(tx, spec)
+    check_files(tx, spec)
     if service.spec.mode.name != spec.mode.name:
         raise Unimplemented("service mode change is not allowed")
     if service.spec.name != spec.name:
@@ -323,8 +323,8 @@ def needs_ingress(spec: ServiceSpec) -> bool:
     return endpoint is not None and any(port.publish_mode is PublishMode.INGRESS for port in endpoint.ports)
 
 
-def _check_files(tx: Transaction, spec: ServiceSpec) -> None:
-    """The secrets and configs of ``spec`` exist under the names it gives them."""
+def check_files(tx: Transaction, spec: ServiceSpec) -> None:
+    """Raises: InvalidArgument: a secret or config of ``spec`` does not exist under the name that it gives."""
     container = spec.task_template.container_spec
     if container is None:
         return
