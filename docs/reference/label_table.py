@@ -408,7 +408,7 @@ LABELS = (
         FORGET_NODES,
         "duration, `1m` to `2160h`",
         "never",
-        "how long a worker that is down is kept before it is removed (`skep cluster forget-nodes`)",
+        "how long a worker that is down is kept, unless something would be lost with it (`skep cluster forget-nodes`)",
     ),
     Label(
         LabelTarget.CLUSTER,

@@ -18,13 +18,15 @@ from skep.manager.ca.caller_check import check_caller, is_manager
 from skep.model.addresses import host_of, joined
 from skep.model.ids import ClusterId, NodeId
 from skep.model.labels import shares_images
+from skep.model.needs import images_of
 from skep.model.node import Node, NodeRole, NodeState
 from skep.model.planes import IMAGES_LABEL, usable_address
-from skep.model.service import Service, ServiceSpec, TaskSpec
+from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.security.identity import Identity
 from skep.store.interface import Store, View
+from skep.store.kinds import specs_in_use
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
@@ -117,7 +119,8 @@ class ImageDirectory:
             names, known = _names(request.images, NAMES_MAX), needed_images(view)
             found = {name for image in known for name in _forms(image)} & names
         else:
-            found = {_image_of(task.spec) for task in view.find(Task, node_id=caller.node_id)} - {""}
+            tasks = view.find(Task, node_id=caller.node_id)
+            found = {image for task in tasks for image in images_of(task.spec)}
         return skep.NeededImagesResponse(images=sorted(found))
 
     async def _may_read(self, node: NodeId, names: Collection[str]) -> bool:
@@ -131,7 +134,7 @@ class ImageDirectory:
     def _is_granted(self, node: NodeId, names: Collection[str]) -> bool:
         """Whether the node may read an image with all of ``names``."""
         now, view = self._clock.monotonic(), self._store.view()
-        images = {_image_of(task.spec) for task in view.find(Task, node_id=node)}
+        images = {image for task in view.find(Task, node_id=node) for image in images_of(task.spec)}
         for name in {form for image in images for form in _forms(image)}:
             self._granted.pop((node, name), None)
             self._granted[node, name] = now
@@ -175,14 +178,14 @@ def _forms(image: str) -> tuple[str, ...]:
 
 
 def needed_images(view: View) -> frozenset[str]:
-    """The images of the present and the previous specs of all services, as they name them.
+    """The images of the specs from which tasks of services are made, or may be, as they name them.
 
     Raises: Unavailable: a service cannot be read, so that its images are not known.
     """
     if view.unreadable(Service):
         raise Unavailable("not all services can be read")
-    specs = [spec for service in view.find(Service) for spec in (service.spec, service.previous_spec)]
-    return frozenset(image for spec in specs if spec is not None and (image := _image_of(spec.task_template)))
+    specs = (spec for service in view.find(Service) for spec in specs_in_use(view, service))
+    return frozenset(image for spec in specs for image in images_of(spec.task_template))
 
 
 def image_address(node: Node) -> str:
@@ -201,7 +204,7 @@ def candidates(view: View, spellings: Collection[str]) -> Candidates:
     with_tasks = {
         task.node_id
         for service in view.find(Service)
-        if any(_is_of(spec, spellings) for spec in (service.spec, service.previous_spec))
+        if any(_is_of(spec, spellings) for spec in specs_in_use(view, service))
         for task in view.find(Task, service_id=service.id)
         if task.node_id and task.desired_state <= TaskState.RUNNING
     }
@@ -216,12 +219,8 @@ def chosen(found: Candidates, asking: NodeId, random: Random) -> Sequence[Node]:
     return (*managers, *_some(found.others, SOURCES_MAX - len(managers), asking, random))
 
 
-def _is_of(spec: ServiceSpec | None, spellings: Collection[str]) -> bool:
-    return spec is not None and any(form in spellings for form in _forms(_image_of(spec.task_template)))
-
-
-def _image_of(template: TaskSpec) -> str:
-    return template.container_spec.image if template.container_spec is not None else ""
+def _is_of(spec: ServiceSpec, spellings: Collection[str]) -> bool:
+    return any(form in spellings for image in images_of(spec.task_template) for form in _forms(image))
 
 
 def _usable(nodes: Sequence[Node]) -> Sequence[Node]:

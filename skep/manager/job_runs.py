@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.errors import Unavailable
 from skep.model.constraints import is_satisfied
 from skep.model.meta import Version
+from skep.model.needs import references_of
 from skep.model.node import Availability, Node, NodeState
 from skep.model.schedules import CRON, JOB_MODES, same_schedule
 from skep.model.service import (
@@ -25,7 +26,7 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp, unix_ns
-from skep.store.interface import View
+from skep.store.interface import Transaction, View
 from skep.store.kinds import as_run, has_unreadable_run
 
 COMPLETED, FAILED, STOPPED, RUNNING = "completed", "failed", "stopped", "running"
@@ -129,6 +130,29 @@ def is_going(view: View, service: Service) -> bool:
             for number in range(1, (run.spec.mode.replicated_job.total_completions or 0) + 1)
         )
     return any(is_candidate(node, run) and node.id not in slots for node in view.find(Node))
+
+
+def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
+    """Return the jobs whose present run needs an object that their specs no longer refer to.
+
+    The store keeps what a spec refers to; the run of a scheduled job goes on with the spec that it began with.  The
+    transaction fails if such a run begins or is retried at the same moment.
+
+    Raises:
+        Unavailable: a run cannot be read.
+    """
+    found = []
+    for service in tx.find(Service):
+        job = service.job_status
+        if job is None or job.spec_version in (None, service.spec_version) or service.removed_at is not None:
+            continue
+        if has_unreadable_run(tx, service.id):
+            raise Unavailable(f"the present run of job {service.spec.name} cannot be read by this manager")
+        if (kind, id) in references_of(as_run(tx, service).spec):
+            tx.rely_on(Service, service.id, "job")
+            if is_going(tx, service):
+                found.append(service)
+    return found
 
 
 def has_failed(view: View, service: Service) -> bool:

@@ -8,7 +8,8 @@ Source: swarmkit, api/genericresource/resource_management.go.
 
 from collections.abc import Iterable
 
-from skep.model.service import DiscreteResource, GenericResource, NamedResource, Resources, TaskSpec
+from skep.model.needs import kind_and_amount
+from skep.model.service import DiscreteResource, GenericResource, NamedResource
 
 
 class GenericStock:
@@ -65,21 +66,3 @@ class GenericStock:
             else:
                 kind, amount = kind_and_amount(resource)
                 self._counts[kind] = self._counts.get(kind, 0) + amount
-
-
-def reservations_of(spec: TaskSpec) -> Resources:
-    """The reservations of a task with this spec."""
-    resources = spec.resources
-    return (resources.reservations if resources else None) or Resources()
-
-
-def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
-    """The kind of the resource, and the amount.
-
-    A negative amount, as a node may offer and an earlier version stored it, is none: it would add to what is free.
-    """
-    if (discrete := resource.discrete_resource_spec) is not None:
-        return discrete.kind, max(0, discrete.value)
-    if (named := resource.named_resource_spec) is not None:
-        return named.kind, 1
-    return "", 0

@@ -178,6 +178,11 @@ class PublishStatus(ApiObject):
     message: str = ""
 
     @property
+    def may_be_published(self) -> bool:
+        """Whether the driver may have published the volume there: it is called by its own id of the node only."""
+        return self.state is not PublishState.PENDING or bool(self.driver_node_id)
+
+    @property
     def takes_tasks(self) -> bool:
         """Whether further tasks may have the volume on that node."""
         return self.state in (PublishState.PENDING, PublishState.PUBLISHED) and not self.is_closing

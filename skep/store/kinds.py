@@ -189,6 +189,18 @@ def as_run(view: View, service: Service) -> Service:
     return replace(service, spec=replace(kept.spec, labels=labels), spec_version=pinned)
 
 
+def specs_in_use(view: View, service: Service) -> tuple[ServiceSpec, ...]:
+    """Return the specs from which tasks of ``service`` are made now, or may be: its present spec, the one of a job's
+    present run, and the one that a rollback returns to."""
+    run = as_run(view, service)
+    specs = (
+        service.spec,
+        run.spec if run.spec_version != service.spec_version else None,
+        service.previous_spec,
+    )
+    return tuple([spec for spec in specs if spec is not None])
+
+
 def has_unreadable_status(view: View, task: Task) -> bool:
     """Whether the status of ``task`` cannot be read: it shows the last one known, or that the task is assigned."""
     return "status" in view.damaged(Task).get(task.id, ())

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, InvalidArgument, SkepError
 from skep.model.addresses import is_subnet
+from skep.model.needs import references_of
 from skep.model.network import Network, subnet_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.overlays import vxlan_ids
@@ -74,16 +75,8 @@ def _service_taken(claim: str, claiming: Service, holder: Service) -> SkepError:
     )
 
 
-def _service_references(service: Service) -> Iterator[tuple[str, str]]:
-    if is_removed(service):
-        return
-    template = service.spec.task_template
-    container = template.container_spec
-    if container is not None:
-        yield from (("secret", reference.secret_id) for reference in container.secrets)
-        yield from (("config", reference.config_id) for reference in container.configs)
-    for attachment in (*template.networks, *service.spec.networks):
-        yield "network", attachment.target
+def _service_references(service: Service) -> Sequence[tuple[str, str]]:
+    return () if is_removed(service) else references_of(service.spec)
 
 
 def _task_references(task: Task) -> Sequence[tuple[str, str]]:

@@ -3,16 +3,18 @@
 import base64
 import ipaddress
 import json
+from collections.abc import Mapping
 from itertools import count
 
 from msgspec.structs import replace
 
 from skep.model.container import ContainerSpec
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.meta import Driver, Version
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.node import (
     Availability,
+    CSIInfo,
     EngineDescription,
     EnginePlugin,
     Node,
@@ -44,6 +46,17 @@ from skep.model.service import (
 )
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import timestamp
+from skep.model.volume import (
+    AccessMode,
+    PublishState,
+    PublishStatus,
+    TypeMount,
+    Volume,
+    VolumeInfo,
+    VolumeScope,
+    VolumeSharing,
+    VolumeSpec,
+)
 
 _numbers = count(1)
 
@@ -194,3 +207,32 @@ def an_auth(username: str = "corp", address: str = "", **fields: str) -> str:
     return base64.urlsafe_b64encode(
         json.dumps(known | ({"serveraddress": address} if address else {})).encode()
     ).decode()
+def a_cluster_volume(
+    name: str = "orders",
+    *,
+    on: Mapping[str, PublishState] | None = None,
+    scope: VolumeScope = VolumeScope.SINGLE,
+    sharing: VolumeSharing = VolumeSharing.NONE,
+    group: str = "",
+) -> Volume:
+    """A volume that its driver has made; ``on``: nodes with an entry, and its state there."""
+    return Volume(
+        id=VolumeId(f"id-{name}"),
+        spec=VolumeSpec(
+            name=name,
+            group=group,
+            driver=Driver(name="disks"),
+            access_mode=AccessMode(scope=scope, sharing=sharing, mount_volume=TypeMount()),
+        ),
+        info=VolumeInfo(volume_id=f"disk-{name}"),
+        publish_status=tuple(
+            PublishStatus(node_id=NodeId(id), state=state, driver_node_id=f"disks-{id}")
+            for id, state in sorted((on or {}).items())
+        ),
+    )
+
+
+def with_disks(node: Node) -> Node:
+    """``node`` with the driver of ``a_cluster_volume``."""
+    info = CSIInfo(plugin_name="disks", node_id=f"disks-{node.id}")
+    return replace(node, description=replace(node.description, csi_info=(info,)))

@@ -11,12 +11,13 @@ from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.enforcement import overcommitted
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
+from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Event, Updated
 from skep.store.keys import HEAD
 from skep.store.schema import SCHEMA_BY_TYPE
@@ -36,6 +37,7 @@ class World:
         self.seen = ObservedTimes(0.0)
         self.now = 0.0
         self.silence_s = 0.0
+        self.volumes: dict[VolumeId, Volume] = {}
         self.held: set[TaskId] = set()
         """Tasks of which nothing is reported."""
         self._numbers = count(1)
@@ -53,6 +55,7 @@ class World:
             spec_of=self._spec_of,
             is_unknown=lambda task: task.spec_version in self.unreadable,
             has_unknown_status=lambda task: task.id in self.unknown,
+            volume=self.volumes.get,
             seen=self.seen,
             now=self.now,
             silence_s=self.silence_s,

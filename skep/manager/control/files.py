@@ -4,6 +4,7 @@ Source: swarmkit, manager/controlapi/{secret,config}.go.
 """
 
 import hmac
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
@@ -12,6 +13,7 @@ from skep.errors import InvalidArgument, OutOfSequence
 from skep.gotemplate import quoted
 from skep.manager.control.names import check_file_name
 from skep.manager.control.quotas import check_file_quota
+from skep.manager.job_runs import runs_with
 from skep.model.ids import ConfigId, IdSource, SecretId
 from skep.model.meta import Version
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
@@ -71,6 +73,7 @@ def update_secret(
 def remove_secret(tx: Transaction, id: SecretId) -> None:
     """Remove a secret that no service uses, with its data.  Raises: NotFound; InvalidArgument: it is used."""
     secret = tx.get(Secret, id)
+    _check_runs(tx, "secret", id, secret.spec.name)
     try:
         tx.delete(Secret, id)
     except InUse as error:
@@ -102,6 +105,7 @@ def update_config(tx: Transaction, id: ConfigId, spec: ConfigSpec, version: int)
 def remove_config(tx: Transaction, id: ConfigId) -> None:
     """Remove a config that no service uses.  Raises: NotFound; InvalidArgument: it is used."""
     config = tx.get(Config, id)
+    _check_runs(tx, "config", id, config.spec.name)
     try:
         tx.delete(Config, id)
     except InUse as error:
@@ -126,5 +130,15 @@ def _in_use(tx: Transaction, noun: str, name: str, error: InUse) -> InvalidArgum
         volumes = [tx.lookup(Volume, id) for kind, id in error.users if kind == "volume"]
         words = ", ".join(one.spec.name for one in volumes if one is not None)
         return InvalidArgument(f"{noun} '{name}' is in use by cluster volumes: {words}")
+    return _used_by(noun, name, names)
+
+
+def _used_by(noun: str, name: str, names: Sequence[str]) -> InvalidArgument:
     services = "service" if len(names) == 1 else "services"
     return InvalidArgument(f"{noun} '{name}' is in use by the following {services}: {', '.join(names)}")
+
+
+def _check_runs(tx: Transaction, noun: str, id: str, name: str) -> None:
+    """Raises: InvalidArgument: the present run of a job needs it; Unavailable: such a run cannot be read."""
+    if jobs := runs_with(tx, noun, id):
+        raise _used_by(noun, name, [job.spec.name for job in jobs])

@@ -3,12 +3,13 @@
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, NotFound, Unavailable
+from skep.manager.control.services import check_files
 from skep.manager.job_runs import has_failed, is_going, retried, started, started_plainly
 from skep.model.ids import ServiceId
 from skep.model.service import JobStart, Service
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction
-from skep.store.kinds import has_unreadable_run
+from skep.store.kinds import as_run, has_unreadable_run
 from skep.store.level import SCHEDULES
 
 
@@ -34,13 +35,15 @@ def run_job(tx: Transaction, id: ServiceId, *, now: Timestamp, replaces: bool) -
 def retry_job(tx: Transaction, id: ServiceId) -> Service:
     """Start again what was given up in the present run of a job; what has completed stays completed.
 
-    Raises: FailedPrecondition: it is no job, or nothing has failed; NotFound; Unavailable.
+    Raises: FailedPrecondition: it is no job, or nothing has failed; InvalidArgument: a secret or config of the run is
+    gone; NotFound; Unavailable.
     """
     service = _job(tx, id)
     if not has_failed(tx, service):
         raise FailedPrecondition(
             f"nothing of the present run of job {service.spec.name} has failed: there is nothing to retry"
         )
+    check_files(tx, as_run(tx, service).spec)  # the run was over: what it refers to may have been removed
     return tx.put(replace(service, job_status=retried(tx, service)))
 
 

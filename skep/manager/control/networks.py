@@ -15,6 +15,7 @@ from skep.manager.control.network_specs import (
     check_subnets,
 )
 from skep.manager.control.quotas import check_network_quota
+from skep.manager.job_runs import runs_with
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
 from skep.model.network import (
@@ -109,6 +110,8 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
         )
     if is_ingress(network):
         _check_ingress_unused(tx)
+    for job in runs_with(tx, "network", id):
+        raise FailedPrecondition(f"network {id} is in use by service {job.id} ({job.spec.name})")
     try:
         tx.delete(Network, id)
     except InUse as error:

@@ -19,7 +19,7 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.volume import Volume
 from skep.store.interface import View
-from skep.store.kinds import as_run, has_unknown_spec, spec_of
+from skep.store.kinds import has_unknown_spec, spec_of, specs_in_use
 
 
 def stack_of(labels: Mapping[str, str]) -> str:
@@ -73,8 +73,8 @@ def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
 
 def known_service(view: View, service: Service) -> Known:
     """Of a service; with the rights of the spec that a rollback would return to, and of a job's present run."""
-    specs = (service.spec, service.previous_spec, as_run(view, service).spec)
-    rights = next(filter(None, (machine_rights(view, spec) for spec in specs if spec is not None)), "")
+    specs = specs_in_use(view, service)
+    rights = next(filter(None, (machine_rights(view, spec) for spec in specs)), "")
     return Known(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
 
 

@@ -31,6 +31,7 @@ from skep.manager.removal import hide_service
 from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
+from skep.model.needs import cannot_share, needs_of
 from skep.model.network import Network, is_ingress
 from skep.model.readable import NameSource, free_name
 from skep.model.rights import allowed_by, rights_of, rights_text
@@ -41,10 +42,12 @@ from skep.model.service import (
     PublishMode,
     Service,
     ServiceSpec,
+    UpdateOrder,
     UpdateState,
     UpdateStatus,
 )
 from skep.model.times import Timestamp
+from skep.model.volume import Volume
 from skep.store.interface import Transaction, View
 from skep.store.kinds import previous_registry_auth_id, registry_auth_id
 from skep.store.level import SCHEDULES
@@ -82,9 +85,10 @@ def create_service(
     check_dependencies(tx, spec)
     _check_rights(tx, spec)
     check_quota(tx, spec)
+    _check_volumes(tx, spec)
     _check_attachments(tx, spec)
     _check_ingress(tx, spec)
-    _check_files(tx, spec)
+    check_files(tx, spec)
     service = tx.put(
         Service(
             id=ServiceId(new_id()),
@@ -120,6 +124,7 @@ def update_service(
     spec = with_number_kept(spec, service.spec)
     _check_rights(tx, spec, service.spec)
     check_quota(tx, spec, service)
+    _check_volumes(tx, spec, service.spec)
     current_auth = with_registry(service.spec, auth_of(tx, registry_auth_id(id)))
     if registry_auth:
         registry_auth = with_registry(spec, registry_auth)
@@ -157,6 +162,7 @@ def rollback_service(
     _check_ingress(tx, service.previous_spec)
     _check_rights(tx, service.previous_spec, service.spec)
     check_quota(tx, service.previous_spec, service)
+    _check_volumes(tx, service.previous_spec)
     follow_rollback(tx, service)
     restart_dependents(tx, service, service.previous_spec.task_template, now)
     return tx.put(
@@ -232,7 +238,7 @@ def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int)
         and service.spec.task_template.networks == spec.task_template.networks
     ):
         raise Unimplemented("networks must be migrated to TaskSpec before being changed")
-    _check_files(tx, spec)
+    check_files(tx, spec)
     if service.spec.mode.name != spec.mode.name:
         raise Unimplemented("service mode change is not allowed")
     if service.spec.name != spec.name:
@@ -271,6 +277,29 @@ def _check_rights(view: View, spec: ServiceSpec, present: ServiceSpec | None = N
         )
 
 
+def _check_volumes(view: View, spec: ServiceSpec, present: ServiceSpec | None = None) -> None:
+    """Check that start-first can ever replace a task: the new one needs its cluster volumes beside the old one.
+
+    SwarmKit starts such an update and never ends it.  A spec that was accepted before may be scaled.
+
+    Raises:
+        InvalidArgument: a volume cannot be shared.
+    """
+    rollouts = ("update", spec.update_config), ("rollback", spec.rollback_config)
+    first = [
+        name for name, config in rollouts if config is not None and config.order is UpdateOrder.START_FIRST
+    ]
+    if not first or (present is not None and spec == replace(present, mode=spec.mode)):
+        return
+    for mount in needs_of(spec).cluster_volumes:
+        for volume in view.find(Volume, name=mount.source):
+            if cannot_share(volume, mount):
+                raise InvalidArgument(
+                    f"cluster volume {mount.source} has sharing mode {volume.spec.access_mode.sharing.value}, so a new "
+                    f"task cannot start beside the old one: use stop-first as the {first[0]} order"
+                )
+
+
 def _check_attachments(view: View, spec: ServiceSpec) -> None:
     for attachment in spec.task_template.networks:
         network = view.lookup(Network, attachment.target)
@@ -296,8 +325,8 @@ def needs_ingress(spec: ServiceSpec) -> bool:
     return endpoint is not None and any(port.publish_mode is PublishMode.INGRESS for port in endpoint.ports)
 
 
-def _check_files(tx: Transaction, spec: ServiceSpec) -> None:
-    """The secrets and configs of ``spec`` exist under the names it gives them."""
+def check_files(tx: Transaction, spec: ServiceSpec) -> None:
+    """Raises: InvalidArgument: a secret or config of ``spec`` does not exist under the name that it gives."""
     container = spec.task_template.container_spec
     if container is None:
         return

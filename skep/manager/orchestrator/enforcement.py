@@ -13,9 +13,10 @@ Source: swarmkit, manager/orchestrator/constraintenforcer/constraint_enforcer.go
 from collections.abc import Collection, Iterable
 
 from skep.manager.orchestrator.slots import age, is_unknown
-from skep.manager.resources import GenericStock, reservations_of
+from skep.manager.resources import GenericStock
 from skep.model.constraints import is_satisfied
 from skep.model.ids import TaskId
+from skep.model.needs import reservations_of
 from skep.model.node import Availability, Node
 from skep.model.service import Resources
 from skep.model.task import Task, TaskState

@@ -286,6 +286,7 @@ class Orchestrator:
             is_unknown=lambda task: has_unreadable_spec(self._term.view(), task),
             has_unknown_status=lambda task: has_unreadable_status(self._term.view(), task),
             is_drained=lambda volume: is_drained(self._term.view().lookup(Volume, VolumeId(volume))),
+            volume=lambda volume_id: self._term.view().lookup(Volume, volume_id),
             seen=self._seen,
             now=self._clock.monotonic(),
             is_frozen=self._disruption.is_frozen,

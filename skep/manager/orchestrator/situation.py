@@ -9,12 +9,13 @@ from skep.manager.orchestrator.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.enforcement import violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.slots import is_unusable
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.labels import OnDisconnect
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task
 from skep.model.times import unix_ns
+from skep.model.volume import Volume
 
 ROLLBACKS = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
 _DEFAULTS = UpdateConfig(parallelism=1)
@@ -41,6 +42,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds on the clock of ``seen``."""
     is_drained: Callable[[str], bool] = lambda _: False
     """Whether the cluster volume with this id is to have no tasks."""
+    volume: Callable[[VolumeId], Volume | None] = lambda _: None
     is_frozen: bool = False
     """Whether tasks of down nodes keep their slots (``disruption_mode``)."""
     replaces_from: float = -inf

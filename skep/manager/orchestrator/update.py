@@ -21,9 +21,9 @@ An update has no state of its own: its progress is read from the slots.
 A running task is only retired once its successor is ready.  With stop-first the new task is assigned and prepared
 first (desired READY), then the old one is retired, and the new one is started when that has stopped; with start-first
 the old task is retired when the new one runs.  In both cases a new task that does not get so far is retried by the
-restart policy while the old one runs on.  The old task is retired for one that cannot be assigned only if it occupies
-what the new one needs (reservations, host ports, addresses, replicas per node).  An old task that does not run is
-retired at once.
+restart policy while the old one runs on.  The old task is retired for one that cannot be assigned only if it holds
+what the new one needs (``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume.
+An old task that does not run is retired at once.
 
 Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
 pulled leaves nothing running; nothing waits for the update delay after the last slot; a lead that we stop ourselves (a
@@ -64,16 +64,13 @@ from skep.manager.orchestrator.slots import (
     is_assigned,
     wanted,
 )
-from skep.manager.resources import reservations_of
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
+from skep.model.needs import holds_of, host_ports, may_block, needs_of
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
-    Placement,
-    PublishMode,
-    Resources,
     Service,
     ServiceSpec,
     UpdateConfig,
@@ -183,7 +180,7 @@ class _Rollout:
         self._held = {task.id for view in views for task in view.held}
         self._seen = situation.seen
         self._now = situation.now
-        self._spec_of = situation.spec_of
+        self._situation = situation
         self._is_tolerated = situation.is_tolerated
         self._has_unknown_status = situation.has_unknown_status
         self.state = service.update_status.state if service.update_status else None
@@ -268,7 +265,7 @@ class _Rollout:
         holders = (
             view
             for view in idle
-            if any(_holds(old, task, self._spec_of(old)) for old in view.outdated for task in kinds)
+            if any(_holds(old, task, self._situation) for old in view.outdated for task in kinds)
         )
         return list(islice(holders, len(refused)))
 
@@ -381,7 +378,7 @@ class _Rollout:
         if self._starts_first:
             return False
         is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
-        return is_prepared or any(_blocks(old, task, self._spec_of(old)) for old in serving)
+        return is_prepared or any(_blocks(old, task, self._situation) for old in serving)
 
     def _settled_at(self, view: _SlotView) -> float | None:
         """When the slot's lead began to run, ended or was overdue: parallelism, delay and monitor time go by this.
@@ -488,23 +485,21 @@ def _may_serve(task: Task, situation: Situation) -> bool:
     return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
 
 
-def _holds(old: Task, task: Task, spec: ServiceSpec | None) -> bool:
-    return old.is_active and old.status.state >= TaskState.ASSIGNED and _blocks(old, task, spec)
+def _holds(old: Task, task: Task, situation: Situation) -> bool:
+    return old.is_active and old.status.state >= TaskState.ASSIGNED and _blocks(old, task, situation)
 
 
-def _blocks(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
-    """Whether ``task`` was refused an address or a node, and ``serving``, of a service's ``spec``, has the same."""
+def _blocks(serving: Task, task: Task, situation: Situation) -> bool:
+    """Whether ``task`` was refused an address or a node, and ``serving`` holds something of what it needs."""
     if not task.status.err or task.status.err.startswith(WAITS_FOR):
         return False
     if task.status.state is TaskState.NEW:
         return bool(serving.networks_attachments)
-    ports = spec.endpoint_spec.ports if spec is not None and spec.endpoint_spec is not None else ()
-    placement = serving.spec.placement or Placement()
-    return task.status.state is TaskState.PENDING and bool(
-        reservations_of(serving.spec) != Resources()
-        or placement.max_replicas
-        or any(port.publish_mode is PublishMode.HOST for port in ports)
-    )
+    if task.status.state is not TaskState.PENDING:
+        return False
+    spec = situation.spec_of(task) or replace(situation.service.spec, task_template=task.spec)
+    held = holds_of(serving, host_ports(situation.spec_of(serving)))
+    return may_block(held, needs_of(spec), situation.volume)
 
 
 def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from math import inf
 from typing import TypeVar
 
 from msgspec import Struct
@@ -12,9 +13,11 @@ from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
 from skep.manager.explanations import next_attempt
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
+from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
+from skep.manager.orchestrator.reaper.lost_nodes import is_lost_worker
 from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
-from skep.model.labels import ignores_paths
+from skep.model.labels import FORGET_NODES, forget_nodes_s, ignores_paths
 from skep.model.node import Node, NodeState
 from skep.model.service import JobStatus, Service, ServiceStatus, UpdateStatus
 from skep.model.swarm import Freeze, Swarm
@@ -32,18 +35,38 @@ T = TypeVar("T")
 class Problems(Struct, frozen=True):
     """What a response reports of objects beside their own fields.
 
-    ``freeze``: why nothing is replaced at present, if so; ``damages``: id -> what of that object cannot be read.
+    ``freeze``: why nothing is replaced at present, if so; ``damages``: id -> what of that object cannot be read;
+    ``kept``: id of a lost node -> why the leader does not remove it (``skep.forget-nodes``).
     """
 
     freeze: Freeze | None
     damages: Mapping[str, str]
+    kept: Mapping[str, str] = {}
 
 
 def problems_of(view: View, kind: type[Struct]) -> Problems:
     """The problems of all objects of ``kind``."""
-    freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
+    swarm = next(iter(view.find(Swarm)), None)
     ids = {*view.damaged(kind), *view.unreadable(kind)}
-    return Problems(freeze, {id: damage_of(view, kind, id) for id in ids})
+    return Problems(
+        swarm.freeze if swarm is not None else None,
+        {id: damage_of(view, kind, id) for id in ids},
+        kept_nodes(view, swarm.spec.labels) if kind is Node and swarm is not None else {},
+    )
+
+
+def kept_nodes(view: View, labels: Mapping[str, str]) -> Mapping[str, str]:
+    """Return why lost nodes are not removed, by node, in a cluster with these ``labels``."""
+    if forget_nodes_s(labels) is None:
+        return {}
+    holdings, lost = KeptNodes(view), filter(is_lost_worker, view.find(Node))
+    # Infinity leaves out the reasons that time removes.
+    found = ((node, holdings.reason(node, inf)) for node in lost)
+    return {
+        node.id: f"not removed by {FORGET_NODES}: {reason} (skep node forget removes it)"
+        for node, reason in found
+        if reason
+    }
 
 
 def damage_of(view: View, kind: type[Struct], id: str) -> str:
@@ -88,7 +111,7 @@ def _shown_update(status: UpdateStatus | None) -> UpdateStatus | None:
 
 
 def shown_node(problems: Problems, node: Node) -> Node:
-    """``node`` for a response; for a node that is down also whether replacement is frozen."""
+    """``node`` for a response; for a node that is down also whether replacement is frozen, and why it is kept."""
     status = node.status
     if problems.freeze is not None and status.state is NodeState.DOWN:
         status = replace(status, message=f"{status.message}; {frozen_message(problems.freeze)}")
@@ -96,6 +119,7 @@ def shown_node(problems: Problems, node: Node) -> Node:
     more = (
         path_message(node) if is_ready else "",
         *(condition_messages(node.description) if is_ready else ()),
+        problems.kept.get(node.id, ""),
         problems.damages.get(node.id, ""),
     )
     if any(more):

@@ -10,18 +10,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import TypeVar
 
-import msgspec
 from msgspec.structs import replace
 
-from skep.manager.resources import GenericStock, reservations_of
+from skep.manager.resources import GenericStock
 from skep.manager.scheduler.load import MeanLoad
-from skep.manager.scheduler.requirements import HostPort, Requirements, host_ports
-from skep.manager.scheduler.volumes import ClusterMount, VolumeUse, VolumeUses, uses_of
+from skep.manager.scheduler.requirements import Requirements
+from skep.manager.scheduler.volumes import VolumeUses
 from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
+from skep.model.needs import ClusterMount, HostPort, Usage, holds_of, host_ports
 from skep.model.node import Node
 from skep.model.planes import is_docker_node
 from skep.model.rights import Right, allowed_by
-from skep.model.service import GenericResource, TaskSpec
+from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
 from skep.model.used_ports import used_ports_of
 from skep.model.volume import Volume
@@ -38,22 +38,6 @@ USAGES_MAX = 50_000
 
 FAILURE_MEMORY_S = 300.0
 """How long a failure counts against its node (swarmkit's monitorFailures)."""
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a task reserves on its node: the same for all tasks of one version of a service."""
-
-    service_id: ServiceId
-    nano_cpus: int
-    memory_bytes: int
-    generic: tuple[GenericResource, ...]
-    host_ports: tuple[HostPort, ...]
-    is_active: bool
-    """Whether it counts as a task of its service on this node; a task that is being stopped does not."""
-    volumes: tuple[VolumeUse, ...] = ()
-    """Its cluster volumes."""
-    is_unknown: bool = False
-    """Whether its spec cannot be read: it may have any ports and resources."""
 
 
 class Account:
@@ -245,7 +229,7 @@ class Accounting:
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
         """Reserve for ``task`` on its node, in place of its earlier reservation."""
-        self.reserve(task.id, task.node_id, usage_of(task, host_ports))
+        self.reserve(task.id, task.node_id, holds_of(task, host_ports))
 
     def reserve(self, task_id: TaskId, node_id: NodeId, usage: Usage) -> None:
         """Reserve ``usage`` on a node for a task, in place of its earlier reservation."""
@@ -349,7 +333,7 @@ def holds_resources(task: Task) -> bool:
 
 
 class Usages:
-    """``usage_of`` with a cache: tasks of one version share it, and a new leader needs those of all tasks."""
+    """``holds_of`` with a cache: tasks of one version share it, and a new leader needs those of all tasks."""
 
     def __init__(self) -> None:
         self._cached: dict[tuple[ServiceId, int, int], tuple[TaskSpec, Usage]] = {}
@@ -370,19 +354,5 @@ class Usages:
 
 def usage_in(view: View, task: Task) -> Usage:
     """The usage of a task as ``view`` shows it."""
-    usage = usage_of(task, host_ports(spec_of(view, task)))
+    usage = holds_of(task, host_ports(spec_of(view, task)))
     return replace(usage, is_unknown=True) if has_unknown_spec(view, task) else usage
-
-
-def usage_of(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:
-    """The usage of a task that opens ``host_ports`` on its node."""
-    reservations = reservations_of(task.spec)
-    return Usage(
-        service_id=task.service_id,
-        nano_cpus=reservations.nano_cpus,
-        memory_bytes=reservations.memory_bytes,
-        generic=task.generic_resources,
-        host_ports=host_ports,
-        is_active=task.is_wanted,
-        volumes=uses_of(task) if task.volumes else (),
-    )

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from skep.manager.resources import kind_and_amount
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import meets
 from skep.model.labels import IGNORE_PATHS
+from skep.model.needs import kind_and_amount
 from skep.model.node import NodeState
 from skep.model.planes import is_docker_node
 from skep.model.rights import missing_devices, rights_text

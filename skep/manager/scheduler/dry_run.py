@@ -28,13 +28,14 @@ from skep.manager.scheduler.requirements import Requirements, planes_of, require
 from skep.manager.scheduler.spread import Choices
 from skep.model.constraints import is_satisfied
 from skep.model.encoding import ApiObject, always
-from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.labels import priority_of
 from skep.model.meta import Driver, Version
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import EndpointSpec, Placement, Service, ServiceSpec, TaskSpec, UpdateOrder
 from skep.model.task import NetworkAttachment, Task
+from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import spec_of
 
@@ -85,6 +86,8 @@ class DryRun:
         self._choices = Choices(accounting)
         self._priorities = priorities_of(view)
         self._preempts = preempts(view)
+        self._volumes: dict[VolumeId, Volume] = {}
+        """Volumes that left nodes in this run."""
         self._occupants: Occupants | None = None
         """For the spec that is being placed; None: no room is made for it."""
 
@@ -185,6 +188,19 @@ class DryRun:
     def _free(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
             self._accounting.remove(task.id)
+            for one in task.volumes:
+                self._unpublish(VolumeId(one.id), task.node_id)
+
+    def _unpublish(self, id: VolumeId, node_id: NodeId) -> None:
+        """A volume leaves a node with its last task there, and may go to another; a node that is away keeps it."""
+        volume = self._volumes.get(id) or self._view.lookup(Volume, id)
+        account = self._accounting.accounts.get(node_id)
+        is_ready = account is not None and account.node.status.state is NodeState.READY
+        if volume is None or not is_ready or self._accounting.volumes.has_users(id, node_id):
+            return
+        left = tuple(one for one in volume.publish_status if one.node_id != node_id)
+        self._volumes[id] = replace(volume, publish_status=left)
+        self._accounting.update_volume(id, self._volumes[id])
 
     def _placed(
         self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool

@@ -29,14 +29,14 @@ from skep.manager.scheduler.groups import Group, Groups, group_of, returns
 from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, confirm, leaving, placing
 from skep.manager.scheduler.preemption import Preempt
 from skep.manager.scheduler.preemptor import Preemptor
-from skep.manager.scheduler.requirements import Requirements, RequirementsCache, cluster_mounts
+from skep.manager.scheduler.requirements import Requirements, RequirementsCache
 from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.texts import Texts, Why
-from skep.manager.scheduler.volumes import sources_of
 from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.labels import volume_policy
+from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
 from skep.model.swarm import Swarm
@@ -248,7 +248,7 @@ class Scheduler:
         self._enter_group(task, group)
 
     def _enter_group(self, task: Task, group: Group) -> None:
-        self._groups.enter(task.id, group, [mount.source for mount in cluster_mounts(task)])
+        self._groups.enter(task.id, group, [mount.source for mount in cluster_mounts(task.spec)])
         self._queue.add((group,))
 
     def _dequeue(self, id: TaskId) -> None:

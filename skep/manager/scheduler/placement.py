@@ -5,15 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
-from msgspec.structs import replace
 
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.manager.scheduler.accounting import Account, Accounting, Usage
+from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.filters import explaining, explanation, filters_for
 from skep.manager.scheduler.requirements import Requirements
 from skep.manager.scheduler.spread import Choices
-from skep.manager.scheduler.volumes import uses_of
 from skep.model.ids import NodeId
+from skep.model.needs import Usage, volume_uses
 from skep.model.service import GenericResource
 from skep.model.task import Task, VolumeAttachment
 from skep.store.interface import View
@@ -166,7 +165,7 @@ def assigned(
         generic=generic,
         host_ports=requirements.host_ports,
         is_active=True,
-        volumes=uses_of(replace(task, volumes=volumes)) if volumes else (),
+        volumes=volume_uses(volumes, requirements.cluster_volumes) if volumes else (),
     )
     accounting.reserve(task.id, node_id, usage)
     return Assignment(task=task, node_id=node_id, generic_resources=generic, volumes=volumes, message=message)

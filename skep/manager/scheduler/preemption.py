@@ -24,13 +24,13 @@ from typing import Final, TypeAlias
 import msgspec
 
 from skep.aio.time_slices import SlicedWork
-from skep.manager.resources import kind_and_amount
-from skep.manager.scheduler.accounting import Account, Accounting, Usage
+from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.priorities import Priorities
-from skep.manager.scheduler.requirements import HostPort, Requirements
+from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.labels import PRIORITY_MAX
+from skep.model.needs import HostPort, Usage, VolumeUse, kind_and_amount, volume_uses
 from skep.model.node import NodeState
 from skep.model.service import GenericResource
 from skep.model.task import Preemption, Task, TaskState
@@ -54,6 +54,8 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
     victims: tuple[TaskId, ...] = ()
     generic: tuple[GenericResource, ...] = ()
     """The generic resources that the task would get."""
+    volumes: tuple[VolumeUse, ...] = ()
+    """The cluster volumes that it would get, which are free."""
 
     @property
     def node_id(self) -> NodeId:
@@ -85,6 +87,7 @@ def reserve_room(accounting: Accounting, id: TaskId, room: Room, requirements: R
         generic=room.generic,
         host_ports=requirements.host_ports,
         is_active=False,
+        volumes=room.volumes,
     )
     accounting.reserve(id, room.node_id, usage)
 
@@ -166,7 +169,7 @@ def frees_own_room(task: Task, accounting: Accounting, view: View) -> bool:
             or account.node.status.state is not NodeState.READY
         ):
             continue
-        if not one.is_wanted or usage.nano_cpus or usage.memory_bytes or usage.generic or usage.host_ports:
+        if not one.is_wanted or usage.is_exclusive:
             return True
     return False
 
@@ -260,7 +263,17 @@ def room_on(
         rank=(highest, sum(is_last for _, is_last in victims), copies, len(victims), id),
         victims=tuple(sorted(one.task.id for one, _ in victims)),
         generic=trial.account.generic.chosen(requirements.generic),
+        volumes=_volumes_for(requirements, account),
     )
+
+
+def _volumes_for(requirements: Requirements, account: Account) -> tuple[VolumeUse, ...]:
+    """What the task would have of cluster volumes: without it, two tasks would be given room for one volume."""
+    if not requirements.cluster_volumes:
+        return ()
+    chosen = account.volumes.choose(requirements.cluster_volumes, account.node)
+    assert not isinstance(chosen, str), "the filters have passed"
+    return volume_uses(chosen, requirements.cluster_volumes)
 
 
 class _Trial:

@@ -5,11 +5,10 @@ from typing import TypeAlias
 
 import msgspec
 
-from skep.manager.resources import reservations_of
-from skep.manager.scheduler.volumes import ClusterMount
 from skep.model.constraints import Constraint, parsed
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Version
+from skep.model.needs import ClusterMount, HostPort, cluster_mounts, host_ports, reservations_of
 from skep.model.network import Network
 from skep.model.overlays import is_encrypted
 from skep.model.paths import PathCheck
@@ -21,15 +20,11 @@ from skep.model.service import (
     GenericResource,
     Placement,
     Platform,
-    PublishMode,
     ServiceSpec,
 )
 from skep.model.task import NetworkAttachment, Task
 from skep.store.interface import View
 from skep.store.kinds import spec_of
-
-HostPort: TypeAlias = tuple[str, int]
-"""Protocol and port number on a node."""
 
 Plugin: TypeAlias = tuple[str, str]
 """Type (Volume, Network, Log) and name."""
@@ -88,7 +83,7 @@ def requirements_of(
         planes=planes,
         paths=_paths(task.networks_attachments),
         rights=rights_of(spec.container_spec),
-        cluster_volumes=tuple(cluster_mounts(task)),
+        cluster_volumes=cluster_mounts(spec),
     )
 
 
@@ -148,25 +143,6 @@ def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tup
     """The data planes of the task's overlay networks, sorted; undecided ones left out."""
     found = (network(id) for id in overlays_of(task.networks_attachments))
     return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
-
-
-def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
-    """Ports that each task of the service opens on its node with a number chosen by the user."""
-    if spec is None or spec.endpoint_spec is None:
-        return ()
-    return tuple(
-        (port.protocol, port.published_port)
-        for port in spec.endpoint_spec.ports
-        if port.publish_mode is PublishMode.HOST and port.published_port
-    )
-
-
-def cluster_mounts(task: Task) -> Iterator[ClusterMount]:
-    """Of its container, those of cluster volumes."""
-    container = task.spec.container_spec
-    for mount in container.mounts if container else ():
-        if mount.type == "cluster":
-            yield ClusterMount(mount.source, mount.target, mount.read_only)
 
 
 def _plugins(task: Task) -> Iterator[Plugin]:

@@ -14,13 +14,11 @@ from itertools import islice
 from operator import gt
 from typing import TypeAlias
 
-import msgspec
-
 from skep.model.ids import NodeId, TaskId, VolumeId
+from skep.model.needs import ClusterMount, VolumeUse, sources_of
 from skep.model.node import CSIInfo, Node
-from skep.model.task import Task, VolumeAttachment
+from skep.model.task import VolumeAttachment
 from skep.model.volume import (
-    GROUP_PREFIX,
     PublishStatus,
     Volume,
     VolumeAvailability,
@@ -29,21 +27,6 @@ from skep.model.volume import (
     fits_topology,
     room_for_nodes,
 )
-
-
-class ClusterMount(msgspec.Struct, frozen=True):
-    """A mount of type ``cluster``; ``source``: a volume's name, or ``group:`` and the name of a group."""
-
-    source: str
-    target: str
-    read_only: bool
-
-
-class VolumeUse(msgspec.Struct, frozen=True):
-    """A volume that a task has."""
-
-    volume_id: VolumeId
-    read_only: bool
 
 
 class _Known:
@@ -192,6 +175,11 @@ class VolumeUses:
             self._drop_unused(use.volume_id, known)
         return freed
 
+    def has_users(self, id: VolumeId, node_id: NodeId) -> bool:
+        """Whether tasks on the node have the volume."""
+        known = self._known.get(id)
+        return known is not None and known.by_node[node_id] > 0
+
     def drivers_of(self, ids: Iterable[VolumeId], mounts: Iterable[ClusterMount]) -> Collection[str]:
         """The drivers of those of the volumes that the mounts may mean."""
         sources = {mount.source for mount in mounts}
@@ -306,15 +294,6 @@ class VolumeUses:
 _REASONS_MAX = 3
 
 
-def sources_of(volume: Volume) -> Sequence[str]:
-    """The sources of mounts that may mean the volume."""
-    name, group = volume.spec.name, volume.spec.group
-    return [
-        *((name,) if not name.startswith(GROUP_PREFIX) else ()),
-        *((GROUP_PREFIX + group,) if group else ()),
-    ]
-
-
 def still_fits(volume: Volume | None, node_id: NodeId) -> bool:
     """Whether a volume that was chosen for a node can still go there, as far as the volume says."""
     if volume is None or volume.info is None or volume.pending_delete:
@@ -323,17 +302,6 @@ def still_fits(volume: Volume | None, node_id: NodeId) -> bool:
     return volume.spec.availability is VolumeAvailability.ACTIVE and not any(
         is_single if status.node_id != node_id else not status.takes_tasks for status in volume.publish_status
     )
-
-
-def uses_of(task: Task) -> tuple[VolumeUse, ...]:
-    """The volumes that a task has; one is only read if all its mounts only read."""
-    container = task.spec.container_spec
-    mounts = {(one.source, one.target): one.read_only for one in container.mounts} if container else {}
-    reading: dict[VolumeId, bool] = {}
-    for one in task.volumes:
-        id = VolumeId(one.id)
-        reading[id] = reading.get(id, True) and mounts.get((one.source, one.target), False)
-    return tuple(VolumeUse(id, read_only) for id, read_only in reading.items())
 
 
 def _sharing_refusal(sharing: VolumeSharing, users: int, writers: int, *, read_only: bool) -> str:

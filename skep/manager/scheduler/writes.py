@@ -20,6 +20,7 @@ from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Transaction, Updates, View
+from skep.store.keys import HEAD
 from skep.store.updates import batched
 
 Decision: TypeAlias = Assignment | Refusal | Preempt
@@ -89,6 +90,8 @@ class DecisionWriter:
                 if task.status.err != reason:
                     tx.put(replace(task, status=replace(task.status, err=reason, timestamp=self._now)))
             case Preempt(_, ids, preemption):
+                # Compared at the commit: if the task is removed at the same time, its victims need not stop.
+                tx.rely_on(Task, task.id, HEAD)
                 victims = [victim for id in ids if (victim := tx.lookup(Task, id)) and not is_leaving(victim)]
                 if len(victims) < len(ids):
                     return  # there may be room without the others

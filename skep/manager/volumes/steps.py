@@ -172,7 +172,8 @@ def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: st
                 replace(status, state=PublishState.PENDING_NODE_UNPUBLISH, is_closing=False), node
             )
         case PublishState.PENDING_NODE_UNPUBLISH if node is None:
-            # Removing a node from the cluster means that it runs nothing any more.
+            # A user who removes a node says that it runs nothing.  The leader itself removes no node with an entry
+            # (``reaper.kept_nodes``), because it cannot know that.
             return replace(status, state=PublishState.PENDING_UNPUBLISH, message="")
         case PublishState.PENDING_NODE_UNPUBLISH:
             return _waiting(status, node)

@@ -6,8 +6,8 @@ which a worker that is down is removed.  Exceptions:
 * managers, and workers that are becoming managers or were ones a moment ago, are never removed: a quorum counts them;
 * nothing is removed unless more than half of all nodes are ready, and while replacement is frozen: so many nodes are
   not lost for good, their power or network is;
-* nor is a node with a task that is to return to it, or to stay there (``skep.on-disconnect=keep``,
-  ``skep.volumes=keep``): only a user gives it up;
+* nor is a node whose removal would lose something: volumes, data, or tasks that stay there (``kept_nodes``).  Only a
+  user removes it;
 * this leader has seen the node down for as long, or at least for an hour, since most nodes are ready: after a power
   loss the nodes that start last have that time to come back, whatever the clocks say.
 """
@@ -52,7 +52,7 @@ def removable(
 
     Args:
         after_s: the cluster's setting; None: it removes none.
-        is_kept: whether tasks of a node are to stay there.
+        is_kept: whether something would be lost with a node.
     """
     known = sorted(nodes, key=lambda node: node.id)
     if after_s is None or is_disrupted(known, is_frozen=is_frozen):

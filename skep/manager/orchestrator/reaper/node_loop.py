@@ -1,5 +1,6 @@
 """Removes nodes that were lost for longer than the cluster keeps them (``lost_nodes``).  Leader only."""
 
+from collections.abc import Callable
 from random import Random
 
 import structlog
@@ -7,17 +8,14 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.informer import run_informer
-from skep.manager.orchestrator.disconnection import policy_on, replaced_at
+from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import is_disrupted, is_lost_worker, removable
 from skep.manager.revocation import revoke
 from skep.model.ids import IdSource, NodeId
-from skep.model.labels import OnDisconnect, VolumePolicy, forget_nodes_s, volume_policy
+from skep.model.labels import forget_nodes_s
 from skep.model.node import Node
-from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task
 from skep.store.interface import Commit, Created, Deleted, LoopStore, NotLeader, Transaction, Updated, View
-from skep.store.kinds import has_unknown_service
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +31,8 @@ class LostNodes:
         self._clock = clock
         self._down: dict[NodeId, float] = {}
         """Since when this leader has seen these nodes down and no disruption, on its monotonic clock."""
+        self._kept: dict[NodeId, str] = {}
+        """Why these nodes were kept at the last look, although they are due: logged once."""
 
     async def run(self) -> None:
         """Remove until cancelled."""
@@ -69,19 +69,31 @@ class LostNodes:
             # Of the nodes that come back after it, half are ready before the others, which are no more lost for that.
             self._down = dict.fromkeys(self._down, now)
             return
+
+        def down_s(node: Node) -> float:
+            return now - self._down.get(node.id, now)
+
+        holdings, kept = KeptNodes(view), dict[NodeId, str]()
+
+        def is_kept(node: Node) -> bool:
+            if reason := holdings.reason(node, down_s(node)):
+                kept[node.id] = reason
+            return bool(reason)
+
         due = removable(
             nodes,
             after_s=forget_nodes_s(swarm.spec.labels),
-            observed_s=lambda node: now - self._down.get(node.id, now),
+            observed_s=down_s,
             now_ns=now_ns,
-            is_kept=lambda node: _keeps_tasks(view, node, now - self._down.get(node.id, now)),
+            is_kept=is_kept,
             is_frozen=is_frozen,
         )
+        self._log_kept(kept)
         if not due:
             return
 
         def remove(tx: Transaction, id: NodeId) -> bool:
-            return remove_lost(tx, id, now_ns)
+            return remove_lost(tx, id, down_s, now_ns)
 
         for id, result in zip(due, await self._term.update_each(remove, due), strict=True):
             if isinstance(result, NotLeader):
@@ -91,32 +103,21 @@ class LostNodes:
             elif result:
                 log.warning("node was lost for longer than the cluster keeps it: removed", node=id)
 
+    def _log_kept(self, kept: dict[NodeId, str]) -> None:
+        for id, reason in kept.items():
+            if self._kept.get(id) != reason:
+                log.warning("lost node is not removed", node=id, reason=reason)
+        self._kept = kept
 
-def remove_lost(tx: Transaction, id: NodeId, now_ns: int) -> bool:
-    """Remove the node, as a user would, unless it has come back; gives whether it was removed."""
+
+def remove_lost(tx: Transaction, id: NodeId, down_s: Callable[[Node], float], now_ns: int) -> bool:
+    """Remove the node as a user would, unless it has come back or must be kept.  Return whether it was removed.
+
+    The reasons to keep it are checked here again: a volume may have been published on it since the last look.
+    """
     node = tx.rely_on(Node, id)
-    if node is None or not is_lost_worker(node):
+    if node is None or not is_lost_worker(node) or KeptNodes(tx).reason(node, down_s(node)):
         return False
     revoke(tx, node, now_ns, is_removed=True)
     tx.delete(Node, id)
     return True
-
-
-def _keeps_tasks(view: View, node: Node, down_s: float) -> bool:
-    """Whether a task of the node is to stay there for now, or its successor is to return there.
-
-    ``down_s``: for how long the node is down.  The tasks of a node that is removed are replaced at once, even if it has
-    not stopped them yet.
-    """
-    for task in view.find(Task, node_id=node.id):
-        if has_unknown_service(view, task):
-            return True
-        service = view.lookup(Service, task.service_id) if task.service_id else None
-        if service is None or service.removed_at is not None:
-            continue
-        policy = policy_on(node, service)
-        if policy.action is OnDisconnect.KEEP or volume_policy(service.spec.labels) is VolumePolicy.KEEP:
-            return True
-        if not task.status.state.is_terminal and replaced_at(policy, task, 0.0) > down_s:
-            return True
-    return False

@@ -20,6 +20,7 @@ from skep.errors import (
 )
 from skep.manager.control.networks import first_networks, ingress_network, remove_network
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.model.container import ContainerSpec, Mount
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.ids import ClusterId, new_id
 from skep.model.registry_auth import decoded_auth
@@ -32,13 +33,16 @@ from skep.model.service import (
     Service,
     ServiceMode,
     ServiceSpec,
+    UpdateConfig,
+    UpdateOrder,
     UpdateState,
 )
 from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
+from skep.model.volume import VolumeSharing
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_service_spec, an_auth
+from tests.support.builders import a_cluster_volume, a_service_spec, an_auth
 
 NO_NAMES: Iterator[str] = iter(())
 NOW = Timestamp("2026-01-02T03:04:05Z")
@@ -376,3 +380,49 @@ async def test_a_right_that_cannot_be_read_or_is_the_services_own_label_is_refus
         await create(store, with_labels(a_service_spec("web"), **{"skep.gpus": "many"}))
     with pytest.raises(InvalidArgument, match="counts on containers only"):
         await create(store, replace(a_service_spec("web"), labels={"skep.gpus": "all"}))
+
+
+def mounting(order: UpdateOrder, *, read_only: bool = False, is_rollback: bool = False) -> ServiceSpec:
+    config = UpdateConfig(order=order)
+    spec = a_service_spec("db", **{"rollback" if is_rollback else "update": config})
+    mount = Mount(type="cluster", source="orders", target="/d", read_only=read_only)
+    container = ContainerSpec(image="db:1", mounts=(mount,))
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+@pytest.mark.parametrize("is_rollback", [False, True])
+@pytest.mark.parametrize(
+    ("sharing", "read_only", "is_refused"),
+    [
+        (VolumeSharing.NONE, False, True),
+        (VolumeSharing.NONE, True, True),
+        (VolumeSharing.ONE_WRITER, False, True),
+        (VolumeSharing.ONE_WRITER, True, False),
+        (VolumeSharing.ALL, False, False),
+    ],
+)
+async def test_start_first_is_refused_with_a_volume_that_two_tasks_cannot_have(
+    store, sharing: VolumeSharing, read_only: bool, is_refused: bool, is_rollback: bool
+):
+    """Such an update would never end: the old task stops when the new one runs, which waits for the volume."""
+    await store.update(lambda tx: tx.put(a_cluster_volume("orders", sharing=sharing)))
+    stop_first = mounting(UpdateOrder.STOP_FIRST, read_only=read_only, is_rollback=is_rollback)
+    start_first = mounting(UpdateOrder.START_FIRST, read_only=read_only, is_rollback=is_rollback)
+    service = await create(store, stop_first)
+    if not is_refused:
+        await update(store, service, start_first)
+        return
+    with pytest.raises(InvalidArgument, match="cluster volume orders has sharing mode"):
+        await update(store, service, start_first)
+    with pytest.raises(InvalidArgument, match="use stop-first"):
+        await create(store, replace(start_first, name="other"))
+
+
+async def test_a_service_that_was_made_before_its_volume_can_still_be_scaled(store):
+    service = await create(store, mounting(UpdateOrder.START_FIRST))
+    await store.update(lambda tx: tx.put(a_cluster_volume("orders")))
+    scaled = replace(service.spec, mode=ServiceMode(replicated=ReplicatedService(replicas=0)))
+    service = await update(store, service, scaled)
+    assert service.spec.replicas == 0
+    with pytest.raises(InvalidArgument, match="use stop-first"):
+        await update(store, service, replace(scaled, labels={"a": "b"}))

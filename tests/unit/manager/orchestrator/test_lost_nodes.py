@@ -6,16 +6,23 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
+from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import AT_ONCE, removable
-from skep.manager.orchestrator.reaper.node_loop import _keeps_tasks
-from skep.model.ids import NodeId
+from skep.manager.orchestrator.reaper.node_loop import remove_lost
+from skep.manager.routes.shown import problems_of, shown_node
+from skep.model.container import ContainerSpec, Mount
+from skep.model.ids import ClusterId, NodeId
 from skep.model.labels import FORGET_NODES, check_swarm_labels, forget_nodes_s
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus
-from skep.model.task import TaskState
+from skep.model.service import Service
+from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
+from skep.model.swarm import Swarm, SwarmSpec
+from skep.model.task import Task, TaskState, VolumeAttachment
 from skep.model.times import SECOND_NS, timestamp
+from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope, VolumeSharing
 from skep.store.state import State
 from skep.store.transaction import LocalTransaction
-from tests.support.builders import a_node, a_service, a_task
+from tests.support.builders import a_cluster_volume, a_node, a_service, a_task
 
 NOW_NS = 1_800_000_000 * SECOND_NS
 HOUR, DAY = 3600.0, 86_400.0
@@ -102,4 +109,113 @@ def test_a_node_is_kept_until_its_tasks_may_be_replaced(
     tx.put(a_node("w1", state=NodeState.DOWN))
     tx.put(a_task("t1", node="w1", service=web, state=state))
     for down_s in (0.0, 60.0, 309.0, 311.0, HOUR - 1, HOUR, DAY):
-        assert _keeps_tasks(tx, tx.get(Node, "w1"), down_s) is (down_s < kept_s)
+        assert bool(why_kept(tx, down_s)) is (down_s < kept_s)
+
+
+def why_kept(tx: LocalTransaction, down_s: float = DAY) -> str:
+    return KeptNodes(tx).reason(tx.get(Node, "w1"), down_s)
+
+
+def a_cluster_with(*objects: Node | Service | Volume | Task) -> LocalTransaction:
+    """With the node w1, which is down, unless it is among ``objects``."""
+    tx = LocalTransaction(State(), 0)
+    tx.put(Swarm(id=ClusterId("c"), spec=SwarmSpec(labels={FORGET_NODES: "1h"})))
+    tx.put(down("w1", recorded_s=2 * DAY))
+    for one in objects:
+        tx.put(one)
+    return tx
+
+
+@pytest.mark.parametrize("state", PublishState)
+@pytest.mark.parametrize("sharing", [VolumeSharing.NONE, VolumeSharing.ALL])
+def test_a_node_on_which_a_cluster_volume_may_be_published_is_never_removed(
+    state: PublishState, sharing: VolumeSharing
+) -> None:
+    """Its containers may still write, and the volume would be published on another node."""
+    scope = VolumeScope.MULTI if sharing is VolumeSharing.ALL else VolumeScope.SINGLE
+    volume = a_cluster_volume("orders", on={"w1": state}, scope=scope, sharing=sharing)
+    tx = a_cluster_with(volume)
+    assert why_kept(tx) == "it may still write to cluster volume orders"
+    assert not remove_lost(tx, NodeId("w1"), lambda _: DAY, NOW_NS)
+    assert tx.lookup(Node, "w1") is not None
+
+
+def test_an_entry_for_which_no_driver_was_called_keeps_no_node() -> None:
+    entry = PublishStatus(node_id=NodeId("w1"), state=PublishState.PENDING)
+    tx = a_cluster_with(replace(a_cluster_volume(), publish_status=(entry,)))
+    assert why_kept(tx) == ""
+    assert remove_lost(tx, NodeId("w1"), lambda _: DAY, NOW_NS)
+
+
+@pytest.mark.parametrize("state", [TaskState.RUNNING, TaskState.SHUTDOWN])
+def test_a_task_with_a_cluster_volume_keeps_its_node_until_it_has_ended(state: TaskState) -> None:
+    """The volume itself may have been removed with force."""
+    web = a_service("web")
+    task = a_task(node="w1", service=web, state=state, desired=TaskState.SHUTDOWN)
+    attachment = VolumeAttachment(id="v", source="orders", target="/d")
+    tx = a_cluster_with(web, replace(task, volumes=(attachment,)))
+    assert bool(why_kept(tx)) is not state.is_terminal
+
+
+def a_service_with_data(policy: str = "keep", *, source: str = "data", replicas: int = 0) -> Service:
+    service = a_service("db", replicas=replicas)
+    container = ContainerSpec(image="db", mounts=(Mount(type="volume", source=source, target="/d"),))
+    template = replace(service.spec.task_template, container_spec=container)
+    return replace(
+        service, spec=replace(service.spec, task_template=template, labels={"skep.volumes": policy})
+    )
+
+
+def with_slots(node: Node, label: str, **labels: str) -> Node:
+    engine = replace(node.description.engine, labels={SLOT_VOLUMES_LABEL: label})
+    spec = replace(node.spec, labels=labels)
+    return replace(node, spec=spec, description=replace(node.description, engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("service", "label", "is_kept"),
+    [
+        (a_service_with_data(), "data=db.1@1700000000000", True),
+        (a_service_with_data(source="data-{{.Task.Slot}}"), "data-7=db.7@1700000000000", True),
+        (a_service_with_data(), "other=db.1@1700000000000", False),
+        (a_service_with_data(), "data=web.1@1700000000000", False),
+        (a_service_with_data("follow"), "data=db.1@1700000000000", False),
+        (replace(a_service_with_data(), removed_at=timestamp(NOW_NS)), "data=db.1@1700000000000", False),
+    ],
+)
+def test_a_node_with_data_that_tasks_return_to_is_kept_though_no_task_is_there(
+    service: Service, label: str, is_kept: bool
+) -> None:
+    """The service is scaled to 0, or it is a job between two runs, or no history is kept."""
+    tx = a_cluster_with(with_slots(down("w1"), label), service)
+    assert bool(why_kept(tx)) is is_kept
+    assert remove_lost(tx, NodeId("w1"), lambda _: DAY, NOW_NS) is not is_kept
+
+
+def test_the_data_that_the_spec_of_a_jobs_present_run_or_a_rollback_needs_keeps_its_node() -> None:
+    past = a_service_with_data()
+    present = replace(past, spec=a_service_with_data(source="new").spec, previous_spec=past.spec)
+    tx = a_cluster_with(with_slots(down("w1"), "data=db.1@1700000000000"), present)
+    assert why_kept(tx) == "it has the data of db.1 in volume data"
+
+
+def test_data_that_a_user_gave_up_keeps_no_node() -> None:
+    forgotten = {FORGOTTEN_LABEL: "data@1700000000000"}
+    given_up = with_slots(down("w1"), "data=db.1@1700000000000", **forgotten)
+    assert why_kept(a_cluster_with(given_up, a_service_with_data())) == ""
+    later = with_slots(down("w1"), "data=db.1@1700000000001", **forgotten)
+    assert why_kept(a_cluster_with(later, a_service_with_data())) == "it has the data of db.1 in volume data"
+
+
+def test_the_status_of_a_lost_node_says_why_it_is_not_removed() -> None:
+    tx = a_cluster_with(a_cluster_volume("orders", on={"w1": PublishState.PUBLISHED}), down("w2"))
+
+    def message(id: str) -> str:
+        return shown_node(problems_of(tx, Node), tx.get(Node, id)).status.message
+
+    reason = "it may still write to cluster volume orders (skep node forget removes it)"
+    assert message("w1") == f"not removed by skep.forget-nodes: {reason}"
+    assert message("w2") == ""
+    swarm = tx.find(Swarm)[0]
+    tx.put(replace(swarm, spec=SwarmSpec()))
+    assert message("w1") == ""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Recheck, RetireTask, SetUpdateStatus, apply
+from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import TaskId
 from skep.model.node import Availability, Node
 from skep.model.service import (
@@ -16,20 +17,22 @@ from skep.model.service import (
     Resources,
     RestartCondition,
     RestartPolicy,
+    ServiceSpec,
     TaskSpec,
     UpdateConfig,
     UpdateFailureAction,
     UpdateOrder,
     UpdateState,
 )
-from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.task import NetworkAttachment, Task, TaskState, VolumeAttachment
 from skep.model.times import SECOND_NS
+from skep.model.volume import Volume, VolumeScope, VolumeSharing
 from skep.store.keys import object_key
 from skep.store.proposal import Unchanged
 from skep.store.state import State
 from skep.store.tables import KeyChange
 from skep.store.transaction import LocalTransaction
-from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task
 from tests.support.rollouts import a_spec, a_world, advance, image_of, message, state, wanted
 from tests.support.worlds import World
 
@@ -152,6 +155,71 @@ def test_what_takes_the_room_of_its_successor_gives_way_and_nothing_else(
     assert wanted(world, "app:1") == (
         [] if gives_way else [task for task in wanted(world) if task.id != new.id]
     )
+
+
+@pytest.mark.parametrize(
+    ("volume", "gives_way"),
+    [
+        (a_cluster_volume(sharing=VolumeSharing.NONE), True),
+        (a_cluster_volume(sharing=VolumeSharing.ONE_WRITER), True),
+        (a_cluster_volume(sharing=VolumeSharing.ALL), True),  # scope single: it is on the old task's node
+        (a_cluster_volume(sharing=VolumeSharing.ONE_WRITER, scope=VolumeScope.MULTI), True),
+        (a_cluster_volume(sharing=VolumeSharing.ALL, scope=VolumeScope.MULTI), False),
+    ],
+)
+@pytest.mark.parametrize("source", ["orders", "group:g"])
+def test_a_cluster_volume_that_cannot_be_shared_is_given_up_for_the_successor(
+    source: str, volume: Volume, gives_way: bool
+) -> None:
+    volume = replace(volume, spec=replace(volume.spec, group="g"))
+    world = a_world_with_volume(volume, source)
+    world.update(mounting(source, image="app:2"))
+    world.settle()
+    (new,) = wanted(world, "app:2")
+    refused = replace(new.status, state=TaskState.PENDING, err="no suitable node (...)")
+    world.put(replace(new, status=refused))
+    world.settle()
+    assert bool(wanted(world, "app:1")) is not gives_way
+
+
+def test_a_task_keeps_its_volume_if_its_successor_mounts_another_one() -> None:
+    world = a_world_with_volume(a_cluster_volume("orders"), "orders")
+    world.update(mounting("other", image="app:2"))
+    world.settle()
+    (new,) = wanted(world, "app:2")
+    refused = replace(new.status, state=TaskState.PENDING, err="no suitable node (...)")
+    world.put(replace(new, status=refused))
+    world.settle()
+    assert len(wanted(world, "app:1")) == 1
+
+
+def mounting(source: str, image: str = "app:1") -> ServiceSpec:
+    spec = a_spec(image, replicas=1)
+    container = ContainerSpec(image=image, mounts=(Mount(type="cluster", source=source, target="/d"),))
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+def a_world_with_volume(volume: Volume, source: str) -> World:
+    """The one task of app:1 has ``volume``."""
+    service = a_service(spec=mounting(source))
+    world = World(service, nodes=[a_node("n1")])
+    world.volumes[volume.id] = volume
+    attachment = VolumeAttachment(id=volume.id, source=source, target="/d")
+    world.put(replace(a_task(node="n1", service=service), volumes=(attachment,)))
+    return world
+
+
+def test_a_limit_of_replicas_that_an_update_adds_counts_the_tasks_that_it_replaces() -> None:
+    service = a_service(spec=a_service_spec(image="app:1"))
+    world = World(service, nodes=[a_node("n1")])
+    world.put(a_task(node="n1", service=service))
+    world.update(a_service_spec(image="app:2", max_replicas=1))
+    world.settle()
+    (new,) = wanted(world, "app:2")
+    words = "no suitable node (max replicas per node limit exceed)"
+    world.put(replace(new, status=replace(new.status, state=TaskState.PENDING, err=words)))
+    world.settle()
+    assert wanted(world, "app:1") == []
 
 
 def test_addresses_that_have_run_out_are_given_back_for_the_successor() -> None:

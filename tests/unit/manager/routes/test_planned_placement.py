@@ -14,14 +14,16 @@ from skep.manager.routes import ManagerApi, application, placement
 from skep.manager.routes.placement import accounting_of
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.dry_run import BATCH, DryRun
+from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability
 from skep.model.service import Placement, ResourceRequirements, Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.swarm import Swarm
-from skep.model.task import TaskState
+from skep.model.task import TaskState, VolumeAttachment
+from skep.model.volume import PublishState
 from skep.store.interface import Object, View
 from skep.store.memory import MemoryStore
 from tests.conformance.manager import a_manager_api
-from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task, with_disks
 from tests.support.counted_calls import most_calls_between_pauses
 from tests.support.wire_rig import until
 
@@ -149,6 +151,38 @@ async def test_the_room_of_tasks_that_are_replaced_counts_as_the_order_has_it(cl
     (found,) = await asked(cluster, spec)
     assert (found["Refusal"] == "") is fits
     assert shares(found) == ({"n1": 4} if fits else {})
+
+
+@pytest.mark.parametrize(
+    ("order", "zone", "node"),
+    [
+        (UpdateOrder.STOP_FIRST, "", "n1"),
+        (UpdateOrder.STOP_FIRST, "south", "n2"),
+        (UpdateOrder.START_FIRST, "", ""),
+    ],
+)
+async def test_a_cluster_volume_goes_with_the_task_that_is_replaced(cluster, order, zone, node) -> None:
+    """With stop-first it is unpublished for the new task, which may be on another node; beside it there is none."""
+    api, _ = cluster
+    nodes = a_node("n1", labels={"zone": "north"}), a_node("n2", labels={"zone": "south"})
+    volume = a_cluster_volume("orders", on={"n1": PublishState.PUBLISHED})
+    mount = Mount(type="cluster", source="orders", target="/d")
+    spec = a_service_spec("db", update=UpdateConfig(parallelism=1, order=order))
+    container = ContainerSpec(image="busybox:1", mounts=(mount,))
+    spec = settled(replace(spec, task_template=replace(spec.task_template, container_spec=container)))
+    service = a_service("db", spec=spec)
+    attachment = VolumeAttachment(id=volume.id, source="orders", target="/d")
+    task = replace(a_task("t1", service=service, node="n1"), volumes=(attachment,))
+    await put(api, *map(with_disks, nodes), volume, service, task)
+    planned = a_spec("db", constraint=f"node.labels.zone=={zone}" if zone else "")
+    planned["UpdateConfig"] = {"Parallelism": 1, "Order": order.value}
+    planned["TaskTemplate"]["ContainerSpec"] = {
+        "Image": "busybox:2",
+        "Mounts": [{"Type": "cluster", "Source": "orders", "Target": "/d"}],
+    }
+    (found,) = await asked(cluster, planned)
+    assert shares(found) == ({node: 1} if node else {})
+    assert ("cannot fulfill requested CSI volume mounts" in found["Refusal"]) is (not node)
 
 
 async def test_secrets_and_configs_need_not_exist_and_do_not_move_tasks(cluster) -> None:

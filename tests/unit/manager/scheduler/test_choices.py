@@ -21,10 +21,11 @@ from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.candidates import fill, shape_of
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.placement import Assignment, place
-from skep.manager.scheduler.requirements import Requirements, host_ports, requirements_of
+from skep.manager.scheduler.requirements import Requirements, requirements_of
 from skep.manager.scheduler.spread import MAX_FAILURES, Choices, failing_nodes
 from skep.model.constraints import label_of
 from skep.model.ids import NodeId
+from skep.model.needs import host_ports
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     DiscreteResource,

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.scheduler.volumes import ClusterMount, VolumeUse, VolumeUses, still_fits
+from skep.manager.scheduler.volumes import VolumeUses, still_fits
 from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.meta import Driver
+from skep.model.needs import ClusterMount, VolumeUse
 from skep.model.node import CSIInfo, Node, Topology
 from skep.model.volume import (
     AccessMode,

@@ -10,12 +10,13 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.manager.scheduler.accounting import Accounting, usage_of
+from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.preemption import (
     AT_ONCE,
     Nomination,
     Occupants,
+    Preempt,
     Room,
     frees_own_room,
     making_room,
@@ -23,9 +24,12 @@ from skep.manager.scheduler.preemption import (
     room_on,
 )
 from skep.manager.scheduler.priorities import Priorities
-from skep.manager.scheduler.requirements import Requirements, host_ports, requirements_of
-from skep.model.ids import NodeId, TaskId
+from skep.manager.scheduler.requirements import Requirements, requirements_of
+from skep.manager.scheduler.writes import DecisionWriter
+from skep.model.container import ContainerSpec, Mount
+from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.labels import PRIORITY
+from skep.model.needs import holds_of, host_ports
 from skep.model.node import Node, NodeState
 from skep.model.service import (
     DiscreteResource,
@@ -37,9 +41,15 @@ from skep.model.service import (
     Service,
 )
 from skep.model.task import Preemption, Task, TaskState
+from skep.model.times import ZERO_TIME
 from skep.store.interface import View
+from skep.store.keys import object_key
 from skep.store.memory import MemoryStore
-from tests.support.builders import a_node, a_service, a_task
+from skep.store.proposal import Unchanged
+from skep.store.state import State
+from skep.store.tables import KeyChange
+from skep.store.transaction import LocalTransaction
+from tests.support.builders import a_cluster_volume, a_node, a_service, a_task, with_disks
 from tests.support.counted_calls import most_calls_between_pauses
 from tests.unit.manager.scheduler.test_scheduler_loop import put
 
@@ -78,7 +88,7 @@ class World:
         for task in self.tasks.values():
             owner = self.services.get(task.service_id)
             self.accounting.reserve(
-                task.id, task.node_id, usage_of(task, host_ports(owner.spec if owner else None))
+                task.id, task.node_id, holds_of(task, host_ports(owner.spec if owner else None))
             )
 
     def occupants(self, service: Service) -> Occupants:
@@ -263,6 +273,32 @@ def test_an_update_that_stops_a_task_of_the_slot_first_needs_no_other_victim() -
     assert not frees_own_room(new, world.accounting, world.view), "its node cannot stop it"
 
 
+def test_nothing_stops_for_a_task_that_is_removed_at_the_same_moment() -> None:
+    """Its removal fails the commit, and the decision is made again."""
+    task = replace(a_task(service=IMPORTANT, state=TaskState.PENDING), spec_version=None)
+    victim = replace(a_task(service=TRIVIAL, node="n1"), spec_version=None)
+    state = State()
+    tx = LocalTransaction(state, 0)
+    for one in (task, victim):
+        tx.put(one)
+    state.apply(1, [KeyChange(key, value, 1, 1) for key, value in tx.proposal().puts])
+    tx = LocalTransaction(state, 0)
+    preempt = Preempt(task, (victim.id,), Preemption(task_id=task.id))
+    DecisionWriter(ZERO_TIME).write(tx, preempt)
+    assert Unchanged(object_key("task", task.id), 1) in tx.proposal().compares
+
+
+def test_room_is_made_for_one_task_only_if_there_is_one_volume() -> None:
+    """The other would wait for the volume, and its victims would have stopped for nothing."""
+    mount = Mount(type="cluster", source="orders", target="/d")
+    container = ContainerSpec(image="db", mounts=(mount,))
+    template = replace(IMPORTANT.spec.task_template, container_spec=container)
+    important = replace(IMPORTANT, spec=replace(IMPORTANT.spec, task_template=template))
+    world = World([with_disks(a_node(has=ROOM))], [important, TRIVIAL], on_n1(TRIVIAL, *range(1, 5)))
+    world.accounting.update_volume(VolumeId("id-orders"), a_cluster_volume("orders"))
+    assert len(world.nominations(important, count=2)) == 1
+
+
 # -- for all clusters ------------------------------------------------------------------------------------------------
 
 PORT = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
@@ -295,7 +331,7 @@ def worlds(draw: st.DrawFn) -> World:
         if service.spec.task_template.resources and GPU in reserved(service).generic_resources:
             task = replace(task, generic_resources=(GPU,))
         if passes(wanted(service), accounting, node.id):
-            accounting.reserve(task.id, node.id, usage_of(task, host_ports(service.spec)))
+            accounting.reserve(task.id, node.id, holds_of(task, host_ports(service.spec)))
             tasks.append(replace(task, desired_state=draw(st.sampled_from(DESIRED))))
     return World(nodes, [*made, draw(services("new"))], tasks)
 
@@ -321,7 +357,7 @@ def fits_without(world: World, service: Service, node: str, gone: Iterable[str])
     for task in world.tasks.values():
         if task.node_id == node and task.is_wanted and task.id not in gone:
             owner = world.services[task.service_id]
-            accounting.reserve(task.id, task.node_id, usage_of(task, host_ports(owner.spec)))
+            accounting.reserve(task.id, task.node_id, holds_of(task, host_ports(owner.spec)))
     return passes(wanted(service), accounting, node)
 
 

@@ -8,12 +8,13 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.scheduler import volumes as volumes_module
-from skep.manager.scheduler.accounting import Accounting, usage_of
+from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.candidates import Candidates
 from skep.manager.scheduler.requirements import Requirements
-from skep.manager.scheduler.volumes import ClusterMount, VolumeUse, VolumeUses
+from skep.manager.scheduler.volumes import VolumeUses
 from skep.model.ids import NodeId, ServiceId, TaskId, VolumeId
 from skep.model.meta import Driver
+from skep.model.needs import ClusterMount, VolumeUse, holds_of
 from skep.model.node import CSIInfo, Node, Topology
 from skep.model.task import VolumeAttachment
 from skep.model.volume import (
@@ -181,7 +182,7 @@ class Twins:
                 if self.random.random() < 0.7:
                     node, read_only = self.random.choice(self.nodes), self.random.random() < 0.5
                     self.careful.users.setdefault(id, {})[task_id] = node.id, read_only
-                    usage = replace(usage_of(a_task(), ()), volumes=(VolumeUse(id, read_only),))
+                    usage = replace(holds_of(a_task(), ()), volumes=(VolumeUse(id, read_only),))
                     self.accounting.reserve(task_id, node.id, usage)
 
     def answers(self) -> dict[tuple[ClusterMount, NodeId], list[VolumeId]]:

@@ -1,0 +1,106 @@
+"""Why the leader does not remove a lost node by itself: what its removal would take away.
+
+A node that is down may still run its containers and write to its volumes, because only the managers cannot reach it.
+Its removal releases everything it holds: its tasks are replaced, the volumes published on it are published elsewhere,
+and the data in its local volumes is given up.  So the leader removes a node only if it can show that nothing is lost.
+A person who runs ``docker node rm --force`` knows that the machine is gone; the leader never does.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from skep.manager.orchestrator.disconnection import policy_on, replaced_at
+from skep.model.ids import NodeId, ServiceId
+from skep.model.labels import OnDisconnect, VolumePolicy, volume_policy
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.slot_volumes import (
+    FORGOTTEN_LABEL,
+    forgotten_in,
+    local_volumes,
+    may_be,
+    slot_volumes_of,
+)
+from skep.model.task import Task
+from skep.model.volume import Volume
+from skep.store.interface import View
+from skep.store.kinds import has_unknown_service, specs_in_use
+
+STATUS_PART, PUBLISH_PART = "status", "publish"
+
+
+class KeptNodes:
+    """The reasons in one state of the store.  Volumes are indexed at first use, for all nodes together."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def reason(self, node: Node, down_s: float) -> str:
+        """Return why ``node`` must stay in the cluster, as a clause, or an empty text if nothing is lost with it.
+
+        Args:
+            down_s: Seconds since the node went down.  Tasks of a removed node are replaced at once, so the node stays
+                until their disconnect policy allows that.
+        """
+        reasons = (self._unread(node), self._published(node), self._stored(node), self._tasks(node, down_s))
+        return next(filter(None, reasons), "")
+
+    def _unread(self, node: Node) -> str:
+        view = self._view
+        if node.id in view.unreadable(Node) or STATUS_PART in view.damaged(Node).get(node.id, ()):
+            return "what it has cannot be read in the store"
+        damaged = [id for id, parts in view.damaged(Volume).items() if PUBLISH_PART in parts]
+        if volumes := sorted({*damaged, *view.unreadable(Volume)}):
+            return f"where cluster volume {volumes[0]} is cannot be read in the store"
+        return ""
+
+    def _published(self, node: Node) -> str:
+        name = self._volume_on.get(node.id)
+        return f"it may still write to cluster volume {name}" if name is not None else ""
+
+    @cached_property
+    def _volume_on(self) -> Mapping[NodeId, str]:
+        """Node -> the name of a cluster volume that the driver may have published there."""
+        return {
+            status.node_id: volume.spec.name
+            for volume in self._view.find(Volume)
+            for status in volume.publish_status
+            if status.may_be_published
+        }
+
+    def _stored(self, node: Node) -> str:
+        """Local volumes of services whose tasks start nowhere else, whether or not there is a task now."""
+        forgotten = forgotten_in(node.spec.labels.get(FORGOTTEN_LABEL, ""))
+        found = [one for one in slot_volumes_of(node) if one.at_ms > forgotten.get(one.volume, -1)]
+        if found and any(
+            self._view.lookup(Service, ServiceId(id)) is None for id in self._view.unreadable(Service)
+        ):
+            return "services cannot be read in the store, and their data may be on it"
+        for one in found:
+            if any(may_be(one.volume, name) for name in self._kept_volumes(one.service)):
+                return f"it has the data of {one.service}.{one.slot} in volume {one.volume}"
+        return ""
+
+    def _kept_volumes(self, service_name: str) -> Iterator[str]:
+        """Names of local volumes, perhaps with placeholders, to which tasks of a service return."""
+        for service in self._view.find(Service, name=service_name):
+            if volume_policy(service.spec.labels) is VolumePolicy.KEEP:
+                for spec in specs_in_use(self._view, service):
+                    yield from local_volumes(spec.task_template)
+
+    def _tasks(self, node: Node, down_s: float) -> str:
+        for task in self._view.find(Task, node_id=node.id):
+            if has_unknown_service(self._view, task):
+                return f"the service of its task {task.id} cannot be read in the store"
+            service = self._view.lookup(Service, task.service_id) if task.service_id else None
+            if service is None or service.removed_at is not None:
+                continue
+            policy, name = policy_on(node, service), service.spec.name
+            if task.volumes and not task.status.state.is_terminal:
+                # Also where the volume has no entry: it may have been removed with force.
+                return f"a task of {name} may still write to cluster volume {task.volumes[0].source}"
+            if policy.action is OnDisconnect.KEEP or volume_policy(service.spec.labels) is VolumePolicy.KEEP:
+                return f"tasks of {name} stay on it (skep.on-disconnect, skep.volumes)"
+            if not task.status.state.is_terminal and replaced_at(policy, task, 0.0) > down_s:
+                return f"its tasks of {name} are not replaced yet (skep.on-disconnect-delay)"
+        return ""

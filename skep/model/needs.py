@@ -1,0 +1,237 @@
+"""What the tasks of a service need, and what a task holds: the one list of both.
+
+* ``needs_of(spec)``: the objects, images and node resources without which a task of the spec cannot start.
+* ``holds_of(task)``: the part of its node, and of its volumes, that a task has from its assignment until its end.
+* ``may_block``: whether the end of a task with certain holdings may let a node take a task with certain needs.
+
+Whoever decides by "is it needed" or "is it free" uses them: filters, updates, preemption, dry run, the removal of lost
+nodes, references in the store, image collection, and removals.  A resource that is added here has to be considered by
+each of them: ``tests/unit/manager/test_needs.py`` lists resources by users, and fails on a gap.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import msgspec
+
+from skep.model.container import ConfigReference, ContainerSpec, SecretReference
+from skep.model.ids import ServiceId, VolumeId
+from skep.model.service import GenericResource, Placement, PublishMode, Resources, ServiceSpec, TaskSpec
+from skep.model.slot_volumes import local_volumes
+from skep.model.task import Task, VolumeAttachment
+from skep.model.volume import GROUP_PREFIX, Volume, VolumeScope, VolumeSharing
+
+HostPort: TypeAlias = tuple[str, int]
+"""Protocol and port number on a node."""
+
+
+class ClusterMount(msgspec.Struct, frozen=True):
+    """A mount of type ``cluster``; ``source``: a volume's name, or ``group:`` and the name of a group."""
+
+    source: str
+    target: str
+    read_only: bool
+
+
+class VolumeUse(msgspec.Struct, frozen=True):
+    """A volume that a task has."""
+
+    volume_id: VolumeId
+    read_only: bool
+
+
+class Needs(msgspec.Struct, frozen=True, kw_only=True):
+    """What each task of a spec needs beside its own spec."""
+
+    images: tuple[str, ...] = ()
+    """As the spec spells them: of the container, and of its image mounts."""
+    secrets: tuple[SecretReference, ...] = ()
+    configs: tuple[ConfigReference, ...] = ()
+    networks: tuple[str, ...] = ()
+    """By id; an address on each."""
+    host_ports: tuple[HostPort, ...] = ()
+    nano_cpus: int = 0
+    memory_bytes: int = 0
+    generic: tuple[GenericResource, ...] = ()
+    max_replicas: int = 0
+    """Tasks of the service that its node may have, or 0 for any number."""
+    cluster_volumes: tuple[ClusterMount, ...] = ()
+    local_volumes: tuple[str, ...] = ()
+    """Volumes whose data stays on its node, with placeholders, perhaps."""
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a task holds: the same for all tasks of one version of a service, but for ``generic`` and ``volumes``."""
+
+    service_id: ServiceId
+    nano_cpus: int
+    memory_bytes: int
+    generic: tuple[GenericResource, ...]
+    host_ports: tuple[HostPort, ...]
+    is_active: bool
+    """Whether it counts as a task of its service on this node; a task that is being stopped does not."""
+    volumes: tuple[VolumeUse, ...] = ()
+    """Its cluster volumes."""
+    is_unknown: bool = False
+    """Whether its spec cannot be read: it may have any ports and resources."""
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether other tasks may be refused something because of it, whatever they need."""
+        return bool(self.nano_cpus or self.memory_bytes or self.generic or self.host_ports or self.volumes)
+
+
+def needs_of(spec: ServiceSpec) -> Needs:
+    """Return what each task of a service with ``spec`` needs."""
+    template = spec.task_template
+    container = template.container_spec or ContainerSpec()
+    reservations = reservations_of(template)
+    return Needs(
+        images=images_of(spec.task_template),
+        secrets=container.secrets,
+        configs=container.configs,
+        networks=tuple(dict.fromkeys(one.target for one in (*template.networks, *spec.networks))),
+        host_ports=host_ports(spec),
+        nano_cpus=reservations.nano_cpus,
+        memory_bytes=reservations.memory_bytes,
+        generic=reservations.generic_resources,
+        max_replicas=(template.placement or Placement()).max_replicas,
+        cluster_volumes=cluster_mounts(template),
+        local_volumes=local_volumes(template),
+    )
+
+
+def references_of(spec: ServiceSpec) -> tuple[tuple[str, str], ...]:
+    """Return kind and id of the objects of the store that tasks of ``spec`` need: secrets, configs, networks."""
+    template, container = spec.task_template, spec.task_template.container_spec
+    found: list[tuple[str, str]] = []
+    if container is not None:
+        found += [("secret", one.secret_id) for one in container.secrets]
+        found += [("config", one.config_id) for one in container.configs]
+    return (*found, *(("network", one.target) for one in (*template.networks, *spec.networks)))
+
+
+def images_of(template: TaskSpec) -> tuple[str, ...]:
+    """Return the images that a task of ``template`` needs, as it spells them."""
+    container = template.container_spec
+    if container is None:
+        return ()
+    mounted = (mount.source for mount in container.mounts if mount.type == "image")
+    return tuple(dict.fromkeys(filter(None, (container.image, *mounted))))
+
+
+def holds_of(task: Task, ports: tuple[HostPort, ...]) -> Usage:
+    """Return what ``task`` holds; ``ports``: the host ports of the spec that it was made from."""
+    reservations = reservations_of(task.spec)
+    return Usage(
+        service_id=task.service_id,
+        nano_cpus=reservations.nano_cpus,
+        memory_bytes=reservations.memory_bytes,
+        generic=task.generic_resources,
+        host_ports=ports,
+        is_active=task.is_wanted,
+        volumes=uses_of(task) if task.volumes else (),
+    )
+
+
+def may_block(held: Usage, needs: Needs, volume: Callable[[VolumeId], Volume | None]) -> bool:
+    """Whether the end of a task with ``held`` may let a node take a task with ``needs`` that all nodes refuse now."""
+    kinds = {kind_and_amount(one)[0] for one in held.generic}
+    return bool(
+        (held.nano_cpus and needs.nano_cpus)
+        or (held.memory_bytes and needs.memory_bytes)
+        or any(kind_and_amount(one)[0] in kinds for one in needs.generic)
+        or not set(held.host_ports).isdisjoint(needs.host_ports)
+        or (held.is_active and needs.max_replicas)
+        or any(_excludes(use, needs.cluster_volumes, volume(use.volume_id)) for use in held.volumes)
+    )
+
+
+def cannot_share(volume: Volume, mount: ClusterMount, *, read_only: bool = False) -> bool:
+    """Whether a task with ``mount`` can never have ``volume`` beside another task, which may only read it."""
+    match volume.spec.access_mode.sharing:
+        case VolumeSharing.NONE:
+            return True
+        case VolumeSharing.ONE_WRITER:
+            return not read_only and not mount.read_only
+        case _:
+            return False
+
+
+def _excludes(use: VolumeUse, mounts: Iterable[ClusterMount], volume: Volume | None) -> bool:
+    """Whether ``use`` may keep a task from the volumes that it mounts.  One with scope single stays on its node."""
+    if volume is None:
+        return False
+    sources, is_single = sources_of(volume), volume.spec.access_mode.scope is VolumeScope.SINGLE
+    return any(
+        one.source in sources and (is_single or cannot_share(volume, one, read_only=use.read_only))
+        for one in mounts
+    )
+
+
+# -- parts of a spec -----------------------------------------------------------------------------------------------
+
+
+def reservations_of(spec: TaskSpec) -> Resources:
+    """The reservations of a task with this spec."""
+    resources = spec.resources
+    return (resources.reservations if resources else None) or Resources()
+
+
+def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
+    """The kind of the resource, and the amount.
+
+    A negative amount, as a node may offer and an earlier version stored it, is none: it would add to what is free.
+    """
+    if (discrete := resource.discrete_resource_spec) is not None:
+        return discrete.kind, max(0, discrete.value)
+    if (named := resource.named_resource_spec) is not None:
+        return named.kind, 1
+    return "", 0
+
+
+def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
+    """Ports that each task of the service opens on its node with a number chosen by the user."""
+    if spec is None or spec.endpoint_spec is None:
+        return ()
+    return tuple(
+        (port.protocol, port.published_port)
+        for port in spec.endpoint_spec.ports
+        if port.publish_mode is PublishMode.HOST and port.published_port
+    )
+
+
+def cluster_mounts(spec: TaskSpec) -> tuple[ClusterMount, ...]:
+    """Of its container, those of cluster volumes."""
+    mounts = spec.container_spec.mounts if spec.container_spec is not None else ()
+    if not mounts:
+        return ()
+    return tuple(
+        ClusterMount(mount.source, mount.target, mount.read_only)
+        for mount in mounts
+        if mount.type == "cluster"
+    )
+
+
+def sources_of(volume: Volume) -> Sequence[str]:
+    """The sources of mounts that may mean the volume."""
+    name, group = volume.spec.name, volume.spec.group
+    return [
+        *((name,) if not name.startswith(GROUP_PREFIX) else ()),
+        *((GROUP_PREFIX + group,) if group else ()),
+    ]
+
+
+def uses_of(task: Task) -> tuple[VolumeUse, ...]:
+    """The volumes that a task has; one is only read if all its mounts only read."""
+    return volume_uses(task.volumes, cluster_mounts(task.spec))
+
+
+def volume_uses(given: Iterable[VolumeAttachment], mounts: Iterable[ClusterMount]) -> tuple[VolumeUse, ...]:
+    """The same for a task with these volumes and mounts."""
+    readings = {(one.source, one.target): one.read_only for one in mounts}
+    reading: dict[VolumeId, bool] = {}
+    for one in given:
+        id = VolumeId(one.id)
+        reading[id] = reading.get(id, True) and readings.get((one.source, one.target), False)
+    return tuple(VolumeUse(id, read_only) for id, read_only in reading.items())
