@@ -309,8 +309,19 @@ def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_
     if task is None or task.desired_state >= desired:
         return False
     task = replace(task, desired_state=desired)
-    if is_due:
-        task = replace(task, restart=replace(task.restart or Restart(), is_due=True))
+    was_stopped = (
+        desired is TaskState.SHUTDOWN
+        and not task.status.state.is_terminal
+        and not has_unreadable_status(tx, task)  # it may have ended by itself
+    )
+    if is_due or was_stopped:
+        restart = task.restart or Restart()
+        task = replace(
+            task,
+            restart=replace(
+                restart, is_due=restart.is_due or is_due, was_stopped=restart.was_stopped or was_stopped
+            ),
+        )
     if task.status.state < TaskState.ASSIGNED:
         # It was never assigned, so no agent will report its end.
         status = TaskStatus(timestamp=now, state=TaskState.SHUTDOWN, message="shutdown before assignment")

@@ -173,8 +173,8 @@ def _is_given_up(slot: Slot, situation: Situation) -> bool:
     if has_unread_end(slot):
         return True
     past = history(slot)
-    is_failed = bool(past) and past[-1].status.state in (TaskState.FAILED, TaskState.REJECTED)
-    return is_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)
+    has_failed = bool(past) and past[-1].has_failed
+    return has_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)
 
 
 def _must_leave(task: Task, situation: Situation) -> bool:

@@ -32,7 +32,6 @@ REPORTED_S: Final = 10.0
 """A node that has registered reports the states of its tasks within this time."""
 RETURNED_S: Final = 12.0
 """Longest time in which a node finds a manager again; with a grace of its own, that counts twice."""
-_FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -183,7 +182,7 @@ def _has_failed(tasks: Sequence[Task]) -> bool:
     wanted = [task for task in tasks if task.is_wanted]
     if wanted:
         return any(task.restart is not None and task.restart.failures for task in wanted)
-    return any(task.status.state in _FAILED for task in tasks)
+    return any(task.has_failed for task in tasks)
 
 
 def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
@@ -204,7 +203,7 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
         return bool(complete) and all(
             one.node_id in done
             for one in tasks
-            if one.is_active or (one.status.state in _FAILED and _may_run_there(one, service, view))
+            if one.is_active or (one.has_failed and _may_run_there(one, service, view))
         )
     job = mode.replicated_job
     wanted = service.spec.replicas if job is None else job.total_completions or 0

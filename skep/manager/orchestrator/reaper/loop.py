@@ -13,6 +13,7 @@ from skep.aio.time_slices import TimeSlices, run_in_slices
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.orchestrator.reaper.history import (
+    attempts_kept,
     history_limit,
     is_disposable,
     is_live,
@@ -159,7 +160,8 @@ class Reaper:
             limit = history_limit(service, _cluster_limit(view))
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
-            yield from map(DeleteTask, surplus_history(kept, limit, iteration, _updating(service)))
+            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts_kept(service))
+            yield from map(DeleteTask, surplus)
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:
         service = view.lookup(Service, service_id)

@@ -106,6 +106,14 @@ def test_as_much_history_is_kept_as_the_restart_policy_counts_with() -> None:
     assert history_limit(a_service(), None) == 5
 
 
+def test_tasks_that_were_moved_do_not_displace_those_by_which_restarts_are_counted() -> None:
+    failed = [a_task(node="n1", state=FAILED, desired=SHUTDOWN) for _ in range(2)]
+    moved = [a_task(node="n1", state=SHUTDOWN, desired=SHUTDOWN) for _ in range(4)]
+    slot = [*failed, *moved, a_task(node="n1")]
+    assert surplus_history(slot, limit=3, attempts=3) == tuple(moved)
+    assert surplus_history(slot, limit=5, attempts=3) == tuple(moved[:2])
+
+
 def test_versions_that_a_task_or_the_service_follows_stay() -> None:
     web = a_service(version=3)
     versions = [SpecVersion(id=f"web/{n}", service_id=web.id, index=n) for n in (1, 2, 3)]

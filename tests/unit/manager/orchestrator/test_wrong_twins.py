@@ -214,7 +214,7 @@ def no_more_slots_are_begun_than_may_be(world: World, changes: list[Change]) -> 
             continue
         number = of_version.index(True)
         first, before = tasks[number], tasks[:number][-1:]
-        is_retry = any(one.spec == first.spec and one.status.state in slots.ENDED_BY_ITSELF for one in before)
+        is_retry = any(one.spec == first.spec and one.ended_by_itself for one in before)
         busy += first.is_active and first.status.state < RUNNING and not is_retry
     assert not config.parallelism or busy <= config.parallelism
 
@@ -238,15 +238,15 @@ def the_restart_delay_passes(world: World, changes: list[Change]) -> None:
 
 
 def attempts_are_limited(world: World, changes: list[Change]) -> None:
-    """A slot gets no more tasks of one version than its first one and the attempts; lost nodes are its node's fault."""
+    """A slot gets no successor of a task that failed once so many of its version have failed before."""
     policy = world.service.spec.task_template.restart_policy or RestartPolicy()
-    if not policy.max_attempts or any(is_unusable(node) for node in world.nodes.values()):
+    if not policy.max_attempts:
         return
     for change in changes:
         if isinstance(change, ReplaceTask) and change.task.spec_version == world.service.spec_version:
             made = [t for t in _slot_of(world, change.task) if t.spec_version == world.service.spec_version]
-            kept = [task for task in made if task.desired_state < TaskState.REMOVE]
-            assert len(kept) <= policy.max_attempts
+            failed = [task for task in made if task.desired_state < TaskState.REMOVE and task.ended_by_itself]
+            assert len(failed) <= policy.max_attempts
 
 
 def _slot_of(world: World, task: Task) -> list[Task]:
