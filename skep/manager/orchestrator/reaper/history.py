@@ -2,10 +2,13 @@
 
 A task that is to be removed is deleted as soon as it has stopped (or if it never started).  Of each slot's ended
 tasks as many are kept as the cluster's history limit says, and always the youngest; with ``max_attempts`` at least
-one more than that, and so many that ended by themselves, because restarts are counted by them.  A removed service is
-deleted with its last task; a version of a spec is deleted when no task refers to it.
+one more than that, and so many that ended by themselves, because restarts are counted by them.  A slot of a global
+service or job ends with its node: its tasks are deleted once the node was removed, or each node that comes and goes
+would leave some behind for ever.  A removed service is deleted with its last task; a version of a spec is deleted when
+no task refers to it.
 
-Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
+Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go; manager/orchestrator/global/global.go (the tasks of a
+removed node).
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,6 +32,12 @@ def is_disposable(task: Task) -> bool:
 def is_past_attachment(task: Task, node: Node | None) -> bool:
     """Whether the task stood for a plain container that is gone, or whose node is: its history has no use."""
     return task.spec.network_attachment_spec is not None and (node is None or task.status.state.is_terminal)
+
+
+def is_of_gone_slot(task: Task, node: Node | None) -> bool:
+    """Whether the task belongs to a node slot whose node was removed, and its end is known (``is_orphaned`` before)."""
+    is_in_node_slot = bool(task.service_id) and not task.slot and bool(task.node_id)
+    return node is None and is_in_node_slot and not is_assigned(task)
 
 
 def is_live(task: Task, node: Node | None) -> bool:

@@ -17,6 +17,7 @@ from skep.manager.orchestrator.reaper.history import (
     history_limit,
     is_disposable,
     is_live,
+    is_of_gone_slot,
     is_orphaned,
     is_past_attachment,
     surplus_history,
@@ -151,7 +152,9 @@ class Reaper:
         disposable = [
             task
             for task in tasks
-            if is_disposable(task) or is_past_attachment(task, view.lookup(Node, task.node_id))
+            if is_disposable(task)
+            or is_past_attachment(task, node := view.lookup(Node, task.node_id))
+            or is_of_gone_slot(task, node)
         ]
         yield from map(DeleteTask, disposable)
         service = view.lookup(Service, key.partition("/")[0])
