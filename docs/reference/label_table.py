@@ -138,7 +138,8 @@ LABELS = (
         CRON_DEADLINE,
         "duration, at least `1s`",
         "none",
-        "how late a run may begin that was due while no manager led",
+        "how late a run may begin that was due while no manager led; with `global-job` it holds for each node: a task "
+        "that has no room until then is given up",
     ),
     Label(
         LabelTarget.SERVICE,

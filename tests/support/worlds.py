@@ -35,6 +35,7 @@ class World:
         """Tasks whose status cannot be read."""
         self.seen = ObservedTimes(0.0)
         self.now = 0.0
+        self.now_ns = 0
         self.silence_s = 0.0
         self.held: set[TaskId] = set()
         """Tasks of which nothing is reported."""
@@ -55,6 +56,7 @@ class World:
             has_unknown_status=lambda task: task.id in self.unknown,
             seen=self.seen,
             now=self.now,
+            now_ns=self.now_ns,
             silence_s=self.silence_s,
         )
 

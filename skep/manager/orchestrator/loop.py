@@ -288,6 +288,7 @@ class Orchestrator:
             is_drained=lambda volume: is_drained(self._term.view().lookup(Volume, VolumeId(volume))),
             seen=self._seen,
             now=self._clock.monotonic(),
+            now_ns=self._clock.now_ns(),
             is_frozen=self._disruption.is_frozen,
             replaces_from=self._disruption.replaces_from,
             silence_s=configured_grace_s(view),

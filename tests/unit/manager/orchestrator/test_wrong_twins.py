@@ -233,6 +233,8 @@ def the_restart_delay_passes(world: World, changes: list[Change]) -> None:
             last = max(before, key=lambda task: task.created_at, default=None)
             if last is None or last.spec != change.task.spec or last.status.state is not TaskState.FAILED:
                 continue
+            if not last.ended_by_itself:  # it crashed while it was drained, say
+                continue
             delay = change.task.spec.restart_policy.delay if change.task.spec.restart_policy else 0
             assert world.now - world.seen.created(change.task) >= (delay or 0) / SECOND_NS
 
