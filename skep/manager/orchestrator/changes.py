@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import SkepError, Unavailable
-from skep.manager.dependents import restart_dependents
+from skep.manager.dependents import requiring, restart_dependents
 from skep.manager.job_runs import is_fixed
 from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
@@ -102,7 +102,7 @@ class RollBack(msgspec.Struct, frozen=True):
 
 
 class RemoveService(msgspec.Struct, frozen=True):
-    """Remove a job that has ended, as a user would."""
+    """Remove a job that has ended, as a user would; not while a service requires it (``skep.depends-on``)."""
 
     service: Service
 
@@ -201,7 +201,9 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             job = tx.rely_on(Service, ended.id, HEAD, "job")
             was_run_or_retried = job is not None and job.job_status != ended.job_status
             if job is not None and job.spec_version == ended.spec_version and not was_run_or_retried:
-                hide_service(tx, job, now)
+                tx.rely_on_all(Service)  # one that requires the job may be created at the same time
+                if not tx.unreadable(Service) and not requiring(tx, job.spec.name):
+                    hide_service(tx, job, now)
         case SettleRun(decided, outcome):
             job = tx.rely_on(Service, decided.id, HEAD, "job")
             if job is not None and job.job_status is not None and job.job_status == decided.job_status:
