@@ -16,6 +16,7 @@ from sim.invariants.placement import completed_on, is_unplaceable, may_have_task
 from sim.invariants.serving import config_of
 from sim.node import image_of
 from sim.random_specs import HOPELESS
+from skep.manager.job_runs import is_over, nodes_of
 from skep.model.ids import NodeId
 from skep.model.labels import PROGRESS_DEADLINE
 from skep.model.node import Node
@@ -132,9 +133,11 @@ def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
         if len(done) != job.total_completions:
             yield f"of {service.id} {len(done)} of {job.total_completions} runs are completed"
         return
+    if is_over(service):
+        return
     completed = completed_on(view, service, status.job_iteration)
     asked_at = unix_ns(status.last_execution or ZERO_TIME)
-    for node in _eligible(view, service):
+    for node in nodes_of(service, tasks, _eligible(view, service)):
         # By its timestamps a node may have joined after the job was created, if a clock was set back between.
         if not completed[node.id] and unix_ns(node.created_at) < asked_at:
             yield f"{service.id} has not run on {node.id}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from sim.invariants.objects import unbounded_objects
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
@@ -11,7 +12,8 @@ from skep.store.state import State, differences
 def rest_violations(
     view: View, containers: Iterable[tuple[NodeId, Task]], kept: Iterable[tuple[NodeId, TaskId]] = ()
 ) -> Iterable[str]:
-    """Every container belongs to a task that should run on its node, and every such task has a container.
+    """Every container belongs to a task that should run on its node, every such task has a container, and objects are
+    bounded.
 
     Args:
         kept: tasks of which a node keeps state; it drops that when the task's record is deleted.
@@ -25,6 +27,7 @@ def rest_violations(
         is_up = task.status.state is TaskState.RUNNING and task.is_wanted
         if is_up and task.id not in running:
             yield f"task {task.id} is reported as running on {task.node_id} and does not run"
+    yield from unbounded_objects(view)
     for node_id, task_id in kept:
         task = view.lookup(Task, task_id)
         if task is None or task.node_id != node_id:

@@ -1,6 +1,7 @@
 """A rule on restart policies: an ended task is replaced if its policy says so, and only then."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import inf
 
 import msgspec
@@ -13,7 +14,6 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 from skep.store.interface import Created, Deleted, Updated, View
 
-BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 SLACK_S = 5.0
 """A leader may observe the times of a restart window this much later than they were committed."""
 
@@ -30,8 +30,9 @@ class _Begun(msgspec.Struct):
 class RestartPolicies:
     """Tasks of one slot and version of the spec follow each other as the restart policy says.
 
-    Checked at commits: no task follows one that may not be restarted, and no more than ``max_attempts`` follow (within
-    the window, counting those of one term).  That a restart is not missing is checked at rest, by ``is_given_up``.
+    Checked at commits: no task follows one that may not be restarted, and no more than ``max_attempts`` follow tasks
+    that ended by themselves (within the window, counting those of one term); moves are not counted.  That a restart is
+    not missing is checked at rest, by ``is_given_up``.
     Jobs are not checked.
     """
 
@@ -79,7 +80,9 @@ class RestartPolicies:
         if not policy.max_attempts:
             return False
         window_s = (policy.window or 0) / SECOND_NS or inf
-        same = [one for one in slot if one.task.spec_version == last.task.spec_version][1:]
+        if not last.task.ended_by_itself:
+            return False
+        same = _attempts([one for one in slot if one.task.spec_version == last.task.spec_version])
         return sum(one.created_at > last.ended_at - window_s - SLACK_S for one in same) >= policy.max_attempts
 
     def given_up(self, service: Service) -> int:
@@ -90,21 +93,26 @@ class RestartPolicies:
     def _surplus(self, before: list[_Begun], task: Task, change: Change) -> Iterable[str]:
         last = before[-1]
         policy = last.task.spec.restart_policy or RestartPolicy()
-        if last.task.status.state in BY_ITSELF and _is_final(policy, last.task):
+        if last.task.ended_by_itself and _is_final(policy, last.task):
             yield (
                 f"task {task.id} follows {last.task.id}, which ended as {last.task.status.state.value}, "
                 f"and is to be restarted {policy.condition and policy.condition.value}"
             )
-        if not policy.max_attempts:
+        if not policy.max_attempts or not last.task.ended_by_itself:
             return
         window_s = (policy.window or 0) / SECOND_NS or inf
         if window_s < inf:
             since = last.ended_at - window_s + SLACK_S
-            counted = [one for one in before[1:] if one.created_at > since and one.term == change.term]
+            counted = [one for one in _attempts(before) if one.created_at > since and one.term == change.term]
         else:
-            counted = before[1:]
+            counted = _attempts(before)
         if len(counted) >= policy.max_attempts:
             yield f"task {task.id} is restart {len(counted) + 1} of its slot, of {policy.max_attempts}"
+
+
+def _attempts(made: list[_Begun]) -> list[_Begun]:
+    """Those of one version's tasks that follow one that ended by itself."""
+    return [one for before, one in pairwise(made) if before.task.ended_by_itself]
 
 
 def _replaces_another_version(task: Task, change: Change) -> bool:

@@ -37,6 +37,16 @@ def check_dependencies(view: View, spec: ServiceSpec) -> None:
         )
 
 
+def requiring(view: View, name: str) -> list[str]:
+    """The names of services that require the service ``name``: they would wait for ever if it was gone."""
+    return [
+        service.spec.name
+        for service in view.find(Service)
+        if service.removed_at is None and DEPENDS_ON in service.spec.labels
+        if any(one.service == name and one.is_required for one in dependencies_of(service.spec.labels))
+    ]
+
+
 def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[str]:
     """The names on a way from the service ``name`` over what it depends on back to it; empty: there is none."""
     reached_by: dict[str, str] = {}

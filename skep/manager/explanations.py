@@ -15,7 +15,7 @@ from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.update import step_seconds_max
 from skep.manager.scheduler.explain import NodeVerdict
 from skep.model.autoscaling import TaskUsage, autoscaling_of
-from skep.model.dependencies import WAITS_FOR
+from skep.model.dependencies import WAITS_FOR, is_wait
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
@@ -438,7 +438,7 @@ def explain_update(
     return UpdateExplanation(
         step=step,
         waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
-        deadline=None if is_held or first.status.err.startswith(WAITS_FOR) else timestamp(due_ns),
+        deadline=None if is_held or is_wait(first.status.err) else timestamp(due_ns),
     )
 
 

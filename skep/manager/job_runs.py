@@ -3,6 +3,14 @@
 Docker's jobs run when they are created and with every update.  A job with a schedule (``model.schedules``) runs at
 its due times, and when a user asks for it: by ``docker service update --force``, or ``skep job run``.  Any other update
 of it is for the runs that follow: the present one goes on with the spec that it has begun with.
+
+A run of a global job has a task on each node that existed when it was asked for.  Docker's jobs run late on a node that
+was down or drained then.  A scheduled run is fixed to the nodes that it started on: once each of them has its task no
+other node joins (``JobStatus.nodes_fixed``), and once it is over it stays so (``JobStatus.outcome``).  A node that
+returns or gets a label waits for the next due time.
+
+Nodes and runs are ordered by their timestamps, which come from different machines.  So each is stamped, in its own
+transaction, after everything that it has to follow (``asked_at``, ``joined_at``), whatever the clocks say.
 """
 
 from collections.abc import Iterable
@@ -14,7 +22,7 @@ from skep.model.constraints import is_satisfied
 from skep.model.meta import Version
 from skep.model.needs import references_of
 from skep.model.node import Availability, Node, NodeState
-from skep.model.schedules import CRON, JOB_MODES, same_schedule
+from skep.model.schedules import CRON, JOB_MODES, same_schedule, schedule_of
 from skep.model.service import (
     STARTS_KEPT,
     JobStart,
@@ -25,7 +33,7 @@ from skep.model.service import (
     ServiceSpec,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp, unix_ns
+from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction, View
 from skep.store.kinds import as_run, has_unreadable_run
 
@@ -33,13 +41,36 @@ COMPLETED, FAILED, STOPPED, RUNNING = "completed", "failed", "stopped", "running
 """Outcomes of a run.  Stopped is one that was still going when another one began; running is never stored."""
 
 
-def first_job(spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
+def first_job(view: View, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
     """Of a new service; None: it is no job."""
     if spec.mode.name not in JOB_MODES:
         return None
     if CRON in spec.labels:
         return JobStatus(schedule=ScheduleStatus(settled=now))
-    return JobStatus(last_execution=now)
+    return JobStatus(last_execution=asked_at(view, spec, now))
+
+
+def asked_at(view: View, spec: ServiceSpec, now: Timestamp) -> Timestamp:
+    """Return ``now``, or for a global job a time after the creation of every node that exists.
+
+    ``is_candidate`` compares the two.  They come from the clocks of two managers.
+    """
+    if spec.mode.global_job is None:
+        return now
+    youngest_ns = max((unix_ns(node.created_at) for node in view.find(Node)), default=0)
+    return now if unix_ns(now) > youngest_ns else timestamp(youngest_ns + 1)
+
+
+def joined_at(view: View, now_ns: int) -> Timestamp:
+    """Return the creation time of a new node: ``now_ns``, or the time of the last global run if that is later."""
+    runs = (
+        unix_ns(service.job_status.last_execution)
+        for service in view.find(Service)
+        if service.spec.mode.global_job is not None
+        and service.job_status is not None
+        and service.job_status.last_execution is not None
+    )
+    return timestamp(max(now_ns, *runs, 0))
 
 
 def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) -> JobStatus | None:
@@ -55,7 +86,7 @@ def next_job(view: View, service: Service, spec: ServiceSpec, now: Timestamp) ->
     if job is None:
         return None
     if CRON not in spec.labels:
-        return started_plainly(job, now)
+        return started_plainly(view, job, spec, now)
     schedule = job.schedule or ScheduleStatus(settled=now)
     if not same_schedule(service.spec.labels, spec.labels):
         schedule = replace(schedule, settled=now)
@@ -73,14 +104,14 @@ def started(view: View, service: Service, schedule: ScheduleStatus, start: JobSt
     starts.append(replace(start, iteration=iteration))
     return JobStatus(
         job_iteration=iteration,
-        last_execution=start.at,
+        last_execution=asked_at(view, service.spec, start.at),
         schedule=replace(schedule, starts=tuple(starts[-STARTS_KEPT:])),
     )
 
 
-def started_plainly(job: JobStatus, now: Timestamp) -> JobStatus:
-    """The status of a job without a schedule when its next run begins."""
-    return JobStatus(job_iteration=_next(job), last_execution=now)
+def started_plainly(view: View, job: JobStatus, spec: ServiceSpec, now: Timestamp) -> JobStatus:
+    """The status of a job without a schedule when its next run begins, with ``spec``."""
+    return JobStatus(job_iteration=_next(job), last_execution=asked_at(view, spec, now))
 
 
 def _next(job: JobStatus) -> Version:
@@ -107,9 +138,56 @@ def outcome(view: View, service: Service) -> str:
     if service.job_status is None or service.job_status.awaits_first_run or is_going(view, service):
         return ""
     run, slots = as_run(view, service), _slots(view, service)
-    job = run.spec.mode.replicated_job
+    if run.spec.mode.replicated_job is None:
+        return service.job_status.outcome if is_over(run) else result(run, slots.values())
     done = sum(map(_is_done, slots.values()))
-    return COMPLETED if done >= (job.total_completions or 0 if job is not None else len(slots)) else FAILED
+    return COMPLETED if done >= (run.spec.mode.replicated_job.total_completions or 0) else FAILED
+
+
+def result(run: Service, slots: Iterable[Iterable[Task]]) -> str:
+    """How the ``run`` of a global job ended, whose tasks have all ended.  A scheduled one without a node has failed."""
+    done = [_is_done(slot) for slot in slots]
+    return COMPLETED if all(done) and (done or not is_fixed(run)) else FAILED
+
+
+def is_fixed(run: Service) -> bool:
+    """Whether the ``run`` of a job is fixed to the nodes that it started on: one of a global job with a schedule."""
+    job = run.job_status
+    return job is not None and job.schedule is not None and run.spec.mode.global_job is not None
+
+
+def is_over(run: Service) -> bool:
+    """Whether a scheduled ``run`` of a global job has ended: no node starts it again."""
+    return is_fixed(run) and run.job_status is not None and bool(run.job_status.outcome)
+
+
+def starts_until_ns(run: Service) -> int | None:
+    """Until when the tasks of a scheduled ``run`` of a global job may start on their nodes; None: there is no limit.
+
+    The label ``skep.cron.deadline`` holds for each node.  A run that a user asked for or retried has no deadline.
+    """
+    job, schedule = run.job_status, schedule_of(run.spec.labels)
+    if job is None or job.schedule is None or job.retried_until is not None or not is_fixed(run):
+        return None
+    due = [one.scheduled_at for one in job.schedule.starts if one.iteration == job.job_iteration]
+    if schedule is None or schedule.deadline_s is None or not due or due[-1] is None:
+        return None
+    return unix_ns(due[-1]) + round(schedule.deadline_s * SECOND_NS)
+
+
+def nodes_going(view: View, service: Service) -> list[str]:
+    """Names of the nodes on which the present run of a global job goes on, in order.
+
+    Not of those where it waits for room or for another service, or that are down: these hold up no later run.
+    """
+    tasks = of_present_run(service, view.find(Task, service_id=service.id))
+    found = {
+        node.id: node.description.hostname or node.id
+        for task in tasks
+        if task.is_active and task.status.state >= TaskState.ASSIGNED
+        if (node := view.lookup(Node, task.node_id)) is not None and node.status.state is not NodeState.DOWN
+    }
+    return [found[id] for id in sorted(found)]
 
 
 def is_going(view: View, service: Service) -> bool:
@@ -122,6 +200,8 @@ def is_going(view: View, service: Service) -> bool:
     if job is None or job.awaits_first_run:
         return False
     run, slots = as_run(view, service), _slots(view, service)
+    if is_over(run):
+        return False
     if any(_is_active(slot) for slot in slots.values()):
         return True
     if run.spec.mode.replicated_job is not None:
@@ -129,7 +209,19 @@ def is_going(view: View, service: Service) -> bool:
             number not in slots
             for number in range(1, (run.spec.mode.replicated_job.total_completions or 0) + 1)
         )
-    return any(is_candidate(node, run) and node.id not in slots for node in view.find(Node))
+    tasks = view.find(Task, service_id=service.id)
+    return any(
+        is_candidate(node, run) and node.id not in slots for node in nodes_of(run, tasks, view.find(Node))
+    )
+
+
+def nodes_of(run: Service, tasks: Iterable[Task], nodes: Iterable[Node]) -> Iterable[Node]:
+    """Those of ``nodes`` that may belong to the present ``run`` of a global job with these ``tasks``."""
+    job = run.job_status
+    if job is None or not job.nodes_fixed:
+        return nodes
+    members = {task.node_id for task in tasks if task.job_iteration == job.job_iteration}
+    return (node for node in nodes if node.id in members)
 
 
 def runs_with(tx: Transaction, kind: str, id: str) -> list[Service]:
@@ -167,7 +259,7 @@ def retried(view: View, service: Service) -> JobStatus:
     """
     assert service.job_status is not None, "of jobs only"
     made = [task.created_at for task in view.find(Task, service_id=service.id)]
-    return replace(service.job_status, retried_until=max(made, key=unix_ns, default=None))
+    return replace(service.job_status, retried_until=max(made, key=unix_ns, default=None), outcome="")
 
 
 def of_present_run(service: Service, tasks: Iterable[Task]) -> list[Task]:

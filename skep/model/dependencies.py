@@ -18,6 +18,10 @@ from skep.errors import InvalidArgument
 DEPENDS_ON: Final = "skep.depends-on"
 WAITS_FOR: Final = "waits for "
 """First words of the error of a task that waits for a service."""
+DOES_NOT_EXIST: Final = ", which does not exist"
+HAS_FAILED: Final = ", which has failed"
+HAS_ENDED: Final = ", which has ended"
+"""Last words of such an error if what the task waits for does not come by itself."""
 DEPENDENCIES_MAX: Final = 100
 """Of one service."""
 _RESTART: Final = "restart"
@@ -56,6 +60,15 @@ class Dependency(msgspec.Struct, frozen=True):
         """Its part of the label."""
         options = [_RESTART] * self.restarts + [_OPTIONAL] * (not self.is_required)
         return "+".join([f"{self.service}={self.condition.value}", *options])
+
+
+def is_wait(error: str) -> bool:
+    """Whether ``error`` of a task says that it waits for something that may still come.
+
+    The progress deadline of an update does not run meanwhile.  It runs while a task waits for a service that does not
+    exist, or a job that was given up: nothing waits for ever without an end.
+    """
+    return error.startswith(WAITS_FOR) and not error.endswith((DOES_NOT_EXIST, HAS_FAILED, HAS_ENDED))
 
 
 def label_of(dependencies: Iterable[Dependency]) -> dict[str, str]:

@@ -398,6 +398,10 @@ class JobStatus(ApiObject):
     """Of the spec since the run began: a status that stays the same goes with the spec that it is about."""
     retried_until: Timestamp | None = None
     """A user asked for another attempt when no later task was created: what had failed by then does not count."""
+    nodes_fixed: bool = False
+    """Of a scheduled global job: every node of the present run has its task.  No other node joins the run."""
+    outcome: str = ""
+    """How the present run of a global job ended; empty while it has not.  A scheduled run does not start again."""
 
     @property
     def awaits_first_run(self) -> bool:

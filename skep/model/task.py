@@ -71,6 +71,8 @@ _NUMBERS = (0, 64, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 800, 832, -
 for _state, _number in zip(TaskState, _NUMBERS, strict=True):
     _state.number = _number
     _state.is_terminal = _number > _RUNNING
+ENDED_BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
+"""States in which a node reports the end of a task that nothing had stopped.  See ``Task.ended_by_itself``."""
 _BY_NUMBER = {state.number: state for state in TaskState if state is not TaskState.UNKNOWN}
 
 
@@ -124,12 +126,15 @@ class Restart(ApiObject):
     ``not_before``: the end of that by the clock of the leader, for display only.
 
     ``is_due``: the task was retired for its node's sake while its policy allowed a successor: its slot is not given up.
+    ``was_stopped``: the leader retired the task before it had ended.  Its end has that cause, whatever state its node
+    reports: the stop itself can fail.
     """
 
     failures: int = always(0)
     delay: int = 0
     not_before: Timestamp = always(ZERO_TIME)
     is_due: bool = False
+    was_stopped: bool = False
 
 
 class Preemption(ApiObject):
@@ -190,6 +195,21 @@ class Task(ApiObject):
         return (
             self.desired_state.number <= _COMPLETE
         )  # called for every task by every loop: avoids a call of `__le__`
+
+    @property
+    def ended_by_itself(self) -> bool:
+        """Whether the task ended and nothing had stopped it: only such ends count as attempts and failures.
+
+        Not the end of a task that was moved, drained, preempted, evicted, rotated or scaled down, or lost its node.
+        """
+        return self.status.state in ENDED_BY_ITSELF and not (
+            self.restart is not None and self.restart.was_stopped
+        )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended by itself without having completed."""
+        return self.ended_by_itself and self.status.state is not TaskState.COMPLETE
 
     @property
     def is_active(self) -> bool:

@@ -6,9 +6,8 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from skep.model.dependencies import Condition, label_of
+from skep.model.dependencies import label_of
 from skep.model.encoding import to_json
-from skep.model.labels import JOB_TTL
 from skep.model.meta import Driver
 from skep.model.service import PublishMode
 from skep.stack.containers import Volumes
@@ -98,12 +97,6 @@ def _check_dependencies(stack: Stack, report: Report) -> None:
             if target is None and one.is_required:
                 meant = meant_by(one.service, stack.services)
                 problem(name, f"{name} depends on {one.service}, which is not there{meant}")
-            elif (
-                target is not None and one.condition is Condition.COMPLETED and JOB_TTL in target.spec.labels
-            ):
-                problem(
-                    name, f"{one.service} is removed when it has ended (job-ttl): {name} would wait for ever"
-                )
     if cycle := find_cycle(
         {name: [one.service for one in service.depends_on] for name, service in stack.services.items()}
     ):

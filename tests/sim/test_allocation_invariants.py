@@ -138,6 +138,11 @@ def test_no_slot_is_restarted_more_often_than_it_may_be() -> None:
     assert after(within, TaskState.FAILED, 5, apart_s=30.0) == []
 
 
+def test_a_task_that_follows_a_moved_one_is_not_a_restart() -> None:
+    assert after(RestartPolicy(max_attempts=1), TaskState.SHUTDOWN, 5) == []
+    assert not simulated(RestartPolicy(max_attempts=1), TaskState.SHUTDOWN, 5)[1]
+
+
 @pytest.mark.parametrize(("node_was_down", "is_wrong"), [(True, False), (False, True)])
 def test_a_task_that_takes_over_from_another_version_is_no_restart_also_when_its_node_was_down_between(
     node_was_down: bool, is_wrong: bool

@@ -31,11 +31,12 @@ class World:
         self.tasks = {task.id: task for task in tasks}
         self.nodes = {node.id: node for node in nodes}
         self.specs = {service.spec_version: service.spec}
-        self.unreadable: set[Version | None] = set()
+        self.unread_versions: set[Version | None] = set()
         self.unknown: set[TaskId] = set()
         """Tasks whose status cannot be read."""
         self.seen = ObservedTimes(0.0)
         self.now = 0.0
+        self.now_ns = 0
         self.silence_s = 0.0
         self.volumes: dict[VolumeId, Volume] = {}
         self.held: set[TaskId] = set()
@@ -53,11 +54,12 @@ class World:
             node=self.nodes.get,
             overcommitted=self._overcommitted,
             spec_of=self._spec_of,
-            is_unknown=lambda task: task.spec_version in self.unreadable,
+            is_unknown=lambda task: task.spec_version in self.unread_versions,
             has_unknown_status=lambda task: task.id in self.unknown,
             volume=self.volumes.get,
             seen=self.seen,
             now=self.now,
+            now_ns=self.now_ns,
             silence_s=self.silence_s,
         )
 
@@ -139,6 +141,12 @@ class World:
         """One object at a time is written here, so nothing can change meanwhile."""
         assert {HEAD, *SCHEMA_BY_TYPE[kind].parts} >= {*parts}
         return self.lookup(kind, id)
+
+    def unreadable(self, kind: type[Any]) -> Mapping[str, str]:
+        return {}
+
+    def rely_on_all(self, kind: type[Any]) -> None:
+        """The same."""
 
     def damaged(self, kind: type[Any]) -> Mapping[str, Mapping[str, str]]:
         return {id: {"status": "damaged"} for id in self.unknown} if kind is Task else {}

@@ -12,6 +12,7 @@ from skep.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from skep.manager.job_runs import joined_at
 from skep.manager.revocation import is_foreign
 from skep.model.ids import NodeId
 from skep.model.node import Availability, IssuedSerial, Node, NodeCertificate, NodeRole, NodeSpec
@@ -167,7 +168,8 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
         raise PermissionDenied(f"Permission denied: node {identity.node_id} is not part of this swarm")
     else:
         spec = NodeSpec(role=identity.role, availability=issued.availability)
-        tx.put(Node(id=identity.node_id, spec=spec, certificate=certificate))
+        joined = joined_at(tx, int(now.timestamp() * SECOND_NS))
+        tx.put(Node(id=identity.node_id, created_at=joined, spec=spec, certificate=certificate))
 
 
 def stamp(moment: datetime) -> Timestamp:

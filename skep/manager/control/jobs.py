@@ -29,7 +29,7 @@ def run_job(tx: Transaction, id: ServiceId, *, now: Timestamp, replaces: bool) -
         )
     if job.schedule is not None:
         return tx.put(replace(service, job_status=started(tx, service, job.schedule, JobStart(at=now))))
-    return tx.put(replace(service, job_status=started_plainly(job, now)))
+    return tx.put(replace(service, job_status=started_plainly(tx, job, service.spec, now)))
 
 
 def retry_job(tx: Transaction, id: ServiceId) -> Service:

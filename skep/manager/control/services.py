@@ -94,7 +94,7 @@ def create_service(
             id=ServiceId(new_id()),
             created_at=now,
             spec=spec,
-            job_status=first_job(spec, now),
+            job_status=first_job(tx, spec, now),
         )
     )
     keep_auth(tx, registry_auth_id(service.id), auth_for(spec, with_registry(spec, registry_auth)))

@@ -12,7 +12,8 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import SkepError, Unavailable
-from skep.manager.dependents import restart_dependents
+from skep.manager.dependents import requiring, restart_dependents
+from skep.manager.job_runs import is_fixed
 from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.quotas import claim_service
@@ -102,9 +103,16 @@ class RollBack(msgspec.Struct, frozen=True):
 
 
 class RemoveService(msgspec.Struct, frozen=True):
-    """Remove a job that has ended, as a user would."""
+    """Remove a job that has ended, as a user would; not while a service requires it (``skep.depends-on``)."""
 
     service: Service
+
+
+class SettleRun(msgspec.Struct, frozen=True):
+    """Write what has become of the present run of global job ``service``: its nodes are fixed, or it is over."""
+
+    service: Service
+    outcome: str = ""
 
 
 class Recheck(msgspec.Struct, frozen=True):
@@ -117,7 +125,7 @@ ROLLED_BACK = "update rolled back"
 """First words of a rollback's message."""
 
 Change: TypeAlias = (
-    FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack | RemoveService
+    FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack | RemoveService | SettleRun
 )
 Step: TypeAlias = Change | Recheck
 
@@ -198,7 +206,14 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             job = tx.rely_on(Service, ended.id, HEAD, "job")
             was_run_or_retried = job is not None and job.job_status != ended.job_status
             if job is not None and job.spec_version == ended.spec_version and not was_run_or_retried:
-                hide_service(tx, job, now)
+                tx.rely_on_all(Service)  # one that requires the job may be created at the same time
+                if not tx.unreadable(Service) and not requiring(tx, job.spec.name):
+                    hide_service(tx, job, now)
+        case SettleRun(decided, outcome):
+            job = tx.rely_on(Service, decided.id, HEAD, "job")
+            if job is not None and job.job_status is not None and job.job_status == decided.job_status:
+                status = replace(job.job_status, nodes_fixed=is_fixed(decided), outcome=outcome)
+                tx.put(replace(job, job_status=status))
         case _:
             assert_never(change)
 
@@ -219,7 +234,7 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     tx.put(
         Task(
             id=TaskId(new_id()),
-            created_at=_after(rivals, now),
+            created_at=_after(service, rivals, now),
             spec=service.spec.task_template,
             service_id=service.id,
             slot=change.slot,
@@ -271,13 +286,19 @@ def _is_paused_since(service: Service, decided: Service) -> bool:
     return now in PAUSED and before not in PAUSED
 
 
-def _after(slot: Iterable[Task], now: Timestamp) -> Timestamp:
-    """``now``, or just after the youngest task of ``slot`` if the leader's clock was set back meanwhile.
+def _after(service: Service, slot: Iterable[Task], now: Timestamp) -> Timestamp:
+    """``now``, or just after everything that a new task of ``slot`` has to follow, if the leader's clock is behind.
 
-    This timestamp orders the tasks of a slot, and by that order a successor finds its predecessor.
+    The order of these timestamps counts, not the time.  In a slot a successor finds its predecessor by it.  When a user
+    retries a job or resumes an update, what was created until then has failed before: the youngest task of all slots,
+    which another leader may have stamped, sets that time.
     """
-    youngest_ns = max((unix_ns(task.created_at) for task in slot), default=0)
-    return now if unix_ns(now) > youngest_ns else timestamp(youngest_ns + 1)
+    job, update = service.job_status, service.update_status
+    before = [task.created_at for task in slot]
+    before += [job.retried_until] if job is not None and job.retried_until is not None else []
+    before += [update.tolerated_until] if update is not None and update.tolerated_until is not None else []
+    latest_ns = max(map(unix_ns, before), default=0)
+    return now if unix_ns(now) > latest_ns else timestamp(latest_ns + 1)
 
 
 def _is_assigned_since(tx: Transaction, decided: Task) -> bool:
@@ -314,8 +335,19 @@ def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp, is_
     if task is None or task.desired_state >= desired:
         return False
     task = replace(task, desired_state=desired)
-    if is_due:
-        task = replace(task, restart=replace(task.restart or Restart(), is_due=True))
+    was_stopped = (
+        desired is TaskState.SHUTDOWN
+        and not task.status.state.is_terminal
+        and not has_unreadable_status(tx, task)  # it may have ended by itself
+    )
+    if is_due or was_stopped:
+        restart = task.restart or Restart()
+        task = replace(
+            task,
+            restart=replace(
+                restart, is_due=restart.is_due or is_due, was_stopped=restart.was_stopped or was_stopped
+            ),
+        )
     if task.status.state < TaskState.ASSIGNED:
         # It was never assigned, so no agent will report its end.
         status = TaskStatus(timestamp=now, state=TaskState.SHUTDOWN, message="shutdown before assignment")

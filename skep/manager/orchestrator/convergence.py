@@ -17,7 +17,6 @@ from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import (
-    ENDED_BY_ITSELF,
     Slot,
     group_by_node,
     grouping_by_slot,
@@ -129,7 +128,7 @@ def _is_begun(slot: Slot, situation: Situation) -> bool:
     last = history(slot)[-1:]
     return any(
         task.status.state >= TaskState.ASSIGNED and not is_dirty(task, situation) for task in wanted(slot)
-    ) or any(task.status.state in ENDED_BY_ITSELF and task.spec_version == version for task in last)
+    ) or any(task.ended_by_itself and task.spec_version == version for task in last)
 
 
 def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:

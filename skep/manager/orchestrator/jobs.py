@@ -5,25 +5,35 @@ up, the slot stays taken, so that a job that cannot succeed comes to an end.  Ea
 starts from nothing: tasks of earlier ones are stopped, and those that ended stay as history.  Until all of those have
 stopped, tasks of the new one are only prepared: the two would do the same work (a backup, say) at the same time.
 
-Differences from swarmkit: a slot that was given up is not started again; an iteration does not start beside the last.
+Differences from swarmkit: a slot that was given up is not started again; an iteration does not start beside the last; a
+run of a scheduled global job is fixed to the nodes that it started on (``manager.job_runs``).
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from math import inf
 from typing import Any
 
 from msgspec.structs import replace
 
-from skep.manager.job_runs import is_candidate, of_present_run
+from skep.manager.job_runs import (
+    is_candidate,
+    is_fixed,
+    is_over,
+    nodes_of,
+    of_present_run,
+    result,
+    starts_until_ns,
+)
 from skep.manager.orchestrator.changes import (
     FillSlot,
     Recheck,
     RemoveService,
     ReplaceTask,
     RetireTask,
+    SettleRun,
     Step,
     cause_to_leave,
 )
@@ -44,6 +54,7 @@ from skep.model.labels import job_ttl_s
 from skep.model.meta import Version
 from skep.model.service import ReplicatedJob, Service
 from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
 
 
 def next_steps(situation: Situation) -> list[Step]:
@@ -55,7 +66,7 @@ def next_steps(situation: Situation) -> list[Step]:
     iteration = iteration_of(service)
     present = of_present_run(service, situation.tasks)
     steps: list[Step] = [_retired(task) for task in situation.tasks if _is_left_over(task, iteration)]
-    if service.job_status is not None and service.job_status.awaits_first_run:
+    if is_over(service) or (service.job_status is not None and service.job_status.awaits_first_run):
         return steps
     slots: Mapping[Any, Slot]
     if service.spec.mode.replicated_job is not None:
@@ -64,6 +75,7 @@ def next_steps(situation: Situation) -> list[Step]:
     else:
         slots = group_by_node(present)
         fills = _missing_nodes(service, slots, situation)
+        steps += _late(present, situation)
         steps += [
             RetireTask(task, cause=cause_to_leave(task, situation.node_of(task)))
             for slot in slots.values()
@@ -85,6 +97,8 @@ def next_steps(situation: Situation) -> list[Step]:
         if key not in filled and not is_done(slot) and not has_unread_end(slot):
             restarts = restart_steps(slot, situation)
             steps += restarts if restarts or is_held else start_steps(slot, situation)
+    if service.spec.mode.global_job is not None:
+        steps += _settled(slots, present, steps, situation)
     if is_held:
         return [*map(_prepared, steps), *([Recheck(starts_at)] if starts_at < inf else ())]
     return steps or _end(present, situation)
@@ -157,9 +171,11 @@ def _missing_runs(
 
 def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situation) -> list[FillSlot]:
     """Runs to start on nodes that existed when this iteration was requested and have not had one."""
+    if _is_past_deadline(situation):
+        return []
     return [
         FillSlot(service, 0, node.id, first_state(slots.get(node.id, ())))
-        for node in situation.nodes()
+        for node in nodes_of(service, situation.tasks, situation.nodes())
         if is_candidate(node, service) and not _is_taken(slots.get(node.id, ()), situation)
     ]
 
@@ -173,8 +189,43 @@ def _is_given_up(slot: Slot, situation: Situation) -> bool:
     if has_unread_end(slot):
         return True
     past = history(slot)
-    is_failed = bool(past) and past[-1].status.state in (TaskState.FAILED, TaskState.REJECTED)
-    return is_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)
+    has_failed = bool(past) and past[-1].has_failed
+    return has_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)
+
+
+def _is_past_deadline(situation: Situation) -> bool:
+    """Whether it is too late for a scheduled run to start on a further node."""
+    until_ns = starts_until_ns(situation.service)
+    return until_ns is not None and situation.now_ns > until_ns
+
+
+def _late(present: Iterable[Task], situation: Situation) -> list[Step]:
+    """Give up tasks of a scheduled run that have no room on their nodes until the deadline; look again then."""
+    until_ns = starts_until_ns(situation.service)
+    waiting = [task for task in present if task.is_active and not is_assigned(task)]
+    if until_ns is None or not waiting:
+        return []
+    if _is_past_deadline(situation):
+        return [RetireTask(task) for task in waiting]
+    return [Recheck(situation.now + (until_ns - situation.now_ns + 1) / SECOND_NS)]
+
+
+def _settled(
+    slots: Mapping[Any, Slot], present: Sequence[Task], steps: Sequence[Step], situation: Situation
+) -> list[Step]:
+    """What is written about the run of a global job: that each of its nodes has a task, and how it ended."""
+    service, job = situation.service, situation.service.job_status
+    if job is None or any(isinstance(step, FillSlot) for step in steps):
+        return []
+    is_idle = not steps and not any(task.is_active for task in present)
+    is_known = not any(map(has_unread_end, slots.values()))
+    ended = result(service, slots.values()) if is_idle and is_known else ""
+    if not is_fixed(service):
+        return [SettleRun(service, ended)] if slots and ended and ended != job.outcome else []
+    has_nodes = any(task.job_iteration == job.job_iteration for task in situation.tasks)
+    if not has_nodes and not _is_past_deadline(situation):
+        return []  # no node may run it yet
+    return [SettleRun(service, ended)] if ended or not job.nodes_fixed else []
 
 
 def _must_leave(task: Task, situation: Situation) -> bool:

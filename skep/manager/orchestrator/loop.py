@@ -32,6 +32,7 @@ from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
 from skep.manager.work_queue import WorkQueue
+from skep.model.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
 from skep.model.labels import priority_of
 from skep.model.node import Node
@@ -123,6 +124,9 @@ class Orchestrator:
         """Services whose decision may change with ``commit``."""
         for event in commit.events:
             match event:
+                case Updated(Service() as old_service, Service() as new_service):
+                    yield from self._no_longer_required(old_service, new_service)
+            match event:
                 case Created(Service() as service) | Updated(_, Service() as service):
                     if _is_global(service):
                         self._global.add(service.id)
@@ -157,6 +161,15 @@ class Orchestrator:
                         yield from self._services_of_node(after)
                     elif _is_another(before, after):
                         yield from self._services_of_node(after)
+
+    def _no_longer_required(self, old: Service, new: Service) -> Iterable[ServiceId]:
+        """Services that ``old`` depended on and ``new`` does not: a job with a time to live may have stayed for it."""
+        before = dependencies_of(old.spec.labels) if DEPENDS_ON in old.spec.labels else ()
+        after = dependencies_of(new.spec.labels) if new.removed_at is None else ()
+        for name in sorted(
+            {one.service for one in before} - {one.service for one in after if one.is_required}
+        ):
+            yield from (service.id for service in self._term.view().find(Service, name=name))
 
     def _services_with(self, id: VolumeId) -> Iterable[ServiceId]:
         """Services with a task that has a cluster volume."""
@@ -289,6 +302,7 @@ class Orchestrator:
             volume=lambda volume_id: self._term.view().lookup(Volume, volume_id),
             seen=self._seen,
             now=self._clock.monotonic(),
+            now_ns=self._clock.now_ns(),
             is_frozen=self._disruption.is_frozen,
             replaces_from=self._disruption.replaces_from,
             silence_s=configured_grace_s(view),

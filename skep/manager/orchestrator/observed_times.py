@@ -8,7 +8,7 @@ must be checked first, or every old restart would count as one of this moment.
 
 from math import inf
 
-from skep.model.dependencies import WAITS_FOR
+from skep.model.dependencies import is_wait
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node, NodeState
 from skep.model.service import PAUSED, UNDER_WAY, Service
@@ -150,6 +150,6 @@ def _is_resumed(before: Service, after: Service) -> bool:
 
 
 def is_waiting(task: Task) -> bool:
-    """Whether the task waits for another service (``skep.depends-on``)."""
+    """Whether the task waits for another service (``skep.depends-on``) that may still come."""
     status = task.status
-    return status.state <= TaskState.PENDING and status.err.startswith(WAITS_FOR)
+    return status.state <= TaskState.PENDING and is_wait(status.err)

@@ -13,14 +13,16 @@ A successor waits for its predecessor for as long as that may take to stop, and 
 swarmkit waits a minute, whatever the stop grace period.
 
 Each successor carries the input of the next decision: its delay, and how many tasks before it failed in a row.  So
-neither the history limit nor a change of leader changes a delay.  The number of restarts of a slot is not stored: it
-is the number of tasks that the slot has had with the same version of the spec, minus the first (the task history
-keeps as many as the policy needs).
+neither the history limit nor a change of leader changes a delay.  The number of attempts of a slot is not stored: it
+is the number of tasks with the same version of the spec that replaced one that had ended by itself (the task history
+keeps as many as the policy needs).  A task that replaced a moved one is not an attempt: drains, preemptions, evictions
+and lost nodes are not failures of the task, and a service whose containers never fail is never given up.
 
 Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrator/taskinit/init.go.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from math import inf
 
 from msgspec.structs import replace
@@ -37,7 +39,7 @@ from skep.manager.orchestrator.changes import (
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import ENDED_BY_ITSELF, Slot, history, is_lost, is_stopping, wanted
+from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
 from skep.model.labels import drain_s
 from skep.model.node import Availability
@@ -126,25 +128,29 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
             return False
         case RestartCondition.ON_FAILURE if task.status.state is TaskState.COMPLETE:
             return False
-    if not policy.max_attempts:
+    if not policy.max_attempts or not task.ended_by_itself:
         return True
-    successors = [other for other in history(slot) if other.spec_version == task.spec_version][1:]
+    attempts = attempts_of(slot, task)
     if not policy.window:
-        return len(successors) < policy.max_attempts
+        return len(attempts) < policy.max_attempts
     ended_at = seen.ended(task)
     if ended_at is None:
         return True
     if not seen.saw_end(task):
-        # One that was stopped, as its node was down or drained, was not given up.
-        is_due = task.restart is not None and task.restart.is_due
-        return task.is_wanted or is_due or task.status.state not in ENDED_BY_ITSELF
+        return task.is_wanted or (task.restart is not None and task.restart.is_due)
     window_opens_at = ended_at - policy.window / SECOND_NS
-    attempts = [
+    recent = [
         other
-        for other in successors
+        for other in attempts
         if seen.saw_created(other) and window_opens_at < seen.created(other) <= ended_at
     ]
-    return len(attempts) < policy.max_attempts
+    return len(recent) < policy.max_attempts
+
+
+def attempts_of(slot: Slot, task: Task) -> list[Task]:
+    """Return what ``max_attempts`` counts: tasks of ``task``'s version that replaced one that had ended by itself."""
+    made = [other for other in history(slot) if other.spec_version == task.spec_version]
+    return [successor for predecessor, successor in pairwise(made) if predecessor.ended_by_itself]
 
 
 def delay_s(task: Task) -> float:
@@ -173,11 +179,7 @@ def refill(fill: FillSlot, slot: Slot, situation: Situation) -> FillSlot:
     SwarmKit creates such a task without a delay, again and again if it fails at once.
     """
     past = history(slot)
-    if (
-        not past
-        or past[-1].status.state not in ENDED_BY_ITSELF
-        or should_restart(past[-1], slot, situation.seen)
-    ):
+    if not past or not past[-1].ended_by_itself or should_restart(past[-1], slot, situation.seen):
         return fill
     successor = _successor(past[-1], slot, situation)
     ended_at = situation.seen.ended(past[-1])
@@ -230,11 +232,11 @@ def failures_in_a_row(last: Task, situation: Situation) -> int:
     A task that was stopped, or lost its node, does not count and does not end the row.
     """
     before = last.restart.failures if last.restart is not None else 0
-    if last.status.state is TaskState.REJECTED:
+    if last.ended_by_itself and last.status.state is TaskState.REJECTED:
         return before + 1
     if situation.seen.was_stable(last, situation.now):
         return 0
-    return before + (last.status.state in (TaskState.COMPLETE, TaskState.FAILED))
+    return before + last.ended_by_itself
 
 
 def _nth(delays_s: tuple[float, ...], index: int) -> float:

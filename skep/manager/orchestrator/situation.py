@@ -40,6 +40,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     seen: ObservedTimes
     now: float
     """Seconds on the clock of ``seen``."""
+    now_ns: int = 0
+    """Nanoseconds since 1970 by the leader's clock, for due times and their deadlines only."""
     is_drained: Callable[[str], bool] = lambda _: False
     """Whether the cluster volume with this id is to have no tasks."""
     volume: Callable[[VolumeId], Volume | None] = lambda _: None

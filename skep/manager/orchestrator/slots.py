@@ -17,9 +17,6 @@ from skep.store.schema import UNREAD_STATUS
 PAUSE = 1000
 """Tasks sorted between two pauses; a few tenths of a microsecond each."""
 
-ENDED_BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
-"""States of a task that ended without having been stopped."""
-
 Slot: TypeAlias = tuple[Task, ...]
 """The tasks of one slot, oldest first."""
 

@@ -57,7 +57,6 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.restart import is_held
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
 from skep.manager.orchestrator.slots import (
-    ENDED_BY_ITSELF,
     Slot,
     age,
     history,
@@ -437,7 +436,7 @@ class _Rollout:
             return False
         if self._is_overdue(lead):
             return True
-        if lead.status.state not in ENDED_BY_ITSELF or _is_unseen(lead, self._seen, self._monitor_s):
+        if not lead.ended_by_itself or _is_unseen(lead, self._seen, self._monitor_s):
             return False
         ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
@@ -528,7 +527,7 @@ def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task
         return None, None
     first: Task | None = None
     for task in made[:-1]:
-        is_past = task.status.state in ENDED_BY_ITSELF
+        is_past = task.ended_by_itself
         if not _says_something(task, situation):
             continue
         first = first or task
@@ -542,7 +541,7 @@ def _leads(past: Slot, situation: Situation, *, is_given_up: bool) -> tuple[Task
 
 def _says_something(task: Task, situation: Situation) -> bool:
     """Whether it may run yet, has run, or has ended by itself: not one that was stopped before it ran."""
-    return task.is_wanted or task.status.state in ENDED_BY_ITSELF or situation.seen.running(task) is not None
+    return task.is_wanted or task.ended_by_itself or situation.seen.running(task) is not None
 
 
 def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
@@ -556,7 +555,7 @@ def _started(past: Slot, current: Slot, situation: Situation) -> Task | None:
         return None
 
     def is_attempt(task: Task) -> bool:
-        return task in current or (task.status.state in ENDED_BY_ITSELF and not is_dirty(task, situation))
+        return task in current or (task.ended_by_itself and not is_dirty(task, situation))
 
     row = takewhile(is_attempt, reversed(past))
     return min(row, key=age, default=None)

@@ -99,9 +99,12 @@ def shown_service(
 
 
 def _shown_job(job: JobStatus | None) -> JobStatus | None:
-    if job is None or (job.updates == 0 and job.retried_until is None):
-        return job
-    return replace(job, spec_version=None, updates=0, retried_until=None)
+    if job is None:
+        return None
+    shown = JobStatus(
+        job_iteration=job.job_iteration, last_execution=job.last_execution, schedule=job.schedule
+    )
+    return job if job == shown else shown
 
 
 def _shown_update(status: UpdateStatus | None) -> UpdateStatus | None:

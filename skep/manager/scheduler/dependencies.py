@@ -8,7 +8,8 @@ After a loss of power the store still says that everything runs.  What a task's 
 written after its node's last registration, or when the node has had the time to report otherwise (``Confirmed``).
 
 A job that has completed counts as long as the services that it depends on itself satisfy its conditions: after a
-loss of power a web service that depends on a migration, which depends on a database, waits for the database.
+loss of power a web service that depends on a migration, which depends on a database, waits for the database.  A job
+with a time to live stays as long as a service requires it (``dependents.requiring``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -18,8 +19,17 @@ import msgspec
 
 from skep.manager.dependents import circle, is_same_task
 from skep.manager.heartbeats import configured_grace_s
+from skep.manager.job_runs import COMPLETED, is_going, outcome
 from skep.model.constraints import is_satisfied
-from skep.model.dependencies import WAITS_FOR, Condition, Dependency, dependencies_of
+from skep.model.dependencies import (
+    DOES_NOT_EXIST,
+    HAS_ENDED,
+    HAS_FAILED,
+    WAITS_FOR,
+    Condition,
+    Dependency,
+    dependencies_of,
+)
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState, differ_in_load_alone
@@ -32,7 +42,6 @@ REPORTED_S: Final = 10.0
 """A node that has registered reports the states of its tasks within this time."""
 RETURNED_S: Final = 12.0
 """Longest time in which a node finds a manager again; with a grace of its own, that counts twice."""
-_FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -126,7 +135,7 @@ class _Look:
     def _unmet(self, one: Dependency, path: Collection[str]) -> str:
         found = [each for each in self._view.find(Service, name=one.service) if each.removed_at is None]
         if not found:
-            return f"{WAITS_FOR}{one.service}, which does not exist" if one.is_required else ""
+            return f"{WAITS_FOR}{one.service}{DOES_NOT_EXIST}" if one.is_required else ""
         service = found[0]
         self.services.add(service.id)
         if _wants_none(service.spec.mode):  # as Compose
@@ -141,7 +150,7 @@ class _Look:
         least = TaskState.STARTING if one.condition is Condition.STARTED else TaskState.RUNNING
         if one.condition is not Condition.COMPLETED and self.serves(tasks, least):
             return ""
-        return f"{WAITS_FOR}{one.service} {one.condition.words}"
+        return f"{WAITS_FOR}{one.service} {one.condition.words}{_why_in_vain(service, tasks, self._view)}"
 
 
 def awaited(
@@ -183,7 +192,21 @@ def _has_failed(tasks: Sequence[Task]) -> bool:
     wanted = [task for task in tasks if task.is_wanted]
     if wanted:
         return any(task.restart is not None and task.restart.failures for task in wanted)
-    return any(task.status.state in _FAILED for task in tasks)
+    return any(task.has_failed for task in tasks)
+
+
+def _why_in_vain(service: Service, tasks: Sequence[Task], view: View) -> str:
+    """Why the service does not come to what is waited for unless somebody acts; empty: it may.
+
+    A job with a schedule has a next run.
+    """
+    job = service.job_status
+    if job is not None:
+        if job.schedule is not None or is_going(view, service):
+            return ""
+        return HAS_ENDED if outcome(view, service) == COMPLETED else HAS_FAILED
+    has_failed = any(task.has_failed and task.spec_version == service.spec_version for task in tasks)
+    return HAS_FAILED if has_failed and not any(task.is_wanted for task in tasks) else ""
 
 
 def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
@@ -192,6 +215,8 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
     if has_unreadable_run(view, service.id):
         return False
     if service.job_status is not None:
+        if service.job_status.outcome == COMPLETED:
+            return True  # of a global job, also if its nodes were removed since, and their tasks with them
         tasks = [task for task in tasks if task.job_iteration == service.job_status.job_iteration]
     elif policy is None or policy.condition in (None, RestartCondition.ANY):
         return False
@@ -204,7 +229,7 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
         return bool(complete) and all(
             one.node_id in done
             for one in tasks
-            if one.is_active or (one.status.state in _FAILED and _may_run_there(one, service, view))
+            if one.is_active or (one.has_failed and _may_run_there(one, service, view))
         )
     job = mode.replicated_job
     wanted = service.spec.replicas if job is None else job.total_completions or 0

@@ -40,7 +40,7 @@ from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Updated, View
@@ -48,7 +48,6 @@ from skep.store.kinds import UNKNOWN_SPEC, has_unknown_service, has_unknown_spec
 
 BATCH = 250
 """Tasks decided in one go; about 10 ms on slow machines."""
-_FAILED = (TaskState.FAILED, TaskState.REJECTED)
 T = TypeVar("T")
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
@@ -588,7 +587,7 @@ class Scheduler:
 
 
 def _has_failed(old: Task, new: Task) -> bool:
-    return new.status.state in _FAILED and old.status.state not in _FAILED and bool(new.node_id)
+    return new.has_failed and not old.has_failed and bool(new.node_id)
 
 
 def _has_other_policy(old: Service, new: Service) -> bool:

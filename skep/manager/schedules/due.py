@@ -7,7 +7,7 @@ clock says.  Of several that passed while no manager led only the last may still
 
 from msgspec.structs import replace
 
-from skep.manager.job_runs import is_going, started
+from skep.manager.job_runs import is_going, nodes_going, started
 from skep.model.schedules import Concurrency, Schedule
 from skep.model.service import STARTS_KEPT, JobStart, JobStatus, ScheduleStatus, Service
 from skep.model.times import SECOND_NS, timestamp, unix_ns
@@ -34,9 +34,22 @@ def decided(view: View, service: Service, schedule: Schedule, now_ns: int) -> Jo
     late_s = (now_ns - scheduled_ns) / SECOND_NS
     if schedule.deadline_s is not None and late_s > schedule.deadline_s:
         return _skipped(job, status, start, f"it would have begun {late_s:.0f} s late")
-    if schedule.concurrency is Concurrency.FORBID and is_going(view, service):
-        return _skipped(job, status, start, f"run {job.job_iteration.index} is still going")
+    if schedule.concurrency is Concurrency.FORBID and (where := _going(view, service)) is not None:
+        return _skipped(job, status, start, f"run {job.job_iteration.index} is still going{where}")
     return started(view, service, status, start)
+
+
+def _going(view: View, service: Service) -> str | None:
+    """Where the present run still goes on, in words; None: it does not, and the next one may start.
+
+    A global job is held up by nodes that run it, not by one that has no room for it or is down.
+    """
+    if service.spec.mode.global_job is None:
+        return "" if is_going(view, service) else None
+    names = nodes_going(view, service)
+    if not names:
+        return None
+    return f" on {names[0]}" + (f" and {len(names) - 1} other nodes" if len(names) > 1 else "")
 
 
 def passed_over(job: JobStatus, schedule: Schedule, now_ns: int, reason: str) -> JobStatus | None:

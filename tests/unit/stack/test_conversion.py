@@ -433,13 +433,6 @@ volumes: {orders: {external: true}, data: {}}
             ),
         ),
         (
-            (
-                "services: {web: {image: w, depends_on: {j: {condition: service_completed_successfully}}},"
-                " j: {image: j, deploy: {mode: replicated-job}, x-skep: {job-ttl: 1h}}}"
-            ),
-            "f:1:17: services.web.depends_on: j is removed when it has ended (job-ttl): web would wait for ever",
-        ),
-        (
             "services: {v: {image: v, ports: ['80:80']}, w: {image: w, ports: ['80:81']}}",
             (
                 "f:1:48: services.w.ports: port 80/tcp is published by v already: publish another one, or in mode "

@@ -13,9 +13,11 @@ from skep.aio.time_slices import TimeSlices, run_in_slices
 from skep.manager.failures import Failures, write_each
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.orchestrator.reaper.history import (
+    attempts_kept,
     history_limit,
     is_disposable,
     is_live,
+    is_of_gone_slot,
     is_orphaned,
     is_past_attachment,
     surplus_history,
@@ -150,7 +152,9 @@ class Reaper:
         disposable = [
             task
             for task in tasks
-            if is_disposable(task) or is_past_attachment(task, view.lookup(Node, task.node_id))
+            if is_disposable(task)
+            or is_past_attachment(task, node := view.lookup(Node, task.node_id))
+            or is_of_gone_slot(task, node)
         ]
         yield from map(DeleteTask, disposable)
         service = view.lookup(Service, key.partition("/")[0])
@@ -159,7 +163,8 @@ class Reaper:
             limit = history_limit(service, _cluster_limit(view))
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
-            yield from map(DeleteTask, surplus_history(kept, limit, iteration, _updating(service)))
+            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts_kept(service))
+            yield from map(DeleteTask, surplus)
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:
         service = view.lookup(Service, service_id)

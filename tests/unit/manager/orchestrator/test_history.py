@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.reaper.history import (
     history_limit,
     is_disposable,
+    is_of_gone_slot,
     is_orphaned,
     surplus_history,
     unused_versions,
@@ -100,10 +101,27 @@ def test_a_task_on_a_node_that_left_is_orphaned() -> None:
     assert not is_orphaned(a_task(node="n1", state=FAILED), None)
 
 
+def test_a_slot_of_a_global_service_ends_with_its_node() -> None:
+    ended, running = a_task(slot=0, node="n1", state=FAILED), a_task(slot=0, node="n1")
+    assert is_of_gone_slot(ended, None)
+    assert is_of_gone_slot(a_task(slot=0, node="n1", state=TaskState.NEW), None), "its node never had it"
+    assert not is_of_gone_slot(running, None), "its end is written first"
+    assert not is_of_gone_slot(ended, a_node("n1"))
+    assert not is_of_gone_slot(a_task(slot=1, node="n1", state=FAILED), None), "the slot is still there"
+
+
 def test_as_much_history_is_kept_as_the_restart_policy_counts_with() -> None:
     assert history_limit(a_service(restart=RestartPolicy(max_attempts=9)), 5) == 10
     assert history_limit(a_service(), 2) == 2
     assert history_limit(a_service(), None) == 5
+
+
+def test_tasks_that_were_moved_do_not_displace_those_by_which_restarts_are_counted() -> None:
+    failed = [a_task(node="n1", state=FAILED, desired=SHUTDOWN) for _ in range(2)]
+    moved = [a_task(node="n1", state=SHUTDOWN, desired=SHUTDOWN) for _ in range(4)]
+    slot = [*failed, *moved, a_task(node="n1")]
+    assert surplus_history(slot, limit=3, attempts=3) == tuple(moved)
+    assert surplus_history(slot, limit=5, attempts=3) == tuple(moved[:2])
 
 
 def test_versions_that_a_task_or_the_service_follows_stay() -> None:

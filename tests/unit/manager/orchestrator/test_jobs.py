@@ -252,7 +252,18 @@ def test_a_global_job_runs_once_on_each_node_that_was_there() -> None:
     assert world.steps() == [FillSlot(job, 0, nodes[0].id)]
     world.settle()
     world.report(live(world)[0].id, TaskState.COMPLETE)
-    assert world.steps() == []
+    world.settle()
+    assert len(world.tasks) == 1
+
+
+def test_a_plain_global_job_runs_late_on_a_node_that_returns_as_dockers_do() -> None:
+    world = World(a_global_job(), nodes=[an_old_node("n1"), an_old_node("n2", Availability.DRAIN)])
+    world.settle()
+    world.report(live(world)[0].id, TaskState.COMPLETE)
+    world.settle()
+    world.nodes[NodeId("n2")] = an_old_node("n2")
+    world.settle()
+    assert [task.node_id for task in live(world)] == ["n2"]
 
 
 def test_a_global_job_leaves_a_node_that_is_drained() -> None:

@@ -310,11 +310,11 @@ def test_an_update_goes_on_when_the_spec_that_its_old_tasks_were_made_from_can_b
     world.update(a_spec("app:2", replicas=1))
     world.settle()
     assert len(wanted(world)) == 2
-    world.unreadable.add(made_from)
+    world.unread_versions.add(made_from)
     for _ in range(3):
         advance(world)
     assert [image_of(task) for task in wanted(world)] == ["app:1"]
-    world.unreadable.clear()
+    world.unread_versions.clear()
     for _ in range(3):
         advance(world)
     assert [image_of(task) for task in wanted(world)] == ["app:2"]
@@ -333,7 +333,7 @@ def test_of_an_old_task_of_which_nothing_can_be_read_and_a_new_one_the_old_one_s
     new = a_task("new1", slot=1, node="n1", service=world.service, state=TaskState.PREPARING)
     world.put(replace(new, status=replace(new.status, state=RUNNING)) if is_running else new)
     world.unknown.add(TaskId("old1"))
-    world.unreadable.add(made_from)
+    world.unread_versions.add(made_from)
     world.settle()
     assert [task.id for task in wanted(world)] == [kept]
 
@@ -477,7 +477,7 @@ def test_a_task_whose_spec_cannot_be_read_is_left_alone() -> None:
     world.update(replace(world.service.spec, labels={"a": "b"}))
     world.tasks[task.id] = replace(task, spec=TaskSpec())
     assert world.changes() != [], "the case that is to be tested"
-    world.unreadable.add(task.spec_version)
+    world.unread_versions.add(task.spec_version)
     assert world.changes() == []
 
 

@@ -1,0 +1,84 @@
+"""Objects at rest are bounded by live ones, and refer to no object that is gone."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from skep.manager.orchestrator.reaper.history import DEFAULT_LIMIT, history_limit
+from skep.model.ids import ServiceId
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.swarm import Swarm
+from skep.model.task import Task
+from skep.model.volume import Volume
+from skep.store.interface import View
+from skep.store.kinds import Payload, SpecVersion
+
+EXTRA = 8
+"""Tasks of one slot beyond its history limit: wanted, stopping, and those by which an update is judged."""
+
+
+def unbounded_objects(view: View) -> Iterable[str]:
+    """What is left over in a cluster at rest: its objects are at most f(services, slots, nodes)."""
+    yield from _tasks(view)
+    yield from _versions(view)
+    yield from _others(view)
+
+
+def _tasks(view: View) -> Iterable[str]:
+    limit = max(
+        (one.spec.orchestration.task_history_retention_limit or 0 for one in view.find(Swarm)),
+        default=DEFAULT_LIMIT,
+    )
+    for service in view.find(Service):
+        tasks = view.find(Task, service_id=service.id)
+        per_slot = history_limit(service, limit) + EXTRA
+        sizes = Counter(task.slot or task.node_id for task in tasks)
+        for slot, size in sizes.items():
+            if size > per_slot:
+                yield f"slot {service.id}/{slot} has {size} tasks, more than {per_slot}"
+        gone = [
+            task.id
+            for task in tasks
+            if not task.slot and task.node_id and view.lookup(Node, task.node_id) is None
+        ]
+        if gone:
+            yield f"{len(gone)} tasks of {service.spec.name} are of slots of removed nodes: {gone[0]}"
+        slots = _slots(service)
+        if slots is not None and len(sizes) > slots:
+            yield f"{service.spec.name} has {len(sizes)} slots with tasks, not {slots}"
+    for task in view.find(Task):
+        if task.service_id and view.lookup(Service, task.service_id) is None:
+            yield f"task {task.id} is of a service that is gone"
+
+
+def _slots(service: Service) -> int | None:
+    """None: by nodes."""
+    mode, job = service.spec.mode, service.spec.mode.replicated_job
+    if service.removed_at is not None or service.job_status is not None or job is not None:
+        return None  # a job's earlier runs may have had more
+    return service.spec.replicas if mode.global_ is None else None
+
+
+def _versions(view: View) -> Iterable[str]:
+    for version in view.find(SpecVersion):
+        service = view.lookup(Service, version.service_id)
+        if service is None:
+            yield f"spec {version.id} is of a service that is gone"
+            continue
+        pinned = service.job_status.spec_version if service.job_status is not None else None
+        used = {task.spec_version for task in view.find(Task, service_id=service.id)}
+        if version.index not in {
+            one.index for one in (*used, service.spec_version, pinned) if one is not None
+        }:
+            yield f"spec {version.id} is used by no task"
+
+
+def _others(view: View) -> Iterable[str]:
+    for payload in view.find(Payload):
+        kind, _, owner = payload.id.partition("/")
+        if kind.startswith("registry") and view.lookup(Service, ServiceId(owner)) is None:
+            yield f"payload {payload.id} is of a service that is gone"
+    for volume in view.find(Volume):
+        for one in volume.publish_status:
+            if view.lookup(Node, one.node_id) is None:
+                yield f"volume {volume.id} is published on a node that is gone"
