@@ -10,10 +10,11 @@ from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.model.container import Mount
 from skep.model.ids import NodeId
-from skep.model.node import Node
+from skep.model.node import Node, NodeDescription
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import unix_ns
@@ -70,6 +71,24 @@ def slot_volumes_label(found: Iterable[SlotVolume]) -> str:
             words.pop()
             break
     return " ".join(words)
+
+
+def has_other_properties(before: Node, after: Node) -> bool:
+    """Whether a node describes itself differently, other than by the slots that have used its volumes.
+
+    These change with the node's own tasks, and do not tell whether a running task may stay there.
+    """
+    one, other = before.description, after.description
+    if one == other:
+        return False
+    if one.engine.labels == other.engine.labels:
+        return True
+    return _without_slots(one) != _without_slots(other)
+
+
+def _without_slots(description: NodeDescription) -> NodeDescription:
+    labels = {name: value for name, value in description.engine.labels.items() if name != SLOT_VOLUMES_LABEL}
+    return replace(description, engine=replace(description.engine, labels=labels))
 
 
 def slot_volumes_of(node: Node) -> list[SlotVolume]:
