@@ -316,8 +316,9 @@ class Orchestrator:
             and situation.is_frozen == self._disruption.is_frozen
             and situation.replaces_from == self._disruption.replaces_from
         )
-        if not is_same or steps is None:
+        if not is_same:
             self._throttled_until.pop(service_id, None)
+        if not is_same or steps is None:
             self._due.add_all(service_id)
             self._queue.add((service_id,))
             return ()

@@ -9,7 +9,7 @@ group is made (``preemption``).
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import TypeAlias, TypeVar
@@ -39,6 +39,7 @@ from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.labels import volume_policy
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
+from skep.model.slot_volumes import SlotName, differ_in_slots_alone
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
@@ -137,7 +138,12 @@ class Scheduler:
 
     def _on_commit(self, commit: Commit) -> None:
         has_room, has_volumes = False, set[Group]()
-        self._queue.add(self._waits.record(commit, self._clock.monotonic()))
+        now = self._clock.monotonic()
+        for group, at in self._waits.record(commit, now).items():
+            if at > now:
+                self._queue.add_at(group, at)
+            else:
+                self._queue.add((group,))
         for event in commit.events:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
@@ -145,8 +151,11 @@ class Scheduler:
                     has_room |= self._on_task_update(event.old, event.new)
                 elif isinstance(event.new, Node):
                     assert isinstance(event.old, Node)
-                    self._update_node(event.new.id)
-                    has_room |= not differ_in_load_alone(event.old, event.new)
+                    slots = self._update_node(event.new.id)
+                    if differ_in_slots_alone(event.old, event.new):
+                        has_volumes |= self._groups_of(slots)
+                    else:
+                        has_room |= not differ_in_load_alone(event.old, event.new)
                 elif isinstance(event.new, Volume):
                     has_volumes |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
@@ -193,14 +202,26 @@ class Scheduler:
             and self._accounting.node_of(task.id) == task.node_id
         )
 
-    def _update_node(self, id: NodeId) -> None:
+    def _update_node(self, id: NodeId) -> Collection[SlotName]:
+        """Take the node's present state over; gives the slots about whose volumes it reports something else."""
         node = self._term.view().lookup(Node, id)
         if node is None:
             self._accounting.remove_node(id)
             self._returning.volumes.remove_node(id)
-        else:
-            self._accounting.set_node(node)
-            self._returning.volumes.set_node(node)
+            return ()
+        self._accounting.set_node(node)
+        return self._returning.volumes.set_node(node)
+
+    def _groups_of(self, slots: Iterable[SlotName]) -> set[Group]:
+        """The groups of the slots' pending tasks."""
+        view = self._term.view()
+        return {
+            group
+            for name, slot in slots
+            for service in view.find(Service, name=name)
+            for task in view.find(Task, slot=f"{service.id}/{slot}")
+            if (group := self._groups.of.get(task.id)) is not None
+        }
 
     def _update_volume(self, volume: Volume) -> set[Group]:
         """Take the volume's present state over; gives the groups that this may concern."""
@@ -281,7 +302,7 @@ class Scheduler:
         """Decide what was taken from the queue, or put it back if that was enough for now."""
         now = self._clock.monotonic()
         slices = TimeSlices(self._clock)
-        groups = self._without_waiting(due, now)
+        groups = await self._without_waiting(due, slices)
         await self._pause(slices)
         room = BATCH
         for level in self._priorities.levels(groups, self._term.view()):
@@ -309,16 +330,19 @@ class Scheduler:
             await self._flush()
             await slices.yield_if_due()
 
-    def _without_waiting(self, groups: Sequence[Group], now: float) -> list[Group]:
+    async def _without_waiting(self, groups: Sequence[Group], slices: TimeSlices) -> list[Group]:
         """The groups that wait for nothing.
 
         That is another service, or a spec: without it a task would go to any node, with nothing reserved.  Or the own
         service: without its labels a task would leave its data, or come before what it depends on.
         """
         ready: list[Group] = []
-        view = self._term.view()
+        view, now = self._term.view(), self._clock.monotonic()
         found: Looked = {}
         for group in groups:
+            if slices.is_over:
+                await self._pause(slices)
+                view, now, found = self._term.view(), self._clock.monotonic(), {}
             waiting = None
             tasks = self._tasks_of(group, 1)
             if tasks and (has_unknown_spec(view, tasks[0]) or has_unknown_service(view, tasks[0])):
