@@ -9,7 +9,7 @@ group is made (``preemption``).
 """
 
 import asyncio
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import TypeAlias, TypeVar
@@ -138,12 +138,7 @@ class Scheduler:
 
     def _on_commit(self, commit: Commit) -> None:
         has_room, has_volumes = False, set[Group]()
-        now = self._clock.monotonic()
-        for group, at in self._waits.record(commit, now).items():
-            if at > now:
-                self._queue.add_at(group, at)
-            else:
-                self._queue.add((group,))
+        self._queue.add_times(self._waits.record(commit, self._clock.monotonic()))
         for event in commit.events:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
@@ -153,14 +148,15 @@ class Scheduler:
                     assert isinstance(event.old, Node)
                     slots = self._update_node(event.new.id)
                     if differ_in_slots_alone(event.old, event.new):
-                        has_volumes |= self._groups_of(slots)
+                        has_volumes |= self._groups.of_slots(slots, self._term.view())
                     else:
                         has_room |= not differ_in_load_alone(event.old, event.new)
                 elif isinstance(event.new, Volume):
                     has_volumes |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
-                    has_room |= _has_other_policy(event.old, event.new)
+                    before, after = event.old.spec.labels, event.new.spec.labels
+                    has_room |= volume_policy(before) is not volume_policy(after)
                     has_room |= self._priorities.set(event.new)
                 elif isinstance(event.new, Swarm):
                     has_room |= self._preemptor.set_cluster(event.new)
@@ -211,17 +207,6 @@ class Scheduler:
             return ()
         self._accounting.set_node(node)
         return self._returning.volumes.set_node(node)
-
-    def _groups_of(self, slots: Iterable[SlotName]) -> set[Group]:
-        """The groups of the slots' pending tasks."""
-        view = self._term.view()
-        return {
-            group
-            for name, slot in slots
-            for service in view.find(Service, name=name)
-            for task in view.find(Task, slot=f"{service.id}/{slot}")
-            if (group := self._groups.of.get(task.id)) is not None
-        }
 
     def _update_volume(self, volume: Volume) -> set[Group]:
         """Take the volume's present state over; gives the groups that this may concern."""
@@ -613,7 +598,3 @@ class Scheduler:
 
 def _has_failed(old: Task, new: Task) -> bool:
     return new.status.state in _FAILED and old.status.state not in _FAILED and bool(new.node_id)
-
-
-def _has_other_policy(old: Service, new: Service) -> bool:
-    return volume_policy(old.spec.labels) is not volume_policy(new.spec.labels)
