@@ -432,6 +432,12 @@ LIMITS: Mapping[str, Sequence[Limit]] = {
             "cut",
             "bytes",
         ),
+        Limit(
+            "what a node reports of itself",
+            "skep.model.description_size:DESCRIPTION_BYTES_MAX",
+            "cut; a condition of the node says what",
+            "bytes",
+        ),
         Limit("past events kept", "skep.manager.events:KEPT", "forgotten, the oldest first"),
         Limit("events that a client may be behind", "skep.manager.events:BEHIND_MAX", "its stream ends"),
         Limit(

@@ -479,8 +479,8 @@ LABELS = (
         "skep.condition.NAME",
         "a sentence",
         "",
-        "something is wrong with the node: `apparmor`, `disk`, `disk-full`, `encrypted-networks`, `images`, `manager`, "
-        "`neighbours`, `networks`, `no-manager`, `restore`, `swarm`",
+        "something is wrong with the node: `apparmor`, `description`, `disk`, `disk-full`, `encrypted-networks`, "
+        "`images`, `manager`, `neighbours`, `networks`, `no-manager`, `restore`, `swarm`",
     ),
     Label(
         LabelTarget.ENGINE,

@@ -40,7 +40,7 @@ TASK_WAIT_S = 120.0
 SCAN_S = 10.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 DRIVER_BYTES_MAX, DESCRIPTION_BYTES_MAX = 4 * 1024, 16 * 1024
-"""Of one driver, and of all, in the node's description: managers refuse a node whose description is too large."""
+"""Of one driver, and of all, in the node's description: a larger description is cut (``model.description_size``)."""
 USED_CHECK_S = 1.0
 """Between two looks whether a volume that is to be given up is still mounted in a container."""
 

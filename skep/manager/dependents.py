@@ -69,6 +69,20 @@ def circle(view: View, name: str, dependencies: Iterable[Dependency]) -> list[st
     return []
 
 
+def reached(view: View, dependencies: Iterable[Dependency]) -> set[str]:
+    """Names of the services that these dependencies lead to, directly or not, existing or not."""
+    names: set[str] = set()
+    pending = [one.service for one in dependencies]
+    while pending:
+        name = pending.pop()
+        if name not in names:
+            names.add(name)
+            for service in view.find(Service, name=name):
+                if service.removed_at is None:
+                    pending += [one.service for one in dependencies_of(service.spec.labels)]
+    return names
+
+
 def is_same_task(one: TaskSpec, other: TaskSpec) -> bool:
     """Whether an update from one to the other replaces no task for what it is; another placement may move some."""
     return one == other or (

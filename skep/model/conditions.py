@@ -16,10 +16,15 @@ def condition_label(name: str) -> str:
     return _PREFIX + name
 
 
+def is_condition(label: str) -> bool:
+    """Whether an engine label is that of a condition."""
+    return label.startswith(_PREFIX)
+
+
 def condition_messages(description: NodeDescription) -> tuple[str, ...]:
     """The conditions that a node reports, by name; limited in number and length."""
     labels = description.engine.labels
-    named = sorted(name for name in labels if name.startswith(_PREFIX))[:CONDITIONS_MAX]
+    named = sorted(filter(is_condition, labels))[:CONDITIONS_MAX]
     return tuple(labels[name][:CHARACTERS_MAX] for name in named)
 
 

@@ -5,15 +5,16 @@ and while the node is down.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.model.container import Mount
 from skep.model.ids import NodeId
-from skep.model.node import Node
+from skep.model.node import Node, NodeDescription
 from skep.model.service import TaskSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import unix_ns
@@ -72,6 +73,30 @@ def slot_volumes_label(found: Iterable[SlotVolume]) -> str:
     return " ".join(words)
 
 
+def has_other_properties(before: Node, after: Node) -> bool:
+    """Whether a node describes itself differently, other than by the slots that have used its volumes.
+
+    These change with the node's own tasks, and do not tell whether a running task may stay there.
+    """
+    one, other = before.description, after.description
+    if one == other:
+        return False
+    if one.engine.labels == other.engine.labels:
+        return True
+    return _without_slots(one) != _without_slots(other)
+
+
+def differ_in_slots_alone(before: Node, after: Node) -> bool:
+    """Whether only the slots that have used volumes of a node, and its load, have changed."""
+    is_other = before.description != after.description and not has_other_properties(before, after)
+    return is_other and replace(before, description=after.description, load=after.load) == after
+
+
+def _without_slots(description: NodeDescription) -> NodeDescription:
+    labels = {name: value for name, value in description.engine.labels.items() if name != SLOT_VOLUMES_LABEL}
+    return replace(description, engine=replace(description.engine, labels=labels))
+
+
 def slot_volumes_of(node: Node) -> list[SlotVolume]:
     """What the node's label has; what cannot be read is ignored."""
     return slot_volumes_in(node.description.engine.labels.get(SLOT_VOLUMES_LABEL, ""))
@@ -121,15 +146,16 @@ class VolumeIndex:
         for node in nodes:
             self.set_node(node)
 
-    def set_node(self, node: Node) -> None:
-        """A node was created or changed."""
+    def set_node(self, node: Node) -> Collection[SlotName]:
+        """Enter a node that was created or changed; return the slots about which it reports something else."""
         if forgotten := forgotten_in(node.spec.labels.get(FORGOTTEN_LABEL, "")):
             self._forgotten[node.id] = forgotten
         else:
             self._forgotten.pop(node.id, None)
         label = node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
         if label == self._labels.get(node.id, ""):
-            return
+            return ()
+        before = {slot: self._by_slot[slot][node.id] for slot in self._slots.get(node.id, ())}
         self._remove_label(node.id)
         self._labels[node.id] = label
         by_slot: dict[SlotName, list[SlotVolume]] = {}
@@ -138,6 +164,7 @@ class VolumeIndex:
         for slot, found in by_slot.items():
             self._by_slot.setdefault(slot, {})[node.id] = found
         self._slots[node.id] = tuple(by_slot)
+        return {slot for slot in {*before, *by_slot} if before.get(slot) != by_slot.get(slot)}
 
     def remove_node(self, node_id: NodeId) -> None:
         """A node was removed: its volumes are given up."""

@@ -3,6 +3,7 @@
 The node reports them in engine labels, so that host-mode ports are published elsewhere.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final, TypeAlias
@@ -30,6 +31,22 @@ def ports_label(ports: Iterable[UsedPort]) -> str:
     return " ".join(
         f"{protocol}={','.join(map(str, numbers[:PORTS_MAX]))}" for protocol, numbers in by_protocol.items()
     )
+
+
+def shortened_ports(label: str, size: int) -> str:
+    """The label with as many ports of each protocol, the lowest, as fit into ``size`` bytes."""
+    by_protocol: dict[str, list[int]] = {}
+    for protocol, number in sorted(_read(label)):
+        by_protocol.setdefault(protocol, []).append(number)
+
+    def shortened(count: int) -> str:
+        return ports_label(
+            (protocol, number) for protocol, some in by_protocol.items() for number in some[:count]
+        )
+
+    longest = max(map(len, by_protocol.values()), default=0)
+    count = bisect_left(range(longest), True, key=lambda count: len(shortened(count + 1).encode()) > size)
+    return shortened(count)
 
 
 def used_ports_of(node: Node) -> frozenset[UsedPort]:

@@ -10,6 +10,7 @@ from skep.configuration.configuration import Configuration
 from skep.engine.container import Container
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.drivers import log_drivers
+from skep.model.description_size import SIZE_CONDITION, size_condition, within_size
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.planes import DATA_PATH_LABEL, IMAGES_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.rights import ALLOW_LABEL, CDI_LABEL, DEVICES_LABEL, MORE, reported_rights
@@ -80,6 +81,13 @@ def with_plugins(
     plugins = tuple(EnginePlugin(type="Volume", name=name) for name in volume_drivers(engine))
     all = (*description.engine.plugins, *plugins)
     return replace(description, engine=replace(description.engine, plugins=all)) if plugins else description
+
+
+def within_bounds(description: NodeDescription, conditions: Conditions) -> NodeDescription:
+    """``description`` as a manager takes it.  A condition says which parts are cut, if any."""
+    bounded = within_size(description)
+    conditions.report(SIZE_CONDITION, size_condition(bounded) if bounded is not description else "")
+    return bounded
 
 
 def has_overlays(features: Features) -> bool:
@@ -177,3 +185,10 @@ class NodeDescriber:
                 plugins=self._plugins(),
             ),
         )
+
+    def describe_all(
+        self, data_path_addr: str, engine: Engine | None, cluster_volumes: ClusterVolumes | None
+    ) -> NodeDescription:
+        """``describe`` with the node's plug-ins and drivers of cluster volumes, as a manager takes it."""
+        description = with_plugins(self.describe(data_path_addr), engine, cluster_volumes)
+        return within_bounds(description, self._conditions)

@@ -75,7 +75,7 @@ from skep.node.cluster_reads import ClusterReads
 from skep.node.cluster_work import NodeWork
 from skep.node.container_access import tunnel_host
 from skep.node.container_apis.server import ContainerApis
-from skep.node.description import NodeDescriber, has_overlays, port_labels, volume_labels, with_plugins
+from skep.node.description import NodeDescriber, has_overlays, port_labels, volume_labels
 from skep.node.disk_check import DiskCheck
 from skep.node.docker_engine import DockerEngine
 from skep.node.engine_images import EngineImages
@@ -398,8 +398,8 @@ class Node:
         return Agent(
             credentials=credentials,
             managers=managers,
-            describe=lambda: with_plugins(
-                self._describer.describe(node.data_path_addr), self._engine, self._cluster_volumes
+            describe=lambda: self._describer.describe_all(
+                node.data_path_addr, self._engine, self._cluster_volumes
             ),
             services=services,
             clock=self._clock,

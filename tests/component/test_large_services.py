@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.orchestrator import loop as orchestrator
-from skep.manager.orchestrator.convergence import deciding
+from skep.manager.orchestrator.convergence import deciding_all
 from skep.manager.orchestrator.loop import THROTTLE_S_MAX, Orchestrator, throttle_s
 from skep.model.ids import new_id
 from skep.model.service import Service
@@ -46,7 +46,7 @@ class HandClock(SystemClock):
         return self.now
 
 
-async def test_many_reports_of_one_service_are_decided_upon_together() -> None:
+async def test_reports_of_a_large_service_have_all_of_it_decided_only_now_and_then() -> None:
     store, clock = MemoryStore(SystemClock()), HandClock()
     await store.update(lambda tx: tx.put(a_node("n1")))
     await store.update(lambda tx: tx.put(a_service("web", replicas=TASKS)))
@@ -59,14 +59,14 @@ async def test_many_reports_of_one_service_are_decided_upon_together() -> None:
         for slot in range(1, TASKS + 1)
     ]
     await store.update_each(put, tasks)
-    with patch.object(orchestrator, "deciding", wraps=deciding) as decided:
+    with patch.object(orchestrator, "deciding_all", wraps=deciding_all) as decided:
         async with asyncio.TaskGroup() as group, store.watch(Task) as watch:
             running = group.create_task(Orchestrator(store, clock, new_id, Random(1)).run())
             for slot in range(1, REPORTS + 1):
                 await store.update(report, slot)
             await store.update(lambda tx: tx.delete(Task, "t0999"))
             assert decided.call_count == 1
-            clock.now += throttle_s(TASKS)  # what came while the service rested is looked at now
+            clock.now += throttle_s(TASKS)  # a missing slot is counted among all
             while len(store.view().find(Task)) < TASKS:
                 await anext(watch)
             assert decided.call_count == 2

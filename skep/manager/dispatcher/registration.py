@@ -9,14 +9,12 @@ import msgspec
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.dispatcher.slot_reports import with_seen_volumes
 from skep.model.addresses import host_of, parsed
-from skep.model.encoding import to_json
+from skep.model.description_size import within_size
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
 from skep.model.planes import DATA_PATH_LABEL, REFUSED_DATA_PATH_LABEL
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
-
-DESCRIPTION_BYTES_MAX = 64 * 1024
 
 RATE_PERIOD_S = 8.0
 RATE_MAX = 5
@@ -75,9 +73,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
 def take_session(tx: Transaction, registration: Registration) -> Node:
     """Make this manager the owner of the node's session; the node is ready from now on.
 
-    Raises: PermissionDenied: the node was removed; InvalidArgument: an invalid description.
+    Raises: PermissionDenied: the node was removed.
     """
-    _check_description(registration.description)
     # The status counts too: a replica that does not show yet that the node is down would write nothing there.
     node = tx.rely_on(Node, registration.node_id, "session", "status")
     if node is None:
@@ -143,8 +140,7 @@ def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> 
 def describe_node(
     tx: Transaction, node_id: NodeId, session_id: SessionId, description: NodeDescription
 ) -> None:
-    """Write a node's description.  Raises: SessionInvalid; InvalidArgument: it is invalid."""
-    _check_description(description)
+    """Write a node's description.  Raises: SessionInvalid."""
     node = require_session(tx, node_id, session_id)
     description = _believed(tx, node, node.status.addr, description)
     tx.put(msgspec.structs.replace(node, description=description))
@@ -153,8 +149,11 @@ def describe_node(
 def _believed(
     tx: Transaction, node: Node, connects_from: str, description: NodeDescription
 ) -> NodeDescription:
-    """``description`` without what the node cannot say of itself."""
-    description = with_seen_volumes(tx, node, description)
+    """``description`` without what the node cannot say of itself, in bounds.
+
+    Nodes cut it to the same size, but not those of earlier versions.
+    """
+    description = with_seen_volumes(tx, node, within_size(description))
     return _without_others_address(tx, node.id, connects_from, description)
 
 
@@ -181,11 +180,6 @@ def _normalized(text: str) -> str:
         return str(parsed(text))
     except ValueError:
         return text
-
-
-def _check_description(description: NodeDescription) -> None:
-    if len(to_json(description)) > DESCRIPTION_BYTES_MAX:
-        raise InvalidArgument("the node's description is too large")
 
 
 def _reachable(node: Node, address: str) -> str:

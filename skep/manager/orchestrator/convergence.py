@@ -6,25 +6,41 @@ skipped by the later rules.  A slot whose task ended is restarted before it is u
 present spec anyway.  Starts come last, because all other rules decide which task of a slot is to be started.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from skep.aio.time_slices import STEP, SlicedWork, run_at_once
+from skep.manager.job_runs import COMPLETED, of_present_run
 from skep.manager.orchestrator import global_services, jobs, replicated
-from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.changes import (
+    FillSlot,
+    Recheck,
+    RemoveService,
+    ReplaceTask,
+    RetireTask,
+    SettleRun,
+    StartTask,
+    Step,
+)
 from skep.manager.orchestrator.converged_slots import converged_slots
 from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.due_slots import Settled, SlotKey, slot_key
 from skep.manager.orchestrator.restart import refill, restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import (
     Slot,
     group_by_node,
+    group_by_slot,
     grouping_by_slot,
     history,
     wanted,
 )
 from skep.manager.orchestrator.update import is_outdated, update_steps
 from skep.model.ids import NodeId
+from skep.model.labels import JOB_TTL
+from skep.model.service import PAUSED, UNDER_WAY
 from skep.model.task import TaskState
 
 
@@ -39,28 +55,176 @@ def next_steps(situation: Situation) -> list[Step]:
 
 def deciding(situation: Situation) -> SlicedWork[list[Step]]:
     """``next_steps`` with pauses: a decision about 20,000 tasks takes a tenth of a second."""
+    steps, _ = yield from deciding_all(situation)
+    return steps
+
+
+def deciding_all(situation: Situation) -> SlicedWork[tuple[list[Step], Settled | None]]:
+    """``deciding``, and whether the service is settled, so that ``deciding_some`` can follow."""
     service, tasks = situation.service, situation.tasks
     if service.removed_at is not None:
-        return list(replicated.retire_all(tasks))
-    slots: Mapping[Any, Slot]
-    paused: Mapping[Any, Slot] = {}
+        return list(replicated.retire_all(tasks)), None
     match service.spec.mode.name:
         case "replicated":
             slots, converged = yield from _slots(situation)
             if converged and not slots and len(converged) == service.spec.replicas:
-                return []
+                return [], Settled(len(tasks), _numbers(converged))
             changes = yield from replicated.reconciling(service, slots, situation.seen, converged)
-            steps: list[Step] = [*changes]
+            steps, updatable = yield from _deciding_slots(changes, slots, {}, situation)
         case "global":
-            every = group_by_node(tasks)
-            slots = _on_active_nodes(every, situation)
-            paused = {node_id: slot for node_id, slot in every.items() if node_id not in slots}
-            present = [task for task in tasks if not situation.keeps_slot(task)]
-            steps = [*global_services.reconcile(service, present, situation.nodes(), situation.seen)]
+            steps, updatable = yield from _deciding_nodes(situation)
+            slots, converged = {}, ()
         case "replicated-job" | "global-job":
-            return jobs.next_steps(situation)
+            steps = jobs.next_steps(situation)
+            running = _running_slot(situation)
+            return steps, Settled(len(tasks), running=running) if _is_job_settled(steps, situation) else None
+    if steps or (yield from _is_update_due(updatable, situation)):
+        return steps, None
+    filled = set(converged)
+    for number, slot in slots.items():
+        if history(slot):
+            filled.add(number)
+        if number % STEP == 0:
+            yield
+    return steps, Settled(len(tasks), _numbers(filled))
+
+
+def deciding_some(
+    situation: Situation, due: Collection[SlotKey], settled: Settled
+) -> SlicedWork[list[Step] | None]:
+    """The next steps for the ``due`` slots of a settled service, of which the situation has only these slots' tasks
+    and nodes.  None: the decision depends on other slots as well."""
+    match situation.service.spec.mode.name:
+        case "replicated":
+            slots: Mapping[Any, Slot] = group_by_slot(situation.tasks)
+            if not all(_is_as_settled(slots.get(number, ()), number, situation, settled) for number in due):
+                return None
+            steps, updatable = yield from _deciding_slots([], slots, {}, situation)
+        case "global":
+            steps, updatable = yield from _deciding_nodes(situation)
+        case "replicated-job" | "global-job":
+            return _deciding_some_of_job(situation, due, settled)
+    return None if (yield from _is_update_due(updatable, situation)) else steps
+
+
+def _is_update_due(updatable: Iterable[Slot], situation: Situation) -> SlicedWork[bool]:
+    """Whether the update has something to do in one of the slots.  How much it does at a time depends on all slots.
+
+    A paused update starts with no slot, and only finishes with those that it has started with.
+    """
+    status = situation.service.update_status
+    if status is not None and status.state in UNDER_WAY:
+        return True
+    is_paused = status is not None and status.state in PAUSED
+    for number, slot in enumerate(updatable):
+        if is_outdated(slot, situation) and (
+            not is_paused or any(not is_dirty(task, situation) for task in wanted(slot))
+        ):
+            return True
+        if number % STEP == 0:
+            yield
+    return False
+
+
+def _is_as_settled(slot: Slot, number: SlotKey, situation: Situation, settled: Settled) -> bool:
+    """Whether a slot is filled if it was, and otherwise has nothing to remove: the number of slots is the same."""
+    if number in settled.filled:
+        return replicated.is_filled(slot, situation.service, situation.seen)
+    return not history(slot)
+
+
+def _numbers(filled: Collection[int]) -> Collection[int]:
+    """Slot numbers in as little memory as possible: nearly always all up to the number of replicas."""
+    is_dense = bool(filled) and min(filled) == 1 and max(filled) == len(filled)
+    return range(1, len(filled) + 1) if is_dense else frozenset(filled)
+
+
+def _is_job_settled(steps: Sequence[Step], situation: Situation) -> bool:
+    """Whether a job has nothing to do before one of its tasks changes, or its time to live ends."""
+    return not _before_end(steps, situation) and not _has_earlier_run(situation)
+
+
+def _deciding_some_of_job(
+    situation: Situation, due: Collection[SlotKey], settled: Settled
+) -> list[Step] | None:
+    """``deciding_some`` for a job.  Each node's run of a global job is independent of the others until it ends: whether
+    the whole run has ended depends on all nodes.
+
+    A replicated job has a number of runs at a time: a run that ends, or moves, has all of them decided.
+    """
+    if _has_earlier_run(situation):
+        return None
+    if situation.service.spec.mode.replicated_job is None:
+        steps = jobs.next_steps(situation)
+        if _may_settle(steps, situation, due, settled):
+            return None
+        return [step for step in _before_end(steps, situation) if not isinstance(step, SettleRun)]
+    slots = group_by_slot(of_present_run(situation.service, situation.tasks)).values()
+    is_changed = any(
+        restart_steps(slot, situation) or [*start_steps(slot, situation)]
+        for slot in slots
+        if not jobs.is_done(slot)
+    )
+    return None if is_changed else []
+
+
+def _may_settle(
+    steps: Sequence[Step], situation: Situation, due: Collection[SlotKey], settled: Settled
+) -> bool:
+    """Whether the end of a global job's run, or another outcome of it, may follow from the due slots and the others."""
+    job = situation.service.job_status
+    if job is not None and job.outcome:
+        is_changed = job.outcome != COMPLETED and not situation.tasks
+        return is_changed or any(isinstance(step, SettleRun) for step in steps)
+    if settled.running is None:
+        return True
+    return settled.running in due and not any(
+        task.is_active and slot_key(task) == settled.running for task in situation.tasks
+    )
+
+
+def _running_slot(situation: Situation) -> SlotKey | None:
+    iteration = jobs.iteration_of(situation.service)
+    active = (task for task in situation.tasks if task.is_active and task.job_iteration == iteration)
+    return next(map(slot_key, active), None)
+
+
+def _has_earlier_run(situation: Situation) -> bool:
+    """Whether a task of an earlier iteration has not ended: every task of the present one waits for it."""
+    iteration = jobs.iteration_of(situation.service)
+    return any(task.is_active and task.job_iteration != iteration for task in situation.tasks)
+
+
+def _before_end(steps: Sequence[Step], situation: Situation) -> Sequence[Step]:
+    """The ``steps`` of a job without those for the end of its time to live, which depends on all tasks."""
+    spec = situation.service.spec
+    if JOB_TTL not in spec.labels or not all(isinstance(step, Recheck | RemoveService) for step in steps):
+        return steps
+    labels = {name: value for name, value in spec.labels.items() if name != JOB_TTL}
+    service = replace(situation.service, spec=replace(spec, labels=labels))
+    return jobs.next_steps(replace(situation, service=service))
+
+
+def _deciding_nodes(situation: Situation) -> SlicedWork[tuple[list[Step], Sequence[Slot]]]:
+    """The steps for a global service's slots on the nodes of the situation, and the slots that an update applies to."""
+    service = situation.service
+    every = group_by_node(situation.tasks)
+    slots = _on_active_nodes(every, situation)
+    paused = {node_id: slot for node_id, slot in every.items() if node_id not in slots}
+    present = [task for task in situation.tasks if not situation.keeps_slot(task)]
+    changes = global_services.reconcile(service, present, situation.nodes(), situation.seen)
+    return (yield from _deciding_slots(changes, slots, paused, situation))
+
+
+def _deciding_slots(
+    changes: Iterable[Step], slots: Mapping[Any, Slot], paused: Mapping[Any, Slot], situation: Situation
+) -> SlicedWork[tuple[list[Step], Sequence[Slot]]]:
+    """The steps for slots, ``changes`` to their number included, and the slots that an update applies to.
+
+    ``paused``: further slots, on nodes that take no new tasks.
+    """
     yield
-    steps = [_refilled(step, slots, situation) for step in steps]
+    steps = [_refilled(step, slots, situation) for step in changes]
     changed = set(map(_slot_of, steps))
     kept = {key: slot for key, slot in slots.items() if key not in changed}
     yield
@@ -81,7 +245,7 @@ def deciding(situation: Situation) -> SlicedWork[list[Step]]:
             steps += start_steps(slot, situation)
         if number % STEP == 0:
             yield
-    return steps
+    return steps, updatable
 
 
 def _refilled(step: Step, slots: Mapping[Any, Slot], situation: Situation) -> Step:

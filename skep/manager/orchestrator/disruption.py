@@ -5,7 +5,11 @@ their tasks on the few nodes that are left would turn a small fault into a large
 *frozen* when
 
 * within one grace period more than half of the nodes that were ready a minute ago, and at least three, went down,
-  whichever managers marked them down: nodes spread over the managers, so no manager sees all of them.
+  whichever managers marked them down: nodes spread over the managers, so no manager sees all of them; or
+* more than half of the nodes that were ready at some time in the last minute, which are all nodes of a new cluster.
+
+A new leader also counts the nodes that are down and whose tasks the leader before it has not replaced: that leader may
+have failed together with them.
 
 The freeze ends when half of these nodes are ready again, when a user resumes replacement, or after ten minutes.
 
@@ -50,7 +54,7 @@ class Disruption(msgspec.Struct, frozen=True):
     nodes_down: tuple[NodeId, ...]
     """Sorted."""
     ready_before: int
-    """How many nodes were ready a minute ago."""
+    """How many nodes were ready before."""
 
 
 def disruption_in(
@@ -64,7 +68,7 @@ def disruption_in(
 
     Args:
         downs: of nodes that are still down.
-        ready_before: the nodes that were ready a minute ago.
+        ready_before: the nodes that were ready before.
     """
     nodes_down = {down.node_id for down in downs if down.at > now - grace_s} & ready_before
     if len(nodes_down) >= NODES_MIN and 2 * len(nodes_down) > len(ready_before):
@@ -97,13 +101,23 @@ class NodeHistory:
     The state at the start of the term counts as having lasted for long.
     """
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    def __init__(
+        self, nodes: Iterable[Node], lost: Iterable[Node] = (), *, counted_from: float = -inf
+    ) -> None:
+        """
+        Args:
+            lost: nodes that went down before the term and whose tasks are not replaced.
+            counted_from: nodes that go down earlier count as having gone down then.
+        """
+        self._counted_from = counted_from
         self.ready: set[NodeId] = {node.id for node in nodes if _is_ready(node)}
-        self._changes: deque[tuple[float, NodeId, bool]] = deque()
+        self._downs: dict[NodeId, NodeDown] = {
+            node.id: NodeDown(node.id, counted_from, node.silent_together) for node in lost
+        }
+        self._changes = deque((down.at, down.node_id, False) for down in self._downs.values())
         """Changes of the last minute, oldest first."""
-        self._before = set(self.ready)
+        self._before = self.ready | self._downs.keys()
         """Nodes that were ready before the oldest of these changes."""
-        self._downs: dict[NodeId, NodeDown] = {}
 
     def note(self, commit: Commit, now: float) -> bool:
         """Record ``commit``; gives whether a node went down in it."""
@@ -115,17 +129,22 @@ class NodeHistory:
                 case Updated(Node() as old, Node() as new) if _is_ready(old) != _is_ready(new):
                     self._change(new.id, now, is_ready=_is_ready(new))
                     if new.status.state is NodeState.DOWN:
-                        self._downs[new.id] = NodeDown(new.id, now, new.silent_together)
+                        at = max(now, self._counted_from)
+                        self._downs[new.id] = NodeDown(new.id, at, new.silent_together)
                         has_down = True
                 case Deleted(Node() as node):
-                    self._change(node.id, now, is_ready=False)
-                    self._before.discard(node.id)
+                    self._remove(node.id)
         return has_down
 
     def detect(self, now: float, grace_s: float) -> Disruption | None:
         """The present disruption, if there is one."""
         self._forget(now)
-        return disruption_in(self._downs.values(), frozenset(self._before), now=now, grace_s=grace_s)
+        recent = self.ready.union(id for _, id, _ in self._changes)
+        for before in (self._before, recent):
+            found = disruption_in(self._downs.values(), frozenset(before), now=now, grace_s=grace_s)
+            if found is not None:
+                return found
+        return None
 
     def held_until(self, now: float, period_s: float) -> float:
         """See ``held_until``."""
@@ -139,6 +158,12 @@ class NodeHistory:
         self._downs.pop(id, None)
         (self.ready.add if is_ready else self.ready.discard)(id)
         self._changes.append((now, id, is_ready))
+
+    def _remove(self, id: NodeId) -> None:
+        self._downs.pop(id, None)
+        self.ready.discard(id)
+        self._before.discard(id)
+        self._changes = deque(change for change in self._changes if change[1] != id)
 
     def _forget(self, now: float) -> None:
         while self._changes and self._changes[0][0] <= now - READY_BEFORE_S:

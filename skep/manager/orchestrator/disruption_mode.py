@@ -12,9 +12,12 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.heartbeats import configured_grace_s, configured_heartbeats
+from skep.manager.orchestrator.disconnection import policy_on, replaced_at
 from skep.manager.orchestrator.disruption import FROZEN_S_MAX, Disruption, NodeHistory, is_over
-from skep.model.node import Node
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Service
 from skep.model.swarm import Freeze, Swarm
+from skep.model.task import Task
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, LoopStore, NotLeader, Transaction, View
 
@@ -46,6 +49,7 @@ class DisruptionMode:
         expected.
         """
         self._delayed_since = float("-inf")
+        self._counted_from = float("-inf")
 
     @property
     def is_frozen(self) -> bool:
@@ -54,9 +58,17 @@ class DisruptionMode:
 
     def start(self, view: View) -> None:
         """Start from a snapshot."""
-        self._history = NodeHistory(view.find(Node))
+        now, nodes, grace_s = self._clock.monotonic(), view.find(Node), configured_grace_s(view)
+        # The last leader may have failed together with nodes.  Those that had their sessions with it are marked down
+        # a grace period later than the others: what goes down until then counts as one event.
+        self._counted_from = now + grace_s
+        lost = [node for node in nodes if _has_tasks_to_replace(node, view)]
+        self._history = NodeHistory(nodes, lost, counted_from=self._counted_from)
         self._detected = None
-        self._frozen_at = self._clock.monotonic() if _freeze(view) is not None else None
+        self._frozen_at = now if _freeze(view) is not None else None
+        if lost:
+            self._detect(now)
+            self._delay_replacement(now)
 
     def note(self, commit: Commit) -> None:
         """Record what changed."""
@@ -101,12 +113,18 @@ class DisruptionMode:
             )
 
     def _delay_replacement(self, now: float) -> None:
-        """Wait for further nodes to go down if there was more than one, for at most a grace period."""
+        """Wait for further nodes to go down if there was more than one, for at most a grace period.
+
+        In the first grace period of a term, until the end of the second.
+        """
         period_s, _ = configured_heartbeats(self._term.view())
+        grace_s = configured_grace_s(self._term.view())
         until = self._history.held_until(now, period_s)
         if now >= self.replaces_from:
             self._delayed_since = now
-        until = min(until, self._delayed_since + configured_grace_s(self._term.view()))
+        until = min(until, self._delayed_since + grace_s)
+        if until > now and now < self._counted_from:
+            until = self._counted_from + grace_s
         self.replaces_from = max(self.replaces_from, until)
 
     def _reason_to_end(self, now: float) -> str:
@@ -124,6 +142,17 @@ class DisruptionMode:
         self._frozen_at = None
         self._history.clear()
         self._changed()
+
+
+def _has_tasks_to_replace(node: Node, view: View) -> bool:
+    """Whether a node is down and has tasks that are to be replaced at once, which no leader has done yet."""
+    if node.status.state is not NodeState.DOWN or node.spec.availability is Availability.DRAIN:
+        return False
+    for task in view.find(Task, node_id=node.id):
+        service = view.lookup(Service, task.service_id) if task.is_active else None
+        if service is not None and replaced_at(policy_on(node, service), task, 0.0) <= 0:
+            return True
+    return False
 
 
 def _write(tx: Transaction, detect: Disruption, now: Timestamp) -> None:

@@ -1,7 +1,7 @@
 """The orchestrator's loop: watches services, tasks and nodes, and applies ``convergence.next_steps``."""
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from random import Random
 
 import structlog
@@ -19,12 +19,14 @@ from skep.manager.orchestrator.changes import (
     Recheck,
     ReplaceTask,
     RetireTask,
+    Step,
     apply,
     decided_for,
     fallback_for,
 )
-from skep.manager.orchestrator.convergence import deciding
+from skep.manager.orchestrator.convergence import deciding_all, deciding_some
 from skep.manager.orchestrator.disruption_mode import DisruptionMode
+from skep.manager.orchestrator.due_slots import DueSlots, SlotKey, slot_key
 from skep.manager.orchestrator.enforcement import is_drained, overcommitted, violates_constraints
 from skep.manager.orchestrator.observed_times import ObservedTimes, is_waiting
 from skep.manager.orchestrator.refusals import Refusals
@@ -34,15 +36,17 @@ from skep.manager.orchestrator.slots import is_lost, is_unknown, is_unusable
 from skep.manager.work_queue import WorkQueue
 from skep.model.dependencies import DEPENDS_ON, dependencies_of
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId, VolumeId
-from skep.model.labels import priority_of
+from skep.model.labels import JOB_TTL, priority_of
 from skep.model.node import Node
 from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.slot_volumes import has_other_properties
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
 from skep.store.kinds import (
+    SpecVersion,
     as_run,
     has_unreadable_run,
     has_unreadable_spec,
@@ -79,6 +83,7 @@ class Orchestrator:
         self._new_id = new_id
         self._random = random
         self._queue: WorkQueue[ServiceId] = WorkQueue(clock, self._priority_of)
+        self._due = DueSlots()
         self._failures = Failures(clock, random)
         self._refusals = Refusals(self._failures, clock)
         self._disruption = DisruptionMode(term, clock, self._requeue_all)
@@ -99,6 +104,7 @@ class Orchestrator:
 
     def _on_snapshot(self, snapshot: View) -> None:
         self._seen = ObservedTimes(self._clock.monotonic())
+        self._due.clear()
         self._overcommitted.clear()
         self._sound_nodes.clear()
         self._disruption.start(snapshot)
@@ -118,10 +124,15 @@ class Orchestrator:
     def _on_commit(self, commit: Commit) -> None:
         self._seen.record(commit, self._clock.monotonic())
         self._disruption.note(commit)  # first: a disruption must be known before the decisions it would cause
-        self._queue.add(self._affected(commit))
+        for service_id, slot in self._affected(commit):
+            if slot is None:
+                self._due.add_all(service_id)
+            else:
+                self._due.add(service_id, slot)
+            self._queue.add((service_id,))
 
-    def _affected(self, commit: Commit) -> Iterable[ServiceId]:
-        """Services whose decision may change with ``commit``."""
+    def _affected(self, commit: Commit) -> Iterator[tuple[ServiceId, SlotKey | None]]:
+        """Services and their slots whose decision may change with ``commit``; None means all slots of the service."""
         for event in commit.events:
             match event:
                 case Updated(Service() as old_service, Service() as new_service):
@@ -130,51 +141,64 @@ class Orchestrator:
                 case Created(Service() as service) | Updated(_, Service() as service):
                     if _is_global(service):
                         self._global.add(service.id)
-                    yield service.id
+                    yield service.id, None
                 case Deleted(Service() as service):
                     self._global.discard(service.id)
                     self._throttled_until.pop(service.id, None)
                     self._failures.clear(service.id)
                     self._refusals.forget(service.id)
-                    yield service.id
+                    yield service.id, None
                 case Created(Task() as task) | Deleted(Task() as task):
                     if task.service_id:
-                        yield task.service_id
+                        yield task.service_id, self._slot_of_event(task)
                 case Updated(Task() as old, Task() as new):
                     if new.service_id and (
                         _is_relevant(old, new)
                         or self._is_on_unusable_node(old, new)
                         or self._holds_room_of_update(old, new)
                     ):
-                        yield new.service_id
+                        yield new.service_id, self._slot_of_event(new)
                 case Created(Node() as node):
                     self._sound_nodes.pop(node.id, None)
-                    yield from sorted(self._global)
+                    yield from ((id, node.id) for id in sorted(self._global))
                 case Deleted(Node() as node):
                     self._overcommitted.pop(node.id, None)
-                    yield from self._services_of_node(node)
+                    yield from self._slots_of_node(node)
                 case Updated(Volume() as was, Volume() as volume) if is_drained(was) != is_drained(volume):
-                    yield from self._services_with(volume.id)
+                    yield from self._slots_with(volume.id)
                 case Updated(Node() as before, Node() as after):
-                    if before.spec != after.spec or before.description != after.description:
+                    if before.spec != after.spec or has_other_properties(before, after):
                         self._overcommitted.pop(after.id, None)
-                        yield from self._services_of_node(after)
+                        yield from self._slots_of_node(after)
                     elif _is_another(before, after):
-                        yield from self._services_of_node(after)
+                        yield from self._slots_of_node(after)
 
-    def _no_longer_required(self, old: Service, new: Service) -> Iterable[ServiceId]:
+    def _no_longer_required(self, old: Service, new: Service) -> Iterator[tuple[ServiceId, None]]:
         """Services that ``old`` depended on and ``new`` does not: a job with a time to live may have stayed for it."""
         before = dependencies_of(old.spec.labels) if DEPENDS_ON in old.spec.labels else ()
         after = dependencies_of(new.spec.labels) if new.removed_at is None else ()
         for name in sorted(
             {one.service for one in before} - {one.service for one in after if one.is_required}
         ):
-            yield from (service.id for service in self._term.view().find(Service, name=name))
+            yield from ((service.id, None) for service in self._term.view().find(Service, name=name))
 
-    def _services_with(self, id: VolumeId) -> Iterable[ServiceId]:
-        """Services with a task that has a cluster volume."""
-        tasks = self._term.view().find(Task)
-        return sorted({task.service_id for task in tasks if any(one.id == id for one in task.volumes)})
+    def _slot_of_event(self, task: Task) -> SlotKey | None:
+        """The slot that an event of the task makes due; None for all of its service.
+
+        The runs of a replicated job are counted, and the end of the last task begins a job's time to live.
+        """
+        service = (
+            self._term.view().lookup(Service, task.service_id) if task.job_iteration is not None else None
+        )
+        if service is not None and (service.spec.mode.global_job is None or JOB_TTL in service.spec.labels):
+            return None
+        return slot_key(task) or None
+
+    def _slots_with(self, id: VolumeId) -> Iterator[tuple[ServiceId, SlotKey]]:
+        """Slots with a task that has a cluster volume."""
+        for task in self._term.view().find(Task):
+            if task.service_id and any(one.id == id for one in task.volumes):
+                yield task.service_id, slot_key(task)
 
     def _holds_room_of_update(self, old: Task, new: Task) -> bool:
         """Whether an outdated task was given a node: its update may retire it for new ones that were refused that."""
@@ -190,19 +214,21 @@ class Orchestrator:
         node = self._term.view().lookup(Node, new.node_id)
         return node is None or is_unusable(node) or violates_constraints(new, node)
 
-    def _services_of_node(self, node: Node) -> Iterable[ServiceId]:
-        """Services with tasks on a node that changed or was deleted."""
+    def _slots_of_node(self, node: Node) -> Iterator[tuple[ServiceId, SlotKey]]:
+        """Slots on a node that changed or was deleted: one of each global service, and those of its tasks."""
         self._sound_nodes.pop(node.id, None)
-        yield from sorted(self._global)
+        yield from ((id, node.id) for id in sorted(self._global))
         for task in self._term.view().find(Task, node_id=node.id):
             if task.service_id:
-                yield task.service_id
+                yield task.service_id, slot_key(task)
 
     def _priority_of(self, id: ServiceId) -> int:
         service = self._term.view().lookup(Service, id)
         return priority_of(service.spec.labels) if service is not None else 0
 
     def _requeue_all(self) -> None:
+        """Make all slots due: at the end of a freeze, which began with more than half of the nodes down."""
+        self._due.clear()
         self._queue.add(service.id for service in self._term.view().find(Service))
 
     async def _run_tasks(self, catch_up: CatchUp) -> None:
@@ -234,9 +260,9 @@ class Orchestrator:
         return True
 
     def _is_throttled(self, service_id: ServiceId) -> bool:
-        """Whether a large service was decided a moment ago; it is queued for the end of its throttling."""
+        """Whether all of a large service was decided a moment ago; it is queued for the end of its throttling."""
         until = self._throttled_until.get(service_id)
-        if until is None:
+        if until is None or self._due.is_partial(service_id):
             return False
         if until > self._clock.monotonic():
             self._queue.add_at(service_id, until)
@@ -259,6 +285,7 @@ class Orchestrator:
                 self._queue.add_at(service_id, retry_at)
         failure = self._failures.of(service_id)
         if failure is not None:
+            self._due.add_all(service_id)
             self._queue.add_at(service_id, failure.retry_at)
             changes = []
         error = failure.error if failure is not None else self._refusals.error(service_id)
@@ -279,20 +306,58 @@ class Orchestrator:
         # What the view shows and is not recorded would count as observed at the start of the term, long ago.
         await catch_up()
         view = self._term.view()
-        tasks = tuple(view.find(Task, service_id=service_id))
-        if (rest := throttle_s(len(tasks))) > 0:
-            self._throttled_until[service_id] = self._clock.monotonic() + rest
         service = view.lookup(Service, service_id)
         if service is None:
-            return () if service_id in view.unreadable(Service) else retire_all(tasks)
+            is_unreadable = service_id in view.unreadable(Service)
+            return () if is_unreadable else retire_all(view.find(Task, service_id=service_id))
         if has_unreadable_run(view, service_id):
             return ()  # all its tasks would be stopped as those of another run
+        some = self._due.begin(service)
         run = as_run(view, service)
-        situation = Situation(
+        situation = self._situation(view, run, some[1] if some is not None else None)
+        steps: Sequence[Step] | None
+        if some is not None:
+            work = deciding_some(situation, some[1], some[0])
+            steps, settled = await result_in_slices(work, self._clock, resumed=catch_up), None
+        else:
+            self._throttle(service_id, len(situation.tasks))
+            all_slots = deciding_all(situation)
+            steps, settled = await result_in_slices(all_slots, self._clock, resumed=catch_up)
+        # Each change checks for tasks that changed meanwhile; a freeze or a new spec would affect all of them.
+        is_same = (
+            self._term.view().lookup(Service, service_id) is service
+            and situation.is_frozen == self._disruption.is_frozen
+            and situation.replaces_from == self._disruption.replaces_from
+        )
+        if not is_same:
+            self._throttled_until.pop(service_id, None)
+        if not is_same or steps is None:
+            self._due.add_all(service_id)
+            self._queue.add((service_id,))
+            return ()
+        if some is None:
+            self._due.end(service, None if view.unreadable(SpecVersion) else settled)
+        elif steps:
+            self._due.put_back(service_id, some[1])
+        return [decided_for(run, step) for step in steps]
+
+    def _throttle(self, service_id: ServiceId, tasks: int) -> None:
+        """Note when all of a service is decided again, at the earliest."""
+        if (rest := throttle_s(tasks)) > 0:
+            self._throttled_until[service_id] = self._clock.monotonic() + rest
+
+    def _situation(self, view: View, run: Service, due: Set[SlotKey] | None) -> Situation:
+        """The situation of a service, or, unless ``due`` is None, of these slots of it."""
+        if due is None:
+            tasks = view.find(Task, service_id=run.id)
+        else:
+            tasks = [task for key in due for task in view.find(Task, slot=f"{run.id}/{key}")]
+        nodes = sorted(key for key in due or () if isinstance(key, str))
+        return Situation(
             service=run,
-            tasks=with_readable_specs(view, run, tasks),
+            tasks=with_readable_specs(view, run, tuple(tasks)),
             # A view is valid until the next pause, and the decision pauses.
-            nodes=lambda: tuple(self._term.view().find(Node)),
+            nodes=lambda: self._nodes(nodes if due is not None else None),
             node=lambda node_id: self._term.view().lookup(Node, node_id),
             overcommitted=self._overcommitted_on,
             spec_of=lambda task: spec_of(self._term.view(), task),
@@ -308,18 +373,13 @@ class Orchestrator:
             silence_s=configured_grace_s(view),
             sound_nodes=self._sound_nodes,
         )
-        steps = await result_in_slices(deciding(situation), self._clock, resumed=catch_up)
-        # Each change checks for tasks that changed meanwhile; a freeze or a new spec would affect all of them.
-        is_same = (
-            self._term.view().lookup(Service, service_id) is service
-            and situation.is_frozen == self._disruption.is_frozen
-            and situation.replaces_from == self._disruption.replaces_from
-        )
-        if not is_same:
-            self._throttled_until.pop(service_id, None)
-            self._queue.add((service_id,))
-            return ()
-        return [decided_for(run, step) for step in steps]
+
+    def _nodes(self, ids: Sequence[str] | None) -> tuple[Node, ...]:
+        """The nodes with these ids that exist; all nodes if it is None."""
+        view = self._term.view()
+        if ids is None:
+            return tuple(view.find(Node))
+        return tuple(node for id in ids if (node := view.lookup(Node, id)) is not None)
 
     def _overcommitted_on(self, node_id: NodeId) -> frozenset[TaskId]:
         """Cached per node until it changes: the scheduler never assigns more than the node has."""

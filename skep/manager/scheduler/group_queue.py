@@ -36,6 +36,14 @@ class GroupQueue(WorkQueue[Group]):
         """The refused ones among the groups that were taken last."""
         self._retries_until = math.inf
 
+    def add_times(self, times: Mapping[Group, float]) -> None:
+        """Queue groups for the given times."""
+        now = self._clock.monotonic()
+        self.add(group for group, at in times.items() if at <= now)
+        for group, at in times.items():
+            if at > now:
+                self.add_at(group, at)
+
     @property
     def has_refused(self) -> bool:
         """Whether there are any that are not due again."""

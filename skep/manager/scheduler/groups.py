@@ -4,7 +4,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 
 from skep.model.ids import TaskId
+from skep.model.service import Service
+from skep.model.slot_volumes import SlotName
 from skep.model.task import Task
+from skep.store.interface import View
 
 Group: TypeAlias = str
 """``<service>/<version>``, or a single task's id."""
@@ -52,6 +55,16 @@ class Groups:
     def mounting(self, sources: Iterable[str]) -> set[Group]:
         """The groups with mounts of these sources."""
         return set().union(*(self._by_source.get(source, ()) for source in sources))
+
+    def of_slots(self, slots: Iterable[SlotName], view: View) -> set[Group]:
+        """The groups of the slots' pending tasks."""
+        return {
+            group
+            for name, slot in slots
+            for service in view.find(Service, name=name)
+            for task in view.find(Task, slot=f"{service.id}/{slot}")
+            if (group := self.of.get(task.id)) is not None
+        }
 
     @property
     def with_volumes(self) -> Collection[Group]:

@@ -9,7 +9,7 @@ group is made (``preemption``).
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import TypeAlias, TypeVar
@@ -39,6 +39,7 @@ from skep.model.labels import volume_policy
 from skep.model.needs import cluster_mounts, sources_of
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service
+from skep.model.slot_volumes import SlotName, differ_in_slots_alone
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import timestamp
@@ -136,7 +137,7 @@ class Scheduler:
 
     def _on_commit(self, commit: Commit) -> None:
         has_room, has_volumes = False, set[Group]()
-        self._queue.add(self._waits.record(commit, self._clock.monotonic()))
+        self._queue.add_times(self._waits.record(commit, self._clock.monotonic()))
         for event in commit.events:
             if isinstance(event, Updated):
                 if isinstance(event.new, Task):
@@ -144,13 +145,17 @@ class Scheduler:
                     has_room |= self._on_task_update(event.old, event.new)
                 elif isinstance(event.new, Node):
                     assert isinstance(event.old, Node)
-                    self._update_node(event.new.id)
-                    has_room |= not differ_in_load_alone(event.old, event.new)
+                    slots = self._update_node(event.new.id)
+                    if differ_in_slots_alone(event.old, event.new):
+                        has_volumes |= self._groups.of_slots(slots, self._term.view())
+                    else:
+                        has_room |= not differ_in_load_alone(event.old, event.new)
                 elif isinstance(event.new, Volume):
                     has_volumes |= self._update_volume(event.new)
                 elif isinstance(event.new, Service):
                     assert isinstance(event.old, Service)
-                    has_room |= _has_other_policy(event.old, event.new)
+                    before, after = event.old.spec.labels, event.new.spec.labels
+                    has_room |= volume_policy(before) is not volume_policy(after)
                     has_room |= self._priorities.set(event.new)
                 elif isinstance(event.new, Swarm):
                     has_room |= self._preemptor.set_cluster(event.new)
@@ -192,14 +197,15 @@ class Scheduler:
             and self._accounting.node_of(task.id) == task.node_id
         )
 
-    def _update_node(self, id: NodeId) -> None:
+    def _update_node(self, id: NodeId) -> Collection[SlotName]:
+        """Take the node's present state over; gives the slots about whose volumes it reports something else."""
         node = self._term.view().lookup(Node, id)
         if node is None:
             self._accounting.remove_node(id)
             self._returning.volumes.remove_node(id)
-        else:
-            self._accounting.set_node(node)
-            self._returning.volumes.set_node(node)
+            return ()
+        self._accounting.set_node(node)
+        return self._returning.volumes.set_node(node)
 
     def _update_volume(self, volume: Volume) -> set[Group]:
         """Take the volume's present state over; gives the groups that this may concern."""
@@ -280,7 +286,7 @@ class Scheduler:
         """Decide what was taken from the queue, or put it back if that was enough for now."""
         now = self._clock.monotonic()
         slices = TimeSlices(self._clock)
-        groups = self._without_waiting(due, now)
+        groups = await self._without_waiting(due, slices)
         await self._pause(slices)
         room = BATCH
         for level in self._priorities.levels(groups, self._term.view()):
@@ -308,16 +314,19 @@ class Scheduler:
             await self._flush()
             await slices.yield_if_due()
 
-    def _without_waiting(self, groups: Sequence[Group], now: float) -> list[Group]:
+    async def _without_waiting(self, groups: Sequence[Group], slices: TimeSlices) -> list[Group]:
         """The groups that wait for nothing.
 
         That is another service, or a spec: without it a task would go to any node, with nothing reserved.  Or the own
         service: without its labels a task would leave its data, or come before what it depends on.
         """
         ready: list[Group] = []
-        view = self._term.view()
+        view, now = self._term.view(), self._clock.monotonic()
         found: Looked = {}
         for group in groups:
+            if slices.is_over:
+                await self._pause(slices)
+                view, now, found = self._term.view(), self._clock.monotonic(), {}
             waiting = None
             tasks = self._tasks_of(group, 1)
             if tasks and (has_unknown_spec(view, tasks[0]) or has_unknown_service(view, tasks[0])):
@@ -588,7 +597,3 @@ class Scheduler:
 
 def _has_failed(old: Task, new: Task) -> bool:
     return new.has_failed and not old.has_failed and bool(new.node_id)
-
-
-def _has_other_policy(old: Service, new: Service) -> bool:
-    return volume_policy(old.spec.labels) is not volume_policy(new.spec.labels)

@@ -291,7 +291,7 @@ async def test_a_block_volume_is_its_device_and_no_task_gets_anything_else(rig: 
 
 
 async def test_drivers_that_say_too_much_are_left_out_of_the_nodes_description(rig: Rig) -> None:
-    """A manager refuses a node whose description is too large, and with it all its tasks."""
+    """They would take the room of its other parts."""
     rig.drivers["d"].topology = Topology(segments={"zone": "\0" * 8000})
     async with rig.running() as volumes:
         await until(lambda: volumes.drivers)

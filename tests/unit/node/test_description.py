@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.configuration.configuration import Configuration
 from skep.engine.log_drivers import journald
+from skep.model.conditions import condition_messages
 from skep.model.node import NodeDescription
 from skep.node.conditions import Conditions
-from skep.node.description import NodeDescriber
+from skep.node.description import NodeDescriber, within_bounds
 from skep.node.features import Features
 from skep.node.machine import Machine
 from skep.node.offers import OfferReader
@@ -45,6 +47,18 @@ def test_the_log_drivers_that_the_node_has_are_announced(
     assert plugins(described(Features()), "Log") == everywhere
     (tmp_path / "journal").touch()
     assert plugins(described(Features()), "Log") == {*everywhere, "journald"}
+
+
+def test_a_description_that_is_cut_is_a_condition_of_the_node_until_it_fits() -> None:
+    conditions = Conditions(SystemClock())
+    small = described(Features())
+    engine = replace(small.engine, labels={**small.engine.labels, "rack": "x" * 80_000})
+    cut = within_bounds(replace(small, engine=engine), conditions)
+    (warning,) = conditions.warnings()
+    assert "engine labels (1)" in warning
+    assert warning in condition_messages(cut)
+    assert within_bounds(small, conditions) is small
+    assert conditions.warnings() == ()
 
 
 def test_what_every_node_has_is_announced() -> None:

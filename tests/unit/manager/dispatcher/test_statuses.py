@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
-from skep.errors import InvalidArgument, PermissionDenied, Unavailable
+from skep.errors import PermissionDenied, Unavailable
 from skep.manager.dispatcher.registration import (
     Registration,
     RegistrationRate,
@@ -18,6 +18,8 @@ from skep.manager.dispatcher.registration import (
 )
 from skep.manager.dispatcher.statuses import STATUS_BYTES_MAX, Report, bounded, newer_status, record_status
 from skep.manager.routes.warnings import data_path_warnings
+from skep.model.conditions import condition_messages
+from skep.model.description_size import DESCRIPTION_BYTES_MAX
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
@@ -25,6 +27,7 @@ from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
 from skep.model.service import PortConfig
 from skep.model.task import ContainerStatus, PortStatus, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
+from skep.model.used_ports import ports_label
 from skep.store.memory import MemoryStore
 from skep.store.proposal import Unchanged
 from skep.store.state import State
@@ -182,9 +185,21 @@ async def test_a_node_without_an_object_gets_no_session(store):
         await store.update(take_session, gone)
 
 
-async def test_an_absurd_description_is_refused(store):
-    with pytest.raises(InvalidArgument, match="too large"):
-        await store.update(take_session, registration("a", hostname="x" * 100_000))
+async def test_an_absurd_description_is_cut(store):
+    """As nodes of earlier versions send it, which do not cut it themselves."""
+    await store.update(take_session, registration("a", hostname="x" * 100_000))
+    node = store.view().get(Node, "n1")
+    assert node.status.state is NodeState.READY
+    assert node.description.hostname == "x" * 255
+    (condition,) = condition_messages(node.description)
+    assert "names and certificates" in condition
+    labels = {"skep.ports": ports_label(("udp", number) for number in range(20000))}
+    labels |= {"skep.devices": "/dev/x" * 12_000}
+    description = msgspec.structs.replace(node.description, engine=EngineDescription(labels=labels))
+    await store.update(describe_node, NodeId("n1"), SessionId("a"), description)
+    described = store.view().get(Node, "n1").description
+    assert len(to_json(described)) <= DESCRIPTION_BYTES_MAX
+    assert "ports in use, devices" in condition_messages(described)[0]
 
 
 async def test_a_silent_node_is_down_unless_it_has_registered_again(store):

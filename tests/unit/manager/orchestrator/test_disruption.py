@@ -17,7 +17,7 @@ from skep.manager.orchestrator.disruption import (
 )
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeSession, NodeState, NodeStatus
-from skep.store.interface import Commit, Updated
+from skep.store.interface import Commit, Deleted, Updated
 from tests.support.builders import a_node
 
 GRACE_S = 3.0
@@ -102,16 +102,51 @@ def ready_nodes(count: int) -> list[Node]:
     return [replace(a_node(id), session=session) for id in nodes(count)]
 
 
-def test_the_history_shows_the_nodes_ready_a_minute_ago() -> None:
-    """Five nodes that came 50 s ago are no storm when they go; 70 s after, they are."""
-    for age_s, expected in ((50.0, False), (70.0, True)):
-        history = NodeHistory([])
-        for node in ready_nodes(5):
-            unknown = replace(node, status=NodeStatus(state=NodeState.UNKNOWN), session=None)
-            history.note(Commit(revision=1, events=(Updated(unknown, node),)), 1000.0)
-        has_fall = history.note(Commit(revision=2, events=tuple(map(down, ready_nodes(5)))), 1000.0 + age_s)
-        assert has_fall
-        assert (history.detect(1000.0 + age_s, GRACE_S) is not None) is expected
+def came(history: NodeHistory, some: list[Node], at: float) -> None:
+    for node in some:
+        unknown = replace(node, status=NodeStatus(state=NodeState.UNKNOWN), session=None)
+        history.note(Commit(revision=1, events=(Updated(unknown, node),)), at)
+
+
+def went(history: NodeHistory, some: list[Node], at: float) -> Disruption | None:
+    assert history.note(Commit(revision=2, events=tuple(map(down, some))), at)
+    return history.detect(at, GRACE_S)
+
+
+@pytest.mark.parametrize("age_s", [1.0, 30.0, 70.0])
+def test_most_nodes_of_a_new_cluster_that_go_down_are_a_disruption(age_s: float) -> None:
+    history = NodeHistory([])
+    came(history, ready_nodes(6), 1000.0)
+    assert went(history, ready_nodes(5), 1000.0 + age_s) == Disruption(tuple(nodes(5)), 6)
+
+
+def test_most_nodes_of_a_cluster_are_a_disruption_however_many_have_just_come() -> None:
+    history = NodeHistory(ready_nodes(6))
+    came(history, ready_nodes(20)[6:], 1000.0)
+    assert went(history, ready_nodes(5), 1030.0) == Disruption(tuple(nodes(5)), 6)
+
+
+def test_half_of_the_nodes_of_a_new_cluster_are_none() -> None:
+    history = NodeHistory([])
+    came(history, ready_nodes(6), 1000.0)
+    assert went(history, ready_nodes(3), 1030.0) is None
+
+
+def test_nodes_that_were_removed_do_not_count() -> None:
+    history = NodeHistory([])
+    came(history, ready_nodes(6), 1000.0)
+    for node in ready_nodes(6)[4:]:
+        history.note(Commit(revision=2, events=(Deleted(node),)), 1010.0)
+    assert went(history, ready_nodes(3), 1020.0) == Disruption(tuple(nodes(3)), 4)
+
+
+def test_a_new_leader_counts_the_nodes_whose_tasks_nobody_has_replaced() -> None:
+    before = [fallen(node) for node in ready_nodes(6)[:3]]
+    history = NodeHistory([*before, *ready_nodes(6)[3:]], before, counted_from=1000.0 + GRACE_S)
+    assert history.detect(1000.0, GRACE_S) is None
+    assert went(history, ready_nodes(6)[3:5], 1000.0 + 3 * GRACE_S) is None
+    history = NodeHistory([*before, *ready_nodes(6)[3:]], before, counted_from=1000.0 + GRACE_S)
+    assert went(history, ready_nodes(6)[3:5], 1000.0 + 1.9 * GRACE_S) == Disruption(tuple(nodes(5)), 6)
 
 
 def test_nodes_missing_after_a_restore_count_for_disruption_mode() -> None:

@@ -1,7 +1,12 @@
 """Tasks return to the node with their slot's local volumes, or wait for it where their service says so."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 from msgspec.structs import replace
 
+from skep.manager.scheduler.loop import Scheduler
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
 from skep.model.container import ContainerSpec, Mount
 from skep.model.labels import VOLUMES
@@ -178,3 +183,30 @@ async def test_a_task_whose_node_comes_back_together_with_others_returns_to_it()
         await wait_for(store, lambda: bool(on(store, task)))
     assert on(store, task) == "n7"
     assert store.view().get(Task, task.id).status.message == "scheduler assigned task to node"
+
+
+async def test_a_node_that_reports_other_volumes_has_only_tasks_of_their_slots_decided_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: set[str] = set()
+    real = Scheduler._without_waiting
+
+    def recorded(self: Scheduler, groups: Sequence[str], slices: Any) -> Any:
+        looked.update(groups)
+        return real(self, groups, slices)
+
+    monkeypatch.setattr(Scheduler, "_without_waiting", recorded)
+    service = a_stateful_service("keep")
+    refused = a_service("refused", constraints=("node.labels.x==1",))
+    away = reporting("away", "data=web.1@1 data=other.1@1")
+    away = replace(away, status=replace(away.status, state=NodeState.DOWN))
+    task, other = waiting(service), a_task("other", service=refused, state=PENDING)
+    store = await a_store(away, service, refused, task, other)
+    async with scheduling(store):
+        await wait_for(store, lambda: all(one.status.err for one in store.view().find(Task)))
+        looked.clear()
+        present = store.view().get(Node, "away")
+        label = reporting("away", "data=other.1@2").description
+        await store.update(put, replace(present, description=label))
+        await wait_for(store, lambda: on(store, task) != "")
+    assert looked == {task.id, "web/1"}

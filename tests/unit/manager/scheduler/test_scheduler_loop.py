@@ -186,9 +186,9 @@ async def test_what_waits_is_decided_again_when_a_service_changes_and_not_for_it
     def again(before: Service, after: Service) -> list[str]:
         return list(waits.record(Commit(1, (Updated(before, after),)), 0.0))
 
-    other = a_service("other")
-    assert again(other, a_service("other", state=UpdateState.UPDATING)) == []
-    assert again(other, a_service("other", replicas=2)) == ["group"]
+    for name, due in (("db", ["group"]), ("web", ["group"]), ("other", [])):
+        assert again(a_service(name), a_service(name, state=UpdateState.UPDATING)) == []
+        assert again(a_service(name), a_service(name, replicas=2)) == due
 
 
 async def test_no_step_looks_at_more_than_some_nodes_however_many_services_ask_for_something_else(
@@ -305,9 +305,9 @@ async def test_a_volume_has_those_groups_decided_again_that_mount_it(monkeypatch
     looked: set[str] = set()
     real = Scheduler._without_waiting
 
-    def recorded(self: Scheduler, groups: Sequence[str], now: float) -> Any:
+    def recorded(self: Scheduler, groups: Sequence[str], slices: Any) -> Any:
         looked.update(groups)
-        return real(self, groups, now)
+        return real(self, groups, slices)
 
     monkeypatch.setattr(Scheduler, "_without_waiting", recorded)
     plain = waiting(1, constraints=("node.labels.x==1",), name="plain")

@@ -1,0 +1,175 @@
+"""Measure what one node event costs the leader's loops in a large cluster.
+
+::
+
+    .venv/bin/python -m bench.node_events
+
+A store in memory holds 5,000 nodes with 20 running tasks each: one of each of four global services, and of 320 services
+with 250 replicas.  The production loops of one leader run on it.  An *event* is one commit about one node: it describes
+itself differently, reports other slots of its volumes, goes down, or returns.  The figure is the processor time of the
+whole process from the commit until nothing is left to do, minus that of an idle process for the same time.
+"""
+
+import argparse
+import asyncio
+import cProfile
+import gc
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from random import Random
+
+from msgspec.structs import replace
+
+from bench.loops import a_service, wait_settled
+from bench.scheduling import proposal_of
+from skep.aio.clock import SystemClock
+from skep.aio.gc_settings import configure_gc
+from skep.manager.loops import loops
+from skep.model.ids import NodeId, ServiceId, TaskId, new_id
+from skep.model.labels import ON_DISCONNECT
+from skep.model.node import Node, NodeDescription, NodeState, NodeStatus
+from skep.model.service import GlobalService, Resources, Service, ServiceMode
+from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.store.interface import Transaction
+from skep.store.memory import MemoryStore
+
+NODES, GLOBALS, SERVICES, REPLICAS = 5000, 4, 320, 250
+EVENTS = 20
+
+
+def main() -> None:
+    """Measure each kind of event."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    asyncio.run(measured(is_profiled=parser.parse_args().profile))
+
+
+async def measured(*, is_profiled: bool) -> None:
+    """Build the cluster, take it over, change its nodes."""
+    clock = SystemClock()
+    store = MemoryStore(clock)
+    store.cluster.commit(proposal_of(store, [*all_nodes(), *all_services()]), None)
+    store.cluster.commit(proposal_of(store, list(all_tasks(store.view().find(Service)))), None)
+    gc.collect()
+    configure_gc()
+    async for term in store.terms(NodeId("m1"), ""):
+        async with AsyncExitStack() as stack:
+            running = await stack.enter_async_context(asyncio.TaskGroup())
+            started = [running.create_task(loop.run()) for loop in loops(term, clock, new_id, Random(1))]
+            await wait_settled(time.perf_counter(), time.process_time())
+            await asyncio.sleep(5)  # every loop has loaded its part
+            print("| event | processor, ms: median (smallest, largest) |\n|---|---|")
+            for number, (name, change) in enumerate(EVENT_KINDS.items()):
+                profile = cProfile.Profile() if is_profiled else None
+                costs = [
+                    await _cost_ms(store, f"n{number * EVENTS + each:05}", change, profile)
+                    for each in range(EVENTS)
+                ]
+                print(
+                    f"| {name} | {statistics.median(costs):.1f} ({min(costs):.1f}, {max(costs):.1f}) |",
+                    flush=True,
+                )
+                if profile is not None:
+                    pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
+            for task in started:
+                task.cancel()
+        return
+
+
+async def _cost_ms(
+    store: MemoryStore, id: str, change: Callable[[Node], Node], profile: cProfile.Profile | None
+) -> float:
+    """Processor time of one event, without what the loops do by themselves."""
+    await asyncio.sleep(0.2)
+    idle_ms = await _used_ms(0.3)
+    if profile is not None:
+        profile.enable()
+    began = time.process_time()
+    await store.update(_changed, id, change)
+    used_ms = await _used_ms(0.3, began)
+    if profile is not None:
+        profile.disable()
+    return used_ms - idle_ms
+
+
+async def _used_ms(seconds: float, began: float | None = None) -> float:
+    began = time.process_time() if began is None else began
+    await asyncio.sleep(seconds)
+    return (time.process_time() - began) * 1000
+
+
+def _changed(tx: Transaction, id: str, change: Callable[[Node], Node]) -> None:
+    tx.put(change(tx.get(Node, id)))
+
+
+def _described(node: Node) -> Node:
+    return _with_label(node, "disk", "full")
+
+
+def _with_slots(node: Node) -> Node:
+    return _with_label(node, SLOT_VOLUMES_LABEL, "data=s00001.7@1763894400000")
+
+
+def _with_label(node: Node, name: str, value: str) -> Node:
+    engine = replace(node.description.engine, labels={**node.description.engine.labels, name: value})
+    return replace(node, description=replace(node.description, engine=engine))
+
+
+def _in_state(state: NodeState) -> Callable[[Node], Node]:
+    return lambda node: replace(node, status=replace(node.status, state=state))
+
+
+EVENT_KINDS = {
+    "describes itself differently": _described,
+    "reports other slots of its volumes": _with_slots,
+    "goes down, its tasks stay (skep.on-disconnect=keep)": _in_state(NodeState.DOWN),
+}
+
+
+def all_nodes() -> Iterator[Node]:
+    for number in range(NODES):
+        yield Node(
+            id=NodeId(f"n{number:05}"),
+            status=NodeStatus(state=NodeState.READY),
+            description=NodeDescription(
+                hostname=f"name{number}",
+                resources=Resources(nano_cpus=256_000_000_000, memory_bytes=1 << 40),
+            ),
+        )
+
+
+def all_services() -> Iterator[Service]:
+    for number in range(GLOBALS + SERVICES):
+        service = a_service(ServiceId(f"s{number:05}"), REPLICAS, memory_mib=1 + number % 10)
+        spec = replace(service.spec, labels={ON_DISCONNECT: "keep"})
+        if number < GLOBALS:
+            spec = replace(spec, mode=ServiceMode(global_=GlobalService()))
+        yield replace(service, spec=spec)
+
+
+def all_tasks(services: Sequence[Service]) -> Iterator[Task]:
+    number = 0
+    for service in services:
+        is_global = service.spec.mode.global_ is not None
+        for slot in range(NODES if is_global else REPLICAS):
+            number += 1
+            yield Task(
+                id=TaskId(f"t{number:07}"),
+                service_id=service.id,
+                slot=0 if is_global else slot + 1,
+                spec=service.spec.task_template,
+                spec_version=service.spec_version,
+                node_id=NodeId(f"n{number % NODES:05}"),
+                status=TaskStatus(state=TaskState.RUNNING),
+                desired_state=TaskState.RUNNING,
+            )
+
+
+if __name__ == "__main__":
+    main()
