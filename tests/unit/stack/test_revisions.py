@@ -18,7 +18,8 @@ from skep.stack.revisions import (
     Revision,
     before,
     body_of,
-    names_kept,
+    kept_of,
+    names_of,
     newest_deployed,
     revisions_of,
     state_after,
@@ -97,7 +98,7 @@ def test_the_one_to_return_to_is_the_last_that_was_deployed_before() -> None:
 
 def test_kept_revisions_keep_their_secrets_and_configs() -> None:
     found = revisions(*(config(body(number, str(number))) for number in range(1, KEPT + 3)))
-    kept = names_kept(found)
+    kept = names_of(kept_of(found))
     assert a_stack("1").configs["c"].name not in kept
     assert a_stack("3").configs["c"].name in kept
     assert a_stack("3").secrets["s"].name in kept
@@ -108,7 +109,7 @@ def test_a_damaged_revision_is_refused_and_hurts_no_other(data: str) -> None:
     found = revisions(config(body(1) | {"Data": data}), config(body(2)))
     with pytest.raises(InvalidArgument, match="revision 1 cannot be read"):
         found[0].stack()
-    assert names_kept(found)
+    assert names_of(found)
 
 
 def test_a_stack_that_is_too_large_is_refused() -> None:
