@@ -80,6 +80,23 @@ async def test_an_interrupted_one_is_not_continued_past_a_node_that_does_not_com
         assert {cluster.availability(name) for name in ("m1", "w1", "w2")} == {"active"}
 
 
+@pytest.mark.parametrize(("level", "is_back"), [(1, True), (2, False)])
+async def test_a_manager_gets_no_version_back_that_cannot_read_the_data(level: int, *, is_back: bool) -> None:
+    """The last manager reported the new level before its node failed."""
+    cluster = MadeUp("m1")
+    run = a_run(cluster, breaks=frozenset({"m1"}), rollback="true", level=level)
+    await run.take(continues=False)
+    words = (
+        "it has 1.0.0 again"
+        if is_back
+        else "the cluster's data are at level 2 and 1.0.0 reads level 1 at most"
+    )
+    with pytest.raises(Unavailable, match=words):
+        await run.run()
+    version = cluster.nodes["m1"]["Description"]["Engine"]["EngineVersion"]
+    assert version == (OLD if is_back else NEW)
+
+
 async def test_what_another_one_has_taken_over_is_left_to_it() -> None:
     cluster = MadeUp("m1", "w1")
     run = a_run(cluster)
