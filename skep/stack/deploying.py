@@ -44,7 +44,7 @@ from skep.stack.planning import (
     waves,
     with_network_names,
 )
-from skep.stack.progress import ServiceProgress, progress_of
+from skep.stack.progress import UP_TO_DATE, ServiceProgress, progress_of
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import wait_done
 
@@ -439,14 +439,19 @@ class Deployment:
 
     async def _progress(self) -> dict[str, ServiceProgress]:
         label = {"label": [f"{NAMESPACE}={self._stack.name}"]}
-        services, tasks = await asyncio.gather(
+        services, tasks, up_to_date = await asyncio.gather(
             self._client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
             self._client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
+            self._client.get("/tasks", filters={**label, **UP_TO_DATE}, timeout_s=RESPONSE_TIMEOUT_S),
         )
+        current = {str(one["ID"]) for one in up_to_date}
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
-        return {one.spec.name: _progress_of(one, by_service.get(one.id, ())) for one in _services(services)}
+        return {
+            one.spec.name: _progress_of(one, by_service.get(one.id, ()), current)
+            for one in _services(services)
+        }
 
     async def _state(self) -> str:
         """How far it came, for people."""
@@ -532,8 +537,8 @@ async def all_of(work: Iterable[Any]) -> None:
         raise one
 
 
-def _progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
+def _progress_of(service: Service, tasks: Sequence[Task], current: Collection[str]) -> ServiceProgress:
     """A job with a schedule is deployed at once: whenever its runs come, they have the new spec."""
     if CRON in service.spec.labels:
         return ServiceProgress("it has a schedule", is_done=True)
-    return progress_of(service, tasks)
+    return progress_of(service, tasks, current)
