@@ -22,6 +22,7 @@ from skep.errors import Unavailable
 from skep.manager.ca.external import ExternalAuthorities
 from skep.manager.events import ClusterEvents
 from skep.manager.routes import ManagerApi, application
+from skep.manager.routes.access import MANAGER
 from skep.model.access import ALL, Identity, Origin
 from skep.model.readable import names_from
 from skep.store.interface import Store
@@ -81,23 +82,17 @@ class ApiClient(Requests):
         self._name = name
         self._identity = identity
         self._random = apis.cluster.random
-        self._goes_on = asyncio.Event()
-        self._goes_on.set()
         self.is_killed = False
+        self._is_gone = False
+        """It was killed, and the simulation ends it: it makes no request for its clean-up."""
         self.requests = 0
         """How many it has begun."""
         self.killed_at: int | None = None
         """The number of the request before or after which it is killed; None: it is not."""
+        self.pauses: dict[int, float] = {}
+        """Numbers of requests before which it is suspended, and for how many seconds."""
         self.loses = 0.0
         """The probability that a response is lost."""
-
-    def suspend(self) -> None:
-        """Stop the program: it makes no further request, and reads no response."""
-        self._goes_on.clear()
-
-    def resume(self) -> None:
-        """Let it go on."""
-        self._goes_on.set()
 
     async def request(
         self,
@@ -135,9 +130,14 @@ class ApiClient(Requests):
         if self.killed_at is not None and self.requests >= self.killed_at:
             # Before the request, or after it: its response is not read then.
             self.is_killed = self.is_killed or self.requests > self.killed_at or self._random.random() < 0.5
+        if self._is_gone:
+            raise asyncio.CancelledError
         if self.is_killed:
-            await asyncio.get_running_loop().create_future()
-        await self._goes_on.wait()
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                self._is_gone = True
+        await asyncio.sleep(self.pauses.pop(self.requests, 0.0))
 
     async def _exchange(
         self, method: str, target: str, body: Any, headers: Mapping[str, str]
@@ -147,6 +147,8 @@ class ApiClient(Requests):
         transport = _Connection()
         identify(transport, self._identity)
         app = self._apis.any_manager()
+        if target == "/info":  # a route of the node process, which has its manager's clock
+            return 200, msgspec.json.encode({"SystemTime": app[MANAGER].now()})
         request = make_mocked_request(method, target, sent, transport=transport)
         request._read_bytes = data
         response = await app._handle(request)

@@ -15,6 +15,7 @@ from skep.stack.project import Stack
 from skep.stack.reading import Report
 from skep.stack.revisions import (
     KEPT,
+    KEPT_BYTES,
     Revision,
     before,
     body_of,
@@ -131,3 +132,30 @@ def test_stacks_with_long_names_have_revisions_of_their_own() -> None:
     names = {body_of(replace(a_stack(), name="s" * 60 + end), EMPTY, 1)["Name"] for end in "ab"}
     assert len(names) == 2
     assert all(len(name) <= 64 for name in names)
+
+
+def test_large_revisions_are_fewer_and_the_one_to_return_to_is_kept() -> None:
+    """Every manager has all configs in memory."""
+
+    def found(size: int, *states: str) -> list[Revision]:
+        return [
+            Revision(
+                number=number,
+                id=str(number),
+                version=1,
+                created_at="",
+                labels={"skep.stack.state": state},
+                data="x" * size,
+                of="shop",
+            )
+            for number, state in enumerate(states, 1)
+        ]
+
+    def numbers(revisions: list[Revision]) -> list[int]:
+        return [one.number for one in kept_of(revisions)]
+
+    assert numbers(found(1000, *["deployed"] * 12)) == list(range(3, 13))
+    assert numbers(found(KEPT_BYTES // 4, *["deployed"] * 12)) == [9, 10, 11, 12]
+    assert numbers(found(KEPT_BYTES * 2, *["deployed"] * 12)) == [11, 12]
+    assert numbers(found(1000, "deployed", *["failed: x"] * 12)) == [1, *range(4, 14)]
+    assert numbers(found(1000)) == []
