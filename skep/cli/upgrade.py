@@ -6,6 +6,7 @@ second one is refused, an interrupted one is continued or aborted.
 
 import asyncio
 import os
+import re
 import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -38,6 +39,7 @@ _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
 _LEVEL_UNKNOWN = 4
 """What the last version that cannot say its level supports."""
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 FORMER = "/var/cache/skep/former.deb"
 
 _WORK = """set -e
@@ -126,7 +128,9 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def _run_here(command: str, node: Member) -> None:
-    environment = {**os.environ, "SKEP_NODE": node.name, "SKEP_ADDRESS": node.address}
+    # The host name is the node's own word: "-oProxyCommand=..." would be an option of ssh on this machine.
+    name = node.name if _HOST_NAME.fullmatch(node.name) else node.id
+    environment = {**os.environ, "SKEP_NODE": name, "SKEP_ADDRESS": node.address}
     process = await asyncio.create_subprocess_exec(
         *("sh", "-c", command), stdin=subprocess.DEVNULL, stdout=2, env=environment
     )

@@ -188,6 +188,8 @@ class Return(msgspec.Struct, frozen=True):
     client: Requests
     stack: Stack
     plan: Plan
+    left: frozenset[str] = frozenset()
+    """Services that the revision does not have, and that may not be removed."""
     beyond: tuple[str, ...] = ()
     """Why the rights of the revision's writer do not suffice, a line for each service."""
 
@@ -219,11 +221,13 @@ async def return_plan(
                 raise
     existing = await existing_of(client, stack.name, config_names(stack))
     plan = plan_of(stack, existing, images={}, prune=True)
+    left: frozenset[str] = frozenset()
     if removable is not None:
-        changes = [one for one in plan.changes if one.action is not Action.REMOVE or one.id in removable]
+        left = frozenset(one.name for one in plan.of("service", Action.REMOVE) if one.id not in removable)
+        changes = [one for one in plan.changes if one.action is not Action.REMOVE or one.name not in left]
         plan = msgspec.structs.replace(plan, changes=tuple(changes))
     beyond = await _refusals(limited, plan) if limited is not client else ()
-    return Return(client if is_admin else limited, stack, plan, beyond)
+    return Return(client if is_admin else limited, stack, plan, left, beyond)
 
 
 async def _refusals(client: Requests, plan: Plan) -> tuple[str, ...]:
@@ -255,14 +259,22 @@ async def undo(
     something that it names is gone; PermissionDenied: its writer lacks the rights for it; nothing was changed then.
     """
     name, made = failed.stack, made if made is not None else Made()
+    created = {one.name for one in failed.of("service", Action.CREATE)}
     if failed.is_new:
-        return await _unmade(client, name, made, show, wait_s, warn)
+        text = await _unmade(client, name, made, show, wait_s, warn)
+        there = {one.spec.name for one in (await existing_of(client, name)).services}
+        return text + _unsure(created & there)
     revision = newest_deployed(await known_revisions(client, name))
     found = await return_plan(client, revision, removable={one.id for one in made.services})
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))
     await carry_out(found.client, found.stack, found.plan, show, wait_s, warn)
-    return f"{name} is as in revision {revision.number} again"
+    return f"{name} is as in revision {revision.number} again" + _unsure(created & found.left)
+
+
+def _unsure(names: Collection[str]) -> str:
+    """What an undo leaves: no response said that the deploy had created it."""
+    return f", but for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
 
 
 def refused(revision: Revision, beyond: Collection[str]) -> str:
