@@ -95,6 +95,7 @@ class _ShopCluster(Requests):
         self.fails = False
         self._objects: dict[str, list[dict[str, Any]]] = {"configs": [], "services": [], "networks": []}
         self._looks: dict[str, int] = {}
+        self._seen: list[dict[str, Any]] = []
 
     async def request(
         self,
@@ -109,7 +110,9 @@ class _ShopCluster(Requests):
     ) -> Any:
         match method, path.strip("/").split("/"):
             case "GET", ["tasks"]:
-                return self._tasks()
+                if "_up-to-date" not in (filters or {}):  # else those of the same look
+                    self._seen = self._tasks()
+                return self._seen
             case "GET", [kind]:
                 return self._objects.get(kind, [])
             case "GET", [kind, id]:

@@ -252,7 +252,7 @@ _PLAN = Plan(
 
 def _revision(number: int, at: str, changes: str, state: str) -> Revision:
     labels = {STACK_CHANGES: changes, STACK_STATE: state}
-    return Revision(number=number, id="", version=1, created_at=at, labels=labels, data="")
+    return Revision(number=number, id="", version=1, created_at=at, labels=labels, data="", of="shop")
 
 
 def _revisions() -> list[Revision]:

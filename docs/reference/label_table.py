@@ -380,7 +380,7 @@ LABELS = (
     Label(
         LabelTarget.REVISION,
         STACK_STATE,
-        "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`",
+        "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`, `being undone`",
         "",
         "how its deploy ended",
     ),

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from skep.errors import Unauthenticated
-from skep.model.access import ALL, Identity, Origin
+from skep.model.access import ALL, ROLE_HEADER, Identity, Origin, parse_binding
 
 IDENTITY_HEADER: Final = "X-Skep-Identity"
 """Of requests that a process of this node makes for a client, on the manager's own socket."""
@@ -34,7 +34,17 @@ def identify(transport: asyncio.BaseTransport, identity: Identity) -> None:
 
 
 def identity_of(request: web.Request) -> Identity:
-    """The identity of ``request``.  Raises: Unauthenticated: its connection is not known, or was closed."""
+    """Return the identity of ``request``, within the role that its header ``X-Skep-Role`` names.
+
+    Raises:
+        Unauthenticated: its connection is not known, or was closed.
+        InvalidArgument: the header names no role.
+    """
+    identity, limit = _client_of(request), request.headers.get(ROLE_HEADER)
+    return identity if limit is None else identity.limited_to(parse_binding(limit))
+
+
+def _client_of(request: web.Request) -> Identity:
     transport = request.transport
     known = _identities.get(transport) if transport is not None else None
     if known is not None:

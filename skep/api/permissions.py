@@ -261,7 +261,7 @@ RULES: Final = (
     # Commands that containers ran, and what other stacks do, are among the events.
     _rule("GET", r"/events", _VIEWER, Scope.CLUSTER, container=_READ, is_document=False),
     _rule("GET", r"/skep/(?:events|history|state|view|view/stream)", _VIEWER, Scope.CLUSTER),
-    _rule("GET", r"/metrics|/skep/cluster/store|/skep/doctor/network", _VIEWER, Scope.CLUSTER),
+    _rule("GET", r"/metrics|/skep/cluster/(?:store|level)|/skep/doctor/network", _VIEWER, Scope.CLUSTER),
     _rule("POST", r"/skep/doctor/network", _OPERATOR, Scope.CLUSTER),  # the throughput test fills every link
     _rule("GET", r"/ui(?:/.*)?", _VIEWER, Scope.ANY),  # the dashboard's files
     _rule("GET", r"/skep/quorum|/skep/access", _VIEWER, Scope.ANY),

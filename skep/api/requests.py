@@ -12,7 +12,8 @@ from typing import Any, Final, Self, TypeAlias
 import msgspec
 
 from skep.api.raw import RawClient
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
+from skep.model.access import ROLE_HEADER
 
 TIMEOUT_S: Final = 60.0
 """Deadline of a request whose response is read as a whole."""
@@ -92,6 +93,53 @@ class Requests(ABC):
             SkepError: of the class that the status means, with the server's message.
             Unavailable: no response within ``timeout_s``.
         """
+
+
+class LimitedRequests(Requests):
+    """Requests of which those that change something have the rights of one role at most.
+
+    Reads keep the rights of the client: a role in one stack does not see the networks of others.
+    """
+
+    def __init__(self, client: Requests, role: str) -> None:
+        """``role``: as in ``skep user``: ``operator:shop``."""
+        self._client = client
+        self._headers = {ROLE_HEADER: role}
+
+    @classmethod
+    async def of(cls, client: Requests, role: str) -> Self:
+        """Return requests limited to ``role``.
+
+        Raises: FailedPrecondition: the manager is of a version that cannot limit them.
+        """
+        made = cls(client, role)
+        access = await client.get("/skep/access", headers=made._headers)
+        if access.get("Limit") != role:
+            raise FailedPrecondition(f"this manager cannot limit a request to the role {role}: upgrade it")
+        return made
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        filters: Filters | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """See ``Requests``."""
+        limit = {} if method == "GET" else self._headers
+        return await self._client.request(
+            method,
+            path,
+            body=body,
+            query=query,
+            filters=filters,
+            headers={**(headers or {}), **limit},
+            timeout_s=timeout_s,
+        )
 
 
 class PlainRequests(Requests):

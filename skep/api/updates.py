@@ -6,7 +6,7 @@ from typing import Any, Final
 from skep.api.requests import Requests
 from skep.errors import OutOfSequence, SkepError
 
-_ATTEMPTS: Final = 10
+ATTEMPTS: Final = 10
 """To update an object that others update, too."""
 
 
@@ -33,7 +33,7 @@ async def update(
 
     Raises: as ``Client.get``; OutOfSequence: others were faster every time.
     """
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         found = await client.get(f"/{kind}/{word}", timeout_s=timeout_s)
         spec = change(found)
         if spec is None:
@@ -44,7 +44,11 @@ async def update(
             await client.request("POST", path, body=spec, query=sent, headers=headers, timeout_s=timeout_s)
             return True
         except SkepError as error:
-            is_race = isinstance(error, OutOfSequence) or "update out of sequence" in str(error)
-            if not is_race or attempt == _ATTEMPTS - 1:
+            if not is_race(error) or attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError("the last attempt returns or raises")
+
+
+def is_race(error: SkepError) -> bool:
+    """Whether a change was refused because the object had changed since it was read."""
+    return isinstance(error, OutOfSequence) or "update out of sequence" in str(error)

@@ -1,7 +1,7 @@
 """``skep secret`` and ``skep config``: docker's commands, and rotate and prune.
 
-Secrets and configs never change; a rotation makes a next version, an object ``NAME-v2`` with the labels of the one
-before, and updates every service that uses an older one, each by its own update policy.  In the containers the file
+Secrets and configs never change; a rotation makes a next version, an object ``NAME-v2`` with the labels of the first
+one, and updates every service that uses an older one, each by its own update policy.  In the containers the file
 keeps its name.
 """
 
@@ -24,6 +24,12 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests, say
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.model.labels import ROTATION_OF
+from skep.model.schedules import CRON
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.unknown import leniently
+from skep.stack.progress import progress_of
+from skep.stack.project import NAMESPACE
 
 _RESPONSE_TIMEOUT_S = 20.0
 _LOOK_S = 0.5
@@ -58,22 +64,42 @@ class Kind(msgspec.Struct, frozen=True):
 
 
 def root_of(found: Mapping[str, Any]) -> str:
-    """The name of an object's first version."""
+    """Return the name of an object's first version.
+
+    The label counts only for an object that has the name of a version: anybody who may create secrets in some stack can
+    write the label, but only names that begin with the stack's.
+    """
     spec = found["Spec"]
-    return str((spec.get("Labels") or {}).get(ROTATION_OF) or spec["Name"])
+    root = str(_labels(found).get(ROTATION_OF) or "")
+    return root if root and re.fullmatch(_version_pattern(root), spec["Name"]) else str(spec["Name"])
 
 
 def versions(objects: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """All versions of the object ``name``, which may be any of them, the oldest first.  Raises: NotFound."""
+    """Return all versions of the object ``name``, which may be any of them, the oldest first.
+
+    They are of the same stack: what another stack calls a version of this object is none.
+
+    Raises: NotFound.
+    """
     named = next((one for one in objects if one["Spec"]["Name"] == name), None)
     if named is None:
         raise NotFound(f"there is no {name}: create it with docker, and rotate it from then on")
-    root = root_of(named)
-    return sorted((one for one in objects if root_of(one) == root), key=lambda one: _number(one, root))
+    root, stack = root_of(named), _labels(named).get(NAMESPACE)
+    found = [one for one in objects if root_of(one) == root and _labels(one).get(NAMESPACE) == stack]
+    return sorted(found, key=lambda one: _number(one, root))
+
+
+def _labels(found: Mapping[str, Any]) -> Mapping[str, str]:
+    labels: Mapping[str, str] = found["Spec"].get("Labels") or {}
+    return labels
+
+
+def _version_pattern(root: str) -> str:
+    return re.escape(root) + r"-v([0-9]{1,9})"
 
 
 def _number(found: Mapping[str, Any], root: str) -> int:
-    match = re.fullmatch(re.escape(root) + r"-v(\d{1,9})", found["Spec"]["Name"])
+    match = re.fullmatch(_version_pattern(root), found["Spec"]["Name"])
     return int(match[1]) if match else 1
 
 
@@ -115,7 +141,14 @@ class VersionProgress(msgspec.Struct, frozen=True):
 def version_progress(
     kind: Kind, service: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], new: str
 ) -> VersionProgress:
-    """``tasks``: those of the service that are wanted.  ``new``: the id of the version."""
+    """Return how far a service is; a job with a schedule is done at once, since its next run has the version.
+
+    Args:
+        tasks: those of the service that are wanted.
+        new: the id of the version.
+    """
+    if _is_scheduled(service):
+        return VersionProgress(0, 0, is_complete=True)
     on_it = [task for task in tasks if any(r[kind.id_key] == new for r in _references_of(kind, task))]
     done = sum(task["Status"]["State"] == "running" for task in on_it)
     replicated = service["Spec"]["Mode"].get("Replicated")
@@ -125,6 +158,11 @@ def version_progress(
     if state in _STUCK:
         return VersionProgress(done, wanted, stuck=update.get("Message") or state)
     return VersionProgress(done, wanted, is_complete=done == wanted == len(tasks) and state != "updating")
+
+
+def _is_scheduled(service: Mapping[str, Any]) -> bool:
+    """Whether it is a job with a schedule: an update starts no run of it."""
+    return CRON in _labels(service)
 
 
 def _references_of(kind: Kind, task: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
@@ -164,10 +202,10 @@ class _Rotation:
         known = versions(objects, name)
         if data is None:
             return known[-1], {one["ID"] for one in known[:-1]}
-        before = known[-1]["Spec"]
-        spec = {key: value for key, value in before.items() if key != "Data"} | {
+        first = known[0]["Spec"]
+        spec = {key: value for key, value in first.items() if key != "Data"} | {
             "Name": next_name(objects, known),
-            "Labels": (before.get("Labels") or {}) | {ROTATION_OF: root_of(known[-1])},
+            "Labels": {**_labels(known[0]), ROTATION_OF: root_of(known[-1])},
             "Data": base64.b64encode(data).decode(),
         }
         made = await self._client.post(f"{self._kind.path}/create", spec, timeout_s=_RESPONSE_TIMEOUT_S)
@@ -183,10 +221,11 @@ class _Rotation:
         for service in await self._client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S):
             name, mode = service["Spec"]["Name"], service["Spec"]["Mode"]
             is_job = "ReplicatedJob" in mode or "GlobalJob" in mode
-            if is_job and moved(self._kind, service["Spec"], old, new) is not None:
-                click.echo(f"{name}: a job, which an update would run again: left as it is", err=True)
-                continue
             try:
+                if is_job and not _is_scheduled(service):
+                    if moved(self._kind, service["Spec"], old, new) is not None:
+                        await self._leave(service, new["Spec"]["Name"])
+                    continue
                 await self._move_one(service["ID"], old, new)
                 current = await self._client.get(f"/services/{service['ID']}", timeout_s=_RESPONSE_TIMEOUT_S)
             except SkepError as error:
@@ -196,6 +235,22 @@ class _Rotation:
             if any(one[self._kind.id_key] == new["ID"] for one in _references(self._kind, current["Spec"])):
                 using.append(service["ID"])
         return using
+
+    async def _leave(self, service: Mapping[str, Any], new: str) -> None:
+        """Report a job that an update would run again: a problem, unless it has completed and needs nothing now."""
+        name = service["Spec"]["Name"]
+        tasks = await self._client.get(
+            "/tasks", filters={"service": [service["ID"]]}, timeout_s=_RESPONSE_TIMEOUT_S
+        )
+        job = leniently(msgspec.json.encode(service), Service)
+        found = [leniently(msgspec.json.encode(one), Task) for one in tasks]
+        if progress_of(job, found).is_done:
+            click.echo(f"{name}: a completed job, keeps the former {self._kind.noun}", err=True)
+            return
+        self.problems.append(
+            f"{name}: a job that is not complete keeps the former {self._kind.noun}, because an update runs it again: "
+            f"update it to {new} yourself"
+        )
 
     async def _is_gone(self, id: str) -> bool:
         """Whether the service was removed meanwhile; else it is its update that finds something missing."""
@@ -225,8 +280,9 @@ class _Rotation:
                 if found is None:
                     waiting.remove(id)
                     continue
-                name = service["Spec"]["Name"]
-                self._show(name, f"{found.done} of {found.wanted} tasks have {new['Spec']['Name']}")
+                name, version = service["Spec"]["Name"], new["Spec"]["Name"]
+                text = f"{found.done} of {found.wanted} tasks have {version}"
+                self._show(name, f"its next run has {version}" if _is_scheduled(service) else text)
                 if found.stuck:
                     self.problems.append(f"{name}: {found.stuck} (skep explain {name})")
                 if found.stuck or found.is_complete:
@@ -249,7 +305,7 @@ class _Rotation:
     def _show(self, name: str, text: str) -> None:
         if self._shown.get(name) != text:
             self._shown[name] = text
-            click.echo(f"{name}: {text}", err=True)
+            say(f"{name}: {text}")
 
     def unfinished(self) -> str:
         """What was shown last of each service."""

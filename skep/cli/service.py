@@ -13,7 +13,7 @@ from skep.errors import Unavailable
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.unknown import leniently
-from skep.stack.progress import ServiceProgress, progress_of
+from skep.stack.progress import UP_TO_DATE, ServiceProgress, progress_of
 from skep.stack.waiting import wait_done
 
 _RESPONSE_TIMEOUT_S = 15.0
@@ -75,7 +75,9 @@ async def _look(client: Client, name: str) -> ServiceProgress:
     found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
     filters = {"service": [found["ID"]]}
     tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
+    current = await client.get("/tasks", filters={**filters, **UP_TO_DATE}, timeout_s=_RESPONSE_TIMEOUT_S)
     return progress_of(
         leniently(msgspec.json.encode(found), Service),
         [leniently(msgspec.json.encode(task), Task) for task in tasks],
+        {str(one["ID"]) for one in current},
     )

@@ -23,16 +23,26 @@ from skep.cli.stack_builds import build_images
 from skep.cli.stack_lists import ls, ps, services
 from skep.cli.stack_quota import quota
 from skep.cli.stack_screens import Progress, compared, lines_of, planned, revisions, warn
-from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.model.images import registry_of
+from skep.model.task_end import printable
 from skep.stack.bound_files import with_bound_files
 from skep.stack.conversion import stack_of
-from skep.stack.deploying import NO_LOGINS, Deployment, existing_of, pinned_images, remove, with_placements
+from skep.stack.deploying import (
+    NO_LOGINS,
+    Deployment,
+    Made,
+    config_names,
+    existing_of,
+    pinned_images,
+    with_placements,
+)
 from skep.stack.loading import Choices, Files, Loaded, load
 from skep.stack.planning import Plan, plan_of
 from skep.stack.project import Stack
 from skep.stack.reading import Report
-from skep.stack.recording import carry_out, known_revisions, return_plan, undo
+from skep.stack.recording import carry_out, known_revisions, refused, return_plan, undo
+from skep.stack.removing import remove
 from skep.stack.revisions import before
 
 _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
@@ -206,10 +216,10 @@ def config(
 # --- plan ----------------------------------------------------------------------------------------------------------
 
 
-async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float) -> str:
+async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
     """After a deploy that failed of ``error``: what was done.  Raises: Unavailable: with both errors."""
     try:
-        return await undo(client, failed, Progress().show, timeout, warn)
+        return await undo(client, failed, Progress().show, timeout, warn, made)
     except SkepError as problem:
         raise Unavailable(
             f"the deploy failed: {error}; what was there before cannot be deployed again: {problem}"
@@ -229,7 +239,7 @@ async def _plan(
     unknown = [name for name in only if name not in stack.services]
     if unknown:
         raise NotFound(f"the files have no service {unknown[0]}: name one of {', '.join(stack.services)}")
-    existing = await existing_of(client, stack.name)
+    existing = await existing_of(client, stack.name, config_names(stack))
     images: Mapping[str, str] = {}
     if resolve != "never":
         local = {
@@ -358,13 +368,14 @@ def deploy(
             if only:  # a part of a stack is no revision of it
                 await Deployment(client, made, found, progress.show, logins).apply(wait_s)
                 return
+            created = Made()
             try:
-                await carry_out(client, made, found, progress.show, wait_s, warn, logins)
+                await carry_out(client, made, found, progress.show, wait_s, warn, logins, created)
             except SkepError as error:
                 if not rollback_on_failure:
                     raise
                 click.echo(f"failed: {error}", err=True)
-                done = await _undone(client, found, error, timeout)
+                done = await _undone(client, found, error, timeout, created)
                 raise Unavailable(f"the deploy failed, and {done}: {error}") from error
 
     with errors_shown():
@@ -430,27 +441,38 @@ def history(host: HostOptions, name: str, output: Output) -> None:
 @click.option(
     "--to", type=click.IntRange(1), metavar="N", help="This revision; else the deployed one before the last."
 )
+@click.option(
+    "--as-admin", is_flag=True, help="Use all your rights, whoever wrote the revision.  Read the plan first."
+)
 @click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
 @click.argument("name")
 @click.pass_obj
-def rollback(host: HostOptions, to: int | None, timeout: float, name: str) -> None:
+def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: float, name: str) -> None:
     """Deploy an earlier revision of a stack again, with the images, secrets and configs that it had.
 
     Services that it did not have are removed.  The return is a revision itself.
+
+    It runs with the rights of the user who wrote the revision.  If these do not suffice, the command shows the plan
+    and the missing rights, and changes nothing.
 
     \b
     Examples:
       skep stack rollback shop
       skep stack rollback --to 3 shop
+      skep stack rollback --to 3 --as-admin shop
     """
     progress = Progress()
 
     async def run() -> None:
         async with host.requests() as client:
             revision = before(await known_revisions(client, name), to)
-            stack, plan = await return_plan(client, revision)
-            click.echo("\n".join(lines_of(plan)), err=True)
-            await carry_out(client, stack, plan, progress.show, timeout, warn)
+            found = await return_plan(client, revision, is_admin=as_admin)
+            click.echo("\n".join(lines_of(found.plan)), err=True)
+            if found.beyond and not as_admin:
+                raise PermissionDenied(refused(revision, found.beyond))
+            for line in found.beyond:
+                warn(printable(f"beyond the role {revision.role}: {line}"))
+            await carry_out(found.client, found.stack, found.plan, progress.show, timeout, warn)
 
     run_requests(run())
 

@@ -118,9 +118,12 @@ def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
     made = [f"Stack {plan.stack}: {', '.join(counts)}"]
     for one in effective:
         made.append(
-            click.style(f"  {one.action.value} {one.kind} {one.name}", fg=_COLOURS[one.action]) + _note(one)
+            click.style(printable(f"  {one.action.value} {one.kind} {one.name}"), fg=_COLOURS[one.action])
+            + printable(_note(one))
         )
-        made += [f"      {line_of(each, is_wide=is_wide)}" for each in _worth_a_line(one.differences)]
+        made += [
+            printable(f"      {line_of(each, is_wide=is_wide)}") for each in _worth_a_line(one.differences)
+        ]
         if (placement := plan.placements.get(one.name)) is not None and one.kind == "service":
             made += [f"      {line}" for line in placement_lines(placement)]
     return made

@@ -6,6 +6,7 @@ second one is refused, an interrupted one is continued or aborted.
 
 import asyncio
 import os
+import re
 import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -28,7 +29,7 @@ from skep.cli.reboot_lock import whoami
 from skep.cli.running import errors_shown, say
 from skep.cli.up import APT_INSTALL, INSTALLS_WITHIN_S, Machine, quoted
 from skep.cli.upgrade_plan import Member, Plan, Step, plan, running_of
-from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 
 T = TypeVar("T")
 
@@ -36,6 +37,9 @@ _LEASE_S_MIN = 1800.0
 _CHECKED_WITHIN_S = 30.0
 _UNSET = datetime.max.replace(tzinfo=UTC)
 _LOOK_S = 0.5
+_LEVEL_UNKNOWN = 4
+"""What the last version that cannot say its level supports."""
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 FORMER = "/var/cache/skep/former.deb"
 
 _WORK = """set -e
@@ -124,7 +128,9 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def _run_here(command: str, node: Member) -> None:
-    environment = {**os.environ, "SKEP_NODE": node.name, "SKEP_ADDRESS": node.address}
+    # The host name is the node's own word: "-oProxyCommand=..." would be an option of ssh on this machine.
+    name = node.name if _HOST_NAME.fullmatch(node.name) else node.id
+    environment = {**os.environ, "SKEP_NODE": name, "SKEP_ADDRESS": node.address}
     process = await asyncio.create_subprocess_exec(
         *("sh", "-c", command), stdin=subprocess.DEVNULL, stdout=2, env=environment
     )
@@ -369,20 +375,44 @@ class _Upgrade:
                 await self.release()
                 raise
         await self._hold()
+        supported = (await self._levels()).get(node.id, _LEVEL_UNKNOWN)
         say(f"{node.name}: is being upgraded from {node.version} to {self._means.version}")
         try:
             await self._means.upgrade(node)
             await self._comes_back(node, self._means.version)
         except Unavailable as error:
-            raise Unavailable(await self._rolled_back(node, str(error))) from error
+            raise Unavailable(await self._rolled_back(node, str(error), supported)) from error
         await self._activate()
         say(f"{node.name}: has {self._means.version}")
 
-    async def _rolled_back(self, node: Member, reason: str) -> str:
-        """Roll the node back; gives the result as a sentence."""
+    async def _levels(self) -> Mapping[str, int]:
+        """Return the level of data that each manager supports, and that of the cluster as ``""``.
+
+        Empty: no manager can say it, because of its version or because none answers.
+        """
+        try:
+            found = await self._client.get("/skep/cluster/level", timeout_s=RESPONSE_TIMEOUT_S)
+        except SkepError:
+            return {}
+        return {**(found.get("Managers") or {}), "": found["Level"]}
+
+    async def _rolled_back(self, node: Member, reason: str, supported: int) -> str:
+        """Roll the node back; gives the result as a sentence.
+
+        Args:
+            supported: the level of data that its former version can read.
+        """
         text = f"{node.name} did not come back with {self._means.version}: {reason}"
         if not self._means.can_roll_back:
             return f"{text}; it stays drained: repair it, then --continue, or --abort"
+        # No answer: no manager has its data in use, and one whose node never was ready has not raised the level.
+        level = (await self._levels()).get("", supported)
+        if node.is_manager and level > supported:
+            return (
+                f"{text}; it keeps {self._means.version}, because the cluster's data are at level {level} and "
+                f"{node.version} reads level {supported} at most; it stays drained: repair it, then --continue, "
+                "or --abort"
+            )
         say(f"{node.name}: did not come back well, is being put back to {node.version}")
         try:
             await self._means.roll_back(node)

@@ -11,6 +11,8 @@ from skep.errors import InvalidArgument
 
 EVERY_STACK: Final = "*"
 """In place of a stack's name: the whole cluster."""
+ROLE_HEADER: Final = "X-Skep-Role"
+"""A request header: the request has the rights of this role at most (``operator:shop``)."""
 TOKEN_BYTES_MAX: Final = 512
 _STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
@@ -97,8 +99,36 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         reaching = [one.role for one in self.bindings if one.stack in (EVERY_STACK, stack)]
         return max(reaching, default=None)
 
+    def strongest_in(self, stack: str) -> Binding | None:
+        """Return the binding that gives the most rights over ``stack``, or None if none reaches it."""
+        reaching = [one for one in self.bindings if one.stack in (EVERY_STACK, stack)]
+        return max(reaching, key=_strength, default=None)
+
+    def limited_to(self, limit: Binding) -> "Identity":
+        """Return the identity with only those of its rights that ``limit`` gives, too."""
+        shared = (_shared(one, limit) for one in self.bindings)
+        return msgspec.structs.replace(self, bindings=tuple(filter(None, shared)))
+
     def __str__(self) -> str:
         return f"{self.origin.value} {self.name}"
+
+
+def weaker(one: Binding, other: Binding) -> Binding:
+    """Return the binding that gives fewer rights over a stack that both reach."""
+    return min(one, other, key=_strength)
+
+
+def _strength(binding: Binding) -> tuple[Role, bool]:
+    return binding.role, binding.stack == EVERY_STACK
+
+
+def _shared(one: Binding, limit: Binding) -> Binding | None:
+    """The rights that both give; None: none."""
+    if EVERY_STACK not in (one.stack, limit.stack) and one.stack != limit.stack:
+        return None
+    stack = limit.stack if one.stack == EVERY_STACK else one.stack
+    role = min(one.role, limit.role)
+    return Binding(Role.OPERATOR if role is Role.ADMIN and stack != EVERY_STACK else role, stack)
 
 
 ALL: Final = (Binding(Role.ADMIN),)

@@ -44,3 +44,5 @@ class Config(ApiObject):
     created_at: Timestamp = always(ZERO_TIME)
     updated_at: Timestamp = always(ZERO_TIME)
     spec: ConfigSpec = always(ConfigSpec())
+    written_by: str = ""
+    """The weakest role that has written it, as ``operator:shop``, if it is the revision of a stack.  Empty: unknown."""

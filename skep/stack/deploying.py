@@ -4,8 +4,7 @@ Repeating a deploy completes one that was interrupted: each step asks for what i
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -13,10 +12,10 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.api.requests import Requests
-from skep.api.updates import update
-from skep.api.waiting import persistently
+from skep.api.updates import ATTEMPTS, is_race, update
 from skep.errors import (
     AlreadyExists,
+    FailedPrecondition,
     InvalidArgument,
     NotFound,
     PermissionDenied,
@@ -24,6 +23,7 @@ from skep.errors import (
     Unavailable,
     reason_of,
 )
+from skep.model.autoscaling import with_present_number
 from skep.model.encoding import to_json
 from skep.model.schedules import CRON
 from skep.model.service import Service, ServiceSpec
@@ -37,12 +37,14 @@ from skep.stack.planning import (
     Placement,
     Plan,
     differences,
+    is_still,
+    merged,
     other_content,
     superseded,
     waves,
     with_network_names,
 )
-from skep.stack.progress import ServiceProgress, progress_of
+from skep.stack.progress import UP_TO_DATE, ServiceProgress, progress_of
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import wait_done
 
@@ -51,9 +53,6 @@ _AT_ONCE: Final = 8
 """Requests in flight."""
 _TOGETHER: Final = 200
 """Services in one request: a few megabytes at most, and no longer than a fraction of a second."""
-_LOOK_S: Final = 0.5
-_IN_USE_S: Final = 60.0
-"""How long a network may be in use by tasks that stop."""
 _OTHER_CONTENT: Final = "only updates to Labels are allowed"
 """SwarmKit's refusal of other content for a secret or a config."""
 _LAST_WORDS_S: Final = 5.0
@@ -65,18 +64,42 @@ Show = Callable[[str, str], None]
 """Takes the name of an object, and what to say of it."""
 
 
-async def existing_of(client: Requests, stack: str) -> Existing:
-    """What the cluster has: everything of the stack, and all that it may refer to."""
+class Made(msgspec.Struct):
+    """What a deploy has created so far: its undo removes this and nothing else."""
+
+    services: list[Service] = []
+    """With networks by name."""
+    files: list[tuple[str, str, str]] = []
+    """Networks, secrets and configs: kind, name and id."""
+    revision: str = ""
+    """The id of the config that records the deploy."""
+    known: frozenset[str] = frozenset()
+    """The ids of the revisions that there were before."""
+
+
+async def existing_of(client: Requests, stack: str, configs: Iterable[str] = ()) -> Existing:
+    """Return the stack's services, and everything that they may refer to: of configs those with these names.
+
+    Configs come with their content, and those of the whole cluster can be hundreds of megabytes.
+    """
     label = {"label": [f"{NAMESPACE}={stack}"]}
-    services, networks, secrets, configs = await asyncio.gather(
+    services, networks, secrets, found = await asyncio.gather(
         client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
         client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S),
         client.get("/secrets", timeout_s=RESPONSE_TIMEOUT_S),
-        client.get("/configs", timeout_s=RESPONSE_TIMEOUT_S),
+        configs_named(client, configs),
     )
     return Existing(
-        services=_services(services), networks=tuple(networks), secrets=tuple(secrets), configs=tuple(configs)
+        services=_services(services), networks=tuple(networks), secrets=tuple(secrets), configs=tuple(found)
     )
+
+
+async def configs_named(client: Requests, names: Iterable[str]) -> list[Any]:
+    """Return the configs with these names, and perhaps others: the filter takes prefixes."""
+    wanted = sorted(set(names))
+    if not wanted:
+        return []
+    return list(await client.get("/configs", filters={"name": wanted}, timeout_s=RESPONSE_TIMEOUT_S))
 
 
 def _services(objects: Iterable[Any]) -> tuple[Service, ...]:
@@ -144,8 +167,14 @@ class Deployment:
         plan: Plan,
         show: Show,
         logins: Mapping[str, str] = NO_LOGINS,
+        made: Made | None = None,
     ) -> None:
-        """``logins``: ``X-Registry-Auth`` by the names of images as the files have them."""
+        """
+        Args:
+            logins: ``X-Registry-Auth`` by the names of images as the files have them.
+            made: gets what the deploy creates.
+        """
+        self._made = made if made is not None else Made()
         self._client = client
         self._logins = logins
         self._stack = stack
@@ -179,7 +208,7 @@ class Deployment:
             async with asyncio.timeout(wait_s):
                 await self._services()
                 for one in self._plan.of("service", Action.REMOVE):
-                    await self._remove("/services", one.name)
+                    await self._remove(one)
                 if wait_s is not None:
                     await self._wait(self._plan.of("service", Action.CREATE, Action.UPDATE, Action.KEEP))
         except TimeoutError:
@@ -187,11 +216,15 @@ class Deployment:
                 f"not done within {wait_s:g} s: {await self._unfinished()} (skep explain SERVICE)"
             ) from None
 
-    async def prune(self, kept: Sequence[str] = ()) -> None:
-        """Remove secrets and configs that earlier files had and nothing uses."""
-        existing = await existing_of(self._client, self._stack.name)
+    async def prune(self, former: Collection[str] = (), kept: Collection[str] = ()) -> None:
+        """Remove the secrets and configs that nothing uses, of those that earlier deploys had (``former``).
+
+        Others with the stack's label stay: a deploy beside this one has just created them, or a person has.
+        """
+        existing = await existing_of(self._client, self._stack.name, former)
         for kind, objects in (("secret", existing.secrets), ("config", existing.configs)):
-            for one in superseded(self._stack, kind, objects, existing.services, kept):
+            candidates = [one for one in objects if one["Spec"]["Name"] in former]
+            for one in superseded(self._stack, kind, candidates, existing.services, kept):
                 try:
                     await self._client.delete(f"/{kind}s/{one['ID']}", timeout_s=RESPONSE_TIMEOUT_S)
                 except SkepError:  # something uses it since a moment ago
@@ -232,7 +265,7 @@ class Deployment:
 
         changed = {(one.kind, one.name) for one in self._plan.changes if one.action is Action.UPDATE}
         kept = {one.name for one in self._plan.of("secret", Action.KEEP)}
-        await _all(
+        await all_of(
             write(kind, one)
             for kind, files in (("secret", self._stack.secrets), ("config", self._stack.configs))
             for one in files.values()
@@ -253,12 +286,14 @@ class Deployment:
         async def create(name: str, body: Mapping[str, Any]) -> None:
             async with self._limit:
                 try:
-                    await self._client.post(f"/{kind}s/create", body, timeout_s=RESPONSE_TIMEOUT_S)
+                    found = await self._client.post(f"/{kind}s/create", body, timeout_s=RESPONSE_TIMEOUT_S)
                 except AlreadyExists:  # by a deploy beside this one
                     return
+            if found:
+                self._made.files.append((kind, name, str(found.get("ID") or found.get("Id"))))
             self._show(name, f"{kind} created")
 
-        await _all(create(name, body) for name, body in bodies.items())
+        await all_of(create(name, body) for name, body in bodies.items())
 
     async def _learn_ids(self) -> None:
         """Of what services refer to."""
@@ -271,8 +306,13 @@ class Deployment:
             "secret": any(one is not None and one.secrets for one in containers),
             "config": any(one is not None and one.configs for one in containers),
         }
-        for kind in (kind for kind, is_needed in needed.items() if is_needed):
-            for one in await self._client.get(f"/{kind}s", timeout_s=RESPONSE_TIMEOUT_S):
+        found: dict[str, list[Any]] = {"secret": [], "config": []}
+        if needed["secret"]:
+            found["secret"] = await self._client.get("/secrets", timeout_s=RESPONSE_TIMEOUT_S)
+        if needed["config"]:
+            found["config"] = await configs_named(self._client, config_names(self._stack))
+        for kind, objects in found.items():
+            for one in objects:
                 self._ids[kind, one["Spec"]["Name"]] = one["ID"]
 
     async def _services(self) -> None:
@@ -293,13 +333,21 @@ class Deployment:
             results = await self._client.post("/skep/services/changes", body, timeout_s=RESPONSE_TIMEOUT_S)
             done = [not one.get("Error") for one in results]
         except SkepError:
-            done = [False] * len(changes)
-        for change, is_done in zip(changes, done, strict=True):
-            if is_done:
-                self._show(change.name, "created" if change.action is Action.CREATE else "updated")
-        await _all(
+            results, done = [{}] * len(changes), [False] * len(changes)
+        for change, is_done, result in zip(changes, done, results, strict=True):
+            if is_done and change.action is Action.CREATE:
+                self._created(change, result)
+            elif is_done:
+                self._show(change.name, "updated")
+        await all_of(
             self._service_changed(one) for one, is_done in zip(changes, done, strict=True) if not is_done
         )
+
+    def _created(self, change: Change, response: Mapping[str, Any]) -> None:
+        assert change.spec is not None
+        if response.get("ID"):
+            self._made.services.append(Service(id=response["ID"], spec=change.spec))
+        self._show(change.name, "created")
 
     def _wanted(self, change: Change) -> dict[str, Any]:
         assert change.spec is not None
@@ -343,13 +391,13 @@ class Deployment:
         assert change.spec is not None
         body = msgspec.Raw(to_json(self._with_ids(change.spec)))
         try:
-            await self._client.post(
+            found = await self._client.post(
                 "/services/create", body, headers=_auth(self._login(change)), timeout_s=RESPONSE_TIMEOUT_S
             )
         except AlreadyExists:
             await self._update_service(change)
             return
-        self._show(change.name, "created")
+        self._created(change, found or {})
 
     async def _update_service(self, change: Change) -> None:
         wanted = change.spec
@@ -360,8 +408,11 @@ class Deployment:
         def changed(current: Mapping[str, Any]) -> msgspec.Raw | None:
             (found,) = _services([current])
             present = with_network_names(found, names).spec
-            force = present.task_template.force_update
-            spec = replace(wanted, task_template=replace(wanted.task_template, force_update=force))
+            if present.labels.get(NAMESPACE) != self._stack.name:
+                raise AlreadyExists(
+                    f"service {change.name} exists and is not of the stack {self._stack.name}: remove or rename it"
+                )
+            spec = _now_wanted(change, wanted, present)
             # A request without a response may have done it.  Done twice, a job would run twice, and the way back of
             # the update would lead to the same spec.
             is_done = present.task_template.container_spec is not None and not any(differences(present, spec))
@@ -377,12 +428,9 @@ class Deployment:
         )
         self._show(change.name, "updated")
 
-    async def _remove(self, path: str, name: str) -> None:
-        try:
-            await self._client.delete(f"{path}/{name}", timeout_s=RESPONSE_TIMEOUT_S)
-        except NotFound:
-            return
-        self._show(name, "removed")
+    async def _remove(self, change: Change) -> None:
+        if await remove_unchanged(self._client, change):
+            self._show(change.name, "removed")
 
     # --- waiting
 
@@ -391,14 +439,19 @@ class Deployment:
 
     async def _progress(self) -> dict[str, ServiceProgress]:
         label = {"label": [f"{NAMESPACE}={self._stack.name}"]}
-        services, tasks = await asyncio.gather(
+        services, tasks, up_to_date = await asyncio.gather(
             self._client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
             self._client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
+            self._client.get("/tasks", filters={**label, **UP_TO_DATE}, timeout_s=RESPONSE_TIMEOUT_S),
         )
+        current = {str(one["ID"]) for one in up_to_date}
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
-        return {one.spec.name: _progress_of(one, by_service.get(one.id, ())) for one in _services(services)}
+        return {
+            one.spec.name: _progress_of(one, by_service.get(one.id, ()), current)
+            for one in _services(services)
+        }
 
     async def _state(self) -> str:
         """How far it came, for people."""
@@ -423,6 +476,49 @@ class Deployment:
         return "; ".join(open_)
 
 
+def _now_wanted(change: Change, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
+    """Return the spec to write where others may have changed the service since the plan was made."""
+    if change.before is not None:
+        return merged(change.before, wanted, present)
+    force = present.task_template.force_update
+    spec = replace(wanted, task_template=replace(wanted.task_template, force_update=force))
+    return with_present_number(spec, present)
+
+
+async def remove_unchanged(client: Requests, change: Change) -> bool:
+    """Remove a service if its spec is still ``change.before``.
+
+    Returns: False: it was removed already.
+    Raises: FailedPrecondition: somebody has changed it meanwhile.
+    """
+    assert change.before is not None
+    for attempt in range(ATTEMPTS):
+        networks = await client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S)
+        names = {str(one["Id"]): str(one["Name"]) for one in networks}
+        try:
+            (found,) = _services([await client.get(f"/services/{change.id}", timeout_s=RESPONSE_TIMEOUT_S)])
+            if not is_still(change.before, with_network_names(found, names).spec):
+                raise FailedPrecondition(
+                    f"service {change.name} was changed by someone else and was not removed.  "
+                    "Plan again: skep stack plan"
+                )
+            version = str(found.version.index)
+            await client.delete(f"/services/{change.id}", version=version, timeout_s=RESPONSE_TIMEOUT_S)
+        except NotFound:
+            return False
+        except SkepError as error:
+            if not is_race(error) or attempt == ATTEMPTS - 1:
+                raise
+        else:
+            return True
+    raise AssertionError("the last attempt returns or raises")
+
+
+def config_names(stack: Stack) -> set[str]:
+    """The names of the configs that the stack's services may refer to."""
+    return {one.name for one in stack.configs.values()}
+
+
 def _auth(login: str | None) -> dict[str, str]:
     return {"X-Registry-Auth": login} if login else {}
 
@@ -431,7 +527,7 @@ def _tasks(objects: Iterable[Any]) -> list[Task]:
     return [leniently(msgspec.json.encode(one), Task) for one in objects]
 
 
-async def _all(work: Iterable[Any]) -> None:
+async def all_of(work: Iterable[Any]) -> None:
     """All of them, whatever becomes of each.  Raises: the error of one; Unavailable: with those of several."""
     results = await asyncio.gather(*work, return_exceptions=True)
     failed = [one for one in results if isinstance(one, BaseException)]
@@ -441,59 +537,8 @@ async def _all(work: Iterable[Any]) -> None:
         raise one
 
 
-async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> bool:
-    """Remove everything of a stack: services, and when their tasks are gone, the rest.  False: there is none.
-
-    Raises: Unavailable: something is in use for longer than ``wait_s``.
-    """
-    label = {"label": [f"{NAMESPACE}={stack}"]}
-    found = False
-    for kind in ("service", "secret", "config", "network"):
-        objects = await client.get(f"/{kind}s", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
-        found = found or bool(objects)
-        await _all(_removed(client, kind, one, show, wait_s) for one in objects)
-        if kind == "service":
-            await _wait_tasks_gone(client, label, show, stack, wait_s)
-    return found
-
-
-async def _wait_tasks_gone(
-    client: Requests, label: Mapping[str, Sequence[str]], show: Show, stack: str, wait_s: float
-) -> None:
-    """Return when no task of the stack runs: then its addresses and networks are free."""
-    try:
-        async with asyncio.timeout(wait_s):
-            read = partial(client.get, "/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
-            while tasks := await persistently(read, partial(show, stack)):
-                show(stack, f"tasks that still stop: {len(tasks)}")
-                await asyncio.sleep(_LOOK_S)
-    except TimeoutError:
-        raise Unavailable(
-            f"tasks of {stack} have not stopped within {wait_s:g} s: see docker stack ps {stack}"
-        ) from None
-
-
-async def _removed(client: Requests, kind: str, one: Mapping[str, Any], show: Show, wait_s: float) -> None:
-    name = one["Name"] if kind == "network" else one["Spec"]["Name"]
-    id = one["Id"] if kind == "network" else one["ID"]
-    deadline = asyncio.get_running_loop().time() + wait_s
-    while True:
-        try:
-            await client.delete(f"/{kind}s/{id}", timeout_s=RESPONSE_TIMEOUT_S)
-        except NotFound:
-            return
-        except SkepError as error:
-            is_in_use = "in use" in str(error) or "active endpoints" in str(error)
-            if not is_in_use or asyncio.get_running_loop().time() > deadline:
-                raise
-            await asyncio.sleep(_LOOK_S)
-        else:
-            show(name, f"{kind} removed")
-            return
-
-
-def _progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
+def _progress_of(service: Service, tasks: Sequence[Task], current: Collection[str]) -> ServiceProgress:
     """A job with a schedule is deployed at once: whenever its runs come, they have the new spec."""
     if CRON in service.spec.labels:
         return ServiceProgress("it has a schedule", is_done=True)
-    return progress_of(service, tasks)
+    return progress_of(service, tasks, current)

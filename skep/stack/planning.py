@@ -14,9 +14,11 @@ from skep.model.container import ConfigReference, SecretReference
 from skep.model.encoding import to_json
 from skep.model.labels import STACK_REVISION
 from skep.model.service import Service, ServiceSpec
+from skep.model.unknown import leniently
 from skep.stack.document import Problem, Problems
 from skep.stack.project import IMAGE, NAMESPACE, NODES_NETWORKS, Stack, StackFile, StackNetwork, StackService
 
+_UNSET: Final = object()
 _HIDDEN: Final = frozenset({"SecretID", "ConfigID"})
 """Fields of references that follow from their names."""
 
@@ -67,6 +69,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     """Of a service that is there."""
     version: int = 0
     """At which it was seen."""
+    before: ServiceSpec | None = None
+    """The spec of a service that is there, with networks by name."""
 
     @property
     def restarts(self) -> bool:
@@ -113,6 +117,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     changes: tuple[Change, ...]
     is_new: bool = False
     """Whether the cluster has no service of the stack."""
+    former: frozenset[str] = frozenset()
+    """Names of secrets and configs that the stack's services used when the plan was made."""
     placements: Mapping[str, Placement] = {}
     """Of services that are created or updated, by name; empty: the cluster was not asked."""
 
@@ -154,8 +160,27 @@ def plan_of(
     if prune and not only:
         kept = {one.spec.name for one in stack.services.values()}
         gone = sorted(name for name in current if name not in kept)
-        changes += [Change(action=Action.REMOVE, kind="service", name=name) for name in gone]
-    return Plan(stack=stack.name, changes=tuple(changes), is_new=not existing.services)
+        changes += [removal_of(current[name]) for name in gone]
+    former = frozenset(
+        name
+        for service in existing.services
+        for spec in (service.spec, service.previous_spec)
+        for kind in ("secret", "config")
+        for name in _names_in(spec, kind)
+    )
+    return Plan(stack=stack.name, changes=tuple(changes), is_new=not existing.services, former=former)
+
+
+def removal_of(service: Service) -> Change:
+    """The removal of a service as it was seen, with networks by name."""
+    return Change(
+        action=Action.REMOVE,
+        kind="service",
+        name=service.spec.name,
+        id=service.id,
+        version=service.version.index,
+        before=service.spec,
+    )
 
 
 def with_network_names(service: Service, names: Mapping[str, str]) -> Service:
@@ -253,6 +278,10 @@ def _files(
             problems.append(other_content(kind, file))
         labels = now["Spec"].get("Labels") or {}
         is_ours = labels.get(NAMESPACE) == file.labels.get(NAMESPACE)  # others' are used, and stay theirs
+        if file.is_versioned and not is_ours:
+            # Its name promises this stack's content, which nothing has compared.
+            text = f"the {kind} {file.name} is not of this stack, though it has the name of one: remove it"
+            problems.append(Problem(file.place, f"{kind}s.{file.name}", text))
         differing = tuple(_label_differences(labels, file.labels)) if is_ours else ()
         action = Action.UPDATE if differing else Action.KEEP
         yield Change(action=action, kind=kind, name=file.name, differences=differing)
@@ -297,6 +326,7 @@ def _service(
         spec=wanted,
         id=current.id,
         version=current.version.index,
+        before=current.spec,
     )
 
 
@@ -308,10 +338,42 @@ def _with_image(spec: ServiceSpec, current: Service | None, images: Mapping[str,
     image = images.get(container.image, "")
     if not image and current is not None and current.spec.labels.get(IMAGE) == container.image:
         now = current.spec.task_template.container_spec
-        image = now.image if now is not None else ""
+        # The label alone would be the word of whoever updated the service last.
+        image = now.image if now is not None and now.image.startswith(f"{container.image}@") else ""
     if not image:
         return spec
     return replace(spec, task_template=replace(template, container_spec=replace(container, image=image)))
+
+
+def merged(before: ServiceSpec, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
+    """Return ``present`` with the differences between ``before`` and ``wanted`` applied, field by field.
+
+    Others may have changed the service since ``before`` was read: the autoscaler its number of tasks, a person another
+    field.  Lists are one field.
+    """
+    specs = (msgspec.json.decode(to_json(one)) for one in (before, wanted, present))
+    spec = leniently(msgspec.json.encode(_merged(*specs)), ServiceSpec)
+    return with_present_number(spec, present)
+
+
+def _merged(before: Any, wanted: Any, present: Any) -> Any:
+    if before == wanted:
+        return present
+    if not (isinstance(wanted, dict) and isinstance(present, dict)):
+        return wanted
+    was = before if isinstance(before, dict) else {}
+    found = {
+        key: _merged(was.get(key, _UNSET), wanted.get(key, _UNSET), present.get(key, _UNSET))
+        for key in {**present, **wanted}
+    }
+    return {key: value for key, value in found.items() if value is not _UNSET}
+
+
+def is_still(before: ServiceSpec, present: ServiceSpec) -> bool:
+    """Whether nobody has changed the spec since ``before``, but managers: the number of tasks, and restarts."""
+    force = present.task_template.force_update
+    same = replace(before, task_template=replace(before.task_template, force_update=force))
+    return not any(differences(with_present_number(same, present), present))
 
 
 def differences(before: ServiceSpec, after: ServiceSpec) -> Iterator[Difference]:

@@ -1,12 +1,16 @@
 """How far a service is on the way to its spec, from its tasks: pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
 from skep.model.service import RestartCondition, Service, UpdateState
 from skep.model.task import Task, TaskState
+
+UP_TO_DATE: Final[Mapping[str, Sequence[str]]] = {"_up-to-date": ["true"]}
+"""The filter of ``GET /tasks`` for the tasks that match the present spec, ports included."""
 
 _STUCK = (
     UpdateState.PAUSED,
@@ -24,9 +28,21 @@ class ServiceProgress(msgspec.Struct, frozen=True):
     is_stuck: bool = False
 
 
-def progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
-    """How far ``service`` is; ``tasks``: its tasks, ended ones too."""
-    if (ended := _ended(service, tasks)) is not None:  # an update takes every early end for a failure
+def progress_of(
+    service: Service, tasks: Sequence[Task], current: Collection[str] | None = None
+) -> ServiceProgress:
+    """Return how far ``service`` is on the way to its spec.
+
+    Args:
+        tasks: its tasks, ended ones too.
+        current: ids of the tasks that the leader leaves as they are (the filter ``_up-to-date``).  None: those of the
+            present version of the spec, or with the same template where versions are not known.
+    """
+    if current is None:
+        current = {task.id for task in tasks if _is_current(task, service)}
+    if (
+        ended := _ended(service, tasks, current)
+    ) is not None:  # an update takes every early end for a failure
         return ended
     update = service.update_status
     if update is not None and update.state in _STUCK:
@@ -35,7 +51,7 @@ def progress_of(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     if mode.replicated_job is not None or mode.global_job is not None:
         return _job(service, tasks)
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
-    running = sum(task.status.state is TaskState.RUNNING and _is_current(task, service) for task in wanted)
+    running = sum(task.status.state is TaskState.RUNNING and task.id in current for task in wanted)
     count = max(len(wanted), service.spec.replicas if mode.global_ is None else 0)
     is_updating = update is not None and update.state is UpdateState.UPDATING
     if running == count == len(wanted) and not is_updating and (count or mode.global_ is None):
@@ -51,12 +67,12 @@ def _stuck(state: UpdateState, message: str, cause: str) -> str:
     return text if cause.strip(" ()") in text else f"{text}{cause}"
 
 
-def _ended(service: Service, tasks: Sequence[Task]) -> ServiceProgress | None:
+def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) -> ServiceProgress | None:
     """Of a service whose tasks may end and are not started again (``restart: no``); None: it is none, or goes on."""
     policy = service.spec.task_template.restart_policy
     if policy is None or policy.condition is RestartCondition.ANY:
         return None
-    current = [task for task in tasks if _is_current(task, service)]
+    current = [task for task in tasks if task.id in present]
     complete = sum(task.status.state is TaskState.COMPLETE for task in current)
     if complete and complete == service.spec.replicas:
         return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True)
@@ -71,7 +87,9 @@ def _ended(service: Service, tasks: Sequence[Task]) -> ServiceProgress | None:
 
 
 def _is_current(task: Task, service: Service) -> bool:
-    """Whether the task has the present spec; the API leaves out the runtime of a task that is a container."""
+    if task.spec_version is not None and service.spec_version is not None:
+        return task.spec_version == service.spec_version
+    # The API leaves out the runtime of a task that is a container.
     return replace(task.spec, runtime="") == replace(service.spec.task_template, runtime="")
 
 

@@ -1,22 +1,44 @@
 """A deploy with its revision: recorded before the first change, and how it ended after the last."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from skep.api.requests import Requests
+import msgspec
+
+from skep.api.requests import LimitedRequests, Requests
 from skep.api.updates import update
-from skep.errors import AlreadyExists, InvalidArgument, SkepError, Unavailable
-from skep.model.labels import STACK_STATE
-from skep.stack.deploying import NO_LOGINS, RESPONSE_TIMEOUT_S, Deployment, Show, existing_of, remove
-from skep.stack.planning import Plan, plan_of
-from skep.stack.project import Stack
+from skep.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    SkepError,
+    Unavailable,
+)
+from skep.model.access import Binding, Role
+from skep.model.encoding import to_json
+from skep.model.labels import STACK_REVISION, STACK_STATE
+from skep.stack.deploying import (
+    NO_LOGINS,
+    RESPONSE_TIMEOUT_S,
+    Deployment,
+    Made,
+    Show,
+    config_names,
+    existing_of,
+)
+from skep.stack.planning import Action, Plan, plan_of
+from skep.stack.project import NAMESPACE, Stack
+from skep.stack.removing import unmake
 from skep.stack.revisions import (
     DEPLOYED,
-    KEPT,
+    DEPLOYING,
+    UNDOING,
     Revision,
     asked_for,
     body_of,
-    names_kept,
+    kept_of,
+    names_of,
     newest_deployed,
     revisions_of,
     state_after,
@@ -27,8 +49,9 @@ _ATTEMPTS = 5
 
 
 async def known_revisions(client: Requests, stack: str) -> list[Revision]:
-    """The revisions of a stack, the oldest first."""
-    return revisions_of(stack, await client.get("/configs", timeout_s=RESPONSE_TIMEOUT_S))
+    """Return the revisions of a stack, the oldest first."""
+    label = {"label": [f"{NAMESPACE}={stack}", STACK_REVISION]}
+    return revisions_of(stack, await client.get("/configs", filters=label, timeout_s=RESPONSE_TIMEOUT_S))
 
 
 async def carry_out(
@@ -39,32 +62,46 @@ async def carry_out(
     wait_s: float | None,
     warn: Callable[[str], None],
     logins: Mapping[str, str] = NO_LOGINS,
+    made: Made | None = None,
 ) -> None:
     """Deploy ``stack`` as ``plan`` says, and keep what was asked for as a revision, without ``logins``.
 
-    Raises: as ``Deployment.apply``; the revision then says that the deploy failed, and why.
+    Args:
+        made: gets what was created, for ``undo``.
+
+    Raises: as ``Deployment.apply``, and the revision then says why the deploy failed; Unavailable: what another deploy
+        has created is being removed.
     """
-    deployment = Deployment(client, stack, plan, show, logins)
-    if not plan.effective:
-        await deployment.apply(wait_s)
-        await _complete(client, asked_for(stack, plan), warn)
-        return
+    made = made if made is not None else Made()
+    deployment = Deployment(client, stack, plan, show, logins, made)
     revisions = await known_revisions(client, stack.name)
-    id = await _recorded(client, stack, plan, revisions, warn)
+    made.known = frozenset(one.id for one in revisions)
+    asked = asked_for(stack, plan)
+    if not plan.effective and (
+        not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
+    ):
+        await deployment.apply(wait_s)
+        for last in revisions[-1:]:
+            await _complete(client, last, warn)
+        return
+    made.revision = await _recorded(client, stack, plan, revisions, warn)
     failure: BaseException | None = None
     try:
+        await _check_no_undo(client, stack.name)
         await deployment.apply(wait_s)
     except BaseException as error:
         failure = error
         raise
     finally:
-        if id:
-            await _set_state(client, id, state_after(failure), warn)
-    others = KEPT - 1 if id else KEPT
-    for one in revisions[:-others]:
-        await _forget(client, one)
+        if made.revision:
+            await _set_state(client, made.revision, state_after(failure), warn)
+    present = await known_revisions(client, stack.name)
+    kept = kept_of(present)
+    for one in present:
+        if one not in kept:
+            await _forget(client, one)
     if wait_s is not None:
-        await deployment.prune(sorted(names_kept(revisions[-others:])))
+        await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
 
 
 async def _recorded(
@@ -86,22 +123,53 @@ async def _recorded(
     raise Unavailable(f"other deploys of {stack.name} are under way: try again when they have ended")
 
 
-async def _complete(client: Requests, asked: Stack, warn: Callable[[str], None]) -> None:
-    """Of a deploy that changed nothing: the last one asked for the same, and may have ended before it could say so."""
-    for last in (await known_revisions(client, asked.name))[-1:]:
-        if last.state != DEPLOYED and last.is_of(asked):
-            await _set_state(client, last.id, DEPLOYED, warn)
+async def _check_no_undo(client: Requests, stack: str) -> None:
+    """Raises: Unavailable: the undo of another deploy removes what this one would build on.
+
+    Called after this deploy's revision was recorded, as an undo reads the revisions after it has recorded itself: one
+    of the two sees the other.
+    """
+    for one in await known_revisions(client, stack):
+        if one.state == UNDOING:
+            raise Unavailable(_undoing(one))
 
 
-async def _set_state(client: Requests, id: str, state: str, warn: Callable[[str], None]) -> None:
-    def with_state(config: Mapping[str, Any]) -> dict[str, Any]:
+def _undoing(revision: Revision) -> str:
+    return (
+        f"revision {revision.number} of {revision.of} failed, and what it created is being removed: rerun this command "
+        f"later.  If that removal was interrupted: docker config rm {revision.config}"
+    )
+
+
+async def _complete(client: Requests, last: Revision, warn: Callable[[str], None]) -> None:
+    """Of a deploy that changed nothing: the last one asked for the same, and may have ended before it could say so.
+
+    Raises: Unavailable: what it created is being removed.
+    """
+    if last.state == DEPLOYED:
+        return
+    if await _set_state(client, last.id, DEPLOYED, warn, unless=UNDOING) == UNDOING:
+        raise Unavailable(_undoing(last))
+
+
+async def _set_state(
+    client: Requests, id: str, state: str, warn: Callable[[str], None], unless: str = ""
+) -> str:
+    """Write the state of a revision, but not over ``unless``; gives the one that it had, empty if that is not known."""
+    found = ""
+
+    def with_state(config: Mapping[str, Any]) -> dict[str, Any] | None:
+        nonlocal found
         spec = config["Spec"]
-        return {**spec, "Labels": {**spec["Labels"], STACK_STATE: state}}
+        found = str(spec["Labels"].get(STACK_STATE, ""))
+        return None if found == unless else {**spec, "Labels": {**spec["Labels"], STACK_STATE: state}}
 
     try:
         await update(client, "configs", id, with_state, timeout_s=RESPONSE_TIMEOUT_S)
     except SkepError as error:
         warn(f"how the deploy ended could not be recorded: {error}")
+        return ""
+    return found
 
 
 async def _forget(client: Requests, revision: Revision) -> None:
@@ -111,26 +179,137 @@ async def _forget(client: Requests, revision: Revision) -> None:
         return
 
 
-async def return_plan(client: Requests, revision: Revision) -> tuple[Stack, Plan]:
-    """What a return to a revision changes.
+# --- returns to a revision
 
-    Raises: InvalidArgument: it cannot be read; Problems: a secret or config of it is gone.
+
+class Return(msgspec.Struct, frozen=True):
+    """A return to a revision, planned: ``client`` has the rights that it runs with."""
+
+    client: Requests
+    stack: Stack
+    plan: Plan
+    left: frozenset[str] = frozenset()
+    """Services that the revision does not have, and that may not be removed."""
+    beyond: tuple[str, ...] = ()
+    """Why the rights of the revision's writer do not suffice, a line for each service."""
+
+
+async def return_plan(
+    client: Requests,
+    revision: Revision,
+    *,
+    removable: Collection[str] | None = None,
+    is_admin: bool = False,
+) -> Return:
+    """Return what a return to a revision changes, and the client to do it with.
+
+    It has the rights of the revision's writer at most: whoever may write configs of the stack can write a revision.
+
+    Args:
+        removable: ids of the services that may be removed if the revision does not have them; None: all.
+        is_admin: use all rights of the client.
+
+    Raises: InvalidArgument: it cannot be read; Problems: a secret or config of it is gone; FailedPrecondition: the
+        manager cannot limit rights.
     """
-    stack = revision.stack()
-    return stack, plan_of(stack, await existing_of(client, stack.name), images={}, prune=True)
+    stack, limited = revision.stack(), client
+    if revision.role != Binding(Role.ADMIN):
+        try:
+            limited = await LimitedRequests.of(client, str(revision.role))
+        except FailedPrecondition:
+            if not is_admin:
+                raise
+    existing = await existing_of(client, stack.name, config_names(stack))
+    plan = plan_of(stack, existing, images={}, prune=True)
+    left: frozenset[str] = frozenset()
+    if removable is not None:
+        left = frozenset(one.name for one in plan.of("service", Action.REMOVE) if one.id not in removable)
+        changes = [one for one in plan.changes if one.action is not Action.REMOVE or one.name not in left]
+        plan = msgspec.structs.replace(plan, changes=tuple(changes))
+    beyond = await _refusals(limited, plan) if limited is not client else ()
+    return Return(client if is_admin else limited, stack, plan, left, beyond)
 
 
-async def undo(client: Requests, failed: Plan, show: Show, wait_s: float, warn: Callable[[str], None]) -> str:
-    """After a deploy that failed: what was deployed before is deployed again, and a stack that was new is removed.
+async def _refusals(client: Requests, plan: Plan) -> tuple[str, ...]:
+    """What managers would not let ``client`` do, before anything is changed."""
+    found: list[str] = []
+    for one in plan.of("service", Action.CREATE, Action.UPDATE):
+        body = msgspec.Raw(to_json([one.spec]))
+        try:
+            await client.post("/skep/services/placement", body, timeout_s=RESPONSE_TIMEOUT_S)
+        except PermissionDenied as error:
+            found.append(f"{one.name}: {error}")
+        except SkepError:
+            continue  # the change itself will say why
+    return tuple(found)
+
+
+async def undo(
+    client: Requests,
+    failed: Plan,
+    show: Show,
+    wait_s: float,
+    warn: Callable[[str], None],
+    made: Made | None = None,
+) -> str:
+    """After a deploy that failed, deploy again what was deployed before; of a stack without services remove what the
+    deploy has created.
 
     Gives a sentence on what was done.  Raises: InvalidArgument: there is no revision to return to, or it is damaged, or
-    something that it names is gone; nothing was changed then.
+    something that it names is gone; PermissionDenied: its writer lacks the rights for it; nothing was changed then.
     """
-    name = failed.stack
+    name, made = failed.stack, made if made is not None else Made()
+    created = {one.name for one in failed.of("service", Action.CREATE)}
     if failed.is_new:
-        await remove(client, name, show, wait_s)
-        return f"{name} was not there before: it was removed"
+        text = await _unmade(client, name, made, show, wait_s, warn)
+        there = {one.spec.name for one in (await existing_of(client, name)).services}
+        return text + _unsure(created & there)
     revision = newest_deployed(await known_revisions(client, name))
-    stack, plan = await return_plan(client, revision)
-    await carry_out(client, stack, plan, show, wait_s, warn)
-    return f"{name} is as in revision {revision.number} again"
+    found = await return_plan(client, revision, removable={one.id for one in made.services})
+    if found.beyond:
+        raise PermissionDenied(refused(revision, found.beyond))
+    await carry_out(found.client, found.stack, found.plan, show, wait_s, warn)
+    return f"{name} is as in revision {revision.number} again" + _unsure(created & found.left)
+
+
+def _unsure(names: Collection[str]) -> str:
+    """What an undo leaves: no response said that the deploy had created it."""
+    return f", but for {', '.join(sorted(names))}, which another deploy may have created" if names else ""
+
+
+def refused(revision: Revision, beyond: Collection[str]) -> str:
+    """Why a return to a revision is refused, for people."""
+    name, number = revision.of, revision.number
+    return (
+        f"revision {number} of {name} was written with the role {revision.role}, which lacks rights that it needs "
+        f"({'; '.join(beyond)}).  If that is what you want: skep stack rollback --as-admin --to {number} {name}"
+    )
+
+
+async def _unmade(
+    client: Requests, name: str, made: Made, show: Show, wait_s: float, warn: Callable[[str], None]
+) -> str:
+    """Remove what a deploy has created, unless another deploy may use it; gives a sentence."""
+    if not (made.services or made.files or made.revision):
+        return "it had created nothing"
+    if made.revision and await _set_state(client, made.revision, UNDOING, warn, unless=DEPLOYED) in (
+        "",
+        DEPLOYED,
+    ):
+        return "nothing was removed: another deploy has completed it, or no manager says so"
+    try:
+        for one in await known_revisions(client, name):
+            is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in made.known)
+            if one.id != made.revision and is_beside:
+                raise Unavailable(
+                    f"another deploy of {name} may use what this one created: revision {one.number} is {one.state}.  "
+                    f"If that was interrupted: docker config rm {one.config}"
+                )
+        await unmake(client, name, made, show, wait_s)
+    except SkepError as error:
+        if made.revision:
+            await _set_state(client, made.revision, state_after(error), warn)
+        raise
+    if made.revision:
+        await client.delete(f"/configs/{made.revision}", timeout_s=RESPONSE_TIMEOUT_S)
+    return f"{name} had no services before: what the deploy created was removed"

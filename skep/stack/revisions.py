@@ -17,13 +17,21 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
+from skep.model.access import Binding, Role, parse_binding
 from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.unknown import leniently
 from skep.stack.planning import Plan
 from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
 
 KEPT: Final = 10
+KEPT_BYTES: Final = 512 * 1024
+"""Of a stack's revisions together, in base64: every manager has the configs of the whole cluster in memory.  A usual
+stack has 2 to 5 KB compressed, so ten revisions have room; of very large stacks only two are kept."""
+KEPT_AT_LEAST: Final = 2
 DEPLOYED: Final = "deployed"
+DEPLOYING: Final = "deploying"
+UNDOING: Final = "being undone"
+"""The state of a failed deploy while what it created is removed: no other deploy may build on that."""
 _BYTES_MAX: Final = 900_000
 """Of a revision, compressed: a config has less than 1000 KiB."""
 _UNPACKED_MAX: Final = 64 << 20
@@ -41,6 +49,23 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str]
     data: str
     """Compressed, in base64."""
+    of: str
+    """The stack that it belongs to."""
+    written_by: str = ""
+    """The weakest role that has written it, as the managers recorded it.  Empty: they did not."""
+
+    @property
+    def config(self) -> str:
+        """The name of the config."""
+        return _name(self.of, self.number)
+
+    @property
+    def role(self) -> Binding:
+        """The role whose rights suffice for what it asks for: its writer's, else that of the stack's operators."""
+        try:
+            return parse_binding(self.written_by)
+        except InvalidArgument:
+            return Binding(Role.OPERATOR, self.of)
 
     @property
     def state(self) -> str:
@@ -53,7 +78,26 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
         return self.labels.get(STACK_CHANGES, "")
 
     def stack(self) -> Stack:
-        """What it asked for.  Raises: InvalidArgument: it cannot be read."""
+        """Return what it asked for.
+
+        Raises: InvalidArgument: it cannot be read, or has objects of another stack: users who may write configs of one
+        stack can write anything into them.
+        """
+        stack = self._decoded()
+        if stack.name != self.of:
+            raise InvalidArgument(
+                f"revision {self.number} of {self.of} describes the stack {stack.name}: it was not made by a deploy "
+                f"of {self.of}"
+            )
+        for one in stack.services.values():
+            name, labels = one.spec.name, one.spec.labels
+            if labels.get(NAMESPACE) != self.of or not name.startswith(f"{self.of}_"):
+                raise InvalidArgument(
+                    f"revision {self.number} of {self.of} has the service {name}, which is not of this stack"
+                )
+        return stack
+
+    def _decoded(self) -> Stack:
         try:
             with gzip.open(io.BytesIO(base64.b64decode(self.data))) as packed:
                 data = packed.read(_UNPACKED_MAX + 1)
@@ -79,8 +123,12 @@ def revisions_of(stack: str, configs: Iterable[Mapping[str, Any]]) -> list[Revis
         number = labels.get(STACK_REVISION, "")
         if labels.get(NAMESPACE) != stack or not (number.isascii() and number.isdigit() and len(number) < 10):
             continue
+        if one["Spec"]["Name"] != _name(stack, int(number)):
+            continue  # a name never changes, a label can: the order of revisions is that of their names
         made.append(
             Revision(
+                of=stack,
+                written_by=str(one.get("WrittenBy") or ""),
                 number=int(number),
                 id=one["ID"],
                 version=one["Version"]["Index"],
@@ -109,15 +157,19 @@ def body_of(stack: Stack, plan: Plan, number: int) -> dict[str, Any]:
     if len(data) > _BYTES_MAX:
         raise InvalidArgument(f"the stack is too large for a revision: {len(data)} bytes, compressed")
     return {
-        "Name": f"{_short(stack.name)}_revision-{number}",
+        "Name": _name(stack.name, number),
         "Labels": {
             NAMESPACE: stack.name,
             STACK_REVISION: str(number),
-            STACK_STATE: "deploying",
+            STACK_STATE: DEPLOYING,
             STACK_CHANGES: summary(plan),
         },
         "Data": base64.b64encode(data).decode(),
     }
+
+
+def _name(stack: str, number: int) -> str:
+    return f"{_short(stack)}_revision-{number}"
 
 
 def _short(name: str) -> str:
@@ -159,10 +211,25 @@ def state_after(error: BaseException | None) -> str:
     return f"failed: {text[:_CAUSE_MAX]}"
 
 
-def names_kept(revisions: Sequence[Revision]) -> set[str]:
-    """The names of secrets and configs that the newest ``KEPT`` revisions need; one that cannot be read needs none."""
+def kept_of(revisions: Sequence[Revision]) -> Sequence[Revision]:
+    """Return the revisions to keep: the newest ones within both bounds, and the one that an undo returns to."""
+    made: list[Revision] = []
+    size = 0
+    for one in reversed(revisions):
+        size += len(one.data)
+        if len(made) == KEPT or (size > KEPT_BYTES and len(made) >= KEPT_AT_LEAST):
+            break
+        made.append(one)
+    last = next((one for one in reversed(revisions) if one.state == DEPLOYED), None)
+    if last is not None and last not in made:
+        made.append(last)
+    return made[::-1]
+
+
+def names_of(revisions: Iterable[Revision]) -> set[str]:
+    """The names of secrets and configs that the revisions need; one that cannot be read needs none."""
     made: set[str] = set()
-    for one in revisions[-KEPT:]:
+    for one in revisions:
         try:
             stack = one.stack()
         except InvalidArgument:

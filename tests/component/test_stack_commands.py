@@ -12,7 +12,7 @@ from skep.model.network import Network
 from skep.model.secret import Config, Secret
 from skep.stack import waiting
 from skep.stack.conversion import stack_of
-from skep.stack.deploying import existing_of
+from skep.stack.deploying import config_names, existing_of
 from skep.stack.document import parse
 from skep.stack.planning import plan_of
 from skep.stack.reading import Report
@@ -120,7 +120,9 @@ async def test_ten_revisions_are_kept_and_the_configs_that_only_older_ones_name_
     async with cluster.requests() as client:
         for number in numbers:
             made = stack(number)
-            plan = plan_of(made, await existing_of(client, "shop"), images={}, prune=False)
+            plan = plan_of(
+                made, await existing_of(client, "shop", config_names(made)), images={}, prune=False
+            )
             await carry_out(client, made, plan, lambda *_: None, 30.0, pytest.fail)
         assert [one.number for one in await known_revisions(client, "shop")] == list(numbers)[-KEPT:]
         kept = [stack(number) for number in list(numbers)[-KEPT:]]
@@ -142,7 +144,7 @@ async def test_a_job_with_a_schedule_is_deployed_at_once(cluster: Cluster) -> No
 async def test_deploys_beside_each_other_have_revisions_of_their_own(cluster: Cluster) -> None:
     made = stack_of(parse(FILE % "busybox", "f"), "shop", {}, Report())
     async with cluster.requests() as one, cluster.requests() as other:
-        plan = plan_of(made, await existing_of(one, "shop"), images={}, prune=False)
+        plan = plan_of(made, await existing_of(one, "shop", config_names(made)), images={}, prune=False)
         both = (carry_out(client, made, plan, lambda *_: None, 30.0, pytest.fail) for client in (one, other))
         await asyncio.gather(*both)
         assert [revision.number for revision in await known_revisions(one, "shop")] == [1, 2]

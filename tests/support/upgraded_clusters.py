@@ -19,6 +19,10 @@ class UpgradedCluster(Requests):
         self.nodes = {name: self._node(name, version, is_leader=name == leader) for name in names}
         self.swarm: dict[str, Any] = {"Version": {"Index": 1}, "Spec": {"Labels": {}}}
         self._replicas = replicas
+        self.level = 1
+        """Of the data."""
+        self.supported = 1
+        """By the version that the managers have; a new one supports one more."""
 
     @staticmethod
     def _node(name: str, version: str, *, is_leader: bool) -> dict[str, Any]:
@@ -54,6 +58,8 @@ class UpgradedCluster(Requests):
                 return self.nodes[name]
             case "POST", ["nodes", name, "update"]:
                 self.nodes[name]["Spec"] = body
+            case "GET", ["skep", "cluster", "level"]:
+                return {"Level": self.level, "Managers": dict.fromkeys(self.nodes, self.supported)}
             case "GET", ["info"]:
                 return {"SystemTime": "2026-01-31T12:00:00Z"}
             case "GET", ["swarm"]:
@@ -108,12 +114,15 @@ class Installing(Means, frozen=True, kw_only=True):
     cluster: UpgradedCluster
     breaks: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
+    level: int = 1
+    """Of the data afterwards."""
 
     async def check(self, node: Member) -> None:
         if node.name in self.refuses:
             raise Unavailable("Host key verification failed.")
 
     async def upgrade(self, node: Member) -> None:
+        self.cluster.level = self.level
         self.cluster.show(node.name, self.version, "down" if node.name in self.breaks else "ready")
 
     async def roll_back(self, node: Member) -> None:

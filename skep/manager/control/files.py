@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
+from skep.api.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, OutOfSequence
 from skep.gotemplate import quoted
 from skep.manager.control.names import check_file_name
 from skep.manager.control.quotas import check_file_quota
 from skep.manager.job_runs import runs_with
+from skep.model.access import Binding, Identity, parse_binding, weaker
 from skep.model.ids import ConfigId, IdSource, SecretId
+from skep.model.labels import STACK_REVISION
 from skep.model.meta import Version
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service
@@ -82,24 +85,49 @@ def remove_secret(tx: Transaction, id: SecretId) -> None:
         tx.delete(Payload, _payload_id(id))
 
 
-def create_config(tx: Transaction, spec: ConfigSpec, *, new_id: IdSource, now: Timestamp) -> Config:
+def create_config(
+    tx: Transaction,
+    spec: ConfigSpec,
+    *,
+    new_id: IdSource,
+    now: Timestamp,
+    writer: Identity | None = None,
+) -> Config:
     """Create a config.  Raises: InvalidArgument: name or data can never work; AlreadyExists."""
     check_file_name(spec.name)
     if not 0 < len(spec.data) < CONFIG_BYTES_MAX:
         raise InvalidArgument(f"config data must be larger than 0 and less than {CONFIG_BYTES_MAX} bytes")
     check_file_quota(tx, spec, len(spec.data))
-    return tx.put(Config(id=ConfigId(new_id()), created_at=now, spec=spec))
+    role = _role_of(spec, writer) if STACK_REVISION in spec.labels else None
+    written_by = str(role) if role is not None else ""
+    return tx.put(Config(id=ConfigId(new_id()), created_at=now, spec=spec, written_by=written_by))
 
 
-def update_config(tx: Transaction, id: ConfigId, spec: ConfigSpec, version: int) -> Config:
-    """Change the labels of a config that is still at ``version``.  Raises: as ``update_secret``."""
+def update_config(
+    tx: Transaction, id: ConfigId, spec: ConfigSpec, version: int, *, writer: Identity | None = None
+) -> Config:
+    """Change the labels of a config that is still at ``version``.  Raises: as ``update_secret``.
+
+    A revision of a stack has the rights of the weakest role that ever wrote it: its labels say whether a rollback
+    chooses it.
+    """
     config = tx.get(Config, id)
     if config.spec.name != spec.name or (spec.data and spec.data != config.spec.data):
         raise InvalidArgument("only updates to Labels are allowed")
     if config.version != Version(index=version):
         raise OutOfSequence
     check_file_quota(tx, spec, len(config.spec.data), config)
-    return tx.put(replace(config, spec=replace(config.spec, labels=spec.labels)))
+    written_by, role = config.written_by, _role_of(config.spec, writer)
+    if written_by and role is not None:
+        written_by = str(weaker(parse_binding(written_by), role))
+    return tx.put(
+        replace(config, spec=replace(config.spec, labels=spec.labels), written_by=written_by if role else "")
+    )
+
+
+def _role_of(spec: ConfigSpec, writer: Identity | None) -> Binding | None:
+    """The role by which ``writer`` may write a config of this stack; None: the writer is not known."""
+    return writer.strongest_in(spec.labels.get(STACK_LABEL, "")) if writer is not None else None
 
 
 def remove_config(tx: Transaction, id: ConfigId) -> None:

@@ -178,15 +178,19 @@ def rollback_service(
     )
 
 
-def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> None:
+def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp, version: int | None = None) -> None:
     """Remove a service: its name, ports and references are free at once, its tasks stop by and by.
 
     The record stays, hidden, as owner of its tasks; the leader deletes it after the last of them.
 
     Raises:
         NotFound: it was removed.
+        OutOfSequence: it is not at ``version``.
     """
-    hide_service(tx, _present(tx, id), now)
+    service = _present(tx, id)
+    if version is not None and service.version != Version(index=version):
+        raise OutOfSequence
+    hide_service(tx, service, now)
 
 
 def names_networks(spec: ServiceSpec) -> bool:

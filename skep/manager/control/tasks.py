@@ -6,8 +6,9 @@ Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTa
 from msgspec.structs import replace
 
 from skep.manager.volume_reasons import unpublished
+from skep.model.constraints import is_satisfied
 from skep.model.node import Node, NodeState
-from skep.model.service import EndpointSpec, Service, TaskSpec
+from skep.model.service import EndpointSpec, Placement, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.store.interface import View
@@ -48,8 +49,14 @@ def is_up_to_date(view: View, task: Task) -> bool:
         return True
     if _without_placement(task.spec) != _without_placement(service.spec.task_template):
         return False
-    made_from = spec_of(view, task)
-    return made_from is None or _endpoint(made_from.endpoint_spec) == _endpoint(service.spec.endpoint_spec)
+    made_from, node = spec_of(view, task), view.lookup(Node, task.node_id)
+    if made_from is not None and _endpoint(made_from.endpoint_spec) != _endpoint(service.spec.endpoint_spec):
+        return False
+    if task.spec.placement == service.spec.task_template.placement or not task.node_id:
+        return True
+    # Another placement replaces only the tasks whose nodes no longer fit (``orchestrator/dirty.py``).
+    constraints = (service.spec.task_template.placement or Placement()).constraints
+    return node is not None and is_satisfied(constraints, node)
 
 
 def _without_placement(spec: TaskSpec) -> TaskSpec:

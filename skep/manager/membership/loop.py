@@ -29,15 +29,18 @@ from skep.manager.membership.roles import (
 )
 from skep.manager.revocation import revoke
 from skep.model.ids import NodeId
-from skep.model.node import Node, NodeRole
+from skep.model.node import Node, NodeRole, NodeState
 from skep.store.etcd.membership import RaftMember
-from skep.store.interface import NotLeader, Term, Transaction
+from skep.store.interface import NotLeader, Term, Transaction, View
 from skep.store.level import LOWEST
 
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.5
 LONGEST_RETRY_S = 5.0
+SOUND_S = 30.0
+"""How long every manager's node has to be ready before the level is raised, which cannot be taken back: two grace
+periods of heartbeats (15 s), so a node that comes up and fails at once still returns to its former version."""
 """Lost managers and learners cause no commits, so they are polled."""
 
 
@@ -74,6 +77,8 @@ class Managers:
         self._clock = clock
         self._learners = Learners()
         self._kept = ""
+        self._sound_since: float | None = None
+        """When all managers' nodes were first seen ready, in monotonic seconds; None: one is not."""
 
     async def run(self) -> None:
         """Reconcile at every change of a manager, and twice a second, until cancelled."""
@@ -113,13 +118,7 @@ class Managers:
                 "manager reachability changed", node=change.node_id, reachability=change.reachability.value
             )
             await self._term.update(write_reachability, change)
-        level = lowest_level(nodes)
-        is_known = not view.unreadable(Node) and not any(
-            "manager" in one for one in view.damaged(Node).values()
-        )
-        if level > view.level and is_known:
-            await self._term.update(write_level)
-            log.info("data level raised", data_level=level)
+        await self._raise_level(view, now)
         overdue, steps = self._decide(await self._consensus.all(), reachable)
         if overdue or any(isinstance(step, Withdraw) for step in steps):
             # Removing a member is not fenced, and this manager's state may be old: decide again with the members as a
@@ -135,6 +134,20 @@ class Managers:
         self._log_kept(steps)
         for step in steps:
             await self._apply(step)
+
+    async def _raise_level(self, view: View, now: float) -> None:
+        """Raise the level once every manager supports a higher one and has been well with it for a while."""
+        level = usable_level(view.find(Node))
+        if level is None:
+            self._sound_since = None
+            return
+        self._sound_since = now if self._sound_since is None else self._sound_since
+        is_known = not view.unreadable(Node) and not any(
+            "manager" in one for one in view.damaged(Node).values()
+        )
+        if level > view.level and is_known and now - self._sound_since >= SOUND_S:
+            await self._term.update(write_level)
+            log.info("data level raised", data_level=level)
 
     def _decide(
         self, members: Sequence[RaftMember], reachable: Set[NodeId]
@@ -197,9 +210,22 @@ def lowest_level(nodes: Iterable[Node]) -> int:
     return min(levels, default=LOWEST)
 
 
+def usable_level(nodes: Iterable[Node]) -> int | None:
+    """Return the newest level that every manager supports, or None while the node of one is not ready.
+
+    A manager process reports its level before its node is known to be well.  A node that does not come up gets its
+    former version again (``skep upgrade``), which does not start on a higher level.
+    """
+    managers = [node for node in nodes if node.manager_status is not None]
+    if any(node.status.state is not NodeState.READY for node in managers):
+        return None
+    return lowest_level(managers)
+
+
 def write_level(tx: Transaction) -> None:
-    """Raise the level of the stored data to what every manager supports."""
-    tx.raise_level(lowest_level(tx.find(Node)))
+    """Raise the level of the stored data to what every manager supports, if all their nodes are ready."""
+    if (level := usable_level(tx.find(Node))) is not None:
+        tx.raise_level(level)
 
 
 def clear_manager_status(tx: Transaction, node_id: NodeId) -> None:

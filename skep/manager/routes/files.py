@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from skep.api.identity import identity_of
 from skep.api.server import (
     ApiVersion,
     Filters,
@@ -110,7 +111,13 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     spec = await read_json(request, ConfigSpec)
     _refuse_templating(request, spec, "config")
     await manager.require_room(creates=True)
-    config = await manager.update(control.create_config, spec, new_id=manager.new_id, now=manager.now())
+    config = await manager.update(
+        control.create_config,
+        spec,
+        new_id=manager.new_id,
+        now=manager.now(),
+        writer=identity_of(request),
+    )
     return json_response(Created(id=config.id), 201)
 
 
@@ -126,7 +133,9 @@ async def update_config(request: web.Request) -> web.StreamResponse:
     spec = await read_json(request, ConfigSpec)
     version = _version(request, "config")
     config = await _named(request, Config)
-    await manager_of(request).update(control.update_config, config.id, spec, version)
+    await manager_of(request).update(
+        control.update_config, config.id, spec, version, writer=identity_of(request)
+    )
     return web.Response()
 
 

@@ -218,10 +218,11 @@ async def read_changes(request: web.Request) -> tuple[ServiceChange, ...]:
 
 @routes.delete("/services/{id}")
 async def remove_service(request: web.Request) -> web.StreamResponse:
-    """Remove a service; its tasks are stopped afterwards."""
+    """Remove a service, only if it is at ``version`` where that is given; its tasks are stopped afterwards."""
     manager = manager_of(request)
+    version = version_parameter(request, "service") if "version" in request.query else None
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    await manager.update(control.remove_service, service.id, now=manager.now())
+    await manager.update(control.remove_service, service.id, now=manager.now(), version=version)
     return web.Response()
 
 

@@ -1,16 +1,22 @@
 """The state of this manager, from what it has locally: the routes respond also without a leader.  Ours, not Docker's.
 
 ``/skep/quorum``: whether there is a leader; ``/skep/cluster/store``: how full its copy of the store is;
+``/skep/cluster/level``: the level of the stored data, which alone needs a quorum;
 on the manager's own socket only, ``/_skep/lag``: the delays of its event loop since its start, and ``/_skep/metrics``.
 """
+
+from collections.abc import Mapping
 
 from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.server import Routes, json_response
 from skep.errors import Unavailable
-from skep.manager.routes.access import manager_of
-from skep.model.encoding import ApiObject
+from skep.manager.routes.access import current_view, manager_of
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NodeId
+from skep.model.node import Node
+from skep.store.level import LOWEST
 
 routes = Routes()
 
@@ -40,6 +46,29 @@ async def store_space(request: web.Request) -> web.Response:
     summary = f"{space.summary}; reached its quota" if space.has_alarm else space.summary
     return json_response(
         StoreResponse(size=space.size, in_use=space.in_use, quota=space.quota, summary=summary)
+    )
+
+
+class LevelResponse(ApiObject):
+    """``level``: of the stored data; ``managers``: by id, the newest level that each supports."""
+
+    level: int
+    managers: Mapping[NodeId, int] = always({})
+
+
+@routes.get("/skep/cluster/level")
+async def data_level(request: web.Request) -> web.Response:
+    """For ``skep upgrade``: a manager does not start on a level that it does not support."""
+    view = await current_view(request)
+    return json_response(
+        LevelResponse(
+            level=view.level,
+            managers={
+                node.id: max(node.manager_status.level, LOWEST)
+                for node in view.find(Node)
+                if node.manager_status is not None
+            },
+        )
     )
 
 

@@ -14,7 +14,7 @@ from skep.api.server import JsonLines, Routes, json_list_response, json_response
 from skep.errors import InvalidArgument
 from skep.manager.control import users as control
 from skep.manager.routes.access import ManagerApi, current_view, manager_of
-from skep.model.access import Identity, Origin
+from skep.model.access import ROLE_HEADER, Identity, Origin
 from skep.model.encoding import ApiObject, always
 from skep.model.times import ZERO_TIME, Timestamp
 from skep.model.user import AccessTable, User, UserSpec
@@ -67,6 +67,8 @@ class Access(ApiObject):
     name: str
     origin: str
     roles: tuple[str, ...] = always(())
+    limit: str = ""
+    """The role in the request's header ``X-Skep-Role``."""
 
 
 @routes.get("/skep/access")
@@ -74,7 +76,8 @@ async def show_access(request: web.Request) -> web.StreamResponse:
     """The client's identity, and its roles."""
     identity = identity_of(request)
     roles = tuple(map(str, identity.bindings))
-    return json_response(Access(name=identity.name, origin=identity.origin.value, roles=roles))
+    limit = request.headers.get(ROLE_HEADER, "")
+    return json_response(Access(name=identity.name, origin=identity.origin.value, roles=roles, limit=limit))
 
 
 @routes.post("/skep/access/certificates")

@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from skep.api import waiting
+from skep.api.permissions import STACK_LABEL
 from skep.cli.rotation import (
     CONFIG,
     SECRET,
@@ -25,8 +27,13 @@ from skep.cli.rotation import (
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
 from skep.manager.routes import ManagerApi
 from skep.model.labels import ROTATION_OF
+from skep.model.schedules import CRON
 from skep.model.secret import Secret
 from skep.model.service import Service
+from skep.model.task import TaskState, TaskStatus
+from skep.store.level import SCHEDULES
+from tests.support import builders
+from tests.support.store_transactions import put
 
 
 def an_object(id: str, name: str, of: str = "") -> dict[str, Any]:
@@ -52,6 +59,29 @@ def a_spec(*ids: str, field: str = "Secrets") -> dict[str, Any]:
         "Mode": {"Replicated": {"Replicas": 2}},
         "TaskTemplate": {"ContainerSpec": {"Image": "app", field: references}},
     }
+
+
+def of_stack(found: dict[str, Any], stack: str) -> dict[str, Any]:
+    labels = found["Spec"]["Labels"] | {STACK_LABEL: stack}
+    return {**found, "Spec": found["Spec"] | {"Labels": labels}}
+
+
+PAYMENTS = of_stack(an_object("a", "payments_db"), "payments")
+PLANTED = [
+    of_stack(an_object("z", "shop_z", "payments_db"), "shop"),
+    of_stack(an_object("y", "payments_db-v7", "payments_db"), "shop"),
+    of_stack(an_object("x", "payments_other", "payments_db"), "payments"),
+    an_object("w", "payments_db-v8", "payments_db"),
+]
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_version_has_the_name_of_one_and_is_of_the_same_stack(planted: dict[str, Any]) -> None:
+    for objects in ([PAYMENTS, planted], [planted, PAYMENTS]):
+        assert versions(objects, "payments_db") == [PAYMENTS]
+        assert unused(SECRET, objects, [], all=False) == [], "none supersedes another"
+    second = of_stack(an_object("b", "payments_db-v2", "payments_db"), "payments")
+    assert versions([planted, second, PAYMENTS], "payments_db") == [PAYMENTS, second]
 
 
 @pytest.mark.parametrize("name", ["key", "key-v2", "key-v10"])
@@ -234,19 +264,22 @@ async def test_what_is_not_done_in_time_is_named_with_what_is_stuck_or_could_not
         await _rotate(host, SECRET, "key", None, 9)
 
 
-async def make(host: Any, name: str, data: bytes = b"one", **labels: str) -> str:
+async def make(host: Any, name: str, **labels: str) -> str:
     """A secret by the API; gives its id."""
     async with host.client() as client:
-        spec = {"Name": name, "Labels": labels, "Data": base64.b64encode(data).decode()}
+        spec = {"Name": name, "Labels": labels, "Data": base64.b64encode(b"one").decode()}
         return str((await client.post("/secrets/create", spec, timeout_s=10))["ID"])
 
 
-async def serve(host: Any, name: str, secret: str, secret_name: str, mode: dict[str, Any]) -> str:
+async def serve(
+    host: Any, name: str, secret: str, secret_name: str, mode: dict[str, Any], **labels: str
+) -> str:
     """A service with the secret as the file ``password``; gives its id."""
     file = {"Name": "password", "UID": "0", "GID": "0", "Mode": 0o444}
     reference = {"SecretID": secret, "SecretName": secret_name, "File": file}
     spec = {
         "Name": name,
+        "Labels": labels,
         "Mode": mode,
         "TaskTemplate": {"ContainerSpec": {"Image": "app", "Secrets": [reference]}},
     }
@@ -256,12 +289,12 @@ async def serve(host: Any, name: str, secret: str, secret_name: str, mode: dict[
 
 def secrets_of(manager: ManagerApi, service: str) -> list[tuple[str, str]]:
     """The names of a service's secrets, and of their files."""
-    container = manager.store.view().get(Service, service).spec.task_template.container_spec  # type: ignore[type-var]
+    container = manager.store.view().get(Service, service).spec.task_template.container_spec
     assert container is not None
     return [(one.secret_name, one.file.name) for one in container.secrets if one.file is not None]
 
 
-async def test_a_next_version_has_the_labels_and_moves_every_service_but_jobs(
+async def test_a_next_version_has_the_labels_and_moves_every_service_but_jobs_that_would_run_again(
     cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     manager, host = cluster
@@ -275,19 +308,69 @@ async def test_a_next_version_has_the_labels_and_moves_every_service_but_jobs(
         rotation = _Rotation(SECRET, client)
         new, old = await rotation.next_version("key", b"two")
         using = await rotation.move(old, new)
-        assert (set(using), rotation.problems) == ({web, agent}, [])
+        assert set(using) == {web, agent}
+        (problem,) = rotation.problems
+        assert problem.startswith("job: a job that is not complete keeps the former secret")
         made = manager.store.view().get(Secret, new["ID"])
         assert (made.spec.name, dict(made.spec.labels)) == ("key-v2", {"team": "red", ROTATION_OF: "key"})
         assert secrets_of(manager, web) == secrets_of(manager, agent) == [("key-v2", "password")]
         assert secrets_of(manager, bystander) == [("other", "password")]
         assert secrets_of(manager, job) == [("key", "password")]
         said = capsys.readouterr().err.splitlines()
-        assert said == ["key-v2 created", "job: a job, which an update would run again: left as it is"]
+        assert said == ["key-v2 created"]
         # Without content: the latest version there is, whichever of them is named.
         later, _ = await rotation.next_version("key-v2", b"three")
         for name in ("key", "key-v2", "key-v3"):
             latest, before = await rotation.next_version(name, None)
             assert (latest["ID"], set(before)) == (later["ID"], {key, new["ID"]})
+
+
+async def test_the_labels_of_a_next_version_are_the_first_ones_whatever_a_later_version_says(
+    cluster: tuple[ManagerApi, Any],
+) -> None:
+    manager, host = cluster
+    await make(host, "key", team="red")
+    await make(host, "key-v2", **{ROTATION_OF: "key", "team": "blue"})
+    async with host.client() as client:
+        new, _ = await _Rotation(SECRET, client).next_version("key", b"three")
+    made = manager.store.view().get(Secret, new["ID"])
+    assert (made.spec.name, dict(made.spec.labels)) == ("key-v3", {"team": "red", ROTATION_OF: "key"})
+
+
+async def test_a_job_with_a_schedule_is_moved_and_its_present_run_goes_on(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    await manager.store.update(lambda tx: tx.raise_level(SCHEDULES))
+    key = await make(host, "key")
+    job = await serve(host, "nightly", key, "key", {"ReplicatedJob": {}}, **{CRON: "0 3 * * *"})
+    before = manager.store.view().get(Service, job).job_status
+    assert await _rotate(host, SECRET, "key", b"two", 9) == "key-v2"
+    assert secrets_of(manager, job) == [("key-v2", "password")]
+    after = manager.store.view().get(Service, job).job_status
+    assert before is not None
+    assert after is not None
+    assert after.job_iteration == before.job_iteration, "no run was started"
+    assert "nightly: its next run has key-v2" in capsys.readouterr().err
+
+
+async def test_a_completed_job_keeps_its_version_without_a_problem(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    key = await make(host, "key")
+    job = await serve(host, "migrate", key, "key", {"ReplicatedJob": {"TotalCompletions": 1}})
+    service = manager.store.view().get(Service, job)
+    assert service.job_status is not None
+    done = replace(
+        builders.a_task("t1", service=service, desired=TaskState.COMPLETE),
+        status=TaskStatus(state=TaskState.COMPLETE),
+        job_iteration=service.job_status.job_iteration,
+    )
+    await manager.store.update(put, done)
+    assert await _rotate(host, SECRET, "key", b"two", 9) == "key-v2"
+    assert secrets_of(manager, job) == [("key", "password")]
+    assert "migrate: a completed job, keeps the former secret" in capsys.readouterr().err
 
 
 async def test_prune_removes_superseded_versions_and_with_all_whatever_is_unused(

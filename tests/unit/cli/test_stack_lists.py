@@ -77,7 +77,7 @@ def test_tasks_are_named_by_service_and_slot_the_latest_of_a_slot_first() -> Non
 def test_revisions_have_their_ages_and_for_programs_their_times() -> None:
     labels = {"skep.stack.state": "interrupted", "skep.stack.changes": "1 created"}
     created = "2026-01-31T11:56:00Z"
-    one = Revision(number=7, id="c", version=1, created_at=created, labels=labels, data="")
+    one = Revision(number=7, id="c", version=1, created_at=created, labels=labels, data="", of="shop")
     found = revisions([one], NOW)
     assert list(found.lines(Screen())) == [
         "REVISION  DEPLOYED  CHANGES    STATE",

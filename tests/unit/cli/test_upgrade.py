@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from skep.api.client import Client
 from skep.cli import maintenance, upgrade
 from skep.cli.maintenance import Holder
-from skep.cli.upgrade import _Upgrade
+from skep.cli.upgrade import Means, _Upgrade
+from skep.cli.upgrade_plan import Member
 from skep.errors import Unavailable
 from skep.model.labels import MAINTENANCE
 from tests.support.upgraded_clusters import Installing, UpgradedCluster
@@ -78,6 +79,41 @@ async def test_an_interrupted_one_is_not_continued_past_a_node_that_does_not_com
         await third.take(continues=True)
         await third.run()
         assert {cluster.availability(name) for name in ("m1", "w1", "w2")} == {"active"}
+
+
+@pytest.mark.parametrize(("level", "is_back"), [(1, True), (2, False)])
+async def test_a_manager_gets_no_version_back_that_cannot_read_the_data(level: int, *, is_back: bool) -> None:
+    """The last manager reported the new level before its node failed."""
+    cluster = MadeUp("m1")
+    run = a_run(cluster, breaks=frozenset({"m1"}), rollback="true", level=level)
+    await run.take(continues=False)
+    words = (
+        "it has 1.0.0 again"
+        if is_back
+        else "the cluster's data are at level 2 and 1.0.0 reads level 1 at most"
+    )
+    with pytest.raises(Unavailable, match=words):
+        await run.run()
+    version = cluster.nodes["m1"]["Description"]["Engine"]["EngineVersion"]
+    assert version == (OLD if is_back else NEW)
+
+
+@pytest.mark.parametrize(
+    ("hostname", "shown"),
+    [
+        ("w1.example", "w1.example"),
+        ("-oProxyCommand=touch /tmp/x", "id1"),
+        ("w1 -oProxyCommand=x", "id1"),
+        ("", "id1"),
+    ],
+)
+async def test_a_command_gets_no_host_name_that_is_an_option(
+    tmp_path: Path, hostname: str, shown: str
+) -> None:
+    """A worker chooses its host name, and the operator's command runs on the operator's machine."""
+    means = Means(version=NEW, command=f'printf %s "$SKEP_NODE" >{tmp_path}/name')
+    await means.upgrade(Member(id="id1", name=hostname))
+    assert (tmp_path / "name").read_text() == shown
 
 
 async def test_what_another_one_has_taken_over_is_left_to_it() -> None:

@@ -55,7 +55,11 @@ class Cluster(Client):
                 raise self.placement
             case "GET", _ if path.startswith("/services/"):
                 name = path.rpartition("/")[2]
-                spec = self.services.get(name) or {"Name": name, "TaskTemplate": {"ForceUpdate": 3}}
+                spec = self.services.get(name) or {
+                    "Name": name,
+                    "Labels": {"com.docker.stack.namespace": "shop"},
+                    "TaskTemplate": {"ForceUpdate": 3},
+                }
                 return {"ID": "i", "Version": {"Index": 7}, "Spec": spec}
             case "GET", _ if path.startswith(("/secrets/", "/configs/")):
                 name = path.rpartition("/")[2]

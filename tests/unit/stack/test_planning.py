@@ -293,6 +293,26 @@ def test_a_secret_of_others_is_used_and_does_not_become_the_stacks(labels: dict[
     assert signs(plan_of(stack, existing, images={}, prune=True)) == []
 
 
+@pytest.mark.parametrize("labels", [{}, {NAMESPACE: "another"}])
+def test_what_has_the_name_of_this_stacks_content_and_is_anothers_is_refused(labels: dict[str, str]) -> None:
+    stack = a_stack("services: {w: {image: w, secrets: [c]}}\nsecrets: {c: {file: f}}", c=b"x")
+    (name,) = (one.name for one in stack.secrets.values())
+    existing = replace(deployed(stack), secrets=({"ID": "x", "Spec": {"Name": name, "Labels": labels}},))
+    with pytest.raises(Problems, match="is not of this stack"):
+        plan_of(stack, existing, images={}, prune=True)
+
+
+def test_the_image_that_a_service_has_counts_only_if_it_is_the_files_with_a_digest() -> None:
+    """Whoever updates the service last writes both, its image and the label."""
+    stack = a_stack("services: {w: {image: 'w:1'}}")
+    for image in ("evil.example/w@sha256:1", "w:1.evil@sha256:1", "w:1"):
+        plan = plan_of(stack, deployed(stack, w=image), images={}, prune=False)
+        (change,) = plan.of("service", *Action)
+        assert change.spec is not None
+        assert change.spec.task_template.container_spec is not None
+        assert change.spec.task_template.container_spec.image == "w:1"
+
+
 def test_superseded_configs_are_those_that_nothing_uses_nor_returns_to() -> None:
     old, new = a_stack(), a_stack(TEXT.replace("content: one", "content: two"))
     before, after = deployed(old), deployed(new)

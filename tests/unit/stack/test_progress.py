@@ -1,5 +1,7 @@
 """How far a service is."""
 
+from itertools import count
+
 import pytest
 from msgspec.structs import replace
 
@@ -7,7 +9,9 @@ from skep.model.container import ContainerSpec
 from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.service import (
+    EndpointSpec,
     JobStatus,
+    PortConfig,
     ReplicatedJob,
     ReplicatedService,
     RestartCondition,
@@ -20,7 +24,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.stack.progress import progress_of
+from skep.stack.progress import ServiceProgress, progress_of
 
 TEMPLATE = TaskSpec(container_spec=ContainerSpec(image="w"), runtime="container")
 SERVICE = Service(
@@ -43,12 +47,15 @@ ONCE = replace(
 )
 
 
+_numbers = count(1)
+
+
 def a_task(
     state: TaskState, desired: TaskState = TaskState.RUNNING, *, of: Service = SERVICE, err: str = ""
 ) -> Task:
     """As the API shows it: a container's task has no runtime."""
     return Task(
-        id=TaskId("t"),
+        id=TaskId(f"t{next(_numbers)}"),
         spec=replace(of.spec.task_template, runtime=""),
         status=TaskStatus(state=state, err=err),
         desired_state=desired,
@@ -73,7 +80,7 @@ FAILED = a_task(TaskState.FAILED, TaskState.SHUTDOWN, err="no such file")
             "1 of 2 tasks run (no suitable node)",
             False,
         ),
-        ([RUNS, replace(RUNS, spec=TaskSpec())], "1 of 2 tasks run", False),
+        ([RUNS, replace(a_task(TaskState.RUNNING), spec=TaskSpec())], "1 of 2 tasks run", False),
     ],
 )
 def test_a_service_is_done_when_all_its_tasks_run_with_the_present_spec(
@@ -121,3 +128,12 @@ def test_tasks_that_are_not_started_again_are_done_or_have_failed() -> None:
     assert not progress_of(ONCE, [a_task(TaskState.RUNNING, of=ONCE)]).is_stuck
     paused = UpdateStatus(state=UpdateState.PAUSED, message="early termination of task t")
     assert progress_of(replace(ONCE, update_status=paused), [complete]).is_done
+
+
+def test_an_update_of_ports_alone_has_to_reach_the_tasks() -> None:
+    """Their template is the same: only the cluster knows which tasks the leader will replace."""
+    ports = EndpointSpec(ports=(PortConfig(target_port=80, published_port=8080),))
+    service = replace(SERVICE, spec=replace(SERVICE.spec, endpoint_spec=ports), previous_spec=SERVICE.spec)
+    tasks = [a_task(TaskState.RUNNING), a_task(TaskState.RUNNING)]
+    assert progress_of(service, tasks, current={tasks[0].id}) == ServiceProgress("1 of 2 tasks run")
+    assert progress_of(service, tasks, current={one.id for one in tasks}).is_done

@@ -15,10 +15,12 @@ from skep.stack.project import Stack
 from skep.stack.reading import Report
 from skep.stack.revisions import (
     KEPT,
+    KEPT_BYTES,
     Revision,
     before,
     body_of,
-    names_kept,
+    kept_of,
+    names_of,
     newest_deployed,
     revisions_of,
     state_after,
@@ -97,7 +99,7 @@ def test_the_one_to_return_to_is_the_last_that_was_deployed_before() -> None:
 
 def test_kept_revisions_keep_their_secrets_and_configs() -> None:
     found = revisions(*(config(body(number, str(number))) for number in range(1, KEPT + 3)))
-    kept = names_kept(found)
+    kept = names_of(kept_of(found))
     assert a_stack("1").configs["c"].name not in kept
     assert a_stack("3").configs["c"].name in kept
     assert a_stack("3").secrets["s"].name in kept
@@ -108,7 +110,7 @@ def test_a_damaged_revision_is_refused_and_hurts_no_other(data: str) -> None:
     found = revisions(config(body(1) | {"Data": data}), config(body(2)))
     with pytest.raises(InvalidArgument, match="revision 1 cannot be read"):
         found[0].stack()
-    assert names_kept(found)
+    assert names_of(found)
 
 
 def test_a_stack_that_is_too_large_is_refused() -> None:
@@ -130,3 +132,30 @@ def test_stacks_with_long_names_have_revisions_of_their_own() -> None:
     names = {body_of(replace(a_stack(), name="s" * 60 + end), EMPTY, 1)["Name"] for end in "ab"}
     assert len(names) == 2
     assert all(len(name) <= 64 for name in names)
+
+
+def test_large_revisions_are_fewer_and_the_one_to_return_to_is_kept() -> None:
+    """Every manager has all configs in memory."""
+
+    def found(size: int, *states: str) -> list[Revision]:
+        return [
+            Revision(
+                number=number,
+                id=str(number),
+                version=1,
+                created_at="",
+                labels={"skep.stack.state": state},
+                data="x" * size,
+                of="shop",
+            )
+            for number, state in enumerate(states, 1)
+        ]
+
+    def numbers(revisions: list[Revision]) -> list[int]:
+        return [one.number for one in kept_of(revisions)]
+
+    assert numbers(found(1000, *["deployed"] * 12)) == list(range(3, 13))
+    assert numbers(found(KEPT_BYTES // 4, *["deployed"] * 12)) == [9, 10, 11, 12]
+    assert numbers(found(KEPT_BYTES * 2, *["deployed"] * 12)) == [11, 12]
+    assert numbers(found(1000, "deployed", *["failed: x"] * 12)) == [1, *range(4, 14)]
+    assert numbers(found(1000)) == []

@@ -101,6 +101,15 @@ async def test_a_removed_service_frees_its_name_and_ports_at_once(store):
     assert store.view().get(Service, old.id).removed_at == NOW
 
 
+async def test_a_removal_that_names_a_version_removes_that_version_only(store):
+    service = await create(store, a_service_spec("web"))
+    with pytest.raises(OutOfSequence):
+        await store.update(remove_service, service.id, now=NOW, version=service.version.index + 1)
+    assert store.view().get(Service, service.id).removed_at is None
+    await store.update(remove_service, service.id, now=NOW, version=service.version.index)
+    assert store.view().get(Service, service.id).removed_at == NOW
+
+
 async def test_a_removed_service_cannot_be_changed(store):
     service = await create(store, a_service_spec())
     await store.update(remove_service, service.id, now=NOW)

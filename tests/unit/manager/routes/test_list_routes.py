@@ -12,7 +12,7 @@ from skep.errors import Unavailable
 from skep.manager.control.services import create_service
 from skep.manager.routes import application
 from skep.model.node import Availability, Node, NodeState
-from skep.model.service import ReplicatedJob, Service, ServiceMode, ServiceSpec
+from skep.model.service import Placement, ReplicatedJob, Service, ServiceMode, ServiceSpec
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
 from skep.store.updates import NO_LEADER
@@ -75,6 +75,19 @@ async def test_tasks_are_up_to_date_while_their_template_is_the_same(cluster):
     template = replace(web.spec.task_template, force_update=1)
     await put(api, replace(web, spec=replace(web.spec, task_template=template)))
     assert await found() == 0
+
+
+async def test_a_task_is_up_to_date_while_its_node_fits_another_placement(cluster):
+    api, client = cluster
+    await put(api, a_node("n1", labels={"a": "b"}))
+    web = await a_stored_service(api, a_service_spec("web"))
+    await put(api, replace(a_task("t1", service=web, node="n1"), spec_version=web.spec_version))
+    for constraint, expected in (("node.labels.a==b", ["t1"]), ("node.labels.a==c", [])):
+        web = api.store.view().get(Service, web.id)
+        template = replace(web.spec.task_template, placement=Placement(constraints=(constraint,)))
+        await put(api, replace(web, spec=replace(web.spec, task_template=template)))
+        response = await client.get("/tasks", params={"filters": '{"_up-to-date": ["true"]}'})
+        assert [one["ID"] for one in await response.json()] == expected
 
 
 async def test_a_status_counts_tasks(cluster):

@@ -1,0 +1,272 @@
+"""Commands of people and pipelines in a simulated cluster: deploys, undos and rotations, several at one time.
+
+Each is the production coroutine on the production API (``clients``).  A command can be killed or suspended between any
+two requests, and responses can be lost; the control loops, the autoscaler among them, run on.
+
+Rules, whatever happens:
+
+* nothing is removed that was there before, and that no command was asked to remove;
+* the number of tasks of an autoscaled service is the autoscaler's, also during a deploy;
+* what a command has acknowledged is there: its services, and what they refer to.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from typing import Any
+
+from msgspec.structs import replace
+
+from sim.clients import ApiClient, Apis
+from sim.cluster import SimulatedCluster
+from sim.committed import Change
+from skep.cli.rotation import Kind, _Rotation
+from skep.cli.upgrade import Means, _Upgrade
+from skep.cli.upgrade_plan import Member
+from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.manager.control.tasks import is_up_to_date
+from skep.model.autoscaling import AUTOSCALE
+from skep.model.ids import NodeId
+from skep.model.network import Network
+from skep.model.planes import NODE_LABEL
+from skep.model.schedules import CRON
+from skep.model.secret import Config, Secret
+from skep.model.service import Service
+from skep.model.task import TaskState
+from skep.stack.deploying import Made, config_names, existing_of
+from skep.stack.planning import plan_of
+from skep.stack.project import NAMESPACE, Stack
+from skep.stack.recording import carry_out, undo
+from skep.store.interface import Deleted, Updated, View
+
+PAUSE_S = 4.0
+"""The longest suspension: longer than the leader needs to act on what the command has written."""
+_KINDS: tuple[type[Any], ...] = (Service, Secret, Config, Network)
+
+
+class Rules:
+    """Watches every commit, and knows what was acknowledged."""
+
+    def __init__(self, cluster: SimulatedCluster) -> None:
+        self.violations: list[str] = []
+        self._cluster = cluster
+        self._before = {(kind, one.id) for kind in _KINDS for one in cluster.view.find(kind)}
+        """What was there before the commands began."""
+        self._acknowledged: set[str] = set()
+        """The names of services of deploys that succeeded."""
+        cluster.committed.watchers.append(self._check)
+
+    def acknowledge(self, stack: Stack, *, is_alone: bool) -> None:
+        """A deploy of ``stack`` has succeeded.  ``is_alone``: no other command runs."""
+        names = {one.spec.name for one in stack.services.values()}
+        self._acknowledged |= names
+        self.violations += self._missing(names)
+        if is_alone:
+            self.violations += self._outdated(names)
+
+    def finish(self) -> None:
+        """All commands have ended.  Raises: AssertionError: a rule was broken."""
+        self.violations += self._missing(self._acknowledged)
+        assert not self.violations, "\n".join(self.violations)
+
+    def _check(self, change: Change, _: View) -> None:
+        for event in change.events:
+            match event:
+                case Deleted(Service() | Secret() | Config() | Network() as gone):
+                    self._check_removal(gone)
+                case Updated(Service() as old, Service() as new):
+                    if new.removed_at is not None and old.removed_at is None:
+                        self._check_removal(new)
+                    self._check_number(old, new)
+
+    def _check_removal(self, gone: Any) -> None:
+        if (type(gone), gone.id) in self._before:
+            self.violations.append(
+                f"{type(gone).__name__} {gone.spec.name} was there before, and was removed"
+            )
+
+    def _check_number(self, old: Service, new: Service) -> None:
+        if AUTOSCALE not in old.spec.labels or old.spec.replicas == new.spec.replicas:
+            return
+        if old.autoscaled == new.autoscaled:
+            text = f"{new.spec.name} had {old.spec.replicas} tasks by the autoscaler, and was given {new.spec.replicas}"
+            self.violations.append(text)
+
+    def _missing(self, names: set[str]) -> Iterator[str]:
+        view = self._cluster.view
+        there = {one.spec.name: one for one in view.find(Service) if one.removed_at is None}
+        for name in sorted(names):
+            if name not in there:
+                yield f"service {name} was acknowledged, and is not there"
+                continue
+            container = there[name].spec.task_template.container_spec
+            for one in container.secrets if container is not None else ():
+                if view.lookup(Secret, one.secret_id) is None:
+                    yield f"service {name} was acknowledged, and its secret {one.secret_name} is not there"
+
+    def _outdated(self, names: set[str]) -> Iterator[str]:
+        view = self._cluster.view
+        for service in view.find(Service):
+            if service.spec.name not in names or CRON in service.spec.labels:
+                continue
+            for task in self._cluster.tasks(service.id):
+                is_wanted = task.desired_state is TaskState.RUNNING
+                if is_wanted and not is_up_to_date(view, task):
+                    yield f"{service.spec.name} was acknowledged, and its task {task.id} is of an earlier spec"
+
+
+class Commands:
+    """Starts commands beside each other."""
+
+    def __init__(self, cluster: SimulatedCluster) -> None:
+        self.rules = Rules(cluster)
+        self.outcomes: list[str] = []
+        """How each command ended."""
+        self._cluster = cluster
+        self._apis = Apis(cluster)
+        self._running: dict[asyncio.Task[None], ApiClient] = {}
+
+    def client(self, name: str) -> ApiClient:
+        """A client that nothing happens to."""
+        return ApiClient(self._apis, name)
+
+    def deploy(self, name: str, stack: Stack, *, undoes: bool, wait_s: float = 30.0) -> ApiClient:
+        """Begin ``skep stack deploy``.  ``undoes``: with ``--rollback-on-failure``."""
+
+        async def run(client: ApiClient) -> None:
+            await deploy(client, stack, undoes=undoes, wait_s=wait_s)
+            self.rules.acknowledge(stack, is_alone=len(self._running) == 1)
+
+        return self._begin(name, run)
+
+    def rotate(self, name: str, kind: Kind, root: str, data: bytes | None) -> ApiClient:
+        """Begin ``skep secret rotate``."""
+
+        async def run(client: ApiClient) -> None:
+            rotation = _Rotation(kind, client)  # type: ignore[arg-type]
+            new, old = await rotation.next_version(root, data)
+            ids = await rotation.move(old, new)
+            async with asyncio.timeout(30.0):
+                await rotation.wait(ids, new)
+            if rotation.problems:
+                raise Unavailable("; ".join(rotation.problems))
+
+        return self._begin(name, run)
+
+    def upgrade(self, name: str, version: str, *, continues: bool, broken: Collection[str] = ()) -> ApiClient:
+        """Begin ``skep upgrade`` of all workers.
+
+        Args:
+            broken: workers that show another version afterwards.
+        """
+        means = SimulatedMeans(
+            version=version, command="true", rollback="true", cluster=self._cluster, broken=frozenset(broken)
+        )
+
+        async def run(client: ApiClient) -> None:
+            upgrade = _Upgrade(client, means, drains=True, within_s=30.0)  # type: ignore[arg-type]
+            upgrade._holder = replace(upgrade._holder, by=name)
+            await upgrade.take(continues=continues)
+            try:
+                await upgrade.run()
+            except FailedPrecondition:
+                await upgrade.end()
+                raise
+            await upgrade.release()
+
+        return self._begin(name, run)
+
+    def _begin(self, name: str, run: Callable[[ApiClient], Awaitable[None]]) -> ApiClient:
+        client = self.client(name)
+
+        async def guarded() -> None:
+            try:
+                await run(client)
+            except (SkepError, TimeoutError) as error:
+                self.outcomes.append(f"{name}: {error}")
+            else:
+                self.outcomes.append(f"{name}: done")
+
+        task = self._cluster.loop.create_task(guarded(), name=name)
+        self._running[task] = client
+        return client
+
+    def disturb(self, client: ApiClient) -> None:
+        """Kill the command or suspend it at a random request, or lose some of its responses."""
+        random = self._cluster.random
+        match random.randrange(4):
+            case 0:
+                client.killed_at = random.randint(1, 40)
+            case 1:
+                client.pauses[random.randint(1, 40)] = random.uniform(0.5, PAUSE_S)
+            case 2:
+                client.loses = 0.1
+            case _:
+                pass
+
+    def finish(self, within_s: float = 300.0) -> None:
+        """Let all commands end, and check the rules."""
+
+        def is_over() -> bool:
+            return all(task.done() or client.is_killed for task, client in self._running.items())
+
+        self._cluster.run_until(is_over, within_s=within_s)
+        for task in self._running:
+            if task.done() and not task.cancelled():
+                task.result()
+        self._cluster.run_for(1.0)
+        self.rules.finish()
+
+
+class SimulatedMeans(Means, frozen=True, kw_only=True):
+    """A version is what a worker says of itself, some seconds after its installation began."""
+
+    cluster: SimulatedCluster
+    broken: frozenset[str] = frozenset()
+
+    async def check(self, node: Member) -> None:
+        """See ``Means``."""
+
+    async def upgrade(self, node: Member) -> None:
+        """See ``Means``."""
+        await asyncio.sleep(self.cluster.random.uniform(0.1, 3.0))
+        show_version(
+            self.cluster, node.id, f"{self.version}-broken" if node.id in self.broken else self.version
+        )
+
+    async def roll_back(self, node: Member) -> None:
+        """See ``Means``."""
+        await asyncio.sleep(self.cluster.random.uniform(0.1, 3.0))
+        show_version(self.cluster, node.id, node.version)
+
+
+def show_version(cluster: SimulatedCluster, id: str, version: str) -> None:
+    """Have a worker say that it runs this version of Skep."""
+    node = cluster.nodes[NodeId(id)]
+    engine = replace(node._description.engine, engine_version=version, labels={NODE_LABEL: "1"})
+    node._description = replace(node._description, engine=engine)
+
+
+async def deploy(client: ApiClient, stack: Stack, *, undoes: bool, wait_s: float) -> None:
+    """``skep stack deploy``, without its files.  Raises: SkepError: it failed."""
+    made = Made()
+    existing = await existing_of(client, stack.name, config_names(stack))
+    plan = plan_of(stack, existing, images={}, prune=False)
+    try:
+        await carry_out(client, stack, plan, _say, wait_s, _warn, made=made)
+    except SkepError:
+        if undoes:
+            await undo(client, plan, _say, wait_s, _warn, made)
+        raise
+
+
+def label_of(stack: str) -> dict[str, str]:
+    """The label of everything in a stack."""
+    return {NAMESPACE: stack}
+
+
+def _say(*_: str) -> None:
+    pass
+
+
+def _warn(_: object) -> None:
+    pass

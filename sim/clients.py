@@ -1,0 +1,167 @@
+"""Clients of the API in a simulated cluster: production commands on the production routes of simulated managers.
+
+A client can be killed or suspended between any two requests, and a response can be lost.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from random import Random
+from typing import Any, cast
+from urllib.parse import urlencode
+
+import msgspec
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+
+from sim.cluster import SimulatedCluster
+from sim.manager import SimulatedManager
+from skep.api.errors import error_of
+from skep.api.identity import identify
+from skep.api.requests import Filters, Requests, parameters_of
+from skep.errors import Unavailable
+from skep.manager.ca.external import ExternalAuthorities
+from skep.manager.events import ClusterEvents
+from skep.manager.routes import ManagerApi, application
+from skep.manager.routes.access import MANAGER
+from skep.model.access import ALL, Identity, Origin
+from skep.model.readable import names_from
+from skep.store.interface import Store
+
+ADMIN = Identity(name="root", origin=Origin.SOCKET, bindings=ALL)
+LATENCY_S = 0.02
+"""The longest way of a request to a manager: some milliseconds in one data center."""
+RETRY_S = 0.2
+"""Between two looks for a manager that serves."""
+
+
+class Apis:
+    """The API of each manager, made when a client first uses it."""
+
+    def __init__(self, cluster: SimulatedCluster) -> None:
+        self.cluster = cluster
+        self._made: dict[Store, web.Application] = {}
+
+    def any_manager(self) -> web.Application:
+        """The API of a random manager that serves.  Raises: Unavailable: none does."""
+        running = self.cluster.running_managers.values()
+        serving = [one for one in running if one.store is not None]
+        if not serving:
+            raise Unavailable("no manager serves")
+        return self._of(self.cluster.random.choice(serving))
+
+    def _of(self, manager: SimulatedManager) -> web.Application:
+        store = manager.store
+        assert store is not None
+        if store not in self._made:
+            cluster, clock = self.cluster, self.cluster.clocks[manager._id]
+            made = application(
+                ManagerApi(
+                    store=store,
+                    logs=cast("Any", None),
+                    backups=cast("Any", None),
+                    diagnostics=cast("Any", None),
+                    external=ExternalAuthorities(lambda: cast("Any", None), clock, cluster.random),
+                    tunnels=cast("Any", None),
+                    events=ClusterEvents(store, clock),
+                    all_events=cast("Any", None),
+                    clock=clock,
+                    new_id=cluster.new_id,
+                    new_name=names_from(Random(1)),
+                )
+            )
+            made.freeze()
+            self._made[store] = made
+        return self._made[store]
+
+
+class ApiClient(Requests):
+    """What a command makes its requests with."""
+
+    def __init__(self, apis: Apis, name: str, identity: Identity = ADMIN) -> None:
+        self._apis = apis
+        self._name = name
+        self._identity = identity
+        self._random = apis.cluster.random
+        self.is_killed = False
+        self._is_gone = False
+        """It was killed, and the simulation ends it: it makes no request for its clean-up."""
+        self.requests = 0
+        """How many it has begun."""
+        self.killed_at: int | None = None
+        """The number of the request before or after which it is killed; None: it is not."""
+        self.pauses: dict[int, float] = {}
+        """Numbers of requests before which it is suspended, and for how many seconds."""
+        self.loses = 0.0
+        """The probability that a response is lost."""
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        filters: Filters | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """See ``Requests``."""
+        self.requests += 1
+        await self._pass()
+        target = path
+        if parameters := {**(query or {}), **parameters_of(filters)}:
+            target = f"{path}?{urlencode(parameters)}"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.sleep(self._random.uniform(0, LATENCY_S))
+                status, answer = await self._exchange(method, target, body, headers or {})
+                await asyncio.sleep(self._random.uniform(0, LATENCY_S))
+        except TimeoutError:
+            raise Unavailable(f"no response within {timeout_s} s") from None
+        await self._pass()
+        if method != "GET" and self._random.random() < self.loses:
+            raise Unavailable("the response was lost")
+        found = msgspec.json.decode(answer) if answer.strip() else None
+        if status >= 400:
+            raise error_of(status, str((found or {}).get("message", status)))
+        return found
+
+    async def _pass(self) -> None:
+        if self.killed_at is not None and self.requests >= self.killed_at:
+            # Before the request, or after it: its response is not read then.
+            self.is_killed = self.is_killed or self.requests > self.killed_at or self._random.random() < 0.5
+        if self._is_gone:
+            raise asyncio.CancelledError
+        if self.is_killed:
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                self._is_gone = True
+        await asyncio.sleep(self.pauses.pop(self.requests, 0.0))
+
+    async def _exchange(
+        self, method: str, target: str, body: Any, headers: Mapping[str, str]
+    ) -> tuple[int, bytes]:
+        data = b"" if body is None else msgspec.json.encode(body)
+        sent = {**headers, "Content-Type": "application/json", "Content-Length": str(len(data))}
+        transport = _Connection()
+        identify(transport, self._identity)
+        app = self._apis.any_manager()
+        if target == "/info":  # a route of the node process, which has its manager's clock
+            return 200, msgspec.json.encode({"SystemTime": app[MANAGER].now()})
+        request = make_mocked_request(method, target, sent, transport=transport)
+        request._read_bytes = data
+        response = await app._handle(request)
+        assert isinstance(response, web.Response), target
+        content = response.body
+        return response.status, bytes(content) if isinstance(content, bytes | bytearray) else b""
+
+
+class _Connection(asyncio.Transport):
+    """Stands for a connection; only its identity counts."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def is_closing(self) -> bool:
+        return False

@@ -1,0 +1,92 @@
+"""Removal of a stack, and of what one deploy has created."""
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+from skep.api.requests import Requests
+from skep.api.waiting import persistently
+from skep.errors import NotFound, SkepError, Unavailable
+from skep.stack.deploying import RESPONSE_TIMEOUT_S, Made, Show, all_of, remove_unchanged
+from skep.stack.planning import removal_of
+from skep.stack.project import NAMESPACE
+
+_LOOK_S: Final = 0.5
+
+
+async def remove(client: Requests, stack: str, show: Show, wait_s: float) -> bool:
+    """Remove everything of a stack: services, and when their tasks are gone, the rest.  False: there is none.
+
+    Raises: Unavailable: something is in use for longer than ``wait_s``.
+    """
+    label = {"label": [f"{NAMESPACE}={stack}"]}
+    found = False
+    for kind in ("service", "secret", "config", "network"):
+        objects = await client.get(f"/{kind}s", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
+        found = found or bool(objects)
+        named = [
+            (one["Name"], one["Id"]) if kind == "network" else (one["Spec"]["Name"], one["ID"])
+            for one in objects
+        ]
+        await all_of(_removed(client, kind, name, id, show, wait_s) for name, id in named)
+        if kind == "service":
+            await _wait_tasks_gone(client, label, show, stack, wait_s)
+    return found
+
+
+async def unmake(client: Requests, stack: str, made: Made, show: Show, wait_s: float) -> None:
+    """Remove what a deploy has created, and nothing else.
+
+    Raises: FailedPrecondition: somebody has changed a service of it; Unavailable: something stays in use.
+    """
+    for service in made.services:
+        if await remove_unchanged(client, removal_of(service)):
+            show(service.spec.name, "service removed")
+    label = {"label": [f"{NAMESPACE}={stack}"]}
+    await _wait_tasks_gone(client, label, show, stack, wait_s, {one.id for one in made.services})
+    for kind in ("secret", "config", "network"):
+        of_kind = [(name, id) for one, name, id in made.files if one == kind]
+        await all_of(_removed(client, kind, name, id, show, wait_s) for name, id in of_kind)
+
+
+async def _wait_tasks_gone(
+    client: Requests,
+    label: Mapping[str, Sequence[str]],
+    show: Show,
+    stack: str,
+    wait_s: float,
+    services: Collection[str] | None = None,
+) -> None:
+    """Return when no task of the stack, or of these services, runs: then addresses and networks are free."""
+
+    async def read() -> list[Any]:
+        tasks = await client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S)
+        return [one for one in tasks if services is None or one.get("ServiceID") in services]
+
+    try:
+        async with asyncio.timeout(wait_s):
+            while tasks := await persistently(read, partial(show, stack)):
+                show(stack, f"tasks that still stop: {len(tasks)}")
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        raise Unavailable(
+            f"tasks of {stack} have not stopped within {wait_s:g} s: see docker stack ps {stack}"
+        ) from None
+
+
+async def _removed(client: Requests, kind: str, name: str, id: str, show: Show, wait_s: float) -> None:
+    deadline = asyncio.get_running_loop().time() + wait_s
+    while True:
+        try:
+            await client.delete(f"/{kind}s/{id}", timeout_s=RESPONSE_TIMEOUT_S)
+        except NotFound:
+            return
+        except SkepError as error:
+            is_in_use = "in use" in str(error) or "active endpoints" in str(error)
+            if not is_in_use or asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(_LOOK_S)
+        else:
+            show(name, f"{kind} removed")
+            return

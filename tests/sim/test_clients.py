@@ -1,0 +1,213 @@
+"""Commands that plan and then act, beside each other and beside the control loops, killed and suspended anywhere."""
+
+import base64
+
+import pytest
+
+from sim.client_runs import Commands, label_of, show_version
+from sim.cluster import SimulatedCluster
+from sim.random_specs import BROKEN
+from skep.cli.rotation import SECRET
+from skep.model.node import Availability, Node, NodeRole
+from skep.model.schedules import CRON
+from skep.model.secret import Secret
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.stack.project import Stack
+from tests.support.builders import a_service_spec
+from tests.unit.stack.test_planning import a_stack
+
+SEEDS = range(12)
+CPU = 1_000_000_000
+
+
+def a_version(image: str, *, own: str = "", password: bytes = b"one", ports: str = "") -> Stack:
+    """``own``: a service that only this version has."""
+    deploy = "deploy: {replicas: 2, update_config: {monitor: 1ms, parallelism: 0}}"
+    text = f"services:\n  web: {{image: '{image}', secrets: [pw], {deploy}{ports}}}\n"
+    if own:
+        text += f"  {own}: {{image: 'app:1', deploy: {{replicas: 1}}}}\n"
+    return a_stack(text + "secrets: {pw: {file: f}}\n", pw=password)
+
+
+def before(commands: Commands, cluster: SimulatedCluster) -> None:
+    """Objects of the stack that no deploy has made: a secret that nobody can read back, and a network."""
+
+    async def make() -> None:
+        client = commands.client("person")
+        data = base64.b64encode(b"key").decode()
+        await client.post("/secrets/create", {"Name": "shop_tls", "Labels": label_of("shop"), "Data": data})
+        body = {"Name": "shop_old", "Driver": "overlay", "Labels": label_of("shop")}
+        await client.post("/networks/create", body)
+
+    cluster.do(make())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_first_deploys_of_a_stack_of_which_one_fails_and_is_undone(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        before(Commands(cluster), cluster)
+        commands = Commands(cluster)
+        good = commands.deploy("good", a_version("app:1", own="api"), undoes=True)
+        cluster.run_for(cluster.random.uniform(0.0, 3.0))
+        bad = commands.deploy("bad", a_version(BROKEN, own="cron"), undoes=True, wait_s=8.0)
+        for one in (good, bad):
+            commands.disturb(one)
+        commands.finish()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_deploys_of_a_stack_that_is_there(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=100 + seed) as cluster:
+        first = Commands(cluster)
+        first.deploy("first", a_version("app:1"), undoes=False)
+        first.finish()
+        commands = Commands(cluster)
+        images = ("app:2", cluster.random.choice(("app:3", BROKEN)))
+        for number, image in enumerate(images):
+            stack = a_version(image, own=f"own{number}", password=b"%d" % number)
+            commands.disturb(commands.deploy(f"d{number}", stack, undoes=True, wait_s=10.0))
+            cluster.run_for(cluster.random.uniform(0.0, 1.0))
+        commands.finish()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_good_deploy_succeeds_whatever_another_one_prunes(seed: int) -> None:
+    """Its secret is created and not used yet when the other one looks for what nothing uses."""
+    with SimulatedCluster(managers=3, workers=3, seed=500 + seed) as cluster:
+        for number in range(2):
+            first = Commands(cluster)
+            first.deploy("first", a_version("app:1", password=b"%d" % number), undoes=False)
+            first.finish()
+        commands = Commands(cluster)
+        slow = commands.deploy("slow", a_version("app:2", password=b"slow"), undoes=False)
+        slow.pauses[cluster.random.randint(8, 14)] = 10.0
+        commands.deploy("fast", a_version("app:3", password=b"fast"), undoes=False)
+        commands.finish()
+        assert sorted(commands.outcomes) == ["fast: done", "slow: done"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_deploy_beside_the_autoscaler(seed: int) -> None:
+    """The load rises between the plan and the update."""
+    text = "services: {web: {image: 'app:%d', deploy: {replicas: 2, labels: {skep.autoscale: 2..12}}}}"
+    with SimulatedCluster(managers=3, workers=3, seed=200 + seed) as cluster:
+        load = [0.5]
+
+        def of_task(task: Task) -> int:
+            return round(load[0] * CPU / max(cluster.containers(str(task.service_id)), 1))
+
+        cluster.nano_cpus = of_task
+        commands = Commands(cluster)
+        commands.deploy("first", a_stack(text % 1), undoes=False)
+        commands.finish()
+        load[0] = 6.0
+        cluster.run_for(cluster.random.uniform(0.0, 20.0))
+        commands = Commands(cluster)
+        client = commands.deploy("second", a_stack(text % 2), undoes=False, wait_s=60.0)
+        client.pauses[cluster.random.randint(4, 12)] = 40.0
+        commands.finish()
+
+
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_an_update_of_ports_alone_is_waited_for(seed: int) -> None:
+    # The store is slower than the command, which looks before the leader has acted.
+    with SimulatedCluster(managers=3, workers=3, seed=300 + seed, latency_s=0.2) as cluster:
+        for ports in ("", ", ports: ['8080:80']"):
+            commands = Commands(cluster)
+            commands.deploy("deploy", a_version("app:1", ports=ports), undoes=False)
+            commands.finish()
+            assert commands.outcomes == ["deploy: done"]
+
+
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_a_rotation_beside_a_deploy_reaches_every_service_and_scheduled_job(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=400 + seed) as cluster:
+        commands = Commands(cluster)
+
+        async def make() -> None:
+            person = commands.client("person")
+            data = base64.b64encode(b"key").decode()
+            found = await person.post("/secrets/create", {"Name": "pw", "Labels": {}, "Data": data})
+            reference = {"SecretID": found["ID"], "SecretName": "pw", "File": {"Name": "pw", "Mode": 0o444}}
+            template = {"ContainerSpec": {"Image": "app:1", "Secrets": [reference]}}
+            replicated, job = {"Replicated": {"Replicas": 2}}, {"ReplicatedJob": {}}
+            for name, mode, labels in (("web", replicated, {}), ("nightly", job, {CRON: "0 3 * * *"})):
+                spec = {"Name": name, "Labels": labels, "Mode": mode, "TaskTemplate": template}
+                await person.post("/services/create", spec)
+
+        def service(name: str) -> Service:
+            (found,) = (one for one in cluster.view.find(Service) if one.spec.name == name)
+            return found
+
+        cluster.do(make())
+        cluster.run_until(lambda: cluster.running(service("web").id) == 2, within_s=20)
+        commands.deploy("deploy", a_version("app:1"), undoes=True)
+        killed = commands.rotate("killed", SECRET, "pw", b"new")
+        killed.killed_at = cluster.random.randint(1, 12)
+        commands.finish()
+        is_made = len(cluster.view.find(Secret)) > 2
+        again = Commands(cluster)
+        again.rotate("again", SECRET, "pw", None if is_made else b"new")
+        again.finish()
+        assert again.outcomes == ["again: done"]
+        for name in ("web", "nightly"):
+            container = service(name).spec.task_template.container_spec
+            assert container is not None
+            assert [one.secret_name for one in container.secrets] == ["pw-v2"], name
+
+
+def drained(cluster: SimulatedCluster) -> list[str]:
+    return [
+        one.id
+        for one in cluster.view.find(Node)
+        if one.spec.role is NodeRole.WORKER and one.spec.availability is not Availability.ACTIVE
+    ]
+
+
+def versions(cluster: SimulatedCluster) -> set[str]:
+    return {cluster.view.get(Node, id).description.engine.engine_version for id in cluster.workers}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_upgrade_that_is_killed_is_completed_by_one_of_two_that_continue_it(seed: int) -> None:
+    """One node is drained at a time, whoever believes that it is their turn."""
+    with SimulatedCluster(managers=3, workers=3, seed=600 + seed) as cluster:
+        for id in cluster.workers:
+            show_version(cluster, id, "1")
+        cluster.create(a_service_spec("web", replicas=2))
+        cluster.run_until(lambda: cluster.running("web") == 2 and versions(cluster) == {"1"}, within_s=60)
+        at_most: list[int] = [0]
+
+        def check(*_: object) -> None:
+            at_most[0] = max(at_most[0], len(drained(cluster)))
+
+        cluster.committed.watchers.append(check)
+        commands = Commands(cluster)
+        first = commands.upgrade("first", "2", continues=False)
+        first.killed_at = cluster.random.randint(1, 120)
+        cluster.run_for(cluster.random.uniform(5.0, 60.0))
+        second = commands.upgrade("second", "2", continues=True)
+        second.pauses[cluster.random.randint(5, 60)] = 20.0
+        cluster.run_for(cluster.random.uniform(0.0, 20.0))
+        commands.upgrade("third", "2", continues=True)
+        commands.finish(within_s=900.0)
+        assert any(one in ("first: done", "second: done", "third: done") for one in commands.outcomes)
+        assert (versions(cluster), drained(cluster), at_most[0]) == ({"2"}, [], 1)
+        assert cluster.running("web") == 2
+
+
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_an_upgrade_ends_at_a_node_that_does_not_come_back_which_has_its_version_again(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=700 + seed) as cluster:
+        for id in cluster.workers:
+            show_version(cluster, id, "1")
+        cluster.run_until(lambda: versions(cluster) == {"1"}, within_s=60)
+        commands = Commands(cluster)
+        broken = cluster.random.choice(cluster.workers)
+        commands.upgrade("upgrade", "2", continues=False, broken=[broken])
+        commands.finish(within_s=900.0)
+        (outcome,) = commands.outcomes
+        assert f"{broken} did not come back with 2" in outcome
+        assert cluster.view.get(Node, broken).description.engine.engine_version == "1"
+        assert drained(cluster) == []
