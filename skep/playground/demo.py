@@ -3,7 +3,9 @@
 import asyncio
 import os
 import shutil
+import socket
 import sys
+from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from skep.playground.playground import Playground
 SERVICE = "web"
 REPLICAS = 3
 WORKERS = 2
+FIRST_PORT, PORTS_TRIED = 8080, 100
+"""The service is published at the first of these that is free on the machine."""
 _CREATE_WITHIN_S = 120
 _RESPONSE_TIMEOUT_S = 10
 
@@ -49,6 +53,7 @@ async def _build(playground: Playground) -> Cluster:
     archive.write_bytes(built.data)
     await playground.load(archive)
     command = ["service", "create", "--name", SERVICE, "--replicas", str(REPLICAS)]
+    command += ["--publish", f"published={free_port(_is_free)},target=80"]
     command += ["--publish", "mode=host,target=80", "--no-resolve-image", nginx.TAG]
     click.secho(f"3. a service: docker {' '.join(command)}", bold=True)
     await _docker(cluster.nodes[0].endpoint, *command)
@@ -59,8 +64,13 @@ async def _show(cluster: Cluster, playground: Playground) -> None:
     """Check that it responds, and print the next commands."""
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
-    address = f"127.0.0.1:{await playground.relayed(await _a_port(cluster))}"
-    click.echo(f"\nhttp://{address} answers, in a browser too: {await asyncio.to_thread(_get, address)}\n")
+    port = await _mesh_port(cluster)
+    address = f"127.0.0.1:{await playground.relayed(port)}"
+    click.echo(f"\nhttp://{address} answers, in a browser too: {await asyncio.to_thread(_get, address)}")
+    click.echo(
+        f"Every node answers on port {port} for all replicas (the routing mesh).  Each replica has a port of its own "
+        "on its node as well.\n"
+    )
     click.secho("Try next:", bold=True)
     if not shutil.which("docker"):
         click.echo(f"  export PATH={Path(sys.prefix) / 'bin'}:$PATH")
@@ -87,15 +97,35 @@ async def _docker(endpoint: str, *words: str) -> None:
         raise FailedPrecondition(f"docker {' '.join(words)} failed with exit code {process.returncode}")
 
 
-async def _a_port(cluster: Cluster) -> int:
-    """A port that one running replica got on its node.  Raises: Unavailable: there is none."""
+async def _mesh_port(cluster: Cluster) -> int:
+    """The port of the service on every node.  Raises: Unavailable: it has none so far."""
     async with Client.at(cluster.nodes[0].endpoint) as manager:
-        tasks: list[dict[str, Any]] = await manager.get("/tasks", filters={"service": [SERVICE]})
-    for task in tasks:
-        for port in (task["Status"].get("PortStatus") or {}).get("Ports") or ():
-            if task["Status"]["State"] == "running" and task["DesiredState"] == "running":
-                return int(port["PublishedPort"])
-    raise Unavailable(f"no replica of {SERVICE} has published its port")
+        service: dict[str, Any] = await manager.get(f"/services/{SERVICE}")
+    for port in service["Endpoint"].get("Ports") or ():
+        if port["PublishMode"] == "ingress":
+            return int(port["PublishedPort"])
+    raise Unavailable(f"the service {SERVICE} publishes no port on every node")
+
+
+def free_port(is_free: Callable[[int], bool]) -> int:
+    """The first free port for the service.  Raises: FailedPrecondition: all of them are taken."""
+    for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+        if is_free(port):
+            return port
+    raise FailedPrecondition(
+        f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} of this machine are taken: free one, and run it again"
+    )
+
+
+def _is_free(port: int) -> bool:
+    """Whether 127.0.0.1 of this machine has the port to give, where the playground serves it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _get(address: str) -> str:

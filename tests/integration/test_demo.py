@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from urllib.request import urlopen
 import pytest
 
 from skep.aio.trees import discard_tree_now
+from skep.playground.demo import free_port
 from tests.support.footprint import inhabitants, machine, survivors
 from tests.support.playground_rig import TestCluster, wait_running, wait_until
 
@@ -30,6 +32,12 @@ def place() -> Iterator[Path]:
     finally:
         make("demo-down", directory / "demo", check=False)
         discard_tree_now(directory)
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens on the port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def make(target: str, directory: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -52,14 +60,21 @@ def make(target: str, directory: Path, *, check: bool = True) -> subprocess.Comp
 
 def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_trace(place: Path) -> None:
     before = machine(NAME, place.parent)
+    port = free_port(is_free)
     shown = make("demo", place).stdout
     assert "converged" in shown
     (url,) = re.findall(r"http://127\.0\.0\.1:\d+", shown)
+    assert url == f"http://127.0.0.1:{port}"
     assert "in a browser too: nginx in container " in shown
     assert shown.count("\n  docker ") == 3
     assert f"export DOCKER_HOST=unix://{place}/m1/skep.sock" in shown
 
     node = TestCluster(place, NAME).node("m1")
+    published = node.client().services.get("web").attrs["Endpoint"]["Ports"]
+    assert [(one.get("PublishedPort"), one["PublishMode"]) for one in published] == [
+        (port, "ingress"),
+        (None, "host"),
+    ]
     image = next(image for image in node.client().images.list("demo/nginx"))
     assert image.attrs["Size"] < 30_000_000
 
