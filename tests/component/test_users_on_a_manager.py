@@ -283,6 +283,25 @@ async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(r
     assert [one.action for one in rig.journal.entries] == ["exec"] * 3
 
 
+async def test_the_history_has_commands_and_paths_but_no_values(rig: Rig) -> None:
+    service = await rig.api.store.update(put, a_service("web"))
+    await rig.api.store.update(put, running("t1", service))
+    admin, path = "admin", "POST /v1.41/skep/tasks/web.1/container/exec"
+    await rig.exchange(OPERATOR, path, {"Cmd": ["sh", "-c", "PASSWORD=hunter2 psql"], "User": "0"})
+    await rig.exchange(admin, path, {"Cmd": ["id"], "Privileged": True})
+    await rig.exchange(admin, path, {"Cmd": ["echo", "x" * 1000]})
+    for method in ("GET", "PUT"):
+        await rig.exchange(OPERATOR, f"{method} /v1.41/skep/tasks/web.1/container/archive?path=/etc/passwd")
+    exec_, archive = "exec in the container of task web.1: ", "archive in the container of task web.1: "
+    messages = [one.message for one in rig.journal.entries]
+    assert messages[0].startswith(f"{exec_}-u 0 sh -c ")
+    assert "hunter2" not in messages[0]
+    assert messages[1] == f"{exec_}--privileged id"
+    assert len(messages[2]) < 400
+    assert messages[2].endswith("x...")
+    assert messages[3:] == [f"{archive}read /etc/passwd", f"{archive}write /etc/passwd"]
+
+
 @pytest.mark.parametrize("request_", ["GET /services", "GET /services/none", "POST /session"])
 async def test_a_connection_has_one_request_of_a_token_also_if_it_asks_for_an_upgrade(
     rig: Rig, request_: str

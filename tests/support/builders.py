@@ -207,6 +207,8 @@ def an_auth(username: str = "corp", address: str = "", **fields: str) -> str:
     return base64.urlsafe_b64encode(
         json.dumps(known | ({"serveraddress": address} if address else {})).encode()
     ).decode()
+
+
 def a_cluster_volume(
     name: str = "orders",
     *,

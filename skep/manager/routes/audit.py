@@ -105,13 +105,17 @@ class _Record:
         self._journal.record(with_outcome(self.begin(), status, error))
 
 
-def record_reached(request: web.Request, task: Task, what: str) -> None:
-    """Record a request for the container of ``task``, at its beginning."""
+def record_reached(request: web.Request, task: Task, what: str, details: str = "") -> None:
+    """Record a request for the container of ``task``, at its beginning.
+
+    Args:
+        details: its command or the path of its files, or empty.
+    """
     manager = manager_of(request)
     if manager.journal is None:
         return
     entry = _about_object(Entry(type="task", action=what.partition("/")[0]), task, manager.store.view())
-    message = f"{entry.action} in the container of task {entry.name}"
+    message = f"{entry.action} in the container of task {entry.name}{f': {details}' if details else ''}"
     path = path_of(request.path)
     manager.journal.record(
         replace(entry, message=message, method=request.method, path=path, by=client_of(request))

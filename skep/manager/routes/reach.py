@@ -6,6 +6,7 @@ checks it again.
 """
 
 import re
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,6 +27,7 @@ from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.audit import client_of, record_reached
 from skep.model.container import ContainerSpec
 from skep.model.encoding import to_json
+from skep.model.history import masked_text
 from skep.model.service import ServiceSpec
 from skep.model.task import Task
 from skep.store.kinds import spec_of
@@ -36,6 +38,8 @@ log = structlog.get_logger(__name__)
 routes = Routes()
 
 _WHAT = re.compile(r"^.*?/skep/tasks/[^/]+/(?:container/)?")
+_DETAILS_MAX = 256
+"""Characters of a command in the history: entries are small, and the first words say what it did."""
 _RECORDED = re.compile(r"(?:exec|attach|archive|exec/[0-9a-f]+/start|port/.*)")
 """Requests that the log and the history have: those that change something, or read files."""
 
@@ -107,7 +111,7 @@ async def _forward(request: web.Request, task: Task, path: str) -> web.StreamRes
     await _authorize(request, task, kind, value)
     body = to_json(value) if value is not None else b""
     # Not by the id: authorization has replaced what the path names by it.
-    _record(request, task, _WHAT.sub("", request.path))
+    _record(request, task, _WHAT.sub("", request.path), _details(request, value))
     async with manager_of(request).tunnels.open(
         task, head=_head(request, kind, path, body), is_admin=identity_of(request).is_admin
     ) as tunnel:
@@ -210,7 +214,25 @@ async def _taken_over(request: web.Request) -> AsyncIterator[Connection]:
             client.end()  # the web server reads the rest of the body
 
 
-def _record(request: web.Request, task: Task, what: str) -> None:
+def _details(request: web.Request, value: ExecRequest | ExecStart | None) -> str:
+    """Return what a request for a container does, for the history: its command, or the path of its files.
+
+    Values of variables and credentials in URLs are masked, and a long command is cut.
+    """
+    if isinstance(value, ExecRequest):
+        options = [
+            *(["--privileged"] if value.privileged else []),
+            *(["-u", value.user] if value.user else []),
+        ]
+        text = masked_text(shlex.join((*options, *value.cmd)))
+    elif request.path.endswith("/archive"):
+        text = f"{'write' if request.method == 'PUT' else 'read'} {request.query.get('path', '')}"
+    else:
+        return ""
+    return text if len(text) <= _DETAILS_MAX else f"{text[:_DETAILS_MAX]}..."
+
+
+def _record(request: web.Request, task: Task, what: str, details: str = "") -> None:
     if _RECORDED.fullmatch(what):
         by = client_of(request)
         log.info(
@@ -220,4 +242,4 @@ def _record(request: web.Request, task: Task, what: str) -> None:
             node=task.node_id,
             client=by.summary,
         )
-        record_reached(request, task, what)
+        record_reached(request, task, what, details)
