@@ -18,8 +18,8 @@ from skep.manager.dispatcher.adoption import orphans
 from skep.manager.dispatcher.assignments import everything
 from skep.manager.orchestrator import global_services, replicated
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.loop import NO_LIMIT, Orphan, _cluster_limit, _write
-from skep.manager.orchestrator.reaper.node_loop import _keeps_tasks
 from skep.manager.recovery import doubt_volumes
 from skep.manager.revocation import revoke
 from skep.manager.volumes.loop import _forget
@@ -260,7 +260,7 @@ def test_history_stays_and_nodes_with_tasks_stay_when_their_settings_cannot_be_r
         damaged=(("swarm", "s1", ""), ("service", "web", "")),
     )
     assert _cluster_limit(store.view()) == NO_LIMIT
-    assert _keeps_tasks(store.view(), a_node("n1"), 0.0)
+    assert KeptNodes(store.view()).reason(a_node("n1"), 0.0)
 
 
 def test_a_job_whose_run_has_a_spec_that_cannot_be_read_is_not_run_with_another() -> None:
