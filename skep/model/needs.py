@@ -116,6 +116,8 @@ def images_of(spec: ServiceSpec) -> tuple[str, ...]:
     container = spec.task_template.container_spec
     if container is None:
         return ()
+    if not container.mounts:
+        return (container.image,) if container.image else ()
     mounted = (mount.source for mount in container.mounts if mount.type == "image")
     return tuple(dict.fromkeys(filter(None, (container.image, *mounted))))
 
