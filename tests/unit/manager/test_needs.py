@@ -1,4 +1,4 @@
-"""What tasks need and hold is one list, and everyone who decides by it considers each resource.
+"""The needs and holdings of tasks are one list, and every user of the list considers each resource.
 
 A resource is a field of ``Needs``.  A new one fails here until it has a case, and until each user of the list is said
 to consider it or not to be concerned.

@@ -1,4 +1,4 @@
-"""Why the leader does not remove a lost node by itself: what its removal would take away.
+"""Reasons for which the leader keeps a lost node in the cluster.
 
 A node that is down may still run its containers and write to its volumes, because only the managers cannot reach it.
 Its removal releases everything it holds: its tasks are replaced, the volumes published on it are published elsewhere,
