@@ -4,9 +4,9 @@
 * ``holds_of(task)``: the part of its node, and of its volumes, that a task has from its assignment until its end.
 * ``may_block``: whether the end of a task with certain holdings may let a node take a task with certain needs.
 
-Whoever decides by "is it needed" or "is it free" uses them: filters, updates, preemption, dry run, the removal of lost
-nodes, references in the store, image collection, and removals.  A resource that is added here has to be considered by
-each of them: ``tests/unit/manager/test_needs.py`` lists resources by users, and fails on a gap.
+Every decision by "is it needed" or "is it free" uses them: filters, updates, preemption, the dry run, the removal of
+lost nodes, references in the store, image collection, and removals.  Each of them must consider a resource that is
+added here: ``tests/unit/manager/test_needs.py`` lists resources by users, and fails on a gap.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -116,6 +116,8 @@ def images_of(template: TaskSpec) -> tuple[str, ...]:
     container = template.container_spec
     if container is None:
         return ()
+    if not container.mounts:
+        return (container.image,) if container.image else ()
     mounted = (mount.source for mount in container.mounts if mount.type == "image")
     return tuple(dict.fromkeys(filter(None, (container.image, *mounted))))
 

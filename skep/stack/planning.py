@@ -13,6 +13,7 @@ from skep.model.autoscaling import with_number_kept, with_present_number
 from skep.model.container import ConfigReference, SecretReference
 from skep.model.encoding import to_json
 from skep.model.labels import STACK_REVISION
+from skep.model.needs import needs_of
 from skep.model.service import Service, ServiceSpec
 from skep.model.unknown import leniently
 from skep.stack.document import Problem, Problems
@@ -463,13 +464,13 @@ def superseded(
 
 
 def _names_in(spec: ServiceSpec | None, kind: str) -> Iterator[str]:
-    container = spec.task_template.container_spec if spec is not None else None
-    if container is None:
+    if spec is None:
         return
+    needs = needs_of(spec)
     if kind == "secret":
-        yield from (one.secret_name for one in container.secrets)
+        yield from (one.secret_name for one in needs.secrets)
     else:
-        yield from (one.config_name for one in container.configs)
+        yield from (one.config_name for one in needs.configs)
 
 
 def waves(services: Mapping[str, StackService]) -> list[list[str]]:

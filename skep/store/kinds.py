@@ -192,13 +192,9 @@ def as_run(view: View, service: Service) -> Service:
 def specs_in_use(view: View, service: Service) -> tuple[ServiceSpec, ...]:
     """Return the specs from which tasks of ``service`` are made now, or may be: its present spec, the one of a job's
     present run, and the one that a rollback returns to."""
+    specs = (service.spec,) if service.previous_spec is None else (service.spec, service.previous_spec)
     run = as_run(view, service)
-    specs = (
-        service.spec,
-        run.spec if run.spec_version != service.spec_version else None,
-        service.previous_spec,
-    )
-    return tuple([spec for spec in specs if spec is not None])
+    return specs if run is service else (*specs, run.spec)
 
 
 def has_unreadable_status(view: View, task: Task) -> bool:

@@ -18,8 +18,8 @@ from skep.manager.dispatcher.adoption import orphans
 from skep.manager.dispatcher.assignments import everything
 from skep.manager.orchestrator import global_services, replicated
 from skep.manager.orchestrator.observed_times import ObservedTimes
+from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.loop import NO_LIMIT, Orphan, _cluster_limit, _write
-from skep.manager.orchestrator.reaper.node_loop import _keeps_tasks
 from skep.manager.recovery import doubt_volumes
 from skep.manager.revocation import revoke
 from skep.manager.volumes.loop import _forget
@@ -34,6 +34,7 @@ from skep.model.service import (
     UpdateState,
     UpdateStatus,
 )
+from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Freeze, RootRotation, Swarm
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import Timestamp
@@ -46,7 +47,7 @@ from skep.store.proposal import Proposal, Unchanged
 from skep.store.state import State
 from skep.store.tables import KeyChange
 from skep.store.transaction import LocalTransaction
-from tests.support.builders import a_node, a_service, a_service_spec, a_task, an_overlay
+from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task, an_overlay
 from tests.support.control_loops import leading, wait_for
 from tests.support.damage_rigs import a_good_service_converges, cluster_with, damage
 
@@ -260,7 +261,26 @@ def test_history_stays_and_nodes_with_tasks_stay_when_their_settings_cannot_be_r
         damaged=(("swarm", "s1", ""), ("service", "web", "")),
     )
     assert _cluster_limit(store.view()) == NO_LIMIT
-    assert _keeps_tasks(store.view(), a_node("n1"), 0.0)
+    assert KeptNodes(store.view()).reason(a_node("n1"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "words"),
+    [
+        (("volume", "id-orders", "publish"), "where cluster volume id-orders is cannot be read"),
+        (("volume", "id-orders", ""), "where cluster volume id-orders is cannot be read"),
+        (("node", "n1", "status"), "what it has cannot be read"),
+        (("service", "web", ""), "services cannot be read"),
+    ],
+)
+def test_a_lost_node_stays_when_what_it_has_cannot_be_read(damaged: tuple[str, str, str], words: str) -> None:
+    node = a_node("n1")
+    engine = replace(node.description.engine, labels={SLOT_VOLUMES_LABEL: "data=db.1@1700000000000"})
+    node = replace(node, description=replace(node.description, engine=engine))
+    store = loaded(SWARM, a_service("web"), node, a_cluster_volume("orders"), damaged=(damaged,))
+    assert words in KeptNodes(store.view()).reason(node, 1e9)
+    intact = loaded(SWARM, a_service("web"), node, a_cluster_volume("orders"), damaged=())
+    assert KeptNodes(intact.view()).reason(node, 1e9) == ""
 
 
 def test_a_job_whose_run_has_a_spec_that_cannot_be_read_is_not_run_with_another() -> None:

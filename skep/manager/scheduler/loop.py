@@ -78,7 +78,7 @@ class Scheduler:
         self._accounting = Accounting()
         self._choices = Choices(self._accounting)
         self._usages = Usages()
-        self._preemptor = Preemptor(self._accounting, self._term.view)
+        self._preemptor = Preemptor(self._accounting, self._term.view, self._clock.monotonic)
         self._priorities = self._preemptor.priorities
         self._queue = GroupQueue(
             self._clock, lambda group: self._priorities.of_group(group, self._term.view())
@@ -418,6 +418,8 @@ class Scheduler:
         nominations = await self._in_slices(work, tasks)
         why.words.update((one.task.id, self._preemptor.words(one)) for one in nominations)
         self._preemptions += filter(None, map(self._preemptor.preemption, nominations))
+        if len(nominations) < len(tasks) and (at := self._preemptor.more_at()) is not None:
+            self._queue.add_at(group, at)
         if self._preemptions:
             await self._flush()  # others choose no victims that are chosen already
 

@@ -38,7 +38,7 @@ from skep.store.interface import View
 from skep.store.kinds import has_unknown_service
 
 AT_ONCE: Final = 20
-"""Victims that have not ended, in the whole cluster; one task that needs more gets them when there are none."""
+"""Victims that are about to end, in the whole cluster; one task that needs more gets them when there are none."""
 STEP: Final = 10
 """Nodes looked at between two pauses; a tenth of a millisecond each."""
 

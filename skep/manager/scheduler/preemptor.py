@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from skep.aio.time_slices import SlicedWork
 from skep.manager.scheduler.accounting import Accounting
@@ -25,20 +26,25 @@ from skep.model.swarm import Swarm
 from skep.model.task import Preemption, Task
 from skep.store.interface import View
 
+STOPPING_S: Final = 60.0
+"""Seconds for which a victim counts against ``AT_ONCE``: six of Docker's default stop grace periods.  One that takes
+longer, up to hours by its service's stop grace period, holds up no preemption on other nodes."""
+
 
 class Preemptor:
     """Makes room for refused tasks, where the cluster allows it."""
 
-    def __init__(self, accounting: Accounting, view: Callable[[], View]) -> None:
-        """``view``: the present one."""
+    def __init__(self, accounting: Accounting, view: Callable[[], View], now: Callable[[], float]) -> None:
+        """``view``: the present one; ``now``: seconds on a clock that never jumps."""
+        self._now = now
         self.priorities = Priorities()
         self._accounting = accounting
         self._view = view
         self._is_allowed = False
         self._claims: dict[Group, list[Nomination]] = {}
         """Room that is kept for pending tasks until their victims have ended, as reservations in the accounting."""
-        self._victims: set[TaskId] = set()
-        """Preempted tasks that have not ended."""
+        self._victims: dict[TaskId, float] = {}
+        """Preempted tasks that have not ended, and when this leader saw them first."""
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
@@ -52,11 +58,11 @@ class Preemptor:
 
     def add_victim(self, id: TaskId) -> None:
         """A task is preempted, and has not ended."""
-        self._victims.add(id)
+        self._victims.setdefault(id, self._now())
 
     def remove_victim(self, id: TaskId) -> None:
         """A task has ended, whether it was preempted or not."""
-        self._victims.discard(id)
+        self._victims.pop(id, None)
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
@@ -104,7 +110,7 @@ class Preemptor:
                 self._accounting,
                 Occupants(self._view, self.priorities, self.priorities.of(requirements.service_id)),
                 claim=claim,
-                victims_max=AT_ONCE - self._victims_under_way(),
+                victims_max=AT_ONCE - len(self._victims_under_way()),
             )
         )
 
@@ -127,11 +133,21 @@ class Preemptor:
         name = account.node.description.hostname if account is not None else ""
         return f"; tasks of lower priority stop for it on {name or nomination.room.node_id}"
 
-    def _victims_under_way(self) -> int:
-        """Preempted tasks that will end: on a node that is not ready they may be for ever."""
+    def more_at(self) -> float | None:
+        """When more victims may be chosen if none ends before, or None if none is under way."""
+        return min(self._victims_under_way(), default=None)
+
+    def _victims_under_way(self) -> list[float]:
+        """Until when each preempted task counts that is about to end; on a node that is not ready it may never end."""
         accounts, node_of = self._accounting.accounts, self._accounting.node_of
-        found = (accounts.get(node_of(id) or NodeId("")) for id in self._victims)
-        return sum(one is not None and one.node.status.state is NodeState.READY for one in found)
+        found = (
+            (accounts.get(node_of(id) or NodeId("")), at + STOPPING_S) for id, at in self._victims.items()
+        )
+        return [
+            until
+            for account, until in found
+            if until > self._now() and account is not None and account.node.status.state is NodeState.READY
+        ]
 
 
 def claim_id(task: Task) -> TaskId:

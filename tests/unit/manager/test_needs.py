@@ -1,4 +1,4 @@
-"""What tasks need and hold is one list, and everyone who decides by it considers each resource.
+"""The needs and holdings of tasks are one list, and every user of the list considers each resource.
 
 A resource is a field of ``Needs``.  A new one fails here until it has a case, and until each user of the list is said
 to consider it or not to be concerned.
@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.cli.rotation import CONFIG, SECRET, unused
 from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.files import remove_config, remove_secret
 from skep.manager.control.jobs import retry_job
@@ -31,6 +32,7 @@ from skep.model.container import (
     SecretReference,
     VolumeOptions,
 )
+from skep.model.encoding import to_json
 from skep.model.ids import ConfigId, NetworkId, SecretId, ServiceId, TaskId
 from skep.model.needs import Needs, Usage, holds_of, host_ports, may_block, needs_of, references_of
 from skep.model.network import Network, NetworkSpec
@@ -56,6 +58,8 @@ from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task, TaskState, VolumeAttachment
 from skep.model.times import ZERO_TIME
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeScope, VolumeSharing
+from skep.stack.planning import superseded
+from skep.stack.project import NAMESPACE, Stack
 from skep.store.interface import Object
 from skep.store.level import SCHEDULES
 from skep.store.state import State
@@ -298,6 +302,20 @@ def refuses(removal: Callable[[], None]) -> bool:
     return False
 
 
+def stack_keeps_it(resource: str) -> bool:
+    found = {"ID": "id1", "Spec": {"Name": "it", "Labels": {NAMESPACE: "shop"}}}
+    services = [a_service(spec=CASES[resource])]
+    return not all(
+        superseded(Stack(name="shop"), kind, [found], services) == [found] for kind in ("secret", "config")
+    )
+
+
+def prune_keeps_it(resource: str) -> bool:
+    found = {"ID": "id1", "Spec": {"Name": "it"}}
+    service = msgspec.json.decode(to_json(a_service(spec=CASES[resource])))
+    return not all(unused(kind, [found], [service], all=True) == [found] for kind in (SECRET, CONFIG))
+
+
 USERS: dict[Callable[[str], bool], set[str]] = {
     filters_refuse: {"host_ports", "nano_cpus", "memory_bytes", "generic", "max_replicas", "cluster_volumes"},
     update_gives_it_up: {
@@ -322,6 +340,8 @@ USERS: dict[Callable[[str], bool], set[str]] = {
     image_is_kept: {"images"},
     spec_refers_to_it: {"secrets", "configs", "networks"},
     run_holds_it: {"secrets", "configs", "networks"},
+    stack_keeps_it: {"secrets", "configs"},
+    prune_keeps_it: {"secrets", "configs"},
 }
 """Who decides by needs and holdings -> the resources that it considers."""
 
@@ -336,6 +356,9 @@ NOT_CONCERNED: dict[Callable[[str], bool], set[str]] = {
     # Cluster volumes and images are named, and may be made later; the rest belongs to nodes.
     spec_refers_to_it: RESOURCES - {"secrets", "configs", "networks"},
     run_holds_it: RESOURCES - {"secrets", "configs", "networks"},
+    # They remove nothing else.
+    stack_keeps_it: RESOURCES - {"secrets", "configs"},
+    prune_keeps_it: RESOURCES - {"secrets", "configs"},
 }
 
 

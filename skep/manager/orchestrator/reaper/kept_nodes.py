@@ -1,4 +1,4 @@
-"""Why the leader does not remove a lost node by itself: what its removal would take away.
+"""Reasons for which the leader keeps a lost node in the cluster.
 
 A node that is down may still run its containers and write to its volumes, because only the managers cannot reach it.
 Its removal releases everything it holds: its tasks are replaced, the volumes published on it are published elsewhere,
@@ -6,7 +6,7 @@ and the data in its local volumes is given up.  So the leader removes a node onl
 A person who runs ``docker node rm --force`` knows that the machine is gone; the leader never does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from skep.manager.orchestrator.disconnection import policy_on, replaced_at
@@ -16,6 +16,8 @@ from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.slot_volumes import (
     FORGOTTEN_LABEL,
+    LABEL_CHARACTERS_MAX,
+    SLOT_VOLUMES_LABEL,
     forgotten_in,
     local_volumes,
     may_be,
@@ -27,6 +29,8 @@ from skep.store.interface import View
 from skep.store.kinds import has_unknown_service, specs_in_use
 
 STATUS_PART, PUBLISH_PART = "status", "publish"
+_CUT_CHARACTERS = LABEL_CHARACTERS_MAX - 512
+"""A label of slot volumes that is longer may have been cut: one word has at most 350 characters or so."""
 
 
 class KeptNodes:
@@ -77,14 +81,20 @@ class KeptNodes:
         ):
             return "services cannot be read in the store, and their data may be on it"
         for one in found:
-            if any(may_be(one.volume, name) for name in self._kept_volumes(one.service)):
+            if any(
+                may_be(one.volume, name)
+                for name in self._kept_volumes(self._view.find(Service, name=one.service))
+            ):
                 return f"it has the data of {one.service}.{one.slot} in volume {one.volume}"
+        label = node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
+        if len(label) > _CUT_CHARACTERS and any(self._kept_volumes(self._view.find(Service))):
+            return "it has more volumes than it can report, and may have the data of any service"
         return ""
 
-    def _kept_volumes(self, service_name: str) -> Iterator[str]:
-        """Names of local volumes, perhaps with placeholders, to which tasks of a service return."""
-        for service in self._view.find(Service, name=service_name):
-            if volume_policy(service.spec.labels) is VolumePolicy.KEEP:
+    def _kept_volumes(self, services: Iterable[Service]) -> Iterator[str]:
+        """Names of local volumes, perhaps with placeholders, to which tasks of the services return."""
+        for service in services:
+            if volume_policy(service.spec.labels) is VolumePolicy.KEEP and service.removed_at is None:
                 for spec in specs_in_use(self._view, service):
                     yield from local_volumes(spec.task_template)
 

@@ -15,7 +15,7 @@ from skep.model.ids import ClusterId, NodeId
 from skep.model.labels import FORGET_NODES, check_swarm_labels, forget_nodes_s
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus
 from skep.model.service import Service
-from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
+from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL, SlotVolume, slot_volumes_label
 from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Task, TaskState, VolumeAttachment
 from skep.model.times import SECOND_NS, timestamp
@@ -197,6 +197,16 @@ def test_the_data_that_the_spec_of_a_jobs_present_run_or_a_rollback_needs_keeps_
     present = replace(past, spec=a_service_with_data(source="new").spec, previous_spec=past.spec)
     tx = a_cluster_with(with_slots(down("w1"), "data=db.1@1700000000000"), present)
     assert why_kept(tx) == "it has the data of db.1 in volume data"
+
+
+def test_a_node_that_cannot_report_all_its_volumes_is_kept_for_the_data_of_any_service() -> None:
+    """The label has the latest uses, as many as fit."""
+    uses = [SlotVolume("v" * 200, f"web{number}", 1, 1_700_000_000_000 + number) for number in range(200)]
+    full = with_slots(down("w1"), slot_volumes_label(uses))
+    assert why_kept(a_cluster_with(full, a_service_with_data())).startswith("it has more volumes than")
+    assert why_kept(a_cluster_with(full, a_service_with_data("follow"))) == ""
+    some = with_slots(down("w1"), slot_volumes_label(uses[:100]))
+    assert why_kept(a_cluster_with(some, a_service_with_data())) == ""
 
 
 def test_data_that_a_user_gave_up_keeps_no_node() -> None:

@@ -25,7 +25,7 @@ from skep.manager.scheduler.requirements import Requirements, requirements_of
 from skep.manager.scheduler.spread import MAX_FAILURES, Choices, failing_nodes
 from skep.model.constraints import label_of
 from skep.model.ids import NodeId
-from skep.model.needs import host_ports
+from skep.model.needs import Usage, host_ports
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     DiscreteResource,
@@ -393,7 +393,7 @@ def inventive(patch: pytest.MonkeyPatch) -> None:
     """What a task gives back is free, whether the node still has it or not."""
     real = accounting_module.Account.remove
 
-    def remove(account: Account, usage: accounting_module.Usage) -> None:
+    def remove(account: Account, usage: Usage) -> None:
         real(account, usage)
         account.generic.give_back(usage.generic)
         patch.setattr(account, "update", lambda node, held: None)

@@ -12,6 +12,7 @@ from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork, run_at_once
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.filters import filters_for
+from skep.manager.scheduler.groups import group_of
 from skep.manager.scheduler.preemption import (
     AT_ONCE,
     Nomination,
@@ -23,12 +24,13 @@ from skep.manager.scheduler.preemption import (
     reserve_room,
     room_on,
 )
+from skep.manager.scheduler.preemptor import STOPPING_S, Preemptor
 from skep.manager.scheduler.priorities import Priorities
 from skep.manager.scheduler.requirements import Requirements, requirements_of
 from skep.manager.scheduler.writes import DecisionWriter
 from skep.model.container import ContainerSpec, Mount
-from skep.model.ids import NodeId, TaskId, VolumeId
-from skep.model.labels import PRIORITY
+from skep.model.ids import ClusterId, NodeId, TaskId, VolumeId
+from skep.model.labels import PREEMPTION, PRIORITY
 from skep.model.needs import holds_of, host_ports
 from skep.model.node import Node, NodeState
 from skep.model.service import (
@@ -40,6 +42,7 @@ from skep.model.service import (
     Resources,
     Service,
 )
+from skep.model.swarm import Swarm, SwarmSpec
 from skep.model.task import Preemption, Task, TaskState
 from skep.model.times import ZERO_TIME
 from skep.store.interface import View
@@ -251,6 +254,31 @@ def test_only_so_many_are_stopped_at_a_time() -> None:
     world = World([a_node(has=ROOM)], [IMPORTANT, TRIVIAL], tasks)
     assert len(world.nominations(IMPORTANT, count=2, victims_max=3)) == 1
     assert world.nominations(IMPORTANT, victims_max=1) == []
+
+
+def test_victims_with_an_hour_of_grace_hold_up_no_preemption_elsewhere() -> None:
+    slow = on_n1(TRIVIAL, *range(1, AT_ONCE + 1))
+    other = a_task("other", slot=99, node="n2", service=TRIVIAL)
+    room = Resources(memory_bytes=4 * MIB, nano_cpus=10**9)
+    world = World([a_node("n1", has=ROOM), a_node("n2", has=room)], [IMPORTANT, TRIVIAL], [*slow, other])
+    now = 0.0
+    preemptor = Preemptor(world.accounting, lambda: world.view, lambda: now)
+    preemptor.set_cluster(Swarm(id=ClusterId("c"), spec=SwarmSpec(labels={PREEMPTION: "true"})))
+    for service in (IMPORTANT, TRIVIAL):
+        preemptor.priorities.set(service)
+    for victim in slow:
+        preemptor.add_victim(victim.id)
+    pending = a_task(service=IMPORTANT, state=TaskState.PENDING)
+
+    def nominations() -> list[Nomination]:
+        nodes = [NodeId("n2")]
+        return run_at_once(preemptor.nominating(group_of(pending), [pending], wanted(IMPORTANT), nodes))
+
+    assert nominations() == []
+    assert preemptor.more_at() == STOPPING_S
+    now = STOPPING_S
+    assert preemptor.more_at() is None
+    assert [one.room.victims for one in nominations()] == [("other",)]
 
 
 def test_a_task_that_needs_more_than_that_gets_them_when_no_other_is_stopped() -> None:
