@@ -184,10 +184,11 @@ def refusal_of_users(view: View, stack: str, wanted: Usage) -> str:
     for name, noun, scale, _ in BOUNDS:
         bound, used, want = left.get(name, 0), getattr(others, name), getattr(wanted, name)
         if bound and want and used + want > bound:
-            where = f"the stack {stack} has" if stack else "objects of no stack have"
+            who = f"the stack {stack}" if stack else "the cluster outside of stacks"
+            remedy = "an administrator can set a quota" if stack else "only administrators may add more"
             return (
-                f"{where} {used / scale:g} {noun} and may have {bound / scale:g} without a quota, "
-                f"{want / scale:g} wanted: an administrator can set a quota"
+                f"{who} has {used / scale:g} {noun} and may have {bound / scale:g} without a quota, "
+                f"{want / scale:g} wanted: {remedy}"
             )
     return ""
 
