@@ -39,6 +39,7 @@ def quota() -> None:
 )
 @click.option("--secrets", type=click.IntRange(min=0), default=0, help="Secrets.")
 @click.option("--configs", type=click.IntRange(min=0), default=0, help="Configs, revisions among them.")
+@click.option("--services", type=click.IntRange(min=0), default=0, help="Services, also those without tasks.")
 @click.option("--data", default="0", metavar="SIZE", help="Data of its secrets and configs: 64m.")
 @click.argument("stack")
 @click.pass_obj
@@ -139,6 +140,7 @@ def _shown(found: dict[str, Any]) -> Shown:
             ("Secrets", "secrets", 1),
             ("Configs", "configs", 1),
             ("DataBytes", "MiB of data", 1 << 20),
+            ("Services", "services", 1),
         )
     ]
 

@@ -287,12 +287,13 @@ class Engine:
         config = sharing.with_hostname(config, request.host_config.network_mode, self._store.get)
         config = await with_attributes(config, labels)
         await self.volumes.bind_sources.check(mounts, self.bundles.apis.others)
-        await self.volumes.create_of_plugins(mounts)
+        stack = task.stack if task is not None else ""
+        await self.volumes.create_of_plugins(mounts, stack)
         # Nothing is awaited from here to ``_store.add``: a removal finds the container, or this what is removed.
         if not is_step:  # whose layers its build has pinned, whatever becomes of the image
             self.images.get(image.id)
         layers = tuple(map(str, self.images.layers(image)))
-        points, inherited = self._mount_points(request, mounts, defaults.volumes or ())
+        points, inherited = self._mount_points(request, mounts, defaults.volumes or (), stack)
         chain = (*image.chain, *image_mounts.chains(self.images, points))
         new = NewContainer(
             name=chosen,
@@ -302,18 +303,18 @@ class Engine:
             config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
             labels=labels,
             plain=plain,
-            stack=task.stack if task is not None else "",
+            stack=stack,
         )
         return await self._add_filled(new, (*points, *config.mounts), mounts, chain)
 
     def _mount_points(
-        self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str]
+        self, request: CreateRequest, mounts: Sequence[Mount], image_volumes: Collection[str], stack: str
     ) -> tuple[Sequence[MountPoint], Sequence[MountPoint]]:
         """What a new container mounts itself, and what it has of others.  Raises: InvalidArgument; NotFound."""
         inherited = sharing.inherited_mounts(request.host_config.volumes_from, mounts, self._store.get)
         pictures = image_mounts.image_points(self.images, mounts)
         anonymous = set(image_volumes) - {point.destination for point in (*inherited, *pictures)}
-        return pictures + self.volumes.mount_points(image_mounts.others(mounts), anonymous), inherited
+        return pictures + self.volumes.mount_points(image_mounts.others(mounts), anonymous, stack), inherited
 
     async def _add_filled(
         self, new: NewContainer, own: Sequence[MountPoint], mounts: Sequence[Mount], chain: Sequence[Digest]

@@ -21,11 +21,19 @@ from skep.engine.events import Events
 from skep.engine.mounts import check_local_options, check_subpath, copy_up, has_directory, mount_point
 from skep.engine.volume_plugins import LOCAL, PluginRefused, VolumePlugins
 from skep.engine.volume_store import ANONYMOUS, VolumeStore
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable
+from skep.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    SkepError,
+    Unavailable,
+)
 from skep.linux import mounting
 from skep.linux.files import replace_file, sync_directory
 from skep.linux.syscalls import unmount
 from skep.model.container import Mount, VolumeOptions
+from skep.model.history import STACK_LABEL
 from skep.model.meta import Driver
 
 _MOUNT_DEADLINE_S = 120.0
@@ -125,10 +133,13 @@ class Volumes(VolumeStore):
                 raise type(error)(f"create {name}: {error}") from error
         self.ensure(name, labels, options, driver)
 
-    async def create_of_plugins(self, mounts: Iterable[Mount]) -> None:
+    async def create_of_plugins(self, mounts: Iterable[Mount], stack: str = "") -> None:
         """Make the volumes that mounts have of plug-ins.
 
-        Raises: InvalidArgument: one can never be made; PluginRefused; Unavailable.
+        Args:
+            stack: See ``mount_points``.
+
+        Raises: InvalidArgument: one can never be made; PermissionDenied; PluginRefused; Unavailable.
         """
         for mount in mounts:
             given = mount.volume_options or VolumeOptions()
@@ -137,8 +148,10 @@ class Volumes(VolumeStore):
                 continue
             if not mount.source:
                 raise InvalidArgument(f"a volume of plugin {driver.name} needs a name")
+            self._require_of_stack(mount.source, stack)
+            labels = {**given.labels, STACK_LABEL: stack} if stack else given.labels
             try:
-                await self.create(mount.source, driver.name, given.labels, driver.options)
+                await self.create(mount.source, driver.name, labels, driver.options)
             except (NotFound, AlreadyExists) as error:
                 raise InvalidArgument(str(error)) from error
 
@@ -385,36 +398,56 @@ class Volumes(VolumeStore):
 
     # --- mounts of containers -----------------------------------------------------------------------------------
 
-    def mount_points(self, mounts: Iterable[Mount], image_volumes: Iterable[str]) -> list[MountPoint]:
+    def mount_points(
+        self, mounts: Iterable[Mount], image_volumes: Iterable[str], stack: str = ""
+    ) -> list[MountPoint]:
         """What a container mounts; volumes that do not exist are made.
 
         Until the container is among those that keep volumes, nothing may be awaited: one could be removed.
 
-        ``image_volumes``: targets of the image's volumes; one without a name, where ``mounts`` has nothing.
-        Raises: InvalidArgument, in Docker's words.
+        Args:
+            image_volumes: targets of the image's volumes; one without a name, where ``mounts`` has nothing.
+            stack: Stack of the container's service. New volumes with a name get it as a label.
+
+        Raises: InvalidArgument, in Docker's words; PermissionDenied: a volume is another stack's.
         """
-        points = [self._mount_point(mount) for mount in mounts]
+        points = [self._mount_point(mount, stack) for mount in mounts]
         taken = {point.destination for point in points}
         anonymous = sorted(set(image_volumes) - taken)
         return points + [self._mount_point(Mount(type="volume", target=one)) for one in anonymous]
 
-    def _mount_point(self, mount: Mount) -> MountPoint:
+    def _mount_point(self, mount: Mount, stack: str = "") -> MountPoint:
         match mount.type:
             case "bind":
                 return mount_point(mount, mount.source, "")
             case "volume" | "":
-                return self._volume_point(mount)
+                return self._volume_point(mount, stack)
             case _:
                 return mount_point(mount, mount.source, "")
 
-    def _volume_point(self, mount: Mount) -> MountPoint:
-        """Raises: InvalidArgument."""
+    def _require_of_stack(self, name: str, stack: str) -> None:
+        """Raises: PermissionDenied: an operator of the stack could name the volume, but another stack has made it.
+
+        An operator names volumes that begin with the stack's name (``api.permissions``), and one stack's name may begin
+        with another's. Only an administrator gives a service a volume of any other name.
+        """
+        owner = (self.labels(name) or {}).get(STACK_LABEL, "") if stack and self.has(name) else ""
+        if owner not in ("", stack) and name.startswith(f"{stack}_"):
+            raise PermissionDenied(
+                f"volume {name} belongs to the stack {owner}: services of the stack {stack} cannot use it"
+            )
+
+    def _volume_point(self, mount: Mount, stack: str) -> MountPoint:
+        """Raises: InvalidArgument; PermissionDenied."""
         given = mount.volume_options or VolumeOptions()
         driver = given.driver_config or Driver()
         # As an engine: with a driver they are stored, be there any or not.
         labels = given.labels if given.labels or given.driver_config is not None else None
         if not mount.source and labels is not None:
             labels = {**labels, ANONYMOUS: ""}
+        if mount.source and stack:
+            self._require_of_stack(mount.source, stack)
+            labels = {**(labels or {}), STACK_LABEL: stack}
         if given.subpath:
             if not mount.source:
                 raise InvalidArgument(

@@ -21,7 +21,14 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload
 
 _MEBIBYTE = 1 << 20
-_OF_USERS = QuotaSpec(networks=100, addresses=1 << 16, secrets=1_000, configs=1_000, data_bytes=64 << 20)
+_OF_USERS = QuotaSpec(
+    networks=100,
+    addresses=1 << 16,
+    secrets=1_000,
+    configs=1_000,
+    data_bytes=64 << 20,
+    services=1_000,
+)
 """Bounds of a stack without a quota for users below administrator: all stacks share the address pools, the VXLAN ids
 and the store. A /16 is 256 networks of the default size, and the store has 4 GiB by default."""
 
@@ -38,6 +45,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     secrets: int = 0
     configs: int = 0
     data_bytes: int = 0
+    services: int = 0
 
     def plus(self, other: "Usage") -> "Usage":
         """Both together."""
@@ -58,6 +66,7 @@ def usage_of(spec: ServiceSpec, nodes: int) -> Usage:
         nano_cpus=tasks * (reserved.nano_cpus if reserved is not None else 0),
         memory_bytes=tasks * (reserved.memory_bytes if reserved is not None else 0),
         ports=len(spec.endpoint_spec.ports) if spec.endpoint_spec is not None else 0,
+        services=1,
     )
 
 
@@ -180,14 +189,18 @@ def refusal_of_users(view: View, stack: str, wanted: Usage) -> str:
     quota = quota_of(view, stack)
     own = quota.spec if quota is not None else QuotaSpec()
     left = {name: getattr(_OF_USERS, name) for name, *_ in BOUNDS if not getattr(own, name)}
-    others = _usage_of_others(view, stack)
+    if wanted.services:
+        others = Usage(services=sum(1 for _ in _services(view, stack)))
+    else:
+        others = _usage_of_others(view, stack)
     for name, noun, scale, _ in BOUNDS:
         bound, used, want = left.get(name, 0), getattr(others, name), getattr(wanted, name)
         if bound and want and used + want > bound:
-            where = f"the stack {stack} has" if stack else "objects of no stack have"
+            who = f"the stack {stack}" if stack else "the cluster outside of stacks"
+            remedy = "an administrator can set a quota" if stack else "only administrators may add more"
             return (
-                f"{where} {used / scale:g} {noun} and may have {bound / scale:g} without a quota, "
-                f"{want / scale:g} wanted: an administrator can set a quota"
+                f"{who} has {used / scale:g} {noun} and may have {bound / scale:g} without a quota, "
+                f"{want / scale:g} wanted: {remedy}"
             )
     return ""
 
@@ -231,6 +244,7 @@ BOUNDS = (
     ("secrets", "secrets", 1, "objects"),
     ("configs", "configs", 1, "objects"),
     ("data_bytes", "MiB of secrets and configs", _MEBIBYTE, "secrets and configs"),
+    ("services", "services", 1, "services"),
 )
 """Of each bound: its field, what is counted, how it is shown, and what else counts."""
 

@@ -28,6 +28,8 @@ class QuotaSpec(ApiObject):
     """Revisions of the stack are configs."""
     data_bytes: int = 0
     """Data of its secrets and configs."""
+    services: int = 0
+    """Also those without tasks."""
 
 
 class StackQuota(ApiObject):

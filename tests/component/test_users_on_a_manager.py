@@ -26,7 +26,7 @@ from skep.manager.routes.authorization import ClusterObjects
 from skep.model.access import Identity, Origin, parse_binding
 from skep.model.container import ContainerSpec, Mount
 from skep.model.history import Entry
-from skep.model.ids import NetworkId, NodeId
+from skep.model.ids import NetworkId, NodeId, ServiceId
 from skep.model.network import IPAMOptions, Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
@@ -462,3 +462,14 @@ async def test_the_data_of_an_operator_leaves_the_store_to_others(rig: Rig) -> N
         for body in ({"Name": f"shop_{number}", "Labels": SHOP, "Data": data} for number in range(75))
     ]
     assert statuses == [201] * 74 + [403]
+
+
+async def test_an_operator_has_no_thousands_of_services_without_tasks(rig: Rig) -> None:
+    for number in range(1_000):
+        made = replace(a_service(f"shop_{number}", replicas=0), id=ServiceId(f"s{number}"))
+        await rig.api.store.update(put, labelled(made, SHOP))
+    status, text, _ = await rig.exchange("operator:shop", "POST /services/create", a_spec())
+    assert (status, "has 1000 services and may have 1000 without a quota" in text) == (403, True), text
+    present = rig.api.store.view().resolve(Service, "shop_7")
+    update = f"POST /services/{present.id}/update?version={present.version.index}"
+    assert (await rig.exchange("operator:shop", update, a_spec() | {"Name": "shop_7"}))[0] == 200

@@ -98,7 +98,7 @@ async def test_a_bound_of_reservations_needs_them(rig: Rig) -> None:
 
 def test_a_global_service_takes_a_task_of_each_node() -> None:
     spec = a_service_spec("shop_a", is_global=True, reserve=Resources(nano_cpus=5))
-    assert usage_of(spec, 4) == Usage(tasks=4, nano_cpus=20)
+    assert usage_of(spec, 4) == Usage(tasks=4, nano_cpus=20, services=1)
 
 
 def test_every_bound_is_checked() -> None:
@@ -259,6 +259,14 @@ async def test_secrets_configs_and_their_data_count(rig: Rig) -> None:
     spec = replace(moved.spec, labels=SHOP)
     with pytest.raises(PermissionDenied, match="1 secrets wanted, 2 used"):
         await rig.store.update(update_secret, moved.id, spec, None, moved.version.index)
+
+
+async def test_services_without_tasks_count(rig: Rig) -> None:
+    await limited(rig, services=1)
+    service = await rig.store.update(create, in_shop("shop_a", 0))
+    with pytest.raises(PermissionDenied, match="1 services wanted, 1 used by its other services"):
+        await rig.store.update(create, in_shop("shop_b", 0))
+    await rig.store.update(check_quota, in_shop("shop_a", 3), service)
 
 
 async def test_networks_at_two_managers_stay_within_the_quota_together(rig: Rig) -> None:

@@ -9,14 +9,17 @@ from skep.api.networks import PREDEFINED_LABEL
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
 from skep.manager.control.reserved_ports import reserved_ports
+from skep.model.access import EVERY_STACK
 from skep.model.container import ContainerSpec
 from skep.model.dependencies import dependencies_of
 from skep.model.field_rights import admin_rights
 from skep.model.labels import priority_of
 from skep.model.network import Network, NetworkSpec
+from skep.model.quota import StackQuota
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
+from skep.model.user import User
 from skep.model.volume import Volume
 from skep.store.interface import View
 from skep.store.kinds import has_unknown_spec, spec_of, specs_in_use
@@ -28,12 +31,17 @@ def stack_of(labels: Mapping[str, str]) -> str:
 
 
 def stacks_of(view: View) -> frozenset[str]:
-    """Every stack of which there is an object."""
-    found = {stack_of(service.spec.labels) for service in view.find(Service)}
-    found |= {stack_of(network.spec.labels) for network in view.find(Network)}
-    found |= {stack_of(secret.spec.labels) for secret in view.find(Secret)}
-    found |= {stack_of(config.spec.labels) for config in view.find(Config)}
-    return frozenset(found - {""})
+    """Return every stack of which there is an object, a quota, or a role of a user.
+
+    The names of a stack that is down stay its own: its volumes outlive it.
+    """
+    kinds: tuple[type[Any], ...] = (Service, Network, Secret, Config, Volume)
+    found = {stack_of(one.spec.labels) for kind in kinds for one in view.find(kind)}
+    found |= {quota.spec.name for quota in view.find(StackQuota)}
+    for user in view.find(User):
+        for role in user.spec.roles:
+            found.add(role.partition(":")[2])
+    return frozenset(found - {"", EVERY_STACK})
 
 
 def new_service(view: View, spec: ServiceSpec) -> NewObject:

@@ -21,7 +21,7 @@ from skep.manager.control.new_objects import (
     stacks_of,
 )
 from skep.manager.control.targets import target_of, task_named
-from skep.manager.quotas import refusal_of_users, usage_of_file, usage_of_network
+from skep.manager.quotas import Usage, refusal_of_users, usage_of_file, usage_of_network
 from skep.manager.routes.access import current_view
 from skep.manager.routes.files import SecretBody
 from skep.manager.routes.networks import spec_of_body
@@ -49,11 +49,12 @@ class ClusterObjects:
             key = "id" if "id" in request.match_info else "name"
             known = _known(view, rule.kind, request.match_info[key])
             request.match_info[key] = known.id
-        of_service = planned_service if _path(request).endswith("/placement") else new_service
+        is_new = rule.scope is Scope.NEW
+        is_plan = _path(request).endswith("/placement")
         new = tuple(
-            of_service(view, one)
+            _planned_or_new(view, one, is_plan=is_plan, is_new=is_new)
             if isinstance(one, ServiceSpec)
-            else _new_object(view, one, is_new=rule.scope is Scope.NEW)
+            else _new_object(view, one, is_new=is_new)
             for one in bodies
         )
         return Facts(known=known, new=new, stacks=stacks_of(view))
@@ -78,6 +79,15 @@ def _known(view: View, kind: str, word: str) -> Known:
         case _:
             found = view.resolve(_KINDS[kind], word)
             return Known(id=found.id, stack=stack_of(found.spec.labels))
+
+
+def _planned_or_new(view: View, spec: ServiceSpec, *, is_plan: bool, is_new: bool) -> NewObject:
+    if is_plan:
+        return planned_service(view, spec)
+    new = new_service(view, spec)
+    if not is_new or any(one.removed_at is None for one in view.find(Service, name=spec.name)):
+        return new
+    return replace(new, excess=refusal_of_users(view, new.stack, Usage(services=1)))
 
 
 def _new_object(view: View, body: Any, *, is_new: bool) -> NewObject:

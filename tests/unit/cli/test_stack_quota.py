@@ -5,7 +5,7 @@ import pytest
 from skep.cli.stack_quota import _body, _check_is_set
 from skep.errors import FailedPrecondition
 
-NONE = {"tasks": 0, "ports": 0, "networks": 0, "addresses": 0, "secrets": 0, "configs": 0}
+NONE = {"tasks": 0, "ports": 0, "networks": 0, "addresses": 0, "secrets": 0, "configs": 0, "services": 0}
 
 
 def test_bounds_that_are_not_given_are_not_sent_to_older_managers():

@@ -9,9 +9,10 @@ import pytest
 from skep.engine.mounts import check_local_options, check_subpath, mount_point
 from skep.engine.volume_store import ANONYMOUS
 from skep.engine.volumes import Volumes
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.errors import InvalidArgument, PermissionDenied, SkepError, Unavailable
 from skep.linux import mounting, syscalls
 from skep.model.container import Mount, TmpfsOptions, VolumeOptions
+from skep.model.history import STACK_LABEL
 from skep.model.meta import Driver
 
 
@@ -22,6 +23,53 @@ def test_a_volume_is_made_with_the_labels_of_its_mount(tmp_path: Path) -> None:
     assert volumes.labels("data") == {"a": "b"}
     (nameless,) = volumes.mount_points([msgspec.structs.replace(mount, source="")], ())
     assert volumes.labels(nameless.name) == {"a": "b", ANONYMOUS: ""}
+
+
+def of(source: str, **labels: str) -> Mount:
+    return Mount(type="volume", source=source, target="/v", volume_options=VolumeOptions(labels=labels))
+
+
+def test_a_volume_of_a_service_has_its_stack_whatever_the_mount_says(tmp_path: Path) -> None:
+    volumes = Volumes(tmp_path)
+    volumes.mount_points([of("shop_data", a="b", **{STACK_LABEL: "blog"})], (), "shop")
+    assert volumes.labels("shop_data") == {"a": "b", STACK_LABEL: "shop"}
+    (nameless,) = volumes.mount_points([Mount(type="volume", target="/v")], (), "shop")
+    assert volumes.labels(nameless.name) == {ANONYMOUS: ""}
+    volumes.mount_points([of("plain")], ())
+    assert volumes.labels("plain") is None
+
+
+def test_a_stack_gets_no_volume_of_another_stack_that_an_operator_could_name(tmp_path: Path) -> None:
+    """The stack shop_eu is down, and only its volume is left."""
+    volumes = Volumes(tmp_path)
+    volumes.mount_points([of("shop_eu_data")], (), "shop_eu")
+    refused = "volume shop_eu_data belongs to the stack shop_eu: services of the stack shop cannot use it"
+    with pytest.raises(PermissionDenied, match=refused):
+        volumes.mount_points([of("shop_eu_data")], (), "shop")
+    assert volumes.labels("shop_eu_data") == {STACK_LABEL: "shop_eu"}
+    volumes.mount_points([of("shop_eu_data")], (), "shop_eu")
+    # Nor does it find what another stack has put there for it.
+    volumes.mount_points([of("shop_us_data")], (), "shop")
+    with pytest.raises(PermissionDenied, match="volume shop_us_data belongs to the stack shop:"):
+        volumes.mount_points([of("shop_us_data")], (), "shop_us")
+    # Only an administrator can name these: a volume of another stack, one of no stack, a container of no stack.
+    volumes.mount_points([of("shop_eu_data")], (), "blog")
+    volumes.ensure("shop_shared")
+    volumes.mount_points([of("shop_shared")], (), "shop")
+    volumes.mount_points([of("shop_eu_data")], ())
+
+
+async def test_a_stack_gets_no_volume_of_another_stack_from_a_plugin(tmp_path: Path) -> None:
+    volumes = Volumes(tmp_path)
+    volumes.ensure("shop_eu_data", {STACK_LABEL: "shop_eu"}, driver="nas")
+    mount = Mount(
+        type="volume",
+        source="shop_eu_data",
+        target="/v",
+        volume_options=VolumeOptions(driver_config=Driver(name="nas")),
+    )
+    with pytest.raises(PermissionDenied, match="belongs to the stack shop_eu"):
+        await volumes.create_of_plugins([mount], "shop")
 
 
 def test_a_volume_that_the_file_system_refuses_is_refused_in_dockers_words(tmp_path: Path) -> None:

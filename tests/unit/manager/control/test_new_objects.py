@@ -4,11 +4,20 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.api.permissions import STACK_LABEL
-from skep.manager.control.new_objects import known_service, known_task, new_service, planned_service
+from skep.manager.control.new_objects import (
+    known_service,
+    known_task,
+    new_service,
+    planned_service,
+    stacks_of,
+)
 from skep.model.container import Mount, SecretReference
-from skep.model.ids import ServiceId
+from skep.model.ids import QuotaId, ServiceId, UserId, VolumeId
+from skep.model.quota import QuotaSpec, StackQuota
 from skep.model.service import JobStatus, NetworkAttachmentConfig, Service, ServiceSpec
 from skep.model.task import Task
+from skep.model.user import User, UserSpec
+from skep.model.volume import Volume, VolumeSpec
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_service, a_service_spec, a_task
 from tests.support.damage_rigs import MemoryDamage
@@ -105,3 +114,18 @@ async def test_a_planned_service_uses_what_there_is_and_the_service_of_its_name(
     ((kind, known, word),) = planned_service(store.view(), spec).uses
     assert known is not None
     assert (kind, known.id, known.stack, word) == ("service", others.id, "blog", "shop_web")
+
+
+async def test_the_stacks_are_those_of_objects_quotas_and_roles() -> None:
+    store = MemoryStore(SystemClock())
+    label = {STACK_LABEL: "of-a-volume"}
+    objects = (
+        a_service("web", spec=replace(plain(), labels={STACK_LABEL: "of-a-service"})),
+        a_service("plain"),
+        Volume(id=VolumeId("v"), spec=VolumeSpec(name="v", labels=label)),
+        StackQuota(id=QuotaId("q"), spec=QuotaSpec(name="of-a-quota", tasks=1)),
+        User(id=UserId("u"), spec=UserSpec(name="ann", roles=("viewer", "admin", "operator:of-a-role"))),
+    )
+    for one in objects:
+        await store.update(put, one)
+    assert stacks_of(store.view()) == {"of-a-service", "of-a-volume", "of-a-quota", "of-a-role"}
