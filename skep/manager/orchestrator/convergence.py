@@ -144,14 +144,17 @@ def _is_job_settled(steps: Sequence[Step], situation: Situation) -> bool:
 
 
 def _deciding_some_of_job(situation: Situation) -> list[Step] | None:
-    """``deciding_some`` for a job.  Each node's run of a global job is independent of the others.
+    """``deciding_some`` for a job.  Each node's run of a global job is independent of the others, unless a step is about
+    the job as a whole.
 
     A replicated job has a number of runs at a time: a run that ends, or moves, has all of them decided.
     """
     if _has_earlier_run(situation):
         return None
     if situation.service.spec.mode.replicated_job is None:
-        return [*_before_end(jobs.next_steps(situation), situation)]
+        steps = [*_before_end(jobs.next_steps(situation), situation)]
+        is_whole = any(_slot_of(step) is None and not isinstance(step, Recheck) for step in steps)
+        return None if is_whole else steps
     slots = group_by_slot(of_present_run(situation.service, situation.tasks)).values()
     is_changed = any(
         restart_steps(slot, situation) or [*start_steps(slot, situation)]
