@@ -146,7 +146,8 @@ def _is_job_settled(steps: Sequence[Step], situation: Situation) -> bool:
 def _deciding_some_of_job(situation: Situation) -> list[Step] | None:
     """``deciding_some`` for a job.  Each node's run of a global job is independent of the others.
 
-    That is not true of a step that is about the job as a whole.  A replicated job has a number of runs at a time: a run that ends, or moves, has all of them decided.
+    That is not true of a step that is about the job as a whole.  A replicated job has a number of runs at a time: one
+    that ends, or moves, has all of them decided.
     """
     if _has_earlier_run(situation):
         return None
