@@ -29,9 +29,11 @@ from skep.aio.race import Preempted, run_unless, wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.assignment import AssignmentSet
 from skep.model.autoscaling import TaskUsage
+from skep.model.encoding import to_json
 from skep.model.ids import TaskId, VolumeId
 from skep.model.node import NodeDescription
 from skep.model.revisions import Revision
+from skep.model.slot_volumes import differ_beyond_slots
 from skep.model.task import TaskStatus
 from skep.model.times import SECOND_NS
 from skep.wire import methods
@@ -51,13 +53,16 @@ REPLY_SECONDS_MAX = 5.0
 PERIOD_SECONDS_MIN = 0.05
 TIMEOUT_SLICES = 5
 DESCRIPTION_CHECK_S = 10.0
-STATUS_SECONDS_MAX = 15.0
-"""A manager responds once a status is written, which takes until its store has a leader again."""
+SLOTS_BYTES_PER_S = 1024
+"""A description that differs only in the slots that have used volumes is sent when it costs no more than this on
+average: such a job on many nodes, each minute, would otherwise fill the store's log with descriptions."""
+REPORT_SECONDS_MAX = 15.0
+"""A manager responds once a report is written, which takes until its store has a leader again."""
 
 
 PART_RETRY_S_MAX = 5.0
 VOLUME_REPORTS_MAX = 500
-STATUS_TRIES_MAX = 4
+REPORT_TRIES_MAX = 4
 """Until another manager is tried: a short loss of quorum is no reason to leave one."""
 
 Part: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
@@ -145,6 +150,29 @@ class SessionHost(Protocol):
     @property
     def session_state(self) -> SessionState:
         """Where a planned stop is announced, and recorded once the manager has confirmed it."""
+
+
+class ReportRetries:
+    """When reports of one kind are sent again that a manager could not write: statuses, descriptions, volumes."""
+
+    def __init__(self, what: str, clock: Clock, rng: Callable[[], float]) -> None:
+        self._what = what
+        self._clock = clock
+        self._backoff = Backoff(0.5, 5.0, rng=rng)
+        self._failures = 0
+
+    async def wait_again(self, error: Unavailable) -> None:
+        """Return when the next attempt is due.  Raises: Unavailable: ``error``, after too many attempts."""
+        self._failures += 1
+        if self._failures >= REPORT_TRIES_MAX:
+            raise error
+        log.warning("report not written yet", report=self._what, error=str(error))
+        await self._backoff.sleep(self._clock)
+
+    def written(self) -> None:
+        """A report was written: the next one has all attempts again."""
+        self._failures = 0
+        self._backoff.reset()
 
 
 class Session:
@@ -259,18 +287,32 @@ class Session:
 
     async def _watch_description(self) -> None:
         """Send the node's description again when it has changed, within the session where the manager supports it."""
+        retries = ReportRetries("description", self._clock, self._rng)
+        slots_from = self._slots_due_at(self._described)
         while True:
             await wait_first(self._description_changed.wait(), self._clock.sleep(DESCRIPTION_CHECK_S))
             self._description_changed.clear()
             description = self._describe()
-            if description == self._described:
+            is_slots_alone = not differ_beyond_slots(description, self._described)
+            if description == self._described or (is_slots_alone and self._clock.monotonic() < slots_from):
                 continue
             request = skep.DescribeRequest(session_id=self._id, description=description_to_pb(description))
             try:
-                await self._channel.call(methods.DESCRIBE, request, timeout_s=STATUS_SECONDS_MAX)
+                await self._channel.call(methods.DESCRIBE, request, timeout_s=REPORT_SECONDS_MAX)
             except Unimplemented as error:  # a Docker manager takes it with a new session only
                 raise Unavailable("the node's description has changed") from error
+            except Unavailable as error:
+                await retries.wait_again(error)
+                self._description_changed.set()
+                continue
+            retries.written()
             self._described = description
+            slots_from = self._slots_due_at(description)
+
+    def _slots_due_at(self, sent: NodeDescription) -> float:
+        """When a description that differs from the one just sent in slots alone may be sent."""
+        wait_s = len(to_json(sent)) / SLOTS_BYTES_PER_S
+        return self._clock.monotonic() + max(wait_s, DESCRIPTION_CHECK_S)
 
     # -- heartbeats -----------------------------------------------------------------------------------------------
 
@@ -372,16 +414,16 @@ class Session:
         if ends:
             reported = skep.ReportedStatuses(request=request, ends=ends)
             try:
-                await self._channel.call(methods.REPORT_STATUSES, reported, timeout_s=STATUS_SECONDS_MAX)
+                await self._channel.call(methods.REPORT_STATUSES, reported, timeout_s=REPORT_SECONDS_MAX)
             except Unimplemented:  # a Docker manager, or one of an earlier version
                 pass
             else:
                 return
-        await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=STATUS_SECONDS_MAX)
+        await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=REPORT_SECONDS_MAX)
 
     async def _report(self) -> None:
         """One call at a time; meanwhile later statuses replace earlier ones."""
-        backoff, failures = Backoff(0.5, 5.0, rng=self._rng), 0
+        retries = ReportRetries("statuses", self._clock, self._rng)
         while True:
             batch = await self._services.reports.take()
             request = pb.UpdateTaskStatusRequest(
@@ -399,20 +441,16 @@ class Session:
                 log.warning("statuses refused", tasks=sorted(batch), error=str(error))
             except Unavailable as error:
                 self._services.reports.put_back(batch)
-                failures += 1
-                if failures >= STATUS_TRIES_MAX:
-                    raise
-                log.warning("statuses not written yet", tasks=len(batch), error=str(error))
-                await backoff.sleep(self._clock)
+                await retries.wait_again(error)
             except BaseException:
                 self._services.reports.put_back(batch)
                 raise
             else:
-                failures = 0
-                backoff.reset()
+                retries.written()
 
     async def _report_volumes(self, volumes: VolumeSource, session_id: str) -> None:
-        """A manager that does not write the reports ends the session: they are sent again to the next one."""
+        """Reports that a manager does not write are sent to the next one."""
+        retries = ReportRetries("volumes", self._clock, self._rng)
         while True:
             ids = await volumes.take_reports()
             updates = [
@@ -420,7 +458,12 @@ class Session:
                 for id in ids[:VOLUME_REPORTS_MAX]
             ]
             request = pb.UpdateVolumeStatusRequest(session_id=session_id, updates=updates)
-            await self._channel.call(methods.UPDATE_VOLUME_STATUS, request, timeout_s=STATUS_SECONDS_MAX)
+            try:
+                await self._channel.call(methods.UPDATE_VOLUME_STATUS, request, timeout_s=REPORT_SECONDS_MAX)
+            except Unavailable as error:
+                await retries.wait_again(error)
+                continue
+            retries.written()
             volumes.reported(ids[:VOLUME_REPORTS_MAX])
 
 

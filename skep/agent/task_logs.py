@@ -82,6 +82,8 @@ class TaskLogs:
                 lines.end(_FIRST_LOOK)
                 if query.follow:
                     async for event in events:
+                        if event.action == "destroy":
+                            seen.discard(event.container_id)
                         if event.action != "start" or event.container_id in seen:
                             continue
                         try:

@@ -8,7 +8,7 @@ Source: swarmkit, agent/worker.go.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -54,6 +54,37 @@ class PayloadSink(Protocol):
         """Forget the data of all others."""
 
 
+class _Unkept:
+    """Secrets and configs whose data is being kept, or could not be and is tried again."""
+
+    def __init__(self) -> None:
+        self.secrets: dict[SecretId, SecretFile] = {}
+        self.configs: dict[ConfigId, ConfigFile] = {}
+        self.is_retried = False
+
+    def add(self, change: AssignmentSet) -> None:
+        """Enter what an assignment brings."""
+        self.secrets.update((one.id, one) for one in change.secrets)
+        self.configs.update((one.id, one) for one in change.configs)
+
+    def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
+        """Remove these: they are kept, or are not needed any longer."""
+        for secret in secrets:
+            self.secrets.pop(secret, None)
+        for config in configs:
+            self.configs.pop(config, None)
+
+    def keep_only(self, secrets: Collection[SecretId], configs: Collection[ConfigId]) -> None:
+        """Remove all others."""
+        self.drop(self.secrets.keys() - set(secrets), self.configs.keys() - set(configs))
+
+    def clear(self) -> None:
+        """Everything is kept."""
+        self.secrets.clear()
+        self.configs.clear()
+        self.is_retried = False
+
+
 class Worker:
     """Runs the tasks assigned to this node; the agent's ``AssignmentSink``.
 
@@ -78,6 +109,7 @@ class Worker:
         self._reports = reports
         self._clock = clock
         self._payloads = payloads
+        self._unkept = _Unkept()
         self._session_state = session_state
         self._drivers: dict[TaskId, TaskDriver] = {}
         self._running: dict[TaskId, asyncio.Task[None]] = {}
@@ -261,24 +293,33 @@ class Worker:
 
     def _put_payloads(self, payloads: PayloadSink, change: AssignmentSet) -> None:
         """Keep the data of secrets and configs.  What cannot be kept now is tried again; a task that needs it fails."""
+        unkept = self._unkept
+        unkept.add(change)
         try:
             payloads.put(change.secrets, change.configs)
         except Exception as error:
             log_error(error, "secrets and configs not kept, trying again")
 
             async def put() -> None:
-                payloads.put(change.secrets, change.configs)
+                # Only what no later assignment has removed, or brought with other data.
+                payloads.put(unkept.secrets.values(), unkept.configs.values())
+                unkept.clear()
 
-            self._spawn(retry(put, "secrets and configs not kept", clock=self._clock), "payloads")
+            if not unkept.is_retried:
+                unkept.is_retried = True
+                self._spawn(retry(put, "secrets and configs not kept", clock=self._clock), "payloads")
+        else:
+            unkept.drop([secret.id for secret in change.secrets], [config.id for config in change.configs])
 
     async def _drop_payloads(self, change: AssignmentSet) -> None:
         if self._payloads is None:
             return
         if change.complete:
-            self._payloads.keep_only(
-                [secret.id for secret in change.secrets], [config.id for config in change.configs]
-            )
+            kept = [secret.id for secret in change.secrets], [config.id for config in change.configs]
+            self._unkept.keep_only(*kept)
+            self._payloads.keep_only(*kept)
         else:
+            self._unkept.drop(change.removed_secrets, change.removed_configs)
             self._payloads.drop(change.removed_secrets, change.removed_configs)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

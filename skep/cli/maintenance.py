@@ -5,7 +5,7 @@ node is ready again.  A lock that is overdue is not released automatically, as i
 take it then.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -121,11 +121,29 @@ async def holders_of(client: Requests) -> tuple[Holder, ...]:
 
 
 async def change(client: Requests, decide: Callable[[str], str]) -> None:
-    """Write ``decide`` of the label's value; read and decided anew where others were faster."""
+    """Write ``decide`` of the label's value; read and decided again where others were faster."""
+
+    async def decide_at_once(text: str) -> str:
+        return decide(text)
+
+    await _change(client, decide_at_once)
+
+
+async def change_by_nodes(client: Requests, decide: Callable[[str, Sequence[Member], datetime], str]) -> None:
+    """``change`` for decisions by the nodes and the time, which are read after the value, at each attempt."""
+
+    async def decide_by_nodes(text: str) -> str:
+        members, now = await nodes_and_time(client)
+        return decide(text, members, now)
+
+    await _change(client, decide_by_nodes)
+
+
+async def _change(client: Requests, decide: Callable[[str], Awaitable[str]]) -> None:
     for attempt in range(_ATTEMPTS):
         swarm: dict[str, Any] = await client.get("/swarm", timeout_s=RESPONSE_TIMEOUT_S)
         labels = dict(swarm["Spec"].get("Labels") or {})
-        value = decide(labels.pop(MAINTENANCE, ""))
+        value = await decide(labels.pop(MAINTENANCE, ""))
         spec = {**swarm["Spec"], "Labels": labels | ({MAINTENANCE: value} if value else {})}
         try:
             version = str(swarm["Version"]["Index"])

@@ -2,7 +2,8 @@
 
 import getpass
 import socket
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 
 import click
 import msgspec
@@ -93,7 +94,7 @@ def status(host: HostOptions, output: Output) -> None:
     output.show(fetch)
 
 
-def named(members: list[Member], word: str) -> Member:
+def named(members: Sequence[Member], word: str) -> Member:
     """The node of this name or id.  Raises: InvalidArgument."""
     found = [one for one in members if word in (one.id, one.name)]
     if len(found) != 1:
@@ -105,14 +106,13 @@ def named(members: list[Member], word: str) -> Member:
 
 async def _take(host: HostOptions, word: str, ttl: float, at_once: int) -> None:
     async with host.client() as client:
-        members, now = await maintenance.nodes_and_time(client)
-        wanted = Holder(node=named(members, word).id, by=whoami(), until=now + timedelta(minutes=ttl))
 
-        def decide(text: str) -> str:
+        def decide(text: str, members: Sequence[Member], now: datetime) -> str:
+            wanted = Holder(node=named(members, word).id, by=whoami(), until=now + timedelta(minutes=ttl))
             holders = maintenance.taken(maintenance.read(text), wanted, members, now, at_once=at_once)
             return maintenance.written(holders)
 
-        await maintenance.change(client, decide)
+        await maintenance.change_by_nodes(client, decide)
 
 
 async def _release(host: HostOptions, word: str, everything: bool) -> None:

@@ -272,19 +272,14 @@ class _Upgrade:
         """
         self._holder = msgspec.structs.replace(self._holder, **changes)
 
-        async def once() -> None:
-            members, now = await maintenance.nodes_and_time(self._client)
+        def decide(text: str, members: Sequence[Member], now: datetime) -> str:
             # Renewed before a drain, and before an installation, which may be taken back.
             lease = timedelta(seconds=max(_LEASE_S_MIN, 3 * self._within_s + 2 * INSTALLS_WITHIN_S))
             renewed = msgspec.structs.replace(self._holder, until=now + lease)
+            holders = [one for one in maintenance.read(text) if one != former]
+            return maintenance.written(maintenance.taken(holders, renewed, members, now))
 
-            def decide(text: str) -> str:
-                holders = [one for one in maintenance.read(text) if one != former]
-                return maintenance.written(maintenance.taken(holders, renewed, members, now))
-
-            await maintenance.change(self._client, decide)
-
-        await self._asked(once)
+        await self._asked(lambda: maintenance.change_by_nodes(self._client, decide))
 
     async def release(self) -> None:
         """Give the lock back, if it is this one's."""

@@ -78,7 +78,11 @@ def has_other_properties(before: Node, after: Node) -> bool:
 
     These change with the node's own tasks, and do not tell whether a running task may stay there.
     """
-    one, other = before.description, after.description
+    return differ_beyond_slots(before.description, after.description)
+
+
+def differ_beyond_slots(one: NodeDescription, other: NodeDescription) -> bool:
+    """Whether two descriptions of a node differ in more than the slots that have used its volumes."""
     if one == other:
         return False
     if one.engine.labels == other.engine.labels:

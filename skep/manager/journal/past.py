@@ -53,7 +53,7 @@ class PastStates:
         Raises: InvalidArgument: it is neither, or in the future; HistoryGone: with the oldest time that there is;
         Unavailable.
         """
-        revision, at_ns = self._meant(when)
+        revision, at_ns = await self._meant(when)
         if revision is None:
             raise HistoryGone(await self._gone(when))
         try:
@@ -61,25 +61,25 @@ class PastStates:
         except HistoryGone as error:
             raise HistoryGone(await self._gone(when)) from error
 
-    def _meant(self, when: str) -> tuple[int | None, int]:
+    async def _meant(self, when: str) -> tuple[int | None, int]:
         """The revision, None if it was too long ago, and its time."""
         now_ns, view = self._clock.now_ns(), self._store.view()
         if match := _REVISION.fullmatch(when):
             revision = int(match[1])
             if not 0 < revision <= view.revision:
                 raise InvalidArgument(f"revision {revision} is none yet: the store is at {view.revision}")
-            return revision, time_of(view, self._marks, revision) or now_ns
+            return revision, await time_of(view, self._marks, revision) or now_ns
         at_ns = parse_time(when, now_ns)
         if at_ns > now_ns:
             raise InvalidArgument(f"{when} has not come yet: want a time in the past")
-        return revision_at(view, self._marks, at_ns), at_ns
+        return await revision_at(view, self._marks, at_ns), at_ns
 
     async def oldest(self) -> Timestamp:
         """From which time on there are states; empty: not known.  Raises: Unavailable."""
         now = self._clock.monotonic()
         if self._oldest is None or now - self._oldest[0] > OLDEST_S:
             self._oldest = now, await self._store.oldest_revision()
-        at_ns = time_of(self._store.view(), self._marks, self._oldest[1])
+        at_ns = await time_of(self._store.view(), self._marks, self._oldest[1])
         return timestamp(at_ns) if at_ns is not None else Timestamp("")
 
     async def _gone(self, when: str) -> str:

@@ -1,8 +1,7 @@
 """Queries of the journal: the entries that match, a page at a time, and the store's revision at a time."""
 
 import asyncio
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import msgspec
 
@@ -15,6 +14,8 @@ from skep.store.kinds import JournalChunk
 
 LIMIT_MAX = 1000
 TIME_MAX = 2**63
+CHUNKS_AT_ONCE = 20
+"""Chunks whose marks are read between two pauses: 4,000 marks of a tenth of a microsecond each."""
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,18 +118,31 @@ async def page(view: View, query: Query) -> HistoryPage:
 # -- times and revisions ---------------------------------------------------------------------------------------------
 
 
-def marks_in(view: View, own: Iterable[Mark]) -> Sequence[Mark]:
-    """Those of the journal and of this manager, in order."""
-    return sorted({*own, *(mark for chunk in of_changes(view) for mark in chunk.marks)})
+async def _marks_in(view: View, own: Iterable[Mark]) -> AsyncIterator[Sequence[Mark]]:
+    """Marks of this manager and of the journal, up to 200,000 of them, in parts between which other tasks run."""
+    chunks = of_changes(view)
+    yield tuple(own)
+    for number, chunk in enumerate(chunks):
+        if number % CHUNKS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        yield chunk.marks
 
 
-def revision_at(view: View, own: Iterable[Mark], at_ns: int) -> int | None:
-    """The revision of the last mark until then; None: there is none."""
-    marks = marks_in(view, own)
-    place = bisect_right(marks, (at_ns, TIME_MAX))
-    return max((revision for _, revision in marks[:place]), default=None)
+async def revision_at(view: View, own: Iterable[Mark], at_ns: int) -> int | None:
+    """The latest revision with a mark until then; None: there is none."""
+    found = [
+        latest
+        async for marks in _marks_in(view, own)
+        if (latest := max((one for at, one in marks if at <= at_ns), default=None)) is not None
+    ]
+    return max(found, default=None)
 
 
-def time_of(view: View, own: Iterable[Mark], revision: int) -> int | None:
+async def time_of(view: View, own: Iterable[Mark], revision: int) -> int | None:
     """When the store was at ``revision`` at the latest, in nanoseconds; None: not known."""
-    return min((at for at, one in marks_in(view, own) if one >= revision), default=None)
+    found = [
+        first
+        async for marks in _marks_in(view, own)
+        if (first := min((at for at, one in marks if one >= revision), default=None)) is not None
+    ]
+    return min(found, default=None)

@@ -150,7 +150,7 @@ def _deciding_some_of_job(
     """``deciding_some`` for a job.  Each node's run of a global job is independent of the others until it ends: whether
     the whole run has ended depends on all nodes.
 
-    A replicated job has a number of runs at a time: a run that ends, or moves, has all of them decided.
+    A replicated job has a number of runs at a time: one that ends, or moves, has all of them decided.
     """
     if _has_earlier_run(situation):
         return None
@@ -158,7 +158,9 @@ def _deciding_some_of_job(
         steps = jobs.next_steps(situation)
         if _may_settle(steps, situation, due, settled):
             return None
-        return [step for step in _before_end(steps, situation) if not isinstance(step, SettleRun)]
+        steps = [step for step in _before_end(steps, situation) if not isinstance(step, SettleRun)]
+        is_whole = any(_slot_of(step) is None and not isinstance(step, Recheck) for step in steps)
+        return None if is_whole else steps
     slots = group_by_slot(of_present_run(situation.service, situation.tasks)).values()
     is_changed = any(
         restart_steps(slot, situation) or [*start_steps(slot, situation)]

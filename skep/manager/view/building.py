@@ -30,6 +30,7 @@ from skep.model.network import Network
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.secret import Config, Secret
 from skep.model.service import PAUSED, UNDER_WAY, Service, ServiceStatus
+from skep.model.slot_volumes import differ_in_slots_alone
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.volume import Volume
@@ -72,7 +73,7 @@ def affected_by(event: Event, view: View) -> Iterator[Key]:
         case _, Service():
             if not isinstance(old, Service) or old.spec_version != new.spec_version:
                 yield from (Key("tasks", task.id) for task in view.find(Task, service_id=new.id))
-        case Node(), Node() if differ_in_load_alone(old, new):
+        case Node(), Node() if differ_in_load_alone(old, new) or differ_in_slots_alone(old, new):
             return
         case _, Node():
             yield CLUSTER_KEY

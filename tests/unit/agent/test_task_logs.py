@@ -89,3 +89,33 @@ async def test_the_lines_of_a_nodes_tasks_come_in_the_order_of_their_times() -> 
         while len(now) < 4:
             now |= {line.data for line in await anext(follow)}
     await follow.aclose()  # type: ignore[attr-defined]
+
+
+class Starting(Written):
+    """Containers that are started, and removed, while their service is followed."""
+
+    def list(self) -> Sequence[Container]:
+        return []
+
+    def get(self, word: str) -> Container:
+        return a_container(word)
+
+
+async def test_a_follower_keeps_nothing_of_containers_that_were_removed() -> None:
+    """Seen from outside: one that started again after its removal is new, and one that started twice is not."""
+    engine = Starting({"a": (1,)})
+    query = LogQuery(tasks=(TaskId("a"),), follow=True)
+    follow = TaskLogs(cast("Engine", engine)).read(query)
+    lines = list[bytes]()
+    async with asyncio.timeout(10):
+        assert await anext(follow) == ()
+        for actions in (("start", "start"), ("destroy", "start"), ("start",)):
+            for action in actions:
+                engine.events.publish(action, a_container("a"))
+            for _ in range(50):
+                await asyncio.sleep(0)
+        engine.more.set()
+        while lines.count(b"a") < 2:
+            lines += [line.data for line in await anext(follow)]
+    assert lines == [b"1", b"1", b"a", b"a"]
+    await follow.aclose()  # type: ignore[attr-defined]

@@ -1,12 +1,16 @@
 """The reboot lock: who gets it, who is refused, and how an overdue one is shown."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
 import pytest
 
-from skep.cli.maintenance import Holder, described, overdue, read, taken, written
+from skep.api.requests import Requests
+from skep.cli.maintenance import Holder, change_by_nodes, described, overdue, read, taken, written
 from skep.cli.upgrade_plan import Member
-from skep.errors import FailedPrecondition
+from skep.errors import FailedPrecondition, OutOfSequence
+from skep.model.labels import MAINTENANCE
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 WORKERS = [Member(id=f"id-{name}", name=name) for name in ("w1", "w2")]
@@ -81,3 +85,44 @@ def test_the_longer_it_is_overdue_the_louder_it_is_shown() -> None:
 def test_a_damaged_label_is_an_error_that_says_how_to_go_on() -> None:
     with pytest.raises(FailedPrecondition, match="release --all removes it"):
         read("{")
+
+
+class Racing:
+    """A manager at which the lock is written by someone else, and a node goes down, while this client decides."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.written: list[str] = []
+
+    async def get(self, path: str, **_: object) -> Any:
+        if path == "/swarm":
+            self.reads += 1
+            return {"Version": {"Index": self.reads}, "Spec": {"Labels": {}}}
+        if path == "/info":
+            return {"SystemTime": (NOW + timedelta(hours=self.reads)).isoformat()}
+        state = "ready" if self.reads < 2 else "down"
+        return [
+            {
+                "ID": "id-m1",
+                "Description": {"Hostname": "m1"},
+                "Status": {"State": state},
+                "Spec": {"Role": "manager"},
+            }
+        ]
+
+    async def post(self, path: str, spec: Mapping[str, Any], **_: object) -> None:
+        if self.reads < 2:
+            raise OutOfSequence("update out of sequence")
+        self.written.append(spec["Labels"][MAINTENANCE])
+
+
+async def test_each_attempt_to_take_the_lock_decides_by_the_present_nodes_and_time() -> None:
+    client, seen = Racing(), list[tuple[bool, datetime]]()
+
+    def decide(text: str, members: Sequence[Member], now: datetime) -> str:
+        seen.append((members[0].is_ready, now))
+        return f"held until {now:%H}"
+
+    await change_by_nodes(cast("Requests", client), decide)
+    assert seen == [(True, NOW + timedelta(hours=1)), (False, NOW + timedelta(hours=2))]
+    assert client.written == ["held until 05"]

@@ -9,12 +9,21 @@ from msgspec.structs import replace
 from skep.errors import InvalidArgument
 from skep.manager.journal import chunks
 from skep.manager.journal.pending import Pending
-from skep.manager.journal.reading import Query, page, position_of, revision_at, time_of
+from skep.manager.journal.reading import (
+    CHUNKS_AT_ONCE,
+    TIME_MAX,
+    Query,
+    page,
+    position_of,
+    revision_at,
+    time_of,
+)
 from skep.model.history import Entry, HistoryPage, Kind, bounded
 from skep.model.times import SECOND_NS, Timestamp, timestamp
 from skep.store.kinds import JournalChunk
 from skep.store.proposal import MAX_BYTES
 from skep.store.state import State
+from tests.support.counted_calls import counting_calls_of_callbacks
 
 
 def an_entry(number: int, kind: Kind = Kind.CHANGE, **fields: object) -> Entry:
@@ -88,15 +97,27 @@ def test_marks_are_thinned_and_keep_the_last() -> None:
     assert marks == tuple(sorted(marks))
 
 
-def test_the_revision_of_a_time_is_that_of_the_last_mark() -> None:
+async def test_the_revision_of_a_time_is_that_of_the_last_mark() -> None:
     (chunk,) = chunks.with_changes(None, [an_entry(10)], 10, [(10 * SECOND_NS, 10), (20 * SECOND_NS, 15)])
     view, own = view_of(chunk), [(30 * SECOND_NS, 21)]
-    assert revision_at(view, own, 9 * SECOND_NS) is None
-    assert revision_at(view, own, 12 * SECOND_NS) == 10
-    assert revision_at(view, own, 29 * SECOND_NS) == 15
-    assert revision_at(view, own, 99 * SECOND_NS) == 21
-    assert time_of(view, own, 11) == 20 * SECOND_NS
-    assert time_of(view, own, 22) is None
+    assert await revision_at(view, own, 9 * SECOND_NS) is None
+    assert await revision_at(view, own, 12 * SECOND_NS) == 10
+    assert await revision_at(view, own, 29 * SECOND_NS) == 15
+    assert await revision_at(view, own, 99 * SECOND_NS) == 21
+    assert await time_of(view, own, 11) == 20 * SECOND_NS
+    assert await time_of(view, own, 22) is None
+
+
+async def test_no_step_reads_all_marks_of_a_full_journal() -> None:
+    marks = tuple((n * SECOND_NS, n) for n in range(chunks.MARKS_MAX))
+    (chunk,) = chunks.with_changes(None, [an_entry(10)], 10, ())
+    view = view_of(*(replace(chunk, id=f"{chunk.id}-{n:03}", marks=marks) for n in range(300)))
+    with counting_calls_of_callbacks() as counts:
+        for _ in range(3):  # the first step is that of this test
+            await asyncio.sleep(0)
+            assert await revision_at(view, (), TIME_MAX) == chunks.MARKS_MAX - 1
+            assert await time_of(view, (), 7) == 7 * SECOND_NS
+    assert max(counts) < 3 * CHUNKS_AT_ONCE * chunks.MARKS_MAX
 
 
 # -- pages ---------------------------------------------------------------------------------------------------------

@@ -6,15 +6,18 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.view.building import Builder
+from skep.manager.view.building import Builder, affected_by
 from skep.manager.view.rows import node_row, stack_row, task_row
 from skep.manager.view.table import Key
 from skep.model.ids import ConfigId, NodeId
-from skep.model.node import FailingPath, NodeState, NodeStatus
+from skep.model.node import EngineDescription, FailingPath, NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec
 from skep.model.service import PortConfig, PublishMode
+from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import PortStatus, TaskState, TaskStatus
+from skep.store.interface import Updated
 from skep.store.memory import MemoryStore
+from skep.store.state import State
 from tests.support.builders import a_node, a_task
 from tests.support.store_transactions import put
 
@@ -92,3 +95,10 @@ def test_what_looks_like_a_credential_is_masked() -> None:
     assert b"hidden" not in shown, shown
     assert b'"zone":"a"' in shown
     assert b"cannot start" in shown
+
+
+def test_slots_that_have_used_volumes_of_a_node_change_its_row_alone() -> None:
+    node = a_node("n1")
+    engine = EngineDescription(labels={SLOT_VOLUMES_LABEL: "data=web.1@1"})
+    other = replace(node, description=replace(node.description, engine=engine))
+    assert [*affected_by(Updated(node, other), State())] == [Key("nodes", "n1")]
