@@ -301,9 +301,14 @@ async def _unmade(
         for one in await known_revisions(client, name):
             is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in made.known)
             if one.id != made.revision and is_beside:
+                hint = (
+                    f".  If it was interrupted: docker config rm {one.config}"
+                    if one.state == DEPLOYING
+                    else ""
+                )
                 raise Unavailable(
-                    f"another deploy of {name} may use what this one created: revision {one.number} is {one.state}.  "
-                    f"If that was interrupted: docker config rm {one.config}"
+                    f"revision {one.number} of {name} is {one.state} and may use what this deploy created, "
+                    f"so nothing was removed{hint}"
                 )
         await unmake(client, name, made, show, wait_s)
     except SkepError as error:
