@@ -107,7 +107,7 @@ async def carry_out(
 async def _recorded(
     client: Requests, stack: Stack, plan: Plan, revisions: Sequence[Revision], warn: Callable[[str], None]
 ) -> str:
-    """The id of the revision after ``revisions``; empty: it is too large for one."""
+    """The id of the revision after ``revisions``; empty: there is no room for it."""
     number = revisions[-1].number + 1 if revisions else 1
     for attempt in range(_ATTEMPTS):
         try:
@@ -119,6 +119,9 @@ async def _recorded(
             made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
         except AlreadyExists:
             continue
+        except PermissionDenied as error:  # a quota; a user without the right is refused at the first change
+            warn(f"{error}: there will be no return to it")
+            return ""
         return str(made["ID"])
     raise Unavailable(f"other deploys of {stack.name} are under way: try again when they have ended")
 
