@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from sim.clients import ApiClient, Apis
 from sim.cluster import SimulatedCluster
 from sim.committed import Change
+from sim.random_specs import BROKEN
 from skep.cli.rotation import Kind, _Rotation
 from skep.cli.upgrade import Means, _Upgrade
 from skep.cli.upgrade_plan import Member
@@ -123,6 +124,8 @@ class Commands:
         """How each command ended."""
         self._cluster = cluster
         self._apis = Apis(cluster)
+        for node in cluster.nodes.values():
+            node.broken_images.add(BROKEN)
         self._running: dict[asyncio.Task[None], ApiClient] = {}
 
     def client(self, name: str) -> ApiClient:

@@ -40,11 +40,15 @@ def identity_of(request: web.Request) -> Identity:
         Unauthenticated: its connection is not known, or was closed.
         InvalidArgument: the header names no role.
     """
-    identity, limit = _client_of(request), request.headers.get(ROLE_HEADER)
+    identity, limit = unlimited_identity_of(request), request.headers.get(ROLE_HEADER)
     return identity if limit is None else identity.limited_to(parse_binding(limit))
 
 
-def _client_of(request: web.Request) -> Identity:
+def unlimited_identity_of(request: web.Request) -> Identity:
+    """Return the identity of the client of ``request``, whatever role the request is limited to.
+
+    Raises: Unauthenticated: its connection is not known, or was closed.
+    """
     transport = request.transport
     known = _identities.get(transport) if transport is not None else None
     if known is not None:

@@ -107,7 +107,7 @@ async def carry_out(
 async def _recorded(
     client: Requests, stack: Stack, plan: Plan, revisions: Sequence[Revision], warn: Callable[[str], None]
 ) -> str:
-    """The id of the revision after ``revisions``; empty: it is too large for one."""
+    """The id of the revision after ``revisions``; empty: there is no room for it."""
     number = revisions[-1].number + 1 if revisions else 1
     for attempt in range(_ATTEMPTS):
         try:
@@ -119,6 +119,9 @@ async def _recorded(
             made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
         except AlreadyExists:
             continue
+        except PermissionDenied as error:  # a quota; a user without the right is refused at the first change
+            warn(f"{error}: there will be no return to it")
+            return ""
         return str(made["ID"])
     raise Unavailable(f"other deploys of {stack.name} are under way: try again when they have ended")
 
@@ -301,9 +304,14 @@ async def _unmade(
         for one in await known_revisions(client, name):
             is_beside = one.state == DEPLOYING or (one.state == DEPLOYED and one.id not in made.known)
             if one.id != made.revision and is_beside:
+                hint = (
+                    f".  If it was interrupted: docker config rm {one.config}"
+                    if one.state == DEPLOYING
+                    else ""
+                )
                 raise Unavailable(
-                    f"another deploy of {name} may use what this one created: revision {one.number} is {one.state}.  "
-                    f"If that was interrupted: docker config rm {one.config}"
+                    f"revision {one.number} of {name} is {one.state} and may use what this deploy created, "
+                    f"so nothing was removed{hint}"
                 )
         await unmake(client, name, made, show, wait_s)
     except SkepError as error:

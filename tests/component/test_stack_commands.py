@@ -174,3 +174,34 @@ async def test_a_secret_with_a_name_of_its_own_keeps_its_content_and_gets_other_
     (cluster.folder / "pw").write_text("two")
     code, _, err = await cluster.deploy("--detach")
     assert (code, "secrets.pw: the secret exists with other content" in err) == (1, True), err
+
+
+async def test_a_rollback_to_an_operators_revision_shows_what_it_lacks_and_waits_for_the_administrator(
+    cluster: Cluster,
+) -> None:
+    cluster.write(FILE % "busybox:1")
+    code, _, err = await cluster.deploy()
+    assert code == 0, err
+    cluster.write(
+        FILE.replace("web: {image: busybox}", "web: {image: busybox, volumes: ['/:/host']}") % "busybox:1"
+    )
+    code, _, err = await cluster.deploy()
+    assert code == 0, err
+    code, _, err = await cluster.run("stack", "rollback", "shop")
+    assert (code, "~ service shop_web" in err) == (0, True), err
+    async with cluster.requests() as client:
+        found = {one.number: one for one in await known_revisions(client, "shop")}
+        assert [str(one.role) for one in found.values()] == ["admin"] * 3
+        body = {
+            "Name": "shop_revision-4",
+            "Labels": {**found[2].labels, "skep.stack.revision": "4"},
+            "Data": found[2].data,
+        }
+        await client.post("/configs/create", body, headers={"X-Skep-Role": "operator:shop"})
+    code, _, err = await cluster.run("stack", "rollback", "--to", "4", "shop")
+    assert code == 1, err
+    assert "~ service shop_web" in err, "the plan is shown"
+    assert "a bind mount of /: only administrators may give that" in err
+    assert "skep stack rollback --as-admin --to 4 shop" in err
+    code, _, err = await cluster.run("stack", "rollback", "--to", "4", "--as-admin", "shop")
+    assert (code, "beyond the role operator:shop: shop_web" in err) == (0, True), err

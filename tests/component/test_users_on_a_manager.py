@@ -275,6 +275,21 @@ async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: R
     assert (await planned("operator:shop", "shop_new", SHOP))[0] == 200
 
 
+async def test_a_request_has_the_rights_of_the_role_that_it_names_and_of_no_other(rig: Rig) -> None:
+    spec = {"Name": "shop_web", "Labels": SHOP, "TaskTemplate": {"ContainerSpec": {"Image": "none"}}}
+    other = {"Name": "web", "TaskTemplate": {"ContainerSpec": {"Image": "none"}}}
+    for role, body, expected in (
+        ("operator:shop", other, 403),
+        ("viewer", spec, 403),
+        ("root", spec, 400),
+        ("operator:shop", spec, 201),
+    ):
+        status, text, _ = await rig.exchange("admin", "POST /services/create", body, {"X-Skep-Role": role})
+        assert status == expected, text
+    await asyncio.sleep(0)  # the entry is made when the response has been sent
+    assert [one.status for one in rig.journal.entries] == [403, 403, 400, 201]
+
+
 async def test_what_a_user_does_in_a_container_is_recorded_however_it_names_it(rig: Rig) -> None:
     service = await rig.api.store.update(put, a_service("web"))
     await rig.api.store.update(put, running("t1", service))

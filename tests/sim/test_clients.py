@@ -3,6 +3,7 @@
 import base64
 
 import pytest
+from msgspec.structs import replace
 
 from sim.client_runs import Commands, label_of, show_version
 from sim.cluster import SimulatedCluster
@@ -17,7 +18,7 @@ from skep.stack.project import Stack
 from tests.support.builders import a_service_spec
 from tests.unit.stack.test_planning import a_stack
 
-SEEDS = range(12)
+SEEDS = range(6)
 CPU = 1_000_000_000
 
 
@@ -53,6 +54,21 @@ def test_two_first_deploys_of_a_stack_of_which_one_fails_and_is_undone(seed: int
         bad = commands.deploy("bad", a_version(BROKEN, own="cron"), undoes=True, wait_s=8.0)
         for one in (good, bad):
             commands.disturb(one)
+        commands.finish()
+
+
+@pytest.mark.parametrize("seed", range(13, 21))
+def test_an_undo_leaves_what_a_deploy_beside_it_has_found_and_counts_on(seed: int) -> None:
+    """The one that fails has created a service that the other one finds as its files say."""
+    with SimulatedCluster(managers=3, workers=3, seed=800 + seed) as cluster:
+        commands = Commands(cluster)
+        bad = commands.deploy("bad", a_version(BROKEN, own="shared"), undoes=True, wait_s=4.0)
+        bad.pauses[cluster.random.randint(35, 60)] = 6.0
+        cluster.run_for(
+            cluster.random.choice((cluster.random.uniform(0.0, 1.0), cluster.random.uniform(4.0, 9.0)))
+        )
+        good = a_version("app:1", own="shared")
+        commands.deploy("good", replace(good, services={"shared": good.services["shared"]}), undoes=False)
         commands.finish()
 
 

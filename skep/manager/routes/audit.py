@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from skep.api.errors import status_of
 from skep.api.framing import path_of
-from skep.api.identity import identity_of
+from skep.api.identity import unlimited_identity_of
 from skep.errors import SkepError, Unauthenticated
 from skep.manager.journal.loop import Journal
 from skep.manager.routes.access import manager_of
@@ -206,7 +206,7 @@ def client_of(request: web.Request) -> By:
     own = manager.store.view().lookup(Node, manager.own)
     by = By(node=own.description.hostname if own is not None else manager.own)
     try:
-        identity = identity_of(request)
+        identity = unlimited_identity_of(request)
     except Unauthenticated:
         return by
     by = replace(by, user=identity.name, through=identity.origin.value)

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from skep.api.client import Client
-from skep.errors import InvalidArgument
-from skep.stack.planning import Plan
-from skep.stack.recording import undo
-from tests.unit.stack.test_revisions import body, config
+from skep.errors import InvalidArgument, PermissionDenied
+from skep.stack.planning import Existing, Plan, plan_of
+from skep.stack.recording import _recorded, undo
+from tests.unit.stack.test_revisions import a_stack, body, config
 
 
 class Cluster(Client):
@@ -51,3 +51,20 @@ async def test_a_stack_that_was_there_is_left_when_it_cannot_be_deployed_again(
     with pytest.raises(InvalidArgument, match=problem):
         await undone(cluster)
     assert cluster.changes == []
+
+
+class Full(Cluster):
+    """The stack has no room for another config."""
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        if path == "/configs/create":
+            raise PermissionDenied("the quota of shop allows 3 configs")
+        return await super().request(method, path, **options)
+
+
+async def test_a_deploy_without_room_for_its_revision_says_so_and_goes_on() -> None:
+    warnings: list[str] = []
+    stack = a_stack()
+    plan = plan_of(stack, Existing(), images={}, prune=False)
+    assert await _recorded(Full(), stack, plan, [], warnings.append) == ""
+    assert warnings == ["the quota of shop allows 3 configs: there will be no return to it"]
