@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.api.networks import PREDEFINED_LABEL, NetworkBody
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
+from skep.manager.trust import machine_log
 from skep.model.container import ContainerSpec, Mount
 from skep.model.labels import priority_of
 from skep.model.network import Network
@@ -131,6 +132,8 @@ def _rights(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator
     for name, value in (log_driver.options if log_driver is not None else {}).items():
         if value and (name in _LOG_FILES or (name.endswith("-address") and _is_unix(value))):
             yield f"a file of its machine (log option {name})"
+    if what := machine_log(view, log_driver):
+        yield what
     if container.oom_score_adj < 0:
         yield "a lower score for the kernel's out-of-memory killer"
     for attachment in (*spec.task_template.networks, *spec.networks):

@@ -10,6 +10,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
+from skep.api.identity import identity_of
 from skep.api.server import (
     ApiVersion,
     Filters,
@@ -101,6 +102,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         new_name=manager.new_name,
         now=manager.now(),
         registry_auth=auth,
+        by_admin=identity_of(request).is_admin,
     )
     view = manager.store.view()
     warnings = room_warnings(view, service) if control.names_networks(spec) else []
@@ -139,6 +141,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
                 now=manager.now(),
                 registry_auth=auth,
                 registry_auth_from=auth_from,
+                by_admin=identity_of(request).is_admin,
             )
         case "previous":
             await manager.update(control.rollback_service, service.id, spec, version, now=manager.now())
@@ -180,13 +183,19 @@ async def change_services(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     await manager.require_room(creates=any(not one.id for one in changes))
     view = await current_view(request)
-    now = manager.now()
+    now, by_admin = manager.now(), identity_of(request).is_admin
 
     def change(tx: Transaction, one: ServiceChange) -> Service:
         spec = settled(control.with_network_ids(view, one.spec))
         if one.id:
             return control.update_service(
-                tx, one.id, spec, one.version, now=now, registry_auth=one.registry_auth
+                tx,
+                one.id,
+                spec,
+                one.version,
+                now=now,
+                registry_auth=one.registry_auth,
+                by_admin=by_admin,
             )
         return control.create_service(
             tx,
@@ -195,6 +204,7 @@ async def change_services(request: web.Request) -> web.StreamResponse:
             new_name=manager.new_name,
             now=now,
             registry_auth=one.registry_auth,
+            by_admin=by_admin,
         )
 
     results = await manager.store.update_each(change, changes)
