@@ -98,22 +98,31 @@ async def test_a_name_counts_by_its_address_at_the_time_of_the_connection(
 @pytest.mark.parametrize(
     ("address", "what"),
     [
+        ("255.255.255.255", "this machine"),
         ("169.254.169.254", "link-local"),
         ("fe80::1%lo", "link-local"),
         ("127.8.8.8", "this machine"),
         ("::1", "this machine"),
         ("::", "this machine"),
-        ("192.0.2.7", "another node"),
-        ("::ffff:192.0.2.7", "another node"),
+        ("198.51.100.7", "another node"),
+        ("::ffff:198.51.100.7", "another node"),
         ("2001:db8::7", "another node"),
         ("2001:0db8:0::7", "another node"),
     ],
 )
 def test_addresses_of_the_cluster_are_refused(address: str, what: str) -> None:
-    guard = Guard(lambda: {"192.0.2.7", "2001:db8::7"})
+    guard = Guard(lambda: {"198.51.100.7", "2001:db8::7"})
     with pytest.raises(PermissionError, match=what):
         guard.check(address)
     ANYWHERE.check(address)
+
+
+def test_an_address_of_another_machine_is_not_this_ones_where_any_may_be_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with ``ip_nonlocal_bind``, which keepalived sets."""
+    monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
+    Guard().check("198.51.100.8")
 
 
 def test_an_address_of_an_interface_is_this_machines() -> None:
@@ -124,9 +133,9 @@ def test_an_address_of_an_interface_is_this_machines() -> None:
         Guard().check(own)
 
 
-@pytest.mark.parametrize("address", ["192.0.2.8", "10.0.0.1", "2001:db8::8"])
+@pytest.mark.parametrize("address", ["198.51.100.8", "10.0.0.1", "2001:db8::8"])
 def test_other_addresses_are_anyones(address: str) -> None:
-    Guard(lambda: {"192.0.2.7"}).check(address)
+    Guard(lambda: {"198.51.100.7"}).check(address)
 
 
 @pytest.mark.parametrize("network", ["unix", "unixgram"])

@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import stat
+import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -85,15 +86,31 @@ ANYWHERE = Guard(is_restricted=False)
 """For containers of administrators."""
 
 
+_RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST = 26, 1, 2, 1
+_HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), struct.Struct("=HH")
+_OWN_TYPES = frozenset({2, 3, 4})
+"""RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST."""
+
+
 def _is_own(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether it is an address of this machine: only those can be bound."""
+    """Whether packets to it are delivered on this machine, by the kernel's routes.
+
+    A test by bind would take every address for its own where ``ip_nonlocal_bind`` is set, as by keepalived.
+
+    Source: linux/rtnetlink.h.
+    """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
-        try:
-            probe.bind((str(address), 0))
-        except OSError:
-            return False
-        return not address.is_multicast
+    body = _ROUTE.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(address.packed), _RTA_DST) + address.packed
+    header = _HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, 1, 0)
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+    ) as kernel:
+        kernel.send(header + body)  # the kernel has responded when this returns
+        response = kernel.recv(4096)
+    # Without a route the response is an error, and the connection fails by itself.
+    is_route = _HEADER.unpack_from(response)[1] != _NLMSG_ERROR
+    return is_route and response[_HEADER.size + 7] in _OWN_TYPES
 
 
 class Connection(Protocol):
