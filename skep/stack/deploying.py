@@ -292,11 +292,14 @@ class Deployment:
         try:
             results = await self._client.post("/skep/services/changes", body, timeout_s=RESPONSE_TIMEOUT_S)
             done = [not one.get("Error") for one in results]
+            warned = [one.get("Warnings") or () for one in results]
         except SkepError:
-            done = [False] * len(changes)
-        for change, is_done in zip(changes, done, strict=True):
+            done, warned = [False] * len(changes), [()] * len(changes)
+        for change, is_done, warnings in zip(changes, done, warned, strict=True):
             if is_done:
                 self._show(change.name, "created" if change.action is Action.CREATE else "updated")
+            for warning in warnings:
+                self._show(change.name, f"warning: {warning}")
         await _all(
             self._service_changed(one) for one, is_done in zip(changes, done, strict=True) if not is_done
         )

@@ -130,7 +130,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     spec = settled(control.with_network_ids(view, spec))
     service = view.resolve(Service, request.match_info["id"])
     auth_from = control.auth_source(request.query.get("registryAuthFrom", ""), service)
-    auth, kept = request.headers.get("X-Registry-Auth", ""), shown_auth(view, service)
+    auth, kept = request.headers.get("X-Registry-Auth", ""), shown_auth(view, service.id)
     match request.query.get("rollback", ""):
         case "" | "none":
             await manager.update(
@@ -167,17 +167,18 @@ class ServiceChange(ApiObject):
 
 
 class ServiceChanged(ApiObject):
-    """``error``: why this one was not changed."""
+    """``error``: why this one was not changed; ``warnings``: as in the responses to single requests."""
 
     id: ServiceId = ServiceId("")
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @routes.post("/skep/services/changes")
 async def change_services(request: web.Request) -> web.StreamResponse:
     """Create or update services: as the requests for each, whatever becomes of the others, in far fewer writes.
 
-    An update without credentials for a registry keeps those that the service has.
+    An update without credentials for a registry keeps those that the service has, if its image stays there.
     """
     changes = await read_changes(request)
     manager = manager_of(request)
@@ -207,15 +208,17 @@ async def change_services(request: web.Request) -> web.StreamResponse:
             by_admin=by_admin,
         )
 
+    kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
     results = await manager.store.update_each(change, changes)
-    return json_response(
-        [
-            ServiceChanged(error=str(one) or type(one).__name__)
-            if isinstance(one, SkepError)
-            else ServiceChanged(id=one.id)
-            for one in results
-        ]
-    )
+    after = manager.store.view()
+
+    def changed(one: ServiceChange, result: Service | SkepError) -> ServiceChanged:
+        if isinstance(result, SkepError):
+            return ServiceChanged(error=str(result) or type(result).__name__)
+        warnings = dropped_warnings(after, result, one.registry_auth, kept.get(one.id, ""))
+        return ServiceChanged(id=result.id, warnings=tuple(warnings))
+
+    return json_response([changed(*pair) for pair in zip(changes, results, strict=True)])
 
 
 async def read_changes(request: web.Request) -> tuple[ServiceChange, ...]:
