@@ -20,7 +20,6 @@ from skep.errors import InvalidArgument
 from skep.model.times import SECOND_NS
 
 if TYPE_CHECKING:
-    import aiohappyeyeballs
     import aiohttp
 
 _KNOWN = frozenset(
@@ -91,7 +90,7 @@ class Splunk:
         context = client_context(self._tls) if self._url.startswith("https:") else None
         timeout = aiohttp.ClientTimeout(total=SEND_S)
 
-        def allowed(info: "aiohappyeyeballs.AddrInfoType") -> socket.socket:
+        def allowed(info: tuple[Any, ...]) -> socket.socket:
             self._guard.check(str(info[4][0]))
             return socket.socket(info[0], info[1], info[2])
 
