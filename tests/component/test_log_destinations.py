@@ -125,6 +125,16 @@ def test_an_address_of_another_machine_is_not_this_ones_where_any_may_be_bound(
     Guard().check("198.51.100.8")
 
 
+@pytest.mark.parametrize(
+    "device", ["skep-gw", "skep-ingress", "docker0", "docker_gwbridge", "br-0123456789ab"]
+)
+def test_containers_of_the_machine_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ports that are not published are open to the machine."""
+    monkeypatch.setattr(socket, "if_indextoname", lambda _: device)
+    with pytest.raises(PermissionError, match="container of this machine"):
+        Guard().check("198.51.100.8")
+
+
 def test_an_address_of_an_interface_is_this_machines() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # nothing is sent: only a route is chosen

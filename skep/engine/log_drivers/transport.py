@@ -4,12 +4,14 @@ import asyncio
 import errno
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import stat
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -72,10 +74,13 @@ class Guard:
             return
         found = ipaddress.ip_address(address.partition("%")[0])
         found = getattr(found, "ipv4_mapped", None) or found
-        if found.is_loopback or found.is_unspecified or _is_own(found):
+        is_own, device = _route_to(found)
+        if found.is_loopback or found.is_unspecified or is_own:
             raise PermissionError(errno.EACCES, f"{address} is an address of this machine, which {_WHO}")
         if found.is_link_local:
             raise PermissionError(errno.EACCES, f"{address} is a link-local address, which {_WHO}")
+        if _OF_CONTAINERS.fullmatch(device):
+            raise PermissionError(errno.EACCES, f"{address} is a container of this machine, which {_WHO}")
         if str(found) in self._peers():
             raise PermissionError(errno.EACCES, f"{address} is an address of another node, which {_WHO}")
 
@@ -86,14 +91,17 @@ ANYWHERE = Guard(is_restricted=False)
 """For containers of administrators."""
 
 
-_RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST = 26, 1, 2, 1
+_RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST, _RTA_OIF = 26, 1, 2, 1, 4
 _HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), struct.Struct("=HH")
 _OWN_TYPES = frozenset({2, 3, 4})
 """RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST."""
+_OF_CONTAINERS = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
+"""Devices of containers in the machine's own namespace, Skep's and those of a Docker Engine beside it: ports of
+containers that are not published are open there."""
 
 
-def _is_own(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether packets to it are delivered on this machine, by the kernel's routes.
+def _route_to(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[bool, str]:
+    """Whether the kernel delivers packets to ``address`` on this machine, and the device that it sends them to.
 
     A test by bind would take every address for its own where ``ip_nonlocal_bind`` is set, as by keepalived.
 
@@ -108,9 +116,17 @@ def _is_own(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     ) as kernel:
         kernel.send(header + body)  # the kernel has responded when this returns
         response = kernel.recv(4096)
-    # Without a route the response is an error, and the connection fails by itself.
-    is_route = _HEADER.unpack_from(response)[1] != _NLMSG_ERROR
-    return is_route and response[_HEADER.size + 7] in _OWN_TYPES
+    if _HEADER.unpack_from(response)[1] == _NLMSG_ERROR:  # no route: the connection fails by itself
+        return False, ""
+    is_own = _ROUTE.unpack_from(response, _HEADER.size)[7] in _OWN_TYPES
+    at, device = _HEADER.size + _ROUTE.size, ""
+    while at + _ATTRIBUTE.size <= len(response):
+        size, kind = _ATTRIBUTE.unpack_from(response, at)
+        if kind == _RTA_OIF:
+            with suppress(OSError):  # it has just gone
+                device = socket.if_indextoname(int.from_bytes(response[at + 4 : at + 8], sys.byteorder))
+        at += max(-(-size // 4) * 4, 4)
+    return is_own, device
 
 
 class Connection(Protocol):
