@@ -7,6 +7,8 @@ import msgspec
 from skep.model.autoscaling import AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY
 from skep.model.dependencies import DEPENDS_ON
 from skep.model.labels import (
+    ALLOW_HELPERS,
+    ALLOW_MACHINE_LOGS,
     DRAIN,
     EXEC,
     FORGET_NODES,
@@ -472,6 +474,22 @@ LABELS = (
         "separated by commas",
         "`none`",
         "rights over their nodes that services may ask for by labels of their containers (`skep cluster allow`)",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        ALLOW_MACHINE_LOGS,
+        "`true`, `false`",
+        "`false`",
+        "`true`: services of users below the administrator may log to loopback, link-local and node addresses, and by "
+        "the log drivers `journald` and `syslog` to the machine's own log",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        ALLOW_HELPERS,
+        "`STACK=REPOSITORY`, separated by commas; `*`: every stack",
+        "none",
+        "images that nodes may pull with their own credentials (`credential-helpers`) for services of users below the "
+        "administrator: these repositories and those below them",
     ),
     Label(LabelTarget.ENGINE, "skep.node", "`true`", "", "this is a skep node, not a Docker Engine"),
     Label(

@@ -1,7 +1,7 @@
 """The part of a session that receives which nodes to probe, and sends what was measured."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from skep.aio.failures import describe_error, log_error
@@ -39,8 +39,12 @@ class ProbeSource(Protocol):
 class NodeProbes:
     """The probes of this node, and the checks of its containers' names."""
 
-    def __init__(self, probes: PathProber, names: NameChecks) -> None:
+    def __init__(
+        self, probes: PathProber, names: NameChecks, on_peers: Callable[[frozenset[str]], None]
+    ) -> None:
+        """``on_peers``: called with the addresses of the other nodes whenever a manager sends them."""
         self._probes = probes
+        self._on_peers = on_peers
         self._names = names
 
     @property
@@ -51,6 +55,8 @@ class NodeProbes:
     def set_targets(self, targets: ProbeTargets | None) -> None:
         """Probe these from now on; None: no node."""
         self._probes.set_targets(targets)
+        if targets is not None:
+            self._on_peers(targets.addresses)
 
     async def next_reports(self) -> tuple[PathReport, ...]:
         """The changed reports, once there are any."""

@@ -40,7 +40,7 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Call, Channel
-from skep.wire.convert.assignments import assignments_from_pb
+from skep.wire.convert.assignments import assignments_from_pb, revised_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import end_to_pb, status_to_pb
 from skep.wire.convert.usages import usages_to_pb
@@ -390,7 +390,7 @@ class Session:
                 if not _follows(revised.message, applied):
                     return
                 self._host.accept_revision(Revision(revised.incarnation, revised.revision))
-                await self._services.sink.assign(assignments_from_pb(revised.message, revised.revision))
+                await self._services.sink.assign(revised_from_pb(revised))
                 applied = revised.message.results_in
         raise Unavailable(f"{self._channel.address} ended the assignments")
 

@@ -30,7 +30,7 @@ from skep.api.authorization import Objects, authorized
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
 from skep.api.filters import Filters
-from skep.api.identity import IS_PRIVATE, is_of_token
+from skep.api.identity import IS_PRIVATE, identity_of, is_of_token
 from skep.api.responses import (
     JsonLines,
     OutputFrames,
@@ -89,6 +89,11 @@ _HAS_BEGUN = web.RequestKey("has_begun", bool)
 """Whether the head of a response was sent."""
 
 Routes = web.RouteTableDef
+
+
+def is_of_administrator(request: web.Request) -> bool:
+    """Whether an administrator makes ``request``: so does everyone who reaches an application without objects."""
+    return request.app.get(_OBJECTS) is None or identity_of(request).is_admin
 
 
 def application(

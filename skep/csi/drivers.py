@@ -1,4 +1,9 @@
-"""The CSI drivers of this machine: every socket in one folder, by the name that its driver gives itself."""
+"""The CSI drivers of this machine: every socket in one folder, by the name that its driver gives itself.
+
+A driver gets the secrets of its volumes, so its name is not its own word. A driver in a container has a folder of its
+own, ``NAME/csi.sock``, and is the driver NAME or none. Of the sockets ``*.sock``, which programs of the machine make,
+the one called by the driver's name counts first, then the one that was here first.
+"""
 
 import asyncio
 import os
@@ -33,7 +38,9 @@ class Drivers:
         self._clock = clock
         self._known: dict[_Identity, Driver] = {}
         self._silent: dict[_Identity, tuple[Backoff, float]] = {}
-        """Those that gave no name: when they are asked again."""
+        """Those that gave no name, or one that is not theirs: when they are asked again."""
+        self._holders: dict[str, _Identity] = {}
+        """The socket that has each name."""
         self._lock = asyncio.Lock()
 
     async def get(self, name: str) -> Driver:
@@ -63,11 +70,15 @@ class Drivers:
         return await asyncio.to_thread(lambda: list(_sockets(self._folder))[:SOCKETS_MAX])
 
     def _named(self, sockets: Iterable[_Identity]) -> Mapping[str, Driver]:
-        found: dict[str, Driver] = {}
-        for socket in sockets:
-            if (driver := self._known.get(socket)) is not None:
-                found.setdefault(driver.name, driver)
-        return found
+        def rank(socket: _Identity) -> tuple[bool, bool, int, str]:
+            name = self._known[socket].name
+            return not _is_called(socket, name), socket != self._holders.get(name), socket[2], socket[0]
+
+        found: dict[str, _Identity] = {}
+        for socket in sorted((one for one in sockets if one in self._known), key=rank):
+            found.setdefault(self._known[socket].name, socket)
+        self._holders = found
+        return {name: self._known[socket] for name, socket in found.items()}
 
     def _is_due(self, socket: _Identity) -> bool:
         waiting = self._silent.get(socket)
@@ -83,15 +94,29 @@ class Drivers:
                 LOOK_S,
             )
         except SkepError as error:
-            backoff = self._silent.get(socket, (Backoff(1.0, 30.0), 0.0))[0]
-            self._silent[socket] = backoff, self._clock.monotonic() + backoff.next_delay_s()
+            self._ask_again(socket)
             log.info("driver gave no name", socket=socket[0], reason=str(error))
             return
-        self._silent.pop(socket, None)
-        if is_name(response.name):
-            self._known[socket] = Driver(response.name, Path(socket[0]))
+        path, name = Path(socket[0]), response.name
+        if not is_name(name):
+            self._ask_again(socket)
+            log.warning("driver's name is none of CSI", socket=socket[0], name=name[:100])
+        elif path.name == SOCKET_NAME and path.parent != self._folder and path.parent.name != name:
+            self._ask_again(socket)
+            log.warning("driver has the folder of another name", socket=socket[0], name=name)
         else:
-            log.warning("driver's name is none of CSI", socket=socket[0], name=response.name[:100])
+            self._silent.pop(socket, None)
+            self._known[socket] = Driver(name, path)
+
+    def _ask_again(self, socket: _Identity) -> None:
+        backoff = self._silent.get(socket, (Backoff(1.0, 30.0), 0.0))[0]
+        self._silent[socket] = backoff, self._clock.monotonic() + backoff.next_delay_s()
+
+
+def _is_called(socket: _Identity, name: str) -> bool:
+    """Whether the path of ``socket`` has the driver's name."""
+    path = Path(socket[0])
+    return path.parent.name == name if path.name == SOCKET_NAME else path.stem == name
 
 
 def _sockets(folder: Path) -> Iterator[_Identity]:

@@ -106,6 +106,8 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Whether ``docker logs`` shows it; False: its user has disabled the cache, or it is not kept at all."""
     attributes: Mapping[str, str] | None = None
     """What the options add to each line; None: a version before these wrote the record."""
+    is_restricted: bool = False
+    """Whether a user below the administrator chose it: then it reaches no address of the cluster's machines."""
 
 
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):

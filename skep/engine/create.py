@@ -13,13 +13,13 @@ from msgspec.structs import replace
 
 from skep.api.gosyntax import BOOLEANS, parse_port
 from skep.engine import apparmor, health, machine
-from skep.engine.container import ContainerConfig, PlainOptions, RestartPolicy
+from skep.engine.container import ContainerConfig, LogConfig, PlainOptions, RestartPolicy
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.limits import nano_cpus_of
 from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.machine import MachineOptions
 from skep.engine.mounts import check_paths
-from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, TaskOptions, refused
+from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, LogOptions, TaskOptions, refused
 from skep.engine.runtime_spec import merged_environment
 from skep.engine.signals import signal_number
 from skep.errors import FailedPrecondition, InvalidArgument
@@ -308,7 +308,7 @@ def container_config(
     is_on_host = host.network_mode == "host"
     healthcheck = _healthcheck(request, image, task)
     stop_timeout = _stop_timeout(request, image) if task is None else None
-    task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(stop_timeout))
+    task = task or TaskOptions(stop_grace_ns=_stop_grace_ns(stop_timeout), may_log_anywhere=True)
     exposed = _exposed(request, image, task)
     return ContainerConfig(
         path=(entrypoint + command)[0],
@@ -354,7 +354,7 @@ def container_config(
         requested_mounts=host.mounts,
         tmpfs=host.tmpfs,
         healthcheck=healthcheck,
-        log=log_config(_log_driver(host, node), node.log_drivers),
+        log=_log(host.log_config, task, node),
     )
 
 
@@ -366,9 +366,12 @@ def _healthcheck(
     return health.merged(request.healthcheck, image.healthcheck, image_interval_ns_min=least)
 
 
-def _log_driver(host: HostConfig, node: NodeDefaults) -> Driver:
-    given = host.log_config
-    return with_defaults(Driver(name=given.type, options=given.config), node.log)
+def _log(given: LogOptions, task: TaskOptions, node: NodeDefaults) -> LogConfig:
+    """How the container is logged; restricted unless an administrator, or the node's default, says where that goes."""
+    driver = with_defaults(Driver(name=given.type, options=given.config), node.log)
+    is_default = not given.type and not any(name.endswith(("-address", "-url")) for name in given.config)
+    config = log_config(driver, node.log_drivers)
+    return replace(config, is_restricted=not task.may_log_anywhere and not is_default)
 
 
 def machine_options(host: HostConfig) -> MachineOptions:

@@ -19,7 +19,7 @@ from skep.engine.events import Events
 from skep.engine.log_drivers import sender
 from skep.engine.log_drivers.facts import facts_of
 from skep.engine.log_drivers.options import FILE_DRIVERS
-from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Report, Response
+from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Peers, Report, Response
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 
@@ -60,6 +60,12 @@ class LogForwarding:
         """Of the process; 0: none is needed."""
         self._changed = asyncio.Event()
         self._holding: dict[str, asyncio.Future[None]] = {}
+        self._peers = Peers(())
+
+    def set_peers(self, addresses: Iterable[str]) -> None:
+        """Take over the addresses of the other nodes, where restricted logs are not sent."""
+        self._peers = Peers(tuple(sorted(set(addresses))))
+        self._changed.set()
 
     async def run(self) -> None:
         """Keep the process running while it is needed, until cancelled.  Raises: Unavailable: it has ended."""
@@ -102,11 +108,15 @@ class LogForwarding:
     async def _run_process(self) -> None:
         async with _started() as process:
             self._sent, self._sending, self.pid = {}, set(), process.pid
+            peers = Peers(())
             assert process.stdin is not None, "orders go through a pipe"
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 listening = group.create_task(self._listen(process), name="responses of the log sender")
                 try:
                     while True:
+                        if self._peers != peers:
+                            peers = self._peers
+                            process.stdin.write(msgspec.json.encode(peers) + b"\n")
                         for order in self._orders(self._wanted()):
                             self._send(process.stdin, order)
                         if not self._sent and not self._sending:
@@ -118,7 +128,7 @@ class LogForwarding:
                     self.pid = 0
                     listening.cancel()
 
-    def _send(self, stdin: asyncio.StreamWriter, order: Order) -> None:
+    def _send(self, stdin: asyncio.StreamWriter, order: Forward | End | Hold) -> None:
         line = encoded(order)
         if line is None:
             log.warning("log is not sent: its labels and variables are too large", container=order.id)
@@ -130,9 +140,9 @@ class LogForwarding:
     def _wanted(self) -> dict[ContainerId, Container]:
         return {one.id: one for one in self._containers() if is_sent(one)}
 
-    def _orders(self, wanted: dict[ContainerId, Container]) -> list[Order]:
+    def _orders(self, wanted: dict[ContainerId, Container]) -> list[Forward | End | Hold]:
         """What to send to the process, so that it has all of ``wanted``."""
-        orders: list[Order] = []
+        orders: list[Forward | End | Hold] = []
         for id, container in wanted.items():
             has_ended, known = not container.is_running, self._sent.get(id)
             if known is None or (known and not has_ended):
@@ -153,6 +163,7 @@ class LogForwarding:
             options=container.config.log.options,
             facts=facts_of(container, self._hostname),
             has_ended=not container.is_running,
+            is_restricted=container.config.log.is_restricted,
         )
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:

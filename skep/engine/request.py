@@ -166,6 +166,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     stop_grace_ns: Nanoseconds
     stack: str = ""
     """That of its service."""
+    may_log_anywhere: bool = False
+    """Whether an administrator chose its log driver (``LogConfig.is_restricted``)."""
 
 
 class ConnectRequest(ApiObject):

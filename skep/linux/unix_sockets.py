@@ -18,16 +18,16 @@ def private_socket(
     """
     path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX, kind)
-    mask = os.umask(0o177)  # of the whole process: nothing is awaited while it is another
     try:
+        # The file gets the mode that the socket has before it is bound (Linux, net/unix/af_unix.c, unix_bind_bsd). The
+        # umask would be the whole process's: a directory that another thread makes meanwhile would lack its x bits.
+        os.fchmod(bound.fileno(), 0o600)
         bound.bind(str(path))
         if is_listening:
             bound.listen()
     except BaseException:
         bound.close()
         raise
-    finally:
-        os.umask(mask)
     return bound
 
 

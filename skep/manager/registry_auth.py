@@ -17,9 +17,9 @@ def auth_of(tx: Transaction, payload_id: str) -> str:
     return payload.data.decode() if payload is not None else ""
 
 
-def shown_auth(view: View, service: Service) -> str:
-    """The credentials that ``service`` has; empty for none."""
-    payload = view.lookup(Payload, registry_auth_id(service.id))
+def shown_auth(view: View, service_id: str) -> str:
+    """The credentials that a service has; empty for none."""
+    payload = view.lookup(Payload, registry_auth_id(service_id))
     return payload.data.decode(errors="replace") if payload is not None else ""
 
 

@@ -70,6 +70,11 @@ SHARE_IMAGES = "skep.share-images"
 """On the cluster: ``true``: every node may read the images of every other node."""
 PREEMPTION = "skep.preemption"
 """On the cluster: ``true``: tasks are stopped where one of a higher priority finds no room."""
+ALLOW_MACHINE_LOGS = "skep.allow-machine-logs"
+"""On the cluster: ``true``: users below the administrator may send logs to the cluster's machines."""
+ALLOW_HELPERS = "skep.allow-helpers"
+"""On the cluster: ``STACK=REPOSITORY,...``: images that the nodes' credential helpers serve for services of users below
+the administrator."""
 
 EXEC = "skep.exec"
 """On containers: which commands and files users below administrator may bring into them (``ExecPolicy``)."""
@@ -247,6 +252,27 @@ def priority_of(labels: Mapping[str, str]) -> int:
         return 0
 
 
+def allows_machine_logs(labels: Mapping[str, str]) -> bool:
+    """Whether anyone's logs may go to machines of the cluster and to their own logs, by the labels of the cluster."""
+    return labels.get(ALLOW_MACHINE_LOGS, "").lower() == "true"
+
+
+def allowed_repositories(labels: Mapping[str, str]) -> Mapping[str, tuple[str, ...]]:
+    """The repositories, and what is below them, that each stack may use nodes' credentials for; ``*``: every stack.
+
+    Raises: InvalidArgument.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, map(str.strip, labels.get(ALLOW_HELPERS, "").split(","))):
+        stack, sign, repository = part.partition("=")
+        if not sign or not stack or not repository.strip("/") or any(char in repository for char in "@*= "):
+            raise InvalidArgument(
+                f"invalid label {ALLOW_HELPERS}: {part!r}: want STACK=REGISTRY/REPOSITORY, separated by commas"
+            )
+        found[stack] = (*found.get(stack, ()), repository.strip("/"))
+    return found
+
+
 def allows_preemption(labels: Mapping[str, str]) -> bool:
     """Whether tasks are stopped for ones of a higher priority, by the labels of the cluster."""
     return labels.get(PREEMPTION, "").lower() == "true"
@@ -293,6 +319,8 @@ def check_swarm_labels(labels: Mapping[str, str]) -> None:
     _check_switch(labels, WORKER_READS)
     _check_switch(labels, PREEMPTION)
     _check_switch(labels, SHARE_IMAGES)
+    _check_switch(labels, ALLOW_MACHINE_LOGS)
+    allowed_repositories(labels)
     allowed_rights(labels.get(ALLOW_LABEL, ""))
 
 

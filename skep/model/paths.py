@@ -50,6 +50,16 @@ class ProbeTargets(msgspec.Struct, frozen=True, kw_only=True):
     node: PathPeer
     peers: tuple[PathPeer, ...] = ()
 
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Every address of the peers, without ports."""
+        found = {peer.data_path for peer in self.peers}
+        for peer in self.peers:
+            found |= {
+                place.rpartition(":")[0].strip("[]") for place in (peer.control, peer.etcd, peer.gossip)
+            }
+        return frozenset(found - {""})
+
 
 class PathCheck(StrEnum):
     """The checks between two nodes."""

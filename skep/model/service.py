@@ -425,10 +425,18 @@ class PastDisconnect(ApiObject):
     until: Timestamp = ZERO_TIME
 
 
+class Trusted(ApiObject):
+    """Parts of a service's present and previous spec that an administrator wrote, by their values."""
+
+    log_drivers: tuple[Driver, ...] = ()
+    repositories: tuple[str, ...] = ()
+    """Names of images, without tags and digests."""
+
+
 class Service(ApiObject):
     """A service.
 
-    Writers: API: ``spec``, ``previous_spec``, ``version``, ``removed_at``; the store, with each new spec:
+    Writers: API: ``spec``, ``previous_spec``, ``version``, ``trusted``, ``removed_at``; the store, with each new spec:
     ``spec_version``, ``past_disconnects``; leader: ``update_status``, ``endpoint``, ``job_status``, ``autoscaled``, and
     with it the replicas of an autoscaled service.
     ``service_status`` and ``damage`` exist in API responses only.
@@ -452,5 +460,7 @@ class Service(ApiObject):
     job_status: JobStatus | None = None
     autoscaled: Autoscaled | None = None
     """A manager of an older version keeps it and does not heed it."""
+    trusted: Trusted | None = None
+    """None: a version without it wrote the service.  Not in API responses."""
     removed_at: Timestamp | None = None
     """Set when the user removed it: hidden from the API, but owner of its tasks until the last one has stopped."""

@@ -217,6 +217,15 @@ class Task(ApiObject):
         return self.is_wanted and not self.status.state.is_terminal
 
 
+class Trust(msgspec.Struct, frozen=True):
+    """What a node does for a task with its own rights, because an administrator chose it or allows it."""
+
+    logs: bool = False
+    """Whether its logs may be sent to addresses of the machine and of other nodes, and to the machine's own log."""
+    logins: bool = False
+    """Whether its image may be pulled with the credentials of the node's helper programs."""
+
+
 class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):
     """A task as sent to its node: the task, and the properties of its service that it needs.
 
@@ -230,6 +239,7 @@ class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):
     """Every published port of the service, ingress and host mode."""
     virtual_ips: tuple[EndpointVirtualIP, ...] = ()
     """The service's address on each overlay network; none with DNS round robin."""
+    trust: Trust = Trust()
 
     @property
     def name(self) -> str:

@@ -359,7 +359,11 @@ class Node:
         """Probes of other nodes, where this one can have overlay networks."""
         if self._engine is None or self._data_plane is None or not has_overlays(self._environment.features):
             return None
-        return NodeProbes(self._data_plane.prober, NameChecks(self._engine.running_sandboxes, self._clock))
+        return NodeProbes(
+            self._data_plane.prober,
+            NameChecks(self._engine.running_sandboxes, self._clock),
+            self._engine.log_forwarding.set_peers,
+        )
 
     def _new_agent(
         self,

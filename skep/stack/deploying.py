@@ -339,6 +339,8 @@ class Deployment:
                 self._created(change, result)
             elif is_done:
                 self._show(change.name, "updated")
+            for warning in result.get("Warnings") or ():
+                self._show(change.name, f"warning: {warning}")
         await all_of(
             self._service_changed(one) for one, is_done in zip(changes, done, strict=True) if not is_done
         )

@@ -11,10 +11,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from skep.agent.executor.interface import Rejected
+from skep.agent.executor.pulling import ImagePuller
 from skep.aio.clock import SystemClock
 from skep.engine.images import credentials
 from skep.engine.images.credentials import CredentialHelpers
 from skep.engine.images.endpoints import Policy
+from skep.engine.images.reference import parse_reference
 from skep.engine.images.registry import DOCKER_MANIFEST, Credentials
 from skep.engine.images.store import ImageStore
 from skep.errors import NotFound, SkepError
@@ -162,6 +165,23 @@ async def test_a_plain_pull_and_a_question_use_the_helper(tmp_path: Path, helper
     assert (await images.pull(reference)).id == sha256(CONFIG)
     found = await images.inspect_remote(images.get(reference).tags[0], "")
     assert found["Descriptor"]["digest"] == sha256(a_manifest())
+
+
+@pytest.mark.parametrize("auth", ["", "eyJ1c2VybmFtZSI6InVzZXIiLCJwYXNzd29yZCI6Im9sZCJ9"])
+async def test_a_task_that_nobody_trusts_does_not_use_the_helper(
+    tmp_path: Path, helper: Helper, guarded: Registry, auth: str
+):
+    """Neither without credentials, nor where its own are refused."""
+    images = await a_store(tmp_path, guarded)
+    helper.gives("user", "secret")
+    puller = ImagePuller(images, SystemClock())
+    with pytest.raises(Rejected, match="No such image"):
+        await puller.image(f"{guarded.address}/app:1", auth)
+    with pytest.raises(SkepError):
+        await images.inspect_remote(parse_reference(f"{guarded.address}/app:1"), auth, uses_helper=False)
+    assert helper.asked == []
+    found = await puller.image(f"{guarded.address}/app:1", auth, uses_helper=True)
+    assert found.id == sha256(CONFIG)
 
 
 async def test_credentials_that_have_expired_are_renewed_by_the_helper(

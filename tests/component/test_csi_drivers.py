@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,47 @@ async def test_sockets_that_are_no_drivers_are_passed_over(driver: Process) -> N
     assert list(await drivers.all()) == [NAME]
     (driver.sockets / "d.sock").unlink()
     assert await drivers.all() == {}
+
+
+@contextmanager
+def another(driver: Process, socket: Path) -> Iterator[None]:
+    """A second driver of the same name, at ``socket``."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.csi_driver",
+        str(socket),
+        str(driver.storage),
+        "node-1",
+        "a",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+        process.kill()
+
+
+async def test_a_driver_in_a_container_has_the_name_of_its_folder(driver: Process) -> None:
+    """It gets the secrets of that driver's volumes, so it may not say that it is another."""
+    drivers = Drivers(driver.sockets, SystemClock())
+    with another(driver, driver.sockets / "aaa" / "csi.sock"):
+        disks = await drivers.get(NAME)
+        (driver.sockets / "d.sock").unlink()
+        assert await drivers.all() == {}
+    with another(driver, driver.sockets / NAME / "csi.sock"):
+        assert await drivers.get(NAME) is not disks
+
+
+async def test_the_first_driver_of_a_name_stays_and_one_called_by_it_comes_before(driver: Process) -> None:
+    drivers = Drivers(driver.sockets, SystemClock())
+    first = await drivers.get(NAME)
+    with another(driver, driver.sockets / "aaa.sock"):
+        assert (await drivers.all())[NAME] is first
+        assert (await Drivers(driver.sockets, SystemClock()).get(NAME)).socket == first.socket
+        os.chmod(driver.sockets / "d.sock", 0o600)  # it is made anew for who goes by the time alone
+        with another(driver, driver.sockets / f"{NAME}.sock"):
+            assert (await drivers.all())[NAME].socket == driver.sockets / f"{NAME}.sock"
 
 
 @asynccontextmanager

@@ -114,7 +114,7 @@ class TreeImages(ImageStore):
     async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
         yield
 
-    async def pull(self, word: str, auth: str = "") -> Image:
+    async def pull(self, word: str, auth: str = "", *, uses_helper: bool = False) -> Image:
         self.pulls += 1
         raise Unavailable(f"cannot reach the registry of {word}")
 

@@ -242,6 +242,7 @@ def task_options(
         hosts=spec.hosts,
         stop_grace_ns=spec.stop_grace_ns,
         stack=stack_of(task.service_labels),
+        may_log_anywhere=task.trust.logs,
     )
 
 

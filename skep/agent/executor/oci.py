@@ -243,7 +243,9 @@ class OciController:
             return
         task, executor = self._task, self._executor
         spec = adapter.container_spec(task)
-        image = await executor.image_puller.image(spec.image, self._registry_auth)
+        image = await executor.image_puller.image(
+            spec.image, self._registry_auth, uses_helper=task.trust.logins
+        )
         secrets = executor.payloads.mounts(task.task.id, spec.secrets, spec.configs)
         try:
             async with self._cluster_volumes() as volumes:

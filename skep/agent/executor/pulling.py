@@ -42,11 +42,11 @@ class ImagePuller:
         self._images = images
         self._clock = clock
         self._bring = bring
-        self._fetches: dict[tuple[str, str], asyncio.Future[Image | SkepError | None]] = {}
+        self._fetches: dict[tuple[str, str, bool], asyncio.Future[Image | SkepError | None]] = {}
         self._failed_at: dict[str, float] = {}
 
-    async def image(self, reference: str, auth: str) -> Image:
-        """The image to run.
+    async def image(self, reference: str, auth: str, *, uses_helper: bool = False) -> Image:
+        """The image to run.  ``uses_helper``: the node's own credentials may be used for it.
 
         Raises: Rejected: ``No such image: x: ...``, neither here nor to be had, and why the registry gave none.
         """
@@ -55,7 +55,7 @@ class ImagePuller:
             local = self._images.resolve(reference)
             if local is not None and self._needs_no_registry(reference, local):
                 return local
-            await self._pull(reference, auth)
+            await self._pull(reference, auth, uses_helper)
         except SkepError as error:
             log.info("image not pulled", image=reference, reason=str(error))
             return self._local(reference, error)
@@ -70,9 +70,9 @@ class ImagePuller:
         failed_at = self._failed_at.get(registry_of(reference))
         return failed_at is not None and self._clock.monotonic() - failed_at < RETRY_AFTER_S
 
-    async def _pull(self, reference: str, auth: str) -> None:
+    async def _pull(self, reference: str, auth: str, uses_helper: bool) -> None:
         """Fetch, or share the fetch that is under way, however it ends."""
-        key = reference, auth
+        key = reference, auth, uses_helper
         while (under_way := self._fetches.get(key)) is not None:
             if (outcome := await asyncio.shield(under_way)) is None:
                 continue  # the fetch was cancelled: this task starts its own
@@ -81,7 +81,7 @@ class ImagePuller:
             return
         fetch = self._fetches[key] = asyncio.get_running_loop().create_future()
         try:
-            outcome = await self._fetched(reference, auth)
+            outcome = await self._fetched(reference, auth, uses_helper)
             fetch.set_result(outcome)
         finally:
             del self._fetches[key]
@@ -90,10 +90,10 @@ class ImagePuller:
         if isinstance(outcome, SkepError):
             raise outcome
 
-    async def _fetched(self, reference: str, auth: str) -> Image | SkepError:
+    async def _fetched(self, reference: str, auth: str, uses_helper: bool) -> Image | SkepError:
         registry = registry_of(reference)
         try:
-            image = await self._images.pull(reference, auth)
+            image = await self._images.pull(reference, auth, uses_helper=uses_helper)
         except SkepError as error:
             if isinstance(error, Unavailable):
                 self._failed_at[registry] = self._clock.monotonic()

@@ -58,12 +58,16 @@ class Index:
     def find(self, name: str) -> Known | None:
         """The addresses of ``name``; None: the network does not have it.
 
-        A name of several objects has the addresses of all, as with Docker.  A name without serving tasks is known, and
-        has no address.  Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
+        A name of several services, or of several containers, has the addresses of all, as with Docker. Names of
+        services and tasks come before names and aliases of other containers, which any node chooses that attaches one
+        to the network: with Docker these get a part of the service's connections. A name without serving tasks is
+        known, and has no address.
+
+        Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
         """
         known = self._found.get(name)
         if known is None:
-            addresses = [*self._of_containers(name), *self._of_services(name), *self._of_tasks(name)]
+            addresses = [*self._of_services(name), *self._of_tasks(name)] or [*self._of_containers(name)]
             if not addresses:
                 return None
             virtual = [id for id in self._services.get(name, ()) if self._table.services[id].virtual_ips]
@@ -101,7 +105,9 @@ class Index:
         return tuple(found)
 
     def _of_containers(self, name: str) -> Iterator[Sequence[str]]:
-        for endpoint in self._containers.get(name, ()):
+        found = self._containers.get(name, ())
+        of_services = [endpoint for endpoint in found if endpoint.service_id]
+        for endpoint in of_services or found:
             yield endpoint.addresses if _has_names(endpoint) else ()
 
     def _of_services(self, name: str) -> Iterator[Sequence[str]]:

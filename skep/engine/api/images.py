@@ -14,7 +14,15 @@ from aiohttp import web
 from skep.aio.clock import Clock, SystemClock
 from skep.api.bodies import decode_body
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, api_version, flag, json_list_response, json_response, read_body
+from skep.api.server import (
+    Filters,
+    api_version,
+    flag,
+    is_of_administrator,
+    json_list_response,
+    json_response,
+    read_body,
+)
 from skep.api.tables import Table
 from skep.api.timestamps import parse_time
 from skep.engine.api import image_responses
@@ -288,7 +296,8 @@ async def inspect_distribution(served: Served, request: web.Request) -> web.Stre
         raise InvalidArgument(f"unknown image reference format: {name}")
     reference = parse_reference(name).with_default_tag()
     auth = request.headers.get("X-Registry-Auth", "")
-    return json_response(await served.images.inspect_remote(reference, auth))
+    uses_helper = is_of_administrator(request)
+    return json_response(await served.images.inspect_remote(reference, auth, uses_helper=uses_helper))
 
 
 def _wanted(name: str, tag: str) -> Reference:

@@ -85,7 +85,15 @@ class ImageStore(LocalImages):
         """An archive of the images that ``words`` name (``docker save``).  Raises: NotFound."""
         return archive.save(self, words)
 
-    async def pull(self, word: str, auth: str = "", report: Report = quiet, *, platform: str = "") -> Image:
+    async def pull(
+        self,
+        word: str,
+        auth: str = "",
+        report: Report = quiet,
+        *,
+        platform: str = "",
+        uses_helper: bool = True,
+    ) -> Image:
         """Fetch an image from its registry; what is here already is not fetched again.
 
         One that its registry does not give, and that is not here, is fetched from a node of the cluster that has it;
@@ -94,6 +102,8 @@ class ImageStore(LocalImages):
         Args:
             auth: ``X-Registry-Auth``: base64 of JSON; empty for none.
             platform: ``os[/architecture[/variant]]`` where the registry has several; empty: this machine's.
+            uses_helper: whether the credentials of the node's helper programs may be used; for users below the
+                administrator only where one allows it.
 
         Raises:
             InvalidArgument: the reference or ``auth`` cannot be parsed.
@@ -101,7 +111,7 @@ class ImageStore(LocalImages):
             Unavailable: it cannot be reached.
         """
         reference = parse_reference(word).with_default_tag()
-        return await self._pull(reference, auth, report, platform)
+        return await self._pull(reference, auth, report, platform, uses_helper)
 
     async def pull_all(
         self, reference: Reference, auth: str, report: Report = quiet, *, platform: str = ""
@@ -115,14 +125,17 @@ class ImageStore(LocalImages):
                 lambda known: pulling.tags(self.policy, reference, known, self.limits),
             )
             wanted = [reference.with_tag(tag) for tag in tags]
-        return [await self._pull(one, auth, report, platform) for one in wanted]
+        return [await self._pull(one, auth, report, platform, True) for one in wanted]
 
-    async def _pull(self, reference: Reference, auth: str, report: Report, platform: str) -> Image:
+    async def _pull(
+        self, reference: Reference, auth: str, report: Report, platform: str, uses_helper: bool
+    ) -> Image:
         try:
             return await self._with_credentials(
                 reference.domain,
                 auth,
                 lambda known: pulling.pull(self, self.policy, reference, known, report, platform=platform),
+                uses_helper=uses_helper,
             )
         except SkepError as error:
             if self._nodes is None or self.resolve(str(reference)) is not None:
@@ -137,7 +150,9 @@ class ImageStore(LocalImages):
                 log.info("image not fetched from a node", image=reference.familiar, reason=str(other))
                 raise error from other
 
-    async def inspect_remote(self, reference: Reference, auth: str) -> Mapping[str, Any]:
+    async def inspect_remote(
+        self, reference: Reference, auth: str, *, uses_helper: bool = True
+    ) -> Mapping[str, Any]:
         """What a registry has under a name: as ``pulling.inspect``.
 
         While it cannot be reached, what it sent with the image that is here: a service is pinned to that digest, so
@@ -148,6 +163,7 @@ class ImageStore(LocalImages):
                 reference.domain,
                 auth,
                 lambda known: pulling.inspect(self.policy, reference, known, self.limits),
+                uses_helper=uses_helper,
             )
         except RegistryError:
             found = await pulling.inspect_here(self, reference)
@@ -166,14 +182,19 @@ class ImageStore(LocalImages):
         await pushing.push(self, self.policy, reference, credentials, report)
 
     async def _with_credentials(
-        self, domain: str, auth: str, action: Callable[[Credentials], Awaitable[T]]
+        self,
+        domain: str,
+        auth: str,
+        action: Callable[[Credentials], Awaitable[T]],
+        *,
+        uses_helper: bool = True,
     ) -> T:
         """``action`` with the credentials that a client sent; the helper's without any, or where they are refused.
 
         Those of a service may have expired long ago.
         """
         known, helper = _credentials_for(domain, auth), self.policy.helpers.get(domain)
-        if not helper:
+        if not helper or not uses_helper:
             return await action(known)
         if known:
             try:

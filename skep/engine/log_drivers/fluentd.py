@@ -18,7 +18,7 @@ from skep.api.gosyntax import parse_size
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import Message
 from skep.engine.log_drivers.options import Options, boolean, refuse_unknown
-from skep.engine.log_drivers.transport import Connection, Endpoint, TlsFiles, connect
+from skep.engine.log_drivers.transport import ANYWHERE, Connection, Endpoint, Guard, TlsFiles, connect
 from skep.errors import InvalidArgument
 from skep.model.times import SECOND_NS, duration_ns
 
@@ -58,7 +58,8 @@ def check(options: Options) -> None:
 class Fluentd:
     """A connection to a fluentd."""
 
-    def __init__(self, options: Options, facts: LogFacts) -> None:
+    def __init__(self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE) -> None:
+        self._guard = guard
         self._tag = _text(tag_of(options, facts).encode())
         self._endpoint = _endpoint(options)
         self._is_precise = boolean(options, "fluentd-sub-second-precision")
@@ -70,7 +71,7 @@ class Fluentd:
 
     async def open(self) -> None:
         """Connect to the server."""
-        self._connection = await connect(self._endpoint)
+        self._connection = await connect(self._endpoint, self._guard)
 
     async def send(self, message: Message) -> None:
         assert self._connection is not None, "it is open"
@@ -88,11 +89,11 @@ class Fluentd:
 
     def packed(self, message: Message, chunk: bytes = b"") -> bytes:
         """``[tag, time, record, option]``; ``chunk``: what the server is to acknowledge."""
-        record = {
+        record = {  # a label does not pass for what the node says of the container
+            **self._attributes,
             **self._own,
             b"source": message.source.encode(),
             b"log": message.line,
-            **self._attributes,
         }
         if message.partial is not None:
             record |= {

@@ -15,7 +15,7 @@ from skep.engine.container import Stream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import Message, Undeliverable, text_of
 from skep.engine.log_drivers.options import Options, integer, refuse_unknown
-from skep.engine.log_drivers.transport import Connection, Endpoint, connect, host_and_port
+from skep.engine.log_drivers.transport import ANYWHERE, Connection, Endpoint, Guard, connect, host_and_port
 from skep.errors import InvalidArgument
 
 _KNOWN = frozenset(
@@ -54,7 +54,8 @@ def check(options: Options) -> None:
 class Gelf:
     """A connection to a Graylog server."""
 
-    def __init__(self, options: Options, facts: LogFacts) -> None:
+    def __init__(self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE) -> None:
+        self._guard = guard
         self._endpoint = _endpoint(options)
         self._compression = options.get("gelf-compression-type", "gzip")
         self._level = integer(options, "gelf-compression-level", _LEVEL_DEFAULT)
@@ -71,13 +72,13 @@ class Gelf:
         further = {
             name if name.startswith("_") else f"_{name}": value for name, value in facts.attributes.items()
         }
-        self._extra = own | further
+        self._extra = further | own  # a label does not pass for what the node says of the container
         self.confirms_each = self._endpoint.network == "udp"
         self._connection: Connection | None = None
 
     async def open(self) -> None:
         """Connect to the server."""
-        self._connection = await connect(self._endpoint)
+        self._connection = await connect(self._endpoint, self._guard)
 
     async def send(self, message: Message) -> None:
         if not message.line:

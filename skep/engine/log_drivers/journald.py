@@ -11,10 +11,25 @@ from skep.engine.container import Stream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import Message
 from skep.engine.log_drivers.options import Options, refuse_unknown
-from skep.engine.log_drivers.transport import Connection, Endpoint, connect
+from skep.engine.log_drivers.transport import ANYWHERE, Connection, Endpoint, Guard, connect
 from skep.model.times import timestamp
 
 SOCKET = Path("/run/systemd/journal/socket")
+
+_OWN = frozenset(
+    {
+        *("CONTAINER_ID", "CONTAINER_ID_FULL", "CONTAINER_NAME", "CONTAINER_TAG", "IMAGE_NAME"),
+        *(
+            "CONTAINER_LOG_EPOCH",
+            "CONTAINER_LOG_ORDINAL",
+            "CONTAINER_PARTIAL_ID",
+            "CONTAINER_PARTIAL_ORDINAL",
+        ),
+        *("CONTAINER_PARTIAL_LAST", "CONTAINER_PARTIAL_MESSAGE"),
+        *("MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "SYSLOG_TIMESTAMP"),
+    }
+)
+"""Fields that are never a label's or a variable's."""
 
 
 def check(options: Options) -> None:
@@ -25,8 +40,14 @@ def check(options: Options) -> None:
 class Journald:
     """A connection to this machine's journal.  ``socket``: where it listens."""
 
-    def __init__(self, options: Options, facts: LogFacts, socket: Path = SOCKET) -> None:
+    def __init__(
+        self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE, socket: Path = SOCKET
+    ) -> None:
+        self._guard = guard
         tag = tag_of(options, facts)
+        self._attributes: Mapping[str, str] = {
+            field: value for name, value in facts.attributes.items() if (field := field_name(name))
+        }
         self._fields: Mapping[str, str] = {
             "CONTAINER_ID": facts.id[:12],
             "CONTAINER_ID_FULL": facts.id,
@@ -35,7 +56,6 @@ class Journald:
             "IMAGE_NAME": facts.image,
             "SYSLOG_IDENTIFIER": tag,
             "CONTAINER_LOG_EPOCH": os.urandom(32).hex(),
-            **{field: value for name, value in facts.attributes.items() if (field := field_name(name))},
         }
         self.confirms_each = True
         self._ordinal = 0
@@ -44,7 +64,7 @@ class Journald:
 
     async def open(self) -> None:
         """Connect to the journal."""
-        self._connection = await connect(Endpoint(network="unixgram", path=str(self._socket)))
+        self._connection = await connect(Endpoint(network="unixgram", path=str(self._socket)), self._guard)
 
     async def send(self, message: Message) -> None:
         assert self._connection is not None, "it is open"
@@ -74,7 +94,10 @@ class Journald:
             }
             if not message.partial.last:
                 fields["CONTAINER_PARTIAL_MESSAGE"] = "true"
-        parts = [_field(name, value.encode(errors="surrogateescape")) for name, value in fields.items()]
+        # Fields of a user's labels come second, and none of them is what the journal says of a container.
+        further = {name: value for name, value in self._attributes.items() if name not in _OWN}
+        every = (fields | further).items()
+        parts = [_field(name, value.encode(errors="surrogateescape")) for name, value in every]
         return b"".join((*parts, _field("MESSAGE", message.line)))
 
 

@@ -16,6 +16,14 @@ class Forward(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     options: Mapping[str, str]
     facts: LogFacts
     has_ended: bool
+    is_restricted: bool = False
+    """Whether a user below the administrator chose the log driver (``transport.Guard``)."""
+
+
+class Peers(msgspec.Struct, frozen=True, tag=True):
+    """The addresses of the other nodes."""
+
+    addresses: tuple[str, ...]
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
@@ -52,5 +60,5 @@ class Report(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     lines: int
 
 
-Order = Forward | End | Hold
+Order = Forward | End | Hold | Peers
 Response = Held | Done | Report

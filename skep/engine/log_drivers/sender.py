@@ -17,8 +17,9 @@ from skep.aio.failures import describe_error
 from skep.engine.log_drivers.drivers import SINKS
 from skep.engine.log_drivers.forwarder import Forwarder
 from skep.engine.log_drivers.options import buffer_bytes
-from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Report, Response
+from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Order, Peers, Report, Response
 from skep.engine.log_drivers.spool import Spool
+from skep.engine.log_drivers.transport import Guard
 from skep.linux.filewatch import FileWatch
 
 LINE_BYTES_MAX = 4 << 20
@@ -39,6 +40,7 @@ class Sender:
         self._later: dict[str, Forward] = {}
         """Containers that were started again while what they wrote before is still being sent."""
         self._held: set[asyncio.Task[None]] = set()
+        self._peers: frozenset[str] = frozenset()
         self._clock = SystemClock()
 
     def take(self, order: Order) -> None:
@@ -59,6 +61,8 @@ class Sender:
                 if (forwarder := self._forwarders.get(id)) is not None:
                     self._hold(id, forwarder)
                 self._respond(Held(id))
+            case Peers(addresses):
+                self._peers = frozenset(addresses)
 
     async def end(self) -> None:
         """Give what removed containers have left a moment, and stop the rest."""
@@ -75,7 +79,8 @@ class Sender:
             self._respond(Report(id=order.id, driver=order.driver, event=event, reason=reason, lines=lines))
 
         try:
-            sink = SINKS[order.driver](order.options, order.facts)
+            guard = Guard(lambda: self._peers, is_restricted=order.is_restricted)
+            sink = SINKS[order.driver](order.options, order.facts, guard)
             bytes_max = buffer_bytes(order.options)
             current = Path(order.current)
             forwarder = Forwarder(Spool(current), FileWatch(current.parent), sink, self._clock, report)

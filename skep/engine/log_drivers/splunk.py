@@ -4,6 +4,7 @@ Source: moby, daemon/logger/splunk/splunk.go.
 """
 
 import gzip
+import socket
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import msgspec
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import Message, text_of
 from skep.engine.log_drivers.options import Options, boolean, integer, refuse_unknown
-from skep.engine.log_drivers.transport import SEND_S, TlsFiles, client_context
+from skep.engine.log_drivers.transport import ANYWHERE, SEND_S, Guard, TlsFiles, client_context
 from skep.errors import InvalidArgument
 from skep.model.times import SECOND_NS
 
@@ -55,7 +56,8 @@ def check(options: Options) -> None:
 class Splunk:
     """A client of an HTTP Event Collector."""
 
-    def __init__(self, options: Options, facts: LogFacts) -> None:
+    def __init__(self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE) -> None:
+        self._guard = guard
         self._url = _url(options)
         self._tls = TlsFiles(
             ca=options.get("splunk-capath", ""),
@@ -87,7 +89,13 @@ class Splunk:
 
         context = client_context(self._tls) if self._url.startswith("https:") else None
         timeout = aiohttp.ClientTimeout(total=SEND_S)
-        connector = aiohttp.TCPConnector(ssl=context) if context is not None else aiohttp.TCPConnector()
+
+        def allowed(info: tuple[Any, ...]) -> socket.socket:
+            self._guard.check(str(info[4][0]))
+            return socket.socket(info[0], info[1], info[2])
+
+        tls = context if context is not None else True
+        connector = aiohttp.TCPConnector(ssl=tls, socket_factory=allowed)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     async def send(self, message: Message) -> None:
@@ -111,7 +119,11 @@ class Splunk:
             headers["X-Splunk-Request-Channel"] = str(uuid.uuid4())
         try:
             async with self._session.post(
-                self._url, data=body, headers=headers, server_hostname=self._server_name
+                self._url,
+                data=body,
+                headers=headers,
+                server_hostname=self._server_name,
+                allow_redirects=False,  # the token is for this host
             ) as response:
                 text = await response.content.read(1024)
                 if response.status != 200:

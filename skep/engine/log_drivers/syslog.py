@@ -13,7 +13,15 @@ from skep.engine.container import Stream
 from skep.engine.log_drivers.facts import LogFacts, tag_of
 from skep.engine.log_drivers.message import Message
 from skep.engine.log_drivers.options import Options, refuse_unknown
-from skep.engine.log_drivers.transport import Connection, Endpoint, TlsFiles, connect, host_and_port
+from skep.engine.log_drivers.transport import (
+    ANYWHERE,
+    Connection,
+    Endpoint,
+    Guard,
+    TlsFiles,
+    connect,
+    host_and_port,
+)
 from skep.errors import InvalidArgument
 from skep.model.times import SECOND_NS
 
@@ -45,7 +53,8 @@ def check(options: Options) -> None:
 class Syslog:
     """A connection to a syslog server."""
 
-    def __init__(self, options: Options, facts: LogFacts) -> None:
+    def __init__(self, options: Options, facts: LogFacts, guard: Guard = ANYWHERE) -> None:
+        self._guard = guard
         self._tag = tag_of(options, facts)
         self._endpoints = _endpoints(options)
         self._facility = _facility(options.get("syslog-facility", ""))
@@ -63,7 +72,7 @@ class Syslog:
         last = OSError(errno.ENOENT, "there is no socket of a syslog server")
         for endpoint in self._endpoints:
             try:
-                self._connection = await connect(endpoint)
+                self._connection = await connect(endpoint, self._guard)
                 return
             except OSError as error:
                 last = error

@@ -2,13 +2,17 @@
 
 import asyncio
 import errno
+import ipaddress
 import os
+import re
 import socket
 import ssl
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+import struct
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import msgspec
 
@@ -46,6 +50,85 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     tls: TlsFiles | None = None
 
 
+class Guard:
+    """The addresses that a container's log may be sent to, decided after names are resolved.
+
+    A log driver speaks from the machine's network, where loopback, the metadata service of a cloud (link-local) and
+    the other nodes trust whoever can reach them. Users below the administrator write what a log driver sends, so theirs
+    reaches none of these.
+    """
+
+    def __init__(self, peers: Callable[[], Collection[str]] = tuple, *, is_restricted: bool = True) -> None:
+        """``peers``: addresses of the other nodes; ``is_restricted``: False for what an administrator chose."""
+        self._peers = peers
+        self._is_restricted = is_restricted
+
+    def check_socket(self, path: str) -> None:
+        """Raises: PermissionError: the unix socket ``path`` may not be used."""
+        if self._is_restricted:
+            raise PermissionError(errno.EACCES, f"{path} is the machine's own, which {_WHO}")
+
+    def check(self, address: str) -> None:
+        """Raises: PermissionError: logs may not be sent to ``address``."""
+        if not self._is_restricted:
+            return
+        found = ipaddress.ip_address(address.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        is_own, device = _route_to(found)
+        if found.is_loopback or found.is_unspecified or is_own:
+            raise PermissionError(errno.EACCES, f"{address} is an address of this machine, which {_WHO}")
+        if found.is_link_local:
+            raise PermissionError(errno.EACCES, f"{address} is a link-local address, which {_WHO}")
+        if _OF_CONTAINERS.fullmatch(device):
+            raise PermissionError(errno.EACCES, f"{address} is a container of this machine, which {_WHO}")
+        if str(found) in self._peers():
+            raise PermissionError(errno.EACCES, f"{address} is an address of another node, which {_WHO}")
+
+
+_WHO = "only an administrator may choose for logs"
+
+ANYWHERE = Guard(is_restricted=False)
+"""For containers of administrators."""
+
+
+_RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR, _RTA_DST, _RTA_OIF = 26, 1, 2, 1, 4
+_HEADER, _ROUTE, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=8BI"), struct.Struct("=HH")
+_OWN_TYPES = frozenset({2, 3, 4})
+"""RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST."""
+_OF_CONTAINERS = re.compile(r"skep-.*|docker\d+|docker_gwbridge|br-[0-9a-f]{12}")
+"""Devices of containers in the machine's own namespace, Skep's and those of a Docker Engine beside it: ports of
+containers that are not published are open there."""
+
+
+def _route_to(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[bool, str]:
+    """Whether the kernel delivers packets to ``address`` on this machine, and the device that it sends them to.
+
+    A test by bind would take every address for its own where ``ip_nonlocal_bind`` is set, as by keepalived.
+
+    Source: linux/rtnetlink.h.
+    """
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    body = _ROUTE.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(address.packed), _RTA_DST) + address.packed
+    header = _HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, 1, 0)
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+    ) as kernel:
+        kernel.send(header + body)  # the kernel has responded when this returns
+        response = kernel.recv(4096)
+    if _HEADER.unpack_from(response)[1] == _NLMSG_ERROR:  # no route: the connection fails by itself
+        return False, ""
+    is_own = _ROUTE.unpack_from(response, _HEADER.size)[7] in _OWN_TYPES
+    at, device = _HEADER.size + _ROUTE.size, ""
+    while at + _ATTRIBUTE.size <= len(response):
+        size, kind = _ATTRIBUTE.unpack_from(response, at)
+        if kind == _RTA_OIF:
+            with suppress(OSError):  # it has just gone
+                device = socket.if_indextoname(int.from_bytes(response[at + 4 : at + 8], sys.byteorder))
+        at += max(-(-size // 4) * 4, 4)
+    return is_own, device
+
+
 class Connection(Protocol):
     """Connected."""
 
@@ -59,28 +142,61 @@ class Connection(Protocol):
         """Disconnect."""
 
 
-async def connect(endpoint: Endpoint, deadline_s: float = CONNECT_S) -> Connection:
-    """Raises: OSError."""
+async def connect(endpoint: Endpoint, guard: Guard, deadline_s: float = CONNECT_S) -> Connection:
+    """Connect to an address that ``guard`` allows.  Raises: OSError."""
     async with asyncio.timeout(deadline_s):
         match endpoint.network:
             case "udp":
-                found = await asyncio.get_running_loop().getaddrinfo(
-                    endpoint.host or "localhost", endpoint.port, type=socket.SOCK_DGRAM
-                )
-                return await _datagrams(found[0][0], found[0][4])
+                family, address = (await _allowed(endpoint, socket.SOCK_DGRAM, guard))[0]
+                return await _datagrams(family, address)
             case "unixgram":
+                guard.check_socket(endpoint.path)
                 return await _datagrams(socket.AF_UNIX, endpoint.path)
             case "unix":
+                guard.check_socket(endpoint.path)
                 return _Stream(*await asyncio.open_unix_connection(endpoint.path))
             case _:
-                context = client_context(endpoint.tls) if endpoint.tls is not None else None
-                name = (endpoint.tls.name or endpoint.host) if endpoint.tls is not None else None
-                host = endpoint.host or "localhost"
-                return _Stream(
-                    *await asyncio.open_connection(
-                        host, endpoint.port, ssl=context, server_hostname=name or host if context else None
-                    )
-                )
+                return await _stream(endpoint, await _allowed(endpoint, socket.SOCK_STREAM, guard))
+
+
+async def _allowed(
+    endpoint: Endpoint, kind: socket.SocketKind, guard: Guard
+) -> Sequence[tuple[int, tuple[Any, ...]]]:
+    """The families and addresses of an endpoint's host that ``guard`` allows.  Raises: OSError: none."""
+    host = endpoint.host or "localhost"
+    infos = await asyncio.get_running_loop().getaddrinfo(host, endpoint.port, type=kind)
+    found, refusal = [], OSError(errno.EADDRNOTAVAIL, f"{host} has no address")
+    for family, _, _, _, address in infos:
+        try:
+            guard.check(str(address[0]))
+        except PermissionError as error:
+            refusal = error
+        else:
+            found.append((family, address))
+    if not found:
+        raise refusal
+    return found
+
+
+async def _stream(endpoint: Endpoint, addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> "_Stream":
+    """A connection to the first of ``addresses`` that responds: a name is not resolved again."""
+    tls = endpoint.tls
+    context = client_context(tls) if tls is not None else None
+    name = (tls.name or endpoint.host or "localhost") if tls is not None else None
+    last: OSError | None = None
+    for family, address in addresses:
+        connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, address)
+            return _Stream(*await asyncio.open_connection(sock=connection, ssl=context, server_hostname=name))
+        except OSError as error:
+            connection.close()
+            last = error
+        except BaseException:
+            connection.close()
+            raise
+    assert last is not None, "there is an address"
+    raise last
 
 
 def client_context(files: TlsFiles) -> ssl.SSLContext:

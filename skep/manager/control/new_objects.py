@@ -9,6 +9,7 @@ from skep.api.networks import PREDEFINED_LABEL
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
 from skep.manager.control.reserved_ports import reserved_ports
+from skep.manager.trust import machine_log
 from skep.model.access import EVERY_STACK
 from skep.model.container import ContainerSpec
 from skep.model.dependencies import dependencies_of
@@ -103,7 +104,8 @@ def machine_rights(view: View, spec: ServiceSpec) -> str:
     template = spec.task_template
     attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))
     networks = (f"the machine's network {name}" for name in attached if name)
-    found = (*admin_rights(spec), *reserved_ports(view, spec), *networks)
+    logs = machine_log(view, template.log_driver)
+    found = (*admin_rights(spec), *reserved_ports(view, spec), *networks, *((logs,) if logs else ()))
     return next(iter(found), "")
 
 

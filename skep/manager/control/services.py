@@ -28,6 +28,7 @@ from skep.manager.dependents import check_dependencies, restart_dependents
 from skep.manager.job_runs import first_job, next_job
 from skep.manager.registry_auth import auth_for, auth_of, follow_rollback, keep_auth, with_registry
 from skep.manager.removal import hide_service
+from skep.manager.trust import trusted_after
 from skep.model.autoscaling import with_number_kept
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
@@ -64,11 +65,13 @@ def create_service(
     new_name: NameSource,
     now: Timestamp,
     registry_auth: str = "",
+    by_admin: bool = False,
 ) -> Service:
     """Create a service; one without a name gets a readable one that is free.
 
     Args:
         registry_auth: the ``X-Registry-Auth`` that nodes pull the image with; kept apart, never shown.
+        by_admin: whether an administrator asks for it (``manager.trust``).
 
     Raises:
         InvalidArgument: the spec can never work, a port is taken, a secret or config is missing.
@@ -94,6 +97,7 @@ def create_service(
             id=ServiceId(new_id()),
             created_at=now,
             spec=spec,
+            trusted=trusted_after(tx, None, spec, by_admin=by_admin),
             job_status=first_job(tx, spec, now),
         )
     )
@@ -110,6 +114,7 @@ def update_service(
     now: Timestamp,
     registry_auth: str = "",
     registry_auth_from: AuthSource = "spec",
+    by_admin: bool = False,
 ) -> Service:
     """Replace the spec of a service that is still at ``version``; the spec before it stays as ``previous_spec``.
 
@@ -141,6 +146,7 @@ def update_service(
             service,
             spec=spec,
             previous_spec=service.spec,
+            trusted=trusted_after(tx, service, spec, by_admin=by_admin),
             update_status=None,
             job_status=next_job(tx, service, spec, now),
         )
@@ -170,6 +176,7 @@ def rollback_service(
             service,
             spec=service.previous_spec,
             previous_spec=service.spec,
+            trusted=trusted_after(tx, service, service.previous_spec, by_admin=False),
             update_status=UpdateStatus(
                 state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback", started_at=now
             ),

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
+from skep.manager.trust import trust_of
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
 from skep.model.labels import DRAIN, sent_labels
@@ -258,6 +259,7 @@ def _assigned(view: View, task: Task) -> AssignedTask:
         service_labels=_labels_of(service),
         ports=_ports_of(service),
         virtual_ips=service.endpoint.virtual_ips,
+        trust=trust_of(view, service, task),
     )
 
 

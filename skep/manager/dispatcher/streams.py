@@ -1,7 +1,7 @@
 """Streams of assignments: everything once, then differences, each relative to the message before."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -12,7 +12,8 @@ from skep.manager.dispatcher.assignments import difference, everything
 from skep.manager.dispatcher.sessions import Sessions
 from skep.manager.volume_index import VolumeIndex
 from skep.model.assignment import AssignmentSet
-from skep.model.task import Task
+from skep.model.ids import TaskId
+from skep.model.task import Task, Trust
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -46,7 +47,7 @@ class AssignmentStreams:
         self, request: pb.AssignmentsRequest, caller: Caller
     ) -> AsyncIterator[pb.AssignmentsMessage]:
         async with aclosing(self._messages(request, caller)) as messages:
-            async for _, message in messages:
+            async for _, _, message in messages:
                 yield message
                 del message  # not kept until the next one
 
@@ -54,21 +55,25 @@ class AssignmentStreams:
         self, request: pb.AssignmentsRequest, caller: Caller
     ) -> AsyncIterator[skep.RevisedAssignments]:
         async with aclosing(self._messages(request, caller)) as messages:
-            async for revision, message in messages:
+            async for revision, trusted, message in messages:
                 yield skep.RevisedAssignments(
-                    incarnation=self._store.incarnation, revision=revision, message=message
+                    incarnation=self._store.incarnation,
+                    revision=revision,
+                    message=message,
+                    trusted_logs=[id for id, trust in trusted.items() if trust.logs],
+                    trusted_logins=[id for id, trust in trusted.items() if trust.logins],
                 )
                 del message
 
     async def _messages(
         self, request: pb.AssignmentsRequest, caller: Caller
-    ) -> AsyncGenerator[tuple[int, pb.AssignmentsMessage], None]:
-        """The messages of one stream, with their revisions."""
+    ) -> AsyncGenerator[tuple[int, Mapping[TaskId, Trust], pb.AssignmentsMessage], None]:
+        """The messages of one stream, with their revisions and the trust in their tasks."""
         session = self._sessions.require(caller.node_id, request.session_id)
         with session.assignment_signal() as signal:
             change, sent = everything(self._store.view(), session.node_id, self._volumes.on)
             number = 1
-            yield change.revision, await encoded(change, "", str(number))
+            yield change.revision, _trust_in(change), await encoded(change, "", str(number))
             del change
             while True:
                 changed = await signal.wait()
@@ -82,8 +87,12 @@ class AssignmentStreams:
                 if update is None:
                     continue
                 applies_to, number = str(number), number + 1
-                yield update.revision, await encoded(update, applies_to, str(number))
+                yield update.revision, _trust_in(update), await encoded(update, applies_to, str(number))
                 del update
+
+
+def _trust_in(change: AssignmentSet) -> Mapping[TaskId, Trust]:
+    return {one.task.id: one.trust for one in change.tasks if one.trust != Trust()}
 
 
 # -- messages, encoded in batches: a node with a thousand tasks does not block the event loop ------------------------

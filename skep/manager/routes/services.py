@@ -10,6 +10,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
+from skep.api.identity import identity_of
 from skep.api.server import (
     ApiVersion,
     Filters,
@@ -101,6 +102,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         new_name=manager.new_name,
         now=manager.now(),
         registry_auth=auth,
+        by_admin=identity_of(request).is_admin,
     )
     view = manager.store.view()
     warnings = room_warnings(view, service) if control.names_networks(spec) else []
@@ -128,7 +130,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     spec = settled(control.with_network_ids(view, spec))
     service = view.resolve(Service, request.match_info["id"])
     auth_from = control.auth_source(request.query.get("registryAuthFrom", ""), service)
-    auth, kept = request.headers.get("X-Registry-Auth", ""), shown_auth(view, service)
+    auth, kept = request.headers.get("X-Registry-Auth", ""), shown_auth(view, service.id)
     match request.query.get("rollback", ""):
         case "" | "none":
             await manager.update(
@@ -139,6 +141,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
                 now=manager.now(),
                 registry_auth=auth,
                 registry_auth_from=auth_from,
+                by_admin=identity_of(request).is_admin,
             )
         case "previous":
             await manager.update(control.rollback_service, service.id, spec, version, now=manager.now())
@@ -164,29 +167,36 @@ class ServiceChange(ApiObject):
 
 
 class ServiceChanged(ApiObject):
-    """``error``: why this one was not changed."""
+    """``error``: why this one was not changed; ``warnings``: as in the responses to single requests."""
 
     id: ServiceId = ServiceId("")
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @routes.post("/skep/services/changes")
 async def change_services(request: web.Request) -> web.StreamResponse:
     """Create or update services: as the requests for each, whatever becomes of the others, in far fewer writes.
 
-    An update without credentials for a registry keeps those that the service has.
+    An update without credentials for a registry keeps those that the service has, if its image stays there.
     """
     changes = await read_changes(request)
     manager = manager_of(request)
     await manager.require_room(creates=any(not one.id for one in changes))
     view = await current_view(request)
-    now = manager.now()
+    now, by_admin = manager.now(), identity_of(request).is_admin
 
     def change(tx: Transaction, one: ServiceChange) -> Service:
         spec = settled(control.with_network_ids(view, one.spec))
         if one.id:
             return control.update_service(
-                tx, one.id, spec, one.version, now=now, registry_auth=one.registry_auth
+                tx,
+                one.id,
+                spec,
+                one.version,
+                now=now,
+                registry_auth=one.registry_auth,
+                by_admin=by_admin,
             )
         return control.create_service(
             tx,
@@ -195,17 +205,20 @@ async def change_services(request: web.Request) -> web.StreamResponse:
             new_name=manager.new_name,
             now=now,
             registry_auth=one.registry_auth,
+            by_admin=by_admin,
         )
 
+    kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
     results = await manager.store.update_each(change, changes)
-    return json_response(
-        [
-            ServiceChanged(error=str(one) or type(one).__name__)
-            if isinstance(one, SkepError)
-            else ServiceChanged(id=one.id)
-            for one in results
-        ]
-    )
+    after = manager.store.view()
+
+    def changed(one: ServiceChange, result: Service | SkepError) -> ServiceChanged:
+        if isinstance(result, SkepError):
+            return ServiceChanged(error=str(result) or type(result).__name__)
+        warnings = dropped_warnings(after, result, one.registry_auth, kept.get(one.id, ""))
+        return ServiceChanged(id=result.id, warnings=tuple(warnings))
+
+    return json_response([changed(*pair) for pair in zip(changes, results, strict=True)])
 
 
 async def read_changes(request: web.Request) -> tuple[ServiceChange, ...]:

@@ -92,6 +92,7 @@ def shown_service(
         update_status=_shown_update(service.update_status),
         past_disconnects=(),
         autoscaled=None,
+        trusted=None,
         service_status=status,
         job_status=_shown_job(service.job_status),
         damage=problems.damages.get(service.id, ""),

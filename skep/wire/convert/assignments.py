@@ -1,10 +1,14 @@
 """Assignments: what a node is to run, with the secrets and configs for it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, SecretId, TaskId
+from skep.model.task import Trust
+from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.task import registry_auth_of, task_from_pb, task_to_pb
 from skep.wire.convert.values import driver_from_pb, driver_to_pb
@@ -28,8 +32,14 @@ def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
     ]
 
 
-def assignments_from_pb(message: pb.AssignmentsMessage, revision: int = 0) -> AssignmentSet:
-    """Raises: InvalidArgument: numbers that mean nothing."""
+def assignments_from_pb(
+    message: pb.AssignmentsMessage, revision: int = 0, trusted: Mapping[TaskId, Trust] | None = None
+) -> AssignmentSet:
+    """``trusted``: what the node may do for tasks of the message; nothing for others.
+
+    Raises: InvalidArgument: numbers that mean nothing.
+    """
+    trusted = trusted or {}
     updated = [change.assignment for change in message.changes if change.action == _UPDATE]
     removed = [change.assignment for change in message.changes if change.action == _REMOVE]
     if len(updated) + len(removed) != len(message.changes):
@@ -39,7 +49,10 @@ def assignments_from_pb(message: pb.AssignmentsMessage, revision: int = 0) -> As
     return AssignmentSet(
         complete=message.type == pb.AssignmentsMessage.COMPLETE,
         revision=revision,
-        tasks=tuple(task_from_pb(item.task) for item in tasks),
+        tasks=tuple(
+            replace(task_from_pb(item.task), trust=trusted.get(TaskId(item.task.id), Trust()))
+            for item in tasks
+        ),
         removed_tasks=tuple(TaskId(item.task.id) for item in _items(removed, "task")),
         secrets=tuple(_secret_from_pb(item.secret) for item in _items(updated, "secret")),
         removed_secrets=tuple(SecretId(item.secret.id) for item in _items(removed, "secret")),
@@ -49,6 +62,13 @@ def assignments_from_pb(message: pb.AssignmentsMessage, revision: int = 0) -> As
         removed_volumes=tuple(volume_from_pb(item.volume) for item in _items(removed, "volume")),
         registry_auths={id: auth for id, auth in auths.items() if auth},
     )
+
+
+def revised_from_pb(revised: skep.RevisedAssignments) -> AssignmentSet:
+    """Raises: InvalidArgument: numbers that mean nothing."""
+    logs, logins = frozenset(revised.trusted_logs), frozenset(revised.trusted_logins)
+    trusted = {TaskId(id): Trust(logs=id in logs, logins=id in logins) for id in logs | logins}
+    return assignments_from_pb(revised.message, revised.revision, trusted)
 
 
 _UPDATE = pb.AssignmentChange.UPDATE

@@ -1,14 +1,16 @@
 """What log drivers send for a line."""
 
+import msgspec
 import pytest
 
 from skep.engine.container import LogEntry, Stream
 from skep.engine.log_drivers.facts import LogFacts
+from skep.engine.log_drivers.fluentd import Fluentd
 from skep.engine.log_drivers.gelf import Gelf
 from skep.engine.log_drivers.journald import Journald, field_name
 from skep.engine.log_drivers.message import Message, Pieces, Undeliverable, text_of
 from skep.engine.log_drivers.splunk import Splunk
-from tests.support.log_receivers import gelf_messages, journal_fields
+from tests.support.log_receivers import fluentd_messages, gelf_messages, journal_fields
 
 MOMENT_NS = 1_769_860_800_123_456_789
 FACTS = LogFacts(
@@ -103,3 +105,41 @@ def test_events_of_splunk_are_text_json_or_raw() -> None:
     assert found is not None
     assert found["event"] == "io.skep.one=1 _hidden=two\nlines hello"
     assert raw.event(message(b"  ")) is None
+
+
+OWN = (
+    "container_id",
+    "container_name",
+    "container_tag",
+    "image_name",
+    "message",
+    "priority",
+    "log",
+    "source",
+)
+
+
+def test_no_label_passes_for_what_the_node_says_of_a_container() -> None:
+    forged = {
+        **dict.fromkeys(OWN, "forged"),
+        "syslog_identifier": "sshd",
+        "container_partial_message": "true",
+    }
+    facts = msgspec.structs.replace(FACTS, attributes={**forged, "io.skep.one": "1"})
+    journal = Journald({}, facts).datagram(message(b"line"))
+    plain = Journald({}, msgspec.structs.replace(FACTS, attributes={})).datagram(message(b"line"))
+    found, expected = journal_fields(journal), journal_fields(plain)
+    assert found.pop("IO_SKEP_ONE") == b"1"
+    kept = {name: value for name, value in found.items() if value != b"forged"}
+    assert {**kept, "CONTAINER_LOG_EPOCH": b""} == {**expected, "CONTAINER_LOG_EPOCH": b""}
+    assert {name for name in found if name not in kept} == {"LOG", "SOURCE"}
+    [gelf] = gelf_messages(
+        list(
+            Gelf({"gelf-address": "udp://127.0.0.1:1", "gelf-compression-type": "none"}, facts).parts(
+                message(b"line")
+            )
+        )
+    )
+    assert (gelf["_container_name"], gelf["_image_name"]) == ("web", "busybox:1")
+    [(_, _, record, _)] = fluentd_messages(Fluentd({}, facts).packed(message(b"line")))
+    assert (record[b"container_name"], record[b"log"], record[b"source"]) == (b"/web", b"line", b"stdout")

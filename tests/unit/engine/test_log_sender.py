@@ -20,10 +20,17 @@ from skep.engine.log_drivers import transport
 from skep.engine.log_drivers.facts import LogFacts
 from skep.engine.log_drivers.forwarder import Forwarder
 from skep.engine.log_drivers.message import Message
-from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Report, Response
+from skep.engine.log_drivers.orders import Done, End, Forward, Held, Hold, Peers, Report, Response
 from skep.engine.log_drivers.sender import LINE_BYTES_MAX, Sender
 from skep.engine.log_drivers.spool import Spool
-from skep.engine.log_drivers.transport import FILE_BYTES_MAX, Endpoint, TlsFiles, client_context, connect
+from skep.engine.log_drivers.transport import (
+    ANYWHERE,
+    FILE_BYTES_MAX,
+    Endpoint,
+    TlsFiles,
+    client_context,
+    connect,
+)
 from skep.engine.log_files import compress, rotate
 from skep.engine.log_forwarding import encoded
 from skep.linux.filewatch import FileWatch
@@ -224,7 +231,8 @@ async def test_a_connection_whose_remote_hangs_is_given_up_with_what_it_has_not_
     """At once after an error, otherwise a while after it was closed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         before = len(os.listdir("/proc/self/fd"))
-        connection = await connect(Endpoint(network="tcp", host="127.0.0.1", port=server.getsockname()[1]))
+        endpoint = Endpoint(network="tcp", host="127.0.0.1", port=server.getsockname()[1])
+        connection = await connect(endpoint, ANYWHERE)
         monkeypatch.setattr(transport, "SEND_S", 0.05 if has_failed else 3600)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3600 if has_failed else 0.05):
@@ -232,3 +240,32 @@ async def test_a_connection_whose_remote_hangs_is_given_up_with_what_it_has_not_
         monkeypatch.setattr(transport, "SEND_S", 3600 if has_failed else 0.05)
         connection.close()
         await eventually(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
+@pytest.mark.parametrize(("is_restricted", "reason"), [(True, "an address of another node"), (False, "")])
+async def test_a_restricted_log_is_not_sent_to_another_node(
+    tmp_path: Path, is_restricted: bool, reason: str
+) -> None:
+    """The list of nodes may come after the container, and changes."""
+    written(tmp_path / "current", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.2:{server.getsockname()[1]}"
+        responses: list[Response] = []
+        sender = Sender(responses.append)
+        for peers in ("198.51.100.1", "198.51.100.2"):
+            sender.take(Peers((peers,)))
+        order = Forward(
+            id=ID,
+            current=str(tmp_path / "current"),
+            driver="gelf",
+            options={"gelf-address": "udp://198.51.100.2:9" if reason else address},
+            facts=FACTS,
+            has_ended=True,
+            is_restricted=is_restricted,
+        )
+        sender.take(order)
+        await eventually(lambda: responses)
+        [report] = [one for one in responses if isinstance(one, Report)]
+        assert (report.event, reason in report.reason) == ("remote of a log driver is away", True)
+        assert ("administrator" in report.reason) is is_restricted
+        await sender.end()

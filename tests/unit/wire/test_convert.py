@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
@@ -58,11 +59,12 @@ from skep.model.service import (
     RestartPolicy,
     TaskSpec,
 )
-from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState, TaskStatus, Trust
 from skep.model.task_end import LAST_LINES_MAX, KeptLine, TaskEnd
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
+from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from skep.wire.convert.assignments import assignments_from_pb, changes_to_pb
+from skep.wire.convert.assignments import assignments_from_pb, changes_to_pb, revised_from_pb
 from skep.wire.convert.container import container_from_pb, container_to_pb
 from skep.wire.convert.logs import line_from_pb, line_to_pb, query_from_pb, query_to_pb
 from skep.wire.convert.network import attachment_from_pb, network_from_pb, network_to_pb
@@ -266,6 +268,7 @@ def test_task_specs_survive(spec):
 @thorough
 @given(structs(AssignedTask))
 def test_tasks_survive(assigned):
+    assigned = replace(assigned, trust=Trust())  # travels beside the messages that Docker's nodes get, too
     assert task_from_pb(over_the_wire(task_to_pb(assigned))) == assigned
 
 
@@ -350,7 +353,24 @@ def test_assignments_survive(secrets, configs, tasks, removed):
         removed_configs=removed,
     )
     message = pb.AssignmentsMessage(type=pb.AssignmentsMessage.INCREMENTAL, changes=changes_to_pb(change))
-    assert assignments_from_pb(over_the_wire(message), revision=7) == change
+    revised = skep.RevisedAssignments(
+        revision=7,
+        message=message,
+        trusted_logs=[one.task.id for one in tasks if one.trust.logs],
+        trusted_logins=[one.task.id for one in tasks if one.trust.logins],
+    )
+    assert revised_from_pb(over_the_wire(revised)) == change
+
+
+def test_a_manager_that_says_nothing_of_a_task_does_not_trust_it():
+    task = AssignedTask(task=Task(id=TaskId("t1")), trust=Trust(logs=True, logins=True))
+    change = AssignmentSet(complete=True, tasks=(task,))
+    message = pb.AssignmentsMessage(type=pb.AssignmentsMessage.COMPLETE, changes=changes_to_pb(change))
+    for received in (
+        assignments_from_pb(over_the_wire(message)),
+        revised_from_pb(over_the_wire(skep.RevisedAssignments(message=message))),
+    ):
+        assert [one.trust for one in received.tasks] == [Trust()]
 
 
 @thorough

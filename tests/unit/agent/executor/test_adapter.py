@@ -26,7 +26,7 @@ from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.rights import Right
 from skep.model.service import DiscreteResource, GenericResource, NamedResource, TaskSpec
-from skep.model.task import AssignedTask, NetworkAttachment
+from skep.model.task import AssignedTask, NetworkAttachment, Trust
 from tests.support.builders import a_task
 
 NODE = NodeFacts(hostname="n")
@@ -93,6 +93,35 @@ def test_a_tasks_options_reach_its_container() -> None:
     assert (config.stop_grace_ns, config.open_stdin, config.init) == (1_500_000_000, True, True)
     assert (config.log.type, config.log.max_files) == ("json-file", 2)
     assert [mount.source for mount in mounts(request)] == ["data-4"]
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+@pytest.mark.parametrize(
+    ("driver", "is_default"),
+    [
+        (None, True),
+        (Driver(), True),
+        (Driver(options={"tag": "x"}), True),
+        (Driver(options={"gelf-address": "udp://10.0.0.1:1"}), False),
+        (Driver(name="gelf", options={"gelf-address": "udp://10.0.0.1:1"}), False),
+        (Driver(name="json-file"), False),
+    ],
+)
+def test_a_log_goes_anywhere_if_an_administrator_chose_where(
+    trusts: bool, driver: Driver | None, is_default: bool
+) -> None:
+    container = ContainerSpec(image="busybox:1", args=("true",))
+    task = AssignedTask(
+        task=replace(a_task("t1"), spec=TaskSpec(container_spec=container, log_driver=driver)),
+        trust=Trust(logs=trusts),
+    )
+    request, options = create_request(task, NodeFacts(hostname="m1")), task_options(task, ())
+    default = Driver(name="gelf", options={"gelf-address": "udp://127.0.0.1:1"})
+    node = NodeDefaults("m1", "", default, log_drivers={"gelf": lambda _: None})
+    config = container_config(request, ContainerDefaults(), options, node)
+    assert config.log.is_restricted is not (trusts or is_default)
+    plain = container_config(request, ContainerDefaults(), None, node)
+    assert not plain.log.is_restricted
 
 
 def on_networks(*drivers: str) -> AssignedTask:

@@ -34,7 +34,7 @@ class Registry:
     async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
         yield
 
-    async def pull(self, word: str, auth: str = "") -> Image:
+    async def pull(self, word: str, auth: str = "", *, uses_helper: bool = False) -> Image:
         self.asked += 1
         await self.answers.wait()
         if self.answer is not None:

@@ -245,3 +245,28 @@ def test_addresses_given_away_are_the_tables(name: str, type: int, rng: float) -
     virtual = {a: s.id for t in (FRONT, BACK) for s in t.services.values() for a in s.virtual_ips}
     assert given_away <= running | virtual.keys()
     assert {virtual[one] for one in given_away & virtual.keys()} == {id for _, id in decision.virtual}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("web", ["10.0.1.2"]),
+        ("www", ["10.0.1.2"]),
+        ("rr", ["10.0.1.3"]),
+        ("idle", []),
+        ("tasks.web", ["10.0.1.5"]),
+        ("1.web", ["10.0.1.5"]),
+        ("web.1.t1", ["10.0.1.5"]),
+        ("other", ["10.0.1.40"]),
+    ],
+)
+def test_a_container_does_not_get_the_connections_of_a_service(name: str, expected: Sequence[str]):
+    """Any node that may attach one to the network gives it whatever aliases it likes."""
+    names = ["web", "www", "RR", "idle", "tasks.web", "1.web", "web.1.t1", "other"]
+    network = a_network(
+        a_served("web", "10.0.1.2", ["10.0.1.5"], aliases=["www"]),
+        a_served("rr", (), ["10.0.1.3"]),
+        a_served("idle", (), []),
+        containers=[a_container("thief", "10.0.1.40", aliases=names)],
+    )
+    assert addresses(name, tables=[network]) == expected

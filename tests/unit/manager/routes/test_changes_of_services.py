@@ -86,6 +86,18 @@ async def test_an_update_that_loses_its_credentials_says_so(cluster) -> None:
     assert await updated("other.example/a:3") is None
 
 
+async def test_a_change_that_loses_its_credentials_says_so(cluster) -> None:
+    api, client = cluster
+    (made,) = await changed(client, {"Spec": a_spec("a", "corp.example/a:1"), "RegistryAuth": an_auth()})
+    assert "Warnings" not in made
+    index = api.store.view().get(Service, made["ID"]).version.index
+    spec = a_spec("a", "other.example/a:2")
+    (moved,) = await changed(client, {"Spec": spec, "ID": made["ID"], "Version": index})
+    assert moved["Warnings"] == [
+        "image other.example/a:2 is pulled without credentials: those of the service are for another registry"
+    ]
+
+
 async def test_too_many_are_refused(cluster) -> None:
     _, client = cluster
     async with client.post(

@@ -1,0 +1,137 @@
+"""What nodes do for a service with their own rights: send its logs to machines of the cluster, log in for its image.
+
+Users below the administrator write services, and a node sends logs and pulls images from the machine's network. So it
+matters who chose a log driver or an image. A service keeps those that an administrator wrote, by value: they stay
+trusted when an operator changes something else, or rolls back to them, and a value that an operator wrote never is
+because an administrator changes something else.
+"""
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+
+from skep.errors import InvalidArgument
+from skep.model.access import EVERY_STACK, Role
+from skep.model.history import stack_of
+from skep.model.images import registry_of
+from skep.model.labels import allowed_repositories, allows_machine_logs
+from skep.model.meta import Driver
+from skep.model.service import Service, ServiceSpec, TaskSpec, Trusted
+from skep.model.swarm import Swarm
+from skep.model.task import Task, Trust
+from skep.model.user import User
+from skep.store.interface import View
+
+
+def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_admin: bool) -> Trusted:
+    """Return what is trusted once ``service`` (None: a new one) has ``spec``, and its present spec as previous one."""
+    before = service.spec if service is not None else None
+    kept = _known(view, service) if service is not None else Trusted()
+    logs = [driver for driver in _logs(spec, before) if driver in kept.log_drivers]
+    repositories = [name for name in _repositories(spec, before) if name in kept.repositories]
+    if by_admin:
+        logs += [driver for driver in _logs(spec) if driver not in _logs(before)]
+        repositories += [name for name in _repositories(spec) if name not in _repositories(before)]
+    return Trusted(log_drivers=tuple(logs), repositories=tuple(repositories))
+
+
+def trust_of(view: View, service: Service, task: Task) -> Trust:
+    """Return what the node of ``task`` may do for it."""
+    known, labels, stack = _known(view, service), _cluster_labels(view), stack_of(service.spec.labels)
+    logs, repositories = _logs_of(task.spec), _repositories_of(task.spec)
+    return Trust(
+        logs=allows_machine_logs(labels) or all(driver in known.log_drivers for driver in logs),
+        logins=all(
+            name in known.repositories or allows_logins(labels, (stack,), name) for name in repositories
+        ),
+    )
+
+
+def allows_logins(labels: Mapping[str, str], stacks: Iterable[str], repository: str) -> bool:
+    """Whether a cluster's labels let services of one of ``stacks`` use the nodes' credentials for ``repository``."""
+    try:
+        allowed = allowed_repositories(labels)
+    except InvalidArgument:
+        return False
+    places = [place for stack in (*stacks, EVERY_STACK) for place in allowed.get(stack, ())]
+    return any(repository == place or repository.startswith(f"{place}/") for place in places)
+
+
+def machine_log(view: View, driver: Driver | None) -> str:
+    """Return what of the machine a log driver names that only administrators may give; empty: nothing.
+
+    Names of hosts are resolved by the node, which checks their addresses when it connects.
+    """
+    if driver is None or allows_machine_logs(_cluster_labels(view)):
+        return ""
+    options = {name: value for name, value in driver.options.items() if value}
+    if driver.name == "journald" or (driver.name == "syslog" and "syslog-address" not in options):
+        return f"the machine's own log (log driver {driver.name})"
+    if driver.name == "fluentd" and "fluentd-address" not in options:
+        return "an address of its machine (log driver fluentd without fluentd-address)"
+    for name, value in options.items():
+        if name.endswith(("-address", "-url")) and _is_of_machine(value):
+            return f"an address of its machine (log option {name})"
+    return ""
+
+
+def repository_of(image: str) -> str:
+    """Return the name of an image without tag and digest, with its registry; Docker Hub is ``docker.io``."""
+    name = image.partition("@")[0]
+    head, _, last = name.rpartition("/")
+    name = f"{head}/{last.partition(':')[0]}" if head else last.partition(":")[0]
+    if registry_of(image):
+        return name
+    path = name.removeprefix("index.docker.io/").removeprefix("docker.io/")
+    return f"docker.io/{path}" if "/" in path else f"docker.io/library/{path}"
+
+
+def _is_of_machine(address: str) -> bool:
+    place = address.partition("://")[2] or address
+    host = place.partition("/")[0].rpartition("@")[2]
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not host or host.lower().rstrip(".").rpartition(".")[2] == "localhost":
+        return True
+    try:
+        found = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    found = getattr(found, "ipv4_mapped", None) or found
+    return found.is_loopback or found.is_link_local or found.is_unspecified
+
+
+def _known(view: View, service: Service) -> Trusted:
+    """What is trusted of a service as it is; a version without users below the administrator may have written it."""
+    if service.trusted is not None:
+        return service.trusted
+    if any(_is_below(user) for user in view.find(User)):
+        return Trusted()
+    both = service.spec, service.previous_spec
+    return Trusted(log_drivers=tuple(_logs(*both)), repositories=tuple(_repositories(*both)))
+
+
+def _is_below(user: User) -> bool:
+    return Role.ADMIN.word not in (role.partition(":")[0] for role in user.spec.roles)
+
+
+def _cluster_labels(view: View) -> Mapping[str, str]:
+    swarm = next(iter(view.find(Swarm)), None)
+    return swarm.spec.labels if swarm is not None else {}
+
+
+def _logs(*specs: ServiceSpec | None) -> list[Driver]:
+    return [driver for spec in specs if spec is not None for driver in _logs_of(spec.task_template)]
+
+
+def _logs_of(template: TaskSpec) -> list[Driver]:
+    """The log driver, if it is not the node's default."""
+    driver = template.log_driver
+    return [driver] if driver is not None and (driver.name or driver.options) else []
+
+
+def _repositories(*specs: ServiceSpec | None) -> list[str]:
+    return [name for spec in specs if spec is not None for name in _repositories_of(spec.task_template)]
+
+
+def _repositories_of(template: TaskSpec) -> list[str]:
+    container = template.container_spec
+    return [repository_of(container.image)] if container is not None else []
