@@ -113,16 +113,16 @@ LABELS = (
         "`10m`",
         "how long an update waits for one task to run or to end before it has failed; the "
         "time in which it waits for other services (`skep.depends-on`), or for the task before it to stop, does not "
-        "count, and it has the deadline once more when it is then started; a wait for a service that does not exist, or "
-        "for a job that has failed, counts",
+        "count, and it has the deadline once more when it is then started; a wait for a service that does not exist, "
+        "or for a job that has failed, counts",
     ),
     Label(
         LabelTarget.SERVICE,
         JOB_TTL,
         "duration",
         "kept",
-        "how long a job that has ended is kept before it is removed with its tasks; it stays as long as a service requires "
-        "it (`skep.depends-on`); not for one with a schedule",
+        "how long a job that has ended is kept before it is removed with its tasks; it stays as long as a service "
+        "requires it (`skep.depends-on`); not for one with a schedule",
     ),
     Label(
         LabelTarget.SERVICE,

@@ -161,6 +161,38 @@ def is_over(run: Service) -> bool:
     return is_fixed(run) and run.job_status is not None and bool(run.job_status.outcome)
 
 
+def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> JobStatus | None:
+    """Return the status of a global job whose run has its nodes or is over; the present one if neither is true.
+
+    Args:
+        is_late: whether no further node may start the run.
+    """
+    run, tasks = as_run(view, service), view.find(Task, service_id=service.id)
+    job, slots = run.job_status, _slots(view, service)
+    if job is None:
+        return None
+    ended = {id for id, slot in slots.items() if not any(map(_is_to_go_on, slot))}
+    candidates = [node.id for node in nodes_of(run, tasks, view.find(Node)) if is_candidate(node, run)]
+    started = {task.node_id for task in tasks if task.job_iteration == job.job_iteration}
+    if not is_late and not started.issuperset(candidates):
+        return job
+    is_idle = len(ended) == len(slots) and (
+        is_late or all(_is_done(slots.get(id, ())) or _is_given_up(slots.get(id, ())) for id in candidates)
+    )
+    outcome = result(run, slots.values()) if is_over and is_idle else job.outcome
+    return replace(job, nodes_fixed=is_fixed(run), outcome=outcome)
+
+
+def _is_to_go_on(task: Task) -> bool:
+    """Whether the task is to run, or to be replaced by the restart policy."""
+    return task.is_wanted and task.status.state is not TaskState.COMPLETE
+
+
+def _is_given_up(slot: Iterable[Task]) -> bool:
+    last = max(slot, key=lambda task: (unix_ns(task.created_at), task.id), default=None)
+    return last is not None and last.has_failed
+
+
 def starts_until_ns(run: Service) -> int | None:
     """Until when the tasks of a scheduled ``run`` of a global job may start on their nodes; None: there is no limit.
 

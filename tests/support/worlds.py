@@ -154,6 +154,8 @@ class World:
     def find(self, kind: type[Any], slot: str = "", service_id: str = "") -> list[Any]:
         if kind is Service:
             return [self.service]
+        if kind is Node:
+            return [*self.nodes.values()]
         assert kind is Task
         if not slot:
             return [t for t in self.tasks.values() if t.service_id == service_id]

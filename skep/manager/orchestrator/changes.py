@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from skep.errors import SkepError, Unavailable
 from skep.manager.dependents import requiring, restart_dependents
-from skep.manager.job_runs import is_fixed
+from skep.manager.job_runs import settled
 from skep.manager.orchestrator.enforcement import is_unfit
 from skep.manager.orchestrator.slots import is_lost, is_stopping
 from skep.manager.quotas import claim_service
@@ -109,10 +109,15 @@ class RemoveService(msgspec.Struct, frozen=True):
 
 
 class SettleRun(msgspec.Struct, frozen=True):
-    """Write what has become of the present run of global job ``service``: its nodes are fixed, or it is over."""
+    """Write what has become of the present run of global job ``service``: its nodes are fixed, or it is over.
+
+    ``is_over``: the decision found nothing left to do; ``is_late``: no further node may start the run.  The transaction
+    checks all tasks and nodes again, since a run that is over stays over.
+    """
 
     service: Service
-    outcome: str = ""
+    is_over: bool = False
+    is_late: bool = False
 
 
 class Recheck(msgspec.Struct, frozen=True):
@@ -209,11 +214,12 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
                 tx.rely_on_all(Service)  # one that requires the job may be created at the same time
                 if not tx.unreadable(Service) and not requiring(tx, job.spec.name):
                     hide_service(tx, job, now)
-        case SettleRun(decided, outcome):
-            job = tx.rely_on(Service, decided.id, HEAD, "job")
-            if job is not None and job.job_status is not None and job.job_status == decided.job_status:
-                status = replace(job.job_status, nodes_fixed=is_fixed(decided), outcome=outcome)
-                tx.put(replace(job, job_status=status))
+        case SettleRun(service, is_over, is_late):
+            job = tx.rely_on(Service, service.id, HEAD, "job")
+            if job is not None and job.job_status == service.job_status:
+                status = settled(tx, job, is_over=is_over, is_late=is_late)
+                if status != job.job_status:
+                    tx.put(replace(job, job_status=status))
         case _:
             assert_never(change)
 

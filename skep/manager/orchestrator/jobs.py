@@ -219,13 +219,15 @@ def _settled(
         return []
     is_idle = not steps and not any(task.is_active for task in present)
     is_known = not any(map(has_unread_end, slots.values()))
-    ended = result(service, slots.values()) if is_idle and is_known else ""
+    is_over, is_late = is_idle and is_known, _is_past_deadline(situation)
+    settles = SettleRun(service, is_over, is_late)
     if not is_fixed(service):
-        return [SettleRun(service, ended)] if slots and ended and ended != job.outcome else []
+        is_new = slots and is_over and result(service, slots.values()) != job.outcome
+        return [settles] if is_new else []
     has_nodes = any(task.job_iteration == job.job_iteration for task in situation.tasks)
-    if not has_nodes and not _is_past_deadline(situation):
+    if not has_nodes and not is_late:
         return []  # no node may run it yet
-    return [SettleRun(service, ended)] if ended or not job.nodes_fixed else []
+    return [settles] if is_over or not job.nodes_fixed else []
 
 
 def _must_leave(task: Task, situation: Situation) -> bool:

@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 BATCH = 50
 """Jobs decided before their runs are written together."""
 CLOCK_LOOK_S = 20.0
-"""Between two looks at whether the wall clock was set."""
+"""Between two looks at whether the wall clock was set, or a run that could not be read is repaired."""
 CLOCK_SET_S = 1.0
 SCHEDULES_ID = "schedules"
 """Id of the payload that notes when the cluster was restored (``Restored``)."""
@@ -113,7 +113,11 @@ class Schedules:
         """Whether something is to be decided about a job now; if not, it is queued for its next due time."""
         view = self._term.view()
         service = view.lookup(Service, id)
-        if service is None or service.removed_at is not None or has_unreadable_run(view, id):
+        if service is None or service.removed_at is not None:
+            return False
+        if has_unreadable_run(view, id):
+            # A repair need not show as a change of the service: an equal value, or the spec version of the run.
+            self._queue.add_at(id, self._clock.monotonic() + CLOCK_LOOK_S)
             return False
         job = service.job_status
         if CRON not in service.spec.labels or job is None:

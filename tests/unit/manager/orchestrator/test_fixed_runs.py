@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.job_runs import COMPLETED, FAILED, is_going, outcome, retried
-from skep.manager.orchestrator.changes import FillSlot, Recheck
+from skep.manager.orchestrator.changes import FillSlot, Recheck, SettleRun
 from skep.manager.schedules.due import decided
 from skep.model.ids import NodeId
 from skep.model.meta import Version
@@ -118,6 +118,32 @@ def test_a_node_that_left_during_the_run_does_not_open_it_again(how: str) -> Non
     world.nodes[NodeId("n3")] = ready("n3")
     world.settle()
     assert live(world) == []
+
+
+def test_a_run_is_over_only_when_all_of_its_tasks_are_whatever_the_decision_saw() -> None:
+    """A decision may be about some of the nodes, or older than a task that is to be replaced."""
+    world = a_world()
+    one, *others = world.tasks.values()
+    world.report(one.id, TaskState.COMPLETE)
+    world.apply([SettleRun(world.service, is_over=True)])
+    assert world.service.job_status is not None
+    assert world.service.job_status.outcome == ""
+    for other in others:
+        world.report(other.id, TaskState.FAILED)
+    world.apply([SettleRun(world.service, is_over=True)])
+    assert world.service.job_status.outcome == "", "the restart policy has not decided about the others"
+    world.settle()
+    assert world.service.job_status.outcome == FAILED
+
+
+def test_nodes_are_fixed_only_when_each_has_a_task_whatever_the_decision_saw() -> None:
+    world = a_world()
+    assert world.service.job_status is not None
+    world.put(replace(world.service, job_status=replace(world.service.job_status, nodes_fixed=False)))
+    world.tasks.popitem()
+    world.apply([SettleRun(world.service)])
+    assert world.service.job_status is not None
+    assert not world.service.job_status.nodes_fixed
 
 
 def test_a_node_that_is_back_while_the_run_goes_on_elsewhere_does_its_part() -> None:
