@@ -23,6 +23,7 @@ import msgspec
 from bench.run import commit, measure_alone
 from skep.aio.clock import SystemClock
 from skep.aio.gc_settings import configure_gc
+from skep.configuration.configuration import Configuration
 from skep.engine.cgroups import Cgroups
 from skep.engine.container import Container, ContainerConfig, ContainerState
 from skep.engine.stats import CPUStats, CPUUsage, MemoryStats, NetworkStats, PidsStats, Stats
@@ -66,7 +67,10 @@ async def _measured() -> Result:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     configure_gc()
-    async with serving_metrics(("127.0.0.1", port), (), page), asyncio.TaskGroup() as group:
+    async with (
+        serving_metrics(Configuration(metrics_addr=("127.0.0.1", port)), page),
+        asyncio.TaskGroup() as group,
+    ):
         running = group.create_task(page.run())
         await _request_s(port)  # it has the containers read for the first time
         took, size, processor = [], 0, time.process_time()

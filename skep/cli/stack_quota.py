@@ -80,7 +80,7 @@ def _check_is_set(body: dict[str, int], state: dict[str, Any]) -> None:
     present = state.get("Quota", {})
     if missing := [name for name, number in body.items() if number and present.get(name) != number]:
         raise FailedPrecondition(
-            f"the manager does not know the bounds {', '.join(missing)} and has not set them: upgrade it"
+            f"the manager does not know the bounds {', '.join(missing)} and has not set them: run `skep upgrade` first"
         )
 
 

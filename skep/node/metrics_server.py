@@ -18,6 +18,7 @@ from skep.api.connection import Connection
 from skep.api.exposition import CONTENT_TYPE
 from skep.api.server import json_response
 from skep.api.tables import Table
+from skep.configuration.configuration import Configuration
 from skep.errors import FailedPrecondition, SkepError
 from skep.model.addresses import is_address
 from skep.node.metrics import NodeMetrics
@@ -36,18 +37,13 @@ _PRIVATE = (".internal", ".local", ".localhost", ".home.arpa", ".test")
 
 
 @asynccontextmanager
-async def serving_metrics(
-    addr: tuple[str, int] | None, hosts: Collection[str], metrics: NodeMetrics
-) -> AsyncIterator[None]:
-    """Serve while the context is open.
-
-    Args:
-        addr: address and port to listen on, or None to serve nothing.
-        hosts: names of this machine that requests may have in ``Host`` although anyone could register them.
+async def serving_metrics(configuration: Configuration, metrics: NodeMetrics) -> AsyncIterator[None]:
+    """Serve on ``metrics-addr``, if it is set, while the context is open.
 
     Raises:
         FailedPrecondition: the address cannot be listened on.
     """
+    addr, hosts = configuration.metrics_addr, configuration.metrics_hosts
     if addr is None:
         yield
         return
@@ -111,7 +107,11 @@ async def _show(metrics: NodeMetrics, request: web.Request) -> web.StreamRespons
 
 
 class _Clients:
-    """The connections of one listener.  ``hosts``: as for ``serving_metrics``."""
+    """The connections of one listener.
+
+    Args:
+        hosts: names of this machine that requests may have in ``Host`` although anyone could register them.
+    """
 
     def __init__(self, hosts: Collection[str]) -> None:
         self._hosts = hosts

@@ -213,8 +213,7 @@ class Node:
                 restarts = self._engine.run_restart_policies
                 run(partial(run_after, self._worker.wait_ready, restarts), "plain containers")
             await wait_briefly(self._worker.wait_ready(), _CONTAINERS_FOUND_S_MAX, self._clock)
-            addr, hosts = self._configuration.metrics_addr, self._configuration.metrics_hosts
-            await stack.enter_async_context(serving_metrics(addr, hosts, self._metrics))
+            await stack.enter_async_context(serving_metrics(self._configuration, self._metrics))
             dashboard = serving_dashboard(self._configuration, users, front, self._clock)
             async with front.listening(self._configuration.api_hosts), dashboard:
                 if self._engine is not None:
@@ -359,11 +358,8 @@ class Node:
         """Probes of other nodes, where this one can have overlay networks."""
         if self._engine is None or self._data_plane is None or not has_overlays(self._environment.features):
             return None
-        return NodeProbes(
-            self._data_plane.prober,
-            NameChecks(self._engine.running_sandboxes, self._clock),
-            self._engine.log_forwarding.set_peers,
-        )
+        names = NameChecks(self._engine.running_sandboxes, self._clock)
+        return NodeProbes(self._data_plane.prober, names, self._engine.log_forwarding.set_peers)
 
     def _new_agent(
         self,

@@ -173,7 +173,7 @@ async def test_a_layer_is_read_from_a_node_whose_pull_is_under_way(strict: Image
     first, second = await strict.add(), await strict.add()
     await strict.run_service(APP, first, second)
     reference = parse_reference(APP)
-    with first.images.expecting(made.digests, (reference,)):
+    with first.images.arriving.expecting(made.digests, (reference,)):
         assert first.served.names_with(made.digests[0]) == frozenset(reference.spellings)
     assert not first.served.names_with(made.digests[0])
 

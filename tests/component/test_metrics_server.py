@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from skep.configuration.configuration import Configuration
 from skep.node import metrics_server
 from skep.node.metrics_server import serving_metrics
 from tests.support.log_receivers import free_port
@@ -32,7 +33,7 @@ async def test_connections_that_ask_nothing_give_way_and_pages_in_the_making_do_
             writer.close()
 
     metrics = cast("Any", SimpleNamespace(text=text))
-    async with serving_metrics(("127.0.0.1", port), (), metrics), asyncio.timeout(10):
+    async with serving_metrics(Configuration(metrics_addr=("127.0.0.1", port)), metrics), asyncio.timeout(10):
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(10)]
         pages = []
         for number in range(1, 5):
@@ -65,7 +66,7 @@ async def ask(port: int, head: bytes, local: str = "127.0.0.1") -> bytes:
 async def test_one_address_takes_only_its_share_of_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_server, "_CONNECTIONS_OF_SOURCE_MAX", 2)
     port = free_port()
-    async with serving_metrics(("127.0.0.1", port), (), METRICS), asyncio.timeout(10):
+    async with serving_metrics(Configuration(metrics_addr=("127.0.0.1", port)), METRICS), asyncio.timeout(10):
         greedy = [
             await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.7", 0)) for _ in range(3)
         ]
@@ -93,7 +94,12 @@ async def test_one_address_takes_only_its_share_of_the_places(monkeypatch: pytes
 )
 async def test_a_page_of_a_name_that_anyone_can_register_reads_nothing(host: bytes, status: int) -> None:
     port = free_port()
-    async with serving_metrics(("127.0.0.1", port), ("node1.example.com",), METRICS), asyncio.timeout(10):
+    async with (
+        serving_metrics(
+            Configuration(metrics_addr=("127.0.0.1", port), metrics_hosts=("node1.example.com",)), METRICS
+        ),
+        asyncio.timeout(10),
+    ):
         got = await ask(port, b"GET /metrics HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
     assert got.startswith(f"HTTP/1.1 {status} ".encode()), got
     assert (b"page" in got) is (status == 200)

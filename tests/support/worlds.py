@@ -17,6 +17,7 @@ from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
+from skep.model.user import User
 from skep.model.volume import Volume
 from skep.store.interface import Commit, Created, Event, Updated
 from skep.store.keys import HEAD
@@ -156,6 +157,8 @@ class World:
             return [self.service]
         if kind is Node:
             return [*self.nodes.values()]
+        if kind is User:
+            return []
         assert kind is Task
         if not slot:
             return [t for t in self.tasks.values() if t.service_id == service_id]

@@ -33,7 +33,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -43,6 +43,7 @@ from skep.aio.clock import Clock, SystemClock
 from skep.aio.failures import describe_error, log_error, retry
 from skep.aio.race import run_to_end
 from skep.aio.trees import discard_tree, discard_tree_now
+from skep.engine.images.arriving import Arriving
 from skep.engine.images.catalog import Catalog, read_catalog, with_image, with_references, without
 from skep.engine.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest
 from skep.engine.images.image import Image, ImageConfig, parse_config
@@ -117,10 +118,7 @@ class LocalImages:
         self._images: dict[str, Image] = {}
         self._by_reference: dict[Reference, Image] = {}
         self._pinned: Counter[str] = Counter()
-        self.coming: dict[str, list[Reference]] = {}
-        """Digests of the configurations and layers of pulls under way -> the references that are pulled."""
-        self.arriving: set[str] = set()
-        """Digests of the layers that are being downloaded or unpacked, as their registry names them."""
+        self.arriving = Arriving()
         self._writing = asyncio.Lock()
         self.error = ""
         """Why images are missing that may be here; empty: all were read."""
@@ -220,45 +218,19 @@ class LocalImages:
 
         ``name``: of the repository, one that the image has; empty: any.
         """
-        for file in (self._root / "manifests").glob(f"*/{hex_of(digest)}"):
-            image = self._images.get(f"sha256:{file.parent.name}")
-            if name and (image is None or all(one.name != name for one in image.references)):
-                continue
+        for file, _ in self.with_document(digest, name):
             with suppress(OSError):
                 content = file.read_bytes()
                 if digest_of(content) == digest:
                     return content
         return None
 
-    def with_document(self, digest: str, name: str = "") -> Sequence[Image]:
-        """Return the images that came with the manifest or index ``digest``.  Blocks; call it in a thread.
-
-        Args:
-            name: repository that the images have, or empty for any.
-        """
-        files = (self._root / "manifests").glob(f"*/{hex_of(digest)}")
-        found = (self._images.get(f"sha256:{file.parent.name}") for file in files)
-        return [
-            image
-            for image in found
-            if image is not None and (not name or any(one.name == name for one in image.references))
-        ]
-
-    @contextmanager
-    def expecting(self, digests: Iterable[str], references: Sequence[Reference]) -> Iterator[None]:
-        """While a pull is under way: its blobs belong to ``references``, although there is no image yet."""
-        expected = tuple(digests)
-        for digest in expected:
-            self.coming.setdefault(digest, []).extend(references)
-        try:
-            yield
-        finally:
-            for digest in expected:
-                left = self.coming[digest]
-                for reference in references:
-                    left.remove(reference)
-                if not left:
-                    del self.coming[digest]
+    def with_document(self, digest: str, name: str = "") -> Iterator[tuple[Path, Image | None]]:
+        """Yield the files with this manifest or index, and their images of the repository ``name``.  Blocks."""
+        for file in (self._root / "manifests").glob(f"*/{hex_of(digest)}"):
+            image = self._images.get(f"sha256:{file.parent.name}")
+            if not name or (image is not None and any(one.name == name for one in image.references)):
+                yield file, image
 
     def documents(self, image: Image) -> Sequence[bytes]:
         """The manifests and indexes that ``image`` came with, the latest first.  Blocks; call it in a thread."""
@@ -611,10 +583,8 @@ class LocalImages:
         damaged = [one.config for one in self._damaged.values()]
         if self.error or None in damaged:
             return ()
-        needed: set[str] = set(self._pinned)
-        for config in (*self._configs.values(), *damaged):
-            if config is not None:
-                needed.update(chain_ids(config.diff_ids))
+        known = [config for config in (*self._configs.values(), *damaged) if config is not None]
+        needed = set[str](self._pinned).union(*(chain_ids(config.diff_ids) for config in known))
         unneeded = [layer for id, layer in self.layer_store.all().items() if id not in needed]
         chain = [layer.chain_id for layer in reversed(unneeded)]
         for directory in self.layer_store.detach(chain):

@@ -287,7 +287,7 @@ async def _pull_image(
         return await images.add(content, names, is_fetched=True)
     blobs = {manifest.config.digest, *(layer.digest for layer in manifest.layers)}
     async with images.workspace("pull") as directory:
-        with images.expecting(blobs, names):
+        with images.arriving.expecting(blobs, names):
             return await _pull_blobs(images, repository, manifest, names, directory, report)
 
 

@@ -174,7 +174,8 @@ class ServedImages:
         ]
         # A manifest below an index has no reference of its own.
         if not found:
-            found = list(await asyncio.to_thread(self._images.with_document, digest, name))
+            files = await asyncio.to_thread(lambda: list(self._images.with_document(digest, name)))
+            found = [image for _, image in files if image is not None]
         return _names(found)
 
     def names_with(self, digest: str) -> frozenset[str]:
@@ -191,7 +192,7 @@ class ServedImages:
             for image in self._images.images()
             if image.id == digest or not chain_ids.isdisjoint(image.chain)
         ]
-        coming = (spelling for one in self._images.coming.get(digest, ()) for spelling in one.spellings)
+        coming = (name for one in self._images.arriving.references(digest) for name in one.spellings)
         return _names(found).union(coming)
 
     @asynccontextmanager

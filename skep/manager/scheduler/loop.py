@@ -182,7 +182,7 @@ class Scheduler:
         """A task changed; gives whether it released something."""
         if self._is_accounted(old, task):
             return False
-        if _has_failed(old, task):
+        if task.has_failed and not old.has_failed and task.node_id:
             self._accounting.record_failure(task, self._clock.monotonic())
         return self._update_task(task.id) or task.spec is not old.spec
 
@@ -595,7 +595,3 @@ class Scheduler:
         self._failures.requeue_failed(self._queue, "decisions", outcomes)
         if has_room:
             self._queue.retry()
-
-
-def _has_failed(old: Task, new: Task) -> bool:
-    return new.has_failed and not old.has_failed and bool(new.node_id)
