@@ -142,9 +142,8 @@ class ImagePort:
         now = self._clock.monotonic()
         if now - self._checked.get(key, -CHECKED_S) >= CHECKED_S:
             self._checked.pop(key, None)
-            request = skep.CheckNodeRequest(node_id=key[0], serial=key[1], images=sorted(names)[:NAMES_MAX])
             try:
-                await self._session.channel.call(methods.CHECK_NODE, request)
+                await self._ask_manager(key[0], key[1], sorted(names))
             except PermissionDenied as refusal:
                 log.warning("image refused to a node", node=key[0], peer=caller.address, reason=str(refusal))
                 raise
@@ -154,6 +153,19 @@ class ImagePort:
         if not names:
             raise NotFound("No such image")
         return key[0]
+
+    async def _ask_manager(self, node: NodeId, serial: str, names: Sequence[str]) -> None:
+        """Raises: PermissionDenied: the node may read an image by none of its names; SkepError: no manager responds."""
+        for first in range(0, max(len(names), 1), NAMES_MAX):
+            asked = names[first : first + NAMES_MAX]
+            request = skep.CheckNodeRequest(node_id=node, serial=serial, images=asked)
+            try:
+                await self._session.channel.call(methods.CHECK_NODE, request)
+            except PermissionDenied:
+                if first + NAMES_MAX >= len(names):
+                    raise
+            else:
+                return
 
 
 class ClusterSources:

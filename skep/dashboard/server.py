@@ -288,6 +288,7 @@ class DashboardServer:
         if transport in self._strangers:
             self._strangers.forget(transport)
             if not self._open.admit(transport):
+                self._strangers.admit(transport, peer_source(transport))  # its next request is counted again
                 raise Unavailable(
                     f"this address has {OF_SOURCE_MAX} connections open, or all have many: try again later"
                 )

@@ -18,6 +18,7 @@ from skep.model.meta import Driver
 from skep.model.service import Service, ServiceSpec, TaskSpec, Trusted
 from skep.model.swarm import Swarm
 from skep.model.task import Task, Trust
+from skep.model.times import unix_ns
 from skep.model.user import User
 from skep.store.interface import View
 
@@ -25,18 +26,23 @@ from skep.store.interface import View
 def trusted_after(view: View, service: Service | None, spec: ServiceSpec, *, by_admin: bool) -> Trusted:
     """Return what is trusted once ``service`` (None: a new one) has ``spec``, and its present spec as previous one."""
     before = service.spec if service is not None else None
-    kept = _known(view, service) if service is not None else Trusted()
+    kept = trusted_of(view, service) if service is not None else Trusted()
     logs = [driver for driver in _logs(spec, before) if driver in kept.log_drivers]
     repositories = [name for name in _repositories(spec, before) if name in kept.repositories]
     if by_admin:
-        logs += [driver for driver in _logs(spec) if driver not in _logs(before)]
-        repositories += [name for name in _repositories(spec) if name not in _repositories(before)]
+        # Nobody has marked what an older version wrote: the first administrator who writes the service does.
+        unmarked = service is not None and service.trusted is None
+        known = None if unmarked else before
+        logs += [one for one in _logs(spec) if one not in logs and one not in _logs(known)]
+        repositories += [
+            one for one in _repositories(spec) if one not in repositories and one not in _repositories(known)
+        ]
     return Trusted(log_drivers=tuple(logs), repositories=tuple(repositories))
 
 
 def trust_of(view: View, service: Service, task: Task) -> Trust:
     """Return what the node of ``task`` may do for it."""
-    known, labels, stack = _known(view, service), _cluster_labels(view), stack_of(service.spec.labels)
+    known, labels, stack = trusted_of(view, service), _cluster_labels(view), stack_of(service.spec.labels)
     logs, repositories = _logs_of(task.spec), _repositories_of(task.spec)
     return Trust(
         logs=allows_machine_logs(labels) or all(driver in known.log_drivers for driver in logs),
@@ -99,18 +105,25 @@ def _is_of_machine(address: str) -> bool:
     return found.is_loopback or found.is_link_local or found.is_unspecified
 
 
-def _known(view: View, service: Service) -> Trusted:
-    """What is trusted of a service as it is; a version without users below the administrator may have written it."""
+def trusted_of(view: View, service: Service) -> Trusted:
+    """Return what is trusted of a service as it is.
+
+    A service that an older version has written last has no mark.  All of it is trusted unless there was an operator by
+    then, who may have written it.
+    """
     if service.trusted is not None:
         return service.trusted
-    if any(_is_below(user) for user in view.find(User)):
+    written_ns = unix_ns(service.updated_at)
+    if any(_writes(user) and unix_ns(user.created_at) <= written_ns for user in view.find(User)):
         return Trusted()
     both = service.spec, service.previous_spec
     return Trusted(log_drivers=tuple(_logs(*both)), repositories=tuple(_repositories(*both)))
 
 
-def _is_below(user: User) -> bool:
-    return Role.ADMIN.word not in (role.partition(":")[0] for role in user.spec.roles)
+def _writes(user: User) -> bool:
+    """Whether a user below the administrator may write services."""
+    roles = {role.partition(":")[0] for role in user.spec.roles}
+    return Role.OPERATOR.word in roles and Role.ADMIN.word not in roles
 
 
 def _cluster_labels(view: View) -> Mapping[str, str]:

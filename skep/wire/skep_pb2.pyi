@@ -1070,16 +1070,19 @@ class RevisedAssignments(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     TRUSTED_LOGS_FIELD_NUMBER: _builtins.int
     TRUSTED_LOGINS_FIELD_NUMBER: _builtins.int
+    DECIDES_TRUST_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     """Raised by every restore and forced new cluster; revisions of different incarnations do not compare."""
     revision: _builtins.int
     """Revision of the cluster's state that these assignments show."""
+    decides_trust: _builtins.bool
+    """Whether the manager decides about trust.  An older manager does not: its tasks are all trusted, as they were."""
     @_builtins.property
     def message(self) -> _swarm_pb2.AssignmentsMessage: ...
     @_builtins.property
     def trusted_logs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Tasks of the message whose logs may be sent to addresses of the machine and of other nodes.  An older manager sends
-        none, so that they may not; an older node sends logs anywhere.
+        """Tasks of the message whose logs may be sent to addresses of the machine and of other nodes.  An older node sends logs
+        anywhere.
         """
 
     @_builtins.property
@@ -1094,10 +1097,11 @@ class RevisedAssignments(_message.Message):
         message: _swarm_pb2.AssignmentsMessage | None = ...,
         trusted_logs: _abc.Iterable[_builtins.str] | None = ...,
         trusted_logins: _abc.Iterable[_builtins.str] | None = ...,
+        decides_trust: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "message", b"message", "revision", b"revision", "trusted_logins", b"trusted_logins", "trusted_logs", b"trusted_logs"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decides_trust", b"decides_trust", "incarnation", b"incarnation", "message", b"message", "revision", b"revision", "trusted_logins", b"trusted_logins", "trusted_logs", b"trusted_logs"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

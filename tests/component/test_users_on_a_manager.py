@@ -213,7 +213,7 @@ async def test_only_administrators_publish_on_ports_of_the_cluster(rig: Rig, mod
     async def create(role: str, protocol: str, number: int) -> tuple[int, str, bool]:
         port = {"Protocol": protocol, "TargetPort": 80, "PublishedPort": number, "PublishMode": mode}
         spec = {
-            "Name": f"shop_{protocol}{number}",
+            "Name": f"shop_{protocol.lower()}{number}",
             "Labels": SHOP,
             "TaskTemplate": {"ContainerSpec": {"Image": "none"}},
             "EndpointSpec": {"Ports": [port]},
@@ -221,13 +221,38 @@ async def test_only_administrators_publish_on_ports_of_the_cluster(rig: Rig, mod
         return await rig.exchange(role, "POST /services/create", spec)
 
     for role in (OPERATOR, "operator:shop"):
-        for protocol, number, use in (("tcp", 22, "SSH"), ("udp", 4789, "overlay networks")):
-            status, text, _ = await create(role, protocol, number)
+        # Whatever is no protocol is tcp, as in the engine.
+        for written, protocol, number, use in (
+            ("tcp", "tcp", 22, "SSH"),
+            ("TCP", "tcp", 22, "SSH"),
+            ("", "tcp", 22, "SSH"),
+            ("xyz", "tcp", 22, "SSH"),
+            ("udp", "udp", 4789, "overlay networks"),
+            ("Udp", "udp", 4789, "overlay networks"),
+        ):
+            status, text, _ = await create(role, written, number)
             assert status == 403, text
             assert f"the reserved port {number}/{protocol} ({use}): only administrators may give that" in text
     if mode == "host":  # in ingress mode, it needs the ingress network
         assert (await create("operator:shop", "tcp", 8080))[0] == 201
         assert (await create("admin", "udp", 4789))[0] == 201
+
+
+async def test_an_operator_changes_a_service_whose_log_driver_an_administrator_chose(rig: Rig) -> None:
+    def spec(driver: str, image: str = "app:1") -> Mapping[str, Any]:
+        template = {"ContainerSpec": {"Image": image}, "LogDriver": {"Name": driver}}
+        return {"Name": "shop_web", "Labels": SHOP, "TaskTemplate": template}
+
+    status, text, _ = await rig.exchange("operator:shop", "POST /services/create", spec("journald"))
+    assert (status, "the machine's own log" in text) == (403, True)
+    assert (await rig.exchange("admin", "POST /services/create", spec("journald")))[0] == 201
+    (service,) = rig.api.store.view().find(Service)
+    update = f"POST /services/{service.id}/update?version={service.version.index}"
+    assert (await rig.exchange("operator:shop", update, spec("journald", "app:2")))[0] == 200
+    (service,) = rig.api.store.view().find(Service)
+    update = f"POST /services/{service.id}/update?version={service.version.index}"
+    status, text, _ = await rig.exchange("operator:shop", update, spec("syslog", "app:2"))
+    assert (status, "the machine's own log" in text) == (403, True)
 
 
 async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: Rig) -> None:

@@ -9,7 +9,7 @@ from skep.api.networks import PREDEFINED_LABEL
 from skep.api.permissions import STACK_LABEL, Known, NewObject
 from skep.errors import SkepError
 from skep.manager.control.reserved_ports import reserved_ports
-from skep.manager.trust import machine_log
+from skep.manager.trust import machine_log, trusted_of
 from skep.model.access import EVERY_STACK
 from skep.model.container import ContainerSpec
 from skep.model.dependencies import dependencies_of
@@ -51,7 +51,7 @@ def new_service(view: View, spec: ServiceSpec) -> NewObject:
     return NewObject(
         name=spec.name,
         stack=stack_of(spec.labels),
-        machine_rights=machine_rights(view, spec),
+        machine_rights=machine_rights(view, spec, _present(view, spec.name)),
         raised_priority=_raised_priority(view, spec),
         uses=tuple(_uses(view, spec, container)),
         volumes=tuple(mount.source for mount in container.mounts if mount.type == "volume" and mount.source),
@@ -83,7 +83,7 @@ def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
 def known_service(view: View, service: Service) -> Known:
     """Of a service; with the rights of the spec that a rollback would return to, and of a job's present run."""
     specs = specs_in_use(view, service)
-    rights = next(filter(None, (machine_rights(view, spec) for spec in specs)), "")
+    rights = next(filter(None, (machine_rights(view, spec, service) for spec in specs)), "")
     return Known(id=service.id, stack=stack_of(service.spec.labels), machine_rights=rights)
 
 
@@ -95,16 +95,26 @@ def known_task(view: View, task: Task) -> Known:
     if has_unknown_spec(view, task):
         rights = rights or "a spec that cannot be read"
     else:
-        rights = rights or machine_rights(view, spec_of(view, task) or ServiceSpec(task_template=task.spec))
+        spec = spec_of(view, task) or ServiceSpec(task_template=task.spec)
+        rights = rights or machine_rights(view, spec, service)
     return Known(id=task.id, stack=known.stack, machine_rights=rights)
 
 
-def machine_rights(view: View, spec: ServiceSpec) -> str:
-    """Return the first thing that only administrators may give a service, or an empty string."""
+def _present(view: View, name: str) -> Service | None:
+    return next((one for one in view.find(Service, name=name) if one.removed_at is None), None)
+
+
+def machine_rights(view: View, spec: ServiceSpec, service: Service | None = None) -> str:
+    """Return the first thing that only administrators may give a service, or an empty string.
+
+    Args:
+        service: has or gets the spec, and keeps the log driver that an administrator chose for it; None: a new one.
+    """
     template = spec.task_template
     attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))
     networks = (f"the machine's network {name}" for name in attached if name)
-    logs = machine_log(view, template.log_driver)
+    is_chosen = service is not None and template.log_driver in trusted_of(view, service).log_drivers
+    logs = machine_log(view, template.log_driver) if not is_chosen else ""
     found = (*admin_rights(spec), *reserved_ports(view, spec), *networks, *((logs,) if logs else ()))
     return next(iter(found), "")
 

@@ -62,6 +62,7 @@ class AssignmentStreams:
                     message=message,
                     trusted_logs=[id for id, trust in trusted.items() if trust.logs],
                     trusted_logins=[id for id, trust in trusted.items() if trust.logins],
+                    decides_trust=True,
                 )
                 del message
 

@@ -1,5 +1,6 @@
 """The objects that requests are about, as a manager has them, for authorization."""
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from skep.api.authorization import stack_label_of
 from skep.api.networks import NetworkBody
 from skep.api.permissions import Facts, Known, NewObject, Rule, Scope
 from skep.api.server import read_json
+from skep.api.service_form import settled
 from skep.errors import PermissionDenied
 from skep.manager.control.new_objects import (
     known_service,
@@ -43,6 +45,8 @@ class ClusterObjects:
     async def facts(self, request: web.Request, rule: Rule) -> Facts:
         """See ``Objects``."""
         bodies = await _READERS[rule.kind](request) if rule.scope in (Scope.NEW, Scope.CHANGE) else ()
+        # What is stored is checked: a spec may spell a protocol in another way.
+        bodies = tuple(settled(one) if isinstance(one, ServiceSpec) else one for one in bodies)
         view = await current_view(request)
         known = None
         if rule.scope in (Scope.OBJECT, Scope.CHANGE):
@@ -51,8 +55,10 @@ class ClusterObjects:
             request.match_info[key] = known.id
         is_new = rule.scope is Scope.NEW
         is_plan = _path(request).endswith("/placement")
+        added: Counter[str] = Counter()
+        """Services of each stack that the bodies so far create."""
         new = tuple(
-            _planned_or_new(view, one, is_plan=is_plan, is_new=is_new)
+            _planned_or_new(view, one, added, is_plan=is_plan, is_new=is_new)
             if isinstance(one, ServiceSpec)
             else _new_object(view, one, is_new=is_new)
             for one in bodies
@@ -81,13 +87,16 @@ def _known(view: View, kind: str, word: str) -> Known:
             return Known(id=found.id, stack=stack_of(found.spec.labels))
 
 
-def _planned_or_new(view: View, spec: ServiceSpec, *, is_plan: bool, is_new: bool) -> NewObject:
+def _planned_or_new(
+    view: View, spec: ServiceSpec, added: Counter[str], *, is_plan: bool, is_new: bool
+) -> NewObject:
     if is_plan:
         return planned_service(view, spec)
     new = new_service(view, spec)
     if not is_new or any(one.removed_at is None for one in view.find(Service, name=spec.name)):
         return new
-    return replace(new, excess=refusal_of_users(view, new.stack, Usage(services=1)))
+    added[new.stack] += 1
+    return replace(new, excess=refusal_of_users(view, new.stack, Usage(services=added[new.stack])))
 
 
 def _new_object(view: View, body: Any, *, is_new: bool) -> NewObject:

@@ -35,10 +35,16 @@ def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
 def assignments_from_pb(
     message: pb.AssignmentsMessage, revision: int = 0, trusted: Mapping[TaskId, Trust] | None = None
 ) -> AssignmentSet:
-    """``trusted``: what the node may do for tasks of the message; nothing for others.
+    """Convert a message.
 
-    Raises: InvalidArgument: numbers that mean nothing.
+    Args:
+        trusted: what the node may do for tasks of the message, and nothing for others; None if the manager does not
+            decide about it, as a Docker Engine does not: then the node does everything for all.
+
+    Raises:
+        InvalidArgument: A number means nothing.
     """
+    unlisted = Trust(logs=True, logins=True) if trusted is None else Trust()
     trusted = trusted or {}
     updated = [change.assignment for change in message.changes if change.action == _UPDATE]
     removed = [change.assignment for change in message.changes if change.action == _REMOVE]
@@ -50,7 +56,7 @@ def assignments_from_pb(
         complete=message.type == pb.AssignmentsMessage.COMPLETE,
         revision=revision,
         tasks=tuple(
-            replace(task_from_pb(item.task), trust=trusted.get(TaskId(item.task.id), Trust()))
+            replace(task_from_pb(item.task), trust=trusted.get(TaskId(item.task.id), unlisted))
             for item in tasks
         ),
         removed_tasks=tuple(TaskId(item.task.id) for item in _items(removed, "task")),
@@ -68,7 +74,7 @@ def revised_from_pb(revised: skep.RevisedAssignments) -> AssignmentSet:
     """Raises: InvalidArgument: numbers that mean nothing."""
     logs, logins = frozenset(revised.trusted_logs), frozenset(revised.trusted_logins)
     trusted = {TaskId(id): Trust(logs=id in logs, logins=id in logins) for id in logs | logins}
-    return assignments_from_pb(revised.message, revised.revision, trusted)
+    return assignments_from_pb(revised.message, revised.revision, trusted if revised.decides_trust else None)
 
 
 _UPDATE = pb.AssignmentChange.UPDATE

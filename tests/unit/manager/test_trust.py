@@ -24,6 +24,7 @@ from skep.store.memory import MemoryStore
 from tests.support.builders import a_service_spec, a_task
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
+LATER = Timestamp("2999-01-01T00:00:00Z")
 LOCAL = Driver(name="syslog", options={"syslog-address": "udp://logs.corp.example:514"})
 OTHER = Driver(name="gelf", options={"gelf-address": "udp://10.0.0.9:12201"})
 IMAGE = "registry.corp.example/shop/web:1"
@@ -110,11 +111,33 @@ async def test_a_task_of_an_older_spec_has_the_trust_of_its_own_values():
     assert not cluster.trust(service, old.spec).logs
 
 
-@pytest.mark.parametrize(("roles", "trusted"), [((), True), (("admin",), True), (("viewer", "admin"), False)])
-async def test_a_service_of_an_older_version_is_an_administrators_if_there_is_nobody_else(roles, trusted):
+@pytest.mark.parametrize(
+    ("roles", "trusted"),
+    [((), True), (("admin",), True), (("viewer", "admin"), True), (("operator:shop", "admin"), False)],
+)
+async def test_a_service_of_an_older_version_is_an_administrators_if_nobody_else_writes(roles, trusted):
     cluster = Cluster(*roles)
     service = replace(await cluster.create(a_spec(), by_admin=False), trusted=None)
     assert cluster.trust(service) == Trust(logs=trusted, logins=trusted)
+
+
+async def test_an_operator_who_comes_later_takes_no_trust_from_a_service_of_an_older_version():
+    cluster = Cluster("operator:shop")
+    service = await cluster.create(a_spec(), by_admin=False)
+    for written, trusted in ((Timestamp("2025-01-01T00:00:00Z"), True), (LATER, False)):
+        older = replace(service, trusted=None, updated_at=written)
+        assert cluster.trust(older) == Trust(logs=trusted, logins=trusted)
+
+
+async def test_the_first_administrator_who_writes_a_service_of_an_older_version_answers_for_it():
+    cluster = Cluster("operator:shop")
+    service = await cluster.create(a_spec(), by_admin=False)
+    await cluster.store.update(lambda tx: tx.put(replace(service, trusted=None)))
+    (older,) = cluster.store.view().find(Service)
+    assert cluster.trust(older) == Trust()
+    assert cluster.trust(await cluster.update(older, a_spec(), by_admin=True)) == Trust(
+        logs=True, logins=True
+    )
 
 
 @pytest.mark.parametrize(

@@ -358,19 +358,28 @@ def test_assignments_survive(secrets, configs, tasks, removed):
         message=message,
         trusted_logs=[one.task.id for one in tasks if one.trust.logs],
         trusted_logins=[one.task.id for one in tasks if one.trust.logins],
+        decides_trust=True,
     )
     assert revised_from_pb(over_the_wire(revised)) == change
 
 
-def test_a_manager_that_says_nothing_of_a_task_does_not_trust_it():
+def test_a_manager_that_decides_trusts_only_the_tasks_that_it_names():
     task = AssignedTask(task=Task(id=TaskId("t1")), trust=Trust(logs=True, logins=True))
+    change = AssignmentSet(complete=True, tasks=(task,))
+    message = pb.AssignmentsMessage(type=pb.AssignmentsMessage.COMPLETE, changes=changes_to_pb(change))
+    decided = revised_from_pb(over_the_wire(skep.RevisedAssignments(message=message, decides_trust=True)))
+    assert [one.trust for one in decided.tasks] == [Trust()]
+
+
+def test_tasks_of_a_docker_engine_or_an_older_manager_run_as_before():
+    task = AssignedTask(task=Task(id=TaskId("t1")))
     change = AssignmentSet(complete=True, tasks=(task,))
     message = pb.AssignmentsMessage(type=pb.AssignmentsMessage.COMPLETE, changes=changes_to_pb(change))
     for received in (
         assignments_from_pb(over_the_wire(message)),
         revised_from_pb(over_the_wire(skep.RevisedAssignments(message=message))),
     ):
-        assert [one.trust for one in received.tasks] == [Trust()]
+        assert [one.trust for one in received.tasks] == [Trust(logs=True, logins=True)]
 
 
 @thorough
@@ -417,7 +426,7 @@ def test_registry_credentials_travel_beside_the_task_and_are_no_part_of_it():
         )
     )
     assert registry_auth_of(message.changes[0].assignment.task) == "e30="
-    received = assignments_from_pb(over_the_wire(message))
+    received = assignments_from_pb(over_the_wire(message), trusted={})
     assert received.registry_auths == {"t1": "e30="}
     assert received.tasks == (assigned,)
 
