@@ -8,7 +8,7 @@ too weak.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,25 +27,30 @@ from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
 from skep.manager.allocator.allocations import Allocations
-from skep.manager.control import services, tasks
+from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.orchestrator import jobs, observed_times, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
+from skep.manager.orchestrator.reaper import lost_nodes, node_loop
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
+from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
+from skep.manager.volumes import loop as volumes_loop
+from skep.manager.volumes import steps
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.model.labels import DisconnectPolicy
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.task import Task, TaskStatus
+from skep.model.volume import Volume
 from skep.store import transaction
 from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
@@ -316,6 +321,66 @@ def _forgets_removed_networks() -> list[Patch]:
     return [Patch(Allocations, "leave_network", leave_network)]
 
 
+# -- what Docker does not have -----------------------------------------------------------------------------------------
+
+
+def _counts_moves() -> list[Patch]:
+    real = restart.should_restart
+
+    def counting(task: Task, slot: Slot, seen: observed_times.ObservedTimes) -> bool:
+        policy = task.spec.restart_policy
+        made = [one for one in slot if one.spec_version == task.spec_version]
+        is_over = policy is not None and policy.max_attempts and len(made) > policy.max_attempts
+        return real(task, slot, seen) and not is_over
+
+    return [Patch(restart, "should_restart", counting)]
+
+
+def _may_not_shrink() -> list[Patch]:
+    real = quotas.refusal
+
+    def refusal(quota: Any, before: Any, others: Any, wanted: Any, *, reserves: bool = True) -> str:
+        changes = not reserves and wanted != before
+        return "it reserves nothing" if changes else real(quota, before, others, wanted, reserves=reserves)
+
+    return [Patch(quotas, "refusal", refusal)]
+
+
+def _gives_nothing_up() -> list[Patch]:
+    return [Patch(update, "_blocks", lambda *_: False)]
+
+
+def _takes_volumes_from_silent_nodes() -> list[Patch]:
+    real = steps.settled
+
+    def settled(volume: Volume, needed: Set[NodeId], node: Callable[[NodeId], Node | None]) -> Volume:
+        def reachable(id: NodeId) -> Node | None:
+            found = node(id)
+            return found if found is not None and found.status.state is NodeState.READY else None
+
+        present = {id for id in needed if reachable(id) is not None}
+        return real(volume, present, reachable)
+
+    return [Patch(volumes_loop, "settled", settled)]
+
+
+def _keeps_no_nodes() -> list[Patch]:
+    real = lost_nodes.removable
+
+    def removable(nodes: Iterable[Node], **rest: Any) -> list[NodeId]:
+        return real(nodes, **{**rest, "is_kept": lambda _: False})
+
+    return [Patch(node_loop, "removable", removable)]
+
+
+def _never_given_up() -> list[Patch]:
+    return [Patch(jobs, "_is_given_up", lambda slot, situation: False)]
+
+
+def _waits_for_nothing() -> list[Patch]:
+    return [Patch(scheduler_dependencies, "awaited", lambda *_: None)]
+
+
 # -- store only --------------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +532,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "a session is adopted only if the failed manager still owns it",
         _adopts_whatever_is_there,
         focused.sessions,
+    ),
+    *(
+        Mutant(name, rule, patches, run.extended)
+        for name, rule, patches in (
+            ("attempts", "a task that was moved uses up no attempt", _counts_moves),
+            ("shrinking", "a quota refuses nothing that shrinks", _may_not_shrink),
+            ("volumes given up", "an update stops what has the new task's volume", _gives_nothing_up),
+            ("single writers", "no volume is taken from a silent node", _takes_volumes_from_silent_nodes),
+            ("only copies", "lost nodes with data to keep are not removed", _keeps_no_nodes),
+            ("given up", "a run of a job has no more attempts than its policy allows", _never_given_up),
+            ("dependencies", "a task waits for the services that its own depends on", _waits_for_nothing),
+        )
     ),
     *(
         Mutant(name, rule, patches, focused.allocations)
