@@ -26,6 +26,8 @@ from skep.agent.reports import Reports
 from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
+from skep.api.permissions import STACK_LABEL
+from skep.errors import PermissionDenied
 from skep.manager.allocator.allocations import Allocations
 from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import adoption, statuses
@@ -337,13 +339,15 @@ def _counts_moves() -> list[Patch]:
 
 
 def _may_not_shrink() -> list[Patch]:
-    real = quotas.refusal
+    real = services.check_quota
 
-    def refusal(quota: Any, before: Any, others: Any, wanted: Any, *, reserves: bool = True) -> str:
-        changes = not reserves and wanted != before
-        return "it reserves nothing" if changes else real(quota, before, others, wanted, reserves=reserves)
+    def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> None:
+        stack = spec.labels.get(STACK_LABEL, "")
+        if present is not None and spec.replicas < present.spec.replicas and quotas.quota_of(tx, stack):
+            raise PermissionDenied("broken: a quota refuses a smaller number of tasks")
+        real(tx, spec, present)
 
-    return [Patch(quotas, "refusal", refusal)]
+    return [Patch(services, "check_quota", check_quota)]
 
 
 def _gives_nothing_up() -> list[Patch]:

@@ -36,8 +36,8 @@ SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
 FEW = 3
 """With fewer workers the loss of one is a disruption, in which none is removed."""
-LOST_S = 85.0
-"""Longer than a cluster keeps lost nodes that removes them after a minute."""
+LOST_S = 110.0
+"""Longer than a cluster keeps lost nodes that removes them after a minute, and than the tasks take to run elsewhere."""
 UNDECIDED_S = 3.0
 """Longer than any requested restart delay."""
 
@@ -166,9 +166,9 @@ def lose_a_node_for_long(cluster: SimulatedCluster) -> None:
         id for id in cluster.workers if any(one.volumes for one in cluster.nodes[id].containers.values())
     ]
     storing = [id for id in cluster.workers if cluster.nodes[id].slot_volumes]
-    if not (ids := using or storing):
+    if not using and not storing:
         return
-    id = cluster.random.choice(ids)
+    id = cluster.random.choice(cluster.random.choice([ids for ids in (using, storing) if ids]))
     cluster.trace.add(f"fault: {id} is cut off for {LOST_S} s, in a cluster at rest that removes lost nodes")
     cluster.write(lambda tx: _set_label(tx, FORGET_NODES, "1m"))
     cut = cluster.links.cut([id], cluster.managers)

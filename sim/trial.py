@@ -23,7 +23,9 @@ def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> No
     services = [one for one in cluster.view.find(Service) if _can_be_tried(cluster, one)]
     if not services:
         return
-    id = random.choice(services).id
+    # A task with a cluster volume meets the one that it replaces.
+    sharing = [one for one in services if any(task.volumes for task in cluster.wanted(one.id))]
+    id = random.choice(sharing or services).id
     spec = forced(cluster.view.get(Service, id).spec)
     planned = cluster.do(_planned(cluster.view, spec))
     is_accepted = not planned.refusal and not planned.preempted
