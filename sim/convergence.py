@@ -59,7 +59,8 @@ def _unmet_of_service(
     container, status = service.spec.task_template.container_spec, service.update_status
     is_under_way = status is not None and status.state in UNDER_WAY
     if container is None or container.image in HOPELESS:
-        if is_under_way and PROGRESS_DEADLINE in service.spec.labels:
+        has_begun = not any(missing_dependencies(service, view, finished))
+        if is_under_way and has_begun and PROGRESS_DEADLINE in service.spec.labels:
             yield f"the update of {service.id} to {container and container.image} does not end"
         return
     for task in wanted:

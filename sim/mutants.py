@@ -8,7 +8,7 @@ too weak.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from sim import differential, focused, run
+from sim.crossings import CROSSINGS
 from sim.etcd.client import SimulatedClient
 from sim.seeds import Simulate, results
 from sim.store_only import run as store_only
@@ -43,16 +44,13 @@ from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
-from skep.manager.volumes import loop as volumes_loop
-from skep.manager.volumes import steps
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.model.labels import DisconnectPolicy
 from skep.model.network import Network
-from skep.model.node import Node, NodeState
+from skep.model.node import Node
 from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.task import Task, TaskStatus
-from skep.model.volume import Volume
 from skep.store import transaction
 from skep.store.etcd import batcher, election, store
 from skep.store.etcd.reflector import Reflector
@@ -64,6 +62,8 @@ from skep.store.transaction import ProposalBuilder
 from skep.store.updates import Updater
 
 SEEDS = 200
+CROSSING_SEEDS = 3
+"""For mutants that a run on purpose finds."""
 STORE_SEEDS = 2000
 """For mutants of the store, with runs of the store only, which cost a twentieth."""
 
@@ -354,20 +354,6 @@ def _gives_nothing_up() -> list[Patch]:
     return [Patch(update, "_blocks", lambda *_: False)]
 
 
-def _takes_volumes_from_silent_nodes() -> list[Patch]:
-    real = steps.settled
-
-    def settled(volume: Volume, needed: Set[NodeId], node: Callable[[NodeId], Node | None]) -> Volume:
-        def reachable(id: NodeId) -> Node | None:
-            found = node(id)
-            return found if found is not None and found.status.state is NodeState.READY else None
-
-        present = {id for id in needed if reachable(id) is not None}
-        return real(volume, present, reachable)
-
-    return [Patch(volumes_loop, "settled", settled)]
-
-
 def _keeps_no_nodes() -> list[Patch]:
     real = lost_nodes.removable
 
@@ -538,16 +524,41 @@ MUTANTS: tuple[Mutant, ...] = (
         focused.sessions,
     ),
     *(
-        Mutant(name, rule, patches, run.extended)
-        for name, rule, patches in (
-            ("attempts", "a task that was moved uses up no attempt", _counts_moves),
-            ("shrinking", "a quota refuses nothing that shrinks", _may_not_shrink),
-            ("volumes given up", "an update stops what has the new task's volume", _gives_nothing_up),
-            ("single writers", "no volume is taken from a silent node", _takes_volumes_from_silent_nodes),
-            ("only copies", "lost nodes with data to keep are not removed", _keeps_no_nodes),
-            ("given up", "a run of a job has no more attempts than its policy allows", _never_given_up),
-            ("dependencies", "a task waits for the services that its own depends on", _waits_for_nothing),
+        Mutant(name, rule, patches, CROSSINGS[crossing].simulate, CROSSING_SEEDS)
+        for name, rule, patches, crossing in (
+            ("attempts", "a task that was moved uses up no attempt", _counts_moves, "drained often"),
+            ("shrinking", "a quota refuses nothing that shrinks", _may_not_shrink, "shrinks under a quota"),
+            (
+                "volumes given up",
+                "an update stops what has the new task's volume",
+                _gives_nothing_up,
+                "update with a volume",
+            ),
+            (
+                "single writers",
+                "a node that may write to a volume is not removed as lost",
+                _keeps_no_nodes,
+                "cut off with a volume",
+            ),
+            (
+                "only copies",
+                "a node with data to keep is not removed as lost",
+                _keeps_no_nodes,
+                "lost with the only data",
+            ),
+            (
+                "given up",
+                "a run of a job has no more attempts than its policy allows",
+                _never_given_up,
+                "retried under another clock",
+            ),
         )
+    ),
+    Mutant(
+        "dependencies",
+        "a task waits for the services that its own depends on",
+        _waits_for_nothing,
+        run.extended,
     ),
     *(
         Mutant(name, rule, patches, focused.allocations)

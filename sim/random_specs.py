@@ -267,13 +267,13 @@ def _a_dependency(spec: ServiceSpec, random: Random, known: Dependencies) -> Ser
 def _a_local_volume(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
     mount = Mount(type="volume", source=f"{spec.name}-{{{{.Task.Slot}}}}", target="/local")
     policy = random.choice(list(VolumePolicy))
-    return with_labels(_with_mount(spec, mount), {VOLUMES: policy.value})
+    return with_labels(with_mount(spec, mount), {VOLUMES: policy.value})
 
 
 def _a_cluster_volume(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
     if not known.volumes:
         return spec
-    return _with_mount(spec, Mount(type="cluster", source=random.choice(known.volumes), target="/shared"))
+    return with_mount(spec, Mount(type="cluster", source=random.choice(known.volumes), target="/shared"))
 
 
 def _a_schedule(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
@@ -309,7 +309,16 @@ def with_labels(spec: ServiceSpec, labels: Mapping[str, str]) -> ServiceSpec:
     return replace(spec, labels={**spec.labels, **labels})
 
 
-def _with_mount(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
+def with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
+    """Replace the image of ``spec``."""
+    container = spec.task_template.container_spec
+    assert container is not None, "only specs with a container are random"
+    container = replace(container, image=image)
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+def with_mount(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
+    """Add ``mount`` to those of ``spec``."""
     container = spec.task_template.container_spec
     assert container is not None, "only specs with a container are random"
     container = replace(container, mounts=(*container.mounts, mount))

@@ -28,6 +28,7 @@ from sim.random_specs import (
     Dependencies,
     a_spec,
     invalidated,
+    with_image,
     with_labels,
 )
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
@@ -128,7 +129,7 @@ class Users:
         """Begin an update of a service to ``image``."""
 
         async def updated() -> None:
-            await self._changed(partial(_with_image, image=image), id)
+            await self._changed(partial(with_image, image=image), id)
 
         self._begin(updated)
 
@@ -253,7 +254,7 @@ class Users:
     async def _update(self) -> None:
         def updated(spec: ServiceSpec) -> ServiceSpec:
             images = JOB_IMAGES if spec.mode.name in ("replicated-job", "global-job") else IMAGES
-            return _with_image(spec, self._random.choice(images))
+            return with_image(spec, self._random.choice(images))
 
         await self._changed(updated)
 
@@ -602,11 +603,3 @@ def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:
 
 def _renamed(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, name=f"{spec.name}2")
-
-
-def _with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
-    container = spec.task_template.container_spec
-    assert container is not None
-    return replace(
-        spec, task_template=replace(spec.task_template, container_spec=replace(container, image=image))
-    )
