@@ -16,7 +16,7 @@ from sim.run import RunResult
 from sim.seeds import Simulate
 from sim.storage import DRIVER, SimulatedStorage
 from skep.api.permissions import STACK_LABEL
-from skep.errors import InvalidArgument, PermissionDenied
+from skep.errors import InvalidArgument, SkepError
 from skep.manager.control.jobs import retry_job
 from skep.manager.control.quotas import set_quota
 from skep.manager.control.services import create_service, update_service
@@ -73,7 +73,10 @@ def _simulate(seed: int, act: Callable[[SimulatedCluster], None]) -> RunResult:
     with SimulatedCluster(managers=3, workers=4, seed=seed, storage=SimulatedStorage()) as cluster:
         for node in cluster.nodes.values():
             node.ending_images.update(ENDING_IMAGES)
-        act(cluster)
+        try:
+            act(cluster)
+        except SkepError as error:
+            cluster.observer.note(cluster.loop.time(), [f"refused: {error}"])
         return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
 
 
@@ -161,10 +164,7 @@ def _shrinks_under_a_quota(cluster: SimulatedCluster) -> None:
     quota, now = QuotaSpec(name=stack, memory_bytes=MEMORY_BYTES), timestamp(_now_ns(cluster))
     cluster.write(lambda tx: set_quota(tx, quota, new_id=lambda: "q", now=now))
     cluster.run_for(1.0)  # every manager knows of it
-    try:
-        _update(cluster, id, lambda spec: replace(spec, mode=_replicas(2)))
-    except PermissionDenied as error:
-        cluster.observer.note(cluster.loop.time(), [f"a smaller number of tasks is refused: {error}"])
+    _update(cluster, id, lambda spec: replace(spec, mode=_replicas(2)))
 
 
 # -- jobs and nodes ----------------------------------------------------------------------------------------------------

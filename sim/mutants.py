@@ -339,7 +339,7 @@ def _counts_moves() -> list[Patch]:
 
 
 def _may_not_shrink() -> list[Patch]:
-    real = services.check_quota
+    real = quotas.check_quota
 
     def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> None:
         stack = spec.labels.get(STACK_LABEL, "")
@@ -360,7 +360,14 @@ def _keeps_no_nodes() -> list[Patch]:
     def removable(nodes: Iterable[Node], **rest: Any) -> list[NodeId]:
         return real(nodes, **{**rest, "is_kept": lambda _: False})
 
-    return [Patch(node_loop, "removable", removable)]
+    def remove(tx: Transaction, id: NodeId, *_: object) -> bool:
+        node = tx.rely_on(Node, id)
+        if node is None or not lost_nodes.is_lost_worker(node):
+            return False
+        tx.delete(Node, id)
+        return True
+
+    return [Patch(node_loop, "removable", removable), Patch(node_loop, "remove_lost", remove)]
 
 
 def _never_given_up() -> list[Patch]:
@@ -526,7 +533,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(name, rule, patches, CROSSINGS[crossing].simulate, CROSSING_SEEDS)
         for name, rule, patches, crossing in (
-            ("attempts", "a task that was moved uses up no attempt", _counts_moves, "drained often"),
             ("shrinking", "a quota refuses nothing that shrinks", _may_not_shrink, "shrinks under a quota"),
             (
                 "volumes given up",
@@ -554,6 +560,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         )
     ),
+    Mutant("attempts", "a task that was moved uses up no attempt", _counts_moves, run.extended),
     Mutant(
         "dependencies",
         "a task waits for the services that its own depends on",
