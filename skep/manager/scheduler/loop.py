@@ -331,7 +331,7 @@ class Scheduler:
                 waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
             if (failure := self._accounting_failures.of(key)) is not None:
                 # Unknown: a task that starts too late does less harm than one that does not wait.
-                waiting = Waiting(f"{WAITS_FOR}a decision: {failure.error}", frozenset(), failure.retry_at)
+                waiting = Waiting(f"{WAITS_FOR}a decision: {failure.error}", until=failure.retry_at)
             if waiting is None:
                 ready.append(group)
                 continue
