@@ -27,10 +27,12 @@ from sim.etcd.raft import Raft
 from sim.initial_state import CLUSTER, address_of, joined
 from sim.invariants.observer import Observer
 from sim.invariants.quiescence import rest_violations
+from sim.invariants.volumes import OnlyCopiesStay, Stored
 from sim.links import Isolation, Links, Port, Uptime
 from sim.manager import SimulatedManager
 from sim.network import Network
 from sim.node import SimulatedNode, image_of
+from sim.storage import DRIVER, SimulatedStorage
 from sim.time import VirtualClock, VirtualLoop
 from sim.trace import Trace
 from sim.versions import UnknownFieldsAreKept
@@ -40,6 +42,7 @@ from skep.errors import Unavailable
 from skep.model.ids import NodeId, ServiceId, base36
 from skep.model.node import (
     Availability,
+    CSIInfo,
     EngineDescription,
     EnginePlugin,
     Node,
@@ -67,6 +70,8 @@ STEP_S = 0.05
 WRAPPING_KEY = bytes(32)
 LED_S = 10.0
 """With a majority of healthy managers there is a leader after this time."""
+SKEW_S, EXTENDED_SKEW_S = 1.0, 20.0
+"""Largest error of a machine's wall clock.  The larger one shows what compares the stamps of two machines."""
 SLOW_S = 0.2
 TIMERS_MAX = 25
 """Timers of one idle machine: its loops, streams and deadlines."""
@@ -92,6 +97,7 @@ class SimulatedCluster:
         skew: bool = False,
         turns_max: int | None = None,
         history_limit: int | None = None,
+        storage: SimulatedStorage | None = None,
     ) -> None:
         """
         Args:
@@ -100,7 +106,9 @@ class SimulatedCluster:
             skew: whether the machines' clocks disagree.
             turns_max: limit of iterations of the event loop, for a run that may not terminate.
             history_limit: see ``joined``.
+            storage: of cluster volumes.  With it managers also keep a journal and evict nodes; None: they do not.
         """
+        self.storage = storage
         self.random = Random(seed)
         self.loop = VirtualLoop(turns_max, seed)
         self._history_limit = history_limit
@@ -122,15 +130,21 @@ class SimulatedCluster:
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
         self._isolation = Isolation(self.loop.time, self.links, lambda: self.nodes, lambda: self.managers)
+        self.removals: set[NodeId] = set()
+        """Nodes that operators remove."""
         self.observer = self._observer()
         self.newer: set[NodeId] = set()
         """Managers that run a newer version than the others from their next start on."""
-        self.observer.rules.append(UnknownFieldsAreKept(self._cannot_read))
+        self.observer.rules += [
+            UnknownFieldsAreKept(self._cannot_read),
+            OnlyCopiesStay(self._stored_on, self.removals.__contains__),
+        ]
         self.changing: set[NodeId] = set()
         """Machines that join, leave or change their role; no other fault is injected into them meanwhile."""
         self.renew: Callable[[NodeId], None] = lambda _: None
         """Called when a manager orders a node to renew its certificate."""
         self._skew = skew
+        self._skew_s = SKEW_S if storage is None else EXTENDED_SKEW_S
         self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
         self._behaviour = behaviour or Behaviour()
         self.nano_cpus: Callable[[Task], int | None] = lambda _: None
@@ -216,6 +230,7 @@ class SimulatedCluster:
 
     def forget(self, id: NodeId) -> None:
         """``node rm --force``."""
+        self.removals.add(id)
         self.write(lambda tx: tx.delete(Node, id))
 
     def write(self, body: Callable[[Transaction], object]) -> None:
@@ -245,7 +260,12 @@ class SimulatedCluster:
         self.add_machine(id)
         node = self.nodes[id] = SimulatedNode(
             Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
-            NodeDescription(hostname=id, resources=self._capacity, engine=ENGINE),
+            NodeDescription(
+                hostname=id,
+                resources=self._capacity,
+                engine=ENGINE,
+                csi_info=(CSIInfo(plugin_name=DRIVER, node_id=id),) if self.storage is not None else (),
+            ),
             self.network,
             tuple(Peer(manager, address_of(manager)) for manager in self.managers),
             clock=self.clocks[id],
@@ -256,6 +276,9 @@ class SimulatedCluster:
         node.nano_cpus = self._nano_cpus_of
         node.watchers.append(self.observer)
         return node
+
+    def _stored_on(self, id: NodeId) -> Stored:
+        return set(self.nodes[id].slot_volumes) if id in self.nodes else set()
 
     def _nano_cpus_of(self, task: Task) -> int | None:
         return self.nano_cpus(task)
@@ -306,6 +329,7 @@ class SimulatedCluster:
             random=self.random,
             poisoned=self.poisoned,
             is_newer=id in self.newer,
+            find_driver=self.storage.find if self.storage is not None else None,
         )
         self._processes[_manager(id)] = self.loop.create_task(manager.run(), name=_manager(id))
         self._manager_uptime.start(id)
@@ -506,7 +530,7 @@ class SimulatedCluster:
         return result
 
     def _observer(self, kind: type[Observer] = Observer) -> Observer:
-        return kind(
+        observer = kind(
             self.committed,
             self.trace,
             self._calm_since,
@@ -515,6 +539,8 @@ class SimulatedCluster:
             self._isolation,
             self._unreadable_nodes,
         )
+        observer.volumes.given_up = self.removals
+        return observer
 
     def _unreadable_nodes(self) -> set[NodeId]:
         """Nodes of which some manager's disk has damaged values."""
@@ -614,7 +640,7 @@ class SimulatedCluster:
             self.loop,
             drift=rng(0.998, 1.002),
             began_s=rng(-1000.0, 1000.0),
-            wall_off_s=rng(-1.0, 1.0),
+            wall_off_s=rng(-self._skew_s, self._skew_s),
             wait_running=lambda: self.links.wait_thawed(id),
         )
 

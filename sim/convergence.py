@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
 
+from sim.invariants.dependencies import missing_dependencies
 from sim.invariants.placement import completed_on, is_unplaceable, may_have_tasks, meets
 from sim.invariants.serving import config_of
 from sim.node import image_of
@@ -20,6 +21,7 @@ from skep.manager.job_runs import is_over, nodes_of
 from skep.model.ids import NodeId
 from skep.model.labels import PROGRESS_DEADLINE
 from skep.model.node import Node
+from skep.model.schedules import CRON
 from skep.model.service import UNDER_WAY, Service, UpdateState
 from skep.model.task import Task, TaskState
 from skep.model.times import ZERO_TIME, unix_ns
@@ -30,20 +32,24 @@ Slot: TypeAlias = list[Task]
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
-def unmet(view: View, service: Service, given_up: int = 0) -> Iterable[str]:
+def unmet(view: View, service: Service, given_up: int = 0, finished: Collection[str] = ()) -> Iterable[str]:
     """What a service lacks compared with its spec.
 
-    ``given_up``: number of slots whose tasks have ended and whose restart policy allows no further one.
+    Args:
+        given_up: number of slots whose tasks have ended and whose restart policy allows no further one.
+        finished: names of jobs that have completed and removed themselves.
     """
     if service.removed_at is not None:
         yield f"{service.id} is not gone"
     elif service.job_status is not None:
-        yield from _unmet_of_job(view, service)
+        yield from _unmet_of_job(view, service, finished)
     else:
-        yield from _unmet_of_service(view, service, given_up)
+        yield from _unmet_of_service(view, service, given_up, finished)
 
 
-def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[str]:
+def _unmet_of_service(
+    view: View, service: Service, given_up: int, finished: Collection[str]
+) -> Iterable[str]:
     wanted = [task for task in view.find(Task, service_id=service.id) if task.is_wanted]
     slots = _by_slot(wanted)
     nodes = _eligible(view, service)
@@ -54,7 +60,8 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
     container, status = service.spec.task_template.container_spec, service.update_status
     is_under_way = status is not None and status.state in UNDER_WAY
     if container is None or container.image in HOPELESS:
-        if is_under_way and PROGRESS_DEADLINE in service.spec.labels:
+        has_begun = not any(missing_dependencies(service, view, finished))
+        if is_under_way and has_begun and PROGRESS_DEADLINE in service.spec.labels:
             yield f"the update of {service.id} to {container and container.image} does not end"
         return
     for task in wanted:
@@ -67,13 +74,13 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
         lacking = [
             task
             for task in wanted
-            if image_of(task) not in HOPELESS and not _is_satisfied(task, service, view)
+            if image_of(task) not in HOPELESS and not _is_satisfied(task, service, view, finished)
         ]
         if lacking:
             yield f"{service.id}: {[task.id for task in lacking]} do not run, its update is paused"
         return
     yield from _crowded(service, wanted)
-    waiting = [task for task in wanted if _waits(task, service, view)]
+    waiting = [task for task in wanted if _waits(task, service, view, finished)]
     if is_under_way and not waiting:
         yield f"{service.id} is still being updated"
     is_held_up = is_under_way and bool(waiting)
@@ -116,17 +123,20 @@ def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
         yield f"{service.id} has {dict(copies)} copies, {placement.max_replicas} may be on a node"
 
 
-def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
+def _unmet_of_job(view: View, service: Service, finished: Collection[str]) -> Iterable[str]:
     """What a job lacks: all runs that can succeed are completed, and no task of an earlier iteration is active."""
     status, container = service.job_status, service.spec.task_template.container_spec
     assert status is not None
     tasks = view.find(Task, service_id=service.id)
     if any(task.is_active and task.job_iteration != status.job_iteration for task in tasks):
         yield f"an earlier run of {service.id} goes on"
-    if container is None or container.image in HOPELESS:
+    if container is None or container.image in HOPELESS or status.awaits_first_run:
         return
+    policy = service.spec.task_template.restart_policy
+    if CRON in service.spec.labels or (policy is not None and policy.max_attempts):
+        return  # its present run may be of an earlier spec, or be given up in part
     present = [task for task in tasks if task.job_iteration == status.job_iteration]
-    if any(_waits(task, service, view) for task in present if task.is_active):
+    if any(_waits(task, service, view, finished) for task in present if task.is_active):
         return  # a pending task may use up the job's concurrency
     if (job := service.spec.mode.replicated_job) is not None:
         done = {task.slot for task in present if task.status.state is TaskState.COMPLETE}
@@ -154,17 +164,19 @@ def _by_slot(tasks: Iterable[Task]) -> Mapping[int | NodeId, Slot]:
     return slots
 
 
-def _is_satisfied(task: Task, service: Service, view: View) -> bool:
-    return _runs(task) or _waits(task, service, view)
+def _is_satisfied(task: Task, service: Service, view: View, finished: Collection[str]) -> bool:
+    return _runs(task) or _waits(task, service, view, finished)
 
 
 def _runs(task: Task) -> bool:
     return task.status.state is TaskState.RUNNING
 
 
-def _waits(task: Task, service: Service, view: View) -> bool:
-    """Whether the task has no node and no node could take it."""
-    return task.status.state is TaskState.PENDING and is_unplaceable(task, service, view)
+def _waits(task: Task, service: Service, view: View, finished: Collection[str]) -> bool:
+    """Whether the task has no node, and no node could take it or a service that it depends on is not ready."""
+    return task.status.state is TaskState.PENDING and (
+        is_unplaceable(task, service, view) or any(missing_dependencies(service, view, finished))
+    )
 
 
 def _told(task: Task) -> str:

@@ -9,6 +9,7 @@ from sim.invariants.liveness import lease_violations
 from sim.node import image_of
 from sim.random_specs import HOPELESS
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
+from skep.model.autoscaling import AUTOSCALE
 from skep.model.ids import NodeId, ServiceId
 from skep.model.labels import OnDisconnect, disconnect_policy
 from skep.model.node import Node
@@ -57,12 +58,15 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
 def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
     """Whether the service has converged, and none of its tasks ends by itself or is stopped by its node.
 
+    An autoscaled service is not steady: its number of tasks changes by itself.
+
     Nor would a task of its present spec, which an update may not have come to.
     """
     status, container = service.update_status, service.spec.task_template.container_spec
     return (
         service.removed_at is None
         and (container is None or container.image not in HOPELESS)
+        and AUTOSCALE not in service.spec.labels
         and disconnect_policy(service.spec.labels).action is not OnDisconnect.STOP
         and service.job_status is None
         and (status is None or status.state not in UNDER_WAY)

@@ -30,13 +30,20 @@ class InjectedError(Exception):
 class FailingTerm:
     """A term whose view raises an error whenever the tasks of certain services are looked up."""
 
-    def __init__(self, term: LoopStore, poisoned: set[str]) -> None:
-        """``poisoned``: ids of services; may change at any time."""
+    def __init__(
+        self, term: LoopStore, poisoned: set[str], visit: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """
+        Args:
+            poisoned: ids of services; may change at any time.
+            visit: called with the number of objects of each lookup.
+        """
         self._term = term
         self._poisoned = poisoned
+        self._visit = visit
 
     def view(self) -> View:
-        return _FailingView(self._term.view(), self._poisoned)
+        return _FailingView(self._term.view(), self._poisoned, self._visit)
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         return self._term.watch(*kinds)
@@ -55,9 +62,10 @@ class FailingTerm:
 class _FailingView:
     """Implements ``store.interface.View``."""
 
-    def __init__(self, view: View, poisoned: set[str]) -> None:
+    def __init__(self, view: View, poisoned: set[str], visit: Callable[[int], None]) -> None:
         self._view = view
         self._poisoned = poisoned
+        self._visit = visit
 
     @property
     def revision(self) -> int:
@@ -68,15 +76,19 @@ class _FailingView:
         return self._view.level
 
     def get(self, kind: type[T], id: str) -> T:
+        self._visit(1)
         return self._view.get(kind, id)
 
     def lookup(self, kind: type[T], id: str) -> T | None:
+        self._visit(1)
         return self._view.lookup(kind, id)
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
         if self._poisoned.intersection(by.values()):
             raise InjectedError(f"{kind.__name__} by {by}")
-        return self._view.find(kind, **by)
+        found = self._view.find(kind, **by)
+        self._visit(len(found))
+        return found
 
     def ids(self, kind: type[Object]) -> Sequence[str]:
         return self._view.ids(kind)

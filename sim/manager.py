@@ -17,6 +17,9 @@ from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.eviction.loop import Evictions
+from skep.manager.journal.loop import Journal
+from skep.manager.keys import StoreKeys, WrappingKeys
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import Loop, loops
@@ -26,6 +29,7 @@ from skep.manager.membership.loop import Managers
 from skep.manager.peer_reports import PeerReports
 from skep.manager.store_space import StoreSpace
 from skep.manager.task_usages import TaskUsages
+from skep.manager.volumes.loop import FindDriver, no_drivers
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.task import Task
@@ -58,13 +62,18 @@ class SimulatedManager:
         random: Random,
         poisoned: set[str],
         is_newer: bool = False,
+        find_driver: FindDriver | None = None,
     ) -> None:
         """
         Args:
             poisoned: services for which every decision raises an error; may change at any time.
             is_newer: whether it runs a newer version than the others.
+            find_driver: the driver of cluster volumes on its machine.  None: there is none, no journal is kept, and no
+                node is evicted.
         """
         self._is_newer = is_newer
+        self._find_driver = find_driver
+        self._journal: Journal | None = None
         self.store: EtcdStore | None = None
         """None: not loaded yet."""
         self.members: Consensus
@@ -78,7 +87,9 @@ class SimulatedManager:
         """The loops of the current term; empty while not leader."""
         self.writes = 0
         """Number of updates by these loops that are in progress."""
-        self._id = id
+        self.visited = 0
+        """Number of objects that these loops have looked up in the store."""
+        self.id = self._id = id
         self._addr = addr
         self._client = client
         self._wrapping_key = wrapping_key
@@ -139,6 +150,9 @@ class SimulatedManager:
         space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
         usages = TaskUsages(store, self._id, dispatcher.usages, link.channel)
         presence = ManagerStatusWriter(store, self._id, self._addr, "", self._clock, self._random)
+        if self._find_driver is not None:
+            # A source of its own: what the journal draws changes nothing for the rest of the manager.
+            self._journal = Journal(store, self._id, self._clock, Random(f"journal of {self._id}"))
         handlers = (
             *dispatcher.services(),
             *discovery.services(),
@@ -151,6 +165,8 @@ class SimulatedManager:
             group.create_task(discovery.run(), name=f"{self._id} discovery")
             group.create_task(link.run(), name=f"{self._id} link")
             group.create_task(presence.run(), name=f"{self._id} presence")
+            if self._journal is not None:
+                group.create_task(self._journal.run(), name=f"{self._id} journal")
             group.create_task(self._stand(store, link, usages, space, presence), name=f"{self._id} election")
 
     def _connect(self, addr: str, *, bounds: object = None) -> AbstractAsyncContextManager[Channel]:
@@ -181,11 +197,18 @@ class SimulatedManager:
     async def _lead(
         self, term: Term, incarnation: int, link: ManagerLink, usages: TaskUsages, space: StoreSpace
     ) -> None:
-        state = FailingTerm(_Counted(term, self), self._poisoned)
+        state = FailingTerm(_Counted(term, self), self._poisoned, self._visit)
         adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
         managers = Managers(term, self._id, self.members, link, self._clock, self._random)
         control = loops(
-            state, self._clock, self._new_id, self._random, incarnation, collect_usages=usages.collect
+            state,
+            self._clock,
+            self._new_id,
+            self._random,
+            incarnation,
+            find_driver=self._find_driver or no_drivers,
+            confirm=term.confirm,
+            collect_usages=usages.collect,
         )
         own = self.loops = (*control, adoption, managers)
         try:
@@ -194,11 +217,33 @@ class SimulatedManager:
                     group.create_task(loop.run(), name=f"{self._id} {type(loop).__name__}") for loop in own
                 ]
                 running.append(group.create_task(space.keep(), name=f"{self._id} store's space"))
+                if self._journal is not None:
+                    running.append(
+                        group.create_task(self._journal.lead(term), name=f"{self._id} journal's leader")
+                    )
+                    evictions = self._evictions(term, link)
+                    running.append(group.create_task(evictions.run(), name=f"{self._id} evictions"))
                 await term.wait_lost()
                 for task in running:
                     task.cancel()
         finally:
             self.loops = ()
+
+    def _visit(self, number: int) -> None:
+        self.visited += number
+
+    def _evictions(self, term: Term, link: ManagerLink) -> Evictions:
+        assert self.store is not None, "it leads"
+        keys = StoreKeys(self.store, cast("WrappingKeys", _NoDisk()))
+        random = Random(f"evictions of {self._id}")
+        return Evictions(term, self._id, keys, link.channel, self._clock, self._new_id, random)
+
+
+class _NoDisk:
+    """Stands for the wrapping keys on a manager's disk: a simulated one has none."""
+
+    async def add(self, key: bytes) -> None:
+        """Keep a key: nothing to do."""
 
 
 class _Counted:

@@ -18,6 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from sim import differential, focused, run
+from sim.crossings import CROSSINGS
 from sim.etcd.client import SimulatedClient
 from sim.seeds import Simulate, results
 from sim.store_only import run as store_only
@@ -26,16 +27,20 @@ from skep.agent.reports import Reports
 from skep.agent.worker import Worker
 from skep.aio.clock import SystemClock
 from skep.aio.time_slices import SlicedWork
+from skep.api.permissions import STACK_LABEL
+from skep.errors import PermissionDenied
 from skep.manager.allocator.allocations import Allocations
-from skep.manager.control import services, tasks
+from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.orchestrator import jobs, observed_times, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
+from skep.manager.orchestrator.reaper import lost_nodes, node_loop
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
+from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
@@ -57,6 +62,8 @@ from skep.store.transaction import ProposalBuilder
 from skep.store.updates import Updater
 
 SEEDS = 200
+CROSSING_SEEDS = 3
+"""For mutants that a run on purpose finds."""
 STORE_SEEDS = 2000
 """For mutants of the store, with runs of the store only, which cost a twentieth."""
 
@@ -316,6 +323,61 @@ def _forgets_removed_networks() -> list[Patch]:
     return [Patch(Allocations, "leave_network", leave_network)]
 
 
+# -- what Docker does not have -----------------------------------------------------------------------------------------
+
+
+def _counts_moves() -> list[Patch]:
+    real = restart.should_restart
+
+    def counting(task: Task, slot: Slot, seen: observed_times.ObservedTimes) -> bool:
+        policy = task.spec.restart_policy
+        made = [one for one in slot if one.spec_version == task.spec_version]
+        is_over = policy is not None and policy.max_attempts and len(made) > policy.max_attempts
+        return real(task, slot, seen) and not is_over
+
+    return [Patch(restart, "should_restart", counting)]
+
+
+def _may_not_shrink() -> list[Patch]:
+    real = quotas.check_quota
+
+    def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> None:
+        stack = spec.labels.get(STACK_LABEL, "")
+        if present is not None and spec.replicas < present.spec.replicas and quotas.quota_of(tx, stack):
+            raise PermissionDenied("broken: a quota refuses a smaller number of tasks")
+        real(tx, spec, present)
+
+    return [Patch(services, "check_quota", check_quota)]
+
+
+def _gives_nothing_up() -> list[Patch]:
+    return [Patch(update, "_blocks", lambda *_: False)]
+
+
+def _keeps_no_nodes() -> list[Patch]:
+    real = lost_nodes.removable
+
+    def removable(nodes: Iterable[Node], **rest: Any) -> list[NodeId]:
+        return real(nodes, **{**rest, "is_kept": lambda _: False})
+
+    def remove(tx: Transaction, id: NodeId, *_: object) -> bool:
+        node = tx.rely_on(Node, id)
+        if node is None or not lost_nodes.is_lost_worker(node):
+            return False
+        tx.delete(Node, id)
+        return True
+
+    return [Patch(node_loop, "removable", removable), Patch(node_loop, "remove_lost", remove)]
+
+
+def _never_given_up() -> list[Patch]:
+    return [Patch(jobs, "_is_given_up", lambda slot, situation: False)]
+
+
+def _waits_for_nothing() -> list[Patch]:
+    return [Patch(scheduler_dependencies, "awaited", lambda *_: None)]
+
+
 # -- store only --------------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +529,43 @@ MUTANTS: tuple[Mutant, ...] = (
         "a session is adopted only if the failed manager still owns it",
         _adopts_whatever_is_there,
         focused.sessions,
+    ),
+    *(
+        Mutant(name, rule, patches, CROSSINGS[crossing].simulate, CROSSING_SEEDS)
+        for name, rule, patches, crossing in (
+            ("shrinking", "a quota refuses nothing that shrinks", _may_not_shrink, "shrinks under a quota"),
+            (
+                "volumes given up",
+                "an update stops what has the new task's volume",
+                _gives_nothing_up,
+                "update with a volume",
+            ),
+            (
+                "single writers",
+                "a node that may write to a volume is not removed as lost",
+                _keeps_no_nodes,
+                "cut off with a volume",
+            ),
+            (
+                "only copies",
+                "a node with data to keep is not removed as lost",
+                _keeps_no_nodes,
+                "lost with the only data",
+            ),
+            (
+                "given up",
+                "a run of a job has no more attempts than its policy allows",
+                _never_given_up,
+                "retried under another clock",
+            ),
+        )
+    ),
+    Mutant("attempts", "a task that was moved uses up no attempt", _counts_moves, run.extended),
+    Mutant(
+        "dependencies",
+        "a task waits for the services that its own depends on",
+        _waits_for_nothing,
+        run.extended,
     ),
     *(
         Mutant(name, rule, patches, focused.allocations)

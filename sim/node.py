@@ -4,14 +4,18 @@ The machine (its processes and its disk) outlives the node process; a power loss
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
-from typing import Protocol
+from typing import Protocol, cast
+
+from msgspec.structs import replace
 
 from sim.credentials import NoLogs, SimulatedCredentials
 from sim.network import Network
+from sim.storage import SimulatedVolumes
 from sim.time import VirtualClock
 from skep.agent.agent import Agent
+from skep.agent.cluster_volumes import ClusterVolumes
 from skep.agent.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.agent.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
 from skep.agent.last_seen import LastSeen
@@ -29,6 +33,7 @@ from skep.dataplane.tables.network_tables import NetworkTables
 from skep.model.autoscaling import TaskUsage
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.node import NodeDescription
+from skep.model.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
 from skep.model.task import AssignedTask, Task
 from skep.node.task_usage import Reading, kept, usage_of
 from skep.security.identity import Identity
@@ -78,6 +83,10 @@ class SimulatedNode:
         self._behaviour = behaviour
         self._renew = renew
         self._registered: asyncio.Event | None = None
+        self.volumes = SimulatedVolumes(self._users_of_volumes, clock)
+        """The cluster volumes of the running process."""
+        self.slot_volumes: dict[tuple[str, str, int], int] = {}
+        """Local volumes with the services and slots that have used them, and the creation of the last task."""
 
     @property
     def has_session(self) -> bool:
@@ -113,12 +122,14 @@ class SimulatedNode:
         reports = Reports()
         executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
         session_state = SessionState(self._clock, self._last_seen)
+        self.volumes = SimulatedVolumes(self._users_of_volumes, self._clock)
         worker = Worker(
             executor=executor,
             files=self.disk,
             reports=reports,
             clock=self._clock,
             session_state=session_state,
+            volumes=cast("ClusterVolumes", self.volumes),  # it has the methods that are called
         )
         tables = NetworkTables(
             StoredTables(None, self._clock), (), session_state, self._clock, self._random.random
@@ -127,7 +138,7 @@ class SimulatedNode:
         agent = Agent(
             credentials=SimulatedCredentials(self._identity, self._network, self._renew),
             managers=managers,
-            describe=lambda: self._description,
+            describe=self._describe,
             services=NodeServices(
                 sink=worker,
                 reports=reports,
@@ -135,6 +146,7 @@ class SimulatedNode:
                 seen=self._seen,
                 tables=tables,
                 usages=SimulatedUsages(self, self._clock),
+                volumes=self.volumes,
             ),
             clock=self._clock,
             random=self._random,
@@ -150,6 +162,27 @@ class SimulatedNode:
             self._registered = None
             self._managers = managers.peers  # a node keeps the last list of managers
             self._list = None
+
+    def note_local_volumes(self, assigned: AssignedTask) -> None:
+        """Record that a task of a slot has used its local volumes here, as a node's engine does."""
+        task, container = assigned.task, assigned.task.spec.container_spec
+        for mount in container.mounts if container is not None and task.slot else ():
+            if mount.type == "volume":
+                name = mount.source.replace("{{.Task.Slot}}", str(task.slot))
+                self.slot_volumes[name, assigned.service_name, task.slot] = created_ms(task)
+
+    def _describe(self) -> NodeDescription:
+        if not self.slot_volumes:
+            return self._description
+        found = (SlotVolume(*key, at_ms) for key, at_ms in self.slot_volumes.items())
+        engine = self._description.engine
+        labels = {**engine.labels, SLOT_VOLUMES_LABEL: slot_volumes_label(found)}
+        return replace(self._description, engine=replace(engine, labels=labels))
+
+    def _users_of_volumes(self) -> Iterable[Task]:
+        for id, process in self.machine.processes.items():
+            if process.exit_code is None:
+                yield self.tasks[id].task
 
     def lose_power(self) -> None:
         """End every process; the disk is kept."""
@@ -269,6 +302,9 @@ class _ImageController(SimulatedController):
         if self._image in self._node.hanging_images:
             await asyncio.Event().wait()
         self._node.tasks[self._task.task.id] = self._task  # it may have been removed before a retry
+        if self._task.task.volumes:
+            await self._node.volumes.wait_mounted(self._task.task)
+        self._node.note_local_volumes(self._task)
         if self._id in self._node.machine.processes:
             await self._executor.take(
                 self._executor.behaviour.prepare_s

@@ -117,6 +117,7 @@ class Operators:
             if tx.lookup(Node, id) is not None:
                 remove_node(tx, id, force=force, now_ns=self._now_ns())
 
+        self._cluster.removals.add(id)
         await self._written(removed)
 
     # -- managers --------------------------------------------------------------------------------------------------

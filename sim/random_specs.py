@@ -3,15 +3,27 @@
 There are few names, labels, zones and ports, so that requests conflict.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.container import ContainerSpec, SecretFileTarget, SecretReference
+from skep.api.permissions import STACK_LABEL
+from skep.model.autoscaling import AUTOSCALE, AUTOSCALE_DOWN_AFTER
+from skep.model.container import ContainerSpec, Mount, SecretFileTarget, SecretReference
+from skep.model.dependencies import DEPENDS_ON, Condition
 from skep.model.ids import SecretId
-from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE
+from skep.model.labels import (
+    JOB_TTL,
+    ON_DISCONNECT,
+    ON_DISCONNECT_DELAY,
+    PRIORITY,
+    PROGRESS_DEADLINE,
+    VOLUMES,
+    VolumePolicy,
+)
+from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE
 from skep.model.service import (
     EndpointSpec,
     GlobalJob,
@@ -46,6 +58,8 @@ ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
 """When the containers of these images end (seconds), and their exit code."""
 
 NAMES = ("web", "api", "db", "WEB")
+MORE_NAMES = ("mail", "queue", "cache")
+"""Further names in runs with extensions, in which there are more services."""
 ZONE, ZONES = "zone", ("north", "south")
 HOST_PORTS = (8080, 8081)
 INGRESS_PORTS = (90, 91, 8081)
@@ -58,18 +72,39 @@ CONSTRAINTS = (
 )
 
 
+OFF = 0.6
+"""Probability that a spec lacks one of the extensions that its mode can have.  Many specs then combine two or three."""
+PRIORITIES = (-10, 5, 10)
+STACKS = ("shop", "blog")
+MEMORY_BYTES = 512 << 20
+"""Memory reserved by a task that reserves any."""
+
+
 class Dependencies(msgspec.Struct, frozen=True):
     """Objects that a service can refer to."""
 
     networks: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    services: tuple[str, ...] = ()
+    """Names of services."""
+    volumes: tuple[str, ...] = ()
+    """Names of cluster volumes."""
 
 
-def a_spec(name: str, random: Random, dependencies: Dependencies) -> ServiceSpec:
-    """The spec of a random service."""
-    mode = a_mode(random)
+def a_spec(
+    name: str, random: Random, dependencies: Dependencies, extensions: Random | None = None
+) -> ServiceSpec:
+    """The spec of a random service.  ``extensions``: draws what Docker does not have; None: there is nothing of it."""
+    spec = _a_plain_spec(name, random, dependencies, MODES if extensions is None else EXTENDED_MODES)
+    return spec if extensions is None else extended(spec, extensions, dependencies)
+
+
+def _a_plain_spec(
+    name: str, random: Random, dependencies: Dependencies, weights: Sequence[int]
+) -> ServiceSpec:
+    mode = a_mode(random, weights)
     is_job = mode.name in ("replicated-job", "global-job")
-    memory = random.choice((0, 0, 512 << 20))
+    memory = random.choice((0, 0, MEMORY_BYTES))
     update = an_update_config(random)
     rollback = UpdateConfig(order=update.order, monitor=SECOND_NS) if random.random() < 0.8 else None
     return ServiceSpec(
@@ -93,9 +128,13 @@ def a_spec(name: str, random: Random, dependencies: Dependencies) -> ServiceSpec
     )
 
 
-def a_mode(random: Random) -> ServiceMode:
+MODES, EXTENDED_MODES = (60, 20, 10, 10), (40, 20, 20, 20)
+"""Weights of replicated and global services, and of replicated and global jobs."""
+
+
+def a_mode(random: Random, weights: Sequence[int] = MODES) -> ServiceMode:
     """Mostly replicated, sometimes global, sometimes a job."""
-    match random.choices(("replicated", "global", "job", "global job"), (60, 20, 10, 10))[0]:
+    match random.choices(("replicated", "global", "job", "global job"), weights)[0]:
         case "global":
             return ServiceMode(global_=GlobalService())
         case "job":
@@ -187,6 +226,103 @@ def some_ports(random: Random) -> EndpointSpec | None:
         case _:
             number, mode = 0, PublishMode.INGRESS
     return EndpointSpec(ports=(PortConfig(target_port=80, published_port=number, publish_mode=mode),))
+
+
+def extended(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Add the labels and mounts that Docker does not have, each one left out with probability ``OFF``."""
+    is_job = spec.mode.name in ("replicated-job", "global-job")
+    additions: list[_Addition] = [_a_priority, _a_stack, _a_dependency, _a_local_volume, _a_cluster_volume]
+    additions.append(_some_attempts)
+    if is_job:
+        additions.append(random.choice((_a_schedule, _a_schedule, _a_time_to_live)))
+    elif spec.mode.replicated is not None:
+        additions.append(_a_range)
+    for addition in additions:
+        if random.random() >= OFF:
+            spec = addition(spec, random, known)
+    return spec
+
+
+_Addition = Callable[[ServiceSpec, Random, Dependencies], ServiceSpec]
+
+
+def _a_priority(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    return with_labels(spec, {PRIORITY: str(random.choice(PRIORITIES))})
+
+
+def _a_stack(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    return with_labels(spec, {STACK_LABEL: random.choice(STACKS)})
+
+
+def _a_dependency(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Depend on a name that comes later, so that there is no circle."""
+    all = (*NAMES, *MORE_NAMES)
+    later = all[all.index(spec.name) + 1 :] if spec.name in all else ()
+    if not (names := [name for name in later if name in known.services]):
+        return spec
+    condition = random.choice((Condition.STARTED, Condition.HEALTHY, Condition.COMPLETED))
+    return with_labels(spec, {DEPENDS_ON: f"{random.choice(names)}={condition.value}"})
+
+
+def _a_local_volume(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    mount = Mount(type="volume", source=f"{spec.name}-{{{{.Task.Slot}}}}", target="/local")
+    policy = random.choice(list(VolumePolicy))
+    return with_labels(with_mount(spec, mount), {VOLUMES: policy.value})
+
+
+def _a_cluster_volume(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    if not known.volumes:
+        return spec
+    return with_mount(spec, Mount(type="cluster", source=random.choice(known.volumes), target="/shared"))
+
+
+def _a_schedule(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    labels = {CRON: f"*/{random.choice((1, 2))} * * * *"}
+    if random.random() < 0.3:
+        labels[CRON_CONCURRENCY] = "replace"
+    if random.random() < 0.5:
+        labels[CRON_DEADLINE] = "20s"
+    return with_labels(spec, labels)
+
+
+def _a_time_to_live(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    return with_labels(spec, {JOB_TTL: random.choice(("2s", "20s"))})
+
+
+def _a_range(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    least = random.randint(1, 2)
+    return with_labels(spec, {AUTOSCALE: f"{least}..{least + 3}", AUTOSCALE_DOWN_AFTER: "30s"})
+
+
+def _some_attempts(spec: ServiceSpec, random: Random, known: Dependencies) -> ServiceSpec:
+    """Few enough that a task which is moved a few times would use them up."""
+    policy = RestartPolicy(
+        condition=random.choice((RestartCondition.ANY, RestartCondition.ON_FAILURE)),
+        delay=SECOND_NS // 2,
+        max_attempts=random.randint(1, 3),
+    )
+    return replace(spec, task_template=replace(spec.task_template, restart_policy=policy))
+
+
+def with_labels(spec: ServiceSpec, labels: Mapping[str, str]) -> ServiceSpec:
+    """Add ``labels`` to those of ``spec``."""
+    return replace(spec, labels={**spec.labels, **labels})
+
+
+def with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
+    """Replace the image of ``spec``."""
+    container = spec.task_template.container_spec
+    assert container is not None, "only specs with a container are random"
+    container = replace(container, image=image)
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+
+def with_mount(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
+    """Add ``mount`` to those of ``spec``."""
+    container = spec.task_template.container_spec
+    assert container is not None, "only specs with a container are random"
+    container = replace(container, mounts=(*container.mounts, mount))
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
 
 
 def invalidated(spec: ServiceSpec, random: Random) -> ServiceSpec:

@@ -13,17 +13,20 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
+from sim.invariants.in_force import SHRINKING, START_FIRST, is_in_force
 from skep.model.ids import NodeId, ServiceId
 from skep.model.node import NodeSpec
-from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction
+from skep.model.quota import QuotaSpec
+from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction, UpdateOrder
 
-BAD, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 404, 409, 500, 501
+BAD, FORBIDDEN, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 403, 404, 409, 500, 501
 """UNKNOWN: errors of SwarmKit that have no code: invalid constraints, and updates out of sequence."""
 
 _NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_]*[a-zA-Z0-9]+)?")
 _CONSTRAINT = re.compile(r"\s*[a-z_][\w.]*\s*(==|!=)\s*\w[\w.-]*\s*")
 """Only the part of Docker's syntax that simulated users write."""
 _MEMORY_MIN = 4 << 20
+_STACK = "com.docker.stack.namespace"
 _DISCONNECT_WORDS = (None, "keep", "replace", "stop")
 
 
@@ -34,7 +37,7 @@ class ServiceState(msgspec.Struct, frozen=True):
     previous: ServiceSpec | None
     version: int
     runs: int = 0
-    """For a job: number of its updates."""
+    """For a job without a schedule: number of its updates."""
 
 
 class State(msgspec.Struct, frozen=True):
@@ -45,6 +48,10 @@ class State(msgspec.Struct, frozen=True):
     """The spec and version of each node."""
     networks: frozenset[str] = frozenset()
     secrets: frozenset[str] = frozenset()
+    quotas: Mapping[str, QuotaSpec] = {}
+    """By stack."""
+    unshared: frozenset[str] = frozenset()
+    """Names of the cluster volumes that one task at a time can have."""
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -121,6 +128,10 @@ def rejection_of(spec: ServiceSpec) -> int | None:
         return BAD
     if spec.labels.get("skep.on-disconnect") not in _DISCONNECT_WORDS:
         return BAD
+    if "skep.autoscale" in spec.labels and spec.mode.name != "replicated":
+        return BAD
+    if "skep.cron" in spec.labels and not is_job(spec):
+        return BAD
     reserved = template.resources.reservations if template.resources is not None else None
     if reserved is not None and 0 != reserved.memory_bytes < _MEMORY_MIN:
         return BAD
@@ -139,12 +150,17 @@ def rejection_of(spec: ServiceSpec) -> int | None:
 
 
 def is_job(spec: ServiceSpec) -> bool:
+    """Whether the tasks of ``spec`` run to completion."""
     return spec.mode.replicated_job is not None or spec.mode.global_job is not None
 
 
 def _created(state: State, spec: ServiceSpec) -> Accepted | Refused:
     if (fault := rejection_of(spec)) is not None:
         return Refused(fault)
+    if _exceeds_quota(state, None, spec):
+        return Refused(FORBIDDEN)
+    if _cannot_start_first(state, spec, None):
+        return Refused(BAD)
     if _lacks_secrets(state, spec):
         return Refused(BAD)
     if _is_taken(spec.name, state.services.values()):
@@ -169,6 +185,10 @@ def _updated(state: State, id: ServiceId, spec: ServiceSpec, version: int) -> Ac
         return Refused(NOT_OFFERED)
     if held.version != version:
         return Refused(UNKNOWN)
+    if _exceeds_quota(state, id, spec):
+        return Refused(FORBIDDEN)
+    if _cannot_start_first(state, spec, held.spec):
+        return Refused(BAD)
     return _conflict(state, id, spec) or Accepted(ServiceState(spec, held.spec, 0, _next_run(held)))
 
 
@@ -179,6 +199,10 @@ def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refuse
     if held.version != version:
         return Refused(UNKNOWN)
     if held.previous is None:
+        return Refused(BAD)
+    if _exceeds_quota(state, id, held.previous):
+        return Refused(FORBIDDEN)
+    if _cannot_start_first(state, held.previous, None):
         return Refused(BAD)
     return _conflict(state, id, held.previous) or Accepted(
         ServiceState(held.previous, held.spec, 0, _next_run(held))
@@ -217,6 +241,55 @@ def _mode(spec: ServiceSpec) -> tuple[bool, bool, bool]:
     return mode.global_ is not None, mode.replicated_job is not None, mode.global_job is not None
 
 
+def _cannot_start_first(state: State, spec: ServiceSpec, present: ServiceSpec | None) -> bool:
+    """Whether new tasks would have to run beside old ones whose cluster volume they need; a service may be scaled."""
+    container, configs = spec.task_template.container_spec, (spec.update_config, spec.rollback_config)
+    if container is None or not is_in_force(START_FIRST):
+        return False
+    if present is not None and spec == msgspec.structs.replace(present, mode=spec.mode):
+        return False
+    starts_first = any(one is not None and one.order is UpdateOrder.START_FIRST for one in configs)
+    return starts_first and any(one.source in state.unshared for one in container.mounts)
+
+
 def _next_run(held: ServiceState) -> int:
-    """An update of a job starts a new run."""
-    return held.runs + 1 if is_job(held.spec) else 0
+    """An update of a job starts a new run, unless it has a schedule."""
+    return held.runs + 1 if is_job(held.spec) and "skep.cron" not in held.spec.labels else 0
+
+
+# -- quotas of stacks, which Docker does not have --------------------------------------------------------------------
+
+
+def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> bool:
+    """Whether the stack's quota forbids ``spec``.  It never forbids what takes no more than before."""
+    stack = spec.labels.get(_STACK, "")
+    if (quota := state.quotas.get(stack)) is None:
+        return False
+    held = state.services.get(id) if id is not None else None
+    was_in_it = held is not None and held.spec.labels.get(_STACK) == stack
+    before = _taken_by(state, held.spec) if held is not None and was_in_it else (0, 0)
+    wanted = _taken_by(state, spec)
+    others = [
+        _taken_by(state, one.spec)
+        for other, one in state.services.items()
+        if other != id and one.spec.labels.get(_STACK) == stack
+    ]
+    grows = any(map(int.__gt__, wanted, before)) if is_in_force(SHRINKING) else wanted != before
+    if quota.memory_bytes and wanted[0] and not wanted[1] and grows:
+        return True  # it reserves nothing of what is bounded
+    for number, bound in enumerate((quota.tasks, quota.memory_bytes)):
+        used = sum(one[number] for one in others)
+        if bound and used + wanted[number] > bound and wanted[number] > before[number]:
+            return True
+    return False
+
+
+def _taken_by(state: State, spec: ServiceSpec) -> tuple[int, int]:
+    """The tasks of a service, and the memory that they reserve together."""
+    job, resources = spec.mode.replicated_job, spec.task_template.resources
+    if spec.mode.name in ("global", "global-job"):
+        tasks = len(state.nodes)
+    else:
+        tasks = spec.replicas if job is None else job.max_concurrent or job.total_completions or 1
+    reserved = resources.reservations if resources is not None else None
+    return tasks, tasks * (reserved.memory_bytes if reserved is not None else 0)

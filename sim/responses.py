@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from sim.committed import Change
 from sim.reference import (
     BAD,
+    FORBIDDEN,
     Accepted,
     Create,
     Refused,
@@ -26,12 +27,17 @@ from sim.reference import (
     automatic_rollback,
     respond,
 )
+from skep.model.labels import JOB_TTL
 from skep.model.network import Network
 from skep.model.node import Node, NodeRole
+from skep.model.quota import StackQuota
+from skep.model.schedules import CRON
 from skep.model.secret import Secret
 from skep.model.service import Service
+from skep.model.volume import Volume, VolumeSharing
 from skep.store.interface import Created, Deleted, Event, Updated, View
 
+_SHARED = (VolumeSharing.READ_ONLY, VolumeSharing.ALL)
 MANUAL_ROLLBACK = "manually requested rollback"
 """Docker's message of a rollback by request."""
 
@@ -121,6 +127,8 @@ class ResponseCheck:
                     before, _state_of(new), lambda one: isinstance(one, Create), new.id
                 )
             case Updated(Service() as old, Service() as new) if old.removed_at != new.removed_at:
+                if not self._is_removal_asked(new) and JOB_TTL in new.spec.labels:
+                    return  # the leader has removed a finished job
                 yield from self._took_effect(before, None, lambda one: isinstance(one, Remove), new.id)
             case Updated(Service() as old, Service() as new) if _specs(old) != _specs(new):
                 yield from self._respecified(before, old, new)
@@ -129,6 +137,9 @@ class ResponseCheck:
                 yield from self._took_effect(
                     before, None, lambda one: isinstance(one, SetNode) and one.spec == spec, other.id
                 )
+
+    def _is_removal_asked(self, service: Service) -> bool:
+        return any(isinstance(one.request, Remove) and one.request.id == service.id for one in self._open)
 
     def _respecified(self, before: State, old: Service, new: Service) -> Iterable[str]:
         held = _state_of(new)
@@ -141,6 +152,8 @@ class ResponseCheck:
             yield from self._took_effect(
                 before, held, lambda one: isinstance(one, Update) and one.spec == new.spec, new.id
             )
+        elif old.autoscaled != new.autoscaled and replace(new.spec, mode=old.spec.mode) == old.spec:
+            return  # ``AutoscalingIsCalm`` checks the number
         else:
             if _unversioned(automatic_rollback(before.services[new.id])) != _unversioned(held):
                 yield f"the specs of service {new.id} were changed without a request"
@@ -168,10 +181,16 @@ class ResponseCheck:
         self._done.append(pending)
         pending.is_done = True
         expected = respond(before, pending.request)
+        if expected == Refused(FORBIDDEN) and self._was_acceptable(pending):
+            return  # the quota was set while the request was under way
         if isinstance(expected, Refused):
             yield f"{_describe(pending.request)} has taken effect, but must be refused with {expected.status}"
         elif _unversioned(expected.service) != _unversioned(held):
             yield f"{_describe(pending.request)} made {held}, not {expected.service}"
+
+    def _was_acceptable(self, pending: PendingRequest) -> bool:
+        states = self._states[pending.since :]
+        return any(isinstance(respond(state, pending.request), Accepted) for state in states)
 
 
 def _after(state: State, event: Event) -> State:
@@ -193,13 +212,23 @@ def _after(state: State, event: Event) -> State:
             return replace(state, secrets=state.secrets | {secret.id})
         case Deleted(Secret() as secret):
             return replace(state, secrets=state.secrets - {secret.id})
+        case Created(StackQuota() as quota) | Updated(_, StackQuota() as quota):
+            return replace(state, quotas={**state.quotas, quota.spec.name: quota.spec})
+        case Deleted(StackQuota() as quota):
+            left = {name: one for name, one in state.quotas.items() if name != quota.spec.name}
+            return replace(state, quotas=left)
+        case Created(Volume() as volume) if volume.spec.access_mode.sharing not in _SHARED:
+            return replace(state, unshared=state.unshared | {volume.spec.name})
+        case Deleted(Volume() as volume):
+            return replace(state, unshared=state.unshared - {volume.spec.name})
         case Deleted(Node() as node):
             return replace(state, nodes={id: one for id, one in state.nodes.items() if id != node.id})
     return state
 
 
 def _state_of(service: Service) -> ServiceState:
-    runs = service.job_status.job_iteration.index if service.job_status is not None else 0
+    job = service.job_status
+    runs = job.job_iteration.index if job is not None and CRON not in service.spec.labels else 0
     return ServiceState(service.spec, service.previous_spec, service.version.index, runs)
 
 

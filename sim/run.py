@@ -15,27 +15,39 @@ from sim.convergence import unmet
 from sim.damping import lose_a_node, one_more_fault
 from sim.fault_injector import FaultInjector
 from sim.invariants.allocations import allocation_violations
+from sim.invariants.preemption import held_by_lower
 from sim.invariants.quiescence import replica_violations
+from sim.invariants.schedules import DECIDED_S, undecided
 from sim.operators import Operators
-from sim.random_specs import BROKEN, ENDING_IMAGES, HANGING
+from sim.random_specs import BROKEN, ENDING_IMAGES, HANGING, MEMORY_BYTES
 from sim.restore import restore
+from sim.storage import SimulatedStorage
 from sim.targeted_faults import (
     cut_off_for_long,
+    end_removed_nodes,
+    lose_a_node_for_long,
     move_during_report,
     restart_before_it_runs,
     serve_stale_state,
     take_an_update_back,
 )
+from sim.trial import try_an_update
 from sim.users import Users
 from skep.agent.executor.simulated import Behaviour
 from skep.manager.failures import LONGEST_DELAY_S
 from skep.model.ids import NodeId
-from skep.model.service import Service
+from skep.model.labels import allows_preemption
+from skep.model.service import Resources, Service
+from skep.model.swarm import Swarm
+from skep.model.times import SECOND_NS, timestamp
+from skep.model.volume import Volume
 from skep.store.space import COMPACT_AT, QUOTA_BYTES
 from skep.store.state import State
 
 STEPS = 20
 PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
+EXTENDED_PAUSES_S = (*PAUSES_S, 0.2, 0.8, 5.0, 20.0)
+"""With long ones, as schedules are due every minute."""
 CONVERGED_S = 90.0
 """Limit from the end of the last fault until the cluster has converged."""
 TURNS_MAX = 240_000
@@ -56,9 +68,13 @@ class RunResult(msgspec.Struct):
     """The last events before the end, or before the first violation."""
 
 
-def simulate(seed: int, steps: int = STEPS) -> RunResult:
-    """Run the simulation of ``seed``."""
+def simulate(seed: int, steps: int = STEPS, *, extends: bool | None = None) -> RunResult:
+    """Run the simulation of ``seed``.
+
+    ``extends``: whether users also ask for what Docker does not have.  None: in every second run.
+    """
     shape = Random(seed ^ 0x5EED)
+    extends = seed % 2 == 1 if extends is None else extends
     behaviour = Behaviour(
         prepare_s=shape.choice((0.02, 0.1)), start_s=0.05, shutdown_s=shape.choice((0.05, 0.3, 1.0))
     )
@@ -70,10 +86,12 @@ def simulate(seed: int, steps: int = STEPS) -> RunResult:
         skew=True,
         turns_max=TURNS_MAX,
         history_limit=shape.choice((None, 0, 1, 3)),
+        storage=SimulatedStorage() if extends else None,
+        capacity=_capacity(shape) if extends else None,
     )
     try:
         with cluster:
-            _simulate(cluster, steps)
+            _simulate(cluster, steps, Random(seed ^ 0xE57) if extends else None)
     except Exception as error:
         cluster.observer.note(
             cluster.loop.time(), [f"{type(error).__name__}: {error}", traceback.format_exc()]
@@ -83,14 +101,24 @@ def simulate(seed: int, steps: int = STEPS) -> RunResult:
     )
 
 
-def _simulate(cluster: SimulatedCluster, steps: int) -> None:
+def extended(seed: int) -> RunResult:
+    """Run the simulation of ``seed`` with users who also ask for what Docker does not have."""
+    return simulate(seed, extends=True)
+
+
+def _capacity(shape: Random) -> Resources:
+    """That of each worker; often too little for all services, so that priorities matter."""
+    return Resources(nano_cpus=4_000_000_000, memory_bytes=shape.choice((3, 6, 16)) * MEMORY_BYTES)
+
+
+def _simulate(cluster: SimulatedCluster, steps: int, extensions: Random | None) -> None:
     for node in cluster.nodes.values():
         node.broken_images.add(BROKEN)
         node.hanging_images.add(HANGING)
         node.ending_images.update(ENDING_IMAGES)
-    users, injector, random = Users(cluster), FaultInjector(cluster), cluster.random
+    users, injector, random = Users(cluster, extensions), FaultInjector(cluster), cluster.random
     operators = Operators(cluster, users, injector.healthy)
-    users.create()
+    users.begin()
     cluster.run_for(0.5)
     for _ in range(steps):
         match random.choices(("user", "operator", "fault"), (55, 12, 33))[0]:
@@ -100,23 +128,28 @@ def _simulate(cluster: SimulatedCluster, steps: int) -> None:
                 operators.act()
             case _:
                 injector.inject()
-        cluster.run_for(random.choice(PAUSES_S))
-        injector.end_due()
+        _pause(cluster, injector, random.choice(PAUSES_S if extensions is None else EXTENDED_PAUSES_S))
         if cluster.observer.violations:
             return
     injector.end_all()
     cluster.trace.add("all faults ended")
     _until(cluster, lambda: [f"{name} does not end" for name in operators.under_way])
+    end_removed_nodes(cluster)
+    if extensions is not None:
+        _check_due_times(cluster)
     cluster.give_managers()
     cluster.do(users.finished())
     cluster.do(users.activate_all())
+    cluster.do(users.settle())
     _converge(cluster)
+    if cluster.observer.violations:
+        return
     if random.random() < 0.3:
         cluster.do(users.remove_all())
         _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
     cluster.run_for(2.0)
     _check_quiescence(cluster)
-    revision = cluster.raft.kv.revision
+    revision, workers = cluster.raft.kv.revision, cluster.workers
     if random.random() < 0.4:
         one_more_fault(cluster)
     cut_off_for_long(cluster)
@@ -124,9 +157,29 @@ def _simulate(cluster: SimulatedCluster, steps: int) -> None:
     take_an_update_back(cluster, users)
     serve_stale_state(cluster)
     move_during_report(cluster)
+    if extensions is not None:
+        try_an_update(cluster, users, extensions)
+        if extensions.random() < 0.5:
+            lose_a_node_for_long(cluster)
     lose_a_node(cluster)
-    if random.random() < 0.3 and not cluster.observer.violations:
+    if random.random() < 0.3 and not cluster.observer.violations and cluster.workers == workers:
         _restore(cluster, revision)
+
+
+def _check_due_times(cluster: SimulatedCluster) -> None:
+    """Every due time is decided.  By the slowest clock, as any manager may lead."""
+    cluster.run_for(DECIDED_S + 2 * STOPPED_S)
+    slowest_ns = min(cluster.clocks[id].now_ns() for id in cluster.managers)
+    now = timestamp(slowest_ns - round(DECIDED_S * SECOND_NS))
+    cluster.observer.note(cluster.loop.time(), undecided(cluster.view, now))
+
+
+def _pause(cluster: SimulatedCluster, injector: FaultInjector, seconds: float) -> None:
+    """Let time pass, and end the faults that are due meanwhile."""
+    until = cluster.loop.time() + seconds
+    while (left_s := until - cluster.loop.time()) > 0 and not cluster.observer.violations:
+        cluster.run_for(min(left_s, PAUSES_S[-1]))
+        injector.end_due()
 
 
 def _restore(cluster: SimulatedCluster, revision: int) -> None:
@@ -142,13 +195,19 @@ def _restore(cluster: SimulatedCluster, revision: int) -> None:
 
 
 def _converge(cluster: SimulatedCluster) -> None:
-    given_up = cluster.observer.restarts.given_up
+    observer, finished = cluster.observer, cluster.observer.dependencies.finished
+
+    def given_up(service: Service) -> int:
+        return observer.restarts.given_up(service) if observer.failures.may_be_given_up(service) else 0
 
     def missing() -> Iterable[str]:
         for one in cluster.view.find(Service):
-            yield from unmet(cluster.view, one, given_up(one))
+            yield from unmet(cluster.view, one, given_up(one), finished)
         if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
             yield "the store still has its alarm or is over its limit"
+        for volume in cluster.view.find(Volume):
+            gone = [one.node_id for one in volume.publish_status if one.node_id not in cluster.workers]
+            yield from (f"volume {volume.id} is published on {id}, which is gone" for id in gone)
         yield from (f"{id} has no session" for id in cluster.workers if not cluster.nodes[id].has_session)
         if (voters := {member.id for member in cluster.raft.voters}) != set(cluster.managers):
             yield f"{sorted(voters)} vote, and {sorted(cluster.managers)} are managers"
@@ -170,9 +229,9 @@ def _check_quiescence(cluster: SimulatedCluster) -> None:
     """The invariants of a cluster at rest."""
     note, now = cluster.observer.note, cluster.loop.time
     # Services with crashing containers are never at rest, so only violations that persist count.
-    before, left = set(cluster.rest_violations()), set(cluster.leftovers())
+    before, left = set(_rest_violations(cluster)), set(cluster.leftovers())
     cluster.run_for(STOPPED_S)
-    note(now(), [violation for violation in cluster.rest_violations() if violation in before])
+    note(now(), [violation for violation in _rest_violations(cluster) if violation in before])
     # A write to a leader that is gone, or a failed decision, waits for its timeout or its next attempt.
     until = now() + LONGEST_WAIT_S
     while (left := left.intersection(cluster.leftovers())) and now() < until:
@@ -183,6 +242,12 @@ def _check_quiescence(cluster: SimulatedCluster) -> None:
     note(now(), acknowledgements.broken(cluster.view, acknowledgements.given()))
     for id in cluster.managers:
         note(now(), cluster.do(_replica_violations(cluster, id)))
+
+
+def _rest_violations(cluster: SimulatedCluster) -> Iterable[str]:
+    yield from cluster.rest_violations()
+    if any(allows_preemption(one.spec.labels) for one in cluster.view.find(Swarm)):
+        yield from held_by_lower(cluster.view)
 
 
 async def _replica_violations(cluster: SimulatedCluster, id: NodeId) -> list[str]:

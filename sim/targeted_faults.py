@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from sim.cluster import SimulatedCluster
 from sim.damping import is_steady, pass_time
 from sim.random_specs import BROKEN
 from sim.users import Users
 from skep.model.ids import NodeId
-from skep.model.labels import OnDisconnect, disconnect_policy
+from skep.model.labels import FORGET_NODES, OnDisconnect, disconnect_policy
 from skep.model.node import Node
 from skep.model.service import Service
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.store.interface import Transaction
 
 CUT_OFF_S = 15.0
 """Longer than any requested delay of ``skep.on-disconnect``, and than a container takes to stop."""
@@ -30,6 +34,10 @@ PATIENCE_S = (0.6, 2.0)
 """Timeout of a node for the response of a manager."""
 SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
+FEW = 3
+"""With fewer workers the loss of one is a disruption, in which none is removed."""
+LOST_S = 110.0
+"""Longer than a cluster keeps lost nodes that removes them after a minute, and than the tasks take to run elsewhere."""
 UNDECIDED_S = 3.0
 """Longer than any requested restart delay."""
 
@@ -148,6 +156,40 @@ def move_during_report(cluster: SimulatedCluster) -> None:
     member.watch_lag_s = 0.0
     cluster.disturb()
     pass_time(cluster, BACK_S)
+
+
+def lose_a_node_for_long(cluster: SimulatedCluster) -> None:
+    """A node with volumes is partitioned until a cluster that is set to do so removes lost nodes; it runs on."""
+    if len(cluster.workers) < FEW:
+        return
+    using = [
+        id for id in cluster.workers if any(one.volumes for one in cluster.nodes[id].containers.values())
+    ]
+    storing = [id for id in cluster.workers if cluster.nodes[id].slot_volumes]
+    if not using and not storing:
+        return
+    id = cluster.random.choice(cluster.random.choice([ids for ids in (using, storing) if ids]))
+    cluster.trace.add(f"fault: {id} is cut off for {LOST_S} s, in a cluster at rest that removes lost nodes")
+    cluster.write(lambda tx: _set_label(tx, FORGET_NODES, "1m"))
+    cut = cluster.links.cut([id], cluster.managers)
+    pass_time(cluster, LOST_S)
+    end_removed_nodes(cluster)
+    cluster.links.mend(cut)
+    pass_time(cluster, BACK_S)
+
+
+def end_removed_nodes(cluster: SimulatedCluster) -> None:
+    """As an operator: switch the machines off whose nodes the leader has removed."""
+    known = {node.id for node in cluster.view.find(Node)}
+    for id in [one for one in cluster.workers if one not in known and one not in cluster.changing]:
+        cluster.trace.add(f"operator: {id}, which was removed, is switched off")
+        cluster.workers = tuple(one for one in cluster.workers if one != id)
+        cluster.do(cluster.end_node(id))
+
+
+def _set_label(tx: Transaction, name: str, value: str) -> None:
+    (swarm,) = tx.find(Swarm)
+    tx.put(replace(swarm, spec=replace(swarm.spec, labels={**swarm.spec.labels, name: value})))
 
 
 def _is_updatable(service: Service) -> bool:

@@ -5,28 +5,53 @@ compared with Docker's (``ResponseCheck``).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import count
+from random import Random
 from typing import TypeVar
 
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.random_specs import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, Dependencies, a_spec, invalidated
+from sim.random_specs import (
+    IMAGES,
+    JOB_IMAGES,
+    MEMORY_BYTES,
+    MORE_NAMES,
+    NAMES,
+    PRIORITIES,
+    STACKS,
+    ZONE,
+    ZONES,
+    Dependencies,
+    a_spec,
+    invalidated,
+    with_image,
+    with_labels,
+)
 from sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from sim.responses import ResponseCheck
+from sim.storage import DRIVER
 from skep.api.errors import status_of
 from skep.errors import SkepError, Unavailable
 from skep.manager.control.files import create_secret, remove_secret
+from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.networks import create_network, remove_network
 from skep.manager.control.nodes import update_node
+from skep.manager.control.quotas import quota_of, remove_quota, set_quota
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.manager.control.users import create_user, remove_user, set_roles
+from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.membership.service import resign
-from skep.model.ids import NodeId, ServiceId
+from skep.model.ids import NodeId, ServiceId, VolumeId
+from skep.model.labels import FORGET_NODES, PREEMPTION, PRIORITY
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
+from skep.model.quota import QuotaSpec
+from skep.model.schedules import CRON, CRON_SUSPEND
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import (
     GlobalService,
@@ -35,16 +60,30 @@ from skep.model.service import (
     ServiceMode,
     ServiceSpec,
 )
+from skep.model.swarm import Swarm
 from skep.model.times import timestamp
+from skep.model.user import User, UserSpec
+from skep.model.volume import AccessMode, TypeMount, Volume, VolumeScope, VolumeSharing, VolumeSpec
 from skep.store.etcd.store import EtcdStore
+from skep.store.interface import Transaction
 from skep.store.space import refusal
 
 T = TypeVar("T")
 
-SERVICES_MAX = 3
+SERVICES_MAX, EXTENDED_SERVICES_MAX = 3, 5
+FIRST_SERVICES = 3
+"""Number of services with which a run with extensions begins."""
 NETWORK = "overlay"
 """Prefix of the names of users' networks."""
 NETWORKS_MAX, SECRETS_MAX = 4, 2
+VOLUMES_MAX, USERS_MAX = 3, 2
+ATTEMPTS_MAX = 25
+"""Number of attempts after which a request is taken for one that is refused for good."""
+ACCESS_MODES = (
+    AccessMode(mount_volume=TypeMount()),
+    AccessMode(sharing=VolumeSharing.ONE_WRITER, mount_volume=TypeMount()),
+    AccessMode(scope=VolumeScope.MULTI, sharing=VolumeSharing.ALL, mount_volume=TypeMount()),
+)
 LATE = 0.1
 """Probability that a change is based on the previous version of an object."""
 
@@ -52,7 +91,9 @@ LATE = 0.1
 class Users:
     """All users of one cluster."""
 
-    def __init__(self, cluster: SimulatedCluster) -> None:
+    def __init__(self, cluster: SimulatedCluster, extensions: Random | None = None) -> None:
+        """``extensions``: draws what Docker does not have.  None: users ask for nothing of it."""
+        self._extensions = extensions
         self._cluster = cluster
         self._random = cluster.random
         self._acknowledgements = cluster.observer.acknowledgements
@@ -68,6 +109,16 @@ class Users:
             *(self._label, self._request_invalid),
             *(self._network, self._network, self._secret),
         )
+        self._served_by = cluster.managers[0]
+        """The manager that the last request went to."""
+        self._services_max = SERVICES_MAX if extensions is None else EXTENDED_SERVICES_MAX
+        if extensions is not None:
+            self._actions += (
+                *(self._create, self._scale, self._update),
+                *(self._run_job, self._retry_job, self._retry_job, self._suspend),
+                *(self._reprioritize, self._rotate, self._quota, self._quota),
+                *(self._volume, self._set_cluster, self._user, self._load),
+            )
 
     def act(self) -> None:
         """Begin one random request, sometimes two at once."""
@@ -78,13 +129,18 @@ class Users:
         """Begin an update of a service to ``image``."""
 
         async def updated() -> None:
-            await self._changed(partial(_with_image, image=image), id)
+            await self._changed(partial(with_image, image=image), id)
 
         self._begin(updated)
 
-    def create(self) -> None:
-        """Begin the creation of a service."""
-        self._begin(self._create)
+    def begin(self) -> None:
+        """Make the first requests: create a service, or several with volumes to share and settings of the cluster."""
+        actions = [self._create]
+        if self._extensions is not None:
+            first = (self._volume, self._volume, self._set_cluster, self._quota)
+            actions = [*first, *[self._create] * FIRST_SERVICES]
+        for action in actions:
+            self._begin(action)
 
     async def finished(self) -> None:
         """Return when every request has its response."""
@@ -135,7 +191,8 @@ class Users:
         ]
         if not running:
             raise Unavailable("no manager serves")
-        store = self._random.choice(running).store
+        manager = self._random.choice(running)
+        self._served_by, store = manager.id, manager.store
         assert store is not None
         given = self._acknowledgements.given()
         await store.barrier()
@@ -150,7 +207,7 @@ class Users:
         await self._store()
 
     async def _create(self) -> None:
-        if len(self._active()) >= SERVICES_MAX:
+        if len(self._active()) >= self._services_max:
             return
         since = self._responses.present
         store = await self._store(creates=True)
@@ -160,8 +217,14 @@ class Users:
     def _a_spec(self, store: EtcdStore) -> ServiceSpec:
         view = store.view()
         networks = [one.id for one in view.find(Network) if one.spec.name.startswith(NETWORK)]
-        dependencies = Dependencies(tuple(networks), tuple(one.id for one in view.find(Secret)))
-        return a_spec(self._random.choice(NAMES), self._random, dependencies)
+        dependencies = Dependencies(
+            networks=tuple(networks),
+            secrets=tuple(one.id for one in view.find(Secret)),
+            services=tuple(one.spec.name for one in view.find(Service)),
+            volumes=tuple(one.spec.name for one in view.find(Volume)),
+        )
+        names = NAMES if self._extensions is None else (*NAMES, *MORE_NAMES)
+        return a_spec(self._random.choice(names), self._random, dependencies, self._extensions)
 
     async def _created(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
         record = self._acknowledgements.requested(id, spec)
@@ -191,7 +254,7 @@ class Users:
     async def _update(self) -> None:
         def updated(spec: ServiceSpec) -> ServiceSpec:
             images = JOB_IMAGES if spec.mode.name in ("replicated-job", "global-job") else IMAGES
-            return _with_image(spec, self._random.choice(images))
+            return with_image(spec, self._random.choice(images))
 
         await self._changed(updated)
 
@@ -345,6 +408,137 @@ class Users:
             return False
         return True
 
+    # -- requests that Docker does not have ------------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Suspend every schedule and end the measurements of tasks, so that the cluster can come to rest."""
+        self._cluster.nano_cpus = lambda _: None
+        for service in self._cluster.view.find(Service):
+            attempts = 0
+            while CRON in service.spec.labels and not self._is_suspended(service.id):
+                attempts += 1
+                if attempts > ATTEMPTS_MAX:  # it refers to something that is gone, or exceeds a new quota
+                    await self._removed(service.id)
+                with suppress(SkepError):
+                    await self._changed(_suspended, service.id)
+                await asyncio.sleep(0.2)
+
+    async def force(self, id: ServiceId) -> None:
+        """Update a service by force, with retries."""
+        before = self._cluster.view.get(Service, id).spec.task_template.force_update
+        for _ in range(ATTEMPTS_MAX):
+            service = self._cluster.view.lookup(Service, id)
+            if service is None or service.spec.task_template.force_update > before:
+                return
+            with suppress(SkepError):
+                await self._changed(forced, id)
+            await asyncio.sleep(0.2)
+
+    def _is_suspended(self, id: ServiceId) -> bool:
+        service = self._cluster.view.lookup(Service, id)
+        return service is None or service.removed_at is not None or CRON_SUSPEND in service.spec.labels
+
+    async def _run_job(self) -> None:
+        await self._of_job(partial(run_job, now=timestamp(self._now_ns()), replaces=self._is_heads()))
+
+    async def _retry_job(self) -> None:
+        await self._of_job(retry_job)
+
+    async def _of_job(self, request: Callable[[Transaction, ServiceId], Service]) -> None:
+        store = await self._store(creates=False)
+        present = (store.view().lookup(Service, id) for id in self._active())
+        if jobs := [one.id for one in present if one is not None and one.job_status is not None]:
+            id = self._random.choice(jobs)
+            self._cluster.trace.add(f"user: {getattr(request, '__name__', 'run_job')} {id}")
+            await store.update(request, id)
+
+    async def _suspend(self) -> None:
+        def turned(spec: ServiceSpec) -> ServiceSpec:
+            if CRON_SUSPEND in spec.labels:
+                return replace(spec, labels={k: v for k, v in spec.labels.items() if k != CRON_SUSPEND})
+            return _suspended(spec)
+
+        await self._changed(turned)
+
+    async def _reprioritize(self) -> None:
+        priority = str(self._random.choice((0, *PRIORITIES)))
+        await self._changed(lambda spec: with_labels(spec, {PRIORITY: priority}))
+
+    async def _rotate(self) -> None:
+        """Give a service another secret in place of each that it has."""
+        present = [one.id for one in self._cluster.view.find(Secret)]
+
+        def rotated(spec: ServiceSpec) -> ServiceSpec:
+            container = spec.task_template.container_spec
+            if container is None or not container.secrets or not present:
+                return spec
+            new = self._random.choice(present)
+            secrets = tuple(replace(one, secret_id=new, secret_name=new) for one in container.secrets)
+            template = replace(spec.task_template, container_spec=replace(container, secrets=secrets))
+            return replace(spec, task_template=template)
+
+        await self._changed(rotated)
+
+    async def _quota(self) -> None:
+        """Set the quota of a stack, or remove it."""
+        store = await self._store(creates=True)
+        stack = self._random.choice(STACKS)
+        if quota_of(store.view(), stack) is not None and self._random.random() < 0.3:
+            await store.update(remove_quota, stack)
+            return
+        tasks, memory = self._random.choice(((4, 0), (8, 0), (0, 4 * MEMORY_BYTES), (6, 2 * MEMORY_BYTES)))
+        self._cluster.trace.add(f"user: quota of {stack}: {tasks} tasks, {memory >> 20} MiB")
+        spec = QuotaSpec(name=stack, tasks=tasks, memory_bytes=memory)
+        id = f"q{next(self._numbers)}"
+        await store.update(set_quota, spec, new_id=lambda: id, now=timestamp(self._now_ns()))
+
+    async def _volume(self) -> None:
+        """Create a cluster volume, or remove one."""
+        store = await self._store(creates=True)
+        present = store.view().find(Volume)
+        if len(present) >= VOLUMES_MAX or (present and self._random.random() < 0.2):
+            id = self._random.choice(present).id
+            self._cluster.trace.add(f"user: remove volume {id}")
+            await store.update(partial(remove_volume, id=id, force=False))
+            return
+        id = VolumeId(f"v{next(self._numbers)}")
+        mode = self._random.choice(ACCESS_MODES)
+        self._cluster.trace.add(f"user: create volume {id}, {mode.scope.value}, {mode.sharing.value}")
+        spec = VolumeSpec(name=id, driver=Driver(name=DRIVER), access_mode=mode)
+        await store.update(create_volume, spec, new_id=lambda: id, now=timestamp(self._now_ns()))
+
+    async def _set_cluster(self) -> None:
+        """Allow preemption, or have lost nodes removed, or neither."""
+        labels = {PREEMPTION: "true"} if self._random.random() < 0.7 else {}
+        if self._is_heads():
+            labels[FORGET_NODES] = "1m"
+        store = await self._store(creates=False)
+        self._cluster.trace.add(f"user: the cluster has {labels}")
+        await store.update(_relabelled, labels)
+
+    async def _user(self) -> None:
+        """Create a user, give one other roles, or remove one."""
+        store = await self._store(creates=True)
+        now, present = timestamp(self._now_ns()), store.view().find(User)
+        roles = (self._random.choice(("viewer", f"operator:{STACKS[0]}", "admin")),)
+        if len(present) < USERS_MAX:
+            id = f"u{next(self._numbers)}"
+            await store.update(create_user, UserSpec(name=id, roles=roles), new_id=lambda: id, now=now)
+        elif self._is_heads():
+            await store.update(set_roles, self._random.choice(present).id, roles, now=now)
+        else:
+            await store.update(remove_user, self._random.choice(present).id)
+
+    async def _load(self) -> None:
+        """Let every task use more or less from now on, or nothing that is measured."""
+        used = self._random.choice((None, 0, 300_000_000, 1_500_000_000))
+        self._cluster.nano_cpus = lambda _: used
+
+    def _is_heads(self) -> bool:
+        return self._random.random() < 0.5
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
     async def _compared(self, request: Request, since: int, writing: Awaitable[T]) -> T:
         """Await the request, and compare its response with Docker's.  Raises: the error in the response."""
         asked = self._responses.requested(request, since)
@@ -380,7 +574,25 @@ class Users:
         self._cluster.observer.note(self._cluster.loop.time(), violations)
 
     def _now_ns(self) -> int:
-        return self._cluster.clocks[self._cluster.managers[0]].now_ns()
+        """Now by the clock of the manager that serves the request."""
+        return self._cluster.clocks[self._served_by].now_ns()
+
+
+def forced(spec: ServiceSpec) -> ServiceSpec:
+    """The spec of ``docker service update --force``."""
+    template = spec.task_template
+    return replace(spec, task_template=replace(template, force_update=template.force_update + 1))
+
+
+def _suspended(spec: ServiceSpec) -> ServiceSpec:
+    return with_labels(spec, {CRON_SUSPEND: "true"}) if CRON in spec.labels else spec
+
+
+def _relabelled(tx: Transaction, labels: Mapping[str, str]) -> None:
+    if not (found := tx.find(Swarm)):
+        raise Unavailable("this manager cannot read the cluster's settings")
+    (swarm,) = found
+    tx.put(replace(swarm, spec=replace(swarm.spec, labels=labels)))
 
 
 def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:
@@ -391,11 +603,3 @@ def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:
 
 def _renamed(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, name=f"{spec.name}2")
-
-
-def _with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
-    container = spec.task_template.container_spec
-    assert container is not None
-    return replace(
-        spec, task_template=replace(spec.task_template, container_spec=replace(container, image=image))
-    )

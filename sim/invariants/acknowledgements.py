@@ -8,9 +8,12 @@ never takes effect; a request without a response may take effect completely or n
 from collections.abc import Iterable
 
 import msgspec
+from msgspec.structs import replace
 
 from sim.committed import Change
+from skep.model.autoscaling import AUTOSCALE
 from skep.model.ids import ServiceId
+from skep.model.labels import JOB_TTL
 from skep.model.service import Service, ServiceSpec
 from skep.store.interface import Created, Deleted, Updated, View
 
@@ -100,6 +103,12 @@ class Acknowledgements:
         record = self.services.get(new.id)
         if record is None:
             return
+        if new.removed_at is not None and JOB_TTL in new.spec.labels and new.job_status is not None:
+            record.is_removal_asked = record.is_removed = True  # by its own label
+        if AUTOSCALE in new.spec.labels and any(
+            replace(one, mode=new.spec.mode) == new.spec for one in record.specs
+        ):
+            record.specs.append(new.spec)  # by autoscaling, or by a rollback that keeps its number
         if new.removed_at is not None and not record.is_removal_asked:
             yield f"service {new.id} was removed without a request"
         if new.removed_at is None and old.removed_at is not None:

@@ -1,14 +1,16 @@
 """What a service depends on was there before it got nodes: by what the machines run, not by what the store says."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import inf
 
 from sim.committed import Change
+from sim.invariants.in_force import DEPENDENCIES, is_in_force
 from skep.model.dependencies import Condition, Dependency, dependencies_of
 from skep.model.ids import ServiceId, TaskId
+from skep.model.labels import JOB_TTL
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.store.interface import Updated, View
+from skep.store.interface import Created, Updated, View
 
 UNNOTICED_S = 45.0
 """For so long the end of a container may be unknown to the managers: its node is cut off, or lost with the session."""
@@ -24,6 +26,8 @@ class DependenciesComeFirst:
         self._running: dict[TaskId, ServiceId] = {}
         self._ran: dict[ServiceId, float] = {}
         """When the last container of a service ended."""
+        self.finished: set[str] = set()
+        """Names of jobs that have completed and removed themselves."""
 
     def started(self, task: Task) -> None:
         """A container was started."""
@@ -38,6 +42,13 @@ class DependenciesComeFirst:
     def __call__(self, change: Change, view: View) -> Iterator[str]:
         for event in change.events:
             match event:
+                case Created(Service() as new):
+                    self.finished.discard(new.spec.name)
+                case Updated(Service() as before, Service() as after) if (
+                    before.removed_at is None and after.removed_at is not None
+                ):
+                    if JOB_TTL in after.spec.labels and _has_completed(after, view):
+                        self.finished.add(after.spec.name)
                 case Updated(Task() as old, Task() as task) if (
                     old.status.state < TaskState.ASSIGNED and task.status.state is TaskState.ASSIGNED
                 ):
@@ -64,8 +75,45 @@ class DependenciesComeFirst:
                 yield f"{one.service} has not completed"
             elif has_completed and one.condition is not Condition.HEALTHY:
                 yield from self._missing(dependencies_of(service.spec.labels), view, now)
-            elif not self._serves(service.id, now):
+            elif not self._serves(service.id, now) and not (
+                one.condition is Condition.STARTED and _is_starting(service, view)
+            ):
                 yield f"{one.service} does not run"
 
     def _serves(self, id: ServiceId, now: float) -> bool:
         return id in self._running.values() or self._ran.get(id, -inf) > now - UNNOTICED_S
+
+
+def missing_dependencies(service: Service, view: View, finished: Collection[str]) -> Iterator[str]:
+    """What a service waits for, in a cluster at rest.
+
+    ``finished``: names of jobs that have completed and removed themselves, which nothing has to wait for.
+    """
+    for one in dependencies_of(service.spec.labels):
+        found = [each for each in view.find(Service, name=one.service) if each.removed_at is None]
+        if not found:
+            if one.service not in finished or not is_in_force(DEPENDENCIES):
+                yield one.service
+            continue
+        tasks = view.find(Task, service_id=found[0].id)
+        is_met = one.condition is not Condition.HEALTHY and _has_completed(found[0], view)
+        if one.condition is not Condition.COMPLETED:
+            is_met = is_met or any(task.status.state is TaskState.RUNNING for task in tasks)
+        if not is_met:
+            yield one.service
+
+
+def _has_completed(service: Service, view: View) -> bool:
+    """Whether every task of a service, or of a job's present run, has completed."""
+    iteration = service.job_status.job_iteration if service.job_status is not None else None
+    tasks = [task for task in view.find(Task, service_id=service.id) if task.job_iteration == iteration]
+    job = service.spec.mode.replicated_job
+    done = {task.slot or task.node_id for task in tasks if task.status.state is TaskState.COMPLETE}
+    if job is not None:
+        return len(done) >= (job.total_completions or 0)
+    return bool(done) and all(task.status.state is TaskState.COMPLETE for task in tasks)
+
+
+def _is_starting(service: Service, view: View) -> bool:
+    states = (task.status.state for task in view.find(Task, service_id=service.id))
+    return any(TaskState.STARTING <= state <= TaskState.RUNNING for state in states)

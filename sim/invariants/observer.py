@@ -14,10 +14,12 @@ from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable
 from sim.invariants.dependencies import DependenciesComeFirst
 from sim.invariants.disconnection import DisconnectPolicies
+from sim.invariants.failures import FailedServices
 from sim.invariants.liveness import NoFalseDown
 from sim.invariants.placement import global_jobs_run_once
+from sim.invariants.preemption import PreemptionsAreJust
 from sim.invariants.restarts import RestartPolicies
-from sim.invariants.schedules import DueTimesAreDecidedOnce
+from sim.invariants.schedules import DueTimesAreDecidedOnce, RetriesAreBounded, RunsKeepTheirNodes
 from sim.invariants.serving import UpdateParallelism
 from sim.invariants.tasks import (
     TasksAreSpread,
@@ -29,7 +31,12 @@ from sim.invariants.tasks import (
     tasks_move_forward,
 )
 from sim.invariants.volumes import LocalVolumesStay
-from sim.invariants.writers import one_leader_writes, session_owners_report, sessions_are_claimed
+from sim.invariants.writers import (
+    SingleWriters,
+    one_leader_writes,
+    session_owners_report,
+    sessions_are_claimed,
+)
 from sim.links import Isolation, Uptime
 from sim.trace import Trace
 from skep.model.ids import NodeId, ServiceId, TaskId
@@ -64,6 +71,9 @@ class Observer:
         self.restarts = RestartPolicies()
         self.due_times = DueTimesAreDecidedOnce()
         self.dependencies = DependenciesComeFirst()
+        self.failures = FailedServices()
+        self.preemptions = PreemptionsAreJust()
+        self.volumes = SingleWriters()
         self.caches = CachesMatchStore()
         self.acknowledgements = Acknowledgements()
         """Added to the rules when there are simulated users."""
@@ -105,6 +115,10 @@ class Observer:
             LocalVolumesStay(),
             AutoscalingIsCalm(),
             self.due_times,
+            RunsKeepTheirNodes(),
+            RetriesAreBounded(),
+            self.failures,
+            self.preemptions,
         ]
         committed.watchers.append(self._check)
 
@@ -133,6 +147,7 @@ class Observer:
         self._trace.add(f"{node_id} starts task {task.id[:6]}")
         self.started[task.service_id] += 1
         self.dependencies.started(task)
+        self.note(now, self.volumes.started(node_id, task, self._committed.view))
         self.note(now, self.containers.started(node_id, task, now, self._committed.view))
 
     def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
@@ -141,6 +156,7 @@ class Observer:
 
     def container_ended(self, node_id: NodeId, task_id: TaskId) -> None:
         self.containers.ended(task_id)
+        self.volumes.ended(task_id)
         self.dependencies.ended(task_id, self._committed.now())
 
     def _check(self, change: Change, view: View) -> None:

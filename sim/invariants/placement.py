@@ -4,11 +4,16 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sim.committed import Change
+from sim.invariants.in_force import UPDATES, is_in_force
+from skep.model.container import Mount
 from skep.model.ids import NodeId
+from skep.model.labels import VolumePolicy, volume_policy
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
-from skep.model.service import PublishMode, Service, ServiceSpec
+from skep.model.service import PublishMode, Service, ServiceSpec, UpdateOrder
+from skep.model.slot_volumes import SLOT_VOLUMES_LABEL
 from skep.model.task import Task, TaskState
+from skep.model.volume import PublishState, Volume, VolumeScope, VolumeSharing
 from skep.store.interface import Updated, View
 
 Port = tuple[str, int]
@@ -92,24 +97,93 @@ def completed_on(view: View, service: Service, iteration: Version | None) -> Cou
 
 def is_unplaceable(task: Task, service: Service, view: View) -> bool:
     """Whether no node (for a global service: not its own node) can take ``task``."""
+    homes = homes_of(task, service, view)
     return not any(
-        _could_take(node, task, service, view)
+        could_take(node, task, service, view)
         for node in view.find(Node)
-        if not task.node_id or node.id == task.node_id
+        if (not task.node_id or node.id == task.node_id) and (not homes or node.id in homes)
     )
 
 
-def _could_take(node: Node, task: Task, service: Service, view: View) -> bool:
-    if not may_have_tasks(node, service.spec):
+def homes_of(task: Task, service: Service, view: View) -> set[NodeId]:
+    """The nodes to which a task with ``skep.volumes=keep`` has to return; empty: it may get any."""
+    container = task.spec.container_spec
+    mounts = container.mounts if container is not None and task.slot else ()
+    if volume_policy(service.spec.labels) is not VolumePolicy.KEEP or not any(
+        _is_local(one) for one in mounts
+    ):
+        return set()
+    mark = f"={service.spec.name}.{task.slot}@"
+    reported = {
+        node.id
+        for node in view.find(Node)
+        if mark in node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
+    }
+    slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
+    had = {one.node_id for one in slot if one.id != task.id and one.node_id}
+    return reported | {id for id in had if view.lookup(Node, id) is not None}
+
+
+def _is_local(mount: Mount) -> bool:
+    return mount.type == "volume"
+
+
+def _has_room(node: Node, task: Task, held: Iterable[Task]) -> bool:
+    used = sum(map(_memory_bytes, held))
+    return used + _memory_bytes(task) <= node.description.resources.memory_bytes
+
+
+def _memory_bytes(task: Task) -> int:
+    reserved = task.spec.resources.reservations if task.spec.resources is not None else None
+    return reserved.memory_bytes if reserved is not None else 0
+
+
+def _could_have_volumes(node: Node, task: Task, service: Service, view: View) -> bool:
+    """Whether the task's cluster volumes exist, and may be used by it on ``node`` beside the tasks that have them."""
+    container, update = task.spec.container_spec, service.spec.update_config
+    starts_first = update is not None and update.order is UpdateOrder.START_FIRST
+    own = task.service_id, task.slot or task.node_id
+    for mount in container.mounts if container is not None else ():
+        if mount.type != "cluster":
+            continue
+        found = [one for one in view.find(Volume) if one.spec.name == mount.source]
+        if not found or found[0].pending_delete or found[0].info is None:
+            return False
+        leaving = (PublishState.PENDING_NODE_UNPUBLISH, PublishState.PENDING_UNPUBLISH)
+        if any(one.node_id == node.id and one.state in leaving for one in found[0].publish_status):
+            return False
+        mode = found[0].spec.access_mode
+        for other in view.find(Task):
+            if (
+                not other.is_active
+                or other.id == task.id
+                or found[0].id not in {one.id for one in other.volumes}
+            ):
+                continue
+            is_of_slot = (other.service_id, other.slot or other.node_id) == own
+            if is_in_force(UPDATES) and is_of_slot and not starts_first:
+                continue  # it may be stopped first
+            if mode.scope is VolumeScope.SINGLE and other.node_id != node.id:
+                return False
+            if mode.sharing in (VolumeSharing.NONE, VolumeSharing.ONE_WRITER):
+                return False
+    return True
+
+
+def could_take(node: Node, task: Task, service: Service, view: View) -> bool:
+    """Whether ``node`` has what ``task`` needs, beside the tasks that are there."""
+    if not may_have_tasks(node, service.spec) or not _could_have_volumes(node, task, service, view):
         return False
     held = [
         other
         for other in view.find(Task, node_id=node.id)
         if other.id != task.id and TaskState.ASSIGNED <= other.status.state <= TaskState.RUNNING
     ]
+    if not _has_room(node, task, held):
+        return False
     ports = host_ports(service.spec)
     owners = (view.lookup(Service, other.service_id) for other in held)
-    if ports and any(owner is not None and ports & host_ports(owner.spec) for owner in owners):
+    if ports and any(owner is None or ports & host_ports(owner.spec) for owner in owners):
         return False
     placement = service.spec.task_template.placement
     copies = sum(other.service_id == service.id and other.is_wanted for other in held)

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sim.committed import Change
-from sim.invariants.placement import host_ports, may_have_tasks
+from sim.invariants.dependencies import missing_dependencies
+from sim.invariants.placement import homes_of, host_ports, may_have_tasks
 from sim.invariants.tasks import reservations
 from skep.manager.scheduler.preemption import AT_ONCE
 from skep.model.ids import NodeId, ServiceId, TaskId
@@ -93,9 +94,16 @@ def held_by_lower(view: View) -> Iterable[str]:
         service = view.lookup(Service, task.service_id)
         if service is None or not task.is_wanted or task.status.state is not TaskState.PENDING:
             continue
+        if any(missing_dependencies(service, view, ())) or homes_of(task, service, view) or _shares(task):
+            continue  # it may wait for something else
         for node in view.find(Node):
             if task.node_id in ("", node.id) and _would_fit(task, service, node, view):
                 yield f"{task.id} of {service.spec.name} waits for what tasks of lower priority have on {node.id}"
+
+
+def _shares(task: Task) -> bool:
+    container = task.spec.container_spec
+    return any(mount.type == "cluster" for mount in (container.mounts if container is not None else ()))
 
 
 def _would_fit(task: Task, service: Service, node: Node, view: View) -> bool:

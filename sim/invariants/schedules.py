@@ -5,14 +5,18 @@ divides an hour.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from sim.committed import Change
+from sim.invariants.in_force import DUE_TIMES, RETRIES, is_in_force
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.node import Node
 from skep.model.schedules import CRON, CRON_DEADLINE, CRON_SUSPEND, same_schedule
 from skep.model.service import JobStart, JobStatus, Service
-from skep.model.task import Task
+from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
-from skep.store.interface import Updated, View
+from skep.store.interface import Created, Deleted, Updated, View
 
 DECIDED_S = 10.0
 """A due time that is so long ago is decided, if a leader was there since."""
@@ -82,6 +86,97 @@ class DueTimesAreDecidedOnce:
         self.runs += 1
         if unix_ns(start.at) < unix_ns(start.scheduled_at or ""):
             yield f"the run of {start.scheduled_at} has begun at {start.at}"
+
+
+class RunsKeepTheirNodes:
+    """A run of a scheduled global job has its tasks on the nodes that could take one when it began."""
+
+    def __init__(self) -> None:
+        self._began: dict[ServiceId, float] = {}
+        """When the present run of a job began."""
+        self._able_since: dict[NodeId, float] = {}
+        """Since when a node can take tasks."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        now = change.time_s
+        for event in change.events:
+            match event:
+                case Updated(Service() as old, Service() as new) if _has_begun(old, new):
+                    self._began[new.id] = now
+                case Created(Node() as node) | Updated(_, Node() as node):
+                    before = event.old if isinstance(event, Updated) else None
+                    if not isinstance(before, Node) or _differs(before, node):
+                        self._able_since[node.id] = now
+        for event in change.events:
+            match event:
+                case Created(Task() as task) if is_in_force(DUE_TIMES) and not task.slot:
+                    yield from self._late(task, view)
+
+    def _late(self, task: Task, view: View) -> Iterable[str]:
+        service = view.lookup(Service, task.service_id)
+        began = self._began.get(task.service_id)
+        if service is None or CRON not in service.spec.labels or service.job_status is None or began is None:
+            return
+        earlier = view.find(Task, slot=f"{task.service_id}/{task.node_id}")
+        if any(one.id != task.id and one.job_iteration == task.job_iteration for one in earlier):
+            return  # it is restarted
+        since = self._able_since.get(task.node_id, 0.0)
+        if task.job_iteration == service.job_status.job_iteration and since > began + DECIDED_S:
+            yield f"job {service.id}: {task.node_id} could take tasks {since - began:.0f} s after its run began"
+
+
+def _has_begun(old: Service, new: Service) -> bool:
+    before, after = old.job_status, new.job_status
+    if before is None or after is None:
+        return False
+    return before.job_iteration != after.job_iteration or before.last_execution != after.last_execution
+
+
+def _differs(before: Node, node: Node) -> bool:
+    return before.status.state is not node.status.state or before.spec != node.spec
+
+
+class RetriesAreBounded:
+    """A slot of a job's run, or of its retry, has no more failures than its policy allows attempts."""
+
+    def __init__(self) -> None:
+        self._failures: Counter[tuple[ServiceId, int, int | NodeId]] = Counter()
+        self._since: dict[ServiceId, set[TaskId]] = {}
+        """The tasks that a job had when its present run was retried."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Service() as old, Service() as new) if _is_retried(old, new):
+                    for key in [key for key in self._failures if key[0] == new.id]:
+                        del self._failures[key]
+                    self._since[new.id] = {one.id for one in view.find(Task, service_id=new.id)}
+                case Updated(Task() as was, Task() as task) if (
+                    task.job_iteration is not None and was.is_wanted and _fails(was, task)
+                ):
+                    yield from self._failed(task)
+                case Deleted(Service() as service):
+                    self._since.pop(service.id, None)
+
+    def _failed(self, task: Task) -> Iterable[str]:
+        assert task.job_iteration is not None
+        policy = task.spec.restart_policy
+        if task.id in self._since.get(task.service_id, ()) or policy is None or not policy.max_attempts:
+            return
+        key = (task.service_id, task.job_iteration.index, task.slot or task.node_id)
+        self._failures[key] += 1
+        if self._failures[key] > policy.max_attempts + 1 and not policy.window and is_in_force(RETRIES):
+            yield f"slot {key} has failed {self._failures[key]} times, with {policy.max_attempts} attempts"
+
+
+def _is_retried(old: Service, new: Service) -> bool:
+    before, after = old.job_status, new.job_status
+    return before is not None and after is not None and before.retried_until != after.retried_until
+
+
+def _fails(was: Task, task: Task) -> bool:
+    failed = (TaskState.FAILED, TaskState.REJECTED)
+    return was.status.state not in failed and task.status.state in failed
 
 
 def _unfounded(start: JobStart, service: Service, before: JobStatus, view: View) -> Iterable[str]:

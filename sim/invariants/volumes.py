@@ -1,10 +1,11 @@
 """Tasks return to the local volumes of their slots (decision 78)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 
 from sim.committed import Change
-from sim.invariants.placement import may_have_tasks
+from sim.invariants.in_force import ONLY_COPIES, is_in_force
+from sim.invariants.placement import could_take
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import VolumePolicy, volume_policy
 from skep.model.node import Node
@@ -60,7 +61,7 @@ class LocalVolumesStay:
             and view.lookup(Node, other.node_id) is not None
         }
         if policy is VolumePolicy.RETURN:
-            homes = {id for id in homes if self._could_have_it(view.get(Node, id), service, now)}
+            homes = {id for id in homes if self._could_have_it(view.get(Node, id), task, service, now, view)}
         if homes and task.node_id not in self._homes_of_any_age(task, names, view):
             yield (
                 f"task {task.id} of {service.spec.name} got {task.node_id}: its volumes are on {sorted(homes)}"
@@ -73,9 +74,39 @@ class LocalVolumesStay:
             if other.id != task.id and names & _volumes(other) and other.id in self._since
         }
 
-    def _could_have_it(self, node: Node, service: Service, now: float) -> bool:
+    def _could_have_it(self, node: Node, task: Task, service: Service, now: float, view: View) -> bool:
         is_settled = self._able.get(node.id, -inf) + UNNOTICED_S <= now
-        return is_settled and may_have_tasks(node, service.spec)
+        return is_settled and could_take(node, task, service, view)
+
+
+Stored = set[tuple[str, str, int]]
+"""Names of local volumes on a machine's disk, with the service and the slot whose data they have."""
+
+
+class OnlyCopiesStay:
+    """The leader removes no node that has the only data of a slot whose tasks have to return to it."""
+
+    def __init__(self, stored: Callable[[NodeId], Stored], is_requested: Callable[[NodeId], bool]) -> None:
+        """
+        Args:
+            stored: what the machine of a node has on its disk.
+            is_requested: whether an operator asked for the removal of a node.
+        """
+        self._stored = stored
+        self._is_requested = is_requested
+
+    def __call__(self, change: Change, view: View) -> Iterator[str]:
+        for event in change.events:
+            match event:
+                case Deleted(Node() as node) if is_in_force(ONLY_COPIES) and not self._is_requested(node.id):
+                    yield from self._lost_with(node.id, view)
+
+    def _lost_with(self, id: NodeId, view: View) -> Iterator[str]:
+        elsewhere: Stored = set().union(*(self._stored(node.id) for node in view.find(Node)))
+        for volume, name, slot in sorted(self._stored(id) - elsewhere):
+            for service in view.find(Service, name=name):
+                if service.removed_at is None and volume_policy(service.spec.labels) is VolumePolicy.KEEP:
+                    yield f"{id} was removed, which has the only data of {name}.{slot} in {volume}"
 
 
 def _volumes(task: Task) -> set[str]:

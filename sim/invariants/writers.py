@@ -1,10 +1,13 @@
-"""Rules on writers: only the leader writes heads of tasks, only the owner of a node's session writes its reports."""
+"""Rules on writers: of heads of tasks, of the reports of nodes, and of cluster volumes."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from sim.committed import Change
+from sim.invariants.in_force import WRITERS, is_in_force
+from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
+from skep.model.volume import Volume, VolumeScope
 from skep.store.interface import Updated, View
 from skep.store.keys import HEAD, parsed_object_key
 
@@ -53,3 +56,38 @@ def _is_report(old: Task, new: Task) -> bool:
         and old.status.state >= TaskState.ASSIGNED
         and TaskState.ACCEPTED <= new.status.state <= TaskState.REJECTED
     )
+
+
+class SingleWriters:
+    """A cluster volume has the users that its access mode allows, by what the machines run, whatever the store says.
+
+    A machine that no manager reaches still writes.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[TaskId, tuple[NodeId, Task]] = {}
+        self.given_up: Container[NodeId] = ()
+        """Nodes that operators removed: they say that nothing writes there."""
+
+    def started(self, node_id: NodeId, task: Task, view: View) -> Iterable[str]:
+        """A container was started."""
+        self._running[task.id] = node_id, task
+        if not is_in_force(WRITERS):
+            return
+        for id in _volumes_of(task):
+            volume = view.lookup(Volume, id)
+            if volume is None or volume.spec.access_mode.scope is VolumeScope.MULTI:
+                continue
+            for other_id, other in self._running.values():
+                if other_id != node_id and other_id not in self.given_up and id in _volumes_of(other):
+                    yield (
+                        f"{node_id} writes to volume {id} with task {task.id}, and {other_id} does with {other.id}"
+                    )
+
+    def ended(self, task_id: TaskId) -> None:
+        """A container has ended."""
+        self._running.pop(task_id, None)
+
+
+def _volumes_of(task: Task) -> set[str]:
+    return {one.id for one in task.volumes}

@@ -129,3 +129,15 @@ def test_a_number_set_by_hand_outside_of_the_range_is_brought_back_without_any_d
         assert service is not None
         assert service.autoscaled is not None
         assert service.autoscaled.reason == "9 is outside the range 2 to 5"
+
+
+def test_a_service_whose_decision_fails_holds_up_neither_the_leader_nor_the_others() -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=4) as cluster:
+        leader = cluster.leader
+        cluster.poisoned.add("bad")
+        cluster.create(replace(autoscaled(2, 5, replicas=9), name="bad"))
+        cluster.create(autoscaled(2, 5, replicas=9))
+        cluster.run_until(lambda: replicas(cluster) == 5, within_s=30.0)
+        assert cluster.leader == leader
+        cluster.poisoned.clear()
+        cluster.run_until(lambda: cluster.service("bad").spec.replicas == 5, within_s=30.0)  # type: ignore[union-attr]

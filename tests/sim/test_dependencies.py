@@ -161,6 +161,19 @@ def test_a_change_of_leader_does_not_hold_up_what_waits_for_long(seed: int) -> N
         cluster.check_invariants()
 
 
+def test_a_task_waits_while_its_dependencies_cannot_be_decided() -> None:
+    with SimulatedCluster(workers=3) as cluster:
+        cluster.poisoned.add("db")
+        cluster.create(a_service_spec("db"))
+        cluster.create(waiting(a_service_spec("web"), "db=service_healthy"))
+        cluster.run_for(5)
+        assert cluster.containers("web") == 0
+        (reason,) = reasons(cluster, "web")
+        assert reason.startswith("waits for a decision: ")
+        cluster.poisoned.clear()
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=30)
+
+
 def test_what_is_optional_is_not_waited_for_once_it_has_failed() -> None:
     with SimulatedCluster(workers=3) as cluster:
         for node in cluster.nodes.values():

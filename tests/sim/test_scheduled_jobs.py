@@ -1,21 +1,15 @@
 """Scheduled jobs in a simulated cluster: every due time is decided once, over changes of leader and skewed clocks."""
 
-from collections.abc import Callable
-from random import Random
-
-import pytest
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
 from sim.invariants.schedules import DECIDED_S, due_times, undecided
 from sim.random_specs import ENDING_IMAGES
-from skep.errors import SkepError
 from skep.manager.control.jobs import retry_job, run_job
-from skep.manager.control.services import create_service, update_service
+from skep.manager.control.services import create_service
 from skep.model.ids import ServiceId
-from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND
+from skep.model.schedules import CRON
 from skep.model.service import (
-    GlobalJob,
     JobStatus,
     ReplicatedJob,
     RestartPolicy,
@@ -24,12 +18,9 @@ from skep.model.service import (
     ServiceSpec,
 )
 from skep.model.times import SECOND_NS, Timestamp, timestamp
-from skep.store.interface import Transaction
 from tests.support.builders import a_service_spec
 
 MINUTES = 8
-IMAGES = ("job:1", "job:2", "crashing:1", "app:1")
-"""The last one never ends by itself."""
 
 
 def now(cluster: SimulatedCluster) -> Timestamp:
@@ -141,107 +132,3 @@ def test_a_failed_run_is_retried_with_the_spec_that_it_had_and_completes_what_is
         assert cluster.created("nightly") == 8
         assert status(cluster, id).job_iteration.index == 0
         cluster.check_invariants()
-
-
-class Users:
-    """Requests on scheduled jobs, some of which are refused."""
-
-    def __init__(self, cluster: SimulatedCluster, random: Random) -> None:
-        self._cluster = cluster
-        self._random = random
-        self._ids: list[ServiceId] = []
-
-    def begin(self) -> None:
-        for _ in range(3):
-            self._create()
-
-    def act(self) -> None:
-        action = self._random.choice((self._create, self._update, self._update, self._run, self._retry))
-        action()
-
-    def _create(self) -> None:
-        if len(self._ids) < 6:
-            name = f"job-{len(self._ids)}"
-            self._ids.append(create(self._cluster, self._spec(name)))
-
-    def _spec(self, name: str) -> ServiceSpec:
-        random = self._random
-        labels = {CRON_CONCURRENCY: "replace"} if random.random() < 0.4 else {}
-        if random.random() < 0.3:
-            labels[CRON_DEADLINE] = "20s"
-        image, total = random.choice(IMAGES), random.choice((1, 1, 3))
-        spec = a_job(name, random.choice((1, 1, 2, 3)), image=image, total=total, **labels)
-        return spec if random.random() < 0.7 else replace(spec, mode=ServiceMode(global_job=GlobalJob()))
-
-    def _update(self) -> None:
-        if not self._ids:
-            return
-        id, random, at = self._random.choice(self._ids), self._random, now(self._cluster)
-        kind = random.choice(("image", "force", "suspend", "resume", "schedule"))
-        image, every = random.choice(IMAGES), random.choice((1, 2))
-
-        def body(tx: Transaction) -> None:
-            service = tx.get(Service, id)
-            spec, template = service.spec, service.spec.task_template
-            labels = dict(spec.labels)
-            match kind:
-                case "image":
-                    container = template.container_spec
-                    assert container is not None
-                    template = replace(template, container_spec=replace(container, image=image))
-                case "force":
-                    template = replace(template, force_update=template.force_update + 1)
-                case "suspend":
-                    labels[CRON_SUSPEND] = "true"
-                case "resume":
-                    labels.pop(CRON_SUSPEND, None)
-                case _:
-                    labels[CRON] = f"*/{every} * * * *"
-            changed = replace(spec, labels=labels, task_template=template)
-            update_service(tx, id, changed, service.version.index, now=at)
-
-        self._cluster.write(body)
-
-    def _run(self) -> None:
-        replaces, at = self._random.random() < 0.5, now(self._cluster)
-        self._try(lambda tx, job: run_job(tx, job, now=at, replaces=replaces))
-
-    def _retry(self) -> None:
-        self._try(lambda tx, job: retry_job(tx, job))
-
-    def _try(self, request: Callable[[Transaction, ServiceId], object]) -> None:
-        if not self._ids:
-            return
-        id = self._random.choice(self._ids)
-        try:
-            self._cluster.write(lambda tx: request(tx, id))
-        except SkepError as error:
-            self._cluster.trace.add(f"user: {error}")
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_random_requests_and_losses_of_leaders_double_and_miss_nothing(seed: int) -> None:
-    with a_cluster(workers=3, seed=seed) as cluster:
-        random = Random(seed)
-        users = Users(cluster, random)
-        users.begin()
-        for _ in range(18):
-            users.act()
-            cluster.run_for(random.uniform(1, 30))
-            match random.choice(("depose", "crash", "node", "", "", "")):
-                case "depose":
-                    cluster.depose(quietly=random.random() < 0.5)
-                case "crash":
-                    leader = cluster.leader
-                    cluster.crash(leader)
-                    cluster.run_for(random.choice((0.2, 2.0, 65.0)))
-                    cluster.start_manager(leader)
-                case "node":
-                    worker = random.choice(cluster.workers)
-                    cluster.kill_node(worker, keeps_containers=True)
-                    cluster.run_for(random.uniform(1, 20))
-                    cluster.start_node(worker)
-        cluster.run_for(DECIDED_S + 30)
-        assert decided(cluster) == []
-        assert cluster.observer.due_times.runs > 1
-        cluster.check_invariants(at_rest=False)

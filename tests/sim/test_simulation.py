@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from random import Random
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_a_run_that_spins_is_ended_and_what_is_left_ends_in_peace() -> None:
 
 
 def test_a_run_of_which_one_turn_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stand_still(cluster: SimulatedCluster, steps: int) -> None:
+    def stand_still(cluster: SimulatedCluster, steps: int, extensions: Random | None) -> None:
         while True:
             pass
 

@@ -22,6 +22,7 @@ from skep.manager.autoscaling.decision import (
     decide,
     readings_of,
 )
+from skep.manager.failures import isolated
 from skep.manager.informer import run_informer
 from skep.model.autoscaling import Autoscaling, TaskUsage, autoscaling_of, with_replicas
 from skep.model.ids import ServiceId, TaskId
@@ -126,8 +127,9 @@ class Autoscaler:
             self._services.pop(service.id, None)
         elif service.id not in self._services:
             self._services[service.id] = None
-            for task in self._term.view().find(Task, service_id=service.id):
-                self._note_task(task)
+            with isolated("autoscaling", service.id):
+                for task in self._term.view().find(Task, service_id=service.id):
+                    self._note_task(task)
 
     def _note_task(self, task: Task) -> None:
         if task.service_id not in self._services or task.status.state is not TaskState.RUNNING:
@@ -149,25 +151,31 @@ class Autoscaler:
         usages, now, slices = await self._collect(), self._clock.monotonic(), TimeSlices(self._clock)
         due: list[Scaling] = []
         for id in sorted(self._services):
-            view = self._term.view()
-            service = view.lookup(Service, id)
-            scaling = autoscaling_of(service.spec.labels) if service is not None else None
-            if service is not None and scaling is not None and id in self._services:
-                decision = self._decide(view, service, scaling, usages, now)
-                if decision.replicas is not None:
-                    due.append(
-                        Scaling(
-                            service_id=id,
-                            present=service.spec.replicas,
-                            scaling=scaling,
-                            replicas=decision.replicas,
-                            reason=decision.reason,
-                            now_ns=self._clock.now_ns(),
-                        )
-                    )
+            with isolated("autoscaling", id):
+                if (scaling := self._scaling(id, usages, now)) is not None:
+                    due.append(scaling)
             await slices.yield_if_due()
         if due:
             await self._write(due)
+
+    def _scaling(self, id: ServiceId, usages: Mapping[TaskId, TaskUsage], now: float) -> Scaling | None:
+        """Return the change of a service that is due; None: there is none."""
+        view = self._term.view()
+        service = view.lookup(Service, id)
+        scaling = autoscaling_of(service.spec.labels) if service is not None else None
+        if service is None or scaling is None or id not in self._services:
+            return None
+        decision = self._decide(view, service, scaling, usages, now)
+        if decision.replicas is None:
+            return None
+        return Scaling(
+            service_id=id,
+            present=service.spec.replicas,
+            scaling=scaling,
+            replicas=decision.replicas,
+            reason=decision.reason,
+            now_ns=self._clock.now_ns(),
+        )
 
     def _decide(
         self,

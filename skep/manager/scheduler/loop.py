@@ -23,7 +23,7 @@ from skep.manager.failures import Failures
 from skep.manager.informer import batches_of, run_informer
 from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
-from skep.manager.scheduler.dependencies import Looked, Waits
+from skep.manager.scheduler.dependencies import Looked, Waiting, Waits
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
 from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, confirm, leaving, placing
@@ -34,6 +34,7 @@ from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.texts import Texts, Why
 from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
+from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.labels import volume_policy
 from skep.model.needs import cluster_mounts, sources_of
@@ -333,8 +334,12 @@ class Scheduler:
                 self._queue.set_aside(group)
                 self._texts.set(group, Why(UNKNOWN_SPEC))
                 continue
-            with self._accounting_failures.caught(f"dependencies of {group}"):
+            key = f"dependencies of {group}"
+            with self._accounting_failures.caught(key):
                 waiting = self._waits.of(group, tasks[0], view, now, found) if tasks else None
+            if (failure := self._accounting_failures.of(key)) is not None:
+                # Unknown: a task that starts too late does less harm than one that does not wait.
+                waiting = Waiting(f"{WAITS_FOR}a decision: {failure.error}", until=failure.retry_at)
             if waiting is None:
                 ready.append(group)
                 continue

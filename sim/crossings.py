@@ -1,0 +1,272 @@
+"""Short runs in which two features meet on purpose, where chance would take too many seeds.
+
+Each needs a rule of ``invariants.in_force``, whose mutants it also kills.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+from msgspec.structs import replace
+
+from sim.cluster import SimulatedCluster
+from sim.invariants import in_force
+from sim.random_specs import ENDING_IMAGES, MEMORY_BYTES, STACKS, with_image, with_labels, with_mount
+from sim.run import RunResult
+from sim.seeds import Simulate
+from sim.storage import DRIVER, SimulatedStorage
+from skep.api.permissions import STACK_LABEL
+from skep.errors import InvalidArgument, SkepError
+from skep.manager.control.jobs import retry_job
+from skep.manager.control.quotas import set_quota
+from skep.manager.control.services import create_service, update_service
+from skep.manager.control.volumes import create_volume
+from skep.model.container import ContainerSpec, Mount
+from skep.model.dependencies import DEPENDS_ON
+from skep.model.ids import NodeId, ServiceId
+from skep.model.labels import FORGET_NODES, JOB_TTL, VOLUMES
+from skep.model.meta import Driver
+from skep.model.node import Availability, Node
+from skep.model.quota import QuotaSpec
+from skep.model.schedules import CRON, CRON_DEADLINE
+from skep.model.service import (
+    GlobalJob,
+    GlobalService,
+    ReplicatedJob,
+    ReplicatedService,
+    RestartCondition,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    TaskSpec,
+)
+from skep.model.swarm import Swarm
+from skep.model.task import Task
+from skep.model.times import SECOND_NS, timestamp
+from skep.model.volume import AccessMode, TypeMount, VolumeSpec
+from skep.store.interface import Transaction
+
+SOON = RestartPolicy(delay=SECOND_NS // 2)
+ONE_ATTEMPT = RestartPolicy(condition=RestartCondition.ON_FAILURE, max_attempts=1, delay=0)
+ONE = ServiceMode(replicated=ReplicatedService(replicas=1))
+LOST_S = 120.0
+"""Longer than a minute, after which the clusters here remove lost nodes."""
+WELL_S = 40.0
+BACK_S = 60.0
+"""Time until a node is back, in the middle between two due times."""
+
+
+class Crossing(msgspec.Struct, frozen=True):
+    """A run, and the rule that it needs."""
+
+    rule: str
+    act: Callable[[SimulatedCluster], None]
+
+    @property
+    def simulate(self) -> Simulate:
+        """The run of a seed."""
+        return partial(_simulate, act=self.act)
+
+
+def _simulate(seed: int, act: Callable[[SimulatedCluster], None]) -> RunResult:
+    with SimulatedCluster(managers=3, workers=4, seed=seed, storage=SimulatedStorage()) as cluster:
+        for node in cluster.nodes.values():
+            node.ending_images.update(ENDING_IMAGES)
+        try:
+            act(cluster)
+        except SkepError as error:
+            cluster.observer.note(cluster.loop.time(), [f"refused: {error}"])
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+# -- cluster volumes and local data ------------------------------------------------------------------------------------
+
+
+def _cut_off_with_a_volume(cluster: SimulatedCluster) -> None:
+    """A machine that is cut off still writes to its volume when the leader removes lost nodes."""
+    _create_database(cluster)
+    cluster.write(_remove_lost_nodes)
+    cluster.links.cut([_home(cluster, "db")], cluster.managers)
+    cluster.run_for(LOST_S)
+
+
+def _update_with_a_volume(cluster: SimulatedCluster) -> None:
+    """An update of a service whose tasks cannot share their volume."""
+    _update(cluster, _create_database(cluster), partial(with_image, image="app:2"))
+    _expect(cluster, "the update does not end", lambda: cluster.running("db", "app:2") == 1)
+
+
+def _lost_with_the_only_data(cluster: SimulatedCluster) -> None:
+    """The node of a slot's data is lost while the service has no tasks."""
+    mount = Mount(type="volume", source="db-{{.Task.Slot}}", target="/data")
+    id = _create(cluster, with_labels(with_mount(_a_spec("db", ONE), mount), {VOLUMES: "keep"}))
+    _expect(cluster, "db does not run", lambda: cluster.running("db") == 1)
+    cluster.run_for(15.0)
+    home = _home(cluster, "db")
+    _update(cluster, id, lambda spec: replace(spec, mode=_replicas(0)))
+    _expect(cluster, "db does not end", lambda: not cluster.tasks("db"))
+    cluster.write(_remove_lost_nodes)
+    cluster.kill_node(home)
+    cluster.run_for(LOST_S)
+
+
+def _create_database(cluster: SimulatedCluster) -> ServiceId:
+    """One task with a cluster volume that tasks cannot share."""
+    spec = VolumeSpec(
+        name="orders", driver=Driver(name=DRIVER), access_mode=AccessMode(mount_volume=TypeMount())
+    )
+    now = timestamp(_now_ns(cluster))
+    cluster.write(lambda tx: create_volume(tx, spec, new_id=lambda: "orders", now=now))
+    mount = Mount(type="cluster", source="orders", target="/data")
+    id = _create(cluster, with_mount(_a_spec("db", ONE), mount))
+    _expect(cluster, "db does not run", lambda: cluster.running("db") == 1)
+    return id
+
+
+# -- restarts, dependencies, quotas ------------------------------------------------------------------------------------
+
+
+def _drained_often(cluster: SimulatedCluster) -> None:
+    """A service with few attempts whose nodes are drained one after the other."""
+    _create(cluster, _a_spec("web", ONE, restart=ONE_ATTEMPT))
+    for _ in range(4):
+        _expect(cluster, "web, which never failed, does not run", lambda: cluster.running("web") == 1)
+        if cluster.observer.violations:
+            return
+        drained = _home(cluster, "web")
+        for id in cluster.workers:
+            cluster.set_availability(id, Availability.DRAIN if id == drained else Availability.ACTIVE)
+        cluster.run_for(5.0)
+
+
+def _depends_on_a_job_that_removes_itself(cluster: SimulatedCluster) -> None:
+    """All tasks end after the job that they depended on; the two may also be refused together."""
+    once = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=1))
+    _create(cluster, with_labels(_a_spec("migrate", once, image="job:1"), {JOB_TTL: "5s"}))
+    spec = with_labels(_a_spec("web", ONE), {DEPENDS_ON: "migrate=service_completed_successfully"})
+    try:
+        _create(cluster, spec)
+    except InvalidArgument:
+        return
+    _expect(cluster, "web does not run", lambda: cluster.running("web") == 1)
+    cluster.run_for(20.0)
+    for task in cluster.wanted("web"):
+        cluster.kill_container(task)
+    cluster.run_for(5.0)
+    _expect(cluster, "web waits for a job that has completed", lambda: cluster.running("web") == 1)
+
+
+def _shrinks_under_a_quota(cluster: SimulatedCluster) -> None:
+    """A service that reserves nothing is scaled down under a quota of memory."""
+    stack = STACKS[0]
+    id = _create(cluster, with_labels(_a_spec("web", _replicas(6)), {STACK_LABEL: stack}))
+    quota, now = QuotaSpec(name=stack, memory_bytes=MEMORY_BYTES), timestamp(_now_ns(cluster))
+    cluster.write(lambda tx: set_quota(tx, quota, new_id=lambda: "q", now=now))
+    cluster.run_for(1.0)  # every manager knows of it
+    _update(cluster, id, lambda spec: replace(spec, mode=_replicas(2)))
+
+
+# -- jobs and nodes ----------------------------------------------------------------------------------------------------
+
+
+def _back_after_the_run(cluster: SimulatedCluster) -> None:
+    """A node is back after a run of a scheduled global job."""
+    job = _a_spec("report", ServiceMode(global_job=GlobalJob()), image="job:1")
+    _create(cluster, with_labels(job, {CRON: "*/2 * * * *", CRON_DEADLINE: "20s"}))
+    cluster.kill_node(cluster.workers[0])
+    cluster.run_until(lambda: cluster.created("report") > 0, within_s=180.0)
+    cluster.run_for(BACK_S)
+    cluster.start_node(cluster.workers[0])
+    cluster.run_for(WELL_S)
+
+
+def _removed_under_a_global_service(cluster: SimulatedCluster) -> None:
+    """A node is removed for good."""
+    _create(cluster, _a_spec("agent", ServiceMode(global_=GlobalService())))
+    _expect(cluster, "agent does not run", lambda: cluster.running("agent") == len(cluster.workers))
+    gone = cluster.workers[0]
+    cluster.kill_node(gone)
+    cluster.forget(gone)
+    _expect(cluster, "the node is not gone", lambda: cluster.view.lookup(Node, gone) is None)
+    _expect(cluster, "tasks of the node remain", lambda: not cluster.view.find(Task, node_id=gone))
+
+
+def _retried_after_a_change_of_clock(cluster: SimulatedCluster) -> None:
+    """What has failed is retried under a leader whose clock is behind the stamps of the tasks."""
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=2))
+    id = _create(cluster, _a_spec("job", mode, image="crashing:1", restart=ONE_ATTEMPT))
+    _expect(cluster, "the job does not fail", lambda: cluster.created("job") == 4)
+    cluster.run_for(10.0)
+    for manager in cluster.managers:
+        cluster.clocks[manager].wall_off_s -= 60.0
+    cluster.depose()
+    cluster.run_for(5.0)
+    cluster.write(lambda tx: retry_job(tx, id))
+    cluster.run_for(10.0)
+
+
+CROSSINGS = {
+    "cut off with a volume": Crossing(in_force.WRITERS, _cut_off_with_a_volume),
+    "update with a volume": Crossing(in_force.UPDATES, _update_with_a_volume),
+    "lost with the only data": Crossing(in_force.ONLY_COPIES, _lost_with_the_only_data),
+    "drained often": Crossing(in_force.ATTEMPTS, _drained_often),
+    "dependency that removes itself": Crossing(in_force.DEPENDENCIES, _depends_on_a_job_that_removes_itself),
+    "shrinks under a quota": Crossing(in_force.SHRINKING, _shrinks_under_a_quota),
+    "back after the run": Crossing(in_force.DUE_TIMES, _back_after_the_run),
+    "removed under a global service": Crossing(in_force.REMAINS, _removed_under_a_global_service),
+    "retried under another clock": Crossing(in_force.RETRIES, _retried_after_a_change_of_clock),
+}
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+def _a_spec(
+    name: str, mode: ServiceMode, *, image: str = "app:1", restart: RestartPolicy = SOON
+) -> ServiceSpec:
+    template = TaskSpec(container_spec=ContainerSpec(image=image), restart_policy=restart)
+    return ServiceSpec(name=name, task_template=template, mode=mode)
+
+
+def _replicas(number: int) -> ServiceMode:
+    return ServiceMode(replicated=ReplicatedService(replicas=number))
+
+
+def _create(cluster: SimulatedCluster, spec: ServiceSpec) -> ServiceId:
+    id, now = ServiceId(spec.name), timestamp(_now_ns(cluster))
+    cluster.write(lambda tx: create_service(tx, spec, new_id=lambda: id, new_name=lambda: id, now=now))
+    return id
+
+
+def _update(cluster: SimulatedCluster, id: ServiceId, change: Callable[[ServiceSpec], ServiceSpec]) -> None:
+    now = timestamp(_now_ns(cluster))
+
+    def body(tx: Transaction) -> None:
+        service = tx.get(Service, id)
+        update_service(tx, id, change(service.spec), service.version.index, now=now)
+
+    cluster.write(body)
+
+
+def _remove_lost_nodes(tx: Transaction) -> None:
+    (swarm,) = tx.find(Swarm)
+    tx.put(replace(swarm, spec=replace(swarm.spec, labels={FORGET_NODES: "1m"})))
+
+
+def _expect(cluster: SimulatedCluster, problem: str, condition: Callable[[], bool]) -> None:
+    """Let time pass until ``condition``.  That it is not met within ``WELL_S`` is a violation."""
+    until = cluster.loop.time() + WELL_S
+    while not condition():
+        if cluster.loop.time() > until:
+            cluster.observer.note(until, [f"{problem} after {WELL_S:g} s"])
+            return
+        cluster.run_for(0.25)
+
+
+def _home(cluster: SimulatedCluster, name: str) -> NodeId:
+    return next((task.node_id for task in cluster.wanted(name)), cluster.workers[0])
+
+
+def _now_ns(cluster: SimulatedCluster) -> int:
+    return cluster.clocks[cluster.managers[0]].now_ns()

@@ -1,0 +1,34 @@
+"""Which services have had a failure: the slots of the others are never given up."""
+
+from collections.abc import Iterable
+
+from sim.committed import Change
+from sim.invariants.in_force import ATTEMPTS, is_in_force
+from skep.model.ids import ServiceId
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Deleted, Updated, View
+
+_BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
+
+
+class FailedServices:
+    """The services of which a task has ended while it was to run.  Moves, drains and preemptions are no failures."""
+
+    def __init__(self) -> None:
+        self._failed: set[ServiceId] = set()
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Task() as old, Task() as task):
+                    has_ended = old.status.state not in _BY_ITSELF and task.status.state in _BY_ITSELF
+                    if has_ended and old.is_wanted:
+                        self._failed.add(task.service_id)
+                case Deleted(Service() as service):
+                    self._failed.discard(service.id)
+        return ()
+
+    def may_be_given_up(self, service: Service) -> bool:
+        """Whether slots of the service may have no task any more."""
+        return service.id in self._failed or not is_in_force(ATTEMPTS)

@@ -1,0 +1,56 @@
+"""An update that the dry run accepts is placed, in a cluster at rest."""
+
+from random import Random
+
+from sim.cluster import SimulatedCluster
+from sim.damping import is_steady, pass_time
+from sim.invariants.dependencies import missing_dependencies
+from sim.invariants.in_force import DRY_RUN, is_in_force
+from sim.invariants.placement import homes_of
+from sim.users import Users, forced
+from skep.manager.routes.placement import accounting_of
+from skep.manager.scheduler.dry_run import DryRun, PlannedPlacement
+from skep.model.service import Service, ServiceSpec, UpdateOrder
+from skep.model.task import Task, TaskState
+from skep.store.interface import View
+
+PLACED_S = 25.0
+"""Limit until all new tasks have nodes.  An update replaces them one after the other, with delays."""
+
+
+def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> None:
+    """Force an update of a steady service.  If the dry run accepts it, no task may stay without a node."""
+    services = [one for one in cluster.view.find(Service) if _can_be_tried(cluster, one)]
+    if not services:
+        return
+    # A task with a cluster volume meets the one that it replaces.
+    sharing = [one for one in services if any(task.volumes for task in cluster.wanted(one.id))]
+    id = random.choice(sharing or services).id
+    spec = forced(cluster.view.get(Service, id).spec)
+    planned = cluster.do(_planned(cluster.view, spec))
+    is_accepted = not planned.refusal and not planned.preempted
+    cluster.do(users.force(id))
+    pass_time(cluster, PLACED_S)
+    if not is_accepted or not is_in_force(DRY_RUN):
+        return
+    for task in cluster.view.find(Task, service_id=id):
+        if task.is_wanted and task.status.state is TaskState.PENDING:
+            problem = f"the dry run accepts {spec.name}, and task {task.id} has no node: {task.status.err}"
+            cluster.observer.note(cluster.loop.time(), [problem])
+
+
+def _can_be_tried(cluster: SimulatedCluster, service: Service) -> bool:
+    """Whether nothing that the dry run does not ask about decides on the placement of the service's tasks."""
+    view, update = cluster.view, service.spec.update_config
+    return (
+        is_steady(cluster, service)
+        and (update is None or update.order is UpdateOrder.STOP_FIRST)
+        and not any(missing_dependencies(service, view, ()))
+        and not any(homes_of(task, service, view) for task in view.find(Task, service_id=service.id))
+    )
+
+
+async def _planned(view: View, spec: ServiceSpec) -> PlannedPlacement:
+    dry_run = DryRun(view, await accounting_of(view), lambda service: service.spec.name)
+    (planned,) = [step for step in dry_run.placing(spec) if step is not None]
+    return planned

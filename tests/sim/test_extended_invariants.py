@@ -1,0 +1,265 @@
+"""The rules on what Docker does not have reject a history that violates them."""
+
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+
+from sim.invariants import in_force
+from sim.invariants.dependencies import missing_dependencies
+from sim.invariants.failures import FailedServices
+from sim.invariants.placement import is_unplaceable
+from sim.invariants.schedules import DECIDED_S, RetriesAreBounded, RunsKeepTheirNodes
+from sim.invariants.volumes import OnlyCopiesStay
+from sim.invariants.writers import SingleWriters
+from sim.random_specs import Dependencies, a_spec
+from sim.reference import Accepted, Create, Refused, ServiceState, State, Update, respond
+from skep.api.permissions import STACK_LABEL
+from skep.model.autoscaling import AUTOSCALE
+from skep.model.container import Mount
+from skep.model.dependencies import DEPENDS_ON
+from skep.model.ids import ServiceId, VolumeId
+from skep.model.labels import JOB_TTL, PRIORITY, VOLUMES
+from skep.model.meta import Version
+from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.quota import QuotaSpec
+from skep.model.schedules import CRON
+from skep.model.service import (
+    GlobalJob,
+    JobStatus,
+    ReplicatedService,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    UpdateConfig,
+    UpdateOrder,
+)
+from skep.model.task import Task, TaskState, TaskStatus, VolumeAttachment
+from skep.model.times import Timestamp
+from skep.model.volume import (
+    AccessMode,
+    TypeMount,
+    Volume,
+    VolumeInfo,
+    VolumeScope,
+    VolumeSharing,
+    VolumeSpec,
+)
+from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_task
+from tests.support.builders import a_service_spec
+
+WEB, DB = ServiceId("web"), ServiceId("db")
+
+
+@pytest.fixture(autouse=True)
+def all_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_force, "IN_FORCE", set(in_force.ALL))
+
+
+def a_volume(
+    *, sharing: VolumeSharing = VolumeSharing.NONE, scope: VolumeScope = VolumeScope.SINGLE
+) -> Volume:
+    mode = AccessMode(scope=scope, sharing=sharing, mount_volume=TypeMount())
+    info = VolumeInfo(volume_id="disk")
+    return Volume(id=VolumeId("v"), spec=VolumeSpec(name="v", access_mode=mode), info=info)
+
+
+def with_volume(task: Task) -> Task:
+    return replace(task, volumes=(VolumeAttachment(id="v", source="v", target="/data"),))
+
+
+def mounting(spec: ServiceSpec, mount: Mount) -> ServiceSpec:
+    container = spec.task_template.container_spec
+    assert container is not None
+    template = replace(spec.task_template, container_spec=replace(container, mounts=(mount,)))
+    return replace(spec, task_template=template)
+
+
+# -- writers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scope", "violations"), [(VolumeScope.SINGLE, 1), (VolumeScope.MULTI, 0)])
+def test_a_volume_for_one_node_that_two_machines_write_to(scope: VolumeScope, violations: int) -> None:
+    history, rule = History(), SingleWriters()
+    history.commit(lambda tx: tx.put(a_volume(scope=scope)))
+    old, new = with_volume(a_task("old")), with_volume(a_task("new"))
+    assert list(rule.started(W1, old, history.state)) == []
+    assert len(list(rule.started(W2, new, history.state))) == violations
+    rule.ended(old.id)
+    assert list(rule.started(W2, new, history.state)) == []
+
+
+def test_who_removes_a_node_says_that_nothing_writes_there() -> None:
+    history, rule = History(), SingleWriters()
+    history.commit(lambda tx: tx.put(a_volume()))
+    rule.given_up = {W1}
+    assert list(rule.started(W1, with_volume(a_task("old")), history.state)) == []
+    assert list(rule.started(W2, with_volume(a_task("new")), history.state)) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "is_requested", "violations"), [("keep", False, 1), ("keep", True, 0), ("return", False, 0)]
+)
+def test_a_node_that_is_removed_with_the_only_data_of_a_slot(
+    policy: str, is_requested: bool, violations: int
+) -> None:
+    stored = {W1: {("data", "web", 1)}, W2: set[tuple[str, str, int]]()}
+    history = History(OnlyCopiesStay(stored.__getitem__, lambda _: is_requested))
+    history.put(a_node(W1), a_node(W2))
+    history.put(Service(id=WEB, spec=replace(a_service_spec("web"), labels={VOLUMES: policy})))
+    history.commit(lambda tx: tx.delete(Node, W1))
+    assert len(history.violations) == violations
+
+
+def test_a_node_may_go_of_whose_data_another_one_has_a_copy() -> None:
+    history = History(OnlyCopiesStay(lambda _: {("data", "web", 1)}, lambda _: False))
+    history.put(a_node(W1), a_node(W2))
+    history.put(Service(id=WEB, spec=replace(a_service_spec("web"), labels={VOLUMES: "keep"})))
+    history.commit(lambda tx: tx.delete(Node, W1))
+    assert history.violations == []
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def a_report(run: int) -> Service:
+    spec = a_service_spec("report", image="job:1")
+    spec = replace(spec, mode=ServiceMode(global_job=GlobalJob()), labels={CRON: "*/1 * * * *"})
+    return Service(id=WEB, spec=spec, job_status=JobStatus(job_iteration=Version(index=run)))
+
+
+def test_a_node_gets_no_task_of_a_run_that_began_before_it_could_take_one() -> None:
+    history = History(RunsKeepTheirNodes())
+    away = replace(a_node(W2), status=NodeStatus(state=NodeState.DOWN))
+    history.put(a_node(W1), away, a_report(0))
+    history.put(
+        replace(history.state.get(Service, WEB), job_status=JobStatus(job_iteration=Version(index=1)))
+    )
+    history.after(DECIDED_S + 1).put(
+        replace(history.state.get(Node, W2), status=NodeStatus(state=NodeState.READY))
+    )
+    history.put(a_run("t1", slot=0, node_id=W1))
+    assert history.violations == []
+    history.put(a_run("t2", slot=0, node_id=W2))
+    assert len(history.violations) == 1
+
+
+def test_a_retried_slot_has_the_attempts_of_its_policy() -> None:
+    history = History(RetriesAreBounded())
+    history.put(a_report(1))
+
+    def fail(id: str) -> None:
+        run = a_run(id, iteration=1)
+        run = replace(run, spec=replace(run.spec, restart_policy=RestartPolicy(max_attempts=1)))
+        history.put(run)
+        history.put(replace(history.state.get(Task, id), status=TaskStatus(state=TaskState.FAILED)))
+
+    for id in ("t1", "t2"):
+        fail(id)
+    assert history.violations == []
+    service = history.state.get(Service, WEB)
+    assert service.job_status is not None
+    status = replace(service.job_status, retried_until=Timestamp("2026-01-01T00:00:00Z"))
+    history.put(replace(service, job_status=status))
+    for id in ("t3", "t4"):
+        fail(id)
+    assert history.violations == []
+    fail("t5")
+    assert len(history.violations) == 1
+
+
+def test_a_task_that_is_moved_is_no_failure_of_its_service() -> None:
+    rule = FailedServices()
+    history = History(rule)
+    history.put(a_service(), a_task("t1", node="w1", state=TaskState.RUNNING))
+    moved = replace(history.state.get(Task, "t1"), desired_state=TaskState.SHUTDOWN)
+    history.put(moved)
+    history.put(replace(history.state.get(Task, "t1"), status=TaskStatus(state=TaskState.COMPLETE)))
+    assert not rule.may_be_given_up(history.state.get(Service, WEB))
+    history.put(a_task("t2", node="w1", state=TaskState.RUNNING))
+    history.put(replace(history.state.get(Task, "t2"), status=TaskStatus(state=TaskState.FAILED)))
+    assert rule.may_be_given_up(history.state.get(Service, WEB))
+
+
+# -- what a service may wait for -------------------------------------------------------------------------------------
+
+
+def test_a_service_does_not_wait_for_a_job_that_has_completed_and_removed_itself() -> None:
+    history = History()
+    spec = replace(a_service_spec("web"), labels={DEPENDS_ON: "migrate=service_completed_successfully"})
+    web = Service(id=WEB, spec=spec)
+    assert list(missing_dependencies(web, history.state, ())) == ["migrate"]
+    assert list(missing_dependencies(web, history.state, {"migrate"})) == []
+
+
+@pytest.mark.parametrize(
+    ("order", "is_unable"), [(UpdateOrder.STOP_FIRST, False), (UpdateOrder.START_FIRST, True)]
+)
+def test_a_task_does_not_wait_for_the_volume_that_the_one_before_it_has(
+    order: UpdateOrder, is_unable: bool
+) -> None:
+    history = History()
+    mount = Mount(type="cluster", source="v", target="/data")
+    service = Service(id=WEB, spec=mounting(a_service_spec("web", update=UpdateConfig(order=order)), mount))
+    history.put(a_node(W1), service)
+    history.commit(lambda tx: tx.put(a_volume()))
+    old = replace(a_task("old", node=W1, state=TaskState.RUNNING), spec=service.spec.task_template)
+    new = replace(a_task("new", state=TaskState.PENDING), spec=service.spec.task_template)
+    history.put(with_volume(old), new)
+    assert is_unplaceable(new, service, history.state) is is_unable
+    other = replace(new, slot=2)
+    assert is_unplaceable(other, service, history.state)
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+def test_a_start_first_update_is_refused_with_a_volume_that_tasks_cannot_share() -> None:
+    mount = Mount(type="cluster", source="v", target="/data")
+    spec = mounting(a_service_spec("web", update=UpdateConfig(order=UpdateOrder.START_FIRST)), mount)
+    assert respond(State(unshared=frozenset({"v"})), Create(WEB, spec)) == Refused(400)
+    assert isinstance(respond(State(), Create(WEB, spec)), Accepted)
+
+
+def in_stack(replicas: int) -> ServiceSpec:
+    return replace(a_service_spec("web", replicas=replicas), labels={STACK_LABEL: "shop"})
+
+
+@pytest.mark.parametrize(("replicas", "is_refused"), [(2, False), (9, True)])
+def test_what_shrinks_is_not_refused_by_a_quota(replicas: int, is_refused: bool) -> None:
+    quota = QuotaSpec(name="shop", memory_bytes=1 << 30)
+    held = ServiceState(in_stack(5), None, 1)
+    response = respond(State({WEB: held}, quotas={"shop": quota}), Update(WEB, in_stack(replicas), 1))
+    assert response == Refused(403) if is_refused else isinstance(response, Accepted)
+
+
+def test_the_services_of_a_stack_share_its_quota() -> None:
+    quota, held = QuotaSpec(name="shop", tasks=6), ServiceState(in_stack(4), None, 1)
+    state = State({DB: held}, quotas={"shop": quota})
+    assert isinstance(respond(state, Create(WEB, replace(in_stack(2), name="api"))), Accepted)
+    assert respond(state, Create(WEB, replace(in_stack(3), name="api"))) == Refused(403)
+    assert isinstance(respond(state, Create(WEB, a_service_spec("api", replicas=9))), Accepted)
+
+
+# -- the generator ---------------------------------------------------------------------------------------------------
+
+
+def test_specs_combine_all_labels_and_each_is_often_absent() -> None:
+    random, extensions = Random(1), Random(2)
+    known = Dependencies(services=("web", "api", "db", "cache"), volumes=("v1",))
+    specs = [a_spec("web", random, known, extensions) for _ in range(400)]
+    for label in (PRIORITY, STACK_LABEL, DEPENDS_ON, VOLUMES, AUTOSCALE, CRON, JOB_TTL):
+        assert 0 < sum(label in spec.labels for spec in specs) < 0.6 * len(specs), label
+    assert any(len({AUTOSCALE, DEPENDS_ON, PRIORITY} & spec.labels.keys()) == 3 for spec in specs)
+    assert (
+        any(isinstance(spec.mode.replicated, ReplicatedService) and CRON in spec.labels for spec in specs)
+        is False
+    )
+
+
+def test_without_extensions_specs_have_nothing_that_docker_lacks_but_disconnect_policies() -> None:
+    random = Random(1)
+    for _ in range(100):
+        spec = a_spec("web", random, Dependencies())
+        assert {label.partition("-")[0] for label in spec.labels} <= {"skep.on", "skep.progress"}
