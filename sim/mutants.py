@@ -40,6 +40,7 @@ from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
+from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
 from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
@@ -343,7 +344,7 @@ def _may_not_shrink() -> list[Patch]:
 
     def check_quota(tx: Transaction, spec: ServiceSpec, present: Service | None = None) -> None:
         stack = spec.labels.get(STACK_LABEL, "")
-        if present is not None and spec.replicas < present.spec.replicas and quotas.quota_of(tx, stack):
+        if present is not None and spec.replicas < present.spec.replicas and quota_of(tx, stack):
             raise PermissionDenied("broken: a quota refuses a smaller number of tasks")
         real(tx, spec, present)
 

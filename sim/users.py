@@ -40,11 +40,12 @@ from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.jobs import retry_job, run_job
 from skep.manager.control.networks import create_network, remove_network
 from skep.manager.control.nodes import update_node
-from skep.manager.control.quotas import quota_of, remove_quota, set_quota
+from skep.manager.control.quotas import remove_quota, set_quota
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.manager.control.users import create_user, remove_user, set_roles
 from skep.manager.control.volumes import create_volume, remove_volume
 from skep.manager.membership.service import resign
+from skep.manager.quotas import quota_of
 from skep.model.ids import NodeId, ServiceId, VolumeId
 from skep.model.labels import FORGET_NODES, PREEMPTION, PRIORITY
 from skep.model.meta import Driver

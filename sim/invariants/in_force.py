@@ -22,7 +22,7 @@ ALL: Final = (
     *(ATTEMPTS, SHRINKING, DEPENDENCIES, UPDATES, START_FIRST, DRY_RUN),
     *(DUE_TIMES, WRITERS, ONLY_COPIES, REMAINS, RETRIES, VISITS),
 )
-IN_FORCE: set[str] = set()
+IN_FORCE: set[str] = set(ALL)
 """The rules that are checked."""
 
 

@@ -27,7 +27,6 @@ from skep.security.tokens import new_join_tokens
 from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Transaction
 from skep.store.kinds import ROOT_KEY_ID, Payload
-from skep.store.level import LEVEL
 
 
 def found_cluster(
@@ -83,5 +82,4 @@ def found_cluster(
         subnet_size=bootstrap.subnet_size,
         data_path_port=bootstrap.data_path_port,
     )
-    tx.raise_level(LEVEL)  # the only manager has it; later raises wait until nodes have been well for a while
     return found_swarm(tx, swarm, first, new_id, has_ipv6=":" in host_of(config.advertise_addr))
