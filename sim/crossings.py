@@ -1,16 +1,14 @@
 """Short runs in which two features meet on purpose, where chance would take too many seeds.
 
-Each needs a rule of ``invariants.in_force``, whose mutants it also kills.
+They also kill mutants of the rules that they need.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
-import msgspec
 from msgspec.structs import replace
 
 from sim.cluster import SimulatedCluster
-from sim.invariants import in_force
 from sim.random_specs import ENDING_IMAGES, MEMORY_BYTES, STACKS, with_image, with_labels, with_mount
 from sim.run import RunResult
 from sim.seeds import Simulate
@@ -55,18 +53,6 @@ LOST_S = 120.0
 WELL_S = 40.0
 BACK_S = 60.0
 """Time until a node is back, in the middle between two due times."""
-
-
-class Crossing(msgspec.Struct, frozen=True):
-    """A run, and the rule that it needs."""
-
-    rule: str
-    act: Callable[[SimulatedCluster], None]
-
-    @property
-    def simulate(self) -> Simulate:
-        """The run of a seed."""
-        return partial(_simulate, act=self.act)
 
 
 def _simulate(seed: int, act: Callable[[SimulatedCluster], None]) -> RunResult:
@@ -206,16 +192,19 @@ def _retried_after_a_change_of_clock(cluster: SimulatedCluster) -> None:
     cluster.run_for(10.0)
 
 
-CROSSINGS = {
-    "cut off with a volume": Crossing(in_force.WRITERS, _cut_off_with_a_volume),
-    "update with a volume": Crossing(in_force.UPDATES, _update_with_a_volume),
-    "lost with the only data": Crossing(in_force.ONLY_COPIES, _lost_with_the_only_data),
-    "drained often": Crossing(in_force.ATTEMPTS, _drained_often),
-    "dependency that removes itself": Crossing(in_force.DEPENDENCIES, _depends_on_a_job_that_removes_itself),
-    "shrinks under a quota": Crossing(in_force.SHRINKING, _shrinks_under_a_quota),
-    "back after the run": Crossing(in_force.DUE_TIMES, _back_after_the_run),
-    "removed under a global service": Crossing(in_force.REMAINS, _removed_under_a_global_service),
-    "retried under another clock": Crossing(in_force.RETRIES, _retried_after_a_change_of_clock),
+CROSSINGS: Mapping[str, Simulate] = {
+    name: partial(_simulate, act=act)
+    for name, act in (
+        ("cut off with a volume", _cut_off_with_a_volume),
+        ("update with a volume", _update_with_a_volume),
+        ("lost with the only data", _lost_with_the_only_data),
+        ("drained often", _drained_often),
+        ("dependency that removes itself", _depends_on_a_job_that_removes_itself),
+        ("shrinks under a quota", _shrinks_under_a_quota),
+        ("back after the run", _back_after_the_run),
+        ("removed under a global service", _removed_under_a_global_service),
+        ("retried under another clock", _retried_after_a_change_of_clock),
+    )
 }
 
 

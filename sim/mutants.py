@@ -532,7 +532,7 @@ MUTANTS: tuple[Mutant, ...] = (
         focused.sessions,
     ),
     *(
-        Mutant(name, rule, patches, CROSSINGS[crossing].simulate, CROSSING_SEEDS)
+        Mutant(name, rule, patches, CROSSINGS[crossing], CROSSING_SEEDS)
         for name, rule, patches, crossing in (
             ("shrinking", "a quota refuses nothing that shrinks", _may_not_shrink, "shrinks under a quota"),
             (

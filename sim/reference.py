@@ -13,7 +13,6 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from sim.invariants.in_force import SHRINKING, START_FIRST, is_in_force
 from skep.model.ids import NodeId, ServiceId
 from skep.model.node import NodeSpec
 from skep.model.quota import QuotaSpec
@@ -244,7 +243,7 @@ def _mode(spec: ServiceSpec) -> tuple[bool, bool, bool]:
 def _cannot_start_first(state: State, spec: ServiceSpec, present: ServiceSpec | None) -> bool:
     """Whether new tasks would have to run beside old ones whose cluster volume they need; a service may be scaled."""
     container, configs = spec.task_template.container_spec, (spec.update_config, spec.rollback_config)
-    if container is None or not is_in_force(START_FIRST):
+    if container is None:
         return False
     if present is not None and spec == msgspec.structs.replace(present, mode=spec.mode):
         return False
@@ -274,7 +273,7 @@ def _exceeds_quota(state: State, id: ServiceId | None, spec: ServiceSpec) -> boo
         for other, one in state.services.items()
         if other != id and one.spec.labels.get(_STACK) == stack
     ]
-    grows = any(map(int.__gt__, wanted, before)) if is_in_force(SHRINKING) else wanted != before
+    grows = any(map(int.__gt__, wanted, before))
     if quota.memory_bytes and wanted[0] and not wanted[1] and grows:
         return True  # it reserves nothing of what is bounded
     for number, bound in enumerate((quota.tasks, quota.memory_bytes)):

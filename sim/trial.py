@@ -5,7 +5,6 @@ from random import Random
 from sim.cluster import SimulatedCluster
 from sim.damping import is_steady, pass_time
 from sim.invariants.dependencies import missing_dependencies
-from sim.invariants.in_force import DRY_RUN, is_in_force
 from sim.invariants.placement import homes_of
 from sim.users import Users, forced
 from skep.manager.routes.placement import accounting_of
@@ -31,7 +30,7 @@ def try_an_update(cluster: SimulatedCluster, users: Users, random: Random) -> No
     is_accepted = not planned.refusal and not planned.preempted
     cluster.do(users.force(id))
     pass_time(cluster, PLACED_S)
-    if not is_accepted or not is_in_force(DRY_RUN):
+    if not is_accepted:
         return
     for task in cluster.view.find(Task, service_id=id):
         if task.is_wanted and task.status.state is TaskState.PENDING:

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterable, Iterator
 from math import inf
 
 from sim.committed import Change
-from sim.invariants.in_force import DEPENDENCIES, is_in_force
 from skep.model.dependencies import Condition, Dependency, dependencies_of
 from skep.model.ids import ServiceId, TaskId
 from skep.model.labels import JOB_TTL
@@ -92,7 +91,7 @@ def missing_dependencies(service: Service, view: View, finished: Collection[str]
     for one in dependencies_of(service.spec.labels):
         found = [each for each in view.find(Service, name=one.service) if each.removed_at is None]
         if not found:
-            if one.service not in finished or not is_in_force(DEPENDENCIES):
+            if one.service not in finished:
                 yield one.service
             continue
         tasks = view.find(Task, service_id=found[0].id)

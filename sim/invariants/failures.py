@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from sim.committed import Change
-from sim.invariants.in_force import ATTEMPTS, is_in_force
 from skep.model.ids import ServiceId
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -31,4 +30,4 @@ class FailedServices:
 
     def may_be_given_up(self, service: Service) -> bool:
         """Whether slots of the service may have no task any more."""
-        return service.id in self._failed or not is_in_force(ATTEMPTS)
+        return service.id in self._failed

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sim.committed import Change
-from sim.invariants.in_force import UPDATES, is_in_force
 from skep.model.container import Mount
 from skep.model.ids import NodeId
 from skep.model.labels import VolumePolicy, volume_policy
@@ -161,7 +160,7 @@ def _could_have_volumes(node: Node, task: Task, service: Service, view: View) ->
             ):
                 continue
             is_of_slot = (other.service_id, other.slot or other.node_id) == own
-            if is_in_force(UPDATES) and is_of_slot and not starts_first:
+            if is_of_slot and not starts_first:
                 continue  # it may be stopped first
             if mode.scope is VolumeScope.SINGLE and other.node_id != node.id:
                 return False

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sim.committed import Change
-from sim.invariants.in_force import DUE_TIMES, RETRIES, is_in_force
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.schedules import CRON, CRON_DEADLINE, CRON_SUSPEND, same_schedule
@@ -109,7 +108,7 @@ class RunsKeepTheirNodes:
                         self._able_since[node.id] = now
         for event in change.events:
             match event:
-                case Created(Task() as task) if is_in_force(DUE_TIMES) and not task.slot:
+                case Created(Task() as task) if not task.slot:
                     yield from self._late(task, view)
 
     def _late(self, task: Task, view: View) -> Iterable[str]:
@@ -165,7 +164,7 @@ class RetriesAreBounded:
             return
         key = (task.service_id, task.job_iteration.index, task.slot or task.node_id)
         self._failures[key] += 1
-        if self._failures[key] > policy.max_attempts + 1 and not policy.window and is_in_force(RETRIES):
+        if self._failures[key] > policy.max_attempts + 1 and not policy.window:
             yield f"slot {key} has failed {self._failures[key]} times, with {policy.max_attempts} attempts"
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from math import inf
 
 from sim.committed import Change
-from sim.invariants.in_force import ONLY_COPIES, is_in_force
 from sim.invariants.placement import could_take
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import VolumePolicy, volume_policy
@@ -98,7 +97,7 @@ class OnlyCopiesStay:
     def __call__(self, change: Change, view: View) -> Iterator[str]:
         for event in change.events:
             match event:
-                case Deleted(Node() as node) if is_in_force(ONLY_COPIES) and not self._is_requested(node.id):
+                case Deleted(Node() as node) if not self._is_requested(node.id):
                     yield from self._lost_with(node.id, view)
 
     def _lost_with(self, id: NodeId, view: View) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from collections.abc import Container, Iterable
 
 from sim.committed import Change
-from sim.invariants.in_force import WRITERS, is_in_force
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
@@ -72,8 +71,6 @@ class SingleWriters:
     def started(self, node_id: NodeId, task: Task, view: View) -> Iterable[str]:
         """A container was started."""
         self._running[task.id] = node_id, task
-        if not is_in_force(WRITERS):
-            return
         for id in _volumes_of(task):
             volume = view.lookup(Volume, id)
             if volume is None or volume.spec.access_mode.scope is VolumeScope.MULTI:

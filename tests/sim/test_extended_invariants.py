@@ -5,7 +5,6 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from sim.invariants import in_force
 from sim.invariants.dependencies import missing_dependencies
 from sim.invariants.failures import FailedServices
 from sim.invariants.placement import is_unplaceable
@@ -50,11 +49,6 @@ from tests.sim.histories import W1, W2, History, a_node, a_run, a_service, a_tas
 from tests.support.builders import a_service_spec
 
 WEB, DB = ServiceId("web"), ServiceId("db")
-
-
-@pytest.fixture(autouse=True)
-def all_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_force, "IN_FORCE", set(in_force.ALL))
 
 
 def a_volume(

@@ -1,9 +1,6 @@
 """How many objects the leader's loops look up for one event.  Decisions are counted, not time."""
 
-import pytest
-
 from sim.cluster import SimulatedCluster
-from sim.invariants import in_force
 from skep.model.ids import NodeId
 from tests.support.builders import a_service_spec
 
@@ -27,6 +24,5 @@ def cost_of_a_node_event(workers: int) -> int:
         return leader.visited - before
 
 
-@pytest.mark.skipif(not in_force.is_in_force(in_force.VISITS), reason=f"not in force: {in_force.VISITS}")
 def test_a_node_event_costs_as_much_in_a_cluster_of_four_times_the_size() -> None:
     assert cost_of_a_node_event(MANY) < 2 * cost_of_a_node_event(FEW)
