@@ -139,7 +139,7 @@ def outcome(view: View, service: Service) -> str:
         return ""
     run, slots = as_run(view, service), _slots(view, service)
     if run.spec.mode.replicated_job is None:
-        return service.job_status.outcome if is_over(run) else result(run, slots.values())
+        return service.job_status.present_outcome if is_over(run) else result(run, slots.values())
     done = sum(map(_is_done, slots.values()))
     return COMPLETED if done >= (run.spec.mode.replicated_job.total_completions or 0) else FAILED
 
@@ -158,7 +158,7 @@ def is_fixed(run: Service) -> bool:
 
 def is_over(run: Service) -> bool:
     """Whether a scheduled ``run`` of a global job has ended: no node starts it again."""
-    return is_fixed(run) and run.job_status is not None and bool(run.job_status.outcome)
+    return is_fixed(run) and run.job_status is not None and bool(run.job_status.present_outcome)
 
 
 def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> JobStatus | None:
@@ -179,8 +179,8 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
     is_idle = len(ended) == len(slots) and (
         is_late or all(_is_done(slots.get(id, ())) or _is_given_up(slots.get(id, ())) for id in candidates)
     )
-    outcome = result(run, slots.values()) if is_over and is_idle else job.outcome
-    return replace(job, nodes_fixed=is_fixed(run), outcome=outcome)
+    outcome = result(run, slots.values()) if is_over and is_idle else job.present_outcome
+    return replace(job, nodes_fixed=is_fixed(run), outcome=outcome, settled_iteration=job.job_iteration)
 
 
 def _is_to_go_on(task: Task) -> bool:
@@ -250,7 +250,7 @@ def is_going(view: View, service: Service) -> bool:
 def nodes_of(run: Service, tasks: Iterable[Task], nodes: Iterable[Node]) -> Iterable[Node]:
     """Those of ``nodes`` that may belong to the present ``run`` of a global job with these ``tasks``."""
     job = run.job_status
-    if job is None or not job.nodes_fixed:
+    if job is None or not job.has_fixed_nodes:
         return nodes
     members = {task.node_id for task in tasks if task.job_iteration == job.job_iteration}
     return (node for node in nodes if node.id in members)

@@ -402,6 +402,19 @@ class JobStatus(ApiObject):
     """Of a scheduled global job: every node of the present run has its task.  No other node joins the run."""
     outcome: str = ""
     """How the present run of a global job ended; empty while it has not.  A scheduled run does not start again."""
+    settled_iteration: Version | None = None
+    """The run that the two are about.  A manager of an older version starts a run and keeps them, as it does with all
+    fields that it does not know."""
+
+    @property
+    def has_fixed_nodes(self) -> bool:
+        """Whether no further node joins the present run."""
+        return self.nodes_fixed and self.settled_iteration == self.job_iteration
+
+    @property
+    def present_outcome(self) -> str:
+        """How the present run ended, or an empty string."""
+        return self.outcome if self.settled_iteration == self.job_iteration else ""
 
     @property
     def awaits_first_run(self) -> bool:

@@ -12,6 +12,7 @@ from skep.errors import SkepError
 from skep.model.autoscaling import with_number_kept, with_present_number
 from skep.model.container import ConfigReference, SecretReference
 from skep.model.encoding import to_json
+from skep.model.ids import ConfigId, SecretId
 from skep.model.labels import STACK_REVISION
 from skep.model.needs import needs_of
 from skep.model.service import Service, ServiceSpec
@@ -352,9 +353,23 @@ def merged(before: ServiceSpec, wanted: ServiceSpec, present: ServiceSpec) -> Se
     Others may have changed the service since ``before`` was read: the autoscaler its number of tasks, a person another
     field.  Lists are one field.
     """
-    specs = (msgspec.json.decode(to_json(one)) for one in (before, wanted, present))
+    # A file names secrets and configs, and managers add their ids: these are no difference.
+    unread = [_without_ids(one) for one in (before, wanted)]
+    specs = (msgspec.json.decode(to_json(one)) for one in (*unread, present))
     spec = leniently(msgspec.json.encode(_merged(*specs)), ServiceSpec)
     return with_present_number(spec, present)
+
+
+def _without_ids(spec: ServiceSpec) -> ServiceSpec:
+    container = spec.task_template.container_spec
+    if container is None:
+        return spec
+    container = replace(
+        container,
+        secrets=tuple(replace(one, secret_id=SecretId("")) for one in container.secrets),
+        configs=tuple(replace(one, config_id=ConfigId("")) for one in container.configs),
+    )
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))
 
 
 def _merged(before: Any, wanted: Any, present: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from msgspec.structs import replace
 
-from skep.errors import FailedPrecondition, NotFound, Unavailable
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from skep.manager.control.services import check_files
 from skep.manager.job_runs import has_failed, is_going, retried, started, started_plainly
 from skep.model.ids import ServiceId
+from skep.model.needs import references_of
+from skep.model.network import Network
 from skep.model.service import JobStart, Service
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction
@@ -43,7 +45,11 @@ def retry_job(tx: Transaction, id: ServiceId) -> Service:
         raise FailedPrecondition(
             f"nothing of the present run of job {service.spec.name} has failed: there is nothing to retry"
         )
-    check_files(tx, as_run(tx, service).spec)  # the run was over: what it refers to may have been removed
+    spec = as_run(tx, service).spec  # the run was over: what it refers to may have been removed
+    check_files(tx, spec)
+    for kind, network in references_of(spec):
+        if kind == "network" and tx.rely_on(Network, network) is None:
+            raise InvalidArgument(f"network {network} not found")
     return tx.put(replace(service, job_status=retried(tx, service)))
 
 

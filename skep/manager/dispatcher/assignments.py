@@ -24,8 +24,10 @@ from skep.manager.trust import trust_of
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, NodeId, SecretId, TaskId, VolumeId
 from skep.model.labels import DRAIN, sent_labels
+from skep.model.needs import images_of
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
+from skep.model.registry_auth import address_of, is_for
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service
 from skep.model.task import AssignedTask, Task, TaskState
@@ -38,6 +40,7 @@ from skep.store.kinds import (
     has_unreadable_spec,
     has_unreadable_status,
     present_spec,
+    previous_registry_auth_id,
     registry_auth_id,
 )
 from skep.store.schema import UNREAD_STATUS
@@ -381,7 +384,18 @@ def _registry_auths(view: View, tasks: Iterable[AssignedTask]) -> dict[TaskId, s
     auths = {}
     for assigned in tasks:
         task = assigned.task
-        payload = view.lookup(Payload, registry_auth_id(task.service_id)) if task.service_id else None
-        if payload is not None and _needs(task):
-            auths[task.id] = payload.data.decode("ascii", errors="ignore")
+        if task.service_id and _needs(task) and (auth := _registry_auth(view, task)):
+            auths[task.id] = auth
     return auths
+
+
+def _registry_auth(view: View, task: Task) -> str:
+    """The credentials for the registry of the task's image: the present ones, or those of the spec before.
+
+    The run of a scheduled job goes on with its spec while the service has another one already.
+    """
+    ids = registry_auth_id(task.service_id), previous_registry_auth_id(task.service_id)
+    found = (view.lookup(Payload, id) for id in ids)
+    known = [one.data.decode("ascii", errors="ignore") if one is not None else "" for one in found]
+    image = next(iter(images_of(task.spec)), "")
+    return next((one for one in known if one and is_for(address_of(one), image)), known[0])

@@ -155,10 +155,13 @@ def _deciding_some_of_job(
     if _has_earlier_run(situation):
         return None
     if situation.service.spec.mode.replicated_job is None:
-        steps = jobs.next_steps(situation)
-        if _may_settle(steps, situation, due, settled):
+        every = jobs.next_steps(situation)
+        steps: list[Step] = [
+            step for step in _before_end(every, situation) if not isinstance(step, SettleRun)
+        ]
+        # The end of the run, and of its time to live, depend on all tasks.
+        if _may_settle(every, situation, due, settled) or (every and not steps):
             return None
-        steps = [step for step in _before_end(steps, situation) if not isinstance(step, SettleRun)]
         is_whole = any(_slot_of(step) is None and not isinstance(step, Recheck) for step in steps)
         return None if is_whole else steps
     slots = group_by_slot(of_present_run(situation.service, situation.tasks)).values()
@@ -175,8 +178,8 @@ def _may_settle(
 ) -> bool:
     """Whether the end of a global job's run, or another outcome of it, may follow from the due slots and the others."""
     job = situation.service.job_status
-    if job is not None and job.outcome:
-        is_changed = job.outcome != COMPLETED and not situation.tasks
+    if job is not None and job.present_outcome:
+        is_changed = job.present_outcome != COMPLETED and not situation.tasks
         return is_changed or any(isinstance(step, SettleRun) for step in steps)
     if settled.running is None:
         return True

@@ -54,7 +54,7 @@ from skep.model.labels import job_ttl_s
 from skep.model.meta import Version
 from skep.model.service import ReplicatedJob, Service
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.times import SECOND_NS, unix_ns
 
 
 def next_steps(situation: Situation) -> list[Step]:
@@ -143,10 +143,21 @@ def _end(present: list[Task], situation: Situation) -> list[Step]:
         return []  # it has a next run
     ttl_s = job_ttl_s(situation.service.spec.labels)
     ended = [situation.seen.ended(task) for task in present]
-    if ttl_s is None or not ended or any(at is None for at in ended):
+    if ttl_s is None or any(at is None for at in ended):
         return []
+    if not ended:
+        return _end_without_tasks(situation, ttl_s)
     over_at = max(at for at in ended if at is not None) + ttl_s
     return [RemoveService(situation.service) if over_at <= situation.now else Recheck(over_at)]
+
+
+def _end_without_tasks(situation: Situation, ttl_s: float) -> list[Step]:
+    """Remove a job whose run is over, and whose tasks were deleted with their nodes: its time counts from its start."""
+    job = situation.service.job_status
+    if job is None or not job.present_outcome or job.last_execution is None:
+        return []
+    left_s = ttl_s - (situation.now_ns - unix_ns(job.last_execution)) / SECOND_NS
+    return [RemoveService(situation.service) if left_s <= 0 else Recheck(situation.now + left_s)]
 
 
 def _missing_runs(
@@ -170,14 +181,25 @@ def _missing_runs(
 
 
 def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situation) -> list[FillSlot]:
-    """Runs to start on nodes that existed when this iteration was requested and have not had one."""
-    if _is_past_deadline(situation):
-        return []
+    """Runs to start on nodes that existed when this iteration was requested and have not had one.
+
+    Past the deadline only nodes that have started the run get another task.
+    """
+    is_late = _is_past_deadline(situation)
     return [
         FillSlot(service, 0, node.id, first_state(slots.get(node.id, ())))
         for node in nodes_of(service, situation.tasks, situation.nodes())
-        if is_candidate(node, service) and not _is_taken(slots.get(node.id, ()), situation)
+        if is_candidate(node, service)
+        and not _is_taken(slots.get(node.id, ()), situation)
+        and (_has_started(slots.get(node.id, ())) or not is_late)
     ]
+
+
+def _has_started(slot: Iterable[Task]) -> bool:
+    """Whether the node of the slot was given a task of the run.  One without a container may have been refused room."""
+    return any(
+        is_assigned(task) or task.ended_by_itself or task.status.container_status is not None for task in slot
+    )
 
 
 def _is_taken(slot: Slot, situation: Situation) -> bool:
@@ -202,7 +224,9 @@ def _is_past_deadline(situation: Situation) -> bool:
 def _late(present: Iterable[Task], situation: Situation) -> list[Step]:
     """Give up tasks of a scheduled run that have no room on their nodes until the deadline; look again then."""
     until_ns = starts_until_ns(situation.service)
-    waiting = [task for task in present if task.is_active and not is_assigned(task)]
+    # A node that has started the run is in time: the restart policy decides about its further tasks.
+    late = (slot for slot in group_by_node(present).values() if not _has_started(slot))
+    waiting = [task for slot in late for task in slot if task.is_active]
     if until_ns is None or not waiting:
         return []
     if _is_past_deadline(situation):
@@ -222,12 +246,12 @@ def _settled(
     is_over, is_late = is_idle and is_known, _is_past_deadline(situation)
     settles = SettleRun(service, is_over, is_late)
     if not is_fixed(service):
-        is_new = slots and is_over and result(service, slots.values()) != job.outcome
+        is_new = slots and is_over and result(service, slots.values()) != job.present_outcome
         return [settles] if is_new else []
     has_nodes = any(task.job_iteration == job.job_iteration for task in situation.tasks)
     if not has_nodes and not is_late:
         return []  # no node may run it yet
-    return [settles] if is_over or not job.nodes_fixed else []
+    return [settles] if is_over or not job.has_fixed_nodes else []
 
 
 def _must_leave(task: Task, situation: Situation) -> bool:

@@ -288,7 +288,7 @@ def _has_completed(service: Service, tasks: Sequence[Task], view: View) -> bool:
     if has_unreadable_run(view, service.id):
         return False
     if service.job_status is not None:
-        if service.job_status.outcome == COMPLETED:
+        if service.job_status.present_outcome == COMPLETED:
             return True  # of a global job, also if its nodes were removed since, and their tasks with them
         tasks = [task for task in tasks if task.job_iteration == service.job_status.job_iteration]
     elif policy is None or policy.condition in (None, RestartCondition.ANY):

@@ -370,8 +370,17 @@ def test_every_user_of_the_list_considers_each_resource_or_is_not_concerned(
     assert {resource for resource in RESOURCES if user(resource)} == USERS[user]
 
 
-def test_what_a_run_that_has_failed_refers_to_may_be_removed_and_then_the_run_is_not_retried() -> None:
-    tx = a_cluster(CASES["secrets"])
+@pytest.mark.parametrize(
+    ("resource", "remove", "why"),
+    [
+        ("secrets", lambda tx: remove_secret(tx, SecretId("id1")), "secret not found: it"),
+        ("networks", lambda tx: remove_network(tx, NetworkId("id1")), "network id1 not found"),
+    ],
+)
+def test_what_a_run_that_has_failed_refers_to_may_be_removed_and_then_the_run_is_not_retried(
+    resource: str, remove: Callable[[LocalTransaction], object], why: str
+) -> None:
+    tx = a_cluster(CASES[resource])
     tx.raise_level(SCHEDULES)
     job = tx.get(Service, "db")
     assert job.job_status is not None
@@ -381,8 +390,8 @@ def test_what_a_run_that_has_failed_refers_to_may_be_removed_and_then_the_run_is
         spec_version=job.job_status.spec_version,
     )
     tx.put(failed)
-    remove_secret(tx, SecretId("id1"))
-    with pytest.raises(InvalidArgument, match="secret not found: it"):
+    remove(tx)
+    with pytest.raises(InvalidArgument, match=why):
         retry_job(tx, job.id)
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.model.autoscaling import with_replicas
-from skep.model.container import ContainerSpec
+from skep.model.container import ContainerSpec, SecretFileTarget, SecretReference
+from skep.model.ids import SecretId
 from skep.model.service import ReplicatedService, ServiceMode, ServiceSpec, TaskSpec
 from skep.stack.planning import is_still, merged
 
@@ -61,6 +62,22 @@ def test_nothing_else_changed_gives_what_is_wanted_and_nothing_wanted_what_is_th
     assert merged(before, wanted, before) == wanted
     assert merged(before, before, wanted) == wanted
     assert merged(before, wanted, wanted) == wanted, "a repeated request changes nothing"
+
+
+def test_a_rotation_beside_a_deploy_of_another_image_stays() -> None:
+    def with_secret(spec: ServiceSpec, name: str, id: str = "") -> ServiceSpec:
+        container = spec.task_template.container_spec
+        assert container is not None
+        file = SecretFileTarget(name="password")
+        secrets = (SecretReference(file=file, secret_id=SecretId(id), secret_name=name),)
+        container = replace(container, secrets=secrets)
+        return replace(spec, task_template=replace(spec.task_template, container_spec=container))
+
+    before, rotated = with_secret(a_spec(), "db", "s1"), with_secret(a_spec(), "db-v2", "s2")
+    found = merged(before, with_secret(a_spec("web:2"), "db"), rotated)
+    assert found == with_secret(a_spec("web:2"), "db-v2", "s2")
+    other = with_secret(a_spec(), "other")
+    assert merged(before, other, rotated) == other, "a secret that the file changes is the file's"
 
 
 def test_the_number_of_tasks_stays_the_autoscalers_also_where_the_file_names_another() -> None:

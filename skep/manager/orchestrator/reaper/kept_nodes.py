@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from skep.manager.orchestrator.disconnection import policy_on, replaced_at
+from skep.model.description_size import size_condition
 from skep.model.ids import NodeId, ServiceId
 from skep.model.labels import OnDisconnect, VolumePolicy, volume_policy
 from skep.model.node import Node
@@ -87,7 +88,8 @@ class KeptNodes:
             ):
                 return f"it has the data of {one.service}.{one.slot} in volume {one.volume}"
         label = node.description.engine.labels.get(SLOT_VOLUMES_LABEL, "")
-        if len(label) > _CUT_CHARACTERS and any(self._kept_volumes(self._view.find(Service))):
+        is_cut = len(label) > _CUT_CHARACTERS or size_condition(node.description)
+        if is_cut and any(self._kept_volumes(self._view.find(Service))):
             return "it has more volumes than it can report, and may have the data of any service"
         return ""
 

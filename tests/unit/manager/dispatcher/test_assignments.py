@@ -15,10 +15,11 @@ from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import timestamp
-from skep.store.kinds import Payload
+from skep.store.interface import Transaction
+from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
 from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Proposal
-from tests.support.builders import a_service, a_service_spec, a_task
+from tests.support.builders import a_service, a_service_spec, a_task, an_auth
 from tests.support.damage_rigs import damage
 
 N1 = NodeId("n1")
@@ -137,6 +138,30 @@ async def test_registry_credentials_go_to_tasks_that_may_still_pull():
     ended = a_task("t2", node="n1", service=service, state=TaskState.FAILED)
     store = await store_with(service, running, ended, Payload(id=f"registry/{service.id}", data=b"e30="))
     assert everything(store.view(), N1)[0].registry_auths == {"t1": "e30="}
+
+
+async def test_a_run_of_the_spec_before_has_the_credentials_of_its_own_registry():
+    """The run of a scheduled job goes on with its spec while the service has another one already."""
+    service = a_service("nightly", image="old.corp/job:1")
+    old = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
+    auths = {name: an_auth(address=f"{name}.corp") for name in ("old", "new")}
+    store = await store_with(
+        service,
+        old,
+        Payload(id=registry_auth_id(service.id), data=auths["new"].encode()),
+        Payload(id=previous_registry_auth_id(service.id), data=auths["old"].encode()),
+    )
+
+    def update(tx: Transaction) -> None:
+        present = tx.get(Service, service.id)
+        spec = a_service("nightly", image="new.corp/job:2").spec
+        tx.put(replace(present, spec=spec, previous_spec=present.spec))
+
+    await store.update(update)
+    new = a_task("t2", slot=2, node="n1", service=store.view().get(Service, service.id))
+    new = replace(new, status=replace(new.status, state=TaskState.ASSIGNED))
+    await store.update(lambda tx: tx.put(new))
+    assert everything(store.view(), N1)[0].registry_auths == {"t1": auths["old"], "t2": auths["new"]}
 
 
 async def test_a_changed_desired_state_is_sent_and_a_report_is_not():

@@ -7,9 +7,10 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.job_runs import COMPLETED, FAILED, is_going, outcome, retried
-from skep.manager.orchestrator.changes import FillSlot, Recheck, SettleRun
+from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, SettleRun
 from skep.manager.schedules.due import decided
 from skep.model.ids import NodeId
+from skep.model.labels import JOB_TTL
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.schedules import CRON, CRON_DEADLINE, parsed_schedule
@@ -66,9 +67,11 @@ def away(id: str, how: str) -> Node:
 AWAY = ("down", "drained", "unlabelled")
 
 
-def a_world(*gone: tuple[str, str], **labels: str) -> World:
+def a_world(
+    *gone: tuple[str, str], condition: RestartCondition = RestartCondition.NONE, **labels: str
+) -> World:
     """All nodes are ready but these; the tasks of the run are made."""
-    service = a_nightly(**labels)
+    service = a_nightly(condition, **labels)
     template = service.spec.task_template
     placement = replace(template.placement or Placement(), constraints=("node.labels.without!=backup",))
     service = replace(
@@ -182,6 +185,46 @@ def test_a_task_without_room_on_its_node_is_given_up_at_the_deadline() -> None:
     assert world.service.job_status.outcome == FAILED
 
 
+def test_a_task_that_fails_after_the_deadline_is_restarted_by_its_policy() -> None:
+    world = a_world(condition=RestartCondition.ON_FAILURE, **{CRON_DEADLINE: "5m"})
+    for task in list(world.tasks.values()):
+        world.report(task.id, TaskState.RUNNING)
+    world.settle()
+    world.now_ns = DUE_NS + 10 * MINUTE_NS
+    (failing,) = (task for task in world.tasks.values() if task.node_id == "n1")
+    world.report(failing.id, TaskState.FAILED)
+    world.settle()
+    assert live(world) == ["n1", "n2", "n3"], "n1 has started in time, and tries again"
+
+
+def test_a_run_that_an_older_manager_starts_has_no_outcome_yet() -> None:
+    """It keeps the fields that it does not know, which are about the run before."""
+    world = a_world()
+    finish(world)
+    job = world.service.job_status
+    assert job is not None
+    assert job.present_outcome == COMPLETED
+    world.put(replace(world.service, job_status=replace(job, job_iteration=Version(index=8))))
+    world.settle()
+    assert sorted(task.node_id for task in world.tasks.values() if task.is_active) == list(NODES)
+
+
+def test_a_job_whose_nodes_are_all_gone_is_removed_after_its_time_to_live() -> None:
+    world = a_world(**{JOB_TTL: "10m"})
+    status = world.service.job_status
+    assert status is not None
+    plain = replace(status, schedule=None, outcome=COMPLETED, settled_iteration=RUN)
+    world.put(replace(world.service, job_status=plain))
+    world.tasks.clear()
+    world.nodes.clear()
+    world.now_ns = DUE_NS + 4 * MINUTE_NS
+    (step,) = world.steps()
+    assert isinstance(step, Recheck)
+    assert step.at - world.now == 360
+    world.now_ns = DUE_NS + 10 * MINUTE_NS
+    assert [type(step) for step in world.steps()] == [RemoveService]
+
+
 def test_a_retry_opens_a_run_again_on_its_own_nodes_and_also_after_the_deadline() -> None:
     world = a_world(("n3", "down"), **{CRON_DEADLINE: "5m"})
     finish(world, TaskState.FAILED)
@@ -253,7 +296,8 @@ async def test_the_next_run_is_held_up_only_by_a_node_that_runs_the_last_one(
 async def test_a_run_that_is_over_is_not_going_whatever_its_nodes_are_like() -> None:
     job = a_nightly()
     assert job.job_status is not None
-    job = replace(job, job_status=replace(job.job_status, nodes_fixed=True, outcome=FAILED))
+    status = replace(job.job_status, nodes_fixed=True, outcome=FAILED, settled_iteration=RUN)
+    job = replace(job, job_status=status)
     store = await stored(job, [ready("n1"), ready("n2")], [a_run("n1", TaskState.COMPLETE)])
     assert not is_going(store.view(), job)
     assert outcome(store.view(), job) == FAILED

@@ -10,7 +10,9 @@ from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import AT_ONCE, removable
 from skep.manager.orchestrator.reaper.node_loop import remove_lost
 from skep.manager.routes.shown import problems_of, shown_node
+from skep.model.conditions import condition_label
 from skep.model.container import ContainerSpec, Mount
+from skep.model.description_size import SIZE_CONDITION
 from skep.model.ids import ClusterId, NodeId
 from skep.model.labels import FORGET_NODES, check_swarm_labels, forget_nodes_s
 from skep.model.node import ManagerStatus, Node, NodeRole, NodeState, NodeStatus
@@ -207,6 +209,11 @@ def test_a_node_that_cannot_report_all_its_volumes_is_kept_for_the_data_of_any_s
     assert why_kept(a_cluster_with(full, a_service_with_data("follow"))) == ""
     some = with_slots(down("w1"), slot_volumes_label(uses[:100]))
     assert why_kept(a_cluster_with(some, a_service_with_data())) == ""
+    # The size of the whole description cuts the label at any length.
+    engine = some.description.engine
+    labels = {**engine.labels, condition_label(SIZE_CONDITION): "slots with volumes were cut"}
+    cut = replace(some, description=replace(some.description, engine=replace(engine, labels=labels)))
+    assert why_kept(a_cluster_with(cut, a_service_with_data())).startswith("it has more volumes than")
 
 
 def test_data_that_a_user_gave_up_keeps_no_node() -> None:
