@@ -322,14 +322,12 @@ class Scheduler:
         service: without its labels a task would leave its data, or come before what it depends on.
         """
         ready: list[Group] = []
-        view, now = self._term.view(), self._clock.monotonic()
-        found: Looked = {}
+        view, now, found = self._term.view(), self._clock.monotonic(), Looked()
         for group in groups:
             if slices.is_over:
                 await self._pause(slices)
-                view, now, found = self._term.view(), self._clock.monotonic(), {}
-            waiting = None
-            tasks = self._tasks_of(group, 1)
+                view, now, found = self._term.view(), self._clock.monotonic(), Looked()
+            waiting, tasks = None, self._tasks_of(group, 1)
             if tasks and (has_unknown_spec(view, tasks[0]) or has_unknown_service(view, tasks[0])):
                 self._queue.set_aside(group)
                 self._texts.set(group, Why(UNKNOWN_SPEC))
