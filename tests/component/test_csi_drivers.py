@@ -207,7 +207,7 @@ def another(driver: Process, socket: Path) -> Iterator[None]:
         process.kill()
 
 
-async def test_a_driver_in_a_container_has_the_name_of_its_folder(driver: Process) -> None:
+async def test_a_folder_is_a_name(driver: Process) -> None:
     """It gets the secrets of that driver's volumes, so it may not say that it is another."""
     drivers = Drivers(driver.sockets, SystemClock())
     with another(driver, driver.sockets / "aaa" / "csi.sock"):

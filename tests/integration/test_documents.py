@@ -123,8 +123,8 @@ def test_no_block_is_forgotten() -> None:
         *((INSTALL, number) for number in range(2)),
         *((UPGRADE, number) for number in range(2)),
         *((OPERATE, number) for number in range(9)),
-        *((IMAGES, number) for number in range(6)),
-        *((STACKS, number) for number in range(4)),
+        *((IMAGES, number) for number in range(7)),
+        *((STACKS, number) for number in range(5)),
         (LOGS, 0),
         *((HISTORY, number) for number in range(2)),
         (DASHBOARDS, 0),
@@ -219,8 +219,9 @@ def test_the_guide_to_operating(m1: TestNode, checkout: Path) -> None:
 
 def test_the_guide_to_images(own_cluster: TestCluster, checkout: Path) -> None:
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    build, secret, volume, slots, device, cluster = shell_blocks(IMAGES)
+    build, share, secret, volume, slots, device, cluster = shell_blocks(IMAGES)
     run(build, checkout, **where)
+    run(share, checkout, **where)
     assert in_task(m1, "greeter", "cat", "/greeting") == "hello\n"
     run(secret, checkout, **where)
     assert in_task(m1, "reader", "cat", "/run/secrets/password") == "two"
@@ -238,12 +239,14 @@ def test_the_guide_to_images(own_cluster: TestCluster, checkout: Path) -> None:
 
 def test_the_guide_to_stacks(m1: TestNode, checkout: Path) -> None:
     where = {"DOCKER_HOST": m1.socket}
-    deploy, change, revert, remove = shell_blocks(STACKS)
+    deploy, change, revert, as_admin, remove = shell_blocks(STACKS)
     assert "+ service shop_migrate" in run(deploy, checkout, **where)
     wait_running(m1, "shop_web", 2)
     assert "ConfigName: shop_site-" in run(change, checkout, **where)
     wait_running(m1, "shop_web", 2)
     assert "ConfigName: shop_site-" in run(revert, checkout, **where)
+    wait_running(m1, "shop_web", 2)
+    run(as_admin, checkout, **where)
     wait_running(m1, "shop_web", 2)
     run(remove, checkout, **where)
     assert m1.docker("stack", "ls").stdout.count("shop") == 0

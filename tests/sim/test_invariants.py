@@ -320,6 +320,7 @@ def test_a_refused_update_that_takes_effect_is_rejected() -> None:
 
 def test_a_running_task_without_a_container_is_rejected_at_rest() -> None:
     history = History()
+    history.put(a_service())
     task = a_task("t1", node="w1", state=TaskState.RUNNING)
     history.put(task)
     assert list(rest_violations(history.state, [(W1, task)])) == []
@@ -337,6 +338,7 @@ def test_a_container_without_a_task_is_rejected_at_rest() -> None:
 
 def test_state_that_a_node_keeps_of_a_removed_task_is_rejected_at_rest() -> None:
     history = History()
+    history.put(a_service())
     history.put(a_task("here", node=W1, state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN))
     kept = [(W1, TaskId("here")), (W1, TaskId("gone")), (W2, TaskId("here"))]
     assert list(rest_violations(history.state, [], kept)) == [

@@ -90,13 +90,14 @@ class Reaper:
 
     async def run(self) -> None:
         """Delete until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Node, Swarm)
+        kinds = (Service, Task, Node, Swarm, SpecVersion)
         await run_informer(
             self._term, kinds, on_snapshot=self._on_snapshot, on_commit=self._on_commit, work=self._work
         )
 
     def _on_snapshot(self, snapshot: View) -> None:
         self._queue.add(Key(service.id) for service in snapshot.find(Service))
+        self._queue.add(Key(one.service_id) for one in snapshot.find(SpecVersion))
         self._loading = self._load()
 
     def _load(self) -> Iterator[None]:
@@ -114,6 +115,9 @@ class Reaper:
                 case Updated(Task() as old, Task() as new):
                     if old.desired_state != new.desired_state or new.status.state.is_terminal:
                         self._queue.add((_slot_key(new),))
+                case Created(SpecVersion() as version):
+                    # Unreadable while its service was deleted, it may be left: only known versions go with a service.
+                    self._queue.add((Key(version.service_id),))
                 case Deleted(Task() as task) if task.service_id:
                     self._queue.add((Key(task.service_id),))
                 case Updated(Service() as before, Service() as after):
@@ -168,9 +172,11 @@ class Reaper:
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:
         service = view.lookup(Service, service_id)
-        if service is None:
-            return
         versions = view.find(SpecVersion, service_id=service_id)
+        if service is None:
+            if service_id not in view.unreadable(Service):
+                yield from map(DeleteVersion, versions)
+            return
         if service.removed_at is None and len(versions) <= 1:
             return
         tasks = view.find(Task, service_id=service_id)
@@ -223,7 +229,10 @@ def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
         case DeleteVersion(version):
             owner = tx.lookup(Service, version.service_id)
             tasks = tx.find(Task, service_id=version.service_id)
-            if owner is not None and version in unused_versions(owner, (version,), tasks):
+            is_left = owner is None and version.service_id not in tx.unreadable(Service)
+            if tx.lookup(SpecVersion, version.id) is None:
+                return
+            if is_left or (owner is not None and version in unused_versions(owner, (version,), tasks)):
                 tx.delete(SpecVersion, version.id)
 
 
