@@ -158,7 +158,10 @@ def _foreign_host(hosts: Sequence[str], own: Collection[str]) -> str:
     """
     if not hosts:
         return ""  # HTTP/1.0, which no browser sends
-    name = URL.build(scheme="http", authority=hosts[0]).host if len(hosts) == 1 else None
+    try:
+        name = URL.build(scheme="http", authority=hosts[0]).host if len(hosts) == 1 else None
+    except ValueError:
+        name = None
     if name is None:
         return "a request names one host"
     name = name.lower().rstrip(".")
