@@ -156,14 +156,13 @@ def _deciding_some_of_job(
         return None
     if situation.service.spec.mode.replicated_job is None:
         every = jobs.next_steps(situation)
-        steps: list[Step] = [
-            step for step in _before_end(every, situation) if not isinstance(step, SettleRun)
-        ]
-        # The end of the run, and of its time to live, depend on all tasks.
-        if _may_settle(every, situation, due, settled) or (every and not steps):
+        if _may_settle(every, situation, due, settled):
             return None
-        is_whole = any(_slot_of(step) is None and not isinstance(step, Recheck) for step in steps)
-        return None if is_whole else steps
+        own = [step for step in every if not isinstance(step, SettleRun)]
+        if not own:
+            return []
+        # The end of a time to live depends on all tasks.
+        return [*_before_end(own, situation)] or None
     slots = group_by_slot(of_present_run(situation.service, situation.tasks)).values()
     is_changed = any(
         restart_steps(slot, situation) or [*start_steps(slot, situation)]

@@ -163,6 +163,12 @@ def test_a_task_that_ends_has_its_own_slot_decided(large: Large) -> None:
         assert 0 < large.visited_by(lambda tx, failed=failed: tx.put(failed)) <= 200
 
 
+def test_a_node_that_completes_its_run_of_a_job_has_its_own_slot_decided(large_with_job: Large) -> None:
+    task = large_with_job.store.view().get(Task, "job-007")
+    done = replace(task, status=replace(task.status, state=TaskState.COMPLETE))
+    assert 0 < large_with_job.visited_by(lambda tx: tx.put(done)) <= OF_A_NODE
+
+
 def test_a_change_of_the_service_has_all_its_slots_decided(large: Large) -> None:
     def scale(tx: Transaction) -> None:
         service = tx.get(Service, "web0")
