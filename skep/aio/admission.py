@@ -95,6 +95,14 @@ class Newcomers(Generic[T]):
         self._is_flooded = True
 
 
+def admit_transport(newcomers: Newcomers[asyncio.Transport], transport: asyncio.Transport) -> bool:
+    """``Newcomers.admit`` for a connection whose end nobody reports: those that have closed are forgotten first."""
+    for known in newcomers:
+        if known.is_closing():
+            newcomers.forget(known)
+    return newcomers.admit(transport, peer_source(transport))
+
+
 class Admission:
     """The open connections of one kind, whichever process serves them.  ``kind`` names them in the log."""
 

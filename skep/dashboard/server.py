@@ -22,7 +22,7 @@ import structlog
 from aiohttp import web
 from cryptography import x509
 
-from skep.aio.admission import Admission, Newcomers, peer_source
+from skep.aio.admission import Admission, Newcomers, admit_transport, peer_source
 from skep.aio.clock import Clock
 from skep.aio.handshakes import Handshakes
 from skep.api.connection import Connection
@@ -193,10 +193,7 @@ class DashboardServer:
             self._has_refused_public = True
             client.abort()
             return
-        for known in self._strangers:
-            if known.is_closing():
-                self._strangers.forget(known)
-        if not self._strangers.admit(transport, peer_source(transport)):
+        if not admit_transport(self._strangers, transport):
             client.abort()
             return
         handler = self._server()
@@ -288,7 +285,7 @@ class DashboardServer:
         if transport in self._strangers:
             self._strangers.forget(transport)
             if not self._open.admit(transport):
-                self._strangers.admit(transport, peer_source(transport))  # its next request is counted again
+                admit_transport(self._strangers, transport)  # its next request is counted again
                 raise Unavailable(
                     f"this address has {OF_SOURCE_MAX} connections open, or all have many: try again later"
                 )

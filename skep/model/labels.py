@@ -6,6 +6,7 @@ should one be there all the same, it counts as absent.
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import TypeVar
 
 import msgspec
 
@@ -14,6 +15,8 @@ from skep.model.dependencies import parsed_dependencies
 from skep.model.rights import ALLOW_LABEL, allowed_rights
 from skep.model.task_end import LAST_LINES_MAX
 from skep.model.times import SECOND_NS, duration_ns
+
+E = TypeVar("E", bound=Enum)
 
 HEARTBEAT_GRACE = "skep.heartbeat-grace"
 """On the cluster: how long a silent skep node counts as alive (``5s``); default three heartbeat periods."""
@@ -325,12 +328,7 @@ def check_swarm_labels(labels: Mapping[str, str]) -> None:
 
 
 def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
-    value = labels.get(ON_DISCONNECT, OnDisconnect.REPLACE.value)
-    try:
-        action = OnDisconnect(value)
-    except ValueError:
-        wanted = ", ".join(action.value for action in OnDisconnect)
-        raise InvalidArgument(f"invalid label {ON_DISCONNECT}={value}: want one of {wanted}") from None
+    action = _choice(labels, ON_DISCONNECT, OnDisconnect.REPLACE)
     delay_s = _seconds(labels, ON_DISCONNECT_DELAY, DELAY_S_MAX)
     if delay_s is None:
         delay_s = DEFAULT_STOP_DELAY_S if action is OnDisconnect.STOP else 0.0
@@ -338,21 +336,21 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
 
 
 def _volume_policy(labels: Mapping[str, str]) -> VolumePolicy:
-    value = labels.get(VOLUMES, VolumePolicy.RETURN.value)
-    try:
-        return VolumePolicy(value)
-    except ValueError:
-        wanted = ", ".join(policy.value for policy in VolumePolicy)
-        raise InvalidArgument(f"invalid label {VOLUMES}={value}: want one of {wanted}") from None
+    return _choice(labels, VOLUMES, VolumePolicy.RETURN)
 
 
 def _exec_policy(labels: Mapping[str, str]) -> ExecPolicy:
-    value = labels.get(EXEC, ExecPolicy.ANY.value)
+    return _choice(labels, EXEC, ExecPolicy.ANY)
+
+
+def _choice(labels: Mapping[str, str], name: str, default: E) -> E:
+    """The value of a label that is one of an enumeration.  Raises: InvalidArgument."""
+    value, kind = labels.get(name, default.value), type(default)
     try:
-        return ExecPolicy(value)
+        return kind(value)
     except ValueError:
-        wanted = ", ".join(policy.value for policy in ExecPolicy)
-        raise InvalidArgument(f"invalid label {EXEC}={value}: want one of {wanted}") from None
+        wanted = ", ".join(one.value for one in kind)
+        raise InvalidArgument(f"invalid label {name}={value}: want one of {wanted}") from None
 
 
 def _priority(labels: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ import structlog
 from aiohttp import web
 from yarl import URL
 
-from skep.aio.admission import Newcomers, peer_source
+from skep.aio.admission import Newcomers, admit_transport
 from skep.api.connection import Connection
 from skep.api.exposition import CONTENT_TYPE
 from skep.api.server import json_response
@@ -127,10 +127,7 @@ class _Clients:
 
     def accept(self, server: web.Server, client: Connection) -> None:
         """Let ``server`` serve a new connection, or close it if all that are open have requests under way."""
-        for known in self._open:
-            if known.is_closing():
-                self._open.forget(known)
-        if self._open.admit(client.transport, peer_source(client.transport)):
+        if admit_transport(self._open, client.transport):
             client.give_to(server())
         else:
             client.abort()

@@ -1,6 +1,7 @@
 """New objects, as far as the permission to make them depends on it: stack, what they use, requested rights."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from msgspec.structs import replace
@@ -61,18 +62,17 @@ def new_service(view: View, spec: ServiceSpec) -> NewObject:
 def planned_service(view: View, spec: ServiceSpec) -> NewObject:
     """Of a service that may come; what it refers to need not exist yet, and a service of its name may."""
     new = new_service(view, spec)
-    present = (one for one in view.find(Service, name=spec.name) if one.removed_at is None)
     uses = [one for one in new.uses if one[1] is not None]
-    uses += [("service", _by_id(one), one.spec.name) for one in present]
+    if (present := _present(view, spec.name)) is not None:
+        uses.append(("service", _by_id(present), present.spec.name))
     return replace(new, uses=tuple(uses))
 
 
 def _raised_priority(view: View, spec: ServiceSpec) -> int:
     """Its priority, if that is above 0 and above the one that the service has; else 0."""
-    found = view.find(Service, name=spec.name)
-    present = max((priority_of(one.spec.labels) for one in found if one.removed_at is None), default=0)
-    priority = priority_of(spec.labels)
-    return priority if priority > max(present, 0) else 0
+    present, priority = _present(view, spec.name), priority_of(spec.labels)
+    before = priority_of(present.spec.labels) if present is not None else 0
+    return priority if priority > max(before, 0) else 0
 
 
 def new_object(spec: NetworkSpec | SecretSpec | ConfigSpec) -> NewObject:
@@ -114,9 +114,9 @@ def machine_rights(view: View, spec: ServiceSpec, service: Service | None = None
     attached = (_network_of_machine(view, one.target) for one in (*template.networks, *spec.networks))
     networks = (f"the machine's network {name}" for name in attached if name)
     is_chosen = service is not None and template.log_driver in trusted_of(view, service).log_drivers
-    logs = machine_log(view, template.log_driver) if not is_chosen else ""
-    found = (*admin_rights(spec), *reserved_ports(view, spec), *networks, *((logs,) if logs else ()))
-    return next(iter(found), "")
+    if found := next(chain(admin_rights(spec), reserved_ports(view, spec), networks), ""):
+        return found
+    return machine_log(view, template.log_driver) if not is_chosen else ""
 
 
 def _network_of_machine(view: View, target: str) -> str:
@@ -139,8 +139,7 @@ def _uses(view: View, spec: ServiceSpec, container: ContainerSpec) -> Iterator[t
         if mount.type == "cluster":
             yield "volume", _named(view, Volume, mount.source), mount.source
     for one in dependencies_of(spec.labels):
-        found = (service for service in view.find(Service, name=one.service) if service.removed_at is None)
-        yield "service", _by_id(next(found, None)), one.service
+        yield "service", _by_id(_present(view, one.service)), one.service
 
 
 def _named(view: View, kind: type[Network] | type[Volume], word: str) -> Known | None:
