@@ -69,15 +69,19 @@ class StatelessObserver(Observer):
 
     def __init__(self, committed: CommittedState, *args: Any) -> None:
         super().__init__(committed, *args)
-        self.rules = [*(rule for rule in self.rules if isfunction(rule)), self._record_restarts]
+        self.rules = [*(rule for rule in self.rules if isfunction(rule)), self._record_ends]
         tasks = sorted(committed.view.find(Task), key=lambda task: task.created_at)
         events = tuple(Created(task) for task in tasks)
         restored = Change(committed.now(), NodeId(""), None, 0, committed.view.revision, (), events)
-        self._record_restarts(restored, committed.view)
+        self._record_ends(restored, committed.view)
 
-    def _record_restarts(self, change: Change, view: View) -> Iterable[str]:
-        """Record which slots are given up; whether restarts were allowed before the restore is not judged."""
-        deque(self.restarts(change, view), maxlen=0)
+    def _record_ends(self, change: Change, view: View) -> Iterable[str]:
+        """Record failures and which slots are given up.
+
+        Whether restarts were allowed before the restore is not judged.
+        """
+        for rule in (self.restarts, self.failures):
+            deque(rule(change, view), maxlen=0)
         return ()
 
     def check_durations(self) -> None:

@@ -6,7 +6,7 @@ from sim.committed import Change
 from skep.model.ids import ServiceId
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
-from skep.store.interface import Deleted, Updated, View
+from skep.store.interface import Created, Deleted, Updated, View
 
 _BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 
@@ -24,6 +24,9 @@ class FailedServices:
                     has_ended = old.status.state not in _BY_ITSELF and task.status.state in _BY_ITSELF
                     if has_ended and old.is_wanted:
                         self._failed.add(task.service_id)
+                case Created(Task() as task) if task.status.state in _BY_ITSELF:
+                    # Only a restored snapshot creates a task that has ended; why it ended is not in it.
+                    self._failed.add(task.service_id)
                 case Deleted(Service() as service):
                     self._failed.discard(service.id)
         return ()
