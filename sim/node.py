@@ -35,6 +35,7 @@ from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
 from skep.model.task import AssignedTask, Task
+from skep.model.task_end import EndCause, TaskEnd
 from skep.node.task_usage import Reading, kept, usage_of
 from skep.security.identity import Identity
 
@@ -242,6 +243,8 @@ class WatchedMachine(Machine):
     def __init__(self, node: SimulatedNode) -> None:
         super().__init__()
         self._node = node
+        self.interrupted: set[TaskId] = set()
+        """Tasks whose processes a power loss ended."""
 
     def has_started(self, id: TaskId) -> None:
         for watcher in self._node.watchers:
@@ -266,6 +269,7 @@ class WatchedMachine(Machine):
         """End every process."""
         for id in list(self.processes):
             self.has_ended(id)
+        self.interrupted |= self.processes.keys()
         self.processes.clear()
 
 
@@ -284,6 +288,7 @@ class ImageExecutor(SimulatedExecutor):
         self.node.machine.is_stopping(task_id)
         await super().discard(task_id)
         self.node.machine.has_ended(task_id)
+        self.node.machine.interrupted.discard(task_id)
         self.node.tasks.pop(task_id, None)
 
 
@@ -338,6 +343,10 @@ class _ImageController(SimulatedController):
         ended = await super().wait()
         self._node.machine.has_ended(self._id)
         return ended
+
+    async def ended(self) -> TaskEnd | None:
+        was_interrupted = self._id in self._node.machine.interrupted
+        return TaskEnd(cause=EndCause.NODE_RESTARTED.value) if was_interrupted else None
 
 
 class MemoryFiles(TaskFiles):

@@ -41,6 +41,13 @@ class ProcessName(msgspec.Struct, frozen=True):
     boot_id: str
 
 
+class Interruption(Enum):
+    """An end from outside the container, which says nothing about its program."""
+
+    MACHINE_RESTARTED = "machine-restarted"
+    MONITOR_LOST = "monitor-lost"
+
+
 class HealthStatus(Enum):
     """``State.Health.Status``, in Docker's words."""
 
@@ -248,6 +255,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int = 0
     error: str = ""
     """Why it could not start, or that its monitor was lost; the runtime's words."""
+    interruption: Interruption | None = None
+    """What ended the container from outside, or None if it ended by itself or was stopped."""
     oom_killed: bool = False
     health: Health | None = None
     """None: it has no health check, or never ran."""

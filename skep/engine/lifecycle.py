@@ -289,6 +289,7 @@ class Lifecycle:
             finished_at=ZERO_TIME,
             exit_code=0,
             error="",
+            interruption=None,
             oom_killed=False,
             health=health.initial(self._store.require(id).config.healthcheck),
         )
@@ -375,6 +376,7 @@ class Lifecycle:
                 monitor=None,
                 exit_code=ended.exit_code,
                 error=ended.error,
+                interruption=ended.interruption,
                 oom_killed=ended.oom_killed,
                 finished_at=timestamp(self._clock.now_ns()),
                 is_at_rest=False,

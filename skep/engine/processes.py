@@ -106,6 +106,11 @@ async def wait_gone(process: ProcessName) -> None:
         os.close(descriptor)
 
 
+def is_of_earlier_boot(process: ProcessName | None) -> bool:
+    """Whether the machine has restarted since ``process`` began."""
+    return process is not None and process.boot_id != _this_boot()
+
+
 def _name(stat: Stat) -> ProcessName:
     return ProcessName(stat.pid, stat.start_ticks, _this_boot())
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
 from skep.engine.attachment import Attachment, attach
@@ -36,10 +37,10 @@ from skep.engine.conmon import (
     plain,
     read_pid,
 )
-from skep.engine.container import Container, ProcessName
+from skep.engine.container import Container, Interruption, ProcessName
 from skep.engine.limits import block_io, resources
 from skep.engine.machine import MachineOptions
-from skep.engine.processes import find, kill_descendants, send_signal, wait_gone
+from skep.engine.processes import find, is_of_earlier_boot, kill_descendants, send_signal, wait_gone
 from skep.engine.runc_state import ProcessEnded, RuncState
 from skep.engine.sealed_program import SealedProgram
 from skep.errors import Unavailable
@@ -76,6 +77,7 @@ class Ended(msgspec.Struct, frozen=True):
     exit_code: int
     oom_killed: bool = False
     error: str = ""
+    interruption: Interruption | None = None
 
 
 class Runtime:
@@ -141,9 +143,11 @@ class Runtime:
         """Return when the container has ended; works for containers of an earlier process too."""
         if container.monitor is not None:
             await wait_gone(container.monitor)
+        # The machine's own shutdown ends containers too, and their monitors record the codes of its signals.
+        interruption = Interruption.MACHINE_RESTARTED if is_of_earlier_boot(container.monitor) else None
         ended = self._read_exit(container)
         if ended is not None:
-            return ended
+            return replace(ended, interruption=interruption)
         if container.process is not None:
             await wait_gone(container.process)
         log.warning(
@@ -153,7 +157,9 @@ class Runtime:
             monitor=msgspec.to_builtins(container.monitor),
         )
         return Ended(
-            EXIT_CODE_UNKNOWN, error="the container's monitor was lost, so its exit code is not known"
+            EXIT_CODE_UNKNOWN,
+            error="the container's monitor was lost, so its exit code is not known",
+            interruption=interruption or Interruption.MONITOR_LOST,
         )
 
     async def delete(self, container: Container) -> None:

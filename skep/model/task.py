@@ -10,7 +10,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.network import Network
 from skep.model.service import EndpointVirtualIP, GenericResource, PortConfig, TaskSpec
-from skep.model.task_end import TaskEnd
+from skep.model.task_end import INTERRUPTIONS, TaskEnd
 from skep.model.times import ZERO_TIME, Timestamp
 
 
@@ -200,11 +200,14 @@ class Task(ApiObject):
     def ended_by_itself(self) -> bool:
         """Whether the task ended and nothing had stopped it: only such ends count as attempts and failures.
 
-        Not the end of a task that was moved, drained, preempted, evicted, rotated or scaled down, or lost its node.
+        Not the end of a task that was moved, drained, preempted, evicted, rotated or scaled down, or that lost its node
+        or ended because its node restarted.
         """
-        return self.status.state in ENDED_BY_ITSELF and not (
+        if self.status.state not in ENDED_BY_ITSELF or (
             self.restart is not None and self.restart.was_stopped
-        )
+        ):
+            return False
+        return self.status.end is None or self.status.end.cause not in INTERRUPTIONS
 
     @property
     def has_failed(self) -> bool:

@@ -31,8 +31,16 @@ class EndCause(Enum):
     UNHEALTHY = "unhealthy"
     STOP_TIMEOUT = "stop-timeout"
     START_FAILED = "start-failed"
+    NODE_RESTARTED = "node-restarted"
+    """The machine restarted while the container ran, in order or not."""
+    MONITOR_LOST = "monitor-lost"
+    """The container's monitor was killed, so nobody saw how the container ended."""
     NODE_LOST = "node-lost"
-    """Said by managers: the task's node is down, or was removed with the task on it."""
+    """Set by managers: the task's node is down, or was removed with the task on it."""
+
+
+INTERRUPTIONS = frozenset({EndCause.NODE_RESTARTED.value, EndCause.MONITOR_LOST.value})
+"""Causes that nodes report as FAILED, as Docker does, although the task itself did not fail."""
 
 
 class KeptLine(ApiObject):
@@ -106,6 +114,8 @@ def words_of(end: TaskEnd) -> str:
             return f"killed: it did not end within {end.grace / 1e9:g} s of its stop signal"
         case EndCause.UNHEALTHY.value if end.health_output.strip():
             return f"last health check: {on_one_line(end.health_output)}"
+        case EndCause.NODE_RESTARTED.value:
+            return "its node restarted"
         case _:
             return ""
 

@@ -63,8 +63,13 @@ def meanwhile(work: Callable[[], object], after_s: float, strike: Callable[[], o
 
 def is_whole(node: TestNode, name: str) -> bool:
     """Whether the service's two tasks run, each in the one container that it says."""
+    return is_whole_of(node, name, 2)
+
+
+def is_whole_of(node: TestNode, name: str, replicas: int) -> bool:
+    """Whether ``replicas`` tasks run, each in the one container that it says."""
     said = {task["Status"]["ContainerStatus"]["ContainerID"] for task in running(node, name)}
-    return len(said) == 2 and {container["Id"] for container in containers(node, name)} == said
+    return len(said) == replicas and {container["Id"] for container in containers(node, name)} == said
 
 
 def kill_everything(rig: DaemonRig) -> None:
@@ -145,6 +150,16 @@ def test_services_are_whole_after_a_power_loss_while_they_are_made(own_m1: TestN
             if name in wanted:
                 wanted.remove(name)
         wait_until(lambda: not own_m1.client().api.containers(all=True), "all is removed", within_s=60)
+
+
+def test_power_losses_use_up_no_attempts(own_m1: TestNode) -> None:
+    create(own_m1, "once", 1, "--restart-max-attempts", "1", "--restart-delay", "0s")
+    wait_running(own_m1, "once", 1)
+    for _ in range(3):
+        own_m1.cluster.skep("kill", "m1")
+        own_m1.cluster.skep("start", "m1")
+        wait_until(lambda: own_m1.docker("service", "ls", check=False).returncode == 0, "it answers")
+        wait_until(lambda: is_whole_of(own_m1, "once", 1), "the service runs again", within_s=60)
 
 
 # --- images ---------------------------------------------------------------------------------------------------------

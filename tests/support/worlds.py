@@ -16,6 +16,7 @@ from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
+from skep.model.task_end import TaskEnd
 from skep.model.times import timestamp
 from skep.model.user import User
 from skep.model.volume import Volume
@@ -96,12 +97,12 @@ class World:
 
     # -- what happens ------------------------------------------------------------------------------------------
 
-    def report(self, task_id: str, state: TaskState) -> None:
+    def report(self, task_id: str, state: TaskState, end: TaskEnd | None = None) -> None:
         """The task's agent reports a state."""
         task = self.tasks[TaskId(task_id)]
         if task.id in self.held:
             return
-        self.put(replace(task, status=replace(task.status, state=state)))
+        self.put(replace(task, status=replace(task.status, state=state, end=end)))
 
     def run_all(self) -> None:
         """Every wanted task that is allowed to comes to run."""

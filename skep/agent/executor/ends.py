@@ -7,7 +7,7 @@ from collections import deque
 from msgspec.structs import replace
 
 from skep.aio.failures import isolate
-from skep.engine.container import Container, Health, LogFilter, Stream
+from skep.engine.container import Container, Health, Interruption, LogFilter, Stream
 from skep.engine.engine import Engine
 from skep.engine.health import is_failing
 from skep.engine.signals import signal_number
@@ -18,6 +18,11 @@ from skep.model.times import timestamp
 LOG_SECONDS_MAX = 2.0
 """For the last lines of an ended container: its end is reported then, with or without them."""
 
+_INTERRUPTIONS = {
+    Interruption.MACHINE_RESTARTED: EndCause.NODE_RESTARTED,
+    Interruption.MONITOR_LOST: EndCause.MONITOR_LOST,
+}
+
 
 def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
     """Why ``container`` ended, without its last lines; None: it was stopped, and ended in time.
@@ -25,6 +30,8 @@ def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
     ``was_stopped``: it ran when it was to stop because its task was not wanted any more.
     """
     code = container.exit_code
+    if container.interruption is not None:
+        return TaskEnd(cause=_INTERRUPTIONS[container.interruption].value)
     if container.oom_killed:
         return TaskEnd(cause=EndCause.OUT_OF_MEMORY.value, signal=signal_of(code))
     if not container.was_started:

@@ -4,7 +4,15 @@ import pytest
 from msgspec.structs import replace
 
 from skep.agent.executor.ends import end_of
-from skep.engine.container import Container, ContainerConfig, ContainerState, Health, HealthStatus, Probe
+from skep.engine.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    Health,
+    HealthStatus,
+    Interruption,
+    Probe,
+)
 from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
 from skep.model.task_end import TaskEnd, signal_of
@@ -68,6 +76,16 @@ SICK = replace(
             replace(ENDED, started_at=ZERO_TIME, error="no"),
             False,
             TaskEnd(cause="start-failed"),
+        ),
+        (
+            replace(ENDED, exit_code=143, interruption=Interruption.MACHINE_RESTARTED),
+            False,
+            TaskEnd(cause="node-restarted"),
+        ),
+        (
+            replace(ENDED, exit_code=255, interruption=Interruption.MONITOR_LOST),
+            False,
+            TaskEnd(cause="monitor-lost"),
         ),
     ],
 )
