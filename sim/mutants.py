@@ -37,14 +37,16 @@ from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.orchestrator import jobs, observed_times, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
+from skep.manager.orchestrator.reaper import loop as reaper_loop
 from skep.manager.orchestrator.reaper import lost_nodes, node_loop
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
-from skep.manager.scheduler import requirements, spread
+from skep.manager.scheduler import dry_run, requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
+from skep.manager.schedules import due
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import IdSource, NetworkId, NodeId, ServiceId, SessionId, TaskId
 from skep.model.labels import DisconnectPolicy
@@ -379,6 +381,28 @@ def _waits_for_nothing() -> list[Patch]:
     return [Patch(scheduler_dependencies, "awaited", lambda *_: None)]
 
 
+def _passes_over_silently() -> list[Patch]:
+    return [Patch(due, "_skipped", lambda job, status, start, reason: replace(job, schedule=status))]
+
+
+def _keeps_spec_versions() -> list[Patch]:
+    return [Patch(reaper_loop, "unused_versions", lambda *_: [])]
+
+
+def _accepts_all() -> list[Patch]:
+    real = dry_run.DryRun.placing
+
+    def placing(self: dry_run.DryRun, spec: ServiceSpec) -> Iterator[dry_run.PlannedPlacement | None]:
+        for step in real(self, spec):
+            yield replace(step, refusal="") if step is not None else None
+
+    return [Patch(dry_run.DryRun, "placing", placing)]
+
+
+def _allows_start_first_with_volumes() -> list[Patch]:
+    return [Patch(services, "_check_volumes", lambda *_: None)]
+
+
 # -- store only --------------------------------------------------------------------------------------------------------
 
 
@@ -568,6 +592,19 @@ MUTANTS: tuple[Mutant, ...] = (
         _waits_for_nothing,
         run.extended,
     ),
+    *(
+        Mutant(name, rule, patches, run.extended)
+        for name, rule, patches in (
+            ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
+            ("dry run", "the dry run refuses tasks that fit no node", _accepts_all),
+            (
+                "start first",
+                "start-first is refused for volumes that tasks cannot share",
+                _allows_start_first_with_volumes,
+            ),
+        )
+    ),
+    Mutant("spec versions", "a spec version goes with its last task", _keeps_spec_versions),
     *(
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (
