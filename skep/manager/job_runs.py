@@ -304,7 +304,7 @@ def of_present_run(service: Service, tasks: Iterable[Task]) -> list[Task]:
         if task.job_iteration == job.job_iteration
         and (
             until_ns < 0
-            or task.is_active
+            or task.is_wanted
             or task.status.state is TaskState.COMPLETE
             or unix_ns(task.created_at) > until_ns
         )

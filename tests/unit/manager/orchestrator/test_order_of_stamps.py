@@ -1,6 +1,7 @@
 """What follows what is decided by stamps that are written in order, whatever the clocks of the managers say."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -67,6 +68,21 @@ def test_after_a_retry_as_many_attempts_follow_as_the_policy_allows_whatever_the
             world.report(task.id, TaskState.FAILED)
     assert len(world.tasks) - before == 2, "the retry, and one attempt more"
     assert one.slot == 1
+
+
+def test_a_task_that_fails_after_a_retry_of_another_one_is_retired_before_its_slot_is_filled_again() -> None:
+    policy = RestartPolicy(condition=RestartCondition.ON_FAILURE, delay=0)
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=2))
+    service = a_service("job", restart=policy)
+    spec = replace(service.spec, mode=mode)
+    world = World(replace(service, spec=spec, job_status=JobStatus(last_execution=timestamp(10**18))))
+    world.settle()
+    world.put(replace(world.service, job_status=retried(world, world.service)))  # type: ignore[arg-type]
+    for _ in range(3):
+        world.report(live(world)[0].id, TaskState.FAILED)
+        world.settle()
+        wanted = Counter(task.slot for task in world.tasks.values() if task.is_wanted)
+        assert wanted == {1: 1, 2: 1}
 
 
 def test_a_task_that_is_made_after_a_user_resumed_an_update_is_not_tolerated() -> None:
