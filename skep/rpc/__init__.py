@@ -1,8 +1,7 @@
-"""gRPC over HTTP/2, both ends on one connection core; the content of messages is opaque to it.
+"""gRPC over HTTP/2: a client and a server on one connection core.  Message contents are opaque to this package.
 
-``frames`` and ``headers`` are pure; ``core`` is what both ends of a connection have in common; ``server`` serves
-possibly hostile peers (thousands of silent connections, small messages); ``client`` calls a server whose certificate
-was verified, or this machine's etcd; ``calls`` keeps a client's connection to a unix socket.
+``frames`` and ``headers`` are pure functions.  ``core`` has the code that both ends share.  ``server`` serves thousands
+of idle, possibly hostile peers.  ``client`` calls a server with a verified certificate, or etcd on this machine.
 
 Reasons: ``docs/decisions/0028-one-rpc.md``.
 """

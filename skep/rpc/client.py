@@ -1,8 +1,8 @@
-"""The client's end of an HTTP/2 connection to a gRPC server, and the calls on it.
+"""The client end of an HTTP/2 connection to a gRPC server, and its calls.
 
-Headers and message of a call leave in one write; a response wakes its caller once, in however many pieces it
-arrives.  The server is one whose certificate was verified, or runs on this machine; still, what it can make a client
-hold is bounded: the windows of unread data, the longest message, and what ``core`` bounds.
+A call's headers and first message leave in one write.  A response wakes its caller once, however many pieces it arrives
+in.  The server has a verified certificate or runs on this machine.  A client still limits the memory that a server can
+make it use: the windows of unread data, the message size, and the limits in ``core``.
 """
 
 import asyncio
@@ -20,21 +20,21 @@ from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, parse_pushback, status_of
 
 RESPONSES_WHILE_PAUSED_MAX = 1000
-"""To pings and settings of a server that does not read."""
+"""Acknowledgements of pings and settings that are queued for a server that does not read."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """What a client takes in, in bytes."""
+    """Receive limits of a client, in bytes."""
 
     stream_window: int
-    """How far a stream may be ahead of its reader: bytes of messages that were not taken yet."""
+    """Received bytes that a stream may buffer for its reader."""
     connection_window: int
-    """More than the default of HTTP/2."""
+    """Received bytes that all streams may buffer; larger than the HTTP/2 default."""
     message: int
-    """The longest one."""
+    """Size of the largest message."""
 
     def greeting(self) -> bytes:
-        """What the connection begins with: no header table is kept, and no push wanted."""
+        """Return the preface and the settings, which disable the header table and server push."""
         greeting = frames.settings(
             {
                 frames.HEADER_TABLE_SIZE: 0,
@@ -46,7 +46,7 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class ClientStream(Stream):
-    """One call: messages out, messages in.  For one reader."""
+    """One call with messages in both directions.  It supports one reader."""
 
     __slots__ = (
         "_bounds", "_error", "_is_expired", "_messages", "_partial", "_spent_bytes", "_taker", "_trailers",
@@ -59,9 +59,9 @@ class ClientStream(Stream):
         self._partial = bytearray()
         self._messages: deque[bytes] = deque()
         self._unread_bytes = 0
-        """Of the peer's window, taken while a whole message was waiting to be read."""
+        """Bytes of the peer's window used since a complete message is waiting for its reader."""
         self._spent_bytes = 0
-        """Of the peer's window, to be given back."""
+        """Bytes of the peer's window that the next update returns."""
         self._trailers: Mapping[str, str] | None = None
         self._error: Exception | None = None
         self._is_expired = False
@@ -70,26 +70,26 @@ class ClientStream(Stream):
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more will come."""
+        """Whether the call has ended, with trailers or with an error."""
         return self._trailers is not None or self._error is not None
 
     @property
     def is_gone(self) -> bool:
-        """Whether the server reads no more of it."""
+        """Whether the server has stopped reading this call."""
         return self.has_ended
 
     @property
     def has_message(self) -> bool:
-        """Whether ``receive`` gives a message without waiting."""
+        """Whether ``receive`` returns a message without waiting."""
         return bool(self._messages)
 
     @property
     def has_said_all(self) -> bool:
-        """Our direction has ended."""
+        """Whether everything was sent, including the end of the stream."""
         return self.ends_after_unsent and not self.unsent
 
     def begin(self, block: bytes, message: bytes | None, *, is_last: bool) -> None:
-        """Send the headers and the first message; None: the server sends first."""
+        """Send the headers and the first message, or only the headers if ``message`` is None."""
         head = frames.frame(frames.HEADERS, frames.END_HEADERS, self.id, block)
         if message is None:
             self._connection.write(head)
@@ -97,12 +97,12 @@ class ClientStream(Stream):
             self.send_data(head, framed(message), ends=is_last)
 
     def end_sending(self) -> None:
-        """Say that no more messages follow, once all have been sent (``drained``)."""
+        """End the sending direction.  Call it once ``drain`` has returned."""
         self.ends_after_unsent = True
         self._connection.write(frames.frame(frames.DATA, frames.END_STREAM, self.id))
 
     def send(self, message: bytes, *, is_last: bool = False) -> None:
-        """Send one more message; never waits: what the peer does not take yet is kept (``drained``).
+        """Send another message without waiting.  Bytes beyond the peer's window are queued until ``drain``.
 
         Raises: CallFailed, Lost: the call has ended.
         """
@@ -111,14 +111,14 @@ class ClientStream(Stream):
         self.send_data(b"", framed(message), ends=is_last)
 
     async def receive(self) -> bytes | None:
-        """The next message; None when there are no more.  Raises: CallFailed, Lost."""
+        """Return the next message, or None after the last one.  Raises: CallFailed, Lost."""
         while not self._messages:
             if self._error is not None:
                 raise self._error
             if self._trailers is not None:
                 _check_status(self._trailers)
                 return None
-            await self._changed()
+            await self._wait_change()
         message = self._messages.popleft()
         if not self._messages and not self.has_ended:
             unread, self._unread_bytes = self._unread_bytes, 0
@@ -126,11 +126,11 @@ class ClientStream(Stream):
         return message
 
     async def only_message(self) -> bytes:
-        """The response of a unary call.  Raises: CallFailed, Lost; TimeoutError: ``expire``."""
+        """Return the response of a unary call.  Raises: CallFailed, Lost; TimeoutError after ``expire``."""
         while not self.has_ended:
             if self._is_expired:
                 raise TimeoutError
-            await self._changed()
+            await self._wait_change()
         if self._error is not None:
             raise self._error
         if self._trailers is not None:
@@ -145,24 +145,23 @@ class ClientStream(Stream):
         self._wake()
 
     def offer_to(self, taker: Callable[[bytes], bool]) -> None:
-        """Messages that arrive while the reader waits are given to ``taker`` first; those for which it returns true
-        go no further.
+        """Offer each message that arrives while the reader waits to ``taker``, which returns whether it consumed it.
 
-        What it raises, the reader gets.
+        An exception of ``taker`` reaches the reader.
         """
         self._taker = taker
 
-    async def drained(self) -> None:
-        """As ``Stream``'s.  Raises: CallFailed, Lost: the peer's status, if it has sent one, before the loss."""
+    async def drain(self) -> None:
+        """Wait as ``Stream.drain`` does.  Raises: CallFailed if the peer sent a status, else Lost."""
         try:
-            await super().drained()
+            await super().drain()
         except Lost:
             self._raise_end()
 
     # -- called by the connection ---------------------------------------------------------------------------------
 
     def take_data(self, data: bytes, window_bytes: int) -> None:
-        """Bytes of messages; ``window_bytes``: what they took of the window.  Raises: Violation."""
+        """Receive message bytes, which used ``window_bytes`` of the window.  Raises: Violation."""
         self._partial += data
         start = 0
         with memoryview(self._partial) as received:
@@ -189,7 +188,7 @@ class ClientStream(Stream):
             self._give_back(window_bytes)  # a message may be longer than the window
 
     def take_headers(self, received: Mapping[str, str], *, is_last: bool) -> None:
-        """Headers, or with ``is_last`` the trailers, which may come alone."""
+        """Receive the headers, or the trailers if ``is_last``.  Trailers may arrive without headers."""
         if received.get(":status", "200") != "200":
             self.end(Lost(f"HTTP status {received[':status']}"))
         elif is_last:
@@ -197,16 +196,16 @@ class ClientStream(Stream):
             self._finish()
 
     def reset(self, code: int) -> None:
-        """The server has reset the stream."""
+        """End the call after the server has reset the stream."""
         self.end(Lost(f"the call was reset, code {code}"))
 
     def end(self, error: Lost) -> None:
-        """End the stream: nothing more is received, and what is unsent is dropped."""
+        """End the stream with ``error`` and drop unsent bytes."""
         if not self.has_ended:
             self._error = error
             self._finish()
 
-    # -- within -----------------------------------------------------------------------------------------------------
+    # -- internal ---------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         self.drop_unsent()
@@ -214,7 +213,7 @@ class ClientStream(Stream):
         self._connection.wake()  # tasks that wait for its windows
 
     def _raise_end(self) -> None:
-        """Raises: what ended the call."""
+        """Raise the error that ended the call."""
         if self._error is not None:
             raise self._error
         if self._trailers is not None:
@@ -226,12 +225,12 @@ class ClientStream(Stream):
             return False
         try:
             return self._taker(message)
-        except Exception as error:  # the reader's business: it climbs there
+        except Exception as error:  # the reader raises it
             self._error = error
             self._wake()
             return True
 
-    async def _changed(self) -> None:
+    async def _wait_change(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -250,12 +249,15 @@ class ClientStream(Stream):
 
 
 class ClientConnection(Connection[ClientStream]):
-    """One connection, and the calls on it."""
+    """One connection and its calls."""
 
     __slots__ = ("_coalesces", "_next_id", "_responses_owed", "_spent_bytes", "bounds")
 
     def __init__(self, bounds: Bounds, *, coalesces: bool = False) -> None:
-        """``coalesces``: what is written in one turn of the event loop leaves in one piece, as TLS is dear."""
+        """
+        Args:
+            coalesces: Whether all writes of one event loop iteration leave in one piece.  Each TLS record is expensive.
+        """
         super().__init__()
         self.bounds = bounds
         self._coalesces = coalesces
@@ -265,22 +267,22 @@ class ClientConnection(Connection[ClientStream]):
 
     @property
     def is_lost(self) -> bool:
-        """Whether no call can be made on it any more."""
+        """Whether the connection accepts no further calls."""
         return not self.is_open
 
     @property
     def peer_certificate(self) -> Mapping[str, Any]:
-        """The peer's certificate as ``SSLSocket.getpeercert()`` shows it; empty if it was not verified."""
+        """The peer's certificate as returned by ``SSLSocket.getpeercert()``, or empty if it was not verified."""
         return (self._transport and self._transport.get_extra_info("peercert")) or {}
 
     @property
     def is_used_up(self) -> bool:
-        """Whether there is no id left for another call."""
+        """Whether all stream ids of the connection are used."""
         return self._next_id > frames.STREAM_ID_MAX
 
     @contextmanager
     def stream(self) -> Iterator[ClientStream]:
-        """A call of the next id, until the end of the context.  Raises: as ``open``."""
+        """Open a call and release it at the end of the context.  Raises: Lost."""
         stream = self.open()
         try:
             yield stream
@@ -288,9 +290,9 @@ class ClientConnection(Connection[ClientStream]):
             self.release(stream)
 
     def open(self) -> ClientStream:
-        """A call of the next id; ``begin`` it before another is opened, and ``release`` it.
+        """Open a call.  ``begin`` it before you open another one, and ``release`` it at its end.
 
-        Raises: Lost: the connection is, or has no more ids.
+        Raises: Lost: the connection is closed or has used all its ids.
         """
         if self.is_used_up:
             self.abort()
@@ -302,13 +304,13 @@ class ClientConnection(Connection[ClientStream]):
         return stream
 
     def release(self, stream: ClientStream) -> None:
-        """Be done with a call, whether it has ended or not."""
+        """Forget a call, and cancel it if it has not ended."""
         del self._streams[stream.id]
         if not (stream.has_ended and stream.has_said_all):
             self.write(frames.reset(stream.id, Code.CANCEL))
 
     def close(self) -> None:
-        """End it when what was sent has been written."""
+        """Close the connection once queued bytes are written."""
         if self._transport is not None:
             self._transport.close()
         self._lose(Lost("the connection was closed"))
@@ -334,21 +336,21 @@ class ClientConnection(Connection[ClientStream]):
         self._transport = None
 
     def resume_writing(self) -> None:
-        """The server reads again."""
+        """Resume sending after the server reads again."""
         self._responses_owed = 0
         super().resume_writing()
 
     # -- frames -----------------------------------------------------------------------------------------------------
 
     def known(self, stream_id: int) -> ClientStream | None:
-        """As in ``Connection``."""
+        """Implement ``Connection.known``."""
         if not stream_id % 2 or stream_id >= self._next_id:
             raise Violation("a stream that was never opened")
         return self._streams.get(stream_id)
 
     def take_data(self, frame: Frame) -> None:
-        """As in ``Connection``."""
-        # The connection's window is given back at once, so that a slow reader holds up only its own stream.
+        """Implement ``Connection.take_data``."""
+        # The connection's window is returned at once, so that a slow reader blocks only its own stream.
         self._spent_bytes += len(frame.payload)
         if self._spent_bytes >= self.bounds.connection_window // 2:
             self.write(frames.window_update(0, self._spent_bytes))
@@ -360,26 +362,26 @@ class ClientConnection(Connection[ClientStream]):
                 stream.end(Lost("the response ended without a status"))
 
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
-        """As in ``Connection``."""
+        """Implement ``Connection.take_block``."""
         received = headers.response_headers(block)
         if stream := self.known(stream_id):
             stream.take_headers(received, is_last=is_last)
 
     def take_goaway(self) -> None:
-        """As in ``Connection``: close, and end all streams."""
+        """Close the connection and end all streams."""
         if self._transport is not None:
             self._transport.close()
         self._lose(Lost("the server goes away"))
 
     def fail(self, fault: Violation) -> None:
-        """As in ``Connection``: abort, and end all streams."""
+        """Abort the connection and end all streams."""
         if self._transport is not None:
             self._transport.abort()
         self._lose(Lost(f"not HTTP/2 as agreed: {fault}"))
 
     def hold_response(self) -> None:
-        """As in ``Connection``."""
-        # Unlike a server, a client goes on reading while the peer does not: both would wait for ever.
+        """Implement ``Connection.hold_response``."""
+        # Unlike a server, a client continues to read while its peer does not.  Otherwise both could wait forever.
         self._responses_owed += 1
         if self._responses_owed > RESPONSES_WHILE_PAUSED_MAX:
             raise Violation("a server that sends pings and does not read", Code.ENHANCE_YOUR_CALM)
@@ -392,7 +394,7 @@ class ClientConnection(Connection[ClientStream]):
 
 
 def _check_status(trailers: Mapping[str, str]) -> None:
-    """Raises: CallFailed; Lost: there is no status."""
+    """Raise unless the status is OK.  Raises: CallFailed; Lost if the trailers have no status."""
     number = trailers.get("grpc-status")
     if number is None:
         raise Lost("the response ended without a status")

@@ -1,18 +1,18 @@
-"""One write for what is written in one turn of the event loop.
+"""A transport that joins the writes of one event loop iteration.
 
-Headers and message of a response are two writes, its trailers a third: as many TLS records and system calls here, and
-awakenings there.
+A response has three writes: headers, message and trailers.  Each would cost a TLS record and a system call here, and a
+wake-up at the peer.
 """
 
 import asyncio
 from typing import Any
 
 COALESCED_BYTES_MAX = 64 * 1024
-"""As much is held back within one turn of the loop; a peer that reads slowly is noticed as before."""
+"""Bytes that are buffered in one iteration.  More are written at once, so flow control still notices a slow peer."""
 
 
 class CoalescingTransport(asyncio.Transport):
-    """A transport that writes once what is written to it within one turn of the loop."""
+    """Joins all writes of one event loop iteration into one write to ``transport``."""
 
     __slots__ = ("_pending", "_transport")
 
@@ -22,7 +22,7 @@ class CoalescingTransport(asyncio.Transport):
         self._pending = b""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send ``data`` with the other writes of this turn of the event loop."""
+        """Send ``data`` with the other writes of this event loop iteration."""
         if not data:
             return
         if not self._pending:
@@ -32,33 +32,33 @@ class CoalescingTransport(asyncio.Transport):
             self.flush()
 
     def flush(self) -> None:
-        """Write now what is held back."""
+        """Write all buffered data now."""
         if self._pending:
             pending, self._pending = self._pending, b""
             self._transport.write(pending)
 
     def close(self) -> None:
-        """Send what is left, and close."""
+        """Write buffered data and close."""
         self.flush()
         self._transport.close()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close at once and drop buffered data."""
         self._pending = b""
         self._transport.abort()
 
     def is_closing(self) -> bool:
-        """As of the transport below."""
+        """Delegate to the underlying transport."""
         return self._transport.is_closing()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """As of the transport below."""
+        """Delegate to the underlying transport."""
         return self._transport.get_extra_info(name, default)
 
     def pause_reading(self) -> None:
-        """As of the transport below."""
+        """Delegate to the underlying transport."""
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """As of the transport below."""
+        """Delegate to the underlying transport."""
         self._transport.resume_reading()

@@ -1,8 +1,7 @@
-"""What both ends of an HTTP/2 connection have in common (RFC 9113): parsing frames, and sending within the peer's
-windows.
+"""Frame parsing and flow control that both ends of an HTTP/2 connection share (RFC 9113).
 
-The memory that a peer can occupy is bounded: one frame, one header block, and acknowledgements of its pings and
-settings while it does not read.  Each end bounds everything else (``server``, ``client``).
+This module bounds the memory that a peer can occupy with one frame, one header block, and the acknowledgements of its
+pings and settings while it does not read.  ``server`` and ``client`` bound everything else.
 """
 
 import asyncio
@@ -15,49 +14,49 @@ from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.status import Lost
 
 HEADER_BLOCK_BYTES_MAX = 32 * 1024
-"""Of one request or response, encoded, continuations included."""
+"""Encoded size of the headers of one request or response, with continuations."""
 
 MESSAGE_HEAD = Struct(">BI")
-"""Before each gRPC message: whether it is compressed, and its length."""
+"""The gRPC message prefix: the compression flag and the message length."""
 
 _NOTHING = memoryview(b"")
 
 
 def framed(message: bytes) -> bytes:
-    """``message`` with its gRPC prefix."""
+    """Return ``message`` with its gRPC prefix."""
     return MESSAGE_HEAD.pack(0, len(message)) + message
 
 
 class Stream:
-    """The sending half of one call: bytes that wait for the peer's windows."""
+    """The sending half of one call: bytes that wait for the peer to open its windows."""
 
     __slots__ = ("_connection", "ends_after_unsent", "id", "unsent", "window_out")
 
     def __init__(self, connection: "Connection[Any]", id: int) -> None:
         self.id = id
         self.window_out = connection.window_of_streams
-        """Bytes that the peer takes; may be negative."""
+        """Bytes that the peer accepts on this stream.  A settings change can make it negative."""
         self.unsent = _NOTHING
         self.ends_after_unsent = False
-        """Whether the last byte of ``unsent`` ends our direction."""
+        """Whether the sending direction ends with the last byte of ``unsent``."""
         self._connection = connection
 
     @property
     @abstractmethod
     def is_gone(self) -> bool:
-        """Whether the stream has ended, so that nothing that is sent can arrive."""
+        """Whether the stream has ended, so that the peer discards further data."""
 
     def reset(self, code: int) -> None:
-        """RST_STREAM: the peer has ended the call without a status."""
+        """Handle RST_STREAM: the peer has ended the call without a status."""
 
     def send_data(self, head: bytes, data: bytes, *, ends: bool = False) -> None:
-        """Send ``head`` (frames) now, and ``data`` as far as the windows let it; the rest when they grow."""
+        """Send the frames ``head`` now, and ``data`` as the peer's windows allow."""
         self.unsent = memoryview(bytes(self.unsent) + data if self.unsent else data)
         self.ends_after_unsent = ends
         self._connection.write(head + self._connection.sendable(self))
 
-    async def drained(self) -> None:
-        """Return when everything has been sent and the peer reads.  Raises: Lost: it is gone."""
+    async def drain(self) -> None:
+        """Wait until everything is sent and the peer reads.  Raises: Lost: the peer has closed the stream."""
         connection = self._connection
         while not self.is_gone:
             if not self.unsent and not connection.is_paused:
@@ -66,7 +65,7 @@ class Stream:
         raise Lost("the peer is gone")
 
     def drop_unsent(self) -> None:
-        """Drop what was not sent yet: the peer reads no more of this stream."""
+        """Drop unsent bytes after the peer has stopped reading this stream."""
         self.unsent = _NOTHING
 
 
@@ -74,7 +73,7 @@ S = TypeVar("S", bound=Stream)
 
 
 class Connection(asyncio.Protocol, Generic[S]):
-    """Parses incoming frames and assigns them to streams; sends frames."""
+    """Parses incoming frames for its streams, and sends frames."""
 
     __slots__ = (
         "_begun",
@@ -90,49 +89,49 @@ class Connection(asyncio.Protocol, Generic[S]):
 
     def __init__(self) -> None:
         self.window_out = frames.WINDOW
-        """Bytes that the peer takes on all streams together."""
+        """Bytes that the peer accepts on all streams together."""
         self.window_of_streams = frames.WINDOW
-        """Bytes that the peer takes on a stream that begins."""
+        """Bytes that the peer accepts on a new stream."""
         self.is_paused = False
-        """Whether the peer does not read."""
+        """Whether the peer has stopped reading."""
         self.is_open = False
         self._transport: asyncio.Transport | None = None
         self._received = b""
-        """A frame that is not complete."""
+        """The received part of the next frame."""
         self._streams: dict[int, S] = {}
         self._begun: tuple[int, int, bytes] | None = None
-        """A header block that continues: stream, flags of its first frame, what has come of it."""
+        """An unfinished header block: its stream, the flags of its first frame, the part received so far."""
         self._waiting: dict[asyncio.Future[None], None] = {}
 
     # -- implemented by each end ---------------------------------------------------------------------------
 
     @abstractmethod
     def known(self, stream_id: int) -> S | None:
-        """The stream; None: it has ended.  Raises: Violation: it never began."""
+        """Return the stream, or None if it has ended.  Raises: Violation: the stream was never opened."""
 
     @abstractmethod
     def take_data(self, frame: Frame) -> None:
-        """DATA.  Raises: Violation."""
+        """Handle a DATA frame.  Raises: Violation."""
 
     @abstractmethod
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
-        """A whole header block; ``is_last``: nothing follows on its stream.  Raises: Violation."""
+        """Handle a complete header block.  ``is_last`` means that it ends its stream.  Raises: Violation."""
 
     @abstractmethod
     def take_goaway(self) -> None:
-        """GOAWAY: the peer ends the connection."""
+        """Handle GOAWAY: the peer ends the connection."""
 
     @abstractmethod
     def fail(self, fault: Violation) -> None:
-        """The peer has violated the protocol: end the connection."""
+        """End the connection after a protocol violation of the peer."""
 
     def hold_response(self) -> None:
-        """An acknowledgement has to wait, as the peer does not read.  Raises: Violation: there are too many."""
+        """Count an acknowledgement that is queued while the peer does not read.  Raises: Violation: too many."""
 
     # -- called by the transport --------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Handle complete frames, keep the rest."""
+        """Handle complete frames and keep the rest."""
         if not self.is_open:
             return
         try:
@@ -142,23 +141,23 @@ class Connection(asyncio.Protocol, Generic[S]):
             self.fail(fault)
 
     def pause_writing(self) -> None:
-        """The peer does not read."""
+        """Stop sending while the peer does not read."""
         self.is_paused = True
 
     def resume_writing(self) -> None:
-        """The peer reads again: send what was held back."""
+        """Send queued data after the peer reads again."""
         self.is_paused = False
         self._send_on()
 
     # -- sending ----------------------------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Send frames; after the end of the connection they are lost."""
+        """Send frames.  After the end of the connection they are discarded."""
         if data and self.is_open and self._transport is not None:
             self._transport.write(data)
 
     def sendable(self, stream: Stream) -> bytes:
-        """The frames of what ``stream`` may send now."""
+        """Return the frames that ``stream`` may send now."""
         ready = []
         while stream.unsent and not self.is_paused:
             size = min(len(stream.unsent), self.window_out, stream.window_out, frames.FRAME_BYTES)
@@ -172,7 +171,7 @@ class Connection(asyncio.Protocol, Generic[S]):
         return b"".join(ready)
 
     async def wait_change(self) -> None:
-        """Return when a window has grown, the peer reads again, or the connection has ended."""
+        """Wait until a window has grown, the peer reads again, or the connection has ended."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiting[waiter] = None
         try:
@@ -187,7 +186,7 @@ class Connection(asyncio.Protocol, Generic[S]):
                 waiter.set_result(None)
 
     def _send_on(self) -> None:
-        """Send what waited for windows, the oldest call first."""
+        """Send data that waited for a window, oldest call first."""
         for stream in self._streams.values():
             if stream.unsent:
                 self.write(self.sendable(stream))
@@ -196,12 +195,12 @@ class Connection(asyncio.Protocol, Generic[S]):
     # -- frames -----------------------------------------------------------------------------------------------------
 
     def _frames(self, data: bytes) -> list[Frame]:
-        """The frames in ``data``; keeps what is left.  Raises: Violation."""
+        """Return the complete frames in ``data`` and keep the rest.  Raises: Violation."""
         whole, self._received = frames.split(data)
         return whole
 
     def _take(self, frame: Frame) -> None:
-        """Raises: Violation."""
+        """Handle a frame.  Raises: Violation."""
         if not self.is_open:
             return  # ended by a frame before this one
         kind = frame.kind

@@ -1,4 +1,4 @@
-"""The one table between our errors and gRPC's status codes, used by servers and clients."""
+"""The table between Skep's errors and gRPC status codes, for servers and clients."""
 
 import asyncio
 import ssl
@@ -33,14 +33,14 @@ _ERROR_OF: dict[Status, type[SkepError]] = {
 }
 
 LOST_PEER = (OSError, asyncio.IncompleteReadError)
-"""What using a connection raises when its other end is gone or has closed the stream."""
+"""Exceptions of a connection whose peer has disconnected or closed the stream."""
 
 _MESSAGE_CHARACTERS_MAX = 2048
-"""A status message travels as a header; many peers refuse headers over 8 KiB."""
+"""A status message is sent as a header, and many peers refuse headers over 8 KiB."""
 
 
 def to_status(error: SkepError) -> CallFailed:
-    """The status that a peer gets for ``error``."""
+    """Return the status to send for ``error``."""
     after_s = error.after_s if isinstance(error, errors.RetryLater) else None
     for kind, status in STATUS_OF:
         if isinstance(error, kind):
@@ -49,7 +49,7 @@ def to_status(error: SkepError) -> CallFailed:
 
 
 def from_status(error: CallFailed) -> SkepError:
-    """The error that a peer's status means."""
+    """Return the error for a peer's status."""
     if error.status is Status.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
         return errors.RetryLater(error.message or "come again later", error.retry_after_s)
     kind = _ERROR_OF.get(error.status, SkepError)
@@ -58,7 +58,7 @@ def from_status(error: CallFailed) -> SkepError:
 
 @contextmanager
 def peer_errors(address: str) -> Iterator[None]:
-    """Turn whatever a call to ``address`` can raise into our errors; a lost peer is ``Unavailable``."""
+    """Convert exceptions of a call to ``address`` into Skep's errors.  A lost peer is ``Unavailable``."""
     try:
         yield
     except CallFailed as error:

@@ -1,5 +1,4 @@
-"""HTTP/2 frames (RFC 9113, sections 4 and 6), as our ends of gRPC take and send them: etcd's client, nodes'
-server."""
+"""HTTP/2 frames (RFC 9113, sections 4 and 6), as Skep's gRPC clients and servers send and receive them."""
 
 import struct
 from collections.abc import Mapping
@@ -26,16 +25,16 @@ HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1,
 MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = 5, 6
 
 WINDOW = 65_535
-"""Of a stream and of a connection, until the peer announces another."""
+"""Default window of a stream and of a connection, in bytes."""
 WINDOW_MAX = 2**31 - 1
 
 FRAME_BYTES = 16_384
-"""The longest payload, until the peer allows more; we allow no more ourselves."""
+"""Default size limit of a payload.  Skep never raises its own limit."""
 
 STREAM_ID_MAX = 2**31 - 1
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-"""What a client's connection begins with."""
+"""The first bytes of a client connection."""
 
 _HEAD = struct.Struct(">BHBBI")
 _NUMBER = struct.Struct(">I")
@@ -43,7 +42,7 @@ _SETTING = struct.Struct(">HI")
 
 
 class Code(IntEnum):
-    """Why a stream or a connection ends."""
+    """HTTP/2 error codes."""
 
     NO_ERROR = 0
     PROTOCOL_ERROR = 1
@@ -57,7 +56,7 @@ class Code(IntEnum):
 
 
 class Violation(Exception):
-    """The peer violates HTTP/2 or a limit: nothing that follows can be interpreted."""
+    """The peer violated HTTP/2 or a limit.  Later bytes of the connection cannot be interpreted."""
 
     def __init__(self, reason: str, code: Code = Code.PROTOCOL_ERROR) -> None:
         super().__init__(reason)
@@ -65,7 +64,7 @@ class Violation(Exception):
 
 
 class Frame(NamedTuple):
-    """One frame as it came.  A ``kind`` that has no name here is to be ignored."""
+    """A received frame.  Ignore frames of an unknown ``kind``."""
 
     kind: int
     flags: int
@@ -74,13 +73,13 @@ class Frame(NamedTuple):
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes | memoryview = b"") -> bytes:
-    """One frame as it is sent."""
+    """Return an encoded frame."""
     size = len(payload)
     return _HEAD.pack(size >> 16, size & 0xFFFF, kind, flags, stream_id) + payload
 
 
 def split(data: bytes) -> tuple[list[Frame], bytes]:
-    """The whole frames at the beginning of ``data``, and what is left.  Raises: Violation."""
+    """Return the complete frames at the start of ``data``, and the remaining bytes.  Raises: Violation."""
     frames = []
     start = 0
     while len(data) - start >= _HEAD.size:
@@ -97,7 +96,7 @@ def split(data: bytes) -> tuple[list[Frame], bytes]:
 
 
 def content(frame: Frame) -> bytes:
-    """The payload of a DATA or HEADERS frame without padding and priority.  Raises: Violation."""
+    """Return the payload of a DATA or HEADERS frame without padding and priority.  Raises: Violation."""
     if not frame.flags & (_PADDED | _PRIORITY):
         return frame.payload
     start, end = 0, len(frame.payload)
@@ -113,34 +112,34 @@ def content(frame: Frame) -> bytes:
 
 
 def number(payload: bytes) -> int:
-    """The number that is all of ``payload``: an increment or an error code.  Raises: Violation."""
+    """Decode a payload that is one number: a window increment or an error code.  Raises: Violation."""
     if len(payload) != 4:
         raise Violation(f"{len(payload)} bytes for a number of four", Code.FRAME_SIZE_ERROR)
     return int.from_bytes(payload, "big") & STREAM_ID_MAX
 
 
 def settings_of(payload: bytes) -> Mapping[int, int]:
-    """The values of a SETTINGS frame.  Raises: Violation."""
+    """Decode the values of a SETTINGS frame.  Raises: Violation."""
     if len(payload) % _SETTING.size:
         raise Violation(f"settings of {len(payload)} bytes", Code.FRAME_SIZE_ERROR)
     return dict(_SETTING.iter_unpack(payload))
 
 
 def settings(values: Mapping[int, int]) -> bytes:
-    """A SETTINGS frame with ``values``."""
+    """Return a SETTINGS frame."""
     return frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*item) for item in values.items()))
 
 
 def window_update(stream_id: int, increment: int) -> bytes:
-    """Lets the peer send so many bytes more; stream 0 means the connection."""
+    """Return a WINDOW_UPDATE frame.  Stream 0 is the connection."""
     return frame(WINDOW_UPDATE, 0, stream_id, increment.to_bytes(4, "big"))
 
 
 def reset(stream_id: int, code: Code) -> bytes:
-    """Ends a stream."""
+    """Return a RST_STREAM frame, which ends a stream."""
     return frame(RST_STREAM, 0, stream_id, _NUMBER.pack(code))
 
 
 def goaway(last_stream_id: int, code: Code) -> bytes:
-    """Ends a connection; streams after ``last_stream_id`` were not looked at."""
+    """Return a GOAWAY frame, which ends a connection.  Streams after ``last_stream_id`` were not handled."""
     return frame(GOAWAY, 0, 0, _NUMBER.pack(last_stream_id) + _NUMBER.pack(code))

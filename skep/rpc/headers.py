@@ -1,9 +1,8 @@
-"""Header blocks (HPACK, RFC 7541): what peers send is decoded once, what we send is made once.
+"""Header blocks (HPACK, RFC 7541), decoded and encoded once for all connections.
 
-Decoding is a function of the block and of the table that the blocks before it have built.  Nodes send each other's
-blocks: the first of each connection is the same for all of a kind, and so is the table after it.  Therefore tables
-are values, shared by all connections that have come to the same one, and the function caches its last results.  A
-client announces a table of size 0, so that a block of a response can be decoded without state.
+A decoded block depends on its bytes and on the dynamic table that earlier blocks have built.  Most nodes send the same
+blocks in the same order.  Tables are therefore immutable values that connections share, and recent results are cached.
+A client announces a table of size 0, so that it decodes response blocks without state.
 
 Source: RFC 7541, gRPC's PROTOCOL-HTTP2.md.
 """
@@ -21,25 +20,25 @@ from skep.rpc.frames import Code, Violation
 from skep.rpc.status import PUSHBACK, CallFailed, encode_message
 
 HEADER_LIST_BYTES_MAX = 64 * 1024
-"""Of one request, decoded."""
+"""Decoded size of the headers of one request."""
 REMEMBERED = 256
-"""Blocks whose meaning, or whose bytes, are cached for all connections."""
+"""Entries of each cache that all connections share."""
 REMEMBERED_BYTES_MAX = 1024
-"""A longer block is decoded each time: the cache stays small whatever peers send."""
+"""Longer blocks are not cached, which limits the memory that peers can fill."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a server of gRPC needs of a call's headers; a missing one is empty."""
+    """The headers of a call that a gRPC server uses.  Empty if absent."""
 
     method: str
     path: str
     content_type: str
     timeout: str
-    """As the client wrote it, such as ``5S``."""
+    """The header as sent, such as ``5S``."""
     build_id: str = ""
-    """The build that a call of BuildKit's protocol belongs to."""
+    """Id of the build, in BuildKit's protocol."""
     session: tuple[tuple[str, str], ...] = ()
-    """What a client of BuildKit's protocol says of a session that it opens by a call: names in lower case, values."""
+    """Session headers of a BuildKit client: lower-case names with their values."""
 
 
 class Table:
@@ -50,18 +49,18 @@ class Table:
     def __init__(self, entries: tuple[tuple[bytes, bytes], ...], size: int, size_max: int) -> None:
         self.entries = entries
         self.size = size
-        """As the protocol counts it."""
+        """Size as RFC 7541 counts it: names, values and 32 bytes for each entry."""
         self.size_max = size_max
 
 
 _SESSION = b"x-docker-expose-session-"
 
 EMPTY = Table((), 0, 4096)
-"""What a connection begins with."""
+"""The table of a new connection."""
 
 
 def decoded(table: Table, block: bytes) -> tuple[Request, Table]:
-    """The request of a header block, and the table after it.  Raises: Violation."""
+    """Decode the request of a header block.  Return it with the resulting table.  Raises: Violation."""
     return (_remembered if len(block) <= REMEMBERED_BYTES_MAX else _decoded)(table, block)
 
 
@@ -95,13 +94,13 @@ _remembered = lru_cache(REMEMBERED)(_decoded)
 
 
 def _literal(name: bytes, value: bytes) -> bytes:
-    """A header that enters no table."""
+    """Encode a header without indexing."""
     sizes = bytes(encode_integer(len(name), 7)), bytes(encode_integer(len(value), 7))
     return b"\0" + sizes[0] + name + sizes[1] + value
 
 
 NO_TABLE = b"\x20"
-"""Sent once, before our first block: the following ones use no table, whatever the peer allows."""
+"""Sets the table size to 0.  Sent once, before the first block."""
 _OK = b"\x88"  # `:status: 200` stands in the static table
 ANSWER = _OK + _literal(b"content-type", b"application/grpc+proto")
 """Headers of a gRPC response."""
@@ -109,7 +108,7 @@ TRAILERS_OK = _literal(b"grpc-status", b"0")
 
 
 def trailers(failure: CallFailed) -> bytes:
-    """The last header block of a call that failed."""
+    """Return the last header block of a failed call."""
     block = _literal(b"grpc-status", b"%d" % failure.status)
     block += _literal(b"grpc-message", encode_message(failure.message))
     if failure.retry_after_s is None:
@@ -118,7 +117,7 @@ def trailers(failure: CallFailed) -> bytes:
 
 
 def refusal(http_status: int) -> bytes:
-    """Headers for a request that is none of gRPC."""
+    """Return response headers for a request that is not gRPC."""
     return _literal(b":status", b"%d" % http_status)
 
 
@@ -131,7 +130,7 @@ def request_block(
     scheme: str = "http",
     authority: str = "localhost",
 ) -> bytes:
-    """The header block of a call, which means the same wherever it comes: it enters no table."""
+    """Return the header block of a call.  It uses no dynamic table, so every connection can send it."""
     headers = [
         (":method", "POST"),
         (":scheme", scheme),
@@ -143,12 +142,12 @@ def request_block(
     ]
     if timeout_s is not None:
         headers.append(("grpc-timeout", f"{max(1, round(timeout_s * 1000))}m"))
-    # Never indexed: the peer could not read the block without those before it.
+    # Never indexed, because an indexed header could not be decoded on another connection.
     return bytes(Encoder().encode([NeverIndexedHeaderTuple(*header) for header in headers]))
 
 
 def response_headers(block: bytes) -> Mapping[str, str]:
-    """The headers in a block of a server whose table has size 0.  Raises: Violation."""
+    """Decode a header block of a server that uses no table.  Raises: Violation."""
     return (_remembered_answer if len(block) <= REMEMBERED_BYTES_MAX else _answer)(block)
 
 

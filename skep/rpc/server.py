@@ -1,8 +1,8 @@
-"""The server's end of one HTTP/2 connection (RFC 9113), and of the calls on it.
+"""The server end of one HTTP/2 connection (RFC 9113) and its calls.
 
-It is made for thousands of silent connections, small messages and hostile peers.
-What a peer can make it hold is bounded: what ``core`` bounds, its windows of unread data, and its number of streams
-(one that it has reset counts until its handler has ended).  While it does not read, nothing is read of it.
+It is designed for thousands of idle connections, small messages and hostile peers.  The memory that a peer can occupy
+is limited: by the limits in ``core``, by its windows of unread data, and by its number of streams.  A stream that the
+peer has reset counts until its handler has ended.  The server does not read from a peer that does not read.
 """
 
 import asyncio
@@ -23,11 +23,26 @@ log = structlog.get_logger(__name__)
 
 
 class ServerStream(Stream):
-    """The server's end of a call.  One task reads requests and writes responses; the connection adds what arrives."""
+    """The server end of a call.
+
+    One task reads requests and writes responses.  The connection adds received data.
+    """
 
     __slots__ = (
-        "_has_answered", "_has_ended", "_has_headers", "_held", "_is_gone", "_owed", "_reader", "_received",
-        "_server", "_taken", "_unsaid", "_window_in", "request", "task",
+        "_consumed",
+        "_has_answered",
+        "_has_ended",
+        "_has_headers",
+        "_is_gone",
+        "_pending_update",
+        "_reader",
+        "_received",
+        "_server",
+        "_unacked",
+        "_unreturned",
+        "_window_in",
+        "request",
+        "task",
     )  # fmt: skip
 
     def __init__(self, connection: "ServerConnection", id: int, request: Request) -> None:
@@ -37,15 +52,16 @@ class ServerStream(Stream):
         self._server = connection
         self._window_in = connection.limits.stream_window
         self._received = bytearray()
-        self._held = 0
-        """Bytes, the last of those received, that the client may not send again on this stream yet."""
-        self._taken = 0
-        """Bytes that the handler has taken: they count towards the client's bound until it takes the next message,
-        or ends."""
-        self._unsaid = 0
-        """Bytes taken for which the connection's window was not filled again yet."""
-        self._owed = 0
-        """Bytes that the client may send again; the window update is not sent yet."""
+        self._unacked = 0
+        """Received bytes for which no window update of this stream was sent."""
+        self._consumed = 0
+        """Bytes of the message that the handler works on.
+
+        They count towards the client's limit until the handler reads the next message or ends."""
+        self._unreturned = 0
+        """Consumed bytes for which no window update of the connection is due yet: half of a message."""
+        self._pending_update = 0
+        """Size of the next window update of this stream."""
         self._reader: asyncio.Future[None] | None = None
         self._has_ended = False
         self._has_headers = False
@@ -55,15 +71,15 @@ class ServerStream(Stream):
     # -- the connection's side ------------------------------------------------------------------------------------
 
     def put(self, data: bytes, size: int) -> None:
-        """``data`` has arrived; ``size``: what it counts for, padding included.  Raises: Violation."""
+        """Add received ``data``, whose frame used ``size`` bytes of the window, with padding.  Raises: Violation."""
         self._window_in -= size
         if self._window_in < 0:
             raise Violation("more than the stream's window", Code.FLOW_CONTROL_ERROR)
         if self._is_gone or self._has_answered:
-            self._server.allow(size)  # it will not be read
+            self._server.allow(size)  # the handler will not read it
             return
         self._received += data
-        self._held += len(data)
+        self._unacked += len(data)
         if size > len(data):
             self._server.allow(size - len(data))
             self._allow(size - len(data))
@@ -71,7 +87,7 @@ class ServerStream(Stream):
         self._wake()
 
     def end(self) -> None:
-        """The client has sent everything."""
+        """Note that the client has sent everything."""
         self._has_ended = True
         self._wake()
 
@@ -82,15 +98,15 @@ class ServerStream(Stream):
 
     @property
     def is_gone(self) -> bool:
-        """Whether the client reads no more of it."""
+        """Whether the client has stopped reading this call."""
         return self._is_gone
 
     def reset(self, code: int) -> None:
-        """The client has reset the stream."""
+        """Cancel the handler after the client has reset the stream."""
         self.give_up()
 
     def give_up(self) -> None:
-        """The client or the connection is gone: cancel the handler."""
+        """Cancel the handler after the end of the stream or of the connection."""
         self._is_gone = True
         self.drop_unsent()
         self._server.wake()
@@ -99,27 +115,30 @@ class ServerStream(Stream):
             self.task.cancel()
 
     def forget(self) -> None:
-        """The handler has ended: give the window of what was not read back to the connection."""
+        """Return the window of unread bytes to the connection after the handler has ended."""
         self._is_gone = True
         self._drop_received()
         self._let_go()
-        if self._unsaid:
-            self._server.allow(self._unsaid)
-            self._unsaid = 0
+        if self._unreturned:
+            self._server.allow(self._unreturned)
+            self._unreturned = 0
 
     # -- the handler's side ---------------------------------------------------------------------------------------
 
     async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
-        """Exactly ``size`` bytes; none, when there are no more.  Raises: AssertionError: it ends between;
-        TimeoutError.
+        """Return exactly ``size`` bytes, or no bytes after the end of the stream.
 
-        A message may be larger than the stream's window, which goes on while it arrives.  The connection's does not:
-        it is filled again with what was taken whole, so that half messages cannot hold more than it.
+        A message may be larger than the stream's window, which is extended while the message arrives.  The connection's
+        window is extended only by complete messages, so that incomplete messages cannot occupy more than one window.
 
         Args:
-            within_s: how long the bytes may be on their way.
+            within_s: Time limit for the bytes to arrive, in seconds, or None for no limit.
+
+        Raises:
+            AssertionError: The stream ends within the ``size`` bytes.
+            TimeoutError: The bytes did not arrive in time.
         """
-        if self._taken > MESSAGE_HEAD.size:
+        if self._consumed > MESSAGE_HEAD.size:
             self._let_go()
         received = self._received
         if len(received) < size and not self._has_ended:
@@ -131,17 +150,17 @@ class ServerStream(Stream):
             return b""
         data = bytes(received[:size])
         del received[:size]
-        self._taken += size
-        self._unsaid += size
+        self._consumed += size
+        self._unreturned += size
         if size > MESSAGE_HEAD.size:  # with the prefix before it
-            self._server.allow(self._unsaid)
-            self._unsaid = 0
+            self._server.allow(self._unreturned)
+            self._unreturned = 0
         self._release(len(received))
         return data
 
     async def _wait_received(self, size: int) -> None:
         while len(self._received) < size and not self._has_ended:
-            self._release(0)  # a handler waits for all of it
+            self._release(0)  # the handler waits for all of these bytes
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
@@ -149,32 +168,32 @@ class ServerStream(Stream):
                 self._reader = None
 
     async def send_initial_metadata(self) -> None:
-        """Headers, if none were sent; waits while the peer reads slowly."""
+        """Send the headers unless they were sent.  Waits while the peer reads slowly."""
         if not self._has_headers:
-            await self.drained()
+            await self.drain()
             self._send_headers()
 
     async def send_message(self, message: Message) -> None:
-        """Waits while the peer reads slowly.  Raises: Lost: it is gone."""
+        """Send a message.  Waits while the peer reads slowly.  Raises: Lost: the peer has closed the stream."""
         data = framed(message.SerializeToString())
-        await self.drained()
+        await self.drain()
         if not self._has_headers:
             self._send_headers()
         self.send_data(b"", data)
-        await self.drained()
+        await self.drain()
 
     async def send_status(self, failure: CallFailed | None = None) -> None:
-        """Send the status.  A client that has more to send gets RST_STREAM (NO_ERROR)."""
-        self.drop_unsent()  # of a message that was given up
+        """Send the status.  A client that has not finished sending gets RST_STREAM (NO_ERROR)."""
+        self.drop_unsent()  # the rest of an abandoned message
         block = headers.TRAILERS_OK if failure is None else headers.trailers(failure)
-        await self.drained()
+        await self.drain()
         self._end_with(block if self._has_headers else headers.ANSWER + block)
         if failure is not None:
             self._reset_unless_ended()
 
     async def refuse(self, http_status: int) -> None:
         """Send an HTTP status to a client that does not use gRPC."""
-        await self.drained()
+        await self.drain()
         self._end_with(headers.refusal(http_status))
         self._reset_unless_ended()
 
@@ -191,10 +210,10 @@ class ServerStream(Stream):
         self._has_headers = True
 
     def _let_go(self) -> None:
-        """The handler is done with what it took."""
-        if self._taken:
-            self._server.hold(-self._taken)
-            self._taken = 0
+        """Release the message that the handler worked on."""
+        if self._consumed:
+            self._server.hold(-self._consumed)
+            self._consumed = 0
 
     def _drop_received(self) -> None:
         if dropped := len(self._received):
@@ -203,20 +222,20 @@ class ServerStream(Stream):
             self._server.allow(dropped)
 
     def _release(self, kept: int) -> None:
-        """All but the last ``kept`` bytes received may be sent again on this stream."""
-        if self._held > kept:
-            self._allow(self._held - kept)
-            self._held = kept
+        """Extend the stream's window by all received bytes except the last ``kept`` ones."""
+        if self._unacked > kept:
+            self._allow(self._unacked - kept)
+            self._unacked = kept
 
     def _allow(self, size: int) -> None:
         if self._has_ended:
             return
-        self._owed += size
-        # One window update for half a window, not one for each message.
-        if self._owed >= self._server.limits.stream_window // 2:
-            self._window_in += self._owed
-            self._server.write(frames.window_update(self.id, self._owed))
-            self._owed = 0
+        self._pending_update += size
+        # One window update for half a window instead of one for each message.
+        if self._pending_update >= self._server.limits.stream_window // 2:
+            self._window_in += self._pending_update
+            self._server.write(frames.window_update(self.id, self._pending_update))
+            self._pending_update = 0
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -224,15 +243,15 @@ class ServerStream(Stream):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What a peer is granted."""
+    """Limits of a peer: number of streams, and window sizes in bytes."""
 
     streams: int
     stream_window: int
     connection_window: int
-    """At least the default of HTTP/2: nothing takes that back."""
+    """At least the HTTP/2 default, which cannot be reduced."""
 
     def greeting(self) -> bytes:
-        """What the connection begins with."""
+        """Return the settings frame and the window update that open the connection."""
         greeting = frames.settings(
             {
                 frames.MAX_CONCURRENT_STREAMS: self.streams,
@@ -245,28 +264,31 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class ServerConnection(Connection[ServerStream]):
-    """One connection.  Its owner calls ``begin`` when it is made."""
+    """One connection.  Its owner calls ``begin`` once the transport is connected."""
 
     __slots__ = (
-        "_handle", "_has_greeted", "_has_sent_block", "_last_stream_id", "_owed", "_table", "_window_in", "held",
-        "limits",
+        "_handle", "_has_greeted", "_has_sent_block", "_last_stream_id", "_pending_update", "_table", "_window_in",
+        "held", "limits",
     )  # fmt: skip
     limits: Limits
 
     def __init__(self, handle: Callable[[ServerStream], Coroutine[None, None, None]]) -> None:
-        """``handle``: is run as a task for each call, and cancelled when its client is gone."""
+        """
+        Args:
+            handle: Runs as a task for each call, and is canceled when the client ends the call.
+        """
         super().__init__()
         self.held = 0
-        """Bytes of requests: not taken yet, or taken by a handler that is at work on them."""
+        """Bytes of requests that wait for a handler or that a handler works on."""
         self._handle = handle
         self._has_greeted = False
         self._table = headers.EMPTY
         self._last_stream_id = 0
-        self._owed = 0
+        self._pending_update = 0
         self._has_sent_block = False
 
     def begin(self, transport: asyncio.Transport, limits: Limits) -> None:
-        """Greet the peer."""
+        """Send the settings."""
         self._transport = CoalescingTransport(transport)
         self.limits = limits
         self._window_in = limits.connection_window
@@ -276,13 +298,13 @@ class ServerConnection(Connection[ServerStream]):
     # -- called by the transport ----------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        """The peer does not read: accept no more pings and settings, whose acknowledgements would have to be held."""
+        """Stop reading from a peer that does not read: acknowledgements of its pings and settings would pile up."""
         super().pause_writing()
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """The client reads again: read its frames again, too."""
+        """Resume reading after the client reads again."""
         if self._transport is not None:
             self._transport.resume_reading()
         super().resume_writing()
@@ -290,14 +312,14 @@ class ServerConnection(Connection[ServerStream]):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Cancel all handlers."""
         self._give_up()
-        # No cycles: what TLS holds of a connection is freed at once, not when the collector comes by.
+        # Break reference cycles, so that the TLS buffers are freed now and not by the garbage collector.
         self._handle = _handle_none
         self._transport = None
 
     # -- called by the owner --------------------------------------------------------------------------------------
 
     def close(self, code: Code = Code.NO_ERROR) -> None:
-        """Send GOAWAY and close the connection; all its calls end."""
+        """Send GOAWAY, close the connection and end all its calls."""
         if self.is_open:
             self.write(frames.goaway(self._last_stream_id, code))
             self._give_up()
@@ -305,21 +327,21 @@ class ServerConnection(Connection[ServerStream]):
                 self._transport.close()
 
     def abort(self) -> None:
-        """Close the connection without GOAWAY: for a peer that does not need it, or would not read it."""
+        """Close the connection without GOAWAY, for a peer that does not need it or would not read it."""
         if self.is_open:
             self._give_up()
             if self._transport is not None:
                 self._transport.abort()
 
     async def wait_closed(self) -> None:
-        """Return when no handler runs any more."""
+        """Wait until all handlers have ended."""
         if tasks := [stream.task for stream in self._streams.values() if stream.task is not None]:
             await asyncio.wait(tasks)
 
     # -- for its streams ------------------------------------------------------------------------------------------
 
     def send_block(self, stream_id: int, block: bytes, flags: int) -> None:
-        """Send HEADERS; no block of ours is longer than a frame."""
+        """Send HEADERS.  The block fits in one frame."""
         if not self._has_sent_block:
             self._has_sent_block = True
             block = headers.NO_TABLE + block
@@ -336,23 +358,23 @@ class ServerConnection(Connection[ServerStream]):
         return self._last_stream_id > 0
 
     def became_idle(self) -> None:
-        """Called when the last handler has ended."""
+        """Hook for the end of the last handler."""
 
     def hold(self, size: int) -> None:
-        """So many bytes more (or less) are held for the peer.  Raises: Violation: more than it is granted."""
+        """Change the number of buffered request bytes by ``size``.  Raises: Violation: the peer's limit is exceeded."""
         self.held += size
 
     def allow(self, size: int) -> None:
-        """The peer may send ``size`` bytes again, on whatever stream."""
-        self._owed += size
-        # What is owed and what is held come out of the same window: no more is owed than a stream may hold.
-        if self._owed >= min(self.limits.stream_window, self.limits.connection_window // 2):
-            self._window_in += self._owed
-            self.write(frames.window_update(0, self._owed))
-            self._owed = 0
+        """Extend the connection's window by ``size`` bytes."""
+        self._pending_update += size
+        # Pending updates and buffered bytes share one window, so an update waits for no more than a stream may buffer.
+        if self._pending_update >= min(self.limits.stream_window, self.limits.connection_window // 2):
+            self._window_in += self._pending_update
+            self.write(frames.window_update(0, self._pending_update))
+            self._pending_update = 0
 
     def _frames(self, data: bytes) -> list[Frame]:
-        """The frames in ``data``; keeps what is left.  Raises: Violation."""
+        """Return the complete frames in ``data`` and keep the rest.  Raises: Violation."""
         if not self._has_greeted:
             size = len(frames.PREFACE)
             if data[:size] != frames.PREFACE[: len(data)]:
@@ -366,20 +388,20 @@ class ServerConnection(Connection[ServerStream]):
     # -- frames ---------------------------------------------------------------------------------------------------
 
     def known(self, stream_id: int) -> ServerStream | None:
-        """As in ``Connection``."""
+        """Implement ``Connection.known``."""
         if not stream_id % 2 or stream_id > self._last_stream_id:
             raise Violation("a stream that was never opened")
         return self._streams.get(stream_id)
 
     def take_data(self, frame: Frame) -> None:
-        """As in ``Connection``."""
+        """Implement ``Connection.take_data``."""
         stream, size = self.known(frame.stream_id), len(frame.payload)
         data = frames.content(frame)
         self._window_in -= size
         if self._window_in < 0:
             raise Violation("more than the connection's window", Code.FLOW_CONTROL_ERROR)
         if stream is None:
-            self.allow(size)  # sent before the end of the stream arrived there
+            self.allow(size)  # the client sent it before it learned of the stream's end
             return
         if stream.has_ended:
             raise Violation("data after the end", Code.STREAM_CLOSED)
@@ -388,10 +410,10 @@ class ServerConnection(Connection[ServerStream]):
             stream.end()
 
     def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
-        """As in ``Connection``: headers begin a stream, trailers end one."""
+        """Open a stream for headers, and end one for trailers."""
         request, self._table = headers.decoded(self._table, block)
         if stream_id <= self._last_stream_id:
-            # Trailers.  Those of a stream that has ended crossed our end of it.
+            # Trailers.  The stream may have ended while they were under way.
             if stream := self.known(stream_id):
                 stream.end()
             return
@@ -407,7 +429,7 @@ class ServerConnection(Connection[ServerStream]):
         if has_ended:
             stream.end()
         self._streams[stream.id] = stream
-        # Its parent is this connection, which ends it, and whose ``wait_closed`` waits for it.
+        # The connection owns the task: ``_give_up`` cancels it, and ``wait_closed`` waits for it.
         task = stream.task = asyncio.get_running_loop().create_task(self._handle(stream))
         task.add_done_callback(lambda _: self._forget(stream))
 
@@ -419,11 +441,11 @@ class ServerConnection(Connection[ServerStream]):
             self.became_idle()
 
     def take_goaway(self) -> None:
-        """As in ``Connection``."""
+        """Close the connection."""
         self.close()
 
     def fail(self, fault: Violation) -> None:
-        """As in ``Connection``: close with the code of the fault."""
+        """Close the connection with the error code of the violation."""
         log.info("connection closed: not a peer of gRPC", reason=str(fault))
         self.close(fault.code)
 
@@ -437,4 +459,4 @@ class ServerConnection(Connection[ServerStream]):
 
 
 async def _handle_none(_stream: ServerStream) -> None:
-    """Stands for the handler on a connection that is gone."""
+    """Replace the handler of a closed connection."""

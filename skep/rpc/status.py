@@ -30,9 +30,9 @@ _BY_NUMBER = {str(status.value): status for status in Status}
 
 
 class CallFailed(Exception):
-    """A call ended with another status than OK; ``str``: its message.
+    """A call ended with a status other than OK.  ``str`` is the status message.
 
-    ``retry_after_s``: when the same call may be retried, if the server gave a delay.
+    ``retry_after_s``: Seconds after which the call may be retried, or None if the server sent no delay.
     """
 
     def __init__(self, status: Status, message: str = "", retry_after_s: float | None = None) -> None:
@@ -47,23 +47,23 @@ class Lost(ConnectionError):
 
 
 def status_of(number: str) -> Status:
-    """The status of ``number``; UNKNOWN for one that gRPC does not define, as its specification requires."""
+    """Return the status with this number, or UNKNOWN for an undefined number, as gRPC's specification requires."""
     return _BY_NUMBER.get(number, Status.UNKNOWN)
 
 
 PUSHBACK = "grpc-retry-pushback-ms"
-"""Trailer of a call that may be retried, with the delay in ms.  gRPC's own (proposal A6); other peers ignore it."""
+"""Trailer with the retry delay in milliseconds (gRPC proposal A6).  Peers without support ignore it."""
 
 
 def parse_pushback(value: str | None) -> float | None:
-    """Seconds until the call may be retried, from the trailer's value; None: absent or malformed."""
+    """Return the retry delay in seconds, or None if the trailer is absent or malformed."""
     if value is None or not (value.isascii() and value.isdigit()) or len(value) > 9:
         return None
     return int(value) / 1000
 
 
 def encode_message(text: str) -> bytes:
-    """A status message as a header's value: percent-encoded except for printable ASCII."""
+    """Encode a status message as a header value: percent-encoded except for printable ASCII."""
     return quote(text, safe=_PRINTABLE, errors="replace").encode("ascii")
 
 
@@ -71,5 +71,5 @@ _PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%"
 
 
 def decode_message(value: str) -> str:
-    """The text of a status message; invalid UTF-8 is replaced."""
+    """Decode a status message.  Invalid UTF-8 is replaced."""
     return unquote(value, errors="replace")

@@ -51,7 +51,7 @@ class Call(Generic[Q, A]):
                 self._stream.begin(self._block, data, is_last=end)
             else:
                 self._stream.send(data, is_last=end)
-            await self._stream.drained()
+            await self._stream.drain()
 
     async def receive(self) -> A | None:
         """The next message, or None after the last.  Raises: the error of the peer's status, if that is not OK."""

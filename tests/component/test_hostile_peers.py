@@ -248,7 +248,7 @@ async def announce(stream, length: int) -> None:
     inner = stream._stream = stream._connection.open()
     head = frames.frame(frames.HEADERS, frames.END_HEADERS, inner.id, stream._block)
     inner.send_data(head, b"\0" + length.to_bytes(4, "big") + b"x" * 1000)
-    await inner.drained()
+    await inner.drain()
 
 
 class Deaf:

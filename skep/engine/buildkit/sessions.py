@@ -178,7 +178,7 @@ class Messages:
 
     async def _drained(self) -> None:
         async with asyncio.timeout(self._silent_s):
-            await self._stream.drained()
+            await self._stream.drain()
 
     @property
     def has_more(self) -> bool:

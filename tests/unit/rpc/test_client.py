@@ -149,7 +149,7 @@ async def test_a_message_waits_for_a_server_that_reads(
     stream = connection.open()
     connection.pause_writing()
     stream.begin(headers.request_block("/a/B", None), bytes(100_000), is_last=True)
-    drained = asyncio.ensure_future(stream.drained())
+    drained = asyncio.ensure_future(stream.drain())
     await asyncio.sleep(0)
     assert sent_bytes(wire) == 0
     connection.resume_writing()
@@ -171,7 +171,7 @@ async def test_a_refusal_counts_for_more_than_the_reset_after_it(connection: Cli
     """A server that refuses a call in its middle says why, and then that no more is wanted."""
     stream = connection.open()
     stream.begin(headers.request_block("/a/B", None), bytes(100_000), is_last=False)
-    sending = asyncio.ensure_future(stream.drained())
+    sending = asyncio.ensure_future(stream.drain())
     await asyncio.sleep(0)
     refusal = block(
         stream, (":status", "200"), ("grpc-status", "8"), ("grpc-message", "too %C3%A4"), is_last=True
