@@ -49,12 +49,13 @@ install: setup-run ## link the command into /usr/local/bin, install unit and man
 	@install -m 644 packaging/skep.1 $(DESTDIR)$(PREFIX)/share/man/man1/skep.1
 	@sed 's,/usr/local/bin/skep,$(PREFIX)/bin/skep,' packaging/skep.service >$(DESTDIR)/etc/systemd/system/skep.service
 
-check: setup ## format, lint, types, import contracts
+check: setup ## format, lint, types, import contracts, wording
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy --config-file tests/mypy.ini
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m docs.voice
 
 test: check ## check, then all tests that are not slow (what the continuous integration runs)
 	@$(PYTEST) --whole -m 'not slow' $(BESIDE_EACH_OTHER) $(IN_TIME_AT_LAST) --durations 15
