@@ -66,7 +66,7 @@ def address_of(source: str) -> Address:
         "ref": ref,
         "subdir": posixpath.normpath(f"/{subdir}").strip("/"),
     }
-    named = {"ref": ref}
+    named = {"fragment": ref}
     for name, values in parse_qs(query, keep_blank_values=True).items():
         if len(values) > 1:
             raise InvalidArgument(f'query "{name}" has multiple values')
