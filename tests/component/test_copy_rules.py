@@ -427,6 +427,19 @@ async def test_a_name_that_is_not_utf8_is_a_source(rig: BuildRig) -> None:
     assert await rig.tree(on_scratch("COPY caf? /d/")) == [f"d/{os.fsdecode(bytes([99, 97, 102, 233]))}"]
 
 
+async def test_a_dockerfile_may_have_names_that_are_not_utf8(rig: BuildRig) -> None:
+    name, other = os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8")
+    (rig.context / name).write_text("latin\n")
+    first = await rig.build(on_scratch(f"COPY {name} /d/{name}"))
+    with rig.files(first) as root:
+        assert (root / "d" / name).read_text() == "latin\n"
+    assert rig.images.get(first).config.history[-1].created_by.startswith("COPY caf\ufffd")
+    with rig.files(await rig.build(on_scratch(f"COPY {name} /d/{other}"))) as root:
+        assert (root / "d" / other).is_file(), "another name is another step"
+    with pytest.raises(InvalidArgument, match="/caf\ufffd"):
+        await rig.build(on_scratch(f"COPY {other} /"))
+
+
 # --- archives ----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from skep.engine.build.modes import Mode
-from skep.engine.build.sources import Source, attributes_of, entries
+from skep.engine.build.sources import Selection, Source, attributes_of, entries
 from skep.engine.build.trees import Tree, Work
 from skep.engine.users import Identity
 from skep.errors import InvalidArgument
@@ -56,7 +56,7 @@ class Copier:
                 if present is not None and not is_directory:
                     raise InvalidArgument(f"cannot copy to non-directory: {destination}")
                 self._make(place)
-                self._copy_tree(tree, source, place)
+                self.copy_tree(tree, source.resolved, place, source.selection)
                 return
             if is_directory or destination.endswith("/"):
                 place = posixpath.join(place, posixpath.basename(source.path))
@@ -82,12 +82,11 @@ class Copier:
                 os.fchown(descriptor, owner.uid, owner.gid)
                 os.fchmod(descriptor, mode)
 
-    def _copy_tree(self, tree: Tree, source: Source, place: str) -> None:
-        """Copy what is selected below a directory to below ``place``; directories that are there are merged."""
+    def copy_tree(self, tree: Tree, top: str, place: str, selection: Selection | None = None) -> None:
+        """Copy what is selected below ``top`` to below ``place``; directories that are there are merged."""
         links: dict[tuple[int, int], str] = {}
         directories: list[tuple[str, str]] = []
-        top = source.resolved
-        for path, status in entries(tree, top, self._work, source.selection):
+        for path, status in entries(tree, top, self._work, selection):
             inside, outside = posixpath.join(top, path), posixpath.join(place, path)
             if stat.S_ISDIR(status.st_mode):
                 directories.append((inside, outside))

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 import msgspec
 
-from skep.engine.build.dockerfile import Heredoc, Line, Parsed, heredoc_of, quoted
+from skep.engine.build.dockerfile import Heredoc, Line, Parsed, heredoc_of, quoted, readable
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
 from skep.model.times import duration_ns
@@ -302,7 +302,7 @@ class _Flags:
 
 def _common(line: Line) -> dict[str, object]:
     return {
-        "text": line.original.strip(),
+        "text": readable(line.original.strip()),
         "keyword": line.keyword.upper(),
         "number": line.number,
         "heredocs": line.heredocs,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from skep.engine.build.dockerfile import readable
 from skep.engine.build.patterns import PathPatterns, Pattern, has_wildcards
 from skep.engine.build.trees import Tree, Work
 from skep.errors import InvalidArgument
@@ -133,11 +134,11 @@ def _matching(tree: Tree, pattern: str, work: Work, *, follows: bool = False) ->
 
 def _classic_source(tree: Tree, path: str, work: Work, *, is_context: bool) -> Source:
     if posixpath.normpath(path).split("/")[0] == "..":
-        raise InvalidArgument(f"forbidden path outside the build context: {path} ()")
+        raise InvalidArgument(f"forbidden path outside the build context: {readable(path)} ()")
     source = _source_at(tree, path, work, Selection())
     if source is None:
         where = "file not found in build context or excluded by .dockerignore: " if is_context else ""
-        raise InvalidArgument(f"{where}stat {path}: file does not exist")
+        raise InvalidArgument(f"{where}stat {readable(path)}: file does not exist")
     return source
 
 
@@ -153,7 +154,7 @@ def _source(tree: Tree, path: str, work: Work, selection: Selection) -> Source |
 
 
 def _not_found(path: str) -> InvalidArgument:
-    return InvalidArgument(f'failed to compute cache key: "/{path}": not found')
+    return InvalidArgument(f'failed to compute cache key: "/{readable(path)}": not found')
 
 
 def _with_parents(tree: Tree, name: str, exclude: PathPatterns | None, work: Work) -> list[Source]:
