@@ -123,7 +123,7 @@ async def built(
 
 
 async def test_a_build_gets_the_files_of_its_client_and_its_image_has_its_names(rig: Rig) -> None:
-    tree = (pb.Stat(path="d", mode=(1 << 31) | 0o755), b""), a_file("d/one", "1"), a_file("two", "22")
+    tree = (pb.Stat(path=b"d", mode=(1 << 31) | 0o755), b""), a_file("d/one", "1"), a_file("two", "22")
     files = FileServer([DOCKERFILE], [a_file(".dockerignore", "no*\n")], tree)
     async with session(rig.socket, "s", files), control(rig.socket) as calls:
         response, events = await asyncio.gather(calls.solve(a_request("r", "s")), calls.status("r"))
@@ -176,7 +176,7 @@ STAT, DATA, REQ = pb.Packet.STAT, pb.Packet.DATA, pb.Packet.REQ
     ("packets", "text"),
     [
         ([pb.Packet(type=DATA, id=1, data=b"x")], "data before it had listed"),
-        ([pb.Packet(type=STAT, stat=pb.Stat(path="/out", mode=0o644))], "invalid path"),
+        ([pb.Packet(type=STAT, stat=pb.Stat(path=b"/out", mode=0o644))], "invalid path"),
         (
             [pb.Packet(type=STAT, stat=one[0]) for one in (a_link("a", "/"), a_file("a/b", "x"))],
             "out of order",

@@ -1,6 +1,7 @@
 """A client of BuildKit's protocols, as buildx is one, that can also be hostile."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -24,11 +25,11 @@ LIMIT_S = 60.0
 
 
 def a_file(path: str, content: str, **fields: int) -> tuple[pb.Stat, bytes]:
-    return pb.Stat(path=path, mode=0o644, size=len(content), **fields), content.encode()
+    return pb.Stat(path=os.fsencode(path), mode=0o644, size=len(content), **fields), content.encode()
 
 
 def a_link(path: str, target: str) -> tuple[pb.Stat, bytes]:
-    return pb.Stat(path=path, mode=(1 << 27) | 0o777, linkname=target), b""
+    return pb.Stat(path=os.fsencode(path), mode=(1 << 27) | 0o777, linkname=target.encode()), b""
 
 
 Tree = Sequence[tuple[pb.Stat, bytes]]
@@ -88,7 +89,7 @@ class FileServer:
             packet = pb.Packet.FromString(await stream.recv_data(MESSAGE_HEAD.unpack(head)[1]))
             if packet.type == pb.Packet.REQ:
                 stat, content = tree[packet.id]
-                self.requested.append(stat.path)
+                self.requested.append(os.fsdecode(stat.path))
                 await stream.send_message(pb.Packet(type=pb.Packet.DATA, id=packet.id, data=content))
                 await stream.send_message(pb.Packet(type=pb.Packet.DATA, id=packet.id))
             elif packet.type == pb.Packet.FIN:

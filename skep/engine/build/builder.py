@@ -30,7 +30,6 @@ from skep.engine.build.config import (
     variables_of,
 )
 from skep.engine.build.context import KnownContext, KnownContexts
-from skep.engine.build.copying import digest_of_sources, find
 from skep.engine.build.dockerfile import parse
 from skep.engine.build.inputs import Inputs
 from skep.engine.build.instructions import (
@@ -56,6 +55,9 @@ from skep.engine.build.interface import (
     Step,
 )
 from skep.engine.build.mounts import RunMount, parse_mount
+from skep.engine.build.remotes import KnownAnswers
+from skep.engine.build.repositories import Fetching
+from skep.engine.build.sources import digest_of, find
 from skep.engine.build.stage import (
     Changes,
     Made,
@@ -97,6 +99,7 @@ class Builder(Builds):
         self.steps = StepCache(directory / "steps.json", engine.images)
         self.mounts = CacheMounts(directory / "mounts")
         self.contexts = KnownContexts()
+        self.answers = KnownAnswers()
         self.clock = clock
         self.slots = Slots(BUILDS_MAX, WAITING_MAX, "builds are at work on this node")
 
@@ -343,58 +346,66 @@ class Build:
             return
         id = new_container_id()  # Docker makes a container for each of these; here it names the step's work
         self._progress.running(step, id)
-        if is_workdir and (changes := await self._made_directory(state.config.working_dir)) is not None:
+        if (
+            is_workdir
+            and (changes := await self._made_directory(state.config.working_dir, state.config.user or ""))
+            is not None
+        ):
             await self._commit_changes(state, container, key, line, changes.upper)
         else:
             await self._commit(state, container, key, line, diff_id="", chain=self._chain)
         self._progress.removed(step, id)
 
-    async def _made_directory(self, path: str) -> Changes | None:
+    async def _made_directory(self, path: str, user: str) -> Changes | None:
         changes = self._changes()
         work = new_work(self._images, self._workspace)
-        is_new = await in_thread(work, partial(copies.make_directory, changes, path))
+        owner = user if self._request.is_buildkit else ""  # of the classic builder: root
+        is_new = await in_thread(work, partial(copies.make_directory, changes, path, owner))
         return changes if is_new else None
 
     async def _copy(self, step: Step, copy: Copy) -> None:
         """COPY and ADD."""
-        state = self._position.state
-        copies.check_copy(copy, is_buildkit=self._request.is_buildkit)
-        known = self._inputs.known if copy.sources and not copy.origin else None
+        state, is_buildkit = self._position.state, self._request.is_buildkit
+        copies.check_copy(copy, is_buildkit=is_buildkit)
+        known = self._inputs.known if len(copies.local_sources(copy)) == len(copy.sources) > 0 else None
+        known = None if copy.origin else known
         if known is not None and self._may_be_cached:
             digest = known.digest(copy.sources, is_add=copy.is_add)
             if digest and await self._take_cached(step, state, self._key_of_copy(copy, state, digest)[1]):
                 return
+        fetching = Fetching(self._images.limits, self._builder.answers, self._inputs.provider, self._area)
+        remotes = fetching.remotes(copy)
         async with AsyncExitStack() as stack:
-            root = await self._sources(step, copy, stack)
+            if remotes and len(remotes) == len(copy.sources) and self._may_be_cached:
+                digest = digest_of([await remote.resolve() for remote in remotes.values()])
+                if await self._take_cached(step, state, self._key_of_copy(copy, state, digest)[1]):
+                    return
+            root = None
+            if copies.local_sources(copy):
+                tree = self._tree_of(step, copy.origin) if copy.origin else None
+                root = await stack.enter_async_context(tree) if tree else await self._inputs.context()
+            fetched = {name: await remote.fetch() for name, remote in remotes.items()}
             prepared = await copies.prepare(
-                self._images, copy, root, self._workspace, is_buildkit=self._request.is_buildkit
+                self._images, copy, root, self._workspace, fetched, is_buildkit=is_buildkit
             )
-            digest = digest_of_sources(prepared.sources) if prepared.sources else "inline"
+            digest = digest_of([one.digest for one in prepared.sources]) or "inline"
             if known is not None:
                 known.note(copy.sources, digest, is_add=copy.is_add)
             container, key = self._key_of_copy(copy, state, digest)
-            line = f"{copy.text} # buildkit" if self._request.is_buildkit else ""
+            line = f"{copy.text} # buildkit" if is_buildkit else ""
             if await self._take_cached(step, state, key):
                 return
-            changes = self._changes()
-            await copies.perform(self._images, copy, prepared, changes, state.config.working_dir)
-            await self._commit_changes(state, container, key, line, changes.upper)
+            directory = state.config.working_dir
+            target = copies.target_of(copy, directory, self._changes(), self._area(), is_buildkit=is_buildkit)
+            await copies.perform(self._images, copy, prepared, target)
+            await self._commit_changes(state, container, key, line, target.changes.upper)
 
     def _key_of_copy(self, copy: Copy, state: StageState, digest: str) -> tuple[dict[str, Any], str]:
         """The container configuration of a COPY or ADD of sources with this digest, and its key."""
         shown = copies.shown_copy(copy, digest)
         config = msgspec.structs.replace(state.config, cmd=(*state.shell, f"#(nop) {shown}"))
-        documents = "".join(f"{one.name}\0{one.text}\0" for one in copy.documents)
         container = _options(config)
-        return container, self._key(container, state, copy.chmod, documents)
-
-    async def _sources(self, step: Step, copy: Copy, stack: AsyncExitStack) -> Path | None:
-        """The tree that the sources are in; None: there are none but here-documents."""
-        if not copy.sources:
-            return None
-        if not copy.origin:
-            return await self._inputs.context()
-        return await stack.enter_async_context(self._tree_of(step, copy.origin))
+        return container, self._key(container, state, *copies.key_of_options(copy))
 
     @asynccontextmanager
     async def _tree_of(self, step: Step, origin: str) -> AsyncIterator[Path]:

@@ -8,6 +8,7 @@ index: one that was pulled could say of itself that it is the result of any step
 import asyncio
 import hashlib
 import itertools
+import json
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -34,7 +35,11 @@ STEPS_MAX = 20_000
 
 def key_of(parent: str, container_config: Mapping[str, Any], author: str) -> str:
     """How the index names a step."""
-    content = msgspec.json.encode([parent, container_config, author], order="deterministic")
+    parts = [parent, container_config, author]
+    try:
+        content = msgspec.json.encode(parts, order="deterministic")
+    except UnicodeEncodeError:  # a name is not UTF-8: each is another key
+        content = json.dumps(parts, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
 

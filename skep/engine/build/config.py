@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from skep.engine.build.dockerfile import parse, quoted
+from skep.engine.build.dockerfile import Heredoc, parse, quoted
 from skep.engine.build.instructions import (
     Arg,
     Cmd,
+    Copy,
     Entrypoint,
     Env,
     Expose,
@@ -29,7 +30,13 @@ from skep.engine.build.instructions import (
     Workdir,
     instruction_of,
 )
-from skep.engine.build.substitution import VALUE_BYTES_MAX, Budget, split, substituted
+from skep.engine.build.substitution import (
+    VALUE_BYTES_MAX,
+    Budget,
+    split,
+    substituted,
+    substituted_document,
+)
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.runtime_spec import DEFAULT_PATH
 from skep.engine.signals import signal_number
@@ -156,7 +163,17 @@ def expanded(
             raise InvalidArgument(f"{instruction.keyword} has more than {VALUE_BYTES_MAX} characters")
         return text
 
+    if isinstance(instruction, Copy) and instruction.documents:
+        documents = tuple(_expanded_document(one, variables, budget) for one in instruction.documents)
+        instruction = msgspec.structs.replace(instruction, documents=documents)
     return instruction.expanded(expand)
+
+
+def _expanded_document(document: Heredoc, variables: Mapping[str, str], budget: Budget | None) -> Heredoc:
+    text = document.text
+    if document.expands:
+        text = substituted_document(text, variables, budget)
+    return Heredoc(document.name, text, expands=False)
 
 
 def variables_of(state: StageState, arguments: Mapping[str, str]) -> Mapping[str, str]:

@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 
 from skep.api.errors import Untranslated
-from skep.engine.build.copying import Tree
 from skep.engine.build.dockerfile import FILE_BYTES_MAX, parse
 from skep.engine.build.patterns import ignored_patterns, is_ignored
+from skep.engine.build.trees import Tree
 from skep.engine.images.workers import Limits, UnpackFailed, unpack
 from skep.errors import InvalidArgument
 from skep.linux.trees import remove_tree

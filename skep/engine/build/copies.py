@@ -1,173 +1,259 @@
 """COPY, ADD and WORKDIR: files that a step puts into an image.
 
-Source: moby 20.10, builder/dockerfile/dispatchers.go, copy.go, internals_linux.go.
+Source: moby 20.10, builder/dockerfile/dispatchers.go, copy.go, internals_linux.go; buildkit,
+frontend/dockerfile/dockerfile2llb/convert_copy.go, solver/llbsolver/file/backend.go, unpack.go.
 """
 
 import os
-import re
 import stat
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from skep.engine.build.copying import (
-    Copier,
-    Ownership,
-    Source,
-    Tree,
-    Work,
-    destination_of,
-    find,
-)
+from skep.engine.build.copying import Copier, Ownership, destination_of
 from skep.engine.build.instructions import Copy
+from skep.engine.build.modes import Mode, parse_mode
+from skep.engine.build.remotes import is_git, is_remote
+from skep.engine.build.sources import Source, Wanted, find, find_wanted
 from skep.engine.build.stage import Changes, in_thread, new_work
+from skep.engine.build.trees import Tree, Work
 from skep.engine.images.store import ImageStore
 from skep.engine.images.streams import Malformed, plain_chunks
 from skep.engine.images.workers import unpack
 from skep.engine.users import Identity, identity
-from skep.errors import InvalidArgument, Unimplemented
+from skep.errors import InvalidArgument
 
 NEEDS_BUILDKIT = (
     "the --{} option requires BuildKit. Refer to https://docs.docker.com/go/buildkit/ to learn how to build images"
     " with BuildKit enabled"
 )
-_URL = re.compile(r"https?://|git@|git://|ssh://", re.IGNORECASE)
-_WITHOUT_EFFECT = ("from", "chown", "chmod", "link")
+_CLASSIC_FLAGS = ("from", "chown")
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """The sources of a COPY, and which of them ADD unpacks."""
+    """The sources of a COPY, and the numbers of those that ADD unpacks."""
 
     sources: tuple[Source, ...]
-    archives: frozenset[str] = frozenset()
+    archives: frozenset[int] = frozenset()
 
 
 def check_copy(copy: Copy, *, is_buildkit: bool) -> None:
-    """Raises: InvalidArgument, Unimplemented: an option or a source is not supported."""
-    if copy.chmod and not is_buildkit:
-        raise InvalidArgument(NEEDS_BUILDKIT.format("chmod"))
+    """Raises: InvalidArgument: an option or a source is not right, in Docker's words."""
     for name in copy.flags:
-        if name == "link" and not is_buildkit:
+        if name not in _CLASSIC_FLAGS and not is_buildkit:
             raise InvalidArgument(NEEDS_BUILDKIT.format(name))
-        if name not in _WITHOUT_EFFECT:
-            raise Unimplemented(f"{copy.keyword} --{name} is not supported")
-    for source in copy.sources:
-        if _URL.match(source):
-            if not copy.is_add:
-                raise InvalidArgument("COPY failed: source can't be a URL for COPY")
-            raise Unimplemented(
-                f"ADD of a URL is not supported: fetch {source} in a RUN step or into the context"
-            )
+    if "$" in copy.origin:
+        raise InvalidArgument(
+            "variable expansion is not supported for --from, define a new stage with FROM using ARG from global scope"
+            " as a workaround"
+        )
+    if copy.chmod:
+        parse_mode(copy.chmod)
+    if copy.checksum and len(copy.sources) + len(copy.documents) != 1:
+        raise InvalidArgument("checksum can't be specified for multiple sources")
+    if copy.checksum and not all(map(is_remote, copy.sources)):
+        raise InvalidArgument("checksum requires HTTP(S) or Git sources")
+    for source in () if copy.is_add else copy.sources:
+        if is_git(source):
+            raise InvalidArgument("source can't be a git ref for COPY")
+        if is_remote(source):
+            prefix = "" if is_buildkit else "COPY failed: "
+            raise InvalidArgument(f"{prefix}source can't be a URL for COPY")
+
+
+def local_sources(copy: Copy) -> tuple[str, ...]:
+    """Sources that are in the context, a stage or an image."""
+    return tuple(name for name in copy.sources if not (copy.is_add and is_remote(name)))
 
 
 async def prepare(
-    images: ImageStore, copy: Copy, root: Path | None, place: Path, *, is_buildkit: bool
+    images: ImageStore,
+    copy: Copy,
+    root: Path | None,
+    place: Path,
+    remote: Mapping[str, Source],
+    *,
+    is_buildkit: bool,
 ) -> Prepared:
     """Find the sources and read them for their digests.
 
     Args:
-        root: the tree that they are in; None: there are no sources but here-documents.
-        place: where they will be copied to.
+        root: The tree that local sources are in, or None where there are none.
+        place: The directory that will be copied to.
+        remote: Sources that were fetched, by their names.
     """
-    if root is None:
-        return Prepared(())
     work = new_work(images, place)
-    directory = root
 
     def act() -> Prepared:
-        found = find(directory, copy.sources, work, is_context=not copy.origin)
-        if not is_buildkit and not copy.origin:  # there a file is named by what a link leads to
-            found = [one._replace(path=one.resolved) for one in found]
-        unpacked = frozenset(one.resolved for one in found if copy.is_add and _is_archive(one))
-        return Prepared(tuple(found), unpacked)
+        found: list[Source] = []
+        unpacked: list[bool] = []
+        for name in copy.sources:
+            if name in remote:
+                found.append(remote[name])
+                unpacked.append(bool(copy.unpack) and is_archive(remote[name]))
+                continue
+            assert root is not None, "a local source has a tree"
+            local = _found(copy, root, name, work, is_buildkit=is_buildkit)
+            found += local
+            unpacked += [copy.is_add and copy.unpack is not False and is_archive(one) for one in local]
+        return Prepared(tuple(found), frozenset(number for number, is_one in enumerate(unpacked) if is_one))
 
     try:
         prepared = await in_thread(work, act)
     except InvalidArgument as error:
+        if is_buildkit:
+            raise
         raise InvalidArgument(f"{copy.keyword} failed: {error}") from error
-    if not prepared.sources and not copy.documents:
+    if not is_buildkit:
+        _check_classic(copy, prepared)
+    return prepared
+
+
+def _found(copy: Copy, root: Path, name: str, work: Work, *, is_buildkit: bool) -> list[Source]:
+    if is_buildkit:
+        parents = "parents" in copy.flags
+        return find_wanted(root, Wanted(names=(name,), parents=parents, excludes=copy.excludes), work)
+    found = find(root, (name,), work, is_context=not copy.origin)
+    if copy.origin:
+        return found
+    return [one._replace(path=one.resolved) for one in found]  # a file is named by what a link leads to
+
+
+def _check_classic(copy: Copy, prepared: Prepared) -> None:
+    """Raises: InvalidArgument: what the classic builder refuses; BuildKit copies nothing, or one file on another."""
+    count = len(prepared.sources) + len(copy.documents)
+    if not count:
         raise InvalidArgument(f"{copy.keyword} failed: no source files were specified")
-    if len(prepared.sources) + len(copy.documents) > 1 and not copy.destination.endswith("/"):
+    if count > 1 and not copy.destination.endswith("/"):
         raise InvalidArgument(
             f"When using {copy.keyword} with more than one source file, the destination must be a directory and end"
             " with a /"
         )
-    return prepared
 
 
-async def perform(
-    images: ImageStore, copy: Copy, prepared: Prepared, changes: Changes, working_dir: str
-) -> None:
-    """Copy into ``changes``.  Raises: InvalidArgument, ResourceExhausted, UnpackFailed."""
-    place = destination_of(working_dir, copy.destination)
-    work = new_work(images, changes.root.parent)
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a COPY writes.
+
+    ``changes`` are the step's own; ``users`` hold the file system whose users ``--chown`` names; ``place`` is the
+    destination, absolute.
+    """
+
+    changes: Changes
+    users: Changes
+    place: str
+    is_buildkit: bool
+
+
+def target_of(copy: Copy, working_dir: str, changes: Changes, area: Path, *, is_buildkit: bool) -> Target:
+    """Return where a COPY writes: to ``changes``, or with ``--link`` to a layer that knows nothing of those below.
+
+    ``area``: an empty directory for such a layer.
+    """
+    is_linked = "link" in copy.flags and not copy.chmod  # as in BuildKit
+    return Target(
+        changes=Changes(area, (), is_detached=True) if is_linked else changes,
+        users=changes,
+        place=destination_of(working_dir, copy.destination),
+        is_buildkit=is_buildkit,
+    )
+
+
+async def perform(images: ImageStore, copy: Copy, prepared: Prepared, target: Target) -> None:
+    """Copy into ``target``.  Raises: InvalidArgument, ResourceExhausted, UnpackFailed."""
+    area = target.changes.root.parent
+    work = new_work(images, area)
     unpacked = {}
     for number, source in enumerate(prepared.sources):
-        if source.resolved in prepared.archives:
-            directory = changes.root.parent / f"archive-{number}"
+        if number in prepared.archives:
+            directory = area / f"archive-{number}"
             directory.mkdir(mode=0o755)
-            unpacked[source.resolved] = directory
+            unpacked[number] = directory
             with Tree(source.root) as tree, tree.opened(source.resolved, os.O_RDONLY) as descriptor:
                 await unpack(descriptor, directory, limits=images.limits, is_layer=True, has_whiteouts=False)
-    await in_thread(work, lambda: _perform(copy, prepared, changes, place, unpacked, work))
+    await in_thread(work, lambda: _perform(copy, prepared, target, unpacked, work))
 
 
-def _perform(
-    copy: Copy, prepared: Prepared, changes: Changes, place: str, unpacked: dict[str, Path], work: Work
+def _perform(copy: Copy, prepared: Prepared, target: Target, unpacked: dict[int, Path], work: Work) -> None:
+    if target.users is target.changes:
+        with target.changes.mounted() as root:
+            owner = _owner(copy, root, is_buildkit=target.is_buildkit)
+            _copy_all(copy, prepared, target, root, owner, unpacked, work)
+        return
+    owner = None if copy.origin else Identity()
+    if copy.chown:
+        with target.users.mounted() as root:
+            owner = _owner(copy, root, is_buildkit=target.is_buildkit)
+    with target.changes.mounted() as root:
+        _copy_all(copy, prepared, target, root, owner, unpacked, work)
+
+
+def _copy_all(
+    copy: Copy,
+    prepared: Prepared,
+    target: Target,
+    root: Path,
+    owner: Identity | None,
+    unpacked: dict[int, Path],
+    work: Work,
 ) -> None:
-    with changes.mounted() as root, Tree(root) as target:
-        ownership = Ownership(owner=_owner(copy, root), mode=_mode(copy))
-        copier = Copier(target, ownership, work)
-        for source in prepared.sources:
-            if source.resolved in unpacked:
-                # An archive's files keep the owners that it gives them.
-                archive = Source(unpacked[source.resolved], "", "", True, "")
-                Copier(target, Ownership(), work).copy(archive, place)
+    mode: Mode | None = parse_mode(copy.chmod) if copy.chmod else None
+    # Files of an archive keep the owners that it gives them, in BuildKit unless --chown names one.
+    archived = Ownership(owner=owner if target.is_buildkit and copy.chown else None)
+    with Tree(root) as tree:
+        copier = Copier(tree, Ownership(owner=owner, mode=mode), work, replaces=not target.is_buildkit)
+        for number, source in enumerate(prepared.sources):
+            if number in unpacked:
+                archive = Source(unpacked[number], "", "", True, "")
+                Copier(tree, archived, work).copy(archive, target.place)
             else:
-                copier.copy(source, place)
+                copier.copy(source, target.place)
         for document in copy.documents:
-            copier.write(document.name, document.text.encode("utf-8", "surrogateescape"), place)
+            copier.write(document.name, document.text.encode("utf-8", "surrogateescape"), target.place)
 
 
-def _owner(copy: Copy, root: Path) -> Identity | None:
+def _owner(copy: Copy, root: Path, *, is_buildkit: bool) -> Identity | None:
     """The owner of the files; None: as before, which is so for files of other images."""
     if not copy.chown:
         return None if copy.origin else Identity()
     user, colon, group = copy.chown.partition(":")
     if ":" in group:
         raise InvalidArgument(f"invalid chown string format: {copy.chown}")
-    group = group if colon else user
     found = "unable to convert uid/gid chown string to host mapping: can't find "
     try:
-        identity(root, user)
+        named = _user(root, user)
     except InvalidArgument as error:
         raise InvalidArgument(f"{found}uid for user {user}: no such user: {user}") from error
+    if not colon and is_buildkit:
+        return named
+    group = group if colon else user
     try:
         return identity(root, f"{user}:{group}")
     except InvalidArgument as error:
         raise InvalidArgument(f"{found}gid for group {group}: no such group: {group}") from error
 
 
-def _mode(copy: Copy) -> int | None:
-    if not copy.chmod:
-        return None
-    if not re.fullmatch(r"[0-7]{1,5}", copy.chmod) or int(copy.chmod, 8) > 0o7777:
-        raise InvalidArgument(
-            f"invalid chmod parameter: '{copy.chmod}'. it should be octal string and between 0 and 07777"
-        )
-    return int(copy.chmod, 8)
+def _user(root: Path, user: str) -> Identity:
+    """A user with the group of its entry; a number without an entry's group: with the same number, as in BuildKit."""
+    found = identity(root, user)
+    return Identity(uid=found.uid, gid=found.uid if user.isdigit() else found.gid)
 
 
-def make_directory(changes: Changes, path: str) -> bool:
-    """Make the working directory ``path`` where it is missing; whether it was."""
+def make_directory(changes: Changes, path: str, user: str = "") -> bool:
+    """Make the working directory ``path`` and its parents where they are missing; return whether they were.
+
+    ``user`` owns what is made; root does if it is empty, or a name that the image does not have.  Raises:
+    InvalidArgument.
+    """
     with changes.mounted() as root, Tree(root) as target:
         resolved = target.resolve(path)
         status = target.status(resolved)
         if status is not None:
-            if not os.path.isdir(root / resolved):
+            if not stat.S_ISDIR(status.st_mode):
                 raise InvalidArgument(f"Cannot mkdir: {path} is not a directory")
             return False
+        owner = _owner_of_directory(root, user)
         parts = resolved.split("/")
         for depth in range(1, len(parts) + 1):
             with target.opened("/".join(parts[: depth - 1])) as parent:
@@ -175,11 +261,19 @@ def make_directory(changes: Changes, path: str) -> bool:
                     os.mkdir(parts[depth - 1], 0o755, dir_fd=parent)
                 except FileExistsError:
                     continue
+                os.chown(parts[depth - 1], owner.uid, owner.gid, dir_fd=parent, follow_symlinks=False)
                 os.chmod(parts[depth - 1], 0o755, dir_fd=parent)
     return True
 
 
-def _is_archive(source: Source) -> bool:
+def _owner_of_directory(root: Path, user: str) -> Identity:
+    try:
+        return _user(root, user) if user else Identity()
+    except InvalidArgument:
+        return Identity()
+
+
+def is_archive(source: Source) -> bool:
     """Whether a file is a tar, compressed or not: its first header is right."""
     if source.is_directory:
         return False
@@ -204,3 +298,11 @@ def shown_copy(copy: Copy, digest: str) -> str:
     """The step's line in the image's history."""
     chown = f"--chown={copy.chown} " if copy.chown else ""
     return f"{copy.keyword} {chown}{digest} in {copy.destination} "
+
+
+def key_of_options(copy: Copy) -> tuple[str, ...]:
+    """What a COPY's result depends on beside its sources, destination and owner; all empty for a plain one."""
+    documents = "".join(f"{one.name}\0{one.text}\0" for one in copy.documents)
+    switches = [name for name in ("link", "parents", "keep-git-dir") if name in copy.flags]
+    unpack = "" if copy.unpack is None else f"unpack={copy.unpack}"
+    return (copy.chmod, documents, *switches, *(f"exclude={one}" for one in copy.excludes), unpack)

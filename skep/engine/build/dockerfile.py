@@ -75,7 +75,12 @@ def parse(text: str, *, with_heredocs: bool = True) -> Parsed:
 
 def quoted(text: str) -> str:
     """Like Go's ``%q``."""
-    return msgspec.json.encode(text).decode()
+    return msgspec.json.encode(readable(text)).decode()
+
+
+def readable(text: str) -> str:
+    """``text`` for messages and JSON: bytes that are not UTF-8 are replaced, as Go does."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class _Parser:

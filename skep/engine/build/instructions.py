@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 import msgspec
 
-from skep.engine.build.dockerfile import Heredoc, Line, Parsed, heredoc_of, quoted
+from skep.engine.build.dockerfile import Heredoc, Line, Parsed, heredoc_of, quoted, readable
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
 from skep.model.times import duration_ns
@@ -178,7 +178,7 @@ class Run(Instruction, frozen=True, kw_only=True):
 class Copy(Instruction, frozen=True, kw_only=True):
     """Copies files into the image (COPY, ADD)."""
 
-    expanded_fields = ("sources", "destination", "chown", "chmod")
+    expanded_fields = ("sources", "destination", "chown", "chmod", "checksum")
     sources: tuple[str, ...]
     documents: tuple[Heredoc, ...] = ()
     destination: str
@@ -188,6 +188,10 @@ class Copy(Instruction, frozen=True, kw_only=True):
     chown: str = ""
     chmod: str = ""
     checksum: str = ""
+    excludes: tuple[str, ...] = ()
+    unpack: bool | None = None
+    """None: local archives are unpacked by ADD, fetched ones are not."""
+    keep_git_dir: bool | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -284,6 +288,10 @@ class _Flags:
     def text(self, name: str) -> str:
         return self._values.get(name, [""])[0]
 
+    def switch(self, name: str) -> bool | None:
+        """Whether the flag is on; None: it is not given."""
+        return self.text(name) == "true" if name in self._values else None
+
     def list(self, name: str) -> tuple[str, ...]:
         return tuple(self._values.get(name, ()))
 
@@ -294,7 +302,7 @@ class _Flags:
 
 def _common(line: Line) -> dict[str, object]:
     return {
-        "text": line.original.strip(),
+        "text": readable(line.original.strip()),
         "keyword": line.keyword.upper(),
         "number": line.number,
         "heredocs": line.heredocs,
@@ -383,7 +391,7 @@ def _copy(line: Line, flags: _Flags) -> Copy:
         flags.parse(["chown", "chmod", "from"], switches=["link", "parents"], lists=["exclude"])
     *sources, destination = line.arguments
     contents = {document.name: document for document in line.heredocs}
-    if contents and heredoc_of(destination) is not None:
+    if heredoc_of(destination) is not None:
         raise InvalidArgument(f"{keyword} cannot accept a heredoc as a destination")
     named = {source: heredoc_of(source) for source in sources} if contents else {}
     return msgspec.convert(
@@ -397,6 +405,9 @@ def _copy(line: Line, flags: _Flags) -> Copy:
             "chown": flags.text("chown"),
             "chmod": flags.text("chmod"),
             "checksum": flags.text("checksum"),
+            "excludes": flags.list("exclude"),
+            "unpack": flags.switch("unpack"),
+            "keep_git_dir": flags.switch("keep-git-dir"),
             "flags": flags.used,
         },
         Copy,

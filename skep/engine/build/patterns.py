@@ -7,12 +7,15 @@ Source: Go, path/filepath/match.go; moby/patternmatcher (patternmatcher.go, igno
 """
 
 import posixpath
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from skep.errors import InvalidArgument
 
 PATTERNS_MAX = 10_000
+_KNOWN_MAX = 100_000
+"""Names whose result a pattern remembers: in a tree the same ones come again and again."""
 
 
 class _Token(NamedTuple):
@@ -150,22 +153,159 @@ def ignored_patterns(text: str) -> Sequence[str]:
 
 def is_ignored(path: str, patterns: Sequence[str]) -> bool:
     """Whether the last pattern that fits ``path``, or a directory above it, excludes it.  Raises: InvalidArgument."""
-    parents = ["/".join(path.split("/")[:depth]) for depth in range(1, path.count("/") + 2)]
-    result = False
-    for pattern in patterns:
-        is_negated = pattern.startswith("!")
-        if result == is_negated:
-            matcher = _ignoring(pattern[is_negated:])
-            if any(one.matches(parent) for one in matcher for parent in parents):
-                result = not is_negated
-    return result
+    return PathPatterns(patterns).fits(path)
 
 
-def _ignoring(pattern: str) -> Sequence[Pattern]:
-    """``**/`` stands for no directory, too."""
-    patterns = [pattern]
-    if pattern.startswith("**/"):
-        patterns.append(pattern.removeprefix("**/"))
-    if "/**/" in pattern:
-        patterns.append(pattern.replace("/**/", "/"))
-    return [Pattern(one, deep=True) for one in patterns]
+class PathPatterns:
+    """Patterns of a .dockerignore file, of ``--exclude`` or of ``--parents``: the last one that fits decides.
+
+    A pattern that fits a directory fits everything below it.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        """Raises: InvalidArgument: one of the patterns is broken."""
+        self._patterns: list[tuple[bool, _Segments | _Free]] = []
+        for text in map(str.strip, patterns):
+            is_exception = text.startswith("!")
+            cleaned = text[is_exception:]
+            if not cleaned:
+                if is_exception:
+                    raise InvalidArgument('illegal exclusion pattern: "!"')
+                continue
+            self._patterns.append((is_exception, _matcher(posixpath.normpath(cleaned))))
+        self.has_exceptions = any(is_exception for is_exception, _ in self._patterns)
+        """Whether a pattern begins with ``!``: something below a directory that fits may not fit."""
+
+    def fits(self, path: str) -> bool:
+        """Whether the last pattern that fits ``path``, or a directory above it, is no exception."""
+        parts = path.split("/")
+        result = False
+        for is_exception, pattern in self._patterns:
+            if result == is_exception and pattern.fits(parts):
+                result = not is_exception
+        return result
+
+    def may_fit_below(self, path: str) -> bool:
+        """Whether something below the directory ``path`` may fit, as far as it can be said."""
+        parts = path.split("/")
+        return any(pattern.leads_on(parts) for is_exception, pattern in self._patterns if not is_exception)
+
+
+def _matcher(pattern: str) -> "_Segments | _Free":
+    segments = pattern.split("/")
+    Pattern(pattern)  # its syntax is checked as a whole
+    if any("**" in segment and segment != "**" for segment in segments):
+        return _Free(pattern)
+    try:
+        return _Segments(segments)
+    except InvalidArgument:  # a class or an escape stretches over a slash
+        return _Free(pattern)
+
+
+class _Segments:
+    """A pattern whose ``**`` are whole names: it is matched name by name, each name once."""
+
+    def __init__(self, segments: Sequence[str]) -> None:
+        self._deep = [segment == "**" for segment in segments]
+        self._names = [
+            None if segment == "**" else re.compile(_expression(segment), re.DOTALL) for segment in segments
+        ]
+        self._known: dict[tuple[int, str], bool] = {}
+
+    def fits(self, parts: Sequence[str]) -> bool:
+        """Whether a path, or a directory above it, fits."""
+        end = len(self._names)
+        states = self._closed({0})
+        for part in parts:
+            states = self._next(states, part)
+            if end in states:
+                return True
+            if not states:
+                return False
+        return False
+
+    def leads_on(self, parts: Sequence[str]) -> bool:
+        """Whether a path below these may fit."""
+        states = self._closed({0})
+        for part in parts:
+            states = self._next(states, part)
+        return bool(states)
+
+    def _next(self, states: set[int], part: str) -> set[int]:
+        following = set()
+        for state in states:
+            if state == len(self._names):
+                continue
+            if self._deep[state]:
+                following |= {state, state + 1} if state == len(self._names) - 1 else {state}
+            elif self._name_fits(state, part):
+                following.add(state + 1)
+        return self._closed(following)
+
+    def _name_fits(self, state: int, part: str) -> bool:
+        key = (state, part)
+        if key not in self._known:
+            if len(self._known) > _KNOWN_MAX:
+                self._known.clear()
+            expression = self._names[state]
+            assert expression is not None, "a deep segment takes every name"
+            self._known[key] = expression.fullmatch(part) is not None
+        return self._known[key]
+
+    def _closed(self, states: set[int]) -> set[int]:
+        """With the states that a ``**`` for no directory leads to; one at the end stands for at least one name."""
+        found = set()
+        for state in states:
+            while state not in found:
+                found.add(state)
+                if state < len(self._names) - 1 and self._deep[state]:
+                    state += 1
+        return found
+
+
+class _Free:
+    """A pattern with ``**`` beside other characters, which takes slashes like any other character."""
+
+    def __init__(self, pattern: str) -> None:
+        # "**/" stands for no directory as well.
+        texts = [pattern]
+        if pattern.startswith("**/"):
+            texts.append(pattern.removeprefix("**/"))
+        if "/**/" in pattern:
+            texts.append(pattern.replace("/**/", "/"))
+        self._patterns = [Pattern(one, deep=True) for one in texts]
+
+    def fits(self, parts: Sequence[str]) -> bool:
+        """Whether a path, or a directory above it, fits."""
+        paths = ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        return any(pattern.matches(path) for pattern in self._patterns for path in paths)
+
+    def leads_on(self, parts: Sequence[str]) -> bool:
+        """Whether a path below these may fit: it is not known."""
+        return True
+
+
+def _expression(segment: str) -> str:
+    """A pattern without slashes as a regular expression, in which no star is tried twice (``(?>...)``)."""
+    pieces = [""]
+    for token in _tokens(segment, deep=False):
+        match token.kind:
+            case "star":
+                if pieces[-1] or len(pieces) == 1:
+                    pieces.append("")
+            case "any":
+                pieces[-1] += "."
+            case "class":
+                ranges = "".join(
+                    f"{re.escape(low)}-{re.escape(high)}" for low, high in token.ranges if low <= high
+                )
+                if not ranges:
+                    pieces[-1] += "." if token.is_negated else "(?!)"
+                else:
+                    pieces[-1] += f"[{'^' * token.is_negated}{ranges}]"
+            case _:
+                pieces[-1] += re.escape(token.text)
+    first, *rest = pieces
+    if not rest:
+        return first
+    return first + "".join(f"(?>.*?{piece})" for piece in rest[:-1]) + f".*{rest[-1]}"

@@ -15,11 +15,11 @@ from pathlib import Path
 import msgspec
 
 from skep.engine.build.cache import CacheMounts
-from skep.engine.build.copying import Tree
 from skep.engine.build.dockerfile import heredoc_of, quoted
 from skep.engine.build.instructions import Run
 from skep.engine.build.interface import BuildRequest, Provider
 from skep.engine.build.mounts import RunMount
+from skep.engine.build.trees import Tree
 from skep.engine.container import Container, Stream
 from skep.engine.engine import Engine
 from skep.engine.images.image import Image

@@ -12,7 +12,7 @@ import msgspec
 from skep.aio.failures import describe_error
 from skep.engine import overlay
 from skep.engine.build.config import StageState
-from skep.engine.build.copying import CopyLimits, Work
+from skep.engine.build.trees import CopyLimits, Work
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ImageConfig
 from skep.engine.images.store import ImageStore
@@ -52,15 +52,24 @@ def lower_directories(images: ImageStore, image: Made | None) -> list[Path]:
 class Changes:
     """An overlay of a step's own on top of an image's layers.  ``root``: mounted while in ``mounted``."""
 
-    def __init__(self, directory: Path, layers: Sequence[Path]) -> None:
-        """``directory``: empty, for this overlay alone."""
+    def __init__(self, directory: Path, layers: Sequence[Path], *, is_detached: bool = False) -> None:
+        """``directory``: empty, for this overlay alone.
+
+        With ``is_detached`` there is no overlay: ``root`` is an empty directory, and its files are the layer.
+        An overlay would mark new directories as opaque, so that they would hide those of the layers below.
+        """
         self._layers = list(layers)
         self._directory = directory
-        self.root = directory / "root"
+        self._is_detached = is_detached
         self.upper = directory / "upper"
+        self.root = self.upper if is_detached else directory / "root"
 
     def mount(self) -> None:
         """Raises: OSError; FailedPrecondition: more layers than this kernel can take."""
+        if self._is_detached:
+            self.upper.mkdir(mode=0o755, exist_ok=True)
+            self.upper.chmod(0o755)
+            return
         work, empty = self._directory / "work", self._directory / "empty"
         for path in (self.root, self.upper, work, empty):
             path.mkdir(mode=0o755, exist_ok=True)

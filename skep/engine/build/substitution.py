@@ -52,6 +52,16 @@ def split(
     return _Reader(word, variables, escape, budget=budget).run()[1]
 
 
+def substituted_document(text: str, variables: Mapping[str, str], budget: Budget | None = None) -> str:
+    """Replace the variables of a here-document.  Its quotes stay, and a backslash protects what follows it.
+
+    The escape character of the Dockerfile has no meaning in it.  Raises: InvalidArgument, in BuildKit's words.
+    """
+    if "$" not in text and "\\" not in text:
+        return text
+    return _Reader(text, variables, "\\", keeps_quotes=True, budget=budget).run()[0]
+
+
 def raw_words(line: str) -> list[str]:
     """Words of a line with their quotes and escapes, nothing substituted; as far as it can be read."""
     reader = _Reader(line, None, "\\", raw_quotes=True, raw_escapes=True)
@@ -109,9 +119,12 @@ class _Reader:
         *,
         raw_quotes: bool = False,
         raw_escapes: bool = False,
+        keeps_quotes: bool = False,
         budget: Budget | None = None,
     ) -> None:
+        """``keeps_quotes``: quotes are characters like any other."""
         self._budget = budget or Budget()
+        self._keeps_quotes = keeps_quotes
         self._source = source
         self._variables = variables
         self._escape = escape
@@ -140,11 +153,10 @@ class _Reader:
         self._depth += 1
         if self._depth > _DEPTH_MAX:
             raise InvalidArgument("substitutions are nested too deeply")
-        special: Mapping[str, Callable[[], str]] = {
-            "$": self._dollar,
-            "'": self._single_quoted,
-            '"': lambda: self._double_quoted(raw_escapes),
-        }
+        special: dict[str, Callable[[], str]] = {"$": self._dollar}
+        if not self._keeps_quotes:
+            special["'"] = self._single_quoted
+            special['"'] = lambda: self._double_quoted(raw_escapes)
         result: list[str] = []
         words = _Words()
         length = 0

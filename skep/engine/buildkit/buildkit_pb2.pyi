@@ -1602,13 +1602,14 @@ class Stat(_message.Message):
     DEVMAJOR_FIELD_NUMBER: _builtins.int
     DEVMINOR_FIELD_NUMBER: _builtins.int
     XATTRS_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    path: _builtins.bytes
+    """Strings in BuildKit, whose clients send names in any encoding nevertheless."""
     mode: _builtins.int
     uid: _builtins.int
     gid: _builtins.int
     size: _builtins.int
     mod_time: _builtins.int
-    linkname: _builtins.str
+    linkname: _builtins.bytes
     devmajor: _builtins.int
     devminor: _builtins.int
     @_builtins.property
@@ -1616,13 +1617,13 @@ class Stat(_message.Message):
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        path: _builtins.bytes = ...,
         mode: _builtins.int = ...,
         uid: _builtins.int = ...,
         gid: _builtins.int = ...,
         size: _builtins.int = ...,
         mod_time: _builtins.int = ...,
-        linkname: _builtins.str = ...,
+        linkname: _builtins.bytes = ...,
         devmajor: _builtins.int = ...,
         devminor: _builtins.int = ...,
         xattrs: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,

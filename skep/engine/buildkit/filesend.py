@@ -160,8 +160,6 @@ def listed(archive: Path) -> Sequence[SentFile]:
     """The entries of a plain tar in the order of a walk: names in a directory sorted by their bytes; blocking.
 
     Of hard links the first in that order has the content, whichever has it in the archive.
-
-    Raises: InvalidArgument: a name that the protocol cannot carry.
     """
     with tarfile.open(archive, "r:", encoding="utf-8", errors="surrogateescape") as opened:
         members = {member.name: member for member in opened if member.name}
@@ -178,24 +176,19 @@ def listed(archive: Path) -> Sequence[SentFile]:
 
 def _sent(name: str, member: tarfile.TarInfo, *, link: str) -> SentFile:
     """``link``: the path before it of which this is another name."""
-    try:
-        name.encode()
-        (member.linkname if member.issym() else link).encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgument(f"a name that is not UTF-8 cannot be sent: {name!r}") from error
     attributes = {
         record.removeprefix(_XATTR_RECORD): value.encode("utf-8", "surrogateescape")
         for record, value in member.pax_headers.items()
         if record.startswith(_XATTR_RECORD)
     }
     described = pb.Stat(
-        path=name,
+        path=name.encode("utf-8", "surrogateescape"),
         mode=go_mode(member.mode | _KINDS.get(member.type, stat.S_IFREG)),
         uid=member.uid,
         gid=member.gid,
         size=member.size if member.isreg() and not link else 0,
         mod_time=int(member.mtime) * 1_000_000_000,
-        linkname=member.linkname if member.issym() else link,
+        linkname=(member.linkname if member.issym() else link).encode("utf-8", "surrogateescape"),
         devmajor=member.devmajor,
         devminor=member.devminor,
         xattrs={} if link else attributes,

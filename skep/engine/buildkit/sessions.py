@@ -8,6 +8,7 @@ Source: moby/buildkit, session/manager.go, session/grpc.go.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -198,7 +199,7 @@ def header_values(name: str, values: Sequence[str]) -> Sequence[tuple[str, str]]
     """
     if all(value.isascii() for value in values):
         return [(name, value) for value in values]
-    return [*((name, quote_plus(value)) for value in values), (f"{name}-encoded", "1")]
+    return [*((name, quote_plus(os.fsencode(value))) for value in values), (f"{name}-encoded", "1")]
 
 
 class Sessions:

@@ -370,7 +370,7 @@ def _read_in(root: Path, name: str, bytes_max: int) -> str | None:
         data = file.read(bytes_max + 1)
     if len(data) > bytes_max:
         raise InvalidArgument(f"{name} is larger than {bytes_max} bytes")
-    return data.decode(errors="replace")
+    return data.decode(errors="surrogateescape")
 
 
 def _request(build: Asked, export: Exported, dockerfile: str) -> BuildRequest:

@@ -30,6 +30,8 @@ _KINDS = _DIRECTORY | _SYMLINK | _DEVICE | _PIPE | _SOCKET | _IRREGULAR | _CHARA
 _KEPT_ATTRIBUTES = ("user.", "security.capability")
 """Extended attributes that are written; others are the client machine's own (labels of SELinux, access lists)."""
 
+_MAJORS, _MINORS = range(1 << 12), range(1 << 20)
+"""Device numbers that the kernel takes."""
 _TIMES = range(-(1 << 62), 1 << 62)
 """Modification times that the kernel takes, in nanoseconds."""
 
@@ -54,6 +56,8 @@ class Kind(Enum):
     HARD_LINK = "hard link"
     SYMLINK = "symbolic link"
     PIPE = "named pipe"
+    CHARACTER_DEVICE = "character device"
+    BLOCK_DEVICE = "block device"
     SOCKET = "socket"
     """Not created, as it is of no use without the process that made it."""
 
@@ -70,6 +74,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     mtime_ns: int
     link: str
     attributes: Mapping[str, bytes]
+    device: tuple[int, int] = (0, 0)
+    """Major and minor number."""
 
 
 class Listing:
@@ -92,14 +98,14 @@ class Listing:
         self._name_bytes += sum(len(name) + len(value) for name, value in stat.xattrs.items())
         if len(self.entries) >= self._limits.entries or self._name_bytes > self._limits.name_bytes:
             raise ResourceExhausted(f"the build context has more than {self._limits.entries} files")
-        self._enter(stat.path)
+        self._enter(os.fsdecode(stat.path))
         entry = self._entry(stat)
         if entry.kind is Kind.DIRECTORY:
             if len(self._open) > self._limits.depth:
-                raise InvalidArgument(f"directories are too deep: {stat.path!r}")
-            self._open.append((stat.path, b""))
+                raise InvalidArgument(f"directories are too deep: {entry.path!r}")
+            self._open.append((entry.path, b""))
         elif entry.kind is Kind.FILE:
-            self._files.add(stat.path)
+            self._files.add(entry.path)
             self.bytes += entry.size
             if self.bytes > self._limits.bytes:
                 raise ResourceExhausted(
@@ -116,27 +122,33 @@ class Listing:
             self._open.pop()
         directory, last = self._open[-1]
         # Names in a directory grow, so one that was left cannot be entered again, and none comes twice.
-        if directory != parent or name.encode() <= last:
-            raise InvalidArgument(f"changes out of order: {path!r} {directory + '/' + last.decode()!r}")
-        self._open[-1] = (directory, name.encode())
+        if directory != parent or os.fsencode(name) <= last:
+            raise InvalidArgument(f"changes out of order: {path!r} {directory + '/' + os.fsdecode(last)!r}")
+        self._open[-1] = (directory, os.fsencode(name))
 
     def _entry(self, stat: pb.Stat) -> Entry:
+        path, link = os.fsdecode(stat.path), os.fsdecode(stat.linkname)
         kind = _kind(stat)
         if stat.size < 0 or stat.mod_time not in _TIMES or stat.uid == 0xFFFFFFFF or stat.gid == 0xFFFFFFFF:
-            raise InvalidArgument(f"invalid file in the build context: {stat.path!r}")
-        if kind is Kind.HARD_LINK and stat.linkname not in self._files:
-            raise InvalidArgument(f"invalid link in the build context: {stat.path!r} to {stat.linkname!r}")
-        if kind is Kind.SYMLINK and (not stat.linkname or "\0" in stat.linkname):
-            raise InvalidArgument(f"invalid link in the build context: {stat.path!r}")
+            raise InvalidArgument(f"invalid file in the build context: {path!r}")
+        if kind is Kind.HARD_LINK and link not in self._files:
+            raise InvalidArgument(f"invalid link in the build context: {path!r} to {link!r}")
+        if kind is Kind.SYMLINK and (not link or "\0" in link):
+            raise InvalidArgument(f"invalid link in the build context: {path!r}")
+        if kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE) and not (
+            stat.devmajor in _MAJORS and stat.devminor in _MINORS
+        ):
+            raise InvalidArgument(f"invalid device in the build context: {path!r}")
         return Entry(
-            path=stat.path,
+            path=path,
             kind=kind,
             mode=_permissions(stat.mode),
             uid=stat.uid,
             gid=stat.gid,
             size=stat.size if kind is Kind.FILE else 0,
             mtime_ns=stat.mod_time,
-            link=stat.linkname if kind in (Kind.HARD_LINK, Kind.SYMLINK) else "",
+            link=link if kind in (Kind.HARD_LINK, Kind.SYMLINK) else "",
+            device=(stat.devmajor, stat.devminor),
             attributes={k: bytes(v) for k, v in stat.xattrs.items() if k.startswith(_KEPT_ATTRIBUTES)},
         )
 
@@ -145,9 +157,16 @@ def _kind(stat: pb.Stat) -> Kind:
     kind = stat.mode & _KINDS
     if not kind:
         return Kind.HARD_LINK if stat.linkname else Kind.FILE
-    kinds = {_DIRECTORY: Kind.DIRECTORY, _SYMLINK: Kind.SYMLINK, _PIPE: Kind.PIPE, _SOCKET: Kind.SOCKET}
+    kinds = {
+        _DIRECTORY: Kind.DIRECTORY,
+        _SYMLINK: Kind.SYMLINK,
+        _PIPE: Kind.PIPE,
+        _SOCKET: Kind.SOCKET,
+        _DEVICE: Kind.BLOCK_DEVICE,
+        _DEVICE | _CHARACTER_DEVICE: Kind.CHARACTER_DEVICE,
+    }
     if kind not in kinds:
-        raise InvalidArgument(f"a device in the build context: {stat.path!r}; leave it out by .dockerignore")
+        raise InvalidArgument(f"unknown kind of file in the build context: {os.fsdecode(stat.path)!r}")
     return kinds[kind]
 
 
@@ -212,8 +231,7 @@ class _Writer:
             return True
         if entry.kind is Kind.SYMLINK:
             os.symlink(entry.link, name, dir_fd=directory)
-            os.chown(name, entry.uid, entry.gid, dir_fd=directory, follow_symlinks=False)
-            os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=directory, follow_symlinks=False)
+            _finish_name(name, directory, entry)
         elif entry.kind is Kind.HARD_LINK:
             self._link(self._open[0][1], entry.link, name, directory)
         elif entry.kind is Kind.PIPE:
@@ -223,6 +241,10 @@ class _Writer:
             )
             with closed(descriptor):
                 _finish(descriptor, entry)
+        elif entry.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
+            kind = modes.S_IFCHR if entry.kind is Kind.CHARACTER_DEVICE else modes.S_IFBLK
+            os.mknod(name, kind | 0o600, os.makedev(*entry.device), dir_fd=directory)
+            _finish_name(name, directory, entry)  # to open it may do something
         elif entry.kind is Kind.FILE and not self._take_kept(entry, name, directory):
             descriptor = os.open(
                 name,
@@ -275,6 +297,14 @@ def _finish(descriptor: int, entry: Entry) -> None:
         with suppress(OSError):  # the file system has none, as in BuildKit
             os.setxattr(descriptor, name, value)
     os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+
+
+def _finish_name(name: str, directory: int, entry: Entry) -> None:
+    """Give the same to an entry that is not opened, but for its attributes; a link has no mode."""
+    os.chown(name, entry.uid, entry.gid, dir_fd=directory, follow_symlinks=False)
+    if entry.kind is not Kind.SYMLINK:
+        os.chmod(name, entry.mode, dir_fd=directory)
+    os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=directory, follow_symlinks=False)
 
 
 class Contents:

@@ -5,6 +5,7 @@ Pure; the bytes are those that Docker would write, as far as it has the fields.
 Source: moby 20.10, image/image.go (NewChildImage), daemon/images/image_commit.go.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +73,11 @@ def child_config(
         document["author"] = step.author
     if step.comment:
         document["comment"] = step.comment
-    return msgspec.json.encode(document, order="sorted")
+    try:
+        return msgspec.json.encode(document, order="sorted")
+    except UnicodeEncodeError:  # bytes of a Dockerfile that are not UTF-8, which Go's encoder replaces
+        text = json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
 
 def _entry(step: Step, *, has_layer: bool) -> Mapping[str, Any]:

@@ -8,19 +8,11 @@ from pathlib import Path
 import pytest
 
 from skep.engine.build.copies import prepare
-from skep.engine.build.copying import (
-    Copier,
-    CopyLimits,
-    Ownership,
-    Source,
-    Stopped,
-    Tree,
-    Work,
-    destination_of,
-    digest_of_sources,
-    find,
-)
+from skep.engine.build.copying import Copier, Ownership, destination_of
 from skep.engine.build.instructions import Copy
+from skep.engine.build.modes import parse_mode
+from skep.engine.build.sources import Source, digest_of, find
+from skep.engine.build.trees import CopyLimits, Stopped, Tree, Work
 from skep.engine.images.store import ImageStore
 from skep.engine.users import Identity
 from skep.errors import InvalidArgument, ResourceExhausted
@@ -58,6 +50,10 @@ def sources(tree: Path, *names: str) -> Sequence[Source]:
     return find(tree, names, work(), is_context=True)
 
 
+def digest_of_all(found: Sequence[Source]) -> str:
+    return digest_of([one.digest for one in found])
+
+
 def copied(
     tree: Path, target: Path, destination: str, *names: str, ownership: Ownership | None = None
 ) -> list[str]:
@@ -91,7 +87,7 @@ def test_names_and_patterns_mean_files(tree: Path, names: list[str], found: list
 async def test_a_device_is_no_archive_and_is_not_opened_to_see_that(tree: Path, tmp_path: Path) -> None:
     os.mknod(tree / "device", 0o20600, os.makedev(450, 7))  # no driver has it: it cannot be opened
     add = Copy(keyword="ADD", text="", sources=("device",), destination="/", is_add=True)
-    prepared = await prepare(ImageStore(tmp_path / "images"), add, tree, tmp_path, is_buildkit=False)
+    prepared = await prepare(ImageStore(tmp_path / "images"), add, tree, tmp_path, {}, is_buildkit=False)
     assert [one.resolved for one in prepared.sources] == ["device"]
     assert not prepared.archives
 
@@ -122,16 +118,16 @@ def test_a_source_outside_of_its_tree_is_not_there(tree: Path, name: str, error:
 
 
 def test_a_digest_is_of_what_is_copied_and_not_of_its_time(tree: Path) -> None:
-    before = {name: digest_of_sources(sources(tree, name)) for name in ("one", "dir", ".")}
+    before = {name: digest_of_all(sources(tree, name)) for name in ("one", "dir", ".")}
     os.utime(tree / "dir/three", ns=(1, 1))
-    assert digest_of_sources(sources(tree, "dir")) == before["dir"]
+    assert digest_of_all(sources(tree, "dir")) == before["dir"]
     (tree / "dir/three").chmod(0o600)
-    assert digest_of_sources(sources(tree, "dir")) != before["dir"]
-    assert digest_of_sources(sources(tree, "one")) == before["one"]
+    assert digest_of_all(sources(tree, "dir")) != before["dir"]
+    assert digest_of_all(sources(tree, "one")) == before["one"]
     (tree / "one").rename(tree / "uno")
-    assert digest_of_sources(sources(tree, "uno")) != before["one"]
-    assert digest_of_sources(sources(tree, ".")) != before["."]
-    assert digest_of_sources(sources(tree, "two", "uno")).startswith("multi:")
+    assert digest_of_all(sources(tree, "uno")) != before["one"]
+    assert digest_of_all(sources(tree, ".")) != before["."]
+    assert digest_of_all(sources(tree, "two", "uno")).startswith("multi:")
 
 
 def test_looking_at_more_files_than_allowed_is_an_error(tree: Path) -> None:
@@ -200,7 +196,13 @@ def test_owner_mode_and_time(tree: Path, target: Path) -> None:
     (tree / "one").chmod(0o4755)
     os.utime(tree / "one", ns=(1_000, 2_000))
     copied(tree, target, "/kept", "one", ownership=Ownership())
-    copied(tree, target, "/p/mine", "one", ownership=Ownership(owner=Identity(uid=3, gid=4), mode=0o600))
+    copied(
+        tree,
+        target,
+        "/p/mine",
+        "one",
+        ownership=Ownership(owner=Identity(uid=3, gid=4), mode=parse_mode("600")),
+    )
     kept, mine, parent = ((target / name).stat() for name in ("kept", "p/mine", "p"))
     assert (kept.st_uid, kept.st_gid, stat.S_IMODE(kept.st_mode)) == (7, 8, 0o4755)
     assert kept.st_mtime_ns == mine.st_mtime_ns == 2_000

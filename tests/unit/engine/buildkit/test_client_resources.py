@@ -1,6 +1,7 @@
 """What a build holds of its client, its files and its ssh agent, while something else ends."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -74,7 +75,7 @@ async def test_a_cancelled_transfer_closes_its_files_after_the_last_write(
     monkeypatch.setattr(Contents, "write", slow_write)
     monkeypatch.setattr(Contents, "close", noted_close)
     packets = [
-        pb.Packet(type=pb.Packet.STAT, stat=pb.Stat(path="file", mode=0o644, size=3)),
+        pb.Packet(type=pb.Packet.STAT, stat=pb.Stat(path=b"file", mode=0o644, size=3)),
         pb.Packet(type=pb.Packet.STAT),
         pb.Packet(type=pb.Packet.DATA, id=0, data=b"abc"),
     ]
@@ -90,7 +91,7 @@ async def test_a_cancelled_transfer_closes_its_files_after_the_last_write(
 
 async def test_a_long_listing_lets_other_tasks_run(tmp_path: Path) -> None:
     packets = [
-        pb.Packet(type=pb.Packet.STAT, stat=pb.Stat(path=f"{number:05}", mode=0o644))
+        pb.Packet(type=pb.Packet.STAT, stat=pb.Stat(path=os.fsencode(f"{number:05}"), mode=0o644))
         for number in range(3000)
     ]
     client = Client([*packets, pb.Packet(type=pb.Packet.STAT)])

@@ -14,19 +14,20 @@ from skep.engine.buildkit.tree import Contents, Entry, KeptTree, Listing, TreeLi
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError
 
 DIRECTORY, SYMLINK, PIPE, SOCKET, DEVICE = 1 << 31, 1 << 27, 1 << 25, 1 << 24, 1 << 26
+CHARACTER, IRREGULAR = 1 << 21, 1 << 19
 LIMITS = TreeLimits(bytes=1000, entries=20, depth=5)
 
 
 def a_directory(path: str, mode: int = 0o755) -> pb.Stat:
-    return pb.Stat(path=path, mode=DIRECTORY | mode)
+    return pb.Stat(path=os.fsencode(path), mode=DIRECTORY | mode)
 
 
 def a_file(path: str, size: int = 3, mode: int = 0o644, **fields: object) -> pb.Stat:
-    return pb.Stat(path=path, mode=mode, size=size, **fields)  # type: ignore[arg-type]
+    return pb.Stat(path=os.fsencode(path), mode=mode, size=size, **fields)  # type: ignore[arg-type]
 
 
 def a_link(path: str, target: str) -> pb.Stat:
-    return pb.Stat(path=path, mode=SYMLINK | 0o777, linkname=target)
+    return pb.Stat(path=os.fsencode(path), mode=SYMLINK | 0o777, linkname=target.encode())
 
 
 def listed(*stats: pb.Stat) -> Sequence[Entry]:
@@ -63,9 +64,9 @@ def test_a_tree_is_written_as_it_was_listed(root: Path) -> None:
             "a/b", 3, 0o600 | (1 << 23), mod_time=1_500_000_000_123_456_789, uid=os.getuid(), gid=os.getgid()
         ),
         a_link("a/c", "/etc/passwd"),
-        pb.Stat(path="hard", mode=0o600, linkname="a/b"),
-        pb.Stat(path="pipe", mode=PIPE | 0o640),
-        pb.Stat(path="socket", mode=SOCKET | 0o640),
+        pb.Stat(path=b"hard", mode=0o600, linkname=b"a/b"),
+        pb.Stat(path=b"pipe", mode=PIPE | 0o640),
+        pb.Stat(path=b"socket", mode=SOCKET | 0o640),
         a_file("z", 0),
     )
     assert (root / "a" / "b").read_bytes() == b"xxx"
@@ -115,13 +116,42 @@ def test_entries_out_of_order_are_refused(stats: Sequence[pb.Stat]) -> None:
 def test_a_hard_link_leads_only_to_a_file_that_was_listed(target: str) -> None:
     with pytest.raises(InvalidArgument, match="invalid link"):
         listed(
-            a_directory("a"), a_link("link", "/etc/passwd"), pb.Stat(path="new", mode=0o600, linkname=target)
+            a_directory("a"),
+            a_link("link", "/etc/passwd"),
+            pb.Stat(path=b"new", mode=0o600, linkname=target.encode()),
         )
 
 
-def test_devices_are_refused_by_name() -> None:
-    with pytest.raises(InvalidArgument, match="a device in the build context: 'sda'"):
-        listed(pb.Stat(path="sda", mode=DEVICE | 0o660, devmajor=8))
+@pytest.mark.needs("root")
+def test_devices_are_made_and_not_opened(root: Path) -> None:
+    entries = written(
+        root,
+        pb.Stat(path=b"null", mode=DEVICE | CHARACTER | 0o666, devmajor=450, devminor=7),
+        pb.Stat(path=b"sda", mode=DEVICE | 0o640, devmajor=450, devminor=1 << 19),
+    )
+    null, sda = ((root / entry.path).lstat() for entry in entries)
+    assert (null.st_mode, null.st_rdev) == (stat.S_IFCHR | 0o666, os.makedev(450, 7))
+    assert (sda.st_mode, sda.st_rdev) == (stat.S_IFBLK | 0o640, os.makedev(450, 1 << 19))
+
+
+def test_an_unknown_kind_and_an_impossible_device_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="unknown kind of file in the build context: 'x'"):
+        listed(pb.Stat(path=b"x", mode=IRREGULAR | 0o644))
+    with pytest.raises(InvalidArgument, match="invalid device"):
+        listed(pb.Stat(path=b"x", mode=DEVICE | 0o644, devmajor=-1))
+
+
+def test_names_in_any_encoding_are_written_as_they_are(root: Path) -> None:
+    written(
+        root,
+        pb.Stat(path=b"caf\xe9", mode=DIRECTORY | 0o755),
+        pb.Stat(path=b"caf\xe9/\xff", mode=0o644, size=3),
+        pb.Stat(path=b"link", mode=SYMLINK | 0o777, linkname=b"caf\xe9/\xff"),
+        pb.Stat(path=b"same", mode=0o644, linkname=b"caf\xe9/\xff"),
+    )
+    assert sorted(os.listdir(os.fsencode(root))) == [b"caf\xe9", b"link", b"same"]
+    assert (root / "link").read_bytes() == b"xxx"
+    assert (root / "same").samefile(root / "link")
 
 
 @pytest.mark.parametrize(
@@ -194,16 +224,28 @@ def test_a_file_that_has_grown_is_taken_and_not_kept_and_bounded(root: Path) -> 
 
 NAMES = st.sampled_from(["a", "b", "c", "..", ".", "", "outside", "a.b"])
 PATHS = (
-    st.builds("/".join, st.lists(NAMES, min_size=1, max_size=3)) | st.just("/outside/x") | st.text(max_size=3)
+    st.builds("/".join, st.lists(NAMES, min_size=1, max_size=3)).map(str.encode)
+    | st.just(b"/outside/x")
+    | st.binary(max_size=3)
 )
 STATS = st.builds(
     pb.Stat,
     path=PATHS,
     mode=st.sampled_from(
-        [0o644, 0o4755, DIRECTORY | 0o755, DIRECTORY, SYMLINK | 0o777, PIPE, SOCKET, DEVICE]
+        [
+            0o644,
+            0o4755,
+            DIRECTORY | 0o755,
+            DIRECTORY,
+            SYMLINK | 0o777,
+            PIPE,
+            SOCKET,
+            DEVICE,
+            DEVICE | CHARACTER,
+        ]
     ),
     size=st.integers(-1, 4),
-    linkname=st.just("") | PATHS | st.sampled_from(["../outside", "/", "../outside/precious"]),
+    linkname=st.just(b"") | PATHS | st.sampled_from([b"../outside", b"/", b"../outside/precious"]),
     mod_time=st.integers(-(1 << 63), (1 << 63) - 1),
 )
 

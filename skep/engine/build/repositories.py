@@ -1,0 +1,301 @@
+"""Git repositories that ADD clones: their addresses, and how they are fetched.
+
+The program ``git`` of this machine does the work, without any configuration of the machine or its users, and with a
+deadline.  A repository is not trusted: it brings no hooks, and its submodules come by the network alone.
+
+Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go, util/gitutil/git_cli.go.
+"""
+
+import asyncio
+import base64
+import hashlib
+import os
+import posixpath
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import msgspec
+
+from skep.engine.build.instructions import Copy
+from skep.engine.build.interface import Provider
+from skep.engine.build.remotes import Download, KnownAnswers, Remote, is_git, is_remote
+from skep.engine.build.sources import Source
+from skep.engine.build.trees import Tree
+from skep.engine.images.workers import Limits
+from skep.errors import InvalidArgument, Unavailable, Unimplemented
+from skep.linux.commands import communicate
+from skep.linux.trees import remove_tree
+
+_DEADLINE_S = 900.0
+"""For one command of git: large repositories take minutes."""
+_SHA = re.compile(r"[0-9a-f]{40}")
+_SHOWN_BYTES = 1000
+"""Of what git says about a failure."""
+_CONFIGURATION = (
+    *("-c", "core.hooksPath=/dev/null"),
+    *("-c", "protocol.allow=never"),
+    *(word for name in ("http", "https", "git", "ssh") for word in ("-c", f"protocol.{name}.allow=always")),
+    # A server that sends nothing for a minute is given up.
+    *("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60"),
+)
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+
+
+class Address(msgspec.Struct, frozen=True, kw_only=True):
+    """The address of a repository.  ``ref``: a branch, tag or commit; ``subdir``: the directory in it to copy."""
+
+    remote: str
+    ref: str = ""
+    subdir: str = ""
+    checksum: str = ""
+    keep_git_dir: bool | None = None
+    submodules: bool = True
+
+
+def address_of(source: str) -> Address:
+    """Read an address with its fragment (``#ref:directory``) or query.  Raises: InvalidArgument."""
+    remote, _, fragment = source.partition("#")
+    remote, _, query = remote.partition("?")
+    ref, _, subdir = fragment.partition(":")
+    found: dict[str, object] = {
+        "remote": remote,
+        "ref": ref,
+        "subdir": posixpath.normpath(f"/{subdir}").strip("/"),
+    }
+    named = {"fragment": ref}
+    for name, values in parse_qs(query, keep_blank_values=True).items():
+        if len(values) > 1:
+            raise InvalidArgument(f'query "{name}" has multiple values')
+        _add_option(found, named, name, values[0])
+    refs = {value for value in named.values() if value}
+    if len(refs) > 1:
+        raise InvalidArgument(f"ref conflicts: {' vs '.join(sorted(refs))}")
+    address = msgspec.convert({**found, "ref": next(iter(refs), "")}, Address)
+    if any(value.startswith("-") for value in (address.remote, address.ref, address.checksum)):
+        raise InvalidArgument(f"invalid git address: {source}")
+    return address
+
+
+def _add_option(found: dict[str, object], refs: dict[str, str], name: str, value: str) -> None:
+    switches = {"keep-git-dir": "keep_git_dir", "submodules": "submodules"}
+    if name in switches:
+        if value.lower() not in ("", "1", "t", "true", "0", "f", "false"):
+            raise InvalidArgument(f'invalid {name} value: "{value}"')
+        found[switches[name]] = value.lower() in ("", "1", "t", "true")
+        return
+    if not value:
+        raise InvalidArgument(f'query "{name}" has no value')
+    match name:
+        case "ref":
+            refs[name] = value
+        case "tag":
+            refs[name] = value if value.startswith("refs/tags/") else f"refs/tags/{value}"
+        case "branch":
+            refs[name] = value if value.startswith("refs/heads/") else f"refs/heads/{value}"
+        case "subdir":
+            found["subdir"] = posixpath.normpath(f"/{value}").strip("/")
+        case "checksum" | "commit":
+            found["checksum"] = value
+        case _:
+            raise InvalidArgument(f'unexpected query "{name}"')
+
+
+class Repository(Remote):
+    """A repository at an address."""
+
+    def __init__(self, address: Address, directory: Path, provider: Provider | None) -> None:
+        """``directory``: empty, for the working tree."""
+        self._address = address
+        self._directory = directory
+        self._provider = provider
+        self._commit = ""
+
+    async def resolve(self) -> str:
+        """Return a digest of the commit and of what is copied of it.  Raises: SkepError."""
+        address = self._address
+        if not self._commit:
+            await self._find_commit()
+        kept = f"{self._commit}\0{address.subdir}\0{address.keep_git_dir}\0{address.submodules}"
+        return f"git:{hashlib.sha256(kept.encode('utf-8', 'surrogateescape')).hexdigest()}"
+
+    async def fetch(self) -> Source:
+        """Check the commit out.  Raises: SkepError."""
+        digest = await self.resolve()
+        address, commit = self._address, self._commit
+        await self._git("init", "--quiet", ".")
+        await self._git("remote", "add", "origin", _without_credentials(address.remote))
+        # A commit can be fetched alone where the server allows that; a simple web server has whole branches only.
+        wanted = address.ref or "HEAD"
+        for refs in ([commit], [f"{wanted}:refs/skep/wanted"]):
+            if await self._tries("fetch", "--depth=1", "--no-tags", address.remote, *refs):
+                break
+        else:
+            await self._git("fetch", "--tags", address.remote, "+refs/heads/*:refs/remotes/origin/*")
+        await self._git("-c", "advice.detachedHead=false", "checkout", "--quiet", commit)
+        if address.submodules and (self._directory / ".gitmodules").exists():
+            await self._git("submodule", "update", "--init", "--recursive", "--depth=1")
+        if not address.keep_git_dir:
+            await asyncio.to_thread(remove_tree, self._directory / ".git")
+        with Tree(self._directory) as tree:
+            resolved = tree.resolve(address.subdir)
+            if not (self._directory / resolved).is_dir():
+                raise InvalidArgument(
+                    f"invalid subdir {address.subdir} of {_without_credentials(address.remote)}"
+                )
+        return Source(self._directory, address.subdir, resolved, True, digest)
+
+    async def _find_commit(self) -> None:
+        address = self._address
+        ref = address.ref or "HEAD"
+        if _SHA.fullmatch(ref):
+            commit = ref
+        else:
+            listed = await self._git("ls-remote", "--", address.remote, ref, f"{ref}^{{}}")
+            found = dict(line.split("\t")[::-1] for line in listed.splitlines() if line.count("\t") == 1)
+            # As git checkout: a branch comes before a tag of the same name; of a signed tag the commit counts.
+            peeled = [f"{ref}^{{}}"] if ref.startswith("refs/tags/") else []
+            names = [
+                *peeled,
+                ref,
+                f"refs/heads/{ref}",
+                f"refs/{ref}",
+                f"refs/tags/{ref}^{{}}",
+                f"refs/tags/{ref}",
+            ]
+            commit = next((found[name] for name in names if name in found), "")
+            if not _SHA.fullmatch(commit):
+                raise InvalidArgument(
+                    f"repository {_without_credentials(address.remote)} does not contain ref {ref}"
+                )
+        if not commit.startswith(address.checksum):
+            raise InvalidArgument(f"expected checksum to match {address.checksum}, got {commit}")
+        self._commit = commit
+
+    async def _tries(self, *words: str) -> bool:
+        try:
+            await self._git(*words)
+        except Unavailable:
+            return False
+        return True
+
+    async def _git(self, *words: str) -> str:
+        """Return what git prints in the working tree.  Raises: Unavailable: it failed; Unimplemented: it is missing."""
+        program = shutil.which("git")
+        if program is None:
+            raise Unimplemented(
+                "ADD of a git repository needs the program git on this node: install the package git"
+            )
+        async with AsyncExitStack() as stack:
+            process = await asyncio.create_subprocess_exec(
+                program,
+                *_CONFIGURATION,
+                *words,
+                cwd=self._directory,
+                env=await self._environment(stack, words),
+                umask=0o022,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            try:
+                output, errors = await communicate(process, _DEADLINE_S)
+            except TimeoutError as error:
+                raise Unavailable(f"git {words[0]} takes longer than {_DEADLINE_S:.0f} seconds") from error
+        if process.returncode:
+            text = errors.decode(errors="replace").strip()[-_SHOWN_BYTES:]
+            raise Unavailable(
+                f"failed to fetch {_without_credentials(self._address.remote)}: git stderr:\n{text}"
+            )
+        return output.decode("utf-8", "surrogateescape")
+
+    async def _environment(self, stack: AsyncExitStack, words: Sequence[str]) -> Mapping[str, str]:
+        """Variables of a command: those that reach the network have the client's secrets and ssh agent."""
+        variables = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LC_ALL": "C",
+            "HOME": os.devnull,
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_SSH_COMMAND": "ssh -F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+            " -o BatchMode=yes -o ConnectTimeout=30",
+        }
+        for name in (*_PROXIES, *map(str.lower, _PROXIES)):
+            if name in os.environ:
+                variables[name] = os.environ[name]
+        if self._provider is None or words[0] not in ("ls-remote", "fetch", "submodule"):
+            return variables
+        remote = self._address.remote
+        if remote.startswith(("http://", "https://")):
+            if header := await self._authorization():
+                origin = urlunsplit((*urlsplit(_without_credentials(remote))[:2], "/", "", ""))
+                variables |= {
+                    "GIT_CONFIG_COUNT": "1",
+                    "GIT_CONFIG_KEY_0": f"http.{origin}.extraHeader",
+                    "GIT_CONFIG_VALUE_0": f"Authorization: {header}",
+                }
+        elif not remote.startswith("git://"):
+            socket = await stack.enter_async_context(self._provider.ssh("default"))
+            if socket is not None:
+                variables["SSH_AUTH_SOCK"] = str(socket)
+        return variables
+
+    async def _authorization(self) -> str:
+        """What the secrets GIT_AUTH_HEADER and GIT_AUTH_TOKEN say for the host, or for every one."""
+        assert self._provider is not None
+        host = urlsplit(self._address.remote).hostname or ""
+        for suffix in (f".{host}", ""):
+            if (header := await self._provider.secret(f"GIT_AUTH_HEADER{suffix}")) is not None:
+                return header.decode("latin-1").strip()
+            if (token := await self._provider.secret(f"GIT_AUTH_TOKEN{suffix}")) is not None:
+                return "basic " + base64.b64encode(b"x-access-token:" + token.strip()).decode()
+        return ""
+
+
+def _without_credentials(remote: str) -> str:
+    """The address without its user and password."""
+    return re.sub(r"^([a-z]+://)[^/@]*@", r"\1", remote) if "://" in remote else remote
+
+
+class Fetching:
+    """Makes the sources that ADD fetches of what an instruction says."""
+
+    def __init__(
+        self, limits: Limits, answers: KnownAnswers, provider: Provider | None, area: Callable[[], Path]
+    ) -> None:
+        """``area``: makes an empty directory."""
+        self._limits = limits
+        self._answers = answers
+        self._provider = provider
+        self._area = area
+
+    def remotes(self, copy: Copy) -> Mapping[str, Remote]:
+        """Return the sources to fetch, by their names.  Raises: InvalidArgument: an address is not right."""
+        names = [name for name in copy.sources if copy.is_add and is_remote(name)]
+        return {
+            name: self._repository(copy, name) if is_git(name) else self._download(copy, name)
+            for name in names
+        }
+
+    def _download(self, copy: Copy, name: str) -> Remote:
+        area, limits = self._area(), self._limits
+        room = max(min(limits.archive_bytes_max, limits.room_on(area)), 0)
+        return Download(name, copy.checksum, area, room, self._answers, self._provider)
+
+    def _repository(self, copy: Copy, name: str) -> Remote:
+        address = address_of(name)
+        if copy.checksum and address.checksum not in ("", copy.checksum):
+            raise InvalidArgument(f"checksum mismatch {copy.checksum} != {address.checksum}")
+        kept = address.keep_git_dir
+        if kept is not None and copy.keep_git_dir not in (None, kept):
+            raise InvalidArgument("inconsistent keep-git-dir configuration")
+        address = msgspec.structs.replace(
+            address,
+            checksum=copy.checksum or address.checksum,
+            keep_git_dir=copy.keep_git_dir if kept is None else kept,
+        )
+        return Repository(address, self._area(), self._provider)

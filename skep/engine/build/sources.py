@@ -1,0 +1,286 @@
+"""What COPY and ADD copy: the files that their sources mean, and digests of them.
+
+The classic builder and BuildKit read names differently: the former refuses ``..`` and follows no link before a
+wildcard, the latter ends ``..`` at the root of the tree and follows links up to the first wildcard.
+
+Source: moby 20.10, builder/dockerfile/copy.go; buildkit, frontend/dockerfile/dockerfile2llb/convert_copy.go,
+cache/contenthash/checksum.go; tonistiigi/fsutil, copy/copy.go.
+"""
+
+import errno
+import hashlib
+import os
+import posixpath
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from skep.engine.build.dockerfile import readable
+from skep.engine.build.patterns import PathPatterns, Pattern, has_wildcards
+from skep.engine.build.trees import Tree, Work
+from skep.errors import InvalidArgument
+
+CHUNK_BYTES = 1 << 20
+_XATTRS = ("user.", "security.capability")
+_PIVOT = "/./"
+
+
+class Selection(NamedTuple):
+    """Which files of a directory are copied.  ``include`` None: all; ``exclude`` None: none is left out."""
+
+    include: PathPatterns | None = None
+    exclude: PathPatterns | None = None
+
+    def takes(self, path: str) -> bool:
+        """Whether ``path``, relative to the directory, is copied."""
+        if self.include is not None and not self.include.fits(path):
+            return False
+        return self.exclude is None or not self.exclude.fits(path)
+
+    def enters(self, path: str) -> bool:
+        """Whether something below the directory ``path`` may be copied even if it is not itself."""
+        if self.exclude is not None and not self.exclude.has_exceptions and self.exclude.fits(path):
+            return False
+        return self.include is None or self.include.fits(path) or self.include.may_fit_below(path)
+
+
+class Source(NamedTuple):
+    """A file or directory to copy.  ``path``: as it was named; ``resolved``: without links."""
+
+    root: Path
+    path: str
+    resolved: str
+    is_directory: bool
+    digest: str
+    selection: Selection | None = None
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """Sources in BuildKit's language.
+
+    ``parents``: each name keeps its directories; ``excludes``: patterns of files that are left out.
+    """
+
+    names: tuple[str, ...]
+    parents: bool = False
+    excludes: tuple[str, ...] = ()
+
+
+def find(root: Path, names: Sequence[str], work: Work, *, is_context: bool) -> list[Source]:
+    """Return what the sources of a COPY are, in their order, as the classic builder reads them.
+
+    Raises: InvalidArgument: one is not there, or nothing is, in Docker's words; ResourceExhausted; Stopped; OSError.
+    """
+    found = []
+    with Tree(root) as tree:
+        for name in names:
+            below = name.removeprefix("/").removeprefix("./")
+            paths = _matching(tree, below, work) if has_wildcards(below) else [below]
+            found += [_classic_source(tree, path, work, is_context=is_context) for path in paths]
+    return found
+
+
+def find_wanted(root: Path, wanted: Wanted, work: Work) -> list[Source]:
+    """Return what the sources of a COPY are, in their order, as BuildKit reads them.
+
+    Raises: InvalidArgument: one is not there, in BuildKit's words; ResourceExhausted; Stopped; OSError.
+    """
+    exclude = PathPatterns(wanted.excludes) if wanted.excludes else None
+    found = []
+    with Tree(root) as tree:
+        for name in wanted.names:
+            if wanted.parents:
+                found += _with_parents(tree, name, exclude, work)
+                continue
+            path = _normalized(name)
+            paths = _matching(tree, path, work, follows=True) if has_wildcards(path) else [path]
+            for one in paths:
+                if (source := _source(tree, one, work, Selection(exclude=exclude))) is not None:
+                    found.append(source)
+    return found
+
+
+def _normalized(name: str) -> str:
+    """``name`` relative to the root of its tree, which no ``..`` leads out of."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
+
+
+def _matching(tree: Tree, pattern: str, work: Work, *, follows: bool = False) -> list[str]:
+    """Paths that a pattern means, sorted; links are followed before the first wildcard at most, if ``follows``."""
+    parts = posixpath.normpath(pattern).split("/")
+    found = [""]
+    if follows:
+        first = next(number for number, part in enumerate(parts) if has_wildcards(part))
+        found, parts = [tree.resolve("/".join(parts[:first]))], parts[first:]
+    for part in parts:
+        matcher = Pattern(part)
+        below = []
+        for directory in found:
+            try:
+                names = tree.names(directory)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):  # no directory, or a link
+                    raise
+                continue
+            work.count(entries=len(names))
+            below += [posixpath.join(directory, name) for name in names if matcher.matches(name)]
+        found = below
+    return found
+
+
+def _classic_source(tree: Tree, path: str, work: Work, *, is_context: bool) -> Source:
+    if posixpath.normpath(path).split("/")[0] == "..":
+        raise InvalidArgument(f"forbidden path outside the build context: {readable(path)} ()")
+    source = _source_at(tree, path, work, Selection())
+    if source is None:
+        where = "file not found in build context or excluded by .dockerignore: " if is_context else ""
+        raise InvalidArgument(f"{where}stat {readable(path)}: file does not exist")
+    return source
+
+
+def _source(tree: Tree, path: str, work: Work, selection: Selection) -> Source | None:
+    """The source at ``path``; None: it is a file that is left out.  Raises: InvalidArgument: it is not there."""
+    source = _source_at(tree, path, work, selection)
+    if source is None:
+        raise _not_found(path)
+    exclude = selection.exclude
+    if exclude is None or source.is_directory:
+        return source
+    return None if exclude.fits(path) or exclude.fits(posixpath.basename(path)) else source
+
+
+def _not_found(path: str) -> InvalidArgument:
+    return InvalidArgument(f'failed to compute cache key: "/{readable(path)}": not found')
+
+
+def _with_parents(tree: Tree, name: str, exclude: PathPatterns | None, work: Work) -> list[Source]:
+    """The directories that ``--parents`` copies from: what is behind the pivot ``/./`` is kept of each path."""
+    base, pivot, rest = name.partition(_PIVOT)
+    base, pattern = (_normalized(base), _normalized(rest)) if pivot else ("", _normalized(name))
+    bases = _matching(tree, base, work, follows=True) if has_wildcards(base) else [base]
+    selection = Selection(PathPatterns([pattern]) if pattern else None, exclude)
+    found = []
+    for one in bases:
+        source = _source_at(tree, one, work, selection)
+        if source is not None and source.is_directory:
+            found.append(source)
+    is_plain = not has_wildcards(base) and not has_wildcards(pattern)
+    if is_plain and not (found and _is_there(tree, posixpath.join(found[0].resolved, pattern))):
+        raise _not_found(posixpath.join(base, pattern))
+    return found
+
+
+def _is_there(tree: Tree, path: str) -> bool:
+    try:
+        return tree.status(path) is not None
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link before its end is not entered
+            raise
+        return False
+
+
+def _source_at(tree: Tree, path: str, work: Work, selection: Selection) -> Source | None:
+    """The source at ``path``; None: there is nothing."""
+    resolved = tree.resolve(path)
+    status = tree.status(resolved)
+    if status is None:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        digest = f"dir:{_tree_digest(tree, resolved, work, selection)}"
+        return Source(tree.root, path, resolved, True, digest, selection)
+    hashed = hashlib.sha256(path.encode("utf-8", "surrogateescape"))
+    _add_entry(hashed, tree, resolved, status, work)
+    return Source(tree.root, path, resolved, False, f"file:{hashed.hexdigest()}")
+
+
+def digest_of(digests: Sequence[str]) -> str:
+    """How history and cache name all sources of a step; empty: there are none."""
+    if len(digests) < 2:
+        return "".join(digests)
+    return f"multi:{hashlib.sha256(','.join(digests).encode()).hexdigest()}"
+
+
+def _tree_digest(tree: Tree, top: str, work: Work, selection: Selection) -> str:
+    """Of everything below ``top`` that is selected, with names relative to it."""
+    total = hashlib.sha256()
+    for path, status in entries(tree, top, work, selection):
+        total.update(os.fsencode(path) + b"\0")
+        _add_entry(total, tree, posixpath.join(top, path), status, work)
+    return total.hexdigest()
+
+
+def _add_entry(digest: "hashlib._Hash", tree: Tree, path: str, status: os.stat_result, work: Work) -> None:
+    """All that a copy of the entry depends on, but its time."""
+    mode = status.st_mode
+    digest.update(f"{mode:o} {status.st_uid} {status.st_gid} {status.st_rdev}\0".encode())
+    directory, name = posixpath.split(path)
+    if stat.S_ISLNK(mode):
+        with tree.opened(directory) as parent:
+            digest.update(os.fsencode(os.readlink(name, dir_fd=parent)) + b"\0")
+    elif stat.S_ISREG(mode):
+        with tree.opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
+            for key, value in attributes_of(descriptor):
+                digest.update(key.encode() + b"=" + value + b"\0")
+            content = hashlib.sha256()
+            while data := os.read(descriptor, CHUNK_BYTES):
+                content.update(data)
+                work.count()
+            digest.update(content.digest())
+
+
+def entries(
+    tree: Tree, top: str, work: Work, selection: Selection | None = None
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Path below ``top`` and status of everything in it that is selected, each directory before what is in it.
+
+    A directory that is not selected comes nevertheless once something in it is.
+    """
+    selection = selection or Selection()
+    waiting = dict[str, os.stat_result]()
+    """Directories that are not selected, and of which nothing has come yet."""
+    pending = [""]
+    while pending:
+        directory = pending.pop()
+        below = []
+        with tree.opened(posixpath.join(top, directory)) as descriptor:
+            for name in sorted(os.listdir(descriptor)):
+                path = posixpath.join(directory, name)
+                is_taken = selection.takes(path)
+                if not is_taken and not selection.enters(path):
+                    continue
+                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                work.count(entries=1)
+                if is_taken:
+                    for above in _above(path) if waiting else ():
+                        if above in waiting:
+                            yield above, waiting.pop(above)
+                    yield path, status
+                elif stat.S_ISDIR(status.st_mode):
+                    waiting[path] = status
+                if stat.S_ISDIR(status.st_mode):
+                    below.append(path)
+        pending += below[::-1]
+
+
+def _above(path: str) -> Iterator[str]:
+    """The directories on the way to ``path``, outermost first."""
+    parts = path.split("/")
+    return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+
+
+def attributes_of(descriptor: int) -> list[tuple[str, bytes]]:
+    """Extended attributes that a copy keeps."""
+    try:
+        names = os.listxattr(descriptor)
+    except OSError:
+        return []  # the file system has none
+    found = []
+    for name in names:
+        if name.startswith(_XATTRS):
+            with suppress(OSError):
+                found.append((name, os.getxattr(descriptor, name)))
+    return found
