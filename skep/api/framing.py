@@ -234,9 +234,26 @@ def is_readable(method: str, path: str) -> bool:
 
 
 def path_of(target: str) -> str:
-    """The path in ``target`` without its version: ``/v1.41/info?x=1`` -> ``/info``."""
-    path = target.partition("#")[0].partition("?")[0]
-    return _VERSION.sub("/", path, count=1)
+    """The path in ``target`` without its version, as it is routed: ``//v1.41/info/?x=1`` -> ``/info``."""
+    return _VERSION.sub("/", plain_path(raw_path_of(target)), count=1)
+
+
+def raw_path_of(target: str) -> str:
+    """The path in ``target`` as it was sent."""
+    return target.partition("#")[0].partition("?")[0]
+
+
+def plain_path(path: str) -> str:
+    """``path`` without doubled slashes and without one at its end.
+
+    Clients that join a base URL and a path send such paths.  Every process routes and authorizes the plain one.
+    """
+    if "//" in path or (path.endswith("/") and len(path) > 1):
+        return "/" + _SLASHES.sub("/", path).strip("/")
+    return path
+
+
+_SLASHES = re.compile(r"//+")
 
 
 _VERSION = re.compile(r"^/v[0-9][0-9.]*/")

@@ -30,6 +30,7 @@ from skep.api.authorization import Objects, authorized
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
 from skep.api.filters import Filters
+from skep.api.framing import plain_path
 from skep.api.identity import IS_PRIVATE, identity_of, is_of_token
 from skep.api.responses import (
     JsonLines,
@@ -85,6 +86,7 @@ _NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")
 _SERVER = web.AppKey("server", str)
 _OBJECTS: web.AppKey[Objects] = web.AppKey("objects")
 _VERSION = web.RequestKey("api_version", ApiVersion)
+_PLAIN = web.RequestKey("is_resolved_by_plain_path", bool)
 _HAS_BEGUN = web.RequestKey("has_begun", bool)
 """Whether the head of a response was sent."""
 
@@ -115,7 +117,7 @@ def application(
     """
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
-        middlewares=[_translate_errors, _read_version, _close_on_late_error],
+        middlewares=[_with_plain_path, _translate_errors, _read_version, _close_on_late_error],
     )
     if objects is not None:
         app[_OBJECTS] = objects
@@ -135,7 +137,7 @@ def application(
 
 
 class _Versioned(AbstractResource):
-    """All routes behind ``/v<version>``.
+    """All routes behind ``/v<version>``, and, where slashes are doubled or at the end, without it.
 
     With the version in each route's pattern aiohttp could not index them: it would try the patterns one after another,
     50 to 130 µs for each request.
@@ -150,14 +152,19 @@ class _Versioned(AbstractResource):
         return "/v{version}"
 
     async def resolve(self, request: web.Request) -> tuple[web.UrlMappingMatchInfo | None, set[str]]:
-        match = _VERSIONED_PATH.fullmatch(request.rel_url.path_safe)
-        if match is None:
+        sent = request.rel_url.path_safe
+        path = plain_path(sent)
+        match = _VERSIONED_PATH.fullmatch(path)
+        if match is None and path == sent:
             return None, set()
-        rest = _Unversioned(request.method, _Url(match[2]))
+        rest = _Unversioned(request.method, _Url(match[2] if match is not None else path))
         found = await self._router.resolve(rest)  # type: ignore[arg-type]
         if not isinstance(found, web.UrlMappingMatchInfo) or found.http_exception is not None:
             return None, set()
-        found["version"] = match[1]
+        if match is not None:
+            found["version"] = match[1]
+        if path != sent:
+            request[_PLAIN] = True
         return found, {request.method}
 
     def raw_match(self, path: str) -> bool:
@@ -255,6 +262,16 @@ def flag(request: web.Request, name: str) -> bool:
 
 
 @web.middleware
+async def _with_plain_path(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give handlers the path that was routed: some tell by its end what to do."""
+    if _PLAIN in request:
+        url = request.rel_url
+        path = plain_path(url.raw_path)
+        request = request.clone(rel_url=url.with_path(path, encoded=True, keep_query=True))
+    return await handler(request)
+
+
+@web.middleware
 async def _translate_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Errors become responses here and nowhere else."""
     try:
@@ -264,6 +281,8 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
     except SkepError as error:
         return _error_response(request, status_of(error), str(error))
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+        if request.method == "OPTIONS":  # of any path, with nothing in it
+            return web.Response()
         return _error_response(request, 404, "page not found")
     except web.HTTPRequestEntityTooLarge:
         refusal = _too_large(request)

@@ -23,7 +23,7 @@ from skep.engine.conmon import StartError, resize_terminal
 from skep.engine.container import Container, ContainerState, Exec, ExecConfig, NotRunning, ProcessName
 from skep.engine.events import Events
 from skep.engine.runtime import Runtime, StartedExec
-from skep.errors import FailedPrecondition, NotFound, ResourceExhausted, SkepError, Unavailable
+from skep.errors import AlreadyExists, NotFound, ResourceExhausted, SkepError, Unavailable
 from skep.model.ids import ContainerId
 
 log = structlog.get_logger()
@@ -41,6 +41,10 @@ KILLED_S = 10.0
 _NOT_STARTED = 126
 EXECS_MAX = 1000
 """Per container, ended ones included; the oldest ended ones are forgotten first."""
+
+
+class AlreadyStarted(AlreadyExists):
+    """An exec is started once.  The Engine API responds with 409, as where a name is taken."""
 
 
 class Execs:
@@ -106,12 +110,14 @@ class Execs:
         ``on_turn`` is called when it has waited for others and begins.  If the caller is cancelled then, the process
         is killed as soon as there is one; until it is gone, the exec is one that runs.
         Raises: NotFound, also when its container is removed meanwhile; NotRunning: its container has ended;
-        FailedPrecondition: it was started before;
+        AlreadyStarted: it was started before;
         StartError: the runtime refused (the exit code stays in the exec).
         """
         exec = self.get(exec_id)
-        if exec.running or exec.exit_code is not None:
-            raise FailedPrecondition(f"Error: Exec command {exec_id} is already running")
+        if exec.exit_code is not None:
+            raise AlreadyStarted(f"Error: Exec command {exec_id} has already run")
+        if exec.running:
+            raise AlreadyStarted(f"Error: Exec command {exec_id} is already running")
         container = self._running_container(exec.container_id)
         self._execs[exec_id] = msgspec.structs.replace(exec, running=True)
         self._publish("exec_start", container, exec)
@@ -133,6 +139,12 @@ class Execs:
                 outcome.result().close()  # it had started at the same moment
                 self.kill(exec_id)
             raise
+
+    def publish_detach(self, exec_id: str) -> None:
+        """Publish that a client has detached from an exec by its keys; nothing if the exec is gone."""
+        with suppress(NotFound):
+            exec = self.get(exec_id)
+            self._events.publish("exec_detach", self._container(exec.container_id), execID=exec_id)
 
     def kill(self, exec_id: str) -> None:
         """Kill its process, if it has one.  A failure is logged."""

@@ -269,9 +269,19 @@ def _has_ended(container: Container) -> bool:
 
 
 async def _collect(attachment: Attachment, output: bytearray) -> None:
-    """Read to the end; ``output`` gets as much of it as is kept."""
-    while (piece := await attachment.read()) is not None:
-        output += piece[1][: OUTPUT_BYTES_MAX - len(output)]
+    """Read to the end; ``output`` gets as much of it as is kept, then three dots if there was more.
+
+    Source: moby, daemon/health.go (limitedBuffer).
+    """
+    is_cut = False
+    try:
+        while (piece := await attachment.read()) is not None:
+            left = OUTPUT_BYTES_MAX - len(output)
+            output += piece[1][:left]
+            is_cut = is_cut or len(piece[1]) > left
+    finally:
+        if is_cut:
+            output += b"..."
 
 
 def _text(output: bytearray) -> str:

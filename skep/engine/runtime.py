@@ -115,7 +115,9 @@ class Runtime:
         arguments += ["--persist-dir", str(bundle), "-P", str(bundle / "conmon.pid")]
         arguments += ["-l", _log_driver(container, self.bundles.log(id))]
         if container.config.open_stdin:
-            arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
+            # A terminal's input does not end with a client: another one may attach.  Source: moby, container/stream.
+            ends_with_client = container.config.stdin_once and not container.config.tty
+            arguments += ["-i"] if ends_with_client else ["-i", "--leave-stdin-open"]
         with ExitStack() as given:
             api = self.bundles.apis.take(id)
             inherited = () if api is None else (given.enter_context(api).fileno(),)

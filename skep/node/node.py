@@ -104,7 +104,7 @@ from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkSources, network_routes
 from skep.node.routes.objects import object_routes
 from skep.node.routes.swarm import swarm_routes
-from skep.node.routes.system import NodeSystem, engine_id, last_routes, ping_response, system_routes
+from skep.node.routes.system import NodeSystem, engine_id, ping_response, system_routes, unsupported_routes
 from skep.node.runner import Dependencies
 from skep.node.swarm_info import why_waiting
 from skep.node.task_usage import TaskUsageMeter
@@ -536,7 +536,7 @@ class Node:
             object_routes(
                 engine, docker, self._engine_images, self._clock, network_routes(networks), cluster
             ),
-            last_routes,
+            unsupported_routes(has_containers=engine is not None),
             newest=lambda: self._system.newest_version,
             objects=NodeObjects(engine, cluster),
         )

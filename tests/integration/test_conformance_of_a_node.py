@@ -16,8 +16,6 @@ from tests.support.daemon_rig import DaemonRig, daemon_rig
 
 NODE_DIFFERENCES = {
     "broken JSON before init": "a node that is no manager does not read what is meant for one",
-    "an unknown path": "501, with how to have another engine answer it",
-    "the root": "as `an unknown path`",
 }
 """Differences of a whole node, besides those of a manager."""
 

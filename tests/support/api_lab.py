@@ -5,7 +5,7 @@ import io
 import json
 import subprocess
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class Api:
         )
         raw.head = (await raw.reader.readuntil(b"\r\n\r\n")).decode()
         return raw
+
+    def websocket(self, path: str) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
+        return self._session.ws_connect(f"http://node{path}")
 
     async def docker(self, *arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
         """The docker command's exit code, output and errors."""

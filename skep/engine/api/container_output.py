@@ -5,7 +5,8 @@ daemon/stats.go.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from typing import NamedTuple
 from urllib.parse import quote_plus
 
 import msgspec
@@ -25,16 +26,17 @@ from skep.api.server import (
 from skep.api.tables import Table
 from skep.api.timestamps import parse_unix_time
 from skep.engine.api.detach import DetachKeys, parse_keys
-from skep.engine.api.hijack import MULTIPLEXED, RAW, Duplex, hijacked
-from skep.engine.api.terminal import join
-from skep.engine.container import Container, LogEntry, LogFilter, NotRunning, Stream
+from skep.engine.api.hijack import MULTIPLEXED, RAW, hijacked
+from skep.engine.api.terminal import ALL_STREAMS, Client, End, join
+from skep.engine.api.websocket import check_handshake, opened
+from skep.engine.container import Container, ContainerState, LogEntry, LogFilter, NotRunning, Stream
 from skep.engine.engine import Engine
 from skep.engine.log_drivers.facts import attributes_of
 from skep.engine.stats import Stats
 from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.model.times import ZERO_TIME, timestamp
 
-_NAMES_ITS_FORM = ApiVersion("1.42")
+_NAMES_ITS_FORM = _WEBSOCKET_CHOOSES = ApiVersion("1.42")
 _STATS_PERIOD_S = 1.0
 
 
@@ -71,20 +73,73 @@ async def attach(served: Served, request: web.Request) -> web.StreamResponse:
 
     Source: moby, daemon/attach.go (ContainerAttach).
     """
+    container, keys = _attachable(served.engine, request)
+    wanted = _Wanted(streams=_streams(request), takes_input=flag(request, "stdin"), keys=keys)
+    async with hijacked(request, tty=container.config.tty) as client:
+        await _attach(served.engine, request, container, client, wanted)
+    return Hijacked()
+
+
+@_table.get("/containers/{id}/attach/ws")
+async def attach_by_websocket(served: Served, request: web.Request) -> web.StreamResponse:
+    """The same for clients that cannot take a connection over; before API 1.42 always all streams."""
+    check_handshake(request)
+    container, keys = _attachable(served.engine, request)
+    wanted = _Wanted(streams=ALL_STREAMS, takes_input=True, keys=keys)
+    if api_version(request) >= _WEBSOCKET_CHOOSES:
+        wanted = _Wanted(streams=_streams(request), takes_input=flag(request, "stdin"), keys=keys)
+    async with opened(request) as (client, response):
+        with suppress(ConnectionError):
+            await _attach(served.engine, request, container, client, wanted)
+    return response
+
+
+class _Wanted(NamedTuple):
+    """Options of a client that attaches.  ``keys``: those that detach it."""
+
+    streams: frozenset[Stream]
+    takes_input: bool
+    keys: bytes
+
+
+def _attachable(engine: Engine, request: web.Request) -> tuple[Container, bytes]:
+    """The container, and the client's detach keys.  Raises: NotFound; NotRunning; InvalidArgument."""
+    keys = parse_keys(request.query.get("detachKeys", ""))
     word = request.match_info["id"]
-    container = served.engine.get(word)
+    container = engine.get(word)
+    if container.state is ContainerState.PAUSED:
+        raise NotRunning(f"container {word} is paused, unpause the container before attach")
     if container.is_restarting:
         raise NotRunning(f"container {word} is restarting, wait until the container is running")
-    keys = parse_keys(request.query.get("detachKeys", ""))
-    async with hijacked(request, tty=container.config.tty) as client:
-        if flag(request, "logs"):
-            filter = _log_filter(request, follow=False)
-            async with aclosing(served.engine.logs(container.id, filter)) as entries:
-                async for entry in entries:
-                    await client.send(OutputStream(entry.stream.value), entry.data)
-        if flag(request, "stream"):
-            await _follow(served.engine, request, container, client, keys)
-    return Hijacked()
+    return container, keys
+
+
+async def _attach(
+    engine: Engine, request: web.Request, container: Container, client: Client, wanted: _Wanted
+) -> None:
+    if flag(request, "logs") and wanted.streams:
+        filter = LogFilter(streams=wanted.streams)
+        async with aclosing(engine.logs(container.id, filter)) as entries:
+            async for entry in entries:
+                await client.send(OutputStream(entry.stream.value), entry.data)
+    if not flag(request, "stream"):
+        return
+    try:
+        process = await engine.attach(container.id)
+    except (NotRunning, NotFound):
+        return  # it ended before
+    try:
+        end = await join(
+            client,
+            process,
+            takes_input=wanted.takes_input and container.config.open_stdin,
+            streams=wanted.streams,
+            keys=DetachKeys(wanted.keys) if container.config.tty else None,
+        )
+    finally:
+        process.close()
+    if end is not End.OUTPUT:
+        engine.events.publish("detach", container)
 
 
 @_table.get("/containers/{id}/stats")
@@ -101,25 +156,6 @@ async def show_stats(served: Served, request: web.Request) -> web.StreamResponse
         async for sample in samples:
             await lines.send(sample)
     return lines.response
-
-
-async def _follow(
-    engine: Engine, request: web.Request, container: Container, client: Duplex, keys: bytes
-) -> None:
-    try:
-        process = await engine.attach(container.id)
-    except (NotRunning, NotFound):
-        return  # it ended before
-    try:
-        await join(
-            client,
-            process,
-            takes_input=flag(request, "stdin") and container.config.open_stdin,
-            streams=_streams(request),
-            keys=DetachKeys(keys) if container.config.tty else None,
-        )
-    finally:
-        process.close()
 
 
 async def _samples(engine: Engine, container: Container, clock: Clock) -> AsyncIterator[Stats]:

@@ -15,7 +15,7 @@ from skep.api.tables import Table
 from skep.engine.api.detach import DetachKeys, parse_keys
 from skep.engine.api.hijack import Duplex, hijacked
 from skep.engine.api.queries import integer
-from skep.engine.api.terminal import join
+from skep.engine.api.terminal import End, join
 from skep.engine.container import Exec, ExecConfig, Stream
 from skep.engine.execs import Execs
 from skep.errors import InvalidArgument, SkepError
@@ -68,11 +68,13 @@ async def _run(execs: Execs, client: Duplex, exec: Exec, options: ExecStart) -> 
         keys = DetachKeys(parse_keys(config.detach_keys)) if config.tty else None
         attached = ((Stream.STDOUT, config.attach_stdout), (Stream.STDERR, config.attach_stderr))
         streams = {stream for stream, is_attached in attached if is_attached}
-        has_ended = await join(client, process, takes_input=config.attach_stdin, streams=streams, keys=keys)
+        end = await join(client, process, takes_input=config.attach_stdin, streams=streams, keys=keys)
     finally:
         process.close()
-    if has_ended:
+    if end is End.OUTPUT:
         await execs.wait(exec.id)  # clients read the exit code as soon as the connection closes
+    elif end is End.DETACHED:
+        execs.publish_detach(exec.id)
 
 
 @_table.get("/exec/{id}/json")

@@ -30,7 +30,7 @@ MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
 
 _NAMES_ITS_FORM = ApiVersion("1.42")
 _BUFFER_BYTES = 64 << 10
-_DRAIN_S = 60.0
+DRAIN_S = 60.0
 """A client that takes nothing for this long has gone."""
 _HEAD_UNREAD_S = 5.0
 """For the client to read the head.  After that the output is sent nevertheless: not every client loses it."""
@@ -55,7 +55,7 @@ class Duplex:
             await self._wait_head_read()
         self._writer.write(data if self._tty else frame(stream, data))
         try:
-            async with asyncio.timeout(_DRAIN_S):
+            async with asyncio.timeout(DRAIN_S):
                 await self._writer.drain()
         except TimeoutError as error:
             raise ConnectionResetError("the client takes no output") from error

@@ -2,30 +2,46 @@
 
 import asyncio
 from collections.abc import Collection
+from enum import Enum
+from typing import Protocol
 
 from skep.api.server import OutputStream
 from skep.engine.api.detach import DetachKeys
-from skep.engine.api.hijack import Duplex
 from skep.engine.attachment import Attachment
 from skep.engine.container import Stream
 
 ALL_STREAMS = frozenset(Stream)
 
 
+class Client(Protocol):
+    """A client's end of the connection."""
+
+    async def read(self) -> bytes:
+        """Return the next input; empty after its end.  Raises: ConnectionError."""
+
+    async def send(self, stream: OutputStream, data: bytes) -> None:
+        """Raises: ConnectionError: the client has gone, or takes nothing."""
+
+
+class End(Enum):
+    """Why a session ended."""
+
+    OUTPUT = "the process's output ended"
+    DETACHED = "the client pressed its detach keys"
+    GONE = "the client disconnected, or takes nothing"
+
+
 async def join(
-    client: Duplex,
+    client: Client,
     process: Attachment,
     *,
     takes_input: bool,
     streams: Collection[Stream] = ALL_STREAMS,
     keys: DetachKeys | None = None,
-) -> bool:
+) -> End:
     """Pass bytes until the process's output ends, the client disconnects, or presses ``keys``.
 
     The end of the client's input is passed on and ends nothing else.
-
-    Returns:
-        Whether the process's output ended.
     """
     async with asyncio.TaskGroup() as group:
         output = group.create_task(_pass_output(process, client, streams), name="output")
@@ -35,13 +51,17 @@ async def join(
         await asyncio.wait((output, inbound), return_when=asyncio.FIRST_COMPLETED)
         if inbound.done() and not inbound.result():
             await asyncio.wait((output,))  # only the input has ended
-        has_ended = output.done() and output.result()
+        end = End.GONE
+        if output.done():
+            end = End.OUTPUT if output.result() else End.GONE
+        elif inbound.done() and inbound.result():
+            end = End.DETACHED
         output.cancel()
         inbound.cancel()
-    return has_ended
+    return end
 
 
-async def _pass_output(process: Attachment, client: Duplex, streams: Collection[Stream]) -> bool:
+async def _pass_output(process: Attachment, client: Client, streams: Collection[Stream]) -> bool:
     """True when the process has ended its output, False when the client has gone."""
     while (piece := await process.read()) is not None:
         stream, data = piece
@@ -53,7 +73,7 @@ async def _pass_output(process: Attachment, client: Duplex, streams: Collection[
     return True
 
 
-async def _pass_input(client: Duplex, process: Attachment, keys: DetachKeys | None) -> bool:
+async def _pass_input(client: Client, process: Attachment, keys: DetachKeys | None) -> bool:
     """Until the client's input ends; True if it pressed the keys."""
     try:
         while data := await client.read():
@@ -69,7 +89,7 @@ async def _pass_input(client: Duplex, process: Attachment, keys: DetachKeys | No
     return False
 
 
-async def _wait_gone(client: Duplex) -> bool:
+async def _wait_gone(client: Client) -> bool:
     """Discard input; a half-close does not end the output."""
     try:
         while await client.read():

@@ -3,7 +3,7 @@
 from enum import Enum
 from urllib.parse import unquote
 
-from skep.api.framing import path_of
+from skep.api.framing import path_of, plain_path, raw_path_of
 from skep.api.permissions import rule_for
 from skep.errors import PermissionDenied
 from skep.model.rights import API_LABEL, ApiAccess
@@ -24,7 +24,7 @@ def check(access: ApiAccess, method: str, target: str) -> Passing:
     path = path_of(target)
     if method not in ("GET", "HEAD"):
         raise _refusal(access, f"{method} {path} changes something")
-    if not _is_plain(path):
+    if not _is_plain(raw_path_of(target)):
         raise _refusal(access, f"the path {path} is not one of its paths")
     rule = rule_for(method, path)
     if rule.container is ApiAccess.READ or rule.container is access:
@@ -45,4 +45,5 @@ def _refusal(access: ApiAccess, why: str) -> PermissionDenied:
 def _is_plain(path: str) -> bool:
     """Whether servers behind cannot read another path in it."""
     words = unquote(path).split("/")
-    return path.startswith("/") and not {".", ".."} & set(words) and "%2f" not in path.lower()
+    is_clean = plain_path(path) == path and "%2f" not in path.lower()
+    return path.startswith("/") and not {".", ".."} & set(words) and is_clean

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from skep.api.framing import path_of
 from skep.api.responses import ChunkedResponse
 from skep.api.server import Filters, JsonLines, Routes, common_headers, json_response
 from skep.api.tables import Table
@@ -169,9 +170,6 @@ def engine_id(data_dir: Path) -> str:
 
 _table = Table[NodeSystem]()
 
-last_routes = Routes()
-"""The application's last routes: they match every request that no other route matches."""
-
 
 def system_routes(system: NodeSystem) -> list[web.RouteDef]:
     """``/_ping``, ``/version``, ``/info`` and ``/events``."""
@@ -249,33 +247,40 @@ async def read_cluster(system: NodeSystem, request: web.Request) -> web.StreamRe
     return await system.read_cluster(request)
 
 
-_SUPPORTED_FAMILIES = (
-    "_ping",
-    "version",
-    "info",
-    "events",
-    "swarm",
-    "containers",
-    "exec",
-    "images",
-    "distribution",
-)
-_REASONS = {
-    "POST /containers/create": "this node runs plain commands of services, no containers",
-    "POST /build": "this node runs plain commands of services, no containers",
-}
+_NO_CONTAINERS = "this node runs plain commands of services, no containers"
+_NO_PLUGINS = "engine plugins are not supported; volume plugins are processes with a socket of their own"
+_NEEDS_CONTAINERS = ("auth", "build", "commit", "grpc", "plugins", "session", "system", "volumes")
+"""First words of the paths that a node without containers does not serve at all."""
 
 
-@last_routes.route("*", "/{tail:(?!v[0-9]).*}")  # what follows a version comes here as well
-async def refuse(request: web.Request) -> web.StreamResponse:
-    """A route of Docker's API that this node does not support."""
-    path = "/" + request.match_info["tail"]
-    family = path.split("/")[1]
-    route = f"{request.method} {path}"
-    if family in _SUPPORTED_FAMILIES and route not in _REASONS:
-        raise NotFound("page not found")
-    reason = _REASONS.get(route, "it is no part of the swarm API, nor about containers or images of services")
-    raise Unimplemented(
-        f"{route} is not answered by this node: {reason}; "
-        "or give skep a Docker Engine to pass such requests on to (--engine-socket)"
-    )
+def unsupported_routes(*, has_containers: bool) -> Routes:
+    """Paths of Docker's API that this node does not serve, with the reason; any other path is not found."""
+    table = Routes()
+
+    def refuse(method: str, path: str, reason: str) -> None:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            raise Unimplemented(
+                f"{request.method} {path_of(request.path)} is not answered by this node: {reason}; "
+                "or give skep a Docker Engine to pass such requests on to (--engine-socket)"
+            )
+
+        table.route(method, path)(handle)
+
+    async def refuse_checkpoints(request: web.Request) -> web.StreamResponse:
+        raise Unimplemented(
+            "This experimental feature is disabled by default. Start the Docker daemon in experimental mode in order "
+            "to enable it."
+        )
+
+    table.get("/containers/{id}/checkpoints")(refuse_checkpoints)
+    table.post("/containers/{id}/checkpoints")(refuse_checkpoints)
+    table.delete("/containers/{id}/checkpoints/{checkpoint}")(refuse_checkpoints)
+    refuse("GET", "/plugins/privileges", _NO_PLUGINS)
+    refuse("POST", "/plugins/{tail:.+}", _NO_PLUGINS)
+    refuse("DELETE", "/plugins/{tail:.+}", _NO_PLUGINS)
+    if not has_containers:
+        refuse("POST", "/containers/create", _NO_CONTAINERS)
+        for word in _NEEDS_CONTAINERS:
+            refuse("*", f"/{word}", _NO_CONTAINERS)
+            refuse("*", f"/{word}/{{tail:.*}}", _NO_CONTAINERS)
+    return table

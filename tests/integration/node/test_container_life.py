@@ -171,7 +171,16 @@ async def test_events_are_in_the_order_of_the_changes(run: Runner, engine: Engin
             )
             if event.action == "destroy":
                 break
-    assert reported == [("create", None), ("start", None), ("kill", "9"), ("die", "137"), ("destroy", None)]
+    assert reported == [
+        ("create", None), ("connect", None), ("start", None),
+        ("kill", "9"), ("die", "137"), ("disconnect", None), ("destroy", None),
+    ]  # fmt: skip
+    joined = next(one for one in engine.events.recent(0) if one.action == "connect")
+    assert (joined.type, joined.attributes["name"], joined.attributes["container"]) == (
+        "network",
+        "bridge",
+        container.id,
+    )
     assert event.attributes["name"] == container.name
     assert event.attributes["a"] == "b"
 

@@ -24,8 +24,9 @@ from skep.engine.container import (
     Stream,
 )
 from skep.engine.engine import Engine
+from skep.engine.execs import AlreadyStarted
 from skep.engine.processes import send_signal
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.ids import ContainerId
 from skep.model.times import timestamp
 from tests.integration.node.conftest import Runner
@@ -282,6 +283,21 @@ async def test_an_exec_has_its_own_streams_and_exit_code(run: Runner, engine: En
     assert (ended.running, ended.exit_code) == (False, 5)
 
 
+@pytest.mark.parametrize("tty", [True, False])
+async def test_a_terminals_input_outlives_its_first_client(run: Runner, engine: Engine, *, tty: bool) -> None:
+    """``docker run -it``, the keys that detach, ``docker attach``; without a terminal its input ends."""
+    container = await run.start("cat", tty=tty, open_stdin=True, stdin_once=True)
+    (await engine.attach(container.id)).close()
+    if not tty:
+        assert (await engine.wait(container.id)).exit_code == 0
+        return
+    one, other = await engine.attach(container.id), await engine.attach(container.id)
+    await one.write(b"hello\n")
+    for attachment in (one, other):
+        await read_until(attachment, b"hello\r\nhello\r\n")
+        attachment.close()
+
+
 async def test_an_exec_with_a_terminal(run: Runner, engine: Engine) -> None:
     container = await run.start("sleep", "100")
     id = engine.execs.create(container.id, ExecConfig(command=("sh",), tty=True, attach_stdin=True))
@@ -352,7 +368,10 @@ async def test_an_exec_starts_once_and_needs_a_running_container(run: Runner, en
     await engine.start(container.id)
     id = engine.execs.create(container.id, ExecConfig(command=("true",)))
     (await engine.execs.start(id)).close()
-    with pytest.raises(FailedPrecondition):
+    with pytest.raises(AlreadyStarted, match="is already running"):
+        await engine.execs.start(id)
+    await engine.execs.wait(id)
+    with pytest.raises(AlreadyStarted, match="has already run"):
         await engine.execs.start(id)
     await engine.remove(container.id, force=True)
     with pytest.raises(NotFound, match="No such exec instance"):

@@ -88,6 +88,7 @@ async def test_the_keys_let_go_of_a_terminal_and_leave_it_running(api: Api, run:
     await asyncio.wait_for(raw.reader.read(-1), 10)
     _, found = await api.ask("GET", f"/exec/{id}/json")
     assert found["Running"] is True
+    assert run.engine.events.recent(0)[-1].action == "exec_detach"
     raw.writer.close()
 
 
@@ -97,6 +98,23 @@ async def test_a_detached_exec_responds_at_once(api: Api, run: Runner):
     assert (await api.ask("POST", f"/exec/{id}/start", {"Detach": True}))[0] == 200
     _, found = await api.ask("GET", f"/exec/{id}/json")
     assert found["Running"] is True
+
+
+async def test_an_exec_that_was_started_is_not_started_again(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(api, container.id, "sh", "-c", "read x", AttachStdin=True)
+    raw = await api.hijack(f"/exec/{id}/start", {})
+    refused = {"message": f"Error: Exec command {id} is already running"}
+    assert await api.ask("POST", f"/exec/{id}/start", {"Detach": True}) == (409, refused)
+    raw.writer.write_eof()
+    assert await asyncio.wait_for(raw.frames(), 10) == []
+    raw.writer.close()
+    refused = {"message": f"Error: Exec command {id} has already run"}
+    assert await api.ask("POST", f"/exec/{id}/start", {"Detach": True}) == (409, refused)
+    again = await api.hijack(f"/exec/{id}/start", {})
+    assert await asyncio.wait_for(again.frames(), 10) == [(1, f"{refused['message']}\r\n".encode())]
+    again.writer.close()
+    assert (await api.ask("POST", f"/exec/{'0' * 64}/start", {"Detach": True}))[0] == 404
 
 
 async def test_a_command_that_cannot_be_executed_is_reported_in_the_output(api: Api, run: Runner):

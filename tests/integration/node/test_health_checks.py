@@ -6,10 +6,12 @@ import pytest
 
 from skep.agent.executor.oci import OciExecutor
 from skep.engine.api.container_responses import status
-from skep.engine.container import HealthStatus
+from skep.engine.container import Container, HealthStatus, Probe
+from skep.engine.health import OUTPUT_BYTES_MAX
 from skep.errors import SkepError
 from skep.model.container import HealthConfig
 from skep.model.times import SECOND_NS
+from tests.integration.node.conftest import Runner, eventually
 from tests.integration.node.test_oci_tasks import a_task
 from tests.support.runc_lab import Lab
 
@@ -42,6 +44,19 @@ async def test_a_task_runs_only_when_its_probe_has_succeeded(executor: OciExecut
     assert container.health.log[-1].output == "/tmp/up\n"
     assert container.health.log[0].exit_code == 1
     await controller.remove()
+
+
+async def test_of_a_probe_that_prints_10_mb_the_beginning_is_kept(run: Runner) -> None:
+    check = a_check("yes | head -c 10000000", retries=50, timeout=100 * TENTH_NS)
+    container = await run.start("sleep", "100", healthcheck=check)
+    await eventually(lambda: log_of(run, container), "a probe has ended", within_s=20)
+    probe = log_of(run, container)[0]
+    assert (probe.exit_code, probe.output) == (0, "y\n" * (OUTPUT_BYTES_MAX // 2) + "...")
+
+
+def log_of(run: Runner, container: Container) -> tuple[Probe, ...]:
+    health = run.engine.get(container.id).health
+    return health.log if health is not None else ()
 
 
 async def test_a_task_that_never_becomes_healthy_fails_in_dockers_words(executor: OciExecutor) -> None:

@@ -6,6 +6,7 @@ from io import BytesIO
 import pytest
 from aiohttp import ClientPayloadError, ClientSession, UnixConnector, web
 from aiohttp.test_utils import TestClient, TestServer
+from yarl import URL
 
 from skep.api.server import (
     ApiVersion,
@@ -52,6 +53,11 @@ async def client():
         await response.prepare(request)
         await response.write(b"the beginning\n")
         return await fail(request)
+
+    @table.get("/paths/{name}")
+    @table.post("/paths/{name}")
+    async def show_path(request: web.Request) -> web.StreamResponse:
+        return json_response({"path": request.path, "a": request.query["a"]})
 
     app = application(table, newest=ApiVersion("1.47"), server="Skep/test (linux)")
     async with TestClient(TestServer(app)) as client:
@@ -160,6 +166,36 @@ async def test_a_body_over_the_bound_is_refused(client):
     assert (await response.json())["message"].endswith(
         "received message larger than max (5000012 vs. 4194304)"
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//paths/1", "/paths/1/", "//paths//1//", "/v1.41//paths/1", "/v1.41/paths/1/", "//v1.41/paths/1///"],
+)
+async def test_doubled_slashes_and_one_at_the_end_change_nothing(client, path):
+    def url(path: str) -> URL:  # the client's own takes what follows two slashes for a host
+        return URL(f"http://{client.host}:{client.port}{path}?a=//1/", encoded=True)
+
+    for method in ("GET", "POST"):
+        body = b"x" if method == "POST" else None
+        response = await client.session.request(method, url(path), data=body)
+        assert response.status == 200, await response.text()
+        assert (await response.json())["path"] in ("/paths/1", "/v1.41/paths/1"), "handlers tell by its end"
+        assert (await response.json())["a"] == "//1/"
+        assert response.headers["Api-Version"] == "1.47"
+    assert (await client.session.delete(url(path))).status == 404
+    assert (await client.session.get(url(f"//v9.9/{path}"))).status in (400, 404)
+
+
+async def test_a_name_is_never_empty(client):
+    for path in ("/paths//", "/v1.41/paths//", "/paths"):
+        assert (await client.get(path)).status == 404
+
+
+async def test_options_of_any_path_are_answered_with_nothing(client):
+    for path in ("/numbers/1", "/v1.41/nosuch"):
+        response = await client.options(path)
+        assert (response.status, await response.read()) == (200, b"")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""``attach`` by WebSocket, for clients that cannot take a connection over: browsers, web terminals, docker-py.
+
+Output is not framed by stream.  It comes in binary messages, and in text messages before API 1.28, whatever its bytes.
+
+Source: moby, api/server/router/container/container_routes.go (wsContainersAttach).
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit
+
+from aiohttp import WSMsgType, web
+
+from skep.api.server import ApiVersion, OutputStream, api_version
+from skep.engine.api.hijack import DRAIN_S
+from skep.errors import InvalidArgument, PermissionDenied
+
+_BINARY = ApiVersion("1.28")
+_MESSAGE_BYTES_MAX = 1 << 20
+"""One message of a client.  It is kept in memory until its last byte has arrived; a keystroke needs one."""
+_CLOSE_S = 1.0
+"""For the closing handshake.  A client that does not read it is cut off."""
+
+
+class WebSocketDuplex:
+    """Input and output of an open WebSocket (``terminal.Client``)."""
+
+    def __init__(self, connection: web.WebSocketResponse, kind: WSMsgType) -> None:
+        self._connection = connection
+        self._kind = kind
+
+    async def read(self) -> bytes:
+        """Return the client's next message that has content; empty once it has closed the connection."""
+        while True:
+            message = await self._connection.receive()
+            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+                return b""
+            if message.data:
+                return bytes(message.data)
+
+    async def send(self, _stream: OutputStream, data: bytes) -> None:
+        """Raises: ConnectionError: the client has gone, or takes nothing."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await self._connection.send_frame(data, self._kind)
+        except TimeoutError as error:
+            raise ConnectionResetError("the client takes no output") from error
+
+
+def check_handshake(request: web.Request) -> None:
+    """Check that ``request`` opens a WebSocket.
+
+    Raises:
+        InvalidArgument: it does not.
+        PermissionDenied: a page of another host sends it.  A browser sends its certificate with a page's request, and
+            unlike other requests a WebSocket needs no permission of the server.
+    """
+    if not web.WebSocketResponse().can_prepare(request).ok:
+        raise InvalidArgument("not websocket protocol: the request is no WebSocket handshake of version 13")
+    origin, connected = request.headers.get("Origin"), request.get_extra_info("socket")
+    if origin is None or (connected is not None and connected.family == socket.AF_UNIX):
+        return
+    if urlsplit(origin).netloc.lower() != request.headers.get("Host", "").lower():
+        raise PermissionDenied(f"a page of {origin} may not open a WebSocket to this API")
+
+
+@asynccontextmanager
+async def opened(request: web.Request) -> AsyncIterator[tuple[WebSocketDuplex, web.WebSocketResponse]]:
+    """Complete the handshake of ``request``; the WebSocket is closed with the block.
+
+    Yields: the connection, and the response that the handler returns.
+    """
+    connection = web.WebSocketResponse(
+        timeout=_CLOSE_S, compress=False, max_msg_size=_MESSAGE_BYTES_MAX, decode_text=False
+    )
+    await connection.prepare(request)
+    is_binary = api_version(request) >= _BINARY
+    try:
+        yield WebSocketDuplex(connection, WSMsgType.BINARY if is_binary else WSMsgType.TEXT), connection
+    finally:
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await connection.close()
+        if request.transport is not None:
+            request.transport.abort()  # what a client that does not read has not taken stays in memory until then
