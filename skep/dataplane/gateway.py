@@ -23,7 +23,16 @@ from pyroute2 import AsyncIPRoute
 
 from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
-from skep.dataplane.addresses import UNIQUE_LOCAL_BITS, Addresses, beside, free_subnet, mac_of, unique_local
+from skep.dataplane.addresses import (
+    DEFAULT_POOLS,
+    UNIQUE_LOCAL_BITS,
+    Addresses,
+    Subnets,
+    beside,
+    free_subnet,
+    mac_of,
+    unique_local,
+)
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.diff import DeleteLink
 from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_refusal
@@ -63,7 +72,12 @@ _HOME_SYSCTLS = {
 
 
 class Gateway:
-    """The gateway bridge of one node.  ``state``: file with the chosen subnet; the IPv6 one is beside it."""
+    """The gateway bridge of one node.
+
+    Args:
+        state: file with the chosen subnet; the IPv6 one is beside it.
+        pools: where the subnet is from.
+    """
 
     def __init__(
         self,
@@ -74,6 +88,7 @@ class Gateway:
         ports: PortReservations,
         state: Path,
         bridge: str = BRIDGE,
+        pools: Sequence[Subnets] = DEFAULT_POOLS,
     ) -> None:
         self._namespaces = namespaces
         self._home = home
@@ -82,6 +97,7 @@ class Gateway:
         self._state = state
         self._state6 = state.with_name(f"{state.name}6")
         self._bridge = bridge
+        self._pools = pools
         self._addresses: Addresses[IPv4Network] | None = None
         self._subnet6: IPv6Network | None = None
         self._forwards_ipv6 = False
@@ -399,7 +415,9 @@ class Gateway:
         async with self._namespaces.netlink(at_home) as home:
             index = await _index(home, self._bridge)
             taken = await _networks_except(home, index, IPv4Network)
-            subnet = stored_subnet(self._state, taken, IPv4Network, lambda: free_subnet(taken))
+            subnet = stored_subnet(
+                self._state, taken, IPv4Network, lambda: free_subnet(taken, self._pools, IPv4Network)
+            )
             if refusal:
                 return subnet, None
             taken6 = await _networks_except(home, index, IPv6Network)
