@@ -69,8 +69,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     listen_addr: str = ""
     peer_addr: str = ""
-    """``:port`` or ``ip:port``; empty: the port after ``listen_addr``'s, or the next that is free.  It counts when a
-    manager is made."""
+    """``:port`` or ``ip:port``; empty: ``reserved_ports.default_peer_addr``, or another one that is free.  It counts
+    when a manager is made."""
     advertise_addr: str = ""
     data_path_addr: str = ""
     """Address or interface; these, but for ``peer_addr``, are what ``docker swarm init`` and ``join`` fall back to."""
