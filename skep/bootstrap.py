@@ -10,7 +10,7 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
-from skep.model.addresses import default_peer_addr, host_of, joined, parted
+from skep.model.addresses import host_of, joined, next_port, parted
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
@@ -52,7 +52,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     advertise_addr: str
     hostname: str
     peer_addr: str = ""
-    """``ip:port`` where its etcd listens for the other managers; empty: the port after ``listen_addr``'s."""
+    """``ip:port`` where its etcd listens for the other managers; empty (a file of an early version): the port after
+    ``listen_addr``'s."""
     bootstrap: Bootstrap | None = None
     managers: tuple[str, ...] = ()
     """``ip:port`` of managers to join; empty: this manager creates the cluster."""
@@ -73,7 +74,7 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def peer_listen(self) -> str:
         """``ip:port`` where its etcd listens for the other managers."""
-        return self.peer_addr or default_peer_addr(self.listen_addr)
+        return self.peer_addr or next_port(self.listen_addr)
 
     @property
     def peer_advertised(self) -> str:

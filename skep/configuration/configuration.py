@@ -1,6 +1,7 @@
 """The configuration of one node, complete and valid."""
 
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 import msgspec
@@ -68,8 +69,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     listen_addr: str = ""
     peer_addr: str = ""
-    """``:port`` or ``ip:port``; empty: the port after ``listen_addr``'s, or the next that is free.  It counts when a
-    manager is made."""
+    """``:port`` or ``ip:port``; empty: ``reserved_ports.default_peer_addr``, or another one that is free.  It counts
+    when a manager is made."""
     advertise_addr: str = ""
     data_path_addr: str = ""
     """Address or interface; these, but for ``peer_addr``, are what ``docker swarm init`` and ``join`` fall back to."""
@@ -120,6 +121,11 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     log_driver: str = "json-file"
     log_opts: Mapping[str, str] = {}
     default_address_pools: tuple[AddressPool, ...] = ()
+
+    @property
+    def address_pools(self) -> tuple[tuple[IPv4Network | IPv6Network, int], ...]:
+        """``default_address_pools`` as networks, each with the prefix length of its subnets."""
+        return tuple((ip_network(pool.base), pool.size) for pool in self.default_address_pools)
 
     @property
     def paths(self) -> Paths:

@@ -87,7 +87,7 @@ SETTINGS = (
     Setting(
         name="peer-addr",
         help="port, or address and port, where this manager's etcd listens for the other managers "
-        "(the port after listen-addr's)",
+        "(2378, or listen-addr's port + 10000 if that is not 2377)",
         read=values.peer_addr,
     ),
     Setting(

@@ -378,9 +378,10 @@ def address_pools(values: Any) -> tuple[AddressPool, ...]:
             size = _integer(fields.pop("size"))
         except (KeyError, ValueError) as error:
             raise ValueError(f"is {written!r}: write base=10.10.0.0/16,size=24") from error
-        if fields or not network.prefixlen <= size <= network.max_prefixlen:
+        longest = network.max_prefixlen - 2  # the gateway and one container
+        if fields or not network.prefixlen <= size <= longest:
             raise ValueError(
-                f"is {written!r}: the size is a prefix length from {network.prefixlen} to {network.max_prefixlen}"
+                f"is {written!r}: the size is a prefix length from {network.prefixlen} to {longest}"
             )
         pools.append(AddressPool(str(network), size))
     return tuple(pools)

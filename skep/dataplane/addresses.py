@@ -1,34 +1,62 @@
 """Addresses and subnets of the node's own networks.  Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from itertools import chain
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from skep.model.addresses import Address
 
 Network = TypeVar("Network", IPv4Network, IPv6Network)
 
-POOL = (
-    *(IPv4Network(f"172.{second}.0.0/16") for second in range(18, 32)),
-    *IPv4Network("192.168.0.0/16").subnets(new_prefix=20),
+Subnets: TypeAlias = tuple[IPv4Network | IPv6Network, int]
+"""An address pool: a network, and the prefix length of the subnets that it is divided into."""
+
+DEFAULT_POOLS: Final[Sequence[Subnets]] = (
+    (IPv4Network("172.18.0.0/15"), 16),
+    (IPv4Network("172.20.0.0/14"), 16),
+    (IPv4Network("172.24.0.0/13"), 16),
+    (IPv4Network("192.168.0.0/16"), 20),
+    (IPv4Network("172.16.0.0/15"), 24),
+    (IPv4Network("192.168.0.0/16"), 24),
 )
-"""Docker's own pool for local networks, from which it takes the gateway network of a swarm node, in its order."""
+"""Docker's own pools for local networks, in its order: 30 subnets.  A node with builders or a network for each
+application needs more, so the last two pools follow: 512 small subnets below Docker's, and what a route of the machine
+left of a /20.  None is in 10.0.0.0/8, where overlay networks are."""
 
 
-def free_subnet(taken: Iterable[IPv4Network]) -> IPv4Network:
-    """The first subnet of the pool that overlaps nothing in ``taken`` (the node's routes and addresses).
+def pools_or_default(configured: Sequence[Subnets]) -> Sequence[Subnets]:
+    """``configured``, with the default pools if none of them is IPv4."""
+    return configured if any(pool.version == 4 for pool, _ in configured) else (*configured, *DEFAULT_POOLS)
 
-    Raises: ResourceExhausted: there is none.
+
+def free_subnet(taken: Iterable[Network], pools: Iterable[Subnets], version: type[Network]) -> Network:
+    """Return the first subnet of ``pools`` that overlaps none of ``taken``, apart from default routes.
+
+    Raises: ResourceExhausted: there is none, in Docker's words.
     """
-    used = [network for network in taken if network.prefixlen > 0]  # without the default route
-    for subnet in POOL:
-        if not any(subnet.overlaps(network) for network in used):
-            return subnet
+    used = sorted((int(network[0]), int(network[-1])) for network in taken if network.prefixlen > 0)
+    for pool, prefix_length in pools:
+        if isinstance(pool, version):
+            start = _first_free(int(pool[0]), 1 << (pool.max_prefixlen - prefix_length), used)
+            if start <= int(pool[-1]):
+                return version((start, prefix_length))
     raise ResourceExhausted(
-        "every subnet for the node's gateway network collides with a route of this machine"
+        "all predefined address pools have been fully subnetted: name a subnet (--subnet), remove unused networks, or "
+        "give this node more pools (default-address-pools)"
     )
+
+
+def _first_free(start: int, size: int, used: Iterable[tuple[int, int]]) -> int:
+    """The first multiple of ``size`` from ``start`` on whose addresses are outside the ``used`` ranges, which are in
+    their order."""
+    for first, last in used:
+        if first >= start + size:
+            break
+        if last >= start:
+            start = (last // size + 1) * size
+    return start
 
 
 UNIQUE_LOCAL_BITS = 40

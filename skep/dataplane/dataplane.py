@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -13,6 +13,7 @@ from skep.aio.clock import Clock
 from skep.aio.failures import retry
 from skep.aio.groups import errors_as_they_are
 from skep.api.networks import NetworkBody
+from skep.dataplane.addresses import Subnets, pools_or_default
 from skep.dataplane.container_network import ContainerNetwork
 from skep.dataplane.endpoint_allocation import ClusterEndpoints, EndpointAllocation
 from skep.dataplane.gateway import BRIDGE, Gateway
@@ -50,6 +51,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         rng: numbers from 0 to 1.
         show_condition: called with the name of a condition of the node and its message; an empty message ends it.
         own_ports: gives the ports of the machine that no container may have.
+        pools: where the node's networks get their subnets from (``pools_or_default``).
     """
 
     paths: Paths
@@ -58,6 +60,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     rng: Callable[[], float]
     show_condition: Callable[[str, str], None] = lambda name, message: None
     own_ports: Callable[[], ReservedPorts] = dict
+    pools: Sequence[Subnets] = ()
 
 
 class NetProcess(msgspec.Struct, frozen=True):
@@ -120,6 +123,7 @@ class DataPlane:
             deferred=self._deferred,
             ports=UnreservedPorts(net.ports, host.own_ports),
             state=paths.networks / "gateway",
+            pools=pools_or_default(host.pools),
         )
         self.local = _local_networks(host, self.gateway)
         self._local_endpoints = LocalEndpoints(self.local, paths.tables, net.names)
@@ -172,7 +176,8 @@ class DataPlane:
 def _local_networks(host: Host, gateway: Gateway) -> LocalNetworks:
     """The node's own networks, with the devices that are made for them."""
     file, devices = host.paths.networks / "local", ParentDevices(host.namespaces)
-    return LocalNetworks(file, gateway, devices, clock=host.clock, new_id=new_container_id)
+    pools = pools_or_default(host.pools)
+    return LocalNetworks(file, gateway, devices, pools=pools, clock=host.clock, new_id=new_container_id)
 
 
 def _data_path(host: Host, home: NetnsReconciler, healer: Healer) -> DataPath:

@@ -93,7 +93,10 @@ class EndpointAllocation:
                 f"containers on network {request.network} of the cluster do not have --mac-address: other nodes use "
                 "the one that follows from their address"
             )
-        named = msgspec.structs.replace(request, aliases=(container.name, *request.aliases))
+        # The managers know the short id, which is the host name of a container that has none of its own.
+        hostname = container.hostname if not container.id.startswith(container.hostname) else ""
+        own_names = filter(None, dict.fromkeys((container.name, hostname, *request.aliases)))
+        named = msgspec.structs.replace(request, aliases=tuple(own_names))
         endpoint = await self._cluster.take(container.id, named)
         if endpoint.head.id in ids:
             await self._cluster.give_back(endpoint.attachment)

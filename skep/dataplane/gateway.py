@@ -21,9 +21,19 @@ import msgspec
 import structlog
 from pyroute2 import AsyncIPRoute
 
+from skep.aio.failures import isolate
 from skep.aio.race import run_to_end
 from skep.api.errors import Forbidden
-from skep.dataplane.addresses import UNIQUE_LOCAL_BITS, Addresses, beside, free_subnet, mac_of, unique_local
+from skep.dataplane.addresses import (
+    DEFAULT_POOLS,
+    UNIQUE_LOCAL_BITS,
+    Addresses,
+    Subnets,
+    beside,
+    free_subnet,
+    mac_of,
+    unique_local,
+)
 from skep.dataplane.netns.deferred import DeferredChanges
 from skep.dataplane.netns.diff import DeleteLink
 from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_refusal
@@ -31,10 +41,12 @@ from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
 from skep.dataplane.netns.state import Address, Link, Peer, State
 from skep.dataplane.netns.write import apply_operations
+from skep.dataplane.plan.flows import stale_host_ports
 from skep.dataplane.plan.gateway import HostPort, between_table, gateway_table, gateway_table_ipv6
 from skep.dataplane.plan.overlay import USUAL_MTU
 from skep.dataplane.plan.packet_filter import Owner, spoofing_filter
 from skep.dataplane.ports import PortReservations
+from skep.dataplane.stale_flows import delete_flows
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import ContainerId
@@ -63,7 +75,12 @@ _HOME_SYSCTLS = {
 
 
 class Gateway:
-    """The gateway bridge of one node.  ``state``: file with the chosen subnet; the IPv6 one is beside it."""
+    """The gateway bridge of one node.
+
+    Args:
+        state: file with the chosen subnet; the IPv6 one is beside it.
+        pools: where the subnet is from.
+    """
 
     def __init__(
         self,
@@ -74,6 +91,7 @@ class Gateway:
         ports: PortReservations,
         state: Path,
         bridge: str = BRIDGE,
+        pools: Sequence[Subnets] = DEFAULT_POOLS,
     ) -> None:
         self._namespaces = namespaces
         self._home = home
@@ -82,6 +100,7 @@ class Gateway:
         self._state = state
         self._state6 = state.with_name(f"{state.name}6")
         self._bridge = bridge
+        self._pools = pools
         self._addresses: Addresses[IPv4Network] | None = None
         self._subnet6: IPv6Network | None = None
         self._forwards_ipv6 = False
@@ -107,6 +126,8 @@ class Gateway:
                     self._sandboxes[id] = sandbox
             await self._restore_ports()
             await self._apply()
+            # Rules of an earlier process may have led to other containers.
+            await self._delete_flows(self._sandboxes.values())
 
     async def connect(
         self,
@@ -148,6 +169,7 @@ class Gateway:
             )
             self._sandboxes[container_id] = sandbox
             await self._apply()
+            await self._delete_flows([sandbox])
         except BaseException:
             await asyncio.shield(self._undo(container_id))
             raise
@@ -190,6 +212,7 @@ class Gateway:
             await self._hold_again(published, held)
             if self._unheld != before:
                 await self._apply()
+                await self._delete_flows(self._sandboxes.values())
 
     def sandbox_of(self, container_id: ContainerId) -> Sandbox | None:
         """The result of ``connect`` of a connected container; None: it is not connected."""
@@ -256,11 +279,25 @@ class Gateway:
                 await self._home.apply()  # before another container gets the port
             except SkepError as error:  # the next comparison removes it
                 log.warning("gateway rules not removed", container=container_id, error=str(error))
+            if sandbox is not None:
+                await self._delete_flows([sandbox], is_published=False)
         else:
             self._deferred.soon(_PART, self._home.apply)
         for port in ports:
             await self._release(container_id, port)
         self._require_addresses().release_all(container_id)  # last: until then a sweep finds the ports
+
+    async def _delete_flows(self, sandboxes: Iterable[Sandbox], *, is_published: bool = True) -> None:
+        """Delete UDP flows through ports of ``sandboxes`` that lead elsewhere, or to them if they are unpublished."""
+        subnet = str(self._require_addresses().subnet)
+        stale = [
+            port
+            for one in sandboxes
+            for port in stale_host_ports(one.ports, one.address, subnet, is_published=is_published)
+        ]
+        if stale:  # a search takes the kernel 9 ms
+            deletion = self._namespaces.run(self._namespaces.home, delete_flows, stale)
+            await isolate(deletion, "stale flows not deleted")  # new clients are served all the same
 
     async def _apply(self) -> None:
         """Apply bridge, ports and rules.  Raises: SkepError."""
@@ -399,7 +436,9 @@ class Gateway:
         async with self._namespaces.netlink(at_home) as home:
             index = await _index(home, self._bridge)
             taken = await _networks_except(home, index, IPv4Network)
-            subnet = stored_subnet(self._state, taken, IPv4Network, lambda: free_subnet(taken))
+            subnet = stored_subnet(
+                self._state, taken, IPv4Network, lambda: free_subnet(taken, self._pools, IPv4Network)
+            )
             if refusal:
                 return subnet, None
             taken6 = await _networks_except(home, index, IPv6Network)

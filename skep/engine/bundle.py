@@ -30,6 +30,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,16 @@ import structlog
 
 from skep.aio.failures import log_error
 from skep.aio.trees import remove_tree
-from skep.engine import api_sockets, apparmor, devices, image_mounts, overlay, records, runtime_spec
+from skep.engine import (
+    api_sockets,
+    apparmor,
+    devices,
+    image_mounts,
+    overlay,
+    records,
+    runtime_spec,
+    tmpfs_mounts,
+)
 from skep.engine.api_sockets import ApiSockets
 from skep.engine.capacity import Capacity
 from skep.engine.cgroups import Cgroups
@@ -148,6 +158,10 @@ class Bundles:
         """Where images that the container mounts are mounted, while it may run."""
         return self.bundle(id) / "images"
 
+    def _tmpfs(self, id: ContainerId) -> Path:
+        """Where its memory file systems are mounted, while it may run."""
+        return self.bundle(id) / "tmpfs"
+
     def log(self, id: ContainerId) -> Path:
         """The file conmon writes to at present; older ones have ``.1``, ``.2``, ... behind."""
         return self.path(id) / "log" / "current"
@@ -218,6 +232,9 @@ class Bundles:
                 config.mounts, self._images(container.id), self.path(container.id) / "images"
             )
             self._to_release.discard(container.id)
+        tmpfs_mounts.mount_all(
+            config.mounts, self._tmpfs(container.id), partial(self._mode_in_image, container)
+        )
         if config.machine.ipc_mode == "shareable":
             shared = msgspec.structs.replace(shared, shm=self._mount_shm(container))
         user = identity(self.rootfs(container.id), config.user, config.groups)
@@ -249,11 +266,13 @@ class Bundles:
         return self.bundle(id) / "config.json"
 
     def _with_parts(self, container: Container) -> Container:
-        """Parts of volumes, and images, by the paths at which this node has them."""
+        """Parts of volumes, images and memory file systems, by the paths at which this node has them."""
         targets, images = iter(self.parts(container)), self._images(container.id)
         mounts = tuple(
             image_mounts.placed(point, number, images)
             if point.type == "image"
+            else tmpfs_mounts.placed(point, number, self._tmpfs(container.id))
+            if point.type == "tmpfs"
             else msgspec.structs.replace(point, source=str(next(targets).target))
             if point.subpath
             else point
@@ -297,6 +316,7 @@ class Bundles:
                 syscalls.unmount_if_mounted(self.rootfs(id))
         self.apis.close(id)
         image_mounts.unmount_all(self._images(id))
+        image_mounts.unmount_all(self._tmpfs(id))
         if self.shm(id).is_dir():
             syscalls.unmount_if_mounted(self.shm(id))
 
@@ -343,7 +363,8 @@ class Bundles:
         """
         self.apis.close(id)
         await asyncio.to_thread(syscalls.unmount_if_mounted, self.rootfs(id))
-        await asyncio.to_thread(image_mounts.unmount_all, self._images(id))
+        for place in (self._images(id), self._tmpfs(id)):
+            await asyncio.to_thread(image_mounts.unmount_all, place)
         await remove_tree(self.bundle(id))
         await remove_tree(self.path(id), keep=records.NAME)
 
@@ -386,6 +407,21 @@ class Bundles:
         if not os.path.ismount(target):
             layers = [Path(layer) for layer in container.layers]
             overlay.mount_layers(layers, path / "upper", path / "work", target)
+
+    def _mode_in_image(self, container: Container, path: str) -> int:
+        """The mode of the image's directory at ``path``, which a tmpfs there has, as in Docker; else that of a tmpfs.
+
+        What an earlier start made in the container itself does not count.
+        """
+        inside = os.path.normpath(path).lstrip("/")
+        if any(_has(Path(layer), inside) for layer in container.layers):
+            with suppress(OSError):
+                opened = syscalls.open_in_root(self.rootfs(container.id), path, os.O_PATH | os.O_DIRECTORY)
+                try:
+                    return stat.S_IMODE(os.fstat(opened).st_mode)
+                finally:
+                    os.close(opened)
+        return tmpfs_mounts.DEFAULT_MODE
 
     def _mount_shm(self, container: Container) -> str:
         target = self.shm(container.id)

@@ -340,7 +340,10 @@ def container_config(
         capability_drop=host.cap_drop,
         **_security(host.security_opt)._asdict(),
         oom_score_adj=host.oom_score_adj,
-        hosts=(*task.hosts, *(_host_line(text, node.host_gateway) for text in host.extra_hosts)),
+        hosts=tuple(
+            _with_gateway(line, node.host_gateway)
+            for line in (*task.hosts, *map(_host_line, host.extra_hosts))
+        ),
         nameservers=host.dns,
         search_domains=host.dns_search,
         dns_options=host.dns_options,
@@ -516,16 +519,22 @@ def not_negative(value: int, what: str) -> int:
     return value
 
 
-def _host_line(text: str, gateway: str) -> str:
-    """``name:address`` as a line of /etc/hosts."""
+def _host_line(text: str) -> str:
+    """``name:address`` as a line of /etc/hosts.  Raises: InvalidArgument."""
     name, separator, address = text.partition(":")
     if not separator or not name or not address:
         raise InvalidArgument(f'bad format for add-host: "{text}"')
-    if address == _HOST_GATEWAY:
-        if not gateway:
-            raise FailedPrecondition("unable to derive the IP value for host-gateway")
-        address = gateway
     return f"{address} {name}"
+
+
+def _with_gateway(line: str, gateway: str) -> str:
+    """``line`` of /etc/hosts with the node's address in place of ``host-gateway``.  Raises: FailedPrecondition."""
+    address, separator, names = line.partition(" ")
+    if address != _HOST_GATEWAY:
+        return line
+    if not gateway:
+        raise FailedPrecondition("unable to derive the IP value for host-gateway")
+    return f"{gateway}{separator}{names}"
 
 
 def _ports(request: CreateRequest, exposed: set[str]) -> list[PublishedPort]:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from skep.api.gosyntax import parse_size
 from skep.engine.container import MountPoint
+from skep.engine.tmpfs_mounts import check_options
 from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.linux import mounting, without_links
 from skep.linux.commands import communicate
@@ -222,6 +223,7 @@ def _read_only_below(options: BindOptions | None) -> bool | None:
 
 
 def _tmpfs_options(options: TmpfsOptions) -> tuple[str, ...]:
+    """Raises: InvalidArgument."""
     chosen = ["noexec", "nosuid", "nodev", "rprivate"]
     if options.mode:
         chosen.append(f"mode={options.mode:o}")
@@ -231,4 +233,5 @@ def _tmpfs_options(options: TmpfsOptions) -> tuple[str, ...]:
         word = "=".join(option)
         opposite = word.removeprefix("no") if word.startswith("no") else f"no{word}"
         chosen = [one for one in chosen if one not in (word, opposite)] + [word]
+    check_options(chosen)
     return tuple(chosen)

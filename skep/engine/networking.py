@@ -62,6 +62,7 @@ def sandbox_config(container: Container) -> SandboxConfig:
     return SandboxConfig(
         id=container.id,
         name=container.name,
+        hostname=config.hostname,
         task=TaskId(container.labels.get(LABEL_TASK_ID, "")),
         mode=container.mode,
         networks=container.plain.networks if container.plain is not None else (),

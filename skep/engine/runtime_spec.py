@@ -338,13 +338,6 @@ def _edited_mount(mount: cdi.BindMount) -> dict[str, Any]:
 
 def _mount(point: MountPoint, capacity: Capacity) -> dict[str, Any]:
     """Raises: FailedPrecondition: mounts below it cannot be made read-only."""
-    if point.type == "tmpfs":
-        return {
-            "destination": point.destination,
-            "type": "tmpfs",
-            "source": "tmpfs",
-            "options": [*point.options, *(["ro"] if point.read_only else [])],
-        }
     options = (point.propagation or "rprivate", *point.options)
     mount = _bind(point.source, point.destination, *options, read_only=point.read_only)
     if "bind" in point.options:

@@ -80,9 +80,9 @@ def is_subnet(text: str) -> bool:
     return bool(address and slash) and length.isdigit()
 
 
-def default_peer_addr(listen_addr: str) -> str:
-    """The peer address of the etcd of a manager at ``listen_addr`` (``ip:port``): the next port."""
-    host, port = parted(listen_addr)
+def next_port(addr: str) -> str:
+    """``addr`` (``ip:port``) with the next port."""
+    host, port = parted(addr)
     return joined(host, int(port) + 1)
 
 

@@ -8,7 +8,7 @@ first overlay network.
 from collections.abc import Iterable, Mapping
 from typing import Final, TypeAlias
 
-from skep.model.addresses import parted
+from skep.model.addresses import joined, parted
 from skep.model.node import Node
 from skep.model.used_ports import RESERVED_LABEL, UsedPort, ports_in
 
@@ -18,11 +18,32 @@ API_PORT: Final = 2376
 """Where Docker's API is served by TLS, by convention; registered with IANA as docker-s."""
 MANAGER_PORT: Final = 2377
 PEER_PORT: Final = 2378
-"""etcd's, of a manager on the default port: the next one (``addresses.default_peer_addr``)."""
+"""etcd's, of a manager on the default port (``default_peer_addr``)."""
+PEER_PORT_OFFSET: Final = 10_000
+"""From the port of another manager to etcd's: managers of one machine often have neighboring ports (2477, 2478, 2479),
+and Linux gives no program a port below 32768 that it did not ask for."""
 GOSSIP_PORT: Final = 7946
 """Of docker nodes, and of managers, which relay it to them."""
+_HIGH_PORT: Final = 55_000
+"""Ports from here on have too few ports above them."""
 WIREGUARD_OFFSET: Final = 10
 """WireGuard's UDP ports are that of VXLAN plus this (4799) and the next (4800), unless the node is configured so."""
+
+
+def distant_peer_port(listen_port: int) -> int:
+    """A port for the etcd of a manager at ``listen_port``, away from that and its neighbors."""
+    return listen_port + (PEER_PORT_OFFSET if listen_port < _HIGH_PORT else -PEER_PORT_OFFSET)
+
+
+def default_peer_addr(listen_addr: str) -> str:
+    """Where the etcd of a new manager at ``listen_addr`` (``ip:port``) listens for the others.
+
+    2378 beside the default 2377, which firewalls know; else the port that is 10,000 further.
+    """
+    host, digits = parted(listen_addr)
+    port = int(digits)
+    return joined(host, PEER_PORT if port == MANAGER_PORT else distant_peer_port(port))
+
 
 ReservedPorts: TypeAlias = Mapping[UsedPort, str]
 """By protocol and number what the port is for."""

@@ -106,6 +106,8 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     id: ContainerId
     name: str
+    hostname: str = ""
+    """One of its names on its networks, as in Docker; empty: none."""
     task: TaskId = TaskId("")
     """Its task, whose id its endpoints have in network tables; empty: a plain container."""
     mode: NetworkMode = NetworkMode.BRIDGE

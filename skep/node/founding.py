@@ -16,9 +16,10 @@ from skep.api.errors import Untranslated
 from skep.api.gosyntax import parse_port
 from skep.api.swarm_requests import Endpoints, Founding
 from skep.errors import InvalidArgument, Unavailable
-from skep.model.addresses import default_peer_addr, joined, parted
+from skep.model.addresses import joined, next_port, parted
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
+from skep.model.reserved_ports import PEER_PORT, default_peer_addr, distant_peer_port
 from skep.model.swarm import SwarmSpec
 from skep.model.times import SECOND_NS
 from skep.node.local import LocalNode
@@ -127,10 +128,14 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
     Raises: Untranslated: they are not, in Docker's words.
     """
     host, digits = parted(listen_addr)
-    if parse_port(digits) in (None, 65535):  # the next one is etcd's, if it can be
+    if parse_port(digits) is None:
         raise Untranslated(f"{_LISTEN_FAILED}: address {digits}: invalid port")
     if (error := bind_error(listen_addr)) is not None:
-        raise Untranslated(f"{_LISTEN_FAILED} {joined(host, digits)}: bind: {_reason(error)}") from error
+        is_peers = int(digits) == PEER_PORT and error.errno == errno.EADDRINUSE
+        hint = " (etcd of a manager at 2377 has it: choose a port from 2379 on)" if is_peers else ""
+        raise Untranslated(
+            f"{_LISTEN_FAILED} {joined(host, digits)}: bind: {_reason(error)}{hint}"
+        ) from error
     if peer_addr:
         wanted = _completed(peer_addr, host)
         error = OSError(errno.EADDRINUSE, "") if wanted == listen_addr else bind_error(wanted)
@@ -144,17 +149,18 @@ def check_listening(listen_addr: str, peer_addr: str = "") -> None:
 def chosen_peer_addr(
     listen_addr: str, wanted: str, refusal: Callable[[str], OSError | None] = bind_error
 ) -> str:
-    """Where the etcd of a new manager listens for the others: ``wanted``, else the port after ``listen_addr``'s, else
-    the next one that is free; if none is, the first of these, at which etcd reports the error.
+    """Where the etcd of a new manager listens for the others: ``wanted``, else the default port, else the first that is
+    free of those 10,000 away, where no other manager of this machine listens; if none is, the first of these, at which
+    etcd reports the error.
 
     Args:
         wanted: ``:port`` or ``ip:port``; empty: nothing.
         refusal: why ``ip:port`` cannot be listened on.
     """
-    host, _ = parted(listen_addr)
-    default = default_peer_addr(listen_addr)
-    first = int(parted(default)[1])
-    candidates = [joined(host, port) for port in range(first, min(first + _PEER_PORT_TRIES, 65536))]
+    host, digits = parted(listen_addr)
+    first = distant_peer_port(int(digits))
+    distant = (joined(host, port) for port in range(first, first + _PEER_PORT_TRIES))
+    candidates = list(dict.fromkeys((default_peer_addr(listen_addr), *distant)))
     if wanted:
         candidates.insert(0, _completed(wanted, host))
     usable = (one for one in candidates if one != listen_addr and refusal(one) is None)
@@ -162,14 +168,14 @@ def chosen_peer_addr(
 
 
 def peer_warning(listen_addr: str, wanted: str, peer_addr: str) -> str:
-    """A warning about the port of a manager's etcd; empty: it is the default one."""
+    """A warning about the port of a manager's etcd; empty: it is the default one, or that of earlier versions."""
     port = parted(peer_addr)[1]
     if wanted and peer_addr != _completed(wanted, parted(listen_addr)[0]):
         return (
             f"peer-addr {wanted.removeprefix(':')} is not used: etcd of this manager listens for the other managers on "
             f"{peer_addr}, as when it became one (demote it and promote it again to change that)"
         )
-    if peer_addr != default_peer_addr(listen_addr):
+    if peer_addr not in (default_peer_addr(listen_addr), next_port(listen_addr)):
         return (
             f"the other managers reach etcd of this manager at TCP port {port}: firewalls have to let it pass"
         )

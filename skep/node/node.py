@@ -295,6 +295,7 @@ class Node:
                 rng=self._random,
                 show_condition=environment.conditions.report,
                 own_ports=self._own_ports.present,
+                pools=configuration.address_pools,
             ),
             NetProcess(net(), net(MESH), NameRegistration(net(), RESOLVER)),
             endpoints,

@@ -3,11 +3,18 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+from skep import bootstrap
 from skep.agent.session_state import SessionState
 from skep.configuration.configuration import Configuration, TcpHost
 from skep.errors import SkepError
-from skep.model.addresses import default_peer_addr, parted
-from skep.model.reserved_ports import GOSSIP_PORT, IMAGES_PORT, ReservedPorts, of_data_path
+from skep.model.addresses import parted
+from skep.model.reserved_ports import (
+    GOSSIP_PORT,
+    IMAGES_PORT,
+    ReservedPorts,
+    default_peer_addr,
+    of_data_path,
+)
 from skep.model.used_ports import RESERVED_LABEL, UsedPort, ports_label
 from skep.node.local import LocalNode, read_local_node
 
@@ -21,10 +28,13 @@ class OwnPorts:
 
     def present(self) -> ReservedPorts:
         """The ports that no container of this machine may have."""
-        configuration, node = self._configuration(), None
+        configuration, node, peer_addr = self._configuration(), None, ""
         with suppress(SkepError):  # the membership shows why the file cannot be read
             node = read_local_node(configuration.paths.node_json)
-        return own_ports(configuration, node, self._session.data_path_port)
+        if node is not None and node.is_manager:
+            with suppress(SkepError):  # likewise the manager process; or it is a manager in a moment
+                peer_addr = bootstrap.load(configuration.paths.manager_config).peer_listen
+        return own_ports(configuration, node, self._session.data_path_port, peer_addr)
 
     def labels(self) -> Mapping[str, str]:
         """The engine label that reports them."""
@@ -32,12 +42,15 @@ class OwnPorts:
         return {RESERVED_LABEL: label} if label else {}
 
 
-def own_ports(configuration: Configuration, node: LocalNode | None, data_path_port: int = 0) -> ReservedPorts:
+def own_ports(
+    configuration: Configuration, node: LocalNode | None, data_path_port: int = 0, peer_addr: str = ""
+) -> ReservedPorts:
     """The ports that a node's daemon uses, or will use.
 
     Args:
         node: None: this machine is in no cluster.
         data_path_port: the cluster's; 0: not known so far.
+        peer_addr: where etcd of a manager listens; empty: not known so far.
     """
     found: dict[UsedPort, str] = {}
     for host in configuration.api_hosts:
@@ -51,7 +64,7 @@ def own_ports(configuration: Configuration, node: LocalNode | None, data_path_po
     found["tcp", configuration.image_port or IMAGES_PORT] = "images between nodes"
     found |= of_data_path(data_path_port or configuration.data_path_port, configuration.wireguard_port)
     if node.is_manager and node.listen_addr:
-        peer_addr = configuration.peer_addr or default_peer_addr(node.listen_addr)
+        peer_addr = peer_addr or configuration.peer_addr or default_peer_addr(node.listen_addr)
         found["tcp", int(parted(node.listen_addr)[1])] = "managers"
         found["tcp", int(parted(peer_addr)[1])] = "etcd"
         found["tcp", GOSSIP_PORT] = "docker nodes"

@@ -1562,21 +1562,27 @@ class Member(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PEER_URL_FIELD_NUMBER: _builtins.int
     IP_FIELD_NUMBER: _builtins.int
+    MANAGER_PORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The node's id."""
     peer_url: _builtins.str
     ip: _builtins.str
     """What the name in the URL resolves to."""
+    manager_port: _builtins.int
+    """The port of its manager. 0: unknown, or the sender's version does not send it. The receiver then assumes the port
+    before the URL's until it reads the node objects.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         peer_url: _builtins.str = ...,
         ip: _builtins.str = ...,
+        manager_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ip", b"ip", "name", b"name", "peer_url", b"peer_url"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ip", b"ip", "manager_port", b"manager_port", "name", b"name", "peer_url", b"peer_url"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

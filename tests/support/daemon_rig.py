@@ -45,7 +45,9 @@ class Connection(HTTPConnection):
 class DaemonRig:
     """One data and run directory, and the daemon that uses them.  Tasks are plain commands by default."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, beside: "DaemonRig | None" = None) -> None:
+        """``beside``: another daemon, whose namespaces this one shares."""
+        self._beside = beside
         self.data = directory / "data"
         self.run = directory / "run"
         self.log = directory / "log"
@@ -61,7 +63,7 @@ class DaemonRig:
 
     def start(self, *flags: str) -> None:
         """Start the daemon and wait until it answers; in the namespaces of what an earlier one left, if it left any."""
-        home = self.pid_of("net") or self.pid_of("manager")
+        home = self._home() or (self._beside and self._beside._home())
         within = (
             ["nsenter", "-t", str(home), "-n", "-m"]
             if home
@@ -73,6 +75,9 @@ class DaemonRig:
             wait_until(self.answers, "the daemon answers", within_s=50)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log.read_text()}") from None
+
+    def _home(self) -> int | None:
+        return self.pid_of("net") or self.pid_of("manager")
 
     def refusal(self, *flags: str, before: str = "true") -> str:
         """What a daemon that does not start says; ``before``: a command in its namespaces."""
@@ -190,8 +195,8 @@ def children_named(parent: int, name: str) -> list[int]:
 
 
 @contextmanager
-def daemon_rig(directory: Path) -> Iterator[DaemonRig]:
-    rig = DaemonRig(directory)
+def daemon_rig(directory: Path, beside: DaemonRig | None = None) -> Iterator[DaemonRig]:
+    rig = DaemonRig(directory, beside)
     try:
         yield rig
     finally:

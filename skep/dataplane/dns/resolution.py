@@ -2,7 +2,8 @@
 
 A name is looked up in the container's networks in their order, first as it is, then with its last labels as a
 network's name: ``web.front`` is ``web`` on ``front``.  The first network that has the name is authoritative for all
-types, so such a name is never forwarded.  Source: moby, libnetwork/sandbox.go (ResolveName).
+types, so such a name is never forwarded.  Addresses are the exception: where the name has addresses of the other IP
+version alone, the next network that has the name is asked.  Source: moby, libnetwork/sandbox.go (ResolveName).
 """
 
 import re
@@ -73,18 +74,32 @@ def decide(
         return foreign
     if query.type == PTR or name.endswith((_REVERSE_IPV4, _REVERSE_IPV6)):
         return _reverse(query, networks) or foreign
+    other_version: Found | None = None
     for index, local in _candidates(name, networks):
         known = index.find(links.get(index.id, {}).get(local, local))
         if known is not None:
-            return _addresses(query.type, index.id, known, rng)
-        if query.type == SRV:
-            found = _targets(local, index, rng)
-            if found is not None:
+            found = _addresses(query.type, index.id, known, rng)
+            if not _has_other_version_only(query.type, known):
                 return found
+            other_version = other_version or found
+            continue
+        if other_version is not None:
+            continue
+        if query.type == SRV:
+            targets = _targets(local, index, rng)
+            if targets is not None:
+                return targets
         slot, _, service = local.partition(".")
         if slot.isdecimal() and index.is_service(service):
             return Missing()
-    return foreign
+    return other_version or foreign
+
+
+def _has_other_version_only(type_: int, known: Known) -> bool:
+    """Whether ``known`` has addresses, and none of the IP version that is asked for."""
+    return (type_ == AAAA and bool(known.ipv4) and not known.ipv6) or (
+        type_ == A and bool(known.ipv6) and not known.ipv4
+    )
 
 
 def _candidates(name: str, networks: Sequence[Index]) -> Iterator[tuple[Index, str]]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import isolate, retry
 from skep.dataplane.ingress.reply_routing import ReplyRouting
-from skep.dataplane.netns import conntrack, nft
+from skep.dataplane.netns import nft
 from skep.dataplane.netns.forwarding import forward_ipv6, ipv6_nat_refusal
 from skep.dataplane.netns.namespaces import Namespaces
 from skep.dataplane.netns.reconciler import NetnsReconciler
@@ -25,13 +24,13 @@ from skep.dataplane.plan.ingress import (
     IPV4,
     Plan,
     PortKey,
-    StalePort,
     ingress_table,
     plan,
     stale_ports,
 )
 from skep.dataplane.ports import AddressNotHere, PortReservations
 from skep.dataplane.proxy.relays import relay_ports
+from skep.dataplane.stale_flows import delete_flows
 from skep.dataplane.underlays import find
 from skep.errors import SkepError, Unavailable
 from skep.linux.files import replace_file
@@ -265,7 +264,7 @@ class Mesh:
         has_ipv6 = wanted.has_ipv6 or (self._plan is not None and self._plan.has_ipv6)
         for version in (4, 6) if has_ipv6 else (4,):
             if stale := stale_ports(self._plan, wanted, version):
-                await self._namespaces.run(self._namespaces.home, _delete_flows, stale, version)
+                await self._namespaces.run(self._namespaces.home, delete_flows, stale, version)
 
     # --- what goes on ---------------------------------------------------------------------------------------------
 
@@ -303,24 +302,6 @@ class Mesh:
                 log.warning(sentence)
             self._obstacles = found
             await self._clock.sleep(OBSTACLES_S)
-
-
-def _delete_flows(stale: tuple[StalePort, ...], version: int) -> None:
-    """Delete stale UDP flows of the present namespace.  Raises: OSError: the kernel did not answer.
-
-    A refusal (no listing of flows, an offloaded one) is no error: to try again would change nothing.
-    """
-    ports = {one.port.to_bytes(2, "big") for one in stale}
-    try:
-        conntrack.delete_stale(
-            socket.AF_INET if version == 4 else socket.AF_INET6,
-            lambda flow: any(one.is_stale(flow) for one in stale),
-            concerns=lambda entry: any(
-                port in entry for port in ports
-            ),  # most have none, without a closer look
-        )
-    except conntrack.Refused as error:
-        log.warning("flows to published ports not moved", error=str(error))
 
 
 def _find_obstacles() -> tuple[str, ...]:

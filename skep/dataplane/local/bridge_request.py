@@ -12,7 +12,14 @@ import msgspec
 
 from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
-from skep.dataplane.addresses import UNIQUE_LOCAL_BITS, free_subnet, unique_local
+from skep.dataplane.addresses import (
+    DEFAULT_POOLS,
+    UNIQUE_LOCAL_BITS,
+    Network,
+    Subnets,
+    free_subnet,
+    unique_local,
+)
 from skep.dataplane.local.objects import LocalNetwork
 from skep.errors import InvalidArgument, Unimplemented
 from skep.model.addresses import Address, parsed
@@ -36,6 +43,7 @@ def bridge_of(
     id: str,
     created_at: Timestamp,
     taken: Iterable[Subnet],
+    pools: Sequence[Subnets] = DEFAULT_POOLS,
     configuration: LocalNetwork | None = None,
 ) -> LocalNetwork:
     """The network that ``body`` asks for.
@@ -43,6 +51,7 @@ def bridge_of(
     Args:
         id: of which the subnet of a network with IPv6 follows whose user names none.
         taken: subnets of the machine's routes and of its other networks.
+        pools: where a subnet is from that the user does not name.
         configuration: where its settings are from; None: the body itself.
 
     Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
@@ -50,7 +59,7 @@ def bridge_of(
     _check_driver(body)
     configs, options, has_ipv6 = settings_of(body, configuration)
     _check_options(options)
-    subnets = settled_subnets(configs, list(taken), id if has_ipv6 else "")
+    subnets = settled_subnets(configs, list(taken), id if has_ipv6 else "", pools)
     return network_of(
         body, "bridge", id=id, created_at=created_at, configs=configs, subnets=subnets, options=options
     )
@@ -123,13 +132,13 @@ def _check_options(options: Mapping[str, str]) -> None:
 
 
 def settled_subnets(
-    configs: Iterable[SubnetBody], taken: Sequence[Subnet], id6: str
+    configs: Iterable[SubnetBody], taken: Sequence[Subnet], id6: str, pools: Sequence[Subnets]
 ) -> tuple[SubnetBody, ...]:
     """The network's IPv4 subnet, and its IPv6 subnet if it has IPv6, each with its gateway.
 
-    ``id6``: the network's id if it has IPv6; else empty.
+    ``id6``: the network's id if it has IPv6; else empty.  ``pools``: an IPv6 subnet is from there only if one is IPv6.
 
-    Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+    Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so; ResourceExhausted.
     """
     named = [one for one in configs if one != SubnetBody()]
     four, six = ([one for one in named if (":" in one.subnet) is is_six] for is_six in (False, True))
@@ -138,14 +147,23 @@ def settled_subnets(
     if six and not id6:
         raise InvalidArgument(f"subnet {six[0].subnet} needs IPv6, which the network does not have (--ipv6)")
     config = four[0] if four else SubnetBody()
-    taken4 = [one for one in taken if isinstance(one, IPv4Network)]
-    subnet = _checked(config.subnet, taken) if config.subnet else free_subnet(taken4)
+    subnet = _checked(config.subnet, taken) if config.subnet else _from_pools(taken, pools, IPv4Network)
     found = _settled(config, subnet)
     if not id6:
         return (found,)
     config = six[0] if six else SubnetBody()
-    subnet6 = _checked(config.subnet, taken) if config.subnet else _unique_local(id6)
+    if config.subnet:
+        subnet6 = _checked(config.subnet, taken)
+    elif any(pool.version == 6 for pool, _ in pools):
+        subnet6 = _from_pools(taken, pools, IPv6Network)
+    else:
+        subnet6 = _unique_local(id6)
     return found, _settled(config, subnet6)
+
+
+def _from_pools(taken: Iterable[Subnet], pools: Sequence[Subnets], version: type[Network]) -> Network:
+    """Raises: ResourceExhausted."""
+    return free_subnet([one for one in taken if isinstance(one, version)], pools, version)
 
 
 def _unique_local(id: str) -> IPv6Network:

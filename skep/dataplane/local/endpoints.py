@@ -187,7 +187,12 @@ class LocalEndpoints:
             task_id=TaskId(container.id),
             node_id=NodeId(""),
             name=container.name,
-            aliases=(container.id[:_SHORT_ID_CHARACTERS], *config.aliases),
+            aliases=tuple(
+                filter(
+                    None,
+                    dict.fromkeys((container.id[:_SHORT_ID_CHARACTERS], container.hostname, *config.aliases)),
+                )
+            ),
             addresses=tuple(map(str, _addresses(config))),
             is_running=True,
             is_serving=True,

@@ -17,6 +17,7 @@ from skep.aio.failures import describe_error, isolate, log_error
 from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
+from skep.dataplane.addresses import DEFAULT_POOLS, Subnets
 from skep.dataplane.local.bridge_request import bridge_of
 from skep.dataplane.local.objects import (
     GATEWAY,
@@ -94,6 +95,7 @@ class LocalNetworks:
     Args:
         file: where they are kept.
         gateway, devices: None: this node networks no containers.
+        pools: where networks get the subnets from that no user names.
         new_id: makes ids of 64 hexadecimal digits.
     """
 
@@ -103,12 +105,14 @@ class LocalNetworks:
         gateway: GatewayBridge | None,
         devices: ParentDevices | None = None,
         *,
+        pools: Sequence[Subnets] = DEFAULT_POOLS,
         clock: Clock,
         new_id: Callable[[], str],
     ) -> None:
         self._file = file
         self._gateway = gateway
         self._devices = devices
+        self._pools = pools
         self._clock = clock
         self._new_id = new_id
         self._kept: _Kept | None = None
@@ -250,6 +254,7 @@ class LocalNetworks:
             others=lasting,
             devices=devices,
             made=self._made_devices(),
+            pools=self._pools,
             configuration=configuration,
         )
         network = replace(network, cluster_id=cluster_id)
@@ -309,6 +314,7 @@ class LocalNetworks:
                 devices=devices,
                 made=self._made_devices(),
                 routes=routes,
+                pools=self._pools,
                 configuration=configuration,
             )
         else:
@@ -316,7 +322,12 @@ class LocalNetworks:
             others = chain.from_iterable(map(subnets_of, kept.bridges))
             taken = [*routes, *others, *([own] if own is not None else [])]
             network = bridge_of(
-                body, id=self._new_id(), created_at=self._now(), taken=taken, configuration=configuration
+                body,
+                id=self._new_id(),
+                created_at=self._now(),
+                taken=taken,
+                pools=self._pools,
+                configuration=configuration,
             )
         self._keep(replace(kept, bridges=(*kept.bridges, network)))
         if (parent := parent_of(network)) is not None and parent.made and self._devices is not None:

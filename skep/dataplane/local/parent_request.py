@@ -4,13 +4,14 @@ Source: moby 20.10, libnetwork/drivers/macvlan/macvlan_setup.go, macvlan_network
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from msgspec.structs import replace
 
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
+from skep.dataplane.addresses import DEFAULT_POOLS, Subnets
 from skep.dataplane.local.bridge_request import network_of, settings_of, settled_subnets
 from skep.dataplane.local.objects import (
     DUMMIES,
@@ -42,6 +43,7 @@ def parent_network_of(
     devices: Collection[str],
     made: Mapping[str, str] = MappingProxyType({}),
     routes: Iterable[Subnet] = (),
+    pools: Sequence[Subnets] = DEFAULT_POOLS,
     configuration: LocalNetwork | None = None,
 ) -> LocalNetwork:
     """The network that ``body`` asks for.
@@ -51,12 +53,13 @@ def parent_network_of(
         devices: names of the machine's network interfaces.
         made: of those that the node makes for its networks, by name, their kind.
         routes: what the machine reaches, which a subnet that is not named is beside.
+        pools: where such a subnet is from.
         configuration: where its settings are from; None: the body itself.
 
     Raises: InvalidArgument, Forbidden, Unimplemented: it cannot be so.
     """
     configs, options, has_ipv6 = settings_of(body, configuration)
-    subnets = settled_subnets(configs, _taken(configs, others, routes), id if has_ipv6 else "")
+    subnets = settled_subnets(configs, _taken(configs, others, routes), id if has_ipv6 else "", pools)
     network = network_of(
         body, body.driver, id=id, created_at=created_at, configs=configs, subnets=subnets, options=options
     )

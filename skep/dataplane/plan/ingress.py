@@ -19,12 +19,11 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import shake_128
 from ipaddress import ip_address, ip_network
-from socket import IPPROTO_UDP
 
 import msgspec
 
 from skep.dataplane.netns.nft_table import Element, NftTable
-from skep.dataplane.netns.state import Flow
+from skep.dataplane.plan.flows import StalePort
 from skep.model.ids import NodeId, TaskId
 from skep.model.publishing import PublishOptions
 from skep.model.tables import Table, TableEndpoint, TablePort, TableService
@@ -67,9 +66,11 @@ class MeshPort(msgspec.Struct, frozen=True, kw_only=True):
         addresses = (host_ip if host_ip != "0.0.0.0" else "",) if host_ip else ("", "::")
         return tuple((self.protocol, self.published, address) for address in addresses)
 
-    def backends(self, version: int) -> frozenset[str]:
-        """Addresses of one IP version."""
-        return frozenset(backend.address for backend in (self.ipv4 if version == 4 else self.ipv6))
+    def backends(self, version: int) -> frozenset[tuple[str, int]]:
+        """Address and port of each backend of one IP version."""
+        return frozenset(
+            (backend.address, backend.port) for backend in (self.ipv4 if version == 4 else self.ipv6)
+        )
 
 
 class IngressNode(msgspec.Struct, frozen=True, order=True):
@@ -320,42 +321,26 @@ def _dnat(family: Family, number: str) -> str:
 # --- flows ------------------------------------------------------------------------------------------------------------
 
 
-class StalePort(msgspec.Struct, frozen=True):
-    """A published UDP port whose flows to anything but ``backends`` are stale.
-
-    They lead to a task of the ingress network (``subnets``) that serves no more, or to the node itself because they
-    began before the port was published.  ``backends`` empty: they are to be refused, or led nowhere any more.
-    """
-
-    port: int
-    backends: frozenset[str]
-    subnets: tuple[str, ...]
-
-    def is_stale(self, flow: Flow) -> bool:
-        """Whether ``flow`` is one of those."""
-        original, backend = flow.original, flow.reply.source
-        if (
-            original.protocol != IPPROTO_UDP
-            or original.destination_port != self.port
-            or backend in self.backends
-        ):
-            return False
-        is_of_node = backend == original.destination
-        return is_of_node or any(ip_address(backend) in ip_network(one) for one in self.subnets)
-
-
 def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
-    """UDP ports that are new, lost a backend, or are not published any more.  ``version``: of IP."""
+    """UDP ports that are new, lost a backend, or are no longer published, in this order.  ``version``: of IP."""
     before = before if before is not None else Plan()
     earlier = {
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
     }
-    found, gone = [], {number for _, number, _ in earlier}
+    found, gone = [], set(earlier)
     for port, key in after.in_force(version):
         if port.protocol != "udp":
             continue
-        gone.discard(port.published)
+        gone.discard(key)
         backends = port.backends(version)
         if key not in earlier or not backends >= earlier[key]:
-            found.append(StalePort(port.published, backends, after.subnets))
-    return (*found, *(StalePort(port, frozenset(), before.subnets) for port in sorted(gone)))
+            found.append(StalePort(port.published, backends, after.subnets, _destination(key)))
+    return (
+        *found,
+        *(StalePort(key[1], frozenset(), before.subnets, _destination(key)) for key in sorted(gone)),
+    )
+
+
+def _destination(key: PortKey) -> str:
+    """The only destination of flows to a socket; empty: every address of the node."""
+    return "" if is_any(key[2]) else key[2]

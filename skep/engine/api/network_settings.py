@@ -177,11 +177,8 @@ def _aliases(container: Container, endpoint: Endpoint) -> list[str]:
 
     Source: moby 20.10, daemon/container_operations.go (updateNetworkConfig).
     """
-    id = container.id[:12]
-    if container.plain is not None:
-        return [*endpoint.config.aliases, id]
-    hostname = container.config.hostname
-    return [id, hostname] if hostname not in ("", id) else [id]
+    own = endpoint.config.aliases if container.plain is not None else ()
+    return list(filter(None, dict.fromkeys((*own, container.id[:12], container.config.hostname))))
 
 
 def _endpoint_id(container: Container, network_id: str, port: str) -> str:

@@ -7,9 +7,9 @@
   peers to become healthy.
 * A service is in the table while it has a virtual address or a task on the network.  Between the end of its only task
   and the start of the next it stays, so that its name and its address are stable.
-* Aliases of a service's network are names of the service (and of its virtual address), as in Docker; a container has
-  one further name, the short form of its id, which is its host name too.  For a plain container the first alias of
-  the attachment is its name, and the others are further aliases.
+* Aliases of a service's network are names of the service (and of its virtual address), as in Docker.  A container has
+  two further names: the short form of its id, and its host name if its user has set one.  For a plain container the
+  first alias of the attachment is its name, and the others are further aliases, its host name among them.
 
 Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), daemon/container_operations.go
 (updateNetworkConfig, the short id).
@@ -17,6 +17,8 @@ Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), da
 
 from collections.abc import Iterable, Mapping
 
+from skep.errors import InvalidArgument
+from skep.model.container import ContainerSpec
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.labels import publishes_not_ready
 from skep.model.network import Network
@@ -33,6 +35,7 @@ from skep.model.publishing import publish_options
 from skep.model.service import PublishMode, Service
 from skep.model.tables import TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.templates import context, expand_container
 from skep.model.wireguard import published_keys
 from skep.store.interface import View
 
@@ -80,6 +83,7 @@ def endpoint_of(
     if service is not None:
         # The container's name on its node, with the slot as shown to users.
         name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
+        aliases = [_hostname(task, service, node, name)]
     elif plain is not None:
         container_id = plain.container_id
         name, *aliases = attachment.aliases or ("",)
@@ -89,7 +93,7 @@ def endpoint_of(
         service_id=task.service_id,
         slot=task.shown_slot,
         name=name,
-        aliases=tuple(alias for alias in (container_id[:SHORT_ID_CHARACTERS], *aliases) if alias),
+        aliases=tuple(filter(None, dict.fromkeys((container_id[:SHORT_ID_CHARACTERS], *aliases)))),
         addresses=_addresses(attachment),
         # STARTING includes containers that run and are not healthy yet; managers cannot distinguish them.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),
@@ -101,6 +105,30 @@ def endpoint_of(
             and publishes_not_ready(service.spec.labels)
         ),
     )
+
+
+def _hostname(task: Task, service: Service, node: Node, name: str) -> str:
+    """The host name that the user has set for the task's container, called ``name``; empty: none."""
+    spec = task.spec.container_spec
+    if spec is None or "{{" not in spec.hostname:
+        return spec.hostname if spec is not None else ""
+    described = node.description
+    seen = context(
+        service_id=service.id,
+        service_name=service.spec.name,
+        service_labels=service.spec.labels,
+        node_id=node.id,
+        hostname=described.hostname,
+        os=described.platform.os,
+        architecture=described.platform.architecture,
+        task_id=task.id,
+        task_name=name,
+        slot=str(task.slot) if task.slot else task.node_id,
+    )
+    try:
+        return expand_container(ContainerSpec(hostname=spec.hostname), seen).hostname
+    except InvalidArgument:  # the node rejects the task
+        return ""
 
 
 def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableService | None:

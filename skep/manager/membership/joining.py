@@ -123,7 +123,10 @@ class JoiningManager:
 
 def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> Admission:
     """The admission in ``reply``.  Raises: JoinRefused: it is incomplete."""
-    peers = tuple(Peer(name=member.name, url=member.peer_url, ip=member.ip) for member in reply.members)
+    peers = tuple(
+        Peer(name=member.name, url=member.peer_url, ip=member.ip, manager_port=member.manager_port)
+        for member in reply.members
+    )
     if node_id not in {peer.name for peer in peers} or not all(peer.url for peer in peers):
         raise JoinRefused(
             "the manager's response does not list this one as a member: are they of the same version?"

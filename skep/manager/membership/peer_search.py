@@ -84,7 +84,9 @@ class PeerSearch:
     def _candidates(self) -> list[str]:
         _, port = parted(self._addr)
         known = [
-            joined(peer.ip, port) for peer in self._peer_addresses.peers if peer.name != self._own and peer.ip
+            joined(peer.ip, peer.manager_port or port)
+            for peer in self._peer_addresses.peers
+            if peer.name != self._own and peer.ip
         ]
         return sorted({*known, *self._look_at} - {self._addr})
 

@@ -94,10 +94,11 @@ class MembersService:
         self._peer_addresses.note(self._store.view().find(Node), members)
 
     def _members_of(self, members: Sequence[RaftMember]) -> list[pb.Member]:
-        ips = {peer.name: peer.ip for peer in self._peer_addresses.peers}
+        known = {peer.name: (peer.ip, peer.manager_port) for peer in self._peer_addresses.peers}
         return [
-            pb.Member(name=member.name, peer_url=member.url, ip=ips.get(member.name, ""))
+            pb.Member(name=member.name, peer_url=member.url, ip=ip, manager_port=port)
             for member in members
+            for ip, port in (known.get(member.name, ("", 0)),)
         ]
 
     async def _promote(self, _request: pb.PromoteMemberRequest, caller: Caller) -> pb.PromoteMemberResponse:

@@ -34,7 +34,7 @@ def peer_addr(node: TestNode) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_manager_whose_peer_port_is_taken_uses_the_next_one_and_says_so() -> None:
+def test_a_manager_whose_peer_port_is_taken_uses_another_one_and_says_so() -> None:
     with a_playground("peerport", managers=1) as cluster:
         for name in ("m2", "m3"):
             cluster.skep("add", "manager", name)
@@ -50,19 +50,19 @@ def test_a_manager_whose_peer_port_is_taken_uses_the_next_one_and_says_so() -> N
                 m3.docker("swarm", "join", "--token", token, f"{addresses[0]}:2377")
                 wait_managers(m1, "m1", "m2", "m3")
                 write(m2, "with-three")
-                assert [peer_addr(m1), peer_addr(m2)] == [f"{addresses[0]}:2378", f"{addresses[1]}:2379"]
-                assert "TCP port 2379" in m2.docker("info").stderr
+                assert [peer_addr(m1), peer_addr(m2)] == [f"{addresses[0]}:2378", f"{addresses[1]}:12377"]
+                assert "TCP port 12377" in m2.docker("info").stderr
                 assert "TCP port" not in m1.docker("info").stderr
                 assert failing(json.loads(doctor(m1, "--json").stdout)) == set()
             finally:
                 other.kill()
-        with blocked(m2, m3, "2379/tcp"):  # neither of them leads
+        with blocked(m2, m3, "12377/tcp"):  # neither of them leads
             wait_until(
-                lambda: ("m3", "m2", "2379/tcp") in failing(json.loads(doctor(m1, "--json").stdout)),
+                lambda: ("m3", "m2", "12377/tcp") in failing(json.loads(doctor(m1, "--json").stdout)),
                 "named",
                 60,
             )
-            wait_until(lambda: "m2 2379/tcp (etcd)" in message(m1, "m3"), "its status says it", 60)
+            wait_until(lambda: "m2 12377/tcp (etcd)" in message(m1, "m3"), "its status says it", 60)
 
 
 @pytest.mark.slow

@@ -154,6 +154,58 @@ async def test_a_read_only_container_cannot_write_but_to_its_mounts(run: Runner)
     assert "root" not in output
 
 
+def a_tmpfs(destination: str, *options: str, read_only: bool = False) -> MountPoint:
+    return MountPoint(
+        type="tmpfs",
+        destination=destination,
+        options=("noexec", "nosuid", "nodev", "rprivate", *options),
+        read_only=read_only,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("mode=1770", "size=65536", "uid=1000", "gid=1001"), "1770 1000:1001 64k"),
+        (("size=65536",), "{default} 0:0 64k"),
+    ],
+)
+@pytest.mark.parametrize(("path", "default"), [("/new/deep", "1777"), ("/srv/owned", "750")])
+async def test_a_tmpfs_has_its_mode_owner_and_size_at_every_start(
+    run: Runner, engine: Engine, path: str, default: str, options: tuple[str, ...], expected: str
+) -> None:
+    """Without a mode it is 1777, or that of the image's directory, which it covers."""
+    of_image = run.lab.tree / "srv/owned"
+    of_image.mkdir(parents=True)
+    of_image.chmod(0o750)
+    (of_image / "file").write_text("of the image")
+    command = f"stat -c '%a %u:%g' {path}; mount | grep ' {path} '; ls -A {path}; echo x >{path}/left"
+    container = await run.create("sh", "-c", command, mounts=(a_tmpfs(path, *options),))
+    for start in (1, 2, 3):
+        await engine.start(container.id)
+        await engine.wait(container.id)
+        lines = (await run.logs(container)).splitlines()[2 * (start - 1) :]
+        mode, owner, size = expected.format(default=default).split()
+        assert lines[0] == f"{mode} {owner}"
+        assert lines[1].startswith(f"tmpfs on {path} type tmpfs")
+        assert {"noexec", "nosuid", "nodev", f"size={size}"} <= set(
+            lines[1].partition("(")[2][:-1].split(",")
+        )
+        assert len(lines) == 2, "nothing of the image, or of an earlier start"
+    await eventually(lambda: container.id not in Path("/proc/self/mountinfo").read_text(), "unmounted")
+
+
+async def test_programs_run_from_a_tmpfs_that_allows_it_and_one_is_read_only(run: Runner) -> None:
+    programs = "for path in /no /yes; do busybox cp /bin/busybox $path/true && $path/true && echo $path; done"
+    command = f"{programs}; touch /fixed/x"
+    executable = MountPoint(type="tmpfs", destination="/yes", options=("nosuid", "nodev", "exec"))
+    mounts = (a_tmpfs("/no"), executable, a_tmpfs("/fixed", read_only=True))
+    output = await run.output("sh", "-c", command, mounts=mounts)
+    assert "/yes" in output.splitlines()
+    assert "/no" not in output.splitlines()
+    assert "Read-only file system" in output
+
+
 async def test_bind_mounts_reach_the_node(tmp_path: Path, run: Runner) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -237,7 +237,7 @@ BAD = [
     ("log-driver", "printer", "write one of json-file"),
     ("log-opt", "max-size", "write key=value"),
     ("default-address-pool", "10.0.0.0/8", "write base="),
-    ("default-address-pool", "base=10.0.0.0/16,size=8", "a prefix length from 16 to 32"),
+    ("default-address-pool", "base=10.0.0.0/16,size=8", "a prefix length from 16 to 30"),
 ]
 
 

@@ -67,6 +67,13 @@ def test_a_network_with_ipv6_has_a_subnet_of_each_version() -> None:
     assert (shown["EnableIPv6"], shown["IPAM"]["Config"]) == (True, [four, named])
 
 
+def test_subnets_are_from_the_pools_of_the_node() -> None:
+    pools = [(IPv4Network("10.10.0.0/16"), 24), (IPv6Network("fd00:2::/32"), 64)]
+    body = NetworkBody(name="front", ipam=IPAMBody(), enable_ipv6=True)
+    made = bridge_of(body, id="f" * 64, created_at=ZERO_TIME, taken=TAKEN, pools=pools)
+    assert [one.subnet for one in made.configs] == ["10.10.0.0/24", "fd00:2:0:1::/64"]
+
+
 @pytest.mark.parametrize(
     ("subnets", "said"),
     [

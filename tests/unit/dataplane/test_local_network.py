@@ -1,5 +1,7 @@
 """Addresses, ports and rules of the gateway network."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
@@ -7,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.dataplane.addresses import POOL, Addresses, beside, free_subnet, mac_of, unique_local
+from skep.dataplane.addresses import (
+    DEFAULT_POOLS,
+    Addresses,
+    Subnets,
+    beside,
+    free_subnet,
+    mac_of,
+    pools_or_default,
+    unique_local,
+)
 from skep.dataplane.gateway import gateway_state, stored_subnet
 from skep.dataplane.netns.forwarding import forward_ipv6
 from skep.dataplane.netns.nft_table import changes, whole
@@ -15,20 +26,78 @@ from skep.dataplane.plan.gateway import HostPort, gateway_table, gateway_table_i
 from skep.errors import ResourceExhausted
 
 
+def first_free(*taken: str, pools: Sequence[Subnets] = DEFAULT_POOLS) -> str:
+    return str(free_subnet(map(IPv4Network, taken), pools, IPv4Network))
+
+
 def test_the_first_subnet_without_a_collision_is_taken() -> None:
-    assert free_subnet([IPv4Network("0.0.0.0/0")]) == IPv4Network("172.18.0.0/16")
-    taken = [IPv4Network("172.18.4.0/24"), IPv4Network("172.16.0.0/15"), IPv4Network("172.19.0.0/16")]
-    assert free_subnet(taken) == IPv4Network("172.20.0.0/16")
+    assert first_free("0.0.0.0/0") == "172.18.0.0/16"
+    assert first_free("172.18.4.0/24", "172.16.0.0/15", "172.19.0.0/16") == "172.20.0.0/16"
 
 
 def test_without_a_free_subnet_the_error_says_so() -> None:
-    with pytest.raises(ResourceExhausted, match="collides with a route"):
-        free_subnet([IPv4Network("172.16.0.0/12"), IPv4Network("192.168.0.0/16")])
+    with pytest.raises(
+        ResourceExhausted, match=r"address pools have been fully subnetted.*default-address-pools"
+    ):
+        first_free("172.16.0.0/12", "192.168.0.0/16")
 
 
-@given(st.lists(st.sampled_from(POOL), max_size=20))
-def test_a_chosen_subnet_never_overlaps(taken: list[IPv4Network]) -> None:
-    assert not any(free_subnet(taken).overlaps(network) for network in taken)
+def every_subnet(*routes: str, pools: Sequence[Subnets] = DEFAULT_POOLS) -> list[IPv4Network]:
+    """What networks get that are made one after the other."""
+    taken, made = [IPv4Network(route) for route in routes], list[IPv4Network]()
+    with suppress(ResourceExhausted):
+        while len(made) < 1000:
+            made.append(free_subnet([*taken, *made], pools, IPv4Network))
+    return made
+
+
+def test_a_node_makes_networks_until_its_pools_are_used_up() -> None:
+    made = every_subnet()
+    assert [str(one) for one in made[:2]] == ["172.18.0.0/16", "172.19.0.0/16"]
+    assert (str(made[14]), str(made[29]), str(made[30])) == (
+        "192.168.0.0/20",
+        "192.168.240.0/20",
+        "172.16.0.0/24",
+    )
+    assert len(made) == 14 + 16 + 512
+    small = [(IPv4Network("10.1.0.0/24"), 26)]
+    assert list(map(str, every_subnet(pools=small))) == [f"10.1.0.{first}/26" for first in (0, 64, 128, 192)]
+
+
+def test_more_than_forty_networks_are_beside_the_routes_of_a_home_or_an_office() -> None:
+    routes = [IPv4Network(one) for one in ("0.0.0.0/0", "172.17.0.0/16", "192.168.0.0/16", "10.0.0.0/8")]
+    made = every_subnet(*map(str, routes))
+    assert len(made) == 14 + 256
+    assert len(every_subnet("192.168.1.0/24")) == 14 + 15 + 512 + 15, "all but its own of the first /20"
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda address, length: IPv4Network((address, length), strict=False),
+            st.integers(int(IPv4Address("172.15.0.0")), int(IPv4Address("172.32.0.0"))),
+            st.integers(12, 32),
+        ),
+        max_size=20,
+    )
+)
+def test_a_chosen_subnet_is_the_first_that_overlaps_nothing(taken: list[IPv4Network]) -> None:
+    pools = [(IPv4Network("172.18.0.0/15"), 20)]
+    candidates = IPv4Network("172.18.0.0/15").subnets(new_prefix=20)
+    wanted = next((one for one in candidates if not any(map(one.overlaps, taken))), None)
+    if wanted is None:
+        with pytest.raises(ResourceExhausted):
+            free_subnet(taken, pools, IPv4Network)
+    else:
+        assert free_subnet(taken, pools, IPv4Network) == wanted
+
+
+def test_pools_of_ipv6_alone_leave_those_of_ipv4_as_they_are() -> None:
+    six = (IPv6Network("fd00:1::/48"), 64)
+    assert pools_or_default([six]) == (six, *DEFAULT_POOLS)
+    assert pools_or_default([]) == DEFAULT_POOLS
+    four = (IPv4Network("10.1.0.0/16"), 24)
+    assert pools_or_default([four]) == [four]
 
 
 def test_addresses_go_round_and_leave_out_what_is_used() -> None:

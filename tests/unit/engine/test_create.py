@@ -20,7 +20,7 @@ from skep.engine.create import (
 )
 from skep.engine.images.image import ContainerDefaults
 from skep.engine.log_drivers.options import log_config
-from skep.engine.request import CreateRequest, read_create
+from skep.engine.request import CreateRequest, TaskOptions, read_create
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.sandbox import EndpointRequest, NetworkMode
@@ -247,6 +247,17 @@ def test_a_host_gateway_that_the_node_does_not_have_is_refused_in_dockers_words(
     node = NodeDefaults(hostname="node", host_gateway="", log=Driver(name="json-file"))
     with pytest.raises(FailedPrecondition, match="unable to derive the IP value for host-gateway"):
         container_config(body({"ExtraHosts": ["gate:host-gateway"]}), IMAGE, None, node)
+
+
+def test_the_host_gateway_is_the_nodes_address_for_plain_containers_and_for_tasks() -> None:
+    plain = configured(host={"ExtraHosts": ["gate:host-gateway", "six:fd00::1", "host-gateway:10.0.0.1"]})
+    assert plain.hosts == ("172.18.0.1 gate", "fd00::1 six", "10.0.0.1 host-gateway")
+    node = NodeDefaults(hostname="node", host_gateway="172.18.0.1", log=Driver(name="json-file"))
+    task = TaskOptions(hosts=("host-gateway gate host.docker.internal", "10.0.0.2 db"), stop_grace_ns=0)
+    made = container_config(body(), IMAGE, task, node)
+    assert made.hosts == ("172.18.0.1 gate host.docker.internal", "10.0.0.2 db")
+    with pytest.raises(FailedPrecondition, match="unable to derive the IP value for host-gateway"):
+        container_config(body(), IMAGE, task, node._replace(host_gateway=""))
 
 
 def test_links_of_a_request_belong_to_its_first_network() -> None:

@@ -86,6 +86,22 @@ def test_tmpfs_options_replace_their_opposites() -> None:
     assert mount_point(mount, "", "").options == ("nosuid", "nodev", "rprivate", "exec", "uid=7")
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("nonsense",), r'invalid tmpfs option \["nonsense"\]'),
+        (("size",), r'invalid tmpfs option \["size"\]'),
+        (("noexec", "1"), r'invalid tmpfs option \["noexec" "1"\]'),
+        (("bind",), "invalid tmpfs option"),  # these would mount something else
+        (("remount",), "invalid tmpfs option"),
+    ],
+)
+def test_options_that_no_tmpfs_has_are_refused_in_dockers_words(option: tuple[str, ...], said: str) -> None:
+    mount = Mount(type="tmpfs", target="/t", tmpfs_options=TmpfsOptions(options=(option,)))
+    with pytest.raises(InvalidArgument, match=said):
+        mount_point(mount, "", "")
+
+
 def with_options(**options: str) -> Mount:
     given = VolumeOptions(driver_config=Driver(name="local", options=options))
     return Mount(type="volume", source="data", target="/v", volume_options=given)

@@ -11,6 +11,7 @@ from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.model.swarm import CAConfig, DispatcherConfig, SwarmSpec
 from skep.model.times import SECOND_NS
+from skep.node import founding
 from skep.node.founding import check_listening, check_settings, chosen_peer_addr, peer_warning
 
 
@@ -35,7 +36,7 @@ def test_settings_that_are_left_out_are_the_defaults() -> None:
     check_settings(SwarmSpec())
 
 
-@pytest.mark.parametrize("port", ["²", "9" * 5000, "65535", ""])
+@pytest.mark.parametrize("port", ["²", "9" * 5000, "65536", ""])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
     with pytest.raises(Untranslated, match="invalid port"):
         check_listening(f"127.0.0.1:{port}")
@@ -54,27 +55,49 @@ def taken(*addrs: str) -> Callable[[str], OSError | None]:
     ("listen", "wanted", "in_use", "chosen"),
     [
         (LISTEN, "", (), "0.0.0.0:2378"),
-        ("[fd00::1]:3000", "", (), "[fd00::1]:3001"),
-        (LISTEN, "", ("0.0.0.0:2378",), "0.0.0.0:2379"),
-        (LISTEN, "", ("0.0.0.0:2378", "0.0.0.0:2379"), "0.0.0.0:2380"),
+        ("[fd00::1]:3000", "", (), "[fd00::1]:13000"),
+        (LISTEN, "", ("0.0.0.0:2378",), "0.0.0.0:12377"),
+        (LISTEN, "", ("0.0.0.0:2378", "0.0.0.0:12377"), "0.0.0.0:12378"),
         (LISTEN, ":4000", (), "0.0.0.0:4000"),
         (LISTEN, "192.0.2.1:4000", (), "192.0.2.1:4000"),
         # A worker that is promoted cannot be asked for another port.
         (LISTEN, ":4000", ("0.0.0.0:4000",), "0.0.0.0:2378"),
         (LISTEN, ":2377", (), "0.0.0.0:2378"),
         # Nothing is free: etcd says what is wrong.
-        ("0.0.0.0:65534", "", ("0.0.0.0:65535",), "0.0.0.0:65535"),
+        ("0.0.0.0:65535", "", tuple(f"0.0.0.0:{port}" for port in range(55535, 55555)), "0.0.0.0:55535"),
     ],
 )
-def test_the_peer_port_is_the_one_wanted_or_the_next_that_is_free(
+def test_the_peer_port_is_the_one_wanted_or_the_default_or_a_free_one(
     listen: str, wanted: str, in_use: tuple[str, ...], chosen: str
 ) -> None:
     assert chosen_peer_addr(listen, wanted, taken(*in_use)) == chosen
 
 
-def test_of_twenty_ports_that_are_taken_the_first_is_used() -> None:
-    in_use = (f"0.0.0.0:{port}" for port in range(2378, 2398))
-    assert chosen_peer_addr(LISTEN, "", taken(*in_use)) == "0.0.0.0:2378"
+def test_of_ports_that_are_all_taken_the_first_is_used() -> None:
+    assert chosen_peer_addr(LISTEN, "", lambda _: OSError(errno.EADDRINUSE, "in use")) == "0.0.0.0:2378"
+
+
+@pytest.mark.parametrize("first", [2477, 2379, 30000, 54998, 65533])
+def test_managers_side_by_side_take_none_of_each_others_ports(first: int) -> None:
+    """Each is made while those before it listen, whichever port it prefers."""
+    listening: set[str] = set()
+    for port in (first, first + 1, first + 2):
+        listen = f"127.0.0.1:{port}"
+        assert listen not in listening
+        peer = chosen_peer_addr(listen, "", taken(*listening))
+        assert peer not in listening
+        listening |= {listen, peer}
+    assert len(listening) == 6
+
+
+def test_a_listen_port_that_is_etcds_of_the_default_manager_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(founding, "bind_error", taken("0.0.0.0:2378", "0.0.0.0:2379"))
+    with pytest.raises(Untranslated, match=r"address already in use .etcd of a manager at 2377 has it"):
+        check_listening("0.0.0.0:2378")
+    with pytest.raises(Untranslated, match=r"address already in use$"):
+        check_listening("0.0.0.0:2379")
 
 
 @pytest.fixture
@@ -83,10 +106,10 @@ def listener() -> Iterator[tuple[str, int]]:
         yield server.getsockname()
 
 
-def test_the_next_port_being_taken_refuses_nothing_and_another_is_chosen(listener: tuple[str, int]) -> None:
+def test_a_taken_port_refuses_no_promotion_and_another_is_chosen(listener: tuple[str, int]) -> None:
     host, port = listener
     listen = f"{host}:{port - 1}"
-    assert chosen_peer_addr(listen, "") not in {listen, f"{host}:{port}"}
+    assert chosen_peer_addr(listen, f":{port}") not in {listen, f"{host}:{port}"}
 
 
 def test_ports_that_a_user_named_and_that_are_taken_are_refused_by_name(listener: tuple[str, int]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from skep.agent.session_state import SessionState
+from skep.bootstrap import ManagerConfig, encode
 from skep.configuration.configuration import Configuration, TcpHost, UnixHost
 from skep.dataplane.ports import UnreservedPorts
 from skep.errors import AlreadyExists
@@ -46,9 +47,14 @@ def test_a_worker_keeps_the_ports_of_networks_before_it_has_one() -> None:
 
 def test_a_manager_keeps_where_it_listens_and_its_etcd() -> None:
     found = own_ports(Configuration(), MANAGER)
-    assert (found["tcp", 5377], found["tcp", 5378]) == ("managers", "etcd")
+    assert (found["tcp", 5377], found["tcp", 15377]) == ("managers", "etcd")
     assert ("tcp", 7946) in found
     assert own_ports(Configuration(peer_addr=":6000"), MANAGER)["tcp", 6000] == "etcd"
+    found = own_ports(Configuration(peer_addr=":6000"), MANAGER, peer_addr="192.0.2.1:5378")
+    assert found["tcp", 5378] == "etcd", (
+        "where it listens counts, whatever is configured or the default by now"
+    )
+    assert ("tcp", 6000) not in found
 
 
 class AnyPorts(NetPorts):
@@ -88,6 +94,18 @@ def test_a_node_reports_its_ports_and_follows_what_its_cluster_says(tmp_path: Pa
     assert ports.labels() == {}
     write_local_node(paths_of(tmp_path).node_json, MANAGER)
     session.data_path_port = 5000
+    assert ports.labels() == {"skep.reserved-ports": "tcp=2374,5377,7946,15377 udp=5000,5010,5011"}
+    of_an_early_version = ManagerConfig(
+        data_dir=str(tmp_path),
+        run_dir=str(tmp_path),
+        node_id=MANAGER.node_id,
+        cluster_id=MANAGER.cluster_id,
+        listen_addr=MANAGER.listen_addr,
+        advertise_addr=MANAGER.listen_addr,
+        hostname="m1",
+    )
+    paths_of(tmp_path).manager_config.parent.mkdir(parents=True, exist_ok=True)
+    paths_of(tmp_path).manager_config.write_bytes(encode(of_an_early_version))
     assert ports.labels() == {"skep.reserved-ports": "tcp=2374,5377,5378,7946 udp=5000,5010,5011"}
     paths_of(tmp_path).node_json.write_text("damaged")
     assert ports.labels() == {}

@@ -131,6 +131,37 @@ def test_the_first_network_that_has_a_name_answers() -> None:
     assert addresses("web", tables=(BACK, FRONT)) == ["10.0.2.2"]
 
 
+SIX = a_network(
+    a_served("web", ["fd00:2::2"], ["fd00:2::3"]),
+    a_served("idle", (), []),
+    name="six",
+    subnets=["fd00:2::/64"],
+)
+
+
+@pytest.mark.parametrize("name", ["web", "1.web", "tasks.web"])
+def test_a_name_without_addresses_of_the_ip_version_is_asked_for_on_the_next_network(name: str) -> None:
+    both_orders = ((FRONT, BACK, SIX), (SIX, FRONT, BACK))
+    four, six = {
+        "web": (["10.0.1.2"], ["fd00:2::2"]),
+        "1.web": (["10.0.1.3"], ["fd00:2::3"]),
+        "tasks.web": (["10.0.1.3", "10.0.1.4"], ["fd00:2::3"]),
+    }[name]
+    for tables in both_orders:
+        assert addresses(name, AAAA, tables=tables) == six
+        assert addresses(name, tables=tables) == four
+
+
+def test_the_name_of_one_network_is_asked_for_there_alone() -> None:
+    assert found("web.front", AAAA, tables=(FRONT, SIX)) == Found()
+    assert addresses("web.six", AAAA, tables=(FRONT, SIX)) == ["fd00:2::2"]
+    assert found("2.web", AAAA, tables=(FRONT, SIX)) == Found()  # of the second, which has one slot
+
+
+def test_a_name_without_any_address_is_not_asked_for_on_the_next_network() -> None:
+    assert found("idle", tables=(SIX, FRONT)) == Found()
+
+
 @pytest.mark.parametrize("type", [AAAA, MX, TXT, SRV])
 def test_a_name_of_ours_is_never_asked_for_elsewhere(type: int) -> None:
     assert found("web", type) == Found()

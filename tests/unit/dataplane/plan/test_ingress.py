@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from skep.dataplane.netns.nft_table import NftTable, changes, fresh, whole, with_spare_chains
 from skep.dataplane.netns.state import Flow, Route, Rule, Tuple
+from skep.dataplane.plan.flows import StalePort, is_stale
 from skep.dataplane.plan.ingress import (
     IPV4,
     IPV6,
@@ -18,7 +19,6 @@ from skep.dataplane.plan.ingress import (
     IngressNode,
     MeshPort,
     Plan,
-    StalePort,
     ingress_table,
     plan,
     stale_ports,
@@ -338,30 +338,45 @@ def test_nodes_that_come_and_go_change_elements_only() -> None:
 
 # --- flows and relays -------------------------------------------------------------------------------------------------
 
-STALE = StalePort(53, frozenset({"10.0.0.5"}), ("10.0.0.0/24",))
+
+def held_flow(port: int, answers_from: str, *, by: str = "192.0.2.1", from_port: int = 53) -> Flow:
+    original = Tuple(17, "192.0.2.100", 4000, by, port)
+    return Flow(original, Tuple(17, answers_from, from_port, "192.0.2.100", 4000), b"")
+
+
+STALE = StalePort(53, frozenset({("10.0.0.5", 53)}), ("10.0.0.0/24",))
 
 
 @pytest.mark.parametrize(
-    ("port", "answers_from", "is_one"),
+    ("port", "answers_from", "from_port", "expected"),
     [
-        (53, "10.0.0.5", False),  # serves
-        (53, "10.0.0.6", True),  # served
-        (53, "192.0.2.1", True),  # the node itself
-        (53, "203.0.113.9", False),  # led elsewhere by another program
-        (54, "10.0.0.6", False),
+        (53, "10.0.0.5", 53, False),  # serves
+        (53, "10.0.0.5", 54, True),  # the task's port before an update
+        (53, "10.0.0.6", 53, True),  # served
+        (53, "192.0.2.1", 53, True),  # the node itself
+        (53, "203.0.113.9", 53, False),  # led elsewhere by another program
+        (54, "10.0.0.6", 53, False),
     ],
 )
-def test_a_flow_is_stale_when_its_task_serves_no_more(port: int, answers_from: str, is_one: bool) -> None:
-    original = Tuple(17, "192.0.2.100", 4000, "192.0.2.1", port)
-    reply = Tuple(17, answers_from, 53, "192.0.2.100", 4000)
-    assert STALE.is_stale(Flow(original, reply, b"")) == is_one
-    assert not STALE.is_stale(Flow(msgspec.structs.replace(original, protocol=6), reply, b""))
+def test_a_flow_is_stale_when_its_task_serves_no_more(
+    port: int, answers_from: str, from_port: int, expected: bool
+) -> None:
+    flow = held_flow(port, answers_from, from_port=from_port)
+    assert is_stale(flow, [STALE]) == expected
+    of_tcp = msgspec.structs.replace(flow, original=msgspec.structs.replace(flow.original, protocol=6))
+    assert not is_stale(of_tcp, [STALE])
+
+
+def test_flows_by_another_address_than_the_ports_own_are_left_alone() -> None:
+    bound = msgspec.structs.replace(STALE, address="192.0.2.1")
+    assert is_stale(held_flow(53, "10.0.0.6"), [bound])
+    assert not is_stale(held_flow(53, "10.0.0.6", by="192.0.2.2"), [bound])
 
 
 def test_flows_are_looked_for_where_a_udp_port_is_new_or_lost_a_backend() -> None:
     one, both = a_port("t1", protocol="udp"), a_port("t1", "t2", protocol="udp")
     tcp = a_port("t1", published=81)
-    assert stale_ports(None, held(one, tcp), 4) == (StalePort(80, frozenset({"10.0.0.1"}), ()),)
+    assert stale_ports(None, held(one, tcp), 4) == (StalePort(80, frozenset({("10.0.0.1", 8000)}), ()),)
     assert stale_ports(held(one), held(both), 4) == ()
     assert stale_ports(held(both), held(one), 4) != ()
 
@@ -371,8 +386,18 @@ def test_flows_of_a_udp_port_that_is_not_published_any_more_are_stale_whatever_t
     before = held(a_port("t1", protocol="udp"), a_port("t1", published=81), subnets=subnets)
     for after in (Plan(), held(a_port("t1"), subnets=("10.0.9.0/24",))):
         assert stale_ports(before, after, 4) == (StalePort(80, frozenset(), subnets),)
+
+
+def test_flows_are_judged_by_the_addresses_on_which_a_port_is_published_now() -> None:
+    subnets = ("10.0.0.0/24",)
+    everywhere = held(a_port("t1", protocol="udp"), subnets=subnets)
     bound = held(a_port("t1", protocol="udp", host_ip="192.0.2.1"), subnets=subnets)
-    assert stale_ports(before, bound, 4) == (StalePort(80, frozenset({"10.0.0.1"}), subnets),)
+    by_it, by_another = (
+        held_flow(80, "10.0.0.1", by=by, from_port=8000) for by in ("192.0.2.1", "192.0.2.2")
+    )
+    narrowed, widened = stale_ports(everywhere, bound, 4), stale_ports(bound, everywhere, 4)
+    assert [is_stale(one, narrowed) for one in (by_it, by_another)] == [False, True]
+    assert not any(is_stale(one, widened) for one in (by_it, by_another))
 
 
 def test_flows_of_a_family_that_the_node_does_not_hold_are_left_alone() -> None:

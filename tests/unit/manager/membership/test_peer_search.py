@@ -1,9 +1,11 @@
 """The callers that a manager without a store accepts."""
 
+import asyncio
+
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.errors import PermissionDenied
+from skep.errors import PermissionDenied, Unavailable
 from skep.manager.membership.peer_addresses import PeerAddresses
 from skep.manager.membership.peer_search import PeerSearch
 from skep.model.ids import ClusterId, NodeId
@@ -27,3 +29,34 @@ def test_without_a_store_only_known_managers_are_accepted() -> None:
     peer_search.require_known(caller("a"), Access.MANAGER)
     with pytest.raises(PermissionDenied, match="not known here"):
         peer_search.require_known(caller("removed"), Access.MANAGER)
+
+
+async def test_managers_are_searched_at_their_own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one machine have different ones; a port that is not known is taken to be this manager's."""
+    peers = (
+        Peer(name="a", url="https://a:12478", ip="10.0.0.9", manager_port=2478),
+        Peer(name="b", url="https://b:2378", ip="10.0.0.2"),
+        Peer(name="own", url="https://own:12477", ip="10.0.0.9", manager_port=2477),
+    )
+    search = PeerSearch(
+        NodeId("own"),
+        "10.0.0.9:2477",
+        PeerAddresses(peers, lambda _: None),
+        ("10.0.0.3:2377",),
+        unverified_context,
+        SystemClock(),
+    )
+    called, all_called = list[str](), asyncio.Event()
+
+    def connected(addr: str, *_: object) -> None:
+        called.append(addr)
+        if len(called) == 3:
+            all_called.set()
+        raise Unavailable("nothing listens")
+
+    monkeypatch.setattr("skep.manager.membership.peer_search.connected", connected)
+    async with asyncio.TaskGroup() as group:
+        searching = group.create_task(search.search())
+        await all_called.wait()
+        searching.cancel()
+    assert sorted(called) == ["10.0.0.2:2477", "10.0.0.3:2377", "10.0.0.9:2478"]

@@ -1,0 +1,29 @@
+"""Deletes stale UDP flows of published ports, so that their clients' next packet follows the present rules."""
+
+import socket
+from collections.abc import Collection
+
+import structlog
+
+from skep.dataplane.netns import conntrack
+from skep.dataplane.plan.flows import StalePort, is_stale
+
+log = structlog.get_logger()
+
+
+def delete_flows(stale: Collection[StalePort], version: int = 4) -> None:
+    """Delete stale UDP flows of the calling thread's namespace.  ``version``: of IP.  Blocks.
+
+    A refusal (the kernel does not list flows, or offloads one) is only logged: another try would change nothing.
+    Raises: OSError: the kernel did not answer.
+    """
+    ports = {one.port.to_bytes(2, "big") for one in stale}
+    try:
+        conntrack.delete_stale(
+            socket.AF_INET if version == 4 else socket.AF_INET6,
+            lambda flow: is_stale(flow, stale),
+            # Most entries do not have a port's bytes, which is known without decoding them.
+            concerns=lambda entry: any(port in entry for port in ports),
+        )
+    except conntrack.Refused as error:
+        log.warning("flows to published ports not moved", error=str(error))

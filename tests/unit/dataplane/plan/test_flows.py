@@ -1,0 +1,62 @@
+"""Which UDP flows of host-mode ports are stale."""
+
+import pytest
+
+from skep.dataplane.netns.state import Flow, Tuple
+from skep.dataplane.plan.flows import is_stale, stale_host_ports
+from skep.model.sandbox import PublishedPort
+from skep.model.service import PublishMode
+
+SUBNET = "172.18.0.0/16"
+
+
+def a_port(published: int, target: int, *, protocol: str = "udp", host_ip: str = "") -> PublishedPort:
+    return PublishedPort(
+        protocol=protocol,
+        published_port=published,
+        target_port=target,
+        publish_mode=PublishMode.HOST,
+        host_ip=host_ip,
+    )
+
+
+def a_flow(port: int, backend: str, from_port: int, *, by: str = "192.0.2.1") -> Flow:
+    original = Tuple(17, "192.0.2.100", 4000, by, port)
+    return Flow(original, Tuple(17, backend, from_port, "192.0.2.100", 4000), b"")
+
+
+PORTS = (a_port(53, 9953), a_port(53, 9953, host_ip="::"), a_port(80, 80, protocol="tcp"))
+
+
+@pytest.mark.parametrize(
+    ("flow", "when_published", "when_gone"),
+    [
+        (a_flow(53, "172.18.0.5", 9953), False, True),  # this container
+        (a_flow(53, "172.18.0.4", 9953), True, False),  # the container before it
+        (a_flow(53, "172.18.0.5", 53), True, True),  # another port of this container
+        (a_flow(53, "192.0.2.1", 53), True, True),  # the node: no container had the port
+        (a_flow(53, "10.0.0.7", 53), False, False),  # led elsewhere by another program
+        (a_flow(54, "172.18.0.5", 9953), False, False),  # another port
+        (a_flow(80, "172.18.0.4", 80), False, False),  # the port is TCP's
+    ],
+)
+def test_flows_lead_to_the_container_that_has_the_port(
+    flow: Flow, when_published: bool, when_gone: bool
+) -> None:
+    published, gone = (
+        stale_host_ports(PORTS, "172.18.0.5", SUBNET, is_published=is_published)
+        for is_published in (True, False)
+    )
+    assert (is_stale(flow, published), is_stale(flow, gone)) == (when_published, when_gone)
+
+
+def test_a_port_on_one_address_says_nothing_about_flows_by_another() -> None:
+    ports = (a_port(53, 53, host_ip="192.0.2.1"),)
+    stale = stale_host_ports(ports, "172.18.0.5", SUBNET, is_published=True)
+    assert is_stale(a_flow(53, "172.18.0.4", 53), stale)
+    assert not is_stale(a_flow(53, "172.18.0.4", 53, by="192.0.2.2"), stale)
+
+
+def test_nothing_is_searched_for_containers_without_udp_ports() -> None:
+    only_tcp = (a_port(80, 80, protocol="tcp"), a_port(53, 53, host_ip="::"))
+    assert stale_host_ports(only_tcp, "172.18.0.5", SUBNET, is_published=True) == ()
