@@ -128,6 +128,7 @@ class Restart(ApiObject):
     ``is_due``: the task was retired for its node's sake while its policy allowed a successor: its slot is not given up.
     ``was_stopped``: the leader retired the task before it had ended.  Its end has that cause, whatever state its node
     reports: the stop itself can fail.
+    ``since``: when the first of the failures in a row was, by its node's clock; for display only.
     """
 
     failures: int = always(0)
@@ -135,6 +136,7 @@ class Restart(ApiObject):
     not_before: Timestamp = always(ZERO_TIME)
     is_due: bool = False
     was_stopped: bool = False
+    since: Timestamp | None = None
 
 
 class Preemption(ApiObject):

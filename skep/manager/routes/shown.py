@@ -16,6 +16,7 @@ from skep.manager.orchestrator.global_services import is_eligible, takes_new_tas
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import is_lost_worker
 from skep.manager.orchestrator.slots import DoneSlots
+from skep.manager.reasons import failure_of, last_failure
 from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
 from skep.model.labels import FORGET_NODES, forget_nodes_s, ignores_paths
@@ -167,13 +168,16 @@ def shown_swarm(view: View, swarm: Swarm) -> Swarm:
 def shown_task(view: View, now_ns: int, task: Task) -> Task:
     """``task`` for a response: without its runtime, as in the engine: only a service's spec has it.
 
-    A task whose node is down is shown as unknown, never as running; the end of a restart delay that a task waits for,
-    and for which task it was preempted, are among its errors, as ``docker service ps`` shows those.
+    A task whose node is down is shown as unknown, never as running.  Its errors (``docker service ps``) have the failure
+    that its restart delay follows, the end of that delay, and for which task it was preempted.
     """
     task = with_damage(view, task)
     status = known_status(view, task)
     preempted = task.preemption.words if task.preemption is not None else ""
-    if more := [words for words in (preempted, next_attempt(task, now_ns)) if words]:
+    next = next_attempt(task, now_ns)
+    failed = last_failure(task, slot_in(view, task)) if next and not status.err else None
+    why = failure_of(failed, view.lookup(Node, failed.node_id))[1] if failed is not None else ""
+    if more := [words for words in (preempted, why, next) if words]:
         status = replace(status, err="; ".join(filter(None, (status.err, *more))))
     return replace(
         task,
@@ -184,6 +188,13 @@ def shown_task(view: View, now_ns: int, task: Task) -> Task:
         spec_version=None,
         spec=replace(task.spec, runtime=""),
     )
+
+
+def slot_in(view: View, task: Task) -> Sequence[Task]:
+    """The tasks of the slot of ``task``, which is among them."""
+    if not task.service_id or not (task.slot or task.node_id):
+        return (task,)
+    return view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
 
 
 def with_damage(view: View, task: Task) -> Task:

@@ -11,8 +11,8 @@ from msgspec import UNSET, UnsetType
 
 from skep.errors import InvalidArgument
 from skep.manager.control.tasks import known_status
-from skep.manager.explanations import summary
-from skep.manager.routes.shown import path_message
+from skep.manager.reasons import Kind, failure_of, problem_of
+from skep.manager.routes.shown import path_message, slot_in
 from skep.model.conditions import condition_messages
 from skep.model.history import masked, masked_text
 from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
@@ -104,7 +104,10 @@ class UpdateRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
-    """``total``: completions that a job is to have.  ``state``: well, moving or unwell."""
+    """``completed``, ``total``: tasks that have completed, and how many a job is to have.  One-shot services complete.
+
+    ``state``: well, moving or unwell.  ``reason``: that of ``skep explain``.
+    """
 
     name: str
     stack: str
@@ -339,11 +342,19 @@ _HEALTH: Mapping[TaskState, str] = {TaskState.STARTING: "starting", TaskState.RU
 
 def _error(view: View, task: Task) -> str:
     status = task.status
-    is_failed = status.state in (TaskState.FAILED, TaskState.REJECTED)
-    waits = task.restart is not None and task.restart.failures and status.state is TaskState.READY
-    if is_failed or waits:
-        return summary(task, view.lookup(Node, task.node_id))
-    return task.preemption.words if task.preemption is not None else status.err
+    if status.state in (TaskState.FAILED, TaskState.REJECTED):
+        return failure_of(task, view.lookup(Node, task.node_id))[1]
+    if task.preemption is not None:
+        return task.preemption.words
+    if task.is_active and status.state is not TaskState.RUNNING:
+        slot = slot_in(view, task)
+        ids = {task.node_id, *(one.node_id for one in slot)}
+        known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}
+        problem = problem_of(task, slot, known)
+        if problem.kind == Kind.PROGRESS.value:
+            return status.err or problem.course
+        return "; ".join(filter(None, (problem.reason, problem.course)))
+    return status.err
 
 
 def network_row(network: Network, services: Sequence[str]) -> NetworkRow:
