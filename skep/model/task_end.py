@@ -126,5 +126,6 @@ def on_one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """``text`` without what a terminal would obey; a tab becomes a space."""
-    text = SEQUENCE.sub("", text).replace("\t", " ")
-    return "".join(char for char in text if char.isprintable() or char == "\N{REPLACEMENT CHARACTER}")
+    return "".join(
+        char for char in text.replace("\t", " ") if char.isprintable() or char == "\N{REPLACEMENT CHARACTER}"
+    )

@@ -96,7 +96,7 @@ class DoneSlots:
             if before is None or age(before) < age(task):
                 self._youngest[key] = task
 
-    def keys(self) -> Iterator[tuple[ServiceId, int | NodeId]]:
+    def done(self) -> Iterator[tuple[ServiceId, int | NodeId]]:
         """Service and slot number (of a global service: node) of each slot that is done."""
         return (key for key, task in self._youngest.items() if task.is_done)
 

@@ -141,7 +141,7 @@ def shown_node(problems: Problems, node: Node) -> Node:
         certificate=None,
         attachments=(),
         peer_roots="",
-        silent_since=None,
+        silent_since=node.silent_since if status.state is NodeState.DOWN else None,
         silent_together=False,
         failing_paths=(),
         cut_off=(),
@@ -168,8 +168,8 @@ def shown_swarm(view: View, swarm: Swarm) -> Swarm:
 def shown_task(view: View, now_ns: int, task: Task) -> Task:
     """``task`` for a response: without its runtime, as in the engine: only a service's spec has it.
 
-    A task whose node is down is shown as unknown, never as running.  Its errors (``docker service ps``) have the failure
-    that its restart delay follows, the end of that delay, and for which task it was preempted.
+    A task whose node is down is shown as unknown, never as running.  The errors have the failure that its restart delay
+    follows, the end of that delay, and for which task it was preempted, as ``docker service ps`` shows those.
     """
     task = with_damage(view, task)
     status = known_status(view, task)
@@ -231,7 +231,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
             node_ids.add(task.node_id)
             wanted += state is not TaskState.COMPLETE  # of a global job
     mode, total = as_run(view, service).spec.mode, 0
-    done = {slot for _, slot in slots.keys()} if iteration is None else ()
+    done = {slot for _, slot in slots.done()} if iteration is None else ()
     if mode.replicated is not None:
         wanted, completed = service.spec.replicas, len(done)
     elif mode.replicated_job is not None:

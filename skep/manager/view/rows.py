@@ -17,7 +17,7 @@ from skep.model.conditions import condition_messages
 from skep.model.history import masked, masked_text
 from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.network import Network, is_ingress
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeState, plain_message
 from skep.model.overlays import is_encrypted
 from skep.model.planes import driver_of
 from skep.model.secret import Config, Secret
@@ -63,7 +63,10 @@ class LocalVolumeRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class NodeRow(Row, frozen=True, kw_only=True, gc=False):
-    """``manager``: its reachability; empty: it is no manager.  ``load``: 0 to 1, None where it is not known."""
+    """``manager``: its reachability; empty: it is no manager.  ``load``: 0 to 1, None where it is not known.
+
+    ``silent_since``: last heartbeat of a node that is down.
+    """
 
     name: str
     role: str
@@ -82,6 +85,7 @@ class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     failing: tuple[FailingRow, ...]
     volumes: tuple[LocalVolumeRow, ...]
     reason: str
+    silent_since: float
     version: int
 
 
@@ -222,7 +226,11 @@ def node_row(node: Node) -> NodeRow:
     """``node`` as it is shown."""
     status, described, manager = node.status, node.description, node.manager_status
     is_ready = status.state is NodeState.READY
-    reasons = (status.message, path_message(node) if is_ready else "", *condition_messages(described))
+    reasons = (
+        plain_message(status.message),
+        path_message(node) if is_ready else "",
+        *condition_messages(described),
+    )
     return NodeRow(
         id=node.id,
         name=node.spec.name or described.hostname or node.id,
@@ -247,6 +255,7 @@ def node_row(node: Node) -> NodeRow:
         else (),
         volumes=_local_volumes(node),
         reason=_cut("; ".join(filter(None, reasons))),
+        silent_since=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
         version=node.version.index,
     )
 

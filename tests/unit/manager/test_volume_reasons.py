@@ -46,7 +46,7 @@ async def stored(state: PublishState, message: str) -> tuple[MemoryStore, Task]:
         (
             PublishState.PENDING,
             "node \x1b[2J has no driver d",
-            "cluster volume data: node  has no driver d",
+            "cluster volume data: node [2J has no driver d",
         ),
         (PublishState.PENDING, "", ""),
         (PublishState.PUBLISHED, "of before", ""),
