@@ -20,6 +20,7 @@ from skep.manager.reasons import (
     exit_code,
     failure_of,
     hostname,
+    last_failure,
     problem_of,
     problems_of,
     slot_of,
@@ -57,7 +58,7 @@ class TaskExplanation(ApiObject):
     exit_code: int | None = None
     signal: str = ""
     end: TaskEnd | None = None
-    """Why it ended, with its last lines."""
+    """Why it ended, with its last lines.  Of a task that does not run yet: why the one before it failed."""
     nodes: tuple[NodeVerdict, ...] = ()
 
 
@@ -165,9 +166,15 @@ def explain_task(
         node_id=task.node_id,
         exit_code=code,
         signal=signal_of(code) if code is not None and not _is_killed_by_skep(task) else "",
-        end=task.status.end,
+        end=task.status.end or _last_end_of(task, slot),
         nodes=tuple(verdicts),
     )
+
+
+def _last_end_of(task: Task, slot: Iterable[Task]) -> TaskEnd | None:
+    """The end of the task that an active one follows, if that failed."""
+    failed = last_failure(task, slot) if task.is_active and task.status.state is not TaskState.RUNNING else None
+    return failed.status.end if failed is not None else None
 
 
 def _is_killed_by_skep(task: Task) -> bool:

@@ -21,6 +21,7 @@ from skep.manager.view.rows import (
     node_row,
     payload_row,
     revision_of,
+    seconds,
     service_row,
     stack_row,
     task_row,
@@ -204,7 +205,7 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
     running, wanted = status.running_tasks, status.desired_tasks
     tasks = view.find(Task, service_id=service.id)
     done = status.completed_tasks if service.job_status is None else 0
-    is_well, reason, is_troubled = running + done >= wanted, "", False
+    is_well, reason, is_troubled, since = running + done >= wanted, "", False, 0.0
     if len(tasks) <= _EXPLAINED_MAX:
         is_troubled = any(_is_troubled(view, task) for task in tasks)
         if is_troubled or not is_well or service.job_status is not None:
@@ -216,6 +217,7 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
                 done=done,
             )
             is_well, reason = explained.is_as_wanted and not is_troubled, explained.reason
+            since = seconds(explained.problem.since) if explained.problem is not None else 0.0
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"
     if update in PAUSED or (is_troubled and not is_well):
@@ -234,6 +236,7 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
         total=status.total_tasks,
         state=state,
         reason="" if state == "well" else reason,
+        since=0.0 if state == "well" else since,
     )
 
 

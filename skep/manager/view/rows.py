@@ -110,7 +110,7 @@ class UpdateRow(msgspec.Struct, frozen=True, gc=False):
 class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
     """``completed``, ``total``: tasks that have completed, and how many a job is to have.  One-shot services complete.
 
-    ``state``: well, moving or unwell.  ``reason``: that of ``skep explain``.
+    ``state``: well, moving or unwell.  ``reason``: that of ``skep explain``; ``since``: when that began.
     """
 
     name: str
@@ -123,6 +123,7 @@ class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
     total: int
     state: str
     reason: str
+    since: float
     ports: tuple[PortRow, ...]
     networks: tuple[str, ...]
     secrets: tuple[str, ...]
@@ -282,6 +283,7 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         total=counts.total,
         state=counts.state,
         reason=_cut(counts.reason),
+        since=counts.since,
         ports=_ports(service.endpoint.ports),
         networks=networks_of(service),
         secrets=tuple(one.secret_id for one in container.secrets) if container is not None else (),
@@ -310,6 +312,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How many tasks the present run of a job has to complete."""
     state: str
     reason: str
+    since: float
 
 
 def networks_of(service: Service) -> tuple[str, ...]:

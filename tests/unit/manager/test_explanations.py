@@ -255,6 +255,20 @@ def test_a_task_that_waits_for_its_next_attempt_says_when_that_is() -> None:
     )
 
 
+def test_a_new_attempt_shows_the_end_of_the_task_before_it() -> None:
+    end = TaskEnd(cause="exit", lines=(KeptLine(text="boom"),))
+    failed = failed_with(3, "task: non-zero exit (3)")
+    failed = replace(failed, status=replace(failed.status, end=end))
+    waits = a_task_that_waits(5)
+    reported = explain_task(waits, a_node("n1"), slot=(failed, waits))
+    assert (reported.end, reported.summary) == (
+        end,
+        'exit 3, last line "boom"; crash loop, 5 failures in a row; next attempt at 00:01:46 UTC',
+    )
+    running = replace(waits, status=TaskStatus(state=TaskState.RUNNING), desired_state=TaskState.RUNNING)
+    assert explain_task(running, a_node("n1"), slot=(failed, running)).end is None
+
+
 def test_a_task_that_waits_for_a_service_says_so_whatever_the_nodes_could_take() -> None:
     task = a_task(service=a_service("web"), state=TaskState.PENDING)
     task = replace(task, status=replace(task.status, err="waits for db to be healthy"))
