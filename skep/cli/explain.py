@@ -13,10 +13,13 @@ from skep.cli.formatting import age, duration, seconds_since
 from skep.cli.output import Output, Screen, Shown, shows
 from skep.cli.quorum import headers_for
 from skep.errors import NotFound
+from skep.model.node import plain_message
 from skep.model.task_end import printable
 
 _RESPONSE_TIMEOUT_S = 10.0
 _PAUSED = ("paused", "rollback_paused")
+_KILLED_BY_SKEP = ("unhealthy", "stop-timeout")
+"""Causes after which Skep itself sends the signal."""
 
 
 @click.command()
@@ -96,8 +99,10 @@ def about_node(_: str, node: Mapping[str, Any], now: float) -> Iterator[str]:
 
 def _node_lines(node: Mapping[str, Any], now: float) -> Iterator[str]:
     description, status, spec = node["Description"], node["Status"], node["Spec"]
-    message = f": {status['Message']}" if status.get("Message") else ""
-    yield f"{description.get('Hostname') or node['ID']}: {status['State']}{message}"
+    message = plain_message(status.get("Message", ""), node.get("SilentSince") or "")
+    yield f"{description.get('Hostname') or node['ID']}: {status['State']}" + (
+        f": {message}" if message else ""
+    )
     if status["State"] == "down":
         yield "  its tasks run elsewhere when it was silent for too long; if it is lost for good: skep node forget"
     if spec["Availability"] != "active":
@@ -159,10 +164,14 @@ def _service_lines(name: str, explanation: Mapping[str, Any], now: float) -> Ite
     yield from _autoscaling(explanation.get("Autoscaling") or {}, now)
     if schedule := explanation.get("Schedule"):
         yield f"  schedule: {schedule}"
+    main = explanation.get("Reason", "")
     for title, reasons in (("waiting", explanation["Reasons"]), ("failed", explanation["Failures"])):
         for reason in reasons:
             example = reason.get("Name") or reason["Example"]
-            yield f"  {reason['Tasks']} {title}: {reason['Summary']}  (skep explain {example})"
+            # The headline has it already.
+            words = "" if reason["Summary"] == main else f": {reason['Summary']}"
+            yield f"  {reason['Tasks']} {title}{words}  (skep explain {example})"
+    yield from (f"  {line}" for line in _output((explanation.get("Problem") or {}).get("End") or {}))
 
 
 def _autoscaling(found: Mapping[str, Any], now: float) -> Iterator[str]:
@@ -204,8 +213,14 @@ def _task_lines(name: str, explanation: Mapping[str, Any], now: float) -> Iterat
 
 def _end(end: Mapping[str, Any]) -> Iterator[str]:
     """Why it ended."""
-    if end.get("Cause"):
-        yield f"cause: {end['Cause']}" + (f" ({end['Signal']})" if end.get("Signal") else "")
+    if cause := end.get("Cause"):
+        is_named = end.get("Signal") and cause not in _KILLED_BY_SKEP
+        yield f"cause: {cause}" + (f" ({end['Signal']})" if is_named else "")
+    yield from _output(end)
+
+
+def _output(end: Mapping[str, Any]) -> Iterator[str]:
+    """What a task and its health check wrote at the end."""
     if output := end.get("HealthOutput", "").strip():
         yield "last failed health check:"
         yield from (f"  | {line}" for line in output.splitlines())

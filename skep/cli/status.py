@@ -15,6 +15,7 @@ from skep.cli.moments import moment_or_revision
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
 from skep.cli.quorum import STALE, no_leader, quorum_of
 from skep.errors import SkepError
+from skep.model.node import plain_message
 from skep.model.task_end import printable
 from skep.model.times import SECOND_NS, unix_ns
 
@@ -25,14 +26,17 @@ _RESPONSE_TIMEOUT_S = 10.0
 _EARLIER_WITHIN_S = 60.0
 _AT = "at"
 """The word before the time of an earlier state."""
-_EXPLAINED = 10
-"""Services whose explanation is requested."""
 _NODES_SHOWN, _SERVICES_SHOWN = 20, 30
 """Rows of a table; of more, those that are not well come first.  ``-o wide`` shows all."""
+_EXPLAINED = _SERVICES_SHOWN
+"""Services whose explanation is requested: as many as are shown."""
 _TASKS_COUNTED_MAX = 5_000
 """With more tasks they are not counted by node: the list would take longer than all the rest."""
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
+
+_NODE_LOST, _ON_ITS_WAY = 2, 4
+"""Weights of problems (``Problem.Weight`` of an explanation)."""
 
 Row = tuple[str, str]
 T = TypeVar("T", "NodeRow", "ServiceRow")
@@ -61,16 +65,29 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
 
 class ServiceRow(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
-    """A service.  ``wanted`` of a job: how many of its tasks have to complete, if that is known."""
+    """A service.
+
+    ``completed`` and ``total``: of a job, or of a service whose tasks have ended as they should.  ``weight``: of the
+    problem, 0 for failures, more for what may come by itself; ``since``: when it began, empty if that is not known.
+    """
 
     name: str
     id: str = msgspec.field(name="ID")
     running: int
     wanted: int
+    completed: int = 0
+    total: int = 0
     update: str = ""
     why: str = ""
     is_well: bool = True
     image: str = ""
+    weight: int = _ON_ITS_WAY
+    since: str = ""
+
+    @property
+    def tasks(self) -> str:
+        """``2/3``, or ``6/6 done``."""
+        return f"{self.completed}/{self.total} done" if self.total else f"{self.running}/{self.wanted}"
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
@@ -266,7 +283,7 @@ def node_rows(nodes: Iterable[Mapping[str, Any]], running: Sequence[str] | None 
     for node in nodes:
         manager = node.get("ManagerStatus")
         role = "worker" if manager is None else "leader" if manager.get("Leader") else "manager"
-        why = node["Status"].get("Message", "")
+        why = plain_message(node["Status"].get("Message", ""), node.get("SilentSince") or "")
         is_reachable = manager is None or manager.get("Reachability", "reachable") == "reachable"
         if manager is not None and not is_reachable:
             why = "; ".join(filter(None, (f"the manager is {manager['Reachability']}", why)))
@@ -296,18 +313,26 @@ def service_rows(
         running, wanted = _count(service, "RunningTasks"), _count(service, "DesiredTasks")
         update = service.get("UpdateStatus") or {}
         is_well = bool(found["IsAsWanted"]) if found is not None else is_as_wanted(service)
-        why = "" if is_well or found is None else _reason(found["Summary"])
+        why = "" if is_well or found is None else reason_in(found)
+        problem = (found or {}).get("Problem") or {}
+        weight, since = problem.get("Weight", _ON_ITS_WAY), problem.get("Since", "")
         if update.get("State") in _PAUSED:
-            why, is_well = "; ".join(filter(None, (why, update.get("Message", "")))), False
+            why, is_well = why or update.get("Message", ""), False
+            weight, since = 0, since or update.get("StartedAt", "")
+        completed, total = completion(service)
         yield ServiceRow(
             name=service["Spec"]["Name"],
             id=service["ID"],
             running=running,
             wanted=wanted,
+            completed=completed,
+            total=total,
             update=_update(update, now),
-            why=why or ("" if is_well else f"{running} of {wanted} tasks run"),
+            why=why or ("" if is_well else "not in its desired state"),
             is_well=is_well,
             image=_image(service),
+            weight=weight,
+            since=since,
         )
 
 
@@ -317,10 +342,26 @@ def _image(service: Mapping[str, Any]) -> str:
     return str(container.get("Image", "")).partition("@")[0]
 
 
-def _reason(summary: str) -> str:
-    """What follows the count, which has a column of its own."""
-    count, separator, reason = summary.partition(" tasks run; ")
-    return reason if separator and count.replace(" of ", "").isdigit() else summary
+def reason_in(explanation: Mapping[str, Any]) -> str:
+    """Why a service is not in its desired state and how often it failed, without the counts of its tasks."""
+    parts = (explanation.get("Reason", ""), explanation.get("Course", ""))
+    return "; ".join(filter(None, parts)) or str(explanation["Summary"])
+
+
+def completion(service: Mapping[str, Any]) -> tuple[int, int]:
+    """How many tasks have completed, and of how many.
+
+    (0, 0): it is no job, and not all of its tasks have ended as they should.
+    """
+    status, mode = service.get("ServiceStatus") or {}, service["Spec"].get("Mode") or {}
+    completed, total = _count(service, "CompletedTasks"), int(status.get("TotalTasks", 0))
+    if mode.get("ReplicatedJob") is not None:
+        total = total or int(mode["ReplicatedJob"].get("TotalCompletions") or 0)
+    elif mode.get("GlobalJob") is not None:
+        total = total or completed + _count(service, "DesiredTasks")
+    elif completed and not _count(service, "RunningTasks"):
+        total = _count(service, "DesiredTasks")
+    return (completed, total) if total else (0, 0)
 
 
 def _update(update: Mapping[str, Any], now: float) -> str:
@@ -344,8 +385,11 @@ def is_as_wanted(service: Mapping[str, Any]) -> bool:
     if (job := mode.get("ReplicatedJob")) is not None:
         return _count(service, "CompletedTasks") >= int(job.get("TotalCompletions") or 0)
     if mode.get("GlobalJob") is not None:
-        return False
-    return _count(service, "RunningTasks") == _count(service, "DesiredTasks")
+        return 0 < _count(service, "TotalTasks") <= _count(service, "CompletedTasks")
+    # The slots of a one-shot service that are done count as completed.
+    return _count(service, "RunningTasks") + _count(service, "CompletedTasks") == _count(
+        service, "DesiredTasks"
+    )
 
 
 def has_not_run(service: Mapping[str, Any]) -> bool:
@@ -381,12 +425,20 @@ def lines_of(status: Status, screen: Screen) -> Iterator[str]:
     if status.cluster.services:
         yield ""
         yield from _services(status.cluster.services, screen, shows_images=is_past or screen.is_wide)
-    bad = [row.name for row in status.cluster.services if not row.is_well]
-    lost = [row.name for row in status.cluster.nodes if row.state == "down"]
-    if (bad or lost) and is_past:
-        yield f"next: skep history {printable((bad or lost)[0])}"
-    elif bad or lost:
-        yield f"next: skep explain {printable((bad or lost)[0])}"
+    if (name := worst(status.cluster)) and is_past:
+        yield f"next: skep history {printable(name)}"
+    elif name:
+        yield f"next: skep explain {printable(name)}"
+
+
+def worst(cluster: Cluster) -> str:
+    """The name of what to look at first: the oldest failure of a service, else a lost node, else what is on its way."""
+    bad = [row for row in cluster.services if not row.is_well]
+    bad.sort(key=lambda row: (row.weight, row.since or "~", row.name))
+    lost = [row.name for row in cluster.nodes if row.state == "down"]
+    # The services that a lost node has left are a consequence of it.
+    is_own = bool(bad) and (bad[0].weight < _NODE_LOST or not lost)
+    return bad[0].name if is_own else lost[0] if lost else ""
 
 
 def _headline(status: Status) -> str:
@@ -433,7 +485,7 @@ def _services(rows: Sequence[ServiceRow], screen: Screen, *, shows_images: bool)
     cells: list[list[str | Cell]] = [
         [
             row.name,
-            Cell(f"{row.running}/{row.wanted}", "" if row.is_well else "red"),
+            Cell(row.tasks, "" if row.is_well else "red"),
             row.update,
             *([row.id] if screen.is_wide else []),
             *([row.image] if shows_images else []),

@@ -1,6 +1,6 @@
 """Why a task or a service is not in its desired state, in one sentence and in figures.
 
-Everything is read from the objects; nothing is stored for it.
+Everything is read from the objects; nothing is stored for it.  The sentences are those of ``reasons``.
 """
 
 from collections import Counter
@@ -13,22 +13,31 @@ from skep.manager.orchestrator.jobs import is_done
 from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
 from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.orchestrator.update import step_seconds_max
+from skep.manager.reasons import (
+    LOOP_FROM,
+    Kind,
+    Problem,
+    exit_code,
+    failure_of,
+    hostname,
+    last_failure,
+    problem_of,
+    problems_of,
+    slot_of,
+)
 from skep.manager.scheduler.explain import NodeVerdict
 from skep.model.autoscaling import TaskUsage, autoscaling_of
 from skep.model.dependencies import WAITS_FOR, is_wait
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
-from skep.model.service import UNDER_WAY, Autoscaled, Service, UpdateStatus
+from skep.model.service import PAUSED, UNDER_WAY, Autoscaled, Service, UpdateStatus
 from skep.model.task import Restart, Task, TaskState
-from skep.model.task_end import TaskEnd, signal_of
+from skep.model.task_end import EndCause, TaskEnd, signal_of
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 
 REASONS_MAX = 10
 """Different reasons that the explanation of a service lists, the most frequent first."""
-
-_LOOP_FROM = 2
-"""So many failures in a row are called a crash loop."""
 
 
 class TaskExplanation(ApiObject):
@@ -49,7 +58,7 @@ class TaskExplanation(ApiObject):
     exit_code: int | None = None
     signal: str = ""
     end: TaskEnd | None = None
-    """Why it ended, with its last lines."""
+    """Why it ended, with its last lines.  Of a task that does not run yet: why the one before it failed."""
     nodes: tuple[NodeVerdict, ...] = ()
 
 
@@ -100,14 +109,26 @@ class ServiceExplanation(ApiObject):
 
     service_id: ServiceId
     summary: str = always("")
+    """The reason, how often tasks failed, and how many run."""
+    reason: str = always("")
+    """Why it is not in its desired state, the same from one attempt to the next.
+
+    Empty if it is, and no update is paused.
+    """
+    problem: Problem | None = None
+    """Of the task that the reason is about."""
+    course: str = ""
+    """How often that task failed, and when the next attempt is."""
     is_as_wanted: bool = always(False)
     """All wanted tasks run, or the job has completed."""
     running: int = always(0)
     wanted: int = always(0)
+    done: int = 0
+    """Slots of a one-shot service whose task has ended with exit code 0."""
     ended_at: Timestamp = Timestamp("")
     """Of a job that has completed."""
     reasons: tuple[Reason, ...] = always(())
-    """Of wanted tasks that do not run, the most frequent first."""
+    """Of wanted tasks that do not run, the weightiest first."""
     failures: tuple[Reason, ...] = always(())
     """Of tasks that ended by themselves and are kept as history."""
     schedule: str = ""
@@ -118,24 +139,48 @@ class ServiceExplanation(ApiObject):
     autoscaling: AutoscalingExplanation | None = None
 
 
-def explain_task(task: Task, node: Node | None, verdicts: Sequence[NodeVerdict] = ()) -> TaskExplanation:
-    """The explanation of ``task``.  ``verdicts``: of all nodes, for a task that waits for one."""
-    code = _exit_code(task)
+def explain_task(
+    task: Task,
+    node: Node | None,
+    verdicts: Sequence[NodeVerdict] = (),
+    slot: Iterable[Task] = (),
+    nodes: Mapping[NodeId, Node] | None = None,
+) -> TaskExplanation:
+    """The explanation of ``task``.
+
+    Args:
+        verdicts: of all nodes, for a task that waits for one.
+        slot: the tasks of its slot.
+        nodes: those of the cluster.
+    """
+    code = exit_code(task)
     return TaskExplanation(
         task_id=task.id,
         service_id=task.service_id,
         state=task.status.state,
         desired_state=task.desired_state,
         since=task.status.timestamp,
-        summary=_with_verdicts(task, verdicts) if verdicts else summary(task, node),
+        summary=_with_verdicts(task, verdicts) if verdicts else summary(task, node, slot, nodes),
         message=task.status.message,
         err=task.status.err,
         node_id=task.node_id,
         exit_code=code,
-        signal=signal_of(code) if code is not None else "",
-        end=task.status.end,
+        signal=signal_of(code) if code is not None and not _is_killed_by_skep(task) else "",
+        end=task.status.end or _last_end_of(task, slot),
         nodes=tuple(verdicts),
     )
+
+
+def _last_end_of(task: Task, slot: Iterable[Task]) -> TaskEnd | None:
+    """The end of the task that an active one follows, if that failed."""
+    failed = last_failure(task, slot) if task.is_active and task.status.state is not TaskState.RUNNING else None
+    return failed.status.end if failed is not None else None
+
+
+def _is_killed_by_skep(task: Task) -> bool:
+    """Whether Skep sent the signal that ended it: then the signal says nothing."""
+    ends = (EndCause.UNHEALTHY.value, EndCause.STOP_TIMEOUT.value)
+    return task.status.end is not None and task.status.end.cause in ends
 
 
 def explain_service(
@@ -143,79 +188,90 @@ def explain_service(
     tasks: Sequence[Task],
     *,
     wanted: int,
-    nodes: dict[NodeId, Node],
+    nodes: Mapping[NodeId, Node],
     is_new: Callable[[Task], bool] = lambda _: True,
+    done: int = 0,
 ) -> ServiceExplanation:
     """Why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
 
-    ``is_new``: whether a task matches the present spec.
+    Args:
+        done: slots of a one-shot service that are done, which need no running task.
+        is_new: whether a task matches the present spec.
     """
     is_job = service.job_status is not None
     if is_job:
         tasks = of_present_run(service, tasks)
-    waiting: list[tuple[Task, str]] = []
-    failed: list[tuple[Task, str]] = []
-    running = 0
-    for task in tasks:
-        if task.is_active:
-            if task.status.state is TaskState.RUNNING:
-                running += 1
-            else:
-                waiting.append((task, summary(task, nodes.get(task.node_id))))
-        elif task.status.state in (TaskState.FAILED, TaskState.REJECTED):
-            failed.append((task, summary(task, nodes.get(task.node_id))))
-    reasons, failures = _counted(waiting, service, nodes), _counted(failed)
+    running = sum(task.is_active and task.status.state is TaskState.RUNNING for task in tasks)
+    problems = problems_of(service, tasks, nodes, wanted=wanted)
+    failed = [
+        (task, failure_of(task, nodes.get(task.node_id))[1])
+        for task in tasks
+        if not task.is_active and task.status.state in (TaskState.FAILED, TaskState.REJECTED)
+    ]
     if is_job:
-        text, is_as_wanted = _of_job(service, tasks, running, reasons, nodes)
+        text, reason, is_as_wanted = _of_job(service, tasks, running, problems, nodes)
     else:
-        loop = _crash_loop([task for task, _ in waiting], [task for task, _ in failed])
-        text, is_as_wanted = _of_service(running, wanted, reasons, failures, loop)
+        text, reason, is_as_wanted = _of_service(running, wanted, done, problems)
+    worst = problems[0] if problems and not is_as_wanted else None
     return ServiceExplanation(
         service_id=service.id,
         summary=text,
+        reason=_with_update(service, reason, worst),
+        problem=worst,
+        course=worst.course if worst is not None else "",
         is_as_wanted=is_as_wanted,
         ended_at=_last_end(tasks) if is_job and is_as_wanted else Timestamp(""),
         running=running,
         wanted=wanted,
-        reasons=reasons,
-        failures=failures,
+        done=done,
+        reasons=_counted_problems(problems),
+        failures=_counted(failed),
         schedule=schedule_words(service),
         update_status=service.update_status,
-        update=explain_update(service, tasks, is_new=is_new, nodes=nodes, summary=summary),
+        update=explain_update(
+            service,
+            tasks,
+            is_new=is_new,
+            nodes=nodes,
+            summary=lambda task, node: summary(task, node, _slot_of(task, tasks), nodes),
+        ),
     )
 
 
-def summary(task: Task, node: Node | None) -> str:
-    """One sentence about ``task``; the same for tasks that wait for the same thing."""
-    status, where = task.status, _hostname(node, task)
+def _slot_of(task: Task, tasks: Iterable[Task]) -> list[Task]:
+    return [one for one in tasks if slot_of(one) == slot_of(task)]
+
+
+def _with_update(service: Service, reason: str, worst: Problem | None) -> str:
+    """``reason``, and that the update is paused; the failure of a task comes first."""
+    update = service.update_status
+    if update is None or update.state not in PAUSED:
+        return reason
+    if worst is not None and Kind(worst.kind).is_failure:
+        return f"{reason}; its {'rollback' if 'rollback' in update.state.value else 'update'} is paused"
+    return update.message or reason
+
+
+def summary(
+    task: Task,
+    node: Node | None,
+    slot: Iterable[Task] = (),
+    nodes: Mapping[NodeId, Node] | None = None,
+) -> str:
+    """One sentence about ``task``: the reason why it does not run, and how often it has failed."""
+    status = task.status
     match status.state:
-        case TaskState.NEW:
-            return _waiting(task) or "it waits for its networks and ports"
-        case TaskState.PENDING:
-            return _waiting(task) or "it waits for a node"
-        case TaskState.ASSIGNED:
-            return f"{where} has not taken it yet"
-        case TaskState.ACCEPTED | TaskState.PREPARING:
-            return f"{where} prepares it: image, mounts and networks" + _because(status.err)
-        case TaskState.READY:
-            is_held = task.desired_state is TaskState.READY
-            if is_held and task.restart is not None and task.restart.delay:
-                return f"next attempt at {task.restart.not_before[11:19]} UTC{loop_words(task.restart)}"
-            return "it is prepared and waits for its turn to start" if is_held else f"{where} starts it"
-        case TaskState.STARTING:
-            return f"{where} waits for it to become healthy" + _because(status.err)
         case TaskState.RUNNING if task.preemption is not None:
-            return f"it leaves {where}: {task.preemption.words}"
-        case TaskState.RUNNING:
-            return f"it runs on {where}"
-        case TaskState.FAILED:
-            return _ending(task)
-        case TaskState.REJECTED:
-            return f"{where} could not prepare it" + _because(status.err)
+            return f"it leaves {hostname(node, task)}: {task.preemption.words}"
         case TaskState.SHUTDOWN if task.preemption is not None:
             return f"it was {task.preemption.words}"
-        case _:
+        case TaskState.FAILED | TaskState.REJECTED:
+            return failure_of(task, node)[1]
+        case _ if status.state.is_terminal:
             return status.err or status.message or status.state.value
+    known = nodes if nodes is not None else {node.id: node} if node is not None else {}
+    problem = problem_of(task, slot, known)
+    return "; ".join(filter(None, (problem.reason, problem.course)))
 
 
 def next_attempt(task: Task, now_ns: int) -> str:
@@ -230,7 +286,7 @@ def next_attempt(task: Task, now_ns: int) -> str:
 
 def loop_words(restart: Restart) -> str:
     """The crash loop's part of the sentence, if tasks of the slot fail repeatedly."""
-    return f" (crash loop, {_ordinal(restart.failures)})" if restart.failures >= _LOOP_FROM else ""
+    return f" (crash loop, {_ordinal(restart.failures)})" if restart.failures >= LOOP_FROM else ""
 
 
 def _ordinal(number: int) -> str:
@@ -239,95 +295,45 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-_NEVER_STARTED = "starting container failed"
-_CONTAINER_GONE = "No such container"
-
-
-def _ending(task: Task) -> str:
-    code = _exit_code(task)
-    if code is None:
-        return "it failed" + _because(task.status.err)
-    if task.status.err.startswith(_NEVER_STARTED):
-        return "its process could not be started" + _because(task.status.err)
-    if task.status.err.startswith(_CONTAINER_GONE):
-        return "its container was gone before it ended" + _because(task.status.err)
-    name = signal_of(code)
-    return f"its process ended with code {code}" + (f" ({name})" if name else "") + _because(task.status.err)
-
-
-def _waiting(task: Task) -> str:
-    return f"it {task.status.err}" if task.status.err.startswith(WAITS_FOR) else task.status.err
-
-
 def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
     if task.status.err.startswith(WAITS_FOR):
-        return _waiting(task)
+        return f"it {task.status.err}"
     willing = sum(not one.refusals for one in verdicts)
     if willing:
         return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
     return task.status.err or f"none of {len(verdicts)} nodes can take it"
 
 
-def _of_service(
-    running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason], crash_loop: str = ""
-) -> tuple[str, bool]:
-    """The summary, and whether the service is in its desired state."""
-    if running >= wanted and not reasons:
-        return f"{running} of {wanted} tasks run: as wanted", True
-    text = f"{running} of {wanted} tasks run"
-    if crash_loop:
-        return f"{text}; {crash_loop}", False
-    if reasons:
-        return f"{text}; {reasons[0].tasks} wait: {reasons[0].summary}", False
-    if failures:
-        return f"{text}; {failures[0].tasks} failed: {failures[0].summary}", False
-    return text, False
+def _of_service(running: int, wanted: int, done: int, problems: Sequence[Problem]) -> tuple[str, str, bool]:
+    """The summary, the reason, and whether the service is in its desired state.
 
-
-def _crash_loop(waiting: Sequence[Task], failed: Sequence[Task]) -> str:
-    """That tasks of a slot fail again and again, and of what: more to the point than what the next one waits for."""
-    loops = [task for task in waiting if task.restart is not None and task.restart.failures >= _LOOP_FROM]
-    if not loops or not failed:
-        return ""
-    worst = max(loops, key=lambda task: (task.restart.failures if task.restart is not None else 0, task.id))
-    slot = _slot(worst)
-    last = max(
-        [task for task in failed if _slot(task) == slot] or failed,
-        key=lambda task: (task.created_at, task.id),
-    )
-    assert worst.restart is not None
-    lines = last.status.end.lines if last.status.end is not None else ()
-    said = f', last line "{lines[-1].text}"' if lines else ""
-    attempt = ""
-    if worst.status.state is TaskState.READY and worst.restart.delay:
-        attempt = f"; next attempt at {worst.restart.not_before[11:19]} UTC"
-    return f"crash loop, {worst.restart.failures} failures in a row: {_ending_in_short(last)}{said}{attempt}"
-
-
-def _ending_in_short(task: Task) -> str:
-    """``exit 3``, ``exit 137 (SIGKILL)``, or as ``summary`` where no process ended."""
-    code = _exit_code(task)
-    if task.status.state is not TaskState.FAILED or code is None:
-        return task.status.err or _ending(task)
-    if task.status.err.startswith((_NEVER_STARTED, _CONTAINER_GONE)):
-        return _ending(task)
-    name = signal_of(code)
-    return f"exit {code}" + (f" ({name})" if name else "")
+    ``done``: tasks that ended as their restart policy has it.
+    """
+    if running + done >= wanted and not problems:
+        if done:
+            return f"{done} of {wanted} tasks done" + (f", {running} run" if running else ""), "", True
+        return f"{running} of {wanted} tasks run: as wanted", "", True
+    count = f"{running} of {wanted} tasks run" + (f", {done} done" if done else "")
+    if not problems:
+        reason = "its tasks are not created yet" if running < wanted else "its tasks are not replaced yet"
+        return f"{reason}; {count}", reason, False
+    worst = problems[0]
+    return "; ".join(filter(None, (worst.reason, worst.course, count))), worst.reason, False
 
 
 def _of_job(
     service: Service,
     tasks: Sequence[Task],
     running: int,
-    reasons: Sequence[Reason],
+    problems: Sequence[Problem],
     nodes: Mapping[NodeId, Node],
-) -> tuple[str, bool]:
+) -> tuple[str, str, bool]:
     """The same of a job: completed, failed with the cause, or its progress.
 
     ``tasks``: of its present iteration.
     """
     if service.job_status is not None and service.job_status.awaits_first_run:
-        return "it waits for its first run", True
+        return "it waits for its first run", "", True
     job = service.spec.mode.replicated_job
     slots: Mapping[int, Slot] | Mapping[NodeId, Slot] = (
         group_by_slot(tasks) if job is not None else group_by_node(tasks)
@@ -337,16 +343,20 @@ def _of_job(
     completed = f"{done} of {total} completed"
     given_up = {key: slot for key, slot in slots.items() if not is_done(slot) and not wanted_of(slot)}
     if done >= total:
-        return completed, True
+        return completed, "", True
     if given_up:
         key, slot = min(given_up.items(), key=lambda item: str(item[0]))
-        where = f"slot {key}" if job is not None else _hostname(nodes.get(slot[-1].node_id), slot[-1])
+        where = f"slot {key}" if job is not None else hostname(nodes.get(slot[-1].node_id), slot[-1])
         others = f" and {len(given_up) - 1} more" if len(given_up) > 1 else ""
         attempts = f"{len(slot)} attempt{'' if len(slot) == 1 else 's'}"
         last = summary(slot[-1], nodes.get(slot[-1].node_id))
-        return f"FAILED: {completed}; {where}{others} gave up after {attempts}, the last: {last}", False
-    waits = f"; {reasons[0].tasks} wait: {reasons[0].summary}" if reasons else ""
-    return f"{completed}, {running} run{waits}", False
+        text = f"FAILED: {last}; {where}{others} gave up after {attempts}; {completed}"
+        return text, f"failed: {last}", False
+    progress = f"{completed}, {running} run"
+    if not problems:
+        return progress, f"{running} run" if running else "its tasks are not created yet", False
+    worst = problems[0]
+    return "; ".join(filter(None, (worst.reason, worst.course, progress))), worst.reason, False
 
 
 def _last_end(tasks: Iterable[Task]) -> Timestamp:
@@ -354,50 +364,31 @@ def _last_end(tasks: Iterable[Task]) -> Timestamp:
     return max(stamps, key=unix_ns, default=Timestamp(""))
 
 
-def _counted(
-    tasks: Iterable[tuple[Task, str]],
-    service: Service | None = None,
-    nodes: Mapping[NodeId, Node] | None = None,
-) -> tuple[Reason, ...]:
-    """``service`` and ``nodes``: of tasks that are wanted, whose names mean them."""
+def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:
     counts: Counter[str] = Counter()
-    examples: dict[str, Task] = {}
+    examples: dict[str, TaskId] = {}
     for task, words in tasks:
         counts[words] += 1
-        examples.setdefault(words, task)
+        examples.setdefault(words, task.id)
     return tuple(
-        Reason(
-            summary=words,
-            tasks=number,
-            example=examples[words].id,
-            name=_name(examples[words], service, nodes or {}) if service is not None else "",
-        )
+        Reason(summary=words, tasks=number, example=examples[words])
         for words, number in counts.most_common(REASONS_MAX)
     )
 
 
-def _name(task: Task, service: Service, nodes: Mapping[NodeId, Node]) -> str:
-    """As ``docker service ps`` shows it; empty: a task of a global service whose node is not known."""
-    node = nodes.get(task.node_id)
-    place = task.shown_slot or (node.description.hostname if node is not None else "")
-    return f"{service.spec.name}.{place}" if place else ""
-
-
-def _exit_code(task: Task) -> int | None:
-    """Exit code of a process that ended; None for a task without one."""
-    container = task.status.container_status
-    has_ended = task.status.state in (TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN)
-    return container.exit_code if has_ended and container is not None and container.container_id else None
-
-
-def _hostname(node: Node | None, task: Task) -> str:
-    if node is None:
-        return f"node {task.node_id}" if task.node_id else "no node"
-    return node.description.hostname or f"node {node.id}"
-
-
-def _because(error: str) -> str:
-    return f": {error}" if error else ""
+def _counted_problems(problems: Iterable[Problem]) -> tuple[Reason, ...]:
+    """The weightiest first, as they come."""
+    counts: Counter[str] = Counter(one.reason for one in problems)
+    examples = {one.reason: one for one in reversed(list(problems))}
+    return tuple(
+        Reason(
+            summary=words,
+            tasks=number,
+            example=examples[words].waiting or examples[words].task_id,
+            name=examples[words].name,
+        )
+        for words, number in list(counts.items())[:REASONS_MAX]
+    )
 
 
 # -- the progress of an update ---------------------------------------------------------------------------------------
@@ -421,8 +412,8 @@ def explain_update(
         return None
     wanted = [task for task in tasks if task.is_wanted]
     new = [task for task in wanted if is_new(task)]
-    slots = set(map(_slot, wanted))
-    done = {_slot(task) for task in new if task.status.state is TaskState.RUNNING}
+    slots = set(map(slot_of, wanted))
+    done = {slot_of(task) for task in new if task.status.state is TaskState.RUNNING}
     step = f"{len(done)} of {len(slots)} tasks are new"
     leads = [task for task in new if task.status.state is not TaskState.RUNNING]
     if not leads:
@@ -432,7 +423,7 @@ def explain_update(
     first = min(leads, key=lambda task: (task.created_at, task.id))
     # The deadline begins when the tasks before it have stopped.
     is_held = first.desired_state is TaskState.READY and all(
-        one is first or _slot(one) != _slot(first) for one in wanted
+        one is first or slot_of(one) != slot_of(first) for one in wanted
     )
     due_ns = unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)
     return UpdateExplanation(
@@ -440,11 +431,6 @@ def explain_update(
         waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
         deadline=None if is_held or is_wait(first.status.err) else timestamp(due_ns),
     )
-
-
-def _slot(task: Task) -> tuple[int, NodeId]:
-    """A global service's tasks have their node as slot."""
-    return task.slot, NodeId("") if task.slot else task.node_id
 
 
 def explain_autoscaling(

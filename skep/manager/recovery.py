@@ -27,7 +27,7 @@ from skep.bootstrap import Recovery, load_recovery, save_recovery
 from skep.manager.volumes.loop import INFO_PART, PUBLISH_PART
 from skep.manager.volumes.steps import doubted
 from skep.model.ids import NodeId, VolumeId
-from skep.model.node import ManagerStatus, Node, NodeState, Reachability
+from skep.model.node import UNKNOWN_STATE, ManagerStatus, Node, NodeState, Reachability
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
 from skep.model.volume import Volume
@@ -40,9 +40,6 @@ from skep.store.etcd.snapshots import restore_store, salvage
 from skep.store.interface import Store, Transaction, View
 
 log = structlog.get_logger(__name__)
-
-UNKNOWN_STATE = 'Node moved to "unknown" state due to leadership change in cluster'
-"""SwarmKit's text."""
 
 
 async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Binary, clock: Clock) -> bool:

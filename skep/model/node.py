@@ -103,6 +103,11 @@ class NodeDescription(ApiObject):
     csi_info: tuple[CSIInfo, ...] = ()
 
 
+UNKNOWN_STATE = 'Node moved to "unknown" state due to leadership change in cluster'
+"""SwarmKit's text."""
+_IN_PLAIN_WORDS = {UNKNOWN_STATE: "not heard from since the cluster has another leader"}
+
+
 class NodeStatus(ApiObject):
     """``addr``: the address that the node's session comes from; ``message``: why it is down, else empty."""
 
@@ -207,7 +212,8 @@ class Node(ApiObject):
     Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_*``, and as separate parts
     ``load`` and ``failing_paths``; new owner of the session: ``session``; CA: ``certificate``; leader: ``attachments``,
     ``cut_off``; the manager on this node: ``manager_status``, ``peer_roots``.
-    Fields after ``manager_status`` are internal and not in API responses.
+    Fields after ``manager_status`` are internal and not in API responses, but for ``silent_since`` of a node that is
+    down.
     """
 
     id: NodeId
@@ -250,3 +256,15 @@ class Node(ApiObject):
 def differ_in_load_alone(one: Node, other: Node) -> bool:
     """Whether only the load has changed, which is relevant for placement only."""
     return one.load != other.load and replace(one, load=other.load) == other
+
+
+def plain_message(message: str, silent_since: str = "") -> str:
+    """The message of a node's status in plain words.
+
+    Args:
+        silent_since: RFC 3339 time of its last heartbeat, for a node that is down.
+    """
+    for text, words in _IN_PLAIN_WORDS.items():
+        message = message.replace(text, words)
+    heard = f"last heard {silent_since[:10]} {silent_since[11:19]} UTC" if silent_since else ""
+    return "; ".join(filter(None, (message, heard)))

@@ -128,6 +128,7 @@ class Restart(ApiObject):
     ``is_due``: the task was retired for its node's sake while its policy allowed a successor: its slot is not given up.
     ``was_stopped``: the leader retired the task before it had ended.  Its end has that cause, whatever state its node
     reports: the stop itself can fail.
+    ``since``: when the first of the failures in a row was, by its node's clock; for display only.
     """
 
     failures: int = always(0)
@@ -135,6 +136,7 @@ class Restart(ApiObject):
     not_before: Timestamp = always(ZERO_TIME)
     is_due: bool = False
     was_stopped: bool = False
+    since: Timestamp | None = None
 
 
 class Preemption(ApiObject):
@@ -213,6 +215,13 @@ class Task(ApiObject):
     def has_failed(self) -> bool:
         """Whether it ended by itself without having completed."""
         return self.ended_by_itself and self.status.state is not TaskState.COMPLETE
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the task ended with exit code 0 and is not started again: a task of a job, or a one-shot service."""
+        return self.status.state is TaskState.COMPLETE and (
+            self.job_iteration is not None or self.spec.ends_on_success
+        )
 
     @property
     def is_active(self) -> bool:

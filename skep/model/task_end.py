@@ -3,6 +3,7 @@
 Everything in it is bounded, as the store keeps it for every task that ended.
 """
 
+import re
 import signal
 from collections.abc import Iterable
 from enum import Enum
@@ -16,9 +17,12 @@ LAST_LINES_MAX = 20
 LAST_LINES_BYTES_MAX = 4096
 """Of the texts of all kept lines together, encoded."""
 HEALTH_OUTPUT_BYTES_MAX = 1024
+HEALTH_COMMAND_BYTES_MAX = 256
 SIGNALED = 128
 """Shells and Docker report the signal that ended a process as 128 + its number."""
 _SHOWN_CHARACTERS_MAX = 200
+SEQUENCE = re.compile(r"\x1b\[[0-?]{0,64}[ -/]{0,8}[@-~]")
+"""A control sequence of a terminal, as for a color."""
 _WORD_CHARACTERS_MAX = 32
 
 
@@ -55,7 +59,8 @@ class TaskEnd(ApiObject):
     """Why a task ended.  Not in Docker's API.
 
     ``cause``: the value of an ``EndCause``; ``health_output``: of the last failed health check; ``lines``: the
-    last lines of output, oldest first.
+    last lines of output, oldest first.  ``health_command``, ``health_failures`` (in a row) and ``health_exit_code``
+    (None: the check could not be run, or took too long) are set for ``unhealthy``.
     """
 
     cause: str = always("")
@@ -64,6 +69,9 @@ class TaskEnd(ApiObject):
     """Nanoseconds after its stop signal in which it did not end (``stop-timeout``)."""
     health_output: str = ""
     lines: tuple[KeptLine, ...] = ()
+    health_command: str = ""
+    health_failures: int = 0
+    health_exit_code: int | None = None
 
 
 def bounded_end(end: TaskEnd, lines_max: int = LAST_LINES_MAX) -> TaskEnd:
@@ -73,6 +81,7 @@ def bounded_end(end: TaskEnd, lines_max: int = LAST_LINES_MAX) -> TaskEnd:
         cause=end.cause[:_WORD_CHARACTERS_MAX],
         signal=end.signal[:_WORD_CHARACTERS_MAX],
         health_output=cut(end.health_output, HEALTH_OUTPUT_BYTES_MAX),
+        health_command=cut(end.health_command, HEALTH_COMMAND_BYTES_MAX),
         lines=_last_lines(end.lines, min(lines_max, LAST_LINES_MAX)),
     )
 
@@ -122,7 +131,7 @@ def words_of(end: TaskEnd) -> str:
 
 def on_one_line(text: str) -> str:
     """The beginning of ``text`` for one line of a terminal: without control characters."""
-    return printable(" ".join(text.split()))[:_SHOWN_CHARACTERS_MAX]
+    return printable(" ".join(SEQUENCE.sub("", text).split()))[:_SHOWN_CHARACTERS_MAX]
 
 
 def printable(text: str) -> str:

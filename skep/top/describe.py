@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skep.cli.formatting import aligned, counted
+from skep.model.node import plain_message
 from skep.top.snapshot import Snapshot, tasks_of
 
 _LISTED_MAX = 100
@@ -52,7 +53,8 @@ def about_node(snapshot: Snapshot, node: Mapping[str, Any]) -> list[str]:
     resources, platform = description.get("Resources") or {}, description.get("Platform") or {}
     cpus, memory = int(resources.get("NanoCPUs") or 0) / 1e9, int(resources.get("MemoryBytes") or 0) >> 20
     room = f"{cpus:g} CPUs, {memory} MiB"
-    message = f": {status['Message']}" if status.get("Message") else ""
+    words = plain_message(str(status.get("Message") or ""), str(node.get("SilentSince") or ""))
+    message = f": {words}" if words else ""
     rows = [
         ("id", node["ID"]),
         ("state", f"{status['State']}{message}"),

@@ -1,6 +1,5 @@
 """The logs of a service or a task, followed over any number of connections."""
 
-import re
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
@@ -10,13 +9,12 @@ from skep.aio.clock import Clock
 from skep.api.client import Client, Stream
 from skep.api.responses import OutputStream
 from skep.errors import InvalidArgument, Unavailable
+from skep.model.task_end import SEQUENCE
 from skep.model.times import SECOND_NS, unix_ns
 
 _TAIL = 200
 _LINE_CHARACTERS_MAX = 2000
 _RECONNECT_S_MAX = 10.0
-_SEQUENCE = re.compile(r"\x1b\[[0-?]{0,64}[ -/]{0,8}[@-~]")
-"""Colours and movements of a terminal: what follows the escape character would be left in the text."""
 _TASK = "com.docker.swarm.task.id="
 
 
@@ -84,7 +82,7 @@ def line_of(text: str, output: OutputStream) -> LogLine:
     """A line with its time and details, as ``docker service logs`` asks for them."""
     if output is OutputStream.SYSTEM:
         return LogLine(text[:_LINE_CHARACTERS_MAX], is_error=True)
-    text = _SEQUENCE.sub("", text)
+    text = SEQUENCE.sub("", text)
     stamp, _, rest = text.partition(" ")
     details, blank, message = rest.partition(" ")
     if not blank or _TASK not in details:

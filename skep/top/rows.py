@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from skep.cli.status import is_as_wanted
+from skep.cli.status import completion, is_as_wanted
 from skep.errors import InvalidArgument
+from skep.model.node import plain_message
 from skep.model.times import SECOND_NS, timestamp, unix_ns
 from skep.top.actions import image_of
 from skep.top.logs import LogLine
@@ -171,12 +172,11 @@ def _service(snapshot: Snapshot, service: Mapping[str, Any]) -> Row:
         tone, why = Tone.WARNING, "not as wanted"
     else:
         tone, why = Tone.GOOD, ""
-    mode = mode_of(service)
-    done = status.get("CompletedTasks", 0) if "job" in mode else status.get("RunningTasks", 0)
+    completed, total = completion(service)
     cells = (
         name,
-        f"{done}/{_wanted(service)}",
-        mode,
+        f"{completed}/{total} done" if total else f"{status.get('RunningTasks', 0)}/{_wanted(service)}",
+        mode_of(service),
         image_of(service),
         _ports(service),
         why,
@@ -188,9 +188,6 @@ _URGENCY = {Tone.BAD: 0, Tone.WARNING: 1, Tone.PLAIN: 2, Tone.GOOD: 2, Tone.MUTE
 
 
 def _wanted(service: Mapping[str, Any]) -> int:
-    job = (service["Spec"].get("Mode") or {}).get("ReplicatedJob")
-    if job is not None:
-        return int(job.get("TotalCompletions") or 0)
     return int((service.get("ServiceStatus") or {}).get("DesiredTasks") or 0)
 
 
@@ -224,7 +221,8 @@ def _task(snapshot: Snapshot, task: Task) -> Row:
 
 def _node(snapshot: Snapshot, node: Mapping[str, Any], tasks: int) -> Row:
     state, availability = str(node["Status"]["State"]), str(node["Spec"].get("Availability") or "")
-    message, manager = str(node["Status"].get("Message") or ""), node.get("ManagerStatus") or {}
+    message = plain_message(str(node["Status"].get("Message") or ""), str(node.get("SilentSince") or ""))
+    manager = node.get("ManagerStatus") or {}
     if manager.get("Reachability") == "unreachable" and not message:
         message = "its manager is unreachable"
     is_calm = not message and availability == "active"

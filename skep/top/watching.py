@@ -19,6 +19,7 @@ from skep.aio.clock import Clock
 from skep.api.client import Client
 from skep.cli.explain import about_service, about_task
 from skep.cli.quorum import STALE, no_leader, quorum_of
+from skep.cli.status import reason_in
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable, reason_of
 from skep.top.actions import Action, perform
 from skep.top.logs import LogLine, follow_logs
@@ -292,7 +293,7 @@ class _Connected:
             with suppress(NotFound):  # it was removed meanwhile
                 response = await self._get(f"/skep/services/{id}/explain")
                 if not response["IsAsWanted"]:
-                    found[id] = str(response["Summary"])
+                    found[id] = reason_in(response)
 
         async with asyncio.TaskGroup() as group:
             for id in wanted:

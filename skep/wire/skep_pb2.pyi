@@ -232,12 +232,21 @@ class TaskEnd(_message.Message):
     GRACE_FIELD_NUMBER: _builtins.int
     HEALTH_OUTPUT_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
+    HEALTH_COMMAND_FIELD_NUMBER: _builtins.int
+    HEALTH_FAILURES_FIELD_NUMBER: _builtins.int
+    HEALTH_EXIT_CODE_FIELD_NUMBER: _builtins.int
     cause: _builtins.str
     """A later version may have causes that an earlier one does not know."""
     signal: _builtins.str
     grace: _builtins.int
     """Nanoseconds."""
     health_output: _builtins.str
+    health_command: _builtins.str
+    """The check that made the task unhealthy: its command, its failures in a row, and its last exit code, absent if it
+    could not be run or took too long.
+    """
+    health_failures: _builtins.int
+    health_exit_code: _builtins.int
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskEnd.Line]: ...
     def __init__(
@@ -248,12 +257,17 @@ class TaskEnd(_message.Message):
         grace: _builtins.int = ...,
         health_output: _builtins.str = ...,
         lines: _abc.Iterable[Global___TaskEnd.Line] | None = ...,
+        health_command: _builtins.str = ...,
+        health_failures: _builtins.int = ...,
+        health_exit_code: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_health_exit_code", b"_health_exit_code", "health_exit_code", b"health_exit_code"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "grace", b"grace", "health_output", b"health_output", "lines", b"lines", "signal", b"signal"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_health_exit_code", b"_health_exit_code", "cause", b"cause", "grace", b"grace", "health_command", b"health_command", "health_exit_code", b"health_exit_code", "health_failures", b"health_failures", "health_output", b"health_output", "lines", b"lines", "signal", b"signal"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__health_exit_code: _TypeAlias = _typing.Literal["health_exit_code"]
+    _WhichOneofArgType__health_exit_code: _TypeAlias = _typing.Literal["_health_exit_code", b"_health_exit_code"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__health_exit_code) -> _WhichOneofReturnType__health_exit_code | None: ...
 
 Global___TaskEnd: _TypeAlias = TaskEnd
 

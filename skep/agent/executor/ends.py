@@ -45,15 +45,23 @@ def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
             return None
         return TaskEnd(cause=EndCause.STOP_TIMEOUT.value, signal=signal_of(code), grace=grace)
     if container.health is not None and is_failing(container.config.healthcheck, container.health):
-        output = last_output(container.health)
-        return TaskEnd(cause=EndCause.UNHEALTHY.value, signal=signal_of(code), health_output=output)
+        return unhealthy_end(container, container.health)
     name = signal_of(code)
     return TaskEnd(cause=(EndCause.SIGNAL if name else EndCause.EXIT).value, signal=name)
 
 
-def last_output(health: Health) -> str:
-    """Of the last probe that failed; empty: none has."""
-    return next((probe.output for probe in reversed(health.log) if probe.exit_code), "")
+def unhealthy_end(container: Container, health: Health) -> TaskEnd:
+    """Return the end of a container that its health check ended.  The signal is the node's own, so it is no cause."""
+    last = next((probe for probe in reversed(health.log) if probe.exit_code), None)
+    config = container.config.healthcheck
+    return TaskEnd(
+        cause=EndCause.UNHEALTHY.value,
+        health_output=last.output if last is not None else "",
+        # As the user wrote it: without the shell that runs it.
+        health_command=" ".join(config.test[1:]) if config is not None else "",
+        health_failures=health.failing_streak,
+        health_exit_code=last.exit_code if last is not None and last.exit_code > 0 else None,
+    )
 
 
 async def with_last_lines(engine: Engine, id: ContainerId, end: TaskEnd, lines_max: int) -> TaskEnd:

@@ -1,5 +1,7 @@
 /** The cluster as the last snapshot and the changes since then say.  No DOM here. */
 
+import { clockTime } from "./text.js";
+
 export const KINDS = ["nodes", "services", "tasks", "networks", "stacks", "volumes", "secrets", "configs"];
 
 const ENDED = new Set(["complete", "shutdown", "failed", "rejected", "remove", "orphaned"]);
@@ -114,6 +116,31 @@ export class Cluster {
   }
 }
 
+/** How many tasks are as they should be, `{done, of, isJob}`: of a job, or of a service whose tasks end, those that completed. */
+export function progress({ mode, running, wanted, completed = 0, total = 0 }) {
+  if (mode.endsWith("-job")) return { done: completed, of: total || wanted, isJob: true };
+  if (completed > 0 && running === 0) return { done: completed, of: wanted, isJob: true };
+  return { done: running, of: wanted, isJob: false };
+}
+
+/** `2/3`, or `6/6 done`. */
+export function replicasText(service) {
+  const { done, of, isJob } = progress(service);
+  return `${done}/${of}${isJob ? " done" : ""}`;
+}
+
+const URGENCY = { unwell: 0, moving: 1, well: 2 };
+
+/** Services that need someone first, those that have for longest before others, then by name. */
+export function byUrgency(a, b) {
+  return URGENCY[a.state] - URGENCY[b.state] || (a.state === "well" ? 0 : (a.since || Infinity) - (b.since || Infinity) || 0) || (a.name < b.name ? -1 : 1);
+}
+
+/** Why a node is not well, and when it was last heard. */
+export function lastHeard(node, now) {
+  return [node.reason, node.silent_since && `last heard ${clockTime(node.silent_since, now)}`].filter(Boolean).join("; ");
+}
+
 /**
  * What an operator should look at, worst first: `{level: "bad"|"warn", title, detail, target}`, the target
  * being `[kind, id]` or null.
@@ -134,16 +161,16 @@ export function problems(cluster) {
   if (frozen) add("bad", "Lost nodes' tasks are not replaced", frozen);
   for (const warning of warnings) add("warn", warning, "");
   for (const node of cluster.all("nodes")) {
-    if (node.state !== "ready") add("bad", `${node.name} is ${node.state}`, node.reason, ["nodes", node.id]);
+    if (node.state !== "ready") add("bad", `${node.name} is ${node.state}`, lastHeard(node, Date.now()), ["nodes", node.id]);
     else if (node.reason) add("warn", node.name, node.reason, ["nodes", node.id]);
   }
-  for (const service of cluster.all("services")) {
+  for (const service of [...cluster.all("services")].sort(byUrgency)) {
     const target = ["services", service.id];
     const paused = service.update?.state?.endsWith("paused");
     if (service.state === "unwell" || paused) {
-      add("bad", `${service.name} ${service.running}/${service.wanted}`, service.reason || service.update?.message || "", target);
+      add("bad", `${service.name} ${replicasText(service)}`, service.reason || service.update?.message || "", target);
     } else if (service.state === "moving") {
-      add("warn", `${service.name} ${service.running}/${service.wanted}`, service.reason || service.update?.message || "", target);
+      add("warn", `${service.name} ${replicasText(service)}`, service.reason || service.update?.message || "", target);
     }
   }
   for (const volume of cluster.all("volumes")) {
@@ -158,8 +185,9 @@ export function totals(cluster) {
   let wanted = 0;
   for (const service of cluster.all("services")) {
     if (service.mode.endsWith("-job")) continue;
-    running += service.running;
-    wanted += service.wanted;
+    const { done, of } = progress(service);
+    running += done;
+    wanted += of;
   }
   const nodes = cluster.all("nodes");
   return { running, wanted, ready: nodes.filter((node) => node.state === "ready").length, nodes: nodes.length };

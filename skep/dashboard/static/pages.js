@@ -1,7 +1,7 @@
 /** The pages of the rail: each lists one kind of object, the first draws the cluster. */
 
 import { h, own } from "./dom.js";
-import { phase, problems } from "./cluster.js";
+import { byUrgency, lastHeard, phase, problems, progress, replicasText } from "./cluster.js";
 import { ago, badge, button, chart, link, links, loadInWords, meter, swatch, taskGlyph } from "./parts.js";
 import { portsText } from "./ports.js";
 import { diagnosed, failing } from "./reach.js";
@@ -128,16 +128,10 @@ function hiveTable(app) {
 
 // --- lists
 
-export function replicasText(service) {
-  return service.mode.endsWith("-job") ? `${service.completed}/${service.wanted} done` : `${service.running}/${service.wanted}`;
-}
-
 /** Running tasks of those wanted, as a bar with figures. */
 export function replicas(service) {
-  const isJob = service.mode.endsWith("-job");
-  const done = isJob ? service.completed : service.running;
-  const share = service.wanted ? done / service.wanted : 1;
-  return h("span", { class: "replicas" }, meter(replicasText(service), [{ share, kind: service.state }]), h("span", {}, replicasText(service)));
+  const { done, of } = progress(service);
+  return h("span", { class: "replicas" }, meter(replicasText(service), [{ share: of ? done / of : 1, kind: service.state }]), h("span", {}, replicasText(service)));
 }
 
 const LEVELS = { well: "good", moving: "warn", unwell: "bad" };
@@ -168,12 +162,12 @@ function load(node) {
 function servicesPage(app) {
   return listPage(app, "Services", {
     id: "services",
-    rows: sortedBy(app.cluster.all("services")),
+    rows: [...app.cluster.all("services")].sort(byUrgency),
     target: (service) => ["services", service.id],
     empty: "No services yet. Create one with docker service create, skep run or a stack file.",
     columns: [
       { key: "name", title: "Name", cell: (service) => [swatch(app, service.id), service.name], sort: byName },
-      { key: "replicas", title: "Tasks", cell: replicas, sort: (service) => service.running / (service.wanted || 1) },
+      { key: "replicas", title: "Tasks", cell: replicas, sort: (service) => progress(service).done / (progress(service).of || 1) },
       { key: "state", title: "State", cell: serviceState, sort: (service) => service.state },
       { key: "image", title: "Image", kind: "mono", cell: (service) => imageName(service.image), sort: (service) => service.image },
       { key: "ports", title: "Ports", kind: "wide", cell: (service) => portsText(service.ports, app.cluster.tasksOf("service", service.id)) },
@@ -199,7 +193,7 @@ function nodesPage(app) {
       { key: "hour", title: "Last hour", kind: "wide", cell: (node) => chart(app, node.id, (sample) => sample.load, { label: loadInWords(app, node) }) },
       { key: "address", title: "Address", kind: "mono wide", cell: (node) => node.address, sort: (node) => node.address },
       { key: "engine", title: "Engine", kind: "wide", cell: (node) => node.engine, sort: (node) => node.engine },
-      { key: "reason", title: "Reason", kind: "wide rest", cell: (node) => node.reason },
+      { key: "reason", title: "Reason", kind: "wide rest", cell: (node) => lastHeard(node, app.now) },
     ],
   });
 }
@@ -315,22 +309,12 @@ function volumesPage(app) {
 
 /** Volumes of single nodes with the data of services: where each is, of which slot. */
 function localVolumes(app) {
-  const found = new Map();
-  for (const node of app.cluster.all("nodes")) {
-    for (const volume of node.volumes ?? []) {
-      const row = found.get(volume.name) ?? { id: volume.name, name: volume.name, nodes: new Set(), slots: new Set(), used_at: 0, node: node.id };
-      found.set(volume.name, row);
-      row.nodes.add(node.id);
-      row.slots.add(`${volume.service}.${volume.slot}`);
-      row.used_at = Math.max(row.used_at, volume.used_at);
-    }
-  }
   return h("section", { key: "local", class: "below" },
     h("h2", {}, "Volumes of nodes"),
     table(app, {
       id: "local volumes",
       label: "Volumes of nodes",
-      rows: sortedBy([...found.values()]),
+      rows: sortedBy(localVolumesOf(app.cluster)),
       target: (volume) => ["nodes", volume.node],
       empty: "No service has data in a volume of a node.",
       columns: [
@@ -342,8 +326,22 @@ function localVolumes(app) {
     }));
 }
 
+function localVolumesOf(cluster) {
+  const found = new Map();
+  for (const node of cluster.all("nodes")) {
+    for (const volume of node.volumes ?? []) {
+      const row = found.get(volume.name) ?? { id: volume.name, name: volume.name, nodes: new Set(), slots: new Set(), used_at: 0, node: node.id };
+      found.set(volume.name, row);
+      row.nodes.add(node.id);
+      row.slots.add(`${volume.service}.${volume.slot}`);
+      row.used_at = Math.max(row.used_at, volume.used_at);
+    }
+  }
+  return [...found.values()];
+}
+
 function clusterVolumes(app) {
-  return listPage(app, "Volumes", {
+  return listPage(app, "Cluster volumes", {
     id: "volumes",
     rows: sortedBy(app.cluster.all("volumes")),
     target: (volume) => ["volumes", volume.id],
@@ -399,7 +397,7 @@ export const PAGES = [
   { name: "tasks", title: "Tasks", key: "t", kinds: ["tasks"], show: tasksPage },
   { name: "networks", title: "Networks", key: "w", kinds: ["networks"], show: networksPage },
   { name: "stacks", title: "Stacks", key: "k", kinds: ["stacks"], show: stacksPage },
-  { name: "volumes", title: "Volumes", key: "v", kinds: ["volumes"], show: volumesPage },
-  { name: "secrets", title: "Secrets", key: "c", kinds: ["secrets", "configs"], show: secretsPage },
+  { name: "volumes", title: "Volumes", key: "v", count: (cluster) => cluster.size("volumes") + localVolumesOf(cluster).length, show: volumesPage },
+  { name: "secrets", title: "Secrets, configs", key: "c", kinds: ["secrets", "configs"], show: secretsPage },
   { name: "events", title: "Events", key: "e", isMain: true, show: eventsPage },
 ];

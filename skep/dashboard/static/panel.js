@@ -1,7 +1,7 @@
 /** The panel beside a page: one object in detail, what can be done with it, its logs, its terminal. */
 
 import { h, own } from "./dom.js";
-import { isEnded, phase } from "./cluster.js";
+import { isEnded, lastHeard, phase } from "./cluster.js";
 import { ago, badge, button, chart, facts, fetched, link, links, loadInWords, section, swatch, taskGlyph, took } from "./parts.js";
 import { deployState, networkKind, nodeState, replicas, serviceState, stackState, taskColumns, taskState, uptakeText } from "./pages.js";
 import { portText, portsText } from "./ports.js";
@@ -62,7 +62,8 @@ function servicePanel(app, service, tab) {
   return [
     facts(
       ["State", [serviceState(service), " ", replicas(service)]],
-      service.reason && ["Reason", service.reason],
+      // The present one is below, with what belongs to it.
+      app.past !== null && service.reason && ["Reason", service.reason],
       ["Image", h("code", {}, imageName(service.image))],
       ["Mode", service.mode],
       service.stack && ["Stack", link(app, "stacks", service.stack)],
@@ -97,21 +98,33 @@ function rollout(app, service) {
 
 /** The answer of `/explain` in sentences, with the last lines of a task that ended and the nodes that refuse one. */
 function explanation(answer) {
-  const reasons = (found) => (found ?? []).map(({ Name: name, Summary: summary, Tasks: tasks }) =>
+  const { Reason: reason, Course: course, Problem: problem, Update: update, Nodes: nodes } = answer;
+  // What the first sentence says already is not said again.
+  const others = (found) => (found ?? []).filter(({ Summary: summary }) => summary !== reason);
+  const listed = (found) => found.map(({ Name: name, Summary: summary, Tasks: tasks }) =>
     h("li", {}, name && h("b", {}, `${name}: `), summary, tasks > 1 && h("span", { class: "quiet" }, ` (${count(tasks, "task")})`)));
-  const { Update: update, End: end, Nodes: nodes } = answer;
+  const [waiting, failed] = [others(answer.Reasons), others(answer.Failures)];
+  const end = answer.End ?? problem?.End;
   const lines = end?.Lines ?? [];
   return [
-    answer.Summary && h("p", {}, answer.Summary),
-    answer.Reasons?.length > 0 && h("ul", { class: "plain" }, reasons(answer.Reasons)),
-    answer.Failures?.length > 0 && h("ul", { class: "plain failures" }, reasons(answer.Failures)),
+    h("p", {}, reason || answer.Summary),
+    reason && h("p", { class: "quiet" }, [problem?.Name, course, `${answer.Running} of ${answer.Wanted} tasks run`].filter(Boolean).join("; ")),
+    waiting.length > 0 && h("ul", { class: "plain" }, listed(waiting)),
+    failed.length > 0 && h("ul", { class: "plain failures" }, listed(failed)),
     update && h("p", { class: "quiet" }, [update.Step, update.WaitingFor && `waiting for ${update.WaitingFor}`].filter(Boolean).join("; ")),
     nodes?.length > 0 && h("ul", { class: "plain" }, nodes.slice(0, 50).map(({ Hostname: name, NodeID: id, Refusals: refusals }) =>
       h("li", { key: id }, h("b", {}, `${name || id}: `), refusals?.length ? refusals.join("; ") : "would take it"))),
-    end?.HealthOutput && h("pre", {}, end.HealthOutput),
+    end?.HealthOutput && [h("h4", {}, "Last failed health check"), h("pre", { "aria-label": "Last failed health check", tabindex: "0" }, end.HealthOutput)],
+    lines.length > 0 && h("h4", {}, "Last lines of output"),
     lines.length > 0 && h("pre", { "aria-label": "Last lines", tabindex: "0" }, lines.map(({ Text: text }) => `${withoutEscapes(text)}\n`)),
   ];
 }
+
+/** Whether the exit code is that of a signal which Skep sent: after a failed health check, or a stop. */
+const isKilledBySkep = (status) => ["unhealthy", "stop-timeout"].includes(status.End?.Cause);
+
+/** The error of a task that ended, without the exit code that says nothing. */
+const endText = (status) => (isKilledBySkep(status) ? status.Err.replace(/^task: non-zero exit \(\d+\): (dockerexec: )?/, "") : status.Err);
 
 /** On which nodes a service's tasks are. */
 function spread(app, service) {
@@ -135,8 +148,8 @@ function serviceHistory(app, service) {
       return h("li", { key: task.ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
         h("time", {}, clockTime(status.Timestamp, app.now)),
         h("b", {}, task.Slot ? `.${task.Slot}` : app.cluster.name("nodes", task.NodeID)),
-        h("span", {}, status.State, ended ? ` (${ended})` : "", task.NodeID ? [" on ", app.cluster.name("nodes", task.NodeID)] : ""),
-        (status.Err || status.Message) && h("p", {}, status.Err || status.Message));
+        h("span", {}, status.State, ended && !isKilledBySkep(status) ? ` (${ended})` : "", task.NodeID ? [" on ", app.cluster.name("nodes", task.NodeID)] : ""),
+        (status.Err || status.Message) && h("p", {}, endText(status) || status.Message));
     }));
   });
 }
@@ -162,7 +175,7 @@ function taskPanel(app, task, tab) {
   return [
     facts(
       ["State", taskState(task)],
-      task.error && ["Reason", h("span", { class: "bad" }, task.error)],
+      app.past !== null && task.error && ["Reason", h("span", { class: "bad" }, task.error)],
       task.message && ["Message", task.message],
       ["For", ago(app, task.since)],
       ["Service", app.cluster.get("services", task.service) ? link(app, "services", task.service) : app.cluster.name("services", task.service)],
@@ -190,8 +203,8 @@ function slotHistory(app, task) {
     return h("ol", { class: "history" }, earlier.map(({ ID, Status: status = {}, NodeID: node }) =>
       h("li", { key: ID, class: ["failed", "rejected"].includes(status.State) ? "bad" : "" },
         h("time", {}, clockTime(status.Timestamp, app.now)),
-        h("span", {}, status.State, status.ContainerStatus?.ExitCode ? ` (${status.ContainerStatus.ExitCode})` : "", node ? [" on ", app.cluster.name("nodes", node)] : ""),
-        (status.Err || "") && h("p", {}, status.Err))));
+        h("span", {}, status.State, status.ContainerStatus?.ExitCode && !isKilledBySkep(status) ? ` (${status.ContainerStatus.ExitCode})` : "", node ? [" on ", app.cluster.name("nodes", node)] : ""),
+        status.Err && h("p", {}, endText(status)))));
   });
 }
 
@@ -204,7 +217,7 @@ function nodePanel(app, node, tab) {
   return [
     facts(
       ["State", [nodeState(node), node.availability !== "active" && node.state === "ready" ? "" : badge("quiet", node.availability)]],
-      node.reason && ["Reason", node.reason],
+      node.reason && ["Reason", lastHeard(node, app.now)],
       ["Role", [node.role, node.leader ? " · leader" : "", node.manager && node.manager !== "reachable" ? ` · ${node.manager}` : ""]],
       ["Load", loadInWords(app, node)],
       ["Tasks", String(tasks.length)],

@@ -76,7 +76,7 @@ function figures(app) {
   const { running, wanted, ready, nodes } = totals(app.cluster);
   const { managers } = app.cluster.info;
   const found = problems(app.cluster);
-  const bad = found.filter(({ level }) => level === "bad").length;
+  const isBad = found.some(({ level }) => level === "bad");
   const figure = (value, of, label, isShort) =>
     h("span", { class: isShort ? "figure short" : "figure" }, h("b", {}, number(value)), h("i", {}, `/${number(of)}`), ` ${label}`);
   return h(
@@ -85,7 +85,7 @@ function figures(app) {
     figure(running, wanted, "tasks", running < wanted),
     figure(ready, nodes, "nodes", ready < nodes),
     figure(managers.reachable, managers.total, "managers", managers.reachable < managers.total),
-    bad > 0 && badge("bad", `${bad} to look at`),
+    found.length > 0 && badge(isBad ? "bad" : "warn", `${found.length} to look at`),
   );
 }
 
@@ -105,7 +105,7 @@ function connection(app) {
 }
 
 function rail(app) {
-  const entry = ({ name, title, kinds = [], isMain }) =>
+  const entry = ({ name, title, kinds = [], count: total, isMain }) =>
     h(
       "a",
       {
@@ -116,7 +116,7 @@ function rail(app) {
       },
       icon(ICONS[name]),
       h("span", {}, title),
-      kinds.length > 0 && h("i", {}, number(kinds.reduce((sum, kind) => sum + app.cluster.size(kind), 0))),
+      (kinds.length > 0 || total) && h("i", {}, number(total ? total(app.cluster) : kinds.reduce((sum, kind) => sum + app.cluster.size(kind), 0))),
     );
   const isOpen = app.memory.get("more pages") === true;
   const toggle = () => {

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.manager.journal.service_changes import spec_changes
+from skep.manager.reasons import failure_of
 from skep.model.history import Entry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
@@ -110,9 +111,9 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
         return f"its service was updated{image}", Severity.INFO
     if state in (TaskState.FAILED, TaskState.REJECTED):
         was = "was " if state is TaskState.REJECTED else ""
-        return f"it {was}{state.value}: {end_of(last)}", Severity.WARNING
+        return f"it {was}{state.value}: {end_of(last, view)}", Severity.WARNING
     if state is TaskState.COMPLETE:
-        return "it had ended with exit code 0", Severity.INFO
+        return "its process ended with code 0", Severity.INFO
     if last.preemption is not None:
         return f"it was {last.preemption.words}", Severity.WARNING
     if last.node_id and node is None:
@@ -132,14 +133,13 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
     return "it had no node yet", Severity.INFO
 
 
-def end_of(task: Task) -> str:
-    """How a task ended, in words: its error, its exit code, what its node saw."""
-    container, end = task.status.container_status, task.status.end
-    code = f"exit code {container.exit_code}" if container is not None and container.exit_code else ""
-    error = "" if code and task.status.err.startswith("task: non-zero exit") else masked_text(task.status.err)
-    return (
-        "; ".join(filter(None, (error, code, words_of(end) if end is not None else ""))) or "no reason given"
-    )
+def end_of(task: Task, view: View) -> str:
+    """How a task ended, in the words that ``skep explain`` has for it."""
+    if task.has_failed and task.status.state is not TaskState.REJECTED:  # an entry names its node itself
+        return failure_of(task, view.lookup(Node, task.node_id))[1]
+    end = task.status.end
+    words = filter(None, (masked_text(task.status.err), words_of(end) if end is not None else ""))
+    return "; ".join(dict.fromkeys(words)) or "no reason given"
 
 
 def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
@@ -154,7 +154,7 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
         entry = _task(new, action, view, severity)
         words = {"stop": "was stopped", "complete": "completed", "lost": "was lost"}.get(action)
         failed = "was rejected" if action == "reject" else state.value
-        how = words or f"{failed}: {end_of(new)}"
+        how = words or f"{failed}: {end_of(new, view)}"
         if action == "stop" and new.preemption is not None:
             how = f"{how}: {new.preemption.words}"
         where = f" on {entry.node}" if entry.node else ""

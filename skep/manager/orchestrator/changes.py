@@ -249,16 +249,30 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
             desired_state=TaskState.COMPLETE if is_job_start else change.desired,
             job_iteration=iteration,
             spec_version=service.spec_version,
-            restart=_restart(change, now),
+            restart=_restart(change, rivals, now),
         )
     )
 
 
-def _restart(change: FillSlot, now: Timestamp) -> Restart | None:
+def _restart(change: FillSlot, slot: Iterable[Task], now: Timestamp) -> Restart | None:
     if not (change.delay_s or change.failures):
         return None
     delay = round(change.delay_s * SECOND_NS)
-    return Restart(failures=change.failures, delay=delay, not_before=timestamp(unix_ns(now) + delay))
+    return Restart(
+        failures=change.failures,
+        delay=delay,
+        not_before=timestamp(unix_ns(now) + delay),
+        since=_failing_since(slot) if change.failures else None,
+    )
+
+
+def _failing_since(slot: Iterable[Task]) -> Timestamp | None:
+    """When the first of the failures in a row that end with the last task of ``slot`` was, by the clock of its node."""
+    last = max(slot, key=lambda task: (task.created_at, task.id), default=None)
+    if last is None:
+        return None
+    before = last.restart
+    return before.since if before is not None and before.failures and before.since else last.status.timestamp
 
 
 def _is_current(tx: Transaction, decided: Service) -> bool:

@@ -18,6 +18,11 @@ from skep.store.interface import Commit, Created, Deleted, Updated
 
 STABLE_S = 10.0
 """A task that ran for so long before it ended is not part of a crash loop."""
+NEVER_RAN = "starting"
+"""The message of a task that failed before it ran, as one that never became healthy: its node keeps the last one.
+
+Source: swarmkit, agent/exec/controller.go (Do).
+"""
 
 
 class ObservedTimes:
@@ -85,6 +90,8 @@ class ObservedTimes:
         if ran_at is not None and until - ran_at >= STABLE_S:
             return True
         if self.saw_created(task) or self.saw_start(task) or not task.status.state.is_terminal:
+            return False
+        if task.status.message.partition(";")[0] == NEVER_RAN:  # warnings may follow
             return False
         waited = task.restart.delay if task.restart is not None else 0
         return unix_ns(task.status.timestamp) - unix_ns(task.created_at) - waited >= STABLE_S * SECOND_NS

@@ -16,7 +16,7 @@ from skep.manager.explanations import explain_autoscaling, explain_service, expl
 from skep.manager.quotas import replicas_within_quota
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.placement import accounting_of, names_for
-from skep.manager.routes.shown import damage_of, service_status, with_damage
+from skep.manager.routes.shown import damage_of, service_status, slot_in, with_damage
 from skep.manager.scheduler.explain import NodeVerdict, ServiceNames, explaining_priority, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.manager.scheduler.returning import must_wait, volumes_elsewhere
@@ -45,7 +45,8 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     if elsewhere and must_wait(task, view) and not task.node_id:
         verdicts = [_with_home(one, *elsewhere[0]) for one in verdicts]
     task = with_damage(view, replace(task, status=known_status(view, task)))
-    explanation = explain_task(task, view.lookup(Node, task.node_id), verdicts)
+    nodes = {node.id: node for node in view.find(Node)}
+    explanation = explain_task(task, nodes.get(task.node_id), verdicts, slot_in(view, task), nodes)
     if priority:
         explanation = replace(explanation, summary=f"{explanation.summary}; {priority}")
     if task.node_id and elsewhere:
@@ -66,8 +67,9 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     nodes = {node.id: node for node in view.find(Node)}
     explanation = explain_service(
         service,
-        [_with_reason(view, task) for task in tasks],
+        [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks],
         wanted=status.desired_tasks,
+        done=status.completed_tasks if service.job_status is None else 0,
         nodes=nodes,
         is_new=lambda task: is_up_to_date(view, task),
     )
@@ -91,13 +93,6 @@ async def _priority(view: View, tasks: Iterable[Task], named: ServiceNames) -> s
     waiting = (one for one in tasks if one.is_wanted and one.status.state is TaskState.PENDING)
     task = next(waiting, None)
     return (await _verdicts(view, task, named))[1] if task is not None else ""
-
-
-def _with_reason(view: View, task: Task) -> Task:
-    """With the reason why it waits for a cluster volume, if it does."""
-    return (
-        replace(task, status=replace(task.status, err=known_status(view, task).err)) if task.volumes else task
-    )
 
 
 def _with_home(one: NodeVerdict, home: NodeId, words: str) -> NodeVerdict:

@@ -5,6 +5,8 @@ Level-triggered: an event names keys, and each row is made anew from the present
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from msgspec.structs import replace
+
 from skep.manager.control.tasks import is_up_to_date, known_status
 from skep.manager.explanations import explain_service
 from skep.manager.routes.shown import service_status
@@ -19,6 +21,7 @@ from skep.manager.view.rows import (
     node_row,
     payload_row,
     revision_of,
+    seconds,
     service_row,
     stack_row,
     task_row,
@@ -201,14 +204,20 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
     update = service.update_status.state if service.update_status is not None else None
     running, wanted = status.running_tasks, status.desired_tasks
     tasks = view.find(Task, service_id=service.id)
-    is_well, reason, is_troubled = running >= wanted, "", False
+    done = status.completed_tasks if service.job_status is None else 0
+    is_well, reason, is_troubled, since = running + done >= wanted, "", False, 0.0
     if len(tasks) <= _EXPLAINED_MAX:
         is_troubled = any(_is_troubled(view, task) for task in tasks)
         if is_troubled or not is_well or service.job_status is not None:
-            nodes = {task.node_id: view.lookup(Node, task.node_id) for task in tasks if task.node_id}
-            known = {id: node for id, node in nodes.items() if node is not None}
-            explained = explain_service(as_run(view, service), tasks, wanted=wanted, nodes=known)
-            is_well, reason = explained.is_as_wanted and not is_troubled, explained.summary
+            explained = explain_service(
+                as_run(view, service),
+                _known(view, tasks),
+                wanted=wanted,
+                nodes=_nodes_of(view, tasks),
+                done=done,
+            )
+            is_well, reason = explained.is_as_wanted and not is_troubled, explained.reason
+            since = seconds(explained.problem.since) if explained.problem is not None else 0.0
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"
     if update in PAUSED or (is_troubled and not is_well):
@@ -218,15 +227,30 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
             "well" if is_well and update not in UNDER_WAY and not _is_surplus(service, status) else "moving"
         )
     message = service.update_status.message if service.update_status is not None else ""
-    if update in PAUSED or (not reason and update in UNDER_WAY):
-        reason = message or reason
+    if not reason and (update in PAUSED or update in UNDER_WAY):
+        reason = message
     return Counts(
         running=running,
         wanted=wanted,
         completed=status.completed_tasks,
+        total=status.total_tasks,
         state=state,
         reason="" if state == "well" else reason,
+        since=0.0 if state == "well" else since,
     )
+
+
+def _known(view: View, tasks: Sequence[Task]) -> list[Task]:
+    """With the status of those that are on a node which is down."""
+    return [replace(task, status=known_status(view, task)) if task.is_active else task for task in tasks]
+
+
+def _nodes_of(view: View, tasks: Sequence[Task]) -> dict[NodeId, Node]:
+    """The nodes that a reason may name: all where a task waits for a node, else those that have the tasks."""
+    if any(task.status.state is TaskState.PENDING and task.status.err for task in tasks):
+        return {node.id: node for node in view.find(Node)}
+    found = (view.lookup(Node, id) for id in {task.node_id for task in tasks})
+    return {node.id: node for node in found if node is not None}
 
 
 def _is_surplus(service: Service, status: ServiceStatus) -> bool:

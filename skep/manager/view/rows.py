@@ -11,13 +11,13 @@ from msgspec import UNSET, UnsetType
 
 from skep.errors import InvalidArgument
 from skep.manager.control.tasks import known_status
-from skep.manager.explanations import summary
-from skep.manager.routes.shown import path_message
+from skep.manager.reasons import Kind, failure_of, problem_of
+from skep.manager.routes.shown import path_message, slot_in
 from skep.model.conditions import condition_messages
 from skep.model.history import masked, masked_text
 from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.network import Network, is_ingress
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeState, plain_message
 from skep.model.overlays import is_encrypted
 from skep.model.planes import driver_of
 from skep.model.secret import Config, Secret
@@ -63,7 +63,10 @@ class LocalVolumeRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class NodeRow(Row, frozen=True, kw_only=True, gc=False):
-    """``manager``: its reachability; empty: it is no manager.  ``load``: 0 to 1, None where it is not known."""
+    """``manager``: its reachability; empty: it is no manager.  ``load``: 0 to 1, None where it is not known.
+
+    ``silent_since``: last heartbeat of a node that is down.
+    """
 
     name: str
     role: str
@@ -82,6 +85,7 @@ class NodeRow(Row, frozen=True, kw_only=True, gc=False):
     failing: tuple[FailingRow, ...]
     volumes: tuple[LocalVolumeRow, ...]
     reason: str
+    silent_since: float
     version: int
 
 
@@ -104,7 +108,10 @@ class UpdateRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
-    """``total``: completions that a job is to have.  ``state``: well, moving or unwell."""
+    """``completed``, ``total``: tasks that have completed, and how many a job is to have.  One-shot services complete.
+
+    ``state``: well, moving or unwell.  ``reason``: that of ``skep explain``; ``since``: when that began.
+    """
 
     name: str
     stack: str
@@ -116,6 +123,7 @@ class ServiceRow(Row, frozen=True, kw_only=True, gc=False):
     total: int
     state: str
     reason: str
+    since: float
     ports: tuple[PortRow, ...]
     networks: tuple[str, ...]
     secrets: tuple[str, ...]
@@ -219,7 +227,11 @@ def node_row(node: Node) -> NodeRow:
     """``node`` as it is shown."""
     status, described, manager = node.status, node.description, node.manager_status
     is_ready = status.state is NodeState.READY
-    reasons = (status.message, path_message(node) if is_ready else "", *condition_messages(described))
+    reasons = (
+        plain_message(status.message),
+        path_message(node) if is_ready else "",
+        *condition_messages(described),
+    )
     return NodeRow(
         id=node.id,
         name=node.spec.name or described.hostname or node.id,
@@ -244,6 +256,7 @@ def node_row(node: Node) -> NodeRow:
         else (),
         volumes=_local_volumes(node),
         reason=_cut("; ".join(filter(None, reasons))),
+        silent_since=seconds(node.silent_since) if status.state is NodeState.DOWN else 0.0,
         version=node.version.index,
     )
 
@@ -258,7 +271,6 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
     """``service`` as it is shown, with what its tasks say."""
     spec = service.spec
     container = spec.task_template.container_spec
-    job = spec.mode.replicated_job
     return ServiceRow(
         id=service.id,
         name=spec.name,
@@ -268,9 +280,10 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         wanted=counts.wanted,
         running=counts.running,
         completed=counts.completed,
-        total=(job.total_completions or 0) if job is not None else 0,
+        total=counts.total,
         state=counts.state,
         reason=_cut(counts.reason),
+        since=counts.since,
         ports=_ports(service.endpoint.ports),
         networks=networks_of(service),
         secrets=tuple(one.secret_id for one in container.secrets) if container is not None else (),
@@ -295,8 +308,11 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     running: int
     wanted: int
     completed: int
+    total: int = 0
+    """How many tasks the present run of a job has to complete."""
     state: str
     reason: str
+    since: float
 
 
 def networks_of(service: Service) -> tuple[str, ...]:
@@ -338,11 +354,19 @@ _HEALTH: Mapping[TaskState, str] = {TaskState.STARTING: "starting", TaskState.RU
 
 def _error(view: View, task: Task) -> str:
     status = task.status
-    is_failed = status.state in (TaskState.FAILED, TaskState.REJECTED)
-    waits = task.restart is not None and task.restart.failures and status.state is TaskState.READY
-    if is_failed or waits:
-        return summary(task, view.lookup(Node, task.node_id))
-    return task.preemption.words if task.preemption is not None else status.err
+    if status.state in (TaskState.FAILED, TaskState.REJECTED):
+        return failure_of(task, view.lookup(Node, task.node_id))[1]
+    if task.preemption is not None:
+        return task.preemption.words
+    if task.is_active and status.state is not TaskState.RUNNING:
+        slot = slot_in(view, task)
+        ids = {task.node_id, *(one.node_id for one in slot)}
+        known = {id: node for id in ids if (node := view.lookup(Node, id)) is not None}
+        problem = problem_of(task, slot, known)
+        if problem.kind == Kind.PROGRESS.value:
+            return status.err or problem.course
+        return "; ".join(filter(None, (problem.reason, problem.course)))
+    return status.err
 
 
 def network_row(network: Network, services: Sequence[str]) -> NetworkRow:

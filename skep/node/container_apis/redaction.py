@@ -12,7 +12,8 @@ import msgspec
 from skep.aio.time_slices import SlicedWork
 from skep.errors import Unavailable
 
-_HEALTH_OUTPUT = re.compile(r"(last health check: ).*", re.DOTALL)
+_OUTPUT = re.compile(r"(last health check: |, last line |, last: ).*", re.DOTALL)
+"""What a container or its health check wrote, behind the words of a reason (``manager.reasons``)."""
 _USER = re.compile(r"//[^/]*@")
 
 
@@ -82,12 +83,16 @@ def _of_health(value: Any) -> Any:
 
 def _of_end(value: Any) -> Any:
     """Of a task: its last lines are its log."""
-    return {**_clean(value), "Lines": [], "HealthOutput": ""} if isinstance(value, dict) else value
+    return (
+        {**_clean(value), "Lines": [], "HealthOutput": "", "HealthCommand": ""}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _of_error(value: Any) -> Any:
-    """Of a task that was unhealthy: the text ends with what the check wrote."""
-    return _HEALTH_OUTPUT.sub(r"\1", value) if isinstance(value, str) else value
+    """Why a task failed: the text may end with what it or its health check wrote."""
+    return _OUTPUT.sub(r"\1", value) if isinstance(value, str) else _clean(value)
 
 
 def _of_authorities(value: Any) -> Any:
@@ -111,6 +116,7 @@ _RULES: Final[Mapping[str, Callable[[Any], Any]]] = {
     "Health": _of_health,
     "End": _of_end,
     "Err": _of_error,
+    "Message": _of_error,
     "LogDriver": _of_driver,
     "LogConfig": _of_driver,
     "HttpProxy": _without_user,

@@ -171,6 +171,9 @@ def end_to_pb(end: TaskEnd) -> skep.TaskEnd:
         signal=end.signal,
         grace=end.grace,
         health_output=end.health_output,
+        health_command=end.health_command,
+        health_failures=max(end.health_failures, 0),
+        health_exit_code=end.health_exit_code,
         lines=[
             skep.TaskEnd.Line(
                 timestamp=max(unix_ns(line.timestamp), 0),
@@ -189,6 +192,9 @@ def end_from_pb(message: skep.TaskEnd) -> TaskEnd:
         signal=message.signal,
         grace=message.grace,
         health_output=message.health_output,
+        health_command=message.health_command,
+        health_failures=message.health_failures,
+        health_exit_code=message.health_exit_code if message.HasField("health_exit_code") else None,
         lines=tuple(
             KeptLine(
                 timestamp=timestamp(min(max(line.timestamp, 0), _NS_MAX)),

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { Cluster, phase, problems } from "../../../skep/dashboard/static/cluster.js";
+import { byUrgency, Cluster, lastHeard, phase, problems, replicasText, totals } from "../../../skep/dashboard/static/cluster.js";
 import { search } from "../../../skep/dashboard/static/search.js";
 
 const node = (id, more = {}) => ({ id, name: id, role: "worker", manager: "", leader: false, state: "ready", availability: "active", address: "10.0.0.1", engine: "", labels: {}, load: null, reason: "", ...more });
@@ -59,6 +59,35 @@ for (const [expected, more] of [
 ]) {
   test(`a task ${JSON.stringify(more)} is ${expected}`, () => assert.equal(phase(task("t", more)), expected));
 }
+
+test("jobs and one-shot services show what is done, others what runs", () => {
+  const shown = (more) => replicasText(service("s", more));
+  assert.equal(shown({ running: 1, wanted: 3 }), "1/3");
+  assert.equal(shown({ mode: "replicated-job", running: 0, wanted: 0, completed: 6, total: 6 }), "6/6 done");
+  assert.equal(shown({ mode: "global-job", running: 1, wanted: 1, completed: 5, total: 6 }), "5/6 done");
+  assert.equal(shown({ running: 0, wanted: 1, completed: 1 }), "1/1 done");
+  const cluster = new Cluster();
+  cluster.take({ cursor: "1-1", services: [service("s1", { running: 1, wanted: 2 }), service("s2", { running: 0, completed: 1 })] });
+  assert.deepEqual([totals(cluster).running, totals(cluster).wanted], [2, 3]);
+});
+
+test("services that need someone come first, the oldest problem before others", () => {
+  const rows = [
+    service("a", { name: "a" }),
+    service("b", { name: "b", state: "moving", since: 10 }),
+    service("c", { name: "c", state: "unwell", since: 200 }),
+    service("d", { name: "d", state: "unwell", since: 100 }),
+    service("e", { name: "e", state: "unwell" }),
+  ];
+  assert.deepEqual([...rows].sort(byUrgency).map(({ id }) => id), ["d", "c", "e", "b", "a"]);
+});
+
+test("a node that is down says when it was last heard", () => {
+  const now = Date.now();
+  const down = node("n1", { state: "down", reason: "heartbeat failure", silent_since: now / 1000 });
+  assert.match(lastHeard(down, now), /^heartbeat failure; last heard \d\d:\d\d:\d\d$/);
+  assert.equal(lastHeard(node("n1", { silent_since: 0 }), now), "");
+});
 
 test("what is wrong is listed, the worst first", () => {
   const cluster = aCluster();

@@ -51,6 +51,49 @@ def test_a_service_names_the_task_to_look_at_and_an_update_says_for_how_long_it_
     ]
 
 
+def test_the_sentence_of_the_headline_is_not_said_again_and_the_output_is_below_it() -> None:
+    reason = 'unhealthy: its health check "exit 1" failed 2 times in a row, last: exit 1, output "no"'
+    service: dict[str, Any] = {
+        "Summary": f"{reason}; 0 of 1 tasks run",
+        "Reason": reason,
+        "Reasons": [{"Tasks": 1, "Summary": reason, "Example": "t2", "Name": "web.1"}],
+        "Failures": [
+            {"Tasks": 5, "Summary": reason, "Example": "t1"},
+            {"Tasks": 1, "Summary": "exit 3", "Example": "t0"},
+        ],
+        "Problem": {
+            "End": {
+                "Cause": "unhealthy",
+                "HealthOutput": "no",
+                "Lines": [{"Text": "listening"}],
+            }
+        },
+    }
+    assert list(about_service("web", service, NOW)) == [
+        f"web: {reason}; 0 of 1 tasks run",
+        "  1 waiting  (skep explain web.1)",
+        "  5 failed  (skep explain t1)",
+        "  1 failed: exit 3  (skep explain t0)",
+        "  last failed health check:",
+        "    | no",
+        "  last lines of output:",
+        "    | listening",
+    ]
+
+
+def test_a_signal_that_skep_sent_is_not_named() -> None:
+    task = {
+        "Summary": "unhealthy",
+        "State": "failed",
+        "DesiredState": "shutdown",
+        "Since": "2026-01-31T11:59:50Z",
+    }
+    unhealthy = {**task, "End": {"Cause": "unhealthy", "Signal": "SIGKILL"}}
+    assert "SIGKILL" not in "".join(about_task("web.1", unhealthy, NOW))
+    killed = {**task, "End": {"Cause": "signal", "Signal": "SIGKILL"}}
+    assert "  cause: signal (SIGKILL)" in list(about_task("web.1", killed, NOW))
+
+
 def test_an_autoscaled_service_says_what_it_follows_and_what_was_done_last() -> None:
     service: dict[str, Any] = {"Summary": "4 of 4 tasks run: as wanted", "Reasons": [], "Failures": []}
     service["Autoscaling"] = {

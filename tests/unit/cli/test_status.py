@@ -17,11 +17,12 @@ from skep.cli.status import (
     service_rows,
     status_of_state,
 )
+from skep.model.node import UNKNOWN_STATE
 from skep.node.swarm_info import NO_LEADER, lost_quorum
 
 NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
-CRASH_LOOP = 'crash loop, 5 failures in a row: exit 3, last line "boom: cannot connect to db"'
+REASON, COURSE = 'exit 3, last line "boom: cannot connect to db"', "crash loop, 5 failures in a row"
 
 
 def an_info(**swarm: Any) -> dict[str, Any]:
@@ -73,7 +74,15 @@ def a_degraded_one() -> Status:
     nodes[0]["Status"]["Message"] = "heartbeat failure"
     web = a_service("web", 2, 2)
     web["UpdateStatus"] = {"State": "completed", "CompletedAt": "2026-01-31T11:57:00Z"}
-    explained = {"id-boom": {"Summary": f"0 of 2 tasks run; {CRASH_LOOP}", "IsAsWanted": False}}
+    explained = {
+        "id-boom": {
+            "Summary": "-",
+            "Reason": REASON,
+            "Course": COURSE,
+            "IsAsWanted": False,
+            "Problem": {"Weight": 0},
+        }
+    }
     return a_status(nodes, [web, a_service("boom", 0, 2)], explained)
 
 
@@ -88,11 +97,52 @@ def test_the_screen_has_the_headline_nodes_services_and_the_reason_beside_what_i
         "w1    worker  DOWN   1      20%   heartbeat failure",
         "",
         "SERVICE  TASKS  UPDATE            WHY",
-        f"boom     0/2                      {CRASH_LOOP}",
+        f"boom     0/2                      {REASON}; {COURSE}",
         "web      2/2    completed 3m ago",
         "next: skep explain boom",
     ]
     assert found.exit_code == DEGRADED
+
+
+def an_explanation(weight: int, since: str) -> dict[str, Any]:
+    return {"Summary": "-", "Reason": "r", "IsAsWanted": False, "Problem": {"Weight": weight, "Since": since}}
+
+
+def next_command(nodes: list[Any], explained: dict[str, Any]) -> str:
+    services = [a_service(id.removeprefix("id-"), 0, 1) for id in explained]
+    return list(lines_of(a_status(nodes, services, explained), Screen()))[-1]
+
+
+def test_next_names_the_oldest_failure_before_what_a_lost_node_has_left() -> None:
+    m1 = a_node("m1", leader=True)
+    late, old = an_explanation(0, "2026-01-31T11:59:00Z"), an_explanation(0, "2026-01-31T11:20:00Z")
+    moving, lost = an_explanation(4, "2026-01-31T11:00:00Z"), an_explanation(2, "2026-01-31T11:00:00Z")
+    found = {"id-a": moving, "id-b": late, "id-c": old, "id-d": lost}
+    assert next_command([m1], found) == "next: skep explain c"
+    down = [m1, a_node("w1", "down")]
+    assert next_command(down, found) == "next: skep explain c"
+    assert next_command(down, {"id-a": moving, "id-d": lost}) == "next: skep explain w1"
+    assert next_command([m1], {"id-a": moving, "id-d": lost}) == "next: skep explain d"
+
+
+def test_jobs_and_one_shot_services_show_what_is_done() -> None:
+    total = {"ReplicatedJob": {"MaxConcurrent": 2, "TotalCompletions": 6}}
+    replicated, everywhere = a_service("a", 0, 0, 6, **total), a_service("b", 1, 1, 5, GlobalJob={})
+    everywhere["ServiceStatus"]["TotalTasks"] = 6
+    once, half = a_service("c", 0, 1, 1, Replicated={}), a_service("d", 1, 2, 1, Replicated={})
+    rows = list(service_rows([replicated, everywhere, once, half, a_service("e", 2, 3)], {}, NOW))
+    assert [row.tasks for row in rows] == ["6/6 done", "5/6 done", "1/1 done", "1/2", "2/3"]
+    assert [row.is_well for row in rows] == [True, False, True, True, False]
+
+
+def test_the_message_of_a_node_is_in_plain_words_with_the_last_heartbeat() -> None:
+    w1, w2 = a_node("w1", "down"), a_node("w2", "unknown")
+    w1["Status"]["Message"], w1["SilentSince"] = "heartbeat failure", "2026-01-31T11:59:59.123Z"
+    w2["Status"]["Message"] = UNKNOWN_STATE
+    assert [row.why for row in node_rows([w1, w2])] == [
+        "heartbeat failure; last heard 2026-01-31 11:59:59 UTC",
+        "not heard from since the cluster has another leader",
+    ]
 
 
 def test_a_narrow_terminal_is_kept_to_and_has_colours() -> None:
@@ -113,7 +163,7 @@ def test_a_large_cluster_shows_first_what_is_not_well() -> None:
     assert "and 81 nodes more: skep status -o wide" in lines
     assert "and 71 services more: skep status -o wide" in lines
     assert any(line.startswith("z ") for line in lines)
-    assert any(line.startswith("zz ") and "0 of 1 tasks run" in line for line in lines)
+    assert any(line.startswith("zz ") and "not in its desired state" in line for line in lines)
     assert len(list(lines_of(found, Screen(is_wide=True)))) > 200
 
 

@@ -88,18 +88,25 @@ def test_a_process_that_never_was_has_no_code() -> None:
     failed = failed_with(
         127, 'starting container failed: OCI runtime create failed: exec: "nosuch": not found'
     )
-    assert summary(failed, None) == f"its process could not be started: {failed.status.err}"
+    assert summary(failed, None) == (
+        'its process could not be started: OCI runtime create failed: exec: "nosuch": not found'
+    )
     gone = failed_with(0, "No such container: web.4.x")
     assert summary(gone, None) == "its container was gone before it ended: No such container: web.4.x"
 
 
 def test_a_failed_task_shows_its_code_its_signal_and_the_error_of_the_engine() -> None:
-    task = failed_with(137, "task: non-zero exit (137): out of memory")
+    task = failed_with(137, "task: non-zero exit (137): killed by a user")
     reported = explain_task(task, a_node("n1"))
     assert (reported.exit_code, reported.signal) == (137, "SIGKILL")
-    assert reported.summary == (
-        "its process ended with code 137 (SIGKILL): task: non-zero exit (137): out of memory"
-    )
+    assert reported.summary == "exit 137 (SIGKILL): killed by a user"
+
+
+@pytest.mark.parametrize("cause", ["unhealthy", "stop-timeout"])
+def test_a_signal_that_skep_sent_is_not_named(cause: str) -> None:
+    task = failed_with(137, "task: non-zero exit (137): dockerexec: unhealthy container")
+    task = replace(task, status=replace(task.status, end=TaskEnd(cause=cause, signal="SIGKILL")))
+    assert explain_task(task, a_node("n1")).signal == ""
 
 
 @pytest.mark.parametrize(("code", "name"), [(0, ""), (1, ""), (128, ""), (143, "SIGTERM"), (255, "")])
@@ -130,11 +137,12 @@ def test_a_service_counts_what_its_tasks_wait_for_and_failed_of() -> None:
         replace(failed_with(1, "task: non-zero exit (1)"), slot=4),
     ]
     reported = explain_service(web, tasks, wanted=4, nodes={a_node("n1").id: a_node("n1")})
-    assert reported.summary == f"1 of 4 tasks run; 2 wait: {refused.err}"
-    assert [(one.tasks, one.example, one.name) for one in reported.reasons] == [(2, tasks[1].id, "web.2")]
-    assert [reason.summary for reason in reported.failures] == [
-        "its process ended with code 1: task: non-zero exit (1)"
+    assert reported.summary == "exit 1; not restarted, by its restart policy; 1 of 4 tasks run"
+    assert [(one.summary, one.tasks, one.example, one.name) for one in reported.reasons] == [
+        ("exit 1", 1, tasks[3].id, "web.4"),
+        (refused.err, 2, tasks[1].id, "web.2"),
     ]
+    assert [reason.summary for reason in reported.failures] == ["exit 1"]
 
 
 def test_a_crash_loop_is_the_headline_with_exit_code_last_line_and_next_attempt() -> None:
@@ -147,8 +155,8 @@ def test_a_crash_loop_is_the_headline_with_exit_code_last_line_and_next_attempt(
         web, [a_task(service=web, slot=2, node="n1"), failed, waits], wanted=2, nodes={}
     )
     assert reported.summary == (
-        '1 of 2 tasks run; crash loop, 5 failures in a row: exit 3, last line "boom: cannot connect to db"; '
-        "next attempt at 00:01:46 UTC"
+        'exit 3, last line "boom: cannot connect to db"; crash loop, 5 failures in a row; '
+        "next attempt at 00:01:46 UTC; 1 of 2 tasks run"
     )
     once = explain_service(web, [failed, replace(waits, restart=None)], wanted=2, nodes={})
     assert "crash loop" not in once.summary
@@ -215,9 +223,7 @@ def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> 
     tasks = [a_run(job, 1, TaskState.COMPLETE), *(a_run(job, 2, TaskState.FAILED) for _ in range(3))]
     reported = explain_service(job, tasks, wanted=1, nodes={})
     assert not reported.is_as_wanted
-    assert reported.summary == (
-        "FAILED: 1 of 2 completed; slot 2 gave up after 3 attempts, the last: its process ended with code 1"
-    )
+    assert reported.summary == ("FAILED: exit 1; slot 2 gave up after 3 attempts; 1 of 2 completed")
 
 
 def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:
@@ -244,7 +250,23 @@ def test_a_task_that_waits_for_its_next_attempt_says_when_that_is() -> None:
     started = replace(a_task_that_waits(5), desired_state=TaskState.RUNNING)
     assert next_attempt(started, now_ns) == ""
     reported = summary(a_task_that_waits(3), a_node("n1"))
-    assert reported == "next attempt at 00:01:46 UTC (crash loop, 3rd)"
+    assert reported == (
+        "earlier tasks failed, and none of them is kept; crash loop, 3 failures in a row; next attempt at 00:01:46 UTC"
+    )
+
+
+def test_a_new_attempt_shows_the_end_of_the_task_before_it() -> None:
+    end = TaskEnd(cause="exit", lines=(KeptLine(text="boom"),))
+    failed = failed_with(3, "task: non-zero exit (3)")
+    failed = replace(failed, status=replace(failed.status, end=end))
+    waits = a_task_that_waits(5)
+    reported = explain_task(waits, a_node("n1"), slot=(failed, waits))
+    assert (reported.end, reported.summary) == (
+        end,
+        'exit 3, last line "boom"; crash loop, 5 failures in a row; next attempt at 00:01:46 UTC',
+    )
+    running = replace(waits, status=TaskStatus(state=TaskState.RUNNING), desired_state=TaskState.RUNNING)
+    assert explain_task(running, a_node("n1"), slot=(failed, running)).end is None
 
 
 def test_a_task_that_waits_for_a_service_says_so_whatever_the_nodes_could_take() -> None:

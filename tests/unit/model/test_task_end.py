@@ -51,7 +51,7 @@ def test_dockers_error_gets_words_for_what_docker_does_not_say() -> None:
     stopped = TaskEnd(cause="stop-timeout", signal="SIGKILL", grace=1_500_000_000)
     assert words_of(stopped) == "killed: it did not end within 1.5 s of its stop signal"
     sick = TaskEnd(cause="unhealthy", health_output="curl: (7)\n\x1b[31mrefused\n")
-    assert words_of(sick) == "last health check: curl: (7) [31mrefused"
+    assert words_of(sick) == "last health check: curl: (7) refused"
     assert words_of(replace(sick, health_output=" ")) == ""
     assert words_of(TaskEnd(cause="of a later version")) == ""
 

@@ -37,7 +37,7 @@ def probe(exit_code: int, output: str) -> Probe:
 SICK = replace(
     ENDED,
     exit_code=143,
-    config=replace(CONFIG, healthcheck=HealthConfig(test=("CMD", "false"), retries=2)),
+    config=replace(CONFIG, healthcheck=HealthConfig(test=("CMD", "test", "-s", "/tmp/x"), retries=2)),
     health=Health(
         status=HealthStatus.UNHEALTHY, failing_streak=2, log=(probe(0, "fine"), probe(1, "a"), probe(7, "b"))
     ),
@@ -65,7 +65,27 @@ SICK = replace(
         ),
         (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_signal="9")), True, None),
         (replace(ENDED, exit_code=137, config=replace(CONFIG, stop_grace_ns=0)), True, None),
-        (SICK, False, TaskEnd(cause="unhealthy", signal="SIGTERM", health_output="b")),
+        (
+            SICK,
+            False,
+            TaskEnd(
+                cause="unhealthy",
+                health_output="b",
+                health_command="test -s /tmp/x",
+                health_failures=2,
+                health_exit_code=7,
+            ),
+        ),
+        (
+            replace(SICK, health=replace(SICK.health, log=(probe(-1, "took too long"),))),
+            False,
+            TaskEnd(
+                cause="unhealthy",
+                health_output="took too long",
+                health_command="test -s /tmp/x",
+                health_failures=2,
+            ),
+        ),
         # What does not run is called unhealthy, whatever its probes have said.
         (
             replace(SICK, exit_code=1, health=replace(SICK.health, failing_streak=1)),

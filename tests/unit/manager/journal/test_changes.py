@@ -63,7 +63,7 @@ def test_a_task_that_fails_has_an_entry_with_its_end() -> None:
     failed = at(TaskState.FAILED, err="task: non-zero exit (137)", container_status=container, end=end)
     (entry,) = entries(Updated(task, replace(task, status=failed)), a_service("web"), a_node("n1"))
     assert (entry.action, entry.severity) == ("fail", Severity.ERROR)
-    assert entry.message == f"task web.1 on {entry.node} failed: exit code 137; out of memory"
+    assert entry.message == f"task web.1 on {entry.node} failed: out of memory"
 
 
 def replaced(last: Task, *known: object, **fields: object) -> str:
@@ -87,7 +87,7 @@ def test_every_task_that_is_replaced_has_a_reason() -> None:
     assert replaced(replace(last, status=at(TaskState.REJECTED, err="no such image"))) == (
         "it was rejected: no such image"
     )
-    assert replaced(replace(last, status=at(TaskState.COMPLETE))) == "it had ended with exit code 0"
+    assert replaced(replace(last, status=at(TaskState.COMPLETE))) == "its process ended with code 0"
     assert replaced(last, a_node("n1")) == f"it does not fit its node {name} any more, or was stopped"
     assert replaced(replace(last, node_id="")) == "it had no node yet"
 

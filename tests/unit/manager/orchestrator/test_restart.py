@@ -396,6 +396,39 @@ def test_a_task_that_an_earlier_leader_saw_start_has_run_for_as_long_as_its_own_
         assert [fill.delay_s for fill in fills] == [delay_s]
 
 
+def test_a_task_that_never_became_healthy_has_not_run_however_long_an_earlier_leader_waited_for_it() -> None:
+    """Its node keeps the last message, ``starting``.  Else each change of leader would start the count anew."""
+    world = a_world(AT_ONCE)
+    for _ in range(6):
+        crash(world)
+    world.settle()
+    change_the_leader(world)
+    (task,) = wanted(world)
+    later = timestamp(unix_ns(task.created_at) + 3600 * SECOND_NS)
+    for message, failures in (("starting", 7), ("starting; a warning", 7), ("started", 0)):
+        status = replace(task.status, state=TaskState.FAILED, timestamp=later, message=message)
+        world.put(replace(task, status=status))
+        fills = [step.successor for step in world.steps() if isinstance(step, ReplaceTask)]
+        assert [fill.failures for fill in fills] == [failures]
+
+
+@pytest.mark.parametrize("between", [forget_the_past, change_the_leader])
+def test_every_attempt_of_a_crash_loop_says_since_when_it_lasts(between: Callable[[World], None]) -> None:
+    world = a_world(AT_ONCE)
+    stamps = [timestamp(n * SECOND_NS) for n in range(5)]
+    for number, stamp in enumerate(stamps):
+        world.settle()
+        (task,) = wanted(world)
+        world.put(replace(task, status=replace(task.status, state=TaskState.FAILED, timestamp=stamp)))
+        world.apply(world.changes())
+        (successor,) = wanted(world)
+        assert successor.restart is not None
+        assert (successor.restart.failures, successor.restart.since) == (number + 1, stamps[0])
+        if successor.desired_state is READY:
+            world.put(replace(successor, desired_state=RUNNING))
+        between(world)
+
+
 def test_a_scale_in_a_crash_loop_does_not_end_it() -> None:
     world = a_world(AT_ONCE)
     for _ in range(5):

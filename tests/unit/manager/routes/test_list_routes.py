@@ -144,7 +144,12 @@ async def test_of_a_job_its_runs_count_and_what_they_have_completed(cluster):
         run("t4", 3, TaskState.RUNNING),
     )
     (shown,) = await (await client.get("/v1.41/services?status=true")).json()
-    assert shown["ServiceStatus"] == {"RunningTasks": 1, "DesiredTasks": 2, "CompletedTasks": 2}
+    assert shown["ServiceStatus"] == {
+        "RunningTasks": 1,
+        "DesiredTasks": 2,
+        "CompletedTasks": 2,
+        "TotalTasks": 5,
+    }
 
 
 async def test_what_is_ours_is_not_shown(cluster):

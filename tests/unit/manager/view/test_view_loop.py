@@ -21,7 +21,7 @@ from skep.model.ids import ConfigId, SecretId
 from skep.model.node import NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import NetworkAttachmentConfig, Service, TaskSpec
-from skep.model.task import Restart, Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryStore
@@ -346,10 +346,20 @@ def test_a_task_that_waits_after_failures_says_so() -> None:
     async def body(rig: Rig) -> None:
         waiting = a_task("t1", state=TaskState.READY, desired=TaskState.READY)
         restart = Restart(failures=3, delay=5, not_before=Timestamp("2026-01-01T10:00:00Z"))
-        await rig.put(a_service("web"), replace(waiting, restart=restart))
+        failed = TaskStatus(
+            state=TaskState.FAILED, container_status=ContainerStatus(container_id="c", exit_code=3)
+        )
+        before = replace(
+            a_task("t0", desired=TaskState.SHUTDOWN),
+            status=failed,
+            created_at=Timestamp("2026-01-01T09:00:00Z"),
+        )
+        waiting = replace(waiting, restart=restart, created_at=Timestamp("2026-01-01T09:30:00Z"))
+        await rig.put(a_service("web", replicas=1), before, waiting)
         shown = await row(rig, "tasks", "t1")
-        assert shown["error"] == "next attempt at 10:00:00 UTC (crash loop, 3rd)"
-        assert (await row(rig, "services", "web"))["state"] == "unwell"
+        assert shown["error"] == "exit 3; crash loop, 3 failures in a row; next attempt at 10:00:00 UTC"
+        service = await row(rig, "services", "web")
+        assert (service["state"], service["reason"]) == ("unwell", "exit 3")
 
     run(body)
 

@@ -145,6 +145,17 @@ def test_each_kind_of_document_loses_its_secrets_only() -> None:
     status = cleaned({"Status": shown})["Status"]
     assert (status["Err"], status["End"]["Cause"]) == ("unhealthy: last health check: ", "exit")
     assert (status["End"]["Lines"], status["End"]["HealthOutput"]) == ([], "")
+    for text, kept in (
+        (
+            'task web.1 on m1 failed: exit 1, last line "s3cret"',
+            "task web.1 on m1 failed: exit 1, last line ",
+        ),
+        ('unhealthy: its health check "c" failed, last: exit 1, output "s3cret"', None),
+        ("update paused due to failure of task t1: unhealthy: last health check: s3cret", None),
+    ):
+        shown_text = cleaned({"Message": text})["Message"]
+        assert "s3cret" not in shown_text
+        assert kept is None or shown_text == kept
     assert shown["End"]["Lines"]
     assert shown["End"]["HealthOutput"]
     health = {"Status": "healthy", "Log": [{"ExitCode": 0, "Output": "x"}]}

@@ -1,0 +1,382 @@
+"""The reason why a task or a service is not in its desired state: one sentence, the same wherever Skep shows one.
+
+The reason of a task that does not run is what keeps it now, if something does (no node, another service), else the
+last failure in its slot: a new attempt that is prepared or started does not hide it.  A reason has no counts and no
+countdowns, so it stays the same from one attempt to the next; those are fields beside it.
+
+How a container was killed by Skep itself is never a reason: the failed health check or the memory limit is.  Pure.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Final
+
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.jobs import is_done
+from skep.model.dependencies import WAITS_FOR
+from skep.model.encoding import ApiObject, always
+from skep.model.history import masked_text
+from skep.model.ids import NodeId, TaskId
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Restart, Task, TaskState
+from skep.model.task_end import EndCause, TaskEnd, on_one_line, signal_of
+from skep.model.times import ZERO_TIME, Timestamp, unix_ns
+
+NO_NODE: Final = "no suitable node"
+_TOO_LITTLE: Final = "insufficient resources"
+_NEVER_STARTED: Final = "starting container failed"
+_CONTAINER_GONE: Final = "No such container"
+_UNHEALTHY: Final = "dockerexec: unhealthy container"
+_NON_ZERO: Final = "task: non-zero exit"
+_COMMAND_CHARACTERS_MAX: Final = 100
+LOOP_FROM: Final = 2
+"""So many failures in a row are called a crash loop."""
+
+
+class Kind(Enum):
+    """What keeps a service from its desired state.  The order is that of weight: the first is named first."""
+
+    UNHEALTHY = "unhealthy"
+    OUT_OF_MEMORY = "out-of-memory"
+    EXIT = "exit"
+    SIGNAL = "signal"
+    COMPLETED = "completed"
+    """Its process ends again and again, with code 0."""
+    START_FAILED = "start-failed"
+    REJECTED = "rejected"
+    """Its node cannot prepare it: image, mounts, networks."""
+    NO_NODE = "no-node"
+    LOST = "lost"
+    """Its node is down."""
+    WAITS = "waits"
+    """For another service, or a cluster volume."""
+    PROGRESS = "progress"
+    """On its way; nothing has failed."""
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether a task failed, so that waiting alone may not help."""
+        return self not in (Kind.NO_NODE, Kind.LOST, Kind.WAITS, Kind.PROGRESS)
+
+    @property
+    def weight(self) -> int:
+        """The lowest is named first."""
+        return {Kind.NO_NODE: 1, Kind.LOST: 2, Kind.WAITS: 3, Kind.PROGRESS: 4}.get(self, 0)
+
+
+class Problem(ApiObject):
+    """Why one task is not in its desired state.
+
+    ``failures``: in a row in its slot, the last one included; ``since``: of the first of them, or when the task came
+    into its state; ``at``: of the last one; ``next_attempt``: empty if none is waited for; ``end``: of the task that
+    failed, with its last lines.
+    """
+
+    kind: str = always(Kind.PROGRESS.value)
+    weight: int = always(0)
+    """How much it matters, as ``Kind.weight``: 0 for failures, more for what may come by itself."""
+    reason: str = always("")
+    task_id: TaskId = TaskId("")
+    waiting: TaskId = TaskId("")
+    """The task that does not run, where ``task_id`` is the one that failed.  Empty: there is no further attempt yet."""
+    name: str = ""
+    failures: int = always(0)
+    since: Timestamp = always(ZERO_TIME)
+    at: Timestamp = ZERO_TIME
+    next_attempt: Timestamp = Timestamp("")
+    exit_code: int | None = None
+    is_given_up: bool = always(False)
+    end: TaskEnd | None = None
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """The lowest is named first: failures, the oldest of them, before what is only on its way."""
+        return self.weight, unix_ns(self.since), self.name
+
+    @property
+    def course(self) -> str:
+        """How often it failed and when the next attempt is, with times of day in UTC; empty: it did not fail."""
+        parts = []
+        if self.failures >= LOOP_FROM:
+            since = f" since {self.since[11:19]} UTC" if self.since != ZERO_TIME else ""
+            parts.append(f"crash loop, {self.failures} failures in a row{since}")
+        if self.next_attempt:
+            parts.append(f"next attempt at {self.next_attempt[11:19]} UTC")
+        elif self.is_given_up:
+            parts.append("not restarted, by its restart policy")
+        return "; ".join(parts)
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], name: str = "") -> Problem:
+    """Why ``task``, which is active and does not run, does not.
+
+    Args:
+        slot: the tasks of its slot, in any order, itself included or not.
+        nodes: that are known; those of the whole cluster where the largest one may be named.
+    """
+    kind, words = _present(task, nodes)
+    last = last_failure(task, slot) if kind is Kind.PROGRESS else None
+    restart = task.restart or Restart()
+    is_held = task.desired_state is TaskState.READY and restart.delay > 0
+    next_attempt = restart.not_before if is_held else Timestamp("")
+    if last is not None:
+        found = _failure(last, nodes, name)
+        since = restart.since or last.status.timestamp
+        failures = max(restart.failures, 1)
+        return replace(found, waiting=task.id, failures=failures, since=since, next_attempt=next_attempt)
+    if kind is Kind.PROGRESS and restart.failures:
+        kind, words = Kind.EXIT, "earlier tasks failed, and none of them is kept"
+    return Problem(
+        kind=kind.value,
+        weight=kind.weight,
+        reason=words,
+        task_id=task.id,
+        waiting=task.id,
+        name=name,
+        failures=restart.failures if kind is Kind.EXIT else 0,
+        since=task.status.timestamp,
+        next_attempt=next_attempt,
+    )
+
+
+def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
+    """The failed task that ``task`` is another attempt of; None: it is none, or nothing is left of what failed.
+
+    A task that was stopped, moved, or lost with its node did not fail, and does not hide a failure before it.
+    """
+    before = [
+        one
+        for one in slot
+        if one.id != task.id
+        and one.status.state.is_terminal
+        and one.created_at <= task.created_at
+        and one.job_iteration == task.job_iteration
+    ]
+    in_a_row = task.restart.failures if task.restart is not None else 0
+    for one in sorted(before, key=lambda one: (one.created_at, one.id), reverse=True):
+        if one.spec_version != task.spec_version and one.spec != task.spec:
+            return None
+        if one.ended_by_itself:
+            return one
+        if not in_a_row:
+            return None
+    return None
+
+
+def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
+    """Of a task that failed, which no other one follows yet."""
+    kind, words = failure_of(task, nodes.get(task.node_id))
+    restart = task.restart or Restart()
+    return Problem(
+        kind=kind.value,
+        weight=kind.weight,
+        reason=words,
+        task_id=task.id,
+        name=name,
+        failures=restart.failures + 1,
+        since=restart.since or task.status.timestamp,
+        at=task.status.timestamp,
+        exit_code=exit_code(task),
+        is_given_up=not task.is_wanted,
+        end=task.status.end,
+    )
+
+
+def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
+    """What keeps an active task at present: a reason of its own, or how far it is."""
+    status, node = task.status, nodes.get(task.node_id)
+    where = hostname(node, task)
+    match status.state:
+        case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
+            return Kind.WAITS, f"it {status.err}"
+        case TaskState.PENDING if status.err:
+            return Kind.NO_NODE, _too_large(task, nodes) or status.err
+        case TaskState.NEW:
+            return (
+                (Kind.WAITS, status.err)
+                if status.err
+                else (Kind.PROGRESS, "it waits for its networks and ports")
+            )
+        case TaskState.PENDING:
+            return Kind.PROGRESS, "it waits for a node"
+        case TaskState.ASSIGNED:
+            return Kind.PROGRESS, f"{where} has not received it yet"
+        case TaskState.ACCEPTED | TaskState.PREPARING:
+            words = f"{where} prepares it: image, mounts and networks"
+            return (Kind.WAITS, f"{words}: {status.err}") if status.err else (Kind.PROGRESS, words)
+        case TaskState.READY:
+            if task.desired_state is not TaskState.READY:
+                return Kind.PROGRESS, f"{where} starts it"
+            return Kind.PROGRESS, "it is prepared and waits for its turn to start"
+        case TaskState.STARTING:
+            return Kind.PROGRESS, f"{where} waits for it to become healthy{because(status.err)}"
+        case TaskState.UNKNOWN:
+            return Kind.LOST, status.err or f"{where} is down"
+        case TaskState.RUNNING:
+            return Kind.PROGRESS, f"it runs on {where}"
+        case _:
+            return failure_of(task, node)
+
+
+def failure_of(task: Task, node: Node | None) -> tuple[Kind, str]:
+    """Why a task that ended by itself did, in words."""
+    status, end = task.status, task.status.end
+    cause, code = end.cause if end is not None else "", exit_code(task)
+    if status.state is TaskState.REJECTED:
+        return Kind.REJECTED, f"{hostname(node, task)} could not prepare it{because(masked_text(status.err))}"
+    if status.state is TaskState.COMPLETE:
+        words = (
+            "its process ends with code 0 soon after its start; a service needs a command that keeps running"
+        )
+        return Kind.COMPLETED, words
+    if cause == EndCause.UNHEALTHY.value or _UNHEALTHY in status.err:
+        return Kind.UNHEALTHY, _unhealthy(task, end or TaskEnd())
+    if cause == EndCause.OUT_OF_MEMORY.value:
+        resources = task.spec.resources
+        limit = resources.limits.memory_bytes if resources is not None and resources.limits is not None else 0
+        return Kind.OUT_OF_MEMORY, "out of memory" + (f": its limit is {_size(limit)}" if limit else "")
+    if status.err.startswith(_NEVER_STARTED):
+        error = status.err.removeprefix(_NEVER_STARTED).removeprefix(": ")
+        return Kind.START_FAILED, f"its process could not be started{because(masked_text(error))}"
+    if code is None or status.err.startswith(_CONTAINER_GONE):
+        error = masked_text(status.err)
+        gone = f"its container was gone before it ended{because(error)}"
+        return Kind.START_FAILED, gone if code is not None else error or "it failed"
+    name = signal_of(code)
+    words = f"exit {code}" + (f" ({name})" if name else "")
+    return Kind.SIGNAL if name else Kind.EXIT, f"{words}{because(_detail(status.err))}{_last_line(end)}"
+
+
+def exit_code(task: Task) -> int | None:
+    """Exit code of a process that ended; None for a task without one."""
+    container = task.status.container_status
+    has_ended = task.status.state in (TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN)
+    return container.exit_code if has_ended and container is not None and container.container_id else None
+
+
+def hostname(node: Node | None, task: Task) -> str:
+    """Of the node of ``task``."""
+    if node is None:
+        return f"node {task.node_id}" if task.node_id else "no node"
+    return node.description.hostname or f"node {node.id}"
+
+
+def because(error: str) -> str:
+    """``error`` after a colon, if there is one."""
+    return f": {error}" if error else ""
+
+
+def _detail(err: str) -> str:
+    """What an error has beside the exit code."""
+    return masked_text(err.partition("): ")[2]) if err.startswith(_NON_ZERO) else masked_text(err)
+
+
+def _last_line(end: TaskEnd | None) -> str:
+    lines = end.lines if end is not None else ()
+    said = next((text for line in reversed(lines) if (text := on_one_line(line.text))), "")
+    return f', last line "{masked_text(said)}"' if said else ""
+
+
+def _unhealthy(task: Task, end: TaskEnd) -> str:
+    """``unhealthy: its health check "curl localhost" failed 3 times in a row, last: exit 7, output "..."``"""
+    container = task.spec.container_spec
+    check = container.healthcheck if container is not None else None
+    command = end.health_command or (" ".join(check.test[1:]) if check is not None else "")
+    named = f' "{_short(masked_text(command))}"' if command else ""
+    number = end.health_failures
+    times = f" {number} times in a row" if number > 1 else ""
+    output = masked_text(on_one_line(end.health_output))
+    if end.health_exit_code is not None:
+        last = f", last: exit {end.health_exit_code}, " + (f'output "{output}"' if output else "no output")
+    else:
+        last = f", last: {output}" if output else ""
+    return f"unhealthy: its health check{named} failed{times}{last}"
+
+
+def _short(text: str) -> str:
+    text = on_one_line(text)
+    return text if len(text) <= _COMMAND_CHARACTERS_MAX else f"{text[: _COMMAND_CHARACTERS_MAX - 1]}…"
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 20):g} MiB" if size % (1 << 20) == 0 else f"{size / (1 << 20):.1f} MiB"
+
+
+def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
+    """That no node is as large as a pending task needs; empty: that is not why it waits."""
+    resources = task.spec.resources
+    needs = resources.reservations if resources is not None else None
+    if needs is None or _TOO_LITTLE not in task.status.err or not nodes:
+        return ""
+    cpus = max(nodes.values(), key=lambda node: node.description.resources.nano_cpus)
+    if needs.nano_cpus > (most := cpus.description.resources.nano_cpus):
+        wanted, largest = f"{needs.nano_cpus / 1e9:g} CPUs", f"{most / 1e9:g}"
+        return f"needs {wanted}; the largest node, {cpus.description.hostname or cpus.id}, has {largest}"
+    memory = max(nodes.values(), key=lambda node: node.description.resources.memory_bytes)
+    if needs.memory_bytes > (most := memory.description.resources.memory_bytes):
+        wanted, largest = f"{needs.memory_bytes >> 20} MiB of memory", f"{most >> 20} MiB"
+        return f"needs {wanted}; the largest node, {memory.description.hostname or memory.id}, has {largest}"
+    return ""
+
+
+# -- services --------------------------------------------------------------------------------------------------------
+
+
+def problems_of(
+    service: Service, tasks: Iterable[Task], nodes: Mapping[NodeId, Node], *, wanted: int
+) -> list[Problem]:
+    """Why ``service`` is not in its desired state: of each slot that is not, what comes first in weight first.
+
+    Args:
+        tasks: all of them, ended ones too; of a job those of its present run.
+        wanted: how many are to run at a time.
+    """
+    slots: dict[tuple[int, NodeId], list[Task]] = defaultdict(list)
+    for task in tasks:
+        slots[slot_of(task)].append(task)
+    found: list[Problem] = []
+    failed: list[Task] = []
+    active = 0
+    for slot in slots.values():
+        slot.sort(key=lambda task: (task.created_at, task.id))
+        current = [task for task in slot if task.is_active]
+        active += bool(current)
+        if not current and _ended_in_failure(service, slot):
+            failed.append(slot[-1])
+        behind = [task for task in current if task.status.state is not TaskState.RUNNING]
+        found += [problem_of(task, slot, nodes, name_of(task, service, nodes)) for task in behind]
+    if active < wanted or service.job_status is not None:
+        found += [_failure(task, nodes, name_of(task, service, nodes)) for task in failed]
+    return sorted(found, key=lambda one: one.rank)
+
+
+def _ended_in_failure(service: Service, slot: Sequence[Task]) -> bool:
+    """Whether the last task of ``slot`` failed and has no successor.  ``slot``: oldest first; none is active."""
+    last = slot[-1]
+    if service.job_status is not None:
+        return last.has_failed and not is_done(slot)
+    return _is_present(last, service) and last.ended_by_itself and not last.is_done
+
+
+def _is_present(task: Task, service: Service) -> bool:
+    return task.spec_version == service.spec_version or task.spec == service.spec.task_template
+
+
+def slot_of(task: Task) -> tuple[int, NodeId]:
+    """A global service's tasks have their node as slot."""
+    return task.slot, NodeId("") if task.slot else task.node_id
+
+
+def name_of(task: Task, service: Service, nodes: Mapping[NodeId, Node]) -> str:
+    """As ``docker service ps`` shows it; empty: a task of a global service whose node is not known."""
+    node = nodes.get(task.node_id)
+    place: int | str = (
+        task.shown_slot if task.slot else (node.description.hostname if node is not None else "")
+    )
+    return f"{service.spec.name}.{place}" if place != "" else ""

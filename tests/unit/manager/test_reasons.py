@@ -1,0 +1,288 @@
+"""The one reason why a service is not in its desired state: in words, and stable from one attempt to the next."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.explanations import ServiceExplanation, explain_service
+from skep.manager.reasons import Kind, Problem
+from skep.model.container import ContainerSpec, HealthConfig
+from skep.model.ids import NodeId, TaskId
+from skep.model.node import Node
+from skep.model.service import Resources, Service, UpdateState, UpdateStatus
+from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
+from skep.model.task_end import EndCause, KeptLine, TaskEnd
+from skep.model.times import SECOND_NS, Timestamp, timestamp
+from tests.support.builders import a_node, a_service, a_task
+
+FAILED, READY = TaskState.FAILED, TaskState.READY
+M1 = a_node("m1")
+NODES = {M1.id: M1}
+WEB = a_service("web", replicas=1)
+BOOM = TaskEnd(cause=EndCause.EXIT.value, lines=(KeptLine(text="starting"), KeptLine(text="boom: no db")))
+BOTH_LINES = (KeptLine(text="only \x1b[31mred"), KeptLine(text="  \n"))
+SICK = TaskEnd(
+    cause=EndCause.UNHEALTHY.value,
+    signal="SIGKILL",  # as nodes of earlier versions report it
+    health_output="connection refused\nsecond line\n",
+    health_command="curl -f localhost",
+    health_failures=3,
+    health_exit_code=7,
+)
+
+
+def at(second: int) -> Timestamp:
+    return timestamp(second * SECOND_NS)
+
+
+def ended(
+    code: int,
+    end: TaskEnd | None = None,
+    err: str = "",
+    *,
+    second: int = 0,
+    slot: int = 1,
+    service: Service = WEB,
+    state: TaskState = FAILED,
+) -> Task:
+    """A task that ended by itself, was created at ``second`` and has a successor."""
+    status = TaskStatus(
+        state=state,
+        err=err or (f"task: non-zero exit ({code})" if code else ""),
+        container_status=ContainerStatus(container_id="c" * 64, exit_code=code),
+        end=end,
+        timestamp=at(second + 1),
+    )
+    task = a_task(service=service, slot=slot, node="m1", desired=TaskState.SHUTDOWN)
+    return replace(task, id=TaskId(f"t{slot}-{second}"), created_at=at(second), status=status)
+
+
+def attempt(
+    state: TaskState, *, failures: int = 1, second: int = 100, slot: int = 1, service: Service = WEB
+) -> Task:
+    """The successor of failed tasks, on its way."""
+    desired = READY if state < TaskState.STARTING else TaskState.RUNNING
+    task = a_task(service=service, slot=slot, node="m1", state=state, desired=desired)
+    restart = Restart(failures=failures, delay=6 * SECOND_NS, not_before=at(second + 6), since=at(22))
+    return replace(task, id=TaskId(f"t{slot}-{second}"), created_at=at(second), restart=restart)
+
+
+def explained(
+    *tasks: Task, service: Service = WEB, wanted: int = 1, nodes: Sequence[Node] = (M1,)
+) -> ServiceExplanation:
+    return explain_service(service, tasks, wanted=wanted, nodes={node.id: node for node in nodes})
+
+
+def problem(*tasks: Task, service: Service = WEB) -> Problem:
+    found = explained(*tasks, service=service).problem
+    assert found is not None
+    return found
+
+
+CHECK = 'unhealthy: its health check "curl -f localhost" failed 3 times in a row, last: '
+UNHEALTHY = f'{CHECK}exit 7, output "connection refused second line"'
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "reason"),
+    [
+        (ended(1, BOOM), Kind.EXIT, 'exit 1, last line "boom: no db"'),
+        (ended(3), Kind.EXIT, "exit 3"),
+        (ended(1, replace(BOOM, lines=BOTH_LINES)), Kind.EXIT, 'exit 1, last line "only red"'),
+        (ended(139, TaskEnd(cause="signal", signal="SIGSEGV")), Kind.SIGNAL, "exit 139 (SIGSEGV)"),
+        (
+            ended(0, state=TaskState.COMPLETE),
+            Kind.COMPLETED,
+            "its process ends with code 0 soon after its start; a service needs a command that keeps running",
+        ),
+        (
+            ended(137, SICK, "task: non-zero exit (137): dockerexec: unhealthy container"),
+            Kind.UNHEALTHY,
+            UNHEALTHY,
+        ),
+        (
+            ended(
+                137, replace(SICK, health_exit_code=None, health_output="Health check exceeded timeout (1s)")
+            ),
+            Kind.UNHEALTHY,
+            f"{CHECK}Health check exceeded timeout (1s)",
+        ),
+        (
+            ended(137, replace(SICK, health_output="")),
+            Kind.UNHEALTHY,
+            f"{CHECK}exit 7, no output",
+        ),
+        (
+            ended(
+                137,
+                TaskEnd(cause="out-of-memory", signal="SIGKILL"),
+                "task: non-zero exit (137): out of memory",
+            ),
+            Kind.OUT_OF_MEMORY,
+            "out of memory",
+        ),
+        (
+            ended(127, err='starting container failed: exec: "nosuch": executable file not found in $PATH'),
+            Kind.START_FAILED,
+            'its process could not be started: exec: "nosuch": executable file not found in $PATH',
+        ),
+        (
+            ended(0, err="No such image: nope:1", state=TaskState.REJECTED),
+            Kind.REJECTED,
+            "m1 could not prepare it: No such image: nope:1",
+        ),
+    ],
+)
+def test_a_failure_is_said_in_words(task: Task, kind: Kind, reason: str) -> None:
+    found = explained(task, attempt(READY))
+    assert (found.reason, problem(task, attempt(READY)).kind) == (reason, kind.value)
+    assert found.summary.startswith(reason)
+    if kind in (Kind.UNHEALTHY, Kind.OUT_OF_MEMORY):
+        assert "137" not in found.summary
+        assert "SIGKILL" not in found.summary
+
+
+def test_a_node_of_an_earlier_version_or_of_docker_reports_less_and_the_spec_has_the_check() -> None:
+    template = ContainerSpec(image="i", healthcheck=HealthConfig(test=("CMD-SHELL", "exit 1")))
+    task = ended(137, None, "task: non-zero exit (137): dockerexec: unhealthy container")
+    task = replace(task, spec=replace(task.spec, container_spec=template))
+    successor = replace(attempt(READY), spec=task.spec)
+    assert explained(task, successor).reason == 'unhealthy: its health check "exit 1" failed'
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        TaskState.NEW,
+        TaskState.PENDING,
+        TaskState.ASSIGNED,
+        TaskState.ACCEPTED,
+        TaskState.PREPARING,
+        TaskState.READY,
+        TaskState.STARTING,
+    ],
+)
+def test_a_new_attempt_on_its_way_does_not_hide_the_failure(state: TaskState) -> None:
+    earlier = [ended(1, TaskEnd(lines=(KeptLine(text=f"{n}"),)), second=n) for n in range(3)]
+    found = explained(*earlier, ended(1, BOOM, second=50), attempt(state, failures=4))
+    assert found.reason == 'exit 1, last line "boom: no db"'
+    assert found.problem is not None
+    assert (found.problem.failures, found.problem.since, found.problem.at) == (4, at(22), at(51))
+    assert found.problem.end == BOOM
+
+
+def test_a_task_that_was_stopped_moved_or_lost_is_no_failure_and_hides_none() -> None:
+    moved = replace(
+        ended(143, second=60), restart=Restart(failures=3, was_stopped=True), status=TaskStatus(state=FAILED)
+    )
+    assert explained(ended(1, BOOM, second=50), moved, attempt(READY, failures=3)).reason.startswith("exit 1")
+    fresh = replace(attempt(TaskState.PREPARING), restart=None)
+    assert explained(moved, fresh).reason == "m1 prepares it: image, mounts and networks"
+
+
+def test_failures_of_the_spec_before_an_update_are_not_the_reason_of_the_new_one() -> None:
+    other = replace(WEB.spec.task_template, force_update=1)
+    new = replace(attempt(TaskState.PREPARING), spec=other, spec_version=None, restart=None)
+    old = ended(1, BOOM)
+    assert explained(replace(old, spec=replace(old.spec, force_update=5)), new).reason.startswith(
+        "m1 prepares"
+    )
+
+
+def test_what_keeps_the_new_attempt_now_comes_before_what_failed() -> None:
+    waits = attempt(TaskState.PENDING)
+    waits = replace(
+        waits, status=replace(waits.status, err="no suitable node (max replicas per node limit exceed)")
+    )
+    assert explained(ended(1, BOOM), waits).reason.startswith("no suitable node")
+
+
+def test_a_service_that_gave_up_says_so() -> None:
+    found = explained(ended(1, BOOM))
+    assert found.reason == 'exit 1, last line "boom: no db"'
+    assert (
+        found.summary
+        == 'exit 1, last line "boom: no db"; not restarted, by its restart policy; 0 of 1 tasks run'
+    )
+    assert found.problem is not None
+    assert found.problem.is_given_up
+
+
+def test_a_task_that_has_just_failed_is_not_given_up() -> None:
+    task = replace(ended(1, BOOM), desired_state=TaskState.RUNNING)
+    found = explained(task)
+    assert found.problem is not None
+    assert (found.reason, found.problem.is_given_up) == ('exit 1, last line "boom: no db"', False)
+
+
+def test_the_oldest_failure_is_named_before_others_and_before_what_is_on_its_way() -> None:
+    late = replace(attempt(READY, slot=1), restart=Restart(failures=9, since=at(90)))
+    old = replace(attempt(READY, slot=2), restart=Restart(failures=2, since=at(10)))
+    new = attempt(TaskState.PENDING, slot=3)
+    new = replace(new, restart=None, status=replace(new.status, err="no suitable node"))
+    tasks = [ended(1, slot=1), late, ended(2, slot=2), old, new]
+    found = explained(*tasks, wanted=3)
+    assert (found.reason, [one.name for one in found.reasons]) == ("exit 2", ["web.2", "web.1", "web.3"])
+
+
+def test_a_need_that_no_node_meets_is_one_sentence_with_the_largest_node() -> None:
+    service = a_service("web", reserve=Resources(nano_cpus=16 * 10**9, memory_bytes=1 << 30))
+    refused = "no suitable node (insufficient resources on 2 nodes)"
+    task = a_task(service=service, state=TaskState.PENDING)
+    task = replace(task, status=replace(task.status, err=refused), node_id=NodeId(""))
+    small = a_node("w1", has=Resources(nano_cpus=10**9, memory_bytes=2 << 30))
+    large = a_node("m1", has=Resources(nano_cpus=2 * 10**9, memory_bytes=2 << 30))
+    found = explained(task, service=service, nodes=(small, large))
+    assert found.reason == "needs 16 CPUs; the largest node, m1, has 2"
+    enough = a_node("w2", has=Resources(nano_cpus=32 * 10**9, memory_bytes=2 << 30))
+    assert explained(task, service=service, nodes=(small, enough)).reason == refused
+    tight = a_service("web", reserve=Resources(memory_bytes=4 << 30))
+    task = replace(task, spec=tight.spec.task_template)
+    assert explained(task, service=tight, nodes=(small, large)).reason == (
+        "needs 4096 MiB of memory; the largest node, w1, has 2048 MiB"
+    )
+
+
+def test_a_credential_in_the_last_line_or_in_the_check_is_masked() -> None:
+    end = TaskEnd(lines=(KeptLine(text="cannot reach postgres://app:hunter2@db with DB_PASSWORD=hunter2"),))
+    assert "hunter2" not in explained(ended(1, end), attempt(READY)).reason
+    sick = replace(
+        SICK, health_command="check --token=hunter2 http://a:hunter2@x", health_output="PASSWORD=hunter2"
+    )
+    assert "hunter2" not in explained(ended(137, sick), attempt(READY)).reason
+
+
+def test_a_paused_update_says_why_its_task_failed_first() -> None:
+    message = "update paused due to failure or early termination of task t1"
+    paused = replace(WEB, update_status=UpdateStatus(state=UpdateState.PAUSED, message=message))
+    assert explained(ended(1, BOOM), attempt(READY), service=paused).reason == (
+        'exit 1, last line "boom: no db"; its update is paused'
+    )
+    by_hand = replace(WEB, update_status=UpdateStatus(state=UpdateState.PAUSED, message="paused by a user"))
+    assert explained(a_task(service=WEB, node="m1"), service=by_hand).reason == "paused by a user"
+
+
+def test_a_service_whose_tasks_are_not_created_yet_says_so() -> None:
+    assert explained().summary == "its tasks are not created yet; 0 of 1 tasks run"
+
+
+def attempts() -> Iterator[TaskState]:
+    return (state for state in TaskState if not state.is_terminal and state is not TaskState.RUNNING)
+
+
+@given(
+    state=st.sampled_from([*attempts()]),
+    failures=st.integers(1, 99),
+    second=st.integers(60, 9999),
+)
+def test_the_reason_is_the_same_whatever_the_next_attempt_is_at(
+    state: TaskState, failures: int, second: int
+) -> None:
+    before = ended(1, BOOM, second=50)
+    found = explained(before, attempt(state, failures=failures, second=second))
+    if state is not TaskState.UNKNOWN:
+        assert found.reason == 'exit 1, last line "boom: no db"'
+    assert not found.is_as_wanted
