@@ -23,6 +23,11 @@ _RESPONSE_TIMEOUT_S = 15.0
 _LOOK_S = 0.5
 _PATH = "/skep/cluster/evict"
 _NAMED_MAX = 5
+_CONTAINERS = {
+    False: "It stops its containers as soon as it reaches a manager; docker swarm leave --force there removes them.",
+    True: "Its containers keep running beside their replacements until docker swarm leave --force is run there.",
+}
+"""What an evicted node does with its containers, by whether they are kept."""
 _ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 
 
@@ -162,11 +167,15 @@ async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
 
 
 @node.command()
+@click.option("--keep", is_flag=True, help="Leave its containers running beside their replacements.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("name", metavar="NODE")
 @click.pass_obj
-def evict(host: HostOptions, name: str, yes: bool) -> None:
+def evict(host: HostOptions, name: str, keep: bool, yes: bool) -> None:
     """Remove a node that is no longer trusted, and replace every key that it had.
+
+    The cluster replaces its tasks, and the node stops its containers when a manager refuses it.  A node that is cut
+    off keeps them running until it reaches a manager again.
 
     NODE is a name or an id; one that was removed already is named by its whole id.  The managers continue when
     this command is interrupted; the same command again shows the progress.  Secrets of your services that the node
@@ -183,7 +192,7 @@ def evict(host: HostOptions, name: str, yes: bool) -> None:
             abort=True,
             err=True,
         )
-    if unlock_key := run_requests(_evict(host, name)):
+    if unlock_key := run_requests(_evict(host, name, keep)):
         click.echo(
             "To unlock a swarm manager after it restarts, run the `docker swarm unlock`\n"
             f"command and provide the following key:\n\n    {unlock_key}\n\n"
@@ -192,12 +201,13 @@ def evict(host: HostOptions, name: str, yes: bool) -> None:
         )
 
 
-async def _evict(host: HostOptions, name: str) -> str:
+async def _evict(host: HostOptions, name: str, keep: bool) -> str:
     """Evict and wait for the end; gives the new unlock key if there is one."""
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     async with host.client() as client:
         progress = _Progress()
-        state = await client.post(_PATH, {"Node": name, "By": by}, timeout_s=_RESPONSE_TIMEOUT_S)
+        body = {"Node": name, "By": by, **({"Keep": True} if keep else {})}
+        state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
             # The manager's etcd restarts, too.
@@ -232,6 +242,7 @@ class _Progress:
             click.echo(
                 f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
             )
+            click.echo(_CONTAINERS[bool(state.get("KeepsContainers"))])
             return True
         self.note(state["WaitsFor"])
         return False

@@ -31,6 +31,7 @@ def test_each_step_and_each_reason_is_printed_once(capsys: pytest.CaptureFixture
         "done: step 0",
         "done: step 1",
         "m3 is evicted: every key that it had is revoked or replaced.",
+        "It stops its containers as soon as it reaches a manager; docker swarm leave --force there removes them.",
     ]
     assert err.split("\n") == ["      manager m2 cannot be reached", ""]
 
