@@ -47,6 +47,7 @@ def revoke(
             before=max(timestamp(now_ns), before.before if before is not None else Timestamp("")),
             foreign=before.foreign if before is not None else (),
             keeps_containers=is_removed and keeps_containers,
+            hostname=node.description.hostname if is_removed else "",
         )
     )
 

@@ -77,6 +77,8 @@ class Revocation(ApiObject):
     """Certificates in its name that were issued to another holder: revoked for every purpose."""
     keeps_containers: bool = False
     """Whether the removed node's containers keep running beside their replacements."""
+    hostname: str = ""
+    """Of the removed node."""
 
 
 class JournalChunk(ApiObject):
