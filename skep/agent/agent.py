@@ -23,11 +23,13 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import log_error
 from skep.aio.race import wait_first
-from skep.errors import RetryLater, SkepError
+from skep.errors import PermissionDenied, RetryLater, SkepError
 from skep.model.ids import NodeId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
+from skep.model.node_removal import removal_in
 from skep.model.revisions import Revision
+from skep.rpc.errors import NOT_TRUSTED
 from skep.security.identity import Identity
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
@@ -43,6 +45,8 @@ POSTPONED_MAX = 10
 """After so many postponements another manager is tried."""
 POSTPONEMENT_S_MAX = 30.0
 """No manager may postpone a node for longer at a time."""
+REMOVED_RETRY_S = 10.0
+"""Between two attempts of a node that was removed.  A cluster restored from an earlier backup accepts it again."""
 LASTED_S = 10.0
 """A session that held for so long was a good one: the next attempt is made at once."""
 
@@ -122,6 +126,8 @@ class Agent:
         """Of the last attempt at a session; while ``registered`` is set, of the session."""
         self._channel: Channel | None = None
         """Likewise."""
+        self._distrust = ""
+        """Why the manager of the last attempt is not trusted, or an empty string."""
         self._try_now = asyncio.Event()
         self.registered = asyncio.Event()
 
@@ -149,6 +155,12 @@ class Agent:
     def managers(self) -> tuple[Peer, ...]:
         """The managers as the last session listed them."""
         return self._managers.peers
+
+    @property
+    def removal(self) -> str:
+        """A sentence about the removal of this node from its cluster, or an empty string if it was not removed."""
+        found = self._session_state.removal
+        return found.summary if found is not None else ""
 
     async def run(self) -> None:
         """Keep a session and a valid certificate until cancelled."""
@@ -178,12 +190,16 @@ class Agent:
                 attempt = group.create_task(self._attempt(), name="session attempt")
             self.registered.clear()
             self._session_state.end()
-            if self._session_state.silence_s() >= UNREACHED_S:
-                self._managers.note_unreached()
+            if self._session_state.removal is not None:
+                self._managers.clear_unreached()
+            elif self._session_state.silence_s() >= UNREACHED_S:
+                self._managers.note_unreached(self._distrust)
             if attempt.result() is Attempt.SESSION and self._clock.monotonic() - started >= LASTED_S:
                 backoff.reset()
             if attempt.result() is Attempt.NEXT:
                 await self._clock.sleep(FIRST_RETRY_S * self._random.uniform(0.5, 1.0))
+            elif self._session_state.removal is not None:
+                await wait_first(self._clock.sleep(REMOVED_RETRY_S), self._try_now.wait())
             else:
                 await wait_first(backoff.sleep(self._clock), self._try_now.wait())
 
@@ -207,6 +223,9 @@ class Agent:
             had_session = self.registered.is_set()
             event = "session lost" if had_session else "no session"
             log.warning(event, manager=peer.addr, error=str(error))
+            self._distrust = str(error) if NOT_TRUSTED in str(error) else ""
+            if isinstance(error, PermissionDenied) and is_connected:
+                self._note_removal(str(error))
         except Exception as error:
             had_session = self.registered.is_set()
             log_error(error, "session failed", manager=peer.addr)
@@ -214,6 +233,16 @@ class Agent:
         if had_session:
             return Attempt.SESSION
         return Attempt.NONE if is_connected or self._managers.is_last_of_round(peer) else Attempt.NEXT
+
+    def _note_removal(self, refusal: str) -> None:
+        """Record that this node was removed, if a manager has refused it for that.
+
+        The connection has proved that a manager of the cluster says so; in words that no other refusal has.
+        """
+        removal = removal_in(refusal, self.node_id)
+        if removal is not None and removal != self._session_state.removal:
+            log.error("this node was removed from its cluster", at=removal.at, reason=removal.summary)
+            self._session_state.removal = removal
 
     async def _hold_session(self, channel: Channel, peer: Peer) -> None:
         """Hold a session until it breaks; on the same connection later, where the manager requests it.

@@ -98,8 +98,22 @@ class ManagerList:
         """Consecutive failures of ``peer``."""
         return self._failures.get(peer.addr, 0)
 
-    def note_unreached(self) -> None:
-        """None of them has given a session for long."""
+    def clear_unreached(self) -> None:
+        """One of them has answered, be it with a refusal."""
+        self._show_unreached("")
+
+    def note_unreached(self, distrust: str = "") -> None:
+        """None of them has given a session for long.
+
+        ``distrust``: why the one that was tried last is not trusted, or an empty string.  Their root changes when a
+        manager is evicted; an evicted manager that was cut off meanwhile can verify nothing that they say.
+        """
+        if distrust:
+            self._show_unreached(
+                f"no manager is trusted: {distrust}. Containers run on. "
+                "If this node was evicted: docker swarm leave --force"
+            )
+            return
         tried = ", ".join(peer.addr for peer in self.peers) or "no address, because none is known"
         self._show_unreached(
             f"no manager answers: this node asks {tried}. Containers run on. "

@@ -14,6 +14,7 @@ from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
 from skep.errors import Unavailable
 from skep.model.ids import NodeId
+from skep.model.node_removal import NodeRemoval
 from skep.wire.client import Channel
 
 log = structlog.get_logger()
@@ -31,6 +32,8 @@ class SessionState:
         self._responded_at = clock.monotonic()
         self._node_id = NodeId("")
         self._joined = asyncio.Event()
+        self.removal: NodeRemoval | None = None
+        """Set by the agent while the managers refuse this node because it was removed from the cluster."""
         self.data_path_port = 0
         """UDP port of the cluster's overlay networks, written by the agent; 0: not known so far."""
         self._channel: Channel | None = None
@@ -55,6 +58,7 @@ class SessionState:
     def leave(self) -> None:
         """This node is in no cluster any more."""
         self._node_id = NodeId("")
+        self.removal = None
         self._joined.clear()
 
     async def wait_joined(self) -> None:
@@ -78,6 +82,7 @@ class SessionState:
     def begin(self, channel: Channel) -> None:
         """A manager has accepted a session."""
         self._channel = channel
+        self.removal = None
         self._responded_at = self._clock.monotonic()
         self._last_seen.record(0.0)
         self._session.set()

@@ -189,6 +189,11 @@ class TaskDriver:
             self._stopped = reason
             self._desired_changed.set()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether its node has stopped the task for good."""
+        return bool(self._stopped)
+
     def assign(self, task: AssignedTask) -> bool:
         """Take over a newer assignment; whether it has other limits, or last lines to keep: the controller needs it."""
         before, self.task = self.task, task

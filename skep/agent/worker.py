@@ -8,6 +8,7 @@ Source: swarmkit, agent/worker.go.
 """
 
 import asyncio
+import math
 from collections.abc import Collection, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from skep.aio.failures import describe_error, isolate, log_error, retry
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
+from skep.model.node_removal import NodeRemoval
 from skep.model.task import AssignedTask, TaskState, TaskStatus
 
 log = structlog.get_logger()
@@ -33,8 +35,19 @@ CUT_OFF_CHECK_S = 0.5
 """Between two checks, while there is no session, which tasks have to stop."""
 
 
-def stop_reason(assigned: AssignedTask, silence_s: float) -> str:
-    """Why a task stops on a node that has not reached a manager for ``silence_s``; empty: it runs on."""
+REMOVED_GRACE_S = 20.0
+"""Longest time for the containers of a removed node to stop: managers publish its volumes elsewhere soon after
+(``manager.volumes.steps.REMOVED_S``)."""
+
+
+def stop_reason(assigned: AssignedTask, silence_s: float, removal: NodeRemoval | None = None) -> str:
+    """Why a task stops on a node that has not reached a manager for ``silence_s``; empty: it runs on.
+
+    ``removal``: of the node from its cluster, which replaces all of its tasks.  Plain containers are not the cluster's.
+    """
+    is_plain = assigned.task.spec.network_attachment_spec is not None
+    if removal is not None and not removal.keeps_containers and not is_plain:
+        return f"stopped by its node: {removal.summary}"
     policy = disconnect_policy(assigned.service_labels)
     if policy.action is not OnDisconnect.STOP or silence_s < policy.delay_s:
         return ""
@@ -268,14 +281,35 @@ class Worker:
 
     async def _stop_when_cut_off(self) -> None:
         """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
+        kill_at: float | None = None
         while True:
             await self._session_state.wait_no_session()
-            silence_s = self._session_state.total_silence_s()
+            silence_s, removal = self._session_state.total_silence_s(), self._session_state.removal
             for driver in self._drivers.values():
-                reason = stop_reason(driver.task, silence_s)
+                reason = stop_reason(driver.task, silence_s, removal)
                 if reason and not driver.status.state.is_terminal:
                     driver.stop(reason)
+            if removal is None or removal.keeps_containers:
+                kill_at = None
+            elif kill_at is None:
+                kill_at = self._clock.monotonic() + REMOVED_GRACE_S
+                await self._give_up_volumes()
+            elif self._clock.monotonic() >= kill_at:
+                kill_at = math.inf
+                self._kill_stopped()
             await self._clock.sleep(CUT_OFF_CHECK_S)
+
+    async def _give_up_volumes(self) -> None:
+        """Have cluster volumes unmounted once no container uses them: they are another node's soon."""
+        if self._volumes is not None:
+            await self._volumes.wait_ready()
+            self._volumes.assign(AssignmentSet(complete=True))
+
+    def _kill_stopped(self) -> None:
+        """Kill the tasks that have not stopped in time."""
+        for id, driver in self._drivers.items():
+            if driver.is_stopped and not driver.status.state.is_terminal:
+                self._spawn(driver.controller.terminate(), f"kill-{id}")
 
     # --- around them ------------------------------------------------------------------------------------------
 

@@ -86,12 +86,14 @@ FORWARDED: Final = (
         upgrades=True,
     ),
     Forwarded("POST", "/containers/{id}/resize", ("h", "w")),
+    Forwarded("POST", "/containers/{id}/kill", ("signal",)),
     Forwarded("POST", "/containers/{id}/exec", body=ExecRequest),
     Forwarded("POST", "/exec/{id}/start", body=ExecStart, upgrades=True),
     Forwarded("POST", "/exec/{id}/resize", ("h", "w")),
     Forwarded("GET", "/exec/{id}/json"),
 )
-"""None of them starts, stops, changes or removes a container: the cluster does that."""
+"""None of them starts, changes or removes a container: the cluster does that.  A container that a signal ends is
+replaced as its service's restart policy says."""
 
 
 def forwarded(method: str, path: str) -> Forwarded:

@@ -194,6 +194,13 @@ def read_head(raw: bytes) -> Incoming:
     return Incoming(method.decode(), target.decode(), Sized(int(length)) if length else Body(), False)
 
 
+def with_target(raw: bytes, target: str) -> bytes:
+    """Return the head ``raw``, which ``read_head`` has accepted, with another path and query."""
+    first_line, rest = raw.split(b"\r\n", 1)
+    method, _, version = first_line.split(b" ")
+    return b"%b %b %b\r\n%b" % (method, target.encode("ascii"), version, rest)
+
+
 _OTHER_LINES = (
     rb"(?:(?!content-length:|transfer-encoding:|connection:|keep-alive:|expect:|upgrade:)"
     rb"[!#-'*+.0-9A-Z^-z|~-]+:[^\r\n\0]*\r\n)*"

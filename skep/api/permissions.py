@@ -303,7 +303,7 @@ RULES: Final = (
     # To run commands in a container, or to read its files, is to have its secrets.
     _rule(
         "GET POST PUT",
-        rf"/skep/tasks/{_NAME}/(?:container/(?:exec|attach|resize|wait|archive)|exec/[^/]+/[a-z]+|port/[^/]+)",
+        rf"/skep/tasks/{_NAME}/(?:container/(?:exec|attach|resize|wait|kill|archive)|exec/[^/]+/[a-z]+|port/[^/]+)",
         *(_OPERATOR, Scope.OBJECT, "target"),
     ),
     _rule("GET", rf"/skep/stacks/{_NAME}/quota", _VIEWER, Scope.OBJECT, "stack"),

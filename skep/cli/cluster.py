@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from skep.cli.endpoint import HostOptions
+from skep.cli.maintenance import settings_of
 from skep.cli.output import Output, Shown, shows
 from skep.cli.recover import recover
 from skep.cli.running import run_requests
@@ -246,8 +247,7 @@ def _show_switch(host: HostOptions, output: Output, label: str, name: str, switc
 
 async def _swarm(host: HostOptions) -> Mapping[str, Any]:
     async with host.client() as client:
-        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_RESPONSE_TIMEOUT_S)
-        return swarm
+        return await settings_of(client)
 
 
 async def _set_label(host: HostOptions, name: str, value: str) -> None:

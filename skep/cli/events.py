@@ -1,6 +1,7 @@
 """``skep events``: the cluster's events, tasks' among them, without a gap over a lost connection."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 import click
@@ -11,12 +12,13 @@ from skep.aio.clock import Clock, SystemClock
 from skep.api.client import Client
 from skep.api.requests import Filters, filters_of, parameters_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.moments import moment_of
 from skep.cli.output import Output, shows_as_it_happens
 from skep.cli.running import run_requests
-from skep.errors import FailedPrecondition, Unavailable
+from skep.errors import FailedPrecondition, InvalidArgument, Unavailable
 from skep.model.labels import LABEL_NODE_ID
 from skep.model.task_end import printable
-from skep.model.times import timestamp
+from skep.model.times import SECOND_NS, timestamp, unix_ns
 
 RECONNECT_S_MAX = 10.0
 _SWARMS_OWN = "com.docker.swarm."
@@ -31,6 +33,13 @@ _TOLD = ("away", "gap")
 )
 @click.option("--after", default="", metavar="CURSOR", help="Go on after the event with this cursor.")
 @click.option(
+    "--since",
+    default="",
+    metavar="TIME",
+    help="Begin with past events: 30s, '10 min ago', '14:00', RFC 3339.",
+)
+@click.option("--until", default="", metavar="TIME", help="End at this time; as --since.")
+@click.option(
     "--nodes",
     default="",
     metavar="all|NODE,...",
@@ -40,7 +49,7 @@ _TOLD = ("away", "gap")
 @shows_as_it_happens
 @click.pass_obj
 def events(
-    host: HostOptions, words: tuple[str, ...], after: str, nodes: str, *, is_json: bool, output: Output
+    host: HostOptions, words: tuple[str, ...], output: Output, *, is_json: bool, **options: str
 ) -> None:
     """Show the events of the whole cluster as they come, those of tasks among them.
 
@@ -51,6 +60,7 @@ def events(
     Examples:
       skep events --filter type=task
       skep events --nodes all --filter event=oom
+      skep events --since 1h --until now
       skep events --json --after 1-5042
       skep events --format '{{.Type}} {{.Action}} {{.Actor.Attributes.name}}'
     """
@@ -62,7 +72,52 @@ def events(
         line = f"{event['Cursor']} {whole_line_of(event)}" if output.form == "wide" else line_of(event)
         output.show_next(event, line if is_for_people else "")
 
-    run_requests(_follow(host, filters_of(words), after, nodes, show))
+    run_requests(_follow(host, filters_of(words), stream_of(options, datetime.now().astimezone()), show))
+
+
+class Stream(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stream of events begins and ends with.
+
+    Args:
+        after: Cursor of the event that it follows.
+        since: Unix time in seconds of the first event, if there is no cursor.
+        until_ns: Unix time in nanoseconds at which it ends, or None if it does not.
+    """
+
+    after: str = ""
+    since: str = ""
+    until_ns: int | None = None
+    nodes: str = ""
+
+    def query(self, cursor: str) -> Mapping[str, str]:
+        """Return the parameters of a request for what comes after ``cursor``."""
+        until = _unix(self.until_ns) if self.until_ns is not None else ""
+        given = {
+            "after": cursor,
+            "since": "" if cursor else self.since,
+            "until": until,
+            "nodes": self.nodes,
+        }
+        return {key: value for key, value in given.items() if value}
+
+
+def stream_of(options: Mapping[str, str], now: datetime) -> Stream:
+    """Return the stream that the command's options describe.
+
+    Raises: InvalidArgument: there is no such time, or it ends before it begins.
+    """
+    since = unix_ns(moment_of(options["since"], now)) if options["since"] else None
+    until = unix_ns(moment_of(options["until"], now)) if options["until"] else None
+    if since is not None and options["after"]:
+        raise InvalidArgument("--since and --after exclude each other")
+    if until is not None and until < (since or 0):
+        raise InvalidArgument(f"--since {options['since']} is after --until {options['until']}")
+    begin = _unix(since) if since is not None else ""
+    return Stream(after=options["after"], since=begin, until_ns=until, nodes=options["nodes"])
+
+
+def _unix(ns: int) -> str:
+    return f"{ns // SECOND_NS}.{ns % SECOND_NS:09d}"
 
 
 def line_of(event: Mapping[str, Any]) -> str:
@@ -90,25 +145,25 @@ def _line(event: Mapping[str, Any], subject: str, attributes: str) -> str:
 
 
 async def _follow(
-    host: HostOptions, filters: Filters, after: str, nodes: str, show: Callable[[Mapping[str, Any]], None]
+    host: HostOptions, filters: Filters, stream: Stream, show: Callable[[Mapping[str, Any]], None]
 ) -> None:
     async with host.client() as client:
-        async for event in followed(client, filters, after, SystemClock(), nodes):
+        async for event in followed(client, filters, stream, SystemClock()):
             show(event)
 
 
 async def followed(
-    client: Client, filters: Filters, after: str, clock: Clock, nodes: str = ""
+    client: Client, filters: Filters, stream: Stream, clock: Clock
 ) -> AsyncIterator[Mapping[str, Any]]:
-    """Events with their cursors, without a gap, over any number of connections.
+    """Events with their cursors, without a gap, over any number of connections, until the stream's end.
 
     Raises: Unavailable: the first one cannot be made; SkepError: refused, as when events are not kept any more.
     """
-    backoff, cursor = Backoff(0.2, RECONNECT_S_MAX), after
+    backoff, cursor = Backoff(0.2, RECONNECT_S_MAX), stream.after
     while True:
         try:
-            more = {key: value for key, value in (("after", cursor), ("nodes", nodes)) if value}
-            async with client.lines("/skep/events", {**parameters_of(filters), **more}) as lines:
+            query = {**parameters_of(filters), **stream.query(cursor)}
+            async with client.lines("/skep/events", query) as lines:
                 async for line in lines:
                     event = msgspec.json.decode(line)
                     if "message" in event:
@@ -117,6 +172,8 @@ async def followed(
                     backoff.reset()
                     yield event
         except (Unavailable, msgspec.DecodeError):  # a line that is cut off is no event
-            if cursor == after:
+            if cursor == stream.after:
                 raise
+        if stream.until_ns is not None and clock.now_ns() >= stream.until_ns:
+            return
         await backoff.sleep(clock)

@@ -5,7 +5,7 @@ node is ready again.  A lock that is overdue is not released automatically, as i
 take it then.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import msgspec
 from skep.api.requests import Requests
 from skep.cli.formatting import counted
 from skep.cli.upgrade_plan import Member, members_of, refusals_of_quorum
-from skep.errors import FailedPrecondition, OutOfSequence, SkepError
+from skep.errors import FailedPrecondition, OutOfSequence, PermissionDenied, SkepError
 from skep.model.labels import MAINTENANCE
 
 RESPONSE_TIMEOUT_S: Final = 15.0
@@ -114,9 +114,22 @@ async def nodes_and_time(client: Requests) -> tuple[list[Member], datetime]:
     return members_of(nodes), msgspec.convert(info["SystemTime"], datetime).astimezone(UTC)
 
 
+async def settings_of(client: Requests) -> Mapping[str, Any]:
+    """Return the cluster as ``GET /swarm`` shows it; users below administrator get it without join tokens."""
+    try:
+        swarm: Mapping[str, Any] = await client.get("/swarm", timeout_s=RESPONSE_TIMEOUT_S)
+    except PermissionDenied:
+        info = await client.get("/info", timeout_s=RESPONSE_TIMEOUT_S)
+        found = info["Swarm"].get("Cluster")
+        if not found:
+            raise
+        return dict(found)
+    return swarm
+
+
 async def holders_of(client: Requests) -> tuple[Holder, ...]:
     """The holders of the lock now."""
-    swarm = await client.get("/swarm", timeout_s=RESPONSE_TIMEOUT_S)
+    swarm = await settings_of(client)
     return read((swarm["Spec"].get("Labels") or {}).get(MAINTENANCE, ""))
 
 

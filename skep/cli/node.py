@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import click
+import msgspec
 
 from skep.api.client import Client
 from skep.api.updates import update
@@ -18,11 +19,21 @@ from skep.cli.endpoint import HostOptions
 from skep.cli.formatting import counted
 from skep.cli.running import run_requests, say
 from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.model.encoding import to_json
+from skep.model.labels import VOLUMES, VolumePolicy, volume_policy
+from skep.model.service import TaskSpec
+from skep.model.slot_volumes import local_volumes
+from skep.model.unknown import leniently
 
 _RESPONSE_TIMEOUT_S = 15.0
 _LOOK_S = 0.5
 _PATH = "/skep/cluster/evict"
 _NAMED_MAX = 5
+_CONTAINERS = {
+    False: "It stops its containers as soon as it reaches a manager; docker swarm leave --force there removes them.",
+    True: "Its containers keep running beside their replacements until docker swarm leave --force is run there.",
+}
+"""What an evicted node does with its containers, by whether they are kept."""
 _ENDED = frozenset({"complete", "shutdown", "failed", "rejected", "remove", "orphaned"})
 
 
@@ -55,8 +66,9 @@ def node() -> None:
 def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
     """Give a node no more tasks, and wait until those it has are gone: then it may be switched off.
 
-    A service that has all its tasks there is away until they run elsewhere, and is named; docker service update --force
-    SERVICE spreads it before.  docker node update --availability active NODE takes the node back.
+    A service that has all its tasks there is away until they run elsewhere, and is named, as is one that leaves local
+    volumes behind; docker service update --force SERVICE spreads it before.  docker node update --availability active
+    NODE takes the node back.
 
     \b
     Examples:
@@ -69,24 +81,54 @@ def drain(host: HostOptions, name: str, detach: bool, timeout: float) -> None:
 
 async def _drain(host: HostOptions, name: str, wait_s: float | None) -> None:
     async with host.client() as client:
-        for service in await _only_on(client, name):
-            say(f"{service} has all its tasks there, and is away until they run elsewhere")
+        for line in await _consequences(client, name):
+            say(line)
         if wait_s is None:
             await _set_draining(client, name)
         else:
             await drained(client, name, wait_s)
 
 
-async def _only_on(client: Client, name: str) -> Sequence[str]:
-    """The replicated services of which every task that is wanted is on the node."""
+async def _consequences(client: Client, name: str) -> Sequence[str]:
+    """What a drain means for services with tasks on the node: they are away, or leave local volumes behind."""
     node = await client.get(f"/nodes/{quote(name, safe='')}", timeout_s=_RESPONSE_TIMEOUT_S)
     services = await client.get("/services", timeout_s=_RESPONSE_TIMEOUT_S)
     tasks = await client.get("/tasks", filters={"desired-state": ["running"]}, timeout_s=_RESPONSE_TIMEOUT_S)
     homes: dict[str, set[str]] = {}
     for task in tasks:
         homes.setdefault(task.get("ServiceID", ""), set()).add(task.get("NodeID", ""))
-    replicated = [one for one in services if "Replicated" in one["Spec"]["Mode"]]
-    return sorted(str(one["Spec"]["Name"]) for one in replicated if homes.get(one["ID"]) == {node["ID"]})
+    there = [
+        one
+        for one in sorted(services, key=lambda one: str(one["Spec"]["Name"]))
+        if "Replicated" in one["Spec"]["Mode"] and node["ID"] in homes.get(one["ID"], set())
+    ]
+    away = [
+        f"{one['Spec']['Name']} has all its tasks there, and is away until they run elsewhere"
+        for one in there
+        if homes[one["ID"]] == {node["ID"]}
+    ]
+    return [*away, *filter(None, (left_behind(one["Spec"], name) for one in there))]
+
+
+def left_behind(spec: Mapping[str, Any], node: str) -> str:
+    """Return what happens to a replicated service's local volumes when ``node`` is drained; empty if it has none."""
+    try:
+        task = leniently(to_json(spec.get("TaskTemplate") or {}), TaskSpec)
+    except msgspec.DecodeError:  # of a newer version: the warning is left out
+        return ""
+    volumes = local_volumes(task)
+    if not volumes:
+        return ""
+    has = f"{spec['Name']} has local volumes there ({named(volumes)})"
+    if volume_policy(spec.get("Labels") or {}) is VolumePolicy.KEEP:
+        return f"{has}, and waits until {node} takes tasks again ({VOLUMES}={VolumePolicy.KEEP.value})"
+    return f"{has}: it starts without their data elsewhere, and the data stays on {node}"
+
+
+def named(words: Sequence[str]) -> str:
+    """``a, b and 2 more``: the first few of ``words``."""
+    more = len(words) - _NAMED_MAX
+    return ", ".join(words[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 async def _set_draining(client: Client, name: str) -> None:
@@ -108,8 +150,8 @@ async def drained(client: Client, name: str, within_s: float) -> None:
     try:
         async with asyncio.timeout(within_s):
             while left := await persistently(partial(_tasks_of, client, name), say):
-                some = sorted(_task_name(task, names) for task in left)[:_NAMED_MAX]
-                text = f"{counted(len(left), 'task')} left: {', '.join(some)}"
+                some = sorted(_task_name(task, names) for task in left)
+                text = f"{counted(len(left), 'task')} left: {named(some)}"
                 if text != shown:
                     say(text)
                 shown = text
@@ -162,11 +204,15 @@ async def _forget(host: HostOptions, names: Sequence[str]) -> list[str]:
 
 
 @node.command()
+@click.option("--keep", is_flag=True, help="Leave its containers running beside their replacements.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("name", metavar="NODE")
 @click.pass_obj
-def evict(host: HostOptions, name: str, yes: bool) -> None:
+def evict(host: HostOptions, name: str, keep: bool, yes: bool) -> None:
     """Remove a node that is no longer trusted, and replace every key that it had.
+
+    The cluster replaces its tasks, and the node stops its containers when a manager refuses it.  A node that is cut
+    off keeps them running until it reaches a manager again.
 
     NODE is a name or an id; one that was removed already is named by its whole id.  The managers continue when
     this command is interrupted; the same command again shows the progress.  Secrets of your services that the node
@@ -183,7 +229,7 @@ def evict(host: HostOptions, name: str, yes: bool) -> None:
             abort=True,
             err=True,
         )
-    if unlock_key := run_requests(_evict(host, name)):
+    if unlock_key := run_requests(_evict(host, name, keep)):
         click.echo(
             "To unlock a swarm manager after it restarts, run the `docker swarm unlock`\n"
             f"command and provide the following key:\n\n    {unlock_key}\n\n"
@@ -192,12 +238,13 @@ def evict(host: HostOptions, name: str, yes: bool) -> None:
         )
 
 
-async def _evict(host: HostOptions, name: str) -> str:
+async def _evict(host: HostOptions, name: str, keep: bool) -> str:
     """Evict and wait for the end; gives the new unlock key if there is one."""
     by = f"{getpass.getuser()}@{socket.gethostname()}"
     async with host.client() as client:
         progress = _Progress()
-        state = await client.post(_PATH, {"Node": name, "By": by}, timeout_s=_RESPONSE_TIMEOUT_S)
+        body = {"Node": name, "By": by, **({"Keep": True} if keep else {})}
+        state = await client.post(_PATH, body, timeout_s=_RESPONSE_TIMEOUT_S)
         while not progress.show(state):
             await asyncio.sleep(_LOOK_S)
             # The manager's etcd restarts, too.
@@ -232,6 +279,7 @@ class _Progress:
             click.echo(
                 f"{state['Hostname'] or state['NodeID']} is evicted: every key that it had is revoked or replaced."
             )
+            click.echo(_CONTAINERS[bool(state.get("KeepsContainers"))])
             return True
         self.note(state["WaitsFor"])
         return False

@@ -32,6 +32,18 @@ async def quorum_of(client: Requests) -> Mapping[str, Any] | None:
     return response
 
 
+def way_out(quorum: Mapping[str, Any]) -> str:
+    """Return the command to go on with while there is no leader; it changes nothing."""
+    managers = quorum["Managers"]
+    answering = sum(bool(manager["Answers"]) for manager in managers)
+    return "skep doctor network" if answering > len(managers) // 2 else "skep cluster recover --dry-run"
+
+
+def clock_time(stamp: str) -> str:
+    """``13:26:18 UTC`` for a time of a manager (RFC 3339, in UTC)."""
+    return f"{stamp.partition('T')[2].partition('.')[0].rstrip('Z')} UTC"
+
+
 def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     """Since when, which managers are missing, and how to recover."""
     managers = quorum["Managers"]

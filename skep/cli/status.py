@@ -10,10 +10,10 @@ import msgspec
 
 from skep.api.requests import Requests
 from skep.cli.endpoint import HostOptions
-from skep.cli.formatting import age, counted
+from skep.cli.formatting import age, counted, duration
 from skep.cli.moments import moment_or_revision
 from skep.cli.output import Cell, Output, Screen, Shown, shows, table
-from skep.cli.quorum import STALE, no_leader, quorum_of
+from skep.cli.quorum import STALE, clock_time, no_leader, quorum_of, way_out
 from skep.errors import SkepError
 from skep.model.node import plain_message
 from skep.model.task_end import printable
@@ -34,6 +34,8 @@ _TASKS_COUNTED_MAX = 5_000
 """With more tasks they are not counted by node: the list would take longer than all the rest."""
 _PAUSED = ("paused", "rollback_paused")
 _DONE = ("completed", "rollback_completed")
+SILENT = "silent"
+"""State of a manager that does not answer while there is no leader: whether its machine is down is not known."""
 
 _NODE_LOST, _ON_ITS_WAY = 2, 4
 """Weights of problems (``Problem.Weight`` of an explanation)."""
@@ -95,6 +97,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 
     id: str = msgspec.field(name="ID", default="")
     leader: str = ""
+    as_of: str = ""
+    """Since when there is no leader (RFC 3339): the rows are of that time.  Empty if they are of now."""
     nodes: tuple[NodeRow, ...] = ()
     services: tuple[ServiceRow, ...] = ()
 
@@ -110,6 +114,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     notes: tuple[str, ...] = ()
     """About the leader that is missing, or what could not be read."""
     cluster: Cluster | None = None
+    next: str = ""
+    """The command to go on with while there is no leader."""
 
     @property
     def exit_code(self) -> int:
@@ -168,8 +174,11 @@ async def _status(host: HostOptions) -> Status:
             cluster = await _cluster(client, info, {} if is_led else STALE)
         except SkepError as error:
             notes.append(f"the cluster is not known: {error}")
+        if cluster is not None and not is_led:
+            cluster = as_of(cluster, quorum)
         health = "no leader" if not is_led else "ok" if is_well(cluster) else "degraded"
-        return Status(health=health, node=tuple(node), notes=tuple(notes), cluster=cluster)
+        further = "" if is_led else way_out(quorum)
+        return Status(health=health, node=tuple(node), notes=tuple(notes), cluster=cluster, next=further)
 
 
 async def _status_at(host: HostOptions, when: str) -> Status:
@@ -199,6 +208,26 @@ def is_well(cluster: Cluster | None) -> bool:
     if cluster is None:
         return False
     return all(row.is_well for row in cluster.nodes) and all(row.is_well for row in cluster.services)
+
+
+def as_of(cluster: Cluster, quorum: Mapping[str, Any]) -> Cluster:
+    """Return ``cluster`` as the state of when the leader was lost, with what is known now of the managers.
+
+    Args:
+        quorum: The response to ``GET /skep/quorum`` of a manager without a leader.
+    """
+    managers = {manager["ID"]: manager for manager in quorum["Managers"]}
+    rows = []
+    for row in cluster.nodes:
+        manager = managers.get(row.id)
+        role = "manager" if row.role == "leader" else row.role
+        if manager is None or manager["Answers"]:
+            rows.append(msgspec.structs.replace(row, role=role))
+            continue
+        silent = f"it has not answered for {duration(float(manager.get('SilentSeconds') or 0))}"
+        why = "; ".join(filter(None, (silent, row.why)))
+        rows.append(msgspec.structs.replace(row, role=role, state=SILENT, is_reachable=False, why=why))
+    return msgspec.structs.replace(cluster, as_of=quorum["Since"], leader="", nodes=tuple(rows))
 
 
 async def _store(client: Requests) -> Row:
@@ -418,17 +447,27 @@ def lines_of(status: Status, screen: Screen) -> Iterator[str]:
     for word, text in status.node:
         yield from screen.fitted(f"{word.ljust(width)}{printable(text)}", indent=width)
     if status.cluster is None:
+        yield from _next(status)
         return
     is_past = bool(status.node) and status.node[0][0] == _AT
     yield ""
-    yield from _nodes(status.cluster.nodes, screen)
+    at = f" AT {clock_time(status.cluster.as_of)}" if status.cluster.as_of else ""
+    yield from _nodes(status.cluster.nodes, screen, at)
     if status.cluster.services:
         yield ""
-        yield from _services(status.cluster.services, screen, shows_images=is_past or screen.is_wide)
-    if (name := worst(status.cluster)) and is_past:
-        yield f"next: skep history {printable(name)}"
-    elif name:
-        yield f"next: skep explain {printable(name)}"
+        yield from _services(status.cluster.services, screen, at, shows_images=is_past or screen.is_wide)
+    yield from _next(status)
+
+
+def _next(status: Status) -> Iterator[str]:
+    """The command to run next if something is unhealthy."""
+    if status.next:
+        yield f"next: {status.next}"
+        return
+    if status.cluster is None or not (name := worst(status.cluster)):
+        return
+    is_past = bool(status.node) and status.node[0][0] == _AT
+    yield f"next: skep {'history' if is_past else 'explain'} {printable(name)}"
 
 
 def worst(cluster: Cluster) -> str:
@@ -450,12 +489,14 @@ def _headline(status: Status) -> str:
         ready = sum(row.state == "ready" for row in cluster.nodes)
         well = sum(row.is_well for row in cluster.services)
         nodes = f"{ready} of {len(cluster.nodes)} nodes ready"
+        if cluster.as_of:
+            words.append(f"as of {clock_time(cluster.as_of)}:")
         words.append(f"{counted(len(managers), 'manager')}{leader}, {counted(workers, 'worker')}, {nodes}")
         words.append(f"{well} of {counted(len(cluster.services), 'service')} as wanted")
     return "  ".join(words)
 
 
-def _nodes(rows: Sequence[NodeRow], screen: Screen) -> Iterator[str]:
+def _nodes(rows: Sequence[NodeRow], screen: Screen, at: str) -> Iterator[str]:
     shown = _first(rows, _NODES_SHOWN, screen)
     cells: list[list[str | Cell]] = [
         [
@@ -470,7 +511,7 @@ def _nodes(rows: Sequence[NodeRow], screen: Screen) -> Iterator[str]:
         for row in shown
     ]
     more = ["ID", "VERSION"] if screen.is_wide else []
-    yield from table(("NODE", "ROLE", "STATE", "TASKS", "LOAD", *more, "WHY"), cells, screen)
+    yield from table(("NODE", "ROLE", f"STATE{at}", "TASKS", "LOAD", *more, "WHY"), cells, screen)
     if len(shown) < len(rows):
         yield f"and {counted(len(rows) - len(shown), 'node')} more: skep status -o wide"
 
@@ -480,7 +521,7 @@ def _state(row: NodeRow) -> str:
     return state if row.availability == "active" else f"{state}, {row.availability}"
 
 
-def _services(rows: Sequence[ServiceRow], screen: Screen, *, shows_images: bool) -> Iterator[str]:
+def _services(rows: Sequence[ServiceRow], screen: Screen, at: str, *, shows_images: bool) -> Iterator[str]:
     shown = _first(rows, _SERVICES_SHOWN, screen)
     cells: list[list[str | Cell]] = [
         [
@@ -494,7 +535,7 @@ def _services(rows: Sequence[ServiceRow], screen: Screen, *, shows_images: bool)
         for row in shown
     ]
     more = [*(["ID"] if screen.is_wide else []), *(["IMAGE"] if shows_images else [])]
-    yield from table(("SERVICE", "TASKS", "UPDATE", *more, "WHY"), cells, screen)
+    yield from table(("SERVICE", f"TASKS{at}", "UPDATE", *more, "WHY"), cells, screen)
     if len(shown) < len(rows):
         yield f"and {counted(len(rows) - len(shown), 'service')} more: skep status -o wide"
 

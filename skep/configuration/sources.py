@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from skep.configuration import values
 from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost
 from skep.configuration.settings import SETTINGS
 from skep.configuration.values import LOG_DRIVERS
@@ -144,6 +145,8 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     if problems:
         raise ConfigurationError(*problems)
     configuration = Configuration(**fields)
+    if unused := _unused_hosts(configuration, toml):
+        warnings.append(f"{arguments.toml}: hosts is not used, because --host is given: {', '.join(unused)}")
     if together := _problems_together(configuration):
         raise ConfigurationError(*together)
     if configuration.log_driver not in LOG_DRIVERS:
@@ -153,6 +156,15 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
         )
         configuration = msgspec.structs.replace(configuration, log_driver="json-file", log_opts={})
     return Loaded(configuration, tuple(warnings))
+
+
+def _unused_hosts(configuration: Configuration, toml: Mapping[str, Any]) -> tuple[str, ...]:
+    """The hosts of the file that flags have replaced.  A file that does not serve its host looks like a broken node."""
+    try:
+        written = values.hosts(toml.get("hosts", ()))
+    except ValueError:
+        return ()
+    return tuple(str(host) for host in written if host not in configuration.api_hosts)
 
 
 def _advice(key: str, known: Mapping[str, object]) -> str:

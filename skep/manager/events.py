@@ -174,6 +174,11 @@ class ClusterEvents:
             )
         return int(revision)
 
+    def revision_before(self, since_ns: int) -> int:
+        """Return the revision before the first kept event since ``since_ns``, or the present one if there is none."""
+        since = (kept.revision - 1 for kept in self._past if kept.message.time_nano >= since_ns)
+        return next(since, self._revision)
+
     async def subscribe(
         self, since_ns: int | None, until_ns: int | None, fits: Callable[[Message], bool]
     ) -> AsyncGenerator[Message, None]:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from skep.model.ids import NodeId
 from skep.model.node import Node
+from skep.model.node_removal import NodeRemoval
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.kinds import Revocation
@@ -21,8 +22,13 @@ UNKNOWN_LIFETIME_NS = 20 * 365 * 24 * 3600 * 10**9
 """How long a record is kept if the lifetime of the certificates is not known: as long as a root."""
 
 
-def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> None:
-    """Revoke the certificates of ``node``: all of them, or (``is_removed`` False) its certificates as a manager."""
+def revoke(
+    tx: Transaction, node: Node, now_ns: int, *, is_removed: bool, keeps_containers: bool = False
+) -> None:
+    """Revoke the certificates of ``node``: all of them, or (``is_removed`` False) its certificates as a manager.
+
+    ``keeps_containers``: have a removed node leave its containers running.
+    """
     before = tx.rely_on(Revocation, node.id)
     certificate = node.certificate
     serials = {serial.serial: serial for serial in before.serials} if before is not None else {}
@@ -40,8 +46,17 @@ def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> Non
             serials=tuple(serials[serial] for serial in sorted(serials)),
             before=max(timestamp(now_ns), before.before if before is not None else Timestamp("")),
             foreign=before.foreign if before is not None else (),
+            keeps_containers=is_removed and keeps_containers,
+            hostname=node.description.hostname if is_removed else "",
         )
     )
+
+
+def removal_of(revocation: Revocation | None) -> NodeRemoval | None:
+    """Return the removal that a record stands for, or None if its node was not removed."""
+    if revocation is None or not revocation.is_removed:
+        return None
+    return NodeRemoval(at=revocation.before, keeps_containers=revocation.keeps_containers)
 
 
 def revoke_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: int) -> None:

@@ -90,6 +90,11 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         return self.role_in(EVERY_STACK) is Role.ADMIN
 
     @property
+    def is_user(self) -> bool:
+        """Whether it is a user that the cluster knows."""
+        return self.origin in (Origin.CERTIFICATE, Origin.TOKEN)
+
+    @property
     def stacks(self) -> frozenset[str]:
         """The stacks to which it is bound; without meaning where it has a role in the cluster."""
         return frozenset(binding.stack for binding in self.bindings) - {EVERY_STACK}

@@ -56,6 +56,11 @@ class Conditions:
             condition.cleared_at = self._clock.monotonic()
         log.info("condition has ended", name=name)
 
+    def forget_ended(self) -> None:
+        """Drop the labels of conditions that have ended: the managers of another cluster have not seen them."""
+        with self._lock:
+            self._conditions = {name: one for name, one in self._conditions.items() if one.cleared_at is None}
+
     def reporter(self, name: str) -> Callable[[str], None]:
         """A function that sets the condition to its argument, and clears it when that is empty."""
         return partial(self.report, name)

@@ -334,6 +334,8 @@ class Membership:
         """Docker's text for requests that need a manager, where this node has none; None: it has one, or will soon."""
         if self.node is None:
             return NOT_IN_A_SWARM
+        if self._removal:
+            return f"This node is not a swarm manager: {self._removal}"
         if not self.node.is_manager or (self._runner is not None and self._runner.loses_manager):
             return NOT_A_MANAGER
         if self.is_locked:
@@ -380,7 +382,7 @@ class Membership:
             return local_section(None, status=self.status, error=LOCKED, managers=())
         managers = self._runner.managers if self._runner is not None else ()
         section = local_section(self.node, status=self.status, error=self._error, managers=managers)
-        if waits_for := why_waiting(self._paths.manager_waiting):
+        if not self._removal and (waits_for := why_waiting(self._paths.manager_waiting)):
             section |= {"ControlAvailable": True, "Error": waits_for}
         elif self.is_manager and not self._error:
             section |= await cluster_section(self._manager_api)
@@ -389,6 +391,11 @@ class Membership:
             warnings = [*section.get("Warnings", ()), *peer.pop("Warnings", ())]
             section |= peer | ({"Warnings": warnings} if warnings else {})
         return section
+
+    @property
+    def _removal(self) -> str:
+        """A sentence about the removal of this node from its cluster, or an empty string."""
+        return self._runner.removal if self._runner is not None else ""
 
     @property
     def _error(self) -> str:

@@ -324,9 +324,7 @@ class Node:
             plane.prober.set_targets(None)
         run(tables.run, "network tables")
         if plane is not None:
-            watch = partial(
-                unreachable.watch, self._session, lambda: plane.prober.reports, tables.exclude, self._clock
-            )
+            watch = partial(unreachable.watch, self._session, plane.prober, tables.exclude, self._clock)
             run(watch, "silent peers")
 
     # --- the agent --------------------------------------------------------------------------------------------

@@ -46,6 +46,10 @@ class AgentConnection(Protocol):
         """As the last session listed them."""
 
     @property
+    def removal(self) -> str:
+        """A sentence about the removal of this node from its cluster, or an empty string if it was not removed."""
+
+    @property
     def role(self) -> NodeRole:
         """In the node's certificate."""
 
@@ -143,7 +147,12 @@ class NodeRunner:
     @property
     def error(self) -> str:
         """Why the node does not take part in its cluster as it should; empty: it does."""
-        return self._manager.error or self._error
+        return self.removal or self._manager.error or self._error
+
+    @property
+    def removal(self) -> str:
+        """A sentence about the removal of this node from its cluster, or an empty string if it was not removed."""
+        return self._agent.removal
 
     @property
     def manager_error(self) -> str:

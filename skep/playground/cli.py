@@ -13,7 +13,8 @@ from skep.errors import SkepError
 from skep.playground import names
 from skep.playground.commands import find
 from skep.playground.node import daemon_pid
-from skep.playground.playground import Playground
+from skep.playground.playground import API, Playground
+from skep.playground.tls import PORT, authority_file
 from skep.playground.underlay import Way
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ def playground() -> None:
     default=True,
     help="Have published ports answer at 127.0.0.1 as well.  [default: relay]",
 )
+@click.option("--tls", is_flag=True, help="Have the managers serve their API by TLS as well, for users.")
 @_verb
 def up(
     directory: Path,
@@ -83,6 +85,7 @@ def up(
     docker_workers: int,
     subnets: int,
     relay: bool,
+    tls: bool,
 ) -> None:
     """Start a playground: nodes m1, m2, ... and w1, w2, ..., one swarm, a busybox image on each.
 
@@ -92,6 +95,7 @@ def up(
     Examples:
       skep playground up --managers 1 --workers 2 --dir /var/tmp/bees
       skep playground up --managers 1 --workers 1 --docker-workers 2
+      skep playground up --managers 3 --tls
     """
     ground = _open(directory, name)
     cluster = _finish(
@@ -101,12 +105,21 @@ def up(
             docker_workers=docker_workers,
             subnets=subnets,
             relays=relay,
+            tls=tls,
         )
     )
     click.echo(f"{len(cluster.nodes)} nodes: {' '.join(node.name for node in cluster.nodes)}")
     click.echo(f"description: {directory.resolve() / 'cluster.json'}")
     if relay:
-        click.echo("published ports answer at 127.0.0.1 of this machine (skep playground ps lists them)")
+        click.echo(
+            "published TCP and UDP ports answer at 127.0.0.1 of this machine (skep playground ps lists them)"
+        )
+    if relay and tls:
+        local = _finish(ground.relayed(PORT))
+        click.echo(
+            f"users: skep user add NAME --role viewer --context --address tcp://127.0.0.1:{local} "
+            f"--ca {authority_file(directory.resolve())}"
+        )
 
 
 @playground.command()
@@ -146,14 +159,15 @@ def ps(directory: Path, name: str | None, output: Output) -> None:
             }
             for node, state in await cluster.states()
         ]
-        ports = {str(port): f"http://127.0.0.1:{local}" for port, local in cluster.relayed_ports().items()}
+        ports = cluster.relayed_ports()
 
         def lines(screen: Screen) -> Iterator[str]:
             head = ("NODE", "ROLE", "STATE", "ADDRESS", "PID", "ENDPOINT")
             yield from table(head, [tuple(row.values()) for row in rows], screen)
-            yield from (f"published port {published}: {url}" for published, url in ports.items())
+            for published, url in ports.items():
+                yield f"{'API by TLS' if published == API else f'published port {published}'}: {url}"
 
-        return Shown(data={"Nodes": rows, "Ports": ports}, rows=rows, lines=lines)
+        return Shown(data={"Nodes": rows, "Ports": dict(ports)}, rows=rows, lines=lines)
 
     output.show(fetch)
 

@@ -50,6 +50,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     image: str = ""
     """Id of the image that every node has: busybox."""
     subnets: int = 1
+    tls: bool = False
+    """Whether the managers serve their API by TLS as well."""
     directory_made: bool = False
     """DIR did not exist before ``up``, so ``down`` removes it."""
     netns_root_made: bool = False

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -9,7 +11,7 @@ import msgspec
 from skep.aio.trees import discard_tree
 from skep.errors import SkepError, Unavailable
 from skep.linux.processes import start_ticks_of
-from skep.playground import cgroups, docker, engine, names, processes, underlay
+from skep.playground import cgroups, docker, engine, names, processes, tls, underlay
 from skep.playground.commands import find, wait_until
 from skep.playground.description import Node
 
@@ -21,6 +23,7 @@ _ENDS_MAX = 3
 _CONFIGURATION = """\
 # Configuration of this node alone; the machine's own /etc/skep/skep.toml is not read here.
 # After a change: send SIGHUP to the daemon (its PID: skep playground ps), or kill and start the node.
+# Hosts are served beside the playground's own sockets, once the node was killed and started.
 """
 _TAIL_LINES = 15
 
@@ -104,13 +107,30 @@ def switch_on(directory: Path, playground: str, node: Node) -> Holder:
 def _skep_command(home: Path, node: Node) -> tuple[str, ...]:
     configuration = home / "skep.toml"
     if not configuration.exists():
-        configuration.write_text(_CONFIGURATION)
+        has_tls = (home / "server.pem").exists()
+        served = tls.configuration(home, tls.authority_file(home.parent)) if has_tls else ""
+        configuration.write_text(_CONFIGURATION + served)
+    own = ("unix:///run/skep/skep.sock", node.endpoint)
     return (
         *(str(SKEP), "daemon", "--config", str(configuration), "--daemon-json", ""),
         *("--log-format", "json", "--advertise-addr", node.addr, "--cgroup-parent", node.cgroup),
         *("--data-dir", node.state_dir, "--run-dir", "/run/skep"),
-        *("--host", "unix:///run/skep/skep.sock", "--host", node.endpoint),
+        *(word for host in (*own, *further_hosts(configuration, own)) for word in ("--host", host)),
     )
+
+
+def further_hosts(configuration: Path, own: Sequence[str]) -> Iterator[str]:
+    """The ``hosts`` of a node's file, which are served beside the playground's ``own``.
+
+    What is wrong with the file is for the daemon to say.
+    """
+    try:
+        hosts = tomllib.loads(configuration.read_text()).get("hosts", ())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return
+    for host in hosts if isinstance(hosts, list) else [hosts]:
+        if isinstance(host, str) and host not in own:
+            yield host
 
 
 async def kill(playground: str, node: Node) -> Node:

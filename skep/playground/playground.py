@@ -12,6 +12,7 @@ from skep.api.client import Client
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from skep.paths import SOCKET_PATH_BYTES_MAX
 from skep.playground import cgroups, docker, engine, names, node, processes, relay, underlay
+from skep.playground import tls as certificates
 from skep.playground.busybox import busybox_archive
 from skep.playground.commands import find, run, together, wait_until
 from skep.playground.description import Cluster, DescriptionFile, Node
@@ -20,6 +21,8 @@ _READY_WITHIN_S = 60
 _PORT = 2377
 _LISTEN = f"0.0.0.0:{_PORT}"
 _NAME_BYTES_MAX = 16
+API = "API"
+"""In place of a published port: the managers' API by TLS."""
 Progress = Callable[[str], None]
 """Called with one line whenever a step that a person waits for is done."""
 
@@ -64,11 +67,12 @@ class Playground:
         docker_workers: int = 0,
         subnets: int = 1,
         relays: bool = True,
+        tls: bool = False,
     ) -> Cluster:
         """Start the nodes, load busybox into each, make a swarm of them.
 
         ``docker_workers``: unmodified Docker Engines, joined as they join any swarm.  ``relays``: published ports
-        answer at 127.0.0.1 of this machine, too.
+        answer at 127.0.0.1 of this machine, too.  ``tls``: the managers serve their API by TLS as well.
 
         Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is made.  After a later failure
         what is there stays for a look, until ``down``.
@@ -82,7 +86,7 @@ class Playground:
         kinds: list[tuple[names.Role, names.Engine]] = [(manager, "skep")] * managers
         kinds += [(worker, "skep")] * workers
         kinds += [(worker, "docker")] * docker_workers
-        await self.plug_in(kinds, subnets)
+        await self.plug_in(kinds, subnets, tls=tls)
         await self._form_swarm(self.cluster())
         if relays:
             await relay.start(self._directory)
@@ -90,7 +94,9 @@ class Playground:
             self._progress(docker.NO_IPVS)
         return self.cluster()
 
-    async def plug_in(self, kinds: Sequence[tuple[names.Role, names.Engine]], subnets: int = 1) -> Cluster:
+    async def plug_in(
+        self, kinds: Sequence[tuple[names.Role, names.Engine]], subnets: int = 1, *, tls: bool = False
+    ) -> Cluster:
         """Fresh machines with busybox that are in no swarm yet: what `up` makes a swarm of.
 
         The role comes from the description; the machine has it once it joins.
@@ -102,6 +108,9 @@ class Playground:
         for role, kind in kinds:
             new_name = names.free_name(role, _names(cluster), kind)
             cluster = cluster.with_node(self._next(cluster, new_name, role, kind))
+        cluster = msgspec.structs.replace(cluster, tls=tls)
+        if tls:
+            await asyncio.to_thread(certificates.write, self._directory, cluster)
         archive = await busybox_archive()
         cluster = msgspec.structs.replace(cluster, image=archive.image_id)
         self.images.mkdir(exist_ok=True)
@@ -126,6 +135,7 @@ class Playground:
         if cluster.netns_root_made:
             await underlay.remove_root()
         await discard_tree(self.images)
+        await discard_tree(certificates.folder(self._directory))
         self._file.remove()
         for left_file in (relay.state_file(self._directory), self._directory / "relay.log"):
             left_file.unlink(missing_ok=True)
@@ -206,11 +216,15 @@ class Playground:
         """The port of 127.0.0.1 that serves the published ``port``.  Raises: Unavailable: it is not relayed."""
         return await relay.wait_served(self._directory, port)
 
-    def relayed_ports(self) -> Mapping[int, int]:
-        """Published port -> the port of 127.0.0.1 that serves it."""
-        self.cluster()
-        state = relay.read_state(self._directory)
-        return state.ports if state is not None else {}
+    def relayed_ports(self) -> Mapping[str, str]:
+        """Published port (``8080``, ``53/udp``, or ``API``) -> the URL that serves it on this machine."""
+        cluster, state = self.cluster(), relay.read_state(self._directory)
+        if state is None:
+            return {}
+        tcp = {str(port): f"http://127.0.0.1:{local}" for port, local in state.ports.items()}
+        if cluster.tls and (api := tcp.pop(str(certificates.PORT), None)):
+            tcp[API] = api.replace("http:", "tcp:")
+        return tcp | {f"{port}/udp": f"udp://127.0.0.1:{local}" for port, local in state.udp.items()}
 
     async def states(self) -> list[tuple[Node, str]]:
         """Each node with one word about it."""

@@ -1,7 +1,7 @@
 """Published ports of a playground at 127.0.0.1 of the machine that it runs on.
 
 The nodes' addresses exist in the playground's own namespaces only; the machine would send packets for them to another
-machine on its network that has them.  So one process listens on loopback for each published TCP port, and
+machine on its network that has them.  So one process listens on loopback for each published TCP and UDP port, and
 connects to the nodes from the switch's namespace.  It runs until the playground is removed, and reads the published
 ports from the managers once a second.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
-from socket import AF_INET, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
+from socket import AF_INET, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
 from typing import Any
 
 import msgspec
@@ -24,11 +24,13 @@ from skep.api.client import Client
 from skep.dataplane.netns.namespaces import inside
 from skep.dataplane.proxy.relays import RelayPort
 from skep.dataplane.proxy.tcp import TcpRelay
+from skep.dataplane.proxy.udp import UdpRelay
 from skep.errors import SkepError, Unavailable
 from skep.linux.processes import start_ticks_of
 from skep.playground import names, node
 from skep.playground.commands import wait_until
 from skep.playground.description import Cluster, DescriptionFile
+from skep.playground.tls import PORT as API_PORT
 from skep.playground.underlay import NETNS_ROOT
 
 _LOOPBACK = "127.0.0.1"
@@ -37,16 +39,23 @@ _ASK_S = 2.0
 _READY_WITHIN_S = 20
 _PORTS_MAX = 256
 
-Targets = Mapping[int, tuple[tuple[str, int], ...]]
+PROTOCOLS = ("tcp", "udp")
+"""Those that are relayed; the nodes serve SCTP only."""
+
+Port = tuple[int, str]
+"""A published port: number and protocol."""
+
+Targets = Mapping[Port, tuple[tuple[str, int], ...]]
 """Published port -> the nodes that serve it: address and port."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """``DIR/relay.json``: the process, and at which local port it serves each published one."""
+    """``DIR/relay.json``: the process, and at which local port it serves each published one, TCP's and UDP's."""
 
     pid: int
     started: int
     ports: Mapping[int, int] = {}
+    udp: Mapping[int, int] = {}
 
 
 def state_file(directory: Path) -> Path:
@@ -86,7 +95,7 @@ def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
 
 
 async def wait_served(directory: Path, port: int) -> int:
-    """The local port that serves the published ``port``.  Raises: Unavailable: it is not served."""
+    """The local port that serves the published TCP ``port``.  Raises: Unavailable: it is not served."""
 
     async def served() -> bool:
         state = read_state(directory)
@@ -104,23 +113,26 @@ def targets(
     services: Sequence[Mapping[str, Any]],
     tasks: Sequence[Mapping[str, Any]],
 ) -> Targets:
-    """Which nodes serve which published TCP port: all of them in the mesh, a task's own in host mode."""
+    """Which nodes serve which published port: all of them in the mesh, a task's own in host mode."""
     alive = {known.name: known.addr for known in cluster.nodes if node.is_up(known)}
     hostnames = {one["ID"]: one["Description"].get("Hostname", "") for one in nodes}
-    found: dict[int, set[tuple[str, int]]] = {}
+    found: dict[Port, set[tuple[str, int]]] = {}
     for service in services:
         for port in (service.get("Endpoint") or {}).get("Ports") or ():
-            number = port.get("PublishedPort", 0)
-            if port.get("Protocol", "tcp") == "tcp" and port.get("PublishMode") == "ingress" and number:
-                found.setdefault(number, set()).update((addr, number) for addr in alive.values())
+            number, protocol = port.get("PublishedPort", 0), port.get("Protocol", "tcp")
+            if protocol in PROTOCOLS and port.get("PublishMode") == "ingress" and number:
+                found.setdefault((number, protocol), set()).update((addr, number) for addr in alive.values())
+    if cluster.tls:
+        managers = {known.addr for known in cluster.nodes if known.role == "manager" and node.is_up(known)}
+        found[API_PORT, "tcp"] = {(addr, API_PORT) for addr in managers}
     for task in tasks:
         if task["Status"]["State"] != "running":
             continue
         addr = alive.get(hostnames.get(task.get("NodeID", ""), ""))
         for port in (task["Status"].get("PortStatus") or {}).get("Ports") or ():
-            number = port.get("PublishedPort", 0)
-            if addr is not None and port.get("Protocol", "tcp") == "tcp" and number:
-                found.setdefault(number, set()).add((addr, number))
+            number, protocol = port.get("PublishedPort", 0), port.get("Protocol", "tcp")
+            if addr is not None and protocol in PROTOCOLS and number:
+                found.setdefault((number, protocol), set()).add((addr, number))
     return {port: tuple(sorted(found[port])) for port in sorted(found)[:_PORTS_MAX]}
 
 
@@ -132,8 +144,8 @@ class PortRelay:
         self._directory = directory
         self._clock = clock
         self._random = SystemRandom()
-        self._relays: dict[int, TcpRelay] = {}
-        self._ports: dict[int, int] = {}
+        self._relays: dict[Port, TcpRelay | UdpRelay] = {}
+        self._ports: dict[Port, int] = {}
 
     async def run(self) -> None:
         """Serve until the playground is gone."""
@@ -153,21 +165,31 @@ class PortRelay:
             self._relays.pop(published).close(ends_connections=True)
             del self._ports[published]
         for published, backends in wanted.items():
-            port = RelayPort(protocol="tcp", address=_LOOPBACK, port=published, backends=backends)
+            number, protocol = published
+            port = RelayPort(protocol=protocol, address=_LOOPBACK, port=number, backends=backends)
             if (relay := self._relays.get(published)) is not None:
                 relay.update(port)
                 continue
-            relay = TcpRelay(port, self._random.random, partial(inside, switch))
             listener = _listener(published)
             self._ports[published] = listener.getsockname()[1]
-            await relay.open(listener)
-            self._relays[published] = relay
+            if protocol == "udp":
+                self._relays[published] = UdpRelay(
+                    port, listener, self._clock, self._random.random, partial(inside, switch)
+                )
+            else:
+                relay = TcpRelay(port, self._random.random, partial(inside, switch))
+                await relay.open(listener)
+                self._relays[published] = relay
         if before != self._ports:
             self._write()
 
     def _write(self) -> None:
         pid = os.getpid()
-        state = State(pid=pid, started=start_ticks_of(pid) or 0, ports=self._ports)
+        tcp, udp = (
+            {number: local for (number, used), local in self._ports.items() if used == protocol}
+            for protocol in PROTOCOLS
+        )
+        state = State(pid=pid, started=start_ticks_of(pid) or 0, ports=tcp, udp=udp)
         temporary = state_file(self._directory).with_suffix(".json.new")
         temporary.write_bytes(msgspec.json.encode(state))
         temporary.replace(state_file(self._directory))
@@ -191,11 +213,13 @@ async def _ask(cluster: Cluster) -> Targets:
     raise Unavailable(str(error_before))
 
 
-def _listener(published: int) -> socket:
+def _listener(published: Port) -> socket:
     """At the same port of loopback, or at any where that is taken, or is not ours to take."""
-    for port in (published, 0):
-        listener = socket(AF_INET, SOCK_STREAM)
-        listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    number, protocol = published
+    for port in (number, 0):
+        listener = socket(AF_INET, SOCK_STREAM if protocol == "tcp" else SOCK_DGRAM)
+        if protocol == "tcp":  # two UDP sockets would have one port
+            listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         try:
             listener.bind((_LOOPBACK, port))
         except OSError:

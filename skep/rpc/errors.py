@@ -35,6 +35,9 @@ _ERROR_OF: dict[Status, type[SkepError]] = {
 LOST_PEER = (OSError, asyncio.IncompleteReadError)
 """Exceptions of a connection whose peer has disconnected or closed the stream."""
 
+NOT_TRUSTED = "is not trusted"
+"""In the error of a connection to a peer whose certificate has another root."""
+
 _MESSAGE_CHARACTERS_MAX = 2048
 """A status message is sent as a header, and many peers refuse headers over 8 KiB."""
 
@@ -66,7 +69,7 @@ def peer_errors(address: str) -> Iterator[None]:
     except TimeoutError as error:
         raise errors.Unavailable(f"{address} did not respond in time") from error
     except ssl.SSLCertVerificationError as error:
-        raise errors.Unavailable(f"{address} is not trusted: {error.verify_message}") from error
+        raise errors.Unavailable(f"{address} {NOT_TRUSTED}: {error.verify_message}") from error
     except LOST_PEER as error:
         raise errors.Unavailable(f"{address}: {errors.reason_of(error)}") from error
     except DecodeError as error:

@@ -75,6 +75,10 @@ class Revocation(ApiObject):
     """All its certificates issued until then are revoked as manager certificates."""
     foreign: tuple[IssuedSerial, ...] = ()
     """Certificates in its name that were issued to another holder: revoked for every purpose."""
+    keeps_containers: bool = False
+    """Whether the removed node's containers keep running beside their replacements."""
+    hostname: str = ""
+    """Of the removed node."""
 
 
 class JournalChunk(ApiObject):

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from aiohttp import web
 from skep.aio.clock import SystemClock
 from skep.api.client import Client
 from skep.api.requests import filters_of
-from skep.cli.events import followed, line_of, whole_line_of
+from skep.cli.events import Stream, followed, line_of, stream_of, whole_line_of
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unavailable
 
 Reply = Callable[[str], tuple[int, bytes]]
@@ -61,7 +62,7 @@ async def a_manager(directory: Path, reply: Reply) -> AsyncIterator[Client]:
 
 async def read(client: Client, most: int, after: str = "") -> list[Any]:
     found = []
-    async with aclosing(followed(client, {"type": ["task"]}, after, SystemClock())) as stream:
+    async with aclosing(followed(client, {"type": ["task"]}, Stream(after=after), SystemClock())) as stream:
         async for one in stream:
             found.append(one["Actor"]["ID"])
             if len(found) == most:
@@ -86,6 +87,26 @@ async def test_a_stream_that_breaks_goes_on_after_its_last_event(tmp_path):
     async with a_manager(tmp_path, reply) as client:
         assert await read(client, 6) == ["t1", "t2", "t3", "t4", "t5", "t6"]
         assert await read(client, 1, "1-7") == ["t8"]
+
+
+async def test_a_stream_with_an_end_ends_there(tmp_path):
+    ended = Stream(since="1.000000000", until_ns=5 * 10**9)
+    async with a_manager(tmp_path, lambda after: (200, event(1) + event(2))) as client:
+        found = [one["Actor"]["ID"] async for one in followed(client, {}, ended, SystemClock())]
+    assert found == ["t1", "t2"]
+    assert ended.query("") == {"since": "1.000000000", "until": "5.000000000"}
+    assert ended.query("1-7") == {"after": "1-7", "until": "5.000000000"}
+
+
+def test_times_are_those_of_the_history() -> None:
+    now = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    options = {"after": "", "since": "30s", "until": "now", "nodes": "all"}
+    at = int(now.timestamp())
+    assert stream_of(options, now) == Stream(since=f"{at - 30}.000000000", until_ns=at * 10**9, nodes="all")
+    with pytest.raises(InvalidArgument, match="--since now is after --until 30s"):
+        stream_of(options | {"since": "now", "until": "30s"}, now)
+    with pytest.raises(InvalidArgument, match="exclude each other"):
+        stream_of(options | {"after": "1-7"}, now)
 
 
 async def test_lost_events_end_the_command_with_the_reason(tmp_path):

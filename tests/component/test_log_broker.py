@@ -8,10 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from skep.errors import Unavailable
+from skep.manager.control.nodes import remove_node
 from skep.manager.logbroker import broker, subscription
 from skep.manager.logbroker.broker import SUBSCRIPTIONS_MAX, IncompleteLogs
 from skep.model.logs import LogLine, LogQuery, LogStream
-from skep.model.node import NodeState, NodeStatus
+from skep.model.node import Node, NodeState, NodeStatus
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
 from skep.model.times import timestamp
@@ -123,6 +124,25 @@ async def test_what_is_kept_with_the_tasks_of_a_gone_node_is_shown_and_marked(
     assert [line.data for line in found[1:]] == [f"line {n}\n".encode() for n in shown]
     assert found[0].data.startswith(f"skep: node {pair.identity.node_id} does not answer".encode())
     assert all("skep-kept" in line.attrs for line in found)
+
+
+@pytest.mark.parametrize("has_lines", [True, False])
+async def test_a_removed_node_is_named_without_an_error(cluster, tmp_path, has_lines):
+    """With the name that it had: the task has its id only."""
+    pair = await a_worker(cluster, tmp_path)
+    node = cluster.store.view().get(Node, pair.identity.node_id)
+    service, task = service_task(node.id)
+    lines = (KeptLine(timestamp=timestamp(1), stream="stderr", text="bye"),) if has_lines else ()
+    status = TaskStatus(state=TaskState.FAILED, end=TaskEnd(cause="exit", lines=lines))
+    named = replace(node, description=replace(node.description, hostname="w7"))
+    await put(cluster, named, service, replace(task, status=status))
+    await cluster.store.update(remove_node, node.id, force=True, now_ns=1)
+    query = LogQuery(services=(service.id,))
+    found = [line.data.decode() async for line in cluster.logs.subscribe(query)]
+    if has_lines:
+        assert found == ["skep: node w7 was removed; the last lines kept with the task:\n", "bye\n"]
+    else:
+        assert found == ["skep: node w7 was removed\n"]
 
 
 async def test_the_lines_of_a_node_that_answers_are_not_shown_twice(cluster, tmp_path):

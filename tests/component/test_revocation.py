@@ -9,11 +9,13 @@ import pytest
 from skep.agent.certificates import renew
 from skep.errors import PermissionDenied, Unavailable
 from skep.manager.control.nodes import remove_node
+from skep.manager.dispatcher.registration import Registration, take_session
 from skep.manager.revocation import revoke
-from skep.model.ids import NodeId, new_id
-from skep.model.node import Node, NodeCertificate, NodeRole, NodeSpec
+from skep.model.ids import NodeId, SessionId, new_id
+from skep.model.node import Node, NodeCertificate, NodeDescription, NodeRole, NodeSpec
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
+from skep.store.kinds import Revocation
 from skep.wire import server
 from skep.wire.client import connected
 from skep.wire.methods import Access
@@ -195,3 +197,45 @@ async def test_an_agent_of_a_removed_node_goes_on_without_a_session(cluster, tmp
     async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
         await removed(cluster, pair)
         await until(lambda: not agent.registered.is_set())
+
+
+async def test_the_agent_of_a_removed_node_knows_it_until_it_has_a_session_again(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("skep.agent.agent.REMOVED_RETRY_S", 0.1)
+    pair = await a_worker(cluster, tmp_path / "w")
+    node = cluster.store.view().get(Node, pair.identity.node_id)
+    async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
+        assert agent.removal == ""
+        await removed(cluster, pair)
+        await until(lambda: agent.removal)
+        assert agent.removal.endswith(": docker swarm leave --force (its containers are stopped)")
+        assert "this node was removed from the cluster at 20" in agent.removal
+
+        def restored(tx):
+            """A backup of before, from which the cluster was restored."""
+            tx.delete(Revocation, node.id)
+            tx.put(Node(id=node.id, certificate=node.certificate))
+
+        await cluster.store.update(restored)
+        await until(lambda: not agent.removal)
+
+
+async def test_a_node_that_the_store_does_not_know_was_not_removed(cluster, tmp_path):
+    """A cluster that was restored from a backup lacks the nodes that joined after it."""
+    pair = await a_worker(cluster, tmp_path / "w")
+    async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
+        await cluster.store.update(lambda tx: tx.delete(Node, pair.identity.node_id))
+        with pytest.raises(PermissionDenied, match="is not part of the swarm"):
+            await cluster.store.update(take_session, a_registration(pair))
+        assert agent.removal == ""
+
+
+def a_registration(pair: KeyPair) -> Registration:
+    return Registration(
+        node_id=pair.identity.node_id,
+        manager_id=NodeId("m"),
+        session_id=SessionId("s"),
+        description=NodeDescription(),
+        address="127.0.0.1",
+    )

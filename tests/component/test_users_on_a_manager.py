@@ -513,3 +513,23 @@ async def test_an_operator_has_no_thousands_of_services_without_tasks(rig: Rig) 
     present = rig.api.store.view().resolve(Service, "shop_7")
     update = f"POST /services/{present.id}/update?version={present.version.index}"
     assert (await rig.exchange("operator:shop", update, a_spec() | {"Name": "shop_7"}))[0] == 200
+
+
+async def test_an_operator_signals_the_containers_of_its_stack_and_no_others(rig: Rig) -> None:
+    for name, stack in (("shop_web", "shop"), ("blog_web", "blog")):
+        service = await rig.api.store.update(put, labelled(a_service(name), {STACK_LABEL: stack}))
+        await rig.api.store.update(put, running(f"t{stack}", service))
+    kill = "POST /skep/tasks/{}/container/kill?signal=HUP"
+    assert (await rig.exchange("operator:shop", kill.format("tshop")))[0] == NO_NODE
+    assert any(entry.message.endswith(": HUP") for entry in rig.journal.entries), rig.journal.entries
+    for role, task in (("operator:shop", "tblog"), ("viewer:shop", "tshop"), ("viewer", "tshop")):
+        assert (await rig.exchange(role, kill.format(task)))[0] == 403, role
+
+
+@pytest.mark.parametrize("role", ["viewer", "operator", "viewer:shop"])
+async def test_no_join_token_is_shown_and_none_seems_to_be_empty(rig: Rig, role: str) -> None:
+    status, text, _ = await rig.exchange(role, "GET /v1.41/swarm")
+    assert status == 403
+    assert "SWMTKN" not in text
+    if ":" not in role:
+        assert "only administrators may see join tokens" in text

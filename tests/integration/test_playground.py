@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +21,7 @@ from tests.support.playground_rig import (
     SKEP,
     TestCluster,
     a_playground,
+    container_pids,
     create,
     no_playground_yet,
     wait_running,
@@ -197,6 +201,73 @@ def test_a_service_is_spread_over_all_ready_nodes(trio: TestCluster) -> None:
     tasks = wait_running(manager, "spread", 6)
     assert sorted(names[task["NodeID"]] for task in tasks) == ["m1", "m1", "w1", "w1", "w2", "w2"]
     manager.docker("service", "rm", "spread")
+
+
+ECHO = """
+import socket
+served = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+served.bind(("", 7000))
+while True:
+    data, client = served.recvfrom(100)
+    served.sendto(data.upper(), client)
+"""
+
+
+def check_udp_answers_at_this_machine(cluster: TestCluster) -> None:
+    m1 = cluster.node("m1")
+    create(m1, "udp", 1, "--publish", "7000:7000/udp")
+    wait_running(m1, "udp", 1)
+    (pid,) = container_pids(m1, "udp").values()
+
+    def local_port() -> int:
+        found = re.search(r"published port 7000/udp: udp://127.0.0.1:(\d+)", cluster.skep("ps").stdout)
+        return int(found[1]) if found else 0
+
+    port = wait_until(local_port, "the port is relayed")
+
+    def answers() -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client, suppress(OSError):
+            client.settimeout(1)
+            client.sendto(b"hello", ("127.0.0.1", port))
+            return client.recv(100) == b"HELLO"
+        return False
+
+    with subprocess.Popen(["nsenter", f"--net=/proc/{pid}/ns/net", sys.executable, "-c", ECHO]) as echo:
+        try:
+            wait_until(answers, "the service answers")
+        finally:
+            echo.kill()
+    m1.docker("service", "rm", "udp")
+
+
+def test_users_udp_clients_and_hosts_of_a_file_are_served(nowhere: TestCluster, tmp_path: Path) -> None:
+    done = nowhere.skep("up", "--managers", "1", "--tls")
+    command = re.search(r"users: skep user add NAME (.*)", done.stdout)
+    assert command is not None, done.stdout
+    m1, home = nowhere.node("m1"), {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    words = ("user", "add", "ann", *command[1].split())
+    added = subprocess.run(
+        [SKEP, "-H", m1.socket, *words], env=home, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert added.returncode == 0, added.stderr
+    listed = subprocess.run(
+        [CLIS[-1], "--context", "ann", "node", "ls", "--format", "{{.Hostname}}"],
+        env=home,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert listed.stdout.split() == ["m1"], listed.stderr
+    assert "API by TLS: tcp://127.0.0.1:" in nowhere.skep("ps").stdout
+    check_udp_answers_at_this_machine(nowhere)
+    # The comment of a node's file invites to this.
+    further = tmp_path / "further.sock"
+    file = nowhere.directory / "m1" / "skep.toml"
+    file.write_text(file.read_text().replace("hosts = [", f'hosts = ["unix://{further}", '))
+    nowhere.skep("kill", "m1")
+    nowhere.skep("start", "m1")
+    assert further.is_socket()
 
 
 def test_a_fresh_machine_is_plugged_in_and_belongs_to_no_swarm(trio: TestCluster) -> None:

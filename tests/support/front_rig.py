@@ -39,6 +39,12 @@ class Owned:
     def owns_exec(self, id: str) -> bool:
         return False
 
+    def task_of_container(self, word: str) -> str:
+        return ""
+
+    def task_of_exec(self, id: str) -> str:
+        return ""
+
 
 class Member:
     """A node in a swarm, unless configured otherwise."""

@@ -16,7 +16,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.failures import retry
-from skep.aio.race import is_set_within
+from skep.aio.race import is_set_within, wait_first
 from skep.dataplane.plan.probe import PEERS_MAX, sound
 from skep.dataplane.probe.data_path import DataPath
 from skep.dataplane.probe.findings import is_changed, next_report
@@ -30,15 +30,17 @@ from skep.model.paths import PathPeer, PathReport, ProbeTargets
 PERIOD_S = 10.0
 RECHECK_S = 4.0
 """After a verdict that may be due to random loss."""
+URGENT_S = 2.0
+"""While no manager answers: only probes tell then which peers are gone, and each node chooses its backends by them."""
 PEERS_AT_FULL_RATE = 64
 
 
-def pause_s(peers: int, random: float, *, is_settled: bool) -> float:
+def pause_s(peers: int, random: float, *, is_settled: bool, is_urgent: bool = False) -> float:
     """Seconds until the next round with one of so many ``peers``, spread by a quarter to each side.
 
     ``random``: from 0 to 1.
     """
-    period = PERIOD_S if is_settled else RECHECK_S
+    period = URGENT_S if is_urgent else PERIOD_S if is_settled else RECHECK_S
     return period * max(1.0, peers / PEERS_AT_FULL_RATE) * (0.75 + 0.5 * random)
 
 
@@ -117,6 +119,9 @@ class PathProber:
         self._targets: ProbeTargets | None = None
         self._has_targets = False
         self._changed = asyncio.Event()
+        self._is_urgent = False
+        self._urgency = asyncio.Event()
+        """Set when probes become urgent, and replaced by another one then."""
         self._tasks: dict[NodeId, tuple[PathPeer, asyncio.Task[None]]] = {}
         self._temporary: dict[NodeId, tuple[PathPeer, float]] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
@@ -188,6 +193,13 @@ class PathProber:
         return (
             "the network card computes wrong checksums inside VXLAN: checksum offload is switched off on overlays",
         )
+
+    def set_urgent(self, is_urgent: bool) -> None:
+        """Probe all peers now and every ``URGENT_S``, or as seldom as usual again."""
+        if is_urgent and not self._is_urgent:
+            self._urgency.set()
+            self._urgency = asyncio.Event()
+        self._is_urgent = is_urgent
 
     # --- probing ----------------------------------------------------------------------------------------------
 
@@ -286,6 +298,7 @@ class PathProber:
 
     async def _probe_peer(self, peer: PathPeer) -> None:
         while True:
+            urgency = self._urgency
             async with self._limit:
                 before = self._reports.get(peer.node_id)
                 report = await self._round(peer, before, is_thorough=False)
@@ -294,8 +307,10 @@ class PathProber:
                 self._changed_reports[peer.node_id] = report
                 self._has_changed_reports.set()
                 _log_failures(peer, report)
-            pause = pause_s(len(self._tasks), self._rng(), is_settled=report.is_settled)
-            await self._clock.sleep(pause)
+            pause = pause_s(
+                len(self._tasks), self._rng(), is_settled=report.is_settled, is_urgent=self._is_urgent
+            )
+            await wait_first(self._clock.sleep(pause), urgency.wait())
 
     async def _round(self, peer: PathPeer, before: PathReport | None, *, is_thorough: bool) -> PathReport:
         async with asyncio.TaskGroup() as group:

@@ -32,7 +32,11 @@ class _Session(msgspec.Struct):
 
 
 class UdpRelay:
-    """Serves one port by ``listener``, which is bound.  Only IPv6: the kernel forwards IPv4."""
+    """Serves one port by ``listener``, which is bound.
+
+    Of the routing mesh only IPv6, since the kernel forwards IPv4.  A listener with an IPv4 address has to be bound to
+    one address: responses have it as their source.
+    """
 
     def __init__(
         self,
@@ -49,8 +53,9 @@ class UdpRelay:
         self._in_namespace = in_namespace
         self._sessions: dict[_Client, _Session] = {}
         self._next_check_s = 0.0
-        # A response has to have the request's destination as its source.
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        if listener.family == socket.AF_INET6:
+            # A response has to have the request's destination as its source.
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         asyncio.get_running_loop().add_reader(listener, self._read_clients)
 
     def update(self, port: RelayPort) -> None:

@@ -23,6 +23,8 @@ from skep.model.tables import Table, TableEndpoint
 
 log = structlog.get_logger()
 
+URGENT_SECONDS = 2.0
+"""Without a response from a manager, before peers are probed more often: a settled verdict takes two rounds."""
 LOST_SECONDS = 5.0
 """Without a response from a manager, before probes are used: a change of managers takes less."""
 FRESH_SECONDS = 6.0
@@ -45,6 +47,17 @@ class Session(Protocol):
 
     async def wait_no_session(self) -> None:
         """Return when there is none."""
+
+
+class Peers(Protocol):
+    """The probes of other nodes (``probe.prober``)."""
+
+    @property
+    def reports(self) -> Mapping[NodeId, PathReport]:
+        """The latest of each peer."""
+
+    def set_urgent(self, is_urgent: bool) -> None:
+        """Probe all peers now and more often, or as seldom as usual again."""
 
 
 class Unreachable(msgspec.Struct, frozen=True):
@@ -110,24 +123,20 @@ def _is_excluded(
     )
 
 
-async def watch(
-    session: Session,
-    reports: Callable[[], Mapping[NodeId, PathReport]],
-    exclude: Callable[[Unreachable], None],
-    clock: Clock,
-) -> None:
+async def watch(session: Session, peers: Peers, exclude: Callable[[Unreachable], None], clock: Clock) -> None:
     """Exclude unreachable peers whenever there is no manager, until cancelled."""
     while True:
         await session.wait_no_session()
         try:
-            await _while_without_manager(session, reports, exclude, clock)
+            await _while_without_manager(session, peers, exclude, clock)
         finally:
+            peers.set_urgent(False)
             exclude(NONE_UNREACHABLE)
 
 
 async def _while_without_manager(
     session: Session,
-    reports: Callable[[], Mapping[NodeId, PathReport]],
+    peers: Peers,
     exclude: Callable[[Unreachable], None],
     clock: Clock,
 ) -> None:
@@ -137,8 +146,9 @@ async def _while_without_manager(
         is_lost = not session.has_session
         if is_lost or gained_at is None:
             gained_at = None if is_lost else clock.monotonic()
+        peers.set_urgent(is_lost and session.silence_s() >= URGENT_SECONDS)
         if session.silence_s() >= LOST_SECONDS or before != NONE_UNREACHABLE:
-            found = unreachable_peers(reports())
+            found = unreachable_peers(peers.reports)
             if found != before:
                 log.warning("unreachable peers excluded from network tables", peers=sorted(found.plain))
             exclude(found)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from skep.errors import PermissionDenied, Unavailable
-from skep.manager.revocation import is_foreign, is_revoked
+from skep.manager.revocation import is_foreign, is_revoked, removal_of
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.security.identity import Identity
@@ -81,8 +81,8 @@ def check_caller(view: View, identity: Identity, access: Access) -> bool:
     demotion.
     """
     revocation = view.lookup(Revocation, identity.node_id)
-    if revocation is not None and revocation.is_removed:
-        raise PermissionDenied(f"Permission denied: node {identity.node_id} was removed from the swarm")
+    if (removal := removal_of(revocation)) is not None:
+        raise PermissionDenied(removal.refusal(identity.node_id))
     if is_foreign(revocation, identity.serial):
         raise PermissionDenied(
             f"Permission denied: this certificate of node {identity.node_id} is not the node's"

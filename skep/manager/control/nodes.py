@@ -72,10 +72,13 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
     return tx.put(replace(node, spec=spec))
 
 
-def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> None:
+def remove_node(
+    tx: Transaction, id: NodeId, *, force: bool, now_ns: int, keeps_containers: bool = False
+) -> None:
     """Delete a node and revoke its certificates.
 
-    The leader then orphans its tasks, whose status can never be reported again.
+    The leader then orphans its tasks, whose status can never be reported again, and replaces them.  The node stops
+    its containers as soon as a manager refuses it, unless ``keeps_containers``.
 
     Raises:
         NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.
@@ -92,7 +95,7 @@ def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> Non
         )
     if not force and node.status.state is NodeState.READY:
         raise FailedPrecondition(f"node {id} is not down and can't be removed")
-    revoke(tx, node, now_ns, is_removed=True)
+    revoke(tx, node, now_ns, is_removed=True, keeps_containers=keeps_containers)
     tx.delete(Node, id)
 
 

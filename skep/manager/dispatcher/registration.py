@@ -8,6 +8,7 @@ import msgspec
 
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.manager.dispatcher.slot_reports import with_seen_volumes
+from skep.manager.revocation import removal_of
 from skep.model.addresses import host_of, parsed
 from skep.model.description_size import within_size
 from skep.model.ids import NodeId, SessionId
@@ -15,6 +16,7 @@ from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeS
 from skep.model.planes import DATA_PATH_LABEL, REFUSED_DATA_PATH_LABEL
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
+from skep.store.kinds import Revocation
 
 RATE_PERIOD_S = 8.0
 RATE_MAX = 5
@@ -73,12 +75,16 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
 def take_session(tx: Transaction, registration: Registration) -> Node:
     """Make this manager the owner of the node's session; the node is ready from now on.
 
-    Raises: PermissionDenied: the node was removed.
+    Raises: PermissionDenied: the node was removed, or the store has no such node (it is older than the node).
     """
     # The status counts too: a replica that does not show yet that the node is down would write nothing there.
     node = tx.rely_on(Node, registration.node_id, "session", "status")
     if node is None:
-        raise PermissionDenied(f"Permission denied: node {registration.node_id} was removed from the swarm")
+        id = registration.node_id
+        removal = removal_of(tx.lookup(Revocation, id))
+        # A node that stops its containers has to know that it was removed: a restored store has no newer nodes either.
+        unknown = f"Permission denied: node {id} is not part of the swarm"
+        raise PermissionDenied(removal.refusal(id) if removal is not None else unknown)
     status = NodeStatus(state=NodeState.READY, addr=_reachable(node, registration.address))
     return tx.put(
         msgspec.structs.replace(

@@ -143,7 +143,10 @@ class Evictions:
         """Run a step; gives what it waits for; empty: it is done."""
         match step:
             case "remove":
-                return await self._term.update(remove_evicted, eviction.nodes, self._clock.now_ns())
+                now_ns = self._clock.now_ns()
+                return await self._term.update(
+                    remove_evicted, eviction.nodes, now_ns, keeping=eviction.keeping
+                )
             case "keys":
                 return await self._replace_keys(eviction)
             case "data":

@@ -7,7 +7,7 @@ written with the new ones (the root's key, tokens, the unlock key, docker nodes'
 Each step may be interrupted and repeated.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -23,6 +23,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
+from skep.model.volume import Volume, VolumeScope
 from skep.security.trust import root_digest
 from skep.store.interface import Transaction, View
 from skep.store.kinds import GOSSIP_KEYS_ID, NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
@@ -67,6 +68,8 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     """Nodes whose incomplete evictions became part of this one."""
     damaged: tuple[str, ...] = ()
     """Keys of values that no data key decrypts: they are left as they are."""
+    keeping: tuple[NodeId, ...] = ()
+    """Nodes whose containers keep running beside their replacements."""
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -113,12 +116,15 @@ def decoded_eviction(payload: Payload) -> Eviction:
         raise FailedPrecondition(f"this version of Skep cannot read the eviction: {error}") from error
 
 
-def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> Eviction:
+def begin(
+    tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp, *, keeps_containers: bool = False
+) -> Eviction:
     """Begin to evict the node with this ``name`` (or id), or continue; a removed node is named by its id.
 
     An eviction under way, which may wait for a node that is off, becomes part of this one.
 
-    Raises: NotFound; FailedPrecondition: it is this manager's own node.
+    Raises: NotFound; FailedPrecondition: it is this manager's own node, or ``keeps_containers`` and a volume for a
+    single node is on it.
     """
     present = _stored(tx)
     swarm = tx.get(Swarm, cluster_of(tx).id)  # the roots that are recorded have to be the present ones
@@ -130,6 +136,8 @@ def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> E
         return under_way
     if target.id == own:
         raise FailedPrecondition("a manager cannot evict itself: run this on another manager")
+    if keeps_containers:
+        _check_volumes(tx, target)
     was_manager = _was_manager(tx, target)
     if target.spec.role is NodeRole.MANAGER and tx.lookup(Node, target.id) is not None:
         check_demotion(tx, target)
@@ -141,11 +149,23 @@ def begin(tx: Transaction, name: str, by: str, own: NodeId, now: Timestamp) -> E
         asked_through=own,
         asked_at=now,
         roots=_known_roots(tx, swarm),
+        keeping=(target.id,) if keeps_containers else (),
     )
     if under_way is not None:
         eviction = merged(under_way, eviction)
     tx.put(Payload(id=EVICTION_ID, data=eviction.encode()))
     return eviction
+
+
+def _check_volumes(tx: Transaction, node: Node) -> None:
+    """Raises: FailedPrecondition: a volume for a single node is on this one; its containers would write on."""
+    for volume in tx.find(Volume):
+        is_single = volume.spec.access_mode.scope is VolumeScope.SINGLE
+        if is_single and volume.status_on(node.id) is not None:
+            raise FailedPrecondition(
+                f"its containers cannot be kept: volume {volume.spec.name}, which one node at a time may use, is on "
+                f"{names([node])}. Evict it without --keep, or drain it before."
+            )
 
 
 def _known_roots(tx: Transaction, swarm: Swarm) -> tuple[str, ...]:
@@ -171,6 +191,7 @@ def merged(earlier: Eviction, later: Eviction) -> Eviction:
         was_manager=later.was_manager or earlier.was_manager,
         roots=tuple(dict.fromkeys((*earlier.roots, *later.roots) if later.was_manager else earlier.roots)),
         others=tuple(dict.fromkeys(earlier.nodes)),
+        keeping=tuple(dict.fromkeys((*earlier.keeping, *later.keeping))),
         done=done,
         damaged=() if later.was_manager else earlier.damaged,
     )
@@ -234,12 +255,18 @@ def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
         tx.put(Payload(id=EVICTION_ID, data=replace(present, waits_for=reason).encode()))
 
 
-def remove_evicted(tx: Transaction, node_ids: Iterable[NodeId], now_ns: int) -> str:
-    """Demote the nodes, then remove them; gives what that waits for; empty: they are removed."""
-    return "".join(dict.fromkeys([_remove(tx, id, now_ns) for id in node_ids]))
+def remove_evicted(
+    tx: Transaction, node_ids: Iterable[NodeId], now_ns: int, *, keeping: Collection[NodeId] = ()
+) -> str:
+    """Demote the nodes, then remove them; gives what that waits for; empty: they are removed.
+
+    ``keeping``: those of them whose containers keep running.
+    """
+    waits = [_remove(tx, id, now_ns, keeps_containers=id in keeping) for id in node_ids]
+    return "".join(dict.fromkeys(waits))
 
 
-def _remove(tx: Transaction, node_id: NodeId, now_ns: int) -> str:
+def _remove(tx: Transaction, node_id: NodeId, now_ns: int, *, keeps_containers: bool) -> str:
     node = tx.lookup(Node, node_id)
     if node is None:
         return ""
@@ -248,7 +275,7 @@ def _remove(tx: Transaction, node_id: NodeId, now_ns: int) -> str:
         tx.put(replace(node, spec=replace(node.spec, role=NodeRole.WORKER)))
     if node.spec.role is NodeRole.MANAGER or is_manager(node) or node.manager_status is not None:
         return "the managers remove its vote"
-    remove_node(tx, node_id, force=True, now_ns=now_ns)
+    remove_node(tx, node_id, force=True, now_ns=now_ns, keeps_containers=keeps_containers)
     return ""
 
 

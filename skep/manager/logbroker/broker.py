@@ -21,7 +21,14 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
 from skep.manager.informer import run_informer
-from skep.manager.logbroker.selection import absences, kept_lines, matches, selected, shortfall
+from skep.manager.logbroker.selection import (
+    absences,
+    is_removed,
+    kept_lines,
+    matches,
+    selected,
+    shortfall,
+)
 from skep.manager.logbroker.subscription import Subscription
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
@@ -160,15 +167,15 @@ class LogBroker:
 
     def _instead(self, subscription: Subscription, silent: Collection[NodeId]) -> Sequence[LogLine]:
         """In place of the lines of nodes that do not answer: what is kept with their tasks, unless they have sent
-        lines, and for followers a line that names each."""
+        lines, and a line that names each: for followers, and for removed nodes, whose absence is not an error."""
         if not silent:
             return ()
         view, query = self._store.view(), subscription.query
         lines = list(kept_lines(view, query, [one for one in silent if not subscription.has_sent(one)]))
-        if query.follow:
-            unnamed = set(silent) - {line.node_id for line in lines}
-            lines += absences(view, query, unnamed, self._clock.now_ns())
-        return lines
+        unnamed = set(silent) - {line.node_id for line in lines}
+        if not query.follow:
+            unnamed = {node_id for node_id in unnamed if is_removed(view, node_id)}
+        return [*lines, *absences(view, query, unnamed, self._clock.now_ns())]
 
     # -- readers --------------------------------------------------------------------------------------------------
 
@@ -251,7 +258,11 @@ class LogBroker:
                     location.send(message)
                 case None:
                     subscription.sources[node_id] = None
-                    subscription.finish(node_id, f"node {node_id} is not available")
+                    if is_removed(self._store.view(), node_id):
+                        subscription.finish(node_id)
+                        subscription.lose(node_id)
+                    else:
+                        subscription.finish(node_id, f"node {node_id} is not available")
                 case manager:
                     elsewhere[manager, subscription.is_resumed(node_id)].append(node_id)
         for (manager, _), nodes in elsewhere.items():

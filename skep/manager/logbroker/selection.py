@@ -14,6 +14,7 @@ from skep.model.node import Node
 from skep.model.task import Task
 from skep.model.times import unix_ns
 from skep.store.interface import View
+from skep.store.kinds import Revocation
 
 KEPT = "skep-kept"
 """Attribute of lines that are kept with their task: its node did not send them.  With ``KEPT_HEAD`` as its value that
@@ -40,7 +41,8 @@ def selected(view: View, query: LogQuery) -> Selection:
 
 
 def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterator[LogLine]:
-    """The lines that are kept with ended tasks of ``nodes``, which do not answer; a sentence before each task's."""
+    """The lines that are kept with ended tasks of ``nodes``, which are silent or removed; a sentence before each
+    task's."""
     for task in sorted(_tasks(view, query), key=lambda task: (task.status.timestamp, task.id)):
         end = task.status.end
         if end is None or task.node_id not in nodes:
@@ -61,13 +63,13 @@ def kept_lines(view: View, query: LogQuery, nodes: Collection[NodeId]) -> Iterat
         if query.tail is not None:
             wanted = wanted[len(wanted) - min(query.tail, len(wanted)) :]
         if wanted:
-            head = f"skep: {_name(view, task.node_id)} does not answer; the last lines kept with the task:\n"
+            head = f"skep: {_absence(view, task.node_id)}; the last lines kept with the task:\n"
             yield replace(wanted[0], data=head.encode(), attrs={KEPT: KEPT_HEAD})
             yield from wanted
 
 
 def absences(view: View, query: LogQuery, nodes: Set[NodeId], now_ns: int) -> Iterator[LogLine]:
-    """A line for each of ``nodes`` with a task that ``query`` means, as one of its task's: it does not answer."""
+    """A line for each of ``nodes`` with a task that ``query`` means, as one of its task's: why there are no others."""
     stream = LogStream.STDERR if LogStream.STDERR in query.streams or not query.streams else query.streams[0]
     tasks = {
         task.node_id: task for task in sorted(_tasks(view, query), key=lambda task: (task.slot, task.id))
@@ -79,7 +81,7 @@ def absences(view: View, query: LogQuery, nodes: Set[NodeId], now_ns: int) -> It
             node_id=node_id,
             stream=stream,
             timestamp_ns=now_ns,
-            data=f"skep: {_name(view, node_id)} does not answer\n".encode(),
+            data=f"skep: {_absence(view, node_id)}\n".encode(),
             attrs={KEPT: KEPT_HEAD},
         )
 
@@ -88,9 +90,18 @@ def _is_wanted(query: LogQuery, line: LogLine) -> bool:
     return line.timestamp_ns >= query.since_ns and (not query.streams or line.stream in query.streams)
 
 
-def _name(view: View, node_id: NodeId) -> str:
+def is_removed(view: View, node_id: NodeId) -> bool:
+    """Whether the node is no longer part of the cluster."""
+    return view.lookup(Node, node_id) is None and node_id not in view.unreadable(Node)
+
+
+def _absence(view: View, node_id: NodeId) -> str:
+    """``node w1 does not answer``, ``node w1 was removed``."""
+    if is_removed(view, node_id):
+        revocation = view.lookup(Revocation, node_id)
+        return f"node {(revocation.hostname if revocation is not None else '') or node_id} was removed"
     node = view.lookup(Node, node_id)
-    return f"node {(node.description.hostname if node is not None else '') or node_id}"
+    return f"node {(node.description.hostname if node is not None else '') or node_id} does not answer"
 
 
 def _tasks(view: View, query: LogQuery) -> Collection[Task]:

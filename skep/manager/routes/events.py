@@ -59,26 +59,36 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
 async def stream_all_events(request: web.Request) -> web.StreamResponse:
     """The same with those of tasks, each with its cursor.
 
-    ``after``: go on after the event with that cursor.  ``nodes``: also those of containers, images and volumes, of
-    ``all`` nodes, or of those with these names.
+    ``after``: go on after the event with that cursor.  ``since``: begin with the kept events of that time.
+    ``nodes``: also those of containers, images and volumes, of ``all`` nodes, or of those with these names.
     Raises: InvalidArgument: no cursor; EventsLost: some events after it are not kept; PermissionDenied: the events of
     nodes are not for clients of workers.
     """
-    _, until = period_of(request)
+    since, until = period_of(request)
     manager, filters = manager_of(request), Filters.of(request)
     position = Position.of(cursor) if (cursor := request.query.get("after", "")) else None
-    after = manager.events.revision_after(position.cluster) if position is not None else None
-    cluster = partial(
-        manager.events.subscribe_after, after, until, lambda message: _matches(message, filters)
-    )
+    if position is not None:
+        after, since = manager.events.revision_after(position.cluster), None
+    else:
+        after = manager.events.revision_before(since) if since is not None else None
+
+    def is_wanted(message: Message) -> bool:
+        return (until is None or message.time_nano <= until) and _matches(message, filters)
+
+    cluster = partial(manager.events.subscribe_after, after, until, is_wanted)
     wanted = None
     if names := request.query.get("nodes", ""):
         if OF_WORKER in request.headers:
             raise PermissionDenied("clients of workers may not read the events of nodes")
         words = () if names == "all" else names.split(",")
-        begins_at = manager.events.cursor()
-        filter_text = filters.json("scope")
-        wanted = Wanted(names=words, filters=filter_text, until_ns=until, begins_at=begins_at, after=position)
+        wanted = Wanted(
+            names=words,
+            filters=filters.json("scope"),
+            since=request.query["since"] if since is not None else "",
+            until_ns=until,
+            begins_at=manager.events.cursor(after),
+            after=position,
+        )
         manager.all_events.check(wanted)
     elif position is not None and position.nodes:
         raise InvalidArgument("the cursor is of a stream with events of nodes: name them again")

@@ -23,6 +23,8 @@ class EvictionBody(ApiObject):
     node: str = ""
     """Id or name; of a node that was removed already its whole id."""
     by: str = ""
+    keep: bool = False
+    """Leave the node's containers running beside their replacements."""
 
 
 class ShownStep(ApiObject):
@@ -44,6 +46,8 @@ class ShownEviction(ApiObject):
     waits_for: str = always("")
     damaged: tuple[str, ...] = always(())
     """Keys of values in the store that could not be read, and stay as they are."""
+    keeps_containers: bool = always(False)
+    """Whether the node's containers keep running."""
     complete: bool = always(False)
 
 
@@ -53,7 +57,9 @@ async def evict(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     body = await read_json(request, EvictionBody)
     by = "".join(filter(str.isprintable, body.by))[:BY_CHARACTERS_MAX] or "a client of the API"
-    eviction = await manager.update(begin, body.node, by, manager.own, manager.now())
+    eviction = await manager.update(
+        begin, body.node, by, manager.own, manager.now(), keeps_containers=body.keep
+    )
     log.warning(
         "eviction requested",
         node=eviction.node_id,
@@ -84,5 +90,6 @@ def shown(eviction: Eviction) -> ShownEviction:
         steps=tuple(ShownStep(text=TEXTS[step], done=step in eviction.done) for step in eviction.steps),
         waits_for=eviction.waits_for,
         damaged=eviction.damaged,
+        keeps_containers=eviction.node_id in eviction.keeping,
         complete=eviction.next_step is None,
     )

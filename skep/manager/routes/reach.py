@@ -40,7 +40,7 @@ routes = Routes()
 _WHAT = re.compile(r"^.*?/skep/tasks/[^/]+/(?:container/)?")
 _DETAILS_MAX = 256
 """Characters of a command in the history: entries are small, and the first words say what it did."""
-_RECORDED = re.compile(r"(?:exec|attach|archive|exec/[0-9a-f]+/start|port/.*)")
+_RECORDED = re.compile(r"(?:exec|attach|kill|archive|exec/[0-9a-f]+/start|port/.*)")
 """Requests that the log and the history have: those that change something, or read files."""
 
 
@@ -54,6 +54,7 @@ async def find_target(request: web.Request) -> web.StreamResponse:
 @routes.post("/skep/tasks/{id}/container/exec")
 @routes.post("/skep/tasks/{id}/container/attach")
 @routes.post("/skep/tasks/{id}/container/resize")
+@routes.post("/skep/tasks/{id}/container/kill")
 @routes.get("/skep/tasks/{id}/container/json")
 @routes.get("/skep/tasks/{id}/container/top")
 @routes.get("/skep/tasks/{id}/container/stats")
@@ -225,6 +226,8 @@ def _details(request: web.Request, value: ExecRequest | ExecStart | None) -> str
             *(["-u", value.user] if value.user else []),
         ]
         text = masked_text(shlex.join((*options, *value.cmd)))
+    elif request.path.endswith("/kill"):
+        text = request.query.get("signal", "")
     elif request.path.endswith("/archive"):
         text = f"{'write' if request.method == 'PUT' else 'read'} {request.query.get('path', '')}"
     else:

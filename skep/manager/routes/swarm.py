@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from skep.api.identity import identity_of
 from skep.api.server import Routes, json_response, read_json
 from skep.api.swarm_requests import check_swarm_name
-from skep.errors import AlreadyExists, InvalidArgument
+from skep.errors import AlreadyExists, InvalidArgument, PermissionDenied
 from skep.manager.cluster import cluster_of, etcds_behind
 from skep.manager.control import pools
 from skep.manager.control import swarm as control
@@ -32,10 +32,20 @@ routes = Routes()
 
 @routes.get("/swarm")
 async def inspect_swarm(request: web.Request) -> web.StreamResponse:
-    """The cluster; its join tokens, with which a machine can become a manager, for administrators only."""
+    """The cluster; its join tokens, with which a machine can become a manager, for administrators only.
+
+    Users below administrator are refused, because ``docker swarm join-token`` would print a command without a token.
+    Containers and workers that may read get the cluster without its tokens.
+    """
     view = await current_view(request)
     swarm = shown_swarm(view, cluster_of(view))
-    if not identity_of(request).is_admin:
+    identity = identity_of(request)
+    if not identity.is_admin:
+        if identity.is_user:
+            raise PermissionDenied(
+                f"{identity.name} may not GET /swarm: only administrators may see join tokens "
+                "(docker info shows the cluster's settings)"
+            )
         ca = replace(swarm.spec.ca_config, external_cas=())
         swarm = replace(swarm, join_tokens=JoinTokens(), spec=replace(swarm.spec, ca_config=ca))
     return json_response(swarm)

@@ -26,6 +26,7 @@ from skep.aio.groups import first_alone
 from skep.csi.driver import UnusableResponse, discrepancy
 from skep.errors import FailedPrecondition, NotFound, SkepError, Unavailable
 from skep.manager.informer import CatchUp, run_exact_informer
+from skep.manager.revocation import removal_of
 from skep.manager.volume_index import VolumeIndex
 from skep.manager.volumes.steps import (
     Create,
@@ -35,12 +36,14 @@ from skep.manager.volumes.steps import (
     Step,
     Unpublish,
     doubted,
+    removal_wait_s,
     settled,
     steps,
 )
 from skep.manager.work_queue import WorkQueue
 from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.node import Node
+from skep.model.node_removal import NodeRemoval
 from skep.model.task import Task
 from skep.model.volume import PublishState, PublishStatus, Volume, VolumeInfo, VolumeScope
 from skep.store.interface import (
@@ -54,7 +57,7 @@ from skep.store.interface import (
     View,
     WatchLagged,
 )
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, Revocation
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +70,7 @@ STEP_S = 45.0
 """Of all that a step asks of a driver, waiting for its turn included."""
 SETTLED_S = 60.0
 """After the begin of a term no call of an earlier leader is under way any more."""
+_STOPPING = "it waits until the removed node has stopped its containers"
 _HELD = "it waits until no call of an earlier leader can be under way"
 INFO_PART, PUBLISH_PART = "info", "publish"
 _DAMAGED = "where the volume is cannot be read in the store: nothing is done until it is removed with force"
@@ -243,7 +247,7 @@ class ClusterVolumes:
         volume = await self._term.update(_settle, id, needed)
         if volume is None:
             return True
-        left = deque([step async for step in self._allowed(steps(volume, needed), id)])
+        left = deque([step async for step in self._allowed(steps(volume, needed), volume)])
         with first_alone(NotLeader):
             async with asyncio.TaskGroup() as group:
                 lanes = [
@@ -252,15 +256,27 @@ class ClusterVolumes:
                 ]
         return all(lane.result() for lane in lanes)
 
-    async def _allowed(self, found: Iterable[Step], id: VolumeId) -> AsyncIterator[Step]:
-        """Without what undoes something that an earlier leader may be doing; the volume is looked at again later."""
-        is_settled = id not in self._inherited or self._settled_at <= self._clock.monotonic()
+    async def _allowed(self, found: Iterable[Step], volume: Volume) -> AsyncIterator[Step]:
+        """Without what undoes something that an earlier leader may be doing, or takes a volume from a removed node that
+        may still write to it; the volume is looked at again later."""
+        id, now = volume.id, self._clock.monotonic()
+        is_settled = id not in self._inherited or self._settled_at <= now
         for step in found:
-            if is_settled or not isinstance(step, Delete | Unpublish):
-                yield step
-            else:
+            removal = self._removal_of(step)
+            wait_s = removal_wait_s(step, volume, removal, self._clock.now_ns())
+            if not is_settled and isinstance(step, Delete | Unpublish):
                 await self._term.update(_note, id, step, _HELD)
                 self._queue.add_at(id, self._settled_at)
+            elif wait_s:
+                await self._term.update(_note, id, step, _STOPPING)
+                self._queue.add_at(id, now + wait_s)
+            else:
+                yield step
+
+    def _removal_of(self, step: Step) -> NodeRemoval | None:
+        if not isinstance(step, Unpublish):
+            return None
+        return removal_of(self._term.view().lookup(Revocation, step.node_id))
 
     async def _carry_out_each(self, left: deque[Step], volume: Volume) -> bool:
         """Take steps and carry them out until none is left; gives whether all of them succeeded."""

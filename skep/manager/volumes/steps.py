@@ -28,6 +28,8 @@ from msgspec.structs import replace
 
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState, Topology
+from skep.model.node_removal import NodeRemoval
+from skep.model.times import SECOND_NS, unix_ns
 from skep.model.volume import (
     ENTRIES_BYTES_MAX,
     PublishState,
@@ -40,6 +42,10 @@ from skep.model.volume import (
 )
 
 FindNode: TypeAlias = Callable[[NodeId], Node | None]
+
+REMOVED_S = 30.0
+"""From the removal of a node until its single-writer volumes are taken from it: the node reaches a manager within
+seconds, and stops its containers within ``agent.worker.REMOVED_GRACE_S``."""
 
 _NAMES_MAX = 5
 """Nodes that a message names."""
@@ -151,6 +157,20 @@ def steps(volume: Volume, needed: Set[NodeId]) -> Iterator[Step]:
             yield Publish(status.node_id, status.driver_node_id)
         elif status.state is PublishState.PENDING_UNPUBLISH:
             yield Unpublish(status.node_id, status.driver_node_id)
+
+
+def removal_wait_s(step: Step, volume: Volume, removal: NodeRemoval | None, now_ns: int) -> float:
+    """Return how many seconds ``step`` has to wait because a removed node may still write to the volume.
+
+    Args:
+        removal: Of the node that the step is about, or None if that node was not removed.
+    """
+    if not isinstance(step, Unpublish) or removal is None or not removal.at:
+        return 0.0
+    if volume.spec.access_mode.scope is not VolumeScope.SINGLE:
+        return 0.0
+    left_s = REMOVED_S - (now_ns - unix_ns(removal.at)) / SECOND_NS
+    return min(max(left_s, 0.0), REMOVED_S)  # the clock of the manager that removed it may be ahead
 
 
 def _moved(status: PublishStatus, is_needed: bool, node: Node | None, driver: str) -> PublishStatus | None:

@@ -10,6 +10,7 @@ import msgspec
 
 from skep.api.framing import is_for_manager, path_of
 from skep.engine.engine import Engine
+from skep.model.labels import LABEL_TASK_ID
 
 
 class Destination(Enum):
@@ -35,6 +36,12 @@ class Ownership(Protocol):
 
     def owns_exec(self, id: str) -> bool:
         """Whether this node made that exec."""
+
+    def task_of_container(self, word: str) -> str:
+        """Return the id of the task whose container ``word`` means, or an empty string."""
+
+    def task_of_exec(self, id: str) -> str:
+        """Return the id of the task in whose container exec ``id`` runs, or an empty string."""
 
     @property
     def has_volumes(self) -> bool:
@@ -64,6 +71,18 @@ class LocalObjects:
     def owns_exec(self, id: str) -> bool:
         """See ``Ownership``."""
         return self._engine is not None and self._engine.execs.has(id)
+
+    def task_of_container(self, word: str) -> str:
+        """See ``Ownership``."""
+        if self._engine is None or not self._engine.has(word):
+            return ""
+        return self._engine.get(word).labels.get(LABEL_TASK_ID, "")
+
+    def task_of_exec(self, id: str) -> str:
+        """See ``Ownership``."""
+        if self._engine is None or not self._engine.execs.has(id):
+            return ""
+        return self.task_of_container(self._engine.execs.get(id).container_id)
 
 
 class _Request(msgspec.Struct, frozen=True):

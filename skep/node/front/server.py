@@ -24,6 +24,7 @@ from skep.api.framing import (
     path_of,
     plain_ping,
     read_head,
+    with_target,
 )
 from skep.api.identity import identify
 from skep.configuration.configuration import Host, TcpHost, UnixHost
@@ -34,6 +35,7 @@ from skep.node.front.application import Application
 from skep.node.front.handover import Handover, Passed, Returned
 from skep.node.front.routing import Destination, Ownership, route
 from skep.node.front.splice import relay, splice
+from skep.node.front.task_requests import as_task_request
 from skep.node.front.users import Users, bearer
 
 log = structlog.get_logger()
@@ -353,6 +355,12 @@ class Front:
     async def _answer(self, client: Connection, raw: bytes, properties: "_Properties") -> None:
         """Raises: SkepError."""
         request = read_head(raw)
+        identity = properties.identity
+        if identity is not None and (
+            target := as_task_request(identity, request.method, request.target, self._ownership)
+        ):
+            raw = with_target(raw, target)
+            request = read_head(raw)
         match route(request.method, request.target, self._ownership):
             case Destination.MANAGER:
                 if (reason := self._membership.manager_refusal()) is not None:
@@ -367,9 +375,9 @@ class Front:
                     self._handover.pass_on(properties.passed(client.duplicate()), raw + client.take())
                     client.abort()  # of this process's two descriptors one is left
             case Destination.ENGINE if self._engine_socket is not None:
-                if properties.identity is not None and not properties.identity.is_admin:
+                if identity is not None and not identity.is_admin:
                     raise PermissionDenied(
-                        f"{properties.identity.name} may not {request.method} {path_of(request.target)}: "
+                        f"{identity.name} may not {request.method} {path_of(request.target)}: "
                         "the Docker Engine of this machine is for administrators only"
                     )
                 await splice(client, parse_request(raw), self._engine_socket)

@@ -114,7 +114,10 @@ def test_users_do_by_docker_what_their_roles_allow(cluster: Cluster) -> None:
         ("events", "--since", "1m"),
     ):
         cluster.refused("shopper", *words)
-    assert cluster.docker("vera", "swarm", "join-token", "-q", "manager").stdout.strip() == ""
+    refusal = cluster.refused("vera", "swarm", "join-token", "-q", "manager")
+    assert "vera may not GET /swarm: only administrators may see join tokens" in refusal
+    limit = cluster.run(SKEP, "--context", "vera", "cluster", "grace")
+    assert limit.returncode == 0, limit.stderr
 
 
 def test_the_removal_of_a_user_ends_its_access_at_once(cluster: Cluster) -> None:

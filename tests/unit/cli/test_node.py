@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from skep.cli.main import main
-from skep.cli.node import _drain, _Progress
+from skep.cli.node import _drain, _Progress, left_behind, named
 from skep.manager.routes import ManagerApi
+from skep.model.container import ContainerSpec, Mount
 from skep.model.node import Availability, Node
 from skep.model.task import TaskState
 from tests.support.builders import a_node, a_service, a_task
@@ -31,6 +33,7 @@ def test_each_step_and_each_reason_is_printed_once(capsys: pytest.CaptureFixture
         "done: step 0",
         "done: step 1",
         "m3 is evicted: every key that it had is revoked or replaced.",
+        "It stops its containers as soon as it reaches a manager; docker swarm leave --force there removes them.",
     ]
     assert err.split("\n") == ["      manager m2 cannot be reached", ""]
 
@@ -59,3 +62,46 @@ async def test_a_drain_names_the_services_that_have_no_task_elsewhere(
     await _drain(host, "w1", None)
     assert capsys.readouterr().err == "alone has all its tasks there, and is away until they run elsewhere\n"
     assert manager.store.view().get(Node, "w1").spec.availability is Availability.DRAIN
+
+
+async def test_a_drain_names_the_local_volumes_that_stay_behind_before_it_begins(
+    cluster: tuple[ManagerApi, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager, host = cluster
+    spec = a_service("db").spec
+    container = ContainerSpec(image="i", mounts=(Mount(type="volume", source="data", target="/data"),))
+    template = replace(spec.task_template, container_spec=container)
+    db = a_service("db", spec=replace(spec, task_template=template))
+    objects = [
+        a_node("w1"),
+        a_node("w2"),
+        db,
+        a_task(node="w1", service=db, slot=1),
+        a_task(node="w2", service=db, slot=2),
+    ]
+    await manager.store.update(lambda tx: [tx.put(one) for one in objects])
+    await _drain(host, "w1", None)
+    assert capsys.readouterr().err == (
+        "db has local volumes there (data): it starts without their data elsewhere, and the data stays on w1\n"
+    )
+
+
+def a_spec(*mounts: dict[str, Any], **labels: str) -> dict[str, Any]:
+    template = {"ContainerSpec": {"Image": "i", "Mounts": list(mounts)}, "Newer": 1}
+    return {"Name": "db", "TaskTemplate": template, "Labels": labels}
+
+
+def test_only_data_that_stays_on_the_node_is_named() -> None:
+    data = {"Type": "volume", "Source": "data", "Target": "/d"}
+    nfs = {"DriverConfig": {"Name": "local", "Options": {"type": "nfs", "device": ":/x"}}}
+    assert left_behind(a_spec(data), "w1").startswith("db has local volumes there (data): it starts without")
+    assert left_behind(a_spec(data | {"VolumeOptions": nfs}), "w1") == ""
+    assert left_behind(a_spec({"Type": "bind", "Source": "/d", "Target": "/d"}), "w1") == ""
+    assert left_behind(a_spec(data, **{"skep.volumes": "keep"}), "w1") == (
+        "db has local volumes there (data), and waits until w1 takes tasks again (skep.volumes=keep)"
+    )
+
+
+def test_names_beyond_the_first_few_are_counted() -> None:
+    assert named(list("ab")) == "a, b"
+    assert named(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -4,12 +4,14 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from skep.cli.output import Screen, width_of
-from skep.cli.quorum import no_leader
+from skep.cli.quorum import no_leader, way_out
 from skep.cli.status import (
     DEGRADED,
+    LEADERLESS,
     Cluster,
     Status,
     about_node,
+    as_of,
     is_as_wanted,
     is_well,
     lines_of,
@@ -226,6 +228,44 @@ def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> N
     reported = list(no_leader(a_quorum(True, True, False)))
     assert reported[0].endswith("2 of 3 managers answer (m3 does not)")
     assert "cluster recover" not in "".join(reported)
+
+
+def test_without_a_leader_rows_say_of_when_they_are_and_what_is_known_now() -> None:
+    quorum = a_quorum(True, False, False)
+    for manager in quorum["Managers"]:
+        manager |= {"ID": manager["Hostname"], "SilentSeconds": 0 if manager["Answers"] else 95.2}
+    nodes = [a_node(name, leader=name == "m1") for name in ("m1", "m2", "m3", "w1")]
+    for node in nodes[1:3]:
+        node["ManagerStatus"] = {"Reachability": "reachable"}
+    found = a_status(nodes, [a_service("web", 0, 2)], {})
+    assert found.cluster is not None
+    stale = Status(
+        health="no leader",
+        node=found.node,
+        notes=tuple(no_leader(quorum)),
+        cluster=as_of(found.cluster, quorum),
+        next=way_out(quorum),
+    )
+    assert [line for line in lines_of(stale, Screen()) if line not in stale.notes] == [
+        "cluster  NO LEADER  as of 18:38:04 UTC:  3 managers, 1 worker, 2 of 4 nodes ready  0 of 1 service as wanted",
+        "node  m1, skep 0.1.0",
+        "",
+        "NODE  ROLE     STATE AT 18:38:04 UTC  TASKS  LOAD  WHY",
+        "m1    manager  ready                  2      -",
+        "m2    manager  SILENT                 0      -     it has not answered for 1m 35s",
+        "m3    manager  SILENT                 0      -     it has not answered for 1m 35s",
+        "w1    worker   ready                  1      -",
+        "",
+        "SERVICE  TASKS AT 18:38:04 UTC  UPDATE  WHY",
+        "web      0/2                            0 of 2 tasks run",
+        "next: skep cluster recover --dry-run",
+    ]
+    assert stale.exit_code == LEADERLESS
+
+
+def test_enough_managers_without_a_leader_are_not_to_be_recovered() -> None:
+    assert way_out(a_quorum(True, True, False)) == "skep doctor network"
+    assert way_out(a_quorum(True, False)) == "skep cluster recover --dry-run"
 
 
 def test_a_manager_that_lacks_something_itself_says_what() -> None:

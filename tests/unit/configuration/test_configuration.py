@@ -103,6 +103,14 @@ def test_what_daemon_json_has_and_skep_does_not_use_is_named() -> None:
     assert warning == "/etc/docker/daemon.json: skep does not use bip, storage-driver"
 
 
+def test_hosts_of_the_file_that_flags_replace_are_named() -> None:
+    toml = {"hosts": ["unix:///run/a.sock", "unix:///run/b.sock"]}
+    (warning,) = combined("--host", "unix:///run/a.sock", toml=toml).warnings
+    assert warning.endswith(": hosts is not used, because --host is given: unix:///run/b.sock")
+    assert combined(toml=toml).warnings == ()
+    assert combined("--host", "unix:///run/a.sock", "-H", "unix:///run/b.sock", toml=toml).warnings == ()
+
+
 def test_beside_an_engine_its_sockets_and_data_stay_its_own() -> None:
     docker = {"hosts": ["unix:///var/run/docker.sock"], "data-root": "/var/lib/docker", "debug": True}
     configuration = configured("--engine-socket", "/var/run/docker.sock", docker=docker)

@@ -1,14 +1,18 @@
 """What is wrong with a node: as warnings at once, for the managers as labels, in answers as part of the status."""
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
+from skep.agent.session_state import SessionState
 from skep.aio.clock import SystemClock
 from skep.cli.status import node_rows
 from skep.manager.events import messages_of
 from skep.manager.routes.shown import Problems, shown_node
 from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
 from skep.model.node import EngineDescription, NodeDescription, NodeState, NodeStatus
+from skep.node.cluster_work import NodeWork
 from skep.node.conditions import LABEL_SECONDS_MIN, Conditions
 from skep.store.interface import Updated
 from tests.support.builders import a_node
@@ -43,6 +47,27 @@ def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
     conditions.clear("clock")
     conditions.clear("never raised")
     assert conditions.warnings() == ("the disk is nearly full",)
+
+
+async def test_a_condition_of_one_cluster_is_not_reported_to_the_next(conditions: Conditions):
+    """The managers of the cluster that the node joins would show for half a minute that none of them answers."""
+    conditions.set("no-manager", "no manager answers")
+    conditions.set("disk", "full")
+    session = SessionState(HandClock())
+    none: Any = Nothing()
+    work = NodeWork(none, none, none, HandClock(), conditions, session=session, probes=None)
+    await work.remove_all()
+    assert conditions.labels() == {"skep.condition.disk": "full"}
+
+
+class Nothing:
+    """A worker, an executor and network tables without content."""
+
+    async def clear(self) -> None:
+        pass
+
+    async def leftovers(self) -> tuple[str, ...]:
+        return ()
 
 
 def test_the_end_of_a_condition_is_reported_late_so_that_flapping_is_one_condition(

@@ -28,6 +28,7 @@ class FakeAgent:
     """Has a session when the test says so."""
 
     managers: tuple[Peer, ...] = ()
+    removal = ""
 
     def __init__(self, role: NodeRole) -> None:
         self.role = role

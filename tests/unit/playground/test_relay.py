@@ -2,6 +2,8 @@
 
 import os
 
+from msgspec.structs import replace
+
 from skep.linux.processes import start_ticks_of
 from skep.playground.description import Cluster, Node
 from skep.playground.relay import targets
@@ -32,9 +34,11 @@ def test_a_port_of_the_mesh_answers_on_every_node_that_is_up() -> None:
     ports = [
         {"PublishedPort": 8080, "PublishMode": "ingress", "Protocol": "tcp"},
         {"PublishedPort": 53, "PublishMode": "ingress", "Protocol": "udp"},
+        {"PublishedPort": 99, "PublishMode": "ingress", "Protocol": "sctp"},
     ]
     assert targets(CLUSTER, NODES, [{"Endpoint": {"Ports": ports}}, {}], []) == {
-        8080: (("a1", 8080), ("a2", 8080))
+        (53, "udp"): (("a1", 53), ("a2", 53)),
+        (8080, "tcp"): (("a1", 8080), ("a2", 8080)),
     }
 
 
@@ -46,4 +50,11 @@ def test_a_port_in_host_mode_answers_where_its_task_runs() -> None:
         }
 
     tasks = [a_task("m1", "running", 30001), a_task("w1", "failed", 30002), a_task("w2", "running", 30003)]
-    assert targets(CLUSTER, NODES, [], tasks) == {30001: (("a1", 30001),)}
+    assert targets(CLUSTER, NODES, [], tasks) == {(30001, "tcp"): (("a1", 30001),)}
+
+
+def test_the_api_of_managers_with_tls_is_relayed() -> None:
+    worker = replace(a_node("w9", "a9"), role="worker")
+    assert targets(CLUSTER, NODES, [], []) == {}
+    served = replace(CLUSTER, tls=True, nodes=(*CLUSTER.nodes, worker))
+    assert targets(served, NODES, [], []) == {(2376, "tcp"): (("a1", 2376), ("a2", 2376))}

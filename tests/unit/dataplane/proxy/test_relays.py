@@ -162,3 +162,23 @@ async def test_a_datagram_for_which_no_descriptor_is_free_is_lost_and_no_error()
                 assert await loop.sock_recv(task, 100) == b"hello"
         relay.close()
     assert errors == []
+
+
+async def test_a_client_at_an_ipv4_address_gets_the_responses() -> None:
+    """As the playground's clients at 127.0.0.1."""
+    loop = asyncio.get_running_loop()
+    listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    listener.bind(("127.0.0.1", 0))
+    address = listener.getsockname()
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_INET, kind) as task, socket.socket(socket.AF_INET, kind) as client:
+        task.bind(("127.0.0.1", 0))
+        port = RelayPort(protocol="udp", address="127.0.0.1", port=address[1], backends=(task.getsockname(),))
+        relay = UdpRelay(port, listener, QuickClock(), lambda: 0.5, lambda call: call())
+        client.connect(address)
+        async with asyncio.timeout(20):
+            await loop.sock_sendall(client, b"hello")
+            data, peer = await loop.sock_recvfrom(task, 100)
+            await loop.sock_sendto(task, data.upper(), peer)
+            assert await loop.sock_recv(client, 100) == b"HELLO"
+        relay.close()

@@ -10,6 +10,7 @@ from skep.dataplane.tables.unreachable import (
     FRESH_SECONDS,
     LOST_SECONDS,
     NONE_UNREACHABLE,
+    URGENT_SECONDS,
     Unreachable,
     restored,
     unreachable_peers,
@@ -135,14 +136,25 @@ class HandClock(SystemClock):
             await asyncio.sleep(0)
 
 
-async def watched(until_s: float, **happens: float) -> list[tuple[float, Unreachable]]:
-    """What is left out, and when.  ``gained``, ``lost``: times of a session; ``responses``: when m2 responds again."""
+async def watched(
+    until_s: float, urgency: list[float] | None = None, **happens: float
+) -> list[tuple[float, Unreachable]]:
+    """What is left out, and when.  ``gained``, ``lost``: times of a session; ``responses``: when m2 responds again.
+
+    ``urgency``: gets the times at which probes became urgent, and were no longer.
+    """
     clock = HandClock()
     session_state = SessionState(clock)
     said: list[tuple[float, Unreachable]] = []
 
-    def latest() -> Mapping[NodeId, PathReport]:
-        return reports(m2=clock.now < happens.get("responses", 1e9), w1=False)
+    class Peers:
+        @property
+        def reports(self) -> Mapping[NodeId, PathReport]:
+            return reports(m2=clock.now < happens.get("responses", 1e9), w1=False)
+
+        def set_urgent(self, is_urgent: bool) -> None:
+            if urgency is not None and is_urgent != (len(urgency) % 2 == 1):
+                urgency.append(clock.now)
 
     def exclude(silence: Unreachable) -> None:
         if not said or said[-1][1] != silence:
@@ -150,7 +162,7 @@ async def watched(until_s: float, **happens: float) -> list[tuple[float, Unreach
 
     session_state.begin(CHANNEL)
     session_state.end()
-    task = asyncio.create_task(watch(session_state, latest, exclude, clock))
+    task = asyncio.create_task(watch(session_state, Peers(), exclude, clock))
     for _ in range(5000):  # with a manager there is nothing to wait for, and no time passes
         if clock.now >= until_s or task.done():
             break
@@ -183,3 +195,14 @@ async def test_a_managers_tables_win_when_they_are_fresh() -> None:
 
 async def test_a_session_that_moves_leaves_no_node_out() -> None:
     assert not [one for _, one in await watched(40, gained=2) if one != NONE_UNREACHABLE]
+
+
+async def test_probes_are_urgent_from_soon_after_the_loss_of_the_manager_until_there_is_one() -> None:
+    urgency: list[float] = []
+    await watched(60, urgency, gained=20)
+    begun, ended = urgency
+    assert URGENT_SECONDS <= begun < LOST_SECONDS
+    assert 20 <= ended <= 22
+    short: list[float] = []
+    await watched(40, short, gained=1)
+    assert short == [], "a session that moves costs no probe"

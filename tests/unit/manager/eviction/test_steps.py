@@ -24,7 +24,7 @@ from skep.manager.eviction.steps import (
 )
 from skep.manager.gossip.keys import first_keys
 from skep.model.gossip import decoded_keys
-from skep.model.ids import ClusterId, NodeId
+from skep.model.ids import ClusterId, NodeId, VolumeId
 from skep.model.node import (
     EngineDescription,
     IssuedSerial,
@@ -40,6 +40,7 @@ from skep.model.node import (
 )
 from skep.model.swarm import RootRotation, Swarm
 from skep.model.times import timestamp
+from skep.model.volume import AccessMode, PublishState, PublishStatus, Volume, VolumeScope, VolumeSpec
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
 from skep.store.kinds import GOSSIP_KEYS_ID, NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload, Revocation
@@ -81,8 +82,8 @@ async def store() -> MemoryStore:
     return store
 
 
-async def evict(store: MemoryStore, word: str):
-    return await store.update(begin, word, "root@desk", OWN, NOW)
+async def evict(store: MemoryStore, word: str, **options: bool):
+    return await store.update(begin, word, "root@desk", OWN, NOW, **options)
 
 
 async def test_every_step_says_what_is_true_afterwards():
@@ -180,6 +181,29 @@ async def test_a_manager_is_demoted_first_and_removed_when_it_has_no_vote(store)
     assert await store.update(remove_evicted, [id], NOW_NS) == ""
     assert store.view().lookup(Node, id) is None
     assert store.view().get(Revocation, id).is_removed
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_what_becomes_of_its_containers_is_in_the_record_that_the_node_is_refused_with(store, keep):
+    eviction = await evict(store, "w1", keeps_containers=keep)
+    await store.update(remove_evicted, eviction.nodes, NOW_NS, keeping=eviction.keeping)
+    assert store.view().get(Revocation, NodeId("worker1")).keeps_containers is keep
+
+
+async def test_one_eviction_keeps_its_containers_though_another_joins_it(store):
+    await evict(store, "m3", keeps_containers=True)
+    both = await evict(store, "w1")
+    assert both.keeping == ("manager3",)
+
+
+async def test_containers_with_a_volume_for_one_node_are_not_kept(store):
+    status = PublishStatus(node_id=NodeId("worker1"), state=PublishState.PUBLISHED)
+    spec = VolumeSpec(name="data", access_mode=AccessMode(scope=VolumeScope.SINGLE))
+    volume = Volume(id=VolumeId("v"), spec=spec, publish_status=(status,))
+    await store.update(lambda tx: tx.put(volume))
+    with pytest.raises(FailedPrecondition, match="volume data, which one node at a time may use, is on w1"):
+        await evict(store, "w1", keeps_containers=True)
+    assert (await evict(store, "w1")).keeping == ()
 
 
 async def test_a_root_whose_key_it_may_have_had_is_no_new_one(store):

@@ -73,3 +73,22 @@ async def test_every_message_of_a_stream_has_a_cursor_also_before_the_first_even
             assert again.status == 200
             for one in (response, again):
                 one.close()
+
+
+async def test_past_events_come_with_cursors_and_end_where_they_should():
+    async def read(client: Any, **query: str) -> list[Any]:
+        response = await client.get("/skep/events", params={"filters": '{"type": ["secret"]}', **query})
+        lines = [msgspec.json.decode(line) for line in (await response.read()).splitlines()]
+        return [line for line in lines if line["Type"] != "stream"]
+
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        for name in ("s1", "s2"):
+            await client.post("/secrets/create", json={"Name": name, "Data": "aGk="})
+        first, second = await read(client, since="1", until=f"{api.clock.now_ns() / 1e9:.9f}")
+        assert [one["Actor"]["Attributes"]["name"] for one in (first, second)] == ["s1", "s2"]
+        between = f"{first['timeNano'] / 1e9:.9f}"
+        assert [one["timeNano"] for one in await read(client, until=between)] == []
+        now = f"{api.clock.now_ns() / 1e9:.9f}"
+        assert [
+            one["timeNano"] for one in await read(client, after=first["Cursor"], since="1", until=now)
+        ] == [second["timeNano"]]

@@ -10,8 +10,10 @@ from msgspec.structs import replace
 
 from sim.time import VirtualClock, VirtualLoop
 from skep.errors import FailedPrecondition, NotFound, Unavailable
+from skep.manager.control.nodes import remove_node
 from skep.manager.control.volumes import remove_volume
 from skep.manager.volumes.loop import SETTLED_S, ClusterVolumes, ControllerDriver
+from skep.manager.volumes.steps import REMOVED_S
 from skep.model.ids import NodeId, SecretId, TaskId, VolumeId
 from skep.model.meta import Driver
 from skep.model.node import CSIInfo, NodeState
@@ -322,6 +324,39 @@ def test_what_an_earlier_leader_may_be_doing_is_repeated_and_not_undone(
         await rig.run_for(SETTLED_S + 1)
         assert "unpublish on n1" in driver.calls
         assert rig.volume("a").publish_status == ()
+
+    simulated(body)
+
+
+@pytest.mark.parametrize("scope", VolumeScope)
+def test_a_volume_for_one_node_is_taken_from_a_removed_node_once_its_containers_have_stopped(
+    simulated: Callable[[Body], None], scope: VolumeScope
+) -> None:
+    async def body(rig: Rig) -> None:
+        volumes = ClusterVolumes(rig.store, rig.clock, Random(1), rig.find, rig.confirm)
+        running = asyncio.ensure_future(volumes.run())
+        mode = AccessMode(scope=scope, sharing=VolumeSharing.ALL, mount_volume=TypeMount())
+        await rig.put("a", access_mode=mode)
+        await rig.clock.sleep(1)
+        await rig.store.update(_with_task, "n1")
+        await rig.clock.sleep(1)
+        assert [one.state for one in rig.volume("a").publish_status] == [PublishState.PUBLISHED]
+
+        def remove(tx: Transaction) -> None:
+            remove_node(tx, NodeId("n1"), force=True, now_ns=rig.clock.now_ns())
+            tx.delete(Task, TaskId("t-n1"))
+
+        await rig.store.update(remove)
+        await rig.clock.sleep(REMOVED_S - 1)
+        waits = scope is VolumeScope.SINGLE
+        assert ("unpublish on n1" in rig.drivers["good"].calls) is not waits
+        messages = [one.message for one in rig.volume("a").publish_status]
+        assert messages == (["it waits until the removed node has stopped its containers"] if waits else [])
+        await rig.clock.sleep(2)
+        assert "unpublish on n1" in rig.drivers["good"].calls
+        assert rig.volume("a").publish_status == ()
+        running.cancel()
+        await asyncio.wait([running])
 
     simulated(body)
 

@@ -1,0 +1,48 @@
+"""The removal of a node, as a manager tells it to that node: in the text of the refusal of its certificate.
+
+The text is SwarmKit's, with the time and the fate of its containers added, so managers and nodes of every version
+understand each other.
+"""
+
+import re
+
+import msgspec
+
+from skep.model.ids import NodeId
+from skep.model.times import Timestamp
+
+_REFUSAL = re.compile(
+    r"Permission denied: node (?P<id>\S+) was removed from (?:the )?swarm"
+    r"(?: at (?P<at>[0-9TZ:.-]+))?(?P<kept>; its containers keep running)?"
+)
+_LEAVE = "docker swarm leave --force"
+
+
+class NodeRemoval(msgspec.Struct, frozen=True, kw_only=True):
+    """The removal of a node from its cluster."""
+
+    at: Timestamp = Timestamp("")
+    """Time of the removal, or empty if the manager did not send it."""
+    keeps_containers: bool = False
+    """Whether its containers keep running beside their replacements (``skep node evict --keep``)."""
+
+    def refusal(self, id: NodeId) -> str:
+        """Return the text with which managers refuse the calls of node ``id``."""
+        at = f" at {self.at}" if self.at else ""
+        kept = "; its containers keep running" if self.keeps_containers else ""
+        return f"Permission denied: node {id} was removed from the swarm{at}{kept}"
+
+    @property
+    def summary(self) -> str:
+        """What a user of the removed node reads, with the command that ends this state."""
+        at = f" at {self.at.partition('.')[0].rstrip('Z')}Z" if self.at else ""
+        tasks = "its containers keep running" if self.keeps_containers else "its containers are stopped"
+        return f"this node was removed from the cluster{at}: {_LEAVE} ({tasks})"
+
+
+def removal_in(refusal: str, id: NodeId) -> NodeRemoval | None:
+    """Return the removal that a manager's refusal of node ``id`` tells, or None if it tells something else."""
+    found = _REFUSAL.fullmatch(refusal)
+    if found is None or found["id"] != id:
+        return None
+    return NodeRemoval(at=Timestamp(found["at"] or ""), keeps_containers=found["kept"] is not None)

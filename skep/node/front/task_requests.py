@@ -1,0 +1,77 @@
+"""Requests of docker's commands about the container of a task, by users below administrator: the manager has them.
+
+``docker exec``, ``attach``, ``cp`` and ``kill`` name a container.  A user's rights over it follow from its service,
+which the manager knows.  So the request becomes the one of ``skep exec``: the manager checks the role and the service's
+spec, writes it into the history, and forwards it to the task's node, which checks it again.
+"""
+
+import re
+from typing import Protocol
+from urllib.parse import unquote
+
+from skep.api.permissions import may, rule_for
+from skep.errors import PermissionDenied
+from skep.model.access import Identity
+
+_CONTAINER = re.compile(
+    r"(?P<version>/v[0-9][0-9.]*)?/containers/(?P<name>[^/?]+)/(?P<what>[a-z]+)(?P<query>\?.*)?"
+)
+_REMOVAL = re.compile(r"(?:/v[0-9][0-9.]*)?/containers/(?P<name>[^/?]+)(?:\?.*)?")
+_EXEC = re.compile(r"(?P<version>/v[0-9][0-9.]*)?/exec/(?P<id>[^/?]+)/(?P<what>[a-z]+)(?P<query>\?.*)?")
+_OF_A_TASK = frozenset(("archive", "attach", "exec", "kill", "resize", "wait"))
+_OF_THE_CLUSTER = frozenset(("pause", "restart", "start", "stop", "unpause"))
+_TASK = re.compile(r"[0-9a-z]+")
+
+
+class TaskContainers(Protocol):
+    """The containers of tasks on this node."""
+
+    def task_of_container(self, word: str) -> str:
+        """Return the id of the task whose container ``word`` means, or an empty string."""
+
+    def task_of_exec(self, id: str) -> str:
+        """Return the id of the task in whose container exec ``id`` runs, or an empty string."""
+
+
+def as_task_request(identity: Identity, method: str, target: str, containers: TaskContainers) -> str:
+    """Return the target with which the manager has this request, or an empty string if it is this node's.
+
+    Args:
+        target: Path and query as sent.
+
+    Raises:
+        PermissionDenied: The cluster alone starts, stops and removes the container.
+    """
+    found = _CONTAINER.fullmatch(target)
+    if found is not None:
+        task = containers.task_of_container(unquote(found["name"]))
+        pattern, path = f"/containers/{{id}}/{found['what']}", f"container/{found['what']}"
+        is_known = found["what"] in _OF_A_TASK
+    elif (found := _EXEC.fullmatch(target)) is not None:
+        task = containers.task_of_exec(unquote(found["id"]))
+        pattern, path = f"/exec/{{id}}/{found['what']}", f"exec/{found['id']}/{found['what']}"
+        is_known = found["what"] in ("json", "resize", "start")
+    else:
+        _check_removal(identity, method, target, containers)
+        return ""
+    if not _TASK.fullmatch(task) or may(identity, rule_for(method, pattern)) is None:
+        return ""
+    if is_known:
+        return f"{found['version'] or ''}/skep/tasks/{task}/{path}{found['query'] or ''}"
+    if found["what"] in _OF_THE_CLUSTER:
+        raise _refusal(identity, method, target)
+    return ""
+
+
+def _check_removal(identity: Identity, method: str, target: str, containers: TaskContainers) -> None:
+    found = _REMOVAL.fullmatch(target) if method == "DELETE" and not identity.is_admin else None
+    if found is not None and containers.task_of_container(unquote(found["name"])):
+        raise _refusal(identity, method, target)
+
+
+def _refusal(identity: Identity, method: str, target: str) -> PermissionDenied:
+    path = target.partition("?")[0]
+    return PermissionDenied(
+        f"{identity.name} may not {method} {path}: the cluster starts, stops and removes the containers of services. "
+        "Use docker service update --force SERVICE, or docker service scale SERVICE=N"
+    )

@@ -1,0 +1,81 @@
+"""The tasks of a node that was removed from its cluster stop: the cluster has replaced them."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from skep.agent import worker as worker_module
+from skep.agent.executor.simulated import SimulatedController
+from skep.agent.worker import stop_reason
+from skep.model.ids import TaskId
+from skep.model.node_removal import NodeRemoval
+from skep.model.service import NetworkAttachmentSpec
+from skep.model.task import AssignedTask, TaskState
+from skep.model.times import Timestamp
+from tests.unit.agent.test_worker import DEADLINE_S, NeverStops, Node, assigned, complete
+
+REMOVED = NodeRemoval(at=Timestamp("2026-01-02T03:04:05Z"))
+KEPT = replace(REMOVED, keeps_containers=True)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+def a_plain_container(id: str) -> AssignedTask:
+    task = assigned(id)
+    attachment = NetworkAttachmentSpec(container_id="c")
+    spec = replace(task.task.spec, container_spec=None, network_attachment_spec=attachment)
+    return replace(task, task=replace(task.task, spec=spec))
+
+
+def test_every_task_stops_but_those_of_plain_containers() -> None:
+    assert REMOVED.summary in stop_reason(assigned("a"), 0.0, REMOVED)
+    assert not stop_reason(a_plain_container("a"), 0.0, REMOVED)
+    assert not stop_reason(assigned("a"), 0.0, KEPT)
+    assert not stop_reason(assigned("a"), 1e9)
+
+
+async def test_a_removed_node_stops_its_tasks_and_starts_none_again(node: Node) -> None:
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await node.reports.wait("a", TaskState.RUNNING)
+        worker._session_state.end()
+        worker._session_state.removal = REMOVED
+        status = await node.reports.wait("a", TaskState.SHUTDOWN)
+        assert "this node was removed from the cluster at 2026-01-02T03:04:05Z" in status.message
+        assert node.machine.processes[TaskId("a")].exit_code == 143
+    async with node.working() as worker:
+        await worker.wait_ready()
+        assert worker.statuses()[TaskId("a")].state is TaskState.SHUTDOWN
+
+
+async def test_a_removed_node_that_is_to_keep_them_keeps_them(node: Node) -> None:
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await node.reports.wait("a", TaskState.RUNNING)
+        worker._session_state.end()
+        worker._session_state.removal = KEPT
+        await asyncio.sleep(0.6)  # longer than between two checks
+        assert worker.statuses()[TaskId("a")].state is TaskState.RUNNING
+
+
+async def test_a_task_that_does_not_stop_is_killed_in_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Managers publish a volume for one node elsewhere soon after."""
+    monkeypatch.setattr(worker_module, "REMOVED_GRACE_S", 0.05)
+    monkeypatch.setattr(worker_module, "CUT_OFF_CHECK_S", 0.01)
+    controllers: dict[str, type[SimulatedController]] = {"a": NeverStops}
+    node.controllers |= controllers
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await node.reports.wait("a", TaskState.RUNNING)
+        worker._session_state.end()
+        worker._session_state.removal = REMOVED
+        async with asyncio.timeout(DEADLINE_S):
+            while node.machine.processes[TaskId("a")].exit_code != 137:  # noqa: ASYNC110  # there is no event
+                await asyncio.sleep(0.01)

@@ -1,0 +1,111 @@
+"""Which requests about a container the manager has, for users below administrator."""
+
+import pytest
+
+from skep.api.framing import read_head, with_target
+from skep.api.permissions import rule_for
+from skep.errors import PermissionDenied
+from skep.manager.routes.reach import routes
+from skep.model.access import Identity, Origin, Role, parse_binding
+from skep.node.front.task_requests import as_task_request
+
+
+class Containers:
+    """A task's container, with an exec; a plain container, and one that claims to be an odd task's."""
+
+    def task_of_container(self, word: str) -> str:
+        return {"c1": "t1", "our name": "t1", "odd": "t1/../../services"}.get(word, "")
+
+    def task_of_exec(self, id: str) -> str:
+        return "t1" if id == "e1" else ""
+
+
+def asked(role: str, request: str) -> str:
+    identity = Identity(name="bob", origin=Origin.TOKEN, bindings=(parse_binding(role),))
+    method, target = request.split(" ", 1)
+    return as_task_request(identity, method, target, Containers())
+
+
+@pytest.mark.parametrize("role", ["operator:shop", "operator", "viewer"])
+@pytest.mark.parametrize(
+    ("request_line", "target"),
+    [
+        ("POST /v1.41/containers/c1/exec", "/v1.41/skep/tasks/t1/container/exec"),
+        ("POST /containers/our%20name/exec", "/skep/tasks/t1/container/exec"),
+        ("POST /v1.41/exec/e1/start", "/v1.41/skep/tasks/t1/exec/e1/start"),
+        ("POST /v1.41/exec/e1/resize?h=1&w=2", "/v1.41/skep/tasks/t1/exec/e1/resize?h=1&w=2"),
+        ("POST /containers/c1/attach?stream=1", "/skep/tasks/t1/container/attach?stream=1"),
+        ("POST /containers/c1/wait?condition=next-exit", "/skep/tasks/t1/container/wait?condition=next-exit"),
+        ("POST /containers/c1/resize?h=1&w=2", "/skep/tasks/t1/container/resize?h=1&w=2"),
+        ("POST /containers/c1/kill?signal=HUP", "/skep/tasks/t1/container/kill?signal=HUP"),
+        ("GET /containers/c1/archive?path=/etc", "/skep/tasks/t1/container/archive?path=/etc"),
+        ("HEAD /containers/c1/archive?path=/etc", "/skep/tasks/t1/container/archive?path=/etc"),
+        ("PUT /containers/c1/archive?path=/tmp", "/skep/tasks/t1/container/archive?path=/tmp"),
+    ],
+)
+def test_what_docker_does_in_a_tasks_container_is_the_managers(
+    role: str, request_line: str, target: str
+) -> None:
+    """Whoever asks: the manager knows the service, and checks the role."""
+    assert asked(role, request_line) == target
+
+
+def test_the_manager_has_a_route_and_a_role_for_each() -> None:
+    paths = {(route.method, route.path) for route in routes}
+    for method, what in (("POST", "exec"), ("POST", "kill"), ("POST", "attach"), ("PUT", "archive")):
+        path = f"/skep/tasks/{{id}}/container/{what}"
+        assert (method, path) in paths
+        assert rule_for(method, path).role is Role.OPERATOR
+
+
+def test_the_exit_code_of_a_command_is_read_by_whoever_may_read_it_here() -> None:
+    assert asked("operator:shop", "GET /exec/e1/json") == "/skep/tasks/t1/exec/e1/json"
+    assert asked("viewer", "GET /exec/e1/json") == ""
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        "GET /containers/c1/json",
+        "GET /containers/c1/logs?stdout=1",
+        "GET /containers/c1/top",
+        "GET /containers/json",
+        "POST /containers/plain/exec",
+        "POST /containers/odd/exec",
+        "POST /containers/c1/rename?name=x",
+        "POST /exec/e2/start",
+        "POST /services/create",
+        "POST /containers/c1/exec/more",
+    ],
+)
+def test_other_requests_stay_where_they_are(request_line: str) -> None:
+    assert asked("operator:shop", request_line) == ""
+
+
+@pytest.mark.parametrize(
+    "request_line", ["POST /v1.41/containers/c1/exec", "POST /containers/c1/stop", "DELETE /containers/c1"]
+)
+def test_an_administrator_is_served_by_the_node(request_line: str) -> None:
+    assert asked("admin", request_line) == ""
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        *(
+            f"POST /v1.41/containers/c1/{what}?t=1"
+            for what in ("stop", "start", "restart", "pause", "unpause")
+        ),
+        "DELETE /v1.41/containers/c1?force=1",
+    ],
+)
+def test_what_the_cluster_does_is_refused_with_the_command_that_does_it(request_line: str) -> None:
+    with pytest.raises(PermissionDenied, match="docker service update --force SERVICE"):
+        asked("operator:shop", request_line)
+
+
+def test_a_head_gets_another_target_and_nothing_else() -> None:
+    raw = b"POST /v1.41/containers/c1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+    changed = with_target(raw, "/skep/tasks/t1/container/exec")
+    assert changed == b"POST /skep/tasks/t1/container/exec HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+    assert read_head(changed).target == "/skep/tasks/t1/container/exec"
