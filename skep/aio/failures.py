@@ -22,7 +22,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 CHARACTERS_MAX = 300
-"""Of an error as an object shows it, since containers can make texts long."""
+"""Length limit of an error that an object shows.  Containers can produce long texts."""
 
 
 def _nothing(_: Exception) -> None:

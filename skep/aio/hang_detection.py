@@ -36,7 +36,7 @@ class RunningTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Action(Enum):
-    """What is to be done."""
+    """The next step for an observed process."""
 
     WAIT = "wait"
     HAND_OVER = "hand over"
@@ -61,7 +61,7 @@ class HangDetector:
         self._after_s = HAND_OVER_S
         self._handed_over_at: float | None = None
         self._again_at: float | None = None
-        """When to hand over again; None: not handed over in this silence."""
+        """Time of the next hand-over, or None before the first one of a silence."""
 
     @property
     def silent_s(self) -> float:

@@ -140,7 +140,7 @@ class MergeQueue(Generic[T]):
 
 
 class _Source(Generic[T]):
-    """What one source has brought; ``keys`` never decrease."""
+    """The queued items of one source.  ``keys`` never decrease."""
 
     def __init__(self) -> None:
         self.keys: list[int] = []

@@ -33,7 +33,7 @@ CALL_S: Final = 30.0
 """Deadline of a call that changes something: attaching a disk takes its time.  It is repeated, so a longer one only
 ends later."""
 LOOK_S: Final = 5.0
-"""Of a call that only looks."""
+"""Deadline of a call that changes nothing."""
 CALLS_MAX: Final = 8
 """Calls of one driver at a time: one that hangs holds up its own volumes alone."""
 ID_BYTES_MAX: Final = 256

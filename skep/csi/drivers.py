@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 SOCKETS_MAX = 64
 SOCKET_NAME = "csi.sock"
-"""Of a driver that has a folder of its own, as in Kubernetes."""
+"""Name of the socket of a driver with its own folder, as in Kubernetes."""
 
 _Identity = tuple[str, int, int]
 """A socket: path, inode, time of its creation."""
@@ -38,7 +38,7 @@ class Drivers:
         self._clock = clock
         self._known: dict[_Identity, Driver] = {}
         self._silent: dict[_Identity, tuple[Backoff, float]] = {}
-        """Those that gave no name, or one that is not theirs: when they are asked again."""
+        """Sockets whose driver returned no valid name, with the time of the next attempt."""
         self._holders: dict[str, _Identity] = {}
         """The socket that has each name."""
         self._lock = asyncio.Lock()
@@ -55,7 +55,7 @@ class Drivers:
         return driver
 
     async def all(self) -> Mapping[str, Driver]:
-        """Those that have a socket now and have given their name, by name."""
+        """Return the drivers with a socket and a known name, by name."""
         async with self._lock:
             sockets = await self._sockets()
             for gone in set(self._known) - set(sockets):

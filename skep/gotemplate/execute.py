@@ -36,7 +36,7 @@ class _Jumped(Exception):
 
 
 def execute(template: tree.Template, data: Struct, functions: Mapping[str, Function], budget: Budget) -> str:
-    """What ``template`` prints with ``data`` as ``.``; ``budget`` is reduced.  Raises: TemplateError."""
+    """Render ``template`` with ``data`` as ``.`` and reduce ``budget``.  Raises: TemplateError."""
     run = _Execution(template, functions, budget)
     run.template(NAME, data)
     return run.output()

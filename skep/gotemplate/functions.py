@@ -18,7 +18,7 @@ _SHOWN_MAX = 1_000
 
 
 class CallError(Exception):
-    """What a function refuses; the message is Go's."""
+    """A function refused its arguments.  The message is Go's."""
 
 
 class Function(NamedTuple):

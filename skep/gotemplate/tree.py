@@ -11,7 +11,7 @@ from typing import TypeAlias
 from skep.gotemplate.values import quoted
 
 NAME = "expansion"
-"""What templates are called in errors."""
+"""Name of templates in errors."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import asyncio
 async def communicate(
     process: asyncio.subprocess.Process, deadline_s: float, stdin: bytes | None = None
 ) -> tuple[bytes, bytes]:
-    """What ``process`` printed on its two outputs until it ended; it has ended, however this returns.
+    """Return the stdout and stderr of ``process``.  The process has ended when this returns or raises.
 
     Raises: TimeoutError: it took longer, and was killed.
     """

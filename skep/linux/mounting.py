@@ -89,7 +89,7 @@ def main() -> int:
 
 
 class MountFailed(Exception):
-    """What could not be mounted and why, in Docker's words."""
+    """A mount failed.  The message has the source and the reason in Docker's words."""
 
 
 def _words(number: int) -> str:
@@ -140,7 +140,7 @@ def mount_volume(target: Path, options: dict[str, str], refused: Sequence[str] =
 
 
 def _opened(device: str, flags: int, refused: Sequence[str]) -> str:
-    """What a bind mount of ``device`` mounts, whatever its path leads to a moment later.
+    """Open the source of a bind mount, so that later changes of its path have no effect.  Return its path in ``/proc``.
 
     Raises: MountFailed; OSError.
     """
@@ -175,7 +175,7 @@ def _with_opened_layers(data: str, refused: Sequence[str]) -> str:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """As the kernel splits options: what follows a backslash, which may be one too, is no separator."""
+    """Split as the kernel splits options: a backslash escapes a separator or another backslash."""
     words = re.findall(rf"{separator}(?:\\.?|[^\\{separator}])*", f"{separator}{text}", re.DOTALL)
     return [word[1:] for word in words]
 

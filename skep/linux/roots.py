@@ -39,7 +39,7 @@ def enter(root: str, binds: Sequence[Bind] = (), *, read_only: bool = False) -> 
     Raises: OSError: a source is missing, a target cannot be made, or this process may not.
     """
     syscalls.unshare(syscalls.CLONE_NEWNS)
-    # Of what the machine unmounts meanwhile, no copy stays here.
+    # With slave propagation, mounts that the machine unmounts meanwhile are unmounted here as well.
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
     sources = [_cloned(bind) for bind in binds]
     tree = syscalls.clone_mount(root)

@@ -217,7 +217,7 @@ class _Removal:
 
 
 def _unprotected(act: Callable[[], bool], parent: int, name: str) -> bool:
-    """What ``act`` on an entry gives, once what forbids it was taken away: mounts, then flags."""
+    """Call ``act`` on an entry, after removing mounts and then flags that forbid it, and return its result."""
     for release in (_take_off_mount, _make_mutable):
         try:
             return act()
@@ -322,7 +322,7 @@ def walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 @contextmanager
 def _listed(root: int, path: str) -> "Iterator[Iterator[os.DirEntry[str]]]":
-    """What is in the directory ``path`` below ``root``.  Raises: OSError: it cannot be listed, or is a link now."""
+    """List the directory ``path`` below ``root``.  Raises: OSError: it cannot be listed, or is a link now."""
     descriptor = _open_here(root, path)
     try:
         with os.scandir(descriptor) as entries:

@@ -173,7 +173,9 @@ def explain_task(
 
 def _last_end_of(task: Task, slot: Iterable[Task]) -> TaskEnd | None:
     """The end of the task that an active one follows, if that failed."""
-    failed = last_failure(task, slot) if task.is_active and task.status.state is not TaskState.RUNNING else None
+    failed = (
+        last_failure(task, slot) if task.is_active and task.status.state is not TaskState.RUNNING else None
+    )
     return failed.status.end if failed is not None else None
 
 

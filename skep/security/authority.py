@@ -28,7 +28,7 @@ from skep.security.keys import PrivateKey, load_private_key, new_private_key, pr
 ROOT_LIFETIME = timedelta(days=20 * 365)
 NODE_LIFETIME = timedelta(days=90)
 BACKDATE = timedelta(hours=1)
-"""By how much a certificate is backdated, for nodes whose clock is behind."""
+"""Backdating of a certificate, for nodes whose clock is behind."""
 
 NODE_LIFETIME_MIN = timedelta(hours=1)
 """An engine renews between 50 and 80 % of a certificate's span, backdating included: a shorter life makes it

@@ -32,7 +32,7 @@ AUTHORITIES_MAX = 16
 URL_LENGTH_MAX = 2048
 
 CLOCK_SKEW = timedelta(minutes=5)
-"""By how much the authority's clock may be ahead."""
+"""Largest accepted lead of the authority's clock."""
 
 
 def check_external_authorities(config: CAConfig) -> None:

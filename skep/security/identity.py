@@ -30,9 +30,9 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     cluster_id: ClusterId
     role: NodeRole
     issued_s: int = 0
-    """When the certificate was issued, in unix seconds; 0: not read."""
+    """Unix time at which the certificate was issued, in seconds, or 0 if unknown."""
     serial: str = ""
-    """Of the certificate, in hexadecimal digits; empty: not read."""
+    """Serial number of the certificate in hexadecimal digits.  Empty if unknown."""
 
 
 def identity_of(certificate: x509.Certificate) -> Identity:

@@ -54,12 +54,12 @@ class KeyPair:
 
     @property
     def not_before(self) -> datetime:
-        """Of the node's own certificate; UTC."""
+        """Start of the node certificate's validity, in UTC."""
         return self.certificate.not_valid_before_utc
 
     @property
     def not_after(self) -> datetime:
-        """Of the node's own certificate; UTC."""
+        """End of the node certificate's validity, in UTC."""
         return self.certificate.not_valid_after_utc
 
     def with_root(self, root_pem: bytes) -> "KeyPair":

@@ -36,7 +36,7 @@ class NextRoot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
-    """What external authorities have done for a change of the roots, which itself is a transaction and cannot wait."""
+    """Results of external authorities for a change of the roots.  The change is a transaction, which cannot wait."""
 
     reachable: frozenset[bytes] = frozenset()
     """Roots (PEM) with an authority that responds."""
@@ -45,7 +45,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
-    """What a change of the roots needs of external authorities."""
+    """Requests to external authorities that a change of the roots depends on."""
 
     reachable: tuple[bytes, ...] = ()
     """Roots (PEM) of which an authority has to respond."""
@@ -126,7 +126,7 @@ def requested_roots(
 
 
 def needed(roots: Roots, config: CAConfig, *, is_forced: bool) -> Needs:
-    """What ``requested_roots`` needs of external authorities for this request."""
+    """Return the requests to external authorities that ``requested_roots`` depends on."""
     wanted = normalized_root(config.signing_ca_cert)
     reachable = []
     if not roots.key_pem and not _brings_key(roots, config):

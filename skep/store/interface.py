@@ -202,7 +202,7 @@ class Updates(Protocol):
 
 
 class LoopStore(Updates, Protocol):
-    """What a control loop needs of the store: a ``Term`` in production, or a plain ``Store`` without the fence."""
+    """The store as a control loop uses it: a ``Term`` in production, or a plain ``Store`` without the fence."""
 
     def view(self) -> View:
         """The present local state."""

@@ -70,7 +70,7 @@ class Revocation(ApiObject):
     until: Timestamp
     is_removed: bool = False
     serials: tuple[IssuedSerial, ...] = ()
-    """Of its manager certificates, for etcd's peer port."""
+    """Serial numbers of its manager certificates, for etcd's peer port."""
     before: Timestamp = Timestamp("")
     """All its certificates issued until then are revoked as manager certificates."""
     foreign: tuple[IssuedSerial, ...] = ()
@@ -78,7 +78,7 @@ class Revocation(ApiObject):
     keeps_containers: bool = False
     """Whether the removed node's containers keep running beside their replacements."""
     hostname: str = ""
-    """Of the removed node."""
+    """Hostname of the removed node."""
 
 
 class JournalChunk(ApiObject):
@@ -86,9 +86,9 @@ class JournalChunk(ApiObject):
 
     id: str
     count: int = 0
-    """Of the entries."""
+    """Number of entries."""
     revision: int = 0
-    """Of the leader's: the history has every entry up to it.  0: of a manager's requests."""
+    """Revision up to which the history is complete, or 0 for a chunk of a manager's requests."""
     first: int = 0
     last: int = 0
     """Times of the first and the last entry, in nanoseconds since 1970."""

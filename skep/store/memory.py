@@ -278,7 +278,7 @@ class MemoryStore(Updater):
         return self.cluster.incarnation
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
-        """As the test's ``MemoryCluster`` elects this manager."""
+        """Yield a term each time the test's ``MemoryCluster`` elects this manager."""
         self.addr = addr
         self.cluster.stand(self, node_id)
         try:
@@ -360,7 +360,7 @@ class MemoryStore(Updater):
 
     async def _round_trip(self, proposal: Proposal, term: TermState | None) -> Outcome | SkepError:
         while True:
-            # As in a round trip other tasks run in between, so the state that the transaction read may change.
+            # Other tasks run meanwhile, as in a round trip, so the state that the transaction read may change.
             await asyncio.sleep(self.faults.delay_s())
             if self.faults.is_partitioned:
                 await asyncio.Event().wait()  # until the caller's deadline

@@ -107,7 +107,7 @@ class Footprint:
 
     @classmethod
     def of(cls, proposal: Proposal) -> "Footprint":
-        """That of a single proposal."""
+        """Return the footprint of a single proposal."""
         footprint = cls()
         footprint.writes.update(proposal.deletes)
         footprint.writes.update(key for key, _ in proposal.puts)

@@ -82,7 +82,7 @@ class State:
         return self.table_by_type[kind].ids.copy()
 
     def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
-        """Of the whole state: id -> the error; shared, not to be changed."""
+        """Return the errors of unreadable objects of a kind, by id.  The mapping is shared: do not change it."""
         return self.table_by_type[kind].unreadable
 
     def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:

@@ -16,7 +16,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """The other end of a connection."""
 
     identity: Identity | None
-    """From its verified certificate; None without a certificate."""
+    """The identity in its verified certificate, or None without a certificate."""
     address: str
     """IP address it connects from."""
     disconnect: Callable[[], None]

@@ -18,11 +18,11 @@ A = TypeVar("A", bound=Message)
 REQUEST_BYTES_MAX = 64 * 1024
 """Largest request of most methods: a few ids and words."""
 DESCRIPTION_BYTES_MAX = 1024 * 1024
-"""Of those that describe a node: its labels, its networks, what it found on its paths."""
+"""Largest request that describes a node: its labels, its networks, the findings on its paths."""
 TUNNEL_PIECE_BYTES_MAX = 160 * 1024
-"""Of a tunnel: 64 KiB of data, or the head of a request."""
+"""Largest message of a tunnel: 64 KiB of data, or the head of a request."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
-"""Of those with as many statuses or log lines as have gathered; SwarmKit's limit for every message."""
+"""Largest message with collected statuses or log lines.  SwarmKit's limit for every message."""
 
 
 class Access(Enum):

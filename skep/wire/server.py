@@ -43,21 +43,21 @@ log = structlog.get_logger(__name__)
 CLOSE_SECONDS_MAX = 5.0
 
 CLOSED_PER_S, CLOSING_S_MAX = 200, 10.0
-"""Where all connections are ended: fewer a second than nodes can register, but all of them within this time."""
+"""When all connections are closed: fewer in a second than nodes can register, but all within this time."""
 
 NODE_CONNECTIONS_MAX = 32
-"""Of one node at one time; it needs two, one of them for a moment."""
+"""Simultaneous connections of one node.  It needs two, and the second one only briefly."""
 NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=20 * 1024 * 1024)
 """All streams' windows and the largest message are together smaller than the connection's window: log streams that
 are not read never hold up heartbeats."""
 NODE_BYTES_MAX = 2 * NODE_LIMITS.connection_window
-"""Of requests that are held for one node, on all its connections.  The connection that brings more is closed."""
+"""Buffered request bytes of one node on all its connections.  A connection that exceeds them is closed."""
 
 ANONYMOUS_MAX = 64
 ANONYMOUS_PER_SOURCE_MAX = 4
 ANONYMOUS_SECONDS_MAX = 60.0
 ANONYMOUS_SILENT_SECONDS_MAX = 5.0
-"""Until its first call."""
+"""Time limit for the first call."""
 ANONYMOUS_LIMITS = Limits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
 
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
@@ -87,7 +87,7 @@ class Bound:
 
     @property
     def held_bytes(self) -> int:
-        """Of requests that have arrived and have no response."""
+        """Bytes of received requests without a response."""
         return sum(connection.held for connection in self._server.connections)
 
     def disconnect_all(self, first: Callable[[Identity], bool]) -> None:
@@ -205,7 +205,7 @@ class _Server:
         self.anonymous.forget(connection)
         if (identity := connection.identity) is not None:
             self.of_node[identity.node_id] -= 1
-            # What handlers have taken from it is not counted any more when they end.
+            # Its handlers no longer report their bytes when they end.
             self.bytes_of_node[identity.node_id] -= connection.held
             if not self.of_node[identity.node_id]:
                 del self.of_node[identity.node_id]

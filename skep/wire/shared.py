@@ -24,7 +24,7 @@ class Connect(Protocol):
 
 
 class SharedConnections:
-    """As many connections to each address as its streams need."""
+    """Shared connections: for each address as many as its streams need."""
 
     def __init__(
         self,

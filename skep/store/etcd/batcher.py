@@ -66,7 +66,7 @@ class QueuedProposal:
         self.footprint = Footprint.of(proposal)
         self.size_bytes = proposal.size_bytes
         self.operations = proposal.operations + 1
-        """As etcd counts: the fence is one compare more, the marker of a deletion one write more."""
+        """Number of operations as etcd counts them, with the fence and the marker."""
         self.outcome: asyncio.Future[Outcome | SkepError] = asyncio.get_running_loop().create_future()
         self.is_in_flight = False
         """Whether it is in an entry that may take effect, now or later."""
@@ -86,7 +86,7 @@ class QueuedProposal:
             self.resolve(Unavailable("the writer was cancelled"))
 
     def late_outcome(self) -> "asyncio.Future[Outcome | SkepError] | None":
-        """After its writer was cancelled: its outcome, now or later.  None: it was not sent, and will not be."""
+        """Return the outcome of a proposal whose writer was canceled, or None if it was never sent."""
         if self.outcome.done() and not self.outcome.cancelled():
             return self.outcome
         self.outcome.cancel()
@@ -108,7 +108,7 @@ class Batch:
         self.footprint = Footprint()
         self.request = pb.TxnRequest()
         self.markers: list[Marker] = []
-        """Of the proposals that are encoded so far."""
+        """Markers of the encoded proposals."""
         self.response: Awaitable[pb.TxnResponse] | None = None
         """Set when the request was sent."""
         self.sent_at = 0.0

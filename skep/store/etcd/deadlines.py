@@ -82,7 +82,10 @@ def end_peer_connections(pid: int | None, port: int) -> None:
 
 
 def _sockets(pid: int) -> Iterator[tuple[str, int, int]]:
-    """Of each socket of a process: its name in ``/proc``, a pidfd of the process, its descriptor.  Raises: OSError."""
+    """Yield for each socket of a process its name in ``/proc``, a pidfd of the process, and its descriptor.
+
+    Raises: OSError.
+    """
     process = os.pidfd_open(pid)
     try:
         for number in os.listdir(f"/proc/{pid}/fd"):

@@ -50,7 +50,7 @@ class Election:
         self._addr = addr
         self._clock = clock
         self._nonce = ""
-        """Of a write of the leader key without a response; empty: there is none."""
+        """Nonce of a write of the leader key without a response.  Empty if all were answered."""
         self._timeout = AdaptiveTimeout()
 
     async def elected(self, backoff: Backoff) -> AsyncIterator[TermState]:

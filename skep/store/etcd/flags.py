@@ -19,7 +19,7 @@ TIMERS_MS = (100, 500)
 """Heartbeat and election timeout.  A single voter does not wait for the latter (``campaign``)."""
 
 SEALED_OFF_TIMERS_MS = (20, 100)
-"""Of a member to which ``campaign`` cannot connect."""
+"""Heartbeat and election timeout of a member to which ``campaign`` cannot connect."""
 
 SOLO_SNAPSHOT_COUNT = 1000
 SNAPSHOT_COUNT = 10_000

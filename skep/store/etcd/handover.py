@@ -30,7 +30,7 @@ async def hand_over(socket: Path) -> bool:
             for member in members
             if member.id != status.leader and not member.is_learner and member.has_started
         ]
-        # Where leadership came back, the term is a later one, and another voter is the first.
+        # Start with another voter in each term, in case the last one handed leadership back.
         first = status.raft_term % len(voters) if voters else 0
         for member in [*voters[first:], *voters[:first]]:
             try:

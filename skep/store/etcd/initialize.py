@@ -31,7 +31,7 @@ FORMAT = 1
 """The layout of keys and values that this version reads and writes."""
 
 FIRST_INCARNATION = 1
-"""Of a cluster that was never restored or forced new; stores of early versions have no number."""
+"""Incarnation of a cluster that was never restored or forced new.  Stores of early versions have no number."""
 
 
 class ClusterHeader(msgspec.Struct, frozen=True):

@@ -60,7 +60,7 @@ class RaftMembers:
             for member in await self.all(is_current=True):
                 if member.name == name and member.is_learner:
                     await self._client.remove(member.id)
-            # Until the next start, since this manager has no way to see that it has the last write of the others.
+            # It stays False until the next start: this manager cannot tell whether it has the last write of the others.
             self._is_only_member = False
             reply = await self._client.add_learner(url)
             self._own.is_one_of_several()

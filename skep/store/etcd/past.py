@@ -17,9 +17,9 @@ from skep.store.etcd.requests import change_of, etcd_key
 from skep.store.state import State
 
 KINDS = ("spec", "service", "task", "node", "network", "swarm")
-"""What is read; specs before the tasks that are filled from them."""
+"""The kinds that are read.  Specs come before the tasks that are filled from them."""
 KEYS_MAX = 200_000
-"""Of one state: some 60,000 tasks.  It is in memory beside the present one."""
+"""Keys of one state, which is about 60,000 tasks.  It is in memory in addition to the present state."""
 
 
 async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
@@ -51,7 +51,7 @@ async def state_at(client: Client, wrapping_key: bytes, revision: int) -> State:
 
 
 async def _cipher_of(client: Client, wrapping_key: bytes, revision: int) -> Cipher:
-    """With the data keys of that time: those that were replaced since are not in the present ring."""
+    """Return the cipher with the data keys of that time.  The present ring lacks keys that were replaced since."""
     found = await client.range(pb.RangeRequest(key=etcd_key(keys.KEY_RING), revision=revision))
     if not found.kvs:
         raise FailedPrecondition("there was no cluster yet")

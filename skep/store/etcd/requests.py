@@ -38,7 +38,7 @@ class Marker(msgspec.Struct, frozen=True):
 
 
 NO_MARKER = Marker(b"", b"")
-"""Of a proposal that only compares: it is the same whether it took effect or not."""
+"""Marker of a proposal without writes.  It does not matter whether it took effect."""
 
 
 def fill_txn(

@@ -73,7 +73,7 @@ class EtcdStore(Updater):
         self._is_only_member = is_only_member
         self._space: tuple[float, Space] | None = None
         self._space_changes = 0
-        """What was measured before the last one does not count."""
+        """Number of changes of the quota.  Measurements from before the last change are discarded."""
         self._compacted = 0
         self._group = group
         self._elections: set[asyncio.Task[None]] = set()
@@ -116,7 +116,7 @@ class EtcdStore(Updater):
 
     @property
     def leader(self) -> NodeId | None:
-        """By the leader key as of this replica; None: there is none."""
+        """The leader named by this replica's leader key, or None."""
         return leader_named(self._replica.leader_record)
 
     @property
@@ -140,7 +140,7 @@ class EtcdStore(Updater):
         await self._rotation.begin()
 
     async def space(self) -> Space:
-        """From etcd's status; cached for ``SPACE_S``."""
+        """Return the used space by etcd's status, cached for ``SPACE_S``."""
         now = self._clock.monotonic()
         if self._space is not None and now - self._space[0] < SPACE_S and self._space[1].share < COMPACT_AT:
             return self._space[1]
@@ -171,7 +171,7 @@ class EtcdStore(Updater):
         return is_more
 
     async def state_at(self, revision: int) -> View:
-        """From etcd's history."""
+        """Read the state at ``revision`` from etcd's history."""
         try:
             return await past.state_at(self._client, self._cipher.wrapping_key, revision)
         except Compacted as error:

@@ -17,7 +17,7 @@ from skep.wire import skep_pb2 as pb
 
 _CHECKS = frozenset(PathCheck)
 FINDINGS_MAX = 16
-"""Of one report; there are fewer checks."""
+"""Findings of one report.  There are fewer checks."""
 PORT_CHARACTERS_MAX = 32
 
 

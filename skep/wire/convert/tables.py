@@ -19,7 +19,7 @@ from skep.model.wireguard import PublicKey
 from skep.wire import skep_pb2 as pb
 
 PIECE_BYTES = 128 * 1024
-"""Of a change; some 5 ms of encoding, and a message takes several."""
+"""Size of a part of a change, which takes about 5 ms to encode.  A message has several parts."""
 
 
 def pieces_of(change: TableChange) -> Iterator[pb.NetworkChange]:

@@ -120,7 +120,7 @@ def registry_auth_of(message: pb.Task) -> str:
 
 
 def status_to_pb(status: TaskStatus) -> pb.TaskStatus:
-    """With the container's id and exit code, and the host-mode ports that are open."""
+    """Encode a status with the container's id and exit code and the open host-mode ports."""
     message = pb.TaskStatus(
         timestamp=timestamp_to_pb(status.timestamp),
         state=_state_to_pb(status.state),
@@ -186,7 +186,7 @@ def end_to_pb(end: TaskEnd) -> skep.TaskEnd:
 
 
 def end_from_pb(message: skep.TaskEnd) -> TaskEnd:
-    """As a node reports it, and as long (``bounded_end``).  An unknown stream counts as standard output."""
+    """Decode an end as reported, without limits (see ``bounded_end``).  An unknown stream counts as stdout."""
     return TaskEnd(
         cause=message.cause,
         signal=message.signal,

@@ -1,4 +1,4 @@
-"""What tasks use, as nodes report it."""
+"""Resource usage of tasks, as nodes report it."""
 
 from collections.abc import Collection, Iterable, Mapping
 
