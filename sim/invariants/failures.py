@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from sim.committed import Change
 from skep.model.ids import ServiceId
-from skep.model.service import Service
+from skep.model.service import RestartCondition, Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import Created, Deleted, Updated, View
 
@@ -32,5 +32,10 @@ class FailedServices:
         return ()
 
     def may_be_given_up(self, service: Service) -> bool:
-        """Whether slots of the service may have no task any more."""
-        return service.id in self._failed
+        """Whether slots of the service may stay without a task.
+
+        A task that is never restarted is not replaced when it loses its node either, as in SwarmKit.
+        """
+        policy = service.spec.task_template.restart_policy
+        is_never_restarted = policy is not None and policy.condition is RestartCondition.NONE
+        return is_never_restarted or service.id in self._failed
