@@ -43,7 +43,7 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
-from skep.manager.scheduler import dry_run, requirements, spread
+from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
 from skep.manager.schedules import due
@@ -389,16 +389,6 @@ def _keeps_spec_versions() -> list[Patch]:
     return [Patch(reaper_loop, "unused_versions", lambda *_: [])]
 
 
-def _accepts_all() -> list[Patch]:
-    real = dry_run.DryRun.placing
-
-    def placing(self: dry_run.DryRun, spec: ServiceSpec) -> Iterator[dry_run.PlannedPlacement | None]:
-        for step in real(self, spec):
-            yield replace(step, refusal="") if step is not None else None
-
-    return [Patch(dry_run.DryRun, "placing", placing)]
-
-
 def _allows_start_first_with_volumes() -> list[Patch]:
     return [Patch(services, "_check_volumes", lambda *_: None)]
 
@@ -596,7 +586,6 @@ MUTANTS: tuple[Mutant, ...] = (
         Mutant(name, rule, patches, run.extended)
         for name, rule, patches in (
             ("due times", "a due time without a run is recorded with its reason", _passes_over_silently),
-            ("dry run", "the dry run refuses tasks that fit no node", _accepts_all),
             (
                 "start first",
                 "start-first is refused for volumes that tasks cannot share",
