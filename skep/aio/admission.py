@@ -113,7 +113,7 @@ class Admission:
         self._transports: dict[asyncio.Transport, str] = {}
 
     def admit(self, transport: asyncio.Transport) -> bool:
-        """Count a new connection; False: there are too many, of its address or in all."""
+        """Count a new connection.  Return False if its address or the listener has too many."""
         source = peer_source(transport)
         if not self._has_room(source):
             for known in tuple(self._transports):

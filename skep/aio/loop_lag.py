@@ -123,7 +123,7 @@ class StackWatch:
 
     def __init__(self) -> None:
         self.stood: tuple[str, ...] = ()
-        """Innermost first, when it was first found late; empty: it was not late."""
+        """The stack when the thread was first found late, innermost frame first.  Empty if it was not late."""
         self._turns = 0
         self._watched = threading.get_ident()
         self._stopped = threading.Event()

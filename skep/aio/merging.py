@@ -75,14 +75,14 @@ class MergeQueue(Generic[T]):
         self.wake()
 
     async def put(self, source: Hashable, items: Sequence[T]) -> bool:
-        """Add ``items``, waiting for room before the first.  False: the reader has gone."""
+        """Wait for space and add ``items``.  Return False if the reader has ended."""
         if not await self.wait_room(source):
             return False
         self.add(source, items)
         return True
 
     async def wait_room(self, source: Hashable) -> bool:
-        """Wait until ``source`` may add items.  False: the reader has gone."""
+        """Wait until ``source`` may add items.  Return False if the reader has ended."""
         while not self.is_closed and not self._has_room(source):
             self._room.clear()
             await self._room.wait()

@@ -291,7 +291,7 @@ def checked_info(volume: pb.Volume) -> VolumeInfo:
 
 
 def discrepancy(volume: Volume, info: VolumeInfo) -> str:
-    """How a volume as it was made differs from its spec, in a sentence; empty: not at all."""
+    """Return in a sentence how a created volume differs from its spec, or an empty string."""
     wanted, has = volume.spec.capacity_range or CapacityRange(), info.capacity_bytes
     if has and has < wanted.required_bytes:
         return f"the driver made it with {has} bytes: {wanted.required_bytes} are required"

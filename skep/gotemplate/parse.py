@@ -311,7 +311,7 @@ class _Parser:
         return tree.Command(position, tuple(operands))
 
     def _operand(self) -> tree.Operand | None:
-        """A term and the fields behind it; None: there is none."""
+        """Parse a term and its fields.  Return None if there is no term."""
         term = self._term()
         if term is None or self._peek().kind != "field":
             return term

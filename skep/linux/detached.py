@@ -32,7 +32,7 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
 
 
 def identify(pid: int, version: str = "") -> ProcessIdentity | None:
-    """The process that has ``pid`` now; None: there is none, or it has ended and waits to be reaped."""
+    """Return the process with this pid, or None if there is none or it is a zombie."""
     started = processes.start_ticks_of(pid)
     return None if started is None else ProcessIdentity(pid, started, version)
 
@@ -43,7 +43,7 @@ def is_alive(process: ProcessIdentity) -> bool:
 
 
 def open_pidfd(process: ProcessIdentity) -> int | None:
-    """A descriptor that becomes readable when ``process`` ends; None: it has ended.  The caller closes it."""
+    """Return a descriptor that is readable once ``process`` ends, or None if it has ended.  The caller closes it."""
     return processes.open_pidfd(process.pid, process.start_time)
 
 

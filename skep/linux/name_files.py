@@ -92,7 +92,7 @@ def _options(words: list[list[str]], options: Sequence[str]) -> list[str]:
 
 
 def _dots(option: str) -> int | None:
-    """The N of ``ndots:N``; None: another option."""
+    """Return the number of an ``ndots:N`` option, or None for another option."""
     name, _, value = option.partition(":")
     return int(value) if name == "ndots" and value.isascii() and value.isdecimal() else None
 

@@ -44,7 +44,7 @@ def stat_of(pid: int) -> Stat | None:
 
 
 def start_ticks_of(pid: int) -> int | None:
-    """When the process that has ``pid`` started; None: there is none, or it has ended and waits to be reaped."""
+    """Return the start time of the process with this pid, or None if there is none or it is a zombie."""
     stat = stat_of(pid)
     return None if stat is None or stat.has_ended else stat.start_ticks
 
@@ -55,7 +55,7 @@ def boot_id() -> str:
 
 
 def open_pidfd(pid: int, start_ticks: int) -> int | None:
-    """A descriptor that becomes readable when exactly this process ends; None: it has.  The caller closes it."""
+    """Return a descriptor that is readable once this process ends, or None if it has ended.  The caller closes it."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -179,7 +179,7 @@ class _Removal:
                 self._note(level.name, error)
 
     def _remove_entry(self, parent: int, name: str) -> bool:
-        """Unlink an entry or remove the empty directory that it is, whatever protects it; False: it is not empty."""
+        """Remove a file or an empty directory, even if protected.  Return False if the directory is not empty."""
 
         def remove() -> bool:
             try:

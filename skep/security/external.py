@@ -205,7 +205,7 @@ def _refusal(
     now: datetime,
     not_before_s: int,
 ) -> str:
-    """Why the certificate is not the one that was requested; empty: it is.  First match wins."""
+    """Return how the certificate differs from the request, or an empty string.  The first difference wins."""
     subject = {
         NameOID.COMMON_NAME: str(identity.node_id),
         NameOID.ORGANIZATION_NAME: str(identity.cluster_id),
@@ -313,7 +313,7 @@ def _has(certificate: x509.Certificate, extension: type[x509.ExtensionType]) -> 
 
 
 def _only(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str | None:
-    """The value of a subject's field; None: it has none, or several."""
+    """Return the value of a subject's field, or None unless it has exactly one."""
     values = certificate.subject.get_attributes_for_oid(oid)
     return str(values[0].value) if len(values) == 1 else None
 

@@ -54,7 +54,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Roots(msgspec.Struct, frozen=True, kw_only=True):
-    """A cluster's root with its key (PEM; empty: an external authority has it), and the new one during a rotation."""
+    """A cluster's root with its PEM key (empty if an external authority has it), and the new root during a rotation."""
 
     root_pem: bytes
     key_pem: bytes
@@ -143,7 +143,7 @@ def needed(roots: Roots, config: CAConfig, *, is_forced: bool) -> Needs:
 
 
 def normalized_root(text: str) -> bytes:
-    """The user's root certificate as the cluster has it; empty: there is none that can be read."""
+    """Return the user's root certificate in the cluster's form, or empty bytes if it cannot be read."""
     try:
         return pem(_root_certificate(text)) if text else b""
     except InvalidArgument:

@@ -132,7 +132,7 @@ def writer_epoch_key(node_id: str) -> str:
 
 
 def covering_prefix(key: str) -> str | None:
-    """The prefix whose range compares a write of ``key`` may make fail; None: no range over such keys is compared."""
+    """Return the prefix of range compares that a write of ``key`` can fail, or None if no compare has such a range."""
     if key.startswith("r/"):
         _, kind, id, _ = key.split("/", 3)
         return reference_prefix(kind, id)

@@ -114,7 +114,7 @@ def spec_version_id(service_id: str, version: Version) -> str:
 
 
 def spec_version_of(view: View, task: Task) -> SpecVersion | None:
-    """The stored spec of ``task``'s spec version; None: it has none, or that one was removed."""
+    """Return the stored spec of ``task``'s spec version, or None if it has none or that spec was removed."""
     if task.spec_version is None:
         return None
     return view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))

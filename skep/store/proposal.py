@@ -22,7 +22,7 @@ COMPARE_BYTES, WRITE_BYTES = 56, 80
 
 
 class Unchanged(msgspec.Struct, frozen=True, gc=False):
-    """``key`` still has this modification revision; 0: it does not exist."""
+    """``key`` still has this modification revision, or does not exist for revision 0."""
 
     key: str
     revision: int

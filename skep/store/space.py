@@ -106,7 +106,7 @@ def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool
 
 
 def refusal(space: Space, *, creates: bool) -> str:
-    """The error of a user's write that is refused; empty: it is accepted.  ``creates``: it adds an object."""
+    """Return the error for a refused write of a user, or an empty string.  ``creates``: whether it adds an object."""
     if space.share < (REFUSE_AT if creates else REFUSE_ALL_AT):
         return ""
     return (
@@ -116,7 +116,7 @@ def refusal(space: Space, *, creates: bool) -> str:
 
 
 def warning(space: Space) -> str:
-    """The warning for users before writes are refused; empty: none."""
+    """Return the warning for users before writes are refused, or an empty string."""
     if space.has_alarm:
         return f"the cluster's store has reached its quota and is being compacted: {space.summary}"
     return f"the cluster's store is {space.summary}" if space.share >= WARN_AT else ""

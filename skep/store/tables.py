@@ -107,7 +107,7 @@ class Table:
         return NotFound(f"{self.schema.name} {id} not found")
 
     def revision(self, id: str, part: str) -> int:
-        """When this key was last written; 0: it does not exist."""
+        """Revision of the last write of this key, or 0 if it does not exist."""
         return self.revisions[part].get(id, 0)
 
     def apply(self, id: str, changes: Mapping[str, KeyChange]) -> Event | None:

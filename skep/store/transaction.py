@@ -53,7 +53,7 @@ class LocalTransaction:
         self._written: dict[Owner, Any] = {}
         """Objects that this transaction put (None: deleted), by kind name and id, in the order of the first write."""
         self._relied: dict[Owner, set[str] | None] = {}
-        """Objects whose concurrent change fails the commit -> the parts that count, None: all."""
+        """Objects whose concurrent change fails the commit, with the parts that count, or None for all parts."""
         self._relied_kinds: set[str] = set()
         """Kinds of which any concurrent change fails it."""
         self._claimed: dict[str, Owner | None] = {}

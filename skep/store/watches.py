@@ -104,7 +104,7 @@ def _share(
     wanted: frozenset[type[Object]],
     present: frozenset[type[Object]],
 ) -> Commit | None:
-    """The commit with the events of ``wanted`` kinds; None: there are none."""
+    """Return the commit with only the events of ``wanted`` kinds, or None without such events."""
     if wanted == present:
         return commit if wanted else None
     if not wanted:

@@ -194,7 +194,7 @@ class _Server:
         return _Connection(self)
 
     def refusal(self, identity: Identity | None) -> str:
-        """Why a connection is refused; empty: it is not."""
+        """Return why a connection is refused, or an empty string."""
         if identity is None:
             return ""
         return "too many of one node" if self.of_node[identity.node_id] >= NODE_CONNECTIONS_MAX else ""
@@ -290,7 +290,7 @@ class _Connection(ServerConnection):
 
     @property
     def identity(self) -> Identity | None:
-        """The node at the other end; None: an anonymous or refused connection."""
+        """The node at the other end, or None for an anonymous or refused connection."""
         return self.caller.identity if self.caller is not None else None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

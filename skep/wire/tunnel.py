@@ -14,7 +14,7 @@ from skep.wire import skep_pb2 as skep
 PIECE_BYTES = 64 * 1024
 
 Receive: TypeAlias = Callable[[], Awaitable[skep.TunnelPiece | None]]
-"""The peer's next piece; None: its call has ended."""
+"""Return the peer's next piece, or None at the end of its call."""
 Send: TypeAlias = Callable[[skep.TunnelPiece], Awaitable[None]]
 
 

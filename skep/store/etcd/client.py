@@ -242,7 +242,7 @@ class Client:
         return await call.response()
 
     def begin(self, path: str, request: bytes, timeout_s: float) -> "Call | None":
-        """Send ``request`` now; its response is to be awaited.  None: there is no connection."""
+        """Send ``request`` now.  Return its response to await, or None without a connection."""
         connection = self._connection
         if connection is None or connection.is_lost or connection.is_used_up:
             return None

@@ -70,7 +70,7 @@ def check_files(data: Path) -> None:
 
 
 def damage_reported(reason: str, data: Path) -> Damaged | None:
-    """The damage that etcd's last output reports; None: none."""
+    """Return the damage that etcd's last output reports, or None."""
     if any(text in reason for text in _NOT_OF_FILES):
         return None
     sentence = next((sentence for text, sentence in _MESSAGES if text in reason), None)

@@ -79,7 +79,7 @@ class Member:
         self.starts = 0
         """Number of starts of the process."""
         self.error = ""
-        """Why it cannot be started at present, as a text for users; empty: no error."""
+        """Reason why it cannot be started now, in words for users.  Empty if it can."""
         self._binary = binary
         self._clock = clock
         self._backoff = backoff
@@ -339,7 +339,7 @@ def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
 
 
 def missing_bytes(data: Path) -> int:
-    """Missing disk space for a start; 0: there is enough."""
+    """Return the bytes of disk space that a start lacks, or 0."""
     existing = data
     while not existing.exists():
         existing = existing.parent

@@ -69,7 +69,7 @@ def remove_pid(directory: Path) -> None:
 
 
 def _recorded(directory: Path) -> tuple[int, int] | None:
-    """Pid and start time of the recorded process, which may have ended; None: none, or of another boot."""
+    """Return pid and start time of the recorded process, which may have ended.  None without a record of this boot."""
     try:
         pid, started, boot = (directory / "pid").read_text().split()
         return (int(pid), int(started)) if boot == boot_id() else None

@@ -35,14 +35,14 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
     @property
     def manager_addr(self) -> str:
-        """``ip:port`` of its manager; empty: unknown."""
+        """``ip:port`` of its manager.  Empty if unknown."""
         _, port = parted(self.url)
         manager_port = self.manager_port or (int(port) - 1 if port.isdecimal() else 0)
         return joined(self.ip, manager_port) if self.ip and manager_port else ""
 
     @property
     def peer_addr(self) -> str:
-        """``ip:port`` of its peer port; empty: unknown."""
+        """``ip:port`` of its peer port.  Empty if unknown."""
         _, port = parted(self.url)
         return joined(self.ip, port) if self.ip and port.isdecimal() else ""
 

@@ -204,7 +204,7 @@ class Reflector:
             self._replica.apply(revision, changes)
 
     def _change(self, event: pb.Event, revision: int) -> KeyChange | None:
-        """The change of one key; None: its value cannot be read."""
+        """Return the change of one key, or None if its value cannot be read."""
         kv = event.kv
         is_delete = event.type == pb.Event.DELETE
         if kv.key == _KEY_RING and not is_delete:

@@ -100,12 +100,12 @@ def compared_ring(revision: int) -> pb.Compare:
 
 
 def compared_leader(revision: int) -> pb.Compare:
-    """The leader key is still the one of ``revision``, a term's fence; 0: there is none yet."""
+    """Compare that the leader key is unchanged since ``revision``, or does not exist for revision 0."""
     return compared_key(etcd_key(keys.LEADER), revision)
 
 
 def compared_key(key: bytes, revision: int) -> pb.Compare:
-    """``key`` (etcd's) was last written at ``revision``; 0: it does not exist."""
+    """Compare that etcd's ``key`` was last written at ``revision``, or does not exist for revision 0."""
     return pb.Compare(key=key, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=revision)
 
 

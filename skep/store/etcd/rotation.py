@@ -61,7 +61,7 @@ class KeyRotation:
 
     @property
     def unreadable(self) -> tuple[str, ...]:
-        """Keys of values that cannot be re-encrypted, after a complete pass; empty: none, or no complete pass yet."""
+        """Keys of values that the last complete pass could not re-encrypt."""
         ring_revision, left = self._last_pass or (0, ())
         return left if ring_revision == self._cipher.ring_revision else ()
 
