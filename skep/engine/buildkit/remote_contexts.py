@@ -62,9 +62,8 @@ async def remote_context(
         if not _HTTP.match(address):
             raise Unimplemented(f"a context at another place than the client is not supported: {address}")
         if URL(address).host == _UPLOAD_HOST:
-            await spool(
-                _uploaded(session, URL(address), progress), place / _FILE, contexts.accepted_on(place)
-            )
+            pieces = _uploaded(session, URL(address), progress)
+            await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")
         else:
             file = await Download(
                 address, "", place, contexts.accepted_on(place), KnownAnswers(), provider

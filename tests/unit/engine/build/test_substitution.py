@@ -142,4 +142,4 @@ def test_a_here_document_is_bounded() -> None:
     plain = "x" * (2 * VALUE_BYTES_MAX)
     assert substituted_document(plain, VARIABLES) == plain, "there is nothing to substitute"
     with pytest.raises(InvalidArgument, match="a value has more than"):
-        substituted_document("$A" + plain, VARIABLES)
+        substituted_document("${A}" + plain, VARIABLES)
