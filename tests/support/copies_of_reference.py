@@ -82,11 +82,11 @@ def _fill(root: Path) -> None:
 def _described(archive: tarfile.TarFile) -> Files:
     found = {}
     for member in archive:
-        content = archive.extractfile(member)
+        content = archive.extractfile(member) if member.isreg() else None
         target = member.linkname.removeprefix("./")
         mode = "" if member.issym() else f"{member.mode:o}"
         name = member.name.removeprefix("./").strip("/")
-        text = content.read() if content is not None and member.isreg() else target
+        text = content.read() if content is not None else target
         found[name] = (member.type, mode, member.uid, member.gid, text)
     return {name: entry for name, entry in found.items() if name not in ("", ".")}
 
