@@ -5,6 +5,7 @@ One Docker Engine and one playground node, each in namespaces of its own, in alt
 * *pull*: an image of 300 MB (six layers, 6,000 files, half of it compressible) from a registry on the node's own
   loopback, until it is unpacked and listed;
 * *build*: ten steps by the classic builder, then the same again, all of it cached; BuildKit by the docker command;
+* *context*: 10,000 files of together 1 GB are sent, stored and copied, by BuildKit and by the classic builder;
 * *start*: tasks of a service until they run, and their removal (``scenarios.start``);
 * *fresh*: the first start of a container of the image that was just pulled, beside later ones;
 * *spread*: ten nodes (image stores of one process, over mutual TLS) fetch an image of 300 MB from one, all at once.
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -48,6 +50,8 @@ FILE_BYTES = 50_000
 LATER_STARTS = 5
 NODES = 10
 TASKS = 20
+CONTEXT_FILES = 10_000
+CONTEXT_FILE_BYTES = 100_000
 Lab = DockerLab | SkepLab
 
 
@@ -66,6 +70,7 @@ def figures(pairs: int) -> list[Figure]:
         return [
             *_pull_figures(*side_by_side(labs, pairs, _pulled)),
             *_build_figures(*side_by_side(labs, pairs, _Builds(place).measure)),
+            *_context_figures(*side_by_side(labs, pairs, _LargeContext(place).measure)),
             *_start_figures(labs, pairs),
             *asyncio.run(_spread_figures(place / "spread")),
         ]
@@ -259,6 +264,43 @@ def _build_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Fi
         ratio(3, "cached beside the first time, Skep's own, s", again, limit=0.5),
         ratio(0, "BuildKit, ten steps, docker command, s", sides["first by BuildKit"]),
         ratio(0, "BuildKit, the same again, s", sides["second by BuildKit"]),
+    ]
+
+
+class _LargeContext:
+    """A context whose directory has another name each time, by which no builder knows it."""
+
+    def __init__(self, place: Path) -> None:
+        """``place``: for the files."""
+        self._numbers = count()
+        self._place = place
+        self._directory = place / "large"
+        rng = random.Random(40)
+        for number in range(CONTEXT_FILES):
+            path = self._directory / f"{number % 200}" / f"{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(rng.randbytes(CONTEXT_FILE_BYTES))
+        (self._directory / "Dockerfile").write_text("FROM busybox:1\nCOPY . /app\n")
+
+    def measure(self, lab: Lab) -> Metrics:
+        """Seconds of both builders, from the command until its image is listed."""
+        found = {}
+        for which, variable in (("BuildKit", "1"), ("classic", "0")):
+            self._directory = self._directory.rename(self._place / f"large-{next(self._numbers)}")
+            words = ("build", "-q", "-t", "large:1", str(self._directory))
+            found[which] = _timed(partial(_docker, lab, *words, DOCKER_BUILDKIT=variable))
+            _remove(lab, "large:1")
+            lab.engine.post("/build/prune?all=1")
+        return found
+
+
+def _context_figures(sides: Mapping[str, Sides], busy: Sequence[float]) -> list[Figure]:
+    size = CONTEXT_FILES * CONTEXT_FILE_BYTES // 1_000_000
+    text = f"context of {CONTEXT_FILES} files, {size} MB"
+    return [
+        # At least 0.8 of Docker's speed.
+        ratio(7, f"{text}, by BuildKit, s", sides["BuildKit"], limit=1.25, busy=busy),
+        ratio(7, f"{text}, by the classic builder, s", sides["classic"], limit=1.25, busy=busy),
     ]
 
 

@@ -184,6 +184,16 @@ def test_every_test_that_the_page_of_swarmkits_scenarios_names_exists() -> None:
     assert [name for name in named if not exists(name)] == []
 
 
+def test_every_rule_for_files_in_dockerfiles_has_a_test_that_exists() -> None:
+    page = ROOT / "docs" / "conformance" / "dockerfile-files.md"
+    rows = [line.split("|") for line in page.read_text().splitlines() if line.startswith("| ")]
+    rules = [cells for cells in rows if len(cells) == 5 and cells[1].strip() != "rule"]
+    assert len(rules) > 60
+    assert [cells[1] for cells in rules if "`tests/" not in cells[3]] == []
+    named = re.findall(r"`(tests/[^`]+)`", page.read_text())
+    assert [name for name in named if not exists(name)] == []
+
+
 def test_every_scenario_has_a_test_or_a_reason() -> None:
     page = ROOT / "docs" / "conformance" / "orchestration.md"
     rows = [line.split("|") for line in page.read_text().splitlines() if line.startswith("|")]

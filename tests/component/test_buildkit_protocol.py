@@ -70,7 +70,9 @@ class ReadingBuilds:
                 self.cancelled.set()
         root = await context()
         self.files = {
-            str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()
+            str(path.relative_to(root)): path.read_text(errors="replace")
+            for path in root.rglob("*")
+            if path.is_file()
         }
         progress.output(step, Stream.STDOUT, b"read\n")
         progress.finished(step, IMAGE)
@@ -97,7 +99,7 @@ class Rig:
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    builds, sessions, limits = ReadingBuilds(), Sessions(), Limits(archive_bytes_max=10_000)
+    builds, sessions, limits = ReadingBuilds(), Sessions(), Limits(archive_bytes_max=12_000)
     contexts = Contexts(tmp_path / "contexts", limits)
     solver = Solver(builds, builds.archive, sessions, contexts, SystemClock())
     kit = BuildKit(sessions, solver, Control(sessions, solver, None))  # type: ignore[arg-type]  # no cache is asked for
@@ -181,7 +183,7 @@ STAT, DATA, REQ = pb.Packet.STAT, pb.Packet.DATA, pb.Packet.REQ
             [pb.Packet(type=STAT, stat=one[0]) for one in (a_link("a", "/"), a_file("a/b", "x"))],
             "out of order",
         ),
-        ([pb.Packet(type=STAT, stat=a_file("a", "x" * 20_000)[0])], "larger than the 10000 bytes"),
+        ([pb.Packet(type=STAT, stat=a_file("a", "x" * 20_000)[0])], "larger than the 12000 bytes"),
         (
             [
                 pb.Packet(type=STAT, stat=a_file("a", "x")[0]),
@@ -351,7 +353,7 @@ async def test_after_the_end_of_its_job_a_client_builds_nothing(rig: Rig) -> Non
         ),
         (pb.SolveRequest(entitlements=["security.insecure"]), "granting entitlement security.insecure"),
         (
-            pb.SolveRequest(frontend_attrs={"context": "https://example.org/x.git"}),
+            pb.SolveRequest(frontend_attrs={"context": "ftp://example.org/x"}),
             "a context at another place",
         ),
         (pb.SolveRequest(frontend="other.v0"), "front end other.v0 is not supported"),

@@ -115,6 +115,8 @@ class Copier:
                 try:
                     os.mkdir(name, 0o755, dir_fd=parent)
                 except FileExistsError:
+                    if not self._replaces:
+                        _require_directory(parent, name, path)
                     continue
                 owner = self._ownership.owner or Identity()
                 os.chown(name, owner.uid, owner.gid, dir_fd=parent, follow_symlinks=False)
@@ -259,6 +261,12 @@ def _data_from(descriptor: int, at: int) -> int | None:
         if error.errno != errno.ENXIO:
             raise
         return None
+
+
+def _require_directory(parent: int, name: str, path: str) -> None:
+    """Raises: InvalidArgument: something else is on the way to a destination."""
+    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        raise InvalidArgument(f"mkdir /{path}: not a directory")
 
 
 def _require_kind(path: str, status: os.stat_result, *, is_directory: bool) -> None:

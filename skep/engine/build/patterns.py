@@ -144,7 +144,7 @@ def ignored_patterns(text: str) -> Sequence[str]:
         pattern = pattern[is_negated:].strip()
         if pattern:
             pattern = posixpath.normpath(pattern)
-            pattern = pattern.lstrip("/") if len(pattern) > 1 else pattern
+            pattern = pattern.lstrip("/") or "/"
         patterns.append("!" + pattern if is_negated else pattern)
         if len(patterns) > PATTERNS_MAX:
             raise InvalidArgument(f".dockerignore has more than {PATTERNS_MAX} patterns")

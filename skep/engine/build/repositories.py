@@ -13,8 +13,9 @@ import os
 import posixpath
 import re
 import shutil
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -197,6 +198,7 @@ class Repository(Remote):
                 cwd=self._directory,
                 env=await self._environment(stack, words),
                 umask=0o022,
+                start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -205,6 +207,9 @@ class Repository(Remote):
                 output, errors = await communicate(process, _DEADLINE_S)
             except TimeoutError as error:
                 raise Unavailable(f"git {words[0]} takes longer than {_DEADLINE_S:.0f} seconds") from error
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its helpers for the network
         if process.returncode:
             text = errors.decode(errors="replace").strip()[-_SHOWN_BYTES:]
             raise Unavailable(

@@ -5,6 +5,7 @@ directory each time, and files that are listed as they were are linked from it. 
 whole.
 """
 
+import os
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from skep.aio.trees import discard_tree
 from skep.engine.buildkit.filesync import Selection, receive
 from skep.engine.buildkit.sessions import Session
 from skep.engine.buildkit.tree import Entry, KeptTree, Kind, TreeLimits
-from skep.engine.images.workers import Limits
+from skep.engine.images.workers import Limits, unpack
 
 _KEPT_MAX = 8
 """Trees, the least recently used goes first."""
@@ -91,6 +92,18 @@ class Contexts:
             yield root
         finally:
             await self._release(root)
+
+    async def unpack(self, archive: Path, root: Path) -> None:
+        """Unpack an archive into an empty directory.  Raises: InvalidArgument, ResourceExhausted, UnpackFailed."""
+        descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            await unpack(descriptor, root, limits=self._limits, is_layer=True, has_whiteouts=False)
+        finally:
+            os.close(descriptor)
+
+    def accepted_on(self, directory: Path) -> int:
+        """Bytes of a context that may be written to one of the directories."""
+        return max(min(self._limits.archive_bytes_max, self.room_on(directory)), 0)
 
     def room_on(self, directory: Path) -> int:
         """Bytes that may still be written to one of the directories."""

@@ -145,14 +145,16 @@ async def _next(messages: Messages) -> pb.Packet:
     return packet
 
 
-async def spool(pieces: AsyncIterable[bytes], target: Path, room_bytes: int) -> None:
+async def spool(
+    pieces: AsyncIterable[bytes], target: Path, room_bytes: int, what: str = "the result of the build"
+) -> None:
     """Write an archive to a new file.  Raises: ResourceExhausted: it is larger than ``room_bytes``; OSError."""
     size = 0
     with target.open("xb") as file:
         async for piece in pieces:
             size += len(piece)
             if size > room_bytes:
-                raise ResourceExhausted("no space left on device for the result of the build")
+                raise ResourceExhausted(f"no space left on device for {what}")
             await asyncio.to_thread(file.write, piece)
 
 

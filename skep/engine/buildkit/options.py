@@ -16,8 +16,8 @@ from skep.model.container import Ulimit
 DOCKERFILE = "dockerfile.v0"
 _GATEWAY = "gateway.v0"
 
-_IGNORED = ("frontend.caps", "vcs:", "build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR")
-"""Of no effect on the image: what a client can do, and where its files come from (of provenance, git contexts)."""
+_IGNORED = ("frontend.caps", "vcs:")
+"""Of no effect on the image: what a client can do, and where its files come from (of provenance)."""
 _ARGUMENTS_REFUSED = (
     "BUILDKIT_SANDBOX_HOSTNAME",
     "BUILDKIT_CACHE_MOUNT_NS",
@@ -54,6 +54,9 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     dockerfile: Source = Source("dockerfile")
     remote: str = ""
     """An archive that the client uploads, or another address that is the context."""
+    has_own_dockerfile: bool = False
+    """Whether the Dockerfile is the client's, and not in a remote context."""
+    keeps_git_dir: bool = False
     images: Mapping[str, str] = {}
     """Named contexts that are images, by the names that stand for them in the Dockerfile."""
     directories: Mapping[str, Source] = {}
@@ -98,12 +101,15 @@ def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
     sessions = _taken(left, "local-sessionid:")
     images, directories = _contexts(_taken(left, "context:"), sessions)
     use_cache, stages = _use_cache(left)
+    has_own_dockerfile = "dockerfilekey" in left
     context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
     build = Asked(
         filename=left.pop("filename", "") or "Dockerfile",
         context=Source(context, sessions.get(context, "")),
         dockerfile=Source(dockerfile, sessions.get(dockerfile, "")),
         remote=left.pop("context", ""),
+        has_own_dockerfile=has_own_dockerfile,
+        keeps_git_dir=_is_true(arguments.pop("BUILDKIT_CONTEXT_KEEP_GIT_DIR", "")),
         images=images,
         directories=directories,
         target=left.pop("target", ""),

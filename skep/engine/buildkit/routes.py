@@ -172,12 +172,18 @@ def solve_request(query: Any, ref: str) -> pb.SolveRequest:
     for name in ("squash", "securityopt", "isolation"):
         if query.get(name, "") not in ("", "0", "false", "null", "[]", "default"):
             raise Unimplemented(f"build option {name} is not supported")
-    if query.get("remote", "") != "client-session":
-        raise Unimplemented("a context at another place than the client is not supported")
+    remote = query.get("remote", "client-session")
+    if remote == "upload-request":
+        raise Unimplemented(
+            "a context on standard input is not supported for docker 20.10: use docker buildx build, or"
+            " DOCKER_BUILDKIT=0"
+        )
     outputs = _json(query, "outputs", list[_Output]) or [_Output(type="moby")]
     request = pb.SolveRequest(ref=ref, session=query.get("session", ""), frontend="dockerfile.v0")
     attributes = request.frontend_attrs
     attributes.update(_attributes(query))
+    if remote != "client-session":
+        attributes["context"] = remote
     for name, value in (_json(query, "buildargs", dict[str, str | None]) or {}).items():
         if value is not None:
             attributes[f"build-arg:{name}"] = value

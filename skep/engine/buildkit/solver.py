@@ -44,6 +44,7 @@ from skep.engine.buildkit.options import (
 )
 from skep.engine.buildkit.progress import BuildLog, Vertices
 from skep.engine.buildkit.provider import ClientProvider
+from skep.engine.buildkit.remote_contexts import remote_context
 from skep.engine.buildkit.sessions import Session, Sessions
 from skep.engine.images.digest import Digest
 from skep.errors import (
@@ -266,15 +267,18 @@ class Solver:
         build = asked(frontend, attributes)
         check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for its record
-        definition = await self._definition(job, await self._session_of(session, build.dockerfile), build)
         provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
+            remote = await self._remote(job, session, build, provider, received)
+            client = await self._session_of(session, build.dockerfile)
+            definition = await self._definition(job, client, build, remote)
 
-            def opening(source: Source, ignored: str | None, remote: str = "") -> OpenContext:
+            def opening(source: Source, ignored: str | None, root: Path | None = None) -> OpenContext:
                 async def open_context() -> Path:
+                    if root is not None:
+                        return root
                     client = await self._session_of(session, source)
-                    opened = self._context(job, client, source, ignored, remote)
-                    return await received.enter_async_context(opened)
+                    return await received.enter_async_context(self._context(job, client, source, ignored))
 
                 return open_context
 
@@ -282,7 +286,7 @@ class Solver:
                 _request(build, job.exported, definition.text),
                 directories={name: opening(source, None) for name, source in build.directories.items()},
             )
-            open_context = opening(build.context, definition.ignored, build.remote)
+            open_context = opening(build.context, definition.ignored, remote[0] if remote else None)
             work = self._builds.build(request, open_context, job.vertices, provider)
             try:
                 result = await run_unless(work, session.wait_closed())
@@ -293,8 +297,32 @@ class Solver:
     async def _session_of(self, session: Session, source: Source) -> Session:
         return await self._sessions.get(source.session) if source.session else session
 
-    async def _definition(self, job: Job, session: Session, build: Asked) -> "_Definition":
-        """Raises: SkepError: the client has no such Dockerfile."""
+    async def _remote(
+        self, job: Job, session: Session, build: Asked, provider: ClientProvider, stack: AsyncExitStack
+    ) -> tuple[Path, str] | None:
+        """A context that is no directory of the client, as ``remote_context`` gives it.  None if there is none."""
+        if not build.remote:
+            return None
+        with job.vertices.doing("[internal] load remote build context") as vertex:
+            progress = partial(job.vertices.figure, vertex, "transferring context:")
+            return await stack.enter_async_context(
+                remote_context(
+                    self.contexts,
+                    session,
+                    build.remote,
+                    provider,
+                    keeps_git_dir=build.keeps_git_dir,
+                    progress=progress,
+                )
+            )
+
+    async def _definition(
+        self, job: Job, session: Session, build: Asked, remote: tuple[Path, str] | None = None
+    ) -> "_Definition":
+        """Raises: SkepError: the client, or a remote context, has no such Dockerfile."""
+        if remote is not None and not build.has_own_dockerfile:
+            root, name = remote
+            return await asyncio.to_thread(_read_definition, root, name or build.filename)
         names = _names_of(build.filename)
         with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
             async with self.contexts.received(
@@ -309,11 +337,9 @@ class Solver:
 
     @asynccontextmanager
     async def _context(
-        self, job: Job, session: Session, source: Source, ignored: str | None, remote: str
+        self, job: Job, session: Session, source: Source, ignored: str | None
     ) -> AsyncIterator[Path]:
         """The files of a context while the block runs.  Raises: SkepError."""
-        if remote:
-            raise Unimplemented(f"a context at another place than the client is not supported: {remote}")
         which = "build context" if source.name == "context" else f"context {source.name}"
         if ignored is None:
             with job.vertices.doing(f"[internal] load .dockerignore of the {which}"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.engine.build.substitution import VALUE_BYTES_MAX, Budget, split, substituted
+from skep.engine.build.substitution import VALUE_BYTES_MAX, Budget, split, substituted, substituted_document
 from skep.errors import InvalidArgument
 
 VARIABLES = {"A": "one", "EMPTY": "", "PATH": "/usr/bin:/bin", "F": "a.tar.gz", "PORTS": "80 443"}
@@ -136,3 +136,10 @@ def test_the_words_of_one_build_have_one_budget() -> None:
         assert len(substituted("$L", {"L": "x" * 100}, budget=budget)) == 100
     with pytest.raises(InvalidArgument, match="substitutions take more than 1000 steps"):
         substituted("$L$L", {"L": "x" * 100}, budget=budget)
+
+
+def test_a_here_document_is_bounded() -> None:
+    plain = "x" * (2 * VALUE_BYTES_MAX)
+    assert substituted_document(plain, VARIABLES) == plain, "there is nothing to substitute"
+    with pytest.raises(InvalidArgument, match="a value has more than"):
+        substituted_document("${A}" + plain, VARIABLES)

@@ -242,7 +242,7 @@ def test_the_request_of_docker_20_becomes_buildkits() -> None:
         ({"squash": "1"}, "build option squash is not supported"),
         ({"securityopt": '["x"]'}, "build option securityopt is not supported"),
         ({"networkmode": "mine"}, 'network mode "mine" not supported by buildkit'),
-        ({"remote": "https://example.org/x.git"}, "a context at another place than the client"),
+        ({"remote": "upload-request"}, "a context on standard input is not supported"),
         ({"buildargs": "{"}, "invalid value of buildargs"),
     ],
 )

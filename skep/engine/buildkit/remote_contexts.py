@@ -1,0 +1,103 @@
+"""Contexts that are no directory of the client: an archive that it uploads, a web address, a git repository.
+
+An archive is unpacked; another file is a Dockerfile without a context beside it.  No .dockerignore counts, as in
+BuildKit.
+
+Source: moby/buildkit, frontend/dockerui/context.go (initContext, DetectHTTPContext, DetectGitContext),
+session/upload.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from yarl import URL
+
+from skep.engine.build.copies import is_archive
+from skep.engine.build.interface import Provider
+from skep.engine.build.remotes import Download, KnownAnswers, is_git
+from skep.engine.build.repositories import Repository, address_of
+from skep.engine.build.sources import Source
+from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit import sessions
+from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.filesend import spool
+from skep.engine.buildkit.sessions import Session
+from skep.errors import InvalidArgument, Unimplemented
+
+_PULL = "/moby.upload.v1.Upload/Pull"
+_UPLOAD_HOST = "buildkit-session"
+_HTTP = re.compile(r"https?://")
+_FILE = "context"
+"""Name of a Dockerfile that is alone in its context."""
+
+
+@asynccontextmanager
+async def remote_context(
+    contexts: Contexts,
+    session: Session,
+    address: str,
+    provider: Provider,
+    *,
+    keeps_git_dir: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> AsyncIterator[tuple[Path, str]]:
+    """Fetch a context while the block runs: its directory, and the name of its Dockerfile if that is all of it.
+
+    Args:
+        keeps_git_dir: Whether the context has the repository's own directory ``.git``.
+        progress: Called with the bytes that a client has uploaded so far.
+
+    Raises: SkepError: it cannot be fetched, or is no context.
+    """
+    async with AsyncExitStack() as stack:
+        place = await stack.enter_async_context(contexts.scratch())
+        if is_git(address) or address.startswith("github.com/"):
+            yield await _repository(place, address, provider, keeps_git_dir=keeps_git_dir), ""
+            return
+        if not _HTTP.match(address):
+            raise Unimplemented(f"a context at another place than the client is not supported: {address}")
+        if URL(address).host == _UPLOAD_HOST:
+            pieces = _uploaded(session, URL(address), progress)
+            await spool(pieces, place / _FILE, contexts.accepted_on(place), "the build context")
+        else:
+            file = await Download(
+                address, "", place, contexts.accepted_on(place), KnownAnswers(), provider
+            ).fetch()
+            (place / file.resolved).rename(place / _FILE)
+        if not await asyncio.to_thread(is_archive, Source(place, _FILE, _FILE, False, "")):
+            yield place, _FILE
+            return
+        root = await stack.enter_async_context(contexts.scratch())
+        await contexts.unpack(place / _FILE, root)
+        await asyncio.to_thread(os.unlink, place / _FILE)
+        yield root, ""
+
+
+async def _repository(place: Path, address: str, provider: Provider, *, keeps_git_dir: bool) -> Path:
+    if address.startswith("github.com/"):
+        address = f"https://{address}"
+    found = address_of(address)
+    kept = keeps_git_dir or found.keep_git_dir
+    repository = Repository(msgspec.structs.replace(found, keep_git_dir=kept), place, provider)
+    source = await repository.fetch()
+    return source.root / source.resolved
+
+
+async def _uploaded(session: Session, url: URL, progress: Callable[[int], None]) -> AsyncIterator[bytes]:
+    """What the client gives for an address of its own.  Raises: SkepError."""
+    metadata = [("urlpath", url.path), ("urlhost", url.host or "")]
+    size = 0
+    async with session.stream(_PULL, metadata, silent_s=sessions.SILENT_S) as messages:
+        await messages.end()
+        while (data := await messages.receive()) is not None:
+            piece = pb.BytesMessage.FromString(data).data
+            size += len(piece)
+            progress(size)
+            yield piece
+    if not size:
+        raise InvalidArgument("the client has uploaded an empty context")
