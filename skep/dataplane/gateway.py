@@ -480,6 +480,11 @@ def gateway_state(
             # For clients on the node at 127.0.0.1; packets from outside are dropped (chain ``raw``).
             f"net/ipv4/conf/{bridge}/route_localnet": "1",
             f"net/ipv4/conf/{bridge}/rp_filter": "0",
+            # A port is published before its container's interface is up.  A packet of that moment would have all later
+            # ones wait for the second ARP request, by default a second later.  75 of them take the usual 3 s; 40 ms are
+            # whole ticks of each kernel's clock, so that the same value is read back.
+            f"net/ipv4/neigh/{bridge}/retrans_time_ms": "40",
+            f"net/ipv4/neigh/{bridge}/mcast_solicit": "75",
             **sysctls6,
         },
     )

@@ -22,6 +22,8 @@ from skep.model.sandbox import NetworkMode
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/sbin/docker-init"
+OPEN_FILES = "RLIMIT_NOFILE"
+UNLIMITED = 2**64 - 1
 
 _MASKED_PATHS = (
     *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
@@ -122,7 +124,23 @@ def exec_process(
         )
     process = _process(config, user, capacity, list(exec.command), [])
     process.pop("oomScoreAdj", None)  # inherited from the container
+    for limit in process["rlimits"]:
+        # The Go runtime of some runc (1.1.5) raises the soft limit to the hard one on the way to the program.
+        if limit["type"] == OPEN_FILES:
+            limit["hard"] = limit["soft"]
     return process
+
+
+def open_files_limit(container: Container, capacity: Capacity) -> tuple[int, int] | None:
+    """Soft and hard limit of open files in the container, if they differ: ``exec_process`` has the soft one for both.
+
+    -1 is unlimited.
+    """
+    for limit in _rlimits(container.config, capacity, []):
+        if limit["type"] == OPEN_FILES and limit["soft"] != limit["hard"]:
+            soft, hard = (-1 if one == UNLIMITED else one for one in (limit["soft"], limit["hard"]))
+            return soft, hard
+    return None
 
 
 def merged_environment(base: Iterable[str], over: Iterable[str]) -> tuple[str, ...]:
@@ -198,12 +216,15 @@ def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -
         if not hasattr(resource, type):
             raise InvalidArgument(f"invalid ulimit type: {limit.name}")
         hard, soft = limit.hard, limit.soft
+        if 0 <= hard < (soft if soft >= 0 else hard + 1):
+            raise InvalidArgument(
+                f"ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}"
+            )
         most = capacity.hard_limits.get(type)
         if most is not None and (hard < 0 or hard > most):
             warnings.append(f"ulimit {limit.name}={hard} is more than this node may give: {most}")
             hard, soft = most, min(soft, most) if soft >= 0 else most
-        unlimited = 2**64 - 1
-        limits.append({"type": type, "soft": soft % (unlimited + 1), "hard": hard % (unlimited + 1)})
+        limits.append({"type": type, "soft": soft & UNLIMITED, "hard": hard & UNLIMITED})
     return limits
 
 

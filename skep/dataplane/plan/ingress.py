@@ -322,7 +322,10 @@ def _dnat(family: Family, number: str) -> str:
 
 
 def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePort, ...]:
-    """UDP ports that are new, lost a backend, or are no longer published, in this order.  ``version``: of IP."""
+    """UDP ports that are new, lost a backend or got their first one, then those that are no longer published.
+
+    ``version``: of IP.
+    """
     before = before if before is not None else Plan()
     earlier = {
         key: port.backends(version) for port, key in before.in_force(version) if port.protocol == "udp"
@@ -332,8 +335,9 @@ def stale_ports(before: Plan | None, after: Plan, version: int) -> tuple[StalePo
         if port.protocol != "udp":
             continue
         gone.discard(key)
-        backends = port.backends(version)
-        if key not in earlier or not backends >= earlier[key]:
+        backends, were = port.backends(version), earlier.get(key)
+        # A program of the node that sends while there is no backend begins a flow to the node, though it is refused.
+        if were is None or not backends >= were or (backends and not were):
             found.append(StalePort(port.published, backends, after.subnets, _destination(key)))
     return (
         *found,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from skep.engine import capabilities, seccomp
 from skep.engine.capacity import Capacity
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.runtime_spec import Built, build, exec_process, merged_environment
+from skep.engine.runtime_spec import Built, build, exec_process, merged_environment, open_files_limit
 from skep.engine.users import Identity, resolve
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
@@ -250,6 +250,12 @@ def test_an_unlimited_ulimit_is_the_kernels_largest_number() -> None:
     assert result.specification["process"]["rlimits"][0]["hard"] == 2**64 - 1
 
 
+@pytest.mark.parametrize(("soft", "hard"), [(9, 5), (-1, 5)])
+def test_a_soft_ulimit_above_the_hard_one_is_refused(soft: int, hard: int) -> None:
+    with pytest.raises(InvalidArgument, match=f"must be less than or equal to hard limit: {soft} > {hard}"):
+        built(ulimits=(Ulimit(name="nofile", soft=soft, hard=hard),))
+
+
 def test_the_environment_has_dockers_defaults_and_the_users_words() -> None:
     environment = built(env=("A=1", "PATH=/mine"), tty=True).specification["process"]["env"]
     assert environment == ["PATH=/mine", "HOSTNAME=h", "TERM=xterm", "A=1"]
@@ -300,6 +306,21 @@ def test_an_exec_inherits_the_containers_surroundings() -> None:
     assert (
         len(exec_process(container, privileged, Identity(), ALL_CAPACITY)["capabilities"]["effective"]) == 41
     )
+
+
+def test_an_exec_starts_with_the_soft_limit_of_open_files_and_gets_the_hard_one_after() -> None:
+    """On the way to the program some runc raises a soft limit that is below the hard one."""
+    container = a_container(
+        ulimits=(Ulimit(name="nofile", soft=700, hard=800), Ulimit(name="core", soft=0, hard=5))
+    )
+    process = exec_process(container, ExecConfig(command=("x",)), Identity(), ALL_CAPACITY)
+    assert process["rlimits"] == [
+        {"type": "RLIMIT_NOFILE", "soft": 700, "hard": 700},
+        {"type": "RLIMIT_CORE", "soft": 0, "hard": 5},
+    ]
+    assert open_files_limit(container, ALL_CAPACITY) == (700, 800)
+    equal = a_container(ulimits=(Ulimit(name="nofile", soft=800, hard=800),))
+    assert open_files_limit(equal, ALL_CAPACITY) is None
 
 
 def test_a_record_survives_being_written_and_read() -> None:

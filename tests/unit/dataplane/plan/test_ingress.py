@@ -379,6 +379,9 @@ def test_flows_are_looked_for_where_a_udp_port_is_new_or_lost_a_backend() -> Non
     assert stale_ports(None, held(one, tcp), 4) == (StalePort(80, frozenset({("10.0.0.1", 8000)}), ()),)
     assert stale_ports(held(one), held(both), 4) == ()
     assert stale_ports(held(both), held(one), 4) != ()
+    none = a_port(protocol="udp")
+    assert stale_ports(held(none), held(none), 4) == ()
+    assert stale_ports(held(none), held(one), 4) != (), "a client on the node was refused, and has a flow"
 
 
 def test_flows_of_a_udp_port_that_is_not_published_any_more_are_stale_whatever_their_task() -> None:
