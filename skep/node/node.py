@@ -553,6 +553,7 @@ class Node:
             engine_socket=self._configuration.engine_socket,
             users=users,
             divert=self._container_apis.divert,
+            before_build=self._engine_images.hand_over_given if self._engine_images is not None else None,
         )
 
     def _run_checks(self, run: Callable[..., None]) -> None:

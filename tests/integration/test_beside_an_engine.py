@@ -155,6 +155,39 @@ def test_an_image_is_built(node: TestNode, tmp_path: Path) -> None:
     assert node.docker("run", "--rm", "made:1").stdout == "built\n"
 
 
+@pytest.mark.parametrize("buildkit", ["0", "1"])
+def test_a_build_finds_images_that_were_loaded_tagged_or_pulled_through_the_nodes_socket(
+    node: TestNode, engine_socket: Path, tmp_path: Path, buildkit: str
+) -> None:
+    loaded, tagged = f"localhost:1/loaded{buildkit}:1", f"localhost:1/tagged{buildkit}:1"
+    archive = str(tmp_path / "image.tar")
+    node.docker("tag", IMAGE, loaded)
+    node.docker("save", "-o", archive, loaded)
+    node.docker("rmi", loaded)
+    node.docker("load", "-i", archive)
+    node.docker("tag", loaded, tagged)
+    there = engine_says(engine_socket, "images", "--format", "{{.Repository}}:{{.Tag}}").split()
+    assert not {loaded, tagged} & set(there), "nothing is copied before it is needed"
+    (tmp_path / "Dockerfile").write_text(
+        f"FROM {loaded}\nLABEL a=b\nFROM {tagged}\nCOPY --from={loaded} /bin/busybox /copied\n"
+    )
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/nonexistent",
+        "DOCKER_HOST": node.socket,
+        "DOCKER_BUILDKIT": buildkit,
+    }
+    done = subprocess.run(
+        [CLIS[-1], "build", "-t", f"of-given{buildkit}:1", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def made_here(node: TestNode, directory: Path, name: str, word: str) -> None:
     """Have the engine build an image that prints ``word``."""
     (directory / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY word /word\nCMD cat /word; sleep 1000\n")

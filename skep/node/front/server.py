@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.access import Identity
 from skep.node.front.application import Application
 from skep.node.front.handover import Handover, Passed, Returned
-from skep.node.front.routing import Destination, Ownership, route
+from skep.node.front.routing import Destination, Ownership, is_build, route
 from skep.node.front.splice import relay, splice
 from skep.node.front.users import Users, bearer
 
@@ -94,6 +94,7 @@ class Front:
         here: what the node answers itself.
         users: identities of the clients of TCP hosts.
         divert: takes over a new connection to a unix socket that is not to be served as root's; whether it did.
+        before_build: Lets the Docker Engine have the images that a build there may use.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Front:
         engine_socket: Path | None,
         users: Users,
         divert: Callable[[socket.socket], bool] = lambda _: False,
+        before_build: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._here = here
         self._handover = handover
@@ -114,6 +116,7 @@ class Front:
         self._engine_socket = engine_socket
         self._users = users
         self._divert = divert
+        self._before_build = before_build
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
         self._unread: set[socket.socket] = set()
@@ -372,6 +375,8 @@ class Front:
                         f"{properties.identity.name} may not {request.method} {path_of(request.target)}: "
                         "the Docker Engine of this machine is for administrators only"
                     )
+                if self._before_build is not None and is_build(path_of(request.target)):
+                    await self._before_build()
                 await splice(client, parse_request(raw), self._engine_socket)
             case _:
                 self._hand_to_application(client, raw)

@@ -518,8 +518,8 @@ async def test_what_buildkits_language_lacks_here_is_refused_by_name(node: Build
         "COPY --parents a.txt /": "COPY --parents is not supported",
         "COPY --exclude=x a.txt /": "COPY --exclude is not supported",
         "ADD --checksum=sha256:0 a.txt /": "ADD --checksum is not supported",
-        "RUN --security=insecure ls": "RUN --security=insecure is not supported",
-        "RUN --network=host ls": "RUN --network=host is not supported",
+        "RUN --security=insecure ls": "security.insecure is not allowed",
+        "RUN --network=host ls": "network.host is not allowed",
         "RUN --mount=type=secret,id=nosuch,required ls": "secret nosuch: not found",
         "RUN --mount=source=/nosuch,target=/x ls": "stat nosuch: file does not exist",
     }.items():
