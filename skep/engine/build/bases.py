@@ -7,6 +7,7 @@ from skep.engine.build.inputs import Inputs
 from skep.engine.build.interface import BuildRequest, Progress, Step
 from skep.engine.build.stage import Made
 from skep.engine.images import child
+from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
 from skep.engine.images.reference import parse_reference
 from skep.engine.images.store import ImageStore
@@ -33,7 +34,7 @@ class Bases:
     async def pulled(self, step: Step, name: str) -> Made:
         """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
         found = self._images.resolve(name)
-        if found is None or self._request.pull:
+        if found is None or (self._request.pull and not is_digest(name)):  # no registry has an id
             reference = parse_reference(name).with_default_tag()
             auth = await self._inputs.credentials(self._request, reference.domain)
             report = partial(self._progress.pulling, step)

@@ -17,7 +17,7 @@ from skep.model.container import Ulimit
 DOCKERFILE = "dockerfile.v0"
 _GATEWAY = "gateway.v0"
 
-_IGNORED = ("frontend.caps", "vcs:", "build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR")
+_IGNORED = ("frontend.caps", "input-metadata:", "vcs:", "build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR")
 """Of no effect on the image: what a client can do, and where its files come from (of provenance, git contexts)."""
 _EPOCH_S_MAX = 253_402_300_799
 """The end of the year 9999, which RFC 3339 can write."""
@@ -96,8 +96,13 @@ class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
     attrs: Mapping[str, str] = {}
 
 
-def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
-    """Raises: Unimplemented, InvalidArgument: names what is not done, or what is wrong."""
+def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> Asked:
+    """Return what is asked for.
+
+    ``inputs``: Images that results of other builds are, by the names that stand for them in the attributes.
+
+    Raises: Unimplemented, InvalidArgument: names what is not done, or what is wrong.
+    """
     if frontend not in (DOCKERFILE, _GATEWAY):
         raise Unimplemented(f"front end {frontend} is not supported: Dockerfiles are built, by {DOCKERFILE}")
     left = {name: value for name, value in attributes.items() if not name.startswith(_IGNORED)}
@@ -107,7 +112,7 @@ def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
     arguments = _taken(left, "build-arg:")
     _refuse(left, arguments)
     sessions = _taken(left, "local-sessionid:")
-    images, directories = _contexts(_taken(left, "context:"), sessions)
+    images, directories = _contexts(_taken(left, "context:"), sessions, inputs or {})
     use_cache, stages = _use_cache(left)
     context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
     build = Asked(
@@ -196,7 +201,7 @@ def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _contexts(
-    named: Mapping[str, str], sessions: Mapping[str, str]
+    named: Mapping[str, str], sessions: Mapping[str, str], inputs: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Source]]:
     """Images and directories by their names.  Raises: Unimplemented: another kind of context."""
     images, directories = {}, {}
@@ -204,6 +209,8 @@ def _contexts(
         kind, separator, rest = value.partition(":")
         if kind == "docker-image" and separator:
             images[context_name(name)] = rest.removeprefix("//")
+        elif kind == "input" and rest in inputs:
+            images[context_name(name)] = inputs[rest]
         elif kind == "local" and separator:
             directories[context_name(name)] = Source(rest, sessions.get(rest, ""))
         else:

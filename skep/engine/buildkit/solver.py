@@ -27,6 +27,7 @@ from skep.engine.build.patterns import ignored_patterns
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import requests
 from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.definitions import definition_of, image_of
 from skep.engine.buildkit.filesend import OpenArchive, send_archive, send_tree, spool
 from skep.engine.buildkit.filesync import Selection
 from skep.engine.buildkit.history import History
@@ -148,21 +149,21 @@ class Solver:
             raise NotFound(f"no such job {ref}")
         if request.definition.ByteSize():
             raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
-        if request.frontend_inputs:
-            raise Unimplemented("results of other builds as contexts are not supported")
         session = await self._sessions.get(job.request.session)
         response = pb.BridgeSolveResponse()
-        wanted = asked(request.frontend, request.frontend_opt)
+        inputs = {name: image_of(one) for name, one in request.frontend_inputs.items()}
+        wanted = asked(request.frontend, request.frontend_opt, inputs)
         try:
             if wanted.request:
                 found = await run_unless(self._answered(job, session, wanted), job.ended.wait())
                 response.result.metadata.update(found)
                 return response
-            work = self._build(job, session, request.frontend, request.frontend_opt)
+            work = self._build(job, session, wanted, request.frontend_opt)
             image = await run_unless(work, job.ended.wait())
         except Preempted as error:
             raise Unavailable(f"job {ref} has ended") from error
         response.result.ref.id = secrets.token_hex(12)
+        response.result.ref.MergeFrom(pb.Ref(**{"def": definition_of(image)}))
         job.results[response.result.ref.id] = image
         return response
 
@@ -229,7 +230,8 @@ class Solver:
     async def _solved(self, job: Job, session: Session) -> Mapping[str, str]:
         request = job.request
         if request.frontend:
-            image: Digest | None = await self._build(job, session, request.frontend, request.frontend_attrs)
+            build = asked(request.frontend, request.frontend_attrs)
+            image: Digest | None = await self._build(job, session, build, request.frontend_attrs)
         else:
             image = _returned(job, await job.returned)
         if image is None or job.exported.output is Output.NONE:
@@ -265,10 +267,7 @@ class Solver:
 
     # -- one build ----------------------------------------------------------------------------------------------------
 
-    async def _build(
-        self, job: Job, session: Session, frontend: str, attributes: Mapping[str, str]
-    ) -> Digest:
-        build = asked(frontend, attributes)
+    async def _build(self, job: Job, session: Session, build: Asked, attributes: Mapping[str, str]) -> Digest:
         check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for its record
         self._say_what_caches_are_for(job, build)

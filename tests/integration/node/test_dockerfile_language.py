@@ -204,3 +204,29 @@ async def test_checks_are_made_alone_or_warn_in_a_build(host: Host, lab: BuildLa
     code, output = await host.build(lab.context("FROM busybox:1\nRUNN x\n"), "--check")
     assert code != 0
     assert "unknown instruction: RUNN" in output
+
+
+@pytest.mark.usefixtures("only_here")
+async def test_a_target_of_a_bake_file_is_a_context_of_another(host: Host, lab: BuildLab) -> None:
+    context = lab.context("FROM busybox:1\nENV A=b\nRUN echo base > /base\n")
+    (context / "app").write_text(
+        "FROM base\nRUN cat /base > /copy && echo $A >> /copy\nCOPY --from=base /base /own\n"
+    )
+    bake = {
+        "group": {"default": {"targets": ["app"]}},
+        "target": {
+            "base": {"context": str(context)},
+            "app": {
+                "context": str(context),
+                "dockerfile": "app",
+                "contexts": {"base": "target:base"},
+                "tags": ["app:1"],
+            },
+        },
+    }
+    (context / "bake.json").write_text(json.dumps(bake))
+    words = ("bake", "--progress", "plain", "--allow", "fs=*", "-f", str(context / "bake.json"))
+    code, out, err = await host.run(str(host.buildx), *words)
+    assert code == 0, out + err
+    assert lab.text("app:1", "copy") == "base\nb\n"
+    assert lab.text("app:1", "own") == "base\n"

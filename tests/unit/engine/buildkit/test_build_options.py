@@ -5,6 +5,7 @@ from multidict import MultiDict
 
 from skep.engine.build.interface import StepLimits
 from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.definitions import definition_of, image_of
 from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, History
 from skep.engine.buildkit.options import (
     Output,
@@ -16,6 +17,7 @@ from skep.engine.buildkit.options import (
     exported,
 )
 from skep.engine.buildkit.routes import solve_request
+from skep.engine.images.digest import Digest
 from skep.engine.images.reference import parse_reference
 from skep.errors import InvalidArgument, PermissionDenied, SkepError, Unimplemented
 from skep.model.container import Ulimit
@@ -289,3 +291,18 @@ def test_what_docker_20_asks_for_in_vain_is_refused_by_name(query: dict[str, str
     with pytest.raises(SkepError) as error:
         solve_request(MultiDict({"remote": "client-session", **query}), "ref")
     assert text in str(error.value)
+
+
+def test_a_result_of_a_build_is_a_context_of_another() -> None:
+    id = Digest("sha256:" + "a" * 64)
+    definition = pb.Definition.FromString(definition_of(id).SerializeToString())
+    assert image_of(definition) == id
+    build = asked(
+        "dockerfile.v0", {"context:base": "input:base-target"}, {"base-target": image_of(definition)}
+    )
+    assert build.images == {"base": id}
+    other = pb.Op(source=pb.SourceOp(identifier="https://example.org/x")).SerializeToString()
+    with pytest.raises(Unimplemented, match="LLB definitions"):
+        image_of(pb.Definition(**{"def": [other]}))
+    with pytest.raises(InvalidArgument, match="cannot be decoded"):
+        image_of(pb.Definition(**{"def": [b"\xff"]}))
