@@ -4,7 +4,7 @@ Source: buildkit, frontend/subrequests (lint, outline, targets), frontend/docker
 """
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -43,7 +43,7 @@ def findings(text: str, build: Asked, env_of: EnvOf, *, all_stages: bool = False
     if not stages.stages:
         return ()
     automatic = targets.automatic_arguments(stages, build.target)
-    needed = range(len(stages.stages)) if all_stages else _needed(stages, build, automatic)
+    needed = range(len(stages.stages)) if all_stages else _needed(stages, build)
     return Checks(parsed, stages, build.arguments, automatic, env_of, choice).run(needed)
 
 
@@ -126,18 +126,38 @@ def _location(first: int, last: int) -> Mapping[str, object]:
     return {"ranges": [{"start": {"line": first}, "end": {"line": last}}]}
 
 
-def _needed(stages: Stages, build: Asked, automatic: Mapping[str, str]) -> Sequence[int]:
-    """The stages that the target is made from.  Raises: InvalidArgument."""
-    last = _target(stages, build)
-    chosen = msgspec.structs.replace(stages, stages=stages.stages[: last + 1])
-    arguments = Arguments(build.arguments, automatic, is_buildkit=True)
+def base_names(text: str, build: Asked) -> Collection[str]:
+    """Return the images and stages that the stages of a Dockerfile are based on; none if it cannot be read."""
+    try:
+        stages = stages_of(parse(text))
+        if not stages.stages:
+            return ()
+        arguments = _global_arguments(stages, build).of_stages
+        budget = Budget()
+        return {substituted(stage.base.base, arguments, stages.escape, budget) for stage in stages.stages}
+    except InvalidArgument:
+        return ()
+
+
+def _global_arguments(stages: Stages, build: Asked) -> Arguments:
+    """The arguments before the first FROM.  Raises: InvalidArgument."""
+    automatic = targets.automatic_arguments(stages, build.target)
+    arguments, budget = Arguments(build.arguments, automatic, is_buildkit=True), Budget()
     for arg in stages.arguments:
-        ready = expanded(arg, arguments.of_stages, stages.escape, Budget(), build.arguments)
+        ready = expanded(arg, arguments.of_stages, stages.escape, budget, build.arguments)
         assert isinstance(ready, Arg), "its type stays"
         for name, value in ready.pairs:
             arguments.declare(name, value, before_stages=True)
+    return arguments
+
+
+def _needed(stages: Stages, build: Asked) -> Sequence[int]:
+    """The stages that the target is made from.  Raises: InvalidArgument."""
+    last = _target(stages, build)
+    chosen = msgspec.structs.replace(stages, stages=stages.stages[: last + 1])
+    arguments = _global_arguments(stages, build).of_stages
     contexts = {*build.images, *build.directories}
-    return sorted(targets.needed(chosen, arguments.of_stages, Budget(), contexts))
+    return sorted(targets.needed(chosen, arguments, Budget(), contexts))
 
 
 def _target(stages: Stages, build: Asked) -> int:
@@ -184,7 +204,7 @@ def _outline(text: str, build: Asked) -> Mapping[str, Any]:
     automatic = targets.automatic_arguments(stages, build.target)
     base = stages.stages[_target(stages, build)].base
     found: dict[str, dict[str, dict[str, object]]] = {"args": {}, "secrets": {}, "ssh": {}}
-    needed = _needed(stages, build, automatic)
+    needed = _needed(stages, build)
     for arg, value in _arguments(parsed, stages, build, automatic, needed):
         line = lines[arg.number]
         for name, _ in arg.pairs:

@@ -21,6 +21,7 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
+from skep.engine.build.checks import EnvOf
 from skep.engine.build.dockerfile import FILE_BYTES_MAX
 from skep.engine.build.interface import BuildRequest, Builds, OpenContext
 from skep.engine.build.patterns import ignored_patterns
@@ -306,7 +307,13 @@ class Solver:
         """What is asked for instead of a build.  Raises: SkepError."""
         client = await self._session_of(session, build.dockerfile)
         text = (await self._definition(job, client, build)).text
-        return await asyncio.to_thread(requests.answer, text, build, build.request, self._builds.env_of)
+        env_of = await self._envs(text, build)
+        return await asyncio.to_thread(requests.answer, text, build, build.request, env_of)
+
+    async def _envs(self, text: str, build: Asked) -> EnvOf:
+        """Variables of the base images, read here: the image store belongs to the event loop's thread."""
+        names = await asyncio.to_thread(requests.base_names, text, build)
+        return {name: self._builds.env_of(name) for name in names}.get
 
     def _say_what_caches_are_for(self, job: Job, build: Asked) -> None:
         """Warn of ``--cache-from`` and ``--cache-to`` that have no effect.  They never fail a build."""
