@@ -350,7 +350,8 @@ class Solver:
 
     async def _check_text(self, job: Job, vertex: str, build: Asked, text: str) -> None:
         """Warn of what the checks of the Dockerfile find.  Raises: InvalidArgument: its author wants it to fail."""
-        found, failure = await asyncio.to_thread(requests.findings_of_build, text, build, self._builds.env_of)
+        env_of = await self._envs(text, build)
+        found, failure = await asyncio.to_thread(requests.findings_of_build, text, build, env_of)
         for one in found:
             job.vertices.warn(vertex, one.summary, [one.description], one.url)
         if failure:
