@@ -8,7 +8,7 @@ Source: moby 20.10, builder/dockerfile (builder.go, evaluator.go, dispatchers.go
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -196,7 +196,8 @@ class Build:
             for name, value in ready.pairs:
                 self._arguments.declare(name, value, before_stages=True)
             self._progress.finished(step, None)
-        needed = await self._needed()
+        known = dict(self._arguments.of_stages)
+        needed = await asyncio.to_thread(targets.carried_out, stages, self._request, known, self._budget)
         for number, stage in enumerate(stages.stages):
             if number in needed:
                 await self._run_stage(number, stage)
@@ -210,14 +211,6 @@ class Build:
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)
         return BuildResult(image_id=made.id, unused_arguments=self._arguments.unused)
-
-    async def _needed(self) -> Collection[int]:
-        """The stages that are carried out: of the classic builder all."""
-        if not self._request.is_buildkit:
-            return range(len(self._stages.stages))
-        contexts = {*self._request.images, *self._request.directories}
-        arguments = dict(self._arguments.of_stages)
-        return await asyncio.to_thread(targets.needed, self._stages, arguments, self._budget, contexts)
 
     def _next_step(self, instruction: Instruction) -> Step:
         self._steps += 1

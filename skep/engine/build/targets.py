@@ -85,6 +85,15 @@ def require_platform(platform: str) -> None:
             raise Unimplemented(f"this node builds for {here}, and not for {wanted}")
 
 
+def carried_out(
+    stages: Stages, request: BuildRequest, arguments: Mapping[str, str], budget: Budget
+) -> Collection[int]:
+    """Return the stages that a build carries out: of the classic builder all.  Raises: InvalidArgument."""
+    if not request.is_buildkit:
+        return range(len(stages.stages))
+    return needed(stages, arguments, budget, {*request.images, *request.directories})
+
+
 def needed(
     stages: Stages,
     arguments: Mapping[str, str],
