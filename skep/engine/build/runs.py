@@ -177,15 +177,16 @@ def _remove_empty(root: Path, paths: Sequence[str]) -> None:
 
 def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> CreateRequest:
     limits = request.limits
+    network = prepared.network or request.network or "default"
     return CreateRequest(
         image=image.id,
-        hostname=request.hostname,
+        hostname=request.hostname if network != "host" else "",  # there it is the machine's
         cmd=prepared.command,
         entrypoint=("",),
         env=prepared.env,
         healthcheck=HealthConfig(test=("NONE",)),
         host_config=HostConfig(
-            network_mode=prepared.network or request.network or "default",
+            network_mode=network,
             log_config=LogOptions(type="none"),
             memory=limits.memory_bytes,
             nano_cpus=limits.nano_cpus,
