@@ -20,6 +20,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.plugins import let_find
 from tests.support.terminal import Terminal, terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(120)]
@@ -173,10 +174,11 @@ def test_a_build_finds_images_that_were_loaded_tagged_or_pulled_through_the_node
     )
     environment = {
         "PATH": os.environ["PATH"],
-        "HOME": "/nonexistent",
+        "HOME": str(tmp_path),
         "DOCKER_HOST": node.socket,
         "DOCKER_BUILDKIT": buildkit,
     }
+    let_find(tmp_path, "docker-buildx")
     done = subprocess.run(
         [CLIS[-1], "build", "-t", f"of-given{buildkit}:1", str(tmp_path)],
         capture_output=True,

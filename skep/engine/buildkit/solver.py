@@ -164,7 +164,7 @@ class Solver:
         except Preempted as error:
             raise Unavailable(f"job {ref} has ended") from error
         response.result.ref.id = secrets.token_hex(12)
-        response.result.ref.MergeFrom(pb.Ref(**{"def": definition_of(image)}))
+        getattr(response.result.ref, "def").CopyFrom(definition_of(image))
         job.results[response.result.ref.id] = image
         return response
 

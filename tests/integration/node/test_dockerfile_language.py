@@ -88,7 +88,7 @@ def only_here() -> None:
 
 @pytest.mark.usefixtures("only_here")
 async def test_cache_sources_and_places_never_fail_a_build(host: Host, lab: BuildLab) -> None:
-    """A source that is missing, lies, or is of a kind that is not read is a warning; a local image is none."""
+    """A source that is missing is a warning; a local image is none.  buildx itself leaves out caches of services."""
     context = lab.context("FROM busybox:1\nRUN date +%s%N > /when\n")
     code, output = await host.build(context, "-t", "first:1", "--build-arg", "BUILDKIT_INLINE_CACHE=1")
     assert code == 0, output
@@ -96,8 +96,6 @@ async def test_cache_sources_and_places_never_fail_a_build(host: Host, lab: Buil
     for source in (
         "127.0.0.1:1/gone:latest",
         "type=registry,ref=127.0.0.1:1/gone:latest",
-        "type=s3,region=x,bucket=y,name=z",
-        "type=azblob,account_url=x,name=y",
     ):
         code, output = await host.build(context, "-t", "next:1", "--cache-from", source)
         assert code == 0, output
