@@ -47,6 +47,10 @@ _SUGGESTED_DISTANCE_MAX = 2
 """As in BuildKit, util/suggest."""
 _SUGGESTED_LENGTH_MAX = 64
 """Longer names are not compared: the distance takes the product of both lengths."""
+_COMPARISONS_MAX = 100_000
+"""Names compared for suggestions in one Dockerfile; ten thousand unknown variables get none."""
+_FINDINGS_MAX = 1000
+"""Of one Dockerfile; further ones are left out."""
 _RESERVED = ("context", "scratch")
 _SECRET = re.compile(
     r"(?:_|^)(?:apikey|auth|credentials?|key|password|pword|passwd|secret|token)(?:_|$)", re.IGNORECASE
@@ -177,19 +181,25 @@ def _distance(one: str, other: str) -> int:
     return row[-1]
 
 
-class _Seen(dict[str, str]):
+class _Seen(Mapping[str, str]):
     """Variables, and the names that were looked up in vain."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
-        super().__init__(variables)
+        self._variables = variables
         self.missing: list[str] = []
 
-    def get(self, name: str, default: object = None) -> object:  # type: ignore[override]
-        """The value of a variable."""
-        if name not in self:
+    def __getitem__(self, name: str) -> str:
+        try:
+            return self._variables[name]
+        except KeyError:
             self.missing.append(name)
-            return default
-        return self[name]
+            raise
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
 
 
 EnvOf = Callable[[str], Sequence[str] | None]
@@ -215,6 +225,7 @@ class Checks:
         self._env_of = env_of
         self._choice = choice
         self._budget = Budget()
+        self._comparisons = 0
         self._lines = {line.number: line for line in parsed.lines}
         self._found: list[Finding] = []
         self._arguments = Arguments(given, automatic, is_buildkit=True)
@@ -241,8 +252,14 @@ class Checks:
     def _add(self, rule: str, text: str, place: Instruction | int) -> None:
         number = place if isinstance(place, int) else place.number
         line = self._lines.get(number)
+        if len(self._found) >= _FINDINGS_MAX:
+            return
         if self._choice.has(rule) and (line is None or _own_choice(line).has(rule)):
             self._found.append(Finding(rule, text, number, line.last if line is not None else number))
+
+    def _suggested(self, word: str, options: Collection[str]) -> str:
+        self._comparisons += len(options)
+        return suggested(word, options) if self._comparisons <= _COMPARISONS_MAX else ""
 
     # --- names and cases ------------------------------------------------------------------------------------------
 
@@ -317,7 +334,10 @@ class Checks:
             substituted(word, seen, self._stages.escape, self._budget)
             for name in seen.missing:
                 if name not in declared:
-                    text = f"FROM argument '{name}' is not declared{_did_you_mean(name, declared)}"
+                    hint = self._suggested(name, sorted(declared))
+                    text = f"FROM argument '{name}' is not declared" + (
+                        f" (did you mean {hint}?)" if hint else ""
+                    )
                     self._add("UndefinedArgInFrom", text, base)
         if base.platform in ("$TARGETPLATFORM", "${TARGETPLATFORM}"):
             text = (
@@ -412,7 +432,7 @@ class Checks:
             return
         for name in dict.fromkeys(seen.missing):
             if name not in self._arguments.stage.declared:
-                hint = suggested(name, variables)
+                hint = self._suggested(name, variables)
                 text = f"Usage of undefined variable '${name}'" + (
                     f" (did you mean ${hint}?)" if hint else ""
                 )
@@ -506,8 +526,3 @@ def _is_reference(name: str) -> bool:
     except InvalidArgument:
         return False
     return True
-
-
-def _did_you_mean(word: str, options: Collection[str]) -> str:
-    found = suggested(word, sorted(options))
-    return f" (did you mean {found}?)" if found else ""

@@ -87,6 +87,16 @@ class _Properties(msgspec.Struct, frozen=True, kw_only=True):
         return Passed(connected, self.is_remote, self.identity)
 
 
+class DockerSocket(msgspec.Struct, frozen=True):
+    """The Docker Engine beside the node.  ``path``: its socket, None if there is no engine.
+
+    ``before_build``: Gives the engine the images that a build there may use.
+    """
+
+    path: Path | None = None
+    before_build: Callable[[], Awaitable[None]] | None = None
+
+
 class Front:
     """The API sockets of one node.
 
@@ -94,7 +104,6 @@ class Front:
         here: what the node answers itself.
         users: identities of the clients of TCP hosts.
         divert: takes over a new connection to a unix socket that is not to be served as root's; whether it did.
-        before_build: Lets the Docker Engine have the images that a build there may use.
     """
 
     def __init__(
@@ -104,19 +113,17 @@ class Front:
         *,
         ownership: Ownership,
         membership: Membership,
-        engine_socket: Path | None,
+        docker: DockerSocket,
         users: Users,
         divert: Callable[[socket.socket], bool] = lambda _: False,
-        before_build: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._here = here
         self._handover = handover
         self._ownership = ownership
         self._membership = membership
-        self._engine_socket = engine_socket
+        self._docker = docker
         self._users = users
         self._divert = divert
-        self._before_build = before_build
         self._servers: list[asyncio.Server] = []
         self._background: list[asyncio.Task[None]] = []
         self._unread: set[socket.socket] = set()
@@ -369,15 +376,15 @@ class Front:
                 elif not client.is_lost:
                     self._handover.pass_on(properties.passed(client.duplicate()), raw + client.take())
                     client.abort()  # of this process's two descriptors one is left
-            case Destination.ENGINE if self._engine_socket is not None:
+            case Destination.ENGINE if self._docker.path is not None:
                 if properties.identity is not None and not properties.identity.is_admin:
                     raise PermissionDenied(
                         f"{properties.identity.name} may not {request.method} {path_of(request.target)}: "
                         "the Docker Engine of this machine is for administrators only"
                     )
-                if self._before_build is not None and is_build(path_of(request.target)):
-                    await self._before_build()
-                await splice(client, parse_request(raw), self._engine_socket)
+                if self._docker.before_build is not None and is_build(path_of(request.target)):
+                    await self._docker.before_build()
+                await splice(client, parse_request(raw), self._docker.path)
             case _:
                 self._hand_to_application(client, raw)
 

@@ -144,3 +144,10 @@ def test_words_that_are_far_apart_or_long_are_not_suggested() -> None:
     assert suggested("RUN", ["RUN"]) == ""
     assert suggested("abcdef", ["uvwxyz"]) == ""
     assert suggested("x" * 100_000, ["x" * 99_999]) == ""
+
+
+def test_a_dockerfile_of_ten_thousand_unknown_variables_is_checked_soon() -> None:
+    """Without a bound of comparisons it takes hours, without one of findings the log of the build is full of them."""
+    known = " \\\n".join(f"K{number}=x" for number in range(5000))
+    unknown = " \\\n".join(f"U{number}=$N{number}" for number in range(10_000))
+    assert len(found(f"FROM busybox:1\nENV {known}\nENV {unknown}\n")) == 1000
