@@ -237,7 +237,7 @@ def test_a_builder_in_a_container_is_started_with_its_rights_and_removed(
     options = ("--driver-opt", "image=buildkit-stand-in:1")
     assert buildx("create", "--driver", "docker-container", "--name", "apart", *options).returncode == 0
     try:
-        booted = buildx("inspect", "--bootstrap", "--timeout", "5s", "apart")
+        booted = buildx("inspect", "--bootstrap", "apart")
         assert "creating container buildx_buildkit_apart0" in booted.stdout, booted.stdout
         made = json.loads(m1.docker("inspect", "buildx_buildkit_apart0").stdout)[0]
         assert made["State"]["Running"]
