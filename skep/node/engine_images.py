@@ -33,6 +33,8 @@ COPY_S_MAX = 1800.0
 """For an image from one store to the other."""
 LOOK_AGAIN_S = 30.0
 """Without an event of the engine."""
+GIVEN_MAX = 1000
+"""Names that users have given; the oldest go first."""
 SETTLE_S = 0.05
 """After an event: a build or a load makes several."""
 
@@ -89,6 +91,9 @@ class EngineImages:
         self._users = users
         self._file = file
         self._seen = _read(file)
+        self._given_file = file.with_name("given-to-engine.json")
+        self._given = _read(self._given_file) or {}
+        """Names that users have given images of this node by pull, load, import or tag, oldest first."""
         self._handed: dict[str, tuple[str, str]] = {}
         """Names handed to the engine -> our id, and the id that the engine has given it."""
         self._copying = asyncio.Lock()
@@ -190,6 +195,41 @@ class EngineImages:
         given = await self._docker.image_id(word)
         self._handed[name] = (ours.id, given)
         await self._see({**(self._seen or {}), name: given})
+
+    def names(self) -> Names:
+        """Return the names of this node's images."""
+        return {
+            reference.familiar: image.id
+            for image in self._images.images()
+            for reference in image.references
+            if reference.tag
+        }
+
+    async def note_given(self, names: Collection[str]) -> None:
+        """Note that a user of the API has given images these names: a build in the engine may use them."""
+        given = {**self._given, **dict.fromkeys(sorted(names), "")}
+        given = dict(list(given.items())[-GIVEN_MAX:])
+        if given != self._given:
+            self._given = given
+            await asyncio.to_thread(replace_file, self._given_file, msgspec.json.encode(given))
+
+    async def hand_over_given(self) -> None:
+        """Let the engine have the images that users have given this node, before a build there.
+
+        One that cannot be copied is logged: the build says what it lacks.
+        """
+        ours = self.names()
+        try:
+            theirs = {
+                name: str(one["Id"])
+                for one in await self._docker.images()
+                for name in one.get("RepoTags") or ()
+            }
+            for name in self._given:
+                if name in ours and theirs.get(name) != ours[name]:
+                    await self.hand_over(name)
+        except SkepError as error:
+            log.warning("images not handed to the docker engine", reason=str(error))
 
     async def _see(self, names: Names) -> None:
         if names != self._seen:

@@ -86,7 +86,7 @@ from skep.node.front.application import Application, close_after_response, servi
 from skep.node.front.browsers import serving_dashboard
 from skep.node.front.handover import Handover
 from skep.node.front.routing import LocalObjects
-from skep.node.front.server import Front
+from skep.node.front.server import DockerSocket, Front
 from skep.node.front.users import Users
 from skep.node.image_sharing import ImageSharing
 from skep.node.isolation import keep_profile
@@ -544,12 +544,13 @@ class Node:
 
     def _front(self, here: Application, users: Users) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)
+        given = self._engine_images.hand_over_given if self._engine_images is not None else None
         return Front(
             here,
             Handover(self._paths.handover_socket, self._clock, self._random, waiting),
             ownership=LocalObjects(self._engine, has_docker_engine=self._docker is not None),
             membership=self._membership,
-            engine_socket=self._configuration.engine_socket,
+            docker=DockerSocket(self._configuration.engine_socket, given),
             users=users,
             divert=self._container_apis.divert,
         )

@@ -51,6 +51,11 @@ class ReadingBuilds:
         """Added to the archive of an image."""
         self.sleeps = asyncio.Event()
         self.cancelled = asyncio.Event()
+        self.images: dict[str, tuple[str, ...]] = {}
+        """Variables of the images that are here."""
+
+    def env_of(self, name: str) -> tuple[str, ...] | None:
+        return self.images.get(name)
 
     async def build(
         self,
@@ -348,8 +353,8 @@ async def test_after_the_end_of_its_job_a_client_builds_nothing(rig: Rig) -> Non
         (pb.SolveRequest(frontend_attrs={"force-network-mode": "host"}), "network.host is not allowed"),
         (pb.SolveRequest(definition=pb.Definition(**{"def": [b"x"]})), "LLB definitions"),
         (
-            pb.SolveRequest(cache=pb.CacheOptions(exports=[pb.CacheOptionsEntry(type="gha")])),
-            "cache export .*: gha",
+            pb.SolveRequest(frontend_attrs={"requestid": "frontend.nosuch"}),
+            "unsupported request frontend.nosuch",
         ),
         (pb.SolveRequest(entitlements=["security.insecure"]), "granting entitlement security.insecure"),
         (
@@ -365,6 +370,40 @@ async def test_what_is_not_done_is_refused_by_name(rig: Rig, change: pb.SolveReq
     async with session(rig.socket, "s", FileServer([DOCKERFILE], NOTHING)), control(rig.socket) as calls:
         with pytest.raises(CallFailed, match=text):
             await calls.solve(request)
+
+
+async def test_caches_of_any_kind_never_fail_a_build(rig: Rig) -> None:
+    """A source that is missing, or of a kind that is not read, is a warning, and a local image nothing at all."""
+    request = a_request("r", "s", **{"cache-from": "here:1,gone:1", "build-arg:BUILDKIT_INLINE_CACHE": "1"})
+    rig.builds.images["here:1"] = ()
+    for kind in ("gha", "s3", "local"):
+        request.cache.imports.add(type=kind)
+        request.cache.exports.add(type=kind)
+    request.cache.imports.add(type="registry").attrs["ref"] = "bad//name"
+    files = FileServer([DOCKERFILE], NOTHING, NOTHING)
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        response, events = await asyncio.gather(calls.solve(request), calls.status("r"))
+    assert response.exporter_response["image.name"]
+    said = {warning.short.decode() for event in events for warning in event.warnings}
+    why = "steps are found that were built on this node"
+    assert {one for one in said if why in one} == {
+        *(f"cache source {one} is not used: {why}" for one in ("gone:1", "gha", "s3", "local", "bad//name")),
+        *(f"the {one} cache is not exported: {why}" for one in ("inline", "gha", "s3", "local")),
+    }
+
+
+async def test_findings_of_checks_are_warnings_of_the_definition(rig: Rig) -> None:
+    rig.builds.images["base:1"] = ("PATH=/bin",)
+    definition = a_file("Dockerfile", "FROM base:1\nENV A=$PTH\nCMD x\n")
+    files = FileServer([definition], NOTHING, NOTHING)
+    async with session(rig.socket, "s", files), control(rig.socket) as calls:
+        _, events = await asyncio.gather(calls.solve(a_request("r", "s")), calls.status("r"))
+    warnings = [warning for event in events for warning in event.warnings]
+    assert [warning.short.decode().partition(":")[0] for warning in warnings] == [
+        "UndefinedVar",
+        "JSONArgsRecommended",
+    ]
+    assert warnings[0].url == "https://docs.docker.com/go/dockerfile/rule/undefined-var/"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.support.playground_rig import (
     wait_running,
     wait_until,
 )
+from tests.support.plugins import let_find
 from tests.support.terminal import Terminal, terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(120)]
@@ -153,6 +154,40 @@ def test_an_image_is_built(node: TestNode, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert node.docker("run", "--rm", "made:1").stdout == "built\n"
+
+
+@pytest.mark.parametrize("buildkit", ["0", "1"])
+def test_a_build_finds_images_that_were_loaded_tagged_or_pulled_through_the_nodes_socket(
+    node: TestNode, engine_socket: Path, tmp_path: Path, buildkit: str
+) -> None:
+    loaded, tagged = f"localhost:1/loaded{buildkit}:1", f"localhost:1/tagged{buildkit}:1"
+    archive = str(tmp_path / "image.tar")
+    node.docker("tag", IMAGE, loaded)
+    node.docker("save", "-o", archive, loaded)
+    node.docker("rmi", loaded)
+    node.docker("load", "-i", archive)
+    node.docker("tag", loaded, tagged)
+    there = engine_says(engine_socket, "images", "--format", "{{.Repository}}:{{.Tag}}").split()
+    assert not {loaded, tagged} & set(there), "nothing is copied before it is needed"
+    (tmp_path / "Dockerfile").write_text(
+        f"FROM {loaded}\nLABEL a=b\nFROM {tagged}\nCOPY --from={loaded} /bin/busybox /copied\n"
+    )
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "DOCKER_HOST": node.socket,
+        "DOCKER_BUILDKIT": buildkit,
+    }
+    let_find(tmp_path, "docker-buildx")
+    done = subprocess.run(
+        [CLIS[-1], "build", "-t", f"of-given{buildkit}:1", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def made_here(node: TestNode, directory: Path, name: str, word: str) -> None:

@@ -107,9 +107,6 @@ def test_a_build_that_fails_says_why_and_tags_nothing(m1: TestNode, tmp_path: Pa
             ("--output", "type=docker,dest=/dev/null"),
             "Docker exporter is not supported for the docker driver",
         ),
-        (("--cache-to", "type=inline"), "cache export is not supported: inline"),
-        (("--cache-from", "some/image"), "cache import is not supported: registry"),
-        (("--call", "check"), "unsupported request frontend.lint"),
         (("--build-context", "a=https://localhost:1/x.git"), "named context a is not supported"),
         (("--allow", "security.insecure"), "granting entitlement security.insecure is not allowed"),
     ],
@@ -217,3 +214,49 @@ def test_the_id_of_an_image_is_written_to_a_file(m1: TestNode, tmp_path: Path) -
     build(m1, tmp_path, "--iidfile", str(tmp_path / "id"), "-t", "named:1", place)
     (image,) = json.loads(m1.docker("image", "inspect", "named:1").stdout)
     assert (tmp_path / "id").read_text() == image["Id"]
+
+
+def test_a_builder_in_a_container_is_started_with_its_rights_and_removed(
+    m1: TestNode, tmp_path: Path
+) -> None:
+    """All that ``--driver docker-container`` asks of the engine, with an image that stands in for ``moby/buildkit``."""
+    place = tmp_path / "context"
+    context(
+        place,
+        f'FROM {IMAGE}\nCOPY buildctl buildkitd /usr/bin/\nENTRYPOINT ["buildkitd"]\n',
+        buildctl='#!/bin/sh\necho "$@" >>/var/lib/buildkit/calls\n[ "$1 $2" = "debug workers" ]\n',
+        buildkitd="#!/bin/sh\ntrap 'exit 0' TERM INT\nwhile :; do sleep 1 & wait $!; done\n",
+    )
+    for name in ("buildctl", "buildkitd"):
+        (place / name).chmod(0o755)
+    build(m1, tmp_path, "-t", "buildkit-stand-in:1", str(place))
+
+    def buildx(*words: str) -> subprocess.CompletedProcess[str]:
+        return run(m1, tmp_path, "docker-buildx", *words, check=False)
+
+    options = ("--driver-opt", "image=buildkit-stand-in:1")
+    assert buildx("create", "--driver", "docker-container", "--name", "apart", *options).returncode == 0
+    try:
+        booted = buildx("inspect", "--bootstrap", "apart")
+        assert "creating container buildx_buildkit_apart0" in booted.stdout, booted.stdout
+        made = json.loads(m1.docker("inspect", "buildx_buildkit_apart0").stdout)[0]
+        assert made["State"]["Running"]
+        assert made["HostConfig"]["Privileged"]
+        assert [one["Name"] for one in made["Mounts"]] == ["buildx_buildkit_apart0_state"]
+        calls = m1.docker("exec", "buildx_buildkit_apart0", "cat", "/var/lib/buildkit/calls").stdout
+        assert {"debug workers", "dial-stdio"} <= {
+            " ".join(one.split()[-2:]) for one in calls.splitlines()
+        } | set(calls.split())
+    finally:
+        removed = buildx("rm", "apart")
+    assert removed.returncode == 0, removed.stdout
+    assert "buildx_buildkit" not in m1.docker("ps", "-a").stdout
+    assert "buildx_buildkit" not in m1.docker("volume", "ls").stdout
+
+
+def test_a_builder_whose_image_cannot_be_had_names_it(m1: TestNode, tmp_path: Path) -> None:
+    run(m1, tmp_path, "docker-buildx", "create", "--driver", "docker-container", "--name", "without")
+    refused = run(m1, tmp_path, "docker-buildx", "inspect", "--bootstrap", "without", check=False)
+    assert refused.returncode != 0
+    assert "pulling image moby/buildkit:buildx-stable-1" in refused.stdout
+    run(m1, tmp_path, "docker-buildx", "rm", "without")

@@ -17,7 +17,7 @@ from skep.api.passed import HOOKS, PassedConnections, begin_response
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.node.front.application import Application, Ping, no_ping
 from skep.node.front.handover import Handover
-from skep.node.front.server import Front
+from skep.node.front.server import DockerSocket, Front
 from skep.node.front.users import ApiTls, Users
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -98,7 +98,7 @@ class Rig:
                 Handover(self.handover_socket, SystemClock(), lambda: 0.5),
                 ownership=Owned(),
                 membership=self.member,
-                engine_socket=self.engine_socket,
+                docker=DockerSocket(self.engine_socket),
                 users=Users(
                     Client.local(self.handover_socket, "no manager"), SystemClock(), lambda: 0.5, tls
                 ),

@@ -219,10 +219,8 @@ def _refuse(request: web.Request) -> None:
         raise InvalidArgument(f'Unsupported isolation: "{query["isolation"]}"')
     if _decoded(query.get("outputs") or "[]", list[object], "outputs"):
         raise Unimplemented("docker build --output is not supported")
-    if _decoded(query.get("cachefrom") or "[]", list[str], "cache-from"):
-        raise Unimplemented(
-            "docker build --cache-from is not supported: steps that were built here are found"
-        )
+    # Steps that were built here are found by themselves; as on an engine, a source that is not here is passed over.
+    _decoded(query.get("cachefrom") or "[]", list[str], "cache-from")
     for name, nothing in _REFUSED.items():
         if query.get(name, "") not in ("", nothing):
             raise Unimplemented(f"docker build: {name} is not supported")

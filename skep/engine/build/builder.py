@@ -19,9 +19,11 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.aio.slots import Slots
 from skep.engine.build import copies, runs, targets
+from skep.engine.build.bases import Bases
 from skep.engine.build.cache import CacheMounts, StepCache, key_of
 from skep.engine.build.config import (
     Arguments,
+    StageArguments,
     StageState,
     begun,
     changed,
@@ -35,6 +37,7 @@ from skep.engine.build.inputs import Inputs
 from skep.engine.build.instructions import (
     Arg,
     Copy,
+    Env,
     From,
     Healthcheck,
     Instruction,
@@ -42,8 +45,8 @@ from skep.engine.build.instructions import (
     Stage,
     Stages,
     Workdir,
-    instruction_of,
     stages_of,
+    trigger_of,
 )
 from skep.engine.build.interface import (
     BuildRequest,
@@ -54,10 +57,10 @@ from skep.engine.build.interface import (
     Provider,
     Step,
 )
-from skep.engine.build.mounts import RunMount, parse_mount
+from skep.engine.build.mounts import parse_mount
 from skep.engine.build.remotes import KnownAnswers
 from skep.engine.build.repositories import Fetching
-from skep.engine.build.sources import digest_of, find
+from skep.engine.build.sources import digest_of
 from skep.engine.build.stage import (
     Changes,
     Made,
@@ -74,10 +77,9 @@ from skep.engine.images import child
 from skep.engine.images.digest import Digest
 from skep.engine.images.image import ContainerDefaults, Image
 from skep.engine.images.platforms import this_platform
-from skep.engine.images.reference import parse_reference
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError, Unimplemented
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, SkepError
 from skep.model.ids import new_container_id
-from skep.model.times import timestamp
+from skep.model.times import SECOND_NS, timestamp
 
 SCRATCH = "scratch"
 BUILDS_MAX = 16
@@ -102,6 +104,11 @@ class Builder(Builds):
         self.answers = KnownAnswers()
         self.clock = clock
         self.slots = Slots(BUILDS_MAX, WAITING_MAX, "builds are at work on this node")
+
+    def env_of(self, name: str) -> Sequence[str] | None:
+        """See ``Builds``."""
+        found = self.images.lookup(name)
+        return found.config.defaults.env or () if found is not None else None
 
     async def build(
         self,
@@ -134,9 +141,9 @@ class Builder(Builds):
         targets.require_platform(request.platform)
         async with AsyncExitStack() as stack:
             workspace = await stack.enter_async_context(self.images.workspace("build"))
-            build = Build(self, request, Inputs(context, provider, known), progress, workspace, stack)
+            build = Build(self, request, stages, Inputs(context, provider, known), progress, workspace, stack)
             try:
-                return await build.run(stages, parsed.warnings)
+                return await build.run(parsed.warnings)
             finally:
                 await asyncio.shield(self.steps.save())
 
@@ -148,6 +155,7 @@ class Build:
         self,
         builder: Builder,
         request: BuildRequest,
+        stages: Stages,
         inputs: Inputs,
         progress: Progress,
         workspace: Path,
@@ -160,47 +168,40 @@ class Build:
         self._progress = progress
         self._workspace = workspace
         self._stack = stack
-        here = this_platform()
-        platform = {
-            f"{whose}{what}": value
-            for whose in ("TARGET", "BUILD")
-            for what, value in (("PLATFORM", str(here)), ("OS", here.os), ("ARCH", here.architecture))
-        }
-        self._arguments = Arguments(request.arguments, platform if request.is_buildkit else {})
+        self._bases = Bases(builder.images, request, inputs, progress, stack)
+        automatic = targets.automatic_arguments(stages, request.target) if request.is_buildkit else {}
+        self._arguments = Arguments(request.arguments, automatic, is_buildkit=request.is_buildkit)
         self._budget = Budget()
-        self._stages = Stages(stages=())
+        self._stages = stages
+        self._scopes: dict[int, StageArguments] = {}
+        """Arguments of the stages that are done."""
         self._done: dict[int, Made | None] = {}
         self._stage = 0
         self._steps = 0
         self._areas = 0
         self._may_be_cached = request.use_cache
+        self._inherited = 0
+        """Entries of the history that the stage's image had before the build."""
         self._position = Position(state=StageState(config=ContainerDefaults()), image=None)
 
-    async def run(self, stages: Stages, warnings: Sequence[str]) -> BuildResult:
+    async def run(self, warnings: Sequence[str]) -> BuildResult:
         """Carry out all that the target needs."""
-        self._stages = stages
+        stages = self._stages
         for text in warnings:
             self._progress.warning(Step(number=0, total=stages.steps, text=""), text)
-        everything = frozenset(range(len(stages.stages)))
+        if not self._request.is_buildkit:
+            targets.require_distinct_names(stages)
         for arg in stages.arguments:
             step = self._next_step(arg)
             self._progress.started(step)
-            ready = await self._expanded(arg, self._arguments.known)
+            ready = await self._expanded(arg, self._arguments.of_stages)
             assert isinstance(ready, Arg), "its type stays"
             for name, value in ready.pairs:
                 self._arguments.declare(name, value, before_stages=True)
             self._progress.finished(step, None)
-        needed = (
-            await asyncio.to_thread(targets.needed, stages, dict(self._arguments.of_stages), self._budget)
-            if self._request.is_buildkit
-            else everything
-        )
-        names: set[str] = set()
+        known = dict(self._arguments.of_stages)
+        needed = await asyncio.to_thread(targets.carried_out, stages, self._request, known, self._budget)
         for number, stage in enumerate(stages.stages):
-            name = stage.base.name
-            if name in names:
-                raise InvalidArgument(f"{name} stage name already used")
-            names |= {name} - {""}
             if number in needed:
                 await self._run_stage(number, stage)
             else:
@@ -208,6 +209,7 @@ class Build:
         made = self._position.image
         if made is None:
             raise FailedPrecondition("No image was generated. Is your Dockerfile empty?")
+        made = await self._bases.not_newer(made, self._inherited)
         await self._images.add(made.content, self._request.tags)
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)
@@ -226,13 +228,22 @@ class Build:
 
     async def _run_stage(self, number: int, stage: Stage) -> None:
         self._stage = number
-        self._arguments.begin_stage()
         without = stage.base.name.lower() in self._request.stages_without_cache
         self._may_be_cached = self._request.use_cache and not without
         await self._run_step(stage.base)
         for instruction in stage.instructions:
             await self._run_step(instruction)
         self._done[number] = self._position.image
+        self._scopes[number] = self._arguments.stage
+
+    async def _run_stage_apart(self, number: int) -> None:
+        """Carry out a stage that nothing but a trigger of the present stage's image has named."""
+        place = (self._stage, self._steps, self._may_be_cached, self._position, self._inherited)
+        arguments = self._arguments.stage
+        self._steps = self._stages.steps_before(number)
+        await self._run_stage(number, self._stages.stages[number])
+        self._stage, self._steps, self._may_be_cached, self._position, self._inherited = place
+        self._arguments.stage = arguments
 
     async def _run_step(self, instruction: Instruction) -> None:
         step = self._next_step(instruction)
@@ -252,12 +263,24 @@ class Build:
     async def _begin_stage(self, step: Step, base: From) -> None:
         arguments = dict(self._arguments.of_stages)
         if base.platform:
-            targets.require_platform(await self._substituted(base.platform, arguments))
+            platform = await self._substituted(base.platform, arguments)
+            if not platform:
+                raise InvalidArgument(f"empty platform value from expression {base.platform}")
+            targets.require_platform(platform)
         name = await self._substituted(base.base, arguments)
         if not name:
             raise InvalidArgument(f"base name ({base.base}) should not be blank")
-        made = await self._stage_or_image(step, name, by_number=False)
+        if targets.context_name(name) in self._request.directories:
+            await self._begin_with_directory(step, name)
+            return
+        index = self._stages.index(name, before=self._stage) if not name.isdigit() else None
+        is_stage = index is not None and targets.context_name(name) not in self._request.images
+        made = await self._stage_or_image(step, name, is_base=True)
         defaults = made.config.defaults if made is not None else ContainerDefaults()
+        inherited = self._scopes.get(index) if is_stage and index is not None else None
+        self._arguments.begin_stage(inherited, defaults.env or ())
+        if not is_stage:
+            self._inherited = child.history_length(made.content) if made is not None else 0
         state = begun(defaults)
         triggers = state.config.on_build or ()
         state = msgspec.structs.replace(state, config=msgspec.structs.replace(state.config, on_build=None))
@@ -267,44 +290,40 @@ class Build:
             text = f"# Executing {len(triggers)} build trigger{plural}\n"
             self._progress.output(step, Stream.STDOUT, text.encode())
         for trigger in triggers:
-            lines = parse(trigger).lines
-            if len(lines) != 1:
-                raise InvalidArgument("onbuild trigger should be a single expression")
-            await self._carry_out(step, instruction_of(lines[0]))
+            await self._carry_out(step, trigger_of(trigger))
 
-    async def _stage_or_image(self, step: Step, name: str, *, by_number: bool = True) -> Made | None:
-        """The image that a stage has given, or that is pulled; None: that of ``scratch``."""
-        if image := self._request.images.get(name.lower()):
-            return await self._made(await self._image(step, image))
-        if name.lower() in self._request.directories:
-            raise Unimplemented(f"FROM {name}: a context that is a directory is supported by --from only")
-        index = self._stages.index(name)
-        if index is not None and (by_number or not name.isdigit()):
+    async def _begin_with_directory(self, step: Step, name: str) -> None:
+        """A named context that is a directory: an image with its files and nothing else."""
+        self._arguments.begin_stage()
+        self._inherited = 0
+        self._position = Position(state=begun(ContainerDefaults()), image=None)
+        text = f"COPY --from={name} / /"
+        await self._copy(step, Copy(text=text, keyword="COPY", sources=("/",), destination="/", origin=name))
+
+    async def _stage_or_image(self, step: Step, name: str, *, is_base: bool = False) -> Made | None:
+        """The image that a stage has given, or that is pulled; None: that of ``scratch``.
+
+        ``is_base``: of FROM, where a number is an image, and a stage that comes later is none.
+        """
+        if image := self._request.images.get(targets.context_name(name)):
+            return await self._bases.pulled(step, image)
+        index = None
+        if not is_base or not name.isdigit():
+            index = self._stages.index(name, before=self._stage if is_base else None)
+        if index is not None:
+            if index < self._stage and index not in self._done:
+                await self._run_stage_apart(index)
             if index in self._done:
                 return self._done[index]
-            if index == self._stage and by_number:
+            if index == self._stage:
                 raise InvalidArgument(f"invalid from flag value {name}: refers to current build stage")
-        elif by_number and name.isascii() and name.isdigit():
+            if self._request.is_buildkit:
+                raise InvalidArgument(f"stage {name} needs to be defined before the present stage")
+        elif not is_base and name.isascii() and name.isdigit():
             raise InvalidArgument(f"invalid from flag value {name}: index out of bounds")
         if name == SCRATCH:
             return None
-        return await self._made(await self._image(step, name))
-
-    async def _image(self, step: Step, name: str) -> Image:
-        found = self._images.resolve(name)
-        if found is not None and not self._request.pull:
-            return found
-        reference = parse_reference(name).with_default_tag()
-        auth = await self._inputs.credentials(self._request, reference.domain)
-        return await self._images.pull(
-            str(reference), auth, partial(self._progress.pulling, step), platform=self._request.platform
-        )
-
-    async def _made(self, image: Image) -> Made:
-        """An image that stays usable for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
-        await self._stack.enter_async_context(self._images.pinned(image.chain))
-        content = self._images.config_file(image).read_bytes()
-        return Made(id=image.id, content=content, config=image.config, chain=tuple(image.chain))
+        return await self._bases.pulled(step, name)
 
     # --- the other instructions -----------------------------------------------------------------------------------
 
@@ -321,6 +340,10 @@ class Build:
                 if isinstance(ready, Arg):
                     for name, value in ready.pairs:
                         self._arguments.declare(name, value)
+                if isinstance(ready, Workdir) and not ready.path and self._request.is_buildkit:
+                    ready = msgspec.structs.replace(ready, path=".")  # the classic builder refuses it
+                if isinstance(ready, Env):
+                    self._arguments.hide(name for name, _ in ready.pairs)
                 if isinstance(ready, Healthcheck) and state.config.healthcheck is not None:
                     old = state.config.healthcheck.test
                     if old and old[0] != "NONE":
@@ -330,7 +353,10 @@ class Build:
 
     async def _expanded(self, instruction: Instruction, variables: Mapping[str, str]) -> Instruction:
         # In a thread: patterns in substitutions may take seconds of computation.
-        return await asyncio.to_thread(expanded, instruction, variables, self._stages.escape, self._budget)
+        given = self._request.arguments
+        return await asyncio.to_thread(
+            expanded, instruction, variables, self._stages.escape, self._budget, given
+        )
 
     async def _substituted(self, word: str, variables: Mapping[str, str]) -> str:
         return await asyncio.to_thread(substituted, word, variables, self._stages.escape, self._budget)
@@ -346,21 +372,17 @@ class Build:
             return
         id = new_container_id()  # Docker makes a container for each of these; here it names the step's work
         self._progress.running(step, id)
-        if (
-            is_workdir
-            and (changes := await self._made_directory(state.config.working_dir, state.config.user or ""))
-            is not None
-        ):
+        if is_workdir and (changes := await self._made_directory(state.config)) is not None:
             await self._commit_changes(state, container, key, line, changes.upper)
         else:
             await self._commit(state, container, key, line, diff_id="", chain=self._chain)
         self._progress.removed(step, id)
 
-    async def _made_directory(self, path: str, user: str) -> Changes | None:
+    async def _made_directory(self, config: ContainerDefaults) -> Changes | None:
         changes = self._changes()
         work = new_work(self._images, self._workspace)
-        owner = user if self._request.is_buildkit else ""  # of the classic builder: root
-        is_new = await in_thread(work, partial(copies.make_directory, changes, path, owner))
+        user = config.user if self._request.is_buildkit else ""
+        is_new = await in_thread(work, partial(copies.make_directory, changes, config.working_dir, user))
         return changes if is_new else None
 
     async def _copy(self, step: Step, copy: Copy) -> None:
@@ -430,7 +452,7 @@ class Build:
             raise InvalidArgument("Please provide a source image with `from` prior to run")
         if run.flags and not self._request.is_buildkit:
             raise InvalidArgument(copies.NEEDS_BUILDKIT.format(run.flags[0]))
-        network = runs.network_of(run)
+        network = runs.network_of(run, has_host_network=self._request.has_host_network)
         command, script = runs.command_of(run, state.shell)
         shown = command_of_step(command, self._arguments, beside)
         container = _options(msgspec.structs.replace(state.config, cmd=shown, entrypoint=None))
@@ -438,20 +460,22 @@ class Build:
         expand = partial(substituted, variables=variables, escape=self._stages.escape, budget=self._budget)
         mounts = [await asyncio.to_thread(parse_mount, text, expand) for text in run.mounts]
         async with AsyncExitStack() as stack:
-            trees = await self._bound_trees(step, mounts, stack)
-            extras = (*run.mounts, run.network, script, *(digest for _, digest in trees.values()))
+            sources = runs.MountSources(
+                stack,
+                self._area,
+                self._builder.mounts,
+                self._request.cache_namespace,
+                self._inputs,
+                self._images,
+                partial(self._tree_of, step),
+            )
+            extras = (*run.mounts, run.network, script, *await sources.find(mounts))
             line = f"RUN {' '.join(shown)} # buildkit" if self._request.is_buildkit else ""
             key = self._key(container, state, *extras) if any(extras) else self._key(container, state)
             if await self._take_cached(step, state, key):
                 return
-            sources = runs.MountSources(
-                stack,
-                self._area(),
-                self._builder.mounts,
-                self._inputs.provider,
-                lambda mount: self._bound(mount, trees[id(mount)][0]),
-            )
-            prepared = await sources.prepare(command, script, beside, mounts)
+            env = {**beside, **self._arguments.proxies}
+            prepared = await sources.prepare(command, script, env, mounts, state.config.working_dir)
             prepared = msgspec.structs.replace(prepared, network=network)
             await self._run_command(step, prepared, (state, container, key, line))
 
@@ -475,33 +499,6 @@ class Build:
             await self._commit_changes(*made, upper, without=runs.MADE_BY_THE_RUNTIME)
         self._progress.removed(step, container.id)
 
-    async def _bound_trees(
-        self, step: Step, mounts: Sequence[RunMount], stack: AsyncExitStack
-    ) -> dict[int, tuple[Path, str]]:
-        """For each bind mount its tree, and a digest of what is mounted."""
-        found = {}
-        for mount in mounts:
-            if mount.type != "bind":
-                continue
-            if mount.origin:
-                root = await stack.enter_async_context(self._tree_of(step, mount.origin))
-            else:
-                root = await self._inputs.context()
-            work = new_work(self._images, self._workspace)
-            act = partial(find, root, (mount.source or "/",), work, is_context=not mount.origin)
-            found[id(mount)] = (root, (await in_thread(work, act))[0].digest)
-        return found
-
-    @asynccontextmanager
-    async def _bound(self, mount: RunMount, root: Path) -> AsyncIterator[Path]:
-        """The tree of a bind mount; what a step writes to it is dropped."""
-        if mount.is_read_only:
-            yield root
-            return
-        changes = Changes(self._area(), [root])
-        async with mounted_image(changes, new_work(self._images, self._workspace)) as merged:
-            yield merged
-
     # --- results --------------------------------------------------------------------------------------------------
 
     @property
@@ -520,7 +517,9 @@ class Build:
         return Changes(self._area(), lower_directories(self._images, self._position.image))
 
     def _key(self, container: dict[str, Any], state: StageState, *more: str) -> str:
-        kind = (_BUILDKIT,) if self._request.is_buildkit else ()
+        kind: tuple[str, ...] = (_BUILDKIT,) if self._request.is_buildkit else ()
+        if self._request.rewrites_times:
+            kind += (f"epoch={self._request.epoch_s}",)
         options = {**container, "": [*kind, *more]} if kind or any(more) else container
         return key_of(self._position.image_id, options, state.author)
 
@@ -528,7 +527,7 @@ class Build:
         """Whether the step's result is here; it is the position then."""
         found = self._builder.steps.find(key) if self._may_be_cached else None
         try:
-            made = await self._made(found) if found is not None else None
+            made = await self._bases.usable(found) if found is not None else None
         except (NotFound, OSError):
             made = None
         if made is None:
@@ -549,6 +548,8 @@ class Build:
         without: Sequence[str] = (),
     ) -> None:
         """Make the changes in ``upper`` a layer, and an image with it."""
+        if self._request.rewrites_times and self._request.epoch_s is not None:
+            await asyncio.to_thread(copies.make_not_newer, upper, self._request.epoch_s * SECOND_NS)
         image = self._position.image
         below = Image(id=image.id, config=image.config) if image is not None else None
         async with self._images.layer_of_changes(upper, below, without=without, take=True) as layer:

@@ -9,8 +9,9 @@ import asyncio
 import hashlib
 import itertools
 import json
+import os
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,45 @@ class StepCache:
         return self._steps
 
 
+class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells directories of ``RUN --mount=type=cache`` apart.
+
+    Owner, mode and content of a directory are those that its first step asks for, so steps that ask for others have
+    another directory.
+
+    Source: buildkit, solver/llbsolver/mounts/mount.go (getRefCacheDir): the id, and the base of the mount.
+    """
+
+    id: str
+    namespace: str = ""
+    """``BUILDKIT_CACHE_MOUNT_NS``."""
+    base: str = ""
+    """Digest of the files that it begins with.  Empty if it begins empty."""
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        parts = [self.namespace and f"namespace={self.namespace}", self.id, self.base and f"base={self.base}"]
+        if self.has_owner:
+            parts.append(f"{self.mode} {self.uid} {self.gid}")
+        text = "\0".join(filter(None, parts))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    @property
+    def has_owner(self) -> bool:
+        """Whether owner or mode are asked for."""
+        return (self.mode, self.uid, self.gid) != (None, None, None)
+
+
+Fill = Callable[[Path], Awaitable[None]]
+"""Put the first files into an empty directory."""
+
+
 class CacheMounts:
-    """Directories that RUN steps keep from build to build, by id."""
+    """Directories that RUN steps keep from build to build."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -103,25 +141,51 @@ class CacheMounts:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def used(self, id: str, sharing: str) -> AsyncIterator[Path]:
-        """The directory with this id.
+    async def used(self, key: CacheKey, sharing: str, fill: Fill | None = None) -> AsyncIterator[Path]:
+        """The directory of ``key``.
 
-        ``sharing``: ``shared``: by several steps at once; ``locked``: steps wait for each other; ``private``: a step
-        that would have to wait gets another directory, which no other step has meanwhile.
+        Args:
+            sharing: ``shared``: by several steps at once; ``locked``: steps wait for each other; ``private``: a step
+                that would have to wait gets another directory, which no other step has meanwhile.
+            fill: Called for a directory that is not there yet.
         """
-        name = hashlib.sha256(id.encode("utf-8", "surrogateescape")).hexdigest()
+        name = key.name
         if sharing == "private" and name in self._used:
             names = (f"{name}-{number}" for number in itertools.count(1))
             name = next(one for one in names if one not in self._used)
         async with AsyncExitStack() as stack:
             if sharing == "locked":
-                lock = self._locks.setdefault(name, asyncio.Lock())
-                await stack.enter_async_context(lock)
-            self._used[name] = self._used.get(name, 0) + 1
-            stack.callback(self._release, name)
-            directory = self._root / name
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            yield directory
+                await stack.enter_async_context(self._lock(name))
+            self._take(name, stack)
+            async with self._lock(f"making {name}"):
+                if not (self._root / name).is_dir():
+                    await self._make(name, key, fill)
+            yield self._root / name
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _take(self, name: str, stack: AsyncExitStack) -> None:
+        self._used[name] = self._used.get(name, 0) + 1
+        stack.callback(self._release, name)
+
+    async def _make(self, name: str, key: CacheKey, fill: Fill | None) -> None:
+        """Make the directory whole before it has its name: a build may end in the middle."""
+        async with AsyncExitStack() as stack:
+            part = f"new-{secrets.token_hex(8)}"
+            self._take(part, stack)
+            directory = self._root / part
+            directory.mkdir(mode=0o755, parents=True)
+            try:
+                if fill is not None:
+                    await fill(directory)
+                if key.has_owner:
+                    os.chown(directory, key.uid or 0, key.gid or 0)
+                    os.chmod(directory, 0o755 if key.mode is None else key.mode)
+                directory.rename(self._root / name)
+            except BaseException:
+                await asyncio.shield(discard_tree(directory))
+                raise
 
     def _release(self, name: str) -> None:
         self._used[name] -= 1

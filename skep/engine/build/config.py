@@ -80,62 +80,95 @@ class StageState(msgspec.Struct, frozen=True, kw_only=True):
         return self.config.shell or DEFAULT_SHELL
 
 
+class StageArguments(msgspec.Struct):
+    """What ARG has declared in a stage so far.  ``hidden``: names of variables of the image that win."""
+
+    declared: dict[str, str | None] = {}
+    hidden: set[str] = set()
+
+
 class Arguments:
-    """The arguments of a build: what its user gives, and what ARG declares."""
+    """The arguments of a build: what its user gives, and what ARG declares.
 
-    def __init__(self, given: Mapping[str, str | None], platform: Mapping[str, str]) -> None:
-        """``platform``: arguments that every Dockerfile may declare without a value (``TARGETARCH``)."""
+    BuildKit differs from the classic builder in three rules: a stage has the arguments of the stage that it is based
+    on; of ARG and ENV with one name the later one wins, not always ENV; a proxy reaches commands alone, under its name
+    in capital and in small letters.
+
+    Source: buildkit, frontend/dockerfile/dockerfile2llb/convert.go (dispatchArg, proxyEnvFromBuildArgs);
+    moby 20.10, builder/dockerfile/buildargs.go.
+    """
+
+    def __init__(
+        self, given: Mapping[str, str | None], automatic: Mapping[str, str], *, is_buildkit: bool = False
+    ) -> None:
+        """``automatic``: arguments that every Dockerfile may declare without a value (``TARGETARCH``)."""
         self._given = given
-        self._before: dict[str, str | None] = dict(platform)
-        self._declared: dict[str, str | None] = {}
+        self._before: dict[str, str | None] = dict(automatic)
+        self.stage = StageArguments()
         self._used: set[str] = set()
+        self._is_buildkit = is_buildkit
 
-    def begin_stage(self) -> None:
-        """Arguments of the stage before are not known any more."""
-        self._declared = {}
+    def begin_stage(self, base: StageArguments | None = None, env: Iterable[str] = ()) -> None:
+        """Begin with the arguments of the stage that this one is based on.
+
+        ``env``: Variables of that stage's image, which win in any case.
+        """
+        declared = dict(base.declared) if base is not None and self._is_buildkit else {}
+        self.stage = StageArguments(declared, {text.partition("=")[0] for text in env})
 
     def declare(self, name: str, value: str | None, *, before_stages: bool = False) -> None:
         """``ARG name=value``."""
         self._used.add(name)
-        self._declared[name] = value
+        self.stage.declared[name] = value
         if before_stages:
             self._before[name] = value
+        if self._value(name, value) is not None:
+            self.stage.hidden.discard(name)
+
+    def hide(self, names: Iterable[str]) -> None:
+        """ENV has set variables with these names."""
+        self.stage.hidden.update(names)
 
     @property
     def of_stages(self) -> Mapping[str, str]:
-        """What FROM may use."""
+        """What FROM, and an ARG before the first FROM, may use."""
         return self._values(self._before)
 
-    @property
-    def known(self) -> Mapping[str, str]:
-        """What the instructions of the stage may use."""
-        return self._values(self._declared)
-
     def beside(self, env: Iterable[str]) -> Mapping[str, str]:
-        """The same without what the image's own variables hide."""
-        hidden = {text.partition("=")[0] for text in env}
-        return {name: value for name, value in self.known.items() if name not in hidden}
+        """The arguments that the stage's instructions see, without those that variables of the image hide."""
+        hidden = self.stage.hidden if self._is_buildkit else {text.partition("=")[0] for text in env}
+        return {
+            name: value for name, value in self._values(self.stage.declared).items() if name not in hidden
+        }
+
+    @property
+    def proxies(self) -> Mapping[str, str]:
+        """Variables that a command has besides, which are in no history and no key of the cache."""
+        found: dict[str, str] = {}
+        for name in sorted(_PREDEFINED) if self._is_buildkit else ():
+            if value := self._given.get(name):
+                found |= {name.upper(): value, name.lower(): value}
+        return found
 
     def in_key(self, name: str) -> bool:
         """Whether the argument's value counts for the cache: not that of a proxy that no ARG declares."""
-        return name in self._declared or name not in _PREDEFINED
+        return name in self.stage.declared or name not in _PREDEFINED
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Those given that no ARG has declared."""
         return tuple(sorted(self._given.keys() - self._used - _PREDEFINED))
 
-    def _values(self, declared: Mapping[str, str | None]) -> dict[str, str]:
-        values = {}
-        for name in (*declared, *sorted(_PREDEFINED)):
-            value = self._given.get(name)
-            if value is None:
-                value = declared.get(name)
-            if value is None:
-                value = self._before.get(name)
+    def _value(self, name: str, default: str | None) -> str | None:
+        for value in (self._given.get(name), default, self._before.get(name)):
             if value is not None:
-                values[name] = value
-        return values
+                return value
+        return None
+
+    def _values(self, declared: Mapping[str, str | None]) -> dict[str, str]:
+        names = declared if self._is_buildkit else (*declared, *sorted(_PREDEFINED))
+        found = {name: self._value(name, declared.get(name)) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def begun(base: ContainerDefaults) -> StageState:
@@ -147,9 +180,22 @@ def begun(base: ContainerDefaults) -> StageState:
 
 
 def expanded(
-    instruction: Instruction, variables: Mapping[str, str], escape: str, budget: Budget | None = None
+    instruction: Instruction,
+    variables: Mapping[str, str],
+    escape: str,
+    budget: Budget | None = None,
+    given: Mapping[str, str | None] | None = None,
 ) -> Instruction:
-    """The instruction with its variables substituted, for which ``budget`` pays.  Raises: InvalidArgument."""
+    """Return the instruction with its variables substituted.
+
+    Args:
+        budget: Pays for the substitutions.
+        given: Values of arguments by the user.  The default of a given argument is not looked at.
+
+    Raises: InvalidArgument.
+    """
+    if isinstance(instruction, Arg):
+        return _expanded_arg(instruction, variables, escape, budget, given or {})
     if isinstance(instruction, Expose):
         ports = [port for text in instruction.ports for port in split(text, variables, escape, budget)]
         return msgspec.structs.replace(instruction, ports=tuple(ports))
@@ -176,10 +222,29 @@ def _expanded_document(document: Heredoc, variables: Mapping[str, str], budget: 
     return Heredoc(document.name, text, expands=False)
 
 
+def _expanded_arg(
+    arg: Arg,
+    variables: Mapping[str, str],
+    escape: str,
+    budget: Budget | None,
+    given: Mapping[str, str | None],
+) -> Arg:
+    """Each argument of one ARG sees those before it."""
+    seen, pairs = dict(variables), list[tuple[str, str | None]]()
+    for name, default in arg.pairs:
+        value = given.get(name)
+        if value is None and default is not None:
+            value = default = substituted(default, seen, escape, budget)
+        if value is not None:
+            seen[name] = value
+        pairs.append((name, default))
+    return msgspec.structs.replace(arg, pairs=tuple(pairs))
+
+
 def variables_of(state: StageState, arguments: Mapping[str, str]) -> Mapping[str, str]:
-    """Variables that instructions are substituted with: arguments, then the image's, which win."""
+    """Variables that instructions are substituted with: the image's, then ``arguments``, which none of them hides."""
     pairs = (text.partition("=") for text in state.config.env or ())
-    return {**arguments, **{name: value for name, _, value in pairs}}
+    return {**{name: value for name, _, value in pairs}, **arguments}
 
 
 def changed(state: StageState, instruction: Instruction) -> tuple[StageState, str]:

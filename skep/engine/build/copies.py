@@ -24,6 +24,7 @@ from skep.engine.images.streams import Malformed, plain_chunks
 from skep.engine.images.workers import unpack
 from skep.engine.users import Identity, identity
 from skep.errors import InvalidArgument
+from skep.linux.trees import walk
 
 NEEDS_BUILDKIT = (
     "the --{} option requires BuildKit. Refer to https://docs.docker.com/go/buildkit/ to learn how to build images"
@@ -241,10 +242,9 @@ def _user(root: Path, user: str) -> Identity:
 
 
 def make_directory(changes: Changes, path: str, user: str = "") -> bool:
-    """Make the working directory ``path`` and its parents where they are missing; return whether they were.
+    """Make the working directory ``path`` where it is missing; whether it was.
 
-    ``user`` owns what is made; root does if it is empty, or a name that the image does not have.  Raises:
-    InvalidArgument.
+    ``user``: Owner of what is made, as USER names it.  A name that the image does not have is root's, as in BuildKit.
     """
     with changes.mounted() as root, Tree(root) as target:
         resolved = target.resolve(path)
@@ -267,10 +267,44 @@ def make_directory(changes: Changes, path: str, user: str = "") -> bool:
 
 
 def _owner_of_directory(root: Path, user: str) -> Identity:
+    """Source: buildkit, client/llb/fileop.go (WithUser), solver/llbsolver/ops/user_linux.go (readUser)."""
+    name, colon, _group = user.partition(":")
+    if not name:
+        return Identity()
     try:
-        return _user(root, user) if user else Identity()
+        return identity(root, f"{name}:{name}" if name.isdigit() and not colon else user)
     except InvalidArgument:
         return Identity()
+
+
+def fill(root: Path, path: str, directory: Path, work: Work) -> None:
+    """Copy what is below ``path`` of a tree into an empty directory, with its own owner and mode.
+
+    Raises: InvalidArgument: it is no directory; ResourceExhausted; Stopped; OSError.
+    """
+    with Tree(root) as tree, Tree(directory) as target:
+        inside = tree.resolve(path)
+        status = tree.status(inside)
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            raise InvalidArgument(f"a cache cannot begin with {path}: it is not a directory")
+        Copier(target, Ownership(), work).copy_tree(tree, inside, "")
+        os.fchown(target.descriptor, status.st_uid, status.st_gid)
+        os.fchmod(target.descriptor, stat.S_IMODE(status.st_mode))
+
+
+def make_not_newer(root: Path, time_ns: int) -> None:
+    """Give everything below ``root`` that was changed after a time that time.  Blocks."""
+    with Tree(root) as tree:
+        _limit_time(tree.descriptor, ".", os.stat(tree.descriptor), time_ns)
+        for path, status in walk(root):
+            directory, name = os.path.split(path)
+            with tree.opened(directory) as parent:
+                _limit_time(parent, name, status, time_ns)
+
+
+def _limit_time(parent: int, name: str, status: os.stat_result, time_ns: int) -> None:
+    if status.st_mtime_ns > time_ns:
+        os.utime(name, ns=(time_ns, time_ns), dir_fd=parent, follow_symlinks=False)
 
 
 def is_archive(source: Source) -> bool:

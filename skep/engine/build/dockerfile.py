@@ -54,6 +54,10 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...] = ()
     is_json: bool = False
     heredocs: tuple[Heredoc, ...] = ()
+    last: int = 0
+    """Number of its last line."""
+    comments: tuple[str, ...] = ()
+    """Comments before it."""
 
 
 class Parsed(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +66,11 @@ class Parsed(msgspec.Struct, frozen=True, kw_only=True):
     lines: tuple[Line, ...]
     escape: str = "\\"
     syntax: str = ""
+    check: str = ""
+    """Which checks its author chooses."""
     warnings: tuple[str, ...] = ()
+    empty_continuations: tuple[int, ...] = ()
+    """Numbers of the last lines of instructions with empty lines in them."""
 
 
 def parse(text: str, *, with_heredocs: bool = True) -> Parsed:
@@ -92,6 +100,7 @@ class _Parser:
         self._directives: dict[str, str] = {}
         self._may_be_directive = True
         self._warnings: list[str] = []
+        self._empty_continuations: list[int] = []
 
     def run(self) -> Parsed:
         if len(self._lines) > LINES_MAX:
@@ -105,7 +114,9 @@ class _Parser:
             lines=lines,
             escape=self._escape,
             syntax=self._directives.get("syntax", ""),
+            check=self._directives.get("check", ""),
             warnings=tuple(self._warnings),
+            empty_continuations=tuple(self._empty_continuations),
         )
 
     def _take(self) -> str:
@@ -116,10 +127,13 @@ class _Parser:
         return line
 
     def _all(self) -> Iterator[Line]:
+        comments: list[str] = []
         while self._at < len(self._lines):
             line = self._take().rstrip("\r\n").lstrip()
-            self._directive(line)
+            is_directive = self._directive(line)
             if line.startswith("#"):
+                comment = line[1:].strip()
+                comments = [*comments, comment] if comment and not is_directive else []
                 line = ""
             number = self._at
             line, is_whole = self._continued(line)
@@ -138,17 +152,21 @@ class _Parser:
             joined = "".join(parts)
             if has_empty:
                 self._warnings.append(f"Empty continuation line found in: {joined}")
+                self._empty_continuations.append(self._at)
             found = line_of(joined, self._escape, number)
-            yield msgspec.structs.replace(found, heredocs=self._heredocs(found))
+            documents = self._heredocs(found)
+            yield msgspec.structs.replace(found, heredocs=documents, last=self._at, comments=tuple(comments))
+            comments = []
 
-    def _directive(self, line: str) -> None:
+    def _directive(self, line: str) -> bool:
+        """Whether the line is a parser directive."""
         if not self._may_be_directive:
-            return
+            return False
         found = _DIRECTIVE.fullmatch(line)
         name = found[1].lower() if found else ""
         if found is None or name not in _DIRECTIVES:
             self._may_be_directive = False
-            return
+            return False
         if name in self._directives:
             raise InvalidArgument(f"only one {name} parser directive can be used")
         self._directives[name] = found[2]
@@ -156,6 +174,7 @@ class _Parser:
             if found[2] not in ("`", "\\"):
                 raise InvalidArgument(f"invalid escape token '{found[2]}' does not match ` or \\")
             self._escape = found[2]
+        return True
 
     def _continued(self, line: str) -> tuple[str, bool]:
         """The line without its continuation character, and whether it has none."""

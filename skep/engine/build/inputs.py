@@ -4,6 +4,7 @@ from pathlib import Path
 
 from skep.engine.build.context import KnownContext
 from skep.engine.build.interface import BuildRequest, OpenContext, Provider
+from skep.engine.build.targets import context_name
 
 
 class Inputs:
@@ -24,7 +25,7 @@ class Inputs:
 
     async def named(self, request: BuildRequest, name: str) -> Path | None:
         """The directory of a further context; None: there is none of this name."""
-        name = name.lower()
+        name = context_name(name)
         if name not in self._further:
             if name not in request.directories:
                 return None

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 import msgspec
 
-from skep.engine.build.dockerfile import Heredoc, Line, Parsed, heredoc_of, quoted, readable
+from skep.engine.build.dockerfile import Heredoc, Line, Parsed, heredoc_of, parse, quoted, readable
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
 from skep.model.times import duration_ns
@@ -58,7 +58,6 @@ class From(Instruction, frozen=True, kw_only=True):
 class Arg(Instruction, frozen=True, kw_only=True):
     """Variables of the build; a value of None: the user's, or none."""
 
-    expanded_fields = ("pairs",)
     pairs: tuple[tuple[str, str | None], ...]
 
 
@@ -136,7 +135,7 @@ class CommandLine(msgspec.Struct, frozen=True, kw_only=True):
 
     def resolved(self, shell: Sequence[str]) -> tuple[str, ...]:
         """The program and its arguments."""
-        return (*shell, *self.words) if self.is_shell else self.words
+        return (*shell, " ".join(self.words)) if self.is_shell else self.words
 
 
 class Cmd(Instruction, frozen=True, kw_only=True):
@@ -173,6 +172,8 @@ class Run(Instruction, frozen=True, kw_only=True):
     """``--mount``, as written."""
     network: str = ""
     security: str = ""
+    devices: tuple[str, ...] = ()
+    """``--device``, as written."""
 
 
 class Copy(Instruction, frozen=True, kw_only=True):
@@ -214,13 +215,21 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True):
         """How many steps it has."""
         return len(self.arguments) + sum(1 + len(stage.instructions) for stage in self.stages)
 
-    def index(self, name: str) -> int | None:
-        """The stage with this name or number; None: there is none."""
-        for number, stage in enumerate(self.stages):
-            if stage.base.name and stage.base.name == name.lower():
+    def steps_before(self, stage: int) -> int:
+        """Number of the steps before a stage."""
+        return len(self.arguments) + sum(1 + len(one.instructions) for one in self.stages[:stage])
+
+    def index(self, name: str, *, before: int | None = None) -> int | None:
+        """The last stage with this name, or else the one with this number.  None if there is none.
+
+        ``before``: only among the stages before this one.
+        """
+        stages = self.stages[:before]
+        for number in reversed(range(len(stages))):
+            if stages[number].base.name and stages[number].base.name == name.lower():
                 return number
         number = int(name) if name.isascii() and name.isdigit() and len(name) < 6 else -1
-        return number if 0 <= number < len(self.stages) else None
+        return number if 0 <= number < len(stages) else None
 
 
 def stages_of(parsed: Parsed) -> Stages:
@@ -253,6 +262,14 @@ def instruction_of(line: Line) -> Instruction:
     if rule is None:
         raise InvalidArgument(f"unknown instruction: {keyword}")
     return rule(line, _Flags(line.flags))
+
+
+def trigger_of(text: str) -> Instruction:
+    """The instruction of an ONBUILD.  Raises: InvalidArgument."""
+    lines = parse(text).lines
+    if len(lines) != 1:
+        raise InvalidArgument("onbuild trigger should be a single expression")
+    return instruction_of(lines[0])
 
 
 class _Flags:
@@ -362,7 +379,7 @@ def _command_line(line: Line) -> CommandLine:
 
 
 def _run(line: Line, flags: _Flags) -> Run:
-    flags.parse(["network", "security"], lists=["mount"])
+    flags.parse(["network", "security"], lists=["mount", "device"])
     return msgspec.convert(
         {
             **_common(line),
@@ -371,6 +388,7 @@ def _run(line: Line, flags: _Flags) -> Run:
             "mounts": flags.list("mount"),
             "network": flags.text("network"),
             "security": flags.text("security"),
+            "devices": flags.list("device"),
         },
         Run,
     )

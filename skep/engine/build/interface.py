@@ -4,7 +4,7 @@ Two protocols start builds: the classic API (``POST /build``) and BuildKit's.  B
 context as a directory, and show the ``Progress`` in their own way.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +56,16 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Ask registries for the images of FROM even when they are here."""
     network: str = ""
     """Of ``RUN`` steps: default, none, host, or a network's name."""
+    has_host_network: bool = False
+    """Whether a step may have ``RUN --network=host``."""
+    hostname: str = ""
+    """Of ``RUN`` steps.  Empty for one of the container's own."""
+    cache_namespace: str = ""
+    """Of directories of ``RUN --mount=type=cache``."""
+    epoch_s: int | None = None
+    """``SOURCE_DATE_EPOCH``: the image and its history are not newer.  None for the time of the build."""
+    rewrites_times: bool = False
+    """Whether files of the layers are not newer than ``epoch_s`` either."""
     hosts: tuple[str, ...] = ()
     """``--add-host``: ``name:address``."""
     limits: StepLimits = StepLimits()
@@ -131,6 +141,9 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
 
 class Builds(Protocol):
     """Carries out builds."""
+
+    def env_of(self, name: str) -> Sequence[str] | None:
+        """Variables of an image, ``NAME=value``.  None if the image is not here."""
 
     async def build(
         self,

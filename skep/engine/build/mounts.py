@@ -4,17 +4,18 @@ Source: buildkit, frontend/dockerfile/instructions/commands_runmount.go.
 """
 
 import csv
-from collections.abc import Callable
+import posixpath
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from skep.api.gosyntax import parse_size
 from skep.engine.build.instructions import Expand
-from skep.errors import InvalidArgument, Unimplemented
+from skep.errors import InvalidArgument
 
 _TYPES = ("bind", "cache", "tmpfs", "secret", "ssh")
 _SHARINGS = ("shared", "private", "locked")
 _TRUE, _FALSE = ("1", "t", "true"), ("0", "f", "false")
-_SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class RunMount(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,11 +30,22 @@ class RunMount(msgspec.Struct, frozen=True, kw_only=True):
     required: bool = False
     size_bytes: int = 0
     id: str = ""
-    sharing: str = "shared"
+    sharing: str = ""
+    """Of a cache.  Empty: ``shared``."""
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None
     env: str | None = None
+
+    def target_below(self, working_dir: str) -> str:
+        """Return the absolute target.  A relative one is below the step's working directory.
+
+        Raises: InvalidArgument: it is the root.
+        """
+        target = posixpath.normpath(posixpath.join("/", working_dir, self.target))
+        if target.strip("/") == "":
+            raise InvalidArgument('invalid mount target "/"')
+        return target
 
     @property
     def is_read_only(self) -> bool:
@@ -43,22 +55,37 @@ class RunMount(msgspec.Struct, frozen=True, kw_only=True):
         return self.type not in ("cache", "tmpfs")
 
 
-def parse_mount(text: str, expand: Expand) -> RunMount:
-    """The mount that an option describes.  Raises: InvalidArgument, in BuildKit's words; Unimplemented."""
+def mount_origin(text: str) -> str:
+    """Return ``from`` of a mount, whose other options may have variables.  Raises: InvalidArgument."""
+    origin = ""
+    for field in _fields(text):
+        key, separator, value = field.partition("=")
+        if key.strip().lower() == "from" and separator:
+            _refuse_variables(value)
+            origin = value
+    return origin
+
+
+def _fields(text: str) -> Sequence[str]:
     try:
-        fields = next(csv.reader([text], strict=True), [])
+        return next(csv.reader([text], strict=True), [])
     except csv.Error as error:
         raise InvalidArgument(f"failed to parse csv mounts: {error}") from error
+
+
+def _refuse_variables(origin: str) -> None:
+    if "$" in origin[:-1]:
+        raise InvalidArgument("'from' doesn't support variable expansion, define alias stage instead")
+
+
+def parse_mount(text: str, expand: Expand) -> RunMount:
+    """Return the mount that an option describes.  Raises: InvalidArgument, in BuildKit's words."""
+    mount_origin(text)
     mount = RunMount()
-    for field in fields:
+    for field in _fields(text):
         key, separator, value = field.partition("=")
         key = key.strip().lower()
-        if not separator:
-            mount = _with_flag(mount, key, field)
-        elif key == "from" and "$" in value[:-1]:
-            raise InvalidArgument("'from' doesn't support variable expansion, define alias stage instead")
-        else:
-            mount = _with_option(mount, key, expand(value), field)
+        mount = _with_option(mount, key, expand(value), field) if separator else _with_flag(mount, key, field)
     _check(mount)
     return mount
 
@@ -104,8 +131,6 @@ def _with_option(mount: RunMount, key: str, value: str, field: str) -> RunMount:
         case "sharing":
             if value.lower() not in _SHARINGS:
                 raise InvalidArgument(f'unsupported sharing value "{value}"')
-            if mount.type != "cache":
-                raise InvalidArgument(f"invalid cache sharing set for {mount.type} mount")
             return replace(mount, sharing=value.lower())
         case "mode":
             return replace(mount, mode=_number(key, value, 8, 0o7777))
@@ -126,14 +151,16 @@ def _check(mount: RunMount) -> None:
         case "secret":
             if mount.origin:
                 raise InvalidArgument("secret mount should not have a from")
+            if mount.sharing:
+                raise InvalidArgument("secret mount should not define sharing")
             if not (mount.source or mount.target or mount.id):
                 raise InvalidArgument("invalid secret mount. one of source, target required")
             if mount.source and mount.id:
                 raise InvalidArgument("both source and id can't be set")
-        case "cache" if mount.origin or mount.source:
-            raise Unimplemented("RUN --mount=type=cache with from or source is not supported")
-        case "bind" | "cache" | "tmpfs" if not mount.target:
-            raise InvalidArgument(f"target is required for {mount.type} mounts")
+        case "ssh" if mount.source:
+            raise InvalidArgument("ssh does not support source")
+    if mount.sharing and mount.type != "cache":
+        raise InvalidArgument(f"invalid cache sharing set for {mount.type} mount")
 
 
 def _boolean(key: str, value: str) -> bool:
@@ -154,9 +181,7 @@ def _number(key: str, value: str, base: int, largest: int) -> int:
 
 
 def _size(key: str, value: str) -> int:
-    text = value.lower().removesuffix("ib").removesuffix("b")
-    unit = text[-1:] if text[-1:] in _SIZES and not text[-1:].isdigit() else ""
-    digits = text.removesuffix(unit)
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 16):
-        raise InvalidArgument(f"invalid value for {key}: {value}")
-    return int(digits) * _SIZES[unit]
+    try:
+        return parse_size(value)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"invalid value for {key}: {value}") from error

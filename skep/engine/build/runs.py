@@ -10,21 +10,27 @@ import secrets
 import stat
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from skep.engine.build.cache import CacheMounts
+from skep.engine.build import copies
+from skep.engine.build.cache import CacheKey, CacheMounts
 from skep.engine.build.dockerfile import heredoc_of, quoted
+from skep.engine.build.inputs import Inputs
 from skep.engine.build.instructions import Run
-from skep.engine.build.interface import BuildRequest, Provider
+from skep.engine.build.interface import BuildRequest
 from skep.engine.build.mounts import RunMount
+from skep.engine.build.sources import find
+from skep.engine.build.stage import Changes, in_thread, mounted_image, new_work
 from skep.engine.build.trees import Tree
 from skep.engine.container import Container, Stream
 from skep.engine.engine import Engine
 from skep.engine.images.image import Image
+from skep.engine.images.store import ImageStore
 from skep.engine.request import CreateRequest, HostConfig, LogOptions
-from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unimplemented
 from skep.linux import syscalls
 from skep.model.container import BindOptions, HealthConfig, Mount, TmpfsOptions
 
@@ -172,14 +178,16 @@ def _remove_empty(root: Path, paths: Sequence[str]) -> None:
 
 def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> CreateRequest:
     limits = request.limits
+    network = prepared.network or request.network or "default"
     return CreateRequest(
         image=image.id,
+        hostname=request.hostname if network != "host" else "",  # there it is the machine's
         cmd=prepared.command,
         entrypoint=("",),
         env=prepared.env,
         healthcheck=HealthConfig(test=("NONE",)),
         host_config=HostConfig(
-            network_mode=prepared.network or request.network or "default",
+            network_mode=network,
             log_config=LogOptions(type="none"),
             memory=limits.memory_bytes,
             nano_cpus=limits.nano_cpus,
@@ -191,28 +199,66 @@ def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> 
     )
 
 
+class _Base(msgspec.Struct, frozen=True):
+    """The files that a mount is of.  ``root``: their tree; ``digest``: of what the mount's ``source`` names in it."""
+
+    root: Path
+    digest: str
+
+
 class MountSources:
     """Brings the mounts of one RUN step together, for as long as the step runs."""
 
     def __init__(
         self,
         stack: AsyncExitStack,
-        directory: Path,
+        area: Callable[[], Path],
         caches: CacheMounts,
-        provider: Provider | None,
-        tree_of: Callable[[RunMount], AbstractAsyncContextManager[Path]],
+        namespace: str,
+        inputs: Inputs,
+        images: ImageStore,
+        tree_of: Callable[[str], AbstractAsyncContextManager[Path]],
     ) -> None:
-        """``directory``: empty, for this step alone; ``tree_of``: the files that a bind mount is of."""
+        """Args:
+        area: Makes an empty directory.
+        namespace: Of directories of ``--mount=type=cache``.
+        tree_of: The file system of a context, a stage or an image.
+        """
         self._stack = stack
-        self._directory = directory
+        self._area = area
         self._caches = caches
-        self._provider = provider
+        self._namespace = namespace
+        self._inputs = inputs
+        self._images = images
         self._tree_of = tree_of
+        self._bases: dict[int, _Base] = {}
         self._secrets: Path | None = None
         self._agents = 0
 
+    async def find(self, mounts: Sequence[RunMount]) -> Sequence[str]:
+        """Find the files that mounts are of, and return their digests.
+
+        Those of bind mounts, and those that a cache begins with.  Raises: SkepError.
+        """
+        for mount in mounts:
+            if mount.type != "bind" and not (mount.type == "cache" and mount.origin):
+                continue
+            if mount.origin:
+                root = await self._stack.enter_async_context(self._tree_of(mount.origin))
+            else:
+                root = await self._inputs.context()
+            work = new_work(self._images, self._images.scratch)
+            act = partial(find, root, (mount.source or "/",), work, is_context=not mount.origin)
+            self._bases[id(mount)] = _Base(root, (await in_thread(work, act))[0].digest)
+        return [base.digest for base in self._bases.values()]
+
     async def prepare(
-        self, command: tuple[str, ...], script: str, env: Mapping[str, str], mounts: Sequence[RunMount]
+        self,
+        command: tuple[str, ...],
+        script: str,
+        env: Mapping[str, str],
+        mounts: Sequence[RunMount],
+        working_dir: str,
     ) -> Prepared:
         """Raises: InvalidArgument, NotFound: something that a mount needs is not there."""
         variables, hidden, found = dict(env), dict[str, str](), list[Mount]()
@@ -222,12 +268,13 @@ class MountSources:
         for mount in mounts:
             match mount.type:
                 case "bind":
-                    found.append(await self._bind(mount))
+                    found.append(await self._bind(mount, mount.target_below(working_dir)))
                 case "cache":
-                    found.append(await self._cache(mount))
+                    found.append(await self._cache(mount, mount.target_below(working_dir)))
                 case "tmpfs":
                     options = TmpfsOptions(size_bytes=mount.size_bytes)
-                    found.append(Mount(type="tmpfs", target=mount.target, tmpfs_options=options))
+                    target = mount.target_below(working_dir)
+                    found.append(Mount(type="tmpfs", target=target, tmpfs_options=options))
                 case "secret":
                     found += await self._secret(mount, hidden)
                 case "ssh":
@@ -239,28 +286,49 @@ class MountSources:
             mounts=tuple(found),
         )
 
-    async def _bind(self, mount: RunMount) -> Mount:
-        root = await self._stack.enter_async_context(self._tree_of(mount))
+    async def _bind(self, mount: RunMount, target: str) -> Mount:
+        root = self._bases[id(mount)].root
+        if not mount.is_read_only:  # what the step writes to it is dropped
+            changes = Changes(self._area(), [root])
+            work = new_work(self._images, self._images.scratch)
+            root = await self._stack.enter_async_context(mounted_image(changes, work))
         with Tree(root) as tree:
             inside = tree.resolve(mount.source)
             if tree.status(inside) is None:
                 raise NotFound(f"failed to calculate checksum: {mount.source}: not found")
-        return Mount(
-            type="bind", source=str(root / inside), target=mount.target, read_only=mount.is_read_only
-        )
+        return Mount(type="bind", source=str(root / inside), target=target, read_only=mount.is_read_only)
 
-    async def _cache(self, mount: RunMount) -> Mount:
-        directory = await self._stack.enter_async_context(
-            self._caches.used(mount.id or os.path.normpath(mount.target), mount.sharing)
+    async def _cache(self, mount: RunMount, target: str) -> Mount:
+        """``source`` is a path in ``from``; without ``from``, in the cache itself."""
+        base = self._bases.get(id(mount))
+        key = CacheKey(
+            id=mount.id or (os.path.normpath(mount.target) if mount.target else target),
+            namespace=self._namespace,
+            base=base.digest if base is not None else "",
+            mode=mount.mode,
+            uid=mount.uid,
+            gid=mount.gid,
         )
-        if mount.uid is not None or mount.gid is not None or mount.mode is not None:
-            os.chown(directory, mount.uid or 0, mount.gid or 0)
-            os.chmod(directory, 0o755 if mount.mode is None else mount.mode)
-        return Mount(type="bind", source=str(directory), target=mount.target, read_only=mount.is_read_only)
+        fill = partial(self._fill, base.root, mount.source) if base is not None else None
+        directory = await self._stack.enter_async_context(
+            self._caches.used(key, mount.sharing or "shared", fill)
+        )
+        if base is None and mount.source:
+            with Tree(directory) as tree:
+                inside = tree.resolve(mount.source)
+                if tree.status(inside) is None:
+                    raise NotFound(f"the cache {key.id} has no {mount.source}")
+            directory /= inside
+        return Mount(type="bind", source=str(directory), target=target, read_only=mount.is_read_only)
+
+    async def _fill(self, root: Path, path: str, directory: Path) -> None:
+        work = new_work(self._images, directory)
+        await in_thread(work, partial(copies.fill, root, path, directory, work))
 
     async def _secret(self, mount: RunMount, variables: dict[str, str]) -> list[Mount]:
         id = mount.id or mount.source or os.path.basename(mount.target)
-        value = await self._provider.secret(id) if self._provider is not None else None
+        provider = self._inputs.provider
+        value = await provider.secret(id) if provider is not None else None
         if value is None:
             if mount.required:
                 raise NotFound(f"secret {id}: not found")
@@ -269,24 +337,22 @@ class MountSources:
             variables[mount.env or id] = value.decode("utf-8", "surrogateescape")
             if not mount.target:
                 return []
-        path = self._file(
-            f"secret-{secrets.token_hex(4)}", value, 0o400 if mount.mode is None else mount.mode
-        )
+        mode = 0o400 if mount.mode is None else mount.mode
+        path = self._file(f"secret-{secrets.token_hex(4)}", value, mode)
         os.chown(path, mount.uid or 0, mount.gid or 0)
-        return [
-            Mount(type="bind", source=str(path), target=mount.target or f"/run/secrets/{id}", read_only=True)
-        ]
+        target = os.path.join("/", mount.target or f"run/secrets/{os.path.basename(id)}")
+        return [Mount(type="bind", source=str(path), target=target, read_only=True)]
 
     async def _ssh(self, mount: RunMount, variables: dict[str, str]) -> list[Mount]:
         id = mount.id or "default"
         socket = None
-        if self._provider is not None:
-            socket = await self._stack.enter_async_context(self._provider.ssh(id))
+        if self._inputs.provider is not None:
+            socket = await self._stack.enter_async_context(self._inputs.provider.ssh(id))
         if socket is None:
             if mount.required:
                 raise NotFound(f"ssh agent {id}: not found")
             return []
-        target = mount.target or f"/run/buildkit/ssh_agent.{self._agents}"
+        target = os.path.join("/", mount.target or f"run/buildkit/ssh_agent.{self._agents}")
         if not self._agents:
             variables["SSH_AUTH_SOCK"] = target
         self._agents += 1
@@ -297,8 +363,7 @@ class MountSources:
     def _file(self, name: str, content: bytes, mode: int) -> Path:
         """A file in memory, which is gone when the step has ended."""
         if self._secrets is None:
-            self._secrets = self._directory / "memory"
-            self._secrets.mkdir(mode=0o700)
+            self._secrets = self._area()
             options = f"size={_SECRETS_BYTES_MAX},mode=0700"
             syscalls.mount("tmpfs", self._secrets, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, options)
             self._stack.callback(syscalls.unmount_if_mounted, self._secrets)
@@ -312,18 +377,26 @@ def _pairs(variables: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{name}={value}" for name, value in variables.items())
 
 
-def network_of(run: Run) -> str:
-    """The network of a step, empty: the build's.
+def network_of(run: Run, *, has_host_network: bool) -> str:
+    """The network of a step.  Empty for the build's.
 
-    Raises: InvalidArgument, Unimplemented: it is none, or a right that builds do not have.
+    ``has_host_network``: the build has the entitlement ``network.host``.
+
+    Raises: InvalidArgument, Unimplemented, PermissionDenied: it asks for what steps of this build do not have.
     """
-    if run.security not in ("", "sandbox"):
-        raise Unimplemented(f"RUN --security={run.security} is not supported")
+    if run.devices:
+        raise Unimplemented(f"RUN --device is not supported: {run.devices[0]}")
+    if run.security not in ("", "sandbox", "insecure"):
+        raise InvalidArgument(f"security {quoted(run.security)} is not valid")
+    if run.security == "insecure":
+        raise PermissionDenied("security.insecure is not allowed: steps of builds are not privileged here")
     match run.network:
         case "" | "default":
             return ""
         case "none":
             return "none"
+        case "host" if has_host_network:
+            return "host"
         case "host":
-            raise Unimplemented("RUN --network=host is not supported: give --network host to the build")
-    raise InvalidArgument(f"unsupported network mode {quoted(run.network)}")
+            raise PermissionDenied("network.host is not allowed")
+    raise InvalidArgument(f"invalid network mode {quoted(run.network)}")

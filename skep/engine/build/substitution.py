@@ -155,6 +155,7 @@ class _Reader:
             raise InvalidArgument("substitutions are nested too deeply")
         special: dict[str, Callable[[], str]] = {"$": self._dollar}
         if not self._keeps_quotes:
+            special["<"] = self._less_than
             special["'"] = self._single_quoted
             special['"'] = lambda: self._double_quoted(raw_escapes)
         result: list[str] = []
@@ -184,6 +185,16 @@ class _Reader:
                 raise InvalidArgument(f"unexpected end of statement while looking for matching {stop}")
         self._depth -= 1
         return "".join(result), words.all()
+
+    def _less_than(self) -> str:
+        """``<<`` and the spaces after it, which do not end the word: ``<< EOF`` begins a here-document, too."""
+        start = self._at
+        self._next()
+        if self._peek() == "<":
+            self._next()
+            while self._peek() and self._peek() in "\t\r ":
+                self._next()
+        return self._source[start : self._at]
 
     def _single_quoted(self) -> str:
         self._next()

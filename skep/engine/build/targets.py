@@ -6,9 +6,10 @@ import msgspec
 
 from skep.engine.build.instructions import Copy, OptionLabel, Run, Stages
 from skep.engine.build.interface import BuildRequest
-from skep.engine.build.mounts import parse_mount
+from skep.engine.build.mounts import mount_origin
 from skep.engine.build.substitution import Budget, substituted
 from skep.engine.images.platforms import parse_platform, this_platform
+from skep.engine.images.reference import parse_reference
 from skep.errors import InvalidArgument, Unimplemented
 
 
@@ -23,7 +24,11 @@ def chosen(stages: Stages, request: BuildRequest) -> Stages:
     if request.target:
         last = stages.index(request.target)
         if last is None:
-            raise InvalidArgument(f"failed to reach build target {request.target} in Dockerfile")
+            raise InvalidArgument(
+                f'target stage "{request.target}" could not be found'
+                if request.is_buildkit
+                else f"failed to reach build target {request.target} in Dockerfile"
+            )
     assert last is not None, "there is a stage"
     target = stages.stages[last]
     labels = tuple(
@@ -32,6 +37,43 @@ def chosen(stages: Stages, request: BuildRequest) -> Stages:
     )
     target = msgspec.structs.replace(target, instructions=(*target.instructions, *labels))
     return msgspec.structs.replace(stages, stages=(*stages.stages[:last], target))
+
+
+def automatic_arguments(stages: Stages, target: str) -> Mapping[str, str]:
+    """Return the arguments that every Dockerfile may declare without a value.
+
+    Source: buildkit, frontend/dockerfile/dockerfile2llb/platform.go (defaultArgs).
+    """
+    here = this_platform()
+    parts = {
+        "PLATFORM": str(here),
+        "OS": here.os,
+        "OSVERSION": "",
+        "ARCH": here.architecture,
+        "VARIANT": here.variant,
+    }
+    found = {f"{whose}{part}": value for whose in ("TARGET", "BUILD") for part, value in parts.items()}
+    return {**found, "TARGETSTAGE": target or stages.stages[-1].base.name or "default"}
+
+
+def require_distinct_names(stages: Stages) -> None:
+    """BuildKit takes the last of two stages with one name.  Raises: InvalidArgument, in the classic builder's words."""
+    names = [stage.base.name for stage in stages.stages if stage.base.name]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise InvalidArgument(f"{name} stage name already used")
+
+
+def context_name(name: str) -> str:
+    """Return how a named context is looked up: ``docker.io/library/alpine:latest`` is ``alpine``.
+
+    Source: buildkit, frontend/dockerui/namedcontext.go (namedContextRecursive).
+    """
+    try:
+        familiar = parse_reference(name).familiar
+    except InvalidArgument:
+        familiar = name
+    return familiar.removesuffix(":latest").lower()
 
 
 def require_platform(platform: str) -> None:
@@ -43,10 +85,31 @@ def require_platform(platform: str) -> None:
             raise Unimplemented(f"this node builds for {here}, and not for {wanted}")
 
 
-def needed(stages: Stages, arguments: Mapping[str, str], budget: Budget | None = None) -> Collection[int]:
-    """The last stage and those that it is made from.
+def carried_out(
+    stages: Stages, request: BuildRequest, arguments: Mapping[str, str], budget: Budget
+) -> Collection[int]:
+    """Return the stages that a build carries out: of the classic builder all.  Raises: InvalidArgument."""
+    if not request.is_buildkit:
+        return range(len(stages.stages))
+    return needed(stages, arguments, budget, {*request.images, *request.directories})
 
-    ``arguments``: what FROM may use; ``budget``: pays for their substitution.  Raises: InvalidArgument.
+
+def needed(
+    stages: Stages,
+    arguments: Mapping[str, str],
+    budget: Budget | None = None,
+    contexts: Collection[str] = (),
+) -> Collection[int]:
+    """Return the last stage and those that it is made from, as far as the Dockerfile says it.
+
+    A trigger of an image may name a further stage.
+
+    Args:
+        arguments: What FROM may use.
+        budget: Pays for their substitution.
+        contexts: Names of named contexts, which replace stages with these names.
+
+    Raises: InvalidArgument.
     """
     found, pending = set[int](), [len(stages.stages) - 1]
     while pending:
@@ -55,12 +118,14 @@ def needed(stages: Stages, arguments: Mapping[str, str], budget: Budget | None =
             continue
         found.add(number)
         stage = stages.stages[number]
-        names = [substituted(stage.base.base, arguments, stages.escape, budget)]
+        base = substituted(stage.base.base, arguments, stages.escape, budget)
+        indices = [] if context_name(base) in contexts else [stages.index(base, before=number)]
+        names = []
         for one in stage.instructions:
             if isinstance(one, Copy):
                 names.append(one.origin)
             elif isinstance(one, Run):
-                names += [parse_mount(text, str).origin for text in one.mounts]
-        indices = (stages.index(name) for name in names if name)
+                names += [mount_origin(text) for text in one.mounts]
+        indices += [stages.index(name) for name in names if name and context_name(name) not in contexts]
         pending += [index for index in indices if index is not None and index < number]
     return found

@@ -24,7 +24,10 @@ _CONTROL = "/moby.buildkit.v1.Control/"
 _BRIDGE = "/moby.buildkit.v1.frontend.LLBBridge/"
 
 _VERSION = pb.BuildkitVersion(package="skep", version=__version__)
-_BRIDGE_CAPS = ("solve.base", "return", "proto.refarray", "frontend.caps", "gateway.evaluate")
+_BRIDGE_CAPS = (
+    *("solve.base", "return", "proto.refarray", "frontend.caps", "gateway.evaluate"),
+    *("frontend.inputs", "reference.output"),
+)
 _LLB_CAPS = ("source.image", "source.local", "exec.mount.bind", "file.base", "constraints", "platform")
 
 

@@ -9,6 +9,7 @@ from enum import Enum
 import msgspec
 
 from skep.engine.build.interface import StepLimits
+from skep.engine.build.targets import context_name
 from skep.engine.images.reference import Reference, parse_reference
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.model.container import Ulimit
@@ -16,14 +17,10 @@ from skep.model.container import Ulimit
 DOCKERFILE = "dockerfile.v0"
 _GATEWAY = "gateway.v0"
 
-_IGNORED = ("frontend.caps", "vcs:")
-"""Of no effect on the image: what a client can do, and where its files come from (of provenance)."""
-_ARGUMENTS_REFUSED = (
-    "BUILDKIT_SANDBOX_HOSTNAME",
-    "BUILDKIT_CACHE_MOUNT_NS",
-    "BUILDKIT_DOCKERFILE_CHECK",
-    "SOURCE_DATE_EPOCH",
-)
+_IGNORED = ("frontend.caps", "input-metadata:", "vcs:", "build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR")
+"""Of no effect on the image: what a client can do, and where its files come from (of provenance, git contexts)."""
+_EPOCH_S_MAX = 253_402_300_799
+"""The end of the year 9999, which RFC 3339 can write."""
 _DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
 
 
@@ -71,6 +68,19 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     limits: StepLimits = StepLimits()
     platform: str = ""
+    hostname: str = ""
+    cache_namespace: str = ""
+    epoch_s: int | None = None
+    cache_sources: tuple[str, ...] = ()
+    """``--cache-from``."""
+    cache_exports: tuple[str, ...] = ()
+    """Types of ``--cache-to``."""
+    checks: str = ""
+    """``BUILDKIT_DOCKERFILE_CHECK``, in place of the Dockerfile's own directive."""
+    request: str = ""
+    """What is asked for instead of a build: ``frontend.lint``."""
+    has_syntax: bool = False
+    """Whether the request names the front end, so that the Dockerfile's own is not looked at."""
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +88,8 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
 
     output: Output = Output.NONE
     tags: tuple[Reference, ...] = ()
+    rewrites_times: bool = False
+    """Whether no file of its layers is newer than ``SOURCE_DATE_EPOCH``."""
 
 
 class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
@@ -87,8 +99,13 @@ class CacheEntry(msgspec.Struct, frozen=True, rename="pascal"):
     attrs: Mapping[str, str] = {}
 
 
-def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
-    """Raises: Unimplemented, InvalidArgument: names what is not done, or what is wrong."""
+def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> Asked:
+    """Return what is asked for.
+
+    ``inputs``: Images that results of other builds are, by the names that stand for them in the attributes.
+
+    Raises: Unimplemented, InvalidArgument: names what is not done, or what is wrong.
+    """
     if frontend not in (DOCKERFILE, _GATEWAY):
         raise Unimplemented(f"front end {frontend} is not supported: Dockerfiles are built, by {DOCKERFILE}")
     left = {name: value for name, value in attributes.items() if not name.startswith(_IGNORED)}
@@ -97,9 +114,8 @@ def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
         left.pop("cmdline", None)
     arguments = _taken(left, "build-arg:")
     _refuse(left, arguments)
-    _refuse_caches(left)
     sessions = _taken(left, "local-sessionid:")
-    images, directories = _contexts(_taken(left, "context:"), sessions)
+    images, directories = _contexts(_taken(left, "context:"), sessions, inputs or {})
     use_cache, stages = _use_cache(left)
     has_own_dockerfile = "dockerfilekey" in left
     context, dockerfile = left.pop("contextkey", "context"), left.pop("dockerfilekey", "dockerfile")
@@ -122,6 +138,14 @@ def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
         hosts=_hosts(left.pop("add-hosts", "")),
         limits=_limits(left),
         platform=left.pop("platform", ""),
+        hostname=left.pop("hostname", "") or arguments.get("BUILDKIT_SANDBOX_HOSTNAME", ""),
+        cache_namespace=arguments.get("BUILDKIT_CACHE_MOUNT_NS", ""),
+        epoch_s=_epoch(arguments.get("SOURCE_DATE_EPOCH", "")),
+        cache_sources=_cache_sources(left),
+        cache_exports=("inline",) if _is_true(arguments.get("BUILDKIT_INLINE_CACHE", "")) else (),
+        checks=arguments.get("BUILDKIT_DOCKERFILE_CHECK", ""),
+        request=left.pop("requestid", ""),
+        has_syntax=bool(arguments.get("BUILDKIT_SYNTAX", "")),
     )
     if "," in build.platform:
         raise Unimplemented(f"multiple platforms are not supported: {build.platform}")
@@ -132,12 +156,16 @@ def asked(frontend: str, attributes: Mapping[str, str]) -> Asked:
 
 
 def check_syntax(image: str) -> None:
-    """Whether this engine supports the language that ``# syntax=`` names.  Raises: Unimplemented."""
+    """Whether this engine reads the language that ``# syntax=`` names.
+
+    Docker's own in every version and channel: what a Dockerfile says and this engine does not do is refused by itself.
+
+    Raises: Unimplemented: another language.
+    """
     name = image.split()[0] if image.strip() else ""
     name = name.partition("@")[0]
-    repository, _, tag = name.removeprefix("docker.io/").partition(":")
-    is_ours = repository in ("", "docker/dockerfile", "docker/dockerfile-upstream")
-    if not is_ours or tag.endswith("-labs") or tag in ("labs", "experimental") or tag.startswith("0."):
+    repository = name.removeprefix("docker.io/").partition(":")[0]
+    if repository not in ("", DOCKERFILE, "docker/dockerfile", "docker/dockerfile-upstream"):
         raise Unimplemented(f"front end {name} is not supported: this engine reads Dockerfiles itself")
 
 
@@ -149,15 +177,8 @@ def _taken(left: dict[str, str], prefix: str) -> dict[str, str]:
 
 def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
     """Raises: Unimplemented: for what is known of BuildKit and is not done."""
-    if request := left.get("requestid", ""):
-        raise Unimplemented(f"unsupported request {request}")
-    for name in _ARGUMENTS_REFUSED:
-        if arguments.get(name, ""):
-            raise Unimplemented(f"build argument {name} is not supported")
-    check_syntax(arguments.pop("BUILDKIT_SYNTAX", ""))
-    if _is_true(arguments.pop("BUILDKIT_INLINE_CACHE", "")):
-        raise Unimplemented("cache export is not supported: inline")
-    if _is_true(arguments.pop("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", "")):
+    check_syntax(arguments.get("BUILDKIT_SYNTAX", ""))
+    if _is_true(arguments.get("BUILDKIT_MULTI_PLATFORM", "") or left.pop("multi-platform", "")):
         raise Unimplemented("multiple platforms are not supported")
     for kind, value in _taken(left, "attest:").items():
         if kind != "provenance" or value not in _DEFAULT_PROVENANCE:
@@ -166,6 +187,15 @@ def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
 
 def _is_true(value: str) -> bool:
     return value.lower() in ("1", "t", "true")
+
+
+def _epoch(text: str) -> int | None:
+    """``SOURCE_DATE_EPOCH``; None: it is empty.  Raises: InvalidArgument."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 13 and int(text) <= _EPOCH_S_MAX):
+        raise InvalidArgument(f"invalid SOURCE_DATE_EPOCH: {text}: give seconds since 1970")
+    return int(text)
 
 
 def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
@@ -177,16 +207,18 @@ def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _contexts(
-    named: Mapping[str, str], sessions: Mapping[str, str]
+    named: Mapping[str, str], sessions: Mapping[str, str], inputs: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Source]]:
     """Images and directories by their names.  Raises: Unimplemented: another kind of context."""
     images, directories = {}, {}
     for name, value in named.items():
         kind, separator, rest = value.partition(":")
         if kind == "docker-image" and separator:
-            images[name.lower()] = rest.removeprefix("//")
+            images[context_name(name)] = rest.removeprefix("//")
+        elif kind == "input" and rest in inputs:
+            images[context_name(name)] = inputs[rest]
         elif kind == "local" and separator:
-            directories[name.lower()] = Source(rest, sessions.get(rest, ""))
+            directories[context_name(name)] = Source(rest, sessions.get(rest, ""))
         else:
             raise Unimplemented(f"named context {name} is not supported: {value}")
     return images, directories
@@ -229,21 +261,15 @@ def _ulimit(text: str) -> Ulimit:
         raise InvalidArgument(f"invalid ulimit argument: {text}") from error
 
 
-def _refuse_caches(left: dict[str, str]) -> None:
-    """Raises: Unimplemented: steps are taken from this node's own builds only; InvalidArgument."""
-    check_cache_imports([image for image in left.pop("cache-from", "").split(",") if image])
-    if text := left.pop("cache-imports", ""):
-        try:
-            entries = msgspec.json.decode(text, type=list[CacheEntry])
-        except (ValueError, RecursionError) as error:
-            raise InvalidArgument(f"failed to unmarshal cache-imports: {error}") from error
-        check_cache_imports([entry.attrs.get("ref") or entry.type for entry in entries])
-
-
-def check_cache_imports(kinds: Sequence[str]) -> None:
-    """``kinds``: or images.  Raises: Unimplemented."""
-    for kind in kinds:
-        raise Unimplemented(f"cache import is not supported: {kind}")
+def _cache_sources(left: dict[str, str]) -> tuple[str, ...]:
+    """What the options of a front end name.  Raises: InvalidArgument: they cannot be read."""
+    images = [image for image in left.pop("cache-from", "").split(",") if image]
+    text = left.pop("cache-imports", "")
+    try:
+        entries = msgspec.json.decode(text, type=list[CacheEntry]) if text else []
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"failed to unmarshal cache-imports: {error}") from error
+    return (*images, *(entry.attrs.get("ref") or entry.type for entry in entries))
 
 
 _EXPORT_IGNORED = ("push", "load", "registry.insecure", "prefer-image-digest", "unpack", "context", "dest")
@@ -258,13 +284,15 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
         if kind == "image" and _is_true(attributes.get("push", "")):  # of "moby" the client pushes afterwards
             raise Unimplemented("output option push is not supported: push the image by docker push")
         if kind in ("moby", "image"):
-            left = {name for name, value in attributes.items() if value} - {"name", *_EXPORT_IGNORED}
+            known = {"name", "rewrite-timestamp", *_EXPORT_IGNORED}
+            left = {name for name, value in attributes.items() if value} - known
             if left:
                 raise Unimplemented(f"output option {min(left)} is not supported")
             names = attributes.get("name", "").split(",")
             return Exported(
                 output=Output.IMAGE,
                 tags=tuple(parse_reference(name).with_default_tag() for name in names if name),
+                rewrites_times=_is_true(attributes.get("rewrite-timestamp", "")),
             )
         if kind not in (Output.LOCAL.value, Output.TAR.value):
             raise Unimplemented(f'exporter "{kind}" could not be found')
@@ -273,12 +301,6 @@ def exported(exporters: Sequence[tuple[str, Mapping[str, str]]]) -> Exported:
                 raise Unimplemented(f"output option {name} is not supported")
         return Exported(output=Output(kind))
     return Exported()
-
-
-def check_cache_exports(kinds: Sequence[str]) -> None:
-    """Raises: Unimplemented."""
-    for kind in kinds:
-        raise Unimplemented(f"cache export is not supported: {kind}")
 
 
 def check_network(build: Asked, entitlements: Sequence[str]) -> None:

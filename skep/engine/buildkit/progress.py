@@ -112,10 +112,10 @@ class Vertices:
             status.completed.CopyFrom(status.timestamp)
         self._log.add(pb.StatusResponse(statuses=[status]))
 
-    def warn(self, vertex: str, text: str, detail: Sequence[str] = ()) -> None:
+    def warn(self, vertex: str, text: str, detail: Sequence[str] = (), url: str = "") -> None:
         """Add a warning for the author of the Dockerfile."""
         self.counts.warnings += 1
-        warning = pb.VertexWarning(vertex=vertex, level=1, short=text.encode())
+        warning = pb.VertexWarning(vertex=vertex, level=1, short=text.encode(), url=url)
         warning.detail.extend(line.encode() for line in detail)
         self._log.add(pb.StatusResponse(warnings=[warning]))
 

@@ -21,11 +21,14 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.aio.race import Preempted, run_unless
-from skep.engine.build.dockerfile import FILE_BYTES_MAX, parse
+from skep.engine.build.checks import EnvOf
+from skep.engine.build.dockerfile import FILE_BYTES_MAX
 from skep.engine.build.interface import BuildRequest, Builds, OpenContext
 from skep.engine.build.patterns import ignored_patterns
 from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit import requests
 from skep.engine.buildkit.contexts import Contexts
+from skep.engine.buildkit.definitions import definition_of, image_of
 from skep.engine.buildkit.filesend import OpenArchive, send_archive, send_tree, spool
 from skep.engine.buildkit.filesync import Selection
 from skep.engine.buildkit.history import History
@@ -35,11 +38,8 @@ from skep.engine.buildkit.options import (
     Output,
     Source,
     asked,
-    check_cache_exports,
-    check_cache_imports,
     check_entitlements,
     check_network,
-    check_syntax,
     exported,
 )
 from skep.engine.buildkit.progress import BuildLog, Vertices
@@ -68,6 +68,8 @@ _JOB_WAIT_S = 15.0
 """A client asks for the progress of a build, or calls it, before the build is there."""
 _DEFINITION_BYTES_MAX = 16 << 20
 """Of the Dockerfile and what is fetched with it."""
+_OWN_STEPS = "steps are found that were built on this node"
+_OWN_STEPS = "steps are found that were built on this node"
 _IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 
 
@@ -149,16 +151,21 @@ class Solver:
             raise NotFound(f"no such job {ref}")
         if request.definition.ByteSize():
             raise Unimplemented("a build of LLB definitions is not supported, only of Dockerfiles")
-        if request.frontend_inputs:
-            raise Unimplemented("results of other builds as contexts are not supported")
         session = await self._sessions.get(job.request.session)
-        work = self._build(job, session, request.frontend, request.frontend_opt)
+        response = pb.BridgeSolveResponse()
+        inputs = {name: image_of(one) for name, one in request.frontend_inputs.items()}
+        wanted = asked(request.frontend, request.frontend_opt, inputs)
         try:
+            if wanted.request:
+                found = await run_unless(self._answered(job, session, wanted), job.ended.wait())
+                response.result.metadata.update(found)
+                return response
+            work = self._build(job, session, wanted, request.frontend_opt)
             image = await run_unless(work, job.ended.wait())
         except Preempted as error:
             raise Unavailable(f"job {ref} has ended") from error
-        response = pb.BridgeSolveResponse()
         response.result.ref.id = secrets.token_hex(12)
+        getattr(response.result.ref, "def").CopyFrom(definition_of(image))
         job.results[response.result.ref.id] = image
         return response
 
@@ -225,7 +232,8 @@ class Solver:
     async def _solved(self, job: Job, session: Session) -> Mapping[str, str]:
         request = job.request
         if request.frontend:
-            image: Digest | None = await self._build(job, session, request.frontend, request.frontend_attrs)
+            build = asked(request.frontend, request.frontend_attrs)
+            image: Digest | None = await self._build(job, session, build, request.frontend_attrs)
         else:
             image = _returned(job, await job.returned)
         if image is None or job.exported.output is Output.NONE:
@@ -261,12 +269,12 @@ class Solver:
 
     # -- one build ----------------------------------------------------------------------------------------------------
 
-    async def _build(
-        self, job: Job, session: Session, frontend: str, attributes: Mapping[str, str]
-    ) -> Digest:
-        build = asked(frontend, attributes)
+    async def _build(self, job: Job, session: Session, build: Asked, attributes: Mapping[str, str]) -> Digest:
         check_network(build, job.request.entitlements)
         job.request.frontend_attrs.update(attributes)  # for its record
+        self._say_what_caches_are_for(job, build)
+        if build.request:
+            raise Unimplemented(f"unsupported request {build.request}")
         provider = ClientProvider(session, self.contexts.scratch)
         async with AsyncExitStack() as received:
             remote = await self._remote(job, session, build, provider, received)
@@ -283,7 +291,12 @@ class Solver:
                 return open_context
 
             request = msgspec.structs.replace(
-                _request(build, job.exported, definition.text),
+                _request(
+                    build,
+                    job.exported,
+                    definition.text,
+                    has_host_network="network.host" in job.request.entitlements,
+                ),
                 directories={name: opening(source, None) for name, source in build.directories.items()},
             )
             open_context = opening(build.context, definition.ignored, remote[0] if remote else None)
@@ -293,6 +306,32 @@ class Solver:
             except Preempted as error:
                 raise Unavailable("the client of the build is gone") from error
         return result.image_id
+
+    async def _answered(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
+        """What is asked for instead of a build.  Raises: SkepError."""
+        client = await self._session_of(session, build.dockerfile)
+        text = (await self._definition(job, client, build)).text
+        env_of = await self._envs(text, build)
+        return await asyncio.to_thread(requests.answer, text, build, build.request, env_of)
+
+    async def _envs(self, text: str, build: Asked) -> EnvOf:
+        """Variables of the base images, read here: the image store belongs to the event loop's thread."""
+        names = await asyncio.to_thread(requests.base_names, text, build)
+        return {name: self._builds.env_of(name) for name in names}.get
+
+    def _say_what_caches_are_for(self, job: Job, build: Asked) -> None:
+        """Warn of ``--cache-from`` and ``--cache-to`` that have no effect.  They never fail a build."""
+        cache = job.request.cache
+        sources = [*build.cache_sources, *cache.import_refs]
+        sources += [entry.attrs.get("ref") or entry.type for entry in cache.imports]
+        for source in dict.fromkeys(sources):
+            with job.vertices.doing(f"importing cache manifest from {source}") as vertex:
+                if self._builds.env_of(source) is None:
+                    job.vertices.warn(vertex, f"cache source {source} is not used: {_OWN_STEPS}")
+        exports = [*build.cache_exports, *(entry.type for entry in cache.exports)]
+        for kind in dict.fromkeys([*exports, *(["registry"] if cache.export_ref else [])]):
+            with job.vertices.doing(f"exporting {kind} cache") as vertex:
+                job.vertices.warn(vertex, f"the {kind} cache is not exported: {_OWN_STEPS}")
 
     async def _session_of(self, session: Session, source: Source) -> Session:
         return await self._sessions.get(source.session) if source.session else session
@@ -333,7 +372,18 @@ class Solver:
             ) as root:
                 definition = await asyncio.to_thread(_read_definition, root, build.filename)
             job.vertices.figure(vertex, "transferring dockerfile:", len(definition.text), done=True)
+            if not build.request:
+                await self._check_text(job, vertex, build, definition.text)
         return definition
+
+    async def _check_text(self, job: Job, vertex: str, build: Asked, text: str) -> None:
+        """Warn of what the checks of the Dockerfile find.  Raises: InvalidArgument: its author wants it to fail."""
+        env_of = await self._envs(text, build)
+        found, failure = await asyncio.to_thread(requests.findings_of_build, text, build, env_of)
+        for one in found:
+            job.vertices.warn(vertex, one.summary, [one.description], one.url)
+        if failure:
+            raise InvalidArgument(failure)
 
     @asynccontextmanager
     async def _context(
@@ -399,9 +449,9 @@ def _read_in(root: Path, name: str, bytes_max: int) -> str | None:
     return data.decode(errors="surrogateescape")
 
 
-def _request(build: Asked, export: Exported, dockerfile: str) -> BuildRequest:
-    """Raises: Unimplemented: the Dockerfile asks for another front end."""
-    check_syntax(parse(dockerfile).syntax)
+def _request(
+    build: Asked, export: Exported, dockerfile: str, *, has_host_network: bool = False
+) -> BuildRequest:
     return BuildRequest(
         dockerfile=dockerfile,
         tags=export.tags,
@@ -416,6 +466,11 @@ def _request(build: Asked, export: Exported, dockerfile: str) -> BuildRequest:
         hosts=build.hosts,
         limits=build.limits,
         platform=build.platform,
+        has_host_network=has_host_network,
+        hostname=build.hostname,
+        cache_namespace=build.cache_namespace,
+        epoch_s=build.epoch_s,
+        rewrites_times=export.rewrites_times,
         is_buildkit=True,
     )
 
@@ -437,9 +492,6 @@ def _check(request: pb.SolveRequest) -> None:
     if request.source_policy.ByteSize():
         raise Unimplemented("source policies are not supported")
     check_entitlements(request.entitlements)
-    exports = [entry.type for entry in request.cache.exports]
-    check_cache_exports([*exports, *(["registry"] if request.cache.export_ref else [])])
-    check_cache_imports([*(entry.type for entry in request.cache.imports), *request.cache.import_refs])
 
 
 def _returned(job: Job, response: pb.ReturnRequest) -> Digest | None:

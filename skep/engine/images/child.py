@@ -80,6 +80,32 @@ def child_config(
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
 
+def history_length(content: bytes) -> int:
+    """Return the number of entries of a configuration's history.  Raises: InvalidArgument."""
+    return len(_decoded(content).get("history") or ())
+
+
+def not_newer(content: bytes, created: str, inherited: int) -> bytes:
+    """Return a configuration without times after ``created``.
+
+    Args:
+        created: A Timestamp in UTC.
+        inherited: First entries of the history, which keep their times.
+
+    Raises:
+        InvalidArgument: ``content`` is no configuration.
+
+    Source: buildkit, exporter/containerimage/writer.go (patchImageConfig).
+    """
+    document = _decoded(content)
+    history = [dict(entry) for entry in document.get("history") or ()]
+    for entry in (document, *history[inherited:]):
+        # Without the Z, the same second with a fraction is the later text, as it is the later time.
+        if str(entry.get("created") or "~").rstrip("Z") > created.rstrip("Z"):
+            entry["created"] = created
+    return msgspec.json.encode({**document, "history": history}, order="sorted")
+
+
 def _entry(step: Step, *, has_layer: bool) -> Mapping[str, Any]:
     fields: Mapping[str, Any] = {
         "created": step.created,

@@ -113,6 +113,11 @@ def route(method: str, target: str, ownership: Ownership) -> Destination:
     return _others(request)
 
 
+def is_build(path: str) -> bool:
+    """Whether a request begins a build, or the session of one."""
+    return path in ("/build", "/session", "/grpc")
+
+
 def _here(_request: _Request, _name: str) -> Destination:
     return Destination.HERE
 

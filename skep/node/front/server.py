@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.access import Identity
 from skep.node.front.application import Application
 from skep.node.front.handover import Handover, Passed, Returned
-from skep.node.front.routing import Destination, Ownership, route
+from skep.node.front.routing import Destination, Ownership, is_build, route
 from skep.node.front.splice import relay, splice
 from skep.node.front.task_requests import as_task_request
 from skep.node.front.users import Users, bearer
@@ -89,6 +89,16 @@ class _Properties(msgspec.Struct, frozen=True, kw_only=True):
         return Passed(connected, self.is_remote, self.identity)
 
 
+class DockerSocket(msgspec.Struct, frozen=True):
+    """The Docker Engine beside the node.  ``path``: its socket, None if there is no engine.
+
+    ``before_build``: Gives the engine the images that a build there may use.
+    """
+
+    path: Path | None = None
+    before_build: Callable[[], Awaitable[None]] | None = None
+
+
 class Front:
     """The API sockets of one node.
 
@@ -105,7 +115,7 @@ class Front:
         *,
         ownership: Ownership,
         membership: Membership,
-        engine_socket: Path | None,
+        docker: DockerSocket,
         users: Users,
         divert: Callable[[socket.socket], bool] = lambda _: False,
     ) -> None:
@@ -113,7 +123,7 @@ class Front:
         self._handover = handover
         self._ownership = ownership
         self._membership = membership
-        self._engine_socket = engine_socket
+        self._docker = docker
         self._users = users
         self._divert = divert
         self._servers: list[asyncio.Server] = []
@@ -374,13 +384,15 @@ class Front:
                 elif not client.is_lost:
                     self._handover.pass_on(properties.passed(client.duplicate()), raw + client.take())
                     client.abort()  # of this process's two descriptors one is left
-            case Destination.ENGINE if self._engine_socket is not None:
+            case Destination.ENGINE if self._docker.path is not None:
                 if identity is not None and not identity.is_admin:
                     raise PermissionDenied(
                         f"{identity.name} may not {request.method} {path_of(request.target)}: "
                         "the Docker Engine of this machine is for administrators only"
                     )
-                await splice(client, parse_request(raw), self._engine_socket)
+                if self._docker.before_build is not None and is_build(path_of(request.target)):
+                    await self._docker.before_build()
+                await splice(client, parse_request(raw), self._docker.path)
             case _:
                 self._hand_to_application(client, raw)
 

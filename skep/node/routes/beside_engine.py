@@ -5,6 +5,7 @@ volume of a service is this node's, any other the engine's.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
@@ -14,8 +15,9 @@ from aiohttp import web
 from skep.api.client import Response
 from skep.api.server import api_version, json_response, read_body
 from skep.api.versions import ApiVersion
+from skep.engine.images.reference import parse_reference
 from skep.engine.volumes import Volumes
-from skep.errors import SkepError
+from skep.errors import InvalidArgument, SkepError
 from skep.node.docker_engine import DockerEngine, Handler
 from skep.node.engine_images import EngineImages, merged
 
@@ -38,6 +40,9 @@ def with_objects_of(
     beside = _Beside(docker, images, volumes)
     wraps: Mapping[tuple[str, str], Wrap] = {
         ("GET", "/images/json"): beside.list_images,
+        ("POST", "/images/create"): beside.note_names,
+        ("POST", "/images/load"): beside.note_names,
+        ("POST", "/images/{name:.+}/tag"): beside.note_names,
         ("GET", "/images/get"): beside.save_images,
         ("POST", "/images/prune"): beside.prune_images,
         ("DELETE", "/images/{name:.+}"): beside.remove_image,
@@ -76,6 +81,23 @@ class _Beside:
                 theirs = []
             untagged = _NO_NAMES if api_version(request) < _EMPTY_LISTS else {}
             return json_response(merged(listed, theirs, untagged))
+
+        return handle
+
+    def note_names(self, ours: Handler) -> Handler:
+        """Of images that are pulled, loaded, imported or tagged: those that change, and the one that is named."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            before, query = self._images.names(), request.query
+            response = await ours(request)
+            after = self._images.names()
+            changed = {name for name, id in after.items() if before.get(name) != id}
+            name = query.get("fromImage") or query.get("repo", "")
+            tag = f":{query['tag']}" if query.get("tag") and not query["tag"].startswith("sha256:") else ""
+            with suppress(InvalidArgument):
+                changed |= {parse_reference(name + tag).with_default_tag().familiar} & after.keys()
+            await self._images.note_given(changed)
+            return response
 
         return handle
 

@@ -515,8 +515,8 @@ async def test_buildkits_language_has_mounts_secrets_and_here_documents(node: Bu
 async def test_what_buildkits_language_lacks_here_is_refused_by_name(node: BuildLab) -> None:
     context = node.context("", {"a.txt": "a\n"})
     for step, reason in {
-        "RUN --security=insecure ls": "RUN --security=insecure is not supported",
-        "RUN --network=host ls": "RUN --network=host is not supported",
+        "RUN --security=insecure ls": "security.insecure is not allowed",
+        "RUN --network=host ls": "network.host is not allowed",
         "RUN --mount=type=secret,id=nosuch,required ls": "secret nosuch: not found",
         "RUN --mount=source=/nosuch,target=/x ls": "stat nosuch: file does not exist",
     }.items():

@@ -9,7 +9,7 @@ import pytest
 
 from skep.aio.trees import discard_tree
 from skep.engine.build import cache
-from skep.engine.build.cache import CacheMounts, StepCache
+from skep.engine.build.cache import CacheKey, CacheMounts, StepCache
 from skep.engine.images.digest import Digest
 from skep.engine.images.store import ImageStore
 from skep.linux.files import replace_file
@@ -18,9 +18,11 @@ from skep.linux.files import replace_file
 async def test_private_directories_of_three_steps_at_once_are_three(tmp_path: Path) -> None:
     mounts = CacheMounts(tmp_path)
     async with AsyncExitStack() as stack:
-        places = [await stack.enter_async_context(mounts.used("id", "private")) for _ in range(3)]
+        places = [
+            await stack.enter_async_context(mounts.used(CacheKey(id="id"), "private")) for _ in range(3)
+        ]
     assert len(set(places)) == 3
-    async with mounts.used("id", "private") as again:
+    async with mounts.used(CacheKey(id="id"), "private") as again:
         assert again == places[0]
 
 
@@ -29,14 +31,14 @@ async def test_a_directory_that_a_step_takes_during_a_prune_stays(
 ) -> None:
     mounts = CacheMounts(tmp_path)
     for id in ("one", "two"):
-        async with mounts.used(id, "shared") as place:
+        async with mounts.used(CacheKey(id=id), "shared") as place:
             (place / "file").write_text(id)
     async with AsyncExitStack() as stack:
         taken = list[Path]()
 
         async def discard_slowly(path: Path) -> None:
             for id in () if taken else ("one", "two"):
-                taken.append(await stack.enter_async_context(mounts.used(id, "shared")))
+                taken.append(await stack.enter_async_context(mounts.used(CacheKey(id=id), "shared")))
                 (taken[-1] / "new").write_text("new")
             await discard_tree(path)
 
@@ -44,6 +46,56 @@ async def test_a_directory_that_a_step_takes_during_a_prune_stays(
         gone, _ = await asyncio.wait_for(mounts.prune(), 60)
         assert len(gone) == 1
         assert [(place / "new").read_text() for place in taken] == ["new", "new"]
+
+
+async def test_a_directory_is_filled_once_and_whole_before_a_step_has_it(tmp_path: Path) -> None:
+    mounts, filled = CacheMounts(tmp_path), list[Path]()
+
+    async def fill(directory: Path) -> None:
+        filled.append(directory)
+        (directory / "first").write_text("1")
+        await asyncio.sleep(0)
+        (directory / "second").write_text("2")
+
+    async def use() -> None:
+        key = CacheKey(id="id", base="sha256:b", mode=0o700, uid=5)
+        async with mounts.used(key, "shared", fill) as place:
+            assert {one.name for one in place.iterdir()} == {"first", "second"}
+            assert (place.stat().st_mode & 0o777, place.stat().st_uid) == (0o700, 5)
+
+    async def again() -> None:
+        key = CacheKey(id="id", base="sha256:b", mode=0o700, uid=5)
+        for mode in (0o700, 0o755):
+            async with mounts.used(key, "shared", fill) as place:
+                assert place.stat().st_mode & 0o777 == mode, "what a step has changed stays"
+                place.chmod(0o755)
+
+    await asyncio.gather(use(), use())
+    await again()
+    assert len(filled) == 1
+
+
+async def test_a_directory_whose_first_files_cannot_be_had_is_not_there(tmp_path: Path) -> None:
+    async def fill(directory: Path) -> None:
+        (directory / "first").write_text("1")
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        async with CacheMounts(tmp_path).used(CacheKey(id="id", base="b"), "shared", fill):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_that_ask_for_other_owners_or_files_have_other_directories() -> None:
+    keys = [
+        CacheKey(id="id"),
+        CacheKey(id="other"),
+        CacheKey(id="id", namespace="mine"),
+        CacheKey(id="id", base="sha256:b"),
+        CacheKey(id="id", uid=0),
+        CacheKey(id="id", mode=0o755),
+    ]
+    assert len({key.name for key in keys}) == len(keys)
 
 
 async def test_results_of_builds_that_end_at_once_are_written_one_after_the_other(

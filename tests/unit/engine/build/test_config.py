@@ -43,6 +43,7 @@ def after(*lines: str, base: ContainerDefaults | None = None) -> tuple[StageStat
         ('SHELL ["bash", "-c"]', "SHELL [bash -c]"),
         ('CMD ["a", "b\\"c"]', 'CMD ["a" "b\\"c"]'),
         ("CMD a b", 'CMD ["/bin/sh" "-c" "a b"]'),
+        ("CMD", 'CMD ["/bin/sh" "-c" ""]'),
         ("ENTRYPOINT a", 'ENTRYPOINT ["/bin/sh" "-c" "a"]'),
         (
             "HEALTHCHECK --interval=90s --retries=3 CMD x",
@@ -109,10 +110,10 @@ def test_arguments_have_the_users_value_then_the_defaults() -> None:
     arguments.declare("C", "c", before_stages=True)
     assert dict(arguments.of_stages) == {"A": "given", "C": "c"}
     arguments.begin_stage()
-    assert dict(arguments.known) == {}
+    assert dict(arguments.beside(())) == {}
     for name, value in (("A", "default"), ("B", "default"), ("C", None), ("D", None)):
         arguments.declare(name, value)
-    assert dict(arguments.known) == {"A": "given", "B": "default", "C": "c"}
+    assert dict(arguments.beside(())) == {"A": "given", "B": "default", "C": "c"}
     assert dict(arguments.beside(["A=image"])) == {"B": "default", "C": "c"}
     assert arguments.unused == ("UNUSED",)
 
@@ -131,6 +132,52 @@ def test_a_step_is_named_by_the_arguments_that_it_sees_but_not_by_undeclared_pro
     arguments.declare("http_proxy", None)
     shown = command_of_step(("x",), arguments, arguments.beside(()))
     assert shown == ("|2", "B=2", "http_proxy=http://p", "x")
+
+
+def test_buildkits_proxies_reach_commands_alone_in_both_spellings() -> None:
+    arguments = Arguments({"http_proxy": "http://p", "NO_PROXY": "x"}, {}, is_buildkit=True)
+    assert dict(arguments.beside(())) == {}
+    assert dict(arguments.proxies) == {
+        "http_proxy": "http://p",
+        "HTTP_PROXY": "http://p",
+        "no_proxy": "x",
+        "NO_PROXY": "x",
+    }
+    assert dict(Arguments({"http_proxy": "http://p"}, {}).proxies) == {}
+
+
+def test_the_later_one_of_arg_and_env_wins_in_buildkit_and_env_in_the_classic_builder() -> None:
+    for is_buildkit in (True, False):
+        arguments = Arguments({}, {}, is_buildkit=is_buildkit)
+        arguments.declare("A", "arg")
+        arguments.hide(["A"])
+        assert dict(arguments.beside(["A=env"])) == {}
+        arguments.declare("A", "again")
+        assert dict(arguments.beside(["A=env"])) == ({"A": "again"} if is_buildkit else {})
+
+
+def test_a_stage_has_the_arguments_of_the_stage_that_it_is_based_on_but_the_variables_of_its_image_win() -> (
+    None
+):
+    arguments = Arguments({}, {}, is_buildkit=True)
+    arguments.declare("A", "1")
+    arguments.declare("E", "arg")
+    base = arguments.stage
+    arguments.begin_stage(base, ["E=env"])
+    assert dict(arguments.beside(["E=env"])) == {"A": "1"}
+    arguments.declare("OWN", "x")
+    assert "OWN" not in base.declared
+    arguments.begin_stage()
+    assert dict(arguments.beside(())) == {}
+
+
+def test_arguments_of_one_instruction_see_those_before_them_and_given_ones_their_default_never() -> None:
+    arg = instruction_of(parse("ARG A=1 B=$A-$X C=${NO:?unset}").lines[0])
+    with pytest.raises(InvalidArgument, match="unset"):
+        expanded(arg, {"X": "x"}, "\\")
+    ready = expanded(arg, {"X": "x"}, "\\", None, {"C": "given"})
+    assert ready.pairs == (("A", "1"), ("B", "1-x"), ("C", "${NO:?unset}"))  # type: ignore[attr-defined]
+    assert expanded(arg, {"X": "x"}, "\\", None, {"A": "2", "C": ""}).pairs[1] == ("B", "2-x")  # type: ignore[attr-defined]
 
 
 def test_changes_of_a_commit_are_instructions() -> None:

@@ -5,19 +5,19 @@ from multidict import MultiDict
 
 from skep.engine.build.interface import StepLimits
 from skep.engine.buildkit import buildkit_pb2 as pb
+from skep.engine.buildkit.definitions import definition_of, image_of
 from skep.engine.buildkit.history import BYTES_MAX, RECORDS_MAX, History
 from skep.engine.buildkit.options import (
     Output,
     Source,
     asked,
-    check_cache_exports,
-    check_cache_imports,
     check_entitlements,
     check_network,
     check_syntax,
     exported,
 )
 from skep.engine.buildkit.routes import solve_request
+from skep.engine.images.digest import Digest
 from skep.engine.images.reference import parse_reference
 from skep.errors import InvalidArgument, PermissionDenied, SkepError, Unimplemented
 from skep.model.container import Ulimit
@@ -79,22 +79,12 @@ def test_every_option_that_is_honoured_reaches_the_build() -> None:
         ({"build-arg:BUILDKIT_MULTI_PLATFORM": "1"}, "multiple platforms are not supported"),
         ({"attest:sbom": ""}, "attestations are not supported: sbom"),
         ({"attest:provenance": "mode=max"}, "attestations are not supported: provenance"),
-        ({"requestid": "frontend.lint"}, "unsupported request frontend.lint"),
         (
             {"context:a": "https://example.org/x.git"},
             "named context a is not supported: https://example.org/x.git",
         ),
         ({"context:a": "input:b"}, "named context a is not supported: input:b"),
-        ({"cache-from": "busybox"}, "cache import is not supported: busybox"),
-        ({"cache-imports": '[{"Type":"registry","Attrs":{"ref":"a"}}]'}, "cache import is not supported: a"),
-        ({"cache-imports": '[{"Type":"gha"}]'}, "cache import is not supported: gha"),
-        ({"build-arg:BUILDKIT_INLINE_CACHE": "1"}, "cache export is not supported: inline"),
-        (
-            {"build-arg:BUILDKIT_SANDBOX_HOSTNAME": "x"},
-            "build argument BUILDKIT_SANDBOX_HOSTNAME is not supported",
-        ),
         ({"build-arg:BUILDKIT_SYNTAX": "some/frontend"}, "front end some/frontend is not supported"),
-        ({"hostname": "x"}, "build option hostname is not supported"),
         ({"cgroup-parent": "x"}, "build option cgroup-parent is not supported"),
         ({"cpushares": "5"}, "build option cpushares is not supported"),
         ({"source-policy": "x"}, "build option source-policy is not supported"),
@@ -114,6 +104,9 @@ def test_what_is_not_done_is_refused_by_name(attributes: dict[str, str], text: s
         {"memory": "much"},
         {"ulimit": "nofile=x"},
         {"cache-imports": "{"},
+        {"build-arg:SOURCE_DATE_EPOCH": "yesterday"},
+        {"build-arg:SOURCE_DATE_EPOCH": "-1"},
+        {"build-arg:SOURCE_DATE_EPOCH": "999999999999"},
     ],
 )
 def test_values_that_cannot_be_read_are_invalid(attributes: dict[str, str]) -> None:
@@ -121,14 +114,25 @@ def test_values_that_cannot_be_read_are_invalid(attributes: dict[str, str]) -> N
         asked("dockerfile.v0", attributes)
 
 
-@pytest.mark.parametrize("image", ["", "docker/dockerfile:1", "docker.io/docker/dockerfile:1.7@sha256:abc"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        "",
+        "docker/dockerfile:1",
+        "docker.io/docker/dockerfile:1.7@sha256:abc",
+        "docker/dockerfile:1.7-labs",
+        "docker/dockerfile:experimental",
+        "docker/dockerfile-upstream:master",
+        "dockerfile.v0",
+    ],
+)
 def test_dockers_own_front_end_is_ours(image: str) -> None:
     check_syntax(image)
     asked("gateway.v0", {"source": image, "cmdline": image})
 
 
 @pytest.mark.parametrize(
-    "image", ["docker/dockerfile:1-labs", "docker/dockerfile:labs", "me/frontend", "docker/dockerfile:0.9"]
+    "image", ["me/frontend", "me/docker/dockerfile:1", "registry:5000/docker/dockerfile"]
 )
 def test_another_front_end_is_refused_by_name(image: str) -> None:
     with pytest.raises(Unimplemented, match=f"front end {image} is not supported"):
@@ -186,14 +190,51 @@ def test_records_of_builds_are_bounded_together() -> None:
     assert list(history._records) == ["large-2", "large-3"]
 
 
-def test_caches_and_entitlements_that_are_not_done_are_refused_by_name() -> None:
-    with pytest.raises(Unimplemented, match="cache export is not supported: local"):
-        check_cache_exports(["local"])
-    with pytest.raises(Unimplemented, match="cache import is not supported: s3"):
-        check_cache_imports(["s3"])
+def test_entitlements_that_are_not_given_are_refused_by_name() -> None:
     check_entitlements(["network.host"])
     with pytest.raises(PermissionDenied, match=r"granting entitlement security\.insecure"):
         check_entitlements(["security.insecure"])
+
+
+def test_sources_and_places_of_caches_are_known_by_name_and_never_refused() -> None:
+    build = asked(
+        "dockerfile.v0",
+        {
+            "cache-from": "busybox,gone:1",
+            "cache-imports": '[{"Type":"registry","Attrs":{"ref":"a"}},{"Type":"gha"}]',
+            "build-arg:BUILDKIT_INLINE_CACHE": "1",
+        },
+    )
+    assert build.cache_sources == ("busybox", "gone:1", "a", "gha")
+    assert build.cache_exports == ("inline",)
+
+
+def test_arguments_that_mean_something_to_the_builder_are_arguments_too() -> None:
+    given = {
+        "SOURCE_DATE_EPOCH": "1700000000",
+        "BUILDKIT_SANDBOX_HOSTNAME": "box",
+        "BUILDKIT_CACHE_MOUNT_NS": "mine",
+        "BUILDKIT_DOCKERFILE_CHECK": "skip=all",
+        "BUILDKIT_SYNTAX": "dockerfile.v0",
+    }
+    build = asked("dockerfile.v0", {f"build-arg:{name}": value for name, value in given.items()})
+    assert build.arguments == given
+    assert (build.epoch_s, build.hostname, build.cache_namespace) == (1700000000, "box", "mine")
+    assert (build.checks, build.has_syntax) == ("skip=all", True)
+    assert asked("dockerfile.v0", {"hostname": "other"}).hostname == "other"
+
+
+@pytest.mark.parametrize(
+    "name", ["alpine", "alpine:latest", "docker.io/library/alpine", "index.docker.io/alpine"]
+)
+def test_a_named_context_stands_for_every_spelling_of_an_image(name: str) -> None:
+    build = asked("dockerfile.v0", {f"context:{name}": "docker-image://busybox:1"})
+    assert build.images == {"alpine": "busybox:1"}
+
+
+def test_times_are_rewritten_where_the_export_asks_for_it() -> None:
+    assert exported([("moby", {"rewrite-timestamp": "true"})]).rewrites_times
+    assert not exported([("moby", {"rewrite-timestamp": "false"})]).rewrites_times
 
 
 def test_stages_may_be_built_without_the_cache() -> None:
@@ -250,3 +291,18 @@ def test_what_docker_20_asks_for_in_vain_is_refused_by_name(query: dict[str, str
     with pytest.raises(SkepError) as error:
         solve_request(MultiDict({"remote": "client-session", **query}), "ref")
     assert text in str(error.value)
+
+
+def test_a_result_of_a_build_is_a_context_of_another() -> None:
+    id = Digest("sha256:" + "a" * 64)
+    definition = pb.Definition.FromString(definition_of(id).SerializeToString())
+    assert image_of(definition) == id
+    build = asked(
+        "dockerfile.v0", {"context:base": "input:base-target"}, {"base-target": image_of(definition)}
+    )
+    assert build.images == {"base": id}
+    other = pb.Op(source=pb.SourceOp(identifier="https://example.org/x")).SerializeToString()
+    with pytest.raises(Unimplemented, match="LLB definitions"):
+        image_of(pb.Definition(**{"def": [other]}))
+    with pytest.raises(InvalidArgument, match="cannot be decoded"):
+        image_of(pb.Definition(**{"def": [b"\xff"]}))

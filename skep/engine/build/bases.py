@@ -1,0 +1,64 @@
+"""The images that a build begins with, copies from, or ends with."""
+
+from contextlib import AsyncExitStack
+from functools import partial
+
+from skep.engine.build.inputs import Inputs
+from skep.engine.build.interface import BuildRequest, Progress, Step
+from skep.engine.build.stage import Made
+from skep.engine.images import child
+from skep.engine.images.digest import is_digest
+from skep.engine.images.image import Image
+from skep.engine.images.reference import parse_reference
+from skep.engine.images.store import ImageStore
+from skep.model.times import SECOND_NS, timestamp
+
+
+class Bases:
+    """Images of one build.  They stay usable until ``stack`` is closed."""
+
+    def __init__(
+        self,
+        images: ImageStore,
+        request: BuildRequest,
+        inputs: Inputs,
+        progress: Progress,
+        stack: AsyncExitStack,
+    ) -> None:
+        self._images = images
+        self._request = request
+        self._inputs = inputs
+        self._progress = progress
+        self._stack = stack
+
+    async def pulled(self, step: Step, name: str) -> Made:
+        """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
+        found = self._images.resolve(name)
+        if found is None or (self._request.pull and not is_digest(name)):  # no registry has an id
+            reference = parse_reference(name).with_default_tag()
+            auth = await self._inputs.credentials(self._request, reference.domain)
+            report = partial(self._progress.pulling, step)
+            found = await self._images.pull(str(reference), auth, report, platform=self._request.platform)
+        return await self.usable(found)
+
+    async def usable(self, image: Image) -> Made:
+        """Keep an image for the rest of the build.  Raises: NotFound, OSError: it was removed just now."""
+        await self._stack.enter_async_context(self._images.pinned(image.chain))
+        content = self._images.config_file(image).read_bytes()
+        return Made(id=image.id, content=content, config=image.config, chain=tuple(image.chain))
+
+    async def not_newer(self, made: Made, inherited: int) -> Made:
+        """Return the image with no time after ``SOURCE_DATE_EPOCH``.
+
+        ``inherited``: Entries of its history that were there before the build, which keep their times.
+
+        The steps' own images have the times at which they were made, so that a change of ``SOURCE_DATE_EPOCH`` alone
+        carries out no step again.
+        """
+        if self._request.epoch_s is None:
+            return made
+        content = child.not_newer(made.content, timestamp(self._request.epoch_s * SECOND_NS), inherited)
+        if content == made.content:
+            return made
+        image = await self._images.add(content, parent=made.id, is_step=True)
+        return Made(id=image.id, content=content, config=image.config, chain=made.chain)

@@ -1,0 +1,162 @@
+"""Dockerfiles with the results that BuildKit's reference and a real BuildKit give them."""
+
+import asyncio
+import io
+import json
+import os
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One Dockerfile.  ``BASE`` in it is an image with busybox, and users root and alice (1000:1001)."""
+
+    name: str
+    dockerfile: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Files of the context."""
+    options: tuple[str, ...] = ()
+    """Of ``docker buildx build``; ``CONTEXT`` in them is the context's directory."""
+    gives: Mapping[str, str] = field(default_factory=dict)
+    """Files of the image, with their text."""
+    owned: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Files of the image, with mode, user and group."""
+    lacks: tuple[str, ...] = ()
+    """Files that the image does not have."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``docker image inspect``, by path: ``Config.Cmd``."""
+    fails: str = ""
+    """What the error says."""
+    shows: tuple[str, ...] = ()
+    """What the output has."""
+    skep_says: str = ""
+    """In place of ``fails``, where Skep's words are others."""
+    is_beyond: bool = False
+    """Whether the reference engine at hand lacks it: Dockerfile 1.20 and later, or what needs a registry."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build gave."""
+
+    exit: int
+    output: str
+    members: Mapping[str, tarfile.TarInfo]
+    texts: Mapping[str, str]
+    config: Mapping[str, Any]
+
+    def field(self, path: str) -> object:
+        """A field of the image's inspection."""
+        value: Any = self.config
+        for name in path.split("."):
+            value = value.get(name) if value is not None else None
+        return value
+
+
+class Host:
+    """Something that builds, at a socket."""
+
+    def __init__(self, socket: str, cli: str, buildx: Path, *, options: tuple[str, ...] = ()) -> None:
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": "/nonexistent",
+            "BUILDX_CONFIG": "/nonexistent",
+            "DOCKER_HOST": socket,
+        }
+        self.cli = cli
+        self.buildx = buildx
+        self.options = options
+
+    async def run(self, *words: str, stdin: bytes | None = None, **environment: str) -> tuple[int, str, str]:
+        """Exit code, standard output and error output of a command."""
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**self.environment, **environment},
+        )
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                out, err = await process.communicate(stdin)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert process.returncode is not None
+        return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+
+    async def build(
+        self, context: Path, *options: str, output: str = "", **environment: str
+    ) -> tuple[int, str]:
+        """``docker buildx build``: exit code and output."""
+        words = ("--progress", "plain", *self.options, *options, *(("-o", output) if output else ()))
+        code, out, err = await self.run(str(self.buildx), "build", *words, str(context), **environment)
+        return code, out + err
+
+    async def inspected(self, image: str) -> Mapping[str, Any]:
+        """``docker image inspect``."""
+        _, out, _ = await self.run(self.cli, "image", "inspect", image)
+        found: list[dict[str, Any]] = json.loads(out)
+        return found[0] if found else {}
+
+    async def carry_out(self, case: Case, context: Path, image: str) -> Built:
+        """Build a case, and look at its result."""
+        context.mkdir()
+        files = {"Dockerfile": case.dockerfile.replace("BASE", "busybox:1"), **case.files}
+        for name, text in files.items():
+            (context / name).parent.mkdir(parents=True, exist_ok=True)
+            (context / name).write_text(text)
+        options = tuple(one.replace("CONTEXT", str(context)) for one in case.options)
+        members: dict[str, tarfile.TarInfo] = {}
+        texts: dict[str, str] = {}
+        code, output, config = 0, "", {}
+        if case.config or not (case.gives or case.owned or case.lacks):
+            code, output = await self.build(context, "-t", image, *options)
+            config = dict(await self.inspected(image)) if not code else {}
+        if not code and (case.gives or case.owned or case.lacks):
+            code, more = await self.build(context, *options, output=f"type=tar,dest={context}/result.tar")
+            output += more
+            if not code:
+                with tarfile.open(fileobj=io.BytesIO((context / "result.tar").read_bytes())) as archive:
+                    for member in archive:
+                        members[member.name.strip("/")] = member
+                        if member.isfile() and (file := archive.extractfile(member)):
+                            texts[member.name] = file.read().decode(errors="replace")
+        return Built(code, output, members, texts, config)
+
+
+def differences(case: Case, built: Built, *, of_skep: bool) -> list[str]:
+    """What is not as the case says."""
+    fails = (case.skep_says if of_skep else "") or case.fails
+    if fails:
+        if not built.exit:
+            return [f"it did not fail with {fails!r}"]
+        return [] if fails in built.output else [f"the error has no {fails!r}: {built.output[-1500:]}"]
+    if built.exit:
+        return [f"it failed: {built.output[-1500:]}"]
+    found = []
+    for path, text in case.gives.items():
+        if built.texts.get(path) != text:
+            found.append(f"{path}: {built.texts.get(path)!r}, not {text!r}")
+    for path, (mode, uid, gid) in case.owned.items():
+        member = built.members.get(path)
+        seen = (oct(member.mode), member.uid, member.gid) if member is not None else None
+        if seen != (oct(mode), uid, gid):
+            found.append(f"{path}: {seen}, not {(oct(mode), uid, gid)}")
+    found += [f"{path} is there" for path in case.lacks if path in built.members]
+    for path, value in case.config.items():
+        if built.field(path) != value:
+            found.append(f"{path}: {built.field(path)!r}, not {value!r}")
+    found += [
+        f"the output has no {text!r}: {built.output[-1500:]}"
+        for text in case.shows
+        if text not in built.output
+    ]
+    return found
