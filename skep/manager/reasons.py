@@ -329,11 +329,12 @@ def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
     needs = resources.reservations if resources is not None else None
     if needs is None or _TOO_LITTLE not in task.status.err or not nodes:
         return ""
-    cpus = max(nodes.values(), key=lambda node: node.description.resources.nano_cpus)
+    by_name = sorted(nodes.values(), key=lambda node: (node.description.hostname, node.id))
+    cpus = max(by_name, key=lambda node: node.description.resources.nano_cpus)
     if needs.nano_cpus > (most := cpus.description.resources.nano_cpus):
         wanted, largest = f"{needs.nano_cpus / 1e9:g} CPUs", f"{most / 1e9:g}"
         return f"needs {wanted}; the largest node, {cpus.description.hostname or cpus.id}, has {largest}"
-    memory = max(nodes.values(), key=lambda node: node.description.resources.memory_bytes)
+    memory = max(by_name, key=lambda node: node.description.resources.memory_bytes)
     if needs.memory_bytes > (most := memory.description.resources.memory_bytes):
         wanted, largest = f"{needs.memory_bytes >> 20} MiB of memory", f"{most >> 20} MiB"
         return f"needs {wanted}; the largest node, {memory.description.hostname or memory.id}, has {largest}"

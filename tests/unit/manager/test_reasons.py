@@ -252,7 +252,7 @@ def test_a_need_that_no_node_meets_is_one_sentence_with_the_largest_node() -> No
     tight = a_service("web", reserve=Resources(memory_bytes=4 << 30))
     task = replace(task, spec=tight.spec.task_template)
     assert explained(task, service=tight, nodes=(small, large)).reason == (
-        "needs 4096 MiB of memory; the largest node, w1, has 2048 MiB"
+        "needs 4096 MiB of memory; the largest node, m1, has 2048 MiB"
     )
 
 
