@@ -33,10 +33,8 @@ NOW = 1_769_860_800.0
 """2026-01-31T12:00:00Z"""
 _AT = datetime.fromtimestamp(NOW, UTC)
 _COLUMNS = 110
-_CRASH = (
-    '0 of 2 tasks run; crash loop, 8 failures in a row: exit 3, last line "boom: cannot connect to db"; '
-    "next attempt at 12:00:04 UTC"
-)
+_CRASH = 'exit 3, last line "boom: cannot connect to db"'
+_COURSE = "crash loop, 8 failures in a row since 11:48:02 UTC, the last on m2; next attempt at 12:00:04 UTC"
 _REFUSED = "no suitable node (insufficient resources on 3 nodes)"
 
 
@@ -129,8 +127,8 @@ def _status() -> Status:
         _service("web", 4, 4, UpdateStatus=updated),
     ]
     explained = {
-        "boom": {"Summary": _CRASH, "IsAsWanted": False},
-        "stuck": {"Summary": f"0 of 3 tasks run; 3 wait: {_REFUSED}", "IsAsWanted": False},
+        "boom": _boom(),
+        "stuck": {"Summary": _REFUSED, "Reason": _REFUSED, "IsAsWanted": False, "Problem": {"Weight": 1}},
     }
     running = ["m1", "m1", "m2", "m2", "m2", "m3", "m3"]
     cluster = Cluster(
@@ -155,10 +153,10 @@ _HISTORY = {
     "Entries": [
         _entry("11:48:01", "create service boom", By={"User": "root", "UID": 0, "Node": "m1"}),
         _entry("11:48:01", "service boom created: 2 × shop/api:7, replicated"),
-        _entry("11:48:02", "task boom.1 on m2 failed: exit code 3", "error"),
+        _entry("11:48:02", f"task boom.1 on m2 failed: {_CRASH}", "error"),
         _entry(
             "11:48:07",
-            "task boom.1 (5rtugg83s0k5e2d81lhsb36fe) is replaced: it failed: exit code 3",
+            f"task boom.1 (5rtugg83s0k5e2d81lhsb36fe) is replaced: it failed: {_CRASH}",
             "warning",
         ),
         _entry("11:59:30", "node w1 is down: heartbeat failure", "error"),
@@ -169,18 +167,16 @@ _HISTORY = {
 
 
 def _boom() -> dict[str, Any]:
-    waits = {
-        "Tasks": 2,
-        "Summary": "next attempt at 12:00:04 UTC (crash loop, 8th)",
-        "Name": "boom.1",
-        "Example": "",
+    lines = [{"Text": "starting"}, {"Text": "boom: cannot connect to db"}]
+    return {
+        "Summary": f"{_CRASH}; {_COURSE}; 0 of 2 tasks run",
+        "Reason": _CRASH,
+        "Course": _COURSE,
+        "IsAsWanted": False,
+        "Problem": {"Since": "2026-01-31T11:48:02Z", "Weight": 0, "End": {"Cause": "exit", "Lines": lines}},
+        "Reasons": [{"Tasks": 2, "Summary": _CRASH, "Name": "boom.1", "Example": ""}],
+        "Failures": [{"Tasks": 8, "Summary": _CRASH, "Example": "5rtugg83s0k5e2d81lhsb36fe"}],
     }
-    failed = {
-        "Tasks": 8,
-        "Summary": "its process ended with code 3: task: non-zero exit (3)",
-        "Example": "5rtugg83s0k5e2d81lhsb36fe",
-    }
-    return {"Summary": _CRASH, "Reasons": [waits], "Failures": [failed]}
 
 
 def _stuck() -> dict[str, Any]:

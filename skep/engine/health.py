@@ -108,16 +108,17 @@ def after_probe(config: HealthConfig, health: Health, probe: Probe, began_s: flo
     if health.status is HealthStatus.STARTING and began_s < config.start_period / SECOND_NS:
         return Health(status=health.status, failing_streak=health.failing_streak, log=log)
     streak = health.failing_streak + 1
-    status = HealthStatus.UNHEALTHY if streak >= _retries(config) else health.status
+    status = HealthStatus.UNHEALTHY if streak >= retries(config) else health.status
     return Health(status=status, failing_streak=streak, log=log)
 
 
 def is_failing(config: HealthConfig | None, health: Health) -> bool:
     """Whether its probes have made a container unhealthy; one that does not run is called so in any case."""
-    return config is not None and health.failing_streak >= _retries(config)
+    return config is not None and health.failing_streak >= retries(config)
 
 
-def _retries(config: HealthConfig) -> int:
+def retries(config: HealthConfig) -> int:
+    """Failures in a row that make a container unhealthy."""
     return config.retries if config.retries > 0 else _RETRIES
 
 

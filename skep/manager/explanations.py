@@ -206,7 +206,7 @@ def explain_service(
     running = sum(task.is_active and task.status.state is TaskState.RUNNING for task in tasks)
     problems = problems_of(service, tasks, nodes, wanted=wanted)
     failed = [
-        (task, failure_of(task, nodes.get(task.node_id))[1])
+        (task, failure_of(task)[1])
         for task in tasks
         if not task.is_active and task.status.state in (TaskState.FAILED, TaskState.REJECTED)
     ]
@@ -226,7 +226,7 @@ def explain_service(
         running=running,
         wanted=wanted,
         done=done,
-        reasons=_counted_problems(problems),
+        reasons=_counted_problems(one for one in problems if one.waiting),
         failures=_counted(failed),
         schedule=schedule_words(service),
         update_status=service.update_status,
@@ -268,7 +268,7 @@ def summary(
         case TaskState.SHUTDOWN if task.preemption is not None:
             return f"it was {task.preemption.words}"
         case TaskState.FAILED | TaskState.REJECTED:
-            return failure_of(task, node)[1]
+            return failure_of(task)[1]
         case _ if status.state.is_terminal:
             return status.err or status.message or status.state.value
     known = nodes if nodes is not None else {node.id: node} if node is not None else {}
@@ -380,13 +380,14 @@ def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:
 
 def _counted_problems(problems: Iterable[Problem]) -> tuple[Reason, ...]:
     """The weightiest first, as they come."""
-    counts: Counter[str] = Counter(one.reason for one in problems)
-    examples = {one.reason: one for one in reversed(list(problems))}
+    found = list(problems)
+    counts: Counter[str] = Counter(one.reason for one in found)
+    examples = {one.reason: one for one in reversed(found)}
     return tuple(
         Reason(
             summary=words,
             tasks=number,
-            example=examples[words].waiting or examples[words].task_id,
+            example=examples[words].waiting,
             name=examples[words].name,
         )
         for words, number in list(counts.items())[:REASONS_MAX]

@@ -7,6 +7,7 @@ countdowns, so it stays the same from one attempt to the next; those are fields 
 How a container was killed by Skep itself is never a reason: the failed health check or the memory limit is.  Pure.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
@@ -31,6 +32,8 @@ _NEVER_STARTED: Final = "starting container failed"
 _CONTAINER_GONE: Final = "No such container"
 _UNHEALTHY: Final = "dockerexec: unhealthy container"
 _NON_ZERO: Final = "task: non-zero exit"
+_OF_THE_RUNTIME: Final = re.compile(r"^.*unable to start container process: |: unknown$", re.DOTALL)
+"""Words of runc around the one that says what is wrong."""
 _COMMAND_CHARACTERS_MAX: Final = 100
 LOOP_FROM: Final = 2
 """So many failures in a row are called a crash loop."""
@@ -83,6 +86,8 @@ class Problem(ApiObject):
     waiting: TaskId = TaskId("")
     """The task that does not run, where ``task_id`` is the one that failed.  Empty: there is no further attempt yet."""
     name: str = ""
+    node: str = ""
+    """Host name of the node of the last failure."""
     failures: int = always(0)
     since: Timestamp = always(ZERO_TIME)
     at: Timestamp = ZERO_TIME
@@ -102,7 +107,8 @@ class Problem(ApiObject):
         parts = []
         if self.failures >= LOOP_FROM:
             since = f" since {self.since[11:19]} UTC" if self.since != ZERO_TIME else ""
-            parts.append(f"crash loop, {self.failures} failures in a row{since}")
+            where = f", the last on {self.node}" if self.node else ""
+            parts.append(f"crash loop, {self.failures} failures in a row{since}{where}")
         if self.next_attempt:
             parts.append(f"next attempt at {self.next_attempt[11:19]} UTC")
         elif self.is_given_up:
@@ -129,7 +135,14 @@ def problem_of(task: Task, slot: Iterable[Task], nodes: Mapping[NodeId, Node], n
         found = _failure(last, nodes, name)
         since = restart.since or last.status.timestamp
         failures = max(restart.failures, 1)
-        return replace(found, waiting=task.id, failures=failures, since=since, next_attempt=next_attempt)
+        return replace(
+            found,
+            waiting=task.id,
+            failures=failures,
+            since=since,
+            next_attempt=next_attempt,
+            is_given_up=False,
+        )
     if kind is Kind.PROGRESS and restart.failures:
         kind, words = Kind.EXIT, "earlier tasks failed, and none of them is kept"
     return Problem(
@@ -171,7 +184,8 @@ def last_failure(task: Task, slot: Iterable[Task]) -> Task | None:
 
 def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
     """Of a task that failed, which no other one follows yet."""
-    kind, words = failure_of(task, nodes.get(task.node_id))
+    kind, words = failure_of(task)
+    node = nodes.get(task.node_id)
     restart = task.restart or Restart()
     return Problem(
         kind=kind.value,
@@ -179,6 +193,7 @@ def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
         reason=words,
         task_id=task.id,
         name=name,
+        node=node.description.hostname if node is not None else "",
         failures=restart.failures + 1,
         since=restart.since or task.status.timestamp,
         at=task.status.timestamp,
@@ -190,8 +205,8 @@ def _failure(task: Task, nodes: Mapping[NodeId, Node], name: str) -> Problem:
 
 def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
     """What keeps an active task at present: a reason of its own, or how far it is."""
-    status, node = task.status, nodes.get(task.node_id)
-    where = hostname(node, task)
+    status = task.status
+    where = hostname(nodes.get(task.node_id), task)
     match status.state:
         case TaskState.NEW | TaskState.PENDING if status.err.startswith(WAITS_FOR):
             return Kind.WAITS, f"it {status.err}"
@@ -221,15 +236,15 @@ def _present(task: Task, nodes: Mapping[NodeId, Node]) -> tuple[Kind, str]:
         case TaskState.RUNNING:
             return Kind.PROGRESS, f"it runs on {where}"
         case _:
-            return failure_of(task, node)
+            return failure_of(task)
 
 
-def failure_of(task: Task, node: Node | None) -> tuple[Kind, str]:
+def failure_of(task: Task) -> tuple[Kind, str]:
     """Why a task that ended by itself did, in words."""
     status, end = task.status, task.status.end
     cause, code = end.cause if end is not None else "", exit_code(task)
     if status.state is TaskState.REJECTED:
-        return Kind.REJECTED, f"{hostname(node, task)} could not prepare it{because(masked_text(status.err))}"
+        return Kind.REJECTED, masked_text(status.err) or "it could not be prepared"
     if status.state is TaskState.COMPLETE:
         words = (
             "its process ends with code 0 soon after its start; a service needs a command that keeps running"
@@ -242,7 +257,7 @@ def failure_of(task: Task, node: Node | None) -> tuple[Kind, str]:
         limit = resources.limits.memory_bytes if resources is not None and resources.limits is not None else 0
         return Kind.OUT_OF_MEMORY, "out of memory" + (f": its limit is {_size(limit)}" if limit else "")
     if status.err.startswith(_NEVER_STARTED):
-        error = status.err.removeprefix(_NEVER_STARTED).removeprefix(": ")
+        error = _OF_THE_RUNTIME.sub("", status.err.removeprefix(_NEVER_STARTED).removeprefix(": "))
         return Kind.START_FAILED, f"its process could not be started{because(masked_text(error))}"
     if code is None or status.err.startswith(_CONTAINER_GONE):
         error = masked_text(status.err)
@@ -314,11 +329,12 @@ def _too_large(task: Task, nodes: Mapping[NodeId, Node]) -> str:
     needs = resources.reservations if resources is not None else None
     if needs is None or _TOO_LITTLE not in task.status.err or not nodes:
         return ""
-    cpus = max(nodes.values(), key=lambda node: node.description.resources.nano_cpus)
+    by_name = sorted(nodes.values(), key=lambda node: (node.description.hostname, node.id))
+    cpus = max(by_name, key=lambda node: node.description.resources.nano_cpus)
     if needs.nano_cpus > (most := cpus.description.resources.nano_cpus):
         wanted, largest = f"{needs.nano_cpus / 1e9:g} CPUs", f"{most / 1e9:g}"
         return f"needs {wanted}; the largest node, {cpus.description.hostname or cpus.id}, has {largest}"
-    memory = max(nodes.values(), key=lambda node: node.description.resources.memory_bytes)
+    memory = max(by_name, key=lambda node: node.description.resources.memory_bytes)
     if needs.memory_bytes > (most := memory.description.resources.memory_bytes):
         wanted, largest = f"{needs.memory_bytes >> 20} MiB of memory", f"{most >> 20} MiB"
         return f"needs {wanted}; the largest node, {memory.description.hostname or memory.id}, has {largest}"

@@ -385,7 +385,7 @@ def _journal(cluster: MadeUpCluster, rng: random.Random) -> None:
         service = cluster.rows["services"][task["service"]]
         name = f"{service['name']}.{task['slot']}"
         if i % 11 == 5:
-            cluster.log("task", "fail", task, f"task {name} failed: exit code 1; replaced", "error", at=at)
+            cluster.log("task", "fail", task, f"task {name} failed: exit 1; replaced", "error", at=at)
         elif i % 7 == 3:
             by = {"User": "alice", "Through": "tls"}
             message = f"service {service['name']} updated: image {service['image']}"

@@ -30,7 +30,9 @@ from skep.model.ids import NetworkId, NodeId, ServiceId
 from skep.model.network import IPAMOptions, Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, Resources, Service
 from skep.model.swarm import Swarm
-from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
+from skep.model.task_end import KeptLine, TaskEnd
+from skep.model.times import Timestamp
 from skep.store.level import USERS
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -298,6 +300,25 @@ async def test_a_plan_and_an_explanation_name_no_service_of_another_stack(rig: R
         status, answer = await planned("operator:shop", name, labels)
         assert (status, refusal in answer["message"]) == (403, True), answer
     assert (await planned("operator:shop", "shop_new", SHOP))[0] == 200
+
+
+async def test_the_last_output_of_a_failure_is_for_users_of_its_stack_only(rig: Rig) -> None:
+    """The reason ends with it, so it has the same right as logs and ``Status.End``."""
+    blog = labelled(a_service("blog_db"), {STACK_LABEL: "blog"})
+    end = TaskEnd(cause="exit", lines=(KeptLine(text="s3cret"),))
+    container = ContainerStatus(container_id="c1", exit_code=3)
+    status = TaskStatus(state=TaskState.FAILED, end=end, container_status=container)
+    failed = replace(a_task("t1", service=blog, node="n1", desired=TaskState.SHUTDOWN), status=status)
+    restart = Restart(failures=1, delay=5, not_before=Timestamp("2026-01-01T10:00:00Z"))
+    waits = a_task("t2", service=blog, node="n1", state=TaskState.READY, desired=TaskState.READY)
+    for one in (a_node("n1"), blog, failed, replace(waits, restart=restart)):
+        await rig.api.store.update(put, one)
+    paths = ("/skep/services/blog_db/explain", "/skep/tasks/t2/explain", "/tasks/t2", "/tasks")
+    for path in paths:
+        for role, may_see in (("viewer:blog", True), ("viewer", True), ("viewer:shop", False)):
+            _, text, _ = await rig.exchange(role, f"GET {path}")
+            assert ('exit 3, last line \\"s3cret\\"' in text) is may_see, (path, role, text)
+            assert may_see or "s3cret" not in text
 
 
 async def test_a_request_has_the_rights_of_the_role_that_it_names_and_of_no_other(rig: Rig) -> None:

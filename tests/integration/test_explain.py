@@ -1,6 +1,8 @@
 """``skep explain`` on a real node: what waits says for what, what failed says of what."""
 
+import json
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,8 @@ from tests.support.playground_rig import IMAGE, SKEP, TestNode, create, wait_run
 pytestmark = pytest.mark.timeout(120)
 
 
-def explained(node: TestNode, name: str) -> str:
-    command = [SKEP, "--host", node.socket, "explain", name]
+def explained(node: TestNode, name: str, *options: str) -> str:
+    command = [SKEP, "--host", node.socket, "explain", name, *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
@@ -20,8 +22,9 @@ def test_a_service_without_a_node_says_which_filter_refused_and_its_task_what_ea
     words = ("--reserve-memory", "900g", "--constraint", "node.labels.zone == north")
     m1.docker("service", "create", "--detach", "--name", "web", *words, IMAGE, "sleep", "60")
     refusal = "no suitable node (insufficient resources on 1 node)"
-    wait_until(lambda: refusal in explained(m1, "web"), "the refusal is shown")
-    assert "0 of 1 tasks run; 1 wait: " in explained(m1, "web")
+    wait_until(lambda: "the largest node" in explained(m1, "web"), "what no node has is shown")
+    assert explained(m1, "web").startswith("web: needs 921600 MiB of memory; the largest node, m1, has ")
+    assert refusal in m1.docker("service", "ps", "--no-trunc", "web").stdout
     (task,) = m1.client().api.tasks(filters={"service": "web"})
     reported = explained(m1, task["ID"])
     assert "921600 MiB of memory wanted" in reported
@@ -35,7 +38,46 @@ def test_a_service_that_runs_says_so_and_its_failures_name_code_and_signal(m1: T
     words = ("--restart-condition", "none", "--detach", IMAGE, "sh", "-c", "exit 139")
     m1.docker("service", "create", "--name", "broken", *words)
     wait_until(lambda: "SIGSEGV" in explained(m1, "broken"), "the signal is named")
-    assert "its process ended with code 139 (SIGSEGV)" in explained(m1, "broken")
+    assert "exit 139 (SIGSEGV); not restarted, by its restart policy; 0 of 1 tasks run" in explained(
+        m1, "broken"
+    )
+
+
+def test_a_failed_health_check_stays_the_reason_while_new_attempts_are_made(m1: TestNode) -> None:
+    """A check that writes 10 MB is bounded on its node; the SIGKILL that Skep sends is not named."""
+    check = "head -c 10000000 /dev/zero | tr '\\0' x; exit 3"
+    words = ("--health-cmd", check, "--health-interval", "500ms", "--health-retries", "2")
+    m1.docker(
+        "service",
+        "create",
+        "--detach",
+        "--name",
+        "web",
+        "--restart-delay",
+        "1s",
+        *words,
+        IMAGE,
+        "sh",
+        "-c",
+        "echo listening; exec sleep 600",
+    )
+    reason = f'unhealthy: its health check "{check}" failed 2 times in a row, last: exit 3, output "xxx'
+
+    def found() -> Any:
+        return json.loads(explained(m1, "web", "-o", "json"))
+
+    wait_until(lambda: found()["Problem"]["Failures"] >= 1, "a check has failed", within_s=60)
+    seen = set()
+    while (last := found())["Problem"]["Failures"] < 3:
+        assert last["Reason"].startswith(reason), last
+        assert len(last["Reason"]) < 500
+        assert [line["Text"] for line in last["Problem"]["End"]["Lines"]] == ["listening"]
+        seen.add(last["Reason"])
+    assert len(seen) == 1
+    shown = explained(m1, "web")
+    assert shown.startswith(f"web: {reason}")
+    assert "SIGKILL" not in shown
+    assert "137" not in shown
 
 
 def test_what_does_not_exist_is_said_to_be_neither(m1: TestNode) -> None:

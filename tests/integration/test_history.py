@@ -42,7 +42,7 @@ def test_scale_a_kill_and_a_failed_update_are_recorded_and_the_state_before_is_s
 
     (message,) = wait_until(replaced, "the history tells the replacement")
     assert task["ID"] in message
-    assert "is replaced: it failed: exit code 137" in message
+    assert "is replaced: it failed: exit 137 (SIGKILL)" in message
     wait_running(m1, "told", 2)
 
     before = max(one["Revision"] for one in entries(m1, "told"))

@@ -220,7 +220,7 @@ def test_a_service_that_cannot_run_ends_the_deploy_with_its_cause(m1: TestNode, 
     assert last.startswith("Error: shop_migrate: its tasks ended and are not started")
     assert "no-such-command" in last
     explained = skep(m1, "explain", "shop_web").stdout
-    assert "0 of 2 tasks run; 2 wait: it waits for shop_migrate to complete" in explained
+    assert "it waits for shop_migrate to complete, which has failed; 0 of 2 tasks run" in explained
     shown = m1.docker(
         "service", "ps", "--no-trunc", "--format", "{{.CurrentState}} {{.Error}}", "shop_web"
     ).stdout

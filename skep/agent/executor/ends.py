@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from skep.aio.failures import isolate
 from skep.engine.container import Container, Health, Interruption, LogFilter, Stream
 from skep.engine.engine import Engine
-from skep.engine.health import is_failing
+from skep.engine.health import is_failing, retries
 from skep.engine.signals import signal_number
 from skep.model.ids import ContainerId
 from skep.model.task_end import SIGNALED, EndCause, KeptLine, TaskEnd, bounded_end, signal_of
@@ -59,7 +59,8 @@ def unhealthy_end(container: Container, health: Health) -> TaskEnd:
         health_output=last.output if last is not None else "",
         # As the user wrote it: without the shell that runs it.
         health_command=" ".join(config.test[1:]) if config is not None else "",
-        health_failures=health.failing_streak,
+        # The checks go on while it stops.
+        health_failures=min(health.failing_streak, retries(config)) if config is not None else 0,
         health_exit_code=last.exit_code if last is not None and last.exit_code > 0 else None,
     )
 

@@ -124,7 +124,7 @@ function explanation(answer) {
 const isKilledBySkep = (status) => ["unhealthy", "stop-timeout"].includes(status.End?.Cause);
 
 /** The error of a task that ended, without the exit code that says nothing. */
-const endText = (status) => (isKilledBySkep(status) ? status.Err.replace(/^task: non-zero exit \(\d+\): (dockerexec: )?/, "") : status.Err);
+const endText = (status) => (isKilledBySkep(status) ? status.Err?.replace(/^(task: non-zero exit \(\d+\): )?(dockerexec: )?/, "") : status.Err);
 
 /** On which nodes a service's tasks are. */
 function spread(app, service) {

@@ -111,7 +111,7 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
         return f"its service was updated{image}", Severity.INFO
     if state in (TaskState.FAILED, TaskState.REJECTED):
         was = "was " if state is TaskState.REJECTED else ""
-        return f"it {was}{state.value}: {end_of(last, view)}", Severity.WARNING
+        return f"it {was}{state.value}: {end_of(last)}", Severity.WARNING
     if state is TaskState.COMPLETE:
         return "its process ended with code 0", Severity.INFO
     if last.preemption is not None:
@@ -133,10 +133,10 @@ def replacement_reason(last: Task, successor: Task, view: View) -> tuple[str, Se
     return "it had no node yet", Severity.INFO
 
 
-def end_of(task: Task, view: View) -> str:
+def end_of(task: Task) -> str:
     """How a task ended, in the words that ``skep explain`` has for it."""
-    if task.has_failed and task.status.state is not TaskState.REJECTED:  # an entry names its node itself
-        return failure_of(task, view.lookup(Node, task.node_id))[1]
+    if task.has_failed:
+        return failure_of(task)[1]
     end = task.status.end
     words = filter(None, (masked_text(task.status.err), words_of(end) if end is not None else ""))
     return "; ".join(dict.fromkeys(words)) or "no reason given"
@@ -154,7 +154,7 @@ def _changed_task(old: Task, new: Task, view: View) -> Iterator[Entry]:
         entry = _task(new, action, view, severity)
         words = {"stop": "was stopped", "complete": "completed", "lost": "was lost"}.get(action)
         failed = "was rejected" if action == "reject" else state.value
-        how = words or f"{failed}: {end_of(new, view)}"
+        how = words or f"{failed}: {end_of(new)}"
         if action == "stop" and new.preemption is not None:
             how = f"{how}: {new.preemption.words}"
         where = f" on {entry.node}" if entry.node else ""

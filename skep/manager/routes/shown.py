@@ -176,7 +176,7 @@ def shown_task(view: View, now_ns: int, task: Task) -> Task:
     preempted = task.preemption.words if task.preemption is not None else ""
     next = next_attempt(task, now_ns)
     failed = last_failure(task, slot_in(view, task)) if next and not status.err else None
-    why = failure_of(failed, view.lookup(Node, failed.node_id))[1] if failed is not None else ""
+    why = failure_of(failed)[1] if failed is not None else ""
     if more := [words for words in (preempted, why, next) if words]:
         status = replace(status, err="; ".join(filter(None, (status.err, *more))))
     return replace(

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from skep.manager.control.tasks import is_up_to_date, known_status
 from skep.manager.explanations import explain_service
+from skep.manager.reasons import Kind
 from skep.manager.routes.shown import service_status
 from skep.manager.view.rows import (
     STACK_LABEL,
@@ -217,7 +218,8 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
                 done=done,
             )
             is_well, reason = explained.is_as_wanted and not is_troubled, explained.reason
-            since = seconds(explained.problem.since) if explained.problem is not None else 0.0
+            if (problem := explained.problem) is not None:
+                since, is_troubled = seconds(problem.since), is_troubled or Kind(problem.kind).is_failure
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"
     if update in PAUSED or (is_troubled and not is_well):

@@ -355,7 +355,7 @@ _HEALTH: Mapping[TaskState, str] = {TaskState.STARTING: "starting", TaskState.RU
 def _error(view: View, task: Task) -> str:
     status = task.status
     if status.state in (TaskState.FAILED, TaskState.REJECTED):
-        return failure_of(task, view.lookup(Node, task.node_id))[1]
+        return failure_of(task)[1]
     if task.preemption is not None:
         return task.preemption.words
     if task.is_active and status.state is not TaskState.RUNNING:

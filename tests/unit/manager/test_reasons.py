@@ -130,9 +130,18 @@ UNHEALTHY = f'{CHECK}exit 7, output "connection refused second line"'
             'its process could not be started: exec: "nosuch": executable file not found in $PATH',
         ),
         (
+            ended(
+                127,
+                err="starting container failed: OCI runtime create failed: runc create failed: unable to start "
+                'container process: exec: "nosuch": executable file not found in $PATH: unknown',
+            ),
+            Kind.START_FAILED,
+            'its process could not be started: exec: "nosuch": executable file not found in $PATH',
+        ),
+        (
             ended(0, err="No such image: nope:1", state=TaskState.REJECTED),
             Kind.REJECTED,
-            "m1 could not prepare it: No such image: nope:1",
+            "No such image: nope:1",
         ),
     ],
 )
@@ -171,7 +180,8 @@ def test_a_new_attempt_on_its_way_does_not_hide_the_failure(state: TaskState) ->
     assert found.reason == 'exit 1, last line "boom: no db"'
     assert found.problem is not None
     assert (found.problem.failures, found.problem.since, found.problem.at) == (4, at(22), at(51))
-    assert found.problem.end == BOOM
+    assert (found.problem.end, found.problem.is_given_up) == (BOOM, False)
+    assert found.course.startswith("crash loop, 4 failures in a row since 00:00:22 UTC, the last on m1")
 
 
 def test_a_task_that_was_stopped_moved_or_lost_is_no_failure_and_hides_none() -> None:
@@ -242,7 +252,7 @@ def test_a_need_that_no_node_meets_is_one_sentence_with_the_largest_node() -> No
     tight = a_service("web", reserve=Resources(memory_bytes=4 << 30))
     task = replace(task, spec=tight.spec.task_template)
     assert explained(task, service=tight, nodes=(small, large)).reason == (
-        "needs 4096 MiB of memory; the largest node, w1, has 2048 MiB"
+        "needs 4096 MiB of memory; the largest node, m1, has 2048 MiB"
     )
 
 

@@ -14,7 +14,9 @@ from skep.manager.routes import application
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Placement, ReplicatedJob, Service, ServiceMode, ServiceSpec
 from skep.model.swarm import Freeze, Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
+from skep.model.task_end import KeptLine, TaskEnd
+from skep.model.times import Timestamp
 from skep.store.updates import NO_LEADER
 from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_node, a_service_spec, a_task
@@ -57,6 +59,39 @@ async def test_tasks_are_found_by_whose_and_where_they_are(cluster):
     assert await ids(client, "/tasks", desired_state="shutdown") == ["t2"]
     assert await ids(client, "/tasks", name="web.1") == ["t1"]
     assert await ids(client, "/tasks", id="t2") == ["t2"]
+
+
+async def test_a_task_that_waits_for_its_next_attempt_has_the_failure_before_it_as_its_error(cluster):
+    """``docker service create`` shows it as its progress; engines show nothing there."""
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web"))
+    container = ContainerStatus(container_id="c1", exit_code=3)
+    status = TaskStatus(
+        state=TaskState.FAILED,
+        err="task: non-zero exit (3)",
+        container_status=container,
+        end=TaskEnd(cause="exit", lines=(KeptLine(text="boom"),)),
+    )
+    failed = replace(a_task("t1", service=web, desired=TaskState.SHUTDOWN), status=status)
+    waits = a_task("t2", service=web, state=TaskState.READY, desired=TaskState.READY)
+    waits = replace(
+        waits, restart=Restart(failures=4, delay=10**9, not_before=Timestamp("2020-01-01T10:00:00Z"))
+    )
+    await put(api, failed, waits)
+    shown = {one["ID"]: one["Status"]["Err"] for one in await (await client.get("/tasks")).json()}
+    assert shown == {
+        "t1": "task: non-zero exit (3)",
+        "t2": 'exit 3, last line "boom"; next attempt in 0 s (crash loop, 4th)',
+    }
+
+
+async def test_a_node_that_is_down_has_the_time_of_its_last_heartbeat(cluster):
+    api, client = cluster
+    stamp = Timestamp("2026-01-31T11:59:59Z")
+    down = replace(a_node("n1", state=NodeState.DOWN), silent_since=stamp)
+    await put(api, down, replace(a_node("n2"), silent_since=stamp))
+    shown = {one["ID"]: one.get("SilentSince") for one in await (await client.get("/nodes")).json()}
+    assert (shown["n1"], shown["n2"]) == (stamp, None)
 
 
 async def test_tasks_are_up_to_date_while_their_template_is_the_same(cluster):
