@@ -344,8 +344,11 @@ def is_as_wanted(service: Mapping[str, Any]) -> bool:
     if (job := mode.get("ReplicatedJob")) is not None:
         return _count(service, "CompletedTasks") >= int(job.get("TotalCompletions") or 0)
     if mode.get("GlobalJob") is not None:
-        return False
-    return _count(service, "RunningTasks") == _count(service, "DesiredTasks")
+        return 0 < _count(service, "TotalTasks") <= _count(service, "CompletedTasks")
+    # The slots of a one-shot service that are done count as completed.
+    return _count(service, "RunningTasks") + _count(service, "CompletedTasks") == _count(
+        service, "DesiredTasks"
+    )
 
 
 def has_not_run(service: Mapping[str, Any]) -> bool:

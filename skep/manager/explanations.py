@@ -104,6 +104,8 @@ class ServiceExplanation(ApiObject):
     """All wanted tasks run, or the job has completed."""
     running: int = always(0)
     wanted: int = always(0)
+    done: int = 0
+    """Slots of a one-shot service whose task has ended with exit code 0."""
     ended_at: Timestamp = Timestamp("")
     """Of a job that has completed."""
     reasons: tuple[Reason, ...] = always(())
@@ -145,10 +147,13 @@ def explain_service(
     wanted: int,
     nodes: dict[NodeId, Node],
     is_new: Callable[[Task], bool] = lambda _: True,
+    done: int = 0,
 ) -> ServiceExplanation:
     """Why ``service`` has fewer running tasks than ``wanted``, or the result of a job.
 
-    ``is_new``: whether a task matches the present spec.
+    Args:
+        done: slots of a one-shot service that are done, which need no running task.
+        is_new: whether a task matches the present spec.
     """
     is_job = service.job_status is not None
     if is_job:
@@ -169,7 +174,7 @@ def explain_service(
         text, is_as_wanted = _of_job(service, tasks, running, reasons, nodes)
     else:
         loop = _crash_loop([task for task, _ in waiting], [task for task, _ in failed])
-        text, is_as_wanted = _of_service(running, wanted, reasons, failures, loop)
+        text, is_as_wanted = _of_service(running, wanted, reasons, failures, loop, done)
     return ServiceExplanation(
         service_id=service.id,
         summary=text,
@@ -177,6 +182,7 @@ def explain_service(
         ended_at=_last_end(tasks) if is_job and is_as_wanted else Timestamp(""),
         running=running,
         wanted=wanted,
+        done=done,
         reasons=reasons,
         failures=failures,
         schedule=schedule_words(service),
@@ -269,9 +275,16 @@ def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
 
 
 def _of_service(
-    running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason], crash_loop: str = ""
+    running: int,
+    wanted: int,
+    reasons: Sequence[Reason],
+    failures: Sequence[Reason],
+    crash_loop: str = "",
+    done: int = 0,
 ) -> tuple[str, bool]:
     """The summary, and whether the service is in its desired state."""
+    if done and running + done >= wanted and not reasons:
+        return f"{done} of {wanted} tasks done" + (f", {running} run" if running else ""), True
     if running >= wanted and not reasons:
         return f"{running} of {wanted} tasks run: as wanted", True
     text = f"{running} of {wanted} tasks run"

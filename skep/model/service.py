@@ -170,6 +170,12 @@ class TaskSpec(ApiObject):
         """Time between the stop signal and SIGKILL."""
         return (self.container_spec or ContainerSpec()).stop_grace_ns / SECOND_NS
 
+    @property
+    def ends_on_success(self) -> bool:
+        """Whether a task that ends with exit code 0 is not started again."""
+        condition = self.restart_policy.condition if self.restart_policy is not None else None
+        return condition in (RestartCondition.NONE, RestartCondition.ON_FAILURE)
+
 
 class ReplicatedService(ApiObject):
     """``replicas`` None: 1."""
@@ -347,6 +353,10 @@ class ServiceStatus(ApiObject):
     running_tasks: int = always(0)
     desired_tasks: int = always(0)
     completed_tasks: int = always(0)
+    """Completed tasks of a job's present run.  Of another service, the slots that are done (``Task.is_done``), for
+    which Docker has 0."""
+    total_tasks: int = 0
+    """How many tasks the present run of a job has to complete.  Not in Docker's API."""
 
 
 class JobStart(ApiObject):
@@ -401,7 +411,7 @@ class JobStatus(ApiObject):
     nodes_fixed: bool = False
     """Of a scheduled global job: every node of the present run has its task.  No other node joins the run."""
     outcome: str = ""
-    """How the present run of a global job ended; empty while it has not.  A scheduled run does not start again."""
+    """How the present run ended; empty while it has not.  A scheduled run of a global job does not start again."""
     settled_iteration: Version | None = None
     """The run that the two are about.  A manager of an older version starts a run and keeps them, as it does with all
     fields that it does not know."""

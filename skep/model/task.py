@@ -212,6 +212,13 @@ class Task(ApiObject):
         return self.ended_by_itself and self.status.state is not TaskState.COMPLETE
 
     @property
+    def is_done(self) -> bool:
+        """Whether the task ended with exit code 0 and is not started again: a task of a job, or a one-shot service."""
+        return self.status.state is TaskState.COMPLETE and (
+            self.job_iteration is not None or self.spec.ends_on_success
+        )
+
+    @property
     def is_active(self) -> bool:
         """Whether the task is desired to run and has not ended."""
         return self.is_wanted and not self.status.state.is_terminal

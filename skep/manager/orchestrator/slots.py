@@ -5,11 +5,11 @@ retired and ended ones, and at most one that is wanted (two for a short time whi
 first).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from skep.aio.time_slices import SlicedWork, run_at_once
-from skep.model.ids import NodeId
+from skep.model.ids import NodeId, ServiceId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.task import Task, TaskState
 from skep.store.schema import UNREAD_STATUS
@@ -80,6 +80,25 @@ def is_assigned(task: Task) -> bool:
 def is_stopping(task: Task) -> bool:
     """Whether the task is retired and its agent has not reported its end."""
     return not task.is_wanted and is_assigned(task)
+
+
+class DoneSlots:
+    """Slots of one-shot services whose youngest task is done (``Task.is_done``), from the tasks one by one."""
+
+    def __init__(self) -> None:
+        self._youngest: dict[tuple[ServiceId, int | NodeId], Task] = {}
+
+    def add(self, task: Task) -> None:
+        """Count ``task`` of a service whose tasks end on success; not one of a slot that is being removed."""
+        if task.desired_state < TaskState.REMOVE:
+            key = task.service_id, task.slot or task.node_id
+            before = self._youngest.get(key)
+            if before is None or age(before) < age(task):
+                self._youngest[key] = task
+
+    def done(self) -> Iterator[tuple[ServiceId, int | NodeId]]:
+        """Service and slot number (of a global service: node) of each slot that is done."""
+        return (key for key, task in self._youngest.items() if task.is_done)
 
 
 def has_reported_end(task: Task) -> bool:

@@ -68,6 +68,7 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
         service,
         [_with_reason(view, task) for task in tasks],
         wanted=status.desired_tasks,
+        done=status.completed_tasks if service.job_status is None else 0,
         nodes=nodes,
         is_new=lambda task: is_up_to_date(view, task),
     )

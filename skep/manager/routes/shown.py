@@ -15,6 +15,7 @@ from skep.manager.explanations import next_attempt
 from skep.manager.orchestrator.global_services import is_eligible, takes_new_tasks
 from skep.manager.orchestrator.reaper.kept_nodes import KeptNodes
 from skep.manager.orchestrator.reaper.lost_nodes import is_lost_worker
+from skep.manager.orchestrator.slots import DoneSlots
 from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
 from skep.model.labels import FORGET_NODES, forget_nodes_s, ignores_paths
@@ -196,6 +197,8 @@ def with_damage(view: View, task: Task) -> Task:
 async def service_status(view: View, service: Service) -> ServiceStatus:
     """How many tasks of ``service`` run, are wanted, and are done; yields to the event loop between batches.
 
+    A slot of a one-shot service is done with its youngest task.
+
     Wanted of a global service are as many as there are nodes that may have one; SwarmKit counts its tasks there,
     and so loses those that wait for their restart, and counts twice what is being updated.
 
@@ -204,30 +207,40 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
     iteration = service.job_status.job_iteration if service.job_status is not None else None
     running = wanted = completed = 0
     node_ids: set[NodeId] = set()
+    slots, is_one_shot = DoneSlots(), service.spec.task_template.ends_on_success
     async for task in _in_turns(view.find(Task, service_id=service.id)):
         if iteration is not None and task.job_iteration != iteration:
             continue
         state = known_status(view, task).state
+        if is_one_shot:
+            slots.add(task)
         running += state is TaskState.RUNNING
         completed += state is TaskState.COMPLETE
         if task.is_wanted:
             node_ids.add(task.node_id)
             wanted += state is not TaskState.COMPLETE  # of a global job
-    mode = as_run(view, service).spec.mode
+    mode, total = as_run(view, service).spec.mode, 0
+    done = {slot for _, slot in slots.done()} if iteration is None else ()
     if mode.replicated is not None:
-        wanted = service.spec.replicas
+        wanted, completed = service.spec.replicas, len(done)
     elif mode.replicated_job is not None:
         is_idle = service.job_status is not None and service.job_status.awaits_first_run
         wanted = 0 if is_idle else mode.replicated_job.max_concurrent or 0
+        total = mode.replicated_job.total_completions or 0
+    elif mode.global_job is not None:
+        total = wanted + completed
     elif mode.global_ is not None:
-        wanted = 0
+        wanted = completed = 0
         async for node in _in_turns(view.find(Node)):
             is_eligible_node = takes_new_tasks(node) or node.id in node_ids
-            wanted += is_eligible_node and is_eligible(node, service)
+            if is_eligible_node and is_eligible(node, service):
+                wanted += 1
+                completed += node.id in done
     return ServiceStatus(
         running_tasks=running,
         desired_tasks=wanted,
-        completed_tasks=completed if iteration is not None else 0,
+        completed_tasks=completed,
+        total_tasks=total,
     )
 
 

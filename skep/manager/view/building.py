@@ -201,13 +201,15 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
     update = service.update_status.state if service.update_status is not None else None
     running, wanted = status.running_tasks, status.desired_tasks
     tasks = view.find(Task, service_id=service.id)
-    is_well, reason, is_troubled = running >= wanted, "", False
+    done = status.completed_tasks if service.job_status is None else 0
+    is_well, reason, is_troubled = running + done >= wanted, "", False
     if len(tasks) <= _EXPLAINED_MAX:
         is_troubled = any(_is_troubled(view, task) for task in tasks)
         if is_troubled or not is_well or service.job_status is not None:
             nodes = {task.node_id: view.lookup(Node, task.node_id) for task in tasks if task.node_id}
             known = {id: node for id, node in nodes.items() if node is not None}
-            explained = explain_service(as_run(view, service), tasks, wanted=wanted, nodes=known)
+            run = as_run(view, service)
+            explained = explain_service(run, tasks, wanted=wanted, nodes=known, done=done)
             is_well, reason = explained.is_as_wanted and not is_troubled, explained.summary
     elif not is_well:
         reason = f"{running} of {wanted} tasks run"
@@ -224,6 +226,7 @@ def _counts(view: View, service: Service, status: ServiceStatus) -> Counts:
         running=running,
         wanted=wanted,
         completed=status.completed_tasks,
+        total=status.total_tasks,
         state=state,
         reason="" if state == "well" else reason,
     )

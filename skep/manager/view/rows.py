@@ -258,7 +258,6 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
     """``service`` as it is shown, with what its tasks say."""
     spec = service.spec
     container = spec.task_template.container_spec
-    job = spec.mode.replicated_job
     return ServiceRow(
         id=service.id,
         name=spec.name,
@@ -268,7 +267,7 @@ def service_row(service: Service, counts: "Counts") -> ServiceRow:
         wanted=counts.wanted,
         running=counts.running,
         completed=counts.completed,
-        total=(job.total_completions or 0) if job is not None else 0,
+        total=counts.total,
         state=counts.state,
         reason=_cut(counts.reason),
         ports=_ports(service.endpoint.ports),
@@ -295,6 +294,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     running: int
     wanted: int
     completed: int
+    total: int = 0
+    """How many tasks the present run of a job has to complete."""
     state: str
     reason: str
 
