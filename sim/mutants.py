@@ -375,6 +375,14 @@ def _never_given_up() -> list[Patch]:
     return [Patch(jobs, "_is_given_up", lambda slot, situation: False)]
 
 
+def _ignores_disks() -> list[Patch]:
+    return [Patch(filters, "DISK_PRESSURE_LABEL", "")]
+
+
+def _tries_runs_without_end() -> list[Patch]:
+    return [Patch(situation, "max_attempts_of", lambda labels: 0)]
+
+
 def _waits_for_nothing() -> list[Patch]:
     return [Patch(scheduler_dependencies, "awaited", lambda *_: None)]
 
@@ -568,6 +576,8 @@ MUTANTS: tuple[Mutant, ...] = (
         _waits_for_nothing,
         run.extended,
     ),
+    Mutant("full disks", "a node whose disk is full gets no new tasks", _ignores_disks, focused.disks),
+    Mutant("run attempts", "a scheduled run has a limit of attempts", _tries_runs_without_end, run.extended),
     *(
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (

@@ -514,7 +514,8 @@ LABELS = (
         "skep.condition.NAME",
         "a sentence",
         "",
-        "something is wrong with the node: `apparmor`, `description`, `disk`, `disk-full`, `encrypted-networks`, "
+        "something is wrong with the node: `apparmor`, `description`, `disk`, `disk-full`, `disk-pressure`, "
+        "`disk-space`, `encrypted-networks`, "
         "`images`, `manager`, `neighbours`, `networks`, `no-manager`, `restore`, `swarm`",
     ),
     Label(
