@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.manager.job_runs import FAILED, of_present_run
 from skep.manager.journal.service_changes import spec_changes
+from skep.model.conditions import disk_pressure
 from skep.model.history import Entry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
@@ -304,6 +305,11 @@ def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
     if new.cut_off and old.cut_off != new.cut_off:
         why = "; ".join(one.summary for one in new.cut_off)
         yield _node(new, "cut-off", f"node {name} gets no tasks on networks: {why}", Severity.ERROR)
+    before, now = disk_pressure(old.description), disk_pressure(new.description)
+    if now and not before:
+        yield _node(new, "disk-full", f"node {name}: {now}", Severity.ERROR)
+    elif before and not now:
+        yield _node(new, "disk-free", f"the disk of node {name} has space again")
     yield from _changed_manager(old, new, name)
 
 
