@@ -20,9 +20,11 @@ An update has no state of its own: its progress is read from the slots.
 
 A running task is only retired once its successor is ready.  With stop-first the new task is assigned and prepared
 first (desired READY), then the old one is retired, and the new one is started when that has stopped; with start-first
-the old task is retired when the new one runs.  In both cases a new task that does not get so far is retried by the
+the old task is retired when the new one runs, or before it if no node can have both (a host port, a replica per node).
+In both cases a new task that does not get so far is retried by the
 restart policy while the old one runs on.  The old task is retired for one that cannot be assigned only if it holds
-what the new one needs (``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume.
+what the new one needs (``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume;
+and not if its node does not meet the constraints of the new one, so that a wrong constraint stops nothing.
 An old task that does not run is retired at once.
 
 Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
@@ -63,6 +65,7 @@ from skep.manager.orchestrator.slots import (
     is_assigned,
     wanted,
 )
+from skep.model.constraints import is_satisfied
 from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
@@ -81,6 +84,8 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
+_IS_FULL = "max replicas per node"
+"""Words of the scheduler's refusal for nodes that have as many tasks of the service as they may have."""
 
 
 class _SlotView(msgspec.Struct, frozen=True):
@@ -373,9 +378,13 @@ class _Rollout:
         return True
 
     def _can_take_over(self, task: Task, serving: Slot) -> bool:
-        """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired."""
+        """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired.
+
+        Start-first waits for other reservations: those of another service may be free soon.  It stops a task first
+        where its own service holds the place: no time changes that.
+        """
         if self._starts_first:
-            return False
+            return any(_excludes(old, task, self._situation) for old in serving)
         is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
         return is_prepared or any(_blocks(old, task, self._situation) for old in serving)
 
@@ -496,9 +505,36 @@ def _blocks(serving: Task, task: Task, situation: Situation) -> bool:
         return bool(serving.networks_attachments)
     if task.status.state is not TaskState.PENDING:
         return False
-    spec = situation.spec_of(task) or replace(situation.service.spec, task_template=task.spec)
+    if not _may_succeed(serving, task, situation):
+        return False
     held = holds_of(serving, host_ports(situation.spec_of(serving)))
-    return may_block(held, needs_of(spec), situation.volume)
+    return may_block(held, needs_of(_spec_of(task, situation)), situation.volume)
+
+
+def _excludes(serving: Task, task: Task, situation: Situation) -> bool:
+    """Whether ``task`` was refused every node, and can have that of ``serving``, of its own service, only after it.
+
+    Two tasks cannot have one host port, nor a node more tasks of the service than its spec allows.
+    """
+    if task.status.state is not TaskState.PENDING or not task.status.err:
+        return False
+    if task.status.err.startswith(WAITS_FOR) or not _may_succeed(serving, task, situation):
+        return False
+    needs = needs_of(_spec_of(task, situation))
+    has_same_port = not set(host_ports(situation.spec_of(serving))).isdisjoint(needs.host_ports)
+    is_full = needs.max_replicas == 1 or (needs.max_replicas > 1 and _IS_FULL in task.status.err)
+    return has_same_port or is_full
+
+
+def _may_succeed(serving: Task, task: Task, situation: Situation) -> bool:
+    """Whether the node of ``serving`` meets the constraints of ``task``: otherwise its end frees no place for it."""
+    node = situation.node_of(serving)
+    placement = task.spec.placement
+    return node is None or placement is None or is_satisfied(placement.constraints, node)
+
+
+def _spec_of(task: Task, situation: Situation) -> ServiceSpec:
+    return situation.spec_of(task) or replace(situation.service.spec, task_template=task.spec)
 
 
 def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
