@@ -36,8 +36,8 @@ from skep.model.service import (
 )
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS
+from skep.stack.cluster_state import existing_of
 from skep.stack.conversion import stack_of
-from skep.stack.deploying import existing_of
 from skep.stack.document import parse
 from skep.stack.planning import plan_of
 from skep.stack.project import Stack

@@ -1,12 +1,15 @@
 """Waiting for services goes on while no manager answers."""
 
+from typing import Any
+
 import pytest
 
 from skep.api import waiting as api_waiting
-from skep.errors import Unavailable
+from skep.api.client import Client
+from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
 from skep.stack.progress import ServiceProgress
-from skep.stack.waiting import wait_done
+from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
 
 class Managers:
@@ -49,3 +52,47 @@ async def test_what_does_not_go_on_is_an_error_that_names_the_next_step_and_is_n
     with pytest.raises(Unavailable, match=r"^web: update paused due to t \(skep explain web\)$"):
         await wait_done(["web"], managers.look, lambda _, text: shown.append(text))
     assert shown == []
+
+
+class Explaining(Client):
+    """Explains services.  ``explanations``: by id; one that is missing is not found."""
+
+    def __init__(self, explanations: dict[str, Any]) -> None:
+        super().__init__("http://nowhere")
+        self._explanations = explanations
+        self.asked: list[str] = []
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        self.asked.append(path)
+        id = path.split("/")[3]
+        if id not in self._explanations:
+            raise NotFound("page not found")
+        return self._explanations[id]
+
+
+async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_is_no_error() -> None:
+    looks = {
+        "web": Look(id="w", progress=ServiceProgress("1 of 1 tasks run", is_done=True)),
+        "db": Look(id="d", progress=ServiceProgress("0 of 1 tasks run"), current=frozenset({"t"})),
+        "old": Look(id="o", progress=ServiceProgress("0 of 1 tasks run", "words of a task")),
+    }
+    problem = {"Kind": "rejected", "Failures": 2, "TaskID": "t"}
+    client = Explaining({"d": {"Reason": "No such image: nope:1", "Problem": problem}})
+    found = await Reasons(client, 5).explain(looks)
+    assert sorted(client.asked) == ["/skep/services/d/explain", "/skep/services/o/explain"]
+    assert {name: one.text for name, one in found.items()} == {
+        "web": "1 of 1 tasks run",
+        "db": "0 of 1 tasks run: 2 failures in a row: No such image: nope:1",
+        "old": "0 of 1 tasks run: words of a task",
+    }
+    assert [name for name, one in found.items() if one.is_stuck] == ["db"]
+    found = await Reasons(client, 0).explain(looks)
+    assert not found["db"].is_stuck
+
+
+def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
+    texts = {"shop_db": "0 of 1 tasks run: exit 1", "shop_web": "0 of 2 tasks run"}
+    assert unfinished(texts, 600.0) == (
+        "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run (skep explain shop_db)"
+    )
+    assert unfinished({}, 9.0) == "not done within 9 s"
