@@ -14,7 +14,7 @@ from skep.errors import Unavailable
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.unknown import leniently
-from skep.stack.progress import UP_TO_DATE, ServiceProgress, progress_of
+from skep.stack.progress import UP_TO_DATE, ServiceProgress, failed_by_slot, progress_of
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
 _RESPONSE_TIMEOUT_S = 15.0
@@ -81,9 +81,6 @@ async def _look(client: Client, name: str) -> Look:
     tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
     current = await client.get("/tasks", filters={**filters, **UP_TO_DATE}, timeout_s=_RESPONSE_TIMEOUT_S)
     ids = frozenset(str(one["ID"]) for one in current)
-    progress = progress_of(
-        leniently(msgspec.json.encode(found), Service),
-        [leniently(msgspec.json.encode(task), Task) for task in tasks],
-        ids,
-    )
-    return Look(id=found["ID"], progress=progress, current=ids)
+    shown = [leniently(msgspec.json.encode(task), Task) for task in tasks]
+    progress = progress_of(leniently(msgspec.json.encode(found), Service), shown, ids)
+    return Look(id=found["ID"], progress=progress, current=ids, failed=failed_by_slot(shown, ids))

@@ -53,7 +53,7 @@ from skep.stack.planning import (
     waves,
     with_network_names,
 )
-from skep.stack.progress import FAILURES_MAX, UP_TO_DATE, ServiceProgress, progress_of
+from skep.stack.progress import FAILURES_MAX, UP_TO_DATE, ServiceProgress, failed_by_slot, progress_of
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
 from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
@@ -426,7 +426,10 @@ class Deployment:
             by_service.setdefault(one.service_id, []).append(one)
         return {
             one.spec.name: Look(
-                id=one.id, progress=_progress_of(one, by_service.get(one.id, ()), current), current=current
+                id=one.id,
+                progress=_progress_of(one, by_service.get(one.id, ()), current),
+                current=current,
+                failed=failed_by_slot(by_service.get(one.id, ()), current),
             )
             for one in services_of(services)
         }

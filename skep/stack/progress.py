@@ -18,6 +18,8 @@ FAILURES_MAX: Final = 5
 attempt, and the delay between attempts grows, so that the tenth comes minutes later."""
 UNPREPARED_MAX: Final = 2
 """The same where the image, the program or a mount is missing.  A registry may be unavailable once."""
+STEADY_S: Final = 5.0
+"""How long a service has to run after a failure.  Source: docker/cli, cli/command/service/progress (verification)."""
 UNPLACED_S: Final = 60.0
 """How long no node may accept a task until a wait ends.  Tasks that an update stops have left their nodes by then."""
 
@@ -29,6 +31,7 @@ _STUCK = (
 )
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 _UNPREPARED: Final = frozenset({"rejected", "start-failed"})
+_NOT_STARTED: Final = "starting container failed"
 _COUNTDOWN: Final = re.compile(r"(?:; )?next attempt in .*")
 
 
@@ -82,6 +85,7 @@ def explained(
     current: Collection[str],
     failures_max: int,
     unplaced_s: float = 0.0,
+    seen: int = 0,
 ) -> ServiceProgress:
     """Return ``progress`` with the managers' reason, and stuck where waiting cannot help.
 
@@ -89,15 +93,18 @@ def explained(
         current: ids of the tasks of the present spec: only their failures count.
         failures_max: in a row; 0: nothing is too many.
         unplaced_s: for how long no node has accepted a task.
+        seen: failures of one slot since the wait began: few of the ended tasks are kept.
     """
     if progress.is_done or progress.is_stuck:
         return progress
     problem = explanation.problem or progress.problem
     cause = explanation.reason or progress.cause
-    is_current = not problem.task_id or problem.task_id in current
-    why = why_hopeless(problem, failures_max, unplaced_s) if is_current else ""
+    if problem.task_id and problem.task_id not in current:
+        problem = replace(problem, failures=0)
+    problem = replace(problem, failures=max(problem.failures, seen))
+    why = why_hopeless(problem, failures_max, unplaced_s)
     if not why:
-        return replace(progress, cause=cause)
+        return replace(progress, cause=cause, problem=problem)
     return replace(progress, cause=f"{why}: {cause}" if cause else why, is_stuck=True)
 
 
@@ -144,8 +151,9 @@ def progress_of(
     is_all = updated == count == len(wanted)
     if is_all and not is_updating and (count or mode.global_ is None):
         return ServiceProgress(f"{updated} of {count} tasks run", is_done=True)
-    cause = _cause(tasks) if updated < count else ""
-    problem = _problem([task for task in tasks if task.id in current])
+    of_spec = [task for task in tasks if task.id in current]
+    cause = _cause(of_spec) if updated < count else ""
+    problem = _problem(of_spec)
     text = f"{updated} of {count} tasks run"
     if any(task.id not in current for task in wanted):  # slots, as an old and a new task of one may both run
         text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
@@ -234,8 +242,17 @@ def _problem(tasks: Iterable[Task]) -> Problem:
     if not longest:
         return Problem()
     last = longest[-1]
-    kind = "rejected" if last.status.state is TaskState.REJECTED else "exit"
+    kind = "exit"
+    if last.status.state is TaskState.REJECTED:
+        kind = "rejected"
+    elif last.status.err.startswith(_NOT_STARTED):
+        kind = "start-failed"
     return Problem(kind=kind, failures=len(longest), task_id=last.id)
+
+
+def failed_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
+    """Return the slots of the tasks of the present spec that failed, by task id."""
+    return {task.id: _slot(task) for task in tasks if task.id in current and task.status.state in _FAILED}
 
 
 def _cause(tasks: Iterable[Task]) -> str:

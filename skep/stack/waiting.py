@@ -1,7 +1,8 @@
 """Waiting until services are on their spec, with their progress shown, as long as waiting can help."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from functools import partial
 from typing import Final
 
@@ -10,7 +11,7 @@ import msgspec
 from skep.api.requests import Requests
 from skep.api.waiting import persistently
 from skep.errors import SkepError, Unavailable
-from skep.stack.progress import Explanation, ServiceProgress, explained, explanation_of
+from skep.stack.progress import STEADY_S, Explanation, ServiceProgress, explained, explanation_of
 
 _LOOK_S = 0.5
 _RESPONSE_TIMEOUT_S: Final = 15.0
@@ -19,11 +20,15 @@ _EXPLAINED_MAX: Final = 20
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """A service as its tasks show it.  ``current``: ids of the tasks of its present spec."""
+    """A service as its tasks show it.
+
+    ``current``: ids of the tasks of its present spec; ``failed``: of those that failed, with their slots.
+    """
 
     id: str
     progress: ServiceProgress
     current: frozenset[str] = frozenset()
+    failed: Mapping[str, Hashable] = {}
 
 
 class Reasons:
@@ -35,6 +40,8 @@ class Reasons:
         self._failures_max = failures_max
         self._unplaced: dict[str, float] = {}
         """Services of which no node accepts a task -> since when, by the event loop's clock."""
+        self._failed: dict[str, dict[str, Hashable]] = {}
+        """Tasks that were seen to have failed, with their slots, by service."""
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
         """Return the progress of each service, with the reason of those that are not done."""
@@ -54,8 +61,15 @@ class Reasons:
                 current=looks[name].current,
                 failures_max=self._failures_max,
                 unplaced_s=now - since,
+                seen=self._seen(name, looks[name]),
             )
         return made
+
+    def _seen(self, name: str, look: Look) -> int:
+        """How often the worst slot has failed since the wait began."""
+        failed = self._failed.setdefault(name, {})
+        failed |= look.failed
+        return max(Counter(failed.values()).values(), default=0)
 
     async def _explanation(self, id: str) -> Explanation:
         try:
@@ -66,6 +80,23 @@ class Reasons:
             return Explanation()
 
 
+class Steadiness:
+    """Which services have failed since the wait began, and since when they run again."""
+
+    def __init__(self) -> None:
+        self._failed: set[str] = set()
+        self._since: dict[str, float] = {}
+
+    def is_steady(self, name: str, found: ServiceProgress, now: float) -> bool:
+        """Whether a service that is done at ``now`` needs no further look; ``now``: seconds of one clock."""
+        if not found.is_done:
+            self._since.pop(name, None)
+            if found.problem.failures:
+                self._failed.add(name)
+            return False
+        return name not in self._failed or now - self._since.setdefault(name, now) >= STEADY_S
+
+
 async def wait_done(
     names: Iterable[str],
     look: Callable[[set[str]], Awaitable[Mapping[str, ServiceProgress]]],
@@ -73,18 +104,24 @@ async def wait_done(
 ) -> None:
     """Look at the services ``names`` until all are done; ``show``: called with what each look finds.
 
+    One that has failed meanwhile has to run for ``STEADY_S``: a look may find it in the middle of a crash loop.
+
     Raises: Unavailable: one does not go on by itself, or waiting cannot help; what the first ``look`` raises.
     """
-    waiting = set(names)
+    waiting, steadiness = set(names), Steadiness()
     looked = await look(waiting) if waiting else {}
     while waiting:
+        now = asyncio.get_running_loop().time()
         for name, found in looked.items():
             if name not in waiting:
                 continue
             if found.is_stuck:
                 raise Unavailable(f"{name}: {found.text} (skep explain {name})")
-            show(name, found.text)
-            if found.is_done:
+            is_steady = steadiness.is_steady(name, found, now)
+            show(
+                name, found.text if is_steady or not found.is_done else f"{found.text} again after a failure"
+            )
+            if found.is_done and is_steady:
                 waiting.discard(name)
         if waiting:
             await asyncio.sleep(_LOOK_S)

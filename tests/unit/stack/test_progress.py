@@ -121,6 +121,10 @@ def test_failures_in_a_row_are_those_of_one_slot_since_it_last_ran() -> None:
     assert (problem.kind, problem.failures, problem.task_id) == ("rejected", 2, rejected.id)
     assert progress_of(SERVICE, tasks, current={tasks[0].id}).problem.failures == 1
     assert progress_of(SERVICE, [*tasks, failed(20, 2, TaskState.RUNNING)]).problem.kind == "exit"
+    start = a_task(
+        TaskState.FAILED, TaskState.SHUTDOWN, err='starting container failed: exec: "x": not found'
+    )
+    assert progress_of(SERVICE, [start]).problem.kind == "start-failed"
 
 
 def test_an_update_under_way_is_not_done_and_one_that_is_paused_is_stuck() -> None:
@@ -199,6 +203,13 @@ def test_a_start_first_update_counts_slots_whatever_runs_beside_each_other(
     tasks, current = in_slots(*states)
     updating = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.UPDATING))
     assert progress_of(updating, tasks, current).text == text
+
+
+def test_the_cause_is_that_of_the_present_spec() -> None:
+    """A version that failed before the update says nothing of the new one."""
+    old, new = a_task(TaskState.FAILED, TaskState.SHUTDOWN, err="of before"), a_task(TaskState.PREPARING)
+    assert progress_of(SERVICE, [old, new], {new.id}).text == "0 of 2 tasks run"
+    assert progress_of(SERVICE, [old, new], {old.id, new.id}).text == "0 of 2 tasks run: of before"
 
 
 def test_a_job_with_several_completions_counts_them_whatever_its_restart_policy_is() -> None:

@@ -8,8 +8,8 @@ from skep.api import waiting as api_waiting
 from skep.api.client import Client
 from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
-from skep.stack.progress import ServiceProgress
-from skep.stack.waiting import Look, Reasons, unfinished, wait_done
+from skep.stack.progress import STEADY_S, Problem, ServiceProgress
+from skep.stack.waiting import Look, Reasons, Steadiness, unfinished, wait_done
 
 
 class Managers:
@@ -96,3 +96,32 @@ def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
         "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run (skep explain shop_db)"
     )
     assert unfinished({}, 9.0) == "not done within 9 s"
+
+
+def test_a_service_that_has_failed_has_to_run_for_a_while() -> None:
+    runs = ServiceProgress("1 of 1 tasks run", is_done=True)
+    starts = ServiceProgress("0 of 1 tasks run")
+    failed = ServiceProgress("0 of 1 tasks run", "exit 1", problem=Problem(kind="exit", failures=1))
+    steadiness = Steadiness()
+    assert not steadiness.is_steady("web", starts, 0.0)
+    assert steadiness.is_steady("web", runs, 0.5)
+    assert not steadiness.is_steady("db", failed, 0.0)
+    assert not steadiness.is_steady("db", runs, 1.0)
+    assert not steadiness.is_steady("db", failed, 4.0), "in the middle of a crash loop"
+    assert not steadiness.is_steady("db", runs, 7.0)
+    assert not steadiness.is_steady("db", runs, 7.0 + STEADY_S - 0.1)
+    assert steadiness.is_steady("db", runs, 7.0 + STEADY_S)
+
+
+async def test_failures_are_counted_though_few_ended_tasks_are_kept() -> None:
+    """Of each look only the last two ended tasks are left."""
+    reasons, progress = Reasons(Explaining({}), 5), ServiceProgress("0 of 2 tasks run", "exit 1")
+
+    async def is_stuck(*failed: tuple[str, int]) -> bool:
+        look = Look(id="s", progress=progress, current=frozenset(id for id, _ in failed), failed=dict(failed))
+        return (await reasons.explain({"web": look}))["web"].is_stuck
+
+    assert not await is_stuck(("a", 1), ("b", 1))
+    assert not await is_stuck(("b", 1), ("c", 1))
+    assert not await is_stuck(("c", 1), ("d", 1), ("e", 2)), "another slot"
+    assert await is_stuck(("d", 1), ("f", 1))
