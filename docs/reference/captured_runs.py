@@ -119,6 +119,8 @@ class _ShopCluster(Requests):
                 return next(one for one in self._objects[kind] if id in (one["ID"], one["Spec"]["Name"]))
             case "POST", ["skep", "services", "changes"]:
                 return [self._changed(one) for one in body]
+            case "POST", ["skep", "stacks", "check"]:
+                return []
             case "POST", ["networks", "create"]:
                 self._objects["networks"].append({"Id": body["Name"], "Scope": "swarm", **body})
             case "POST", [kind, "create"]:
