@@ -257,7 +257,8 @@ async def test_nothing_is_created_if_the_managers_would_refuse_a_part(cluster: C
         code, _, err = await cluster.run("stack", *words, "--resolve-image", "never")
         assert (code, said in err) == (1, True), err
     view = cluster.store.view()
-    names = [one.spec.name for kind in (Service, Network, Config) for one in view.find(kind)]
+    kinds: tuple[type[Any], ...] = (Service, Network, Config)
+    names = [one.spec.name for kind in kinds for one in view.find(kind)]
     assert [name for name in names if name.startswith("shop")] == []
 
 

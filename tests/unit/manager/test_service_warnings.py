@@ -26,8 +26,10 @@ START_FIRST = UpdateConfig(order=UpdateOrder.START_FIRST)
         (
             a_service_spec(ports=(HOST_PORT,), update=START_FIRST),
             [
-                "order start-first: two tasks cannot have the host-mode port 8080/tcp on one node, so without a "
-                "further node the old task is stopped first"
+                (
+                    "order start-first: two tasks cannot have the host-mode port 8080/tcp on one node, so without a "
+                    "further node the old task is stopped first"
+                )
             ],
         ),
     ],
