@@ -32,6 +32,7 @@ _STUCK = (
 _FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
 _UNPREPARED: Final = frozenset({"rejected", "start-failed"})
 _NOT_STARTED: Final = "starting container failed"
+_NO_NODE: Final = "no suitable node"
 _COUNTDOWN: Final = re.compile(r"(?:; )?next attempt in .*")
 
 
@@ -227,7 +228,7 @@ def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     return ServiceProgress(text, _cause(current), problem=_problem(current))
 
 
-def _problem(tasks: Iterable[Task]) -> Problem:
+def _problem(tasks: Sequence[Task]) -> Problem:
     """The longest row of failures in a slot, as far as ended tasks are kept."""
     rows: dict[Hashable, list[Task]] = {}
     for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z")):
@@ -240,7 +241,10 @@ def _problem(tasks: Iterable[Task]) -> Problem:
         filter(None, rows.values()), key=lambda row: (len(row), row[-1].created_at.rstrip("Z")), default=[]
     )
     if not longest:
-        return Problem()
+        is_unplaced = any(
+            task.status.state is TaskState.PENDING and task.status.err.startswith(_NO_NODE) for task in tasks
+        )
+        return Problem(kind="no-node") if is_unplaced else Problem()
     last = longest[-1]
     kind = "exit"
     if last.status.state is TaskState.REJECTED:

@@ -51,7 +51,7 @@ class Reasons:
         made = {name: one.progress for name, one in looks.items()}
         now = asyncio.get_running_loop().time()
         for name, explanation in zip(asked, found, strict=True):
-            is_unplaced = explanation.problem is not None and explanation.problem.kind == "no-node"
+            is_unplaced = (explanation.problem or looks[name].progress.problem).kind == "no-node"
             since = self._unplaced.setdefault(name, now) if is_unplaced else now
             if not is_unplaced:
                 self._unplaced.pop(name, None)

@@ -125,6 +125,11 @@ def test_failures_in_a_row_are_those_of_one_slot_since_it_last_ran() -> None:
         TaskState.FAILED, TaskState.SHUTDOWN, err='starting container failed: exec: "x": not found'
     )
     assert progress_of(SERVICE, [start]).problem.kind == "start-failed"
+    refused = a_task(
+        TaskState.PENDING, err="no suitable node (scheduling constraints not satisfied on 2 nodes)"
+    )
+    assert progress_of(SERVICE, [refused]).problem.kind == "no-node"
+    assert progress_of(SERVICE, [a_task(TaskState.PENDING)]).problem.kind == ""
 
 
 def test_an_update_under_way_is_not_done_and_one_that_is_paused_is_stuck() -> None:

@@ -1,9 +1,11 @@
 """Waiting for services goes on while no manager answers."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from sim.time import VirtualLoop
 from skep.api import waiting as api_waiting
 from skep.api.client import Client
 from skep.errors import NotFound, Unavailable
@@ -125,3 +127,22 @@ async def test_failures_are_counted_though_few_ended_tasks_are_kept() -> None:
     assert not await is_stuck(("b", 1), ("c", 1))
     assert not await is_stuck(("c", 1), ("d", 1), ("e", 2)), "another slot"
     assert await is_stuck(("d", 1), ("f", 1))
+
+
+def test_a_task_that_no_node_accepts_is_waited_for_a_minute() -> None:
+    refused = ServiceProgress("0 of 1 tasks run", "no suitable node", problem=Problem(kind="no-node"))
+    waits = ServiceProgress("0 of 1 tasks run")
+
+    async def ends() -> list[bool]:
+        reasons, found = Reasons(Explaining({}), 5), list[bool]()
+        for progress, then_s in ((refused, 59), (waits, 2), (refused, 59), (refused, 2), (refused, 0)):
+            explained = await reasons.explain({"web": Look(id="s", progress=progress)})
+            found.append(explained["web"].is_stuck)
+            await asyncio.sleep(then_s)
+        return found
+
+    loop = VirtualLoop()
+    try:
+        assert loop.run_until_complete(ends()) == [False, False, False, False, True]
+    finally:
+        loop.close()
