@@ -55,6 +55,7 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.held_places import blocks, excludes, holds
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.restart import is_held
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
@@ -65,11 +66,8 @@ from skep.manager.orchestrator.slots import (
     is_assigned,
     wanted,
 )
-from skep.model.constraints import is_satisfied
-from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
-from skep.model.needs import holds_of, host_ports, may_block, needs_of
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
@@ -84,8 +82,6 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
-_IS_FULL = "max replicas per node"
-"""Words of the scheduler's refusal for nodes that have as many tasks of the service as they may have."""
 
 
 class _SlotView(msgspec.Struct, frozen=True):
@@ -269,7 +265,7 @@ class _Rollout:
         holders = (
             view
             for view in idle
-            if any(_holds(old, task, self._situation) for old in view.outdated for task in kinds)
+            if any(holds(old, task, self._situation) for old in view.outdated for task in kinds)
         )
         return list(islice(holders, len(refused)))
 
@@ -384,9 +380,9 @@ class _Rollout:
         where its own service holds the place: no time changes that.
         """
         if self._starts_first:
-            return any(_excludes(old, task, self._situation) for old in serving)
+            return any(excludes(old, task, self._situation) for old in serving)
         is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
-        return is_prepared or any(_blocks(old, task, self._situation) for old in serving)
+        return is_prepared or any(blocks(old, task, self._situation) for old in serving)
 
     def _settled_at(self, view: _SlotView) -> float | None:
         """When the slot's lead began to run, ended or was overdue: parallelism, delay and monitor time go by this.
@@ -491,50 +487,6 @@ def _may_serve(task: Task, situation: Situation) -> bool:
     if _serves(task):
         return True
     return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
-
-
-def _holds(old: Task, task: Task, situation: Situation) -> bool:
-    return old.is_active and old.status.state >= TaskState.ASSIGNED and _blocks(old, task, situation)
-
-
-def _blocks(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` was refused an address or a node, and ``serving`` holds something of what it needs."""
-    if not task.status.err or task.status.err.startswith(WAITS_FOR):
-        return False
-    if task.status.state is TaskState.NEW:
-        return bool(serving.networks_attachments)
-    if task.status.state is not TaskState.PENDING:
-        return False
-    if not _may_succeed(serving, task, situation):
-        return False
-    held = holds_of(serving, host_ports(situation.spec_of(serving)))
-    return may_block(held, needs_of(_spec_of(task, situation)), situation.volume)
-
-
-def _excludes(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` was refused every node, and can have that of ``serving``, of its own service, only after it.
-
-    Two tasks cannot have one host port, nor a node more tasks of the service than its spec allows.
-    """
-    if task.status.state is not TaskState.PENDING or not task.status.err:
-        return False
-    if task.status.err.startswith(WAITS_FOR) or not _may_succeed(serving, task, situation):
-        return False
-    needs = needs_of(_spec_of(task, situation))
-    has_same_port = not set(host_ports(situation.spec_of(serving))).isdisjoint(needs.host_ports)
-    is_full = needs.max_replicas == 1 or (needs.max_replicas > 1 and _IS_FULL in task.status.err)
-    return has_same_port or is_full
-
-
-def _may_succeed(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether the node of ``serving`` meets the constraints of ``task``: otherwise its end frees no place for it."""
-    node = situation.node_of(serving)
-    placement = task.spec.placement
-    return node is None or placement is None or is_satisfied(placement.constraints, node)
-
-
-def _spec_of(task: Task, situation: Situation) -> ServiceSpec:
-    return situation.spec_of(task) or replace(situation.service.spec, task_template=task.spec)
 
 
 def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:
