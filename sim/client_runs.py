@@ -33,7 +33,9 @@ from skep.model.schedules import CRON
 from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.task import TaskState
-from skep.stack.deploying import Made, config_names, existing_of
+from skep.stack.claims import Replaced
+from skep.stack.cluster_state import config_names, existing_of
+from skep.stack.deploying import Made
 from skep.stack.planning import plan_of
 from skep.stack.project import NAMESPACE, Stack
 from skep.stack.recording import carry_out, undo
@@ -256,6 +258,8 @@ async def deploy(client: ApiClient, stack: Stack, *, undoes: bool, wait_s: float
     plan = plan_of(stack, existing, images={}, prune=False)
     try:
         await carry_out(client, stack, plan, _say, wait_s, _warn, made=made)
+    except Replaced:
+        raise
     except SkepError:
         if undoes:
             await undo(client, plan, _say, wait_s, _warn, made)

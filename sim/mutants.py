@@ -34,7 +34,7 @@ from skep.manager.control import quotas, services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
-from skep.manager.orchestrator import jobs, observed_times, restart, situation, update
+from skep.manager.orchestrator import held_places, jobs, observed_times, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.reaper import loop as reaper_loop
@@ -354,7 +354,7 @@ def _may_not_shrink() -> list[Patch]:
 
 
 def _gives_nothing_up() -> list[Patch]:
-    return [Patch(update, "_blocks", lambda *_: False)]
+    return [Patch(update, "blocks", lambda *_: False), Patch(held_places, "blocks", lambda *_: False)]
 
 
 def _keeps_no_nodes() -> list[Patch]:

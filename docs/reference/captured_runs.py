@@ -36,8 +36,8 @@ from skep.model.service import (
 )
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS
+from skep.stack.cluster_state import existing_of
 from skep.stack.conversion import stack_of
-from skep.stack.deploying import existing_of
 from skep.stack.document import parse
 from skep.stack.planning import plan_of
 from skep.stack.project import Stack
@@ -119,6 +119,8 @@ class _ShopCluster(Requests):
                 return next(one for one in self._objects[kind] if id in (one["ID"], one["Spec"]["Name"]))
             case "POST", ["skep", "services", "changes"]:
                 return [self._changed(one) for one in body]
+            case "POST", ["skep", "stacks", "check"]:
+                return []
             case "POST", ["networks", "create"]:
                 self._objects["networks"].append({"Id": body["Name"], "Scope": "swarm", **body})
             case "POST", [kind, "create"]:

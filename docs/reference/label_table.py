@@ -399,7 +399,7 @@ LABELS = (
     Label(
         LabelTarget.REVISION,
         STACK_STATE,
-        "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`, `being undone`",
+        "`deploying`, `deployed`, `interrupted`, `failed: CAUSE`, `being undone`, `replaced by revision N`",
         "",
         "how its deploy ended",
     ),

@@ -300,6 +300,7 @@ RULES: Final = (
     _rule("POST", r"/skep/services/changes", _OPERATOR, Scope.NEW, "service"),
     _rule("POST", r"/skep/access/certificates", _VIEWER, Scope.ANY),
     _rule("POST", r"/skep/services/placement", _OPERATOR, Scope.NEW, "service"),
+    _rule("POST", r"/skep/stacks/check", _OPERATOR, Scope.NEW, "stack"),
     # To run commands in a container, or to read its files, is to have its secrets.
     _rule(
         "GET POST PUT",

@@ -9,12 +9,13 @@ from skep.api.client import Client
 from skep.cli import passthrough
 from skep.cli.endpoint import HostOptions
 from skep.cli.running import run_requests
+from skep.cli.stack_screens import max_failures
 from skep.errors import Unavailable
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.unknown import leniently
-from skep.stack.progress import UP_TO_DATE, ServiceProgress, progress_of
-from skep.stack.waiting import wait_done
+from skep.stack.progress import UP_TO_DATE, ServiceProgress, failed_by_slot, progress_of
+from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
 _RESPONSE_TIMEOUT_S = 15.0
 
@@ -32,22 +33,23 @@ def service() -> None:
 
 @service.command()
 @click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@max_failures
 @click.argument("names", metavar="SERVICE...", nargs=-1, required=True)
 @click.pass_obj
-def wait(host: HostOptions, names: tuple[str, ...], timeout: float) -> None:
+def wait(host: HostOptions, names: tuple[str, ...], timeout: float, max_failures: int) -> None:
     """Wait until services are as their specs say: all tasks run, or a job has completed.
 
-    Exit status 1: an update was paused or rolled back, tasks ended and are not started again, or the time is over;
-    the error says which, and why.
+    Exit status 1: an update was paused or rolled back, tasks failed repeatedly or are not started again, or the time
+    is over; the error says which, and why.
 
     \b
     Examples:
       docker service update --detach --image web:2 web && skep service wait web
     """
-    run_requests(_wait(host, names, timeout))
+    run_requests(_wait(host, names, timeout, max_failures))
 
 
-async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> None:
+async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float, failures_max: int) -> None:
     shown: dict[str, str] = {}
     open_ = set(names)
 
@@ -57,9 +59,11 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> 
             click.echo(f"{name}: {text}", err=True)
 
     async with host.client() as client:
+        reasons = Reasons(client, failures_max)
 
         async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
-            found = {name: await _look(client, name) for name in sorted(waiting, key=names.index)}
+            looks = {name: await _look(client, name) for name in sorted(waiting, key=names.index)}
+            found = await reasons.explain(looks)
             open_.intersection_update(name for name, progress in found.items() if not progress.is_done)
             return found
 
@@ -67,17 +71,16 @@ async def _wait(host: HostOptions, names: tuple[str, ...], timeout_s: float) -> 
             async with asyncio.timeout(timeout_s):
                 await wait_done(names, look, show)
         except TimeoutError:
-            text = "; ".join(f"{name}: {shown.get(name, 'nothing is known')}" for name in sorted(open_))
-            raise Unavailable(f"not done within {timeout_s:g} s: {text} (skep explain SERVICE)") from None
+            texts = {name: shown.get(name, "nothing is known") for name in sorted(open_)}
+            raise Unavailable(unfinished(texts, timeout_s)) from None
 
 
-async def _look(client: Client, name: str) -> ServiceProgress:
+async def _look(client: Client, name: str) -> Look:
     found = await client.get(f"/services/{name}", timeout_s=_RESPONSE_TIMEOUT_S)
     filters = {"service": [found["ID"]]}
     tasks = await client.get("/tasks", filters=filters, timeout_s=_RESPONSE_TIMEOUT_S)
     current = await client.get("/tasks", filters={**filters, **UP_TO_DATE}, timeout_s=_RESPONSE_TIMEOUT_S)
-    return progress_of(
-        leniently(msgspec.json.encode(found), Service),
-        [leniently(msgspec.json.encode(task), Task) for task in tasks],
-        {str(one["ID"]) for one in current},
-    )
+    ids = frozenset(str(one["ID"]) for one in current)
+    shown = [leniently(msgspec.json.encode(task), Task) for task in tasks]
+    progress = progress_of(leniently(msgspec.json.encode(found), Service), shown, ids)
+    return Look(id=found["ID"], progress=progress, current=ids, failed=failed_by_slot(shown, ids))

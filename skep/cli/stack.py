@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 import msgspec
-import yaml
 
 from skep.api.requests import Requests
 from skep.cli import passthrough
@@ -22,28 +21,40 @@ from skep.cli.running import errors_shown, run_requests
 from skep.cli.stack_builds import build_images
 from skep.cli.stack_lists import ls, ps, services
 from skep.cli.stack_quota import quota
-from skep.cli.stack_screens import Progress, compared, lines_of, planned, revisions, warn
+from skep.cli.stack_screens import (
+    Progress,
+    compared,
+    dumped,
+    lines_of,
+    max_failures,
+    planned,
+    revisions,
+    warn,
+)
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
 from skep.model.images import registry_of
 from skep.model.task_end import printable
 from skep.stack.bound_files import with_bound_files
-from skep.stack.conversion import stack_of
-from skep.stack.deploying import (
+from skep.stack.claims import Replaced
+from skep.stack.cluster_state import (
     NO_LOGINS,
-    Deployment,
-    Made,
+    check,
     config_names,
     existing_of,
+    known_revisions,
     pinned_images,
     with_placements,
 )
+from skep.stack.conversion import stack_of
+from skep.stack.deploying import Deployment, Made
+from skep.stack.document import Problems
 from skep.stack.loading import Choices, Files, Loaded, load
 from skep.stack.planning import Plan, plan_of
 from skep.stack.project import Stack
 from skep.stack.reading import Report
-from skep.stack.recording import carry_out, known_revisions, refused, return_plan, undo
+from skep.stack.recording import carry_out, refused, return_plan, undo
 from skep.stack.removing import remove
-from skep.stack.revisions import before
+from skep.stack.revisions import before, pair_of
 
 _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
@@ -199,6 +210,8 @@ def config(
 ) -> None:
     """Check Compose files, and print them merged, with their variables replaced.
 
+    A dollar sign in a value is printed as $$, so that the output can be read as a Compose file again.
+
     \b
     Examples:
       skep stack config -c compose.yaml
@@ -206,11 +219,10 @@ def config(
     """
     with errors_shown():
         _, loaded = msgspec.structs.replace(given, name=given.name or "config").read()
-    plain = loaded.document.plain()
     if names_only:
-        click.echo("\n".join(plain.get("services", {})))
+        click.echo("\n".join(loaded.document.plain().get("services", {})))
     elif not quiet:
-        click.echo(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip())
+        click.echo(dumped(loaded.document))
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------
@@ -275,7 +287,9 @@ def plan(
 ) -> None:
     """Show what a deploy would change, field by field, and where it would run.  Nothing is written.
 
-    The cluster's scheduler says which nodes would get the tasks, and why some would not fit.
+    The managers try the whole plan: what they would refuse (ports, names, quotas, rights) is an error here.  The
+    cluster's scheduler says which nodes would get the tasks, and why some would not fit.  If nothing would change, the
+    services that do not run are named.
 
     Exit status 0: nothing would change; 2: something would; 1: the files or the request are wrong.
 
@@ -289,6 +303,9 @@ def plan(
         made, _ = given.read()
         async with host.requests() as client:
             found = await _plan(client, made, prune=prune, only=only, resolve=resolve_image)
+            await check(client, made, found, warn)
+            if not found.effective:
+                return planned(found, await Deployment(client, made, found, lambda *_: None).unfinished())
             return planned(await with_placements(client, found, warn))
 
     output.show(fetch)
@@ -324,6 +341,7 @@ def _logins(host: HostOptions, stack: Stack, only: Sequence[str]) -> Mapping[str
 )
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until the services run.")
 @click.option("--timeout", default=600.0, show_default=True, help="Longest wait, in seconds.")
+@max_failures
 @click.pass_obj
 def deploy(
     host: HostOptions,
@@ -336,12 +354,18 @@ def deploy(
     with_registry_auth: bool,
     detach: bool,
     timeout: float,
+    max_failures: int,
 ) -> None:
     """Create or update a stack from Compose files, and wait until its services run.
 
     The tasks of a service that depends on others (depends_on) start when those are as it says.  Secrets and configs
     have names with their content in it: other content makes a new object, and the services that use it are updated.
     An interrupted deploy is completed by repeating it.
+
+    The command ends when waiting cannot help: a task failed repeatedly, its image, program or mount is missing, or no
+    node can run it.  A newer deploy of the stack replaces one that is under way, which then ends with an error.
+
+    Exit status 0: all services run; 1: they do not, or something was refused; 2: wrong options.
 
     \b
     Examples:
@@ -366,14 +390,18 @@ def deploy(
             click.echo("\n".join(lines_of(found)), err=True)
             wait_s = None if detach else timeout
             if only:  # a part of a stack is no revision of it
-                await Deployment(client, made, found, progress.show, logins).apply(wait_s)
+                await check(client, made, found, warn)
+                await Deployment(client, made, found, progress.show, logins).apply(wait_s, max_failures)
                 return
             created = Made()
             try:
-                await carry_out(client, made, found, progress.show, wait_s, warn, logins, created)
+                await carry_out(
+                    *(client, made, found, progress.show, wait_s, warn, logins, created),
+                    failures_max=max_failures,
+                )
             except SkepError as error:
-                if not rollback_on_failure:
-                    raise
+                if not rollback_on_failure or isinstance(error, Replaced | Problems):
+                    raise  # there is nothing of this deploy to undo
                 click.echo(f"failed: {error}", err=True)
                 done = await _undone(client, found, error, timeout, created)
                 raise Unavailable(f"the deploy failed, and {done}: {error}") from error
@@ -479,21 +507,24 @@ def rollback(host: HostOptions, *, to: int | None, as_admin: bool, timeout: floa
 
 @stack.command()
 @click.argument("name")
-@click.argument("first", type=click.IntRange(1))
-@click.argument("second", type=click.IntRange(1))
+@click.argument("first", type=click.IntRange(1), required=False)
+@click.argument("second", type=click.IntRange(1), required=False)
 @shows
 @click.pass_obj
-def diff(host: HostOptions, name: str, first: int, second: int, output: Output) -> None:
+def diff(host: HostOptions, name: str, first: int | None, second: int | None, output: Output) -> None:
     """Show how the services of two revisions of a stack differ, field by field.
+
+    Without numbers the last two are compared; with one, it and the last.
 
     \b
     Examples:
+      skep stack diff shop
       skep stack diff shop 2 3
     """
 
     async def fetch() -> Shown:
         async with host.requests() as client:
-            revisions = await known_revisions(client, name)
-            return compared(before(revisions, first).stack(), before(revisions, second).stack())
+            older, newer = pair_of(await known_revisions(client, name), first, second)
+            return compared(older.stack(), newer.stack())
 
     output.show(fetch)

@@ -1,16 +1,19 @@
 """What the commands of stacks print."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import click
+import yaml
 
 from skep.cli.formatting import age, counted
 from skep.cli.output import Screen, Shown, table
 from skep.model.labels import STACK_FILES
 from skep.model.task_end import printable
-from skep.stack.document import Problem
+from skep.stack.document import SCALAR_TAG, Node, Problem, resolved
 from skep.stack.planning import Action, Change, Difference, Placement, Plan, differences
+from skep.stack.progress import FAILURES_MAX
 from skep.stack.project import IMAGE, Stack
 from skep.stack.revisions import Revision
 
@@ -18,6 +21,8 @@ _COLOURS = {Action.CREATE: "green", Action.UPDATE: "yellow", Action.REMOVE: "red
 _IMAGE_PATH = "TaskTemplate.ContainerSpec.Image"
 _VALUE_MAX = 60
 """Characters of a value in a plan."""
+_UNBROKEN: Final = 1 << 20
+"""Characters of a line of YAML: a text is not broken into several lines."""
 _NODES_MAX = 8
 """Nodes that are named for one service."""
 
@@ -38,8 +43,19 @@ class Progress:
             click.echo(printable(f"{name}: {text}"), err=True)
 
 
-def planned(plan: Plan) -> Shown:
-    """A plan; exit code 2 if something would change."""
+max_failures = click.option(
+    "--max-failures",
+    type=click.IntRange(0),
+    default=FAILURES_MAX,
+    show_default=True,
+    metavar="N",
+    help="Stop waiting after a task failed N times in a row; 0: never.",
+)
+"""Option of commands that wait for services."""
+
+
+def planned(plan: Plan, unfinished: Mapping[str, str] = MappingProxyType({})) -> Shown:
+    """A plan; exit code 2 if something would change.  ``unfinished``: services that do not run, with the reason."""
     rows = [
         {
             "Action": one.action.name.lower(),
@@ -54,9 +70,30 @@ def planned(plan: Plan) -> Shown:
     return Shown(
         data=rows,
         rows=rows,
-        lines=lambda screen: iter(lines_of(plan, is_wide=screen.is_wide)),
+        lines=lambda screen: iter([*lines_of(plan, is_wide=screen.is_wide), *_unfinished_lines(unfinished)]),
         exit_code=2 if rows else 0,
     )
+
+
+def _unfinished_lines(unfinished: Mapping[str, str]) -> list[str]:
+    lines = [click.style(printable(f"  {name}: {text}"), fg="red") for name, text in unfinished.items()]
+    return [*lines, f"  next: skep explain {next(iter(unfinished))}"] if lines else []
+
+
+def dumped(document: Node) -> str:
+    """A Compose document as YAML that is read again as the same document: with ``$$`` for each dollar sign."""
+    return str(
+        yaml.serialize(document.as_yaml(), Dumper=_Dumper, allow_unicode=True, width=_UNBROKEN)
+    ).rstrip()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that would not be read as text, by the rules of Compose (``document.resolved``) or of YAML 1.1."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0] and not isinstance(resolved(value), str):
+            return SCALAR_TAG
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
 
 def compared(one: Stack, other: Stack) -> Shown:
@@ -98,8 +135,19 @@ def _worth_a_line(found: Sequence[Difference]) -> Iterator[Difference]:
     return (each for each in found if not (has_image and each.path == f"Labels.{IMAGE}"))
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _VALUE_MAX else f"{text[: _VALUE_MAX - 3]}..."
+def shortened(before: str, after: str) -> tuple[str, str]:
+    """Return both values, cut around their first difference if one is long."""
+    if max(len(before), len(after)) <= _VALUE_MAX:
+        return before, after
+    pairs = zip(before, after, strict=False)
+    same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(before), len(after)))
+    begin = max(same - _VALUE_MAX // 3, 0) if same > _VALUE_MAX // 2 else 0
+    return _cut(before, begin), _cut(after, begin)
+
+
+def _cut(text: str, begin: int) -> str:
+    end = begin + _VALUE_MAX
+    return f"{'...' if begin else ''}{text[begin:end]}{'...' if len(text) > end else ''}"
 
 
 def lines_of(plan: Plan, *, is_wide: bool = False) -> list[str]:
@@ -167,9 +215,10 @@ def revisions(found: Sequence[Revision], now: float) -> Shown:
 
 def line_of(difference: Difference, *, is_wide: bool = False) -> str:
     """One field of a spec, before and after."""
-    values = (text.replace("\n", "\\n") for text in (difference.before, difference.after))
-    before, after = ((text if is_wide else _shortened(text)) or "(unset)" for text in values)
-    return f"{_field(difference.path)}: {before} -> {after}"
+    before, after = (text.replace("\n", "\\n") for text in (difference.before, difference.after))
+    if not is_wide:
+        before, after = shortened(before, after)
+    return f"{_field(difference.path)}: {before or '(unset)'} -> {after or '(unset)'}"
 
 
 def _note(change: Change) -> str:

@@ -18,6 +18,7 @@ import resource
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,7 @@ from skep.engine.conmon import (
     read_pid,
 )
 from skep.engine.container import Container, Interruption, ProcessName
+from skep.engine.exec_limits import held as open_files_held
 from skep.engine.limits import block_io, resources
 from skep.engine.machine import MachineOptions
 from skep.engine.processes import find, is_of_earlier_boot, kill_descendants, send_signal, wait_gone
@@ -285,8 +287,10 @@ class Runtime:
                 pipes.proceed()
                 if await pipes.attach_ready.readline():
                     attachment = await attach(path)  # before the process starts, so that no output is missed
-                    pipes.proceed()
-                pid = await read_pid(pipes.responses, "exec")
+                with open_files_held(path / "process.json", partial(self.cgroups.pids, container)):
+                    if attachment is not None:
+                        pipes.proceed()
+                    pid = await read_pid(pipes.responses, "exec")
             if attachment is None:
                 raise StartError("conmon opened no socket to attach to", "exec")
             monitor = find(int((path / "conmon.pid").read_text()))

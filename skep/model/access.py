@@ -13,6 +13,8 @@ EVERY_STACK: Final = "*"
 """In place of a stack's name: the whole cluster."""
 ROLE_HEADER: Final = "X-Skep-Role"
 """A request header: the request has the rights of this role at most (``operator:shop``)."""
+REVISION_HEADER: Final = "X-Skep-Revision"
+"""A request header: the request changes a service only while the deploy with this revision, a config, is current."""
 TOKEN_BYTES_MAX: Final = 512
 _STACK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 

@@ -5,7 +5,6 @@ Repeating a deploy completes one that was interrupted: each step asks for what i
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -29,14 +28,24 @@ from skep.model.schedules import CRON
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 from skep.model.unknown import leniently
+from skep.stack.claims import Claim
+from skep.stack.cluster_state import (
+    AT_ONCE,
+    NO_LOGINS,
+    RESPONSE_TIMEOUT_S,
+    config_names,
+    configs_named,
+    existing_of,
+    registry_auth,
+    services_of,
+)
 from skep.stack.document import Problem, Problems
 from skep.stack.planning import (
     Action,
     Change,
-    Existing,
-    Placement,
     Plan,
     differences,
+    freeing,
     is_still,
     merged,
     other_content,
@@ -44,21 +53,16 @@ from skep.stack.planning import (
     waves,
     with_network_names,
 )
-from skep.stack.progress import UP_TO_DATE, ServiceProgress, progress_of
+from skep.stack.progress import FAILURES_MAX, UP_TO_DATE, ServiceProgress, failed_by_slot, progress_of
 from skep.stack.project import IMAGE, NAMESPACE, Stack, StackFile
-from skep.stack.waiting import wait_done
+from skep.stack.waiting import Look, Reasons, unfinished, wait_done
 
-RESPONSE_TIMEOUT_S: Final = 30.0
-_AT_ONCE: Final = 8
-"""Requests in flight."""
 _TOGETHER: Final = 200
 """Services in one request: a few megabytes at most, and no longer than a fraction of a second."""
 _OTHER_CONTENT: Final = "only updates to Labels are allowed"
 """SwarmKit's refusal of other content for a secret or a config."""
 _LAST_WORDS_S: Final = 5.0
 """To ask for the state of a deploy that is interrupted."""
-
-NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
 
 Show = Callable[[str, str], None]
 """Takes the name of an object, and what to say of it."""
@@ -73,88 +77,10 @@ class Made(msgspec.Struct):
     """Networks, secrets and configs: kind, name and id."""
     revision: str = ""
     """The id of the config that records the deploy."""
+    claim: Claim | None = None
+    """Its claim on the stack.  None: there is no revision."""
     known: frozenset[str] = frozenset()
     """The ids of the revisions that there were before."""
-
-
-async def existing_of(client: Requests, stack: str, configs: Iterable[str] = ()) -> Existing:
-    """Return the stack's services, and everything that they may refer to: of configs those with these names.
-
-    Configs come with their content, and those of the whole cluster can be hundreds of megabytes.
-    """
-    label = {"label": [f"{NAMESPACE}={stack}"]}
-    services, networks, secrets, found = await asyncio.gather(
-        client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
-        client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S),
-        client.get("/secrets", timeout_s=RESPONSE_TIMEOUT_S),
-        configs_named(client, configs),
-    )
-    return Existing(
-        services=_services(services), networks=tuple(networks), secrets=tuple(secrets), configs=tuple(found)
-    )
-
-
-async def configs_named(client: Requests, names: Iterable[str]) -> list[Any]:
-    """Return the configs with these names, and perhaps others: the filter takes prefixes."""
-    wanted = sorted(set(names))
-    if not wanted:
-        return []
-    return list(await client.get("/configs", filters={"name": wanted}, timeout_s=RESPONSE_TIMEOUT_S))
-
-
-def _services(objects: Iterable[Any]) -> tuple[Service, ...]:
-    return tuple(leniently(msgspec.json.encode(one), Service) for one in objects)
-
-
-async def with_placements(client: Requests, plan: Plan, warn: Callable[[str], None]) -> Plan:
-    """The plan, and where the cluster would run its services; a cluster that cannot say so is not an error."""
-    changes = [one for one in plan.of("service", Action.CREATE, Action.UPDATE) if one.spec is not None]
-    if not changes:
-        return plan
-    body = msgspec.Raw(to_json([one.spec for one in changes]))
-    try:
-        found = await client.post("/skep/services/placement", body, timeout_s=RESPONSE_TIMEOUT_S)
-        placements = msgspec.convert(found, tuple[Placement, ...])
-    except NotFound:  # an earlier version
-        return plan
-    except (SkepError, msgspec.ValidationError) as error:
-        warn(f"the cluster does not say where services would run: {error}")
-        return plan
-    return replace(plan, placements={one.name: one for one in placements})
-
-
-async def pinned_images(
-    client: Requests,
-    names: Iterable[str],
-    warn: Callable[[str], None],
-    logins: Mapping[str, str] = NO_LOGINS,
-) -> dict[str, str]:
-    """Of image names, the names with the digests that their registries give; those that none gives are left out.
-
-    ``logins``: by image name.
-    """
-    limit = asyncio.Semaphore(_AT_ONCE)
-
-    async def pinned(name: str) -> tuple[str, str]:
-        if "@" in name:
-            return name, ""
-        async with limit:
-            try:
-                found = await client.get(
-                    f"/distribution/{name}/json",
-                    headers=_auth(logins.get(name)),
-                    timeout_s=RESPONSE_TIMEOUT_S,
-                )
-                return name, f"{name}@{found['Descriptor']['digest']}"
-            except (SkepError, KeyError, TypeError) as error:
-                warn(
-                    f"image {name} could not be accessed on a registry to record its digest ({error}): "
-                    "nodes take the version that they find"
-                )
-                return name, ""
-
-    found = await asyncio.gather(*(pinned(name) for name in sorted(set(names))))
-    return {name: image for name, image in found if image}
 
 
 class Deployment:
@@ -180,41 +106,76 @@ class Deployment:
         self._stack = stack
         self._plan = plan
         self._show = show
-        self._limit = asyncio.Semaphore(_AT_ONCE)
+        self._limit = asyncio.Semaphore(AT_ONCE)
         self._ids: dict[tuple[str, str], str] = {}
         """Of secrets and configs, by kind and name."""
+        self._reasons = Reasons(client, FAILURES_MAX)
 
-    async def apply(self, wait_s: float | None) -> None:
+    async def apply(self, wait_s: float | None, failures_max: int = FAILURES_MAX) -> None:
         """Make the changes; then wait at most ``wait_s`` until they are true (None: do not).
+
+        Args:
+            failures_max: of a task in a row, after which waiting ends; 0: it does not.
 
         Raises:
             Problems: a secret is there with other content; no service was changed.
+            Replaced: a newer deploy of the stack has replaced this one.
             SkepError: a change was refused; those before it stay, and a repetition goes on behind them.
-            Unavailable: it did not become true in time, with the cause.
+            Unavailable: it did not become true in time, or waiting cannot help, with the cause.
         """
         try:
-            await self._apply(wait_s)
+            await self._apply(wait_s, failures_max)
         except asyncio.CancelledError:
             self._show("interrupted", f"{await self._state()}; the same command again completes it")
             raise
 
-    async def _apply(self, wait_s: float | None) -> None:
+    async def _apply(self, wait_s: float | None, failures_max: int) -> None:
         await self._update_files()
         await self._create("network", self._bodies("network"))
         await self._create("secret", self._bodies("secret"))
         await self._create("config", self._bodies("config"))
         await self._learn_ids()
+        self._reasons = Reasons(self._client, failures_max)
         try:
             async with asyncio.timeout(wait_s):
-                await self._services()
-                for one in self._plan.of("service", Action.REMOVE):
-                    await self._remove(one)
+                await self._change_services()
                 if wait_s is not None:
                     await self._wait(self._plan.of("service", Action.CREATE, Action.UPDATE, Action.KEEP))
         except TimeoutError:
-            raise Unavailable(
-                f"not done within {wait_s:g} s: {await self._unfinished()} (skep explain SERVICE)"
-            ) from None
+            assert wait_s is not None
+            raise Unavailable(unfinished(await self.unfinished(), wait_s)) from None
+
+    async def _change_services(self) -> None:
+        """Create, update and remove services.
+
+        Returns also when a newer deploy of the same content does that instead.  Raises: as ``apply``.
+        """
+        first = freeing(self._plan)
+        try:
+            for one in first:
+                await self._remove(one)
+            await self._services()
+            for one in self._plan.of("service", Action.REMOVE):
+                if one not in first:
+                    await self._remove(one)
+        except SkepError as error:
+            if self._made.claim is None or not await self._made.claim.follow():
+                raise
+            self._show(self._stack.name, f"another deploy has the same content ({error})")
+
+    async def unfinished(self) -> dict[str, str]:
+        """Return how far the services of the plan are that do not run with their new spec, by name."""
+        progress = await self._reasons.explain(await self._looks())
+        wanted = [
+            one.name
+            for one in self._plan.changes
+            if one.kind == "service" and one.action is not Action.REMOVE
+        ]
+        return {
+            name: progress[name].text if name in progress else "not created"
+            for name in wanted
+            if name not in progress or not progress[name].is_done
+        }
 
     async def prune(self, former: Collection[str] = (), kept: Collection[str] = ()) -> None:
         """Remove the secrets and configs that nothing uses, of those that earlier deploys had (``former``).
@@ -330,7 +291,9 @@ class Deployment:
         """In one request; those for which that fails, and all if the cluster has none such, each by its own."""
         body = [self._wanted(one) for one in changes if one.spec is not None]
         try:
-            results = await self._client.post("/skep/services/changes", body, timeout_s=RESPONSE_TIMEOUT_S)
+            results = await self._client.post(
+                "/skep/services/changes", body, headers=self._headers(), timeout_s=RESPONSE_TIMEOUT_S
+            )
             done = [not one.get("Error") for one in results]
         except SkepError:
             results, done = [{}] * len(changes), [False] * len(changes)
@@ -356,6 +319,11 @@ class Deployment:
         made: dict[str, Any] = {"Spec": msgspec.Raw(to_json(self._with_ids(change.spec)))}
         made["RegistryAuth"] = self._login(change)
         return made | ({"ID": change.id, "Version": change.version} if change.id else {})
+
+    def _headers(self, change: Change | None = None) -> dict[str, str]:
+        """Headers of a request that changes services, or the one of ``change``."""
+        made = registry_auth(self._login(change)) if change is not None else {}
+        return made | dict(self._made.claim.headers) if self._made.claim is not None else made
 
     def _login(self, change: Change) -> str:
         assert change.spec is not None
@@ -394,7 +362,7 @@ class Deployment:
         body = msgspec.Raw(to_json(self._with_ids(change.spec)))
         try:
             found = await self._client.post(
-                "/services/create", body, headers=_auth(self._login(change)), timeout_s=RESPONSE_TIMEOUT_S
+                "/services/create", body, headers=self._headers(change), timeout_s=RESPONSE_TIMEOUT_S
             )
         except AlreadyExists:
             await self._update_service(change)
@@ -408,7 +376,7 @@ class Deployment:
         names = {str(one["Id"]): str(one["Name"]) for one in networks}
 
         def changed(current: Mapping[str, Any]) -> msgspec.Raw | None:
-            (found,) = _services([current])
+            (found,) = services_of([current])
             present = with_network_names(found, names).spec
             if present.labels.get(NAMESPACE) != self._stack.name:
                 raise AlreadyExists(
@@ -425,57 +393,56 @@ class Deployment:
             "services",
             change.name,
             changed,
-            headers=_auth(self._login(change)),
+            headers=self._headers(change),
             timeout_s=RESPONSE_TIMEOUT_S,
         )
         self._show(change.name, "updated")
 
     async def _remove(self, change: Change) -> None:
-        if await remove_unchanged(self._client, change):
+        if await remove_unchanged(self._client, change, self._headers()):
             self._show(change.name, "removed")
 
     # --- waiting
 
     async def _wait(self, changes: Sequence[Change]) -> None:
-        await wait_done({one.name for one in changes}, lambda _: self._progress(), self._show)
+        async def look(waiting: set[str]) -> dict[str, ServiceProgress]:
+            if self._made.claim is not None:
+                await self._made.claim.follow()
+            looks = await self._looks()
+            return await self._reasons.explain({name: looks[name] for name in waiting if name in looks})
 
-    async def _progress(self) -> dict[str, ServiceProgress]:
+        await wait_done({one.name for one in changes}, look, self._show)
+
+    async def _looks(self) -> dict[str, Look]:
         label = {"label": [f"{NAMESPACE}={self._stack.name}"]}
         services, tasks, up_to_date = await asyncio.gather(
             self._client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
             self._client.get("/tasks", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
             self._client.get("/tasks", filters={**label, **UP_TO_DATE}, timeout_s=RESPONSE_TIMEOUT_S),
         )
-        current = {str(one["ID"]) for one in up_to_date}
+        current = frozenset(str(one["ID"]) for one in up_to_date)
         by_service: dict[str, list[Task]] = {}
         for one in _tasks(tasks):
             by_service.setdefault(one.service_id, []).append(one)
         return {
-            one.spec.name: _progress_of(one, by_service.get(one.id, ()), current)
-            for one in _services(services)
+            one.spec.name: Look(
+                id=one.id,
+                progress=_progress_of(one, by_service.get(one.id, ()), current),
+                current=current,
+                failed=failed_by_slot(by_service.get(one.id, ()), current),
+            )
+            for one in services_of(services)
         }
 
     async def _state(self) -> str:
         """How far it came, for people."""
         try:
             async with asyncio.timeout(_LAST_WORDS_S):
-                return await self._unfinished() or "all services are as wanted"
+                texts = await self.unfinished()
         except (SkepError, OSError, TimeoutError) as error:
             return f"its state is not known ({reason_of(error)})"
-
-    async def _unfinished(self) -> str:
-        progress = await self._progress()
-        wanted = [
-            one.name
-            for one in self._plan.changes
-            if one.kind == "service" and one.action is not Action.REMOVE
-        ]
-        open_ = [
-            f"{name}: {progress[name].text if name in progress else 'not created'}"
-            for name in wanted
-            if name not in progress or not progress[name].is_done
-        ]
-        return "; ".join(open_)
+        named = "; ".join(f"{name}: {text}" for name, text in texts.items())
+        return named or "all services run with their new spec"
 
 
 def _now_wanted(change: Change, wanted: ServiceSpec, present: ServiceSpec) -> ServiceSpec:
@@ -487,8 +454,10 @@ def _now_wanted(change: Change, wanted: ServiceSpec, present: ServiceSpec) -> Se
     return with_present_number(spec, present)
 
 
-async def remove_unchanged(client: Requests, change: Change) -> bool:
-    """Remove a service if its spec is still ``change.before``.
+async def remove_unchanged(
+    client: Requests, change: Change, headers: Mapping[str, str] | None = None
+) -> bool:
+    """Remove a service if its spec is still ``change.before``.  ``headers``: of the removal.
 
     Returns: False: it was removed already.
     Raises: FailedPrecondition: somebody has changed it meanwhile.
@@ -498,14 +467,15 @@ async def remove_unchanged(client: Requests, change: Change) -> bool:
         networks = await client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S)
         names = {str(one["Id"]): str(one["Name"]) for one in networks}
         try:
-            (found,) = _services([await client.get(f"/services/{change.id}", timeout_s=RESPONSE_TIMEOUT_S)])
+            (found,) = services_of([await client.get(f"/services/{change.id}", timeout_s=RESPONSE_TIMEOUT_S)])
             if not is_still(change.before, with_network_names(found, names).spec):
                 raise FailedPrecondition(
                     f"service {change.name} was changed by someone else and was not removed.  "
                     "Plan again: skep stack plan"
                 )
-            version = str(found.version.index)
-            await client.delete(f"/services/{change.id}", version=version, timeout_s=RESPONSE_TIMEOUT_S)
+            query = {"version": str(found.version.index)}
+            path = f"/services/{change.id}"
+            await client.request("DELETE", path, query=query, headers=headers, timeout_s=RESPONSE_TIMEOUT_S)
         except NotFound:
             return False
         except SkepError as error:
@@ -514,15 +484,6 @@ async def remove_unchanged(client: Requests, change: Change) -> bool:
         else:
             return True
     raise AssertionError("the last attempt returns or raises")
-
-
-def config_names(stack: Stack) -> set[str]:
-    """The names of the configs that the stack's services may refer to."""
-    return {one.name for one in stack.configs.values()}
-
-
-def _auth(login: str | None) -> dict[str, str]:
-    return {"X-Registry-Auth": login} if login else {}
 
 
 def _tasks(objects: Iterable[Any]) -> list[Task]:

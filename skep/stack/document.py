@@ -23,6 +23,9 @@ _DEPTH_MAX: Final = 100
 Scalar: TypeAlias = str | int | float | bool | None
 TAGS: Final = ("!reset", "!override")
 
+SCALAR_TAG: Final = "tag:skep,scalar"
+"""Of a scalar that is no text, in a tree for a serializer: it is written as it is."""
+_TEXT_TAG: Final = "tag:yaml.org,2002:str"
 _BOOLEANS: Final = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _DECIMAL: Final = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -111,6 +114,21 @@ class Node(msgspec.Struct, frozen=True):
         if (items := self.items) is not None:
             return [node.plain() for node in items]
         return self.value
+
+    def as_yaml(self) -> yaml.Node:
+        """The tree for a YAML serializer.  Scalars have their text, with ``$$`` for each dollar sign."""
+        if (entries := self.entries) is not None:
+            pairs = [(_yaml_scalar(key), node.as_yaml()) for key, node in entries.items()]
+            return yaml.MappingNode("tag:yaml.org,2002:map", pairs)
+        if (items := self.items) is not None:
+            return yaml.SequenceNode("tag:yaml.org,2002:seq", [node.as_yaml() for node in items])
+        if isinstance(self.value, str):
+            return _yaml_scalar(self.value.replace("$", "$$"))
+        return yaml.ScalarNode(SCALAR_TAG, self.text if self.text not in _NULLS else "null")
+
+
+def _yaml_scalar(text: str) -> yaml.Node:
+    return yaml.ScalarNode(_TEXT_TAG, text, style="|" if "\n" in text else None)
 
 
 def scalar(text: str, place: Place, *, is_plain: bool = False) -> Node:

@@ -123,6 +123,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Names of secrets and configs that the stack's services used when the plan was made."""
     placements: Mapping[str, Placement] = {}
     """Of services that are created or updated, by name; empty: the cluster was not asked."""
+    images: Mapping[str, str] = {}
+    """Of image names, the names with the digest that a registry gave."""
+    prune: bool = False
+    kept: frozenset[str] = frozenset()
+    """Services that are not removed although the files do not have them."""
 
     @property
     def effective(self) -> tuple[Change, ...]:
@@ -135,7 +140,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_of(
-    stack: Stack, existing: Existing, *, images: Mapping[str, str], prune: bool, only: Collection[str] = ()
+    stack: Stack,
+    existing: Existing,
+    *,
+    images: Mapping[str, str],
+    prune: bool,
+    only: Collection[str] = (),
+    kept: Collection[str] = (),
 ) -> Plan:
     """What a deploy changes.
 
@@ -143,6 +154,7 @@ def plan_of(
         images: of image names, the names with the digest that a registry gave.
         prune: services that the files no longer have are removed.
         only: names of services in the files; empty: all.
+        kept: names of services that ``prune`` leaves.
 
     Raises:
         Problems: an external object is not there, or a name is taken by something else.
@@ -160,8 +172,8 @@ def plan_of(
     if problems:
         raise Problems(problems)
     if prune and not only:
-        kept = {one.spec.name for one in stack.services.values()}
-        gone = sorted(name for name in current if name not in kept)
+        wanted = {one.spec.name for one in stack.services.values()}
+        gone = sorted(name for name in current if name not in wanted and name not in kept)
         changes += [removal_of(current[name]) for name in gone]
     former = frozenset(
         name
@@ -170,7 +182,36 @@ def plan_of(
         for kind in ("secret", "config")
         for name in _names_in(spec, kind)
     )
-    return Plan(stack=stack.name, changes=tuple(changes), is_new=not existing.services, former=former)
+    return Plan(
+        stack=stack.name,
+        changes=tuple(changes),
+        is_new=not existing.services,
+        former=former,
+        images=images,
+        prune=prune,
+        kept=frozenset(kept),
+    )
+
+
+def planned_again(stack: Stack, plan: Plan, existing: Existing) -> Plan:
+    """Return the plan of the same deploy for what the cluster has now.  Raises: Problems."""
+    return plan_of(stack, existing, images=plan.images, prune=plan.prune, kept=plan.kept)
+
+
+def freeing(plan: Plan) -> tuple[Change, ...]:
+    """Return the removals that have to come first: of services with a published port that another one is to get."""
+    wanted = {
+        port for one in plan.of("service", Action.CREATE, Action.UPDATE) for port in _published(one.spec)
+    }
+    return tuple(
+        one for one in plan.of("service", Action.REMOVE) if not wanted.isdisjoint(_published(one.before))
+    )
+
+
+def _published(spec: ServiceSpec | None) -> set[tuple[str, int]]:
+    endpoint = spec.endpoint_spec if spec is not None else None
+    ports = endpoint.ports if endpoint is not None else ()
+    return {(port.protocol, port.published_port) for port in ports if port.published_port}
 
 
 def removal_of(service: Service) -> Change:

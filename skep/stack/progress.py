@@ -1,7 +1,8 @@
-"""How far a service is on the way to its spec, from its tasks: pure."""
+"""How far a service is on the way to its spec, from its tasks, and whether waiting for it can help: pure."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final
+import re
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 from msgspec.structs import replace
@@ -12,20 +13,112 @@ from skep.model.task import Task, TaskState
 UP_TO_DATE: Final[Mapping[str, Sequence[str]]] = {"_up-to-date": ["true"]}
 """The filter of ``GET /tasks`` for the tasks that match the present spec, ports included."""
 
+FAILURES_MAX: Final = 5
+"""Failures of a task in a row after which a wait ends.  A start that needs another service usually works by the third
+attempt, and the delay between attempts grows, so that the tenth comes minutes later."""
+UNPREPARED_MAX: Final = 2
+"""The same where the image, the program or a mount is missing.  A registry may be unavailable once."""
+STEADY_S: Final = 5.0
+"""How long a service has to run after a failure.  Source: docker/cli, cli/command/service/progress (verification)."""
+UNPLACED_S: Final = 60.0
+"""How long no node may accept a task until a wait ends.  Tasks that an update stops have left their nodes by then."""
+
 _STUCK = (
     UpdateState.PAUSED,
     UpdateState.ROLLBACK_STARTED,
     UpdateState.ROLLBACK_PAUSED,
     UpdateState.ROLLBACK_COMPLETED,
 )
+_FAILED: Final = (TaskState.FAILED, TaskState.REJECTED)
+_UNPREPARED: Final = frozenset({"rejected", "start-failed"})
+_NOT_STARTED: Final = "starting container failed"
+_NO_NODE: Final = "no suitable node"
+_COUNTDOWN: Final = re.compile(r"(?:; )?next attempt in .*")
+
+
+class Problem(msgspec.Struct, frozen=True, rename="pascal"):
+    """The worst task of a service (``GET /skep/services/{id}/explain``)."""
+
+    kind: str = ""
+    failures: int = 0
+    """In a row, in its slot."""
+    task_id: str = msgspec.field(name="TaskID", default="")
 
 
 class ServiceProgress(msgspec.Struct, frozen=True):
-    """``text``: for people.  ``is_stuck``: it does not go on by itself."""
+    """The state of a service on its way to its spec."""
 
-    text: str
+    count: str
+    """``1 of 2 tasks run``"""
+    cause: str = ""
+    """Why not all of them do.  Empty if that is not known."""
     is_done: bool = False
     is_stuck: bool = False
+    """Whether it does not continue by itself."""
+    problem: Problem = Problem()
+    """As far as the tasks show one."""
+
+    @property
+    def text(self) -> str:
+        """The line for people."""
+        return f"{self.count}: {self.cause}" if self.cause else self.count
+
+
+class Explanation(msgspec.Struct, frozen=True, rename="pascal"):
+    """Why a service is not in its desired state, as its managers say.  Those of earlier versions say nothing."""
+
+    reason: str = ""
+    problem: Problem | None = None
+
+
+def explanation_of(response: Any) -> Explanation:
+    """Return what the response to ``GET /skep/services/{id}/explain`` says; empty if it has another form."""
+    try:
+        return msgspec.convert(response, Explanation)
+    except msgspec.ValidationError:
+        return Explanation()
+
+
+def explained(
+    progress: ServiceProgress,
+    explanation: Explanation,
+    *,
+    current: Collection[str],
+    failures_max: int,
+    unplaced_s: float = 0.0,
+    seen: int = 0,
+) -> ServiceProgress:
+    """Return ``progress`` with the managers' reason, and stuck where waiting cannot help.
+
+    Args:
+        current: ids of the tasks of the present spec: only their failures count.
+        failures_max: in a row; 0: nothing is too many.
+        unplaced_s: for how long no node has accepted a task.
+        seen: failures of one slot since the wait began: few of the ended tasks are kept.
+    """
+    if progress.is_done or progress.is_stuck:
+        return progress
+    problem = explanation.problem or progress.problem
+    cause = explanation.reason or progress.cause
+    if problem.task_id and problem.task_id not in current:
+        problem = replace(problem, failures=0)
+    problem = replace(problem, failures=max(problem.failures, seen))
+    why = why_hopeless(problem, failures_max, unplaced_s)
+    if not why:
+        return replace(progress, cause=cause, problem=problem)
+    return replace(progress, cause=f"{why}: {cause}" if cause else why, is_stuck=True)
+
+
+def why_hopeless(problem: Problem, failures_max: int, unplaced_s: float) -> str:
+    """Return why waiting for a service with ``problem`` cannot help, or an empty string if it can."""
+    if not failures_max:
+        return ""
+    bound = min(UNPREPARED_MAX, failures_max) if problem.kind in _UNPREPARED else failures_max
+    if problem.failures >= bound:
+        return f"{problem.failures} failures in a row" if problem.failures > 1 else "failed"
+    if problem.kind == "no-node" and unplaced_s >= UNPLACED_S:
+        return f"no node has accepted a task for {unplaced_s:.0f} s"
+    return ""
 
 
 def progress_of(
@@ -40,23 +133,42 @@ def progress_of(
     """
     if current is None:
         current = {task.id for task in tasks if _is_current(task, service)}
+    mode = service.spec.mode
+    if mode.replicated_job is not None or mode.global_job is not None:
+        return _job(service, tasks)
     if (
         ended := _ended(service, tasks, current)
     ) is not None:  # an update takes every early end for a failure
         return ended
     update = service.update_status
     if update is not None and update.state in _STUCK:
-        return ServiceProgress(_stuck(update.state, update.message, _cause(tasks)), is_stuck=True)
-    mode = service.spec.mode
-    if mode.replicated_job is not None or mode.global_job is not None:
-        return _job(service, tasks)
+        cause = _cause(tasks)
+        return ServiceProgress(_stuck(update.state, update.message, cause), is_stuck=True)
     wanted = [task for task in tasks if task.desired_state == TaskState.RUNNING]
-    running = sum(task.status.state is TaskState.RUNNING and task.id in current for task in wanted)
-    count = max(len(wanted), service.spec.replicas if mode.global_ is None else 0)
+    slots = {_slot(task) for task in wanted}
+    updated = _running([task for task in wanted if task.id in current])
+    count = max(len(slots), service.spec.replicas if mode.global_ is None else 0)
     is_updating = update is not None and update.state is UpdateState.UPDATING
-    if running == count == len(wanted) and not is_updating and (count or mode.global_ is None):
-        return ServiceProgress(f"{running} of {count} tasks run", is_done=True)
-    return ServiceProgress(f"{running} of {count} tasks run{_cause(tasks) if running < count else ''}")
+    is_all = updated == count == len(wanted)
+    if is_all and not is_updating and (count or mode.global_ is None):
+        return ServiceProgress(f"{updated} of {count} tasks run", is_done=True)
+    of_spec = [task for task in tasks if task.id in current]
+    cause = _cause(of_spec) if updated < count else ""
+    problem = _problem(of_spec)
+    text = f"{updated} of {count} tasks run"
+    if any(task.id not in current for task in wanted):  # slots, as an old and a new task of one may both run
+        text = f"{updated} of {count} tasks updated, {_running(wanted)} running"
+    return ServiceProgress(text, cause, problem=problem)
+
+
+def _slot(task: Task) -> Hashable:
+    """The slot of a task; one of a global service has its node."""
+    return task.slot or task.node_id or task.id
+
+
+def _running(tasks: Iterable[Task]) -> int:
+    """The number of slots with a running task."""
+    return len({_slot(task) for task in tasks if task.status.state is TaskState.RUNNING})
 
 
 def _stuck(state: UpdateState, message: str, cause: str) -> str:
@@ -64,7 +176,7 @@ def _stuck(state: UpdateState, message: str, cause: str) -> str:
     text = message
     if not message.startswith(("update ", "rollback ")):  # as of one that was paused by its user
         text = f"the update is {state.value}: {message}"
-    return text if cause.strip(" ()") in text else f"{text}{cause}"
+    return text if not cause or cause in text else f"{text} ({cause})"
 
 
 def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) -> ServiceProgress | None:
@@ -76,13 +188,13 @@ def _ended(service: Service, tasks: Sequence[Task], present: Collection[str]) ->
     complete = sum(task.status.state is TaskState.COMPLETE for task in current)
     if complete and complete == service.spec.replicas:
         return ServiceProgress(f"{complete} of {complete} tasks completed", is_done=True)
-    is_failed = any(task.status.state in (TaskState.FAILED, TaskState.REJECTED) for task in current)
+    is_failed = any(task.status.state in _FAILED for task in current)
     if (
         policy.condition is RestartCondition.NONE
         and is_failed
         and not any(task.is_active for task in current)
     ):
-        return ServiceProgress(f"its tasks ended and are not started again{_cause(current)}", is_stuck=True)
+        return ServiceProgress("its tasks ended and are not started again", _cause(current), is_stuck=True)
     return None
 
 
@@ -103,22 +215,62 @@ def _job(service: Service, tasks: Sequence[Task]) -> ServiceProgress:
     count = (
         (job.total_completions if job.total_completions is not None else 1)
         if job is not None
-        else len(current)
+        else len({_slot(task) for task in current})
     )
+    text = f"{complete} of {count} tasks completed"
     if complete >= count and (count or job is not None):
-        return ServiceProgress(f"completed {complete} of {count}", is_done=True)
-    return ServiceProgress(f"completed {complete} of {count}{_cause(current)}")
+        return ServiceProgress(text, is_done=True)
+    policy = service.spec.task_template.restart_policy
+    failed = [task for task in current if task.status.state in _FAILED]
+    is_given_up = policy is not None and policy.condition is RestartCondition.NONE
+    if failed and is_given_up and not any(task.is_active for task in current):
+        return ServiceProgress(f"{text}; the others are not started again", _cause(current), is_stuck=True)
+    return ServiceProgress(text, _cause(current), problem=_problem(current))
+
+
+def _problem(tasks: Sequence[Task]) -> Problem:
+    """The longest row of failures in a slot, as far as ended tasks are kept."""
+    rows: dict[Hashable, list[Task]] = {}
+    for task in sorted(tasks, key=lambda task: task.created_at.rstrip("Z")):
+        row = rows.setdefault(_slot(task), [])
+        if task.status.state in _FAILED:
+            row.append(task)
+        elif task.status.state is TaskState.RUNNING or task.status.state.is_terminal:
+            row.clear()
+    longest = max(
+        filter(None, rows.values()), key=lambda row: (len(row), row[-1].created_at.rstrip("Z")), default=[]
+    )
+    if not longest:
+        is_unplaced = any(
+            task.status.state is TaskState.PENDING and task.status.err.startswith(_NO_NODE) for task in tasks
+        )
+        return Problem(kind="no-node") if is_unplaced else Problem()
+    last = longest[-1]
+    kind = "exit"
+    if last.status.state is TaskState.REJECTED:
+        kind = "rejected"
+    elif last.status.err.startswith(_NOT_STARTED):
+        kind = "start-failed"
+    return Problem(kind=kind, failures=len(longest), task_id=last.id)
+
+
+def failed_by_slot(tasks: Iterable[Task], current: Collection[str]) -> dict[str, Hashable]:
+    """Return the slots of the tasks of the present spec that failed, by task id."""
+    return {task.id: _slot(task) for task in tasks if task.id in current and task.status.state in _FAILED}
 
 
 def _cause(tasks: Iterable[Task]) -> str:
-    """Why the newest task that is not well is not; empty: nothing is known."""
-    failed = (TaskState.FAILED, TaskState.REJECTED)
+    """Why the newest task that is not well is not; empty: nothing is known.
+
+    Without the time until its next attempt, which would be another text at every look.
+    """
     unwell = [
         task
         for task in tasks
-        if task.status.state in failed or (task.status.err and not task.status.state.is_terminal)
+        if task.status.state in _FAILED or (task.status.err and not task.status.state.is_terminal)
     ]
-    if not unwell:
-        return ""
-    last = max(unwell, key=lambda task: task.status.timestamp)
-    return f" ({last.status.err or last.status.message})"
+    texts = (
+        _COUNTDOWN.sub("", task.status.err or task.status.message)
+        for task in sorted(unwell, key=lambda task: task.status.timestamp, reverse=True)
+    )
+    return next(filter(None, texts), "")

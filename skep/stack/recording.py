@@ -1,10 +1,13 @@
 """A deploy with its revision: recorded before the first change, and how it ended after the last."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
+from skep.aio.backoff import Backoff
 from skep.api.requests import LimitedRequests, Requests
 from skep.api.updates import update
 from skep.errors import (
@@ -17,22 +20,23 @@ from skep.errors import (
 )
 from skep.model.access import Binding, Role
 from skep.model.encoding import to_json
-from skep.model.labels import STACK_REVISION, STACK_STATE
-from skep.stack.deploying import (
+from skep.model.labels import DEPLOYING, REPLACED, STACK_STATE
+from skep.stack.claims import Claim, Replaced
+from skep.stack.cluster_state import (
     NO_LOGINS,
     RESPONSE_TIMEOUT_S,
-    Deployment,
-    Made,
-    Show,
+    check,
     config_names,
     existing_of,
+    known_revisions,
 )
-from skep.stack.planning import Action, Plan, plan_of
-from skep.stack.project import NAMESPACE, Stack
+from skep.stack.deploying import Deployment, Made, Show
+from skep.stack.planning import Action, Plan, plan_of, planned_again
+from skep.stack.progress import FAILURES_MAX
+from skep.stack.project import Stack
 from skep.stack.removing import unmake
 from skep.stack.revisions import (
     DEPLOYED,
-    DEPLOYING,
     UNDOING,
     Revision,
     asked_for,
@@ -40,18 +44,12 @@ from skep.stack.revisions import (
     kept_of,
     names_of,
     newest_deployed,
-    revisions_of,
     state_after,
+    summary,
 )
 
-_ATTEMPTS = 5
-"""To find a number that no deploy beside this one has taken."""
-
-
-async def known_revisions(client: Requests, stack: str) -> list[Revision]:
-    """Return the revisions of a stack, the oldest first."""
-    label = {"label": [f"{NAMESPACE}={stack}", STACK_REVISION]}
-    return revisions_of(stack, await client.get("/configs", filters=label, timeout_s=RESPONSE_TIMEOUT_S))
+_RECORDED_WITHIN_S: Final = 60.0
+"""To get a number for a revision: of a hundred deploys that begin at the same moment each takes one in turn."""
 
 
 async def carry_out(
@@ -63,38 +61,46 @@ async def carry_out(
     warn: Callable[[str], None],
     logins: Mapping[str, str] = NO_LOGINS,
     made: Made | None = None,
+    *,
+    failures_max: int = FAILURES_MAX,
 ) -> None:
     """Deploy ``stack`` as ``plan`` says, and keep what was asked for as a revision, without ``logins``.
 
+    Nothing is written if the managers would refuse a part of it.  The deploy replaces those of the stack that are under
+    way, and is planned again for what these have left.
+
     Args:
         made: gets what was created, for ``undo``.
+        failures_max: of a task in a row, after which waiting ends; 0: it does not.
 
-    Raises: as ``Deployment.apply``, and the revision then says why the deploy failed; Unavailable: what another deploy
-        has created is being removed.
+    Raises: as ``Deployment.apply``, and the revision then says why the deploy failed; Problems: the managers would
+        refuse it; Unavailable: what another deploy has created is being removed.
     """
     made = made if made is not None else Made()
-    deployment = Deployment(client, stack, plan, show, logins, made)
     revisions = await known_revisions(client, stack.name)
     made.known = frozenset(one.id for one in revisions)
     asked = asked_for(stack, plan)
     if not plan.effective and (
         not revisions or revisions[-1].state == DEPLOYED or revisions[-1].is_of(asked)
     ):
-        await deployment.apply(wait_s)
+        await Deployment(client, stack, plan, show, logins, made).apply(wait_s, failures_max)
         for last in revisions[-1:]:
             await _complete(client, last, warn)
         return
-    made.revision = await _recorded(client, stack, plan, revisions, warn)
-    failure: BaseException | None = None
+    await check(client, stack, plan, warn)
+    made.revision = await _recorded(client, stack, plan, warn)
+    if made.revision:
+        made.claim = Claim(client, asked, made.revision)
     try:
         await _check_no_undo(client, stack.name)
-        await deployment.apply(wait_s)
-    except BaseException as error:
-        failure = error
-        raise
-    finally:
         if made.revision:
-            await _set_state(client, made.revision, state_after(failure), warn)
+            plan = await _planned_now(client, stack, plan, show)
+        deployment = Deployment(client, stack, plan, show, logins, made)
+        await deployment.apply(wait_s, failures_max)
+        await _end(client, made, None, warn)
+    except BaseException as error:
+        await _end(client, made, error, warn)
+        raise
     present = await known_revisions(client, stack.name)
     kept = kept_of(present)
     for one in present:
@@ -104,20 +110,45 @@ async def carry_out(
         await deployment.prune(names_of(revisions) | plan.former, names_of(kept))
 
 
-async def _recorded(
-    client: Requests, stack: Stack, plan: Plan, revisions: Sequence[Revision], warn: Callable[[str], None]
-) -> str:
-    """The id of the revision after ``revisions``; empty: there is no room for it."""
-    number = revisions[-1].number + 1 if revisions else 1
-    for attempt in range(_ATTEMPTS):
+async def _planned_now(client: Requests, stack: Stack, plan: Plan, show: Show) -> Plan:
+    """The plan for what the stack has now that no other deploy changes it."""
+    existing = await existing_of(client, stack.name, config_names(stack))
+    found = planned_again(stack, plan, existing)
+    if [(one.action, one.name) for one in found.changes] != [(one.action, one.name) for one in plan.changes]:
+        show(stack.name, f"changed since the plan, which is now: {summary(found)}")
+    return replace(found, is_new=plan.is_new and found.is_new, former=plan.former | found.former)
+
+
+async def _end(
+    client: Requests, made: Made, error: BaseException | None, warn: Callable[[str], None]
+) -> None:
+    """Record how a deploy ended.  One that was replaced stays that.
+
+    Raises: Replaced: a newer deploy of other content has replaced it.
+    """
+    if not made.revision:
+        return
+    found = await _set_state(client, made.revision, state_after(error), warn, unless=REPLACED)
+    is_known = isinstance(error, Replaced) or not isinstance(error, SkepError | None)
+    if found.startswith(REPLACED) and made.claim is not None and not is_known:
+        await made.claim.follow()
+
+
+async def _recorded(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None]) -> str:
+    """The id of the revision after all others; empty: there is no room for it."""
+    backoff = Backoff(0.05, 2.0)
+    deadline = asyncio.get_running_loop().time() + _RECORDED_WITHIN_S
+    while asyncio.get_running_loop().time() < deadline:
+        revisions = await known_revisions(client, stack.name)
         try:
-            body = body_of(stack, plan, number + attempt)
+            body = body_of(stack, plan, revisions[-1].number + 1 if revisions else 1)
         except InvalidArgument as error:
             warn(f"{error}: there will be no return to it")
             return ""
         try:
             made = await client.post("/configs/create", body, timeout_s=RESPONSE_TIMEOUT_S)
-        except AlreadyExists:
+        except AlreadyExists:  # by a deploy that has begun at the same moment
+            await asyncio.sleep(backoff.next_delay_s())
             continue
         except PermissionDenied as error:  # a quota; a user without the right is refused at the first change
             warn(f"{error}: there will be no return to it")
@@ -158,14 +189,18 @@ async def _complete(client: Requests, last: Revision, warn: Callable[[str], None
 async def _set_state(
     client: Requests, id: str, state: str, warn: Callable[[str], None], unless: str = ""
 ) -> str:
-    """Write the state of a revision, but not over ``unless``; gives the one that it had, empty if that is not known."""
+    """Write the state of a revision, but not over one that begins with ``unless``.
+
+    Gives the one that it had, empty if that is not known.
+    """
     found = ""
 
     def with_state(config: Mapping[str, Any]) -> dict[str, Any] | None:
         nonlocal found
         spec = config["Spec"]
         found = str(spec["Labels"].get(STACK_STATE, ""))
-        return None if found == unless else {**spec, "Labels": {**spec["Labels"], STACK_STATE: state}}
+        is_kept = bool(unless) and found.startswith(unless)
+        return None if is_kept else {**spec, "Labels": {**spec["Labels"], STACK_STATE: state}}
 
     try:
         await update(client, "configs", id, with_state, timeout_s=RESPONSE_TIMEOUT_S)
@@ -223,12 +258,9 @@ async def return_plan(
             if not is_admin:
                 raise
     existing = await existing_of(client, stack.name, config_names(stack))
-    plan = plan_of(stack, existing, images={}, prune=True)
-    left: frozenset[str] = frozenset()
-    if removable is not None:
-        left = frozenset(one.name for one in plan.of("service", Action.REMOVE) if one.id not in removable)
-        changes = [one for one in plan.changes if one.action is not Action.REMOVE or one.name not in left]
-        plan = msgspec.structs.replace(plan, changes=tuple(changes))
+    kept = {one.spec.name for one in existing.services if removable is not None and one.id not in removable}
+    plan = plan_of(stack, existing, images={}, prune=True, kept=kept)
+    left = frozenset(kept - {one.spec.name for one in stack.services.values()})
     beyond = await _refusals(limited, plan) if limited is not client else ()
     return Return(client if is_admin else limited, stack, plan, left, beyond)
 
@@ -262,12 +294,15 @@ async def undo(
     something that it names is gone; PermissionDenied: its writer lacks the rights for it; nothing was changed then.
     """
     name, made = failed.stack, made if made is not None else Made()
+    revisions = await known_revisions(client, name)
+    if made.revision and revisions and revisions[-1].id != made.revision:
+        return f"nothing was undone, as revision {revisions[-1].number} of {name} has replaced it"
     created = {one.name for one in failed.of("service", Action.CREATE)}
     if failed.is_new:
         text = await _unmade(client, name, made, show, wait_s, warn)
         there = {one.spec.name for one in (await existing_of(client, name)).services}
         return text + _unsure(created & there)
-    revision = newest_deployed(await known_revisions(client, name))
+    revision = newest_deployed(revisions)
     found = await return_plan(client, revision, removable={one.id for one in made.services})
     if found.beyond:
         raise PermissionDenied(refused(revision, found.beyond))

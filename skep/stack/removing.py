@@ -8,7 +8,8 @@ from typing import Any, Final
 from skep.api.requests import Requests
 from skep.api.waiting import persistently
 from skep.errors import NotFound, SkepError, Unavailable
-from skep.stack.deploying import RESPONSE_TIMEOUT_S, Made, Show, all_of, remove_unchanged
+from skep.stack.cluster_state import RESPONSE_TIMEOUT_S
+from skep.stack.deploying import Made, Show, all_of, remove_unchanged
 from skep.stack.planning import removal_of
 from skep.stack.project import NAMESPACE
 

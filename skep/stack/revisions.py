@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
 from skep.model.access import Binding, Role, parse_binding
-from skep.model.labels import STACK_CHANGES, STACK_REVISION, STACK_STATE
+from skep.model.labels import DEPLOYING, STACK_CHANGES, STACK_REVISION, STACK_STATE
 from skep.model.unknown import leniently
 from skep.stack.planning import Plan
 from skep.stack.project import NAMESPACE, Stack, StackFile, StackService
@@ -29,7 +29,6 @@ KEPT_BYTES: Final = 512 * 1024
 stack has 2 to 5 KB compressed, so ten revisions have room; of very large stacks only two are kept."""
 KEPT_AT_LEAST: Final = 2
 DEPLOYED: Final = "deployed"
-DEPLOYING: Final = "deploying"
 UNDOING: Final = "being undone"
 """The state of a failed deploy while what it created is removed: no other deploy may build on that."""
 _BYTES_MAX: Final = 900_000
@@ -250,6 +249,20 @@ def before(revisions: Sequence[Revision], number: int | None) -> Revision:
     if deployed and deployed[-1] is revisions[-1]:
         deployed.pop()
     return newest_deployed(deployed)
+
+
+def pair_of(
+    revisions: Sequence[Revision], first: int | None, second: int | None
+) -> tuple[Revision, Revision]:
+    """The revisions to compare: without numbers the last two, with one it and the last.  Raises: InvalidArgument."""
+    if first is None and len(revisions) < 2:
+        known = f"revision {revisions[0].number} alone" if revisions else "no revision"
+        raise InvalidArgument(
+            f"there is nothing to compare: the stack has {known} (skep stack history STACK)"
+        )
+    older = before(revisions, first) if first is not None else revisions[-2]
+    newer = before(revisions, second) if second is not None else revisions[-1]
+    return older, newer
 
 
 def newest_deployed(revisions: Sequence[Revision]) -> Revision:

@@ -1,14 +1,100 @@
-"""Waiting until services are on their spec, with their progress shown."""
+"""Waiting until services are on their spec, with their progress shown, as long as waiting can help."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from functools import partial
+from typing import Final
 
+import msgspec
+
+from skep.api.requests import Requests
 from skep.api.waiting import persistently
-from skep.errors import Unavailable
-from skep.stack.progress import ServiceProgress
+from skep.errors import SkepError, Unavailable
+from skep.stack.progress import STEADY_S, Explanation, ServiceProgress, explained, explanation_of
 
 _LOOK_S = 0.5
+_RESPONSE_TIMEOUT_S: Final = 15.0
+_EXPLAINED_MAX: Final = 20
+"""Services whose reason is read at each look: each is a request."""
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True):
+    """A service as its tasks show it.
+
+    ``current``: ids of the tasks of its present spec; ``failed``: of those that failed, with their slots.
+    """
+
+    id: str
+    progress: ServiceProgress
+    current: frozenset[str] = frozenset()
+    failed: Mapping[str, Hashable] = {}
+
+
+class Reasons:
+    """The managers' reasons why services that are waited for do not run."""
+
+    def __init__(self, client: Requests, failures_max: int) -> None:
+        """``failures_max``: of a task in a row, after which waiting ends; 0: it does not."""
+        self._client = client
+        self._failures_max = failures_max
+        self._unplaced: dict[str, float] = {}
+        """Services of which no node accepts a task -> since when, by the event loop's clock."""
+        self._failed: dict[str, dict[str, Hashable]] = {}
+        """Tasks that were seen to have failed, with their slots, by service."""
+
+    async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
+        """Return the progress of each service, with the reason of those that are not done."""
+        open_ = [name for name, one in looks.items() if not (one.progress.is_done or one.progress.is_stuck)]
+        asked = sorted(open_, key=lambda name: not looks[name].progress.cause)[:_EXPLAINED_MAX]
+        found = await asyncio.gather(*(self._explanation(looks[name].id) for name in asked))
+        made = {name: one.progress for name, one in looks.items()}
+        now = asyncio.get_running_loop().time()
+        for name, explanation in zip(asked, found, strict=True):
+            is_unplaced = (explanation.problem or looks[name].progress.problem).kind == "no-node"
+            since = self._unplaced.setdefault(name, now) if is_unplaced else now
+            if not is_unplaced:
+                self._unplaced.pop(name, None)
+            made[name] = explained(
+                made[name],
+                explanation,
+                current=looks[name].current,
+                failures_max=self._failures_max,
+                unplaced_s=now - since,
+                seen=self._seen(name, looks[name]),
+            )
+        return made
+
+    def _seen(self, name: str, look: Look) -> int:
+        """How often the worst slot has failed since the wait began."""
+        failed = self._failed.setdefault(name, {})
+        failed |= look.failed
+        return max(Counter(failed.values()).values(), default=0)
+
+    async def _explanation(self, id: str) -> Explanation:
+        try:
+            return explanation_of(
+                await self._client.get(f"/skep/services/{id}/explain", timeout_s=_RESPONSE_TIMEOUT_S)
+            )
+        except SkepError:  # an earlier version, or the service was removed a moment ago
+            return Explanation()
+
+
+class Steadiness:
+    """Which services have failed since the wait began, and since when they run again."""
+
+    def __init__(self) -> None:
+        self._failed: set[str] = set()
+        self._since: dict[str, float] = {}
+
+    def is_steady(self, name: str, found: ServiceProgress, now: float) -> bool:
+        """Whether a service that is done at ``now`` needs no further look; ``now``: seconds of one clock."""
+        if not found.is_done:
+            self._since.pop(name, None)
+            if found.problem.failures:
+                self._failed.add(name)
+            return False
+        return name not in self._failed or now - self._since.setdefault(name, now) >= STEADY_S
 
 
 async def wait_done(
@@ -18,19 +104,33 @@ async def wait_done(
 ) -> None:
     """Look at the services ``names`` until all are done; ``show``: called with what each look finds.
 
-    Raises: Unavailable: one does not go on by itself; what the first ``look`` raises.
+    One that has failed meanwhile has to run for ``STEADY_S``: a look may find it in the middle of a crash loop.
+
+    Raises: Unavailable: one does not go on by itself, or waiting cannot help; what the first ``look`` raises.
     """
-    waiting = set(names)
+    waiting, steadiness = set(names), Steadiness()
     looked = await look(waiting) if waiting else {}
     while waiting:
+        now = asyncio.get_running_loop().time()
         for name, found in looked.items():
             if name not in waiting:
                 continue
             if found.is_stuck:
                 raise Unavailable(f"{name}: {found.text} (skep explain {name})")
-            show(name, found.text)
-            if found.is_done:
+            is_steady = steadiness.is_steady(name, found, now)
+            show(
+                name, found.text if is_steady or not found.is_done else f"{found.text} again after a failure"
+            )
+            if found.is_done and is_steady:
                 waiting.discard(name)
         if waiting:
             await asyncio.sleep(_LOOK_S)
             looked = await persistently(partial(look, waiting), partial(show, "managers"))
+
+
+def unfinished(texts: Mapping[str, str], wait_s: float) -> str:
+    """Return the error of a wait that took too long.  ``texts``: of the services that are not done, by name."""
+    if not texts:
+        return f"not done within {wait_s:g} s"
+    named = "; ".join(f"{name}: {text}" for name, text in texts.items())
+    return f"not done within {wait_s:g} s: {named} (skep explain {next(iter(texts))})"

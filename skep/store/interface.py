@@ -214,6 +214,12 @@ class LoopStore(Updates, Protocol):
 class Store(LoopStore, Protocol):
     """The replica of one manager, and the writes of that manager."""
 
+    def rehearsal(self) -> Transaction:
+        """Return a transaction on the present state that is never proposed: it says what would be refused.
+
+        It may be used over several ``await``; then its reads are not of one state.
+        """
+
     async def barrier(self) -> None:
         """Return once the replica shows everything acknowledged anywhere before this call.
 

@@ -103,6 +103,10 @@ class Updater:
         """See ``interface.Store.view``."""
         return self._replica.state
 
+    def rehearsal(self) -> Transaction:
+        """See ``interface.Store.rehearsal``."""
+        return LocalTransaction(self._replica.state, self._clock.now_ns())
+
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         """See ``interface.Store.watch``."""
         return self._replica.watch(*kinds)

@@ -27,7 +27,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 
 async def test_a_wait_that_is_over_names_what_does_not_run(cluster: Cluster) -> None:
     code, _, err = await cluster.run("service", "wait", "--timeout", "0.5", "shop_web", "shop_db")
-    text = "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run (skep explain SERVICE)"
+    text = "Error: not done within 0.5 s: shop_db: 0 of 1 tasks run (skep explain shop_db)"
     assert (code, err.splitlines()[-1]) == (1, text)
 
 

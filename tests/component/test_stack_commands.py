@@ -1,6 +1,7 @@
 """``skep stack`` as a command: what it waits for, says and leaves behind."""
 
 import asyncio
+import re
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,16 +11,18 @@ import pytest
 
 from skep.model.network import Network
 from skep.model.secret import Config, Secret
+from skep.model.service import Service
 from skep.stack import waiting
+from skep.stack.claims import Replaced
+from skep.stack.cluster_state import config_names, existing_of, known_revisions
 from skep.stack.conversion import stack_of
-from skep.stack.deploying import config_names, existing_of
 from skep.stack.document import parse
 from skep.stack.planning import plan_of
 from skep.stack.reading import Report
-from skep.stack.recording import carry_out, known_revisions
+from skep.stack.recording import carry_out
 from skep.stack.revisions import KEPT
 from skep.store.level import SCHEDULES
-from tests.support.command_rig import HANGS, Cluster, a_cluster
+from tests.support.command_rig import FAILS, HANGS, Cluster, a_cluster
 
 FILE = "name: shop\nservices: {web: {image: busybox}, db: {image: %s}}\n"
 
@@ -75,7 +78,7 @@ async def test_a_deploy_waits_or_is_detached_and_names_what_does_not_run(cluster
     code, _, err = await cluster.deploy("--timeout", "1")
     assert code == 1
     assert (
-        err.splitlines()[-1] == "Error: not done within 1 s: shop_db: 0 of 1 tasks run (skep explain SERVICE)"
+        err.splitlines()[-1] == "Error: not done within 1 s: shop_db: 0 of 1 tasks run (skep explain shop_db)"
     )
     cluster.write(FILE.replace("web", "api") % HANGS)
     code, _, err = await cluster.deploy("--detach")
@@ -147,8 +150,151 @@ async def test_deploys_beside_each_other_have_revisions_of_their_own(cluster: Cl
         plan = plan_of(made, await existing_of(one, "shop", config_names(made)), images={}, prune=False)
         both = (carry_out(client, made, plan, lambda *_: None, 30.0, pytest.fail) for client in (one, other))
         await asyncio.gather(*both)
-        assert [revision.number for revision in await known_revisions(one, "shop")] == [1, 2]
+        found = {revision.number: revision.state for revision in await known_revisions(one, "shop")}
+    assert found == {1: "replaced by revision 2", 2: "deployed"}
     assert cluster.names() == ["shop_db", "shop_web"]
+
+
+async def beside_each_other(
+    cluster: Cluster, *texts: str, wait_s: float = 60.0
+) -> list[BaseException | None]:
+    """Deploy all these files at the same moment; give how each ended."""
+    async with cluster.requests() as client:
+        existing = await existing_of(client, "shop")
+
+        async def deployed(text: str) -> None:
+            made = stack_of(parse(text, "f"), "shop", {}, Report())
+            plan = plan_of(made, existing, images={}, prune=False)
+            async with cluster.requests() as own:
+                await carry_out(own, made, plan, lambda *_: None, wait_s, pytest.fail)
+
+        return await asyncio.gather(*map(deployed, texts), return_exceptions=True)
+
+
+async def test_of_two_different_deploys_one_wins_whole_and_the_other_ends_with_its_revision(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_LOOK_S", 0.05)
+    colours = {"red": 5, "blue": 4}
+    texts = [
+        f"services: {{web: {{image: {colour}, environment: {{C: {colour}}}, deploy: {{replicas: {count}}}}}}}"
+        for colour, count in colours.items()
+    ]
+    ends = await beside_each_other(cluster, *texts)
+    (lost,) = [one for one in ends if one is not None]
+    assert str(lost).startswith("shop was changed meanwhile by another deploy (revision 2)")
+    colour = "red" if ends[0] is None else "blue"
+    (service,) = cluster.store.view().find(Service)
+    container = service.spec.task_template.container_spec
+    assert container is not None
+    assert (container.image, container.env, service.spec.replicas) == (
+        colour,
+        (f"C={colour}",),
+        colours[colour],
+    )
+    _, listed, _ = await cluster.run("stack", "history", "--format", "{{.Revision}} {{.State}}", "shop")
+    assert listed == "1 replaced by revision 2\n2 deployed\n"
+
+
+async def test_a_hundred_deploys_at_once_leave_one_of_them_and_each_ends_in_order(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_LOOK_S", 0.2)
+    text = "services: {web: {image: busybox, environment: {N: '%d'}}}"
+    ends = await beside_each_other(cluster, *(text % number for number in range(100)))
+    assert {type(one) for one in ends} <= {type(None), Replaced}, [
+        repr(one) for one in ends if not isinstance(one, Replaced | None)
+    ]
+    won = [number for number, one in enumerate(ends) if one is None]
+    (service,) = cluster.store.view().find(Service)
+    container = service.spec.task_template.container_spec
+    assert container is not None
+    assert container.env == (f"N={won[-1]}",) if len(won) == 1 else container.env[0][2:] in map(str, won)
+    async with cluster.requests() as client:
+        revisions = await known_revisions(client, "shop")
+    assert [one.state for one in revisions if one.number == revisions[-1].number] == ["deployed"]
+    assert not [one for one in revisions if one.state == "deploying"]
+
+
+async def test_a_deploy_that_is_fixed_while_it_waits_ends_and_leaves_the_fix_alone(cluster: Cluster) -> None:
+    process = await a_waiting_deploy(cluster)
+    cluster.write(FILE % "busybox")
+    code, _, err = await cluster.deploy()
+    assert code == 0, err
+    _, err_bytes = await process.communicate()
+    assert process.returncode == 1
+    assert "shop was changed meanwhile by another deploy (revision 2)" in err_bytes.decode()
+
+
+@pytest.mark.parametrize("words", [(), ("--rollback-on-failure",)])
+async def test_a_task_that_fails_again_and_again_ends_the_deploy_with_the_cause(
+    cluster: Cluster, words: tuple[str, ...]
+) -> None:
+    restart = "restart_policy: {delay: 10ms}"
+    cluster.write(
+        f"name: shop\nservices: {{db: {{image: {FAILS}, deploy: {{{restart}}}}}, web: {{image: busybox}}}}"
+    )
+    code, _, err = await cluster.deploy("--max-failures", "3", *words)
+    assert code == 1
+    said = r"shop_db: 0 of 1 tasks run: [3-5] failures in a row: task: non-zero exit \(3\) \(skep explain shop_db\)$"
+    assert re.search(said, err.splitlines()[-1]), err
+    assert cluster.names() == ([] if words else ["shop_db", "shop_web"])
+    if not words:
+        _, listed, _ = await cluster.run("stack", "history", "--format", "{{.State}}", "shop")
+        assert re.match("failed: shop_db: 0 of 1 tasks run: [3-5] failures in a row", listed)
+
+
+async def test_nothing_is_created_if_the_managers_would_refuse_a_part(cluster: Cluster) -> None:
+    cluster.write("name: other\nservices: {web: {image: busybox, ports: ['8080:80']}}")
+    code, _, err = await cluster.deploy("--detach")
+    assert code == 0, err
+    cluster.write(
+        "name: shop\nservices:\n  web: {image: busybox, ports: ['8080:80'], configs: [c]}\n  db: {image: busybox}\n"
+        "configs: {c: {content: x}}"
+    )
+    said = "compose.yaml:3:8: services.web: port '8080' is already in use by service 'other_web'"
+    for words in (("plan",), ("deploy",), ("deploy", "--only", "web")):
+        code, _, err = await cluster.run("stack", *words, "--resolve-image", "never")
+        assert (code, said in err) == (1, True), err
+    view = cluster.store.view()
+    kinds: tuple[type[Any], ...] = (Service, Network, Config)
+    names = [one.spec.name for kind in kinds for one in view.find(kind)]
+    assert [name for name in names if name.startswith("shop")] == []
+
+
+async def test_a_service_with_a_new_name_takes_over_the_port_of_the_one_that_is_pruned(
+    cluster: Cluster,
+) -> None:
+    text = "name: shop\nservices: {%s: {image: busybox, ports: ['8080:80']}}"
+    cluster.write(text % "old")
+    code, _, err = await cluster.deploy("--detach")
+    assert code == 0, err
+    cluster.write(text % "new")
+    code, _, err = await cluster.deploy("--detach")
+    assert (code, "already in use by service 'shop_old'" in err) == (1, True), err
+    code, _, err = await cluster.deploy("--detach", "--prune")
+    assert (code, cluster.names()) == (0, ["shop_new"]), err
+
+
+async def test_a_plan_without_changes_names_what_does_not_run_and_a_diff_has_the_last_two(
+    cluster: Cluster,
+) -> None:
+    cluster.write(FILE % "busybox")
+    code, _, err = await cluster.deploy()
+    assert code == 0, err
+    code, _, err = await cluster.run("stack", "diff", "shop")
+    assert (code, "the stack has revision 1 alone" in err) == (1, True), err
+    cluster.write(FILE % HANGS)
+    code, _, err = await cluster.deploy("--detach")
+    assert code == 0, err
+    code, out, _ = await cluster.run("stack", "plan", "--resolve-image", "never")
+    assert code == 0
+    first, second, third = out.splitlines()
+    assert first == "Stack shop: nothing to change"
+    assert second.startswith("  shop_db: 0 of 1 tasks ")
+    assert third == "  next: skep explain shop_db"
+    code, out, err = await cluster.run("stack", "diff", "shop")
+    assert (code, f"Image: busybox -> {HANGS}" in out) == (0, True), err
 
 
 async def test_a_secret_with_a_name_of_its_own_keeps_its_content_and_gets_other_labels(

@@ -454,8 +454,30 @@ async def test_what_reaches_beyond_a_stack_is_an_administrators(
     assert status == 403, text
     assert f"{refusal}" in text
     assert "only administrators may give that" in text
+    planned = {"Spec": body} if path == "services" else {key: body[key] for key in body if key != "Data"}
+    checked = {path.capitalize(): [planned]}
+    status, text, _ = await rig.exchange(role, "POST /skep/stacks/check", checked)
+    assert (status, refusal in text) == (403, True), "a plan is refused in the same words"
     if "Driver" not in body or body["Driver"] == "overlay":
         assert (await rig.exchange("admin", f"POST /{path}/create", body))[0] == 201
+
+
+async def test_a_plan_needs_the_rights_of_its_deploy(rig: Rig) -> None:
+    theirs = labelled(a_service("blog_web"), {STACK_LABEL: "blog"})
+    await rig.api.store.update(put, theirs)
+    ours = {"Services": [{"Spec": a_spec()}]}
+    moved = {"Services": [{"Spec": a_spec(), "ID": theirs.id, "Version": 1}]}
+    for role, body, status in (
+        ("operator:shop", ours, 200),
+        (OPERATOR, ours, 200),
+        ("viewer:shop", ours, 403),
+        ("operator:blog", ours, 403),
+        ("operator:shop", moved, 403),
+        ("operator:shop", {**ours, "Removed": [theirs.id]}, 403),
+        ("operator:shop", {"Networks": [{"Name": "blog_n", "Driver": "overlay", "Labels": SHOP}]}, 403),
+    ):
+        assert (await rig.exchange(role, "POST /skep/stacks/check", body))[0] == status, (role, body)
+    assert not [one for one in rig.api.store.view().find(Service) if one.spec.name == "shop_web"]
 
 
 async def test_a_dependency_is_a_service_of_the_stack(rig: Rig) -> None:

@@ -14,10 +14,11 @@ from skep.errors import InvalidArgument, PermissionDenied, SkepError
 from skep.model.access import Identity, Origin, parse_binding
 from skep.model.container import Mount
 from skep.model.service import Service
-from skep.stack.deploying import Made, config_names, existing_of
+from skep.stack.cluster_state import config_names, existing_of, known_revisions
+from skep.stack.deploying import Made
 from skep.stack.planning import plan_of
 from skep.stack.project import Stack
-from skep.stack.recording import carry_out, known_revisions, refused, return_plan, undo
+from skep.stack.recording import carry_out, refused, return_plan, undo
 from skep.stack.revisions import before, revisions_of
 from tests.unit.stack.test_planning import a_stack
 

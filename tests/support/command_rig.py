@@ -27,6 +27,10 @@ HANGS = "hangs"
 """An image whose tasks never start."""
 
 
+FAILS = "fails"
+"""An image whose tasks fail at once."""
+
+
 class Cluster:
     """A folder with a Compose file, and a manager's API on a socket in it."""
 
@@ -79,6 +83,11 @@ def _reported(tx: Transaction) -> None:
         container = task.spec.container_spec
         is_ending = task.desired_state > TaskState.RUNNING
         state = TaskState.SHUTDOWN if is_ending else TaskState.RUNNING
+        if container and FAILS in container.image and not is_ending:
+            if TaskState.ASSIGNED <= task.status.state < TaskState.RUNNING:
+                status = TaskStatus(state=TaskState.FAILED, err="task: non-zero exit (3)")
+                tx.put(replace(task, status=status))
+            continue
         if (
             task.status.state is TaskState.ASSIGNED
             and container

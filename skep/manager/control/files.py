@@ -12,6 +12,7 @@ from skep.api.errors import Untranslated
 from skep.api.permissions import STACK_LABEL
 from skep.errors import InvalidArgument, OutOfSequence
 from skep.gotemplate import quoted
+from skep.manager.control.deploys import replace_deploys
 from skep.manager.control.names import check_file_name
 from skep.manager.control.quotas import check_file_quota
 from skep.manager.job_runs import runs_with
@@ -93,12 +94,16 @@ def create_config(
     now: Timestamp,
     writer: Identity | None = None,
 ) -> Config:
-    """Create a config.  Raises: InvalidArgument: name or data can never work; AlreadyExists."""
+    """Create a config.  A revision of a stack replaces the deploys of earlier ones that are under way.
+
+    Raises: InvalidArgument: name or data can never work; AlreadyExists.
+    """
     check_file_name(spec.name)
     if not 0 < len(spec.data) < CONFIG_BYTES_MAX:
         raise InvalidArgument(f"config data must be larger than 0 and less than {CONFIG_BYTES_MAX} bytes")
     check_file_quota(tx, spec, len(spec.data))
     role = _role_of(spec, writer) if STACK_REVISION in spec.labels else None
+    replace_deploys(tx, spec)
     written_by = str(role) if role is not None else ""
     return tx.put(Config(id=ConfigId(new_id()), created_at=now, spec=spec, written_by=written_by))
 

@@ -22,9 +22,11 @@ An update has no state of its own: its progress is read from the slots.
 
 A running task is only retired once its successor is ready.  With stop-first the new task is assigned and prepared
 first (desired READY), then the old one is retired, and the new one is started when that has stopped; with start-first
-the old task is retired when the new one runs.  In both cases a new task that does not get so far is retried by the
+the old task is retired when the new one runs, or before it if no node can have both (a host port, a replica per node).
+In both cases a new task that does not get so far is retried by the
 restart policy while the old one runs on.  The old task is retired for one that cannot be assigned only if it holds
-what the new one needs (``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume.
+what the new one needs (``model.needs``): an address, reservations, host ports, a replica per node, a cluster volume;
+and not if its node does not meet the constraints of the new one, so that a wrong constraint stops nothing.
 An old task that does not run is retired at once.
 
 Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
@@ -56,6 +58,7 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.held_places import blocks, excludes, holds
 from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.restart import is_held
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
@@ -66,10 +69,8 @@ from skep.manager.orchestrator.slots import (
     is_assigned,
     wanted,
 )
-from skep.model.dependencies import WAITS_FOR
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
-from skep.model.needs import holds_of, host_ports, may_block, needs_of
 from skep.model.service import (
     PAUSED,
     UNDER_WAY,
@@ -269,7 +270,7 @@ class _Rollout:
         holders = (
             view
             for view in idle
-            if any(_holds(old, task, self._situation) for old in view.outdated for task in kinds)
+            if any(holds(old, task, self._situation) for old in view.outdated for task in kinds)
         )
         return list(islice(holders, len(refused)))
 
@@ -378,11 +379,15 @@ class _Rollout:
         return True
 
     def _can_take_over(self, task: Task, serving: Slot) -> bool:
-        """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired."""
+        """Whether ``task``, which does not run, could start at once if the ``serving`` tasks were retired.
+
+        Start-first waits for other reservations: those of another service may be free soon.  It stops a task first
+        where its own service holds the place: no time changes that.
+        """
         if self._starts_first:
-            return False
+            return any(excludes(old, task, self._situation) for old in serving)
         is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
-        return is_prepared or any(_blocks(old, task, self._situation) for old in serving)
+        return is_prepared or any(blocks(old, task, self._situation) for old in serving)
 
     def _settled_at(self, view: _SlotView) -> float | None:
         """When the slot's lead began to run, ended or was overdue: parallelism, delay and monitor time go by this.
@@ -490,23 +495,6 @@ def _may_serve(task: Task, situation: Situation) -> bool:
     if _serves(task):
         return True
     return task.is_wanted and is_assigned(task) and situation.has_unknown_status(task)
-
-
-def _holds(old: Task, task: Task, situation: Situation) -> bool:
-    return old.is_active and old.status.state >= TaskState.ASSIGNED and _blocks(old, task, situation)
-
-
-def _blocks(serving: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` was refused an address or a node, and ``serving`` holds something of what it needs."""
-    if not task.status.err or task.status.err.startswith(WAITS_FOR):
-        return False
-    if task.status.state is TaskState.NEW:
-        return bool(serving.networks_attachments)
-    if task.status.state is not TaskState.PENDING:
-        return False
-    spec = situation.spec_of(task) or replace(situation.service.spec, task_template=task.spec)
-    held = holds_of(serving, host_ports(situation.spec_of(serving)))
-    return may_block(held, needs_of(spec), situation.volume)
 
 
 def _is_unseen(task: Task, seen: ObservedTimes, monitor_s: float) -> bool:

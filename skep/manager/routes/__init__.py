@@ -27,6 +27,7 @@ from skep.manager.routes import (
     reach,
     runs,
     services,
+    stack_checks,
     state,
     swarm,
     tasks,
@@ -45,6 +46,7 @@ __all__ = ["ManagerApi", "application", "compile_routes"]
 _TABLES = (
     # most frequent first: the router tries one after another
     services.routes,
+    stack_checks.routes,
     tasks.routes,
     nodes.routes,
     swarm.routes,

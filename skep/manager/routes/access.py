@@ -151,6 +151,10 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
     plans: Slots = msgspec.field(default_factory=lambda: Slots(2, 8, "plans are made by this manager"))
+    checks: Slots = msgspec.field(
+        default_factory=lambda: Slots(2, 128, "deploys are checked by this manager")
+    )
+    """A check takes milliseconds: a hundred deploys that begin at once wait for each other."""
     own: NodeId = NodeId("")
     """This manager's node."""
     own_error: Callable[[], str] = str

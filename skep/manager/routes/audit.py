@@ -39,7 +39,7 @@ _KINDS: dict[str, tuple[str, type[Any]]] = {
     "volumes": ("volume", Volume),
 }
 _NO_RECORD = re.compile(
-    r"/skep/services/placement"  # a question
+    r"/skep/services/placement|/skep/stacks/check"  # questions
     r"|/skep/tasks/[^/]+/(?:container|exec|port)/.*"  # recorded at their beginning, which may be hours before the end
 )
 _READS = re.compile(r"/swarm/unlockkey|/skep/backup")

@@ -1,7 +1,7 @@
 """The objects that requests are about, as a manager has them, for authorization."""
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 from aiohttp import web
@@ -28,7 +28,8 @@ from skep.manager.routes.access import current_view
 from skep.manager.routes.files import SecretBody
 from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.placement import read_planned
-from skep.manager.routes.services import read_changes, read_spec
+from skep.manager.routes.services import ServiceChange, read_changes, read_spec
+from skep.manager.routes.stack_checks import SizedConfig, SizedSecret, read_check
 from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
@@ -54,11 +55,12 @@ class ClusterObjects:
             known = _known(view, rule.kind, request.match_info[key])
             request.match_info[key] = known.id
         is_new = rule.scope is Scope.NEW
-        is_plan = _path(request).endswith("/placement")
+        is_placement = _path(request).endswith("/placement")
+        is_plan = is_placement or _path(request).endswith("/stacks/check")
         added: Counter[str] = Counter()
         """Services of each stack that the bodies so far create."""
         new = tuple(
-            _planned_or_new(view, one, added, is_plan=is_plan, is_new=is_new)
+            _planned_or_new(view, one, added, is_plan=is_plan, is_new=is_new and not is_placement)
             if isinstance(one, ServiceSpec)
             else _new_object(view, one, is_new=is_new)
             for one in bodies
@@ -90,9 +92,7 @@ def _known(view: View, kind: str, word: str) -> Known:
 def _planned_or_new(
     view: View, spec: ServiceSpec, added: Counter[str], *, is_plan: bool, is_new: bool
 ) -> NewObject:
-    if is_plan:
-        return planned_service(view, spec)
-    new = new_service(view, spec)
+    new = planned_service(view, spec) if is_plan else new_service(view, spec)
     if not is_new or any(one.removed_at is None for one in view.find(Service, name=spec.name)):
         return new
     added[new.stack] += 1
@@ -108,6 +108,9 @@ def _new_object(view: View, body: Any, *, is_new: bool) -> NewObject:
         case SecretBody():
             spec = body.spec
             usage = usage_of_file(spec, len(body.data or b""))
+        case SizedSecret() | SizedConfig():
+            spec = body.spec
+            usage = usage_of_file(spec, body.data_bytes)
         case ConfigSpec():
             spec = body
             usage = usage_of_file(spec, len(body.data))
@@ -125,7 +128,22 @@ async def _services(request: web.Request) -> tuple[ServiceSpec, ...]:
         return await read_planned(request)
     if not _path(request).endswith("/changes"):
         return (await read_spec(request),)
-    changes = await read_changes(request)
+    return await _checked_changes(request, await read_changes(request))
+
+
+async def _stack(request: web.Request) -> tuple[Any, ...]:
+    """All objects of a plan.  Raises: PermissionDenied."""
+    wanted = await read_check(request)
+    await _checked_changes(request, wanted.services)
+    view, stacks = await current_view(request), {stack_of(one.labels) for one in wanted.bodies}
+    for id in wanted.removed:
+        if (service := view.lookup(Service, id)) is not None and stack_of(service.spec.labels) not in stacks:
+            raise PermissionDenied(f"service {id} is not of the stack")
+    return wanted.bodies
+
+
+async def _checked_changes(request: web.Request, changes: Iterable[ServiceChange]) -> tuple[ServiceSpec, ...]:
+    """Raises: PermissionDenied: a service would go to another stack, or has rights of its machine."""
     view = await current_view(request)
     for change in changes:
         # Updates of services by this path are by id; what is not found is refused by the handler.
@@ -155,6 +173,7 @@ _READERS: Final[Mapping[str, Callable[[web.Request], Awaitable[tuple[Any, ...]]]
     "network": _reader(NetworkBody),
     "secret": _reader(SecretBody),
     "config": _reader(ConfigSpec),
+    "stack": _stack,
 }
 _KINDS: Final[Mapping[str, type[Any]]] = {
     "network": Network,

@@ -22,6 +22,7 @@ from skep.manager.control import files as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
 from skep.manager.routes.shown import has_labels
 from skep.model.encoding import ApiObject
+from skep.model.labels import STACK_REVISION
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 
 routes = Routes()
@@ -111,6 +112,9 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     spec = await read_json(request, ConfigSpec)
     _refuse_templating(request, spec, "config")
     await manager.require_room(creates=True)
+    if STACK_REVISION in spec.labels:
+        # Deploys that are under way are marked: they must be shown, whichever manager has served them.
+        await current_view(request)
     config = await manager.update(
         control.create_config,
         spec,

@@ -26,9 +26,12 @@ from skep.errors import InvalidArgument, SkepError
 from skep.manager.allocator.addresses import NEARLY_FULL, usage_of
 from skep.manager.allocator.subnets import has_addresses
 from skep.manager.control import services as control
+from skep.manager.control.deploys import fenced
 from skep.manager.registry_auth import dropped_warnings, shown_auth
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
 from skep.manager.routes.shown import has_labels, problems_of, service_status, shown_service
+from skep.manager.service_warnings import placement_warnings
+from skep.model.access import REVISION_HEADER
 from skep.model.container import ContainerSpec, Mount
 from skep.model.encoding import ApiObject
 from skep.model.ids import ServiceId
@@ -96,7 +99,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         spec = control.with_network_ids(await current_view(request), spec)
     await manager.require_room(creates=True)
     service = await manager.update(
-        control.create_service,
+        fenced(control.create_service, deploy_of(request)),
         settled(spec),
         new_id=manager.new_id,
         new_name=manager.new_name,
@@ -106,7 +109,8 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     )
     view = manager.store.view()
     warnings = room_warnings(view, service) if control.names_networks(spec) else []
-    warnings += _secret_warnings(spec) + dropped_warnings(view, service, auth, "")
+    warnings += [*_secret_warnings(spec), *placement_warnings(spec, view.find(Node))]
+    warnings += dropped_warnings(view, service, auth, "")
     return json_response({"ID": service.id, **({"Warnings": warnings} if warnings else {})}, 201)
 
 
@@ -134,7 +138,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     match request.query.get("rollback", ""):
         case "" | "none":
             await manager.update(
-                control.update_service,
+                fenced(control.update_service, deploy_of(request)),
                 service.id,
                 spec,
                 version,
@@ -152,6 +156,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
     warnings = []
     if changed is not None:
         warnings = room_warnings(view, changed) + _secret_warnings(changed.spec)
+        warnings += [*placement_warnings(changed.spec, view.find(Node))]
         warnings += dropped_warnings(view, changed, auth, kept)
     return json_response({"Warnings": warnings or None})
 
@@ -209,13 +214,14 @@ async def change_services(request: web.Request) -> web.StreamResponse:
         )
 
     kept = {one.id: shown_auth(view, one.id) for one in changes if one.id}
-    results = await manager.store.update_each(change, changes)
+    results = await manager.store.update_each(fenced(change, deploy_of(request)), changes)
     after = manager.store.view()
 
     def changed(one: ServiceChange, result: Service | SkepError) -> ServiceChanged:
         if isinstance(result, SkepError):
             return ServiceChanged(error=str(result) or type(result).__name__)
-        warnings = dropped_warnings(after, result, one.registry_auth, kept.get(one.id, ""))
+        warnings = [*placement_warnings(result.spec, after.find(Node))]
+        warnings += dropped_warnings(after, result, one.registry_auth, kept.get(one.id, ""))
         return ServiceChanged(id=result.id, warnings=tuple(warnings))
 
     return json_response([changed(*pair) for pair in zip(changes, results, strict=True)])
@@ -235,8 +241,14 @@ async def remove_service(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     version = version_parameter(request, "service") if "version" in request.query else None
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    await manager.update(control.remove_service, service.id, now=manager.now(), version=version)
+    remove = fenced(control.remove_service, deploy_of(request))
+    await manager.update(remove, service.id, now=manager.now(), version=version)
     return web.Response()
+
+
+def deploy_of(request: web.Request) -> str:
+    """The id of the stack revision whose deploy makes ``request``; empty: none does."""
+    return request.headers.get(REVISION_HEADER, "")
 
 
 async def read_spec(request: web.Request) -> ServiceSpec:

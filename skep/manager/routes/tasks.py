@@ -4,7 +4,7 @@ Source: moby 20.10, daemon/cluster/{tasks,filters}.go; swarmkit, manager/control
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -76,7 +76,7 @@ def _search(
     conditions: Sequence[tuple[object, Condition]] = (
         (services, lambda _, task: task.service_id in services),
         (nodes, lambda _, task: task.node_id in nodes),
-        (states, lambda _, task: task.desired_state in states),
+        (states, lambda _, task: _has_desired(task, states)),
         (filters["id"], lambda _, task: filters.matches_prefix("id", task.id)),
         (filters["name"], lambda view, task: filters.matches_prefix("name", _name(view, task))),
         (filters["label"], lambda view, task: has_labels(_service_labels(view, task), filters["label"])),
@@ -85,6 +85,18 @@ def _search(
         (filters["_up-to-date"], is_up_to_date),
     )
     return found, [condition for wanted, condition in conditions if wanted]
+
+
+def _has_desired(task: Task, states: Collection[TaskState]) -> bool:
+    """Whether ``task`` fits a filter for desired states.
+
+    The next task of a slot is to be prepared while the one before it runs.  If no node takes it, it counts as one that
+    is to run: it would be the only sign of an update that cannot be placed.
+    """
+    is_refused = task.desired_state is TaskState.READY and task.status.state is TaskState.PENDING
+    return task.desired_state in states or (
+        is_refused and bool(task.status.err) and TaskState.RUNNING in states
+    )
 
 
 def _state(word: str) -> TaskState:

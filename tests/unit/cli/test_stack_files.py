@@ -1,5 +1,6 @@
 """Which files make a stack, and what `skep stack config` prints of them; no cluster is needed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,73 @@ def test_all_or_nothing_waits_for_the_whole_stack(folder: Path) -> None:
         words = ["--host", "unix:///nowhere", "stack", "deploy", "--rollback-on-failure", option, "shop"]
         done = CliRunner().invoke(main, words)
         assert (done.exit_code, "waits for the whole stack" in done.output) == (2, True)
+
+
+DOLLARS = """
+services:
+  web:
+    image: busybox:1
+    command: ["sh", "-c", "echo $$HOME $${NOT:-1} a$$$$b ${V}"]
+    environment: {PRICE: "$$5", BOTH: "${V}$$V", PLAIN: $$x}
+    healthcheck: {test: "test -n $$HOSTNAME"}
+configs: {c: {content: "one\\ntwo $$three\\n"}}
+"""
+
+
+def test_what_is_printed_is_read_again_as_the_same_dollars_too(folder: Path) -> None:
+    (folder / "compose.yaml").write_text(DOLLARS)
+    once = config(V="$v").stdout
+    assert "PRICE: $$5" in once
+    assert "BOTH: $$v$$V" in once, "the value of a variable has a dollar sign, which is no variable"
+    assert "a$$$$b" in once
+    assert config("-c", "-", given=once, V="other").stdout == once
+
+
+LIKE_NUMBERS = ("0o10", "010", "1e3", "1_000", "22:22", "2001-01-01", "0x1f", "1.10", ".5", "+1")
+LIKE_WORDS = ("on", "yes", "No", "null", "~", "", "true", "=", "<<")
+LIKE_YAML = (
+    "- a",
+    "a: b",
+    "#x",
+    "'",
+    '"',
+    "*a",
+    "&a",
+    "!reset",
+    "-",
+    "?",
+    "{",
+    "[",
+    ",",
+    "%",
+    "@",
+    "`",
+    "|",
+    ">",
+    "$",
+)
+LONG = (" a ", "a\nb\n", "a\n\n  b", "\ttab", "\x7f", "a" * 300 + " b")
+
+
+@pytest.mark.parametrize("text", [*LIKE_NUMBERS, *LIKE_WORDS, *LIKE_YAML, *LONG])
+def test_any_text_survives_printing(folder: Path, text: str) -> None:
+    document = {"services": {"web": {"image": "w", "environment": {"T": text.replace("$", "$$")}}}}
+    (folder / "compose.yaml").write_text(json.dumps(document))
+    once = config().stdout
+    (folder / "compose.yaml").write_text(once)
+    assert config().stdout == once
+    found = yaml.safe_load(once)["services"]["web"]["environment"]["T"]
+    assert found == text.replace("$", "$$"), "readers of YAML 1.1 see the same text"
+
+
+def test_numbers_and_booleans_keep_their_form(folder: Path) -> None:
+    """``1.10`` is a version, and no 1.1; 0440 is a mode."""
+    (folder / "compose.yaml").write_text(
+        "services: {web: {image: w, init: true, environment: {V: 1.10, N: null}, configs: [{source: c, mode: 0440}]}}\n"
+        "configs: {c: {content: x}}"
+    )
+    lines = config().stdout.splitlines()
+    for line in ("    init: true", "      V: 1.10", "      mode: 0440"):
+        assert line in lines or line.replace("      mode", "      - mode") in lines or f"  {line}" in lines, (
+            lines
+        )

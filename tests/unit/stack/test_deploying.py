@@ -7,7 +7,8 @@ import pytest
 
 from skep.api.client import Client
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, SkepError, Unavailable
-from skep.stack.deploying import Deployment, with_placements
+from skep.stack.cluster_state import with_placements
+from skep.stack.deploying import Deployment
 from skep.stack.document import Problems
 from skep.stack.planning import Existing, plan_of
 from tests.unit.stack.test_planning import a_stack, deployed

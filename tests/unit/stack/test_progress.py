@@ -24,7 +24,17 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.stack.progress import ServiceProgress, progress_of
+from skep.stack.progress import (
+    FAILURES_MAX,
+    UNPLACED_S,
+    Explanation,
+    Problem,
+    ServiceProgress,
+    explained,
+    explanation_of,
+    progress_of,
+    why_hopeless,
+)
 
 TEMPLATE = TaskSpec(container_spec=ContainerSpec(image="w"), runtime="container")
 SERVICE = Service(
@@ -63,24 +73,28 @@ def a_task(
     )
 
 
-RUNS = a_task(TaskState.RUNNING)
+RUNS, BESIDE = a_task(TaskState.RUNNING), a_task(TaskState.RUNNING)
 FAILED = a_task(TaskState.FAILED, TaskState.SHUTDOWN, err="no such file")
 
 
 @pytest.mark.parametrize(
     ("tasks", "text", "is_done"),
     [
-        ([RUNS, RUNS], "2 of 2 tasks run", True),
+        ([RUNS, BESIDE], "2 of 2 tasks run", True),
         ([RUNS], "1 of 2 tasks run", False),
-        ([RUNS, a_task(TaskState.STARTING), FAILED], "1 of 2 tasks run (no such file)", False),
-        ([RUNS, RUNS, FAILED], "2 of 2 tasks run", True),
+        ([RUNS, a_task(TaskState.STARTING), FAILED], "1 of 2 tasks run: no such file", False),
+        ([RUNS, BESIDE, FAILED], "2 of 2 tasks run", True),
         ([RUNS, a_task(TaskState.SHUTDOWN, TaskState.SHUTDOWN, err="killed")], "1 of 2 tasks run", False),
         (
             [RUNS, a_task(TaskState.PENDING, err="no suitable node")],
-            "1 of 2 tasks run (no suitable node)",
+            "1 of 2 tasks run: no suitable node",
             False,
         ),
-        ([RUNS, replace(a_task(TaskState.RUNNING), spec=TaskSpec())], "1 of 2 tasks run", False),
+        (
+            [RUNS, replace(a_task(TaskState.RUNNING), spec=TaskSpec())],
+            "1 of 2 tasks updated, 2 running",
+            False,
+        ),
     ],
 )
 def test_a_service_is_done_when_all_its_tasks_run_with_the_present_spec(
@@ -90,9 +104,37 @@ def test_a_service_is_done_when_all_its_tasks_run_with_the_present_spec(
     assert (found.text, found.is_done, found.is_stuck) == (text, is_done, False)
 
 
+def test_failures_in_a_row_are_those_of_one_slot_since_it_last_ran() -> None:
+    def failed(at: int, slot: int, state: TaskState = TaskState.FAILED) -> Task:
+        return replace(a_task(state, TaskState.SHUTDOWN), slot=slot, created_at=f"2026-01-01T00:00:{at:02}Z")
+
+    rejected = failed(9, 2, TaskState.REJECTED)
+    tasks = [
+        failed(1, 1),
+        failed(2, 1),
+        failed(3, 2),
+        failed(4, 2, TaskState.SHUTDOWN),
+        failed(8, 2),
+        rejected,
+    ]
+    problem = progress_of(SERVICE, tasks).problem
+    assert (problem.kind, problem.failures, problem.task_id) == ("rejected", 2, rejected.id)
+    assert progress_of(SERVICE, tasks, current={tasks[0].id}).problem.failures == 1
+    assert progress_of(SERVICE, [*tasks, failed(20, 2, TaskState.RUNNING)]).problem.kind == "exit"
+    start = a_task(
+        TaskState.FAILED, TaskState.SHUTDOWN, err='starting container failed: exec: "x": not found'
+    )
+    assert progress_of(SERVICE, [start]).problem.kind == "start-failed"
+    refused = a_task(
+        TaskState.PENDING, err="no suitable node (scheduling constraints not satisfied on 2 nodes)"
+    )
+    assert progress_of(SERVICE, [refused]).problem.kind == "no-node"
+    assert progress_of(SERVICE, [a_task(TaskState.PENDING)]).problem.kind == ""
+
+
 def test_an_update_under_way_is_not_done_and_one_that_is_paused_is_stuck() -> None:
     under_way = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.UPDATING))
-    assert not progress_of(under_way, [RUNS, RUNS]).is_done
+    assert not progress_of(under_way, [RUNS, BESIDE]).is_done
     paused = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.PAUSED, message="too many failed"))
     found = progress_of(paused, [RUNS, FAILED])
     assert (found.text, found.is_stuck) == ("the update is paused: too many failed (no such file)", True)
@@ -115,7 +157,7 @@ def test_what_stops_an_update_is_not_said_twice(state: UpdateState, message: str
 def test_a_job_is_done_when_its_tasks_of_this_run_have_completed() -> None:
     complete = a_task(TaskState.COMPLETE, TaskState.COMPLETE, of=JOB)
     earlier = replace(complete, job_iteration=Version(index=6))
-    assert progress_of(JOB, [complete, earlier]).text == "completed 1 of 2"
+    assert progress_of(JOB, [complete, earlier]).text == "1 of 2 tasks completed"
     assert progress_of(JOB, [complete, complete, earlier]).is_done
 
 
@@ -124,7 +166,7 @@ def test_tasks_that_are_not_started_again_are_done_or_have_failed() -> None:
     failed = a_task(TaskState.FAILED, TaskState.SHUTDOWN, of=ONCE, err="exit 1")
     assert progress_of(ONCE, [complete]).is_done
     assert progress_of(ONCE, [failed]).is_stuck
-    assert progress_of(ONCE, [failed]).text == "its tasks ended and are not started again (exit 1)"
+    assert progress_of(ONCE, [failed]).text == "its tasks ended and are not started again: exit 1"
     assert not progress_of(ONCE, [a_task(TaskState.RUNNING, of=ONCE)]).is_stuck
     paused = UpdateStatus(state=UpdateState.PAUSED, message="early termination of task t")
     assert progress_of(replace(ONCE, update_status=paused), [complete]).is_done
@@ -135,5 +177,108 @@ def test_an_update_of_ports_alone_has_to_reach_the_tasks() -> None:
     ports = EndpointSpec(ports=(PortConfig(target_port=80, published_port=8080),))
     service = replace(SERVICE, spec=replace(SERVICE.spec, endpoint_spec=ports), previous_spec=SERVICE.spec)
     tasks = [a_task(TaskState.RUNNING), a_task(TaskState.RUNNING)]
-    assert progress_of(service, tasks, current={tasks[0].id}) == ServiceProgress("1 of 2 tasks run")
+    assert progress_of(service, tasks, current={tasks[0].id}) == ServiceProgress(
+        "1 of 2 tasks updated, 2 running"
+    )
     assert progress_of(service, tasks, current={one.id for one in tasks}).is_done
+
+
+def in_slots(*states: tuple[int, TaskState, bool]) -> tuple[list[Task], set[str]]:
+    """Tasks, each of a slot, in a state, and of the present spec or the one before; and the ids of the present ones."""
+    tasks = [replace(a_task(state), slot=slot) for slot, state, _ in states]
+    return tasks, {task.id for task, (_, _, is_current) in zip(tasks, states, strict=True) if is_current}
+
+
+RUNNING, PREPARING = TaskState.RUNNING, TaskState.PREPARING
+
+
+@pytest.mark.parametrize(
+    ("states", "text"),
+    [
+        ([(1, RUNNING, False), (2, RUNNING, False)], "0 of 2 tasks updated, 2 running"),
+        ([(1, RUNNING, False), (1, PREPARING, True), (2, RUNNING, False)], "0 of 2 tasks updated, 2 running"),
+        ([(1, RUNNING, False), (1, RUNNING, True), (2, RUNNING, False)], "1 of 2 tasks updated, 2 running"),
+        ([(1, RUNNING, True), (2, RUNNING, False), (2, PREPARING, True)], "1 of 2 tasks updated, 2 running"),
+        ([(1, RUNNING, True), (2, PREPARING, True)], "1 of 2 tasks run"),
+    ],
+)
+def test_a_start_first_update_counts_slots_whatever_runs_beside_each_other(
+    states: list[tuple[int, TaskState, bool]], text: str
+) -> None:
+    tasks, current = in_slots(*states)
+    updating = replace(SERVICE, update_status=UpdateStatus(state=UpdateState.UPDATING))
+    assert progress_of(updating, tasks, current).text == text
+
+
+def test_the_cause_is_that_of_the_present_spec() -> None:
+    """A version that failed before the update says nothing of the new one."""
+    old, new = a_task(TaskState.FAILED, TaskState.SHUTDOWN, err="of before"), a_task(TaskState.PREPARING)
+    assert progress_of(SERVICE, [old, new], {new.id}).text == "0 of 2 tasks run"
+    assert progress_of(SERVICE, [old, new], {old.id, new.id}).text == "0 of 2 tasks run: of before"
+
+
+def test_a_job_with_several_completions_counts_them_whatever_its_restart_policy_is() -> None:
+    """A job has no replicas: as a service whose tasks end it would be done with its first task."""
+    job = replace(
+        JOB,
+        spec=replace(
+            JOB.spec,
+            task_template=ONCE.spec.task_template,
+            mode=ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=3)),
+        ),
+    )
+    complete = a_task(TaskState.COMPLETE, TaskState.COMPLETE, of=job)
+    found = progress_of(job, [complete])
+    assert (found.text, found.is_done) == ("1 of 3 tasks completed", False)
+    failed = a_task(TaskState.FAILED, TaskState.SHUTDOWN, of=job, err="exit 1")
+    found = progress_of(job, [complete, failed])
+    assert found.is_stuck
+    assert found.text == "1 of 3 tasks completed; the others are not started again: exit 1"
+
+
+def test_the_time_until_the_next_attempt_is_no_cause() -> None:
+    """It would be another text at every look."""
+    held = a_task(TaskState.READY, TaskState.READY, err="next attempt in 3 s (crash loop, 42nd)")
+    assert progress_of(SERVICE, [held, FAILED]).text == "0 of 2 tasks run: no such file"
+    held = a_task(TaskState.READY, TaskState.READY, err="exit 1; next attempt in 3 s (crash loop, 42nd)")
+    assert progress_of(SERVICE, [held]).text == "0 of 2 tasks run: exit 1"
+
+
+@pytest.mark.parametrize(
+    ("kind", "failures", "unplaced_s", "is_hopeless"),
+    [
+        ("exit", FAILURES_MAX - 1, 0.0, False),
+        ("exit", FAILURES_MAX, 0.0, True),
+        ("unhealthy", FAILURES_MAX, 0.0, True),
+        ("rejected", 1, 0.0, False),
+        ("rejected", 2, 0.0, True),
+        ("start-failed", 2, 0.0, True),
+        ("no-node", 0, UNPLACED_S - 1, False),
+        ("no-node", 0, UNPLACED_S, True),
+        ("waits", 0, 900.0, False),
+        ("progress", 0, 900.0, False),
+    ],
+)
+def test_waiting_ends_where_it_cannot_help(
+    kind: str, failures: int, unplaced_s: float, is_hopeless: bool
+) -> None:
+    problem = Problem(kind=kind, failures=failures)
+    assert bool(why_hopeless(problem, FAILURES_MAX, unplaced_s)) is is_hopeless
+    assert not why_hopeless(problem, 0, unplaced_s), "0: it never ends early"
+
+
+def test_the_managers_reason_is_shown_and_counts_for_tasks_of_the_present_spec_only() -> None:
+    progress = ServiceProgress("0 of 1 tasks run", "older words")
+    response = {"Reason": "exit 1", "Problem": {"Kind": "exit", "Failures": 5, "TaskID": "t", "Since": "?"}}
+    explanation = explanation_of(response)
+    found = explained(progress, explanation, current={"t"}, failures_max=5)
+    assert (found.text, found.is_stuck) == ("0 of 1 tasks run: 5 failures in a row: exit 1", True)
+    found = explained(progress, explanation, current={"u"}, failures_max=5)
+    assert (found.text, found.is_stuck) == ("0 of 1 tasks run: exit 1", False)
+    found = explained(
+        progress, explanation_of({"Summary": "of an earlier version"}), current=(), failures_max=5
+    )
+    assert found == progress
+    assert explanation_of("no object") == Explanation()
+    done = ServiceProgress("1 of 1 tasks run", is_done=True)
+    assert explained(done, explanation, current={"t"}, failures_max=5) == done

@@ -22,6 +22,7 @@ from skep.stack.revisions import (
     kept_of,
     names_of,
     newest_deployed,
+    pair_of,
     revisions_of,
     state_after,
 )
@@ -95,6 +96,22 @@ def test_the_one_to_return_to_is_the_last_that_was_deployed_before() -> None:
         before(found, 7)
     with pytest.raises(InvalidArgument, match="no earlier revision that was deployed"):
         before(found[:1], None)
+
+
+def test_the_revisions_to_compare_are_the_last_two_or_those_that_are_named() -> None:
+    found = revisions(*(config(body(number)) for number in (1, 2, 3)))
+
+    def numbers(first: int | None, second: int | None) -> tuple[int, int]:
+        older, newer = pair_of(found, first, second)
+        return older.number, newer.number
+
+    assert (numbers(None, None), numbers(1, None), numbers(3, 1)) == ((2, 3), (1, 3), (3, 1))
+    with pytest.raises(InvalidArgument, match="revision 1 alone"):
+        pair_of(found[:1], None, None)
+    with pytest.raises(InvalidArgument, match="no revision"):
+        pair_of([], None, None)
+    with pytest.raises(InvalidArgument, match="no revision 9"):
+        pair_of(found, 9, None)
 
 
 def test_kept_revisions_keep_their_secrets_and_configs() -> None:

@@ -66,5 +66,5 @@ async def test_a_deploy_without_room_for_its_revision_says_so_and_goes_on() -> N
     warnings: list[str] = []
     stack = a_stack()
     plan = plan_of(stack, Existing(), images={}, prune=False)
-    assert await _recorded(Full(), stack, plan, [], warnings.append) == ""
+    assert await _recorded(Full(), stack, plan, warnings.append) == ""
     assert warnings == ["the quota of shop allows 3 configs: there will be no return to it"]

@@ -1,12 +1,17 @@
 """Waiting for services goes on while no manager answers."""
 
+import asyncio
+from typing import Any
+
 import pytest
 
+from sim.time import VirtualLoop
 from skep.api import waiting as api_waiting
-from skep.errors import Unavailable
+from skep.api.client import Client
+from skep.errors import NotFound, Unavailable
 from skep.stack import waiting
-from skep.stack.progress import ServiceProgress
-from skep.stack.waiting import wait_done
+from skep.stack.progress import STEADY_S, Problem, ServiceProgress
+from skep.stack.waiting import Look, Reasons, Steadiness, unfinished, wait_done
 
 
 class Managers:
@@ -49,3 +54,95 @@ async def test_what_does_not_go_on_is_an_error_that_names_the_next_step_and_is_n
     with pytest.raises(Unavailable, match=r"^web: update paused due to t \(skep explain web\)$"):
         await wait_done(["web"], managers.look, lambda _, text: shown.append(text))
     assert shown == []
+
+
+class Explaining(Client):
+    """Explains services.  ``explanations``: by id; one that is missing is not found."""
+
+    def __init__(self, explanations: dict[str, Any]) -> None:
+        super().__init__("http://nowhere")
+        self._explanations = explanations
+        self.asked: list[str] = []
+
+    async def request(self, method: str, path: str, **options: Any) -> Any:
+        self.asked.append(path)
+        id = path.split("/")[3]
+        if id not in self._explanations:
+            raise NotFound("page not found")
+        return self._explanations[id]
+
+
+async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_is_no_error() -> None:
+    looks = {
+        "web": Look(id="w", progress=ServiceProgress("1 of 1 tasks run", is_done=True)),
+        "db": Look(id="d", progress=ServiceProgress("0 of 1 tasks run"), current=frozenset({"t"})),
+        "old": Look(id="o", progress=ServiceProgress("0 of 1 tasks run", "words of a task")),
+    }
+    problem = {"Kind": "rejected", "Failures": 2, "TaskID": "t"}
+    client = Explaining({"d": {"Reason": "No such image: nope:1", "Problem": problem}})
+    found = await Reasons(client, 5).explain(looks)
+    assert sorted(client.asked) == ["/skep/services/d/explain", "/skep/services/o/explain"]
+    assert {name: one.text for name, one in found.items()} == {
+        "web": "1 of 1 tasks run",
+        "db": "0 of 1 tasks run: 2 failures in a row: No such image: nope:1",
+        "old": "0 of 1 tasks run: words of a task",
+    }
+    assert [name for name, one in found.items() if one.is_stuck] == ["db"]
+    found = await Reasons(client, 0).explain(looks)
+    assert not found["db"].is_stuck
+
+
+def test_the_error_of_a_wait_names_the_first_service_to_explain() -> None:
+    texts = {"shop_db": "0 of 1 tasks run: exit 1", "shop_web": "0 of 2 tasks run"}
+    assert unfinished(texts, 600.0) == (
+        "not done within 600 s: shop_db: 0 of 1 tasks run: exit 1; shop_web: 0 of 2 tasks run (skep explain shop_db)"
+    )
+    assert unfinished({}, 9.0) == "not done within 9 s"
+
+
+def test_a_service_that_has_failed_has_to_run_for_a_while() -> None:
+    runs = ServiceProgress("1 of 1 tasks run", is_done=True)
+    starts = ServiceProgress("0 of 1 tasks run")
+    failed = ServiceProgress("0 of 1 tasks run", "exit 1", problem=Problem(kind="exit", failures=1))
+    steadiness = Steadiness()
+    assert not steadiness.is_steady("web", starts, 0.0)
+    assert steadiness.is_steady("web", runs, 0.5)
+    assert not steadiness.is_steady("db", failed, 0.0)
+    assert not steadiness.is_steady("db", runs, 1.0)
+    assert not steadiness.is_steady("db", failed, 4.0), "in the middle of a crash loop"
+    assert not steadiness.is_steady("db", runs, 7.0)
+    assert not steadiness.is_steady("db", runs, 7.0 + STEADY_S - 0.1)
+    assert steadiness.is_steady("db", runs, 7.0 + STEADY_S)
+
+
+async def test_failures_are_counted_though_few_ended_tasks_are_kept() -> None:
+    """Of each look only the last two ended tasks are left."""
+    reasons, progress = Reasons(Explaining({}), 5), ServiceProgress("0 of 2 tasks run", "exit 1")
+
+    async def is_stuck(*failed: tuple[str, int]) -> bool:
+        look = Look(id="s", progress=progress, current=frozenset(id for id, _ in failed), failed=dict(failed))
+        return (await reasons.explain({"web": look}))["web"].is_stuck
+
+    assert not await is_stuck(("a", 1), ("b", 1))
+    assert not await is_stuck(("b", 1), ("c", 1))
+    assert not await is_stuck(("c", 1), ("d", 1), ("e", 2)), "another slot"
+    assert await is_stuck(("d", 1), ("f", 1))
+
+
+def test_a_task_that_no_node_accepts_is_waited_for_a_minute() -> None:
+    refused = ServiceProgress("0 of 1 tasks run", "no suitable node", problem=Problem(kind="no-node"))
+    waits = ServiceProgress("0 of 1 tasks run")
+
+    async def ends() -> list[bool]:
+        reasons, found = Reasons(Explaining({}), 5), list[bool]()
+        for progress, then_s in ((refused, 59), (waits, 2), (refused, 59), (refused, 2), (refused, 0)):
+            explained = await reasons.explain({"web": Look(id="s", progress=progress)})
+            found.append(explained["web"].is_stuck)
+            await asyncio.sleep(then_s)
+        return found
+
+    loop = VirtualLoop()
+    try:
+        assert loop.run_until_complete(ends()) == [False, False, False, False, True]
+    finally:
+        loop.close()

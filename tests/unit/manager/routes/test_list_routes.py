@@ -53,6 +53,24 @@ async def ids(client, path: str, **filters: str) -> list[str]:
     return [item["ID"] for item in await response.json()]
 
 
+async def test_a_task_that_no_node_accepts_is_to_run_though_the_one_before_it_still_does(cluster):
+    """It would else be nowhere in ``docker service ps --filter desired-state=running``."""
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web"))
+    refused = TaskStatus(state=TaskState.PENDING, err="no suitable node (...)")
+    await put(
+        api,
+        a_task("t1", service=web, node="n1"),
+        replace(a_task("t2", service=web, desired=TaskState.READY), status=refused),
+        replace(
+            a_task("t3", service=web, desired=TaskState.READY), status=TaskStatus(state=TaskState.PENDING)
+        ),
+        replace(a_task("t4", service=web, desired=TaskState.SHUTDOWN), status=refused),
+    )
+    assert await ids(client, "/tasks", desired_state="running") == ["t1", "t2"]
+    assert await ids(client, "/tasks", desired_state="ready") == ["t2", "t3"]
+
+
 async def test_tasks_are_found_by_whose_and_where_they_are(cluster):
     api, client = cluster
     web = await a_stored_service(api, a_service_spec("web"))

@@ -1,0 +1,65 @@
+"""Deploys of one stack beside each other: only the newest changes the stack.
+
+A deploy records its revision, a config, before its first change.  That write marks the deploys of earlier revisions
+as replaced, and requests of a replaced deploy are refused.  Both happen in transactions that compare the revision, so
+of two deploys one sees the other, whatever their commands do.
+"""
+
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from msgspec.structs import replace
+
+from skep.api.permissions import STACK_LABEL
+from skep.errors import FailedPrecondition
+from skep.model.ids import ConfigId
+from skep.model.labels import DEPLOYING, REPLACED, STACK_REVISION, STACK_STATE
+from skep.model.secret import Config, ConfigSpec
+from skep.store.interface import Transaction
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def replace_deploys(tx: Transaction, spec: ConfigSpec) -> None:
+    """Mark the deploys of the stack that are under way as replaced by the revision ``spec``, if it is one."""
+    number, stack = spec.labels.get(STACK_REVISION), spec.labels.get(STACK_LABEL)
+    if not number or not stack:
+        return
+    for config in tx.find(Config):
+        labels = config.spec.labels
+        if (
+            labels.get(STACK_LABEL) == stack
+            and labels.get(STACK_STATE) == DEPLOYING
+            and STACK_REVISION in labels
+        ):
+            labels = {**labels, STACK_STATE: f"{REPLACED}{number}"}
+            tx.put(replace(config, spec=replace(config.spec, labels=labels)))
+
+
+def require_current(tx: Transaction, revision: str) -> None:
+    """Check that the deploy with this revision is under way, also at the commit.
+
+    Raises: FailedPrecondition: a newer deploy has replaced it, or it has ended.
+    """
+    config = tx.rely_on(Config, ConfigId(revision))
+    if config is None or STACK_REVISION not in config.spec.labels:
+        raise FailedPrecondition("the revision of this deploy was removed: deploy again")
+    labels = config.spec.labels
+    if (state := labels.get(STACK_STATE, "")) != DEPLOYING:
+        name = f"revision {labels[STACK_REVISION]} of {labels.get(STACK_LABEL, '')}"
+        raise FailedPrecondition(f"the deploy of {name} may not change more: {state}")
+
+
+def fenced(
+    operation: Callable[Concatenate[Transaction, P], R], revision: str
+) -> Callable[Concatenate[Transaction, P], R]:
+    """``operation``, refused where the deploy with this revision is not current; empty: of no deploy."""
+    if not revision:
+        return operation
+
+    def run(tx: Transaction, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        require_current(tx, revision)
+        return operation(tx, *args, **kwargs)
+
+    return run

@@ -1,0 +1,199 @@
+"""``POST /skep/stacks/check``: what the managers would refuse of a whole deploy.  Nothing is written."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.api.identity import identity_of
+from skep.api.networks import NetworkBody, check_form, check_name
+from skep.api.server import Routes, json_list_response, read_json
+from skep.api.service_form import UNRECOGNIZED, settled
+from skep.errors import AlreadyExists, InvalidArgument, OutOfSequence, SkepError
+from skep.manager.control import files as file_control
+from skep.manager.control import networks, services
+from skep.manager.control.new_objects import stack_of
+from skep.manager.routes.access import ManagerApi, current_view, manager_of
+from skep.manager.routes.networks import spec_of_body
+from skep.manager.routes.services import ServiceChange
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import ServiceId
+from skep.model.network import Network
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Service, ServiceSpec
+from skep.store.interface import Transaction
+
+routes = Routes()
+
+_OBJECTS_MAX = 2_000
+_DATA_BYTES_MAX = 64 << 20
+"""Of all secrets and configs together: as many zeros take the place of their content."""
+_PIECE = 50
+"""Objects checked before the event loop gets control, some tenths of a millisecond each."""
+_ATTEMPTS = 3
+"""Checks of one plan, where the cluster changes under them."""
+
+
+class SizedSecret(SecretSpec):
+    """A secret to create, without its content."""
+
+    data_bytes: int = 0
+
+    @property
+    def spec(self) -> SecretSpec:
+        """Its spec."""
+        return SecretSpec(name=self.name, labels=self.labels, driver=self.driver, templating=self.templating)
+
+
+class SizedConfig(ConfigSpec):
+    """A config to create, without its content."""
+
+    data_bytes: int = 0
+
+    @property
+    def spec(self) -> ConfigSpec:
+        """Its spec, with zeros for the content."""
+        return ConfigSpec(
+            name=self.name, labels=self.labels, templating=self.templating, data=bytes(self.data_bytes)
+        )
+
+
+class StackCheck(ApiObject):
+    """The objects of a deploy."""
+
+    networks: tuple[NetworkBody, ...] = ()
+    secrets: tuple[SizedSecret, ...] = ()
+    configs: tuple[SizedConfig, ...] = ()
+    removed: tuple[ServiceId, ...] = ()
+    """Services that are removed before the others are changed."""
+    services: tuple[ServiceChange, ...] = ()
+
+    @property
+    def bodies(self) -> tuple[Any, ...]:
+        """What permissions are checked for."""
+        return (*self.networks, *self.secrets, *self.configs, *(one.spec for one in self.services))
+
+
+class StackRefusal(ApiObject):
+    """An object that would be refused: ``kind`` is network, secret, config or service."""
+
+    kind: str = always("")
+    name: str = always("")
+    error: str = always("")
+
+
+@routes.post("/skep/stacks/check")
+async def check_stack(request: web.Request) -> web.StreamResponse:
+    """Try to create and change these objects, each with those before it, and give what is refused."""
+    manager, by_admin = manager_of(request), identity_of(request).is_admin
+    refusals: list[StackRefusal] = []
+    async with manager.checks.taken():
+        wanted = await read_check(request)
+        await current_view(request)
+        for _ in range(_ATTEMPTS):
+            revision = manager.store.view().revision
+            refusals = await _refusals(wanted, manager, by_admin=by_admin)
+            if not refusals or manager.store.view().revision == revision:
+                break
+    return json_list_response(refusals)
+
+
+async def _refusals(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> list[StackRefusal]:
+    tx, made = manager.store.rehearsal(), []
+    for number, (kind, name, stack, attempt) in enumerate(_attempts(wanted, manager, by_admin=by_admin), 1):
+        try:
+            attempt(tx)
+        except OutOfSequence:  # changed meanwhile: the deploy merges both changes
+            continue
+        except SkepError as error:
+            is_taken = isinstance(error, AlreadyExists)
+            if is_taken and any(
+                stack_of(one.spec.labels) == stack for one in tx.find(_KINDS[kind], name=name)
+            ):
+                continue  # by a deploy of the same stack, a moment ago: this one uses or updates it
+            made.append(StackRefusal(kind=kind, name=name, error=str(error) or type(error).__name__))
+        if number % _PIECE == 0:
+            await asyncio.sleep(0)
+    return made
+
+
+async def read_check(request: web.Request) -> StackCheck:
+    """Read the body of ``request``.  Raises: InvalidArgument."""
+    wanted = await read_json(request, StackCheck, unrecognized=UNRECOGNIZED)
+    if len(wanted.bodies) + len(wanted.removed) > _OBJECTS_MAX:
+        raise InvalidArgument(f"too much at once: at most {_OBJECTS_MAX} objects")
+    files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
+    sizes = [one.data_bytes for one in files]
+    if any(size < 0 for size in sizes) or sum(sizes) > _DATA_BYTES_MAX:
+        raise InvalidArgument(f"too much at once: at most {_DATA_BYTES_MAX >> 20} MiB of secrets and configs")
+    return wanted
+
+
+_KINDS: Mapping[str, type[Any]] = {
+    "network": Network,
+    "secret": Secret,
+    "config": Config,
+    "service": Service,
+}
+Attempt = tuple[str, str, str, Callable[[Transaction], object]]
+"""Kind, name and stack of an object, and what is tried with it."""
+
+
+def _attempts(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> Iterator[Attempt]:
+    new_id, now = manager.new_id, manager.now()
+
+    def network(tx: Transaction, one: NetworkBody) -> None:
+        check_name(one.name)
+        check_form(one)
+        networks.create_network(tx, spec_of_body(one), new_id=new_id, now=now)
+
+    def secret(tx: Transaction, one: SizedSecret) -> None:
+        file_control.create_secret(tx, one.spec, bytes(one.data_bytes), new_id=new_id, now=now)
+
+    def config(tx: Transaction, one: SizedConfig) -> None:
+        file_control.create_config(tx, one.spec, new_id=new_id, now=now)
+
+    def service(tx: Transaction, one: ServiceChange) -> None:
+        spec = with_file_ids(tx, settled(services.with_network_ids(tx, one.spec)))
+        if one.id:
+            services.update_service(tx, one.id, spec, one.version, now=now, by_admin=by_admin)
+        else:
+            services.create_service(
+                tx, spec, new_id=new_id, new_name=manager.new_name, now=now, by_admin=by_admin
+            )
+
+    yield from _of("network", wanted.networks, network)
+    yield from _of("secret", wanted.secrets, secret)
+    yield from _of("config", wanted.configs, config)
+    for removed in wanted.removed:
+        yield "service", removed, "", partial(services.remove_service, id=removed, now=now)
+    for change in wanted.services:
+        name, stack = change.spec.name, stack_of(change.spec.labels)
+        yield "service", name, stack, partial(service, one=change)
+
+
+def _of(kind: str, objects: Iterable[Any], attempt: Callable[..., object]) -> Iterator[Attempt]:
+    for one in objects:
+        yield kind, one.name, stack_of(one.labels), partial(attempt, one=one)
+
+
+def with_file_ids(tx: Transaction, spec: ServiceSpec) -> ServiceSpec:
+    """Return ``spec`` with the ids of the secrets and configs that it names."""
+    container = spec.task_template.container_spec
+    if container is None:
+        return spec
+    container = replace(
+        container,
+        secrets=tuple(
+            replace(one, secret_id=next((each.id for each in tx.find(Secret, name=one.secret_name)), ""))
+            for one in container.secrets
+        ),
+        configs=tuple(
+            replace(one, config_id=next((each.id for each in tx.find(Config, name=one.config_name)), ""))
+            for one in container.configs
+        ),
+    )
+    return replace(spec, task_template=replace(spec.task_template, container_spec=container))

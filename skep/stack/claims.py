@@ -1,0 +1,60 @@
+"""The revision of a deploy that is under way, and what happens when a newer deploy replaces it.
+
+The managers refuse requests of a deploy that was replaced (``manager/control/deploys.py``).
+"""
+
+from collections.abc import Mapping
+
+from skep.api.requests import Requests
+from skep.errors import FailedPrecondition, NotFound
+from skep.model.access import REVISION_HEADER
+from skep.model.labels import REPLACED, STACK_STATE
+from skep.stack.cluster_state import RESPONSE_TIMEOUT_S, known_revisions
+from skep.stack.project import Stack
+
+
+class Replaced(FailedPrecondition):
+    """A newer deploy of the stack, with other content, has replaced this one."""
+
+
+class Claim:
+    """One deploy's claim on its stack: its revision."""
+
+    def __init__(self, client: Requests, asked: Stack, id: str) -> None:
+        """
+        Args:
+            asked: what the deploy asks for.
+            id: of the config that records it.
+        """
+        self._client = client
+        self._asked = asked
+        self._id = id
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Headers of the requests that change services."""
+        return {REVISION_HEADER: self._id}
+
+    async def follow(self) -> bool:
+        """Return whether a newer deploy of the same content has replaced this one, and follow that from now on.
+
+        Raises: Replaced: one of other content has.
+        """
+        try:
+            config = await self._client.get(f"/configs/{self._id}", timeout_s=RESPONSE_TIMEOUT_S)
+            state = str((config["Spec"].get("Labels") or {}).get(STACK_STATE, ""))
+        except NotFound:  # as the oldest of many
+            state = f"{REPLACED}?"
+        if not state.startswith(REPLACED):
+            return False
+        revisions = await known_revisions(self._client, self._asked.name)
+        newest = revisions[-1] if revisions else None
+        if newest is None:
+            raise Replaced(f"{self._asked.name} was removed meanwhile")
+        if not newest.is_of(self._asked):
+            raise Replaced(
+                f"{self._asked.name} was changed meanwhile by another deploy (revision {newest.number}), which has "
+                f"replaced this one.  Compare them: skep stack history {self._asked.name}"
+            )
+        self._id = newest.id
+        return True

@@ -1,0 +1,191 @@
+"""What the cluster has and what it says of a plan: read before anything is changed."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.api.requests import Requests
+from skep.errors import NotFound, ResourceExhausted, SkepError
+from skep.model.encoding import to_json
+from skep.model.labels import STACK_REVISION
+from skep.model.service import Service
+from skep.model.unknown import leniently
+from skep.stack.document import Place, Problem, Problems
+from skep.stack.planning import Action, Change, Existing, Placement, Plan, freeing
+from skep.stack.project import NAMESPACE, Stack, StackFile
+from skep.stack.revisions import Revision, revisions_of
+
+RESPONSE_TIMEOUT_S: Final = 30.0
+AT_ONCE: Final = 8
+"""Requests in flight."""
+NO_LOGINS: Final[Mapping[str, str]] = MappingProxyType({})
+_NAMED_MAX: Final = 5
+"""Images that one warning names."""
+
+
+async def existing_of(client: Requests, stack: str, configs: Iterable[str] = ()) -> Existing:
+    """Return the stack's services, and everything that they may refer to: of configs those with these names.
+
+    Configs come with their content, and those of the whole cluster can be hundreds of megabytes.
+    """
+    label = {"label": [f"{NAMESPACE}={stack}"]}
+    services, networks, secrets, found = await asyncio.gather(
+        client.get("/services", filters=label, timeout_s=RESPONSE_TIMEOUT_S),
+        client.get("/networks", timeout_s=RESPONSE_TIMEOUT_S),
+        client.get("/secrets", timeout_s=RESPONSE_TIMEOUT_S),
+        configs_named(client, configs),
+    )
+    return Existing(
+        services=services_of(services), networks=tuple(networks), secrets=tuple(secrets), configs=tuple(found)
+    )
+
+
+async def configs_named(client: Requests, names: Iterable[str]) -> list[Any]:
+    """Return the configs with these names, and perhaps others: the filter takes prefixes."""
+    wanted = sorted(set(names))
+    if not wanted:
+        return []
+    return list(await client.get("/configs", filters={"name": wanted}, timeout_s=RESPONSE_TIMEOUT_S))
+
+
+def services_of(objects: Iterable[Any]) -> tuple[Service, ...]:
+    """Return services as the API gives them."""
+    return tuple(leniently(msgspec.json.encode(one), Service) for one in objects)
+
+
+async def with_placements(client: Requests, plan: Plan, warn: Callable[[str], None]) -> Plan:
+    """The plan, and where the cluster would run its services; a cluster that cannot say so is not an error."""
+    changes = [one for one in plan.of("service", Action.CREATE, Action.UPDATE) if one.spec is not None]
+    if not changes:
+        return plan
+    body = msgspec.Raw(to_json([one.spec for one in changes]))
+    try:
+        found = await client.post("/skep/services/placement", body, timeout_s=RESPONSE_TIMEOUT_S)
+        placements = msgspec.convert(found, tuple[Placement, ...])
+    except NotFound:  # an earlier version
+        return plan
+    except (SkepError, msgspec.ValidationError) as error:
+        warn(f"the cluster does not say where services would run: {error}")
+        return plan
+    return replace(plan, placements={one.name: one for one in placements})
+
+
+async def pinned_images(
+    client: Requests,
+    names: Iterable[str],
+    warn: Callable[[str], None],
+    logins: Mapping[str, str] = NO_LOGINS,
+) -> dict[str, str]:
+    """Of image names, the names with the digests that their registries give; those that none gives are left out.
+
+    ``logins``: by image name.
+    """
+    limit, failed = asyncio.Semaphore(AT_ONCE), dict[str, str]()
+
+    async def pinned(name: str) -> tuple[str, str]:
+        if "@" in name:
+            return name, ""
+        async with limit:
+            try:
+                found = await client.get(
+                    f"/distribution/{name}/json",
+                    headers=registry_auth(logins.get(name)),
+                    timeout_s=RESPONSE_TIMEOUT_S,
+                )
+                return name, f"{name}@{found['Descriptor']['digest']}"
+            except (SkepError, KeyError, TypeError) as error:
+                failed[name] = str(error)
+                return name, ""
+
+    found = await asyncio.gather(*(pinned(name) for name in sorted(set(names))))
+    if failed:
+        warn(_unpinned(failed))
+    return {name: image for name, image in found if image}
+
+
+async def known_revisions(client: Requests, stack: str) -> list[Revision]:
+    """Return the revisions of a stack, the oldest first."""
+    label = {"label": [f"{NAMESPACE}={stack}", STACK_REVISION]}
+    return revisions_of(stack, await client.get("/configs", filters=label, timeout_s=RESPONSE_TIMEOUT_S))
+
+
+def _unpinned(failed: Mapping[str, str]) -> str:
+    """One warning for all images that no registry gave a digest for.  ``failed``: their errors, by name."""
+    (first, error), *others = sorted(failed.items())
+    if not others:
+        return (
+            f"image {first} could not be accessed on a registry to record its digest ({error}): "
+            "nodes take the version that they find"
+        )
+    names = [first, *(name for name, _ in others)]
+    more = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
+    return (
+        f"images {', '.join(names[:_NAMED_MAX])}{more} could not be accessed on a registry to record their digests "
+        f"({first}: {error}): nodes take the versions that they find"
+    )
+
+
+def config_names(stack: Stack) -> set[str]:
+    """The names of the configs that the stack's services may refer to."""
+    return {one.name for one in stack.configs.values()}
+
+
+def registry_auth(login: str | None) -> dict[str, str]:
+    """Return the header with which a request gives the credentials of a registry, if there are any."""
+    return {"X-Registry-Auth": login} if login else {}
+
+
+async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str], None]) -> None:
+    """Have the managers try the whole plan without writing anything.
+
+    Raises: Problems: everything that they would refuse; PermissionDenied: the user may not deploy this.
+    """
+    if not plan.effective:
+        return
+    try:
+        found = await client.post(
+            "/skep/stacks/check", _check_body(stack, plan), timeout_s=RESPONSE_TIMEOUT_S
+        )
+    except NotFound:  # an earlier version
+        return
+    except ResourceExhausted as error:
+        warn(f"the managers did not check the plan: {error}")
+        return
+    places = {
+        ("service", one.spec.name): (one.place, f"services.{name}") for name, one in stack.services.items()
+    }
+    places |= {("network", one.name): (one.place, f"networks.{name}") for name, one in stack.networks.items()}
+    places |= {("secret", one.name): (one.place, f"secrets.{name}") for name, one in stack.secrets.items()}
+    places |= {("config", one.name): (one.place, f"configs.{name}") for name, one in stack.configs.items()}
+    problems: list[Problem] = []
+    for one in found:
+        place, path = places.get((one["Kind"], one["Name"]), (Place(stack.name, 1, 1), one["Name"]))
+        problems.append(Problem(place, path, one["Error"]))
+    if problems:
+        raise Problems(problems)
+
+
+def _check_body(stack: Stack, plan: Plan) -> dict[str, Any]:
+    created = {(one.kind, one.name) for one in plan.changes if one.action is Action.CREATE}
+    return {
+        "Networks": [one.body for one in stack.networks.values() if ("network", one.name) in created],
+        "Secrets": [_sized(one) for one in stack.secrets.values() if ("secret", one.name) in created],
+        "Configs": [_sized(one) for one in stack.configs.values() if ("config", one.name) in created],
+        "Removed": [one.id for one in freeing(plan)],
+        "Services": [_changed(one) for one in plan.of("service", Action.CREATE, Action.UPDATE)],
+    }
+
+
+def _sized(file: StackFile) -> dict[str, Any]:
+    """A secret or config with the size of its content in place of the content."""
+    body = {key: value for key, value in file.body.items() if key != "Data"}
+    return body | {"DataBytes": len(file.content or b"")}
+
+
+def _changed(change: Change) -> dict[str, Any]:
+    made: dict[str, Any] = {"Spec": msgspec.Raw(to_json(change.spec))}
+    return made | ({"ID": change.id, "Version": change.version} if change.id else {})

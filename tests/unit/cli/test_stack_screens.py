@@ -1,0 +1,30 @@
+"""What the commands of stacks print."""
+
+import pytest
+
+from skep.cli.stack_screens import line_of, shortened
+from skep.stack.planning import Difference
+
+LONG = "sh -c test -s /run/secrets/dbpass && date >> /data/boots && exec nc -l -p 5432 -e /bin/serve --level "
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        ("a", "b", ("a", "b")),
+        ("", "b" * 100, ("", "b" * 60 + "...")),
+        ("a" * 70, "b" * 70, ("a" * 60 + "...", "b" * 60 + "...")),
+        (LONG + "1", LONG + "22", ("... /bin/serve --level 1", "... /bin/serve --level 22")),
+        ("x" * 40 + LONG, "x" * 40, ("..." + ("x" * 40 + LONG)[20:80] + "...", "..." + "x" * 20)),
+    ],
+)
+def test_long_values_are_cut_around_their_first_difference(
+    before: str, after: str, shown: tuple[str, str]
+) -> None:
+    assert shortened(before, after) == shown
+
+
+def test_a_wide_screen_has_the_values_whole() -> None:
+    one = Difference("TaskTemplate.ContainerSpec.Args", LONG + "1", LONG + "2\n")
+    assert line_of(one, is_wide=True) == f"Args: {LONG}1 -> {LONG}2\\n"
+    assert line_of(one).startswith("Args: ...")

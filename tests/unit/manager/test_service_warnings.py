@@ -1,0 +1,38 @@
+"""Warnings of what a service's spec can never do."""
+
+import pytest
+
+from skep.manager.service_warnings import placement_warnings
+from skep.model.service import PortConfig, PublishMode, ServiceSpec, UpdateConfig, UpdateOrder
+from tests.support.builders import a_node, a_service_spec
+
+HOST_PORT = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+START_FIRST = UpdateConfig(order=UpdateOrder.START_FIRST)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (a_service_spec(), []),
+        (a_service_spec(constraints=("node.labels.zone!=x",)), []),
+        (
+            a_service_spec(constraints=("node.labels.zone==x", "node.role==worker")),
+            [
+                "no node meets the constraints (node.labels.zone==x, node.role==worker): new tasks wait until one does"
+            ],
+        ),
+        (a_service_spec(ports=(HOST_PORT,)), []),
+        (a_service_spec(update=START_FIRST), []),
+        (
+            a_service_spec(ports=(HOST_PORT,), update=START_FIRST),
+            [
+                (
+                    "order start-first: two tasks cannot have the host-mode port 8080/tcp on one node, so without a "
+                    "further node the old task is stopped first"
+                )
+            ],
+        ),
+    ],
+)
+def test_what_can_never_work_is_said_at_once(spec: ServiceSpec, words: list[str]) -> None:
+    assert list(placement_warnings(spec, [a_node("n1"), a_node("n2")])) == words
