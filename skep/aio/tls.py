@@ -4,6 +4,9 @@
   anything else is read, so one buffer serves all connections of a thread.
 * It keeps the peer's certificate as dictionaries, besides OpenSSL's own, and a queue of pending writes.
   Here the former are made on demand, and the latter is a list.
+
+They can be half-closed by the other end, which asyncio's cannot: Go's clients close their direction with TLS's
+close_notify where they have nothing (more) to send, and read on (``docker exec`` without ``-i``).
 """
 
 import asyncio
@@ -84,8 +87,19 @@ async def _shaken(transport: asyncio.BaseTransport, ready: "asyncio.Future[None]
         raise
 
 
+_HALF_CLOSE = "half-close"
+
+
+def may_half_close(transport: asyncio.BaseTransport) -> bool:
+    """Whether the other end may close its direction alone, so that ``eof_received`` may return True.
+
+    It may over plain connections and over those of this module, and not over asyncio's own TLS.
+    """
+    return transport.get_extra_info("sslcontext") is None or bool(transport.get_extra_info(_HALF_CLOSE))
+
+
 class _Protocol(asyncio.sslproto.SSLProtocol):
-    """asyncio's, with a buffer that it shares."""
+    """asyncio's, with a buffer that it shares, and a half-close by the other end."""
 
     max_size = READ_BYTES
 
@@ -97,10 +111,28 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
         self._ssl_buffer = _of_thread.buffer
         self._ssl_buffer_view = _of_thread.view
         self._write_backlog = []  # type: ignore[assignment]
+        self._is_half_closed = False
+        self._extra[_HALF_CLOSE] = True
 
     def _on_handshake_complete(self, handshake_exc: BaseException | None) -> None:
         super()._on_handshake_complete(handshake_exc)
         self._extra.pop("peercert", None)
+
+    def _call_eof_received(self) -> None:
+        """The other end has sent close_notify, and sends no more."""
+        if self._app_state is not asyncio.sslproto.AppProtocolState.STATE_CON_MADE:
+            return
+        self._app_state = asyncio.sslproto.AppProtocolState.STATE_EOF
+        try:
+            self._is_half_closed = bool(self._app_protocol.eof_received())
+        except Exception as error:
+            self._fatal_error(error, "Error calling eof_received()")
+
+    def _start_shutdown(self) -> None:
+        """Not when the other end has closed its direction, but once ours is closed."""
+        if self._is_half_closed and self._app_transport is not None and not self._app_transport._closed:
+            return
+        super()._start_shutdown()
 
     def _get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "peercert" and name not in self._extra and "ssl_object" in self._extra:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 
+from skep.aio.tls import may_half_close
 from skep.api.framing import HEAD_BYTES_MAX, Malformed
 
 _BUFFER_BYTES_MAX = 256 * 1024
@@ -69,8 +70,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client sends no more."""
         self._end()
-        # the other direction stays open; TLS has no half-close in asyncio
-        return self.transport.get_extra_info("sslcontext") is None
+        return may_half_close(self.transport)  # the other direction stays open
 
     def pause_writing(self) -> None:
         """The transport's buffer is full."""

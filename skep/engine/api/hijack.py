@@ -23,6 +23,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from skep.aio.backoff import Backoff
+from skep.aio.tls import may_half_close
 from skep.api.server import ApiVersion, OutputStream, api_version, frame
 
 RAW = "application/vnd.docker.raw-stream"
@@ -177,6 +178,15 @@ class _Raw(asyncio.StreamReaderProtocol):
     ) -> None:
         super().__init__(reader, loop=loop)
         self._handler = handler
+        self._stays_open = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._stays_open = may_half_close(transport)
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return self._stays_open  # a client without input closes its direction at once, and reads the output
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

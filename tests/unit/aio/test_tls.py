@@ -3,8 +3,9 @@
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar, cast
 
 import pytest
 
@@ -17,6 +18,7 @@ from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 
+T = TypeVar("T")
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -119,3 +121,72 @@ async def test_a_peer_that_says_nothing_is_given_up():
     with theirs, pytest.raises(ConnectionAbortedError, match="handshake"):
         await tls.accept(Streams, ours, context, handshake_s=0.01)
     assert ours.fileno() == -1
+
+
+class HalfOpen(asyncio.Protocol):
+    """Says what it has read, once the other end sends no more, and closes later."""
+
+    def __init__(self, *, stays_open: bool = True) -> None:
+        self.read = b""
+        self.stays_open = stays_open
+        self.ended = asyncio.Event()
+        self.lost = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.read += data
+
+    def eof_received(self) -> bool:
+        self.ended.set()
+        return self.stays_open
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost.set()
+
+
+@pytest.mark.parametrize("stays_open", [True, False])
+async def test_a_client_that_has_closed_its_direction_still_gets_the_response(stays_open: bool) -> None:
+    """As ``docker exec`` without ``-i`` does: Go's CloseWrite sends close_notify, and no FIN."""
+    authority = Authority.create()
+    server = ServerTls(a_pair(authority, "m1", NodeRole.MANAGER)).front
+    wanted = client_context(a_pair(authority, "n1", NodeRole.WORKER))
+    ours, theirs = socket.socketpair()
+    protocol = HalfOpen(stays_open=stays_open)
+    ours.setblocking(False)
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = wanted.wrap_bio(to_client, to_server, server_hostname=MANAGER_NAME)
+
+    async def step(call: Callable[[], T]) -> T:
+        """Do it over the socket."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                result = call()
+            except ssl.SSLWantReadError:
+                await loop.sock_sendall(ours, to_server.read())
+                to_client.write(await loop.sock_recv(ours, 65536))
+            else:
+                await loop.sock_sendall(ours, to_server.read())
+                return result
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(tls.accept(lambda: protocol, theirs, server, handshake_s=10))
+        await step(client.do_handshake)
+        await step(lambda: client.write(b"request"))
+        with suppress(ssl.SSLWantReadError):
+            client.unwrap()  # writes close_notify; the other end's is not waited for
+        await asyncio.get_running_loop().sock_sendall(ours, to_server.read())
+        await protocol.ended.wait()
+        assert protocol.read == b"request"
+        if not stays_open:
+            await protocol.lost.wait()
+            return
+        assert not protocol.transport.is_closing()
+        protocol.transport.write(b"response")
+        content = await asyncio.get_running_loop().sock_recv(ours, 65536)
+        assert content, "the response, encrypted: OpenSSL reads nothing after its own close_notify"
+        protocol.transport.close()
+        ours.close()
+        await protocol.lost.wait()
