@@ -56,7 +56,7 @@ class Changes:
         """``directory``: empty, for this overlay alone.
 
         With ``is_detached`` there is no overlay: ``root`` is an empty directory, and its files are the layer.
-        An overlay would mark new directories as opaque, so that they would hide those of the layers below.
+        An overlay with ``redirect_dir`` or ``index`` marks new directories as opaque, and they would hide those below.
         """
         self._layers = list(layers)
         self._directory = directory
