@@ -1,4 +1,4 @@
-"""The images that a build begins with, copies from, or ends with."""
+"""Images that a build starts from, copies from, or results in."""
 
 from contextlib import AsyncExitStack
 from functools import partial
@@ -48,12 +48,11 @@ class Bases:
         return Made(id=image.id, content=content, config=image.config, chain=tuple(image.chain))
 
     async def not_newer(self, made: Made, inherited: int) -> Made:
-        """Return the image with no time after ``SOURCE_DATE_EPOCH``.
+        """Return the image with all times limited to ``SOURCE_DATE_EPOCH``.
 
-        ``inherited``: Entries of its history that were there before the build, which keep their times.
+        ``inherited``: Number of history entries from before the build, which keep their times.
 
-        The steps' own images have the times at which they were made, so that a change of ``SOURCE_DATE_EPOCH`` alone
-        carries out no step again.
+        Images of steps keep the times of the steps, so a new ``SOURCE_DATE_EPOCH`` alone invalidates no cached step.
         """
         if self._request.epoch_s is None:
             return made

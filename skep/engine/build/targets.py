@@ -88,7 +88,7 @@ def require_platform(platform: str) -> None:
 def carried_out(
     stages: Stages, request: BuildRequest, arguments: Mapping[str, str], budget: Budget
 ) -> Collection[int]:
-    """Return the stages that a build carries out: of the classic builder all.  Raises: InvalidArgument."""
+    """Return the stages that a build carries out.  The classic builder carries out all.  Raises: InvalidArgument."""
     if not request.is_buildkit:
         return range(len(stages.stages))
     return needed(stages, arguments, budget, {*request.images, *request.directories})
@@ -100,9 +100,9 @@ def needed(
     budget: Budget | None = None,
     contexts: Collection[str] = (),
 ) -> Collection[int]:
-    """Return the last stage and those that it is made from, as far as the Dockerfile says it.
+    """Return the last stage and the stages that it depends on by the Dockerfile.
 
-    A trigger of an image may name a further stage.
+    A trigger of a base image may use a further stage.
 
     Args:
         arguments: What FROM may use.
