@@ -206,7 +206,7 @@ class Build:
         made = self._position.image
         if made is None:
             raise FailedPrecondition("No image was generated. Is your Dockerfile empty?")
-        made = await self._bases.not_newer(made, self._inherited)
+        made = await self._bases.not_newer(made, self._inherited, self._arguments.of_stages)
         await self._images.add(made.content, self._request.tags)
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)

@@ -12,6 +12,9 @@ from skep.engine.images.platforms import parse_platform, this_platform
 from skep.engine.images.reference import parse_reference
 from skep.errors import InvalidArgument, Unimplemented
 
+_EPOCH_S_MAX = 253_402_300_799
+"""The end of the year 9999, the last that RFC 3339 can write."""
+
 
 def chosen(stages: Stages, request: BuildRequest) -> Stages:
     """The stages up to the target, with the labels of the request at the end of it.
@@ -54,6 +57,15 @@ def automatic_arguments(stages: Stages, target: str) -> Mapping[str, str]:
     }
     found = {f"{whose}{part}": value for whose in ("TARGET", "BUILD") for part, value in parts.items()}
     return {**found, "TARGETSTAGE": target or stages.stages[-1].base.name or "default"}
+
+
+def parse_epoch(text: str) -> int | None:
+    """Return ``SOURCE_DATE_EPOCH`` in seconds.  None if it is empty.  Raises: InvalidArgument."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 13 and int(text) <= _EPOCH_S_MAX):
+        raise InvalidArgument(f"invalid SOURCE_DATE_EPOCH: {text}: give seconds since 1970")
+    return int(text)
 
 
 def require_distinct_names(stages: Stages) -> None:
