@@ -34,7 +34,7 @@ COPY_S_MAX = 1800.0
 LOOK_AGAIN_S = 30.0
 """Without an event of the engine."""
 GIVEN_MAX = 1000
-"""Names that users have given; the oldest go first."""
+"""Recorded names of users.  The oldest are dropped first."""
 SETTLE_S = 0.05
 """After an event: a build or a load makes several."""
 
@@ -93,7 +93,7 @@ class EngineImages:
         self._seen = _read(file)
         self._given_file = file.with_name("given-to-engine.json")
         self._given = _read(self._given_file) or {}
-        """Names that users have given images of this node by pull, load, import or tag, oldest first."""
+        """Names of images that users pulled, loaded, imported or tagged through the API, oldest first."""
         self._handed: dict[str, tuple[str, str]] = {}
         """Names handed to the engine -> our id, and the id that the engine has given it."""
         self._copying = asyncio.Lock()
@@ -206,7 +206,7 @@ class EngineImages:
         }
 
     async def note_given(self, names: Collection[str]) -> None:
-        """Note that a user of the API has given images these names: a build in the engine may use them."""
+        """Record names that a user set through the API: a build in the engine may use them."""
         given = {**self._given, **dict.fromkeys(sorted(names), "")}
         given = dict(list(given.items())[-GIVEN_MAX:])
         if given != self._given:
@@ -214,9 +214,9 @@ class EngineImages:
             await asyncio.to_thread(replace_file, self._given_file, msgspec.json.encode(given))
 
     async def hand_over_given(self) -> None:
-        """Let the engine have the images that users have given this node, before a build there.
+        """Copy images that users gave this node to the engine, before a build there.
 
-        One that cannot be copied is logged: the build says what it lacks.
+        Logs an image that cannot be copied: the build then fails with the image's name.
         """
         ours = self.names()
         try:

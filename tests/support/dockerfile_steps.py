@@ -453,6 +453,13 @@ TIMES = (
         config={"Created": "2023-11-14T22:13:20Z"},
     ),
     Case(
+        "a global ARG sets SOURCE_DATE_EPOCH",
+        "ARG SOURCE_DATE_EPOCH=1700000000\nFROM BASE\nARG SOURCE_DATE_EPOCH\nRUN echo $SOURCE_DATE_EPOCH > /o\n",
+        gives={"o": "1700000000\n"},
+        config={"Created": "2023-11-14T22:13:20Z"},
+        is_beyond=True,
+    ),
+    Case(
         "SOURCE_DATE_EPOCH is a number",
         "FROM BASE\nRUN true\n",
         options=("--build-arg", "SOURCE_DATE_EPOCH=yesterday"),

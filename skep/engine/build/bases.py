@@ -1,11 +1,13 @@
-"""The images that a build begins with, copies from, or ends with."""
+"""Images that a build starts from, copies from, or results in."""
 
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 
 from skep.engine.build.inputs import Inputs
 from skep.engine.build.interface import BuildRequest, Progress, Step
 from skep.engine.build.stage import Made
+from skep.engine.build.targets import parse_epoch
 from skep.engine.images import child
 from skep.engine.images.digest import is_digest
 from skep.engine.images.image import Image
@@ -47,17 +49,21 @@ class Bases:
         content = self._images.config_file(image).read_bytes()
         return Made(id=image.id, content=content, config=image.config, chain=tuple(image.chain))
 
-    async def not_newer(self, made: Made, inherited: int) -> Made:
-        """Return the image with no time after ``SOURCE_DATE_EPOCH``.
+    async def not_newer(self, made: Made, inherited: int, arguments: Mapping[str, str]) -> Made:
+        """Return the image with all times limited to ``SOURCE_DATE_EPOCH``.
 
-        ``inherited``: Entries of its history that were there before the build, which keep their times.
+        Args:
+            inherited: Number of history entries from before the build, which keep their times.
+            arguments: Global arguments: one of them may set the epoch if the client does not.
 
-        The steps' own images have the times at which they were made, so that a change of ``SOURCE_DATE_EPOCH`` alone
-        carries out no step again.
+        Images of steps keep the times of the steps, so a new ``SOURCE_DATE_EPOCH`` alone invalidates no cached step.
         """
-        if self._request.epoch_s is None:
+        epoch_s = self._request.epoch_s
+        if epoch_s is None and self._request.is_buildkit:
+            epoch_s = parse_epoch(arguments.get("SOURCE_DATE_EPOCH", ""))
+        if epoch_s is None:
             return made
-        content = child.not_newer(made.content, timestamp(self._request.epoch_s * SECOND_NS), inherited)
+        content = child.not_newer(made.content, timestamp(epoch_s * SECOND_NS), inherited)
         if content == made.content:
             return made
         image = await self._images.add(content, parent=made.id, is_step=True)

@@ -174,14 +174,14 @@ class Build:
         self._budget = Budget()
         self._stages = stages
         self._scopes: dict[int, StageArguments] = {}
-        """Arguments of the stages that are done."""
+        """Arguments of completed stages."""
         self._done: dict[int, Made | None] = {}
         self._stage = 0
         self._steps = 0
         self._areas = 0
         self._may_be_cached = request.use_cache
         self._inherited = 0
-        """Entries of the history that the stage's image had before the build."""
+        """Number of history entries that the stage's base image had before the build."""
         self._position = Position(state=StageState(config=ContainerDefaults()), image=None)
 
     async def run(self, warnings: Sequence[str]) -> BuildResult:
@@ -209,7 +209,7 @@ class Build:
         made = self._position.image
         if made is None:
             raise FailedPrecondition("No image was generated. Is your Dockerfile empty?")
-        made = await self._bases.not_newer(made, self._inherited)
+        made = await self._bases.not_newer(made, self._inherited, self._arguments.of_stages)
         await self._images.add(made.content, self._request.tags)
         for tag in self._request.tags:
             self._images.announce("tag", made.id, tag.familiar)
@@ -237,7 +237,7 @@ class Build:
         self._scopes[number] = self._arguments.stage
 
     async def _run_stage_apart(self, number: int) -> None:
-        """Carry out a stage that nothing but a trigger of the present stage's image has named."""
+        """Carry out a stage that only a trigger of the current stage's base image uses."""
         place = (self._stage, self._steps, self._may_be_cached, self._position, self._inherited)
         arguments = self._arguments.stage
         self._steps = self._stages.steps_before(number)
@@ -293,7 +293,7 @@ class Build:
             await self._carry_out(step, trigger_of(trigger))
 
     async def _begin_with_directory(self, step: Step, name: str) -> None:
-        """A named context that is a directory: an image with its files and nothing else."""
+        """Start a stage on a named context that is a directory: an image with these files only."""
         self._arguments.begin_stage()
         self._inherited = 0
         self._position = Position(state=begun(ContainerDefaults()), image=None)
@@ -301,9 +301,9 @@ class Build:
         await self._copy(step, Copy(text=text, keyword="COPY", sources=("/",), destination="/", origin=name))
 
     async def _stage_or_image(self, step: Step, name: str, *, is_base: bool = False) -> Made | None:
-        """The image that a stage has given, or that is pulled; None: that of ``scratch``.
+        """Return the image of a stage, or a pulled image.  None for ``scratch``.
 
-        ``is_base``: of FROM, where a number is an image, and a stage that comes later is none.
+        ``is_base``: Whether FROM names it.  There a number is an image, and only earlier stages are known.
         """
         if image := self._request.images.get(targets.context_name(name)):
             return await self._bases.pulled(step, image)

@@ -96,10 +96,9 @@ class StepCache:
 
 
 class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
-    """What tells directories of ``RUN --mount=type=cache`` apart.
+    """Identity of a directory of ``RUN --mount=type=cache``.
 
-    Owner, mode and content of a directory are those that its first step asks for, so steps that ask for others have
-    another directory.
+    The first step sets owner, mode and content of a directory.  Steps that ask for others get another directory.
 
     Source: buildkit, solver/llbsolver/mounts/mount.go (getRefCacheDir): the id, and the base of the mount.
     """
@@ -108,7 +107,7 @@ class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str = ""
     """``BUILDKIT_CACHE_MOUNT_NS``."""
     base: str = ""
-    """Digest of the files that it begins with.  Empty if it begins empty."""
+    """Digest of the initial files.  Empty if the directory starts empty."""
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None
@@ -124,7 +123,7 @@ class CacheKey(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_owner(self) -> bool:
-        """Whether owner or mode are asked for."""
+        """Whether owner or mode are set."""
         return (self.mode, self.uid, self.gid) != (None, None, None)
 
 
@@ -170,7 +169,7 @@ class CacheMounts:
         stack.callback(self._release, name)
 
     async def _make(self, name: str, key: CacheKey, fill: Fill | None) -> None:
-        """Make the directory whole before it has its name: a build may end in the middle."""
+        """Fill the directory under another name, then rename it: a build may be cancelled in between."""
         async with AsyncExitStack() as stack:
             part = f"new-{secrets.token_hex(8)}"
             self._take(part, stack)

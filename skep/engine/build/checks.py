@@ -1,7 +1,7 @@
-"""Build checks: what in a Dockerfile is allowed and probably not meant.  Pure.
+"""Build checks: constructions in a Dockerfile that are valid and probably a mistake.  Pure.
 
-Names, texts and order are BuildKit's.  A Dockerfile chooses its checks by ``# check=skip=NAME,...;error=true``, and an
-instruction by such a comment before it.
+Names, texts and order are BuildKit's.  ``# check=skip=NAME,...;error=true`` selects the checks of a Dockerfile, and a
+comment ``# check=skip=NAME`` those of the next instruction.
 
 Source: buildkit, frontend/dockerfile/linter (ruleset.go, linter.go), dockerfile2llb/validations.go, convert.go.
 """
@@ -98,7 +98,7 @@ _DESCRIPTIONS = {
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What a check has found, on lines ``first`` to ``last``."""
+    """Finding of a check on lines ``first`` to ``last``."""
 
     rule: str
     text: str
@@ -107,23 +107,23 @@ class Finding(msgspec.Struct, frozen=True):
 
     @property
     def description(self) -> str:
-        """What the rule is about."""
+        """Description of the rule."""
         return _DESCRIPTIONS[self.rule]
 
     @property
     def url(self) -> str:
-        """The rule's page."""
+        """Page of the rule in Docker's documentation."""
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", self.rule)
         return _URL + "-".join(words).lower() + "/"
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """The finding in one line, as BuildKit shows it in a build."""
         return f"{self.rule}: {self.text} (line {self.first})"
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """Which checks are made.  ``is_error``: whether a finding fails the build."""
+    """Selection of checks.  ``is_error``: whether a finding fails the build."""
 
     skips_all: bool = False
     skipped: frozenset[str] = frozenset()
@@ -135,7 +135,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 def parse_choice(text: str) -> Choice:
-    """``skip=a,b;error=true``.  Raises: InvalidArgument, in BuildKit's words."""
+    """Parse ``skip=a,b;error=true``.  Raises: InvalidArgument, in BuildKit's words."""
     choice = Choice()
     for part in text.strip().split(";", 2) if text.strip() else ():
         name, separator, value = part.partition("=")
@@ -149,13 +149,13 @@ def parse_choice(text: str) -> Choice:
             if value.lower() not in ("1", "t", "true", "0", "f", "false"):
                 raise InvalidArgument(f"failed to parse check option {quoted(part)}")
             choice = msgspec.structs.replace(choice, is_error=value.lower() in ("1", "t", "true"))
-        elif name != "experimental":  # the one experimental rule, on descriptions, is not checked
+        elif name != "experimental":  # the only experimental rule, on descriptions, is not implemented
             raise InvalidArgument(f"invalid check option {quoted(name)}")
     return choice
 
 
 def suggested(word: str, options: Collection[str]) -> str:
-    """The option that ``word`` was probably meant to be; empty: there is none."""
+    """Return the option that is closest to ``word``.  Empty if none is within two edits."""
     best, found = _SUGGESTED_DISTANCE_MAX + 1, ""
     for option in options:
         if option == word:
@@ -167,7 +167,7 @@ def suggested(word: str, options: Collection[str]) -> str:
 
 
 def _distance(one: str, other: str) -> int:
-    """Levenshtein's, as far as it matters here."""
+    """Return Levenshtein's distance, or a larger number than the maximum."""
     if (
         max(len(one), len(other)) > _SUGGESTED_LENGTH_MAX
         or abs(len(one) - len(other)) > _SUGGESTED_DISTANCE_MAX
@@ -182,7 +182,7 @@ def _distance(one: str, other: str) -> int:
 
 
 class _Seen(Mapping[str, str]):
-    """Variables, and the names that were looked up in vain."""
+    """Variables that record failed lookups."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
@@ -230,12 +230,12 @@ class Checks:
         self._found: list[Finding] = []
         self._arguments = Arguments(given, automatic, is_buildkit=True)
         self._states: dict[int, tuple[StageState, bool]] = {}
-        """Of the stages that were looked at: how they end, and whether all their variables are known."""
+        """Final state of each checked stage, and whether all its variables are known."""
         self._ended: dict[int, StageArguments] = {}
         self._has_directory: dict[int, bool] = {}
 
     def run(self, needed: Collection[int]) -> Sequence[Finding]:
-        """Return what is found, in BuildKit's order.  ``needed``: Stages whose instructions are looked at."""
+        """Return the findings in BuildKit's order.  ``needed``: Stages whose instructions are checked."""
         for number in self._parsed.empty_continuations:
             self._add("NoEmptyContinuation", "Empty continuation line", number)
         self._names_and_cases()
@@ -324,7 +324,7 @@ class Checks:
                     )
                     self._add("InvalidDefaultArgInFrom", text, stage.base)
         except InvalidArgument:
-            return  # the build will say it
+            return  # the build fails with the reason
 
     def _from(self, base: From) -> None:
         known = self._arguments.of_stages
@@ -402,7 +402,7 @@ class Checks:
                 self._arguments.hide(name for name, _ in ready.pairs)
             return changed(state, ready)[0]
         except InvalidArgument:
-            return state  # RUN and COPY change no configuration; of the others the build will say it
+            return state  # RUN and COPY change no configuration; an invalid instruction fails the build
 
     def _declare(
         self, arg: Arg, variables: Mapping[str, str], *, is_checked: bool, before_stages: bool = False
@@ -490,7 +490,7 @@ class Checks:
 
 
 def _own_choice(line: Line) -> Choice:
-    """What the comments before an instruction choose; one that cannot be read chooses nothing."""
+    """Return the selection in the comments before an instruction.  An invalid one selects every check."""
     for comment in line.comments:
         found = re.fullmatch(r"(?i:check)\s*=\s*(\S+).*", comment)
         if found is not None:
@@ -502,7 +502,7 @@ def _own_choice(line: Line) -> Choice:
 
 
 def _words_of(one: Instruction) -> Iterator[str]:
-    """The texts of an instruction in which variables are substituted."""
+    """Yield the texts of an instruction that have variables."""
     if isinstance(one, Expose):
         return
     if isinstance(one, Copy):

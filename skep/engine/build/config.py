@@ -81,18 +81,17 @@ class StageState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageArguments(msgspec.Struct):
-    """What ARG has declared in a stage so far.  ``hidden``: names of variables of the image that win."""
+    """Arguments that a stage has declared so far.  ``hidden``: Names that an image variable overrides."""
 
     declared: dict[str, str | None] = {}
     hidden: set[str] = set()
 
 
 class Arguments:
-    """The arguments of a build: what its user gives, and what ARG declares.
+    """Arguments of a build: values given by the user, and declarations by ARG.
 
-    BuildKit differs from the classic builder in three rules: a stage has the arguments of the stage that it is based
-    on; of ARG and ENV with one name the later one wins, not always ENV; a proxy reaches commands alone, under its name
-    in capital and in small letters.
+    BuildKit differs from the classic builder in three rules.  A stage inherits the arguments of its base stage.  The
+    later of ARG and ENV wins, not always ENV.  Proxies are variables of commands only, in upper and lower case.
 
     Source: buildkit, frontend/dockerfile/dockerfile2llb/convert.go (dispatchArg, proxyEnvFromBuildArgs);
     moby 20.10, builder/dockerfile/buildargs.go.
@@ -109,9 +108,9 @@ class Arguments:
         self._is_buildkit = is_buildkit
 
     def begin_stage(self, base: StageArguments | None = None, env: Iterable[str] = ()) -> None:
-        """Begin with the arguments of the stage that this one is based on.
+        """Start a stage with the arguments of its base stage.
 
-        ``env``: Variables of that stage's image, which win in any case.
+        ``env``: Variables of the base image.  They override inherited arguments.
         """
         declared = dict(base.declared) if base is not None and self._is_buildkit else {}
         self.stage = StageArguments(declared, {text.partition("=")[0] for text in env})
@@ -126,16 +125,16 @@ class Arguments:
             self.stage.hidden.discard(name)
 
     def hide(self, names: Iterable[str]) -> None:
-        """ENV has set variables with these names."""
+        """Let ENV override the arguments with these names."""
         self.stage.hidden.update(names)
 
     @property
     def of_stages(self) -> Mapping[str, str]:
-        """What FROM, and an ARG before the first FROM, may use."""
+        """Arguments that FROM, and ARG before the first FROM, substitute."""
         return self._values(self._before)
 
     def beside(self, env: Iterable[str]) -> Mapping[str, str]:
-        """The arguments that the stage's instructions see, without those that variables of the image hide."""
+        """Return the arguments that instructions of the stage see, without those that ``env`` overrides."""
         hidden = self.stage.hidden if self._is_buildkit else {text.partition("=")[0] for text in env}
         return {
             name: value for name, value in self._values(self.stage.declared).items() if name not in hidden
@@ -143,7 +142,7 @@ class Arguments:
 
     @property
     def proxies(self) -> Mapping[str, str]:
-        """Variables that a command has besides, which are in no history and no key of the cache."""
+        """Proxy variables of commands.  They are not part of the history and of cache keys."""
         found: dict[str, str] = {}
         for name in sorted(_PREDEFINED) if self._is_buildkit else ():
             if value := self._given.get(name):

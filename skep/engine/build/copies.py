@@ -242,9 +242,9 @@ def _user(root: Path, user: str) -> Identity:
 
 
 def make_directory(changes: Changes, path: str, user: str = "") -> bool:
-    """Make the working directory ``path`` where it is missing; whether it was.
+    """Create the working directory ``path`` if it is missing, and return whether it was.
 
-    ``user``: Owner of what is made, as USER names it.  A name that the image does not have is root's, as in BuildKit.
+    ``user``: Owner of new directories, as USER names it.  Root owns them if the image has no such user, as in BuildKit.
     """
     with changes.mounted() as root, Tree(root) as target:
         resolved = target.resolve(path)
@@ -286,14 +286,16 @@ def fill(root: Path, path: str, directory: Path, work: Work) -> None:
         inside = tree.resolve(path)
         status = tree.status(inside)
         if status is None or not stat.S_ISDIR(status.st_mode):
-            raise InvalidArgument(f"a cache cannot begin with {path}: it is not a directory")
+            raise InvalidArgument(
+                f"a cache mount cannot start with the files of {path}: it is not a directory"
+            )
         Copier(target, Ownership(), work).copy_tree(tree, inside, "")
         os.fchown(target.descriptor, status.st_uid, status.st_gid)
         os.fchmod(target.descriptor, stat.S_IMODE(status.st_mode))
 
 
 def make_not_newer(root: Path, time_ns: int) -> None:
-    """Give everything below ``root`` that was changed after a time that time.  Blocks."""
+    """Limit the modification times below ``root`` to ``time_ns``.  Blocks."""
     with Tree(root) as tree:
         _limit_time(tree.descriptor, ".", os.stat(tree.descriptor), time_ns)
         for path, status in walk(root):

@@ -200,7 +200,7 @@ def _create_request(image: Image, request: BuildRequest, prepared: Prepared) -> 
 
 
 class _Base(msgspec.Struct, frozen=True):
-    """The files that a mount is of.  ``root``: their tree; ``digest``: of what the mount's ``source`` names in it."""
+    """Files of a mount.  ``root``: their tree.  ``digest``: digest of the part that ``source`` selects."""
 
     root: Path
     digest: str
@@ -236,9 +236,9 @@ class MountSources:
         self._agents = 0
 
     async def find(self, mounts: Sequence[RunMount]) -> Sequence[str]:
-        """Find the files that mounts are of, and return their digests.
+        """Find the files of bind mounts and the initial files of caches, and return their digests.
 
-        Those of bind mounts, and those that a cache begins with.  Raises: SkepError.
+        Raises: SkepError.
         """
         for mount in mounts:
             if mount.type != "bind" and not (mount.type == "cache" and mount.origin):
@@ -288,7 +288,7 @@ class MountSources:
 
     async def _bind(self, mount: RunMount, target: str) -> Mount:
         root = self._bases[id(mount)].root
-        if not mount.is_read_only:  # what the step writes to it is dropped
+        if not mount.is_read_only:  # an overlay discards what the step writes
             changes = Changes(self._area(), [root])
             work = new_work(self._images, self._images.scratch)
             root = await self._stack.enter_async_context(mounted_image(changes, work))
@@ -299,7 +299,7 @@ class MountSources:
         return Mount(type="bind", source=str(root / inside), target=target, read_only=mount.is_read_only)
 
     async def _cache(self, mount: RunMount, target: str) -> Mount:
-        """``source`` is a path in ``from``; without ``from``, in the cache itself."""
+        """Mount a cache.  ``source`` is a path in ``from``, or in the cache if there is no ``from``."""
         base = self._bases.get(id(mount))
         key = CacheKey(
             id=mount.id or (os.path.normpath(mount.target) if mount.target else target),
@@ -378,11 +378,11 @@ def _pairs(variables: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def network_of(run: Run, *, has_host_network: bool) -> str:
-    """The network of a step.  Empty for the build's.
+    """Return the network of a step.  Empty for the build's network.
 
-    ``has_host_network``: the build has the entitlement ``network.host``.
+    ``has_host_network``: Whether the build has the entitlement ``network.host``.
 
-    Raises: InvalidArgument, Unimplemented, PermissionDenied: it asks for what steps of this build do not have.
+    Raises: InvalidArgument, Unimplemented, PermissionDenied: the build cannot give the step what it asks for.
     """
     if run.devices:
         raise Unimplemented(f"RUN --device is not supported: {run.devices[0]}")

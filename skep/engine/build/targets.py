@@ -12,6 +12,9 @@ from skep.engine.images.platforms import parse_platform, this_platform
 from skep.engine.images.reference import parse_reference
 from skep.errors import InvalidArgument, Unimplemented
 
+_EPOCH_S_MAX = 253_402_300_799
+"""The end of the year 9999, the last that RFC 3339 can write."""
+
 
 def chosen(stages: Stages, request: BuildRequest) -> Stages:
     """The stages up to the target, with the labels of the request at the end of it.
@@ -56,6 +59,15 @@ def automatic_arguments(stages: Stages, target: str) -> Mapping[str, str]:
     return {**found, "TARGETSTAGE": target or stages.stages[-1].base.name or "default"}
 
 
+def parse_epoch(text: str) -> int | None:
+    """Return ``SOURCE_DATE_EPOCH`` in seconds.  None if it is empty.  Raises: InvalidArgument."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 13 and int(text) <= _EPOCH_S_MAX):
+        raise InvalidArgument(f"invalid SOURCE_DATE_EPOCH: {text}: give seconds since 1970")
+    return int(text)
+
+
 def require_distinct_names(stages: Stages) -> None:
     """BuildKit takes the last of two stages with one name.  Raises: InvalidArgument, in the classic builder's words."""
     names = [stage.base.name for stage in stages.stages if stage.base.name]
@@ -88,7 +100,7 @@ def require_platform(platform: str) -> None:
 def carried_out(
     stages: Stages, request: BuildRequest, arguments: Mapping[str, str], budget: Budget
 ) -> Collection[int]:
-    """Return the stages that a build carries out: of the classic builder all.  Raises: InvalidArgument."""
+    """Return the stages that a build carries out.  The classic builder carries out all.  Raises: InvalidArgument."""
     if not request.is_buildkit:
         return range(len(stages.stages))
     return needed(stages, arguments, budget, {*request.images, *request.directories})
@@ -100,9 +112,9 @@ def needed(
     budget: Budget | None = None,
     contexts: Collection[str] = (),
 ) -> Collection[int]:
-    """Return the last stage and those that it is made from, as far as the Dockerfile says it.
+    """Return the last stage and the stages that it depends on by the Dockerfile.
 
-    A trigger of an image may name a further stage.
+    A trigger of a base image may use a further stage.
 
     Args:
         arguments: What FROM may use.

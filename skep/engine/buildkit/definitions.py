@@ -1,6 +1,6 @@
 """Results of builds as LLB definitions, which a client gives back as contexts (``target:`` of a bake file).
 
-A definition of this engine is one source operation that names an image by its id.  No other is read.
+A definition of this engine is one source operation that names an image by its id.  Other definitions are refused.
 
 Source: buildkit, solver/pb/ops.proto, client/llb/definition.go; buildx, build/build.go (waitContextDeps).
 """

@@ -9,7 +9,7 @@ from enum import Enum
 import msgspec
 
 from skep.engine.build.interface import StepLimits
-from skep.engine.build.targets import context_name
+from skep.engine.build.targets import context_name, parse_epoch
 from skep.engine.images.reference import Reference, parse_reference
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.model.container import Ulimit
@@ -19,8 +19,6 @@ _GATEWAY = "gateway.v0"
 
 _IGNORED = ("frontend.caps", "input-metadata:", "vcs:", "build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR")
 """Of no effect on the image: what a client can do, and where its files come from (of provenance, git contexts)."""
-_EPOCH_S_MAX = 253_402_300_799
-"""The end of the year 9999, which RFC 3339 can write."""
 _DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
 
 
@@ -140,7 +138,7 @@ def asked(frontend: str, attributes: Mapping[str, str], inputs: Mapping[str, str
         platform=left.pop("platform", ""),
         hostname=left.pop("hostname", "") or arguments.get("BUILDKIT_SANDBOX_HOSTNAME", ""),
         cache_namespace=arguments.get("BUILDKIT_CACHE_MOUNT_NS", ""),
-        epoch_s=_epoch(arguments.get("SOURCE_DATE_EPOCH", "")),
+        epoch_s=parse_epoch(arguments.get("SOURCE_DATE_EPOCH", "")),
         cache_sources=_cache_sources(left),
         cache_exports=("inline",) if _is_true(arguments.get("BUILDKIT_INLINE_CACHE", "")) else (),
         checks=arguments.get("BUILDKIT_DOCKERFILE_CHECK", ""),
@@ -187,15 +185,6 @@ def _refuse(left: dict[str, str], arguments: dict[str, str]) -> None:
 
 def _is_true(value: str) -> bool:
     return value.lower() in ("1", "t", "true")
-
-
-def _epoch(text: str) -> int | None:
-    """``SOURCE_DATE_EPOCH``; None: it is empty.  Raises: InvalidArgument."""
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 13 and int(text) <= _EPOCH_S_MAX):
-        raise InvalidArgument(f"invalid SOURCE_DATE_EPOCH: {text}: give seconds since 1970")
-    return int(text)
 
 
 def _use_cache(left: dict[str, str]) -> tuple[bool, tuple[str, ...]]:

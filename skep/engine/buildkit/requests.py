@@ -1,4 +1,4 @@
-"""What clients ask of a front end beside builds: checks, targets and arguments of a Dockerfile (``build --call``).
+"""Requests to a front end that do not build: checks, targets and arguments of a Dockerfile (``build --call``).
 
 Source: buildkit, frontend/subrequests (lint, outline, targets), frontend/dockerfile/dockerfile2llb/outline.go.
 """
@@ -29,11 +29,11 @@ _REQUESTS = {
 
 
 def findings(text: str, build: Asked, env_of: EnvOf, *, all_stages: bool = False) -> Sequence[Finding]:
-    """Return what the checks of a Dockerfile find.
+    """Return the findings of the checks of a Dockerfile.
 
     Args:
         env_of: Gives the variables of an image that is here.
-        all_stages: Whether stages that the target does not need are looked at as well.
+        all_stages: Whether to check stages that the target does not need.
 
     Raises: InvalidArgument: it cannot be read.
     """
@@ -48,7 +48,7 @@ def findings(text: str, build: Asked, env_of: EnvOf, *, all_stages: bool = False
 
 
 def findings_of_build(text: str, build: Asked, env_of: EnvOf) -> tuple[Sequence[Finding], str]:
-    """Return what the checks find before a build, and why that fails the build, if it does.
+    """Return the findings before a build, and the error if they fail the build.  Empty if they do not.
 
     Raises: InvalidArgument: the choice of checks cannot be read; Unimplemented: the Dockerfile has another language.
     """
@@ -59,13 +59,13 @@ def findings_of_build(text: str, build: Asked, env_of: EnvOf) -> tuple[Sequence[
     try:
         found = findings(text, build, env_of)
     except InvalidArgument:
-        return (), ""  # the build says it, where it comes to it
+        return (), ""  # the build fails with the reason when it gets there
     rules = ", ".join(dict.fromkeys(one.rule for one in found))
     return found, f"lint violation found for rules: {rules}" if choice.is_error and found else ""
 
 
 def answer(text: str, build: Asked, request: str, env_of: EnvOf) -> Mapping[str, bytes]:
-    """Return what a request of a client is answered with, as metadata of a result.
+    """Return the response to a request, as metadata of a result.
 
     Raises: Unimplemented: there is no such request; InvalidArgument: the Dockerfile cannot be read.
     """

@@ -308,7 +308,7 @@ class Solver:
         return result.image_id
 
     async def _answered(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
-        """What is asked for instead of a build.  Raises: SkepError."""
+        """Respond to a request that does not build.  Raises: SkepError."""
         client = await self._session_of(session, build.dockerfile)
         text = (await self._definition(job, client, build)).text
         env_of = await self._envs(text, build)
@@ -377,7 +377,7 @@ class Solver:
         return definition
 
     async def _check_text(self, job: Job, vertex: str, build: Asked, text: str) -> None:
-        """Warn of what the checks of the Dockerfile find.  Raises: InvalidArgument: its author wants it to fail."""
+        """Report findings of checks as warnings.  Raises: InvalidArgument: the checks are set to fail the build."""
         env_of = await self._envs(text, build)
         found, failure = await asyncio.to_thread(requests.findings_of_build, text, build, env_of)
         for one in found:

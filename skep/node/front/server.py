@@ -90,9 +90,11 @@ class _Properties(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DockerSocket(msgspec.Struct, frozen=True):
-    """The Docker Engine beside the node.  ``path``: its socket, None if there is no engine.
+    """Socket of the Docker Engine beside the node.
 
-    ``before_build``: Gives the engine the images that a build there may use.
+    Args:
+        path: None if there is no engine.
+        before_build: Copies the images that a build may use to the engine.
     """
 
     path: Path | None = None

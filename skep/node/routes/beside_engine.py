@@ -85,7 +85,7 @@ class _Beside:
         return handle
 
     def note_names(self, ours: Handler) -> Handler:
-        """Of images that are pulled, loaded, imported or tagged: those that change, and the one that is named."""
+        """Record the names that a pull, load, import or tag changes, and the name in the request."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             before, query = self._images.names(), request.query
