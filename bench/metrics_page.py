@@ -98,7 +98,7 @@ def _sources(usage: Usage) -> Sources:
     return Sources(
         node=nothing, events=nothing, conditions=nothing, session=nothing, load=nothing,
         data_plane=None, usage=usage, reads=nothing, membership=cast("Any", SimpleNamespace(is_manager=False)),
-        engine=None, exporter=None, reports=nothing,
+        engine=None, exporter=None, disks=nothing, reports=nothing,
     )  # fmt: skip
 
 

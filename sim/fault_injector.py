@@ -57,7 +57,7 @@ class FaultInjector:
             *(self._slow_machine, self._slow_member, self._slow_watch, self._slow_disk),
             *(self._lastingly_slow_disk, self._hanging_disk),
             *(self._most_nodes_lost, self._port_cut, self._port_cut, self._connections_reset),
-            *(self._member_restarts, self._disk_full, self._suspend),
+            *(self._member_restarts, self._disk_full, self._suspend, self._disk_fills),
             *(self._compaction, self._depose, self._depose, self._clock_jumps),
             *(self._fail_decisions, self._serve_stale_state, self._late_report),
             *(
@@ -204,6 +204,17 @@ class FaultInjector:
                 self._cluster.kill_node(id, keeps_containers=True)
                 self._cluster.start_node(id)
             self._begin("disk full", [id], disk.make_room)
+
+    def _disk_fills(self) -> None:
+        """Containers fill a node's disk, which asks for no new tasks until there is space."""
+        if id := self._victim(self._cluster.workers):
+            node = self._cluster.nodes[id]
+            node.has_full_disk = True
+
+            def empty() -> None:
+                node.has_full_disk = False
+
+            self._begin("disk fills", [id], empty, (6.0, 20.0, 60.0))
 
     def _without_power(self, ids: Sequence[NodeId]) -> Undo:
         """The machines stop without closing their connections."""

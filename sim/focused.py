@@ -2,12 +2,12 @@
 
 ``allocations``: services and networks are created and removed, some with the same subnet.  ``sessions``: managers fail,
 nodes change their manager, and replicas lag.  ``reports``: tasks end while nothing can be written, for less time than
-their sessions last.  ``volumes``: tasks with local volumes end, and their nodes go and come.  Then all faults end, and
-the cluster must converge.
+their sessions last.  ``volumes``: tasks with local volumes end, and their nodes go and come.  ``disks``: disks of nodes
+fill and empty.  Then all faults end, and the cluster must converge.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from random import Random
 
@@ -17,6 +17,7 @@ from sim.cluster import SimulatedCluster
 from sim.committed import Change
 from sim.run import RunResult
 from skep.agent.executor.simulated import Behaviour
+from skep.agent.session import DESCRIPTION_CHECK_S
 from skep.errors import SkepError
 from skep.manager.control.networks import remove_network
 from skep.model.container import ContainerSpec, Mount
@@ -52,6 +53,9 @@ HANGS_S = (5.5, 9.0)
 """Longer than a write is waited for."""
 REPLICAS = 3
 VOLUME_STEPS = 8
+DISK_STEPS = 6
+REPORTED_S = DESCRIPTION_CHECK_S
+"""A node describes itself again after so long."""
 SETTLED_S = 15.0
 """Longer than what the rule on local volumes lets pass."""
 
@@ -131,6 +135,58 @@ def volumes(seed: int) -> RunResult:
             cluster.set_availability(id, Availability.ACTIVE)
         _until(cluster, lambda: [one for one in names if cluster.containers(one) < REPLICAS], "do not run")
         return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+def disks(seed: int) -> RunResult:
+    """Disks of nodes fill and empty while tasks end and the service is scaled, until all are full, and then none."""
+    random = Random(seed)
+    with SimulatedCluster(managers=1, workers=4, seed=seed) as cluster:
+        id = cluster.create(a_spec_of("web"))
+        _until(cluster, lambda: range(cluster.containers("web"), REPLICAS), "do not run")
+        for _ in range(DISK_STEPS):
+            _fill(cluster, [one for one in cluster.workers if random.random() < 0.5])
+            if running := _running(cluster):
+                cluster.kill_container(random.choice(running))
+            _scale(cluster, id, random.randint(REPLICAS, 2 * REPLICAS))
+            cluster.run_for(random.uniform(1.0, 2 * REPORTED_S))
+        _fill(cluster, ())
+        _scale(cluster, id, REPLICAS)
+        cluster.run_for(2 * REPORTED_S)
+        _until(cluster, lambda: range(cluster.containers("web"), REPLICAS), "do not run")
+        _fill(cluster, cluster.workers)
+        cluster.run_for(2 * REPORTED_S)
+        _scale(cluster, id, 2 * REPLICAS)
+        cluster.kill_container(random.choice(_running(cluster)))
+        cluster.run_for(WELL_S)
+        found = cluster.containers("web")
+        if found != REPLICAS:
+            cluster.observer.note(cluster.loop.time(), [f"{found} tasks run on full nodes, not {REPLICAS}"])
+        _fill(cluster, ())
+        _until(cluster, lambda: range(cluster.containers("web"), 2 * REPLICAS), "do not run")
+        return RunResult(seed, list(cluster.observer.violations), cluster.trace.lines())
+
+
+# -- of disks ------------------------------------------------------------------------------------------------------
+
+
+def _fill(cluster: SimulatedCluster, full: Collection[NodeId]) -> None:
+    """Let exactly these nodes have full disks."""
+    cluster.trace.add(f"disks of {','.join(full) or 'no node'} are full")
+    for id in cluster.workers:
+        cluster.nodes[id].has_full_disk = id in full
+
+
+def _scale(cluster: SimulatedCluster, id: ServiceId, replicas: int) -> None:
+    def scale(tx: Transaction) -> None:
+        service = tx.get(Service, id)
+        mode = ServiceMode(replicated=ReplicatedService(replicas=replicas))
+        tx.put(replace(service, spec=replace(service.spec, mode=mode)))
+
+    cluster.write(scale)
+
+
+def _running(cluster: SimulatedCluster) -> list[Task]:
+    return [one for one in cluster.tasks("web") if one.status.state is TaskState.RUNNING]
 
 
 # -- of allocations ------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.quotas import quota_of
 from skep.manager.scheduler import dependencies as scheduler_dependencies
-from skep.manager.scheduler import requirements, spread
+from skep.manager.scheduler import filters, requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.returning import Returning
 from skep.model.assignment import AssignmentSet
@@ -330,11 +330,11 @@ def _forgets_removed_networks() -> list[Patch]:
 def _counts_moves() -> list[Patch]:
     real = restart.should_restart
 
-    def counting(task: Task, slot: Slot, seen: observed_times.ObservedTimes) -> bool:
+    def counting(task: Task, slot: Slot, seen: observed_times.ObservedTimes, most: int = 0) -> bool:
         policy = task.spec.restart_policy
         made = [one for one in slot if one.spec_version == task.spec_version]
         is_over = policy is not None and policy.max_attempts and len(made) > policy.max_attempts
-        return real(task, slot, seen) and not is_over
+        return real(task, slot, seen, most) and not is_over
 
     return [Patch(restart, "should_restart", counting)]
 
@@ -373,6 +373,14 @@ def _keeps_no_nodes() -> list[Patch]:
 
 def _never_given_up() -> list[Patch]:
     return [Patch(jobs, "_is_given_up", lambda slot, situation: False)]
+
+
+def _ignores_disks() -> list[Patch]:
+    return [Patch(filters, "DISK_PRESSURE_LABEL", "")]
+
+
+def _tries_runs_without_end() -> list[Patch]:
+    return [Patch(situation, "max_attempts_of", lambda labels: 0)]
 
 
 def _waits_for_nothing() -> list[Patch]:
@@ -568,6 +576,8 @@ MUTANTS: tuple[Mutant, ...] = (
         _waits_for_nothing,
         run.extended,
     ),
+    Mutant("full disks", "a node whose disk is full gets no new tasks", _ignores_disks, focused.disks),
+    Mutant("run attempts", "a scheduled run has a limit of attempts", _tries_runs_without_end, run.extended),
     *(
         Mutant(name, rule, patches, focused.allocations)
         for name, rule, patches in (

@@ -31,6 +31,7 @@ from skep.aio.race import wait_first
 from skep.dataplane.tables.files import StoredTables
 from skep.dataplane.tables.network_tables import NetworkTables
 from skep.model.autoscaling import TaskUsage
+from skep.model.conditions import DISK_PRESSURE_LABEL
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.slot_volumes import SLOT_VOLUMES_LABEL, SlotVolume, created_ms, slot_volumes_label
@@ -85,6 +86,8 @@ class SimulatedNode:
         self._registered: asyncio.Event | None = None
         self.volumes = SimulatedVolumes(self._users_of_volumes, clock)
         """The cluster volumes of the running process."""
+        self.has_full_disk = False
+        """Whether containers have used up the node's disk, so that it asks for no new tasks."""
         self.slot_volumes: dict[tuple[str, str, int], int] = {}
         """Local volumes with the services and slots that have used them, and the creation of the last task."""
 
@@ -172,11 +175,15 @@ class SimulatedNode:
                 self.slot_volumes[name, assigned.service_name, task.slot] = created_ms(task)
 
     def _describe(self) -> NodeDescription:
-        if not self.slot_volumes:
+        if not self.slot_volumes and not self.has_full_disk:
             return self._description
-        found = (SlotVolume(*key, at_ms) for key, at_ms in self.slot_volumes.items())
+        found = [SlotVolume(*key, at_ms) for key, at_ms in self.slot_volumes.items()]
         engine = self._description.engine
-        labels = {**engine.labels, SLOT_VOLUMES_LABEL: slot_volumes_label(found)}
+        labels = dict(engine.labels)
+        if found:
+            labels[SLOT_VOLUMES_LABEL] = slot_volumes_label(found)
+        if self.has_full_disk:
+            labels[DISK_PRESSURE_LABEL] = "the disk is full"
         return replace(self._description, engine=replace(engine, labels=labels))
 
     def _users_of_volumes(self) -> Iterable[Task]:

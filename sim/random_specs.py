@@ -23,7 +23,7 @@ from skep.model.labels import (
     VOLUMES,
     VolumePolicy,
 )
-from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE
+from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_MAX_ATTEMPTS
 from skep.model.service import (
     EndpointSpec,
     GlobalJob,
@@ -282,6 +282,8 @@ def _a_schedule(spec: ServiceSpec, random: Random, known: Dependencies) -> Servi
         labels[CRON_CONCURRENCY] = "replace"
     if random.random() < 0.5:
         labels[CRON_DEADLINE] = "20s"
+    if random.random() < 0.3:
+        labels[CRON_MAX_ATTEMPTS] = str(random.randint(1, 2))
     return with_labels(spec, labels)
 
 

@@ -72,6 +72,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "containers"
 
     @property
+    def written(self) -> tuple[Path, ...]:
+        """Directories that new tasks need space in; each may be a file system of its own."""
+        return self.data, self.images, self.containers, self.volumes
+
+    @property
     def processes(self) -> Path:
         """State of tasks that are plain commands (executor process)."""
         return self.data / "processes"

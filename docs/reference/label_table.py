@@ -37,7 +37,16 @@ from skep.model.labels import (
     WORKER_READS,
 )
 from skep.model.rights import ALLOW_LABEL, API_LABEL, CDI_LABEL, DEVICES_LABEL
-from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND, CRON_TIME_ZONE
+from skep.model.schedules import (
+    CRON,
+    CRON_CONCURRENCY,
+    CRON_DEADLINE,
+    CRON_MAX_ATTEMPTS,
+    CRON_SUSPEND,
+    CRON_TIME_ZONE,
+    MAX_ATTEMPTS_DEFAULT,
+    MAX_ATTEMPTS_MAX,
+)
 from skep.model.secret_env import SECRET_ENV_LABEL
 from skep.model.slot_volumes import FORGOTTEN_LABEL, SLOT_VOLUMES_LABEL
 
@@ -161,6 +170,14 @@ LABELS = (
         "`true`, `false`",
         "`false`",
         "`true`: the schedule is paused; what is due meanwhile is not caught up",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        CRON_MAX_ATTEMPTS,
+        f"`0` to `{MAX_ATTEMPTS_MAX}`",
+        f"`{MAX_ATTEMPTS_DEFAULT}`",
+        "how often a failed task of a run is started again before the run fails, if the restart policy has no "
+        "`max_attempts`; `0`: no limit",
     ),
     Label(
         LabelTarget.SERVICE,
@@ -497,7 +514,8 @@ LABELS = (
         "skep.condition.NAME",
         "a sentence",
         "",
-        "something is wrong with the node: `apparmor`, `description`, `disk`, `disk-full`, `encrypted-networks`, "
+        "something is wrong with the node: `apparmor`, `description`, `disk`, `disk-full`, `disk-pressure`, "
+        "`disk-space`, `encrypted-networks`, "
         "`images`, `manager`, `neighbours`, `networks`, `no-manager`, `restore`, `swarm`",
     ),
     Label(

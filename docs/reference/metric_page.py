@@ -53,6 +53,7 @@ _LABELS = {
     "skep_dns_responses_total": ("source", "code"),
     "skep_service_running_tasks": ("service",),
     "skep_service_desired_tasks": ("service",),
+    "skep_job_last_run_failed": ("service",),
     "process_cpu_seconds_total": ("process",),
     "process_resident_memory_bytes": ("process",),
     "process_open_fds": ("process",),

@@ -14,6 +14,7 @@ from sim.invariants.containers import Containers
 from sim.invariants.damping import DecisionsAreStable
 from sim.invariants.dependencies import DependenciesComeFirst
 from sim.invariants.disconnection import DisconnectPolicies
+from sim.invariants.disks import FullNodesGetNoNewTasks
 from sim.invariants.failures import FailedServices
 from sim.invariants.liveness import NoFalseDown
 from sim.invariants.placement import global_jobs_run_once
@@ -113,6 +114,7 @@ class Observer:
             UniqueAllocations(),
             networks_are_apart,
             LocalVolumesStay(),
+            FullNodesGetNoNewTasks(),
             AutoscalingIsCalm(),
             self.due_times,
             RunsKeepTheirNodes(),

@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from sim.committed import Change
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
-from skep.model.schedules import CRON, CRON_DEADLINE, CRON_SUSPEND, same_schedule
-from skep.model.service import JobStart, JobStatus, Service
+from skep.model.schedules import CRON, CRON_DEADLINE, CRON_MAX_ATTEMPTS, CRON_SUSPEND, same_schedule
+from skep.model.service import JobStart, JobStatus, RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
 from skep.store.interface import Created, Deleted, Updated, View
+from skep.store.kinds import spec_of
 
 DECIDED_S = 10.0
 """A due time that is so long ago is decided, if a leader was there since."""
@@ -136,7 +137,7 @@ def _differs(before: Node, node: Node) -> bool:
 
 
 class RetriesAreBounded:
-    """A slot of a job's run, or of its retry, has no more failures than its policy allows attempts."""
+    """A slot of a job's run, or of its retry, has no more failures than its policy or its schedule allows attempts."""
 
     def __init__(self) -> None:
         self._failures: Counter[tuple[ServiceId, int, int | NodeId]] = Counter()
@@ -153,19 +154,26 @@ class RetriesAreBounded:
                 case Updated(Task() as was, Task() as task) if (
                     task.job_iteration is not None and was.is_wanted and _fails(was, task)
                 ):
-                    yield from self._failed(task)
+                    yield from self._failed(task, view)
                 case Deleted(Service() as service):
                     self._since.pop(service.id, None)
 
-    def _failed(self, task: Task) -> Iterable[str]:
+    def _failed(self, task: Task, view: View) -> Iterable[str]:
         assert task.job_iteration is not None
-        policy = task.spec.restart_policy
-        if task.id in self._since.get(task.service_id, ()) or policy is None or not policy.max_attempts:
+        policy = task.spec.restart_policy or RestartPolicy()
+        most = policy.max_attempts or _attempts_of_schedule(task, view)
+        if task.id in self._since.get(task.service_id, ()) or not most:
             return
         key = (task.service_id, task.job_iteration.index, task.slot or task.node_id)
         self._failures[key] += 1
-        if self._failures[key] > policy.max_attempts + 1 and not policy.window:
-            yield f"slot {key} has failed {self._failures[key]} times, with {policy.max_attempts} attempts"
+        if self._failures[key] > most + 1 and not (policy.max_attempts and policy.window):
+            yield f"slot {key} has failed {self._failures[key]} times, with {most} attempts"
+
+
+def _attempts_of_schedule(task: Task, view: View) -> int:
+    """Of the spec that the run has begun with; 0: that has no schedule."""
+    spec = spec_of(view, task)
+    return int(spec.labels.get(CRON_MAX_ATTEMPTS, 6)) if spec is not None and CRON in spec.labels else 0
 
 
 def _is_retried(old: Service, new: Service) -> bool:

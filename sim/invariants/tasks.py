@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from math import inf
 
 from sim.committed import Change
+from sim.invariants.disks import has_full_disk
 from sim.invariants.placement import constraints_of, host_ports, meets
 from skep.manager.orchestrator.slots import age
 from skep.model.ids import NodeId, ServiceId, TaskId
@@ -134,7 +135,9 @@ class TasksAreSpread:
                 case Created(Node()):
                     self._changed_at = change.time_s
                 case Updated(Node() as before, Node() as after) if (
-                    before.spec != after.spec or before.status.state != after.status.state
+                    before.spec != after.spec
+                    or before.status.state != after.status.state
+                    or has_full_disk(before) != has_full_disk(after)
                 ):
                     self._changed_at = change.time_s
                 case Updated(Task() as old, Task() as new) if not old.node_id and new.node_id:
@@ -160,7 +163,11 @@ class TasksAreSpread:
         copies = Counter(one.node_id for one in (*staying, *unseen) if one.node_id)
         lasting = Counter(one.node_id for one in staying if newest[one.slot] == one.id)
         unreadable = self._unreadable()
-        nodes = [node.id for node in view.find(Node) if _takes_tasks(node) and node.id not in unreadable]
+        nodes = [
+            node.id
+            for node in view.find(Node)
+            if _takes_tasks(node) and not has_full_disk(node) and node.id not in unreadable
+        ]
         if not nodes:
             return
         least = min(copies[id] for id in nodes)

@@ -130,6 +130,12 @@ SETTINGS = (
         reloads=True,
     ),
     Setting(
+        name="disk-full",
+        help="percent of the data directory's disk from which on the node gets no new tasks; 0: it always does (95)",
+        read=values.percent,
+        reloads=True,
+    ),
+    Setting(
         name="image-port",
         help="TCP port where other nodes fetch images from this one (2374, or a free one if that is taken)",
         read=values.port,

@@ -31,7 +31,7 @@ from skep.model.encoding import ApiObject, always
 from skep.model.network import Network
 from skep.model.node import CutOff, FailingPath, Node, NodeState
 from skep.model.secret import Config, Secret
-from skep.model.service import Service, UpdateState
+from skep.model.service import JobStatus, Service, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, unix_ns
@@ -423,6 +423,9 @@ def _service_changes(old: Service, new: Service) -> dict[str, str]:
             changes["updatestate.new"] = _update_word(state)
         else:
             changes |= _changed("updatestate", _update_word(before), _update_word(state))
+    before_run, run = old.job_status or JobStatus(), new.job_status or JobStatus()
+    if run.present_outcome != before_run.present_outcome and run.present_outcome:
+        changes["run.outcome"] = run.present_outcome
     return changes
 
 

@@ -145,9 +145,23 @@ def outcome(view: View, service: Service) -> str:
 
 
 def result(run: Service, slots: Iterable[Iterable[Task]]) -> str:
-    """How the ``run`` of a global job ended, whose tasks have all ended.  A scheduled one without a node has failed."""
+    """How the ``run`` of a job ended, whose tasks have all ended.
+
+    ``slots``: all of them.  A scheduled run of a global job without a node has failed.
+    """
     done = [_is_done(slot) for slot in slots]
     return COMPLETED if all(done) and (done or not is_fixed(run)) else FAILED
+
+
+def has_last_failed(service: Service) -> bool:
+    """Whether the last run of a job that has ended failed; not one that is going again since a user retried it."""
+    job = service.job_status
+    if job is None:
+        return False
+    if job.present_outcome or job.schedule is None:
+        return job.present_outcome == FAILED
+    past = [one for one in job.schedule.starts if one.outcome in (COMPLETED, FAILED)]
+    return bool(past) and past[-1].outcome == FAILED
 
 
 def is_fixed(run: Service) -> bool:
@@ -162,7 +176,7 @@ def is_over(run: Service) -> bool:
 
 
 def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> JobStatus | None:
-    """Return the status of a global job whose run has its nodes or is over; the present one if neither is true.
+    """Return the status of a job whose run is over or, of a global one, has its nodes; the present one if neither is.
 
     Args:
         is_late: whether no further node may start the run.
@@ -171,6 +185,9 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
     job, slots = run.job_status, _slots(view, service)
     if job is None:
         return None
+    if run.spec.mode.replicated_job is not None:
+        ending = outcome(view, service) if is_over else job.present_outcome
+        return replace(job, outcome=ending, settled_iteration=job.job_iteration) if ending else job
     ended = {id for id, slot in slots.items() if not any(map(_is_to_go_on, slot))}
     candidates = [node.id for node in nodes_of(run, tasks, view.find(Node)) if is_candidate(node, run)]
     started = {task.node_id for task in tasks if task.job_iteration == job.job_iteration}
@@ -179,8 +196,8 @@ def settled(view: View, service: Service, *, is_over: bool, is_late: bool) -> Jo
     is_idle = len(ended) == len(slots) and (
         is_late or all(_is_done(slots.get(id, ())) or _is_given_up(slots.get(id, ())) for id in candidates)
     )
-    outcome = result(run, slots.values()) if is_over and is_idle else job.present_outcome
-    return replace(job, nodes_fixed=is_fixed(run), outcome=outcome, settled_iteration=job.job_iteration)
+    ending = result(run, slots.values()) if is_over and is_idle else job.present_outcome
+    return replace(job, nodes_fixed=is_fixed(run), outcome=ending, settled_iteration=job.job_iteration)
 
 
 def _is_to_go_on(task: Task) -> bool:

@@ -15,6 +15,8 @@ from skep.api.process_metrics import process_families
 from skep.errors import SkepError
 from skep.manager.autoscaling.loop import AutoscalingCounts
 from skep.manager.informer import batches_of
+from skep.manager.job_runs import has_last_failed
+from skep.manager.orchestrator.slots import DoneSlots
 from skep.manager.starting_tasks import StartingTasks
 from skep.model.ids import ServiceId
 from skep.model.network import Network
@@ -79,8 +81,11 @@ class ClusterMetrics:
         states: Counter[str] = Counter({state.value: 0 for state in TaskState})
         running: Counter[ServiceId] = Counter()
         wanted: Counter[ServiceId] = Counter()
+        slots, one_shots = DoneSlots(), set(_one_shots(self._store.view().find(Service)))
         for piece in batches_of(self._store.view, Task):
             for task in piece:
+                if task.service_id in one_shots:
+                    slots.add(task)
                 states[task.status.state.value] += 1
                 if task.is_wanted:
                     wanted[task.service_id] += 1
@@ -96,7 +101,8 @@ class ClusterMetrics:
             gauge("swarm_manager_networks_total", "The number of networks.", len(view.ids(Network))),
             gauge("swarm_manager_secrets_total", "The number of secrets.", len(view.ids(Secret))),
             gauge("swarm_manager_configs_total", "The number of configs.", len(view.ids(Config))),
-            *service_families(services, running, wanted),
+            *service_families(services, running, wanted, Counter(id for id, _ in slots.done())),
+            job_family(services),
             self._starts.histogram.family(
                 "skep_task_start_seconds", "From the creation of a task until it runs, as this manager sees it."
             ),
@@ -152,11 +158,22 @@ def _node_states(nodes: Iterable[Node]) -> Mapping[str, float]:
 
 
 def service_families(
-    services: Iterable[Service], running: Mapping[ServiceId, int], wanted: Mapping[ServiceId, int]
+    services: Iterable[Service],
+    running: Mapping[ServiceId, int],
+    wanted: Mapping[ServiceId, int],
+    done: Mapping[ServiceId, int],
 ) -> list[Family]:
-    """How many tasks of each service run, and how many should; jobs, whose tasks end, are left out."""
+    """How many tasks of each service run, and how many should; jobs, whose tasks end, are left out.
+
+    Args:
+        done: slots of replicated one-shot services that are done.  They should not run.
+    """
     rows = [
-        (label_text({"service": one.spec.name}), running.get(one.id, 0), _desired(one, wanted))
+        (
+            label_text({"service": one.spec.name}),
+            running.get(one.id, 0),
+            max(_desired(one, wanted) - done.get(one.id, 0), 0),
+        )
         for one in services
         if one.spec.mode.replicated_job is None and one.spec.mode.global_job is None
     ]
@@ -174,6 +191,29 @@ def service_families(
             [Sample(labels, count) for labels, _, count in rows],
         ),
     ]
+
+
+def job_family(services: Iterable[Service]) -> Family:
+    """Whether the last run of each job that has ended failed."""
+    return Family(
+        "skep_job_last_run_failed",
+        "gauge",
+        "Whether the last run of the job that has ended failed.",
+        [
+            Sample(label_text({"service": one.spec.name}), int(has_last_failed(one)))
+            for one in services
+            if one.job_status is not None
+        ],
+    )
+
+
+def _one_shots(services: Iterable[Service]) -> Iterable[ServiceId]:
+    """Ids of the replicated services whose tasks end on success; of a global one only wanted tasks count anyway."""
+    return (
+        one.id
+        for one in services
+        if one.spec.mode.replicated is not None and one.spec.task_template.ends_on_success
+    )
 
 
 def _desired(service: Service, wanted: Mapping[ServiceId, int]) -> int:

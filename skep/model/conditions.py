@@ -7,6 +7,10 @@ from skep.model.node import NodeDescription
 _PREFIX: Final = "skep.condition."
 NEIGHBOURS: Final = "neighbours"
 """The kernel's neighbour table overflows."""
+DISK_SPACE: Final = "disk-space"
+"""A disk of the node, or one that its containers write to, is nearly full."""
+DISK_PRESSURE: Final = "disk-pressure"
+"""The node's own disk is full: it gets no new tasks."""
 CHARACTERS_MAX: Final = 300
 CONDITIONS_MAX: Final = 16
 
@@ -21,11 +25,19 @@ def is_condition(label: str) -> bool:
     return label.startswith(_PREFIX)
 
 
+DISK_PRESSURE_LABEL: Final = condition_label(DISK_PRESSURE)
+
+
 def condition_messages(description: NodeDescription) -> tuple[str, ...]:
     """The conditions that a node reports, by name; limited in number and length."""
     labels = description.engine.labels
     named = sorted(filter(is_condition, labels))[:CONDITIONS_MAX]
     return tuple(labels[name][:CHARACTERS_MAX] for name in named)
+
+
+def disk_pressure(description: NodeDescription) -> str:
+    """Return why the node gets no new tasks for its full disk; empty: it does."""
+    return description.engine.labels.get(DISK_PRESSURE_LABEL, "")[:CHARACTERS_MAX]
 
 
 def network_conditions(description: NodeDescription) -> tuple[str, ...]:

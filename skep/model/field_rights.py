@@ -65,7 +65,7 @@ from skep.model.network import (
 from skep.model.network import ConfigReference as NetworkConfigReference
 from skep.model.planes import PLANE_OPTION
 from skep.model.rights import RIGHT_LABELS
-from skep.model.schedules import CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND, CRON_TIME_ZONE
+from skep.model.schedules import SCHEDULE_LABELS
 from skep.model.secret import ConfigSpec, SecretSpec
 from skep.model.secret_env import SECRET_ENV_LABEL
 from skep.model.service import (
@@ -176,7 +176,7 @@ def _of_node(*names: str) -> dict[str, Field]:
 SERVICE_LABELS: Final[Mapping[str, Field]] = {
     **_in_container(
         *(AUTOSCALE, AUTOSCALE_CPU, AUTOSCALE_DOWN_AFTER, AUTOSCALE_MEMORY),
-        *(CRON, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND, CRON_TIME_ZONE),
+        *SCHEDULE_LABELS,
         *(DRAIN, JOB_TTL, LAST_LINES, ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE),
         *(PUBLISH_NOT_READY, VOLUMES),
         *(f"{PUBLISH_LABEL}{option}" for option in ("affinity", "local", "proxy-protocol")),

@@ -26,13 +26,25 @@ CRON_TIME_ZONE: Final = "skep.cron.time-zone"
 CRON_CONCURRENCY: Final = "skep.cron.concurrency"
 CRON_DEADLINE: Final = "skep.cron.deadline"
 CRON_SUSPEND: Final = "skep.cron.suspend"
-SCHEDULE_LABELS: Final = (CRON, CRON_TIME_ZONE, CRON_CONCURRENCY, CRON_DEADLINE, CRON_SUSPEND)
+CRON_MAX_ATTEMPTS: Final = "skep.cron.max-attempts"
+SCHEDULE_LABELS: Final = (
+    CRON,
+    CRON_TIME_ZONE,
+    CRON_CONCURRENCY,
+    CRON_DEADLINE,
+    CRON_SUSPEND,
+    CRON_MAX_ATTEMPTS,
+)
 
 JOB_MODES: Final = ("replicated-job", "global-job")
 EXPRESSIONS_MAX: Final = 10
 CHARACTERS_MAX: Final = 250
 """Of one expression."""
 DEADLINE_S_MAX: Final = 365 * 24 * 3600.0
+MAX_ATTEMPTS_DEFAULT: Final = 6
+"""Kubernetes' ``backoffLimit``: without a limit a command that always fails holds up all later runs."""
+MAX_ATTEMPTS_MAX: Final = 1000
+"""So many tasks may stay in the history of each slot while the run goes on."""
 _FIELDS: Final = {
     "Bad minute": "minute (0 to 59)",
     "Bad hour": "hour (0 to 23)",
@@ -66,13 +78,18 @@ class Concurrency(Enum):
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """When a job runs.  ``deadline_s``: how late a run may start; None: there is no limit."""
+    """When a job runs.
+
+    ``deadline_s``: how late a run may start; None: there is no limit.  ``max_attempts``: how often a failed task of a
+    run is started again, if the restart policy sets no limit; 0: there is none.
+    """
 
     expressions: tuple[str, ...]
     zone: tzinfo = UTC
     concurrency: Concurrency = Concurrency.FORBID
     deadline_s: float | None = None
     is_suspended: bool = False
+    max_attempts: int = MAX_ATTEMPTS_DEFAULT
 
     def next_after(self, after_s: int) -> int | None:
         """The first due time after ``after_s``, both in seconds since the epoch; None: there is none.
@@ -128,6 +145,17 @@ def schedule_of(labels: Mapping[str, str]) -> Schedule | None:
         return None
 
 
+def max_attempts_of(labels: Mapping[str, str]) -> int:
+    """Return how often a failed task of a job is started again if its restart policy sets no limit; 0: no limit.
+
+    A job without a schedule has no limit, as in Docker.
+    """
+    if CRON not in labels:
+        return 0
+    schedule = schedule_of(labels)
+    return schedule.max_attempts if schedule is not None else MAX_ATTEMPTS_DEFAULT
+
+
 def same_schedule(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether the labels of a service before and after an update mean the same times."""
     return all(one.get(label) == other.get(label) for label in SCHEDULE_LABELS)
@@ -166,6 +194,7 @@ def _parsed(
     concurrency: str | None,
     deadline: str | None,
     suspend: str | None,
+    max_attempts: str | None,
 ) -> Schedule:
     texts = [text.strip() for text in (cron or "").split(";")]
     if len(texts) > EXPRESSIONS_MAX:
@@ -178,6 +207,7 @@ def _parsed(
         concurrency=_concurrency(concurrency),
         deadline_s=_deadline_s(deadline),
         is_suspended=_is_suspended(suspend),
+        max_attempts=_max_attempts(max_attempts),
     )
 
 
@@ -255,3 +285,13 @@ def _is_suspended(word: str | None) -> bool:
     if word is None or word.lower() in ("true", "false"):
         return (word or "").lower() == "true"
     raise InvalidArgument(f"invalid label {CRON_SUSPEND}={word}: want true or false")
+
+
+def _max_attempts(text: str | None) -> int:
+    if text is None:
+        return MAX_ATTEMPTS_DEFAULT
+    if text.isascii() and text.isdecimal() and len(text) <= 4 and int(text) <= MAX_ATTEMPTS_MAX:
+        return int(text)
+    raise InvalidArgument(
+        f"invalid label {CRON_MAX_ATTEMPTS}={text}: want a number from 1 to {MAX_ATTEMPTS_MAX}, or 0 for no limit"
+    )

@@ -5,6 +5,7 @@ by a few seconds at most, and its part of the response is missing.
 """
 
 from collections.abc import AsyncIterable, Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -138,3 +139,10 @@ def _merged(engine: DockerEngine, ours: Any) -> Handler:
         return json_response(sorted(containers, key=lambda one: int(one.get("Created", 0)), reverse=True))
 
     return list_containers
+
+
+def docker_engine_at(socket: Path | None) -> DockerEngine | None:
+    """The machine's Docker Engine at the socket that the configuration names; None: it names none."""
+    return (
+        DockerEngine(Client.local(socket, f"the Docker Engine at {socket}")) if socket is not None else None
+    )

@@ -29,6 +29,7 @@ from skep.model.paths import PathReport
 from skep.node import info
 from skep.node.cluster_reads import ClusterReads
 from skep.node.conditions import Conditions
+from skep.node.disk_space import Space
 from skep.node.events import NodeEvents
 from skep.node.local import LocalNode
 from skep.node.membership import Membership
@@ -57,6 +58,7 @@ class Sources(NamedTuple):
     reads: ClusterReads
     membership: Membership
     exporter: TraceExporter | None
+    disks: Callable[[], Sequence[Space]]
     reports: Callable[[], int]
     """Statuses of tasks that wait for a session."""
 
@@ -118,6 +120,7 @@ class NodeMetrics:
                 "skep_node_condition", "gauge", "What is wrong with the node.", "condition",
                 dict.fromkeys(one.conditions.present(), 1),
             ),
+            *disk_families(one.disks()),
             *(network_families(plane.repairs.counts, plane.prober.reports) if plane is not None else ()),
             gauge("skep_node_reports_waiting", "Statuses of tasks that are not sent to a manager yet.", one.reports()),
             *process_families("node", self._lag),
@@ -204,6 +207,24 @@ def member_families(member: LocalNode | None) -> list[Family]:
         return []
     ids = label_text({"node_id": member.node_id, "swarm_id": member.cluster_id})
     return [Family("swarm_node_info", "gauge", "The node and its cluster.", [Sample(ids, 1)])]
+
+
+def disk_families(disks: Sequence[Space]) -> list[Family]:
+    """How full the disks are that the node and its containers write to."""
+    used = {one.path: round(one.used_percent / 100, 4) for one in disks}
+    inodes = {one.path: round(one.inodes_percent / 100, 4) for one in disks}
+    free = {one.path: one.free_bytes for one in disks}
+    return [
+        by_label(
+            "skep_disk_used_ratio",
+            "gauge",
+            "Used share of a disk of the node or its containers, without what only root may use.",
+            "path",
+            used,
+        ),
+        by_label("skep_disk_inodes_used_ratio", "gauge", "Used share of its inodes.", "path", inodes),
+        by_label("skep_disk_free_bytes", "gauge", "Free for processes without privileges.", "path", free),
+    ]
 
 
 def dns_families(listing: Listing) -> list[Family]:

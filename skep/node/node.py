@@ -77,7 +77,8 @@ from skep.node.container_access import tunnel_host
 from skep.node.container_apis.server import ContainerApis
 from skep.node.description import NodeDescriber, has_overlays, port_labels, volume_labels
 from skep.node.disk_check import DiskCheck
-from skep.node.docker_engine import DockerEngine
+from skep.node.disk_space import DiskSpace
+from skep.node.docker_engine import docker_engine_at
 from skep.node.engine_images import EngineImages
 from skep.node.environment import Environment
 from skep.node.events import NodeEvents
@@ -129,7 +130,7 @@ class Node:
         self._clock = environment.clock
         self._random = environment.random.random
         self._manager_api = Client.local(self._paths.manager_socket, "the manager of this node")
-        self._docker = _docker_engine(configuration)
+        self._docker = docker_engine_at(configuration.engine_socket)
         self._events = NodeEvents(self._clock)
         self._session = SessionState(
             self._clock, LastSeenFile(self._paths.last_seen, self._clock.since_boot, boot_id())
@@ -163,6 +164,9 @@ class Node:
             reader_of(environment.machine, Cgroups(configuration.cgroup_parent)), self._clock
         )
         containers = self._engine.list if self._engine is not None else tuple
+        self._disk_space = DiskSpace(
+            self._paths.written, containers, lambda: self._configuration, environment.conditions, self._clock
+        )
         self._usages = TaskUsageMeter(containers, Cgroups(configuration.cgroup_parent), self._clock)
         self._offers = OfferReader(self._clock, lambda: self._configuration)
         self._describer = NodeDescriber(
@@ -188,6 +192,7 @@ class Node:
             run(self._environment.processes.net.run, "net process")
             await self._open_apis(stack)
             run(await self._offers.begun(), "offers of the machine")
+            run(await self._disk_space.begun(), "disk space")
             if self._engine is not None:
                 await self._engine.images.open()
                 await asyncio.to_thread(self._engine.volumes.open)
@@ -482,6 +487,7 @@ class Node:
                 reads=self._system.reads,
                 membership=self._membership,
                 exporter=self._exporter,
+                disks=lambda: self._disk_space.disks,
                 reports=partial(len, self._reports),
             ),
             self._clock,
@@ -590,10 +596,3 @@ def _encryption(features: Features, setting: str) -> Method | Refusal:
     if reasons := reasons_for_fallback(features, setting):
         log.info("encrypted networks use wireguard-go, not the kernel's WireGuard", reason=reasons)
     return choose(features, setting)
-
-
-def _docker_engine(configuration: Configuration) -> DockerEngine | None:
-    """The machine's Docker Engine, where the configuration names its socket."""
-    if (socket := configuration.engine_socket) is None:
-        return None
-    return DockerEngine(Client.local(socket, f"the Docker Engine at {socket}"))

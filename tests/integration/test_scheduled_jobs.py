@@ -88,3 +88,20 @@ def test_two_schedules_survive_the_loss_of_their_leader_without_a_doubled_or_mis
         lines = [one for one in skep(other, "runs", name).splitlines() if "| " in one]
         assert set(lines) == {f"    | {name} ran"}
         assert len(lines) >= 3
+
+
+def test_a_job_that_always_fails_ends_each_run_as_failed_and_starts_the_next(three: TestCluster) -> None:
+    m1 = three.node("m1")
+    labels = ("skep.cron=* * * * *", "--label", "skep.cron.max-attempts=1")
+    m1.docker(
+        *JOB, *labels, "--restart-delay", "1s", "--name", "hopeless", IMAGE, "sh", "-c", "echo no; exit 3"
+    )
+
+    def outcomes() -> list[str]:
+        return [one.get("Outcome", "") for one in jobs(m1)["hopeless"].get("Starts", ())]
+
+    wait_until(lambda: outcomes()[:2] == ["failed", "failed"], "two runs have failed", within_s=180)
+    assert not any(one.get("Skipped") for one in jobs(m1)["hopeless"]["Starts"])
+    history = skep(m1, "history", "hopeless", "-o", "wide")
+    assert "run 0 of job hopeless failed after 2 attempts, the last: " in history
+    assert "FAILED" in skep(m1, "explain", "hopeless")

@@ -334,3 +334,21 @@ def test_what_is_wrong_in_a_file_is_said_and_nothing_is_done(m1: TestNode, folde
         "services.web.deploy.replica: this key is not known: did you mean replicas?\n"
     )
     assert names(m1, "network") == set()
+
+
+def test_a_one_shot_service_that_is_deployed_again_is_done_again(m1: TestNode, folder: Path) -> None:
+    """Docker pauses its update: the task has ended early."""
+    deploy(m1, folder)
+    (folder / "compose.yaml").write_text(FILE.replace("echo migrated", "echo migrated again"))
+    deploy(m1, folder)
+
+    def update() -> str:
+        words = ("service", "inspect", "--format", "{{.UpdateStatus.State}}", "shop_migrate")
+        return m1.docker(*words).stdout.strip()
+
+    assert wait_until(lambda: update() not in ("", "updating") and update(), "its update ends") == "completed"
+    found = json.loads(skep(m1, "status", "-o", "json", check=False).stdout)
+    rows = {one["Name"]: one for one in found["Cluster"]["Services"]}
+    assert (rows["shop_migrate"]["IsWell"], rows["shop_migrate"]["Why"]) == (True, "")
+    explained = skep(m1, "explain", "shop_migrate").stdout
+    assert "paused" not in explained

@@ -10,7 +10,8 @@ QUICK, SEEDS = 5, 100
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "simulate", [focused.allocations, focused.sessions, focused.reports, focused.volumes]
+    "simulate",
+    [focused.allocations, focused.sessions, focused.reports, focused.volumes, focused.disks],
 )
 @pytest.mark.parametrize(
     "seeds", [range(QUICK), pytest.param(range(QUICK, SEEDS), marks=pytest.mark.slow)], ids=["few", "many"]

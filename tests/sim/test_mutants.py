@@ -19,6 +19,7 @@ def by_name(name: str) -> Mutant:
         ("address released", 20),
         ("reports kept", 5),
         ("local volumes", 5),
+        ("full disks", 5),
         pytest.param("causes", 60, marks=pytest.mark.slow),
         pytest.param("adopt", 60, marks=pytest.mark.slow),
         pytest.param("address held", 60, marks=pytest.mark.slow),

@@ -10,8 +10,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
+from skep.manager.job_runs import FAILED, of_present_run
 from skep.manager.journal.service_changes import spec_changes
 from skep.manager.reasons import failure_of
+from skep.model.conditions import disk_pressure
 from skep.model.history import Entry, Severity, masked_text, stack_of
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeRole, NodeState, Reachability
@@ -20,6 +22,7 @@ from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.task_end import words_of
+from skep.model.times import unix_ns
 from skep.model.volume import Volume
 from skep.store.interface import Created, Deleted, Event, Updated, View
 from skep.store.kinds import Payload
@@ -58,7 +61,7 @@ def entries_of(event: Event, view: View) -> Iterator[Entry]:
         case Created(Service() as service):
             yield _service(service, "create", f"service {service.spec.name} created: {_summary(service)}")
         case Updated(Service() as old, Service() as new):
-            yield from _changed_service(old, new)
+            yield from _changed_service(old, new, view)
         case Created(Node() as node) if node.description.hostname:
             yield _joined(node)
         case Updated(Node() as old, Node() as new):
@@ -189,7 +192,7 @@ def _image(task: Task) -> str:
 # -- services --------------------------------------------------------------------------------------------------------
 
 
-def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
+def _changed_service(old: Service, new: Service, view: View) -> Iterator[Entry]:
     name = new.spec.name
     if new.removed_at is not None:
         if old.removed_at is None:
@@ -202,7 +205,7 @@ def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
             yield _service(new, "autoscale", f"service {name} autoscaled: {changes} ({scaled.reason})")
         else:
             yield _service(new, "update", f"service {name} updated: {changes}")
-    yield from _changed_job(old, new)
+    yield from _changed_job(old, new, view)
     before = old.update_status.state if old.update_status is not None else None
     status = new.update_status
     if status is None or status.state is None or status.state is before:
@@ -214,8 +217,8 @@ def _changed_service(old: Service, new: Service) -> Iterator[Entry]:
     yield _service(new, action, f"{what} of service {name} {became}{details}", severity)
 
 
-def _changed_job(old: Service, new: Service) -> Iterator[Entry]:
-    """The entry of a run that begins without an update, or of a due time that is skipped."""
+def _changed_job(old: Service, new: Service, view: View) -> Iterator[Entry]:
+    """The entry of a run that begins without an update, or fails, or of a due time that is skipped."""
     before, after, name = old.job_status, new.job_status, new.spec.name
     if before is None or after is None or before == after:
         return
@@ -231,9 +234,26 @@ def _changed_job(old: Service, new: Service) -> Iterator[Entry]:
         yield _service(new, "run", f"run {after.job_iteration.index} of job {name} began: {why}{late}")
     elif before.job_iteration != after.job_iteration and old.spec == new.spec:
         yield _service(new, "run", f"run {after.job_iteration.index} of job {name} began: on request")
+    if after.present_outcome == FAILED and before.present_outcome != FAILED:
+        message = f"run {after.job_iteration.index} of job {name} failed{_why_failed(new, view)}"
+        yield _service(new, "fail", message, Severity.ERROR)
     if after.retried_until is not None and before.retried_until != after.retried_until:
         message = f"what failed in run {after.job_iteration.index} of job {name} is tried again: on request"
         yield _service(new, "retry", message)
+
+
+def _why_failed(job: Service, view: View) -> str:
+    """The last failure of the present run, and how many of the same task there were."""
+    failed = [one for one in of_present_run(job, view.find(Task, service_id=job.id)) if one.has_failed]
+    last = max(failed, key=lambda one: (unix_ns(one.created_at), one.id), default=None)
+    if last is None:
+        return ""
+    attempts = sum(_place(one) == _place(last) for one in failed)
+    return f" after {attempts} attempt{'' if attempts == 1 else 's'}, the last: {end_of(last)}"
+
+
+def _place(task: Task) -> int | str:
+    return task.slot or task.node_id
 
 
 def _service(service: Service, action: str, message: str, severity: Severity = Severity.INFO) -> Entry:
@@ -285,6 +305,11 @@ def _changed_node(old: Node, new: Node) -> Iterator[Entry]:
     if new.cut_off and old.cut_off != new.cut_off:
         why = "; ".join(one.summary for one in new.cut_off)
         yield _node(new, "cut-off", f"node {name} gets no tasks on networks: {why}", Severity.ERROR)
+    before, now = disk_pressure(old.description), disk_pressure(new.description)
+    if now and not before:
+        yield _node(new, "disk-full", f"node {name}: {now}", Severity.ERROR)
+    elif before and not now:
+        yield _node(new, "disk-free", f"the disk of node {name} has space again")
     yield from _changed_manager(old, new, name)
 
 

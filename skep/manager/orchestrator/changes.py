@@ -109,7 +109,7 @@ class RemoveService(msgspec.Struct, frozen=True):
 
 
 class SettleRun(msgspec.Struct, frozen=True):
-    """Write what has become of the present run of global job ``service``: its nodes are fixed, or it is over.
+    """Write what has become of the present run of job ``service``: it is over, or a global one has its nodes.
 
     ``is_over``: the decision found nothing left to do; ``is_late``: no further node may start the run.  The transaction
     checks all tasks and nodes again, since a run that is over stays over.

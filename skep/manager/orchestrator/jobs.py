@@ -6,7 +6,8 @@ starts from nothing: tasks of earlier ones are stopped, and those that ended sta
 stopped, tasks of the new one are only prepared: the two would do the same work (a backup, say) at the same time.
 
 Differences from swarmkit: a slot that was given up is not started again; an iteration does not start beside the last; a
-run of a scheduled global job is fixed to the nodes that it started on (``manager.job_runs``).
+run of a scheduled global job is fixed to the nodes that it started on (``manager.job_runs``); a task of a scheduled
+job has a limit of attempts if its policy sets none, so that a run that fails ends before it holds up later ones.
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """
@@ -97,8 +98,7 @@ def next_steps(situation: Situation) -> list[Step]:
         if key not in filled and not is_done(slot) and not has_unread_end(slot):
             restarts = restart_steps(slot, situation)
             steps += restarts if restarts or is_held else start_steps(slot, situation)
-    if service.spec.mode.global_job is not None:
-        steps += _settled(slots, present, steps, situation)
+    steps += _settled(slots, present, steps, situation)
     if is_held:
         return [*map(_prepared, steps), *([Recheck(starts_at)] if starts_at < inf else ())]
     return steps or _end(present, situation)
@@ -212,7 +212,11 @@ def _is_given_up(slot: Slot, situation: Situation) -> bool:
         return True
     past = history(slot)
     has_failed = bool(past) and past[-1].has_failed
-    return has_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)
+    return (
+        has_failed
+        and not wanted(slot)
+        and not should_restart(past[-1], slot, situation.seen, situation.max_attempts)
+    )
 
 
 def _is_past_deadline(situation: Situation) -> bool:
@@ -237,7 +241,7 @@ def _late(present: Iterable[Task], situation: Situation) -> list[Step]:
 def _settled(
     slots: Mapping[Any, Slot], present: Sequence[Task], steps: Sequence[Step], situation: Situation
 ) -> list[Step]:
-    """What is written about the run of a global job: that each of its nodes has a task, and how it ended."""
+    """What is written about the run of a job: how it ended, and of a global one that each of its nodes has a task."""
     service, job = situation.service, situation.service.job_status
     if job is None or any(isinstance(step, FillSlot) for step in steps):
         return []
@@ -245,6 +249,10 @@ def _settled(
     is_known = not any(map(has_unread_end, slots.values()))
     is_over, is_late = is_idle and is_known, _is_past_deadline(situation)
     settles = SettleRun(service, is_over, is_late)
+    if service.spec.mode.replicated_job is not None:
+        total = service.spec.mode.replicated_job.total_completions or 0
+        has_ended = is_over and 0 < total <= len(slots)
+        return [settles] if has_ended and result(service, slots.values()) != job.present_outcome else []
     if not is_fixed(service):
         is_new = slots and is_over and result(service, slots.values()) != job.present_outcome
         return [settles] if is_new else []

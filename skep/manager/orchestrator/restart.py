@@ -75,7 +75,9 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
         if task is not current[-1]:
             # An update has already created a newer task in the slot.
             steps.append(RetireTask(task, cause=cause))
-        elif _is_superseded(task, current, situation) or not should_restart(task, slot, situation.seen):
+        elif _is_superseded(task, current, situation) or not should_restart(
+            task, slot, situation.seen, situation.max_attempts
+        ):
             steps.append(RetireTask(task, cause=cause))
         elif (starts_at := start_time(task, slot, situation)) > situation.now:
             # It could not even be prepared: its own delay applies to the next attempt too, or a missing image would
@@ -115,8 +117,10 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
             yield Recheck(starts_at)
 
 
-def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
+def should_restart(task: Task, slot: Slot, seen: ObservedTimes, max_attempts: int = 0) -> bool:
     """Whether the restart policy allows a successor of ``task``, which ended or lost its node.
+
+    ``max_attempts``: the limit if the policy has none (``Situation.max_attempts``), whatever its window; 0: no limit.
 
     With a window only restarts of this term count, because the times of earlier ones are not known; and what an
     earlier leader has given up stays so.  A task that it retired for its node's sake says itself whether it was
@@ -128,9 +132,12 @@ def should_restart(task: Task, slot: Slot, seen: ObservedTimes) -> bool:
             return False
         case RestartCondition.ON_FAILURE if task.status.state is TaskState.COMPLETE:
             return False
-    if not policy.max_attempts or not task.ended_by_itself:
+    limit = policy.max_attempts or max_attempts
+    if not limit or not task.ended_by_itself:
         return True
     attempts = attempts_of(slot, task)
+    if not policy.max_attempts:
+        return len(attempts) < limit
     if not policy.window:
         return len(attempts) < policy.max_attempts
     ended_at = seen.ended(task)

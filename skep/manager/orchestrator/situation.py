@@ -12,6 +12,7 @@ from skep.manager.orchestrator.slots import is_unusable
 from skep.model.ids import NodeId, TaskId, VolumeId
 from skep.model.labels import OnDisconnect
 from skep.model.node import Availability, Node, NodeState
+from skep.model.schedules import max_attempts_of
 from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task
 from skep.model.times import unix_ns
@@ -60,6 +61,11 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         status, spec = self.service.update_status, self.service.spec
         is_rollback = status is not None and status.state in ROLLBACKS
         return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
+
+    @property
+    def max_attempts(self) -> int:
+        """The limit of restarts of a scheduled job whose restart policy has none; 0: there is none."""
+        return max_attempts_of(self.service.spec.labels)
 
     def is_tolerated(self, task: Task) -> bool:
         """Whether the task had ended when a user resumed the update: it fails no update any more."""

@@ -9,9 +9,11 @@ An update has no state of its own: its progress is read from the slots.
   update delay after it, the slot counts against ``parallelism``.  So does a slot without a running task that the
   update has not started with: an update that this one overtook may have left it so.
 * A lead that ends before it ran for the monitor time is a failure, and so is one that is not settled within
-  the progress deadline (a label of the service).  The deadline does not run while the lead is only held until the tasks
-  before it have stopped, which is bounded by itself; it begins again when the lead is started.  More failures than the
-  ratio allows pause the update, roll it back, or are ignored; the update's message names the last one and its cause.
+  the progress deadline (a label of the service).  A lead that is done is not: it ended with exit code 0, and its
+  restart policy does not start it again (decision 155).  The deadline does not run while the lead is only held until
+  the tasks before it have stopped, which is bounded by itself; it begins again when the lead is started.  More failures
+  than the ratio allows pause the update, roll it back, or are ignored; the update's message names the last one and its
+  cause.
 * A user may pause an update, and resume one (``manager/control/updates.py``).  Tasks that had ended before a resume
   fail no update.  One without progress holds up no other slot any more, and has the deadline once again: until then
   the update is not complete.
@@ -26,9 +28,10 @@ what the new one needs (``model.needs``): an address, reservations, host ports, 
 An old task that does not run is retired at once.
 
 Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
-pulled leaves nothing running; nothing waits for the update delay after the last slot; a lead that we stop ourselves (a
-drained node, a scale down) is no failure; failures of tasks that a scale-up adds to the update count; a task without
-progress ends an update after the progress deadline, where swarmkit waits for ever.
+pulled leaves nothing running; a one-shot task that ends with exit code 0 pauses its updates; nothing waits for the
+update delay after the last slot; a lead that we stop ourselves (a drained node, a scale down) is no failure; failures
+of tasks that a scale-up adds to the update count; a task without progress ends an update after the progress deadline,
+where swarmkit waits for ever.
 
 Source: swarmkit, manager/orchestrator/update/updater.go.
 """
@@ -194,6 +197,8 @@ class _Rollout:
     def finish(self, view: _SlotView) -> Iterator[Step]:
         """Retire what a current task of the same slot replaces."""
         if not view.current:
+            if view.lead is not None and view.lead.is_done:
+                yield from _retired(view.outdated)
             return
         if not view.serving:
             yield from _retired(view.outdated)
@@ -428,7 +433,10 @@ class _Rollout:
             words = f"because task {lead.id} made no progress within {self._deadline_s:g} s"
             return f"{words}: it is {status.state.value}" + (f", {status.err}" if status.err else "")
         words = f"due to failure or early termination of task {lead.id}"
-        return words + (f": {status.err}" if status.err else "")
+        cause = status.err
+        if not cause and status.state is TaskState.COMPLETE:
+            cause = "its process ended with exit code 0"
+        return words + (f": {cause}" if cause else "")
 
     def _has_failed(self, lead: Task) -> bool:
         """Whether the task ended before the monitor time, not being stopped, or made no progress until the deadline."""
@@ -436,7 +444,7 @@ class _Rollout:
             return False
         if self._is_overdue(lead):
             return True
-        if not lead.ended_by_itself or _is_unseen(lead, self._seen, self._monitor_s):
+        if not lead.ended_by_itself or lead.is_done or _is_unseen(lead, self._seen, self._monitor_s):
             return False
         ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s

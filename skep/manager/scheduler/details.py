@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
+from skep.model.conditions import disk_pressure
 from skep.model.constraints import meets
 from skep.model.labels import IGNORE_PATHS
 from skep.model.needs import kind_and_amount
@@ -23,6 +24,11 @@ def readiness(requirements: Requirements, account: Account, copies: int) -> str:
             f" ({node.status.message})" if node.status.message else ""
         )
     return f"the node's availability is {node.spec.availability.value}"
+
+
+def disk(requirements: Requirements, account: Account, copies: int) -> str:
+    """The node's own words about its full disk."""
+    return f"disk full: {disk_pressure(account.node.description)}"
 
 
 def shortages(requirements: Requirements, account: Account, copies: int) -> str:

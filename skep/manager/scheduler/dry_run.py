@@ -90,6 +90,8 @@ class DryRun:
         """Volumes that left nodes in this run."""
         self._occupants: Occupants | None = None
         """For the spec that is being placed; None: no room is made for it."""
+        self._replaced_on: list[NodeId] = []
+        """Nodes of its tasks that are replaced: one may stay there also if the disk is full (``staying``)."""
 
     def placing(self, spec: ServiceSpec) -> Iterator[PlannedPlacement | None]:
         """Gives None at each pause, and in the end where the tasks of ``spec`` would be.
@@ -161,6 +163,7 @@ class DryRun:
         self, service: Service, wanted: int, kept: list[Task], replaced: list[Task]
     ) -> Iterator[None]:
         """The tasks that stay, and those that are replaced; the room of those that only go is free at once."""
+        self._replaced_on = []
         for number, task in enumerate(self._view.find(Task, service_id=service.id)):
             if number % STEP == 0:
                 yield
@@ -168,6 +171,7 @@ class DryRun:
                 continue
             if not self._stays(task, service.spec):
                 replaced.append(task)
+                self._replaced_on.append(task.node_id)
             elif len(kept) < wanted:
                 kept.append(task)
             else:
@@ -206,22 +210,38 @@ class DryRun:
         self, tasks: Sequence[Task], requirements: Requirements, *, is_last: bool
     ) -> Generator[None, None, Placed]:
         if not tasks[0].node_id:
-            return (
-                yield from placing(
-                    tasks,
-                    requirements,
-                    self._choices,
-                    now=0.0,
-                    limit=len(tasks),
-                    is_last=is_last,
-                    explains=True,
-                )
+            placed = yield from placing(
+                tasks,
+                requirements,
+                self._choices,
+                now=0.0,
+                limit=len(tasks),
+                is_last=is_last,
+                explains=True,
             )
+            return self._in_place(placed, requirements)
         made = [confirm(task, requirements, self._accounting) for task in tasks]
-        return Placed(
+        placed = Placed(
             assignments=tuple(one for one in made if isinstance(one, Assignment)),
             refusals=tuple(one for one in made if isinstance(one, Refusal)),
         )
+        return self._in_place(placed, requirements)
+
+    def _in_place(self, placed: Placed, requirements: Requirements) -> Placed:
+        """Let refused tasks take over from tasks of the service on nodes that only their full disks exclude."""
+        spared = replace(requirements, needs_disk=False)
+        kept: list[Assignment] = []
+        refused: list[Refusal] = []
+        for refusal in placed.refusals:
+            task = refusal.task
+            home = next((id for id in self._replaced_on if task.node_id in ("", id)), None)
+            found = confirm(replace(task, node_id=home), spared, self._accounting) if home else refusal
+            if isinstance(found, Assignment):
+                self._replaced_on.remove(found.node_id)
+                kept.append(found)
+            else:
+                refused.append(refusal)
+        return replace(placed, assignments=(*placed.assignments, *kept), refusals=tuple(refused))
 
     def _made_room(
         self, tasks: Sequence[Task], requirements: Requirements

@@ -14,6 +14,7 @@ from skep.aio.time_slices import STEP, SlicedWork, run_at_once
 from skep.manager.scheduler import details
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
+from skep.model.conditions import DISK_PRESSURE_LABEL
 from skep.model.constraints import meets
 from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
@@ -43,6 +44,10 @@ class Filter(msgspec.Struct, frozen=True):
 def _is_ready(requirements: Requirements, account: Account, copies: int) -> bool:
     node = account.node
     return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
+
+
+def _has_disk(requirements: Requirements, account: Account, copies: int) -> bool:
+    return DISK_PRESSURE_LABEL not in account.node.description.engine.labels
 
 
 def _has_resources(requirements: Requirements, account: Account, copies: int) -> bool:
@@ -195,6 +200,14 @@ FILTERS = (
         details.devices,
         is_lasting=True,
     ),
+    # Not SwarmKit's, which does not look at disks.  After what a node lacks for good.
+    Filter(
+        lambda requirements: requirements.needs_disk,
+        _has_disk,
+        "disk full on {nodes}",
+        details.disk,
+        is_lasting=True,
+    ),
     Filter(
         lambda requirements: bool(requirements.host_ports),
         _has_ports,
@@ -228,6 +241,14 @@ FILTERS = (
 def filters_for(requirements: Requirements) -> tuple[Filter, ...]:
     """The filters that are relevant for the requirements."""
     return tuple(filter for filter in FILTERS if filter.applies(requirements))
+
+
+def first_refusing(requirements: Requirements, account: Account, copies: int) -> Filter | None:
+    """The first filter that the node does not pass."""
+    for filter in filters_for(requirements):
+        if not filter.passes(requirements, account, copies):
+            return filter
+    return None
 
 
 def explanation(requirements: Requirements, accounts: Iterable[Account], copies: Counter[NodeId]) -> str:

@@ -26,12 +26,13 @@ from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.dependencies import Looked, Waiting, Waits
 from skep.manager.scheduler.group_queue import GroupQueue
 from skep.manager.scheduler.groups import Group, Groups, group_of, returns
-from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, confirm, leaving, placing
+from skep.manager.scheduler.placement import NO_NODE, Assignment, Placed, Refusal, leaving, placing
 from skep.manager.scheduler.preemption import Preempt
 from skep.manager.scheduler.preemptor import Preemptor
 from skep.manager.scheduler.requirements import Requirements, RequirementsCache
 from skep.manager.scheduler.returning import Returning
 from skep.manager.scheduler.spread import Choices
+from skep.manager.scheduler.staying import confirmed, staying
 from skep.manager.scheduler.texts import Texts, Why
 from skep.manager.scheduler.writes import Decision, is_pending, shows, write_decisions
 from skep.model.dependencies import WAITS_FOR
@@ -466,11 +467,7 @@ class Scheduler:
             return Placed()
         requirements = self._requirements.of(tasks[0], self._term.view())
         if tasks[0].node_id:
-            match confirm(tasks[0], requirements, self._accounting):
-                case Assignment() as assignment:
-                    return Placed(assignments=(assignment,))
-                case Refusal() as refusal:
-                    return Placed(refusals=(refusal,))
+            return confirmed(tasks[0], requirements, self._accounting, self._term.view())
         if returns(tasks[0], group):
             return self._return(tasks[0], requirements)
         returned: Sequence[Assignment] = ()
@@ -485,6 +482,7 @@ class Scheduler:
             tasks, requirements, self._choices, now=now, limit=limit, is_last=is_last, leaving=leaving_by_node
         )
         placed = await self._in_slices(work, [*tasks, *(one.task for one in returned)])
+        placed = staying(placed, requirements, self._accounting, self._term.view())
         if self._away or returned:
             placed = replace(placed, assignments=(*returned, *map(self._with_note, placed.assignments)))
         return placed
@@ -534,6 +532,7 @@ class Scheduler:
         with self._accounting_failures.caught("first tasks"):
             work = placing(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
             placed = await self._in_slices(work, tasks)
+            placed = staying(placed, shape, self._accounting, self._term.view())
         if placed is None:
             # One of them, or a node, raised: each separately, so that only that one fails.
             for task in tasks:

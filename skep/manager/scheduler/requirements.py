@@ -51,6 +51,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     rights: MachineRights = MachineRights()
     """What its containers are given of their node."""
     cluster_volumes: tuple[ClusterMount, ...] = ()
+    needs_disk: bool = True
+    """Whether its node's disk must have space, as of every new task (``staying``)."""
 
 
 def requirements_of(

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources
-from skep.manager.scheduler.filters import Filter, filters_for
+from skep.manager.scheduler.filters import Filter, first_refusing
 from skep.manager.scheduler.placement import ASSIGNED, Assignment, Refusal, assigned
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId
@@ -46,6 +48,8 @@ class Returning:
             return ""
         homes = _homes(task, service, view, self.volumes)
         is_kept = volume_policy(service.spec.labels) is VolumePolicy.KEEP
+        # The data is there already, also on a disk that is full.
+        requirements = replace(requirements, needs_disk=False)
         away = ""
         for home in homes:
             account = self._accounting.accounts.get(home.node_id)
@@ -81,14 +85,6 @@ def _frees(task: Task, service: Service, node_id: NodeId, view: View) -> bool:
         for other in view.find(Task, slot=f"{task.service_id}/{task.slot}")
         if other.id != task.id
     )
-
-
-def first_refusing(requirements: Requirements, account: Account, copies: int) -> Filter | None:
-    """The first filter that the node does not pass."""
-    for filter in filters_for(requirements):
-        if not filter.passes(requirements, account, copies):
-            return filter
-    return None
 
 
 def _why(filter: Filter, requirements: Requirements, account: Account, copies: int) -> str:

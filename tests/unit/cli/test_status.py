@@ -198,6 +198,14 @@ def test_a_job_is_as_wanted_when_it_has_completed() -> None:
     assert is_as_wanted(a_service("web", 2, 2, Replicated={"Replicas": 2}))
 
 
+def test_a_service_is_as_wanted_when_its_slots_run_or_are_done() -> None:
+    """As of a one-shot service, which ended with exit code 0."""
+    assert is_as_wanted(a_service("migrate", 0, 1, completed=1, Replicated={"Replicas": 1}))
+    assert not is_as_wanted(a_service("migrate", 0, 2, completed=1, Replicated={"Replicas": 2}))
+    found = a_status([a_node("m1", leader=True)], [a_service("migrate", 0, 1, completed=1)], {})
+    assert (found.health, found.exit_code) == ("ok", 0)
+
+
 def test_a_locked_manager_and_one_in_error_are_not_called_workers() -> None:
     locked = dict(about_node(an_info(LocalNodeState="locked", Error="Swarm is encrypted")))
     assert locked["swarm"] == "locked: this manager waits for its key: docker swarm unlock"

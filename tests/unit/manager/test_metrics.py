@@ -85,8 +85,14 @@ def test_services_count_what_runs_and_what_should() -> None:
             "agent", id="s2", spec=replace(a_service_spec("agent"), mode=ServiceMode(global_=GlobalService()))
         ),
     ]
-    found = service_families(services, {ServiceId("s1"): 2, ServiceId("s2"): 4}, {ServiceId("s2"): 5})
+    found = service_families(services, {ServiceId("s1"): 2, ServiceId("s2"): 4}, {ServiceId("s2"): 5}, {})
     text = render(found).decode()
     assert 'skep_service_running_tasks{service="web"} 2' in text
     assert 'skep_service_desired_tasks{service="web"} 3' in text
     assert 'skep_service_desired_tasks{service="agent"} 5' in text
+
+
+def test_a_slot_of_a_one_shot_service_that_is_done_is_not_expected_to_run() -> None:
+    services = [a_service("migrate", id="s1", spec=a_service_spec("migrate", replicas=2))]
+    text = render(service_families(services, {}, {}, {ServiceId("s1"): 1})).decode()
+    assert 'skep_service_desired_tasks{service="migrate"} 1' in text

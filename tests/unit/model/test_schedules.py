@@ -14,11 +14,13 @@ from skep.model.schedules import (
     CRON,
     CRON_CONCURRENCY,
     CRON_DEADLINE,
+    CRON_MAX_ATTEMPTS,
     CRON_SUSPEND,
     CRON_TIME_ZONE,
     Concurrency,
     Schedule,
     check_schedule,
+    max_attempts_of,
     parsed_schedule,
     schedule_of,
 )
@@ -234,3 +236,20 @@ def test_settings_have_defaults() -> None:
     assert schedule.zone == ZoneInfo("Europe/Berlin")
     assert (schedule.concurrency, schedule.deadline_s) == (Concurrency.REPLACE, 7200.0)
     assert schedule.is_suspended
+
+
+@pytest.mark.parametrize(("text", "attempts"), [(None, 6), ("0", 0), ("1", 1), ("1000", 1000)])
+def test_a_run_has_a_limit_of_attempts(text: str | None, attempts: int) -> None:
+    labels = {CRON: "@daily"} | ({CRON_MAX_ATTEMPTS: text} if text is not None else {})
+    assert max_attempts_of(labels) == attempts
+
+
+@pytest.mark.parametrize("text", ["", "-1", "many", "1001", "1.5", "²", "00006"])
+def test_a_limit_of_attempts_is_a_number(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="want a number from 1 to 1000, or 0 for no limit"):
+        parsed_schedule({CRON: "@daily", CRON_MAX_ATTEMPTS: text})
+
+
+def test_without_a_schedule_that_can_be_read_the_limit_is_the_default() -> None:
+    assert max_attempts_of({CRON_MAX_ATTEMPTS: "3"}) == 0
+    assert max_attempts_of({CRON: "nonsense", CRON_MAX_ATTEMPTS: "3"}) == 6

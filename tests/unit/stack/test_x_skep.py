@@ -90,7 +90,8 @@ def test_a_schedule_is_an_expression_a_list_or_a_mapping() -> None:
     assert labels("'*/5 * * * *'") == {"skep.cron": "*/5 * * * *"}
     assert labels("['@daily', '0 9 * * 1']") == {"skep.cron": "@daily; 0 9 * * 1"}
     given = (
-        "{schedule: '@daily', time-zone: Asia/Kathmandu, concurrency: replace, deadline: 2h, suspend: true}"
+        "{schedule: '@daily', time-zone: Asia/Kathmandu, concurrency: replace, deadline: 2h, suspend: true, "
+        "max-attempts: 3}"
     )
     made = labels(given)
     assert made == {
@@ -99,6 +100,7 @@ def test_a_schedule_is_an_expression_a_list_or_a_mapping() -> None:
         "skep.cron.concurrency": "replace",
         "skep.cron.deadline": "2h",
         "skep.cron.suspend": "true",
+        "skep.cron.max-attempts": "3",
     }
     assert set(made) == {label.name for label in LABELS if label.name.startswith("skep.cron")}
     assert labels("{schedule: ['@daily', '@hourly']}") == {"skep.cron": "@daily; @hourly"}

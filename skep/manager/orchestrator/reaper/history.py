@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from skep.manager.orchestrator.slots import Slot, age, has_reported_end, is_assigned
 from skep.model.meta import Version
 from skep.model.node import Node
+from skep.model.schedules import max_attempts_of
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
 from skep.store.kinds import SpecVersion
@@ -75,7 +76,11 @@ def surplus_history(
     ordered = sorted(slot, key=age)
     judged = _judged([task for task in ordered if updating is not None and task.spec_version == updating])
     version = ordered[-1].spec_version
-    counted = [task for task in ordered if task.ended_by_itself and task.spec_version == version]
+    counted = [
+        task
+        for task in ordered
+        if task.ended_by_itself and task.spec_version == version and task.job_iteration == iteration
+    ]
     kept = (*judged, *counted[max(len(counted) - attempts, 0) :])
     past = [
         task for task in ordered[:-1] if _is_past(task) and task not in kept and not _counts(task, iteration)
@@ -104,15 +109,20 @@ def _counts(task: Task, iteration: Version | None) -> bool:
 
 def history_limit(service: Service, cluster_limit: int | None) -> int:
     """Tasks that each slot of ``service`` keeps."""
-    if attempts := attempts_kept(service):
-        return attempts
+    policy = service.spec.task_template.restart_policy or RestartPolicy()
+    if policy.max_attempts:
+        return policy.max_attempts + 1
     return DEFAULT_LIMIT if cluster_limit is None else cluster_limit
 
 
 def attempts_kept(service: Service) -> int:
-    """How many tasks that ended by themselves each slot of ``service`` keeps for its ``max_attempts``."""
+    """How many tasks that ended by themselves each slot of ``service`` keeps for its ``max_attempts``.
+
+    ``service``: a job as its present run has it.
+    """
     policy = service.spec.task_template.restart_policy or RestartPolicy()
-    return policy.max_attempts + 1 if policy.max_attempts else 0
+    limit = policy.max_attempts or max_attempts_of(service.spec.labels)
+    return limit + 1 if limit else 0
 
 
 def unused_versions(

@@ -33,7 +33,7 @@ from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.task_end import EndCause, TaskEnd
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, Created, Deleted, LoopStore, Transaction, Updated, View
-from skep.store.kinds import SpecVersion, has_unreadable_run, has_unreadable_status
+from skep.store.kinds import SpecVersion, as_run, has_unreadable_run, has_unreadable_status
 
 BATCH = 500
 """Slots and services decided before their changes are committed together."""
@@ -164,10 +164,11 @@ class Reaper:
         service = view.lookup(Service, key.partition("/")[0])
         # Without a readable run the completed tasks of the present one are not known: they would be run once more.
         if service is not None and not has_unreadable_run(view, service.id):
-            limit = history_limit(service, _cluster_limit(view))
+            run = as_run(view, service)
+            limit = history_limit(run, _cluster_limit(view))
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
-            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts_kept(service))
+            surplus = surplus_history(kept, limit, iteration, _updating(service), attempts_kept(run))
             yield from map(DeleteTask, surplus)
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:

@@ -6,9 +6,18 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.journal.changes import entries_of, folded, folded_requests
+from skep.model.conditions import DISK_PRESSURE_LABEL
 from skep.model.history import By, Entry, Kind, Severity
 from skep.model.ids import SecretId, TaskId
-from skep.model.node import Availability, ManagerStatus, NodeRole, NodeState, NodeStatus
+from skep.model.node import (
+    Availability,
+    EngineDescription,
+    ManagerStatus,
+    Node,
+    NodeRole,
+    NodeState,
+    NodeStatus,
+)
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Autoscaled, UpdateState, UpdateStatus
 from skep.model.task import ContainerStatus, Preemption, Task, TaskState, TaskStatus
@@ -222,3 +231,21 @@ def test_a_number_that_autoscaling_has_set_is_told_with_its_reason() -> None:
     ]
     by_hand = replace(new, spec=a_service_spec("web", replicas=3))
     assert told(Updated(new, by_hand)) == [("update", "service web updated: replicas 4 → 3")]
+
+
+def test_a_disk_that_fills_and_has_space_again_is_told_once_each() -> None:
+    node = a_node("n1")
+
+    def full(words: str) -> Node:
+        engine = EngineDescription(labels={DISK_PRESSURE_LABEL: words})
+        return replace(node, description=replace(node.description, engine=engine))
+
+    first = full("the disk at /d is 96 % full, 1.0 GiB left: no new tasks until it is below 93 %")
+    assert told(Updated(node, first)) == [
+        (
+            "disk-full",
+            "node n1: the disk at /d is 96 % full, 1.0 GiB left: no new tasks until it is below 93 %",
+        )
+    ]
+    assert told(Updated(first, full("the disk at /d is 98 % full"))) == []
+    assert told(Updated(first, node)) == [("disk-free", "the disk of node n1 has space again")]

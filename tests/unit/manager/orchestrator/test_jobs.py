@@ -1,26 +1,32 @@
 """Jobs: so many runs to their end, so many at a time; or one on each node that was there."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import Cause, FillSlot, Recheck, RemoveService, RetireTask
-from skep.manager.orchestrator.reaper.history import surplus_history
+from skep.manager.job_runs import COMPLETED, FAILED
+from skep.manager.orchestrator.changes import Cause, FillSlot, Recheck, RemoveService, RetireTask, SettleRun
+from skep.manager.orchestrator.reaper.history import attempts_kept, surplus_history
+from skep.manager.orchestrator.slots import age
 from skep.model.ids import NodeId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
+from skep.model.schedules import CRON, CRON_MAX_ATTEMPTS
 from skep.model.service import (
     GlobalJob,
     JobStatus,
     ReplicatedJob,
     RestartCondition,
     RestartPolicy,
+    ScheduleStatus,
     Service,
     ServiceMode,
 )
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.times import SECOND_NS, Timestamp
 from tests.support.builders import a_node, a_service, a_task
 from tests.support.worlds import World
 
@@ -76,7 +82,10 @@ def test_a_job_ends_when_all_runs_are_completed() -> None:
     for _ in range(3):
         world.settle()
         world.report(live(world)[0].id, TaskState.COMPLETE)
-    assert world.steps() == []
+    assert world.steps() == [SettleRun(world.service, is_over=True)]
+    world.settle()
+    assert world.service.job_status is not None
+    assert world.service.job_status.present_outcome == COMPLETED
     assert sorted(task.slot for task in world.tasks.values()) == [1, 2, 3]
 
 
@@ -101,6 +110,69 @@ def test_a_slot_whose_attempts_are_used_up_is_given_up() -> None:
         world.report(next(task.id for task in live(world) if task.slot == 1), TaskState.FAILED)
     world.settle()
     assert [task.slot for task in live(world)] == [2]
+
+
+def a_scheduled(job: Service, **labels: str) -> Service:
+    spec = replace(job.spec, labels={CRON: "@hourly", **labels})
+    assert job.job_status is not None
+    return replace(job, spec=spec, job_status=replace(job.job_status, schedule=ScheduleStatus()))
+
+
+def failures_until_the_end(job: Service, most: int = 30) -> tuple[int, str]:
+    """How often its only task fails before the run ends, and the outcome; ``most``: it goes on."""
+    world = World(job, nodes=[an_old_node("n1")])
+    for number in range(most):
+        world.settle()
+        if not live(world):
+            assert world.service.job_status is not None
+            return number, world.service.job_status.present_outcome
+        world.report(live(world)[0].id, TaskState.FAILED)
+        slot = sorted(world.tasks.values(), key=age)
+        for task in surplus_history(slot, 5, Version(), None, attempts_kept(world.service)):
+            del world.tasks[task.id]
+        world.now += 20
+    return most, ""
+
+
+@pytest.mark.parametrize("mode", ["replicated", "global"])
+@pytest.mark.parametrize(
+    ("labels", "policy", "failures"),
+    [
+        ({}, {}, 7),
+        ({CRON_MAX_ATTEMPTS: "2"}, {}, 3),
+        ({CRON_MAX_ATTEMPTS: "2"}, {"window": SECOND_NS}, 3),
+        ({CRON_MAX_ATTEMPTS: "8"}, {}, 9),
+        ({CRON_MAX_ATTEMPTS: "2"}, {"max_attempts": 4}, 5),
+        ({}, {"condition": RestartCondition.NONE}, 1),
+    ],
+)
+def test_a_scheduled_run_ends_when_a_task_has_failed_too_often(
+    labels: dict[str, str], policy: dict[str, Any], failures: int, mode: str
+) -> None:
+    job = a_job(concurrent=1, total=1) if mode == "replicated" else a_global_job()
+    template = replace(job.spec.task_template, restart_policy=RestartPolicy(**policy))
+    job = replace(job, spec=replace(job.spec, task_template=template))
+    assert failures_until_the_end(a_scheduled(job, **labels)) == (failures, FAILED)
+
+
+def test_a_job_without_a_schedule_or_with_attempts_of_0_is_tried_without_end() -> None:
+    job = a_job(concurrent=1, total=1, restart=RestartPolicy())
+    assert failures_until_the_end(job) == (30, "")
+    assert failures_until_the_end(a_scheduled(job, **{CRON_MAX_ATTEMPTS: "0"})) == (30, "")
+
+
+def test_the_outcome_of_a_job_is_written_when_all_its_runs_have_ended() -> None:
+    world = World(a_job(concurrent=2, total=2, restart=RestartPolicy(condition=RestartCondition.NONE)))
+    world.settle()
+    one, two = live(world)
+    world.report(one.id, TaskState.FAILED)
+    world.settle()
+    assert world.service.job_status is not None
+    assert world.service.job_status.present_outcome == ""
+    world.report(two.id, TaskState.COMPLETE)
+    world.settle()
+    assert world.service.job_status.present_outcome == FAILED
+    assert world.steps() == []
 
 
 def test_a_run_that_was_replaced_and_completes_after_all_is_enough() -> None:
@@ -294,9 +366,10 @@ def test_a_job_with_a_time_to_live_is_removed_that_long_after_its_end() -> None:
     assert world.steps() == []
     world.now = 5.0
     world.report(live(world)[0].id, TaskState.COMPLETE)
+    world.settle()
     assert world.steps() == [Recheck(65.0)]
     world.now = 65.0
-    assert world.steps() == [RemoveService(job)]
+    assert world.steps() == [RemoveService(world.service)]
     world.settle()
     assert world.service.removed_at is not None
     assert {task.desired_state for task in world.tasks.values()} == {TaskState.REMOVE}
@@ -306,6 +379,7 @@ def test_a_job_without_a_time_to_live_stays() -> None:
     world = World(a_job(concurrent=1, total=1))
     world.settle()
     world.report(live(world)[0].id, TaskState.COMPLETE)
+    world.settle()
     world.now = 10.0**9
     assert world.steps() == []
 

@@ -8,7 +8,7 @@ from skep.manager.orchestrator.observed_times import ObservedTimes
 from skep.manager.orchestrator.reaper.history import surplus_history
 from skep.manager.orchestrator.slots import age
 from skep.model.dependencies import WAITS_FOR
-from skep.model.ids import NodeId
+from skep.model.ids import NodeId, TaskId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import (
     RestartCondition,
@@ -22,7 +22,7 @@ from skep.model.service import (
 )
 from skep.model.task import TaskState, TaskStatus
 from skep.model.times import SECOND_NS
-from tests.support.builders import a_node
+from tests.support.builders import a_node, a_service, a_task
 from tests.support.rollouts import a_spec, a_world, advance, message, state, wanted
 from tests.support.worlds import World
 
@@ -445,3 +445,60 @@ def test_a_slot_begun_under_a_version_with_other_labels_takes_its_place_until_it
     world.now = 40.0
     world.settle()
     assert len(wanted(world, "app:2")) == 2
+
+
+ONCE = RestartPolicy(condition=RestartCondition.NONE)
+
+
+def one_shot(image: str, policy: RestartPolicy, update: UpdateConfig | None = None) -> ServiceSpec:
+    spec = a_spec(image, replicas=1, update=update)
+    return replace(spec, task_template=replace(spec.task_template, restart_policy=policy))
+
+
+@pytest.mark.parametrize("order", list(UpdateOrder))
+@pytest.mark.parametrize("condition", [RestartCondition.NONE, RestartCondition.ON_FAILURE])
+def test_a_one_shot_service_that_ends_with_0_completes_its_update(
+    condition: RestartCondition, order: UpdateOrder
+) -> None:
+    policy, update = RestartPolicy(condition=condition, delay=0), UpdateConfig(order=order)
+    world = World(a_service(spec=one_shot("app:1", policy, update)), nodes=[a_node("n1")])
+    world.put(a_task("old", slot=1, node="n1", service=world.service))
+    world.report(TaskId("old"), TaskState.COMPLETE)
+    world.settle()
+    world.update(one_shot("app:2", policy, update))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    world.report(lead.id, TaskState.COMPLETE)
+    world.now = 6.0
+    for _ in range(2):
+        advance(world)
+    assert (state(world), len(world.tasks)) == (UpdateState.COMPLETED, 2)
+
+
+def test_a_one_shot_service_that_ends_with_0_retires_the_running_task_that_it_replaces() -> None:
+    """With start-first nothing else would: the new task has ended before the old one was stopped."""
+    update = UpdateConfig(order=UpdateOrder.START_FIRST)
+    world = a_world(update, replicas=1)
+    world.update(one_shot("app:2", ONCE, update))
+    world.settle()
+    world.report(wanted(world, "app:2")[0].id, TaskState.COMPLETE)
+    world.now = 6.0
+    for _ in range(3):
+        advance(world)
+    assert (wanted(world), state(world)) == ([], UpdateState.COMPLETED)
+
+
+@pytest.mark.parametrize(
+    ("policy", "end"),
+    [(ONCE, TaskState.FAILED), (RestartPolicy(condition=RestartCondition.ANY), TaskState.COMPLETE)],
+)
+def test_an_early_end_of_another_kind_pauses_the_update_as_before(
+    policy: RestartPolicy, end: TaskState
+) -> None:
+    world = a_world(replicas=1)
+    world.update(one_shot("app:2", policy))
+    world.settle()
+    world.report(wanted(world, "app:2")[0].id, end)
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+    assert ("its process ended with exit code 0" in message(world)) is (end is TaskState.COMPLETE)

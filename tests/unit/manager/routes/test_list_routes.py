@@ -12,7 +12,16 @@ from skep.errors import Unavailable
 from skep.manager.control.services import create_service
 from skep.manager.routes import application
 from skep.model.node import Availability, Node, NodeState
-from skep.model.service import Placement, ReplicatedJob, Service, ServiceMode, ServiceSpec
+from skep.model.service import (
+    GlobalJob,
+    Placement,
+    ReplicatedJob,
+    RestartCondition,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+)
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.task_end import KeptLine, TaskEnd
@@ -179,12 +188,57 @@ async def test_of_a_job_its_runs_count_and_what_they_have_completed(cluster):
         run("t4", 3, TaskState.RUNNING),
     )
     (shown,) = await (await client.get("/v1.41/services?status=true")).json()
-    assert shown["ServiceStatus"] == {
-        "RunningTasks": 1,
-        "DesiredTasks": 2,
-        "CompletedTasks": 2,
-        "TotalTasks": 5,
-    }
+    status = {"RunningTasks": 1, "DesiredTasks": 2, "CompletedTasks": 2, "TotalTasks": 5}
+    assert shown["ServiceStatus"] == status
+
+
+async def test_of_a_global_job_the_total_is_what_has_completed_and_what_has_not(cluster):
+    api, client = cluster
+    job = await a_stored_service(
+        api, replace(a_service_spec("job"), mode=ServiceMode(global_job=GlobalJob()))
+    )
+    for node, state in (("n1", TaskState.COMPLETE), ("n2", TaskState.COMPLETE), ("n3", TaskState.RUNNING)):
+        task = a_task(node, service=job, slot=0, node=node, state=state, desired=TaskState.COMPLETE)
+        await put(api, a_node(node), replace(task, job_iteration=job.job_status.job_iteration))
+    (shown,) = await (await client.get("/v1.41/services?status=true")).json()
+    status = {"RunningTasks": 1, "DesiredTasks": 1, "CompletedTasks": 2, "TotalTasks": 3}
+    assert shown["ServiceStatus"] == status
+
+
+@pytest.mark.parametrize(
+    ("states", "done"),
+    [
+        ([TaskState.COMPLETE], 1),
+        ([TaskState.FAILED, TaskState.COMPLETE], 1),
+        ([TaskState.COMPLETE, TaskState.RUNNING], 0),
+        ([TaskState.COMPLETE, TaskState.FAILED], 0),
+    ],
+)
+async def test_a_slot_of_a_one_shot_service_is_completed_with_its_youngest_task(cluster, states, done):
+    api, client = cluster
+    once = RestartPolicy(condition=RestartCondition.NONE)
+    web = await a_stored_service(api, a_service_spec("migrate", replicas=1, restart=once))
+    for number, state in enumerate(states):
+        desired = state if state is TaskState.RUNNING else TaskState.SHUTDOWN
+        task = a_task(f"t{number}", service=web, state=state, desired=desired)
+        await put(api, replace(task, created_at=Timestamp(f"2026-11-24T10:00:0{number}Z")))
+    (shown,) = await (await client.get("/v1.41/services?status=true")).json()
+    assert (shown["ServiceStatus"]["DesiredTasks"], shown["ServiceStatus"]["CompletedTasks"]) == (1, done)
+    explained = await (await client.get("/skep/services/migrate/explain")).json()
+    assert (explained["IsAsWanted"], explained.get("Done", 0)) == (done or TaskState.RUNNING in states, done)
+
+
+async def test_a_one_shot_service_is_completed_on_nodes_that_may_have_its_tasks_only(cluster):
+    api, client = cluster
+    once = RestartPolicy(condition=RestartCondition.ON_FAILURE)
+    web = await a_stored_service(api, a_service_spec("fix", is_global=True, restart=once))
+    for node, availability in (("n1", Availability.ACTIVE), ("n2", Availability.DRAIN)):
+        task = a_task(f"t{node}", service=web, slot=0, node=node, state=TaskState.COMPLETE)
+        await put(
+            api, a_node(node, availability=availability), replace(task, desired_state=TaskState.SHUTDOWN)
+        )
+    (shown,) = await (await client.get("/v1.41/services?status=true")).json()
+    assert shown["ServiceStatus"] == {"RunningTasks": 0, "DesiredTasks": 2, "CompletedTasks": 1}  # m1 and n1
 
 
 async def test_what_is_ours_is_not_shown(cluster):

@@ -26,6 +26,7 @@ from tests.conformance.manager import a_manager_api
 from tests.support.builders import a_cluster_volume, a_node, a_service, a_service_spec, a_task, with_disks
 from tests.support.counted_calls import most_calls_between_pauses
 from tests.support.wire_rig import until
+from tests.unit.manager.scheduler.test_full_disks import full
 
 GIB = 1 << 30
 NODES = 3000
@@ -183,6 +184,19 @@ async def test_a_cluster_volume_goes_with_the_task_that_is_replaced(cluster, ord
     (found,) = await asked(cluster, planned)
     assert shares(found) == ({node: 1} if node else {})
     assert ("cannot fulfill requested CSI volume mounts" in found["Refusal"]) is (not node)
+
+
+async def test_an_update_stays_on_a_full_node_and_a_scale_up_does_not_go_there(cluster) -> None:
+    api, _ = cluster
+    await put(api, full("n1"))
+    await a_running_service(api)
+    spec = a_spec("web", replicas=4, memory=GIB)
+    spec["TaskTemplate"]["ContainerSpec"]["Image"] = "busybox:2"
+    (updated,) = await asked(cluster, spec)
+    assert (shares(updated), updated["Refusal"]) == ({"n1": 4}, "")
+    (scaled,) = await asked(cluster, a_spec("web", replicas=5, memory=GIB))
+    assert shares(scaled) == {"n1": 4}
+    assert "disk full on 1 node" in scaled["Refusal"]
 
 
 async def test_secrets_and_configs_need_not_exist_and_do_not_move_tasks(cluster) -> None:

@@ -1,16 +1,23 @@
 """What is due of a scheduled job, with words and numbers; the rules over two stores are in the contract suite."""
 
+import asyncio
+
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.api.exposition import render
+from skep.manager.events import messages_of
 from skep.manager.explanations import explain_service
 from skep.manager.job_listing import next_run, note, schedule_words, shown_job
+from skep.manager.job_runs import COMPLETED, FAILED
 from skep.manager.journal.changes import entries_of
-from skep.manager.orchestrator.changes import FillSlot, RetireTask
+from skep.manager.metrics import job_family
+from skep.manager.orchestrator.changes import FillSlot, RetireTask, SettleRun
 from skep.manager.orchestrator.reaper.history import unused_versions
 from skep.manager.schedules.due import decided, next_due_ns
+from skep.model.history import Severity
 from skep.model.labels import JOB_TTL
 from skep.model.meta import Version
 from skep.model.schedules import CRON, CRON_SUSPEND, parsed_schedule
@@ -96,7 +103,8 @@ def test_a_job_that_waits_for_its_first_run_has_no_tasks_and_is_as_wanted() -> N
 
 def test_a_scheduled_job_is_kept_between_its_runs_whatever_its_time_to_live() -> None:
     """The two labels are refused together; an earlier version has not looked at one of them."""
-    service = a_job(after_a_run(), **{JOB_TTL: "1s"})
+    ended = replace(after_a_run(), outcome=COMPLETED, settled_iteration=Version())
+    service = a_job(ended, **{JOB_TTL: "1s"})
     done = replace(
         a_task(service=service, state=TaskState.COMPLETE, desired=TaskState.COMPLETE),
         job_iteration=Version(),
@@ -112,7 +120,7 @@ def test_a_scheduled_job_is_kept_between_its_runs_whatever_its_time_to_live() ->
 
 
 def test_what_failed_before_a_retry_is_started_again_and_what_has_completed_is_not() -> None:
-    job = after_a_run()
+    job = replace(after_a_run(), outcome=FAILED, settled_iteration=Version())
     service = a_job(job, total=2)
     done, failed = (
         replace(
@@ -125,10 +133,10 @@ def test_what_failed_before_a_retry_is_started_again_and_what_has_completed_is_n
         )
     )
     assert World(service, [done, failed]).changes() == []
-    retried = replace(service, job_status=replace(job, retried_until=failed.created_at))
+    retried = replace(service, job_status=replace(job, retried_until=failed.created_at, outcome=""))
     assert World(retried, [done, failed]).changes() == [FillSlot(retried, 2)]
     again = replace(failed, id="again", created_at=Timestamp("2026-11-24T10:05:00Z"))
-    assert World(retried, [done, failed, again]).changes() == []
+    assert World(retried, [done, failed, again]).changes() == [SettleRun(retried, is_over=True)]
 
 
 def test_a_new_run_stops_the_tasks_of_the_one_before_that_have_the_same_spec() -> None:
@@ -192,3 +200,31 @@ def test_a_time_of_now_is_due() -> None:
     job = decided(EMPTY, service, schedule, unix_ns("2026-11-24T10:00:00Z"))
     assert job is not None
     assert job.last_execution == timestamp(unix_ns("2026-11-24T10:00:00Z"))
+
+
+def test_a_run_that_has_failed_for_good_is_an_event_an_entry_and_a_metric_and_holds_up_no_later_run() -> None:
+    at = Timestamp("2026-11-24T10:00:00Z")
+    start = JobStart(at=at, iteration=Version(index=3), scheduled_at=at)
+    schedule = ScheduleStatus(settled=at, starts=(start,))
+    job = JobStatus(job_iteration=Version(index=3), last_execution=at, schedule=schedule)
+    going = a_job(job)
+    ended = replace(going, job_status=replace(job, outcome=FAILED, settled_iteration=Version(index=3)))
+    failed = replace(
+        a_task(service=going, state=TaskState.FAILED, desired=TaskState.SHUTDOWN),
+        job_iteration=Version(index=3),
+    )
+    store = MemoryStore(SystemClock())
+    asyncio.run(store.update(lambda tx: (tx.put(ended), tx.put(failed))))
+    view = store.view()
+    (entry,) = entries_of(Updated(going, ended), view)
+    assert (entry.action, entry.severity) == ("fail", Severity.ERROR)
+    assert entry.message.startswith("run 3 of job job failed after 1 attempt, the last: ")
+    (message,) = messages_of(Updated(going, ended), 0)
+    assert message.actor.attributes["run.outcome"] == FAILED
+    assert 'skep_job_last_run_failed{service="job"} 1' in render([job_family([ended])]).decode()
+    assert 'skep_job_last_run_failed{service="job"} 0' in render([job_family([going])]).decode()
+    after = decided(view, ended, parsed_schedule(ended.spec.labels), unix_ns("2026-11-24T11:00:00Z"))
+    assert after is not None
+    assert after.job_iteration == Version(index=4)
+    next_going = replace(ended, job_status=after)
+    assert 'skep_job_last_run_failed{service="job"} 1' in render([job_family([next_going])]).decode()

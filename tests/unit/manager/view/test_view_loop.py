@@ -18,9 +18,19 @@ from skep.manager.view.loop import LINGER_S, VIEWERS_MAX, ClusterView
 from skep.manager.view.rows import ClusterRow, ManagersRow
 from skep.model.container import ContainerSpec, HealthConfig, SecretReference
 from skep.model.ids import ConfigId, SecretId
+from skep.model.meta import Version
 from skep.model.node import NodeState, NodeStatus
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
-from skep.model.service import NetworkAttachmentConfig, Service, TaskSpec
+from skep.model.service import (
+    GlobalJob,
+    JobStatus,
+    NetworkAttachmentConfig,
+    RestartCondition,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+    TaskSpec,
+)
 from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
@@ -299,6 +309,29 @@ def test_the_state_of_a_service_is_what_its_tasks_say() -> None:
         shown = await row(rig, "services", "web")
         assert (shown["state"], shown["running"]) == ("unwell", 0)
         assert (await row(rig, "tasks", "t1"))["state"] == "unknown"
+
+    run(body)
+
+
+def test_a_one_shot_service_is_well_when_it_is_done_and_a_job_has_a_total() -> None:
+    async def body(rig: Rig) -> None:
+        once = RestartPolicy(condition=RestartCondition.NONE)
+        migrate = a_service("migrate", replicas=1, restart=once)
+        ended = a_task("t1", service=migrate, node="n1", state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN)
+        await rig.put(migrate, a_node("n1"), ended)
+        shown = await row(rig, "services", "migrate")
+        assert (shown["state"], shown["reason"], shown["completed"]) == ("well", "", 1)
+        await rig.put(replace(ended, status=TaskStatus(state=TaskState.FAILED)))
+        assert (await row(rig, "services", "migrate"))["state"] != "well"
+        job = a_service("job")
+        spec = replace(job.spec, mode=ServiceMode(global_job=GlobalJob()))
+        job = replace(job, spec=spec, job_status=JobStatus(last_execution=Timestamp("2026-01-01T00:00:00Z")))
+        done = a_task(
+            "t2", service=job, slot=0, node="n1", state=TaskState.COMPLETE, desired=TaskState.COMPLETE
+        )
+        await rig.put(job, replace(done, job_iteration=Version()))
+        shown = await row(rig, "services", "job")
+        assert (shown["completed"], shown["total"]) == (1, 1)
 
     run(body)
 

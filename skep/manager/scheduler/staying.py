@@ -1,0 +1,82 @@
+"""Tasks that stay on a node whose disk is full: they take over a slot that the node had before.
+
+A full node gets no new tasks.  A task that replaces one of the same slot there is not new: without it a crash on a
+cluster whose disks are full would end a service that Docker would have restarted.  Any other node that has room comes
+first, except for the data of the slot's local volumes (``returning``).
+"""
+
+from msgspec.structs import replace
+
+from skep.manager.scheduler.accounting import Account, Accounting
+from skep.manager.scheduler.filters import first_refusing
+from skep.manager.scheduler.placement import (
+    ASSIGNED,
+    CONFIRMED,
+    Assignment,
+    Placed,
+    Refusal,
+    assigned,
+    confirm,
+)
+from skep.manager.scheduler.requirements import Requirements
+from skep.model.conditions import disk_pressure
+from skep.model.ids import NodeId
+from skep.model.task import Task, TaskState
+from skep.model.times import unix_ns
+from skep.store.interface import View
+
+
+def confirmed(task: Task, requirements: Requirements, accounting: Accounting, view: View) -> Placed:
+    """``confirm`` for a task that was made for its node, where it may take over a slot.  Reserved in ``accounting``."""
+    match confirm(task, requirements, accounting):
+        case Assignment() as assignment:
+            return Placed(assignments=(assignment,))
+        case Refusal() as refusal:
+            return staying(Placed(refusals=(refusal,)), requirements, accounting, view)
+
+
+def staying(placed: Placed, requirements: Requirements, accounting: Accounting, view: View) -> Placed:
+    """Return ``placed`` with assignments in place of refusals, for tasks whose slot was on a full node last.
+
+    The assignments are reserved in ``accounting``.
+    """
+    if not placed.refusals or not any(
+        disk_pressure(one.node.description) for one in accounting.accounts.values()
+    ):
+        return placed
+    kept: list[Assignment] = []
+    refusals: list[Refusal] = []
+    for refusal in placed.refusals:
+        account = _full_account(refusal.task, requirements, accounting, view)
+        if account is None:
+            refusals.append(refusal)
+        else:
+            words = CONFIRMED if refusal.task.node_id else ASSIGNED
+            kept.append(assigned(refusal.task, account, requirements, accounting, words))
+    return replace(placed, assignments=(*placed.assignments, *kept), refusals=tuple(refusals))
+
+
+def _full_account(
+    task: Task, requirements: Requirements, accounting: Accounting, view: View
+) -> Account | None:
+    """The node on which the slot's last task was, if only its full disk refuses this one."""
+    account = accounting.accounts.get(_last_node(task, view))
+    if account is None or not disk_pressure(account.node.description):
+        return None
+    copies = accounting.copies(task.service_id)[account.node.id]
+    spared = replace(requirements, needs_disk=False)
+    return account if first_refusing(spared, account, copies) is None else None
+
+
+def _last_node(task: Task, view: View) -> NodeId:
+    """The node that the slot's last task was given; another run of a job is another slot."""
+    past = [
+        other
+        for other in view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+        if other.id != task.id
+        and other.node_id
+        and other.job_iteration == task.job_iteration
+        and (other.status.state >= TaskState.ASSIGNED and other.status.container_status is not None)
+    ]
+    last = max(past, key=lambda one: (unix_ns(one.created_at), one.id), default=None)
+    return last.node_id if last is not None else NodeId("")

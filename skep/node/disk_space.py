@@ -1,0 +1,230 @@
+"""Free space of the disks that this node and its containers write to, and the conditions that follow from it.
+
+A disk counts as full by what processes without privileges have left of it (``f_bavail``): ext4 reserves 5 % of its
+blocks for root, so a write by root succeeds long after containers fail.  Inodes run out on their own, with blocks left.
+
+* From ``WARN_PERCENT`` on, the condition ``disk-space`` names the disk.
+* From the setting ``disk-full`` on, a disk of the node itself is the condition ``disk-pressure``: managers assign no
+  further tasks to the node (``scheduler.filters``).  Disks of bind mounts and of volumes elsewhere never are: other
+  tasks do not need them.
+
+Either ends ``HYSTERESIS`` percent below its mark, so that a disk at the mark does not change the cluster's state with
+each file that comes and goes.
+"""
+
+import os
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from skep.aio.blocking import BlockingCalls
+from skep.aio.clock import Clock
+from skep.configuration.configuration import Configuration
+from skep.engine.container import Container
+from skep.errors import Unavailable
+from skep.model.conditions import DISK_PRESSURE, DISK_SPACE
+from skep.node.conditions import Conditions
+
+log = structlog.get_logger()
+
+WARN_PERCENT = 85
+"""Where the node also begins to remove unused images (``image-disk-high``), and where kubelet does."""
+HYSTERESIS = 2
+STEP_PERCENT = 2
+"""A condition shows another percentage only when it differs by so much: each is a write of the node's description."""
+PERIOD_S = 15.0
+SILENT_S = 5.0
+"""After which a disk that does not answer is left out: a network file system whose server is silent."""
+SOURCES_MAX = 200
+"""Mounts of containers that are looked at, each in a thread of its own."""
+_NAMED_MAX = 3
+
+
+class Space(msgspec.Struct, frozen=True, kw_only=True):
+    """How full one file system is."""
+
+    path: str
+    """A directory on it."""
+    device: int
+    free_bytes: int
+    """For processes without privileges."""
+    used_percent: float
+    """Of the bytes that these may have, as ``df`` shows it."""
+    inodes_percent: float
+    """0 on file systems that make inodes as they need them."""
+    is_own: bool = False
+    """Whether the node's own files are on it."""
+
+    @property
+    def percent(self) -> float:
+        """Of bytes or inodes, whichever is fuller."""
+        return max(self.used_percent, self.inodes_percent)
+
+
+def space_of(path: str, *, is_own: bool = False) -> Space | None:
+    """Measure the file system of ``path``; None: it is read-only, or has no size of its own.  Raises: OSError."""
+    found, device = os.statvfs(path), os.stat(path).st_dev
+    used = found.f_blocks - found.f_bfree
+    if not used + found.f_bavail or found.f_flag & os.ST_RDONLY:
+        return None
+    inodes_used = found.f_files - found.f_ffree
+    inodes = inodes_used + found.f_favail
+    return Space(
+        path=path,
+        device=device,
+        free_bytes=found.f_bavail * found.f_frsize,
+        used_percent=100 * used / (used + found.f_bavail),
+        inodes_percent=100 * inodes_used / inodes if found.f_files and inodes else 0.0,
+        is_own=is_own,
+    )
+
+
+def sources_of(containers: Iterable[Container]) -> list[str]:
+    """The directories of the machine that running containers can write to: volumes and bind mounts."""
+    found = {
+        point.source: None
+        for container in containers
+        if container.is_running
+        for point in container.config.mounts
+        if point.type in ("bind", "volume") and point.source and not point.read_only and not point.internal
+    }
+    return sorted(found)[:SOURCES_MAX]
+
+
+class Marks(msgspec.Struct, frozen=True):
+    """``full``: percent from which the node gets no new tasks; 0: it always does."""
+
+    full: int
+    warn: int = WARN_PERCENT
+
+
+class _Shown(msgspec.Struct, frozen=True):
+    """What was said last about a disk."""
+
+    percent: int
+    words: str
+    is_full: bool
+
+
+class Fullness:
+    """The words for the conditions, with what was said before: pure but for that."""
+
+    def __init__(self) -> None:
+        self._shown: dict[int, _Shown] = {}
+
+    def judge(self, disks: Sequence[Space], marks: Marks) -> tuple[str, str]:
+        """Return the texts of ``disk-space`` and of ``disk-pressure``; empty: the condition does not hold.
+
+        A disk that is full is not also named as nearly full.
+        """
+        shown = {disk.device: one for disk in disks if (one := self._judge(disk, marks)) is not None}
+        self._shown = shown
+        worst = sorted(disks, key=lambda disk: (-disk.percent, disk.path))
+        found = [shown[disk.device] for disk in worst if disk.device in shown]
+        near = [one.words for one in found if not one.is_full][:_NAMED_MAX]
+        full = [one.words for one in found if one.is_full][:_NAMED_MAX]
+        return "; ".join(near), "; ".join(full)
+
+    def _judge(self, disk: Space, marks: Marks) -> _Shown | None:
+        before = self._shown.get(disk.device)
+        was_full = before is not None and before.is_full
+        is_full = bool(disk.is_own and marks.full) and _is_above(disk, marks.full, was_above=was_full)
+        if not is_full and not _is_above(disk, marks.warn, was_above=before is not None):
+            return None
+        if (
+            before is not None
+            and before.is_full == is_full
+            and abs(disk.percent - before.percent) < STEP_PERCENT
+        ):
+            return before
+        return _Shown(int(disk.percent), _words(disk, marks, is_full=is_full), is_full)
+
+
+def _is_above(disk: Space, mark: int, *, was_above: bool) -> bool:
+    return disk.percent >= (mark - HYSTERESIS if was_above else mark)
+
+
+def _words(disk: Space, marks: Marks, *, is_full: bool) -> str:
+    if disk.inodes_percent > disk.used_percent:
+        state = f"{int(disk.inodes_percent)} % of the inodes of the disk at {disk.path} are in use"
+    else:
+        state = f"the disk at {disk.path} is {int(disk.used_percent)} % full, {_amount(disk.free_bytes)} left"
+    if is_full:
+        return f"{state}: no new tasks until it is below {marks.full - HYSTERESIS} %"
+    return f"{state}: remove files or enlarge the disk"
+
+
+def _amount(size: int) -> str:
+    if size >= 1 << 30:
+        return f"{size / (1 << 30):.1f} GiB"
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+class DiskSpace:
+    """Keeps the conditions ``disk-space`` and ``disk-pressure`` current.
+
+    Args:
+        directories: of the node's own files.
+        containers: lists the node's containers.
+        configuration: gives the present one, which may be reloaded.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        containers: Callable[[], Iterable[Container]],
+        configuration: Callable[[], Configuration],
+        conditions: Conditions,
+        clock: Clock,
+    ) -> None:
+        self._directories = directories
+        self._containers = containers
+        self._configuration = configuration
+        self._conditions = conditions
+        self._clock = clock
+        self._calls = BlockingCalls()
+        self._fullness = Fullness()
+        self._silent: set[str] = set()
+        self.disks: Sequence[Space] = ()
+        """What was measured last, a file system each."""
+
+    async def begun(self) -> Callable[[], Coroutine[Any, Any, None]]:
+        """Measure once, so that the node's first description has the conditions; return what measures on."""
+        await self.measure()
+        return self.run
+
+    async def run(self) -> None:
+        """Measure every ``PERIOD_S`` until cancelled."""
+        while True:
+            await self._clock.sleep(PERIOD_S)
+            await self.measure()
+
+    async def measure(self) -> None:
+        """Measure now, and set or clear the conditions."""
+        found: dict[int, Space] = {}
+        for directory in self._directories:
+            await self._add(str(directory), found, is_own=True)
+        for path in sources_of(self._containers()):
+            await self._add(path, found, is_own=False)
+        self.disks = tuple(found.values())
+        near, full = self._fullness.judge(self.disks, Marks(self._configuration().disk_full))
+        self._conditions.report(DISK_SPACE, near)
+        self._conditions.report(DISK_PRESSURE, full)
+
+    async def _add(self, path: str, found: dict[int, Space], *, is_own: bool) -> None:
+        """Measure the disk of ``path``, if it is another one.  One that cannot be measured is left out."""
+        try:
+            space = await self._calls.call(lambda: space_of(path, is_own=is_own), SILENT_S)
+        except FileNotFoundError:  # not made yet, or removed with its container
+            return
+        except (OSError, TimeoutError, Unavailable) as error:
+            if path not in self._silent:
+                self._silent.add(path)
+                log.info("free space of a disk is not known", path=path, reason=str(error) or "no answer")
+            return
+        self._silent.discard(path)
+        if space is not None:
+            found.setdefault(space.device, space)

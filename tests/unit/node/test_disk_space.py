@@ -1,0 +1,173 @@
+"""How full the disks of a node are: by what is left to processes without privileges, and by inodes."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.api.exposition import render
+from skep.configuration.configuration import Configuration
+from skep.engine.container import ContainerConfig, ContainerState, MountPoint
+from skep.model.conditions import DISK_PRESSURE, DISK_PRESSURE_LABEL, DISK_SPACE
+from skep.node import disk_space
+from skep.node.conditions import Conditions
+from skep.node.disk_space import DiskSpace, Fullness, Marks, Space, sources_of, space_of
+from skep.node.metrics import disk_families
+from tests.support.stub_engine import a_container
+
+MARKS = Marks(full=95)
+
+
+def a_disk(
+    percent: float, *, inodes: float = 0.0, device: int = 1, is_own: bool = True, path: str = "/d"
+) -> Space:
+    return Space(
+        path=path,
+        device=device,
+        free_bytes=1 << 30,
+        used_percent=percent,
+        inodes_percent=inodes,
+        is_own=is_own,
+    )
+
+
+def a_statvfs(**fields: int) -> Any:
+    """1,000 blocks of 4 KiB, of which root reserves 50."""
+    found = {"f_blocks": 1000, "f_bfree": 1000, "f_bavail": 950, "f_frsize": 4096, "f_flag": 0}
+    inodes = {"f_files": 100, "f_ffree": 100, "f_favail": 100}
+    return SimpleNamespace(**{**found, **inodes, **fields})
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, **fields: int) -> Space | None:
+    monkeypatch.setattr(os, "statvfs", lambda _: a_statvfs(**fields))
+    return space_of("/")
+
+
+def test_blocks_that_root_reserves_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = measured(monkeypatch, f_bfree=50, f_bavail=0)
+    assert space is not None
+    assert (space.used_percent, space.free_bytes, space.inodes_percent) == (100.0, 0, 0.0)
+    half = measured(monkeypatch, f_bfree=525, f_bavail=475)
+    assert half is not None
+    assert half.used_percent == 50.0
+
+
+def test_inodes_count_where_the_file_system_has_a_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = measured(monkeypatch, f_ffree=4, f_favail=4)
+    assert space is not None
+    assert space.percent == space.inodes_percent == 96.0
+    none = measured(monkeypatch, f_files=0, f_ffree=0, f_favail=0)
+    assert none is not None
+    assert none.inodes_percent == 0.0
+
+
+@pytest.mark.parametrize("fields", [{"f_flag": os.ST_RDONLY}, {"f_blocks": 0, "f_bfree": 0, "f_bavail": 0}])
+def test_a_file_system_that_nothing_is_written_to_is_none(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, int]
+) -> None:
+    assert measured(monkeypatch, **fields) is None
+
+
+def test_the_conditions_come_at_their_marks_and_end_two_percent_below() -> None:
+    fullness = Fullness()
+    found = []
+    for percent in (84.9, 85, 83.5, 82.9, 94.9, 95, 93.5, 92.9, 100, 10):
+        near, full = fullness.judge([a_disk(percent)], MARKS)
+        found.append("full" if full else "near" if near else "")
+    assert found == ["", "near", "near", "", "near", "full", "full", "near", "full", ""]
+
+
+def test_the_words_say_how_full_what_is_left_and_what_follows() -> None:
+    near, _ = Fullness().judge([a_disk(87.9)], MARKS)
+    assert near == "the disk at /d is 87 % full, 1.0 GiB left: remove files or enlarge the disk"
+    _, full = Fullness().judge([replace(a_disk(96), free_bytes=412 << 20)], MARKS)
+    assert full == "the disk at /d is 96 % full, 412 MiB left: no new tasks until it is below 93 %"
+    near, _ = Fullness().judge([a_disk(10, inodes=90)], MARKS)
+    assert near == "90 % of the inodes of the disk at /d are in use: remove files or enlarge the disk"
+
+
+def test_the_words_change_with_every_second_percent_at_most() -> None:
+    fullness = Fullness()
+    texts = {fullness.judge([a_disk(85 + number / 10)], MARKS)[0] for number in range(100)}
+    assert len(texts) == 5
+
+
+def test_only_the_nodes_own_disk_keeps_tasks_away_and_zero_means_never() -> None:
+    near, full = Fullness().judge([a_disk(99, is_own=False, path="/mnt")], MARKS)
+    assert (near.startswith("the disk at /mnt is 99 % full"), full) == (True, "")
+    assert Fullness().judge([a_disk(99)], Marks(full=0))[1] == ""
+
+
+def test_several_disks_are_named_the_fullest_first() -> None:
+    disks = [a_disk(86 + number, device=number, path=f"/{number}", is_own=False) for number in range(5)]
+    near, _ = Fullness().judge(disks, MARKS)
+    assert [part.split()[3] for part in near.split("; ")] == ["/4", "/3", "/2"]
+
+
+def test_containers_write_to_volumes_and_bind_mounts_that_are_not_read_only() -> None:
+    points = (
+        MountPoint(type="volume", destination="/a", source="/v/a"),
+        MountPoint(type="bind", destination="/b", source="/mnt/b"),
+        MountPoint(type="bind", destination="/c", source="/mnt/c", read_only=True),
+        MountPoint(type="bind", destination="/d", source="/secret", internal=True),
+        MountPoint(type="tmpfs", destination="/e"),
+    )
+    config = ContainerConfig(path="sh", mounts=points)
+    ended = a_container(config=config, state=ContainerState.EXITED, process=None)
+    assert sources_of([a_container(config=config)]) == ["/mnt/b", "/v/a"]
+    assert sources_of([ended]) == []
+
+
+def checking(tmp_path: Path, conditions: Conditions, **settings: int) -> DiskSpace:
+    configuration = replace(Configuration(data_dir=tmp_path), **settings)
+    return DiskSpace((tmp_path,), tuple, lambda: configuration, conditions, SystemClock())
+
+
+async def test_a_full_disk_is_two_conditions_and_a_label_for_managers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditions = Conditions(SystemClock())
+    check = checking(tmp_path, conditions)
+    percents = iter((90.0, 96.0, 50.0))
+    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(next(percents), path=path))
+    found = []
+    for _ in range(3):
+        await check.measure()
+        found.append(sorted(conditions.present()))
+    assert found == [[DISK_SPACE], [DISK_PRESSURE], []]
+    assert DISK_PRESSURE_LABEL in conditions.labels()  # for half a minute more
+    assert f'skep_disk_used_ratio{{path="{tmp_path}"}} 0.5' in render(disk_families(check.disks)).decode()
+
+
+async def test_the_mark_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_space, "space_of", lambda path, is_own: a_disk(90))
+    conditions = Conditions(SystemClock())
+    await checking(tmp_path, conditions, disk_full=90).measure()
+    assert sorted(conditions.present()) == [DISK_PRESSURE]
+
+
+async def test_a_disk_that_does_not_answer_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ContainerConfig(path="sh", mounts=(MountPoint(type="bind", destination="/b", source="/nfs"),))
+    configuration = Configuration(data_dir=tmp_path)
+    check = DiskSpace(
+        (tmp_path,),
+        lambda: [a_container(config=config)],
+        lambda: configuration,
+        Conditions(SystemClock()),
+        SystemClock(),
+    )
+
+    def measure(path: str, *, is_own: bool) -> Space:
+        if path == "/nfs":
+            raise OSError(5, "Input/output error")
+        return a_disk(10, path=path)
+
+    monkeypatch.setattr(disk_space, "space_of", measure)
+    await check.measure()
+    assert [one.path for one in check.disks] == [str(tmp_path)]
