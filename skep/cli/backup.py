@@ -21,6 +21,7 @@ from skep.api.backups import (
     parsed_opening,
 )
 from skep.cli.endpoint import HostOptions
+from skep.cli.formatting import counted
 from skep.cli.running import errors_shown
 from skep.errors import InvalidArgument
 from skep.linux.files import sync_directory, sync_file
@@ -209,4 +210,4 @@ def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
 
 
 def _described(counts: Any) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+    return ", ".join(counted(count, name.removesuffix("s")) for name, count in counts.items())

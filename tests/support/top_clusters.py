@@ -123,7 +123,7 @@ def a_snapshot(
 
 def a_shop() -> Snapshot:
     """Three nodes of which one is down, and services of which two are not as wanted."""
-    crash = "0 of 1 tasks run; crash loop: exited with code 3 four times: panic: no database at db:5432"
+    crash = 'exit 3, last line "panic: no database at db:5432"; crash loop, 4 failures in a row'
     update = {"State": "updating", "Message": "update in progress"}
     return a_snapshot(
         nodes=(
@@ -151,7 +151,7 @@ def a_shop() -> Snapshot:
         ),
         reasons={
             "id-orders": crash,
-            "id-report": "0 of 2 tasks run; 2 wait: no suitable node (insufficient resources on 2 nodes)",
+            "id-report": "no suitable node (insufficient resources on 2 nodes)",
         },
         events=tuple(
             {

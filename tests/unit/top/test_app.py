@@ -46,7 +46,7 @@ async def test_the_first_screen_says_what_is_wrong_and_why() -> None:
     async with app.run_test(size=(120, 30)) as pilot:
         text = await settled(pilot)
         assert "1 down, 2 ready" in text
-        assert "! service orders: 0 of 1 tasks run; crash loop: exited with code 3" in text
+        assert '! service orders: exit 3, last line "panic: no database' in text
         assert text.index("orders ") < text.index("web ")
 
 

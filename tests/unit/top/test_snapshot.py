@@ -32,8 +32,8 @@ def test_what_happens_before_a_task_runs_has_no_event_so_it_is_not_settled() -> 
 def test_the_headlines_are_those_of_status_the_nodes_first() -> None:
     assert [text for _, text in headlines(a_shop())] == [
         "w2 is down: heartbeat failure",
-        "orders: 0 of 1 tasks run; crash loop: exited with code 3 four times: panic: no database at db:5432",
-        "report: 0 of 2 tasks run; 2 wait: no suitable node (insufficient resources on 2 nodes)",
+        'orders: exit 3, last line "panic: no database at db:5432"; crash loop, 4 failures in a row',
+        "report: no suitable node (insufficient resources on 2 nodes)",
     ]
     assert dict(summary(a_shop())) == {
         "nodes": "1 down, 2 ready",
