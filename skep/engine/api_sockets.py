@@ -11,7 +11,7 @@ inherits the descriptor, keeps it until the container ends, and the next node pr
 import errno
 import os
 import socket
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple, Protocol
 
@@ -26,6 +26,7 @@ from skep.linux.processes import borrowed
 from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.container import Mount
 from skep.model.ids import ContainerId
+from skep.model.rights import API_LABEL, ApiAccess, api_access
 
 log = structlog.get_logger()
 
@@ -81,6 +82,20 @@ class ApiSockets:
     def is_api(self, source: str) -> bool:
         """Whether a bind mount of ``source`` is one of the API's socket."""
         return os.path.normpath(source) in self._names or _real(source) in set(map(_real, self._names))
+
+    def access(self, labels: Mapping[str, str], points: Iterable[MountPoint], *, is_plain: bool) -> ApiAccess:
+        """Return what a new container may call on its own socket.
+
+        A plain container that mounts the socket itself may call everything unless its label says less: only an
+        administrator creates it, and names the socket.  A mount of a directory that contains the socket (``/``,
+        ``/run``) gives no more than reading, and so does any mount of a task, whose spec others may write.
+
+        Raises: InvalidArgument: the label cannot be read.
+        """
+        is_named = any(point.type == "bind" and self.is_api(point.source) for point in points)
+        if is_plain and is_named and API_LABEL not in labels:
+            return ApiAccess.FULL
+        return api_access(labels)
 
     def others(self, mounts: Iterable[Mount]) -> list[Mount]:
         """Those of ``mounts`` whose source must be where they say."""

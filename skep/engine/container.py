@@ -411,7 +411,7 @@ class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     action: str
     container_id: ContainerId
-    """Of a volume: its name."""
+    """Of a volume: its name.  Of a network: its id."""
     time_ns: int
     attributes: Mapping[str, str] = {}
     type: str = "container"

@@ -20,7 +20,6 @@ from skep.engine.log_drivers.options import Check, log_config, with_defaults
 from skep.engine.machine import MachineOptions
 from skep.engine.mounts import check_paths
 from skep.engine.request import CreateRequest, EndpointSettings, HostConfig, LogOptions, TaskOptions, refused
-from skep.engine.runtime_spec import merged_environment
 from skep.engine.signals import signal_number
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.addresses import parsed
@@ -395,13 +394,12 @@ def _exposed(request: CreateRequest, image: ContainerDefaults, task: TaskOptions
 
 
 def _environment(request: CreateRequest, image: ContainerDefaults) -> tuple[str, ...]:
-    """The user's variables, then those of the image that the user does not name.
+    """The user's variables as they were given, then those of the image that the user does not name.
 
     Source: moby 20.10, daemon/commit.go (merge).
     """
-    merged = merged_environment(image.env or (), request.env)
     named = {one.partition("=")[0] for one in request.env}
-    return tuple(sorted(merged, key=lambda one: one.partition("=")[0] not in named))
+    return (*request.env, *(one for one in image.env or () if one.partition("=")[0] not in named))
 
 
 def _stop_timeout(request: CreateRequest, image: ContainerDefaults) -> int | None:

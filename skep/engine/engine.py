@@ -119,7 +119,7 @@ class Engine:
         self._config = config
         self._store = ContainerStore(self.bundles)
         self._network_locks: defaultdict[ContainerId, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._lifecycle = Lifecycle(
+        lifecycle = self._lifecycle = Lifecycle(
             runtime=runtime,
             network=network,
             volumes=volumes,
@@ -128,10 +128,10 @@ class Engine:
             starts_max=config.starts_max,
             report_restore=config.report_restore,
         )
-        self.networks = NetworkChanges(
-            self._store, self.bundles, network, self._network_locks, self._lifecycle.network_turns
-        )
         self.events, self.may_have = self._lifecycle.events, self._lifecycle.may_have
+        self.networks = NetworkChanges(
+            self._store, self.bundles, network, self._network_locks, lifecycle.network_turns, self.events
+        )
         self.files = Files(self._store.get, self._lifecycle.mounted, self.events, images)
         self.execs, self.health = self._lifecycle.execs, self._lifecycle.health
         self.log_rotation = logs.LogRotation(self.bundles, runtime.reopen_log, clock, self.list)
@@ -181,16 +181,17 @@ class Engine:
                 yield container.sandbox
 
     def get(self, word: str) -> Container:
-        """Raises: NotFound: ``No such container: <word>``, or the prefix fits several."""
+        """Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix fits several."""
         return self._store.get(word)
 
     def has(self, word: str) -> bool:
-        """Whether ``get`` finds a container."""
+        """Whether ``word`` means a container, or could mean several."""
         try:
-            self._store.get(word)
+            return bool(self._store.get(word))
         except NotFound:
             return False
-        return True
+        except InvalidArgument:
+            return True
 
     def counts(self) -> Counts:
         """Containers by state, images, and probes."""
@@ -295,12 +296,14 @@ class Engine:
         layers = tuple(map(str, self.images.layers(image)))
         points, inherited = self._mount_points(request, mounts, defaults.volumes or (), stack)
         chain = (*image.chain, *image_mounts.chains(self.images, points))
+        is_plain = plain is not None and not is_step
+        api = self.bundles.apis.access(request.labels, (*points, *inherited), is_plain=is_plain)
         new = NewContainer(
             name=chosen,
             image=request.image,
             image_id=image.id,
             layers=layers,
-            config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts)),
+            config=msgspec.structs.replace(config, mounts=(*points, *inherited, *config.mounts), api=api),
             labels=labels,
             plain=plain,
             stack=stack,
@@ -552,11 +555,8 @@ class Engine:
         chosen = create.checked_name(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
-        renaming = self._rename(container.id, chosen)
+        renaming = self.networks.rename(container.id, chosen)
         await self._lifecycle.carry_out(renaming, name=f"rename-{container.id[:12]}")
-
-    async def _rename(self, id: ContainerId, name: str) -> None:
-        self.events.publish("rename", await self.networks.rename(id, name))
 
     # --- remove -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Events of the node's containers and volumes (``docker events``).
+"""Events of the node's containers, volumes and networks (``docker events``).
 
 The last events are kept in memory, as the engine does (256), so that ``--since`` finds the recent past.
 """
@@ -7,6 +7,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from skep.aio.clock import Clock
 from skep.engine.container import Container, ContainerEvent
@@ -16,6 +17,14 @@ from skep.model.ids import ContainerId
 RECENT_MAX = 256
 PENDING_MAX = 4096
 SUBSCRIBERS_MAX = 256
+
+
+class NamedNetwork(NamedTuple):
+    """A network as its events name it."""
+
+    id: str
+    name: str
+    driver: str
 
 
 class Subscription:
@@ -47,7 +56,7 @@ class Subscription:
 
 
 class Events:
-    """The events of the node's containers and volumes."""
+    """The events of the node's containers, volumes and networks."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -67,13 +76,26 @@ class Events:
 
     def publish_volume(self, action: str, name: str, attributes: Mapping[str, str]) -> None:
         """Give an event of a volume to all subscribers."""
+        self._publish_object("volume", action, name, attributes)
+
+    def publish_network(self, action: str, network: NamedNetwork, container_id: str = "") -> None:
+        """Give an event of a network to all subscribers.
+
+        Args:
+            action: create, destroy, connect or disconnect; the last two name the container.
+        """
+        attributes = {"container": container_id} if container_id else {}
+        attributes |= {"name": network.name, "type": network.driver}
+        self._publish_object("network", action, network.id, attributes)
+
+    def _publish_object(self, type: str, action: str, id: str, attributes: Mapping[str, str]) -> None:
         self._publish(
             ContainerEvent(
                 action=action,
-                container_id=ContainerId(name),
+                container_id=ContainerId(id),
                 time_ns=self._clock.now_ns(),
                 attributes=attributes,
-                type="volume",
+                type=type,
             )
         )
 

@@ -26,7 +26,7 @@ from skep.engine.conmon import StartError
 from skep.engine.container import Container, ContainerState, NotRunning, StillRunning
 from skep.engine.execs import Execs
 from skep.engine.health import HealthMonitor
-from skep.engine.networking import Networking, has_sandbox, sandbox_config
+from skep.engine.networking import Networking, has_sandbox, publish_networks, sandbox_config
 from skep.engine.processes import send_signal
 from skep.engine.runtime import Runtime
 from skep.engine.sharing import shared_by
@@ -295,6 +295,7 @@ class Lifecycle:
         )
         if self._background.is_running:  # else this process ends: the next one watches it
             self._watch(container)
+        publish_networks(self.events, "connect", container, container.sandbox, self._network.predefined_ids)
         self.events.publish_mounts("mount", container)
         self.events.publish("start", container)
         return container
@@ -345,8 +346,7 @@ class Lifecycle:
 
     def _watch(self, container: Container) -> None:
         id = container.id
-        task = self.spawn(self._wait_and_settle(container), name=f"container-{id[:12]}")
-        self._watches[id] = task
+        task = self._watches[id] = self.spawn(self._wait_and_settle(container), name=f"container-{id[:12]}")
         task.add_done_callback(lambda done: self._forget_watch(id, done))
         if container.health is not None:
             self.spawn(self._persist(lambda: self.health.run(id), id), name=f"health-{id[:12]}")
@@ -357,8 +357,7 @@ class Lifecycle:
 
     async def _wait_settled(self, id: ContainerId) -> None:
         """Return when everything is freed that an ended container does not need."""
-        watch = self._watches.get(id)
-        if watch is not None:
+        if (watch := self._watches.get(id)) is not None:
             await asyncio.wait([watch])
 
     async def _wait_and_settle(self, container: Container) -> None:
@@ -384,6 +383,7 @@ class Lifecycle:
         if ended.oom_killed:
             self.events.publish("oom", container)
         self.events.publish("die", container, exitCode=str(ended.exit_code))
+        publish_networks(self.events, "disconnect", container, sandbox, self._network.predefined_ids)
         await self._free(self._runtime.clear(container), id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
         await self._unmount(container)

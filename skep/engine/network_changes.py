@@ -17,7 +17,8 @@ from skep.api.errors import Forbidden
 from skep.engine.bundle import Bundles
 from skep.engine.container import BeingRemoved, Container, PlainOptions
 from skep.engine.create import NO_ADDRESS, NO_ALIASES
-from skep.engine.networking import Networking, sandbox_config
+from skep.engine.events import Events, NamedNetwork
+from skep.engine.networking import Networking, endpoint_network, sandbox_config
 from skep.engine.state import ContainerStore
 from skep.engine.turns import Turns
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -51,6 +52,7 @@ class NetworkChanges:
         network: Networking,
         locks: defaultdict[ContainerId, asyncio.Lock],
         turns: Turns,
+        events: Events,
     ) -> None:
         """``locks``: held while the networks of a container change, or follow from its start.
 
@@ -61,6 +63,7 @@ class NetworkChanges:
         self._network = network
         self._locks = locks
         self._turns = turns
+        self._events = events
 
     async def connect(self, word: str, request: EndpointRequest) -> None:
         """Put a container on one more network, now or with its start.
@@ -91,6 +94,8 @@ class NetworkChanges:
                 raise _is_there(container, request.network)
             networks = (*plain.networks, request)
             await run_to_end(self._record(container, sandbox, networks=networks))
+            if sandbox is not None:
+                self._events.publish_network("connect", endpoint_network(sandbox.endpoints[-1]), container.id)
 
     async def disconnect(self, word: str, network: str, network_id: str = "") -> None:
         """Take a container off a network.
@@ -134,6 +139,7 @@ class NetworkChanges:
                     back = self._network.rename(sandbox_config(before), sandbox)
                     await run_to_end(isolate(back, "names of a container not changed back", container=id))
                     raise
+            self._events.publish("rename", renamed, oldName=f"/{before.name}")
             return renamed
 
     def _require_kept(self, id: ContainerId) -> tuple[Container, PlainOptions]:
@@ -153,6 +159,7 @@ class NetworkChanges:
                 config = sandbox_config(container)
                 left = await self._network.disconnect(config, container.sandbox, endpoint.network_id)
                 container = await self._observe(container, left)
+                self._events.publish_network("disconnect", endpoint_network(endpoint), container.id)
         networks = tuple(one for one in plain.networks if one.network not in known)
         if not is_there and len(networks) == len(plain.networks):
             raise FailedPrecondition(_not_there(container, network))
@@ -183,6 +190,10 @@ class NetworkChanges:
             config = sandbox_config(replace(container, plain=plain))
             sandbox = await self._network.change_bridge(config, container.sandbox)
         await self._record(container, sandbox, mode=plain.mode, mac_address=plain.mac_address)
+        if sandbox is not None:
+            has_joined = plain.mode is NetworkMode.BRIDGE
+            bridge = NamedNetwork(self._network.predefined_ids.get("bridge", ""), "bridge", "bridge")
+            self._events.publish_network("connect" if has_joined else "disconnect", bridge, container.id)
 
     async def _record(self, container: Container, sandbox: Sandbox | None, **changed: Any) -> None:
         """``sandbox``: of its run, if that has changed; ``changed``: what the next one has."""

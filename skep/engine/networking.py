@@ -5,10 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from skep.engine.container import Container, ContainerState
+from skep.engine.events import Events, NamedNetwork
 from skep.engine.processes import is_alive
 from skep.model.ids import ContainerId, TaskId
 from skep.model.labels import LABEL_TASK_ID
-from skep.model.sandbox import EndpointRequest, Sandbox, SandboxConfig
+from skep.model.sandbox import Endpoint, EndpointRequest, NetworkMode, Sandbox, SandboxConfig
 
 
 class Networking(Protocol):
@@ -73,6 +74,27 @@ def sandbox_config(container: Container) -> SandboxConfig:
         nameservers=config.nameservers,
         dns_options=config.dns_options,
     )
+
+
+def publish_networks(
+    events: Events, action: str, container: Container, sandbox: Sandbox | None, ids: Mapping[str, str]
+) -> None:
+    """Publish that a container's run puts it on its networks, or takes it off.  ``ids``: ``predefined_ids``."""
+    if sandbox is None:
+        return
+    networks = [endpoint_network(one) for one in sandbox.endpoints]
+    if (mode := container.mode) in (NetworkMode.BRIDGE, NetworkMode.HOST, NetworkMode.NONE):
+        driver = "null" if mode is NetworkMode.NONE else mode.value
+        networks.insert(0, NamedNetwork(ids.get(mode.value, ""), mode.value, driver))
+    for network in networks:
+        events.publish_network(action, network, container.id)
+
+
+def endpoint_network(endpoint: Endpoint) -> NamedNetwork:
+    """Return the network of an endpoint."""
+    head = endpoint.config.head
+    driver = head.parent.kind if head.parent is not None else "bridge" if head.is_of_node else "overlay"
+    return NamedNetwork(head.id, head.name, driver)
 
 
 def has_sandbox(container: Container) -> bool:

@@ -18,7 +18,7 @@ from skep.engine.container import (
     PlainOptions,
     WaitCondition,
 )
-from skep.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from skep.model.ids import ContainerId
 from skep.model.readable import NameSource, free_name
 from skep.model.times import ZERO_TIME
@@ -46,7 +46,9 @@ class ContainerStore:
     def get(self, word: str) -> Container:
         """The container with this full id, else name, else unique prefix of an id.
 
-        Raises: NotFound: ``No such container: <word>``, or the prefix fits several.
+        Raises: NotFound: ``No such container: <word>``; InvalidArgument: the prefix fits several.
+
+        Source: moby 28, daemon/container/view.go (GetByPrefix).
         """
         exact = self._containers.get(ContainerId(word))
         if exact is not None:
@@ -56,7 +58,7 @@ class ContainerStore:
             return self._containers[by_name]
         matches = [id for id in self._containers if word and id.startswith(word)]
         if len(matches) > 1:
-            raise NotFound(f"multiple IDs found with provided prefix: {word}")
+            raise InvalidArgument(f"multiple IDs found with provided prefix: {word}")
         if not matches:
             raise NotFound(f"No such container: {word}")
         return self._containers[matches[0]]

@@ -154,7 +154,9 @@ async def test_names_are_free_once_over_the_node_and_the_cluster(rig: Rig) -> No
     assert await rig.message("POST", "/networks/create", {"Name": "o1", "ConfigOnly": True}) == taken
     assert (await rig.ask("POST", "/networks/create", {"Name": "c1", "ConfigOnly": True}))[0] == 201
     taken = (409, "network with name c1 already exists")
-    assert await rig.message("POST", "/networks/create", {"Name": "c1", "Driver": "overlay"}) == taken
+    for body, version in (({"CheckDuplicate": True}, "/v1.41"), ({}, "")):
+        requested = {"Name": "c1", "Driver": "overlay", **body}
+        assert await rig.message("POST", f"{version}/networks/create", requested) == taken
     assert await rig.names() == {*LOCAL, "ingress", "o1", "c1"}
     assert (await rig.ask("DELETE", "/networks/c1"))[0] == 204
     assert (await rig.ask("DELETE", "/networks/o1"))[0] == 204
@@ -165,6 +167,32 @@ async def test_names_are_free_once_over_the_node_and_the_cluster(rig: Rig) -> No
 async def test_predefined_networks_stay(rig: Rig, name: str) -> None:
     words = f"{name} is a pre-defined network and cannot be removed"
     assert await rig.message("DELETE", f"/networks/{name}") == (403, words)
+
+
+async def test_for_an_old_client_a_network_of_the_cluster_may_have_the_name_of_one_here(rig: Rig) -> None:
+    own = (await rig.ask("POST", "/networks/create", {"Name": "c1", "ConfigOnly": True}))[1]["Id"]
+    status, made = await rig.ask("POST", "/v1.43/networks/create", {"Name": "c1", "Driver": "overlay"})
+    assert (status, made["Warning"]) == (201, "network with name c1 already exists")
+    ambiguous = (400, "2 matches found based on name: network c1 is ambiguous")
+    assert await rig.message("GET", "/networks/c1") == ambiguous
+    assert await rig.message("DELETE", "/networks/c1") == ambiguous
+    assert (await rig.ask("GET", "/networks/c1?scope=swarm"))[1]["Id"] == made["Id"]
+    assert (await rig.ask("GET", "/networks/c1?scope=local"))[1]["Id"] == own
+    for id in (own, made["Id"]):
+        assert (await rig.ask("GET", f"/networks/{id}"))[1]["Id"] == id
+    assert (await rig.ask("DELETE", f"/networks/{made['Id']}"))[0] == 204
+    assert (await rig.ask("DELETE", "/networks/c1"))[0] == 204
+
+
+async def test_networks_of_the_node_have_events(rig: Rig) -> None:
+    id = (await rig.ask("POST", "/networks/create", {"Name": "c1", "ConfigOnly": True}))[1]["Id"]
+    await rig.ask("DELETE", f"/networks//{id}/")
+    events = rig.work.events.recent(0)
+    assert [(one.type, one.action, one.container_id) for one in events] == [
+        ("network", "create", id),
+        ("network", "destroy", id),
+    ]
+    assert events[0].attributes["name"] == "c1"
 
 
 async def test_the_gateway_bridge_is_removed_and_made_again_with_another_subnet(rig: Rig) -> None:

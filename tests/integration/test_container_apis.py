@@ -156,6 +156,43 @@ def test_more_is_given_by_a_label_that_the_cluster_allows(two: TestCluster, m1: 
         two.skep("exec", "m1", "--", str(skep_command()), "cluster", "allow", "none")
 
 
+def test_a_plain_container_with_the_socket_may_do_what_root_may(m1: TestNode) -> None:
+    """As those that remove what other tests have left: by label, with volumes and networks, and nothing else."""
+    session = "session=s1"
+
+    def box(name: str, *options: str) -> str:
+        return m1.docker("run", "-d", "--name", name, *options, IMAGE, *IDLE).stdout.strip()
+
+    reaper = box("reaper", "-v", f"{SOCKET}:{SOCKET}", "--network", "none")
+    modest = box("modest", "-v", f"{SOCKET}:{SOCKET}:ro", "--label", "skep.api=read")
+    around = box("around", "--mount", "type=bind,source=/,target=/host,readonly")
+    m1.docker("network", "create", "--label", session, "n1")
+    m1.docker("volume", "create", "--label", session, "v1")
+    m1.docker("tag", IMAGE, "left:1")
+    box("left", "--label", session, "--network", "n1", "-v", "v1:/v", "-v", "/anonymous")
+    other = box("other", "--label", "session=s2")
+    inspected = m1.client().api.inspect_container
+    full = f"/proc/{inspected(reaper)['State']['Pid']}/root{SOCKET}"
+    filters = f"%7B%22label%22:%5B%22{session}%22%5D%7D"
+    try:
+        (found,) = call(full, f"GET /containers/json?all=1&filters={filters}").document
+        (anonymous,) = (one["Name"] for one in found["Mounts"] if one["Destination"] == "/anonymous")
+        limited = f"/proc/{inspected(modest)['State']['Pid']}/root{SOCKET}"
+        covered = f"/proc/{inspected(around)['State']['Pid']}/root/host/run/skep/skep.sock"
+        for path in (limited, covered):
+            assert call(path, f"DELETE /containers/{found['Id']}?force=1").status == 403
+        assert call(full, f"DELETE /containers/{found['Id']}?force=1&v=1").status == 204
+        assert call(full, f"DELETE /networks/{call(full, 'GET /networks/n1').document['Id']}").status == 204
+        assert call(full, "DELETE /volumes/v1").status == 204
+        assert call(full, f"GET /volumes/{anonymous}").status == 404
+        assert call(full, "DELETE /images/left:1").status == 200
+        (kept,) = call(full, "GET /containers/json?filters=%7B%22name%22:%5B%22other%22%5D%7D").document
+        assert kept["Id"] == other
+        assert "SWMTKN-1" in call(full, "GET /swarm").text, "on a manager of the cluster, too"
+    finally:
+        m1.docker("rm", "-f", "reaper", "modest", "around", "other", "left", check=False)
+
+
 def skep_command() -> str:
     return os.path.join(os.path.dirname(sys.executable), "skep")
 

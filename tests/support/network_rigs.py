@@ -21,6 +21,7 @@ from skep.api.server import application
 from skep.dataplane.local.networks import LocalNetworks
 from skep.engine.api.volumes import volume_routes
 from skep.engine.container import Container
+from skep.engine.events import Events
 from skep.engine.volumes import Volumes
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi
@@ -53,6 +54,7 @@ class AWorkload(msgspec.Struct):
     states: dict[TaskId, TaskStatus] = {}
     containers: tuple[Container, ...] = ()
     tables: dict[NetworkId, Table] = {}
+    events: Events = msgspec.field(default_factory=lambda: Events(SystemClock()))
 
     def tasks(self) -> dict[TaskId, AssignedTask]:
         return self.assigned

@@ -31,12 +31,14 @@ from skep.api.networks import (
     check_name,
     fits,
 )
-from skep.api.server import Filters, Routes, json_response, read_body
+from skep.api.server import Filters, Routes, api_version, json_response, read_body
+from skep.api.versions import ApiVersion
 from skep.dataplane.local.networks import LocalNetworks
 from skep.dataplane.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.engine.api.pruning import is_prunable
 from skep.engine.create import endpoint_request
 from skep.engine.engine import Engine
+from skep.engine.events import NamedNetwork
 from skep.engine.request import read_connect
 from skep.errors import (
     AlreadyExists,
@@ -53,6 +55,9 @@ from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, fo
 from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
 
 log = structlog.get_logger()
+
+_NAMES_ARE_UNIQUE = ApiVersion("1.44")
+"""From here on ``CheckDuplicate`` is always meant.  Before, a network of the cluster may have the name of one here."""
 
 
 class NetworkSources(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +111,8 @@ class _NodeNetworks:
         word, scope = request.match_info["name"], request.query.get("scope", "")
         own = find(self._own(), word) if scope in ("", LOCAL) else None
         if own is not None and word in (own.id, own.name):
+            if not scope:
+                await self._check_unambiguous(request, own, word)
             return json_response(self._shown(own))
         if scope in ("", SWARM) and (found := await self._cluster.find(request, word)) is not None:
             return json_response(found)
@@ -122,11 +129,20 @@ class _NodeNetworks:
     async def create(self, request: web.Request) -> web.StreamResponse:
         raw = await read_body(request)
         body = decode_body(raw, NetworkBody)
-        if body.name and any(one.name == body.name for one in self._own() if one.name not in BUILTIN):
-            raise AlreadyExists(f"network with name {body.name} already exists")
+        conflict = f"network with name {body.name} already exists"
+        is_taken = body.name not in BUILTIN and any(one.name == body.name for one in self._own())
         if body.is_of_cluster and self._cluster.member.is_manager:
+            may_share = api_version(request) < _NAMES_ARE_UNIQUE and not body.check_duplicate
+            if is_taken and not may_share:
+                raise AlreadyExists(conflict)
             await self._check_engine_lacks(request, body.name)
-            return _forwarded(await self._cluster.forward_to_manager(request, raw))
+            response = await self._cluster.forward_to_manager(request, raw)
+            if is_taken and response.status == 201:
+                id = msgspec.json.decode(response.body)["Id"]
+                return json_response({"Id": id, "Warning": conflict}, 201)
+            return _forwarded(response)
+        if is_taken:
+            raise AlreadyExists(conflict)
         if self._cluster.member.is_manager and body.name:
             await self._cluster.check_lacks(body.name)
         check_name(body.name)
@@ -136,13 +152,13 @@ class _NodeNetworks:
                 raise Forbidden(FROM_A_WORKER)
             raise Unavailable(self._cluster.member.manager_refusal() or FROM_A_WORKER)
         if body.name == GATEWAY:
-            return _created(await self._local.make_gateway(body))
+            return self._created(await self._local.make_gateway(body))
         if self._sources.docker is not None:
             return _forwarded(await self._forward_to_engine(request, raw))
         if not body.name:
             raise InvalidArgument("invalid name: ")
         if body.config_only:
-            return _created(self._local.add_configuration(body))
+            return self._created(self._local.add_configuration(body))
         if self._sources.engine is None:
             raise Unimplemented(
                 "this node runs no containers, so it has no networks for them: create an overlay network "
@@ -150,7 +166,7 @@ class _NodeNetworks:
             )
         routes = [one for one, _ in await asyncio.to_thread(read_routes)]
         devices = [name for _, name in socket.if_nameindex()]
-        return _created(await self._local.add(body, routes, devices))
+        return self._created(await self._local.add(body, routes, devices))
 
     async def remove(self, request: web.Request) -> web.StreamResponse:
         word = request.match_info["name"]
@@ -160,6 +176,7 @@ class _NodeNetworks:
                 f"{own.name if own is not None else word} is a pre-defined network and cannot be removed"
             )
         if own is not None and word in (own.id, own.name):
+            await self._check_unambiguous(request, own, word)
             return await self._remove_own(own)
         if await self._cluster.find(request, word) is not None:
             self._cluster.check_manager()
@@ -237,6 +254,20 @@ class _NodeNetworks:
     async def update(self, request: web.Request) -> web.StreamResponse:
         self._cluster.check_manager()
         return _forwarded(await self._cluster.forward_to_manager(request, await read_body(request)))
+
+    async def _check_unambiguous(self, request: web.Request, own: LocalNetwork, word: str) -> None:
+        """Raises: InvalidArgument: ``word`` is also the name of a network of the cluster.
+
+        Source: moby 20.10, api/server/router/network/network_routes.go (getNetwork).
+        """
+        if word != own.name or own.name in (*BUILTIN, GATEWAY):
+            return
+        try:
+            found = await self._cluster.find(request, word)
+        except SkepError:  # no manager answers: the node's own networks do not depend on one
+            return
+        if found is not None and found["Name"] == word and found["Id"] != own.id:
+            raise InvalidArgument(f"2 matches found based on name: network {word} is ambiguous")
 
     # --- the engine's, and the node's own ---------------------------------------------------------------------
 
@@ -323,13 +354,19 @@ class _NodeNetworks:
                     f"(container {named})"
                 )
             await self._local.remove_bridge(network.id)
+        self._publish("destroy", network)
         return web.Response(status=204)
+
+    def _created(self, network: LocalNetwork) -> web.StreamResponse:
+        self._publish("create", network)
+        return json_response({"Id": network.id, "Warning": ""}, 201)
+
+    def _publish(self, action: str, network: LocalNetwork) -> None:
+        if self._sources.engine is not None:
+            named = NamedNetwork(network.id, network.name, network.driver)
+            self._sources.engine.events.publish_network(action, named)
 
 
 def _forwarded(response: Response) -> web.Response:
     headers = {"Content-Type": response.content_type} if response.body else {}
     return web.Response(status=response.status, body=response.body or None, headers=headers)
-
-
-def _created(network: LocalNetwork) -> web.StreamResponse:
-    return json_response({"Id": network.id, "Warning": ""}, 201)

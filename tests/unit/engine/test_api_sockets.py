@@ -16,6 +16,7 @@ from skep.engine.container import Container, ContainerConfig, MountPoint
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.container import Mount
 from skep.model.ids import ContainerId
+from skep.model.rights import ApiAccess
 from tests.support.file_faults import Faults, file_faults, walk
 
 
@@ -44,6 +45,37 @@ def test_every_name_of_the_socket_is_the_containers_own(apis: ApiSockets, tmp_pa
 @pytest.mark.parametrize("name", ["/var/run/docker.sock", "/run/docker.sock"])
 def test_docker_s_socket_means_this_api_even_where_none_listens(apis: ApiSockets, name: str) -> None:
     assert apis.give([bind(name)], OWN).mounts[0].source == "/own/skep.sock"
+
+
+@pytest.mark.parametrize(
+    ("source", "labels", "is_plain", "access"),
+    [
+        ("/var/run/docker.sock", {}, True, ApiAccess.FULL),
+        ("run/skep.sock", {}, True, ApiAccess.FULL),
+        ("/var/run/docker.sock", {"skep.api": "read"}, True, ApiAccess.READ),
+        ("/var/run/docker.sock", {"skep.api": "inspect"}, True, ApiAccess.INSPECT),
+        ("/var/run/docker.sock", {}, False, ApiAccess.READ),
+        ("/var/run/docker.sock", {"skep.api": "full"}, False, ApiAccess.FULL),
+        ("/", {}, True, ApiAccess.READ),
+        ("run", {}, True, ApiAccess.READ),
+        ("/srv", {}, True, ApiAccess.READ),
+    ],
+)
+def test_only_who_names_the_socket_of_a_plain_container_gives_it_all(
+    apis: ApiSockets,
+    tmp_path: Path,
+    source: str,
+    labels: dict[str, str],
+    *,
+    is_plain: bool,
+    access: ApiAccess,
+) -> None:
+    assert apis.access(labels, [bind(tmp_path / source)], is_plain=is_plain) is access
+
+
+def test_an_unknown_access_is_refused(apis: ApiSockets) -> None:
+    with pytest.raises(InvalidArgument, match="want read, inspect or full"):
+        apis.access({"skep.api": "all"}, [bind("/run/docker.sock")], is_plain=True)
 
 
 def test_a_directory_with_the_nodes_sockets_has_the_containers_own_alone(

@@ -329,6 +329,8 @@ def test_security_and_the_other_options() -> None:
     )
     assert config.hosts == ("172.18.0.1 gate", "10.1.1.1 db")
     assert (config.nano_cpus, config.env) == (500_000_000, ("B=3", "A=1"))
+    ordered = ["Z=1", "B=3", "Z=2", "GONE", "C=4"]
+    assert configured(Env=ordered).env == (*ordered, "A=1"), "as given, then what the image has beside it"
     assert plain_options(
         body({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}})
     ).restart == RestartPolicy(name="on-failure", attempts_max=3)

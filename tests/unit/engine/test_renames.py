@@ -84,6 +84,8 @@ async def test_a_rename_whose_client_goes_is_carried_out(rig: Renaming) -> None:
     await asyncio.wait([renaming])
     rig.names.gate.set()
     await until(lambda: rig.engine.events.recent(0)[-1].action == "rename")
+    event = rig.engine.events.recent(0)[-1]
+    assert (event.attributes["oldName"], event.attributes["name"]) == ("/one", "other")
     container = rig.engine.get("other")
     assert rig.names.present == {container.id: "other"}
     with pytest.raises(NotFound):
