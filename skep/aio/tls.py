@@ -120,11 +120,11 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
 
     def _call_eof_received(self) -> None:
         """The other end has sent close_notify, and sends no more."""
-        if self._app_state is not asyncio.sslproto.AppProtocolState.STATE_CON_MADE:
+        if self._app_state is not asyncio.sslproto.AppProtocolState.STATE_CON_MADE:  # type: ignore[has-type]
             return
         self._app_state = asyncio.sslproto.AppProtocolState.STATE_EOF
         try:
-            self._is_half_closed = bool(self._app_protocol.eof_received())
+            self._is_half_closed = bool(self._app_protocol.eof_received())  # type: ignore[attr-defined]
         except Exception as error:
             self._fatal_error(error, "Error calling eof_received()")
 

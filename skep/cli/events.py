@@ -49,7 +49,7 @@ _TOLD = ("away", "gap")
 @shows_as_it_happens
 @click.pass_obj
 def events(
-    host: HostOptions, words: tuple[str, ...], output: Output, *, is_json: bool, **options: str
+    host: HostOptions, /, words: tuple[str, ...], output: Output, *, is_json: bool, **options: str
 ) -> None:
     """Show the events of the whole cluster as they come, those of tasks among them.
 

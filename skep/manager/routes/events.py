@@ -67,6 +67,7 @@ async def stream_all_events(request: web.Request) -> web.StreamResponse:
     since, until = period_of(request)
     manager, filters = manager_of(request), Filters.of(request)
     position = Position.of(cursor) if (cursor := request.query.get("after", "")) else None
+    after: int | None
     if position is not None:
         after, since = manager.events.revision_after(position.cluster), None
     else:
