@@ -17,6 +17,7 @@ USED_BY_OTHERS = {
     "get_info": "called by aiohttp",
     "raw_match": "called by aiohttp",
     "url_for": "called by aiohttp",
+    "_call_eof_received": "called by the base class (asyncio.sslproto)",
     "_ssl_buffer": "read by the base class (asyncio.sslproto)",
     "_ssl_buffer_view": "read by the base class (asyncio.sslproto)",
     "_write_backlog": "read by the base class (asyncio.sslproto)",

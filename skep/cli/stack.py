@@ -5,7 +5,8 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,21 @@ def config(
 # --- plan ----------------------------------------------------------------------------------------------------------
 
 
+@asynccontextmanager
+async def _undo_on_failure(
+    client: Requests, found: Plan, timeout_s: float, created: Made, *, enabled: bool
+) -> AsyncIterator[None]:
+    """Undo a deploy that fails in the block.  Raises: Unavailable, with the failure and the result of the undo."""
+    try:
+        yield
+    except SkepError as error:
+        if not enabled or isinstance(error, Replaced | Problems):
+            raise  # there is nothing of this deploy to undo
+        click.echo(f"failed: {error}", err=True)
+        done = await _undone(client, found, error, timeout_s, created)
+        raise Unavailable(f"the deploy failed, and {done}: {error}") from error
+
+
 async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
     """After a deploy that failed of ``error``: what was done.  Raises: Unavailable: with both errors."""
     try:
@@ -394,17 +410,11 @@ def deploy(
                 await Deployment(client, made, found, progress.show, logins).apply(wait_s, max_failures)
                 return
             created = Made()
-            try:
+            async with _undo_on_failure(client, found, timeout, created, enabled=rollback_on_failure):
                 await carry_out(
                     *(client, made, found, progress.show, wait_s, warn, logins, created),
                     failures_max=max_failures,
                 )
-            except SkepError as error:
-                if not rollback_on_failure or isinstance(error, Replaced | Problems):
-                    raise  # there is nothing of this deploy to undo
-                click.echo(f"failed: {error}", err=True)
-                done = await _undone(client, found, error, timeout, created)
-                raise Unavailable(f"the deploy failed, and {done}: {error}") from error
 
     with errors_shown():
         made, _ = given.read()

@@ -339,10 +339,7 @@ def container_config(
         capability_drop=host.cap_drop,
         **_security(host.security_opt)._asdict(),
         oom_score_adj=host.oom_score_adj,
-        hosts=tuple(
-            _with_gateway(line, node.host_gateway)
-            for line in (*task.hosts, *map(_host_line, host.extra_hosts))
-        ),
+        hosts=_hosts(task, host, node),
         nameservers=host.dns,
         search_domains=host.dns_search,
         dns_options=host.dns_options,
@@ -358,6 +355,11 @@ def container_config(
         healthcheck=healthcheck,
         log=_log(host.log_config, task, node),
     )
+
+
+def _hosts(task: TaskOptions, host: HostConfig, node: NodeDefaults) -> tuple[str, ...]:
+    lines = (*task.hosts, *map(_host_line, host.extra_hosts))
+    return tuple(_with_gateway(line, node.host_gateway) for line in lines)
 
 
 def _healthcheck(

@@ -373,10 +373,7 @@ class Lifecycle:
                 state=ContainerState.EXITED,
                 process=None,
                 monitor=None,
-                exit_code=ended.exit_code,
-                error=ended.error,
-                interruption=ended.interruption,
-                oom_killed=ended.oom_killed,
+                **msgspec.structs.asdict(ended),
                 finished_at=timestamp(self._clock.now_ns()),
                 is_at_rest=False,
             )

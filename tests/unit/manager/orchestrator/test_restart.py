@@ -15,7 +15,6 @@ from skep.model.ids import NodeId, new_id
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import RestartCondition, RestartPolicy, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState
-from skep.model.task_end import INTERRUPTIONS, EndCause, TaskEnd
 from skep.model.times import SECOND_NS, ZERO_TIME, timestamp, unix_ns
 from skep.store.memory import MemoryStore
 from tests.support.builders import a_node, a_service, a_service_spec, a_task
@@ -191,29 +190,6 @@ def test_a_rollback_to_another_spec_does_not_wait() -> None:
     world = given_up(RestartPolicy(delay=60 * SECOND_NS))
     world.update(a_service_spec(image="other:1"))
     assert roll_back(world).desired_state is RUNNING
-
-
-@pytest.mark.parametrize("cause", sorted(INTERRUPTIONS))
-def test_restarts_of_the_node_use_up_no_attempts(cause: str) -> None:
-    world = a_world(RestartPolicy(delay=0, max_attempts=1))
-    for _ in range(3):
-        (task,) = wanted(world)
-        world.report(task.id, TaskState.FAILED, TaskEnd(cause=cause))
-        world.settle()
-    (task,) = wanted(world)
-    assert task.restart is None or not task.restart.failures
-    world.report(task.id, TaskState.FAILED)  # a failure of its own: the one attempt follows
-    world.settle()
-    world.report(wanted(world)[0].id, TaskState.FAILED)
-    world.settle()
-    assert wanted(world) == []
-
-
-def test_what_is_never_restarted_is_not_restarted_after_a_restart_of_its_node() -> None:
-    world = a_world(RestartPolicy(condition=RestartCondition.NONE))
-    world.report(only(world).id, TaskState.FAILED, TaskEnd(cause=EndCause.NODE_RESTARTED.value))
-    world.settle()
-    assert wanted(world) == []
 
 
 def test_a_new_spec_starts_with_a_full_number_of_attempts() -> None:
