@@ -395,13 +395,7 @@ def deploy(
     async def run(made: Stack) -> None:
         async with host.requests() as client:
             found = await _plan(
-                client,
-                made,
-                prune=prune,
-                only=only,
-                resolve=resolve_image,
-                logins=logins,
-                built=built,
+                client, made, prune=prune, only=only, resolve=resolve_image, logins=logins, built=built
             )
             click.echo("\n".join(lines_of(found)), err=True)
             wait_s = None if detach else timeout
