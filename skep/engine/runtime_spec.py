@@ -125,14 +125,15 @@ def exec_process(
     process = _process(config, user, capacity, list(exec.command), [])
     process.pop("oomScoreAdj", None)  # inherited from the container
     for limit in process["rlimits"]:
-        # The Go runtime of some runc (1.1.5) raises the soft limit to the hard one on the way to the program.
-        if limit["type"] == OPEN_FILES:
+        # The Go runtime of some runc (1.1.5) raises the soft limit to the hard one on the way to the program.  With
+        # this capability the node raises the hard one later; without, it lowers the soft one.
+        if limit["type"] == OPEN_FILES and "CAP_SYS_RESOURCE" in capacity.capabilities:
             limit["hard"] = limit["soft"]
     return process
 
 
 def open_files_limit(container: Container, capacity: Capacity) -> tuple[int, int] | None:
-    """Soft and hard limit of open files in the container, if they differ: ``exec_process`` has the soft one for both.
+    """Soft and hard limit of open files in the container, if they differ: an exec has one for both when it starts.
 
     -1 is unlimited.
     """

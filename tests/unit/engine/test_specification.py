@@ -4,6 +4,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.engine import capabilities, seccomp
 from skep.engine.capacity import Capacity
@@ -308,7 +309,7 @@ def test_an_exec_inherits_the_containers_surroundings() -> None:
     )
 
 
-def test_an_exec_starts_with_the_soft_limit_of_open_files_and_gets_the_hard_one_after() -> None:
+def test_an_exec_starts_with_one_limit_of_open_files_and_gets_the_other_after() -> None:
     """On the way to the program some runc raises a soft limit that is below the hard one."""
     container = a_container(
         ulimits=(Ulimit(name="nofile", soft=700, hard=800), Ulimit(name="core", soft=0, hard=5))
@@ -318,6 +319,9 @@ def test_an_exec_starts_with_the_soft_limit_of_open_files_and_gets_the_hard_one_
         {"type": "RLIMIT_NOFILE", "soft": 700, "hard": 700},
         {"type": "RLIMIT_CORE", "soft": 0, "hard": 5},
     ]
+    weak = replace(ALL_CAPACITY, capabilities=ALL_CAPACITY.capabilities - {"CAP_SYS_RESOURCE"})
+    process = exec_process(container, ExecConfig(command=("x",)), Identity(), weak)
+    assert process["rlimits"][0] == {"type": "RLIMIT_NOFILE", "soft": 700, "hard": 800}
     assert open_files_limit(container, ALL_CAPACITY) == (700, 800)
     equal = a_container(ulimits=(Ulimit(name="nofile", soft=800, hard=800),))
     assert open_files_limit(equal, ALL_CAPACITY) is None
