@@ -174,7 +174,9 @@ class Messages:
 
     async def receive(self) -> bytes | None:
         """The next message; None after the last.  Raises: CallFailed, Lost, TimeoutError."""
-        if self._stream.has_message:  # a timer for each of the 32,000 messages of 1 GB is a tenth of their cost
+        if (
+            self._stream.has_message
+        ):  # a timer for each of the 32,000 messages of 1 GB is a tenth of their cost
             return await self._stream.receive()
         async with asyncio.timeout(self._silent_s):
             return await self._stream.receive()
