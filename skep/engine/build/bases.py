@@ -35,7 +35,10 @@ class Bases:
 
     async def pulled(self, step: Step, name: str) -> Made:
         """Return the image with this name, from a registry if it is not here.  Raises: SkepError."""
-        found = self._images.resolve(name)
+        word = name
+        if self._request.is_buildkit and name.isdigit():  # FROM 0 is an image, not the first digit of an id
+            word = str(parse_reference(name).with_default_tag())
+        found = self._images.resolve(word)
         if found is None or (self._request.pull and not is_digest(name)):  # no registry has an id
             reference = parse_reference(name).with_default_tag()
             auth = await self._inputs.credentials(self._request, reference.domain)
