@@ -52,14 +52,16 @@ def end_of(container: Container, *, was_stopped: bool) -> TaskEnd | None:
 
 def unhealthy_end(container: Container, health: Health) -> TaskEnd:
     """Return the end of a container that its health check ended.  The signal is the node's own, so it is no cause."""
-    last = next((probe for probe in reversed(health.log) if probe.exit_code), None)
     config = container.config.healthcheck
+    # The checks go on while it stops, and cannot be run any more at the end: the one that made it unhealthy counts.
+    later = max(health.failing_streak - retries(config), 0) if config is not None else 0
+    failed = [probe for probe in health.log if probe.exit_code]
+    last = failed[max(len(failed) - 1 - later, 0)] if failed else None
     return TaskEnd(
         cause=EndCause.UNHEALTHY.value,
         health_output=last.output if last is not None else "",
         # As the user wrote it: without the shell that runs it.
         health_command=" ".join(config.test[1:]) if config is not None else "",
-        # The checks go on while it stops.
         health_failures=min(health.failing_streak, retries(config)) if config is not None else 0,
         health_exit_code=last.exit_code if last is not None and last.exit_code > 0 else None,
     )

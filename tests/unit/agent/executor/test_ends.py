@@ -113,5 +113,17 @@ def test_each_cause_is_distinguished(container: Container, was_stopped: bool, en
     assert end_of(container, was_stopped=was_stopped) == end
 
 
+def test_checks_of_a_container_that_is_stopping_already_do_not_count() -> None:
+    """They cannot be run any more, which is no cause."""
+    broken = tuple(probe(-1, "no such process") for _ in range(3))
+    for streak, log in ((4, (probe(7, "a"), probe(7, "b"), *broken[:2])), (9, (probe(7, "b"), *broken))):
+        found = end_of(
+            replace(SICK, health=Health(status=HealthStatus.UNHEALTHY, failing_streak=streak, log=log)),
+            was_stopped=False,
+        )
+        assert found is not None
+        assert (found.health_output, found.health_failures, found.health_exit_code) == ("b", 2, 7)
+
+
 def test_codes_of_signals_have_their_names() -> None:
     assert [signal_of(code) for code in (0, 1, 128, 137, 255, 300)] == ["", "", "", "SIGKILL", "", ""]
