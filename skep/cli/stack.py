@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,21 @@ def config(
 # --- plan ----------------------------------------------------------------------------------------------------------
 
 
+async def _all_or_nothing(
+    client: Requests, plan: Plan, work: Callable[[Made], Awaitable[None]], timeout: float
+) -> None:
+    """Deploy, and undo that if it fails.  Raises: SkepError: it failed, with what was done."""
+    created = Made()
+    try:
+        await work(created)
+    except (Replaced, Problems):
+        raise  # there is nothing of this deploy to undo
+    except SkepError as error:
+        click.echo(f"failed: {error}", err=True)
+        done = await _undone(client, plan, error, timeout, created)
+        raise Unavailable(f"the deploy failed, and {done}: {error}") from error
+
+
 async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
     """After a deploy that failed of ``error``: what was done.  Raises: Unavailable: with both errors."""
     try:
@@ -393,18 +408,13 @@ def deploy(
                 await check(client, made, found, warn)
                 await Deployment(client, made, found, progress.show, logins).apply(wait_s, max_failures)
                 return
-            created = Made()
-            try:
-                await carry_out(
-                    *(client, made, found, progress.show, wait_s, warn, logins, created),
-                    failures_max=max_failures,
+            work = functools.partial(carry_out, client, made, found, progress.show, wait_s, warn, logins)
+            if rollback_on_failure:
+                await _all_or_nothing(
+                    client, found, functools.partial(work, failures_max=max_failures), timeout
                 )
-            except SkepError as error:
-                if not rollback_on_failure or isinstance(error, Replaced | Problems):
-                    raise  # there is nothing of this deploy to undo
-                click.echo(f"failed: {error}", err=True)
-                done = await _undone(client, found, error, timeout, created)
-                raise Unavailable(f"the deploy failed, and {done}: {error}") from error
+            else:
+                await work(failures_max=max_failures)
 
     with errors_shown():
         made, _ = given.read()
