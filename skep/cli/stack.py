@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ from skep.stack.recording import carry_out, refused, return_plan, undo
 from skep.stack.removing import remove
 from skep.stack.revisions import before, pair_of
 
+_HINT = re.compile(r" \(skep explain [^)]*\)$")
 _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
 
@@ -240,7 +242,9 @@ async def _all_or_nothing(
     except SkepError as error:
         click.echo(f"failed: {error}", err=True)
         done = await _undone(client, plan, error, timeout, created)
-        raise Unavailable(f"the deploy failed, and {done}: {error}") from error
+        # What was removed cannot be explained any more.
+        cause = _HINT.sub("", str(error)) if plan.is_new else str(error)
+        raise Unavailable(f"the deploy failed, and {done}: {cause}") from error
 
 
 async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
