@@ -398,13 +398,7 @@ def deploy(
     async def run(made: Stack) -> None:
         async with host.requests() as client:
             found = await _plan(
-                client,
-                made,
-                prune=prune,
-                only=only,
-                resolve=resolve_image,
-                logins=logins,
-                built=built,
+                client, made, prune=prune, only=only, resolve=resolve_image, logins=logins, built=built
             )
             click.echo("\n".join(lines_of(found)), err=True)
             wait_s = None if detach else timeout
@@ -412,13 +406,12 @@ def deploy(
                 await check(client, made, found, warn)
                 await Deployment(client, made, found, progress.show, logins).apply(wait_s, max_failures)
                 return
-            work = functools.partial(carry_out, client, made, found, progress.show, wait_s, warn, logins)
-            if rollback_on_failure:
-                await _all_or_nothing(
-                    client, found, functools.partial(work, failures_max=max_failures), timeout
-                )
-            else:
-                await work(failures_max=max_failures)
+            work = functools.partial(
+                carry_out,
+                *(client, made, found, progress.show, wait_s, warn, logins),
+                failures_max=max_failures,
+            )
+            await (_all_or_nothing(client, found, work, timeout) if rollback_on_failure else work())
 
     with errors_shown():
         made, _ = given.read()
