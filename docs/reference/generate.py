@@ -294,6 +294,13 @@ EXIT_CODES: Sequence[tuple[int | str, str, str]] = (
     (1, "", "It failed, or found a problem; the reason is on stderr."),
     (2, "", "It was called wrongly: an unknown option, a missing argument."),
     (2, "skep stack plan", "Something would change."),
+    (1, "skep stack plan", "The files are wrong, or the managers would refuse something."),
+    (
+        1,
+        "skep stack deploy",
+        "Services do not run, a newer deploy replaced this one, or something was refused.",
+    ),
+    (1, "skep service wait", "A service does not run in time, or waiting cannot help."),
     (3, "skep status", "A node or a service is not as wanted."),
     (4, "skep status", "There is no leader."),
     (3, "skep version --all", "Nodes have different versions."),

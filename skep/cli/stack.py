@@ -3,10 +3,10 @@
 import asyncio
 import functools
 import os
+import re
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from skep.stack.recording import carry_out, refused, return_plan, undo
 from skep.stack.removing import remove
 from skep.stack.revisions import before, pair_of
 
+_HINT = re.compile(r" \(skep explain [^)]*\)$")
 _DEFAULT_FILES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
 
@@ -229,19 +230,21 @@ def config(
 # --- plan ----------------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def _undo_on_failure(
-    client: Requests, found: Plan, timeout_s: float, created: Made, *, enabled: bool
-) -> AsyncIterator[None]:
-    """Undo a deploy that fails in the block.  Raises: Unavailable, with the failure and the result of the undo."""
+async def _all_or_nothing(
+    client: Requests, plan: Plan, work: Callable[[Made], Awaitable[None]], timeout: float
+) -> None:
+    """Deploy, and undo that if it fails.  Raises: SkepError: it failed, with what was done."""
+    created = Made()
     try:
-        yield
+        await work(created)
+    except (Replaced, Problems):
+        raise  # there is nothing of this deploy to undo
     except SkepError as error:
-        if not enabled or isinstance(error, Replaced | Problems):
-            raise  # there is nothing of this deploy to undo
         click.echo(f"failed: {error}", err=True)
-        done = await _undone(client, found, error, timeout_s, created)
-        raise Unavailable(f"the deploy failed, and {done}: {error}") from error
+        done = await _undone(client, plan, error, timeout, created)
+        # What was removed cannot be explained any more.
+        cause = _HINT.sub("", str(error)) if plan.is_new else str(error)
+        raise Unavailable(f"the deploy failed, and {done}: {cause}") from error
 
 
 async def _undone(client: Requests, failed: Plan, error: SkepError, timeout: float, made: Made) -> str:
@@ -403,12 +406,12 @@ def deploy(
                 await check(client, made, found, warn)
                 await Deployment(client, made, found, progress.show, logins).apply(wait_s, max_failures)
                 return
-            created = Made()
-            async with _undo_on_failure(client, found, timeout, created, enabled=rollback_on_failure):
-                await carry_out(
-                    *(client, made, found, progress.show, wait_s, warn, logins, created),
-                    failures_max=max_failures,
-                )
+            work = functools.partial(
+                carry_out,
+                *(client, made, found, progress.show, wait_s, warn, logins),
+                failures_max=max_failures,
+            )
+            await (_all_or_nothing(client, found, work, timeout) if rollback_on_failure else work())
 
     with errors_shown():
         made, _ = given.read()

@@ -10,6 +10,7 @@ import yaml
 from skep.cli.formatting import age, counted
 from skep.cli.output import Screen, Shown, table
 from skep.model.labels import STACK_FILES
+from skep.model.needs import host_ports
 from skep.model.task_end import printable
 from skep.stack.document import SCALAR_TAG, Node, Problem, resolved
 from skep.stack.planning import Action, Change, Difference, Placement, Plan, differences
@@ -233,6 +234,8 @@ def _note(change: Change) -> str:
         if config is not None and config.order is not None and config.order.value == "start-first"
         else "stop first"
     )
+    if order == "start first" and change.spec is not None and host_ports(change.spec):
+        order = "start first (stop first without a further node for the host port)"
     causes = dict.fromkeys(
         _field(each.path).partition("[")[0] for each in change.differences if each.restarts
     )

@@ -164,7 +164,10 @@ async def check(client: Requests, stack: Stack, plan: Plan, warn: Callable[[str]
     problems: list[Problem] = []
     for one in found:
         place, path = places.get((one["Kind"], one["Name"]), (Place(stack.name, 1, 1), one["Name"]))
-        problems.append(Problem(place, path, one["Error"]))
+        text = one["Error"]
+        if one["Kind"] == "service" and text.endswith("already exists"):
+            text = f"service {one['Name']} exists and is not of the stack {stack.name}: remove or rename it"
+        problems.append(Problem(place, path, text))
     if problems:
         raise Problems(problems)
 

@@ -409,7 +409,7 @@ class Deployment:
             if self._made.claim is not None:
                 await self._made.claim.follow()
             looks = await self._looks()
-            return await self._reasons.explain({name: looks[name] for name in waiting if name in looks})
+            return await self._reasons.explain({name: one for name, one in looks.items() if name in waiting})
 
         await wait_done({one.name for one in changes}, look, self._show)
 

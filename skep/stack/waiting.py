@@ -15,8 +15,10 @@ from skep.stack.progress import STEADY_S, Explanation, ServiceProgress, explaine
 
 _LOOK_S = 0.5
 _RESPONSE_TIMEOUT_S: Final = 15.0
-_EXPLAINED_MAX: Final = 20
-"""Services whose reason is read at each look: each is a request."""
+_EXPLAINED_MAX: Final = 5
+"""Services whose reason is read at each look: for one that waits for a node, a manager counts the cluster's tasks."""
+_EXPLAINED_AFTER_S: Final = 1.0
+"""From then on also services of which nothing has failed: most run by then."""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,15 +44,23 @@ class Reasons:
         """Services of which no node accepts a task -> since when, by the event loop's clock."""
         self._failed: dict[str, dict[str, Hashable]] = {}
         """Tasks that were seen to have failed, with their slots, by service."""
+        self._began: float | None = None
 
     async def explain(self, looks: Mapping[str, Look]) -> dict[str, ServiceProgress]:
         """Return the progress of each service, with the reason of those that are not done."""
-        open_ = [name for name, one in looks.items() if not (one.progress.is_done or one.progress.is_stuck)]
-        asked = sorted(open_, key=lambda name: not looks[name].progress.cause)[:_EXPLAINED_MAX]
-        found = await asyncio.gather(*(self._explanation(looks[name].id) for name in asked))
-        made = {name: one.progress for name, one in looks.items()}
         now = asyncio.get_running_loop().time()
-        for name, explanation in zip(asked, found, strict=True):
+        self._began = now if self._began is None else self._began
+        is_late = now - self._began >= _EXPLAINED_AFTER_S
+        open_ = [name for name, one in looks.items() if not (one.progress.is_done or one.progress.is_stuck)]
+        asked = [name for name in open_ if looks[name].progress.cause]
+        if is_late:
+            asked += [name for name in open_ if name not in asked]
+        asked = asked[:_EXPLAINED_MAX]
+        found = await asyncio.gather(*(self._explanation(looks[name].id) for name in asked))
+        explanations = dict(zip(asked, found, strict=True))
+        made = {name: one.progress for name, one in looks.items()}
+        for name in open_:
+            explanation = explanations.get(name, Explanation())
             is_unplaced = (explanation.problem or looks[name].progress.problem).kind == "no-node"
             since = self._unplaced.setdefault(name, now) if is_unplaced else now
             if not is_unplaced:

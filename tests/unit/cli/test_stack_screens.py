@@ -2,8 +2,9 @@
 
 import pytest
 
-from skep.cli.stack_screens import line_of, shortened
-from skep.stack.planning import Difference
+from skep.cli.stack_screens import line_of, lines_of, shortened
+from skep.stack.planning import Difference, plan_of
+from tests.unit.stack.test_planning import a_stack, deployed
 
 LONG = "sh -c test -s /run/secrets/dbpass && date >> /data/boots && exec nc -l -p 5432 -e /bin/serve --level "
 
@@ -28,3 +29,15 @@ def test_a_wide_screen_has_the_values_whole() -> None:
     one = Difference("TaskTemplate.ContainerSpec.Args", LONG + "1", LONG + "2\n")
     assert line_of(one, is_wide=True) == f"Args: {LONG}1 -> {LONG}2\\n"
     assert line_of(one).startswith("Args: ...")
+
+
+@pytest.mark.parametrize(("mode", "is_warned"), [("host", True), ("ingress", False)])
+def test_a_plan_says_where_start_first_cannot_be_kept(mode: str, is_warned: bool) -> None:
+    text = (
+        "services: {w: {image: %s, ports: [{target: 80, published: 8080, mode: %s}], "
+        "deploy: {update_config: {order: start-first}}}}"
+    )
+    plan = plan_of(a_stack(text % ("b", mode)), deployed(a_stack(text % ("a", mode))), images={}, prune=False)
+    shown = "\n".join(lines_of(plan))
+    assert "start first" in shown
+    assert ("stop first without a further node for the host port" in shown) is is_warned

@@ -75,7 +75,8 @@ class Explaining(Client):
 async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_is_no_error() -> None:
     looks = {
         "web": Look(id="w", progress=ServiceProgress("1 of 1 tasks run", is_done=True)),
-        "db": Look(id="d", progress=ServiceProgress("0 of 1 tasks run"), current=frozenset({"t"})),
+        "db": Look(id="d", progress=ServiceProgress("0 of 1 tasks run", "?"), current=frozenset({"t"})),
+        "new": Look(id="n", progress=ServiceProgress("0 of 2 tasks run")),
         "old": Look(id="o", progress=ServiceProgress("0 of 1 tasks run", "words of a task")),
     }
     problem = {"Kind": "rejected", "Failures": 2, "TaskID": "t"}
@@ -85,6 +86,7 @@ async def test_only_what_is_not_done_is_explained_and_a_manager_without_reasons_
     assert {name: one.text for name, one in found.items()} == {
         "web": "1 of 1 tasks run",
         "db": "0 of 1 tasks run: 2 failures in a row: No such image: nope:1",
+        "new": "0 of 2 tasks run",
         "old": "0 of 1 tasks run: words of a task",
     }
     assert [name for name, one in found.items() if one.is_stuck] == ["db"]

@@ -1,0 +1,75 @@
+"""What an update stops where no node accepts a new task: what its own service holds, and nothing else."""
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.model.service import PortConfig, PublishMode, Resources, UpdateConfig, UpdateOrder
+from skep.model.task import TaskState
+from tests.support.builders import a_node, a_service, a_service_spec, a_task
+from tests.support.rollouts import wanted
+from tests.support.worlds import World
+
+ROOM = Resources(memory_bytes=1 << 30)
+HOST_PORT = PortConfig(target_port=80, published_port=80, publish_mode=PublishMode.HOST)
+
+
+def an_update_that_is_refused(refusal: str, *, order: UpdateOrder, nodes: int = 1, **requested: Any) -> World:
+    """Both tasks of app:1 run on the nodes in turn, and no node takes those of app:2."""
+    update = UpdateConfig(parallelism=1, order=order)
+    old = a_service_spec(image="app:1", replicas=2, update=update, **{**requested, "constraints": ()})
+    service = a_service(spec=old)
+    world = World(service, nodes=[a_node(f"n{number}") for number in range(nodes)])
+    for slot in (1, 2):
+        world.put(a_task(node=f"n{slot % nodes}", slot=slot, service=service))
+    world.update(a_service_spec(image="app:2", replicas=2, update=update, **requested))
+    world.settle()
+    for new in wanted(world, "app:2"):
+        status = replace(new.status, state=TaskState.PENDING, err=f"no suitable node ({refusal})")
+        world.put(replace(new, status=status))
+    world.settle()
+    return world
+
+
+@pytest.mark.parametrize(
+    ("requested", "refusal"),
+    [
+        ({"ports": (HOST_PORT,)}, "host-mode port already in use on 2 nodes"),
+        ({"ports": (HOST_PORT,), "reserve": ROOM}, "insufficient resources on 2 nodes"),
+        ({"max_replicas": 1}, "max replicas per node limit exceed"),
+        ({"max_replicas": 3}, "max replicas per node limit exceed"),
+    ],
+)
+def test_start_first_stops_one_task_first_where_its_own_service_holds_the_place(
+    requested: dict[str, Any], refusal: str
+) -> None:
+    world = an_update_that_is_refused(refusal, order=UpdateOrder.START_FIRST, nodes=2, **requested)
+    assert len(wanted(world, "app:1")) == 1, "as many as parallelism allows"
+    (new,) = wanted(world, "app:2")
+    assert new.desired_state is TaskState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("requested", "refusal"),
+    [
+        ({"reserve": ROOM}, "insufficient resources on 2 nodes"),
+        ({"max_replicas": 3}, "insufficient resources on 2 nodes"),
+        ({}, "2 nodes not available for new tasks"),
+    ],
+)
+def test_start_first_waits_for_what_others_may_free(requested: dict[str, Any], refusal: str) -> None:
+    world = an_update_that_is_refused(refusal, order=UpdateOrder.START_FIRST, nodes=2, **requested)
+    assert len(wanted(world, "app:1")) == 2
+
+
+@pytest.mark.parametrize("order", list(UpdateOrder))
+def test_a_constraint_that_no_node_meets_stops_no_task_whatever_it_holds(order: UpdateOrder) -> None:
+    requested = {"ports": (HOST_PORT,), "reserve": ROOM, "max_replicas": 1}
+    refusal = "scheduling constraints not satisfied on 2 nodes"
+    wrong = ("node.labels.zone==nowhere",)
+    world = an_update_that_is_refused(refusal, order=order, nodes=2, constraints=wrong, **requested)
+    assert len(wanted(world, "app:1")) == 2
+    met = ("node.labels.zone!=nowhere",)
+    world = an_update_that_is_refused(refusal, order=order, nodes=2, constraints=met, **requested)
+    assert len(wanted(world, "app:1")) == 1
