@@ -303,10 +303,6 @@ class Bundles:
         (path / "process.json").write_bytes(msgspec.json.encode(process))
         return path
 
-    def open_files_limit(self, container: Container) -> tuple[int, int] | None:
-        """Soft and hard limit of open files to set for an exec that has started; None: it has them."""
-        return runtime_spec.open_files_limit(container, self._capacity)
-
     def release(self, id: ContainerId) -> None:
         """Unmount the root file system of a container that has ended; its changes and its output stay.
 

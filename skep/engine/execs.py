@@ -249,11 +249,6 @@ class Execs:
             with suppress(RuntimeError):  # this process ends: it goes with the container
                 self._spawn(discard_tree(failed), name=f"failed exec {exec_id[:12]}")
             raise
-        if limit := self._bundles.open_files_limit(container):
-            try:
-                self._runtime.limit_open_files(container, started.pid, limit)
-            except OSError as error:
-                log_error(error, "hard limit of open files not set", exec=exec_id)
         try:
             exec = msgspec.structs.replace(self.get(exec_id), pid=started.pid, monitor=started.monitor)
             self._execs[exec_id] = exec

@@ -14,7 +14,6 @@ of this process:
 
 import asyncio
 import os
-import resource
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -310,12 +309,6 @@ class Runtime:
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             finally:
                 os.close(descriptor)
-
-    def limit_open_files(self, container: Container, pid: int, limit: tuple[int, int]) -> None:
-        """Set soft and hard limit of a process of an exec, if it is there.  Raises: OSError."""
-        if pid in self.cgroups.pids(container):
-            with suppress(ProcessLookupError):
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
 
     async def end_exec(self, container: Container, path: Path) -> None:
         """End an exec whose conmon did not respond in time: its process, conmon, runc and what that has begun."""

@@ -22,8 +22,7 @@ from skep.model.sandbox import NetworkMode
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/sbin/docker-init"
-OPEN_FILES = "RLIMIT_NOFILE"
-UNLIMITED = 2**64 - 1
+_UNLIMITED = 2**64 - 1
 
 _MASKED_PATHS = (
     *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
@@ -124,24 +123,7 @@ def exec_process(
         )
     process = _process(config, user, capacity, list(exec.command), [])
     process.pop("oomScoreAdj", None)  # inherited from the container
-    for limit in process["rlimits"]:
-        # The Go runtime of some runc (1.1.5) raises the soft limit to the hard one on the way to the program.  With
-        # this capability the node raises the hard one later; without, it lowers the soft one.
-        if limit["type"] == OPEN_FILES and "CAP_SYS_RESOURCE" in capacity.capabilities:
-            limit["hard"] = limit["soft"]
     return process
-
-
-def open_files_limit(container: Container, capacity: Capacity) -> tuple[int, int] | None:
-    """Soft and hard limit of open files in the container, if they differ: an exec has one for both when it starts.
-
-    -1 is unlimited.
-    """
-    for limit in _rlimits(container.config, capacity, []):
-        if limit["type"] == OPEN_FILES and limit["soft"] != limit["hard"]:
-            soft, hard = (-1 if one == UNLIMITED else one for one in (limit["soft"], limit["hard"]))
-            return soft, hard
-    return None
 
 
 def merged_environment(base: Iterable[str], over: Iterable[str]) -> tuple[str, ...]:
@@ -225,7 +207,7 @@ def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -
         if most is not None and (hard < 0 or hard > most):
             warnings.append(f"ulimit {limit.name}={hard} is more than this node may give: {most}")
             hard, soft = most, min(soft, most) if soft >= 0 else most
-        limits.append({"type": type, "soft": soft & UNLIMITED, "hard": hard & UNLIMITED})
+        limits.append({"type": type, "soft": soft & _UNLIMITED, "hard": hard & _UNLIMITED})
     return limits
 
 
