@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from skep.engine import capabilities, seccomp
 from skep.engine.capacity import Capacity
 from skep.engine.container import Container, ContainerConfig, ExecConfig, MountPoint
-from skep.engine.runtime_spec import Built, build, exec_process, merged_environment, open_files_limit
+from skep.engine.runtime_spec import Built, build, exec_process, merged_environment
 from skep.engine.users import Identity, resolve
 from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
@@ -307,24 +307,6 @@ def test_an_exec_inherits_the_containers_surroundings() -> None:
     assert (
         len(exec_process(container, privileged, Identity(), ALL_CAPACITY)["capabilities"]["effective"]) == 41
     )
-
-
-def test_an_exec_starts_with_one_limit_of_open_files_and_gets_the_other_after() -> None:
-    """On the way to the program some runc raises a soft limit that is below the hard one."""
-    container = a_container(
-        ulimits=(Ulimit(name="nofile", soft=700, hard=800), Ulimit(name="core", soft=0, hard=5))
-    )
-    process = exec_process(container, ExecConfig(command=("x",)), Identity(), ALL_CAPACITY)
-    assert process["rlimits"] == [
-        {"type": "RLIMIT_NOFILE", "soft": 700, "hard": 700},
-        {"type": "RLIMIT_CORE", "soft": 0, "hard": 5},
-    ]
-    weak = replace(ALL_CAPACITY, capabilities=ALL_CAPACITY.capabilities - {"CAP_SYS_RESOURCE"})
-    process = exec_process(container, ExecConfig(command=("x",)), Identity(), weak)
-    assert process["rlimits"][0] == {"type": "RLIMIT_NOFILE", "soft": 700, "hard": 800}
-    assert open_files_limit(container, ALL_CAPACITY) == (700, 800)
-    equal = a_container(ulimits=(Ulimit(name="nofile", soft=800, hard=800),))
-    assert open_files_limit(equal, ALL_CAPACITY) is None
 
 
 def test_a_record_survives_being_written_and_read() -> None:
