@@ -4,7 +4,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from skep.engine import capabilities, seccomp
 from skep.engine.capacity import Capacity
