@@ -1,10 +1,13 @@
 """The images of this node and those of the Docker Engine beside it, as one.
 
-Both have a store of their own: services run from this node's, plain containers from the engine's.  An image that the
-other one has is copied when it is needed.  What a name means is decided by the store in which it changed last:
-``theirs_is_newer`` compares the image that the engine has under a name with the one that it had there when it was
-looked at last.  A name that has moved in the engine is taken from this node's image at once (``reconcile``), so that
-the old one is not found any more; the new one is copied when a service needs it.
+Both have a store of their own: services run from this node's, plain containers and builds from the engine's.  An image
+that the other one has is copied when it is needed.  Which images a build needs is not known before it runs: it gets all
+that users have loaded, tagged or pulled here, without those that the node has fetched for its tasks.
+
+What a name means is decided by the store in which it changed last: ``theirs_is_newer`` compares the image that the
+engine has under a name with the one that it had there when it was looked at last.  A name that has moved in the engine
+is taken from this node's image at once (``reconcile``), so that the old one is not found any more; the new one is
+copied when a service needs it.
 """
 
 import asyncio
@@ -89,6 +92,9 @@ class EngineImages:
         self._users = users
         self._file = file
         self._seen = _read(file)
+        self._pulled_file = file.with_name(f"{file.name}-pulled")
+        self._pulled = _read(self._pulled_file) or {}
+        """Names that users have pulled here, and the images' ids."""
         self._handed: dict[str, tuple[str, str]] = {}
         """Names handed to the engine -> our id, and the id that the engine has given it."""
         self._copying = asyncio.Lock()
@@ -190,6 +196,35 @@ class EngineImages:
         given = await self._docker.image_id(word)
         self._handed[name] = (ours.id, given)
         await self._see({**(self._seen or {}), name: given})
+
+    async def note_pulled(self, word: str) -> None:
+        """Remember that a user has pulled what ``word`` names; nothing if there is no such image."""
+        image = self._images.lookup(word)
+        if image is None or self._pulled.get(name := _name_of(word)) == image.id:
+            return
+        kept = {one: id for one, id in self._pulled.items() if self._images.lookup(one) is not None}
+        self._pulled = {**kept, name: image.id}
+        await asyncio.to_thread(replace_file, self._pulled_file, msgspec.json.encode(self._pulled))
+
+    async def hand_over_for_build(self) -> None:
+        """Copy to the engine what users have loaded, tagged or pulled here and the engine lacks, or has older.
+
+        An image that cannot be copied is logged: the build may not need it.
+        """
+        try:
+            for name in self._of_users():
+                await self.hand_over(name)
+        except SkepError as error:
+            log.warning("images not handed to the docker engine before a build", reason=str(error))
+
+    def _of_users(self) -> list[str]:
+        images = self._images.images()
+        return [
+            reference.familiar
+            for image in images
+            for reference in image.tags
+            if not self._images.is_fetched(image) or self._pulled.get(reference.familiar) == image.id
+        ]
 
     async def _see(self, names: Names) -> None:
         if names != self._seen:

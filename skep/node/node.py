@@ -545,10 +545,11 @@ class Node:
 
     def _front(self, here: Application, users: Users) -> Front:
         waiting = partial(why_waiting, self._paths.manager_waiting)
+        owned = LocalObjects(self._engine, self._engine_images, has_docker_engine=self._docker is not None)
         return Front(
             here,
             Handover(self._paths.handover_socket, self._clock, self._random, waiting),
-            ownership=LocalObjects(self._engine, has_docker_engine=self._docker is not None),
+            ownership=owned,
             membership=self._membership,
             engine_socket=self._configuration.engine_socket,
             users=users,

@@ -155,6 +155,31 @@ def test_an_image_is_built(node: TestNode, tmp_path: Path) -> None:
     assert node.docker("run", "--rm", "made:1").stdout == "built\n"
 
 
+@pytest.mark.parametrize("buildkit", ["0", "1"])
+def test_a_build_finds_an_image_that_was_loaded_here(
+    node: TestNode, engine_socket: Path, tmp_path: Path, buildkit: str
+) -> None:
+    base = f"base{buildkit}:1"
+    node.docker("tag", IMAGE, base)
+    assert base not in engine_says(engine_socket, "images", "--format", "{{.Repository}}:{{.Tag}}")
+    (tmp_path / "Dockerfile").write_text(f"FROM {base}\nRUN echo built >/word\nCMD cat /word\n")
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": "/nonexistent", "DOCKER_HOST": node.socket, "DOCKER_BUILDKIT": buildkit,
+    }  # fmt: skip
+    done = subprocess.run(
+        [CLIS[0], "build", "--network", "none", "-t", f"of-{base}", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert node.docker("run", "--rm", f"of-{base}").stdout == "built\n"
+    ids = set(node.docker("images", "-aq", "--no-trunc").stdout.split())
+    assert node.docker("info", "--format", "{{.Images}}").stdout.strip() == str(len(ids)), "each counts once"
+
+
 def made_here(node: TestNode, directory: Path, name: str, word: str) -> None:
     """Have the engine build an image that prints ``word``."""
     (directory / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY word /word\nCMD cat /word; sleep 1000\n")

@@ -39,6 +39,9 @@ class Owned:
     def owns_exec(self, id: str) -> bool:
         return False
 
+    async def prepare_build(self) -> None:
+        """There is nothing to give."""
+
 
 class Member:
     """A node in a swarm, unless configured otherwise."""

@@ -10,6 +10,7 @@ import msgspec
 
 from skep.api.framing import is_for_manager, path_of
 from skep.engine.engine import Engine
+from skep.node.engine_images import EngineImages
 
 
 class Destination(Enum):
@@ -40,13 +41,29 @@ class Ownership(Protocol):
     def has_volumes(self) -> bool:
         """Whether this node has volumes of its own, those of services among them."""
 
+    async def prepare_build(self) -> None:
+        """Give the machine's Docker Engine the images of this node that a build may need."""
+
 
 class LocalObjects:
-    """``Ownership`` by the node's container engine.  ``engine`` None: the node has no containers nor images."""
+    """``Ownership`` by the node's container engine.
 
-    def __init__(self, engine: Engine | None, *, has_docker_engine: bool) -> None:
+    Args:
+        engine: None: the node has no containers nor images.
+        images: what a Docker Engine of this machine and this node exchange, if there are both.
+    """
+
+    def __init__(
+        self, engine: Engine | None, images: EngineImages | None = None, *, has_docker_engine: bool
+    ) -> None:
         self._engine = engine
+        self._images = images
         self.has_docker_engine = has_docker_engine
+
+    async def prepare_build(self) -> None:
+        """See ``Ownership``."""
+        if self._images is not None:
+            await self._images.hand_over_for_build()
 
     @property
     def has_volumes(self) -> bool:
@@ -92,6 +109,11 @@ def route(method: str, target: str, ownership: Ownership) -> Destination:
         if match := rule.pattern.fullmatch(path):
             return rule.decide(request, unquote(match.groupdict().get("name") or ""))
     return _others(request)
+
+
+def is_build(method: str, target: str) -> bool:
+    """Whether a request begins a build: the classic one, or BuildKit's (``/grpc``)."""
+    return method == "POST" and path_of(target) in ("/build", "/grpc")
 
 
 def _here(_request: _Request, _name: str) -> Destination:

@@ -32,7 +32,7 @@ from skep.linux.unix_sockets import let_group_in, private_socket
 from skep.model.access import Identity
 from skep.node.front.application import Application
 from skep.node.front.handover import Handover, Passed, Returned
-from skep.node.front.routing import Destination, Ownership, route
+from skep.node.front.routing import Destination, Ownership, is_build, route
 from skep.node.front.splice import relay, splice
 from skep.node.front.users import Users, bearer
 
@@ -372,6 +372,8 @@ class Front:
                         f"{properties.identity.name} may not {request.method} {path_of(request.target)}: "
                         "the Docker Engine of this machine is for administrators only"
                     )
+                if is_build(request.method, request.target):
+                    await self._ownership.prepare_build()
                 await splice(client, parse_request(raw), self._engine_socket)
             case _:
                 self._hand_to_application(client, raw)

@@ -5,6 +5,7 @@ volume of a service is this node's, any other the engine's.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
@@ -39,6 +40,7 @@ def with_objects_of(
     wraps: Mapping[tuple[str, str], Wrap] = {
         ("GET", "/images/json"): beside.list_images,
         ("GET", "/images/get"): beside.save_images,
+        ("POST", "/images/create"): beside.create_image,
         ("POST", "/images/prune"): beside.prune_images,
         ("DELETE", "/images/{name:.+}"): beside.remove_image,
         ("GET", "/volumes"): beside.list_volumes,
@@ -84,6 +86,21 @@ class _Beside:
             for name in request.query.getall("names", []):
                 await self._images.bring(name)
             return await ours(request)
+
+        return handle
+
+    def create_image(self, ours: Handler) -> Handler:
+        """A build of the engine may name what was pulled."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            response = await ours(request)
+            if name := request.query.get("fromImage", ""):
+                tag = request.query.get("tag", "")
+                with suppress(SkepError):  # the response is sent, and said if there is no such image
+                    await self._images.note_pulled(
+                        f"{name}{'@' if ':' in tag else ':'}{tag}" if tag else name
+                    )
+            return response
 
         return handle
 
