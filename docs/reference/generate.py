@@ -652,11 +652,11 @@ CONTAINER_EVENTS = {
     "commit": "an image was made of it",
     "create": "",
     "destroy": "it is removed",
-    "detach": "a client detaches from its streams while it runs",
+    "detach": "a client that was attached has detached, or is gone",
     "die": "its process has ended",
     "drain": "its stop waits for its last connections (*Skep*)",
     "exec_create": "followed by `: COMMAND`",
-    "exec_detach": "a client detaches from a command of `docker exec` while it runs",
+    "exec_detach": "a client has detached from a command by its keys",
     "exec_die": "a command of `docker exec` has ended",
     "exec_start": "followed by `: COMMAND`",
     "export": "",
@@ -665,7 +665,7 @@ CONTAINER_EVENTS = {
     "kill": "a signal is sent",
     "oom": "it was killed because memory ran out",
     "pause": "",
-    "rename": "",
+    "rename": "it has another name",
     "resize": "the size of its terminal changed",
     "start": "",
     "stop": "it was stopped by a request",
@@ -745,8 +745,13 @@ def events() -> str:
                 "with it starts and has ended, with `driver` and `container`, and with `destination`, `read/write`",
                 "and `propagation`; `prune` with `reclaimed`.",
             ),
-            "Networks that are local to a node have no events.",
+            "## Networks of the node",
             "",
+            *paragraph(
+                "`scope` is `local`: `create` and `destroy`; `connect` and `disconnect` with `container` when a",
+                "container starts and has ended, or is connected and disconnected while it runs. Each has `name` and",
+                "`type` (the driver). Containers of tasks have them for their networks.",
+            ),
         ]
     )
 

@@ -31,6 +31,8 @@ class ExecRequest(ApiObject):
     env: tuple[str, ...] = ()
     working_dir: str = ""
     cmd: tuple[str, ...] = ()
+    console_size: tuple[int, ...] = ()
+    """Height and width (since API 1.42)."""
 
 
 class ExecStart(ApiObject):

@@ -75,8 +75,10 @@ class Execs:
         self._own: WeakValueDictionary[ContainerId, asyncio.Semaphore] = WeakValueDictionary()
         """Of each container, as long as an exec of it starts or waits for that."""
 
-    def create(self, word: str, config: ExecConfig) -> str:
+    def create(self, word: str, config: ExecConfig, console_size: tuple[int, int] | None = None) -> str:
         """A new exec, not started yet; gives its id (64 hexadecimal characters).
+
+        ``console_size``: rows and columns of its terminal from its start on.
 
         Raises: NotFound: no such container; NotRunning; ResourceExhausted.
         """
@@ -84,7 +86,9 @@ class Execs:
         self._make_room(container.id)
         self._runtime.expect_exec()
         exec_id = secrets.token_hex(32)
-        self._execs[exec_id] = Exec(id=exec_id, container_id=container.id, config=config)
+        self._execs[exec_id] = Exec(
+            id=exec_id, container_id=container.id, config=config, console_size=console_size
+        )
         self._ended[exec_id] = asyncio.Event()
         self._publish("exec_create", container, self._execs[exec_id])
         return exec_id

@@ -4,7 +4,7 @@ Everything else reaches it byte for byte (see ``front.splice``).  An engine that
 by a few seconds at most, and its part of the response is missing.
 """
 
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -72,17 +72,18 @@ class DockerEngine:
         theirs = self.version.get("ApiVersion", "")
         return min(NEWEST, ApiVersion(theirs)) if theirs else NEWEST
 
-    async def counts(self) -> Counts:
-        """Its containers and images."""
+    async def counts(self, own_images: Collection[str] = ()) -> Counts:
+        """Its containers, and its images without those whose ids are in ``own_images``."""
         try:
             found = await self.api.get("/info", timeout_s=_TIMEOUT_S)
+            images = {str(one["Id"]) for one in await self.images({"all": "1"})}
         except SkepError:
             return Counts()
         return Counts(
             running=found.get("ContainersRunning", 0),
             paused=found.get("ContainersPaused", 0),
             stopped=found.get("ContainersStopped", 0),
-            images=found.get("Images", 0),
+            images=len(images.difference(own_images)),
         )
 
     async def image_id(self, word: str) -> str:

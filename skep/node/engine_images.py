@@ -1,10 +1,13 @@
 """The images of this node and those of the Docker Engine beside it, as one.
 
-Both have a store of their own: services run from this node's, plain containers from the engine's.  An image that the
-other one has is copied when it is needed.  What a name means is decided by the store in which it changed last:
-``theirs_is_newer`` compares the image that the engine has under a name with the one that it had there when it was
-looked at last.  A name that has moved in the engine is taken from this node's image at once (``reconcile``), so that
-the old one is not found any more; the new one is copied when a service needs it.
+Both have a store of their own: services run from this node's, plain containers and builds from the engine's.  An image
+that the other one has is copied when it is needed.  Which images a build needs is not known before it runs: it gets all
+that users have loaded, tagged or pulled here, without those that the node has fetched for its tasks.
+
+What a name means is decided by the store in which it changed last: ``theirs_is_newer`` compares the image that the
+engine has under a name with the one that it had there when it was looked at last.  A name that has moved in the engine
+is taken from this node's image at once (``reconcile``), so that the old one is not found any more; the new one is
+copied when a service needs it.
 """
 
 import asyncio

@@ -42,6 +42,9 @@ those of the containers ``web.1.<task>``."""
 
 LOCAL_TYPES = frozenset({"container", "image", "daemon", "volume", "plugin"})
 
+FOLLOWED = frozenset({"container", "image", "volume"})
+"""Types of events that managers follow.  A manager ends a node's stream at any other type, which it cannot read."""
+
 Message = Mapping[str, Any]
 """One event as it is sent."""
 
@@ -215,7 +218,8 @@ class NodeEvents:
                     yield self._mark("gap", position)
                 for message in list(self._past)[position - first :]:
                     position += 1
-                    if fits(message, filters) and (until_ns is None or message["timeNano"] <= until_ns):
+                    is_due = until_ns is None or message["timeNano"] <= until_ns
+                    if is_due and message["Type"] in FOLLOWED and fits(message, filters):
                         yield {**message, "Cursor": self._cursor(position)}
                 if position == before:
                     with suppress(TimeoutError):

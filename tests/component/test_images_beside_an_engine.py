@@ -208,3 +208,30 @@ async def test_volumes_of_services_are_listed_inspected_and_removed_beside_the_e
     assert machine.our_volumes.names() == machine.their_volumes.names() == []
     with pytest.raises(NotFound):
         await machine.api.get("/v1.41/volumes/of-service")
+
+
+async def engines(machine: Machine) -> dict[str, str]:
+    """What the engine has: name -> id."""
+    return {name: one["Id"] for one in await machine.docker.images() for name in one["RepoTags"] or ()}
+
+
+async def test_a_build_of_the_engine_finds_what_users_have_brought_here(machine: Machine) -> None:
+    await machine.load(machine.ours, "loaded:1", "loaded")
+    await machine.api.request("POST", "/v1.41/images/loaded:1/tag", query={"repo": "tagged", "tag": "2"})
+    await machine.load(machine.ours, "of-tasks:1", "of-tasks:1")
+    await machine.beside.note_given(["loaded:1", "nosuch:1"])
+    beside = machine.new_beside()  # another process of the node
+    await beside.hand_over_given()
+    assert await engines(machine) == {"loaded:1": id_of("loaded"), "tagged:2": id_of("loaded")}
+    await machine.load(machine.theirs, "loaded:1", "built anew")
+    await beside.hand_over_given()
+    assert (await engines(machine))["loaded:1"] == id_of("built anew"), "the engine's has changed last"
+
+
+async def test_an_engine_that_does_not_respond_fails_no_build_here(machine: Machine) -> None:
+    await machine.load(machine.ours, "loaded:1", "loaded")
+    await machine.beside.note_given(["loaded:1"])
+    gone = DockerEngine(Client.local(machine.directory / "nosuch.sock", "the engine"))
+    async with gone.api:
+        beside = EngineImages(gone, machine.ours, list, machine.directory / "engine.json")
+        await beside.hand_over_given()

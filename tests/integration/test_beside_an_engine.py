@@ -188,6 +188,8 @@ def test_a_build_finds_images_that_were_loaded_tagged_or_pulled_through_the_node
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    ids = set(node.docker("images", "-aq", "--no-trunc").stdout.split())
+    assert node.docker("info", "--format", "{{.Images}}").stdout.strip() == str(len(ids)), "each counts once"
 
 
 def made_here(node: TestNode, directory: Path, name: str, word: str) -> None:

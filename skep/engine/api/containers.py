@@ -39,6 +39,7 @@ from skep.engine.api.queries import integer
 from skep.engine.capacity import processors
 from skep.engine.container import (
     BeingRemoved,
+    Conflicting,
     Container,
     ContainerState,
     NotRunning,
@@ -53,13 +54,16 @@ from skep.engine.images.untar import tree_bytes
 from skep.engine.limits import check_cpus
 from skep.engine.request import read_create, read_update
 from skep.engine.updates import updated
-from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, SkepError, Unavailable, Unimplemented
 from skep.model.secret_env import SECRET_ENV_LABEL
 
 log = structlog.get_logger()
 
 _LINES_AT_ONCE = 128
 _WITHOUT_NULL_ERROR = _WITH_STOP_SIGNAL = ApiVersion("1.42")
+_WITH_CONDITION = ApiVersion("1.30")
+_EMPTY_OBJECT_BYTES_MAX = 7
+"""Clients send ``{}`` or ``null`` with a start; a JSON object with a field is longer (moby's number)."""
 
 
 def image_users(engine: Engine) -> Collection[ImageUser]:
@@ -212,6 +216,7 @@ async def stop(served: Served, request: web.Request) -> web.StreamResponse:
 @_table.post("/containers/{id}/start")
 async def start(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker start``; 304: it runs already, or its policy starts it."""
+    _check_start(request)
     container = served.engine.get(request.match_info["id"])
     if container.is_active:
         raise NotModified
@@ -233,6 +238,20 @@ async def restart(served: Served, request: web.Request) -> web.StreamResponse:
     except (InvalidArgument, Unavailable) as error:
         raise Untranslated(f"Cannot restart container {word}: {error}") from error
     return web.Response(status=204)
+
+
+def _check_start(request: web.Request) -> None:
+    """Refuse what a start cannot take, instead of starting a container without it.
+
+    Raises: InvalidArgument.  Source: moby, api/server/router/container/container_routes.go, daemon/start.go.
+    """
+    length = request.content_length
+    if (length is None and request.can_read_body) or (length or 0) > _EMPTY_OBJECT_BYTES_MAX:
+        raise InvalidArgument(
+            "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24"
+        )
+    if request.query.get("checkpoint"):
+        raise InvalidArgument("checkpoint is only supported in experimental mode")
 
 
 def _require_startable(container: Container) -> None:
@@ -314,6 +333,10 @@ async def remove(served: Served, request: web.Request) -> web.StreamResponse:
     """``docker rm``."""
     word = request.match_info["id"]
     container = served.engine.get(word)
+    if flag(
+        request, "link"
+    ):  # a link has the path of two containers; only the container itself is named here
+        raise Conflicting("Conflict, cannot remove the default link name of the container")
     try:
         await served.engine.remove(
             container.id, force=flag(request, "force"), with_volumes=flag(request, "v")
@@ -329,7 +352,15 @@ async def rename(served: Served, request: web.Request) -> web.StreamResponse:
     container = served.engine.get(request.match_info["id"])
     if container.plain is None:
         raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
-    await served.engine.rename(container.id, request.query.get("name", ""))
+    name = request.query.get("name", "")
+    if not name:
+        raise InvalidArgument("Neither old nor new names may be empty")
+    try:
+        await served.engine.rename(container.id, name)
+    except AlreadyExists as error:
+        if isinstance(error, BeingRemoved):
+            raise
+        raise AlreadyExists(f"Error when allocating new name: {error}") from error
     return web.Response(status=204)
 
 
@@ -342,7 +373,7 @@ def _limit(request: web.Request) -> int:
 
 def _grace(request: web.Request) -> float | None:
     """Seconds between the stop signal and the kill; None: the container's own; negative: it is not killed."""
-    if "t" not in request.query:
+    if not request.query.get("t"):
         return None
     try:
         grace_s = integer(request, "t")
@@ -357,7 +388,8 @@ def _stop_signal(request: web.Request) -> str:
 
 
 def _condition(request: web.Request) -> WaitCondition:
-    text = request.query.get("condition", "") or WaitCondition.NOT_RUNNING.value
+    text = request.query.get("condition", "") if api_version(request) >= _WITH_CONDITION else ""
+    text = text or WaitCondition.NOT_RUNNING.value
     try:
         return WaitCondition(text)
     except ValueError as error:

@@ -10,7 +10,7 @@ from aiohttp import web
 from skep.api.container_requests import ExecRequest, ExecStart
 from skep.api.errors import Untranslated
 from skep.api.responses import Hijacked
-from skep.api.server import OutputStream, json_response, read_body, read_json
+from skep.api.server import ApiVersion, OutputStream, api_version, json_response, read_body, read_json
 from skep.api.tables import Table
 from skep.engine.api.detach import DetachKeys, parse_keys
 from skep.engine.api.hijack import Duplex, hijacked
@@ -21,6 +21,8 @@ from skep.engine.execs import Execs
 from skep.errors import InvalidArgument, SkepError
 
 _table = Table[Execs]()
+
+_WITH_CONSOLE_SIZE = ApiVersion("1.42")
 
 
 def exec_routes(execs: Execs) -> list[web.RouteDef]:
@@ -38,7 +40,10 @@ async def create_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
         parse_keys(body.detach_keys)
     except InvalidArgument as error:
         raise Untranslated(f"Invalid escape keys ({body.detach_keys}) provided") from error
-    exec_id = execs.create(request.match_info["id"], _config_of(body))
+    has_size = body.tty and api_version(request) >= _WITH_CONSOLE_SIZE
+    exec_id = execs.create(
+        request.match_info["id"], _config_of(body), _size_of(body.console_size) if has_size else None
+    )
     return json_response({"Id": exec_id}, 201)
 
 
@@ -63,8 +68,8 @@ async def start_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
 async def _run(execs: Execs, client: Duplex, exec: Exec, options: ExecStart) -> None:
     process, config = await execs.start(exec.id), exec.config
     try:
-        if config.tty and len(options.console_size) == 2:
-            execs.resize(exec.id, *options.console_size)
+        if config.tty and (size := _size_of(options.console_size)) is not None:
+            execs.resize(exec.id, *size)
         keys = DetachKeys(parse_keys(config.detach_keys)) if config.tty else None
         attached = ((Stream.STDOUT, config.attach_stdout), (Stream.STDERR, config.attach_stderr))
         streams = {stream for stream, is_attached in attached if is_attached}
@@ -88,6 +93,10 @@ async def resize_exec(execs: Execs, request: web.Request) -> web.StreamResponse:
     """Set the size of its terminal to ``h`` rows and ``w`` columns."""
     execs.resize(request.match_info["id"], integer(request, "h"), integer(request, "w"))
     return web.Response()
+
+
+def _size_of(console_size: tuple[int, ...]) -> tuple[int, int] | None:
+    return (console_size[0], console_size[1]) if len(console_size) == 2 else None
 
 
 def _config_of(body: ExecRequest) -> ExecConfig:

@@ -15,6 +15,7 @@ from skep.aio.clock import Clock, SystemClock
 from skep.api.bodies import decode_body
 from skep.api.errors import Untranslated
 from skep.api.server import (
+    ApiVersion,
     Filters,
     api_version,
     flag,
@@ -41,6 +42,9 @@ from skep.engine.images.searching import LIMIT_DEFAULT, SearchFilter, search, sh
 from skep.engine.images.store import ImageStore, Removed
 from skep.errors import InvalidArgument, NotFound, SkepError
 
+_WITHOUT_FILTER = ApiVersion("1.41")
+"""Until then a pattern of names could be a parameter of its own."""
+
 
 class Served(msgspec.Struct, frozen=True):
     """What these routes are about."""
@@ -66,8 +70,10 @@ async def list_images(served: Served, request: web.Request) -> web.StreamRespons
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
     filter = _filter(served.images, filters, served.clock)
-    listed = select(served.images.images(), _replaced(filter, all=flag(request, "all")))
     version = api_version(request)
+    if (pattern := request.query.get("filter", "")) and version < _WITHOUT_FILTER:
+        filter = _replaced(filter, patterns=(*filter.patterns, pattern))
+    listed = select(served.images.images(), _replaced(filter, all=flag(request, "all")))
     shared = shared_bytes(served.images, listed) if flag(request, "shared-size") else {}
     return json_list_response(
         [image_responses.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]

@@ -105,7 +105,8 @@ class NodeSystem:
         swarm = await self._membership.info()
         counts = self._engine.counts() if self._engine is not None else Counts()
         if self._docker is not None:
-            counts += await self._docker.counts()
+            own = [one.id for one in self._engine.images.images()] if self._engine is not None else ()
+            counts += await self._docker.counts(own)
         shown = info.info(
             self._node,
             counts=counts,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,6 +167,59 @@ async def test_an_ended_container_refuses_what_needs_a_process(api: Api, run: Ru
 
 
 # --- output -----------------------------------------------------------------------------------------------------
+
+
+async def test_what_old_clients_give_is_honoured_or_refused(api: Api, run: Runner):
+    container = await run.start("sleep", "100", plain=PlainOptions())
+    other = await run.create("sleep", "100", name="other", init=True, plain=PlainOptions())
+
+    async def refused(method: str, path: str, body: Any = None, version: str = "1.41") -> tuple[int, str]:
+        status, response = await api.ask(method, path, body, version=version)
+        return status, response["message"]
+
+    start = f"/containers/{other.id}/start"
+    assert await refused("POST", start, {"Binds": ["/a:/b"]}) == (
+        400,
+        "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24",
+    )
+    assert (await refused("POST", f"{start}?checkpoint=c1"))[0] == 400
+    assert (await api.ask("POST", start, {}))[0] == 204
+    assert await refused("DELETE", "/containers/other?link=1&force=1") == (
+        409,
+        "Conflict, cannot remove the default link name of the container",
+    )
+    rename = f"/containers/{container.id}/rename"
+    assert await refused("POST", rename) == (400, "Neither old nor new names may be empty")
+    status, message = await refused("POST", f"{rename}?name=other")
+    assert status == 409
+    assert message.startswith(
+        'Error when allocating new name: Conflict. The container name "/other" is already'
+    )
+    assert (await api.ask("POST", "/containers/other/stop?t=", version="1.24"))[0] == 204
+    waited = await api.ask("POST", "/containers/other/wait?condition=bogus", version="1.29")
+    assert (waited[0], "StatusCode" in waited[1]) == (200, True)
+    assert (await refused("POST", "/containers/other/wait?condition=bogus"))[0] == 400
+    assert (await api.ask("OPTIONS", "/containers/json"))[0] == 200
+
+
+async def test_a_name_that_looks_like_an_id_comes_before_the_beginning_of_one(api: Api, run: Runner):
+    one = await run.create("true")
+    named = await run.create("true", name=one.id[:12])
+
+    async def found(word: str) -> Any:
+        status, response = await api.ask("GET", f"/containers/{word}/json")
+        return response["Id"] if status == 200 else (status, response["message"])
+
+    assert await found(one.id) == one.id
+    assert await found(one.id[:12]) == await found(f"%2F{named.name}") == named.id
+    assert await found(one.id[:13]) == one.id
+    first = {one.id[0], named.id[0]}
+    while len(first) == len(run.engine.list()):
+        first.add((await run.create("true")).id[0])
+    shared = next(
+        letter for letter in first if sum(each.id.startswith(letter) for each in run.engine.list()) > 1
+    )
+    assert await found(shared) == (400, f"multiple IDs found with provided prefix: {shared}")
 
 
 async def test_logs_are_framed_and_chosen(api: Api, run: Runner):

@@ -80,6 +80,18 @@ async def test_a_terminal_has_a_size_and_no_frames(api: Api, run: Runner):
     raw.writer.close()
 
 
+async def test_a_terminal_has_its_size_from_its_start_on(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    for version, shown in (("1.42", b"31 87\r\n"), ("1.41", b"stty: standard input\r\n")):
+        asked = {"Tty": True, "AttachStdin": True, "AttachStdout": True, "ConsoleSize": [31, 87]}
+        asked["Cmd"] = ["sh", "-c", "read x; stty size"]
+        _, made = await api.ask("POST", f"/containers/{container.id}/exec", asked, version=version)
+        raw = await api.hijack(f"/exec/{made['Id']}/start", {"Tty": True}, version=version)
+        raw.writer.write(b"\n")
+        assert (await asyncio.wait_for(raw.reader.read(-1), 10)).endswith(shown)
+        raw.writer.close()
+
+
 async def test_the_keys_let_go_of_a_terminal_and_leave_it_running(api: Api, run: Runner):
     container = await run.start("sleep", "100")
     id = await an_exec(api, container.id, "cat", AttachStdin=True, Tty=True)

@@ -13,8 +13,10 @@ from skep.engine.container import Container, ContainerConfig
 from skep.engine.events import Events
 from skep.engine.images.local import ImageEvent
 from skep.errors import PermissionDenied, SkepError, Unavailable
+from skep.manager import node_events
 from skep.model.ids import ContainerId
 from skep.node.events import (
+    FOLLOWED,
     KEPT,
     EventRequest,
     Message,
@@ -152,6 +154,16 @@ async def test_what_happens_to_containers_volumes_and_images_of_the_engine_is_pu
         ("volume", "create", "data"),
         ("image", "pull", "app:1"),
     ]
+
+
+async def test_managers_follow_only_types_that_they_can_read() -> None:
+    events = NodeEvents(SystemClock())
+    for type in ("container", "network", "volume"):
+        events.publish(type, "create", type, {})
+    async with asyncio.timeout(10), aclosing(events.follow("", None, None, Filters({}))) as stream:
+        followed = [await anext(stream) for _ in range(3)]
+    assert [one["Type"] for one in followed] == ["stream", "container", "volume"]
+    assert FOLLOWED == node_events.TYPES
 
 
 async def test_a_follower_that_is_behind_gets_a_gap_in_place_of_what_is_not_kept_any_more() -> None:
