@@ -106,9 +106,9 @@ class Download(Remote):
         """
         found = _SHA256.fullmatch(checksum)
         if checksum and found is None:
-            known = checksum.startswith("sha256:")
+            is_sha256 = checksum.startswith("sha256:")
             raise InvalidArgument(
-                "invalid checksum digest length" if known else "unsupported digest algorithm"
+                "invalid checksum digest length" if is_sha256 else "unsupported digest algorithm"
             )
         self._expected = found[1] if found else ""
         self._url = url
