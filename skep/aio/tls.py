@@ -118,6 +118,14 @@ class _Protocol(asyncio.sslproto.SSLProtocol):
         super()._on_handshake_complete(handshake_exc)
         self._extra.pop("peercert", None)
 
+    def buffer_updated(self, nbytes: int) -> None:
+        """Handle received bytes.  After close_notify they end the connection: nobody would read them, or its end."""
+        is_established = self._state is asyncio.sslproto.SSLProtocolState.WRAPPED  # type: ignore[attr-defined]
+        if self._is_half_closed and is_established:
+            self._fatal_error(ConnectionResetError("data after close_notify"))
+            return
+        super().buffer_updated(nbytes)
+
     def _call_eof_received(self) -> None:
         """The other end has sent close_notify, and sends no more."""
         if self._app_state is not asyncio.sslproto.AppProtocolState.STATE_CON_MADE:  # type: ignore[has-type]

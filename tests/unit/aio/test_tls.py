@@ -147,7 +147,10 @@ class HalfOpen(asyncio.Protocol):
 
 
 @pytest.mark.parametrize("stays_open", [True, False])
-async def test_a_client_that_has_closed_its_direction_still_gets_the_response(stays_open: bool) -> None:
+@pytest.mark.parametrize("sends_more", [True, False])
+async def test_a_client_that_has_closed_its_direction_still_gets_the_response(
+    stays_open: bool, sends_more: bool
+) -> None:
     """As ``docker exec`` without ``-i`` does: Go's CloseWrite sends close_notify, and no FIN."""
     authority = Authority.create()
     server = ServerTls(a_pair(authority, "m1", NodeRole.MANAGER)).front
@@ -184,6 +187,10 @@ async def test_a_client_that_has_closed_its_direction_still_gets_the_response(st
             await protocol.lost.wait()
             return
         assert not protocol.transport.is_closing()
+        if sends_more:
+            await asyncio.get_running_loop().sock_sendall(ours, b"\x17\x03\x03\x40\x00" + bytes(16384))
+            await protocol.lost.wait()
+            return
         protocol.transport.write(b"response")
         content = await asyncio.get_running_loop().sock_recv(ours, 65536)
         assert content, "the response, encrypted: OpenSSL reads nothing after its own close_notify"
