@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from skep.api.errors import NotModified, status_of
-from skep.api.framing import path_of
+from skep.api.framing import path_of, plain_path, raw_path_of
 from skep.api.raw import Exchange, RawClient
 from skep.dashboard.pages import RELAY_HEADER, SECURITY_HEADERS
 from skep.dashboard.terminal import join_terminal
@@ -37,7 +37,7 @@ _ID = r"[A-Za-z0-9_.%-]+"
 ALLOWED: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
     (method, re.compile(pattern.replace("ID", _ID)))
     for method, pattern in (
-        ("GET", r"/ui/(?:ID)?"),
+        ("GET", r"/ui(?:/ID)?"),
         ("GET", r"/skep/(?:view(?:/stream)?|events|history|state|quorum|doctor/network)"),
         ("GET", r"/skep/services/ID/(?:explain|runs)"),
         ("GET", r"/skep/tasks/ID/(?:explain|target)"),
@@ -59,8 +59,9 @@ _TARGET = re.compile(r"/[!-~]*")
 
 def is_allowed(method: str, target: str) -> bool:
     """Whether the pages may ask for ``target``, path and query as sent."""
-    path = path_of(target)
-    if ".." in path or "#" in target:
+    sent, path = raw_path_of(target), path_of(target)
+    # What is judged is the plain path, and what is passed on is the one that was sent.
+    if ".." in path or "#" in target or (plain_path(sent) != sent and sent != "/ui/"):
         return False
     return any(method == allowed and pattern.fullmatch(path) for allowed, pattern in ALLOWED)
 

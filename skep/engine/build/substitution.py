@@ -153,9 +153,8 @@ class _Reader:
         self._depth += 1
         if self._depth > _DEPTH_MAX:
             raise InvalidArgument("substitutions are nested too deeply")
-        special: dict[str, Callable[[], str]] = {"$": self._dollar}
+        special: dict[str, Callable[[], str]] = {"$": self._dollar, "<": self._less_than}
         if not self._keeps_quotes:
-            special["<"] = self._less_than
             special["'"] = self._single_quoted
             special['"'] = lambda: self._double_quoted(raw_escapes)
         result: list[str] = []

@@ -17,8 +17,8 @@ from skep.model.container import Ulimit
 DOCKERFILE = "dockerfile.v0"
 _GATEWAY = "gateway.v0"
 
-_IGNORED = ("frontend.caps", "input-metadata:", "vcs:", "build-arg:BUILDKIT_CONTEXT_KEEP_GIT_DIR")
-"""Of no effect on the image: what a client can do, and where its files come from (of provenance, git contexts)."""
+_IGNORED = ("frontend.caps", "input-metadata:", "vcs:")
+"""Of no effect on the image: what a client can do, and where its files come from (of provenance)."""
 _DEFAULT_PROVENANCE = ("mode=min,inline-only=true", "false", "disabled=true")
 
 

@@ -309,8 +309,11 @@ class Solver:
 
     async def _answered(self, job: Job, session: Session, build: Asked) -> Mapping[str, bytes]:
         """Respond to a request that does not build.  Raises: SkepError."""
-        client = await self._session_of(session, build.dockerfile)
-        text = (await self._definition(job, client, build)).text
+        provider = ClientProvider(session, self.contexts.scratch)
+        async with AsyncExitStack() as received:
+            remote = await self._remote(job, session, build, provider, received)
+            client = await self._session_of(session, build.dockerfile)
+            text = (await self._definition(job, client, build, remote)).text
         env_of = await self._envs(text, build)
         return await asyncio.to_thread(requests.answer, text, build, build.request, env_of)
 
@@ -361,7 +364,10 @@ class Solver:
         """Raises: SkepError: the client, or a remote context, has no such Dockerfile."""
         if remote is not None and not build.has_own_dockerfile:
             root, name = remote
-            return await asyncio.to_thread(_read_definition, root, name or build.filename)
+            with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
+                definition = await asyncio.to_thread(_read_definition, root, name or build.filename)
+                await self._check_text(job, vertex, build, definition.text)
+            return definition
         names = _names_of(build.filename)
         with job.vertices.doing(f"[internal] load build definition from {build.filename}") as vertex:
             async with self.contexts.received(
@@ -372,12 +378,13 @@ class Solver:
             ) as root:
                 definition = await asyncio.to_thread(_read_definition, root, build.filename)
             job.vertices.figure(vertex, "transferring dockerfile:", len(definition.text), done=True)
-            if not build.request:
-                await self._check_text(job, vertex, build, definition.text)
+            await self._check_text(job, vertex, build, definition.text)
         return definition
 
     async def _check_text(self, job: Job, vertex: str, build: Asked, text: str) -> None:
         """Report findings of checks as warnings.  Raises: InvalidArgument: the checks are set to fail the build."""
+        if build.request:
+            return  # the response has the findings
         env_of = await self._envs(text, build)
         found, failure = await asyncio.to_thread(requests.findings_of_build, text, build, env_of)
         for one in found:
