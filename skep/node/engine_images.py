@@ -228,11 +228,15 @@ class EngineImages:
                 for one in await self._docker.images()
                 for name in one.get("RepoTags") or ()
             }
-            for name in self._given:
-                if name in ours and theirs.get(name) != ours[name]:
-                    await self.hand_over(name)
         except SkepError as error:
-            log.warning("images not handed to the docker engine", reason=str(error))
+            log.warning("images of the docker engine not read before a build", reason=str(error))
+            return
+        for name in self._given:
+            if name in ours and theirs.get(name) != ours[name]:
+                try:
+                    await self.hand_over(name)
+                except (SkepError, OSError) as error:
+                    log.warning("image not handed to the docker engine", image=name, reason=str(error))
 
     async def _see(self, names: Names) -> None:
         if names != self._seen:

@@ -173,8 +173,8 @@ class Build:
         self._arguments = Arguments(request.arguments, automatic, is_buildkit=request.is_buildkit)
         self._budget = Budget()
         self._stages = stages
-        self._scopes: dict[int, StageArguments] = {}
-        """Arguments of completed stages."""
+        self._scopes: dict[int, tuple[StageArguments, int]] = {}
+        """Arguments of completed stages, with the number of history entries that their base images had."""
         self._done: dict[int, Made | None] = {}
         self._stage = 0
         self._steps = 0
@@ -234,7 +234,7 @@ class Build:
         for instruction in stage.instructions:
             await self._run_step(instruction)
         self._done[number] = self._position.image
-        self._scopes[number] = self._arguments.stage
+        self._scopes[number] = self._arguments.stage, self._inherited
 
     async def _run_stage_apart(self, number: int) -> None:
         """Carry out a stage that only a trigger of the current stage's base image uses."""
@@ -277,10 +277,10 @@ class Build:
         is_stage = index is not None and targets.context_name(name) not in self._request.images
         made = await self._stage_or_image(step, name, is_base=True)
         defaults = made.config.defaults if made is not None else ContainerDefaults()
-        inherited = self._scopes.get(index) if is_stage and index is not None else None
+        inherited, self._inherited = None, child.history_length(made.content) if made is not None else 0
+        if is_stage and index in self._scopes:
+            inherited, self._inherited = self._scopes[index]
         self._arguments.begin_stage(inherited, defaults.env or ())
-        if not is_stage:
-            self._inherited = child.history_length(made.content) if made is not None else 0
         state = begun(defaults)
         triggers = state.config.on_build or ()
         state = msgspec.structs.replace(state, config=msgspec.structs.replace(state.config, on_build=None))

@@ -69,7 +69,6 @@ _JOB_WAIT_S = 15.0
 _DEFINITION_BYTES_MAX = 16 << 20
 """Of the Dockerfile and what is fetched with it."""
 _OWN_STEPS = "steps are found that were built on this node"
-_OWN_STEPS = "steps are found that were built on this node"
 _IGNORE_FILE, _IGNORE_BYTES_MAX = ".dockerignore", 1 << 20
 
 

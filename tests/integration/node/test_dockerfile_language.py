@@ -125,10 +125,29 @@ async def test_a_classic_build_passes_over_cache_sources_that_are_not_here(host:
 
 
 @pytest.mark.usefixtures("only_here")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FROM busybox:1\nRUN echo a > /f\nENV A=b\nLABEL c=d\n",
+        """FROM busybox:1 AS a
+RUN echo a > /f
+FROM long:1 AS b
+RUN echo b > /f
+FROM a
+ENV A=b
+COPY --from=b /f /g
+LABEL c=d
+""",
+    ],
+    ids=["one stage", "a base with more history between"],
+)
 async def test_the_same_epoch_gives_the_same_image_and_another_carries_out_no_step(
-    host: Host, lab: BuildLab
+    host: Host, lab: BuildLab, text: str
 ) -> None:
-    context = lab.context("FROM busybox:1\nRUN echo a > /f\nENV A=b\nLABEL c=d\n")
+    longer = lab.context("FROM busybox:1\n" + "".join(f"LABEL l{number}=x\n" for number in range(9)))
+    code, output = await host.build(longer, "-t", "long:1")
+    assert code == 0, output
+    context = lab.context(text)
     options = ("--no-cache", "-t")
     ids = []
     for name in ("one:1", "two:1"):
