@@ -251,7 +251,7 @@ def is_going(view: View, service: Service) -> bool:
     run, slots = as_run(view, service), _slots(view, service)
     if is_over(run):
         return False
-    if any(_is_active(slot) for slot in slots.values()):
+    if any(_is_active(slot) or _waits_for_retry(job, slot) for slot in slots.values()):
         return True
     if run.spec.mode.replicated_job is not None:
         return any(
@@ -349,6 +349,14 @@ def _slots(view: View, service: Service) -> dict[int | str, list[Task]]:
 
 def _is_done(slot: Iterable[Task]) -> bool:
     return any(task.status.state is TaskState.COMPLETE for task in slot)
+
+
+def _waits_for_retry(job: JobStatus, slot: Iterable[Task]) -> bool:
+    """Whether a task of the slot had failed when a user retried the run, and the leader has not retired it yet."""
+    until_ns = unix_ns(job.retried_until) if job.retried_until is not None else -1
+    return any(
+        task.is_wanted and not task.is_active and unix_ns(task.created_at) <= until_ns for task in slot
+    ) and not _is_done(slot)
 
 
 def _is_active(slot: Iterable[Task]) -> bool:

@@ -31,7 +31,7 @@ class OneContainer:
             raise NotFound(f"No such container: {word}")
         return self
 
-    def create(self, word: str, _config: object) -> str:
+    def create(self, word: str, _config: object, _console_size: object = None) -> str:
         self.asked.append(word)
         return "e1"
 

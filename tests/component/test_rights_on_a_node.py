@@ -29,7 +29,7 @@ class Execs:
     def get(self, _id: str) -> Exec:
         return self._exec
 
-    def create(self, _word: str, config: ExecConfig) -> str:
+    def create(self, _word: str, config: ExecConfig, _console_size: object = None) -> str:
         self.created.append(config)
         return EXEC
 
