@@ -130,7 +130,7 @@ async def test_a_cluster_is_followed_and_changed_over_a_lost_connection(m1: Test
         await relay.open()
         await seen.until(lambda one: one.connection.link is Link.LIVE, "the connection is made again")
         found = await seen.until(
-            lambda one: any("code 3" in r for r in one.reasons.values()), "the reason is shown"
+            lambda one: any("exit 3" in r for r in one.reasons.values()), "the reason is shown"
         )
         (crashed,) = (one["ID"] for one in found.services.values() if one["Spec"]["Name"] == "crash")
         details = await cluster.details("service", crashed, "crash")
