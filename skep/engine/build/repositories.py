@@ -1,7 +1,6 @@
 """Git repositories that ADD clones: their addresses, and how they are fetched.
 
-The program ``git`` of this machine does the work, without any configuration of the machine or its users, and with a
-deadline.  A repository is not trusted: it brings no hooks, and its submodules come by the network alone.
+A repository is not trusted: it brings no hooks, and its submodules come by the network alone.
 
 Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go, util/gitutil/git_cli.go.
 """
@@ -9,41 +8,26 @@ Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go
 import asyncio
 import base64
 import hashlib
-import os
 import posixpath
 import re
-import shutil
-import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import msgspec
 
+from skep.engine.build.git import Git
 from skep.engine.build.instructions import Copy
 from skep.engine.build.interface import Provider
 from skep.engine.build.remotes import Download, KnownAnswers, Remote, is_git, is_remote
 from skep.engine.build.sources import Source
 from skep.engine.build.trees import Tree
 from skep.engine.images.workers import Limits
-from skep.errors import InvalidArgument, Unavailable, Unimplemented
-from skep.linux.commands import communicate
+from skep.errors import InvalidArgument, Unavailable
 from skep.linux.trees import remove_tree
 
-_DEADLINE_S = 900.0
-"""For one command of git: large repositories take minutes."""
 _SHA = re.compile(r"[0-9a-f]{40}")
-_SHOWN_BYTES = 1000
-"""Of what git says about a failure."""
-_CONFIGURATION = (
-    *("-c", "core.hooksPath=/dev/null"),
-    *("-c", "protocol.allow=never"),
-    *(word for name in ("http", "https", "git", "ssh") for word in ("-c", f"protocol.{name}.allow=always")),
-    # A server that sends nothing for a minute is given up.
-    *("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60"),
-)
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,9 +92,10 @@ def _add_option(found: dict[str, object], refs: dict[str, str], name: str, value
 class Repository(Remote):
     """A repository at an address."""
 
-    def __init__(self, address: Address, directory: Path, provider: Provider | None) -> None:
+    def __init__(self, address: Address, directory: Path, limits: Limits, provider: Provider | None) -> None:
         """``directory``: empty, for the working tree."""
         self._address = address
+        self._program = Git(directory, limits, _without_credentials(address.remote))
         self._directory = directory
         self._provider = provider
         self._commit = ""
@@ -127,7 +112,7 @@ class Repository(Remote):
         """Check the commit out.  Raises: SkepError."""
         digest = await self.resolve()
         address, commit = self._address, self._commit
-        await self._git("init", "--quiet", ".")
+        await self._git("init", "--quiet", "--template=", ".")
         await self._git("remote", "add", "origin", _without_credentials(address.remote))
         # A commit can be fetched alone where the server allows that; a simple web server has whole branches only.
         wanted = address.ref or "HEAD"
@@ -184,54 +169,16 @@ class Repository(Remote):
         return True
 
     async def _git(self, *words: str) -> str:
-        """Return what git prints in the working tree.  Raises: Unavailable: it failed; Unimplemented: it is missing."""
-        program = shutil.which("git")
-        if program is None:
-            raise Unimplemented(
-                "ADD of a git repository needs the program git on this node: install the package git"
-            )
+        """Return what git prints in the working tree.  Raises: as ``Git.run``."""
         async with AsyncExitStack() as stack:
-            process = await asyncio.create_subprocess_exec(
-                program,
-                *_CONFIGURATION,
-                *words,
-                cwd=self._directory,
-                env=await self._environment(stack, words),
-                umask=0o022,
-                start_new_session=True,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-            )
-            try:
-                output, errors = await communicate(process, _DEADLINE_S)
-            except TimeoutError as error:
-                raise Unavailable(f"git {words[0]} takes longer than {_DEADLINE_S:.0f} seconds") from error
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its helpers for the network
-        if process.returncode:
-            text = errors.decode(errors="replace").strip()[-_SHOWN_BYTES:]
-            raise Unavailable(
-                f"failed to fetch {_without_credentials(self._address.remote)}: git stderr:\n{text}"
-            )
-        return output.decode("utf-8", "surrogateescape")
+            return await self._program.run(*words, variables=await self._variables(stack, words))
 
-    async def _environment(self, stack: AsyncExitStack, words: Sequence[str]) -> Mapping[str, str]:
+    async def _variables(self, stack: AsyncExitStack, words: Sequence[str]) -> Mapping[str, str]:
         """Variables of a command: those that reach the network have the client's secrets and ssh agent."""
         variables = {
-            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-            "LC_ALL": "C",
-            "HOME": os.devnull,
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_TERMINAL_PROMPT": "0",
             "GIT_SSH_COMMAND": "ssh -F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
             " -o BatchMode=yes -o ConnectTimeout=30",
         }
-        for name in (*_PROXIES, *map(str.lower, _PROXIES)):
-            if name in os.environ:
-                variables[name] = os.environ[name]
         if self._provider is None or words[0] not in ("ls-remote", "fetch", "submodule"):
             return variables
         remote = self._address.remote
@@ -303,4 +250,4 @@ class Fetching:
             checksum=copy.checksum or address.checksum,
             keep_git_dir=copy.keep_git_dir if kept is None else kept,
         )
-        return Repository(address, self._area(), self._provider)
+        return Repository(address, self._area(), self._limits, self._provider)
