@@ -249,6 +249,14 @@ def bind_part(root: str, part: str, target: Path) -> None:
             path = os.path.join(root, part)
             text = f"cannot access path {path}: lstat {path}: {_words(error.errno or 0)}"
         raise MountFailed(text) from error
+    try:
+        bind_opened(descriptor, target)
+    finally:
+        os.close(descriptor)
+
+
+def bind_opened(descriptor: int, target: Path) -> None:
+    """Bind an open file or directory to ``target``, which is created if missing.  Raises: OSError."""
     if stat.S_ISDIR(os.fstat(descriptor).st_mode):
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
     else:
@@ -286,10 +294,14 @@ def bind_directory(source: str, target: Path, refused: list[str]) -> None:
     is mounted.  Raises: MountFailed; OSError.
     """
     descriptor = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    real = os.readlink(f"/proc/self/fd/{descriptor}")
-    if real in _NO_VOLUMES or any(f"{real}/".startswith(f"{one}/") for one in (*_OF_THE_KERNEL, *refused)):
-        raise MountFailed(f"{source} is no volume: it is {real}")
-    syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
+    try:
+        real = os.readlink(f"/proc/self/fd/{descriptor}")
+        is_refused = any(f"{real}/".startswith(f"{one}/") for one in (*_OF_THE_KERNEL, *refused))
+        if real in _NO_VOLUMES or is_refused:
+            raise MountFailed(f"{source} is no volume: it is {real}")
+        syscalls.mount(f"/proc/self/fd/{descriptor}", target, None, syscalls.MS_BIND | syscalls.MS_REC)
+    finally:
+        os.close(descriptor)
     syscalls.mount("", target, None, _SLAVE | syscalls.MS_REC)
 
 

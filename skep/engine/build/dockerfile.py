@@ -7,6 +7,7 @@ Source: buildkit, frontend/dockerfile/parser (parser.go, line_parsers.go, split_
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -18,6 +19,9 @@ FILE_BYTES_MAX = 4 << 20
 LINE_BYTES_MAX = 65535
 """Of one line, as in Go's scanner."""
 LINES_MAX = 100_000
+
+_COMMENTS_MAX = 100
+"""Comments that are kept before one instruction: those that describe it stand next to it."""
 
 _SPACES = re.compile(r"[\t\v\f\r ]+")
 _HEREDOC = re.compile(r"(\d*)<<(-?)\s*([^<]*)")
@@ -57,7 +61,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     last: int = 0
     """Number of its last line."""
     comments: tuple[str, ...] = ()
-    """Comments before it."""
+    """The last comments before it."""
 
 
 class Parsed(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,13 +131,16 @@ class _Parser:
         return line
 
     def _all(self) -> Iterator[Line]:
-        comments: list[str] = []
+        comments = deque[str](maxlen=_COMMENTS_MAX)
         while self._at < len(self._lines):
             line = self._take().rstrip("\r\n").lstrip()
             is_directive = self._directive(line)
             if line.startswith("#"):
                 comment = line[1:].strip()
-                comments = [*comments, comment] if comment and not is_directive else []
+                if comment and not is_directive:
+                    comments.append(comment)
+                else:
+                    comments.clear()
                 line = ""
             number = self._at
             line, is_whole = self._continued(line)
@@ -156,7 +163,7 @@ class _Parser:
             found = line_of(joined, self._escape, number)
             documents = self._heredocs(found)
             yield msgspec.structs.replace(found, heredocs=documents, last=self._at, comments=tuple(comments))
-            comments = []
+            comments.clear()
 
     def _directive(self, line: str) -> bool:
         """Whether the line is a parser directive."""

@@ -164,15 +164,16 @@ class Download(Remote):
 
     @asynccontextmanager
     async def _response(self, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response behind all redirects.  Credentials go to the first host alone."""
+        """The response behind all redirects.  Credentials go to the first origin (scheme, host and port) only."""
         target = URL(self._url)
+        first = target.origin()
         credentials = await self._credentials(target.host or "")
         connector = aiohttp.TCPConnector(ssl=client_context(), limit=4)
         async with aiohttp.ClientSession(
             connector=connector, auto_decompress=False, timeout=_TIMEOUT
         ) as session:
             for _ in range(_REDIRECTS_MAX + 1):
-                sent = {**headers, **(credentials if target.host == URL(self._url).host else {})}
+                sent = {**headers, **(credentials if target.origin() == first else {})}
                 async with session.get(
                     target, headers=sent, allow_redirects=False, proxy=proxy_for(target)
                 ) as response:

@@ -1,7 +1,6 @@
 """Git repositories that ADD clones: their addresses, and how they are fetched.
 
-The program ``git`` of this machine does the work, without any configuration of the machine or its users, and with a
-deadline.  A repository is not trusted: it brings no hooks, and its submodules come by the network alone.
+A repository is not trusted: it brings no hooks, and its submodules come by the network alone.
 
 Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go, util/gitutil/git_cli.go.
 """
@@ -9,41 +8,32 @@ Source: buildkit, frontend/dockerfile/dfgitutil/git_ref.go, source/git/source.go
 import asyncio
 import base64
 import hashlib
-import os
 import posixpath
 import re
-import shutil
-import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote_to_bytes, urlsplit, urlunsplit
 
 import msgspec
 
+from skep.engine.build.git import Git
 from skep.engine.build.instructions import Copy
 from skep.engine.build.interface import Provider
 from skep.engine.build.remotes import Download, KnownAnswers, Remote, is_git, is_remote
 from skep.engine.build.sources import Source
 from skep.engine.build.trees import Tree
 from skep.engine.images.workers import Limits
-from skep.errors import InvalidArgument, Unavailable, Unimplemented
-from skep.linux.commands import communicate
+from skep.errors import InvalidArgument, Unavailable
 from skep.linux.trees import remove_tree
 
-_DEADLINE_S = 900.0
-"""For one command of git: large repositories take minutes."""
-_SHA = re.compile(r"[0-9a-f]{40}")
-_SHOWN_BYTES = 1000
-"""Of what git says about a failure."""
-_CONFIGURATION = (
-    *("-c", "core.hooksPath=/dev/null"),
-    *("-c", "protocol.allow=never"),
-    *(word for name in ("http", "https", "git", "ssh") for word in ("-c", f"protocol.{name}.allow=always")),
-    # A server that sends nothing for a minute is given up.
-    *("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60"),
+_SSH = (
+    "ssh -F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes"
+    # Keys of this machine's root are not for builds.
+    " -o ConnectTimeout=30 -o IdentityFile=none -o CertificateFile=none"
 )
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+_SSH_WITHOUT_AGENT = f"{_SSH} -o IdentityAgent=none"
+_SHA = re.compile(r"[0-9a-f]{40}")
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,8 +66,12 @@ def address_of(source: str) -> Address:
     if len(refs) > 1:
         raise InvalidArgument(f"ref conflicts: {' vs '.join(sorted(refs))}")
     address = msgspec.convert({**found, "ref": next(iter(refs), "")}, Address)
-    if any(value.startswith("-") for value in (address.remote, address.ref, address.checksum)):
-        raise InvalidArgument(f"invalid git address: {source}")
+    try:
+        host = urlsplit(remote).hostname if _is_web(remote) else remote
+    except ValueError:
+        host = ""
+    if not host or any(value.startswith("-") for value in (address.remote, address.ref, address.checksum)):
+        raise InvalidArgument(f"invalid git address: {without_credentials(source)}")
     return address
 
 
@@ -108,9 +102,10 @@ def _add_option(found: dict[str, object], refs: dict[str, str], name: str, value
 class Repository(Remote):
     """A repository at an address."""
 
-    def __init__(self, address: Address, directory: Path, provider: Provider | None) -> None:
+    def __init__(self, address: Address, directory: Path, limits: Limits, provider: Provider | None) -> None:
         """``directory``: empty, for the working tree."""
         self._address = address
+        self._program = Git(directory, limits, without_credentials(address.remote))
         self._directory = directory
         self._provider = provider
         self._commit = ""
@@ -127,15 +122,16 @@ class Repository(Remote):
         """Check the commit out.  Raises: SkepError."""
         digest = await self.resolve()
         address, commit = self._address, self._commit
-        await self._git("init", "--quiet", ".")
-        await self._git("remote", "add", "origin", _without_credentials(address.remote))
+        remote = _bare(address.remote)
+        await self._git("init", "--quiet", "--template=", ".")
+        await self._git("remote", "add", "origin", remote)
         # A commit can be fetched alone where the server allows that; a simple web server has whole branches only.
         wanted = address.ref or "HEAD"
         for refs in ([commit], [f"{wanted}:refs/skep/wanted"]):
-            if await self._tries("fetch", "--depth=1", "--no-tags", address.remote, *refs):
+            if await self._tries("fetch", "--depth=1", "--no-tags", remote, *refs):
                 break
         else:
-            await self._git("fetch", "--tags", address.remote, "+refs/heads/*:refs/remotes/origin/*")
+            await self._git("fetch", "--tags", remote, "+refs/heads/*:refs/remotes/origin/*")
         await self._git("-c", "advice.detachedHead=false", "checkout", "--quiet", commit)
         if address.submodules and (self._directory / ".gitmodules").exists():
             await self._git("submodule", "update", "--init", "--recursive", "--depth=1")
@@ -145,7 +141,7 @@ class Repository(Remote):
             resolved = tree.resolve(address.subdir)
             if not (self._directory / resolved).is_dir():
                 raise InvalidArgument(
-                    f"invalid subdir {address.subdir} of {_without_credentials(address.remote)}"
+                    f"invalid subdir {address.subdir} of {without_credentials(address.remote)}"
                 )
         return Source(self._directory, address.subdir, resolved, True, digest)
 
@@ -155,7 +151,7 @@ class Repository(Remote):
         if _SHA.fullmatch(ref):
             commit = ref
         else:
-            listed = await self._git("ls-remote", "--", address.remote, ref, f"{ref}^{{}}")
+            listed = await self._git("ls-remote", "--", _bare(address.remote), ref, f"{ref}^{{}}")
             found = dict(line.split("\t")[::-1] for line in listed.splitlines() if line.count("\t") == 1)
             # As git checkout: a branch comes before a tag of the same name; of a signed tag the commit counts.
             peeled = [f"{ref}^{{}}"] if ref.startswith("refs/tags/") else []
@@ -170,7 +166,7 @@ class Repository(Remote):
             commit = next((found[name] for name in names if name in found), "")
             if not _SHA.fullmatch(commit):
                 raise InvalidArgument(
-                    f"repository {_without_credentials(address.remote)} does not contain ref {ref}"
+                    f"repository {without_credentials(address.remote)} does not contain ref {ref}"
                 )
         if not commit.startswith(address.checksum):
             raise InvalidArgument(f"expected checksum to match {address.checksum}, got {commit}")
@@ -184,86 +180,76 @@ class Repository(Remote):
         return True
 
     async def _git(self, *words: str) -> str:
-        """Return what git prints in the working tree.  Raises: Unavailable: it failed; Unimplemented: it is missing."""
-        program = shutil.which("git")
-        if program is None:
-            raise Unimplemented(
-                "ADD of a git repository needs the program git on this node: install the package git"
-            )
+        """Return what git prints in the working tree.  Raises: as ``Git.run``."""
         async with AsyncExitStack() as stack:
-            process = await asyncio.create_subprocess_exec(
-                program,
-                *_CONFIGURATION,
-                *words,
-                cwd=self._directory,
-                env=await self._environment(stack, words),
-                umask=0o022,
-                start_new_session=True,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-            )
-            try:
-                output, errors = await communicate(process, _DEADLINE_S)
-            except TimeoutError as error:
-                raise Unavailable(f"git {words[0]} takes longer than {_DEADLINE_S:.0f} seconds") from error
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its helpers for the network
-        if process.returncode:
-            text = errors.decode(errors="replace").strip()[-_SHOWN_BYTES:]
-            raise Unavailable(
-                f"failed to fetch {_without_credentials(self._address.remote)}: git stderr:\n{text}"
-            )
-        return output.decode("utf-8", "surrogateescape")
+            return await self._program.run(*words, variables=await self._variables(stack, words))
 
-    async def _environment(self, stack: AsyncExitStack, words: Sequence[str]) -> Mapping[str, str]:
+    async def _variables(self, stack: AsyncExitStack, words: Sequence[str]) -> Mapping[str, str]:
         """Variables of a command: those that reach the network have the client's secrets and ssh agent."""
-        variables = {
-            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-            "LC_ALL": "C",
-            "HOME": os.devnull,
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_TERMINAL_PROMPT": "0",
-            "GIT_SSH_COMMAND": "ssh -F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
-            " -o BatchMode=yes -o ConnectTimeout=30",
-        }
-        for name in (*_PROXIES, *map(str.lower, _PROXIES)):
-            if name in os.environ:
-                variables[name] = os.environ[name]
-        if self._provider is None or words[0] not in ("ls-remote", "fetch", "submodule"):
-            return variables
         remote = self._address.remote
-        if remote.startswith(("http://", "https://")):
-            if header := await self._authorization():
-                origin = urlunsplit((*urlsplit(_without_credentials(remote))[:2], "/", "", ""))
-                variables |= {
-                    "GIT_CONFIG_COUNT": "1",
-                    "GIT_CONFIG_KEY_0": f"http.{origin}.extraHeader",
-                    "GIT_CONFIG_VALUE_0": f"Authorization: {header}",
-                }
-        elif not remote.startswith("git://"):
+        reaches_network = words[0] in ("ls-remote", "fetch", "submodule")
+        if _is_web(remote):
+            header = await self._authorization() if reaches_network else ""
+            return {"GIT_SSH_COMMAND": _SSH_WITHOUT_AGENT, **_header_for(remote, header)}
+        socket = None
+        if self._provider is not None and reaches_network and not remote.startswith("git://"):
             socket = await stack.enter_async_context(self._provider.ssh("default"))
-            if socket is not None:
-                variables["SSH_AUTH_SOCK"] = str(socket)
-        return variables
+        if socket is None:
+            return {"GIT_SSH_COMMAND": _SSH_WITHOUT_AGENT}
+        return {"GIT_SSH_COMMAND": _SSH, "SSH_AUTH_SOCK": str(socket)}
 
     async def _authorization(self) -> str:
-        """What the secrets GIT_AUTH_HEADER and GIT_AUTH_TOKEN say for the host, or for every one."""
-        assert self._provider is not None
-        host = urlsplit(self._address.remote).hostname or ""
-        for suffix in (f".{host}", ""):
+        """Return the value of the header ``Authorization`` for the repository's server.  Empty without one.
+
+        A user and password in the address come first, then the secrets GIT_AUTH_HEADER and GIT_AUTH_TOKEN for the
+        host. Those for every host are sent over TLS only.
+        """
+        parts = urlsplit(self._address.remote)
+        if parts.password is not None:
+            return _basic(unquote_to_bytes(parts.username or "") + b":" + unquote_to_bytes(parts.password))
+        if self._provider is None:
+            return ""
+        for suffix in (f".{parts.hostname}", *([""] if parts.scheme == "https" else [])):
             if (header := await self._provider.secret(f"GIT_AUTH_HEADER{suffix}")) is not None:
                 return header.decode("latin-1").strip()
             if (token := await self._provider.secret(f"GIT_AUTH_TOKEN{suffix}")) is not None:
-                return "basic " + base64.b64encode(b"x-access-token:" + token.strip()).decode()
+                return _basic(b"x-access-token:" + token.strip())
         return ""
 
 
-def _without_credentials(remote: str) -> str:
-    """The address without its user and password."""
-    return re.sub(r"^([a-z]+://)[^/@]*@", r"\1", remote) if "://" in remote else remote
+def _basic(user_and_password: bytes) -> str:
+    return "basic " + base64.b64encode(user_and_password).decode()
+
+
+def _is_web(remote: str) -> bool:
+    return remote.startswith(("http://", "https://"))
+
+
+def _header_for(remote: str, header: str) -> Mapping[str, str]:
+    """Variables that have git send a header to the server of ``remote``, but to no server that it redirects to."""
+    if not header:
+        return {}
+    origin = urlunsplit((*urlsplit(_bare(remote))[:2], "/", "", ""))
+    return {
+        "GIT_CONFIG_COUNT": "2",
+        "GIT_CONFIG_KEY_0": f"http.{origin}.extraHeader",
+        "GIT_CONFIG_VALUE_0": f"Authorization: {header}",
+        "GIT_CONFIG_KEY_1": f"http.{origin}.followRedirects",
+        "GIT_CONFIG_VALUE_1": "false",
+    }
+
+
+def _bare(remote: str) -> str:
+    """Return an address without its password, and without its user if it is not of ssh."""
+    if remote.startswith("ssh://"):
+        return re.sub(r"^(ssh://[^/?#:@]*):[^/?#]*@", r"\1@", remote)
+    return re.sub(r"^([a-z]+://)[^/?#]*@", r"\1", remote)
+
+
+def without_credentials(remote: str) -> str:
+    """Return an address for messages.  A wrong address may have a slash in its password."""
+    plain = re.sub(r"^([a-z]+://)[^/?#]*@", r"\1", remote)
+    return re.sub(r"^([a-z]+://)[^?#]*@", r"\1xxxxx@", plain)
 
 
 class Fetching:
@@ -303,4 +289,4 @@ class Fetching:
             checksum=copy.checksum or address.checksum,
             keep_git_dir=copy.keep_git_dir if kept is None else kept,
         )
-        return Repository(address, self._area(), self._provider)
+        return Repository(address, self._area(), self._limits, self._provider)

@@ -5,6 +5,7 @@ frontend/dockerfile/dockerfile2llb/convert.go (dispatchRun), convert_runmount.go
 """
 
 import asyncio
+import errno
 import os
 import secrets
 import stat
@@ -31,7 +32,7 @@ from skep.engine.images.image import Image
 from skep.engine.images.store import ImageStore
 from skep.engine.request import CreateRequest, HostConfig, LogOptions
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError, Unimplemented
-from skep.linux import syscalls
+from skep.linux import mounting, syscalls
 from skep.model.container import BindOptions, HealthConfig, Mount, TmpfsOptions
 
 MADE_BY_THE_RUNTIME = ("dev", "proc", "sys", "etc/hosts", "etc/hostname", "etc/resolv.conf")
@@ -292,11 +293,8 @@ class MountSources:
             changes = Changes(self._area(), [root])
             work = new_work(self._images, self._images.scratch)
             root = await self._stack.enter_async_context(mounted_image(changes, work))
-        with Tree(root) as tree:
-            inside = tree.resolve(mount.source)
-            if tree.status(inside) is None:
-                raise NotFound(f"failed to calculate checksum: {mount.source}: not found")
-        return Mount(type="bind", source=str(root / inside), target=target, read_only=mount.is_read_only)
+        source = self._bound(root, mount.source, f"failed to calculate checksum: {mount.source}: not found")
+        return Mount(type="bind", source=str(source), target=target, read_only=mount.is_read_only)
 
     async def _cache(self, mount: RunMount, target: str) -> Mount:
         """Mount a cache.  ``source`` is a path in ``from``, or in the cache if there is no ``from``."""
@@ -314,12 +312,32 @@ class MountSources:
             self._caches.used(key, mount.sharing or "shared", fill)
         )
         if base is None and mount.source:
-            with Tree(directory) as tree:
-                inside = tree.resolve(mount.source)
-                if tree.status(inside) is None:
-                    raise NotFound(f"the cache {key.id} has no {mount.source}")
-            directory /= inside
+            directory = self._bound(directory, mount.source, f"the cache {key.id} has no {mount.source}")
         return Mount(type="bind", source=str(directory), target=target, read_only=mount.is_read_only)
+
+    def _bound(self, root: Path, path: str, missing: str) -> Path:
+        """Bind ``path`` in the tree ``root`` to a place that no step can change.  Return that place.
+
+        The runtime follows links in the source of a mount.  Another step that writes to the same cache could replace
+        the path by a link to the host's files after a check (CVE-2024-23651).
+
+        Raises: NotFound: with the message ``missing``; InvalidArgument: there are too many links.
+        """
+        try:
+            descriptor = syscalls.open_in_root(root, path.lstrip("/") or ".", os.O_PATH)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFound(missing) from error
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise InvalidArgument(f"too many links in {path}") from error
+            raise
+        place = self._area() / "part"
+        try:
+            mounting.bind_opened(descriptor, place)
+        finally:
+            os.close(descriptor)
+        self._stack.callback(syscalls.unmount, place)
+        return place
 
     async def _fill(self, root: Path, path: str, directory: Path) -> None:
         work = new_work(self._images, directory)

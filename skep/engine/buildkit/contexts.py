@@ -30,7 +30,7 @@ class Contexts:
     def __init__(self, directory: Path, limits: Limits) -> None:
         self.directory = directory
         """Private to this engine: files below it have owners and modes of other machines."""
-        self._limits = limits
+        self.limits = limits
         self._kept: OrderedDict[tuple[str, str], KeptTree] = OrderedDict()
         self._used: dict[Path, int] = {}
         """Trees that builds read, or take files from, at this moment."""
@@ -60,7 +60,7 @@ class Contexts:
         """A directory of the client while the block runs.  Raises: as ``filesync.receive``."""
         key = (session.shared_key, selection.name)
         can_keep = bool(session.shared_key) and not selection.follow
-        limits = TreeLimits(bytes=bytes_max or self._limits.archive_bytes_max)
+        limits = TreeLimits(bytes=bytes_max or self.limits.archive_bytes_max)
         kept = self._kept.get(key) if can_keep else None
         root = self._new()
         uses = [root] if kept is None else [root, kept.root]
@@ -72,7 +72,7 @@ class Contexts:
                 selection,
                 root,
                 limits,
-                room_bytes=self._limits.room_on(root),
+                room_bytes=self.limits.room_on(root),
                 kept=kept,
                 progress=progress,
             )
@@ -97,17 +97,17 @@ class Contexts:
         """Unpack an archive into an empty directory.  Raises: InvalidArgument, ResourceExhausted, UnpackFailed."""
         descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            await unpack(descriptor, root, limits=self._limits, is_layer=True, has_whiteouts=False)
+            await unpack(descriptor, root, limits=self.limits, is_layer=True, has_whiteouts=False)
         finally:
             os.close(descriptor)
 
     def accepted_on(self, directory: Path) -> int:
         """Bytes of a context that may be written to one of the directories."""
-        return max(min(self._limits.archive_bytes_max, self.room_on(directory)), 0)
+        return max(min(self.limits.archive_bytes_max, self.room_on(directory)), 0)
 
     def room_on(self, directory: Path) -> int:
         """Bytes that may still be written to one of the directories."""
-        return self._limits.room_on(directory)
+        return self.limits.room_on(directory)
 
     def _new(self) -> Path:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)

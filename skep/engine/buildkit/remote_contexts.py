@@ -20,7 +20,7 @@ from yarl import URL
 from skep.engine.build.copies import is_archive
 from skep.engine.build.interface import Provider
 from skep.engine.build.remotes import Download, KnownAnswers, is_git
-from skep.engine.build.repositories import Repository, address_of
+from skep.engine.build.repositories import Address, Repository, address_of
 from skep.engine.build.sources import Source
 from skep.engine.buildkit import buildkit_pb2 as pb
 from skep.engine.buildkit import sessions
@@ -57,7 +57,9 @@ async def remote_context(
     async with AsyncExitStack() as stack:
         place = await stack.enter_async_context(contexts.scratch())
         if is_git(address) or address.startswith("github.com/"):
-            yield await _repository(place, address, provider, keeps_git_dir=keeps_git_dir), ""
+            found = _repository_at(address, keeps_git_dir=keeps_git_dir)
+            source = await Repository(found, place, contexts.limits, provider).fetch()
+            yield source.root / source.resolved, ""
             return
         if not _HTTP.match(address):
             raise Unimplemented(f"a context at another place than the client is not supported: {address}")
@@ -78,14 +80,11 @@ async def remote_context(
         yield root, ""
 
 
-async def _repository(place: Path, address: str, provider: Provider, *, keeps_git_dir: bool) -> Path:
+def _repository_at(address: str, *, keeps_git_dir: bool) -> Address:
     if address.startswith("github.com/"):
         address = f"https://{address}"
     found = address_of(address)
-    kept = keeps_git_dir or found.keep_git_dir
-    repository = Repository(msgspec.structs.replace(found, keep_git_dir=kept), place, provider)
-    source = await repository.fetch()
-    return source.root / source.resolved
+    return msgspec.structs.replace(found, keep_git_dir=keeps_git_dir or found.keep_git_dir)
 
 
 async def _uploaded(session: Session, url: URL, progress: Callable[[int], None]) -> AsyncIterator[bytes]:

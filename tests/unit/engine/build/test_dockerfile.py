@@ -172,6 +172,15 @@ def test_here_documents_belong_to_their_instruction() -> None:
     assert end.text == "RUN end"
 
 
+def test_many_comments_cost_no_more_than_other_lines_and_the_last_are_kept() -> None:
+    """A copy of all comments at each of them would take many seconds."""
+    comments = "".join(f"# {number}\n" for number in range(90_000))
+    first, second = parse(f"FROM a\n{comments}RUN x\n").lines
+    assert first.comments == ()
+    assert second.comments == tuple(map(str, range(89_900, 90_000)))
+    assert parse("FROM a\n# 1\n#\n# 2\nRUN x\n").lines[1].comments == ("2",)
+
+
 @given(st.text(alphabet="FROMRUNCPY adb\\`#\n\t\"'$<{}[]=-\r\u2028:,", max_size=200))
 def test_any_text_is_a_dockerfile_or_an_error(text: str) -> None:
     try:
