@@ -1,6 +1,5 @@
 """``POST /skep/stacks/check``: what the managers would refuse of a whole deploy.  Nothing is written."""
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.aio.clock import SystemClock
+from skep.aio.time_slices import TimeSlices
 from skep.api.identity import identity_of
 from skep.api.networks import NetworkBody, check_form, check_name
 from skep.api.server import Routes, json_list_response, read_json
@@ -31,8 +32,6 @@ routes = Routes()
 _OBJECTS_MAX = 2_000
 _DATA_BYTES_MAX = 64 << 20
 """Of all secrets and configs together: as many zeros take the place of their content."""
-_PIECE = 50
-"""Objects checked before the event loop gets control, some tenths of a millisecond each."""
 _ATTEMPTS = 3
 """Checks of one plan, where the cluster changes under them."""
 
@@ -90,8 +89,8 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
     """Try to create and change these objects, each with those before it, and give what is refused."""
     manager, by_admin = manager_of(request), identity_of(request).is_admin
     refusals: list[StackRefusal] = []
+    wanted = await read_check(request)  # before the slot: a client may send it slowly
     async with manager.checks.taken():
-        wanted = await read_check(request)
         await current_view(request)
         for _ in range(_ATTEMPTS):
             revision = manager.store.view().revision
@@ -102,8 +101,9 @@ async def check_stack(request: web.Request) -> web.StreamResponse:
 
 
 async def _refusals(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) -> list[StackRefusal]:
-    tx, made = manager.store.rehearsal(), []
-    for number, (kind, name, stack, attempt) in enumerate(_attempts(wanted, manager, by_admin=by_admin), 1):
+    tx, made, slices = manager.store.rehearsal(), [], TimeSlices(SystemClock())
+    for kind, name, stack, attempt in _attempts(wanted, manager, by_admin=by_admin):
+        await slices.yield_if_due()
         try:
             attempt(tx)
         except OutOfSequence:  # changed meanwhile: the deploy merges both changes
@@ -115,8 +115,6 @@ async def _refusals(wanted: StackCheck, manager: ManagerApi, *, by_admin: bool) 
             ):
                 continue  # by a deploy of the same stack, a moment ago: this one uses or updates it
             made.append(StackRefusal(kind=kind, name=name, error=str(error) or type(error).__name__))
-        if number % _PIECE == 0:
-            await asyncio.sleep(0)
     return made
 
 
