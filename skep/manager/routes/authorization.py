@@ -152,11 +152,13 @@ async def _stack(request: web.Request) -> tuple[Any, ...]:
         raise ResourceExhausted(
             f"a plan of {number} objects: only administrators may have more than {_PLANNED_MAX} checked"
         )
-    await _checked_changes(request, wanted.services)
     view, stacks = await current_view(request), {stack_of(one.labels) for one in wanted.bodies}
-    for id in wanted.removed:
-        if (service := view.lookup(Service, id)) is not None and stack_of(service.spec.labels) not in stacks:
+    for id in (*wanted.removed, *(one.id for one in wanted.services if one.id)):
+        service = view.lookup(Service, id)
+        # The same refusal for both: it must not say which ids exist.
+        if service is None or stack_of(service.spec.labels) not in stacks:
             raise PermissionDenied(f"service {id} is not of the stack")
+    await _checked_changes(request, wanted.services)
     return wanted.bodies
 
 
@@ -168,7 +170,7 @@ async def _checked_changes(request: web.Request, changes: Iterable[ServiceChange
         # Updates of services by this path are by id; what is not found is refused by the handler.
         if change.id and (service := view.lookup(Service, change.id)) is not None:
             if stack_of(service.spec.labels) != stack_of(change.spec.labels):
-                raise PermissionDenied(f"service {service.spec.name} cannot go to another stack")
+                raise PermissionDenied(f"service {change.spec.name} cannot go to another stack")
             if why := known_service(view, service).machine_rights:
                 raise PermissionDenied(f"service {service.spec.name} has {why}")
     return tuple(change.spec for change in changes)
