@@ -26,13 +26,9 @@ def replace_deploys(tx: Transaction, spec: ConfigSpec) -> None:
     number, stack = spec.labels.get(STACK_REVISION), spec.labels.get(STACK_LABEL)
     if not number or not stack:
         return
-    for config in tx.find(Config):
+    for config in tx.find(Config, stack=stack):
         labels = config.spec.labels
-        if (
-            labels.get(STACK_LABEL) == stack
-            and labels.get(STACK_STATE) == DEPLOYING
-            and STACK_REVISION in labels
-        ):
+        if labels.get(STACK_STATE) == DEPLOYING and STACK_REVISION in labels:
             labels = {**labels, STACK_STATE: f"{REPLACED}{number}"}
             tx.put(replace(config, spec=replace(config.spec, labels=labels)))
 

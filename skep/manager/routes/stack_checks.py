@@ -22,6 +22,7 @@ from skep.manager.routes.networks import spec_of_body
 from skep.manager.routes.services import ServiceChange
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
+from skep.model.labels import STACK_REVISION
 from skep.model.network import Network
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Service, ServiceSpec
@@ -123,6 +124,8 @@ async def read_check(request: web.Request) -> StackCheck:
     wanted = await read_json(request, StackCheck, unrecognized=UNRECOGNIZED)
     if len(wanted.bodies) + len(wanted.removed) > _OBJECTS_MAX:
         raise InvalidArgument(f"too much at once: at most {_OBJECTS_MAX} objects")
+    if sum(STACK_REVISION in one.labels for one in wanted.configs) > 1:  # each marks those before it
+        raise InvalidArgument("a deploy has one revision")
     files: tuple[SizedSecret | SizedConfig, ...] = (*wanted.secrets, *wanted.configs)
     sizes = [one.data_bytes for one in files]
     if any(size < 0 for size in sizes) or sum(sizes) > _DATA_BYTES_MAX:

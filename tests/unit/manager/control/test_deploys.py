@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import count
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,16 @@ async def test_a_revision_replaces_the_deploys_of_its_stack_that_are_under_way_a
     }
     assert STACK_STATE not in store.view().get(Config, plain.id).spec.labels
     assert store.view().get(Config, red.id).written_by == red.written_by, "nobody has written it since"
+
+
+async def test_a_revision_reads_the_configs_of_its_own_stack_only() -> None:
+    store = MemoryStore(SystemClock())
+    await recorded(store, a_revision(1))
+    table = store.view().table_by_type[Config]  # type: ignore[attr-defined]
+    found_ids, read = table.found_ids, list[Any]()
+    table.found_ids = lambda by: read.append(by) or found_ids(by)
+    await recorded(store, a_revision(2))
+    assert {} not in read, "not all of the cluster: a plan of many would stop the manager"
 
 
 @pytest.mark.parametrize("ends_by", ["a newer deploy", "its end", "its removal"])
