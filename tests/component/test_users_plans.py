@@ -12,6 +12,7 @@ from skep.api.permissions import STACK_LABEL
 from skep.model.ids import ConfigId, NetworkId, SecretId, ServiceId, VolumeId
 from skep.model.network import Network, NetworkSpec
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Service
 from skep.model.volume import Volume, VolumeSpec
 from skep.store.kinds import Payload
 from tests.component.test_users_on_a_manager import OPERATOR, SHOP, Rig, a_spec, labelled, rig
@@ -129,3 +130,22 @@ async def test_an_id_of_a_service_of_another_stack_is_as_an_unknown_one(rig: Rig
             assert (status, "blog_web" in text, f"{id} is not of the stack" in text) == (403, False, True), (
                 text
             )
+
+
+async def test_a_revision_of_another_stack_tells_nothing_to_any_request(rig: Rig) -> None:
+    labels = {STACK_LABEL: "blog", "skep.stack.revision": "7", "skep.stack.state": "interrupted"}
+    revision = Config(id=ConfigId("r" * 25), spec=ConfigSpec(name="blog_r", labels=labels, data=b"x"))
+    await rig.api.store.update(put, revision)
+    await rig.api.store.update(put, labelled(replace(a_service("shop_old"), id=ServiceId("o" * 25)), SHOP))
+    version = rig.api.store.view().get(Service, "o" * 25).version.index
+    change = {"Spec": a_spec() | {"Name": "shop_old"}, "ID": "o" * 25, "Version": version}
+    requests: list[tuple[str, Any]] = [
+        ("POST /services/create", a_spec()),
+        (f"POST /services/shop_old/update?version={version}", a_spec() | {"Name": "shop_old"}),
+        ("POST /skep/services/changes", [{"Spec": a_spec()}, change]),
+        ("DELETE /services/shop_old", None),
+    ]
+    for request, body in requests:
+        _, text, _ = await rig.exchange("operator:shop", request, body, {"X-Skep-Revision": revision.id})
+        assert "the revision of this deploy was removed: deploy again" in text, request
+        assert "interrupted" not in text
